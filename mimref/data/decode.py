@@ -1,0 +1,150 @@
+"""From files to uint8 pixels, and the account of images that cannot be read."""
+
+import gzip
+import os
+import warnings
+import zlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from mimref.errors import DataError
+
+NAMED_BAD_IMAGES = 3
+
+
+class BadImage(Exception):
+    """An image that cannot be read; the caller decides whether to skip it (see `BadImages`)."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)  # both in args: the exception then crosses process borders
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.reason})"
+
+
+class BadImages:
+    """Distinct images that could not be read; more than `max_bad` of them are an error."""
+
+    def __init__(self, max_bad: int) -> None:
+        self.max_bad = max_bad
+        self._reasons: dict[str, str] = {}
+
+    def add(self, path: str, reason: str) -> None:
+        """Note one bad image; a path that is known already does not count again. Raises DataError as `check` does."""
+        if path not in self._reasons:
+            self._reasons[path] = reason
+            self.check()
+
+    def check(self) -> None:
+        """Raises DataError, naming count, limit and the first few files, when there are more than `max_bad`."""
+        count = len(self._reasons)
+        if count <= self.max_bad:
+            return
+        named = ", ".join(f"{path} ({reason})" for path, reason in list(self._reasons.items())[:NAMED_BAD_IMAGES])
+        images = "1 image" if count == 1 else f"{count} images"
+        more = ", ..." if count > NAMED_BAD_IMAGES else ""
+        raise DataError(
+            f"{images} could not be read, more than data.max_bad={self.max_bad}: {named}{more}; "
+            "mend or remove them, or raise data.max_bad"
+        )
+
+    @property
+    def items(self) -> list[tuple[str, str]]:
+        """(path, reason) of every bad image, sorted by path: the same list whichever worker met them first."""
+        return sorted(self._reasons.items())
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+
+def decode_image(path: str) -> Tensor:
+    """Read an image file as RGB; of an animation, the first frame.
+
+    Returns contiguous uint8 (3, H, W). Alpha is dropped, not composited, and EXIF orientation is not applied: both as
+    torchvision's ImageFolder and timm do, which made the numbers people compare with. 16-bit gray is scaled to 8 bits.
+    Raises BadImage for files that are missing, unreadable, empty, truncated, no image, or larger than
+    `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow's other warnings (broken EXIF, odd TIFF tags) name nothing that a user could act on.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                rgb_HWC = _to_rgb(image)
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every exception there is on corrupt files.
+        raise BadImage(printable(path), _reason(path, error)) from error
+    return torch.from_numpy(rgb_HWC).permute(2, 0, 1).contiguous()
+
+
+def read_idx(path: str, *, ndim: int) -> NDArray[np.uint8]:
+    """Read a (gzipped) idx file of unsigned bytes with `ndim` dimensions; the array is writable.
+
+    Raises DataError when the file is damaged, or its header or size is another.
+    """
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            content = bytearray(file.read())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({one_line(error)}); get the file anew") from error
+    start = 4 + 4 * ndim
+    if len(content) < start or content[:4] != bytes([0, 0, 8, ndim]):
+        raise DataError(f"{path} is not an idx file of bytes with {ndim} dimensions; get the file anew")
+    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
+    expected = start + int(np.prod(shape, dtype=object))
+    if len(content) != expected or shape[0] == 0:
+        raise DataError(f"{path} holds {len(content)} bytes where its header says {expected}; get the file anew")
+    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(path: str) -> str:
+    """The path on one line that any terminal and file format takes: odd bytes and control characters are escaped."""
+    if path.isprintable():
+        return path
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in path)
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Writable uint8 (H, W, 3)."""
+    if image.mode.startswith("I"):
+        gray_HW = _to_8_bits(np.asarray(image))
+        return np.repeat(gray_HW[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known")
+    if image.mode == "P" and "transparency" in image.info:
+        # Entry by entry transparency needs the way through RGBA, where transparent entries keep their colour.
+        return np.array(image.convert("RGBA").convert("RGB"))
+    return np.array(image.convert("RGB"))
+
+
+def _to_8_bits(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Scale 0..65535 to 0..255, rounded; Pillow's own conversion clips at 255 instead."""
+    wide = pixels.astype(np.int64)
+    if wide.min() < 0 or wide.max() > 65535:
+        raise ValueError("32-bit pixels outside 0..65535")
+    scaled: NDArray[np.uint8] = ((wide + 128) // 257).astype(np.uint8)
+    return scaled
+
+
+def _reason(path: str, error: Exception) -> str:
+    """A few words for the table of skipped images."""
+    if isinstance(error, UnidentifiedImageError):
+        return "empty file" if os.path.getsize(path) == 0 else "not an image"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"more than {Image.MAX_IMAGE_PIXELS} pixels"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return one_line(error)
