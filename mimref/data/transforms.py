@@ -1,0 +1,91 @@
+"""The evaluation transform, the one place where it is built."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+
+from mimref.errors import ConfigError
+
+RGB = tuple[float, float, float]
+
+IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
+IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
+
+LONGEST_ASPECT = 16
+"""Sides' ratio beyond which only an image's middle is resized."""
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resize the shorter side, cut out the middle square, normalise by channel.
+
+    The default is the usual one: shorter side 256 for crops of 224, bicubic, ImageNet's mean and standard deviation.
+    Raises ConfigError for values that make no transform.
+    """
+
+    image_size: int
+    """Side of the square crop in pixels."""
+    crop_fraction: float = 0.875
+    """Crop side over resized shorter side, in (0, 1]."""
+    mean: RGB = IMAGENET_MEAN
+    """Of red, green and blue, where pixels are 0..1."""
+    std: RGB = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ConfigError(f"image size is {self.image_size}; it must be at least 1 pixel")
+        if not 0 < self.crop_fraction <= 1:
+            raise ConfigError(f"data.crop_fraction is {self.crop_fraction}; it must be above 0 and at most 1")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise ConfigError(f"mean {self.mean} and std {self.std} must be three finite numbers each")
+        if min(self.std) <= 0:
+            raise ConfigError(f"std is {self.std}; every channel's must be above 0")
+
+    def crop(self, image: Tensor) -> Tensor:
+        """Resize and crop one image, uint8 (3, H, W) -> (3, S, S); as torchvision's Resize and CenterCrop do.
+
+        Of an image more than 16 times as long as wide only the middle is resized: a strip of 1 x 100,000 pixels would
+        otherwise fill the memory on the way to a square that does not show the rest of it.
+        """
+        resized = round(self.image_size / self.crop_fraction)
+        height, width = image.shape[-2:]
+        longest = LONGEST_ASPECT * min(height, width)
+        if max(height, width) > longest:
+            image = tvf.center_crop(image, [min(height, longest), min(width, longest)])
+        image = tvf.resize(image, [resized], interpolation=InterpolationMode.BICUBIC, antialias=True)
+        return tvf.center_crop(image, [self.image_size, self.image_size]).contiguous()
+
+    def normalize(self, batch_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 (B, 3, S, S) -> `dtype`, on the batch's device; computed in at least fp32, then rounded once."""
+        compute = torch.promote_types(dtype, torch.float32)
+        mean = torch.tensor(self.mean, dtype=compute, device=batch_BCHW.device).view(3, 1, 1)
+        std = torch.tensor(self.std, dtype=compute, device=batch_BCHW.device).view(3, 1, 1)
+        return ((batch_BCHW.to(compute) / 255 - mean) / std).to(dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON headers; `from_dict` is the way back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "EvalTransform":
+        """Read what `to_dict` wrote. Raises ConfigError when keys or values are others."""
+        try:
+            return cls(
+                image_size=int(saved["image_size"]),
+                crop_fraction=float(saved["crop_fraction"]),
+                mean=_rgb(saved["mean"]),
+                std=_rgb(saved["std"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"recorded transform {dict(saved)} cannot be read: {error!r}") from error
+
+
+def _rgb(values: Any) -> RGB:
+    red, green, blue = values
+    return float(red), float(green), float(blue)
