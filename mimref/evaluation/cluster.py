@@ -1,0 +1,193 @@
+"""Clustering of frozen features by mini-batch k-means, compared with the classes (Appendix C.12)."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import (
+    adjusted_mutual_info_score,
+    adjusted_rand_score,
+    davies_bouldin_score,
+    normalized_mutual_info_score,
+    silhouette_score,
+)
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from mimref.errors import ConfigError, DataError, did_you_mean
+from mimref.evaluation.metrics import (
+    Row,
+    check_classes,
+    check_features,
+    class_indices,
+    cluster_accuracy,
+    percent,
+    row_blocks,
+    spread,
+)
+
+# Names in results. The first four compare clusters with classes; the last two judge the classes themselves.
+NAMES = {
+    "acc": "cluster_acc",
+    "nmi": "cluster_nmi",
+    "ami": "cluster_ami",
+    "ari": "cluster_ari",
+    "sil": "silhouette",
+    "dbs": "davies_bouldin",
+}
+OF_CLUSTERS = ("acc", "nmi", "ami", "ari")
+# runs * N * D * clusters below which starting processes takes as long as the runs themselves (1 to 2 s).
+SERIAL_WORK = 2e8
+
+Progress = Callable[[int, int], None]
+
+
+class Run(NamedTuple):
+    """One k-means run."""
+
+    number: int
+    inertia: float
+    """Sum of squared distances of all points to their centres, float64."""
+    scores: dict[str, float]
+    """Percent, by short name."""
+
+
+def cluster(
+    x: NDArray[np.floating],
+    y: NDArray[np.int64],
+    *,
+    metrics: Sequence[str] = ("acc", "nmi"),
+    runs: int = 100,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Agreement of k-means clusters with the classes, and separation of the classes (Appendix C.12, Tables 3 and 9).
+
+    x (N, D): features of the validation images, scaled to unit length here. y (N,): labels, any whole numbers; there
+    are as many clusters as classes. `metrics`: acc, nmi, ami, ari (of clusters: `value` is that of the run with the
+    lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and Davies-Bouldin of the
+    true classes, no clustering involved). In percent, but for Davies-Bouldin.
+    A run is scikit-learn's MiniBatchKMeans with its defaults (batches of 1024, k-means++) and n_init=1. Runs are spread
+    over `workers` processes (None: all cores), or done here where that is faster; the results are the same.
+    Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
+    """
+    _check_settings(metrics, runs, workers)
+    check_features(x, "features", y)
+    classes = check_classes(y, "features")
+    if len(classes) >= len(x):
+        raise DataError(
+            f"{len(classes)} clusters (one per class) need more than {len(x)} images; give several images per class"
+        )
+    points = _unit_rows(x)
+    truth = class_indices(classes, y, "features")
+    of_clusters = [name for name in metrics if name in OF_CLUSTERS]
+    done = _run_all(points, truth, of_clusters, runs, seed, workers, progress) if of_clusters else []
+    rows: list[Row] = []
+    for name in dict.fromkeys(metrics):
+        if name in OF_CLUSTERS:
+            best = min(done, key=lambda run: (run.inertia, run.number))
+            mean, std = spread([run.scores[name] for run in done])
+            rows.append({"metric": NAMES[name], "value": best.scores[name], "mean": mean, "std": std, "runs": runs})
+        else:
+            rows.append({"metric": NAMES[name], "value": _class_separation(points, truth, name)})
+    return rows
+
+
+def kmeans_run(
+    x: NDArray[np.float32], y: NDArray[np.int64], metrics: Sequence[str], clusters: int, number: int, seed: int
+) -> Run:
+    """Run `number` of mini-batch k-means on unit rows x (N, D), scored against classes y (N,).
+
+    The run's randomness is a function of (seed, number).
+    """
+    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    model = MiniBatchKMeans(n_clusters=clusters, batch_size=1024, n_init=1, random_state=state)
+    # One thread: the order of sums, and with it the result, must not depend on the process that does the run.
+    with threadpool_limits(limits=1), warnings.catch_warnings():
+        # Collapsed features have fewer distinct points than clusters; the scores say so.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x)
+    labels = model.labels_
+    return Run(number, _inertia(x, model.cluster_centers_, labels), {m: _agreement(y, labels, m) for m in metrics})
+
+
+def _run_all(
+    x: NDArray[np.float32],
+    y: NDArray[np.int64],
+    metrics: Sequence[str],
+    runs: int,
+    seed: int,
+    workers: int | None,
+    progress: Progress | None,
+) -> list[Run]:
+    """All runs in order of their number, in this process or in several."""
+    clusters = int(y.max()) + 1
+    jobs = min(workers or _cores(), runs)
+    serial = jobs == 1 or float(runs) * x.size * clusters < SERIAL_WORK
+    results: Iterator[Run]
+    if serial:
+        results = (kmeans_run(x, y, metrics, clusters, number, seed) for number in range(runs))
+    else:
+        from joblib import Parallel, delayed  # type: ignore[import-untyped]
+
+        # Arrays above a megabyte are written once and mapped by all processes.
+        parallel = Parallel(n_jobs=jobs, backend="loky", max_nbytes="1M", return_as="generator_unordered")
+        results = parallel(delayed(kmeans_run)(x, y, metrics, clusters, number, seed) for number in range(runs))
+    done: list[Run] = []
+    for run in results:
+        done.append(run)
+        if progress is not None:
+            progress(len(done), runs)
+    return sorted(done, key=lambda run: run.number)
+
+
+def _inertia(x: NDArray[np.float32], centres: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
+    """scikit-learn sums float32 squares in float32: too coarse to rank runs that are nearly alike."""
+    centres = centres.astype(np.float64)
+    return float(sum(np.square(x[rows] - centres[labels[rows]]).sum() for rows in row_blocks(x)))
+
+
+def _agreement(y: NDArray[np.int64], labels: NDArray[np.integer], metric: str) -> float:
+    if metric == "acc":
+        return cluster_accuracy(y, labels)
+    if metric == "nmi":
+        return percent(normalized_mutual_info_score(y, labels))
+    if metric == "ami":
+        return percent(adjusted_mutual_info_score(y, labels))
+    return percent(adjusted_rand_score(y, labels))
+
+
+def _class_separation(x: NDArray[np.float32], y: NDArray[np.int64], metric: str) -> float:
+    if metric == "sil":
+        return percent(silhouette_score(x, y))
+    return float(davies_bouldin_score(x, y))
+
+
+def _unit_rows(x: NDArray[np.floating]) -> NDArray[np.float32]:
+    out = np.empty(x.shape, dtype=np.float32)
+    for rows in row_blocks(x):
+        block = x[rows].astype(np.float64)
+        norm = np.linalg.norm(block, axis=1, keepdims=True)
+        out[rows] = block / np.where(norm > 0, norm, 1.0)
+    return out
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_settings(metrics: Sequence[str], runs: int, workers: int | None) -> None:
+    for name in metrics:
+        if name not in NAMES:
+            raise ConfigError(f"unknown metric {name!r}; choose from {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
+    if not metrics:
+        raise ConfigError(f"metrics: none given; choose from {', '.join(NAMES)}")
+    if runs < 1:
+        raise ConfigError(f"runs = {runs}: give at least 1")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers = {workers}: give at least 1")
