@@ -59,7 +59,8 @@ class EvalTransform:
         if max(height, width) > longest:
             image = tvf.center_crop(image, [min(height, longest), min(width, longest)])
         image = tvf.resize(image, [resized], interpolation=InterpolationMode.BICUBIC, antialias=True)
-        return tvf.center_crop(image, [self.image_size, self.image_size]).contiguous()
+        cropped: Tensor = tvf.center_crop(image, [self.image_size, self.image_size])
+        return cropped.contiguous()
 
     def normalize(self, batch_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 (B, 3, S, S) -> `dtype`, on the batch's device; computed in at least fp32, then rounded once."""
