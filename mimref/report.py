@@ -1,0 +1,272 @@
+"""What a person sees: tables, progress, and the files results.csv and results.json."""
+
+import csv
+import io
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from mimref import __version__
+from mimref.files import write_bytes
+
+if TYPE_CHECKING:
+    from mimref.evaluation.metrics import Row
+
+LABELS = {
+    "knn_top1": "k-NN top-1",
+    "knn_top5": "k-NN top-5",
+    "lowshot_top1": "{shots}-shot top-1",
+    "probe_top1": "linear probe top-1",
+    "cluster_acc": "k-means ACC",
+    "cluster_nmi": "k-means NMI",
+    "cluster_ami": "k-means AMI",
+    "cluster_ari": "k-means ARI",
+    "silhouette": "silhouette",
+    "davies_bouldin": "Davies-Bouldin",
+    "block_knn_top1": "k-NN top-1 of block {block}",
+    "block_reconstruction": "reconstruction loss of block {block}",
+}
+LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction"}
+# What was measured, as opposed to the settings it was measured with.
+MEASURED = ("value", "mean", "std", "splits", "runs")
+# Packages whose version can change a number.
+VERSIONS = ("torch", "timm", "numpy", "scikit-learn", "cyanure")
+# Seconds between two lines of progress when the output is not a terminal.
+LINE_INTERVAL_S = 10.0
+
+
+def comparison_table(
+    rows: Sequence["Row"], *, base: str = "base", refined: str = "refined", title: str | None = None
+) -> Table:
+    """One line per metric, one column per model, and the difference of the refined to the base model.
+
+    rows: results with `model`, in the order in which models and metrics shall appear; single splits are left out. The
+    best value of a line is bold; the difference is green where the refined model is better and red where it is worse.
+    """
+    rows = [row for row in rows if "split" not in row]
+    models = list(dict.fromkeys(str(row["model"]) for row in rows))
+    lines: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        lines.setdefault(metric_label(row, rows), {})[str(row["model"])] = row
+    compared = base in models and refined in models
+    table = Table(title=title)
+    table.add_column("")
+    for model in models:
+        table.add_column(Text(model), justify="right", no_wrap=True)
+    if compared:
+        table.add_column(Text(f"{refined} - {base}"), justify="right", no_wrap=True)
+    for label, by_model in lines.items():
+        sign = -1 if next(iter(by_model.values()))["metric"] in LOWER_IS_BETTER else 1
+        best = max(sign * _shown_value(row) for row in by_model.values())
+        cells = [_value_cell(by_model.get(model), sign, best) for model in models]
+        if compared:
+            cells.append(_difference_cell(by_model.get(base), by_model.get(refined), sign))
+        table.add_row(Text(label), *cells)
+    return table
+
+
+def results_table(rows: Sequence["Row"], *, title: str | None = None) -> Table:
+    """One line per row, one column per setting, the value (with its standard deviation) last."""
+    settings = [key for key in _columns(rows) if key not in MEASURED]
+    repeats = [key for key in ("splits", "runs") if any(key in row for row in rows)]
+    table = Table(title=title)
+    for key in settings + repeats:
+        table.add_column(Text(key))
+    table.add_column("value", justify="right", no_wrap=True)
+    for row in rows:
+        cells = [_setting(row[key]) if key in row else "" for key in settings + repeats]
+        table.add_row(*(Text(cell) for cell in cells), Text(_value(row)))
+    return table
+
+
+def metric_label(row: "Row", among: Sequence["Row"] = ()) -> str:
+    """A person's name for a row's metric, with those settings that tell it from the same metric's rows in `among`."""
+    metric = str(row["metric"])
+    template = LABELS.get(metric, metric)
+    same = [other for other in among if other["metric"] == metric]
+    varying = [
+        f"{key} = {_setting(value)}"
+        for key, value in row.items()
+        if key not in ("model", "metric", *MEASURED)
+        and f"{{{key}}}" not in template
+        and any(other.get(key) != value for other in same)
+    ]
+    label = template.format_map({"shots": "?", "block": "?"} | row)
+    return f"{label} ({', '.join(varying)})" if varying else label
+
+
+class ProgressDisplay:
+    """Receives the progress of one piece of work; `update` fits the `progress` argument of computing functions."""
+
+    def __init__(self, update: Callable[[int, int], None], log: Callable[[str], None]) -> None:
+        self.update = update
+        self.log = log
+
+
+@contextmanager
+def show_progress(
+    description: str, *, quiet: bool = False, console: Console | None = None
+) -> Iterator[ProgressDisplay]:
+    """Progress of one piece of work, on standard error: `update(done, total)` and `log(line)`.
+
+    On a terminal a bar with rate and time left; elsewhere a plain line every ten seconds and at the end; nothing at all
+    when `quiet`. The rate counts from the first update, so a resumed run does not look faster than it is.
+    """
+    console = console or Console(stderr=True)
+    if quiet:
+        yield ProgressDisplay(lambda done, total: None, lambda line: None)
+    elif console.is_terminal and not console.is_dumb_terminal:
+        with _bar(console) as bar:
+            task = bar.add_task(description, total=None)
+            yield ProgressDisplay(
+                lambda done, total: bar.update(task, completed=done, total=total),
+                lambda line: bar.console.print(line, markup=False, highlight=False),
+            )
+    else:
+        yield ProgressDisplay(_PlainLines(description, console).update, lambda line: _plain(console, line))
+
+
+def write_results(
+    out: Path, command: str, config: Mapping[str, object], elapsed_s: float, rows: Sequence["Row"]
+) -> None:
+    """Write results.csv (one line per row) and results.json into the folder `out`, each in one step.
+
+    config: the resolved settings. JSON keys: command, version, config, elapsed_s, metrics (the rows) and versions (of
+    the packages that can change a number). Values that are not finite become null, which JSON can hold.
+    Raises OutputError when the folder cannot be written.
+    """
+    columns = _columns(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(out / "results.csv", text.getvalue().encode())
+    document = {
+        "command": command,
+        "version": __version__,
+        "config": config,
+        "elapsed_s": round(elapsed_s, 3),
+        "metrics": [{key: _finite(value) for key, value in row.items()} for row in rows],
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
+    }
+    write_bytes(out / "results.json", (json.dumps(document, indent=2, default=str, allow_nan=False) + "\n").encode())
+
+
+class _RateColumn(ProgressColumn):
+    """Steps per second, or seconds per step when those are long."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if not speed else _rate(speed), style="progress.data.speed")
+
+
+class _PlainLines:
+    """Progress for logs: a line when LINE_INTERVAL_S have passed, and one at the end."""
+
+    def __init__(self, description: str, console: Console) -> None:
+        self.description = description
+        self.console = console
+        self.first: tuple[float, int] | None = None
+        self.last_s = time.monotonic()
+
+    def update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self.first = self.first or (now, done)
+        if done < total and now - self.last_s < LINE_INTERVAL_S:
+            return
+        self.last_s = now
+        line = f"{self.description}: {done}/{total}"
+        elapsed_s, steps = now - self.first[0], done - self.first[1]
+        if elapsed_s > 0 and steps > 0:
+            left = timedelta(seconds=round((total - done) * elapsed_s / steps))
+            line += f", {_rate(steps / elapsed_s)}" + (f", {left} left" if done < total else "")
+        _plain(self.console, line)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _plain(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:.1f}/s" if per_s >= 1 else f"{1 / per_s:.1f} s each"
+
+
+def _decimals(row: "Row") -> int:
+    return 3 if row["metric"] in LOWER_IS_BETTER else 1
+
+
+def _shown_value(row: "Row") -> float:
+    """The value as the table shows it, so that what looks equal is treated as equal."""
+    return round(float(row["value"]), _decimals(row))
+
+
+def _value(row: "Row") -> str:
+    text = f"{float(row['value']):.{_decimals(row)}f}"
+    if "std" not in row:
+        return text
+    # The value of a clustering is its best run's, which the spread does not surround: the mean goes with it.
+    spread = f"± {float(row['std']):.{_decimals(row)}f}"
+    if row.get("mean", row["value"]) == row["value"]:
+        return f"{text} {spread}"
+    return f"{text} (mean {float(row['mean']):.{_decimals(row)}f} {spread})"
+
+
+def _value_cell(row: "Row | None", sign: int, best: float) -> Text:
+    if row is None:
+        return Text("-")
+    return Text(_value(row), style="bold" if sign * _shown_value(row) == best else "")
+
+
+def _difference_cell(base: "Row | None", refined: "Row | None", sign: int) -> Text:
+    if base is None or refined is None:
+        return Text("-")
+    digits = _decimals(refined)
+    difference = round(float(refined["value"]) - float(base["value"]), digits) + 0.0
+    style = "red" if sign * difference < 0 else "green" if difference else ""
+    return Text(f"{difference:+.{digits}f}", style=style)
+
+
+def _columns(rows: Sequence["Row"]) -> list[str]:
+    """Every key of the rows: model, metric and value first, the others as they appear."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    first = [key for key in ("model", "metric", "value") if key in keys]
+    return first + [key for key in keys if key not in first]
+
+
+def _setting(value: str | int | float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _finite(value: str | int | float) -> str | int | float | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return installed_version(package)
+    except PackageNotFoundError:
+        return None
