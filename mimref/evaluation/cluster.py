@@ -16,7 +16,7 @@ from sklearn.metrics import (
     normalized_mutual_info_score,
     silhouette_score,
 )
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from mimref.errors import ConfigError, DataError, did_you_mean
 from mimref.evaluation.metrics import (
@@ -28,6 +28,7 @@ from mimref.evaluation.metrics import (
     percent,
     row_blocks,
     spread,
+    unit_rows,
 )
 
 # Names in results. The first four compare clusters with classes; the last two judge the classes themselves.
@@ -83,7 +84,7 @@ def cluster(
         raise DataError(
             f"{len(classes)} clusters (one per class) need more than {len(x)} images; give several images per class"
         )
-    points = _unit_rows(x)
+    points = unit_rows(x)
     truth = class_indices(classes, y, "features")
     of_clusters = [name for name in metrics if name in OF_CLUSTERS]
     done = _run_all(points, truth, of_clusters, runs, seed, workers, progress) if of_clusters else []
@@ -133,7 +134,7 @@ def _run_all(
     if serial:
         results = (kmeans_run(x, y, metrics, clusters, number, seed) for number in range(runs))
     else:
-        from joblib import Parallel, delayed  # type: ignore[import-untyped]
+        from joblib import Parallel, delayed
 
         # Arrays above a megabyte are written once and mapped by all processes.
         parallel = Parallel(n_jobs=jobs, backend="loky", max_nbytes="1M", return_as="generator_unordered")
@@ -166,15 +167,6 @@ def _class_separation(x: NDArray[np.float32], y: NDArray[np.int64], metric: str)
     if metric == "sil":
         return percent(silhouette_score(x, y))
     return float(davies_bouldin_score(x, y))
-
-
-def _unit_rows(x: NDArray[np.floating]) -> NDArray[np.float32]:
-    out = np.empty(x.shape, dtype=np.float32)
-    for rows in row_blocks(x):
-        block = x[rows].astype(np.float64)
-        norm = np.linalg.norm(block, axis=1, keepdims=True)
-        out[rows] = block / np.where(norm > 0, norm, 1.0)
-    return out
 
 
 def _cores() -> int:

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mimref.errors import ConfigError
-from mimref.evaluation.metrics import Row, accuracy, check_classes, check_features, class_indices, row_blocks
+from mimref.devices import resolve_device
+from mimref.errors import ConfigError, DataError
+from mimref.evaluation.metrics import Row, accuracy, check_classes, check_features, class_indices, row_blocks, unit_rows
 
 QUERY_CHUNK = 1024
 TRAIN_CHUNK = 16384
@@ -91,22 +92,20 @@ def find_neighbours(
 
     train_x (N, D) may be memory-mapped: it is read twice, block by block. Rows of exactly equal similarity come in
     order of their index, so results depend on chunk sizes only where the matmul itself rounds differently.
-    Raises ConfigError for k beyond N, widths that differ, or a device that torch cannot use.
+    Raises ConfigError for k beyond N or a device that is not there, DataError for widths that differ.
     """
     if not 1 <= k <= len(train_x):
-        raise ConfigError(f"k = {k} neighbours cannot be drawn from {len(train_x)} training images; choose 1 to that")
+        raise ConfigError(f"k = {k} is outside 1 to {len(train_x)}, the number of training images; choose a smaller k")
     if train_x.shape[1] != test_x.shape[1]:
-        raise ConfigError(
-            f"train features are {train_x.shape[1]} wide, test features {test_x.shape[1]}; use one encoder"
-        )
-    target = _device(device)
-    mean, std = feature_statistics(train_x) if standardize else (None, None)
-    test = torch.from_numpy(_unit_rows(test_x, mean, std))
+        raise DataError(f"train features are {train_x.shape[1]} wide, test features {test_x.shape[1]}; use one encoder")
+    target = resolve_device(device)
+    mean, std = mean_and_std(train_x) if standardize else (None, None)
+    test = torch.from_numpy(unit_rows(test_x, mean, std))
     queries = [slice(start, start + query_chunk) for start in range(0, len(test), query_chunk)]
     keys = [slice(start, start + train_chunk) for start in range(0, len(train_x), train_chunk)]
     found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0, dtype=torch.int64))] * len(queries)
     for step, rows in enumerate(keys):
-        train = torch.from_numpy(_unit_rows(train_x[rows], mean, std)).to(target)
+        train = torch.from_numpy(unit_rows(train_x[rows], mean, std)).to(target)
         for number, query in enumerate(queries):
             similarity, index = _top_k(test[query].to(target) @ train.T, k)
             new = (similarity.cpu(), index.cpu() + rows.start)
@@ -161,7 +160,7 @@ def neighbour_votes(
         yield k_, votes
 
 
-def feature_statistics(x: Features) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def mean_and_std(x: Features) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and standard deviation (D,) of every feature of x (N, D), in one float64 pass over blocks.
 
     Blocks are combined by Chan's formula (sums of squares would lose precision). A feature that varies by no more than
@@ -180,19 +179,6 @@ def feature_statistics(x: Features) -> tuple[NDArray[np.float64], NDArray[np.flo
         count = total
     std = np.sqrt(m2 / count)
     return mean, np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 1.0)
-
-
-def _unit_rows(x: Features, mean: NDArray[np.float64] | None, std: NDArray[np.float64] | None) -> NDArray[np.float32]:
-    """Standardised rows of unit length, as a new float32 array; a row of zeros stays zero."""
-    out = np.empty(x.shape, dtype=np.float32)
-    for rows in row_blocks(x):
-        block = x[rows].astype(np.float64)
-        if mean is not None and std is not None:
-            block -= mean
-            block /= std
-        norm = np.linalg.norm(block, axis=1, keepdims=True)
-        out[rows] = block / np.where(norm > 0, norm, 1.0)
-    return out
 
 
 def _top_k(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -229,10 +215,3 @@ def _check_votes(k: Sequence[int], tau: Sequence[float]) -> None:
         raise ConfigError(f"k = {list(k)}: give one or more numbers of neighbours, each at least 1")
     if not len(tau) or min(tau) <= 0:
         raise ConfigError(f"tau = {list(tau)}: give one or more temperatures above 0")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error

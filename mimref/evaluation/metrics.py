@@ -21,6 +21,25 @@ def row_blocks(x: NDArray[np.generic], elements: int = BLOCK_ELEMENTS) -> list[s
     return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
 
 
+def unit_rows(
+    x: NDArray[np.number], mean: NDArray[np.float64] | None = None, std: NDArray[np.float64] | None = None
+) -> NDArray[np.float32]:
+    """Rows of x (N, D) scaled to unit length, as a new float32 array; a row of zeros stays zero.
+
+    mean, std (D,): subtract and divide by these first. Computed in float64, block by block.
+    """
+    out = np.empty(x.shape, dtype=np.float32)
+    for rows in row_blocks(x):
+        block = x[rows].astype(np.float64)
+        if mean is not None:
+            block -= mean
+        if std is not None:
+            block /= std
+        norm = np.linalg.norm(block, axis=1, keepdims=True)
+        out[rows] = block / np.where(norm > 0, norm, 1.0)
+    return out
+
+
 def check_features(x: NDArray[np.generic], name: str, y: ArrayLike | None = None) -> None:
     """Refuse features that no protocol can use: x must be (N, D), finite, and y, if given, (N,) whole numbers.
 

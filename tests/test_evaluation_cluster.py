@@ -1,0 +1,102 @@
+"""k-means clustering against scikit-learn used directly, and the same results in one process or several."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn import metrics as reference
+from sklearn.cluster import MiniBatchKMeans
+
+from mimref.errors import ConfigError, DataError
+from mimref.evaluation import cluster as module
+from mimref.evaluation.cluster import cluster, kmeans_run
+from mimref.evaluation.metrics import cluster_accuracy
+
+ALL = ("acc", "nmi", "ami", "ari", "sil", "dbs")
+
+
+def blobs(n: int = 200, classes: int = 5, width: int = 8) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    rng = np.random.default_rng(0)
+    y = np.arange(n) % classes
+    return (rng.normal(size=(classes, width))[y] + 0.8 * rng.normal(size=(n, width))).astype(np.float32), y
+
+
+def unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    wide = x.astype(np.float64)
+    return np.asarray(wide / np.linalg.norm(wide, axis=1, keepdims=True), dtype=np.float32)
+
+
+def test_scores_are_those_of_the_run_with_least_inertia() -> None:
+    x, y = blobs()
+    points = unit(x)
+    rows = {row["metric"]: row for row in cluster(x, y * 10 + 1, metrics=ALL, runs=8, seed=5, workers=1)}
+    assert list(rows) == list(module.NAMES.values())
+    inertias, accs, nmis, amis, aris = [], [], [], [], []
+    for number in range(8):
+        state = int(np.random.SeedSequence([5, number]).generate_state(1)[0])
+        model = MiniBatchKMeans(n_clusters=5, n_init=1, random_state=state).fit(points)
+        centres = model.cluster_centers_.astype(np.float64)
+        inertias.append(sum(float(((p - centres[c]) ** 2).sum()) for p, c in zip(points, model.labels_, strict=True)))
+        accs.append(cluster_accuracy(y, model.labels_))
+        nmis.append(100 * reference.normalized_mutual_info_score(y, model.labels_))
+        amis.append(100 * reference.adjusted_mutual_info_score(y, model.labels_))
+        aris.append(100 * reference.adjusted_rand_score(y, model.labels_))
+    best = int(np.argmin(inertias))
+    for name, scores in (("cluster_acc", accs), ("cluster_nmi", nmis), ("cluster_ami", amis), ("cluster_ari", aris)):
+        assert rows[name]["value"] == pytest.approx(scores[best])
+        assert rows[name]["mean"] == pytest.approx(np.mean(scores))
+        assert rows[name]["std"] == pytest.approx(np.std(scores, ddof=1))
+        assert rows[name]["runs"] == 8
+    assert rows["silhouette"]["value"] == pytest.approx(100 * reference.silhouette_score(points, y), abs=1e-3)
+    assert rows["davies_bouldin"]["value"] == pytest.approx(reference.davies_bouldin_score(points, y))
+
+
+def test_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = blobs()
+    serial = cluster(x, y, metrics=ALL, runs=6)
+    monkeypatch.setattr(module, "SERIAL_WORK", 0)
+    calls: list[tuple[int, int]] = []
+    assert cluster(x, y, metrics=ALL, runs=6, workers=2, progress=lambda d, t: calls.append((d, t))) == serial
+    assert calls == [(i, 6) for i in range(1, 7)]
+
+
+def test_runs_and_seeds_are_independent() -> None:
+    x, y = blobs()
+    points = unit(x)
+    runs = [kmeans_run(points, y, ("acc",), 5, number, seed) for seed in (0, 1) for number in range(4)]
+    assert len({run.inertia for run in runs}) > 4
+    assert runs[2] == kmeans_run(points, y, ("acc",), 5, 2, 0)
+    assert cluster(x, y, runs=4, seed=1) == cluster(x, y, runs=4, seed=1)
+
+
+def test_separation_needs_no_clustering(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("k-means was run")
+
+    monkeypatch.setattr(module, "kmeans_run", refuse)
+    assert [row["metric"] for row in cluster(*blobs(), metrics=("dbs", "sil"))] == ["davies_bouldin", "silhouette"]
+
+
+def test_collapsed_features_have_scores() -> None:
+    _, y = blobs()
+    rows = cluster(np.ones((200, 8), dtype=np.float32), y, runs=2)
+    assert rows[0]["value"] == pytest.approx(20)
+    assert rows[1]["value"] == pytest.approx(0)
+
+
+def test_refuses_what_cannot_be_evaluated() -> None:
+    x, y = blobs()
+    with pytest.raises(ConfigError, match=r"unknown metric 'nmu'.*did you mean 'nmi'"):
+        cluster(x, y, metrics=("acc", "nmu"))
+    with pytest.raises(ConfigError, match="none given"):
+        cluster(x, y, metrics=())
+    with pytest.raises(ConfigError, match="runs = 0"):
+        cluster(x, y, runs=0)
+    with pytest.raises(ConfigError, match="workers = 0"):
+        cluster(x, y, workers=0)
+    with pytest.raises(DataError, match=r"200 clusters .* more than 200 images"):
+        cluster(x, np.arange(200))
+    with pytest.raises(DataError, match="all images are of class 3"):
+        cluster(x, np.full_like(y, 3))
+    x[7, 0] = np.nan
+    with pytest.raises(DataError, match="features of image 7 "):
+        cluster(x, y)

@@ -1,0 +1,171 @@
+"""k-NN against plain loops in float64 and against scikit-learn."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from mimref.errors import ConfigError, DataError
+from mimref.evaluation.knn import find_neighbours, knn, knn_accuracy, label_ranks, mean_and_std
+
+Arrays = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
+
+
+def blobs(train: int = 120, test: int = 50, classes: int = 7, width: int = 6, seed: int = 0) -> Arrays:
+    """Overlapping classes with features of very different scales; every class is in train."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(classes, width))
+    scale = np.logspace(-2, 2, width)
+
+    def draw(n: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        y = np.concatenate([np.arange(classes), rng.integers(0, classes, n - classes)])
+        return ((centres[y] + rng.normal(size=(n, width)) + 3) * scale).astype(np.float32), y
+
+    return *draw(train), *draw(test)
+
+
+def loop_votes(arrays: Arrays, k: int, tau: float, standardize: bool = True) -> list[dict[int, float]]:
+    """Votes per class of every test image, one image and one neighbour at a time, in float64."""
+    train_x, train_y, test_x, _ = arrays
+    train, test = train_x.astype(np.float64), test_x.astype(np.float64)
+    if standardize:
+        mean, std = train.mean(0), train.std(0)
+        train, test = (train - mean) / std, (test - mean) / std
+    result = []
+    for query in test:
+        sims = [
+            (float(np.dot(query, row) / math.sqrt(query @ query) / math.sqrt(row @ row)), i)
+            for i, row in enumerate(train)
+        ]
+        votes: dict[int, float] = {}
+        for similarity, i in sorted(sims, key=lambda pair: (-pair[0], pair[1]))[:k]:
+            votes[int(train_y[i])] = votes.get(int(train_y[i]), 0.0) + math.exp(similarity / tau)
+        result.append(votes)
+    return result
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_knn_equals_float64_loops(standardize: bool) -> None:
+    arrays = blobs()
+    ks, taus = (20, 1, 5), (0.07, 1.0)
+    rows = {
+        (row["metric"], row["k"], row["tau"]): row["value"]
+        for row in knn(*arrays, k=ks, tau=taus, standardize=standardize)
+    }
+    assert list(rows)[:2] == [("knn_top1", 20, 0.07), ("knn_top5", 20, 0.07)]
+    assert len(rows) == 12
+    for k in ks:
+        for tau in taus:
+            hits = {1: 0, 5: 0}
+            for votes, label in zip(loop_votes(arrays, k, tau, standardize), arrays[3], strict=True):
+                ranking = sorted(votes, key=lambda c: (-votes[c], c))
+                for top in hits:
+                    hits[top] += int(label) in ranking[:top]
+            assert rows["knn_top1", k, tau] == pytest.approx(100 * hits[1] / 50)
+            assert rows["knn_top5", k, tau] == pytest.approx(100 * hits[5] / 50)
+
+
+def test_knn_equals_scikit_learn() -> None:
+    train_x, train_y, test_x, test_y = blobs(train=300, test=200, seed=1)
+    scaler = StandardScaler().fit(train_x.astype(np.float64))
+    for k, tau in ((1, 0.07), (10, 0.07), (50, 0.2)):
+        model = KNeighborsClassifier(
+            k, metric="cosine", weights=lambda d, t=tau: np.exp((1 - d) / t), algorithm="brute"
+        )
+        model.fit(scaler.transform(train_x.astype(np.float64)), train_y)
+        expected = 100 * model.score(scaler.transform(test_x.astype(np.float64)), test_y)
+        assert knn_accuracy(train_x, train_y, test_x, test_y, k=k, tau=tau) == pytest.approx(expected)
+
+
+def test_chunks_and_order_of_settings_change_nothing() -> None:
+    train_x, _, test_x, _ = blobs()
+    whole = find_neighbours(train_x, test_x, k=15)
+    pieces = find_neighbours(train_x, test_x, k=15, query_chunk=7, train_chunk=11)
+    assert torch.equal(whole.train_index, pieces.train_index)
+    torch.testing.assert_close(whole.similarity, pieces.similarity, atol=1e-6, rtol=0)
+    assert bool((whole.similarity[:, :-1] >= whole.similarity[:, 1:]).all())
+    arrays = blobs()
+    alone = [knn(*arrays, k=(k,))[0]["value"] for k in (3, 30)]
+    assert [row["value"] for row in knn(*arrays, k=(30, 3)) if row["metric"] == "knn_top1"] == alone[::-1]
+
+
+def test_equal_similarities_come_in_order_of_index() -> None:
+    """Signs of axes: products of zeros and ones are exact, so every tie is a true one."""
+    rng = np.random.default_rng(0)
+    train = np.eye(4, dtype=np.float32)[rng.integers(0, 4, 60)]
+    test = np.eye(4, dtype=np.float32)
+    for chunk in (7, 60):
+        found = find_neighbours(train, test, k=25, standardize=False, train_chunk=chunk)
+        for query in range(4):
+            expected = sorted(range(60), key=lambda i, q=query: (-float(train[i, q]), i))[:25]
+            assert found.train_index[query].tolist() == expected
+
+
+def test_labels_with_gaps_and_equal_votes() -> None:
+    train_x, train_y, test_x, test_y = blobs()
+    plain = knn(train_x, train_y, test_x, test_y)
+    assert knn(train_x, train_y * 10 - 5, test_x, test_y * 10 - 5) == plain
+    found = find_neighbours(np.eye(3, dtype=np.float32), np.ones((3, 3), dtype=np.float32), k=2, standardize=False)
+    ranks = label_ranks(found, np.array([2, 1, 0]), np.array([0, 1, 2]), 3, k=(2,), tau=(0.07,))
+    # Neighbours are rows 0 and 1, classes 2 and 1: the lower label wins, class 0 has no votes.
+    assert ranks[2, 0.07].tolist() == [3, 0, 1]
+
+
+def test_small_temperature_does_not_overflow() -> None:
+    arrays = blobs()
+    assert knn(*arrays, k=(10,), tau=(1e-4,))[0]["value"] == knn(*arrays, k=(1,))[0]["value"]
+
+
+def test_top5_needs_five_classes() -> None:
+    assert [row["metric"] for row in knn(*blobs(classes=4))] == ["knn_top1"]
+    assert [row["metric"] for row in knn(*blobs(classes=5))] == ["knn_top1", "knn_top5"]
+
+
+def test_statistics_are_exact_and_constant_features_stay_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mimref.evaluation.metrics.BLOCK_ELEMENTS", 10)
+    x = np.random.default_rng(0).normal(1000, 1e-2, size=(500, 3)).astype(np.float32)
+    x[:, 1] = 0.1
+    mean, std = mean_and_std(x)
+    np.testing.assert_allclose(mean, x.astype(np.float64).mean(0), rtol=1e-14)
+    np.testing.assert_allclose(std[[0, 2]], x.astype(np.float64).std(0)[[0, 2]], rtol=1e-10)
+    assert std[1] == 1
+
+
+def test_reads_memory_mapped_half_precision(tmp_path: Path) -> None:
+    train_x, train_y, test_x, test_y = blobs(width=4)
+    np.save(tmp_path / "train.npy", train_x.astype(np.float16))
+    mapped = np.load(tmp_path / "train.npy", mmap_mode="r")
+    expected = knn(train_x.astype(np.float16).astype(np.float32), train_y, test_x, test_y)
+    assert knn(mapped, train_y, test_x, test_y) == expected
+
+
+def test_progress_reaches_its_end() -> None:
+    train_x, _, test_x, _ = blobs()
+    calls: list[tuple[int, int]] = []
+    find_neighbours(train_x, test_x, k=3, query_chunk=20, train_chunk=50, progress=lambda d, t: calls.append((d, t)))
+    assert calls == [(i, 9) for i in range(1, 10)]
+
+
+def test_refuses_what_cannot_be_evaluated() -> None:
+    train_x, train_y, test_x, test_y = blobs()
+    with pytest.raises(ConfigError, match="k = 121 is outside 1 to 120"):
+        knn(train_x, train_y, test_x, test_y, k=(10, 121))
+    with pytest.raises(ConfigError, match="at least 1"):
+        knn(train_x, train_y, test_x, test_y, k=(0,))
+    with pytest.raises(ConfigError, match="above 0"):
+        knn(train_x, train_y, test_x, test_y, tau=(0.0,))
+    with pytest.raises(DataError, match="6 wide, test features 5"):
+        knn(train_x, train_y, test_x[:, :5], test_y)
+    with pytest.raises(DataError, match="class 42 has no training image"):
+        knn(train_x, train_y, test_x, np.where(test_y == 3, 42, test_y))
+    with pytest.raises(DataError, match="all images are of class 2"):
+        knn(train_x, np.full_like(train_y, 2), test_x, np.full_like(test_y, 2))
+    broken = test_x.copy()
+    broken[4, 0] = np.nan
+    with pytest.raises(DataError, match="test: features of image 4 "):
+        knn(train_x, train_y, broken, test_y)

@@ -1,0 +1,66 @@
+"""Scores and checks that several protocols share."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mimref.errors import DataError
+from mimref.evaluation.metrics import check_features, cluster_accuracy, main_rows, row_blocks, spread, unit_rows
+
+
+@pytest.mark.parametrize(("classes", "clusters"), [(4, 4), (3, 5), (5, 3)])
+def test_cluster_accuracy_equals_brute_force(classes: int, clusters: int) -> None:
+    rng = np.random.default_rng(classes)
+    for _ in range(5):
+        y = rng.integers(0, classes, 40)
+        assignment = rng.integers(0, clusters, 40)
+        size = max(classes, clusters)
+        best = max(
+            sum(permutation[a] == label for a, label in zip(assignment, y, strict=True))
+            for permutation in itertools.permutations(range(size))
+        )
+        assert cluster_accuracy(y * 7 + 3, assignment) == pytest.approx(100 * best / 40)
+
+
+def test_check_features_names_the_fault(tmp_path: Path) -> None:
+    good = np.ones((4, 3), dtype=np.float32)
+    check_features(good, "train", np.arange(4))
+    for bad in (np.nan, np.inf, -np.inf):
+        x = good.copy()
+        x[2, 1] = bad
+        with pytest.raises(DataError, match="train: features of image 2 "):
+            check_features(x, "train")
+    with pytest.raises(DataError, match="4 feature rows but 3 labels"):
+        check_features(good, "train", np.arange(3))
+    with pytest.raises(DataError, match=r"shape \(4,\)"):
+        check_features(good[:, 0], "train")
+    with pytest.raises(DataError, match=r"shape \(0, 3\)"):
+        check_features(good[:0], "train")
+    with pytest.raises(DataError, match="whole numbers"):
+        check_features(good, "train", np.linspace(0, 1, 4))
+    with pytest.raises(DataError, match="real numbers"):
+        check_features(good.astype(str), "train")
+
+
+def test_row_blocks_cover_every_row_once() -> None:
+    x = np.zeros((10, 4))
+    assert [i for rows in row_blocks(x, 12) for i in range(rows.start, rows.stop)] == list(range(10))
+    assert row_blocks(x, 1)[0] == slice(0, 1)
+
+
+def test_unit_rows_standardise_then_normalise() -> None:
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    x[2] = 0
+    mean, std = np.array([1.0, 2.0, 3.0]), np.array([1.0, 0.5, 2.0])
+    expected = (x.astype(np.float64) - mean) / std
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(unit_rows(x, mean, std), expected, atol=1e-7)
+    assert not unit_rows(x)[2].any()
+
+
+def test_spread_and_main_rows() -> None:
+    assert spread([1.0, 3.0]) == (2.0, pytest.approx(np.sqrt(2)))
+    assert spread([5.0]) == (5.0, 0.0)
+    assert main_rows([{"metric": "a", "split": 0}, {"metric": "a", "splits": 2}]) == [{"metric": "a", "splits": 2}]
