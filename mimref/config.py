@@ -101,8 +101,8 @@ class DataConfig(Section):
     """Unreadable images that are skipped and reported; one more stops the run."""
     train_limit: int | None = Field(default=None, gt=0)
     """Use only the first N training images (of a fixed, class-balanced order for labelled data)."""
-    crop_fraction: float = Field(default=0.875, gt=0, le=1)
-    """Evaluation: centre crop over resized shorter side (224 / 256)."""
+    crop_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Evaluation: centre crop over resized shorter side; None: as the checkpoint's header says, else 0.875 (224 / 256)."""
 
 
 class ViewsConfig(Section):
@@ -296,8 +296,8 @@ class RefineConfig(RunConfig):
     def _check_stages(self) -> Self:
         if self.stage == "encoder" and self.heads_from is None:
             raise ValueError("stage = 'encoder' needs heads_from (--heads-from DIR): a run whose heads are trained")
-        if self.stage == "heads" and self.heads_from is not None:
-            raise ValueError("stage = 'heads' trains the heads anew; leave heads_from (--heads-from) out")
+        if self.stage != "encoder" and self.heads_from is not None:
+            raise ValueError(f"stage = {self.stage!r} trains heads of its own; heads_from goes with stage = 'encoder'")
         for name, top_k in (("heads_stage", self.heads_stage.top_k), ("encoder_stage", self.encoder_stage.top_k)):
             if top_k > self.heads.queue_size:
                 raise ValueError(f"{name}.top_k {top_k} is more than the {self.heads.queue_size} of heads.queue_size")

@@ -65,6 +65,36 @@ def preset_text(name: str) -> str:
     return (_preset_folder() / f"{matches[0]}.toml").read_text(encoding="utf-8")
 
 
+def choose_refine_preset(preset: str | None, arch: str | None, source: str | None, weights: str | None) -> str:
+    """The preset that the options of `mimref refine` ask for.
+
+    The given one; else `quickstart` when nothing else is given; else that of the pair of `--arch` and `--source`
+    (default mae), or where the paper has none, MAE's of the same size, or of ViT-B for timm's names. `arch` and
+    `source` still override the preset's own. Raises ConfigError for `--weights` without a hint at their settings.
+    """
+    if preset is not None:
+        return preset
+    if arch is None:
+        if source is None and weights in (None, "quickstart"):
+            return "refine/quickstart"
+        raise ConfigError("Give --preset NAME (`mimref presets list` shows all) or --arch with --weights or --source")
+    size = arch.removeprefix("vit_")
+    candidates = [f"refine/{source or 'mae'}_{size}", f"refine/mae_{size}", "refine/mae_b16"]
+    known = preset_names("refine")
+    return next((name for name in candidates if name in known), candidates[-1])
+
+
+def choose_pretrain_preset(preset: str | None, arch: str | None) -> str:
+    """The given preset; else `quickstart`, or MAE's recipe where `--arch` is given."""
+    if preset is not None:
+        return preset
+    if arch is None:
+        return "pretrain/quickstart"
+    # MAE trains all sizes with one recipe.
+    name = f"pretrain/mae_{arch.removeprefix('vit_')}"
+    return name if name in preset_names("pretrain") else "pretrain/mae_l16"
+
+
 def _preset_folder() -> Path:
     package = Path(__file__).parent
     # A wheel carries the presets inside the package; a source checkout has them beside it.

@@ -1,0 +1,175 @@
+"""Settings: what is accepted, and the one line that says what is wrong."""
+
+import types
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from mimref.config import CommandConfig, KnnConfig, PretrainConfig, RefineConfig, dump_config
+from mimref.errors import ConfigError
+from mimref.recipes import choose_pretrain_preset, choose_refine_preset, load_config
+
+
+def load(*sets: str, **overrides: Any) -> RefineConfig:
+    return load_config(RefineConfig, None, {key.replace("__", "."): value for key, value in overrides.items()}, sets)
+
+
+def test_defaults_are_valid() -> None:
+    for model in (RefineConfig, PretrainConfig, KnnConfig):
+        assert load_config(model) == model()
+
+
+def test_overrides_then_sets() -> None:
+    config = load("batch_size=32", "views.flip=0", batch_size=16, encoder_stage__epochs=3, heads__blocks=None)
+    assert (config.batch_size, config.views.flip, config.encoder_stage.epochs) == (32, 0.0, 3)
+    assert config.heads.blocks == "last8"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("heads.temperature=0.3", 0.3),
+        ("heads.temperature=[0.1, 0.2]", [0.1, 0.2]),
+        ("heads.temperature = 1", 1.0),
+        ("heads.blocks=20", "20"),
+        ("heads.blocks='last4'", "last4"),
+        ("views.color=false", False),
+        ("encoder_stage.lr=3e-4", 3e-4),
+        ("encoder_stage.warmup_epochs=2", 2.0),
+        ("encoder_stage.warmup_epochs=none", None),
+        ("encoder.weights=~/my weights.pth", "~/my weights.pth"),
+        ("data.root=2024-01-01", "2024-01-01"),
+        ("data.root=none", None),
+        ("views.jitter=[0, 0, 0, 0]", (0.0, 0.0, 0.0, 0.0)),
+    ],
+)
+def test_set_reads_toml_values_and_bare_words(assignment: str, expected: object) -> None:
+    value: Any = load(assignment)
+    for part in assignment.partition("=")[0].strip().split("."):
+        value = getattr(value, part)
+    assert value == expected
+
+
+def test_set_of_a_table_keeps_the_rest_of_it() -> None:
+    config = load("heads={output = 3}", heads__queue_size=77)
+    assert (config.heads.output, config.heads.queue_size) == (3, 77)
+
+
+WRONG = {
+    "heads.temprature=0.1": "Unknown setting 'heads.temprature'; did you mean 'heads.temperature'?",
+    "temperature=0.1": "Unknown setting 'temperature'; did you mean 'heads.temperature'?",
+    "zzz=1": "Unknown setting 'zzz'",
+    "seed.x=1": "Unknown setting 'seed.x'; did you mean 'seed'?",
+    "seed": "--set 'seed' is not of the form KEY=VALUE, such as heads.temperature=0.3",
+    "=3": "--set '=3' is not of the form KEY=VALUE, such as heads.temperature=0.3",
+    "seed=1.5": "seed = 1.5: expected a whole number",
+    "seed=-1": "seed = -1: expected a number at least 0",
+    "seed=01": 'seed = "01": expected a whole number',
+    "seed=1\nbatch_size=3": 'seed = "1\\nbatch_size=3": expected a whole number',
+    "batch_size=1": "batch_size = 1: expected a number more than 1",
+    "views.color=yes": 'views.color = "yes": expected true or false',
+    "heads=3": "heads = 3: expected a table of settings",
+    "heads.temperature=hot": 'heads.temperature = "hot": expected a number or a list',
+    "heads.temperature=[0.1, -1]": "heads.temperature = [0.1, -1]: expected a number more than 0",
+    "heads.temperature=[]": "heads.temperature = []: expected a list of at least 1",
+    "heads.blocks=0-3": 'heads.blocks = "0-3": expected blocks such as 17-24, 20,22,24 or last8',
+    "heads.pool=clss": "heads.pool = \"clss\": expected 'cls' or 'mean'; did you mean 'cls'?",
+    "device=gpu": "device = \"gpu\": expected 'auto', 'cpu', 'cuda' or 'mps'; did you mean 'cpu'?",
+    "views.global_scale=3": "views.global_scale = 3: expected a list",
+    "views.global_scale=[0.5]": "views.global_scale = [0.5]: expected a longer list",
+    "views.global_scale=[0.1, 0.2, 0.3]": "views.global_scale = [0.1, 0.2, 0.3]: expected a list of 2",
+    "views.global_scale=[0.0, 0.5]": "views.global_scale = [0.0, 0.5]: expected a number more than 0",
+    "views.local_scale=[0.1, 7]": "views.local_scale = [0.1, 7]: expected a number at most 1",
+    "views.local_scale=[0.5, 0.1]": (
+        "views.local_scale = [0.5, 0.1]: expected a range whose first number is not above its second"
+    ),
+    "views.jitter=[0.4, 0.4, 0.4, 0.7]": "views.jitter = [0.4, 0.4, 0.4, 0.7]: expected a number at most 0.5",
+    "optimizer.betas=[0.9, 1.0]": "optimizer.betas = [0.9, 1.0]: expected a number less than 1",
+    "encoder_stage.lr=nan": "encoder_stage.lr = NaN: expected a finite number",
+    "encoder_stage.lr=inf": "encoder_stage.lr = Infinity: expected a finite number",
+    "encoder_stage.warmup_epochs=31": "encoder_stage.warmup_epochs 31 is more than encoder_stage.epochs 30",
+    "heads_stage.top_k=70000": "heads_stage.top_k 70000 is more than the 65536 of heads.queue_size",
+    "encoder.arch=custom": "encoder.arch = 'custom' needs encoder.width, encoder.depth, encoder.num_heads, "
+    "encoder.patch_size",
+    "encoder={arch = 'custom', width = 10, depth = 1, num_heads = 3, patch_size = 2}": (
+        "encoder.width 10 must be a multiple of encoder.num_heads 3"
+    ),
+    "stage=encoder": "stage = 'encoder' needs heads_from (--heads-from DIR): a run whose heads are trained",
+    "heads_from=runs/a": "stage = 'both' trains heads of its own; heads_from goes with stage = 'encoder'",
+}
+
+
+@pytest.mark.parametrize("assignment", WRONG)
+def test_mistakes_are_one_line_that_names_them(assignment: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(assignment)
+    assert str(caught.value) == WRONG[assignment]
+
+
+def test_mae_decoder_width_must_fit_its_heads() -> None:
+    with pytest.raises(ConfigError, match=r"mae\.decoder\.width 10 must be a multiple of num_heads 16"):
+        load_config(PretrainConfig, None, {"mae.decoder.width": 10})
+
+
+def test_dumped_config_reads_back_equal(tmp_path: Any) -> None:
+    config = load(
+        "heads.temperature=[0.1, 0.2]",
+        "optimizer.clip_grad=3",
+        'data.spec="a \\"b\\" \\\\ ü"',
+        "encoder_stage.lr=1e-300",
+    )
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(RefineConfig, str(path)) == config.model_copy(update={"preset": str(path)})
+
+
+def test_dumped_config_keeps_the_name_of_its_preset(tmp_path: Any) -> None:
+    config = load_config(RefineConfig, "d2v2_l16")
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(RefineConfig, str(path)) == config
+
+
+def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
+    kinds = [field.annotation for field in model.model_fields.values()]
+    nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return [model, *(inner for section in nested for inner in sections(section))]
+
+
+@pytest.mark.parametrize("model", [RefineConfig, PretrainConfig, KnnConfig])
+def test_settings_that_may_be_unset_are_unset_by_default(model: type[CommandConfig]) -> None:
+    # dump_config leaves out what is unset, so a default other than None would come back.
+    for section in sections(model):
+        for name, field in section.model_fields.items():
+            if types.NoneType in get_args(field.annotation):
+                assert field.default is None, name
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((None, None, None, None), "refine/quickstart"),
+        ((None, None, None, "quickstart"), "refine/quickstart"),
+        (("mine.toml", "vit_l16", None, "x.pth"), "mine.toml"),
+        ((None, "vit_l16", None, "x.pth"), "refine/mae_l16"),
+        ((None, "vit_h14", "d2v2", "x.pth"), "refine/d2v2_h14"),
+        ((None, "vit_h14", "ijepa", "x.pth"), "refine/mae_h14"),
+        ((None, "vit_small_patch16_224", "timm", None), "refine/mae_b16"),
+    ],
+)
+def test_choose_refine_preset(given: tuple[str | None, str | None, str | None, str | None], expected: str) -> None:
+    assert choose_refine_preset(*given) == expected
+
+
+@pytest.mark.parametrize("given", [(None, None, None, "x.pth"), (None, None, "mae", None)])
+def test_weights_alone_do_not_choose_a_preset(given: tuple[None, None, str | None, str | None]) -> None:
+    with pytest.raises(ConfigError, match="--preset NAME"):
+        choose_refine_preset(*given)
+
+
+def test_choose_pretrain_preset() -> None:
+    assert choose_pretrain_preset(None, None) == "pretrain/quickstart"
+    assert choose_pretrain_preset("mine", "vit_b16") == "mine"
+    assert choose_pretrain_preset(None, "vit_b16") == "pretrain/mae_b16"
+    assert choose_pretrain_preset(None, "vit_h14") == "pretrain/mae_l16"

@@ -1,0 +1,227 @@
+"""Every shipped preset loads; the paper's agree with the paper; ablations change what they say and nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mimref.config import CommandConfig, PretrainConfig, RefineConfig
+from mimref.errors import ConfigError
+from mimref.recipes import load_config, preset_names, preset_text
+
+MODELS: dict[str, type[CommandConfig]] = {"refine": RefineConfig, "pretrain": PretrainConfig}
+
+
+def flatten(config: CommandConfig) -> dict[str, Any]:
+    """Dotted key to value."""
+
+    def walk(table: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in table.items():
+            flat |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return flat
+
+    return walk(config.model_dump(), "")
+
+
+def load(name: str) -> CommandConfig:
+    return load_config(MODELS[name.partition("/")[0]], name)
+
+
+# Everything that must hold for each preset by itself.
+@pytest.mark.parametrize("name", preset_names())
+class TestEveryPreset:
+    def test_loads_under_its_own_name(self, name: str) -> None:
+        assert load(name).preset == name
+
+    def test_opens_with_its_command(self, name: str) -> None:
+        head = preset_text(name).split("\n\n")[0]
+        command, _, short = name.partition("/")
+        assert all(line.startswith("#") for line in head.splitlines()), "the preset must open with a comment"
+        named = f"mimref {command} --preset {short}" in head
+        assert named or (short == "quickstart" and f"mimref {command}" in head)
+
+
+# Table 10, transcribed: Parameter -> {preset: value}.
+MAE_L, MAE_H, MAE_2B = "refine/mae_l16", "refine/mae_h14", "refine/mae_2b14"
+D2V2_L, D2V2_H = "refine/d2v2_l16", "refine/d2v2_h14"
+PAPER = (MAE_L, MAE_H, MAE_2B, D2V2_L, D2V2_H)
+TABLE_10_SAME: dict[str, Any] = {
+    "optimizer.betas": (0.9, 0.95),
+    "encoder_stage.lr": 4e-4,
+    "encoder_stage.layer_decay": 0.65,
+    "encoder_stage.weight_decay": 0.05,
+    "encoder_stage.ema": 0.9999,
+    "encoder_stage.heads_weight_decay": 1e-5,
+    "encoder_stage.top_k": 20,
+    "loss.swap_negatives": False,
+    "views.global_size": 224,
+    "views.global_scale": (0.25, 1.0),
+    "views.local_views": 10,
+    "views.local_scale": (0.05, 0.25),
+    "views.color": True,
+    "views.blur": True,
+    # Appendix B.3: stage 1 has the same settings but for these.
+    "heads_stage.epochs": 20,
+    "heads_stage.lr": 2e-4,
+    "heads_stage.top_k": 1,
+    "heads_stage.weight_decay": 1e-5,
+    # Appendix B.2 and the released implementation.
+    "heads.projector_hidden": 2048,
+    "heads.predictor_hidden": 4096,
+    "heads.output": 256,
+    "heads.queue_size": 65536,
+    "encoder.image_size": 224,
+    # Section 5.1: all head losses are summed, and none of Eq. (1) is changed.
+    "loss.schedule": "constant",
+    "loss.direction": "projection",
+}
+TABLE_10: dict[str, dict[str, Any]] = {
+    "encoder_stage.epochs": {MAE_L: 30, MAE_H: 30, MAE_2B: 20, D2V2_L: 20, D2V2_H: 20},
+    "batch_size": {MAE_L: 1024, MAE_H: 512, MAE_2B: 512, D2V2_L: 1024, D2V2_H: 512},
+    "encoder_stage.freeze_blocks": {MAE_L: 0, MAE_H: 0, MAE_2B: 6, D2V2_L: 0, D2V2_H: 0},
+    "heads.temperature": {MAE_L: 0.2, MAE_H: 0.3, MAE_2B: 0.35, D2V2_L: 0.2, D2V2_H: 0.3},
+    "views.local_size": {MAE_L: 96, MAE_H: 98, MAE_2B: 98, D2V2_L: 96, D2V2_H: 98},
+    # Appendix A.1: the last 8 blocks, 12 for ViT-H.
+    "heads.blocks": {MAE_L: "last8", MAE_H: "last12", MAE_2B: "last8", D2V2_L: "last8", D2V2_H: "last12"},
+    "encoder.arch": {MAE_L: "vit_l16", MAE_H: "vit_h14", MAE_2B: "vit_2b14", D2V2_L: "vit_l16", D2V2_H: "vit_h14"},
+    "encoder.source": {MAE_L: "mae", MAE_H: "mae", MAE_2B: "mae", D2V2_L: "d2v2", D2V2_H: "d2v2"},
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_presets_equal_table_10(name: str) -> None:
+    expected = TABLE_10_SAME | {key: values[name] for key, values in TABLE_10.items()}
+    actual = flatten(load(name))
+    assert {key: actual[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_presets_warm_up_for_4_epochs(name: str) -> None:
+    config = load_config(RefineConfig, name)
+    for stage in (config.heads_stage, config.encoder_stage):
+        # Unset means min(4, epochs / 5).
+        assert stage.warmup_epochs is None
+        assert stage.epochs / 5 >= 4
+
+
+# A preset, what it is based on, and all that it may change.
+CHANGES: list[tuple[str, str, dict[str, Any]]] = [
+    ("refine/mae_b16", MAE_L, {"encoder.arch": "vit_b16", "heads.blocks": "last4"}),
+    (
+        "refine/d2v2_h14_nocolor",
+        D2V2_H,
+        {
+            "views.color": False,
+            "views.blur": False,
+            "encoder_stage.epochs": 10,
+            "encoder_stage.warmup_epochs": 4,
+        },
+    ),
+    *(("refine/ablation/" + name, D2V2_L, changes) for name, changes in {
+        "a_heads1": {"heads.blocks": "last1"},
+        "a_heads2": {"heads.blocks": "last2"},
+        "a_heads4": {"heads.blocks": "last4"},
+        "a_heads12": {"heads.blocks": "last12"},
+        "b_blocks_20_24": {"heads.blocks": "20,24"},
+        "b_blocks_16_20_24": {"heads.blocks": "16,20,24"},
+        "b_blocks_15_18_21_24": {"heads.blocks": "15,18,21,24"},
+        "b_blocks_18_20_22_24": {"heads.blocks": "18,20,22,24"},
+        "c_uniform_decay": {"loss.schedule": "uniform_decay"},
+        "c_staggered_decay": {"loss.schedule": "staggered_decay"},
+        "c_staggered_step": {"loss.schedule": "staggered_step"},
+        "c_one_hot": {"loss.schedule": "one_hot"},
+        "d_freeze6": {"encoder_stage.freeze_blocks": 6},
+        "d_freeze12": {"encoder_stage.freeze_blocks": 12},
+        "e_swap_negatives": {"loss.swap_negatives": True},
+        "f_no_multicrop": {"views.local_views": 0, "views.global_scale": (0.08, 1.0)},
+        "f_no_color_blur": {"views.color": False, "views.blur": False},
+    }.items()),
+    ("pretrain/mae_b16", "pretrain/mae_l16", {"encoder.arch": "vit_b16"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "base", "changes"), CHANGES, ids=[name for name, _, _ in CHANGES])
+def test_changes_to_the_base_are_the_named_ones(name: str, base: str, changes: dict[str, Any]) -> None:
+    before, after = flatten(load(base)), flatten(load(name))
+    changed = {key: value for key, value in after.items() if value != before[key]}
+    assert changed == changes | {"preset": name}
+
+
+def test_every_ablation_preset_is_checked() -> None:
+    checked = {name for name, _, _ in CHANGES}
+    assert {name for name in preset_names("refine") if "/ablation/" in name} <= checked
+
+
+def test_mae_recipe() -> None:
+    flat = flatten(load("pretrain/mae_l16"))
+    expected = {
+        "batch_size": 4096,
+        "mae.epochs": 800,
+        "mae.warmup_epochs": 40.0,
+        "mae.lr": 1.5e-4,
+        "mae.weight_decay": 0.05,
+        "mae.mask_ratio": 0.75,
+        "mae.decoder.width": 512,
+        "mae.decoder.depth": 8,
+        "mae.decoder.num_heads": 16,
+        "optimizer.betas": (0.9, 0.95),
+    }
+    assert {key: flat[key] for key in expected} == expected
+
+
+def test_names_short_and_long() -> None:
+    assert load_config(RefineConfig, "mae_l16") == load_config(RefineConfig, "refine/mae_l16")
+    assert load_config(PretrainConfig, "mae_l16").preset == "pretrain/mae_l16"
+    assert load_config(RefineConfig, "ablation/a_heads1").preset == "refine/ablation/a_heads1"
+    assert preset_text("d2v2_h14") == preset_text("refine/d2v2_h14")
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"^Unknown preset 'mae_l61'; did you mean 'mae_l16'\?$"):
+        load_config(RefineConfig, "mae_l61")
+    with pytest.raises(ConfigError, match=r"^Unknown preset 'xyz'; `mimref presets list` shows all$"):
+        load_config(RefineConfig, "xyz")
+    with pytest.raises(ConfigError, match=r"is one of `mimref pretrain`, not of `mimref refine`"):
+        load_config(RefineConfig, "pretrain/mae_l16")
+    with pytest.raises(ConfigError, match=r"'mae_l16' is ambiguous: pretrain/mae_l16 or refine/mae_l16"):
+        preset_text("mae_l16")
+    with pytest.raises(ConfigError, match="Unknown preset"):
+        preset_text("../pyproject")
+
+
+def test_files_build_on_shipped_presets_and_on_each_other(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "lower.toml").write_text('base = "mae_h14"\nseed = 3\n[heads]\ntemperature = 0.5\n')
+    upper = tmp_path / "sub" / "upper.toml"
+    upper.write_text('base = "../lower.toml"\nbatch_size = 64\n')
+    config = load_config(RefineConfig, str(upper))
+    assert (config.batch_size, config.seed, config.heads.temperature) == (64, 3, 0.5)
+    assert (config.heads.blocks, config.encoder.arch, config.preset) == ("last12", "vit_h14", str(upper))
+
+
+def write_and_load(path: Path, text: str) -> None:
+    path.write_text(text)
+    load_config(RefineConfig, str(path))
+
+
+def test_bad_files_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    with pytest.raises(ConfigError, match=r"^Preset file '.*mine\.toml' does not exist$"):
+        load_config(RefineConfig, str(path))
+    with pytest.raises(ConfigError, match=r"^Preset file '.*mine\.toml' is not valid TOML: .*line 2"):
+        write_and_load(path, "seed = 1\nbatch_size = = 3\n")
+    with pytest.raises(ConfigError, match=r"^Unknown setting 'heads\.blcoks'; did you mean 'heads\.blocks'\?$"):
+        write_and_load(path, '[heads]\nblcoks = "last8"\n')
+    with pytest.raises(ConfigError, match=r"^Unknown preset 'nothing'"):
+        write_and_load(path, 'base = "nothing"\n')
+    with pytest.raises(ConfigError, match=r"base = 3: expected the name of a preset$"):
+        write_and_load(path, "base = 3\n")
+    with pytest.raises(ConfigError, match=r"has itself as a base: mine -> mine$"):
+        write_and_load(path, 'base = "mine.toml"\n')
+    path.write_bytes(b"seed = \xff\n")
+    with pytest.raises(ConfigError, match=r"is not valid TOML"):
+        load_config(RefineConfig, str(path))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot be read: Is a directory$"):
+        load_config(RefineConfig, str(tmp_path / "folder.toml"))
