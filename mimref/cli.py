@@ -47,8 +47,8 @@ DeviceOption = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda|
 PrecisionOption = Annotated[
     str | None, typer.Option("--precision", metavar="fp32|bf16", help="Default: bf16 on CUDA, else fp32.")
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of everything random; default 0.")]
-WorkersOption = Annotated[int | None, typer.Option("--workers", metavar="N", help="Processes that read images.")]
+SeedOption = Annotated[str | None, typer.Option("--seed", metavar="N", help="Seed of everything random; default 0.")]
+WorkersOption = Annotated[str | None, typer.Option("--workers", metavar="N", help="Processes that read images.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 ArchOption = Annotated[
@@ -59,15 +59,15 @@ SourceOption = Annotated[
     str | None, typer.Option("--source", metavar="NAME", help="How the weights were made: mae, d2v2, timm, ...")
 ]
 BatchSizeOption = Annotated[
-    int | None, typer.Option("--batch-size", metavar="N", help="Images per update over all processes.")
+    str | None, typer.Option("--batch-size", metavar="N", help="Images per update over all processes.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the output folder.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")]
 WeightsOption = Annotated[
     str | None, typer.Option("--weights", metavar="FILE", help="Weights to refine; `quickstart` is packaged.")
 ]
-EncoderEpochsOption = Annotated[int | None, typer.Option("--epochs", metavar="N", help="Epochs of stage 2.")]
-HeadsEpochsOption = Annotated[int | None, typer.Option("--heads-epochs", metavar="N", help="Epochs of stage 1.")]
+EncoderEpochsOption = Annotated[str | None, typer.Option("--epochs", metavar="N", help="Epochs of stage 2.")]
+HeadsEpochsOption = Annotated[str | None, typer.Option("--heads-epochs", metavar="N", help="Epochs of stage 1.")]
 StageOption = Annotated[
     str | None, typer.Option("--stage", metavar="both|heads|encoder", help="Which stages to run; default both.")
 ]
@@ -78,12 +78,12 @@ HeadsOption = Annotated[
     str | None, typer.Option("--heads", metavar="BLOCKS", help="Blocks with a head: 17-24, 20,22,24 or last8.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")]
-EpochsOption = Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the images.")]
+EpochsOption = Annotated[str | None, typer.Option("--epochs", metavar="N", help="Passes over the images.")]
 CheckpointArgument = Annotated[
     str | None, typer.Argument(metavar="[CKPT]", help="Weights file or the output folder of `refine`.")
 ]
 NeighboursOption = Annotated[str | None, typer.Option("--k", metavar="10,20", help="Neighbours that vote; default 10.")]
-TauOption = Annotated[float | None, typer.Option("--tau", help="Temperature of the votes; default 0.07.")]
+TauOption = Annotated[str | None, typer.Option("--tau", metavar="T", help="Temperature of the votes; default 0.07.")]
 BlocksOption = Annotated[
     str | None, typer.Option("--blocks", metavar="last|last4|all|1,5,12", help="Which blocks' features.")
 ]
@@ -92,7 +92,7 @@ PoolOption = Annotated[
 ]
 FinalNormOption = Annotated[bool | None, typer.Option("--final-norm", help="Apply the encoder's last norm.")]
 ResolutionOption = Annotated[
-    int | None, typer.Option("--resolution", metavar="PIXELS", help="Default: the encoder's own.")
+    str | None, typer.Option("--resolution", metavar="PIXELS", help="Default: the encoder's own.")
 ]
 
 
@@ -143,12 +143,10 @@ def refine(
     chosen = _resumed_config(out, resume) or choose_refine_preset(preset, arch, source, weights)
     config = load_config(RefineConfig, chosen, overrides, sets or ())
     if dry_run:
-        from mimref.refinement.plan import plan_refine
+        from mimref.refinement.plan import describe, make_plan
 
-        _print_facts(plan_refine(config))
+        _print_facts(describe(make_plan(config)))
         return
-    _require("images", "--data FOLDER (or digits, fashion-mnist, torchvision:NAME)", config.data.spec)
-    _require("weights", "--weights FILE (or quickstart)", config.encoder.weights)
     out = out or _default_out(config)
     if resume and _print_finished(out):
         return
@@ -157,7 +155,7 @@ def refine(
 
     with _Terminal(quiet) as terminal:
         result = run_refine(config, out, resume=resume, force=force, listener=terminal)
-    _report(out, config, result.elapsed_s, result.rows)
+    _report(out, config, result.elapsed_s, result.rows, quiet)
 
 
 @app.command()
@@ -189,7 +187,6 @@ def pretrain(
     overrides |= _common(data, device, precision, seed, workers)
     chosen = _resumed_config(out, resume) or choose_pretrain_preset(preset, arch)
     config = load_config(PretrainConfig, chosen, overrides, sets or ())
-    _require("images", "--data FOLDER (or digits, fashion-mnist, torchvision:NAME)", config.data.spec)
     out = out or _default_out(config)
     if resume and _print_finished(out):
         return
@@ -198,7 +195,7 @@ def pretrain(
 
     with _Terminal(quiet) as terminal:
         result = run_pretrain(config, out, resume=resume, force=force, listener=terminal)
-    _report(out, config, result.elapsed_s, result.rows)
+    _report(out, config, result.elapsed_s, result.rows, quiet)
 
 
 @app.command()
@@ -249,7 +246,7 @@ def knn(
 
     with _Terminal(quiet) as terminal:
         result = evaluate_knn(config, listener=terminal)
-    _report(out, config, result.elapsed_s, result.rows)
+    _report(out, config, result.elapsed_s, result.rows, quiet)
 
 
 @presets_app.command("list")
@@ -300,15 +297,19 @@ def run(args: Sequence[str]) -> int:
         typer.echo(f"mimref: {interruption.message}", err=True)
         return 128 + interruption.signum
     except UserError as error:
-        message = str(error)
+        return _fail(str(error), error, debug)
     except typer.TyperException as error:
-        message = error.format_message()
+        return _fail(error.format_message(), error, debug)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        message = f"disk full while writing {error.filename or 'a file'}; free some space and run again"
+        file = error.filename or "a file"
+        return _fail(f"disk full while writing {file}; free some space and run again", error, debug)
+
+
+def _fail(message: str, error: Exception, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
+        traceback.print_exception(error)
     typer.echo(f"mimref: error: {' '.join(message.split())}", err=True)
     return 2
 
@@ -352,7 +353,7 @@ class _Terminal:
 
 
 def _common(
-    data: str | None, device: str | None, precision: str | None, seed: int | None, workers: int | None
+    data: str | None, device: str | None, precision: str | None, seed: str | None, workers: str | None
 ) -> dict[str, Any]:
     return {"data.spec": data, "device": device, "precision": precision, "seed": seed, "workers": workers}
 
@@ -362,11 +363,6 @@ def _parse_ints(option: str, text: str | None) -> list[int] | None:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} {text!r}: expected whole numbers separated by commas, such as 10,20") from None
-
-
-def _require(what: str, how: str, value: object) -> None:
-    if value is None:
-        raise ConfigError(f"No {what} given: pass {how}")
 
 
 def _default_out(config: "CommandConfig") -> Path:
@@ -396,13 +392,14 @@ def _print_finished(out: Path) -> bool:
     return True
 
 
-def _report(out: Path | None, config: "CommandConfig", elapsed_s: float, rows: Sequence["Row"]) -> None:
+def _report(out: Path | None, config: "CommandConfig", elapsed_s: float, rows: Sequence["Row"], quiet: bool) -> None:
     _print_rows(rows)
     if out is not None:
         from mimref.report import write_results
 
         write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows)
-        typer.echo(f"results in {out}", err=True)
+        if not quiet:
+            typer.echo(f"results in {out}", err=True)
 
 
 def _print_rows(rows: Sequence["Row"]) -> None:

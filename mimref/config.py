@@ -102,7 +102,7 @@ class DataConfig(Section):
     train_limit: int | None = Field(default=None, gt=0)
     """Use only the first N training images (of a fixed, class-balanced order for labelled data)."""
     crop_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Evaluation: centre crop over resized shorter side; None: as the checkpoint's header says, else 0.875 (224 / 256)."""
+    """Evaluation: centre crop over resized shorter side; None: the checkpoint header's, else 0.875 (224 / 256)."""
 
 
 class ViewsConfig(Section):

@@ -23,8 +23,9 @@ def load_config(
     """Build a checked config: defaults, then the preset and its bases, then `overrides`, then `sets`.
 
     preset: a name (`quickstart` or `refine/quickstart` for RefineConfig) or the path of a `.toml` file.
-    overrides: dotted key to value; None values do not override. sets: `a.b=value`, values written as in TOML, bare
-    words as strings, `none` to unset. Raises ConfigError with one line that names the setting or preset at fault.
+    overrides: dotted key to value; None does not override; text for a setting of another type is read as in `sets`.
+    sets: `a.b=value`, values written as in TOML, bare words as strings, `none` to unset.
+    Raises ConfigError with one line that names the setting or preset at fault.
     """
     table: Table = {}
     if preset is not None:
@@ -33,7 +34,9 @@ def load_config(
         table.setdefault("preset", name)
     for key, value in (overrides or {}).items():
         if value is not None:
-            table = _merge(table, _nest(model, key, value))
+            field = _find_field(model, key)
+            parsed = _parse_value(field, value) if isinstance(value, str) and not _takes_text(field) else value
+            table = _merge(table, _nest(model, key, parsed))
     for assignment in sets:
         key, equals, text = assignment.partition("=")
         key = key.strip()
@@ -195,8 +198,11 @@ def _parse_value(field: FieldInfo | None, text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     value = table["value"] if len(table) == 1 else text
-    takes_text = field is not None and str in (field.annotation, *get_args(field.annotation))
-    return text if takes_text and not isinstance(value, str) else value
+    return text if _takes_text(field) and not isinstance(value, str) else value
+
+
+def _takes_text(field: FieldInfo | None) -> bool:
+    return field is not None and str in (field.annotation, *get_args(field.annotation))
 
 
 def _describe(error: ValidationError, model: type[BaseModel], table: Table) -> str:

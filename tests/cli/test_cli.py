@@ -1,0 +1,298 @@
+"""The command line: what it passes on, what it prints, and its exit codes. The work itself is replaced by fakes."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mimref
+from mimref.cli import run
+from mimref.errors import DataError, Interrupted
+
+ROWS = [
+    {"model": model, "metric": "knn_top1", "value": value, "k": 10, "tau": 0.07}
+    for model, value in (("raw pixels", 90.0), ("base", 91.0), ("refined", 93.5))
+]
+
+
+@dataclass
+class Calls:
+    """What the fake work was called with; `then` runs inside of it."""
+
+    config: Any = None
+    out: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    then: Callable[[Any], None] = lambda listener: None
+    count: int = 0
+
+    def __call__(self, config: Any, out: Path | None = None, **options: Any) -> types.SimpleNamespace:
+        self.config, self.out, self.count = config, out, self.count + 1
+        listener = options.pop("listener")
+        self.options = options
+        self.then(listener)
+        return types.SimpleNamespace(rows=ROWS, elapsed_s=1.5, out=out)
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
+    """Fakes in place of everything that would import torch; the current folder is an empty one."""
+    calls = Calls()
+    for module, name in (
+        ("mimref.refinement.run", "refine"),
+        ("mimref.pretraining.run", "pretrain"),
+        ("mimref.evaluation.run", "evaluate_knn"),
+    ):
+        fake = types.ModuleType(module)
+        setattr(fake, name, calls)
+        monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err.strip()
+
+
+def test_refine_passes_its_options_on(work: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "refine --arch vit_h14 --source d2v2 --weights w.pth --data imgs --epochs 7 --heads-epochs 2 --batch-size 64"
+    line += " --heads 20,22 --device cpu --precision fp32 --seed 3 --workers 0 --set heads.temperature=0.1 --set seed=4"
+    assert run([*line.split(), "--out", "here", "--force"]) == 0
+    config = work.config
+    assert config.preset == "refine/d2v2_h14"
+    assert (config.encoder.arch, config.encoder.source, config.encoder.weights) == ("vit_h14", "d2v2", "w.pth")
+    assert (config.encoder_stage.epochs, config.heads_stage.epochs, config.batch_size) == (7, 2, 64)
+    assert (config.heads.blocks, config.heads.temperature, config.data.spec) == ("20,22", 0.1, "imgs")
+    assert (config.device, config.precision, config.seed, config.workers) == ("cpu", "fp32", 4, 0)
+    assert (work.out, work.options) == (Path("here"), {"resume": False, "force": True})
+    results = json.loads(Path("here/results.json").read_text())
+    assert (results["command"], results["metrics"], results["elapsed_s"]) == ("refine", ROWS, 1.5)
+    assert results["config"]["heads"]["blocks"] == "20,22"
+    assert "+2.5" in capsys.readouterr().out
+
+
+def test_heads_from_runs_stage_2_alone(work: Calls) -> None:
+    assert run(["refine", "--preset", "mae_l16", "--heads-from", "runs/a"]) == 0
+    assert (work.config.stage, work.config.heads_from) == ("encoder", "runs/a")
+    assert work.out == Path("runs/refine-mae_l16")
+
+
+def test_output_folders_are_named_after_the_preset(work: Calls) -> None:
+    Path("mine.toml").write_text('base = "mae_b16"\n')
+    for preset, out in (("ablation/a_heads1", "refine-ablation-a_heads1"), ("mine.toml", "refine-mine")):
+        assert run(["refine", "--preset", preset]) == 0
+        assert work.out == Path("runs") / out
+
+
+def test_pretrain_passes_its_options_on(work: Calls) -> None:
+    assert run(["pretrain", "--arch", "vit_b16", "--data", "imgs", "--epochs", "50", "--batch-size", "32"]) == 0
+    assert (work.config.preset, work.config.mae.epochs, work.config.batch_size) == ("pretrain/mae_b16", 50, 32)
+    assert work.out == Path("runs/pretrain-mae_b16")
+
+
+def test_knn_without_arguments_takes_the_digits(work: Calls) -> None:
+    assert run(["knn"]) == 0
+    assert (work.config.checkpoint, work.config.data.spec, work.config.k) == ("quickstart", "digits", [10])
+
+
+def test_knn_passes_its_options_on(work: Calls) -> None:
+    line = "knn w.pth --k 5,10 --tau 0.1 --blocks last4 --pool cls+mean --final-norm --resolution 98 --out res"
+    assert run(line.split()) == 0
+    config = work.config
+    assert (config.checkpoint, config.data.spec, config.k, config.tau) == ("w.pth", None, [5, 10], 0.1)
+    assert (config.blocks, config.pool, config.final_norm, config.resolution) == ("last4", "cls+mean", True, 98)
+    assert Path("res/results.csv").is_file()
+    assert run(line.split()) == 2
+    assert run([*line.split(), "--force"]) == 0
+
+
+def test_resume_takes_the_settings_of_the_run(work: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path("mine")
+    out.mkdir()
+    (out / "config.toml").write_text('preset = "refine/x"\nseed = 7\n[encoder]\nweights = "w.pth"\n')
+    assert run(["refine", "--resume", "--out", "mine"]) == 0
+    assert (work.config.seed, work.config.encoder.weights, work.config.preset) == (7, "w.pth", "refine/x")
+    assert work.options == {"resume": True, "force": False}
+    first = capsys.readouterr().out
+    # Finished now: nothing runs, the results are printed again.
+    assert run(["refine", "--resume", "--out", "mine"]) == 0
+    assert work.count == 1
+    assert capsys.readouterr().out == first
+    (out / "results.json").write_text("{")
+    assert run(["refine", "--resume", "--out", "mine"]) == 2
+    assert "results.json cannot be read" in one_line(capsys)
+
+
+BAD_LINES = {
+    "refine --preset mae_l61": "Unknown preset 'mae_l61'; did you mean 'mae_l16'?",
+    "refine --preset nowhere.toml": "Preset file 'nowhere.toml' does not exist",
+    "refine --preset mae_l16 --set heads.temprature=1": (
+        "Unknown setting 'heads.temprature'; did you mean 'heads.temperature'?"
+    ),
+    "refine --preset mae_l16 --batch-size 1": "batch_size = 1: expected a number more than 1",
+    "refine --preset mae_l16 --epochs many": 'encoder_stage.epochs = "many": expected a whole number',
+    "refine --preset mae_l16 --seed=-1": "seed = -1: expected a number at least 0",
+    "refine --preset mae_l16 --stage head": (
+        "stage = \"head\": expected 'both', 'heads' or 'encoder'; did you mean 'heads'?"
+    ),
+    "refine --preset mae_l16 --heads first3": (
+        'heads.blocks = "first3": expected blocks such as 17-24, 20,22,24 or last8'
+    ),
+    "refine --weights w.pth": (
+        "Give --preset NAME (`mimref presets list` shows all) or --arch with --weights or --source"
+    ),
+    "knn --k ten": "--k 'ten': expected whole numbers separated by commas, such as 10,20",
+    "knn --k 0": "k = [0]: expected a number more than 0",
+    "presets show nothing": "Unknown preset 'nothing'; `mimref presets list` shows all",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_mistakes_are_one_line_and_exit_2(line: str, work: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line.split()) == 2
+    assert one_line(capsys) == f"mimref: error: {BAD_LINES[line]}"
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("refine --bacth-size 3", "--batch-size"),
+        ("refine --epochs", "--epochs"),
+        ("refine extra", "extra"),
+        ("refin", "'refine'"),
+        ("presets", "command"),
+        ("presets show", "NAME"),
+        ("--wrong", "--wrong"),
+    ],
+)
+def test_the_parsers_own_errors_are_one_line(line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line.split()) == 2
+    message = one_line(capsys)
+    assert message.startswith("mimref: error: ")
+    assert expected in message
+
+
+def raising(error: BaseException) -> Callable[[Any], None]:
+    def raise_it(listener: Any) -> None:
+        raise error
+
+    return raise_it
+
+
+def test_exit_codes(work: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["refine", "--preset", "mae_l16"]
+    for error, code, message in (
+        (DataError("no such folder 'x'\nat all"), 2, "mimref: error: no such folder 'x' at all"),
+        (Interrupted(signal.SIGTERM, "saved step 3"), 143, "mimref: saved step 3"),
+        (Interrupted(signal.SIGINT, "saved step 3"), 130, "mimref: saved step 3"),
+        (OSError(errno.ENOSPC, "No space", "f.bin"), 2, "mimref: error: disk full while writing f.bin; "),
+    ):
+        work.then = raising(error)
+        assert run(line) == code
+        assert one_line(capsys).startswith(message)
+    work.then = raising(KeyboardInterrupt())
+    assert run(line) == 130
+
+
+def test_bugs_keep_their_traceback(work: Calls) -> None:
+    work.then = raising(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        run(["refine", "--preset", "mae_l16"])
+
+
+def test_debug_shows_the_traceback(work: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    work.then = raising(DataError("no such folder"))
+    assert run(["refine", "--preset", "mae_l16", "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.endswith("mimref: error: no such folder\n")
+
+
+def test_progress_and_notes_go_to_stderr_and_quiet_keeps_warnings(
+    work: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def speak(listener: Any) -> None:
+        listener.note("a note before")
+        listener.progress("stage 1", 2, 2)
+        listener.note("a note between")
+        listener.progress("stage 2", 1, 1)
+        listener.warn("careful")
+
+    work.then = speak
+    assert run(["refine", "--preset", "mae_l16"]) == 0
+    loud = capsys.readouterr()
+    lines = [line for line in loud.err.splitlines() if not line.startswith("results in")]
+    assert [line.split(":")[0] for line in lines] == [
+        "a note before",
+        "stage 1",
+        "a note between",
+        "stage 2",
+        "warning",
+    ]
+    assert run(["refine", "--preset", "mae_l16", "--quiet", "--out", "b"]) == 0
+    quiet = capsys.readouterr()
+    assert quiet.err == "warning: careful\n"
+    assert quiet.out == loud.out
+
+
+def test_presets_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["presets", "list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("refine/ablation/a_heads1 ") and "Table 1a" in line for line in listed)
+    assert run(["presets", "show", "d2v2_l16"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("# data2vec 2.0 ViT-L/16")
+    assert shown.endswith("epochs = 20\n")
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"{mimref.__version__}\n"
+    assert run([]) == 0
+    assert "Commands:" in capsys.readouterr().out
+    for command in ("refine", "pretrain", "knn", "presets"):
+        assert run([command, "--help"]) == 0
+        assert f"Usage: mimref {command}" in capsys.readouterr().out
+
+
+def test_the_api_is_lazy_and_complete() -> None:
+    code = (
+        "import sys, mimref; assert 'torch' not in sys.modules and 'pydantic' not in sys.modules; mimref.RefineConfig()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {"refine", "pretrain", "knn", "load_config", "__version__"} <= set(dir(mimref))
+    with pytest.raises(AttributeError, match="no attribute 'refin'"):
+        _ = mimref.refin
+
+
+def test_help_answers_within_0_7_s() -> None:
+    def seconds() -> float:
+        started = time.monotonic()
+        subprocess.run(
+            [sys.executable, "-m", "mimref", "--help"], check=True, stdout=subprocess.DEVNULL, env={**os.environ}
+        )
+        return time.monotonic() - started
+
+    # The best of a few: other work on the machine is not what is measured.
+    assert min(seconds() for _ in range(5)) < 0.7
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from mimref.cli import run; run(['refine', '--help']); print(*sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    # Typer itself imports the light half of pydantic.
+    loaded = set(printed.splitlines()[-1].split())
+    assert not loaded & {"torch", "timm", "numpy", "sklearn", "rich", "matplotlib"}
