@@ -34,7 +34,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error: the user asked for it)
+class Interrupted(Exception):
     """Work stopped by a signal after saving what can be saved; the exit code is 128 + the signal's number."""
 
     def __init__(self, signum: int, message: str) -> None:

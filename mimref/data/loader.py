@@ -1,0 +1,105 @@
+"""Batches of cropped views in an order that depends on (seed, epoch) alone."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mimref.data.sources import BadImage, ImageSource
+from mimref.data.views import CropGroup, cut_group
+from mimref.draws import permutation
+
+_Item = tuple[int, int]  # (epoch, sample index): workers outlive epochs, so the epoch travels with the sample
+
+
+@dataclass
+class ViewBatch:
+    """Views of B images. Unreadable images are left out, so B may be smaller than the batch size."""
+
+    epoch: int
+    sample_B: Tensor
+    """Sample indices, int64."""
+    crops: list[Tensor]
+    """One tensor (B, V, 3, S, S) uint8 for each crop group."""
+    bad: list[tuple[str, str]]
+    """Path and reason of every image of the batch that could not be read."""
+
+
+class _ViewDataset(Dataset[ViewBatch]):
+    def __init__(self, source: ImageSource, groups: Sequence[CropGroup], seed: int) -> None:
+        self.source, self.groups, self.seed = source, groups, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, items: list[_Item]) -> ViewBatch:
+        epoch = items[0][0]
+        images, kept, bad = [], [], []
+        for _, index in items:
+            try:
+                images.append(self.source.read(index))
+                kept.append(index)
+            except BadImage as error:
+                bad.append((error.path, error.reason))
+        sample_B = torch.tensor(kept, dtype=torch.int64)
+        crops = [cut_group(images, group, self.seed, epoch, sample_B) for group in self.groups] if images else []
+        return ViewBatch(epoch, sample_B, crops, bad)
+
+
+class _EpochBatches(Sampler[list[_Item]]):
+    """Shuffled full batches of one epoch after another, from any position on."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, *, first_epoch: int, last_epoch: int, skip: int) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.first_epoch, self.last_epoch, self.skip = first_epoch, last_epoch, skip
+
+    def __iter__(self) -> Iterator[list[_Item]]:
+        for epoch in range(self.first_epoch, self.last_epoch):
+            order = permutation(self.seed, epoch, self.size).tolist()
+            skip = self.skip if epoch == self.first_epoch else 0
+            for batch in range(skip, self.size // self.batch_size):
+                chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+                yield [(epoch, index) for index in chosen]
+
+
+def view_batches(
+    source: ImageSource,
+    groups: Sequence[CropGroup],
+    *,
+    batch_size: int,
+    seed: int,
+    epochs: range,
+    skip: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[ViewBatch]:
+    """Batches of all `epochs`, one after another; the last partial batch of an epoch is dropped.
+
+    skip: batches of the first epoch that are already done. The batches are the same for every number of workers.
+    """
+    batches = _EpochBatches(len(source), batch_size, seed, first_epoch=epochs.start, last_epoch=epochs.stop, skip=skip)
+    loader = DataLoader(
+        _ViewDataset(source, groups, seed),
+        batch_sampler=batches,
+        num_workers=workers,
+        # The dataset returns whole batches; there is nothing left to collate.
+        collate_fn=_whole_batch,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
+    return cast(Iterator[ViewBatch], iter(loader))
+
+
+def loader_workers(requested: int | None, source: ImageSource) -> int:
+    """Loader processes: as asked, else none for images in memory and one per core (at most 16) for files."""
+    if requested is not None:
+        return requested
+    return 0 if source.in_memory else min(16, os.cpu_count() or 1)
+
+
+def _whole_batch(batch: Any) -> Any:
+    return batch

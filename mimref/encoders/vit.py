@@ -1,0 +1,254 @@
+"""Vision transformers on timm's `VisionTransformer`, with tokens of any block.
+
+Pre-norm (MAE, dBOT, DINO, ...), post-norm (data2vec 2.0) and any timm VisionTransformer (registers, LayerScale, odd
+patch sizes) share one class. Block numbers are 1-based.
+
+Shapes: B images, L tokens, D width, N patches.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Self, cast
+
+import timm
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimref.config import EncoderConfig
+from mimref.errors import ConfigError, did_you_mean
+
+# Width, depth, attention heads, patch size (Appendix B.1; 2B: MAWS).
+_SIZES = {
+    "vit_b16": (768, 12, 12, 16),
+    "vit_l16": (1024, 24, 16, 16),
+    "vit_h14": (1280, 32, 16, 14),
+    "vit_2b14": (2560, 24, 32, 14),
+}
+_POST_NORM_SOURCES = frozenset({"d2v2"})
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What has to be known to build an encoder; travels in the header of every file we write."""
+
+    name: str
+    """`vit_l16`, ..., `custom`, or a timm name, whose other sizes are then timm's own."""
+    image_size: int
+    """Pixels per side that the position embedding is made for."""
+    width: int
+    depth: int
+    num_heads: int
+    patch_size: int
+    post_norm: bool = False
+    """LayerNorm after each residual sum and after the embeddings, none at the end (data2vec 2.0)."""
+    fixed_positions: bool = True
+    """Sin-cos position embedding that is never trained."""
+    from_timm: bool = False
+
+    @classmethod
+    def from_config(cls, config: EncoderConfig) -> Self:
+        """Resolve the settings' architecture. Raises ConfigError for an unknown name."""
+        if config.arch == "custom":
+            sizes = (config.width, config.depth, config.num_heads, config.patch_size)
+            if None in sizes:
+                raise ConfigError("encoder.arch 'custom' needs width, depth, num_heads and patch_size")
+            width, depth, num_heads, patch_size = (int(size or 0) for size in sizes)
+        elif config.arch in _SIZES:
+            width, depth, num_heads, patch_size = _SIZES[config.arch]
+        else:
+            return cls._of_timm(config.arch, config.image_size)
+        post_norm = config.source in _POST_NORM_SOURCES
+        return cls(config.arch, config.image_size, width, depth, num_heads, patch_size, post_norm)
+
+    @classmethod
+    def _of_timm(cls, name: str, image_size: int) -> Self:
+        if not timm.is_model(name):
+            hint = did_you_mean(name, [*_SIZES, "custom", *timm.list_models()])
+            raise ConfigError(f"unknown architecture {name!r}{hint} (the paper's are {', '.join(_SIZES)})")
+        with torch.device("meta"):
+            vit = _timm_vit(name, image_size)
+        return cls(
+            name,
+            image_size,
+            width=vit.embed_dim,
+            depth=len(vit.blocks),
+            num_heads=cast(Any, vit.blocks[0]).attn.num_heads,
+            patch_size=vit.patch_embed.patch_size[0],
+            fixed_positions=False,
+            from_timm=True,
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check_size(self, size: int, setting: str) -> None:
+        """Raise ConfigError when images of `size` pixels cannot be cut into whole patches."""
+        if size % self.patch_size:
+            below = size // self.patch_size * self.patch_size
+            nearest = below if below and size - below < below + self.patch_size - size else below + self.patch_size
+            raise ConfigError(
+                f"{setting} {size} is not divisible by the patch size {self.patch_size} of {self.name}; "
+                f"the nearest that is: {nearest}"
+            )
+
+
+class PostNormBlock(Block):
+    """data2vec 2.0's block: each LayerNorm follows its residual sum."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # image encoders have no attention masks
+        x = self.norm1(x + self.attn(x))
+        normed: Tensor = self.norm2(x + self.mlp(x))
+        return normed
+
+
+class Encoder(nn.Module):
+    """Tokens of any block of a vision transformer; `vit` keeps timm's parameter names."""
+
+    def __init__(self, architecture: Architecture, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.vit = vit
+        self.embed_dim: int = vit.embed_dim
+        self.depth = len(vit.blocks)
+        self.num_prefix_tokens: int = vit.num_prefix_tokens
+        self.has_cls_token: bool = vit.cls_token is not None
+        self.patch_size = architecture.patch_size
+
+    def blocks(self, images: Tensor, indices: Sequence[int], *, final_norm: bool = False) -> list[Tensor]:
+        """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed), in one pass.
+
+        images: (B, 3, S, S) normalised, S divisible by the patch size. Returns a list of (B, L, D), prefix first.
+        Blocks after the last one asked for are not run. final_norm: the last block's tokens pass the final LayerNorm
+        (no effect on post-norm encoders, which have none).
+        """
+        tokens_BLD = self.embed(images)
+        kept: dict[int, Tensor] = {}
+        for number, block in enumerate(self.vit.blocks[: max(indices)], start=1):
+            tokens_BLD = block(tokens_BLD)
+            if number in indices:
+                kept[number] = tokens_BLD
+        if final_norm and self.depth in kept:
+            kept[self.depth] = self.vit.norm(kept[self.depth])
+        return [kept[index] for index in indices]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Input of block 1: patches, CLS and register tokens with positions, (B, L, D)."""
+        tokens_BLD: Tensor = self.vit.norm_pre(self.add_prefix(*self.embed_patches(images)))
+        return tokens_BLD
+
+    def embed_patches(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Patch tokens with their positions (B, N, D), and the prefix tokens' positions (1, P, D) if they have any."""
+        patches_BHWD = self.vit.patch_embed(images)
+        height, width = patches_BHWD.shape[1:3]
+        patches_BND = patches_BHWD.flatten(1, 2)
+        if self.vit.pos_embed is None:
+            return patches_BND, None
+        num_prefix = 0 if self.vit.no_embed_class else self.num_prefix_tokens
+        prefix_positions = self.vit.pos_embed[:, :num_prefix]
+        positions = resize_positions(self.vit.pos_embed[:, num_prefix:], (height, width))
+        return patches_BND + positions, prefix_positions if num_prefix else None
+
+    def add_prefix(self, patches_BND: Tensor, prefix_positions: Tensor | None) -> Tensor:
+        """Put CLS and register tokens in front of the patch tokens."""
+        prefix: list[Tensor] = [token for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
+        if not prefix:
+            return patches_BND
+        prefix_1PD = torch.cat(prefix, dim=1)
+        if prefix_positions is not None:
+            prefix_1PD = prefix_1PD + prefix_positions
+        return torch.cat([prefix_1PD.expand(len(patches_BND), -1, -1), patches_BND], dim=1)
+
+    def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
+        """One vector per image: `cls`, `mean` of the patch tokens, or both (`cls+mean`, (B, 2D)).
+
+        Without a CLS token the mean of the patch tokens stands in for it.
+        """
+        return pool_tokens(tokens_BLD, how, self.num_prefix_tokens, self.has_cls_token)
+
+
+def pool_tokens(tokens_BLD: Tensor, how: str, num_prefix_tokens: int, has_cls_token: bool) -> Tensor:
+    """One vector per image; see `Encoder.pool`."""
+    if how == "cls" and has_cls_token:
+        return tokens_BLD[:, 0]
+    mean_BD = tokens_BLD[:, num_prefix_tokens:].mean(dim=1)
+    if how == "cls+mean" and has_cls_token:
+        return torch.cat([tokens_BLD[:, 0], mean_BD], dim=1)
+    if how == "cls+mean":
+        return torch.cat([mean_BD, mean_BD], dim=1)
+    return mean_BD
+
+
+def resize_positions(positions_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Position embedding of a square grid, bicubically interpolated without antialiasing to `grid` (rows, columns)."""
+    side = math.isqrt(positions_1ND.shape[1])
+    if (side, side) == grid:
+        return positions_1ND
+    image = positions_1ND.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(image, size=grid, mode="bicubic", antialias=False, align_corners=False)
+    return resized.permute(0, 2, 3, 1).flatten(1, 2).to(positions_1ND.dtype)
+
+
+def sincos_positions(width: int, side: int, *, num_prefix: int = 1) -> Tensor:
+    """MAE's fixed 2-D sin-cos position embedding, (1, num_prefix + side**2, width), zero for the prefix tokens.
+
+    The first half of the width encodes the column, the second the row; each half is sines, then cosines.
+    """
+    if width % 4:
+        raise ConfigError(f"encoder.width {width} is not divisible by 4, as sin-cos positions need")
+    frequency = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    column = axis[None, :, :].expand(side, -1, -1)
+    row = axis[:, None, :].expand(-1, side, -1)
+    patches = torch.cat([column, row], dim=2).flatten(0, 1)
+    return torch.cat([patches.new_zeros(num_prefix, width), patches])[None].float()
+
+
+def build_encoder(architecture: Architecture) -> Encoder:
+    """An encoder with random weights, on the current default device (`meta` builds cost nothing).
+
+    Raises ConfigError when the image size does not fit the patch size.
+    """
+    architecture.check_size(architecture.image_size, "encoder.image_size")
+    if architecture.from_timm:
+        return Encoder(architecture, _timm_vit(architecture.name, architecture.image_size))
+    vit = VisionTransformer(
+        img_size=architecture.image_size,
+        patch_size=architecture.patch_size,
+        num_classes=0,
+        embed_dim=architecture.width,
+        depth=architecture.depth,
+        num_heads=architecture.num_heads,
+        pre_norm=architecture.post_norm,
+        final_norm=not architecture.post_norm,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        block_fn=PostNormBlock if architecture.post_norm else Block,
+        dynamic_img_size=True,
+    )
+    if architecture.post_norm:
+        # timm drops the bias of the patch projection when a norm follows the embeddings; data2vec 2.0 keeps it.
+        vit.patch_embed.proj = nn.Conv2d(3, architecture.width, architecture.patch_size, stride=architecture.patch_size)
+    side = architecture.image_size // architecture.patch_size
+    assert vit.pos_embed is not None
+    if not vit.pos_embed.is_meta:
+        vit.pos_embed.data.copy_(sincos_positions(architecture.width, side))
+    vit.pos_embed.requires_grad_(not architecture.fixed_positions)
+    return Encoder(architecture, vit)
+
+
+def _timm_vit(name: str, image_size: int) -> VisionTransformer:
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True)
+    except TypeError:
+        model = None
+    if not isinstance(model, VisionTransformer):
+        raise ConfigError(f"architecture {name!r} is not a timm VisionTransformer: it can be evaluated, not refined")
+    return model

@@ -1,0 +1,1 @@
+"""Evaluation protocols, each a function of feature arrays."""

@@ -1,0 +1,132 @@
+"""A cheap look at an encoder during training: k-NN and feature statistics on a fixed subset (Appendix E)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mimref.config import RunConfig
+from mimref.data.sources import ImageSource, open_source
+from mimref.data.transforms import EvalTransform
+from mimref.encoders.vit import Encoder
+from mimref.errors import DataError
+from mimref.evaluation.knn import knn_accuracy
+from mimref.features.extract import Features, extract
+
+
+class _Subset:
+    """Every n-th image of a source, so that all classes of sorted folders are met."""
+
+    def __init__(self, source: ImageSource, most: int) -> None:
+        step = max(1, -(-len(source) // most))
+        self.source, self.rows = source, range(0, len(source), step)
+        self.name, self.in_memory, self.class_names = source.name, source.in_memory, source.class_names
+        self.labels = None if source.labels is None else source.labels[::step]
+        self.fingerprint = source.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> torch.Tensor:
+        return self.source.read(self.rows[index])
+
+    def path(self, index: int) -> str:
+        return self.source.path(self.rows[index])
+
+
+class KnnMonitor:
+    """Features of the last block on a fixed subset of training and validation images.
+
+    Without labels, or without a validation split, only the feature statistics are told.
+    """
+
+    def __init__(
+        self, config: RunConfig, transform: EvalTransform, device: torch.device, precision: torch.dtype
+    ) -> None:
+        self.transform, self.device, self.precision = transform, device, precision
+        self.k = config.evaluate.knn_k
+        self.max_bad = config.data.max_bad
+        train = open_source(config.data, "train")
+        self.train = _Subset(train, config.monitor.knn_samples)
+        self.test: _Subset | None = None
+        if train.labels is not None:
+            try:
+                val = open_source(config.data, "val", need_labels=True)
+                self.test = _Subset(val, -(-config.monitor.knn_samples // 4))
+            except DataError:
+                self.test = None
+
+    def check(self, encoder: Encoder) -> dict[str, float]:
+        """Feature statistics of the last block's raw output and, if there are labels, its `knn_top1` in percent."""
+        train, test = self.features(encoder, [encoder.depth])
+        values = feature_statistics(torch.from_numpy(train.x[:, 0]))
+        if test is not None:
+            values["knn_top1"] = self.knn_top1(train, test, 0)
+        return values
+
+    def features(
+        self, encoder: Encoder, blocks: Sequence[int], *, pool: str = "cls", final_norm: bool = False
+    ) -> tuple[Features, Features | None]:
+        """Features of the training subset and, if there are labels, of the validation subset."""
+        train, test = (
+            None
+            if subset is None
+            else extract(
+                encoder,
+                subset,
+                self.transform,
+                blocks=blocks,
+                pool=pool,
+                final_norm=final_norm,
+                device=self.device,
+                precision=self.precision,
+                max_bad=self.max_bad,
+            )
+            for subset in (self.train, self.test)
+        )
+        assert train is not None
+        return train, test
+
+    def knn_top1(self, train: Features, test: Features, column: int) -> float:
+        """k-NN accuracy in percent of one of the blocks of `features`."""
+        if train.y is None or test.y is None:
+            raise DataError("labels are needed for k-NN")
+        k = min(self.k, len(train.y))
+        return knn_accuracy(train.x[:, column], train.y, test.x[:, column], test.y, k=k)
+
+
+class CollapseWatch:
+    """Compares an encoder in training with where it started."""
+
+    # Healthy refinement moves both far less; a collapsed encoder has a variance near 0 and a k-NN near chance.
+    KNN_SHARE = 0.8
+    VARIANCE_SHARE = 0.1
+
+    def __init__(self, start: dict[str, float]) -> None:
+        self.start = start
+
+    def warning(self, now: dict[str, float]) -> str | None:
+        """A line with advice when k-NN or feature variance have fallen sharply, else None."""
+        fallen = [
+            f"{name} fell from {self.start[name]:.3g} to {now[name]:.3g}"
+            for name, share in (("knn_top1", self.KNN_SHARE), ("feature_variance", self.VARIANCE_SHARE))
+            if name in self.start and now[name] < share * self.start[name]
+        ]
+        if not fallen:
+            return None
+        return (
+            f"features collapse: {' and '.join(fallen)}; lower encoder_stage.lr or encoder_stage.layer_decay, raise "
+            "heads.temperature, or train the heads longer first (heads_stage.epochs)"
+        )
+
+
+def feature_statistics(x_ND: torch.Tensor) -> dict[str, float]:
+    """`feature_variance`: mean per-feature variance (Table 14). `effective_rank`: exp of the entropy of the
+    covariance's normalised eigenvalues (Roy & Vetterli 2007), between 1 and D.
+    """
+    centred = x_ND.double() - x_ND.double().mean(dim=0)
+    covariance = centred.T @ centred / len(x_ND)
+    eigenvalues = torch.linalg.eigvalsh(covariance).clamp_min(0)
+    total = eigenvalues.sum()
+    share = eigenvalues / total if total > 0 else torch.ones_like(eigenvalues) / len(eigenvalues)
+    entropy = -(share * share.clamp_min(1e-300).log()).sum()
+    return {"feature_variance": float(total / x_ND.shape[1]), "effective_rank": float(entropy.exp())}

@@ -1,0 +1,103 @@
+"""The before/after table: k-NN, low-shot and clustering of raw pixels, the base and the refined encoder."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from mimref.config import DataConfig, EvaluateConfig
+from mimref.data.sources import ImageSource, open_source
+from mimref.data.transforms import EvalTransform
+from mimref.encoders.vit import Encoder
+from mimref.errors import DataError
+from mimref.evaluation.cluster import cluster
+from mimref.evaluation.knn import knn
+from mimref.evaluation.lowshot import lowshot
+from mimref.evaluation.metrics import Row, main_rows
+from mimref.features.extract import Features, extract, raw_pixels
+
+Progress = Callable[[str, int, int], None]
+
+
+class Summary:
+    """Evaluates models on the same images: raw outputs of the last block, CLS token (Appendix C.4, C.5, C.12).
+
+    Raises DataError when the images have no labels or no validation split.
+    """
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        data: DataConfig,
+        transform: EvalTransform,
+        *,
+        seed: int,
+        workers: int,
+        device: torch.device,
+        precision: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        self.config, self.transform, self.seed, self.progress = config, transform, seed, progress
+        self.train = open_source(data, "train", need_labels=True)
+        self.test = open_source(data, "val", need_labels=True)
+        self.workers, self.max_bad = workers, data.max_bad
+        self.device, self.precision = device, precision
+
+    def raw_pixels(self) -> list[Row]:
+        """Rows of the pixels themselves."""
+        train, test = (
+            raw_pixels(source, self.transform, workers=self.workers, max_bad=self.max_bad)
+            for source in (self.train, self.test)
+        )
+        return self._rows("raw pixels", train, test)
+
+    def encoder(self, model: str, encoder: Encoder) -> list[Row]:
+        """Rows of an encoder, named `model` in the results."""
+        train, test = (self._features(model, encoder, source) for source in (self.train, self.test))
+        return [{**row, "blocks": "last", "pool": "cls"} for row in self._rows(model, train, test)]
+
+    def _features(self, model: str, encoder: Encoder, source: ImageSource) -> Features:
+        return extract(
+            encoder,
+            source,
+            self.transform,
+            blocks=[encoder.depth],
+            device=self.device,
+            precision=self.precision,
+            workers=self.workers,
+            max_bad=self.max_bad,
+            progress=lambda done, total: self.progress(f"features of {model}", done, total),
+        )
+
+    def _rows(self, model: str, train: Features, test: Features) -> list[Row]:
+        config = self.config
+        if train.y is None or test.y is None:
+            raise DataError("labels are needed to evaluate features")
+        train_x, test_x = train.x[:, 0], test.x[:, 0]
+        k = min(config.knn_k, len(train_x))
+        rows = knn(train_x, train.y, test_x, test.y, k=(k,), tau=(config.knn_tau,), device=str(self.device))
+        drawn = lowshot(
+            train_x,
+            train.y,
+            test_x,
+            test.y,
+            shots=(config.shots,),
+            splits=config.splits,
+            seed=self.seed,
+            progress=lambda done, total: self.progress(f"low-shot of {model}", done, total),
+        )
+        rows += main_rows(drawn)
+        rows += cluster(
+            test_x,
+            test.y,
+            metrics=("acc", "nmi"),
+            runs=config.cluster_runs,
+            seed=self.seed,
+            progress=lambda done, total: self.progress(f"k-means of {model}", done, total),
+        )
+        return [{"model": model, **row} for row in rows]
+
+
+def compared(rows: list[Row], metric: str, model: str) -> float:
+    """The value of one metric of one model, NaN when it is not among the rows."""
+    return next((float(row["value"]) for row in rows if row["metric"] == metric and row["model"] == model), np.nan)

@@ -1,0 +1,1 @@
+"""Masked-image-modelling pre-training, for users who start without public weights."""

@@ -1,0 +1,185 @@
+"""Pre-train a masked autoencoder on the user's images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mimref.config import PretrainConfig
+from mimref.data.loader import ViewBatch, loader_workers, view_batches
+from mimref.data.photometric import Photometric
+from mimref.data.sources import BadImages, open_source
+from mimref.data.views import CropGroup
+from mimref.devices import autocast, resolve_device, resolve_precision
+from mimref.draws import Operation, uniform
+from mimref.encoders.checkpoints import save_encoder
+from mimref.encoders.vit import Architecture, build_encoder
+from mimref.errors import ConfigError
+from mimref.evaluation.metrics import Row
+from mimref.evaluation.monitor import KnnMonitor
+from mimref.features.spec import data_record, eval_transform
+from mimref.pretraining.mae import MaskedAutoencoder
+from mimref.training.guard import FiniteLoss
+from mimref.training.loop import train
+from mimref.training.optim import adamw, encoder_groups, learning_rate, module_groups, set_learning_rate
+from mimref.training.runlog import Listener, MetricsLog, Silent
+from mimref.training.state import RunFolder, stop_signal
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a pre-training run produced."""
+
+    out: Path
+    rows: list[Row]
+    """The monitor's values at the end."""
+    elapsed_s: float
+
+
+class Pretraining:
+    """One run's objects; a `Job` of `mimref.training.loop`."""
+
+    label = "pre-training"
+
+    def __init__(self, config: PretrainConfig, folder: RunFolder, listener: Listener) -> None:
+        self.config, self.folder, self.listener = config, folder, listener
+        self.device = resolve_device(config.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        if config.data.spec is None:
+            raise ConfigError("no images: pass --data (a folder, digits, fashion-mnist or torchvision:NAME)")
+        architecture = Architecture.from_config(config.encoder)
+        if architecture.post_norm or architecture.from_timm:
+            raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
+        architecture.check_size(architecture.image_size, "encoder.image_size")
+        self.source = open_source(config.data, "train")
+        self.steps_per_epoch = len(self.source) // config.batch_size
+        if not self.steps_per_epoch:
+            raise ConfigError(f"batch_size {config.batch_size} is larger than the {len(self.source)} training images")
+        self.transform = eval_transform(architecture.image_size, config.data, {})
+        torch.manual_seed(config.seed)
+        encoder = build_encoder(architecture)
+        self.model = MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio).to(self.device)
+        groups = encoder_groups(encoder, weight_decay=config.mae.weight_decay, layer_decay=1.0)
+        groups += module_groups(self.model.decoder, weight_decay=config.mae.weight_decay)
+        self.optimizer = adamw(groups, config.optimizer.betas)
+        # MAE augments by crop and flip alone.
+        plain = config.views.model_copy(update={"color": False, "blur": False})
+        self.photometric = Photometric(plain, config.seed, self.device)
+        self.monitor = KnnMonitor(config, self.transform, self.device, self.precision)
+        self.guard = FiniteLoss(self.device)
+        self.bad = BadImages(config.data.max_bad)
+        self.step, self.elapsed_s = 0, 0.0
+        self.total = config.mae.epochs * self.steps_per_epoch
+        self.rows: list[Row] = []
+        self.log: MetricsLog | None = None
+        self._loss: Tensor | None = None
+
+    def resume(self) -> None:
+        """Continue from the folder's state, if it has one."""
+        state = self.folder.load_state()
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.elapsed_s, self.rows = state["step"], state["elapsed_s"], state["rows"]
+
+    def save(self) -> None:
+        """See `Job`."""
+        position = {"step": self.step, "elapsed_s": self.elapsed_s, "rows": self.rows}
+        self.folder.save_state({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **position})
+
+    def batches(self) -> Iterator[ViewBatch]:
+        """The remaining batches: one random crop per image."""
+        config = self.config
+        group = CropGroup(1, self.transform.image_size, config.mae.crop_scale, config.views.aspect_ratio)
+        return view_batches(
+            self.source,
+            [group],
+            batch_size=config.batch_size,
+            seed=config.seed,
+            epochs=range(self.step // self.steps_per_epoch, config.mae.epochs),
+            skip=self.step % self.steps_per_epoch,
+            workers=loader_workers(config.workers, self.source),
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def rate(self) -> float:
+        """Learning rate of the next update."""
+        config = self.config.mae
+        return learning_rate(
+            self.step,
+            peak=config.lr * self.config.batch_size / 256,
+            warmup_updates=round(config.warmup_epochs * self.steps_per_epoch),
+            total_updates=self.total,
+            end=self.config.optimizer.end_lr,
+        )
+
+    def update(self, batch: ViewBatch) -> None:
+        """See `Job`."""
+        for path, reason in batch.bad:
+            self.bad.add(path, reason)
+        if not len(batch.sample_B):
+            return
+        set_learning_rate(self.optimizer, self.rate())
+        images = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
+        seed, patches = self.config.seed, self.model.num_patches
+        noise = uniform(seed, batch.epoch, Operation.MASK, batch.sample_B, count=patches)
+        with autocast(self.device, self.precision):
+            loss = self.model(images, noise.to(self.device))
+        self.guard.watch(loss, self.step + 1)
+        loss.backward()
+        if self.config.optimizer.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss = loss.detach()
+
+    def write_log(self) -> None:
+        """See `Job`."""
+        if self.log and self._loss is not None:
+            rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]
+            self.log.write({**self._position(), "loss": float(self._loss), "lr": rate})
+
+    def _position(self) -> dict[str, object]:
+        return {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), "stage": "pretrain"}
+
+    def end_epoch(self, epoch: int) -> None:
+        """See `Job`."""
+        every = self.config.monitor.knn_every_epochs
+        if not every or (epoch % every and self.step < self.total):
+            return
+        values = self.monitor.check(self.model.encoder)
+        if self.log:
+            self.log.write({**self._position(), **values})
+        self.listener.note(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.rows = [{"metric": name, "value": value} for name, value in values.items()]
+
+
+def pretrain(
+    config: PretrainConfig, out: Path, *, resume: bool = False, force: bool = False, listener: Listener | None = None
+) -> PretrainResult:
+    """Train a masked autoencoder and write `encoder.safetensors` with its header into `out`.
+
+    Works on unlabelled images; labels, where there are any, only serve the k-NN check. Raises UserError subclasses for
+    settings, images or folders that do not fit, Interrupted after saving when a signal arrives.
+    """
+    listener = listener or Silent()
+    folder = RunFolder(out)
+    folder.check(resume=resume, force=force)
+    run = Pretraining(config, folder, listener)
+    folder.prepare(config, resume=resume, force=force)
+    if resume:
+        run.resume()
+    run.log = MetricsLog(out / "metrics.jsonl", keep_steps=run.step)
+    with stop_signal() as stop:
+        train(run, run.batches(), stop, listener, log_every=config.monitor.log_every)
+    header = {
+        "source": "mae",
+        "preset": config.preset,
+        "data": data_record(config.data),
+        "transform": run.transform.to_dict(),
+        "metrics": run.rows,
+    }
+    save_encoder(out / "encoder.safetensors", run.model.encoder, header)
+    return PretrainResult(out, run.rows, run.elapsed_s)

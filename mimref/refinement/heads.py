@@ -1,0 +1,112 @@
+"""The ensemble of contrastive heads as one batched module (Appendix B.2).
+
+All heads' weights are stacked, one batched matrix product serves every head, and one BatchNorm over H * width features
+normalises them all. Activations are (H, width, N): this is BatchNorm's own (1, channels, N) layout, so that no copy
+lies between matrix product and normalisation.
+
+Shapes: H heads, N rows (views times images), D encoder width, O output width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimref.config import HeadsConfig
+from mimref.errors import ConfigError
+
+
+class EnsembleLinear(nn.Module):
+    """H linear maps without bias, Xavier-uniform: (H, in, N) -> (H, out, N). `weight[h]` is an nn.Linear's weight."""
+
+    def __init__(self, heads: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = math.sqrt(6 / (inputs + outputs))
+        self.weight = nn.Parameter(torch.empty(heads, outputs, inputs).uniform_(-bound, bound))
+
+    def forward(self, x_HIN: Tensor) -> Tensor:
+        return torch.bmm(self.weight, x_HIN)
+
+
+class EnsembleBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the rows, of every feature of every head at once: (H, width, N) -> (H, width, N)."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__(heads * width)
+
+    def forward(self, x_HWN: Tensor) -> Tensor:
+        return super().forward(x_HWN.reshape(1, self.num_features, -1)).view_as(x_HWN)
+
+
+class _Layer(nn.Module):
+    """Linear, BatchNorm and, except at the end of a projector or predictor, GELU."""
+
+    def __init__(self, heads: int, inputs: int, outputs: int, *, last: bool = False) -> None:
+        super().__init__()
+        self.linear = EnsembleLinear(heads, inputs, outputs)
+        self.norm = EnsembleBatchNorm(heads, outputs)
+        self.last = last
+
+    def forward(self, x_HIN: Tensor) -> Tensor:
+        normed_HON: Tensor = self.norm(self.linear(x_HIN))
+        return normed_HON if self.last else F.gelu(normed_HON)
+
+
+class Heads(nn.Module):
+    """Projectors (three layers) and predictors (two layers) of all heads."""
+
+    def __init__(self, config: HeadsConfig, num_heads: int, embed_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        hidden, output = config.projector_hidden, config.output
+        self.projector = nn.Sequential(
+            _Layer(num_heads, embed_dim, hidden),
+            _Layer(num_heads, hidden, hidden),
+            _Layer(num_heads, hidden, output, last=True),
+        )
+        self.predictor = nn.Sequential(
+            _Layer(num_heads, output, config.predictor_hidden),
+            _Layer(num_heads, config.predictor_hidden, output, last=True),
+        )
+
+    def forward(self, features_HND: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections and predictions of pooled tokens, both (H, N, O) and of unit length in float32.
+
+        features_HND: head h reads features_HND[h]. In training mode the statistics span all N rows jointly.
+        """
+        projected_HON = self.projector(features_HND.transpose(1, 2))
+        predicted_HON = self.predictor(projected_HON)
+        return _unit_rows(projected_HON), _unit_rows(predicted_HON)
+
+    def hidden(self, features_HND: Tensor) -> Tensor:
+        """Output of every projector's first layer, (H, N, projector_hidden): what heads of a sweep are compared by."""
+        hidden_HWN: Tensor = self.projector[0](features_HND.transpose(1, 2))
+        return hidden_HWN.transpose(1, 2)
+
+
+def _unit_rows(x_HON: Tensor) -> Tensor:
+    return F.normalize(x_HON.float() if x_HON.dtype is torch.bfloat16 else x_HON, dim=1).transpose(1, 2)
+
+
+def head_blocks(blocks: str, depth: int) -> list[int]:
+    """Block of every head from `17-24`, `20,22,24` or `last8` (also mixed: `17-20,24`); blocks may repeat.
+
+    Raises ConfigError for a block outside 1..depth.
+    """
+    if blocks.startswith("last"):
+        count = int(blocks.removeprefix("last"))
+        if not 1 <= count <= depth:
+            raise _out_of_range(blocks, depth)
+        return list(range(depth - count + 1, depth + 1))
+    chosen: list[int] = []
+    for part in blocks.split(","):
+        first, _, last = part.partition("-")
+        chosen += range(int(first), int(last or first) + 1)
+    if not chosen or min(chosen) < 1 or max(chosen) > depth:
+        raise _out_of_range(blocks, depth)
+    return chosen
+
+
+def _out_of_range(blocks: str, depth: int) -> ConfigError:
+    return ConfigError(f"heads.blocks {blocks!r} does not fit: the encoder has blocks 1 to {depth}")

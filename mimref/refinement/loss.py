@@ -1,0 +1,61 @@
+"""Nearest Neighbor Alignment, Eq. (1), for all heads and view pairs.
+
+Shapes: H heads, V views, G = 2 global views, B images, O output width, P = V - 1 views paired with a global view.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Alignment(NamedTuple):
+    """Loss and alignment probability of every head."""
+
+    loss_H: Tensor
+    """Mean of Eq. (1) over samples and view pairs."""
+    global_H: Tensor
+    """Mean probability of the positive among the pairs of global views, without gradient."""
+    local_H: Tensor
+    """The same for pairs with a local view; NaN without local views."""
+
+
+def nna_loss(
+    prediction_HVBO: Tensor,
+    projection_HGBO: Tensor,
+    neighbour_HGBO: Tensor,
+    temperature_H: Tensor,
+    *,
+    direction: str = "projection",
+    swap_negatives: bool = False,
+) -> Alignment:
+    """Align every prediction with the neighbour of its image's global view, repel it from the other images.
+
+    All inputs have unit length. For each global view g and each other view v, anchor i is prediction (v, i), its
+    positive neighbour (g, i), its negatives projections (g, j) of the other images, which get no gradient.
+    direction: `projection` is Eq. (1), a softmax over projections for each prediction; `prediction` is a softmax over
+    predictions for each projection. swap_negatives: negatives are replaced by their neighbours too (NNCLR, Table 1e).
+    """
+    views, batch = prediction_HVBO.shape[1:3]
+    dim = -1 if direction == "projection" else -2
+    losses, global_pairs, local_pairs = [], [], []
+    for g in range(2):
+        # View 1 - g comes first, local views after it.
+        other_HPBO = torch.cat([prediction_HVBO[:, 1 - g : 2 - g], prediction_HVBO[:, 2:]], dim=1)
+        neighbour_HBO = neighbour_HGBO[:, g].detach()
+        negative_HBO = neighbour_HBO if swap_negatives else projection_HGBO[:, g].detach()
+        scaled_HPBO = other_HPBO / temperature_H[:, None, None, None]
+        logit_HPBB = torch.bmm(scaled_HPBO.flatten(1, 2), negative_HBO.transpose(1, 2)).unflatten(1, (views - 1, batch))
+        positive_HPB = (scaled_HPBO * neighbour_HBO[:, None]).sum(dim=-1)
+        # The diagonal would repel an image from itself; Eq. (1) has the positive in its place.
+        logit_HPBB.diagonal(dim1=-2, dim2=-1).copy_(positive_HPB)
+        loss_HPB = logit_HPBB.logsumexp(dim=dim) - positive_HPB
+        losses.append(loss_HPB)
+        probability_HPB = loss_HPB.detach().neg().exp()
+        global_pairs.append(probability_HPB[:, 0])
+        local_pairs.append(probability_HPB[:, 1:])
+    return Alignment(
+        torch.stack(losses).mean(dim=(0, 2, 3)),
+        torch.stack(global_pairs).mean(dim=(0, 2)),
+        torch.stack(local_pairs).mean(dim=(0, 2, 3)),
+    )

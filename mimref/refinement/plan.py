@@ -1,0 +1,134 @@
+"""What a refinement will be before anything is trained: encoder, heads, sizes, steps, and whether they fit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mimref.config import RefineConfig
+from mimref.data.sources import ImageSource, open_source
+from mimref.data.transforms import EvalTransform
+from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
+from mimref.encoders.vit import Architecture, build_encoder
+from mimref.errors import ConfigError
+from mimref.features.spec import eval_transform, recorded_data
+from mimref.refinement.heads import Heads, head_blocks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked refinement: settings that fit the weights and the images."""
+
+    config: RefineConfig
+    """With the data filled in from the checkpoint's header."""
+    checkpoint: Checkpoint
+    architecture: Architecture
+    transform: EvalTransform
+    source: ImageSource
+    blocks: list[int]
+    """Block of every head, 1-based."""
+    temperature: list[float]
+    """Of every head."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates per epoch; the last partial batch is dropped."""
+        return len(self.source) // self.config.batch_size
+
+    @property
+    def heads_steps(self) -> int:
+        """Updates of stage 1 in this run."""
+        trained = self.config.stage != "encoder" and self.config.heads_from is None
+        return self.config.heads_stage.epochs * self.steps_per_epoch if trained else 0
+
+    @property
+    def encoder_steps(self) -> int:
+        """Updates of stage 2 in this run."""
+        return 0 if self.config.stage == "heads" else self.config.encoder_stage.epochs * self.steps_per_epoch
+
+
+def make_plan(config: RefineConfig) -> Plan:
+    """Check the settings against the weights and the images. Raises UserError subclasses; reads, writes nothing."""
+    if config.encoder.weights is None:
+        arch, source = config.encoder.arch, config.encoder.source
+        raise ConfigError(f"no weights for {arch} from {source}: pass --weights FILE (nothing is downloaded)")
+    checkpoint = read_checkpoint(config.encoder.weights)
+    architecture = checkpoint.architecture or Architecture.from_config(config.encoder)
+    data = recorded_data(config.data, checkpoint.header)
+    config = config.model_copy(update={"data": data})
+    blocks = head_blocks(config.heads.blocks, architecture.depth)
+    temperature = _temperatures(config.heads.temperature, len(blocks))
+    _check_sizes(config, architecture)
+    source_images = open_source(data, "train")
+    _check_counts(config, architecture, len(source_images), len(blocks))
+    transform = eval_transform(architecture.image_size, data, checkpoint.header)
+    return Plan(config, checkpoint, architecture, transform, source_images, blocks, temperature)
+
+
+def _temperatures(temperature: float | list[float], num_heads: int) -> list[float]:
+    if not isinstance(temperature, list):
+        return [temperature] * num_heads
+    if len(temperature) != num_heads:
+        raise ConfigError(f"heads.temperature has {len(temperature)} values for {num_heads} heads (heads.blocks)")
+    return temperature
+
+
+def _check_sizes(config: RefineConfig, architecture: Architecture) -> None:
+    architecture.check_size(config.views.global_size or architecture.image_size, "views.global_size")
+    if config.views.local_views:
+        architecture.check_size(config.views.local_size, "views.local_size")
+    frozen = config.encoder_stage.freeze_blocks
+    if frozen >= architecture.depth:
+        raise ConfigError(
+            f"encoder_stage.freeze_blocks {frozen} leaves nothing to refine: "
+            f"the encoder has {architecture.depth} blocks"
+        )
+
+
+def _check_counts(config: RefineConfig, architecture: Architecture, images: int, num_heads: int) -> None:
+    if config.batch_size > images:
+        raise ConfigError(f"batch_size {config.batch_size} is larger than the {images} training images")
+    queue = config.heads.queue_size
+    if queue > max(images, config.batch_size):
+        raise ConfigError(
+            f"heads.queue_size {queue} is larger than the {images} training images, so that every image would stand in "
+            f"the queue several times; set heads.queue_size={images} or less"
+        )
+    most = max(config.heads_stage.top_k, config.encoder_stage.top_k)
+    if most >= queue:
+        raise ConfigError(f"top_k {most} must be smaller than heads.queue_size {queue}")
+    if config.loss.schedule != "constant" and num_heads < 2:
+        raise ConfigError(f"loss.schedule {config.loss.schedule!r} needs at least two heads; heads.blocks names one")
+
+
+def describe(plan: Plan) -> dict[str, str]:
+    """Facts of a dry run, label to text: sizes, parameters, steps and memory that does not depend on activations."""
+    config, architecture = plan.config, plan.architecture
+    with torch.device("meta"):
+        encoder = build_encoder(architecture)
+        heads = Heads(config.heads, len(plan.blocks), encoder.embed_dim)
+    encoder_count = sum(parameter.numel() for parameter in encoder.parameters())
+    heads_count = sum(parameter.numel() for parameter in heads.parameters())
+    queue = len(plan.blocks) * config.heads.queue_size * config.heads.output
+    views = 2 + config.views.local_views
+    return {
+        "encoder": f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, "
+        f"{'post' if architecture.post_norm else 'pre'}-norm, {encoder_count / 1e6:.1f} M parameters",
+        "weights": str(plan.checkpoint.path),
+        "heads": f"{len(plan.blocks)} at blocks {', '.join(map(str, plan.blocks))}, "
+        f"{heads_count / 1e6:.1f} M parameters",
+        "images": f"{len(plan.source):,} of {plan.source.name}, {views} views each, batches of {config.batch_size}",
+        "steps": f"{plan.heads_steps:,} (heads), then {plan.encoder_steps:,} (encoder and heads)",
+        # Weights, gradients and two Adam moments for encoder and heads, the averaged encoder, and the queue.
+        "memory": f"{4 * (5 * encoder_count + 4 * heads_count + queue) / 2**30:.2f} GiB in float32 "
+        "for weights, optimizer, average and queue, activations not counted",
+    }
+
+
+def header_of(plan: Plan) -> dict[str, Any]:
+    """What the result's header says beside the architecture: where the weights came from and how they were refined."""
+    upstream = plan.checkpoint.header
+    header: dict[str, Any] = {"source": f"{upstream.get('source', plan.config.encoder.source)} refined"}
+    if "licence" in upstream:
+        header["licence"] = upstream["licence"]
+    return header

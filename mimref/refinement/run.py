@@ -1,0 +1,119 @@
+"""Refine an encoder: train the heads on the frozen encoder, then encoder and heads together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimref.config import RefineConfig
+from mimref.data.loader import loader_workers
+from mimref.encoders.checkpoints import save_encoder
+from mimref.errors import DataError
+from mimref.evaluation.metrics import Row
+from mimref.evaluation.summary import Summary
+from mimref.features.spec import data_record
+from mimref.refinement.plan import header_of, make_plan
+from mimref.refinement.stages import EncoderStage, HeadsStage, Refinement
+from mimref.refinement.sweep import rank_heads
+from mimref.training.loop import train
+from mimref.training.runlog import Listener, MetricsLog, Silent
+from mimref.training.state import RunFolder, StopSignal, stop_signal
+
+
+@dataclass(frozen=True)
+class RefineResult:
+    """What a refinement produced."""
+
+    out: Path
+    rows: list[Row]
+    """The before/after table, or a heads-only run's ranking of heads; empty without labels."""
+    elapsed_s: float
+    """Of training."""
+
+
+def refine(
+    config: RefineConfig, out: Path, *, resume: bool = False, force: bool = False, listener: Listener | None = None
+) -> RefineResult:
+    """Run the stages that `config` asks for and write the refined encoder and its log into `out`.
+
+    Raises UserError subclasses for settings, images, weights or folders that do not fit, before anything is written;
+    DivergenceError when the loss is no longer finite; Interrupted after saving when a signal arrives.
+    """
+    listener = listener or Silent()
+    folder = RunFolder(out)
+    folder.check(resume=resume, force=force)
+    plan = make_plan(config)
+    run = Refinement(plan, listener)
+    folder.prepare(config, resume=resume, force=force)
+    state = folder.load_state() if resume else None
+    log = MetricsLog(out / "metrics.jsonl", keep_steps=state["step"] if state else 0)
+    with stop_signal() as stop:
+        _train(run, folder, log, stop, state)
+    rows = _evaluate(run, listener)
+    _write_encoder(run, out, rows)
+    return RefineResult(out, rows, run.elapsed_s)
+
+
+def _train(run: Refinement, folder: RunFolder, log: MetricsLog, stop: StopSignal, state: dict[str, Any] | None) -> None:
+    """Both stages, or the part of them that is left."""
+    every = run.config.monitor.log_every
+    if run.plan.heads_steps and (state is None or state["stage"] == "heads"):
+        heads_stage = HeadsStage(run, folder, log)
+        if state:
+            heads_stage.resume(state)
+        train(heads_stage, heads_stage.batches(), stop, run.listener, log_every=every)
+        run.save_heads(folder.path / "heads.pt")
+        state = None
+    if run.plan.encoder_steps:
+        encoder_stage = EncoderStage(run, folder, log)
+        if state:
+            encoder_stage.resume(state)
+        encoder_stage.start_watch()
+        train(encoder_stage, encoder_stage.batches(), stop, run.listener, log_every=every)
+
+
+def _evaluate(run: Refinement, listener: Listener) -> list[Row]:
+    config = run.config
+    if config.stage == "heads":
+        return rank_heads(
+            run.encoder,
+            run.heads,
+            run.monitor,
+            blocks=run.plan.blocks,
+            temperature=run.plan.temperature,
+            pool=config.heads.pool,
+            nn_accuracy=run.nn_accuracy,
+        )
+    if not config.evaluate.enabled:
+        return []
+    try:
+        summary = Summary(
+            config.evaluate,
+            config.data,
+            run.plan.transform,
+            seed=config.seed,
+            workers=loader_workers(config.workers, run.plan.source),
+            device=run.device,
+            precision=run.precision,
+            progress=listener.progress,
+        )
+    except DataError as error:
+        listener.note(f"no before/after table: {error}")
+        return []
+    rows = summary.raw_pixels()
+    rows += summary.encoder("base", run.base_encoder())
+    return rows + summary.encoder("refined", run.result_encoder())
+
+
+def _write_encoder(run: Refinement, out: Path, rows: list[Row]) -> None:
+    config = run.config
+    header = {
+        **header_of(run.plan),
+        "preset": config.preset,
+        "data": data_record(config.data),
+        "transform": run.plan.transform.to_dict(),
+        "metrics": [row for row in rows if row.get("model") == "refined"],
+    }
+    with torch.no_grad():
+        save_encoder(out / "encoder.safetensors", run.result_encoder(), header)

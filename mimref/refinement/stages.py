@@ -1,0 +1,334 @@
+"""The two stages of a refinement as training jobs, and the objects they share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mimref.config import EncoderStageConfig, HeadsStageConfig
+from mimref.data.loader import ViewBatch, loader_workers, view_batches
+from mimref.data.photometric import Photometric
+from mimref.data.sources import BadImages
+from mimref.data.views import multi_crop
+from mimref.devices import resolve_device, resolve_precision
+from mimref.encoders.checkpoints import load_weights, weights_hash
+from mimref.encoders.vit import Encoder, build_encoder
+from mimref.errors import CheckpointError, ConfigError
+from mimref.evaluation.monitor import CollapseWatch, KnnMonitor
+from mimref.files import atomic_write
+from mimref.refinement.heads import Heads
+from mimref.refinement.plan import Plan
+from mimref.refinement.queue import Queue
+from mimref.refinement.schedule import loss_weights
+from mimref.refinement.step import RefinementStep, StepValues, monitored_values
+from mimref.training.ema import WeightAverage
+from mimref.training.guard import FiniteLoss
+from mimref.training.optim import (
+    adamw,
+    encoder_groups,
+    freeze_first,
+    learning_rate,
+    module_groups,
+    set_learning_rate,
+    warmup_updates,
+)
+from mimref.training.runlog import Listener, MetricsLog
+from mimref.training.state import RunFolder
+
+StageName = Literal["heads", "encoder"]
+
+
+class Refinement:
+    """What both stages share: encoder, heads, queue and monitor."""
+
+    def __init__(self, plan: Plan, listener: Listener) -> None:
+        self.plan, self.config, self.listener = plan, plan.config, listener
+        config = plan.config
+        self.device = resolve_device(config.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        self.encoder = self.base_encoder()
+        self.base_hash = weights_hash(self.encoder)
+        torch.manual_seed(config.seed)
+        self.heads = Heads(config.heads, len(plan.blocks), self.encoder.embed_dim).to(self.device)
+        self.queue = Queue(
+            len(plan.blocks),
+            config.heads.queue_size,
+            config.heads.output,
+            generator=torch.Generator().manual_seed(config.seed),
+            device=self.device,
+        )
+        self.stepper = RefinementStep(
+            self.encoder,
+            self.heads,
+            self.queue,
+            Photometric(config.views, config.seed, self.device),
+            blocks=plan.blocks,
+            temperature=plan.temperature,
+            pool=config.heads.pool,
+            direction=config.loss.direction,
+            swap_negatives=config.loss.swap_negatives,
+            seed=config.seed,
+            precision=self.precision,
+        )
+        labels = plan.source.labels
+        self.labels = None if labels is None else torch.from_numpy(labels).to(self.device)
+        self.monitor = KnnMonitor(config, plan.transform, self.device, self.precision)
+        self.bad = BadImages(config.data.max_bad)
+        self.average: WeightAverage | None = None
+        self.nn_accuracy: list[float] = []
+        self.elapsed_s = 0.0
+        if config.heads_from is not None:
+            self.load_heads(Path(config.heads_from))
+
+    def base_encoder(self) -> Encoder:
+        """The encoder as it was given."""
+        encoder = build_encoder(self.plan.architecture)
+        load_weights(encoder, self.plan.checkpoint)
+        return encoder.to(self.device).eval()
+
+    def result_encoder(self) -> Encoder:
+        """The averaged encoder of stage 2; before it, the encoder as it was given."""
+        if self.average is None:
+            return self.encoder
+        averaged = self.average.module
+        assert isinstance(averaged, Encoder)
+        return averaged
+
+    def save_heads(self, path: Path) -> None:
+        """Hand over stage 1: heads and queue, and what they fit."""
+        made_for = {"base": self.base_hash, "blocks": self.plan.blocks}
+        with atomic_write(path) as stream:
+            torch.save({**made_for, "heads": self.heads.state_dict(), "queue": self.queue.state_dict()}, stream)
+
+    def load_heads(self, folder: Path) -> None:
+        """Take over another run's stage 1. Raises CheckpointError when it does not fit this run."""
+        path = folder / "heads.pt" if folder.is_dir() else folder
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; --heads-from needs the output folder of a run with stage 1")
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path}: not readable as the heads of a run") from error
+        if saved.get("base") != self.base_hash:
+            raise CheckpointError(
+                f"{path}: these heads were trained on another encoder than {self.plan.checkpoint.path}"
+            )
+        if saved["blocks"] != self.plan.blocks:
+            raise ConfigError(f"{path}: its heads read blocks {saved['blocks']}; set heads.blocks to the same")
+        try:
+            self.heads.load_state_dict(saved["heads"])
+            self.queue.load_state_dict(saved["queue"])
+        except RuntimeError as error:
+            raise ConfigError(f"{path}: its heads or queue have other sizes than the settings under heads") from error
+
+
+class Stage:
+    """What the stages have in common; a `Job` of `mimref.training.loop`."""
+
+    name: StageName
+    label: str
+    settings: HeadsStageConfig | EncoderStageConfig
+    optimizer: torch.optim.AdamW
+    before: int
+    """Updates of earlier stages."""
+    first_epoch: int
+    """Number of the stage's first epoch; stage 2 goes on counting, so that its views are new ones."""
+
+    def __init__(self, run: Refinement, folder: RunFolder, log: MetricsLog) -> None:
+        self.run, self.folder, self.log = run, folder, log
+        self.config, self.plan = run.config, run.plan
+        self.steps_per_epoch = run.plan.steps_per_epoch
+        self.guard = FiniteLoss(run.device)
+        self.total = self.settings.epochs * self.steps_per_epoch
+        self.warmup = warmup_updates(self.settings.warmup_epochs, self.settings.epochs, self.steps_per_epoch)
+        self.step, self.elapsed_s = 0, run.elapsed_s
+        self.rate = 0.0
+        self._values: StepValues | None = None
+
+    def batches(self) -> Iterator[ViewBatch]:
+        """The stage's remaining batches."""
+        config, epoch = self.config, self.step // self.steps_per_epoch
+        return view_batches(
+            self.plan.source,
+            multi_crop(config.views, self.plan.architecture.image_size),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            epochs=range(self.first_epoch + epoch, self.first_epoch + self.settings.epochs),
+            skip=self.step % self.steps_per_epoch,
+            workers=loader_workers(config.workers, self.plan.source),
+            pin_memory=self.run.device.type == "cuda",
+        )
+
+    def set_rate(self) -> None:
+        """Learning rate of the coming update."""
+        self.rate = learning_rate(
+            self.step,
+            peak=self.settings.lr * self.config.batch_size / 256,
+            warmup_updates=self.warmup,
+            total_updates=self.total,
+            end=self.config.optimizer.end_lr,
+        )
+        set_learning_rate(self.optimizer, self.rate)
+
+    def loss_weights(self) -> list[float]:
+        """Weight of every head in the coming update."""
+        return [1.0] * len(self.plan.blocks)
+
+    def update(self, batch: ViewBatch) -> None:
+        """See `Job`."""
+        for path, reason in batch.bad:
+            self.run.bad.add(path, reason)
+        # BatchNorm and the negatives need more than one image.
+        if len(batch.sample_B) < 2:
+            return
+        self.set_rate()
+        weight_H = torch.tensor(self.loss_weights()).to(self.run.device, non_blocking=True)
+        values = self.run.stepper.forward(
+            batch, weight_H, top_k=self.settings.top_k, train_encoder=self.name == "encoder"
+        )
+        self.guard.watch(values.loss, self.before + self.step + 1)
+        values.loss.backward()
+        if self.config.optimizer.clip_grad is not None:
+            trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, self.config.optimizer.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._values = values
+
+    def position(self) -> dict[str, object]:
+        """Beginning of a log line."""
+        return {
+            "step": self.before + self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 4),
+            "stage": self.name,
+        }
+
+    def write_log(self) -> None:
+        """See `Job`."""
+        if self._values is None:
+            return
+        logged = monitored_values(self._values, self.run.labels)
+        accuracy = logged.get("nn_accuracy")
+        if isinstance(accuracy, list):
+            self.run.nn_accuracy = accuracy
+        self.log.write({**self.position(), "lr": self.rate, **logged})
+
+    def end_epoch(self, epoch: int) -> None:
+        """See `Job`."""
+
+    def save(self) -> None:
+        """See `Job`."""
+        self.run.elapsed_s = self.elapsed_s
+        self.folder.save_state({**self.shared_state(), "stage": self.name, "stage_step": self.step})
+
+    def shared_state(self) -> dict[str, Any]:
+        """Everything both stages have to save."""
+        return {
+            "step": self.before + self.step,
+            "elapsed_s": self.elapsed_s,
+            "nn_accuracy": self.run.nn_accuracy,
+            "heads": self.run.heads.state_dict(),
+            "queue": self.run.queue.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a state that this stage has saved."""
+        self.step, self.elapsed_s = state["stage_step"], state["elapsed_s"]
+        self.run.nn_accuracy = state["nn_accuracy"]
+        self.run.heads.load_state_dict(state["heads"])
+        self.run.queue.load_state_dict(state["queue"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class HeadsStage(Stage):
+    """Stage 1: the heads learn on the frozen encoder, which stays as it is to the last bit."""
+
+    name: StageName = "heads"
+    label = "stage 1: heads"
+
+    def __init__(self, run: Refinement, folder: RunFolder, log: MetricsLog) -> None:
+        self.settings = run.config.heads_stage
+        self.before = self.first_epoch = 0
+        super().__init__(run, folder, log)
+        self.optimizer = adamw(
+            module_groups(run.heads, weight_decay=self.settings.weight_decay), run.config.optimizer.betas
+        )
+
+
+class EncoderStage(Stage):
+    """Stage 2: encoder and heads learn together; the result is the encoder's weight average."""
+
+    name: StageName = "encoder"
+    label = "stage 2: encoder and heads"
+
+    def __init__(self, run: Refinement, folder: RunFolder, log: MetricsLog) -> None:
+        config = run.config.encoder_stage
+        self.settings = self._config = config
+        self.before, self.first_epoch = run.plan.heads_steps, run.config.heads_stage.epochs
+        super().__init__(run, folder, log)
+        run.encoder.train()
+        freeze_first(run.encoder, config.freeze_blocks)
+        groups = encoder_groups(run.encoder, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
+        groups += module_groups(run.heads, weight_decay=config.heads_weight_decay)
+        self.optimizer = adamw(groups, run.config.optimizer.betas)
+        self.average = run.average = WeightAverage(run.encoder, config.ema)
+        self.collapse: CollapseWatch | None = None
+        self._warn_of_slow_average()
+
+    def _warn_of_slow_average(self) -> None:
+        if 1 / (1 - self._config.ema) > self.total / 5:
+            kept = 100 * self._config.ema**self.total
+            self.run.listener.warn(
+                f"encoder_stage.ema {self._config.ema} is slow for {self.total} updates: the result keeps "
+                f"{kept:.0f}% of the base's weights; {max(0.0, 1 - 5 / self.total):.4g} or less suits this run"
+            )
+
+    def loss_weights(self) -> list[float]:
+        """Weight of every head by the loss schedule."""
+        return loss_weights(self.config.loss.schedule, self.step / self.total, len(self.plan.blocks))
+
+    def update(self, batch: ViewBatch) -> None:
+        """See `Job`."""
+        super().update(batch)
+        self.average.update()
+
+    def start_watch(self) -> None:
+        """Measure the base encoder, with which later checks are compared."""
+        if self.config.monitor.knn_every_epochs and self.collapse is None:
+            self.collapse = CollapseWatch(self.run.monitor.check(self.run.encoder))
+            self.tell("start", self.collapse.start)
+
+    def tell(self, when: str, values: dict[str, float]) -> None:
+        """Log and show the monitor's values."""
+        self.log.write({**self.position(), **values})
+        self.run.listener.note(f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def end_epoch(self, epoch: int) -> None:
+        """See `Job`."""
+        every = self.config.monitor.knn_every_epochs
+        if self.collapse is None or (epoch % every and self.step < self.total):
+            return
+        values = self.run.monitor.check(self.run.result_encoder())
+        self.tell(f"epoch {epoch}", values)
+        warning = self.collapse.warning(values)
+        if warning:
+            self.run.listener.warn(f"epoch {epoch}: {warning}")
+
+    def shared_state(self) -> dict[str, Any]:
+        """Everything that stage 2 has to save."""
+        return {
+            **super().shared_state(),
+            "encoder": self.run.encoder.state_dict(),
+            "average": self.average.module.state_dict(),
+            "collapse_start": self.collapse.start if self.collapse else None,
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a state that this stage has saved."""
+        super().resume(state)
+        self.run.encoder.load_state_dict(state["encoder"])
+        self.average.module.load_state_dict(state["average"])
+        if state["collapse_start"] is not None:
+            self.collapse = CollapseWatch(state["collapse_start"])

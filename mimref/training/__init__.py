@@ -1,0 +1,1 @@
+"""Training machinery: optimizer groups, weight averaging, saved state, run log."""
