@@ -14,8 +14,9 @@ class FiniteLoss:
 
     def watch(self, loss: Tensor, step: int) -> None:
         """Note the loss of a step; no sync."""
-        fine = torch.isfinite(loss.detach()) | (self._first_bad >= 0)
-        self._first_bad = torch.where(fine, self._first_bad, step)
+        newly_bad = ~torch.isfinite(loss.detach()) & (self._first_bad < 0)
+        # torch.where would copy the Python number to the device, and wait for it.
+        self._first_bad.masked_fill_(newly_bad, step)
 
     def check(self) -> None:
         """Raise DivergenceError naming the first bad step. Sync point: only on logging steps and before saving."""
