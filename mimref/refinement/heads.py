@@ -92,7 +92,7 @@ def _unit_rows(x_HON: Tensor) -> Tensor:
 def head_blocks(blocks: str, depth: int) -> list[int]:
     """Block of every head from `17-24`, `20,22,24` or `last8` (also mixed: `17-20,24`); blocks may repeat.
 
-    Raises ConfigError for a block outside 1..depth.
+    Raises ConfigError for a block outside 1..depth and for a range whose first block is above its last.
     """
     if blocks.startswith("last"):
         count = int(blocks.removeprefix("last"))
@@ -101,10 +101,14 @@ def head_blocks(blocks: str, depth: int) -> list[int]:
         return list(range(depth - count + 1, depth + 1))
     chosen: list[int] = []
     for part in blocks.split(","):
-        first, _, last = part.partition("-")
-        chosen += range(int(first), int(last or first) + 1)
-    if not chosen or min(chosen) < 1 or max(chosen) > depth:
-        raise _out_of_range(blocks, depth)
+        word, _, last_word = part.partition("-")
+        first, last = int(word), int(last_word or word)
+        if first > last:
+            raise ConfigError(f"heads.blocks {blocks!r}: a range runs upwards, {last}-{first}")
+        # Checked before the range is written out: it may be of any length.
+        if first < 1 or last > depth:
+            raise _out_of_range(blocks, depth)
+        chosen += range(first, last + 1)
     return chosen
 
 
