@@ -1,6 +1,7 @@
 """What a refinement will be before anything is trained: encoder, heads, sizes, steps, and whether they fit."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,9 +59,10 @@ def make_plan(config: RefineConfig) -> Plan:
     config = config.model_copy(update={"data": data})
     blocks = head_blocks(config.heads.blocks, architecture.depth)
     temperature = _temperatures(config.heads.temperature, len(blocks))
+    _check_schedule(config, blocks)
     _check_sizes(config, architecture)
     source_images = open_source(data, "train")
-    _check_counts(config, architecture, len(source_images), len(blocks))
+    _check_counts(config, len(source_images))
     transform = eval_transform(architecture.image_size, data, checkpoint.header)
     return Plan(config, checkpoint, architecture, transform, source_images, blocks, temperature)
 
@@ -85,7 +87,20 @@ def _check_sizes(config: RefineConfig, architecture: Architecture) -> None:
         )
 
 
-def _check_counts(config: RefineConfig, architecture: Architecture, images: int, num_heads: int) -> None:
+def _check_schedule(config: RefineConfig, blocks: list[int]) -> None:
+    schedule = config.loss.schedule
+    if schedule == "constant":
+        return
+    if len(blocks) < 2:
+        raise ConfigError(f"loss.schedule {schedule!r} needs at least two heads; heads.blocks names one")
+    if any(block >= following for block, following in pairwise(blocks)):
+        raise ConfigError(
+            f"loss.schedule {schedule!r} goes from the earliest head to the last; "
+            f"heads.blocks {config.heads.blocks!r} must name each block once, in rising order"
+        )
+
+
+def _check_counts(config: RefineConfig, images: int) -> None:
     if config.batch_size > images:
         raise ConfigError(f"batch_size {config.batch_size} is larger than the {images} training images")
     queue = config.heads.queue_size
@@ -95,10 +110,12 @@ def _check_counts(config: RefineConfig, architecture: Architecture, images: int,
             f"the queue several times; set heads.queue_size={images} or less"
         )
     most = max(config.heads_stage.top_k, config.encoder_stage.top_k)
-    if most >= queue:
-        raise ConfigError(f"top_k {most} must be smaller than heads.queue_size {queue}")
-    if config.loss.schedule != "constant" and num_heads < 2:
-        raise ConfigError(f"loss.schedule {config.loss.schedule!r} needs at least two heads; heads.blocks names one")
+    # A queue reaches over three epochs at most, so up to three of its rows are a sample's own and left out.
+    if most > queue - 3:
+        raise ConfigError(
+            f"top_k {most} needs a heads.queue_size of at least {most + 3}, not {queue}: "
+            "an image's own entries are not among its neighbours"
+        )
 
 
 def describe(plan: Plan) -> dict[str, str]:
