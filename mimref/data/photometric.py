@@ -7,7 +7,8 @@ no device sync.
 Shapes: N views (images times views), S pixels per side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from mimref.config import ViewsConfig
 from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from mimref.draws import Operation, uniform
 
-_BLUR_TAPS = 23  # BYOL's kernel for 224 pixels; covers more than 5 standard deviations
+_BLUR_TAPS = 23  # BYOL's kernel for 224 pixels; reaches 5.5 standard deviations of its widest blur
 _GRAY = (0.2989, 0.587, 0.114)
+_SOLARIZE_FROM = 128 / 255
 
 
 class Photometric:
@@ -35,63 +37,64 @@ class Photometric:
         sample_B: int64 on the CPU. views: the V view numbers; 0 and 1 are global, all others local.
         """
         batch, count = crops.shape[:2]
-        image_NCHW = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1).float().div_(255)
+        # A fresh tensor, which all that follows changes in place.
+        image_N3SS = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1).float().div_(255)
         sample_N = sample_B.repeat(count)
         view_N = torch.tensor(views).repeat_interleave(batch)
-        image_NCHW = self._flip(image_NCHW, self._draw(epoch, Operation.FLIP, sample_N, view_N))
+
+        def draw(operation: Operation, numbers: int = 1) -> Tensor:
+            return uniform(self.seed, epoch, operation, sample_N, view_N, count=numbers)
+
+        self._flip(image_N3SS, draw(Operation.FLIP))
         if self.config.color:
-            image_NCHW = self._jitter(image_NCHW, self._draw(epoch, Operation.JITTER, sample_N, view_N, count=9))
+            self._jitter(image_N3SS, draw(Operation.JITTER, 9))
         if self.config.blur:
-            image_NCHW = self._blur(image_NCHW, self._draw(epoch, Operation.BLUR, sample_N, view_N, count=2), view_N)
+            self._blur(image_N3SS, draw(Operation.BLUR, 2), view_N)
         if self.config.color:
-            image_NCHW = self._gray(image_NCHW, self._draw(epoch, Operation.GRAY, sample_N, view_N))
-            image_NCHW = self._solarize(image_NCHW, self._draw(epoch, Operation.SOLARIZE, sample_N, view_N), view_N)
-        normalised: Tensor = ((image_NCHW - self._mean) / self._std).unflatten(0, (count, batch))
+            self._gray(image_N3SS, draw(Operation.GRAY))
+            self._solarize(image_N3SS, draw(Operation.SOLARIZE), view_N)
+        normalised: Tensor = image_N3SS.sub_(self._mean).div_(self._std).unflatten(0, (count, batch))
         return normalised
 
-    def _draw(self, epoch: int, operation: Operation, sample_N: Tensor, view_N: Tensor, count: int = 1) -> Tensor:
-        return uniform(self.seed, epoch, operation, sample_N, view_N, count=count)
+    def _change(self, image: Tensor, chosen_N: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Put `change(copies, rows)` in place of the chosen images; `change` may overwrite the copies it gets."""
+        rows = chosen_N.nonzero().flatten()
+        if len(rows):
+            rows = rows.to(self.device, non_blocking=True)
+            image.index_copy_(0, rows, change(image.index_select(0, rows), rows))
 
-    def _where(self, mask_N: Tensor) -> Tensor:
-        return mask_N.nonzero().flatten().to(self.device, non_blocking=True)
+    def _flip(self, image: Tensor, draw: Tensor) -> None:
+        self._change(image, draw[:, 0] < self.config.flip, lambda part, _: part.flip(-1))
 
-    def _flip(self, image: Tensor, draw: Tensor) -> Tensor:
-        chosen = self._where(draw[:, 0] < self.config.flip)
-        return image.index_copy(0, chosen, image[chosen].flip(-1))
-
-    def _jitter(self, image: Tensor, draw: Tensor) -> Tensor:
+    def _jitter(self, image: Tensor, draw: Tensor) -> None:
         """draw (N, 9): whether, four strengths, and four numbers whose order is the order of operations."""
         strength = torch.tensor(self.config.jitter)
         factor = (draw[:, 1:5] * 2 - 1) * strength
         # Brightness, contrast and saturation are factors around 1; hue is a shift in turns of the colour circle.
-        factor[:, :3] = (1 + factor[:, :3]).clamp_min(0)
+        factor[:, :3] += 1
         order = draw[:, 5:9].argsort(dim=1)
         applied = draw[:, 0] < self.config.jitter_probability
-        factor_on_device = factor.to(self.device, non_blocking=True)
+        factor = factor.to(self.device, non_blocking=True).view(-1, 4, 1, 1, 1)
         for slot in range(4):
             for operation in range(4):
                 if strength[operation] == 0:
                     continue
-                chosen = self._where(applied & (order[:, slot] == operation))
-                changed = _adjust(image[chosen], operation, factor_on_device[chosen, operation].view(-1, 1, 1, 1))
-                image = image.index_copy(0, chosen, changed)
-        return image
+                chosen = applied & (order[:, slot] == operation)
+                self._change(image, chosen, partial(_adjust, operation=operation, factor_N4111=factor))
 
-    def _blur(self, image: Tensor, draw: Tensor, view_N: Tensor) -> Tensor:
-        chosen = draw[:, 0] < self._by_view(self.config.blur_probability, view_N)
+    def _blur(self, image: Tensor, draw: Tensor, view_N: Tensor) -> None:
         low, high = self.config.blur_sigma
-        sigma = (low + (high - low) * draw[chosen, 1]).to(self.device, non_blocking=True)
-        where = self._where(chosen)
-        return image.index_copy(0, where, gaussian_blur(image[where], sigma))
+        sigma = (low + (high - low) * draw[:, 1]).to(self.device, non_blocking=True)
+        chosen = draw[:, 0] < self._by_view(self.config.blur_probability, view_N)
+        self._change(image, chosen, lambda part, rows: gaussian_blur(part, sigma[rows]))
 
-    def _gray(self, image: Tensor, draw: Tensor) -> Tensor:
-        chosen = self._where(draw[:, 0] < self.config.gray_probability)
-        return image.index_copy(0, chosen, _luminance(image[chosen]).expand(-1, 3, -1, -1))
+    def _gray(self, image: Tensor, draw: Tensor) -> None:
+        chosen = draw[:, 0] < self.config.gray_probability
+        self._change(image, chosen, lambda part, _: _luminance(part).expand_as(part))
 
-    def _solarize(self, image: Tensor, draw: Tensor, view_N: Tensor) -> Tensor:
-        chosen = self._where(draw[:, 0] < self._by_view(self.config.solarize_probability, view_N))
-        part = image[chosen]
-        return image.index_copy(0, chosen, torch.where(part >= 128 / 255, 1 - part, part))
+    def _solarize(self, image: Tensor, draw: Tensor, view_N: Tensor) -> None:
+        chosen = draw[:, 0] < self._by_view(self.config.solarize_probability, view_N)
+        self._change(image, chosen, lambda part, _: torch.where(part >= _SOLARIZE_FROM, 1 - part, part))
 
     @staticmethod
     def _by_view(values: tuple[float, float, float], view_N: Tensor) -> Tensor:
@@ -100,39 +103,41 @@ class Photometric:
 
 def _luminance(image: Tensor) -> Tensor:
     red, green, blue = image.unbind(dim=1)
-    return (_GRAY[0] * red + _GRAY[1] * green + _GRAY[2] * blue).unsqueeze(1)
+    return (_GRAY[0] * red).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2]).unsqueeze(1)
 
 
-def _adjust(image: Tensor, operation: int, factor: Tensor) -> Tensor:
-    """Brightness (0), contrast (1), saturation (2) or hue (3) of images in [0, 1], factor (N, 1, 1, 1)."""
+def _adjust(image: Tensor, rows: Tensor, *, operation: int, factor_N4111: Tensor) -> Tensor:
+    """Brightness (0), contrast (1), saturation (2) or hue (3) of images in [0, 1], which may be overwritten."""
+    factor = factor_N4111[rows, operation]
+    if operation == 3:
+        return shift_hue(image, factor.squeeze(-1))
     if operation == 0:
-        return (image * factor).clamp(0, 1)
+        return image.mul_(factor).clamp_(0, 1)
+    base = _luminance(image)
     if operation == 1:
-        mean = _luminance(image).mean(dim=(1, 2, 3), keepdim=True)
-        return (image * factor + mean * (1 - factor)).clamp(0, 1)
-    if operation == 2:
-        return (image * factor + _luminance(image) * (1 - factor)).clamp(0, 1)
-    return shift_hue(image, factor.squeeze(-1))
+        base = base.mean(dim=(1, 2, 3), keepdim=True)
+    return torch.lerp(base, image, factor).clamp_(0, 1)
 
 
 def shift_hue(image_N3SS: Tensor, turns_N11: Tensor) -> Tensor:
-    """Rotate the hue of RGB images in [0, 1] by a share of the colour circle, value and saturation kept."""
-    top, _ = image_N3SS.max(dim=1)
-    chroma = top - image_N3SS.min(dim=1).values
+    """Rotate the hue of RGB images in [0, 1] by a share of the colour circle; value and saturation are kept."""
     red, green, blue = image_N3SS.unbind(dim=1)
-    safe = torch.where(chroma > 0, chroma, 1)
+    # Twice as fast as aminmax, which reduces over a strided dimension.
+    top = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = top - low
     sixth = torch.where(
-        top == red,
-        (green - blue) / safe,
-        torch.where(top == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+        top == red, green - blue, torch.where(top == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     )
-    sixth = sixth + 6 * turns_N11
-    # One channel of HSV -> RGB: value minus chroma, clipped to the hexagon's side the channel lies on.
-    channels = []
-    for offset in (5.0, 3.0, 1.0):
-        distance = (offset + sixth) % 6
-        channels.append(top - chroma * torch.minimum(distance, 4 - distance).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+    sixth /= torch.where(chroma > 0, chroma, 1)  # gray has no hue, and any will do
+    sixth = (sixth + 6 * turns_N11).remainder_(6)
+    # Round the circle, a channel is full for two sixths, empty for two, and linear in between.
+    share = (
+        (sixth - 3).abs_().sub_(1).clamp_(0, 1),
+        (sixth - 2).abs_().neg_().add_(2).clamp_(0, 1),
+        (sixth - 4).abs_().neg_().add_(2).clamp_(0, 1),
+    )
+    return torch.stack([torch.addcmul(low, chroma, channel) for channel in share], dim=1)
 
 
 def gaussian_blur(image_N3SS: Tensor, sigma_N: Tensor) -> Tensor:
@@ -144,9 +149,6 @@ def gaussian_blur(image_N3SS: Tensor, sigma_N: Tensor) -> Tensor:
     kernel_NT = kernel_NT / kernel_NT.sum(dim=1, keepdim=True)
     weight = kernel_NT.repeat_interleave(3, dim=0)[:, None]
     channels = image_N3SS.reshape(1, -1, size, size)
-    groups = channels.shape[1]
-    if not groups:
-        return image_N3SS
     padded = F.pad(channels, [taps // 2] * 4, mode="reflect")
-    blurred = F.conv2d(padded, weight[:, :, :, None], groups=groups)
-    return F.conv2d(blurred, weight[:, :, None, :], groups=groups).view_as(image_N3SS)
+    blurred = F.conv2d(padded, weight[:, :, :, None], groups=len(weight))
+    return F.conv2d(blurred, weight[:, :, None, :], groups=len(weight)).view_as(image_N3SS)

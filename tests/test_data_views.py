@@ -1,0 +1,163 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.stats import ks_2samp, kstest
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as tvf
+
+from mimref.config import ViewsConfig
+from mimref.data.views import CropGroup, cut_group, draw_boxes, multi_crop
+
+GLOBAL = CropGroup(2, 32, (0.25, 1.0))
+LOCAL = CropGroup(3, 16, (0.05, 0.25), first_view=2)
+
+# Fixed seeds, so a test that passes once passes always; a wrong distribution misses this by orders of magnitude.
+PLAUSIBLE = 1e-3
+
+
+def noise(height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def boxes_of(group: CropGroup, height: int, width: int, count: int, *, view: int = 0) -> NDArray[np.int64]:
+    size_B2 = torch.tensor([[height, width]]).expand(count, 2)
+    return draw_boxes(group, view, 0, 0, torch.arange(count), size_B2).numpy()
+
+
+def torchvision_boxes(group: CropGroup, height: int, width: int, count: int) -> NDArray[np.int64]:
+    torch.manual_seed(0)
+    crop = RandomResizedCrop(group.size, scale=group.scale, ratio=group.aspect_ratio)
+    # A view of one pixel: only its size counts.
+    image = torch.empty(1).expand(3, height, width)
+    drawn = (crop.make_params([image]) for _ in range(count))
+    return np.array([[box["top"], box["left"], box["height"], box["width"]] for box in drawn])
+
+
+def relative(boxes: NDArray[np.int64], height: int, width: int) -> dict[str, NDArray[np.float64]]:
+    top, left, tall, wide = boxes.T.astype(np.float64)
+    return {
+        "area": tall * wide / (height * width),
+        "log_aspect": np.log(wide / tall),
+        "top": top,
+        "left": left,
+        "height": tall,
+        "width": wide,
+        "relative_top": top / np.maximum(1, height - tall),
+        "relative_left": left / np.maximum(1, width - wide),
+    }
+
+
+@pytest.mark.parametrize("group", [GLOBAL, LOCAL], ids=["global", "local"])
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (375, 500), (500, 333), (100, 400), (300, 90), (8, 8)])
+def test_boxes_are_distributed_as_torchvisions(group: CropGroup, height: int, width: int) -> None:
+    ours = relative(boxes_of(group, height, width, 3000), height, width)
+    theirs = relative(torchvision_boxes(group, height, width, 1500), height, width)
+    for name, values in ours.items():
+        assert ks_2samp(values, theirs[name]).pvalue > PLAUSIBLE, name
+
+
+def test_area_and_aspect_are_uniform_where_every_draw_fits() -> None:
+    boxes = boxes_of(CropGroup(1, 16, (0.05, 0.25)), 10_000, 10_000, 4000)
+    drawn = relative(boxes, 10_000, 10_000)
+    assert kstest((drawn["area"] - 0.05) / 0.2, "uniform").pvalue > PLAUSIBLE
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    assert kstest((drawn["log_aspect"] - low) / (high - low), "uniform").pvalue > PLAUSIBLE
+    assert kstest(drawn["relative_top"], "uniform").pvalue > PLAUSIBLE
+    assert kstest(drawn["relative_left"], "uniform").pvalue > PLAUSIBLE
+    pairs = np.corrcoef(np.stack([drawn[name] for name in ("area", "log_aspect", "relative_top", "relative_left")]))
+    assert np.abs(pairs - np.eye(4)).max() < 0.06  # about four standard errors
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (1, 2), (1, 300), (300, 1), (2, 7), (3, 3), (8, 8), (30, 2000), (64, 64), (65, 64)]
+)
+@pytest.mark.parametrize("aspect", [(3 / 4, 4 / 3), (1.0, 1.0), (3.0, 5.0), (0.1, 0.2)])
+def test_boxes_lie_inside_and_hold_a_pixel(height: int, width: int, aspect: tuple[float, float]) -> None:
+    for scale in [(1e-6, 1e-3), (0.05, 0.25), (1.0, 1.0)]:
+        top, left, tall, wide = boxes_of(CropGroup(1, 16, scale, aspect), height, width, 300).T
+        assert (tall >= 1).all()
+        assert (wide >= 1).all()
+        assert (top >= 0).all()
+        assert (left >= 0).all()
+        assert (top + tall <= height).all()
+        assert (left + wide <= width).all()
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(10, 97), (10, 98), (97, 10), (100, 10), (7, 1000), (1, 50), (51, 1), (3, 50)]
+)
+def test_fallback_is_torchvisions_central_crop(height: int, width: int) -> None:
+    # No crop of the whole area fits, so every draw ends in the fallback; odd margins tell floor from rounding.
+    group = CropGroup(1, 16, (1.0, 1.0))
+    expected = torchvision_boxes(group, height, width, 1)[0]
+    assert (boxes_of(group, height, width, 20) == expected).all()
+
+
+def test_whole_image_where_its_aspect_ratio_is_allowed() -> None:
+    group = CropGroup(1, 16, (5.0, 6.0))  # areas that never fit
+    assert (boxes_of(group, 30, 35, 5) == [0, 0, 30, 35]).all()
+    assert (torchvision_boxes(group, 30, 35, 1) == [0, 0, 30, 35]).all()
+
+
+def test_a_box_depends_on_its_sample_alone() -> None:
+    sample_B = torch.tensor([5, 900, 17, 0, 31])
+    size_B2 = torch.tensor([[30, 40], [100, 20], [64, 64], [8, 8], [1, 9]])
+    together = draw_boxes(LOCAL, 1, 7, 3, sample_B, size_B2)
+    for row in range(5):
+        alone = draw_boxes(LOCAL, 1, 7, 3, sample_B[row : row + 1], size_B2[row : row + 1])
+        assert torch.equal(alone[0], together[row])
+    turned = draw_boxes(LOCAL, 1, 7, 3, sample_B.flip(0), size_B2.flip(0))
+    assert torch.equal(turned.flip(0), together)
+
+
+def test_views_epochs_seeds_and_samples_have_their_own_boxes() -> None:
+    sample_B, size_B2 = torch.arange(50), torch.tensor([[500, 500]]).expand(50, 2)
+    base = draw_boxes(LOCAL, 0, 0, 0, sample_B, size_B2)
+    others = [
+        draw_boxes(LOCAL, 1, 0, 0, sample_B, size_B2),
+        draw_boxes(LOCAL, 0, 1, 0, sample_B, size_B2),
+        draw_boxes(LOCAL, 0, 0, 1, sample_B, size_B2),
+        draw_boxes(LOCAL, 0, 0, 0, sample_B + 50, size_B2),
+    ]
+    for other in others:
+        assert (other != base).any(dim=1).all()
+    # View 0 of the locals is view 2 of the image.
+    shifted = CropGroup(1, 16, LOCAL.scale)
+    assert torch.equal(draw_boxes(shifted, 2, 0, 0, sample_B, size_B2), base)
+    assert not torch.equal(draw_boxes(shifted, 0, 0, 0, sample_B, size_B2), base)
+
+
+@pytest.mark.parametrize("group", [GLOBAL, LOCAL], ids=["global", "local"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_crops_are_torchvisions_resized_crop(group: CropGroup, channels_last: bool) -> None:
+    images = [noise(*size) for size in [(48, 64), (8, 8), (100, 31), (1, 40), (40, 1), (1, 1), (16, 16), (300, 17)]]
+    expected = images
+    if channels_last:
+        images = [image[None].contiguous(memory_format=torch.channels_last)[0] for image in images]
+    sample_B = torch.arange(len(images)) + 11
+    cut = cut_group(images, group, 4, 2, sample_B)
+    assert cut.shape == (len(images), group.count, 3, group.size, group.size)
+    assert cut.dtype == torch.uint8
+    size_B2 = torch.tensor([image.shape[1:] for image in images])
+    for view in range(group.count):
+        boxes = draw_boxes(group, view, 4, 2, sample_B, size_B2).tolist()
+        for row, image in enumerate(expected):
+            crop = tvf.resized_crop(
+                image, *boxes[row], size=[group.size] * 2, interpolation=InterpolationMode.BICUBIC, antialias=True
+            )
+            assert torch.equal(cut[row, view], crop), (view, image.shape)
+
+
+def test_groups_follow_the_settings() -> None:
+    config = ViewsConfig()
+    assert multi_crop(config, 224) == [
+        CropGroup(2, 224, (0.25, 1.0), (3 / 4, 4 / 3), first_view=0),
+        CropGroup(10, 96, (0.05, 0.25), (3 / 4, 4 / 3), first_view=2),
+    ]
+    small = ViewsConfig(global_size=32, global_scale=(0.08, 1.0), local_views=0, aspect_ratio=(1.0, 1.0))
+    assert multi_crop(small, 224) == [CropGroup(2, 32, (0.08, 1.0), (1.0, 1.0))]
