@@ -86,7 +86,7 @@ def test_draws_are_uniform_and_uncorrelated_along_every_axis(across: str) -> Non
         x = uniform(0, 0, Operation.JITTER, zero[:1], count=20_000)[0]
     x = x.double()
     error = 1 / len(x) ** 0.5
-    assert 0 <= float(x.min()) and float(x.max()) < 1
+    assert float(x.min()) >= 0 and float(x.max()) < 1
     assert abs(float(x.mean()) - 1 / 2) < 4 * error * (1 / 12) ** 0.5
     assert abs(float(x.var()) - 1 / 12) < 4 * error * (1 / 180) ** 0.5
     assert abs(float(torch.corrcoef(torch.stack([x[1:], x[:-1]]))[0, 1])) < 4 * error

@@ -1,0 +1,121 @@
+"""Ranking the heads of a sweep: what is compared, in which order, and what is left as it was."""
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mimref.refinement.sweep as sweep
+from mimref.config import HeadsConfig
+from mimref.encoders.vit import Encoder
+from mimref.evaluation.monitor import KnnMonitor
+from mimref.features.extract import Features
+from mimref.refinement.heads import Heads
+
+BLOCKS = [4, 2, 4]
+TEMPERATURE = [0.1, 0.2, 0.3]
+DIM = 8
+
+
+def features(rows: int, seed: int) -> Features:
+    """Of blocks 2 and 4."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, 2, DIM)).astype(np.float32)
+    return Features(x, rng.integers(0, 3, rows), np.arange(rows))
+
+
+class FakeMonitor:
+    """Hands out given features, notes what it is asked to score, and answers with given scores."""
+
+    def __init__(self, scores: list[float], *, labelled: bool = True) -> None:
+        self.train, self.test = features(11, seed=0), features(7, seed=1) if labelled else None
+        self.scores = scores
+        self.asked: dict[str, Any] = {}
+        self.scored: list[tuple[Features, Features, int]] = []
+
+    def features(self, encoder: object, blocks: list[int], **how: object) -> tuple[Features, Features | None]:
+        self.asked = {"blocks": blocks, **how}
+        return self.train, self.test
+
+    def knn_top1(self, train: Features, test: Features, column: int) -> float:
+        self.scored.append((train, test, column))
+        return self.scores[column]
+
+
+def make_heads() -> Heads:
+    torch.manual_seed(0)
+    heads = Heads(HeadsConfig(projector_hidden=6, predictor_hidden=4, output=4), len(BLOCKS), DIM)
+    norm = heads.projector[0].norm
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+    return heads
+
+
+def rank(monitor: FakeMonitor, heads: Heads, nn_accuracy: list[float]) -> list[dict[str, Any]]:
+    return sweep.rank_heads(
+        cast(Encoder, None),
+        heads,
+        cast(KnnMonitor, monitor),
+        blocks=BLOCKS,
+        temperature=TEMPERATURE,
+        pool="mean",
+        nn_accuracy=nn_accuracy,
+    )
+
+
+def test_heads_are_ranked_by_knn() -> None:
+    monitor = FakeMonitor([50.0, 90.0, 70.0])
+    rows = rank(monitor, make_heads(), [11.0, 22.0, 33.0])
+    assert monitor.asked == {"blocks": [2, 4], "pool": "mean", "final_norm": True}
+    heads = [
+        {"head": 2, "block": 2, "temperature": 0.2},
+        {"head": 3, "block": 4, "temperature": 0.3},
+        {"head": 1, "block": 4, "temperature": 0.1},
+    ]
+    expected = [
+        {"metric": "head_knn_top1", "value": value, **head}
+        for value, head in zip((90.0, 70.0, 50.0), heads, strict=True)
+    ]
+    expected += [
+        {"metric": "head_nn_accuracy", "value": value, **head}
+        for value, head in zip((22.0, 33.0, 11.0), heads, strict=True)
+    ]
+    assert rows == expected
+
+
+def test_without_a_measured_nn_accuracy_only_knn_is_told() -> None:
+    rows = rank(FakeMonitor([1.0, 2.0, 3.0]), make_heads(), [])
+    assert [row["metric"] for row in rows] == ["head_knn_top1"] * 3
+
+
+def test_without_labels_there_is_nothing_to_rank() -> None:
+    assert rank(FakeMonitor([], labelled=False), make_heads(), []) == []
+
+
+@pytest.mark.parametrize("rows_at_once", [3, 4096])
+def test_each_head_is_scored_on_its_own_hidden_layer(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_ROWS_AT_ONCE", rows_at_once)
+    heads, monitor = make_heads(), FakeMonitor([1.0, 2.0, 3.0])
+    before = {name: value.clone() for name, value in heads.state_dict().items()}
+    rank(monitor, heads, [])
+    assert [column for _, _, column in monitor.scored] == [0, 1, 2]
+    layer = heads.projector[0]
+    for train, test, head in monitor.scored:
+        for hidden, given in ((train, monitor.train), (test, monitor.test)):
+            assert given is not None and given.y is not None
+            assert np.array_equal(cast(Any, hidden.y), given.y)
+            # A separate layer with the running statistics, not those of these rows.
+            own = slice(head * 6, (head + 1) * 6)
+            norm = nn.BatchNorm1d(6).eval()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                getattr(norm, name).data.copy_(getattr(layer.norm, name)[own])
+            block: Tensor = torch.from_numpy(given.x[:, [1, 0, 1][head]])
+            expected = F.gelu(norm(block @ layer.linear.weight[head].T))
+            np.testing.assert_allclose(hidden.x[:, head], expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+    # Training can go on: the running statistics have not moved, and new batches will move them.
+    assert heads.training
+    assert all(torch.equal(value, before[name]) for name, value in heads.state_dict().items())
