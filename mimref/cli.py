@@ -4,10 +4,8 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 """
 
 import errno
-import json
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +17,6 @@ from mimref.errors import ConfigError, Interrupted, OutputError, UserError
 if TYPE_CHECKING:
     from mimref.config import CommandConfig
     from mimref.evaluation.metrics import Row
-    from mimref.report import ProgressDisplay
 
 app = typer.Typer(
     name="mimref",
@@ -140,22 +137,23 @@ def refine(
         "batch_size": batch_size,
         "heads.blocks": heads,
     } | _common(data, device, precision, seed, workers)
-    chosen = _resumed_config(out, resume) or choose_refine_preset(preset, arch, source, weights)
+    chosen = _resumed_config(out, resume, preset) or choose_refine_preset(preset, arch, source, weights)
     config = load_config(RefineConfig, chosen, overrides, sets or ())
+    out = out or _default_out(config)
     if dry_run:
         from mimref.refinement.plan import describe, make_plan
 
-        _print_facts(describe(make_plan(config)))
+        _print_facts(describe(make_plan(config)) | {"output": str(out)})
         return
-    out = out or _default_out(config)
     if resume and _print_finished(out):
         return
 
     from mimref.refinement.run import refine as run_refine
+    from mimref.terminal import Terminal
 
-    with _Terminal(quiet) as terminal:
+    with Terminal(quiet) as terminal:
         result = run_refine(config, out, resume=resume, force=force, listener=terminal)
-    _report(out, config, result.elapsed_s, result.rows, quiet)
+    _print_trained(out, result.rows, quiet)
 
 
 @app.command()
@@ -185,17 +183,18 @@ def pretrain(
 
     overrides = {"encoder.arch": arch, "mae.epochs": epochs, "batch_size": batch_size}
     overrides |= _common(data, device, precision, seed, workers)
-    chosen = _resumed_config(out, resume) or choose_pretrain_preset(preset, arch)
+    chosen = _resumed_config(out, resume, preset) or choose_pretrain_preset(preset, arch)
     config = load_config(PretrainConfig, chosen, overrides, sets or ())
     out = out or _default_out(config)
     if resume and _print_finished(out):
         return
 
     from mimref.pretraining.run import pretrain as run_pretrain
+    from mimref.terminal import Terminal
 
-    with _Terminal(quiet) as terminal:
+    with Terminal(quiet) as terminal:
         result = run_pretrain(config, out, resume=resume, force=force, listener=terminal)
-    _report(out, config, result.elapsed_s, result.rows, quiet)
+    _print_trained(out, result.rows, quiet)
 
 
 @app.command()
@@ -243,8 +242,9 @@ def knn(
         raise OutputError(f"{out}: holds results; give another --out, or --force to replace them")
 
     from mimref.evaluation.run import evaluate_knn
+    from mimref.terminal import Terminal
 
-    with _Terminal(quiet) as terminal:
+    with Terminal(quiet) as terminal:
         result = evaluate_knn(config, listener=terminal)
     _report(out, config, result.elapsed_s, result.rows, quiet)
 
@@ -314,44 +314,6 @@ def _fail(message: str, error: Exception, debug: bool) -> int:
     return 2
 
 
-class _Terminal:
-    """Shows a run's progress, notes and warnings on standard error; `quiet` keeps the warnings only."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._open = ExitStack()
-        self._label: str | None = None
-        self._bar: ProgressDisplay | None = None
-
-    def __enter__(self) -> "_Terminal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def progress(self, label: str, done: int, total: int) -> None:
-        if label != self._label or self._bar is None:
-            from mimref.report import show_progress
-
-            self._open.close()
-            self._label, self._bar = label, self._open.enter_context(show_progress(label, quiet=self._quiet))
-        self._bar.update(done, total)
-
-    def note(self, message: str) -> None:
-        if not self._quiet:
-            self._print(message)
-
-    def warn(self, message: str) -> None:
-        self._print(f"warning: {message}")
-
-    def _print(self, line: str) -> None:
-        # A line printed past a live bar would tear it.
-        if self._bar is not None and not self._quiet:
-            self._bar.log(line)
-        else:
-            typer.echo(line, err=True)
-
-
 def _common(
     data: str | None, device: str | None, precision: str | None, seed: str | None, workers: str | None
 ) -> dict[str, Any]:
@@ -374,41 +336,46 @@ def _default_out(config: "CommandConfig") -> Path:
     return Path("runs") / f"{config.command}-{name}"
 
 
-def _resumed_config(out: Path | None, resume: bool) -> str | None:
-    """The settings of the run that `--resume --out DIR` continues, so that they need not be given again."""
-    return str(out / "config.toml") if resume and out and (out / "config.toml").is_file() else None
+def _resumed_config(out: Path | None, resume: bool, preset: str | None) -> str | None:
+    """The settings of the run that `--resume --out DIR` continues, so that they need not be given again.
+
+    A preset given all the same is not passed over: the run compares its settings with those it was started with.
+    """
+    if not resume or preset is not None or out is None or not (out / "config.toml").is_file():
+        return None
+    return str(out / "config.toml")
 
 
 def _print_finished(out: Path) -> bool:
     """Print the results of a run that is finished already; False when it is not."""
-    file = out / "results.json"
-    if not file.is_file():
+    from mimref.results import read_results
+    from mimref.terminal import print_rows
+
+    if not (out / "results.json").is_file():
         return False
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["metrics"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); --force runs again") from None
-    _print_rows(rows)
+    print_rows(read_results(out)[0])
     return True
 
 
+def _print_trained(out: Path, rows: Sequence["Row"], quiet: bool) -> None:
+    """Results of a run that has written its folder by itself."""
+    from mimref.terminal import print_rows
+
+    print_rows(rows)
+    if not quiet:
+        typer.echo(f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}", err=True)
+
+
 def _report(out: Path | None, config: "CommandConfig", elapsed_s: float, rows: Sequence["Row"], quiet: bool) -> None:
-    _print_rows(rows)
+    from mimref.terminal import print_rows
+
+    print_rows(rows)
     if out is not None:
-        from mimref.report import write_results
+        from mimref.results import write_results
 
         write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows)
         if not quiet:
             typer.echo(f"results in {out}", err=True)
-
-
-def _print_rows(rows: Sequence["Row"]) -> None:
-    from rich.console import Console
-
-    from mimref.report import comparison_table, results_table
-
-    compared = len({row["model"] for row in rows if "model" in row}) > 1
-    Console().print(comparison_table(rows) if compared else results_table(rows))
 
 
 def _print_facts(facts: Mapping[str, object]) -> None:

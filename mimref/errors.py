@@ -34,8 +34,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-class Interrupted(Exception):
-    """Work stopped by a signal after saving what can be saved; the exit code is 128 + the signal's number."""
+class Interrupted(BaseException):
+    """Work stopped by a signal after saving what can be saved; the exit code is 128 + the signal's number.
+
+    Like KeyboardInterrupt no Exception: it may be raised anywhere, and must not pass for a damaged file.
+    """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)

@@ -1,17 +1,9 @@
-"""What a person sees: tables, progress, and the files results.csv and results.json."""
+"""What a person sees: tables and progress."""
 
-import csv
-import io
-import json
-import math
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,8 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from mimref import __version__
-from mimref.files import write_bytes
+from mimref.results import columns
 
 if TYPE_CHECKING:
     from mimref.evaluation.metrics import Row
@@ -37,15 +28,23 @@ LABELS = {
     "silhouette": "silhouette",
     "davies_bouldin": "Davies-Bouldin",
     "block_knn_top1": "k-NN top-1 of block {block}",
+    "head_knn_top1": "k-NN top-1",
+    "head_nn_accuracy": "neighbours of the same class",
     "block_reconstruction": "reconstruction loss of block {block}",
 }
 LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction"}
 # What was measured, as opposed to the settings it was measured with.
 MEASURED = ("value", "mean", "std", "splits", "runs")
-# Packages whose version can change a number.
-VERSIONS = ("torch", "timm", "numpy", "scikit-learn", "cyanure")
 # Seconds between two lines of progress when the output is not a terminal.
 LINE_INTERVAL_S = 10.0
+
+
+def best_table(rows: Sequence["Row"]) -> Table:
+    """The table that suits the rows: heads ranked, models compared, or one line per row."""
+    if any(str(row["metric"]).startswith("head_") for row in rows):
+        return heads_table(rows)
+    compared = len({row["model"] for row in rows if "model" in row}) > 1
+    return comparison_table(rows) if compared else results_table(rows)
 
 
 def comparison_table(
@@ -78,9 +77,28 @@ def comparison_table(
     return table
 
 
+def heads_table(rows: Sequence["Row"], *, title: str | None = None) -> Table:
+    """One line per head of a sweep, in the order of the rows (best first): its settings and every metric."""
+    metrics = list(dict.fromkeys(str(row["metric"]) for row in rows))
+    heads: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        heads.setdefault(str(row["head"]), {})[str(row["metric"])] = row
+    best = {metric: max(_shown_value(row) for row in rows if row["metric"] == metric) for metric in metrics}
+    table = Table(title=title)
+    for name in ("head", "block", "temperature"):
+        table.add_column(name, justify="right")
+    for metric in metrics:
+        table.add_column(Text(LABELS.get(metric, metric)), justify="right")
+    for by_metric in heads.values():
+        row = next(iter(by_metric.values()))
+        settings = [Text(_setting(row[name])) for name in ("head", "block", "temperature")]
+        table.add_row(*settings, *(_value_cell(by_metric.get(metric), 1, best[metric]) for metric in metrics))
+    return table
+
+
 def results_table(rows: Sequence["Row"], *, title: str | None = None) -> Table:
     """One line per row, one column per setting, the value (with its standard deviation) last."""
-    settings = [key for key in _columns(rows) if key not in MEASURED]
+    settings = [key for key in columns(rows) if key not in MEASURED]
     repeats = [key for key in ("splits", "runs") if any(key in row for row in rows)]
     table = Table(title=title)
     for key in settings + repeats:
@@ -137,32 +155,6 @@ def show_progress(
             )
     else:
         yield ProgressDisplay(_PlainLines(description, console).update, lambda line: _plain(console, line))
-
-
-def write_results(
-    out: Path, command: str, config: Mapping[str, object], elapsed_s: float, rows: Sequence["Row"]
-) -> None:
-    """Write results.csv (one line per row) and results.json into the folder `out`, each in one step.
-
-    config: the resolved settings. JSON keys: command, version, config, elapsed_s, metrics (the rows) and versions (of
-    the packages that can change a number). Values that are not finite become null, which JSON can hold.
-    Raises OutputError when the folder cannot be written.
-    """
-    columns = _columns(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(out / "results.csv", text.getvalue().encode())
-    document = {
-        "command": command,
-        "version": __version__,
-        "config": config,
-        "elapsed_s": round(elapsed_s, 3),
-        "metrics": [{key: _finite(value) for key, value in row.items()} for row in rows],
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
-    }
-    write_bytes(out / "results.json", (json.dumps(document, indent=2, default=str, allow_nan=False) + "\n").encode())
 
 
 class _RateColumn(ProgressColumn):
@@ -250,23 +242,5 @@ def _difference_cell(base: "Row | None", refined: "Row | None", sign: int) -> Te
     return Text(f"{difference:+.{digits}f}", style=style)
 
 
-def _columns(rows: Sequence["Row"]) -> list[str]:
-    """Every key of the rows: model, metric and value first, the others as they appear."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    first = [key for key in ("model", "metric", "value") if key in keys]
-    return first + [key for key in keys if key not in first]
-
-
 def _setting(value: str | int | float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _finite(value: str | int | float) -> str | int | float | None:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return installed_version(package)
-    except PackageNotFoundError:
-        return None

@@ -1,19 +1,15 @@
 """Tables, progress and results files."""
 
-import csv
 import io
-import json
 import re
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
 from mimref import report
-from mimref.errors import OutputError
 from mimref.evaluation.metrics import Row
-from mimref.report import comparison_table, metric_label, results_table, show_progress, write_results
+from mimref.report import best_table, comparison_table, metric_label, results_table, show_progress
 
 
 def rows() -> list[Row]:
@@ -97,27 +93,22 @@ def test_markup_in_names_is_text() -> None:
     assert "[red]a[/red]" in printed(comparison_table(odd)) and "x[bold]" in printed(results_table(odd))
 
 
-def test_write_results(tmp_path: Path) -> None:
-    data = [*rows(), {"model": "base", "metric": "odd", "value": float("nan")}]
-    write_results(tmp_path / "out", "knn", {"data": {"spec": "digits"}, "path": Path("a")}, 1.23456, data)
-    document = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(document) == ["command", "version", "config", "elapsed_s", "metrics", "versions"]
-    assert document["metrics"][:-1] == rows() and document["metrics"][-1]["value"] is None
-    assert document["config"] == {"data": {"spec": "digits"}, "path": "a"}
-    assert document["elapsed_s"] == 1.235
-    assert document["versions"]["torch"] and document["versions"]["python"].startswith("3.")
-    with open(tmp_path / "out" / "results.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert list(table[0])[:3] == ["model", "metric", "value"]
-    assert len(table) == len(data)
-    assert table[0]["value"] == "97.0" and table[0]["k"] == "10" and table[0]["shots"] == ""
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["results.csv", "results.json"]
+def test_heads_are_ranked_in_one_line_each() -> None:
+    ranked: list[Row] = [
+        {"metric": metric, "value": value, "head": head, "block": 4, "temperature": head / 10}
+        for metric, values in (("head_knn_top1", {2: 90.0, 1: 80.0}), ("head_nn_accuracy", {2: 60.0, 1: 70.0}))
+        for head, value in values.items()
+    ]
+    lines = [line for line in printed(best_table(ranked)).splitlines() if "│" in line]
+    assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines] == [
+        ["2", "4", "0.2", "90.0", "60.0"],
+        ["1", "4", "0.1", "80.0", "70.0"],
+    ]
 
 
-def test_write_results_into_a_file_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
-        write_results(tmp_path / "out", "knn", {}, 0.0, rows())
+def test_the_best_table_suits_the_rows() -> None:
+    assert "refined - base" in printed(best_table(rows()))
+    assert "refined - base" not in printed(best_table(rows()[:1]))
 
 
 def console(*, terminal: bool) -> Console:

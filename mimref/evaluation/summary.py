@@ -13,7 +13,7 @@ from mimref.errors import DataError
 from mimref.evaluation.cluster import cluster
 from mimref.evaluation.knn import knn
 from mimref.evaluation.lowshot import lowshot
-from mimref.evaluation.metrics import Row, main_rows
+from mimref.evaluation.metrics import Row, check_classes, class_indices, main_rows
 from mimref.features.extract import Features, extract, raw_pixels
 
 Progress = Callable[[str, int, int], None]
@@ -22,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 class Summary:
     """Evaluates models on the same images: raw outputs of the last block, CLS token (Appendix C.4, C.5, C.12).
 
-    Raises DataError when the images have no labels or no validation split.
+    Raises DataError when the images have no labels or no validation split, or classes are missing among them.
     """
 
     def __init__(
@@ -40,7 +40,11 @@ class Summary:
         self.config, self.transform, self.seed, self.progress = config, transform, seed, progress
         self.train = open_source(data, "train", need_labels=True)
         self.test = open_source(data, "val", need_labels=True)
+        assert self.train.labels is not None and self.test.labels is not None
+        class_indices(check_classes(self.train.labels, "train"), self.test.labels, "test")
         self.workers, self.max_bad = workers, data.max_bad
+        self.bad: list[tuple[str, str]] = []
+        """Path and reason of images that were left out, once for every model."""
         self.device, self.precision = device, precision
 
     def raw_pixels(self) -> list[Row]:
@@ -73,6 +77,7 @@ class Summary:
         config = self.config
         if train.y is None or test.y is None:
             raise DataError("labels are needed to evaluate features")
+        self.bad += train.bad + test.bad
         train_x, test_x = train.x[:, 0], test.x[:, 0]
         k = min(config.knn_k, len(train_x))
         rows = knn(train_x, train.y, test_x, test.y, k=(k,), tau=(config.knn_tau,), device=str(self.device))

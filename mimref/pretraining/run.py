@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from mimref.config import PretrainConfig
 from mimref.data.loader import ViewBatch, loader_workers, view_batches
 from mimref.data.photometric import Photometric
-from mimref.data.sources import BadImages, open_source
+from mimref.data.sources import open_source
 from mimref.data.views import CropGroup
 from mimref.devices import autocast, resolve_device, resolve_precision
 from mimref.draws import Operation, uniform
@@ -21,11 +22,12 @@ from mimref.evaluation.metrics import Row
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.spec import data_record, eval_transform
 from mimref.pretraining.mae import MaskedAutoencoder
+from mimref.results import read_results, write_results
 from mimref.training.guard import FiniteLoss
 from mimref.training.loop import train
 from mimref.training.optim import adamw, encoder_groups, learning_rate, module_groups, set_learning_rate
-from mimref.training.runlog import Listener, MetricsLog, Silent
-from mimref.training.state import RunFolder, stop_signal
+from mimref.training.runlog import Listener, MetricsLog, Silent, SkippedImages
+from mimref.training.state import RunFolder, reloadable, stop_signal
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,14 @@ class Pretraining:
         self.config, self.folder, self.listener = config, folder, listener
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
-        if config.data.spec is None:
-            raise ConfigError("no images: pass --data (a folder, digits, fashion-mnist or torchvision:NAME)")
-        architecture = Architecture.from_config(config.encoder)
-        if architecture.post_norm or architecture.from_timm:
-            raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
-        architecture.check_size(architecture.image_size, "encoder.image_size")
+        architecture = _architecture(config)
         self.source = open_source(config.data, "train")
         self.steps_per_epoch = len(self.source) // config.batch_size
         if not self.steps_per_epoch:
-            raise ConfigError(f"batch_size {config.batch_size} is larger than the {len(self.source)} training images")
+            raise ConfigError(
+                f"batch_size {config.batch_size} is larger than the {len(self.source)} training images; "
+                f"set --batch-size {max(2, len(self.source))} or less"
+            )
         self.transform = eval_transform(architecture.image_size, config.data, {})
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture)
@@ -69,28 +69,31 @@ class Pretraining:
         self.photometric = Photometric(plain, config.seed, self.device)
         self.monitor = KnnMonitor(config, self.transform, self.device, self.precision)
         self.guard = FiniteLoss(self.device)
-        self.bad = BadImages(config.data.max_bad)
+        self.skipped = SkippedImages(config.data.max_bad, listener)
         self.step, self.elapsed_s = 0, 0.0
         self.total = config.mae.epochs * self.steps_per_epoch
         self.rows: list[Row] = []
         self.log: MetricsLog | None = None
         self._loss: Tensor | None = None
 
-    def resume(self) -> None:
-        """Continue from the folder's state, if it has one."""
-        state = self.folder.load_state()
-        if state:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.elapsed_s, self.rows = state["step"], state["elapsed_s"], state["rows"]
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.elapsed_s, self.rows = state["step"], state["elapsed_s"], state["rows"]
+        self.skipped.add(state["skipped"])
 
     def save(self) -> None:
         """See `Job`."""
+        assert self.log is not None
         position = {"step": self.step, "elapsed_s": self.elapsed_s, "rows": self.rows}
+        position |= {"log_lines": self.log.lines, "skipped": self.skipped.items}
         self.folder.save_state({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **position})
 
     def batches(self) -> Iterator[ViewBatch]:
         """The remaining batches: one random crop per image."""
+        if self.step == self.total:
+            return iter(())
         config = self.config
         group = CropGroup(1, self.transform.image_size, config.mae.crop_scale, config.views.aspect_ratio)
         return view_batches(
@@ -117,8 +120,8 @@ class Pretraining:
 
     def update(self, batch: ViewBatch) -> None:
         """See `Job`."""
-        for path, reason in batch.bad:
-            self.bad.add(path, reason)
+        self._loss = None
+        self.skipped.add(batch.bad)
         if not len(batch.sample_B):
             return
         set_learning_rate(self.optimizer, self.rate())
@@ -146,6 +149,7 @@ class Pretraining:
 
     def end_epoch(self, epoch: int) -> None:
         """See `Job`."""
+        self.skipped.tell_early()
         every = self.config.monitor.knn_every_epochs
         if not every or (epoch % every and self.step < self.total):
             return
@@ -159,21 +163,49 @@ class Pretraining:
 def pretrain(
     config: PretrainConfig, out: Path, *, resume: bool = False, force: bool = False, listener: Listener | None = None
 ) -> PretrainResult:
-    """Train a masked autoencoder and write `encoder.safetensors` with its header into `out`.
+    """Train a masked autoencoder and write `encoder.safetensors` with its header, log and results into `out`.
 
-    Works on unlabelled images; labels, where there are any, only serve the k-NN check. Raises UserError subclasses for
-    settings, images or folders that do not fit, Interrupted after saving when a signal arrives.
+    Works on unlabelled images; labels, where there are any, only serve the k-NN check. resume: continue the unfinished
+    run in `out`; of a finished one, return its results. force: replace what a run has left in `out`. Raises UserError
+    subclasses for settings, images or folders that do not fit, Interrupted after saving when a signal arrives.
     """
     listener = listener or Silent()
     folder = RunFolder(out)
     folder.check(resume=resume, force=force)
-    run = Pretraining(config, folder, listener)
-    folder.prepare(config, resume=resume, force=force)
-    if resume:
-        run.resume()
-    run.log = MetricsLog(out / "metrics.jsonl", keep_steps=run.step)
+    if resume and folder.finished:
+        return PretrainResult(out, *read_results(out))
     with stop_signal() as stop:
+        run = Pretraining(config, folder, listener)
+        state = folder.load_state() if resume else None
+        config = reloadable(config)
+        folder.prepare(config, resume=resume, force=force)
+        if state:
+            run.resume(state)
+        run.log = MetricsLog(out / "metrics.jsonl", keep_lines=state["log_lines"] if state else 0)
         train(run, run.batches(), stop, listener, log_every=config.monitor.log_every)
+        _write(run, config, out)
+        folder.drop_state()
+    return PretrainResult(out, run.rows, run.elapsed_s)
+
+
+def _architecture(config: PretrainConfig) -> Architecture:
+    """The encoder to be trained. Raises ConfigError for one that a masked autoencoder is not made of."""
+    if config.data.spec is None:
+        raise ConfigError("no images: pass --data (a folder, digits, fashion-mnist or torchvision:NAME)")
+    if config.encoder.weights is not None:
+        raise ConfigError(f"pretrain starts from random weights; leave out encoder.weights {config.encoder.weights!r}")
+    architecture = Architecture.from_config(config.encoder)
+    if architecture.post_norm or architecture.from_timm:
+        raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
+    architecture.check_size(architecture.image_size, "encoder.image_size")
+    if architecture.image_size == architecture.patch_size:
+        raise ConfigError(
+            f"encoder.image_size {architecture.image_size} is one patch; masking needs at least two patches a side"
+        )
+    return architecture
+
+
+def _write(run: Pretraining, config: PretrainConfig, out: Path) -> None:
     header = {
         "source": "mae",
         "preset": config.preset,
@@ -182,4 +214,6 @@ def pretrain(
         "metrics": run.rows,
     }
     save_encoder(out / "encoder.safetensors", run.model.encoder, header)
-    return PretrainResult(out, run.rows, run.elapsed_s)
+    run.skipped.tell_all()
+    document, skipped = config.model_dump(mode="json"), run.skipped.items
+    write_results(out, config.command, document, run.elapsed_s, run.rows, bad_images=skipped)

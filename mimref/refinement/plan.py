@@ -1,15 +1,15 @@
 """What a refinement will be before anything is trained: encoder, heads, sizes, steps, and whether they fit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from mimref.config import RefineConfig
+from mimref.config import EncoderConfig, RefineConfig
 from mimref.data.sources import ImageSource, open_source
 from mimref.data.transforms import EvalTransform
-from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
+from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
 from mimref.features.spec import eval_transform, recorded_data
@@ -21,7 +21,7 @@ class Plan:
     """A checked refinement: settings that fit the weights and the images."""
 
     config: RefineConfig
-    """With the data filled in from the checkpoint's header."""
+    """With encoder and data filled in from the checkpoint's header."""
     checkpoint: Checkpoint
     architecture: Architecture
     transform: EvalTransform
@@ -54,9 +54,9 @@ def make_plan(config: RefineConfig) -> Plan:
         arch, source = config.encoder.arch, config.encoder.source
         raise ConfigError(f"no weights for {arch} from {source}: pass --weights FILE (nothing is downloaded)")
     checkpoint = read_checkpoint(config.encoder.weights)
-    architecture = checkpoint.architecture or Architecture.from_config(config.encoder)
+    architecture = _architecture(config.encoder, checkpoint)
     data = recorded_data(config.data, checkpoint.header)
-    config = config.model_copy(update={"data": data})
+    config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
     blocks = head_blocks(config.heads.blocks, architecture.depth)
     temperature = _temperatures(config.heads.temperature, len(blocks))
     _check_schedule(config, blocks)
@@ -64,7 +64,39 @@ def make_plan(config: RefineConfig) -> Plan:
     source_images = open_source(data, "train")
     _check_counts(config, len(source_images))
     transform = eval_transform(architecture.image_size, data, checkpoint.header)
-    return Plan(config, checkpoint, architecture, transform, source_images, blocks, temperature)
+    plan = Plan(config, checkpoint, architecture, transform, source_images, blocks, temperature)
+    if not plan.heads_steps and not plan.encoder_steps:
+        raise ConfigError(
+            f"nothing to train: heads_stage.epochs is {config.heads_stage.epochs} and encoder_stage.epochs "
+            f"{config.encoder_stage.epochs} with stage = {config.stage!r}; give at least one stage an epoch"
+        )
+    return plan
+
+
+def _architecture(config: EncoderConfig, checkpoint: Checkpoint) -> Architecture:
+    """What the weights say they are, at the image size asked for; what the settings say of foreign weights."""
+    recorded = checkpoint.architecture
+    if recorded is None:
+        return Architecture.from_config(config)
+    # A preset's image size belongs to the preset's architecture.
+    belongs = "arch" not in config.model_fields_set or config.arch == recorded.name
+    if belongs and "image_size" in config.model_fields_set:
+        return replace(recorded, image_size=config.image_size)
+    return recorded
+
+
+def _resolved(config: EncoderConfig, checkpoint: Checkpoint, architecture: Architecture) -> EncoderConfig:
+    """The settings that name the encoder as it is, so that config.toml does."""
+    custom = architecture.name == "custom"
+    sizes = ("width", "depth", "num_heads", "patch_size")
+    return config.model_copy(
+        update={
+            "arch": architecture.name,
+            "source": checkpoint.header.get("source", config.source),
+            "image_size": architecture.image_size,
+            **{name: getattr(architecture, name) if custom else None for name in sizes},
+        }
+    )
 
 
 def _temperatures(temperature: float | list[float], num_heads: int) -> list[float]:
@@ -76,9 +108,16 @@ def _temperatures(temperature: float | list[float], num_heads: int) -> list[floa
 
 
 def _check_sizes(config: RefineConfig, architecture: Architecture) -> None:
-    architecture.check_size(config.views.global_size or architecture.image_size, "views.global_size")
-    if config.views.local_views:
-        architecture.check_size(config.views.local_size, "views.local_size")
+    views = config.views
+    global_size = views.global_size or architecture.image_size
+    architecture.check_size(global_size, "encoder.image_size" if views.global_size is None else "views.global_size")
+    if views.local_views:
+        architecture.check_size(views.local_size, "views.local_size")
+        if views.local_size > global_size:
+            raise ConfigError(
+                f"views.local_size {views.local_size} is larger than the global views of {global_size} pixels; "
+                "local views show less of an image: set views.local_size, or views.local_views=0"
+            )
     frozen = config.encoder_stage.freeze_blocks
     if frozen >= architecture.depth:
         raise ConfigError(
@@ -102,7 +141,10 @@ def _check_schedule(config: RefineConfig, blocks: list[int]) -> None:
 
 def _check_counts(config: RefineConfig, images: int) -> None:
     if config.batch_size > images:
-        raise ConfigError(f"batch_size {config.batch_size} is larger than the {images} training images")
+        raise ConfigError(
+            f"batch_size {config.batch_size} is larger than the {images} training images; "
+            f"set --batch-size {max(2, images)} or less"
+        )
     queue = config.heads.queue_size
     if queue > max(images, config.batch_size):
         raise ConfigError(
@@ -119,10 +161,14 @@ def _check_counts(config: RefineConfig, images: int) -> None:
 
 
 def describe(plan: Plan) -> dict[str, str]:
-    """Facts of a dry run, label to text: sizes, parameters, steps and memory that does not depend on activations."""
+    """Facts of a dry run, label to text: sizes, parameters, steps and memory that does not depend on activations.
+
+    Raises CheckpointError when the weights do not fit.
+    """
     config, architecture = plan.config, plan.architecture
     with torch.device("meta"):
         encoder = build_encoder(architecture)
+        load_weights(encoder, plan.checkpoint)
         heads = Heads(config.heads, len(plan.blocks), encoder.embed_dim)
     encoder_count = sum(parameter.numel() for parameter in encoder.parameters())
     heads_count = sum(parameter.numel() for parameter in heads.parameters())
@@ -145,7 +191,8 @@ def describe(plan: Plan) -> dict[str, str]:
 def header_of(plan: Plan) -> dict[str, Any]:
     """What the result's header says beside the architecture: where the weights came from and how they were refined."""
     upstream = plan.checkpoint.header
-    header: dict[str, Any] = {"source": f"{upstream.get('source', plan.config.encoder.source)} refined"}
+    source = upstream.get("source", plan.config.encoder.source)
+    header: dict[str, Any] = {"source": f"{source} refined" if plan.encoder_steps else source}
     if "licence" in upstream:
         header["licence"] = upstream["licence"]
     return header

@@ -9,16 +9,17 @@ import torch
 from mimref.config import RefineConfig
 from mimref.data.loader import loader_workers
 from mimref.encoders.checkpoints import save_encoder
-from mimref.errors import DataError
+from mimref.errors import ConfigError, DataError
 from mimref.evaluation.metrics import Row
 from mimref.evaluation.summary import Summary
 from mimref.features.spec import data_record
 from mimref.refinement.plan import header_of, make_plan
 from mimref.refinement.stages import EncoderStage, HeadsStage, Refinement
 from mimref.refinement.sweep import rank_heads
+from mimref.results import read_results, write_results
 from mimref.training.loop import train
 from mimref.training.runlog import Listener, MetricsLog, Silent
-from mimref.training.state import RunFolder, StopSignal, stop_signal
+from mimref.training.state import RunFolder, StopSignal, reloadable, stop_signal
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,36 @@ class RefineResult:
 def refine(
     config: RefineConfig, out: Path, *, resume: bool = False, force: bool = False, listener: Listener | None = None
 ) -> RefineResult:
-    """Run the stages that `config` asks for and write the refined encoder and its log into `out`.
+    """Run the stages that `config` asks for and write the refined encoder, its log and the results into `out`.
 
-    Raises UserError subclasses for settings, images, weights or folders that do not fit, before anything is written;
-    DivergenceError when the loss is no longer finite; Interrupted after saving when a signal arrives.
+    resume: continue the unfinished run in `out`; of a finished one, return its results. force: replace what a run has
+    left in `out`. Raises UserError subclasses for settings, images, weights or folders that do not fit, before anything
+    is written; DivergenceError when the loss is no longer finite; Interrupted after saving when a signal arrives.
     """
     listener = listener or Silent()
     folder = RunFolder(out)
     folder.check(resume=resume, force=force)
-    plan = make_plan(config)
-    run = Refinement(plan, listener)
-    folder.prepare(config, resume=resume, force=force)
-    state = folder.load_state() if resume else None
-    log = MetricsLog(out / "metrics.jsonl", keep_steps=state["step"] if state else 0)
+    if resume and folder.finished:
+        return RefineResult(out, *read_results(out))
     with stop_signal() as stop:
+        plan = make_plan(config)
+        config = reloadable(plan.config)
+        state = folder.load_state() if resume else None
+        run = Refinement(plan, listener)
+        if config.heads_from is not None and state is None:
+            run.load_heads(Path(config.heads_from))
+        folder.prepare(config, resume=resume, force=force)
+        log = MetricsLog(out / "metrics.jsonl", keep_lines=state["log_lines"] if state else 0)
         _train(run, folder, log, stop, state)
-    rows = _evaluate(run, listener)
-    _write_encoder(run, out, rows)
+        # Written before the evaluation, which may fail or be interrupted, and again with its results.
+        _write_encoder(run, config, out, [])
+        rows = _evaluate(run, listener)
+        _write_encoder(run, config, out, rows)
+        run.skipped.tell_all()
+        write_results(
+            out, config.command, config.model_dump(mode="json"), run.elapsed_s, rows, bad_images=run.skipped.items
+        )
+        folder.drop_state()
     return RefineResult(out, rows, run.elapsed_s)
 
 
@@ -74,19 +88,33 @@ def _train(run: Refinement, folder: RunFolder, log: MetricsLog, stop: StopSignal
 
 
 def _evaluate(run: Refinement, listener: Listener) -> list[Row]:
-    config = run.config
-    if config.stage == "heads":
-        return rank_heads(
-            run.encoder,
-            run.heads,
-            run.monitor,
-            blocks=run.plan.blocks,
-            temperature=run.plan.temperature,
-            pool=config.heads.pool,
-            nn_accuracy=run.nn_accuracy,
-        )
-    if not config.evaluate.enabled:
+    """The rows of the result. What cannot be evaluated is told and left out: the training is not to be lost for it."""
+    try:
+        if run.config.stage == "heads":
+            return _rank_heads(run, listener)
+        return _compare(run, listener) if run.config.evaluate.enabled else []
+    except (ConfigError, DataError) as error:
+        listener.warn(f"no results table: {error}")
         return []
+
+
+def _rank_heads(run: Refinement, listener: Listener) -> list[Row]:
+    rows = rank_heads(
+        run.encoder,
+        run.heads,
+        run.monitor,
+        blocks=run.plan.blocks,
+        temperature=run.plan.temperature,
+        pool=run.config.heads.pool,
+        nn_accuracy=run.nn_accuracy,
+    )
+    if not rows:
+        listener.note(f"no ranking of the heads: {run.plan.source.name} has no labelled validation images")
+    return rows
+
+
+def _compare(run: Refinement, listener: Listener) -> list[Row]:
+    config = run.config
     try:
         summary = Summary(
             config.evaluate,
@@ -103,11 +131,12 @@ def _evaluate(run: Refinement, listener: Listener) -> list[Row]:
         return []
     rows = summary.raw_pixels()
     rows += summary.encoder("base", run.base_encoder())
-    return rows + summary.encoder("refined", run.result_encoder())
+    rows += summary.encoder("refined", run.result_encoder())
+    run.skipped.add_evaluated(summary.bad)
+    return rows
 
 
-def _write_encoder(run: Refinement, out: Path, rows: list[Row]) -> None:
-    config = run.config
+def _write_encoder(run: Refinement, config: RefineConfig, out: Path, rows: list[Row]) -> None:
     header = {
         **header_of(run.plan),
         "preset": config.preset,

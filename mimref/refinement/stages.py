@@ -9,7 +9,6 @@ import torch
 from mimref.config import EncoderStageConfig, HeadsStageConfig
 from mimref.data.loader import ViewBatch, loader_workers, view_batches
 from mimref.data.photometric import Photometric
-from mimref.data.sources import BadImages
 from mimref.data.views import multi_crop
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.checkpoints import load_weights, weights_hash
@@ -33,7 +32,7 @@ from mimref.training.optim import (
     set_learning_rate,
     warmup_updates,
 )
-from mimref.training.runlog import Listener, MetricsLog
+from mimref.training.runlog import Listener, MetricsLog, SkippedImages
 from mimref.training.state import RunFolder
 
 StageName = Literal["heads", "encoder"]
@@ -74,12 +73,10 @@ class Refinement:
         labels = plan.source.labels
         self.labels = None if labels is None else torch.from_numpy(labels).to(self.device)
         self.monitor = KnnMonitor(config, plan.transform, self.device, self.precision)
-        self.bad = BadImages(config.data.max_bad)
+        self.skipped = SkippedImages(config.data.max_bad, listener)
         self.average: WeightAverage | None = None
         self.nn_accuracy: list[float] = []
         self.elapsed_s = 0.0
-        if config.heads_from is not None:
-            self.load_heads(Path(config.heads_from))
 
     def base_encoder(self) -> Encoder:
         """The encoder as it was given."""
@@ -97,7 +94,12 @@ class Refinement:
 
     def save_heads(self, path: Path) -> None:
         """Hand over stage 1: heads and queue, and what they fit."""
-        made_for = {"base": self.base_hash, "blocks": self.plan.blocks}
+        made_for = {
+            "base": self.base_hash,
+            "blocks": self.plan.blocks,
+            "pool": self.config.heads.pool,
+            "images": self.plan.source.fingerprint,
+        }
         with atomic_write(path) as stream:
             torch.save({**made_for, "heads": self.heads.state_dict(), "queue": self.queue.state_dict()}, stream)
 
@@ -108,19 +110,35 @@ class Refinement:
             raise CheckpointError(f"{path}: no such file; --heads-from needs the output folder of a run with stage 1")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            base, blocks, pool, images = (saved[key] for key in ("base", "blocks", "pool", "images"))
         except Exception as error:
             raise CheckpointError(f"{path}: not readable as the heads of a run") from error
-        if saved.get("base") != self.base_hash:
+        if base != self.base_hash:
             raise CheckpointError(
                 f"{path}: these heads were trained on another encoder than {self.plan.checkpoint.path}"
             )
-        if saved["blocks"] != self.plan.blocks:
-            raise ConfigError(f"{path}: its heads read blocks {saved['blocks']}; set heads.blocks to the same")
+        if blocks != self.plan.blocks:
+            numbers = ",".join(map(str, blocks))
+            raise ConfigError(f"{path}: its heads read the blocks {numbers}; set heads.blocks={numbers}")
+        if pool != self.config.heads.pool:
+            raise ConfigError(f"{path}: its heads read {pool!r} tokens; set heads.pool={pool}")
+        self._take_heads(path, saved["heads"], saved["queue"])
+        if images != self.plan.source.fingerprint:
+            self.queue.sample_Q.fill_(-1)
+            self.listener.warn(f"{path}: its queue was filled from other images, or files that have changed since")
+
+    def _take_heads(self, path: Path, heads: dict[str, Any], queue: dict[str, Any]) -> None:
+        config, size = self.config.heads, len(queue["sample"])
+        if size != config.queue_size:
+            raise ConfigError(f"{path}: its queue holds {size} rows; set heads.queue_size={size}")
         try:
-            self.heads.load_state_dict(saved["heads"])
-            self.queue.load_state_dict(saved["queue"])
+            self.heads.load_state_dict(heads)
+            self.queue.load_state_dict(queue)
         except RuntimeError as error:
-            raise ConfigError(f"{path}: its heads or queue have other sizes than the settings under heads") from error
+            raise ConfigError(
+                f"{path}: its heads have other widths than heads.projector_hidden {config.projector_hidden}, "
+                f"heads.predictor_hidden {config.predictor_hidden} and heads.output {config.output}"
+            ) from error
 
 
 class Stage:
@@ -148,6 +166,8 @@ class Stage:
 
     def batches(self) -> Iterator[ViewBatch]:
         """The stage's remaining batches."""
+        if self.step == self.total:
+            return iter(())
         config, epoch = self.config, self.step // self.steps_per_epoch
         return view_batches(
             self.plan.source,
@@ -177,11 +197,14 @@ class Stage:
 
     def update(self, batch: ViewBatch) -> None:
         """See `Job`."""
-        for path, reason in batch.bad:
-            self.run.bad.add(path, reason)
+        self._values = None
+        self.run.skipped.add(batch.bad)
         # BatchNorm and the negatives need more than one image.
-        if len(batch.sample_B) < 2:
-            return
+        if len(batch.sample_B) >= 2:
+            self.learn(batch)
+
+    def learn(self, batch: ViewBatch) -> None:
+        """One optimizer step."""
         self.set_rate()
         weight_H = torch.tensor(self.loss_weights()).to(self.run.device, non_blocking=True)
         values = self.run.stepper.forward(
@@ -216,6 +239,7 @@ class Stage:
 
     def end_epoch(self, epoch: int) -> None:
         """See `Job`."""
+        self.run.skipped.tell_early()
 
     def save(self) -> None:
         """See `Job`."""
@@ -227,6 +251,8 @@ class Stage:
         return {
             "step": self.before + self.step,
             "elapsed_s": self.elapsed_s,
+            "log_lines": self.log.lines,
+            "skipped": self.run.skipped.items,
             "nn_accuracy": self.run.nn_accuracy,
             "heads": self.run.heads.state_dict(),
             "queue": self.run.queue.state_dict(),
@@ -235,7 +261,9 @@ class Stage:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue from a state that this stage has saved."""
-        self.step, self.elapsed_s = state["stage_step"], state["elapsed_s"]
+        self.step = state["stage_step"]
+        self.elapsed_s = self.run.elapsed_s = state["elapsed_s"]
+        self.run.skipped.add(state["skipped"])
         self.run.nn_accuracy = state["nn_accuracy"]
         self.run.heads.load_state_dict(state["heads"])
         self.run.queue.load_state_dict(state["queue"])
@@ -289,15 +317,17 @@ class EncoderStage(Stage):
         """Weight of every head by the loss schedule."""
         return loss_weights(self.config.loss.schedule, self.step / self.total, len(self.plan.blocks))
 
-    def update(self, batch: ViewBatch) -> None:
-        """See `Job`."""
-        super().update(batch)
+    def learn(self, batch: ViewBatch) -> None:
+        """One optimizer step, followed by the weight average."""
+        super().learn(batch)
         self.average.update()
 
     def start_watch(self) -> None:
         """Measure the base encoder, with which later checks are compared."""
         if self.config.monitor.knn_every_epochs and self.collapse is None:
-            self.collapse = CollapseWatch(self.run.monitor.check(self.run.encoder))
+            # Monitoring may be turned on for a resumed run, whose encoder has moved on.
+            base = self.run.base_encoder() if self.step else self.run.encoder
+            self.collapse = CollapseWatch(self.run.monitor.check(base))
             self.tell("start", self.collapse.start)
 
     def tell(self, when: str, values: dict[str, float]) -> None:
@@ -307,8 +337,9 @@ class EncoderStage(Stage):
 
     def end_epoch(self, epoch: int) -> None:
         """See `Job`."""
+        super().end_epoch(epoch)
         every = self.config.monitor.knn_every_epochs
-        if self.collapse is None or (epoch % every and self.step < self.total):
+        if not every or self.collapse is None or (epoch % every and self.step < self.total):
             return
         values = self.run.monitor.check(self.run.result_encoder())
         self.tell(f"epoch {epoch}", values)

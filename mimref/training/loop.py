@@ -4,7 +4,10 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
+import torch
+
 from mimref.data.loader import ViewBatch
+from mimref.errors import DivergenceError
 from mimref.training.guard import FiniteLoss
 from mimref.training.runlog import Listener
 from mimref.training.state import StopSignal
@@ -22,6 +25,10 @@ class Job(Protocol):
     elapsed_s: float
     guard: FiniteLoss
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Holds everything that is trained."""
+
     def update(self, batch: ViewBatch) -> None:
         """Train on one batch, without a device sync."""
 
@@ -38,23 +45,36 @@ class Job(Protocol):
 def train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: Listener, *, log_every: int) -> None:
     """Go through a stage's remaining batches.
 
-    The state is saved after every epoch and when a signal has come, never after a loss that is not finite. Raises
-    DivergenceError for such a loss, Interrupted after saving when a signal has come.
+    The state is saved after every epoch and when a signal has come, never after a loss or with weights that are not
+    finite. Raises DivergenceError for those, Interrupted after saving when a signal has come.
     """
     started = time.monotonic() - job.elapsed_s
-    for batch in batches:
-        job.update(batch)
-        job.step += 1
-        job.elapsed_s = time.monotonic() - started
-        if job.step % log_every == 0 or job.step == job.total:
-            job.guard.check()
-            job.write_log()
-        listener.progress(job.label, job.step, job.total)
-        epoch_done = job.step % job.steps_per_epoch == 0
-        if epoch_done:
-            job.guard.check()
-            job.end_epoch(job.step // job.steps_per_epoch)
-        if epoch_done or stop.number is not None:
-            job.guard.check()
-            job.save()
-            stop.raise_if_received(f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
+    with stop.deferred():
+        for batch in batches:
+            job.update(batch)
+            job.step += 1
+            if job.step % log_every == 0 or job.step == job.total:
+                job.guard.check()
+                job.write_log()
+            listener.progress(job.label, job.step, job.total)
+            epoch_done = job.step % job.steps_per_epoch == 0
+            if epoch_done or stop.number is not None:
+                job.guard.check()
+                check_weights(job)
+                if epoch_done:
+                    job.end_epoch(job.step // job.steps_per_epoch)
+                job.elapsed_s = time.monotonic() - started
+                job.save()
+                stop.raise_if_received(f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
+    # A signal that came after the last save: there is nothing more to save.
+    stop.raise_if_received(f"saved at the end of {job.label}; --resume continues")
+
+
+def check_weights(job: Job) -> None:
+    """Raise DivergenceError when the last update broke the weights, which no later loss has shown yet. Sync point."""
+    weights = [weight.detach() for group in job.optimizer.param_groups for weight in group["params"]]
+    if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+        raise DivergenceError(
+            f"the weights are not finite after step {job.step} of {job.label}; the last good state is kept. "
+            "Lower the learning rate, set optimizer.clip_grad=1.0 or use --precision fp32"
+        )

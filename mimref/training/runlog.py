@@ -1,10 +1,11 @@
 """What a run tells while it goes on: metrics.jsonl for machines, a listener for people."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from mimref.data.decode import BadImages
 from mimref.errors import OutputError
 from mimref.files import atomic_write
 
@@ -38,19 +39,14 @@ class Silent:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, appended and flushed."""
 
-    def __init__(self, path: Path, *, keep_steps: int) -> None:
-        """Open the log; lines of steps after `keep_steps` are cut off (a resumed run writes them again)."""
-        kept = []
-        if path.is_file():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= keep_steps:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # a line cut off by a crash
+    def __init__(self, path: Path, *, keep_lines: int = 0) -> None:
+        """Open the log and cut it to its first `keep_lines` lines: a resumed run writes all later ones again."""
+        kept = path.read_bytes().splitlines(keepends=True)[:keep_lines] if keep_lines and path.is_file() else []
         self._path = path
+        self.lines = len(kept)
+        """Number of lines, for the state that goes with them."""
         with atomic_write(path) as stream:
-            stream.write("".join(line + "\n" for line in kept).encode())
+            stream.write(b"".join(kept))
 
     def write(self, values: Mapping[str, object]) -> None:
         """Append one line. Raises OutputError when the disk is full."""
@@ -59,3 +55,45 @@ class MetricsLog:
                 stream.write(json.dumps(values) + "\n")
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be written ({error.strerror})") from error
+        self.lines += 1
+
+
+class SkippedImages:
+    """The images a run leaves out because they cannot be read, told once early and once at the end."""
+
+    NAMED = 3
+
+    def __init__(self, max_bad: int, listener: Listener) -> None:
+        self._bad, self._listener = BadImages(max_bad), listener
+        self._evaluated: dict[str, str] = {}
+        self._told = 0
+
+    @property
+    def items(self) -> list[tuple[str, str]]:
+        """Path and reason of every image, sorted by path."""
+        return sorted({**dict(self._bad.items), **self._evaluated}.items())
+
+    def add(self, images: Iterable[tuple[str, str]]) -> None:
+        """Note images by path and reason. Raises DataError when there are more than `data.max_bad`."""
+        for path, reason in images:
+            self._bad.add(path, reason)
+
+    def add_evaluated(self, images: Iterable[tuple[str, str]]) -> None:
+        """Note images that an evaluation left out; it has counted them by itself."""
+        self._evaluated |= dict(images)
+
+    def tell_early(self) -> None:
+        """Warn of the images known so far, if that has not been done."""
+        if not self._told:
+            self.tell_all()
+
+    def tell_all(self) -> None:
+        """Warn of all images, when they are more than were told before."""
+        items = self.items
+        if len(items) <= self._told:
+            return
+        self._told = len(items)
+        named = ", ".join(f"{path} ({reason})" for path, reason in items[: self.NAMED])
+        more = ", ... (all are in results.json)" if len(items) > self.NAMED else ""
+        count = "1 image is" if len(items) == 1 else f"{len(items)} images are"
+        self._listener.warn(f"{count} left out, unreadable: {named}{more}")

@@ -3,25 +3,30 @@
 A folder is finished when it holds results.json, unfinished when it holds state/ or a log without results.
 """
 
+import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from mimref.config import RunConfig, dump_config
+from mimref.config import RefineConfig, RunConfig, dump_config
 from mimref.errors import ConfigError, Interrupted, OutputError
 from mimref.files import atomic_write, write_bytes
 from mimref.recipes import load_config
 
-_OUR_FILES = ("encoder.safetensors", "config.toml", "metrics.jsonl", "results.json", "results.csv", "heads.pt")
-# Settings that do not change what is trained.
-_MAY_CHANGE = {"preset", "device", "workers", "monitor", "evaluate"}
+# results.json first: once it is gone, what is left of a replaced run cannot pass for a finished one.
+_OUR_FILES = ("results.json", "results.csv", "encoder.safetensors", "config.toml", "metrics.jsonl", "heads.pt")
+# Settings, and sections ending in a dot, that do not change what is trained.
+_MAY_CHANGE = ("preset", "device", "workers", "monitor.", "evaluate.", "data.max_bad", "data.download")
+
+C = TypeVar("C", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -45,44 +50,68 @@ class RunFolder:
         return self.path / "state" / "state.pt"
 
     def check(self, *, resume: bool, force: bool) -> None:
-        """Raise OutputError when a run must not start here. Writes nothing."""
-        if self.path.exists() and not self.path.is_dir():
+        """Raise OutputError when a run must not start or go on here. Writes nothing."""
+        if resume and force:
+            raise OutputError("--resume continues a run and --force replaces it: give one of them")
+        try:
+            occupied = self.path.exists()
+        except OSError as error:
+            raise OutputError(f"{self.path}: {error.strerror}; give another --out") from error
+        if occupied and not self.path.is_dir():
             raise OutputError(f"{self.path}: is a file; give --out a folder")
         if resume:
-            if not self.unfinished:
+            if not self.unfinished and not self.finished:
                 raise OutputError(f"{self.path}: holds no run to resume; leave out --resume to start one")
-        elif self.finished and not force:
+        elif not force:
+            self._check_free()
+
+    def _check_free(self) -> None:
+        if self.finished:
             raise OutputError(f"{self.path}: holds a finished run; give another --out, or --force to replace it")
-        elif self.unfinished and not force:
+        if self.unfinished:
             raise OutputError(f"{self.path}: holds an unfinished run; --resume continues it, --force replaces it")
+        for name in _OUR_FILES:
+            if (self.path / name).exists():
+                raise OutputError(f"{self.path}: already holds {name}; give another --out, or --force to replace it")
 
     def prepare(self, config: RunConfig, *, resume: bool, force: bool) -> None:
-        """Make the folder ready and write config.toml, or compare it with the settings of the run to resume.
+        """Make the folder ready and write config.toml; compare it first with the settings of the run to resume.
 
         `force` removes an earlier run's own files and nothing else. Raises OutputError when the folder cannot be
         written, ConfigError when a setting that shapes training has changed since.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if force and not resume:
-                for name in _OUR_FILES:
-                    (self.path / name).unlink(missing_ok=True)
-                shutil.rmtree(self.path / "state", ignore_errors=True)
-            (self.path / "state").mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from error
         if resume and (self.path / "config.toml").is_file():
             self._compare(config)
-        else:
-            write_bytes(self.path / "config.toml", dump_config(config).encode())
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if force:
+                for name in _OUR_FILES:
+                    (self.path / name).unlink(missing_ok=True)
+                if (self.path / "state").is_dir():
+                    shutil.rmtree(self.path / "state")
+            (self.path / "state").mkdir(exist_ok=True)
+            self._remove_halves()
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from error
+        write_bytes(self.path / "config.toml", dump_config(config).encode())
+
+    def _remove_halves(self) -> None:
+        """Files whose writing a kill has cut short; a state may be gigabytes."""
+        for name in (*_OUR_FILES, "state/state.pt"):
+            file = self.path / name
+            for half in file.parent.glob(f".{file.name}.*.tmp"):
+                half.unlink()
 
     def _compare(self, config: RunConfig) -> None:
         saved = load_config(type(config), str(self.path / "config.toml"))
-        then, now = (_flat(each.model_dump(exclude=_MAY_CHANGE)) for each in (saved, config))
+        then, now = (_flat(each.model_dump()) for each in (saved, config))
         for key in then:
-            if then[key] != now[key]:
+            if then[key] != now[key] and not any(
+                key == free or (free.endswith(".") and key.startswith(free)) for free in _MAY_CHANGE
+            ):
                 raise ConfigError(
-                    f"cannot resume {self.path} with another {key}: it was {then[key]!r} and is now {now[key]!r}"
+                    f"cannot resume {self.path} with another {key}: it was {_shown(then[key])} and is now "
+                    f"{_shown(now[key])}; leave it as it was, or start anew in another --out"
                 )
 
     def save_state(self, state: dict[str, Any]) -> None:
@@ -91,18 +120,40 @@ class RunFolder:
             torch.save(state, stream)
 
     def load_state(self) -> dict[str, Any] | None:
-        """The saved state on the CPU, or None when the run had saved none. Raises ConfigError when it is damaged."""
+        """The saved state on the CPU, or None when the run had saved none. Raises OutputError when it is damaged."""
         if not self._state_file.is_file():
             return None
         try:
             state: dict[str, Any] = torch.load(self._state_file, map_location="cpu", weights_only=True)
+            _ = state["step"]  # every state has one
         except Exception as error:
-            raise ConfigError(f"{self._state_file}: damaged state; --force starts the run anew") from error
+            raise OutputError(f"{self._state_file}: damaged state; --force starts the run anew") from error
         return state
 
     def drop_state(self) -> None:
         """Remove the state of a finished run."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
+
+
+def reloadable(config: C) -> C:
+    """The settings with absolute paths, so that config.toml means the same wherever it is read from."""
+    data = config.data
+    names = {"spec": data.spec, "root": data.root}
+    updates: dict[str, Any] = {
+        "data": data.model_copy(update={key: _absolute(name) for key, name in names.items()}),
+        "encoder": config.encoder.model_copy(update={"weights": _absolute(config.encoder.weights)}),
+    }
+    if isinstance(config, RefineConfig):
+        updates["heads_from"] = _absolute(config.heads_from)
+    return config.model_copy(update=updates)
+
+
+def _absolute(name: str | None) -> str | None:
+    """The path of an existing file or folder; what is neither, or a word with a meaning of its own, as it is."""
+    if name is None or name in ("quickstart", "digits", "fashion-mnist"):
+        return name
+    path = os.path.abspath(os.path.expanduser(name))
+    return path if os.path.exists(path) else name
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -112,17 +163,32 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _shown(value: object) -> str:
+    return "unset" if value is None else repr(value)
+
+
 class StopSignal:
-    """Remembers SIGTERM or Ctrl-C until the training loop can save."""
+    """What SIGTERM and Ctrl-C do to a run: training is told, so that it can save; any other work ends at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._deferred = False
 
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.number is not None:
-            # A second signal does not wait for the step to end.
-            raise Interrupted(number, "stopped at once; the last saved state is kept")
-        self.number = number
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While this lasts, the first signal is only remembered, in `number`; a second one still stops at once."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def receive(self, number: int, _frame: FrameType | None = None) -> None:
+        """The signal handler."""
+        if self._deferred and self.number is None:
+            self.number = number
+            return
+        raise Interrupted(number, "stopped at once; --resume continues from the last saved state")
 
     def raise_if_received(self, message: str) -> None:
         """Raise Interrupted with the exit code of the signal, once the caller has saved what it can."""
@@ -132,11 +198,15 @@ class StopSignal:
 
 @contextmanager
 def stop_signal() -> Iterator[StopSignal]:
-    """Catch SIGTERM and Ctrl-C for the duration of a training run (main thread only)."""
+    """Catch SIGTERM and Ctrl-C for the duration of a run. Outside the main thread Python cannot: nothing is caught."""
     stop = StopSignal()
-    previous = {number: signal.signal(number, stop._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, stop.receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            with suppress(TypeError):  # a handler that was not installed from Python cannot be put back
+                signal.signal(number, handler)

@@ -18,8 +18,10 @@ import pytest
 import mimref
 from mimref.cli import run
 from mimref.errors import DataError, Interrupted
+from mimref.evaluation.metrics import Row
+from mimref.results import write_results
 
-ROWS = [
+ROWS: list[Row] = [
     {"model": model, "metric": "knn_top1", "value": value, "k": 10, "tau": 0.07}
     for model, value in (("raw pixels", 90.0), ("base", 91.0), ("refined", 93.5))
 ]
@@ -40,6 +42,8 @@ class Calls:
         listener = options.pop("listener")
         self.options = options
         self.then(listener)
+        if out is not None:  # training commands write their folder by themselves
+            write_results(out, config.command, config.model_dump(mode="json"), 1.5, ROWS)
         return types.SimpleNamespace(rows=ROWS, elapsed_s=1.5, out=out)
 
 
@@ -133,6 +137,10 @@ def test_resume_takes_the_settings_of_the_run(work: Calls, capsys: pytest.Captur
     (out / "results.json").write_text("{")
     assert run(["refine", "--resume", "--out", "mine"]) == 2
     assert "results.json cannot be read" in one_line(capsys)
+    # A preset given all the same is passed on: the run itself compares its settings with those it was started with.
+    (out / "results.json").unlink()
+    assert run(["refine", "--preset", "mae_l16", "--resume", "--out", "mine"]) == 0
+    assert work.config.preset == "refine/mae_l16"
 
 
 BAD_LINES = {
@@ -234,7 +242,7 @@ def test_progress_and_notes_go_to_stderr_and_quiet_keeps_warnings(
     work.then = speak
     assert run(["refine", "--preset", "mae_l16"]) == 0
     loud = capsys.readouterr()
-    lines = [line for line in loud.err.splitlines() if not line.startswith("results in")]
+    lines = [line for line in loud.err.splitlines() if not line.startswith("encoder in")]
     assert [line.split(":")[0] for line in lines] == [
         "a note before",
         "stage 1",
