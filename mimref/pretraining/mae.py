@@ -3,21 +3,30 @@
 Shapes: B images, N patches, K visible patches, D encoder width, P pixels of a patch (3 * patch_size**2).
 """
 
+from functools import partial
+from typing import cast
+
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mimref.config import DecoderConfig
 from mimref.encoders.vit import Encoder, sincos_positions
+from mimref.errors import ConfigError
+
+# MAE's epsilon is not torch's default. timm annotates a class here, and calls whatever it gets.
+_layer_norm = cast(type[nn.LayerNorm], partial(nn.LayerNorm, eps=1e-6))
 
 
 class MAEDecoder(nn.Module):
-    """Reconstructs all patches from tokens of the visible ones."""
+    """Reconstructs all patches from tokens of the visible ones. Raises ConfigError for a width that is no fit."""
 
     no_decay_names = frozenset({"mask_token"})
 
     def __init__(self, config: DecoderConfig, encoder_width: int, grid: int, patch_pixels: int) -> None:
         super().__init__()
+        if config.width % 4:
+            raise ConfigError(f"mae.decoder.width {config.width} is not divisible by 4, as sin-cos positions need")
         self.embed = nn.Linear(encoder_width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.positions: Tensor
@@ -25,7 +34,7 @@ class MAEDecoder(nn.Module):
         self.blocks = nn.Sequential(
             *(Block(config.width, config.num_heads, qkv_bias=True, norm_layer=_layer_norm) for _ in range(config.depth))
         )
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm = _layer_norm(config.width)
         self.predict = nn.Linear(config.width, patch_pixels)
 
     def forward(self, visible_BKD: Tensor, restore_BN: Tensor) -> Tensor:
@@ -42,7 +51,10 @@ class MAEDecoder(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder and decoder with MAE's initialisation and its loss on normalised pixels of hidden patches."""
+    """Encoder and decoder with MAE's initialisation and its loss on normalised pixels of hidden patches.
+
+    At least one patch stays visible and one hidden; raises ConfigError for images of a single patch.
+    """
 
     def __init__(self, encoder: Encoder, decoder: DecoderConfig, mask_ratio: float) -> None:
         super().__init__()
@@ -50,7 +62,11 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.decoder = MAEDecoder(decoder, encoder.embed_dim, grid, 3 * encoder.patch_size**2)
         self.num_patches = grid**2
-        self.num_visible = max(1, int(self.num_patches * (1 - mask_ratio)))
+        if self.num_patches == 1:
+            size = encoder.patch_size
+            raise ConfigError(f"encoder.image_size {size} is a single patch of {size} pixels, too few to hide any")
+        # The tolerance keeps 20 of 100 patches at a ratio of 0.8, whose complement is a little below 0.2 in floats.
+        self.num_visible = min(max(1, int(self.num_patches * (1 - mask_ratio) + 1e-6)), self.num_patches - 1)
         self.apply(_init_linear)
         projection = encoder.vit.patch_embed.proj.weight
         nn.init.xavier_uniform_(projection.data.view(len(projection), -1))
@@ -95,10 +111,6 @@ def normalize_patches(patches_BNP: Tensor) -> Tensor:
     mean = patches_BNP.mean(dim=2, keepdim=True)
     variance = patches_BNP.var(dim=2, keepdim=True)
     return (patches_BNP - mean) / (variance + 1e-6).sqrt()
-
-
-def _layer_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-6)
 
 
 def _init_linear(module: nn.Module) -> None:
