@@ -1,6 +1,6 @@
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from mimref.config import ViewsConfig
 from mimref.data import photometric as module
 from mimref.data.photometric import Photometric, gaussian_blur, shift_hue
 from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from mimref.draws import Operation
+from mimref.draws import Operation, uniform
 
 CPU = torch.device("cpu")
 OFF = ViewsConfig(
@@ -43,17 +43,21 @@ def photographs(count: int, size: int) -> Tensor:
     return images
 
 
-def pin(monkeypatch: pytest.MonkeyPatch, draws: dict[Operation, Values]) -> None:
+def close(got: Tensor, expected: Tensor, *, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+
+
+def pin(monkeypatch: pytest.MonkeyPatch, draws: Mapping[Operation, Values]) -> None:
     """Give every sample the same draws."""
 
-    def uniform(
+    def pinned(
         seed: int, epoch: int, operation: Operation, sample_N: Tensor, view_N: Tensor, *, count: int = 1
     ) -> Tensor:
         values = torch.tensor(draws.get(operation, [NEVER] * count))
         assert len(values) == count
         return values.expand(len(sample_N), count)
 
-    monkeypatch.setattr(module, "uniform", uniform)
+    monkeypatch.setattr(module, "uniform", pinned)
 
 
 def augment(config: ViewsConfig, crops: Tensor, views: Sequence[int] = (0,), *, seed: int = 0) -> Tensor:
@@ -70,12 +74,12 @@ def jitter_draw(factors: Values = (NO_CHANGE,) * 4, order: Values = (0.1, 0.2, 0
 @pytest.mark.parametrize("draw", [0.0, 0.1, 0.3, 0.5, 0.8, 0.999])
 @pytest.mark.parametrize("which", range(4))
 def test_each_jitter_operation_is_torchvisions(monkeypatch: pytest.MonkeyPatch, which: int, draw: float) -> None:
-    strength = [0.0] * 4
-    strength[which] = 0.5 if which == 3 else 0.7
+    strength = 0.5 if which == 3 else 0.7
+    jitter = tuple(strength if operation == which else 0.0 for operation in range(4))
     factors = [0.9] * 4  # of no effect where the strength is zero
     factors[which] = draw
     pin(monkeypatch, {Operation.JITTER: jitter_draw(factors)})
-    shift = (2 * draw - 1) * strength[which]
+    shift = (2 * draw - 1) * strength
     reference: Callable[[Tensor, float], Tensor] = [
         tvf.adjust_brightness,
         tvf.adjust_contrast,
@@ -83,10 +87,10 @@ def test_each_jitter_operation_is_torchvisions(monkeypatch: pytest.MonkeyPatch, 
         tvf.adjust_hue,
     ][which]
     crops = photographs(4, 12)
-    got = augment(ViewsConfig(jitter=tuple(strength), blur=False, flip=0.0), crops)[0]
+    got = augment(OFF.model_copy(update={"jitter_probability": 0.8, "jitter": jitter}), crops)[0]
     for row, image in enumerate(crops.float() / 255):
         expected = reference(image, shift if which == 3 else 1 + shift)
-        torch.testing.assert_close(got[row], expected, rtol=0, atol=1e-5)
+        close(got[row], expected)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
@@ -106,7 +110,7 @@ def test_jitter_operations_run_in_the_drawn_order(monkeypatch: pytest.MonkeyPatc
     for row, image in enumerate(crops.float() / 255):
         for operation in order:
             image = steps[operation](image)
-        torch.testing.assert_close(got[row], image, rtol=0, atol=2e-5)
+        close(got[row], image, atol=2e-5)
 
 
 def test_every_order_of_jitter_is_equally_likely(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +159,7 @@ def test_hue_of_gray_black_white_and_pure_colours() -> None:
         assert torch.isfinite(got).all()
         assert got.min() >= 0
         assert got.max() <= 1
-        torch.testing.assert_close(got, tvf.adjust_hue(grid, turns), rtol=0, atol=1e-5)
+        close(got, tvf.adjust_hue(grid, turns))
         gray = levels.view(1, 1, 1, 5).expand(1, 3, 1, 5)
         assert torch.equal(shift_hue(gray, torch.full((1, 1, 1), turns)), gray)
 
@@ -167,7 +171,7 @@ def test_blur_is_torchvisions(size: int, taps: int) -> None:
     got = gaussian_blur(images, sigma)
     for row in range(4):
         expected = tvf.gaussian_blur(images[row], [taps, taps], [float(sigma[row])] * 2)
-        torch.testing.assert_close(got[row], expected, rtol=0, atol=1e-5)
+        close(got[row], expected)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -180,23 +184,20 @@ def test_the_rest_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
     crops = photographs(3, 32)
     crops[:, :, 2, :3] = torch.tensor([127, 128, 129], dtype=torch.uint8)
     images = crops.float() / 255
-    close = {"rtol": 0, "atol": 1e-5}
     pin(monkeypatch, {})
-    torch.testing.assert_close(augment(ViewsConfig(), crops, [2])[0], images, **close)
+    close(augment(ViewsConfig(), crops, [2])[0], images)
     pin(monkeypatch, {Operation.FLIP: [ALWAYS]})
-    torch.testing.assert_close(augment(ViewsConfig(), crops, [2])[0], tvf.horizontal_flip(images), **close)
+    close(augment(ViewsConfig(), crops, [2])[0], tvf.horizontal_flip(images))
     pin(monkeypatch, {Operation.GRAY: [ALWAYS]})
-    torch.testing.assert_close(augment(ViewsConfig(), crops, [2])[0], tvf.rgb_to_grayscale(images, 3), **close)
+    close(augment(ViewsConfig(), crops, [2])[0], tvf.rgb_to_grayscale(images, 3))
     pin(monkeypatch, {Operation.SOLARIZE: [ALWAYS]})
-    torch.testing.assert_close(augment(ViewsConfig(), crops, [1])[0], tvf.solarize(images, 128 / 255), **close)
+    close(augment(ViewsConfig(), crops, [1])[0], tvf.solarize(images, 128 / 255))
     # The threshold is the one that torchvision applies to bytes.
     as_bytes = tvf.solarize(crops, 128).float() / 255
-    torch.testing.assert_close(augment(ViewsConfig(), crops, [1])[0], as_bytes, **close)
+    close(augment(ViewsConfig(), crops, [1])[0], as_bytes)
     pin(monkeypatch, {Operation.BLUR: [ALWAYS, 0.3]})
     sigma = 0.1 + 1.9 * 0.3
-    torch.testing.assert_close(
-        augment(ViewsConfig(), crops, [2])[0], tvf.gaussian_blur(images, [23, 23], [sigma]), **close
-    )
+    close(augment(ViewsConfig(), crops, [2])[0], tvf.gaussian_blur(images, [23, 23], [sigma]))
 
 
 def test_operations_follow_each_other_as_in_byol(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,11 +218,11 @@ def test_operations_follow_each_other_as_in_byol(monkeypatch: pytest.MonkeyPatch
     image = tvf.adjust_hue(image, 0.1 * 0.4)
     image = tvf.gaussian_blur(image, [23, 23], [0.1 + 1.9 * 0.5])
     image = tvf.solarize(tvf.rgb_to_grayscale(image, 3), 128 / 255)
-    torch.testing.assert_close(augment(ViewsConfig(), crops, [1])[0], image, rtol=0, atol=2e-5)
+    close(augment(ViewsConfig(), crops, [1])[0], image, atol=2e-5)
 
 
 # Each operation alone, at its default settings, and its probability in views 0, 1, 2 and 5.
-_ONLY = {
+_ONLY: dict[str, dict[str, Any]] = {
     "flip": {"flip": 0.5},
     "jitter": {"jitter_probability": 0.8},
     "gray": {"gray_probability": 0.2},
@@ -258,10 +259,9 @@ def test_probabilities_by_view(operation: str) -> None:
 def test_operations_are_drawn_independently(monkeypatch: pytest.MonkeyPatch) -> None:
     count = 4000
     drawn: dict[Operation, Tensor] = {}
-    original = module.uniform
 
     def note(seed: int, epoch: int, operation: Operation, *args: Any, **kwargs: Any) -> Tensor:
-        drawn[operation] = original(seed, epoch, operation, *args, **kwargs)
+        drawn[operation] = uniform(seed, epoch, operation, *args, **kwargs)
         return drawn[operation]
 
     monkeypatch.setattr(module, "uniform", note)
@@ -323,7 +323,7 @@ def test_layout_and_normalisation() -> None:
     for view in range(2):
         for row in range(5):
             expected = reference(crops[row, view].float() / 255)
-            torch.testing.assert_close(got[view, row], expected, rtol=0, atol=1e-6)
+            close(got[view, row], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "jitter"), [(16, (0.4, 0.4, 0.2, 0.1)), (8, (1.0, 1.0, 1.0, 0.5))])
@@ -336,7 +336,7 @@ def test_a_batch_equals_its_samples_one_by_one(size: int, jitter: tuple[float, f
         for row in range(12):
             for column, view in enumerate(views):
                 alone = apply(crops[row : row + 1, column : column + 1], 2, sample_B[row : row + 1], [view])
-                torch.testing.assert_close(alone[0, 0], together[column, row], rtol=0, atol=1e-5)
+                close(alone[0, 0], together[column, row])
 
 
 def test_colours_depend_on_seed_epoch_sample_and_view() -> None:

@@ -28,6 +28,10 @@ class ViewBatch:
     bad: list[tuple[str, str]]
     """Path and reason of every image of the batch that could not be read."""
 
+    def pin_memory(self) -> "ViewBatch":
+        """The same batch in page-locked memory. DataLoader looks for this method, and leaves objects without it be."""
+        return ViewBatch(self.epoch, self.sample_B, [crops.pin_memory() for crops in self.crops], self.bad)
+
 
 class _ViewDataset(Dataset[ViewBatch]):
     def __init__(self, source: ImageSource, groups: Sequence[CropGroup], seed: int) -> None:
@@ -41,10 +45,13 @@ class _ViewDataset(Dataset[ViewBatch]):
         images, kept, bad = [], [], []
         for _, index in items:
             try:
-                images.append(self.source.read(index))
-                kept.append(index)
+                image = self.source.read(index)
             except BadImage as error:
                 bad.append((error.path, error.reason))
+                continue
+            # torch resizes bytes twice as fast when an image's channels lie together.
+            images.append(image[None].contiguous(memory_format=torch.channels_last)[0])
+            kept.append(index)
         sample_B = torch.tensor(kept, dtype=torch.int64)
         crops = [cut_group(images, group, self.seed, epoch, sample_B) for group in self.groups] if images else []
         return ViewBatch(epoch, sample_B, crops, bad)
@@ -89,7 +96,6 @@ def view_batches(
         # The dataset returns whole batches; there is nothing left to collate.
         collate_fn=_whole_batch,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
     )
     return cast(Iterator[ViewBatch], iter(loader))
 

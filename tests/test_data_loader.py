@@ -1,0 +1,202 @@
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mimref.data import sources
+from mimref.data.decode import decode_image
+from mimref.data.loader import ViewBatch, loader_workers, view_batches
+from mimref.data.sources import ArraySource, BadImage, FileSource
+from mimref.data.views import CropGroup, cut_group
+from mimref.draws import permutation
+
+GROUPS = [CropGroup(2, 12, (0.25, 1.0)), CropGroup(3, 8, (0.05, 0.25), first_view=2)]
+
+
+@dataclass(eq=False)
+class Images:
+    """Noise of many shapes; the samples in `bad` cannot be read."""
+
+    count: int
+    bad: frozenset[int] = frozenset()
+    reads: list[int] = field(default_factory=list)
+    name: str = "noise"
+    labels: None = None
+    class_names: None = None
+    in_memory: bool = True
+    fingerprint: str = ""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> Tensor:
+        self.reads.append(index)
+        if index in self.bad:
+            raise BadImage(self.path(index), "broken")
+        generator = torch.Generator().manual_seed(index)
+        shape = (3, 8 + index % 5, 9 + index % 7)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    def path(self, index: int) -> str:
+        return f"image{index}"
+
+
+def batches_of(
+    source: sources.ImageSource,
+    *,
+    batch_size: int = 4,
+    epochs: range = range(1),
+    skip: int = 0,
+    workers: int = 0,
+    groups: Sequence[CropGroup] = GROUPS,
+) -> list[ViewBatch]:
+    return list(view_batches(source, groups, batch_size=batch_size, seed=3, epochs=epochs, skip=skip, workers=workers))
+
+
+def assert_same(left: list[ViewBatch], right: list[ViewBatch]) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert (one.epoch, one.bad) == (other.epoch, other.bad)
+        assert torch.equal(one.sample_B, other.sample_B)
+        assert len(one.crops) == len(other.crops)
+        assert all(torch.equal(a, b) for a, b in zip(one.crops, other.crops, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_are_the_same_for_every_number_of_workers(workers: int) -> None:
+    source = Images(14, bad=frozenset({2, 9}))
+    assert_same(
+        batches_of(source, epochs=range(5, 7), workers=workers, skip=1), batches_of(source, epochs=range(5, 7), skip=1)
+    )
+
+
+def test_order_is_the_epochs_permutation_and_the_last_partial_batch_is_dropped() -> None:
+    batches = batches_of(Images(11), batch_size=4, epochs=range(2, 4))
+    assert [batch.epoch for batch in batches] == [2, 2, 3, 3]
+    for epoch in (2, 3):
+        visited = torch.cat([batch.sample_B for batch in batches if batch.epoch == epoch])
+        assert visited.dtype == torch.int64
+        assert torch.equal(visited, permutation(3, epoch, 11)[:8])
+    assert not torch.equal(permutation(3, 2, 11), permutation(3, 3, 11))
+    assert len(batches_of(Images(12), batch_size=4)) == 3
+    assert batches_of(Images(3), batch_size=4) == []
+    assert batches_of(Images(12), epochs=range(2, 2)) == []
+
+
+def test_crops_are_those_of_the_sample_in_the_epoch() -> None:
+    source = Images(8)
+    for batch in batches_of(source, epochs=range(1, 3)):
+        images = [source.read(index) for index in batch.sample_B.tolist()]
+        assert [crops.shape for crops in batch.crops] == [(4, 2, 3, 12, 12), (4, 3, 3, 8, 8)]
+        for crops, group in zip(batch.crops, GROUPS, strict=True):
+            assert torch.equal(crops, cut_group(images, group, 3, batch.epoch, batch.sample_B))
+
+
+@pytest.mark.parametrize("skip", range(6))
+def test_skip_resumes_within_an_epoch(skip: int) -> None:
+    source = Images(13)
+    whole = batches_of(source, epochs=range(2))
+    assert len(whole) == 6
+    # As training resumes: whole epochs through `epochs`, the rest through `skip`.
+    rest = batches_of(source, epochs=range(skip // 3, 2), skip=skip % 3)
+    assert_same(rest, whole[skip:])
+
+
+def test_skipped_batches_are_not_read() -> None:
+    source = Images(12)
+    batches_of(source, skip=2)
+    assert source.reads == permutation(3, 0, 12)[8:].tolist()
+
+
+def test_bad_images_are_left_out_and_named() -> None:
+    order = permutation(3, 0, 12).tolist()
+    bad = frozenset({order[1], order[3], order[8], order[9], order[10], order[11]})
+    first, second, third = batches_of(Images(12, bad=bad))
+    assert first.sample_B.tolist() == [order[0], order[2]]
+    assert first.bad == [(f"image{order[1]}", "broken"), (f"image{order[3]}", "broken")]
+    assert [len(crops) for crops in first.crops] == [2, 2]
+    whole = batches_of(Images(12))[0]
+    for crops, all_crops in zip(first.crops, whole.crops, strict=True):
+        assert torch.equal(crops, all_crops[[0, 2]])
+    assert second.bad == []
+    assert len(second.sample_B) == 4
+    assert third.sample_B.tolist() == []
+    assert third.sample_B.dtype == torch.int64
+    assert third.crops == []
+    assert len(third.bad) == 4
+
+
+def file_source(folder: Path, count: int) -> FileSource:
+    files = []
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 256, (10 + index, 20, 3), dtype=np.uint8)
+        files.append(f"{index}.png")
+        Image.fromarray(pixels).save(folder / files[-1])
+    return FileSource(str(folder), str(folder), files, None, None)
+
+
+def test_files_are_decoded_once_per_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = file_source(tmp_path, 6)
+    decoded: Counter[str] = Counter()
+
+    def count(path: str) -> Tensor:
+        decoded[os.path.basename(path)] += 1
+        return decode_image(path)
+
+    monkeypatch.setattr(sources, "decode_image", count)
+    batches_of(source, batch_size=3, epochs=range(2))
+    assert decoded == Counter({f"{index}.png": 2 for index in range(6)})
+
+
+def test_files_and_arrays_through_workers(tmp_path: Path) -> None:
+    source = file_source(tmp_path, 4)
+    (tmp_path / "1.png").write_bytes(b"")
+    with_worker = batches_of(source, workers=1)
+    assert_same(with_worker, batches_of(source))
+    assert with_worker[0].bad == [(str(tmp_path / "1.png"), "empty file")]
+    gray = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
+    digits = ArraySource("digits", gray, None, None, "train", np.arange(4))
+    assert_same(batches_of(digits, workers=1), batches_of(digits))
+
+
+def test_loading_does_not_depend_on_the_global_generator() -> None:
+    torch.manual_seed(0)
+    first = batches_of(Images(8))
+    torch.manual_seed(1)
+    assert_same(batches_of(Images(8)), first)
+
+
+def test_number_of_workers() -> None:
+    in_memory, on_disk = Images(1), Images(1, in_memory=False)
+    assert loader_workers(None, in_memory) == 0
+    assert loader_workers(None, on_disk) == min(16, os.cpu_count() or 1)
+    assert loader_workers(3, in_memory) == 3
+    assert loader_workers(0, on_disk) == 0
+
+
+def test_pinning_reaches_every_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    # DataLoader asks each batch to pin itself; without a GPU nothing can be pinned, so the request is what counts.
+    pinned: list[tuple[int, ...]] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        pinned.append(tuple(tensor.shape))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", note)
+    batch = batches_of(Images(4))[0]
+    again = batch.pin_memory()
+    assert_same([again], [batch])
+    assert pinned == [tuple(crops.shape) for crops in batch.crops]
+
+
+@pytest.mark.gpu
+def test_batches_arrive_pinned() -> None:
+    batches = view_batches(Images(4), GROUPS, batch_size=4, seed=3, epochs=range(1), pin_memory=True, workers=1)
+    assert all(crops.is_pinned() for crops in next(batches).crops)
