@@ -6,7 +6,7 @@ architecture, the source, the preset, the data and the metrics.
 
 import hashlib
 import json
-import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.vit import Architecture, Encoder, build_encoder, resize_positions
-from mimref.errors import CheckpointError
+from mimref.errors import CheckpointError, ConfigError
 from mimref.files import atomic_write
 
 # Parts of public checkpoints that are not the encoder: MAE's decoder, classifiers.
@@ -29,7 +30,7 @@ _WRAPPERS = ("model", "state_dict")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights as read from a file: timm-named tensors and, for our own files, the header."""
+    """Weights as read from a file: tensors by name, in the file's own types, and for our own files the header."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -37,8 +38,13 @@ class Checkpoint:
 
     @property
     def architecture(self) -> Architecture | None:
-        """Architecture from the header; None for foreign files."""
-        return Architecture.from_dict(self.header["architecture"]) if "architecture" in self.header else None
+        """Architecture from the header; None for foreign files. Raises CheckpointError when it makes no sense."""
+        if "architecture" not in self.header:
+            return None
+        try:
+            return Architecture.from_dict(self.header["architecture"])
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: damaged header ({error})") from error
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -46,16 +52,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises CheckpointError with one line for a missing, damaged or foreign file.
     """
-    file = _find(path)
     try:
+        file = _find(path)
         with file.open("rb") as stream:
             start = stream.read(9)
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if not start:
         raise CheckpointError(f"{file}: the file is empty")
     # A safetensors file starts with the length of its JSON header, 8 bytes, and the header's brace.
-    return _read_safetensors(file) if start[8:] == b"{" else _read_pickle(file)
+    checkpoint = _read_safetensors(file) if start[8:] == b"{" else _read_pickle(file, zipped=start[:2] == b"PK")
+    if not checkpoint.tensors:
+        raise CheckpointError(f"{file}: holds no tensors with names")
+    return checkpoint
 
 
 def _find(path: str | Path) -> Path:
@@ -64,8 +73,10 @@ def _find(path: str | Path) -> Path:
     file = Path(path)
     if file.is_dir():
         file = file / "encoder.safetensors"
+        if not file.is_file():
+            raise CheckpointError(f"{path}: the folder holds no encoder.safetensors; finish its run with --resume")
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such checkpoint")
+        raise CheckpointError(f"{file}: {'not a file' if file.exists() else 'no such file'}; give a checkpoint")
     return file
 
 
@@ -74,18 +85,25 @@ def _read_safetensors(file: Path) -> Checkpoint:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-        header = json.loads(metadata.get("mimref", "{}"))
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise CheckpointError(f"{file}: damaged safetensors file ({error})") from error
-    return Checkpoint(file, {name: tensor.float() for name, tensor in _encoder_part(tensors).items()}, header)
-
-
-def _read_pickle(file: Path) -> Checkpoint:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: damaged safetensors file ({_first_line(error)})") from error
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file}: not a readable checkpoint ({reason})") from error
+        header = json.loads(metadata.get("mimref", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: damaged header ({_first_line(error)})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: damaged header (not a JSON object)")
+    checkpoint = Checkpoint(file, tensors, header)
+    _ = checkpoint.architecture  # a damaged one is found here, before any work
+    return checkpoint
+
+
+def _read_pickle(file: Path, *, zipped: bool) -> Checkpoint:
+    """A file of `torch.save`; only those in the zip format, torch's default since 1.6, can be mapped into memory."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # damaged pickles fail in every possible way
+        raise CheckpointError(f"{file}: {_why_unreadable(error)}") from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -94,13 +112,23 @@ def _read_pickle(file: Path) -> Checkpoint:
         for name, tensor in (content.items() if isinstance(content, Mapping) else ())
         if isinstance(name, str) and isinstance(tensor, Tensor)
     }
-    if not tensors:
-        raise CheckpointError(f"{file}: holds no tensors with names")
-    return Checkpoint(file, {name: tensor.float() for name, tensor in _encoder_part(tensors).items()})
+    return Checkpoint(file, tensors)
 
 
-def _encoder_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(_DROPPED_PREFIXES)}
+def _why_unreadable(error: Exception) -> str:
+    # torch's own message advises to switch the check off.
+    refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    if refused:
+        return (
+            f"refused, because it holds {refused[1]}, which is not weights and could run code; "
+            "where you trust it, load it with torch yourself and save its state_dict as safetensors"
+        )
+    return f"not a readable checkpoint ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines and not lines[0].startswith("Weights only load failed") else type(error).__name__
 
 
 def load_weights(encoder: Encoder, checkpoint: Checkpoint) -> None:
@@ -108,45 +136,74 @@ def load_weights(encoder: Encoder, checkpoint: Checkpoint) -> None:
 
     Raises CheckpointError naming the tensors that are missing, unexpected or of another shape.
     """
-    wanted = encoder.vit.state_dict()
     given = dict(checkpoint.tensors)
-    if "pos_embed" in given and "pos_embed" in wanted and given["pos_embed"].shape != wanted["pos_embed"].shape:
-        given["pos_embed"] = _fit_positions(encoder, given["pos_embed"])
-    problems = [f"{name} is missing" for name in wanted if name not in given]
-    problems += [f"{name} is unexpected" for name in given if name not in wanted]
-    problems += [
-        f"{name} has shape {tuple(given[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in given and given[name].shape != wanted[name].shape
-    ]
+    positions, wanted = given.get("pos_embed"), encoder.vit.pos_embed
+    if positions is not None and wanted is not None and positions.shape != wanted.shape:
+        given["pos_embed"] = _fit_positions(encoder, positions)
+    _load(encoder.vit, encoder.architecture.name, given, checkpoint.path)
+
+
+def _load(module: nn.Module, name: str, given: Mapping[str, Tensor], path: Path) -> None:
+    wanted = module.state_dict()
+    # Some models have a norm in what others only have as classifier: what is wanted is never dropped.
+    given = {key: value for key, value in given.items() if key in wanted or not key.startswith(_DROPPED_PREFIXES)}
+    problems = [f"{key} is missing" for key in wanted if key not in given]
+    problems += [f"{key} is unexpected" for key in given if key not in wanted]
+    for key in wanted:
+        if key not in given:
+            continue
+        if given[key].shape != wanted[key].shape:
+            problems.append(f"{key} has shape {tuple(given[key].shape)} instead of {tuple(wanted[key].shape)}")
+        elif given[key].is_floating_point() != wanted[key].is_floating_point():
+            problems.append(f"{key} is of type {_dtype(given[key])} instead of {_dtype(wanted[key])}")
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        name = encoder.architecture.name
-        raise CheckpointError(f"{checkpoint.path}: does not fit {name}: {'; '.join(problems[:4])}{more}")
-    encoder.vit.load_state_dict(given)
+        raise CheckpointError(f"{path}: does not fit {name}: {'; '.join(problems[:4])}{more}")
+    try:
+        module.load_state_dict(given)
+    except (RuntimeError, TypeError) as error:  # tensors that are sparse, quantised or without data
+        raise CheckpointError(f"{path}: its tensors cannot be copied ({_first_line(error)})") from error
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _fit_positions(encoder: Encoder, positions: Tensor) -> Tensor:
     prefix = 0 if encoder.vit.no_embed_class else encoder.num_prefix_tokens
     side = encoder.architecture.image_size // encoder.patch_size
     patches = positions.shape[1] - prefix if positions.ndim == 3 else 0
-    if patches <= 0 or int(patches**0.5) ** 2 != patches:
+    if patches <= 0 or int(patches**0.5) ** 2 != patches or not positions.is_floating_point():
         return positions
+    # Rounded to the file's half precision only once.
+    positions = positions.float()
     return torch.cat([positions[:, :prefix], resize_positions(positions[:, prefix:], (side, side))], dim=1)
 
 
-def load_encoder(path: str | Path, architecture: Architecture | None = None) -> tuple[Encoder, dict[str, Any]]:
+def load_encoder(
+    path: str | Path, architecture: Architecture | BackboneArchitecture | None = None
+) -> tuple[Encoder | TimmBackbone, dict[str, Any]]:
     """An encoder with a file's weights, and the file's header (empty for foreign files).
 
     architecture: needed for foreign files; for ours the header's is used unless one is given.
+    Raises CheckpointError for a file that is none or does not fit, ConfigError for an image size that does not.
     """
     checkpoint = read_checkpoint(path)
     chosen = architecture or checkpoint.architecture
     if chosen is None:
         raise CheckpointError(f"{checkpoint.path}: does not say its architecture; pass --arch")
-    encoder = build_encoder(chosen)
+    return encoder_from(checkpoint, chosen), checkpoint.header
+
+
+def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneArchitecture) -> Encoder | TimmBackbone:
+    """An encoder of this architecture with a checkpoint's weights; see `load_encoder`."""
+    if isinstance(architecture, BackboneArchitecture):
+        backbone = TimmBackbone(architecture)
+        _load(backbone.model, architecture.name, checkpoint.tensors, checkpoint.path)
+        return backbone
+    encoder = build_encoder(architecture)
     load_weights(encoder, checkpoint)
-    return encoder, checkpoint.header
+    return encoder
 
 
 def weights_hash(encoder: Encoder) -> str:

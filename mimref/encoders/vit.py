@@ -7,13 +7,14 @@ Shapes: B images, L tokens, D width, N patches.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self
 
 import timm
 import torch
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,13 +23,39 @@ from mimref.config import EncoderConfig
 from mimref.errors import ConfigError, did_you_mean
 
 # Width, depth, attention heads, patch size (Appendix B.1; 2B: MAWS).
-_SIZES = {
+PAPER_SIZES = {
     "vit_b16": (768, 12, 12, 16),
     "vit_l16": (1024, 24, 16, 16),
     "vit_h14": (1280, 32, 16, 14),
     "vit_2b14": (2560, 24, 32, 14),
 }
+_SIZE_KEYS = ("width", "depth", "num_heads", "patch_size")
 _POST_NORM_SOURCES = frozenset({"d2v2"})
+
+
+class TokenEncoder(Protocol):
+    """What feature extraction needs of an encoder: `Encoder`, or `TimmBackbone` for what is no plain ViT."""
+
+    training: bool
+    embed_dim: int
+    """Width of the last block's tokens."""
+    depth: int
+    num_prefix_tokens: int
+    has_cls_token: bool
+    patch_size: int
+    """Pixels per side of the image that one of the last block's tokens stands for."""
+
+    def blocks(self, images: Tensor, indices: Sequence[int], *, final_norm: bool = False) -> list[Tensor]:
+        """Tokens of some blocks, a list of (B, L, D); see `Encoder.blocks`."""
+
+    def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
+        """One vector per image; see `Encoder.pool`."""
+
+    def train(self, mode: bool = True) -> object:
+        """As of any module."""
+
+    def eval(self) -> object:
+        """As of any module."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +80,10 @@ class Architecture:
     def from_config(cls, config: EncoderConfig) -> Self:
         """Resolve the settings' architecture. Raises ConfigError for an unknown name."""
         if config.arch == "custom":
-            sizes = (config.width, config.depth, config.num_heads, config.patch_size)
-            if None in sizes:
-                raise ConfigError("encoder.arch 'custom' needs width, depth, num_heads and patch_size")
-            width, depth, num_heads, patch_size = (int(size or 0) for size in sizes)
-        elif config.arch in _SIZES:
-            width, depth, num_heads, patch_size = _SIZES[config.arch]
+            # The settings refuse a custom architecture with one of them unset.
+            width, depth, num_heads, patch_size = (int(getattr(config, key)) for key in _SIZE_KEYS)
+        elif config.arch in PAPER_SIZES:
+            width, depth, num_heads, patch_size = PAPER_SIZES[config.arch]
         else:
             return cls._of_timm(config.arch, config.image_size)
         post_norm = config.source in _POST_NORM_SOURCES
@@ -66,24 +91,42 @@ class Architecture:
 
     @classmethod
     def _of_timm(cls, name: str, image_size: int) -> Self:
-        if not timm.is_model(name):
-            hint = did_you_mean(name, [*_SIZES, "custom", *timm.list_models()])
-            raise ConfigError(f"unknown architecture {name!r}{hint} (the paper's are {', '.join(_SIZES)})")
+        if not is_plain_vit(name):
+            raise ConfigError(
+                f"architecture {name!r} is not a plain timm VisionTransformer: it can be evaluated, not refined"
+            )
         with torch.device("meta"):
             vit = _timm_vit(name, image_size)
+        first_parts: Iterable[Any] = vit.blocks[0].modules()
         return cls(
             name,
             image_size,
             width=vit.embed_dim,
             depth=len(vit.blocks),
-            num_heads=cast(Any, vit.blocks[0]).attn.num_heads,
+            # Parallel blocks keep the number in several attentions or in themselves.
+            num_heads=next(int(part.num_heads) for part in first_parts if hasattr(part, "num_heads")),
             patch_size=vit.patch_embed.patch_size[0],
             fixed_positions=False,
             from_timm=True,
         )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: object) -> Self:
+        """Read what `to_dict` wrote. Raises ConfigError when keys, types or sizes are others."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"architecture {values!r} is not a table")
+        types = {field.name: field.type for field in fields(cls)}
+        unknown = sorted(set(values) - set(types))
+        if unknown:
+            raise ConfigError(f"architecture has an unknown key {unknown[0]!r}")
+        missing = [name for name in ("name", "image_size", *_SIZE_KEYS) if name not in values]
+        if missing:
+            raise ConfigError(f"architecture lacks {missing[0]!r}")
+        for key, value in values.items():
+            if type(value) is not types[key] or (types[key] is int and value < 1):
+                raise ConfigError(f"architecture has {key} = {value!r}")
+        if values["width"] % values["num_heads"]:
+            raise ConfigError(f"architecture has width {values['width']} for {values['num_heads']} attention heads")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,8 +170,10 @@ class Encoder(nn.Module):
 
         images: (B, 3, S, S) normalised, S divisible by the patch size. Returns a list of (B, L, D), prefix first.
         Blocks after the last one asked for are not run. final_norm: the last block's tokens pass the final LayerNorm
-        (no effect on post-norm encoders, which have none).
+        (no effect on encoders that have none: post-norm ones, and timm's that normalise after pooling).
+        Raises ConfigError for a block outside 1..depth.
         """
+        check_blocks(indices, self.depth)
         tokens_BLD = self.embed(images)
         kept: dict[int, Tensor] = {}
         for number, block in enumerate(self.vit.blocks[: max(indices)], start=1):
@@ -172,6 +217,14 @@ class Encoder(nn.Module):
         Without a CLS token the mean of the patch tokens stands in for it.
         """
         return pool_tokens(tokens_BLD, how, self.num_prefix_tokens, self.has_cls_token)
+
+
+def check_blocks(indices: Sequence[int], depth: int) -> None:
+    """Raise ConfigError unless `indices` names blocks, all of them within 1..depth."""
+    outside = [index for index in indices if not 1 <= index <= depth]
+    if outside or not indices:
+        asked = f"block {outside[0]} does not exist" if outside else "no block is named"
+        raise ConfigError(f"{asked}: the encoder has blocks 1 to {depth}")
 
 
 def pool_tokens(tokens_BLD: Tensor, how: str, num_prefix_tokens: int, has_cls_token: bool) -> Tensor:
@@ -244,11 +297,29 @@ def build_encoder(architecture: Architecture) -> Encoder:
     return Encoder(architecture, vit)
 
 
+def is_plain_vit(name: str) -> bool:
+    """Whether timm's `name` is a VisionTransformer on plain patches, which `Encoder` can take apart.
+
+    Models with a convolutional stem or a distillation token are not. Raises ConfigError for a name timm does not know.
+    """
+    check_timm_name(name)
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+    return type(model) is VisionTransformer and isinstance(model.patch_embed, PatchEmbed)
+
+
+def check_timm_name(name: str) -> None:
+    """Raise ConfigError, with the nearest known name, unless timm has a model and, after a dot, a tag of that name."""
+    if not timm.is_model(name):
+        hint = did_you_mean(name, [*PAPER_SIZES, "custom", *timm.list_models()])
+        raise ConfigError(f"unknown architecture {name!r}{hint} (the paper's are {', '.join(PAPER_SIZES)})")
+    model, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
+    if tag and tag not in tags:
+        raise ConfigError(f"unknown architecture {name!r}: timm's weights of {model} are {', '.join(tags) or 'none'}")
+
+
 def _timm_vit(name: str, image_size: int) -> VisionTransformer:
-    try:
-        model = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True)
-    except TypeError:
-        model = None
-    if not isinstance(model, VisionTransformer):
-        raise ConfigError(f"architecture {name!r} is not a timm VisionTransformer: it can be evaluated, not refined")
-    return model
+    vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True)
+    assert isinstance(vit, VisionTransformer)
+    return vit

@@ -1,36 +1,48 @@
 """A cheap look at an encoder during training: k-NN and feature statistics on a fixed subset (Appendix E)."""
 
+import hashlib
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from mimref.config import RunConfig
+from mimref.data.loader import loader_workers
 from mimref.data.sources import ImageSource, open_source
+from mimref.data.splits import first_images
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
 from mimref.evaluation.knn import knn_accuracy
+from mimref.evaluation.metrics import check_features
 from mimref.features.extract import Features, extract
 
 
 class _Subset:
-    """Every n-th image of a source, so that all classes of sorted folders are met."""
+    """A fixed choice of a source's images: classes take turns; without labels, every n-th image."""
 
     def __init__(self, source: ImageSource, most: int) -> None:
-        step = max(1, -(-len(source) // most))
-        self.source, self.rows = source, range(0, len(source), step)
+        self.source = source
         self.name, self.in_memory, self.class_names = source.name, source.in_memory, source.class_names
-        self.labels = None if source.labels is None else source.labels[::step]
-        self.fingerprint = source.fingerprint
+        if source.labels is None:
+            self.rows = np.arange(0, len(source), max(1, -(-len(source) // most)))
+        else:
+            self.rows = first_images(len(source), source.labels, limit=min(most, len(source)))
+        self.labels = None if source.labels is None else source.labels[self.rows]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.source.fingerprint.encode() + self.rows.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, index: int) -> torch.Tensor:
-        return self.source.read(self.rows[index])
+        return self.source.read(int(self.rows[index]))
 
     def path(self, index: int) -> str:
-        return self.source.path(self.rows[index])
+        return self.source.path(int(self.rows[index]))
 
 
 class KnnMonitor:
@@ -44,7 +56,7 @@ class KnnMonitor:
     ) -> None:
         self.transform, self.device, self.precision = transform, device, precision
         self.k = config.evaluate.knn_k
-        self.max_bad = config.data.max_bad
+        self.max_bad, self.workers = config.data.max_bad, config.workers
         train = open_source(config.data, "train")
         self.train = _Subset(train, config.monitor.knn_samples)
         self.test: _Subset | None = None
@@ -56,11 +68,16 @@ class KnnMonitor:
                 self.test = None
 
     def check(self, encoder: Encoder) -> dict[str, float]:
-        """Feature statistics of the last block's raw output and, if there are labels, its `knn_top1` in percent."""
+        """Feature statistics of the last block's raw output and, if there are labels, its `knn_top1` in percent.
+
+        Raises DataError when features are not finite.
+        """
         train, test = self.features(encoder, [encoder.depth])
+        check_features(train.x[:, 0], "features of the k-NN check")
         values = feature_statistics(torch.from_numpy(train.x[:, 0]))
         if test is not None:
-            values["knn_top1"] = self.knn_top1(train, test, 0)
+            accuracy = self.knn_top1(train, test, 0)
+            values |= {} if math.isnan(accuracy) else {"knn_top1": accuracy}
         return values
 
     def features(
@@ -79,6 +96,7 @@ class KnnMonitor:
                 final_norm=final_norm,
                 device=self.device,
                 precision=self.precision,
+                workers=loader_workers(self.workers, subset),
                 max_bad=self.max_bad,
             )
             for subset in (self.train, self.test)
@@ -87,11 +105,17 @@ class KnnMonitor:
         return train, test
 
     def knn_top1(self, train: Features, test: Features, column: int) -> float:
-        """k-NN accuracy in percent of one of the blocks of `features`."""
+        """k-NN accuracy in percent of one of the blocks of `features`; NaN without two classes to tell apart.
+
+        Validation images of classes that the training subset lacks (rare ones of many) are left out.
+        """
         if train.y is None or test.y is None:
             raise DataError("labels are needed for k-NN")
+        known = np.isin(test.y, train.y)
+        if not known.any() or len(np.unique(train.y)) < 2:
+            return math.nan
         k = min(self.k, len(train.y))
-        return knn_accuracy(train.x[:, column], train.y, test.x[:, column], test.y, k=k)
+        return knn_accuracy(train.x[:, column], train.y, test.x[known, column], test.y[known], k=k)
 
 
 class CollapseWatch:
@@ -109,7 +133,7 @@ class CollapseWatch:
         fallen = [
             f"{name} fell from {self.start[name]:.3g} to {now[name]:.3g}"
             for name, share in (("knn_top1", self.KNN_SHARE), ("feature_variance", self.VARIANCE_SHARE))
-            if name in self.start and now[name] < share * self.start[name]
+            if name in self.start and name in now and now[name] < share * self.start[name]
         ]
         if not fallen:
             return None

@@ -1,11 +1,14 @@
 """What a checkpoint's header says about data and transform, where the user does not."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from mimref.config import DataConfig
 from mimref.data.transforms import EvalTransform
-from mimref.errors import ConfigError
+from mimref.errors import CheckpointError, ConfigError
 
 _RECORDED = ("spec", "root", "train_limit")
 
@@ -13,25 +16,43 @@ _RECORDED = ("spec", "root", "train_limit")
 def recorded_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
     """`data` as it is when it names images, else with the ones the checkpoint was made with.
 
-    Raises ConfigError asking for --data when neither names any.
+    Of these the user may still set single values. Raises ConfigError asking for --data when neither names any,
+    CheckpointError when the record cannot be read.
     """
     if data.spec is not None:
         return data
     recorded = header.get("data") or {}
-    if not recorded.get("spec"):
+    try:
+        known = DataConfig.model_validate({key: recorded[key] for key in _RECORDED if key in recorded})
+    except (ValidationError, TypeError) as error:
+        raise CheckpointError(
+            f"the checkpoint's record of its data, {recorded!r}, makes no sense; pass --data"
+        ) from error
+    if known.spec is None:
         raise ConfigError("no images: pass --data (a folder, digits, fashion-mnist or torchvision:NAME)")
-    return data.model_copy(update={key: recorded.get(key) for key in _RECORDED})
+    return data.model_copy(update={key: getattr(known, key) for key in _RECORDED if getattr(data, key) is None})
 
 
 def data_record(data: DataConfig) -> dict[str, Any]:
-    """What a header keeps of the data, for `recorded_data`."""
-    return {key: getattr(data, key) for key in _RECORDED}
+    """What a header keeps of the data, for `recorded_data`; folders as absolute paths, to be found from anywhere."""
+    recorded = {key: getattr(data, key) for key in _RECORDED}
+    named = data.spec in (None, "digits", "fashion-mnist") or str(data.spec).startswith("torchvision:")
+    for key in ("root",) if named else ("root", "spec"):
+        if recorded[key] is not None:
+            recorded[key] = os.path.abspath(os.path.expanduser(recorded[key]))
+    return recorded
 
 
 def eval_transform(
     image_size: int, data: DataConfig, header: Mapping[str, Any], *, resolution: int | None = None
 ) -> EvalTransform:
-    """The evaluation transform: the settings' crop fraction, else the recorded one, else 0.875."""
-    recorded = EvalTransform.from_dict(header["transform"]) if "transform" in header else EvalTransform(image_size)
+    """The evaluation transform: the settings' crop fraction, else the recorded one, else 0.875.
+
+    Raises CheckpointError when the header's record of the transform cannot be read.
+    """
+    try:
+        recorded = EvalTransform.from_dict(header["transform"]) if "transform" in header else EvalTransform(image_size)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's record of its transform makes no sense: {error}") from error
     fraction = recorded.crop_fraction if data.crop_fraction is None else data.crop_fraction
     return EvalTransform(resolution or image_size, fraction, recorded.mean, recorded.std)

@@ -1,0 +1,159 @@
+"""Any timm model that tells its intermediate features (Hiera, ConvNeXt, Swin, EVA, ...), for evaluation.
+
+Blocks are what timm's `forward_intermediates` numbers: transformer blocks, or the stages of a hierarchical model. Block
+numbers are 1-based. Plain vision transformers are `Encoder`s, which can be refined too.
+
+Shapes: B images, L tokens, D width.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from mimref.config import EncoderConfig
+from mimref.encoders.vit import PAPER_SIZES, Architecture, check_blocks, is_plain_vit, pool_tokens
+from mimref.errors import ConfigError
+
+RGB = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class BackboneArchitecture:
+    """A timm model other than a plain VisionTransformer."""
+
+    name: str
+    """timm's name."""
+    image_size: int
+    """Pixels per side of the images it will see."""
+
+
+class TimmBackbone(nn.Module):
+    """Tokens of any block or stage of a timm model; `model` keeps timm's parameter names.
+
+    Feature maps become tokens in reading order. Widths may differ from one block to the next (`widths`).
+    Raises ConfigError for images it cannot take, and for a model without intermediate features.
+    """
+
+    def __init__(self, architecture: BackboneArchitecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        name, size = architecture.name, architecture.image_size
+        _check_size(name, size)
+        with torch.device("meta"):
+            shapes = _token_shapes(timm.create_model(name, pretrained=False, num_classes=0).eval(), name, size)
+        self.model = timm.create_model(name, pretrained=False, num_classes=0)
+        self.depth = len(shapes)
+        self.widths = [width for _, _, width in shapes]
+        """Width of every block's tokens."""
+        self.num_prefix_tokens, rows, self.embed_dim = shapes[-1]
+        self.has_cls_token: bool = self.num_prefix_tokens > 0 and getattr(self.model, "cls_token", None) is not None
+        self.patch_size = size // rows
+
+    def blocks(self, images: Tensor, indices: Sequence[int], *, final_norm: bool = False) -> list[Tensor]:
+        """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed); see `Encoder.blocks`.
+
+        images: (B, 3, S, S) normalised. Returns a list of (B, L, D), prefix first; L and D are each block's own.
+        final_norm costs a second pass where more than the last block is asked for. Raises ConfigError for a block
+        outside 1..depth, and for final_norm where timm's model has no norm at its last block.
+        """
+        check_blocks(indices, self.depth)
+        wanted = sorted(set(indices))
+        normed = {self.depth} if final_norm and self.depth in wanted else set()
+        kept = self._tokens(images, [index for index in wanted if index not in normed], norm=False)
+        kept |= self._tokens(images, sorted(normed), norm=True)
+        return [kept[index] for index in indices]
+
+    def _tokens(self, images: Tensor, wanted: list[int], *, norm: bool) -> dict[int, Tensor]:
+        if not wanted:
+            return {}
+        try:
+            found = _intermediates(self.model, images, [index - 1 for index in wanted], norm=norm)
+        except AssertionError as error:
+            # timm's way to say that a model has no norm for its intermediates.
+            if not norm:
+                raise
+            raise ConfigError(f"--final-norm is not possible for {self.architecture.name}: {error}") from error
+        return dict(zip(wanted, map(_as_tokens, found), strict=True))
+
+    def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
+        """One vector per image: `cls`, `mean` or `cls+mean`; see `Encoder.pool`."""
+        return pool_tokens(tokens_BLD, how, self.num_prefix_tokens, self.has_cls_token)
+
+
+def find_architecture(name: str, source: str | None, image_size: int | None) -> Architecture | BackboneArchitecture:
+    """The architecture that an evaluation's `--arch` and `--source` name.
+
+    image_size: pixels of the images; None is timm's own size of the model, or 224. Raises ConfigError for names that
+    nobody knows, and for `custom`, whose sizes only the header of our own files tells.
+    """
+    if name == "custom":
+        raise ConfigError("--arch custom is for files that mimref wrote, which need no --arch; name an architecture")
+    if name in PAPER_SIZES:
+        return Architecture.from_config(EncoderConfig(arch=name, source=source or "mae", image_size=image_size or 224))
+    if is_plain_vit(name):
+        return Architecture.from_config(EncoderConfig(arch=name, image_size=image_size or native_size(name)))
+    return BackboneArchitecture(name, image_size or native_size(name))
+
+
+def native_size(name: str) -> int:
+    """Pixels per side that timm made a model for."""
+    return int(_recorded(name).input_size[-1])
+
+
+def recorded_normalization(name: str) -> tuple[RGB, RGB]:
+    """Mean and standard deviation of the pixels that timm records for weights (`model.tag`)."""
+    (red, green, blue), std = _recorded(name).mean, _recorded(name).std
+    return (red, green, blue), (std[0], std[1], std[2])
+
+
+def _recorded(name: str) -> Any:
+    """What timm keeps about a model: its image size, and for weights their normalisation."""
+    recorded = timm.get_pretrained_cfg(name)
+    if recorded is None:
+        raise ConfigError(f"timm records nothing about {name!r}, so it cannot be evaluated")
+    return recorded
+
+
+def _check_size(name: str, size: int) -> None:
+    native = native_size(name)
+    if _recorded(name).fixed_input_size and size != native:
+        raise ConfigError(f"{name} takes images of {native} pixels only, not {size}; use --resolution {native}")
+
+
+def _token_shapes(model: Any, name: str, size: int) -> list[tuple[int, int, int]]:
+    """Prefix tokens, rows of the feature map, and width of every block; the model is on the meta device."""
+    if not hasattr(model, "forward_intermediates"):
+        raise ConfigError(f"{name} cannot be evaluated: timm gives no intermediate features of it")
+    try:
+        found = _intermediates(model, torch.empty(1, 3, size, size, device="meta"), None, norm=False)
+    except Exception as error:  # every model has its own way to fail on images it was not made for
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{name} cannot take images of {size} pixels ({reason}); try --resolution") from error
+    return [
+        (0 if prefix is None else prefix.shape[1], feature_map.shape[2], feature_map.shape[1])
+        for feature_map, prefix in found
+    ]
+
+
+def _intermediates(
+    model: Any, images: Tensor, indices: list[int] | None, *, norm: bool
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Feature map (B, D, rows, columns) and prefix tokens (B, P, D), if any, of the blocks (0-based; None: all)."""
+    accepted = inspect.signature(model.forward_intermediates).parameters
+    has_prefix = "return_prefix_tokens" in accepted and bool(getattr(model, "num_prefix_tokens", 0))
+    options = {"return_prefix_tokens": True} if has_prefix else {}
+    found = model.forward_intermediates(
+        images, indices=indices, norm=norm, stop_early=True, output_fmt="NCHW", intermediates_only=True, **options
+    )
+    return list(found) if has_prefix else [(feature_map, None) for feature_map in found]
+
+
+def _as_tokens(found: tuple[Tensor, Tensor | None]) -> Tensor:
+    feature_map, prefix = found
+    tokens_BLD = feature_map.flatten(2).transpose(1, 2)
+    return tokens_BLD if prefix is None else torch.cat([prefix, tokens_BLD], dim=1)
