@@ -1,6 +1,7 @@
 """Batches of cropped views in an order that depends on (seed, epoch) alone."""
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -96,8 +97,18 @@ def view_batches(
         # The dataset returns whole batches; there is nothing left to collate.
         collate_fn=_whole_batch,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
     )
     return cast(Iterator[ViewBatch], iter(loader))
+
+
+def ignore_signals(_worker: int) -> None:
+    """Leave SIGTERM and Ctrl-C to the main process, which saves before it stops its workers (`worker_init_fn`).
+
+    Batch systems and terminals signal the whole process group, and a run whose workers are gone cannot go on to save.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def loader_workers(requested: int | None, source: ImageSource) -> int:

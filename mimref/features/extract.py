@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from mimref.data.loader import ignore_signals
 from mimref.data.sources import BadImage, BadImages, ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.devices import autocast
@@ -75,7 +76,8 @@ def _extract(
     max_bad: int,
     progress: Callable[[int, int], None] | None,
 ) -> Features:
-    batches = DataLoader(_CroppedImages(source, transform, batch_size), batch_size=None, num_workers=workers)
+    dataset = _CroppedImages(source, transform, batch_size)
+    batches = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
     x = np.empty((0, 0, 0), dtype=np.float32)
     widths: list[int] = []
     indices: list[int] = []
