@@ -1,0 +1,60 @@
+"""Settings that cannot make a refinement are refused before anything is trained."""
+
+from pathlib import Path
+
+import pytest
+
+from mimref.errors import ConfigError
+from mimref.refinement.plan import make_plan
+from tests.tiny import refine_config, write_unlabelled, write_weights
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Weights of four blocks, and 48 images."""
+    folder = tmp_path_factory.mktemp("plan")
+    return write_weights(folder / "weights.safetensors"), write_unlabelled(folder / "images")
+
+
+def test_a_plan_counts_heads_and_steps(paths: tuple[Path, Path]) -> None:
+    plan = make_plan(refine_config(*paths, heads__blocks="4,2,4", heads__temperature=[0.1, 0.2, 0.3]))
+    assert (plan.blocks, plan.temperature) == ([4, 2, 4], [0.1, 0.2, 0.3])
+    assert (plan.steps_per_epoch, plan.heads_steps, plan.encoder_steps) == (4, 8, 12)
+    assert make_plan(refine_config(*paths, batch_size=13)).steps_per_epoch == 3
+    alone = make_plan(refine_config(*paths, stage="heads", heads__temperature=0.3))
+    assert (alone.temperature, alone.heads_steps, alone.encoder_steps) == ([0.3, 0.3], 8, 0)
+
+
+@pytest.mark.parametrize("blocks", ["4,3", "3,3,4", "1-3,2"])
+def test_a_schedule_needs_heads_in_rising_order(blocks: str, paths: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match=rf"'one_hot' .* heads\.blocks '{blocks}' must name .* in rising order"):
+        make_plan(refine_config(*paths, heads__blocks=blocks, loss__schedule="one_hot"))
+    assert make_plan(refine_config(*paths, heads__blocks=blocks)).blocks  # without a schedule, any order will do
+
+
+def test_a_schedule_needs_two_heads(paths: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="'uniform_decay' needs at least two heads"):
+        make_plan(refine_config(*paths, heads__blocks="4", loss__schedule="uniform_decay"))
+    rising = make_plan(refine_config(*paths, heads__blocks="1,3-4", loss__schedule="uniform_decay"))
+    assert rising.blocks == [1, 3, 4]
+
+
+def test_the_queue_holds_top_k_rows_of_other_images(paths: tuple[Path, Path]) -> None:
+    assert make_plan(refine_config(*paths, encoder_stage__top_k=21, heads__queue_size=24))
+    with pytest.raises(ConfigError, match=r"top_k 22 needs a heads\.queue_size of at least 25, not 24"):
+        make_plan(refine_config(*paths, encoder_stage__top_k=22, heads__queue_size=24))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads__blocks": "3-5"}, r"heads\.blocks '3-5' does not fit: the encoder has blocks 1 to 4"),
+        ({"heads__temperature": [0.1, 0.2, 0.3]}, r"heads\.temperature has 3 values for 2 heads"),
+        ({"heads__queue_size": 49}, r"heads\.queue_size 49 is larger than the 48 training images"),
+        ({"batch_size": 49}, r"batch_size 49 is larger than the 48 training images"),
+        ({"encoder_stage__freeze_blocks": 4}, r"freeze_blocks 4 leaves nothing to refine: the encoder has 4 blocks"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(changes: dict[str, object], message: str, paths: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(refine_config(*paths, **changes))
