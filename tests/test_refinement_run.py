@@ -6,63 +6,36 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mimref.config import RefineConfig
-from mimref.errors import CheckpointError, ConfigError, DivergenceError, Interrupted, OutputError
+from mimref.errors import ConfigError, Interrupted, OutputError
 from mimref.recipes import load_config
 from mimref.refinement.run import RefineResult, refine
-from mimref.refinement.step import RefinementStep, StepValues
-from tests.tiny import REFINE, arguments, refine_config, write_images, write_labelled, write_unlabelled, write_weights
+from tests.tiny import (
+    EVALUATED,
+    REFINE,
+    Killed,
+    Watcher,
+    arguments,
+    assert_same_run,
+    header,
+    kill_at,
+    refine_config,
+    results,
+    signal_at,
+    tensors,
+    write_labelled,
+    write_weights,
+)
 
 # 8 steps of stage 1 and 12 of stage 2, 4 to an epoch.
 STEPS = 20
-
-
-class Killed(Exception):
-    """Stands for SIGKILL: nothing is saved, nothing is tidied up."""
-
-
-class Watcher:
-    """A listener that keeps what it hears and acts when training or evaluation has come somewhere."""
-
-    def __init__(self, at: Callable[[str, int], None] = lambda label, step: None) -> None:
-        self.at, self.step = at, 0
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def progress(self, label: str, done: int, total: int) -> None:
-        if label.startswith("stage"):
-            self.step = done + (8 if label.startswith("stage 2") else 0)
-            self.at("step", self.step)
-        else:
-            self.at(label, done)
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-        self.at(message.partition(":")[0], 0)
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-
-def signal_at(step: int, number: int = signal.SIGTERM) -> Watcher:
-    return Watcher(lambda what, done: signal.raise_signal(number) if (what, done) == ("step", step) else None)
-
-
-def kill_at(what: str, step: int) -> Watcher:
-    def at(label: str, done: int) -> None:
-        if (label, done) == (what, step):
-            raise Killed
-
-    return Watcher(at)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +49,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_unlabelled(tmp_path_factory.mktemp("unlabelled"))
-
-
-EVALUATED: dict[str, Any] = {"evaluate__enabled": True, "evaluate__cluster_runs": 2, "evaluate__splits": 1}
-
-
-@pytest.fixture(scope="module")
 def config(weights: Path, data: Path) -> RefineConfig:
     return refine_config(weights, data, **EVALUATED)
 
@@ -94,30 +59,6 @@ def whole(config: RefineConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("whole")
     refine(config, out)
     return out
-
-
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "encoder.safetensors")
-
-
-def assert_same_run(out: Path, other: Path) -> None:
-    """The same weights and the same log, bit for bit, and the same results."""
-    found, expected = tensors(out), tensors(other)
-    assert found.keys() == expected.keys()
-    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
-    assert (out / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
-    assert results(out)["metrics"] == results(other)["metrics"]
-
-
-def results(out: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((out / "results.json").read_text())
-    return loaded
-
-
-def header(out: Path) -> dict[str, Any]:
-    with safe_open(out / "encoder.safetensors", framework="pt") as opened:
-        loaded: dict[str, Any] = json.loads(opened.metadata()["mimref"])
-    return loaded
 
 
 def interrupted(config: RefineConfig, out: Path, watchers: Iterable[Watcher]) -> RefineResult:
@@ -304,164 +245,3 @@ def test_stage_1_leaves_the_encoder_bit_identical(weights: Path, data: Path, tmp
     base = load_file(weights)
     assert all(torch.equal(tensor, base[key]) for key, tensor in tensors(tmp_path).items())
     assert header(tmp_path)["source"] == "mae"
-
-
-# --- handing over stage 1
-
-
-@pytest.fixture(scope="module")
-def stage_1(weights: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("stage_1")
-    refine(refine_config(weights, data, stage="heads"), out)
-    return out
-
-
-def test_heads_from_equals_a_run_with_both_stages(
-    stage_1: Path, whole: Path, weights: Path, data: Path, tmp_path: Path
-) -> None:
-    config = refine_config(weights, data, stage="encoder", heads_from=str(stage_1))
-    refine(config, tmp_path / "a")
-    assert all(torch.equal(tensor, tensors(whole)[key]) for key, tensor in tensors(tmp_path / "a").items())
-    # Another stage 2 on the same heads; and heads.pt is not needed any more once the run has a state of its own.
-    refine(
-        refine_config(weights, data, stage="encoder", heads_from=str(stage_1), encoder_stage__lr=1e-3), tmp_path / "b"
-    )
-    copied = tmp_path / "copy"
-    copied.mkdir()
-    (copied / "heads.pt").write_bytes((stage_1 / "heads.pt").read_bytes())
-    config = refine_config(weights, data, stage="encoder", heads_from=str(copied))
-    with pytest.raises(Interrupted):
-        refine(config, tmp_path / "c", listener=signal_at(8 + 6))
-    (copied / "heads.pt").unlink()
-    refine(config, tmp_path / "c", resume=True)
-    assert_same_run(tmp_path / "c", tmp_path / "a")
-
-
-def test_heads_that_do_not_fit_are_refused(stage_1: Path, weights: Path, data: Path, tmp_path: Path) -> None:
-    def attempt(base: Path = weights, folder: Path = stage_1, **changes: Any) -> None:
-        refine(refine_config(base, data, stage="encoder", heads_from=str(folder), **changes), tmp_path / "out")
-
-    other = write_weights(tmp_path / "other.safetensors", seed=1)
-    with pytest.raises(CheckpointError, match=r"trained on another encoder than .*other\.safetensors"):
-        attempt(base=other)
-    with pytest.raises(ConfigError, match=r"read the blocks 3,4; set heads\.blocks=3,4"):
-        attempt(heads__blocks="2-4")
-    with pytest.raises(ConfigError, match=r"its queue holds 24 rows; set heads\.queue_size=24"):
-        attempt(heads__queue_size=32)
-    with pytest.raises(ConfigError, match=r"other widths than .*heads\.output 12"):
-        attempt(heads__output=12)
-    with pytest.raises(ConfigError, match=r"read 'cls' tokens; set heads\.pool=cls"):
-        attempt(heads__pool="mean")
-    with pytest.raises(CheckpointError, match=r"nowhere: no such file; --heads-from needs"):
-        attempt(folder=tmp_path / "nowhere")
-    (tmp_path / "heads.pt").write_bytes(b"not heads")
-    with pytest.raises(CheckpointError, match="not readable as the heads of a run"):
-        attempt(folder=tmp_path)
-    torch.save([1, 2], tmp_path / "heads.pt")
-    with pytest.raises(CheckpointError, match="not readable as the heads of a run"):
-        attempt(folder=tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
-def test_heads_from_other_images_forget_whose_rows_the_queue_holds(
-    stage_1: Path, weights: Path, tmp_path: Path
-) -> None:
-    fewer = write_images(tmp_path / "data", per_class=13)
-    watcher = Watcher()
-    config = refine_config(weights, fewer, stage="encoder", heads_from=str(stage_1))
-    refine(config, tmp_path / "out", listener=watcher)
-    assert any("its queue was filled from other images" in warning for warning in watcher.warnings)
-
-
-def test_a_sweep_of_temperatures_is_one_run_with_a_ranking(weights: Path, data: Path, tmp_path: Path) -> None:
-    sweep = {"stage": "heads", "heads__blocks": "4,4,4", "heads__temperature": [0.1, 0.2, 0.3]}
-    result = refine(refine_config(weights, data, **sweep), tmp_path)
-    rows = [row for row in result.rows if row["metric"] == "head_knn_top1"]
-    assert {row["head"]: row["temperature"] for row in rows} == {1: 0.1, 2: 0.2, 3: 0.3}
-    assert [row["value"] for row in rows] == sorted((float(row["value"]) for row in rows), reverse=True)
-    assert {row["head"] for row in result.rows if row["metric"] == "head_nn_accuracy"} == {1, 2, 3}
-    assert results(tmp_path)["metrics"] == result.rows
-
-
-# --- images
-
-
-def test_unlabelled_images_work_throughout(weights: Path, unlabelled: Path, tmp_path: Path) -> None:
-    watcher = Watcher()
-    result = refine(refine_config(weights, unlabelled, **EVALUATED), tmp_path / "both", listener=watcher)
-    assert result.rows == [] and results(tmp_path / "both")["metrics"] == []
-    assert any(note.startswith("no before/after table: ") and "no labels" in note for note in watcher.notes)
-    assert (tmp_path / "both" / "results.csv").is_file()
-    watcher = Watcher()
-    refine(refine_config(weights, unlabelled, stage="heads"), tmp_path / "heads", listener=watcher)
-    assert any(note.startswith("no ranking of the heads: ") for note in watcher.notes)
-
-
-def test_bad_images_are_told_once_and_listed_also_after_a_resume(weights: Path, tmp_path: Path) -> None:
-    data = write_labelled(tmp_path / "data")
-    bad = [data / "train" / "a" / f"{name}.png" for name in ("x1", "x2", "x3")] + [data / "val" / "b" / "x4.png"]
-    for path in bad:
-        path.write_bytes(b"")
-    config = refine_config(weights, data, **EVALUATED)
-    first, second = Watcher(lambda what, n: signal.raise_signal(signal.SIGTERM) if n == 14 else None), Watcher()
-    with pytest.raises(Interrupted):
-        refine(config, tmp_path / "out", listener=first)
-    refine(config, tmp_path / "out", resume=True, listener=second)
-    told = [warning for warning in first.warnings if "unreadable" in warning]
-    assert len(told) == 1 and told[0].startswith(f"3 images are left out, unreadable: {bad[0]} (empty file), {bad[1]}")
-    assert [w for w in second.warnings if "unreadable" in w][-1].startswith("4 images are left out, unreadable: ")
-    assert results(tmp_path / "out")["bad_images"] == [{"path": str(p), "reason": "empty file"} for p in bad]
-    with pytest.raises(Exception, match=r"more than data\.max_bad=1"):
-        refine(refine_config(weights, data, data__max_bad=1), tmp_path / "few")
-
-
-def test_an_evaluation_that_fails_does_not_lose_the_training(weights: Path, data: Path, tmp_path: Path) -> None:
-    watcher = Watcher()
-    config = refine_config(weights, data, **EVALUATED | {"evaluate__shots": 1000})
-    result = refine(config, tmp_path, listener=watcher)
-    assert result.rows == [] and tensors(tmp_path)
-    assert any(warning.startswith("no results table: ") for warning in watcher.warnings)
-
-
-# --- divergence
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
-    config: RefineConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward, calls = RefinementStep.forward, 0
-
-    def broken(self: RefinementStep, *args: Any, **options: Any) -> StepValues:
-        nonlocal calls
-        calls += 1
-        values = forward(self, *args, **options)
-        return values._replace(loss=values.loss * float("nan")) if calls == 6 else values
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RefinementStep, "forward", broken)
-        with pytest.raises(DivergenceError, match="not finite at step 6; the last good state is kept"):
-            refine(config, tmp_path)
-    assert torch.load(tmp_path / "state" / "state.pt", weights_only=True)["step"] == 4
-    refine(config, tmp_path, resume=True)
-    assert_same_run(tmp_path, whole)
-
-
-def test_weights_that_break_in_an_epochs_last_step_are_not_saved(
-    config: RefineConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward, calls = RefinementStep.forward, 0
-
-    def broken(self: RefinementStep, *args: Any, **options: Any) -> StepValues:
-        nonlocal calls
-        calls += 1
-        values = forward(self, *args, **options)
-        if calls == 12:  # the loss is fine, its gradient is not
-            values.loss.register_hook(lambda gradient: gradient * float("nan"))
-        return values
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RefinementStep, "forward", broken)
-        with pytest.raises(DivergenceError, match="weights are not finite after step 4 of stage 2"):
-            refine(config, tmp_path)
-    refine(config, tmp_path, resume=True)
-    assert_same_run(tmp_path, whole)

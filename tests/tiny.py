@@ -1,12 +1,16 @@
-"""An encoder, images and settings so small that a whole run takes a second."""
+"""An encoder, images and settings so small that a whole run takes a second, and what whole runs are compared by."""
 
-from collections.abc import Sequence
+import json
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from mimref.config import PretrainConfig, RefineConfig
 from mimref.encoders.checkpoints import save_encoder
@@ -69,6 +73,8 @@ REFINE: dict[str, Any] = {
     "monitor.log_every": 3,
     "evaluate.enabled": False,
 }
+EVALUATED: dict[str, Any] = {"evaluate__enabled": True, "evaluate__cluster_runs": 2, "evaluate__splits": 1}
+"""Changes of `refine_config` for a run with a before/after table."""
 PRETRAIN: dict[str, Any] = {
     "batch_size": 12,
     "workers": 0,
@@ -112,3 +118,66 @@ def _dotted(changes: dict[str, Any]) -> dict[str, Any]:
 
 def _toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing is saved, nothing is tidied up."""
+
+
+class Watcher:
+    """A listener that keeps what it hears and acts when training or evaluation has come somewhere."""
+
+    def __init__(self, at: Callable[[str, int], None] = lambda label, step: None) -> None:
+        self.at, self.step = at, 0
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        if label.startswith(("stage", "pre-training")):
+            self.step = done + (8 if label.startswith("stage 2") else 0)
+            self.at("step", self.step)
+        else:
+            self.at(label, done)
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+        self.at(message.partition(":")[0], 0)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def signal_at(step: int, number: int = signal.SIGTERM) -> Watcher:
+    return Watcher(lambda what, done: signal.raise_signal(number) if (what, done) == ("step", step) else None)
+
+
+def kill_at(what: str, step: int) -> Watcher:
+    def at(label: str, done: int) -> None:
+        if (label, done) == (what, step):
+            raise Killed
+
+    return Watcher(at)
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "encoder.safetensors")
+
+
+def assert_same_run(out: Path, other: Path) -> None:
+    """The same weights and the same log, bit for bit, and the same results."""
+    found, expected = tensors(out), tensors(other)
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    assert (out / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    assert results(out)["metrics"] == results(other)["metrics"]
+
+
+def results(out: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return loaded
+
+
+def header(out: Path) -> dict[str, Any]:
+    with safe_open(out / "encoder.safetensors", framework="pt") as opened:
+        loaded: dict[str, Any] = json.loads(opened.metadata()["mimref"])
+    return loaded

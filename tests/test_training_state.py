@@ -1,0 +1,343 @@
+"""The output folder of a run, its state on disk, and what signals do."""
+
+import errno
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mimref.config import RefineConfig, dump_config
+from mimref.errors import ConfigError, Interrupted, OutputError
+from mimref.recipes import load_config
+from mimref.training.runlog import MetricsLog, SkippedImages
+from mimref.training.state import RunFolder, StopSignal, reloadable, stop_signal
+
+CONFIG = RefineConfig()
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def started(path: Path) -> RunFolder:
+    """A run that has saved a state."""
+    folder = RunFolder(path)
+    folder.prepare(CONFIG, resume=False, force=False)
+    folder.save_state({"step": 3, "weights": torch.arange(4.0)})
+    return folder
+
+
+# --- who may write
+
+
+def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "a")
+    folder.check(resume=False, force=False)
+    assert not (tmp_path / "runs").exists()
+    folder.prepare(CONFIG, resume=False, force=False)
+    assert files(folder.path) == {"config.toml", "state"}
+    assert folder.unfinished and not folder.finished
+    loaded = load_config(RefineConfig, str(folder.path / "config.toml"))
+    assert loaded.model_copy(update={"preset": None}) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("held", "resume", "message"),
+    [
+        ("results.json", False, "holds a finished run; give another --out, or --force to replace it"),
+        ("state/state.pt", False, "holds an unfinished run; --resume continues it, --force replaces it"),
+        ("metrics.jsonl", False, "holds an unfinished run"),
+        ("encoder.safetensors", False, "already holds encoder.safetensors; give another --out, or --force"),
+        ("config.toml", False, "already holds config.toml"),
+        ("notes.txt", True, "holds no run to resume; leave out --resume to start one"),
+    ],
+)
+def test_occupied_folders_are_refused(held: str, resume: bool, message: str, tmp_path: Path) -> None:
+    (tmp_path / held).parent.mkdir(exist_ok=True)
+    (tmp_path / held).write_text("")
+    with pytest.raises(OutputError, match=message):
+        RunFolder(tmp_path).check(resume=resume, force=False)
+    if not resume:
+        RunFolder(tmp_path).check(resume=False, force=True)
+
+
+def test_a_folder_with_other_files_is_free_and_a_missing_one_not_resumable(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    RunFolder(tmp_path).check(resume=False, force=False)
+    with pytest.raises(OutputError, match="holds no run to resume"):
+        RunFolder(tmp_path / "missing").check(resume=True, force=False)
+    with pytest.raises(OutputError, match="give one of them"):
+        RunFolder(tmp_path).check(resume=True, force=True)
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file: is a file; give --out a folder"):
+        RunFolder(tmp_path / "file").check(resume=False, force=False)
+    below = RunFolder(tmp_path / "file" / "below")
+    below.check(resume=False, force=False)
+    with pytest.raises(OutputError, match=r"below: cannot be written \(Not a directory\)"):
+        below.prepare(CONFIG, resume=False, force=False)
+    with pytest.raises(OutputError, match="File name too long"):
+        long = RunFolder(tmp_path / ("x" * 300))
+        long.check(resume=False, force=False)
+        long.prepare(CONFIG, resume=False, force=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="cannot be written"):
+        RunFolder(tmp_path / "out").prepare(CONFIG, resume=False, force=False)
+
+
+def test_force_removes_our_files_alone(tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    ours = ("results.json", "results.csv", "encoder.safetensors", "metrics.jsonl", "heads.pt")
+    for name in (*ours, "notes.txt", "encoder_old.safetensors"):
+        (tmp_path / name).write_text("old")
+    folder.prepare(CONFIG, resume=False, force=True)
+    assert files(tmp_path) == {"config.toml", "state", "notes.txt", "encoder_old.safetensors"}
+
+
+def test_halves_of_files_are_removed(tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    for name in ("state/.state.pt.0a1b.tmp", ".encoder.safetensors.0a1b.tmp", ".mine.tmp"):
+        (tmp_path / name).write_text("half")
+    folder.prepare(CONFIG, resume=True, force=False)
+    assert files(tmp_path) == {"config.toml", "state", "state/state.pt", ".mine.tmp"}
+
+
+# --- settings of a resumed run
+
+
+def changed(**sections: Any) -> RefineConfig:
+    table = CONFIG.model_dump()
+    for section, values in sections.items():
+        table[section] = table[section] | values if isinstance(values, dict) else values
+    return RefineConfig.model_validate(table)
+
+
+def test_resume_names_the_setting_that_changed(tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        folder.prepare(changed(heads={"temperature": 0.3}), resume=True, force=False)
+    assert str(caught.value) == (
+        f"cannot resume {tmp_path} with another heads.temperature: it was 0.2 and is now 0.3; "
+        "leave it as it was, or start anew in another --out"
+    )
+    free = changed(
+        workers=3, preset="x", device="cpu", data={"max_bad": 7}, evaluate={"splits": 9}, monitor={"log_every": 1}
+    )
+    folder.prepare(free, resume=True, force=False)
+    assert load_config(RefineConfig, str(tmp_path / "config.toml")) == free
+
+
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    (tmp_path / "config.toml").write_text("seed = \n")
+    with pytest.raises(ConfigError, match=r"config\.toml.* is not valid TOML"):
+        folder.prepare(CONFIG, resume=True, force=False)
+
+
+def test_reloadable_settings_have_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("images", "digits", "heads", "root"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "w.pt").write_text("")
+    overrides = {
+        "data.spec": "images",
+        "data.root": "root",
+        "encoder.weights": "w.pt",
+        "stage": "encoder",
+        "heads_from": "heads",
+    }
+    config = reloadable(load_config(RefineConfig, None, overrides))
+    assert (config.data.spec, config.data.root) == (str(tmp_path / "images"), str(tmp_path / "root"))
+    assert (config.encoder.weights, config.heads_from) == (str(tmp_path / "w.pt"), str(tmp_path / "heads"))
+    assert reloadable(config) == config
+    # Words with a meaning of their own stay words, whatever lies beside them.
+    words = reloadable(load_config(RefineConfig, None, {"data.spec": "digits", "encoder.weights": "quickstart"}))
+    assert (words.data.spec, words.encoder.weights) == ("digits", "quickstart")
+    named = load_config(RefineConfig, None, {"data.spec": "torchvision:MNIST"})
+    assert reloadable(named).data.spec == "torchvision:MNIST"
+
+
+def test_unset_settings_survive_the_file() -> None:
+    # TOML has no null: a setting that is unset in the file must have None as its default.
+    assert "none" not in dump_config(CONFIG)
+    nulls = [key for key, value in flat(CONFIG.model_dump()).items() if value is None]
+    assert nulls and all(flat(RefineConfig().model_dump())[key] is None for key in nulls)
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        name: each
+        for key, value in table.items()
+        for name, each in (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}).items()
+    }
+
+
+# --- the state
+
+
+def test_the_state_comes_back(tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    state = folder.load_state()
+    assert state is not None and state["step"] == 3 and torch.equal(state["weights"], torch.arange(4.0))
+    folder.drop_state()
+    assert folder.load_state() is None
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", b"PK\x03\x04 cut off"])
+def test_a_damaged_state_is_one_line(content: bytes, tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    (tmp_path / "state" / "state.pt").write_bytes(content)
+    with pytest.raises(OutputError, match="damaged state; --force starts the run anew"):
+        folder.load_state()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_state_that_cannot_be_written_leaves_the_previous_one(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = started(tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(OutputError, match=f"cannot write .*state.pt: {os.strerror(code)}"):
+            folder.save_state({"step": 4})
+    assert (folder.load_state() or {})["step"] == 3
+    assert files(tmp_path) == {"config.toml", "state", "state/state.pt"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB, where the tests may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no permission to mount a file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_previous_state(small_disk: Path) -> None:
+    folder = started(small_disk / "out")
+    with pytest.raises(OutputError, match="No space left on device; free some space"):
+        folder.save_state({"step": 4, "weights": torch.zeros(1_000_000)})
+    assert (folder.load_state() or {})["step"] == 3
+    with pytest.raises(OutputError, match=r"metrics\.jsonl.*No space left on device"):
+        log = MetricsLog(small_disk / "out" / "metrics.jsonl")
+        for _ in range(100):
+            log.write({"filler": "x" * 100_000})
+
+
+def test_an_interruption_is_not_a_damaged_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = started(tmp_path)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Interrupted(signal.SIGTERM, "stopped")
+
+    monkeypatch.setattr(torch, "load", stop)
+    with pytest.raises(Interrupted):
+        folder.load_state()
+
+
+# --- the log
+
+
+def test_the_log_is_cut_to_the_lines_of_the_state(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in range(3):
+        log.write({"step": step})
+    path.write_bytes(path.read_bytes() + b'{"step": 3, "los\xff')  # a crash in the middle of a line
+    again = MetricsLog(path, keep_lines=2)
+    again.write({"step": 9})
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 9}\n' and again.lines == 3
+    assert MetricsLog(path).lines == 0 and path.read_text() == ""
+
+
+class Warnings:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def progress(self, label: str, done: int, total: int) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_skipped_images_are_told_when_they_are_known_and_when_there_are_more() -> None:
+    heard = Warnings()
+    skipped = SkippedImages(10, heard)
+    skipped.tell_early()
+    skipped.add([("b.png", "truncated")])
+    skipped.tell_early()
+    skipped.add([("a.png", "empty file"), ("b.png", "truncated")])
+    skipped.tell_early()
+    skipped.add_evaluated([("d.png", "not an image"), ("c.png", "not an image")])
+    skipped.tell_all()
+    skipped.tell_all()
+    assert heard.lines == [
+        "1 image is left out, unreadable: b.png (truncated)",
+        "4 images are left out, unreadable: a.png (empty file), b.png (truncated), c.png (not an image), "
+        "... (all are in results.json)",
+    ]
+
+
+# --- signals
+
+
+def test_signals_are_deferred_while_asked_and_end_other_work_at_once() -> None:
+    stop = StopSignal()
+    with pytest.raises(Interrupted, match="stopped at once"):
+        stop.receive(signal.SIGTERM)
+    with stop.deferred():
+        stop.receive(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(Interrupted) as caught:
+            stop.receive(signal.SIGINT)
+        assert caught.value.signum == signal.SIGINT
+    with pytest.raises(Interrupted, match="saved") as caught:
+        stop.raise_if_received("saved")
+    assert caught.value.signum == signal.SIGTERM
+
+
+def test_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), stop_signal() as stop, stop.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_runs_outside_the_main_thread_do_not_catch_signals() -> None:
+    entered = []
+
+    def work() -> None:
+        with stop_signal() as stop:
+            entered.append(stop.number)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [None]
