@@ -232,6 +232,8 @@ class MonitorConfig(Section):
     """Steps between lines of metrics.jsonl."""
     knn_every_epochs: int = Field(default=1, ge=0)
     """Epochs between k-NN checks of the encoder on a fixed subset; 0 never checks."""
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+    """Where metrics are sent besides metrics.jsonl; each needs the extra of its name."""
     knn_samples: int = Field(default=10_000, gt=0)
     """Most images in the k-NN check's memory; a quarter as many are classified."""
 
@@ -258,7 +260,7 @@ class CommandConfig(Section):
 
     preset: str | None = None
     """Name of the preset the settings came from."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA, fp32 elsewhere."""

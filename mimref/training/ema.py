@@ -16,11 +16,12 @@ class WeightAverage:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self.decay = decay
         pairs = zip(self.module.parameters(), module.parameters(), strict=True)
-        self._pairs = [(average, weight) for average, weight in pairs if weight.requires_grad]
+        trained = [(average, weight) for average, weight in pairs if weight.requires_grad]
+        self._averages: list[Tensor] = [average for average, _ in trained]
+        # Detached views of the weights: they follow the optimizer, which writes in place.
+        self._weights: list[Tensor] = [weight.detach() for _, weight in trained]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights as they are now."""
-        averages: list[Tensor] = [average for average, _ in self._pairs]
-        weights: list[Tensor] = [weight.detach() for _, weight in self._pairs]
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)

@@ -1,0 +1,70 @@
+"""Metrics sent to TensorBoard or Weights & Biases as well, for those who watch runs there (optional extras)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mimref.errors import ConfigError
+
+
+class Tracker(Protocol):
+    """Receives the numbers of one log line."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """`step` counts the whole run's updates."""
+
+    def close(self) -> None:
+        """Flush what is pending."""
+
+
+class _TensorBoard:
+    def __init__(self, out: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an interrupted run wrote after its last saved state is written again.
+        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, out: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(project="mimref", name=out.name, dir=str(out), config=dict(config))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_trackers(names: Sequence[str], out: Path, config: Mapping[str, Any], *, first_step: int) -> list[Tracker]:
+    """The trackers named in `monitor.trackers`. Raises ConfigError when one's package is not installed."""
+    trackers: list[Tracker] = []
+    for name in names:
+        try:
+            trackers.append(_TensorBoard(out, first_step) if name == "tensorboard" else _WandB(out, config))
+        except ImportError as error:
+            raise ConfigError(f"monitor.trackers {name!r} is not installed: pip install 'mimref[{name}]'") from error
+    return trackers
+
+
+def scalars(values: Mapping[str, object]) -> dict[str, float]:
+    """The numbers of a log line under `stage/name`; values per head become `stage/name/head_1`, ..."""
+    stage = values.get("stage", "run")
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if name in ("stage", "step"):
+            continue
+        if isinstance(value, list):
+            flat |= {f"{stage}/{name}/head_{head}": float(each) for head, each in enumerate(value, start=1)}
+        elif isinstance(value, int | float):
+            flat[f"{stage}/{name}"] = float(value)
+    return flat
