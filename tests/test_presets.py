@@ -4,10 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mimref.config import CommandConfig, PretrainConfig, RefineConfig
+from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
+from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.recipes import load_config, preset_names, preset_text
+from mimref.refinement.heads import Heads, head_blocks
 
 MODELS: dict[str, type[CommandConfig]] = {"refine": RefineConfig, "pretrain": PretrainConfig}
 
@@ -225,3 +229,43 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(ConfigError, match=r"cannot be read: Is a directory$"):
         load_config(RefineConfig, str(tmp_path / "folder.toml"))
+
+
+@pytest.mark.parametrize("name", preset_names("refine"))
+def test_refine_presets_build(name: str) -> None:
+    config = load(name)
+    assert isinstance(config, RefineConfig)
+    if config.encoder.weights == "quickstart":
+        # The file's header tells the encoder; its preset made it.
+        made_by = load("pretrain/quickstart")
+        assert isinstance(made_by, PretrainConfig)
+        architecture = Architecture.from_config(made_by.encoder)
+    else:
+        architecture = Architecture.from_config(config.encoder)
+    blocks = head_blocks(config.heads.blocks, architecture.depth)
+    with torch.device("meta"):
+        encoder = build_encoder(architecture)
+        heads = Heads(config.heads, len(blocks), encoder.embed_dim)
+        features = torch.empty(len(blocks), 6, encoder.embed_dim)
+        projected, predicted = heads(features)
+    assert projected.shape == predicted.shape == (len(blocks), 6, config.heads.output)
+    assert config.encoder_stage.freeze_blocks < encoder.depth
+    architecture.check_size(config.views.global_size or architecture.image_size, "views.global_size")
+    if config.views.local_views:
+        architecture.check_size(config.views.local_size, "views.local_size")
+
+
+@pytest.mark.parametrize("name", preset_names("pretrain"))
+def test_pretrain_presets_build(name: str) -> None:
+    config = load(name)
+    assert isinstance(config, PretrainConfig)
+    with torch.device("meta"):
+        encoder = build_encoder(Architecture.from_config(config.encoder))
+        model = MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio)
+        size = encoder.architecture.image_size
+        images, noise = torch.empty(2, 3, size, size), torch.empty(2, model.num_patches)
+        loss = model(images, noise)
+    assert loss.shape == ()
+    assert sum(parameter.numel() for parameter in model.decoder.parameters()) < sum(
+        parameter.numel() for parameter in encoder.parameters()
+    )

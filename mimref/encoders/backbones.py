@@ -111,6 +111,12 @@ def recorded_normalization(name: str) -> tuple[RGB, RGB]:
     return (red, green, blue), (std[0], std[1], std[2])
 
 
+def classifier_layers(name: str) -> tuple[str, ...]:
+    """Layers of a timm model that classify, and that no features need."""
+    layers = _recorded(name).classifier or ()
+    return (layers,) if isinstance(layers, str) else tuple(layers)
+
+
 def _recorded(name: str) -> Any:
     """What timm keeps about a model: its image size, and for weights their normalisation."""
     recorded = timm.get_pretrained_cfg(name)

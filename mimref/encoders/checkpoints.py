@@ -7,6 +7,7 @@ architecture, the source, the preset, the data and the metrics.
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, classifier_layers
 from mimref.encoders.vit import Architecture, Encoder, build_encoder, resize_positions
 from mimref.errors import CheckpointError, ConfigError
 from mimref.files import atomic_write
@@ -101,7 +102,9 @@ def _read_safetensors(file: Path) -> Checkpoint:
 def _read_pickle(file: Path, *, zipped: bool) -> Checkpoint:
     """A file of `torch.save`; only those in the zip format, torch's default since 1.6, can be mapped into memory."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old kinds of pickles, nothing that a user could change
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # damaged pickles fail in every possible way
         raise CheckpointError(f"{file}: {_why_unreadable(error)}") from error
     for wrapper in _WRAPPERS:
@@ -117,18 +120,21 @@ def _read_pickle(file: Path, *, zipped: bool) -> Checkpoint:
 
 def _why_unreadable(error: Exception) -> str:
     # torch's own message advises to switch the check off.
-    refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
         return (
             f"refused, because it holds {refused[1]}, which is not weights and could run code; "
             "where you trust it, load it with torch yourself and save its state_dict as safetensors"
         )
-    return f"not a readable checkpoint ({_first_line(error)})"
+    detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
+    return f"not a checkpoint, or a damaged one ({detail[1] if detail else _first_line(error)})"
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines and not lines[0].startswith("Weights only load failed") else type(error).__name__
+    """An exception's first sentence; its type where that says nothing."""
+    sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
+    tells = re.search("[a-z]", sentence) and not sentence.startswith("Weights only load failed")
+    return sentence if tells else type(error).__name__
 
 
 def load_weights(encoder: Encoder, checkpoint: Checkpoint) -> None:
@@ -143,10 +149,14 @@ def load_weights(encoder: Encoder, checkpoint: Checkpoint) -> None:
     _load(encoder.vit, encoder.architecture.name, given, checkpoint.path)
 
 
-def _load(module: nn.Module, name: str, given: Mapping[str, Tensor], path: Path) -> None:
+def _load(
+    module: nn.Module, name: str, given: Mapping[str, Tensor], path: Path, *, dropped: tuple[str, ...] = ()
+) -> None:
+    """dropped: prefixes of tensors that may be left over, beside those of all formats."""
     wanted = module.state_dict()
+    dropped += _DROPPED_PREFIXES
     # Some models have a norm in what others only have as classifier: what is wanted is never dropped.
-    given = {key: value for key, value in given.items() if key in wanted or not key.startswith(_DROPPED_PREFIXES)}
+    given = {key: value for key, value in given.items() if key in wanted or not key.startswith(dropped)}
     problems = [f"{key} is missing" for key in wanted if key not in given]
     problems += [f"{key} is unexpected" for key in given if key not in wanted]
     for key in wanted:
@@ -172,7 +182,7 @@ def _dtype(tensor: Tensor) -> str:
 def _fit_positions(encoder: Encoder, positions: Tensor) -> Tensor:
     prefix = 0 if encoder.vit.no_embed_class else encoder.num_prefix_tokens
     side = encoder.architecture.image_size // encoder.patch_size
-    patches = positions.shape[1] - prefix if positions.ndim == 3 else 0
+    patches = positions.shape[1] - prefix if positions.ndim == 3 and len(positions) == 1 else 0
     if patches <= 0 or int(patches**0.5) ** 2 != patches or not positions.is_floating_point():
         return positions
     # Rounded to the file's half precision only once.
@@ -199,7 +209,8 @@ def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneAr
     """An encoder of this architecture with a checkpoint's weights; see `load_encoder`."""
     if isinstance(architecture, BackboneArchitecture):
         backbone = TimmBackbone(architecture)
-        _load(backbone.model, architecture.name, checkpoint.tensors, checkpoint.path)
+        classifier = tuple(f"{layer}." for layer in classifier_layers(architecture.name))
+        _load(backbone.model, architecture.name, checkpoint.tensors, checkpoint.path, dropped=classifier)
         return backbone
     encoder = build_encoder(architecture)
     load_weights(encoder, checkpoint)

@@ -91,10 +91,7 @@ class Architecture:
 
     @classmethod
     def _of_timm(cls, name: str, image_size: int) -> Self:
-        if not is_plain_vit(name):
-            raise ConfigError(
-                f"architecture {name!r} is not a plain timm VisionTransformer: it can be evaluated, not refined"
-            )
+        _check_plain(name)
         with torch.device("meta"):
             vit = _timm_vit(name, image_size)
         first_parts: Iterable[Any] = vit.blocks[0].modules()
@@ -272,6 +269,7 @@ def build_encoder(architecture: Architecture) -> Encoder:
     """
     architecture.check_size(architecture.image_size, "encoder.image_size")
     if architecture.from_timm:
+        _check_plain(architecture.name)
         return Encoder(architecture, _timm_vit(architecture.name, architecture.image_size))
     vit = VisionTransformer(
         img_size=architecture.image_size,
@@ -306,6 +304,13 @@ def is_plain_vit(name: str) -> bool:
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=0)
     return type(model) is VisionTransformer and isinstance(model.patch_embed, PatchEmbed)
+
+
+def _check_plain(name: str) -> None:
+    if not is_plain_vit(name):
+        raise ConfigError(
+            f"architecture {name!r} is not a plain timm VisionTransformer: it can be evaluated, not refined"
+        )
 
 
 def check_timm_name(name: str) -> None:

@@ -23,6 +23,8 @@ def recorded_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
         return data
     recorded = header.get("data") or {}
     try:
+        if not isinstance(recorded, Mapping):
+            raise TypeError("not a table")
         known = DataConfig.model_validate({key: recorded[key] for key in _RECORDED if key in recorded})
     except (ValidationError, TypeError) as error:
         raise CheckpointError(
