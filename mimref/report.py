@@ -33,6 +33,8 @@ LABELS = {
     "block_reconstruction": "reconstruction loss of block {block}",
 }
 LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction"}
+# Neither percentages nor of a known size.
+STATISTICS = {"feature_variance", "effective_rank"}
 # What was measured, as opposed to the settings it was measured with.
 MEASURED = ("value", "mean", "std", "splits", "runs")
 # Seconds between two lines of progress when the output is not a terminal.
@@ -120,7 +122,8 @@ def metric_label(row: "Row", among: Sequence["Row"] = ()) -> str:
         for key, value in row.items()
         if key not in ("model", "metric", *MEASURED)
         and f"{{{key}}}" not in template
-        and any(other.get(key) != value for other in same)
+        # Raw pixels have no blocks: a setting that a row does not have tells nothing apart.
+        and any(other.get(key, value) != value for other in same)
     ]
     label = template.format_map({"shots": "?", "block": "?"} | row)
     return f"{label} ({', '.join(varying)})" if varying else label
@@ -140,19 +143,25 @@ def show_progress(
 ) -> Iterator[ProgressDisplay]:
     """Progress of one piece of work, on standard error: `update(done, total)` and `log(line)`.
 
-    On a terminal a bar with rate and time left; elsewhere a plain line every ten seconds and at the end; nothing at all
-    when `quiet`. The rate counts from the first update, so a resumed run does not look faster than it is.
+    On a terminal a bar with rate and time left, of which a line stays when the work took longer than ten seconds;
+    elsewhere a plain line every ten seconds and at the end; nothing at all when `quiet`. The rate counts from the first
+    update, so a resumed run does not look faster than it is.
     """
     console = console or Console(stderr=True)
     if quiet:
         yield ProgressDisplay(lambda done, total: None, lambda line: None)
     elif console.is_terminal and not console.is_dumb_terminal:
+        started_s = time.monotonic()
         with _bar(console) as bar:
             task = bar.add_task(description, total=None)
             yield ProgressDisplay(
                 lambda done, total: bar.update(task, completed=done, total=total),
                 lambda line: bar.console.print(line, markup=False, highlight=False),
             )
+        elapsed_s = time.monotonic() - started_s
+        if elapsed_s >= LINE_INTERVAL_S:
+            done = f"{bar.tasks[0].completed:.0f} in {timedelta(seconds=round(elapsed_s))}"
+            _plain(console, f"{description}: {done}")
     else:
         yield ProgressDisplay(_PlainLines(description, console).update, lambda line: _plain(console, line))
 
@@ -196,6 +205,7 @@ def _bar(console: Console) -> Progress:
         _RateColumn(),
         TimeRemainingColumn(),
         console=console,
+        transient=True,
     )
 
 
@@ -218,6 +228,8 @@ def _shown_value(row: "Row") -> float:
 
 def _value(row: "Row") -> str:
     text = f"{float(row['value']):.{_decimals(row)}f}"
+    if row["metric"] in STATISTICS:
+        text = f"{float(row['value']):.4g}"
     if "std" not in row:
         return text
     # The value of a clustering is its best run's, which the spread does not surround: the mean goes with it.
@@ -230,7 +242,9 @@ def _value(row: "Row") -> str:
 def _value_cell(row: "Row | None", sign: int, best: float) -> Text:
     if row is None:
         return Text("-")
-    return Text(_value(row), style="bold" if sign * _shown_value(row) == best else "")
+    # Three models side by side have no room for the spread of a clustering's runs; results.csv has it.
+    shown = _value({key: value for key, value in row.items() if key != "std"} if "runs" in row else row)
+    return Text(shown, style="bold" if sign * _shown_value(row) == best else "")
 
 
 def _difference_cell(base: "Row | None", refined: "Row | None", sign: int) -> Text:

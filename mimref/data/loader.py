@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mimref.data.sources import BadImage, ImageSource
 from mimref.data.views import CropGroup, cut_group
 from mimref.draws import permutation
+from mimref.errors import ConfigError
 
 _Item = tuple[int, int]  # (epoch, sample index): workers outlive epochs, so the epoch travels with the sample
 
@@ -100,6 +101,16 @@ def view_batches(
         worker_init_fn=ignore_signals,
     )
     return cast(Iterator[ViewBatch], iter(loader))
+
+
+def check_batch_size(batch_size: int, images: int) -> None:
+    """Raise ConfigError when an epoch has not one full batch."""
+    if images < 2:
+        raise ConfigError(f"there is only {images} training image; a batch needs two")
+    if batch_size > images:
+        raise ConfigError(
+            f"batch_size {batch_size} is larger than the {images} training images; set --batch-size {images} or less"
+        )
 
 
 def ignore_signals(_worker: int) -> None:

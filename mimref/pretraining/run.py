@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mimref.config import PretrainConfig
-from mimref.data.loader import ViewBatch, loader_workers, view_batches
+from mimref.data.loader import ViewBatch, check_batch_size, loader_workers, view_batches
 from mimref.data.photometric import Photometric
 from mimref.data.sources import open_source
 from mimref.data.views import CropGroup
@@ -26,7 +26,7 @@ from mimref.results import read_results, write_results
 from mimref.training.guard import FiniteLoss
 from mimref.training.loop import train
 from mimref.training.optim import adamw, encoder_groups, learning_rate, module_groups, set_learning_rate
-from mimref.training.runlog import Listener, MetricsLog, Silent, SkippedImages
+from mimref.training.runlog import Listener, MetricsLog, Silent, SkippedImages, readable
 from mimref.training.state import RunFolder, reloadable, stop_signal
 
 
@@ -52,11 +52,7 @@ class Pretraining:
         architecture = _architecture(config)
         self.source = open_source(config.data, "train")
         self.steps_per_epoch = len(self.source) // config.batch_size
-        if not self.steps_per_epoch:
-            raise ConfigError(
-                f"batch_size {config.batch_size} is larger than the {len(self.source)} training images; "
-                f"set --batch-size {max(2, len(self.source))} or less"
-            )
+        check_batch_size(config.batch_size, len(self.source))
         self.transform = eval_transform(architecture.image_size, config.data, {})
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture)
@@ -156,7 +152,7 @@ class Pretraining:
         values = self.monitor.check(self.model.encoder)
         if self.log:
             self.log.write({**self._position(), **values})
-        self.listener.note(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.listener.note(f"epoch {epoch}: {readable(values)}")
         self.rows = [{"metric": name, "value": value} for name, value in values.items()]
 
 

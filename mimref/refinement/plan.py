@@ -1,5 +1,6 @@
 """What a refinement will be before anything is trained: encoder, heads, sizes, steps, and whether they fit."""
 
+import warnings
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from mimref.config import EncoderConfig, RefineConfig
+from mimref.data.loader import check_batch_size
 from mimref.data.sources import ImageSource, open_source
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint
@@ -140,11 +142,7 @@ def _check_schedule(config: RefineConfig, blocks: list[int]) -> None:
 
 
 def _check_counts(config: RefineConfig, images: int) -> None:
-    if config.batch_size > images:
-        raise ConfigError(
-            f"batch_size {config.batch_size} is larger than the {images} training images; "
-            f"set --batch-size {max(2, images)} or less"
-        )
+    check_batch_size(config.batch_size, images)
     queue = config.heads.queue_size
     if queue > max(images, config.batch_size):
         raise ConfigError(
@@ -166,25 +164,26 @@ def describe(plan: Plan) -> dict[str, str]:
     Raises CheckpointError when the weights do not fit.
     """
     config, architecture = plan.config, plan.architecture
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that copying onto this device copies nothing
         encoder = build_encoder(architecture)
         load_weights(encoder, plan.checkpoint)
         heads = Heads(config.heads, len(plan.blocks), encoder.embed_dim)
     encoder_count = sum(parameter.numel() for parameter in encoder.parameters())
     heads_count = sum(parameter.numel() for parameter in heads.parameters())
     queue = len(plan.blocks) * config.heads.queue_size * config.heads.output
+    # Weights, gradients and two Adam moments for encoder and heads, the averaged encoder, and the queue.
+    mebibytes = 4 * (5 * encoder_count + 4 * heads_count + queue) / 2**20
+    memory = f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
     views = 2 + config.views.local_views
     return {
         "encoder": f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, "
-        f"{'post' if architecture.post_norm else 'pre'}-norm, {encoder_count / 1e6:.1f} M parameters",
+        f"{'post' if architecture.post_norm else 'pre'}-norm, {encoder_count:,} parameters",
         "weights": str(plan.checkpoint.path),
-        "heads": f"{len(plan.blocks)} at blocks {', '.join(map(str, plan.blocks))}, "
-        f"{heads_count / 1e6:.1f} M parameters",
+        "heads": f"{len(plan.blocks)} at blocks {', '.join(map(str, plan.blocks))}, {heads_count:,} parameters",
         "images": f"{len(plan.source):,} of {plan.source.name}, {views} views each, batches of {config.batch_size}",
         "steps": f"{plan.heads_steps:,} (heads), then {plan.encoder_steps:,} (encoder and heads)",
-        # Weights, gradients and two Adam moments for encoder and heads, the averaged encoder, and the queue.
-        "memory": f"{4 * (5 * encoder_count + 4 * heads_count + queue) / 2**30:.2f} GiB in float32 "
-        "for weights, optimizer, average and queue, activations not counted",
+        "memory": f"{memory} in float32 for weights, optimizer, average and queue, activations not counted",
     }
 
 

@@ -32,7 +32,7 @@ from mimref.training.optim import (
     set_learning_rate,
     warmup_updates,
 )
-from mimref.training.runlog import Listener, MetricsLog, SkippedImages
+from mimref.training.runlog import Listener, MetricsLog, SkippedImages, readable
 from mimref.training.state import RunFolder
 
 StageName = Literal["heads", "encoder"]
@@ -333,7 +333,7 @@ class EncoderStage(Stage):
     def tell(self, when: str, values: dict[str, float]) -> None:
         """Log and show the monitor's values."""
         self.log.write({**self.position(), **values})
-        self.run.listener.note(f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.run.listener.note(f"{when}: {readable(values)}")
 
     def end_epoch(self, epoch: int) -> None:
         """See `Job`."""

@@ -23,6 +23,12 @@ class Listener(Protocol):
         """One line that asks for attention."""
 
 
+def readable(values: Mapping[str, float]) -> str:
+    """A monitor's values on one line, for people."""
+    names = {name: "k-NN top-1" if name == "knn_top1" else name.replace("_", " ") for name in values}
+    return ", ".join(f"{names[name]} {value:.4g}" for name, value in sorted(values.items(), reverse=True))
+
+
 class Silent:
     """A listener that ignores everything."""
 

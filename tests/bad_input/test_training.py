@@ -1,0 +1,100 @@
+"""What goes wrong in the middle of a run: one line, exit code 2, and the last good state is kept."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mimref import files
+from mimref.cli import run
+from mimref.refinement.step import RefinementStep, StepValues
+from tests.tiny import REFINE, arguments, write_labelled, write_weights
+
+
+@pytest.fixture(scope="module")
+def line_for(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("input")
+    weights, data = write_weights(folder / "base.safetensors"), write_labelled(folder / "data")
+    settings = REFINE | {"encoder.weights": weights, "data.spec": data, "monitor.knn_every_epochs": 0}
+    return lambda out: arguments("refine", out, settings)
+
+
+def saved_step(out: Path) -> int:
+    return int(torch.load(out / "state" / "state.pt", weights_only=True)["step"])
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mimref: ")]
+    assert len(errors) == 1 and errors[0].startswith("mimref: error: ")
+    return errors[0]
+
+
+def test_a_loss_that_is_not_finite(
+    line_for: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = RefinementStep.forward, 0
+
+    def broken(self: RefinementStep, *args: Any, **options: Any) -> StepValues:
+        nonlocal calls
+        calls += 1
+        values = forward(self, *args, **options)
+        return values._replace(loss=values.loss / 0) if calls == 10 else values
+
+    monkeypatch.setattr(RefinementStep, "forward", broken)
+    assert run(line_for(tmp_path)) == 2
+    message = error_line(capsys)
+    assert "the loss is not finite at step 10; the last good state is kept" in message
+    assert saved_step(tmp_path) == 8
+
+
+def test_a_disk_that_fills_up_while_the_state_is_saved(
+    line_for: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, calls = os.fsync, 0
+
+    def fill(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        # Each file written, and its folder: config.toml, metrics.jsonl and the states of two epochs.
+        if calls > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fill)
+        assert run(line_for(tmp_path)) == 2
+    message = error_line(capsys)
+    assert "cannot write" in message and "No space left on device; free some space and run again" in message
+    assert saved_step(tmp_path) == 8
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert run(["refine", "--resume", "--out", str(tmp_path)]) == 0
+
+
+def test_a_log_that_cannot_be_written(
+    line_for: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def full(self: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if self.name == "metrics.jsonl" and mode == "a":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    assert run(line_for(tmp_path)) == 2
+    assert "metrics.jsonl: cannot be written (No space left on device)" in error_line(capsys)
+
+
+def test_a_damaged_state_or_log_or_config(line_for: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "state.pt").write_bytes(b"damaged")
+    assert run([*line_for(tmp_path), "--resume"]) == 2
+    assert "state.pt: damaged state; --force starts the run anew" in error_line(capsys)
+    (tmp_path / "config.toml").write_text("seed = zero\n")
+    assert run(["refine", "--resume", "--out", str(tmp_path)]) == 2
+    assert "config.toml' is not valid TOML" in error_line(capsys)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    assert run([*line_for(tmp_path), "--force"]) == 0

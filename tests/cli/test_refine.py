@@ -1,0 +1,171 @@
+"""`mimref refine` and `mimref pretrain` from the command line to the files, on a tiny encoder."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mimref import terminal
+from mimref.cli import run
+from tests.tiny import (
+    PRETRAIN,
+    REFINE,
+    arguments,
+    assert_same_run,
+    results,
+    write_labelled,
+    write_unlabelled,
+    write_weights,
+)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a short run, for `--set`."""
+    folder = tmp_path_factory.mktemp("input")
+    weights, data = write_weights(folder / "base.safetensors"), write_labelled(folder / "data")
+    named = {"encoder.weights": weights, "data.spec": data, "evaluate.enabled": True}
+    return REFINE | named | {"evaluate.cluster_runs": 2, "evaluate.splits": 2}
+
+
+def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Send the signal when the second stage has done `step` updates."""
+
+    def progress(self: terminal.Terminal, label: str, done: int, total: int) -> None:
+        if (label, done) == ("stage 2: encoder and heads", step):
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(terminal.Terminal, "progress", progress)
+
+
+def test_a_run_prints_a_table_and_leaves_its_files(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(arguments("refine", out, settings)) == 0
+    captured = capsys.readouterr()
+    header, *lines = (line for line in captured.out.splitlines() if line.startswith(("┃", "│")))
+    assert [cell.strip() for cell in header.split("┃")[2:-1]] == ["raw pixels", "base", "refined", "refined - base"]
+    labels = [line.split("│")[1].strip() for line in lines]
+    assert labels == ["k-NN top-1", "1-shot top-1", "k-means ACC", "k-means NMI"]
+    assert "stage 1: heads: 8/8" in captured.err and "epoch 3: k-NN top-1 " in captured.err
+    assert captured.err.endswith(f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}\n")
+    # Once more: refused; resumed: printed again; quietly: the table alone.
+    assert run(arguments("refine", out, settings)) == 2
+    assert "holds a finished run; give another --out, or --force" in capsys.readouterr().err
+    assert run(["refine", "--resume", "--out", str(out), "--quiet"]) == 0
+    again = capsys.readouterr()
+    assert (again.out, again.err) == (captured.out, "")
+    # The folder's own settings, quietly, into another folder: the same run.
+    line = ["refine", "--preset", str(out / "config.toml"), "--out", str(tmp_path / "again"), "--quiet"]
+    assert run(line) == 0
+    quiet = capsys.readouterr()
+    assert (quiet.out, quiet.err) == (captured.out, "")
+    assert_same_run(tmp_path / "again", out)
+    assert run([*line, "--force", "--seed", "1"]) == 0
+    assert results(tmp_path / "again")["config"]["seed"] == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_resume_goes_on_without_more_options(
+    number: int,
+    code: int,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = arguments("refine", tmp_path, settings | {"evaluate.enabled": False})
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 6, number)
+        assert run(line) == code
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message == "mimref: saved at step 6 of 12 (stage 2: encoder and heads); --resume continues"
+    assert run(line) == 2
+    assert "holds an unfinished run; --resume continues it, --force replaces it" in capsys.readouterr().err
+    assert run([*line, "--resume", "--force"]) == 2
+    assert run(["refine", "--resume", "--out", str(tmp_path), "--set", "heads.temperature=0.1"]) == 2
+    assert "another heads.temperature: it was 0.2 and is now 0.1" in capsys.readouterr().err
+    assert run(["refine", "--resume", "--out", str(tmp_path)]) == 0
+    assert "12/12" in capsys.readouterr().err
+    assert not (tmp_path / "state").exists() and (tmp_path / "results.json").is_file()
+
+
+def test_a_dry_run_tells_and_writes_nothing(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*arguments("refine", tmp_path / "out", settings), "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    facts = dict(line.split(maxsplit=1) for line in captured.out.splitlines())
+    assert captured.err == "" and not (tmp_path / "out").exists()
+    assert facts["encoder"].startswith("custom, 4 blocks of width 32, pre-norm, ")
+    assert facts["heads"].startswith("2 at blocks 3, 4, ")
+    assert facts["steps"] == "8 (heads), then 12 (encoder and heads)"
+    assert facts["images"].startswith("48 of ") and facts["output"] == str(tmp_path / "out")
+
+
+def test_a_dry_run_opens_no_image_and_checks_the_weights(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(30):
+        (tmp_path / f"{index}.png").write_bytes(b"no image")
+    assert run([*arguments("refine", tmp_path / "out", settings | {"data.spec": tmp_path}), "--dry-run"]) == 0
+    assert "30 of " in capsys.readouterr().out
+    foreign = {"encoder.weights": write_foreign(tmp_path / "foreign.pt"), "encoder.arch": "vit_b16", "batch_size": 2}
+    changed = settings | foreign | {"heads.blocks": "12", "views.local_size": 96}
+    assert run([*arguments("refine", tmp_path / "out", changed), "--dry-run"]) == 2
+    assert "foreign.pt: does not fit vit_b16: cls_token is missing" in capsys.readouterr().err
+
+
+def write_foreign(path: Path) -> Path:
+    import torch
+
+    torch.save({"model": {"something.weight": torch.zeros(2)}}, path)
+    return path
+
+
+def test_a_temperature_sweep_prints_a_ranking(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = settings | {"heads.blocks": "4,4,4", "heads.temperature": [0.1, 0.2, 0.3]}
+    assert run([*arguments("refine", tmp_path, sweep), "--stage", "heads", "--quiet"]) == 0
+    header, *lines = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("┃", "│")))
+    names = ["head", "block", "temperature", "k-NN top-1", "neighbours of the same class"]
+    assert [cell.strip() for cell in header.split("┃")[1:-1]] == names
+    heads = {tuple(cell.strip() for cell in line.split("│")[1:4]) for line in lines}
+    assert heads == {("1", "4", "0.1"), ("2", "4", "0.2"), ("3", "4", "0.3")}
+
+
+def test_unlabelled_images_have_no_table_but_a_note(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_unlabelled(tmp_path / "images")
+    assert run(arguments("refine", tmp_path / "out", settings | {"data.spec": data})) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "no before/after table: " in captured.err and "have no labels" in captured.err
+    assert run(["refine", "--resume", "--out", str(tmp_path / "out")]) == 0
+
+
+def test_pretrain_prints_and_resumes(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"data.spec": settings["data.spec"], "mae.epochs": 2}
+    assert run(arguments("pretrain", tmp_path, PRETRAIN | changes)) == 0
+    captured = capsys.readouterr()
+    assert "knn_top1" in captured.out and "pre-training: 8/8" in captured.err
+    assert run(["pretrain", "--resume", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == captured.out
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["mae"]["epochs"] == 2
+
+
+def test_debug_shows_where_a_mistake_was_found(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = arguments("refine", tmp_path / "out", settings | {"heads.blocks": "9"})
+    assert run(line) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert run([*line, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
