@@ -73,11 +73,12 @@ class Heads(nn.Module):
     def forward(self, features_HND: Tensor) -> tuple[Tensor, Tensor]:
         """Projections and predictions of pooled tokens, both (H, N, O) and of unit length in float32.
 
-        features_HND: head h reads features_HND[h]. In training mode the statistics span all N rows jointly.
+        features_HND: head h reads features_HND[h]. In training mode the statistics span all N rows jointly. Projections
+        carry no gradient, as queries, queue rows and negatives (SG in Eq. 1).
         """
         projected_HON = self.projector(features_HND.transpose(1, 2))
         predicted_HON = self.predictor(projected_HON)
-        return _unit_rows(projected_HON), _unit_rows(predicted_HON)
+        return _unit_rows(projected_HON.detach()), _unit_rows(predicted_HON)
 
     def hidden(self, features_HND: Tensor) -> Tensor:
         """Output of every projector's first layer, (H, N, projector_hidden): what heads of a sweep are compared by."""

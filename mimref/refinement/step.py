@@ -65,7 +65,7 @@ class RefinementStep:
             projection_HNO, prediction_HNO = self.heads(features_HND)
         images = len(batch.sample_B)
         sample_B = batch.sample_B.to(self.device, non_blocking=True)
-        global_HMO = projection_HNO[:, : 2 * images].detach()
+        global_HMO = projection_HNO[:, : 2 * images]
         neighbours = self.queue.swap_neighbours(
             global_HMO, sample_B.repeat(2), self._choices(batch, sample_B), top_k=top_k
         )
