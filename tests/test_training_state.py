@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 from mimref.config import RefineConfig, dump_config
 from mimref.errors import ConfigError, Interrupted, OutputError
 from mimref.recipes import load_config
+from mimref.training import trackers
 from mimref.training.runlog import MetricsLog, SkippedImages
 from mimref.training.state import RunFolder, StopSignal, reloadable, stop_signal
+from mimref.training.trackers import check_trackers
 
 CONFIG = RefineConfig()
 
@@ -271,6 +273,36 @@ def test_the_log_is_cut_to_the_lines_of_the_state(tmp_path: Path) -> None:
     again.write({"step": 9})
     assert path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 9}\n' and again.lines == 3
     assert MetricsLog(path).lines == 0 and path.read_text() == ""
+
+
+class Numbers:
+    """A tracker that keeps what it receives."""
+
+    def __init__(self) -> None:
+        self.received: list[tuple[int, dict[str, float]]] = []
+        self.closed = False
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.received.append((step, dict(values)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_trackers_receive_the_numbers_of_the_log(tmp_path: Path) -> None:
+    tracker = Numbers()
+    log = MetricsLog(tmp_path / "metrics.jsonl", trackers=[tracker])
+    log.write({"step": 3, "stage": "heads", "lr": 0.1, "head_loss": [1.0, 2.0]})
+    log.close()
+    assert tracker.received == [(3, {"heads/lr": 0.1, "heads/head_loss/head_1": 1.0, "heads/head_loss/head_2": 2.0})]
+    assert tracker.closed
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_trackers([])
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"monitor\.trackers 'wandb' is not installed: pip install 'mimref\[wandb\]'"):
+        check_trackers(["wandb"])
 
 
 class Warnings:

@@ -1,6 +1,7 @@
 """Pre-train a masked autoencoder on the user's images."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from mimref.results import read_results, write_results
 from mimref.training.guard import FiniteLoss
 from mimref.training.loop import train
 from mimref.training.optim import adamw, encoder_groups, learning_rate, module_groups, set_learning_rate
-from mimref.training.runlog import Listener, MetricsLog, Silent, SkippedImages, readable
+from mimref.training.runlog import Listener, MetricsLog, Silent, SkippedImages, open_log, readable
 from mimref.training.state import RunFolder, reloadable, stop_signal
+from mimref.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def pretrain(
     folder.check(resume=resume, force=force)
     if resume and folder.finished:
         return PretrainResult(out, *read_results(out))
+    check_trackers(config.monitor.trackers)
     with stop_signal() as stop:
         run = Pretraining(config, folder, listener)
         state = folder.load_state() if resume else None
@@ -177,8 +180,8 @@ def pretrain(
         folder.prepare(config, resume=resume, force=force)
         if state:
             run.resume(state)
-        run.log = MetricsLog(out / "metrics.jsonl", keep_lines=state["log_lines"] if state else 0)
-        train(run, run.batches(), stop, listener, log_every=config.monitor.log_every)
+        with closing(open_log(config, out, state)) as run.log:
+            train(run, run.batches(), stop, listener, log_every=config.monitor.log_every)
         _write(run, config, out)
         folder.drop_state()
     return PretrainResult(out, run.rows, run.elapsed_s)

@@ -1,5 +1,6 @@
 """Refine an encoder: train the heads on the frozen encoder, then encoder and heads together."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from mimref.refinement.stages import EncoderStage, HeadsStage, Refinement
 from mimref.refinement.sweep import rank_heads
 from mimref.results import read_results, write_results
 from mimref.training.loop import train
-from mimref.training.runlog import Listener, MetricsLog, Silent
+from mimref.training.runlog import Listener, MetricsLog, Silent, open_log
 from mimref.training.state import RunFolder, StopSignal, reloadable, stop_signal
+from mimref.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def refine(
     folder.check(resume=resume, force=force)
     if resume and folder.finished:
         return RefineResult(out, *read_results(out))
+    check_trackers(config.monitor.trackers)
     with stop_signal() as stop:
         plan = make_plan(config)
         config = reloadable(plan.config)
@@ -55,8 +58,8 @@ def refine(
         if config.heads_from is not None and state is None:
             run.load_heads(Path(config.heads_from))
         folder.prepare(config, resume=resume, force=force)
-        log = MetricsLog(out / "metrics.jsonl", keep_lines=state["log_lines"] if state else 0)
-        _train(run, folder, log, stop, state)
+        with closing(open_log(config, out, state)) as log:
+            _train(run, folder, log, stop, state)
         # Written before the evaluation, which may fail or be interrupted, and again with its results.
         _write_encoder(run, config, out, [])
         rows = _evaluate(run, listener)

@@ -1,13 +1,15 @@
 """What a run tells while it goes on: metrics.jsonl for machines, a listener for people."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from mimref.config import RunConfig
 from mimref.data.decode import BadImages
 from mimref.errors import OutputError
 from mimref.files import atomic_write
+from mimref.training.trackers import Tracker, open_trackers, scalars
 
 
 class Listener(Protocol):
@@ -43,12 +45,12 @@ class Silent:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, appended and flushed."""
+    """metrics.jsonl: one JSON object per line, appended and flushed; `trackers` receive the same numbers."""
 
-    def __init__(self, path: Path, *, keep_lines: int = 0) -> None:
+    def __init__(self, path: Path, *, keep_lines: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         """Open the log and cut it to its first `keep_lines` lines: a resumed run writes all later ones again."""
         kept = path.read_bytes().splitlines(keepends=True)[:keep_lines] if keep_lines and path.is_file() else []
-        self._path = path
+        self._path, self._trackers = path, trackers
         self.lines = len(kept)
         """Number of lines, for the state that goes with them."""
         with atomic_write(path) as stream:
@@ -62,6 +64,21 @@ class MetricsLog:
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be written ({error.strerror})") from error
         self.lines += 1
+        step = values.get("step")
+        for tracker in self._trackers:
+            tracker.log(scalars(values), step if isinstance(step, int) else 0)
+
+    def close(self) -> None:
+        """Let the trackers flush what is pending."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def open_log(config: RunConfig, out: Path, state: Mapping[str, Any] | None) -> MetricsLog:
+    """The log of a run in the folder `out`, cut to what goes with `state`; None starts a new one."""
+    lines, step = (state["log_lines"], state["step"]) if state else (0, 0)
+    trackers = open_trackers(config.monitor.trackers, out, config.model_dump(mode="json"), first_step=step)
+    return MetricsLog(out / "metrics.jsonl", keep_lines=lines, trackers=trackers)
 
 
 class SkippedImages:

@@ -1,6 +1,7 @@
 """Metrics sent to TensorBoard or Weights & Biases as well, for those who watch runs there (optional extras)."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,15 +46,16 @@ class _WandB:
         self._run.finish()
 
 
-def open_trackers(names: Sequence[str], out: Path, config: Mapping[str, Any], *, first_step: int) -> list[Tracker]:
-    """The trackers named in `monitor.trackers`. Raises ConfigError when one's package is not installed."""
-    trackers: list[Tracker] = []
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError when the package of a tracker is not installed."""
     for name in names:
-        try:
-            trackers.append(_TensorBoard(out, first_step) if name == "tensorboard" else _WandB(out, config))
-        except ImportError as error:
-            raise ConfigError(f"monitor.trackers {name!r} is not installed: pip install 'mimref[{name}]'") from error
-    return trackers
+        if find_spec(name) is None:
+            raise ConfigError(f"monitor.trackers {name!r} is not installed: pip install 'mimref[{name}]'")
+
+
+def open_trackers(names: Sequence[str], out: Path, config: Mapping[str, Any], *, first_step: int) -> list[Tracker]:
+    """The trackers named in `monitor.trackers`, which `check_trackers` has passed."""
+    return [_TensorBoard(out, first_step) if name == "tensorboard" else _WandB(out, config) for name in names]
 
 
 def scalars(values: Mapping[str, object]) -> dict[str, float]:
