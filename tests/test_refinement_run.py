@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mimref.config import RefineConfig
-from mimref.errors import ConfigError, Interrupted, OutputError
+from mimref.errors import ConfigError, DataError, Interrupted, OutputError
 from mimref.recipes import load_config
 from mimref.refinement.run import RefineResult, refine
 from tests.tiny import (
@@ -212,6 +212,20 @@ def test_resume_needs_the_same_settings_but_not_the_same_workers(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     refine(refine_config(weights, data, **EVALUATED, workers=1, data__max_bad=3), tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
+
+
+def test_a_run_goes_on_with_other_images_but_not_with_more(weights: Path, tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data")
+    config = refine_config(weights, data)
+    with pytest.raises(Interrupted):
+        refine(config, tmp_path / "out", listener=signal_at(6))
+    (data / "train" / "a" / "more.png").write_bytes((data / "train" / "a" / "000.png").read_bytes())
+    with pytest.raises(DataError, match="cannot resume with 49 images, the run was started with 48"):
+        refine(config, tmp_path / "out", resume=True)
+    (data / "train" / "a" / "000.png").unlink()
+    watcher = Watcher()
+    refine(config, tmp_path / "out", resume=True, listener=watcher)
+    assert any("image files have changed since the run was started" in warning for warning in watcher.warnings)
 
 
 def test_a_run_that_is_not_resumed_is_not_touched(config: RefineConfig, whole: Path, tmp_path: Path) -> None:

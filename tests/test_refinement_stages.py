@@ -12,9 +12,11 @@ from mimref.errors import CheckpointError, ConfigError, DataError, DivergenceErr
 from mimref.refinement.run import refine
 from mimref.refinement.step import RefinementStep, StepValues
 from tests.tiny import (
+    ARCHITECTURE,
     EVALUATED,
     Watcher,
     assert_same_run,
+    header,
     refine_config,
     results,
     signal_at,
@@ -169,6 +171,27 @@ def test_an_evaluation_that_fails_does_not_lose_the_training(weights: Path, data
     result = refine(config, tmp_path, listener=watcher)
     assert result.rows == [] and tensors(tmp_path)
     assert any(warning.startswith("no results table: ") for warning in watcher.warnings)
+
+
+# --- sizes
+
+
+def test_weights_know_their_architecture_and_settings_their_image_size(
+    weights: Path, data: Path, tmp_path: Path
+) -> None:
+    # A preset of another architecture: the weights' own counts, also for the image size, and a warning says so.
+    watcher = Watcher()
+    config = refine_config(weights, data, encoder__arch="vit_b16", encoder__image_size=224, stage="heads")
+    refine(config, tmp_path / "a", listener=watcher)
+    assert any("encoder.arch vit_b16 is passed over" in warning for warning in watcher.warnings)
+    assert header(tmp_path / "a")["architecture"] == ARCHITECTURE.to_dict()
+    encoder = results(tmp_path / "a")["config"]["encoder"]
+    assert (encoder["arch"], encoder["image_size"], encoder["width"], encoder["depth"]) == ("custom", 16, 32, 4)
+    # An image size alone is meant: positions are interpolated.
+    watcher = Watcher()
+    refine(refine_config(weights, data, encoder__image_size=24, stage="heads"), tmp_path / "b", listener=watcher)
+    assert header(tmp_path / "b")["architecture"]["image_size"] == 24 and watcher.warnings == []
+    assert tensors(tmp_path / "b")["pos_embed"].shape == (1, 10, 32)
 
 
 # --- divergence

@@ -28,7 +28,7 @@ from mimref.training.guard import FiniteLoss
 from mimref.training.loop import train
 from mimref.training.optim import adamw, encoder_groups, learning_rate, module_groups, set_learning_rate
 from mimref.training.runlog import Listener, MetricsLog, Silent, SkippedImages, open_log, readable
-from mimref.training.state import RunFolder, reloadable, stop_signal
+from mimref.training.state import RunFolder, check_images, images_of, reloadable, stop_signal
 from mimref.training.trackers import check_trackers
 
 
@@ -86,6 +86,7 @@ class Pretraining:
         assert self.log is not None
         position = {"step": self.step, "elapsed_s": self.elapsed_s, "rows": self.rows}
         position |= {"log_lines": self.log.lines, "skipped": self.skipped.items}
+        position["images"] = images_of(self.source)
         self.folder.save_state({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **position})
 
     def batches(self) -> Iterator[ViewBatch]:
@@ -179,8 +180,10 @@ def pretrain(
         config = reloadable(config)
         folder.prepare(config, resume=resume, force=force)
         if state:
+            check_images(state, run.source, listener)
             run.resume(state)
         with closing(open_log(config, out, state)) as run.log:
+            del state  # as large as the run itself
             train(run, run.batches(), stop, listener, log_every=config.monitor.log_every)
         _write(run, config, out)
         folder.drop_state()

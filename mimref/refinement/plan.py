@@ -32,6 +32,8 @@ class Plan:
     """Block of every head, 1-based."""
     temperature: list[float]
     """Of every head."""
+    warnings: list[str]
+    """What the settings say in vain."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,6 +60,7 @@ def make_plan(config: RefineConfig) -> Plan:
     checkpoint = read_checkpoint(config.encoder.weights)
     architecture = _architecture(config.encoder, checkpoint)
     data = recorded_data(config.data, checkpoint.header)
+    warned = _warnings(config.encoder, checkpoint)
     config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
     blocks = head_blocks(config.heads.blocks, architecture.depth)
     temperature = _temperatures(config.heads.temperature, len(blocks))
@@ -66,7 +69,7 @@ def make_plan(config: RefineConfig) -> Plan:
     source_images = open_source(data, "train")
     _check_counts(config, len(source_images))
     transform = eval_transform(architecture.image_size, data, checkpoint.header)
-    plan = Plan(config, checkpoint, architecture, transform, source_images, blocks, temperature)
+    plan = Plan(config, checkpoint, architecture, transform, source_images, blocks, temperature, warned)
     if not plan.heads_steps and not plan.encoder_steps:
         raise ConfigError(
             f"nothing to train: heads_stage.epochs is {config.heads_stage.epochs} and encoder_stage.epochs "
@@ -85,6 +88,16 @@ def _architecture(config: EncoderConfig, checkpoint: Checkpoint) -> Architecture
     if belongs and "image_size" in config.model_fields_set:
         return replace(recorded, image_size=config.image_size)
     return recorded
+
+
+def _warnings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]:
+    recorded = checkpoint.architecture
+    if recorded is None or "arch" not in config.model_fields_set or config.arch == recorded.name:
+        return []
+    return [
+        f"encoder.arch {config.arch} is passed over: {checkpoint.path} says that it holds {recorded.name} with "
+        f"{recorded.depth} blocks of width {recorded.width} for images of {recorded.image_size} pixels"
+    ]
 
 
 def _resolved(config: EncoderConfig, checkpoint: Checkpoint, architecture: Architecture) -> EncoderConfig:
@@ -176,7 +189,7 @@ def describe(plan: Plan) -> dict[str, str]:
     mebibytes = 4 * (5 * encoder_count + 4 * heads_count + queue) / 2**20
     memory = f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
     views = 2 + config.views.local_views
-    return {
+    facts = {
         "encoder": f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, "
         f"{'post' if architecture.post_norm else 'pre'}-norm, {encoder_count:,} parameters",
         "weights": str(plan.checkpoint.path),
@@ -185,6 +198,7 @@ def describe(plan: Plan) -> dict[str, str]:
         "steps": f"{plan.heads_steps:,} (heads), then {plan.encoder_steps:,} (encoder and heads)",
         "memory": f"{memory} in float32 for weights, optimizer, average and queue, activations not counted",
     }
+    return facts | ({"warning": "; ".join(plan.warnings)} if plan.warnings else {})
 
 
 def header_of(plan: Plan) -> dict[str, Any]:

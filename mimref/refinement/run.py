@@ -20,7 +20,7 @@ from mimref.refinement.sweep import rank_heads
 from mimref.results import read_results, write_results
 from mimref.training.loop import train
 from mimref.training.runlog import Listener, MetricsLog, Silent, open_log
-from mimref.training.state import RunFolder, StopSignal, reloadable, stop_signal
+from mimref.training.state import RunFolder, StopSignal, check_images, reloadable, stop_signal
 from mimref.training.trackers import check_trackers
 
 
@@ -54,6 +54,10 @@ def refine(
         plan = make_plan(config)
         config = reloadable(plan.config)
         state = folder.load_state() if resume else None
+        if state:
+            check_images(state, plan.source, listener)
+        for warning in plan.warnings:
+            listener.warn(warning)
         run = Refinement(plan, listener)
         if config.heads_from is not None and state is None:
             run.load_heads(Path(config.heads_from))
@@ -79,6 +83,7 @@ def _train(run: Refinement, folder: RunFolder, log: MetricsLog, stop: StopSignal
         heads_stage = HeadsStage(run, folder, log)
         if state:
             heads_stage.resume(state)
+            state.clear()  # as large as the run itself
         train(heads_stage, heads_stage.batches(), stop, run.listener, log_every=every)
         run.save_heads(folder.path / "heads.pt")
         state = None
@@ -86,6 +91,7 @@ def _train(run: Refinement, folder: RunFolder, log: MetricsLog, stop: StopSignal
         encoder_stage = EncoderStage(run, folder, log)
         if state:
             encoder_stage.resume(state)
+            state.clear()
         encoder_stage.start_watch()
         train(encoder_stage, encoder_stage.batches(), stop, run.listener, log_every=every)
 

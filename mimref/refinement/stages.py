@@ -33,7 +33,7 @@ from mimref.training.optim import (
     warmup_updates,
 )
 from mimref.training.runlog import Listener, MetricsLog, SkippedImages, readable
-from mimref.training.state import RunFolder
+from mimref.training.state import RunFolder, images_of
 
 StageName = Literal["heads", "encoder"]
 
@@ -253,6 +253,7 @@ class Stage:
             "elapsed_s": self.elapsed_s,
             "log_lines": self.log.lines,
             "skipped": self.run.skipped.items,
+            "images": images_of(self.plan.source),
             "nn_accuracy": self.run.nn_accuracy,
             "heads": self.run.heads.state_dict(),
             "queue": self.run.queue.state_dict(),

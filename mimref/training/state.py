@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 import torch
 
 from mimref.config import RefineConfig, RunConfig, dump_config
-from mimref.errors import ConfigError, Interrupted, OutputError
+from mimref.data.sources import ImageSource
+from mimref.errors import ConfigError, DataError, Interrupted, OutputError
 from mimref.files import atomic_write, write_bytes
 from mimref.recipes import load_config
+from mimref.training.runlog import Listener
 
 # results.json first: once it is gone, what is left of a replaced run cannot pass for a finished one.
 _OUR_FILES = ("results.json", "results.csv", "encoder.safetensors", "config.toml", "metrics.jsonl", "heads.pt")
@@ -133,6 +135,26 @@ class RunFolder:
     def drop_state(self) -> None:
         """Remove the state of a finished run."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
+
+
+def images_of(source: ImageSource) -> tuple[int, str]:
+    """What a state keeps of the images, for `check_images`."""
+    return len(source), source.fingerprint
+
+
+def check_images(state: Mapping[str, Any], source: ImageSource, listener: Listener) -> None:
+    """Compare the images with those a run was started with.
+
+    Raises DataError when there are more or fewer, since order and schedules follow their number; warns of other ones.
+    """
+    count, fingerprint = state["images"]
+    if count != len(source):
+        raise DataError(
+            f"cannot resume with {len(source)} images, the run was started with {count}; "
+            "bring the others back, or start anew in another --out"
+        )
+    if fingerprint != source.fingerprint:
+        listener.warn("image files have changed since the run was started; it goes on with them as they are now")
 
 
 def reloadable(config: C) -> C:
