@@ -333,6 +333,8 @@ class MAEConfig(Section):
     """Base learning rate, times (batch size / 256)."""
     weight_decay: float = Field(default=0.05, ge=0)
     decoder: DecoderConfig = DecoderConfig()
+    save_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Number format of encoder.safetensors; fp16 halves the file."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -137,3 +137,12 @@ def test_what_cannot_be_pretrained_is_named(data: Path, tmp_path: Path) -> None:
             pretrain(pretrain_config(data, **changes), tmp_path / "out")
         assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_weights_are_the_rounded_ones(whole: Path, config: PretrainConfig, tmp_path: Path) -> None:
+    half = config.model_copy(update={"mae": config.mae.model_copy(update={"save_dtype": "fp16"})})
+    pretrain(half, tmp_path / "half")
+    expected = {name: tensor.half() for name, tensor in tensors(whole).items()}
+    found = tensors(tmp_path / "half")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

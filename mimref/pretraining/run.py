@@ -215,7 +215,8 @@ def _write(run: Pretraining, config: PretrainConfig, out: Path) -> None:
         "transform": run.transform.to_dict(),
         "metrics": run.rows,
     }
-    save_encoder(out / "encoder.safetensors", run.model.encoder, header)
+    dtype = torch.float16 if config.mae.save_dtype == "fp16" else torch.float32
+    save_encoder(out / "encoder.safetensors", run.model.encoder, header, dtype=dtype)
     run.skipped.tell_all()
     document, skipped = config.model_dump(mode="json"), run.skipped.items
     write_results(out, config.command, document, run.elapsed_s, run.rows, bad_images=skipped)
