@@ -1,0 +1,50 @@
+"""Devices and precisions: what is refused, and that bfloat16 on the CPU computes what float32 does, roughly."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mimref.devices import autocast, resolve_device, resolve_precision
+from mimref.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def test_auto_is_float32_on_the_cpu() -> None:
+    assert resolve_precision("auto", CPU) is torch.float32
+    assert resolve_precision("bf16", CPU) is torch.bfloat16
+    assert resolve_precision("fp32", CPU) is torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert resolve_device("cpu") == CPU
+    with pytest.raises(ConfigError, match="'cuda' is not available"):
+        resolve_device("cuda")
+
+
+def test_float32_changes_nothing() -> None:
+    x = torch.randn(3, 3)
+    with autocast(CPU, torch.float32):
+        assert (x @ x).dtype is torch.float32
+
+
+def test_bfloat16_attention_and_its_gradient_are_close_to_float32() -> None:
+    query = torch.randn(2, 3, 17, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for precision in (torch.float32, torch.bfloat16):
+        q = query.clone().requires_grad_()
+        with autocast(CPU, precision):
+            out = F.scaled_dot_product_attention(q.to(precision), q.to(precision), q.to(precision))
+            assert out.dtype is precision
+            out.float().square().sum().backward()
+        assert q.grad is not None
+        found.append((out.detach().float(), q.grad))
+    for full, half in zip(*found, strict=True):
+        assert (half - full).norm() < 0.02 * full.norm()
+
+
+def test_bfloat16_on_the_cpu_uses_plain_attention() -> None:
+    with autocast(CPU, torch.bfloat16):
+        assert torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
