@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as tvf
 from mimref.config import ViewsConfig
 from mimref.data import photometric as module
 from mimref.data.photometric import Photometric, gaussian_blur, shift_hue
-from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RGB
 from mimref.draws import Operation, uniform
 
 CPU = torch.device("cpu")
@@ -312,14 +312,15 @@ def test_toggles_remove_exactly_their_operations(monkeypatch: pytest.MonkeyPatch
     assert not torch.equal(colourless, flipped)
 
 
-def test_layout_and_normalisation() -> None:
+@pytest.mark.parametrize("statistics", [{}, {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}])
+def test_layout_and_normalisation(statistics: dict[str, RGB]) -> None:
     crops = torch.stack([photographs(5, 8), photographs(5, 8).flip(0)], dim=1)
     before = crops.clone()
-    got = Photometric(OFF, 0, CPU)(crops, 0, torch.arange(5), [4, 9])
+    got = Photometric(OFF, 0, CPU, **statistics)(crops, 0, torch.arange(5), [4, 9])
     assert got.shape == (2, 5, 3, 8, 8)
     assert got.dtype == torch.float32
     assert torch.equal(crops, before)
-    reference = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    reference = v2.Normalize(statistics.get("mean", IMAGENET_MEAN), statistics.get("std", IMAGENET_STD))
     for view in range(2):
         for row in range(5):
             expected = reference(crops[row, view].float() / 255)

@@ -1,6 +1,7 @@
 """Features of whole data sets against one image at a time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError
 from mimref.features.extract import extract, raw_pixels
 from mimref.features.spec import data_record, eval_transform, recorded_data
-from tests.tiny import write_images
+from tests.tiny import ARCHITECTURE, write_images
 
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(16)
@@ -221,10 +222,11 @@ def test_records_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_transform() -> None:
     recorded = EvalTransform(8, 1.0, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     header = {"transform": recorded.to_dict()}
-    assert eval_transform(8, DataConfig(), header) == recorded
-    assert eval_transform(8, DataConfig(crop_fraction=0.5), header).crop_fraction == 0.5
-    assert eval_transform(8, DataConfig(), header, resolution=12).image_size == 12
-    assert eval_transform(8, DataConfig(), {}) == EvalTransform(8)
+    architecture = replace(ARCHITECTURE, image_size=8)
+    assert eval_transform(architecture, DataConfig(), header) == recorded
+    assert eval_transform(architecture, DataConfig(crop_fraction=0.5), header).crop_fraction == 0.5
+    assert eval_transform(architecture, DataConfig(), header, resolution=12).image_size == 12
+    assert eval_transform(architecture, DataConfig(), {}) == EvalTransform(8)
     for damaged in (
         None,
         3,
@@ -235,4 +237,14 @@ def test_transform() -> None:
         recorded.to_dict() | {"std": [0] * 3},
     ):
         with pytest.raises(CheckpointError, match="transform makes no sense"):
-            eval_transform(8, DataConfig(), {"transform": damaged})
+            eval_transform(architecture, DataConfig(), {"transform": damaged})
+
+
+def test_normalization_that_timm_records_for_weights() -> None:
+    clip = replace(ARCHITECTURE, name="vit_base_patch16_clip_224.openai")
+    transform = eval_transform(clip, DataConfig(), {})
+    # OpenAI's own preprocessing of CLIP.
+    assert transform.mean == (0.48145466, 0.4578275, 0.40821073)
+    assert transform.std == (0.26862954, 0.26130258, 0.27577711)
+    recorded = EvalTransform(8, 1.0, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert eval_transform(clip, DataConfig(), {"transform": recorded.to_dict()}).mean == recorded.mean

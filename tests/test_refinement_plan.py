@@ -52,7 +52,7 @@ def test_the_queue_holds_top_k_rows_of_other_images(paths: tuple[Path, Path]) ->
         ({"heads__temperature": [0.1, 0.2, 0.3]}, r"heads\.temperature has 3 values for 2 heads"),
         ({"heads__queue_size": 49}, r"heads\.queue_size 49 is larger than the 48 training images"),
         ({"batch_size": 49}, r"batch_size 49 is larger than the 48 training images"),
-        ({"encoder_stage__freeze_blocks": 4}, r"freeze_blocks 4 leaves nothing to refine: the encoder has 4 blocks"),
+        ({"encoder_stage__freeze_blocks": 4}, r"freeze_blocks 4 leaves nothing to refine: the last head reads block 4"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(changes: dict[str, object], message: str, paths: tuple[Path, Path]) -> None:

@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from mimref.config import RefineConfig
+from mimref.data.transforms import EvalTransform
+from mimref.encoders.checkpoints import save_encoder
+from mimref.encoders.vit import build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError, DivergenceError, Interrupted
+from mimref.refinement.plan import make_plan
 from mimref.refinement.run import refine
+from mimref.refinement.stages import Refinement
 from mimref.refinement.step import RefinementStep, StepValues
+from mimref.training.runlog import Silent
 from tests.tiny import (
     ARCHITECTURE,
     EVALUATED,
@@ -236,3 +242,13 @@ def test_weights_that_break_in_an_epochs_last_step_are_not_saved(
             refine(config, tmp_path)
     refine(config, tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
+
+
+def test_views_are_normalised_as_the_weights_header_says(data: Path, tmp_path: Path) -> None:
+    transform = EvalTransform(16, 1.0, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    path = tmp_path / "base.safetensors"
+    save_encoder(path, build_encoder(ARCHITECTURE), {"transform": transform.to_dict()})
+    plan = make_plan(refine_config(path, data, views__color=False, views__blur=False))
+    crops = torch.full((2, 1, 3, 16, 16), 51, dtype=torch.uint8)
+    view = Refinement(plan, Silent()).stepper.photometric(crops, 0, torch.arange(2), [0])[0]
+    torch.testing.assert_close(view, transform.normalize(crops[:, 0]), rtol=0, atol=1e-6)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimref.config import ViewsConfig
-from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RGB
 from mimref.draws import Operation, uniform
 
 _BLUR_TAPS = 23  # BYOL's kernel for 224 pixels; reaches 5.5 standard deviations of its widest blur
@@ -24,12 +24,23 @@ _SOLARIZE_FROM = 128 / 255
 
 
 class Photometric:
-    """Turns uint8 crops into normalised float views, every sample with its own colours."""
+    """Turns uint8 crops into normalised float views, every sample with its own colours.
 
-    def __init__(self, config: ViewsConfig, seed: int, device: torch.device) -> None:
+    mean, std: of red, green and blue, where pixels are 0..1.
+    """
+
+    def __init__(
+        self,
+        config: ViewsConfig,
+        seed: int,
+        device: torch.device,
+        *,
+        mean: RGB = IMAGENET_MEAN,
+        std: RGB = IMAGENET_STD,
+    ) -> None:
         self.config, self.seed, self.device = config, seed, device
-        self._mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1)
+        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
 
     def __call__(self, crops: Tensor, epoch: int, sample_B: Tensor, views: Sequence[int]) -> Tensor:
         """Augment and normalise: crops (B, V, 3, S, S) uint8 -> (V, B, 3, S, S) float32.

@@ -12,7 +12,7 @@ from mimref.data.loader import loader_workers
 from mimref.data.sources import ImageSource, open_source
 from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture, recorded_normalization
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint
 from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import CheckpointError, ConfigError
@@ -40,7 +40,7 @@ def evaluate_knn(config: KnnConfig, *, listener: Listener | None = None) -> Eval
     started, listener = time.monotonic(), listener or Silent()
     checkpoint = read_checkpoint(config.checkpoint)
     architecture = _architecture(config, checkpoint)
-    transform = _transform(config, checkpoint, architecture)
+    transform = eval_transform(architecture, config.data, checkpoint.header, resolution=config.resolution)
     data = recorded_data(config.data, checkpoint.header)
     train, test = open_source(data, "train", need_labels=True), open_source(data, "val", need_labels=True)
     _check_images(train, test, config.k)
@@ -115,17 +115,6 @@ def _architecture(config: KnnConfig, checkpoint: Checkpoint) -> Architecture | B
     if isinstance(chosen, Architecture):
         chosen.check_size(config.resolution or chosen.image_size, "--resolution")
     return chosen
-
-
-def _transform(
-    config: KnnConfig, checkpoint: Checkpoint, architecture: Architecture | BackboneArchitecture
-) -> EvalTransform:
-    """As recorded in the header, else by timm for the weights that a name with a tag stands for, else ImageNet's."""
-    header = checkpoint.header
-    if not header and config.arch is not None and "." in architecture.name:
-        mean, std = recorded_normalization(architecture.name)
-        header = {"transform": EvalTransform(architecture.image_size, mean=mean, std=std).to_dict()}
-    return eval_transform(architecture.image_size, config.data, header, resolution=config.resolution)
 
 
 def _check_images(train: ImageSource, test: ImageSource, k: list[int]) -> None:

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 
 from mimref.config import DataConfig
 from mimref.data.transforms import EvalTransform
+from mimref.encoders.backbones import BackboneArchitecture, recorded_normalization
+from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError, ConfigError
 
 _RECORDED = ("spec", "root", "train_limit")
@@ -46,14 +48,27 @@ def data_record(data: DataConfig) -> dict[str, Any]:
 
 
 def eval_transform(
-    image_size: int, data: DataConfig, header: Mapping[str, Any], *, resolution: int | None = None
+    architecture: Architecture | BackboneArchitecture,
+    data: DataConfig,
+    header: Mapping[str, Any],
+    *,
+    resolution: int | None = None,
 ) -> EvalTransform:
-    """The evaluation transform: the settings' crop fraction, else the recorded one, else 0.875.
+    """The evaluation transform of an encoder's images, at the resolution asked for, else at the encoder's own.
 
+    Crop fraction: the settings', else the header's, else 0.875. Normalisation: the header's, else what timm records for
+    the weights that a name with a tag stands for, else ImageNet's.
     Raises CheckpointError when the header's record of the transform cannot be read.
     """
+    image_size = architecture.image_size
     try:
-        recorded = EvalTransform.from_dict(header["transform"]) if "transform" in header else EvalTransform(image_size)
+        if "transform" in header:
+            recorded = EvalTransform.from_dict(header["transform"])
+        elif "." in architecture.name:
+            mean, std = recorded_normalization(architecture.name)
+            recorded = EvalTransform(image_size, mean=mean, std=std)
+        else:
+            recorded = EvalTransform(image_size)
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's record of its transform makes no sense: {error}") from error
     fraction = recorded.crop_fraction if data.crop_fraction is None else data.crop_fraction

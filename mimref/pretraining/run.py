@@ -55,7 +55,7 @@ class Pretraining:
         self.source = open_source(config.data, "train")
         self.steps_per_epoch = len(self.source) // config.batch_size
         check_batch_size(config.batch_size, len(self.source))
-        self.transform = eval_transform(architecture.image_size, config.data, {})
+        self.transform = eval_transform(architecture, config.data, {})
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture)
         self.model = MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio).to(self.device)
@@ -64,7 +64,9 @@ class Pretraining:
         self.optimizer = adamw(groups, config.optimizer.betas)
         # MAE augments by crop and flip alone.
         plain = config.views.model_copy(update={"color": False, "blur": False})
-        self.photometric = Photometric(plain, config.seed, self.device)
+        self.photometric = Photometric(
+            plain, config.seed, self.device, mean=self.transform.mean, std=self.transform.std
+        )
         self.monitor = KnnMonitor(config, self.transform, self.device, self.precision)
         self.guard = FiniteLoss(self.device)
         self.skipped = SkippedImages(config.data.max_bad, listener)

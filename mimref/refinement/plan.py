@@ -65,10 +65,11 @@ def make_plan(config: RefineConfig) -> Plan:
     blocks = head_blocks(config.heads.blocks, architecture.depth)
     temperature = _temperatures(config.heads.temperature, len(blocks))
     _check_schedule(config, blocks)
+    _check_frozen(config, blocks)
     _check_sizes(config, architecture)
     source_images = open_source(data, "train")
     _check_counts(config, len(source_images))
-    transform = eval_transform(architecture.image_size, data, checkpoint.header)
+    transform = eval_transform(architecture, data, checkpoint.header)
     plan = Plan(config, checkpoint, architecture, transform, source_images, blocks, temperature, warned)
     if not plan.heads_steps and not plan.encoder_steps:
         raise ConfigError(
@@ -133,11 +134,13 @@ def _check_sizes(config: RefineConfig, architecture: Architecture) -> None:
                 f"views.local_size {views.local_size} is larger than the global views of {global_size} pixels; "
                 "local views show less of an image: set views.local_size, or views.local_views=0"
             )
+
+
+def _check_frozen(config: RefineConfig, blocks: list[int]) -> None:
     frozen = config.encoder_stage.freeze_blocks
-    if frozen >= architecture.depth:
+    if frozen >= max(blocks):
         raise ConfigError(
-            f"encoder_stage.freeze_blocks {frozen} leaves nothing to refine: "
-            f"the encoder has {architecture.depth} blocks"
+            f"encoder_stage.freeze_blocks {frozen} leaves nothing to refine: the last head reads block {max(blocks)}"
         )
 
 

@@ -61,7 +61,7 @@ class Refinement:
             self.encoder,
             self.heads,
             self.queue,
-            Photometric(config.views, config.seed, self.device),
+            Photometric(config.views, config.seed, self.device, mean=plan.transform.mean, std=plan.transform.std),
             blocks=plan.blocks,
             temperature=plan.temperature,
             pool=config.heads.pool,

@@ -24,5 +24,5 @@ class FiniteLoss:
         if step >= 0:
             raise DivergenceError(
                 f"the loss is not finite at step {step}; the last good state is kept. "
-                "Lower the learning rate, set optimizer.clip_grad=1.0 or use --precision fp32"
+                "Start again with a lower learning rate, optimizer.clip_grad=1.0 or --precision fp32"
             )

@@ -76,5 +76,5 @@ def check_weights(job: Job) -> None:
     if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
         raise DivergenceError(
             f"the weights are not finite after step {job.step} of {job.label}; the last good state is kept. "
-            "Lower the learning rate, set optimizer.clip_grad=1.0 or use --precision fp32"
+            "Start again with a lower learning rate, optimizer.clip_grad=1.0 or --precision fp32"
         )

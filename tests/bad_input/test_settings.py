@@ -38,7 +38,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"batch_size": 1}, "batch_size = 1: expected a number more than 1"),
     ({"batch_size": 49}, "batch_size 49 is larger than the 48 training images; set --batch-size 48 or less"),
     ({"data.train_limit": 1}, "there is only 1 training image; a batch needs two"),
-    ({"encoder_stage.freeze_blocks": 4}, "encoder_stage.freeze_blocks 4 leaves nothing to refine: the encoder has 4"),
+    (
+        {"encoder_stage.freeze_blocks": 4},
+        "encoder_stage.freeze_blocks 4 leaves nothing to refine: the last head reads block 4",
+    ),
     ({"heads_stage.epochs": 0, "encoder_stage.epochs": 0}, "nothing to train: heads_stage.epochs is 0 and"),
     ({"stage": "heads", "heads_stage.epochs": 0}, "nothing to train: "),
     ({"encoder_stage.warmup_epochs": 4}, "encoder_stage.warmup_epochs 4 is more than encoder_stage.epochs 3"),
