@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from mimref.config import RefineConfig, dump_config
+from mimref.config import MonitorConfig, RefineConfig, dump_config
 from mimref.errors import ConfigError, Interrupted, OutputError
 from mimref.recipes import load_config
 from mimref.training import trackers
-from mimref.training.runlog import MetricsLog, SkippedImages
+from mimref.training.runlog import MetricsLog, SkippedImages, open_log
 from mimref.training.state import RunFolder, StopSignal, reloadable, stop_signal
 from mimref.training.trackers import check_trackers
 
@@ -303,6 +303,32 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"monitor\.trackers 'wandb' is not installed: pip install 'mimref\[wandb\]'"):
         check_trackers(["wandb"])
+
+
+def test_tensorboard_keeps_what_the_log_says(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = RefineConfig(monitor=MonitorConfig(trackers=["tensorboard"]))
+    for state, steps in ((None, (1, 2, 3)), ({"log_lines": 2, "step": 2}, (3, 4))):
+        log = open_log(config, tmp_path, state)
+        for step in steps:
+            log.write({"step": step, "stage": "heads", "lr": step / 8})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("heads/lr")] == [(n, n / 8) for n in (1, 2, 3, 4)]
+
+
+def test_weights_and_biases_keeps_the_last_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = open_log(RefineConfig(monitor=MonitorConfig(trackers=["wandb"])), tmp_path, None)
+    for step in (1, 2):
+        log.write({"step": step, "stage": "heads", "lr": step / 8})
+    log.close()
+    (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"heads/lr" in written.read_bytes()
 
 
 class Warnings:
