@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 """
 
 import errno
+import json
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -247,6 +248,23 @@ def knn(
     with Terminal(quiet) as terminal:
         result = evaluate_knn(config, listener=terminal)
     _report(out, config, result.elapsed_s, result.rows, quiet)
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A weights file, or a run's output folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Tell what a weights file is: format, architecture, and what becomes of its tensors."""
+    from mimref.encoders.inspection import inspect_file
+    from mimref.terminal import print_inspection
+
+    inspection = inspect_file(file)
+    if as_json:
+        typer.echo(json.dumps(inspection.to_dict(), indent=2))
+    else:
+        print_inspection(inspection)
 
 
 @presets_app.command("list")

@@ -14,6 +14,7 @@ from rich.text import Text
 from mimref.results import columns
 
 if TYPE_CHECKING:
+    from mimref.encoders.inspection import Inspection
     from mimref.evaluation.metrics import Row
 
 LABELS = {
@@ -76,6 +77,18 @@ def comparison_table(
         if compared:
             cells.append(_difference_cell(by_model.get(base), by_model.get(refined), sign))
         table.add_row(Text(label), *cells)
+    return table
+
+
+def inspection_table(inspection: "Inspection") -> Table:
+    """The encoder's tensors and where they come from, blocks that are alike in one line."""
+    from mimref.encoders.inspection import by_block
+
+    table = Table()
+    for name in ("tensor", "in the file", "shape and type"):
+        table.add_column(name, overflow="fold")
+    for line in by_block(inspection.tensors):
+        table.add_row(*map(Text, line))
     return table
 
 

@@ -154,8 +154,11 @@ def test_foreign_mae_files(images: Path, tmp_path: Path, capsys: pytest.CaptureF
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     assert [(row["model"], row["blocks"], row["k"]) for row in rows] == [("mae_pretrain.pth", "last", 3)]
     assert capsys.readouterr().err == ""
-    assert run(["knn", str(tmp_path / "mae_pretrain.pth"), "--data", str(images)]) == 2
-    assert "does not say its architecture; pass --arch (and --source)" in capsys.readouterr().err
+    # Recognised by its content, without --arch.
+    assert run(["knn", str(tmp_path / "mae_pretrain.pth"), *line[4:]]) == 0
+    torch.save({"model": state | {"extra": torch.zeros(2)}}, tmp_path / "other.pth")
+    assert run(["knn", str(tmp_path / "other.pth"), "--data", str(images)]) == 2
+    assert "other.pth: model.extra is unexpected; pass --arch (and --source)" in capsys.readouterr().err
 
 
 def test_other_backbones(images: Path, tmp_path: Path) -> None:

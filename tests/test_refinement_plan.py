@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from mimref.errors import ConfigError
-from mimref.refinement.plan import make_plan
+from mimref.errors import CheckpointError, ConfigError
+from mimref.refinement.plan import header_of, make_plan
 from tests.tiny import refine_config, write_unlabelled, write_weights
 
 
@@ -37,6 +39,20 @@ def test_a_schedule_needs_two_heads(paths: tuple[Path, Path]) -> None:
         make_plan(refine_config(*paths, heads__blocks="4", loss__schedule="uniform_decay"))
     rising = make_plan(refine_config(*paths, heads__blocks="1,3-4", loss__schedule="uniform_decay"))
     assert rising.blocks == [1, 3, 4]
+
+
+def test_foreign_weights_are_what_they_say(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    state = load_file(paths[0])
+    torch.save({"model": state | {"decoder_pred.bias": torch.zeros(2)}}, tmp_path / "mae.pth")
+    config = refine_config(tmp_path / "mae.pth", paths[1])
+    with pytest.raises(
+        CheckpointError, match=r"heads is unknown for a width of 32; set encoder\.num_heads; pass --arch$"
+    ):
+        make_plan(config)
+    plan = make_plan(refine_config(tmp_path / "mae.pth", paths[1], encoder__num_heads=2, encoder__source="dbot"))
+    assert (plan.architecture.depth, plan.architecture.num_heads) == (4, 2)
+    assert plan.config.encoder.source == "mae" and header_of(plan) == {"source": "mae refined"}
+    assert plan.warnings == [f"encoder.source dbot is passed over: {tmp_path / 'mae.pth'} is of mae"]
 
 
 def test_the_queue_holds_top_k_rows_of_other_images(paths: tuple[Path, Path]) -> None:

@@ -1,45 +1,50 @@
-"""Weights in and out: our own safetensors with a header, and foreign files converted to timm's names.
+"""Encoders from weights files, and our own files, which others (timm) read as well.
 
-Files users keep are safetensors in timm's key names; the JSON header (key `mimref` of the metadata) tells the
-architecture, the source, the preset, the data and the metrics.
+`reading` says what a file holds, `formats` what it is.
 """
 
 import hashlib
 import json
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, classifier_layers
+from mimref.encoders.formats import Recognised, Unrecognised, recognise, shortened
+from mimref.encoders.reading import first_line, named_tensors, read_file
 from mimref.encoders.vit import Architecture, Encoder, build_encoder, resize_positions
 from mimref.errors import CheckpointError, ConfigError
 from mimref.files import atomic_write
 
-# Parts of public checkpoints that are not the encoder: MAE's decoder, classifiers.
+# Parts of timm's checkpoints that are not the encoder.
 _DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.")
 _WRAPPERS = ("model", "state_dict")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights as read from a file: tensors by name, in the file's own types, and for our own files the header."""
+    """Weights as read from a file, by the file's names, and what is known about them."""
 
     path: Path
     tensors: dict[str, Tensor]
+    """In the file's own types, mapped into memory where the format allows it."""
     header: dict[str, Any] = field(default_factory=dict)
+    """Of our own files; empty for foreign ones."""
+    recognised: Recognised | None = None
+    """A foreign file as a plain vision transformer."""
+    problem: str = ""
+    """Why a foreign file is not recognised."""
 
     @property
     def architecture(self) -> Architecture | None:
-        """Architecture from the header; None for foreign files. Raises CheckpointError when it makes no sense."""
+        """From the header, or as recognised; None where neither tells. Raises CheckpointError for a damaged header."""
+        if self.recognised:
+            return self.recognised.architecture
         if "architecture" not in self.header:
             return None
         try:
@@ -47,110 +52,58 @@ class Checkpoint:
         except ConfigError as error:
             raise CheckpointError(f"{self.path}: damaged header ({error})") from error
 
+    @property
+    def source(self) -> str | None:
+        """Pre-training method, from the header or as recognised; None where neither tells."""
+        source = self.recognised.source if self.recognised else self.header.get("source")
+        return source if isinstance(source, str) else None
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+
+def read_checkpoint(path: str | Path, *, num_heads: int | None = None) -> Checkpoint:
     """Read `path`, `quickstart` for the packaged encoder, or the output folder of a run.
 
+    num_heads: attention heads of a foreign file, which its weights do not tell; None asks the published sizes.
     Raises CheckpointError with one line for a missing, damaged or foreign file.
     """
-    try:
-        file = _find(path)
-        with file.open("rb") as stream:
-            start = stream.read(9)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if not start:
-        raise CheckpointError(f"{file}: the file is empty")
-    # A safetensors file starts with the length of its JSON header, 8 bytes, and the header's brace.
-    checkpoint = _read_safetensors(file) if start[8:] == b"{" else _read_pickle(file, zipped=start[:2] == b"PK")
-    if not checkpoint.tensors:
-        raise CheckpointError(f"{file}: holds no tensors with names")
-    return checkpoint
-
-
-def _find(path: str | Path) -> Path:
-    if path == "quickstart":
-        return Path(str(resources.files("mimref") / "assets" / "quickstart.safetensors"))
-    file = Path(path)
-    if file.is_dir():
-        file = file / "encoder.safetensors"
-        if not file.is_file():
-            raise CheckpointError(f"{path}: the folder holds no encoder.safetensors; finish its run with --resume")
-    if not file.is_file():
-        raise CheckpointError(f"{file}: {'not a file' if file.exists() else 'no such file'}; give a checkpoint")
-    return file
-
-
-def _read_safetensors(file: Path) -> Checkpoint:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: damaged safetensors file ({_first_line(error)})") from error
-    try:
-        header = json.loads(metadata.get("mimref", "{}"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged header ({_first_line(error)})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: damaged header (not a JSON object)")
-    checkpoint = Checkpoint(file, tensors, header)
-    _ = checkpoint.architecture  # a damaged one is found here, before any work
-    return checkpoint
-
-
-def _read_pickle(file: Path, *, zipped: bool) -> Checkpoint:
-    """A file of `torch.save`; only those in the zip format, torch's default since 1.6, can be mapped into memory."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old kinds of pickles, nothing that a user could change
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # damaged pickles fail in every possible way
-        raise CheckpointError(f"{file}: {_why_unreadable(error)}") from error
+    file = read_file(path)
+    content = file.content
     for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+        if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    tensors = {
-        name: tensor
-        for name, tensor in (content.items() if isinstance(content, Mapping) else ())
-        if isinstance(name, str) and isinstance(tensor, Tensor)
-    }
-    return Checkpoint(file, tensors)
+    own = Checkpoint(file.path, dict(named_tensors(content)), file.header)
+    if own.architecture:  # a damaged one is found here, before any work
+        return own
+    try:
+        return Checkpoint(file.path, own.tensors, file.header, recognise(file.content, num_heads=num_heads))
+    except Unrecognised as reason:
+        return Checkpoint(file.path, own.tensors, file.header, problem=str(reason))
 
 
-def _why_unreadable(error: Exception) -> str:
-    # torch's own message advises to switch the check off.
-    refused = re.search(r"GLOBAL (\S+)", str(error))
-    if refused:
-        return (
-            f"refused, because it holds {refused[1]}, which is not weights and could run code; "
-            "where you trust it, load it with torch yourself and save its state_dict as safetensors"
-        )
-    detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
-    return f"not a checkpoint, or a damaged one ({detail[1] if detail else _first_line(error)})"
+def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = False) -> None:
+    """Give an encoder a checkpoint's weights; positions are interpolated to the encoder's grid.
 
-
-def _first_line(error: Exception) -> str:
-    """An exception's first sentence; its type where that says nothing."""
-    sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
-    tells = re.search("[a-z]", sentence) and not sentence.startswith("Weights only load failed")
-    return sentence if tells else type(error).__name__
-
-
-def load_weights(encoder: Encoder, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's tensors into an encoder; positions are interpolated to the encoder's grid.
-
+    share: let the encoder have the checkpoint's memory, which costs none, instead of a copy.
     Raises CheckpointError naming the tensors that are missing, unexpected or of another shape.
     """
     given = dict(checkpoint.tensors)
+    # timm's own models may want what no plain encoder has.
+    by_timm = encoder.architecture.from_timm and given.keys() >= encoder.vit.state_dict().keys()
+    if checkpoint.recognised and not by_timm:
+        given = dict(checkpoint.recognised.tensors)
     positions, wanted = given.get("pos_embed"), encoder.vit.pos_embed
     if positions is not None and wanted is not None and positions.shape != wanted.shape:
         given["pos_embed"] = _fit_positions(encoder, positions)
-    _load(encoder.vit, encoder.architecture.name, given, checkpoint.path)
+    _load(encoder.vit, encoder.architecture.name, given, checkpoint.path, share=share)
 
 
 def _load(
-    module: nn.Module, name: str, given: Mapping[str, Tensor], path: Path, *, dropped: tuple[str, ...] = ()
+    module: nn.Module,
+    name: str,
+    given: Mapping[str, Tensor],
+    path: Path,
+    *,
+    share: bool = False,
+    dropped: tuple[str, ...] = (),
 ) -> None:
     """dropped: prefixes of tensors that may be left over, beside those of all formats."""
     wanted = module.state_dict()
@@ -164,15 +117,20 @@ def _load(
             continue
         if given[key].shape != wanted[key].shape:
             problems.append(f"{key} has shape {tuple(given[key].shape)} instead of {tuple(wanted[key].shape)}")
+        elif given[key].layout is not torch.strided or given[key].is_meta:
+            problems.append(f"{key} is sparse or without data")
         elif given[key].is_floating_point() != wanted[key].is_floating_point():
             problems.append(f"{key} is of type {_dtype(given[key])} instead of {_dtype(wanted[key])}")
     if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckpointError(f"{path}: does not fit {name}: {'; '.join(problems[:4])}{more}")
+        raise CheckpointError(f"{path}: does not fit {name}: {shortened(problems)}")
     try:
-        module.load_state_dict(given)
+        fitting = {key: given[key].to(wanted[key].dtype) for key in wanted}
+        if not share:
+            fitting = {key: value.clone() if value is given[key] else value for key, value in fitting.items()}
+        # Assigned, so that a module on the meta device gets its memory here, and only once.
+        module.load_state_dict(fitting, assign=True)
     except (RuntimeError, TypeError) as error:  # tensors that are sparse, quantised or without data
-        raise CheckpointError(f"{path}: its tensors cannot be copied ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: its tensors cannot be copied ({first_line(error)})") from error
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -195,25 +153,26 @@ def load_encoder(
 ) -> tuple[Encoder | TimmBackbone, dict[str, Any]]:
     """An encoder with a file's weights, and the file's header (empty for foreign files).
 
-    architecture: needed for foreign files; for ours the header's is used unless one is given.
+    architecture: needed for files that are not recognised; else what the file says, unless one is given.
     Raises CheckpointError for a file that is none or does not fit, ConfigError for an image size that does not.
     """
     checkpoint = read_checkpoint(path)
     chosen = architecture or checkpoint.architecture
     if chosen is None:
-        raise CheckpointError(f"{checkpoint.path}: does not say its architecture; pass --arch")
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch")
     return encoder_from(checkpoint, chosen), checkpoint.header
 
 
 def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneArchitecture) -> Encoder | TimmBackbone:
-    """An encoder of this architecture with a checkpoint's weights; see `load_encoder`."""
+    """An encoder of this architecture with a checkpoint's weights, whose memory it shares; see `load_encoder`."""
     if isinstance(architecture, BackboneArchitecture):
         backbone = TimmBackbone(architecture)
         classifier = tuple(f"{layer}." for layer in classifier_layers(architecture.name))
         _load(backbone.model, architecture.name, checkpoint.tensors, checkpoint.path, dropped=classifier)
         return backbone
-    encoder = build_encoder(architecture)
-    load_weights(encoder, checkpoint)
+    with torch.device("meta"):
+        encoder = build_encoder(architecture)
+    load_weights(encoder, checkpoint, share=True)
     return encoder
 
 

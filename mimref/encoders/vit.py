@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import timm
 import torch
+from timm.layers.mlp import Mlp, SwiGLUPacked
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -75,6 +76,17 @@ class Architecture:
     fixed_positions: bool = True
     """Sin-cos position embedding that is never trained."""
     from_timm: bool = False
+    class_token: bool = True
+    registers: int = 0
+    """Register tokens; with them, as without a CLS token, only patches have positions."""
+    layer_scale: bool = False
+    """A factor per channel after attention and MLP."""
+    mlp_width: int = 0
+    """Outputs of the MLP's first layer; 0 is four times the width."""
+    swiglu: bool = False
+    """The MLP multiplies the SiLU of its first layer's first half with the second half."""
+    final_norm: bool = True
+    """LayerNorm after the last block of a pre-norm encoder."""
 
     @classmethod
     def from_config(cls, config: EncoderConfig) -> Self:
@@ -120,7 +132,8 @@ class Architecture:
         if missing:
             raise ConfigError(f"architecture lacks {missing[0]!r}")
         for key, value in values.items():
-            if type(value) is not types[key] or (types[key] is int and value < 1):
+            lowest = 0 if key in ("registers", "mlp_width") else 1
+            if type(value) is not types[key] or (types[key] is int and value < lowest):
                 raise ConfigError(f"architecture has {key} = {value!r}")
         if values["width"] % values["num_heads"]:
             raise ConfigError(f"architecture has width {values['width']} for {values['num_heads']} attention heads")
@@ -128,6 +141,11 @@ class Architecture:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def patch_positions_only(self) -> bool:
+        """Whether CLS and register tokens have no rows in the position embedding."""
+        return self.registers > 0 or not self.class_token
 
     def check_size(self, size: int, setting: str) -> None:
         """Raise ConfigError when images of `size` pixels cannot be cut into whole patches."""
@@ -236,13 +254,19 @@ def pool_tokens(tokens_BLD: Tensor, how: str, num_prefix_tokens: int, has_cls_to
     return mean_BD
 
 
-def resize_positions(positions_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Position embedding of a square grid, bicubically interpolated without antialiasing to `grid` (rows, columns)."""
+def resize_positions(
+    positions_1ND: Tensor, new_grid: tuple[int, int], *, grid: tuple[int, int] | None = None
+) -> Tensor:
+    """Position embedding, bicubically interpolated without antialiasing to `new_grid` (rows, columns).
+
+    grid: rows and columns that it was made for; None is a square.
+    """
     side = math.isqrt(positions_1ND.shape[1])
-    if (side, side) == grid:
+    rows, columns = grid or (side, side)
+    if (rows, columns) == new_grid:
         return positions_1ND
-    image = positions_1ND.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(image, size=grid, mode="bicubic", antialias=False, align_corners=False)
+    image = positions_1ND.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(image, size=new_grid, mode="bicubic", antialias=False, align_corners=False)
     return resized.permute(0, 2, 3, 1).flatten(1, 2).to(positions_1ND.dtype)
 
 
@@ -271,16 +295,27 @@ def build_encoder(architecture: Architecture) -> Encoder:
     if architecture.from_timm:
         _check_plain(architecture.name)
         return Encoder(architecture, _timm_vit(architecture.name, architecture.image_size))
+    mlp_width = architecture.mlp_width or 4 * architecture.width
     vit = VisionTransformer(
         img_size=architecture.image_size,
         patch_size=architecture.patch_size,
         num_classes=0,
+        global_pool="token" if architecture.class_token else "avg",
         embed_dim=architecture.width,
         depth=architecture.depth,
         num_heads=architecture.num_heads,
+        # timm multiplies and rounds down; the half keeps a quotient that floats have rounded from losing a channel.
+        mlp_ratio=(mlp_width + 0.5) / architecture.width,
+        init_values=1e-5 if architecture.layer_scale else None,
+        class_token=architecture.class_token,
+        no_embed_class=architecture.patch_positions_only,
+        reg_tokens=architecture.registers,
         pre_norm=architecture.post_norm,
-        final_norm=not architecture.post_norm,
+        final_norm=architecture.final_norm and not architecture.post_norm,
+        fc_norm=False,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        mlp_layer=cast(type[nn.Module], SwiGLUPacked if architecture.swiglu else Mlp),
+        act_layer=nn.SiLU if architecture.swiglu else nn.GELU,
         block_fn=PostNormBlock if architecture.post_norm else Block,
         dynamic_img_size=True,
     )
@@ -290,7 +325,8 @@ def build_encoder(architecture: Architecture) -> Encoder:
     side = architecture.image_size // architecture.patch_size
     assert vit.pos_embed is not None
     if not vit.pos_embed.is_meta:
-        vit.pos_embed.data.copy_(sincos_positions(architecture.width, side))
+        num_prefix = 0 if architecture.patch_positions_only else 1
+        vit.pos_embed.data.copy_(sincos_positions(architecture.width, side, num_prefix=num_prefix))
     vit.pos_embed.requires_grad_(not architecture.fixed_positions)
     return Encoder(architecture, vit)
 

@@ -14,7 +14,7 @@ from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint
-from mimref.encoders.vit import Architecture, Encoder
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder
 from mimref.errors import CheckpointError, ConfigError
 from mimref.evaluation.knn import knn
 from mimref.evaluation.metrics import Row, check_classes, class_indices
@@ -102,11 +102,13 @@ def model_name(checkpoint: str) -> str:
 
 
 def _architecture(config: KnnConfig, checkpoint: Checkpoint) -> Architecture | BackboneArchitecture:
-    """The header's; for files without one what `--arch` and `--source` name, at the resolution asked for."""
+    """What the file is, or for foreign files the timm model that `--arch` names, at the resolution asked for."""
     recorded = checkpoint.architecture
-    if recorded is None:
-        if config.arch is None:
-            raise CheckpointError(f"{checkpoint.path}: does not say its architecture; pass --arch (and --source)")
+    if recorded is None and config.arch is None:
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch (and --source)")
+    of_timm = config.arch is not None and config.arch not in PAPER_SIZES
+    if recorded is None or (checkpoint.recognised and of_timm):
+        assert config.arch is not None
         chosen = find_architecture(config.arch, config.source, config.resolution)
     elif config.arch not in (None, recorded.name):
         raise ConfigError(f"--arch {config.arch}: {checkpoint.path} says that it is {recorded.name}; leave --arch out")

@@ -1,6 +1,5 @@
 """What a refinement will be before anything is trained: encoder, heads, sizes, steps, and whether they fit."""
 
-import warnings
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -11,9 +10,9 @@ from mimref.config import EncoderConfig, RefineConfig
 from mimref.data.loader import check_batch_size
 from mimref.data.sources import ImageSource, open_source
 from mimref.data.transforms import EvalTransform
-from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint
-from mimref.encoders.vit import Architecture, build_encoder
-from mimref.errors import ConfigError
+from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint
+from mimref.encoders.vit import PAPER_SIZES, Architecture
+from mimref.errors import CheckpointError, ConfigError
 from mimref.features.spec import eval_transform, recorded_data
 from mimref.refinement.heads import Heads, head_blocks
 
@@ -57,7 +56,7 @@ def make_plan(config: RefineConfig) -> Plan:
     if config.encoder.weights is None:
         arch, source = config.encoder.arch, config.encoder.source
         raise ConfigError(f"no weights for {arch} from {source}: pass --weights FILE (nothing is downloaded)")
-    checkpoint = read_checkpoint(config.encoder.weights)
+    checkpoint = read_checkpoint(config.encoder.weights, num_heads=config.encoder.num_heads)
     architecture = _architecture(config.encoder, checkpoint)
     data = recorded_data(config.data, checkpoint.header)
     warned = _warnings(config.encoder, checkpoint)
@@ -80,9 +79,11 @@ def make_plan(config: RefineConfig) -> Plan:
 
 
 def _architecture(config: EncoderConfig, checkpoint: Checkpoint) -> Architecture:
-    """What the weights say they are, at the image size asked for; what the settings say of foreign weights."""
+    """What the weights say they are, at the image size asked for; else what the settings say."""
     recorded = checkpoint.architecture
-    if recorded is None:
+    if recorded is None and "arch" not in config.model_fields_set:
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch")
+    if recorded is None or (checkpoint.recognised and _names_timm(config)):
         return Architecture.from_config(config)
     # A preset's image size belongs to the preset's architecture.
     belongs = "arch" not in config.model_fields_set or config.arch == recorded.name
@@ -91,14 +92,25 @@ def _architecture(config: EncoderConfig, checkpoint: Checkpoint) -> Architecture
     return recorded
 
 
+def _names_timm(config: EncoderConfig) -> bool:
+    """Whether the settings name a timm model, whose files are then taken for that model's."""
+    return "arch" in config.model_fields_set and config.arch not in (*PAPER_SIZES, "custom")
+
+
 def _warnings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]:
-    recorded = checkpoint.architecture
-    if recorded is None or "arch" not in config.model_fields_set or config.arch == recorded.name:
+    recorded, path = checkpoint.architecture, checkpoint.path
+    if recorded is None or (checkpoint.recognised and _names_timm(config)):
         return []
-    return [
-        f"encoder.arch {config.arch} is passed over: {checkpoint.path} says that it holds {recorded.name} with "
-        f"{recorded.depth} blocks of width {recorded.width} for images of {recorded.image_size} pixels"
-    ]
+    warned = []
+    if "arch" in config.model_fields_set and config.arch not in (recorded.name, "custom"):
+        warned.append(
+            f"encoder.arch {config.arch} is passed over: {path} holds {recorded.name} with {recorded.depth} blocks of "
+            f"width {recorded.width} for images of {recorded.image_size} pixels"
+        )
+    asked = "source" in config.model_fields_set and checkpoint.recognised
+    if asked and checkpoint.source not in (None, config.source):
+        warned.append(f"encoder.source {config.source} is passed over: {path} is of {checkpoint.source}")
+    return warned
 
 
 def _resolved(config: EncoderConfig, checkpoint: Checkpoint, architecture: Architecture) -> EncoderConfig:
@@ -108,7 +120,7 @@ def _resolved(config: EncoderConfig, checkpoint: Checkpoint, architecture: Archi
     return config.model_copy(
         update={
             "arch": architecture.name,
-            "source": checkpoint.header.get("source", config.source),
+            "source": checkpoint.source or config.source,
             "image_size": architecture.image_size,
             **{name: getattr(architecture, name) if custom else None for name in sizes},
         }
@@ -180,10 +192,8 @@ def describe(plan: Plan) -> dict[str, str]:
     Raises CheckpointError when the weights do not fit.
     """
     config, architecture = plan.config, plan.architecture
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that copying onto this device copies nothing
-        encoder = build_encoder(architecture)
-        load_weights(encoder, plan.checkpoint)
+    encoder = encoder_from(plan.checkpoint, architecture)
+    with torch.device("meta"):
         heads = Heads(config.heads, len(plan.blocks), encoder.embed_dim)
     encoder_count = sum(parameter.numel() for parameter in encoder.parameters())
     heads_count = sum(parameter.numel() for parameter in heads.parameters())
@@ -207,7 +217,7 @@ def describe(plan: Plan) -> dict[str, str]:
 def header_of(plan: Plan) -> dict[str, Any]:
     """What the result's header says beside the architecture: where the weights came from and how they were refined."""
     upstream = plan.checkpoint.header
-    source = upstream.get("source", plan.config.encoder.source)
+    source = plan.config.encoder.source
     header: dict[str, Any] = {"source": f"{source} refined" if plan.encoder_steps else source}
     if "licence" in upstream:
         header["licence"] = upstream["licence"]

@@ -80,8 +80,9 @@ class Refinement:
 
     def base_encoder(self) -> Encoder:
         """The encoder as it was given."""
-        encoder = build_encoder(self.plan.architecture)
-        load_weights(encoder, self.plan.checkpoint)
+        with torch.device("meta"):
+            encoder = build_encoder(self.plan.architecture)
+        load_weights(encoder, self.plan.checkpoint, share=self.device.type != "cpu")
         return encoder.to(self.device).eval()
 
     def result_encoder(self) -> Encoder:

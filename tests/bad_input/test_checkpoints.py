@@ -178,7 +178,7 @@ def test_headers_with_another_architecture(tmp_path: Path, architecture: object)
         ({"image_size": 17}, "image_size 17 is not divisible"),
         ({"from_timm": True, "name": "no_such_model"}, "unknown architecture 'no_such_model'"),
         ({"from_timm": True, "name": "resnet18"}, "not a plain timm VisionTransformer"),
-        ({"width": 30, "num_heads": 1}, "width 30 is not divisible by 4"),
+        ({"width": 30, "num_heads": 1}, "cls_token has shape (1, 1, 32) instead of (1, 1, 30)"),
         ({"depth": 3}, "blocks.2.norm1.weight is missing"),
         ({"post_norm": True}, "norm_pre.weight is missing"),
     ],

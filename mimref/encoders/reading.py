@@ -1,0 +1,141 @@
+"""What a weights file holds: tensors by name, as they were saved, without running code and without copying them.
+
+Nothing is told from a file's name.
+"""
+
+import argparse
+import collections
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mimref.errors import CheckpointError
+
+_NUMPY_TYPES = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"]
+# What numpy pickles scalars and arrays with, under the names of versions 1 and 2.
+_NUMPY_BUILDERS: list[tuple[Callable[..., Any], str]] = [
+    (cast(Callable[..., Any], value.__reduce__()[0]), f"numpy.{module}.multiarray.{name}")
+    for value, name in ((np.float64(0), "scalar"), (np.empty(0), "_reconstruct"))
+    for module in ("core", "_core")
+]
+# What public checkpoints carry beside tensors: settings and numbers, whose constructors do nothing but store them.
+_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    collections.defaultdict,
+    np.dtype,
+    np.ndarray,
+    *_NUMPY_TYPES,
+    *_NUMPY_BUILDERS,
+]
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file's content: nested mappings with tensors at the leaves, mapped into memory where the format allows it."""
+
+    path: Path
+    content: Mapping[Any, Any]
+    header: dict[str, Any]
+    """JSON header of our own files, else empty."""
+
+
+def read_file(path: str | Path) -> WeightsFile:
+    """Read `path`, `quickstart` for the packaged encoder, or the output folder of a run.
+
+    Raises CheckpointError with one line for a missing, damaged or foreign file.
+    """
+    try:
+        file = _find(path)
+        with file.open("rb") as stream:
+            start = stream.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if not start:
+        raise CheckpointError(f"{file}: the file is empty")
+    # A safetensors file starts with the length of its JSON header, 8 bytes, and the header's brace.
+    found = _read_safetensors(file) if start[8:] == b"{" else _read_pickle(file, zipped=start[:2] == b"PK")
+    if next(named_tensors(found.content), None) is None:
+        raise CheckpointError(f"{file}: holds no tensors with names")
+    return found
+
+
+def named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested mappings with their dotted names; what has no name that is a string is left out."""
+    if not isinstance(content, Mapping):
+        return
+    for name, value in content.items():
+        if not isinstance(name, str):
+            continue
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        else:
+            yield from named_tensors(value, f"{prefix}{name}.")
+
+
+def first_line(error: Exception) -> str:
+    """An exception's first sentence; its type where that says nothing."""
+    sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
+    tells = re.search("[a-z]", sentence) and not sentence.startswith("Weights only load failed")
+    return sentence if tells else type(error).__name__
+
+
+def _find(path: str | Path) -> Path:
+    if path == "quickstart":
+        return Path(str(resources.files("mimref") / "assets" / "quickstart.safetensors"))
+    file = Path(path)
+    if file.is_dir():
+        file = file / "encoder.safetensors"
+        if not file.is_file():
+            raise CheckpointError(f"{path}: the folder holds no encoder.safetensors; finish its run with --resume")
+    if not file.is_file():
+        raise CheckpointError(f"{file}: {'not a file' if file.exists() else 'no such file'}; give a checkpoint")
+    return file
+
+
+def _read_safetensors(file: Path) -> WeightsFile:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: damaged safetensors file ({first_line(error)})") from error
+    try:
+        header = json.loads(metadata.get("mimref", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: damaged header ({first_line(error)})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: damaged header (not a JSON object)")
+    return WeightsFile(file, tensors, header)
+
+
+def _read_pickle(file: Path, *, zipped: bool) -> WeightsFile:
+    """A file of `torch.save`; only those in the zip format, torch's default since 1.6, can be mapped into memory."""
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
+            warnings.simplefilter("ignore")  # about old kinds of pickles, nothing that a user could change
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # damaged pickles fail in every possible way
+        raise CheckpointError(f"{file}: {_why_unreadable(error)}") from error
+    return WeightsFile(file, content if isinstance(content, Mapping) else {}, {})
+
+
+def _why_unreadable(error: Exception) -> str:
+    # torch's own message advises to switch the check off.
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return (
+            f"refused, because it holds {refused[1]}, which is not weights and could run code; "
+            "where you trust it, load it with torch yourself and save its state_dict as safetensors"
+        )
+    detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
+    return f"not a checkpoint, or a damaged one ({detail[1] if detail else first_line(error)})"

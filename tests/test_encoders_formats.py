@@ -1,0 +1,582 @@
+"""Public checkpoints' layouts: recognised by content, and with the features that their own models give."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from timm.layers.mlp import SwiGLUPacked
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimref.encoders.checkpoints import load_encoder, read_checkpoint
+from mimref.encoders.formats import Recognised, Unrecognised, recognise
+from mimref.encoders.vit import Encoder, sincos_positions
+from mimref.errors import UserError
+
+WIDTH, DEPTH, PATCH, IMAGE, SIDE = 128, 3, 4, 16, 4
+State = dict[str, Tensor]
+
+
+def timm_vit(**options: Any) -> VisionTransformer:
+    """timm's own model with random weights, of which the checkpoints are made."""
+    torch.manual_seed(0)
+    settings = {
+        "img_size": IMAGE, "patch_size": PATCH, "num_classes": 0, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2,
+    }  # fmt: skip
+    vit = VisionTransformer(**(settings | options)).eval()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return vit
+
+
+def mae_vit() -> VisionTransformer:
+    vit = timm_vit()
+    assert vit.pos_embed is not None
+    vit.pos_embed.data.copy_(sincos_positions(WIDTH, SIDE))
+    return vit
+
+
+def rows(count: int, name: str) -> State:
+    return {f"{name}.weight": torch.zeros(count, 2), f"{name}.bias": torch.zeros(count)}
+
+
+def prefixed(prefix: str, state: State) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+MAE_DECODER = {
+    "mask_token": torch.zeros(1, 1, 8),
+    "decoder_pos_embed": torch.zeros(1, 17, 8),
+    **rows(8, "decoder_embed"),
+    **rows(8, "decoder_blocks.0.norm1"),
+    **rows(8, "decoder_norm"),
+}
+DINO_HEAD = rows(4, "head.mlp.0") | {"head.last_layer.weight_g": torch.ones(4, 1)}
+
+
+def mae(state: State) -> Any:
+    return {"model": state}
+
+
+def mae_with_decoder(state: State) -> Any:
+    training = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}, "epoch": 799, "scaler": {"scale": 65536.0}}
+    args = argparse.Namespace(lr=1e-3, output=None, best=np.float64(0.5), ids=np.arange(3))
+    return {"model": state | MAE_DECODER | rows(48, "decoder_pred"), **training, "args": args}
+
+
+def dbot(state: State) -> Any:
+    return {"model": state | MAE_DECODER | rows(512, "decoder_predp")}
+
+
+def crossmae(state: State) -> Any:
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
+    return {"model": kept | rows(8, "dec_norms.0") | {"wfm.linear.weight": torch.zeros(12, 4)}}
+
+
+def mae_ct(state: State) -> Any:
+    return state | {"pos_embed": state["pos_embed"][:, 1:]}
+
+
+def release(state: State) -> Any:
+    positions = state["pos_embed"]
+    kept = {name: tensor for name, tensor in state.items() if name not in ("pos_embed", "cls_token")}
+    kept["pos_embed.embed"] = positions[:, 1:].reshape(1, SIDE, SIDE, WIDTH)
+    # The CLS token's position is part of the token.
+    kept["cls_tokens.tokens"] = state["cls_token"] + positions[:, :1]
+    return {"state_dict": kept, "ctor_kwargs": {"kind": "vit", "dim": WIDTH}, "abs_ckpt": {"epoch": 20}}
+
+
+def release_with_flat_names(state: State) -> Any:
+    kept = release(state)["state_dict"]
+    return {"state_dict": kept | {"pos_embed": kept.pop("pos_embed.embed"), "cls_token": kept.pop("cls_tokens.tokens")}}
+
+
+def dino(state: State) -> Any:
+    return state
+
+
+def dino_full(state: State) -> Any:
+    student = prefixed("module.backbone.", {name: tensor + 1 for name, tensor in state.items()})
+    teacher = prefixed("backbone.", state) | DINO_HEAD
+    training = {"optimizer": {"param_groups": []}, "epoch": 3, "args": argparse.Namespace(arch="vit_base")}
+    return {"student": student, "teacher": teacher, **training, "dino_loss": {"center": torch.zeros(1, 4)}}
+
+
+def ibot(state: State) -> Any:
+    head = DINO_HEAD | {"head.last_layer2.weight_g": torch.ones(4, 1)}
+    student = prefixed("module.", prefixed("backbone.", state | {"masked_embed": torch.zeros(1, WIDTH)}) | head)
+    teacher = prefixed("backbone.", state) | head
+    return {"student": student, "teacher": teacher, "ibot_loss": {"center": torch.zeros(1, 4)}, "fp16_scaler": {}}
+
+
+def mugs(state: State) -> Any:
+    return {"state_dict": state | rows(WIDTH, "relation_blocks.0.norm1")}
+
+
+def msn(state: State) -> Any:
+    head = rows(4, "fc.fc1") | rows(4, "fc.bn1") | {"fc.bn1.running_mean": torch.zeros(4)}
+    return {"target_encoder": prefixed("module.", state | head), "prototypes": torch.zeros(1024, 256)}
+
+
+def dinov2(state: State) -> Any:
+    return state | {"mask_token": torch.zeros(1, WIDTH)}
+
+
+def dinov2_in_chunks(state: State) -> Any:
+    parts = {name: name.split(".") for name in state}
+    chunked = {
+        f"blocks.{int(part[1]) // 2}.{'.'.join(part[1:])}" if part[0] == "blocks" else name: state[name]
+        for name, part in parts.items()
+    }
+    return {
+        "teacher": prefixed("backbone.", dinov2(chunked)) | prefixed("dino_", DINO_HEAD) | prefixed("ibot_", DINO_HEAD)
+    }
+
+
+def dinov2_registers(state: State) -> Any:
+    kept = {name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): state[name] for name in state}
+    cls_position = torch.full((1, 1, WIDTH), 0.25)
+    kept["register_tokens"] = kept.pop("reg_token")
+    # What timm adds to the token once stands in the positions here.
+    kept["cls_token"] = state["cls_token"] - cls_position
+    kept["pos_embed"] = torch.cat([cls_position, state["pos_embed"]], dim=1)
+    return dinov2(kept)
+
+
+def ijepa(state: State) -> Any:
+    context = {name: tensor + 1 for name, tensor in state.items()}
+    predictor = {"predictor_embed.weight": torch.zeros(4, 2), "mask_token": torch.zeros(1, 1, 4)}
+    models = {"target_encoder": state, "encoder": context, "predictor": predictor}
+    wrapped = {name: prefixed("module.", model) for name, model in models.items()}
+    return {**wrapped, "opt": {"state": {}}, "scaler": None, "epoch": 300, "loss": np.float64(0.1), "lr": 1e-6}
+
+
+def timm_training(state: State) -> Any:
+    return {"epoch": 3, "state_dict": {name: tensor + 1 for name, tensor in state.items()}, "state_dict_ema": state}
+
+
+def gamma_names(state: State) -> Any:
+    return {name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): state[name] for name in state}
+
+
+def wrapped_modules(state: State) -> Any:
+    inside = {
+        name.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module."): state[name]
+        for name in state
+    }
+    return {"model": prefixed("_orig_mod.module.", inside)}
+
+
+def clip_tower(state: State) -> Any:
+    return prefixed("vision_encoder.", state) | rows(8, "text_encoder.ln") | {"logit_scale": torch.zeros(())}
+
+
+LEARNED: Callable[[], VisionTransformer] = timm_vit
+SWIGLU = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU, "mlp_ratio": 5.0}
+REGISTERS = {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5, **SWIGLU}
+# Layout, the model it is made of, format and source as recognised.
+LAYOUTS: list[tuple[Callable[[State], Any], Callable[[], VisionTransformer], str, str | None]] = [
+    (mae, mae_vit, "layout of MAE", None),
+    (mae_with_decoder, mae_vit, "MAE", "mae"),
+    (dbot, mae_vit, "dBOT", "dbot"),
+    (crossmae, lambda: timm_vit(final_norm=False), "CrossMAE", "crossmae"),
+    (release, LEARNED, "MIM-Refiner release (pre-norm)", None),
+    (release_with_flat_names, mae_vit, "layout of MAE", None),
+    (mae_ct, mae_vit, "layout of MAE", None),
+    (dino, LEARNED, "layout of timm", None),
+    (dino_full, LEARNED, "DINO", "dino"),
+    (ibot, LEARNED, "iBOT", "ibot"),
+    (mugs, LEARNED, "Mugs", "mugs"),
+    (msn, LEARNED, "MSN", "msn"),
+    (dinov2, lambda: timm_vit(init_values=1e-5), "DINOv2", "dinov2"),
+    (dinov2_in_chunks, lambda: timm_vit(init_values=1e-5), "DINOv2", "dinov2"),
+    (dinov2_registers, lambda: timm_vit(**REGISTERS), "DINOv2", "dinov2"),
+    (ijepa, lambda: timm_vit(class_token=False, global_pool="avg", fc_norm=False), "I-JEPA", "ijepa"),
+    (timm_training, LEARNED, "layout of timm", None),
+    (gamma_names, lambda: timm_vit(init_values=0.1), "layout of timm", None),
+    (wrapped_modules, mae_vit, "layout of MAE", None),
+    (clip_tower, mae_vit, "layout of MAE", None),
+]
+
+
+def tokens(vit: VisionTransformer, images: Tensor) -> list[Tensor]:
+    """Every block's tokens by timm, prefix first."""
+    found: list[Any] = vit.forward_intermediates(
+        images, intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True, norm=False
+    )
+    return [torch.cat([block[1], block[0]], dim=1) if isinstance(block, tuple) else block for block in found]
+
+
+def loaded(content: Any, path: Path) -> Encoder:
+    torch.save(content, path)
+    encoder, header = load_encoder(path)
+    assert isinstance(encoder, Encoder) and header == {}
+    return encoder.eval()
+
+
+@pytest.mark.parametrize(("layout", "model", "name", "source"), LAYOUTS, ids=[entry[0].__name__ for entry in LAYOUTS])
+@torch.no_grad()
+def test_features_are_those_of_the_own_model(
+    layout: Callable[[State], Any],
+    model: Callable[[], VisionTransformer],
+    name: str,
+    source: str | None,
+    tmp_path: Path,
+) -> None:
+    vit = model()
+    content = layout(dict(vit.state_dict()))
+    encoder = loaded(content, tmp_path / "mae_pretrain_vit_large.pth")
+    images = torch.randn(2, 3, IMAGE, IMAGE)
+    for ours, theirs in zip(encoder.blocks(images, [1, 2, 3]), tokens(vit, images), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    normed = encoder.blocks(images, [3], final_norm=True)[0]
+    torch.testing.assert_close(normed, vit.norm(tokens(vit, images)[-1]), rtol=0, atol=1e-5)
+    (tmp_path / "mae_pretrain_vit_large.pth").rename(tmp_path / "renamed.bin")
+    recognised = read_checkpoint(tmp_path / "renamed.bin").recognised
+    assert recognised is not None
+    assert recognised.format.startswith(name) and recognised.source == source
+    assert_all_told(content, recognised)
+
+
+def assert_all_told(content: Any, recognised: Recognised) -> None:
+    """Every tensor of the file is either the encoder's or in a group that was dropped."""
+
+    def names(part: Any, prefix: str = "") -> list[str]:
+        found = []
+        for name, value in part.items():
+            if isinstance(value, Tensor) and isinstance(name, str):
+                found.append(prefix + name)
+            elif isinstance(value, dict) and isinstance(name, str):
+                found += names(value, f"{prefix}{name}.")
+        return found
+
+    told = [name for group in (*recognised.origins.values(), *recognised.dropped.values()) for name in group]
+    assert sorted(told) == sorted(names(content))
+
+
+# --- data2vec 2.0, whose own model is written down here in plain tensor code
+
+
+def data2vec(*, prefix: str = "", width: int = WIDTH, channels: int = 3) -> State:
+    torch.manual_seed(0)
+    image = "modality_encoders.IMAGE."
+    shapes = {
+        f"{image}local_encoder.proj.weight": (width, channels, PATCH, PATCH),
+        f"{image}local_encoder.proj.bias": (width,),
+        f"{image}extra_tokens": (1, 1, width),
+        f"{image}context_encoder.norm.weight": (width,),
+        f"{image}context_encoder.norm.bias": (width,),
+        f"{image}decoder.blocks.0.0.weight": (8, width, 3, 3),
+        f"{image}decoder.proj.bias": (width,),
+    }
+    for block in range(DEPTH):
+        layers = {"norm1": (width,), "norm2": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        layers |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+        for name, shape in layers.items():
+            shapes[f"blocks.{block}.{name}.weight"] = shape
+            shapes[f"blocks.{block}.{name}.bias"] = shape[:1]
+    state = {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+    state[f"{image}fixed_positional_encoder.positions"] = sincos_positions(width, SIDE, num_prefix=0)
+    return prefixed(prefix, state)
+
+
+def data2vec_tokens(state: State, images: Tensor, heads: int) -> list[Tensor]:
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1, keepdim=True)
+        return centred / (variance + 1e-6).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    image = "modality_encoders.IMAGE."
+    weight = state[f"{image}local_encoder.proj.weight"]
+    grid = images.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)  # B, 3, rows, columns, P, P
+    patches = torch.einsum("bchwpq,dcpq->bhwd", grid, weight).flatten(1, 2) + state[f"{image}local_encoder.proj.bias"]
+    patches = patches + state[f"{image}fixed_positional_encoder.positions"]
+    x = torch.cat([state[f"{image}extra_tokens"].expand(len(images), -1, -1), patches], dim=1)
+    x = norm(x, f"{image}context_encoder.norm")
+    found = []
+    for block in range(DEPTH):
+        name = f"blocks.{block}"
+        batch, length, width = x.shape
+        qkv = linear(x, f"{name}.attn.qkv").reshape(batch, length, 3, heads, width // heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        weights = (query @ key.transpose(-2, -1) * (width // heads) ** -0.5).softmax(-1)
+        attended = linear((weights @ value).transpose(1, 2).reshape(batch, length, width), f"{name}.attn.proj")
+        x = norm(x + attended, f"{name}.norm1")
+        hidden = linear(x, f"{name}.mlp.fc1")
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+        x = norm(x + linear(hidden, f"{name}.mlp.fc2"), f"{name}.norm2")
+        found.append(x)
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@torch.no_grad()
+def test_data2vec(prefix: str, tmp_path: Path) -> None:
+    state = data2vec()
+    teacher = {name: tensor + 1 for name, tensor in state.items() if "decoder" not in name}
+    model = {**prefixed(prefix, state), "_ema": teacher}
+    content = {"args": None, "cfg": {"model": {"depth": DEPTH}}, "model": model, "extra_state": {"epoch": 5}}
+    encoder = loaded(content, tmp_path / "a.pt")
+    images = torch.randn(2, 3, IMAGE, IMAGE)
+    for ours, theirs in zip(encoder.blocks(images, [1, 2, 3]), data2vec_tokens(state, images, heads=2), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    recognised = read_checkpoint(tmp_path / "a.pt").recognised
+    assert recognised is not None and recognised.architecture.post_norm
+    assert (recognised.format, recognised.source) == ("data2vec 2.0", "d2v2")
+    assert set(recognised.dropped) == {"decoder", "other encoder"}
+    assert_all_told(content, recognised)
+
+
+@torch.no_grad()
+def test_released_post_norm_models(tmp_path: Path) -> None:
+    state = data2vec()
+    image = "modality_encoders.IMAGE."
+    kept = {name: tensor for name, tensor in state.items() if name.startswith("blocks.")}
+    kept |= {f"patch_embed.proj.{part}": state[f"{image}local_encoder.proj.{part}"] for part in ("weight", "bias")}
+    kept |= {f"embed_norm.{part}": state[f"{image}context_encoder.norm.{part}"] for part in ("weight", "bias")}
+    kept["pos_embed.embed"] = state[f"{image}fixed_positional_encoder.positions"].reshape(1, SIDE, SIDE, WIDTH)
+    kept["cls_tokens.tokens"] = state[f"{image}extra_tokens"]
+    encoder = loaded({"state_dict": kept, "ctor_kwargs": {}}, tmp_path / "d2v2refined_l16.th")
+    images = torch.randn(2, 3, IMAGE, IMAGE)
+    for ours, theirs in zip(encoder.blocks(images, [1, 2, 3]), data2vec_tokens(state, images, heads=2), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    recognised = read_checkpoint(tmp_path / "d2v2refined_l16.th").recognised
+    assert recognised is not None and recognised.format == "MIM-Refiner release (post-norm)"
+
+
+# --- Hugging Face
+
+
+def hugging_face(kind: str, *, with_head: bool) -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": 2,
+        "image_size": IMAGE,
+        "patch_size": PATCH,
+        "layer_norm_eps": 1e-6,
+    }
+    gelu_width = {} if kind.startswith("Dinov2") else {"intermediate_size": 4 * WIDTH}
+    options: dict[str, Any] = {"use_swiglu_ffn": True} if kind == "Dinov2WithRegisters" else {}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **gelu_width, **options)
+    name = {"ViT": "ForImageClassification", "ViTMAE": "ForPreTraining"}.get(kind, "Model") if with_head else "Model"
+    model = getattr(transformers, f"{kind}{name}")(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("saved_by_library", [True, False])
+@pytest.mark.parametrize("with_head", [True, False])
+@pytest.mark.parametrize("kind", ["ViT", "ViTMAE", "ViTMSN", "Dinov2", "Dinov2WithRegisters", "IJepa"])
+@torch.no_grad()
+def test_hugging_face(kind: str, with_head: bool, saved_by_library: bool, tmp_path: Path) -> None:
+    model = hugging_face(kind, with_head=with_head)
+    if saved_by_library:
+        # The names of the files on their hub, which differ from those in memory.
+        model.save_pretrained(tmp_path)
+        path = tmp_path / "model.safetensors"
+    else:
+        path = tmp_path / "model.pt"
+        torch.save(model.state_dict(), path)
+    encoder, _ = load_encoder(path)
+    assert isinstance(encoder, Encoder)
+    images = torch.randn(2, 3, IMAGE, IMAGE)
+    options: dict[str, Any] = {"output_hidden_states": True}
+    if kind == "ViTMAE":
+        # Its forward pass hides and shuffles patches by this noise.
+        model.config.mask_ratio = 0.0
+        options["noise"] = torch.arange(SIDE**2).expand(2, -1)
+    expected = model(images, **options).hidden_states
+    for ours, theirs in zip(encoder.eval().blocks(images, [1, 2, 3]), expected[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+# --- what weights tell, and what they do not
+
+
+def outline(width: int, depth: int, patch: int, *, grid: int, mlp: int | None = None) -> State:
+    """A state dict of true shapes that takes no memory."""
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 1 + grid**2, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    for block in range(depth):
+        outputs = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        outputs |= {"mlp.fc1": (mlp or 4 * width, width), "mlp.fc2": (width, mlp or 4 * width)}
+        shapes |= {f"blocks.{block}.{name}.weight": shape for name, shape in outputs.items()}
+        shapes |= {f"blocks.{block}.{name}.bias": shape[:1] for name, shape in outputs.items()}
+        shapes |= {f"blocks.{block}.norm{n}.{part}": (width,) for n in (1, 2) for part in ("weight", "bias")}
+    return {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "patch", "grid", "mlp", "name", "num_heads"),
+    [
+        (768, 12, 16, 14, None, "vit_b16", 12),
+        (1024, 24, 16, 14, None, "vit_l16", 16),
+        (1280, 32, 14, 16, None, "vit_h14", 16),
+        (2560, 24, 14, 16, None, "vit_2b14", 32),
+        (1280, 32, 16, 28, None, "custom", 16),
+        (1408, 40, 16, 14, 6144, "custom", 16),
+        (1024, 24, 7, 32, None, "custom", 16),
+        (384, 12, 8, 28, None, "custom", 6),
+    ],
+)
+def test_published_sizes(
+    width: int, depth: int, patch: int, grid: int, mlp: int | None, name: str, num_heads: int
+) -> None:
+    recognised = recognise(outline(width, depth, patch, grid=grid, mlp=mlp))
+    architecture = recognised.architecture
+    assert (architecture.name, architecture.num_heads) == (name, num_heads)
+    assert (architecture.width, architecture.depth) == (width, depth)
+    assert architecture.image_size == grid * patch
+    assert architecture.mlp_width == (mlp or 0)
+    assert recognised.notices == []
+
+
+def test_heads_of_unknown_widths_are_a_guess_that_is_told() -> None:
+    recognised = recognise(outline(320, 2, 16, grid=3))
+    assert recognised.architecture.num_heads == 5
+    (notice,) = recognised.notices
+    assert notice == "5 attention heads are assumed, 64 channels each; set encoder.num_heads where that is wrong"
+    with pytest.raises(Unrecognised, match=r"heads is unknown for a width of 96; set encoder\.num_heads$"):
+        recognise(outline(96, 2, 16, grid=3))
+
+
+@torch.no_grad()
+def test_positions_of_any_grid() -> None:
+    vit = timm_vit()
+    state = dict(vit.state_dict())
+    patches = state["pos_embed"][:, 1:]
+    flat = recognise(state | {"pos_embed": state["pos_embed"][0]})
+    assert torch.equal(flat.tensors["pos_embed"], state["pos_embed"])
+    without_cls = recognise(state | {"pos_embed": patches})
+    assert torch.equal(without_cls.tensors["pos_embed"][:, 1:], patches)
+    assert not without_cls.tensors["pos_embed"][:, 0].any()
+    wide = torch.randn(1, 2, 4, WIDTH)
+    resized = recognise(state | {"pos_embed": wide})
+    expected = F.interpolate(wide.permute(0, 3, 1, 2), size=(4, 4), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(resized.tensors["pos_embed"][:, 1:], expected.permute(0, 2, 3, 1).flatten(1, 2))
+    assert resized.notices[0] == "positions of 2 x 4 patches were interpolated to 4 x 4"
+
+
+def test_what_fits_already_is_not_copied() -> None:
+    state = dict(mae_vit().state_dict())
+    recognised = recognise({"model": state | MAE_DECODER})
+    assert all(tensor.data_ptr() == state[name].data_ptr() for name, tensor in recognised.tensors.items())
+    assert recognised.architecture.fixed_positions
+    assert not recognise(dict(timm_vit().state_dict())).architecture.fixed_positions
+
+
+PLAIN = dict(timm_vit().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"transformer.wte.weight": torch.zeros(9, 4), "ln_f.bias": torch.zeros(4)},
+            "holds no vision transformer: no patch",
+        ),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "holds no vision transformer"),
+        (MAE_DECODER, "holds no vision transformer"),
+        (PLAIN | {"extra.weight": torch.zeros(2)}, "extra.weight is unexpected"),
+        ({"model": PLAIN, "surprise": {"weight": torch.zeros(2)}}, "surprise.weight is unexpected"),
+        ({name: PLAIN[name] for name in PLAIN if name != "norm.bias"}, "norm.bias is missing"),
+        (
+            {name: PLAIN[name] for name in PLAIN if not name.startswith("norm.")},
+            "norm.weight is missing; norm.bias is missing",
+        ),
+        ({name: PLAIN[name] for name in PLAIN if "blocks.1." not in name}, "blocks.1.norm1.weight is missing"),
+        ({name: PLAIN[name] for name in PLAIN if name != "pos_embed"}, "has no position embedding"),
+        (PLAIN | {"pos_embed": torch.zeros(1, 12, WIDTH)}, "(1, 12, 128), which is no square of patches"),
+        (PLAIN | {"pos_embed": torch.zeros(1, 17, 64)}, "pos_embed has shape (1, 17, 64) instead of (1, 17, 128)"),
+        (
+            PLAIN | {"blocks.1.attn.qkv.weight": torch.zeros(96, 32)},
+            "blocks.1.attn.qkv.weight has shape (96, 32) instead",
+        ),
+        (PLAIN | {"norm.bias": torch.zeros(WIDTH, dtype=torch.int64)}, "norm.bias is of type int64"),
+        (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 1, 4, 4)}, "takes images of 1 channels, not 3"),
+        (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 3, 4, 2)}, "square patches are needed"),
+        (PLAIN | {"blocks.0.attn.q_bias": torch.zeros(WIDTH)}, "relative positions (BEiT"),
+        (PLAIN | {"blocks.0.attn.q_norm.weight": torch.zeros(2)}, "normalised queries and keys"),
+        (PLAIN | {"dist_token": torch.zeros(1, 1, WIDTH)}, "a distillation token"),
+        ({"a": PLAIN, "b": PLAIN}, "holds several encoders (a., b.); save the one you want alone"),
+        (
+            PLAIN | {"register_tokens": torch.zeros(1, 1, 2), "reg_token": torch.zeros(1, 1, 2)},
+            "two names of one tensor",
+        ),
+        (data2vec(channels=1), "takes images of 1 channels, not 3"),
+        (
+            data2vec() | {"modality_encoders.AUDIO.decoder.proj.bias": torch.zeros(2)},
+            "AUDIO.decoder.proj.bias is unexpected",
+        ),
+    ],
+)
+def test_what_is_no_plain_vision_transformer_is_refused_with_the_reason(content: Any, message: str) -> None:
+    with pytest.raises(Unrecognised) as caught:
+        recognise(content)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_changed_names_and_shapes_end_in_a_clean_load_or_a_clean_refusal(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    sources = [entry[0](dict(entry[1]().state_dict())) for entry in LAYOUTS] + [{"model": data2vec()}]
+    outcomes = {"loaded": 0, "refused": 0}
+    for trial in range(150):
+        content = sources[trial % len(sources)]
+        torch.save(mutated(content, random), tmp_path / "a.pth")
+        try:
+            load_encoder(tmp_path / "a.pth")
+            outcomes["loaded"] += 1
+        except UserError as error:
+            assert "\n" not in str(error) and str(tmp_path / "a.pth") in str(error)
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 5, outcomes
+
+
+def mutated(content: Any, random: np.random.Generator) -> Any:
+    """The content with one tensor, somewhere in its mappings, renamed, left out, reshaped or of another type."""
+    names = [name for name, value in content.items() if isinstance(value, dict | Tensor)]
+    if not names:
+        return content
+    name = names[random.integers(len(names))]
+    value = content[name]
+    if isinstance(value, dict):
+        return {**content, name: mutated(value, random)}
+    rest = {other: content[other] for other in content if other != name}
+    letter = random.integers(len(name))
+    change = random.integers(6)
+    if change == 0:
+        return rest
+    if change == 1:
+        return rest | {name[:letter] + "x" + name[letter + 1 :]: value}
+    if change == 2:
+        return rest | {name[:letter]: value}
+    if change == 3:
+        return rest | {name: value.flatten()[: random.integers(0, 9)]}
+    if change == 4:
+        return rest | {name: value[None]}
+    return rest | {name: value.to([torch.int64, torch.bool, torch.float64, torch.complex64][random.integers(4)])}
+
+
+def test_heads_can_be_given() -> None:
+    assert recognise(outline(96, 2, 16, grid=3), num_heads=3).architecture.num_heads == 3
+    assert recognise(outline(768, 2, 16, grid=3), num_heads=6).architecture.num_heads == 6
+    with pytest.raises(Unrecognised, match=r"its width of 96 is not divisible by encoder\.num_heads 5$"):
+        recognise(outline(96, 2, 16, grid=3), num_heads=5)
