@@ -8,7 +8,7 @@ import json
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -267,6 +267,92 @@ def inspect(
         print_inspection(inspection)
 
 
+@app.command()
+def interpolate(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Weights before refining, a file or a run's folder.")],
+    refined: Annotated[str, typer.Argument(metavar="REFINED", help="Weights after it.")],
+    alpha: Annotated[
+        str | None, typer.Option("--alpha", metavar="A,B,...", help="Shares of REFINED; default 0,0.25,0.5,0.75,1.")
+    ] = None,
+    data: DataOption = None,
+    sets: SetOption = None,
+    out: OutOption = None,
+    force: ForceOption = False,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    workers: WorkersOption = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Average the weights of two encoders; with --data, tell the k-NN accuracy of every average."""
+    from mimref.config import InterpolateConfig
+    from mimref.recipes import load_config
+
+    overrides: dict[str, Any] = {"base": base, "refined": refined, "alpha": _parse_floats("--alpha", alpha)}
+    config = load_config(
+        InterpolateConfig, None, overrides | _common(data, device, precision, None, workers), sets or ()
+    )
+
+    from mimref.evaluation.interpolate import interpolate as average
+    from mimref.terminal import Terminal, print_rows
+
+    out = out or Path("runs") / "interpolate"
+    with Terminal(quiet) as terminal:
+        result = average(config, out, force=force, listener=terminal)
+    print_rows(result.rows)
+    if not quiet:
+        typer.echo(f"{len(config.alpha)} encoders in {out}", err=True)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Weights file or the output folder of `refine`.")],
+    to: Annotated[Literal["timm", "release", "onnx"], typer.Option("--to", help="Who shall read it.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write; its ending must fit --to.")],
+    blocks: Annotated[
+        str | None, typer.Option("--blocks", metavar="last|all|1,5,12", help="Outputs of ONNX; default last.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option("--resolution", metavar="PIXELS", min=1, help="Default: the encoder's own.")
+    ] = None,
+    arch: ArchOption = None,
+    source: SourceOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write an encoder in another format; the file is read again and its features compared.
+
+    timm: for timm.create_model(..., checkpoint_path=FILE). release: the layout of the MIM-Refiner releases. onnx: a
+    graph with the chosen blocks' tokens as outputs.
+    """
+    if blocks is not None and to != "onnx":
+        raise ConfigError(f"--blocks {blocks}: goes with --to onnx alone; --to {to} keeps every block")
+
+    from mimref.encoders.export import export_onnx, export_release, export_timm, read_encoder
+    from mimref.evaluation.run import block_groups
+    from mimref.terminal import Terminal
+
+    encoder, facts = read_encoder(checkpoint, arch=arch, source=source, resolution=resolution)
+    with Terminal(quiet) as terminal:
+        terminal.note(f"writing {out}, reading it again and comparing features")
+        if to == "timm":
+            result = export_timm(encoder, out, facts, force=force)
+        elif to == "release":
+            result = export_release(encoder, out, facts, force=force)
+        else:
+            groups = block_groups(blocks or "last", encoder.depth)
+            result = export_onnx(encoder, out, facts, sum(groups.values(), []), force=force)
+    _print_facts(
+        {
+            "file": str(result.path),
+            **({"timm name": result.timm_name or "none of these sizes"} if to == "timm" else {}),
+            "read with": result.read_with,
+            "largest difference": f"{result.difference:.1e}",
+        }
+    )
+
+
 @presets_app.command("list")
 def list_presets(debug: DebugOption = False) -> None:
     """Name and first line of every preset."""
@@ -343,6 +429,13 @@ def _parse_ints(option: str, text: str | None) -> list[int] | None:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} {text!r}: expected whole numbers separated by commas, such as 10,20") from None
+
+
+def _parse_floats(option: str, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas, such as 0,0.5,1") from None
 
 
 def _default_out(config: "CommandConfig") -> Path:

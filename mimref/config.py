@@ -375,6 +375,18 @@ class KnnConfig(CommandConfig):
     """Temperature of the votes."""
 
 
+class InterpolateConfig(CommandConfig):
+    """Everything `mimref interpolate` can be told."""
+
+    command = "interpolate"
+    base: str
+    """Weights file, or a run's output folder."""
+    refined: str
+    """Weights file, or a run's output folder, of the same architecture."""
+    alpha: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    """Shares of the refined weights; one average each."""
+
+
 def dump_config(config: CommandConfig) -> str:
     """The settings as TOML text that `recipes.load_config` reads back to an equal config; unset keys are left out."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))

@@ -1,0 +1,81 @@
+"""Averages of a base's and a refined encoder's weights, which trade what each of them is good at (WiSE-FT's idea)."""
+
+import time
+from copy import deepcopy
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from mimref.config import CommandConfig, InterpolateConfig, KnnConfig
+from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, save_encoder
+from mimref.encoders.vit import Encoder
+from mimref.errors import CheckpointError, OutputError
+from mimref.evaluation.metrics import Row
+from mimref.evaluation.run import EvaluationResult, evaluate_knn
+from mimref.results import write_results
+from mimref.training.runlog import Listener, Silent
+
+
+def interpolate(
+    config: InterpolateConfig, out: Path, *, force: bool = False, listener: Listener | None = None
+) -> EvaluationResult:
+    """Write `(1 - alpha) * base + alpha * refined` for every alpha into `out`, as `alpha-0.25.safetensors`.
+
+    With images in `config.data`, the rows are the k-NN accuracy of each, with `alpha`; they are written there as well.
+    Raises CheckpointError for encoders that are not of one shape, OutputError for a folder that holds results.
+    """
+    started, listener = time.monotonic(), listener or Silent()
+    if (out / "results.json").exists() and not force:
+        raise OutputError(f"{out}: holds results; give another --out, or --force to replace them")
+    base, refined = read_checkpoint(config.base), read_checkpoint(config.refined)
+    ends = _plain_encoder(base), _plain_encoder(refined)
+    _check_alike(base, refined, *ends)
+    rows: list[Row] = []
+    for done, alpha in enumerate(config.alpha):
+        file = out / f"alpha-{alpha:g}.safetensors"
+        origin = {"base": str(base.path), "refined": str(refined.path), "alpha": alpha}
+        kept = {key: value for key, value in refined.header.items() if key not in ("architecture", "metrics")}
+        save_encoder(file, average(*ends, alpha), {**kept, "interpolated": origin})
+        if config.data.spec is not None:
+            found = evaluate_knn(_knn_config(config, file), listener=listener)
+            # alpha names the model.
+            rows += [{"alpha": alpha} | {key: row[key] for key in row if key != "model"} for row in found.rows]
+        listener.progress("averages", done + 1, len(config.alpha))
+    elapsed_s = time.monotonic() - started
+    write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows)
+    return EvaluationResult(rows, elapsed_s)
+
+
+@torch.no_grad()
+def average(base: Encoder, refined: Encoder, alpha: float) -> Encoder:
+    """An encoder with `(1 - alpha) * base + alpha * refined` as weights; 0 and 1 are the two to the last bit."""
+    mixed = deepcopy(refined)
+    start = base.vit.state_dict()
+    for name, tensor in mixed.vit.state_dict().items():
+        # torch's lerp is exact at both ends.
+        tensor.copy_(torch.lerp(start[name], tensor, alpha))
+    return mixed
+
+
+def _plain_encoder(checkpoint: Checkpoint) -> Encoder:
+    if checkpoint.architecture is None:
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}")
+    encoder = encoder_from(checkpoint, checkpoint.architecture)
+    assert isinstance(encoder, Encoder)
+    return encoder
+
+
+def _check_alike(base: Checkpoint, refined: Checkpoint, base_encoder: Encoder, refined_encoder: Encoder) -> None:
+    left, right = base_encoder.architecture, refined_encoder.architecture
+    # Its name and whether positions are trained do not change the function.
+    same = replace(left, name=right.name, fixed_positions=right.fixed_positions)
+    differing = [field.name for field in fields(right) if getattr(same, field.name) != getattr(right, field.name)]
+    if differing:
+        values = ", ".join(f"{name} {getattr(left, name)} and {getattr(right, name)}" for name in differing)
+        raise CheckpointError(f"{base.path} and {refined.path} are encoders of different kinds: {values}")
+
+
+def _knn_config(config: InterpolateConfig, file: Path) -> KnnConfig:
+    common = {name: getattr(config, name) for name in CommandConfig.model_fields}
+    return KnnConfig(**common, checkpoint=str(file))
