@@ -75,6 +75,7 @@ def print_inspection(inspection: "Inspection") -> None:
         "file": inspection.file,
         "format": inspection.format,
         "source": inspection.source or "not told by the weights",
+        "licence": inspection.licence or "not known",
         "architecture": f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, "
         f"{architecture.num_heads} heads, patches of {architecture.patch_size} pixels, "
         f"images of {architecture.image_size}",

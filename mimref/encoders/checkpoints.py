@@ -5,25 +5,30 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, classifier_layers
+from mimref.config import EncoderConfig
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, classifier_layers, native_size
 from mimref.encoders.formats import Recognised, Unrecognised, recognise, shortened
+from mimref.encoders.known import KnownWeights, Progress, find_known
 from mimref.encoders.reading import first_line, named_tensors, read_file
-from mimref.encoders.vit import Architecture, Encoder, build_encoder, resize_positions
+from mimref.encoders.vit import Architecture, Encoder, build_encoder, is_plain_vit, resize_positions
 from mimref.errors import CheckpointError, ConfigError
 from mimref.files import atomic_write
 
 # Parts of timm's checkpoints that are not the encoder.
 _DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.")
 _WRAPPERS = ("model", "state_dict")
+_TIMM = "timm:"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Checkpoint:
     """A foreign file as a plain vision transformer."""
     problem: str = ""
     """Why a foreign file is not recognised."""
+    published: KnownWeights | None = None
+    """The published weights that were asked for by name."""
 
     @property
     def architecture(self) -> Architecture | None:
@@ -54,18 +61,30 @@ class Checkpoint:
 
     @property
     def source(self) -> str | None:
-        """Pre-training method, from the header or as recognised; None where neither tells."""
+        """Pre-training method, by the name asked for, the header, or as recognised; None where nothing tells."""
+        if self.published:
+            return self.published.source
         source = self.recognised.source if self.recognised else self.header.get("source")
         return source if isinstance(source, str) else None
 
+    @property
+    def licence(self) -> str | None:
+        """Of published weights or by the header; a layout does not tell who trained the weights."""
+        licence = self.published.licence if self.published else self.header.get("licence")
+        return licence if isinstance(licence, str) else None
 
-def read_checkpoint(path: str | Path, *, num_heads: int | None = None) -> Checkpoint:
-    """Read `path`, `quickstart` for the packaged encoder, or the output folder of a run.
+
+def read_checkpoint(path: str | Path, *, num_heads: int | None = None, progress: Progress | None = None) -> Checkpoint:
+    """Read `path`, the output folder of a run, published weights by name, or `quickstart` for the packaged encoder.
 
     num_heads: attention heads of a foreign file, which its weights do not tell; None asks the published sizes.
+    progress: told of a download.
     Raises CheckpointError with one line for a missing, damaged or foreign file.
     """
-    file = read_file(path)
+    if isinstance(path, str) and path.startswith(_TIMM):
+        return _from_timm(path)
+    file = read_file(path, progress)
+    published = find_known(str(path)) if not Path(path).exists() else None
     content = file.content
     for wrapper in _WRAPPERS:
         if isinstance(content.get(wrapper), Mapping):
@@ -74,9 +93,27 @@ def read_checkpoint(path: str | Path, *, num_heads: int | None = None) -> Checkp
     if own.architecture:  # a damaged one is found here, before any work
         return own
     try:
-        return Checkpoint(file.path, own.tensors, file.header, recognise(file.content, num_heads=num_heads))
+        return replace(own, recognised=recognise(file.content, num_heads=num_heads), published=published)
     except Unrecognised as reason:
-        return Checkpoint(file.path, own.tensors, file.header, problem=str(reason))
+        return replace(own, problem=str(reason))
+
+
+def _from_timm(path: str) -> Checkpoint:
+    """`timm:NAME`: a plain vision transformer with the weights that timm fetches for it."""
+    name = path.removeprefix(_TIMM)
+    if not is_plain_vit(name):
+        raise CheckpointError(f"{path}: not a plain vision transformer; give its file, and its name by --arch")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # the hub's client has many ways to fail
+        raise CheckpointError(
+            f"{path}: timm cannot fetch its weights ({first_line(error)}); give the file of its weights"
+        ) from error
+    config = EncoderConfig(arch=name, image_size=native_size(name))
+    header = {"architecture": Architecture.from_config(config).to_dict(), "source": "timm"}
+    return Checkpoint(Path(path), dict(model.state_dict()), header)
 
 
 def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = False) -> None:

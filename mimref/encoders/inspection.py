@@ -32,6 +32,7 @@ class Inspection:
     format: str
     source: str | None
     """Pre-training method where it can be told."""
+    licence: str | None
     architecture: Architecture
     parameters: int
     tensors: list[TensorOrigin]
@@ -59,6 +60,7 @@ def inspect_file(path: str | Path) -> Inspection:
         file=str(checkpoint.path),
         format=recognised.format if recognised else "mimref",
         source=checkpoint.source,
+        licence=checkpoint.licence,
         architecture=architecture,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         tensors=[_origin(name, tensors[name], origins[name]) for name in sorted(tensors, key=_in_order)],

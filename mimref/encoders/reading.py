@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mimref.errors import CheckpointError
+from mimref.encoders.known import ADDRESSES, Progress, fetch, find_known
+from mimref.errors import CheckpointError, did_you_mean
 
 _NUMPY_TYPES = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"]
 # What numpy pickles scalars and arrays with, under the names of versions 1 and 2.
@@ -49,13 +50,14 @@ class WeightsFile:
     """JSON header of our own files, else empty."""
 
 
-def read_file(path: str | Path) -> WeightsFile:
-    """Read `path`, `quickstart` for the packaged encoder, or the output folder of a run.
+def read_file(path: str | Path, progress: Progress | None = None) -> WeightsFile:
+    """Read `path`, the output folder of a run, published weights by name, or `quickstart` for the packaged encoder.
 
+    progress: told of a download.
     Raises CheckpointError with one line for a missing, damaged or foreign file.
     """
     try:
-        file = _find(path)
+        file = _find(path, progress)
         with file.open("rb") as stream:
             start = stream.read(9)
     except OSError as error:
@@ -89,16 +91,20 @@ def first_line(error: Exception) -> str:
     return sentence if tells else type(error).__name__
 
 
-def _find(path: str | Path) -> Path:
+def _find(path: str | Path, progress: Progress | None) -> Path:
     if path == "quickstart":
         return Path(str(resources.files("mimref") / "assets" / "quickstart.safetensors"))
     file = Path(path)
+    known = None if file.exists() else find_known(str(path))
+    if known:
+        return fetch(known, progress)
     if file.is_dir():
         file = file / "encoder.safetensors"
         if not file.is_file():
             raise CheckpointError(f"{path}: the folder holds no encoder.safetensors; finish its run with --resume")
     if not file.is_file():
-        raise CheckpointError(f"{file}: {'not a file' if file.exists() else 'no such file'}; give a checkpoint")
+        hint = did_you_mean(str(path), ADDRESSES) or "; give a checkpoint or the name of published weights"
+        raise CheckpointError(f"{file}: {'not a file' if file.exists() else 'no such file'}{hint}")
     return file
 
 

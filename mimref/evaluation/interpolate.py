@@ -40,7 +40,7 @@ def interpolate(
         if config.data.spec is not None:
             found = evaluate_knn(_knn_config(config, file), listener=listener)
             # alpha names the model.
-            rows += [{"alpha": alpha} | {key: row[key] for key in row if key != "model"} for row in found.rows]
+            rows += [{"alpha": alpha, **{key: row[key] for key in row if key != "model"}} for row in found.rows]
         listener.progress("averages", done + 1, len(config.alpha))
     elapsed_s = time.monotonic() - started
     write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows)

@@ -38,7 +38,7 @@ def evaluate_knn(config: KnnConfig, *, listener: Listener | None = None) -> Eval
     checkpoint, images, blocks or numbers of neighbours that do not fit, before the encoder runs.
     """
     started, listener = time.monotonic(), listener or Silent()
-    checkpoint = read_checkpoint(config.checkpoint)
+    checkpoint = read_checkpoint(config.checkpoint, progress=listener.progress)
     architecture = _architecture(config, checkpoint)
     transform = eval_transform(architecture, config.data, checkpoint.header, resolution=config.resolution)
     data = recorded_data(config.data, checkpoint.header)

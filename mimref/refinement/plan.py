@@ -11,6 +11,7 @@ from mimref.data.loader import check_batch_size
 from mimref.data.sources import ImageSource, open_source
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint
+from mimref.encoders.known import Progress, official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture
 from mimref.errors import CheckpointError, ConfigError
 from mimref.features.spec import eval_transform, recorded_data
@@ -51,12 +52,13 @@ class Plan:
         return 0 if self.config.stage == "heads" else self.config.encoder_stage.epochs * self.steps_per_epoch
 
 
-def make_plan(config: RefineConfig) -> Plan:
-    """Check the settings against the weights and the images. Raises UserError subclasses; reads, writes nothing."""
-    if config.encoder.weights is None:
-        arch, source = config.encoder.arch, config.encoder.source
-        raise ConfigError(f"no weights for {arch} from {source}: pass --weights FILE (nothing is downloaded)")
-    checkpoint = read_checkpoint(config.encoder.weights, num_heads=config.encoder.num_heads)
+def make_plan(config: RefineConfig, progress: Progress | None = None) -> Plan:
+    """Check the settings against the weights and the images. Raises UserError subclasses.
+
+    Nothing is written but a copy of published weights, of whose download `progress` is told.
+    """
+    weights = config.encoder.weights or official_name(config.encoder.arch, config.encoder.source)
+    checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads, progress=progress)
     architecture = _architecture(config.encoder, checkpoint)
     data = recorded_data(config.data, checkpoint.header)
     warned = _warnings(config.encoder, checkpoint)
@@ -216,9 +218,8 @@ def describe(plan: Plan) -> dict[str, str]:
 
 def header_of(plan: Plan) -> dict[str, Any]:
     """What the result's header says beside the architecture: where the weights came from and how they were refined."""
-    upstream = plan.checkpoint.header
     source = plan.config.encoder.source
     header: dict[str, Any] = {"source": f"{source} refined" if plan.encoder_steps else source}
-    if "licence" in upstream:
-        header["licence"] = upstream["licence"]
+    if plan.checkpoint.licence:
+        header["licence"] = plan.checkpoint.licence
     return header

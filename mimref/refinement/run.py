@@ -51,7 +51,7 @@ def refine(
         return RefineResult(out, *read_results(out))
     check_trackers(config.monitor.trackers)
     with stop_signal() as stop:
-        plan = make_plan(config)
+        plan = make_plan(config, listener.progress)
         config = reloadable(plan.config)
         state = folder.load_state() if resume else None
         if state:

@@ -54,7 +54,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"views.flip": 2}, "views.flip = 2: expected a number at most 1"),
     ({"heads.temprature": 1}, "Unknown setting 'heads.temprature'; did you mean 'heads.temperature'?"),
     ({"encoder.weights": "nowhere.safetensors"}, "nowhere.safetensors: no such file"),
-    ({"encoder.weights": "none"}, "no weights for vit_l16 from mae: pass --weights FILE (nothing is downloaded)"),
+    (
+        {"encoder.weights": "none", "encoder.source": "ijepa"},
+        "no published weights of vit_l16 from ijepa: vit_l16 exists",
+    ),
     ({"data.spec": "none"}, "no images: pass --data (a folder, digits, fashion-mnist or torchvision:NAME)"),
     ({"device": "gpu"}, "device = \"gpu\": expected 'auto', 'cpu', 'cuda' or 'mps'"),
     ({"seed": -1}, "seed = -1: expected a number at least 0"),
