@@ -62,7 +62,10 @@ BatchSizeOption = Annotated[
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the output folder.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")]
 WeightsOption = Annotated[
-    str | None, typer.Option("--weights", metavar="FILE", help="Weights to refine; `quickstart` is packaged.")
+    str | None,
+    typer.Option(
+        "--weights", metavar="FILE|NAME", help="Weights to refine, such as mae_l16; `quickstart` is packaged."
+    ),
 ]
 EncoderEpochsOption = Annotated[str | None, typer.Option("--epochs", metavar="N", help="Epochs of stage 2.")]
 HeadsEpochsOption = Annotated[str | None, typer.Option("--heads-epochs", metavar="N", help="Epochs of stage 1.")]
@@ -125,6 +128,7 @@ def refine(
     encoder before and after. Without options: the packaged tiny encoder on scikit-learn's digits.
     """
     from mimref.config import RefineConfig
+    from mimref.encoders.known import find_known
     from mimref.recipes import choose_refine_preset, load_config
 
     overrides = {
@@ -138,7 +142,11 @@ def refine(
         "batch_size": batch_size,
         "heads.blocks": heads,
     } | _common(data, device, precision, seed, workers)
-    chosen = _resumed_config(out, resume, preset) or choose_refine_preset(preset, arch, source, weights)
+    # The name of published weights says what they are.
+    known = find_known(weights) if weights else None
+    chosen = _resumed_config(out, resume, preset) or choose_refine_preset(
+        preset, arch or (known.arch if known else None), source or (known.source if known else None), weights
+    )
     config = load_config(RefineConfig, chosen, overrides, sets or ())
     out = out or _default_out(config)
     if dry_run:
@@ -333,24 +341,18 @@ def export(
     from mimref.evaluation.run import block_groups
     from mimref.terminal import Terminal
 
-    encoder, facts = read_encoder(checkpoint, arch=arch, source=source, resolution=resolution)
     with Terminal(quiet) as terminal:
-        terminal.note(f"writing {out}, reading it again and comparing features")
+        encoder, facts = read_encoder(checkpoint, arch=arch, source=source, resolution=resolution, listener=terminal)
         if to == "timm":
-            result = export_timm(encoder, out, facts, force=force)
+            done = export_timm(encoder, out, facts, force=force, listener=terminal)
         elif to == "release":
-            result = export_release(encoder, out, facts, force=force)
+            done = export_release(encoder, out, facts, force=force, listener=terminal)
         else:
-            groups = block_groups(blocks or "last", encoder.depth)
-            result = export_onnx(encoder, out, facts, sum(groups.values(), []), force=force)
-    _print_facts(
-        {
-            "file": str(result.path),
-            **({"timm name": result.timm_name or "none of these sizes"} if to == "timm" else {}),
-            "read with": result.read_with,
-            "largest difference": f"{result.difference:.1e}",
-        }
-    )
+            chosen = [number for group in block_groups(blocks or "last", encoder.depth).values() for number in group]
+            done = export_onnx(encoder, out, facts, chosen, force=force, listener=terminal)
+    name = {"timm name": done.timm_name or "none of these sizes"} if to == "timm" else {}
+    difference = {"largest difference": f"{done.difference:.1e}"}
+    _print_facts({"file": str(done.path)} | name | {"read with": done.read_with} | difference)
 
 
 @presets_app.command("list")

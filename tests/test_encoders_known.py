@@ -147,3 +147,16 @@ def test_weights_by_timms_names(monkeypatch: pytest.MonkeyPatch) -> None:
         load_encoder("timm:test_vit2")
     with pytest.raises(CheckpointError, match=r"^timm:resnet18: not a plain vision transformer"):
         load_encoder("timm:resnet18")
+
+
+def test_refine_knows_the_preset_of_published_weights(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    publish(monkeypatch, tmp_path)
+    line = ["refine", "--weights", "mae_l16", "--data", "digits", "--dry-run", "--batch-size", "64"]
+    small = {"heads.blocks": "last2", "heads.queue_size": "512", "views.global_size": "16", "views.local_size": "8"}
+    settings = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    assert run([*line, *settings]) == 0
+    captured = capsys.readouterr()
+    assert "runs/refine-mae_l16" in captured.out and str(cache / "mae_l16.pth") in captured.out
+    assert "encoder.arch vit_l16 is passed over" in captured.out  # the small file that stands for it here

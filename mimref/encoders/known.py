@@ -93,6 +93,11 @@ class KnownWeights:
     """Pre-training method, as `--source` names it."""
 
     @property
+    def arch(self) -> str:
+        """As `--arch` names it."""
+        return f"vit_{self.name.rpartition('_')[2]}"
+
+    @property
     def file(self) -> Path:
         """Where a copy is kept: in `$MIMREF_CACHE`, else in the user's cache folder."""
         cache = os.environ.get("MIMREF_CACHE") or os.path.join(

@@ -1,0 +1,136 @@
+"""`mimref export`: what it prints, what it refuses, and that refusals leave nothing behind."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from mimref.cli import run
+from mimref.encoders.checkpoints import read_checkpoint
+from mimref.encoders.vit import Architecture
+from tests.tiny import write_weights
+
+# Attention heads of a file without header are told by widths that are published.
+TINY = Architecture("custom", 16, width=192, depth=2, num_heads=3, patch_size=8)
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A tiny encoder in the current folder's parent; the current folder is empty."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return str(write_weights(tmp_path / "encoder.safetensors", architecture=TINY))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line of a mistake, which leaves no file behind."""
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    assert run(["export", *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1, captured.err
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    return captured.err.removeprefix("mimref: error: ").strip()
+
+
+def test_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = Architecture("custom", 224, width=192, depth=12, num_heads=3, patch_size=16)
+    weights = write_weights(tmp_path / "encoder.safetensors", architecture=sizes)
+    assert run(["export", str(weights), "--to", "timm", "--out", "t.safetensors"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "writing t.safetensors, reading it again and comparing features\n"
+    call = "timm.create_model('vit_tiny_patch16_224', checkpoint_path='t.safetensors', num_classes=0)"
+    file, name, read_with, difference = captured.out.splitlines()
+    assert file.split() == ["file", "t.safetensors"]
+    assert name.split() == ["timm", "name", "vit_tiny_patch16_224"]
+    assert read_with.removeprefix("read with").strip() == call
+    assert float(difference.removeprefix("largest difference")) < 1e-4
+    assert eval(call, {"timm": timm}).embed_dim == 192
+    assert read_checkpoint("t.safetensors").source == "mae"
+
+
+def test_release(weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", weights, "--to", "release", "--out", "new/r.th", "--resolution", "32", "--quiet"]
+    assert run(command) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "torch.load('new/r.th')['state_dict']" in captured.out
+    assert "timm name" not in captured.out
+    content = torch.load("new/r.th", weights_only=True)
+    assert content["state_dict"]["pos_embed.embed"].shape == (1, 4, 4, 192)
+    assert content["mimref"] == {"source": "mae"}
+
+
+def test_onnx(weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert run(["export", weights, "--to", "onnx", "--out", "o.onnx"]) == 0
+    assert "onnxruntime.InferenceSession('o.onnx')" in capsys.readouterr().out
+    names = [output.name for output in onnxruntime.InferenceSession("o.onnx").get_outputs()]
+    assert names == ["block_2", "normed"]
+    assert run(["export", weights, "--to", "onnx", "--out", "o.onnx", "--blocks", "all", "--force"]) == 0
+    names = [output.name for output in onnxruntime.InferenceSession("o.onnx").get_outputs()]
+    assert names == ["block_1", "block_2", "normed"]
+    assert [path.name for path in Path().iterdir()] == ["o.onnx"]
+
+
+def test_a_file_that_exists_is_kept_without_force(weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.pth").write_text("old")
+    line = refusal(capsys, weights, "--to", "timm", "--out", "t.pth")
+    assert line == "--out t.pth: exists; give another name, or --force to replace it"
+    assert run(["export", weights, "--to", "timm", "--out", "t.pth", "--force"]) == 0
+    captured = capsys.readouterr()
+    assert "none of these sizes" in captured.out
+    assert captured.err.endswith(".pth has no place for source; .safetensors has\n")
+    assert torch.load("t.pth", weights_only=True)["cls_token"].shape == (1, 1, 192)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--to timm --out t.onnx", "--out t.onnx: the file's name must end in .safetensors or .pth or .pt"),
+        ("--to release --out t.safetensors", "--out t.safetensors: the file's name must end in .th or .pth or .pt"),
+        ("--to onnx --out t", "--out t: the file's name must end in .onnx"),
+        ("--to timm --out t.pth --blocks all", "--blocks all: goes with --to onnx alone; --to timm keeps every block"),
+        ("--to timm --out t.pth --resolution 20", "--resolution 20 is not divisible by the patch size 8 of custom"),
+        ("--to timm --out t.pth --resolution 0", "Invalid value for '--resolution'"),
+        ("--to onnx --out t.onnx --blocks 3", "block 3 does not exist; the encoder has blocks 1 to 2"),
+        ("--to onnx --out t.onnx --blocks x", "--blocks 'x': expected last"),
+        ("--to jax --out t.onnx", "Invalid value for '--to'"),
+        ("--to timm", "Missing option '--out'"),
+        ("--out t.pth", "Missing option '--to'"),
+    ],
+)
+def test_options_that_do_not_fit(weights: str, capsys: pytest.CaptureFixture[str], options: str, line: str) -> None:
+    assert line in refusal(capsys, weights, *options.split())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "line"),
+    [
+        (replace(TINY, post_norm=True), "--to timm --out a.pth", "use --to release or --to onnx"),
+        (replace(TINY, final_norm=False), "--to timm --out a.pth", "use --to onnx"),
+        (replace(TINY, registers=4), "--to release --out a.th", "has no place for register tokens; use --to timm"),
+    ],
+)
+def test_encoders_that_do_not_fit(
+    weights: str, capsys: pytest.CaptureFixture[str], architecture: Architecture, options: str, line: str
+) -> None:
+    write_weights(Path(weights), architecture=architecture)
+    assert line in refusal(capsys, weights, *options.split())
+
+
+def test_files_that_are_no_encoders(capsys: pytest.CaptureFixture[str], weights: str) -> None:
+    assert "nothing.pth: no such file" in refusal(capsys, "nothing.pth", "--to", "timm", "--out", "a.pth")
+    torch.save({"transformer.wte.weight": torch.zeros(3, 2)}, "gpt.pt")
+    assert "gpt.pt: holds no vision transformer" in refusal(capsys, "gpt.pt", "--to", "timm", "--out", "a.pth")
+
+
+def test_features_that_differ(
+    weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mimref.encoders.export._TOLERANCE", -1.0)
+    line = refusal(capsys, weights, "--to", "release", "--out", "a.th", "--quiet")
+    assert line.startswith(
+        "--out a.th: not written: read again, block_1 differs by 0 from the encoder's features of up"
+    )
