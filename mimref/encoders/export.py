@@ -349,7 +349,7 @@ class _Graph(nn.Module):
 
     def __init__(self, encoder: Encoder, blocks: Sequence[int]) -> None:
         super().__init__()
-        self.encoder = _AnyBatch(encoder.architecture, encoder.vit)
+        self.encoder = encoder
         self.indices = list(dict.fromkeys(blocks))
         self.with_norm = encoder.depth in self.indices and _has_norm(encoder.vit)
         self.names = [f"block_{block}" for block in self.indices] + ["normed"] * self.with_norm
@@ -358,16 +358,6 @@ class _Graph(nn.Module):
         tokens = self.encoder.blocks(images, self.indices)
         last = [tokens[self.indices.index(self.encoder.depth)]] if self.with_norm else []
         return tokens + [self.encoder.vit.norm(tokens_BLD) for tokens_BLD in last]
-
-
-class _AnyBatch(Encoder):
-    """`len` of a tensor is a constant to the tracer; its shape is not."""
-
-    def add_prefix(self, patches_BND: Tensor, prefix_positions: Tensor | None) -> Tensor:
-        if not self.num_prefix_tokens:
-            return patches_BND
-        prefix_1PD = super().add_prefix(patches_BND.new_empty(1, 0, self.embed_dim), prefix_positions)
-        return torch.cat([prefix_1PD.expand(patches_BND.shape[0], -1, -1), patches_BND], dim=1)
 
 
 def _describe(model: Any, facts: Mapping[str, Any]) -> None:

@@ -224,7 +224,8 @@ class Encoder(nn.Module):
         prefix_1PD = torch.cat(prefix, dim=1)
         if prefix_positions is not None:
             prefix_1PD = prefix_1PD + prefix_positions
-        return torch.cat([prefix_1PD.expand(len(patches_BND), -1, -1), patches_BND], dim=1)
+        # The shape, as `len` would become a constant when the encoder is traced for ONNX.
+        return torch.cat([prefix_1PD.expand(patches_BND.shape[0], -1, -1), patches_BND], dim=1)
 
     def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
         """One vector per image: `cls`, `mean` of the patch tokens, or both (`cls+mean`, (B, 2D)).
