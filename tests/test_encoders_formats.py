@@ -100,6 +100,10 @@ def dino(state: State) -> Any:
     return state
 
 
+def maws(state: State) -> Any:
+    return state
+
+
 def dino_full(state: State) -> Any:
     student = prefixed("module.backbone.", {name: tensor + 1 for name, tensor in state.items()})
     teacher = prefixed("backbone.", state) | DINO_HEAD
@@ -188,6 +192,7 @@ LAYOUTS: list[tuple[Callable[[State], Any], Callable[[], VisionTransformer], str
     (release, LEARNED, "MIM-Refiner release (pre-norm)", None),
     (release_with_flat_names, mae_vit, "layout of MAE", None),
     (mae_ct, mae_vit, "layout of MAE", None),
+    (maws, mae_vit, "layout of MAE", None),
     (dino, LEARNED, "layout of timm", None),
     (dino_full, LEARNED, "DINO", "dino"),
     (ibot, LEARNED, "iBOT", "ibot"),
