@@ -1,11 +1,14 @@
 """Low-shot logistic regression against scikit-learn, and the draws of splits."""
 
+import ctypes
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.lowshot import LAMBDA, TOLERANCE, draw_split, fit_logistic, lowshot
@@ -141,3 +144,16 @@ def test_refuses_what_cannot_be_evaluated() -> None:
     broken[0, 0] = np.inf
     with pytest.raises(DataError, match="train: features of image 0 "):
         lowshot(broken, train_y, test_x, test_y)
+
+
+def test_openmp_of_the_calling_thread_is_left_as_it_was() -> None:
+    # With OpenMP's dynamic teams on, as cyanure leaves them, torch's products on several threads are wrong, up to NaN.
+    train_x, _, _, _ = digits()
+    rows = normalised(train_x[:10])
+    fit_logistic(rows, np.arange(10), 10)  # cyanure's runtime is loaded now
+    runtimes = [ctypes.CDLL(pool["filepath"]) for pool in threadpool_info() if pool["user_api"] == "openmp"]
+    with threadpool_limits(limits=3, user_api="openmp"):
+        fit_logistic(rows, np.arange(10), 10)
+        state = [(runtime.omp_get_dynamic(), runtime.omp_get_max_threads()) for runtime in runtimes]
+    assert runtimes
+    assert state == [(0, 3)] * len(runtimes)
