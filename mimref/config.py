@@ -71,7 +71,7 @@ class EncoderConfig(Section):
     depth: int | None = Field(default=None, gt=0)
     """Number of blocks of a `custom` encoder."""
     num_heads: int | None = Field(default=None, gt=0)
-    """Attention heads of a `custom` encoder."""
+    """Attention heads of a `custom` encoder, and of weights of an unusual width, which do not tell it."""
     patch_size: int | None = Field(default=None, gt=0)
     """Pixels per patch side of a `custom` encoder."""
 
@@ -349,16 +349,24 @@ class PretrainConfig(RunConfig):
     mae: MAEConfig = MAEConfig()
 
 
+class EvaluatedEncoderConfig(Section):
+    """What an evaluated encoder's file does not tell."""
+
+    num_heads: int | None = Field(default=None, gt=0)
+    """Attention heads; None: those of the published model of the same width, else one per 64 channels."""
+
+
 class KnnConfig(CommandConfig):
     """Everything `mimref knn` can be told."""
 
     command = "knn"
     checkpoint: str = "quickstart"
-    """Weights file, a refine output folder, or `quickstart` for the packaged encoder."""
+    """Weights file, a refine output folder, published weights by name, or `quickstart` for the packaged encoder."""
     arch: str | None = None
-    """As `encoder.arch`; None: read from the checkpoint's header."""
+    """As `encoder.arch`; None: read from the checkpoint."""
     source: str | None = None
-    """As `encoder.source`; None: read from the checkpoint's header."""
+    """As `encoder.source`; None: read from the checkpoint."""
+    encoder: EvaluatedEncoderConfig = EvaluatedEncoderConfig()
     batch_size: int = Field(default=256, gt=0)
     """Images per forward pass."""
     blocks: str = "last"

@@ -1,6 +1,8 @@
 """Public checkpoints' layouts: recognised by content, and with the features that their own models give."""
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from timm.layers.mlp import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -454,6 +457,17 @@ def test_published_sizes(
     assert recognised.notices == []
 
 
+@torch.no_grad()
+def test_features_of_a_true_width_need_the_right_heads(tmp_path: Path) -> None:
+    # ViT-H's 1280 channels have 16 heads, not one per 64 channels.
+    vit = timm_vit(embed_dim=1280, depth=1, num_heads=16)
+    encoder = loaded({"model": dict(vit.state_dict())}, tmp_path / "a.pth")
+    images = torch.randn(1, 3, IMAGE, IMAGE)
+    expected = tokens(vit, images)[0]
+    atol = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(encoder.blocks(images, [1])[0], expected, rtol=0, atol=atol)
+
+
 def test_heads_of_unknown_widths_are_a_guess_that_is_told() -> None:
     recognised = recognise(outline(320, 2, 16, grid=3))
     assert recognised.architecture.num_heads == 5
@@ -585,3 +599,41 @@ def test_heads_can_be_given() -> None:
     assert recognise(outline(768, 2, 16, grid=3), num_heads=6).architecture.num_heads == 6
     with pytest.raises(Unrecognised, match=r"its width of 96 is not divisible by encoder\.num_heads 5$"):
         recognise(outline(96, 2, 16, grid=3), num_heads=5)
+
+
+# --- large files
+
+_MEASURE = """
+import resource, sys, time
+import torch
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before, started = peak(), time.monotonic()
+from mimref.encoders.checkpoints import load_encoder
+from mimref.encoders.inspection import inspect_file
+if sys.argv[1] == "inspect":
+    inspect_file(sys.argv[2])
+else:
+    print(sum(float(parameter.detach().sum()) for parameter in load_encoder(sys.argv[2])[0].parameters()))
+print(time.monotonic() - started, peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_huge_file_is_inspected_and_loaded_without_a_copy(suffix: str, tmp_path: Path) -> None:
+    state = {name: torch.rand(tensor.shape) for name, tensor in outline(1280, 32, 14, grid=16).items()}
+    path = tmp_path / f"h.{suffix}"
+    torch.save({"model": state}, path) if suffix == "pth" else save_file(state, path)
+    del state
+    size_mb = path.stat().st_size / 2**20
+
+    def measure(job: str) -> tuple[float, float]:
+        """Seconds and megabytes beyond those of importing torch."""
+        line = [sys.executable, "-c", _MEASURE, job, str(path)]
+        told = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()
+        return float(told[-2]), float(told[-1])
+
+    seconds, megabytes = measure("inspect")
+    assert megabytes < 300 and seconds < 10  # 2.5 s on two quiet cores, most of it timm's import
+    assert measure("load")[1] < 1.2 * size_mb

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mimref.cli import run
-from mimref.config import DataConfig, KnnConfig
+from mimref.config import DataConfig, EvaluatedEncoderConfig, KnnConfig
 from mimref.data.sources import open_source
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import save_encoder
@@ -159,6 +159,25 @@ def test_foreign_mae_files(images: Path, tmp_path: Path, capsys: pytest.CaptureF
     torch.save({"model": state | {"extra": torch.zeros(2)}}, tmp_path / "other.pth")
     assert run(["knn", str(tmp_path / "other.pth"), "--data", str(images)]) == 2
     assert "other.pth: model.extra is unexpected; pass --arch (and --source)" in capsys.readouterr().err
+
+
+def test_heads_that_weights_do_not_tell(images: Path, tmp_path: Path) -> None:
+    base: Any = timm.create_model("test_vit", num_classes=0)
+    torch.save(base.state_dict(), tmp_path / "a.pth")
+    settings: dict[str, Any] = {"k": [3], "resolution": 32, "data": DataConfig(spec=str(images))}
+    listener = Recorder()
+    guessed = evaluate_knn(config(tmp_path / "a.pth", **settings), listener=listener)
+    assert listener.notes == [
+        f"{tmp_path / 'a.pth'}: 1 attention heads are assumed, 64 channels each; "
+        "set encoder.num_heads where that is wrong"
+    ]
+    given = config(tmp_path / "a.pth", encoder=EvaluatedEncoderConfig(num_heads=2), **settings)
+    as_timm = config(tmp_path / "a.pth", arch="test_vit", **settings)
+    for settled in (given, as_timm):
+        listener = Recorder()
+        evaluate_knn(settled, listener=listener)
+        assert listener.notes == []
+    assert guessed.rows[0]["model"] == "a.pth"
 
 
 def test_other_backbones(images: Path, tmp_path: Path) -> None:

@@ -67,6 +67,12 @@ class Checkpoint:
         source = self.recognised.source if self.recognised else self.header.get("source")
         return source if isinstance(source, str) else None
 
+    def notices(self, architecture: Architecture | BackboneArchitecture) -> list[str]:
+        """What was assumed or changed to read the file as this architecture, a line each with the file's name."""
+        if not self.recognised or isinstance(architecture, BackboneArchitecture) or architecture.from_timm:
+            return []
+        return [f"{self.path}: {notice}" for notice in self.recognised.notices]
+
     @property
     def licence(self) -> str | None:
         """Of published weights or by the header; a layout does not tell who trained the weights."""

@@ -38,8 +38,10 @@ def evaluate_knn(config: KnnConfig, *, listener: Listener | None = None) -> Eval
     checkpoint, images, blocks or numbers of neighbours that do not fit, before the encoder runs.
     """
     started, listener = time.monotonic(), listener or Silent()
-    checkpoint = read_checkpoint(config.checkpoint, progress=listener.progress)
+    checkpoint = read_checkpoint(config.checkpoint, num_heads=config.encoder.num_heads, progress=listener.progress)
     architecture = _architecture(config, checkpoint)
+    for notice in checkpoint.notices(architecture):
+        listener.note(notice)
     transform = eval_transform(architecture, config.data, checkpoint.header, resolution=config.resolution)
     data = recorded_data(config.data, checkpoint.header)
     train, test = open_source(data, "train", need_labels=True), open_source(data, "val", need_labels=True)

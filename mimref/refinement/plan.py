@@ -213,6 +213,9 @@ def describe(plan: Plan) -> dict[str, str]:
         "steps": f"{plan.heads_steps:,} (heads), then {plan.encoder_steps:,} (encoder and heads)",
         "memory": f"{memory} in float32 for weights, optimizer, average and queue, activations not counted",
     }
+    notices = plan.checkpoint.notices(architecture)
+    if notices:
+        facts["notice"] = "; ".join(notices)
     return facts | ({"warning": "; ".join(plan.warnings)} if plan.warnings else {})
 
 

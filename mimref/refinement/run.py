@@ -56,6 +56,8 @@ def refine(
         state = folder.load_state() if resume else None
         if state:
             check_images(state, plan.source, listener)
+        for notice in plan.checkpoint.notices(plan.architecture):
+            listener.note(notice)
         for warning in plan.warnings:
             listener.warn(warning)
         run = Refinement(plan, listener)
