@@ -130,8 +130,8 @@ def fit_logistic(x: NDArray[np.float64], y: Labels, classes: int) -> NDArray[np.
     with warnings.catch_warnings(), _silent_stderr(), ThreadPoolExecutor(1) as pool:
         # Reaching the last epoch is part of the protocol.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        # In a thread of its own, because cyanure leaves OpenMP's dynamic teams switched on, and one thread, for the thread
-        # that calls it; torch's matrix products in that thread are then wrong, up to NaN.
+        # In a thread of its own, because cyanure leaves OpenMP's dynamic teams switched on, and the number of threads
+        # at one, in the thread that calls it; torch's matrix products there are then wrong, up to NaN.
         pool.submit(model.fit, x, 2 * y - 1 if binary else y).result()
     coef = np.asarray(model.coef_, dtype=np.float64).reshape(x.shape[1], -1)
     return np.concatenate([-coef, coef], axis=1) / 2 if binary else coef
