@@ -1,0 +1,49 @@
+"""Feature arrays that are read row by row, so that several can be seen as one without a copy."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Matrix(Protocol):
+    """Features (N, D) of which rows are read: a numpy array, memory-mapped or not, or `SideBySide`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, D)."""
+
+    @property
+    def ndim(self) -> int:
+        """2 for features."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | NDArray[np.int64], /) -> NDArray[Any]: ...
+
+
+class SideBySide:
+    """Several (N, D_i) matrices seen as one (N, sum of D_i); reading rows joins just these rows."""
+
+    ndim = 2
+
+    def __init__(self, parts: Sequence[Matrix]) -> None:
+        self.parts = list(parts)
+        self.shape = (len(parts[0]), sum(part.shape[1] for part in parts))
+        self.dtype = np.result_type(*(part.dtype for part in parts))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | NDArray[np.int64], /) -> NDArray[Any]:
+        return np.concatenate([part[rows] for part in self.parts], axis=1)
+
+
+def side_by_side(parts: Sequence[Matrix]) -> Matrix:
+    """Several matrices as one; a single one as it is."""
+    return parts[0] if len(parts) == 1 else SideBySide(parts)
