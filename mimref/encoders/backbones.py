@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mimref.config import EncoderConfig
-from mimref.encoders.vit import PAPER_SIZES, Architecture, check_blocks, is_plain_vit, pool_tokens
+from mimref.encoders.vit import PAPER_SIZES, Architecture, check_blocks, is_plain_vit, norm_flags, pool_tokens
 from mimref.errors import ConfigError
 
 RGB = tuple[float, float, float]
@@ -54,19 +54,21 @@ class TimmBackbone(nn.Module):
         self.has_cls_token: bool = self.num_prefix_tokens > 0 and getattr(self.model, "cls_token", None) is not None
         self.patch_size = size // rows
 
-    def blocks(self, images: Tensor, indices: Sequence[int], *, final_norm: bool = False) -> list[Tensor]:
+    def blocks(
+        self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
+    ) -> list[Tensor]:
         """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed); see `Encoder.blocks`.
 
         images: (B, 3, S, S) normalised. Returns a list of (B, L, D), prefix first; L and D are each block's own.
-        final_norm costs a second pass where more than the last block is asked for. Raises ConfigError for a block
-        outside 1..depth, and for final_norm where timm's model has no norm at its last block.
+        final_norm costs a second pass where more than the normed last block is asked for. Raises ConfigError for a
+        block outside 1..depth, and for final_norm where timm's model has no norm at its last block.
         """
         check_blocks(indices, self.depth)
-        wanted = sorted(set(indices))
-        normed = {self.depth} if final_norm and self.depth in wanted else set()
-        kept = self._tokens(images, [index for index in wanted if index not in normed], norm=False)
-        kept |= self._tokens(images, sorted(normed), norm=True)
-        return [kept[index] for index in indices]
+        normed = norm_flags(indices, final_norm, self.depth)
+        plain = sorted({index for index, norm in zip(indices, normed, strict=True) if not norm})
+        kept = self._tokens(images, plain, norm=False)
+        last = self._tokens(images, [self.depth] if any(normed) else [], norm=True)
+        return [last[index] if norm else kept[index] for index, norm in zip(indices, normed, strict=True)]
 
     def _tokens(self, images: Tensor, wanted: list[int], *, norm: bool) -> dict[int, Tensor]:
         if not wanted:

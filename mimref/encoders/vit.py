@@ -46,7 +46,9 @@ class TokenEncoder(Protocol):
     patch_size: int
     """Pixels per side of the image that one of the last block's tokens stands for."""
 
-    def blocks(self, images: Tensor, indices: Sequence[int], *, final_norm: bool = False) -> list[Tensor]:
+    def blocks(
+        self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
+    ) -> list[Tensor]:
         """Tokens of some blocks, a list of (B, L, D); see `Encoder.blocks`."""
 
     def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
@@ -180,12 +182,15 @@ class Encoder(nn.Module):
         self.has_cls_token: bool = vit.cls_token is not None
         self.patch_size = architecture.patch_size
 
-    def blocks(self, images: Tensor, indices: Sequence[int], *, final_norm: bool = False) -> list[Tensor]:
+    def blocks(
+        self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
+    ) -> list[Tensor]:
         """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed), in one pass.
 
         images: (B, 3, S, S) normalised, S divisible by the patch size. Returns a list of (B, L, D), prefix first.
         Blocks after the last one asked for are not run. final_norm: the last block's tokens pass the final LayerNorm
-        (no effect on encoders that have none: post-norm ones, and timm's that normalise after pooling).
+        (no effect on encoders that have none: post-norm ones, and timm's that normalise after pooling); one answer for
+        all, or one per index, so that the last block can be had with and without.
         Raises ConfigError for a block outside 1..depth.
         """
         check_blocks(indices, self.depth)
@@ -195,9 +200,12 @@ class Encoder(nn.Module):
             tokens_BLD = block(tokens_BLD)
             if number in indices:
                 kept[number] = tokens_BLD
-        if final_norm and self.depth in kept:
-            kept[self.depth] = self.vit.norm(kept[self.depth])
-        return [kept[index] for index in indices]
+        normed = norm_flags(indices, final_norm, self.depth)
+        last_BLD = self.vit.norm(kept[self.depth]) if any(normed) else None
+        return [
+            last_BLD if last_BLD is not None and norm else kept[index]
+            for index, norm in zip(indices, normed, strict=True)
+        ]
 
     def embed(self, images: Tensor) -> Tensor:
         """Input of block 1: patches, CLS and register tokens with positions, (B, L, D)."""
@@ -233,6 +241,12 @@ class Encoder(nn.Module):
         Without a CLS token the mean of the patch tokens stands in for it.
         """
         return pool_tokens(tokens_BLD, how, self.num_prefix_tokens, self.has_cls_token)
+
+
+def norm_flags(indices: Sequence[int], final_norm: bool | Sequence[bool], depth: int) -> list[bool]:
+    """For each of the blocks asked for, whether it is the last one and to be normed; see `Encoder.blocks`."""
+    asked = [final_norm] * len(indices) if isinstance(final_norm, bool) else final_norm
+    return [norm and index == depth for index, norm in zip(indices, asked, strict=True)]
 
 
 def check_blocks(indices: Sequence[int], depth: int) -> None:

@@ -3,8 +3,9 @@
 Shapes: N images, K blocks, D feature width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,18 +45,48 @@ class Features:
         return self.x[:, column, : self.widths[column]] if self.widths else self.x[:, column]
 
 
+class Column(NamedTuple):
+    """One vector per image that a pass of an encoder gives."""
+
+    block: int
+    """1-based."""
+    pool: Literal["cls", "mean"]
+    final_norm: bool = False
+    """After the encoder's final norm; of the last block alone."""
+
+    @property
+    def name(self) -> str:
+        """Such as `block-08-cls-normed`."""
+        return f"block-{self.block:02d}-{self.pool}{'-normed' if self.final_norm else ''}"
+
+
+class Batch(NamedTuple):
+    """Pooled features of some consecutive images of a data set."""
+
+    end: int
+    """Position in the data set after the last image of the batch."""
+    indices: list[int]
+    """Positions of the images that could be read."""
+    bad: list[tuple[str, str]]
+    """Path and reason of the others."""
+    columns: list[NDArray[np.float32]]
+    """(B, D) each; empty where no image could be read."""
+
+
 class _CroppedImages(Dataset[tuple[Tensor, list[int], list[tuple[str, str]]]]):
     """Batches of evaluation crops; the batches are the items, so that nothing is left to collate."""
 
-    def __init__(self, source: ImageSource, transform: EvalTransform, batch_size: int) -> None:
-        self.source, self.transform, self.batch_size = source, transform, batch_size
+    def __init__(self, source: ImageSource, transform: EvalTransform, batch_size: int, start: int) -> None:
+        self.source, self.transform = source, transform
+        self.starts = range(start, len(source), batch_size)
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.batch_size)
+        return len(self.starts)
 
     def __getitem__(self, batch: int) -> tuple[Tensor, list[int], list[tuple[str, str]]]:
         crops, kept, bad = [], [], []
-        for index in range(batch * self.batch_size, min(len(self.source), (batch + 1) * self.batch_size)):
+        start = self.starts[batch]
+        for index in range(start, min(len(self.source), start + self.starts.step)):
             try:
                 crops.append(self.transform.crop(self.source.read(index)))
                 kept.append(index)
@@ -66,36 +97,82 @@ class _CroppedImages(Dataset[tuple[Tensor, list[int], list[tuple[str, str]]]]):
 
 
 @torch.inference_mode()
-def _extract(
+def _batches(
     source: ImageSource,
     transform: EvalTransform,
     encode: Callable[[Tensor], list[Tensor]],
     *,
     batch_size: int,
     workers: int,
+    start: int = 0,
+) -> Iterator[Batch]:
+    dataset = _CroppedImages(source, transform, batch_size, start)
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
+    for begin, (crops, kept, bad) in zip(dataset.starts, loader, strict=True):
+        columns = [column_BD.float().cpu().numpy() for column_BD in encode(crops)] if kept else []
+        yield Batch(min(begin + batch_size, len(source)), kept, bad, columns)
+
+
+def encode_columns(
+    encoder: TokenEncoder,
+    source: ImageSource,
+    transform: EvalTransform,
+    columns: Sequence[Column],
+    *,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    batch_size: int = 256,
+    workers: int = 0,
+    start: int = 0,
+) -> Iterator[Batch]:
+    """Pooled features of every image from position `start` on, batch by batch, from one pass of the encoder.
+
+    The encoder is used as it is (move it to `device` first), in evaluation mode and without gradient; its mode is put
+    back at the end. Batches hold what `columns` names, in that order. Raises ConfigError for blocks that are not there.
+    """
+    blocks = sorted({(column.block, column.final_norm) for column in columns})
+    numbers, norms = [block for block, _ in blocks], [norm for _, norm in blocks]
+
+    def encode(crops: Tensor) -> list[Tensor]:
+        images = transform.normalize(crops.to(device, non_blocking=True))
+        with autocast(device, precision):
+            tokens = encoder.blocks(images, numbers, final_norm=norms)
+        of_block = dict(zip(blocks, tokens, strict=True))
+        return [encoder.pool(of_block[column.block, column.final_norm], column.pool) for column in columns]
+
+    training = encoder.training
+    encoder.eval()
+    try:
+        yield from _batches(source, transform, encode, batch_size=batch_size, workers=workers, start=start)
+    finally:
+        encoder.train(training)
+
+
+def _gather(
+    batches: Iterator[Batch],
+    source: ImageSource,
+    *,
     max_bad: int,
     progress: Callable[[int, int], None] | None,
 ) -> Features:
-    dataset = _CroppedImages(source, transform, batch_size)
-    batches = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
+    """All batches in one array."""
     x = np.empty((0, 0, 0), dtype=np.float32)
     widths: list[int] = []
     indices: list[int] = []
     bad = BadImages(max_bad)
-    for crops, kept, unreadable in batches:
-        for path, reason in unreadable:
+    for batch in batches:
+        for path, reason in batch.bad:
             bad.add(path, reason)
-        if kept:
-            pooled = [block_BD.float().cpu().numpy() for block_BD in encode(crops)]
+        if batch.indices:
             if not indices:
-                widths = [block_BD.shape[1] for block_BD in pooled]
+                widths = [column_BD.shape[1] for column_BD in batch.columns]
                 # Made once at full size: joining batches at the end would hold everything twice.
                 x = np.zeros((len(source), len(widths), max(widths)), dtype=np.float32)
-            for column, block_BD in enumerate(pooled):
-                x[len(indices) : len(indices) + len(kept), column, : widths[column]] = block_BD
-            indices.extend(kept)
+            for number, column_BD in enumerate(batch.columns):
+                x[len(indices) : len(indices) + len(batch.indices), number, : widths[number]] = column_BD
+            indices.extend(batch.indices)
         if progress:
-            progress(len(indices) + len(bad.items), len(source))
+            progress(batch.end, len(source))
     if not indices:
         raise DataError(f"{source.name}: no readable image")
     rows = np.asarray(indices, dtype=np.int64)
@@ -123,27 +200,33 @@ def extract(
     The encoder is used as it is (move it to `device` first), in evaluation mode and without gradient.
     Raises DataError when more than `max_bad` images cannot be read, ConfigError for blocks that are not there.
     """
-    training = encoder.training
-    encoder.eval()
+    parts: dict[str, list[Literal["cls", "mean"]]] = {"cls": ["cls"], "mean": ["mean"], "cls+mean": ["cls", "mean"]}
+    columns = [Column(block, part, final_norm and block == encoder.depth) for block in blocks for part in parts[pool]]
+    batches = encode_columns(
+        encoder,
+        source,
+        transform,
+        columns,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    found = _gather(batches, source, max_bad=max_bad, progress=progress)
+    return found if len(parts[pool]) == 1 else _pairs(found)
 
-    def encode(crops: Tensor) -> list[Tensor]:
-        images = transform.normalize(crops.to(device, non_blocking=True))
-        with autocast(device, precision):
-            tokens = encoder.blocks(images, blocks, final_norm=final_norm)
-        return [encoder.pool(block, pool) for block in tokens]
 
-    try:
-        return _extract(
-            source,
-            transform,
-            encode,
-            batch_size=batch_size,
-            workers=workers,
-            max_bad=max_bad,
-            progress=progress,
-        )
-    finally:
-        encoder.train(training)
+def _pairs(features: Features) -> Features:
+    """CLS and mean of every block next to each other, as one slice per block."""
+    widths = features.widths[::2]
+    if not widths:
+        rows, slices, width = features.x.shape
+        x = features.x.reshape(rows, slices // 2, 2 * width)
+        return Features(x, features.y, features.indices, features.bad)
+    x = np.zeros((len(features.x), len(widths), 2 * max(widths)), dtype=np.float32)
+    for number, width in enumerate(widths):
+        x[:, number, : 2 * width] = np.concatenate([features.block(2 * number), features.block(2 * number + 1)], axis=1)
+    return Features(x, features.y, features.indices, features.bad, [2 * width for width in widths])
 
 
 def raw_pixels(source: ImageSource, transform: EvalTransform, *, workers: int = 0, max_bad: int = 100) -> Features:
@@ -158,4 +241,5 @@ def raw_pixels(source: ImageSource, transform: EvalTransform, *, workers: int = 
             pixels = F.adaptive_avg_pool2d(pixels, RAW_PIXELS_SIDE)
         return [pixels.flatten(1)]
 
-    return _extract(source, transform, encode, batch_size=256, workers=workers, max_bad=max_bad, progress=None)
+    batches = _batches(source, transform, encode, batch_size=256, workers=workers)
+    return _gather(batches, source, max_bad=max_bad, progress=None)
