@@ -14,6 +14,7 @@ from mimref.data.splits import first_images
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
+from mimref.evaluation.blocks import feature_statistics
 from mimref.evaluation.knn import knn_accuracy
 from mimref.evaluation.metrics import check_features
 from mimref.features.extract import Features, extract
@@ -74,7 +75,8 @@ class KnnMonitor:
         """
         train, test = self.features(encoder, [encoder.depth])
         check_features(train.x[:, 0], "features of the k-NN check")
-        values = feature_statistics(torch.from_numpy(train.x[:, 0]))
+        statistics = feature_statistics(train.x[:, 0])
+        values = {"feature_variance": statistics.variance, "effective_rank": statistics.effective_rank}
         if test is not None:
             accuracy = self.knn_top1(train, test, 0)
             values |= {} if math.isnan(accuracy) else {"knn_top1": accuracy}
@@ -141,16 +143,3 @@ class CollapseWatch:
             f"features collapse: {' and '.join(fallen)}; lower encoder_stage.lr or encoder_stage.layer_decay, raise "
             "heads.temperature, or train the heads longer first (heads_stage.epochs)"
         )
-
-
-def feature_statistics(x_ND: torch.Tensor) -> dict[str, float]:
-    """`feature_variance`: mean per-feature variance (Table 14). `effective_rank`: exp of the entropy of the
-    covariance's normalised eigenvalues (Roy & Vetterli 2007), between 1 and D.
-    """
-    centred = x_ND.double() - x_ND.double().mean(dim=0)
-    covariance = centred.T @ centred / len(x_ND)
-    eigenvalues = torch.linalg.eigvalsh(covariance).clamp_min(0)
-    total = eigenvalues.sum()
-    share = eigenvalues / total if total > 0 else torch.ones_like(eigenvalues) / len(eigenvalues)
-    entropy = -(share * share.clamp_min(1e-300).log()).sum()
-    return {"feature_variance": float(total / x_ND.shape[1]), "effective_rank": float(entropy.exp())}
