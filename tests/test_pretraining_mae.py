@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mimref.config import DecoderConfig
+from mimref.encoders.masking import normalize_patches, patchify
 from mimref.encoders.vit import Architecture, build_encoder, sincos_positions
 from mimref.errors import ConfigError
-from mimref.pretraining.mae import MaskedAutoencoder, normalize_patches, patchify
+from mimref.pretraining.mae import MaskedAutoencoder
 
 PATCH, SIDE = 4, 16
 PATCHES = (SIDE // PATCH) ** 2

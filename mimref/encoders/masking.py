@@ -1,0 +1,135 @@
+"""What a masked autoencoder (He et al. 2022) needs around an encoder: hidden patches, a decoder, and its loss.
+
+Shapes: B images, N patches, K visible patches, P prefix tokens (CLS, registers), D encoder width, C pixel values of a
+patch (3 * patch_size**2).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mimref.config import DecoderConfig
+from mimref.encoders.vit import Encoder, check_blocks, sincos_positions
+from mimref.errors import ConfigError
+
+# MAE's epsilon is not torch's default. timm annotates a class here, and calls whatever it gets.
+_layer_norm = cast(type[nn.LayerNorm], partial(nn.LayerNorm, eps=1e-6))
+
+
+class Mask(NamedTuple):
+    """Which patches of each image stay visible."""
+
+    visible_BK: Tensor
+    """Numbers of the visible patches."""
+    restore_BN: Tensor
+    """Place of every patch when the visible ones come first."""
+    hidden_BN: Tensor
+    """1.0 where a patch is hidden, else 0.0."""
+
+
+class MAEDecoder(nn.Module):
+    """Reconstructs all patches from tokens of the visible ones. Raises ConfigError for a width that is no fit."""
+
+    no_decay_names = frozenset({"mask_token"})
+
+    def __init__(
+        self, config: DecoderConfig, encoder_width: int, grid: int, patch_pixels: int, *, num_prefix: int = 1
+    ) -> None:
+        """grid: patches per side. patch_pixels: values of a patch. num_prefix: tokens before those of patches."""
+        super().__init__()
+        if config.width % 4:
+            raise ConfigError(f"mae.decoder.width {config.width} is not divisible by 4, as sin-cos positions need")
+        self.num_prefix = num_prefix
+        self.embed = nn.Linear(encoder_width, config.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.positions: Tensor
+        positions = sincos_positions(config.width, grid, num_prefix=num_prefix)
+        self.register_buffer("positions", positions, persistent=False)
+        self.blocks = nn.Sequential(
+            *(Block(config.width, config.num_heads, qkv_bias=True, norm_layer=_layer_norm) for _ in range(config.depth))
+        )
+        self.norm = _layer_norm(config.width)
+        self.predict = nn.Linear(config.width, patch_pixels)
+
+    def forward(self, visible_BLD: Tensor, restore_BN: Tensor) -> Tensor:
+        """visible_BLD: prefix tokens first, then visible patches in shuffled order. Returns pixels (B, N, C)."""
+        tokens = self.embed(visible_BLD)
+        batch, patches = restore_BN.shape
+        prefix, shown = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
+        masks = self.mask_token.expand(batch, patches - shown.shape[1], -1)
+        shuffled = torch.cat([shown, masks.to(tokens.dtype)], dim=1)
+        ordered = shuffled.gather(1, restore_BN[:, :, None].expand(-1, -1, shuffled.shape[2]))
+        tokens = torch.cat([prefix, ordered], dim=1) + self.positions
+        pixels: Tensor = self.predict(self.norm(self.blocks(tokens)))
+        patch_pixels: Tensor = pixels[:, self.num_prefix :]
+        return patch_pixels
+
+
+def count_visible(num_patches: int, mask_ratio: float) -> int:
+    """Patches that stay visible: at least one, and at least one is hidden (of two or more)."""
+    # The tolerance keeps 20 of 100 patches at a ratio of 0.8, whose complement is a little below 0.2 in floats.
+    return min(max(1, int(num_patches * (1 - mask_ratio) + 1e-6)), num_patches - 1)
+
+
+def draw_mask(noise_BN: Tensor, num_visible: int) -> Mask:
+    """The patches with the smallest noise stay visible."""
+    order_BN = noise_BN.argsort(dim=1)
+    restore_BN = order_BN.argsort(dim=1)
+    return Mask(order_BN[:, :num_visible], restore_BN, (restore_BN >= num_visible).float())
+
+
+def visible_tokens(
+    encoder: Encoder, images: Tensor, visible_BK: Tensor, indices: Sequence[int], *, final_norm: bool = False
+) -> list[Tensor]:
+    """Output tokens of the blocks in `indices` (1-based), where the encoder sees the visible patches alone.
+
+    One pass gives all blocks; those after the last one asked for are not run. Returns a list of (B, P + K, D), prefix
+    first, then the patches in the order of `visible_BK`. final_norm: the last block's tokens pass the final LayerNorm,
+    if the encoder has one. Raises ConfigError for a block outside 1..depth.
+    """
+    check_blocks(indices, encoder.depth)
+    patches_BND, prefix_positions = encoder.embed_patches(images)
+    patches_BKD = patches_BND.gather(1, visible_BK[:, :, None].expand(-1, -1, patches_BND.shape[2]))
+    tokens_BLD: Tensor = encoder.vit.norm_pre(encoder.add_prefix(patches_BKD, prefix_positions))
+    kept: dict[int, Tensor] = {}
+    for number, block in enumerate(encoder.vit.blocks[: max(indices)], start=1):
+        tokens_BLD = block(tokens_BLD)
+        if number in indices:
+            kept[number] = tokens_BLD
+    if final_norm and encoder.depth in kept:
+        kept[encoder.depth] = encoder.vit.norm(kept[encoder.depth])
+    return [kept[index] for index in indices]
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut (B, 3, S, S) into (B, N, C) patches in reading order; a patch's pixels run row, column, channel."""
+    batch, channels, side, _ = images.shape
+    grid = side // patch_size
+    cut = images.reshape(batch, channels, grid, patch_size, grid, patch_size)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid * grid, -1)
+
+
+def normalize_patches(patches_BNC: Tensor) -> Tensor:
+    """Zero mean and unit (unbiased) variance for every patch."""
+    mean = patches_BNC.mean(dim=2, keepdim=True)
+    variance = patches_BNC.var(dim=2, keepdim=True)
+    return (patches_BNC - mean) / (variance + 1e-6).sqrt()
+
+
+def hidden_error(pixels_BNC: Tensor, target_BNC: Tensor, hidden_BN: Tensor) -> Tensor:
+    """Mean squared error over hidden patches, a scalar."""
+    error_BN = (pixels_BNC.float() - target_BNC).square().mean(dim=2)
+    loss: Tensor = (error_BN * hidden_BN).sum() / hidden_BN.sum()
+    return loss
+
+
+def init_linear(module: nn.Module) -> None:
+    """MAE's initialisation of linear layers, for `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
