@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
-from mimref.data.loader import ignore_signals
-from mimref.data.sources import BadImage, BadImages, ImageSource
+from mimref.data.crops import crop_batches
+from mimref.data.sources import BadImages, ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.devices import autocast
 from mimref.encoders.vit import TokenEncoder
@@ -73,29 +72,6 @@ class Batch(NamedTuple):
     """(B, D) each; empty where no image could be read."""
 
 
-class _CroppedImages(Dataset[tuple[Tensor, list[int], list[tuple[str, str]]]]):
-    """Batches of evaluation crops; the batches are the items, so that nothing is left to collate."""
-
-    def __init__(self, source: ImageSource, transform: EvalTransform, batch_size: int, start: int) -> None:
-        self.source, self.transform = source, transform
-        self.starts = range(start, len(source), batch_size)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, batch: int) -> tuple[Tensor, list[int], list[tuple[str, str]]]:
-        crops, kept, bad = [], [], []
-        start = self.starts[batch]
-        for index in range(start, min(len(self.source), start + self.starts.step)):
-            try:
-                crops.append(self.transform.crop(self.source.read(index)))
-                kept.append(index)
-            except BadImage as error:
-                bad.append((error.path, error.reason))
-        size = self.transform.image_size
-        return torch.stack(crops) if crops else torch.empty(0, 3, size, size, dtype=torch.uint8), kept, bad
-
-
 @torch.inference_mode()
 def _batches(
     source: ImageSource,
@@ -106,11 +82,9 @@ def _batches(
     workers: int,
     start: int = 0,
 ) -> Iterator[Batch]:
-    dataset = _CroppedImages(source, transform, batch_size, start)
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
-    for begin, (crops, kept, bad) in zip(dataset.starts, loader, strict=True):
-        columns = [column_BD.float().cpu().numpy() for column_BD in encode(crops)] if kept else []
-        yield Batch(min(begin + batch_size, len(source)), kept, bad, columns)
+    for batch in crop_batches(source, transform, batch_size=batch_size, workers=workers, start=start):
+        columns = [column_BD.float().cpu().numpy() for column_BD in encode(batch.crops)] if batch.indices else []
+        yield Batch(batch.end, batch.indices, batch.bad, columns)
 
 
 def encode_columns(

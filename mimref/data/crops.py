@@ -1,0 +1,60 @@
+"""Evaluation crops of a data set, batch by batch in data order."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mimref.data.decode import BadImage
+from mimref.data.loader import ignore_signals
+from mimref.data.sources import ImageSource
+from mimref.data.transforms import EvalTransform
+
+
+class CropBatch(NamedTuple):
+    """Crops of some consecutive images of a data set."""
+
+    end: int
+    """Position in the data set after the last image of the batch."""
+    crops: Tensor
+    """(B, 3, S, S) uint8, of the images that could be read."""
+    indices: list[int]
+    """Their positions in the data set."""
+    bad: list[tuple[str, str]]
+    """Path and reason of the others."""
+
+
+class _CroppedImages(Dataset[CropBatch]):
+    """Batches are the items, so that nothing is left to collate."""
+
+    def __init__(self, source: ImageSource, transform: EvalTransform, batch_size: int, start: int) -> None:
+        self.source, self.transform = source, transform
+        self.starts = range(start, len(source), batch_size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, batch: int) -> CropBatch:
+        crops, kept, bad = [], [], []
+        start = self.starts[batch]
+        end = min(len(self.source), start + self.starts.step)
+        for index in range(start, end):
+            try:
+                crops.append(self.transform.crop(self.source.read(index)))
+                kept.append(index)
+            except BadImage as error:
+                bad.append((error.path, error.reason))
+        size = self.transform.image_size
+        stacked = torch.stack(crops) if crops else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return CropBatch(end, stacked, kept, bad)
+
+
+def crop_batches(
+    source: ImageSource, transform: EvalTransform, *, batch_size: int, workers: int = 0, start: int = 0
+) -> Iterator[CropBatch]:
+    """The evaluation crops of all images from position `start` on; those that cannot be read are named instead."""
+    dataset = _CroppedImages(source, transform, batch_size, start)
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
+    return cast(Iterator[CropBatch], iter(loader))
