@@ -1,0 +1,265 @@
+"""Decoders trained together against decoders trained alone and a plain loop; the encoder stays as it is."""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mimref.config import DataConfig, DecoderConfig
+from mimref.data.sources import ArraySource, ImageSource, open_source
+from mimref.data.transforms import EvalTransform
+from mimref.draws import Operation, uniform
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
+from mimref.encoders.masking import draw_mask, normalize_patches, patchify, visible_tokens
+from mimref.encoders.vit import Architecture, Encoder, build_encoder
+from mimref.errors import ConfigError, DataError, DivergenceError
+from mimref.evaluation.metrics import Row
+from mimref.evaluation.reconstruction import Reconstruction, ReconstructionSettings, reconstruct_blocks
+from tests.tiny import write_images, write_unlabelled
+
+CPU = torch.device("cpu")
+TRANSFORM = EvalTransform(16, crop_fraction=1.0)
+SIZES: dict[str, Any] = {"image_size": 16, "width": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
+SETTINGS = ReconstructionSettings(
+    epochs=3, warmup_epochs=1, batch_size=8, lr=0.1, decoder=DecoderConfig(width=16, depth=2, num_heads=2)
+)
+
+
+def build(**changes: Any) -> Encoder:
+    torch.manual_seed(0)
+    return build_encoder(Architecture("custom", **SIZES | changes))
+
+
+def images(count: int, seed: int) -> ArraySource:
+    """Stripes of random slope and width, without labels."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:16, 0:16]
+    slope, scale = rng.uniform(-2, 2, (2, count, 1, 1)), rng.uniform(0.3, 1, (count, 1, 1))
+    waves = np.sin(scale * (x * slope[0] + y * slope[1]))
+    return ArraySource("stripes", (127 + 127 * waves).astype(np.uint8), None, None, "train", np.arange(count))
+
+
+TRAIN, VAL = images(24, 0), images(10, 1)
+
+
+def run(encoder: Encoder, **changes: Any) -> Reconstruction:
+    options: dict[str, Any] = {"device": CPU} | changes
+    return reconstruct_blocks(encoder, TRAIN, VAL, TRANSFORM, options.pop("settings", SETTINGS), **options)
+
+
+def losses(rows: list[Row], metric: str = "block_reconstruction") -> dict[int, float]:
+    return {int(row["block"]): float(row["value"]) for row in rows if row["metric"] == metric}
+
+
+def digest(encoder: Encoder) -> str:
+    found = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def test_trained_together_equals_trained_alone() -> None:
+    encoder = build()
+    together = run(encoder)
+    found = losses(together.rows)
+    assert list(found) == [1, 2, 3] and len(set(found.values())) == 3
+    for block in (1, 2, 3):
+        alone = run(encoder, blocks=[block])
+        assert losses(alone.rows) == {block: pytest.approx(found[block], rel=1e-6)}
+        for left, right in zip(alone.decoders[0].parameters(), together.decoders[block - 1].parameters(), strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+def test_encoder_is_left_as_it_was() -> None:
+    encoder = build().train()
+    trained = [parameter.requires_grad for parameter in encoder.parameters()]
+    before = digest(encoder)
+    run(encoder)
+    assert digest(encoder) == before
+    assert encoder.training
+    assert [parameter.requires_grad for parameter in encoder.parameters()] == trained
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_one_pass_of_the_encoder_per_batch() -> None:
+    encoder = build()
+    passes = [0] * 3
+
+    def count(number: int) -> Any:
+        def hook(module: object, args: tuple[Tensor], output: Tensor) -> None:
+            passes[number] += 1
+            assert args[0].shape[1] == 1 + 4 and not output.requires_grad and not encoder.training
+
+        return hook
+
+    for number, block in enumerate(encoder.vit.blocks):
+        block.register_forward_hook(count(number))
+    seen: list[tuple[int, int]] = []
+    run(encoder.train(), progress=lambda done, total: seen.append((done, total)))
+    assert passes == [9 + 2] * 3  # 3 epochs of 3 batches, 2 batches of validation images
+    assert seen == [(done, 11) for done in range(1, 12)]
+
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "pre-norm": {},
+    "post-norm": {"post_norm": True},
+    "no CLS": {"class_token": False},
+    "registers": {"registers": 2},
+    "no norm": {"final_norm": False},
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_tokens_of_every_block(kind: str) -> None:
+    """The visible patches go through the encoder's own blocks, one after the other."""
+    encoder = build(**ENCODERS[kind]).eval()
+    for parameter in encoder.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    batch = torch.randn(2, 3, 16, 16)
+    visible_BK = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
+    with torch.no_grad():
+        found = visible_tokens(encoder, batch, visible_BK, [1, 2, 3])
+        normed = visible_tokens(encoder, batch, visible_BK, [3, 1], final_norm=True)
+        for image in range(2):
+            whole = encoder.embed(batch[image : image + 1])
+            prefix = encoder.num_prefix_tokens
+            rows = [*range(prefix), *(prefix + int(patch) for patch in visible_BK[image])]
+            tokens = whole[:, rows]
+            for number, block in enumerate(encoder.vit.blocks):
+                tokens = block(tokens)
+                torch.testing.assert_close(found[number][image], tokens[0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(normed[0][image], encoder.vit.norm(tokens)[0], rtol=0, atol=1e-5)
+    assert torch.equal(normed[1], found[0])
+    with pytest.raises(ConfigError, match="block 4 does not exist"):
+        visible_tokens(encoder, batch, visible_BK, [4])
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_every_kind_of_encoder(kind: str) -> None:
+    found = losses(run(build(**ENCODERS[kind])).rows)
+    assert list(found) == [1, 2, 3]
+    assert all(0 < loss < 1.5 for loss in found.values())
+
+
+def test_reported_loss_equals_a_plain_loop() -> None:
+    encoder = build()
+    found = run(encoder, seed=3)
+    encoder.eval()
+    total, count = [0.0] * 3, 0
+    for index in range(10):
+        image = TRANSFORM.normalize(TRANSFORM.crop(VAL.read(index))[None])
+        noise = uniform(3, 0, Operation.MASK, torch.tensor([index]), 1, count=16)[0].tolist()
+        ranked = sorted(range(16), key=lambda patch: noise[patch])
+        mask = draw_mask(torch.tensor([noise]), 4)
+        assert mask.visible_BK[0].tolist() == ranked[:4]
+        target = normalize_patches(patchify(image, 4))[0]
+        with torch.no_grad():
+            tokens = visible_tokens(encoder, image, mask.visible_BK, [1, 2, 3], final_norm=True)
+            for number, decoder in enumerate(found.decoders):
+                pixels = decoder(tokens[number], mask.restore_BN)[0]
+                total[number] += sum(float(((pixels[patch] - target[patch]) ** 2).mean()) for patch in ranked[4:])
+        count += 12
+    assert list(losses(found.rows).values()) == pytest.approx([value / count for value in total], rel=1e-5)
+
+
+def test_training_lowers_the_loss() -> None:
+    encoder = build()
+    short, long = (
+        losses(run(encoder, settings=ReconstructionSettings(**{**vars(SETTINGS), "epochs": epochs})).rows)
+        for epochs in (1, 12)
+    )
+    assert all(long[block] < short[block] for block in (1, 2, 3))
+
+
+def test_deterministic_in_the_seed_alone() -> None:
+    encoder = build()
+    torch.manual_seed(1)
+    first = run(encoder)
+    assert torch.initial_seed() == 1  # of the program's own generator
+    torch.manual_seed(2)
+    again = run(encoder)
+    assert first.rows == again.rows
+    assert run(encoder, seed=1).rows != first.rows
+
+
+def test_rows() -> None:
+    rows = run(build()).rows
+    found = losses(rows)
+    assert rows[0] == {"metric": "block_reconstruction", "value": found[1], "block": 1, "epochs": 3}
+    gains = [found[1] - found[2], found[2] - found[3]]
+    scale = max(gains) if max(gains) > 0 else max(map(abs, gains))
+    deltas = losses(rows, "block_reconstruction_delta")
+    assert list(deltas) == [2, 3]
+    assert list(deltas.values()) == pytest.approx([gain / scale for gain in gains])
+    assert list(losses(run(build(), blocks=[1, 3]).rows)) == [1, 3]
+
+
+def test_bfloat16_is_near() -> None:
+    encoder = build()
+    exact, rough = losses(run(encoder).rows), losses(run(encoder, precision=torch.bfloat16).rows)
+    assert list(rough.values()) == pytest.approx(list(exact.values()), rel=0.05)
+
+
+def sources(folder: Path) -> tuple[ImageSource, ImageSource]:
+    data = DataConfig(spec=str(folder))
+    return open_source(data, "train"), open_source(data, "val")
+
+
+def test_unreadable_images(tmp_path: Path) -> None:
+    folder = write_images(tmp_path, per_class=20, classes=("",))
+    (tmp_path / "004.png").write_bytes(b"no image")
+    train, val = sources(folder)
+    found = reconstruct_blocks(build(), train, val, TRANSFORM, SETTINGS, device=CPU)
+    assert [Path(path).name for path, _ in found.bad] == ["004.png"]
+    with pytest.raises(DataError, match=r"1 image could not be read, more than data\.max_bad=0: .*004\.png"):
+        reconstruct_blocks(build(), train, val, TRANSFORM, SETTINGS, device=CPU, max_bad=0)
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    train, val = sources(write_unlabelled(tmp_path))
+    alone, helped = (
+        reconstruct_blocks(build(), train, val, TRANSFORM, SETTINGS, device=CPU, workers=workers).rows
+        for workers in (0, 2)
+    )
+    assert alone == helped
+
+
+def test_settings_that_do_not_fit() -> None:
+    encoder = build()
+    changes: dict[str, dict[str, Any]] = {
+        r"batch_size 25 is larger than the 24 training images": {"batch_size": 25},
+        r"warmup_epochs 4 is more than epochs 3": {"warmup_epochs": 4},
+        r"epochs = 0": {"epochs": 0, "warmup_epochs": 0},
+    }
+    for message, change in changes.items():
+        with pytest.raises(ConfigError, match=message):
+            run(encoder, settings=ReconstructionSettings(**{**vars(SETTINGS), **change}))
+    with pytest.raises(ConfigError, match="block 4 does not exist"):
+        run(encoder, blocks=[4])
+    with pytest.raises(ConfigError, match="the image size 18 is not divisible by the patch size 4"):
+        reconstruct_blocks(encoder, TRAIN, VAL, EvalTransform(18), SETTINGS, device=CPU)
+    with pytest.raises(ConfigError, match="images of 4 pixels are a single patch"):
+        reconstruct_blocks(encoder, TRAIN, VAL, EvalTransform(4), SETTINGS, device=CPU)
+
+
+def test_other_resolutions_than_the_encoders_own() -> None:
+    found = reconstruct_blocks(build(), TRAIN, VAL, EvalTransform(24), SETTINGS, device=CPU)
+    assert all(math.isfinite(loss) for loss in losses(found.rows).values())
+
+
+def test_encoders_without_patch_tokens_are_refused() -> None:
+    backbone = TimmBackbone(BackboneArchitecture("test_convnext", 64))
+    with pytest.raises(ConfigError, match="test_convnext is no plain vision transformer"):
+        reconstruct_blocks(backbone, TRAIN, VAL, EvalTransform(64), SETTINGS, device=CPU)
+
+
+def test_broken_encoder() -> None:
+    encoder = build()
+    encoder.vit.blocks[1].mlp.fc2.weight.data.fill_(math.nan)
+    with pytest.raises(DivergenceError, match="reconstruction loss of block 2 is not finite in epoch 1"):
+        run(encoder)
