@@ -1,0 +1,222 @@
+"""The linear probe as published: every batch is augmented anew and encoded once for all classifiers (Appendix C.3)."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimref.config import ViewsConfig
+from mimref.data.decode import BadImages
+from mimref.data.loader import view_batches
+from mimref.data.photometric import Photometric
+from mimref.data.sources import ImageSource
+from mimref.data.transforms import EvalTransform
+from mimref.data.views import CropGroup
+from mimref.devices import autocast
+from mimref.encoders.vit import TokenEncoder
+from mimref.errors import DataError
+from mimref.evaluation.metrics import Row
+from mimref.evaluation.probe import (
+    LEARNING_RATES,
+    Indices,
+    ProbeInput,
+    ProbeRun,
+    ProbeSettings,
+    Select,
+    check_inputs,
+    fingerprint,
+)
+from mimref.evaluation.probe_training import Batch, Norm, Progress
+from mimref.features.extract import Column, encode_columns
+from mimref.features.matrix import Matrix
+
+CROP_SCALE = (0.08, 1.0)
+"""Range of a training crop's share of the image's area."""
+MAX_BAD = 100
+
+
+def probe_inputs(depth: int, has_cls_token: bool, *, final_norm: bool = True) -> dict[ProbeInput, list[Column]]:
+    """The inputs of an encoder's classifiers, each with the columns that are concatenated for it, in this order.
+
+    An encoder of fewer than four blocks has no `last4`, one without a CLS token only `mean`. Where the sources differ:
+    final_norm is of the last block, in `last` and in `last4` (DINOv2 norms all four blocks, the paper's released code
+    none), and CLS and mean are both taken of each of the four blocks, as in the released code (DINOv2 adds the mean of
+    the last block alone).
+    """
+    groups = {"last": [depth]} | ({"last4": list(range(depth - 3, depth + 1))} if depth >= 4 else {})
+    pools: list[tuple[Literal["cls", "mean"], ...]] = [("cls",), ("cls", "mean")] if has_cls_token else [("mean",)]
+    return {
+        ProbeInput(name, "+".join(pool)): [
+            Column(block, part, final_norm and block == depth) for block in blocks for part in pool
+        ]
+        for name, blocks in groups.items()
+        for pool in pools
+    }
+
+
+def probe_augmented(
+    encoder: TokenEncoder,
+    train: ImageSource,
+    test: Mapping[ProbeInput, Matrix],
+    test_y: Indices,
+    *,
+    transform: EvalTransform,
+    final_norm: bool = True,
+    lrs: Sequence[float] = LEARNING_RATES,
+    epochs: int = 50,
+    batch_size: int = 1024,
+    norm: Norm = "none",
+    select: Select = "test",
+    seed: int = 0,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    workers: int = 0,
+    bad: BadImages | None = None,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """As `probe_cached`, on freshly augmented images: random crops of 8% to 100% of the area, bicubic, and flips.
+
+    The encoder is used as it is (move it to `device` first), in evaluation mode and without gradient; one pass per
+    batch gives all inputs. Augmentations are a function of (seed, epoch, image). test: features (M, D) of centre crops,
+    with the keys and columns of `probe_inputs(encoder.depth, encoder.has_cls_token, final_norm=final_norm)`; centre
+    crops of held-out training images are encoded here, at the end. transform: crop size and normalisation of both.
+    bad: collects unreadable training images, by default at most 100.
+    Raises what `probe_cached` does, and DataError for images without labels or too many unreadable ones.
+    """
+    settings = ProbeSettings(tuple(lrs), epochs, batch_size, norm, select, seed)
+    if train.labels is None:
+        raise DataError(f"{train.name}: the training images have no labels, which a probe needs")
+    parts = probe_inputs(encoder.depth, encoder.has_cls_token, final_norm=final_norm)
+    check_inputs({key: test[key].shape[1] if key in test else 0 for key in parts}, test)
+    run = ProbeRun(settings, train.labels, {key: test[key] for key in parts}, test_y, device)
+    source = _Augmented(
+        train, run, transform, parts, device, precision, workers, BadImages(MAX_BAD) if bad is None else bad
+    )
+    training = encoder.training
+    encoder.eval()
+    try:
+        images = "" if state is None else source.fingerprint()
+        run.train(lambda first: source.batches(encoder, first), images, state, progress)
+        return run.rows("augmented", source.held_out(encoder))
+    finally:
+        encoder.train(training)
+
+
+@dataclass
+class _Augmented:
+    """Batches of features of augmented training images and of plain held-out ones."""
+
+    source: ImageSource
+    run: ProbeRun
+    transform: EvalTransform
+    parts: dict[ProbeInput, list[Column]]
+    device: torch.device
+    precision: torch.dtype
+    workers: int
+    bad: BadImages
+
+    def batches(self, encoder: TokenEncoder, first: int) -> Iterator[Batch]:
+        """All training batches from an update on. Unreadable images are missing from them."""
+        run, settings = self.run, self.run.settings
+        photometric = Photometric(
+            ViewsConfig(color=False, blur=False),
+            settings.seed,
+            self.device,
+            mean=self.transform.mean,
+            std=self.transform.std,
+        )
+        chosen = _Chosen(self.source, run.train_rows)
+        labels = torch.from_numpy(run.labels[run.train_rows])
+        loaded = view_batches(
+            chosen,
+            [CropGroup(1, self.transform.image_size, CROP_SCALE)],
+            batch_size=run.batch,
+            seed=settings.seed,
+            epochs=range(first // run.per_epoch, settings.epochs),
+            skip=first % run.per_epoch,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        for batch in loaded:
+            for path, reason in batch.bad:
+                self.bad.add(path, reason)
+            if not len(batch.sample_B):
+                yield [], labels[:0]
+                continue
+            images = photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
+            yield self._encode(encoder, images), labels[batch.sample_B]
+
+    @torch.inference_mode()
+    def _encode(self, encoder: TokenEncoder, images: Tensor) -> list[Tensor]:
+        columns = {column for part in self.parts.values() for column in part}
+        blocks = sorted({(column.block, column.final_norm) for column in columns})
+        with autocast(self.device, self.precision):
+            tokens = encoder.blocks(images, [block for block, _ in blocks], final_norm=[norm for _, norm in blocks])
+        of_block = dict(zip(blocks, tokens, strict=True))
+        pooled = {
+            column: encoder.pool(of_block[column.block, column.final_norm], column.pool).float() for column in columns
+        }
+        inputs = [torch.cat([pooled[column] for column in part], dim=1) for part in self.parts.values()]
+        check_inputs({key: x.shape[1] for key, x in zip(self.parts, inputs, strict=True)}, self.run.test)
+        return inputs
+
+    def held_out(self, encoder: TokenEncoder) -> Iterator[Batch]:
+        """Centre crops of the held-out images."""
+        if not len(self.run.held_rows):
+            return
+        columns = list(dict.fromkeys(column for part in self.parts.values() for column in part))
+        labels = self.run.labels[self.run.held_rows]
+        found = encode_columns(
+            encoder,
+            _Chosen(self.source, self.run.held_rows),
+            self.transform,
+            columns,
+            device=self.device,
+            precision=self.precision,
+            workers=self.workers,
+        )
+        for batch in found:
+            for path, reason in batch.bad:
+                self.bad.add(path, reason)
+            if batch.indices:
+                of_column = dict(zip(columns, batch.columns, strict=True))
+                inputs = [
+                    np.concatenate([of_column[column] for column in part], axis=1) for part in self.parts.values()
+                ]
+                yield [torch.from_numpy(x) for x in inputs], torch.from_numpy(labels[batch.indices])
+
+    def fingerprint(self) -> str:
+        """Of the training images, the transform and, through the features of the test images, the encoder."""
+        digest = hashlib.sha256(self.source.fingerprint.encode())
+        digest.update(json.dumps(self.transform.to_dict(), sort_keys=True).encode())
+        digest.update(f"{self.precision} {fingerprint(self.run.test, self.run.labels)}".encode())
+        return digest.hexdigest()[:16]
+
+
+class _Chosen:
+    """Some of a source's images, as a source."""
+
+    def __init__(self, source: ImageSource, rows: Indices) -> None:
+        self.source, self.rows = source, rows
+        self.name, self.in_memory, self.class_names = source.name, source.in_memory, source.class_names
+        self.labels = None if source.labels is None else source.labels[rows]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.source.fingerprint.encode() + self.rows.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(int(self.rows[index]))
+
+    def path(self, index: int) -> str:
+        return self.source.path(int(self.rows[index]))

@@ -1,0 +1,487 @@
+"""The linear probe against classifiers trained one by one with autograd; choice, resumption, divergence, bad input."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mimref.config import DataConfig
+from mimref.data.sources import ArraySource, open_source
+from mimref.errors import ConfigError, DataError, DivergenceError, OutputError, UserError
+from mimref.evaluation import probe, probe_training
+from mimref.evaluation.metrics import Row
+from mimref.evaluation.probe import LEARNING_RATES, Indices, ProbeInput, ProbeRun, ProbeSettings, probe_cached
+from mimref.evaluation.probe_training import Batch, Norm, ProbeEnsemble, Schedule, score, train_probe
+from mimref.features.matrix import Matrix, SideBySide
+
+CPU = torch.device("cpu")
+LAST, LAST4 = ProbeInput("last", "cls"), ProbeInput("last4", "cls+mean")
+Features = dict[ProbeInput, Matrix]
+NORMS: tuple[Norm, ...] = ("none", "batch")
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def blobs(count: int, *, classes: int = 3, seed: int = 0, noise: float = 1.0) -> tuple[Features, Indices]:
+    """Two inputs, 5 and 8 wide, of Gaussian classes whose labels have gaps."""
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.arange(count) % classes)
+    centre = np.random.default_rng(99).normal(size=(classes, 13))
+    x = (centre[y] + noise * rng.normal(size=(count, 13))).astype(np.float32)
+    return {LAST: x[:, :5], LAST4: x[:, 5:]}, 10 * y + 3
+
+
+def probed(**changes: Any) -> list[Row]:
+    """A small probe of `blobs`."""
+    train, train_y = blobs(90)
+    test, test_y = blobs(40, seed=1)
+    options: dict[str, Any] = {"lrs": (0.01, 0.1, 1.0), "epochs": 4, "batch_size": 16} | changes
+    return probe_cached(
+        options.pop("train", train),
+        options.pop("train_y", train_y),
+        options.pop("test", test),
+        options.pop("test_y", test_y),
+        **options,
+    )
+
+
+# --- training
+
+
+def cosine(update: int, total: int, lr: float, norm: Norm) -> float:
+    """The learning rate, as the definitions have it."""
+    if norm == "none":
+        return lr * (1 + math.cos(math.pi * update / total)) / 2
+    warmup = round(total / 10)
+    if update < warmup:
+        return lr * (update + 1) / (warmup + 1)
+    return 1e-6 + (lr - 1e-6) * (1 + math.cos(math.pi * (update - warmup) / (total - warmup))) / 2
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_equals_52_modules_trained_alone(norm: Norm) -> None:
+    torch.manual_seed(0)
+    widths, classes, total, lrs = [6, 12, 9, 20], 5, 20, [4 * lr for lr in LEARNING_RATES]
+    batches = [
+        ([torch.randn(size, width, dtype=torch.float64) * 3 + 1 for width in widths], torch.randint(classes, (size,)))
+        for size in [16] * (total - 1) + [7]
+    ]
+    ensemble = ProbeEnsemble(widths, classes, lrs, norm=norm, dtype=torch.float64)
+    start = [weight.clone().view(13, classes, -1) for weight in ensemble.weights]
+    train_probe(ensemble, lambda first: iter(batches[first:]), Schedule(total, norm))
+    assert len(ensemble) == 52 and sum(weight.shape[0] for weight in ensemble.weights) == 52 * classes
+    found = ensemble.logits(batches[0][0])
+    for i, width in enumerate(widths):
+        for r, lr in enumerate(lrs):
+            bn = nn.BatchNorm1d(width, affine=False).double() if norm == "batch" else nn.Identity()
+            linear = nn.Linear(width, classes).double()
+            linear.weight.data.copy_(start[i][r])
+            linear.bias.data.zero_()
+            optimizer = torch.optim.SGD(linear.parameters(), lr=lr, momentum=0.9)
+            for update, (inputs, labels) in enumerate(batches):
+                optimizer.param_groups[0]["lr"] = cosine(update, total, lr, norm)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(linear(bn(inputs[i])), labels).backward()
+                optimizer.step()
+            torch.testing.assert_close(ensemble.weights[i].view(13, classes, -1)[r], linear.weight.data, **EXACT)
+            torch.testing.assert_close(ensemble.bias_KC[13 * i + r], linear.bias.data, **EXACT)
+            with torch.no_grad():
+                expected = linear(bn.eval()(batches[0][0][i]))
+            torch.testing.assert_close(found[13 * i + r].T, expected, **EXACT)
+            if isinstance(bn, nn.BatchNorm1d):
+                state = ensemble.state_dict()
+                torch.testing.assert_close(state[f"mean.{i}"], bn.running_mean, **EXACT)
+                torch.testing.assert_close(state[f"variance.{i}"], bn.running_var, **EXACT)
+
+
+def test_schedules() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    # DINOv2's own scheduler.
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50, eta_min=0)
+    for update in range(50):
+        scale, offset = Schedule(50, "none")(update)
+        assert offset == 0 and 0.3 * scale == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+    rates = [0.3 * scale + offset for scale, offset in map(Schedule(50, "batch"), range(51))]
+    assert rates[:6] == pytest.approx([0.3 * share / 6 for share in range(1, 7)])
+    assert rates[5] == max(rates) and rates[50] == pytest.approx(1e-6)
+
+
+def test_weights_start_as_dinov2_has_them() -> None:
+    ensemble = ProbeEnsemble([64, 256], 20, LEARNING_RATES)
+    weights = torch.cat([weight.flatten() for weight in ensemble.weights])
+    assert float(weights.std()) == pytest.approx(0.01, rel=0.02) and abs(float(weights.mean())) < 1e-4
+    assert not ensemble.bias_KC.any()
+    first = ensemble.weights[0].view(13, -1)
+    assert len(first.unique(dim=0)) == 13
+    again, other = (ProbeEnsemble([64, 256], 20, LEARNING_RATES, seed=seed) for seed in (0, 1))
+    assert torch.equal(again.weights[1], ensemble.weights[1]) and not torch.equal(other.weights[1], ensemble.weights[1])
+
+
+@pytest.mark.parametrize(("batch_size", "used", "per_epoch"), [(64, 64, 3), (200, 200, 1), (1024, 200, 1), (7, 7, 28)])
+def test_learning_rates_follow_the_batch(batch_size: int, used: int, per_epoch: int) -> None:
+    train, train_y = blobs(200)
+    run = ProbeRun(ProbeSettings(batch_size=batch_size), train_y, train, train_y, CPU)
+    assert (run.batch, run.per_epoch) == (used, per_epoch)
+    torch.testing.assert_close(run.ensemble.rate_R, torch.tensor(LEARNING_RATES) * used / 256)
+
+
+def test_every_image_is_seen_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[float]] = []
+    step = ProbeEnsemble.step
+
+    def watch(self: ProbeEnsemble, inputs: list[Tensor], labels: Tensor, scale: float, offset: float = 0.0) -> None:
+        seen.append(inputs[0][:, 0].tolist())
+        assert [int(value) % 3 for value in seen[-1]] == labels.tolist()
+        step(self, inputs, labels, scale, offset)
+
+    monkeypatch.setattr(ProbeEnsemble, "step", watch)
+    x = np.arange(50, dtype=np.float32)[:, None] + np.zeros((1, 2), dtype=np.float32)
+    probe_cached({LAST: x}, np.arange(50) % 3, {LAST: x}, np.arange(50) % 3, epochs=3, batch_size=25)
+    epochs = [sorted(seen[2 * i] + seen[2 * i + 1]) for i in range(3)]
+    assert epochs == [list(range(50))] * 3
+    assert len({tuple(batch) for batch in seen}) == 6
+
+
+def test_small_batches_change_nothing() -> None:
+    batches: list[Batch] = [
+        ([torch.ones(count, 4)] if count else [], torch.zeros(count, dtype=torch.int64)) for count in (0, 1, 1)
+    ]
+    ensemble = ProbeEnsemble([4], 2, (0.1,), norm="batch")
+    start = ensemble.weights[0].clone()
+    told: list[tuple[int, int]] = []
+    train_probe(
+        ensemble, lambda first: iter(batches), Schedule(3, "batch"), progress=lambda *numbers: told.append(numbers)
+    )
+    assert torch.equal(ensemble.weights[0], start) and told == [(1, 3), (2, 3), (3, 3)]
+
+
+# --- divergence
+
+
+def test_a_diverged_classifier_leaves_the_others_alone() -> None:
+    torch.manual_seed(0)
+    batches: list[Batch] = [([torch.randn(8, 6) * 10, torch.randn(8, 4)], torch.randint(3, (8,))) for _ in range(30)]
+    tame, wild = (ProbeEnsemble([6, 4], 3, (0.1, rate, 0.2)) for rate in (0.15, 3e38))
+    for ensemble in (tame, wild):
+        for inputs, labels in batches:
+            ensemble.step(inputs, labels, 1.0)
+    assert wild.finite().tolist() == [True, False, True] * 2
+    for ours, theirs in zip(wild.weights, tame.weights, strict=True):
+        assert torch.equal(ours.view(3, -1)[::2], theirs.view(3, -1)[::2])
+    scores = score(wild, batches, "test")
+    assert scores[1] == scores[4] == 0 and np.array_equal(
+        scores[[0, 2, 3, 5]], score(tame, batches, "test")[[0, 2, 3, 5]]
+    )
+
+
+def test_a_diverged_classifier_is_never_chosen() -> None:
+    large: dict[str, Features] = {
+        split: {key: 1e3 * x[:] for key, x in blobs(count, seed=seed)[0].items()}
+        for split, count, seed in (("train", 90, 0), ("test", 40, 1))
+    }
+    # Wrong labels, so that the one with finite weights scores little itself.
+    rows = probed(lrs=(1e38, 1e-3), test_y=np.roll(blobs(40, seed=1)[1], 1), **large)
+    assert [row["value"] for row in rows[1:]][::2] == [0.0, 0.0] and rows[0]["lr"] == 1e-3
+    with pytest.raises(DivergenceError, match=r"^every classifier of the probe has diverged"):
+        probed(lrs=(1e38,), **large)
+
+
+# --- rows and choice
+
+
+def test_rows() -> None:
+    rows = probed()
+    best, grid = rows[0], rows[1:]
+    assert [row["classifier"] for row in grid] == [1, 2, 3, 4, 5, 6]
+    settings = [(row["blocks"], row["pool"], row["lr"]) for row in grid]
+    assert settings == [("last", "cls", lr) for lr in (0.01, 0.1, 1.0)] + [
+        ("last4", "cls+mean", lr) for lr in (0.01, 0.1, 1.0)
+    ]
+    shared = {"metric": "probe_top1", "epochs": 4, "batch_size": 16, "norm": "none", "protocol": "cached"}
+    assert all(row.items() >= shared.items() for row in rows)
+    values = [float(row["value"]) for row in grid]
+    assert best["value"] == max(values) and best["select"] == "test" and "classifier" not in best
+    winner = grid[values.index(max(values))]
+    assert all(best[key] == winner[key] for key in ("blocks", "pool", "lr"))
+    assert all(value == pytest.approx(round(value * 0.4) / 0.4) for value in values)
+    assert not any("held_out_top1" in row for row in rows)
+
+
+def test_ties_go_to_the_first() -> None:
+    train, train_y = blobs(60, noise=0.01)
+    assert probed(train=train, train_y=train_y, test=train, test_y=train_y, lrs=(0.5, 1.0))[0]["lr"] == 0.5
+
+
+def test_the_honest_choice_does_not_see_test_labels() -> None:
+    test_y = blobs(40, seed=1)[1]
+    rows = probed(select="val-split", train=blobs(90, noise=3)[0])
+    shuffled = probed(
+        select="val-split", train=blobs(90, noise=3)[0], test_y=np.random.default_rng(3).permutation(test_y)
+    )
+    keys = ("blocks", "pool", "lr", "held_out_top1")
+    assert [[row[key] for key in keys] for row in rows] == [[row[key] for key in keys] for row in shuffled]
+    assert [row["value"] for row in rows] != [row["value"] for row in shuffled]
+    best, grid = rows[0], rows[1:]
+    held = [float(row["held_out_top1"]) for row in grid]
+    winner = grid[held.index(max(held))]
+    assert best["select"] == "val-split" and all(best[key] == winner[key] for key in ("value", *keys))
+    # Nine of ninety images are held out.
+    assert all(value == pytest.approx(round(value * 0.09) / 0.09) for value in held)
+
+
+def test_held_out_images_are_not_trained_on() -> None:
+    train, train_y = blobs(60)
+    run = ProbeRun(ProbeSettings(select="val-split"), train_y, train, train_y, CPU)
+    assert sorted([*run.train_rows, *run.held_rows]) == list(range(60)) and len(run.held_rows) == 6
+    rows = probed(select="val-split", train=train, train_y=train_y)
+    wrong = {key: np.array(x[:]) for key, x in train.items()}
+    for x in wrong.values():
+        x[run.held_rows] = 1e6
+    other = probed(select="val-split", train=wrong, train_y=train_y)
+    assert [row["value"] for row in rows[1:]] == [row["value"] for row in other[1:]]
+
+
+def test_seed() -> None:
+    assert probed() == probed() and probed(seed=1) != probed()
+
+
+def test_digits() -> None:
+    (train, train_y), (test, test_y) = digits("train"), digits("val")
+    for norm in NORMS:
+        rows = probe_cached({LAST: train}, train_y, {LAST: test}, test_y, epochs=10, batch_size=64, norm=norm)
+        assert 92 <= float(rows[0]["value"]) <= 99 and len(rows) == 14
+
+
+def digits(split: Literal["train", "val"]) -> tuple[NDArray[np.float32], Indices]:
+    source = open_source(DataConfig(spec="digits"), split)
+    assert isinstance(source, ArraySource) and source.labels is not None
+    return (source.images.reshape(len(source), -1) / 255).astype(np.float32), source.labels
+
+
+# --- how features are read
+
+
+def test_joined_and_memory_mapped_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = blobs(90)[0], blobs(40, seed=1)[0]
+    expected = probed(select="val-split")
+
+    def joined(features: Features, name: str) -> Features:
+        x = np.asarray(features[LAST4][:])
+        np.save(tmp_path / name, features[LAST][:])
+        return {LAST: np.load(tmp_path / f"{name}.npy", mmap_mode="r"), LAST4: SideBySide([x[:, :3], x[:, 3:]])}
+
+    for held_bytes in (probe.HELD_BYTES, 0):
+        monkeypatch.setattr(probe, "HELD_BYTES", held_bytes)
+        monkeypatch.setattr(probe, "SCORE_ELEMENTS", 90)
+        assert probed(select="val-split", train=joined(train, "train"), test=joined(test, "test")) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.uint8])
+def test_number_formats(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = (
+        {key: np.abs(x[:] * 20).astype(dtype) for key, x in blobs(n, seed=s)[0].items()} for n, s in ((90, 0), (40, 1))
+    )
+    single = [{key: x.astype(np.float32) for key, x in features.items()} for features in (train, test)]
+    expected = probed(train=single[0], test=single[1])
+    assert probed(train=train, test=test) == expected
+    monkeypatch.setattr(probe, "HELD_BYTES", 0)
+    assert probed(train=train, test=test) == expected
+
+
+# --- resumption
+
+
+def stop_at(step: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done == step:
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("stops", [[1], [5], [7, 12], [19, 20]])
+def test_resumed_equals_uninterrupted(
+    norm: Norm, stops: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe_training, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(probe_training, "SAVE_COST", 0.0)
+    expected = probed(norm=norm, state=tmp_path / "whole")
+    told: list[int] = []
+    for stop in stops:
+        with pytest.raises(Stopped):
+            probed(norm=norm, state=tmp_path / "parts", progress=stop_at(stop))
+    (tmp_path / ".parts.abcd.tmp").write_bytes(b"half")
+    rows = probed(norm=norm, state=tmp_path / "parts", progress=lambda done, total: told.append(done))
+    assert rows == expected and told == list(range(stops[-1] + 1, 21))
+    whole, parts = (torch.load(tmp_path / name)["ensemble"] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
+    # A finished one is only scored again.
+    assert probed(norm=norm, state=tmp_path / "parts", progress=stop_at(1)) == expected
+
+
+def test_states_are_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Stopped):
+        probed(state=tmp_path / "state", progress=stop_at(7))
+    assert not (tmp_path / "state").exists()
+    probed(state=tmp_path / "state")
+    assert torch.load(tmp_path / "state")["step"] == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lrs": (0.01, 0.1, 2.0)}, "another lrs: it was [0.01, 0.1, 1.0] and is now [0.01, 0.1, 2.0];"),
+        ({"epochs": 5}, "another epochs: it was 4 and is now 5;"),
+        ({"batch_size": 15}, "another batch_size: it was 16 and is now 15;"),
+        ({"norm": "batch"}, "another norm: it was 'none' and is now 'batch';"),
+        ({"select": "val-split"}, "another select: it was 'test' and is now 'val-split';"),
+        ({"seed": 3}, "another seed: it was 0 and is now 3;"),
+        ({"train": {LAST: blobs(90)[0][LAST]}, "test": {LAST: blobs(40, seed=1)[0][LAST]}}, "another inputs: it was"),
+        ({"train": blobs(90, seed=5)[0]}, "another set of images or encoder: it was"),
+        ({"train_y": blobs(90, seed=5)[1]}, "another set of images or encoder: it was"),
+    ],
+)
+def test_states_of_other_settings_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    probed(state=tmp_path / "state")
+    with pytest.raises(ConfigError) as caught:
+        probed(state=tmp_path / "state", **change)
+    assert words in str(caught.value) and str(tmp_path / "state") in str(caught.value)
+    assert "\n" not in str(caught.value) and "remove the file" in str(caught.value)
+
+
+def test_damaged_states(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    probed(state=path)
+    whole, saved = path.read_bytes(), torch.load(path)
+    middle = len(whole) // 2
+    for content in (
+        b"",
+        b"nothing",
+        whole[:middle],
+        whole[:middle] + bytes([whole[middle] ^ 255]) * 9 + whole[middle + 9 :],
+    ):
+        path.write_bytes(content)
+        with pytest.raises(OutputError, match=r"damaged state of a probe; remove the file to start anew$"):
+            probed(state=path)
+    tensors = saved["ensemble"]
+    for wrong in (3, {}, saved | {"ensemble": {}}, saved | {"ensemble": tensors | {"bias": 3}}, saved | {"step": "x"}):
+        torch.save(wrong, path)
+        with pytest.raises(OutputError, match="damaged state"):
+            probed(state=path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OutputError):
+        probed(state=path)
+
+
+# --- bad input
+
+
+def changed(key: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> dict[str, Any]:
+    """`blobs` with the first input of `key` (train or test) changed."""
+    count, seed = (90, 0) if key == "train" else (40, 1)
+    features = blobs(count, seed=seed)[0]
+    return {key: features | {LAST: change(np.array(features[LAST][:]))}}
+
+
+def put(value: float) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    def change(x: NDArray[Any]) -> NDArray[Any]:
+        x[7, 2] = value
+        return x
+
+    return change
+
+
+def lonely() -> Indices:
+    y = blobs(90)[1]
+    y[0] = 77
+    return y
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"train_y": np.full(90, 3)}, DataError, "train: all images are of class 3"),
+        ({"test_y": np.full(40, 4)}, DataError, "test: class 4 has no training image"),
+        (changed("train", put(math.nan)), DataError, "train (last cls): features of image 7 (counted from 0) are not"),
+        (changed("test", put(math.inf)), DataError, "test (last cls): features of image 7 (counted from 0) are not"),
+        (changed("train", lambda x: x[:80]), DataError, "train (last cls): 80 feature rows but 90 labels"),
+        (changed("test", lambda x: x[:30]), DataError, "test (last cls): 30 feature rows but 40 labels"),
+        (changed("train", lambda x: x[:0]), DataError, "train (last cls): features have shape (0, 5)"),
+        (changed("test", lambda x: x[:, 0]), DataError, "5 wide, test features 40"),
+        (changed("train", lambda x: x[:, :4]), DataError, "train (last cls): features are 4 wide, test features 5"),
+        ({"train": {}}, DataError, "train features are of nothing, test features of last cls, last4 cls+mean"),
+        ({"train": {}, "test": {}}, DataError, "test: there are no features"),
+        ({"test": {LAST: blobs(40)[0][LAST]}}, DataError, "test features of last cls; give both of the same inputs"),
+        ({"train_y": np.zeros(90)}, DataError, "give (images,) whole numbers"),
+        ({"lrs": ()}, ConfigError, "lrs: the list is empty"),
+        ({"lrs": (0.1, 0.0)}, ConfigError, "lrs: 0 is no learning rate"),
+        ({"lrs": (-0.1,)}, ConfigError, "lrs: -0.1 is no learning rate"),
+        ({"lrs": (math.nan,)}, ConfigError, "lrs: nan is no learning rate"),
+        ({"epochs": 0}, ConfigError, "epochs = 0: give at least 1"),
+        ({"batch_size": 0}, ConfigError, "batch_size = 0: with norm = 'none' give at least 1"),
+        ({"batch_size": 1, "norm": "batch"}, ConfigError, "batch_size = 1: with norm = 'batch' give at least 2"),
+        ({"norm": "layer"}, ConfigError, "norm = 'layer': expected none or batch"),
+        ({"select": "train"}, ConfigError, "select = 'train': expected test or val-split"),
+        ({"device": "cuda"}, ConfigError, "device 'cuda' is not available"),
+        ({"select": "val-split", "train_y": lonely()}, DataError, "class 77 has only one training image"),
+        (
+            {"select": "val-split", "train_y": np.arange(90) % 20, "test_y": np.arange(40) % 20},
+            DataError,
+            "select = 'val-split' would hold out 9 of 90 training images, fewer than the 20 classes",
+        ),
+    ],
+)
+def test_bad_input(change: dict[str, Any], kind: type[UserError], words: str) -> None:
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(kind) as caught:
+        probed(**change)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_states_that_do_not_fit() -> None:
+    ensemble = ProbeEnsemble([4], 2, (0.1,))
+    with pytest.raises(ValueError, match="other inputs"):
+        ensemble.load_state_dict(ProbeEnsemble([5], 2, (0.1,)).state_dict())
+
+
+def test_nothing_to_score() -> None:
+    def none() -> Iterator[Batch]:
+        return iter(())
+
+    with pytest.raises(DataError, match=r"^held: no readable image$"):
+        score(ProbeEnsemble([4], 2, (0.1,)), none(), "held")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", NORMS)
+def test_cuda_equals_cpu_without_a_sync(norm: Norm) -> None:
+    torch.manual_seed(0)
+    batches: list[Batch] = [([torch.randn(64, 24), torch.randn(64, 96)], torch.randint(5, (64,))) for _ in range(10)]
+    here, there = (ProbeEnsemble([24, 96], 5, LEARNING_RATES, norm=norm, device=device) for device in ("cpu", "cuda"))
+    moved = [([x.cuda() for x in inputs], labels.cuda()) for inputs, labels in batches]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for inputs, labels in moved:
+            there.step(inputs, labels, 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for inputs, labels in batches:
+        here.step(inputs, labels, 0.5)
+    for ours, theirs in zip(here.weights, there.weights, strict=True):
+        torch.testing.assert_close(ours, theirs.cpu(), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,259 @@
+"""The augmented probe on a tiny encoder: what it feeds its classifiers, what it leaves alone, what repeats."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mimref.data.decode import BadImages
+from mimref.data.sources import ArraySource, BadImage
+from mimref.data.transforms import EvalTransform
+from mimref.encoders.vit import Architecture, Encoder, build_encoder
+from mimref.errors import ConfigError, DataError
+from mimref.evaluation import probe_augmented as augmented
+from mimref.evaluation import probe_training
+from mimref.evaluation.metrics import Row
+from mimref.evaluation.probe import Indices, ProbeInput
+from mimref.evaluation.probe_augmented import probe_augmented, probe_inputs
+from mimref.evaluation.probe_training import ProbeEnsemble
+from mimref.features.extract import Column, encode_columns
+from mimref.features.matrix import Matrix, side_by_side
+from tests.tiny import ARCHITECTURE
+
+CPU = torch.device("cpu")
+TRANSFORM = EvalTransform(16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+
+
+class Broken(ArraySource):
+    """Images of which some cannot be read."""
+
+    unreadable: tuple[int, ...] = ()
+
+    def read(self, index: int) -> Tensor:
+        if index in self.unreadable:
+            raise BadImage(self.path(index), "torn")
+        return super().read(index)
+
+
+def source(split: str, count: int, unreadable: Sequence[int] = ()) -> Broken:
+    """Noise around one gray per class."""
+    rng = np.random.default_rng(count)
+    labels = rng.permutation(np.arange(count) % 2)
+    images = np.clip(rng.normal(70 + 110 * labels[:, None, None, None], 40, (count, 3, 20, 24)), 0, 255)
+    made = Broken("noise", images.astype(np.uint8), labels, ["a", "b"], split, np.arange(count))
+    made.unreadable = tuple(unreadable)
+    return made
+
+
+def build(architecture: Architecture = ARCHITECTURE) -> Encoder:
+    torch.manual_seed(0)
+    return build_encoder(architecture)
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    return build()
+
+
+def features(encoder: Encoder, images: ArraySource) -> dict[ProbeInput, Matrix]:
+    parts = probe_inputs(encoder.depth, encoder.has_cls_token)
+    columns = list(dict.fromkeys(column for part in parts.values() for column in part))
+    batches = list(encode_columns(encoder, images, TRANSFORM, columns, device=CPU))
+    found = {column: np.concatenate([batch.columns[i] for batch in batches]) for i, column in enumerate(columns)}
+    return {key: side_by_side([found[column] for column in part]) for key, part in parts.items()}
+
+
+def probed(encoder: Encoder, train: ArraySource | None = None, **changes: Any) -> list[Row]:
+    """40 training images in batches of 10, for two epochs."""
+    test = source("val", 20)
+    labels: Indices | None = test.labels
+    assert labels is not None
+    options: dict[str, Any] = {"lrs": (0.1, 1.0), "epochs": 2, "batch_size": 10} | changes
+    return probe_augmented(
+        encoder,
+        train or source("train", 40),
+        options.pop("test", None) or features(encoder, test),
+        labels,
+        transform=TRANSFORM,
+        device=CPU,
+        **options,
+    )
+
+
+class Seen:
+    """What the encoder and the classifiers were given in training."""
+
+    def __init__(self, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images: list[Tensor] = []
+        self.inputs: list[list[Tensor]] = []
+        self.labels: list[Tensor] = []
+        self.modes: list[tuple[bool, bool]] = []
+        blocks, step = encoder.blocks, ProbeEnsemble.step
+
+        def watch_blocks(images: Tensor, *arguments: Any, **options: Any) -> list[Tensor]:
+            self.images.append(images)
+            self.modes.append((encoder.training, torch.is_inference_mode_enabled()))
+            return blocks(images, *arguments, **options)
+
+        def watch_step(ensemble: ProbeEnsemble, inputs: list[Tensor], labels: Tensor, *rates: float) -> None:
+            self.inputs.append(inputs)
+            self.labels.append(labels)
+            step(ensemble, inputs, labels, *rates)
+
+        monkeypatch.setattr(encoder, "blocks", watch_blocks)
+        monkeypatch.setattr(ProbeEnsemble, "step", watch_step)
+
+
+def test_inputs() -> None:
+    four = probe_inputs(12, True)
+    assert [tuple(key) for key in four] == [
+        ("last", "cls"),
+        ("last", "cls+mean"),
+        ("last4", "cls"),
+        ("last4", "cls+mean"),
+    ]
+    assert four[ProbeInput("last", "cls+mean")] == [Column(12, "cls", True), Column(12, "mean", True)]
+    assert four[ProbeInput("last4", "cls")] == [Column(block, "cls", block == 12) for block in (9, 10, 11, 12)]
+    assert four[ProbeInput("last4", "cls+mean")][:3] == [Column(9, "cls"), Column(9, "mean"), Column(10, "cls")]
+    assert [tuple(key) for key in probe_inputs(3, True)] == [("last", "cls"), ("last", "cls+mean")]
+    assert [tuple(key) for key in probe_inputs(12, False)] == [("last", "mean"), ("last4", "mean")]
+    raw = probe_inputs(12, True, final_norm=False)
+    assert not any(column.final_norm for part in raw.values() for column in part)
+
+
+def test_one_pass_per_batch_feeds_all_inputs(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    test = features(encoder, source("val", 20))
+    encoder.train()
+    seen = Seen(encoder, monkeypatch)
+    rows = probed(encoder, test=test)
+    # Two epochs of four batches, all four inputs, in evaluation and inference mode.
+    assert len(seen.images) == len(seen.inputs) == 8 and set(seen.modes) == {(False, True)}
+    assert encoder.training and all(parameter.grad is None for parameter in encoder.parameters())
+    after = encoder.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    encoder.eval()
+    for images, (last_cls, last_both, four_cls, four_both) in zip(seen.images[:8], seen.inputs, strict=True):
+        with torch.no_grad():
+            tokens = Encoder.blocks(encoder, images, [1, 2, 3, 4], final_norm=True)
+        cls, mean = [block[:, 0] for block in tokens], [block[:, 1:].mean(1) for block in tokens]
+        expected = [cls[3], torch.cat([cls[3], mean[3]], 1), torch.cat(cls, 1)]
+        expected.append(torch.cat([part for pair in zip(cls, mean, strict=True) for part in pair], 1))
+        for ours, theirs in zip((last_cls, last_both, four_cls, four_both), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert rows[0].items() >= {"select": "test", "protocol": "augmented", "norm": "none", "epochs": 2}.items()
+    assert [row["classifier"] for row in rows[1:]] == list(range(1, 9)) and len(rows) == 9
+
+
+def test_augmentations_follow_seed_epoch_and_image(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def images(**changes: Any) -> tuple[list[Row], Tensor]:
+        with monkeypatch.context() as patch:
+            seen = Seen(encoder, patch)
+            rows = probed(encoder, test=test, **changes)
+        return rows, torch.stack(seen.images)
+
+    test = features(encoder, source("val", 20))
+    rows, first = images()
+    again, second = images(workers=1)
+    assert again == rows and torch.equal(first, second)
+    _, other = images(seed=1)
+    assert not torch.equal(first, other)
+    # No view of the second epoch is one of the first.
+    one, two = first[:4].flatten(0, 1), first[4:].flatten(0, 1)
+    assert not (one[:, None] == two[None]).flatten(2).all(2).any()
+    # Crops and flips alone: every pixel is within the range that bicubic resizing can give, normalised.
+    assert first.shape == (8, 10, 3, 16, 16)
+    assert (
+        float(first[:, :, 0].min()) >= (0 - 0.4) / 0.2 - 1e-5 and float(first[:, :, 0].max()) <= (1 - 0.4) / 0.2 + 1e-5
+    )
+
+
+def test_labels_stay_with_their_images(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for select in ("test", "val-split"):
+        with monkeypatch.context() as patch:
+            seen = Seen(encoder, patch)
+            probed(encoder, source("train", 40, [3, 4]), select=select)
+        for images, labels in zip(
+            [x for x in seen.images if len(x) < 20][: len(seen.labels)], seen.labels, strict=True
+        ):
+            assert torch.equal((images.mean((1, 2, 3)) > 0).long(), labels)
+
+
+def test_resumed_equals_uninterrupted(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_training, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(probe_training, "SAVE_COST", 0.0)
+    test = features(encoder, source("val", 20))
+    expected = probed(encoder, test=test, norm="batch", state=tmp_path / "whole")
+
+    def stop(done: int, total: int) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        probed(encoder, test=test, norm="batch", state=tmp_path / "parts", progress=stop)
+    assert probed(encoder, test=test, norm="batch", state=tmp_path / "parts") == expected
+    whole, parts = (torch.load(tmp_path / name)["ensemble"] for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    for changes in ({"test": features(build(ARCHITECTURE_OTHER), source("val", 20))}, {"train": source("train", 44)}):
+        with pytest.raises(ConfigError, match="another set of images or encoder"):
+            probed(encoder, **{"norm": "batch", "state": tmp_path / "parts", "test": test, **changes})
+
+
+ARCHITECTURE_OTHER = Architecture("custom", 16, width=32, depth=4, num_heads=4, patch_size=4)
+
+
+def test_the_honest_choice(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = features(encoder, source("val", 20))
+    train = source("train", 40, [3, 4])
+    bad = BadImages(5)
+    with monkeypatch.context() as patch:
+        seen = Seen(encoder, patch)
+        rows = probed(encoder, train, test=test, select="val-split", bad=bad)
+    # 36 images in six batches of ten, and the four others once.
+    assert len(seen.images) == 7 and 3 <= len(seen.images[-1]) <= 4
+    held = [float(row["held_out_top1"]) for row in rows[1:]]
+    winner = rows[1:][held.index(max(held))]
+    assert rows[0]["select"] == "val-split" and rows[0]["protocol"] == "augmented"
+    assert all(rows[0][key] == winner[key] for key in ("value", "held_out_top1", "lr", "blocks", "pool"))
+    assert bad.items == [("noise/train/3", "torn"), ("noise/train/4", "torn")]
+
+
+def test_encoders_of_other_shapes() -> None:
+    shallow = build(Architecture("custom", 16, width=32, depth=3, num_heads=2, patch_size=8))
+    assert {(row["blocks"], row["pool"]) for row in probed(shallow)} == {("last", "cls"), ("last", "cls+mean")}
+    headless = build(Architecture("custom", 16, width=32, depth=4, num_heads=2, patch_size=8, class_token=False))
+    assert {(row["blocks"], row["pool"]) for row in probed(headless)} == {("last", "mean"), ("last4", "mean")}
+
+
+def test_unreadable_images(encoder: Encoder) -> None:
+    test = features(encoder, source("val", 20))
+    assert len(probed(encoder, source("train", 40, range(9)), test=test, batch_size=4, norm="batch")) == 9
+    with pytest.raises(DataError, match=r"more than data\.max_bad=2"):
+        probed(encoder, source("train", 40, range(9)), test=test, bad=BadImages(2))
+    assert augmented.MAX_BAD == 100
+
+
+def test_bad_input(encoder: Encoder) -> None:
+    test = features(encoder, source("val", 20))
+    unlabelled = source("train", 40)
+    unlabelled.labels = None
+    with pytest.raises(DataError, match=r"^noise: the training images have no labels"):
+        probed(encoder, unlabelled, test=test)
+    key = ProbeInput("last", "cls")
+    with pytest.raises(DataError, match=r"test features of last cls; give both of the same inputs$"):
+        probed(encoder, test={key: test[key]})
+    with pytest.raises(
+        DataError, match=r"^train \(last cls\): features are 32 wide, test features 31; use one encoder"
+    ):
+        probed(encoder, test=test | {key: test[key][:][:, :31]})
+    with pytest.raises(ConfigError, match=r"^epochs = 0"):
+        probed(encoder, test=test, epochs=0)
+    one_class = source("train", 40)
+    one_class.labels = np.zeros(40, dtype=np.int64)
+    with pytest.raises(DataError, match="all images are of class 0"):
+        probed(encoder, one_class, test=test)
+    assert encoder.training
