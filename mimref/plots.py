@@ -33,6 +33,7 @@ INK, FAINT, BASE = "#262626", "#D9D9D9", "#8C8C8C"
 DPI = 150
 LEGEND_CLASSES = 20
 NAME_LENGTH = 32
+BLOCKS_WIDTH = 8.0  # inches
 # Rows of one model and metric that are part of another row.
 DETAILS = ("split", "classifier", "class")
 CURVES = {
@@ -58,7 +59,7 @@ def plot_blocks(path: Path, rows: Sequence["Row"], *, heads: Mapping[str, Sequen
         raise DataError(f"{path}: nothing to draw; give rows of {', '.join(CURVES)}")
     models = list(dict.fromkeys(_model(row) for row in rows))
     compared = [model for model in models if _curve(rows, model, "block_reconstruction_delta")[0]]
-    figure, axes = _panels(len(curves) + len(compared))
+    figure, axes = _panels(len(curves) + len(compared), legend_lines=-(-len(models) // _legend_columns(models)))
     last = max(int(row["block"]) for row in rows)
     for ax, metric in zip(axes, curves, strict=False):
         for number, model in enumerate(models):
@@ -93,12 +94,14 @@ def plot_embedding(
     """
     if points.ndim != 2 or points.shape[1] != 2 or y.shape != points.shape[:1]:
         raise DataError(f"{path}: points of shape {points.shape} with labels of shape {y.shape}; give (N, 2) and (N,)")
-    figure = _figure(6.4, 5.6)
-    ax = figure.add_subplot()
     classes = np.unique(y)
+    named = len(classes) <= LEGEND_CLASSES
+    names = [_class_name(int(label), class_names) for label in classes] if named else []
+    figure = _figure(6.0 + _name_inches(names), 5.6)
+    ax = figure.add_subplot()
     finite = np.isfinite(points).all(axis=1)
     color_and_marker = _class_styles(len(classes))
-    # From 9 points² for a few hundred points down to 1 for tens of thousands, so that neither hides the shape.
+    # Square points: 16 for a few hundred images, 1 for tens of thousands, so that dots neither vanish nor merge.
     size = float(np.clip(9000 / max(1, len(points)), 1.0, 16.0))
     for label, (color, marker) in zip(classes, color_and_marker, strict=True):
         x, z = points[finite & (y == label)].astype(np.float64).T
@@ -108,10 +111,9 @@ def plot_embedding(
     for spine in ax.spines.values():
         spine.set_color(FAINT)
     ax.set_title(_text(title), fontsize=11, color=INK)
-    note = "" if len(classes) <= LEGEND_CLASSES else f"{len(classes)} classes"
+    note = "" if named else f"{len(classes)} classes"
     ax.set_xlabel(_no_formula("    ".join(filter(None, (caption, note)))), fontsize=10, color=INK, labelpad=8)
-    if len(classes) <= LEGEND_CLASSES:
-        names = [_class_name(int(label), class_names) for label in classes]
+    if named:
         entries = [(name, *style) for name, style in zip(names, color_and_marker, strict=True)]
         _legend_right(ax, entries)
     _save(figure, path)
@@ -133,12 +135,12 @@ def plot_comparison(path: Path, rows: Sequence["Row"], base: str) -> None:
         panels.setdefault(metric_label(row, rows), {})[_model(row)] = row
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure = _figure(1.6 + 3.0 * columns, 0.5 + lines * (0.85 + 0.28 * len(models)))
+    figure = _figure(0.3 + _name_inches(models) + 3.0 * columns, 0.5 + lines * (0.85 + 0.28 * len(models)))
     for number, (label, by_model) in enumerate(panels.items()):
         ax = figure.add_subplot(lines, columns, number + 1)
         _draw_bars(ax, models, by_model, base)
         ax.set_title(_text(label + _unit(next(iter(by_model.values())))), fontsize=9, color=INK, loc="left")
-        names = [_text(model) for model in models] if number % columns == 0 else [""] * len(models)
+        names = [_text(model, NAME_LENGTH) for model in models] if number % columns == 0 else [""] * len(models)
         ax.set_yticks(range(len(models)), names, fontsize=9)
     _save(figure, path)
 
@@ -219,10 +221,10 @@ def _bar_text(value: float, base: float, digits: int) -> str:
     return f"{value:.{digits}f}" + (f"  ({value - base:+.{digits}f})" if math.isfinite(base) else "")
 
 
-def _panels(count: int) -> tuple["Figure", list["Axes"]]:
+def _panels(count: int, *, legend_lines: int) -> tuple["Figure", list["Axes"]]:
     """A wide panel on top and the others below it in two columns; the last one is wide when it stands alone."""
     lines = 1 + count // 2
-    figure = _figure(8.0, 0.6 + 3.0 * lines)
+    figure = _figure(BLOCKS_WIDTH, 0.4 + 0.2 * legend_lines + 3.0 * lines)
     grid = figure.add_gridspec(lines, 2)
     axes = [figure.add_subplot(grid[0, :])]
     for number in range(count - 1):
@@ -261,10 +263,19 @@ def _legend_right(ax: "Axes", entries: Sequence[tuple[str, str, str]]) -> None:
 
 def _legend_below(figure: "Figure", entries: Sequence[tuple[str, str, str]]) -> None:
     """Names under all panels; entries: name, colour, marker."""
-    columns = min(4, len(entries))
+    columns = _legend_columns([name for name, _, _ in entries])
     handles = _handles(entries, line="-")
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     _name(legend, entries)
+
+
+def _name_inches(names: Sequence[str]) -> float:
+    """Width of a legend's column, about."""
+    return 0.45 + 0.085 * min(NAME_LENGTH, max(map(len, names), default=0))
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    return max(1, min(4, len(names), int(BLOCKS_WIDTH / _name_inches(names))))
 
 
 def _handles(entries: Sequence[tuple[str, str, str]], *, line: Literal["-", ""]) -> list["Line2D"]:
@@ -279,7 +290,7 @@ def _handles(entries: Sequence[tuple[str, str, str]], *, line: Literal["-", ""])
 def _name(legend: "Legend", entries: Sequence[tuple[str, str, str]]) -> None:
     # matplotlib leaves out labels that begin with an underscore, but lets a text be anything afterwards.
     for text, (name, _, _) in zip(legend.get_texts(), entries, strict=True):
-        text.set_text(_text(name))
+        text.set_text(_text(name, NAME_LENGTH))
         text.set_color(INK)
 
 
@@ -311,11 +322,11 @@ def _marker(number: int) -> str:
     return MARKERS[number % len(MARKERS)]
 
 
-def _text(text: str) -> str:
-    """Names as they are: on one line, of limited length, and no formula between dollar signs."""
+def _text(text: str, length: int = 3 * NAME_LENGTH) -> str:
+    """Names as they are: on one line, long ones without their middle, and no formula between dollar signs."""
     text = " ".join(text.split())
-    text = text if len(text) <= 3 * NAME_LENGTH else f"{text[: 3 * NAME_LENGTH - 1]}…"
-    return _no_formula(text)
+    half = length // 2
+    return _no_formula(text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}")
 
 
 def _no_formula(text: str) -> str:
