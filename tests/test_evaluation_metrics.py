@@ -8,6 +8,7 @@ import pytest
 
 from mimref.errors import DataError
 from mimref.evaluation.metrics import check_features, cluster_accuracy, main_rows, row_blocks, spread, unit_rows
+from mimref.features.matrix import SideBySide
 
 
 @pytest.mark.parametrize(("classes", "clusters"), [(4, 4), (3, 5), (5, 3)])
@@ -63,4 +64,29 @@ def test_unit_rows_standardise_then_normalise() -> None:
 def test_spread_and_main_rows() -> None:
     assert spread([1.0, 3.0]) == (2.0, pytest.approx(np.sqrt(2)))
     assert spread([5.0]) == (5.0, 0.0)
-    assert main_rows([{"metric": "a", "split": 0}, {"metric": "a", "splits": 2}]) == [{"metric": "a", "splits": 2}]
+    main = [{"metric": "a", "splits": 2}, {"metric": "b", "classes": 3}]
+    assert main_rows([{"metric": "a", mark: 0} for mark in ("split", "classifier", "class")] + main) == main
+
+
+def test_half_precision_and_joined_parts_are_read_as_one_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mimref.evaluation.metrics.BLOCK_ELEMENTS", 10)
+    x = (300 * np.random.default_rng(0).normal(size=(50, 5))).astype(np.float16)
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    # Squares of such values overflow in half precision.
+    expected = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    for matrix in (mapped, SideBySide([mapped[:, :2], x[:, 2:].astype(np.float32)])):
+        check_features(matrix, "train", np.arange(50))
+        np.testing.assert_allclose(unit_rows(matrix), expected, atol=1e-7)
+    x[37, 4] = np.inf
+    with pytest.raises(DataError, match="features of image 37 "):
+        check_features(SideBySide([mapped, x]), "train")
+
+
+def test_cluster_accuracy_equals_clustpy() -> None:
+    clustpy = pytest.importorskip("clustpy.metrics.external", exc_type=ImportError)
+    rng = np.random.default_rng(0)
+    for classes, clusters in ((10, 10), (7, 12), (12, 7)):
+        y, assignment = rng.integers(0, classes, 500), rng.integers(0, clusters, 500)
+        expected = 100 * clustpy.unsupervised_clustering_accuracy(y, assignment)
+        assert cluster_accuracy(y, assignment) == pytest.approx(expected)

@@ -7,22 +7,25 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 
 from mimref.errors import DataError
+from mimref.features.matrix import Matrix
 
 Row = dict[str, str | int | float]
 """One result: `metric`, `value` (percent, but for Davies-Bouldin) and every setting it was measured with."""
 
+# What marks a row as a detail of a setting: a single low-shot split, a single classifier of a probe, a single class.
+DETAILS = frozenset(["split", "classifier", "class"])
 # Elements per block when an array is read in pieces: 32 MB in float64.
 BLOCK_ELEMENTS = 1 << 22
 
 
-def row_blocks(x: NDArray[np.generic], elements: int = BLOCK_ELEMENTS) -> list[slice]:
-    """Slices of rows that cover x (N, D) with at most about `elements` values each."""
-    rows = max(1, elements // max(1, x.shape[1]))
+def row_blocks(x: Matrix, elements: int | None = None) -> list[slice]:
+    """Slices of rows that cover x (N, D) with at most about `elements` (None: BLOCK_ELEMENTS) values each."""
+    rows = max(1, (BLOCK_ELEMENTS if elements is None else elements) // max(1, x.shape[1]))
     return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
 
 
 def unit_rows(
-    x: NDArray[np.number], mean: NDArray[np.float64] | None = None, std: NDArray[np.float64] | None = None
+    x: Matrix, mean: NDArray[np.float64] | None = None, std: NDArray[np.float64] | None = None
 ) -> NDArray[np.float32]:
     """Rows of x (N, D) scaled to unit length, as a new float32 array; a row of zeros stays zero.
 
@@ -40,7 +43,7 @@ def unit_rows(
     return out
 
 
-def check_features(x: NDArray[np.generic], name: str, y: ArrayLike | None = None) -> None:
+def check_features(x: Matrix, name: str, y: ArrayLike | None = None) -> None:
     """Refuse features that no protocol can use: x must be (N, D), finite, and y, if given, (N,) whole numbers.
 
     x is read in blocks, so a memory-mapped array is never held whole. `name` says in the message which array it is.
@@ -104,8 +107,8 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def main_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows that stand for a setting as a whole: all but those of single low-shot splits, which carry `split`."""
-    return [row for row in rows if "split" not in row]
+    """Rows that stand for a setting as a whole: all but those marked as a detail of one (see `DETAILS`)."""
+    return [row for row in rows if DETAILS.isdisjoint(row)]
 
 
 def cluster_accuracy(y: NDArray[np.generic], assignment: NDArray[np.generic]) -> float:
