@@ -1,17 +1,25 @@
 """k-NN against plain loops in float64 and against scikit-learn."""
 
 import math
+import multiprocessing
+import subprocess
+import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation.knn import find_neighbours, knn, knn_accuracy, label_ranks, mean_and_std
+from mimref.evaluation.knn import Neighbours, find_neighbours, knn, knn_accuracy, label_ranks, mean_and_std
+from mimref.evaluation.metrics import main_rows
+from mimref.features.matrix import SideBySide
 
 Arrays = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 
@@ -169,3 +177,164 @@ def test_refuses_what_cannot_be_evaluated() -> None:
     broken[4, 0] = np.nan
     with pytest.raises(DataError, match="test: features of image 4 "):
         knn(train_x, train_y, broken, test_y)
+
+
+def test_votes_of_many_classes_equal_float64_loops() -> None:
+    """More classes than neighbours: only the classes seen get votes, and many a true class has none."""
+    arrays = blobs(train=200, test=150, classes=60)
+    ks, taus = (2, 12), (0.07, 1.0)
+    rows = {(row["metric"], row["k"], row["tau"]): row["value"] for row in knn(*arrays, k=ks, tau=taus)}
+    for k in ks:
+        for tau in taus:
+            hits = {1: 0, 5: 0}
+            for votes, label in zip(loop_votes(arrays, k, tau), arrays[3], strict=True):
+                ranking = sorted(votes, key=lambda c: (-votes[c], c))
+                for top in hits:
+                    hits[top] += int(label) in ranking[:top]
+            assert rows["knn_top1", k, tau] == pytest.approx(100 * hits[1] / 150)
+            assert rows["knn_top5", k, tau] == pytest.approx(100 * hits[5] / 150)
+
+
+def test_ranks_of_many_classes_equal_those_of_all_votes() -> None:
+    rng = np.random.default_rng(0)
+    found = Neighbours(
+        torch.from_numpy(rng.integers(0, 9, (300, 8)) / 8).float().sort(1, descending=True).values,
+        torch.from_numpy(rng.integers(0, 100, (300, 8))),
+    )
+    similarity, neighbours = found.similarity.double().numpy(), found.train_index.numpy()
+    train_y, test_y = rng.integers(0, 12, 100), rng.integers(0, 12, 300)
+    ranks = label_ranks(found, train_y, test_y, 12, k=(8, 1, 5), tau=(0.5,))
+    assert list(ranks) == [(8, 0.5), (1, 0.5), (5, 0.5)]
+    for (k, tau), rank in ranks.items():
+        votes = np.zeros((300, 12))
+        for j in range(k):
+            votes[np.arange(300), train_y[neighbours[:, j]]] += np.exp((similarity[:, j] - similarity[:, 0]) / tau)
+        own = votes[np.arange(300), test_y]
+        for i in range(300):
+            before = sum(votes[i, c] > own[i] or (votes[i, c] == own[i] and c < test_y[i]) for c in range(12))
+            assert rank[i] == (before if own[i] > 0 else 12)
+
+
+def test_recall_of_every_class() -> None:
+    train_x, train_y, test_x, test_y = blobs()
+    kept = test_y != 3
+    arrays = (train_x, train_y * 2, test_x[kept], test_y[kept] * 2)
+    rows = knn(*arrays, k=(5, 1), tau=(0.07, 0.5), per_class=True)
+    assert main_rows(rows) == knn(*arrays, k=(5, 1), tau=(0.07, 0.5))
+    details = [row for row in rows if "class" in row]
+    assert len(details) == 4 * 6
+    assert {row["metric"] for row in details} == {"knn_top1"}
+    for main in (row for row in main_rows(rows) if row["metric"] == "knn_top1"):
+        own = {row["class"]: row for row in details if (row["k"], row["tau"]) == (main["k"], main["tau"])}
+        assert list(own) == [0, 2, 4, 8, 10, 12]
+        for label, row in own.items():
+            of_class = arrays[3] == label
+            assert row["images"] == of_class.sum()
+            k, tau = int(main["k"]), float(main["tau"])
+            # The class's images on their own, with the same training images.
+            assert row["value"] == knn_accuracy(*arrays[:2], arrays[2][of_class], arrays[3][of_class], k=k, tau=tau)
+        mean = sum(float(row["value"]) * int(row["images"]) for row in own.values()) / int(kept.sum())
+        assert main["value"] == pytest.approx(mean)
+
+
+def test_parts_side_by_side_are_one_matrix(tmp_path: Path) -> None:
+    train_x, train_y, test_x, test_y = blobs()
+    np.save(tmp_path / "part.npy", train_x[:, :2].astype(np.float16))
+    mapped = np.load(tmp_path / "part.npy", mmap_mode="r")
+    train = SideBySide([mapped, train_x[:, 2:]])
+    test = SideBySide([test_x[:, :5], test_x[:, 5:]])
+    joined = np.concatenate([mapped.astype(np.float32), train_x[:, 2:]], axis=1)
+    assert knn(train, train_y, test, test_y, k=(1, 9)) == knn(joined, train_y, test_x, test_y, k=(1, 9))
+
+
+# Test rows and query chunk: runs of 3 and 4 chunks, the last one shorter; one chunk for two ranks; one row.
+RANK_CASES = ((50, 8), (10, 16), (1, 4))
+RANK_TIMEOUT_S = 120
+
+
+def rank_results(process_group_of: int) -> list[Neighbours]:
+    """Neighbours of every case as one rank, or one process alone, finds them."""
+    train_x, train_y, test_x, test_y = blobs(train=130, test=50)
+    found = [
+        find_neighbours(train_x, test_x[:count], k=11, query_chunk=chunk, train_chunk=40) for count, chunk in RANK_CASES
+    ]
+    assert process_group_of == (dist.get_world_size() if dist.is_initialized() else 1)
+    rows = knn(train_x, train_y, test_x, test_y, k=(1, 11), per_class=True)
+    values = torch.tensor([float(row["value"]) for row in rows])
+    return [*found, Neighbours(values, torch.empty(0))]
+
+
+def run_rank(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    torch.save([tuple(found) for found in rank_results(2)], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=run_rank, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + RANK_TIMEOUT_S
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for rank in hung:
+        ranks[rank].kill()
+    assert not hung, f"ranks {hung} did not end within {RANK_TIMEOUT_S} s"
+    assert [process.exitcode for process in ranks] == [0, 0]
+    for rank in range(2):
+        for alone, together in zip(rank_results(1), torch.load(tmp_path / f"{rank}.pt"), strict=True):
+            assert torch.equal(alone.similarity, together[0])
+            assert torch.equal(alone.train_index, together[1])
+
+
+MEMORY_SCRIPT = """
+import sys, threading, time
+import numpy as np
+from mimref.evaluation.knn import knn
+
+def anonymous_mb():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], anonymous_mb())
+        done.wait(0.05)
+
+train, test = (np.load(path, mmap_mode="r") for path in sys.argv[1:])
+train_y, test_y = np.arange(len(train)) % 1000, np.arange(len(test)) % 1000
+start, peak, done = anonymous_mb(), [0.0], threading.Event()
+thread = threading.Thread(target=watch)
+thread.start()
+knn(train, train_y, test, test_y, k=(1, 10, 200))
+done.set()
+thread.join()
+print(peak[0] - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_memory_does_not_grow_with_the_training_images(tmp_path: Path, dtype: type[np.floating]) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("RssAnon is told by Linux alone")
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal((10_000, 768), dtype=np.float32)
+    train = np.lib.format.open_memmap(tmp_path / "train.npy", mode="w+", dtype=dtype, shape=(300_000, 768))
+    for number in range(30):  # other columns to every block, so that no two rows are alike
+        train[number * 10_000 : (number + 1) * 10_000] = np.roll(block, number, axis=1)
+    train.flush()
+    del train
+    np.save(tmp_path / "test.npy", rng.standard_normal((2_000, 768)).astype(dtype))
+    try:
+        command = [sys.executable, "-c", MEMORY_SCRIPT, tmp_path / "train.npy", tmp_path / "test.npy"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    finally:
+        (tmp_path / "train.npy").unlink()
+    assert done.returncode == 0, done.stderr
+    print(f"{dtype.__name__}: {float(done.stdout):.0f} MB of anonymous memory")
+    assert float(done.stdout) < 1000

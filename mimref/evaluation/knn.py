@@ -1,29 +1,40 @@
 """Weighted k-nearest-neighbour classification on frozen features (Appendix C.4).
 
 One search finds max(k) neighbours of every test image and serves all k and temperatures. Training features are read in
-blocks that are standardised once each; a running top-k merges the blocks. Memory is the test features, max(k)
+blocks that are standardised once each; a running top-k takes in block after block. Memory is the test features, max(k)
 neighbours per test image and one block of similarities, whatever the number of training images.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mimref.devices import resolve_device
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation.metrics import Row, accuracy, check_classes, check_features, class_indices, row_blocks, unit_rows
+from mimref.evaluation.metrics import (
+    Row,
+    accuracy,
+    check_classes,
+    check_features,
+    class_indices,
+    percent,
+    row_blocks,
+    unit_rows,
+)
+from mimref.evaluation.nearest import merge_top_k, unpack
+from mimref.features.matrix import Matrix
 
 QUERY_CHUNK = 1024
 TRAIN_CHUNK = 16384
 
 Progress = Callable[[int, int], None]
 Labels = NDArray[np.int64]
-# float32; half-precision caches are read as they are.
-Features = NDArray[np.floating]
 
 
 class Neighbours(NamedTuple):
@@ -36,23 +47,26 @@ class Neighbours(NamedTuple):
 
 
 def knn(
-    train_x: Features,
+    train_x: Matrix,
     train_y: Labels,
-    test_x: Features,
+    test_x: Matrix,
     test_y: Labels,
     *,
     k: Sequence[int] = (10,),
     tau: Sequence[float] = (0.07,),
     standardize: bool = True,
+    per_class: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Row]:
     """Accuracy of weighted k-NN for every k and temperature, from one neighbour search (Appendix C.4).
 
-    train_x (N, D), test_x (M, D); labels are any whole numbers. Features are standardised per feature with the training
+    train_x (N, D), test_x (M, D); labels are any whole numbers. Matrix are standardised per feature with the training
     mean and standard deviation, then scaled to unit length; each of the k most cosine-similar training images votes
     for its class with weight exp(similarity / tau). Rows `knn_top1` and, from five classes on, `knn_top5` (the class
-    has votes, and fewer than five classes have more), in percent, with `k` and `tau`.
+    has votes, and fewer than five classes have more), in percent, with `k` and `tau`. `per_class` adds for every
+    setting one `knn_top1` per class of the test images (its recall), with `class` (the label) and `images`; `main_rows`
+    leaves these out. Labels and features are the same on all ranks of a process group, see `find_neighbours`.
     Raises ConfigError for k beyond the training set, DataError for features or labels that cannot be used.
     """
     check_features(train_x, "train", train_y)
@@ -67,19 +81,33 @@ def knn(
         rows.append({"metric": "knn_top1", "value": accuracy(rank < 1), "k": k_, "tau": tau_})
         if len(classes) >= 5:
             rows.append({"metric": "knn_top5", "value": accuracy(rank < 5), "k": k_, "tau": tau_})
+    if per_class:
+        for (k_, tau_), rank in ranks.items():
+            rows += _class_rows(classes, truth, rank, {"k": k_, "tau": tau_})
     return rows
 
 
 def knn_accuracy(
-    train_x: Features, train_y: Labels, test_x: Features, test_y: Labels, *, k: int = 10, tau: float = 0.07
+    train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Labels, *, k: int = 10, tau: float = 0.07
 ) -> float:
     """Top-1 accuracy in percent of `knn` at one k and temperature, for monitoring."""
     return float(knn(train_x, train_y, test_x, test_y, k=(k,), tau=(tau,))[0]["value"])
 
 
+def _class_rows(classes: Labels, truth: Labels, rank: Labels, setting: Row) -> list[Row]:
+    """Recall of every class that has test images. classes (C,): labels; truth, rank (M,), see `label_ranks`."""
+    images = np.bincount(truth, minlength=len(classes))
+    hits = np.bincount(truth[rank < 1], minlength=len(classes))
+    return [
+        {"metric": "knn_top1", "value": percent(hits[c] / images[c]), **setting, "class": int(label), "images": int(n)}
+        for c, (label, n) in enumerate(zip(classes, images, strict=True))
+        if n
+    ]
+
+
 def find_neighbours(
-    train_x: Features,
-    test_x: Features,
+    train_x: Matrix,
+    test_x: Matrix,
     *,
     k: int,
     standardize: bool = True,
@@ -92,6 +120,16 @@ def find_neighbours(
 
     train_x (N, D) may be memory-mapped: it is read twice, block by block. Rows of exactly equal similarity come in
     order of their index, so results depend on chunk sizes only where the matmul itself rounds differently.
+
+    In a process group of R > 1 ranks this is a collective operation: every rank must call it with the same arguments.
+    The test rows are cut into chunks of `query_chunk`, as in a single process, and each rank takes a contiguous run of
+    whole chunks; the lengths of two runs differ by one chunk at most, and a run is empty where there are fewer chunks
+    than ranks. Each rank reads all training rows and searches for its own test rows. Every rank knows every run, so no
+    sizes are exchanged: the runs are padded to the longest, gathered by all ranks, and cut again. Whole chunks are what
+    makes this exact: all matrix products have the shapes, and so the rounding, that they have in a single process, and
+    every rank returns what that would.
+
+    progress: counts this rank's share of the work.
     Raises ConfigError for k beyond N or a device that is not there, DataError for widths that differ.
     """
     if not 1 <= k <= len(train_x):
@@ -99,20 +137,51 @@ def find_neighbours(
     if train_x.shape[1] != test_x.shape[1]:
         raise DataError(f"train features are {train_x.shape[1]} wide, test features {test_x.shape[1]}; use one encoder")
     target = resolve_device(device)
+    runs = _query_runs(len(test_x), query_chunk)
+    mine = runs[dist.get_rank() if len(runs) > 1 else 0]
     mean, std = mean_and_std(train_x) if standardize else (None, None)
-    test = torch.from_numpy(unit_rows(test_x, mean, std))
+    test = torch.from_numpy(unit_rows(test_x[mine], mean, std))
     queries = [slice(start, start + query_chunk) for start in range(0, len(test), query_chunk)]
     keys = [slice(start, start + train_chunk) for start in range(0, len(train_x), train_chunk)]
-    found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0, dtype=torch.int64))] * len(queries)
-    for step, rows in enumerate(keys):
+    found: list[Tensor | None] = [None] * len(queries)
+    # One buffer for all similarities: fresh memory for each chunk costs about a third of the product itself.
+    buffer = torch.empty(min(query_chunk, len(test)) * min(train_chunk, len(train_x)), device=target)
+    for step, rows in enumerate(keys if queries else []):
         train = torch.from_numpy(unit_rows(train_x[rows], mean, std)).to(target)
         for number, query in enumerate(queries):
-            similarity, index = _top_k(test[query].to(target) @ train.T, k)
-            new = (similarity.cpu(), index.cpu() + rows.start)
-            found[number] = _merge(found[number], new, k) if step else new
+            query_x = test[query].to(target)
+            similarity = buffer[: len(query_x) * len(train)].view(len(query_x), len(train))
+            torch.matmul(query_x, train.T, out=similarity)
+            if target.type == "mps":
+                # Not every version of MPS can sort 64-bit keys.
+                similarity = similarity.cpu()
+            found[number] = merge_top_k(found[number], similarity, rows.start, k)
             if progress is not None:
                 progress(step * len(queries) + number + 1, len(keys) * len(queries))
-    return Neighbours(torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found]))
+    packed = [chunk.cpu() for chunk in found if chunk is not None]
+    own = torch.cat(packed) if packed else torch.empty(0, k, dtype=torch.int64)
+    return Neighbours(*unpack(own if len(runs) == 1 else _gather_runs(own, runs)))
+
+
+def _query_runs(count: int, chunk: int) -> list[slice]:
+    """The test rows 0..count-1 of every rank of the process group: whole chunks, in order of rank."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    chunks = -(-count // chunk)
+    edges = [min(count, chunks * rank // ranks * chunk) for rank in range(ranks + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(edges)]
+
+
+def _gather_runs(own: Tensor, runs: Sequence[slice]) -> Tensor:
+    """Rows of all ranks, (M, K), from each one's own (of the length of its run, K)."""
+    # NCCL, unlike gloo, has no way to send what lies in the memory of the CPU.
+    backend = dist.get_backend()
+    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+    sizes = [run.stop - run.start for run in runs]
+    padded = torch.zeros(max(sizes), own.shape[1], dtype=own.dtype, device=device)
+    padded[: len(own)] = own.to(device)
+    parts = [torch.empty_like(padded) for _ in runs]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).cpu()
 
 
 def label_ranks(
@@ -135,11 +204,33 @@ def label_ranks(
     ranks = {(k_, tau_): np.empty(len(test_y), dtype=np.int64) for k_ in k for tau_ in tau}
     for start in range(0, len(test_y), QUERY_CHUNK):
         rows = slice(start, start + QUERY_CHUNK)
-        neighbour_y = labels[neighbours.train_index[rows]]
+        similarity, neighbour_y = neighbours.similarity[rows, : max(k)], labels[neighbours.train_index[rows, : max(k)]]
+        own, width = truth[rows], classes
+        if classes > max(k):
+            neighbour_y, own, width = _seen_classes(neighbour_y, own)
         for tau_ in dict.fromkeys(tau):
-            for k_, votes in neighbour_votes(neighbours.similarity[rows], neighbour_y, classes, k=k, tau=tau_):
-                ranks[k_, tau_][rows] = _rank(votes, truth[rows]).numpy()
+            for k_, votes in neighbour_votes(similarity, neighbour_y, width, k=k, tau=tau_):
+                rank = _rank(votes, own)
+                ranks[k_, tau_][rows] = torch.where(rank < width, rank, classes).numpy()
     return ranks
+
+
+def _seen_classes(neighbour_y: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Number the classes among each test image's neighbours from 0, in the order of their labels.
+
+    There are K at most, so that votes cost the same with 1000 classes as with 100. neighbour_y (M, K), truth (M, 1):
+    labels. Returns the numbers in place of both, and how many there may be; a true class that is not among the
+    neighbours' gets the last of them, which nothing votes for.
+    """
+    ordered, order = neighbour_y.sort(dim=1)
+    first = torch.zeros_like(ordered)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    number = first.cumsum(dim=1)
+    at = torch.searchsorted(ordered, truth).clamp_max(ordered.shape[1] - 1)
+    present = ordered.gather(1, at) == truth
+    seen = torch.empty_like(number).scatter_(1, order, number)
+    width = int(number.max()) + 2
+    return seen, torch.where(present, number.gather(1, at), width - 1), width
 
 
 def neighbour_votes(
@@ -160,7 +251,7 @@ def neighbour_votes(
         yield k_, votes
 
 
-def mean_and_std(x: Features) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def mean_and_std(x: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and standard deviation (D,) of every feature of x (N, D), in one float64 pass over blocks.
 
     Blocks are combined by Chan's formula (sums of squares would lose precision). A feature that varies by no more than
@@ -181,33 +272,12 @@ def mean_and_std(x: Features) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     return mean, np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 1.0)
 
 
-def _top_k(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of every row of (M, N), largest first, equal ones by ascending column."""
-    k = min(k, similarity.shape[1])
-    value, index = similarity.topk(k, sorted=True)
-    # topk picks any of the entries that tie with the k-th; rows where it had a choice are sorted in full.
-    tied = (similarity >= value[:, -1:]).sum(1) > k
-    if tied.any():
-        full, order = similarity[tied].sort(dim=1, descending=True, stable=True)
-        value[tied], index[tied] = full[:, :k], order[:, :k]
-    index, order = index.sort(dim=1)
-    value, order = value.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return value, index.gather(1, order)
-
-
-def _merge(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of two sorted lists of neighbours; the old list's indices are the lower ones and win ties."""
-    value, order = torch.cat([old[0], new[0]], dim=1).sort(dim=1, descending=True, stable=True)
-    index = torch.cat([old[1], new[1]], dim=1).gather(1, order)
-    return value[:, :k].clone(), index[:, :k].clone()
-
-
 def _rank(votes: Tensor, truth: Tensor) -> Tensor:
     """(M,) number of classes that come before the true one; the number of classes where that has no votes."""
     own = votes.gather(1, truth)
     lower_label = torch.arange(votes.shape[1]) < truth
     before = (votes > own) | ((votes == own) & lower_label)
-    return torch.where(own[:, 0] > 0, before.sum(1), votes.shape[1])
+    return torch.where(own[:, 0] > 0, before.count_nonzero(1), votes.shape[1])
 
 
 def _check_votes(k: Sequence[int], tau: Sequence[float]) -> None:
