@@ -1,0 +1,82 @@
+"""Subsets of classes: which ones are asked for, and their rows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimref.errors import ConfigError, did_you_mean
+from mimref.features.matrix import Matrix
+
+
+def choose_classes(asked: str, class_names: Sequence[str] | None, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Labels of the classes asked for, ascending.
+
+    asked: names or numbers separated by commas, or a text file with one per line, where `#` begins a comment. A name is
+    that of a class folder; if no class is called just that, upper and lower case do not matter. A number that is no
+    class's name is a label. class_names: names of classes 0, 1, ..., or None where only labels are known. labels (N,):
+    of the images; each class chosen must have some.
+    Raises ConfigError for a class that is not there or has no images, for fewer than two classes, and for a file that
+    cannot be read.
+    """
+    names = list(class_names or [])
+    available = np.unique(labels).astype(np.int64)
+    chosen: set[int] = set()
+    for name in _asked(asked, names):
+        label = _label(name, names, available)
+        if label not in available:
+            raise ConfigError(f"--classes: class {name!r} has no images here; leave it out")
+        chosen.add(label)
+    if len(chosen) < 2:
+        raise ConfigError(f"--classes {asked!r} is {len(chosen)} class; give at least two, separated by commas")
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def subset(x: Matrix, y: NDArray[np.int64], classes: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Rows of x (N, D) and labels of y (N,) that are of the given classes, in the order they have, as new arrays."""
+    rows = np.flatnonzero(np.isin(y, classes)).astype(np.int64)
+    return x[rows], y[rows]
+
+
+def _asked(asked: str, names: Sequence[str]) -> list[str]:
+    """The single names of a list or of a file; what is the name of a class is not taken for a file."""
+    if asked in names or not _is_file(asked):
+        return [part.strip() for part in asked.split(",") if part.strip()]
+    try:
+        text = Path(asked).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(
+            f"--classes {asked}: {error.strerror or error}; give class names or a readable file"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--classes {asked}: not a text file; give one class per line") from None
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+def _is_file(asked: str) -> bool:
+    try:
+        return Path(asked).is_file()
+    except (OSError, ValueError):  # too long for a path, or no path at all
+        return False
+
+
+def _label(name: str, names: Sequence[str], available: NDArray[np.int64]) -> int:
+    if name in names:
+        return names.index(name)
+    alike = [label for label, known in enumerate(names) if known.lower() == name.lower()]
+    if len(alike) == 1:
+        return alike[0]
+    if len(alike) > 1:
+        raise ConfigError(f"--classes: {name!r} may be any of {', '.join(names[label] for label in alike)}; use one")
+    if name.removeprefix("-").isdecimal():
+        if int(name) in available or 0 <= int(name) < len(names):
+            return int(name)
+        raise ConfigError(f"--classes: there is no class {name}; labels are {available[0]} to {available[-1]}")
+    if not names:
+        raise ConfigError(f"--classes: these features have no class names, so {name!r} is unknown; give numbers")
+    advice = did_you_mean(name, names) or f"; classes have names like {names[0]!r}"
+    missing_file = " and no file" if "/" in name or "." in name else ""
+    raise ConfigError(f"--classes: {name!r} is no class{missing_file} here{advice}")
