@@ -1,6 +1,7 @@
 """Low-shot logistic regression against scikit-learn, and the draws of splits."""
 
 import ctypes
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.lowshot import LAMBDA, TOLERANCE, draw_split, fit_logistic, lowshot
 from mimref.evaluation.metrics import main_rows
+from mimref.evaluation.splits import read_split_files
+from mimref.features.matrix import SideBySide
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -109,6 +112,51 @@ def test_given_splits() -> None:
     rows = lowshot(train_x, train_y, test_x, test_y, splits=[one.tolist(), two.tolist()])
     drawn = lowshot(train_x, train_y, test_x, test_y, shots=(1, 2), splits=1)
     assert rows == drawn
+
+
+def test_rows_name_their_protocol() -> None:
+    assert {row["protocol"] for row in lowshot(*digits(), shots=(1,), splits=2)} == {"logistic regression"}
+
+
+def test_splits_from_files(tmp_path: Path) -> None:
+    train_x, train_y, test_x, test_y = digits()
+    names = [f"train/{label}/{index}.png" for index, label in enumerate(train_y)]
+    draws = [draw_split(train_y, 2, split=split, seed=0) for split in range(2)]
+    for number, draw in enumerate(draws):
+        (tmp_path / f"{number}.txt").write_text("".join(f"{index}.png\n" for index in draw))
+    splits = read_split_files([tmp_path / "0.txt", tmp_path / "1.txt"], names)
+    drawn = lowshot(train_x, train_y, test_x, test_y, shots=(2,), splits=2)
+    assert lowshot(train_x, train_y, test_x, test_y, splits=splits) == drawn
+
+
+class Reads:
+    """A matrix that remembers how many rows each read asked for."""
+
+    ndim = 2
+
+    def __init__(self, x: NDArray[np.floating]) -> None:
+        self.x, self.shape, self.dtype = x, x.shape, x.dtype
+        self.most = 0
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: slice | NDArray[np.int64], /) -> NDArray[np.floating]:
+        found = self.x[rows]
+        self.most = max(self.most, len(found))
+        return found
+
+
+def test_half_precision_parts_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_x, train_y, test_x, test_y = digits()
+    expected = lowshot(train_x, train_y, test_x, test_y, shots=(2,))
+    # Pixels are whole numbers up to 16: half precision holds them exactly.
+    np.save(tmp_path / "train.npy", train_x[:, :30].astype(np.float16))
+    train = SideBySide([np.load(tmp_path / "train.npy", mmap_mode="r"), train_x[:, 30:].astype(np.float16)])
+    reads = Reads(test_x.astype(np.float16))
+    monkeypatch.setattr("mimref.evaluation.metrics.BLOCK_ELEMENTS", 64 * 100)
+    assert lowshot(train, train_y, reads, test_y, shots=(2,)) == expected
+    assert reads.most == 100
 
 
 def test_nothing_is_written(capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,27 +20,29 @@ from mimref.evaluation.metrics import (
     row_blocks,
     spread,
 )
+from mimref.features.matrix import Matrix
 
 # The protocol of MSN and DINO: lambda = LAMBDA / (number of training images).
 LAMBDA = 0.00025
 TOLERANCE = 1e-3
 MAX_EPOCHS = 300
+PROTOCOL = "logistic regression"
+"""`protocol` in results: the low-shot rows of MIM models in Table 2 are fine-tuned, and do not compare."""
 # Epochs between two checks of the duality gap, which decides when the solver stops; cyanure's own default is 5.
 GAP_INTERVAL = 10
 
 Progress = Callable[[int, int], None]
 Labels = NDArray[np.int64]
-Features = NDArray[np.floating]
 
 
 def lowshot(
-    train_x: Features,
+    train_x: Matrix,
     train_y: Labels,
-    test_x: Features,
+    test_x: Matrix,
     test_y: Labels,
     *,
     shots: Sequence[int] = (1, 2, 5),
-    splits: int | Sequence[Sequence[int]] = 3,
+    splits: int | Sequence[Sequence[int] | NDArray[np.int64]] = 3,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Row]:
@@ -48,9 +50,10 @@ def lowshot(
 
     train_x (N, D), test_x (M, D); labels are any whole numbers. `splits` draws per number of shots depend on `seed`,
     the split's number, the shots and the labels only, so different encoders see the same images. Lists of training
-    indices in place of a number are used as they are; `shots` is then their (rounded mean) number of images per class.
-    Rows, all `lowshot_top1`: per shots first one with `value` = `mean`, `std` (ddof 1; 0 for one split) and `splits`
-    (see `main_rows`), then one per `split`.
+    indices in place of a number (files hold them, see `mimref.evaluation.splits`) are used as they are; `shots` is then
+    their (rounded mean) number of images per class. The test rows are read in blocks, once per split.
+    Rows, all `lowshot_top1` with `protocol`, `logistic regression`: per shots first one with `value` = `mean`, `std`
+    (ddof 1; 0 for one split) and `splits` (see `main_rows`), then one per `split`.
     Raises DataError for a class with too few images and for features or labels that cannot be used.
     """
     check_features(train_x, "train", train_y)
@@ -64,7 +67,6 @@ def lowshot(
         groups = _drawn_splits(labels, classes, shots, splits, seed)
     else:
         groups = _given_splits(labels, classes, splits)
-    test = _unit_rows(test_x)
     total = sum(len(group) for group in groups.values())
     rows: list[Row] = []
     done = 0
@@ -72,16 +74,19 @@ def lowshot(
         scores: list[float] = []
         for index in group:
             weights = fit_logistic(_unit_rows(train_x[index]), labels[index], len(classes))
-            scores.append(accuracy(_predict(test, weights) == truth))
+            scores.append(accuracy(_predict(test_x, weights) == truth))
             done += 1
             if progress is not None:
                 progress(done, total)
-        mean, std = spread(scores)
-        rows.append(
-            {"metric": "lowshot_top1", "value": mean, "shots": count, "mean": mean, "std": std, "splits": len(scores)}
-        )
-        rows += [{"metric": "lowshot_top1", "value": s, "shots": count, "split": i} for i, s in enumerate(scores)]
+        rows += _rows(count, scores)
     return rows
+
+
+def _rows(shots: int, scores: Sequence[float]) -> list[Row]:
+    mean, std = spread(scores)
+    setting: Row = {"shots": shots, "protocol": PROTOCOL}
+    main: Row = {"metric": "lowshot_top1", "value": mean, **setting, "mean": mean, "std": std, "splits": len(scores)}
+    return [main, *({"metric": "lowshot_top1", "value": s, **setting, "split": i} for i, s in enumerate(scores))]
 
 
 def draw_split(y: Labels, shots: int, *, split: int, seed: int) -> NDArray[np.int64]:
@@ -137,11 +142,12 @@ def fit_logistic(x: NDArray[np.float64], y: Labels, classes: int) -> NDArray[np.
     return np.concatenate([-coef, coef], axis=1) / 2 if binary else coef
 
 
-def _predict(x: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.concatenate([(x[rows] @ weights).argmax(axis=1) for rows in row_blocks(x)])
+def _predict(x: Matrix, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Classes (M,) of x (M, D): rows are normalised again for every split rather than all kept in float64."""
+    return np.concatenate([(_unit_rows(x[rows]) @ weights).argmax(axis=1) for rows in row_blocks(x)])
 
 
-def _unit_rows(x: Features) -> NDArray[np.float64]:
+def _unit_rows(x: NDArray[np.number]) -> NDArray[np.float64]:
     """Rows centred to mean 0 and scaled to unit length, in float64; a constant row becomes zero.
 
     cyanure stops early, with a warning of numerical instability, on float32.
@@ -170,7 +176,7 @@ def _drawn_splits(
 
 
 def _given_splits(
-    labels: Labels, classes: NDArray[np.int64], splits: Sequence[Sequence[int]]
+    labels: Labels, classes: NDArray[np.int64], splits: Sequence[Sequence[int] | NDArray[np.int64]]
 ) -> dict[int, list[NDArray[np.int64]]]:
     if not len(splits):
         raise ConfigError("splits: the list is empty; give at least one split")
