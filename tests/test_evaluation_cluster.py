@@ -1,5 +1,7 @@
 """k-means clustering against scikit-learn used directly, and the same results in one process or several."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -10,6 +12,7 @@ from mimref.errors import ConfigError, DataError
 from mimref.evaluation import cluster as module
 from mimref.evaluation.cluster import cluster, kmeans_run
 from mimref.evaluation.metrics import cluster_accuracy
+from mimref.features.matrix import SideBySide
 
 ALL = ("acc", "nmi", "ami", "ari", "sil", "dbs")
 
@@ -74,6 +77,15 @@ def test_separation_needs_no_clustering(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(module, "kmeans_run", refuse)
     assert [row["metric"] for row in cluster(*blobs(), metrics=("dbs", "sil"))] == ["davies_bouldin", "silhouette"]
+
+
+def test_half_precision_parts_are_one_matrix(tmp_path: Path) -> None:
+    x, y = blobs()
+    np.save(tmp_path / "x.npy", x.astype(np.float16))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    expected = cluster(x.astype(np.float16).astype(np.float32), y, metrics=ALL, runs=3)
+    assert cluster(mapped, y, metrics=ALL, runs=3) == expected
+    assert cluster(SideBySide([mapped[:, :3], mapped[:, 3:]]), y, metrics=ALL, runs=3) == expected
 
 
 def test_collapsed_features_have_scores() -> None:
