@@ -1,4 +1,4 @@
-"""Files that are either complete or not there."""
+"""Files that are either complete or not there, and where the cached ones lie."""
 
 import errno
 import os
@@ -13,6 +13,12 @@ from mimref.errors import OutputError
 
 # A library that writes by itself may report a full disk as an error of its own kind; less than this is full.
 FULL_DISK_BYTES = 1 << 20
+
+
+def cache_folder() -> Path:
+    """Where downloads and features are kept: `$MIMREF_CACHE`, else `mimref` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("MIMREF_CACHE") or os.path.join(home, "mimref"))
 
 
 @contextmanager

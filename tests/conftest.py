@@ -1,6 +1,15 @@
 """Set before torch and matplotlib are imported: tiny tensors gain nothing from threads, and tests have no screen."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a cache of its own, beside its folder, and never the user's."""
+    monkeypatch.setenv("MIMREF_CACHE", f"{tmp_path}-cache")

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,11 @@ class Checkpoint:
             return Architecture.from_dict(self.header["architecture"])
         except ConfigError as error:
             raise CheckpointError(f"{self.path}: damaged header ({error})") from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names and bytes of the file's tensors, whatever the file is called. Reads them all."""
+        return _digest(self.tensors)
 
     @property
     def source(self) -> str | None:
@@ -221,10 +227,14 @@ def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneAr
 
 def weights_hash(encoder: Encoder) -> str:
     """SHA-256 over an encoder's tensors: tells whether two runs started from the same weights."""
+    return _digest(encoder.vit.state_dict())
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.vit.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

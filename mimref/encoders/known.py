@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from mimref.errors import CheckpointError
+from mimref.files import cache_folder
 
 Progress = Callable[[str, int, int], None]
 _TIMEOUT_S = 30
@@ -99,11 +100,8 @@ class KnownWeights:
 
     @property
     def file(self) -> Path:
-        """Where a copy is kept: in `$MIMREF_CACHE`, else in the user's cache folder."""
-        cache = os.environ.get("MIMREF_CACHE") or os.path.join(
-            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mimref"
-        )
-        return Path(cache) / "weights" / f"{self.name}{Path(self.url).suffix}"
+        """Where a copy is kept."""
+        return cache_folder() / "weights" / f"{self.name}{Path(self.url).suffix}"
 
     @property
     def licence(self) -> str | None:

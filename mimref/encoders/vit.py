@@ -119,6 +119,7 @@ class Architecture:
             patch_size=vit.patch_embed.patch_size[0],
             fixed_positions=False,
             from_timm=True,
+            class_token=vit.cls_token is not None,
         )
 
     @classmethod

@@ -48,7 +48,7 @@ class Stored:
     """Path and reason of every image that could not be read."""
 
 
-class _Damaged(Exception):
+class DamagedFile(Exception):
     """A file that is not what `entry.json` says."""
 
     def __init__(self, name: str) -> None:
@@ -85,7 +85,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path | None, *, dtype: str = "fp32", note: Notice | None = None) -> None:
         self.folder, self.dtype = folder, dtype
-        self.note = note or (lambda message: None)
+        self.note: Notice = note or (lambda message: None)
 
     def columns(
         self,
@@ -108,7 +108,7 @@ class FeatureCache:
         if self.folder is None:
             return _in_memory(wanted, run_pass(list(wanted), 0), total, progress)
         entry = Entry(self.folder / pass_key(spec, self.dtype), self.dtype)
-        with suppress(_Damaged):
+        with suppress(DamagedFile):
             stored = entry.read(wanted)
             if stored is not None:
                 return stored
@@ -131,7 +131,7 @@ class FeatureCache:
         """What can be read after damaged files are dropped; the lock is held."""
         try:
             return entry.read(wanted)
-        except _Damaged as damage:
+        except DamagedFile as damage:
             self.note(f"cached features in {entry.folder} are damaged ({damage}); they are computed again")
             entry.forget(damage.name)
             return self._read_sound(entry, wanted)
@@ -166,7 +166,7 @@ class Entry:
         self._dtype = dtype
 
     def read(self, wanted: Sequence[Column]) -> Stored | None:
-        """The columns, or None when one is missing. Raises _Damaged for a file that is not what was written."""
+        """The columns, or None when one is missing. Raises DamagedFile for a file that is not what was written."""
         facts = self.facts()
         if facts is None or any(column.name not in facts["columns"] for column in wanted):
             return None
@@ -185,7 +185,7 @@ class Entry:
         return set() if facts is None else set(facts["columns"])
 
     def facts(self) -> dict[str, Any] | None:
-        """What `entry.json` says; None where there is none. Raises _Damaged when it cannot be understood."""
+        """What `entry.json` says; None where there is none. Raises DamagedFile when it cannot be understood."""
         try:
             facts: dict[str, Any] = json.loads((self.folder / "entry.json").read_text())
             if facts["rows"] > 0 and facts["dtype"] in DTYPES and facts.keys() >= _KEYS and facts["columns"].keys():
@@ -194,13 +194,13 @@ class Entry:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _Damaged("entry.json") from error
+            raise DamagedFile("entry.json") from error
 
     def damaged(self) -> list[str]:
         """Names of the files that are not what was written."""
         try:
             facts = self.facts()
-        except _Damaged as damage:
+        except DamagedFile as damage:
             return [damage.name]
         if facts is None:
             return []
@@ -208,7 +208,7 @@ class Entry:
         for name, kept in [(INDICES, facts["indices"]), *facts["columns"].items()]:
             try:
                 self._check(name, kept, None)
-            except _Damaged as damage:
+            except DamagedFile as damage:
                 found.append(damage.name)
         return found
 
@@ -216,7 +216,7 @@ class Entry:
         """Drop a damaged file; all of them when it is one that all depend on."""
         try:
             facts = self.facts()
-        except _Damaged:
+        except DamagedFile:
             facts = None
         if facts is not None:
             facts["columns"].pop(name, None)
@@ -285,16 +285,16 @@ class Entry:
         try:
             return np.memmap(self.folder / name, dtype, "r", shape=shape)
         except (OSError, ValueError) as error:
-            raise _Damaged(name) from error
+            raise DamagedFile(name) from error
 
     def _check(self, name: str, kept: Mapping[str, Any], size: int | None) -> None:
         try:
             if size is not None and os.path.getsize(self.folder / name) != size:
-                raise _Damaged(name)
+                raise DamagedFile(name)
             if checksum(self.folder / name) != kept["crc32"]:
-                raise _Damaged(name)
+                raise DamagedFile(name)
         except (OSError, KeyError, TypeError) as error:
-            raise _Damaged(name) from error
+            raise DamagedFile(name) from error
 
 
 def _in_memory(columns: Sequence[Column], batches: Iterator[Batch], total: int, progress: Progress | None) -> Stored:
