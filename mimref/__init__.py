@@ -8,13 +8,20 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# Public name to its module.
 _PUBLIC = {
-    "KnnConfig": "mimref.config",
+    "KnnConfig": "mimref.evaluation_config",
     "PretrainConfig": "mimref.config",
     "RefineConfig": "mimref.config",
+    "analyze_blocks": "mimref.evaluation.blocks",
+    "cluster": "mimref.evaluation.cluster",
+    "extract": "mimref.api",
     "knn": "mimref.evaluation.knn",
+    "load": "mimref.api",
     "load_config": "mimref.recipes",
+    "lowshot": "mimref.evaluation.lowshot",
     "pretrain": "mimref.pretraining.run",
+    "probe_cached": "mimref.evaluation.probe",
     "refine": "mimref.refinement.run",
 }
 

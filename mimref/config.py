@@ -18,8 +18,8 @@ def _check_ordered(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 def _check_head_blocks(blocks: str) -> str:
-    if not re.fullmatch(r"last[1-9]\d*|[1-9]\d*(-[1-9]\d*)?(,[1-9]\d*(-[1-9]\d*)?)*", blocks):
-        raise ValueError("blocks such as 17-24, 20,22,24 or last8")
+    if blocks != "auto" and not re.fullmatch(r"last[1-9]\d*|[1-9]\d*(-[1-9]\d*)?(,[1-9]\d*(-[1-9]\d*)?)*", blocks):
+        raise ValueError("blocks such as 17-24, 20,22,24, last8 or auto")
     return blocks
 
 
@@ -142,7 +142,8 @@ class HeadsConfig(Section):
     """The ensemble of contrastive heads and its queue (Appendix B.2)."""
 
     blocks: HeadBlocks = "last8"
-    """Block of every head: `17-24`, `20,22,24` or `last8`. A block may appear several times (temperature sweeps)."""
+    """Block of every head: `17-24`, `20,22,24` or `last8`. A block may appear several times (temperature sweeps).
+    `auto` measures the k-NN accuracy of every block first (needs labels)."""
     temperature: Positive | Annotated[list[Positive], Field(min_length=1)] = 0.2
     """One for all heads, or one per head."""
     projector_hidden: int = Field(default=2048, gt=0)
@@ -347,52 +348,6 @@ class PretrainConfig(RunConfig):
 
     command = "pretrain"
     mae: MAEConfig = MAEConfig()
-
-
-class EvaluatedEncoderConfig(Section):
-    """What an evaluated encoder's file does not tell."""
-
-    num_heads: int | None = Field(default=None, gt=0)
-    """Attention heads; None: those of the published model of the same width, else one per 64 channels."""
-
-
-class KnnConfig(CommandConfig):
-    """Everything `mimref knn` can be told."""
-
-    command = "knn"
-    checkpoint: str = "quickstart"
-    """Weights file, a refine output folder, published weights by name, or `quickstart` for the packaged encoder."""
-    arch: str | None = None
-    """As `encoder.arch`; None: read from the checkpoint."""
-    source: str | None = None
-    """As `encoder.source`; None: read from the checkpoint."""
-    encoder: EvaluatedEncoderConfig = EvaluatedEncoderConfig()
-    batch_size: int = Field(default=256, gt=0)
-    """Images per forward pass."""
-    blocks: str = "last"
-    """`last`, `last4` (concatenated), `all` (one by one), or blocks such as `1,5,12` (one by one)."""
-    pool: Literal["cls", "mean", "cls+mean"] = "cls"
-    """The class token, the mean of the patch tokens, or both concatenated."""
-    final_norm: bool = False
-    """Apply the encoder's final norm to the last block's output."""
-    resolution: int | None = Field(default=None, gt=0)
-    """Pixels of the centre crop; None: the encoder's image size."""
-    k: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)] = [10]
-    """Neighbours that vote; several give one result each."""
-    tau: Positive = 0.07
-    """Temperature of the votes."""
-
-
-class InterpolateConfig(CommandConfig):
-    """Everything `mimref interpolate` can be told."""
-
-    command = "interpolate"
-    base: str
-    """Weights file, or a run's output folder."""
-    refined: str
-    """Weights file, or a run's output folder, of the same architecture."""
-    alpha: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
-    """Shares of the refined weights; one average each."""
 
 
 def dump_config(config: CommandConfig) -> str:

@@ -6,8 +6,9 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from mimref.config import CommandConfig, KnnConfig, PretrainConfig, RefineConfig, dump_config
+from mimref.config import CommandConfig, PretrainConfig, RefineConfig, dump_config
 from mimref.errors import ConfigError
+from mimref.evaluation_config import KnnConfig
 from mimref.recipes import choose_pretrain_preset, choose_refine_preset, load_config
 
 
@@ -73,7 +74,7 @@ WRONG = {
     "heads.temperature=hot": 'heads.temperature = "hot": expected a number or a list',
     "heads.temperature=[0.1, -1]": "heads.temperature = [0.1, -1]: expected a number more than 0",
     "heads.temperature=[]": "heads.temperature = []: expected a list of at least 1",
-    "heads.blocks=0-3": 'heads.blocks = "0-3": expected blocks such as 17-24, 20,22,24 or last8',
+    "heads.blocks=0-3": 'heads.blocks = "0-3": expected blocks such as 17-24, 20,22,24, last8 or auto',
     "heads.pool=clss": "heads.pool = \"clss\": expected 'cls' or 'mean'; did you mean 'cls'?",
     "device=gpu": "device = \"gpu\": expected 'auto', 'cpu', 'cuda' or 'mps'; did you mean 'cpu'?",
     "views.global_scale=3": "views.global_scale = 3: expected a list",

@@ -10,14 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 from mimref.cli import run
-from mimref.config import DataConfig, EvaluatedEncoderConfig, KnnConfig
+from mimref.config import DataConfig
 from mimref.data.sources import open_source
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError, UserError
+from mimref.evaluation.inputs import block_groups, model_name
 from mimref.evaluation.knn import knn
-from mimref.evaluation.run import block_groups, evaluate_knn, model_name
+from mimref.evaluation.run import evaluate_knn
+from mimref.evaluation_config import EvaluatedEncoderConfig, KnnConfig
 from mimref.features.extract import extract
 from tests.tiny import write_images, write_labelled, write_unlabelled
 
@@ -80,7 +82,7 @@ def digits_features(block: int, pool: str = "cls") -> tuple[Any, Any, Any, Any]:
 
 
 def test_rows_of_listed_blocks(own: Path) -> None:
-    result = evaluate_knn(config(own, blocks="5,2", pool="cls+mean", k=[1, 10], tau=0.1))
+    result = evaluate_knn(config(own, blocks="5,2", pool="cls+mean", k=[1, 10], tau=[0.1]))
     expected = [
         {"model": "refine-digits", "metric": row["metric"], "value": row["value"], "blocks": block, "pool": "cls+mean"}
         | row
@@ -135,7 +137,7 @@ def test_the_command_line(own: Path, images: Path, tmp_path: Path, capsys: pytes
     line = ["knn", str(own), "--k", "1,10,20", "--blocks", "all", "--out", str(out), "--device", "cpu"]
     assert run(line) == 0
     printed = capsys.readouterr().out
-    assert "knn_top1" in printed
+    assert "k-NN top-1" in printed
     metrics = json.loads((out / "results.json").read_text())["metrics"]
     assert metrics == evaluate_knn(config(own, k=[1, 10, 20], blocks="all")).rows
     assert len(metrics) == 5 * 3 * 2

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from mimref.config import CommandConfig, InterpolateConfig, KnnConfig
+from mimref.config import CommandConfig
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.vit import Encoder
 from mimref.errors import CheckpointError, OutputError
 from mimref.evaluation.metrics import Row
 from mimref.evaluation.run import EvaluationResult, evaluate_knn
+from mimref.evaluation_config import InterpolateConfig, KnnConfig
 from mimref.results import write_results
 from mimref.training.runlog import Listener, Silent
 

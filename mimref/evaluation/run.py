@@ -1,26 +1,39 @@
-"""Evaluations of one checkpoint: find its encoder and its images, extract features once, apply a protocol."""
+"""Evaluations from a config to rows: find what cannot work before the encoder runs, then apply a protocol."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mimref.config import KnnConfig
 from mimref.data.loader import loader_workers
-from mimref.data.sources import ImageSource, open_source
-from mimref.data.transforms import EvalTransform
-from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture
-from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder
-from mimref.errors import CheckpointError, ConfigError
+from mimref.data.sources import BadImages, Split
+from mimref.errors import ConfigError, DataError
+from mimref.evaluation.classes import choose_classes, subset
+from mimref.evaluation.cluster import check_settings, cluster
+from mimref.evaluation.inputs import (
+    EncoderInputs,
+    FeatureFiles,
+    Inputs,
+    Labels,
+    block_groups,
+    columns_of,
+)
 from mimref.evaluation.knn import knn
+from mimref.evaluation.lowshot import lowshot
 from mimref.evaluation.metrics import Row, check_classes, class_indices
-from mimref.features.extract import Features, extract
-from mimref.features.spec import eval_transform, recorded_data
+from mimref.evaluation.probe import probe_cached
+from mimref.evaluation.probe_augmented import probe_augmented, probe_inputs
+from mimref.evaluation.splits import read_split_files
+from mimref.evaluation_config import ClusterConfig, EvaluationConfig, KnnConfig, LowshotConfig, ProbeConfig
+from mimref.features.extract import Column
 from mimref.training.runlog import Listener, Silent
+
+# Fewer training images than this make a low-shot result depend on which are drawn; more draws then (method of DINO).
+MANY_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -29,142 +42,237 @@ class EvaluationResult:
 
     rows: list[Row]
     elapsed_s: float
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+    """Path and reason of every image that was left out."""
 
 
-def evaluate_knn(config: KnnConfig, *, listener: Listener | None = None) -> EvaluationResult:
+@dataclass(frozen=True)
+class Embedding:
+    """Points in the plane for a figure."""
+
+    points: NDArray[np.float32]
+    """(N, 2)."""
+    y: Labels
+    class_names: list[str] | None
+
+
+def evaluate_knn(
+    config: KnnConfig, *, inputs: Inputs | None = None, listener: Listener | None = None
+) -> EvaluationResult:
     """k-NN accuracy (Appendix C.4) of the blocks asked for, at every k, from one encoder pass per split.
 
-    Rows as `mimref.evaluation.knn.knn` makes them, with `model`, `blocks` and `pool`. Raises UserError subclasses for a
+    inputs: opened before, for several protocols; the config's checkpoint is then not read. Rows as
+    `mimref.evaluation.knn.knn` makes them, with `model`, `blocks` and `pool`. Raises UserError subclasses for a
     checkpoint, images, blocks or numbers of neighbours that do not fit, before the encoder runs.
     """
     started, listener = time.monotonic(), listener or Silent()
-    checkpoint = read_checkpoint(config.checkpoint, num_heads=config.encoder.num_heads, progress=listener.progress)
-    architecture = _architecture(config, checkpoint)
-    for notice in checkpoint.notices(architecture):
-        listener.note(notice)
-    transform = eval_transform(architecture, config.data, checkpoint.header, resolution=config.resolution)
-    data = recorded_data(config.data, checkpoint.header)
-    train, test = open_source(data, "train", need_labels=True), open_source(data, "val", need_labels=True)
-    _check_images(train, test, config.k)
-    encoder = encoder_from(checkpoint, architecture)
-    groups = block_groups(config.blocks, encoder.depth)
-    if config.pool != "mean" and not encoder.has_cls_token:
-        listener.note(f"{architecture.name} has no CLS token; the mean of its patch tokens stands in for it")
-    wanted = sorted({block for group in groups.values() for block in group})
-    train_features = _features(config, encoder, wanted, train, transform, "training", listener)
-    test_features = _features(config, encoder, wanted, test, transform, "validation", listener)
+    inputs = inputs or open_inputs(config, listener)
+    train_y, _ = check_labels(inputs)
+    if max(config.k) > len(train_y):
+        raise ConfigError(f"--k {max(config.k)} is more than the {len(train_y)} training images; choose a smaller k")
     rows: list[Row] = []
-    for done, (name, group) in enumerate(groups.items()):
-        columns = [wanted.index(block) for block in group]
+    for where, columns in prepared(config, inputs):
+        train_y, test_y = check_labels(inputs)
         found = knn(
-            _side_by_side(train_features, columns),
-            _labels(train_features),
-            _side_by_side(test_features, columns),
-            _labels(test_features),
+            inputs.matrix("train", columns),
+            train_y,
+            inputs.matrix("val", columns),
+            test_y,
             k=config.k,
-            tau=(config.tau,),
+            tau=config.tau,
+            standardize=config.standardize,
+            per_class=config.per_class,
             device=config.device,
+            progress=partial(listener.progress, _label("nearest neighbours", where)),
         )
-        where: Row = {"blocks": name, "pool": config.pool}
-        model = model_name(config.checkpoint)
-        rows += [{"model": model, "metric": row["metric"], "value": row["value"], **where, **row} for row in found]
-        listener.progress("nearest neighbours", done + 1, len(groups))
-    return EvaluationResult(rows, time.monotonic() - started)
+        rows += named(found, inputs, where)
+    return EvaluationResult(rows, time.monotonic() - started, inputs.bad)
 
 
-def block_groups(blocks: str, depth: int) -> dict[str, list[int]]:
-    """Which blocks' features are evaluated together: name in the results to block numbers.
+def evaluate_lowshot(
+    config: LowshotConfig, *, inputs: Inputs | None = None, listener: Listener | None = None
+) -> EvaluationResult:
+    """Low-shot logistic regression (Appendix C.5) of the blocks asked for.
 
-    blocks: `last`, `last4` (concatenated), `all` or `1,5,12` (one by one, named by their number).
-    Raises ConfigError for anything else, and for blocks outside 1..depth.
+    Rows as `mimref.evaluation.lowshot.lowshot` makes them, with `model`, `blocks` and `pool`. Raises UserError
+    subclasses as `evaluate_knn` does, also for more shots than a class has images and split files that do not fit.
     """
-    if blocks == "last":
-        return {"last": [depth]}
-    if blocks == "last4":
-        if depth < 4:
-            raise ConfigError(f"--blocks last4: the encoder has only {depth} blocks; use --blocks last or all")
-        return {"last4": list(range(depth - 3, depth + 1))}
-    if blocks == "all":
-        return {str(block): [block] for block in range(1, depth + 1)}
-    try:
-        numbers = [int(part) for part in blocks.split(",")]
-    except ValueError:
-        raise ConfigError(f"--blocks {blocks!r}: expected last, last4, all or blocks such as 1,5,12") from None
-    for number in numbers:
-        if not 1 <= number <= depth:
-            raise ConfigError(f"--blocks {blocks}: block {number} does not exist; the encoder has blocks 1 to {depth}")
-    return {str(number): [number] for number in numbers}
+    started, listener = time.monotonic(), listener or Silent()
+    inputs = inputs or open_inputs(config, listener)
+    train_y, _ = check_labels(inputs)
+    if not config.split_files:
+        _check_shots(config.shots, train_y)
+    elif not isinstance(inputs, EncoderInputs):
+        raise ConfigError("--split-file names images, which --features does not; leave one of them out")
+    rows: list[Row] = []
+    for where, columns in prepared(config, inputs):
+        train_y, test_y = check_labels(inputs)
+        draws = config.splits or (3 if len(train_y) >= MANY_IMAGES else 20)
+        found = lowshot(
+            inputs.matrix("train", columns),
+            train_y,
+            inputs.matrix("val", columns),
+            test_y,
+            shots=config.shots,
+            splits=_given_splits(config, inputs) if isinstance(inputs, EncoderInputs) and config.split_files else draws,
+            seed=config.seed,
+            progress=partial(listener.progress, _label("logistic regressions", where)),
+        )
+        rows += named(found, inputs, where)
+    return EvaluationResult(rows, time.monotonic() - started, inputs.bad)
 
 
-def model_name(checkpoint: str) -> str:
-    """How results name a checkpoint: a run folder's or a file's own name, without the folders above."""
-    path = Path(checkpoint)
-    # `..` and `.` have no name of their own.
-    return path.resolve().name if path.is_dir() else path.name
+def evaluate_cluster(
+    config: ClusterConfig, *, embed: bool = False, inputs: Inputs | None = None, listener: Listener | None = None
+) -> tuple[EvaluationResult, Embedding | None]:
+    """Clustering (Appendix C.12) of one split's images; with `embed`, their UMAP embedding too.
+
+    Rows as `mimref.evaluation.cluster.cluster` makes them, with `model`, `blocks` and `pool`. The embedding is of the
+    last of the blocks asked for. Raises UserError subclasses before the encoder runs where that can be told.
+    """
+    started, listener = time.monotonic(), listener or Silent()
+    check_settings(config.metrics, config.runs)
+    inputs = inputs or open_inputs(config, listener)
+    names = inputs.source(config.split).class_names if isinstance(inputs, EncoderInputs) else None
+    y = labels_of(inputs, config.split)
+    check_classes(y, config.split)
+    classes = None if config.classes is None else choose_classes(config.classes, names, y)
+    rows: list[Row] = []
+    embedding = None
+    for where, columns in prepared(config, inputs, (config.split,)):
+        x, y = inputs.matrix(config.split, columns), labels_of(inputs, config.split)
+        if classes is not None:
+            x, y = subset(x, y, classes)
+        found = cluster(
+            x,
+            y,
+            metrics=config.metrics,
+            runs=config.runs,
+            seed=config.seed,
+            progress=partial(listener.progress, _label("k-means", where)),
+        )
+        rows += named(found, inputs, where | ({"classes": len(classes)} if classes is not None else {}))
+        if embed:
+            from mimref.evaluation.embedding import umap_embedding
+
+            listener.progress("UMAP", 0, 1)
+            embedding = Embedding(umap_embedding(x, seed=config.seed), y, names)
+            listener.progress("UMAP", 1, 1)
+    return EvaluationResult(rows, time.monotonic() - started, inputs.bad), embedding
 
 
-def _architecture(config: KnnConfig, checkpoint: Checkpoint) -> Architecture | BackboneArchitecture:
-    """What the file is, or for foreign files the timm model that `--arch` names, at the resolution asked for."""
-    recorded = checkpoint.architecture
-    if recorded is None and config.arch is None:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch (and --source)")
-    of_timm = config.arch is not None and config.arch not in PAPER_SIZES
-    if recorded is None or (checkpoint.recognised and of_timm):
-        assert config.arch is not None
-        chosen = find_architecture(config.arch, config.source, config.resolution)
-    elif config.arch not in (None, recorded.name):
-        raise ConfigError(f"--arch {config.arch}: {checkpoint.path} says that it is {recorded.name}; leave --arch out")
+def evaluate_probe(
+    config: ProbeConfig, *, state: Path | None = None, inputs: Inputs | None = None, listener: Listener | None = None
+) -> EvaluationResult:
+    """Linear probe (Appendix C.3) by DINOv2's protocol, on augmented images or on cached features.
+
+    state: file that an interrupted probe is continued from. Rows as `mimref.evaluation.probe` makes them, with `model`.
+    Raises UserError subclasses as `evaluate_knn` does.
+    """
+    started, listener = time.monotonic(), listener or Silent()
+    settings = config.probe
+    inputs = inputs or open_inputs(config, listener)
+    if not isinstance(inputs, EncoderInputs) and not config.cached:
+        raise ConfigError("--features holds no images to augment; add --cached")
+    check_labels(inputs)
+    has_cls = not isinstance(inputs, EncoderInputs) or inputs.has_cls_token
+    wanted = probe_inputs(inputs.depth, has_cls, final_norm=config.final_norm)
+    if isinstance(inputs, FeatureFiles):
+        wanted = {key: columns for key, columns in wanted.items() if key.pool == "cls"}
+    columns = list(dict.fromkeys(column for group in wanted.values() for column in group))
+    inputs.prepare(columns, ("train", "val") if config.cached else ("val",))
+    test = {key: inputs.matrix("val", group) for key, group in wanted.items()}
+    progress = partial(listener.progress, "linear probes")
+    augmented_bad: list[tuple[str, str]] = []
+    if config.cached:
+        train = {key: inputs.matrix("train", group) for key, group in wanted.items()}
+        train_y, test_y = check_labels(inputs)
+        found = probe_cached(
+            train, train_y, test, test_y,
+            lrs=settings.lr, epochs=settings.epochs, batch_size=settings.batch_size, norm=settings.norm,
+            select=settings.select, seed=config.seed, device=config.device, state=state, progress=progress,
+        )  # fmt: skip
     else:
-        chosen = recorded
-    if isinstance(chosen, Architecture):
-        chosen.check_size(config.resolution or chosen.image_size, "--resolution")
-    return chosen
+        assert isinstance(inputs, EncoderInputs)
+        bad = BadImages(config.data.max_bad)
+        train_images = inputs.source("train")
+        found = probe_augmented(
+            inputs.encoder, train_images, test, labels_of(inputs, "val"), transform=inputs.transform,
+            final_norm=config.final_norm, lrs=settings.lr, epochs=settings.epochs, batch_size=settings.batch_size,
+            norm=settings.norm, select=settings.select, seed=config.seed, device=inputs.device,
+            precision=inputs.precision, workers=loader_workers(config.workers, train_images), bad=bad, state=state,
+            progress=progress,
+        )  # fmt: skip
+        augmented_bad = bad.items
+    left_out = list(dict.fromkeys([*inputs.bad, *augmented_bad]))
+    return EvaluationResult(named(found, inputs, {}), time.monotonic() - started, left_out)
 
 
-def _check_images(train: ImageSource, test: ImageSource, k: list[int]) -> None:
-    """Find what `knn` would refuse before the encoder has run over all images."""
-    if max(k) > len(train):
-        raise ConfigError(f"--k {max(k)} is more than the {len(train)} training images; choose a smaller k")
-    assert train.labels is not None and test.labels is not None
-    class_indices(check_classes(train.labels, "train"), test.labels, "test")
+def open_inputs(config: EvaluationConfig, listener: Listener) -> Inputs:
+    """The features that a config names: of an encoder, or of files."""
+    if config.features is None:
+        return EncoderInputs(config, config.checkpoint, listener)
+    if "checkpoint" in config.model_fields_set:
+        raise ConfigError(f"--features is evaluated in place of an encoder's; leave {config.checkpoint} out")
+    return FeatureFiles(*config.features)
 
 
-def _features(
-    config: KnnConfig,
-    encoder: Encoder | TimmBackbone,
-    blocks: list[int],
-    source: ImageSource,
-    transform: EvalTransform,
-    split: str,
-    listener: Listener,
-) -> Features:
-    device = resolve_device(config.device)
-    features = extract(
-        encoder.to(device),
-        source,
-        transform,
-        blocks=blocks,
-        pool=config.pool,
-        final_norm=config.final_norm,
-        device=device,
-        precision=resolve_precision(config.precision, device),
-        batch_size=config.batch_size,
-        workers=loader_workers(config.workers, source),
-        max_bad=config.data.max_bad,
-        progress=lambda done, total: listener.progress(f"features of {split} images", done, total),
-    )
-    if features.bad:
-        path, reason = features.bad[0]
-        listener.warn(f"{len(features.bad)} {split} images are left out; the first: {path} ({reason})")
-    return features
+def prepared(
+    config: EvaluationConfig, inputs: Inputs, splits: Sequence[Split] = ("train", "val")
+) -> list[tuple[Row, list[Column]]]:
+    """What is evaluated together, with all its features at hand: how rows name it, and its columns."""
+    groups = block_groups(config.blocks, inputs.depth)
+    if isinstance(inputs, FeatureFiles):
+        # What stands in one unnamed column is not ours to name.
+        found: list[tuple[Row, list[Column]]] = [
+            ({"blocks": name} if inputs.depth > 1 else {}, [Column(block, "cls") for block in group])
+            for name, group in groups.items()
+        ]
+        return found
+    found = [
+        ({"blocks": name, "pool": config.pool}, columns_of(group, config.pool, config.final_norm, inputs.depth))
+        for name, group in groups.items()
+    ]
+    inputs.prepare([column for _, columns in found for column in columns], splits)
+    return found
 
 
-def _side_by_side(features: Features, columns: list[int]) -> NDArray[np.float32]:
-    """Features of some blocks concatenated, (N, sum of widths); of a single block without a copy."""
-    parts = [features.block(column) for column in columns]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+def check_labels(inputs: Inputs) -> tuple[Labels, Labels]:
+    """Labels of training and validation images. Raises DataError when they are of one class, or of others."""
+    train_y, test_y = labels_of(inputs, "train"), labels_of(inputs, "val")
+    class_indices(check_classes(train_y, "train"), test_y, "test")
+    return train_y, test_y
 
 
-def _labels(features: Features) -> NDArray[np.int64]:
-    assert features.y is not None
-    return features.y
+def labels_of(inputs: Inputs, split: Split) -> Labels:
+    """Labels of one split, which the inputs were opened to have."""
+    labels = inputs.labels(split)
+    assert labels is not None
+    return labels
+
+
+def named(rows: Sequence[Row], inputs: Inputs, where: Row) -> list[Row]:
+    """Rows with the model's name and what was evaluated."""
+    return [{"model": inputs.name, "metric": row["metric"], "value": row["value"], **where, **row} for row in rows]
+
+
+def _label(work: str, where: Row) -> str:
+    blocks = str(where.get("blocks", "last"))
+    return f"{work} of block {blocks}" if blocks.isdigit() else work
+
+
+def _given_splits(config: LowshotConfig, inputs: EncoderInputs) -> list[list[int]]:
+    """Rows of the training features that each of the split files names."""
+    source, kept = inputs.source("train"), inputs.indices("train")
+    names = [source.path(int(index)) for index in kept]
+    return [rows.tolist() for rows in read_split_files(config.split_files, names)]
+
+
+def _check_shots(shots: Sequence[int], y: Labels) -> None:
+    """Find what `lowshot` would refuse before the encoder has run over all images."""
+    classes, counts = np.unique(y, return_counts=True)
+    if counts.min() < max(shots):
+        raise DataError(
+            f"class {classes[counts.argmin()]} has only {counts.min()} training images, too few for "
+            f"{max(shots)} shots; lower --shots"
+        )

@@ -1,0 +1,118 @@
+"""Encoders and features for scripts and notebooks; the evaluations themselves are functions of arrays."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mimref.config import DataConfig
+from mimref.data.loader import loader_workers
+from mimref.data.sources import ArraySource, ImageSource, Split, open_source
+from mimref.data.transforms import EvalTransform
+from mimref.devices import resolve_device, resolve_precision
+from mimref.encoders.backbones import TimmBackbone, find_architecture
+from mimref.encoders.checkpoints import encoder_from, read_checkpoint
+from mimref.encoders.vit import Encoder
+from mimref.errors import CheckpointError, DataError
+from mimref.features.extract import extract as extract_features
+from mimref.features.spec import eval_transform
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """An encoder ready for use, with what its file says about it."""
+
+    model: Encoder | TimmBackbone
+    """A torch module in evaluation mode: `model.blocks(images, [6, 12])` gives the tokens of two blocks."""
+    transform: EvalTransform
+    """Makes images what the model expects: `transform.normalize(transform.crop(image)[None])`."""
+    header: dict[str, Any]
+    """Of files that mimref wrote: preset, source, licence, metrics; empty for others."""
+
+
+class ExtractedFeatures(NamedTuple):
+    """Features of a data set's readable images, in data order."""
+
+    x: NDArray[np.float32]
+    """(N, D), or (N, blocks, D) for several blocks."""
+    y: NDArray[np.int64] | None
+    """(N,) labels; None for unlabelled images."""
+    paths: list[str]
+    """A name of every image."""
+
+
+def load(
+    path: str | Path, *, arch: str | None = None, source: str | None = None, resolution: int | None = None
+) -> LoadedEncoder:
+    """An encoder from a weights file of any known layout, a run's folder, a published name, or `quickstart`.
+
+    arch, source: needed only for files that are not recognised, as on the command line. resolution: pixels of the
+    images it will see; None is the encoder's own.
+    Raises CheckpointError for a file that is no encoder, ConfigError for sizes that do not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    architecture = checkpoint.architecture if arch is None else find_architecture(arch, source, resolution)
+    if architecture is None:
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass arch (and source)")
+    transform = eval_transform(architecture, DataConfig(), checkpoint.header, resolution=resolution)
+    return LoadedEncoder(encoder_from(checkpoint, architecture).eval(), transform, checkpoint.header)
+
+
+def extract(
+    encoder: LoadedEncoder,
+    data: str | Path | DataConfig | ImageSource | NDArray[np.uint8],
+    *,
+    split: Split = "val",
+    blocks: Sequence[int] | None = None,
+    pool: str = "cls",
+    final_norm: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int = 256,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExtractedFeatures:
+    """Pooled features of all images of one split, from one pass of the encoder; nothing is written.
+
+    data: what `--data` takes, or uint8 images (N, H, W) or (N, 3, H, W). blocks: 1-based; None is the last. pool:
+    `cls`, `mean` or `cls+mean`. Raises DataError for images that cannot be used, ConfigError for blocks, a device or a
+    precision that are not there.
+    """
+    images = _open(data, split)
+    target = resolve_device(device)
+    numbers = [encoder.model.depth] if blocks is None else list(blocks)
+    found = extract_features(
+        encoder.model.to(target),
+        images,
+        encoder.transform,
+        blocks=numbers,
+        pool=pool,
+        final_norm=final_norm,
+        device=target,
+        precision=resolve_precision(precision, target),
+        batch_size=batch_size,
+        workers=loader_workers(workers, images),
+        progress=progress,
+    )
+    if found.widths and len(numbers) > 1:
+        raise DataError(f"blocks {numbers} differ in width ({found.widths}); extract them one by one")
+    x = found.block(0) if len(numbers) == 1 else found.x
+    return ExtractedFeatures(x, found.y, [images.path(int(index)) for index in found.indices])
+
+
+def _open(data: str | Path | DataConfig | ImageSource | NDArray[np.uint8], split: Split) -> ImageSource:
+    if isinstance(data, str | Path):
+        return open_source(DataConfig(spec=str(data)), split)
+    if isinstance(data, DataConfig):
+        return open_source(data, split)
+    if not isinstance(data, np.ndarray | torch.Tensor):
+        return data
+    images = np.asarray(data)
+    colour = images.ndim == 4 and images.shape[1] == 3
+    if images.dtype != np.uint8 or not len(images) or not (images.ndim == 3 or colour):
+        raise DataError(f"images are {images.dtype} {images.shape}; they must be uint8 (N, H, W) or (N, 3, H, W)")
+    return ArraySource("images", images, None, None, split, np.arange(len(images), dtype=np.int64))

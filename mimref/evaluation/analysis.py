@@ -1,0 +1,101 @@
+"""`mimref analyze-blocks`: every block of one or several encoders, on the same images."""
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+
+from mimref.data.loader import loader_workers
+from mimref.errors import ConfigError
+from mimref.evaluation.blocks import analyze_blocks, recommend_heads
+from mimref.evaluation.inputs import EncoderInputs, columns_of, give_distinct_names
+from mimref.evaluation.metrics import Row
+from mimref.evaluation.reconstruction import Reconstruction, ReconstructionSettings, reconstruct_blocks
+from mimref.evaluation.run import EvaluationResult, check_labels, named
+from mimref.evaluation_config import BlocksConfig
+from mimref.training.runlog import Listener, Silent
+
+
+@dataclass(frozen=True)
+class BlocksResult(EvaluationResult):
+    """Rows per block, and where heads belong."""
+
+    heads: dict[str, list[int]] = field(default_factory=dict)
+    """Recommended blocks of every model that has labelled images."""
+
+
+def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -> BlocksResult:
+    """k-NN, statistics and, if asked for, reconstruction loss of every block (Fig. 3b, Fig. 3d, Fig. 6, Table 14).
+
+    Rows as `mimref.evaluation.blocks.analyze_blocks` and `mimref.evaluation.reconstruction` make them, with `model` and
+    `pool`. Images without labels, or without validation images, give statistics alone.
+    Raises UserError subclasses for checkpoints or images that do not fit.
+    """
+    started, listener = time.monotonic(), listener or Silent()
+    opened = [EncoderInputs(config, checkpoint, listener, need_labels=False) for checkpoint in config.checkpoints]
+    give_distinct_names(opened, config.checkpoints)
+    rows: list[Row] = []
+    bad: list[tuple[str, str]] = []
+    heads: dict[str, list[int]] = {}
+    for inputs in opened:
+        found = _blocks(config, inputs, listener)
+        accuracies = [float(row["value"]) for row in found if row["metric"] == "block_knn_top1"]
+        if accuracies:
+            heads[inputs.name] = recommend_heads(accuracies)
+        if config.reconstruct:
+            reconstruction = _reconstruction(config, inputs, listener)
+            found, bad = found + reconstruction.rows, bad + reconstruction.bad
+        rows += named(found, inputs, {"pool": config.pool})
+    bad = [pair for inputs in opened for pair in inputs.bad] + bad
+    return BlocksResult(rows, time.monotonic() - started, list(dict.fromkeys(bad)), heads)
+
+
+def _blocks(config: BlocksConfig, inputs: EncoderInputs, listener: Listener) -> list[Row]:
+    labelled = all(inputs.source(split).labels is not None for split in ("train", "val"))
+    if labelled:
+        train_y, _ = check_labels(inputs)
+        if config.k > len(train_y):
+            raise ConfigError(f"--k {config.k} is more than the {len(train_y)} training images; choose a smaller k")
+    else:
+        listener.note("the images have no labels: statistics of the features alone, without k-NN")
+    blocks = range(1, inputs.depth + 1)
+    groups = [columns_of([block], config.pool, config.final_norm, inputs.depth) for block in blocks]
+    wanted = [column for columns in groups for column in columns]
+    inputs.prepare(wanted, ("train", "val") if labelled else ("val",))
+    return analyze_blocks(
+        [inputs.matrix("train", columns) for columns in groups] if labelled else [],
+        inputs.labels("train") if labelled else None,
+        [inputs.matrix("val", columns) for columns in groups],
+        inputs.labels("val") if labelled else None,
+        k=config.k,
+        tau=config.tau,
+        device=config.device,
+        progress=partial(listener.progress, f"blocks of {inputs.name}"),
+    )
+
+
+def _reconstruction(config: BlocksConfig, inputs: EncoderInputs, listener: Listener) -> Reconstruction:
+    settings = config.reconstruction
+    train = inputs.source("train")
+    return reconstruct_blocks(
+        inputs.encoder,
+        train,
+        inputs.source("val"),
+        inputs.transform,
+        ReconstructionSettings(
+            epochs=settings.epochs,
+            warmup_epochs=settings.warmup_epochs,
+            batch_size=min(settings.batch_size, len(train)),
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            mask_ratio=settings.mask_ratio,
+            crop_scale=settings.crop_scale,
+            flip=settings.flip,
+            decoder=settings.decoder,
+        ),
+        seed=config.seed,
+        device=inputs.device,
+        precision=inputs.precision,
+        workers=loader_workers(config.workers, train),
+        max_bad=config.data.max_bad,
+        progress=partial(listener.progress, f"decoders of {inputs.name}"),
+    )

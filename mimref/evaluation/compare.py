@@ -1,0 +1,76 @@
+"""`mimref compare`: the same protocols for several encoders, on the same images."""
+
+import time
+
+from mimref.config import CommandConfig
+from mimref.evaluation.inputs import EncoderInputs, columns_of, give_distinct_names
+from mimref.evaluation.metrics import Row
+from mimref.evaluation.probe_augmented import probe_inputs
+from mimref.evaluation.run import (
+    EvaluationResult,
+    evaluate_cluster,
+    evaluate_knn,
+    evaluate_lowshot,
+    evaluate_probe,
+)
+from mimref.evaluation_config import (
+    ClusterConfig,
+    CompareConfig,
+    EncoderPassConfig,
+    KnnConfig,
+    LowshotConfig,
+    ProbeConfig,
+)
+from mimref.features.extract import Column
+from mimref.training.runlog import Listener, Silent
+
+
+def compare_encoders(config: CompareConfig, *, listener: Listener | None = None) -> EvaluationResult:
+    """Rows of every protocol for the base and then the other encoders; one encoder pass per split and encoder.
+
+    All see the same draws, runs and images: those that `config.data` names, else those of the base's header.
+    Raises UserError subclasses for checkpoints or images that do not fit, before any encoder runs.
+    """
+    started, listener = time.monotonic(), listener or Silent()
+    checkpoints = [config.base, *config.refined]
+    base = EncoderInputs(config, config.base, listener)
+    # Other encoders may come with headers of other images.
+    config = config.model_copy(update={"data": base.data})
+    opened = [base, *(EncoderInputs(config, checkpoint, listener) for checkpoint in config.refined)]
+    give_distinct_names(opened, checkpoints)
+    rows: list[Row] = []
+    for inputs, checkpoint in zip(opened, checkpoints, strict=True):
+        inputs.prepare(_columns(config, inputs))
+        rows += _measure(config, inputs, checkpoint, listener)
+    bad = [pair for inputs in opened for pair in inputs.bad]
+    return EvaluationResult(rows, time.monotonic() - started, bad)
+
+
+def _columns(config: CompareConfig, inputs: EncoderInputs) -> list[Column]:
+    """What all protocols together read."""
+    wanted = columns_of([inputs.depth], config.pool, config.final_norm, inputs.depth)
+    if "probe" in config.protocols:
+        for columns in probe_inputs(inputs.depth, inputs.has_cls_token).values():
+            wanted += columns
+    return wanted
+
+
+def _measure(config: CompareConfig, inputs: EncoderInputs, checkpoint: str, listener: Listener) -> list[Row]:
+    names = {name for name in EncoderPassConfig.model_fields if name not in ("pool", "final_norm", "preset")}
+    common = {name: getattr(config, name) for name in CommandConfig.model_fields.keys() | names if name != "preset"}
+    last = common | {"checkpoint": checkpoint, "pool": config.pool, "final_norm": config.final_norm}
+    rows: list[Row] = []
+    for protocol in config.protocols:
+        if protocol == "knn":
+            found = evaluate_knn(KnnConfig(**last, k=[config.k], tau=[config.tau]), inputs=inputs, listener=listener)
+        elif protocol == "lowshot":
+            lowshot = LowshotConfig(**last, shots=config.shots, splits=config.splits)
+            found = evaluate_lowshot(lowshot, inputs=inputs, listener=listener)
+        elif protocol == "cluster":
+            cluster = ClusterConfig(**last, metrics=config.metrics, runs=config.runs)
+            found, _ = evaluate_cluster(cluster, inputs=inputs, listener=listener)
+        else:
+            probe = ProbeConfig(**common, checkpoint=checkpoint, cached=True, probe=config.probe)
+            found = evaluate_probe(probe, inputs=inputs, listener=listener)
+        rows += found.rows
+    return rows

@@ -1,0 +1,313 @@
+"""What an evaluation reads: features of one encoder on one data set, cached or from one pass; or arrays from files."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimref.data.loader import loader_workers
+from mimref.data.sources import BadImages, ImageSource, Split, open_source
+from mimref.devices import resolve_device, resolve_precision
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture
+from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder
+from mimref.errors import CheckpointError, ConfigError, DataError
+from mimref.evaluation_config import EncoderPassConfig
+from mimref.features.cache import FeatureCache, Stored, pass_spec
+from mimref.features.extract import Batch, Column, encode_columns
+from mimref.features.matrix import Matrix, side_by_side
+from mimref.features.spec import eval_transform, recorded_data
+from mimref.files import cache_folder
+from mimref.training.runlog import Listener
+
+Labels = NDArray[np.int64]
+SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation"}
+_PARTS: Mapping[str, list[Literal["cls", "mean"]]] = {
+    "cls": ["cls"],
+    "mean": ["mean"],
+    "cls+mean": ["cls", "mean"],
+}
+
+
+class Inputs(Protocol):
+    """Features and labels of training and validation images, whoever made them."""
+
+    name: str
+    """Of the model, in results."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks that there are features of."""
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """Path and reason of every image that was left out so far."""
+
+    def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
+        """Get these columns in one go; asking for them one by one would run the encoder as often."""
+
+    def matrix(self, split: Split, columns: Sequence[Column]) -> Matrix:
+        """Features (N, D), columns next to each other."""
+
+    def labels(self, split: Split) -> Labels | None:
+        """(N,) in the order of the features, or None for unlabelled images."""
+
+
+@dataclass
+class FeatureFiles:
+    """Features made elsewhere: .npz files with `x`, (N, D) or (N, blocks, D), and `y`, (N,)."""
+
+    train_file: str
+    val_file: str
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._arrays = {"train": _read_npz(self.train_file), "val": _read_npz(self.val_file)}
+        self.name = Path(self.val_file).stem
+        shapes = [x.shape[1:-1] for x, _ in self._arrays.values()]
+        if shapes[0] != shapes[1]:
+            raise DataError(f"{self.train_file} and {self.val_file} hold features of different numbers of blocks")
+        self.depth = int(shapes[0][0]) if shapes[0] else 1
+
+    def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
+        """Nothing to do."""
+
+    def matrix(self, split: Split, columns: Sequence[Column]) -> Matrix:
+        """Features (N, D) of the blocks that the columns name."""
+        x = self._arrays[split][0]
+        blocks = list(dict.fromkeys(column.block for column in columns))
+        return x if x.ndim == 2 else side_by_side([x[:, block - 1] for block in blocks])
+
+    def labels(self, split: Split) -> Labels | None:
+        """`y`."""
+        return self._arrays[split][1]
+
+
+def _read_npz(path: str) -> tuple[NDArray[Any], Labels]:
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile) or not {"x", "y"} <= set(file.files):
+            raise DataError(f"{path}: has no arrays x (features) and y (labels); write it with np.savez")
+        with file:
+            x, y = file["x"], file["y"]
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read as .npz ({error})") from error
+    if x.ndim not in (2, 3) or y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iu" or x.dtype.kind not in "fiu":
+        raise DataError(
+            f"{path}: x has shape {x.shape} and type {x.dtype}, y {y.shape} and {y.dtype}; they must be (N, D) or "
+            "(N, blocks, D) real numbers and (N,) whole numbers"
+        )
+    return x.astype(np.float32) if x.dtype not in (np.float16, np.float32) else x, y.astype(np.int64)
+
+
+class EncoderInputs:
+    """Features of one encoder on one data set; the encoder is built when a pass is needed, not before.
+
+    Raises UserError subclasses for a checkpoint or images that do not fit, before any work.
+    """
+
+    def __init__(
+        self, config: EncoderPassConfig, checkpoint: str, listener: Listener, *, need_labels: bool = True
+    ) -> None:
+        self.config, self.listener, self.need_labels = config, listener, need_labels
+        self.name = model_name(checkpoint)
+        self.checkpoint = read_checkpoint(checkpoint, num_heads=config.encoder.num_heads, progress=listener.progress)
+        self.architecture = _architecture(config, self.checkpoint)
+        for notice in self.checkpoint.notices(self.architecture):
+            listener.note(notice)
+        header = self.checkpoint.header
+        self.transform = eval_transform(self.architecture, config.data, header, resolution=config.resolution)
+        self.data = recorded_data(config.data, header)
+        self.device = resolve_device(config.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        self._sources: dict[Split, ImageSource] = {}
+        self._stored: dict[Split, Stored] = {}
+        if config.pool != "mean" and not self.has_cls_token:
+            listener.note(f"{self.architecture.name} has no CLS token; the mean of its patch tokens stands in for it")
+
+    @cached_property
+    def encoder(self) -> Encoder | TimmBackbone:
+        """The network, on its device."""
+        return encoder_from(self.checkpoint, self.architecture).to(self.device).eval()
+
+    @cached_property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.architecture.depth if isinstance(self.architecture, Architecture) else self.encoder.depth
+
+    @property
+    def has_cls_token(self) -> bool:
+        """Whether `cls` and `mean` are different things."""
+        architecture = self.architecture
+        return architecture.class_token if isinstance(architecture, Architecture) else self.encoder.has_cls_token
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """Path and reason of every image that was left out so far."""
+        return [pair for stored in self._stored.values() for pair in stored.bad]
+
+    def source(self, split: Split) -> ImageSource:
+        """The images. Raises DataError when labels are needed and absent."""
+        if split not in self._sources:
+            self._sources[split] = open_source(self.data, split, need_labels=self.need_labels)
+        return self._sources[split]
+
+    def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
+        """Get these columns of both splits, each from the cache or from one pass of the encoder."""
+        for split in splits:
+            have = self._stored.get(split)
+            missing = [column for column in dict.fromkeys(wanted) if have is None or column not in have.columns]
+            if missing:
+                found = self._fetch(split, missing)
+                if have is not None and np.array_equal(have.indices, found.indices):
+                    found.columns |= have.columns
+                self._stored[split] = found
+
+    def matrix(self, split: Split, columns: Sequence[Column]) -> Matrix:
+        """Features (N, D), columns next to each other."""
+        self.prepare(columns, [split])
+        return side_by_side([self._stored[split].columns[column] for column in columns])
+
+    def labels(self, split: Split) -> Labels | None:
+        """Of the readable images, once their features are there; until then of all images."""
+        labels = self.source(split).labels
+        return labels if labels is None or split not in self._stored else labels[self._stored[split].indices]
+
+    def indices(self, split: Split) -> Labels:
+        """Positions of the readable images in the data set."""
+        return self._stored[split].indices
+
+    def _fetch(self, split: Split, wanted: list[Column]) -> Stored:
+        source, config = self.source(split), self.config
+        kept = cache_folder() / "features" if config.cache.folder is None else Path(config.cache.folder).expanduser()
+        folder = None if config.cache.folder == "off" else kept
+        cache = FeatureCache(folder, dtype=config.cache.dtype, note=self.listener.note)
+        # A cache that is off needs no name for the pass.
+        spec = self._spec(source) if folder else {"images": len(source)}
+        label = f"features of {SPLIT_NAMES[split]} images"
+        stored = cache.columns(
+            spec,
+            wanted,
+            lambda columns, start: self._run(source, columns, start),
+            also=self._everything(len(source)),
+            about={"model": self.name, "data": source.name, "split": split, "resolution": self.transform.image_size},
+            progress=lambda done, total: self.listener.progress(label, done, total),
+        )
+        self._report_bad(stored.bad, split)
+        return stored
+
+    def _report_bad(self, found: Sequence[tuple[str, str]], split: Split) -> None:
+        if not found:
+            return
+        bad = BadImages(self.config.data.max_bad)
+        for path, reason in found:
+            bad.add(path, reason)
+        path, reason = found[0]
+        self.listener.warn(f"{len(found)} {SPLIT_NAMES[split]} images are left out; the first: {path} ({reason})")
+
+    def _run(self, source: ImageSource, columns: list[Column], start: int) -> Iterator[Batch]:
+        bad = BadImages(self.config.data.max_bad)
+        for batch in encode_columns(
+            self.encoder,
+            source,
+            self.transform,
+            columns,
+            device=self.device,
+            precision=self.precision,
+            batch_size=self.config.batch_size,
+            workers=loader_workers(self.config.workers, source),
+            start=start,
+        ):
+            for path, reason in batch.bad:
+                bad.add(path, reason)
+            yield batch
+
+    def _everything(self, images: int) -> list[Column]:
+        """All that later commands may ask for, where it is little enough to be kept without being asked for."""
+        architecture, cache = self.architecture, self.config.cache
+        if not isinstance(architecture, Architecture):
+            return []
+        parts = _PARTS["cls+mean"]
+        columns = [Column(block, part) for block in range(1, architecture.depth + 1) for part in parts]
+        columns += [Column(architecture.depth, part, final_norm=True) for part in parts]
+        needed = images * len(columns) * architecture.width * (4 if cache.dtype == "fp32" else 2)
+        return columns if needed <= cache.keep_gb * 1e9 else []
+
+    def _spec(self, source: ImageSource) -> dict[str, Any]:
+        return pass_spec(
+            weights=self.checkpoint.fingerprint,
+            architecture=asdict(self.architecture),
+            data=source.fingerprint,
+            images=len(source),
+            transform=self.transform.to_dict(),
+            precision=str(self.precision).removeprefix("torch."),
+        )
+
+
+def give_distinct_names(opened: Sequence[EncoderInputs], checkpoints: Sequence[str]) -> None:
+    """Name models by their whole paths where the last part alone is another's too. Raises ConfigError for twins."""
+    names = [inputs.name for inputs in opened]
+    for inputs, checkpoint in zip(opened, checkpoints, strict=True):
+        if names.count(inputs.name) > 1:
+            inputs.name = checkpoint
+    twins = [checkpoint for checkpoint in checkpoints if checkpoints.count(checkpoint) > 1]
+    if twins:
+        raise ConfigError(f"{twins[0]} is named twice; name each encoder once")
+
+
+def columns_of(blocks: Sequence[int], pool: str, final_norm: bool, depth: int) -> list[Column]:
+    """The columns that make up the features of some blocks under one pooling; the norm is of the last block alone."""
+    return [Column(block, part, final_norm and block == depth) for block in blocks for part in _PARTS[pool]]
+
+
+def block_groups(blocks: str, depth: int) -> dict[str, list[int]]:
+    """Which blocks' features are evaluated together: name in the results to block numbers.
+
+    blocks: `last`, `last4` (concatenated), `all` or `1,5,12` (one by one, named by their number).
+    Raises ConfigError for anything else, and for blocks outside 1..depth.
+    """
+    if blocks == "last":
+        return {"last": [depth]}
+    if blocks == "last4":
+        if depth < 4:
+            raise ConfigError(f"--blocks last4: the encoder has only {depth} blocks; use --blocks last or all")
+        return {"last4": list(range(depth - 3, depth + 1))}
+    if blocks == "all":
+        return {str(block): [block] for block in range(1, depth + 1)}
+    try:
+        numbers = [int(part) for part in blocks.split(",")]
+    except ValueError:
+        raise ConfigError(f"--blocks {blocks!r}: expected last, last4, all or blocks such as 1,5,12") from None
+    for number in numbers:
+        if not 1 <= number <= depth:
+            raise ConfigError(f"--blocks {blocks}: block {number} does not exist; the encoder has blocks 1 to {depth}")
+    return {str(number): [number] for number in numbers}
+
+
+def model_name(checkpoint: str) -> str:
+    """How results name a checkpoint: a run folder's or a file's own name, without the folders above."""
+    path = Path(checkpoint)
+    # `..` and `.` have no name of their own.
+    return path.resolve().name if path.is_dir() else path.name
+
+
+def _architecture(config: EncoderPassConfig, checkpoint: Checkpoint) -> Architecture | BackboneArchitecture:
+    """What the file is, or for foreign files the timm model that `--arch` names, at the resolution asked for."""
+    recorded = checkpoint.architecture
+    if recorded is None and config.arch is None:
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch (and --source)")
+    of_timm = config.arch is not None and config.arch not in PAPER_SIZES
+    if recorded is None or (checkpoint.recognised and of_timm):
+        assert config.arch is not None
+        chosen = find_architecture(config.arch, config.source, config.resolution)
+    elif config.arch not in (None, recorded.name):
+        raise ConfigError(f"--arch {config.arch}: {checkpoint.path} says that it is {recorded.name}; leave --arch out")
+    else:
+        chosen = recorded
+    if isinstance(chosen, Architecture):
+        chosen.check_size(config.resolution or chosen.image_size, "--resolution")
+    return chosen
