@@ -16,6 +16,7 @@ import numpy as np
 from mimref.errors import DataError
 from mimref.files import atomic_path
 from mimref.report import LOWER_IS_BETTER, STATISTICS, metric_label
+from mimref.results import DETAILS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,6 @@ LEGEND_CLASSES = 20
 NAME_LENGTH = 32
 BLOCKS_WIDTH = 8.0  # inches
 # Rows of one model and metric that are part of another row.
-DETAILS = ("split", "classifier", "class")
 CURVES = {
     "block_knn_top1": "k-NN accuracy (%)",
     "block_reconstruction": "reconstruction loss\n(normalised pixels, lower is better)",

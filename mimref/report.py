@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from mimref.results import columns
+from mimref.results import DETAILS, columns
 
 if TYPE_CHECKING:
     from mimref.encoders.inspection import Inspection
@@ -31,19 +31,37 @@ LABELS = {
     "block_knn_top1": "k-NN top-1 of block {block}",
     "head_knn_top1": "k-NN top-1",
     "head_nn_accuracy": "neighbours of the same class",
+    "block_knn_delta": "k-NN gained by block {block}",
+    "block_mean": "mean of block {block}",
+    "block_variance": "variance of block {block}",
+    "block_effective_rank": "effective rank of block {block}",
     "block_reconstruction": "reconstruction loss of block {block}",
+    "block_reconstruction_delta": "reconstruction gained by block {block}",
 }
 LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction"}
 # Neither percentages nor of a known size.
-STATISTICS = {"feature_variance", "effective_rank"}
+STATISTICS = {
+    "feature_variance",
+    "effective_rank",
+    "block_mean",
+    "block_variance",
+    "block_effective_rank",
+    "block_knn_delta",
+    "block_reconstruction_delta",
+}
 # What was measured, as opposed to the settings it was measured with.
 MEASURED = ("value", "mean", "std", "splits", "runs")
+# How settings are called where their name in the files says too little.
+SETTINGS = {"select": "best one chosen on", "norm": "input norm", "batch_size": "batch size"}
+# What the measurement itself chose: the best classifier of a grid.
+CHOSEN = {"probe_top1": ("blocks", "pool", "lr", "held_out_top1")}
 # Seconds between two lines of progress when the output is not a terminal.
 LINE_INTERVAL_S = 10.0
 
 
-def best_table(rows: Sequence["Row"]) -> Table:
-    """The table that suits the rows: heads ranked, models compared, or one line per row."""
+def best_table(rows: Sequence["Row"]) -> RenderableType:
+    """The table that suits the rows: heads ranked, models compared, or one line per row; without parts of others."""
+    rows = _without_details(rows)
     if any(str(row["metric"]).startswith("head_") for row in rows):
         return heads_table(rows)
     compared = len({row["model"] for row in rows if "model" in row}) > 1
@@ -55,14 +73,10 @@ def comparison_table(
 ) -> Table:
     """One line per metric, one column per model, and the difference of the refined to the base model.
 
-    rows: results with `model`, in the order in which models and metrics shall appear; single splits are left out. The
+    rows: results with `model`, in the order in which models and metrics shall appear; parts of others are left out. The
     best value of a line is bold; the difference is green where the refined model is better and red where it is worse.
     """
-    rows = [row for row in rows if "split" not in row]
-    models = list(dict.fromkeys(str(row["model"]) for row in rows))
-    lines: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        lines.setdefault(metric_label(row, rows), {})[str(row["model"])] = row
+    models, lines = _by_metric(rows)
     compared = base in models and refined in models
     table = Table(title=title)
     table.add_column("")
@@ -78,6 +92,61 @@ def comparison_table(
             cells.append(_difference_cell(by_model.get(base), by_model.get(refined), sign))
         table.add_row(Text(label), *cells)
     return table
+
+
+def differences_table(rows: Sequence["Row"], base: str) -> Table:
+    """One line per metric, one column per model, each value with its difference to that of the model `base`.
+
+    rows: results with `model`. The best value of a line is bold, a difference green or, where it is worse, red.
+    """
+    models, lines = _by_metric(rows)
+    table = Table()
+    table.add_column("")
+    for model in models:
+        table.add_column(Text(model), justify="right", overflow="fold")
+    for label, by_model in lines.items():
+        sign = -1 if next(iter(by_model.values()))["metric"] in LOWER_IS_BETTER else 1
+        best = max(sign * _shown_value(row) for row in by_model.values())
+        cells = []
+        for model in models:
+            cell = _value_cell(by_model.get(model), sign, best)
+            if model != base and model in by_model:
+                cell = Text.assemble(cell, " (", _difference_cell(by_model.get(base), by_model[model], sign), ")")
+            cells.append(cell)
+        table.add_row(Text(label), *cells)
+    return table
+
+
+def markdown_table(rows: Sequence["Row"], base: str) -> str:
+    """The same as `differences_table` for a paper's appendix or a README."""
+    models, lines = _by_metric(rows)
+    text = [f"| | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
+    for label, by_model in lines.items():
+        sign = -1 if next(iter(by_model.values()))["metric"] in LOWER_IS_BETTER else 1
+        best = max(sign * _shown_value(row) for row in by_model.values())
+        cells = []
+        for model in models:
+            cell = _value_cell(by_model.get(model), sign, best)
+            shown = f"**{cell.plain}**" if cell.style == "bold" else cell.plain
+            if model != base and model in by_model:
+                shown += f" ({_difference_cell(by_model.get(base), by_model[model], sign).plain})"
+            cells.append(shown)
+        text.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(text) + "\n"
+
+
+def scores_line(rows: Sequence["Row"]) -> str:
+    """`ACC 95.3   NMI 92.2`: what a clustering's figure says under the points, of the blocks that come last."""
+    last = {str(row["metric"]): row for row in rows}
+    return "   ".join(
+        f"{_label(metric).removeprefix('k-means ')} {_value(_plain_row(row))}" for metric, row in last.items()
+    )
+
+
+def classes_table(rows: Sequence["Row"]) -> Group:
+    """One line per class, worst first: its images and what share of them is classified rightly, per setting."""
+    rows = [row for row in rows if "class" in row]
+    return results_table(sorted(rows, key=lambda row: float(row["value"])), title="per class")
 
 
 def inspection_table(inspection: "Inspection") -> Table:
@@ -111,18 +180,42 @@ def heads_table(rows: Sequence["Row"], *, title: str | None = None) -> Table:
     return table
 
 
-def results_table(rows: Sequence["Row"], *, title: str | None = None) -> Table:
-    """One line per row, one column per setting, the value (with its standard deviation) last."""
-    settings = [key for key in columns(rows) if key not in MEASURED]
-    repeats = [key for key in ("splits", "runs") if any(key in row for row in rows)]
-    table = Table(title=title)
-    for key in settings + repeats:
-        table.add_column(Text(key))
+def results_table(rows: Sequence["Row"], *, title: str | None = None) -> Group:
+    """One line per row: metric, the settings in which rows differ, value; what all have in common stands below.
+
+    The title is the model's name where there is one model.
+    """
+    keys = [key for key in columns(rows) if key not in ("metric", "value", "mean", "std")]
+    shared = {key: value for key in keys if (value := _shared(rows, key)) is not None}
+    varying = [key for key in keys if key not in shared and not all(_names(row, key) for row in rows)]
+    model = shared.pop("model", None)
+    table = Table()
+    table.add_column("")
+    for key in varying:
+        table.add_column(Text(key), overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
     for row in rows:
-        cells = [_setting(row[key]) if key in row else "" for key in settings + repeats]
-        table.add_row(*(Text(cell) for cell in cells), Text(_value(row)))
-    return table
+        cells = [_setting(row[key]) if key in row else "" for key in varying]
+        table.add_row(Text(metric_label(row)), *map(Text, cells), Text(_value(row)))
+    told = [f"{SETTINGS.get(key, key)} {_setting(value)}" for key, value in shared.items() if not _in_labels(rows, key)]
+    heading = title or ("" if model is None else str(model))
+    lines = [Text(heading, style="bold")] if heading else []
+    return Group(*lines, table, *([Text(", ".join(told), style="dim")] if told else []))
+
+
+def _shared(rows: Sequence["Row"], key: str) -> str | int | float | None:
+    """The value of a setting that all rows which have it agree on; None where they differ."""
+    values = {row[key] for row in rows if key in row}
+    return values.pop() if len(values) == 1 else None
+
+
+def _names(row: "Row", key: str) -> bool:
+    """Whether the label of a row's metric tells this setting."""
+    return f"{{{key}}}" in _label(str(row["metric"]))
+
+
+def _in_labels(rows: Sequence["Row"], key: str) -> bool:
+    return any(_names(row, key) for row in rows)
 
 
 def metric_label(row: "Row", among: Sequence["Row"] = ()) -> str:
@@ -133,7 +226,7 @@ def metric_label(row: "Row", among: Sequence["Row"] = ()) -> str:
     varying = [
         f"{key} = {_setting(value)}"
         for key, value in row.items()
-        if key not in ("model", "metric", *MEASURED)
+        if key not in ("model", "metric", *MEASURED, *CHOSEN.get(metric, ()))
         and f"{{{key}}}" not in template
         # Raw pixels have no blocks: a setting that a row does not have tells nothing apart.
         and any(other.get(key, value) != value for other in same)
@@ -230,6 +323,28 @@ def _rate(per_s: float) -> str:
     return f"{per_s:.1f}/s" if per_s >= 1 else f"{1 / per_s:.1f} s each"
 
 
+def _without_details(rows: Sequence["Row"]) -> list["Row"]:
+    return [row for row in rows if not any(key in row for key in DETAILS)]
+
+
+def _by_metric(rows: Sequence["Row"]) -> tuple[list[str], dict[str, dict[str, "Row"]]]:
+    """The models, and for every metric's label the row of each."""
+    rows = _without_details(rows)
+    lines: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        lines.setdefault(metric_label(row, rows), {})[str(row["model"])] = row
+    return list(dict.fromkeys(str(row["model"]) for row in rows)), lines
+
+
+def _label(metric: str) -> str:
+    return LABELS.get(metric, metric)
+
+
+def _plain_row(row: "Row") -> "Row":
+    """Without the spread over repetitions."""
+    return {key: value for key, value in row.items() if key != "std"}
+
+
 def _decimals(row: "Row") -> int:
     return 3 if row["metric"] in LOWER_IS_BETTER else 1
 
@@ -256,7 +371,7 @@ def _value_cell(row: "Row | None", sign: int, best: float) -> Text:
     if row is None:
         return Text("-")
     # Three models side by side have no room for the spread of a clustering's runs; results.csv has it.
-    shown = _value({key: value for key, value in row.items() if key != "std"} if "runs" in row else row)
+    shown = _value(_plain_row(row) if "runs" in row else row)
     return Text(shown, style="bold" if sign * _shown_value(row) == best else "")
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from mimref.evaluation.metrics import Row
 
 # Packages whose version can change a number.
-VERSIONS = ("torch", "timm", "numpy", "scikit-learn", "cyanure")
+VERSIONS = ("torch", "timm", "numpy", "scikit-learn", "cyanure", "umap-learn")
+# Keys of rows that are one part of another row's measurement: a draw, one classifier of a grid, one class.
+DETAILS = ("split", "classifier", "class")
 
 
 def write_results(

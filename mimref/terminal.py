@@ -1,17 +1,28 @@
 """What a command shows: a run's progress, notes and warnings on standard error, its results on standard output."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from mimref.report import ProgressDisplay, best_table, inspection_table, show_progress
+from mimref.report import (
+    ProgressDisplay,
+    best_table,
+    classes_table,
+    differences_table,
+    inspection_table,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from mimref.encoders.inspection import Inspection
     from mimref.evaluation.metrics import Row
+    from mimref.features.shelf import CacheEntry
 
 
 class Terminal:
@@ -57,6 +68,44 @@ def print_rows(rows: Sequence["Row"]) -> None:
     """The table that suits a run's results; nothing when there are none."""
     if rows:
         Console().print(best_table(rows))
+
+
+def print_comparison(rows: Sequence["Row"], base: str) -> None:
+    """Several models side by side, with their differences to `base`."""
+    Console().print(differences_table(rows, base))
+
+
+def print_classes(rows: Sequence["Row"]) -> None:
+    """The results of single classes."""
+    Console().print(classes_table(rows))
+
+
+def print_blocks(rows: Sequence["Row"], heads: Mapping[str, Sequence[int]]) -> None:
+    """A curve over the blocks of every model, and where heads belong; heads: recommended blocks of every model."""
+    from mimref.charts import block_chart
+    from mimref.evaluation.blocks import blocks_text
+
+    for model in dict.fromkeys(str(row["model"]) for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        Console().print(block_chart(of_model, heads=heads.get(model, ()), title=model))
+        if model in heads:
+            typer.echo(f"recommended heads: --heads {blocks_text(heads[model])}")
+
+
+def print_cache(entries: Sequence["CacheEntry"], folder: Path) -> None:
+    """What a cache folder holds, the newest last."""
+    table = Table()
+    for name in ("key", "model", "data", "images", "columns"):
+        table.add_column(name, overflow="fold")
+    table.add_column("MB", justify="right")
+    table.add_column("written")
+    for entry in entries:
+        size = f"{entry.bytes / 1e6:,.1f}"
+        cells = (entry.key, entry.model, entry.data, f"{entry.rows:,}", entry.columns, size, entry.written)
+        table.add_row(*map(Text, cells))
+    if entries:
+        Console().print(table)
+    typer.echo(f"{sum(entry.bytes for entry in entries) / 1e6:,.1f} MB in {folder}")
 
 
 def print_inspection(inspection: "Inspection") -> None:

@@ -4,8 +4,7 @@ import io
 import re
 
 import pytest
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from mimref import report
 from mimref.evaluation.metrics import Row
@@ -33,7 +32,7 @@ def rows() -> list[Row]:
     return result
 
 
-def printed(table: Table, *, color: bool = False) -> str:
+def printed(table: RenderableType, *, color: bool = False) -> str:
     console = Console(file=io.StringIO(), width=200, force_terminal=color, color_system="standard" if color else None)
     console.print(table)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -80,10 +79,19 @@ def test_labels_name_what_varies() -> None:
     assert metric_label({"metric": "something_new", "value": 0.0}) == "something_new"
 
 
-def test_results_table_has_a_column_per_setting() -> None:
+def test_results_table_has_a_column_per_setting_that_varies() -> None:
     text = printed(results_table(rows()))
     header = [cell.strip() for cell in text.splitlines()[1].split("┃")[1:-1]]
-    assert header == ["model", "metric", "k", "tau", "shots", "split", "splits", "value"]
+    assert header == ["", "model", "value"]
+    assert "k 10, tau 0.07, splits 20, split 0" in text
+    sweep: list[Row] = [{"model": "m", "metric": "knn_top1", "value": 1.0, "k": k, "pool": "cls"} for k in (1, 5)]
+    lines = printed(results_table(sweep)).splitlines()
+    assert lines[0].strip() == "m" and lines[-1].strip() == "pool cls"
+    assert [cell.strip() for cell in lines[4].split("│")[1:-1]] == ["k-NN top-1", "1", "1.0"]
+    # What stands in the label needs no column.
+    shots: list[Row] = [{"metric": "lowshot_top1", "value": 9.0, "shots": n, "splits": 3} for n in (1, 2)]
+    text = printed(results_table(shots))
+    assert "1-shot top-1" in text and "2-shot top-1" in text and "shots" not in text and "splits 3" in text
     best: Row = {"metric": "cluster_acc", "value": 79.0, "mean": 71.5, "std": 5.0, "runs": 100}
     assert "79.0 (mean 71.5 ± 5.0)" in printed(results_table([best]))
 
