@@ -9,11 +9,18 @@ import torch
 from mimref.config import CommandConfig, PretrainConfig, RefineConfig
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
+from mimref.evaluation.probe import LEARNING_RATES
+from mimref.evaluation_config import BlocksConfig, ProbeConfig, ProbeTrainingConfig
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.recipes import load_config, preset_names, preset_text
 from mimref.refinement.heads import Heads, head_blocks
 
-MODELS: dict[str, type[CommandConfig]] = {"refine": RefineConfig, "pretrain": PretrainConfig}
+MODELS: dict[str, type[CommandConfig]] = {
+    "refine": RefineConfig,
+    "pretrain": PretrainConfig,
+    "probe": ProbeConfig,
+    "analyze-blocks": BlocksConfig,
+}
 
 
 def flatten(config: CommandConfig) -> dict[str, Any]:
@@ -269,3 +276,10 @@ def test_pretrain_presets_build(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.decoder.parameters()) < sum(
         parameter.numel() for parameter in encoder.parameters()
     )
+
+
+def test_the_probe_presets_are_the_published_protocols() -> None:
+    dinov2, release = load("probe/dinov2"), load("probe/release")
+    assert isinstance(dinov2, ProbeConfig) and isinstance(release, ProbeConfig)
+    assert dinov2.probe == ProbeTrainingConfig() and tuple(dinov2.probe.lr) == LEARNING_RATES
+    assert release.probe == ProbeTrainingConfig(norm="batch")

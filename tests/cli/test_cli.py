@@ -44,7 +44,7 @@ class Calls:
         self.then(listener)
         if out is not None:  # training commands write their folder by themselves
             write_results(out, config.command, config.model_dump(mode="json"), 1.5, ROWS)
-        return types.SimpleNamespace(rows=ROWS, elapsed_s=1.5, out=out)
+        return types.SimpleNamespace(rows=ROWS, elapsed_s=1.5, out=out, bad_images=[])
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_knn_passes_its_options_on(work: Calls) -> None:
     line = "knn w.pth --k 5,10 --tau 0.1 --blocks last4 --pool cls+mean --final-norm --resolution 98 --out res"
     assert run(line.split()) == 0
     config = work.config
-    assert (config.checkpoint, config.data.spec, config.k, config.tau) == ("w.pth", None, [5, 10], 0.1)
+    assert (config.checkpoint, config.data.spec, config.k, config.tau) == ("w.pth", None, [5, 10], [0.1])
     assert (config.blocks, config.pool, config.final_norm, config.resolution) == ("last4", "cls+mean", True, 98)
     assert Path("res/results.csv").is_file()
     assert run(line.split()) == 2
@@ -156,7 +156,7 @@ BAD_LINES = {
         "stage = \"head\": expected 'both', 'heads' or 'encoder'; did you mean 'heads'?"
     ),
     "refine --preset mae_l16 --heads first3": (
-        'heads.blocks = "first3": expected blocks such as 17-24, 20,22,24 or last8'
+        'heads.blocks = "first3": expected blocks such as 17-24, 20,22,24, last8 or auto'
     ),
     "refine --weights w.pth": (
         "Give --preset NAME (`mimref presets list` shows all) or --arch with --weights or --source"

@@ -156,7 +156,7 @@ def test_pretrain_prints_and_resumes(
     changes = {"data.spec": settings["data.spec"], "mae.epochs": 2}
     assert run(arguments("pretrain", tmp_path, PRETRAIN | changes)) == 0
     captured = capsys.readouterr()
-    assert "knn_top1" in captured.out and "pre-training: 8/8" in captured.err
+    assert "k-NN top-1" in captured.out and "pre-training: 8/8" in captured.err
     assert run(["pretrain", "--resume", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out == captured.out
     assert json.loads((tmp_path / "results.json").read_text())["config"]["mae"]["epochs"] == 2
@@ -170,3 +170,20 @@ def test_debug_shows_where_a_mistake_was_found(
     assert "Traceback" not in capsys.readouterr().err
     assert run([*line, "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_heads_where_the_base_is_best(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "auto"
+    short = settings | {"heads.blocks": "auto", "evaluate.enabled": False, "encoder_stage.epochs": 1}
+    assert run(arguments("refine", out, short)) == 0
+    assert "k-NN of every block: 4/4" in capsys.readouterr().err
+    # What was chosen is written down, so that a resumed or repeated run does not measure again.
+    chosen = results(out)["config"]["heads"]["blocks"]
+    weights, data = settings["encoder.weights"], settings["data.spec"]
+    assert run(["analyze-blocks", str(weights), "--data", str(data), "--quiet"]) == 0
+    assert f"recommended heads: --heads {chosen}" in capsys.readouterr().out
+    unlabelled = write_unlabelled(tmp_path / "images")
+    assert run(arguments("refine", tmp_path / "other", short | {"data.spec": unlabelled})) == 2
+    assert "heads.blocks 'auto' measures k-NN and needs labelled training" in capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""`mimref refine` and `mimref pretrain`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from mimref.cli.options import (
+    ArchOption,
+    BatchSizeOption,
+    DataOption,
+    DebugOption,
+    DeviceOption,
+    DryRunOption,
+    EncoderEpochsOption,
+    EpochsOption,
+    ForceOption,
+    HeadsEpochsOption,
+    HeadsFromOption,
+    HeadsOption,
+    OutOption,
+    PrecisionOption,
+    PresetOption,
+    QuietOption,
+    ResumeOption,
+    SeedOption,
+    SetOption,
+    SourceOption,
+    StageOption,
+    WeightsOption,
+    WorkersOption,
+    common,
+    default_out,
+    print_facts,
+)
+
+if TYPE_CHECKING:
+    from mimref.evaluation.metrics import Row
+
+
+def refine(
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    data: DataOption = None,
+    arch: ArchOption = None,
+    source: SourceOption = None,
+    weights: WeightsOption = None,
+    epochs: EncoderEpochsOption = None,
+    heads_epochs: HeadsEpochsOption = None,
+    stage: StageOption = None,
+    heads_from: HeadsFromOption = None,
+    batch_size: BatchSizeOption = None,
+    heads: HeadsOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    seed: SeedOption = None,
+    workers: WorkersOption = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Refine an encoder with contrastive heads.
+
+    First the heads on the frozen encoder (stage 1), then heads and encoder together (stage 2); then a table of the
+    encoder before and after. Without options: the packaged tiny encoder on scikit-learn's digits.
+    """
+    from mimref.config import RefineConfig
+    from mimref.encoders.known import find_known
+    from mimref.recipes import choose_refine_preset, load_config
+
+    overrides = {
+        "encoder.arch": arch,
+        "encoder.source": source,
+        "encoder.weights": weights,
+        "encoder_stage.epochs": epochs,
+        "heads_stage.epochs": heads_epochs,
+        "stage": stage or ("encoder" if heads_from else None),
+        "heads_from": heads_from,
+        "batch_size": batch_size,
+        "heads.blocks": heads,
+    } | common(data, device, precision, seed, workers)
+    # The name of published weights says what they are.
+    known = find_known(weights) if weights else None
+    chosen = _resumed_config(out, resume, preset) or choose_refine_preset(
+        preset, arch or (known.arch if known else None), source or (known.source if known else None), weights
+    )
+    config = load_config(RefineConfig, chosen, overrides, sets or ())
+    out = out or default_out(config)
+    if dry_run:
+        from mimref.refinement.plan import describe, make_plan
+
+        print_facts(describe(make_plan(config)) | {"output": str(out)})
+        return
+    if resume and _print_finished(out):
+        return
+
+    from mimref.refinement.run import refine as run_refine
+    from mimref.terminal import Terminal
+
+    with Terminal(quiet) as terminal:
+        result = run_refine(config, out, resume=resume, force=force, listener=terminal)
+    _print_trained(out, result.rows, quiet)
+
+
+def pretrain(
+    preset: PresetOption = None,
+    sets: SetOption = None,
+    data: DataOption = None,
+    arch: ArchOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    seed: SeedOption = None,
+    workers: WorkersOption = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a masked autoencoder to start from.
+
+    For images or sizes without public weights. Without options: makes the packaged tiny encoder again.
+    """
+    from mimref.config import PretrainConfig
+    from mimref.recipes import choose_pretrain_preset, load_config
+
+    overrides = {"encoder.arch": arch, "mae.epochs": epochs, "batch_size": batch_size}
+    overrides |= common(data, device, precision, seed, workers)
+    chosen = _resumed_config(out, resume, preset) or choose_pretrain_preset(preset, arch)
+    config = load_config(PretrainConfig, chosen, overrides, sets or ())
+    out = out or default_out(config)
+    if resume and _print_finished(out):
+        return
+
+    from mimref.pretraining.run import pretrain as run_pretrain
+    from mimref.terminal import Terminal
+
+    with Terminal(quiet) as terminal:
+        result = run_pretrain(config, out, resume=resume, force=force, listener=terminal)
+    _print_trained(out, result.rows, quiet)
+
+
+def _resumed_config(out: Path | None, resume: bool, preset: str | None) -> str | None:
+    """The settings of the run that `--resume --out DIR` continues, so that they need not be given again.
+
+    A preset given all the same is not passed over: the run compares its settings with those it was started with.
+    """
+    if not resume or preset is not None or out is None or not (out / "config.toml").is_file():
+        return None
+    return str(out / "config.toml")
+
+
+def _print_finished(out: Path) -> bool:
+    """Print the results of a run that is finished already; False when it is not."""
+    from mimref.results import read_results
+    from mimref.terminal import print_rows
+
+    if not (out / "results.json").is_file():
+        return False
+    print_rows(read_results(out)[0])
+    return True
+
+
+def _print_trained(out: Path, rows: Sequence["Row"], quiet: bool) -> None:
+    """Results of a run that has written its folder by itself."""
+    from mimref.terminal import print_rows
+
+    print_rows(rows)
+    if not quiet:
+        typer.echo(f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}", err=True)

@@ -1,0 +1,367 @@
+"""The evaluations from the command line to their files, on a tiny encoder; one pass of it serves them all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mimref.cli import run
+from mimref.encoders import checkpoints
+from mimref.encoders.checkpoints import save_encoder
+from mimref.encoders.vit import Encoder, build_encoder
+from tests.tiny import ARCHITECTURE, results, write_images, write_labelled, write_unlabelled
+
+CHEAP = ["--device", "cpu", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two encoders, `base.safetensors` and `refined.safetensors`, and `data` with two classes."""
+    made = tmp_path_factory.mktemp("suite")
+    write_labelled(made / "data")
+    for seed, name in enumerate(("base", "refined")):
+        torch.manual_seed(seed)
+        encoder = build_encoder(ARCHITECTURE)
+        for parameter in encoder.parameters():
+            parameter.data.normal_(std=0.1)
+        save_encoder(made / f"{name}.safetensors", encoder, {"data": {"spec": str(made / "data")}})
+    return made
+
+
+def line(command: str, folder: Path, *more: str) -> list[str]:
+    return [command, str(folder / "base.safetensors"), *CHEAP, *more]
+
+
+class Passes:
+    """Images that encoders have seen, and encoders that were built."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images = self.built = 0
+        blocks, build = Encoder.blocks, checkpoints.build_encoder
+
+        def counting(encoder: Encoder, images: torch.Tensor, *args: Any, **options: Any) -> list[torch.Tensor]:
+            self.images += len(images)
+            return blocks(encoder, images, *args, **options)
+
+        def building(architecture: Any) -> Encoder:
+            self.built += 1
+            return build(architecture)
+
+        monkeypatch.setattr(Encoder, "blocks", counting)
+        monkeypatch.setattr(checkpoints, "build_encoder", building)
+
+
+COMMANDS = [
+    ["knn", "--blocks", "last4", "--pool", "cls+mean", "--final-norm"],
+    ["lowshot", "--splits", "2"],
+    ["cluster", "--runs", "2"],
+    ["analyze-blocks"],
+    ["probe", "--cached", "--epochs", "2"],
+    ["extract", "--blocks", "all", "--out", "features.npz"],
+]
+
+
+@pytest.mark.parametrize("first", range(len(COMMANDS)))
+def test_one_pass_of_the_encoder_serves_all(
+    first: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    passes = Passes(monkeypatch)
+    commands = COMMANDS[first:] + COMMANDS[:first]
+    for command in commands:
+        assert run(line(command[0], folder, *command[1:])) == 0, capsys.readouterr().err
+    assert passes.images == 48 + 16
+    # Train and validation images of the first command that needs both; whatever is stored builds no network.
+    assert passes.built == 1 if commands[0][0] in ("knn", "lowshot", "analyze-blocks", "probe") else passes.built <= 2
+
+
+def test_off_and_small_caches_store_what_was_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = Passes(monkeypatch)
+    for _ in range(2):
+        assert run(line("knn", folder, "--cache", "off", "--quiet")) == 0
+    assert passes.images == 2 * 64 and not list(tmp_path.parent.glob(f"{tmp_path.name}-cache"))
+    small = ["--cache", str(tmp_path / "here"), "--set", "cache.keep_gb=0", "--quiet"]
+    assert run(line("knn", folder, *small)) == 0 and passes.images == 3 * 64
+    assert run(line("lowshot", folder, "--splits", "1", *small)) == 0 and passes.images == 3 * 64
+    assert run(line("analyze-blocks", folder, *small)) == 0 and passes.images == 4 * 64
+    names = {path.name for path in (tmp_path / "here").glob("*/block*")}
+    assert names == {f"block-{block:02d}-cls" for block in range(1, 5)}
+
+
+def test_cached_features_give_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+    for where in ("a", "a", "off"):
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        cache = where if where == "off" else str(tmp_path / "cache")
+        assert run(line("knn", folder, "--k", "1,5", "--blocks", "all", "--cache", cache, "--out", str(out))) == 0
+    found = [results(out)["metrics"] for out in sorted(tmp_path.glob("out-*"))]
+    assert len(found) == 3 and found[0] == found[1] == found[2]
+
+
+def test_a_changed_image_is_noticed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_labelled(tmp_path / "data")
+    passes = Passes(monkeypatch)
+    for _ in range(2):
+        assert run(line("knn", folder, "--data", str(data), "--quiet")) == 0
+        assert passes.images == 64
+    write_images(tmp_path / "other", per_class=1, split="train")
+    (tmp_path / "other" / "train" / "a" / "000.png").replace(data / "train" / "a" / "000.png")
+    assert run(line("knn", folder, "--data", str(data), "--quiet")) == 0
+    assert passes.images == 64 + 48
+
+
+# --- single commands
+
+
+def test_knn_of_single_classes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line("knn", folder, "--per-class", "--no-standardize", "--out", str(tmp_path / "out"))) == 0
+    rows = results(tmp_path / "out")["metrics"]
+    single = [row for row in rows if "class" in row]
+    overall = next(row for row in rows if "class" not in row)
+    assert [row["images"] for row in single] == [8, 8]
+    assert sum(row["value"] for row in single) / 2 == overall["value"]
+    assert "per class" in capsys.readouterr().out
+
+
+def test_lowshot_of_split_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.txt").write_text("a/003.png\nb/004.png\n")
+    (tmp_path / "two.txt").write_text("a/005.png\nb/006.png\n")
+    files = ["--split-file", str(tmp_path / "one.txt"), "--split-file", str(tmp_path / "two.txt")]
+    assert run(line("lowshot", folder, *files, "--out", str(tmp_path / "out"))) == 0
+    rows = results(tmp_path / "out")["metrics"]
+    assert [(row["shots"], row.get("split")) for row in rows] == [(1, None), (1, 0), (1, 1)]
+    assert rows[0]["protocol"] == "logistic regression" and rows[0]["splits"] == 2
+    (tmp_path / "bad.txt").write_text("a/003.png\nb/999.png\n")
+    assert run(line("lowshot", folder, "--split-file", str(tmp_path / "bad.txt"))) == 2
+    assert "bad.txt, line 2: 'b/999.png' is none of the 48 training images" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_cluster_draws_the_images(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_images(tmp_path / "data", per_class=12, classes=("a", "b", "c"), split="val")
+    write_images(data, per_class=2, classes=("a", "b", "c"), split="train")
+    figure = tmp_path / "umap.png"
+    more = ["--data", str(data), "--classes", "c,a", "--umap", str(figure), "--runs", "2"]
+    assert run(line("cluster", folder, *more, "--out", str(tmp_path / "out"))) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG") and f"figure in {figure}" in capsys.readouterr().err
+    rows = results(tmp_path / "out")["metrics"]
+    assert {row["classes"] for row in rows} == {2}
+    assert {row["metric"] for row in rows} == {
+        "cluster_acc",
+        "cluster_nmi",
+        "cluster_ami",
+        "cluster_ari",
+        "silhouette",
+        "davies_bouldin",
+    }
+
+
+def test_analyze_blocks_of_two_encoders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run(line("analyze-blocks", folder, str(folder / "refined.safetensors"), "--out", str(out))) == 0
+    printed = capsys.readouterr().out
+    assert "base.safetensors" in printed and "refined.safetensors" in printed and "--heads" in printed
+    assert (out / "blocks.png").read_bytes().startswith(b"\x89PNG")
+    table = pd.read_csv(out / "results.csv")
+    for model in ("base.safetensors", "refined.safetensors"):
+        part = table[(table.model == model) & (table.metric == "block_knn_top1")]
+        assert list(part.block) == [1, 2, 3, 4]
+    assert run(line("analyze-blocks", folder, str(folder / "base.safetensors"))) == 2
+    assert "base.safetensors is named twice; name each encoder once" in capsys.readouterr().err
+
+
+def test_analyze_blocks_with_decoders_and_without_labels(folder: Path, tmp_path: Path) -> None:
+    sets = {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "decoder.width": 16, "decoder.num_heads": 2}
+    options = [part for key, value in sets.items() for part in ("--set", f"reconstruction.{key}={value}")]
+    data = write_unlabelled(tmp_path / "images")
+    more = ["--data", str(data), "--reconstruction", "--out", str(tmp_path / "out")]
+    assert run(line("analyze-blocks", folder, *options, *more)) == 0
+    rows = results(tmp_path / "out")["metrics"]
+    assert [row["block"] for row in rows if row["metric"] == "block_reconstruction"] == [1, 2, 3, 4]
+    assert not [row for row in rows if row["metric"] == "block_knn_top1"]
+
+
+def test_compare(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passes = Passes(monkeypatch)
+    out = tmp_path / "out"
+    more = ["--protocols", "knn,lowshot,cluster,probe", "--splits", "2", "--shots", "1", "--runs", "2"]
+    sets = ["--set", "probe.epochs=2", "--set", "probe.batch_size=16", "--out", str(out)]
+    assert run(line("compare", folder, str(folder / "refined.safetensors"), *more, *sets)) == 0
+    assert passes.images == 2 * 64
+    printed = capsys.readouterr().out
+    assert "linear probe top-1" in printed and "k-means ACC" in printed
+    metrics = results(out)["metrics"]
+    shown = [row for row in metrics if not {"split", "classifier"} & row.keys()]
+    assert [(row["model"], row["metric"]) for row in shown[:2]] == [
+        ("base.safetensors", "knn_top1"),
+        ("base.safetensors", "lowshot_top1"),
+    ]
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    text = (out / "results.md").read_text().splitlines()
+    assert text[0] == "| | base.safetensors | refined.safetensors |" and text[2].startswith("| k-NN top-1 |")
+    # The same numbers as the commands alone.
+    assert run(line("knn", folder, "--out", str(tmp_path / "knn"))) == 0
+    assert results(tmp_path / "knn")["metrics"][0]["value"] == shown[0]["value"]
+
+
+# --- features in files
+
+
+def test_extract_and_evaluate_the_arrays(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        file = str(tmp_path / f"{split}.npz")
+        assert run(line("extract", folder, "--split", split, "--blocks", "all", "--out", file, "--quiet")) == 0
+    with np.load(tmp_path / "val.npz") as file:
+        assert file["x"].shape == (16, 4, 32) and file["x"].dtype == np.float32
+        assert file["y"].tolist() == [0] * 8 + [1] * 8 and file["paths"][0].endswith("data/val/a/000.png")
+    files = ["--features", str(tmp_path / "train.npz"), str(tmp_path / "val.npz")]
+    outs = []
+    for number, given in enumerate((files, [str(folder / "base.safetensors"), *CHEAP])):
+        for command in (["knn", "--blocks", "all"], ["lowshot", "--splits", "2"], ["cluster", "--runs", "2"]):
+            out = tmp_path / f"{command[0]}{number}"
+            assert run([*command, *given, "--out", str(out), "--quiet"]) == 0, capsys.readouterr().err
+            outs.append([row["value"] for row in results(out)["metrics"]])
+    assert outs[:3] == outs[3:]
+    assert run(["probe", "--cached", *files, "--epochs", "2", "--quiet"]) == 0
+    assert run(["knn", str(folder / "base.safetensors"), *files]) == 2
+    assert "--features is evaluated in place of an encoder's" in capsys.readouterr().err
+
+
+def test_extract_unlabelled_images_as_a_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_unlabelled(tmp_path / "images")
+    out = tmp_path / "features.parquet"
+    more = ["--data", str(data), "--out", str(out), "--pool", "mean"]
+    assert run(line("extract", folder, *more)) == 0
+    assert "features 48 x 32 in" in capsys.readouterr().err
+    table = pd.read_parquet(out)
+    assert list(table.columns) == ["path", "x"] and len(table) == 48 and len(table.x[0]) == 32
+    assert run(line("extract", folder, *more)) == 2
+    assert "features.parquet exists; give another --out, or --force" in capsys.readouterr().err
+    assert run(line("extract", folder, *more, "--force", "--blocks", "2,3")) == 0
+    assert list(pd.read_parquet(out).columns) == ["path", "block_2", "block_3"]
+
+
+def test_features_in_odd_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, x, y = tmp_path / "good.npz", np.ones((4, 3), np.float32), np.array([0, 1, 0, 1])
+    np.savez(good, x=x, y=y)
+    (tmp_path / "text.npz").write_text("x")
+    np.savez(tmp_path / "nokey.npz", x=x)
+    np.savez(tmp_path / "rows.npz", x=x, y=y[:2])
+    np.savez(tmp_path / "type.npz", x=x, y=y / 2)
+    np.savez(tmp_path / "nan.npz", x=np.full((4, 3), np.nan, np.float32), y=y)
+    np.savez(tmp_path / "one.npz", x=x, y=y * 0)
+    np.savez(tmp_path / "lacks.npz", x=x, y=y + 1)
+    np.save(tmp_path / "plain.npy", x)
+    messages = {
+        "missing.npz": "missing.npz: cannot be read as .npz",
+        "text.npz": "text.npz: cannot be read as .npz",
+        "nokey.npz": "nokey.npz: has no arrays x (features) and y (labels)",
+        "plain.npy": "plain.npy: has no arrays x",
+        "rows.npz": "rows.npz: x has shape (4, 3) and type float32, y (2,)",
+        "type.npz": "type.npz: x has shape (4, 3) and type float32, y (4,) and float64",
+        "nan.npz": "test: features of image 0 (counted from 0) are not finite",
+        "lacks.npz": "test: class 2 has no training image",
+    }
+    for name, message in messages.items():
+        assert run(["knn", "--features", str(good), str(tmp_path / name), "--k", "1"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert run(["knn", "--features", str(tmp_path / "one.npz"), str(good), "--k", "1"]) == 2
+    assert "train: all images are of class 0" in capsys.readouterr().err
+
+
+def test_a_damaged_cache_is_told_and_mended(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = ["--cache", str(tmp_path / "cache"), "--out"]
+    assert run(line("knn", folder, *cache, str(tmp_path / "a"))) == 0
+    for file in (tmp_path / "cache").glob("*/block-04-cls"):
+        file.write_bytes(b"\0" * file.stat().st_size)
+    capsys.readouterr()
+    assert run(line("knn", folder, *cache, str(tmp_path / "b"))) == 0
+    assert "are damaged (block-04-cls); they are computed again" in capsys.readouterr().err
+    assert results(tmp_path / "a")["metrics"] == results(tmp_path / "b")["metrics"]
+
+
+# --- probes
+
+
+def test_an_interrupted_probe_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mimref.evaluation.probe_training.SAVE_EVERY_S", 0.0)
+    out, other = tmp_path / "out", tmp_path / "other"
+    sets = ["--epochs", "3", "--batch-size", "16", "--quiet"]
+    assert run(line("probe", folder, *sets, "--out", str(other))) == 0
+    from mimref import terminal
+
+    def stop(self: terminal.Terminal, label: str, done: int, total: int) -> None:
+        if (label, done) == ("linear probes", 2):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal.Terminal, "progress", stop)
+        assert run(line("probe", folder, *sets, "--out", str(out))) == 130
+    assert (out / "state" / "probe.pt").is_file()
+    capsys.readouterr()
+    assert run(line("probe", folder, *sets, "--out", str(out))) == 2
+    assert "holds an unfinished probe; --resume continues it, --force starts anew" in capsys.readouterr().err
+    assert run(line("probe", folder, *sets, "--out", str(out), "--resume")) == 0
+    assert results(out)["metrics"] == results(other)["metrics"]
+    assert not (out / "state" / "probe.pt").exists()
+    assert run(line("probe", folder, "--resume")) == 2
+    assert "--resume continues the probe in a folder; name it with --out DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["knn", "--k", "49"], "--k 49 is more than the 48 training images"),
+        (["knn", "--blocks", "5"], "block 5 does not exist; the encoder has blocks 1 to 4"),
+        (["lowshot", "--shots", "25"], "class 0 has only 24 training images, too few for 25 shots"),
+        (["cluster", "--metrics", "acc,nmj"], "unknown metric 'nmj'"),
+        (["cluster", "--classes", "a,z"], "'z' is no class"),
+        (["cluster", "--umap", "figure.jpg"], "--umap figure.jpg: a figure is written as PNG"),
+        (["probe", "--cached", "--select", "best"], 'probe.select = "best"'),
+        (["compare", "nowhere.pth"], "nowhere.pth"),
+        (["extract", "--out", "x.csv"], "--out x.csv: name a file that ends in .npz or .parquet"),
+        (["analyze-blocks", "--k", "50"], "--k 50 is more than the 48 training images"),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_encoder_runs(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    passes = Passes(monkeypatch)
+    assert run(line(arguments[0], folder, *arguments[1:])) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and passes.images == 0
+
+
+def test_results_hold_the_images_left_out(folder: Path, tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data")
+    (data / "val" / "a" / "003.png").write_bytes(b"nothing")
+    assert run(line("knn", folder, "--data", str(data), "--out", str(tmp_path / "out"))) == 0
+    (bad,) = json.loads((tmp_path / "out" / "results.json").read_text())["bad_images"]
+    assert bad["path"].endswith("val/a/003.png")
+    # From the cache as well; and more than are allowed are refused, cached or not.
+    assert run(line("knn", folder, "--data", str(data), "--out", str(tmp_path / "again"))) == 0
+    assert results(tmp_path / "again")["bad_images"] == [bad]
+    assert run(line("knn", folder, "--data", str(data), "--set", "data.max_bad=0")) == 2
+
+
+def test_inputs_are_named_apart(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "encoder.safetensors").write_bytes((folder / "base.safetensors").read_bytes())
+    files = [str(tmp_path / name / "encoder.safetensors") for name in ("one", "two")]
+    assert run(["compare", *files, "--protocols", "knn", *CHEAP, "--out", str(tmp_path / "out")]) == 0
+    assert [row["model"] for row in results(tmp_path / "out")["metrics"]] == files
