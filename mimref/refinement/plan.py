@@ -15,6 +15,7 @@ from mimref.encoders.known import Progress, official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture
 from mimref.errors import CheckpointError, ConfigError
 from mimref.features.spec import eval_transform, recorded_data
+from mimref.refinement.auto import recommended_blocks
 from mimref.refinement.heads import Heads, head_blocks
 
 
@@ -63,6 +64,10 @@ def make_plan(config: RefineConfig, progress: Progress | None = None) -> Plan:
     data = recorded_data(config.data, checkpoint.header)
     warned = _warnings(config.encoder, checkpoint)
     config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
+    transform = eval_transform(architecture, data, checkpoint.header)
+    if config.heads.blocks == "auto":
+        chosen = recommended_blocks(config, checkpoint, architecture, transform, progress)
+        config = config.model_copy(update={"heads": config.heads.model_copy(update={"blocks": chosen})})
     blocks = head_blocks(config.heads.blocks, architecture.depth)
     temperature = _temperatures(config.heads.temperature, len(blocks))
     _check_schedule(config, blocks)
@@ -70,7 +75,6 @@ def make_plan(config: RefineConfig, progress: Progress | None = None) -> Plan:
     _check_sizes(config, architecture)
     source_images = open_source(data, "train")
     _check_counts(config, len(source_images))
-    transform = eval_transform(architecture, data, checkpoint.header)
     plan = Plan(config, checkpoint, architecture, transform, source_images, blocks, temperature, warned)
     if not plan.heads_steps and not plan.encoder_steps:
         raise ConfigError(

@@ -25,7 +25,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"heads.blocks": "2,5"}, "heads.blocks '2,5'"),
     ({"heads.blocks": "last99"}, "heads.blocks 'last99'"),
     ({"heads.blocks": "4-3"}, "heads.blocks '4-3': a range runs upwards, 3-4"),
-    ({"heads.blocks": "0-3"}, 'heads.blocks = "0-3": expected blocks such as 17-24, 20,22,24 or last8'),
+    ({"heads.blocks": "0-3"}, 'heads.blocks = "0-3": expected blocks such as 17-24, 20,22,24, last8 or auto'),
     ({"heads.blocks": "last0"}, 'heads.blocks = "last0": expected blocks such as'),
     ({"heads.blocks": "the last"}, 'heads.blocks = "the last": expected blocks such as'),
     ({"heads.temperature": [0.1, 0.2, 0.3]}, "heads.temperature has 3 values for 2 heads (heads.blocks)"),

@@ -1,0 +1,43 @@
+"""`heads.blocks = "auto"`: heads where the base encoder's features ask for them; `mimref analyze-blocks` shows why."""
+
+from mimref.config import RefineConfig
+from mimref.data.transforms import EvalTransform
+from mimref.devices import resolve_device, resolve_precision
+from mimref.encoders.checkpoints import Checkpoint, encoder_from
+from mimref.encoders.known import Progress
+from mimref.encoders.vit import Architecture, Encoder
+from mimref.errors import ConfigError
+from mimref.evaluation.blocks import blocks_text, recommend_heads
+from mimref.evaluation.monitor import KnnMonitor
+
+
+def recommended_blocks(
+    config: RefineConfig,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    transform: EvalTransform,
+    progress: Progress | None = None,
+) -> str:
+    """Blocks as `heads.blocks` takes them, from the k-NN accuracy of every block of the base encoder.
+
+    Measured on the monitor's subset of the images (`monitor.knn_samples`), on what the heads would read. Raises
+    ConfigError when the images have no labels to measure it with.
+    """
+    device = resolve_device(config.device)
+    monitor = KnnMonitor(config, transform, device, resolve_precision(config.precision, device))
+    if monitor.test is None:
+        raise ConfigError(
+            "heads.blocks 'auto' measures k-NN and needs labelled training and validation images; name blocks, such as "
+            "last8"
+        )
+    encoder = encoder_from(checkpoint, architecture)
+    assert isinstance(encoder, Encoder)
+    blocks = list(range(1, encoder.depth + 1))
+    train, test = monitor.features(encoder.to(device), blocks, pool=config.heads.pool, final_norm=True)
+    assert test is not None
+    accuracies = []
+    for column in range(len(blocks)):
+        accuracies.append(monitor.knn_top1(train, test, column))
+        if progress is not None:
+            progress("k-NN of every block", column + 1, len(blocks))
+    return blocks_text(recommend_heads(accuracies))
