@@ -140,7 +140,7 @@ def _run_all(
 ) -> list[Run]:
     """All runs in order of their number, in this process or in several."""
     clusters = int(y.max()) + 1
-    jobs = min(workers or _cores(), runs)
+    jobs = min(workers or cores(), runs)
     serial = jobs == 1 or float(runs) * x.size * clusters < SERIAL_WORK
     results: Iterator[Run]
     if serial:
@@ -181,7 +181,8 @@ def _class_separation(x: NDArray[np.float32], y: NDArray[np.int64], metric: str)
     return float(davies_bouldin_score(x, y))
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
