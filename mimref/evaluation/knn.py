@@ -127,7 +127,7 @@ def find_neighbours(
     than ranks. Each rank reads all training rows and searches for its own test rows. Every rank knows every run, so no
     sizes are exchanged: the runs are padded to the longest, gathered by all ranks, and cut again. Whole chunks are what
     makes this exact: all matrix products have the shapes, and so the rounding, that they have in a single process, and
-    every rank returns what that would.
+    every rank returns what that would with as many threads.
 
     progress: counts this rank's share of the work.
     Raises ConfigError for k beyond N or a device that is not there, DataError for widths that differ.
@@ -140,16 +140,18 @@ def find_neighbours(
     runs = _query_runs(len(test_x), query_chunk)
     mine = runs[dist.get_rank() if len(runs) > 1 else 0]
     mean, std = mean_and_std(train_x) if standardize else (None, None)
-    test = torch.from_numpy(unit_rows(test_x[mine], mean, std))
-    queries = [slice(start, start + query_chunk) for start in range(0, len(test), query_chunk)]
+    queries = [
+        _unit_tensor(test_x[start : min(start + query_chunk, mine.stop)], mean, std)
+        for start in range(mine.start, mine.stop, query_chunk)
+    ]
     keys = [slice(start, start + train_chunk) for start in range(0, len(train_x), train_chunk)]
     found: list[Tensor | None] = [None] * len(queries)
     # One buffer for all similarities: fresh memory for each chunk costs about a third of the product itself.
-    buffer = torch.empty(min(query_chunk, len(test)) * min(train_chunk, len(train_x)), device=target)
+    buffer = torch.empty(max(map(len, queries), default=0) * min(train_chunk, len(train_x)), device=target)
     for step, rows in enumerate(keys if queries else []):
-        train = torch.from_numpy(unit_rows(train_x[rows], mean, std)).to(target)
+        train = _unit_tensor(train_x[rows], mean, std).to(target)
         for number, query in enumerate(queries):
-            query_x = test[query].to(target)
+            query_x = query.to(target)
             similarity = buffer[: len(query_x) * len(train)].view(len(query_x), len(train))
             torch.matmul(query_x, train.T, out=similarity)
             if target.type == "mps":
@@ -161,6 +163,11 @@ def find_neighbours(
     packed = [chunk.cpu() for chunk in found if chunk is not None]
     own = torch.cat(packed) if packed else torch.empty(0, k, dtype=torch.int64)
     return Neighbours(*unpack(own if len(runs) == 1 else _gather_runs(own, runs)))
+
+
+def _unit_tensor(x: Matrix, mean: NDArray[np.float64] | None, std: NDArray[np.float64] | None) -> Tensor:
+    """`unit_rows` in memory of torch's own: the rounding of small products depends on how their factors are aligned."""
+    return torch.from_numpy(unit_rows(x, mean, std)).clone()
 
 
 def _query_runs(count: int, chunk: int) -> list[slice]:
