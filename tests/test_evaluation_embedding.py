@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from mimref.errors import DataError
 from mimref.evaluation.embedding import umap_embedding
 
 
 def test_embedding_is_a_function_of_directions_and_seed(capfd: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(3, 8))[np.arange(60) % 3] + 0.1 * rng.normal(size=(60, 8))).astype(np.float32)
     first = umap_embedding(x, seed=1)
@@ -25,6 +27,7 @@ def test_embedding_is_a_function_of_directions_and_seed(capfd: pytest.CaptureFix
     assert np.isfinite(umap_embedding(x[:16], seed=0)).all()
     assert np.isfinite(umap_embedding(np.ones((20, 4), dtype=np.float16), seed=0)).all()
     assert capfd.readouterr() == ("", "")
+    assert torch.get_num_threads() == threads
 
 
 def test_refuses_too_few_images_and_bad_features() -> None:

@@ -1,6 +1,7 @@
 """Features in two dimensions, for figures (Fig. 5, Appendix C.12)."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,15 @@ def umap_embedding(x: Matrix, *, seed: int, neighbors: int = 15) -> NDArray[np.f
     check_features(x, "features")
     if len(x) <= neighbors:
         raise DataError(f"UMAP of {len(x)} images: {neighbors} neighbours need more than {neighbors} images; add some")
-    with warnings.catch_warnings():
+    # In a thread of its own, because numba sets the number of OpenMP threads of the thread that calls it, and with it
+    # torch's, which decides how its products are rounded.
+    with warnings.catch_warnings(), ThreadPoolExecutor(1) as pool:
         # Of numba while it compiles; of one thread for a fixed seed; of identical images, which have no graph.
         warnings.simplefilter("ignore")
-        from umap import UMAP
+        return pool.submit(_fit, unit_rows(x), seed, neighbors).result()
 
-        model = UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1)
-        return np.asarray(model.fit_transform(unit_rows(x)), dtype=np.float32)
+
+def _fit(x: NDArray[np.float32], seed: int, neighbors: int) -> NDArray[np.float32]:
+    from umap import UMAP
+
+    return np.asarray(UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(x), dtype=np.float32)
