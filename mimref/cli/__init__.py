@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mimref import __version__
-from mimref.cli import cache, evaluation, training, weights
+from mimref.cli import cache, comparison, evaluation, training, weights
 from mimref.errors import Interrupted, UserError
 
 app = typer.Typer(
@@ -28,9 +28,9 @@ for command in (
     evaluation.lowshot,
     evaluation.cluster,
     evaluation.probe,
-    evaluation.analyze_blocks,
-    evaluation.compare,
-    evaluation.extract,
+    comparison.analyze_blocks,
+    comparison.compare,
+    comparison.extract,
     weights.inspect,
     weights.export,
     weights.interpolate,

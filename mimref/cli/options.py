@@ -110,6 +110,31 @@ def common(
     return {"data.spec": data, "device": device, "precision": precision, "seed": seed, "workers": workers}
 
 
+def encoder_settings(
+    checkpoint: str | None,
+    features: tuple[str, str] | None,
+    arch: str | None,
+    source: str | None,
+    blocks: str | None,
+    pool: str | None,
+    final_norm: bool | None,
+    resolution: str | None,
+    cache: str | None,
+) -> dict[str, Any]:
+    """Settings of the options that say which features of which encoder are evaluated."""
+    return {
+        "checkpoint": checkpoint,
+        "features": features,
+        "arch": arch,
+        "source": source,
+        "blocks": blocks,
+        "pool": pool,
+        "final_norm": final_norm,
+        "resolution": resolution,
+        "cache.folder": cache,
+    }
+
+
 def parse_ints(option: str, text: str | None) -> list[int] | None:
     """Whole numbers separated by commas. Raises ConfigError that names the option."""
     try:

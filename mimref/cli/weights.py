@@ -30,7 +30,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Tell what a weights file is: format, architecture, and what becomes of its tensors."""
+    """Tell what a weights file is.
+
+    Its format, its architecture, and what becomes of its tensors.
+    """
     from mimref.encoders.inspection import inspect_file
     from mimref.terminal import print_inspection
 
@@ -57,7 +60,10 @@ def interpolate(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Average the weights of two encoders; with --data, tell the k-NN accuracy of every average."""
+    """Average the weights of two encoders.
+
+    With --data the k-NN accuracy of every average is told.
+    """
     from mimref.evaluation_config import InterpolateConfig
     from mimref.recipes import load_config
 
@@ -93,7 +99,9 @@ def export(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write an encoder in another format; the file is read again and its features compared.
+    """Write an encoder in another format.
+
+    The file is read again and its features compared.
 
     timm: for timm.create_model(..., checkpoint_path=FILE). release: the layout of the MIM-Refiner releases. onnx: a
     graph with the chosen blocks' tokens as outputs.

@@ -13,7 +13,7 @@ from mimref.encoders.vit import Encoder
 from mimref.errors import CheckpointError, OutputError
 from mimref.evaluation.metrics import Row
 from mimref.evaluation.run import EvaluationResult, evaluate_knn
-from mimref.evaluation_config import InterpolateConfig, KnnConfig
+from mimref.evaluation_config import CacheConfig, InterpolateConfig, KnnConfig
 from mimref.results import write_results
 from mimref.training.runlog import Listener, Silent
 
@@ -79,4 +79,5 @@ def _check_alike(base: Checkpoint, refined: Checkpoint, base_encoder: Encoder, r
 
 def _knn_config(config: InterpolateConfig, file: Path) -> KnnConfig:
     common = {name: getattr(config, name) for name in CommandConfig.model_fields}
-    return KnnConfig(**common, checkpoint=str(file))
+    # Nobody comes back to the features of an average.
+    return KnnConfig(**common, checkpoint=str(file), cache=CacheConfig(folder="off"))

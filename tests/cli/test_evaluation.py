@@ -1,6 +1,8 @@
 """The evaluations from the command line to their files, on a tiny encoder; one pass of it serves them all."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -365,3 +367,16 @@ def test_inputs_are_named_apart(folder: Path, tmp_path: Path, capsys: pytest.Cap
     files = [str(tmp_path / name / "encoder.safetensors") for name in ("one", "two")]
     assert run(["compare", *files, "--protocols", "knn", *CHEAP, "--out", str(tmp_path / "out")]) == 0
     assert [row["model"] for row in results(tmp_path / "out")["metrics"]] == files
+
+
+@pytest.mark.slow
+def test_knn_of_two_processes(folder: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    outs = []
+    for number, start in enumerate(([sys.executable], torchrun)):
+        out = tmp_path / str(number)
+        command = line("knn", folder, "--k", "1,10", "--out", str(out))
+        done = subprocess.run([*start, "-m", "mimref", *command], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        outs.append((results(out)["metrics"], done.stdout.count("k-NN top-1")))
+    assert outs[0] == outs[1] and outs[0][1] == 2

@@ -1,0 +1,88 @@
+"""The Python interface against the rooms it stands for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mimref
+from mimref.config import DataConfig
+from mimref.data.sources import open_source
+from mimref.encoders.checkpoints import load_encoder, save_encoder
+from mimref.encoders.vit import build_encoder
+from mimref.errors import CheckpointError, ConfigError, DataError
+from mimref.features.extract import extract
+from tests.tiny import ARCHITECTURE, write_labelled, write_unlabelled
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("api") / "encoder.safetensors"
+    save_encoder(file, build_encoder(ARCHITECTURE), {"source": "mae"})
+    return file
+
+
+def test_load_gives_the_encoder_and_what_its_file_says(weights: Path) -> None:
+    loaded = mimref.load(weights)
+    assert loaded.header["source"] == "mae" and not loaded.model.training and loaded.transform.image_size == 16
+    expected, _ = load_encoder(weights)
+    images = torch.randn(2, 3, 16, 16)
+    for found, wanted in zip(loaded.model.blocks(images, [2, 4]), expected.blocks(images, [2, 4]), strict=True):
+        assert torch.equal(found, wanted)
+    assert mimref.load("quickstart").model.depth == 8
+    with pytest.raises(CheckpointError, match=r"nowhere\.pth"):
+        mimref.load("nowhere.pth")
+
+
+@pytest.mark.parametrize("blocks", [None, [3], [1, 4]])
+def test_extract_equals_the_room(weights: Path, tmp_path: Path, blocks: list[int] | None) -> None:
+    write_labelled(tmp_path)
+    loaded = mimref.load(weights)
+    found = mimref.extract(loaded, tmp_path, split="train", blocks=blocks, pool="mean", device="cpu", workers=0)
+    source = open_source(DataConfig(spec=str(tmp_path)), "train")
+    expected = extract(
+        loaded.model, source, loaded.transform, blocks=blocks or [4], pool="mean", device=torch.device("cpu")
+    )
+    assert np.array_equal(found.x, expected.x if blocks == [1, 4] else expected.x[:, 0])
+    assert found.y is not None and np.array_equal(found.y, source.labels)
+    assert found.paths == [source.path(index) for index in range(48)]
+
+
+def test_data_of_many_kinds(weights: Path, tmp_path: Path) -> None:
+    loaded = mimref.load(weights)
+    unlabelled = write_unlabelled(tmp_path / "images")
+    source = open_source(DataConfig(spec=str(unlabelled)), "val")
+    by_name, by_config, by_source = (
+        mimref.extract(loaded, data, device="cpu", workers=0)
+        for data in (str(unlabelled), DataConfig(spec=str(unlabelled)), source)
+    )
+    assert by_name.y is None and by_name.x.shape == (48, 32)
+    assert np.array_equal(by_name.x, by_config.x) and np.array_equal(by_name.x, by_source.x)
+    images = np.stack([source.read(index).numpy() for index in range(48)])
+    np.testing.assert_allclose(mimref.extract(loaded, images, device="cpu").x, by_name.x, rtol=1e-5, atol=1e-5)
+    gray = mimref.extract(loaded, images[:, 0], device="cpu")
+    repeated = mimref.extract(loaded, np.repeat(images[:, :1], 3, axis=1), device="cpu")
+    assert np.array_equal(gray.x, repeated.x)
+    for odd in (images.astype(np.float32), images[:, :2], images[:0]):
+        with pytest.raises(DataError, match="they must be uint8"):
+            mimref.extract(loaded, odd, device="cpu")
+    with pytest.raises(ConfigError, match="block 5 does not exist"):
+        mimref.extract(loaded, images, blocks=[5], device="cpu")
+
+
+def test_evaluations_of_arrays() -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    x = (rng.normal(size=(60, 8)) + 2 * np.eye(3, 8)[y]).astype(np.float32)
+    rows = mimref.knn(x[:40], y[:40], x[40:], y[40:], k=[1, 5])
+    assert [row["k"] for row in rows if row["metric"] == "knn_top1"] == [1, 5]
+    assert mimref.lowshot(x[:40], y[:40], x[40:], y[40:], shots=[1], splits=2)[0]["metric"] == "lowshot_top1"
+    assert mimref.cluster(x, y, metrics=["acc"], runs=2)[0]["metric"] == "cluster_acc"
+    assert next(row["block"] for row in mimref.analyze_blocks([x, x], y, [x, x], y, k=3)) == 1
+
+
+def test_all_public_names_are_there() -> None:
+    for name in dir(mimref):
+        assert getattr(mimref, name) is not None
