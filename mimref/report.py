@@ -143,6 +143,20 @@ def scores_line(rows: Sequence["Row"]) -> str:
     )
 
 
+def benchmark_table(rows: Sequence["Row"]) -> Table:
+    """One line per comparison: its ratio, the times of both ways, and what it was measured on."""
+    table = Table()
+    for name, justify in (("", "left"), ("ratio", "right"), ("seconds", "right"), ("measured on", "left")):
+        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in rows:
+        times = [f"{key.removesuffix('_s')} {float(row[key]):.3g}" for key in row if key.endswith("_s")]
+        sizes = [f"{key} {_setting(value)}" for key, value in row.items() if not key.endswith("_s")]
+        name = str(row["metric"]).removeprefix("benchmark_").replace("_", " ")
+        told = ", ".join(sizes[2:])
+        table.add_row(Text(name), Text(f"{float(row['value']):.2f}"), Text(", ".join(times)), Text(told))
+    return table
+
+
 def classes_table(rows: Sequence["Row"]) -> Group:
     """One line per class, worst first: its images and what share of them is classified rightly, per setting."""
     rows = [row for row in rows if "class" in row]

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mimref.report import (
     ProgressDisplay,
+    benchmark_table,
     best_table,
     classes_table,
     differences_table,
@@ -90,6 +91,11 @@ def print_blocks(rows: Sequence["Row"], heads: Mapping[str, Sequence[int]]) -> N
         Console().print(block_chart(of_model, heads=heads.get(model, ()), title=model))
         if model in heads:
             typer.echo(f"recommended heads: --heads {blocks_text(heads[model])}")
+
+
+def print_benchmark(rows: Sequence["Row"]) -> None:
+    """Ratios of two ways' times, with both times and the sizes they were measured at."""
+    Console().print(benchmark_table(rows))
 
 
 def print_cache(entries: Sequence["CacheEntry"], folder: Path) -> None:

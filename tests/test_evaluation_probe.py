@@ -16,7 +16,15 @@ from mimref.data.sources import ArraySource, open_source
 from mimref.errors import ConfigError, DataError, DivergenceError, OutputError, UserError
 from mimref.evaluation import probe, probe_training
 from mimref.evaluation.metrics import Row
-from mimref.evaluation.probe import LEARNING_RATES, Indices, ProbeInput, ProbeRun, ProbeSettings, probe_cached
+from mimref.evaluation.probe import (
+    LEARNING_RATES,
+    Indices,
+    ProbeInput,
+    ProbeRun,
+    ProbeSettings,
+    default_batch,
+    probe_cached,
+)
 from mimref.evaluation.probe_training import Batch, Norm, ProbeEnsemble, Schedule, score, train_probe
 from mimref.features.matrix import Matrix, SideBySide
 
@@ -485,3 +493,8 @@ def test_cuda_equals_cpu_without_a_sync(norm: Norm) -> None:
         here.step(inputs, labels, 0.5)
     for ours, theirs in zip(here.weights, there.weights, strict=True):
         torch.testing.assert_close(ours, theirs.cpu(), rtol=1e-4, atol=1e-5)
+
+
+def test_few_images_get_smaller_batches() -> None:
+    expected = {1: 1, 2: 1, 40: 4, 1437: 128, 10_239: 512, 10_240: 1024, 1_281_167: 1024}
+    assert {images: default_batch(images) for images in expected} == expected

@@ -281,5 +281,5 @@ def test_pretrain_presets_build(name: str) -> None:
 def test_the_probe_presets_are_the_published_protocols() -> None:
     dinov2, release = load("probe/dinov2"), load("probe/release")
     assert isinstance(dinov2, ProbeConfig) and isinstance(release, ProbeConfig)
-    assert dinov2.probe == ProbeTrainingConfig() and tuple(dinov2.probe.lr) == LEARNING_RATES
-    assert release.probe == ProbeTrainingConfig(norm="batch")
+    assert dinov2.probe == ProbeTrainingConfig(batch_size=1024) and tuple(dinov2.probe.lr) == LEARNING_RATES
+    assert release.probe == ProbeTrainingConfig(batch_size=1024, norm="batch")

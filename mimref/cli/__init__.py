@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mimref import __version__
-from mimref.cli import cache, comparison, evaluation, training, weights
+from mimref.cli import benchmark, cache, comparison, evaluation, training, weights
 from mimref.errors import Interrupted, UserError
 
 app = typer.Typer(
@@ -45,6 +45,9 @@ cache_app.command("list")(cache.list_cache)
 cache_app.command("clear")(cache.clear_cache)
 cache_app.command("verify")(cache.verify_cache)
 app.add_typer(cache_app, name="cache")
+benchmark_app = typer.Typer(help="Speed, measured on this machine.", rich_markup_mode=None)
+benchmark_app.command("eval")(benchmark.benchmark_eval)
+app.add_typer(benchmark_app, name="benchmark")
 
 
 @app.callback(invoke_without_command=True)

@@ -254,8 +254,7 @@ def probe(
     overrides = encoder_settings(checkpoint, features, arch, source, None, None, final_norm, resolution, cache)
     overrides |= _common(checkpoint, features, data, device, precision, seed, workers)
     overrides |= {"cached": cached or None, "probe.epochs": epochs, "probe.batch_size": batch_size}
-    chosen = preset or (None if checkpoint or features else "quickstart")
-    config = load_config(ProbeConfig, chosen, overrides | {"probe.select": select}, sets or ())
+    config = load_config(ProbeConfig, preset, overrides | {"probe.select": select}, sets or ())
     state = out / "state" / "probe.pt" if out else None
     if resume and state is None:
         raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")

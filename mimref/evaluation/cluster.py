@@ -80,7 +80,8 @@ def cluster(
     1 GB: minutes for the 50,000 validation images of ImageNet; the other scores take seconds.
     Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
     """
-    check_settings(metrics, runs, workers)
+    check_metrics(metrics)
+    _check_runs(runs, workers)
     check_features(x, "features", y)
     classes = check_classes(y, "features")
     if len(classes) >= len(x):
@@ -186,13 +187,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_settings(metrics: Sequence[str], runs: int, workers: int | None = None) -> None:
-    """Raise ConfigError for settings that `cluster` cannot use."""
-    for name in metrics:
-        if name not in NAMES:
-            raise ConfigError(f"unknown metric {name!r}; choose from {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
-    if not metrics:
-        raise ConfigError(f"metrics: none given; choose from {', '.join(NAMES)}")
+def _check_runs(runs: int, workers: int | None) -> None:
     if runs < 1:
         raise ConfigError(f"runs = {runs}: give at least 1")
     if workers is not None and workers < 1:

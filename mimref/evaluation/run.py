@@ -13,7 +13,7 @@ from mimref.data.loader import loader_workers
 from mimref.data.sources import BadImages, Split
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.classes import choose_classes, subset
-from mimref.evaluation.cluster import check_settings, cluster
+from mimref.evaluation.cluster import check_metrics, cluster
 from mimref.evaluation.inputs import (
     EncoderInputs,
     FeatureFiles,
@@ -25,8 +25,9 @@ from mimref.evaluation.inputs import (
 from mimref.evaluation.knn import knn
 from mimref.evaluation.lowshot import lowshot
 from mimref.evaluation.metrics import Row, check_classes, class_indices
-from mimref.evaluation.probe import probe_cached
+from mimref.evaluation.probe import ProbeInput, default_batch, probe_cached
 from mimref.evaluation.probe_augmented import probe_augmented, probe_inputs
+from mimref.evaluation.probe_training import Progress
 from mimref.evaluation.splits import read_split_files
 from mimref.evaluation_config import ClusterConfig, EvaluationConfig, KnnConfig, LowshotConfig, ProbeConfig
 from mimref.features.extract import Column
@@ -131,7 +132,7 @@ def evaluate_cluster(
     last of the blocks asked for. Raises UserError subclasses before the encoder runs where that can be told.
     """
     started, listener = time.monotonic(), listener or Silent()
-    check_settings(config.metrics, config.runs)
+    check_metrics(config.metrics)
     inputs = inputs or open_inputs(config, listener)
     names = inputs.source(config.split).class_names if isinstance(inputs, EncoderInputs) else None
     y = labels_of(inputs, config.split)
@@ -170,7 +171,6 @@ def evaluate_probe(
     Raises UserError subclasses as `evaluate_knn` does.
     """
     started, listener = time.monotonic(), listener or Silent()
-    settings = config.probe
     inputs = inputs or open_inputs(config, listener)
     if not isinstance(inputs, EncoderInputs) and not config.cached:
         raise ConfigError("--features holds no images to augment; add --cached")
@@ -181,31 +181,70 @@ def evaluate_probe(
         wanted = {key: columns for key, columns in wanted.items() if key.pool == "cls"}
     columns = list(dict.fromkeys(column for group in wanted.values() for column in group))
     inputs.prepare(columns, ("train", "val") if config.cached else ("val",))
-    test = {key: inputs.matrix("val", group) for key, group in wanted.items()}
     progress = partial(listener.progress, "linear probes")
-    augmented_bad: list[tuple[str, str]] = []
-    if config.cached:
-        train = {key: inputs.matrix("train", group) for key, group in wanted.items()}
-        train_y, test_y = check_labels(inputs)
-        found = probe_cached(
-            train, train_y, test, test_y,
-            lrs=settings.lr, epochs=settings.epochs, batch_size=settings.batch_size, norm=settings.norm,
-            select=settings.select, seed=config.seed, device=config.device, state=state, progress=progress,
-        )  # fmt: skip
+    bad = BadImages(config.data.max_bad)
+    if isinstance(inputs, EncoderInputs) and not config.cached:
+        found = _probe_augmented(config, inputs, wanted, bad, state, progress)
     else:
-        assert isinstance(inputs, EncoderInputs)
-        bad = BadImages(config.data.max_bad)
-        train_images = inputs.source("train")
-        found = probe_augmented(
-            inputs.encoder, train_images, test, labels_of(inputs, "val"), transform=inputs.transform,
-            final_norm=config.final_norm, lrs=settings.lr, epochs=settings.epochs, batch_size=settings.batch_size,
-            norm=settings.norm, select=settings.select, seed=config.seed, device=inputs.device,
-            precision=inputs.precision, workers=loader_workers(config.workers, train_images), bad=bad, state=state,
-            progress=progress,
-        )  # fmt: skip
-        augmented_bad = bad.items
-    left_out = list(dict.fromkeys([*inputs.bad, *augmented_bad]))
+        found = _probe_cached(config, inputs, wanted, state, progress)
+    left_out = list(dict.fromkeys([*inputs.bad, *bad.items]))
     return EvaluationResult(named(found, inputs, {}), time.monotonic() - started, left_out)
+
+
+def _probe_cached(
+    config: ProbeConfig,
+    inputs: Inputs,
+    wanted: dict[ProbeInput, list[Column]],
+    state: Path | None,
+    progress: Progress,
+) -> list[Row]:
+    train_y, test_y = check_labels(inputs)
+    return probe_cached(
+        {key: inputs.matrix("train", columns) for key, columns in wanted.items()},
+        train_y,
+        {key: inputs.matrix("val", columns) for key, columns in wanted.items()},
+        test_y,
+        lrs=config.probe.lr,
+        epochs=config.probe.epochs,
+        batch_size=config.probe.batch_size or default_batch(len(train_y)),
+        norm=config.probe.norm,
+        select=config.probe.select,
+        seed=config.seed,
+        device=config.device,
+        state=state,
+        progress=progress,
+    )
+
+
+def _probe_augmented(
+    config: ProbeConfig,
+    inputs: EncoderInputs,
+    wanted: dict[ProbeInput, list[Column]],
+    bad: BadImages,
+    state: Path | None,
+    progress: Progress,
+) -> list[Row]:
+    train = inputs.source("train")
+    return probe_augmented(
+        inputs.encoder,
+        train,
+        {key: inputs.matrix("val", columns) for key, columns in wanted.items()},
+        labels_of(inputs, "val"),
+        transform=inputs.transform,
+        final_norm=config.final_norm,
+        lrs=config.probe.lr,
+        epochs=config.probe.epochs,
+        batch_size=config.probe.batch_size or default_batch(len(train)),
+        norm=config.probe.norm,
+        select=config.probe.select,
+        seed=config.seed,
+        device=inputs.device,
+        precision=inputs.precision,
+        workers=loader_workers(config.workers, train),
+        bad=bad,
+        state=state,
+        progress=progress,
+    )
 
 
 def open_inputs(config: EvaluationConfig, listener: Listener) -> Inputs:

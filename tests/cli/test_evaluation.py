@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mimref.cli import run
 from mimref.encoders import checkpoints
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import Encoder, build_encoder
+from mimref.evaluation.benchmark import Sizes
 from tests.tiny import ARCHITECTURE, results, write_images, write_labelled, write_unlabelled
 
 CHEAP = ["--device", "cpu", "--workers", "0"]
@@ -380,3 +382,17 @@ def test_knn_of_two_processes(folder: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         outs.append((results(out)["metrics"], done.stdout.count("k-NN top-1")))
     assert outs[0] == outs[1] and outs[0][1] == 2
+
+
+def test_the_benchmark_prints_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"knn_train": 300, "knn_test": 50, "knn_width": 8, "knn_classes": 3, "kmeans_images": 60, "kmeans_width": 4}
+    small |= {"kmeans_classes": 3, "kmeans_runs": 2, "probe_batch": 8, "probe_width": 4, "probe_steps": 1, "repeats": 1}
+    monkeypatch.setattr("mimref.evaluation.benchmark.Sizes", partial(Sizes, **small))
+    assert run(["benchmark", "eval", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "knn sweep ratio" in printed and "probe speedup" in printed
+    rows = {row["metric"]: row for row in results(tmp_path / "out")["metrics"]}
+    sweep = rows["benchmark_knn_sweep_ratio"]
+    assert sweep["value"] == pytest.approx(sweep["ten_s"] / sweep["one_s"]) and sweep["train"] == 300
