@@ -286,6 +286,13 @@ class RefineConfig(RunConfig):
     """Everything `mimref refine` can be told."""
 
     command = "refine"
+    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
+    """Images per pass of the encoder; the result is that of whole batches, which heads and loss still see. `auto` finds
+    the largest that fits the GPU's memory; None encodes a batch at once."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
+    compile: bool = False
+    """Compile encoder blocks and heads by torch.compile: minutes at the start, then faster steps on CUDA."""
     stage: Literal["both", "heads", "encoder"] = "both"
     """`encoder` needs `heads_from`."""
     heads_from: str | None = None
@@ -297,6 +304,8 @@ class RefineConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
+        if isinstance(self.micro_batch, int) and self.micro_batch > self.batch_size:
+            raise ValueError(f"micro_batch {self.micro_batch} is more than the {self.batch_size} images of batch_size")
         if self.stage == "encoder" and self.heads_from is None:
             raise ValueError("stage = 'encoder' needs heads_from (--heads-from DIR): a run whose heads are trained")
         if self.stage != "encoder" and self.heads_from is not None:

@@ -290,7 +290,8 @@ def test_the_last_block_is_read_through_the_final_norm_and_others_raw(post_norm:
         block.register_forward_hook(lambda _m, _i, out, number=number: outputs.setdefault(number, []).append(out))
     features_HND = step.features(make_batch(), train_encoder=False)
     assert len(outputs[4]) == 2  # one pass per crop size
-    last = torch.cat([step.encoder.vit.norm(out)[:, 0] for out in outputs[4]])
+    with torch.inference_mode():  # as the hooks' outputs are of inference mode
+        last = torch.cat([step.encoder.vit.norm(out)[:, 0] for out in outputs[4]])
     raw = torch.cat([out[:, 0] for out in outputs[4]])
     assert torch.equal(last, raw) == post_norm  # post-norm encoders have no final norm
     assert torch.equal(features_HND[0], last) and torch.equal(features_HND[2], last)

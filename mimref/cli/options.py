@@ -41,6 +41,10 @@ SourceOption = Annotated[
 BatchSizeOption = Annotated[
     str | None, typer.Option("--batch-size", metavar="N", help="Images per update over all processes.")
 ]
+MicroBatchOption = Annotated[
+    str | None,
+    typer.Option("--micro-batch", metavar="N|auto", help="Images per encoder pass; same result, less memory."),
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the output folder.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")]
 WeightsOption = Annotated[

@@ -19,6 +19,7 @@ from mimref.cli.options import (
     HeadsEpochsOption,
     HeadsFromOption,
     HeadsOption,
+    MicroBatchOption,
     OutOption,
     PrecisionOption,
     PresetOption,
@@ -51,6 +52,7 @@ def refine(
     stage: StageOption = None,
     heads_from: HeadsFromOption = None,
     batch_size: BatchSizeOption = None,
+    micro_batch: MicroBatchOption = None,
     heads: HeadsOption = None,
     out: OutOption = None,
     resume: ResumeOption = False,
@@ -81,6 +83,7 @@ def refine(
         "stage": stage or ("encoder" if heads_from else None),
         "heads_from": heads_from,
         "batch_size": batch_size,
+        "micro_batch": micro_batch,
         "heads.blocks": heads,
     } | common(data, device, precision, seed, workers)
     # The name of published weights says what they are.

@@ -19,6 +19,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mimref.config import EncoderConfig
 from mimref.errors import ConfigError, did_you_mean
@@ -182,6 +183,8 @@ class Encoder(nn.Module):
         self.num_prefix_tokens: int = vit.num_prefix_tokens
         self.has_cls_token: bool = vit.cls_token is not None
         self.patch_size = architecture.patch_size
+        self.checkpointing = False
+        """Compute each block again in the backward pass rather than keep what it needs for its gradient."""
 
     def blocks(
         self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
@@ -197,8 +200,9 @@ class Encoder(nn.Module):
         check_blocks(indices, self.depth)
         tokens_BLD = self.embed(images)
         kept: dict[int, Tensor] = {}
+        again = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.vit.blocks[: max(indices)], start=1):
-            tokens_BLD = block(tokens_BLD)
+            tokens_BLD = checkpoint(block, tokens_BLD, use_reentrant=False) if again else block(tokens_BLD)
             if number in indices:
                 kept[number] = tokens_BLD
         normed = norm_flags(indices, final_norm, self.depth)

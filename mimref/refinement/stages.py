@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from mimref.config import EncoderStageConfig, HeadsStageConfig
 from mimref.data.loader import ViewBatch, loader_workers, view_batches
@@ -17,6 +18,7 @@ from mimref.errors import CheckpointError, ConfigError
 from mimref.evaluation.monitor import CollapseWatch, KnnMonitor
 from mimref.files import atomic_write
 from mimref.refinement.heads import Heads
+from mimref.refinement.memory import check_exact, largest_that_fits, release_memory, try_step
 from mimref.refinement.plan import Plan
 from mimref.refinement.queue import Queue
 from mimref.refinement.schedule import loss_weights
@@ -72,11 +74,44 @@ class Refinement:
         )
         labels = plan.source.labels
         self.labels = None if labels is None else torch.from_numpy(labels).to(self.device)
+        self.encoder.checkpointing = config.activation_checkpointing
+        self.stepper.micro_batch = self._micro_batch()
+        if config.compile:
+            self._compile()
         self.monitor = KnnMonitor(config, plan.transform, self.device, self.precision)
         self.skipped = SkippedImages(config.data.max_bad, listener)
         self.average: WeightAverage | None = None
         self.nn_accuracy: list[float] = []
         self.elapsed_s = 0.0
+
+    def _micro_batch(self) -> int | None:
+        """Images per encoder pass as the settings say; `auto` tries what fits."""
+        asked, config = self.config.micro_batch, self.config
+        if asked is None:
+            return None
+        check_exact(self.encoder)
+        if isinstance(asked, int):
+            return asked
+        if self.device.type != "cuda":
+            # The memory of other devices is the machine's, which does not say when it is full.
+            self.listener.note(f"micro_batch auto: whole batches on {self.device.type}")
+            return None
+        found = self.largest_micro_batch(config.batch_size)
+        self.listener.note(f"micro_batch auto: {found} of {config.batch_size} images per encoder pass")
+        return found
+
+    def _compile(self) -> None:
+        """Compile what training runs, in place, so that weights keep their names."""
+        # One piece of code for all blocks; with dynamic shapes, for both sizes of views as well.
+        for block in self.encoder.vit.blocks:
+            block.compile(dynamic=True)
+        self.heads.compile(dynamic=True)
+
+    def largest_micro_batch(self, most: int) -> int:
+        """The largest micro-batch up to `most` that the device has memory for in stage 2."""
+        groups = multi_crop(self.config.views, self.plan.architecture.image_size)
+        size = self.config.batch_size
+        return largest_that_fits(lambda micro: try_step(self.stepper, groups, size, micro), most)
 
     def base_encoder(self) -> Encoder:
         """The encoder as it was given."""
@@ -208,17 +243,30 @@ class Stage:
         """One optimizer step."""
         self.set_rate()
         weight_H = torch.tensor(self.loss_weights()).to(self.run.device, non_blocking=True)
-        values = self.run.stepper.forward(
-            batch, weight_H, top_k=self.settings.top_k, train_encoder=self.name == "encoder"
-        )
+        values = self._forward_backward(batch, weight_H)
         self.guard.watch(values.loss, self.before + self.step + 1)
-        values.loss.backward()
         if self.config.optimizer.clip_grad is not None:
             trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(trained, self.config.optimizer.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._values = values
+
+    def _forward_backward(self, batch: ViewBatch, weight_H: Tensor) -> StepValues:
+        """Raises ConfigError with what would fit, when the device's memory does not hold the step."""
+        try:
+            return self.run.stepper.forward_backward(
+                batch, weight_H, top_k=self.settings.top_k, train_encoder=self.name == "encoder"
+            )
+        except torch.OutOfMemoryError:
+            pass  # the exception holds on to the tensors: leave it before trying less
+        release_memory()
+        tried = self.run.stepper.micro_batch or self.config.batch_size
+        fits = self.run.largest_micro_batch(-(-tried // 2))
+        raise ConfigError(
+            f"out of memory with {tried} images per encoder pass; {fits} fit: --resume with --micro-batch {fits} goes "
+            "on, with the same result"
+        )
 
     def position(self) -> dict[str, object]:
         """Beginning of a log line."""

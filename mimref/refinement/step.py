@@ -1,10 +1,10 @@
 """One refinement step: views, encoder, heads, neighbours, loss, update.
 
-Shapes: B images, V views (0 and 1 global), G = 2 global views, H heads, D encoder width, O output width,
-N = V * B rows.
+Shapes: B images (b of a micro-batch), V views (0 and 1 global), G = 2 global views, W blocks that heads read, H heads,
+D encoder width, O output width, N = V * B rows.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,7 @@ class RefinementStep:
         swap_negatives: bool,
         seed: int,
         precision: torch.dtype,
+        micro_batch: int | None = None,
     ) -> None:
         self.encoder, self.heads, self.queue, self.photometric = encoder, heads, queue, photometric
         self.device = photometric.device
@@ -57,10 +58,46 @@ class RefinementStep:
         self.temperature_H = torch.tensor(temperature, device=self.device)
         self.pool, self.direction, self.swap_negatives = pool, direction, swap_negatives
         self.seed, self.precision = seed, precision
+        self.micro_batch = micro_batch
+        """Images per encoder pass; None encodes a batch at once."""
+
+    def forward_backward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
+        """Loss of one batch and its gradients, added to those that are there; the queue then takes up view 0.
+
+        With `micro_batch` the encoder runs twice on parts of the batch: without gradient, so that heads and loss see
+        the whole batch, and again to push the gradients of its features through (GradCache, Gao et al. 2021). Memory
+        then follows the micro-batch, and the gradients are those of one pass.
+        """
+        if self.micro_batch is None or self.micro_batch >= len(batch.sample_B) or not train_encoder:
+            values = self.forward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)
+            values.loss.backward()
+            return values
+        with torch.no_grad():
+            features_WVBD = self._encode_in_parts(batch)
+        features_WVBD.requires_grad_()
+        values = self._align(self._of_heads(features_WVBD), batch, weight_H, top_k)
+        values.loss.backward()
+        assert features_WVBD.grad is not None
+        gradient_WVBD = features_WVBD.grad
+        for rows, part in self._parts(batch):
+            torch.autograd.backward(self._encode(part), gradient_WVBD[:, :, rows])
+        return values
 
     def forward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
-        """Loss of one batch; the queue then takes up view 0. Call `loss.backward()` on the result."""
-        features_HND = self.features(batch, train_encoder=train_encoder)
+        """Loss of one batch in one pass; the queue then takes up view 0. Call `loss.backward()` on the result."""
+        return self._align(self.features(batch, train_encoder=train_encoder), batch, weight_H, top_k)
+
+    def features(self, batch: ViewBatch, *, train_encoder: bool) -> Tensor:
+        """Pooled tokens that each head reads, (H, N, D), rows view by view."""
+        if train_encoder:
+            return self._of_heads(self._encode(batch))
+        with torch.inference_mode():
+            features_WVBD = self._encode_in_parts(batch)
+        # Stacked outside of inference mode, whose tensors no gradient could be computed with.
+        return self._of_heads(features_WVBD)
+
+    def _align(self, features_HND: Tensor, batch: ViewBatch, weight_H: Tensor, top_k: int) -> StepValues:
+        """Heads, neighbours and loss of a whole batch."""
         with autocast(self.device, self.precision):
             projection_HNO, prediction_HNO = self.heads(features_HND)
         images = len(batch.sample_B)
@@ -81,21 +118,46 @@ class RefinementStep:
         self.queue.enqueue(global_HMO[:, :images], sample_B)
         return StepValues((weight_H * alignment.loss_H).sum(), alignment, neighbours, sample_B)
 
-    def features(self, batch: ViewBatch, *, train_encoder: bool) -> Tensor:
-        """Pooled tokens that each head reads, (H, N, D), rows view by view; one encoder pass per crop size."""
+    def _encode(self, batch: ViewBatch) -> Tensor:
+        """Pooled tokens of the blocks that heads read, (W, V, B, D); one encoder pass per crop size."""
         first_view = 0
         parts = []
-        with nullcontext() if train_encoder else torch.no_grad():
-            for crops in batch.crops:
-                views = range(first_view, first_view + crops.shape[1])
-                first_view = views.stop
-                images = self.photometric(crops, batch.epoch, batch.sample_B, views).flatten(0, 1)
-                with autocast(self.device, self.precision):
-                    # The head at the last block reads the normed output, which is what users' models return.
-                    tokens = self.encoder.blocks(images, self.wanted, final_norm=True)
-                parts.append([self.encoder.pool(block, self.pool) for block in tokens])
-            by_block = [torch.cat(sizes) for sizes in zip(*parts, strict=True)]
-            return torch.stack([by_block[index] for index in self.block_of_head])
+        for crops in batch.crops:
+            views = range(first_view, first_view + crops.shape[1])
+            first_view = views.stop
+            images = self.photometric(crops, batch.epoch, batch.sample_B, views).flatten(0, 1)
+            with autocast(self.device, self.precision):
+                # The head at the last block reads the normed output, which is what users' models return.
+                tokens = self.encoder.blocks(images, self.wanted, final_norm=True)
+            parts.append(torch.stack([self.encoder.pool(block, self.pool) for block in tokens]))
+        pooled_WVBD: Tensor = torch.cat(parts, dim=1).unflatten(1, (-1, len(batch.sample_B)))
+        return pooled_WVBD
+
+    def _encode_in_parts(self, batch: ViewBatch) -> Tensor:
+        """The same, micro-batch by micro-batch; without gradient."""
+        found: Tensor | None = None
+        for rows, part in self._parts(batch):
+            features_WVbD = self._encode(part)
+            if rows == slice(0, len(batch.sample_B)):
+                return features_WVbD
+            if found is None:
+                blocks, views, _, width = features_WVbD.shape
+                found = features_WVbD.new_empty(blocks, views, len(batch.sample_B), width)
+            found[:, :, rows] = features_WVbD
+        assert found is not None
+        return found
+
+    def _parts(self, batch: ViewBatch) -> Iterator[tuple[slice, ViewBatch]]:
+        """Micro-batches of a batch, the last one maybe smaller, and which of its images they hold."""
+        images = len(batch.sample_B)
+        size = self.micro_batch or images
+        for start in range(0, images, size):
+            rows = slice(start, min(start + size, images))
+            yield rows, ViewBatch(batch.epoch, batch.sample_B[rows], [crops[rows] for crops in batch.crops], [])
+
+    def _of_heads(self, features_WVBD: Tensor) -> Tensor:
+        """What each head reads, (H, N, D)."""
+        return torch.stack([features_WVBD[index] for index in self.block_of_head]).flatten(1, 2)
 
     def _choices(self, batch: ViewBatch, sample_B: Tensor) -> Tensor:
         """Uniform numbers (H, 2 * B) that pick one of the top-k neighbours."""

@@ -26,7 +26,18 @@ from mimref.training.runlog import Listener
 # results.json first: once it is gone, what is left of a replaced run cannot pass for a finished one.
 _OUR_FILES = ("results.json", "results.csv", "encoder.safetensors", "config.toml", "metrics.jsonl", "heads.pt")
 # Settings, and sections ending in a dot, that do not change what is trained.
-_MAY_CHANGE = ("preset", "device", "workers", "monitor.", "evaluate.", "data.max_bad", "data.download")
+_MAY_CHANGE = (
+    "preset",
+    "device",
+    "workers",
+    "micro_batch",
+    "activation_checkpointing",
+    "compile",
+    "monitor.",
+    "evaluate.",
+    "data.max_bad",
+    "data.download",
+)
 
 C = TypeVar("C", bound=RunConfig)
 

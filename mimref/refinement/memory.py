@@ -1,0 +1,82 @@
+"""Making a batch fit the device's memory: the largest micro-batch, and what to say when nothing fits."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mimref.data.loader import ViewBatch
+from mimref.data.views import CropGroup
+from mimref.errors import ConfigError
+from mimref.refinement.step import RefinementStep
+
+
+def check_exact(encoder: nn.Module) -> None:
+    """Raise ConfigError for an encoder whose second pass on a part would not repeat the first on the whole."""
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                "micro_batch: the encoder has BatchNorm layers, whose statistics span the batch, so that parts of it "
+                "would give other results; leave micro_batch unset and lower batch_size"
+            )
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise ConfigError(
+                "micro_batch: the encoder has dropout, which would differ between its two passes; leave it unset"
+            )
+
+
+def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
+    """The largest of most, most / 2, most / 4, ... (rounded up) for which `attempt` does not run out of memory.
+
+    Raises ConfigError when not even 1 fits.
+    """
+    size = most
+    while True:
+        try:
+            attempt(size)
+            return size
+        except torch.OutOfMemoryError:
+            pass  # the exception holds on to the tensors: leave it before trying again
+        release_memory()
+        if size == 1:
+            raise ConfigError(
+                "out of memory with a single image per encoder pass; lower batch_size, the number of local views or "
+                "heads.queue_size, or set activation_checkpointing=true"
+            )
+        size = -(-size // 2)
+
+
+def release_memory() -> None:
+    """Hand back what failed attempts have left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def try_step(step: RefinementStep, groups: list[CropGroup], batch_size: int, micro_batch: int) -> None:
+    """One whole step, forward and backward, on black images; nothing of it remains but the memory it needed.
+
+    Room for the optimizer's two moments of every weight is held meanwhile. Raises torch.OutOfMemoryError.
+    """
+    trained = [
+        weight for module in (step.encoder, step.heads) for weight in module.parameters() if weight.requires_grad
+    ]
+    queue, before = step.queue.state_dict(), step.micro_batch
+    kept = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in queue.items()}
+    norms = {name: buffer.clone() for name, buffer in step.heads.named_buffers()}
+    try:
+        moments = torch.empty(2 * sum(weight.numel() for weight in trained), device=step.device)
+        step.micro_batch = micro_batch
+        crops = [torch.zeros(batch_size, group.count, 3, group.size, group.size, dtype=torch.uint8) for group in groups]
+        batch = ViewBatch(0, torch.arange(batch_size), crops, [])
+        weight_H = torch.ones(step.heads.num_heads, device=step.device)
+        step.forward_backward(batch, weight_H, top_k=1, train_encoder=True)
+        del moments
+    finally:
+        step.micro_batch = before
+        step.queue.load_state_dict(kept)
+        for name, buffer in step.heads.named_buffers():
+            buffer.copy_(norms[name])
+        for weight in trained:
+            weight.grad = None
