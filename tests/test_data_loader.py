@@ -1,8 +1,9 @@
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mimref.data import sources
-from mimref.data.decode import decode_image
-from mimref.data.loader import ViewBatch, loader_workers, view_batches
+from mimref.data import loader, sources
+from mimref.data.decode import Decoded, Reduce, decode_reduced
+from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
 from mimref.data.sources import ArraySource, BadImage, FileSource
 from mimref.data.views import CropGroup, cut_group
 from mimref.draws import permutation
@@ -56,8 +57,19 @@ def batches_of(
     skip: int = 0,
     workers: int = 0,
     groups: Sequence[CropGroup] = GROUPS,
+    reduce_jpeg: bool = False,
 ) -> list[ViewBatch]:
-    return list(view_batches(source, groups, batch_size=batch_size, seed=3, epochs=epochs, skip=skip, workers=workers))
+    batches = view_batches(
+        source,
+        groups,
+        batch_size=batch_size,
+        seed=3,
+        epochs=epochs,
+        skip=skip,
+        workers=workers,
+        reduce_jpeg=reduce_jpeg,
+    )
+    return list(batches)
 
 
 def assert_same(left: list[ViewBatch], right: list[ViewBatch]) -> None:
@@ -146,11 +158,11 @@ def test_files_are_decoded_once_per_epoch(tmp_path: Path, monkeypatch: pytest.Mo
     source = file_source(tmp_path, 6)
     decoded: Counter[str] = Counter()
 
-    def count(path: str) -> Tensor:
+    def count(path: str, reduce: Reduce | None) -> Decoded:
         decoded[os.path.basename(path)] += 1
-        return decode_image(path)
+        return decode_reduced(path, reduce)
 
-    monkeypatch.setattr(sources, "decode_image", count)
+    monkeypatch.setattr(sources, "decode_reduced", count)
     batches_of(source, batch_size=3, epochs=range(2))
     assert decoded == Counter({f"{index}.png": 2 for index in range(6)})
 
@@ -200,3 +212,116 @@ def test_pinning_reaches_every_crop(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batches_arrive_pinned() -> None:
     batches = view_batches(Images(4), GROUPS, batch_size=4, seed=3, epochs=range(1), pin_memory=True, workers=1)
     assert all(crops.is_pinned() for crops in next(batches).crops)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
+    """scikit-learn's two photographs, 640 x 427, and the same twice and four times as large."""
+    from sklearn.datasets import load_sample_images
+
+    folder = tmp_path_factory.mktemp("photographs")
+    files = []
+    for number, pixels in enumerate(load_sample_images().images):
+        for scale in (1, 2, 4):
+            image = Image.fromarray(pixels).resize((640 * scale, 427 * scale), Image.Resampling.BICUBIC)
+            files.append(f"{number}_{scale}.jpg")
+            image.save(folder / files[-1], quality=90)
+    return FileSource("photographs", str(folder), files, None, None)
+
+
+def test_crops_of_reduced_jpegs_are_close_to_those_of_whole_ones(
+    photographs: FileSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = [CropGroup(2, 80, (0.25, 1.0)), CropGroup(4, 40, (0.05, 0.25), first_view=2)]
+    factors: Counter[int] = Counter()
+
+    def note(path: str, reduce: Reduce | None) -> Decoded:
+        decoded = decode_reduced(path, reduce)
+        factors[round(decoded.height / decoded.image.shape[1])] += 1
+        return decoded
+
+    monkeypatch.setattr(sources, "decode_reduced", note)
+    whole = batches_of(photographs, batch_size=6, epochs=range(4), groups=groups)
+    assert set(factors) == {1}
+    reduced = batches_of(photographs, batch_size=6, epochs=range(4), groups=groups, reduce_jpeg=True)
+    assert set(factors) == {1, 2, 4, 8}
+    for size in range(len(groups)):
+        left, right = (torch.cat([batch.crops[size] for batch in batches]).float() for batches in (whole, reduced))
+        apart = (left - right).abs().mean(dim=(2, 3, 4))
+        assert 0 < apart.mean() < 3
+        assert apart.max() < 15
+        # Neither lighter nor darker: what differs is texture.
+        assert (left.mean(dim=(3, 4)) - right.mean(dim=(3, 4))).abs().max() < 2
+
+
+def test_images_that_are_not_reduced_give_the_same_crops(photographs: FileSource, tmp_path: Path) -> None:
+    large = [CropGroup(1, 300, (0.25, 1.0)), CropGroup(2, 16, (0.05, 0.25), first_view=1)]
+    small = FileSource("small", photographs.folder, ["0_1.jpg", "1_1.jpg"], None, None)
+    for source in (small, file_source(tmp_path, 4), Images(4)):
+        assert_same(
+            batches_of(source, batch_size=2, groups=large, reduce_jpeg=True),
+            batches_of(source, batch_size=2, groups=large),
+        )
+
+
+@dataclass(eq=False)
+class Threads(Images):
+    def read(self, index: int) -> Tensor:
+        return torch.full((3, 16, 16), torch.get_num_threads(), dtype=torch.uint8)
+
+
+def test_workers_compute_on_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        here, there = batches_of(Threads(4))[0], batches_of(Threads(4), workers=1)[0]
+    finally:
+        torch.set_num_threads(before)
+    assert all((crops == 2).all() for crops in here.crops)
+    assert all((crops == 1).all() for crops in there.crops)
+
+
+def test_batches_pass_through_where_there_is_nothing_to_copy_to() -> None:
+    batches = batches_of(Images(8), batch_size=2)
+    for given, expected in zip(device_batches(iter(batches), torch.device("cpu")), batches, strict=True):
+        assert given is expected
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_the_next_item_is_taken_before_one_is_given_out(count: int) -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(count):
+            taken.append(item)
+            yield item
+
+    given = []
+    for item in loader._one_ahead(items()):
+        given.append(item)
+        assert taken == list(range(min(item + 2, count)))
+    assert given == taken == list(range(count))
+
+
+@pytest.mark.gpu
+def test_batches_reach_the_device_whole_and_in_order() -> None:
+    device = torch.device("cuda")
+    # Batches of 40 MB, whose copies take their time.
+    groups = [CropGroup(4, 320, (0.25, 1.0)), CropGroup(2, 64, (0.05, 0.25), first_view=4)]
+    settings: dict[str, Any] = {"batch_size": 32, "seed": 3, "epochs": range(2), "pin_memory": True}
+    expected = batches_of(Images(128), batch_size=32, epochs=range(2), groups=groups)
+    matrix = torch.randn(4096, 4096, device=device)
+    sums = []
+    for batch, reference in zip(
+        device_batches(view_batches(Images(128), groups, **settings), device), expected, strict=True
+    ):
+        assert (batch.epoch, batch.bad) == (reference.epoch, reference.bad)
+        assert torch.equal(batch.sample_B, reference.sample_B)
+        assert batch.sample_B.device.type == "cpu"
+        assert all(crops.device.type == "cuda" for crops in batch.crops)
+        # Long work before the crops are read: memory given back too early would be overwritten by later copies.
+        for _ in range(20):
+            matrix = (matrix @ matrix).clamp_(-1, 1)
+        sums.append([crops.long().sum() + 0 * matrix[0, 0].long() for crops in batch.crops])
+    for on_device, reference in zip(sums, expected, strict=True):
+        assert [int(total) for total in on_device] == [int(crops.long().sum()) for crops in reference.crops]

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tvf
 
 from mimref.config import ViewsConfig
-from mimref.data.views import CropGroup, cut_group, draw_boxes, multi_crop
+from mimref.data.views import CropGroup, cut_group, draw_boxes, multi_crop, reduction
 
 GLOBAL = CropGroup(2, 32, (0.25, 1.0))
 LOCAL = CropGroup(3, 16, (0.05, 0.25), first_view=2)
@@ -151,6 +151,69 @@ def test_crops_are_torchvisions_resized_crop(group: CropGroup, channels_last: bo
                 image, *boxes[row], size=[group.size] * 2, interpolation=InterpolationMode.BICUBIC, antialias=True
             )
             assert torch.equal(cut[row, view], crop), (view, image.shape)
+
+
+def test_boxes_of_many_views_are_those_of_one_after_the_other() -> None:
+    sample_B, size_B2 = torch.tensor([5, 900, 17]), torch.tensor([[30, 40], [100, 20], [64, 64]])
+    view_N = torch.arange(3).repeat_interleave(3)
+    together = draw_boxes(LOCAL, view_N, 7, 3, sample_B.repeat(3), size_B2.repeat(3, 1))
+    alone = [draw_boxes(LOCAL, view, 7, 3, sample_B, size_B2) for view in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def largest_factor(groups: list[CropGroup], sample: int, height: int, width: int) -> int:
+    """By plain loops: every factor against both sides of every crop."""
+    size_12, allowed = torch.tensor([[height, width]]), [1]
+    for factor in (2, 4, 8):
+        sides = [
+            side >= factor * group.size
+            for group in groups
+            for view in range(group.count)
+            for side in draw_boxes(group, view, 4, 2, torch.tensor([sample]), size_12)[0, 2:].tolist()
+        ]
+        if all(sides):
+            allowed.append(factor)
+    return max(allowed)
+
+
+def test_images_are_reduced_as_far_as_no_crop_is_enlarged() -> None:
+    groups = [CropGroup(2, 24, (0.25, 1.0)), CropGroup(3, 10, (0.05, 0.25), first_view=2)]
+    rng = np.random.default_rng(0)
+    found = []
+    for sample in range(200):
+        height, width = (int(side) for side in rng.integers(40, 900, 2))
+        found.append(reduction(groups, 4, 2, sample, height, width))
+        assert found[-1] == largest_factor(groups, sample, height, width), (height, width)
+    assert set(found) == {1, 2, 4, 8}
+    # The sides' last pixel decides.
+    whole = [CropGroup(1, 24, (1.0, 1.0), (1.0, 1.0))]
+    assert [reduction(whole, 0, 0, 0, side, side) for side in (1, 47, 48, 95, 96, 191, 192, 5000)] == [
+        1, 1, 2, 2, 4, 4, 8, 8,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_boxes_on_a_reduced_image_show_the_same_and_are_not_enlarged(factor: int) -> None:
+    group = CropGroup(4, 8, (0.05, 1.0))
+    for sample in range(60):
+        height, width = 300 + 7 * sample, 555 - 5 * sample
+        small = noise(-(-height // factor), -(-width // factor))
+        size_12, sample_1 = torch.tensor([[height, width]]), torch.tensor([sample])
+        cut = cut_group([small], group, 4, 2, sample_1, size_12)
+        for view in range(group.count):
+            box = draw_boxes(group, view, 4, 2, sample_1, size_12)[0].tolist()
+            edges = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+            ratios = [small.shape[1] / height, small.shape[2] / width] * 2
+            top, left, bottom, right = (
+                math.floor(edge * ratio + 0.5) for edge, ratio in zip(edges, ratios, strict=True)
+            )
+            assert bottom - top >= box[2] // factor
+            assert right - left >= box[3] // factor
+            assert bottom <= small.shape[1]
+            assert right <= small.shape[2]
+            crop = small[:, top:bottom, left:right]
+            expected = tvf.resize(crop, [8, 8], interpolation=InterpolationMode.BICUBIC, antialias=True)
+            assert torch.equal(cut[0, view], expected)
 
 
 def test_groups_follow_the_settings() -> None:

@@ -4,16 +4,22 @@ import gzip
 import os
 import warnings
 import zlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from mimref.errors import DataError
 
 NAMED_BAD_IMAGES = 3
+
+Reduce = Callable[[int, int], int]
+"""From an image's height and width to the factor, 1, 2, 4 or 8, by which its decoded sides may be smaller."""
 
 
 class BadImage(Exception):
@@ -71,18 +77,42 @@ def decode_image(path: str) -> Tensor:
     Raises BadImage for files that are missing, unreadable, empty, truncated, no image, or larger than
     `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
     """
+    return decode_reduced(path).image.contiguous()
+
+
+class Decoded(NamedTuple):
+    """An image as it was decoded, and how large it is in its file."""
+
+    image: Tensor
+    """uint8 (3, H, W) with the channels of a pixel together in memory, as decoders write them."""
+    height: int
+    """Pixels in the file; the tensor has `ceil(height / factor)` where the image was reduced."""
+    width: int
+
+
+def decode_reduced(path: str, reduce: Reduce | None = None) -> Decoded:
+    """Read an image file as `decode_image` does, a JPEG at a fraction of its size where `reduce` allows it.
+
+    libjpeg then leaves out the high frequencies of each block of 8 x 8 pixels instead of computing pixels that a resize
+    would average away. reduce: called for JPEG only, with the size in the file; None decodes in full.
+    """
     try:
         with warnings.catch_warnings():
             # Pillow's other warnings (broken EXIF, odd TIFF tags) name nothing that a user could act on.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                width, height = image.size
+                if reduce is not None and isinstance(image, JpegImageFile):
+                    factor = reduce(height, width)
+                    # Pillow takes the strongest reduction that leaves this much: exactly `factor`.
+                    image.draft(None, (width // factor, height // factor))
                 rgb_HWC = _to_rgb(image)
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every exception there is on corrupt files.
         raise BadImage(printable(path), _reason(path, error)) from error
-    return torch.from_numpy(rgb_HWC).permute(2, 0, 1).contiguous()
+    return Decoded(torch.from_numpy(rgb_HWC).permute(2, 0, 1), height, width)
 
 
 def read_idx(path: str, *, ndim: int) -> NDArray[np.uint8]:
@@ -127,7 +157,8 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode == "P" and "transparency" in image.info:
         # Entry by entry transparency needs the way through RGBA, where transparent entries keep their colour.
         return np.array(image.convert("RGBA").convert("RGB"))
-    return np.array(image.convert("RGB"))
+    # Converting RGB to RGB would copy it.
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _to_8_bits(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:

@@ -2,20 +2,23 @@
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mimref.data.sources import BadImage, ImageSource
-from mimref.data.views import CropGroup, cut_group
+from mimref.data.decode import Decoded
+from mimref.data.sources import BadImage, FileSource, ImageSource
+from mimref.data.views import CropGroup, cut_group, reduction
 from mimref.draws import permutation
 from mimref.errors import ConfigError
 
 _Item = tuple[int, int]  # (epoch, sample index): workers outlive epochs, so the epoch travels with the sample
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -36,27 +39,38 @@ class ViewBatch:
 
 
 class _ViewDataset(Dataset[ViewBatch]):
-    def __init__(self, source: ImageSource, groups: Sequence[CropGroup], seed: int) -> None:
-        self.source, self.groups, self.seed = source, groups, seed
+    def __init__(self, source: ImageSource, groups: Sequence[CropGroup], seed: int, *, reduce_jpeg: bool) -> None:
+        self.source, self.groups, self.seed, self.reduce_jpeg = source, groups, seed, reduce_jpeg
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, items: list[_Item]) -> ViewBatch:
         epoch = items[0][0]
-        images, kept, bad = [], [], []
+        images, sizes, kept, bad = [], [], [], []
         for _, index in items:
             try:
-                image = self.source.read(index)
+                decoded = self._read(epoch, index)
             except BadImage as error:
                 bad.append((error.path, error.reason))
                 continue
             # torch resizes bytes twice as fast when an image's channels lie together.
-            images.append(image[None].contiguous(memory_format=torch.channels_last)[0])
+            images.append(decoded.image[None].contiguous(memory_format=torch.channels_last)[0])
+            sizes.append((decoded.height, decoded.width))
             kept.append(index)
         sample_B = torch.tensor(kept, dtype=torch.int64)
-        crops = [cut_group(images, group, self.seed, epoch, sample_B) for group in self.groups] if images else []
+        if not images:
+            return ViewBatch(epoch, sample_B, [], bad)
+        size_B2 = torch.tensor(sizes)
+        crops = [cut_group(images, group, self.seed, epoch, sample_B, size_B2) for group in self.groups]
         return ViewBatch(epoch, sample_B, crops, bad)
+
+    def _read(self, epoch: int, index: int) -> Decoded:
+        if isinstance(self.source, FileSource):
+            reduce = partial(reduction, self.groups, self.seed, epoch, index) if self.reduce_jpeg else None
+            return self.source.read_reduced(index, reduce)
+        image = self.source.read(index)
+        return Decoded(image, image.shape[1], image.shape[2])
 
 
 class _EpochBatches(Sampler[list[_Item]]):
@@ -85,14 +99,17 @@ def view_batches(
     skip: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
+    reduce_jpeg: bool = False,
 ) -> Iterator[ViewBatch]:
     """Batches of all `epochs`, one after another; the last partial batch of an epoch is dropped.
 
     skip: batches of the first epoch that are already done. The batches are the same for every number of workers.
+    reduce_jpeg: decode JPEG files smaller where no crop is enlarged by it. The crops show the same parts of the images
+    in slightly other pixels, so protocols that compare with published numbers leave it off.
     """
     batches = _EpochBatches(len(source), batch_size, seed, first_epoch=epochs.start, last_epoch=epochs.stop, skip=skip)
     loader = DataLoader(
-        _ViewDataset(source, groups, seed),
+        _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg),
         batch_sampler=batches,
         num_workers=workers,
         # The dataset returns whole batches; there is nothing left to collate.
@@ -101,6 +118,49 @@ def view_batches(
         worker_init_fn=ignore_signals,
     )
     return cast(Iterator[ViewBatch], iter(loader))
+
+
+def device_batches(batches: Iterator[ViewBatch], device: torch.device) -> Iterator[ViewBatch]:
+    """The same batches with their crops on the device, which is given each while the one before is in use.
+
+    On CUDA a stream of its own copies them, beside the computing, from pinned memory (`view_batches(pin_memory=True)`).
+    That takes the crops of one batch more, and of two when the caller still holds the last batch as it asks for the
+    next. `sample_B` stays on the CPU. Elsewhere the batches pass through as they are.
+    """
+    if device.type != "cuda":
+        return batches
+    side = torch.cuda.Stream(device)
+    return (copied.receive() for copied in _one_ahead(_Copied(batch, device, side) for batch in batches))
+
+
+class _Copied:
+    """A batch on its way to a CUDA device."""
+
+    def __init__(self, batch: ViewBatch, device: torch.device, side: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(side):
+            crops = [crops.to(device, non_blocking=True) for crops in batch.crops]
+        self.batch = ViewBatch(batch.epoch, batch.sample_B, crops, batch.bad)
+        self.device = device
+        self.done = side.record_event()
+
+    def receive(self) -> ViewBatch:
+        """The batch, for use on the current stream, which waits for the copy; the CPU does not."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(self.done)
+        for crops in self.batch.crops:
+            # The memory belongs to the side stream, which must not overwrite it while the current one still reads.
+            crops.record_stream(current)
+        return self.batch
+
+
+def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
+    """The same items, each given out only after the next one was taken."""
+    waiting: list[_T] = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def check_batch_size(batch_size: int, images: int) -> None:

@@ -23,7 +23,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimref.config import DataConfig
-from mimref.data.decode import BadImage, BadImages, decode_image, one_line, printable, read_idx
+from mimref.data.decode import (
+    BadImage,
+    BadImages,
+    Decoded,
+    Reduce,
+    decode_image,
+    decode_reduced,
+    one_line,
+    printable,
+    read_idx,
+)
 from mimref.data.splits import Indices, first_images, stratified_split
 from mimref.errors import ConfigError, DataError, did_you_mean
 
@@ -123,6 +133,10 @@ class FileSource:
     def read(self, index: int) -> Tensor:
         """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
         return decode_image(os.path.join(self.folder, self.files[index]))
+
+    def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
+        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
+        return decode_reduced(os.path.join(self.folder, self.files[index]), reduce)
 
     def path(self, index: int) -> str:
         """The file's path, as far as the user gave it, with odd characters escaped."""

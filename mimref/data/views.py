@@ -1,9 +1,10 @@
 """Multi-crop views: which crops an image gives, and cutting them to fixed-size uint8.
 
 A worker decodes an image once and cuts every view from it; colours come later, batched on the device
-(`mimref.data.photometric`). Crop boxes follow torchvision's RandomResizedCrop, drawn for a whole batch at once.
+(`mimref.data.photometric`). Crop boxes follow torchvision's RandomResizedCrop, drawn for a whole batch at once, and for
+the size that an image has in its file, however much smaller it was decoded.
 
-Shapes: B images, V views of one group, S pixels per side.
+Shapes: B images, V views of one group, S pixels per side, N boxes.
 """
 
 import math
@@ -19,6 +20,8 @@ from mimref.config import ViewsConfig
 from mimref.draws import Operation, uniform
 
 _CROP_TRIES = 10
+_REDUCTIONS = (8, 4, 2)
+"""Factors by which libjpeg can decode an image smaller."""
 
 
 @dataclass(frozen=True)
@@ -44,46 +47,94 @@ def multi_crop(config: ViewsConfig, image_size: int) -> list[CropGroup]:
     return groups
 
 
-def draw_boxes(group: CropGroup, view: int, seed: int, epoch: int, sample_B: Tensor, size_B2: Tensor) -> Tensor:
-    """Crop boxes (B, 4) int64 as top, left, height, width.
+def draw_boxes(
+    group: CropGroup, view: int | Tensor, seed: int, epoch: int, sample_N: Tensor, size_N2: Tensor
+) -> Tensor:
+    """Crop boxes (N, 4) int64 as top, left, height, width.
 
-    view: number of the view within the group. size_B2: int64 heights and widths of the images. The first of ten draws
-    of (area, aspect ratio) that fits wins; if none fits, the largest central crop within the aspect range is taken.
+    view: number of the view within the group, one for all or (N,) int64. size_N2: int64 heights and widths of the
+    images. The first of ten draws of (area, aspect ratio) that fits wins; if none fits, the largest central crop within
+    the aspect range is taken.
     """
     number = group.first_view + view
-    shape = uniform(seed, epoch, Operation.CROP_SHAPE, sample_B, number, count=2 * _CROP_TRIES).double()
-    height_B1, width_B1 = size_B2.double().split(1, dim=1)
+    shape = uniform(seed, epoch, Operation.CROP_SHAPE, sample_N, number, count=2 * _CROP_TRIES).double()
+    height_N1, width_N1 = size_N2.double().split(1, dim=1)
     low, high = group.scale
-    area_BT = height_B1 * width_B1 * (low + (high - low) * shape[:, :_CROP_TRIES])
+    area_NT = height_N1 * width_N1 * (low + (high - low) * shape[:, :_CROP_TRIES])
     log_low, log_high = math.log(group.aspect_ratio[0]), math.log(group.aspect_ratio[1])
-    ratio_BT = torch.exp(log_low + (log_high - log_low) * shape[:, _CROP_TRIES:])
-    wide_BT, tall_BT = (area_BT * ratio_BT).sqrt().round(), (area_BT / ratio_BT).sqrt().round()
-    fits_BT = (wide_BT > 0) & (wide_BT <= width_B1) & (tall_BT > 0) & (tall_BT <= height_B1)
-    first_B1 = fits_BT.int().argmax(dim=1, keepdim=True)
+    ratio_NT = torch.exp(log_low + (log_high - log_low) * shape[:, _CROP_TRIES:])
+    wide_NT, tall_NT = (area_NT * ratio_NT).sqrt().round(), (area_NT / ratio_NT).sqrt().round()
+    fits_NT = (wide_NT > 0) & (wide_NT <= width_N1) & (tall_NT > 0) & (tall_NT <= height_N1)
+    first_N1 = fits_NT.int().argmax(dim=1, keepdim=True)
     # The fallback: the whole image, cut to the nearest allowed aspect ratio (but never to nothing).
-    whole_ratio = (width_B1 / height_B1).clamp(*group.aspect_ratio)
-    fall_wide = (height_B1 * whole_ratio).round().clamp_min(1).minimum(width_B1)
-    fall_tall = (width_B1 / whole_ratio).round().clamp_min(1).minimum(height_B1)
-    any_B1 = fits_BT.any(dim=1, keepdim=True)
-    wide = torch.where(any_B1, wide_BT.gather(1, first_B1), fall_wide)
-    tall = torch.where(any_B1, tall_BT.gather(1, first_B1), fall_tall)
-    place = uniform(seed, epoch, Operation.CROP_PLACE, sample_B, number, count=2).double()
-    top = torch.where(any_B1, (place[:, :1] * (height_B1 - tall + 1)).floor(), ((height_B1 - tall) / 2).floor())
-    left = torch.where(any_B1, (place[:, 1:] * (width_B1 - wide + 1)).floor(), ((width_B1 - wide) / 2).floor())
+    whole_ratio = (width_N1 / height_N1).clamp(*group.aspect_ratio)
+    fall_wide = (height_N1 * whole_ratio).round().clamp_min(1).minimum(width_N1)
+    fall_tall = (width_N1 / whole_ratio).round().clamp_min(1).minimum(height_N1)
+    any_N1 = fits_NT.any(dim=1, keepdim=True)
+    wide = torch.where(any_N1, wide_NT.gather(1, first_N1), fall_wide)
+    tall = torch.where(any_N1, tall_NT.gather(1, first_N1), fall_tall)
+    place = uniform(seed, epoch, Operation.CROP_PLACE, sample_N, number, count=2).double()
+    top = torch.where(any_N1, (place[:, :1] * (height_N1 - tall + 1)).floor(), ((height_N1 - tall) / 2).floor())
+    left = torch.where(any_N1, (place[:, 1:] * (width_N1 - wide + 1)).floor(), ((width_N1 - wide) / 2).floor())
     return torch.cat([top, left, tall, wide], dim=1).long()
 
 
-def cut_group(images: Sequence[Tensor], group: CropGroup, seed: int, epoch: int, sample_B: Tensor) -> Tensor:
+def reduction(groups: Sequence[CropGroup], seed: int, epoch: int, sample: int, height: int, width: int) -> int:
+    """By how much an image may be decoded smaller: 1, 2, 4 or 8.
+
+    The largest factor at which both sides of every crop still have at least the finished crop's pixels.
+    """
+    least = _REDUCTIONS[-1]
+    if any(min(height, width) < least * group.size for group in groups):
+        return 1  # as most images are, without the cost of drawing
+    size_12 = torch.tensor([[height, width]])
+    factor = _REDUCTIONS[0]
+    for group in groups:
+        view_V, sample_V = torch.arange(group.count), torch.tensor([sample]).expand(group.count)
+        boxes_V4 = draw_boxes(group, view_V, seed, epoch, sample_V, size_12.expand(group.count, 2))
+        factor = min(factor, int(boxes_V4[:, 2:].min()) // group.size)
+        if factor < least:
+            return 1
+    return next(each for each in _REDUCTIONS if each <= factor)
+
+
+def cut_group(
+    images: Sequence[Tensor],
+    group: CropGroup,
+    seed: int,
+    epoch: int,
+    sample_B: Tensor,
+    size_B2: Tensor | None = None,
+) -> Tensor:
     """Cut one group's views from decoded images: (B, V, 3, S, S) uint8.
 
-    images: B tensors of (3, height, width) uint8, faster with channels last in memory. Crops are resized bicubically
-    with antialiasing.
+    images: B tensors of (3, height, width) uint8, faster with channels last in memory. size_B2: heights and widths that
+    the boxes are drawn for, where the images were decoded smaller; None: those of the tensors. Crops are resized
+    bicubically with antialiasing.
     """
-    size_B2 = torch.tensor([image.shape[1:] for image in images])
-    cut = torch.empty(len(images), group.count, 3, group.size, group.size, dtype=torch.uint8)
-    for view in range(group.count):
-        boxes = draw_boxes(group, view, seed, epoch, sample_B, size_B2).tolist()
-        for row, (image, (top, left, height, width)) in enumerate(zip(images, boxes, strict=True)):
-            crop = image[:, top : top + height, left : left + width]
-            cut[row, view] = tvf.resize_image(crop, [group.size, group.size], InterpolationMode.BICUBIC, antialias=True)
+    decoded_B2 = torch.tensor([image.shape[1:] for image in images])
+    size_B2 = decoded_B2 if size_B2 is None else size_B2
+    views = group.count
+    view_N = torch.arange(views).repeat(len(images))
+    size_N2 = size_B2.repeat_interleave(views, dim=0)
+    boxes_N4 = draw_boxes(group, view_N, seed, epoch, sample_B.repeat_interleave(views), size_N2)
+    boxes_N4 = _scale_boxes(boxes_N4, size_N2, decoded_B2.repeat_interleave(views, dim=0))
+    cut = torch.empty(len(images), views, 3, group.size, group.size, dtype=torch.uint8)
+    for number, (top, left, height, width) in enumerate(boxes_N4.tolist()):
+        row, view = divmod(number, views)
+        crop = images[row][:, top : top + height, left : left + width]
+        cut[row, view] = tvf.resize_image(crop, [group.size, group.size], InterpolationMode.BICUBIC, antialias=True)
     return cut
+
+
+def _scale_boxes(boxes_N4: Tensor, size_N2: Tensor, decoded_N2: Tensor) -> Tensor:
+    """The same boxes on images of another size: each edge goes to the nearest border between pixels.
+
+    In whole numbers, with halves rounded up: a box that is f times as long as n pixels keeps at least n on an image
+    reduced by f.
+    """
+    start_N2, length_N2 = boxes_N4.split(2, dim=1)
+    first_N2, end_N2 = (
+        (2 * edge_N2 * decoded_N2 + size_N2) // (2 * size_N2) for edge_N2 in (start_N2, start_N2 + length_N2)
+    )
+    return torch.cat([first_N2, end_N2 - first_N2], dim=1)
