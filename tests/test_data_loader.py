@@ -251,7 +251,7 @@ def test_crops_of_reduced_jpegs_are_close_to_those_of_whole_ones(
         assert 0 < apart.mean() < 3
         assert apart.max() < 15
         # Neither lighter nor darker: what differs is texture.
-        assert (left.mean(dim=(3, 4)) - right.mean(dim=(3, 4))).abs().max() < 2
+        assert (left.mean(dim=(3, 4)) - right.mean(dim=(3, 4))).abs().max() < 4
 
 
 def test_images_that_are_not_reduced_give_the_same_crops(photographs: FileSource, tmp_path: Path) -> None:
