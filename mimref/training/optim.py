@@ -85,9 +85,10 @@ def module_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, A
 
 
 def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW, fused where the device has it; learning rates are set before every update."""
+    """AdamW, fused on CUDA and over lists of tensors elsewhere; learning rates are set before every update."""
+    # Fused updates on the CPU are faster too, but round otherwise: published numbers were made without.
     fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused or None)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused or None, foreach=None if fused else True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
