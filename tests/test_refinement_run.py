@@ -28,6 +28,7 @@ from tests.tiny import (
     kill_at,
     refine_config,
     results,
+    saved_step,
     signal_at,
     tensors,
     write_labelled,
@@ -159,7 +160,7 @@ def test_a_second_signal_does_not_wait(config: RefineConfig, tmp_path: Path) -> 
     with pytest.raises(Interrupted, match="stopped at once") as caught:
         refine(config, tmp_path, listener=Watcher(twice))
     assert caught.value.signum == signal.SIGINT
-    assert torch.load(tmp_path / "state" / "state.pt", weights_only=True)["step"] == 4
+    assert saved_step(tmp_path) == 4
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 

@@ -25,6 +25,7 @@ from tests.tiny import (
     header,
     refine_config,
     results,
+    saved_step,
     signal_at,
     tensors,
     write_images,
@@ -218,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
         patch.setattr(RefinementStep, "forward", broken)
         with pytest.raises(DivergenceError, match="not finite at step 6; the last good state is kept"):
             refine(config, tmp_path)
-    assert torch.load(tmp_path / "state" / "state.pt", weights_only=True)["step"] == 4
+    assert saved_step(tmp_path) == 4
     refine(config, tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
 

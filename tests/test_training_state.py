@@ -53,7 +53,7 @@ def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
     ("held", "resume", "message"),
     [
         ("results.json", False, "holds a finished run; give another --out, or --force to replace it"),
-        ("state/state.pt", False, "holds an unfinished run; --resume continues it, --force replaces it"),
+        ("state/step0000000003.pt", False, "holds an unfinished run; --resume continues it, --force replaces it"),
         ("metrics.jsonl", False, "holds an unfinished run"),
         ("encoder.safetensors", False, "already holds encoder.safetensors; give another --out, or --force"),
         ("config.toml", False, "already holds config.toml"),
@@ -110,10 +110,10 @@ def test_force_removes_our_files_alone(tmp_path: Path) -> None:
 
 def test_halves_of_files_are_removed(tmp_path: Path) -> None:
     folder = started(tmp_path)
-    for name in ("state/.state.pt.0a1b.tmp", ".encoder.safetensors.0a1b.tmp", ".mine.tmp"):
+    for name in ("state/.step0000000003.pt.0a1b.tmp", ".encoder.safetensors.0a1b.tmp", ".mine.tmp"):
         (tmp_path / name).write_text("half")
     folder.prepare(CONFIG, resume=True, force=False)
-    assert files(tmp_path) == {"config.toml", "state", "state/state.pt", ".mine.tmp"}
+    assert files(tmp_path) == {"config.toml", "state", "state/step0000000003.pt", ".mine.tmp"}
 
 
 # --- settings of a resumed run
@@ -200,7 +200,7 @@ def test_the_state_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"damaged", b"PK\x03\x04 cut off"])
 def test_a_damaged_state_is_one_line(content: bytes, tmp_path: Path) -> None:
     folder = started(tmp_path)
-    (tmp_path / "state" / "state.pt").write_bytes(content)
+    (tmp_path / "state" / "step0000000003.pt").write_bytes(content)
     with pytest.raises(OutputError, match="damaged state; --force starts the run anew"):
         folder.load_state()
 
@@ -216,10 +216,10 @@ def test_a_state_that_cannot_be_written_leaves_the_previous_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
-        with pytest.raises(OutputError, match=f"cannot write .*state.pt: {os.strerror(code)}"):
+        with pytest.raises(OutputError, match=f"cannot write .*step0000000004.pt: {os.strerror(code)}"):
             folder.save_state({"step": 4})
     assert (folder.load_state() or {})["step"] == 3
-    assert files(tmp_path) == {"config.toml", "state", "state/state.pt"}
+    assert files(tmp_path) == {"config.toml", "state", "state/step0000000003.pt"}
 
 
 @pytest.fixture

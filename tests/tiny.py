@@ -16,6 +16,7 @@ from mimref.config import PretrainConfig, RefineConfig
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.recipes import load_config
+from mimref.training.state import RunFolder
 
 ARCHITECTURE = Architecture("custom", 16, width=32, depth=4, num_heads=2, patch_size=8)
 
@@ -170,6 +171,13 @@ def assert_same_run(out: Path, other: Path) -> None:
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
     assert (out / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
     assert results(out)["metrics"] == results(other)["metrics"]
+
+
+def saved_step(out: Path) -> int:
+    """The step that `--resume` would go on from."""
+    state = RunFolder(out).load_state()
+    assert state is not None
+    return int(state["step"])
 
 
 def results(out: Path) -> dict[str, Any]:

@@ -176,9 +176,9 @@ def pretrain(
     if resume and folder.finished:
         return PretrainResult(out, *read_results(out))
     check_trackers(config.monitor.trackers)
-    with stop_signal() as stop:
+    with stop_signal() as stop, folder.locked(resume=resume, force=force):
         run = Pretraining(config, folder, listener)
-        state = folder.load_state() if resume else None
+        state = folder.load_state(listener) if resume else None
         config = reloadable(config)
         folder.prepare(config, resume=resume, force=force)
         if state:

@@ -50,10 +50,10 @@ def refine(
     if resume and folder.finished:
         return RefineResult(out, *read_results(out))
     check_trackers(config.monitor.trackers)
-    with stop_signal() as stop:
+    with stop_signal() as stop, folder.locked(resume=resume, force=force):
         plan = make_plan(config, listener.progress)
         config = reloadable(plan.config)
-        state = folder.load_state() if resume else None
+        state = folder.load_state(listener) if resume else None
         if state:
             check_images(state, plan.source, listener)
         for notice in plan.checkpoint.notices(plan.architecture):

@@ -1,12 +1,14 @@
-"""A run's output folder: who may write into it, its saved state, and stopping on a signal.
+"""A run's output folder: who may write into it, its saved states, and stopping on a signal.
 
-A folder is finished when it holds results.json, unfinished when it holds state/ or a log without results.
+A folder is finished when it holds results.json, unfinished when it holds state/ or a log without results. Of the saved
+states the newest two stay: a file can be damaged after it was written.
 """
 
 import os
 import shutil
 import signal
 import threading
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from mimref.data.sources import ImageSource
 from mimref.errors import ConfigError, DataError, Interrupted, OutputError
 from mimref.files import atomic_write, write_bytes
 from mimref.recipes import load_config
+from mimref.training.lock import folder_lock
 from mimref.training.runlog import Listener
 
 # results.json first: once it is gone, what is left of a replaced run cannot pass for a finished one.
@@ -58,9 +61,9 @@ class RunFolder:
         """Whether a run was started here and not finished."""
         return not self.finished and any((self.path / name).exists() for name in ("state", "metrics.jsonl"))
 
-    @property
-    def _state_file(self) -> Path:
-        return self.path / "state" / "state.pt"
+    def _states(self) -> list[Path]:
+        """The saved states, the newest first."""
+        return sorted((self.path / "state").glob("step*.pt"), reverse=True)
 
     def check(self, *, resume: bool, force: bool) -> None:
         """Raise OutputError when a run must not start or go on here. Writes nothing."""
@@ -87,6 +90,20 @@ class RunFolder:
             if (self.path / name).exists():
                 raise OutputError(f"{self.path}: already holds {name}; give another --out, or --force to replace it")
 
+    @contextmanager
+    def locked(self, *, resume: bool, force: bool) -> Iterator[None]:
+        """Keep other processes out of the folder, from the first look at it to the last file.
+
+        Raises OutputError when one is at work in it, or has been since `check` and left what is in the way.
+        """
+        with folder_lock(self.path):
+            self.check(resume=resume, force=force)
+            if resume and self.finished:
+                raise OutputError(
+                    f"{self.path}: another process has just finished this run; --resume shows its results"
+                )
+            yield
+
     def prepare(self, config: RunConfig, *, resume: bool, force: bool) -> None:
         """Make the folder ready and write config.toml; compare it first with the settings of the run to resume.
 
@@ -110,7 +127,7 @@ class RunFolder:
 
     def _remove_halves(self) -> None:
         """Files whose writing a kill has cut short; a state may be gigabytes."""
-        for name in (*_OUR_FILES, "state/state.pt"):
+        for name in (*_OUR_FILES, "state/step*.pt"):
             file = self.path / name
             for half in file.parent.glob(f".{file.name}.*.tmp"):
                 half.unlink()
@@ -128,24 +145,69 @@ class RunFolder:
                 )
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write the training state atomically; the previous one stays whole until the new one is."""
-        with atomic_write(self._state_file) as stream:
-            torch.save(state, stream)
+        """Write the training state atomically and keep the one before it, to go back to.
 
-    def load_state(self) -> dict[str, Any] | None:
-        """The saved state on the CPU, or None when the run had saved none. Raises OutputError when it is damaged."""
-        if not self._state_file.is_file():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(self._state_file, map_location="cpu", weights_only=True)
-            _ = state["step"]  # every state has one
-        except Exception as error:
-            raise OutputError(f"{self._state_file}: damaged state; --force starts the run anew") from error
-        return state
+        Takes the disk space of two states, of three while one is written. Raises OutputError when it cannot be written;
+        the earlier ones are then as they were.
+        """
+        newest = self.path / "state" / f"step{state['step']:010}.pt"
+        with atomic_write(newest) as stream:
+            torch.save(state, stream)
+        others = [file for file in self._states() if file != newest]
+        # Later ones are damaged: the run would have continued from them.
+        before = next((file for file in others if file < newest), None)
+        for file in others:
+            if file != before:
+                with suppress(OSError):  # it only takes up space
+                    file.unlink()
+
+    def load_state(self, listener: Listener | None = None) -> dict[str, Any] | None:
+        """The newest undamaged state on the CPU, or None when the run had saved none.
+
+        `listener` is warned when that is not the newest one. Raises OutputError when all are damaged, or one cannot be
+        read. Reads a state twice: torch checks no sums.
+        """
+        files = self._states()
+        for file in files:
+            if not _is_undamaged(file):
+                continue
+            state = _read_state(file)
+            if listener and file != files[0]:
+                listener.warn(f"{files[0]}: damaged state; going on from the one before, of step {state['step']}")
+            return state
+        if files:
+            also = ", and so is the one before" if len(files) > 1 else ""
+            raise OutputError(f"{files[0]}: damaged state{also}; --force starts the run anew")
+        return None
 
     def drop_state(self) -> None:
-        """Remove the state of a finished run."""
+        """Remove the states of a finished run."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
+
+
+def _is_undamaged(file: Path) -> bool:
+    """Whether the file is as torch.save has written it: a zip archive with a CRC-32 of every member."""
+    try:
+        with open(file, "rb") as opened:
+            try:
+                return zipfile.ZipFile(opened).testzip() is None
+            except Exception:  # whatever damage makes zipfile raise
+                return False
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # not damaged: no memory left, or written by a torch that this one does not understand
+        raise _unreadable(file, error) from error
+    return state
+
+
+def _unreadable(file: Path, error: Exception) -> OutputError:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return OutputError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or reason})")
 
 
 def images_of(source: ImageSource) -> tuple[int, str]:
@@ -205,6 +267,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.raised: Interrupted | None = None
+        """What has ended the work at once."""
         self._deferred = False
 
     @contextmanager
@@ -221,7 +285,8 @@ class StopSignal:
         if self._deferred and self.number is None:
             self.number = number
             return
-        raise Interrupted(number, "stopped at once; --resume continues from the last saved state")
+        self.raised = Interrupted(number, "stopped at once; --resume continues from the last saved state")
+        raise self.raised
 
     def raise_if_received(self, message: str) -> None:
         """Raise Interrupted with the exit code of the signal, once the caller has saved what it can."""
@@ -239,6 +304,11 @@ def stop_signal() -> Iterator[StopSignal]:
     previous = {number: signal.signal(number, stop.receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
+    except Exception as error:
+        # Interrupted in the middle of a file, torch's writer raises an error of its own in its place.
+        if stop.raised is not None:
+            raise stop.raised from error
+        raise
     finally:
         for number, handler in previous.items():
             with suppress(TypeError):  # a handler that was not installed from Python cannot be put back

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mimref import files
 from mimref.cli import run
 from mimref.refinement.step import RefinementStep, StepValues
-from tests.tiny import REFINE, arguments, write_labelled, write_weights
+from tests.tiny import REFINE, arguments, saved_step, write_labelled, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +19,6 @@ def line_for(tmp_path_factory: pytest.TempPathFactory) -> Any:
     weights, data = write_weights(folder / "base.safetensors"), write_labelled(folder / "data")
     settings = REFINE | {"encoder.weights": weights, "data.spec": data, "monitor.knn_every_epochs": 0}
     return lambda out: arguments("refine", out, settings)
-
-
-def saved_step(out: Path) -> int:
-    return int(torch.load(out / "state" / "state.pt", weights_only=True)["step"])
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -90,9 +85,9 @@ def test_a_log_that_cannot_be_written(
 
 def test_a_damaged_state_or_log_or_config(line_for: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "state.pt").write_bytes(b"damaged")
+    (tmp_path / "state" / "step0000000008.pt").write_bytes(b"damaged")
     assert run([*line_for(tmp_path), "--resume"]) == 2
-    assert "state.pt: damaged state; --force starts the run anew" in error_line(capsys)
+    assert "step0000000008.pt: damaged state; --force starts the run anew" in error_line(capsys)
     (tmp_path / "config.toml").write_text("seed = zero\n")
     assert run(["refine", "--resume", "--out", str(tmp_path)]) == 2
     assert "config.toml' is not valid TOML" in error_line(capsys)
