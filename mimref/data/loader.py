@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mimref.data.decode import Decoded
 from mimref.data.sources import BadImage, FileSource, ImageSource
 from mimref.data.views import CropGroup, cut_group, reduction
+from mimref.data.workers import Reading
 from mimref.draws import permutation
 from mimref.errors import ConfigError
 
@@ -39,8 +40,11 @@ class ViewBatch:
 
 
 class _ViewDataset(Dataset[ViewBatch]):
-    def __init__(self, source: ImageSource, groups: Sequence[CropGroup], seed: int, *, reduce_jpeg: bool) -> None:
+    def __init__(
+        self, source: ImageSource, groups: Sequence[CropGroup], seed: int, *, reduce_jpeg: bool, workers: int
+    ) -> None:
         self.source, self.groups, self.seed, self.reduce_jpeg = source, groups, seed, reduce_jpeg
+        self.reading = Reading(source, workers)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -49,6 +53,7 @@ class _ViewDataset(Dataset[ViewBatch]):
         epoch = items[0][0]
         images, sizes, kept, bad = [], [], [], []
         for _, index in items:
+            self.reading.note(index)
             try:
                 decoded = self._read(epoch, index)
             except BadImage as error:
@@ -109,7 +114,7 @@ def view_batches(
     """
     batches = _EpochBatches(len(source), batch_size, seed, first_epoch=epochs.start, last_epoch=epochs.stop, skip=skip)
     loader = DataLoader(
-        _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg),
+        _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg, workers=workers),
         batch_sampler=batches,
         num_workers=workers,
         # The dataset returns whole batches; there is nothing left to collate.

@@ -7,10 +7,15 @@ from typing import Protocol
 import torch
 
 from mimref.data.loader import ViewBatch
-from mimref.errors import DivergenceError
+from mimref.data.workers import dead_worker
+from mimref.errors import DataError, DivergenceError
 from mimref.training.guard import FiniteLoss
 from mimref.training.runlog import Listener
 from mimref.training.state import StopSignal
+
+# Epochs can take hours. Saving takes at most about 5% of the time.
+SAVE_EVERY_S = 600.0
+SAVE_COST = 20.0
 
 
 class Job(Protocol):
@@ -45,29 +50,48 @@ class Job(Protocol):
 def train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: Listener, *, log_every: int) -> None:
     """Go through a stage's remaining batches.
 
-    The state is saved after every epoch and when a signal has come, never after a loss or with weights that are not
-    finite. Raises DivergenceError for those, Interrupted after saving when a signal has come.
+    The state is saved after every epoch, every ten minutes and when a signal has come, never after a loss or with
+    weights that are not finite. Raises DivergenceError for those, Interrupted after saving when a signal has come,
+    DataError when a loader process dies.
     """
-    started = time.monotonic() - job.elapsed_s
-    with stop.deferred():
-        for batch in batches:
-            job.update(batch)
-            job.step += 1
-            if job.step % log_every == 0 or job.step == job.total:
-                job.guard.check()
-                job.write_log()
-            listener.progress(job.label, job.step, job.total)
-            epoch_done = job.step % job.steps_per_epoch == 0
-            if epoch_done or stop.number is not None:
-                job.guard.check()
-                check_weights(job)
-                if epoch_done:
-                    job.end_epoch(job.step // job.steps_per_epoch)
-                job.elapsed_s = time.monotonic() - started
-                job.save()
-                stop.raise_if_received(f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
+    try:
+        with stop.deferred():
+            _train(job, batches, stop, listener, log_every)
+    except RuntimeError as error:
+        death = dead_worker(error)
+        if death is None:
+            raise
+        raise DataError(
+            f"{death}; the last saved state is kept: --resume continues, with fewer --workers if memory ran out"
+        ) from error
     # A signal that came after the last save: there is nothing more to save.
     stop.raise_if_received(f"saved at the end of {job.label}; --resume continues")
+
+
+def _train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: Listener, log_every: int) -> None:
+    started = time.monotonic() - job.elapsed_s
+    due = time.monotonic() + SAVE_EVERY_S
+    for batch in batches:
+        job.update(batch)
+        job.step += 1
+        if job.step % log_every == 0 or job.step == job.total:
+            job.guard.check()
+            job.write_log()
+        listener.progress(job.label, job.step, job.total)
+        epoch_done, stopping = job.step % job.steps_per_epoch == 0, stop.number is not None
+        if not (epoch_done or stopping or time.monotonic() >= due):
+            continue
+        if stopping:
+            listener.note("stopping: the state is saved first; a second signal stops at once")
+        job.guard.check()
+        check_weights(job)
+        if epoch_done:
+            job.end_epoch(job.step // job.steps_per_epoch)
+        before = time.monotonic()
+        job.elapsed_s = before - started
+        job.save()
+        due = time.monotonic() + max(SAVE_EVERY_S, SAVE_COST * (time.monotonic() - before))
+        stop.raise_if_received(f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
 
 
 def check_weights(job: Job) -> None:
