@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 QUICKSTART = {
     "batch_size": 64,
     "data.train_limit": 320,
+    "heads.queue_size": 320,
     "heads_stage.epochs": 4,
     "encoder_stage.epochs": 10,
     "monitor.log_every": 1,
@@ -153,17 +154,13 @@ def main() -> None:
     if process.returncode != 0:
         raise SystemExit(output)
     total_s = time.monotonic() - began
-    print(
-        f"uninterrupted: {total_s:.1f} s, of which {start_s:.1f} s to start; {_lines(whole)} lines logged", flush=True
-    )
+    say(f"uninterrupted: {total_s:.1f} s, of which {start_s:.1f} s to start; {_lines(whole)} lines logged")
 
     # Two of three kills come in training; together they must not outlast it.
     killer = Killer(
         killed, given.seed, start_s=start_s, training_s=2 * (total_s - start_s) / given.kills, phases=PHASES
     )
-    done = run_killed(
-        ["refine", *sets, "--out", str(killed)], killer, given.kills, lambda line: print(line, flush=True)
-    )
+    done = run_killed(["refine", *sets, "--out", str(killed)], killer, given.kills)
     differing = differences(killed, whole)
     say(f"{done} kills; " + (f"different: {', '.join(differing)}" if differing else "weights and log bit-identical"))
     if differing or done < given.kills:
