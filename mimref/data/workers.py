@@ -1,13 +1,20 @@
-"""Loader processes that die, and the image that each was at."""
+"""Loader processes that die: how, and at which image."""
 
 import os
-import re
+import signal
+import threading
+import time
+from contextlib import ExitStack
 from multiprocessing import RawArray
+from types import FrameType
 from weakref import WeakSet
 
 from torch.utils.data import get_worker_info
 
 from mimref.data.sources import ImageSource
+
+# A broken connection can be noticed before the process behind it is dead.
+DYING_S = 2.0
 
 
 class Reading:
@@ -25,27 +32,63 @@ class Reading:
         if worker is not None:
             self._notes[2 * worker.id : 2 * worker.id + 2] = os.getpid(), index
 
-    def path(self, pid: int) -> str | None:
-        """The image that the process noted last; None when it noted none."""
-        for at, index in zip(self._notes[::2], self._notes[1::2], strict=True):
-            if at == pid:
-                return self._source.path(index)
-        return None
+    def paths(self) -> dict[int, str]:
+        """The image that each process noted last, by process id."""
+        pairs = zip(self._notes[::2], self._notes[1::2], strict=True)
+        return {pid: self._source.path(index) for pid, index in pairs if pid}
 
 
 _current: WeakSet[Reading] = WeakSet()
 
-_DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.+)", re.DOTALL)
+
+class WorkerWatch:
+    """While this lasts, loader processes that die are remembered, to be told when their next batch is missed.
+
+    torch would raise from a signal handler at once, wherever the main process is, be it in the middle of a file.
+    Outside the main thread Python cannot watch.
+    """
+
+    def __init__(self) -> None:
+        self._deaths: dict[int, str] = {}
+        self._previous = ExitStack()
+
+    def __enter__(self) -> "WorkerWatch":
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            handler = signal.signal(signal.SIGCHLD, self._look)
+            if handler is not None:  # one that was not installed from Python cannot be put back
+                self._previous.callback(signal.signal, signal.SIGCHLD, handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._previous.close()
+
+    def death_behind(self, error: Exception) -> str | None:
+        """The death of a loader process that an error of the loader comes from; None for any other error."""
+        missed = str(error).startswith(("DataLoader worker", "Pin memory thread"))
+        if not missed and not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+            return None
+        deadline = time.monotonic() + DYING_S
+        while not self._deaths and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._deaths:
+            return "; ".join(self._deaths.values())
+        return f"a loader process died ({error})" if missed else None
+
+    def _look(self, _number: int, _frame: FrameType | None) -> None:
+        """The signal handler: a process has ended."""
+        for reading in list(_current):
+            for pid, path in reading.paths().items():
+                how = _end_of(pid)
+                if how:
+                    self._deaths[pid] = f"a loader process died ({how}) at {path}, or just after it"
 
 
-def dead_worker(error: BaseException) -> str | None:
-    """What torch's error says about a loader process that died, and the image it was at; None for any other error."""
-    match = _DEATH.match(str(error))
-    if match is None:
-        # Raised by a signal handler, in the middle of a file it comes out as that file's error.
-        return dead_worker(error.__context__) if error.__context__ else None
-    pids = [int(pid) for pid in match[1].split(",")]
-    paths = [path for pid in pids for reading in list(_current) if (path := reading.path(pid))]
-    image = f"the image it was at, or had just read: {', '.join(paths)}" if paths else "it had read no image yet"
-    how = " ".join(match[2].split()).rstrip(".")
-    return f"a loader process (pid {match[1]}) {how}; {image}"
+def _end_of(pid: int) -> str | None:
+    """How a child has died; None while it lives and when it has come to a regular end. It stays to be waited for."""
+    try:
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    if ended is None or ended.si_status == 0:
+        return None
+    return f"exit code {ended.si_status}" if ended.si_code == os.CLD_EXITED else signal.strsignal(ended.si_status)

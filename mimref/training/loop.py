@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from mimref.data.loader import ViewBatch
-from mimref.data.workers import dead_worker
+from mimref.data.workers import WorkerWatch
 from mimref.errors import DataError, DivergenceError
 from mimref.training.guard import FiniteLoss
 from mimref.training.runlog import Listener
@@ -54,16 +54,16 @@ def train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: Li
     weights that are not finite. Raises DivergenceError for those, Interrupted after saving when a signal has come,
     DataError when a loader process dies.
     """
-    try:
-        with stop.deferred():
+    with stop.deferred(), WorkerWatch() as workers:
+        try:
             _train(job, batches, stop, listener, log_every)
-    except RuntimeError as error:
-        death = dead_worker(error)
-        if death is None:
-            raise
-        raise DataError(
-            f"{death}; the last saved state is kept: --resume continues, with fewer --workers if memory ran out"
-        ) from error
+        except (RuntimeError, OSError, EOFError) as error:
+            death = workers.death_behind(error)
+            if death is None:
+                raise
+            raise DataError(
+                f"{death}; the last saved state is kept: --resume continues, with fewer --workers if memory ran out"
+            ) from error
     # A signal that came after the last save: there is nothing more to save.
     stop.raise_if_received(f"saved at the end of {job.label}; --resume continues")
 
