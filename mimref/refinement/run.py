@@ -48,6 +48,7 @@ def refine(
     folder = RunFolder(out)
     folder.check(resume=resume, force=force)
     if resume and folder.finished:
+        folder.drop_state()  # of a run killed just before it did so itself
         return RefineResult(out, *read_results(out))
     check_trackers(config.monitor.trackers)
     with stop_signal() as stop, folder.locked(resume=resume, force=force):

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 
@@ -169,9 +169,9 @@ class RunFolder:
         """
         files = self._states()
         for file in files:
-            if not _is_undamaged(file):
-                continue
             state = _read_state(file)
+            if state is None:
+                continue
             if listener and file != files[0]:
                 listener.warn(f"{files[0]}: damaged state; going on from the one before, of step {state['step']}")
             return state
@@ -185,29 +185,33 @@ class RunFolder:
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
 
-def _is_undamaged(file: Path) -> bool:
-    """Whether the file is as torch.save has written it: a zip archive with a CRC-32 of every member."""
+def _read_state(file: Path) -> dict[str, Any] | None:
+    """A state on the CPU; None when the file is no longer as torch.save has written it."""
     try:
         with open(file, "rb") as opened:
-            try:
-                return zipfile.ZipFile(opened).testzip() is None
-            except Exception:  # whatever damage makes zipfile raise
-                return False
-    except OSError as error:
-        raise _unreadable(file, error) from error
-
-
-def _read_state(file: Path) -> dict[str, Any]:
-    try:
+            if not _is_whole(opened):
+                return None
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # not damaged: no memory left, or written by a torch that this one does not understand
-        raise _unreadable(file, error) from error
+    except OSError as error:
+        raise _unreadable(file, error.strerror) from error
+    except Exception as error:
+        if "PytorchStreamReader" in str(error):
+            return None
+        # Not damaged: there is no memory for it, or it was written by a torch that this one does not understand.
+        raise _unreadable(file, str(error).partition("\n")[0] or type(error).__name__) from error
     return state
 
 
-def _unreadable(file: Path, error: Exception) -> OutputError:
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return OutputError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or reason})")
+def _is_whole(file: BinaryIO) -> bool:
+    """Whether every member of a zip archive has the CRC-32 that was written with it, as torch.save does."""
+    try:
+        return zipfile.ZipFile(file).testzip() is None
+    except Exception:  # whatever damage makes zipfile raise
+        return False
+
+
+def _unreadable(file: Path, reason: str | None) -> OutputError:
+    return OutputError(f"{file}: cannot be read ({reason})")
 
 
 def images_of(source: ImageSource) -> tuple[int, str]:
