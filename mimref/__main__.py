@@ -1,5 +1,6 @@
 """`python -m mimref`, the `mimref` script and torchrun's entry."""
 
+import signal
 import sys
 
 from mimref.cli import run
@@ -7,7 +8,12 @@ from mimref.cli import run
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code > 128:
+        # Stopped by a signal, and all is saved: another one would only spoil the exit code.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

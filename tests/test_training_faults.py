@@ -614,7 +614,8 @@ def test_two_signals_to_a_process(number: int, code: int, weights: Path, data: P
     finally:
         if process.poll() is None:
             process.kill()
-    assert process.returncode == code, errors
+    # The second may come after the last handler is gone; for a shell the code is the same.
+    assert process.returncode in (code, -number), errors
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith(("mimref: stopped at once; ", "mimref: saved at step "))
     assert run(["refine", "--resume", "--out", str(out), "--set", "workers=0"]) == 0

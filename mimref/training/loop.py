@@ -64,11 +64,14 @@ def train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: Li
             raise DataError(
                 f"{death}; the last saved state is kept: --resume continues, with fewer --workers if memory ran out"
             ) from error
-    # A signal that came after the last save: there is nothing more to save.
-    stop.raise_if_received(f"saved at the end of {job.label}; --resume continues")
+    if stop.number is not None:
+        stop.ignore_more()
+        del batches  # ends the loader processes
+    stop.raise_if_received(f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
 
 
 def _train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: Listener, log_every: int) -> None:
+    """The loop itself, until all is done or a signal has come."""
     started = time.monotonic() - job.elapsed_s
     due = time.monotonic() + SAVE_EVERY_S
     for batch in batches:
@@ -91,7 +94,8 @@ def _train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: L
         job.elapsed_s = before - started
         job.save()
         due = time.monotonic() + max(SAVE_EVERY_S, SAVE_COST * (time.monotonic() - before))
-        stop.raise_if_received(f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
+        if stop.number is not None:
+            return
 
 
 def check_weights(job: Job) -> None:

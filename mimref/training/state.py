@@ -273,7 +273,7 @@ class StopSignal:
         self.number: int | None = None
         self.raised: Interrupted | None = None
         """What has ended the work at once."""
-        self._deferred = False
+        self._deferred = self._ignored = False
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -286,11 +286,17 @@ class StopSignal:
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
         """The signal handler."""
+        if self._ignored:
+            return
         if self._deferred and self.number is None:
             self.number = number
             return
         self.raised = Interrupted(number, "stopped at once; --resume continues from the last saved state")
         raise self.raised
+
+    def ignore_more(self) -> None:
+        """The work is saved and about to stop: another signal would only disturb the tidying up."""
+        self._ignored = True
 
     def raise_if_received(self, message: str) -> None:
         """Raise Interrupted with the exit code of the signal, once the caller has saved what it can."""
