@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mimref.config import HeadsConfig
 from mimref.errors import ConfigError
+from mimref.training.distributed import gather_stack, world_size
 
 
 class EnsembleLinear(nn.Module):
@@ -30,13 +31,46 @@ class EnsembleLinear(nn.Module):
 
 
 class EnsembleBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the rows, of every feature of every head at once: (H, width, N) -> (H, width, N)."""
+    """BatchNorm over the rows, of every feature of every head at once: (H, width, N) -> (H, width, N).
+
+    In a process group the statistics span the rows of all ranks, of which each may have another number: means, sums of
+    squared deviations and counts travel in one collective for all heads, and are combined by Chan's formula (sums of
+    squares lose precision). torch's SyncBatchNorm does the same for CUDA tensors alone.
+    """
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__(heads * width)
 
     def forward(self, x_HWN: Tensor) -> Tensor:
+        if self.training and world_size() > 1:
+            return self._synchronised(x_HWN.reshape(self.num_features, x_HWN.shape[2])).view_as(x_HWN)
         return super().forward(x_HWN.reshape(1, self.num_features, -1)).view_as(x_HWN)
+
+    def _synchronised(self, x_CN: Tensor) -> Tensor:
+        exact_CN = x_CN.float() if x_CN.dtype in (torch.bfloat16, torch.float16) else x_CN
+        rows = exact_CN.shape[1]
+        mean_C = exact_CN.sum(dim=1) / max(rows, 1)
+        deviation_C = (exact_CN - mean_C[:, None]).square().sum(dim=1)
+        told_S = torch.cat([mean_C, deviation_C, exact_CN.new_full((1,), rows)])
+        told_RS = gather_stack(told_S)
+        count_R1 = told_RS[:, -1:].detach()
+        total = count_R1.sum()
+        mean_RC, deviation_RC = told_RS[:, :-1].chunk(2, dim=1)
+        mean_C = (mean_RC * count_R1).sum(dim=0) / total
+        deviation_C = (deviation_RC + count_R1 * (mean_RC - mean_C).square()).sum(dim=0)
+        self._track(mean_C.detach(), (deviation_C / (total - 1)).detach())
+        scale_C = self.weight * torch.rsqrt(deviation_C / total + self.eps)
+        normed_CN: Tensor = (exact_CN - mean_C[:, None]) * scale_C[:, None] + self.bias[:, None]
+        return normed_CN.to(x_CN.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean_C: Tensor, variance_C: Tensor) -> None:
+        """Running statistics as BatchNorm keeps them, with the unbiased variance."""
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(variance_C.to(self.running_var.dtype), self.momentum)
+        self.num_batches_tracked.add_(1)
 
 
 class _Layer(nn.Module):
