@@ -157,6 +157,18 @@ def benchmark_table(rows: Sequence["Row"]) -> Table:
     return table
 
 
+def view_rates_table(rows: Sequence["Row"]) -> Table:
+    """One line per pipeline: images per second and milliseconds per image, and how much faster than torchvision's."""
+    table = Table()
+    table.add_column("pipeline")
+    for name in ("images/s", "ms", "x PIL", "x PIL, Pillow's blur"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        ratios = [f"{float(row[key]):.1f}" if key in row else "" for key in ("ratio", "ratio_pillow_blur")]
+        table.add_row(Text(str(row["pipeline"])), f"{float(row['value']):.1f}", f"{float(row['ms']):.1f}", *ratios)
+    return table
+
+
 def classes_table(rows: Sequence["Row"]) -> Group:
     """One line per class, worst first: its images and what share of them is classified rightly, per setting."""
     rows = [row for row in rows if "class" in row]

@@ -18,6 +18,7 @@ from mimref.report import (
     differences_table,
     inspection_table,
     show_progress,
+    view_rates_table,
 )
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ def print_blocks(rows: Sequence["Row"], heads: Mapping[str, Sequence[int]]) -> N
 def print_benchmark(rows: Sequence["Row"]) -> None:
     """Ratios of two ways' times, with both times and the sizes they were measured at."""
     Console().print(benchmark_table(rows))
+
+
+def print_view_rates(rows: Sequence["Row"]) -> None:
+    """Pipelines that make views, and how fast each is."""
+    Console().print(view_rates_table(rows))
 
 
 def print_cache(entries: Sequence["CacheEntry"], folder: Path) -> None:

@@ -46,7 +46,10 @@ cache_app.command("clear")(cache.clear_cache)
 cache_app.command("verify")(cache.verify_cache)
 app.add_typer(cache_app, name="cache")
 benchmark_app = typer.Typer(help="Speed, measured on this machine.", rich_markup_mode=None)
+benchmark_app.command("views")(benchmark.benchmark_views)
+benchmark_app.command("step")(benchmark.benchmark_step)
 benchmark_app.command("eval")(benchmark.benchmark_eval)
+benchmark_app.command("cost")(benchmark.benchmark_cost)
 app.add_typer(benchmark_app, name="benchmark")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mimref.config import PretrainConfig
-from mimref.data.loader import ViewBatch, check_batch_size, loader_workers, view_batches
+from mimref.data.loader import ViewBatch, check_batch_size, device_batches, loader_workers, view_batches
 from mimref.data.photometric import Photometric
 from mimref.data.sources import open_source
 from mimref.data.views import CropGroup
@@ -97,7 +97,7 @@ class Pretraining:
             return iter(())
         config = self.config
         group = CropGroup(1, self.transform.image_size, config.mae.crop_scale, config.views.aspect_ratio)
-        return view_batches(
+        batches = view_batches(
             self.source,
             [group],
             batch_size=config.batch_size,
@@ -106,7 +106,9 @@ class Pretraining:
             skip=self.step % self.steps_per_epoch,
             workers=loader_workers(config.workers, self.source),
             pin_memory=self.device.type == "cuda",
+            reduce_jpeg=True,
         )
+        return device_batches(batches, self.device)
 
     def rate(self) -> float:
         """Learning rate of the next update."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mimref.config import EncoderStageConfig, HeadsStageConfig
-from mimref.data.loader import ViewBatch, loader_workers, view_batches
+from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
 from mimref.data.photometric import Photometric
 from mimref.data.views import multi_crop
 from mimref.devices import resolve_device, resolve_precision
@@ -205,7 +205,7 @@ class Stage:
         if self.step == self.total:
             return iter(())
         config, epoch = self.config, self.step // self.steps_per_epoch
-        return view_batches(
+        batches = view_batches(
             self.plan.source,
             multi_crop(config.views, self.plan.architecture.image_size),
             batch_size=config.batch_size,
@@ -214,7 +214,9 @@ class Stage:
             skip=self.step % self.steps_per_epoch,
             workers=loader_workers(config.workers, self.plan.source),
             pin_memory=self.run.device.type == "cuda",
+            reduce_jpeg=True,
         )
+        return device_batches(batches, self.run.device)
 
     def set_rate(self) -> None:
         """Learning rate of the coming update."""

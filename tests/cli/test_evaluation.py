@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from mimref.cli import run
+from mimref.config import HeadsConfig
 from mimref.encoders import checkpoints
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import Encoder, build_encoder
 from mimref.evaluation.benchmark import Sizes
-from tests.tiny import ARCHITECTURE, results, write_images, write_labelled, write_unlabelled
+from mimref.refinement.benchmark_heads import HeadSizes
+from mimref.refinement.benchmark_views import ViewSizes
+from tests.tiny import ARCHITECTURE, REFINE, arguments, results, write_images, write_labelled, write_unlabelled
 
 CHEAP = ["--device", "cpu", "--workers", "0"]
 
@@ -396,3 +399,31 @@ def test_the_benchmark_prints_and_writes(
     rows = {row["metric"]: row for row in results(tmp_path / "out")["metrics"]}
     sweep = rows["benchmark_knn_sweep_ratio"]
     assert sweep["value"] == pytest.approx(sweep["ten_s"] / sweep["one_s"]) and sweep["train"] == 300
+
+
+def test_the_views_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"width": 60, "height": 48, "global_size": 16, "local_views": 1, "local_size": 8, "images": 2, "repeats": 1}
+    monkeypatch.setattr("mimref.refinement.benchmark_views.ViewSizes", partial(ViewSizes, **small))
+    assert run(["benchmark", "views", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    assert "mimref, worker's part" in capsys.readouterr().out
+    assert {row["metric"] for row in results(tmp_path / "out")["metrics"]} == {"benchmark_views"}
+
+
+def test_step_and_cost_are_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = HeadSizes(heads=2, embed_dim=8, images=(2,), views=2, config=HeadsConfig(projector_hidden=8))
+    monkeypatch.setattr(HeadSizes, "for_device", lambda device: sizes)
+    settings = REFINE | {"encoder.weights": folder / "base.safetensors", "data.spec": folder / "data"}
+    sets = [part for part in arguments("x", tmp_path, settings)[1:-2]]
+    for command in ("step", "cost"):
+        out = tmp_path / command
+        assert run(["benchmark", command, *sets, "--out", str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert "stage 2" in printed and (out / "results.md").read_text().startswith(f"`mimref benchmark {command}`")
+        assert results(out)["metrics"]
+    assert "device-hours" in printed
+    assert run(["benchmark", "step", "--micro-batch", "900"]) == 2
+    assert "micro_batch 900 is more than the 128 images of batch_size" in capsys.readouterr().err
