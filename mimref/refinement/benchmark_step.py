@@ -151,7 +151,7 @@ def measure_step(
                 stage=stage,
                 setting=_setting(job),
                 batch=config.batch_size,
-                micro_batch=micro or config.batch_size,
+                micro_batch=min(micro or config.batch_size, config.batch_size),
                 step_s=statistics.median(own),
                 memory_bytes=bytes_used,
                 flops=flops,
