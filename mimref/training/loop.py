@@ -9,6 +9,7 @@ import torch
 from mimref.data.loader import ViewBatch
 from mimref.data.workers import WorkerWatch
 from mimref.errors import DataError, DivergenceError
+from mimref.training.distributed import agree
 from mimref.training.guard import FiniteLoss
 from mimref.training.runlog import Listener
 from mimref.training.state import StopSignal
@@ -16,6 +17,8 @@ from mimref.training.state import StopSignal
 # Epochs can take hours. Saving takes at most about 5% of the time.
 SAVE_EVERY_S = 600.0
 SAVE_COST = 20.0
+# Said among ranks in place of a signal's number; no signal that is caught has this one.
+_DUE = 1
 
 
 class Job(Protocol):
@@ -81,10 +84,13 @@ def _train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: L
             job.guard.check()
             job.write_log()
         listener.progress(job.label, job.step, job.total)
-        epoch_done, stopping = job.step % job.steps_per_epoch == 0, stop.number is not None
-        if not (epoch_done or stopping or time.monotonic() >= due):
+        epoch_done = job.step % job.steps_per_epoch == 0
+        # All ranks save and stop at the same step, whichever of them is told to.
+        wish = agree(stop.number or (_DUE if time.monotonic() >= due else 0))
+        if not (epoch_done or wish):
             continue
-        if stopping:
+        if wish > _DUE:
+            stop.number = wish
             listener.note("stopping: the state is saved first; a second signal stops at once")
         job.guard.check()
         check_weights(job)
@@ -94,7 +100,9 @@ def _train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: L
         job.elapsed_s = before - started
         job.save()
         due = time.monotonic() + max(SAVE_EVERY_S, SAVE_COST * (time.monotonic() - before))
-        if stop.number is not None:
+        wish = agree(stop.number or 0)
+        if wish:
+            stop.number = wish
             return
 
 
