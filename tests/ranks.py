@@ -1,6 +1,7 @@
 """Functions run by several processes at once, as torchrun would start them; a hung or failed one fails the test."""
 
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    os.environ["TEST_RANK"] = str(rank)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

@@ -17,6 +17,7 @@ from mimref.data.views import CropGroup, cut_group, reduction
 from mimref.data.workers import Reading
 from mimref.draws import permutation
 from mimref.errors import ConfigError
+from mimref.training.distributed import own_rank, share, world_size
 
 _Item = tuple[int, int]  # (epoch, sample index): workers outlive epochs, so the epoch travels with the sample
 _T = TypeVar("_T")
@@ -79,11 +80,12 @@ class _ViewDataset(Dataset[ViewBatch]):
 
 
 class _EpochBatches(Sampler[list[_Item]]):
-    """Shuffled full batches of one epoch after another, from any position on."""
+    """Shuffled full batches of one epoch after another, from any position on; of each, this rank's part."""
 
     def __init__(self, size: int, batch_size: int, seed: int, *, first_epoch: int, last_epoch: int, skip: int) -> None:
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.first_epoch, self.last_epoch, self.skip = first_epoch, last_epoch, skip
+        self.rank, self.world = own_rank(), world_size()
 
     def __iter__(self) -> Iterator[list[_Item]]:
         for epoch in range(self.first_epoch, self.last_epoch):
@@ -91,7 +93,8 @@ class _EpochBatches(Sampler[list[_Item]]):
             skip = self.skip if epoch == self.first_epoch else 0
             for batch in range(skip, self.size // self.batch_size):
                 chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-                yield [(epoch, index) for index in chosen]
+                own = chosen[share(self.batch_size, self.rank, self.world)]
+                yield [(epoch, index) for index in own]
 
 
 def view_batches(

@@ -1,6 +1,6 @@
 """Refine an encoder: train the heads on the frozen encoder, then encoder and heads together."""
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from mimref.refinement.plan import header_of, make_plan
 from mimref.refinement.stages import EncoderStage, HeadsStage, Refinement
 from mimref.refinement.sweep import rank_heads
 from mimref.results import read_results, write_results
+from mimref.training.distributed import agree, leave_process_group, own_rank
 from mimref.training.loop import train
-from mimref.training.runlog import Listener, MetricsLog, Silent, open_log
+from mimref.training.runlog import Listener, MetricsLog, Silent, UnwrittenLog, open_log
 from mimref.training.state import RunFolder, StopSignal, check_images, reloadable, stop_signal
 from mimref.training.trackers import check_trackers
 
@@ -43,15 +44,21 @@ def refine(
     resume: continue the unfinished run in `out`; of a finished one, return its results. force: replace what a run has
     left in `out`. Raises UserError subclasses for settings, images, weights or folders that do not fit, before anything
     is written; DivergenceError when the loss is no longer finite; Interrupted after saving when a signal arrives.
+    In a process group every rank calls this with the same arguments; rank 0 alone writes, and evaluates at the end,
+    when it has left the group. The other ranks' results have no rows.
     """
-    listener = listener or Silent()
+    first = own_rank() == 0
+    listener = listener if listener and first else Silent()
     folder = RunFolder(out)
-    folder.check(resume=resume, force=force)
-    if resume and folder.finished:
-        folder.drop_state()  # of a run killed just before it did so itself
+    if first:
+        folder.check(resume=resume, force=force)
+    # The others must not look before rank 0 has, nor after it has begun to write.
+    if agree(int(first and resume and folder.finished)):
+        if first:
+            folder.drop_state()  # of a run killed just before it did so itself
         return RefineResult(out, *read_results(out))
     check_trackers(config.monitor.trackers)
-    with stop_signal() as stop, folder.locked(resume=resume, force=force):
+    with stop_signal() as stop, folder.locked(resume=resume, force=force) if first else nullcontext():
         plan = make_plan(config, listener.progress)
         config = reloadable(plan.config)
         state = folder.load_state(listener) if resume else None
@@ -64,9 +71,16 @@ def refine(
         run = Refinement(plan, listener)
         if config.heads_from is not None and state is None:
             run.load_heads(Path(config.heads_from))
-        folder.prepare(config, resume=resume, force=force)
-        with closing(open_log(config, out, state)) as log:
+        if first:
+            folder.prepare(config, resume=resume, force=force)
+        agree(0)
+        with closing(open_log(config, out, state) if first else UnwrittenLog()) as log:
             _train(run, folder, log, stop, state)
+        agree(0)
+        # What is left is the work of one process.
+        leave_process_group()
+        if not first:
+            return RefineResult(out, [], run.elapsed_s)
         # Written before the evaluation, which may fail or be interrupted, and again with its results.
         _write_encoder(run, config, out, [])
         rows = _evaluate(run, listener)
@@ -88,7 +102,8 @@ def _train(run: Refinement, folder: RunFolder, log: MetricsLog, stop: StopSignal
             heads_stage.resume(state)
             state.clear()  # as large as the run itself
         train(heads_stage, heads_stage.batches(), stop, run.listener, log_every=every)
-        run.save_heads(folder.path / "heads.pt")
+        if own_rank() == 0:
+            run.save_heads(folder.path / "heads.pt")
         state = None
     if run.plan.encoder_steps:
         encoder_stage = EncoderStage(run, folder, log)

@@ -23,12 +23,14 @@ from mimref.refinement.plan import Plan
 from mimref.refinement.queue import Queue
 from mimref.refinement.schedule import loss_weights
 from mimref.refinement.step import RefinementStep, StepValues, monitored_values
+from mimref.training.distributed import agree, alone, gather_lists, own_rank, total, world_size
 from mimref.training.ema import WeightAverage
 from mimref.training.guard import FiniteLoss
 from mimref.training.optim import (
     adamw,
     encoder_groups,
     freeze_first,
+    freeze_unreached,
     learning_rate,
     module_groups,
     set_learning_rate,
@@ -75,7 +77,9 @@ class Refinement:
         labels = plan.source.labels
         self.labels = None if labels is None else torch.from_numpy(labels).to(self.device)
         self.encoder.checkpointing = config.activation_checkpointing
+        self.stepper.most_images = -(-config.batch_size // world_size())
         self.stepper.micro_batch = self._micro_batch()
+        self.stepper.distribute_heads()
         if config.compile:
             self._compile()
         self.monitor = KnnMonitor(config, plan.transform, self.device, self.precision)
@@ -86,7 +90,7 @@ class Refinement:
 
     def _micro_batch(self) -> int | None:
         """Images per encoder pass as the settings say; `auto` tries what fits."""
-        asked, config = self.config.micro_batch, self.config
+        asked = self.config.micro_batch
         if asked is None:
             return None
         check_exact(self.encoder)
@@ -96,8 +100,10 @@ class Refinement:
             # The memory of other devices is the machine's, which does not say when it is full.
             self.listener.note(f"micro_batch auto: whole batches on {self.device.type}")
             return None
-        found = self.largest_micro_batch(config.batch_size)
-        self.listener.note(f"micro_batch auto: {found} of {config.batch_size} images per encoder pass")
+        most = self.stepper.most_images
+        # The smallest that any rank finds.
+        found = -agree(-self.largest_micro_batch(most))
+        self.listener.note(f"micro_batch auto: {found} of {most} images per encoder pass")
         return found
 
     def _compile(self) -> None:
@@ -110,8 +116,9 @@ class Refinement:
     def largest_micro_batch(self, most: int) -> int:
         """The largest micro-batch up to `most` that the device has memory for in stage 2."""
         groups = multi_crop(self.config.views, self.plan.architecture.image_size)
-        size = self.config.batch_size
-        return largest_that_fits(lambda micro: try_step(self.stepper, groups, size, micro), most)
+        size = self.stepper.most_images
+        with alone():
+            return largest_that_fits(lambda micro: try_step(self.stepper, groups, size, micro), most)
 
     def base_encoder(self) -> Encoder:
         """The encoder as it was given."""
@@ -238,7 +245,7 @@ class Stage:
         self._values = None
         self.run.skipped.add(batch.bad)
         # BatchNorm and the negatives need more than one image.
-        if len(batch.sample_B) >= 2:
+        if total(len(batch.sample_B)) >= 2:
             self.learn(batch)
 
     def learn(self, batch: ViewBatch) -> None:
@@ -290,12 +297,16 @@ class Stage:
 
     def end_epoch(self, epoch: int) -> None:
         """See `Job`."""
+        self.run.skipped.add(gather_lists(self.run.skipped.items))
         self.run.skipped.tell_early()
 
     def save(self) -> None:
         """See `Job`."""
         self.run.elapsed_s = self.elapsed_s
-        self.folder.save_state({**self.shared_state(), "stage": self.name, "stage_step": self.step})
+        if own_rank() == 0:
+            self.folder.save_state({**self.shared_state(), "stage": self.name, "stage_step": self.step})
+        # torchrun stops all ranks when one has ended: none may before the state is on disk.
+        agree(0)
 
     def shared_state(self) -> dict[str, Any]:
         """Everything both stages have to save."""
@@ -350,6 +361,8 @@ class EncoderStage(Stage):
         super().__init__(run, folder, log)
         run.encoder.train()
         freeze_first(run.encoder, config.freeze_blocks)
+        freeze_unreached(run.encoder, max(run.plan.blocks))
+        run.stepper.distribute_encoder()
         groups = encoder_groups(run.encoder, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
         groups += module_groups(run.heads, weight_decay=config.heads_weight_decay)
         self.optimizer = adamw(groups, run.config.optimizer.betas)

@@ -45,15 +45,35 @@ def process_group(device: str) -> Iterator[int]:
         leave_process_group()
 
 
+def restarted() -> bool:
+    """Whether torchrun has started this process again, after one of the run's processes had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def leave_process_group() -> None:
     """What follows is this process's own work."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What runs inside is this process's own work, even in a process group."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world_size() -> int:
-    """Number of processes, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Number of processes that work together, 1 without a process group."""
+    joined = not _alone and dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if joined else 1
 
 
 def own_rank() -> int:
@@ -85,6 +105,15 @@ def agree(number: int) -> int:
         return number
     told = torch.tensor(number)
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return int(told)
+
+
+def total(number: int) -> int:
+    """The sum of the numbers that the ranks say; on the host."""
+    if world_size() == 1:
+        return number
+    told = torch.tensor(number)
+    dist.all_reduce(told)
     return int(told)
 
 

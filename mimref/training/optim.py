@@ -45,6 +45,13 @@ def freeze_first(encoder: Encoder, blocks: int) -> None:
             parameter.requires_grad_(False)
 
 
+def freeze_unreached(encoder: Encoder, last: int) -> None:
+    """Freeze what no output of the blocks up to `last` depends on: later blocks, and the norm after the last one."""
+    for name, parameter in encoder.vit.named_parameters():
+        if layer_of(name, encoder.depth) > (encoder.depth + 1 if last == encoder.depth else last):
+            parameter.requires_grad_(False)
+
+
 def encoder_groups(encoder: Encoder, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """AdamW groups of an encoder's trainable parameters, one per (layer, decayed or not).
 

@@ -74,6 +74,19 @@ class MetricsLog:
             tracker.close()
 
 
+class UnwrittenLog(MetricsLog):
+    """The log of a rank that leaves writing to rank 0."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+
+    def write(self, values: Mapping[str, object]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def open_log(config: RunConfig, out: Path, state: Mapping[str, Any] | None) -> MetricsLog:
     """The log of a run in the folder `out`, cut to what goes with `state`; None starts a new one."""
     lines, step = (state["log_lines"], state["step"]) if state else (0, 0)

@@ -1,0 +1,113 @@
+"""Whole refinements by two processes: the same as by one, whoever begins and whoever goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mimref.errors import Interrupted
+from mimref.refinement.run import refine
+from tests.ranks import run_ranks
+from tests.tiny import arguments, refine_config, results, tensors, write_labelled, write_weights
+
+# Rates so small that AdamW's first updates, which are signs of gradients, cannot drive single precision apart.
+SETTINGS: dict[str, Any] = {
+    "heads_stage__lr": 1e-6,
+    "encoder_stage__lr": 1e-6,
+    "monitor__log_every": 1,
+    "heads_stage__warmup_epochs": 0.0,
+    "encoder_stage__warmup_epochs": 0.0,
+}
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def refine_all(weights: Path, data: Path, folder: Path) -> None:
+    """Runs that two ranks do: as a whole, in micro-batches, and the middle part of one that others begin and end."""
+    refine(refine_config(weights, data, **SETTINGS), folder / "ranks")
+    _rejoin(folder, "micro")
+    refine(refine_config(weights, data, **SETTINGS, micro_batch=4), folder / "micro")
+    _rejoin(folder, "middle")
+    interrupted(refine_config(weights, data, **SETTINGS), folder / "handed on", 14, resume=True)
+
+
+def _rejoin(folder: Path, name: str) -> None:
+    """A run leaves its process group at the end; the next one needs another."""
+    import torch.distributed as dist
+
+    rank = int(os.environ["TEST_RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}.store", rank=rank, world_size=2)
+
+
+def interrupted(config: Any, out: Path, step: int, *, resume: bool) -> None:
+    """Refine until a signal comes after `step` updates in all; in a process group, to the last rank alone."""
+    from mimref.refinement import stages
+
+    write_log = stages.Stage.write_log
+
+    def stop(self: Any) -> None:
+        write_log(self)
+        if self.before + self.step == step and os.environ.get("TEST_RANK", "1") == "1":
+            signal.raise_signal(signal.SIGTERM)
+
+    stages.Stage.write_log = stop  # type: ignore[method-assign]
+    try:
+        refine(config, out, resume=resume)
+    except Interrupted:
+        return
+    finally:
+        stages.Stage.write_log = write_log  # type: ignore[method-assign]
+    raise AssertionError("the run was not interrupted")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of runs by one process and by two."""
+    folder = tmp_path_factory.mktemp("runs")
+    weights, data = write_weights(folder / "base.safetensors"), write_labelled(folder / "data")
+    config = refine_config(weights, data, **SETTINGS)
+    refine(config, folder / "alone")
+    interrupted(config, folder / "handed on", 5, resume=False)
+    run_ranks(refine_all, 2, folder / "group", weights, data, folder)
+    refine(config, folder / "handed on", resume=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ranks", "micro", "handed on"])
+def test_the_same_run(runs: Path, name: str) -> None:
+    expected, found = log(runs / "alone"), log(runs / name)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for wanted, line in zip(expected, found, strict=True):
+        assert line.keys() == wanted.keys()
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4), line["step"]
+            assert line["head_loss"] == pytest.approx(wanted["head_loss"], rel=1e-4)
+            assert line["nn_accuracy"] == pytest.approx(wanted["nn_accuracy"], abs=9)  # a neighbour may flip
+    alone, other = tensors(runs / "alone"), tensors(runs / name)
+    for key, weight in alone.items():
+        torch.testing.assert_close(other[key], weight, rtol=0, atol=1e-4)
+    assert results(runs / name)["bad_images"] == [] and not (runs / name / "state").exists()
+
+
+def test_torchrun_runs_the_command_line(runs: Path, tmp_path: Path) -> None:
+    settings = {"encoder.weights": runs / "base.safetensors", "data.spec": runs / "data"}
+    from tests.tiny import REFINE
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mimref"]
+    line = arguments("refine", tmp_path / "out", REFINE | settings | {"evaluate.enabled": True, "evaluate.splits": 1})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *line], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    # Rank 0 alone speaks.
+    assert done.stdout.count("k-NN top-1") == 1 and done.stderr.count("encoder in ") == 1
+    assert {row["model"] for row in results(tmp_path / "out")["metrics"]} == {"raw pixels", "base", "refined"}
+    again = subprocess.run([*torchrun, *line], capture_output=True, text=True, timeout=300, env=environment)
+    assert again.returncode != 0 and "holds a finished run" in again.stderr
