@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimref.config import HeadsConfig
-from mimref.devices import autocast, resolve_device, resolve_precision
+from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision
 from mimref.evaluation.metrics import Row
 from mimref.refinement.heads import Heads
 from mimref.refinement.measuring import seconds_of
@@ -92,6 +92,8 @@ def benchmark_heads(
     Both start from the pooled tokens of each head's block, whose gradients count too; the ensemble has to stack them.
     """
     target = resolve_device(device)
+    if target.type == "cpu":
+        keep_freed_memory()  # as training does
     sizes = sizes or HeadSizes.for_device(target)
     dtype = resolve_precision(precision, target)
     torch.manual_seed(0)

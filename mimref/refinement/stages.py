@@ -11,7 +11,7 @@ from mimref.config import EncoderStageConfig, HeadsStageConfig
 from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
 from mimref.data.photometric import Photometric
 from mimref.data.views import multi_crop
-from mimref.devices import resolve_device, resolve_precision
+from mimref.devices import keep_freed_memory, resolve_device, resolve_precision
 from mimref.encoders.checkpoints import load_weights, weights_hash
 from mimref.encoders.vit import Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError
@@ -50,6 +50,8 @@ class Refinement:
         config = plan.config
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.encoder = self.base_encoder()
         self.base_hash = weights_hash(self.encoder)
         torch.manual_seed(config.seed)
