@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mimref.data import loader, sources
+from mimref.data import images as data_images
+from mimref.data import loader
 from mimref.data.decode import Decoded, Reduce, decode_reduced
 from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
-from mimref.data.sources import ArraySource, BadImage, FileSource
+from mimref.data.sources import ArraySource, BadImage, FileSource, ImageSource
 from mimref.data.views import CropGroup, cut_group
 from mimref.draws import permutation
 
@@ -50,7 +51,7 @@ class Images:
 
 
 def batches_of(
-    source: sources.ImageSource,
+    source: ImageSource,
     *,
     batch_size: int = 4,
     epochs: range = range(1),
@@ -162,7 +163,7 @@ def test_files_are_decoded_once_per_epoch(tmp_path: Path, monkeypatch: pytest.Mo
         decoded[os.path.basename(path)] += 1
         return decode_reduced(path, reduce)
 
-    monkeypatch.setattr(sources, "decode_reduced", count)
+    monkeypatch.setattr(data_images, "decode_reduced", count)
     batches_of(source, batch_size=3, epochs=range(2))
     assert decoded == Counter({f"{index}.png": 2 for index in range(6)})
 
@@ -240,7 +241,7 @@ def test_crops_of_reduced_jpegs_are_close_to_those_of_whole_ones(
         factors[round(decoded.height / decoded.image.shape[1])] += 1
         return decoded
 
-    monkeypatch.setattr(sources, "decode_reduced", note)
+    monkeypatch.setattr(data_images, "decode_reduced", note)
     whole = batches_of(photographs, batch_size=6, epochs=range(4), groups=groups)
     assert set(factors) == {1}
     reduced = batches_of(photographs, batch_size=6, epochs=range(4), groups=groups, reduce_jpeg=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mimref.config import DataConfig
-from mimref.data import sources
+from mimref.data import named, sources
 from mimref.data.sources import ArraySource, FileSource, ImageSource, open_source
 from mimref.errors import ConfigError, DataError
 
@@ -124,7 +124,7 @@ def test_fashion_mnist_from_a_root(tmp_path: Path, suffix: str, below: str) -> N
 
 def test_fashion_mnist_is_found_in_a_known_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mnist(tmp_path / "here", ".gz")
-    monkeypatch.setattr(sources, "FASHION_MNIST_FOLDERS", (str(tmp_path / "nowhere"), str(tmp_path / "here")))
+    monkeypatch.setattr(named, "FASHION_MNIST_FOLDERS", (str(tmp_path / "nowhere"), str(tmp_path / "here")))
     assert len(opened("fashion-mnist")) == 20
 
 
@@ -513,7 +513,7 @@ def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_fashion_mnist_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "FASHION_MNIST_FOLDERS", ("/nowhere/a", "/nowhere/b"))
+    monkeypatch.setattr(named, "FASHION_MNIST_FOLDERS", ("/nowhere/a", "/nowhere/b"))
     with pytest.raises(
         DataError, match=r"/nowhere/a, /nowhere/b.*dataset-fashion-mnist.*data\.download=true"
     ) as caught:

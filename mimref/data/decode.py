@@ -1,6 +1,7 @@
 """From files to uint8 pixels, and the account of images that cannot be read."""
 
 import gzip
+import io
 import os
 import warnings
 import zlib
@@ -96,12 +97,21 @@ def decode_reduced(path: str, reduce: Reduce | None = None) -> Decoded:
     libjpeg then leaves out the high frequencies of each block of 8 x 8 pixels instead of computing pixels that a resize
     would average away. reduce: called for JPEG only, with the size in the file; None decodes in full.
     """
+    return _decode(path, printable(path), reduce)
+
+
+def decode_content(content: bytes, name: str, reduce: Reduce | None = None) -> Decoded:
+    """Decode what an image file holds as `decode_reduced` does; `name` stands for the file in BadImage."""
+    return _decode(io.BytesIO(content), name, reduce)
+
+
+def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None) -> Decoded:
     try:
         with warnings.catch_warnings():
             # Pillow's other warnings (broken EXIF, odd TIFF tags) name nothing that a user could act on.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 width, height = image.size
                 if reduce is not None and isinstance(image, JpegImageFile):
                     factor = reduce(height, width)
@@ -111,7 +121,7 @@ def decode_reduced(path: str, reduce: Reduce | None = None) -> Decoded:
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every exception there is on corrupt files.
-        raise BadImage(printable(path), _reason(path, error)) from error
+        raise BadImage(name, _reason(file, error)) from error
     return Decoded(torch.from_numpy(rgb_HWC).permute(2, 0, 1), height, width)
 
 
@@ -170,10 +180,11 @@ def _to_8_bits(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
     return scaled
 
 
-def _reason(path: str, error: Exception) -> str:
+def _reason(file: str | io.BytesIO, error: Exception) -> str:
     """A few words for the table of skipped images."""
     if isinstance(error, UnidentifiedImageError):
-        return "empty file" if os.path.getsize(path) == 0 else "not an image"
+        size = os.path.getsize(file) if isinstance(file, str) else len(file.getvalue())
+        return "empty file" if size == 0 else "not an image"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels"
     if isinstance(error, OSError) and error.strerror:

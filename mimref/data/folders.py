@@ -1,0 +1,227 @@
+"""Folders of images: which files, in which order, of which class.
+
+Large folders are listed once. What was found is kept in the cache folder, with the modification time of every folder in
+it: those change when an entry comes, goes or gets another name, so that a later start looks at folders only.
+"""
+
+import hashlib
+import os
+import time
+import zipfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mimref.data.decode import printable
+from mimref.data.images import FileSource, Split
+from mimref.data.paths import PathList
+from mimref.data.splits import Indices
+from mimref.errors import DataError, OutputError
+from mimref.files import atomic_write, cache_folder
+
+IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"])
+
+CACHED_FROM = 10_000
+"""Images from which on a listing is kept: fewer are listed again in no time."""
+SETTLED_NS = 2_000_000_000
+"""A folder that was changed less than this before it was listed may change again within one tick of its file system's
+clock (2 s on the coarsest), which its modification time would not show."""
+
+
+def open_folder(spec: str, split: Split) -> FileSource:
+    """A folder of images, with or without splits and classes (see `mimref.data.sources`)."""
+    root = os.path.expanduser(spec)
+    shown = printable(spec)
+    held = next((name for name in ("val", "test") if os.path.isdir(os.path.join(root, name))), None)
+    train = "train" if os.path.isdir(os.path.join(root, "train")) else None
+    if held is None and train is None:
+        listing = list_folder(root)
+        classes = listing.class_folders() if split == "train" else None
+        return _as_source(shown, root, listing, classes if classes is not None and len(classes) > 1 else None)
+    part = train if split == "train" else held
+    if part is None:
+        there, missing = (f"{held}/", "train/") if split == "train" else ("train/", "val/ or test/")
+        raise DataError(f"--data {shown}: has {there} but no {missing}; make it, or name the folder of images itself")
+    folder = os.path.join(root, part)
+    listing = list_folder(folder)
+    classes = listing.class_folders()
+    reference = classes if train is None or split == "train" else list_folder(os.path.join(root, train)).class_folders()
+    if reference is None or len(reference) < 2:
+        # The training images know no classes; those of the validation images, if any, are their own.
+        reference = classes if classes is not None and len(classes) > 1 else None
+    elif classes is not None and (unknown := sorted(set(classes) - set(reference))):
+        raise DataError(
+            f"--data {shown}: class {printable(unknown[0])!r} of {part}/ is not in train/; "
+            "both need the same class folders"
+        )
+    return _as_source(shown, folder, listing, reference if classes is not None else None)
+
+
+def _as_source(name: str, folder: str, listing: "Listing", classes: list[str] | None) -> FileSource:
+    """All images below a folder; with classes, the first part of a path is the class."""
+    if not len(listing.files):
+        raise DataError(f"--data {name}: no images in {printable(folder)} (*{', *'.join(sorted(IMAGE_SUFFIXES))})")
+    if classes is None:
+        return FileSource(name, folder, listing.files, None, None)
+    number = {name: index for index, name in enumerate(classes)}
+    of_folder = [number.get(below.split(os.sep, 1)[0], -1) for below in listing.folders]
+    labels = np.repeat(np.array(of_folder, dtype=np.int64), listing.counts)
+    return FileSource(name, folder, listing.files, labels, classes)
+
+
+@dataclass(eq=False)
+class Listing:
+    """The images below a folder: sorted, and those of a folder before those of its subfolders."""
+
+    files: PathList
+    """Relative paths, those of one folder together, in the order of `folders`."""
+    folders: PathList
+    """Relative paths of all folders that were entered; the first is the folder itself, as an empty path."""
+    counts: Indices
+    """(folders,) images right in each."""
+    modified_ns: Indices
+    """(folders,) modification times before they were listed; -1 for those that might change unnoticed."""
+
+    def class_folders(self) -> list[str] | None:
+        """Sorted names of the subfolders that hold images; None when images lie beside them."""
+        if self.counts[0]:
+            return None
+        return sorted({self.folders[int(row)].split(os.sep, 1)[0] for row in np.flatnonzero(self.counts)})
+
+    def is_current(self, root: str) -> bool:
+        """Whether no folder has changed since."""
+        for below, modified_ns in zip(self.folders, self.modified_ns.tolist(), strict=True):
+            try:
+                if os.stat(os.path.join(root, below)).st_mtime_ns != modified_ns:
+                    return False
+            except OSError:
+                return False
+        return True
+
+
+def list_folder(root: str) -> Listing:
+    """The images below a folder, from the cache if they are there and no folder has changed since.
+
+    Links to folders are followed, but no folder is entered twice: loops end. Raises DataError when one cannot be
+    listed.
+    """
+    kept = _cache_file(root)
+    listing = _load(kept, root)
+    if listing is not None and listing.is_current(root):
+        return listing
+    listing = _look(root)
+    if len(listing.files) >= CACHED_FROM:
+        _save(kept, root, listing)
+    return listing
+
+
+def _look(root: str) -> Listing:
+    """List a folder and all below it."""
+    seen: set[tuple[int, int]] = set()
+    # A list of bytes per folder, not of all files: the strings of one folder are gone before the next.
+    content, folders = bytearray(), []
+    lengths: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
+    counts, times = [], []
+    pending = [""]
+    while pending:
+        relative = pending.pop()
+        here = os.path.join(root, relative)
+        listed_ns = time.time_ns()
+        status = _status(here)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        images, below = _entries(here)
+        encoded = [os.fsencode(os.path.join(relative, name)) for name in images]
+        content += b"".join(encoded)
+        lengths.append(np.array([len(path) for path in encoded], dtype=np.int64))
+        folders.append(relative)
+        counts.append(len(images))
+        times.append(status.st_mtime_ns if status.st_mtime_ns < listed_ns - SETTLED_NS else -1)
+        pending.extend(os.path.join(relative, name) for name in reversed(below))
+    ends = np.concatenate([np.zeros(1, dtype=np.int64), *lengths]).cumsum()
+    return Listing(
+        PathList(np.frombuffer(content, dtype=np.uint8), ends),
+        PathList.pack(folders),
+        np.array(counts, dtype=np.int64),
+        np.array(times, dtype=np.int64),
+    )
+
+
+def _status(folder: str) -> os.stat_result:
+    try:
+        return os.stat(folder)
+    except OSError as error:
+        raise DataError(f"folder {printable(folder)} cannot be listed: {error.strerror}") from error
+
+
+def _entries(folder: str) -> tuple[list[str], list[str]]:
+    """Names of a folder's images and of its subfolders, each sorted, without hidden ones."""
+    images, below = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    below.append(entry.name)
+                elif _is_image(entry):
+                    images.append(entry.name)
+    except OSError as error:
+        raise DataError(f"folder {printable(folder)} cannot be listed: {error.strerror}") from error
+    return sorted(images), sorted(below)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """By name. Broken links count, to be reported when read; pipes and devices do not, since opening them may hang."""
+    if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
+        return False
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:  # a link to itself
+        return True
+
+
+# --- the listing in the cache
+
+
+def _cache_file(root: str) -> Path:
+    name = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:24]
+    return cache_folder() / "listings" / f"{name}.npz"
+
+
+def _save(path: Path, root: str, listing: Listing) -> None:
+    """Keep a listing; where the cache cannot be written, the next start lists again."""
+    with suppress(OutputError), atomic_write(path) as file:
+        np.savez(
+            file,
+            root=np.frombuffer(os.fsencode(os.path.abspath(root)), dtype=np.uint8),
+            content=listing.files.content,
+            ends=listing.files.ends,
+            folders=listing.folders.content,
+            folder_ends=listing.folders.ends,
+            counts=listing.counts,
+            modified_ns=listing.modified_ns,
+        )
+
+
+def _load(path: Path, root: str) -> Listing | None:
+    """A listing that was kept; None if there is none or it is damaged, which its checksums tell."""
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            if kept["root"].tobytes() != os.fsencode(os.path.abspath(root)):
+                return None
+            files = PathList(kept["content"], kept["ends"])
+            folders = PathList(kept["folders"], kept["folder_ends"])
+            return Listing(files, folders, kept["counts"], kept["modified_ns"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

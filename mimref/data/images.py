@@ -1,0 +1,153 @@
+"""What a list of images is to the rest of the package, in memory or as files that are decoded when read."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mimref.data.decode import Decoded, Reduce, decode_image, decode_reduced, printable
+from mimref.data.paths import PathList
+from mimref.data.splits import Indices
+
+Split = Literal["train", "val"]
+
+
+class ImageSource(Protocol):
+    """A fixed list of N images, some of which may turn out to be unreadable."""
+
+    @property
+    def name(self) -> str:
+        """The data set as the user named it."""
+
+    @property
+    def labels(self) -> Indices | None:
+        """Class of every image, (N,) int64, or None."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of classes 0, 1, ..., or None without labels."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading costs no decoding, so that loader processes would not pay."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over what identifies the images and their labels."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
+
+    def path(self, index: int) -> str:
+        """A name of the image for messages and tables."""
+
+
+@dataclass(eq=False)
+class ArraySource:
+    """Images in memory: uint8 (N, H, W) gray or (N, 3, H, W)."""
+
+    name: str
+    images: NDArray[np.uint8]
+    labels: Indices | None
+    class_names: list[str] | None
+    split: str
+    positions: Indices
+    """(N,) index of every image in the data set's own order, for its name."""
+    in_memory: bool = True
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W), a copy; gray is repeated for the three channels."""
+        image = torch.from_numpy(self.images[index])
+        if image.ndim == 2:
+            return image.expand(3, -1, -1).clone(memory_format=torch.contiguous_format)
+        return image.clone(memory_format=torch.contiguous_format)
+
+    def path(self, index: int) -> str:
+        """`NAME/SPLIT/POSITION`."""
+        return f"{self.name}/{self.split}/{self.positions[index]}"
+
+    def keep(self, rows: Indices) -> None:
+        """Forget all but these images."""
+        self.images, self.positions = self.images[rows], self.positions[rows]
+        self.labels = None if self.labels is None else self.labels[rows]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over pixels and labels."""
+        digest = hashlib.sha256(repr(self.images.shape).encode())
+        digest.update(np.ascontiguousarray(self.images).data)
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+
+@runtime_checkable
+class EncodedSource(Protocol):
+    """Images that are kept encoded, as JPEG, PNG and so on, and decoded when read."""
+
+    def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
+        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
+
+
+@dataclass(eq=False)
+class FileSource:
+    """Image files below one folder, decoded when read."""
+
+    name: str
+    folder: str
+    files: Sequence[str]
+    """Paths relative to `folder`; kept as a PathList."""
+    labels: Indices | None
+    class_names: list[str] | None
+    in_memory: bool = False
+
+    def __post_init__(self) -> None:
+        self.files = PathList.pack(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def keep(self, rows: Indices) -> None:
+        """Forget all but these images."""
+        self.files = PathList.pack(self.files).take(rows)
+        self.labels = None if self.labels is None else self.labels[rows]
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
+        return decode_image(os.path.join(self.folder, self.files[index]))
+
+    def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
+        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
+        return decode_reduced(os.path.join(self.folder, self.files[index]), reduce)
+
+    def path(self, index: int) -> str:
+        """The file's path, as far as the user gave it, with odd characters escaped."""
+        return printable(os.path.join(self.folder, self.files[index]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over relative paths, sizes, modification times and labels. Costs one look-up per file, at first use."""
+        digest = hashlib.sha256()
+        folder = os.fsencode(self.folder)
+        for file in PathList.pack(self.files).encoded():
+            try:
+                status = os.stat(os.path.join(folder, file))
+                size, modified_ns = status.st_size, status.st_mtime_ns
+            except (OSError, ValueError):
+                size, modified_ns = -1, -1  # a broken link: bad when read, and part of the list all the same
+            digest.update(b"%s\0%d\0%d\n" % (file, size, modified_ns))
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""Lists of many file paths in little memory."""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimref.data.splits import Indices
+
+
+class PathList(Sequence[str]):
+    """Paths as one block of bytes: 8 bytes and the path's length each, where a list of strings takes 60 and more.
+
+    Loader processes share the block: looking a path up writes nothing. Reading a list's strings would write their
+    reference counts, and with them copy page after page of the main process's memory into each worker.
+    """
+
+    def __init__(self, content: NDArray[np.uint8], ends: Indices) -> None:
+        self.content = content
+        """All paths without separators, in the file system's encoding."""
+        self.ends = ends
+        """(N + 1,) where each path starts, and the last one ends."""
+
+    @classmethod
+    def pack(cls, paths: Iterable[str]) -> "PathList":
+        """The same paths; a PathList as it is."""
+        if isinstance(paths, PathList):
+            return paths
+        encoded = [os.fsencode(path) for path in paths]
+        ends = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(path) for path in encoded], out=ends[1:])
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    def take(self, rows: Indices) -> "PathList":
+        """Some of the paths, in the order of `rows`."""
+        return PathList.pack(self[int(row)] for row in rows)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row = index % len(self)
+        return os.fsdecode(self.content[self.ends[row] : self.ends[row + 1]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return map(os.fsdecode, self.encoded())
+
+    def encoded(self) -> Iterator[bytes]:
+        """The paths in the file system's encoding."""
+        content = self.content.data
+        return (bytes(content[start:end]) for start, end in itertools.pairwise(self.ends.tolist()))
