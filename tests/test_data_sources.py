@@ -472,7 +472,7 @@ def test_no_spec() -> None:
         ("/no/such/folder", r"/no/such/folder: no such folder or data set \(accepted: a folder, digits, fashion-mnist"),
         ("wds:shards.tar", "no such folder or data set.*accepted"),
         ("hf:folder", "accepted"),
-        ("list:a.csv", "accepted"),
+        ("list:a.csv", "cannot be read"),
         ("", "no such folder"),
         ("torchvision:cifar11", "cifar11: unknown data set; did you mean 'cifar10'.*known: CIFAR10, CIFAR100"),
         ("torchvision:MNIST", r"needs the folder of its files: --set data\.root=FOLDER"),

@@ -4,6 +4,7 @@
 - Any other folder: all images in it, at any depth, for training and validation alike, without labels. Where the images
   lie in two or more subfolders and none beside them, the training images take the subfolders as classes; the validation
   images are the same ones and stay unlabelled, so that nothing is ever scored on what it was fitted to.
+- `list:FILE.csv` or `list:FILE.parquet`, a table of paths (see `mimref.data.tables`).
 - `digits`, `fashion-mnist`, `torchvision:NAME`. A folder of such a name is reached as `./digits`.
 
 Hidden files are ignored, and so are files whose name does not end like an image's.
@@ -31,7 +32,9 @@ __all__ = [
     "open_source",
 ]
 
-ACCEPTED = "a folder, digits, fashion-mnist or torchvision:NAME"
+ACCEPTED = "a folder, digits, fashion-mnist, torchvision:NAME or list:FILE"
+PATH_PREFIXES = ("list:",)
+"""What may stand before a path in a spec."""
 
 
 def open_source(data: DataConfig, split: Split, *, need_labels: bool = False) -> ImageSource:
@@ -46,12 +49,17 @@ def open_source(data: DataConfig, split: Split, *, need_labels: bool = False) ->
     source = _open(spec, data, split)
     if need_labels and source.labels is None:
         raise DataError(
-            f"--data {printable(spec)}: the {split} images have no labels, which this needs; "
-            "make train/ and val/ in it, each with one folder per class (two or more)"
+            f"--data {printable(spec)}: the {split} images have no labels, which this needs; {_how_to_label(spec)}"
         )
     if split == "train" and data.train_limit is not None:
         source.keep(first_images(len(source), source.labels, limit=data.train_limit))
     return source
+
+
+def _how_to_label(spec: str) -> str:
+    if spec.startswith("list:"):
+        return "give the list the columns label and split (train, val)"
+    return "make train/ and val/ in it, each with one folder per class (two or more)"
 
 
 def _open(spec: str, data: DataConfig, split: Split) -> ArraySource | FileSource:
@@ -61,6 +69,11 @@ def _open(spec: str, data: DataConfig, split: Split) -> ArraySource | FileSource
         return open_fashion_mnist(data, split)
     if spec.startswith("torchvision:"):
         return open_torchvision(data, split)
+    if spec.startswith("list:"):
+        # pyarrow takes a moment to import.
+        from mimref.data.tables import open_table
+
+        return open_table(spec, split)
     root = os.path.expanduser(spec)
     if not os.path.isdir(root):
         near = did_you_mean(spec, ("digits", "fashion-mnist", "torchvision:"))

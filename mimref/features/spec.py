@@ -7,12 +7,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from mimref.config import DataConfig
+from mimref.data.sources import ACCEPTED, PATH_PREFIXES
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.backbones import BackboneArchitecture, recorded_normalization
 from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError, ConfigError
 
 _RECORDED = ("spec", "root", "train_limit")
+_NAMES = ("digits", "fashion-mnist")
 
 
 def recorded_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
@@ -33,18 +35,23 @@ def recorded_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
             f"the checkpoint's record of its data, {recorded!r}, makes no sense; pass --data"
         ) from error
     if known.spec is None:
-        raise ConfigError("no images: pass --data (a folder, digits, fashion-mnist or torchvision:NAME)")
+        raise ConfigError(f"no images: pass --data ({ACCEPTED})")
     return data.model_copy(update={key: getattr(known, key) for key in _RECORDED if getattr(data, key) is None})
 
 
 def data_record(data: DataConfig) -> dict[str, Any]:
     """What a header keeps of the data, for `recorded_data`; folders as absolute paths, to be found from anywhere."""
     recorded = {key: getattr(data, key) for key in _RECORDED}
-    named = data.spec in (None, "digits", "fashion-mnist") or str(data.spec).startswith("torchvision:")
-    for key in ("root",) if named else ("root", "spec"):
-        if recorded[key] is not None:
-            recorded[key] = os.path.abspath(os.path.expanduser(recorded[key]))
+    if data.root is not None:
+        recorded["root"] = _absolute(data.root)
+    if data.spec is not None and data.spec not in _NAMES and not data.spec.startswith("torchvision:"):
+        prefix = next((each for each in PATH_PREFIXES if data.spec.startswith(each)), "")
+        recorded["spec"] = prefix + _absolute(data.spec.removeprefix(prefix))
     return recorded
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def eval_transform(

@@ -1,0 +1,54 @@
+"""From labels as people write them to classes 0, 1, ..."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mimref.data.decode import printable
+from mimref.data.splits import Indices
+from mimref.errors import DataError
+
+
+@dataclass(frozen=True)
+class Written:
+    """Labels as they were found, each distinct one kept once."""
+
+    names: list[str]
+    codes: Indices
+    """(N,) index into `names` of every image."""
+
+    @classmethod
+    def of(cls, labels: Iterable[str]) -> "Written":
+        """Take over one label per image."""
+        known: dict[str, int] = {}
+        codes = np.fromiter((known.setdefault(label, len(known)) for label in labels), dtype=np.int64)
+        return cls(list(known), codes)
+
+    def take(self, rows: Indices) -> "Written":
+        """The labels of some images."""
+        codes = self.codes[rows]
+        used, renumbered = np.unique(codes, return_inverse=True)
+        return Written([self.names[code] for code in used], renumbered.astype(np.int64))
+
+    def classes(self) -> list[str]:
+        """The distinct labels in the order of their classes: by value if all are whole numbers, else by text.
+
+        So 2 comes before 10. 007 is a name: numbers are not written so.
+        """
+        return sorted(self.names, key=int) if all(_is_whole(name) for name in self.names) else sorted(self.names)
+
+    def numbered(self, classes: Sequence[str], where: str) -> Indices:
+        """(N,) index into `classes` of every image. Raises DataError, beginning with `where`, for any other label."""
+        if unknown := sorted(set(self.names) - set(classes)):
+            raise DataError(
+                f"{where}: class {printable(unknown[0])!r} of the validation images is not in the training images; "
+                "both need the same classes"
+            )
+        number = {name: index for index, name in enumerate(classes)}
+        return np.array([number[name] for name in self.names], dtype=np.int64)[self.codes]
+
+
+def _is_whole(text: str) -> bool:
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and str(int(text)) == text
