@@ -28,6 +28,10 @@ class DivergenceError(UserError):
     """Training produced a loss that is not finite."""
 
 
+class LostRankError(UserError):
+    """Another process of a distributed run that no longer answers."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest known word, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -103,11 +103,11 @@ def refine(
 
     from mimref.refinement.run import refine as run_refine
     from mimref.terminal import Terminal
-    from mimref.training.distributed import process_group, restarted
+    from mimref.training.distributed import lost_ranks_told, process_group, restarted
 
     # torchrun starts all processes again when one has died, with the same command.
     again = restarted() and (out / "state").is_dir()
-    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
+    with process_group(config.device) as rank, lost_ranks_told(), Terminal(quiet or rank > 0) as terminal:
         result = run_refine(config, out, resume=resume or again, force=force and not again, listener=terminal)
     if rank == 0:
         _print_trained(out, result.rows, quiet)

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from mimref.errors import ConfigError
+from mimref.errors import ConfigError, LostRankError
 
+# How gloo and NCCL say that they wait in vain.
+_SIGNS_OF_A_LOST_RANK = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 # A rank that waits longer for another takes it for dead. The slowest honest wait is for rank 0 to save or to evaluate.
 TIMEOUT = timedelta(minutes=10)
 
@@ -38,11 +41,38 @@ def process_group(device: str) -> Iterator[int]:
             raise ConfigError(f"process {local + 1} on this machine has no GPU of its own: there are {count}")
         torch.cuda.set_device(local)
     # gloo carries what the hosts tell each other, so that it costs no wait for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+    # Processes that torchrun has started again must not find the addresses of those before them.
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # documented, but not exported for mypy
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         yield dist.get_rank()
     finally:
         leave_process_group()
+
+
+@contextmanager
+def lost_ranks_told() -> Iterator[None]:
+    """Turn what collectives raise when another process is gone into a LostRankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if world_size() == 1 or not any(sign in text for sign in _SIGNS_OF_A_LOST_RANK):
+            raise
+        waited = "Timed out" in text or "timeout" in text.lower()
+        what = f"has not answered for {_minutes(TIMEOUT)}" if waited else "has died"
+        raise LostRankError(
+            f"another process of this run {what}; its own message tells why. The last saved state is kept: --resume "
+            "continues, and torchrun --max-restarts does so by itself"
+        ) from error
+
+
+def _minutes(time: timedelta) -> str:
+    seconds = time.total_seconds()
+    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
 
 
 def restarted() -> bool:
