@@ -187,9 +187,9 @@ def test_damaged_listings_are_made_again(images: Path, scans: Scans, damage: str
     content = bytearray(file.read_bytes())
     if damage == "other root":
         with np.load(file) as kept:
-            np.savez(file, **{**kept, "root": np.frombuffer(b"/other", dtype=np.uint8)})
+            np.savez(file, **{**kept, "of": np.frombuffer(b"/other", dtype=np.uint8)})
     elif damage == "other arrays":
-        np.savez(file, root=np.frombuffer(os.fsencode(images), dtype=np.uint8))
+        np.savez(file, of=np.frombuffer(os.fsencode(images), dtype=np.uint8))
     else:
         at = bytes(content).index(b"deep")
         flipped = content[:at] + b"peed" + content[at + 4 :]

@@ -470,7 +470,7 @@ def test_no_spec() -> None:
         ("digts", "did you mean 'digits'"),
         ("fashion_mnist", "did you mean 'fashion-mnist'"),
         ("/no/such/folder", r"/no/such/folder: no such folder or data set \(accepted: a folder, digits, fashion-mnist"),
-        ("wds:shards.tar", "no such folder or data set.*accepted"),
+        ("wds:shards.tar", "no such shard: shards.tar"),
         ("hf:folder", "accepted"),
         ("list:a.csv", "cannot be read"),
         ("", "no such folder"),

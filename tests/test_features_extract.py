@@ -216,8 +216,9 @@ def test_records_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     named = data_record(DataConfig(spec="torchvision:CIFAR10", root="files"))
     assert (named["spec"], named["root"]) == ("torchvision:CIFAR10", str(tmp_path / "files"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    for prefix in ("list:", "list:~/", f"list:{tmp_path}/"):
-        assert data_record(DataConfig(spec=f"{prefix}below/images"))["spec"] == f"list:{tmp_path}/below/images"
+    for kind in ("list:", "wds:"):
+        for path in ("below/{split}-*", "~/below/{split}-*", f"{tmp_path}/below/{{split}}-*"):
+            assert data_record(DataConfig(spec=kind + path))["spec"] == f"{kind}{tmp_path}/below/{{split}}-*"
     for config in (DataConfig(spec="digits"), DataConfig(spec=str(tmp_path / "imgs"), train_limit=5)):
         assert recorded_data(DataConfig(), {"data": data_record(config)}) == config
 

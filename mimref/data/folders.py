@@ -4,30 +4,23 @@ Large folders are listed once. What was found is kept in the cache folder, with 
 it: those change when an entry comes, goes or gets another name, so that a later start looks at folders only.
 """
 
-import hashlib
 import os
 import time
-import zipfile
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from mimref.data.decode import printable
 from mimref.data.images import FileSource, Split
+from mimref.data.kept import Arrays, keep, recall, settled
 from mimref.data.paths import PathList
 from mimref.data.splits import Indices
-from mimref.errors import DataError, OutputError
-from mimref.files import atomic_write, cache_folder
+from mimref.errors import DataError
 
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"])
 
 CACHED_FROM = 10_000
 """Images from which on a listing is kept: fewer are listed again in no time."""
-SETTLED_NS = 2_000_000_000
-"""A folder that was changed less than this before it was listed may change again within one tick of its file system's
-clock (2 s on the coarsest), which its modification time would not show."""
 
 
 def open_folder(spec: str, split: Split) -> FileSource:
@@ -107,13 +100,12 @@ def list_folder(root: str) -> Listing:
     Links to folders are followed, but no folder is entered twice: loops end. Raises DataError when one cannot be
     listed.
     """
-    kept = _cache_file(root)
-    listing = _load(kept, root)
+    listing = _load(root)
     if listing is not None and listing.is_current(root):
         return listing
     listing = _look(root)
     if len(listing.files) >= CACHED_FROM:
-        _save(kept, root, listing)
+        _save(root, listing)
     return listing
 
 
@@ -139,7 +131,7 @@ def _look(root: str) -> Listing:
         lengths.append(np.array([len(path) for path in encoded], dtype=np.int64))
         folders.append(relative)
         counts.append(len(images))
-        times.append(status.st_mtime_ns if status.st_mtime_ns < listed_ns - SETTLED_NS else -1)
+        times.append(settled(status.st_mtime_ns, listed_ns))
         pending.extend(os.path.join(relative, name) for name in reversed(below))
     ends = np.concatenate([np.zeros(1, dtype=np.int64), *lengths]).cumsum()
     return Listing(
@@ -194,34 +186,21 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 # --- the listing in the cache
 
 
-def _cache_file(root: str) -> Path:
-    name = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:24]
-    return cache_folder() / "listings" / f"{name}.npz"
+def _save(root: str, listing: Listing) -> None:
+    arrays: Arrays = {
+        "content": listing.files.content,
+        "ends": listing.files.ends,
+        "folders": listing.folders.content,
+        "folder_ends": listing.folders.ends,
+        "counts": listing.counts,
+        "modified_ns": listing.modified_ns,
+    }
+    keep("folder", os.fsencode(os.path.abspath(root)), arrays)
 
 
-def _save(path: Path, root: str, listing: Listing) -> None:
-    """Keep a listing; where the cache cannot be written, the next start lists again."""
-    with suppress(OutputError), atomic_write(path) as file:
-        np.savez(
-            file,
-            root=np.frombuffer(os.fsencode(os.path.abspath(root)), dtype=np.uint8),
-            content=listing.files.content,
-            ends=listing.files.ends,
-            folders=listing.folders.content,
-            folder_ends=listing.folders.ends,
-            counts=listing.counts,
-            modified_ns=listing.modified_ns,
-        )
-
-
-def _load(path: Path, root: str) -> Listing | None:
-    """A listing that was kept; None if there is none or it is damaged, which its checksums tell."""
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            if kept["root"].tobytes() != os.fsencode(os.path.abspath(root)):
-                return None
-            files = PathList(kept["content"], kept["ends"])
-            folders = PathList(kept["folders"], kept["folder_ends"])
-            return Listing(files, folders, kept["counts"], kept["modified_ns"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+def _load(root: str) -> Listing | None:
+    kept = recall("folder", os.fsencode(os.path.abspath(root)))
+    if kept is None or not kept.keys() >= {"content", "ends", "folders", "folder_ends", "counts", "modified_ns"}:
         return None
+    files, folders = PathList(kept["content"], kept["ends"]), PathList(kept["folders"], kept["folder_ends"])
+    return Listing(files, folders, kept["counts"], kept["modified_ns"])

@@ -4,6 +4,7 @@
 - Any other folder: all images in it, at any depth, for training and validation alike, without labels. Where the images
   lie in two or more subfolders and none beside them, the training images take the subfolders as classes; the validation
   images are the same ones and stay unlabelled, so that nothing is ever scored on what it was fitted to.
+- `wds:SHARDS`, webdataset tar files (see `mimref.data.shards`).
 - `list:FILE.csv` or `list:FILE.parquet`, a table of paths (see `mimref.data.tables`).
 - `digits`, `fashion-mnist`, `torchvision:NAME`. A folder of such a name is reached as `./digits`.
 
@@ -17,6 +18,7 @@ from mimref.data.decode import BadImage, BadImages, decode_image, printable
 from mimref.data.folders import open_folder
 from mimref.data.images import ArraySource, EncodedSource, FileSource, ImageSource, Split
 from mimref.data.named import open_digits, open_fashion_mnist, open_torchvision
+from mimref.data.shards import ShardSource, open_shards
 from mimref.data.splits import first_images
 from mimref.errors import ConfigError, DataError, did_you_mean
 
@@ -32,8 +34,8 @@ __all__ = [
     "open_source",
 ]
 
-ACCEPTED = "a folder, digits, fashion-mnist, torchvision:NAME or list:FILE"
-PATH_PREFIXES = ("list:",)
+ACCEPTED = "a folder, digits, fashion-mnist, torchvision:NAME, list:FILE or wds:SHARDS"
+PATH_PREFIXES = ("list:", "wds:")
 """What may stand before a path in a spec."""
 
 
@@ -59,10 +61,12 @@ def open_source(data: DataConfig, split: Split, *, need_labels: bool = False) ->
 def _how_to_label(spec: str) -> str:
     if spec.startswith("list:"):
         return "give the list the columns label and split (train, val)"
+    if spec.startswith("wds:"):
+        return "give every image a .cls, and keep shards of train and val apart (folders, or {split} in the pattern)"
     return "make train/ and val/ in it, each with one folder per class (two or more)"
 
 
-def _open(spec: str, data: DataConfig, split: Split) -> ArraySource | FileSource:
+def _open(spec: str, data: DataConfig, split: Split) -> ArraySource | FileSource | ShardSource:
     if spec == "digits":
         return open_digits(split)
     if spec == "fashion-mnist":
@@ -74,6 +78,8 @@ def _open(spec: str, data: DataConfig, split: Split) -> ArraySource | FileSource
         from mimref.data.tables import open_table
 
         return open_table(spec, split)
+    if spec.startswith("wds:"):
+        return open_shards(spec, split)
     root = os.path.expanduser(spec)
     if not os.path.isdir(root):
         near = did_you_mean(spec, ("digits", "fashion-mnist", "torchvision:"))
