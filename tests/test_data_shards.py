@@ -323,8 +323,11 @@ def test_shards_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_samples_that_cannot_be_read_are_told_apart(tmp_path: Path) -> None:
-    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
     members = [("a.png", png(1)), ("b.png", b""), ("c.png", b"text"), ("d.jpg", png()[:40]), ("e.png", bomb)]
     source = opened(write_shard(tmp_path / "a.tar", members))
     for index, reason in ((1, "empty file"), (2, "not an image"), (3, "."), (4, "more than .* pixels")):
