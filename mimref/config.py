@@ -92,8 +92,8 @@ class DataConfig(Section):
     """Which images."""
 
     spec: str | None = None
-    """A folder, `digits`, `fashion-mnist`, `torchvision:NAME`, `list:FILE` (a .csv or .parquet table of paths) or
-    `wds:SHARDS` (webdataset tar files)."""
+    """A folder, `digits`, `fashion-mnist`, `torchvision:NAME`, `list:FILE` (a .csv or .parquet table of paths),
+    `hf:FOLDER` (a Hugging Face data set on disk) or `wds:SHARDS` (webdataset tar files)."""
     root: str | None = None
     """Folder of the data set's files, for specs that name a data set."""
     download: bool = False

@@ -216,7 +216,7 @@ def test_records_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     named = data_record(DataConfig(spec="torchvision:CIFAR10", root="files"))
     assert (named["spec"], named["root"]) == ("torchvision:CIFAR10", str(tmp_path / "files"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    for kind in ("list:", "wds:"):
+    for kind in ("list:", "hf:", "wds:"):
         for path in ("below/{split}-*", "~/below/{split}-*", f"{tmp_path}/below/{{split}}-*"):
             assert data_record(DataConfig(spec=kind + path))["spec"] == f"{kind}{tmp_path}/below/{{split}}-*"
     for config in (DataConfig(spec="digits"), DataConfig(spec=str(tmp_path / "imgs"), train_limit=5)):

@@ -4,6 +4,7 @@
 - Any other folder: all images in it, at any depth, for training and validation alike, without labels. Where the images
   lie in two or more subfolders and none beside them, the training images take the subfolders as classes; the validation
   images are the same ones and stay unlabelled, so that nothing is ever scored on what it was fitted to.
+- `hf:FOLDER`, a Hugging Face data set on disk (see `mimref.data.huggingface`).
 - `wds:SHARDS`, webdataset tar files (see `mimref.data.shards`).
 - `list:FILE.csv` or `list:FILE.parquet`, a table of paths (see `mimref.data.tables`).
 - `digits`, `fashion-mnist`, `torchvision:NAME`. A folder of such a name is reached as `./digits`.
@@ -12,6 +13,7 @@ Hidden files are ignored, and so are files whose name does not end like an image
 """
 
 import os
+from typing import TYPE_CHECKING
 
 from mimref.config import DataConfig
 from mimref.data.decode import BadImage, BadImages, decode_image, printable
@@ -21,6 +23,9 @@ from mimref.data.named import open_digits, open_fashion_mnist, open_torchvision
 from mimref.data.shards import ShardSource, open_shards
 from mimref.data.splits import first_images
 from mimref.errors import ConfigError, DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from mimref.data.huggingface import TableSource
 
 __all__ = [
     "ArraySource",
@@ -34,8 +39,8 @@ __all__ = [
     "open_source",
 ]
 
-ACCEPTED = "a folder, digits, fashion-mnist, torchvision:NAME, list:FILE or wds:SHARDS"
-PATH_PREFIXES = ("list:", "wds:")
+ACCEPTED = "a folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER or wds:SHARDS"
+PATH_PREFIXES = ("list:", "hf:", "wds:")
 """What may stand before a path in a spec."""
 
 
@@ -61,12 +66,14 @@ def open_source(data: DataConfig, split: Split, *, need_labels: bool = False) ->
 def _how_to_label(spec: str) -> str:
     if spec.startswith("list:"):
         return "give the list the columns label and split (train, val)"
+    if spec.startswith("hf:"):
+        return "give its files a column label, and save train and validation as splits"
     if spec.startswith("wds:"):
         return "give every image a .cls, and keep shards of train and val apart (folders, or {split} in the pattern)"
     return "make train/ and val/ in it, each with one folder per class (two or more)"
 
 
-def _open(spec: str, data: DataConfig, split: Split) -> ArraySource | FileSource | ShardSource:
+def _open(spec: str, data: DataConfig, split: Split) -> "ArraySource | FileSource | ShardSource | TableSource":
     if spec == "digits":
         return open_digits(split)
     if spec == "fashion-mnist":
@@ -78,6 +85,10 @@ def _open(spec: str, data: DataConfig, split: Split) -> ArraySource | FileSource
         from mimref.data.tables import open_table
 
         return open_table(spec, split)
+    if spec.startswith("hf:"):
+        from mimref.data.huggingface import open_tables
+
+        return open_tables(spec, split)
     if spec.startswith("wds:"):
         return open_shards(spec, split)
     root = os.path.expanduser(spec)
