@@ -1,5 +1,6 @@
 """`mimref refine` and `mimref pretrain`."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -171,6 +172,8 @@ def _print_finished(out: Path) -> bool:
     if not (out / "results.json").is_file():
         return False
     print_rows(read_results(out)[0])
+    # Of a run killed just before it did so itself.
+    shutil.rmtree(out / "state", ignore_errors=True)
     return True
 
 

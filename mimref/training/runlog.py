@@ -62,7 +62,8 @@ class MetricsLog:
             with self._path.open("a") as stream:
                 stream.write(json.dumps(values) + "\n")
         except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written ({error.strerror})") from error
+            reason = f"cannot be written ({error.strerror}); free some space and --resume"
+            raise OutputError(f"{self._path}: {reason}") from error
         self.lines += 1
         step = values.get("step")
         for tracker in self._trackers:

@@ -58,7 +58,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"encoder.weights": "none", "encoder.source": "ijepa"},
         "no published weights of vit_l16 from ijepa: vit_l16 exists",
     ),
-    ({"data.spec": "none"}, "no images: pass --data (a folder, digits, fashion-mnist or torchvision:NAME)"),
+    ({"data.spec": "none"}, "no images: pass --data (a folder, digits, fashion-mnist"),
     ({"device": "gpu"}, "device = \"gpu\": expected 'auto', 'cpu', 'cuda' or 'mps'"),
     ({"seed": -1}, "seed = -1: expected a number at least 0"),
     ({"workers": -1}, "workers = -1: expected a number at least 0"),
