@@ -20,7 +20,11 @@ SetOption = Annotated[
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", metavar="SPEC", help="A folder of images, digits, fashion-mnist, torchvision:NAME."),
+    typer.Option(
+        "--data",
+        metavar="SPEC",
+        help="A folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER, wds:SHARDS.",
+    ),
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda|mps", help="Default: what is there.")]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mimref.data.decode import Decoded
-from mimref.data.sources import BadImage, FileSource, ImageSource
+from mimref.data.sources import BadImage, EncodedSource, ImageSource
 from mimref.data.views import CropGroup, cut_group, reduction
 from mimref.data.workers import Reading
 from mimref.draws import permutation
@@ -66,13 +66,16 @@ class _ViewDataset(Dataset[ViewBatch]):
             kept.append(index)
         sample_B = torch.tensor(kept, dtype=torch.int64)
         if not images:
-            return ViewBatch(epoch, sample_B, [], bad)
+            # Another rank may have images, and then all go through the step together.
+            sizes_SV = [(group.size, group.count) for group in self.groups]
+            empty = [torch.empty(0, count, 3, size, size, dtype=torch.uint8) for size, count in sizes_SV]
+            return ViewBatch(epoch, sample_B, empty, bad)
         size_B2 = torch.tensor(sizes)
         crops = [cut_group(images, group, self.seed, epoch, sample_B, size_B2) for group in self.groups]
         return ViewBatch(epoch, sample_B, crops, bad)
 
     def _read(self, epoch: int, index: int) -> Decoded:
-        if isinstance(self.source, FileSource):
+        if isinstance(self.source, EncodedSource):
             reduce = partial(reduction, self.groups, self.seed, epoch, index) if self.reduce_jpeg else None
             return self.source.read_reduced(index, reduce)
         image = self.source.read(index)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mimref.config import PretrainConfig
 from mimref.data.loader import ViewBatch, check_batch_size, device_batches, loader_workers, view_batches
 from mimref.data.photometric import Photometric
-from mimref.data.sources import open_source
+from mimref.data.sources import ACCEPTED, open_source
 from mimref.data.views import CropGroup
 from mimref.devices import autocast, resolve_device, resolve_precision
 from mimref.draws import Operation, uniform
@@ -198,7 +198,7 @@ def pretrain(
 def _architecture(config: PretrainConfig) -> Architecture:
     """The encoder to be trained. Raises ConfigError for one that a masked autoencoder is not made of."""
     if config.data.spec is None:
-        raise ConfigError("no images: pass --data (a folder, digits, fashion-mnist or torchvision:NAME)")
+        raise ConfigError(f"no images: pass --data ({ACCEPTED})")
     if config.encoder.weights is not None:
         raise ConfigError(f"pretrain starts from random weights; leave out encoder.weights {config.encoder.weights!r}")
     architecture = Architecture.from_config(config.encoder)
