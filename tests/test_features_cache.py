@@ -14,11 +14,18 @@ import pytest
 from filelock import FileLock
 
 from mimref.cli import run
+from mimref.config import DataConfig
+from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError, DataError, OutputError
+from mimref.evaluation.inputs import EncoderInputs
+from mimref.evaluation_config import KnnConfig
 from mimref.features import partial
 from mimref.features.cache import Entry, FeatureCache, pass_key, pass_spec
 from mimref.features.extract import Batch, Column
 from mimref.features.shelf import clear, damaged_files, list_entries
+from mimref.training.runlog import Silent
+from tests.ranks import run_ranks
+from tests.tiny import write_labelled, write_weights
 
 CLS, MEAN, OTHER = Column(2, "cls"), Column(2, "mean"), Column(1, "cls")
 IMAGES, BATCH = 23, 4
@@ -364,3 +371,53 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path: Path) -> None:
 def _anonymous_kb() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def fetch_together(folder: Path, data: Path) -> dict[str, Any]:
+    """What a rank reads when all share a pass; images encoded by this rank."""
+    seen = 0
+    blocks = Encoder.blocks
+
+    def counting(encoder: Encoder, images: Any, *args: Any, **options: Any) -> Any:
+        nonlocal seen
+        seen += len(images)
+        return blocks(encoder, images, *args, **options)
+
+    Encoder.blocks = counting  # type: ignore[method-assign]
+    os.environ["MIMREF_CACHE"] = str(folder / "cache")
+    config = KnnConfig(
+        checkpoint=str(folder / "base.safetensors"),
+        data=DataConfig(spec=str(data)),
+        batch_size=5,
+        workers=0,
+        device="cpu",
+    )
+    inputs = EncoderInputs(config, config.checkpoint, Silent())
+    inputs.prepare([Column(4, "cls"), Column(2, "mean")])
+    again = EncoderInputs(config, config.checkpoint, Silent())
+    again.prepare([Column(3, "cls")])
+    Encoder.blocks = blocks  # type: ignore[method-assign]
+    return {
+        "seen": seen,
+        "x": {split: inputs.matrix(split, [Column(4, "cls"), Column(2, "mean")])[:] for split in ("train", "val")},
+        "more": again.matrix("train", [Column(3, "cls")])[:],
+        "indices": inputs.indices("train"),
+        "bad": inputs.bad,
+    }
+
+
+def test_ranks_share_a_pass(tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data")
+    (data / "train" / "a" / "007.png").write_bytes(b"nothing")
+    write_weights(tmp_path / "one" / "base.safetensors")
+    write_weights(tmp_path / "two" / "base.safetensors")
+    alone = fetch_together(tmp_path / "one", data)
+    ranks = run_ranks(fetch_together, 2, tmp_path / "group", tmp_path / "two", data)
+    assert alone["seen"] == 47 + 16
+    # 10 and 4 batches of 5, by turns; nothing is done twice.
+    assert [rank["seen"] for rank in ranks] == [25 + 10, 23 - 1 + 6]
+    for rank in ranks:
+        for split in ("train", "val"):
+            assert np.array_equal(rank["x"][split], alone["x"][split])
+        assert np.array_equal(rank["more"], alone["more"]) and np.array_equal(rank["indices"], alone["indices"])
+        assert rank["bad"] == alone["bad"] and len(rank["bad"]) == 1

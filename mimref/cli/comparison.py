@@ -80,9 +80,12 @@ def analyze_blocks(
 
     from mimref.evaluation.analysis import evaluate_blocks
     from mimref.terminal import Terminal, print_blocks
+    from mimref.training.distributed import process_group
 
-    with Terminal(quiet) as terminal:
+    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result = evaluate_blocks(config, listener=terminal)
+    if rank > 0:
+        return
     print_blocks(result.rows, result.heads)
     write(out, config, result, quiet)
     if out is not None:
@@ -137,9 +140,12 @@ def compare(
     from mimref.evaluation.compare import compare_encoders
     from mimref.report import markdown_table
     from mimref.terminal import Terminal, print_comparison
+    from mimref.training.distributed import process_group
 
-    with Terminal(quiet) as terminal:
+    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result = compare_encoders(config, listener=terminal)
+    if rank > 0:
+        return
     first = str(result.rows[0]["model"])
     print_comparison(result.rows, first)
     write(out, config, result, quiet)
@@ -184,7 +190,10 @@ def extract(
 
     from mimref.evaluation.extraction import extract_to_file
     from mimref.terminal import Terminal
+    from mimref.training.distributed import process_group
 
-    with Terminal(quiet) as terminal:
+    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         shape = extract_to_file(config, out, force=force, listener=terminal)
+    if rank > 0:
+        return
     tell(f"features {' x '.join(map(str, shape))} in {out}", quiet)

@@ -144,9 +144,12 @@ def lowshot(
 
     from mimref.evaluation.run import evaluate_lowshot
     from mimref.terminal import Terminal
+    from mimref.training.distributed import process_group
 
-    with Terminal(quiet) as terminal:
+    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result = evaluate_lowshot(config, listener=terminal)
+    if rank > 0:
+        return
     report(out, config, result, quiet)
 
 
@@ -200,10 +203,13 @@ def cluster(
     from mimref.evaluation.run import evaluate_cluster
     from mimref.report import scores_line
     from mimref.terminal import Terminal
+    from mimref.training.distributed import process_group
 
     figure = umap or (out / "umap.png" if out else None)
-    with Terminal(quiet) as terminal:
+    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result, embedding = evaluate_cluster(config, embed=umap is not None, listener=terminal)
+    if rank > 0:
+        return
     report(out, config, result, quiet)
     if embedding is not None and figure is not None:
         from mimref.plots import plot_embedding
@@ -263,9 +269,12 @@ def probe(
 
     from mimref.evaluation.run import evaluate_probe
     from mimref.terminal import Terminal
+    from mimref.training.distributed import process_group
 
-    with Terminal(quiet) as terminal:
+    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result = evaluate_probe(config, state=state, listener=terminal)
+    if rank > 0:
+        return
     report(out, config, result, quiet)
     if state is not None:
         state.unlink(missing_ok=True)

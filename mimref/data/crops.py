@@ -29,9 +29,9 @@ class CropBatch(NamedTuple):
 class _CroppedImages(Dataset[CropBatch]):
     """Batches are the items, so that nothing is left to collate."""
 
-    def __init__(self, source: ImageSource, transform: EvalTransform, batch_size: int, start: int) -> None:
-        self.source, self.transform = source, transform
-        self.starts = range(start, len(source), batch_size)
+    def __init__(self, source: ImageSource, transform: EvalTransform, batch_size: int, start: int, every: int) -> None:
+        self.source, self.transform, self.batch_size = source, transform, batch_size
+        self.starts = range(start, len(source), every * batch_size)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -39,7 +39,7 @@ class _CroppedImages(Dataset[CropBatch]):
     def __getitem__(self, batch: int) -> CropBatch:
         crops, kept, bad = [], [], []
         start = self.starts[batch]
-        end = min(len(self.source), start + self.starts.step)
+        end = min(len(self.source), start + self.batch_size)
         for index in range(start, end):
             try:
                 crops.append(self.transform.crop(self.source.read(index)))
@@ -52,9 +52,18 @@ class _CroppedImages(Dataset[CropBatch]):
 
 
 def crop_batches(
-    source: ImageSource, transform: EvalTransform, *, batch_size: int, workers: int = 0, start: int = 0
+    source: ImageSource,
+    transform: EvalTransform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    start: int = 0,
+    every: int = 1,
 ) -> Iterator[CropBatch]:
-    """The evaluation crops of all images from position `start` on; those that cannot be read are named instead."""
-    dataset = _CroppedImages(source, transform, batch_size, start)
+    """The evaluation crops of all images from position `start` on; those that cannot be read are named instead.
+
+    every: of so many batches only the first, where other processes take the rest.
+    """
+    dataset = _CroppedImages(source, transform, batch_size, start, every)
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
     return cast(Iterator[CropBatch], iter(loader))

@@ -12,6 +12,8 @@ from mimref.evaluation.metrics import Row
 from mimref.evaluation.reconstruction import Reconstruction, ReconstructionSettings, reconstruct_blocks
 from mimref.evaluation.run import EvaluationResult, check_labels, named
 from mimref.evaluation_config import BlocksConfig
+from mimref.features.extract import Column
+from mimref.training.distributed import first_alone
 from mimref.training.runlog import Listener, Silent
 
 
@@ -37,6 +39,8 @@ def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -
     bad: list[tuple[str, str]] = []
     heads: dict[str, list[int]] = {}
     for inputs in opened:
+        _prepare(config, inputs)
+    for inputs in opened if first_alone() else ():
         found = _blocks(config, inputs, listener)
         accuracies = [float(row["value"]) for row in found if row["metric"] == "block_knn_top1"]
         if accuracies:
@@ -49,18 +53,31 @@ def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -
     return BlocksResult(rows, time.monotonic() - started, list(dict.fromkeys(bad)), heads)
 
 
-def _blocks(config: BlocksConfig, inputs: EncoderInputs, listener: Listener) -> list[Row]:
-    labelled = all(inputs.source(split).labels is not None for split in ("train", "val"))
-    if labelled:
+def _groups(config: BlocksConfig, inputs: EncoderInputs) -> list[list[Column]]:
+    """Columns of every block."""
+    blocks = range(1, inputs.depth + 1)
+    return [columns_of([block], config.pool, config.final_norm, inputs.depth) for block in blocks]
+
+
+def _labelled(inputs: EncoderInputs) -> bool:
+    return all(inputs.source(split).labels is not None for split in ("train", "val"))
+
+
+def _prepare(config: BlocksConfig, inputs: EncoderInputs) -> None:
+    """Find what cannot work, then get the features of all blocks in one pass."""
+    if _labelled(inputs):
         train_y, _ = check_labels(inputs)
         if config.k > len(train_y):
             raise ConfigError(f"--k {config.k} is more than the {len(train_y)} training images; choose a smaller k")
     else:
-        listener.note("the images have no labels: statistics of the features alone, without k-NN")
-    blocks = range(1, inputs.depth + 1)
-    groups = [columns_of([block], config.pool, config.final_norm, inputs.depth) for block in blocks]
-    wanted = [column for columns in groups for column in columns]
-    inputs.prepare(wanted, ("train", "val") if labelled else ("val",))
+        inputs.listener.note("the images have no labels: statistics of the features alone, without k-NN")
+    wanted = [column for columns in _groups(config, inputs) for column in columns]
+    inputs.prepare(wanted, ("train", "val") if _labelled(inputs) else ("val",))
+
+
+def _blocks(config: BlocksConfig, inputs: EncoderInputs, listener: Listener) -> list[Row]:
+    labelled = _labelled(inputs)
+    groups = _groups(config, inputs)
     return analyze_blocks(
         [inputs.matrix("train", columns) for columns in groups] if labelled else [],
         inputs.labels("train") if labelled else None,

@@ -22,6 +22,7 @@ from mimref.evaluation_config import (
     ProbeConfig,
 )
 from mimref.features.extract import Column
+from mimref.training.distributed import first_alone
 from mimref.training.runlog import Listener, Silent
 
 
@@ -38,9 +39,10 @@ def compare_encoders(config: CompareConfig, *, listener: Listener | None = None)
     config = config.model_copy(update={"data": base.data})
     opened = [base, *(EncoderInputs(config, checkpoint, listener) for checkpoint in config.refined)]
     give_distinct_names(opened, checkpoints)
-    rows: list[Row] = []
-    for inputs, checkpoint in zip(opened, checkpoints, strict=True):
+    for inputs in opened:
         inputs.prepare(_columns(config, inputs))
+    rows: list[Row] = []
+    for inputs, checkpoint in zip(opened, checkpoints, strict=True) if first_alone() else ():
         rows += _measure(config, inputs, checkpoint, listener)
     bad = [pair for inputs in opened for pair in inputs.bad]
     return EvaluationResult(rows, time.monotonic() - started, bad)

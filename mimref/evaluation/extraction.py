@@ -11,6 +11,7 @@ from mimref.evaluation.inputs import EncoderInputs, block_groups, columns_of
 from mimref.evaluation_config import ExtractConfig
 from mimref.features.matrix import Matrix
 from mimref.files import atomic_path, atomic_write
+from mimref.training.distributed import first_alone
 from mimref.training.runlog import Listener, Silent
 
 ENDINGS = (".npz", ".parquet")
@@ -22,7 +23,8 @@ def extract_to_file(
     """Write `x` (N, D) fp32, or (N, blocks, D), `y` (N,) if labelled and `paths` (N,), in the order of the images.
 
     A .parquet has one line per image: columns `path`, `label`, and `x` (or `block_1`, ...) with lists of numbers.
-    Returns the shape of x. Raises OutputError for a file that exists, ConfigError for blocks of different widths.
+    Returns the shape of x; in a process group rank 0 alone writes, and the others return (). Raises OutputError for a
+    file that exists, ConfigError for blocks of different widths.
     """
     listener = listener or Silent()
     if out.suffix not in ENDINGS:
@@ -35,6 +37,8 @@ def extract_to_file(
         name: columns_of(blocks, config.pool, config.final_norm, inputs.depth) for name, blocks in groups.items()
     }
     inputs.prepare([column for group in columns.values() for column in group], [config.split])
+    if not first_alone():
+        return ()
     matrices = {name: inputs.matrix(config.split, group) for name, group in columns.items()}
     labels, source = inputs.labels(config.split), inputs.source(config.split)
     paths = [source.path(int(index)) for index in inputs.indices(config.split)]

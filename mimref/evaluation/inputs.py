@@ -1,8 +1,8 @@
 """What an evaluation reads: features of one encoder on one data set, cached or from one pass; or arrays from files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,11 +17,13 @@ from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoin
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder
 from mimref.errors import CheckpointError, ConfigError, DataError
 from mimref.evaluation_config import EncoderPassConfig
-from mimref.features.cache import FeatureCache, Stored, pass_spec
+from mimref.features.cache import FeatureCache, Pass, Stored, pass_spec
 from mimref.features.extract import Batch, Column, encode_columns
 from mimref.features.matrix import Matrix, side_by_side
 from mimref.features.spec import eval_transform, recorded_data
+from mimref.features.together import finish, follow, lead
 from mimref.files import cache_folder
+from mimref.training.distributed import own_rank, world_size
 from mimref.training.runlog import Listener
 
 Labels = NDArray[np.int64]
@@ -189,15 +191,34 @@ class EncoderInputs:
         # A cache that is off needs no name for the pass.
         spec = self._spec(source) if folder else {"images": len(source)}
         label = f"features of {SPLIT_NAMES[split]} images"
-        stored = cache.columns(
-            spec,
-            wanted,
-            lambda columns, start: self._run(source, columns, start),
-            also=self._everything(len(source)),
-            about={"model": self.name, "data": source.name, "split": split, "resolution": self.transform.image_size},
-            progress=lambda done, total: self.listener.progress(label, done, total),
-        )
+
+        def read(run_pass: Pass) -> Stored:
+            return cache.columns(
+                spec,
+                wanted,
+                run_pass,
+                also=self._everything(len(source)),
+                about={"model": self.name, "data": source.name, "split": split, "resolution": spec_size},
+                progress=lambda done, total: self.listener.progress(label, done, total),
+            )
+
+        spec_size = self.transform.image_size
+        # Without a cache there is no place to hand features over at.
+        stored = read(partial(self._run, source)) if folder is None else self._read_together(source, read)
         self._report_bad(stored.bad, split)
+        return stored
+
+    def _read_together(self, source: ImageSource, read: Callable[[Pass], Stored]) -> Stored:
+        """From the cache, or from one pass that all processes share; rank 0 writes, then the others read."""
+        if world_size() == 1:
+            return read(partial(self._run, source))
+        sizes = {"batch_size": self.config.batch_size, "images": len(source)}
+        part = partial(self._run, source)
+        if own_rank() > 0:
+            follow(part, **sizes)
+            return read(part)
+        stored = read(lambda columns, start: lead(part, columns, start, **sizes))
+        finish()
         return stored
 
     def _report_bad(self, found: Sequence[tuple[str, str]], split: Split) -> None:
@@ -209,7 +230,7 @@ class EncoderInputs:
         path, reason = found[0]
         self.listener.warn(f"{len(found)} {SPLIT_NAMES[split]} images are left out; the first: {path} ({reason})")
 
-    def _run(self, source: ImageSource, columns: list[Column], start: int) -> Iterator[Batch]:
+    def _run(self, source: ImageSource, columns: list[Column], start: int, every: int = 1) -> Iterator[Batch]:
         bad = BadImages(self.config.data.max_bad)
         for batch in encode_columns(
             self.encoder,
@@ -221,6 +242,7 @@ class EncoderInputs:
             batch_size=self.config.batch_size,
             workers=loader_workers(self.config.workers, source),
             start=start,
+            every=every,
         ):
             for path, reason in batch.bad:
                 bad.add(path, reason)

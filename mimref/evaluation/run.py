@@ -1,4 +1,8 @@
-"""Evaluations from a config to rows: find what cannot work before the encoder runs, then apply a protocol."""
+"""Evaluations from a config to rows: find what cannot work before the encoder runs, then apply a protocol.
+
+In a process group all ranks share the passes of the encoder, and k-NN's search. Other protocols are then rank 0's own
+work; the other ranks' results have no rows.
+"""
 
 import time
 from collections.abc import Sequence
@@ -31,6 +35,7 @@ from mimref.evaluation.probe_training import Progress
 from mimref.evaluation.splits import read_split_files
 from mimref.evaluation_config import ClusterConfig, EvaluationConfig, KnnConfig, LowshotConfig, ProbeConfig
 from mimref.features.extract import Column
+from mimref.training.distributed import first_alone
 from mimref.training.runlog import Listener, Silent
 
 # Fewer training images than this make a low-shot result depend on which are drawn; more draws then (method of DINO).
@@ -106,7 +111,8 @@ def evaluate_lowshot(
     elif not isinstance(inputs, EncoderInputs):
         raise ConfigError("--split-file names images, which --features does not; leave one of them out")
     rows: list[Row] = []
-    for where, columns in prepared(config, inputs):
+    groups = prepared(config, inputs)
+    for where, columns in groups if first_alone() else []:
         train_y, test_y = check_labels(inputs)
         draws = config.splits or (3 if len(train_y) >= MANY_IMAGES else 20)
         found = lowshot(
@@ -140,7 +146,8 @@ def evaluate_cluster(
     classes = None if config.classes is None else choose_classes(config.classes, names, y)
     rows: list[Row] = []
     embedding = None
-    for where, columns in prepared(config, inputs, (config.split,)):
+    groups = prepared(config, inputs, (config.split,))
+    for where, columns in groups if first_alone() else []:
         x, y = inputs.matrix(config.split, columns), labels_of(inputs, config.split)
         if classes is not None:
             x, y = subset(x, y, classes)
@@ -181,6 +188,8 @@ def evaluate_probe(
         wanted = {key: columns for key, columns in wanted.items() if key.pool == "cls"}
     columns = list(dict.fromkeys(column for group in wanted.values() for column in group))
     inputs.prepare(columns, ("train", "val") if config.cached else ("val",))
+    if not first_alone():
+        return EvaluationResult([], time.monotonic() - started)
     progress = partial(listener.progress, "linear probes")
     bad = BadImages(config.data.max_bad)
     if isinstance(inputs, EncoderInputs) and not config.cached:

@@ -81,8 +81,9 @@ def _batches(
     batch_size: int,
     workers: int,
     start: int = 0,
+    every: int = 1,
 ) -> Iterator[Batch]:
-    for batch in crop_batches(source, transform, batch_size=batch_size, workers=workers, start=start):
+    for batch in crop_batches(source, transform, batch_size=batch_size, workers=workers, start=start, every=every):
         columns = [column_BD.float().cpu().numpy() for column_BD in encode(batch.crops)] if batch.indices else []
         yield Batch(batch.end, batch.indices, batch.bad, columns)
 
@@ -98,8 +99,11 @@ def encode_columns(
     batch_size: int = 256,
     workers: int = 0,
     start: int = 0,
+    every: int = 1,
 ) -> Iterator[Batch]:
     """Pooled features of every image from position `start` on, batch by batch, from one pass of the encoder.
+
+    every: of so many batches only the first, where other processes encode the rest.
 
     The encoder is used as it is (move it to `device` first), in evaluation mode and without gradient; its mode is put
     back at the end. Batches hold what `columns` names, in that order. Raises ConfigError for blocks that are not there.
@@ -117,7 +121,7 @@ def encode_columns(
     training = encoder.training
     encoder.eval()
     try:
-        yield from _batches(source, transform, encode, batch_size=batch_size, workers=workers, start=start)
+        yield from _batches(source, transform, encode, batch_size=batch_size, workers=workers, start=start, every=every)
     finally:
         encoder.train(training)
 

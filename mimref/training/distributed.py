@@ -100,6 +100,13 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
+def first_alone() -> bool:
+    """End the work together: rank 0, for which this is true, goes on by itself."""
+    rank = own_rank()
+    leave_process_group()
+    return rank == 0
+
+
 def world_size() -> int:
     """Number of processes that work together, 1 without a process group."""
     joined = not _alone and dist.is_available() and dist.is_initialized()

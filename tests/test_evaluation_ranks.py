@@ -1,0 +1,58 @@
+"""Every evaluation by two processes gives the numbers of one."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mimref.config import DataConfig
+from mimref.evaluation.analysis import evaluate_blocks
+from mimref.evaluation.compare import compare_encoders
+from mimref.evaluation.run import evaluate_cluster, evaluate_knn, evaluate_lowshot, evaluate_probe
+from mimref.evaluation_config import (
+    BlocksConfig,
+    ClusterConfig,
+    CompareConfig,
+    KnnConfig,
+    LowshotConfig,
+    ProbeConfig,
+    ProbeTrainingConfig,
+)
+from tests.ranks import run_ranks
+from tests.tiny import write_labelled, write_weights
+
+
+def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
+    """Rows of every protocol, each with features of its own; between them the ranks join a group anew."""
+    base, other = (str(folder / f"{name}.safetensors") for name in ("base", "other"))
+    common: dict[str, Any] = {"data": DataConfig(spec=str(folder / "data")), "device": "cpu", "workers": 0}
+    common |= {"batch_size": 7}
+    probe = ProbeTrainingConfig(epochs=2, batch_size=16)
+    tasks = [
+        lambda c: evaluate_knn(KnnConfig(checkpoint=base, k=[1, 5], blocks="all", **c)),
+        lambda c: evaluate_lowshot(LowshotConfig(checkpoint=base, splits=2, shots=[1], **c)),
+        lambda c: evaluate_cluster(ClusterConfig(checkpoint=base, runs=2, metrics=["acc", "sil"], **c))[0],
+        lambda c: evaluate_probe(ProbeConfig(checkpoint=base, cached=True, probe=probe, **c)),
+        lambda c: evaluate_blocks(BlocksConfig(checkpoints=[base, other], k=5, **c)),
+        lambda c: compare_encoders(CompareConfig(base=base, refined=[other], splits=1, shots=[1], runs=2, **c)),
+    ]
+    found = []
+    for number, task in enumerate(tasks):
+        if "TEST_RANK" in os.environ and not dist.is_initialized():
+            rank = int(os.environ["TEST_RANK"])
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=2)
+        os.environ["MIMREF_CACHE"] = f"{folder}/{cache}{number}"
+        found.append(task(common).rows)
+    return found
+
+
+def test_two_ranks_give_the_numbers_of_one_process(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "other")):
+        write_weights(tmp_path / f"{name}.safetensors", seed=seed)
+    write_labelled(tmp_path / "data")
+    alone = evaluate_all(tmp_path, "alone")
+    first, second = run_ranks(evaluate_all, 2, tmp_path / "group", tmp_path, "ranks")
+    assert first == alone
+    # k-NN is everyone's; the rest is rank 0's.
+    assert second[0] == alone[0] and second[1:] == [[]] * 5
