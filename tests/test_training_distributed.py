@@ -1,14 +1,17 @@
 """Two processes equal one: statistics, loss, gradients, queue and weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from mimref.config import HeadsConfig
 from mimref.data.loader import ViewBatch
-from mimref.refinement.heads import EnsembleBatchNorm
+from mimref.refinement.heads import EnsembleBatchNorm, Heads
 from mimref.refinement.step import RefinementStep, monitored_values
 from mimref.training.distributed import (
     agree,
@@ -96,6 +99,36 @@ def test_statistics_span_the_ranks(dtype: torch.dtype, tolerance: float, tmp_pat
     for index in (4, 5):
         for part in parts:
             torch.testing.assert_close(part[index], alone[index], **close)
+
+
+def collectives(number: int) -> list[str]:
+    """What the ranks tell each other in a forward and backward pass of so many heads."""
+    calls: list[str] = []
+
+    def counted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return collective(*args, **options)
+
+        return call
+
+    heads = Heads(HeadsConfig(projector_hidden=8, predictor_hidden=8, output=4), number, 16)
+    gather, reduce = dist.all_gather, dist.all_reduce
+    dist.all_gather, dist.all_reduce = counted("gather", gather), counted("reduce", reduce)
+    _, prediction = heads(torch.randn(number, 6, 16))
+    prediction.square().sum().backward()
+    dist.all_gather, dist.all_reduce = gather, reduce
+    return calls
+
+
+def collectives_of_one_and_five() -> list[list[str]]:
+    return [collectives(1), collectives(5)]
+
+
+def test_collectives_do_not_grow_with_the_heads(tmp_path: Path) -> None:
+    for one, five in run_ranks(collectives_of_one_and_five, 2, tmp_path):
+        # Five layers, of which each has one BatchNorm.
+        assert one == five == ["gather"] * 5 + ["reduce"] * 5
 
 
 # --- steps
