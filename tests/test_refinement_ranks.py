@@ -97,6 +97,7 @@ def test_the_same_run(runs: Path, name: str) -> None:
     assert results(runs / name)["bad_images"] == [] and not (runs / name / "state").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_runs_the_command_line(runs: Path, tmp_path: Path) -> None:
     settings = {"encoder.weights": runs / "base.safetensors", "data.spec": runs / "data"}
     from tests.tiny import REFINE

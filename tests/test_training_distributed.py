@@ -1,7 +1,6 @@
 """Two processes equal one: statistics, loss, gradients, queue and weights."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,8 +48,23 @@ def tell() -> dict[str, Any]:
     }
 
 
-def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
-    first, second = run_ranks(tell, 2, tmp_path)
+ROWS = [8, 1, 2, 3, 7, 5, 6, 4, 0]
+
+
+def small_cases() -> dict[str, Any]:
+    """All that takes no time but that of starting processes."""
+    by_type = {str(dtype): normed(ROWS, dtype) for dtype in (torch.float64, torch.float32)}
+    return {"tell": tell(), "normed": by_type, "collectives": [collectives(1), collectives(5)]}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks finds."""
+    return run_ranks(small_cases, 2, tmp_path_factory.mktemp("small"))
+
+
+def test_what_ranks_tell_each_other(small: list[dict[str, Any]]) -> None:
+    first, second = (rank["tell"] for rank in small)
     for told in (first, second):
         assert told["rows"].tolist() == [[0, 1, 2, 10, 11, 12, 13]]
         assert told["agree"] == 5 and told["lists"] == [0, 1, 1] and told["empty"] == (1, 1)
@@ -87,10 +101,9 @@ def normed(rows: list[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
-def test_statistics_span_the_ranks(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
-    rows = [8, 1, 2, 3, 7, 5, 6, 4, 0]
-    alone = normed(rows, dtype)
-    parts = run_ranks(normed, 2, tmp_path, rows, dtype)
+def test_statistics_span_the_ranks(dtype: torch.dtype, tolerance: float, small: list[dict[str, Any]]) -> None:
+    alone = normed(ROWS, dtype)
+    parts = [rank["normed"][str(dtype)] for rank in small]
     close = {"rtol": tolerance, "atol": tolerance}
     for index in (0, 1):  # rows
         torch.testing.assert_close(torch.cat([part[index] for part in parts], dim=2), alone[index], **close)
@@ -121,12 +134,8 @@ def collectives(number: int) -> list[str]:
     return calls
 
 
-def collectives_of_one_and_five() -> list[list[str]]:
-    return [collectives(1), collectives(5)]
-
-
-def test_collectives_do_not_grow_with_the_heads(tmp_path: Path) -> None:
-    for one, five in run_ranks(collectives_of_one_and_five, 2, tmp_path):
+def test_collectives_do_not_grow_with_the_heads(small: list[dict[str, Any]]) -> None:
+    for one, five in (rank["collectives"] for rank in small):
         # Five layers, of which each has one BatchNorm.
         assert one == five == ["gather"] * 5 + ["reduce"] * 5
 
