@@ -111,7 +111,7 @@ def test_unknown_classes_are_left_out(tmp_path: Path) -> None:
 
 def test_features_that_are_not_finite(tmp_path: Path) -> None:
     broken = encoder()
-    torch.nn.init.constant_(broken.vit.blocks[0].mlp.fc2.bias, math.nan)  # type: ignore
+    torch.nn.init.constant_(broken.vit.get_parameter("blocks.0.mlp.fc2.bias"), math.nan)
     with pytest.raises(DataError, match=r"features of image 0 .* are not finite"):
         monitor(write_unlabelled(tmp_path)).check(broken)
 
