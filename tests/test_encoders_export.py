@@ -13,9 +13,10 @@ from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mimref.encoders import export
+from mimref.encoders import export, onnx
 from mimref.encoders.checkpoints import load_encoder, save_encoder
-from mimref.encoders.export import Export, export_onnx, export_release, export_timm, read_encoder
+from mimref.encoders.export import Export, export_release, export_timm, read_encoder
+from mimref.encoders.onnx import export_onnx
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, OutputError
 from tests.test_encoders_formats import data2vec_tokens, timm_vit, tokens
@@ -254,7 +255,7 @@ def test_onnx_without_the_last_block_runs_no_more_than_it_must(tmp_path: Path) -
 @torch.no_grad()
 def test_onnx_of_large_encoders_is_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(export, "_ONNX_BYTES", 1000)
+    monkeypatch.setattr(onnx, "_LARGEST_BYTES", 1000)
     encoder, out, data = make(TINY), tmp_path / "a.onnx", tmp_path / "a.onnx.data"
     export_onnx(encoder, out, {}, [3])
     assert sorted(tmp_path.iterdir()) == [out, data] and data.stat().st_size > 10 * out.stat().st_size
@@ -267,7 +268,7 @@ def test_onnx_of_large_encoders_is_two_files(tmp_path: Path, monkeypatch: pytest
 
 def test_onnx_of_missing_blocks_and_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(export, "find_spec", lambda name: None)
+        patched.setattr(onnx, "find_spec", lambda name: None)
         with pytest.raises(ConfigError, match=r"pip install 'mimref\[onnx\]'$"):
             export_onnx(make(TINY), tmp_path / "a.onnx", {}, [3])
     pytest.importorskip("onnxruntime")
@@ -297,7 +298,8 @@ def test_features_that_differ_leave_nothing_behind(
     wrong: float,
 ) -> None:
     pytest.importorskip("onnxruntime")
-    read = getattr(export, reader)
+    room = onnx if name.endswith(".onnx") else export
+    read = getattr(room, reader)
 
     def read_badly(*given: Any) -> dict[str, Tensor]:
         found: dict[str, Tensor] = read(*given)
@@ -305,7 +307,7 @@ def test_features_that_differ_leave_nothing_behind(
         changed[0, 0, 0] += wrong * changed.abs().max()
         return found | {part: changed}
 
-    monkeypatch.setattr(export, reader, read_badly)
+    monkeypatch.setattr(room, reader, read_badly)
     with pytest.raises(OutputError, match=rf"{name}: not written: read again, {part} differs by .* from the encoder"):
         run(make(TINY), tmp_path / name)
     assert list(tmp_path.iterdir()) == []

@@ -109,7 +109,8 @@ def export(
     if blocks is not None and to != "onnx":
         raise ConfigError(f"--blocks {blocks}: goes with --to onnx alone; --to {to} keeps every block")
 
-    from mimref.encoders.export import export_onnx, export_release, export_timm, read_encoder
+    from mimref.encoders.export import export_release, export_timm, read_encoder
+    from mimref.encoders.onnx import export_onnx
     from mimref.evaluation.inputs import block_groups
     from mimref.terminal import Terminal
 

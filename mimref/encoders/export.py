@@ -1,4 +1,4 @@
-"""Encoders in other programs' formats: timm's, the layout of the MIM-Refiner releases, ONNX.
+"""Encoders in other programs' formats: timm's and the layout of the MIM-Refiner releases (ONNX is in `onnx`).
 
 Every export is written beside its place, read again by what others read it with, and compared with the encoder. Only
 then does it get its name.
@@ -6,12 +6,10 @@ then does it get its name.
 Shapes: B images, L tokens, D width, S pixels per side.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from mimref.encoders.backbones import BackboneArchitecture, find_architecture, native_size
 from mimref.encoders.checkpoints import encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.reading import read_file
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder, check_blocks
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, OutputError
 from mimref.files import atomic_path
 from mimref.training.runlog import Listener, Silent
@@ -35,9 +33,6 @@ _FACTS = ("source", "licence", "preset", "data", "transform")
 _TOLERANCE = 1e-4
 # Not the batch that ONNX is traced with, which would hide a batch size that was traced as a constant.
 _COMPARED_IMAGES = 3
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# A protobuf holds 2 GiB, and torch splits files by itself somewhat below; above this weights go to a second file.
-_ONNX_BYTES = 1_500_000_000
 _RELEASE_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
@@ -110,18 +105,18 @@ def export_timm(
     Raises ConfigError for an encoder that timm has no model for, OutputError for another ending, a file that exists
     (unless `force`) or cannot be written, and features that differ.
     """
-    _check_out(out, (".safetensors", ".pth", ".pt"), force)
+    check_out(out, (".safetensors", ".pth", ".pt"), force)
     _check_for_timm(encoder)
     listener = listener or Silent()
     name = _timm_name(encoder)
-    with _finished(out, listener) as file:
+    with finished(out, listener) as file:
         if out.suffix == ".safetensors":
             save_encoder(file, encoder, facts)
         else:
             torch.save(_plain_state(encoder), file)
             if facts:
                 listener.note(f"{out.suffix} has no place for {', '.join(facts)}; .safetensors has")
-        difference = _largest_difference(out, encoder, _read_by_timm(file, encoder, name))
+        difference = largest_difference(out, encoder, _read_by_timm(file, encoder, name))
     return Export(out, difference, name, _timm_line(out, encoder, name))
 
 
@@ -171,7 +166,7 @@ def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, T
     assert isinstance(vit, VisionTransformer)
     with torch.inference_mode():
         found: Any = vit.eval().forward_intermediates(
-            _images(encoder), intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True, norm=False
+            comparison_images(encoder), intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True, norm=False
         )
         tokens = [torch.cat([block[1], block[0]], dim=1) if isinstance(block, tuple) else block for block in found]
         return _named(tokens, range(1, len(tokens) + 1), vit.norm(tokens[-1]))
@@ -226,7 +221,7 @@ def export_release(
     where nobody else looks. The encoder, in fp32 on the CPU, is put in eval mode.
     Raises ConfigError for what the layout has no place for, OutputError as `export_timm`.
     """
-    _check_out(out, (".th", ".pth", ".pt"), force)
+    check_out(out, (".th", ".pth", ".pt"), force)
     _check_for_release(encoder)
     architecture = encoder.architecture
     state = _release_state(encoder)
@@ -238,9 +233,9 @@ def export_release(
         "input_shape": (3, architecture.image_size, architecture.image_size),
         "mlp_hidden_dim": state["blocks.0.mlp.fc1.bias"].shape[0],
     }
-    with _finished(out, listener) as file:
+    with finished(out, listener) as file:
         torch.save({"state_dict": state, "ctor_kwargs": sizes, "mimref": dict(facts)}, file)
-        difference = _largest_difference(out, encoder, _read_release(file, encoder))
+        difference = largest_difference(out, encoder, _read_release(file, encoder))
     return Export(out, difference, None, f"torch.load({str(out)!r})['state_dict']")
 
 
@@ -299,98 +294,23 @@ def _read_release(file: Path, encoder: Encoder) -> dict[str, Tensor]:
     return _features(found, range(1, found.depth + 1))
 
 
-# --- ONNX
-
-
-def export_onnx(
-    encoder: Encoder,
-    out: Path,
-    facts: Mapping[str, Any],
-    blocks: Sequence[int],
-    *,
-    force: bool = False,
-    listener: Listener | None = None,
-) -> Export:
-    """Write an ONNX graph that gives the tokens of `blocks` (1-based), for batches of any size.
-
-    out: ends in .onnx. Input `images` (B, 3, S, S), normalised; outputs `block_N` (B, L, D), prefix tokens first, and
-    where the last block is among them and the encoder has a final norm also `normed` (B, L, D). `facts` and the
-    architecture stand in the metadata. Weights above 1.5 GB go to a second file, `out` with `.data` added. The encoder,
-    in fp32 on the CPU, is put in eval mode.
-    Raises ConfigError for missing packages and for blocks outside 1..depth, OutputError as `export_timm`.
-    """
-    _check_out(out, (".onnx",), force)
-    if any(find_spec(package) is None for package in _ONNX_PACKAGES):
-        raise ConfigError(f"--to onnx needs {', '.join(_ONNX_PACKAGES)}: pip install 'mimref[onnx]'")
-    check_blocks(blocks, encoder.depth)
-    external = 4 * sum(tensor.numel() for tensor in encoder.vit.state_dict().values()) > _ONNX_BYTES
-    if external:
-        _check_free(_data_file(out), force)
-    graph = _Graph(encoder, blocks)
-    with _finished(out, listener) as file:
-        program = torch.onnx.export(
-            graph.eval(),
-            (_images(encoder)[:2],),
-            input_names=["images"],
-            output_names=graph.names,
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            dynamo=True,
-            verbose=False,
-        )
-        assert program is not None
-        _describe(program.model, {"architecture": encoder.architecture.to_dict(), **facts, "blocks": list(blocks)})
-        program.save(file, external_data=external)
-        difference = _largest_difference(out, encoder, _read_onnx(file, encoder))
-    return Export(out, difference, None, f"onnxruntime.InferenceSession({str(out)!r})")
-
-
-class _Graph(nn.Module):
-    """What is traced: an encoder's chosen blocks, and the last one's tokens after the final norm."""
-
-    def __init__(self, encoder: Encoder, blocks: Sequence[int]) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.indices = list(dict.fromkeys(blocks))
-        self.with_norm = encoder.depth in self.indices and _has_norm(encoder.vit)
-        self.names = [f"block_{block}" for block in self.indices] + ["normed"] * self.with_norm
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        tokens = self.encoder.blocks(images, self.indices)
-        last = [tokens[self.indices.index(self.encoder.depth)]] if self.with_norm else []
-        return tokens + [self.encoder.vit.norm(tokens_BLD) for tokens_BLD in last]
-
-
-def _describe(model: Any, facts: Mapping[str, Any]) -> None:
-    """Metadata of the file as text, tables as JSON. What the tracer notes on nodes goes: it has folders' names."""
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-    for key, value in facts.items():
-        model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
-
-
-def _read_onnx(file: Path, encoder: Encoder) -> dict[str, Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    found = session.run(names, {"images": _images(encoder).numpy()})
-    return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
-
-
-def _data_file(out: Path) -> Path:
-    return out.with_name(f"{out.name}.data")
-
-
 # --- writing and comparing
 
 
-def _check_out(out: Path, endings: Sequence[str], force: bool) -> None:
+def data_file(out: Path) -> Path:
+    """Where the weights of a large ONNX file lie."""
+    return out.with_name(f"{out.name}.data")
+
+
+def check_out(out: Path, endings: Sequence[str], force: bool) -> None:
+    """Raise OutputError for another ending than these, a folder, and a file that exists, unless `force`."""
     if out.suffix not in endings:
         raise OutputError(f"--out {out}: the file's name must end in {' or '.join(endings)}")
-    _check_free(out, force)
+    check_free(out, force)
 
 
-def _check_free(out: Path, force: bool) -> None:
+def check_free(out: Path, force: bool) -> None:
+    """Raise OutputError for a folder, and for a file that exists, unless `force`."""
     if out.is_dir():
         raise OutputError(f"--out {out}: is a folder; give the name of a file")
     if out.exists() and not force:
@@ -398,7 +318,7 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def _finished(out: Path, listener: Listener | None) -> Iterator[Path]:
+def finished(out: Path, listener: Listener | None) -> Iterator[Path]:
     """A path of the same name elsewhere, to write and to read again; becomes `out` if the block ends without an error.
 
     Readers go by the name's ending, and ONNX by the name of the file of weights that lies beside.
@@ -410,9 +330,9 @@ def _finished(out: Path, listener: Listener | None) -> Iterator[Path]:
     ):
         file = Path(folder) / out.name
         yield file
-        if _data_file(file).exists():
-            with atomic_path(_data_file(out)) as temporary_data:
-                os.replace(_data_file(file), temporary_data)
+        if data_file(file).exists():
+            with atomic_path(data_file(out)) as temporary_data:
+                os.replace(data_file(file), temporary_data)
         os.replace(file, temporary)
 
 
@@ -421,12 +341,14 @@ def _plain_state(encoder: Encoder) -> dict[str, Tensor]:
     return {name: tensor.float().clone() for name, tensor in encoder.vit.state_dict().items()}
 
 
-def _images(encoder: Encoder) -> Tensor:
+def comparison_images(encoder: Encoder) -> Tensor:
+    """Noise (B, 3, S, S) that exports are compared on."""
     size = encoder.architecture.image_size
     return torch.randn(_COMPARED_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def _has_norm(vit: VisionTransformer) -> bool:
+def has_norm(vit: VisionTransformer) -> bool:
+    """Whether there is a norm after the last block."""
     return not isinstance(vit.norm, nn.Identity)
 
 
@@ -437,11 +359,11 @@ def _named(tokens: Sequence[Tensor], blocks: Sequence[int], normed: Tensor) -> d
 @torch.inference_mode()
 def _features(encoder: Encoder, blocks: Sequence[int]) -> dict[str, Tensor]:
     """Tokens of `blocks`, and of the last block after the final norm (as they are where there is none)."""
-    tokens = encoder.eval().blocks(_images(encoder), [*blocks, encoder.depth])
+    tokens = encoder.eval().blocks(comparison_images(encoder), [*blocks, encoder.depth])
     return _named(tokens[:-1], blocks, encoder.vit.norm(tokens[-1]))
 
 
-def _largest_difference(out: Path, encoder: Encoder, found: Mapping[str, Tensor]) -> float:
+def largest_difference(out: Path, encoder: Encoder, found: Mapping[str, Tensor]) -> float:
     """Of the features that the file gives from the encoder's own. Raises OutputError for more than fp32 explains."""
     blocks = [int(name.removeprefix("block_")) for name in found if name != "normed"]
     wanted = _features(encoder, blocks)

@@ -15,106 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimref.encoders.layouts import (
+    D2V2,
+    DATA2VEC,
+    DROPPABLE,
+    DROPPABLE_BESIDE,
+    HUGGING_FACE,
+    PATCHES,
+    PLAIN,
+    PREFERRED,
+    RELATIVES,
+    WRAPPING,
+    format_name,
+)
 from mimref.encoders.reading import first_line, named_tensors
 from mimref.encoders.vit import PAPER_SIZES, Architecture, build_encoder, resize_positions, sincos_positions
 from mimref.errors import ConfigError
 
 # Attention heads cannot be read from weights. Width to heads of the published sizes (S, B, L, H, g, G, 2B, ...).
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 2560: 32, 4096: 32}
-
-# Names above an encoder's tensors; where a file holds several, the first of these is what its authors evaluate.
-_PREFERRED = (
-    "target_encoder",
-    "teacher",
-    "momentum_encoder",
-    "state_dict_ema",
-    "model_ema",
-    "state_dict",
-    "model",
-    "encoder",
-    "student",
-)
-# Parts of names that wrapping modules leave inside: FSDP, activation checkpointing, torch.compile.
-_WRAPPING = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
-
-_D2V2 = "modality_encoders.IMAGE."
-_PATCHES = re.compile(
-    r"(|.+\.)(patch_embed\.proj|embeddings\.patch_embeddings\.projection|"
-    r"modality_encoders\.IMAGE\.local_encoder\.proj)\.weight"
-)
-
-# Groups of tensors that belong to no encoder, by names without the encoder's prefix, ...
-_DROPPABLE = {
-    "mask token": r"(embeddings\.)?mask_token|masked_embed",
-    "decoder": r"decoder[_.].*|dec_norms\..*|wfm\..*|shared_decoder\..*|"
-    r"recon_proj\..*|modality_encoders\.IMAGE\.decoder\..*",
-    "predictor": r"predictor[_.].*",
-    "classifier": r"head\.(weight|bias)|head_dist\..*|head_norm\..*|fc_norm\..*|classifier\..*|pooler\..*",
-    "projection head": r"((dino|ibot|instance|local_group|group)_)?head\..*|fc\.(fc|bn)\d\..*|relation_blocks\..*|"
-    r"prototypes(\..*)?",
-    "other encoder": r"_ema\..*",
-}
-# ... and of those that are only dropped where they stand beside the encoder.
-_DROPPABLE_BESIDE = {
-    "other encoder": r"(encoder|student|teacher|state_dict|state_dict_ema|model|model_ema|base_encoder)\..*|"
-    r"(student|teacher)_mem\..*",
-    "text tower": r"text_encoder\..*|(text|vision)_projection(\..*)?|logit_scale",
-    "training state": r"(opt|optimizer|scaler|fp16_scaler|amp_scaler|last_optimizer_state|optimizer_history|task_state|"
-    r"extra_state|criterion|args|cfg|lr|loss|epoch|\w+_loss|[\w-]+-sup\.?)(\..*)?",
-}
-
-# Relatives of the plain vision transformer, by a tensor that gives them away.
-_RELATIVES = {
-    r".*relative_position.*|.*rel_pos.*|.*\.(q_bias|v_bias)": "relative positions (BEiT, data2vec 1.0, EVA)",
-    r".*\.(q_norm|k_norm)\..*": "normalised queries and keys",
-    r"dist_token": "a distillation token",
-    r"attn_pool\..*": "attention pooling",
-    r"patch_embed\.backbone\..*": "a convolutional stem",
-    r".*alibi.*": "ALiBi positions",
-}
-
-_PARAMETER = r"(weight|bias)"
-_BLOCK_PARTS = rf"blocks\.(\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}"
-_HF_LAYER = r"(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\."
-# Their names to timm's. `@0`, `@1`, ... number the parts of a tensor that timm keeps as one.
-_PLAIN = {
-    _BLOCK_PARTS: r"blocks.\1.\2.\3",
-    rf"blocks\.\d+\.(\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}": r"blocks.\1.\2.\3",
-    r"blocks\.(?:\d+\.)?(\d+)\.(ls1|ls2)\.gamma": r"blocks.\1.\2.gamma",
-    r"blocks\.(\d+)\.gamma_([12])": r"blocks.\1.ls\2.gamma",
-    rf"blocks\.(?:\d+\.)?(\d+)\.mlp\.w12\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2",
-    rf"blocks\.(?:\d+\.)?(\d+)\.mlp\.w3\.{_PARAMETER}": r"blocks.\1.mlp.fc2.\2",
-    rf"(patch_embed\.proj|norm|norm_pre)\.{_PARAMETER}": r"\1.\2",
-    rf"embed_norm\.{_PARAMETER}": r"norm_pre.\1",
-    r"(?:cls_token|cls_tokens\.tokens)": "cls_token",
-    r"(?:reg_token|register_tokens)": "reg_token",
-    r"pos_embed(?:\.embed)?": "pos_embed",
-}
-_DATA2VEC = {
-    _BLOCK_PARTS: r"blocks.\1.\2.\3",
-    rf"modality_encoders\.IMAGE\.local_encoder\.proj\.{_PARAMETER}": r"patch_embed.proj.\1",
-    rf"modality_encoders\.IMAGE\.context_encoder\.norm\.{_PARAMETER}": r"norm_pre.\1",
-    r"modality_encoders\.IMAGE\.extra_tokens": "cls_token",
-    r"modality_encoders\.IMAGE\.fixed_positional_encoder\.positions": "pos_embed",
-}
-_HUGGING_FACE = {
-    r"embeddings\.cls_token": "cls_token",
-    r"embeddings\.register_tokens": "reg_token",
-    r"embeddings\.position_embeddings": "pos_embed",
-    rf"embeddings\.patch_embeddings\.projection\.{_PARAMETER}": r"patch_embed.proj.\1",
-    rf"{_HF_LAYER}(?:layernorm_before|norm1)\.{_PARAMETER}": r"blocks.\1.norm1.\2",
-    rf"{_HF_LAYER}(?:layernorm_after|norm2)\.{_PARAMETER}": r"blocks.\1.norm2.\2",
-    rf"{_HF_LAYER}attention\.(?:attention\.query|q_proj)\.{_PARAMETER}": r"blocks.\1.attn.qkv.\2@0",
-    rf"{_HF_LAYER}attention\.(?:attention\.key|k_proj)\.{_PARAMETER}": r"blocks.\1.attn.qkv.\2@1",
-    rf"{_HF_LAYER}attention\.(?:attention\.value|v_proj)\.{_PARAMETER}": r"blocks.\1.attn.qkv.\2@2",
-    rf"{_HF_LAYER}attention\.(?:output\.dense|o_proj)\.{_PARAMETER}": r"blocks.\1.attn.proj.\2",
-    rf"{_HF_LAYER}(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2",
-    rf"{_HF_LAYER}mlp\.gate_proj\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2@0",
-    rf"{_HF_LAYER}mlp\.up_proj\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2@1",
-    rf"{_HF_LAYER}(?:output\.dense|mlp\.fc2|mlp\.weights_out|mlp\.down_proj)\.{_PARAMETER}": r"blocks.\1.mlp.fc2.\2",
-    rf"{_HF_LAYER}layer_scale([12])\.lambda1": r"blocks.\1.ls\2.gamma",
-    rf"layernorm\.{_PARAMETER}": r"norm.\1",
-}
 
 
 class Unrecognised(Exception):
@@ -151,7 +70,7 @@ def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Re
     encoder = {name[len(root) :]: tensor for name, tensor in named.items() if name.startswith(root)}
     beside = {_beside(name, root): full_names[name] for name in named if not name.startswith(root)}
     _refuse_relatives(encoder)
-    renames = _DATA2VEC if patches.startswith(_D2V2) else _HUGGING_FACE if patches.startswith("emb") else _PLAIN
+    renames = DATA2VEC if patches.startswith(D2V2) else HUGGING_FACE if patches.startswith("emb") else PLAIN
     parts = _rename(encoder, renames)
     renamed = {name for names in parts.values() for name in names}
     left = {name: full_names[root + name] for name in encoder if name not in renamed}
@@ -162,7 +81,7 @@ def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Re
     architecture = _read_architecture(tensors, {*left, *beside}, num_heads, notices)
     _check(tensors, architecture)
     return Recognised(
-        *_name(root, patches, {*encoder, *beside}, tensors, architecture),
+        *format_name(root, patches, {*encoder, *beside}, architecture),
         architecture,
         tensors,
         {target: [full_names[root + name] for name in names] for target, names in parts.items()},
@@ -176,7 +95,7 @@ def _clean_names(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[st
     named: dict[str, Tensor] = {}
     full_names: dict[str, str] = {}
     for full, tensor in named_tensors(content):
-        name = ".".join(part for part in full.split(".") if part not in _WRAPPING)
+        name = ".".join(part for part in full.split(".") if part not in WRAPPING)
         if name in named:
             raise Unrecognised(f"holds both {full_names[name]} and {full}, which are the same tensor of one model")
         named[name], full_names[name] = tensor, full
@@ -185,14 +104,14 @@ def _clean_names(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[st
 
 def _find_encoder(named: Mapping[str, Tensor]) -> tuple[str, str]:
     """Prefix of the encoder's names, and the name of its patch embedding without it."""
-    found = {match[1]: match[2] for name in named if (match := _PATCHES.fullmatch(name))}
+    found = {match[1]: match[2] for name in named if (match := PATCHES.fullmatch(name))}
     if not found:
         names = ", ".join(list(named)[:3])
         raise Unrecognised(f"holds no vision transformer: no patch embedding among its tensors ({names}, ...)")
 
     def rank(root: str) -> list[int]:
         parts = root.split(".")[:-1]
-        return [_PREFERRED.index(part) if part in _PREFERRED else len(_PREFERRED) for part in parts]
+        return [PREFERRED.index(part) if part in PREFERRED else len(PREFERRED) for part in parts]
 
     best = min(map(rank, found))
     roots = [root for root in found if rank(root) == best]
@@ -211,7 +130,7 @@ def _beside(name: str, root: str) -> str:
 
 
 def _refuse_relatives(names: Iterable[str]) -> None:
-    for pattern, feature in _RELATIVES.items():
+    for pattern, feature in RELATIVES.items():
         if any(re.fullmatch(pattern, name) for name in names):
             raise Unrecognised(f"is a vision transformer with {feature}, which is not a plain one")
 
@@ -245,7 +164,7 @@ def _drop(left: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, list[
     """Full names by group; raises Unrecognised for a tensor of none. Keys are the names without prefixes."""
     dropped: dict[str, list[str]] = {}
     unexpected = []
-    of_encoder, of_file = list(_DROPPABLE.items()), [*_DROPPABLE.items(), *_DROPPABLE_BESIDE.items()]
+    of_encoder, of_file = list(DROPPABLE.items()), [*DROPPABLE.items(), *DROPPABLE_BESIDE.items()]
     for names, groups in ((left, of_encoder), (beside, of_file)):
         for name, full in names.items():
             group = next((group for group, pattern in groups if re.fullmatch(pattern, name)), None)
@@ -412,41 +331,3 @@ def _check(tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
             problems.append(f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}, sparse or without data")
     if problems:
         raise Unrecognised(shortened(problems))
-
-
-def _name(
-    root: str, patches: str, names: set[str], tensors: Mapping[str, Tensor], architecture: Architecture
-) -> tuple[str, str | None]:
-    """Format for people, and source where it can be told."""
-
-    def any_name(pattern: str) -> bool:
-        return any(re.fullmatch(pattern, name) for name in names)
-
-    if patches.startswith(_D2V2):
-        return "data2vec 2.0", "d2v2"
-    if patches.startswith("embeddings."):
-        dinov2 = architecture.layer_scale
-        return ("Hugging Face DINOv2", "dinov2") if dinov2 else ("Hugging Face ViT", None)
-    if "cls_tokens.tokens" in names:
-        post_norm = architecture.post_norm
-        return f"MIM-Refiner release ({'post' if post_norm else 'pre'}-norm)", "d2v2" if post_norm else None
-    if root.startswith("target_encoder."):
-        return ("MSN", "msn") if architecture.class_token else ("I-JEPA", "ijepa")
-    for pattern, name in (
-        (r"register_tokens|.*\.mlp\.w12\.weight|ibot_head\..*", "DINOv2"),
-        (r"dec_norms\..*|wfm\..*", "CrossMAE"),
-        (r"decoder_predp\..*", "dBOT"),
-        (r"decoder_pred\..*", "MAE"),
-        (r"relation_blocks\..*|instance_head\..*", "Mugs"),
-        (r"ibot_loss\..*|head\.last_layer2\..*|masked_embed", "iBOT"),
-        (r"dino_loss\..*", "DINO"),
-    ):
-        if any_name(pattern):
-            return name, name.lower()
-    if "mask_token" in names and architecture.layer_scale:
-        return "DINOv2", "dinov2"
-    if not architecture.class_token:
-        return "layout of I-JEPA's encoder", None
-    if not architecture.fixed_positions:
-        return "layout of timm (also DINO, iBOT, Mugs, MSN)", None
-    return "layout of MAE (also dBOT, MAWS, MAE-CT)", None

@@ -1,0 +1,138 @@
+"""What public checkpoints call their tensors, and what gives a model away; used by `mimref.encoders.formats`."""
+
+import re
+
+from mimref.encoders.vit import Architecture
+
+# Names above an encoder's tensors; where a file holds several, the first of these is what its authors evaluate.
+PREFERRED = (
+    "target_encoder",
+    "teacher",
+    "momentum_encoder",
+    "state_dict_ema",
+    "model_ema",
+    "state_dict",
+    "model",
+    "encoder",
+    "student",
+)
+# Parts of names that wrapping modules leave inside: FSDP, activation checkpointing, torch.compile.
+WRAPPING = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+
+D2V2 = "modality_encoders.IMAGE."
+PATCHES = re.compile(
+    r"(|.+\.)(patch_embed\.proj|embeddings\.patch_embeddings\.projection|"
+    r"modality_encoders\.IMAGE\.local_encoder\.proj)\.weight"
+)
+
+# Groups of tensors that belong to no encoder, by names without the encoder's prefix, ...
+DROPPABLE = {
+    "mask token": r"(embeddings\.)?mask_token|masked_embed",
+    "decoder": r"decoder[_.].*|dec_norms\..*|wfm\..*|shared_decoder\..*|"
+    r"recon_proj\..*|modality_encoders\.IMAGE\.decoder\..*",
+    "predictor": r"predictor[_.].*",
+    "classifier": r"head\.(weight|bias)|head_dist\..*|head_norm\..*|fc_norm\..*|classifier\..*|pooler\..*",
+    "projection head": r"((dino|ibot|instance|local_group|group)_)?head\..*|fc\.(fc|bn)\d\..*|relation_blocks\..*|"
+    r"prototypes(\..*)?",
+    "other encoder": r"_ema\..*",
+}
+# ... and of those that are only dropped where they stand beside the encoder.
+DROPPABLE_BESIDE = {
+    "other encoder": r"(encoder|student|teacher|state_dict|state_dict_ema|model|model_ema|base_encoder)\..*|"
+    r"(student|teacher)_mem\..*",
+    "text tower": r"text_encoder\..*|(text|vision)_projection(\..*)?|logit_scale",
+    "training state": r"(opt|optimizer|scaler|fp16_scaler|amp_scaler|last_optimizer_state|optimizer_history|task_state|"
+    r"extra_state|criterion|args|cfg|lr|loss|epoch|\w+_loss|[\w-]+-sup\.?)(\..*)?",
+}
+
+# Relatives of the plain vision transformer, by a tensor that gives them away.
+RELATIVES = {
+    r".*relative_position.*|.*rel_pos.*|.*\.(q_bias|v_bias)": "relative positions (BEiT, data2vec 1.0, EVA)",
+    r".*\.(q_norm|k_norm)\..*": "normalised queries and keys",
+    r"dist_token": "a distillation token",
+    r"attn_pool\..*": "attention pooling",
+    r"patch_embed\.backbone\..*": "a convolutional stem",
+    r".*alibi.*": "ALiBi positions",
+}
+
+_PARAMETER = r"(weight|bias)"
+_BLOCK_PARTS = rf"blocks\.(\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}"
+_HF_LAYER = r"(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\."
+# Their names to timm's. `@0`, `@1`, ... number the parts of a tensor that timm keeps as one.
+PLAIN = {
+    _BLOCK_PARTS: r"blocks.\1.\2.\3",
+    rf"blocks\.\d+\.(\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}": r"blocks.\1.\2.\3",
+    r"blocks\.(?:\d+\.)?(\d+)\.(ls1|ls2)\.gamma": r"blocks.\1.\2.gamma",
+    r"blocks\.(\d+)\.gamma_([12])": r"blocks.\1.ls\2.gamma",
+    rf"blocks\.(?:\d+\.)?(\d+)\.mlp\.w12\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2",
+    rf"blocks\.(?:\d+\.)?(\d+)\.mlp\.w3\.{_PARAMETER}": r"blocks.\1.mlp.fc2.\2",
+    rf"(patch_embed\.proj|norm|norm_pre)\.{_PARAMETER}": r"\1.\2",
+    rf"embed_norm\.{_PARAMETER}": r"norm_pre.\1",
+    r"(?:cls_token|cls_tokens\.tokens)": "cls_token",
+    r"(?:reg_token|register_tokens)": "reg_token",
+    r"pos_embed(?:\.embed)?": "pos_embed",
+}
+DATA2VEC = {
+    _BLOCK_PARTS: r"blocks.\1.\2.\3",
+    rf"modality_encoders\.IMAGE\.local_encoder\.proj\.{_PARAMETER}": r"patch_embed.proj.\1",
+    rf"modality_encoders\.IMAGE\.context_encoder\.norm\.{_PARAMETER}": r"norm_pre.\1",
+    r"modality_encoders\.IMAGE\.extra_tokens": "cls_token",
+    r"modality_encoders\.IMAGE\.fixed_positional_encoder\.positions": "pos_embed",
+}
+HUGGING_FACE = {
+    r"embeddings\.cls_token": "cls_token",
+    r"embeddings\.register_tokens": "reg_token",
+    r"embeddings\.position_embeddings": "pos_embed",
+    rf"embeddings\.patch_embeddings\.projection\.{_PARAMETER}": r"patch_embed.proj.\1",
+    rf"{_HF_LAYER}(?:layernorm_before|norm1)\.{_PARAMETER}": r"blocks.\1.norm1.\2",
+    rf"{_HF_LAYER}(?:layernorm_after|norm2)\.{_PARAMETER}": r"blocks.\1.norm2.\2",
+    rf"{_HF_LAYER}attention\.(?:attention\.query|q_proj)\.{_PARAMETER}": r"blocks.\1.attn.qkv.\2@0",
+    rf"{_HF_LAYER}attention\.(?:attention\.key|k_proj)\.{_PARAMETER}": r"blocks.\1.attn.qkv.\2@1",
+    rf"{_HF_LAYER}attention\.(?:attention\.value|v_proj)\.{_PARAMETER}": r"blocks.\1.attn.qkv.\2@2",
+    rf"{_HF_LAYER}attention\.(?:output\.dense|o_proj)\.{_PARAMETER}": r"blocks.\1.attn.proj.\2",
+    rf"{_HF_LAYER}(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2",
+    rf"{_HF_LAYER}mlp\.gate_proj\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2@0",
+    rf"{_HF_LAYER}mlp\.up_proj\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2@1",
+    rf"{_HF_LAYER}(?:output\.dense|mlp\.fc2|mlp\.weights_out|mlp\.down_proj)\.{_PARAMETER}": r"blocks.\1.mlp.fc2.\2",
+    rf"{_HF_LAYER}layer_scale([12])\.lambda1": r"blocks.\1.ls\2.gamma",
+    rf"layernorm\.{_PARAMETER}": r"norm.\1",
+}
+
+
+def format_name(root: str, patches: str, names: set[str], architecture: Architecture) -> tuple[str, str | None]:
+    """Format for people, and source (the pre-training method) where it can be told.
+
+    root: prefix of the encoder's names; patches: name of its patch embedding. names: of all tensors, without prefixes.
+    """
+
+    def any_name(pattern: str) -> bool:
+        return any(re.fullmatch(pattern, name) for name in names)
+
+    if patches.startswith(D2V2):
+        return "data2vec 2.0", "d2v2"
+    if patches.startswith("embeddings."):
+        dinov2 = architecture.layer_scale
+        return ("Hugging Face DINOv2", "dinov2") if dinov2 else ("Hugging Face ViT", None)
+    if "cls_tokens.tokens" in names:
+        post_norm = architecture.post_norm
+        return f"MIM-Refiner release ({'post' if post_norm else 'pre'}-norm)", "d2v2" if post_norm else None
+    if root.startswith("target_encoder."):
+        return ("MSN", "msn") if architecture.class_token else ("I-JEPA", "ijepa")
+    for pattern, name in (
+        (r"register_tokens|.*\.mlp\.w12\.weight|ibot_head\..*", "DINOv2"),
+        (r"dec_norms\..*|wfm\..*", "CrossMAE"),
+        (r"decoder_predp\..*", "dBOT"),
+        (r"decoder_pred\..*", "MAE"),
+        (r"relation_blocks\..*|instance_head\..*", "Mugs"),
+        (r"ibot_loss\..*|head\.last_layer2\..*|masked_embed", "iBOT"),
+        (r"dino_loss\..*", "DINO"),
+    ):
+        if any_name(pattern):
+            return name, name.lower()
+    if "mask_token" in names and architecture.layer_scale:
+        return "DINOv2", "dinov2"
+    if not architecture.class_token:
+        return "layout of I-JEPA's encoder", None
+    if not architecture.fixed_positions:
+        return "layout of timm (also DINO, iBOT, Mugs, MSN)", None
+    return "layout of MAE (also dBOT, MAWS, MAE-CT)", None

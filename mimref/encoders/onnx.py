@@ -1,0 +1,106 @@
+"""Encoders as ONNX graphs; written, read again and compared as every export (`mimref.encoders.export`).
+
+Shapes: B images, L tokens, D width, S pixels per side.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mimref.encoders.export import (
+    Export,
+    check_free,
+    check_out,
+    comparison_images,
+    data_file,
+    finished,
+    has_norm,
+    largest_difference,
+)
+from mimref.encoders.vit import Encoder, check_blocks
+from mimref.errors import ConfigError
+from mimref.training.runlog import Listener
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# A protobuf holds 2 GiB, and torch splits files by itself somewhat below; above this weights go to a second file.
+_LARGEST_BYTES = 1_500_000_000
+
+
+def export_onnx(
+    encoder: Encoder,
+    out: Path,
+    facts: Mapping[str, Any],
+    blocks: Sequence[int],
+    *,
+    force: bool = False,
+    listener: Listener | None = None,
+) -> Export:
+    """Write an ONNX graph that gives the tokens of `blocks` (1-based), for batches of any size.
+
+    out: ends in .onnx. Input `images` (B, 3, S, S), normalised; outputs `block_N` (B, L, D), prefix tokens first, and
+    where the last block is among them and the encoder has a final norm also `normed` (B, L, D). `facts` and the
+    architecture stand in the metadata. Weights above 1.5 GB go to a second file, `out` with `.data` added. The encoder,
+    in fp32 on the CPU, is put in eval mode.
+    Raises ConfigError for missing packages and for blocks outside 1..depth, OutputError as `export_timm`.
+    """
+    check_out(out, (".onnx",), force)
+    if any(find_spec(package) is None for package in _PACKAGES):
+        raise ConfigError(f"--to onnx needs {', '.join(_PACKAGES)}: pip install 'mimref[onnx]'")
+    check_blocks(blocks, encoder.depth)
+    external = 4 * sum(tensor.numel() for tensor in encoder.vit.state_dict().values()) > _LARGEST_BYTES
+    if external:
+        check_free(data_file(out), force)
+    graph = _Graph(encoder, blocks)
+    with finished(out, listener) as file:
+        program = torch.onnx.export(
+            graph.eval(),
+            (comparison_images(encoder)[:2],),
+            input_names=["images"],
+            output_names=graph.names,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        _describe(program.model, {"architecture": encoder.architecture.to_dict(), **facts, "blocks": list(blocks)})
+        program.save(file, external_data=external)
+        difference = largest_difference(out, encoder, _read_onnx(file, encoder))
+    return Export(out, difference, None, f"onnxruntime.InferenceSession({str(out)!r})")
+
+
+class _Graph(nn.Module):
+    """What is traced: an encoder's chosen blocks, and the last one's tokens after the final norm."""
+
+    def __init__(self, encoder: Encoder, blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.indices = list(dict.fromkeys(blocks))
+        self.with_norm = encoder.depth in self.indices and has_norm(encoder.vit)
+        self.names = [f"block_{block}" for block in self.indices] + ["normed"] * self.with_norm
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        tokens = self.encoder.blocks(images, self.indices)
+        last = [tokens[self.indices.index(self.encoder.depth)]] if self.with_norm else []
+        return tokens + [self.encoder.vit.norm(tokens_BLD) for tokens_BLD in last]
+
+
+def _describe(model: Any, facts: Mapping[str, Any]) -> None:
+    """Metadata of the file as text, tables as JSON. What the tracer notes on nodes goes: it has folders' names."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+    for key, value in facts.items():
+        model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+
+
+def _read_onnx(file: Path, encoder: Encoder) -> dict[str, Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    found = session.run(names, {"images": comparison_images(encoder).numpy()})
+    return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
