@@ -316,6 +316,7 @@ class _PlainLines:
         self.last_s = time.monotonic()
 
     def update(self, done: int, total: int) -> None:
+        """Print a line when one is due."""
         now = time.monotonic()
         self.first = self.first or (now, done)
         if done < total and now - self.last_s < LINE_INTERVAL_S:

@@ -1,7 +1,8 @@
 """Commands that evaluate one encoder by one protocol."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,6 +46,10 @@ from mimref.cli.options import (
 )
 from mimref.cli.output import check_out, report, tell
 from mimref.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from mimref.evaluation.metrics import Row
+    from mimref.evaluation.run import Embedding
 
 
 def knn(
@@ -201,23 +206,17 @@ def cluster(
         raise ConfigError(f"--umap {umap}: a figure is written as PNG; give a file that ends in .png")
 
     from mimref.evaluation.run import evaluate_cluster
-    from mimref.report import scores_line
     from mimref.terminal import Terminal
     from mimref.training.distributed import process_group
 
-    figure = umap or (out / "umap.png" if out else None)
     with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result, embedding = evaluate_cluster(config, embed=umap is not None, listener=terminal)
     if rank > 0:
         return
     report(out, config, result, quiet)
-    if embedding is not None and figure is not None:
-        from mimref.plots import plot_embedding
-
-        title = str(result.rows[0]["model"])
-        caption = scores_line(result.rows)
-        plot_embedding(figure, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)
-        tell(f"figure in {figure}", quiet)
+    if embedding is not None and umap is not None:
+        _draw_embedding(umap, embedding, result.rows)
+        tell(f"figure in {umap}", quiet)
 
 
 def probe(
@@ -291,6 +290,15 @@ def _common(
 ) -> dict[str, Any]:
     """Common settings; digits where nothing at all is named."""
     return common(data or (None if checkpoint or features else "digits"), device, precision, seed, workers)
+
+
+def _draw_embedding(file: Path, embedding: "Embedding", rows: Sequence["Row"]) -> None:
+    """The images as points, with the clustering's scores under them."""
+    from mimref.plots import plot_embedding
+    from mimref.report import scores_line
+
+    title, caption = str(rows[0]["model"]), scores_line(rows)
+    plot_embedding(file, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)
 
 
 def _check_unfinished(state: Path | None, *, resume: bool, force: bool) -> None:

@@ -38,6 +38,7 @@ from mimref.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from mimref.config import RefineConfig
     from mimref.evaluation.metrics import Row
 
 
@@ -72,8 +73,7 @@ def refine(
     encoder before and after. Without options: the packaged tiny encoder on scikit-learn's digits.
     """
     from mimref.config import RefineConfig
-    from mimref.encoders.known import find_known
-    from mimref.recipes import choose_refine_preset, load_config
+    from mimref.recipes import load_config
 
     overrides = {
         "encoder.arch": arch,
@@ -87,11 +87,7 @@ def refine(
         "micro_batch": micro_batch,
         "heads.blocks": heads,
     } | common(data, device, precision, seed, workers)
-    # The name of published weights says what they are.
-    known = find_known(weights) if weights else None
-    chosen = _resumed_config(out, resume, preset) or choose_refine_preset(
-        preset, arch or (known.arch if known else None), source or (known.source if known else None), weights
-    )
+    chosen = _resumed_config(out, resume, preset) or _refine_preset(preset, arch, source, weights)
     config = load_config(RefineConfig, chosen, overrides, sets or ())
     out = out or default_out(config)
     if dry_run:
@@ -102,16 +98,7 @@ def refine(
     if resume and _print_finished(out):
         return
 
-    from mimref.refinement.run import refine as run_refine
-    from mimref.terminal import Terminal
-    from mimref.training.distributed import lost_ranks_told, process_group, restarted
-
-    # torchrun starts all processes again when one has died, with the same command.
-    again = restarted() and (out / "state").is_dir()
-    with process_group(config.device) as rank, lost_ranks_told(), Terminal(quiet or rank > 0) as terminal:
-        result = run_refine(config, out, resume=resume or again, force=force and not again, listener=terminal)
-    if rank == 0:
-        _print_trained(out, result.rows, quiet)
+    _run_refine(config, out, resume, force, quiet)
 
 
 def pretrain(
@@ -152,6 +139,31 @@ def pretrain(
     with Terminal(quiet) as terminal:
         result = run_pretrain(config, out, resume=resume, force=force, listener=terminal)
     _print_trained(out, result.rows, quiet)
+
+
+def _refine_preset(preset: str | None, arch: str | None, source: str | None, weights: str | None) -> str:
+    """The preset that the options ask for; the name of published weights says what they are."""
+    from mimref.encoders.known import find_known
+    from mimref.recipes import choose_refine_preset
+
+    known = find_known(weights) if weights else None
+    return choose_refine_preset(
+        preset, arch or (known.arch if known else None), source or (known.source if known else None), weights
+    )
+
+
+def _run_refine(config: "RefineConfig", out: Path, resume: bool, force: bool, quiet: bool) -> None:
+    """Refine with whatever processes torchrun has started; the first one speaks."""
+    from mimref.refinement.run import refine as run_refine
+    from mimref.terminal import Terminal
+    from mimref.training.distributed import lost_ranks_told, process_group, restarted
+
+    # torchrun starts all processes again when one has died, with the same command.
+    again = restarted() and (out / "state").is_dir()
+    with process_group(config.device) as rank, lost_ranks_told(), Terminal(quiet or rank > 0) as terminal:
+        result = run_refine(config, out, resume=resume or again, force=force and not again, listener=terminal)
+    if rank == 0:
+        _print_trained(out, result.rows, quiet)
 
 
 def _resumed_config(out: Path | None, resume: bool, preset: str | None) -> str | None:

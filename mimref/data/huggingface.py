@@ -386,6 +386,7 @@ def _open_rows(path: str, name: str) -> Row:
     last: tuple[int, pa.ChunkedArray | None] = (-1, None)
 
     def read(row: int) -> Any:
+        """One value, from the row group that was read last where it holds the row."""
         nonlocal last
         group = int(np.searchsorted(starts, row, side="right")) - 1
         if last[0] != group:

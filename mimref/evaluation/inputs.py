@@ -193,6 +193,7 @@ class EncoderInputs:
         label = f"features of {SPLIT_NAMES[split]} images"
 
         def read(run_pass: Pass) -> Stored:
+            """The columns, from the cache or by `run_pass`."""
             return cache.columns(
                 spec,
                 wanted,
