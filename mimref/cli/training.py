@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import typer
 
@@ -38,8 +38,11 @@ from mimref.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from mimref.config import RefineConfig
+    from mimref.config import RunConfig
     from mimref.evaluation.metrics import Row
+    from mimref.training.runlog import Listener
+
+_Config = TypeVar("_Config", bound="RunConfig", contravariant=True)
 
 
 def refine(
@@ -98,7 +101,9 @@ def refine(
     if resume and _print_finished(out):
         return
 
-    _run_refine(config, out, resume, force, quiet)
+    from mimref.refinement.run import refine as run_refine
+
+    _train_together(run_refine, config, out, resume, force, quiet)
 
 
 def pretrain(
@@ -134,11 +139,8 @@ def pretrain(
         return
 
     from mimref.pretraining.run import pretrain as run_pretrain
-    from mimref.terminal import Terminal
 
-    with Terminal(quiet) as terminal:
-        result = run_pretrain(config, out, resume=resume, force=force, listener=terminal)
-    _print_trained(out, result.rows, quiet)
+    _train_together(run_pretrain, config, out, resume, force, quiet)
 
 
 def _refine_preset(preset: str | None, arch: str | None, source: str | None, weights: str | None) -> str:
@@ -152,16 +154,30 @@ def _refine_preset(preset: str | None, arch: str | None, source: str | None, wei
     )
 
 
-def _run_refine(config: "RefineConfig", out: Path, resume: bool, force: bool, quiet: bool) -> None:
-    """Refine with whatever processes torchrun has started; the first one speaks."""
-    from mimref.refinement.run import refine as run_refine
+class _Result(Protocol):
+    @property
+    def rows(self) -> list["Row"]: ...
+
+
+class _Training(Protocol[_Config]):
+    """`refine` or `pretrain` of the library."""
+
+    def __call__(
+        self, config: _Config, out: Path, *, resume: bool, force: bool, listener: "Listener | None"
+    ) -> _Result: ...
+
+
+def _train_together(
+    training: _Training[_Config], config: _Config, out: Path, resume: bool, force: bool, quiet: bool
+) -> None:
+    """Train with whatever processes torchrun has started; the first one speaks."""
     from mimref.terminal import Terminal
     from mimref.training.distributed import lost_ranks_told, process_group, restarted
 
     # torchrun starts all processes again when one has died, with the same command.
     again = restarted() and (out / "state").is_dir()
     with process_group(config.device) as rank, lost_ranks_told(), Terminal(quiet or rank > 0) as terminal:
-        result = run_refine(config, out, resume=resume or again, force=force and not again, listener=terminal)
+        result = training(config, out, resume=resume or again, force=force and not again, listener=terminal)
     if rank == 0:
         _print_trained(out, result.rows, quiet)
 

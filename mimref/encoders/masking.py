@@ -110,7 +110,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     batch, channels, side, _ = images.shape
     grid = side // patch_size
     cut = images.reshape(batch, channels, grid, patch_size, grid, patch_size)
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid * grid, -1)
+    return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def normalize_patches(patches_BNC: Tensor) -> Tensor:
@@ -121,9 +121,9 @@ def normalize_patches(patches_BNC: Tensor) -> Tensor:
 
 
 def hidden_error(pixels_BNC: Tensor, target_BNC: Tensor, hidden_BN: Tensor) -> Tensor:
-    """Mean squared error over hidden patches, a scalar."""
+    """Mean squared error over hidden patches, a scalar; zero of no images."""
     error_BN = (pixels_BNC.float() - target_BNC).square().mean(dim=2)
-    loss: Tensor = (error_BN * hidden_BN).sum() / hidden_BN.sum()
+    loss: Tensor = (error_BN * hidden_BN).sum() / hidden_BN.sum().clamp_min(1)
     return loss
 
 

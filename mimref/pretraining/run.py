@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimref.config import PretrainConfig
 from mimref.data.loader import ViewBatch, check_batch_size, device_batches, loader_workers, view_batches
@@ -24,6 +24,16 @@ from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.spec import data_record, eval_transform
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.results import read_results, write_results
+from mimref.training.distributed import (
+    agree,
+    averaged,
+    first_alone,
+    gather_lists,
+    own_rank,
+    sum_over_ranks,
+    total,
+    world_size,
+)
 from mimref.training.guard import FiniteLoss
 from mimref.training.loop import train
 from mimref.training.optim import adamw, encoder_groups, learning_rate, module_groups, set_learning_rate
@@ -59,6 +69,7 @@ class Pretraining:
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture)
         self.model = MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio).to(self.device)
+        self.trained: nn.Module = averaged(self.model, self.device) if world_size() > 1 else self.model
         groups = encoder_groups(encoder, weight_decay=config.mae.weight_decay, layer_decay=1.0)
         groups += module_groups(self.model.decoder, weight_decay=config.mae.weight_decay)
         self.optimizer = adamw(groups, config.optimizer.betas)
@@ -125,14 +136,17 @@ class Pretraining:
         """See `Job`."""
         self._loss = None
         self.skipped.add(batch.bad)
-        if not len(batch.sample_B):
+        images_of_all = total(len(batch.sample_B))
+        if not images_of_all:
             return
         set_learning_rate(self.optimizer, self.rate())
         images = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
         seed, patches = self.config.seed, self.model.num_patches
         noise = uniform(seed, batch.epoch, Operation.MASK, batch.sample_B, count=patches)
         with autocast(self.device, self.precision):
-            loss = self.model(images, noise.to(self.device))
+            loss = self.trained(images, noise.to(self.device))
+        # Ranks' gradients are averaged: each counts by its part of the batch.
+        loss = loss * (len(batch.sample_B) * world_size() / images_of_all)
         self.guard.watch(loss, self.step + 1)
         loss.backward()
         if self.config.optimizer.clip_grad is not None:
@@ -145,13 +159,15 @@ class Pretraining:
         """See `Job`."""
         if self.log and self._loss is not None:
             rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]
-            self.log.write({**self._position(), "loss": float(self._loss), "lr": rate})
+            loss = float(sum_over_ranks(self._loss)) / world_size()
+            self.log.write({**self._position(), "loss": loss, "lr": rate})
 
     def _position(self) -> dict[str, object]:
         return {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), "stage": "pretrain"}
 
     def end_epoch(self, epoch: int) -> None:
         """See `Job`."""
+        self.skipped.add(gather_lists(self.skipped.items))
         self.skipped.tell_early()
         every = self.config.monitor.knn_every_epochs
         if not every or (epoch % every and self.step < self.total):
@@ -171,12 +187,11 @@ def pretrain(
     Works on unlabelled images; labels, where there are any, only serve the k-NN check. resume: continue the unfinished
     run in `out`; of a finished one, return its results. force: replace what a run has left in `out`. Raises UserError
     subclasses for settings, images or folders that do not fit, Interrupted after saving when a signal arrives.
+    In a process group every rank calls this with the same arguments and rank 0 alone writes.
     """
-    listener = listener or Silent()
+    listener = listener if listener and own_rank() == 0 else Silent()
     folder = RunFolder(out)
-    folder.check(resume=resume, force=force)
-    if resume and folder.finished:
-        folder.drop_state()  # of a run killed just before it did so itself
+    if folder.holds_result(resume=resume, force=force):
         return PretrainResult(out, *read_results(out))
     check_trackers(config.monitor.trackers)
     with stop_signal() as stop, folder.locked(resume=resume, force=force):
@@ -190,8 +205,10 @@ def pretrain(
         with closing(open_log(config, out, state)) as run.log:
             del state  # as large as the run itself
             train(run, run.batches(), stop, listener, log_every=config.monitor.log_every)
-        _write(run, config, out)
-        folder.drop_state()
+        agree(0)
+        if first_alone():
+            _write(run, config, out)
+            folder.drop_state()
     return PretrainResult(out, run.rows, run.elapsed_s)
 
 

@@ -1,6 +1,6 @@
 """Refine an encoder: train the heads on the frozen encoder, then encoder and heads together."""
 
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from mimref.refinement.plan import header_of, make_plan
 from mimref.refinement.stages import EncoderStage, HeadsStage, Refinement
 from mimref.refinement.sweep import rank_heads
 from mimref.results import read_results, write_results
-from mimref.training.distributed import agree, leave_process_group, own_rank
+from mimref.training.distributed import agree, first_alone, own_rank
 from mimref.training.loop import train
-from mimref.training.runlog import Listener, MetricsLog, Silent, UnwrittenLog, open_log
+from mimref.training.runlog import Listener, MetricsLog, Silent, open_log
 from mimref.training.state import RunFolder, StopSignal, check_images, reloadable, stop_signal
 from mimref.training.trackers import check_trackers
 
@@ -47,18 +47,12 @@ def refine(
     In a process group every rank calls this with the same arguments; rank 0 alone writes, and evaluates at the end,
     when it has left the group. The other ranks' results have no rows.
     """
-    first = own_rank() == 0
-    listener = listener if listener and first else Silent()
+    listener = listener if listener and own_rank() == 0 else Silent()
     folder = RunFolder(out)
-    if first:
-        folder.check(resume=resume, force=force)
-    # The others must not look before rank 0 has, nor after it has begun to write.
-    if agree(int(first and resume and folder.finished)):
-        if first:
-            folder.drop_state()  # of a run killed just before it did so itself
+    if folder.holds_result(resume=resume, force=force):
         return RefineResult(out, *read_results(out))
     check_trackers(config.monitor.trackers)
-    with stop_signal() as stop, folder.locked(resume=resume, force=force) if first else nullcontext():
+    with stop_signal() as stop, folder.locked(resume=resume, force=force):
         plan = make_plan(config, listener.progress)
         config = reloadable(plan.config)
         state = folder.load_state(listener) if resume else None
@@ -71,15 +65,11 @@ def refine(
         run = Refinement(plan, listener)
         if config.heads_from is not None and state is None:
             run.load_heads(Path(config.heads_from))
-        if first:
-            folder.prepare(config, resume=resume, force=force)
-        agree(0)
-        with closing(open_log(config, out, state) if first else UnwrittenLog()) as log:
+        folder.prepare(config, resume=resume, force=force)
+        with closing(open_log(config, out, state)) as log:
             _train(run, folder, log, stop, state)
         agree(0)
-        # What is left is the work of one process.
-        leave_process_group()
-        if not first:
+        if not first_alone():
             return RefineResult(out, [], run.elapsed_s)
         # Written before the evaluation, which may fail or be interrupted, and again with its results.
         _write_encoder(run, config, out, [])

@@ -23,7 +23,7 @@ from mimref.refinement.plan import Plan
 from mimref.refinement.queue import Queue
 from mimref.refinement.schedule import loss_weights
 from mimref.refinement.step import RefinementStep, StepValues, monitored_values
-from mimref.training.distributed import agree, alone, gather_lists, own_rank, total, world_size
+from mimref.training.distributed import agree, alone, gather_lists, total, world_size
 from mimref.training.ema import WeightAverage
 from mimref.training.guard import FiniteLoss
 from mimref.training.optim import (
@@ -305,10 +305,7 @@ class Stage:
     def save(self) -> None:
         """See `Job`."""
         self.run.elapsed_s = self.elapsed_s
-        if own_rank() == 0:
-            self.folder.save_state({**self.shared_state(), "stage": self.name, "stage_step": self.step})
-        # torchrun stops all ranks when one has ended: none may before the state is on disk.
-        agree(0)
+        self.folder.save_state({**self.shared_state(), "stage": self.name, "stage_step": self.step})
 
     def shared_state(self) -> dict[str, Any]:
         """Everything both stages have to save."""

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,6 +26,7 @@ from mimref.training.distributed import (
     gather_rows_with_gradient,
     gather_samples,
     own_rank,
+    sum_over_ranks,
     world_size,
 )
 
@@ -285,7 +285,7 @@ def _over_ranks(loss: Tensor, by_head: dict[str, Tensor], share: float) -> tuple
     told = torch.cat([loss.double()[None] / world_size(), (means * share).flatten()])
     # The means of no images are no numbers.
     told = told if share else torch.zeros_like(told)
-    dist.all_reduce(told)
+    told = sum_over_ranks(told)
     return told[0], dict(zip(by_head, told[1:].view_as(means), strict=True))
 
 

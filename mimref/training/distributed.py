@@ -154,6 +154,15 @@ def total(number: int) -> int:
     return int(told)
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of equally shaped tensors of all ranks, without gradient."""
+    x = x.detach()
+    if world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
 def gather_samples(sample_B: Tensor, most: int) -> list[Tensor]:
     """Sample indices of every rank, [(B_r,)] on the CPU; on the host. most: the most that any rank can have."""
     if world_size() == 1:

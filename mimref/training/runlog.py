@@ -9,6 +9,7 @@ from mimref.config import RunConfig
 from mimref.data.decode import BadImages
 from mimref.errors import OutputError
 from mimref.files import atomic_write
+from mimref.training.distributed import own_rank
 from mimref.training.trackers import Tracker, open_trackers, scalars
 
 
@@ -89,7 +90,12 @@ class UnwrittenLog(MetricsLog):
 
 
 def open_log(config: RunConfig, out: Path, state: Mapping[str, Any] | None) -> MetricsLog:
-    """The log of a run in the folder `out`, cut to what goes with `state`; None starts a new one."""
+    """The log of a run in the folder `out`, cut to what goes with `state`; None starts a new one.
+
+    Rank 0 alone writes.
+    """
+    if own_rank() > 0:
+        return UnwrittenLog()
     lines, step = (state["log_lines"], state["step"]) if state else (0, 0)
     trackers = open_trackers(config.monitor.trackers, out, config.model_dump(mode="json"), first_step=step)
     return MetricsLog(out / "metrics.jsonl", keep_lines=lines, trackers=trackers)

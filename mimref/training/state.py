@@ -1,7 +1,7 @@
 """A run's output folder: who may write into it, its saved states, and stopping on a signal.
 
 A folder is finished when it holds results.json, unfinished when it holds state/ or a log without results. Of the saved
-states the newest two stay: a file can be damaged after it was written.
+states the newest two stay: a file can be damaged after it was written. In a process group rank 0 writes for all.
 """
 
 import os
@@ -23,6 +23,7 @@ from mimref.data.sources import ImageSource
 from mimref.errors import ConfigError, DataError, Interrupted, OutputError
 from mimref.files import atomic_write, write_bytes
 from mimref.recipes import load_config
+from mimref.training.distributed import agree, own_rank
 from mimref.training.lock import folder_lock
 from mimref.training.runlog import Listener
 
@@ -65,6 +66,17 @@ class RunFolder:
         """The saved states, the newest first."""
         return sorted((self.path / "state").glob("step*.pt"), reverse=True)
 
+    def holds_result(self, *, resume: bool, force: bool) -> bool:
+        """`check` the folder; whether the run to resume has finished in it. Ranks are told what rank 0 sees."""
+        found = False
+        # The others must not look before rank 0 has, nor after it has begun to write.
+        if own_rank() == 0:
+            self.check(resume=resume, force=force)
+            found = resume and self.finished
+            if found:
+                self.drop_state()  # of a run killed just before it did so itself
+        return bool(agree(int(found)))
+
     def check(self, *, resume: bool, force: bool) -> None:
         """Raise OutputError when a run must not start or go on here. Writes nothing."""
         if resume and force:
@@ -92,10 +104,13 @@ class RunFolder:
 
     @contextmanager
     def locked(self, *, resume: bool, force: bool) -> Iterator[None]:
-        """Keep other processes out of the folder, from the first look at it to the last file.
+        """Keep other runs out of the folder, from the first look at it to the last file.
 
         Raises OutputError when one is at work in it, or has been since `check` and left what is in the way.
         """
+        if own_rank() > 0:
+            yield
+            return
         with folder_lock(self.path):
             self.check(resume=resume, force=force)
             if resume and self.finished:
@@ -110,8 +125,14 @@ class RunFolder:
         `force` removes an earlier run's own files and nothing else. Raises OutputError when the folder cannot be
         written, ConfigError when a setting that shapes training has changed since.
         """
-        if resume and (self.path / "config.toml").is_file():
-            self._compare(config)
+        if own_rank() == 0:
+            if resume and (self.path / "config.toml").is_file():
+                self._compare(config)
+            self._make_ready(force)
+            write_bytes(self.path / "config.toml", dump_config(config).encode())
+        agree(0)
+
+    def _make_ready(self, force: bool) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if force:
@@ -123,7 +144,6 @@ class RunFolder:
             self._remove_halves()
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from error
-        write_bytes(self.path / "config.toml", dump_config(config).encode())
 
     def _remove_halves(self) -> None:
         """Files whose writing a kill has cut short; a state may be gigabytes."""
@@ -150,6 +170,12 @@ class RunFolder:
         Takes the disk space of two states, of three while one is written. Raises OutputError when it cannot be written;
         the earlier ones are then as they were.
         """
+        if own_rank() == 0:
+            self._write_state(state)
+        # torchrun stops all ranks when one has ended: none may before the state is on disk.
+        agree(0)
+
+    def _write_state(self, state: dict[str, Any]) -> None:
         newest = self.path / "state" / f"step{state['step']:010}.pt"
         with atomic_write(newest) as stream:
             torch.save(state, stream)
