@@ -14,10 +14,10 @@ from mimref.data.loader import loader_workers
 from mimref.data.sources import ArraySource, ImageSource, Split, open_source
 from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.backbones import TimmBackbone, find_architecture
-from mimref.encoders.checkpoints import encoder_from, read_checkpoint
+from mimref.encoders.backbones import TimmBackbone
+from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Encoder
-from mimref.errors import CheckpointError, DataError
+from mimref.errors import DataError
 from mimref.features.extract import extract as extract_features
 from mimref.features.spec import eval_transform
 
@@ -52,12 +52,10 @@ def load(
 
     arch, source: needed only for files that are not recognised, as on the command line. resolution: pixels of the
     images it will see; None is the encoder's own.
-    Raises CheckpointError for a file that is no encoder, ConfigError for sizes that do not fit.
+    Raises CheckpointError for a file that is no encoder, ConfigError for names and sizes that do not fit.
     """
     checkpoint = read_checkpoint(path)
-    architecture = checkpoint.architecture if arch is None else find_architecture(arch, source, resolution)
-    if architecture is None:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass arch (and source)")
+    architecture = choose_architecture(checkpoint, arch, source, resolution)
     transform = eval_transform(architecture, DataConfig(), checkpoint.header, resolution=resolution)
     return LoadedEncoder(encoder_from(checkpoint, architecture).eval(), transform, checkpoint.header)
 

@@ -36,6 +36,11 @@ def test_load_gives_the_encoder_and_what_its_file_says(weights: Path) -> None:
         mimref.load("nowhere.pth")
 
 
+def test_an_arch_that_the_file_contradicts_is_refused(weights: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--arch vit_l16: .* says that it is custom; leave --arch out"):
+        mimref.load(weights, arch="vit_l16")
+
+
 @pytest.mark.parametrize("blocks", [None, [3], [1, 4]])
 def test_extract_equals_the_room(weights: Path, tmp_path: Path, blocks: list[int] | None) -> None:
     write_labelled(tmp_path)

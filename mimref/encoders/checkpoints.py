@@ -18,11 +18,17 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mimref.config import EncoderConfig
-from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, classifier_layers, native_size
+from mimref.encoders.backbones import (
+    BackboneArchitecture,
+    TimmBackbone,
+    classifier_layers,
+    find_architecture,
+    native_size,
+)
 from mimref.encoders.formats import Recognised, Unrecognised, recognise, shortened
 from mimref.encoders.known import KnownWeights, Progress, find_known
 from mimref.encoders.reading import first_line, named_tensors, read_file
-from mimref.encoders.vit import Architecture, Encoder, build_encoder, is_plain_vit, resize_positions
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder, is_plain_vit, resize_positions
 from mimref.errors import CheckpointError, ConfigError
 from mimref.files import atomic_write
 
@@ -206,14 +212,35 @@ def load_encoder(
     Raises CheckpointError for a file that is none or does not fit, ConfigError for an image size that does not.
     """
     checkpoint = read_checkpoint(path)
-    chosen = architecture or checkpoint.architecture
-    if chosen is None:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch")
-    return encoder_from(checkpoint, chosen), checkpoint.header
+    return encoder_from(checkpoint, architecture or choose_architecture(checkpoint)), checkpoint.header
+
+
+def choose_architecture(
+    checkpoint: Checkpoint, arch: str | None = None, source: str | None = None, resolution: int | None = None
+) -> Architecture | BackboneArchitecture:
+    """What a checkpoint says it is; what `--arch` and `--source` name for one that does not say, or for a timm model.
+
+    resolution: pixels of the images that a named architecture is for; None is its own size.
+    Raises CheckpointError when nothing tells, ConfigError for an `arch` that contradicts the checkpoint.
+    """
+    recorded = checkpoint.architecture
+    if arch is None:
+        if recorded is None:
+            raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch (and --source)")
+        return recorded
+    # A file of a timm model may look like that of a plain vision transformer and still be another.
+    if recorded is None or (checkpoint.recognised and arch not in PAPER_SIZES):
+        return find_architecture(arch, source, resolution)
+    if arch != recorded.name:
+        raise ConfigError(f"--arch {arch}: {checkpoint.path} says that it is {recorded.name}; leave --arch out")
+    return recorded
 
 
 def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneArchitecture) -> Encoder | TimmBackbone:
-    """An encoder of this architecture with a checkpoint's weights, whose memory it shares; see `load_encoder`."""
+    """An encoder of this architecture with a checkpoint's weights, whose memory it shares.
+
+    Raises CheckpointError for weights that do not fit it.
+    """
     if isinstance(architecture, BackboneArchitecture):
         backbone = TimmBackbone(architecture)
         classifier = tuple(f"{layer}." for layer in classifier_layers(architecture.name))

@@ -19,10 +19,10 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mimref.encoders.backbones import BackboneArchitecture, find_architecture, native_size
-from mimref.encoders.checkpoints import encoder_from, read_checkpoint, save_encoder
+from mimref.encoders.backbones import native_size
+from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.reading import read_file
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder
+from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, OutputError
 from mimref.files import atomic_path
 from mimref.training.runlog import Listener, Silent
@@ -64,14 +64,7 @@ def read_encoder(
     Raises CheckpointError for a file that is no plain vision transformer, ConfigError for values that do not fit it.
     """
     checkpoint = read_checkpoint(path, progress=(listener or Silent()).progress)
-    architecture: Architecture | BackboneArchitecture | None = checkpoint.architecture
-    of_timm = arch is not None and arch not in PAPER_SIZES
-    if arch is not None and (architecture is None or (checkpoint.recognised and of_timm)):
-        architecture = find_architecture(arch, source, None)
-    elif architecture is None:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch (and --source)")
-    elif arch not in (None, architecture.name):
-        raise ConfigError(f"--arch {arch}: {checkpoint.path} says that it is {architecture.name}; leave --arch out")
+    architecture = choose_architecture(checkpoint, arch, source)
     if not isinstance(architecture, Architecture):
         raise ConfigError(f"--arch {arch}: only plain vision transformers can be exported")
     if resolution is not None:

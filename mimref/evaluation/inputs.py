@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from mimref.data.loader import loader_workers
 from mimref.data.sources import BadImages, ImageSource, Split, open_source
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture
-from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder
-from mimref.errors import CheckpointError, ConfigError, DataError
+from mimref.encoders.backbones import TimmBackbone
+from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
+from mimref.encoders.vit import Architecture, Encoder
+from mimref.errors import ConfigError, DataError
 from mimref.evaluation_config import EncoderPassConfig
 from mimref.features.cache import FeatureCache, Pass, Stored, pass_spec
 from mimref.features.extract import Batch, Column, encode_columns
@@ -118,7 +118,9 @@ class EncoderInputs:
         self.config, self.listener, self.need_labels = config, listener, need_labels
         self.name = model_name(checkpoint)
         self.checkpoint = read_checkpoint(checkpoint, num_heads=config.encoder.num_heads, progress=listener.progress)
-        self.architecture = _architecture(config, self.checkpoint)
+        self.architecture = choose_architecture(self.checkpoint, config.arch, config.source, config.resolution)
+        if isinstance(self.architecture, Architecture):
+            self.architecture.check_size(config.resolution or self.architecture.image_size, "--resolution")
         for notice in self.checkpoint.notices(self.architecture):
             listener.note(notice)
         header = self.checkpoint.header
@@ -316,21 +318,3 @@ def model_name(checkpoint: str) -> str:
     path = Path(checkpoint)
     # `..` and `.` have no name of their own.
     return path.resolve().name if path.is_dir() else path.name
-
-
-def _architecture(config: EncoderPassConfig, checkpoint: Checkpoint) -> Architecture | BackboneArchitecture:
-    """What the file is, or for foreign files the timm model that `--arch` names, at the resolution asked for."""
-    recorded = checkpoint.architecture
-    if recorded is None and config.arch is None:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch (and --source)")
-    of_timm = config.arch is not None and config.arch not in PAPER_SIZES
-    if recorded is None or (checkpoint.recognised and of_timm):
-        assert config.arch is not None
-        chosen = find_architecture(config.arch, config.source, config.resolution)
-    elif config.arch not in (None, recorded.name):
-        raise ConfigError(f"--arch {config.arch}: {checkpoint.path} says that it is {recorded.name}; leave --arch out")
-    else:
-        chosen = recorded
-    if isinstance(chosen, Architecture):
-        chosen.check_size(config.resolution or chosen.image_size, "--resolution")
-    return chosen
