@@ -56,15 +56,21 @@ def write_results(
     write_bytes(out / "results.json", (json.dumps(document, indent=2, default=str, allow_nan=False) + "\n").encode())
 
 
-def read_results(out: Path) -> tuple[list["Row"], float]:
-    """The rows and the elapsed seconds of a finished run. Raises OutputError when its results.json is damaged."""
+def read_results(out: Path, command: str) -> tuple[list["Row"], float]:
+    """The rows and the elapsed seconds of a finished run of `command`.
+
+    Raises OutputError when its results.json is damaged, or of another command.
+    """
     file = out / "results.json"
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         rows = [{key: _from_json(value) for key, value in row.items()} for row in document["metrics"]]
-        return rows, float(document["elapsed_s"])
+        elapsed_s, made_by = float(document["elapsed_s"]), document["command"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{file} cannot be read ({error}); --force runs again") from error
+    if made_by != command:
+        raise OutputError(f"{out}: holds results of {made_by}, not of {command}; give another --out")
+    return rows, elapsed_s
 
 
 def columns(rows: Sequence["Row"]) -> list[str]:

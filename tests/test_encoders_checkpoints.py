@@ -99,7 +99,9 @@ def test_pickles_in_maes_layout(tmp_path: Path, wrapper: str | None, zipped: boo
     torch.save(content, tmp_path / "weights.bin", _use_new_zipfile_serialization=zipped)
     loaded, header = load_encoder(tmp_path / "weights.bin", TINY)
     assert same(weights_of(loaded), weights_of(encoder)) and header == {}
-    unknown = r"weights\.bin: its number of attention heads is unknown for a width of 32; .*; pass --arch \(and --source\)$"
+    unknown = (
+        r"weights\.bin: its number of attention heads is unknown for a width of 32; .*; pass --arch \(and --source\)$"
+    )
     with pytest.raises(CheckpointError, match=unknown):
         load_encoder(tmp_path / "weights.bin")
 

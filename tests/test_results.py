@@ -52,12 +52,18 @@ def test_write_results_into_a_file_is_one_line(tmp_path: Path) -> None:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     write_results(tmp_path, "refine", {}, 2.5, [*rows(), {"metric": "odd", "value": float("inf")}])
-    read, elapsed_s = read_results(tmp_path)
+    read, elapsed_s = read_results(tmp_path, "refine")
     assert read[:-1] == rows() and math.isnan(float(read[-1]["value"])) and elapsed_s == 2.5
+
+
+def test_results_of_another_command_are_refused(tmp_path: Path) -> None:
+    write_results(tmp_path, "knn", {}, 2.5, rows())
+    with pytest.raises(OutputError, match="holds results of knn, not of refine; give another --out"):
+        read_results(tmp_path, "refine")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"metrics": 3}', '{"metrics": [1]}', '{"metrics": []}'])
 def test_damaged_results_are_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(OutputError, match=r"results\.json cannot be read"):
-        read_results(tmp_path)
+        read_results(tmp_path, "refine")

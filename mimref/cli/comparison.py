@@ -72,7 +72,7 @@ def analyze_blocks(
 
     overrides: dict[str, Any] = {"checkpoints": checkpoints or None, "arch": arch, "source": source, "pool": pool}
     overrides |= {"resolution": resolution, "cache.folder": cache, "k": k, "tau": tau}
-    overrides |= common(data or (None if checkpoints else "digits"), device, precision, seed, workers)
+    overrides |= common(data, device, precision, seed, workers)
     overrides |= {"reconstruct": reconstruction or None}
     chosen = preset or (None if checkpoints else "quickstart")
     config = load_config(BlocksConfig, chosen, overrides, sets or ())

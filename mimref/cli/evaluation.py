@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -44,7 +44,7 @@ from mimref.cli.options import (
     parse_ints,
     parse_names,
 )
-from mimref.cli.output import check_out, report, tell
+from mimref.cli.output import check_out, print_finished, report, tell
 from mimref.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def knn(
     from mimref.recipes import load_config
 
     overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
-    overrides |= _common(checkpoint, features, data, device, precision, None, workers)
+    overrides |= common(data, device, precision, None, workers)
     overrides |= {"k": parse_ints("--k", k), "tau": parse_floats("--tau", tau)}
     overrides |= {"standardize": standardize, "per_class": per_class or None}
     config = load_config(KnnConfig, None, overrides, sets or ())
@@ -142,7 +142,7 @@ def lowshot(
     from mimref.recipes import load_config
 
     overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
-    overrides |= _common(checkpoint, features, data, device, precision, seed, workers)
+    overrides |= common(data, device, precision, seed, workers)
     overrides |= {"shots": parse_ints("--shots", shots), "splits": splits, "split_files": split_files or None}
     config = load_config(LowshotConfig, None, overrides, sets or ())
     check_out(out, force)
@@ -198,7 +198,7 @@ def cluster(
     from mimref.recipes import load_config
 
     overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
-    overrides |= _common(checkpoint, features, data, device, precision, seed, workers)
+    overrides |= common(data, device, precision, seed, workers)
     overrides |= {"metrics": parse_names(metrics), "runs": runs, "split": split, "classes": classes}
     config = load_config(ClusterConfig, None, overrides, sets or ())
     check_out(out, force)
@@ -257,13 +257,15 @@ def probe(
     from mimref.recipes import load_config
 
     overrides = encoder_settings(checkpoint, features, arch, source, None, None, final_norm, resolution, cache)
-    overrides |= _common(checkpoint, features, data, device, precision, seed, workers)
+    overrides |= common(data, device, precision, seed, workers)
     overrides |= {"cached": cached or None, "probe.epochs": epochs, "probe.batch_size": batch_size}
     config = load_config(ProbeConfig, preset, overrides | {"probe.select": select}, sets or ())
     state = out / "state" / "probe.pt" if out else None
     if resume and state is None:
         raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
-    check_out(out, force or resume)
+    if resume and out and print_finished(out, config.command):
+        return
+    check_out(out, force)
     _check_unfinished(state, resume=resume, force=force)
 
     from mimref.evaluation.run import evaluate_probe
@@ -277,19 +279,6 @@ def probe(
     report(out, config, result, quiet)
     if state is not None:
         state.unlink(missing_ok=True)
-
-
-def _common(
-    checkpoint: str | None,
-    features: tuple[str, str] | None,
-    data: str | None,
-    device: str | None,
-    precision: str | None,
-    seed: str | None,
-    workers: str | None,
-) -> dict[str, Any]:
-    """Common settings; digits where nothing at all is named."""
-    return common(data or (None if checkpoint or features else "digits"), device, precision, seed, workers)
 
 
 def _draw_embedding(file: Path, embedding: "Embedding", rows: Sequence["Row"]) -> None:
@@ -308,4 +297,4 @@ def _check_unfinished(state: Path | None, *, resume: bool, force: bool) -> None:
         raise OutputError(
             f"{state.parent.parent}: holds an unfinished probe; --resume continues it, --force starts anew"
         )
-    state.unlink()
+    state.unlink(missing_ok=True)  # another process of this run may have been first

@@ -1,5 +1,6 @@
 """What evaluations print and write."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,28 @@ if TYPE_CHECKING:
 
 
 def check_out(out: Path | None, force: bool) -> None:
-    """Raise OutputError for a folder that holds results, unless they are to be replaced."""
-    if out and (out / "results.json").exists() and not force:
-        raise OutputError(f"{out}: holds results; give another --out, or --force to replace them")
+    """Raise OutputError for a folder that holds results, unless they are to be replaced, or a run under way."""
+    if out is None:
+        return
+    if (out / "results.json").exists():
+        if not force:
+            raise OutputError(f"{out}: holds results; give another --out, or --force to replace them")
+    elif (out / "metrics.jsonl").exists():
+        # Results would pass for those of that run.
+        raise OutputError(f"{out}: holds an unfinished run of refine or pretrain; give another --out")
+
+
+def print_finished(out: Path, command: str) -> bool:
+    """Print the results of a run of this command that is finished already; False when it is not."""
+    if not (out / "results.json").is_file():
+        return False
+    from mimref.results import read_results
+    from mimref.terminal import print_rows
+
+    print_rows(read_results(out, command)[0])
+    # Of a run killed just before it did so itself.
+    shutil.rmtree(out / "state", ignore_errors=True)
+    return True
 
 
 def report(out: Path | None, config: "CommandConfig", result: "EvaluationResult", quiet: bool) -> None:
@@ -32,6 +52,8 @@ def write(out: Path | None, config: "CommandConfig", result: "EvaluationResult",
         return
     from mimref.results import write_results
 
+    if result.data is not None:
+        config = config.model_copy(update={"data": result.data})
     settings = config.model_dump(mode="json")
     write_results(out, config.command, settings, result.elapsed_s, result.rows, bad_images=result.bad_images)
     tell(f"results in {out}", quiet)

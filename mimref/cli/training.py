@@ -1,6 +1,5 @@
 """`mimref refine` and `mimref pretrain`."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -36,6 +35,7 @@ from mimref.cli.options import (
     default_out,
     print_facts,
 )
+from mimref.cli.output import print_finished
 
 if TYPE_CHECKING:
     from mimref.config import RunConfig
@@ -98,7 +98,7 @@ def refine(
 
         print_facts(describe(make_plan(config)) | {"output": str(out)})
         return
-    if resume and _print_finished(out):
+    if resume and print_finished(out, config.command):
         return
 
     from mimref.refinement.run import refine as run_refine
@@ -135,7 +135,7 @@ def pretrain(
     chosen = _resumed_config(out, resume, preset) or choose_pretrain_preset(preset, arch)
     config = load_config(PretrainConfig, chosen, overrides, sets or ())
     out = out or default_out(config)
-    if resume and _print_finished(out):
+    if resume and print_finished(out, config.command):
         return
 
     from mimref.pretraining.run import pretrain as run_pretrain
@@ -190,19 +190,6 @@ def _resumed_config(out: Path | None, resume: bool, preset: str | None) -> str |
     if not resume or preset is not None or out is None or not (out / "config.toml").is_file():
         return None
     return str(out / "config.toml")
-
-
-def _print_finished(out: Path) -> bool:
-    """Print the results of a run that is finished already; False when it is not."""
-    from mimref.results import read_results
-    from mimref.terminal import print_rows
-
-    if not (out / "results.json").is_file():
-        return False
-    print_rows(read_results(out)[0])
-    # Of a run killed just before it did so itself.
-    shutil.rmtree(out / "state", ignore_errors=True)
-    return True
 
 
 def _print_trained(out: Path, rows: Sequence["Row"], quiet: bool) -> None:

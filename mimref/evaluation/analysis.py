@@ -33,7 +33,11 @@ def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -
     Raises UserError subclasses for checkpoints or images that do not fit.
     """
     started, listener = time.monotonic(), listener or Silent()
-    opened = [EncoderInputs(config, checkpoint, listener, need_labels=False) for checkpoint in config.checkpoints]
+    opened: list[EncoderInputs] = []
+    for checkpoint in config.checkpoints:
+        opened.append(EncoderInputs(config, checkpoint, listener, need_labels=False))
+        # Other encoders may come with headers of other images.
+        config = config.model_copy(update={"data": opened[0].data})
     give_distinct_names(opened, config.checkpoints)
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
@@ -50,7 +54,7 @@ def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -
             found, bad = found + reconstruction.rows, bad + reconstruction.bad
         rows += named(found, inputs, {"pool": config.pool})
     bad = [pair for inputs in opened for pair in inputs.bad] + bad
-    return BlocksResult(rows, time.monotonic() - started, list(dict.fromkeys(bad)), heads)
+    return BlocksResult(rows, time.monotonic() - started, list(dict.fromkeys(bad)), config.data, heads)
 
 
 def _groups(config: BlocksConfig, inputs: EncoderInputs) -> list[list[Column]]:

@@ -45,7 +45,7 @@ def compare_encoders(config: CompareConfig, *, listener: Listener | None = None)
     for inputs, checkpoint in zip(opened, checkpoints, strict=True) if first_alone() else ():
         rows += _measure(config, inputs, checkpoint, listener)
     bad = [pair for inputs in opened for pair in inputs.bad]
-    return EvaluationResult(rows, time.monotonic() - started, bad)
+    return EvaluationResult(rows, time.monotonic() - started, bad, config.data)
 
 
 def _columns(config: CompareConfig, inputs: EncoderInputs) -> list[Column]:

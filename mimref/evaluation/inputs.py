@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mimref.config import DataConfig
 from mimref.data.loader import loader_workers
 from mimref.data.sources import BadImages, ImageSource, Split, open_source
 from mimref.devices import resolve_device, resolve_precision
@@ -42,6 +43,10 @@ class Inputs(Protocol):
     """Of the model, in results."""
 
     @property
+    def data(self) -> DataConfig | None:
+        """The images; None for features made elsewhere."""
+
+    @property
     def depth(self) -> int:
         """Blocks that there are features of."""
 
@@ -66,6 +71,7 @@ class FeatureFiles:
     train_file: str
     val_file: str
     bad: list[tuple[str, str]] = field(default_factory=list)
+    data: DataConfig | None = None
 
     def __post_init__(self) -> None:
         self._arrays = {"train": _read_npz(self.train_file), "val": _read_npz(self.val_file)}

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mimref.config import DataConfig
 from mimref.data.loader import loader_workers
 from mimref.data.sources import BadImages, Split
 from mimref.errors import ConfigError, DataError
@@ -50,6 +51,8 @@ class EvaluationResult:
     elapsed_s: float
     bad_images: list[tuple[str, str]] = field(default_factory=list)
     """Path and reason of every image that was left out."""
+    data: DataConfig | None = None
+    """The images, which the settings may have left to the encoder's file; None for features made elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def evaluate_knn(
             progress=partial(listener.progress, _label("nearest neighbours", where)),
         )
         rows += named(found, inputs, where)
-    return EvaluationResult(rows, time.monotonic() - started, inputs.bad)
+    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data)
 
 
 def evaluate_lowshot(
@@ -126,7 +129,7 @@ def evaluate_lowshot(
             progress=partial(listener.progress, _label("logistic regressions", where)),
         )
         rows += named(found, inputs, where)
-    return EvaluationResult(rows, time.monotonic() - started, inputs.bad)
+    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data)
 
 
 def evaluate_cluster(
@@ -166,7 +169,7 @@ def evaluate_cluster(
             listener.progress("UMAP", 0, 1)
             embedding = Embedding(umap_embedding(x, seed=config.seed), y, names)
             listener.progress("UMAP", 1, 1)
-    return EvaluationResult(rows, time.monotonic() - started, inputs.bad), embedding
+    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data), embedding
 
 
 def evaluate_probe(
@@ -197,7 +200,7 @@ def evaluate_probe(
     else:
         found = _probe_cached(config, inputs, wanted, state, progress)
     left_out = list(dict.fromkeys([*inputs.bad, *bad.items]))
-    return EvaluationResult(named(found, inputs, {}), time.monotonic() - started, left_out)
+    return EvaluationResult(named(found, inputs, {}), time.monotonic() - started, left_out, inputs.data)
 
 
 def _probe_cached(

@@ -50,7 +50,9 @@ def refine(
     listener = listener if listener and own_rank() == 0 else Silent()
     folder = RunFolder(out)
     if folder.holds_result(resume=resume, force=force):
-        return RefineResult(out, *read_results(out))
+        found = read_results(out, config.command)
+        folder.drop_state()  # of a run killed just before it did so itself
+        return RefineResult(out, *found)
     check_trackers(config.monitor.trackers)
     with stop_signal() as stop, folder.locked(resume=resume, force=force):
         plan = make_plan(config, listener.progress)

@@ -73,8 +73,6 @@ class RunFolder:
         if own_rank() == 0:
             self.check(resume=resume, force=force)
             found = resume and self.finished
-            if found:
-                self.drop_state()  # of a run killed just before it did so itself
         return bool(agree(int(found)))
 
     def check(self, *, resume: bool, force: bool) -> None:

@@ -44,7 +44,7 @@ class Calls:
         self.then(listener)
         if out is not None:  # training commands write their folder by themselves
             write_results(out, config.command, config.model_dump(mode="json"), 1.5, ROWS)
-        return types.SimpleNamespace(rows=ROWS, elapsed_s=1.5, out=out, bad_images=[])
+        return types.SimpleNamespace(rows=ROWS, elapsed_s=1.5, out=out, bad_images=[], data=None)
 
 
 @pytest.fixture
@@ -108,7 +108,8 @@ def test_pretrain_passes_its_options_on(work: Calls) -> None:
 
 def test_knn_without_arguments_takes_the_digits(work: Calls) -> None:
     assert run(["knn"]) == 0
-    assert (work.config.checkpoint, work.config.data.spec, work.config.k) == ("quickstart", "digits", [10])
+    # The packaged encoder's file names its images.
+    assert (work.config.checkpoint, work.config.data.spec, work.config.k) == ("quickstart", None, [10])
 
 
 def test_knn_passes_its_options_on(work: Calls) -> None:
