@@ -13,6 +13,7 @@ Hidden files are ignored, and so are files whose name does not end like an image
 """
 
 import os
+from glob import escape
 from typing import TYPE_CHECKING
 
 from mimref.config import DataConfig
@@ -35,13 +36,29 @@ __all__ = [
     "FileSource",
     "ImageSource",
     "Split",
+    "absolute_spec",
     "decode_image",
     "open_source",
 ]
 
 ACCEPTED = "a folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER or wds:SHARDS"
+NAMES = ("digits", "fashion-mnist")
+"""Specs that are no paths, whatever lies beside them."""
 PATH_PREFIXES = ("list:", "hf:", "wds:")
 """What may stand before a path in a spec."""
+
+
+def absolute_spec(spec: str) -> str:
+    """The spec with an absolute path where it has one, so that it means the same images wherever it is read."""
+    if spec in NAMES or spec.startswith("torchvision:"):
+        return spec
+    prefix = next((each for each in PATH_PREFIXES if spec.startswith(each)), "")
+    path = os.path.expanduser(spec.removeprefix(prefix))
+    absolute = os.path.abspath(path)
+    if prefix == "wds:" and not os.path.isabs(path) and not os.path.isdir(path):
+        # A pattern: the folder it starts from is none.
+        absolute = os.path.normpath(os.path.join(escape(os.getcwd()), path))
+    return prefix + absolute
 
 
 def open_source(data: DataConfig, split: Split, *, need_labels: bool = False) -> ImageSource:
@@ -93,7 +110,7 @@ def _open(spec: str, data: DataConfig, split: Split) -> "ArraySource | FileSourc
         return open_shards(spec, split)
     root = os.path.expanduser(spec)
     if not os.path.isdir(root):
-        near = did_you_mean(spec, ("digits", "fashion-mnist", "torchvision:"))
+        near = did_you_mean(spec, (*NAMES, "torchvision:"))
         what = "is a file, not a folder" if os.path.exists(root) else f"no such folder or data set{near}"
         raise DataError(f"--data {printable(spec)}: {what} (accepted: {ACCEPTED})")
     return open_folder(spec, split)

@@ -7,14 +7,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from mimref.config import DataConfig
-from mimref.data.sources import ACCEPTED, PATH_PREFIXES
+from mimref.data.sources import ACCEPTED, absolute_spec
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.backbones import BackboneArchitecture, recorded_normalization
 from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError, ConfigError
 
 _RECORDED = ("spec", "root", "train_limit")
-_NAMES = ("digits", "fashion-mnist")
 
 
 def recorded_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
@@ -43,15 +42,10 @@ def data_record(data: DataConfig) -> dict[str, Any]:
     """What a header keeps of the data, for `recorded_data`; folders as absolute paths, to be found from anywhere."""
     recorded = {key: getattr(data, key) for key in _RECORDED}
     if data.root is not None:
-        recorded["root"] = _absolute(data.root)
-    if data.spec is not None and data.spec not in _NAMES and not data.spec.startswith("torchvision:"):
-        prefix = next((each for each in PATH_PREFIXES if data.spec.startswith(each)), "")
-        recorded["spec"] = prefix + _absolute(data.spec.removeprefix(prefix))
+        recorded["root"] = os.path.abspath(os.path.expanduser(data.root))
+    if data.spec is not None:
+        recorded["spec"] = absolute_spec(data.spec)
     return recorded
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def eval_transform(

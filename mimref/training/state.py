@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 
 from mimref.config import RefineConfig, RunConfig, dump_config
-from mimref.data.sources import ImageSource
+from mimref.data.sources import ImageSource, absolute_spec
 from mimref.errors import ConfigError, DataError, Interrupted, OutputError
 from mimref.files import atomic_write, write_bytes
 from mimref.recipes import load_config
@@ -261,9 +261,9 @@ def check_images(state: Mapping[str, Any], source: ImageSource, listener: Listen
 def reloadable(config: C) -> C:
     """The settings with absolute paths, so that config.toml means the same wherever it is read from."""
     data = config.data
-    names = {"spec": data.spec, "root": data.root}
+    spec = None if data.spec is None else absolute_spec(data.spec)
     updates: dict[str, Any] = {
-        "data": data.model_copy(update={key: _absolute(name) for key, name in names.items()}),
+        "data": data.model_copy(update={"spec": spec, "root": _absolute(data.root)}),
         "encoder": config.encoder.model_copy(update={"weights": _absolute(config.encoder.weights)}),
     }
     if isinstance(config, RefineConfig):
@@ -273,7 +273,7 @@ def reloadable(config: C) -> C:
 
 def _absolute(name: str | None) -> str | None:
     """The path of an existing file or folder; what is neither, or a word with a meaning of its own, as it is."""
-    if name is None or name in ("quickstart", "digits", "fashion-mnist"):
+    if name is None or name == "quickstart":
         return name
     path = os.path.abspath(os.path.expanduser(name))
     return path if os.path.exists(path) else name
