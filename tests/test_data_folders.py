@@ -1,3 +1,5 @@
+"""Folders of images: splits, classes, links and odd entries; and the kept listing, against a plain recursion."""
+
 import os
 import shutil
 import time
@@ -10,12 +12,184 @@ import pytest
 
 from mimref.config import DataConfig
 from mimref.data import folders
+from mimref.data.decode import BadImage
 from mimref.data.folders import CACHED_FROM, list_folder
-from mimref.data.paths import PathList
 from mimref.data.sources import FileSource, open_source
+from mimref.errors import DataError
 from mimref.files import cache_folder
+from tests.sources import classes_of, growth_in_a_child, names, opened, write_images
 
 YEAR_2001 = 978_307_200
+
+
+# --- splits and classes
+
+
+@pytest.mark.parametrize("held", ["val", "test"])
+def test_folder_with_splits_and_classes(tmp_path: Path, held: str) -> None:
+    write_images(
+        tmp_path / "train", "dog/b.png", "cat/2.jpg", "cat/1.JPEG", "cat-big/deep/er/x.webp", "empty/.hidden.jpg"
+    )
+    write_images(tmp_path / held, "dog/z.bmp", "cat/y.tiff")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "readme.md").write_text("not an image")
+    train, val = opened(tmp_path, need_labels=True), opened(tmp_path, "val", need_labels=True)
+    assert names(train, tmp_path) == [
+        "train/cat/1.JPEG",
+        "train/cat/2.jpg",
+        "train/cat-big/deep/er/x.webp",
+        "train/dog/b.png",
+    ]
+    assert train.class_names == val.class_names == ["cat", "cat-big", "dog"]
+    assert classes_of(train) == ["cat", "cat", "cat-big", "dog"]
+    assert classes_of(val) == ["cat", "dog"]  # in train's numbers: cat-big has no validation image
+    assert val.labels is not None and val.labels.tolist() == [0, 2]
+    assert names(val, tmp_path) == [f"{held}/cat/y.tiff", f"{held}/dog/z.bmp"]
+    assert train.name == str(tmp_path) and not train.in_memory
+
+
+def test_labels_and_classes_agree_with_torchvision(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    write_images(tmp_path / "train", *(f"{name}/{i}.png" for name in ("b", "a", "B", "a b") for i in range(3)))
+    write_images(tmp_path / "val", "b/0.png")
+    reference = ImageFolder(str(tmp_path / "train"))
+    source = opened(tmp_path)
+    assert source.class_names == reference.classes
+    assert source.labels is not None and source.labels.tolist() == reference.targets
+    assert [source.path(i) for i in range(len(source))] == [path for path, _ in reference.samples]
+
+
+def test_val_comes_before_test(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        write_images(tmp_path / part, f"{part}.png")
+    assert names(opened(tmp_path, "val"), tmp_path) == ["val/val.png"]
+
+
+def test_folder_with_splits_and_no_classes(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", "b.png", "a.png", "more/c.png")
+    write_images(tmp_path / "val", "images/d.png")  # a single subfolder is no set of classes
+    train, val = opened(tmp_path), opened(tmp_path, "val")
+    assert names(train, tmp_path) == ["train/a.png", "train/b.png", "train/more/c.png"]
+    assert names(val, tmp_path) == ["val/images/d.png"]
+    assert train.labels is val.labels is None and train.class_names is None
+    with pytest.raises(DataError, match=r"train images have no labels.*train/ and val/"):
+        opened(tmp_path, need_labels=True)
+
+
+def test_classes_of_val_alone_are_its_own(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", "a.png")
+    write_images(tmp_path / "val", "cat/d.png", "dog/e.png")
+    assert opened(tmp_path).labels is None
+    assert classes_of(opened(tmp_path, "val")) == ["cat", "dog"]
+
+
+def test_folder_with_only_one_split(tmp_path: Path) -> None:
+    write_images(tmp_path / "only_val" / "val", "cat/d.png", "dog/e.png")
+    assert classes_of(opened(tmp_path / "only_val", "val")) == ["cat", "dog"]
+    with pytest.raises(DataError, match="has val/ but no train/"):
+        opened(tmp_path / "only_val")
+    write_images(tmp_path / "only_train" / "train", "cat/d.png", "dog/e.png")
+    with pytest.raises(DataError, match="has train/ but no val/ or test/"):
+        opened(tmp_path / "only_train", "val")
+
+
+def test_class_of_val_that_train_does_not_know(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", "cat/a.png", "dog/a.png")
+    write_images(tmp_path / "val", "cat/a.png", "gnu/a.png")
+    with pytest.raises(DataError, match=r"class 'gnu' of val/ is not in train/"):
+        opened(tmp_path, "val")
+
+
+def test_val_without_classes_beside_train_with_them(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", "cat/a.png", "dog/a.png")
+    write_images(tmp_path / "val", "a.png")
+    assert opened(tmp_path, "val").labels is None
+    with pytest.raises(DataError, match="val images have no labels"):
+        opened(tmp_path, "val", need_labels=True)
+
+
+def test_folder_of_images_is_train_and_val(tmp_path: Path) -> None:
+    write_images(tmp_path, "b.png", "a.jpg", "sub/dir/c.gif", ".hidden/d.png", ".e.png", "sub/f.PGM".lower())
+    for split in ("train", "val"):
+        source = opened(tmp_path, split)
+        assert names(source, tmp_path) == ["a.jpg", "b.png", "sub/f.pgm", "sub/dir/c.gif"]
+        assert source.labels is None and source.class_names is None
+
+
+def test_class_folders_without_splits_label_the_training_images_only(tmp_path: Path) -> None:
+    write_images(tmp_path, "dog/a.png", "cat/a.png")
+    assert classes_of(opened(tmp_path, need_labels=True)) == ["cat", "dog"]
+    held = opened(tmp_path, "val")
+    assert len(held) == 2 and held.labels is None
+    with pytest.raises(DataError, match=r"val images have no labels.*make train/ and val/"):
+        opened(tmp_path, "val", need_labels=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    write_images(tmp_path / "elsewhere", "x.png")
+    write_images(tmp_path / "images", "a.png", "sub/b.png")
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "sub" / "up").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "self.png").symlink_to(tmp_path / "images" / "self.png")
+    (tmp_path / "images" / "self").symlink_to(tmp_path / "images" / "self")
+    source = opened(tmp_path / "images")
+    assert names(source, tmp_path / "images") == ["a.png", "self.png", "linked/x.png", "sub/b.png"]
+    with pytest.raises(BadImage, match=r"self\.png"):
+        source.read(1)
+    assert len(source.fingerprint) == 64
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_pipes_are_no_images(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
+    assert names(opened(tmp_path), tmp_path) == ["a.png"]
+
+
+def test_a_folder_named_like_an_image_is_a_folder(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png", "b.png/c.png")
+    assert names(opened(tmp_path), tmp_path) == ["a.png", "b.png/c.png"]
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_images(tmp_path / "pictures", "a.png")
+    assert len(opened("~/pictures")) == 1
+
+
+def test_file_instead_of_a_folder(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png")
+    with pytest.raises(DataError, match="is a file, not a folder"):
+        opened(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("below", ["", "train", "train/cat"])
+def test_folder_without_images(tmp_path: Path, below: str) -> None:
+    (tmp_path / below).mkdir(parents=True, exist_ok=True)
+    (tmp_path / below / "notes.txt").write_text("text")
+    with pytest.raises(DataError, match=r"no images in .*\*\.jpg"):
+        opened(tmp_path)
+
+
+def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path, "a.png", "sub/b.png")
+    list_folder = os.scandir
+
+    def refuse(path: str) -> Any:
+        if path.endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="sub cannot be listed: Permission denied"):
+        opened(tmp_path)
+
+
+# --- the kept listing
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -73,57 +247,6 @@ def images(tmp_path: Path) -> Path:
     touch(root, "b/2.png", "b/10.png", "a/deep/er/x.JPG", "a/y.jpg", "c.png/inner.png", "notes.txt", "b/.hidden.png")
     settle(root)
     return root
-
-
-# --- path lists
-
-
-def test_path_lists_are_the_lists_they_were_made_of() -> None:
-    paths = ["a/b.png", "", "ünï/two\nlines.png", "\udcff.png", "x" * 300]
-    packed = PathList.pack(paths)
-    assert list(packed) == paths and len(packed) == 5
-    assert [packed[index] for index in range(-5, 5)] == paths + paths
-    assert packed[1:4] == paths[1:4] and packed[::-2] == paths[::-2]
-    assert list(packed.take(np.array([4, 0, 0]))) == [paths[4], paths[0], paths[0]]
-    assert PathList.pack(packed) is packed
-    for index in (5, -6):
-        with pytest.raises(IndexError):
-            packed[index]
-    assert list(PathList.pack([])) == [] and len(PathList.pack([])) == 0
-
-
-def private_kib() -> int:
-    """Memory of this process that it shares with no other."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean")))
-
-
-def growth_in_a_child(read: Callable[[int], object], count: int) -> int:
-    """KiB by which a forked process grows when it reads all of something that its parent holds."""
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if child == 0:
-        before = private_kib()
-        for index in range(count):
-            read(index)
-        os.write(theirs, str(private_kib() - before).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    os.close(theirs)
-    with open(ours) as pipe:
-        return int(pipe.read())
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="Linux tells the memory of a process")
-def test_worker_memory_does_not_grow_with_the_number_of_files() -> None:
-    count = 300_000
-    paths = [f"n{index // 1300:08}/n{index // 1300:08}_{index}.JPEG" for index in range(count)]
-    source = FileSource("many", "/nowhere", paths, None, None)
-    assert growth_in_a_child(source.path, count) < 1024
-    assert growth_in_a_child(lambda index: paths[index], count) > 8 * 1024  # what the list itself would cost
-
-
-# --- the kept listing
 
 
 def test_a_second_start_lists_no_folder(images: Path, scans: Scans) -> None:
