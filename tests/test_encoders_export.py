@@ -19,7 +19,7 @@ from mimref.encoders.export import Export, export_release, export_timm, read_enc
 from mimref.encoders.onnx import export_onnx
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, OutputError
-from tests.test_encoders_formats import data2vec_tokens, timm_vit, tokens
+from tests.checkpoints import data2vec_tokens, timm_vit, tokens
 
 # Attention heads of a file without header are told by widths that are published.
 TINY = Architecture("custom", 16, width=192, depth=3, num_heads=3, patch_size=4)

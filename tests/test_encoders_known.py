@@ -15,7 +15,7 @@ from mimref.encoders.checkpoints import load_encoder, read_checkpoint
 from mimref.encoders.known import ADDRESSES, fetch, find_known, official_name
 from mimref.errors import CheckpointError
 from mimref.recipes import choose_refine_preset
-from tests.test_encoders_formats import mae_vit
+from tests.checkpoints import mae_vit
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 
 from mimref.cli import run
 from mimref.encoders.inspection import TensorOrigin, by_block
-from tests.test_encoders_formats import MAE_DECODER, data2vec, mae_vit
+from tests.checkpoints import MAE_DECODER, data2vec, mae_vit
 
 
 def test_foreign_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
