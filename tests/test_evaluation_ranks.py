@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from mimref.config import DataConfig
+from mimref.encoders.vit import Encoder
 from mimref.evaluation.analysis import evaluate_blocks
 from mimref.evaluation.compare import compare_encoders
 from mimref.evaluation.run import evaluate_cluster, evaluate_knn, evaluate_lowshot, evaluate_probe
 from mimref.evaluation_config import (
     BlocksConfig,
+    CacheConfig,
     ClusterConfig,
     CompareConfig,
     KnnConfig,
@@ -45,6 +48,37 @@ def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
         os.environ["MIMREF_CACHE"] = f"{folder}/{cache}{number}"
         found.append(task(common).rows)
     return found
+
+
+def images_encoded(folder: Path) -> int:
+    """Images that this rank sees of a clustering of 16, where no features can be kept."""
+    (folder / "a file").touch()
+    blocks, seen = Encoder.blocks, 0
+
+    def counting(self: Encoder, images: Tensor, *args: Any, **options: Any) -> list[Tensor]:
+        nonlocal seen
+        seen += len(images)
+        return blocks(self, images, *args, **options)
+
+    Encoder.blocks = counting  # type: ignore[method-assign]
+    config = ClusterConfig(
+        checkpoint=str(folder / "base.safetensors"),
+        data=DataConfig(spec=str(folder / "data")),
+        device="cpu",
+        workers=0,
+        batch_size=7,
+        runs=1,
+        metrics=["acc"],
+        cache=CacheConfig(folder=str(folder / "a file")),
+    )
+    evaluate_cluster(config)
+    return seen
+
+
+def test_a_rank_encodes_its_share_alone(tmp_path: Path) -> None:
+    write_weights(tmp_path / "base.safetensors")
+    write_labelled(tmp_path / "data")
+    assert run_ranks(images_encoded, 2, tmp_path / "group", tmp_path) == [7 + 2, 7]
 
 
 def test_two_ranks_give_the_numbers_of_one_process(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def wait_for_the_other(rank: int, folder: str, other: Callable[[], None], timeou
         other()
     started = time.monotonic()
     try:
-        with lost_ranks_told():
+        with lost_ranks_told("go on"):
             agree(0)
     except LostRankError as error:
         Path(folder, "message").write_text(f"{time.monotonic() - started:.1f} {error}")
@@ -58,12 +58,12 @@ def test_the_others_stop_with_a_clear_line(other: Callable[[], None], told: str,
         process.kill()
     assert not alive
     seconds, _, message = (tmp_path / "message").read_text().partition(" ")
-    assert message.startswith(f"another process of this run {told}; its own message tells why.")
+    assert message.startswith(f"another process of this run {told}; its own message tells why; go on")
     assert float(seconds) < 30
 
 
 def test_other_errors_are_left_alone() -> None:
-    with pytest.raises(RuntimeError, match=r"^gloo$"), lost_ranks_told():
+    with pytest.raises(RuntimeError, match=r"^gloo$"), lost_ranks_told("go on"):
         raise RuntimeError("gloo")  # there is no other process here
 
 

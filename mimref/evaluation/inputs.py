@@ -1,6 +1,6 @@
 """What an evaluation reads: features of one encoder on one data set, cached or from one pass; or arrays from files."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,13 +18,13 @@ from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_
 from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation_config import EncoderPassConfig
-from mimref.features.cache import FeatureCache, Pass, Stored, pass_spec
+from mimref.features.cache import FeatureCache, Stored, pass_spec
 from mimref.features.extract import Batch, Column, encode_columns
 from mimref.features.matrix import Matrix, side_by_side
+from mimref.features.shelf import feature_folder
 from mimref.features.spec import eval_transform, recorded_data
-from mimref.features.together import finish, follow, lead
-from mimref.files import cache_folder
-from mimref.training.distributed import own_rank, world_size
+from mimref.features.together import Part, Sizes, finish, follow, lead, wait_on
+from mimref.training.distributed import alone, own_rank, world_size
 from mimref.training.runlog import Listener
 
 Labels = NDArray[np.int64]
@@ -136,6 +136,7 @@ class EncoderInputs:
         self.precision = resolve_precision(config.precision, self.device)
         self._sources: dict[Split, ImageSource] = {}
         self._stored: dict[Split, Stored] = {}
+        self._unread: dict[Split, list[Column]] = {}
         if config.pool != "mean" and not self.has_cls_token:
             listener.note(f"{self.architecture.name} has no CLS token; the mean of its patch tokens stands in for it")
 
@@ -167,68 +168,90 @@ class EncoderInputs:
         return self._sources[split]
 
     def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
-        """Get these columns of both splits, each from the cache or from one pass of the encoder."""
+        """Get these columns of both splits, each from the cache or from one pass of the encoder.
+
+        In a process group all ranks must call this together.
+        """
         for split in splits:
             have = self._stored.get(split)
-            missing = [column for column in dict.fromkeys(wanted) if have is None or column not in have.columns]
-            if missing:
-                found = self._fetch(split, missing)
-                if have is not None and np.array_equal(have.indices, found.indices):
-                    found.columns |= have.columns
-                self._stored[split] = found
+            there = [*self._unread.get(split, []), *(have.columns if have else [])]
+            missing = [column for column in dict.fromkeys(wanted) if column not in there]
+            if not missing:
+                continue
+            if own_rank() > 0 and self._cache_folder() is not None:
+                # Rank 0 has them now. Most protocols do not need them here.
+                follow(partial(self._run, self.source(split)), **self._sizes(split))
+                self._unread[split] = [*self._unread.get(split, []), *missing]
+            else:
+                self._keep(split, self._fetch(split, missing))
 
     def matrix(self, split: Split, columns: Sequence[Column]) -> Matrix:
         """Features (N, D), columns next to each other."""
         self.prepare(columns, [split])
-        return side_by_side([self._stored[split].columns[column] for column in columns])
+        stored = self._read(split)
+        return side_by_side([stored.columns[column] for column in columns])
 
     def labels(self, split: Split) -> Labels | None:
         """Of the readable images, once their features are there; until then of all images."""
         labels = self.source(split).labels
-        return labels if labels is None or split not in self._stored else labels[self._stored[split].indices]
+        prepared = split in self._stored or split in self._unread
+        return labels[self._read(split).indices] if labels is not None and prepared else labels
 
     def indices(self, split: Split) -> Labels:
         """Positions of the readable images in the data set."""
-        return self._stored[split].indices
+        return self._read(split).indices
+
+    def _read(self, split: Split) -> Stored:
+        """What was prepared; on other ranks than 0 it is read now, when it is needed."""
+        if split in self._unread:
+            columns = self._unread.pop(split)
+            with alone():
+                self._keep(split, self._fetch(split, columns))
+        return self._stored[split]
+
+    def _keep(self, split: Split, found: Stored) -> None:
+        have = self._stored.get(split)
+        if have is not None and np.array_equal(have.indices, found.indices):
+            found.columns |= have.columns
+        self._stored[split] = found
 
     def _fetch(self, split: Split, wanted: list[Column]) -> Stored:
-        source, config = self.source(split), self.config
-        kept = cache_folder() / "features" if config.cache.folder is None else Path(config.cache.folder).expanduser()
-        folder = None if config.cache.folder == "off" else kept
-        cache = FeatureCache(folder, dtype=config.cache.dtype, note=self.listener.note)
-        # A cache that is off needs no name for the pass.
-        spec = self._spec(source) if folder else {"images": len(source)}
+        """Columns from the cache, or from a pass; rank 0's passes are shared by all, through the cache."""
+        source, folder = self.source(split), self._cache_folder()
+        part: Part = partial(self._run, source)
+        shared = world_size() > 1 and folder is not None
+        cache = FeatureCache(
+            folder,
+            dtype=self.config.cache.dtype,
+            note=self.listener.note,
+            waiting=wait_on if shared else None,
+        )
         label = f"features of {SPLIT_NAMES[split]} images"
-
-        def read(run_pass: Pass) -> Stored:
-            """The columns, from the cache or by `run_pass`."""
-            return cache.columns(
-                spec,
-                wanted,
-                run_pass,
-                also=self._everything(len(source)),
-                about={"model": self.name, "data": source.name, "split": split, "resolution": spec_size},
-                progress=lambda done, total: self.listener.progress(label, done, total),
-            )
-
-        spec_size = self.transform.image_size
-        # Without a cache there is no place to hand features over at.
-        stored = read(partial(self._run, source)) if folder is None else self._read_together(source, read)
+        stored = cache.columns(
+            # A cache that is off needs no name for the pass.
+            self._spec(source) if folder else {"images": len(source)},
+            wanted,
+            partial(lead, part, **self._sizes(split)) if shared else partial(self._run, source),
+            also=self._everything(len(source)),
+            about={
+                "model": self.name,
+                "data": source.name,
+                "split": split,
+                "resolution": self.transform.image_size,
+            },
+            progress=lambda done, total: self.listener.progress(label, done, total),
+        )
+        if shared:
+            finish()
         self._report_bad(stored.bad, split)
         return stored
 
-    def _read_together(self, source: ImageSource, read: Callable[[Pass], Stored]) -> Stored:
-        """From the cache, or from one pass that all processes share; rank 0 writes, then the others read."""
-        if world_size() == 1:
-            return read(partial(self._run, source))
-        sizes = {"batch_size": self.config.batch_size, "images": len(source)}
-        part = partial(self._run, source)
-        if own_rank() > 0:
-            follow(part, **sizes)
-            return read(part)
-        stored = read(lambda columns, start: lead(part, columns, start, **sizes))
-        finish()
-        return stored
+    def _cache_folder(self) -> Path | None:
+        chosen = self.config.cache.folder
+        return None if chosen == "off" else feature_folder(chosen)
+
+    def _sizes(self, split: Split) -> Sizes:
+        return {"batch_size": self.config.batch_size, "images": len(self.source(split))}
 
     def _report_bad(self, found: Sequence[tuple[str, str]], split: Split) -> None:
         if not found:

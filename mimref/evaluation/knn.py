@@ -5,13 +5,11 @@ blocks that are standardised once each; a running top-k takes in block after blo
 neighbours per test image and one block of similarities, whatever the number of training images.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,6 +27,7 @@ from mimref.evaluation.metrics import (
 )
 from mimref.evaluation.nearest import merge_top_k, unpack
 from mimref.features.matrix import Matrix
+from mimref.training.distributed import gather_rows, own_rank, share, world_size
 
 QUERY_CHUNK = 1024
 TRAIN_CHUNK = 16384
@@ -138,7 +137,7 @@ def find_neighbours(
         raise DataError(f"train features are {train_x.shape[1]} wide, test features {test_x.shape[1]}; use one encoder")
     target = resolve_device(device)
     runs = _query_runs(len(test_x), query_chunk)
-    mine = runs[dist.get_rank() if len(runs) > 1 else 0]
+    mine = runs[own_rank()]
     mean, std = mean_and_std(train_x) if standardize else (None, None)
     queries = [
         _unit_tensor(test_x[start : min(start + query_chunk, mine.stop)], mean, std)
@@ -162,7 +161,7 @@ def find_neighbours(
                 progress(step * len(queries) + number + 1, len(keys) * len(queries))
     packed = [chunk.cpu() for chunk in found if chunk is not None]
     own = torch.cat(packed) if packed else torch.empty(0, k, dtype=torch.int64)
-    return Neighbours(*unpack(own if len(runs) == 1 else _gather_runs(own, runs)))
+    return Neighbours(*unpack(gather_rows(own, [run.stop - run.start for run in runs], dim=0)))
 
 
 def _unit_tensor(x: Matrix, mean: NDArray[np.float64] | None, std: NDArray[np.float64] | None) -> Tensor:
@@ -172,23 +171,9 @@ def _unit_tensor(x: Matrix, mean: NDArray[np.float64] | None, std: NDArray[np.fl
 
 def _query_runs(count: int, chunk: int) -> list[slice]:
     """The test rows 0..count-1 of every rank of the process group: whole chunks, in order of rank."""
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    chunks = -(-count // chunk)
-    edges = [min(count, chunks * rank // ranks * chunk) for rank in range(ranks + 1)]
-    return [slice(*pair) for pair in itertools.pairwise(edges)]
-
-
-def _gather_runs(own: Tensor, runs: Sequence[slice]) -> Tensor:
-    """Rows of all ranks, (M, K), from each one's own (of the length of its run, K)."""
-    # NCCL, unlike gloo, has no way to send what lies in the memory of the CPU.
-    backend = dist.get_backend()
-    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
-    sizes = [run.stop - run.start for run in runs]
-    padded = torch.zeros(max(sizes), own.shape[1], dtype=own.dtype, device=device)
-    padded[: len(own)] = own.to(device)
-    parts = [torch.empty_like(padded) for _ in runs]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).cpu()
+    chunks, ranks = -(-count // chunk), world_size()
+    parts = [share(chunks, rank, ranks) for rank in range(ranks)]
+    return [slice(min(count, part.start * chunk), min(count, part.stop * chunk)) for part in parts]
 
 
 def label_ranks(

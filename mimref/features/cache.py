@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -26,6 +26,8 @@ from mimref.features.extract import Batch, Column
 from mimref.features.partial import DTYPES, INDICES, PartialPass, UnusableFolder, checksum
 from mimref.files import write_bytes
 
+# While another process computes what is wanted, other ranks are told so now and then.
+TELL_EVERY_S = 60.0
 # To be raised when the same settings give other numbers than before.
 FORMAT = 1
 _KEYS = {"spec", "about", "dtype", "rows", "bad", "indices", "columns"}
@@ -83,8 +85,16 @@ def pass_spec(
 class FeatureCache:
     """A folder of passes; with `folder` None, features live in memory alone."""
 
-    def __init__(self, folder: Path | None, *, dtype: str = "fp32", note: Notice | None = None) -> None:
-        self.folder, self.dtype = folder, dtype
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        dtype: str = "fp32",
+        note: Notice | None = None,
+        waiting: Callable[[], None] | None = None,
+    ) -> None:
+        """waiting: called every minute while another process computes what is wanted."""
+        self.folder, self.dtype, self._waiting = folder, dtype, waiting
         self.note: Notice = note or (lambda message: None)
 
     def columns(
@@ -141,15 +151,23 @@ class FeatureCache:
         with ExitStack() as stack:
             try:
                 entry.folder.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(entry.lock_file)
-                try:
-                    stack.enter_context(lock.acquire(timeout=0))
-                except Timeout:
-                    self.note(f"another process computes these features; waiting for it ({entry.lock_file})")
-                    stack.enter_context(lock.acquire(poll_interval=0.2))
+                stack.enter_context(self._acquire(entry.lock_file))
             except OSError as error:
                 raise UnusableFolder(error.strerror or str(error)) from error
             yield
+
+    def _acquire(self, file: Path) -> AbstractContextManager[object]:
+        lock = FileLock(file)
+        try:
+            return lock.acquire(timeout=0)
+        except Timeout:
+            self.note(f"another process computes these features; waiting for it ({file})")
+        while True:
+            try:
+                return lock.acquire(timeout=TELL_EVERY_S, poll_interval=0.2)
+            except Timeout:
+                if self._waiting:
+                    self._waiting()
 
 
 def pass_key(spec: Mapping[str, Any], dtype: str) -> str:

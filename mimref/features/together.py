@@ -5,7 +5,7 @@ looks into the cache) and which columns it has; the others wait for its word.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import torch.distributed as dist
 
@@ -16,6 +16,16 @@ Part = Callable[[list[Column], int, int], Iterator[Batch]]
 """Encodes some columns of every `every`-th batch, from a position in the data set on: (columns, start, every)."""
 
 
+class Sizes(TypedDict):
+    """Of the whole pass."""
+
+    batch_size: int
+    images: int
+
+
+_DONE, _WAIT = "done", "wait"
+
+
 def lead(part: Part, columns: list[Column], start: int, *, batch_size: int, images: int) -> Iterator[Batch]:
     """On rank 0: all batches from position `start` on, of which the other ranks, in `follow`, encode their share."""
     _tell((columns, start))
@@ -24,10 +34,9 @@ def lead(part: Part, columns: list[Column], start: int, *, batch_size: int, imag
 
 def follow(part: Part, *, batch_size: int, images: int) -> None:
     """On the other ranks: encode what rank 0 asks for, until it says that the features are there."""
-    while True:
-        asked = _tell(None)
-        if asked is None:
-            return
+    while (asked := _tell(None)) != _DONE:
+        if asked == _WAIT:
+            continue
         columns, start = asked
         for _ in _rounds(part, columns, start, batch_size, images):
             pass
@@ -35,7 +44,12 @@ def follow(part: Part, *, batch_size: int, images: int) -> None:
 
 def finish() -> None:
     """On rank 0: let the others go on."""
-    _tell(None)
+    _tell(_DONE)
+
+
+def wait_on() -> None:
+    """On rank 0: say that there is still nothing to do."""
+    _tell(_WAIT)
 
 
 def _rounds(part: Part, columns: list[Column], start: int, batch_size: int, images: int) -> Iterator[Batch]:

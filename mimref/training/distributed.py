@@ -25,11 +25,11 @@ TIMEOUT = timedelta(minutes=10)
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[int]:
+def process_group(device: str, *, advice: str = "run it again: what was computed and kept is used") -> Iterator[int]:
     """Join the process group that torchrun's environment describes; this process's rank, 0 when it is alone.
 
     On CUDA every process gets the GPU of its local rank. device: `auto`, `cpu`, `cuda` or `mps`. Raises ConfigError for
-    more processes on this machine than it has GPUs.
+    more processes on this machine than it has GPUs, and LostRankError with the advice when another process is gone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
         yield 0
@@ -48,13 +48,14 @@ def process_group(device: str) -> Iterator[int]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
-        yield dist.get_rank()
+        with lost_ranks_told(advice):
+            yield dist.get_rank()
     finally:
         leave_process_group()
 
 
 @contextmanager
-def lost_ranks_told() -> Iterator[None]:
+def lost_ranks_told(advice: str) -> Iterator[None]:
     """Turn what collectives raise when another process is gone into a LostRankError."""
     try:
         yield
@@ -64,10 +65,7 @@ def lost_ranks_told() -> Iterator[None]:
             raise
         waited = "Timed out" in text or "timeout" in text.lower()
         what = f"has not answered for {_minutes(TIMEOUT)}" if waited else "has died"
-        raise LostRankError(
-            f"another process of this run {what}; its own message tells why. The last saved state is kept: --resume "
-            "continues, and torchrun --max-restarts does so by itself"
-        ) from error
+        raise LostRankError(f"another process of this run {what}; its own message tells why; {advice}") from error
 
 
 def _minutes(time: timedelta) -> str:
