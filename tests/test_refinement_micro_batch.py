@@ -17,7 +17,7 @@ from mimref.recipes import load_config
 from mimref.refinement.memory import check_exact, largest_that_fits, try_step
 from mimref.refinement.run import refine
 from mimref.refinement.step import RefinementStep
-from tests.test_refinement_step import IMAGES, make_batch, make_step, weights
+from tests.steps import IMAGES, make_batch, make_step, weights
 from tests.tiny import REFINE, arguments, header, refine_config, results, tensors, write_labelled, write_weights
 
 
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_one_pass(micro_batch: int, variant: dict[str, An
 
 
 def test_gradients_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.test_refinement_step.DoublePhotometric.__call__", _single)
+    monkeypatch.setattr("tests.steps.DoublePhotometric.__call__", _single)
     whole, parts = (_as_float(make_step()) for _ in range(2))
     parts.micro_batch = 2
     assert learn(whole) == pytest.approx(learn(parts), rel=1e-6)

@@ -24,7 +24,7 @@ from mimref.training.distributed import (
 )
 from mimref.training.optim import adamw, encoder_groups, module_groups, set_learning_rate
 from tests.ranks import run_ranks
-from tests.test_refinement_step import make_batch, make_step, weights
+from tests.steps import make_batch, make_step, weights
 
 SAMPLES = {torch.float64: 6, torch.float32: 8}
 

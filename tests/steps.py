@@ -1,0 +1,90 @@
+"""A refinement step in float64 on an encoder of four blocks, and batches for it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimref.config import HeadsConfig, ViewsConfig
+from mimref.data.loader import ViewBatch
+from mimref.data.photometric import Photometric
+from mimref.encoders.vit import Architecture, build_encoder
+from mimref.refinement.heads import Heads
+from mimref.refinement.queue import Queue
+from mimref.refinement.step import RefinementStep
+
+CPU = torch.device("cpu")
+ARCHITECTURE = Architecture("custom", image_size=8, width=32, depth=4, num_heads=2, patch_size=4)
+CONFIG = HeadsConfig(projector_hidden=12, predictor_hidden=10, output=6)
+BLOCKS = [4, 2, 3]
+TEMPERATURE = [0.1, 0.2, 0.5]
+QUEUE, IMAGES, SEED = 16, 5, 3
+
+
+class DoublePhotometric(Photometric):
+    """Float64 views."""
+
+    def __call__(self, crops: Tensor, epoch: int, sample_B: Tensor, views: Sequence[int]) -> Tensor:
+        return super().__call__(crops, epoch, sample_B, views).double()
+
+
+def make_step(
+    blocks: list[int] = BLOCKS,
+    *,
+    pool: str = "cls",
+    direction: str = "projection",
+    swap_negatives: bool = False,
+    post_norm: bool = False,
+    encoder: Any = None,
+) -> RefinementStep:
+    """A step whose objects are the same for the same arguments."""
+    torch.manual_seed(0)
+    architecture = Architecture(**{**ARCHITECTURE.to_dict(), "post_norm": post_norm})
+    encoder = encoder or build_encoder(architecture)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.ndim == 1:  # norms and biases away from one and zero
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    heads = Heads(CONFIG, len(blocks), 32).double()
+    queue = Queue(len(blocks), QUEUE, CONFIG.output, generator=torch.Generator().manual_seed(1), device=CPU)
+    queue.rows_HQO = F.normalize(queue.rows_HQO.double(), dim=2)
+    return RefinementStep(
+        encoder.double().eval(),
+        heads,
+        queue,
+        DoublePhotometric(ViewsConfig(), SEED, CPU),
+        blocks=blocks,
+        temperature=TEMPERATURE[: len(blocks)],
+        pool=pool,
+        direction=direction,
+        swap_negatives=swap_negatives,
+        seed=SEED,
+        precision=torch.float32,  # no autocast
+    )
+
+
+def make_batch(samples: Sequence[int] = range(IMAGES), *, local_views: int = 2, epoch: int = 0) -> ViewBatch:
+    """Random crops that belong to their sample, whatever batch it is in."""
+
+    def crops(count: int, size: int, salt: int) -> Tensor:
+        parts = [
+            torch.randint(
+                0,
+                256,
+                (count, 3, size, size),
+                dtype=torch.uint8,
+                generator=torch.Generator().manual_seed(1000 * salt + sample),
+            )
+            for sample in samples
+        ]
+        return torch.stack(parts)
+
+    groups = [crops(2, 8, 1 + epoch)] + ([crops(local_views, 4, 11 + epoch)] if local_views else [])
+    return ViewBatch(epoch, torch.tensor(list(samples)), groups, [])
+
+
+def weights(heads: int) -> Tensor:
+    """A weight for every head, (H,), each different."""
+    return torch.tensor([1.0, 0.4, 2.0], dtype=torch.float64)[:heads]
