@@ -1,0 +1,50 @@
+"""A run to disturb: what it is made of, how it is started, and what it comes to when nothing happens to it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mimref.cli import run
+from mimref.config import RefineConfig
+from mimref.recipes import load_config
+from tests.tiny import REFINE, arguments, write_labelled, write_weights
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A refinement of 8 steps of stage 1 and 12 of stage 2, 4 to an epoch."""
+
+    weights: Path
+    data: Path
+    whole: Path
+    """The folder of the run, uninterrupted."""
+    config: RefineConfig
+    """Its settings."""
+
+    def line(self, out: Path, **changes: Any) -> list[str]:
+        """The command line of the same run in another folder; `changes` are named like `encoder_stage__epochs`."""
+        return _line(self.weights, self.data, out, **changes)
+
+
+def make_tiny_run(folder: Path) -> TinyRun:
+    """Make weights and images in `folder`, and run there once."""
+    weights, data, whole = write_weights(folder / "base.safetensors"), write_labelled(folder / "data"), folder / "whole"
+    assert run(_line(weights, data, whole)) == 0
+    return TinyRun(weights, data, whole, load_config(RefineConfig, str(whole / "config.toml")))
+
+
+def _line(weights: Path, data: Path, out: Path, **changes: Any) -> list[str]:
+    settings = REFINE | {"monitor.knn_every_epochs": 0, "encoder.weights": weights, "data.spec": data}
+    return arguments("refine", out, settings | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def states(path: Path) -> list[str]:
+    """Names of the states in a run's folder, oldest first."""
+    return sorted(file.name for file in (path / "state").iterdir())
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line that was told on standard error."""
+    return capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,208 @@
+"""What a run survives: signals, kills and loader processes that die; and the memory of a long run."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import get_worker_info
+
+from mimref.cli import run
+from mimref.data import workers
+from mimref.data.decode import Decoded
+from mimref.data.sources import FileSource
+from mimref.data.workers import WorkerWatch
+from mimref.errors import Interrupted
+from mimref.refinement.run import refine
+from mimref.training import lock
+from tests.faults import TinyRun, error_line, make_tiny_run, states
+from tests.kill_many import Killer, differences, run_killed
+from tests.tiny import Watcher, assert_same_run, refine_config, signal_at
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return make_tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
+
+
+# --- a second signal
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("how", ["before", "within", "as an error of its own", "after"])
+def test_a_second_signal_while_saving_stops_at_once(
+    number: int,
+    code: int,
+    how: str,
+    tiny: TinyRun,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save, saves = torch.save, 0
+
+    def interrupted(content: Any, stream: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves < 3:
+            save(content, stream)
+            return
+        # The third epoch's state: Ctrl-C, and once more while it is written.
+        signal.raise_signal(number)
+        if how == "within":
+            stream.write(b"half of it")
+        elif how == "as an error of its own":
+            try:
+                signal.raise_signal(number)
+            except Interrupted as error:
+                raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0") from error
+        elif how == "after":
+            save(content, stream)
+        signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", interrupted)
+        # heads.pt is written by torch.save as well, after the second state.
+        patch.setattr("mimref.refinement.stages.Refinement.save_heads", lambda *_: None)
+        assert run(tiny.line(tmp_path)) == code
+    errors = capsys.readouterr().err
+    assert errors.splitlines()[-1] == "mimref: stopped at once; --resume continues from the last saved state"
+    assert "Traceback" not in errors
+    assert states(tmp_path) == ["step0000000004.pt", "step0000000008.pt"]
+    assert not (tmp_path / ".lock").exists()
+    assert run(["refine", "--resume", "--out", str(tmp_path)]) == 0
+    assert_same_run(tmp_path, tiny.whole)
+
+
+def test_the_first_signal_says_what_a_second_does(tiny: TinyRun, tmp_path: Path) -> None:
+    watcher = signal_at(6)
+    with pytest.raises(Interrupted, match="saved at step 6"):
+        refine(tiny.config, tmp_path, listener=watcher)
+    assert watcher.notes[-1] == "stopping: the state is saved first; a second signal stops at once"
+
+
+# --- a loader process that dies
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "Killed"), (signal.SIGSEGV, "Segmentation fault")])
+def test_a_dead_loader_process_is_reported_with_its_image(
+    number: int,
+    name: str,
+    tiny: TinyRun,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read, reads = FileSource.read_reduced, 0
+
+    def deadly(self: FileSource, index: int, reduce: Any) -> Decoded:
+        nonlocal reads
+        if get_worker_info() is not None:
+            reads += self.files[index] == "b/003.png"
+            if reads == 2:  # in the second epoch
+                os.kill(os.getpid(), number)
+                time.sleep(10)
+        return read(self, index, reduce)
+
+    line = [*tiny.line(tmp_path), "--set", "workers=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSource, "read_reduced", deadly)
+        assert run(line) == 2
+    assert error_line(capsys) == (
+        f"mimref: error: a loader process died ({name}) at {tiny.data}/train/b/003.png, or just after it; the last "
+        "saved state is kept: --resume continues, with fewer --workers if memory ran out"
+    )
+    assert run([*line, "--resume"]) == 0
+    assert_same_run(tmp_path, tiny.whole)
+
+
+def test_other_errors_are_no_dead_workers() -> None:
+    with WorkerWatch() as watch:
+        assert watch.death_behind(RuntimeError("shape mismatch")) is None
+        assert watch.death_behind(OSError(errno.EIO, "Input/output error")) is None
+
+
+def test_a_death_that_was_not_watched_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "DYING_S", 0.0)
+    error = RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly")
+    assert WorkerWatch().death_behind(error) == f"a loader process died ({error})"
+    assert WorkerWatch().death_behind(ConnectionResetError(errno.ECONNRESET, "Connection reset")) is None
+
+
+# --- whole processes
+
+
+@pytest.mark.slow
+def test_killed_three_times_and_resumed_equals_uninterrupted(tiny: TinyRun, tmp_path: Path) -> None:
+    longer: dict[str, Any] = {"encoder_stage__epochs": 30, "workers": 1}
+    line = tiny.line(tmp_path / "killed", **longer)
+    killer = Killer(tmp_path / "killed", 1, start_s=5.0, training_s=1.0, phases=("start", "training", "saving"))
+    assert run_killed(line, killer, 3) == 3
+    assert run(tiny.line(tmp_path / "whole", **longer)) == 0
+    assert differences(tmp_path / "killed", tmp_path / "whole") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_two_signals_to_a_process(number: int, code: int, tiny: TinyRun, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = [sys.executable, "-m", "mimref", *tiny.line(out, encoder_stage__epochs=60, workers=2)]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((out / "state").glob("step*.pt")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        # To the whole group, as a terminal or a batch system sends it.
+        os.killpg(process.pid, number)
+        time.sleep(0.05)
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    # The second may come after the last handler is gone; for a shell the code is the same.
+    assert process.returncode in (code, -number), errors
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith(("mimref: stopped at once; ", "mimref: saved at step "))
+    assert run(["refine", "--resume", "--out", str(out), "--set", "workers=0"]) == 0
+    assert run(tiny.line(tmp_path / "whole", encoder_stage__epochs=60, workers=0)) == 0
+    assert_same_run(out, tmp_path / "whole")
+
+
+def anonymous_mb() -> float:
+    """Memory of this process that belongs to no file."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no RssAnon in /proc/self/status")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_long_run_does_not_grow(tiny: TinyRun, tmp_path: Path) -> None:
+    # 48 images in batches of 4 are 12 steps to an epoch, 2,016 in all.
+    changes = {"batch_size": 4, "heads_stage__epochs": 1, "encoder_stage__epochs": 167, "encoder_stage__lr": 1e-4}
+    changes |= {"monitor__log_every": 10, "monitor__knn_every_epochs": 10}
+    used: dict[int, float] = {}
+
+    class Watch(Watcher):
+        def progress(self, label: str, done: int, total: int) -> None:
+            if label.startswith("stage 2") and done % 100 == 0:
+                used[done] = anonymous_mb()
+
+    refine(refine_config(tiny.weights, tiny.data, **changes), tmp_path, listener=Watch())
+    assert max(used) == 2000
+    assert used[2000] - used[300] < 4.0, used
