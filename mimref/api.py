@@ -1,5 +1,6 @@
 """Encoders and features for scripts and notebooks; the evaluations themselves are functions of arrays."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,16 +47,24 @@ class ExtractedFeatures(NamedTuple):
 
 
 def load(
-    path: str | Path, *, arch: str | None = None, source: str | None = None, resolution: int | None = None
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    source: str | None = None,
+    num_heads: int | None = None,
+    resolution: int | None = None,
 ) -> LoadedEncoder:
     """An encoder from a weights file of any known layout, a run's folder, a published name, or `quickstart`.
 
-    arch, source: needed only for files that are not recognised, as on the command line. resolution: pixels of the
+    arch, source: needed only for files that are not recognised, as on the command line. num_heads: attention heads of
+    a foreign file of an unusual width; without it, what is assumed is told as a warning. resolution: pixels of the
     images it will see; None is the encoder's own.
     Raises CheckpointError for a file that is no encoder, ConfigError for names and sizes that do not fit.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, num_heads=num_heads)
     architecture = choose_architecture(checkpoint, arch, source, resolution)
+    for notice in checkpoint.notices(architecture):
+        warnings.warn(notice, stacklevel=2)
     transform = eval_transform(architecture, DataConfig(), checkpoint.header, resolution=resolution)
     return LoadedEncoder(encoder_from(checkpoint, architecture).eval(), transform, checkpoint.header)
 
@@ -81,21 +90,25 @@ def extract(
     precision that are not there.
     """
     images = _open(data, split)
-    target = resolve_device(device)
+    target, home = resolve_device(device), next(encoder.model.parameters()).device
     numbers = [encoder.model.depth] if blocks is None else list(blocks)
-    found = extract_features(
-        encoder.model.to(target),
-        images,
-        encoder.transform,
-        blocks=numbers,
-        pool=pool,
-        final_norm=final_norm,
-        device=target,
-        precision=resolve_precision(precision, target),
-        batch_size=batch_size,
-        workers=loader_workers(workers, images),
-        progress=progress,
-    )
+    try:
+        found = extract_features(
+            encoder.model.to(target),
+            images,
+            encoder.transform,
+            blocks=numbers,
+            pool=pool,
+            final_norm=final_norm,
+            device=target,
+            precision=resolve_precision(precision, target),
+            batch_size=batch_size,
+            workers=loader_workers(workers, images),
+            max_bad=(data if isinstance(data, DataConfig) else DataConfig()).max_bad,
+            progress=progress,
+        )
+    finally:
+        encoder.model.to(home)
     if found.widths and len(numbers) > 1:
         raise DataError(f"blocks {numbers} differ in width ({found.widths}); extract them one by one")
     x = found.block(0) if len(numbers) == 1 else found.x

@@ -23,6 +23,8 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on CUDA, float32 elsewhere. Raises ConfigError when the device cannot compute in bfloat16."""
+    if name not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"precision {name!r}: choose from auto, fp32, bf16")
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -125,7 +125,7 @@ class ProbeConfig(EvaluationConfig):
 
 
 class ReconstructionConfig(Section):
-    """A light decoder on every frozen block (Appendix C.2)."""
+    """A light decoder on every frozen block: MAE's settings but for what Appendix C.2 changes."""
 
     epochs: int = Field(default=20, gt=0)
     warmup_epochs: float = Field(default=5, ge=0)
@@ -204,6 +204,7 @@ class InterpolateConfig(CommandConfig):
     """Everything `mimref interpolate` can be told."""
 
     command = "interpolate"
+    encoder: EvaluatedEncoderConfig = EvaluatedEncoderConfig()
     base: str
     """Weights file, or a run's output folder."""
     refined: str

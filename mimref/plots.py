@@ -16,7 +16,7 @@ import numpy as np
 from mimref.errors import DataError
 from mimref.files import atomic_path
 from mimref.report import LOWER_IS_BETTER, STATISTICS, metric_label
-from mimref.results import DETAILS
+from mimref.results import main_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,6 @@ DPI = 150
 LEGEND_CLASSES = 20
 NAME_LENGTH = 32
 BLOCKS_WIDTH = 8.0  # inches
-# Rows of one model and metric that are part of another row.
 CURVES = {
     "block_knn_top1": "k-NN accuracy (%)",
     "block_reconstruction": "reconstruction loss\n(normalised pixels, lower is better)",
@@ -126,7 +125,7 @@ def plot_comparison(path: Path, rows: Sequence["Row"], base: str) -> None:
     in the order of the rows. Whiskers are one standard deviation of a mean over repetitions.
     Raises DataError without rows, OutputError when the file cannot be written.
     """
-    rows = [row for row in rows if "model" in row and not any(key in row for key in DETAILS)]
+    rows = [row for row in main_rows(rows) if "model" in row]
     if not rows:
         raise DataError(f"{path}: nothing to draw; give rows of results with a model")
     models = list(dict.fromkeys(_model(row) for row in rows))

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from mimref.results import DETAILS, columns
+from mimref.results import columns, main_rows
 
 if TYPE_CHECKING:
     from mimref.encoders.inspection import Inspection
@@ -61,7 +61,7 @@ LINE_INTERVAL_S = 10.0
 
 def best_table(rows: Sequence["Row"]) -> RenderableType:
     """The table that suits the rows: heads ranked, models compared, or one line per row; without parts of others."""
-    rows = _without_details(rows)
+    rows = main_rows(rows)
     if any(str(row["metric"]).startswith("head_") for row in rows):
         return heads_table(rows)
     compared = len({row["model"] for row in rows if "model" in row}) > 1
@@ -350,13 +350,9 @@ def _rate(per_s: float) -> str:
     return f"{per_s:.1f}/s" if per_s >= 1 else f"{1 / per_s:.1f} s each"
 
 
-def _without_details(rows: Sequence["Row"]) -> list["Row"]:
-    return [row for row in rows if not any(key in row for key in DETAILS)]
-
-
 def _by_metric(rows: Sequence["Row"]) -> tuple[list[str], dict[str, dict[str, "Row"]]]:
     """The models, and for every metric's label the row of each."""
-    rows = _without_details(rows)
+    rows = main_rows(rows)
     lines: dict[str, dict[str, Row]] = {}
     for row in rows:
         lines.setdefault(metric_label(row, rows), {})[str(row["model"])] = row

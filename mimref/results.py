@@ -21,7 +21,17 @@ if TYPE_CHECKING:
 # Packages whose version can change a number.
 VERSIONS = ("torch", "timm", "numpy", "scikit-learn", "cyanure", "umap-learn")
 # Keys of rows that are one part of another row's measurement: a draw, one classifier of a grid, one class.
-DETAILS = ("split", "classifier", "class")
+DETAILS = frozenset(["split", "classifier", "class"])
+
+
+def check_folder(out: Path, force: bool) -> None:
+    """Raise OutputError for a folder that holds results, unless they are to be replaced, or a run under way."""
+    if (out / "results.json").exists():
+        if not force:
+            raise OutputError(f"{out}: holds results; give another --out, or --force to replace them")
+    elif (out / "metrics.jsonl").exists():
+        # Results would pass for those of that run.
+        raise OutputError(f"{out}: holds an unfinished run of refine or pretrain; give another --out")
 
 
 def write_results(
@@ -71,6 +81,11 @@ def read_results(out: Path, command: str) -> tuple[list["Row"], float]:
     if made_by != command:
         raise OutputError(f"{out}: holds results of {made_by}, not of {command}; give another --out")
     return rows, elapsed_s
+
+
+def main_rows(rows: Sequence["Row"]) -> list["Row"]:
+    """Rows that stand for a setting as a whole: all but those marked as a detail of one (see `DETAILS`)."""
+    return [row for row in rows if DETAILS.isdisjoint(row)]
 
 
 def columns(rows: Sequence["Row"]) -> list[str]:

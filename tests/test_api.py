@@ -77,6 +77,20 @@ def test_data_of_many_kinds(weights: Path, tmp_path: Path) -> None:
         mimref.extract(loaded, images, blocks=[5], device="cpu")
 
 
+def test_words_that_mean_nothing_are_refused(weights: Path, tmp_path: Path) -> None:
+    data = write_unlabelled(tmp_path)
+    loaded = mimref.load(weights)
+    with pytest.raises(ConfigError, match="pool 'avg': choose from cls, mean, cls"):
+        mimref.extract(loaded, data, pool="avg", device="cpu")
+    with pytest.raises(ConfigError, match="precision 'fp16': choose from auto, fp32, bf16"):
+        mimref.extract(loaded, data, precision="fp16", device="cpu")
+    with pytest.raises(ConfigError, match="--resolution 30 is not divisible by the patch size 8"):
+        mimref.load(weights, resolution=30)
+    (tmp_path / "000.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"more than data\.max_bad=0"):
+        mimref.extract(loaded, DataConfig(spec=str(data), max_bad=0), device="cpu", workers=0)
+
+
 def test_evaluations_of_arrays() -> None:
     rng = np.random.default_rng(0)
     y = np.arange(60) % 3

@@ -5,8 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
+import mimref
 from mimref.cli import run
 from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.vit import Architecture
@@ -33,6 +35,30 @@ def test_averages_equal_a_plain_loop_and_have_a_knn(ends: tuple[Path, Path], tmp
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     assert [(row["metric"], row["alpha"]) for row in rows] == [("knn_top1", 0.0), ("knn_top1", 0.3), ("knn_top1", 1.0)]
     assert 0 <= rows[1]["value"] <= 100
+    left_out = images / "train" / "a" / "000.png"
+    left_out.write_bytes(b"no image")
+    assert run([*line, "--device", "cpu", "--workers", "0", "--quiet", "--force"]) == 0
+    (bad,) = json.loads((tmp_path / "out" / "results.json").read_text())["bad_images"]
+    assert bad["path"] == str(left_out)
+
+
+def test_what_is_assumed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    vit = timm.create_model("test_vit", num_classes=0)  # has two heads
+    torch.save(vit.state_dict(), tmp_path / "foreign.pth")
+    foreign = str(tmp_path / "foreign.pth")
+    for command in (["interpolate", foreign, foreign], ["export", foreign, "--to", "timm"]):
+        out = tmp_path / f"{command[0]}.safetensors"
+        assert run([*command, "--out", str(out)]) == 0
+        assert "1 attention heads are assumed" in capsys.readouterr().err
+    heads = ["--num-heads", "2"]
+    assert run(["export", foreign, "--to", "timm", "--out", str(tmp_path / "two.safetensors"), *heads]) == 0
+    assert "heads are assumed" not in capsys.readouterr().err
+    made = read_checkpoint(tmp_path / "two.safetensors").architecture
+    assert made is not None and made.num_heads == 2
+    with pytest.warns(UserWarning, match="1 attention heads are assumed"):
+        mimref.load(foreign)
+    assert mimref.load(foreign, num_heads=2).model.blocks(torch.zeros(1, 3, 160, 160), [1])
 
 
 def test_without_data_only_weights_are_written(

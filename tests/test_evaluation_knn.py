@@ -18,8 +18,8 @@ from sklearn.preprocessing import StandardScaler
 
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.knn import Neighbours, find_neighbours, knn, knn_accuracy, label_ranks, mean_and_std
-from mimref.evaluation.metrics import main_rows
 from mimref.features.matrix import SideBySide
+from mimref.results import main_rows
 
 Arrays = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]
 

@@ -13,9 +13,9 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.lowshot import LAMBDA, TOLERANCE, draw_split, fit_logistic, lowshot
-from mimref.evaluation.metrics import main_rows
 from mimref.evaluation.splits import read_split_files
 from mimref.features.matrix import SideBySide
+from mimref.results import main_rows
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]

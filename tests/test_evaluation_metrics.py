@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mimref.errors import DataError
-from mimref.evaluation.metrics import check_features, cluster_accuracy, main_rows, row_blocks, spread, unit_rows
+from mimref.evaluation.metrics import check_features, cluster_accuracy, row_blocks, spread, unit_rows
 from mimref.features.matrix import SideBySide
+from mimref.results import main_rows
 
 
 @pytest.mark.parametrize(("classes", "clusters"), [(4, 4), (3, 5), (5, 3)])

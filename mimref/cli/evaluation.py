@@ -204,6 +204,8 @@ def cluster(
     check_out(out, force)
     if umap is not None and umap.suffix.lower() != ".png":
         raise ConfigError(f"--umap {umap}: a figure is written as PNG; give a file that ends in .png")
+    if umap is not None and umap.exists() and not force:
+        raise OutputError(f"--umap {umap}: exists; give another file, or --force to replace it")
 
     from mimref.evaluation.run import evaluate_cluster
     from mimref.terminal import Terminal

@@ -6,23 +6,17 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mimref.errors import OutputError
-
 if TYPE_CHECKING:
     from mimref.config import CommandConfig
     from mimref.evaluation.run import EvaluationResult
 
 
 def check_out(out: Path | None, force: bool) -> None:
-    """Raise OutputError for a folder that holds results, unless they are to be replaced, or a run under way."""
-    if out is None:
-        return
-    if (out / "results.json").exists():
-        if not force:
-            raise OutputError(f"{out}: holds results; give another --out, or --force to replace them")
-    elif (out / "metrics.jsonl").exists():
-        # Results would pass for those of that run.
-        raise OutputError(f"{out}: holds an unfinished run of refine or pretrain; give another --out")
+    """Raise OutputError for a folder that results must not be written into."""
+    if out is not None:
+        from mimref.results import check_folder
+
+        check_folder(out, force)
 
 
 def print_finished(out: Path, command: str) -> bool:

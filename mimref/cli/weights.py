@@ -95,6 +95,10 @@ def export(
     ] = None,
     arch: ArchOption = None,
     source: SourceOption = None,
+    num_heads: Annotated[
+        int | None,
+        typer.Option("--num-heads", metavar="N", min=1, help="Attention heads, where CKPT does not tell."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -115,7 +119,9 @@ def export(
     from mimref.terminal import Terminal
 
     with Terminal(quiet) as terminal:
-        encoder, facts = read_encoder(checkpoint, arch=arch, source=source, resolution=resolution, listener=terminal)
+        encoder, facts = read_encoder(
+            checkpoint, arch=arch, source=source, num_heads=num_heads, resolution=resolution, listener=terminal
+        )
         if to == "timm":
             done = export_timm(encoder, out, facts, force=force, listener=terminal)
         elif to == "release":

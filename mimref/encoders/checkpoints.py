@@ -220,9 +220,19 @@ def choose_architecture(
 ) -> Architecture | BackboneArchitecture:
     """What a checkpoint says it is; what `--arch` and `--source` name for one that does not say, or for a timm model.
 
-    resolution: pixels of the images that a named architecture is for; None is its own size.
-    Raises CheckpointError when nothing tells, ConfigError for an `arch` that contradicts the checkpoint.
+    resolution: pixels of the images it will see; None is its own size.
+    Raises CheckpointError when nothing tells, ConfigError for an `arch` that contradicts the checkpoint, or a
+    resolution that cannot be cut into patches.
     """
+    chosen = _choose(checkpoint, arch, source, resolution)
+    if isinstance(chosen, Architecture):
+        chosen.check_size(resolution or chosen.image_size, "--resolution")
+    return chosen
+
+
+def _choose(
+    checkpoint: Checkpoint, arch: str | None, source: str | None, resolution: int | None
+) -> Architecture | BackboneArchitecture:
     recorded = checkpoint.architecture
     if arch is None:
         if recorded is None:

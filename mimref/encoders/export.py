@@ -54,17 +54,21 @@ def read_encoder(
     *,
     arch: str | None = None,
     source: str | None = None,
+    num_heads: int | None = None,
     resolution: int | None = None,
     listener: Listener | None = None,
 ) -> tuple[Encoder, dict[str, Any]]:
     """A checkpoint's encoder in fp32 on the CPU, and what its header says that travels with every export.
 
-    arch, source: for foreign files that are not recognised. resolution: pixels per side to interpolate positions to.
-    listener: told of a download.
+    arch, source: for foreign files that are not recognised. num_heads: attention heads of a foreign file of an unusual
+    width. resolution: pixels per side to interpolate positions to. listener: told of downloads and assumptions.
     Raises CheckpointError for a file that is no plain vision transformer, ConfigError for values that do not fit it.
     """
-    checkpoint = read_checkpoint(path, progress=(listener or Silent()).progress)
+    listener = listener or Silent()
+    checkpoint = read_checkpoint(path, num_heads=num_heads, progress=listener.progress)
     architecture = choose_architecture(checkpoint, arch, source)
+    for notice in checkpoint.notices(architecture):
+        listener.note(notice)
     if not isinstance(architecture, Architecture):
         raise ConfigError(f"--arch {arch}: only plain vision transformers can be exported")
     if resolution is not None:

@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from mimref.data.loader import loader_workers
-from mimref.errors import ConfigError
 from mimref.evaluation.blocks import analyze_blocks, recommend_heads
-from mimref.evaluation.inputs import EncoderInputs, columns_of, give_distinct_names
+from mimref.evaluation.inputs import EncoderInputs, give_distinct_names
 from mimref.evaluation.metrics import Row
-from mimref.evaluation.reconstruction import Reconstruction, ReconstructionSettings, reconstruct_blocks
-from mimref.evaluation.run import EvaluationResult, check_labels, named
+from mimref.evaluation.reconstruction import Reconstruction, check_maskable, reconstruct_blocks
+from mimref.evaluation.run import EvaluationResult, check_labels, check_neighbours, named
 from mimref.evaluation_config import BlocksConfig
-from mimref.features.extract import Column
+from mimref.features.extract import Column, columns_of
 from mimref.training.distributed import first_alone
 from mimref.training.runlog import Listener, Silent
 
@@ -43,7 +42,10 @@ def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -
     bad: list[tuple[str, str]] = []
     heads: dict[str, list[int]] = {}
     for inputs in opened:
-        _prepare(config, inputs)
+        _check(config, inputs)
+    for inputs in opened:
+        wanted = [column for columns in _groups(config, inputs) for column in columns]
+        inputs.prepare(wanted, ("train", "val") if _labelled(inputs) else ("val",))
     for inputs in opened if first_alone() else ():
         found = _blocks(config, inputs, listener)
         accuracies = [float(row["value"]) for row in found if row["metric"] == "block_knn_top1"]
@@ -67,16 +69,15 @@ def _labelled(inputs: EncoderInputs) -> bool:
     return all(inputs.source(split).labels is not None for split in ("train", "val"))
 
 
-def _prepare(config: BlocksConfig, inputs: EncoderInputs) -> None:
-    """Find what cannot work, then get the features of all blocks in one pass."""
+def _check(config: BlocksConfig, inputs: EncoderInputs) -> None:
+    """Find what cannot work before any encoder runs."""
+    if config.reconstruct:
+        check_maskable(inputs.architecture, inputs.transform.image_size)
     if _labelled(inputs):
         train_y, _ = check_labels(inputs)
-        if config.k > len(train_y):
-            raise ConfigError(f"--k {config.k} is more than the {len(train_y)} training images; choose a smaller k")
+        check_neighbours(config.k, train_y)
     else:
         inputs.listener.note("the images have no labels: statistics of the features alone, without k-NN")
-    wanted = [column for columns in _groups(config, inputs) for column in columns]
-    inputs.prepare(wanted, ("train", "val") if _labelled(inputs) else ("val",))
 
 
 def _blocks(config: BlocksConfig, inputs: EncoderInputs, listener: Listener) -> list[Row]:
@@ -95,24 +96,13 @@ def _blocks(config: BlocksConfig, inputs: EncoderInputs, listener: Listener) -> 
 
 
 def _reconstruction(config: BlocksConfig, inputs: EncoderInputs, listener: Listener) -> Reconstruction:
-    settings = config.reconstruction
     train = inputs.source("train")
     return reconstruct_blocks(
         inputs.encoder,
         train,
         inputs.source("val"),
         inputs.transform,
-        ReconstructionSettings(
-            epochs=settings.epochs,
-            warmup_epochs=settings.warmup_epochs,
-            batch_size=min(settings.batch_size, len(train)),
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            mask_ratio=settings.mask_ratio,
-            crop_scale=settings.crop_scale,
-            flip=settings.flip,
-            decoder=settings.decoder,
-        ),
+        config.reconstruction,
         seed=config.seed,
         device=inputs.device,
         precision=inputs.precision,

@@ -3,11 +3,15 @@
 import time
 
 from mimref.config import CommandConfig
-from mimref.evaluation.inputs import EncoderInputs, columns_of, give_distinct_names
+from mimref.evaluation.cluster import check_metrics
+from mimref.evaluation.inputs import EncoderInputs, give_distinct_names
 from mimref.evaluation.metrics import Row
 from mimref.evaluation.probe_augmented import probe_inputs
 from mimref.evaluation.run import (
     EvaluationResult,
+    check_labels,
+    check_neighbours,
+    check_shots,
     evaluate_cluster,
     evaluate_knn,
     evaluate_lowshot,
@@ -21,7 +25,7 @@ from mimref.evaluation_config import (
     LowshotConfig,
     ProbeConfig,
 )
-from mimref.features.extract import Column
+from mimref.features.extract import Column, columns_of
 from mimref.training.distributed import first_alone
 from mimref.training.runlog import Listener, Silent
 
@@ -39,6 +43,7 @@ def compare_encoders(config: CompareConfig, *, listener: Listener | None = None)
     config = config.model_copy(update={"data": base.data})
     opened = [base, *(EncoderInputs(config, checkpoint, listener) for checkpoint in config.refined)]
     give_distinct_names(opened, checkpoints)
+    _check(config, base)
     for inputs in opened:
         inputs.prepare(_columns(config, inputs))
     rows: list[Row] = []
@@ -46,6 +51,17 @@ def compare_encoders(config: CompareConfig, *, listener: Listener | None = None)
         rows += _measure(config, inputs, checkpoint, listener)
     bad = [pair for inputs in opened for pair in inputs.bad]
     return EvaluationResult(rows, time.monotonic() - started, bad, config.data)
+
+
+def _check(config: CompareConfig, inputs: EncoderInputs) -> None:
+    """Find what a protocol would refuse; the images are the same for all encoders."""
+    train_y, _ = check_labels(inputs)
+    if "knn" in config.protocols:
+        check_neighbours(config.k, train_y)
+    if "lowshot" in config.protocols:
+        check_shots(config.shots, train_y)
+    if "cluster" in config.protocols:
+        check_metrics(config.metrics)
 
 
 def _columns(config: CompareConfig, inputs: EncoderInputs) -> list[Column]:

@@ -10,26 +10,34 @@ from mimref.errors import DataError
 from mimref.evaluation.metrics import check_features, unit_rows
 from mimref.features.matrix import Matrix
 
+# umap-learn's default.
+NEIGHBORS = 15
 
-def umap_embedding(x: Matrix, *, seed: int, neighbors: int = 15) -> NDArray[np.float32]:
+
+def check_count(images: int) -> None:
+    """Raise DataError for too few images."""
+    if images <= NEIGHBORS:
+        raise DataError(f"UMAP of {images} images: {NEIGHBORS} neighbours need more than {NEIGHBORS} images; add some")
+
+
+def umap_embedding(x: Matrix, *, seed: int) -> NDArray[np.float32]:
     """UMAP of features x (N, D), scaled to unit length here, with the defaults of umap-learn. Returns (N, 2).
 
     A function of the features and the seed, on one machine; a fixed seed means a single thread. Importing umap-learn
     and compiling its code takes some 10 s.
-    Raises DataError for features that cannot be used, and for no more images than `neighbors`.
+    Raises DataError for features that cannot be used, and for too few images.
     """
     check_features(x, "features")
-    if len(x) <= neighbors:
-        raise DataError(f"UMAP of {len(x)} images: {neighbors} neighbours need more than {neighbors} images; add some")
+    check_count(len(x))
     # In a thread of its own, because numba sets the number of OpenMP threads of the thread that calls it, and with it
     # torch's, which decides how its products are rounded.
     with warnings.catch_warnings(), ThreadPoolExecutor(1) as pool:
         # Of numba while it compiles; of one thread for a fixed seed; of identical images, which have no graph.
         warnings.simplefilter("ignore")
-        return pool.submit(_fit, unit_rows(x), seed, neighbors).result()
+        return pool.submit(_fit, unit_rows(x), seed).result()
 
 
-def _fit(x: NDArray[np.float32], seed: int, neighbors: int) -> NDArray[np.float32]:
+def _fit(x: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     from umap import UMAP
 
-    return np.asarray(UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(x), dtype=np.float32)
+    return np.asarray(UMAP(n_neighbors=NEIGHBORS, random_state=seed, n_jobs=1).fit_transform(x), dtype=np.float32)

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimref.errors import ConfigError, OutputError
-from mimref.evaluation.inputs import EncoderInputs, block_groups, columns_of
+from mimref.evaluation.inputs import EncoderInputs, block_groups
 from mimref.evaluation_config import ExtractConfig
+from mimref.features.extract import columns_of
 from mimref.features.matrix import Matrix
 from mimref.files import atomic_path, atomic_write
 from mimref.training.distributed import first_alone

@@ -1,10 +1,12 @@
 """What an evaluation reads: features of one encoder on one data set, cached or from one pass; or arrays from files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation_config import EncoderPassConfig
 from mimref.features.cache import FeatureCache, Stored, pass_spec
-from mimref.features.extract import Batch, Column, encode_columns
+from mimref.features.extract import Batch, Column, columns_of, encode_columns
 from mimref.features.matrix import Matrix, side_by_side
 from mimref.features.shelf import feature_folder
 from mimref.features.spec import eval_transform, recorded_data
@@ -29,11 +31,6 @@ from mimref.training.runlog import Listener
 
 Labels = NDArray[np.int64]
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation"}
-_PARTS: Mapping[str, list[Literal["cls", "mean"]]] = {
-    "cls": ["cls"],
-    "mean": ["mean"],
-    "cls+mean": ["cls", "mean"],
-}
 
 
 class Inputs(Protocol):
@@ -102,7 +99,7 @@ def _read_npz(path: str) -> tuple[NDArray[Any], Labels]:
             raise DataError(f"{path}: has no arrays x (features) and y (labels); write it with np.savez")
         with file:
             x, y = file["x"], file["y"]
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as .npz ({error})") from error
     if x.ndim not in (2, 3) or y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iu" or x.dtype.kind not in "fiu":
         raise DataError(
@@ -125,8 +122,6 @@ class EncoderInputs:
         self.name = model_name(checkpoint)
         self.checkpoint = read_checkpoint(checkpoint, num_heads=config.encoder.num_heads, progress=listener.progress)
         self.architecture = choose_architecture(self.checkpoint, config.arch, config.source, config.resolution)
-        if isinstance(self.architecture, Architecture):
-            self.architecture.check_size(config.resolution or self.architecture.image_size, "--resolution")
         for notice in self.checkpoint.notices(self.architecture):
             listener.note(notice)
         header = self.checkpoint.header
@@ -285,9 +280,9 @@ class EncoderInputs:
         architecture, cache = self.architecture, self.config.cache
         if not isinstance(architecture, Architecture):
             return []
-        parts = _PARTS["cls+mean"]
-        columns = [Column(block, part) for block in range(1, architecture.depth + 1) for part in parts]
-        columns += [Column(architecture.depth, part, final_norm=True) for part in parts]
+        depth = architecture.depth
+        columns = columns_of(range(1, depth + 1), "cls+mean", final_norm=False, depth=depth)
+        columns += columns_of([depth], "cls+mean", final_norm=True, depth=depth)
         needed = images * len(columns) * architecture.width * (4 if cache.dtype == "fp32" else 2)
         return columns if needed <= cache.keep_gb * 1e9 else []
 
@@ -311,11 +306,6 @@ def give_distinct_names(opened: Sequence[EncoderInputs], checkpoints: Sequence[s
     twins = [checkpoint for checkpoint in checkpoints if checkpoints.count(checkpoint) > 1]
     if twins:
         raise ConfigError(f"{twins[0]} is named twice; name each encoder once")
-
-
-def columns_of(blocks: Sequence[int], pool: str, final_norm: bool, depth: int) -> list[Column]:
-    """The columns that make up the features of some blocks under one pooling; the norm is of the last block alone."""
-    return [Column(block, part, final_norm and block == depth) for block in blocks for part in _PARTS[pool]]
 
 
 def block_groups(blocks: str, depth: int) -> dict[str, list[int]]:

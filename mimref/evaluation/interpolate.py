@@ -10,11 +10,11 @@ import torch
 from mimref.config import CommandConfig
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.vit import Encoder
-from mimref.errors import CheckpointError, OutputError
+from mimref.errors import CheckpointError
 from mimref.evaluation.metrics import Row
 from mimref.evaluation.run import EvaluationResult, evaluate_knn
 from mimref.evaluation_config import CacheConfig, InterpolateConfig, KnnConfig
-from mimref.results import write_results
+from mimref.results import check_folder, write_results
 from mimref.training.runlog import Listener, Silent
 
 
@@ -27,12 +27,15 @@ def interpolate(
     Raises CheckpointError for encoders that are not of one shape, OutputError for a folder that holds results.
     """
     started, listener = time.monotonic(), listener or Silent()
-    if (out / "results.json").exists() and not force:
-        raise OutputError(f"{out}: holds results; give another --out, or --force to replace them")
-    base, refined = read_checkpoint(config.base), read_checkpoint(config.refined)
-    ends = _plain_encoder(base), _plain_encoder(refined)
+    check_folder(out, force)
+    base, refined = (
+        read_checkpoint(name, num_heads=config.encoder.num_heads, progress=listener.progress)
+        for name in (config.base, config.refined)
+    )
+    ends = _plain_encoder(base, listener), _plain_encoder(refined, listener)
     _check_alike(base, refined, *ends)
     rows: list[Row] = []
+    bad: list[tuple[str, str]] = []
     for done, alpha in enumerate(config.alpha):
         file = out / f"alpha-{alpha:g}.safetensors"
         origin = {"base": str(base.path), "refined": str(refined.path), "alpha": alpha}
@@ -40,12 +43,13 @@ def interpolate(
         save_encoder(file, average(*ends, alpha), {**kept, "interpolated": origin})
         if config.data.spec is not None:
             found = evaluate_knn(_knn_config(config, file), listener=listener)
+            bad = found.bad_images  # the same of every average
             # alpha names the model.
             rows += [{"alpha": alpha, **{key: row[key] for key in row if key != "model"}} for row in found.rows]
         listener.progress("averages", done + 1, len(config.alpha))
     elapsed_s = time.monotonic() - started
-    write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows)
-    return EvaluationResult(rows, elapsed_s)
+    write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows, bad_images=bad)
+    return EvaluationResult(rows, elapsed_s, bad)
 
 
 @torch.no_grad()
@@ -59,9 +63,11 @@ def average(base: Encoder, refined: Encoder, alpha: float) -> Encoder:
     return mixed
 
 
-def _plain_encoder(checkpoint: Checkpoint) -> Encoder:
+def _plain_encoder(checkpoint: Checkpoint, listener: Listener) -> Encoder:
     if checkpoint.architecture is None:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}")
+    for notice in checkpoint.notices(checkpoint.architecture):
+        listener.note(notice)
     encoder = encoder_from(checkpoint, checkpoint.architecture)
     assert isinstance(encoder, Encoder)
     return encoder

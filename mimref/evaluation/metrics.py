@@ -12,8 +12,6 @@ from mimref.features.matrix import Matrix
 Row = dict[str, str | int | float]
 """One result: `metric`, `value` (percent, but for Davies-Bouldin) and every setting it was measured with."""
 
-# What marks a row as a detail of a setting: a single low-shot split, a single classifier of a probe, a single class.
-DETAILS = frozenset(["split", "classifier", "class"])
 # Elements per block when an array is read in pieces: 32 MB in float64.
 BLOCK_ELEMENTS = 1 << 22
 
@@ -104,11 +102,6 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (ddof 1) of repeated measurements; the latter is 0 for a single one."""
     array = np.asarray(values, dtype=np.float64)
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else 0.0
-
-
-def main_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows that stand for a setting as a whole: all but those marked as a detail of one (see `DETAILS`)."""
-    return [row for row in rows if DETAILS.isdisjoint(row)]
 
 
 def cluster_accuracy(y: NDArray[np.generic], assignment: NDArray[np.generic]) -> float:

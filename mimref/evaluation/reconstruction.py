@@ -11,12 +11,12 @@ Shapes: B images, N patches, K visible patches, D encoder width, C pixel values 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mimref.config import DecoderConfig, ViewsConfig
+from mimref.config import ViewsConfig
 from mimref.data.crops import crop_batches
 from mimref.data.loader import ViewBatch, check_batch_size, view_batches
 from mimref.data.photometric import Photometric
@@ -25,7 +25,7 @@ from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup
 from mimref.devices import autocast
 from mimref.draws import Operation, uniform
-from mimref.encoders.backbones import TimmBackbone
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.masking import (
     MAEDecoder,
     Mask,
@@ -37,34 +37,16 @@ from mimref.encoders.masking import (
     patchify,
     visible_tokens,
 )
-from mimref.encoders.vit import Encoder, check_blocks
+from mimref.encoders.vit import Architecture, Encoder, check_blocks
 from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.blocks import delta_rows, normalised_deltas
 from mimref.evaluation.metrics import Row
+from mimref.evaluation_config import ReconstructionConfig
 from mimref.training.optim import adamw, learning_rate, module_groups, set_learning_rate
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class ReconstructionSettings:
-    """MAE's own settings but for what Appendix C.2 changes: 20 epochs, 5 of warm-up, decoders of depth 2."""
-
-    epochs: int = 20
-    warmup_epochs: float = 5.0
-    batch_size: int = 1024
-    """Images per update; MAE's is 4096, which is many for a small data set."""
-    lr: float = 1.5e-4
-    """Base learning rate, times (batch size / 256)."""
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    mask_ratio: float = 0.75
-    """Share of patches hidden from the encoder."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Area range of the random crop."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(depth=2))
+# MAE's.
+_BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -83,7 +65,7 @@ def reconstruct_blocks(
     train: ImageSource,
     val: ImageSource,
     transform: EvalTransform,
-    settings: ReconstructionSettings | None = None,
+    settings: ReconstructionConfig | None = None,
     *,
     blocks: Sequence[int] | None = None,
     seed: int = 0,
@@ -103,9 +85,13 @@ def reconstruct_blocks(
     Raises ConfigError for an encoder without patch tokens or settings that do not fit, DataError for images that cannot
     be read, DivergenceError when a loss is not finite.
     """
-    settings = settings or ReconstructionSettings()
+    settings = settings or ReconstructionConfig()
+    settings = settings.model_copy(update={"batch_size": min(settings.batch_size, len(train))})
     numbers = list(range(1, encoder.depth + 1)) if blocks is None else list(blocks)
-    task = _Task(_plain(encoder), transform, settings, numbers, seed=seed, device=device, precision=precision)
+    check_maskable(encoder.architecture, transform.image_size)
+    assert isinstance(encoder, Encoder)
+    check_blocks(numbers, encoder.depth)
+    task = _Task(encoder, transform, settings, numbers, seed=seed, device=device, precision=precision)
     check_batch_size(settings.batch_size, len(train))
     bad = BadImages(max_bad)
     updates = settings.epochs * (len(train) // settings.batch_size)
@@ -134,7 +120,7 @@ class _Task:
         self,
         encoder: Encoder,
         transform: EvalTransform,
-        settings: ReconstructionSettings,
+        settings: ReconstructionConfig,
         blocks: Sequence[int],
         *,
         seed: int,
@@ -143,7 +129,6 @@ class _Task:
     ) -> None:
         self.encoder, self.transform, self.settings, self.blocks = encoder, transform, settings, blocks
         self.seed, self.device, self.precision = seed, device, precision
-        _check(encoder, transform, settings, blocks)
         grid = transform.image_size // encoder.patch_size
         self.num_patches = grid**2
         self.num_visible = count_visible(self.num_patches, settings.mask_ratio)
@@ -183,7 +168,7 @@ def _train(
     groups = [
         group for decoder in task.decoders for group in module_groups(decoder, weight_decay=settings.weight_decay)
     ]
-    optimizer = adamw(groups, settings.betas)
+    optimizer = adamw(groups, _BETAS)
     per_epoch = updates // settings.epochs
     # MAE augments by crop and flip alone.
     views = ViewsConfig(color=False, blur=False, flip=settings.flip)
@@ -219,7 +204,7 @@ def _crops(task: _Task, source: ImageSource, views: ViewsConfig, workers: int) -
     )
 
 
-def _rate(settings: ReconstructionSettings, step: int, per_epoch: int) -> float:
+def _rate(settings: ReconstructionConfig, step: int, per_epoch: int) -> float:
     """Learning rate of an update; MAE's cosine ends at 0."""
     return learning_rate(
         step,
@@ -268,24 +253,16 @@ def _frozen(encoder: Encoder) -> Iterator[None]:
         encoder.train(training)
 
 
-def _plain(encoder: Encoder | TimmBackbone) -> Encoder:
-    if not isinstance(encoder, Encoder):
+def check_maskable(architecture: Architecture | BackboneArchitecture, image_size: int) -> None:
+    """Raise ConfigError for an encoder, or for images, of which no patches can be hidden."""
+    if not isinstance(architecture, Architecture):
         raise ConfigError(
-            f"{encoder.architecture.name} is no plain vision transformer: patches cannot be hidden from it, so there "
+            f"{architecture.name} is no plain vision transformer: patches cannot be hidden from it, so there "
             "is no reconstruction loss; leave --reconstruction out"
         )
-    return encoder
-
-
-def _check(encoder: Encoder, transform: EvalTransform, settings: ReconstructionSettings, blocks: Sequence[int]) -> None:
-    check_blocks(blocks, encoder.depth)
-    encoder.architecture.check_size(transform.image_size, "the image size")
-    if transform.image_size == encoder.patch_size:
-        raise ConfigError(f"images of {transform.image_size} pixels are a single patch, too few to hide any")
-    if settings.epochs < 1:
-        raise ConfigError(f"epochs = {settings.epochs}: give at least 1")
-    if settings.warmup_epochs > settings.epochs:
-        raise ConfigError(f"warmup_epochs {settings.warmup_epochs:g} is more than epochs {settings.epochs}")
+    architecture.check_size(image_size, "the image size")
+    if image_size == architecture.patch_size:
+        raise ConfigError(f"images of {image_size} pixels are a single patch, too few to hide any")
 
 
 def _check_finite(losses_K: Tensor, blocks: Sequence[int], when: str) -> None:

@@ -19,13 +19,13 @@ from mimref.data.sources import BadImages, Split
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.classes import choose_classes, subset
 from mimref.evaluation.cluster import check_metrics, cluster
+from mimref.evaluation.embedding import check_count, umap_embedding
 from mimref.evaluation.inputs import (
     EncoderInputs,
     FeatureFiles,
     Inputs,
     Labels,
     block_groups,
-    columns_of,
 )
 from mimref.evaluation.knn import knn
 from mimref.evaluation.lowshot import lowshot
@@ -35,7 +35,7 @@ from mimref.evaluation.probe_augmented import probe_augmented, probe_inputs
 from mimref.evaluation.probe_training import Progress
 from mimref.evaluation.splits import read_split_files
 from mimref.evaluation_config import ClusterConfig, EvaluationConfig, KnnConfig, LowshotConfig, ProbeConfig
-from mimref.features.extract import Column
+from mimref.features.extract import Column, columns_of
 from mimref.training.distributed import first_alone
 from mimref.training.runlog import Listener, Silent
 
@@ -77,8 +77,7 @@ def evaluate_knn(
     started, listener = time.monotonic(), listener or Silent()
     inputs = inputs or open_inputs(config, listener)
     train_y, _ = check_labels(inputs)
-    if max(config.k) > len(train_y):
-        raise ConfigError(f"--k {max(config.k)} is more than the {len(train_y)} training images; choose a smaller k")
+    check_neighbours(max(config.k), train_y)
     rows: list[Row] = []
     for where, columns in prepared(config, inputs):
         train_y, test_y = check_labels(inputs)
@@ -110,7 +109,7 @@ def evaluate_lowshot(
     inputs = inputs or open_inputs(config, listener)
     train_y, _ = check_labels(inputs)
     if not config.split_files:
-        _check_shots(config.shots, train_y)
+        check_shots(config.shots, train_y)
     elif not isinstance(inputs, EncoderInputs):
         raise ConfigError("--split-file names images, which --features does not; leave one of them out")
     rows: list[Row] = []
@@ -147,6 +146,8 @@ def evaluate_cluster(
     y = labels_of(inputs, config.split)
     check_classes(y, config.split)
     classes = None if config.classes is None else choose_classes(config.classes, names, y)
+    if embed:
+        check_count(len(y) if classes is None else int(np.isin(y, classes).sum()))
     rows: list[Row] = []
     embedding = None
     groups = prepared(config, inputs, (config.split,))
@@ -163,12 +164,10 @@ def evaluate_cluster(
             progress=partial(listener.progress, _label("k-means", where)),
         )
         rows += named(found, inputs, where | ({"classes": len(classes)} if classes is not None else {}))
-        if embed:
-            from mimref.evaluation.embedding import umap_embedding
-
-            listener.progress("UMAP", 0, 1)
-            embedding = Embedding(umap_embedding(x, seed=config.seed), y, names)
-            listener.progress("UMAP", 1, 1)
+    if embed and rows:
+        listener.progress("UMAP", 0, 1)
+        embedding = Embedding(umap_embedding(x, seed=config.seed), y, names)
+        listener.progress("UMAP", 1, 1)
     return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data), embedding
 
 
@@ -319,7 +318,13 @@ def _given_splits(config: LowshotConfig, inputs: EncoderInputs) -> list[list[int
     return [rows.tolist() for rows in read_split_files(config.split_files, names)]
 
 
-def _check_shots(shots: Sequence[int], y: Labels) -> None:
+def check_neighbours(k: int, y: Labels) -> None:
+    """Find what `knn` would refuse before the encoder has run over all images."""
+    if k > len(y):
+        raise ConfigError(f"--k {k} is more than the {len(y)} training images; choose a smaller k")
+
+
+def check_shots(shots: Sequence[int], y: Labels) -> None:
     """Find what `lowshot` would refuse before the encoder has run over all images."""
     classes, counts = np.unique(y, return_counts=True)
     if counts.min() < max(shots):

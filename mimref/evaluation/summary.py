@@ -13,8 +13,9 @@ from mimref.errors import DataError
 from mimref.evaluation.cluster import cluster
 from mimref.evaluation.knn import knn
 from mimref.evaluation.lowshot import lowshot
-from mimref.evaluation.metrics import Row, check_classes, class_indices, main_rows
+from mimref.evaluation.metrics import Row, check_classes, class_indices
 from mimref.features.extract import Features, extract, raw_pixels
+from mimref.results import main_rows
 
 Progress = Callable[[str, int, int], None]
 

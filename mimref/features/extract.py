@@ -3,7 +3,7 @@
 Shapes: N images, K blocks, D feature width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from mimref.data.sources import BadImages, ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.devices import autocast
 from mimref.encoders.vit import TokenEncoder
-from mimref.errors import DataError
+from mimref.errors import ConfigError, DataError
 
 # Pixels beyond this make no better baseline, and those of a large data set would fill the memory.
 RAW_PIXELS_SIDE = 32
@@ -57,6 +57,23 @@ class Column(NamedTuple):
     def name(self) -> str:
         """Such as `block-08-cls-normed`."""
         return f"block-{self.block:02d}-{self.pool}{'-normed' if self.final_norm else ''}"
+
+
+_POOLS: Mapping[str, tuple[Literal["cls", "mean"], ...]] = {
+    "cls": ("cls",),
+    "mean": ("mean",),
+    "cls+mean": ("cls", "mean"),
+}
+
+
+def columns_of(blocks: Sequence[int], pool: str, final_norm: bool, depth: int) -> list[Column]:
+    """The columns that make up the features of some blocks under one pooling; the norm is of the last block alone.
+
+    Raises ConfigError for an unknown pooling.
+    """
+    if pool not in _POOLS:
+        raise ConfigError(f"pool {pool!r}: choose from {', '.join(_POOLS)}")
+    return [Column(block, part, final_norm and block == depth) for block in blocks for part in _POOLS[pool]]
 
 
 class Batch(NamedTuple):
@@ -176,10 +193,10 @@ def extract(
     """Pooled tokens of `blocks` (1-based) for every readable image: x is (N, len(blocks), D) float32.
 
     The encoder is used as it is (move it to `device` first), in evaluation mode and without gradient.
-    Raises DataError when more than `max_bad` images cannot be read, ConfigError for blocks that are not there.
+    Raises DataError when more than `max_bad` images cannot be read, ConfigError for blocks and poolings that are not
+    there.
     """
-    parts: dict[str, list[Literal["cls", "mean"]]] = {"cls": ["cls"], "mean": ["mean"], "cls+mean": ["cls", "mean"]}
-    columns = [Column(block, part, final_norm and block == encoder.depth) for block in blocks for part in parts[pool]]
+    columns = columns_of(blocks, pool, final_norm, encoder.depth)
     batches = encode_columns(
         encoder,
         source,
@@ -191,7 +208,7 @@ def extract(
         workers=workers,
     )
     found = _gather(batches, source, max_bad=max_bad, progress=progress)
-    return found if len(parts[pool]) == 1 else _pairs(found)
+    return found if len(columns) == len(blocks) else _pairs(found)
 
 
 def _pairs(features: Features) -> Features:

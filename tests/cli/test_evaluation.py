@@ -266,9 +266,15 @@ def test_features_in_odd_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     np.savez(tmp_path / "one.npz", x=x, y=y * 0)
     np.savez(tmp_path / "lacks.npz", x=x, y=y + 1)
     np.save(tmp_path / "plain.npy", x)
+    (tmp_path / "cut.npz").write_bytes(good.read_bytes()[:-30])
+    flipped = bytearray(good.read_bytes())
+    flipped[flipped.index(b"\x00\x00\x80?") + 2] ^= 1  # in the first 1.0 of x
+    (tmp_path / "flipped.npz").write_bytes(flipped)
     messages = {
         "missing.npz": "missing.npz: cannot be read as .npz",
         "text.npz": "text.npz: cannot be read as .npz",
+        "cut.npz": "cut.npz: cannot be read as .npz",
+        "flipped.npz": "flipped.npz: cannot be read as .npz (Bad CRC-32",
         "nokey.npz": "nokey.npz: has no arrays x (features) and y (labels)",
         "plain.npy": "plain.npy: has no arrays x",
         "rows.npz": "rows.npz: x has shape (4, 3) and type float32, y (2,)",
@@ -338,15 +344,27 @@ def test_an_interrupted_probe_goes_on(
         (["compare", "nowhere.pth"], "nowhere.pth"),
         (["extract", "--out", "x.csv"], "--out x.csv: name a file that ends in .npz or .parquet"),
         (["analyze-blocks", "--k", "50"], "--k 50 is more than the 48 training images"),
+        (["analyze-blocks", "--reconstruction", "--resolution", "8"], "images of 8 pixels are a single patch"),
+        (["compare", "quickstart", "--metrics", "nmj"], "unknown metric 'nmj'"),
+        (["compare", "quickstart", "--shots", "1000"], "too few for 1000 shots"),
+        (["compare", "quickstart", "--set", "k=50"], "--k 50 is more than the 48 training images"),
+        (
+            ["cluster", "--split", "train", "--set", "data.train_limit=12", "--umap", "a.png"],
+            "UMAP of 12 images: 15 neighbours need more",
+        ),
+        (["cluster", "--umap", "there.png"], "--umap there.png: exists; give another file, or --force"),
     ],
 )
 def test_what_cannot_work_is_told_before_the_encoder_runs(
     arguments: list[str],
     message: str,
     folder: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.png").touch()
     passes = Passes(monkeypatch)
     assert run(line(arguments[0], folder, *arguments[1:])) == 2
     error = capsys.readouterr().err
