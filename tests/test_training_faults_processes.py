@@ -1,6 +1,5 @@
 """What a run survives: signals, kills and loader processes that die; and the memory of a long run."""
 
-import errno
 import os
 import signal
 import subprocess
@@ -14,16 +13,14 @@ import torch
 from torch.utils.data import get_worker_info
 
 from mimref.cli import run
-from mimref.data import workers
 from mimref.data.decode import Decoded
 from mimref.data.sources import FileSource
-from mimref.data.workers import WorkerWatch
 from mimref.errors import Interrupted
 from mimref.refinement.run import refine
 from mimref.training import lock
 from tests.faults import TinyRun, error_line, make_tiny_run, states
 from tests.kill_many import Killer, differences, run_killed
-from tests.tiny import Watcher, assert_same_run, refine_config, signal_at
+from tests.tiny import Watcher, assert_same_run, refine_config, saved_step, signal_at
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +124,24 @@ def test_a_dead_loader_process_is_reported_with_its_image(
     assert_same_run(tmp_path, tiny.whole)
 
 
-def test_other_errors_are_no_dead_workers() -> None:
-    with WorkerWatch() as watch:
-        assert watch.death_behind(RuntimeError("shape mismatch")) is None
-        assert watch.death_behind(OSError(errno.EIO, "Input/output error")) is None
+def test_a_dead_loader_process_of_the_check_after_an_epoch(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = FileSource.read
 
+    def deadly(self: FileSource, index: int) -> torch.Tensor:
+        # After the check at the start of stage 2.
+        if get_worker_info() is not None and "knn_top1" in (tmp_path / "metrics.jsonl").read_text():
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(10)
+        return read(self, index)
 
-def test_a_death_that_was_not_watched_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "DYING_S", 0.0)
-    error = RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly")
-    assert WorkerWatch().death_behind(error) == f"a loader process died ({error})"
-    assert WorkerWatch().death_behind(ConnectionResetError(errno.ECONNRESET, "Connection reset")) is None
+    monkeypatch.setattr(FileSource, "read", deadly)
+    assert run(tiny.line(tmp_path, workers=1, monitor__knn_every_epochs=1)) == 2
+    told = error_line(capsys)
+    assert told.startswith(f"mimref: error: a loader process died (Killed) at {tiny.data}/train/")
+    assert told.endswith("the last saved state is kept: --resume continues, with fewer --workers if memory ran out")
+    assert saved_step(tmp_path) == 8
 
 
 # --- whole processes

@@ -1,7 +1,7 @@
 """Evaluation crops of a data set, batch by batch in data order."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from mimref.data.decode import BadImage
 from mimref.data.loader import ignore_signals
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
+from mimref.data.workers import Reading, watched
 
 
 class CropBatch(NamedTuple):
@@ -29,8 +30,11 @@ class CropBatch(NamedTuple):
 class _CroppedImages(Dataset[CropBatch]):
     """Batches are the items, so that nothing is left to collate."""
 
-    def __init__(self, source: ImageSource, transform: EvalTransform, batch_size: int, start: int, every: int) -> None:
+    def __init__(
+        self, source: ImageSource, transform: EvalTransform, batch_size: int, start: int, every: int, workers: int
+    ) -> None:
         self.source, self.transform, self.batch_size = source, transform, batch_size
+        self.reading = Reading(source, workers)
         self.starts = range(start, len(source), every * batch_size)
 
     def __len__(self) -> int:
@@ -41,6 +45,7 @@ class _CroppedImages(Dataset[CropBatch]):
         start = self.starts[batch]
         end = min(len(self.source), start + self.batch_size)
         for index in range(start, end):
+            self.reading.note(index)
             try:
                 crops.append(self.transform.crop(self.source.read(index)))
                 kept.append(index)
@@ -63,7 +68,8 @@ def crop_batches(
     """The evaluation crops of all images from position `start` on; those that cannot be read are named instead.
 
     every: of so many batches only the first, where other processes take the rest.
+    Raises DeadWorkerError when a loader process dies.
     """
-    dataset = _CroppedImages(source, transform, batch_size, start, every)
+    dataset = _CroppedImages(source, transform, batch_size, start, every, workers)
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
-    return cast(Iterator[CropBatch], iter(loader))
+    return watched(loader, dataset.reading)

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mimref.data.decode import Decoded
 from mimref.data.sources import BadImage, EncodedSource, ImageSource
 from mimref.data.views import CropGroup, cut_group, reduction
-from mimref.data.workers import Reading
+from mimref.data.workers import Reading, watched
 from mimref.draws import permutation
 from mimref.errors import ConfigError
 from mimref.training.distributed import own_rank, share, world_size
@@ -117,10 +117,12 @@ def view_batches(
     skip: batches of the first epoch that are already done. The batches are the same for every number of workers.
     reduce_jpeg: decode JPEG files smaller where no crop is enlarged by it. The crops show the same parts of the images
     in slightly other pixels, so protocols that compare with published numbers leave it off.
+    Raises DeadWorkerError when a loader process dies.
     """
     batches = _EpochBatches(len(source), batch_size, seed, first_epoch=epochs.start, last_epoch=epochs.stop, skip=skip)
+    dataset = _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg, workers=workers)
     loader = DataLoader(
-        _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg, workers=workers),
+        dataset,
         batch_sampler=batches,
         num_workers=workers,
         # The dataset returns whole batches; there is nothing left to collate.
@@ -128,7 +130,7 @@ def view_batches(
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
     )
-    return cast(Iterator[ViewBatch], iter(loader))
+    return watched(loader, dataset.reading)
 
 
 def device_batches(batches: Iterator[ViewBatch], device: torch.device) -> Iterator[ViewBatch]:

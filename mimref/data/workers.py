@@ -1,20 +1,33 @@
 """Loader processes that die: how, and at which image."""
 
 import os
+import re
 import signal
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
 from multiprocessing import RawArray
 from types import FrameType
-from weakref import WeakSet
+from typing import Any, TypeVar
 
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from mimref.data.sources import ImageSource
+from mimref.errors import DataError
 
 # A broken connection can be noticed before the process behind it is dead.
 DYING_S = 2.0
+
+_T = TypeVar("_T")
+
+
+class DeadWorkerError(DataError):
+    """A loader process that has died."""
+
+    def __init__(self, death: str) -> None:
+        super().__init__(f"{death}; try fewer --workers if memory ran out")
+        self.death = death
+        """How, and at which image."""
 
 
 class Reading:
@@ -24,7 +37,6 @@ class Reading:
         self._source = source
         # Process id and sample index of every worker.
         self._notes = RawArray("q", 2 * workers)
-        _current.add(self)
 
     def note(self, index: int) -> None:
         """Say in a loader process that this image comes now; anywhere else nothing happens."""
@@ -38,29 +50,60 @@ class Reading:
         return {pid: self._source.path(index) for pid, index in pairs if pid}
 
 
-_current: WeakSet[Reading] = WeakSet()
+def watched(loader: DataLoader[_T], reading: Reading) -> Iterator[_T]:
+    """The batches of a loader whose processes note the images they are at in `reading`.
+
+    Raises DeadWorkerError for a process that has died, once its next batch is missed. torch would raise from a signal
+    handler at once, wherever the main process is, be it in the middle of a file.
+    """
+    return _watched(loader, reading) if loader.num_workers else iter(loader)
 
 
-class WorkerWatch:
-    """While this lasts, loader processes that die are remembered, to be told when their next batch is missed.
+def _watched(loader: DataLoader[_T], reading: Reading) -> Iterator[_T]:
+    # Before the watch: torch installs its handler with the first loader of a process, over any other.
+    batches = iter(loader)
+    with _Watch(reading) as watch:
+        try:
+            yield from batches
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            death = watch.death_behind(error)
+            if death is None:
+                raise
+        finally:
+            # Ends the other processes before torch watches again, which would raise for the dead one.
+            del batches
+    raise DeadWorkerError(death)
 
-    torch would raise from a signal handler at once, wherever the main process is, be it in the middle of a file.
-    Outside the main thread Python cannot watch.
+
+class _Watch:
+    """While this lasts, processes of a loader that die are remembered.
+
+    Any number of watches may overlap, as those of an evaluation within training do, and end in any order. Outside the
+    main thread Python lets nobody watch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
         self._deaths: dict[int, str] = {}
-        self._previous = ExitStack()
 
-    def __enter__(self) -> "WorkerWatch":
-        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-            handler = signal.signal(signal.SIGCHLD, self._look)
-            if handler is not None:  # one that was not installed from Python cannot be put back
-                self._previous.callback(signal.signal, signal.SIGCHLD, handler)
+    def __enter__(self) -> "_Watch":
+        if hasattr(signal, "SIGCHLD") and _in_main_thread():
+            _watches.append(self)
+            if (before := signal.getsignal(signal.SIGCHLD)) is not _look:
+                _replaced[:] = [before]
+                signal.signal(signal.SIGCHLD, _look)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._previous.close()
+        if self not in _watches:
+            return
+        _watches.remove(self)
+        # A loader that is dropped in another thread leaves the handler to the next watch that ends in the main one.
+        if not _watches and _in_main_thread() and signal.getsignal(signal.SIGCHLD) is _look:
+            before = _replaced.pop()
+            if before is not None:  # one that was not installed from Python cannot be put back
+                signal.signal(signal.SIGCHLD, before)
 
     def death_behind(self, error: Exception) -> str | None:
         """The death of a loader process that an error of the loader comes from; None for any other error."""
@@ -68,19 +111,45 @@ class WorkerWatch:
         if not missed and not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
             return None
         deadline = time.monotonic() + DYING_S
+        self.look()
         while not self._deaths and time.monotonic() < deadline:
             time.sleep(0.01)
+            self.look()
         if self._deaths:
             return "; ".join(self._deaths.values())
-        return f"a loader process died ({error})" if missed else None
+        if not missed:
+            return None
+        named = map(int, re.findall(r"\d+", str(error)))
+        paths = self._reading.paths()
+        return "; ".join(_death(str(error), paths[pid]) for pid in named if pid in paths) or (
+            f"a loader process died ({error})"
+        )
 
-    def _look(self, _number: int, _frame: FrameType | None) -> None:
-        """The signal handler: a process has ended."""
-        for reading in list(_current):
-            for pid, path in reading.paths().items():
-                how = _end_of(pid)
-                if how:
-                    self._deaths[pid] = f"a loader process died ({how}) at {path}, or just after it"
+    def look(self) -> None:
+        """Remember the processes that have died and were not yet waited for."""
+        for pid, path in self._reading.paths().items():
+            how = _end_of(pid)
+            if how:
+                self._deaths[pid] = _death(how, path)
+
+
+_watches: list[_Watch] = []
+# The handler before the first of them.
+_replaced: list[Any] = []
+
+
+def _look(_number: int, _frame: FrameType | None) -> None:
+    """The signal handler: a process has ended."""
+    for watch in list(_watches):
+        watch.look()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _death(how: str, path: str) -> str:
+    return f"a loader process died ({how}) at {path}, or just after it"
 
 
 def _end_of(pid: int) -> str | None:

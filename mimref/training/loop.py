@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from mimref.data.loader import ViewBatch
-from mimref.data.workers import WorkerWatch
+from mimref.data.workers import DeadWorkerError
 from mimref.errors import DataError, DivergenceError
 from mimref.training.distributed import agree
 from mimref.training.guard import FiniteLoss
@@ -57,15 +57,13 @@ def train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: Li
     weights that are not finite. Raises DivergenceError for those, Interrupted after saving when a signal has come,
     DataError when a loader process dies.
     """
-    with stop.deferred(), WorkerWatch() as workers:
+    with stop.deferred():
         try:
             _train(job, batches, stop, listener, log_every)
-        except (RuntimeError, OSError, EOFError) as error:
-            death = workers.death_behind(error)
-            if death is None:
-                raise
+        except DeadWorkerError as error:
             raise DataError(
-                f"{death}; the last saved state is kept: --resume continues, with fewer --workers if memory ran out"
+                f"{error.death}; the last saved state is kept: --resume continues, with fewer --workers if memory ran "
+                "out"
             ) from error
     if stop.number is not None:
         stop.ignore_more()
