@@ -1,11 +1,13 @@
 """Which device and which precision a run computes with."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mimref.errors import ConfigError
@@ -42,6 +44,19 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def own_cores() -> int:
+    """How many cores this process may keep busy, at least 1.
+
+    Those that its affinity and its container's limit leave, shared evenly with the other processes of its group that
+    torchrun has started on this machine.
+    """
+    from joblib import cpu_count  # takes a moment to import
+
+    together = dist.is_available() and dist.is_initialized()
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if together else 1
+    return max(1, int(cpu_count()) // sharing)
 
 
 @contextmanager

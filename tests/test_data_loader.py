@@ -186,10 +186,12 @@ def test_loading_does_not_depend_on_the_global_generator() -> None:
     assert_same(batches_of(Images(8)), first)
 
 
-def test_number_of_workers() -> None:
+def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     in_memory, on_disk = Images(1), Images(1, in_memory=False)
     assert loader_workers(None, in_memory) == 0
-    assert loader_workers(None, on_disk) == min(16, os.cpu_count() or 1)
+    for cores, expected in ((1, 1), (6, 6), (64, 16)):
+        monkeypatch.setattr(loader, "own_cores", lambda cores=cores: cores)
+        assert loader_workers(None, on_disk) == expected
     assert loader_workers(3, in_memory) == 3
     assert loader_workers(0, on_disk) == 0
 

@@ -1,10 +1,16 @@
 """Devices and precisions: what is refused, and that bfloat16 on the CPU computes what float32 does, roughly."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import joblib
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
-from mimref.devices import autocast, resolve_device, resolve_precision
+from mimref.devices import autocast, own_cores, resolve_device, resolve_precision
 from mimref.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -48,3 +54,36 @@ def test_bfloat16_on_the_cpu_uses_plain_attention() -> None:
     with autocast(CPU, torch.bfloat16):
         assert torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system with affinities")
+def test_own_cores_are_those_that_affinity_leaves() -> None:
+    before = os.sched_getaffinity(0)
+    assert 1 <= own_cores() <= len(before)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert own_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_processes_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert own_cores() == 12  # once the others have ended
+    with group():
+        assert own_cores() == 1
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        assert own_cores() == 4
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
+        assert own_cores() == 1

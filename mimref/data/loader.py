@@ -1,6 +1,5 @@
 """Batches of cropped views in an order that depends on (seed, epoch) alone."""
 
-import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from mimref.data.decode import Decoded
 from mimref.data.sources import BadImage, EncodedSource, ImageSource
 from mimref.data.views import CropGroup, cut_group, reduction
 from mimref.data.workers import Reading, watched
+from mimref.devices import own_cores
 from mimref.draws import permutation
 from mimref.errors import ConfigError
 from mimref.training.distributed import own_rank, share, world_size
@@ -196,10 +196,10 @@ def ignore_signals(_worker: int) -> None:
 
 
 def loader_workers(requested: int | None, source: ImageSource) -> int:
-    """Loader processes: as asked, else none for images in memory and one per core (at most 16) for files."""
+    """Loader processes: as asked, else none for images in memory and one per own core (at most 16) for files."""
     if requested is not None:
         return requested
-    return 0 if source.in_memory else min(16, os.cpu_count() or 1)
+    return 0 if source.in_memory else min(16, own_cores())
 
 
 def _whole_batch(batch: Any) -> Any:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from mimref.devices import resolve_device
-from mimref.evaluation.cluster import cluster, cores
+from mimref.devices import own_cores, resolve_device
+from mimref.evaluation.cluster import cluster
 from mimref.evaluation.knn import knn
 from mimref.evaluation.metrics import Row
 from mimref.evaluation.probe import LEARNING_RATES
@@ -95,7 +95,7 @@ def kmeans_speedup(sizes: Sizes, *, workers: int | None = None, tick: Callable[[
     Starting the processes, which happens once, does not count.
     """
     x, y = _blobs(sizes.kmeans_images, sizes.kmeans_width, sizes.kmeans_classes, seed=0)
-    workers = workers or cores()
+    workers = workers or own_cores()
     one_s, all_s = _medians(
         (
             lambda: cluster(x, y, runs=sizes.kmeans_runs, workers=1),

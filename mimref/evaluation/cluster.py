@@ -1,6 +1,5 @@
 """Clustering of frozen features by mini-batch k-means, compared with the classes (Appendix C.12)."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from sklearn.metrics import (
 )
 from threadpoolctl import threadpool_limits
 
+from mimref.devices import own_cores
 from mimref.errors import ConfigError, DataError, did_you_mean
 from mimref.evaluation.metrics import (
     Row,
@@ -141,7 +141,7 @@ def _run_all(
 ) -> list[Run]:
     """All runs in order of their number, in this process or in several."""
     clusters = int(y.max()) + 1
-    jobs = min(workers or cores(), runs)
+    jobs = min(workers or own_cores(), runs)
     serial = jobs == 1 or float(runs) * x.size * clusters < SERIAL_WORK
     results: Iterator[Run]
     if serial:
@@ -180,11 +180,6 @@ def _class_separation(x: NDArray[np.float32], y: NDArray[np.int64], metric: str)
     if metric == "sil":
         return percent(silhouette_score(x, y))
     return float(davies_bouldin_score(x, y))
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_runs(runs: int, workers: int | None) -> None:
