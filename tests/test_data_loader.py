@@ -18,6 +18,7 @@ from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_b
 from mimref.data.sources import ArraySource, BadImage, FileSource, ImageSource
 from mimref.data.views import CropGroup, cut_group
 from mimref.draws import permutation
+from mimref.errors import ConfigError
 
 GROUPS = [CropGroup(2, 12, (0.25, 1.0)), CropGroup(3, 8, (0.05, 0.25), first_view=2)]
 
@@ -184,6 +185,17 @@ def test_loading_does_not_depend_on_the_global_generator() -> None:
     first = batches_of(Images(8))
     torch.manual_seed(1)
     assert_same(batches_of(Images(8)), first)
+
+
+def test_every_process_needs_an_image_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "world_size", lambda: 4)
+    loader.check_batch_size(4, 100)
+    with pytest.raises(ConfigError, match="batch_size 3 leaves some of the 4 processes without"):
+        loader.check_batch_size(3, 100)
+    # What the check is for: batches of which every process has a part.
+    for rank in range(4):
+        monkeypatch.setattr(loader, "own_rank", lambda rank=rank: rank)
+        assert [len(batch.sample_B) for batch in batches_of(Images(9), batch_size=4)] == [1, 1]
 
 
 def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,12 +177,17 @@ def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
 
 
 def check_batch_size(batch_size: int, images: int) -> None:
-    """Raise ConfigError when an epoch has not one full batch."""
+    """Raise ConfigError when an epoch has not one full batch, or a batch not one image for every process."""
     if images < 2:
         raise ConfigError(f"there is only {images} training image; a batch needs two")
     if batch_size > images:
         raise ConfigError(
             f"batch_size {batch_size} is larger than the {images} training images; set --batch-size {images} or less"
+        )
+    if batch_size < world_size():
+        raise ConfigError(
+            f"batch_size {batch_size} leaves some of the {world_size()} processes without an image; set --batch-size "
+            f"{world_size()} or more, or start fewer processes"
         )
 
 
