@@ -151,3 +151,28 @@ class FileSource:
         if self.labels is not None:
             digest.update(self.labels.tobytes())
         return digest.hexdigest()
+
+
+class Chosen:
+    """Some of a source's images, as a source; `rows` are their positions in it, (N,)."""
+
+    def __init__(self, source: ImageSource, rows: Indices) -> None:
+        self.source, self.rows = source, rows
+        self.name, self.in_memory, self.class_names = source.name, source.in_memory, source.class_names
+        self.labels = None if source.labels is None else source.labels[rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """Over the source's and which images they are."""
+        return hashlib.sha256(self.source.fingerprint.encode() + self.rows.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
+        return self.source.read(int(self.rows[index]))
+
+    def path(self, index: int) -> str:
+        """Its name in the source."""
+        return self.source.path(int(self.rows[index]))

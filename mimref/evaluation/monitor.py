@@ -1,6 +1,5 @@
 """A cheap look at an encoder during training: k-NN and feature statistics on a fixed subset (Appendix E)."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 
 from mimref.config import RunConfig
+from mimref.data.images import Chosen
 from mimref.data.loader import loader_workers
 from mimref.data.sources import ImageSource, open_source
 from mimref.data.splits import first_images
@@ -20,30 +20,11 @@ from mimref.evaluation.metrics import check_features
 from mimref.features.extract import Features, extract
 
 
-class _Subset:
-    """A fixed choice of a source's images: classes take turns; without labels, every n-th image."""
-
-    def __init__(self, source: ImageSource, most: int) -> None:
-        self.source = source
-        self.name, self.in_memory, self.class_names = source.name, source.in_memory, source.class_names
-        if source.labels is None:
-            self.rows = np.arange(0, len(source), max(1, -(-len(source) // most)))
-        else:
-            self.rows = first_images(len(source), source.labels, limit=min(most, len(source)))
-        self.labels = None if source.labels is None else source.labels[self.rows]
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.source.fingerprint.encode() + self.rows.tobytes()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int) -> torch.Tensor:
-        return self.source.read(int(self.rows[index]))
-
-    def path(self, index: int) -> str:
-        return self.source.path(int(self.rows[index]))
+def _subset(source: ImageSource, most: int) -> Chosen:
+    """A fixed choice of at most so many images: classes take turns; without labels, every n-th image."""
+    if source.labels is None:
+        return Chosen(source, np.arange(0, len(source), max(1, -(-len(source) // most))))
+    return Chosen(source, first_images(len(source), source.labels, limit=min(most, len(source))))
 
 
 class KnnMonitor:
@@ -59,12 +40,12 @@ class KnnMonitor:
         self.k = config.evaluate.knn_k
         self.max_bad, self.workers = config.data.max_bad, config.workers
         train = open_source(config.data, "train")
-        self.train = _Subset(train, config.monitor.knn_samples)
-        self.test: _Subset | None = None
+        self.train = _subset(train, config.monitor.knn_samples)
+        self.test: Chosen | None = None
         if train.labels is not None:
             try:
                 val = open_source(config.data, "val", need_labels=True)
-                self.test = _Subset(val, -(-config.monitor.knn_samples // 4))
+                self.test = _subset(val, -(-config.monitor.knn_samples // 4))
             except DataError:
                 self.test = None
 

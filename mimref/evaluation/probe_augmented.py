@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mimref.config import ViewsConfig
 from mimref.data.decode import BadImages
+from mimref.data.images import Chosen
 from mimref.data.loader import view_batches
 from mimref.data.photometric import Photometric
 from mimref.data.sources import ImageSource
@@ -132,7 +133,7 @@ class _Augmented:
             mean=self.transform.mean,
             std=self.transform.std,
         )
-        chosen = _Chosen(self.source, run.train_rows)
+        chosen = Chosen(self.source, run.train_rows)
         labels = torch.from_numpy(run.labels[run.train_rows])
         loaded = view_batches(
             chosen,
@@ -175,7 +176,7 @@ class _Augmented:
         labels = self.run.labels[self.run.held_rows]
         found = encode_columns(
             encoder,
-            _Chosen(self.source, self.run.held_rows),
+            Chosen(self.source, self.run.held_rows),
             self.transform,
             columns,
             device=self.device,
@@ -198,25 +199,3 @@ class _Augmented:
         digest.update(json.dumps(self.transform.to_dict(), sort_keys=True).encode())
         digest.update(f"{self.precision} {fingerprint(self.run.test, self.run.labels)}".encode())
         return digest.hexdigest()[:16]
-
-
-class _Chosen:
-    """Some of a source's images, as a source."""
-
-    def __init__(self, source: ImageSource, rows: Indices) -> None:
-        self.source, self.rows = source, rows
-        self.name, self.in_memory, self.class_names = source.name, source.in_memory, source.class_names
-        self.labels = None if source.labels is None else source.labels[rows]
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.source.fingerprint.encode() + self.rows.tobytes()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int) -> Tensor:
-        return self.source.read(int(self.rows[index]))
-
-    def path(self, index: int) -> str:
-        return self.source.path(int(self.rows[index]))
