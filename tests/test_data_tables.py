@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mimref.config import DataConfig
+from mimref.data.paths import PathList
 from mimref.data.sources import BadImage, FileSource, open_source
 from mimref.errors import DataError
 
@@ -225,3 +226,12 @@ def test_many_rows(tmp_path: Path) -> None:
     assert source.labels is not None and source.labels.tolist() == [index % 1000 for index in range(rows)]
     assert source.files[123_456] == "456/123456.jpg"
     assert os.path.basename(source.path(rows - 1)) == f"{rows - 1}.jpg"
+
+
+def test_all_rows_are_not_copied(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = write_table(file, [(f"{number}.png",) for number in range(5)], "path")
+    assert len(opened(plain)) == 5
+    monkeypatch.setattr(PathList, "take", None)
+    assert list(opened(plain).files) == list(opened(plain, "val").files) == [f"{number}.png" for number in range(5)]
+    split = write_table(file, [("a.png", "train"), ("b.png", "train")], "path,split")
+    assert list(opened(split).files) == ["a.png", "b.png"]

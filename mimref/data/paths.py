@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from mimref.data.splits import Indices
 
+TAKEN_AT_ONCE = 1 << 14
+"""Paths that are chosen together: every byte of theirs takes 24 meanwhile."""
+
 
 class PathList(Sequence[str]):
     """Paths as one block of bytes: 8 bytes and the path's length each, where a list of strings takes 60 and more.
@@ -35,8 +38,18 @@ class PathList(Sequence[str]):
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
 
     def take(self, rows: Indices) -> "PathList":
-        """Some of the paths, in the order of `rows`."""
-        return PathList.pack(self[int(row)] for row in rows)
+        """Some of the paths, in the order of `rows`, each of which is 0 or more."""
+        starts, lengths = self.ends[rows], self.ends[rows + 1] - self.ends[rows]
+        ends = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=ends[1:])
+        content = np.empty(ends[-1], dtype=np.uint8)
+        for first in range(0, len(rows), TAKEN_AT_ONCE):
+            part = slice(first, first + TAKEN_AT_ONCE)
+            begin, end = ends[part][0], ends[1:][part][-1]
+            # How far every byte moves.
+            moved = np.repeat(starts[part] - ends[:-1][part], lengths[part])
+            content[begin:end] = self.content[np.arange(begin, end) + moved]
+        return PathList(content, ends)
 
     def __len__(self) -> int:
         return len(self.ends) - 1

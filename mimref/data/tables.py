@@ -50,7 +50,9 @@ def open_table(spec: str, split: Split) -> FileSource:
             reference = own if split == "train" else _labels(columns["label"], train, where)
             classes = (reference or own).classes()
             labels = own.numbered(classes, where)
-    return FileSource(printable(spec), os.path.dirname(file), paths.take(rows), labels, classes)
+    # Rows come in order and once: as many as there are paths are all of them.
+    chosen = paths if len(rows) == len(paths) else paths.take(rows)
+    return FileSource(printable(spec), os.path.dirname(file), chosen, labels, classes)
 
 
 def _read(file: str, where: str) -> dict[str, pa.ChunkedArray]:
