@@ -28,7 +28,15 @@ from mimref.encoders.backbones import (
 from mimref.encoders.formats import Recognised, Unrecognised, recognise, shortened
 from mimref.encoders.known import KnownWeights, Progress, find_known
 from mimref.encoders.reading import first_line, named_tensors, read_file
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder, is_plain_vit, resize_positions
+from mimref.encoders.vit import (
+    PAPER_SIZES,
+    Architecture,
+    Encoder,
+    are_sincos,
+    build_encoder,
+    is_plain_vit,
+    resize_positions,
+)
 from mimref.errors import CheckpointError, ConfigError
 from mimref.files import atomic_write
 
@@ -130,8 +138,17 @@ def _from_timm(path: str) -> Checkpoint:
             f"{path}: timm cannot fetch its weights ({first_line(error)}); give the file of its weights"
         ) from error
     config = EncoderConfig(arch=name, image_size=native_size(name))
-    header = {"architecture": Architecture.from_config(config).to_dict(), "source": "timm"}
-    return Checkpoint(Path(path), dict(model.state_dict()), header)
+    tensors = dict(model.state_dict())
+    architecture = with_fixed_positions(Architecture.from_config(config), tensors)
+    return Checkpoint(Path(path), tensors, {"architecture": architecture.to_dict(), "source": "timm"})
+
+
+def with_fixed_positions(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Architecture:
+    """The architecture of a timm model with MAE's sin-cos positions fixed, which are never trained."""
+    positions = tensors.get("pos_embed")
+    if positions is None or positions.ndim != 3:
+        return architecture
+    return replace(architecture, fixed_positions=any(are_sincos(positions, num_prefix=prefix) for prefix in (0, 1)))
 
 
 def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = False) -> None:

@@ -29,7 +29,7 @@ from mimref.encoders.layouts import (
     format_name,
 )
 from mimref.encoders.reading import first_line, named_tensors
-from mimref.encoders.vit import PAPER_SIZES, Architecture, build_encoder, resize_positions, sincos_positions
+from mimref.encoders.vit import PAPER_SIZES, Architecture, are_sincos, build_encoder, resize_positions
 from mimref.errors import ConfigError
 
 # Attention heads cannot be read from weights. Width to heads of the published sizes (S, B, L, H, g, G, 2B, ...).
@@ -271,7 +271,7 @@ def _read_architecture(
         num_heads,
         patch_size,
         post_norm=post_norm,
-        fixed_positions=_are_sincos(tensors["pos_embed"], width, side, prefix),
+        fixed_positions=are_sincos(tensors["pos_embed"], num_prefix=prefix),
         class_token=class_token,
         registers=registers,
         layer_scale="blocks.0.ls1.gamma" in tensors,
@@ -293,13 +293,6 @@ def _num_heads(width: int, asked: int | None, notices: list[str]) -> int:
         f"{width // 64} attention heads are assumed, 64 channels each; set encoder.num_heads where that is wrong"
     )
     return width // 64
-
-
-def _are_sincos(positions: Tensor, width: int, side: int, prefix: int) -> bool:
-    """Whether positions are MAE's sin-cos ones up to half precision, which are never trained."""
-    if width % 4 or positions.shape[2] != width:
-        return False
-    return torch.allclose(positions.float(), sincos_positions(width, side, num_prefix=prefix), rtol=0, atol=2e-3)
 
 
 def _has_final_norm(tensors: Mapping[str, Tensor], others: set[str], notices: list[str]) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from mimref.errors import CheckpointError
-from mimref.files import cache_folder
+from mimref.files import cache_folder, one_at_a_time
 
 Progress = Callable[[str, int, int], None]
 _TIMEOUT_S = 30
@@ -146,6 +146,13 @@ def fetch(known: KnownWeights, progress: Progress | None = None) -> Path:
     file = known.file
     if file.is_file():
         return file
+    with one_at_a_time(file):
+        if not file.is_file():
+            _fetch(known, file, progress)
+    return file
+
+
+def _fetch(known: KnownWeights, file: Path, progress: Progress | None) -> None:
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +165,6 @@ def fetch(known: KnownWeights, progress: Progress | None = None) -> Path:
     finally:
         with suppress(OSError):
             temporary.unlink()
-    return file
 
 
 def _download(known: KnownWeights, path: Path, progress: Progress | None) -> None:

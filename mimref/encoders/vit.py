@@ -306,6 +306,15 @@ def sincos_positions(width: int, side: int, *, num_prefix: int = 1) -> Tensor:
     return torch.cat([patches.new_zeros(num_prefix, width), patches])[None].float()
 
 
+def are_sincos(positions: Tensor, *, num_prefix: int) -> bool:
+    """Whether positions (1, num_prefix + side^2, width) are sin-cos ones up to half precision."""
+    side = math.isqrt(positions.shape[1] - num_prefix)
+    width = positions.shape[2]
+    if width % 4 or side**2 + num_prefix != positions.shape[1]:
+        return False
+    return torch.allclose(positions.float(), sincos_positions(width, side, num_prefix=num_prefix), rtol=0, atol=2e-3)
+
+
 def build_encoder(architecture: Architecture) -> Encoder:
     """An encoder with random weights, on the current default device (`meta` builds cost nothing).
 
@@ -314,7 +323,10 @@ def build_encoder(architecture: Architecture) -> Encoder:
     architecture.check_size(architecture.image_size, "encoder.image_size")
     if architecture.from_timm:
         _check_plain(architecture.name)
-        return Encoder(architecture, _timm_vit(architecture.name, architecture.image_size))
+        vit = _timm_vit(architecture.name, architecture.image_size)
+        if architecture.fixed_positions and vit.pos_embed is not None:
+            vit.pos_embed.requires_grad_(False)
+        return Encoder(architecture, vit)
     mlp_width = architecture.mlp_width or 4 * architecture.width
     vit = VisionTransformer(
         img_size=architecture.image_size,
