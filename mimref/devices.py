@@ -28,10 +28,15 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     if name not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"precision {name!r}: choose from auto, fp32, bf16")
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16 if device.type == "cuda" and _has_bf16() else torch.float32
+    if name == "bf16" and device.type == "cuda" and not _has_bf16():
         raise ConfigError("precision 'bf16' is not supported by this GPU; use --precision fp32")
     return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def _has_bf16() -> bool:
+    # Emulated, it is slower than float32.
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def keep_freed_memory() -> None:

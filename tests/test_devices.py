@@ -22,6 +22,15 @@ def test_auto_is_float32_on_the_cpu() -> None:
     assert resolve_precision("fp32", CPU) is torch.float32
 
 
+@pytest.mark.parametrize(("native", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_emulated_bfloat16_is_not_chosen(native: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert resolve_precision("auto", torch.device("cuda")) is chosen
+    if not native:
+        with pytest.raises(ConfigError, match="precision 'bf16' is not supported by this GPU"):
+            resolve_precision("bf16", torch.device("cuda"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_refused() -> None:
     assert resolve_device("cpu") == CPU
