@@ -5,21 +5,27 @@ the device, and so does what is computed from them. The draws of augmentations, 
 become the device's only where the code sends them there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mimref.data.loader import device_batches
+from mimref.pretraining.run import Pretraining
 from mimref.refinement.benchmark_step import ready_stage, synthetic_batch
-from mimref.refinement.stages import Stage, StageName
+from mimref.refinement.schedule import StageName
+from mimref.refinement.stages import Stage
+from mimref.training.runlog import Silent
+from mimref.training.state import RunFolder
 from tests.test_refinement_benchmark_step import tiny
+from tests.tiny import pretrain_config, write_unlabelled
 
 # Operations whose result, or its shape, the CPU has to know.
 WAITING = {
@@ -76,8 +82,15 @@ class Watch(TorchDispatchMode):
 def watched(job: Stage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     run = job.run
     modules = [run.encoder, run.heads] + ([run.average.module] if run.average is not None else [])
+    with watching(modules, (run.queue, run.stepper, run.stepper.photometric, job.guard), monkeypatch) as watch:
+        yield watch
+
+
+@contextmanager
+def watching(modules: list[nn.Module], parts: Sequence[object], monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+    """What waits for a device that holds these modules, and the tensors of these objects."""
     there = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    for part in (run.queue, run.stepper, run.stepper.photometric, job.guard):
+    for part in parts:
         there += [value for value in vars(part).values() if isinstance(value, Tensor)]
     watch = Watch(there)
     move = Tensor.to
@@ -129,6 +142,19 @@ def test_steps_do_not_wait_for_the_device(
             assert watch.syncs == ["aten::_local_scalar_dense"]
             job.write_log()
             assert {"aten::_local_scalar_dense", "tolist"} == set(watch.syncs)
+
+
+def test_pretraining_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pretrain_config(write_unlabelled(tmp_path))
+    job = Pretraining(config, RunFolder(tmp_path), Silent())
+    batch = next(job.batches())
+    with watching([job.model], (job.photometric, job.guard), monkeypatch) as watch:
+        for _ in range(3):
+            job.update(batch)
+            job.step += 1
+        assert watch.syncs == []
+        job.guard.check()
+        assert watch.syncs == ["aten::_local_scalar_dense"]
 
 
 def test_the_watch_tells_the_device_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,8 +147,9 @@ class _Task:
 
     def mask(self, epoch: int, sample_B: Tensor, view: int) -> Mask:
         """A mask per image, a function of seed, epoch, image and view."""
+        sample_B = sample_B.to(self.device, non_blocking=True)
         noise = uniform(self.seed, epoch, Operation.MASK, sample_B, view, count=self.num_patches)
-        return draw_mask(noise.to(self.device), self.num_visible)
+        return draw_mask(noise, self.num_visible)
 
     def losses(self, images: Tensor, mask: Mask) -> Iterator[Tensor]:
         """The loss of each decoder in turn, from one pass of the encoder, whose output carries no gradient."""

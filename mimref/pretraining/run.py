@@ -142,9 +142,10 @@ class Pretraining:
         set_learning_rate(self.optimizer, self.rate())
         images = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
         seed, patches = self.config.seed, self.model.num_patches
-        noise = uniform(seed, batch.epoch, Operation.MASK, batch.sample_B, count=patches)
+        sample_B = batch.sample_B.to(self.device, non_blocking=True)
+        noise = uniform(seed, batch.epoch, Operation.MASK, sample_B, count=patches)
         with autocast(self.device, self.precision):
-            loss = self.trained(images, noise.to(self.device))
+            loss = self.trained(images, noise)
         # Ranks' gradients are averaged: each counts by its part of the batch.
         loss = loss * (len(batch.sample_B) * world_size() / images_of_all)
         self.guard.watch(loss, self.step + 1)
