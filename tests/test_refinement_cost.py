@@ -15,8 +15,8 @@ from mimref.refinement.cost import (
     largest_batch,
     largest_batch_rows,
     markdown,
-    state_bytes,
 )
+from mimref.refinement.footprint import state_bytes
 from tests.test_refinement_benchmark_step import DEPTH, IMAGE, PATCH, WIDTH, measurement, tiny
 
 # By hand: a block has 12 matrices of width ** 2 (biases 3 + 1 + 4 + 1 widths) and two norms, then the final norm.
@@ -48,6 +48,9 @@ def test_state_memory_equals_a_count_by_hand() -> None:
     config = tiny(encoder_stage__freeze_blocks=2)
     state = state_bytes(config, architecture, blocks, "encoder")
     assert state.gradients == 4 * (2 * BLOCK + 2 * WIDTH + HEADS)
+    # Blocks after the last head, and the norm after them, are not trained.
+    config = tiny(heads__blocks="1,2")
+    assert state_bytes(config, architecture, [1, 2], "encoder").gradients == 4 * (2 * BLOCK + EMBEDDINGS + HEADS)
 
 
 def test_hours_are_the_images_of_all_epochs_by_the_measured_rate() -> None:

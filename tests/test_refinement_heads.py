@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mimref.config import HeadsConfig
 from mimref.errors import ConfigError
-from mimref.refinement.heads import EnsembleLinear, Heads, head_blocks
+from mimref.refinement.heads import EnsembleBatchNorm, EnsembleLinear, Heads, head_blocks
 
 CONFIG = HeadsConfig(projector_hidden=12, predictor_hidden=10, output=6)
 HEADS, ROWS, DIM = 3, 9, 8
@@ -110,6 +110,22 @@ def test_hidden_is_the_first_projector_layer(training: bool) -> None:
     hidden = heads.hidden(features())
     assert hidden.shape == (HEADS, ROWS, CONFIG.projector_hidden)
     torch.testing.assert_close(hidden, torch.stack(expected), rtol=1e-10, atol=1e-12)
+
+
+def test_norm_on_cpus_is_that_of_other_devices() -> None:
+    x = torch.randn(3, 4, 9, generator=torch.Generator().manual_seed(0))
+    found = []
+    for others in (False, True):
+        norm, part = EnsembleBatchNorm(3, 4), x.clone().requires_grad_()
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(0.5, 2, 12))
+        rows = part.reshape(1, 12, 9)
+        out = nn.BatchNorm1d.forward(norm, rows).view_as(part) if others else norm(part)
+        (out * torch.arange(9)).sum().backward()
+        assert part.grad is not None and norm.weight.grad is not None and norm.bias.grad is not None
+        found.append([out.detach(), part.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_batch_statistics_span_all_rows() -> None:

@@ -3,11 +3,16 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
+from mimref.encoders.checkpoints import encoder_from
+from mimref.encoders.vit import Encoder, sincos_positions
 from mimref.errors import CheckpointError, ConfigError
-from mimref.refinement.plan import header_of, make_plan
+from mimref.refinement.benchmark_step import resolve_encoder
+from mimref.refinement.footprint import state_bytes
+from mimref.refinement.plan import describe, header_of, make_plan
 from tests.tiny import refine_config, write_unlabelled, write_weights
 
 
@@ -74,3 +79,32 @@ def test_the_queue_holds_top_k_rows_of_other_images(paths: tuple[Path, Path]) ->
 def test_settings_that_do_not_fit_are_named(changes: dict[str, object], message: str, paths: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match=message):
         make_plan(refine_config(*paths, **changes))
+
+
+def test_sin_cos_positions_of_a_timm_model_stay_fixed(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", img_size=16, num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "learned.pth")
+    model.pos_embed.data.copy_(sincos_positions(64, 1))
+    torch.save(model.state_dict(), tmp_path / "fixed.pth")
+    sizes = {"heads__blocks": "5,6", "encoder__image_size": 16, "encoder__arch": "test_vit", "views__local_views": 0}
+    for name, fixed in (("learned", False), ("fixed", True)):
+        plan = make_plan(refine_config(tmp_path / f"{name}.pth", paths[1], **sizes))
+        encoder = encoder_from(plan.checkpoint, plan.architecture)
+        assert isinstance(encoder, Encoder) and encoder.vit.pos_embed is not None
+        assert plan.architecture.fixed_positions is fixed is not encoder.vit.pos_embed.requires_grad
+
+
+def test_a_dry_run_tells_the_memory_of_what_is_trained(paths: tuple[Path, Path]) -> None:
+    plan = make_plan(refine_config(*paths, encoder_stage__freeze_blocks=2))
+    state = state_bytes(plan.config, plan.architecture, plan.blocks, "encoder")
+    assert describe(plan)["memory"].startswith(f"{state.total / 2**20:.1f} MiB in float32")
+
+
+def test_a_benchmark_has_the_encoder_of_the_run(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    config = refine_config(*paths, encoder__image_size=32)
+    assert resolve_encoder(config) == (make_plan(config).architecture, [3, 4])
+    assert resolve_encoder(config)[0].image_size == 32
+    torch.save({"a": torch.zeros(3)}, tmp_path / "unknown.pth")
+    for ask in (make_plan, resolve_encoder):
+        with pytest.raises(CheckpointError, match=r"; pass --arch$"):
+            ask(refine_config(tmp_path / "unknown.pth", paths[1]))

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from mimref.errors import Interrupted
+from mimref.errors import Interrupted, UserError
 from mimref.refinement.run import refine
+from mimref.training.distributed import lost_ranks_told, own_rank
 from tests.ranks import run_ranks
 from tests.tiny import arguments, refine_config, results, tensors, write_labelled, write_weights
 
@@ -95,6 +96,36 @@ def test_the_same_run(runs: Path, name: str) -> None:
     for key, weight in alone.items():
         torch.testing.assert_close(other[key], weight, rtol=0, atol=1e-4)
     assert results(runs / name)["bad_images"] == [] and not (runs / name / "state").exists()
+
+
+def run_out_of_memory(weights: Path, data: Path, out: Path) -> str:
+    """What is told when the memory of rank 0 is full in its third step."""
+    from mimref.refinement.step import RefinementStep
+
+    forward_backward, steps = RefinementStep.forward_backward, 0
+
+    def full(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3 and own_rank() == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward_backward(self, *args, **options)
+
+    RefinementStep.forward_backward = full  # type: ignore[method-assign]
+    try:
+        with lost_ranks_told("go on"):
+            refine(refine_config(weights, data), out)
+    except UserError as error:
+        torch.distributed.destroy_process_group()
+        return str(error)
+    raise AssertionError("the run went on")
+
+
+def test_a_rank_out_of_memory_says_so_at_once(runs: Path, tmp_path: Path) -> None:
+    files = runs / "base.safetensors", runs / "data"
+    first, second = run_ranks(run_out_of_memory, 2, tmp_path / "group", *files, tmp_path / "out")
+    assert "out of memory with 6 images per encoder pass; 3 may fit: --resume with --micro-batch 3 goes on" in first
+    assert "another process of this run has died" in second
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from mimref.encoders.vit import build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError, DivergenceError, Interrupted
 from mimref.refinement.plan import make_plan
 from mimref.refinement.run import refine
-from mimref.refinement.stages import Refinement
+from mimref.refinement.shared import Refinement
 from mimref.refinement.step import RefinementStep, StepValues
 from mimref.training.runlog import Silent
 from tests.tiny import (

@@ -250,6 +250,7 @@ CASES: dict[str, tuple[Any, ...]] = {
 }
 # One rank's part is smaller, or empty: images that could not be read.
 CASES |= {f"{lost} images lost": ({}, 2, 3, lost, torch.float64) for lost in (1, 3)}
+CASES |= {"3 images lost, prediction": ({"direction": "prediction"}, None, 3, 3, torch.float64)}
 CASES |= {"single precision": ({}, None, 5, 0, torch.float32)}
 
 

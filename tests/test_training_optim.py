@@ -14,6 +14,7 @@ from mimref.training.optim import (
     adamw,
     encoder_groups,
     freeze_first,
+    freeze_untrained,
     learning_rate,
     module_groups,
     set_learning_rate,
@@ -109,6 +110,16 @@ def test_freezing_blocks_freezes_what_feeds_them(frozen: int) -> None:
     assert_same(found_in(encoder_groups(encoder, weight_decay=0.05, layer_decay=0.65)), trained)
     trainable = {name for name, parameter in encoder.vit.named_parameters() if parameter.requires_grad}
     assert trainable == trained.keys()
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit3"])
+@pytest.mark.parametrize("last", [3, 6])
+def test_all_that_stays_trainable_gets_a_gradient(name: str, last: int) -> None:
+    encoder = build_encoder(Architecture.from_config(EncoderConfig(arch=name, image_size=32)))
+    freeze_untrained(encoder, first=1, last=last)
+    encoder.blocks(torch.randn(2, 3, 32, 32), [last], final_norm=True)[0].square().sum().backward()
+    for parameter_name, parameter in encoder.vit.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), parameter_name
 
 
 def test_groups_of_heads() -> None:

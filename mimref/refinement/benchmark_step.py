@@ -30,9 +30,12 @@ from mimref.evaluation.metrics import Row
 from mimref.refinement.heads import Heads, head_blocks
 from mimref.refinement.measuring import MatrixProducts, PeakMemory, seconds_of
 from mimref.refinement.memory import release_memory
-from mimref.refinement.plan import Plan
-from mimref.refinement.stages import EncoderStage, HeadsStage, Refinement, Stage, StageName
-from mimref.training.optim import freeze_first
+from mimref.refinement.plan import Plan, architecture_to_train, check_sizes, temperatures
+from mimref.refinement.schedule import StageName
+from mimref.refinement.shared import Refinement
+from mimref.refinement.stages import EncoderStage, HeadsStage, Stage
+from mimref.refinement.step import PooledBlocks
+from mimref.training.optim import freeze_untrained
 from mimref.training.runlog import MetricsLog, Silent
 from mimref.training.state import RunFolder
 
@@ -169,7 +172,6 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Stage,
     Raises ConfigError for settings that fit no encoder.
     """
     architecture, blocks = resolve_encoder(config)
-    temperature = config.heads.temperature
     plan_config = _without_data(config)
     device = resolve_device(config.device)
     # The run's monitor, which is never asked, wants images: those that need no file. Read once before memory counts.
@@ -185,7 +187,7 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Stage,
         EvalTransform(architecture.image_size),
         _image_list(IMAGENET_IMAGES),
         blocks,
-        temperature if isinstance(temperature, list) else [temperature] * len(blocks),
+        temperatures(config.heads.temperature, len(blocks)),
         [],
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -204,17 +206,13 @@ def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
     if weights is None or find_known(weights) is not None:
         architecture = Architecture.from_config(config.encoder)
     else:
-        architecture = read_checkpoint(weights, num_heads=config.encoder.num_heads).architecture or (
-            Architecture.from_config(config.encoder)
-        )
-    for group in multi_crop(config.views, architecture.image_size):
-        architecture.check_size(group.size, "views.local_size" if group.first_view else "views.global_size")
+        checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads)
+        architecture = architecture_to_train(config.encoder, checkpoint)
+    check_sizes(config, architecture)
     if config.heads.blocks == "auto":
         raise ConfigError("heads.blocks = 'auto' asks the images, of which a benchmark has none; name the blocks")
     blocks = head_blocks(config.heads.blocks, architecture.depth)
-    temperature = config.heads.temperature
-    if isinstance(temperature, list) and len(temperature) != len(blocks):
-        raise ConfigError(f"heads.temperature has {len(temperature)} values for {len(blocks)} heads (heads.blocks)")
+    temperatures(config.heads.temperature, len(blocks))
     return architecture, blocks
 
 
@@ -232,15 +230,11 @@ def model_flops(config: RefineConfig, architecture: Architecture, blocks: list[i
     if stage == "heads":
         encoder.requires_grad_(False)
     else:
-        freeze_first(encoder, config.encoder_stage.freeze_blocks)
+        freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(blocks))
     wanted = sorted(set(blocks))
     with FlopCounterMode(display=False) as counter:
-        tokens = [encoder.blocks(images, wanted, final_norm=True) for images in views]
-        by_block = [
-            torch.cat([encoder.pool(block, config.heads.pool) for block in sizes])
-            for sizes in zip(*tokens, strict=True)
-        ]
-        _, prediction_HNO = heads(torch.stack([by_block[wanted.index(block)] for block in blocks]))
+        pooled_WVD = PooledBlocks(encoder, wanted, config.heads.pool)(views)
+        _, prediction_HNO = heads(torch.stack([pooled_WVD[wanted.index(block)] for block in blocks]))
         prediction_HNO.sum().backward()
     return int(counter.get_total_flops())
 
@@ -291,7 +285,7 @@ def largest_whole_batch(config: RefineConfig, device: torch.device) -> int:
     if device.type != "cuda":
         return config.batch_size
     with ready_stage(config.model_copy(update={"micro_batch": None}), "encoder") as (job, _):
-        return job.run.largest_micro_batch(config.batch_size)
+        return job.run.largest_micro_batch(config.batch_size, reserve=job.moments_to_come())
 
 
 def _without_data(config: RefineConfig) -> RefineConfig:

@@ -12,7 +12,7 @@ import torch
 from mimref.config import RefineConfig
 from mimref.data.sources import open_source
 from mimref.devices import resolve_device
-from mimref.encoders.vit import Architecture, build_encoder
+from mimref.encoders.vit import Architecture
 from mimref.errors import ConfigError
 from mimref.evaluation.metrics import Row
 from mimref.refinement.benchmark_step import (
@@ -25,13 +25,10 @@ from mimref.refinement.benchmark_step import (
     model_flops,
     resolve_encoder,
 )
-from mimref.refinement.heads import Heads
+from mimref.refinement.footprint import StateBytes, state_bytes
 from mimref.refinement.measuring import MatrixProducts, device_bytes
-from mimref.refinement.stages import StageName
-from mimref.training.optim import freeze_first
+from mimref.refinement.schedule import StageName
 
-_BYTES = 4
-"""Of a number of the training state, which is float32 whatever the precision of the computations."""
 # A CPU measures smaller batches, down to this, when whole ones would take longer than the seconds below.
 _CPU_SMALLEST_BATCH = 8
 _CPU_SECONDS = 20.0
@@ -48,24 +45,6 @@ class Cost:
 
     rows: list[Row]
     notes: list[str]
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Memory of a stage that does not depend on the batch."""
-
-    weights: int
-    """Of encoder and heads, with their running statistics."""
-    gradients: int
-    moments: int
-    """AdamW's two."""
-    average: int
-    """The averaged encoder, of stage 2."""
-    queue: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.average + self.queue
 
 
 def benchmark_cost(
@@ -168,27 +147,6 @@ def largest_batch(small: tuple[int, int], large: tuple[int, int], capacity: int)
     per_image = (large[1] - small[1]) / (large[0] - small[0])
     fixed = small[1] - per_image * small[0]
     return max(0, int((capacity - fixed) / per_image))
-
-
-def state_bytes(config: RefineConfig, architecture: Architecture, blocks: list[int], stage: StageName) -> StateBytes:
-    """Memory of a stage's weights, gradients, moments, average and queue, from shapes alone."""
-    with torch.device("meta"):
-        encoder = build_encoder(architecture)
-        heads = Heads(config.heads, len(blocks), encoder.embed_dim)
-    if stage == "heads":
-        encoder.requires_grad_(False)
-    else:
-        freeze_first(encoder, config.encoder_stage.freeze_blocks)
-    encoder_count = sum(weight.numel() for weight in encoder.parameters())
-    heads_count = sum(tensor.numel() for tensor in heads.state_dict().values())
-    trained = sum(weight.numel() for part in (encoder, heads) for weight in part.parameters() if weight.requires_grad)
-    return StateBytes(
-        weights=_BYTES * (encoder_count + heads_count),
-        gradients=_BYTES * trained,
-        moments=_BYTES * 2 * trained,
-        average=_BYTES * encoder_count if stage == "encoder" else 0,
-        queue=_BYTES * len(blocks) * config.heads.queue_size * config.heads.output,
-    )
 
 
 def cost_facts(cost: Cost) -> list[tuple[str, str]]:

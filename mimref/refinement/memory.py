@@ -54,10 +54,19 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def try_step(step: RefinementStep, groups: list[CropGroup], batch_size: int, micro_batch: int) -> None:
+def try_step(
+    step: RefinementStep,
+    groups: list[CropGroup],
+    batch_size: int,
+    micro_batch: int,
+    *,
+    reserve: int = 0,
+    train_encoder: bool = True,
+) -> None:
     """One whole step, forward and backward, on black images; nothing of it remains but the memory it needed.
 
-    Room for the optimizer's two moments of every weight is held meanwhile. Raises torch.OutOfMemoryError.
+    reserve: float32 numbers that are to have room beside it. Two batches of crops have, as in training, where one is
+    copied ahead. Raises torch.OutOfMemoryError.
     """
     trained = [
         weight for module in (step.encoder, step.heads) for weight in module.parameters() if weight.requires_grad
@@ -66,13 +75,20 @@ def try_step(step: RefinementStep, groups: list[CropGroup], batch_size: int, mic
     kept = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in queue.items()}
     norms = {name: buffer.clone() for name, buffer in step.heads.named_buffers()}
     try:
-        moments = torch.empty(2 * sum(weight.numel() for weight in trained), device=step.device)
+        held = [torch.empty(reserve, device=step.device)]
         step.micro_batch = micro_batch
-        crops = [torch.zeros(batch_size, group.count, 3, group.size, group.size, dtype=torch.uint8) for group in groups]
+        crops, ahead = (
+            [
+                torch.zeros(batch_size, group.count, 3, group.size, group.size, dtype=torch.uint8, device=step.device)
+                for group in groups
+            ]
+            for _ in range(2)
+        )
+        held += ahead
         batch = ViewBatch(0, torch.arange(batch_size), crops, [])
         weight_H = torch.ones(step.heads.num_heads, device=step.device)
-        step.forward_backward(batch, weight_H, top_k=1, train_encoder=True)
-        del moments
+        step.forward_backward(batch, weight_H, top_k=1, train_encoder=train_encoder)
+        del held, ahead
     finally:
         step.micro_batch = before
         step.queue.load_state_dict(kept)

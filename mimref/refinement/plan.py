@@ -10,12 +10,13 @@ from mimref.config import EncoderConfig, RefineConfig
 from mimref.data.loader import check_batch_size
 from mimref.data.sources import ImageSource, open_source
 from mimref.data.transforms import EvalTransform
-from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint
+from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, with_fixed_positions
 from mimref.encoders.known import Progress, official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture
 from mimref.errors import CheckpointError, ConfigError
 from mimref.features.spec import eval_transform, recorded_data
 from mimref.refinement.auto import recommended_blocks
+from mimref.refinement.footprint import state_bytes
 from mimref.refinement.heads import Heads, head_blocks
 
 
@@ -60,7 +61,7 @@ def make_plan(config: RefineConfig, progress: Progress | None = None) -> Plan:
     """
     weights = config.encoder.weights or official_name(config.encoder.arch, config.encoder.source)
     checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads, progress=progress)
-    architecture = _architecture(config.encoder, checkpoint)
+    architecture = architecture_to_train(config.encoder, checkpoint)
     data = recorded_data(config.data, checkpoint.header)
     warned = _warnings(config.encoder, checkpoint)
     config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
@@ -69,10 +70,10 @@ def make_plan(config: RefineConfig, progress: Progress | None = None) -> Plan:
         chosen = recommended_blocks(config, checkpoint, architecture, transform, progress)
         config = config.model_copy(update={"heads": config.heads.model_copy(update={"blocks": chosen})})
     blocks = head_blocks(config.heads.blocks, architecture.depth)
-    temperature = _temperatures(config.heads.temperature, len(blocks))
+    temperature = temperatures(config.heads.temperature, len(blocks))
     _check_schedule(config, blocks)
     _check_frozen(config, blocks)
-    _check_sizes(config, architecture)
+    check_sizes(config, architecture)
     source_images = open_source(data, "train")
     _check_counts(config, len(source_images))
     plan = Plan(config, checkpoint, architecture, transform, source_images, blocks, temperature, warned)
@@ -84,13 +85,16 @@ def make_plan(config: RefineConfig, progress: Progress | None = None) -> Plan:
     return plan
 
 
-def _architecture(config: EncoderConfig, checkpoint: Checkpoint) -> Architecture:
-    """What the weights say they are, at the image size asked for; else what the settings say."""
+def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Architecture:
+    """What the weights say they are, at the image size asked for; else what the settings say.
+
+    Unlike an evaluation's `--arch`, settings that contradict the weights give way: a preset has them for all weights.
+    """
     recorded = checkpoint.architecture
     if recorded is None and "arch" not in config.model_fields_set:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch")
     if recorded is None or (checkpoint.recognised and _names_timm(config)):
-        return Architecture.from_config(config)
+        return with_fixed_positions(Architecture.from_config(config), checkpoint.tensors)
     # A preset's image size belongs to the preset's architecture.
     belongs = "arch" not in config.model_fields_set or config.arch == recorded.name
     if belongs and "image_size" in config.model_fields_set:
@@ -133,7 +137,7 @@ def _resolved(config: EncoderConfig, checkpoint: Checkpoint, architecture: Archi
     )
 
 
-def _temperatures(temperature: float | list[float], num_heads: int) -> list[float]:
+def temperatures(temperature: float | list[float], num_heads: int) -> list[float]:
     if not isinstance(temperature, list):
         return [temperature] * num_heads
     if len(temperature) != num_heads:
@@ -141,7 +145,7 @@ def _temperatures(temperature: float | list[float], num_heads: int) -> list[floa
     return temperature
 
 
-def _check_sizes(config: RefineConfig, architecture: Architecture) -> None:
+def check_sizes(config: RefineConfig, architecture: Architecture) -> None:
     views = config.views
     global_size = views.global_size or architecture.image_size
     architecture.check_size(global_size, "encoder.image_size" if views.global_size is None else "views.global_size")
@@ -203,9 +207,8 @@ def describe(plan: Plan) -> dict[str, str]:
         heads = Heads(config.heads, len(plan.blocks), encoder.embed_dim)
     encoder_count = sum(parameter.numel() for parameter in encoder.parameters())
     heads_count = sum(parameter.numel() for parameter in heads.parameters())
-    queue = len(plan.blocks) * config.heads.queue_size * config.heads.output
-    # Weights, gradients and two Adam moments for encoder and heads, the averaged encoder, and the queue.
-    mebibytes = 4 * (5 * encoder_count + 4 * heads_count + queue) / 2**20
+    state = state_bytes(config, architecture, plan.blocks, "encoder" if plan.encoder_steps else "heads")
+    mebibytes = state.total / 2**20
     memory = f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
     views = 2 + config.views.local_views
     facts = {

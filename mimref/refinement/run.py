@@ -15,7 +15,8 @@ from mimref.evaluation.metrics import Row
 from mimref.evaluation.summary import Summary
 from mimref.features.spec import data_record
 from mimref.refinement.plan import header_of, make_plan
-from mimref.refinement.stages import EncoderStage, HeadsStage, Refinement
+from mimref.refinement.shared import Refinement
+from mimref.refinement.stages import EncoderStage, HeadsStage
 from mimref.refinement.sweep import rank_heads
 from mimref.results import read_results, write_results
 from mimref.training.distributed import agree, first_alone, own_rank
@@ -97,6 +98,7 @@ def _train(run: Refinement, folder: RunFolder, log: MetricsLog, stop: StopSignal
         if own_rank() == 0:
             run.save_heads(folder.path / "heads.pt")
         state = None
+        del heads_stage  # and with it the moments of its optimizer
     if run.plan.encoder_steps:
         encoder_stage = EncoderStage(run, folder, log)
         if state:

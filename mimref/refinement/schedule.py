@@ -1,6 +1,9 @@
-"""Loss weights of the heads over stage 2 (Table 1c, Fig. 7)."""
+"""The stages, and loss weights of the heads over stage 2 (Table 1c, Fig. 7)."""
 
 import math
+from typing import Literal
+
+StageName = Literal["heads", "encoder"]
 
 
 def loss_weights(schedule: str, progress: float, num_heads: int) -> list[float]:

@@ -1,189 +1,33 @@
-"""The two stages of a refinement as training jobs, and the objects they share."""
+"""The two stages of a refinement as training jobs."""
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mimref.config import EncoderStageConfig, HeadsStageConfig
 from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
-from mimref.data.photometric import Photometric
 from mimref.data.views import multi_crop
-from mimref.devices import keep_freed_memory, resolve_device, resolve_precision
-from mimref.encoders.checkpoints import load_weights, weights_hash
-from mimref.encoders.vit import Encoder, build_encoder
-from mimref.errors import CheckpointError, ConfigError
-from mimref.evaluation.monitor import CollapseWatch, KnnMonitor
-from mimref.files import atomic_write
-from mimref.refinement.heads import Heads
-from mimref.refinement.memory import check_exact, largest_that_fits, release_memory, try_step
-from mimref.refinement.plan import Plan
-from mimref.refinement.queue import Queue
-from mimref.refinement.schedule import loss_weights
-from mimref.refinement.step import RefinementStep, StepValues, monitored_values
-from mimref.training.distributed import agree, alone, gather_lists, total, world_size
+from mimref.errors import ConfigError
+from mimref.evaluation.monitor import CollapseWatch
+from mimref.refinement.memory import release_memory
+from mimref.refinement.schedule import StageName, loss_weights
+from mimref.refinement.shared import Refinement
+from mimref.refinement.step import StepValues, monitored_values
+from mimref.training.distributed import gather_lists, total, world_size
 from mimref.training.ema import WeightAverage
 from mimref.training.guard import FiniteLoss
 from mimref.training.optim import (
     adamw,
     encoder_groups,
-    freeze_first,
-    freeze_unreached,
     learning_rate,
     module_groups,
     set_learning_rate,
     warmup_updates,
 )
-from mimref.training.runlog import Listener, MetricsLog, SkippedImages, readable
+from mimref.training.runlog import MetricsLog, readable
 from mimref.training.state import RunFolder, images_of
-
-StageName = Literal["heads", "encoder"]
-
-
-class Refinement:
-    """What both stages share: encoder, heads, queue and monitor."""
-
-    def __init__(self, plan: Plan, listener: Listener) -> None:
-        self.plan, self.config, self.listener = plan, plan.config, listener
-        config = plan.config
-        self.device = resolve_device(config.device)
-        self.precision = resolve_precision(config.precision, self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        self.encoder = self.base_encoder()
-        self.base_hash = weights_hash(self.encoder)
-        torch.manual_seed(config.seed)
-        self.heads = Heads(config.heads, len(plan.blocks), self.encoder.embed_dim).to(self.device)
-        self.queue = Queue(
-            len(plan.blocks),
-            config.heads.queue_size,
-            config.heads.output,
-            generator=torch.Generator().manual_seed(config.seed),
-            device=self.device,
-        )
-        self.stepper = RefinementStep(
-            self.encoder,
-            self.heads,
-            self.queue,
-            Photometric(config.views, config.seed, self.device, mean=plan.transform.mean, std=plan.transform.std),
-            blocks=plan.blocks,
-            temperature=plan.temperature,
-            pool=config.heads.pool,
-            direction=config.loss.direction,
-            swap_negatives=config.loss.swap_negatives,
-            seed=config.seed,
-            precision=self.precision,
-        )
-        labels = plan.source.labels
-        self.labels = None if labels is None else torch.from_numpy(labels).to(self.device)
-        self.encoder.checkpointing = config.activation_checkpointing
-        self.stepper.most_images = -(-config.batch_size // world_size())
-        self.stepper.micro_batch = self._micro_batch()
-        self.stepper.distribute_heads()
-        if config.compile:
-            self._compile()
-        self.monitor = KnnMonitor(config, plan.transform, self.device, self.precision)
-        self.skipped = SkippedImages(config.data.max_bad, listener)
-        self.average: WeightAverage | None = None
-        self.nn_accuracy: list[float] = []
-        self.elapsed_s = 0.0
-
-    def _micro_batch(self) -> int | None:
-        """Images per encoder pass as the settings say; `auto` tries what fits."""
-        asked = self.config.micro_batch
-        if asked is None:
-            return None
-        check_exact(self.encoder)
-        if isinstance(asked, int):
-            return asked
-        if self.device.type != "cuda":
-            # The memory of other devices is the machine's, which does not say when it is full.
-            self.listener.note(f"micro_batch auto: whole batches on {self.device.type}")
-            return None
-        most = self.stepper.most_images
-        # The smallest that any rank finds.
-        found = -agree(-self.largest_micro_batch(most))
-        self.listener.note(f"micro_batch auto: {found} of {most} images per encoder pass")
-        return found
-
-    def _compile(self) -> None:
-        """Compile what training runs, in place, so that weights keep their names."""
-        # One piece of code for all blocks; with dynamic shapes, for both sizes of views as well.
-        for block in self.encoder.vit.blocks:
-            block.compile(dynamic=True)
-        self.heads.compile(dynamic=True)
-
-    def largest_micro_batch(self, most: int) -> int:
-        """The largest micro-batch up to `most` that the device has memory for in stage 2."""
-        groups = multi_crop(self.config.views, self.plan.architecture.image_size)
-        size = self.stepper.most_images
-        with alone():
-            return largest_that_fits(lambda micro: try_step(self.stepper, groups, size, micro), most)
-
-    def base_encoder(self) -> Encoder:
-        """The encoder as it was given."""
-        with torch.device("meta"):
-            encoder = build_encoder(self.plan.architecture)
-        load_weights(encoder, self.plan.checkpoint, share=self.device.type != "cpu")
-        return encoder.to(self.device).eval()
-
-    def result_encoder(self) -> Encoder:
-        """The averaged encoder of stage 2; before it, the encoder as it was given."""
-        if self.average is None:
-            return self.encoder
-        averaged = self.average.module
-        assert isinstance(averaged, Encoder)
-        return averaged
-
-    def save_heads(self, path: Path) -> None:
-        """Hand over stage 1: heads and queue, and what they fit."""
-        made_for = {
-            "base": self.base_hash,
-            "blocks": self.plan.blocks,
-            "pool": self.config.heads.pool,
-            "images": self.plan.source.fingerprint,
-        }
-        with atomic_write(path) as stream:
-            torch.save({**made_for, "heads": self.heads.state_dict(), "queue": self.queue.state_dict()}, stream)
-
-    def load_heads(self, folder: Path) -> None:
-        """Take over another run's stage 1. Raises CheckpointError when it does not fit this run."""
-        path = folder / "heads.pt" if folder.is_dir() else folder
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; --heads-from needs the output folder of a run with stage 1")
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            base, blocks, pool, images = (saved[key] for key in ("base", "blocks", "pool", "images"))
-        except Exception as error:
-            raise CheckpointError(f"{path}: not readable as the heads of a run") from error
-        if base != self.base_hash:
-            raise CheckpointError(
-                f"{path}: these heads were trained on another encoder than {self.plan.checkpoint.path}"
-            )
-        if blocks != self.plan.blocks:
-            numbers = ",".join(map(str, blocks))
-            raise ConfigError(f"{path}: its heads read the blocks {numbers}; set heads.blocks={numbers}")
-        if pool != self.config.heads.pool:
-            raise ConfigError(f"{path}: its heads read {pool!r} tokens; set heads.pool={pool}")
-        self._take_heads(path, saved["heads"], saved["queue"])
-        if images != self.plan.source.fingerprint:
-            self.queue.sample_Q.fill_(-1)
-            self.listener.warn(f"{path}: its queue was filled from other images, or files that have changed since")
-
-    def _take_heads(self, path: Path, heads: dict[str, Any], queue: dict[str, Any]) -> None:
-        config, size = self.config.heads, len(queue["sample"])
-        if size != config.queue_size:
-            raise ConfigError(f"{path}: its queue holds {size} rows; set heads.queue_size={size}")
-        try:
-            self.heads.load_state_dict(heads)
-            self.queue.load_state_dict(queue)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"{path}: its heads have other widths than heads.projector_hidden {config.projector_hidden}, "
-                f"heads.predictor_hidden {config.predictor_hidden} and heads.output {config.output}"
-            ) from error
 
 
 class Stage:
@@ -272,12 +116,22 @@ class Stage:
         except torch.OutOfMemoryError:
             pass  # the exception holds on to the tensors: leave it before trying less
         release_memory()
-        tried = self.run.stepper.micro_batch or self.config.batch_size
-        fits = self.run.largest_micro_batch(-(-tried // 2))
+        stepper = self.run.stepper
+        tried = min(stepper.micro_batch or stepper.most_images, stepper.most_images)
+        less = -(-tried // 2)
+        # Other ranks are in the middle of a step, and would not take part in trying less.
+        alone = world_size() == 1
+        fits = self.run.largest_micro_batch(less, reserve=self.moments_to_come()) if alone else less
         raise ConfigError(
-            f"out of memory with {tried} images per encoder pass; {fits} fit: --resume with --micro-batch {fits} goes "
-            "on, with the same result"
+            f"out of memory with {tried} images per encoder pass; {fits} {'fit' if alone else 'may fit'}: --resume "
+            f"with --micro-batch {fits} goes on, with the same result"
         )
+
+    def moments_to_come(self) -> int:
+        """Numbers that the optimizer will hold from the first update on."""
+        if self.optimizer.state:
+            return 0
+        return 2 * sum(int(weight.numel()) for group in self.optimizer.param_groups for weight in group["params"])
 
     def position(self) -> dict[str, object]:
         """Beginning of a log line."""
@@ -359,8 +213,6 @@ class EncoderStage(Stage):
         self.before, self.first_epoch = run.plan.heads_steps, run.config.heads_stage.epochs
         super().__init__(run, folder, log)
         run.encoder.train()
-        freeze_first(run.encoder, config.freeze_blocks)
-        freeze_unreached(run.encoder, max(run.plan.blocks))
         run.stepper.distribute_encoder()
         groups = encoder_groups(run.encoder, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
         groups += module_groups(run.heads, weight_decay=config.heads_weight_decay)

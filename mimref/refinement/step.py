@@ -177,7 +177,8 @@ class RefinementStep:
         share = images / sum(counts)
         # Ranks' gradients are averaged: each counts by its part of the batch.
         # A rank without an image has no mean, and takes part in the others' backward pass all the same.
-        loss_H = alignment.loss_H if images else prediction_HVBO.sum(dim=(1, 2, 3))
+        part = prediction_HVBO if everything.prediction_HVBO is None else everything.prediction_HVBO
+        loss_H = alignment.loss_H if images else part.sum(dim=(1, 2, 3))
         loss = (weight_H * loss_H).sum() * (share * len(counts))
         return StepValues(loss, alignment, neighbours, sample_B, share)
 
@@ -267,7 +268,7 @@ def monitored_values(values: StepValues, labels: Tensor | None) -> dict[str, obj
         "alignment_global": alignment.global_H,
         "alignment_local": alignment.local_H,
         "nn_similarity": neighbours.similarity_HM.mean(dim=1),
-        "nn_age": neighbours.age_HM.double().mean(dim=1),
+        "nn_age": neighbours.age_HM.float().mean(dim=1),
     }
     if labels is not None:
         by_head["nn_accuracy"] = neighbour_accuracy(neighbours, values.sample_B, labels)
@@ -292,4 +293,4 @@ def _over_ranks(loss: Tensor, by_head: dict[str, Tensor], share: float) -> tuple
 def neighbour_accuracy(neighbours: Neighbours, sample_B: Tensor, labels: Tensor) -> Tensor:
     """Percent of neighbours with their query's class, (H,); random rows from the queue's start count as wrong."""
     same_HM = labels[neighbours.sample_HM.clamp_min(0)] == labels[sample_B].repeat(2)
-    return 100 * (same_HM & (neighbours.sample_HM >= 0)).double().mean(dim=1)
+    return 100 * (same_HM & (neighbours.sample_HM >= 0)).float().mean(dim=1)

@@ -9,6 +9,8 @@ from torch import nn
 
 from mimref.encoders.vit import Encoder
 
+# Of timm's models, which the tokens of blocks do not go through.
+_POOLING = ("fc_norm.", "attn_pool.")
 _TOKENS = ("cls_token", "reg_token", "pos_embed")
 
 
@@ -38,6 +40,12 @@ def layer_of(name: str, depth: int) -> int:
     return depth + 1 if name.startswith(("norm.", "fc_norm.")) else 0
 
 
+def freeze_untrained(encoder: Encoder, *, first: int, last: int) -> None:
+    """Freeze what training heads on the blocks up to `last` leaves as it is, when the `first` blocks are frozen."""
+    freeze_first(encoder, first)
+    freeze_unreached(encoder, last)
+
+
 def freeze_first(encoder: Encoder, blocks: int) -> None:
     """Freeze the first `blocks` blocks, and with them patch embedding, CLS and register tokens and positions."""
     for name, parameter in encoder.vit.named_parameters():
@@ -46,9 +54,10 @@ def freeze_first(encoder: Encoder, blocks: int) -> None:
 
 
 def freeze_unreached(encoder: Encoder, last: int) -> None:
-    """Freeze what no output of the blocks up to `last` depends on: later blocks, and the norm after the last one."""
+    """Freeze what no output of the blocks up to `last` depends on: later blocks, the norm after the last, pooling."""
     for name, parameter in encoder.vit.named_parameters():
-        if layer_of(name, encoder.depth) > (encoder.depth + 1 if last == encoder.depth else last):
+        later = layer_of(name, encoder.depth) > (encoder.depth + 1 if last == encoder.depth else last)
+        if later or name.startswith(_POOLING):
             parameter.requires_grad_(False)
 
 
