@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock
+
 from mimref.errors import OutputError
 
 # A library that writes by itself may report a full disk as an error of its own kind; less than this is full.
@@ -19,6 +21,29 @@ def cache_folder() -> Path:
     """Where downloads and features are kept: `$MIMREF_CACHE`, else `mimref` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("MIMREF_CACHE") or os.path.join(home, "mimref"))
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Make `path` while no other process does: those wait, and should then look whether it is there.
+
+    A lock file lies beside it meanwhile, of which the system lets go when the process dies. Where none can be made,
+    nobody waits.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError):  # the latter for a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()  # before others can have it: they would hold a file that is no longer there
+        lock.release()
 
 
 @contextmanager

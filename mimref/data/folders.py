@@ -12,7 +12,7 @@ import numpy as np
 
 from mimref.data.decode import printable
 from mimref.data.images import FileSource, Split
-from mimref.data.kept import Arrays, keep, recall, settled
+from mimref.data.kept import SLOW_S, Arrays, finding_out, keep, recall, settled
 from mimref.data.paths import PathList
 from mimref.data.splits import Indices
 from mimref.errors import DataError
@@ -101,11 +101,15 @@ def list_folder(root: str) -> Listing:
     listed.
     """
     listing = _load(root)
-    if listing is not None and listing.is_current(root):
+    if listing is not None:
         return listing
-    listing = _look(root)
-    if len(listing.files) >= CACHED_FROM:
-        _save(root, listing)
+    with finding_out("folder", _name(root)):
+        listing = _load(root)  # another process may have found it out meanwhile
+        if listing is None:
+            started = time.monotonic()
+            listing = _look(root)
+            if len(listing.files) >= CACHED_FROM or time.monotonic() - started > SLOW_S:
+                _save(root, listing)
     return listing
 
 
@@ -195,12 +199,18 @@ def _save(root: str, listing: Listing) -> None:
         "counts": listing.counts,
         "modified_ns": listing.modified_ns,
     }
-    keep("folder", os.fsencode(os.path.abspath(root)), arrays)
+    keep("folder", _name(root), arrays)
 
 
 def _load(root: str) -> Listing | None:
-    kept = recall("folder", os.fsencode(os.path.abspath(root)))
+    """The listing that was kept; None if there is none or a folder has changed since."""
+    kept = recall("folder", _name(root))
     if kept is None or not kept.keys() >= {"content", "ends", "folders", "folder_ends", "counts", "modified_ns"}:
         return None
     files, folders = PathList(kept["content"], kept["ends"]), PathList(kept["folders"], kept["folder_ends"])
-    return Listing(files, folders, kept["counts"], kept["modified_ns"])
+    listing = Listing(files, folders, kept["counts"], kept["modified_ns"])
+    return listing if listing.is_current(root) else None
+
+
+def _name(root: str) -> bytes:
+    return os.fsencode(os.path.abspath(root))

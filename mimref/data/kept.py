@@ -3,7 +3,7 @@
 import hashlib
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimref.errors import OutputError
-from mimref.files import atomic_write, cache_folder
+from mimref.files import atomic_write, cache_folder, one_at_a_time
 
 Arrays = dict[str, NDArray[Any]]
 
 SETTLED_NS = 2_000_000_000
 """What was changed less than this before it was looked at may change again within one tick of its file system's clock
 (2 s on the coarsest), which its modification time would not show."""
+
+SLOW_S = 1.0
+"""What took longer to find out is kept however little it is: other processes may be waiting for it."""
 
 
 def settled(modified_ns: int, looked_ns: int) -> int:
@@ -39,6 +42,11 @@ def recall(kind: str, of: bytes) -> Arrays | None:
             return dict(kept) if kept["of"].tobytes() == of else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+
+
+def finding_out(kind: str, of: bytes) -> AbstractContextManager[None]:
+    """Find out what is not kept yet while no other process does; those wait, and should then look again."""
+    return one_at_a_time(_file(kind, of))
 
 
 def _file(kind: str, of: bytes) -> Path:

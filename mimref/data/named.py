@@ -1,6 +1,7 @@
 """Data sets that have a name: scikit-learn's digits, Fashion-MNIST and torchvision's."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mimref.data.decode import one_line, read_idx
 from mimref.data.images import ArraySource, FileSource, Split
 from mimref.data.splits import stratified_split
 from mimref.errors import DataError, did_you_mean
+from mimref.files import one_at_a_time
 
 TORCHVISION_NAMES = ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "STL10", "SVHN", "Flowers102", "OxfordIIITPet")
 
@@ -94,12 +96,14 @@ def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource
     root, train, download = os.path.expanduser(data.root), split == "train", data.download
     dataset: Any
     try:
-        if name in ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"):
-            dataset = getattr(datasets, name)(root, train=train, download=download)
-        elif name == "OxfordIIITPet":
-            dataset = datasets.OxfordIIITPet(root, split="trainval" if train else "test", download=download)
-        else:
-            dataset = getattr(datasets, name)(root, split="train" if train else "test", download=download)
+        # torchvision unpacks into the files' own names, which another process would take for whole.
+        with one_at_a_time(Path(root, name)) if download else nullcontext():
+            if name in ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"):
+                dataset = getattr(datasets, name)(root, train=train, download=download)
+            elif name == "OxfordIIITPet":
+                dataset = datasets.OxfordIIITPet(root, split="trainval" if train else "test", download=download)
+            else:
+                dataset = getattr(datasets, name)(root, split="train" if train else "test", download=download)
     except Exception as error:  # each class has its own: missing or corrupt files, no network, a missing package
         advice = "" if download else "; --set data.download=true fetches it"
         raise DataError(f"--data torchvision:{name} in {root}: {one_line(error)}{advice}") from error

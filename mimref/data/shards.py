@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, one_line, printable
 from mimref.data.images import Split
-from mimref.data.kept import Arrays, keep, recall, settled
+from mimref.data.kept import SLOW_S, Arrays, finding_out, keep, recall, settled
 from mimref.data.labels import Written
 from mimref.data.paths import PathList
 from mimref.data.splits import Indices
@@ -207,17 +207,28 @@ def _find(shards: list[str], where: str) -> Places:
     """Places of all images, from the cache if no shard has changed."""
     of = b"\0".join(os.fsencode(os.path.abspath(shard)) for shard in shards)
     paths = PathList.pack(shards)
-    states = np.array([_state(shard) for shard in shards], dtype=np.int64)
-    places = _load(of, paths, states)
+    places = _load(of, paths)
     if places is None:
-        looked_ns = time.time_ns()
-        places = _look(paths, where)
-        if len(places.members) >= CACHED_FROM:
-            states[:, 1] = [settled(modified_ns, looked_ns) for modified_ns in states[:, 1].tolist()]
-            _save(of, places, states)
+        with finding_out("shards", of):
+            # Another process may have found them out meanwhile.
+            places = _load(of, paths) or _look_and_keep(of, paths, where)
     if not len(places.members):
         raise DataError(f"{where}: no images in these shards (*.{', *.'.join(IMAGES)})")
     return places
+
+
+def _look_and_keep(of: bytes, shards: PathList, where: str) -> Places:
+    states, looked_ns = _states(shards), time.time_ns()
+    started = time.monotonic()
+    places = _look(shards, where)
+    if len(places.members) >= CACHED_FROM or time.monotonic() - started > SLOW_S:
+        states[:, 1] = [settled(modified_ns, looked_ns) for modified_ns in states[:, 1].tolist()]
+        _save(of, places, states)
+    return places
+
+
+def _states(shards: PathList) -> Indices:
+    return np.array([_state(shard) for shard in shards], dtype=np.int64)
 
 
 def _state(shard: str) -> tuple[int, int]:
@@ -345,11 +356,12 @@ def _save(of: bytes, places: Places, states: Indices) -> None:
     keep("shards", of, arrays)
 
 
-def _load(of: bytes, shards: PathList, states: Indices) -> Places | None:
+def _load(of: bytes, shards: PathList) -> Places | None:
+    """The places that were kept; None if there are none or a shard has changed since."""
     kept = recall("shards", of)
     if kept is None or not kept.keys() >= {"states", "shard", "offsets", "sizes", "members", "member_ends"}:
         return None
-    if not np.array_equal(kept["states"], states):
+    if not np.array_equal(kept["states"], _states(shards)):
         return None
     written = Written([str(name) for name in kept["names"]], kept["codes"]) if "codes" in kept else None
     members = PathList(kept["members"], kept["member_ends"])
