@@ -1,6 +1,8 @@
 """The check during training: its statistics against numpy, its subsets, and when it warns."""
 
 import math
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import pytest
 import torch
 
 from mimref.config import DataConfig, EvaluateConfig, MonitorConfig, RunConfig
-from mimref.data.sources import ArraySource
+from mimref.data.sources import ArraySource, ImageSource, Split, open_source
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import DataError
+from mimref.evaluation import monitor as evaluation_monitor
 from mimref.evaluation.blocks import feature_statistics
 from mimref.evaluation.knn import knn_accuracy
 from mimref.evaluation.monitor import CollapseWatch, KnnMonitor, _subset
@@ -31,14 +34,21 @@ def encoder() -> Encoder:
     return built
 
 
-def monitor(spec: Path | str, *, knn_samples: int = 10_000, k: int = 10, **data: Any) -> KnnMonitor:
+def monitor(
+    spec: Path | str,
+    *,
+    knn_samples: int = 10_000,
+    k: int = 10,
+    note: Callable[[str], None] = pytest.fail,
+    **data: Any,
+) -> KnnMonitor:
     config = RunConfig(
         data=DataConfig(spec=str(spec), **data),
         monitor=MonitorConfig(knn_samples=knn_samples),
         evaluate=EvaluateConfig(knn_k=k),
         workers=0,
     )
-    return KnnMonitor(config, TRANSFORM, CPU, torch.float32)
+    return KnnMonitor(config, open_source(config.data, "train"), TRANSFORM, CPU, torch.float32, note=note)
 
 
 def test_labelled_folders(tmp_path: Path) -> None:
@@ -65,6 +75,56 @@ def test_unlabelled_and_split_less_folders(tmp_path: Path) -> None:
         assert set(watched.check(encoder())) == {"feature_variance", "effective_rank"}
     only_train = write_images(tmp_path / "half", per_class=6, split="train")
     assert set(monitor(only_train).check(encoder())) == {"feature_variance", "effective_rank"}
+
+
+def test_the_training_images_are_those_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DataConfig(spec=str(write_labelled(tmp_path)), train_limit=10)
+    train, splits = open_source(data, "train"), []
+
+    def opened(data: DataConfig, split: Split, **options: Any) -> ImageSource:
+        splits.append(split)
+        return open_source(data, split, **options)
+
+    monkeypatch.setattr(evaluation_monitor, "open_source", opened)
+    watched = KnnMonitor(RunConfig(data=data), train, TRANSFORM, CPU, torch.float32)
+    assert watched.train.source is train and splits == ["val"]
+
+
+def test_damaged_validation_images_are_told_of(tmp_path: Path) -> None:
+    notes: list[str] = []
+    root = write_labelled(tmp_path / "other classes")
+    (root / "val/b").rename(root / "val/c")
+    table = tmp_path / "half.csv"
+    rows = [f"{split}/{name}/000.png,{label},{split}" for split in ("train", "val") for name, label in ("aa", "bb")]
+    table.write_text("path,label,split\n" + "\n".join(rows) + "\nval/a/001.png,,val\n")
+    unlabelled = tmp_path / "unlabelled.csv"
+    unlabelled.write_text("path,label,split\na,x,train\nb,y,train\nc,,val\n")
+    for spec in (root, f"list:{table}", f"list:{unlabelled}"):
+        assert monitor(spec, note=notes.append).test is None
+    beginning = "no k-NN on the validation images: "
+    assert notes == [
+        f"{beginning}--data {root}: class 'c' of val/ is not in train/; both need the same class folders",
+        f"{beginning}--data list:{table}: row 5 has no label, though others of its split have; fill it in or drop the "
+        "row",
+        f"{beginning}the validation images have no labels",
+    ]
+
+
+def test_nothing_is_told_where_there_is_no_validation_split(tmp_path: Path) -> None:
+    table = tmp_path / "train.csv"
+    table.write_text("path,label,split\na,x,train\nb,y,train\n")
+    flat = tmp_path / "flat.csv"
+    flat.write_text("path,label\na,x\nb,y\n")
+    halves = write_images(tmp_path / "half", per_class=6, split="train")
+    plain = write_images(tmp_path / "classes", per_class=6)
+    (tmp_path / "shards/train").mkdir(parents=True)
+    (tmp_path / "label").write_text("x")
+    with tarfile.open(tmp_path / "shards/train/0.tar", "w") as shard:
+        shard.add(plain / "a/000.png", "0.png")
+        shard.add(tmp_path / "label", "0.cls")
+    for spec in (f"list:{table}", f"list:{flat}", f"wds:{tmp_path}/shards", halves, plain):
+        assert monitor(spec).test is None  # a note would fail the test
+        assert monitor(spec, train_limit=1).test is None
 
 
 def noise(count: int, labels: np.ndarray[Any, Any] | None) -> ArraySource:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mimref.data.decode import printable
-from mimref.data.images import FileSource, Split
+from mimref.data.images import FileSource, NoSplitError, Split
 from mimref.data.kept import SLOW_S, Arrays, finding_out, keep, recall, settled
 from mimref.data.paths import PathList
 from mimref.data.splits import Indices
@@ -36,7 +36,9 @@ def open_folder(spec: str, split: Split) -> FileSource:
     part = train if split == "train" else held
     if part is None:
         there, missing = (f"{held}/", "train/") if split == "train" else ("train/", "val/ or test/")
-        raise DataError(f"--data {shown}: has {there} but no {missing}; make it, or name the folder of images itself")
+        raise NoSplitError(
+            f"--data {shown}: has {there} but no {missing}; make it, or name the folder of images itself"
+        )
     folder = os.path.join(root, part)
     listing = list_folder(folder)
     classes = listing.class_folders()

@@ -32,7 +32,7 @@ import pyarrow.parquet
 from torch import Tensor
 
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, one_line, printable
-from mimref.data.images import Split
+from mimref.data.images import NoSplitError, Split
 from mimref.data.labels import Written
 from mimref.data.splits import Indices
 from mimref.errors import DataError
@@ -156,7 +156,7 @@ def open_tables(spec: str, split: Split) -> TableSource:
         files = parts.get("train", []) if split == "train" else parts.get("val") or parts.get("test") or []
         train = parts.get("train")
     if not files:
-        raise DataError(f"{where}: no {'train' if split == 'train' else 'validation or test'} images there")
+        raise NoSplitError(f"{where}: no {'train' if split == 'train' else 'validation or test'} images there")
     tables = _Tables(folder, files, where)
     labels, classes = None, None
     if split == "train" or "" not in parts:

@@ -15,8 +15,13 @@ from torch import Tensor
 from mimref.data.decode import Decoded, Reduce, decode_image, decode_reduced, printable
 from mimref.data.paths import PathList
 from mimref.data.splits import Indices
+from mimref.errors import DataError
 
 Split = Literal["train", "val"]
+
+
+class NoSplitError(DataError):
+    """Images that are there, but none of the split asked for."""
 
 
 class ImageSource(Protocol):

@@ -29,7 +29,7 @@ import numpy as np
 from torch import Tensor
 
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, one_line, printable
-from mimref.data.images import Split
+from mimref.data.images import NoSplitError, Split
 from mimref.data.kept import SLOW_S, Arrays, finding_out, keep, recall, settled
 from mimref.data.labels import Written
 from mimref.data.paths import PathList
@@ -163,7 +163,7 @@ def _shards(pattern: str, split: Split, where: str) -> tuple[list[str], list[str
     held = next((of_split[name] for name in HELD_OUT if of_split[name]), [])
     chosen = of_split["train"] if split == "train" else held
     if not chosen:
-        raise DataError(f"{where}: no shards of {'train' if split == 'train' else 'val, validation or test'}")
+        raise NoSplitError(f"{where}: no shards of {'train' if split == 'train' else 'val, validation or test'}")
     return chosen, of_split["train"]
 
 

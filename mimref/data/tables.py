@@ -19,7 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from mimref.data.decode import one_line, printable
-from mimref.data.images import FileSource, Split
+from mimref.data.images import FileSource, NoSplitError, Split
 from mimref.data.labels import Written
 from mimref.data.paths import PathList
 from mimref.data.splits import Indices
@@ -134,7 +134,7 @@ def _rows_of(column: pa.ChunkedArray, split: Split, where: str) -> tuple[Indices
     }
     chosen = rows["train"] if split == "train" else rows["val"] if len(rows["val"]) else rows["test"]
     if not len(chosen):
-        raise DataError(f"{where}: no row has split {'train' if split == 'train' else 'val or test'}")
+        raise NoSplitError(f"{where}: no row has split {'train' if split == 'train' else 'val or test'}")
     return chosen, rows["train"]
 
 

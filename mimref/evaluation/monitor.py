@@ -1,13 +1,13 @@
 """A cheap look at an encoder during training: k-NN and feature statistics on a fixed subset (Appendix E)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from mimref.config import RunConfig
-from mimref.data.images import Chosen
+from mimref.data.images import Chosen, NoSplitError
 from mimref.data.loader import loader_workers
 from mimref.data.sources import ImageSource, open_source
 from mimref.data.splits import first_images
@@ -27,27 +27,54 @@ def _subset(source: ImageSource, most: int) -> Chosen:
     return Chosen(source, first_images(len(source), source.labels, limit=min(most, len(source))))
 
 
+def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], None] | None) -> ImageSource | None:
+    """The validation images if they serve for k-NN; None, with a note that says why, if they do not.
+
+    There is nothing to note where the images have no labels or are not split.
+    """
+    if train.labels is None:
+        return None
+    try:
+        val = open_source(config.data, "val")
+    except NoSplitError:
+        return None
+    except DataError as error:
+        problem = str(error)
+    else:
+        if val.labels is not None:
+            return val
+        # Without splits, the validation images are the training images.
+        if val.path(0) == train.path(0):
+            return None
+        problem = "the validation images have no labels"
+    if note is not None:
+        note(f"no k-NN on the validation images: {problem}")
+    return None
+
+
 class KnnMonitor:
     """Features of the last block on a fixed subset of training and validation images.
 
-    Without labels, or without a validation split, only the feature statistics are told.
+    train: the training images of `config.data`. Without labels, or without a validation split, only the feature
+    statistics are told; so they are where the validation images cannot be opened, of which `note` is told.
     """
 
     def __init__(
-        self, config: RunConfig, transform: EvalTransform, device: torch.device, precision: torch.dtype
+        self,
+        config: RunConfig,
+        train: ImageSource,
+        transform: EvalTransform,
+        device: torch.device,
+        precision: torch.dtype,
+        *,
+        note: Callable[[str], None] | None = None,
     ) -> None:
         self.transform, self.device, self.precision = transform, device, precision
         self.k = config.evaluate.knn_k
         self.max_bad, self.workers = config.data.max_bad, config.workers
-        train = open_source(config.data, "train")
         self.train = _subset(train, config.monitor.knn_samples)
-        self.test: Chosen | None = None
-        if train.labels is not None:
-            try:
-                val = open_source(config.data, "val", need_labels=True)
-                self.test = _subset(val, -(-config.monitor.knn_samples // 4))
-            except DataError:
-                self.test = None
+        val = _validation(config, train, note)
+        self.test = None if val is None else _subset(val, -(-config.monitor.knn_samples // 4))
 
     def check(self, encoder: Encoder) -> dict[str, float]:
         """Feature statistics of the last block's raw output and, if there are labels, its `knn_top1` in percent.

@@ -78,7 +78,7 @@ class Pretraining:
         self.photometric = Photometric(
             plain, config.seed, self.device, mean=self.transform.mean, std=self.transform.std
         )
-        self.monitor = KnnMonitor(config, self.transform, self.device, self.precision)
+        self.monitor = KnnMonitor(config, self.source, self.transform, self.device, self.precision, note=listener.note)
         self.guard = FiniteLoss(self.device)
         self.skipped = SkippedImages(config.data.max_bad, listener)
         self.step, self.elapsed_s = 0, 0.0

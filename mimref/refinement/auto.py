@@ -1,6 +1,7 @@
 """`heads.blocks = "auto"`: heads where the base encoder's features ask for them; `mimref analyze-blocks` shows why."""
 
 from mimref.config import RefineConfig
+from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.checkpoints import Checkpoint, encoder_from
@@ -16,19 +17,21 @@ def recommended_blocks(
     checkpoint: Checkpoint,
     architecture: Architecture,
     transform: EvalTransform,
+    source: ImageSource,
     progress: Progress | None = None,
 ) -> str:
     """Blocks as `heads.blocks` takes them, from the k-NN accuracy of every block of the base encoder.
 
-    Measured on the monitor's subset of the images (`monitor.knn_samples`), on what the heads would read. Raises
-    ConfigError when the images have no labels to measure it with.
+    Measured on the monitor's subset of the images (`monitor.knn_samples`), on what the heads would read. source: the
+    training images. Raises ConfigError when there are no labels to measure it with.
     """
     device = resolve_device(config.device)
-    monitor = KnnMonitor(config, transform, device, resolve_precision(config.precision, device))
+    precision, problems = resolve_precision(config.precision, device), list[str]()
+    monitor = KnnMonitor(config, source, transform, device, precision, note=problems.append)
     if monitor.test is None:
         raise ConfigError(
             "heads.blocks 'auto' measures k-NN and needs labelled training and validation images; name blocks, such as "
-            "last8"
+            f"last8{''.join(f' ({problem})' for problem in problems)}"
         )
     encoder = encoder_from(checkpoint, architecture)
     assert isinstance(encoder, Encoder)

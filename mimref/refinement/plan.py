@@ -66,15 +66,15 @@ def make_plan(config: RefineConfig, progress: Progress | None = None) -> Plan:
     warned = _warnings(config.encoder, checkpoint)
     config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
     transform = eval_transform(architecture, data, checkpoint.header)
+    source_images = open_source(data, "train")
     if config.heads.blocks == "auto":
-        chosen = recommended_blocks(config, checkpoint, architecture, transform, progress)
+        chosen = recommended_blocks(config, checkpoint, architecture, transform, source_images, progress)
         config = config.model_copy(update={"heads": config.heads.model_copy(update={"blocks": chosen})})
     blocks = head_blocks(config.heads.blocks, architecture.depth)
     temperature = temperatures(config.heads.temperature, len(blocks))
     _check_schedule(config, blocks)
     _check_frozen(config, blocks)
     check_sizes(config, architecture)
-    source_images = open_source(data, "train")
     _check_counts(config, len(source_images))
     plan = Plan(config, checkpoint, architecture, transform, source_images, blocks, temperature, warned)
     if not plan.heads_steps and not plan.encoder_steps:

@@ -69,7 +69,7 @@ class Refinement:
         self.stepper.distribute_heads()
         if config.compile:
             self._compile()
-        self.monitor = KnnMonitor(config, plan.transform, self.device, self.precision)
+        self.monitor = KnnMonitor(config, plan.source, plan.transform, self.device, self.precision, note=listener.note)
         self.skipped = SkippedImages(config.data.max_bad, listener)
         self.average: WeightAverage | None = None
         self.nn_accuracy: list[float] = []
