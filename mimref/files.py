@@ -28,12 +28,11 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     """Make `path` while no other process does: those wait, and should then look whether it is there.
 
     A lock file lies beside it meanwhile, of which the system lets go when the process dies. Where none can be made,
-    nobody waits. Folders that are made for it are gone afterwards if nothing else came into them.
+    nobody waits. Folders that are made for it stay: other processes may be waiting in them.
     """
     file = path.with_name(f".{path.name}.lock")
     lock = FileLock(file)
     try:
-        made = [each for each in path.parents if not each.exists()]
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except (OSError, NotImplementedError):  # the latter for a file system without locks
@@ -45,9 +44,6 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         with suppress(OSError):
             file.unlink()  # before others can have it: they would hold a file that is no longer there
         lock.release()
-        with suppress(OSError):
-            for each in made:
-                each.rmdir()
 
 
 @contextmanager

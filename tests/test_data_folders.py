@@ -332,7 +332,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
 
 def test_small_folders_leave_nothing_in_the_cache(images: Path) -> None:
     list_folder(str(images))
-    assert not cache_folder().exists()
+    assert not list((cache_folder() / "listings").iterdir())
 
 
 def test_twenty_thousand_files_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

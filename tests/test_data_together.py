@@ -147,7 +147,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), one_at_a_time(tmp_path / "new/file"):
         _ = 1 / 0
     work()
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_weights_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

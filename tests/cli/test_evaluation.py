@@ -92,7 +92,7 @@ def test_off_and_small_caches_store_what_was_asked_for(
     passes = Passes(monkeypatch)
     for _ in range(2):
         assert run(line("knn", folder, "--cache", "off", "--quiet")) == 0
-    assert passes.images == 2 * 64 and not list(tmp_path.parent.glob(f"{tmp_path.name}-cache"))
+    assert passes.images == 2 * 64 and not list(tmp_path.parent.glob(f"{tmp_path.name}-cache/features"))
     small = ["--cache", str(tmp_path / "here"), "--set", "cache.keep_gb=0", "--quiet"]
     assert run(line("knn", folder, *small)) == 0 and passes.images == 3 * 64
     assert run(line("lowshot", folder, "--splits", "1", *small)) == 0 and passes.images == 3 * 64
