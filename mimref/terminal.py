@@ -24,7 +24,7 @@ from mimref.report import (
 if TYPE_CHECKING:
     from mimref.encoders.inspection import Inspection
     from mimref.evaluation.metrics import Row
-    from mimref.features.shelf import CacheEntry
+    from mimref.features.shelf import CacheEntry, Listings
 
 
 class Terminal:
@@ -104,8 +104,8 @@ def print_view_rates(rows: Sequence["Row"]) -> None:
     Console().print(view_rates_table(rows))
 
 
-def print_cache(entries: Sequence["CacheEntry"], folder: Path) -> None:
-    """What a cache folder holds, the newest last."""
+def print_cache(entries: Sequence["CacheEntry"], folder: Path, listings: "Listings | None" = None) -> None:
+    """What a cache folder holds, the newest last, and the sum of the listings."""
     table = Table()
     for name in ("key", "model", "data", "images", "columns"):
         table.add_column(name, overflow="fold")
@@ -118,6 +118,9 @@ def print_cache(entries: Sequence["CacheEntry"], folder: Path) -> None:
     if entries:
         Console().print(table)
     typer.echo(f"{sum(entry.bytes for entry in entries) / 1e6:,.1f} MB in {folder}")
+    if listings is not None:
+        kept = f"listings of folders and shards: {listings.count}"
+        typer.echo(f"{listings.bytes / 1e6:,.1f} MB in {listings.folder} ({kept})")
 
 
 def print_inspection(inspection: "Inspection") -> None:

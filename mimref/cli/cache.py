@@ -1,4 +1,4 @@
-"""`mimref cache`: features kept on disk."""
+"""`mimref cache`: features and listings of images kept on disk."""
 
 from typing import Annotated
 
@@ -7,32 +7,40 @@ import typer
 from mimref.cli.options import DebugOption
 from mimref.errors import DataError
 
+LISTINGS = "listings"
 FolderOption = Annotated[str | None, typer.Option("--cache", metavar="DIR", help="Default: the user's cache folder.")]
-KeysArgument = Annotated[list[str] | None, typer.Argument(metavar="[KEY...]", help="As listed; default: all.")]
+KeysArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY...]", help=f"As listed, or {LISTINGS}; default: all.")
+]
 
 
 def list_cache(cache: FolderOption = None, debug: DebugOption = False) -> None:
-    """What is kept: model, images, blocks, size."""
-    from mimref.features.shelf import feature_folder, list_entries
+    """What is kept: model, images, blocks, size; and how many listings of folders and shards."""
+    from mimref.features.shelf import feature_folder, list_entries, listings
     from mimref.terminal import print_cache
 
     folder = feature_folder(cache)
-    print_cache(list_entries(folder), folder)
+    # A folder that was chosen holds features alone.
+    print_cache(list_entries(folder), folder, None if cache else listings())
 
 
 def clear_cache(keys: KeysArgument = None, cache: FolderOption = None, debug: DebugOption = False) -> None:
-    """Delete kept features."""
-    from mimref.features.shelf import clear, feature_folder
+    """Delete kept features, and listings of folders and shards."""
+    from mimref.features.shelf import clear, clear_listings, feature_folder, listings
 
     folder = feature_folder(cache)
-    freed, busy = clear(folder, keys or [])
-    typer.echo(f"{freed / 1e6:,.1f} MB freed in {folder}")
-    for key in busy:
-        typer.echo(f"{key} is being written, and was left", err=True)
+    passes = [key for key in keys or () if key != LISTINGS]
+    if passes or not keys:
+        freed, busy = clear(folder, passes)
+        typer.echo(f"{freed / 1e6:,.1f} MB freed in {folder}")
+        for key in busy:
+            typer.echo(f"{key} is being written, and was left", err=True)
+    if LISTINGS in keys if keys else cache is None:
+        typer.echo(f"{clear_listings() / 1e6:,.1f} MB freed in {listings().folder}")
 
 
 def verify_cache(cache: FolderOption = None, debug: DebugOption = False) -> None:
-    """Read all that is kept and compare checksums; exit code 2 when something is damaged."""
+    """Read all features that are kept and compare checksums; exit code 2 when something is damaged."""
     from mimref.features.shelf import damaged_files, feature_folder
 
     folder = feature_folder(cache)

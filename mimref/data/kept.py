@@ -49,5 +49,10 @@ def finding_out(kind: str, of: bytes) -> AbstractContextManager[None]:
     return one_at_a_time(_file(kind, of))
 
 
+def listings_folder() -> Path:
+    """Where all of it lies."""
+    return cache_folder() / "listings"
+
+
 def _file(kind: str, of: bytes) -> Path:
-    return cache_folder() / "listings" / f"{kind}-{hashlib.sha256(of).hexdigest()[:24]}.npz"
+    return listings_folder() / f"{kind}-{hashlib.sha256(of).hexdigest()[:24]}.npz"

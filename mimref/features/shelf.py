@@ -1,4 +1,4 @@
-"""The feature cache as a whole: what it holds, whether it is sound, and getting rid of it."""
+"""The cache as a whole: features and listings of images, whether they are sound, and getting rid of them."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from mimref.data.kept import listings_folder
 from mimref.errors import ConfigError, OutputError
 from mimref.features.cache import DamagedFile, Entry
 from mimref.files import cache_folder
@@ -63,6 +64,34 @@ def clear(folder: Path, keys: Sequence[str] = ()) -> tuple[int, list[str]]:
         except OSError as error:
             raise OutputError(f"{path} cannot be deleted: {error.strerror or error}") from error
     return freed, busy
+
+
+@dataclass(frozen=True)
+class Listings:
+    """What is known of folders and sets of shards, so that they need not be gone through at every start."""
+
+    folder: Path
+    count: int
+    """Folders, and sets of shards."""
+    bytes: int
+
+
+def listings() -> Listings:
+    """The user's kept listings; there is one place for them, wherever features are kept."""
+    folder = listings_folder()
+    sizes = [path.stat().st_size for path in folder.glob("*.npz")]
+    return Listings(folder, len(sizes), sum(sizes))
+
+
+def clear_listings() -> int:
+    """Delete the kept listings; bytes freed. Raises OutputError for files that cannot be deleted."""
+    kept = listings()
+    for path in kept.folder.glob("*"):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{path} cannot be deleted: {error.strerror or error}") from error
+    return kept.bytes
 
 
 def damaged_files(folder: Path) -> Iterator[tuple[str, list[str]]]:

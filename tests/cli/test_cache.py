@@ -1,0 +1,74 @@
+"""`mimref cache`: what it tells and deletes beside features (for these, see `test_features_cache.py`)."""
+
+from pathlib import Path
+
+import pytest
+
+from mimref.cli import run
+from mimref.config import DataConfig
+from mimref.data import folders
+from mimref.data.sources import open_source
+from mimref.files import cache_folder
+from tests.tiny import write_images
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of two listings, beside a (damaged) pass of an encoder."""
+    monkeypatch.setattr(folders, "CACHED_FROM", 1)
+    for name in ("one", "two"):
+        open_source(DataConfig(spec=str(write_images(tmp_path / name, per_class=2))), "train")
+    features = cache_folder() / "features/0123abcd"
+    features.mkdir(parents=True)
+    (features / "block").write_bytes(bytes(2_000_000))
+    return cache_folder() / "listings"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *line: str) -> list[str]:
+    assert run(["cache", *line]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_listings_are_summed_up(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (kept / "folder-0.npz").write_bytes(bytes(5_000_000))
+    lines = printed(capsys, "list")
+    assert lines[-2:] == [
+        f"2.0 MB in {cache_folder()}/features",
+        f"5.0 MB in {kept} (listings of folders and shards: 3)",
+    ]
+    assert any("0123abcd" in line for line in lines)
+    # A folder of one's own has features alone.
+    assert printed(capsys, "list", "--cache", str(kept.parent / "other")) == [f"0.0 MB in {kept.parent}/other"]
+
+
+@pytest.mark.parametrize(
+    ("line", "listings", "features"),
+    [
+        ([], 0, 0),
+        (["listings"], 0, 1),
+        (["0123"], 2, 0),
+        (["0123", "listings"], 0, 0),
+        (["--cache", "elsewhere"], 2, 1),
+        (["listings", "--cache", "elsewhere"], 0, 1),
+    ],
+)
+def test_clear(
+    line: list[str],
+    listings: int,
+    features: int,
+    kept: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = printed(capsys, "clear", *line)
+    assert len(list(kept.iterdir())) == listings
+    assert len(list((cache_folder() / "features").iterdir())) == features
+    assert any(line.endswith(f"MB freed in {kept}") for line in told) == (listings == 0)
+    assert ("2.0 MB freed in " in told[0]) == (features == 0)
+
+
+def test_an_empty_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "list")[-1] == f"0.0 MB in {cache_folder()}/listings (listings of folders and shards: 0)"
+    assert len(printed(capsys, "clear")) == 2
