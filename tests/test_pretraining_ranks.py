@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimref.errors import Interrupted
+from mimref.config import DataConfig
+from mimref.data.sources import open_source
+from mimref.draws import permutation
+from mimref.errors import DataError, Interrupted
 from mimref.pretraining.run import Pretraining, pretrain
 from mimref.training.distributed import own_rank
 from tests.ranks import run_ranks
@@ -129,6 +132,40 @@ def test_a_run_handed_from_one_process_to_two_and_back(folder: Path) -> None:
     run_ranks(interrupt_first_rank, 2, folder / "hands", folder)
     pretrain(pretrain_config(folder / "data", **SETTINGS), folder / "handed on", resume=True)
     assert_close_runs(folder / "handed on", folder / "uninterrupted")
+
+
+def interrupt_second_step(folder: Path) -> None:
+    watcher = signal_at(2) if own_rank() == 0 else None
+    with pytest.raises(Interrupted):
+        pretrain(pretrain_config(folder / "lost", **PAIRS), folder / "lost out", listener=watcher)
+
+
+def test_images_that_other_ranks_could_not_read_are_kept(folder: Path) -> None:
+    write_images(folder / "lost", per_class=6, split="train")
+    source = open_source(DataConfig(spec=str(folder / "lost")), "train")
+    # What the second rank reads first, and nobody afterwards.
+    bad = Path(source.path(int(permutation(0, 0, len(source))[1])))
+    bad.write_bytes(b"no image")
+    run_ranks(interrupt_second_step, 2, folder / "lost group", folder)
+    pretrain(pretrain_config(folder / "lost", **PAIRS), folder / "lost out", resume=True)
+    assert [found["path"] for found in results(folder / "lost out")["bad_images"]] == [str(bad)]
+
+
+def resume_apart(folder: Path) -> str:
+    """What is told when each rank has an output folder of its own, and one of them another saved step."""
+    out = folder / f"apart {own_rank()}"
+    with pytest.raises(DataError) as caught:
+        pretrain(pretrain_config(folder / "data", **SETTINGS), out, resume=True)
+    return str(caught.value)
+
+
+def test_ranks_that_see_other_states_stop(folder: Path) -> None:
+    for rank in range(2):
+        with pytest.raises(Interrupted):
+            out = folder / f"apart {rank}"
+            pretrain(pretrain_config(folder / "data", **SETTINGS), out, listener=signal_at(1 + rank))
+    for told in run_ranks(resume_apart, 2, folder / "apart group", folder):
+        assert told.startswith("the processes see different saved states: of steps [1, 2]; --data and --out must be")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def saved(path: Path, *steps: int) -> RunFolder:
     folder = RunFolder(path)
     folder.prepare(CONFIG, resume=False, force=False)
     for step in steps:
-        folder.save_state(state(step))
+        folder.save_state(partial(state, step))
     return folder
 
 
@@ -68,7 +69,7 @@ def test_the_newest_two_states_stay(tmp_path: Path) -> None:
     folder = saved(tmp_path, 3)
     assert states(tmp_path) == ["step0000000003.pt"]
     for step in (5, 8, 12):
-        folder.save_state(state(step))
+        folder.save_state(partial(state, step))
     assert states(tmp_path) == ["step0000000008.pt", "step0000000012.pt"]
     folder.drop_state()
     assert not (tmp_path / "state").exists() and folder.load_state() is None
@@ -169,7 +170,7 @@ def calls_of_saving(path: Path, monkeypatch: pytest.MonkeyPatch, kill_after: int
             patch.setattr(files.os, name, counted(getattr(os, name)))
         patch.setattr(Path, "unlink", counted(Path.unlink))
         patch.setattr(torch, "save", counted(torch.save))
-        RunFolder(path).save_state(state(12))
+        RunFolder(path).save_state(lambda: state(12))
     return calls
 
 

@@ -1,7 +1,10 @@
 """The output folder of a run, its state on disk, and what signals do."""
 
 import errno
+import json
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import threading
@@ -31,7 +34,7 @@ def started(path: Path) -> RunFolder:
     """A run that has saved a state."""
     folder = RunFolder(path)
     folder.prepare(CONFIG, resume=False, force=False)
-    folder.save_state({"step": 3, "weights": torch.arange(4.0)})
+    folder.save_state(lambda: {"step": 3, "weights": torch.arange(4.0)})
     return folder
 
 
@@ -217,7 +220,7 @@ def test_a_state_that_cannot_be_written_leaves_the_previous_one(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
         with pytest.raises(OutputError, match=f"cannot write .*step0000000004.pt: {os.strerror(code)}"):
-            folder.save_state({"step": 4})
+            folder.save_state(lambda: {"step": 4})
     assert (folder.load_state() or {})["step"] == 3
     assert files(tmp_path) == {"config.toml", "state", "state/step0000000003.pt"}
 
@@ -241,7 +244,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_line_and_leaves_the_previous_state(small_disk: Path) -> None:
     folder = started(small_disk / "out")
     with pytest.raises(OutputError, match="No space left on device; free some space"):
-        folder.save_state({"step": 4, "weights": torch.zeros(1_000_000)})
+        folder.save_state(lambda: {"step": 4, "weights": torch.zeros(1_000_000)})
     assert (folder.load_state() or {})["step"] == 3
     with pytest.raises(OutputError, match=r"metrics\.jsonl.*No space left on device"):
         log = MetricsLog(small_disk / "out" / "metrics.jsonl")
@@ -399,3 +402,28 @@ def test_runs_outside_the_main_thread_do_not_catch_signals() -> None:
     thread.start()
     thread.join()
     assert entered == [None]
+
+
+def test_only_the_same_launch_goes_on_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    folder.prepare(load_config(RefineConfig, None, {}), resume=False, force=False)
+    assert not folder.is_to_go_on()  # torchrun has not started this process again
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert folder.is_to_go_on()
+    here = os.getppid()
+    for run_id, node, process, same in (
+        ("none", platform.node(), here + 1, False),
+        ("none", "another", here, False),
+        ("job", "another", here + 1, True),
+        ("other", "another", here, False),
+        ("job", platform.node(), here + 1, False),
+    ):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none" if run_id == "none" else "job")
+        (tmp_path / "state" / "launch.json").write_text(json.dumps([run_id, node, process]))
+        assert folder.is_to_go_on() is same, (run_id, node, process)
+    for damaged in ("", "[]", "{", "3"):
+        (tmp_path / "state" / "launch.json").write_text(damaged)
+        assert not folder.is_to_go_on()
+    shutil.rmtree(tmp_path / "state")
+    assert not folder.is_to_go_on()

@@ -172,12 +172,13 @@ def _train_together(
 ) -> None:
     """Train with whatever processes torchrun has started; the first one speaks."""
     from mimref.terminal import Terminal
-    from mimref.training.distributed import process_group, restarted
+    from mimref.training.distributed import process_group
+    from mimref.training.state import RunFolder
 
-    # torchrun starts all processes again when one has died, with the same command.
-    again = restarted() and (out / "state").is_dir()
     advice = "the last saved state is kept: --resume continues, and torchrun --max-restarts does so by itself"
     with process_group(config.device, advice=advice) as rank, Terminal(quiet or rank > 0) as terminal:
+        # torchrun starts all processes again when one has died, with the same command.
+        again = RunFolder(out).is_to_go_on()
         result = training(config, out, resume=resume or again, force=force and not again, listener=terminal)
     if rank == 0:
         _print_trained(out, result.rows, quiet)

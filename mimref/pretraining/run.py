@@ -14,7 +14,7 @@ from mimref.data.loader import ViewBatch, check_batch_size, device_batches, load
 from mimref.data.photometric import Photometric
 from mimref.data.sources import ACCEPTED, open_source
 from mimref.data.views import CropGroup
-from mimref.devices import autocast, resolve_device, resolve_precision
+from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision
 from mimref.draws import Operation, uniform
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import Architecture, build_encoder
@@ -38,7 +38,7 @@ from mimref.training.guard import FiniteLoss
 from mimref.training.loop import train
 from mimref.training.optim import adamw, encoder_groups, learning_rate, module_groups, set_learning_rate
 from mimref.training.runlog import Listener, MetricsLog, Silent, SkippedImages, open_log, readable
-from mimref.training.state import RunFolder, check_images, images_of, reloadable, stop_signal
+from mimref.training.state import RunFolder, check_images, check_ranks, images_of, reloadable, stop_signal
 from mimref.training.trackers import check_trackers
 
 
@@ -61,6 +61,8 @@ class Pretraining:
         self.config, self.folder, self.listener = config, folder, listener
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         architecture = _architecture(config)
         self.source = open_source(config.data, "train")
         self.steps_per_epoch = len(self.source) // config.batch_size
@@ -96,11 +98,22 @@ class Pretraining:
 
     def save(self) -> None:
         """See `Job`."""
+        self.skipped.add(gather_lists(self.skipped.items))
+        self.skipped.tell_early()
+        self.folder.save_state(self._state)
+
+    def _state(self) -> dict[str, Any]:
         assert self.log is not None
-        position = {"step": self.step, "elapsed_s": self.elapsed_s, "rows": self.rows}
-        position |= {"log_lines": self.log.lines, "skipped": self.skipped.items}
-        position["images"] = images_of(self.source)
-        self.folder.save_state({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **position})
+        return {
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "rows": self.rows,
+            "log_lines": self.log.lines,
+            "skipped": self.skipped.items,
+            "images": images_of(self.source),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def batches(self) -> Iterator[ViewBatch]:
         """The remaining batches: one random crop per image."""
@@ -168,8 +181,6 @@ class Pretraining:
 
     def end_epoch(self, epoch: int) -> None:
         """See `Job`."""
-        self.skipped.add(gather_lists(self.skipped.items))
-        self.skipped.tell_early()
         every = self.config.monitor.knn_every_epochs
         if not every or (epoch % every and self.step < self.total):
             return
@@ -202,6 +213,7 @@ def pretrain(
         state = folder.load_state(listener) if resume else None
         config = reloadable(config)
         folder.prepare(config, resume=resume, force=force)
+        check_ranks(state, run.source)
         if state:
             check_images(state, run.source, listener)
             run.resume(state)

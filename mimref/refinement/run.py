@@ -22,7 +22,7 @@ from mimref.results import read_results, write_results
 from mimref.training.distributed import agree, first_alone, own_rank
 from mimref.training.loop import train
 from mimref.training.runlog import Listener, MetricsLog, Silent, open_log
-from mimref.training.state import RunFolder, StopSignal, check_images, reloadable, stop_signal
+from mimref.training.state import RunFolder, StopSignal, check_images, check_ranks, reloadable, stop_signal
 from mimref.training.trackers import check_trackers
 
 
@@ -59,6 +59,7 @@ def refine(
         plan = make_plan(config, listener.progress)
         config = reloadable(plan.config)
         state = folder.load_state(listener) if resume else None
+        check_ranks(state, plan.source)
         if state:
             check_images(state, plan.source, listener)
         for notice in plan.checkpoint.notices(plan.architecture):

@@ -153,13 +153,13 @@ class Stage:
 
     def end_epoch(self, epoch: int) -> None:
         """See `Job`."""
-        self.run.skipped.add(gather_lists(self.run.skipped.items))
-        self.run.skipped.tell_early()
 
     def save(self) -> None:
         """See `Job`."""
         self.run.elapsed_s = self.elapsed_s
-        self.folder.save_state({**self.shared_state(), "stage": self.name, "stage_step": self.step})
+        self.run.skipped.add(gather_lists(self.run.skipped.items))
+        self.run.skipped.tell_early()
+        self.folder.save_state(lambda: {**self.shared_state(), "stage": self.name, "stage_step": self.step})
 
     def shared_state(self) -> dict[str, Any]:
         """Everything both stages have to save."""
@@ -253,7 +253,6 @@ class EncoderStage(Stage):
 
     def end_epoch(self, epoch: int) -> None:
         """See `Job`."""
-        super().end_epoch(epoch)
         every = self.config.monitor.knn_every_epochs
         if not every or self.collapse is None or (epoch % every and self.step < self.total):
             return

@@ -5,6 +5,7 @@ Shapes: R ranks; B images of all ranks, of which rank r holds a contiguous part 
 
 import inspect
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -76,6 +77,19 @@ def _minutes(time: timedelta) -> str:
 def restarted() -> bool:
     """Whether torchrun has started this process again, after one of the run's processes had died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def this_launch() -> tuple[str, str, int] | None:
+    """What tells a launch of torchrun from others: its id, and where it runs as which process; None without one."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if run_id is None else (run_id, platform.node(), os.getppid())
+
+
+def is_this_launch(run_id: str, node: str, process: int) -> bool:
+    """Whether `this_launch` has told this before, maybe on a machine from which torchrun moved the first rank."""
+    own = this_launch()
+    # Without a name of its own every launch is called "none".
+    return own is not None and run_id == own[0] and (process == own[2] if node == own[1] else run_id != "none")
 
 
 def leave_process_group() -> None:

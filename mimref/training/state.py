@@ -4,12 +4,13 @@ A folder is finished when it holds results.json, unfinished when it holds state/
 states the newest two stay: a file can be damaged after it was written. In a process group rank 0 writes for all.
 """
 
+import json
 import os
 import shutil
 import signal
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from mimref.data.sources import ImageSource, absolute_spec
 from mimref.errors import ConfigError, DataError, Interrupted, OutputError
 from mimref.files import atomic_write, write_bytes
 from mimref.recipes import load_config
-from mimref.training.distributed import agree, own_rank
+from mimref.training.distributed import agree, gather_lists, is_this_launch, own_rank, restarted, this_launch
 from mimref.training.lock import folder_lock
 from mimref.training.runlog import Listener
 
@@ -61,6 +62,21 @@ class RunFolder:
     def unfinished(self) -> bool:
         """Whether a run was started here and not finished."""
         return not self.finished and any((self.path / name).exists() for name in ("state", "metrics.jsonl"))
+
+    @property
+    def _launch(self) -> Path:
+        return self.path / "state" / "launch.json"
+
+    def is_to_go_on(self) -> bool:
+        """Whether torchrun has started this process again on a run that the same launch has begun or resumed here.
+
+        Rank 0 decides for all.
+        """
+        found = False
+        if own_rank() == 0 and restarted():
+            with suppress(OSError, ValueError, TypeError):
+                found = is_this_launch(*json.loads(self._launch.read_text()))
+        return bool(agree(int(found)))
 
     def _states(self) -> list[Path]:
         """The saved states, the newest first."""
@@ -128,6 +144,8 @@ class RunFolder:
                 self._compare(config)
             self._make_ready(force)
             write_bytes(self.path / "config.toml", dump_config(config).encode())
+            if launch := this_launch():
+                write_bytes(self._launch, json.dumps(launch).encode())
         agree(0)
 
     def _make_ready(self, force: bool) -> None:
@@ -162,14 +180,14 @@ class RunFolder:
                     f"{_shown(now[key])}; leave it as it was, or start anew in another --out"
                 )
 
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Write the training state atomically and keep the one before it, to go back to.
+    def save_state(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Write the training state, which rank 0 alone asks for, atomically; keep the one before it, to go back to.
 
         Takes the disk space of two states, of three while one is written. Raises OutputError when it cannot be written;
         the earlier ones are then as they were.
         """
         if own_rank() == 0:
-            self._write_state(state)
+            self._write_state(state())
         # torchrun stops all ranks when one has ended: none may before the state is on disk.
         agree(0)
 
@@ -236,6 +254,15 @@ def _is_whole(file: BinaryIO) -> bool:
 
 def _unreadable(file: Path, reason: str | None) -> OutputError:
     return OutputError(f"{file}: cannot be read ({reason})")
+
+
+def check_ranks(state: Mapping[str, Any] | None, source: ImageSource) -> None:
+    """Raise DataError unless all ranks go on from the same step with as many images."""
+    own = (state["step"] if state else 0, len(source))
+    if len(found := set(gather_lists([own]))) > 1:
+        steps, images = ({pair[place] for pair in found} for place in (0, 1))
+        differing = f"images: {sorted(images)}" if len(images) > 1 else f"saved states: of steps {sorted(steps)}"
+        raise DataError(f"the processes see different {differing}; --data and --out must be the same for all of them")
 
 
 def images_of(source: ImageSource) -> tuple[int, str]:
