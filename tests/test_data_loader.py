@@ -57,6 +57,7 @@ def batches_of(
     batch_size: int = 4,
     epochs: range = range(1),
     skip: int = 0,
+    every: int = 1,
     workers: int = 0,
     groups: Sequence[CropGroup] = GROUPS,
     reduce_jpeg: bool = False,
@@ -68,6 +69,7 @@ def batches_of(
         seed=3,
         epochs=epochs,
         skip=skip,
+        every=every,
         workers=workers,
         reduce_jpeg=reduce_jpeg,
     )
@@ -121,6 +123,15 @@ def test_skip_resumes_within_an_epoch(skip: int) -> None:
     # As training resumes: whole epochs through `epochs`, the rest through `skip`.
     rest = batches_of(source, epochs=range(skip // 3, 2), skip=skip % 3)
     assert_same(rest, whole[skip:])
+
+
+@pytest.mark.parametrize("every", [2, 3, 7])
+def test_batches_by_turns_go_on_over_epochs(every: int) -> None:
+    whole = batches_of(Images(21), epochs=range(3), skip=1)  # 4 + 5 + 5 batches
+    for turn in range(every):
+        first = 1 + turn
+        own = batches_of(Images(21), epochs=range(first // 5, 3), skip=first % 5, every=every)
+        assert_same(own, whole[turn::every])
 
 
 def test_skipped_batches_are_not_read() -> None:

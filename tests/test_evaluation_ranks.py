@@ -32,11 +32,14 @@ def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
     common: dict[str, Any] = {"data": DataConfig(spec=str(folder / "data")), "device": "cpu", "workers": 0}
     common |= {"batch_size": 7}
     probe = ProbeTrainingConfig(epochs=2, batch_size=16)
+    # 43 images that train, in batches of 12: three epochs of three batches, by turns.
+    augmented = ProbeTrainingConfig(epochs=3, batch_size=12, select="val-split")
     tasks = [
         lambda c: evaluate_knn(KnnConfig(checkpoint=base, k=[1, 5], blocks="all", **c)),
         lambda c: evaluate_lowshot(LowshotConfig(checkpoint=base, splits=2, shots=[1], **c)),
         lambda c: evaluate_cluster(ClusterConfig(checkpoint=base, runs=2, metrics=["acc", "sil"], **c))[0],
         lambda c: evaluate_probe(ProbeConfig(checkpoint=base, cached=True, probe=probe, **c)),
+        lambda c: evaluate_probe(ProbeConfig(checkpoint=base, probe=augmented, **c)),
         lambda c: evaluate_blocks(BlocksConfig(checkpoints=[base, other], k=5, **c)),
         lambda c: compare_encoders(CompareConfig(base=base, refined=[other], splits=1, shots=[1], runs=2, **c)),
     ]
@@ -84,9 +87,10 @@ def test_a_rank_encodes_its_share_alone(tmp_path: Path) -> None:
 def test_two_ranks_give_the_numbers_of_one_process(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "other")):
         write_weights(tmp_path / f"{name}.safetensors", seed=seed)
-    write_labelled(tmp_path / "data")
+    (write_labelled(tmp_path / "data") / "train" / "a" / "003.png").write_bytes(b"no image")
     alone = evaluate_all(tmp_path, "alone")
     first, second = run_ranks(evaluate_all, 2, tmp_path / "group", tmp_path, "ranks")
     assert first == alone
+    assert len(first[4]) == 1 + 52
     # k-NN is everyone's; the rest is rank 0's.
-    assert second[0] == alone[0] and second[1:] == [[]] * 5
+    assert second[0] == alone[0] and second[1:] == [[]] * 6

@@ -83,18 +83,21 @@ class _ViewDataset(Dataset[ViewBatch]):
 
 
 class _EpochBatches(Sampler[list[_Item]]):
-    """Shuffled full batches of one epoch after another, from any position on; of each, this rank's part."""
+    """Shuffled full batches of one epoch after another, from any position on: of each this rank's part, or by turns."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, *, first_epoch: int, last_epoch: int, skip: int) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, *, epochs: range, skip: int, every: int) -> None:
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.first_epoch, self.last_epoch, self.skip = first_epoch, last_epoch, skip
-        self.rank, self.world = own_rank(), world_size()
+        self.epochs, self.skip, self.every = epochs, skip, every
+        self.rank, self.world = (own_rank(), world_size()) if every == 1 else (0, 1)
 
     def __iter__(self) -> Iterator[list[_Item]]:
-        for epoch in range(self.first_epoch, self.last_epoch):
+        per_epoch, first = self.size // self.batch_size, self.skip
+        for epoch in self.epochs:
             order = permutation(self.seed, epoch, self.size).tolist()
-            skip = self.skip if epoch == self.first_epoch else 0
-            for batch in range(skip, self.size // self.batch_size):
+            batches = range(first, per_epoch, self.every)
+            # Turns go on from one epoch to the next.
+            first += len(batches) * self.every - per_epoch
+            for batch in batches:
                 chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
                 own = chosen[share(self.batch_size, self.rank, self.world)]
                 yield [(epoch, index) for index in own]
@@ -108,6 +111,7 @@ def view_batches(
     seed: int,
     epochs: range,
     skip: int = 0,
+    every: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
     reduce_jpeg: bool = False,
@@ -115,11 +119,12 @@ def view_batches(
     """Batches of all `epochs`, one after another; the last partial batch of an epoch is dropped.
 
     skip: batches of the first epoch that are already done. The batches are the same for every number of workers.
+    every: of so many batches only the first, where other processes take the rest; with 1 they take a part of each.
     reduce_jpeg: decode JPEG files smaller where no crop is enlarged by it. The crops show the same parts of the images
     in slightly other pixels, so protocols that compare with published numbers leave it off.
     Raises DeadWorkerError when a loader process dies.
     """
-    batches = _EpochBatches(len(source), batch_size, seed, first_epoch=epochs.start, last_epoch=epochs.stop, skip=skip)
+    batches = _EpochBatches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every)
     dataset = _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg, workers=workers)
     loader = DataLoader(
         dataset,

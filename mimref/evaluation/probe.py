@@ -135,12 +135,17 @@ class ProbeRun:
         """D of every input."""
         return [x.shape[1] for x in self.test.values()]
 
+    @property
+    def total(self) -> int:
+        """Updates."""
+        return self.settings.epochs * self.per_epoch
+
     def train(
         self, batches: Callable[[int], Iterator[Batch]], images: str, state: Path | None, progress: Progress | None
     ) -> None:
         """Train all classifiers; see `train_probe`. images: fingerprint of the training images."""
         file = None if state is None else ProbeState(state, self._identity(images))
-        schedule = Schedule(self.settings.epochs * self.per_epoch, self.settings.norm)
+        schedule = Schedule(self.total, self.settings.norm)
         train_probe(self.ensemble, batches, schedule, state=file, progress=progress)
 
     def rows(self, protocol: Literal["cached", "augmented"], held: Iterable[Batch]) -> list[Row]:

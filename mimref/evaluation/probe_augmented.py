@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from mimref.evaluation.probe import (
 from mimref.evaluation.probe_training import Batch, Norm, Progress
 from mimref.features.extract import Column, encode_columns
 from mimref.features.matrix import Matrix
+from mimref.features.together import ask, finish, requests, take_turns
+from mimref.training.distributed import own_rank, world_size
 
 CROP_SCALE = (0.08, 1.0)
 """Range of a training crop's share of the image's area."""
@@ -89,7 +91,8 @@ def probe_augmented(
     with the keys and columns of `probe_inputs(encoder.depth, encoder.has_cls_token, final_norm=final_norm)`; centre
     crops of held-out training images are encoded here, at the end. transform: crop size and normalisation of both.
     bad: collects unreadable training images, by default at most 100.
-    Raises what `probe_cached` does, and DataError for images without labels or too many unreadable ones.
+    In a process group all ranks call this; they encode the batches by turns, and rank 0 trains on them. The others get
+    no rows. Raises what `probe_cached` does, and DataError for images without labels or too many unreadable ones.
     """
     settings = ProbeSettings(tuple(lrs), epochs, batch_size, norm, select, seed)
     if train.labels is None:
@@ -103,11 +106,26 @@ def probe_augmented(
     training = encoder.training
     encoder.eval()
     try:
+        if own_rank() > 0:
+            source.follow(encoder)
+            return []
         images = "" if state is None else source.fingerprint()
         run.train(lambda first: source.batches(encoder, first), images, state, progress)
+        if world_size() > 1:
+            finish()
         return run.rows("augmented", source.held_out(encoder))
     finally:
         encoder.train(training)
+
+
+class _Encoded(NamedTuple):
+    """A batch of augmented images, encoded."""
+
+    columns: list[Tensor]
+    """(B, D) each; empty where no image could be read."""
+    labels: Tensor
+    bad: list[tuple[str, str]]
+    """Path and reason of every image that could not be read."""
 
 
 @dataclass
@@ -124,7 +142,23 @@ class _Augmented:
     bad: BadImages
 
     def batches(self, encoder: TokenEncoder, first: int) -> Iterator[Batch]:
-        """All training batches from an update on. Unreadable images are missing from them."""
+        """All training batches from an update on, without unreadable images; ranks encode them by turns."""
+        if world_size() > 1:
+            ask(first)
+        for batch in take_turns(self._encoded(encoder, first), self.run.total - first):
+            for path, reason in batch.bad:
+                self.bad.add(path, reason)
+            yield self._inputs(batch.columns), batch.labels
+
+    def follow(self, encoder: TokenEncoder) -> None:
+        """On other ranks than 0: encode batches for it, until it has all."""
+        for first in requests():
+            for _ in take_turns(self._encoded(encoder, first), self.run.total - first):
+                pass
+
+    def _encoded(self, encoder: TokenEncoder, first: int) -> Iterator["_Encoded"]:
+        """This rank's batches."""
+        first += own_rank()
         run, settings = self.run, self.run.settings
         photometric = Photometric(
             ViewsConfig(color=False, blur=False),
@@ -142,28 +176,38 @@ class _Augmented:
             seed=settings.seed,
             epochs=range(first // run.per_epoch, settings.epochs),
             skip=first % run.per_epoch,
+            every=world_size(),
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
         )
         for batch in loaded:
-            for path, reason in batch.bad:
-                self.bad.add(path, reason)
-            if not len(batch.sample_B):
-                yield [], labels[:0]
-                continue
-            images = photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
-            yield self._encode(encoder, images), labels[batch.sample_B]
+            found: list[Tensor] = []
+            if len(batch.sample_B):
+                images = photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
+                found = self._encode(encoder, images)
+            # What travels to rank 0 does so from the memory of the CPU.
+            columns = [column.cpu() for column in found] if world_size() > 1 else found
+            yield _Encoded(columns, labels[batch.sample_B], batch.bad)
 
     @torch.inference_mode()
     def _encode(self, encoder: TokenEncoder, images: Tensor) -> list[Tensor]:
-        columns = {column for part in self.parts.values() for column in part}
+        """The columns of `_columns`."""
+        columns = self._columns()
         blocks = sorted({(column.block, column.final_norm) for column in columns})
         with autocast(self.device, self.precision):
             tokens = encoder.blocks(images, [block for block, _ in blocks], final_norm=[norm for _, norm in blocks])
         of_block = dict(zip(blocks, tokens, strict=True))
-        pooled = {
-            column: encoder.pool(of_block[column.block, column.final_norm], column.pool).float() for column in columns
-        }
+        return [encoder.pool(of_block[column.block, column.final_norm], column.pool).float() for column in columns]
+
+    def _columns(self) -> list[Column]:
+        return list(dict.fromkeys(column for part in self.parts.values() for column in part))
+
+    @torch.inference_mode()
+    def _inputs(self, columns: list[Tensor]) -> list[Tensor]:
+        """What the classifiers read, of the columns of a batch; nothing of a batch without images."""
+        if not columns:
+            return []
+        pooled = {column: x.to(self.device) for column, x in zip(self._columns(), columns, strict=True)}
         inputs = [torch.cat([pooled[column] for column in part], dim=1) for part in self.parts.values()]
         check_inputs({key: x.shape[1] for key, x in zip(self.parts, inputs, strict=True)}, self.run.test)
         return inputs
@@ -172,7 +216,7 @@ class _Augmented:
         """Centre crops of the held-out images."""
         if not len(self.run.held_rows):
             return
-        columns = list(dict.fromkeys(column for part in self.parts.values() for column in part))
+        columns = self._columns()
         labels = self.run.labels[self.run.held_rows]
         found = encode_columns(
             encoder,

@@ -1,7 +1,7 @@
 """Evaluations from a config to rows: find what cannot work before the encoder runs, then apply a protocol.
 
-In a process group all ranks share the passes of the encoder, and k-NN's search. Other protocols are then rank 0's own
-work; the other ranks' results have no rows.
+In a process group all ranks share the passes of the encoder, and k-NN's search. All else is then rank 0's own work; the
+other ranks' results have no rows.
 """
 
 import time
@@ -190,14 +190,12 @@ def evaluate_probe(
         wanted = {key: columns for key, columns in wanted.items() if key.pool == "cls"}
     columns = list(dict.fromkeys(column for group in wanted.values() for column in group))
     inputs.prepare(columns, ("train", "val") if config.cached else ("val",))
-    if not first_alone():
-        return EvaluationResult([], time.monotonic() - started)
     progress = partial(listener.progress, "linear probes")
     bad = BadImages(config.data.max_bad)
     if isinstance(inputs, EncoderInputs) and not config.cached:
         found = _probe_augmented(config, inputs, wanted, bad, state, progress)
     else:
-        found = _probe_cached(config, inputs, wanted, state, progress)
+        found = _probe_cached(config, inputs, wanted, state, progress) if first_alone() else []
     left_out = list(dict.fromkeys([*inputs.bad, *bad.items]))
     return EvaluationResult(named(found, inputs, {}), time.monotonic() - started, left_out, inputs.data)
 

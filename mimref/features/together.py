@@ -1,17 +1,18 @@
 """One pass of an encoder by all processes of a group: each encodes every R-th batch, and rank 0 has them all, in order.
 
 The batches are those of a single process, so the features are too. Rank 0 decides whether there is a pass at all (it
-looks into the cache) and which columns it has; the others wait for its word.
+looks into the cache) and which columns it has; the others wait for its word. Shapes: R ranks.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch.distributed as dist
 
 from mimref.features.extract import Batch, Column
 from mimref.training.distributed import own_rank, world_size
 
+_T = TypeVar("_T")
 Part = Callable[[list[Column], int, int], Iterator[Batch]]
 """Encodes some columns of every `every`-th batch, from a position in the data set on: (columns, start, every)."""
 
@@ -28,18 +29,20 @@ _DONE, _WAIT = "done", "wait"
 
 def lead(part: Part, columns: list[Column], start: int, *, batch_size: int, images: int) -> Iterator[Batch]:
     """On rank 0: all batches from position `start` on, of which the other ranks, in `follow`, encode their share."""
-    _tell((columns, start))
-    yield from _rounds(part, columns, start, batch_size, images)
+    ask((columns, start))
+    yield from _pass(part, columns, start, batch_size, images)
 
 
 def follow(part: Part, *, batch_size: int, images: int) -> None:
     """On the other ranks: encode what rank 0 asks for, until it says that the features are there."""
-    while (asked := _tell(None)) != _DONE:
-        if asked == _WAIT:
-            continue
-        columns, start = asked
-        for _ in _rounds(part, columns, start, batch_size, images):
+    for columns, start in requests():
+        for _ in _pass(part, columns, start, batch_size, images):
             pass
+
+
+def ask(what: Any) -> None:
+    """On rank 0: tell the others what to do next."""
+    _tell(what)
 
 
 def finish() -> None:
@@ -52,16 +55,33 @@ def wait_on() -> None:
     _tell(_WAIT)
 
 
-def _rounds(part: Part, columns: list[Column], start: int, batch_size: int, images: int) -> Iterator[Batch]:
+def requests() -> Iterator[Any]:
+    """On the other ranks: what rank 0 asks for, one after the other, until it says that all is done."""
+    while (asked := _tell(None)) != _DONE:
+        if asked != _WAIT:
+            yield asked
+
+
+def take_turns(own: Iterator[_T], count: int) -> Iterator[_T]:
+    """On rank 0: `count` things that the ranks make by turns, in order. The others get nothing, but must iterate too.
+
+    own: what this rank makes, numbers r, r + R, ... of them; of tensors, on the CPU.
+    """
     rank, world = own_rank(), world_size()
-    own = part(columns, start + rank * batch_size, world)
-    for first in range(start, images, world * batch_size):
-        batch = next(own) if first + rank * batch_size < images else None
-        gathered: list[Batch | None] | None = [None] * world if rank == 0 else None
-        dist.gather_object(batch, gathered)
-        for found in gathered or ():
-            if found is not None:
-                yield found
+    if world == 1:
+        yield from own
+        return
+    for first in range(0, count, world):
+        made = [next(own)] if first + rank < count else []
+        gathered: list[list[_T]] | None = [[]] * world if rank == 0 else None
+        dist.gather_object(made, gathered)
+        for one in gathered or ():
+            yield from one
+
+
+def _pass(part: Part, columns: list[Column], start: int, batch_size: int, images: int) -> Iterator[Batch]:
+    own = part(columns, start + own_rank() * batch_size, world_size())
+    return take_turns(own, -(-(images - start) // batch_size))
 
 
 def _tell(message: Any) -> Any:
