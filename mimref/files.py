@@ -4,17 +4,18 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from mimref.errors import OutputError
 
 # A library that writes by itself may report a full disk as an error of its own kind; less than this is full.
 FULL_DISK_BYTES = 1 << 20
+WAITING_S = 1.0
 
 
 def cache_folder() -> Path:
@@ -24,8 +25,10 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
+def one_at_a_time(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Make `path` while no other process does: those wait, and should then look whether it is there.
+
+    waiting: called every second that another process takes.
 
     A lock file lies beside it meanwhile, of which the system lets go when the process dies. Where none can be made,
     nobody waits. Folders that are made for it stay: other processes may be waiting in them.
@@ -34,7 +37,12 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     lock = FileLock(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=WAITING_S)
+            except Timeout:
+                if waiting is not None:
+                    waiting()
     except (OSError, NotImplementedError):  # the latter for a file system without locks
         yield
         return

@@ -6,13 +6,14 @@ it: those change when an entry comes, goes or gets another name, so that a later
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from mimref.data.decode import printable
 from mimref.data.images import FileSource, NoSplitError, Split
-from mimref.data.kept import SLOW_S, Arrays, finding_out, keep, recall, settled
+from mimref.data.kept import SLOW_S, Arrays, Progress, finding_out, keep, recall, settled, told_late
 from mimref.data.paths import PathList
 from mimref.data.splits import Indices
 from mimref.errors import DataError
@@ -23,14 +24,14 @@ CACHED_FROM = 10_000
 """Images from which on a listing is kept: fewer are listed again in no time."""
 
 
-def open_folder(spec: str, split: Split) -> FileSource:
+def open_folder(spec: str, split: Split, progress: Progress | None = None) -> FileSource:
     """A folder of images, with or without splits and classes (see `mimref.data.sources`)."""
     root = os.path.expanduser(spec)
     shown = printable(spec)
     held = next((name for name in ("val", "test") if os.path.isdir(os.path.join(root, name))), None)
     train = "train" if os.path.isdir(os.path.join(root, "train")) else None
     if held is None and train is None:
-        listing = list_folder(root)
+        listing = list_folder(root, progress)
         classes = listing.class_folders() if split == "train" else None
         return _as_source(shown, root, listing, classes if classes is not None and len(classes) > 1 else None)
     part = train if split == "train" else held
@@ -40,9 +41,11 @@ def open_folder(spec: str, split: Split) -> FileSource:
             f"--data {shown}: has {there} but no {missing}; make it, or name the folder of images itself"
         )
     folder = os.path.join(root, part)
-    listing = list_folder(folder)
+    listing = list_folder(folder, progress)
     classes = listing.class_folders()
-    reference = classes if train is None or split == "train" else list_folder(os.path.join(root, train)).class_folders()
+    reference = classes
+    if train is not None and split == "val":
+        reference = list_folder(os.path.join(root, train), progress).class_folders()
     if reference is None or len(reference) < 2:
         # The training images know no classes; those of the validation images, if any, are their own.
         reference = classes if classes is not None and len(classes) > 1 else None
@@ -96,7 +99,7 @@ class Listing:
         return True
 
 
-def list_folder(root: str) -> Listing:
+def list_folder(root: str, progress: Progress | None = None) -> Listing:
     """The images below a folder, from the cache if they are there and no folder has changed since.
 
     Links to folders are followed, but no folder is entered twice: loops end. Raises DataError when one cannot be
@@ -105,18 +108,18 @@ def list_folder(root: str) -> Listing:
     listing = _load(root)
     if listing is not None:
         return listing
-    with finding_out("folder", _name(root)):
+    with finding_out("folder", _name(root), progress):
         listing = _load(root)  # another process may have found it out meanwhile
         if listing is None:
             started = time.monotonic()
-            listing = _look(root)
+            listing = _look(root, told_late("listing images, folder by folder", progress))
             if len(listing.files) >= CACHED_FROM or time.monotonic() - started > SLOW_S:
                 _save(root, listing)
     return listing
 
 
-def _look(root: str) -> Listing:
-    """List a folder and all below it."""
+def _look(root: str, tell: Callable[[int, int], None]) -> Listing:
+    """List a folder and all below it; `tell` how many folders are listed, of those known so far."""
     seen: set[tuple[int, int]] = set()
     # A list of bytes per folder, not of all files: the strings of one folder are gone before the next.
     content, folders = bytearray(), []
@@ -139,6 +142,7 @@ def _look(root: str) -> Listing:
         counts.append(len(images))
         times.append(settled(status.st_mtime_ns, listed_ns))
         pending.extend(os.path.join(relative, name) for name in reversed(below))
+        tell(len(folders), len(folders) + len(pending))
     ends = np.concatenate([np.zeros(1, dtype=np.int64), *lengths]).cumsum()
     return Listing(
         PathList(np.frombuffer(content, dtype=np.uint8), ends),

@@ -1,8 +1,9 @@
 """What was found out about a data set, kept in the cache folder for the next start."""
 
 import hashlib
+import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ SETTLED_NS = 2_000_000_000
 (2 s on the coarsest), which its modification time would not show."""
 
 SLOW_S = 1.0
-"""What took longer to find out is kept however little it is: other processes may be waiting for it."""
+"""What took longer to find out is kept however little it is, since other processes may be waiting for it, and told of
+while it goes on."""
+
+Progress = Callable[[str, int, int], None]
+"""Told what is looked through, how much of it is done, and of how much."""
 
 
 def settled(modified_ns: int, looked_ns: int) -> int:
@@ -44,9 +49,22 @@ def recall(kind: str, of: bytes) -> Arrays | None:
         return None
 
 
-def finding_out(kind: str, of: bytes) -> AbstractContextManager[None]:
+def finding_out(kind: str, of: bytes, progress: Progress | None) -> AbstractContextManager[None]:
     """Find out what is not kept yet while no other process does; those wait, and should then look again."""
-    return one_at_a_time(_file(kind, of))
+    return one_at_a_time(
+        _file(kind, of), lambda: progress("waiting for another process to list the images", 0, 1) if progress else None
+    )
+
+
+def told_late(label: str, progress: Progress | None) -> Callable[[int, int], None]:
+    """What takes the numbers of a look that begins now, and tells them once it has turned out to be a long one."""
+    started = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        if progress is not None and time.monotonic() - started > SLOW_S:
+            progress(label, done, total)
+
+    return tell
 
 
 def listings_folder() -> Path:

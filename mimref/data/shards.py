@@ -20,7 +20,7 @@ import os
 import re
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from glob import escape, glob, has_magic
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, one_line, printable
 from mimref.data.images import NoSplitError, Split
-from mimref.data.kept import SLOW_S, Arrays, finding_out, keep, recall, settled
+from mimref.data.kept import SLOW_S, Arrays, Progress, finding_out, keep, recall, settled, told_late
 from mimref.data.labels import Written
 from mimref.data.paths import PathList
 from mimref.data.splits import Indices
@@ -125,7 +125,7 @@ class Places:
         return Places(self.shards, self.shard[rows], self.offsets[rows], self.sizes[rows], members, written)
 
 
-def open_shards(spec: str, split: Split) -> ShardSource:
+def open_shards(spec: str, split: Split, progress: Progress | None = None) -> ShardSource:
     """The images of a split, in the order of the shards' names and then of their members.
 
     Raises DataError for shards that are missing, cut off or damaged, for members that are links or whose names lead out
@@ -133,10 +133,10 @@ def open_shards(spec: str, split: Split) -> ShardSource:
     """
     where = f"--data {printable(spec)}"
     shards, reference = _shards(os.path.expanduser(spec.removeprefix("wds:")), split, where)
-    places = _find(shards, where)
+    places = _find(shards, where, progress)
     labels, classes = None, None
     if places.written is not None and (split == "train" or reference is not None):
-        known = _find(reference, where).written if reference else None
+        known = _find(reference, where, progress).written if reference else None
         classes = (known or places.written).classes()
         labels = places.written.numbered(classes, where)
     return ShardSource(printable(spec), places, labels, classes)
@@ -203,24 +203,24 @@ def _unbrace(pattern: str) -> Iterator[str]:
 # --- what is in them
 
 
-def _find(shards: list[str], where: str) -> Places:
+def _find(shards: list[str], where: str, progress: Progress | None) -> Places:
     """Places of all images, from the cache if no shard has changed."""
     of = b"\0".join(os.fsencode(os.path.abspath(shard)) for shard in shards)
     paths = PathList.pack(shards)
     places = _load(of, paths)
     if places is None:
-        with finding_out("shards", of):
+        with finding_out("shards", of, progress):
             # Another process may have found them out meanwhile.
-            places = _load(of, paths) or _look_and_keep(of, paths, where)
+            places = _load(of, paths) or _look_and_keep(of, paths, where, progress)
     if not len(places.members):
         raise DataError(f"{where}: no images in these shards (*.{', *.'.join(IMAGES)})")
     return places
 
 
-def _look_and_keep(of: bytes, shards: PathList, where: str) -> Places:
+def _look_and_keep(of: bytes, shards: PathList, where: str, progress: Progress | None) -> Places:
     states, looked_ns = _states(shards), time.time_ns()
     started = time.monotonic()
-    places = _look(shards, where)
+    places = _look(shards, where, told_late("listing images, shard by shard", progress))
     if len(places.members) >= CACHED_FROM or time.monotonic() - started > SLOW_S:
         states[:, 1] = [settled(modified_ns, looked_ns) for modified_ns in states[:, 1].tolist()]
         _save(of, places, states)
@@ -239,8 +239,8 @@ def _state(shard: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _look(shards: PathList, where: str) -> Places:
-    """Read the shards' headers, one shard after the other."""
+def _look(shards: PathList, where: str, tell: Callable[[int, int], None]) -> Places:
+    """Read the shards' headers, one shard after the other; `tell` how many are done, of how many."""
     shard, offsets, sizes = [], [], []
     members: list[str] = []
     labels: list[str | None] = []
@@ -254,6 +254,7 @@ def _look(shards: PathList, where: str) -> Places:
             sizes.append(image.size)
             members.append(image.name)
             labels.append(sample.label)
+        tell(number + 1, len(shards))
     written = None
     if any(label is not None for label in labels):
         given = [label for label in labels if label is not None]

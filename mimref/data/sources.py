@@ -20,6 +20,7 @@ from mimref.config import DataConfig
 from mimref.data.decode import BadImage, BadImages, decode_image, printable
 from mimref.data.folders import open_folder
 from mimref.data.images import ArraySource, EncodedSource, FileSource, ImageSource, Split
+from mimref.data.kept import Progress
 from mimref.data.named import open_digits, open_fashion_mnist, open_torchvision
 from mimref.data.shards import ShardSource, open_shards
 from mimref.data.splits import first_images
@@ -61,16 +62,19 @@ def absolute_spec(spec: str) -> str:
     return prefix + absolute
 
 
-def open_source(data: DataConfig, split: Split, *, need_labels: bool = False) -> ImageSource:
+def open_source(
+    data: DataConfig, split: Split, *, need_labels: bool = False, progress: Progress | None = None
+) -> ImageSource:
     """Find the images of `data.spec`, and apply `data.train_limit` to its training images.
 
     Raises DataError when there are none, when the spec is unknown, or when labels are needed and absent; ConfigError
-    when `data.train_limit` exceeds what there is. No image is decoded here.
+    when `data.train_limit` exceeds what there is. No image is decoded here. progress: told of the first look through a
+    large folder or through shards, which can take minutes.
     """
     spec = data.spec
     if spec is None:
         raise ConfigError(f"no images named: give --data, {ACCEPTED}")
-    source = _open(spec, data, split)
+    source = _open(spec, data, split, progress)
     if need_labels and source.labels is None:
         raise DataError(
             f"--data {printable(spec)}: the {split} images have no labels, which this needs; {_how_to_label(spec)}"
@@ -90,7 +94,9 @@ def _how_to_label(spec: str) -> str:
     return "make train/ and val/ in it, each with one folder per class (two or more)"
 
 
-def _open(spec: str, data: DataConfig, split: Split) -> "ArraySource | FileSource | ShardSource | TableSource":
+def _open(
+    spec: str, data: DataConfig, split: Split, progress: Progress | None
+) -> "ArraySource | FileSource | ShardSource | TableSource":
     if spec == "digits":
         return open_digits(split)
     if spec == "fashion-mnist":
@@ -107,10 +113,10 @@ def _open(spec: str, data: DataConfig, split: Split) -> "ArraySource | FileSourc
 
         return open_tables(spec, split)
     if spec.startswith("wds:"):
-        return open_shards(spec, split)
+        return open_shards(spec, split, progress)
     root = os.path.expanduser(spec)
     if not os.path.isdir(root):
         near = did_you_mean(spec, (*NAMES, "torchvision:"))
         what = "is a file, not a folder" if os.path.exists(root) else f"no such folder or data set{near}"
         raise DataError(f"--data {printable(spec)}: {what} (accepted: {ACCEPTED})")
-    return open_folder(spec, split)
+    return open_folder(spec, split, progress)

@@ -146,7 +146,8 @@ def fetch(known: KnownWeights, progress: Progress | None = None) -> Path:
     file = known.file
     if file.is_file():
         return file
-    with one_at_a_time(file):
+    label = f"waiting for another process to download {known.name}"
+    with one_at_a_time(file, lambda: progress(label, 0, 1) if progress else None):
         if not file.is_file():
             _fetch(known, file, progress)
     return file

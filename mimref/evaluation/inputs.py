@@ -159,7 +159,9 @@ class EncoderInputs:
     def source(self, split: Split) -> ImageSource:
         """The images. Raises DataError when labels are needed and absent."""
         if split not in self._sources:
-            self._sources[split] = open_source(self.data, split, need_labels=self.need_labels)
+            self._sources[split] = open_source(
+                self.data, split, need_labels=self.need_labels, progress=self.listener.progress
+            )
         return self._sources[split]
 
     def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:

@@ -64,7 +64,7 @@ class Pretraining:
         if self.device.type == "cpu":
             keep_freed_memory()
         architecture = _architecture(config)
-        self.source = open_source(config.data, "train")
+        self.source = open_source(config.data, "train", progress=listener.progress)
         self.steps_per_epoch = len(self.source) // config.batch_size
         check_batch_size(config.batch_size, len(self.source))
         self.transform = eval_transform(architecture, config.data, {})

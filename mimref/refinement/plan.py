@@ -66,7 +66,7 @@ def make_plan(config: RefineConfig, progress: Progress | None = None) -> Plan:
     warned = _warnings(config.encoder, checkpoint)
     config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
     transform = eval_transform(architecture, data, checkpoint.header)
-    source_images = open_source(data, "train")
+    source_images = open_source(data, "train", progress=progress)
     if config.heads.blocks == "auto":
         chosen = recommended_blocks(config, checkpoint, architecture, transform, source_images, progress)
         config = config.model_copy(update={"heads": config.heads.model_copy(update={"blocks": chosen})})

@@ -1,0 +1,120 @@
+"""The first look through many images tells how far it is; short looks, and later starts, tell nothing."""
+
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mimref import files
+from mimref.config import DataConfig
+from mimref.data import folders, kept, shards
+from mimref.data.sources import open_source
+from mimref.encoders.known import KnownWeights, fetch
+from mimref.evaluation.inputs import EncoderInputs
+from mimref.evaluation_config import KnnConfig
+from mimref.files import one_at_a_time
+from mimref.pretraining.run import pretrain
+from mimref.refinement.plan import make_plan
+from mimref.training.runlog import Silent
+from tests.tiny import Killed, Watcher, pretrain_config, refine_config, write_images, write_labelled, write_weights
+
+Told = list[tuple[str, int, int]]
+FOLDERS, SHARDS = "listing images, folder by folder", "listing images, shard by shard"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images", per_class=2, classes=("a", "b", "c"))
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if everything took its time."""
+    monkeypatch.setattr(kept, "SLOW_S", -1.0)
+
+
+def told(spec: object) -> Told:
+    heard: Told = []
+    open_source(DataConfig(spec=str(spec)), "train", progress=lambda *values: heard.append(values))
+    return heard
+
+
+def test_shards(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", "c"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as shard:
+            shard.add(images / name, name)
+    spec = f"wds:{tmp_path}/*.tar"
+    assert told(spec) == []
+    monkeypatch.setattr(kept, "SLOW_S", -1.0)
+    assert told(spec) == [(SHARDS, 1, 3), (SHARDS, 2, 3), (SHARDS, 3, 3)]
+    monkeypatch.setattr(kept, "settled", lambda modified_ns, looked_ns: modified_ns)
+    monkeypatch.setattr(shards, "settled", kept.settled)
+    monkeypatch.setattr(shards, "CACHED_FROM", 1)
+    told(spec)
+    assert told(spec) == []
+
+
+def test_folders(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (images / "b/deeper").mkdir()
+    assert told(images) == []
+    monkeypatch.setattr(kept, "SLOW_S", -1.0)
+    # The folder itself, then its subfolders as they are found.
+    assert told(images) == [(FOLDERS, done, total) for done, total in ((1, 4), (2, 4), (3, 5), (4, 5), (5, 5))]
+    monkeypatch.setattr(folders, "settled", lambda modified_ns, looked_ns: modified_ns)
+    monkeypatch.setattr(folders, "CACHED_FROM", 1)
+    told(images)
+    assert told(images) == []
+
+
+def test_every_command_passes_it_on(tmp_path: Path, slow: None) -> None:
+    data, weights = write_labelled(tmp_path / "data"), write_weights(tmp_path / "base.safetensors")
+    heard: list[str] = []
+
+    class Listener(Silent):
+        def progress(self, label: str, done: int, total: int) -> None:
+            heard.append(label)
+
+    make_plan(refine_config(weights, data), Listener().progress)
+    assert heard.count(FOLDERS) == 3
+    config = KnnConfig(checkpoint=str(weights), data=DataConfig(spec=str(data)), device="cpu")
+    EncoderInputs(config, config.checkpoint, Listener()).source("train")
+    assert heard.count(FOLDERS) == 6
+
+    def stop(label: str, _: int) -> None:
+        if label == FOLDERS:
+            raise Killed
+
+    with pytest.raises(Killed):
+        pretrain(pretrain_config(data), tmp_path / "out", listener=Watcher(stop))
+
+
+def test_who_waits_for_another_process_is_told_so(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "WAITING_S", 0.05)
+    weights = KnownWeights("maws_b16", (tmp_path / "published.pth").as_uri(), "maws")
+    (tmp_path / "published.pth").write_bytes(b"weights")
+    held = [kept._file("folder", str(images).encode()), weights.file]
+    holding = threading.Event()
+
+    def hold() -> None:
+        with one_at_a_time(held[0]), one_at_a_time(held[1]):
+            holding.set()
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait()
+    heard: Told = told(images)
+    assert len(heard) > 1 and set(heard) == {("waiting for another process to list the images", 0, 1)}
+    thread.join()
+    holding.clear()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait()
+    labels: list[str] = []
+    fetch(weights, lambda label, done, total: labels.append(label))
+    assert labels[0] == "waiting for another process to download maws_b16"
+    thread.join()
