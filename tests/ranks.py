@@ -36,6 +36,8 @@ def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    # torchrun's processes start their loaders as any process does; those of a spawned one would be spawned.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.environ["TEST_RANK"] = str(rank)
     dist.init_process_group(
         "gloo",
