@@ -243,7 +243,7 @@ def choose_architecture(
     """
     chosen = _choose(checkpoint, arch, source, resolution)
     if isinstance(chosen, Architecture):
-        chosen.check_size(resolution or chosen.image_size, "--resolution")
+        chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "encoder.image_size")
     return chosen
 
 
