@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mimref.data.decode import BadImage
+from mimref.data.images import FetchedSource
 from mimref.data.loader import ignore_signals
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
@@ -44,6 +45,8 @@ class _CroppedImages(Dataset[CropBatch]):
         crops, kept, bad = [], [], []
         start = self.starts[batch]
         end = min(len(self.source), start + self.batch_size)
+        if isinstance(self.source, FetchedSource):
+            self.source.fetch(range(start, end))
         for index in range(start, end):
             self.reading.note(index)
             try:

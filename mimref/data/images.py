@@ -106,6 +106,14 @@ class EncodedSource(Protocol):
         """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
 
 
+@runtime_checkable
+class FetchedSource(Protocol):
+    """Images that may be far away, where asking for many of them at once saves time."""
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Get these images, to be read next. Raises DataError when they cannot be had."""
+
+
 @dataclass(eq=False)
 class FileSource:
     """Image files below one folder, decoded when read."""
@@ -173,6 +181,11 @@ class Chosen:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """See `FetchedSource`."""
+        if isinstance(self.source, FetchedSource):
+            self.source.fetch([int(self.rows[index]) for index in indices])
 
     def read(self, index: int) -> Tensor:
         """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""

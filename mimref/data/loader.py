@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mimref.data.decode import Decoded
+from mimref.data.images import FetchedSource
 from mimref.data.sources import BadImage, EncodedSource, ImageSource
 from mimref.data.views import CropGroup, cut_group, reduction
 from mimref.data.workers import Reading, watched
@@ -53,6 +54,8 @@ class _ViewDataset(Dataset[ViewBatch]):
     def __getitems__(self, items: list[_Item]) -> ViewBatch:
         epoch = items[0][0]
         images, sizes, kept, bad = [], [], [], []
+        if isinstance(self.source, FetchedSource):
+            self.source.fetch([index for _, index in items])
         for _, index in items:
             self.reading.note(index)
             try:

@@ -8,41 +8,39 @@ A sample is the run of members that share a name up to the first dot of its last
 on with .jpg, .jpeg, .png or .webp (the first there is, in this order); its label is the text of `.cls`, a whole number
 or a class name, or `label` in `.json`. Samples without an image, such as notes, are no part of the data.
 
-Shards are local files. They are read once from end to end for the place of every image, which is kept in the cache, and
-every image is then reached by itself. So shards are as good as single files: shuffled as a whole rather than shard by
-shard, every image exactly once per epoch over any number of processes and workers, resumable at any step. A stream,
-which can only be read on, gives none of that exactly, and is not supported.
+Shards are local files or, where SHARDS is a pattern of URLs, lie on a server that gives parts of files. They are read
+once from end to end for the place of every image, which is kept in the cache, and every image is then reached by
+itself. So shards are as good as single files: shuffled as a whole rather than shard by shard, every image exactly once
+per epoch over any number of processes and workers, resumable at any step. A stream that can only be read on (`pipe:`)
+gives none of that exactly, and is not supported.
 """
 
+import errno
 import hashlib
-import json
 import os
 import re
-import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from glob import escape, glob, has_magic
 
 import numpy as np
 from torch import Tensor
 
+from mimref.data.archive import IMAGES, Sample, samples_with_images
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, one_line, printable
 from mimref.data.images import NoSplitError, Split
 from mimref.data.kept import SLOW_S, Arrays, Progress, finding_out, keep, recall, settled, told_late
 from mimref.data.labels import Written
 from mimref.data.paths import PathList
+from mimref.data.remote import at_once, exist, expand, is_remote, read_parts, states
 from mimref.data.splits import Indices
 from mimref.errors import DataError
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
 HELD_OUT = ("val", "validation", "test")
 CACHED_FROM = 10_000
 """Images from which on the places are kept."""
-
-# A sample's name ends at the first dot of the last part; names that begin with a dot are hidden (as webdataset has it).
-_MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
 @dataclass(eq=False)
@@ -54,9 +52,20 @@ class ShardSource:
     labels: Indices | None
     class_names: list[str] | None
     in_memory: bool = False
+    _fetched: dict[int, bytes | FileNotFoundError] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.places.members)
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Ask a server for all of these images at once, to be read next. Raises DataError when it does not answer."""
+        places = self.places
+        if not is_remote(places.shards[0]):
+            return
+        urls = [places.shards[int(places.shard[index])] for index in indices]
+        starts = [int(places.offsets[index]) for index in indices]
+        ends = [start + int(places.sizes[index]) for start, index in zip(starts, indices, strict=True)]
+        self._fetched = dict(zip(indices, read_parts(urls, starts, ends), strict=True))
 
     def read(self, index: int) -> Tensor:
         """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
@@ -64,18 +73,29 @@ class ShardSource:
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
-        places = self.places
-        offset, size = int(places.offsets[index]), int(places.sizes[index])
         try:
-            # Opened anew each time, as files of a folder are: there may be more shards than a process may keep open.
-            with open(places.shards[int(places.shard[index])], "rb") as shard:
-                shard.seek(offset)
-                content = shard.read(size)
+            content = self._content(index)
         except OSError as error:
             raise BadImage(self.path(index), (error.strerror or one_line(error)).lower()) from error
-        if len(content) < size:
+        if len(content) < self.places.sizes[index]:
             raise BadImage(self.path(index), "its shard has become shorter")
         return decode_content(content, self.path(index), reduce)
+
+    def _content(self, index: int) -> bytes:
+        """An image as it lies in its shard. Raises OSError."""
+        places = self.places
+        path = places.shards[int(places.shard[index])]
+        if is_remote(path):
+            if index not in self._fetched:
+                self.fetch([index])
+            content = self._fetched.pop(index)
+            if isinstance(content, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, "no such file")
+            return content
+        # Opened anew each time, as files of a folder are: there may be more shards than a process may keep open.
+        with open(path, "rb") as shard:
+            shard.seek(int(places.offsets[index]))
+            return shard.read(int(places.sizes[index]))
 
     def path(self, index: int) -> str:
         """`SHARD/MEMBER`, with odd characters escaped."""
@@ -92,8 +112,7 @@ class ShardSource:
         """Over names, sizes and modification times of the shards, which images of theirs, and labels."""
         places = self.places
         digest = hashlib.sha256()
-        for shard in places.shards:
-            size, modified_ns = _state(shard)
+        for shard, (size, modified_ns) in zip(places.shards, _states(places.shards).tolist(), strict=True):
             digest.update(os.fsencode(os.path.basename(shard)) + f"\0{size}\0{modified_ns}\n".encode())
         for array in (places.shard, places.offsets, places.sizes):
             digest.update(array.tobytes())
@@ -147,8 +166,10 @@ def open_shards(spec: str, split: Split, progress: Progress | None = None) -> Sh
 
 def _shards(pattern: str, split: Split, where: str) -> tuple[list[str], list[str] | None]:
     """Shards of a split; and those of the training images where the splits are apart."""
-    if "://" in pattern or pattern.startswith("pipe:"):
-        raise DataError(f"{where}: shards are local files; download them first")
+    if pattern.startswith("pipe:"):
+        raise DataError(f"{where}: shards that come through a pipe can only be read on; give their URLs")
+    if is_remote(pattern) and not has_magic(pattern) and not pattern.endswith(".tar") and "{" not in pattern:
+        raise DataError(f"{where}: name the shards, such as {pattern.rstrip('/')}/train-{{000..127}}.tar")
     folder = os.path.isdir(pattern)
     inner = [name for name in ("train", *HELD_OUT) if folder and os.path.isdir(os.path.join(pattern, name))]
     if not inner and "{split}" not in pattern:
@@ -174,11 +195,13 @@ def _expand(pattern: str, where: str, *, missing_ok: bool = False) -> list[str]:
     """
     found: list[str] = []
     missing: list[str] = []
-    for path in _unbrace(pattern):
+    paths = list(_unbrace(pattern))
+    there = exist(paths) if is_remote(pattern) and not has_magic(pattern) else map(os.path.exists, paths)
+    for path, is_there in zip(paths, there, strict=True):
         if has_magic(path):
-            found += sorted(glob(path))
+            found += expand(path) if is_remote(path) else sorted(glob(path))
         else:
-            (found if os.path.exists(path) else missing).append(path)
+            (found if is_there else missing).append(path)
     if missing and (found or not missing_ok):
         raise DataError(f"{where}: no such shard: {printable(missing[0])}")
     return list(dict.fromkeys(found))
@@ -205,7 +228,7 @@ def _unbrace(pattern: str) -> Iterator[str]:
 
 def _find(shards: list[str], where: str, progress: Progress | None) -> Places:
     """Places of all images, from the cache if no shard has changed."""
-    of = b"\0".join(os.fsencode(os.path.abspath(shard)) for shard in shards)
+    of = b"\0".join(os.fsencode(shard if is_remote(shard) else os.path.abspath(shard)) for shard in shards)
     paths = PathList.pack(shards)
     places = _load(of, paths)
     if places is None:
@@ -228,7 +251,8 @@ def _look_and_keep(of: bytes, shards: PathList, where: str, progress: Progress |
 
 
 def _states(shards: PathList) -> Indices:
-    return np.array([_state(shard) for shard in shards], dtype=np.int64)
+    remote = is_remote(shards[0])
+    return np.array(states(list(shards)) if remote else [_state(shard) for shard in shards], dtype=np.int64)
 
 
 def _state(shard: str) -> tuple[int, int]:
@@ -244,11 +268,11 @@ def _look(shards: PathList, where: str, tell: Callable[[int, int], None]) -> Pla
     shard, offsets, sizes = [], [], []
     members: list[str] = []
     labels: list[str | None] = []
-    for number, path in enumerate(shards):
-        for sample in _samples(path, where):
-            image = next((sample.parts[kind] for kind in IMAGES if kind in sample.parts), None)
-            if image is None:
-                continue
+    look: Callable[[str], list[Sample]] = partial(samples_with_images, where=where)
+    for number, samples in enumerate(at_once(look, shards) if is_remote(shards[0]) else map(look, shards)):
+        for sample in samples:
+            image = sample.image
+            assert image is not None
             shard.append(number)
             offsets.append(image.offset_data)
             sizes.append(image.size)
@@ -265,79 +289,6 @@ def _look(shards: PathList, where: str, tell: Callable[[int, int], None]) -> Pla
         written = Written.of(given)
     shard_N, offset_N, size_N = (np.array(values, dtype=np.int64) for values in (shard, offsets, sizes))
     return Places(shards, shard_N, offset_N, size_N, PathList.pack(members), written)
-
-
-@dataclass
-class _Sample:
-    key: str
-    parts: dict[str, tarfile.TarInfo]
-    """By ending, in lower case."""
-    label: str | None = None
-
-
-def _samples(shard: str, where: str) -> Iterator[_Sample]:
-    """The samples of one shard, with their labels."""
-    shown = printable(shard)
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            sample = _Sample("", {})
-            for member in archive:
-                _check(member, shown, where)
-                match = _MEMBER.fullmatch(member.name) if member.isfile() else None
-                if match is None:
-                    continue
-                key, ending = match.groups()
-                if key != sample.key:
-                    yield sample
-                    sample = _Sample(key, {})
-                if (kind := ending.lower()) in sample.parts:
-                    raise DataError(f"{where}: {shown} holds {printable(member.name)} twice")
-                sample.parts[kind] = member
-                if kind == "cls" or (kind == "json" and sample.label is None):
-                    sample.label = _label(archive, member, kind, f"{where}: {shown}/{printable(member.name)}")
-            yield sample
-            # tarfile takes whatever is no header for the end of the archive.
-            assert archive.fileobj is not None
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no end mark after {len(archive.getmembers())} members")
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise DataError(
-            f"{where}: {shown} is no whole, uncompressed tar file ({reason}); get it anew, or leave it out"
-        ) from error
-
-
-def _check(member: tarfile.TarInfo, shown: str, where: str) -> None:
-    """Refuse what no shard needs, and what a shard from somewhere might be used for."""
-    name = printable(member.name)
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        raise DataError(f"{where}: {shown} is refused: its member {name} leads out of the archive")
-    if not (member.isfile() or member.isdir()) or member.issparse():
-        what = "a link" if member.issym() or member.islnk() else "no ordinary file"
-        raise DataError(f"{where}: {shown} is refused: its member {name} is {what}")
-
-
-def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str, which: str) -> str | None:
-    """The label in a member; None where a .json has none."""
-    file = archive.extractfile(member)
-    content = b"" if file is None else file.read()
-    if len(content) < member.size:
-        raise tarfile.ReadError("unexpected end of data")
-    try:
-        text = content.decode()
-        if kind == "cls":
-            label: object = text.strip()
-        else:
-            table = json.loads(text)
-            label = table.get("label") if isinstance(table, dict) else None
-            if label is None:
-                return None
-    except ValueError as error:
-        raise DataError(f"{which} cannot be read ({one_line(error)})") from error
-    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise DataError(f"{which}: label {label!r} is neither a whole number nor a class name")
-    return str(label)
 
 
 # --- the places in the cache

@@ -22,6 +22,7 @@ from mimref.data.folders import open_folder
 from mimref.data.images import ArraySource, EncodedSource, FileSource, ImageSource, Split
 from mimref.data.kept import Progress
 from mimref.data.named import open_digits, open_fashion_mnist, open_torchvision
+from mimref.data.remote import is_remote
 from mimref.data.shards import ShardSource, open_shards
 from mimref.data.splits import first_images
 from mimref.errors import ConfigError, DataError, did_you_mean
@@ -55,6 +56,8 @@ def absolute_spec(spec: str) -> str:
         return spec
     prefix = next((each for each in PATH_PREFIXES if spec.startswith(each)), "")
     path = os.path.expanduser(spec.removeprefix(prefix))
+    if is_remote(path):
+        return spec
     absolute = os.path.abspath(path)
     if prefix == "wds:" and not os.path.isabs(path) and not os.path.isdir(path):
         # A pattern: the folder it starts from is none.

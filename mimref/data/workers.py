@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader, get_worker_info
 
 from mimref.data.sources import ImageSource
-from mimref.errors import DataError
+from mimref.errors import DataError, UserError
 
 # A broken connection can be noticed before the process behind it is dead.
 DYING_S = 2.0
@@ -66,6 +66,10 @@ def _watched(loader: DataLoader[_T], reading: Reading) -> Iterator[_T]:
         try:
             yield from batches
             return
+        except UserError as error:
+            # torch puts the traceback of the process before the message.
+            kind = type(error)
+            raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error
         except (RuntimeError, OSError, EOFError) as error:
             death = watch.death_behind(error)
             if death is None:

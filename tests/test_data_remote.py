@@ -1,0 +1,192 @@
+"""Shards on a server: the images, order and labels of local ones; what a server may do wrong."""
+
+import http.server
+import re
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from mimref.config import DataConfig
+from mimref.data import remote, shards
+from mimref.data.loader import view_batches
+from mimref.data.shards import ShardSource
+from mimref.data.sources import BadImage, absolute_spec, open_source
+from mimref.data.views import CropGroup
+from mimref.errors import DataError
+from mimref.refinement.run import refine
+from tests.test_data_shards import labels_of, numbers, samples, write_shard
+from tests.tiny import Watcher, refine_config, saved_step, write_weights
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Gives parts of files, as servers of large files do; misbehaves as `faults` says."""
+
+    faults: dict[str, int]
+    asked: list[tuple[str, str]]
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        self.asked.append((path.name, self.headers.get("Range") or ""))
+        if part and self.faults.get("no parts"):
+            part = None
+        if part is None or not path.is_file():
+            super().do_GET()
+            return
+        if self.faults.get("errors", 0) > 0:
+            self.faults["errors"] -= 1
+            self.send_error(503)
+            return
+        first, last = int(part[1]), int(part[2])
+        content = path.read_bytes()
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.send_header("Content-Length", str(len(content[first : last + 1])))
+        self.end_headers()
+        self.wfile.write(content[first : last + 1])
+
+    def end_headers(self) -> None:
+        if self.command == "HEAD":
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("ETag", str(self.faults.get("version", 0)))
+        super().end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class ManyAtOnce(http.server.ThreadingHTTPServer):
+    request_queue_size = 100
+
+
+class Server:
+    def __init__(self, folder: Path) -> None:
+        self.faults: dict[str, int] = {}
+        self.asked: list[tuple[str, str]] = []
+        handler = type("Ours", (Handler,), {"faults": self.faults, "asked": self.asked})
+        self.server = ManyAtOnce(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Four shards of 13, 1, 8 and 11 labelled images, and four of 4 for validation."""
+    monkeypatch.setattr(remote, "WAITS_S", (0.01, 0.01))
+    for number, count in enumerate((13, 1, 8, 11)):
+        write_shard(tmp_path / "train" / f"{number:03}.tar", samples(100 * number, count, classes=3))
+        write_shard(tmp_path / "val" / f"{number:03}.tar", samples(1000 + 10 * number, 4, classes=3))
+    started = Server(tmp_path)
+    yield started
+    started.server.shutdown()
+    started.server.server_close()
+
+
+def opened(spec: str, split: Any = "train") -> ShardSource:
+    source = open_source(DataConfig(spec=f"wds:{spec}"), split)
+    assert isinstance(source, ShardSource)
+    return source
+
+
+def test_they_are_the_images_of_local_shards(server: Server, tmp_path: Path) -> None:
+    for split, count in (("train", 33), ("val", 16)):
+        there, here = opened(f"{server.url}/{{split}}/{{000..003}}.tar", split), opened(str(tmp_path), split)
+        assert numbers(there) == numbers(here) and len(there) == count
+        assert labels_of(there) == labels_of(here)
+    assert opened(f"{server.url}/train/{{000..003}}.tar").path(13) == f"{server.url}/train/001.tar/00100.png"
+
+
+def test_a_batch_is_asked_for_at_once_and_shards_are_read_through_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "CACHED_FROM", 1)
+    spec = f"{server.url}/train/{{000..003}}.tar"
+    source = opened(spec)
+    assert {name for name, _ in server.asked} == {f"{number:03}.tar" for number in range(4)}
+    server.asked.clear()
+    again = opened(spec)
+    assert server.asked == [] and again.fingerprint == source.fingerprint
+    batches = view_batches(again, [CropGroup(1, 8, (0.9, 1.0))], batch_size=11, seed=0, epochs=range(1), workers=2)
+    seen = [int(low) for batch in batches for low in batch.crops[0][:, 0, 0, 0, 0]]
+    assert sorted(seen) == sorted(number % 256 for number in numbers(source))
+    # One question per image, for its bytes alone.
+    assert len(server.asked) >= 33 and all(re.fullmatch(r"bytes=\d+-\d+", part) for _, part in server.asked)
+    # A shard that has changed is looked through again.
+    server.faults["version"] = 1
+    server.asked.clear()
+    fsspec.filesystem("http").clear_instance_cache()
+    assert opened(spec).fingerprint != source.fingerprint and server.asked
+
+
+def test_a_server_that_fails_for_a_while_is_asked_again(server: Server) -> None:
+    source = opened(f"{server.url}/train/000.tar")
+    server.faults["errors"] = 2
+    assert numbers(source) == list(range(13))
+    server.faults["errors"] = 10**6
+    with pytest.raises(DataError, match=r"train/000\.tar: cannot be read from there \(503"):
+        source.read(3)
+
+
+def test_a_shard_that_is_gone_is_a_bad_image(server: Server, tmp_path: Path) -> None:
+    source = opened(f"{server.url}/train/{{000..001}}.tar")
+    (tmp_path / "train" / "001.tar").unlink()
+    assert source.read(0).shape == (3, 3, 4)
+    with pytest.raises(BadImage, match="no such file"):
+        source.read(13)
+
+
+def test_what_cannot_be_opened_is_told(server: Server) -> None:
+    for spec, message in (
+        (f"{server.url}/train/{{000..004}}.tar", r"no such shard: .*/004\.tar"),
+        (f"{server.url}/train", r"name the shards, such as .*/train/train-\{000\.\.127\}\.tar"),
+        ("pipe:cat a.tar", "through a pipe can only be read on; give their URLs"),
+        ("nothing://a/b.tar", "nothing cannot be read .*Protocol not known"),
+        ("http://127.0.0.1:9/a.tar", r"127\.0\.0\.1:9/a\.tar: cannot be read from there"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            opened(spec)
+        assert "\n" not in str(caught.value)
+    server.faults["no parts"] = 1
+    with pytest.raises(DataError, match=r"train/000\.tar: this server gives no parts of files; download the shards"):
+        opened(f"{server.url}/train/000.tar").read(0)
+
+
+def test_stars_where_the_file_system_lists_folders(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for number in range(3):
+        shard = write_shard(tmp_path / f"{number}.tar", samples(10 * number, 4, classes=2))
+        memory.pipe_file(f"/shelf/s-{number}.tar", shard.read_bytes())
+    try:
+        source = opened("memory://shelf/s-*.tar")
+        assert numbers(source) == [10 * number + image for number in range(3) for image in range(4)]
+    finally:
+        memory.rm("/shelf", recursive=True)
+
+
+def test_specs_with_urls_stay_as_they_are() -> None:
+    assert absolute_spec("wds:s3://bucket/a-{000..009}.tar") == "wds:s3://bucket/a-{000..009}.tar"
+
+
+def test_a_server_that_fails_ends_a_run_that_can_go_on(server: Server, tmp_path: Path) -> None:
+    weights = write_weights(tmp_path / "base.safetensors")
+    data = f"wds:{server.url}/train/{{000..003}}.tar"
+    settings: dict[str, Any] = {"workers": 1, "stage": "heads", "heads_stage__epochs": 6, "data__spec": data}
+    config = refine_config(weights, Path("elsewhere"), **settings)
+
+    def fail(what: str, step: int) -> None:
+        if (what, step) == ("step", 3):
+            server.faults["errors"] = 10**6
+
+    with pytest.raises(DataError, match=r"^http.*\.tar: cannot be read from there \(503[^\n]*$"):
+        refine(config, tmp_path / "out", listener=Watcher(fail))
+    assert saved_step(tmp_path / "out") >= 2
+    server.faults["errors"] = 0
+    refine(config, tmp_path / "out", resume=True)
+    refine(config, tmp_path / "whole")
+    found, expected = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("out", "whole"))
+    assert found == expected
