@@ -1,11 +1,15 @@
 """Loader processes that die: told with their image by every loader, and never in the middle of something else."""
 
 import errno
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,8 +165,25 @@ def test_other_errors_are_no_dead_workers(monkeypatch: pytest.MonkeyPatch) -> No
         def read(self, index: int) -> torch.Tensor:
             raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error") as caught:
         list(crop_batches(Broken(), EvalTransform(8), batch_size=2, workers=1))
+    # Although the traceback still holds the loader.
+    assert caught.tb is not None and multiprocessing.active_children() == []
+
+
+def test_a_process_ends_although_it_has_not_finished_reading(tmp_path: Path) -> None:
+    script = """
+import numpy as np
+from mimref.data.crops import crop_batches
+from mimref.data.sources import ArraySource
+from mimref.data.transforms import EvalTransform
+images = np.zeros((40, 8, 8), np.uint8)
+source = ArraySource("zeros", images, None, None, "train", np.arange(40))
+batches = crop_batches(source, EvalTransform(8), batch_size=2, workers=2)
+print(next(batches).end)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
 def test_a_death_that_was_not_seen_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

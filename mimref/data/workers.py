@@ -1,11 +1,12 @@
 """Loader processes that die: how, and at which image."""
 
+import atexit
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import RawArray
 from types import FrameType
 from typing import Any, TypeVar
@@ -62,6 +63,9 @@ def watched(loader: DataLoader[_T], reading: Reading) -> Iterator[_T]:
 def _watched(loader: DataLoader[_T], reading: Reading) -> Iterator[_T]:
     # Before the watch: torch installs its handler with the first loader of a process, over any other.
     batches = iter(loader)
+    # Loader processes leave signals to the main one, with which Python would end them at its exit, and wait.
+    end_processes: Callable[[], None] = batches._shutdown_workers  # type: ignore[attr-defined]  # no public name
+    atexit.register(end_processes)
     with _Watch(reading) as watch:
         try:
             yield from batches
@@ -75,8 +79,9 @@ def _watched(loader: DataLoader[_T], reading: Reading) -> Iterator[_T]:
             if death is None:
                 raise
         finally:
-            # Ends the other processes before torch watches again, which would raise for the dead one.
-            del batches
+            # Before torch watches again, which would raise for a dead process; a traceback may keep the loader.
+            end_processes()
+            atexit.unregister(end_processes)
     raise DeadWorkerError(death)
 
 
