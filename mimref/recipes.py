@@ -217,7 +217,9 @@ def _describe(error: ValidationError, model: type[BaseModel], table: Table) -> s
         return str(first["ctx"]["error"])
     wrong = [e for e in error.errors() if _setting_key(model, e["loc"]) == key]
     # Of the alternatives `number or list` only the one that the value's type fits has something to say.
-    fitting = [e for e in wrong if not e["type"].endswith("_type")] or wrong
+    fitting = [e for e in wrong if not e["type"].endswith("_type")]
+    if all(e["type"] == "literal_error" for e in fitting):
+        fitting = wrong
     value: Any = table
     for part in key.split("."):
         value = value[part]

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError
@@ -25,7 +26,15 @@ DETAILS = frozenset(["split", "classifier", "class"])
 
 
 def check_folder(out: Path, force: bool) -> None:
-    """Raise OutputError for a folder that holds results, unless they are to be replaced, or a run under way."""
+    """Raise OutputError for a folder that holds results, unless they are to be replaced, or a run under way.
+
+    Also for one that cannot be made or written, as far as can be seen: what was measured is not to be lost for it.
+    """
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise OutputError(f"{out}: {there} is a file; give another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{out}: {there} cannot be written; give another --out")
     if (out / "results.json").exists():
         if not force:
             raise OutputError(f"{out}: holds results; give another --out, or --force to replace them")

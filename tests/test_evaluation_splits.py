@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mimref.errors import DataError
-from mimref.evaluation.splits import read_split_file, read_split_files
+from mimref.evaluation.splits import read_split_files
 
 NAMES = [
     "/data/in1k/train/n01440764/n01440764_10026.JPEG",
@@ -25,12 +25,12 @@ def write(folder: Path, text: str, name: str = "1imgs_class.txt") -> Path:
 
 def test_names_and_paths_in_the_order_of_the_file(tmp_path: Path) -> None:
     lines = ["n01443537_2.JPEG", "", "n01440764/n01440764_10026.JPEG ", "train/n01443537/same.JPEG", NAMES[1]]
-    rows = read_split_file(write(tmp_path, "\r\n".join(lines)), NAMES)
+    rows = read_split_files([write(tmp_path, "\r\n".join(lines))], NAMES)[0]
     assert rows.dtype == np.int64
     assert rows.tolist() == [2, 0, 3, 1]
     # A whole path comes before one that ends alike.
-    assert read_split_file(write(tmp_path, NAMES[5]), [*NAMES, "/x/" + NAMES[5]]).tolist() == [5]
-    assert read_split_file(write(tmp_path, "./n01443537/same.JPEG\n"), NAMES).tolist() == [3]
+    assert read_split_files([write(tmp_path, NAMES[5])], [*NAMES, "/x/" + NAMES[5]])[0].tolist() == [5]
+    assert read_split_files([write(tmp_path, "./n01443537/same.JPEG\n")], NAMES)[0].tolist() == [3]
 
 
 def test_one_pass_over_the_names_serves_all_files(tmp_path: Path) -> None:
@@ -66,16 +66,16 @@ def test_one_pass_over_the_names_serves_all_files(tmp_path: Path) -> None:
 def test_refuses_lists_that_do_not_fit(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(DataError, match=message) as caught:
-        read_split_file(path, NAMES)
+        read_split_files([path], NAMES)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
 
 
 def test_refuses_what_is_no_list(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.txt: No such file"):
-        read_split_file(tmp_path / "none.txt", NAMES)
+        read_split_files([tmp_path / "none.txt"], NAMES)
     with pytest.raises(DataError, match="directory"):
-        read_split_file(tmp_path, NAMES)
+        read_split_files([tmp_path], NAMES)
     (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(DataError, match=r"image\.png: not a text file"):
-        read_split_file(tmp_path / "image.png", NAMES)
+        read_split_files([tmp_path / "image.png"], NAMES)

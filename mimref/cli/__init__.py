@@ -40,7 +40,7 @@ presets_app = typer.Typer(help="The settings that ship with mimref.", rich_marku
 presets_app.command("list")(weights.list_presets)
 presets_app.command("show")(weights.show_preset)
 app.add_typer(presets_app, name="presets")
-cache_app = typer.Typer(help="Features kept on disk between commands.", rich_markup_mode=None)
+cache_app = typer.Typer(help="Features and lists of images, kept on disk between commands.", rich_markup_mode=None)
 cache_app.command("list")(cache.list_cache)
 cache_app.command("clear")(cache.clear_cache)
 cache_app.command("verify")(cache.verify_cache)

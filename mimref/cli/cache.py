@@ -1,11 +1,12 @@
 """`mimref cache`: features and listings of images kept on disk."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mimref.cli.options import DebugOption
-from mimref.errors import DataError
+from mimref.errors import ConfigError, DataError
 
 LISTINGS = "listings"
 FolderOption = Annotated[str | None, typer.Option("--cache", metavar="DIR", help="Default: the user's cache folder.")]
@@ -16,19 +17,19 @@ KeysArgument = Annotated[
 
 def list_cache(cache: FolderOption = None, debug: DebugOption = False) -> None:
     """What is kept: model, images, blocks, size; and how many listings of folders and shards."""
-    from mimref.features.shelf import feature_folder, list_entries, listings
+    from mimref.features.shelf import list_entries, listings
     from mimref.terminal import print_cache
 
-    folder = feature_folder(cache)
+    folder = _folder(cache)
     # A folder that was chosen holds features alone.
     print_cache(list_entries(folder), folder, None if cache else listings())
 
 
 def clear_cache(keys: KeysArgument = None, cache: FolderOption = None, debug: DebugOption = False) -> None:
     """Delete kept features, and listings of folders and shards."""
-    from mimref.features.shelf import clear, clear_listings, feature_folder, listings
+    from mimref.features.shelf import clear, clear_listings, listings
 
-    folder = feature_folder(cache)
+    folder = _folder(cache)
     passes = [key for key in keys or () if key != LISTINGS]
     if passes or not keys:
         freed, busy = clear(folder, passes)
@@ -41,9 +42,9 @@ def clear_cache(keys: KeysArgument = None, cache: FolderOption = None, debug: De
 
 def verify_cache(cache: FolderOption = None, debug: DebugOption = False) -> None:
     """Read all features that are kept and compare checksums; exit code 2 when something is damaged."""
-    from mimref.features.shelf import damaged_files, feature_folder
+    from mimref.features.shelf import damaged_files
 
-    folder = feature_folder(cache)
+    folder = _folder(cache)
     sound, damaged = 0, []
     for key, files in damaged_files(folder):
         damaged += [f"{key}/{file}" for file in files]
@@ -51,3 +52,12 @@ def verify_cache(cache: FolderOption = None, debug: DebugOption = False) -> None
     typer.echo(f"{sound} passes of encoders in {folder} are sound")
     if damaged:
         raise DataError(f"damaged: {', '.join(damaged)}; they are computed again when needed, or clear them")
+
+
+def _folder(chosen: str | None) -> Path:
+    from mimref.features.shelf import feature_folder
+
+    folder = feature_folder(chosen)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--cache {folder}: is a file; give a folder")
+    return folder

@@ -112,18 +112,24 @@ def evaluate_lowshot(
         check_shots(config.shots, train_y)
     elif not isinstance(inputs, EncoderInputs):
         raise ConfigError("--split-file names images, which --features does not; leave one of them out")
+    else:
+        _given_splits(config, inputs, np.arange(len(train_y)))
     rows: list[Row] = []
     groups = prepared(config, inputs)
-    for where, columns in groups if first_alone() else []:
-        train_y, test_y = check_labels(inputs)
-        draws = config.splits or (3 if len(train_y) >= MANY_IMAGES else 20)
+    if not first_alone():
+        return EvaluationResult(rows, time.monotonic() - started)
+    train_y, test_y = check_labels(inputs)
+    splits: int | list[list[int]] = config.splits or (3 if len(train_y) >= MANY_IMAGES else 20)
+    if config.split_files and isinstance(inputs, EncoderInputs):
+        splits = _given_splits(config, inputs, inputs.indices("train"))
+    for where, columns in groups:
         found = lowshot(
             inputs.matrix("train", columns),
             train_y,
             inputs.matrix("val", columns),
             test_y,
             shots=config.shots,
-            splits=_given_splits(config, inputs) if isinstance(inputs, EncoderInputs) and config.split_files else draws,
+            splits=splits,
             seed=config.seed,
             progress=partial(listener.progress, _label("logistic regressions", where)),
         )
@@ -309,10 +315,10 @@ def _label(work: str, where: Row) -> str:
     return f"{work} of block {blocks}" if blocks.isdigit() else work
 
 
-def _given_splits(config: LowshotConfig, inputs: EncoderInputs) -> list[list[int]]:
-    """Rows of the training features that each of the split files names."""
-    source, kept = inputs.source("train"), inputs.indices("train")
-    names = [source.path(int(index)) for index in kept]
+def _given_splits(config: LowshotConfig, inputs: EncoderInputs, images: Labels) -> list[list[int]]:
+    """Which of the training images, given by their positions in the data set, each of the split files names."""
+    source = inputs.source("train")
+    names = [source.path(int(index)) for index in images]
     return [rows.tolist() for rows in read_split_files(config.split_files, names)]
 
 

@@ -16,11 +16,6 @@ class _Line(NamedTuple):
     name: str
 
 
-def read_split_file(path: str | Path, names: Sequence[str]) -> NDArray[np.int64]:
-    """Training indices (n,) of the images that a file lists, in its order; see `read_split_files`."""
-    return read_split_files([path], names)[0]
-
-
 def read_split_files(paths: Sequence[str | Path], names: Sequence[str]) -> list[NDArray[np.int64]]:
     """Training indices of the images that each file lists, in its order.
 

@@ -352,6 +352,8 @@ def test_an_interrupted_probe_goes_on(
             ["cluster", "--split", "train", "--set", "data.train_limit=12", "--umap", "a.png"],
             "UMAP of 12 images: 15 neighbours need more",
         ),
+        (["lowshot", "--split-file", "nowhere.txt"], "nowhere.txt: No such file or directory; give a text file"),
+        (["knn", "--out", "there.png/results"], "there.png is a file; give another --out"),
         (["cluster", "--umap", "there.png"], "--umap there.png: exists; give another file, or --force"),
     ],
 )

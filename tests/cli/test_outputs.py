@@ -1,10 +1,13 @@
 """Output folders of evaluations: what they may hold already, and what their results say."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from mimref.cli import run
+from mimref.errors import OutputError
+from mimref.results import check_folder
 from tests.tiny import REFINE, arguments, results, write_labelled, write_weights
 
 CHEAP = ["--device", "cpu", "--workers", "0"]
@@ -75,3 +78,17 @@ def test_the_images_are_those_of_the_encoder_that_is_named(folder: Path, tmp_pat
         assert results(out)["config"]["data"]["spec"] == str(folder / "data")
     assert run(["knn", *CHEAP, "--cache", "off", "--out", str(tmp_path / "default")]) == 0
     assert results(tmp_path / "default")["config"]["data"]["spec"] == "digits"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_found_before_any_work(folder: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="cannot be written; give another --out"):
+        check_folder(tmp_path / "new" / "results", force=False)
+
+
+def test_a_cache_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for command in ("list", "clear", "verify"):
+        assert run(["cache", command, "--cache", str(tmp_path / "file")]) == 2
+        assert capsys.readouterr().err == f"mimref: error: --cache {tmp_path / 'file'}: is a file; give a folder\n"
