@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,12 +33,16 @@ def log(out: Path) -> list[dict[str, Any]]:
 
 
 def refine_all(weights: Path, data: Path, folder: Path) -> None:
-    """Runs that two ranks do: as a whole, in micro-batches, and the middle part of one that others begin and end."""
+    """Runs that two ranks do: as a whole, in micro-batches, and the beginning of one that others go on with."""
     refine(refine_config(weights, data, **SETTINGS), folder / "ranks")
     _rejoin(folder, "micro")
     refine(refine_config(weights, data, **SETTINGS, micro_batch=4), folder / "micro")
-    _rejoin(folder, "middle")
-    interrupted(refine_config(weights, data, **SETTINGS), folder / "handed on", 14, resume=True)
+    _rejoin(folder, "beginning")
+    interrupted(refine_config(weights, data, **SETTINGS), folder / "handed on", 5, resume=False)
+
+
+def end(weights: Path, data: Path, out: Path) -> None:
+    refine(refine_config(weights, data, **SETTINGS), out, resume=True)
 
 
 def _rejoin(folder: Path, name: str) -> None:
@@ -71,14 +76,15 @@ def interrupted(config: Any, out: Path, step: int, *, resume: bool) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of runs by one process and by two."""
+    """Folders of runs by one process, by two, and by two, one and two again."""
     folder = tmp_path_factory.mktemp("runs")
     weights, data = write_weights(folder / "base.safetensors"), write_labelled(folder / "data")
     config = refine_config(weights, data, **SETTINGS)
     refine(config, folder / "alone")
-    interrupted(config, folder / "handed on", 5, resume=False)
     run_ranks(refine_all, 2, folder / "group", weights, data, folder)
-    refine(config, folder / "handed on", resume=True)
+    interrupted(config, folder / "handed on", 14, resume=True)
+    shutil.copytree(folder / "handed on", folder / "before the end")
+    run_ranks(end, 2, folder / "end", weights, data, folder / "handed on")
     return folder
 
 
@@ -96,6 +102,13 @@ def test_the_same_run(runs: Path, name: str) -> None:
     for key, weight in alone.items():
         torch.testing.assert_close(other[key], weight, rtol=0, atol=1e-4)
     assert results(runs / name)["bad_images"] == [] and not (runs / name / "state").exists()
+
+
+@pytest.mark.slow
+def test_four_ranks_end_what_two_have_begun(runs: Path) -> None:
+    shutil.copytree(runs / "before the end", runs / "four")
+    run_ranks(end, 4, runs / "group of four", runs / "base.safetensors", runs / "data", runs / "four")
+    test_the_same_run(runs, "four")
 
 
 def run_out_of_memory(weights: Path, data: Path, out: Path) -> str:
