@@ -4,6 +4,7 @@ import errno
 import os
 import secrets
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -86,6 +87,23 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends without an error; see `atomic_path`."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
+
+
+def remove_halves(folder: Path, name: str) -> None:
+    """Delete what kills have left of writing `name`, which may have stars; it may be gigabytes."""
+    for half in folder.glob(f".{name}.*.tmp"):
+        half.unlink(missing_ok=True)
+
+
+def is_whole(file: BinaryIO) -> bool:
+    """Whether every member of a zip archive, such as `torch.save` writes, has the CRC-32 that was written with it.
+
+    torch checks none when it reads.
+    """
+    try:
+        return zipfile.ZipFile(file).testzip() is None
+    except Exception:  # whatever damage makes zipfile raise
+        return False
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mimref.config import DecoderConfig
-from mimref.encoders.vit import Encoder, check_blocks, sincos_positions
+from mimref.encoders.vit import Encoder, sincos_positions
 from mimref.errors import ConfigError
 
 # MAE's epsilon is not torch's default. timm annotates a class here, and calls whatever it gets.
@@ -91,18 +91,10 @@ def visible_tokens(
     first, then the patches in the order of `visible_BK`. final_norm: the last block's tokens pass the final LayerNorm,
     if the encoder has one. Raises ConfigError for a block outside 1..depth.
     """
-    check_blocks(indices, encoder.depth)
     patches_BND, prefix_positions = encoder.embed_patches(images)
     patches_BKD = patches_BND.gather(1, visible_BK[:, :, None].expand(-1, -1, patches_BND.shape[2]))
     tokens_BLD: Tensor = encoder.vit.norm_pre(encoder.add_prefix(patches_BKD, prefix_positions))
-    kept: dict[int, Tensor] = {}
-    for number, block in enumerate(encoder.vit.blocks[: max(indices)], start=1):
-        tokens_BLD = block(tokens_BLD)
-        if number in indices:
-            kept[number] = tokens_BLD
-    if final_norm and encoder.depth in kept:
-        kept[encoder.depth] = encoder.vit.norm(kept[encoder.depth])
-    return [kept[index] for index in indices]
+    return encoder.run_blocks(tokens_BLD, indices, final_norm=final_norm)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -197,8 +197,13 @@ class Encoder(nn.Module):
         all, or one per index, so that the last block can be had with and without.
         Raises ConfigError for a block outside 1..depth.
         """
+        return self.run_blocks(self.embed(images), indices, final_norm=final_norm)
+
+    def run_blocks(
+        self, tokens_BLD: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
+    ) -> list[Tensor]:
+        """As `blocks`, from the input of block 1 on, (B, L, D)."""
         check_blocks(indices, self.depth)
-        tokens_BLD = self.embed(images)
         kept: dict[int, Tensor] = {}
         again = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.vit.blocks[: max(indices)], start=1):

@@ -9,20 +9,19 @@ import os
 import shutil
 import signal
 import threading
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from mimref.config import RefineConfig, RunConfig, dump_config
 from mimref.data.sources import ImageSource, absolute_spec
 from mimref.errors import ConfigError, DataError, Interrupted, OutputError
-from mimref.files import atomic_write, write_bytes
+from mimref.files import atomic_write, is_whole, remove_halves, write_bytes
 from mimref.recipes import load_config
 from mimref.training.distributed import agree, gather_lists, is_this_launch, own_rank, restarted, this_launch
 from mimref.training.lock import folder_lock
@@ -162,11 +161,10 @@ class RunFolder:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from error
 
     def _remove_halves(self) -> None:
-        """Files whose writing a kill has cut short; a state may be gigabytes."""
-        for name in (*_OUR_FILES, "state/step*.pt"):
-            file = self.path / name
-            for half in file.parent.glob(f".{file.name}.*.tmp"):
-                half.unlink()
+        """Files whose writing a kill has cut short."""
+        for name in _OUR_FILES:
+            remove_halves(self.path, name)
+        remove_halves(self.path / "state", "step*.pt")
 
     def _compare(self, config: RunConfig) -> None:
         saved = load_config(type(config), str(self.path / "config.toml"))
@@ -231,7 +229,7 @@ def _read_state(file: Path) -> dict[str, Any] | None:
     """A state on the CPU; None when the file is no longer as torch.save has written it."""
     try:
         with open(file, "rb") as opened:
-            if not _is_whole(opened):
+            if not is_whole(opened):
                 return None
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -242,14 +240,6 @@ def _read_state(file: Path) -> dict[str, Any] | None:
         # Not damaged: there is no memory for it, or it was written by a torch that this one does not understand.
         raise _unreadable(file, str(error).partition("\n")[0] or type(error).__name__) from error
     return state
-
-
-def _is_whole(file: BinaryIO) -> bool:
-    """Whether every member of a zip archive has the CRC-32 that was written with it, as torch.save does."""
-    try:
-        return zipfile.ZipFile(file).testzip() is None
-    except Exception:  # whatever damage makes zipfile raise
-        return False
 
 
 def _unreadable(file: Path, reason: str | None) -> OutputError:
