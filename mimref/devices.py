@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mimref.errors import ConfigError
@@ -37,6 +38,15 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 def _has_bf16() -> bool:
     # Emulated, it is slower than float32.
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, whose copy the CPU does not wait for.
+
+    On CUDA that is certain of page-locked memory alone: of other memory, what is larger than the driver's buffer may be
+    waited for.
+    """
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def keep_freed_memory() -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mimref.config import ViewsConfig
 from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RGB
+from mimref.devices import send
 from mimref.draws import Operation, uniform
 
 _BLUR_TAPS = 23  # BYOL's kernel for 224 pixels; reaches 5.5 standard deviations of its widest blur
@@ -71,7 +72,7 @@ class Photometric:
         """Put `change(copies, rows)` in place of the chosen images; `change` may overwrite the copies it gets."""
         rows = chosen_N.nonzero().flatten()
         if len(rows):
-            rows = rows.to(self.device, non_blocking=True)
+            rows = send(rows, self.device)
             image.index_copy_(0, rows, change(image.index_select(0, rows), rows))
 
     def _flip(self, image: Tensor, draw: Tensor) -> None:
@@ -85,7 +86,7 @@ class Photometric:
         factor[:, :3] += 1
         order = draw[:, 5:9].argsort(dim=1)
         applied = draw[:, 0] < self.config.jitter_probability
-        factor = factor.to(self.device, non_blocking=True).view(-1, 4, 1, 1, 1)
+        factor = send(factor, self.device).view(-1, 4, 1, 1, 1)
         for slot in range(4):
             for operation in range(4):
                 if strength[operation] == 0:
@@ -95,7 +96,7 @@ class Photometric:
 
     def _blur(self, image: Tensor, draw: Tensor, view_N: Tensor) -> None:
         low, high = self.config.blur_sigma
-        sigma = (low + (high - low) * draw[:, 1]).to(self.device, non_blocking=True)
+        sigma = send(low + (high - low) * draw[:, 1], self.device)
         chosen = draw[:, 0] < self._by_view(self.config.blur_probability, view_N)
         self._change(image, chosen, lambda part, rows: gaussian_blur(part, sigma[rows]))
 
