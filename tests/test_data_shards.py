@@ -257,6 +257,9 @@ def test_shards_that_are_cut_off(tmp_path: Path) -> None:
         refused(tmp_path, r"a\.tar is no whole, uncompressed tar file \(.*\); get it anew, or leave it out")
     (tmp_path / "a.tar").write_bytes(whole[: end + 512])
     assert len(opened(tmp_path)) == 5
+    # Joined by `cat`: readers of tar files see the first part alone.
+    (tmp_path / "a.tar").write_bytes(whole + whole)
+    refused(tmp_path, r"a\.tar is no whole, .* \(something follows its end mark after 10 members\)")
 
 
 def test_shards_that_are_damaged_or_no_shards(tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def _samples(shard: str, where: str) -> Iterator[Sample]:
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no end mark after {len(archive.getmembers())} members")
+            # An archive is filled up with zeros to whole records.
+            if any(file.read(2 * tarfile.RECORDSIZE)):
+                raise tarfile.ReadError(f"something follows its end mark after {len(archive.getmembers())} members")
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise DataError(
