@@ -30,7 +30,10 @@ def check_folder(out: Path, force: bool) -> None:
 
     Also for one that cannot be made or written, as far as can be seen: what was measured is not to be lost for it.
     """
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    try:
+        there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    except OSError as error:
+        raise OutputError(f"{out}: {error.strerror}; give another --out") from error
     if not there.is_dir():
         raise OutputError(f"{out}: {there} is a file; give another --out")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -2,7 +2,9 @@
 
 import http.server
 import re
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from mimref.data.loader import view_batches
 from mimref.data.shards import ShardSource
 from mimref.data.sources import BadImage, absolute_spec, open_source
 from mimref.data.views import CropGroup
-from mimref.errors import DataError
+from mimref.errors import DataError, Interrupted
 from mimref.refinement.run import refine
 from tests.test_data_shards import labels_of, numbers, samples, write_shard
 from tests.tiny import Watcher, refine_config, saved_step, write_weights
@@ -29,18 +31,30 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     faults: dict[str, int]
     asked: list[tuple[str, str]]
 
+    def fails(self) -> bool:
+        """Whether this question is answered by an error."""
+        left = self.faults.get("errors", 0)
+        self.faults["errors"] = max(0, left - 1)
+        if left:
+            self.send_error(503)
+        return bool(left)
+
+    def do_HEAD(self) -> None:
+        self.asked.append((Path(self.path).name, "HEAD"))
+        if not self.fails():
+            super().do_HEAD()
+
     def do_GET(self) -> None:
         path = Path(self.translate_path(self.path))
+        time.sleep(self.faults.get("seconds", 0))
         part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         self.asked.append((path.name, self.headers.get("Range") or ""))
+        if self.fails():
+            return
         if part and self.faults.get("no parts"):
             part = None
         if part is None or not path.is_file():
             super().do_GET()
-            return
-        if self.faults.get("errors", 0) > 0:
-            self.faults["errors"] -= 1
-            self.send_error(503)
             return
         first, last = int(part[1]), int(part[2])
         content = path.read_bytes()
@@ -52,7 +66,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def end_headers(self) -> None:
         if self.command == "HEAD":
-            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Accept-Ranges", "none" if self.faults.get("says no parts") else "bytes")
             self.send_header("ETag", str(self.faults.get("version", 0)))
         super().end_headers()
 
@@ -110,7 +124,10 @@ def test_a_batch_is_asked_for_at_once_and_shards_are_read_through_once(
     assert {name for name, _ in server.asked} == {f"{number:03}.tar" for number in range(4)}
     server.asked.clear()
     again = opened(spec)
-    assert server.asked == [] and again.fingerprint == source.fingerprint
+    # The shards of one split are asked for twice, whether they are there and whether they have changed.
+    assert sorted(server.asked) == sorted([(f"{number:03}.tar", "HEAD") for number in range(4)] * 2)
+    assert again.fingerprint == source.fingerprint
+    server.asked.clear()
     batches = view_batches(again, [CropGroup(1, 8, (0.9, 1.0))], batch_size=11, seed=0, epochs=range(1), workers=2)
     seen = [int(low) for batch in batches for low in batch.crops[0][:, 0, 0, 0, 0]]
     assert sorted(seen) == sorted(number % 256 for number in numbers(source))
@@ -119,11 +136,16 @@ def test_a_batch_is_asked_for_at_once_and_shards_are_read_through_once(
     # A shard that has changed is looked through again.
     server.faults["version"] = 1
     server.asked.clear()
-    fsspec.filesystem("http").clear_instance_cache()
     assert opened(spec).fingerprint != source.fingerprint and server.asked
 
 
 def test_a_server_that_fails_for_a_while_is_asked_again(server: Server) -> None:
+    expected = opened(f"{server.url}/{{split}}/{{000..003}}.tar", "val")
+    # At most two tries of a file fail here, of which fsspec makes two questions each.
+    for errors in range(1, 5):
+        server.faults["errors"] = errors
+        source = opened(f"{server.url}/{{split}}/{{000..003}}.tar", "val")
+        assert (source.fingerprint, len(source)) == (expected.fingerprint, 16)
     source = opened(f"{server.url}/train/000.tar")
     server.faults["errors"] = 2
     assert numbers(source) == list(range(13))
@@ -151,9 +173,62 @@ def test_what_cannot_be_opened_is_told(server: Server) -> None:
         with pytest.raises(DataError, match=message) as caught:
             opened(spec)
         assert "\n" not in str(caught.value)
-    server.faults["no parts"] = 1
-    with pytest.raises(DataError, match=r"train/000\.tar: this server gives no parts of files; download the shards"):
-        opened(f"{server.url}/train/000.tar").read(0)
+    for fault in ("no parts", "says no parts"):
+        server.faults |= {"no parts": 0, "says no parts": 0, fault: 1}
+        with pytest.raises(
+            DataError, match=r"train/000\.tar: this server gives no parts of files; download the shards"
+        ):
+            opened(f"{server.url}/train/000.tar").read(0)
+    server.faults |= {"says no parts": 0, "errors": 10**6}
+    with pytest.raises(DataError, match=r"^http[^\n]*000\.tar: cannot be read from there \(503[^\n]*$"):
+        opened(f"{server.url}/train/000.tar")
+
+
+def test_validation_may_have_fewer_shards(server: Server, tmp_path: Path) -> None:
+    for number in (2, 3):
+        (tmp_path / "val" / f"{number:03}.tar").unlink()
+    for where in (server.url, str(tmp_path)):
+        spec = f"{where}/{{split}}/{{000..003}}.tar"
+        assert (len(opened(spec)), len(opened(spec, "val"))) == (33, 8)
+    (tmp_path / "val" / "000.tar").unlink()
+    with pytest.raises(DataError, match=r"no such shard: .*/val/000\.tar"):
+        opened(f"{server.url}/{{split}}/{{000..003}}.tar", "val")
+    (tmp_path / "train" / "003.tar").unlink()
+    with pytest.raises(DataError, match=r"no such shard: .*/train/003\.tar"):
+        opened(f"{server.url}/{{split}}/{{000..003}}.tar")
+
+
+def test_an_interruption_does_not_wait_for_the_server(server: Server) -> None:
+    server.faults["seconds"] = 30
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise Interrupted(signal.SIGALRM, "stopped")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    started = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        with pytest.raises(Interrupted):
+            opened(f"{server.url}/train/{{000..003}}.tar")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < 10
+
+
+def test_what_changes_with_reading_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"name": "a", "size": 7, "time": 1, "mtime": 5, "ETag": "x"}
+
+    class System:
+        def info(self, path: str) -> dict[str, Any]:
+            return told
+
+    monkeypatch.setattr(remote, "_system", lambda url: (System(), url))
+    first = remote.states(["sftp://a"])
+    told |= {"time": 2, "name": "b"}
+    assert remote.states(["sftp://a"]) == first and first[0][0] == 7
+    told["mtime"] = 6
+    assert remote.states(["sftp://a"]) != first
 
 
 def test_stars_where_the_file_system_lists_folders(tmp_path: Path) -> None:

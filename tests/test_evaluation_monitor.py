@@ -20,6 +20,8 @@ from mimref.evaluation.blocks import feature_statistics
 from mimref.evaluation.knn import knn_accuracy
 from mimref.evaluation.monitor import CollapseWatch, KnnMonitor, _subset
 from mimref.features.extract import Features, extract
+from mimref.training.distributed import own_rank
+from tests.ranks import run_ranks
 from tests.tiny import write_images, write_labelled, write_unlabelled
 
 CPU = torch.device("cpu")
@@ -202,3 +204,18 @@ def test_unlabelled_runs_watch_the_variance() -> None:
     watch = CollapseWatch({"feature_variance": 1.0})
     assert watch.warning({"feature_variance": 0.5}) is None
     assert watch.warning({"feature_variance": 0.01}) is not None
+
+
+def check_on_rank(folder: str) -> tuple[dict[str, float], list[str]]:
+    """The check of a rank whose machine has its own validation images, and what it notes."""
+    notes: list[str] = []
+    return monitor(f"{folder}/{own_rank()}", k=5, note=notes.append).check(encoder()), notes
+
+
+def test_ranks_that_see_other_validation_images_search_none(tmp_path: Path) -> None:
+    write_labelled(tmp_path / "0")
+    write_labelled(tmp_path / "1")
+    (tmp_path / "1" / "val" / "a" / "000.png").unlink()
+    for values, notes in run_ranks(check_on_rank, 2, tmp_path / "group", str(tmp_path)):
+        assert values.keys() == {"feature_variance", "effective_rank"}
+        assert notes == ["no k-NN on the validation images: processes see [15, 16] of them"]

@@ -14,7 +14,7 @@ from mimref.data.views import CropGroup
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
 from mimref.recipes import load_config
-from mimref.refinement.memory import check_exact, largest_that_fits, try_step
+from mimref.refinement.memory import check_exact, half, largest_that_fits, try_step
 from mimref.refinement.run import refine
 from mimref.refinement.step import RefinementStep
 from tests.steps import IMAGES, make_batch, make_step, weights
@@ -196,6 +196,9 @@ def test_the_largest_that_fits() -> None:
 
     with pytest.raises(ConfigError, match="out of memory with a single image per encoder pass; lower batch_size"):
         largest_that_fits(never, 4)
+    assert [half(size) for size in (2, 3, 12)] == [1, 2, 6]
+    with pytest.raises(ConfigError, match="out of memory with a single image per encoder pass"):
+        half(1)
 
 
 def test_a_trial_leaves_nothing_behind() -> None:

@@ -274,7 +274,8 @@ def probe(
     from mimref.terminal import Terminal
     from mimref.training.distributed import process_group
 
-    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
+    advice = "--resume continues the probe" if state else "run it again, with --out to be able to --resume it"
+    with process_group(config.device, advice=advice) as rank, Terminal(quiet or rank > 0) as terminal:
         result = evaluate_probe(config, state=state, listener=terminal)
     if rank > 0:
         return

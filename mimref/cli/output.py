@@ -1,5 +1,6 @@
 """What evaluations print and write."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ def print_finished(out: Path, command: str) -> bool:
     """Print the results of a run of this command that is finished already; False when it is not."""
     if not (out / "results.json").is_file():
         return False
+    if os.environ.get("RANK", "0") != "0":
+        return True  # the first process of torchrun's speaks
     from mimref.results import read_results
     from mimref.terminal import print_rows
 

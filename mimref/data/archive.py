@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mimref.data.decode import one_line, printable
-from mimref.data.remote import is_remote, open_whole, unreachable
+from mimref.data.remote import is_remote, no_parts, open_whole, unreachable
 from mimref.errors import DataError, UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -41,47 +41,47 @@ def samples_with_images(shard: str, where: str) -> list[Sample]:
     except UserError:
         raise
     except Exception as error:
-        if not is_remote(shard):
+        # Whatever the client of a remote file system raises; of a local file, an error of ours is none of the file's.
+        if is_remote(shard) and not isinstance(error, tarfile.TarError | EOFError):
+            raise no_parts(shard) if isinstance(error, ValueError) else unreachable(shard, error) from error
+        if not isinstance(error, OSError | tarfile.TarError | EOFError | ValueError):
             raise
-        raise unreachable(shard, error) from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise DataError(
+            f"{where}: {printable(shard)} is no whole, uncompressed tar file ({reason}); get it anew, or leave it out"
+        ) from error
 
 
 def _samples(shard: str, where: str) -> Iterator[Sample]:
     """The samples of one shard, with their labels."""
     shown = printable(shard)
-    try:
-        with (
-            open_whole(shard) if is_remote(shard) else open(shard, "rb") as file,
-            tarfile.open(fileobj=file, mode="r:") as archive,
-        ):
-            sample = Sample("", {})
-            for member in archive:
-                _check(member, shown, where)
-                match = _MEMBER.fullmatch(member.name) if member.isfile() else None
-                if match is None:
-                    continue
-                key, ending = match.groups()
-                if key != sample.key:
-                    yield sample
-                    sample = Sample(key, {})
-                if (kind := ending.lower()) in sample.parts:
-                    raise DataError(f"{where}: {shown} holds {printable(member.name)} twice")
-                sample.parts[kind] = member
-                if kind == "cls" or (kind == "json" and sample.label is None):
-                    sample.label = _label(archive, member, kind, f"{where}: {shown}/{printable(member.name)}")
-            yield sample
-            # tarfile takes whatever is no header for the end of the archive.
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no end mark after {len(archive.getmembers())} members")
-            # An archive is filled up with zeros to whole records.
-            if any(file.read(2 * tarfile.RECORDSIZE)):
-                raise tarfile.ReadError(f"something follows its end mark after {len(archive.getmembers())} members")
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise DataError(
-            f"{where}: {shown} is no whole, uncompressed tar file ({reason}); get it anew, or leave it out"
-        ) from error
+    with (
+        open_whole(shard) if is_remote(shard) else open(shard, "rb") as file,
+        tarfile.open(fileobj=file, mode="r:") as archive,
+    ):
+        sample = Sample("", {})
+        for member in archive:
+            _check(member, shown, where)
+            match = _MEMBER.fullmatch(member.name) if member.isfile() else None
+            if match is None:
+                continue
+            key, ending = match.groups()
+            if key != sample.key:
+                yield sample
+                sample = Sample(key, {})
+            if (kind := ending.lower()) in sample.parts:
+                raise DataError(f"{where}: {shown} holds {printable(member.name)} twice")
+            sample.parts[kind] = member
+            if kind == "cls" or (kind == "json" and sample.label is None):
+                sample.label = _label(archive, member, kind, f"{where}: {shown}/{printable(member.name)}")
+        yield sample
+        # tarfile takes whatever is no header for the end of the archive.
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no end mark after {len(archive.getmembers())} members")
+        # An archive is filled up with zeros to whole records.
+        if any(file.read(2 * tarfile.RECORDSIZE)):
+            raise tarfile.ReadError(f"something follows its end mark after {len(archive.getmembers())} members")
 
 
 def _check(member: tarfile.TarInfo, shown: str, where: str) -> None:

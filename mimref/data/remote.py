@@ -5,9 +5,10 @@ credentials where those look for them.
 """
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from typing import IO, Any, TypeVar
 
 import fsspec
@@ -17,8 +18,27 @@ from mimref.errors import DataError
 
 THREADS = 16
 """Questions to a server at a time."""
+
 WAITS_S = (1.0, 2.0, 4.0, 8.0)
 """Before a server that has not answered is asked again."""
+
+GONE = (-2, -2)
+"""State of a file that is not there."""
+
+# Parts of the names by which file systems tell what goes with a file's content; times of access do not.
+_OF_CONTENT = (
+    "etag",
+    "md5",
+    "crc",
+    "sha",
+    "digest",
+    "checksum",
+    "generation",
+    "version",
+    "mtime",
+    "modified",
+    "commit",
+)
 
 _T = TypeVar("_T")
 
@@ -32,38 +52,63 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def exist(urls: Sequence[str]) -> list[bool]:
-    """Which of the files are there. Raises DataError for a file system that is not installed, or does not answer."""
-
-    def is_there(url: str) -> bool:
-        try:
-            return bool(_info(url))
-        except FileNotFoundError:
-            return False
-
-    return list(at_once(is_there, urls, patient=False))
-
-
 def states(urls: Sequence[str]) -> list[tuple[int, int]]:
-    """Size in bytes of every file, and a number that changes with its content, as far as the server tells."""
+    """Size in bytes of every file, and a number that changes with its content, as far as the server tells; or GONE.
+
+    Raises DataError for a file system that is not installed, or a server that does not answer.
+    """
     return list(at_once(_state, urls))
 
 
-def at_once(ask: Callable[[str], _T], urls: Iterable[str], *, patient: bool = True) -> Iterator[_T]:
-    """What `ask` says of every file, in order; of some at a time. patient: ask a server again that does not answer."""
+def at_once(ask: Callable[[str], _T], urls: Iterable[str]) -> Iterator[_T]:
+    """What `ask` says of every file, in order; of some at a time. A server that does not answer is asked again.
 
-    def patiently(url: str) -> _T:
-        for wait in (*(WAITS_S if patient else ()), None):
+    Whoever stops listening, or is interrupted, does not wait for answers that are under way.
+    """
+    jobs: SimpleQueue[tuple[int, str]] = SimpleQueue()
+    answers: SimpleQueue[tuple[int, _T | None, Exception | None]] = SimpleQueue()
+    count = 0
+    for url in urls:
+        jobs.put((count, url))
+        count += 1
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
             try:
-                return ask(url)
-            except UnreachableError:
-                if wait is None:
-                    raise
-                time.sleep(wait)
-        raise AssertionError("the last try has ended")
+                number, url = jobs.get_nowait()
+            except Empty:
+                return
+            try:
+                answers.put((number, _patiently(ask, url, stop), None))
+            except Exception as error:
+                answers.put((number, None, error))
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        yield from pool.map(patiently, urls)
+    for _ in range(min(THREADS, count)):
+        # Python waits at its exit for those of a pool, but not for these.
+        threading.Thread(target=work, daemon=True).start()
+    early: dict[int, tuple[_T | None, Exception | None]] = {}
+    try:
+        for number in range(count):
+            while number not in early:
+                came, answer, failure = answers.get()
+                early[came] = answer, failure
+            told, error = early.pop(number)
+            if error is not None:
+                raise error
+            yield told  # type: ignore[misc]  # there is an answer where there is no error
+    finally:
+        stop.set()
+
+
+def _patiently(ask: Callable[[str], _T], url: str, stop: threading.Event) -> _T:
+    for wait in WAITS_S:
+        try:
+            return ask(url)
+        except UnreachableError:
+            if stop.wait(wait):
+                raise
+    return ask(url)
 
 
 def expand(pattern: str) -> list[str]:
@@ -76,9 +121,20 @@ def expand(pattern: str) -> list[str]:
 
 
 def open_whole(url: str) -> IO[bytes]:
-    """A file to be read from end to end; seeking skips what is already on its way."""
+    """A file to be read from end to end; seeking skips what is already on its way.
+
+    Raises FileNotFoundError, UnreachableError, and DataError for a server that gives no parts of files.
+    """
     system, path = _system(url)
-    opened: IO[bytes] = system.open(path, "rb", cache_type="readahead")
+    try:
+        opened: IO[bytes] = system.open(path, "rb", cache_type="readahead")
+    except Exception as error:  # whatever the file system's client raises
+        raise _translated(url, error) from error
+    try:
+        opened.seek(1)
+        opened.seek(0)
+    except ValueError as error:
+        raise no_parts(url) from error
     return opened
 
 
@@ -119,12 +175,14 @@ def _try(
     worst: Exception | None = None
     for number, part in zip(missing, parts, strict=True):
         wanted = ends[number] - starts[number]
-        if isinstance(part, FileNotFoundError):
-            found[number] = part
-        elif isinstance(part, Exception):
-            worst = part
+        if isinstance(part, Exception):
+            translated = _translated(urls[number], part)
+            if isinstance(translated, FileNotFoundError):
+                found[number] = translated
+            else:
+                worst = part
         elif len(part) > wanted:
-            raise DataError(f"{printable(urls[number])}: this server gives no parts of files; download the shards")
+            raise no_parts(urls[number])
         elif len(part) < wanted:
             worst = EOFError(f"{len(part)} of {wanted} bytes came")
         else:
@@ -133,24 +191,16 @@ def _try(
 
 
 def _state(url: str) -> tuple[int, int]:
-    info = _info(url)
-    told = sorted((key, str(value)) for key, value in info.items() if key not in ("name", "url"))
-    return int(info.get("size") or -1), int.from_bytes(hashlib.sha256(repr(told).encode()).digest()[:5])
-
-
-def _info(url: str) -> Mapping[str, Any]:
-    """What the server says of a file. Raises FileNotFoundError, and UnreachableError."""
     system, path = _system(url)
     try:
         info: Mapping[str, Any] = system.info(path)
-    except FileNotFoundError as error:
-        # fsspec's http says so too when nobody answers.
-        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
-            raise unreachable(url, error.__cause__) from error
-        raise
     except Exception as error:  # whatever the file system's client raises
-        raise unreachable(url, error) from error
-    return info
+        translated = _translated(url, error)
+        if isinstance(translated, FileNotFoundError):
+            return GONE
+        raise translated from error
+    told = sorted((key, str(value)) for key, value in info.items() if any(part in key.lower() for part in _OF_CONTENT))
+    return int(info.get("size") or -1), int.from_bytes(hashlib.sha256(repr(told).encode()).digest()[:5])
 
 
 def _system(url: str) -> tuple[Any, str]:
@@ -165,6 +215,21 @@ def _system(url: str) -> tuple[Any, str]:
     return system, str(path)
 
 
-def unreachable(url: str, error: Exception) -> UnreachableError:
+def _translated(url: str, error: Exception) -> FileNotFoundError | UnreachableError:
+    """What an error of a file system's client means. fsspec's http calls whatever goes wrong a missing file."""
+    if isinstance(error, FileNotFoundError):
+        cause = error.__cause__
+        if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
+            return error
+        return unreachable(url, cause)
+    return unreachable(url, error)
+
+
+def unreachable(url: str, error: BaseException) -> UnreachableError:
     """What to raise for an error of a file system's client, which may be of any type."""
     return UnreachableError(f"{printable(url)}: cannot be read from there ({one_line(error)})")
+
+
+def no_parts(url: str) -> DataError:
+    """What to raise for a server from which files can only be had as a whole."""
+    return DataError(f"{printable(url)}: this server gives no parts of files; download the shards")

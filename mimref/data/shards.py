@@ -34,7 +34,7 @@ from mimref.data.images import NoSplitError, Split
 from mimref.data.kept import SLOW_S, Arrays, Progress, finding_out, keep, recall, settled, told_late
 from mimref.data.labels import Written
 from mimref.data.paths import PathList
-from mimref.data.remote import at_once, exist, expand, is_remote, read_parts, states
+from mimref.data.remote import GONE, at_once, expand, is_remote, read_parts, states
 from mimref.data.splits import Indices
 from mimref.errors import DataError
 
@@ -112,7 +112,7 @@ class ShardSource:
         """Over names, sizes and modification times of the shards, which images of theirs, and labels."""
         places = self.places
         digest = hashlib.sha256()
-        for shard, (size, modified_ns) in zip(places.shards, _states(places.shards).tolist(), strict=True):
+        for shard, (size, modified_ns) in zip(places.shards, places.states.tolist(), strict=True):
             digest.update(os.fsencode(os.path.basename(shard)) + f"\0{size}\0{modified_ns}\n".encode())
         for array in (places.shard, places.offsets, places.sizes):
             digest.update(array.tobytes())
@@ -136,12 +136,15 @@ class Places:
     """(N,) name in the shard."""
     written: Written | None
     """Labels, as the shards have them."""
+    states: Indices
+    """(number of shards, 2): size and time of modification when they were opened."""
 
     def take(self, rows: Indices) -> "Places":
         """Those of some images."""
         written = None if self.written is None else self.written.take(rows)
         members = self.members.take(rows)
-        return Places(self.shards, self.shard[rows], self.offsets[rows], self.sizes[rows], members, written)
+        shard, offsets, sizes = self.shard[rows], self.offsets[rows], self.sizes[rows]
+        return Places(self.shards, shard, offsets, sizes, members, written, self.states)
 
 
 def open_shards(spec: str, split: Split, progress: Progress | None = None) -> ShardSource:
@@ -155,7 +158,7 @@ def open_shards(spec: str, split: Split, progress: Progress | None = None) -> Sh
     places = _find(shards, where, progress)
     labels, classes = None, None
     if places.written is not None and (split == "train" or reference is not None):
-        known = _find(reference, where, progress).written if reference else None
+        known = _find(reference, where, progress).written if reference and split == "val" else None
         classes = (known or places.written).classes()
         labels = places.written.numbered(classes, where)
     return ShardSource(printable(spec), places, labels, classes)
@@ -177,34 +180,39 @@ def _shards(pattern: str, split: Split, where: str) -> tuple[list[str], list[str
         if not found:
             raise DataError(f"{where}: no shards there (*.tar)" if folder else f"{where}: no file has such a name")
         return found, None
-    of_split = {}
-    for name in ("train", *HELD_OUT):
+
+    def of_split(name: str) -> list[str]:
         named = pattern.replace("{split}", name) if not inner else os.path.join(escape(pattern), name, "*.tar")
-        of_split[name] = _expand(named, where, missing_ok=True)
-    held = next((of_split[name] for name in HELD_OUT if of_split[name]), [])
-    chosen = of_split["train"] if split == "train" else held
+        return _expand(named, where, of=name)
+
+    train = of_split("train")
+    held = (of_split(name) for name in HELD_OUT if split == "val")
+    chosen = train if split == "train" else next((found for found in held if found), [])
     if not chosen:
         raise NoSplitError(f"{where}: no shards of {'train' if split == 'train' else 'val, validation or test'}")
-    return chosen, of_split["train"]
+    return chosen, train
 
 
-def _expand(pattern: str, where: str, *, missing_ok: bool = False) -> list[str]:
+def _expand(pattern: str, where: str, *, of: str | None = None) -> list[str]:
     """Paths that a pattern stands for: in the order of its braces, and sorted where it has stars.
 
-    Raises DataError when some of the paths that braces name are missing; when all are, unless `missing_ok`.
+    Raises DataError for paths that braces name and that are missing. Of a split, `of`, all may be, and of held-out
+    images, which are fewer, the last ones.
     """
-    found: list[str] = []
-    missing: list[str] = []
-    paths = list(_unbrace(pattern))
-    there = exist(paths) if is_remote(pattern) and not has_magic(pattern) else map(os.path.exists, paths)
-    for path, is_there in zip(paths, there, strict=True):
-        if has_magic(path):
-            found += expand(path) if is_remote(path) else sorted(glob(path))
+    named: list[list[str]] = []
+    literal = [path for path in _unbrace(pattern) if not has_magic(path)]
+    there = dict(zip(literal, _states(PathList.pack(literal))[:, 0] != GONE[0], strict=True)) if literal else {}
+    for path in _unbrace(pattern):
+        if path in there:
+            named.append([path] if there[path] else [])
         else:
-            (found if is_there else missing).append(path)
-    if missing and (found or not missing_ok):
+            named.append(expand(path) if is_remote(path) else sorted(glob(path)))
+    found = list(dict.fromkeys(path for paths in named for path in paths))
+    missing = [path for path in literal if not there[path]]
+    at_the_end = literal[len(literal) - len(missing) :] == missing
+    if missing and not (of and not found) and not (of in HELD_OUT and at_the_end):
         raise DataError(f"{where}: no such shard: {printable(missing[0])}")
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _unbrace(pattern: str) -> Iterator[str]:
@@ -241,12 +249,12 @@ def _find(shards: list[str], where: str, progress: Progress | None) -> Places:
 
 
 def _look_and_keep(of: bytes, shards: PathList, where: str, progress: Progress | None) -> Places:
-    states, looked_ns = _states(shards), time.time_ns()
+    found, looked_ns = _states(shards), time.time_ns()
     started = time.monotonic()
-    places = _look(shards, where, told_late("listing images, shard by shard", progress))
+    places = _look(shards, found, where, told_late("listing images, shard by shard", progress))
     if len(places.members) >= CACHED_FROM or time.monotonic() - started > SLOW_S:
-        states[:, 1] = [settled(modified_ns, looked_ns) for modified_ns in states[:, 1].tolist()]
-        _save(of, places, states)
+        times = [settled(modified_ns, looked_ns) for modified_ns in found[:, 1].tolist()]
+        _save(of, places, np.stack([found[:, 0], np.array(times, dtype=np.int64)], axis=1))
     return places
 
 
@@ -259,11 +267,11 @@ def _state(shard: str) -> tuple[int, int]:
     try:
         status = os.stat(shard)
     except OSError:
-        return -2, -2
+        return GONE
     return status.st_size, status.st_mtime_ns
 
 
-def _look(shards: PathList, where: str, tell: Callable[[int, int], None]) -> Places:
+def _look(shards: PathList, found: Indices, where: str, tell: Callable[[int, int], None]) -> Places:
     """Read the shards' headers, one shard after the other; `tell` how many are done, of how many."""
     shard, offsets, sizes = [], [], []
     members: list[str] = []
@@ -288,7 +296,7 @@ def _look(shards: PathList, where: str, tell: Callable[[int, int], None]) -> Pla
             raise DataError(f"{where}: {name} has no label (.cls, or label in .json), though other images have")
         written = Written.of(given)
     shard_N, offset_N, size_N = (np.array(values, dtype=np.int64) for values in (shard, offsets, sizes))
-    return Places(shards, shard_N, offset_N, size_N, PathList.pack(members), written)
+    return Places(shards, shard_N, offset_N, size_N, PathList.pack(members), written, found)
 
 
 # --- the places in the cache
@@ -313,8 +321,9 @@ def _load(of: bytes, shards: PathList) -> Places | None:
     kept = recall("shards", of)
     if kept is None or not kept.keys() >= {"states", "shard", "offsets", "sizes", "members", "member_ends"}:
         return None
-    if not np.array_equal(kept["states"], _states(shards)):
+    found = _states(shards)
+    if not np.array_equal(kept["states"], found):
         return None
     written = Written([str(name) for name in kept["names"]], kept["codes"]) if "codes" in kept else None
     members = PathList(kept["members"], kept["member_ends"])
-    return Places(shards, kept["shard"], kept["offsets"], kept["sizes"], members, written)
+    return Places(shards, kept["shard"], kept["offsets"], kept["sizes"], members, written, found)

@@ -18,6 +18,7 @@ from mimref.evaluation.blocks import feature_statistics
 from mimref.evaluation.knn import knn_accuracy
 from mimref.evaluation.metrics import check_features
 from mimref.features.extract import Features, extract
+from mimref.training.distributed import gather_lists
 
 
 def _subset(source: ImageSource, most: int) -> Chosen:
@@ -52,6 +53,16 @@ def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], Non
     return None
 
 
+def _agreed(val: ImageSource | None, note: Callable[[str], None] | None) -> ImageSource | None:
+    """The validation images that all ranks see, which share the search among them; else None, for all."""
+    counts = set(gather_lists([0 if val is None else len(val)]))
+    if len(counts) > 1:
+        if note is not None:
+            note(f"no k-NN on the validation images: processes see {sorted(counts)} of them")
+        return None
+    return val
+
+
 class KnnMonitor:
     """Features of the last block on a fixed subset of training and validation images.
 
@@ -73,7 +84,7 @@ class KnnMonitor:
         self.k = config.evaluate.knn_k
         self.max_bad, self.workers = config.data.max_bad, config.workers
         self.train = _subset(train, config.monitor.knn_samples)
-        val = _validation(config, train, note)
+        val = _agreed(_validation(config, train, note), note)
         self.test = None if val is None else _subset(val, -(-config.monitor.knn_samples // 4))
 
     def check(self, encoder: Encoder) -> dict[str, float]:

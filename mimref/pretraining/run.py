@@ -211,12 +211,12 @@ def pretrain(
     with stop_signal() as stop, folder.locked(resume=resume, force=force):
         run = Pretraining(config, folder, listener)
         state = folder.load_state(listener) if resume else None
-        config = reloadable(config)
-        folder.prepare(config, resume=resume, force=force)
         check_ranks(state, run.source)
         if state:
             check_images(state, run.source, listener)
             run.resume(state)
+        config = reloadable(config)
+        folder.prepare(config, resume=resume, force=force)
         with closing(open_log(config, out, state)) as run.log:
             del state  # as large as the run itself
             train(run, run.batches(), stop, listener, log_every=config.monitor.log_every)

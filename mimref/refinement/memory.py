@@ -39,12 +39,17 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
         except torch.OutOfMemoryError:
             pass  # the exception holds on to the tensors: leave it before trying again
         release_memory()
-        if size == 1:
-            raise ConfigError(
-                "out of memory with a single image per encoder pass; lower batch_size, the number of local views or "
-                "heads.queue_size, or set activation_checkpointing=true"
-            )
-        size = -(-size // 2)
+        size = half(size)
+
+
+def half(size: int) -> int:
+    """What to try when micro-batches of `size` do not fit. Raises ConfigError for those of a single image."""
+    if size == 1:
+        raise ConfigError(
+            "out of memory with a single image per encoder pass; lower batch_size, the number of local views or "
+            "heads.queue_size, or set activation_checkpointing=true"
+        )
+    return -(-size // 2)
 
 
 def release_memory() -> None:

@@ -11,7 +11,7 @@ from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_b
 from mimref.data.views import multi_crop
 from mimref.errors import ConfigError
 from mimref.evaluation.monitor import CollapseWatch
-from mimref.refinement.memory import release_memory
+from mimref.refinement.memory import half, release_memory
 from mimref.refinement.schedule import StageName, loss_weights
 from mimref.refinement.shared import Refinement
 from mimref.refinement.step import StepValues, monitored_values
@@ -118,7 +118,7 @@ class Stage:
         release_memory()
         stepper = self.run.stepper
         tried = min(stepper.micro_batch or stepper.most_images, stepper.most_images)
-        less = -(-tried // 2)
+        less = half(tried)
         # Other ranks are in the middle of a step, and would not take part in trying less.
         alone = world_size() == 1
         fits = self.run.largest_micro_batch(less, reserve=self.moments_to_come()) if alone else less

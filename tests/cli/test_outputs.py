@@ -62,6 +62,9 @@ def test_resume_of_a_finished_probe_prints_its_results(
     monkeypatch.setattr("mimref.evaluation.run.evaluate_probe", None)
     assert run(line("probe", folder, *PROBE, "--out", str(tmp_path), "--resume")) == 0
     assert capsys.readouterr().out == table and (tmp_path / "results.json").read_bytes() == before
+    monkeypatch.setenv("RANK", "1")
+    assert run(line("probe", folder, *PROBE, "--out", str(tmp_path), "--resume")) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_the_images_are_those_of_the_encoder_that_is_named(folder: Path, tmp_path: Path) -> None:
@@ -78,6 +81,11 @@ def test_the_images_are_those_of_the_encoder_that_is_named(folder: Path, tmp_pat
         assert results(out)["config"]["data"]["spec"] == str(folder / "data")
     assert run(["knn", *CHEAP, "--cache", "off", "--out", str(tmp_path / "default")]) == 0
     assert results(tmp_path / "default")["config"]["data"]["spec"] == "digits"
+
+
+def test_names_that_no_folder_can_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line("knn", folder, "--out", "x" * 300)) == 2
+    assert capsys.readouterr().err.endswith(f"{'x' * 300}: File name too long; give another --out\n")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
