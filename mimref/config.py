@@ -267,8 +267,10 @@ class CommandConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA, fp32 elsewhere."""
     workers: int | None = Field(default=None, ge=0)
-    """Loader processes; None: 0 for images in memory, else one per core that this process may use, at most 16. Processes
-    of torchrun's on one machine share its cores."""
+    """Loader processes; None: 0 for images in memory, else one per core that this process may use, at most 16.
+
+    torchrun's processes on one machine share its cores.
+    """
     data: DataConfig = DataConfig()
 
 
