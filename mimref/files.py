@@ -25,6 +25,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MIMREF_CACHE") or os.path.join(home, "mimref"))
 
 
+def acquire(file: Path, timeout_s: float) -> FileLock:
+    """Hold a lock file, of which the system lets go when the process dies.
+
+    Raises filelock's Timeout when another process holds it for longer, OSError where no lock can be had.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=timeout_s)
+    except NotImplementedError as error:
+        # So filelock calls a file system that has no locks; to us it is one more file that cannot be used.
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(file)) from error
+    return lock
+
+
+def release(lock: FileLock, file: Path) -> None:
+    """Let go of a lock, and remove its file."""
+    with suppress(OSError):
+        file.unlink()  # before others can have it: they would hold a file that is no longer there
+    lock.release()
+
+
 @contextmanager
 def one_at_a_time(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Make `path` while no other process does: those wait, and should then look whether it is there.
@@ -35,24 +56,22 @@ def one_at_a_time(path: Path, waiting: Callable[[], None] | None = None) -> Iter
     nobody waits. Folders that are made for it stay: other processes may be waiting in them.
     """
     file = path.with_name(f".{path.name}.lock")
-    lock = FileLock(file)
+    lock = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        while not lock.is_locked:
+        while lock is None:
             try:
-                lock.acquire(timeout=WAITING_S)
+                lock = acquire(file, WAITING_S)
             except Timeout:
                 if waiting is not None:
                     waiting()
-    except (OSError, NotImplementedError):  # the latter for a file system without locks
+    except OSError:
         yield
         return
     try:
         yield
     finally:
-        with suppress(OSError):
-            file.unlink()  # before others can have it: they would hold a file that is no longer there
-        lock.release()
+        release(lock, file)
 
 
 @contextmanager

@@ -5,10 +5,15 @@ import os
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
+from filelock import FileLock
 
 from mimref.errors import OutputError
-from mimref.files import atomic_path, atomic_write, write_bytes
+from mimref.features.cache import FeatureCache
+from mimref.features.extract import Batch, Column
+from mimref.files import atomic_path, atomic_write, one_at_a_time, write_bytes
+from mimref.training.lock import folder_lock
 
 
 def test_writes_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -88,3 +93,20 @@ def test_a_library_error_on_a_full_disk_is_recognised(tmp_path: Path, monkeypatc
     monkeypatch.setattr("mimref.files._disk_is_full", lambda folder: True)
     with pytest.raises(OutputError, match="No space left"), atomic_path(tmp_path / "file"):
         raise RuntimeError("writer failed")
+
+
+def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with one_at_a_time(tmp_path / "a"):
+        pass  # nobody waits
+    with pytest.raises(OutputError, match="cannot be written"), folder_lock(tmp_path / "run"):
+        pytest.fail("a folder that cannot be locked is not to be used")
+    notes: list[str] = []
+    cache = FeatureCache(tmp_path / "cache", note=notes.append)
+    batch = Batch(1, [0], [], [np.ones((1, 3), dtype=np.float32)])
+    stored = cache.columns({"images": 1}, [Column(1, "cls")], lambda columns, start: iter([batch]))
+    assert stored.columns[Column(1, "cls")].tolist() == [[1, 1, 1]]
+    assert len(notes) == 1 and "cannot be written" in notes[0] and "features are kept in memory" in notes[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from mimref import files
 from mimref.cli import run
@@ -121,7 +122,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_a_finished_run_there_is
     def read_only(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(lock.FileLock, "acquire", read_only)
+    monkeypatch.setattr(FileLock, "acquire", read_only)
     assert refine(tiny.config, tiny.whole, resume=True).elapsed_s > 0
     with pytest.raises(OutputError, match=r"out: cannot be written \(Read-only file system\); give another --out"):
         refine(tiny.config, tmp_path / "out")

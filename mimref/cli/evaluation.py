@@ -202,10 +202,8 @@ def cluster(
     overrides |= {"metrics": parse_names(metrics), "runs": runs, "split": split, "classes": classes}
     config = load_config(ClusterConfig, None, overrides, sets or ())
     check_out(out, force)
-    if umap is not None and umap.suffix.lower() != ".png":
-        raise ConfigError(f"--umap {umap}: a figure is written as PNG; give a file that ends in .png")
-    if umap is not None and umap.exists() and not force:
-        raise OutputError(f"--umap {umap}: exists; give another file, or --force to replace it")
+    if umap is not None:
+        _check_figure(umap, force)
 
     from mimref.evaluation.run import evaluate_cluster
     from mimref.terminal import Terminal
@@ -262,13 +260,10 @@ def probe(
     overrides |= common(data, device, precision, seed, workers)
     overrides |= {"cached": cached or None, "probe.epochs": epochs, "probe.batch_size": batch_size}
     config = load_config(ProbeConfig, preset, overrides | {"probe.select": select}, sets or ())
-    state = out / "state" / "probe.pt" if out else None
-    if resume and state is None:
-        raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
     if resume and out and print_finished(out, config.command):
         return
     check_out(out, force)
-    _check_unfinished(state, resume=resume, force=force)
+    state = _state_file(out, resume=resume, force=force)
 
     from mimref.evaluation.run import evaluate_probe
     from mimref.terminal import Terminal
@@ -293,11 +288,22 @@ def _draw_embedding(file: Path, embedding: "Embedding", rows: Sequence["Row"]) -
     plot_embedding(file, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)
 
 
-def _check_unfinished(state: Path | None, *, resume: bool, force: bool) -> None:
-    if state is None or not state.exists() or resume:
-        return
-    if not force:
-        raise OutputError(
-            f"{state.parent.parent}: holds an unfinished probe; --resume continues it, --force starts anew"
-        )
-    state.unlink(missing_ok=True)  # another process of this run may have been first
+def _check_figure(file: Path, force: bool) -> None:
+    if file.suffix.lower() != ".png":
+        raise ConfigError(f"--umap {file}: a figure is written as PNG; give a file that ends in .png")
+    if file.exists() and not force:
+        raise OutputError(f"--umap {file}: exists; give another file, or --force to replace it")
+
+
+def _state_file(out: Path | None, *, resume: bool, force: bool) -> Path | None:
+    """Where an interrupted probe is continued from; one that is not to be continued is refused, or removed by force."""
+    if out is None:
+        if resume:
+            raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
+        return None
+    state = out / "state" / "probe.pt"
+    if state.exists() and not resume:
+        if not force:
+            raise OutputError(f"{out}: holds an unfinished probe; --resume continues it, --force starts anew")
+        state.unlink(missing_ok=True)  # another process of this run may have been first
+    return state

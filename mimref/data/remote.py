@@ -74,6 +74,7 @@ def at_once(ask: Callable[[str], _T], urls: Iterable[str]) -> Iterator[_T]:
     stop = threading.Event()
 
     def work() -> None:
+        """Answer one question after the other, until there is none left or nobody listens."""
         while not stop.is_set():
             try:
                 number, url = jobs.get_nowait()

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mimref.errors import DataError, OutputError
 from mimref.features.extract import Batch, Column
 from mimref.features.partial import DTYPES, INDICES, PartialPass, UnusableFolder, checksum
-from mimref.files import write_bytes
+from mimref.files import acquire, write_bytes
 
 # While another process computes what is wanted, other ranks are told so now and then.
 TELL_EVERY_S = 60.0
@@ -151,20 +151,19 @@ class FeatureCache:
         with ExitStack() as stack:
             try:
                 entry.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(self._acquire(entry.lock_file))
+                stack.callback(self._wait_for(entry.lock_file).release)
             except OSError as error:
                 raise UnusableFolder(error.strerror or str(error)) from error
             yield
 
-    def _acquire(self, file: Path) -> AbstractContextManager[object]:
-        lock = FileLock(file)
+    def _wait_for(self, file: Path) -> FileLock:
         try:
-            return lock.acquire(timeout=0)
+            return acquire(file, 0)
         except Timeout:
             self.note(f"another process computes these features; waiting for it ({file})")
         while True:
             try:
-                return lock.acquire(timeout=TELL_EVERY_S, poll_interval=0.2)
+                return acquire(file, TELL_EVERY_S)
             except Timeout:
                 if self._waiting:
                     self._waiting()

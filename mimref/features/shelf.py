@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from mimref.data.kept import listings_folder
 from mimref.errors import ConfigError, OutputError
 from mimref.features.cache import DamagedFile, Entry
-from mimref.files import cache_folder
+from mimref.files import acquire, cache_folder, release
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,15 @@ def clear(folder: Path, keys: Sequence[str] = ()) -> tuple[int, list[str]]:
     chosen = [path for path in chosen if not keys or any(path.name.startswith(key) for key in keys)]
     freed, busy = 0, []
     for path in chosen:
-        lock = FileLock(Entry(path).lock_file)
+        lock_file = Entry(path).lock_file
         try:
-            with lock.acquire(timeout=0):
+            lock = acquire(lock_file, 0)
+            try:
                 size = _bytes(path)
                 shutil.rmtree(path)
                 freed += size
-            Entry(path).lock_file.unlink(missing_ok=True)
+            finally:
+                release(lock, lock_file)
         except Timeout:
             busy.append(path.name)
         except OSError as error:

@@ -138,6 +138,7 @@ def _resolved(config: EncoderConfig, checkpoint: Checkpoint, architecture: Archi
 
 
 def temperatures(temperature: float | list[float], num_heads: int) -> list[float]:
+    """The temperature of every head. Raises ConfigError for a list of another length."""
     if not isinstance(temperature, list):
         return [temperature] * num_heads
     if len(temperature) != num_heads:
@@ -146,6 +147,7 @@ def temperatures(temperature: float | list[float], num_heads: int) -> list[float
 
 
 def check_sizes(config: RefineConfig, architecture: Architecture) -> None:
+    """Raise ConfigError for views, in pixels per side, that cannot be cut into patches, or local larger than global."""
     views = config.views
     global_size = views.global_size or architecture.image_size
     architecture.check_size(global_size, "encoder.image_size" if views.global_size is None else "views.global_size")

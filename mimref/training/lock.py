@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from mimref.errors import OutputError
+from mimref.files import acquire, release
 
 # Loader processes of a run that was killed hold its files open until they notice, which takes them up to 5 s.
 PATIENCE_S = 8.0
@@ -24,8 +25,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     file = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file, timeout=PATIENCE_S)
-        lock.acquire()
+        lock = acquire(file, PATIENCE_S)
     except Timeout as error:
         raise OutputError(
             f"{folder}: another process is at work in this folder; wait for it, or give another --out "
@@ -36,9 +36,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):
-            file.unlink()  # before others can have it: they would hold a file that is no longer there
-        lock.release()
+        release(lock, file)
         for each in made:
             with suppress(OSError):
                 each.rmdir()
