@@ -10,18 +10,18 @@ __version__ = "0.1.0"
 
 # Public name to its module.
 _PUBLIC = {
-    "KnnConfig": "mimref.evaluation_config",
-    "PretrainConfig": "mimref.config",
-    "RefineConfig": "mimref.config",
-    "analyze_blocks": "mimref.evaluation.blocks",
-    "cluster": "mimref.evaluation.cluster",
+    "KnnConfig": "mimref.features.config",
+    "PretrainConfig": "mimref.config.run",
+    "RefineConfig": "mimref.config.run",
+    "analyze_blocks": "mimref.evaluation.blocks.statistics",
+    "cluster": "mimref.evaluation.cluster.protocol",
     "extract": "mimref.api",
-    "knn": "mimref.evaluation.knn",
+    "knn": "mimref.evaluation.knn.protocol",
     "load": "mimref.api",
-    "load_config": "mimref.recipes",
-    "lowshot": "mimref.evaluation.lowshot",
+    "load_config": "mimref.config.load",
+    "lowshot": "mimref.evaluation.lowshot.protocol",
     "pretrain": "mimref.pretraining.run",
-    "probe_cached": "mimref.evaluation.probe",
+    "probe_cached": "mimref.evaluation.probe.grid",
     "refine": "mimref.refinement.run",
 }
 

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mimref.config import DataConfig
+from mimref.config.base import DataConfig
 from mimref.data.loader import loader_workers
-from mimref.data.sources import ArraySource, ImageSource, Split, open_source
+from mimref.data.open import open_source
+from mimref.data.sources import ArraySource, ImageSource, Split
 from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.backbones import TimmBackbone
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
-from mimref.features.extract import extract as extract_features
-from mimref.features.spec import eval_transform
+from mimref.features.encode import extract as extract_features
+from mimref.features.header import eval_transform
 
 
 @dataclass(frozen=True)

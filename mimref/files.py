@@ -5,73 +5,21 @@ import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
-
-from filelock import FileLock, Timeout
 
 from mimref.errors import OutputError
 
 # A library that writes by itself may report a full disk as an error of its own kind; less than this is full.
 FULL_DISK_BYTES = 1 << 20
-WAITING_S = 1.0
 
 
 def cache_folder() -> Path:
     """Where downloads and features are kept: `$MIMREF_CACHE`, else `mimref` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("MIMREF_CACHE") or os.path.join(home, "mimref"))
-
-
-def acquire(file: Path, timeout_s: float) -> FileLock:
-    """Hold a lock file, of which the system lets go when the process dies.
-
-    Raises filelock's Timeout when another process holds it for longer, OSError where no lock can be had.
-    """
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=timeout_s)
-    except NotImplementedError as error:
-        # So filelock calls a file system that has no locks; to us it is one more file that cannot be used.
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(file)) from error
-    return lock
-
-
-def release(lock: FileLock, file: Path) -> None:
-    """Let go of a lock, and remove its file."""
-    with suppress(OSError):
-        file.unlink()  # before others can have it: they would hold a file that is no longer there
-    lock.release()
-
-
-@contextmanager
-def one_at_a_time(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Make `path` while no other process does: those wait, and should then look whether it is there.
-
-    waiting: called every second that another process takes.
-
-    A lock file lies beside it meanwhile, of which the system lets go when the process dies. Where none can be made,
-    nobody waits. Folders that are made for it stay: other processes may be waiting in them.
-    """
-    file = path.with_name(f".{path.name}.lock")
-    lock = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        while lock is None:
-            try:
-                lock = acquire(file, WAITING_S)
-            except Timeout:
-                if waiting is not None:
-                    waiting()
-    except OSError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        release(lock, file)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The files results.csv and results.json, which make a run's output folder a finished one."""
+"""Rows of results, and the files results.csv and results.json, which mark a folder as finished."""
 
 import csv
 import io
@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mimref import __version__
 from mimref.errors import OutputError
 from mimref.files import write_bytes
 
-if TYPE_CHECKING:
-    from mimref.evaluation.metrics import Row
+Row = dict[str, str | int | float]
+"""One result: `metric`, `value` (percent, but for Davies-Bouldin) and every setting it was measured with."""
+
 
 # Packages whose version can change a number.
 VERSIONS = ("torch", "timm", "numpy", "scikit-learn", "cyanure", "umap-learn")
@@ -51,7 +51,7 @@ def write_results(
     command: str,
     config: Mapping[str, object],
     elapsed_s: float,
-    rows: Sequence["Row"],
+    rows: Sequence[Row],
     *,
     bad_images: Sequence[tuple[str, str]] = (),
 ) -> None:
@@ -78,7 +78,7 @@ def write_results(
     write_bytes(out / "results.json", (json.dumps(document, indent=2, default=str, allow_nan=False) + "\n").encode())
 
 
-def read_results(out: Path, command: str) -> tuple[list["Row"], float]:
+def read_results(out: Path, command: str) -> tuple[list[Row], float]:
     """The rows and the elapsed seconds of a finished run of `command`.
 
     Raises OutputError when its results.json is damaged, or of another command.
@@ -95,12 +95,12 @@ def read_results(out: Path, command: str) -> tuple[list["Row"], float]:
     return rows, elapsed_s
 
 
-def main_rows(rows: Sequence["Row"]) -> list["Row"]:
+def main_rows(rows: Sequence[Row]) -> list[Row]:
     """Rows that stand for a setting as a whole: all but those marked as a detail of one (see `DETAILS`)."""
     return [row for row in rows if DETAILS.isdisjoint(row)]
 
 
-def columns(rows: Sequence["Row"]) -> list[str]:
+def columns(rows: Sequence[Row]) -> list[str]:
     """Every key of the rows: model, metric and value first, the others as they appear."""
     keys = dict.fromkeys(key for row in rows for key in row)
     first = [key for key in ("model", "metric", "value") if key in keys]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mimref.cli import run
-from mimref.config import RefineConfig
-from mimref.recipes import load_config
+from mimref.config.load import load_config
+from mimref.refinement.config import RefineConfig
 from tests.tiny import REFINE, arguments, write_labelled, write_weights
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from mimref.config import DataConfig
-from mimref.data.sources import ImageSource, open_source
+from mimref.config.base import DataConfig
+from mimref.data.open import open_source
+from mimref.data.sources import ImageSource
 
 
 def opened(spec: object, split: Any = "train", *, need_labels: bool = False, **settings: Any) -> ImageSource:

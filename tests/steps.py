@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.config import HeadsConfig, ViewsConfig
+from mimref.config.run import ViewsConfig
 from mimref.data.loader import ViewBatch
 from mimref.data.photometric import Photometric
 from mimref.encoders.vit import Architecture, build_encoder
+from mimref.refinement.config import HeadsConfig
 from mimref.refinement.heads import Heads
+from mimref.refinement.method import RefinementStep
 from mimref.refinement.queue import Queue
-from mimref.refinement.step import RefinementStep
 
 CPU = torch.device("cpu")
 ARCHITECTURE = Architecture("custom", image_size=8, width=32, depth=4, num_heads=2, patch_size=4)

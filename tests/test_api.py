@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import mimref
-from mimref.config import DataConfig
-from mimref.data.sources import open_source
+from mimref.config.base import DataConfig
+from mimref.data.open import open_source
 from mimref.encoders.checkpoints import load_encoder, save_encoder
 from mimref.encoders.vit import build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError
-from mimref.features.extract import extract
+from mimref.features.encode import extract
 from tests.tiny import ARCHITECTURE, write_labelled, write_unlabelled
 
 

@@ -6,10 +6,13 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from mimref.config import CommandConfig, PretrainConfig, RefineConfig, dump_config
+from mimref.config.base import CommandConfig, dump_config
+from mimref.config.load import load_config
+from mimref.config.presets import choose_pretrain_preset, choose_refine_preset
 from mimref.errors import ConfigError
-from mimref.evaluation_config import KnnConfig
-from mimref.recipes import choose_pretrain_preset, choose_refine_preset, load_config
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.pretraining.config import PretrainConfig
+from mimref.refinement.config import RefineConfig
 
 
 def load(*sets: str, **overrides: Any) -> RefineConfig:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from mimref.config import DataConfig, RefineConfig
-from mimref.data.sources import absolute_spec, open_source
-from mimref.features.spec import data_record
-from mimref.recipes import load_config
-from mimref.training.state import reloadable
+from mimref.config.base import DataConfig
+from mimref.config.load import load_config
+from mimref.data.open import absolute_spec, open_source
+from mimref.features.header import data_record
+from mimref.refinement.config import RefineConfig
+from mimref.training.folder import reloadable
 from tests.tiny import write_images
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mimref.data.images import ArraySource, Chosen, ImageSource
+from mimref.data.sources import ArraySource, ImageSource, Subset
 
 
 def numbered(labels: np.ndarray[Any, Any] | None) -> ArraySource:
@@ -19,19 +19,19 @@ def numbered(labels: np.ndarray[Any, Any] | None) -> ArraySource:
 @pytest.mark.parametrize("rows", [[], [7], [99, 3, 3, 40]])
 def test_chosen_images_are_those_of_the_source(rows: list[int]) -> None:
     whole = numbered(np.arange(100) % 10)
-    some: ImageSource = Chosen(whole, np.array(rows, dtype=np.int64))
+    some: ImageSource = Subset(whole, np.array(rows, dtype=np.int64))
     assert len(some) == len(rows)
     for at, row in enumerate(rows):
         assert torch.equal(some.read(at), whole.read(row))
         assert some.path(at) == f"set/train/{row}"
     assert some.labels is not None and some.labels.tolist() == [row % 10 for row in rows]
     assert (some.name, some.class_names, some.in_memory) == (whole.name, whole.class_names, True)
-    assert Chosen(numbered(None), np.array(rows, dtype=np.int64)).labels is None
+    assert Subset(numbered(None), np.array(rows, dtype=np.int64)).labels is None
 
 
 def test_fingerprints_tell_choices_apart() -> None:
     rows = np.array([1, 2, 3])
     sources = [numbered(None), numbered(np.arange(100) % 10)]
-    chosen = [Chosen(source, each) for source in sources for each in (rows, rows[::-1], rows[:2])]
+    chosen = [Subset(source, each) for source in sources for each in (rows, rows[::-1], rows[:2])]
     assert len({some.fingerprint for some in [*sources, *chosen]}) == 8
-    assert Chosen(sources[0], rows.copy()).fingerprint == chosen[0].fingerprint
+    assert Subset(sources[0], rows.copy()).fingerprint == chosen[0].fingerprint

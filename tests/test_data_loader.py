@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mimref.data import images as data_images
 from mimref.data import loader
-from mimref.data.decode import Decoded, Reduce, decode_reduced
+from mimref.data import sources as data_images
+from mimref.data.decode import BadImage, Decoded, Reduce, decode_reduced
 from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
-from mimref.data.sources import ArraySource, BadImage, FileSource, ImageSource
+from mimref.data.sources import ArraySource, FileSource, ImageSource
 from mimref.data.views import CropGroup, cut_group
 from mimref.draws import permutation
 from mimref.errors import ConfigError

@@ -13,8 +13,8 @@ import scipy.io
 import torch
 from numpy.typing import NDArray
 
-from mimref.data import named
-from mimref.data.images import ArraySource, FileSource
+from mimref.data.readers import named
+from mimref.data.sources import ArraySource, FileSource
 from mimref.errors import DataError
 from tests.sources import classes_of, names, opened, write_images
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mimref.data import paths as data_paths
-from mimref.data.paths import PathList
+from mimref.data.index import paths as data_paths
+from mimref.data.index.paths import PathList
 
 
 def test_path_lists_are_the_lists_they_were_made_of() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from mimref.config import ViewsConfig
+from mimref.config.run import ViewsConfig
 from mimref.data import photometric as module
 from mimref.data.photometric import Photometric, gaussian_blur, shift_hue
 from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RGB

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 
 from mimref import files
-from mimref.config import DataConfig
-from mimref.data import folders, kept, shards
-from mimref.data.sources import open_source
-from mimref.encoders.known import KnownWeights, fetch
-from mimref.evaluation.inputs import EncoderInputs
-from mimref.evaluation_config import KnnConfig
-from mimref.files import one_at_a_time
+from mimref.config.base import DataConfig
+from mimref.data.index import cache as kept
+from mimref.data.open import open_source
+from mimref.data.readers import folder as folders
+from mimref.data.readers import wds as shards
+from mimref.encoders.published import PublishedWeights, fetch
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.features.inputs import EncoderInputs
+from mimref.locks import one_at_a_time
 from mimref.pretraining.run import pretrain
+from mimref.progress import Silent
 from mimref.refinement.plan import make_plan
-from mimref.training.runlog import Silent
 from tests.tiny import Killed, Watcher, pretrain_config, refine_config, write_images, write_labelled, write_weights
 
 Told = list[tuple[str, int, int]]
@@ -94,7 +96,7 @@ def test_who_waits_for_another_process_is_told_so(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "WAITING_S", 0.05)
-    weights = KnownWeights("maws_b16", (tmp_path / "published.pth").as_uri(), "maws")
+    weights = PublishedWeights("maws_b16", (tmp_path / "published.pth").as_uri(), "maws")
     (tmp_path / "published.pth").write_bytes(b"weights")
     held = [kept._file("folder", str(images).encode()), weights.file]
     holding = threading.Event()

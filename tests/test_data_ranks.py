@@ -3,12 +3,12 @@
 from collections import Counter
 from pathlib import Path
 
-from mimref.config import DataConfig
+from mimref.config.base import DataConfig
 from mimref.data.loader import view_batches
-from mimref.data.sources import open_source
+from mimref.data.open import open_source
 from mimref.data.views import CropGroup
 from tests.ranks import run_ranks
-from tests.test_data_shards import samples, write_shard
+from tests.test_data_wds import samples, write_shard
 
 BATCH, IMAGES = 10, 37  # 7 a shard, 2 in the last one; the last 7 of an epoch are no full batch
 

@@ -13,15 +13,17 @@ from typing import Any
 import fsspec
 import pytest
 
-from mimref.config import DataConfig
-from mimref.data import remote, shards
+from mimref.config.base import DataConfig
+from mimref.data.decode import BadImage
+from mimref.data.index import remote
 from mimref.data.loader import view_batches
-from mimref.data.shards import ShardSource
-from mimref.data.sources import BadImage, absolute_spec, open_source
+from mimref.data.open import absolute_spec, open_source
+from mimref.data.readers import wds as shards
+from mimref.data.readers.wds import ShardSource
 from mimref.data.views import CropGroup
 from mimref.errors import DataError, Interrupted
 from mimref.refinement.run import refine
-from tests.test_data_shards import labels_of, numbers, samples, write_shard
+from tests.test_data_wds import labels_of, numbers, samples, write_shard
 from tests.tiny import Watcher, refine_config, saved_step, write_weights
 
 

@@ -1,33 +1,68 @@
-"""Specs that are missing or wrong; what specs open is tested with the module that opens it."""
+"""Image sources: copies, names, fingerprints, and what they cost and mean in another process."""
+
+import multiprocessing
+import os
+from pathlib import Path
 
 import pytest
+import torch
 
-from mimref.config import DataConfig
-from mimref.data.sources import open_source
-from mimref.errors import ConfigError, DataError
-from tests.sources import opened
-
-
-def test_no_spec() -> None:
-    with pytest.raises(ConfigError, match="give --data"):
-        open_source(DataConfig(), "train")
+from mimref.data.sources import FileSource
+from tests.sources import growth_in_a_child, opened, write_images
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("digts", "did you mean 'digits'"),
-        ("fashion_mnist", "did you mean 'fashion-mnist'"),
-        ("/no/such/folder", r"/no/such/folder: no such folder or data set \(accepted: a folder, digits, fashion-mnist"),
-        ("wds:shards.tar", "no such shard: shards.tar"),
-        ("hf:folder", "no such folder"),
-        ("list:a.csv", "cannot be read"),
-        ("", "no such folder"),
-        ("torchvision:cifar11", "cifar11: unknown data set; did you mean 'cifar10'.*known: CIFAR10, CIFAR100"),
-        ("torchvision:MNIST", r"needs the folder of its files: --set data\.root=FOLDER"),
-    ],
-)
-def test_wrong_spec(spec: str, message: str) -> None:
-    with pytest.raises(DataError, match=message) as caught:
-        opened(spec)
-    assert "\n" not in str(caught.value)
+def test_changing_a_read_image_leaves_the_source_alone() -> None:
+    source = opened("digits")
+    before = source.read(0).clone()
+    image = source.read(0)
+    image[0] = 77
+    assert (image[1] == before[1]).all()  # the three channels do not share memory
+    assert torch.equal(source.read(0), before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are Unicode there")
+def test_odd_file_names(tmp_path: Path) -> None:
+    write_images(tmp_path, "two\nlines.png", "ünï.png")
+    try:
+        os.rename(tmp_path / "ünï.png", os.fsencode(tmp_path) + b"/\xff.png")
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    source = opened(tmp_path)
+    assert [os.path.basename(source.path(i)) for i in range(2)] == ["two\\nlines.png", "\\udcff.png"]
+    assert source.read(0).shape == source.read(1).shape == (3, 3, 4)
+    assert source.fingerprint
+
+
+def test_fingerprint_follows_names_sizes_and_times(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png", "b.png")
+    first = opened(tmp_path).fingerprint
+    assert opened(tmp_path).fingerprint == first
+    os.utime(tmp_path / "a.png", (1, 1))
+    touched = opened(tmp_path).fingerprint
+    (tmp_path / "b.png").rename(tmp_path / "c.png")
+    assert len({first, touched, opened(tmp_path).fingerprint}) == 3
+
+
+def test_fingerprint_does_not_depend_on_where_the_folder_is(tmp_path: Path) -> None:
+    write_images(tmp_path / "one", "a.png")
+    first = opened(tmp_path / "one").fingerprint
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert opened(tmp_path / "two").fingerprint == first
+
+
+def test_sources_cross_process_borders(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png")
+    for spec in ("digits", tmp_path):
+        source = opened(spec)
+        copy = multiprocessing.reduction.ForkingPickler.loads(multiprocessing.reduction.ForkingPickler.dumps(source))
+        assert torch.equal(copy.read(0), source.read(0))
+        assert copy.fingerprint == source.fingerprint
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="Linux tells the memory of a process")
+def test_worker_memory_does_not_grow_with_the_number_of_files() -> None:
+    count = 300_000
+    paths = [f"n{index // 1300:08}/n{index // 1300:08}_{index}.JPEG" for index in range(count)]
+    source = FileSource("many", "/nowhere", paths, None, None)
+    assert growth_in_a_child(source.path, count) < 1024
+    assert growth_in_a_child(lambda index: paths[index], count) > 8 * 1024  # what the list itself would cost

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tvf
 
-from mimref.config import ViewsConfig
+from mimref.config.run import ViewsConfig
 from mimref.data.views import CropGroup, cut_group, draw_boxes, multi_crop, reduction
 
 GLOBAL = CropGroup(2, 32, (0.25, 1.0))

@@ -18,14 +18,14 @@ from torch.utils.data import get_worker_info
 
 from mimref.data import workers
 from mimref.data.crops import CropBatch, crop_batches
-from mimref.data.images import ArraySource
 from mimref.data.loader import ViewBatch, view_batches
+from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup
 from mimref.data.workers import DeadWorkerError, Reading
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import DataError
-from mimref.features.extract import extract
+from mimref.features.encode import extract
 
 COUNT = 24
 
@@ -175,7 +175,7 @@ def test_a_process_ends_although_it_has_not_finished_reading(tmp_path: Path) -> 
     script = """
 import numpy as np
 from mimref.data.crops import crop_batches
-from mimref.data.sources import ArraySource
+from mimref.data.open import ArraySource
 from mimref.data.transforms import EvalTransform
 images = np.zeros((40, 8, 8), np.uint8)
 source = ArraySource("zeros", images, None, None, "train", np.arange(40))

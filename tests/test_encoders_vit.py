@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.config import EncoderConfig
+from mimref.config.run import EncoderConfig
 from mimref.encoders.vit import (
     Architecture,
     build_encoder,

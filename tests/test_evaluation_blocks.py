@@ -8,19 +8,19 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from mimref.charts import block_chart
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation.blocks import (
+from mimref.evaluation.blocks.statistics import (
     analyze_blocks,
     blocks_text,
     feature_statistics,
     normalised_deltas,
     recommend_heads,
 )
-from mimref.evaluation.knn import knn_accuracy
-from mimref.evaluation.metrics import Row
+from mimref.evaluation.knn.protocol import knn_accuracy
 from mimref.features.matrix import SideBySide
 from mimref.refinement.heads import head_blocks
+from mimref.reports.charts import block_chart
+from mimref.results import Row
 
 FloatArray = NDArray[np.float32]
 
@@ -144,7 +144,7 @@ def test_statistics_do_not_depend_on_blocks_of_rows(monkeypatch: pytest.MonkeyPa
     x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32) + 100
     whole = feature_statistics(x)
     monkeypatch.setattr(
-        "mimref.evaluation.blocks.row_blocks", lambda x: [slice(at, min(at + 7, len(x))) for at in range(0, len(x), 7)]
+        "mimref.evaluation.metrics.row_blocks", lambda x: [slice(at, min(at + 7, len(x))) for at in range(0, len(x), 7)]
     )
     np.testing.assert_allclose(feature_statistics(x), whole, rtol=1e-10)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mimref.errors import ConfigError
-from mimref.evaluation.classes import choose_classes, subset
+from mimref.evaluation.cluster.classes import choose_classes, subset
 from mimref.features.matrix import SideBySide
 
 NAMES = ["apple", "Bread", "bread", "Cake", "7", "empty"]

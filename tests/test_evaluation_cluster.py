@@ -9,8 +9,8 @@ from sklearn import metrics as reference
 from sklearn.cluster import MiniBatchKMeans
 
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation import cluster as module
-from mimref.evaluation.cluster import cluster, kmeans_run
+from mimref.evaluation.cluster import protocol as module
+from mimref.evaluation.cluster.protocol import cluster, kmeans_run
 from mimref.evaluation.metrics import cluster_accuracy
 from mimref.features.matrix import SideBySide
 

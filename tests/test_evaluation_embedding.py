@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mimref.errors import DataError
-from mimref.evaluation.embedding import umap_embedding
+from mimref.evaluation.cluster.embedding import umap_embedding
 
 
 def test_embedding_is_a_function_of_directions_and_seed(capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation.knn import Neighbours, find_neighbours, knn, knn_accuracy, label_ranks, mean_and_std
+from mimref.evaluation.knn.protocol import Neighbours, find_neighbours, knn, knn_accuracy, label_ranks, mean_and_std
 from mimref.features.matrix import SideBySide
 from mimref.results import main_rows
 
@@ -294,7 +294,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
 MEMORY_SCRIPT = """
 import sys, threading, time
 import numpy as np
-from mimref.evaluation.knn import knn
+from mimref.evaluation.knn.protocol import knn
 
 def anonymous_mb():
     with open("/proc/self/status") as status:

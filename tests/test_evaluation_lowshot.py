@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation.lowshot import LAMBDA, TOLERANCE, draw_split, fit_logistic, lowshot
-from mimref.evaluation.splits import read_split_files
+from mimref.evaluation.lowshot.protocol import LAMBDA, TOLERANCE, draw_split, fit_logistic, lowshot
+from mimref.evaluation.lowshot.split_files import read_split_files
 from mimref.features.matrix import SideBySide
 from mimref.results import main_rows
 

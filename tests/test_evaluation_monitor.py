@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from mimref.config import DataConfig, EvaluateConfig, MonitorConfig, RunConfig
-from mimref.data.sources import ArraySource, ImageSource, Split, open_source
+from mimref.config.base import DataConfig
+from mimref.config.run import EvaluateConfig, MonitorConfig, RunConfig
+from mimref.data.open import open_source
+from mimref.data.sources import ArraySource, ImageSource, Split
 from mimref.data.transforms import EvalTransform
+from mimref.distributed.group import own_rank
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import DataError
 from mimref.evaluation import monitor as evaluation_monitor
-from mimref.evaluation.blocks import feature_statistics
-from mimref.evaluation.knn import knn_accuracy
+from mimref.evaluation.blocks.statistics import feature_statistics
+from mimref.evaluation.knn.protocol import knn_accuracy
 from mimref.evaluation.monitor import CollapseWatch, KnnMonitor, _subset
-from mimref.features.extract import Features, extract
-from mimref.training.distributed import own_rank
+from mimref.features.encode import Features, extract
 from tests.ranks import run_ranks
 from tests.tiny import write_images, write_labelled, write_unlabelled
 

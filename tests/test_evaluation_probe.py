@@ -11,12 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mimref.config import DataConfig
-from mimref.data.sources import ArraySource, open_source
+from mimref.config.base import DataConfig
+from mimref.data.open import open_source
+from mimref.data.sources import ArraySource
 from mimref.errors import ConfigError, DataError, DivergenceError, OutputError, UserError
-from mimref.evaluation import probe, probe_training
-from mimref.evaluation.metrics import Row
-from mimref.evaluation.probe import (
+from mimref.evaluation.probe import ensemble as probe_training
+from mimref.evaluation.probe import grid as probe
+from mimref.evaluation.probe.ensemble import Norm, ProbeEnsemble
+from mimref.evaluation.probe.grid import (
     LEARNING_RATES,
     Indices,
     ProbeInput,
@@ -25,8 +27,8 @@ from mimref.evaluation.probe import (
     default_batch,
     probe_cached,
 )
-from mimref.evaluation.probe_training import Norm, ProbeEnsemble
 from mimref.features.matrix import Matrix, SideBySide
+from mimref.results import Row
 
 CPU = torch.device("cpu")
 LAST, LAST4 = ProbeInput("last", "cls"), ProbeInput("last4", "cls+mean")

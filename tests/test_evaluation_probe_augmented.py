@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimref.data.decode import BadImages
-from mimref.data.sources import ArraySource, BadImage
+from mimref.data.decode import BadImage, BadImages
+from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation import probe_augmented as augmented
-from mimref.evaluation import probe_training
-from mimref.evaluation.metrics import Row
-from mimref.evaluation.probe import Indices, ProbeInput
-from mimref.evaluation.probe_augmented import probe_augmented, probe_inputs
-from mimref.evaluation.probe_training import ProbeEnsemble
-from mimref.features.extract import Column, encode_columns
+from mimref.evaluation.probe import augmented
+from mimref.evaluation.probe import ensemble as probe_training
+from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
+from mimref.evaluation.probe.ensemble import ProbeEnsemble
+from mimref.evaluation.probe.grid import Indices, ProbeInput
+from mimref.features.encode import Column, encode_columns
 from mimref.features.matrix import Matrix, side_by_side
+from mimref.results import Row
 from tests.tiny import ARCHITECTURE
 
 CPU = torch.device("cpu")

@@ -7,21 +7,21 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from mimref.config import DataConfig
+from mimref.config.base import DataConfig
 from mimref.encoders.vit import Encoder
-from mimref.evaluation.analysis import evaluate_blocks
+from mimref.evaluation.blocks.config import BlocksConfig
+from mimref.evaluation.blocks.protocol import evaluate_blocks
+from mimref.evaluation.cluster.config import ClusterConfig
+from mimref.evaluation.cluster.protocol import evaluate_cluster
 from mimref.evaluation.compare import compare_encoders
-from mimref.evaluation.run import evaluate_cluster, evaluate_knn, evaluate_lowshot, evaluate_probe
-from mimref.evaluation_config import (
-    BlocksConfig,
-    CacheConfig,
-    ClusterConfig,
-    CompareConfig,
-    KnnConfig,
-    LowshotConfig,
-    ProbeConfig,
-    ProbeTrainingConfig,
-)
+from mimref.evaluation.config import CompareConfig
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.evaluation.knn.protocol import evaluate_knn
+from mimref.evaluation.lowshot.config import LowshotConfig
+from mimref.evaluation.lowshot.protocol import evaluate_lowshot
+from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
+from mimref.evaluation.probe.protocol import evaluate_probe
+from mimref.features.config import CacheConfig
 from tests.ranks import run_ranks
 from tests.tiny import write_labelled, write_weights
 

@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimref.config import DataConfig, DecoderConfig
-from mimref.data.sources import ArraySource, ImageSource, open_source
+from mimref.config.base import DataConfig
+from mimref.config.run import DecoderConfig
+from mimref.data.open import open_source
+from mimref.data.sources import ArraySource, ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.draws import Operation, uniform
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.masking import draw_mask, normalize_patches, patchify, visible_tokens
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, DataError, DivergenceError
-from mimref.evaluation.metrics import Row
-from mimref.evaluation.reconstruction import Reconstruction, reconstruct_blocks
-from mimref.evaluation_config import ReconstructionConfig
+from mimref.evaluation.blocks.config import ReconstructionConfig
+from mimref.evaluation.blocks.reconstruction import Reconstruction, reconstruct_blocks
+from mimref.results import Row
 from tests.tiny import write_images, write_unlabelled
 
 CPU = torch.device("cpu")

@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from mimref.cli import run
-from mimref.config import DataConfig
-from mimref.data.sources import open_source
+from mimref.config.base import DataConfig
+from mimref.data.open import open_source
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError, UserError
-from mimref.evaluation.inputs import block_groups, model_name
-from mimref.evaluation.knn import knn
-from mimref.evaluation.run import evaluate_knn
-from mimref.evaluation_config import EvaluatedEncoderConfig, KnnConfig
-from mimref.features.extract import extract
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.evaluation.knn.protocol import evaluate_knn, knn
+from mimref.features.config import EvaluatedEncoderConfig
+from mimref.features.encode import block_groups, extract
+from mimref.features.inputs import model_name
 from tests.tiny import write_images, write_labelled, write_unlabelled
 
 TINY = Architecture("custom", 8, width=16, depth=5, num_heads=2, patch_size=4)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from mimref.config import DataConfig, EvaluateConfig
+from mimref.config.base import DataConfig
+from mimref.config.run import EvaluateConfig
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import DataError
-from mimref.evaluation.knn import knn
+from mimref.evaluation.knn.protocol import knn
 from mimref.evaluation.summary import Summary, compared
-from mimref.features.extract import extract, raw_pixels
+from mimref.features.encode import extract, raw_pixels
 from tests.tiny import write_images, write_unlabelled
 
 METRICS = ["knn_top1", "knn_top5", "lowshot_top1", "cluster_acc", "cluster_nmi"]

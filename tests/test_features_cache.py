@@ -14,16 +14,16 @@ import pytest
 from filelock import FileLock
 
 from mimref.cli import run
-from mimref.config import DataConfig
+from mimref.config.base import DataConfig
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError, DataError, OutputError
-from mimref.evaluation.inputs import EncoderInputs
-from mimref.evaluation_config import KnnConfig
-from mimref.features import partial
-from mimref.features.cache import Entry, FeatureCache, pass_key, pass_spec
-from mimref.features.extract import Batch, Column
-from mimref.features.shelf import clear, damaged_files, list_entries
-from mimref.training.runlog import Silent
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.features.cache import partial
+from mimref.features.cache.contents import clear, damaged_files, list_entries
+from mimref.features.cache.store import Entry, FeatureCache, pass_key, pass_spec
+from mimref.features.encode import Batch, Column
+from mimref.features.inputs import EncoderInputs
+from mimref.progress import Silent
 from tests.ranks import run_ranks
 from tests.tiny import write_labelled, write_weights
 

@@ -10,10 +10,10 @@ import pytest
 from filelock import FileLock
 
 from mimref.errors import OutputError
-from mimref.features.cache import FeatureCache
-from mimref.features.extract import Batch, Column
-from mimref.files import atomic_path, atomic_write, one_at_a_time, write_bytes
-from mimref.training.lock import folder_lock
+from mimref.features.cache.store import FeatureCache
+from mimref.features.encode import Batch, Column
+from mimref.files import atomic_path, atomic_write, write_bytes
+from mimref.locks import folder_lock, one_at_a_time
 
 
 def test_writes_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -6,13 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from mimref.config import CommandConfig, PretrainConfig, RefineConfig
+from mimref.config.base import CommandConfig
+from mimref.config.load import load_config
+from mimref.config.presets import preset_names, preset_text
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
-from mimref.evaluation.probe import LEARNING_RATES
-from mimref.evaluation_config import BlocksConfig, ProbeConfig, ProbeTrainingConfig
+from mimref.evaluation.blocks.config import BlocksConfig
+from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
+from mimref.evaluation.probe.grid import LEARNING_RATES
+from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
-from mimref.recipes import load_config, preset_names, preset_text
+from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads, head_blocks
 
 MODELS: dict[str, type[CommandConfig]] = {

@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mimref.config import DecoderConfig
+from mimref.config.run import DecoderConfig
 from mimref.encoders.masking import normalize_patches, patchify
 from mimref.encoders.vit import Architecture, build_encoder, sincos_positions
 from mimref.errors import ConfigError

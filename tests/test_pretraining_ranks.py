@@ -11,23 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimref.config import DataConfig
-from mimref.data.sources import open_source
+from mimref.config.base import DataConfig
+from mimref.data.open import open_source
+from mimref.distributed.group import own_rank
 from mimref.draws import permutation
 from mimref.errors import DataError, Interrupted
 from mimref.pretraining.run import Pretraining, pretrain
-from mimref.training.distributed import own_rank
 from tests.ranks import run_ranks
-from tests.tiny import (
-    PRETRAIN,
-    arguments,
-    pretrain_config,
-    results,
-    signal_at,
-    tensors,
-    write_images,
-    write_labelled,
-)
+from tests.tiny import PRETRAIN, arguments, pretrain_config, results, signal_at, tensors, write_images, write_labelled
 
 # A rate so small that AdamW's first updates, which are signs of gradients, cannot drive single precision apart.
 SETTINGS: dict[str, Any] = {"mae__lr": 1e-5, "mae__warmup_epochs": 0.0, "monitor__log_every": 1}

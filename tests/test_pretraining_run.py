@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mimref.config import PretrainConfig
+from mimref.config.load import load_config
 from mimref.errors import ConfigError, DivergenceError, Interrupted
+from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.pretraining.run import pretrain
-from mimref.recipes import load_config
 from mimref.refinement.run import refine
 from tests.tiny import (
     Killed,

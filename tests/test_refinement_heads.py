@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimref.config import HeadsConfig
 from mimref.errors import ConfigError
+from mimref.refinement.config import HeadsConfig
 from mimref.refinement.heads import EnsembleBatchNorm, EnsembleLinear, Heads, head_blocks
 
 CONFIG = HeadsConfig(projector_hidden=12, predictor_hidden=10, output=6)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mimref.cli import run
-from mimref.config import RefineConfig
+from mimref.config.load import load_config
 from mimref.data.views import CropGroup
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
-from mimref.recipes import load_config
+from mimref.refinement.config import RefineConfig
 from mimref.refinement.memory import check_exact, half, largest_that_fits, try_step
+from mimref.refinement.method import RefinementStep
 from mimref.refinement.run import refine
-from mimref.refinement.step import RefinementStep
 from tests.steps import IMAGES, make_batch, make_step, weights
 from tests.tiny import REFINE, arguments, header, refine_config, results, tensors, write_labelled, write_weights
 

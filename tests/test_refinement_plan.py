@@ -7,11 +7,11 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from mimref.benchmarks.step import resolve_encoder
 from mimref.encoders.checkpoints import encoder_from
 from mimref.encoders.vit import Encoder, sincos_positions
 from mimref.errors import CheckpointError, ConfigError
-from mimref.refinement.benchmark_step import resolve_encoder
-from mimref.refinement.footprint import state_bytes
+from mimref.refinement.memory import state_bytes
 from mimref.refinement.plan import describe, header_of, make_plan
 from tests.tiny import refine_config, write_unlabelled, write_weights
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from mimref.distributed.group import lost_ranks_reported, own_rank
 from mimref.errors import Interrupted, UserError
 from mimref.refinement.run import refine
-from mimref.training.distributed import lost_ranks_told, own_rank
 from tests.ranks import run_ranks
 from tests.tiny import arguments, refine_config, results, tensors, write_labelled, write_weights
 
@@ -113,7 +113,7 @@ def test_four_ranks_end_what_two_have_begun(runs: Path) -> None:
 
 def run_out_of_memory(weights: Path, data: Path, out: Path) -> str:
     """What is told when the memory of rank 0 is full in its third step."""
-    from mimref.refinement.step import RefinementStep
+    from mimref.refinement.method import RefinementStep
 
     forward_backward, steps = RefinementStep.forward_backward, 0
 
@@ -126,7 +126,7 @@ def run_out_of_memory(weights: Path, data: Path, out: Path) -> str:
 
     RefinementStep.forward_backward = full  # type: ignore[method-assign]
     try:
-        with lost_ranks_told("go on"):
+        with lost_ranks_reported("go on"):
             refine(refine_config(weights, data), out)
     except UserError as error:
         torch.distributed.destroy_process_group()

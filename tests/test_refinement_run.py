@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mimref.config import RefineConfig
+from mimref.config.load import load_config
 from mimref.errors import ConfigError, DataError, Interrupted, OutputError
-from mimref.recipes import load_config
+from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import RefineResult, refine
 from tests.tiny import (
     EVALUATED,

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from mimref.config import RefineConfig
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError, DivergenceError, Interrupted
+from mimref.progress import Silent
+from mimref.refinement.config import RefineConfig
+from mimref.refinement.method import RefinementStep, StepValues
 from mimref.refinement.plan import make_plan
 from mimref.refinement.run import refine
 from mimref.refinement.shared import Refinement
-from mimref.refinement.step import RefinementStep, StepValues
-from mimref.training.runlog import Silent
 from tests.tiny import (
     ARCHITECTURE,
     EVALUATED,

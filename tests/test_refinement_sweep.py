@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mimref.refinement.sweep as sweep
-from mimref.config import HeadsConfig
 from mimref.encoders.vit import Encoder
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.extract import Features
+from mimref.features.encode import Features
+from mimref.refinement.config import HeadsConfig
 from mimref.refinement.heads import Heads
 
 BLOCKS = [4, 2, 4]

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mimref.benchmarks.step import ready_stage, synthetic_batch
 from mimref.data.loader import device_batches
 from mimref.pretraining.run import Pretraining
-from mimref.refinement.benchmark_step import ready_stage, synthetic_batch
+from mimref.progress import Silent
 from mimref.refinement.schedule import StageName
 from mimref.refinement.stages import Stage
-from mimref.training.runlog import Silent
-from mimref.training.state import RunFolder
-from tests.test_refinement_benchmark_step import tiny
+from mimref.training.folder import RunFolder
+from tests.test_benchmarks_step import tiny
 from tests.tiny import pretrain_config, write_unlabelled
 
 # Operations whose result, or its shape, the CPU has to know.

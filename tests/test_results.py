@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from mimref.errors import OutputError
-from mimref.evaluation.metrics import Row
-from mimref.results import read_results, write_results
+from mimref.results import Row, read_results, write_results
 
 
 def rows() -> list[Row]:

@@ -12,11 +12,11 @@ import pytest
 from filelock import FileLock
 
 from mimref import files
+from mimref import locks as lock
 from mimref.cli import run
 from mimref.errors import OutputError
 from mimref.refinement.run import refine
-from mimref.training import lock
-from mimref.training.state import RunFolder
+from mimref.training.folder import RunFolder
 from tests.faults import TinyRun, error_line, make_tiny_run, states
 from tests.tiny import Killed, assert_same_run, refine_config, saved_step
 
@@ -36,7 +36,7 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from mimref.training.lock import folder_lock
+from mimref.locks import folder_lock
 with folder_lock(Path(sys.argv[1])):
     if os.fork() == 0:
         time.sleep(float(sys.argv[2]))  # as a loader process, which notices a while after the run has been killed

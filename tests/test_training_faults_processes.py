@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
+from mimref import locks as lock
 from mimref.cli import run
 from mimref.data.decode import Decoded
 from mimref.data.sources import FileSource
 from mimref.errors import Interrupted
 from mimref.refinement.run import refine
-from mimref.training import lock
 from tests.faults import TinyRun, error_line, make_tiny_run, states
 from tests.kill_many import Killer, differences, run_killed
 from tests.tiny import Watcher, assert_same_run, refine_config, saved_step, signal_at
@@ -71,7 +71,7 @@ def test_a_second_signal_while_saving_stops_at_once(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", interrupted)
         # heads.pt is written by torch.save as well, after the second state.
-        patch.setattr("mimref.refinement.stages.Refinement.save_heads", lambda *_: None)
+        patch.setattr("mimref.refinement.shared.Refinement.save_heads", lambda *_: None)
         assert run(tiny.line(tmp_path)) == code
     errors = capsys.readouterr().err
     assert errors.splitlines()[-1] == "mimref: stopped at once; --resume continues from the last saved state"

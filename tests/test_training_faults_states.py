@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from mimref import files
-from mimref.config import RefineConfig
+from mimref import locks as lock
 from mimref.errors import Interrupted, OutputError
 from mimref.pretraining.run import pretrain
+from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
-from mimref.training import lock, loop
-from mimref.training.state import RunFolder
+from mimref.training import job as loop
+from mimref.training.folder import RunFolder
 from tests.faults import TinyRun, make_tiny_run, states
 from tests.tiny import Killed, Watcher, assert_same_run, kill_at, pretrain_config, saved_step, signal_at
 

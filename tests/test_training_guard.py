@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mimref.errors import DivergenceError
-from mimref.training.guard import FiniteLoss
+from mimref.training.job import FiniteLoss
 
 
 def test_a_finite_run_passes() -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from mimref.distributed.collectives import agree
+from mimref.distributed.group import lost_ranks_reported
 from mimref.errors import LostRankError
-from mimref.training.distributed import agree, lost_ranks_told
 from tests.tiny import REFINE, arguments, results, tensors, write_labelled, write_weights
 
 
@@ -26,7 +27,7 @@ def hang() -> None:
 
 
 def wait_for_the_other(rank: int, folder: str, other: Callable[[], None], timeout_s: float) -> None:
-    from mimref.training import distributed
+    from mimref.distributed import collectives as distributed
 
     distributed.TIMEOUT = timedelta(seconds=timeout_s)
     dist.init_process_group(
@@ -37,7 +38,7 @@ def wait_for_the_other(rank: int, folder: str, other: Callable[[], None], timeou
         other()
     started = time.monotonic()
     try:
-        with lost_ranks_told("go on"):
+        with lost_ranks_reported("go on"):
             agree(0)
     except LostRankError as error:
         Path(folder, "message").write_text(f"{time.monotonic() - started:.1f} {error}")
@@ -63,7 +64,7 @@ def test_the_others_stop_with_a_clear_line(other: Callable[[], None], told: str,
 
 
 def test_other_errors_are_left_alone() -> None:
-    with pytest.raises(RuntimeError, match=r"^gloo$"), lost_ranks_told("go on"):
+    with pytest.raises(RuntimeError, match=r"^gloo$"), lost_ranks_reported("go on"):
         raise RuntimeError("gloo")  # there is no other process here
 
 

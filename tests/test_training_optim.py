@@ -7,19 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from mimref.config import EncoderConfig, HeadsConfig
+from mimref.config.run import EncoderConfig
+from mimref.encoders.parameters import encoder_groups, freeze_first, freeze_untrained
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
+from mimref.refinement.config import HeadsConfig
 from mimref.refinement.heads import Heads
-from mimref.training.optim import (
-    adamw,
-    encoder_groups,
-    freeze_first,
-    freeze_untrained,
-    learning_rate,
-    module_groups,
-    set_learning_rate,
-    warmup_updates,
-)
+from mimref.training.optim import adamw, learning_rate, module_groups, set_learning_rate, warmup_updates
 
 # Of a block's parameters, those that are matrices and decay; all others are vectors.
 MATRICES = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")

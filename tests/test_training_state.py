@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from mimref.config import MonitorConfig, RefineConfig, dump_config
+from mimref.config.base import dump_config
+from mimref.config.load import load_config
+from mimref.config.run import MonitorConfig
 from mimref.errors import ConfigError, Interrupted, OutputError
-from mimref.recipes import load_config
+from mimref.refinement.config import RefineConfig
 from mimref.training import trackers
-from mimref.training.runlog import MetricsLog, SkippedImages, open_log
-from mimref.training.state import RunFolder, StopSignal, reloadable, stop_signal
+from mimref.training.folder import RunFolder, reloadable
+from mimref.training.log import MetricsLog, SkippedImages, open_log
+from mimref.training.signals import StopSignal, stop_signal
 from mimref.training.trackers import check_trackers
 
 CONFIG = RefineConfig()
@@ -408,9 +411,9 @@ def test_only_the_same_launch_goes_on_by_itself(tmp_path: Path, monkeypatch: pyt
     folder = RunFolder(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     folder.prepare(load_config(RefineConfig, None, {}), resume=False, force=False)
-    assert not folder.is_to_go_on()  # torchrun has not started this process again
+    assert not folder.continues_launch()  # torchrun has not started this process again
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert folder.is_to_go_on()
+    assert folder.continues_launch()
     here = os.getppid()
     for run_id, node, process, same in (
         ("none", platform.node(), here + 1, False),
@@ -421,9 +424,9 @@ def test_only_the_same_launch_goes_on_by_itself(tmp_path: Path, monkeypatch: pyt
     ):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none" if run_id == "none" else "job")
         (tmp_path / "state" / "launch.json").write_text(json.dumps([run_id, node, process]))
-        assert folder.is_to_go_on() is same, (run_id, node, process)
+        assert folder.continues_launch() is same, (run_id, node, process)
     for damaged in ("", "[]", "{", "3"):
         (tmp_path / "state" / "launch.json").write_text(damaged)
-        assert not folder.is_to_go_on()
+        assert not folder.continues_launch()
     shutil.rmtree(tmp_path / "state")
-    assert not folder.is_to_go_on()
+    assert not folder.continues_launch()

@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mimref.config import PretrainConfig, RefineConfig
+from mimref.config.load import load_config
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import Architecture, build_encoder
-from mimref.recipes import load_config
-from mimref.training.state import RunFolder
+from mimref.pretraining.config import PretrainConfig
+from mimref.refinement.config import RefineConfig
+from mimref.training.folder import RunFolder
 
 ARCHITECTURE = Architecture("custom", 16, width=32, depth=4, num_heads=2, patch_size=8)
 

@@ -25,8 +25,8 @@ from mimref.cli.options import (
 from mimref.cli.output import check_out, tell
 
 if TYPE_CHECKING:
-    from mimref.config import RefineConfig
-    from mimref.evaluation.metrics import Row
+    from mimref.refinement.config import RefineConfig
+    from mimref.results import Row
 
 Facts = Sequence[tuple[str, str]]
 
@@ -45,9 +45,9 @@ def benchmark_eval(
     """
     check_out(out, force)
 
+    from mimref.benchmarks.evaluations import benchmark_evaluations
     from mimref.devices import resolve_device
-    from mimref.evaluation.benchmark import benchmark_evaluations
-    from mimref.terminal import Terminal, print_benchmark
+    from mimref.reports.terminal import Terminal, print_benchmark
 
     started = time.monotonic()
     target = str(resolve_device(device or "auto"))
@@ -72,9 +72,9 @@ def benchmark_views(
     """
     check_out(out, force)
 
+    from mimref.benchmarks.views import benchmark_views as measure
     from mimref.devices import resolve_device
-    from mimref.refinement.benchmark_views import benchmark_views as measure
-    from mimref.terminal import Terminal, print_view_rates
+    from mimref.reports.terminal import Terminal, print_view_rates
 
     started = time.monotonic()
     target = str(resolve_device(device or "auto"))
@@ -106,10 +106,10 @@ def benchmark_step(
     config = _config(preset, sets, arch, source, batch_size, micro_batch, None, device, precision)
     check_out(out, force)
 
-    from mimref.refinement.benchmark_heads import benchmark_heads, heads_facts
-    from mimref.refinement.benchmark_step import benchmark_step as measure
-    from mimref.refinement.benchmark_step import step_facts
-    from mimref.terminal import Terminal
+    from mimref.benchmarks.heads import benchmark_heads, heads_facts
+    from mimref.benchmarks.step import benchmark_step as measure
+    from mimref.benchmarks.step import step_facts
+    from mimref.reports.terminal import Terminal
 
     started = time.monotonic()
     with Terminal(quiet) as terminal:
@@ -146,9 +146,9 @@ def benchmark_cost(
     config = _config(preset, sets, arch, source, batch_size, micro_batch, data, device, precision)
     check_out(out, force)
 
-    from mimref.refinement.cost import benchmark_cost as measure
-    from mimref.refinement.cost import cost_facts
-    from mimref.terminal import Terminal
+    from mimref.benchmarks.cost import benchmark_cost as measure
+    from mimref.benchmarks.cost import cost_facts
+    from mimref.reports.terminal import Terminal
 
     started = time.monotonic()
     with Terminal(quiet) as terminal:
@@ -169,8 +169,9 @@ def _config(
     device: str | None,
     precision: str | None,
 ) -> "RefineConfig":
-    from mimref.config import RefineConfig
-    from mimref.recipes import choose_refine_preset, load_config
+    from mimref.config.load import load_config
+    from mimref.config.presets import choose_refine_preset
+    from mimref.refinement.config import RefineConfig
 
     overrides: dict[str, Any] = {"encoder.arch": arch, "encoder.source": source, "batch_size": batch_size}
     overrides |= {"micro_batch": micro_batch, "data.spec": data, "device": device, "precision": precision}
@@ -205,8 +206,8 @@ def _write(
 
     write_results(out, command, config, time.monotonic() - started, rows)
     if facts:
+        from mimref.benchmarks.cost import markdown
         from mimref.files import write_bytes
-        from mimref.refinement.cost import markdown
 
         write_bytes(out / "results.md", markdown(facts, f"mimref {command}").encode())
     tell(f"results in {out}", quiet)

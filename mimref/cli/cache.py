@@ -17,8 +17,8 @@ KeysArgument = Annotated[
 
 def list_cache(cache: FolderOption = None, debug: DebugOption = False) -> None:
     """What is kept: model, images, blocks, size; and how many listings of folders and shards."""
-    from mimref.features.shelf import list_entries, listings
-    from mimref.terminal import print_cache
+    from mimref.features.cache.contents import list_entries, listings
+    from mimref.reports.terminal import print_cache
 
     folder = _folder(cache)
     # A folder that was chosen holds features alone.
@@ -27,7 +27,7 @@ def list_cache(cache: FolderOption = None, debug: DebugOption = False) -> None:
 
 def clear_cache(keys: KeysArgument = None, cache: FolderOption = None, debug: DebugOption = False) -> None:
     """Delete kept features, and listings of folders and shards."""
-    from mimref.features.shelf import clear, clear_listings, listings
+    from mimref.features.cache.contents import clear, clear_listings, listings
 
     folder = _folder(cache)
     passes = [key for key in keys or () if key != LISTINGS]
@@ -42,7 +42,7 @@ def clear_cache(keys: KeysArgument = None, cache: FolderOption = None, debug: De
 
 def verify_cache(cache: FolderOption = None, debug: DebugOption = False) -> None:
     """Read all features that are kept and compare checksums; exit code 2 when something is damaged."""
-    from mimref.features.shelf import damaged_files
+    from mimref.features.cache.contents import damaged_files
 
     folder = _folder(cache)
     sound, damaged = 0, []
@@ -55,7 +55,7 @@ def verify_cache(cache: FolderOption = None, debug: DebugOption = False) -> None
 
 
 def _folder(chosen: str | None) -> Path:
-    from mimref.features.shelf import feature_folder
+    from mimref.features.cache.contents import feature_folder
 
     folder = feature_folder(chosen)
     if folder.exists() and not folder.is_dir():

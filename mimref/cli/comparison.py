@@ -67,8 +67,8 @@ def analyze_blocks(
 
     Without arguments: the packaged tiny encoder on scikit-learn's digits.
     """
-    from mimref.evaluation_config import BlocksConfig
-    from mimref.recipes import load_config
+    from mimref.config.load import load_config
+    from mimref.evaluation.blocks.config import BlocksConfig
 
     overrides: dict[str, Any] = {"checkpoints": checkpoints or None, "arch": arch, "source": source, "pool": pool}
     overrides |= {"resolution": resolution, "cache.folder": cache, "k": k, "tau": tau}
@@ -78,9 +78,9 @@ def analyze_blocks(
     config = load_config(BlocksConfig, chosen, overrides, sets or ())
     check_out(out, force)
 
-    from mimref.evaluation.analysis import evaluate_blocks
-    from mimref.terminal import Terminal, print_blocks
-    from mimref.training.distributed import process_group
+    from mimref.distributed.group import process_group
+    from mimref.evaluation.blocks.protocol import evaluate_blocks
+    from mimref.reports.terminal import Terminal, print_blocks
 
     with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result = evaluate_blocks(config, listener=terminal)
@@ -89,7 +89,7 @@ def analyze_blocks(
     print_blocks(result.rows, result.heads)
     write(out, config, result, quiet)
     if out is not None:
-        from mimref.plots import plot_blocks
+        from mimref.reports.figures import plot_blocks
 
         plot_blocks(out / "blocks.png", result.rows, heads=result.heads)
         tell(f"figure in {out / 'blocks.png'}", quiet)
@@ -127,8 +127,8 @@ def compare(
 
     With --out: a table as CSV, JSON and Markdown, and a figure.
     """
-    from mimref.evaluation_config import CompareConfig
-    from mimref.recipes import load_config
+    from mimref.config.load import load_config
+    from mimref.evaluation.config import CompareConfig
 
     overrides: dict[str, Any] = {"base": base, "refined": refined, "arch": arch, "source": source, "pool": pool}
     overrides |= {"final_norm": final_norm, "resolution": resolution, "cache.folder": cache}
@@ -137,10 +137,10 @@ def compare(
     config = load_config(CompareConfig, None, overrides | common(data, device, precision, seed, workers), sets or ())
     check_out(out, force)
 
+    from mimref.distributed.group import process_group
     from mimref.evaluation.compare import compare_encoders
-    from mimref.report import markdown_table
-    from mimref.terminal import Terminal, print_comparison
-    from mimref.training.distributed import process_group
+    from mimref.reports.tables import markdown_table
+    from mimref.reports.terminal import Terminal, print_comparison
 
     with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result = compare_encoders(config, listener=terminal)
@@ -151,7 +151,7 @@ def compare(
     write(out, config, result, quiet)
     if out is not None:
         from mimref.files import write_bytes
-        from mimref.plots import plot_comparison
+        from mimref.reports.figures import plot_comparison
 
         write_bytes(out / "results.md", markdown_table(result.rows, first).encode())
         plot_comparison(out / "comparison.png", result.rows, first)
@@ -181,16 +181,16 @@ def extract(
 
     x, y where there are labels, and paths, in the order of the images.
     """
-    from mimref.evaluation_config import ExtractConfig
-    from mimref.recipes import load_config
+    from mimref.config.load import load_config
+    from mimref.features.config import ExtractConfig
 
     overrides = encoder_settings(checkpoint, None, arch, source, blocks, pool, final_norm, resolution, cache)
     overrides |= common(data, device, precision, None, workers) | {"split": split}
     config = load_config(ExtractConfig, None, overrides, sets or ())
 
-    from mimref.evaluation.extraction import extract_to_file
-    from mimref.terminal import Terminal
-    from mimref.training.distributed import process_group
+    from mimref.distributed.group import process_group
+    from mimref.features.extraction import extract_to_file
+    from mimref.reports.terminal import Terminal
 
     with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         shape = extract_to_file(config, out, force=force, listener=terminal)

@@ -48,8 +48,8 @@ from mimref.cli.output import check_out, print_finished, report, tell
 from mimref.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
-    from mimref.evaluation.metrics import Row
-    from mimref.evaluation.run import Embedding
+    from mimref.evaluation.cluster.protocol import Embedding
+    from mimref.results import Row
 
 
 def knn(
@@ -83,8 +83,8 @@ def knn(
     The training images vote on every validation image. Under torchrun the processes share the search. Without
     arguments: the packaged tiny encoder on scikit-learn's digits.
     """
-    from mimref.evaluation_config import KnnConfig
-    from mimref.recipes import load_config
+    from mimref.config.load import load_config
+    from mimref.evaluation.knn.config import KnnConfig
 
     overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
     overrides |= common(data, device, precision, None, workers)
@@ -93,9 +93,9 @@ def knn(
     config = load_config(KnnConfig, None, overrides, sets or ())
     check_out(out, force)
 
-    from mimref.evaluation.run import evaluate_knn
-    from mimref.terminal import Terminal, print_classes
-    from mimref.training.distributed import process_group
+    from mimref.distributed.group import process_group
+    from mimref.evaluation.knn.protocol import evaluate_knn
+    from mimref.reports.terminal import Terminal, print_classes
 
     with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result = evaluate_knn(config, listener=terminal)
@@ -138,8 +138,8 @@ def lowshot(
 
     Without arguments: the packaged tiny encoder on scikit-learn's digits.
     """
-    from mimref.evaluation_config import LowshotConfig
-    from mimref.recipes import load_config
+    from mimref.config.load import load_config
+    from mimref.evaluation.lowshot.config import LowshotConfig
 
     overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
     overrides |= common(data, device, precision, seed, workers)
@@ -147,9 +147,9 @@ def lowshot(
     config = load_config(LowshotConfig, None, overrides, sets or ())
     check_out(out, force)
 
-    from mimref.evaluation.run import evaluate_lowshot
-    from mimref.terminal import Terminal
-    from mimref.training.distributed import process_group
+    from mimref.distributed.group import process_group
+    from mimref.evaluation.lowshot.protocol import evaluate_lowshot
+    from mimref.reports.terminal import Terminal
 
     with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result = evaluate_lowshot(config, listener=terminal)
@@ -194,8 +194,8 @@ def cluster(
 
     Without arguments: the packaged tiny encoder on scikit-learn's digits.
     """
-    from mimref.evaluation_config import ClusterConfig
-    from mimref.recipes import load_config
+    from mimref.config.load import load_config
+    from mimref.evaluation.cluster.config import ClusterConfig
 
     overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
     overrides |= common(data, device, precision, seed, workers)
@@ -205,9 +205,9 @@ def cluster(
     if umap is not None:
         _check_figure(umap, force)
 
-    from mimref.evaluation.run import evaluate_cluster
-    from mimref.terminal import Terminal
-    from mimref.training.distributed import process_group
+    from mimref.distributed.group import process_group
+    from mimref.evaluation.cluster.protocol import evaluate_cluster
+    from mimref.reports.terminal import Terminal
 
     with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result, embedding = evaluate_cluster(config, embed=umap is not None, listener=terminal)
@@ -253,8 +253,8 @@ def probe(
     DINOv2's protocol: a grid of them, of which the best one counts. With --out an interrupted probe can be continued by
     --resume. Without arguments: the packaged tiny encoder on scikit-learn's digits.
     """
-    from mimref.evaluation_config import ProbeConfig
-    from mimref.recipes import load_config
+    from mimref.config.load import load_config
+    from mimref.evaluation.probe.config import ProbeConfig
 
     overrides = encoder_settings(checkpoint, features, arch, source, None, None, final_norm, resolution, cache)
     overrides |= common(data, device, precision, seed, workers)
@@ -265,9 +265,9 @@ def probe(
     check_out(out, force)
     state = _state_file(out, resume=resume, force=force)
 
-    from mimref.evaluation.run import evaluate_probe
-    from mimref.terminal import Terminal
-    from mimref.training.distributed import process_group
+    from mimref.distributed.group import process_group
+    from mimref.evaluation.probe.protocol import evaluate_probe
+    from mimref.reports.terminal import Terminal
 
     advice = "--resume continues the probe" if state else "run it again, with --out to be able to --resume it"
     with process_group(config.device, advice=advice) as rank, Terminal(quiet or rank > 0) as terminal:
@@ -281,8 +281,8 @@ def probe(
 
 def _draw_embedding(file: Path, embedding: "Embedding", rows: Sequence["Row"]) -> None:
     """The images as points, with the clustering's scores under them."""
-    from mimref.plots import plot_embedding
-    from mimref.report import scores_line
+    from mimref.reports.figures import plot_embedding
+    from mimref.reports.tables import scores_line
 
     title, caption = str(rows[0]["model"]), scores_line(rows)
     plot_embedding(file, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)

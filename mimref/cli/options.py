@@ -9,7 +9,7 @@ import typer
 from mimref.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mimref.config import CommandConfig
+    from mimref.config.base import CommandConfig
 
 PresetOption = Annotated[
     str | None, typer.Option("--preset", metavar="NAME|FILE.toml", help="Settings to start from; see `presets list`.")

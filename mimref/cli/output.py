@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from mimref.config import CommandConfig
+    from mimref.config.base import CommandConfig
     from mimref.evaluation.run import EvaluationResult
 
 
@@ -26,8 +26,8 @@ def print_finished(out: Path, command: str) -> bool:
         return False
     if os.environ.get("RANK", "0") != "0":
         return True  # the first process of torchrun's speaks
+    from mimref.reports.terminal import print_rows
     from mimref.results import read_results
-    from mimref.terminal import print_rows
 
     print_rows(read_results(out, command)[0])
     # Of a run killed just before it did so itself.
@@ -37,7 +37,7 @@ def print_finished(out: Path, command: str) -> bool:
 
 def report(out: Path | None, config: "CommandConfig", result: "EvaluationResult", quiet: bool) -> None:
     """Print a result and, where a folder is given, write its files."""
-    from mimref.terminal import print_rows
+    from mimref.reports.terminal import print_rows
 
     print_rows(result.rows)
     write(out, config, result, quiet)

@@ -38,9 +38,9 @@ from mimref.cli.options import (
 from mimref.cli.output import print_finished
 
 if TYPE_CHECKING:
-    from mimref.config import RunConfig
-    from mimref.evaluation.metrics import Row
-    from mimref.training.runlog import Listener
+    from mimref.config.run import RunConfig
+    from mimref.progress import Listener
+    from mimref.results import Row
 
 _Config = TypeVar("_Config", bound="RunConfig", contravariant=True)
 
@@ -75,8 +75,8 @@ def refine(
     First the heads on the frozen encoder (stage 1), then heads and encoder together (stage 2); then a table of the
     encoder before and after. Without options: the packaged tiny encoder on scikit-learn's digits.
     """
-    from mimref.config import RefineConfig
-    from mimref.recipes import load_config
+    from mimref.config.load import load_config
+    from mimref.refinement.config import RefineConfig
 
     overrides = {
         "encoder.arch": arch,
@@ -127,8 +127,9 @@ def pretrain(
 
     For images or sizes without public weights. Without options: makes the packaged tiny encoder again.
     """
-    from mimref.config import PretrainConfig
-    from mimref.recipes import choose_pretrain_preset, load_config
+    from mimref.config.load import load_config
+    from mimref.config.presets import choose_pretrain_preset
+    from mimref.pretraining.config import PretrainConfig
 
     overrides = {"encoder.arch": arch, "mae.epochs": epochs, "batch_size": batch_size}
     overrides |= common(data, device, precision, seed, workers)
@@ -145,10 +146,10 @@ def pretrain(
 
 def _refine_preset(preset: str | None, arch: str | None, source: str | None, weights: str | None) -> str:
     """The preset that the options ask for; the name of published weights says what they are."""
-    from mimref.encoders.known import find_known
-    from mimref.recipes import choose_refine_preset
+    from mimref.config.presets import choose_refine_preset
+    from mimref.encoders.published import find_published
 
-    known = find_known(weights) if weights else None
+    known = find_published(weights) if weights else None
     return choose_refine_preset(
         preset, arch or (known.arch if known else None), source or (known.source if known else None), weights
     )
@@ -171,14 +172,14 @@ def _train_together(
     training: _Training[_Config], config: _Config, out: Path, resume: bool, force: bool, quiet: bool
 ) -> None:
     """Train with whatever processes torchrun has started; the first one speaks."""
-    from mimref.terminal import Terminal
-    from mimref.training.distributed import process_group
-    from mimref.training.state import RunFolder
+    from mimref.distributed.group import process_group
+    from mimref.reports.terminal import Terminal
+    from mimref.training.folder import RunFolder
 
     advice = "the last saved state is kept: --resume continues, and torchrun --max-restarts does so by itself"
     with process_group(config.device, advice=advice) as rank, Terminal(quiet or rank > 0) as terminal:
         # torchrun starts all processes again when one has died, with the same command.
-        again = RunFolder(out).is_to_go_on()
+        again = RunFolder(out).continues_launch()
         result = training(config, out, resume=resume or again, force=force and not again, listener=terminal)
     if rank == 0:
         _print_trained(out, result.rows, quiet)
@@ -196,7 +197,7 @@ def _resumed_config(out: Path | None, resume: bool, preset: str | None) -> str |
 
 def _print_trained(out: Path, rows: Sequence["Row"], quiet: bool) -> None:
     """Results of a run that has written its folder by itself."""
-    from mimref.terminal import print_rows
+    from mimref.reports.terminal import print_rows
 
     print_rows(rows)
     if not quiet:

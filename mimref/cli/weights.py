@@ -35,7 +35,7 @@ def inspect(
     Its format, its architecture, and what becomes of its tensors.
     """
     from mimref.encoders.inspection import inspect_file
-    from mimref.terminal import print_inspection
+    from mimref.reports.terminal import print_inspection
 
     inspection = inspect_file(file)
     if as_json:
@@ -64,8 +64,8 @@ def interpolate(
 
     With --data the k-NN accuracy of every average is told.
     """
-    from mimref.evaluation_config import InterpolateConfig
-    from mimref.recipes import load_config
+    from mimref.config.load import load_config
+    from mimref.evaluation.config import InterpolateConfig
 
     overrides: dict[str, Any] = {"base": base, "refined": refined, "alpha": parse_floats("--alpha", alpha)}
     config = load_config(
@@ -73,7 +73,7 @@ def interpolate(
     )
 
     from mimref.evaluation.interpolate import interpolate as average
-    from mimref.terminal import Terminal, print_rows
+    from mimref.reports.terminal import Terminal, print_rows
 
     out = out or Path("runs") / "interpolate"
     with Terminal(quiet) as terminal:
@@ -115,8 +115,8 @@ def export(
 
     from mimref.encoders.export import export_release, export_timm, read_encoder
     from mimref.encoders.onnx import export_onnx
-    from mimref.evaluation.inputs import block_groups
-    from mimref.terminal import Terminal
+    from mimref.features.encode import block_groups
+    from mimref.reports.terminal import Terminal
 
     with Terminal(quiet) as terminal:
         encoder, facts = read_encoder(
@@ -136,7 +136,7 @@ def export(
 
 def list_presets(debug: DebugOption = False) -> None:
     """Name and first line of every preset."""
-    from mimref.recipes import preset_names, preset_text
+    from mimref.config.presets import preset_names, preset_text
 
     names = preset_names()
     width = max(map(len, names), default=0)
@@ -149,6 +149,6 @@ def list_presets(debug: DebugOption = False) -> None:
 
 def show_preset(name: Annotated[str, typer.Argument(metavar="NAME")], debug: DebugOption = False) -> None:
     """Print a preset's file, with its comments."""
-    from mimref.recipes import preset_text
+    from mimref.config.presets import preset_text
 
     typer.echo(preset_text(name), nl=False)

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mimref.data.decode import BadImage
-from mimref.data.images import FetchedSource
 from mimref.data.loader import ignore_signals
-from mimref.data.sources import ImageSource
+from mimref.data.sources import FetchedSource, ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.data.workers import Reading, watched
 

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mimref.data.decode import Decoded
-from mimref.data.images import FetchedSource
-from mimref.data.sources import BadImage, EncodedSource, ImageSource
+from mimref.data.decode import BadImage, Decoded
+from mimref.data.sources import EncodedSource, FetchedSource, ImageSource
 from mimref.data.views import CropGroup, cut_group, reduction
 from mimref.data.workers import Reading, watched
 from mimref.devices import own_cores
+from mimref.distributed.group import own_rank, share, world_size
 from mimref.draws import permutation
 from mimref.errors import ConfigError
-from mimref.training.distributed import own_rank, share, world_size
 
 _Item = tuple[int, int]  # (epoch, sample index): workers outlive epochs, so the epoch travels with the sample
 _T = TypeVar("_T")

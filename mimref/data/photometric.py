@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.config import ViewsConfig
+from mimref.config.run import ViewsConfig
 from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RGB
 from mimref.devices import send
 from mimref.draws import Operation, uniform

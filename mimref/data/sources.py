@@ -1,125 +1,196 @@
-"""What `--data SPEC` accepts, opened as a list of images.
+"""What a list of images is to the rest of the package, in memory or as files that are decoded when read."""
 
-- A folder with `train/` and `val/` (or `test/`), each with one folder per class, or with images and no classes.
-- Any other folder: all images in it, at any depth, for training and validation alike, without labels. Where the images
-  lie in two or more subfolders and none beside them, the training images take the subfolders as classes; the validation
-  images are the same ones and stay unlabelled, so that nothing is ever scored on what it was fitted to.
-- `hf:FOLDER`, a Hugging Face data set on disk (see `mimref.data.huggingface`).
-- `wds:SHARDS`, webdataset tar files (see `mimref.data.shards`).
-- `list:FILE.csv` or `list:FILE.parquet`, a table of paths (see `mimref.data.tables`).
-- `digits`, `fashion-mnist`, `torchvision:NAME`. A folder of such a name is reached as `./digits`.
-
-Hidden files are ignored, and so are files whose name does not end like an image's.
-"""
-
+import hashlib
 import os
-from glob import escape
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
 
-from mimref.config import DataConfig
-from mimref.data.decode import BadImage, BadImages, decode_image, printable
-from mimref.data.folders import open_folder
-from mimref.data.images import ArraySource, EncodedSource, FileSource, ImageSource, Split
-from mimref.data.kept import Progress
-from mimref.data.named import open_digits, open_fashion_mnist, open_torchvision
-from mimref.data.remote import is_remote
-from mimref.data.shards import ShardSource, open_shards
-from mimref.data.splits import first_images
-from mimref.errors import ConfigError, DataError, did_you_mean
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from mimref.data.huggingface import TableSource
+from mimref.data.decode import Decoded, Reduce, decode_image, decode_reduced, printable
+from mimref.data.index.paths import PathList
+from mimref.data.splits import Indices
+from mimref.errors import DataError
 
-__all__ = [
-    "ArraySource",
-    "BadImage",
-    "BadImages",
-    "EncodedSource",
-    "FileSource",
-    "ImageSource",
-    "Split",
-    "absolute_spec",
-    "decode_image",
-    "open_source",
-]
-
-ACCEPTED = "a folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER or wds:SHARDS"
-NAMES = ("digits", "fashion-mnist")
-"""Specs that are no paths, whatever lies beside them."""
-PATH_PREFIXES = ("list:", "hf:", "wds:")
-"""What may stand before a path in a spec."""
+Split = Literal["train", "val"]
 
 
-def absolute_spec(spec: str) -> str:
-    """The spec with an absolute path where it has one, so that it means the same images wherever it is read."""
-    if spec in NAMES or spec.startswith("torchvision:"):
-        return spec
-    prefix = next((each for each in PATH_PREFIXES if spec.startswith(each)), "")
-    path = os.path.expanduser(spec.removeprefix(prefix))
-    if is_remote(path):
-        return spec
-    absolute = os.path.abspath(path)
-    if prefix == "wds:" and not os.path.isabs(path) and not os.path.isdir(path):
-        # A pattern: the folder it starts from is none.
-        absolute = os.path.normpath(os.path.join(escape(os.getcwd()), path))
-    return prefix + absolute
+class NoSplitError(DataError):
+    """Images that are there, but none of the split asked for."""
 
 
-def open_source(
-    data: DataConfig, split: Split, *, need_labels: bool = False, progress: Progress | None = None
-) -> ImageSource:
-    """Find the images of `data.spec`, and apply `data.train_limit` to its training images.
+class ImageSource(Protocol):
+    """A fixed list of N images, some of which may turn out to be unreadable."""
 
-    Raises DataError when there are none, when the spec is unknown, or when labels are needed and absent; ConfigError
-    when `data.train_limit` exceeds what there is. No image is decoded here. progress: told of the first look through a
-    large folder or through shards, which can take minutes.
-    """
-    spec = data.spec
-    if spec is None:
-        raise ConfigError(f"no images named: give --data, {ACCEPTED}")
-    source = _open(spec, data, split, progress)
-    if need_labels and source.labels is None:
-        raise DataError(
-            f"--data {printable(spec)}: the {split} images have no labels, which this needs; {_how_to_label(spec)}"
-        )
-    if split == "train" and data.train_limit is not None:
-        source.keep(first_images(len(source), source.labels, limit=data.train_limit))
-    return source
+    @property
+    def name(self) -> str:
+        """The data set as the user named it."""
+
+    @property
+    def labels(self) -> Indices | None:
+        """Class of every image, (N,) int64, or None."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of classes 0, 1, ..., or None without labels."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading costs no decoding, so that loader processes would not pay."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over what identifies the images and their labels."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
+
+    def path(self, index: int) -> str:
+        """A name of the image for messages and tables."""
 
 
-def _how_to_label(spec: str) -> str:
-    if spec.startswith("list:"):
-        return "give the list the columns label and split (train, val)"
-    if spec.startswith("hf:"):
-        return "give its files a column label, and save train and validation as splits"
-    if spec.startswith("wds:"):
-        return "give every image a .cls, and keep shards of train and val apart (folders, or {split} in the pattern)"
-    return "make train/ and val/ in it, each with one folder per class (two or more)"
+@dataclass(eq=False)
+class ArraySource:
+    """Images in memory: uint8 (N, H, W) gray or (N, 3, H, W)."""
+
+    name: str
+    images: NDArray[np.uint8]
+    labels: Indices | None
+    class_names: list[str] | None
+    split: str
+    positions: Indices
+    """(N,) index of every image in the data set's own order, for its name."""
+    in_memory: bool = True
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W), a copy; gray is repeated for the three channels."""
+        image = torch.from_numpy(self.images[index])
+        if image.ndim == 2:
+            return image.expand(3, -1, -1).clone(memory_format=torch.contiguous_format)
+        return image.clone(memory_format=torch.contiguous_format)
+
+    def path(self, index: int) -> str:
+        """`NAME/SPLIT/POSITION`."""
+        return f"{self.name}/{self.split}/{self.positions[index]}"
+
+    def keep(self, rows: Indices) -> None:
+        """Forget all but these images."""
+        self.images, self.positions = self.images[rows], self.positions[rows]
+        self.labels = None if self.labels is None else self.labels[rows]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over pixels and labels."""
+        digest = hashlib.sha256(repr(self.images.shape).encode())
+        digest.update(np.ascontiguousarray(self.images).data)
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        return digest.hexdigest()
 
 
-def _open(
-    spec: str, data: DataConfig, split: Split, progress: Progress | None
-) -> "ArraySource | FileSource | ShardSource | TableSource":
-    if spec == "digits":
-        return open_digits(split)
-    if spec == "fashion-mnist":
-        return open_fashion_mnist(data, split)
-    if spec.startswith("torchvision:"):
-        return open_torchvision(data, split)
-    if spec.startswith("list:"):
-        # pyarrow takes a moment to import.
-        from mimref.data.tables import open_table
+@runtime_checkable
+class EncodedSource(Protocol):
+    """Images that are kept encoded, as JPEG, PNG and so on, and decoded when read."""
 
-        return open_table(spec, split)
-    if spec.startswith("hf:"):
-        from mimref.data.huggingface import open_tables
+    def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
+        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
 
-        return open_tables(spec, split)
-    if spec.startswith("wds:"):
-        return open_shards(spec, split, progress)
-    root = os.path.expanduser(spec)
-    if not os.path.isdir(root):
-        near = did_you_mean(spec, (*NAMES, "torchvision:"))
-        what = "is a file, not a folder" if os.path.exists(root) else f"no such folder or data set{near}"
-        raise DataError(f"--data {printable(spec)}: {what} (accepted: {ACCEPTED})")
-    return open_folder(spec, split, progress)
+
+@runtime_checkable
+class FetchedSource(Protocol):
+    """Images that may be far away, where asking for many of them at once saves time."""
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Get these images, to be read next. Raises DataError when they cannot be had."""
+
+
+@dataclass(eq=False)
+class FileSource:
+    """Image files below one folder, decoded when read."""
+
+    name: str
+    folder: str
+    files: Sequence[str]
+    """Paths relative to `folder`; kept as a PathList."""
+    labels: Indices | None
+    class_names: list[str] | None
+    in_memory: bool = False
+
+    def __post_init__(self) -> None:
+        self.files = PathList.pack(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def keep(self, rows: Indices) -> None:
+        """Forget all but these images."""
+        self.files = PathList.pack(self.files).take(rows)
+        self.labels = None if self.labels is None else self.labels[rows]
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
+        return decode_image(os.path.join(self.folder, self.files[index]))
+
+    def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
+        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
+        return decode_reduced(os.path.join(self.folder, self.files[index]), reduce)
+
+    def path(self, index: int) -> str:
+        """The file's path, as far as the user gave it, with odd characters escaped."""
+        return printable(os.path.join(self.folder, self.files[index]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over relative paths, sizes, modification times and labels. Costs one look-up per file, at first use."""
+        digest = hashlib.sha256()
+        folder = os.fsencode(self.folder)
+        for file in PathList.pack(self.files).encoded():
+            try:
+                status = os.stat(os.path.join(folder, file))
+                size, modified_ns = status.st_size, status.st_mtime_ns
+            except (OSError, ValueError):
+                size, modified_ns = -1, -1  # a broken link: bad when read, and part of the list all the same
+            digest.update(b"%s\0%d\0%d\n" % (file, size, modified_ns))
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+
+class Subset:
+    """Some of a source's images, as a source; `rows` are their positions in it, (N,)."""
+
+    def __init__(self, source: ImageSource, rows: Indices) -> None:
+        self.source, self.rows = source, rows
+        self.name, self.in_memory, self.class_names = source.name, source.in_memory, source.class_names
+        self.labels = None if source.labels is None else source.labels[rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """Over the source's and which images they are."""
+        return hashlib.sha256(self.source.fingerprint.encode() + self.rows.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """See `FetchedSource`."""
+        if isinstance(self.source, FetchedSource):
+            self.source.fetch([int(self.rows[index]) for index in indices])
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
+        return self.source.read(int(self.rows[index]))
+
+    def path(self, index: int) -> str:
+        """Its name in the source."""
+        return self.source.path(int(self.rows[index]))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from mimref.config import ViewsConfig
+from mimref.config.run import ViewsConfig
 from mimref.draws import Operation, uniform
 
 _CROP_TRIES = 10

@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mimref.config import EncoderConfig
+from mimref.config.run import EncoderConfig
 from mimref.encoders.vit import PAPER_SIZES, Architecture, check_blocks, is_plain_vit, norm_flags, pool_tokens
 from mimref.errors import ConfigError
 

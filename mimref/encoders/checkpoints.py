@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mimref.config import EncoderConfig
+from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import (
     BackboneArchitecture,
     TimmBackbone,
@@ -26,7 +26,7 @@ from mimref.encoders.backbones import (
     native_size,
 )
 from mimref.encoders.formats import Recognised, Unrecognised, recognise, shortened
-from mimref.encoders.known import KnownWeights, Progress, find_known
+from mimref.encoders.published import PublishedWeights, find_published
 from mimref.encoders.reading import first_line, named_tensors, read_file
 from mimref.encoders.vit import (
     PAPER_SIZES,
@@ -39,6 +39,7 @@ from mimref.encoders.vit import (
 )
 from mimref.errors import CheckpointError, ConfigError
 from mimref.files import atomic_write
+from mimref.progress import LabelledProgress
 
 # Parts of timm's checkpoints that are not the encoder.
 _DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.")
@@ -59,7 +60,7 @@ class Checkpoint:
     """A foreign file as a plain vision transformer."""
     problem: str = ""
     """Why a foreign file is not recognised."""
-    published: KnownWeights | None = None
+    published: PublishedWeights | None = None
     """The published weights that were asked for by name."""
 
     @property
@@ -100,7 +101,9 @@ class Checkpoint:
         return licence if isinstance(licence, str) else None
 
 
-def read_checkpoint(path: str | Path, *, num_heads: int | None = None, progress: Progress | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, *, num_heads: int | None = None, progress: LabelledProgress | None = None
+) -> Checkpoint:
     """Read `path`, the output folder of a run, published weights by name, or `quickstart` for the packaged encoder.
 
     num_heads: attention heads of a foreign file, which its weights do not tell; None asks the published sizes.
@@ -110,7 +113,7 @@ def read_checkpoint(path: str | Path, *, num_heads: int | None = None, progress:
     if isinstance(path, str) and path.startswith(_TIMM):
         return _from_timm(path)
     file = read_file(path, progress)
-    published = find_known(str(path)) if not Path(path).exists() else None
+    published = find_published(str(path)) if not Path(path).exists() else None
     content = file.content
     for wrapper in _WRAPPERS:
         if isinstance(content.get(wrapper), Mapping):

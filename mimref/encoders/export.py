@@ -25,7 +25,7 @@ from mimref.encoders.reading import read_file
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, OutputError
 from mimref.files import atomic_path
-from mimref.training.runlog import Listener, Silent
+from mimref.progress import Listener, Silent
 
 # What a header says that is true of the weights in any format; `transform` has the normalisation of the images.
 _FACTS = ("source", "licence", "preset", "data", "transform")

@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mimref.config import DecoderConfig
+from mimref.config.run import DecoderConfig
 from mimref.encoders.vit import Encoder, sincos_positions
 from mimref.errors import ConfigError
 

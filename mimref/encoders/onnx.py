@@ -24,7 +24,7 @@ from mimref.encoders.export import (
 )
 from mimref.encoders.vit import Encoder, check_blocks
 from mimref.errors import ConfigError
-from mimref.training.runlog import Listener
+from mimref.progress import Listener
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # A protobuf holds 2 GiB, and torch splits files by itself somewhat below; above this weights go to a second file.

@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mimref.encoders.known import ADDRESSES, Progress, fetch, find_known
+from mimref.encoders.published import ADDRESSES, fetch, find_published
 from mimref.errors import CheckpointError, did_you_mean
+from mimref.progress import LabelledProgress
 
 _NUMPY_TYPES = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"]
 # What numpy pickles scalars and arrays with, under the names of versions 1 and 2.
@@ -50,7 +51,7 @@ class WeightsFile:
     """JSON header of our own files, else empty."""
 
 
-def read_file(path: str | Path, progress: Progress | None = None) -> WeightsFile:
+def read_file(path: str | Path, progress: LabelledProgress | None = None) -> WeightsFile:
     """Read `path`, the output folder of a run, published weights by name, or `quickstart` for the packaged encoder.
 
     progress: told of a download.
@@ -91,11 +92,11 @@ def first_line(error: Exception) -> str:
     return sentence if tells else type(error).__name__
 
 
-def _find(path: str | Path, progress: Progress | None) -> Path:
+def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
     if path == "quickstart":
         return Path(str(resources.files("mimref") / "assets" / "quickstart.safetensors"))
     file = Path(path)
-    known = None if file.exists() else find_known(str(path))
+    known = None if file.exists() else find_published(str(path))
     if known:
         return fetch(known, progress)
     if file.is_dir():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mimref.config import EncoderConfig
+from mimref.config.run import EncoderConfig
 from mimref.errors import ConfigError, did_you_mean
 
 # Width, depth, attention heads, patch size (Appendix B.1; 2B: MAWS).

@@ -2,32 +2,24 @@
 
 import time
 
-from mimref.config import CommandConfig
-from mimref.evaluation.cluster import check_metrics
-from mimref.evaluation.inputs import EncoderInputs, give_distinct_names
-from mimref.evaluation.metrics import Row
-from mimref.evaluation.probe_augmented import probe_inputs
-from mimref.evaluation.run import (
-    EvaluationResult,
-    check_labels,
-    check_neighbours,
-    check_shots,
-    evaluate_cluster,
-    evaluate_knn,
-    evaluate_lowshot,
-    evaluate_probe,
-)
-from mimref.evaluation_config import (
-    ClusterConfig,
-    CompareConfig,
-    EncoderPassConfig,
-    KnnConfig,
-    LowshotConfig,
-    ProbeConfig,
-)
-from mimref.features.extract import Column, columns_of
-from mimref.training.distributed import first_alone
-from mimref.training.runlog import Listener, Silent
+from mimref.config.base import CommandConfig
+from mimref.distributed.group import end_group
+from mimref.evaluation.cluster.config import ClusterConfig
+from mimref.evaluation.cluster.protocol import check_metrics, evaluate_cluster
+from mimref.evaluation.config import CompareConfig
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.evaluation.knn.protocol import check_neighbours, evaluate_knn
+from mimref.evaluation.lowshot.config import LowshotConfig
+from mimref.evaluation.lowshot.protocol import check_shots, evaluate_lowshot
+from mimref.evaluation.probe.augmented import probe_inputs
+from mimref.evaluation.probe.config import ProbeConfig
+from mimref.evaluation.probe.protocol import evaluate_probe
+from mimref.evaluation.run import EvaluationResult, check_labels
+from mimref.features.config import EncoderPassConfig
+from mimref.features.encode import Column, columns_of
+from mimref.features.inputs import EncoderInputs, give_distinct_names
+from mimref.progress import Listener, Silent
+from mimref.results import Row
 
 
 def compare_encoders(config: CompareConfig, *, listener: Listener | None = None) -> EvaluationResult:
@@ -47,7 +39,7 @@ def compare_encoders(config: CompareConfig, *, listener: Listener | None = None)
     for inputs in opened:
         inputs.prepare(_columns(config, inputs))
     rows: list[Row] = []
-    for inputs, checkpoint in zip(opened, checkpoints, strict=True) if first_alone() else ():
+    for inputs, checkpoint in zip(opened, checkpoints, strict=True) if end_group() else ():
         rows += _measure(config, inputs, checkpoint, listener)
     bad = [pair for inputs in opened for pair in inputs.bad]
     return EvaluationResult(rows, time.monotonic() - started, bad, config.data)

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 
-from mimref.config import CommandConfig
+from mimref.config.base import CommandConfig
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.vit import Encoder
 from mimref.errors import CheckpointError
-from mimref.evaluation.metrics import Row
-from mimref.evaluation.run import EvaluationResult, evaluate_knn
-from mimref.evaluation_config import CacheConfig, InterpolateConfig, KnnConfig
-from mimref.results import check_folder, write_results
-from mimref.training.runlog import Listener, Silent
+from mimref.evaluation.config import InterpolateConfig
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.evaluation.knn.protocol import evaluate_knn
+from mimref.evaluation.run import EvaluationResult
+from mimref.features.config import CacheConfig
+from mimref.progress import Listener, Silent
+from mimref.results import Row, check_folder, write_results
 
 
 def interpolate(

@@ -9,9 +9,6 @@ from scipy.optimize import linear_sum_assignment
 from mimref.errors import DataError
 from mimref.features.matrix import Matrix
 
-Row = dict[str, str | int | float]
-"""One result: `metric`, `value` (percent, but for Davies-Bouldin) and every setting it was measured with."""
-
 # Elements per block when an array is read in pieces: 32 MB in float64.
 BLOCK_ELEMENTS = 1 << 22
 

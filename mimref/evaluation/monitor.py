@@ -6,26 +6,26 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from mimref.config import RunConfig
-from mimref.data.images import Chosen, NoSplitError
+from mimref.config.run import RunConfig
 from mimref.data.loader import loader_workers
-from mimref.data.sources import ImageSource, open_source
+from mimref.data.open import open_source
+from mimref.data.sources import ImageSource, NoSplitError, Subset
 from mimref.data.splits import first_images
 from mimref.data.transforms import EvalTransform
+from mimref.distributed.collectives import gather_lists
 from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
-from mimref.evaluation.blocks import feature_statistics
-from mimref.evaluation.knn import knn_accuracy
+from mimref.evaluation.blocks.statistics import feature_statistics
+from mimref.evaluation.knn.protocol import knn_accuracy
 from mimref.evaluation.metrics import check_features
-from mimref.features.extract import Features, extract
-from mimref.training.distributed import gather_lists
+from mimref.features.encode import Features, extract
 
 
-def _subset(source: ImageSource, most: int) -> Chosen:
+def _subset(source: ImageSource, most: int) -> Subset:
     """A fixed choice of at most so many images: classes take turns; without labels, every n-th image."""
     if source.labels is None:
-        return Chosen(source, np.arange(0, len(source), max(1, -(-len(source) // most))))
-    return Chosen(source, first_images(len(source), source.labels, limit=min(most, len(source))))
+        return Subset(source, np.arange(0, len(source), max(1, -(-len(source) // most))))
+    return Subset(source, first_images(len(source), source.labels, limit=min(most, len(source))))
 
 
 def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], None] | None) -> ImageSource | None:

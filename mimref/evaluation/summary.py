@@ -1,23 +1,22 @@
 """The before/after table: k-NN, low-shot and clustering of raw pixels, the base and the refined encoder."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
-from mimref.config import DataConfig, EvaluateConfig
-from mimref.data.sources import ImageSource, open_source
+from mimref.config.base import DataConfig
+from mimref.config.run import EvaluateConfig
+from mimref.data.open import open_source
+from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
-from mimref.evaluation.cluster import cluster
-from mimref.evaluation.knn import knn
-from mimref.evaluation.lowshot import lowshot
-from mimref.evaluation.metrics import Row, check_classes, class_indices
-from mimref.features.extract import Features, extract, raw_pixels
-from mimref.results import main_rows
-
-Progress = Callable[[str, int, int], None]
+from mimref.evaluation.cluster.protocol import cluster
+from mimref.evaluation.knn.protocol import knn
+from mimref.evaluation.lowshot.protocol import lowshot
+from mimref.evaluation.metrics import check_classes, class_indices
+from mimref.features.encode import Features, extract, raw_pixels
+from mimref.progress import LabelledProgress
+from mimref.results import Row, main_rows
 
 
 class Summary:
@@ -36,7 +35,7 @@ class Summary:
         workers: int,
         device: torch.device,
         precision: torch.dtype,
-        progress: Progress,
+        progress: LabelledProgress,
     ) -> None:
         self.config, self.transform, self.seed, self.progress = config, transform, seed, progress
         self.train = open_source(data, "train", need_labels=True)

@@ -6,6 +6,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+Labels = NDArray[np.int64]
+"""(N,) classes."""
+
 
 class Matrix(Protocol):
     """Features (N, D) of which rows are read: a numpy array, memory-mapped or not, or `SideBySide`."""

@@ -5,7 +5,7 @@ Shapes: B images, N patches, K visible patches, D encoder width.
 
 from torch import Tensor, nn
 
-from mimref.config import DecoderConfig
+from mimref.config.run import DecoderConfig
 from mimref.encoders.masking import (
     MAEDecoder,
     count_visible,

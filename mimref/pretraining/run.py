@@ -9,36 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimref.config import PretrainConfig
 from mimref.data.loader import ViewBatch, check_batch_size, device_batches, loader_workers, view_batches
+from mimref.data.open import ACCEPTED, open_source
 from mimref.data.photometric import Photometric
-from mimref.data.sources import ACCEPTED, open_source
 from mimref.data.views import CropGroup
 from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision
+from mimref.distributed.collectives import agree, averaged, gather_lists, sum_over_ranks, total
+from mimref.distributed.group import end_group, own_rank, world_size
 from mimref.draws import Operation, uniform
 from mimref.encoders.checkpoints import save_encoder
+from mimref.encoders.parameters import encoder_groups
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
-from mimref.evaluation.metrics import Row
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.spec import data_record, eval_transform
+from mimref.features.header import data_record, eval_transform
+from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
-from mimref.results import read_results, write_results
-from mimref.training.distributed import (
-    agree,
-    averaged,
-    first_alone,
-    gather_lists,
-    own_rank,
-    sum_over_ranks,
-    total,
-    world_size,
-)
-from mimref.training.guard import FiniteLoss
-from mimref.training.loop import train
-from mimref.training.optim import adamw, encoder_groups, learning_rate, module_groups, set_learning_rate
-from mimref.training.runlog import Listener, MetricsLog, Silent, SkippedImages, open_log, readable
-from mimref.training.state import RunFolder, check_images, check_ranks, images_of, reloadable, stop_signal
+from mimref.progress import Listener, Silent
+from mimref.results import Row, read_results, write_results
+from mimref.training.checkpoint import check_images, check_ranks, images_of
+from mimref.training.folder import RunFolder, reloadable
+from mimref.training.job import FiniteLoss, train
+from mimref.training.log import MetricsLog, SkippedImages, open_log, readable
+from mimref.training.optim import adamw, learning_rate, module_groups, set_learning_rate
+from mimref.training.signals import stop_signal
 from mimref.training.trackers import check_trackers
 
 
@@ -53,7 +47,7 @@ class PretrainResult:
 
 
 class Pretraining:
-    """One run's objects; a `Job` of `mimref.training.loop`."""
+    """One run's objects; a `Job` of `mimref.training.job`."""
 
     label = "pre-training"
 
@@ -221,7 +215,7 @@ def pretrain(
             del state  # as large as the run itself
             train(run, run.batches(), stop, listener, log_every=config.monitor.log_every)
         agree(0)
-        if first_alone():
+        if end_group():
             _write(run, config, out)
             folder.drop_state()
     return PretrainResult(out, run.rows, run.elapsed_s)

@@ -1,15 +1,15 @@
 """`heads.blocks = "auto"`: heads where the base encoder's features ask for them; `mimref analyze-blocks` shows why."""
 
-from mimref.config import RefineConfig
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.checkpoints import Checkpoint, encoder_from
-from mimref.encoders.known import Progress
 from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import ConfigError
-from mimref.evaluation.blocks import blocks_text, recommend_heads
+from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
 from mimref.evaluation.monitor import KnnMonitor
+from mimref.progress import LabelledProgress
+from mimref.refinement.config import RefineConfig
 
 
 def recommended_blocks(
@@ -18,7 +18,7 @@ def recommended_blocks(
     architecture: Architecture,
     transform: EvalTransform,
     source: ImageSource,
-    progress: Progress | None = None,
+    progress: LabelledProgress | None = None,
 ) -> str:
     """Blocks as `heads.blocks` takes them, from the k-NN accuracy of every block of the base encoder.
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimref.config import HeadsConfig
+from mimref.distributed.collectives import gather_stack
+from mimref.distributed.group import world_size
 from mimref.errors import ConfigError
-from mimref.training.distributed import gather_stack, world_size
+from mimref.refinement.config import HeadsConfig
 
 
 class EnsembleLinear(nn.Module):

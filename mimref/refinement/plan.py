@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 
-from mimref.config import EncoderConfig, RefineConfig
+from mimref.config.run import EncoderConfig
 from mimref.data.loader import check_batch_size
-from mimref.data.sources import ImageSource, open_source
+from mimref.data.open import open_source
+from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, with_fixed_positions
-from mimref.encoders.known import Progress, official_name
+from mimref.encoders.published import official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture
 from mimref.errors import CheckpointError, ConfigError
-from mimref.features.spec import eval_transform, recorded_data
+from mimref.features.header import eval_transform, recorded_data
+from mimref.progress import LabelledProgress
 from mimref.refinement.auto import recommended_blocks
-from mimref.refinement.footprint import state_bytes
+from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads, head_blocks
+from mimref.refinement.memory import state_bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Plan:
         return 0 if self.config.stage == "heads" else self.config.encoder_stage.epochs * self.steps_per_epoch
 
 
-def make_plan(config: RefineConfig, progress: Progress | None = None) -> Plan:
+def make_plan(config: RefineConfig, progress: LabelledProgress | None = None) -> Plan:
     """Check the settings against the weights and the images. Raises UserError subclasses.
 
     Nothing is written but a copy of published weights, of whose download `progress` is told.

@@ -7,22 +7,25 @@ from typing import Any
 
 import torch
 
-from mimref.config import RefineConfig
 from mimref.data.loader import loader_workers
+from mimref.distributed.collectives import agree
+from mimref.distributed.group import end_group, own_rank
 from mimref.encoders.checkpoints import save_encoder
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation.metrics import Row
 from mimref.evaluation.summary import Summary
-from mimref.features.spec import data_record
+from mimref.features.header import data_record
+from mimref.progress import Listener, Silent
+from mimref.refinement.config import RefineConfig
 from mimref.refinement.plan import header_of, make_plan
 from mimref.refinement.shared import Refinement
 from mimref.refinement.stages import EncoderStage, HeadsStage
 from mimref.refinement.sweep import rank_heads
-from mimref.results import read_results, write_results
-from mimref.training.distributed import agree, first_alone, own_rank
-from mimref.training.loop import train
-from mimref.training.runlog import Listener, MetricsLog, Silent, open_log
-from mimref.training.state import RunFolder, StopSignal, check_images, check_ranks, reloadable, stop_signal
+from mimref.results import Row, read_results, write_results
+from mimref.training.checkpoint import check_images, check_ranks
+from mimref.training.folder import RunFolder, reloadable
+from mimref.training.job import train
+from mimref.training.log import MetricsLog, open_log
+from mimref.training.signals import StopSignal, stop_signal
 from mimref.training.trackers import check_trackers
 
 
@@ -73,7 +76,7 @@ def refine(
         with closing(open_log(config, out, state)) as log:
             _train(run, folder, log, stop, state)
         agree(0)
-        if not first_alone():
+        if not end_group():
             return RefineResult(out, [], run.elapsed_s)
         # Written before the evaluation, which may fail or be interrupted, and again with its results.
         _write_encoder(run, config, out, [])

@@ -8,22 +8,22 @@ import torch
 from mimref.data.photometric import Photometric
 from mimref.data.views import multi_crop
 from mimref.devices import keep_freed_memory, resolve_device, resolve_precision
+from mimref.distributed.collectives import agree
+from mimref.distributed.group import alone, world_size
 from mimref.encoders.checkpoints import load_weights, weights_hash
+from mimref.encoders.parameters import freeze_untrained
 from mimref.encoders.vit import Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.files import atomic_write
+from mimref.progress import Listener
 from mimref.refinement.heads import Heads
 from mimref.refinement.memory import check_exact, largest_that_fits, try_step
+from mimref.refinement.method import RefinementStep
 from mimref.refinement.plan import Plan
 from mimref.refinement.queue import Queue
-from mimref.refinement.step import RefinementStep
-from mimref.training.distributed import agree, alone, world_size
 from mimref.training.ema import WeightAverage
-from mimref.training.optim import (
-    freeze_untrained,
-)
-from mimref.training.runlog import Listener, SkippedImages
+from mimref.training.log import SkippedImages
 
 
 class Refinement:

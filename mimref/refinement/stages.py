@@ -6,32 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimref.config import EncoderStageConfig, HeadsStageConfig
 from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
 from mimref.data.views import multi_crop
+from mimref.distributed.collectives import gather_lists, total
+from mimref.distributed.group import world_size
+from mimref.encoders.parameters import encoder_groups
 from mimref.errors import ConfigError
 from mimref.evaluation.monitor import CollapseWatch
+from mimref.refinement.config import EncoderStageConfig, HeadsStageConfig
 from mimref.refinement.memory import half, release_memory
+from mimref.refinement.method import StepValues, monitored_values
 from mimref.refinement.schedule import StageName, loss_weights
 from mimref.refinement.shared import Refinement
-from mimref.refinement.step import StepValues, monitored_values
-from mimref.training.distributed import gather_lists, total, world_size
+from mimref.training.checkpoint import images_of
 from mimref.training.ema import WeightAverage
-from mimref.training.guard import FiniteLoss
-from mimref.training.optim import (
-    adamw,
-    encoder_groups,
-    learning_rate,
-    module_groups,
-    set_learning_rate,
-    warmup_updates,
-)
-from mimref.training.runlog import MetricsLog, readable
-from mimref.training.state import RunFolder, images_of
+from mimref.training.folder import RunFolder
+from mimref.training.job import FiniteLoss
+from mimref.training.log import MetricsLog, readable
+from mimref.training.optim import adamw, learning_rate, module_groups, set_learning_rate, warmup_updates
 
 
 class Stage:
-    """What the stages have in common; a `Job` of `mimref.training.loop`."""
+    """What the stages have in common; a `Job` of `mimref.training.job`."""
 
     name: StageName
     label: str

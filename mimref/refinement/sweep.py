@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from mimref.encoders.vit import Encoder
-from mimref.evaluation.metrics import Row
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.extract import Features
+from mimref.features.encode import Features
 from mimref.refinement.heads import Heads
+from mimref.results import Row
 
 _ROWS_AT_ONCE = 4096
 

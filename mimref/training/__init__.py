@@ -1,1 +1,1 @@
-"""Training machinery: optimizer groups, weight averaging, saved state, run log."""
+"""The machinery of training runs: job, folder, checkpoints, log, signals."""

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mimref.config import DataConfig
+from mimref.config.base import DataConfig
 from mimref.data.decode import BadImage, BadImages, decode_image
-from mimref.data.sources import open_source
+from mimref.data.open import open_source
 from mimref.errors import DataError
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from mimref import files
 from mimref.cli import run
-from mimref.refinement.step import RefinementStep, StepValues
+from mimref.refinement.method import RefinementStep, StepValues
 from tests.tiny import REFINE, arguments, saved_step, write_labelled, write_weights
 
 

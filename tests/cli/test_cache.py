@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from mimref.cli import run
-from mimref.config import DataConfig
-from mimref.data import folders
-from mimref.data.sources import open_source
+from mimref.config.base import DataConfig
+from mimref.data.open import open_source
+from mimref.data.readers import folder as folders
 from mimref.files import cache_folder
 from tests.tiny import write_images
 

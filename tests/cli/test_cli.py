@@ -18,8 +18,7 @@ import pytest
 import mimref
 from mimref.cli import run
 from mimref.errors import DataError, Interrupted
-from mimref.evaluation.metrics import Row
-from mimref.results import write_results
+from mimref.results import Row, write_results
 
 ROWS: list[Row] = [
     {"model": model, "metric": "knn_top1", "value": value, "k": 10, "tau": 0.07}

@@ -12,14 +12,14 @@ import pandas as pd
 import pytest
 import torch
 
+from mimref.benchmarks.evaluations import Sizes
+from mimref.benchmarks.heads import HeadSizes
+from mimref.benchmarks.views import ViewSizes
 from mimref.cli import run
-from mimref.config import HeadsConfig
 from mimref.encoders import checkpoints
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import Encoder, build_encoder
-from mimref.evaluation.benchmark import Sizes
-from mimref.refinement.benchmark_heads import HeadSizes
-from mimref.refinement.benchmark_views import ViewSizes
+from mimref.refinement.config import HeadsConfig
 from tests.tiny import ARCHITECTURE, REFINE, arguments, results, write_images, write_labelled, write_unlabelled
 
 CHEAP = ["--device", "cpu", "--workers", "0"]
@@ -307,11 +307,11 @@ def test_a_damaged_cache_is_told_and_mended(folder: Path, tmp_path: Path, capsys
 def test_an_interrupted_probe_goes_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mimref.evaluation.probe_training.SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("mimref.evaluation.probe.ensemble.SAVE_EVERY_S", 0.0)
     out, other = tmp_path / "out", tmp_path / "other"
     sets = ["--epochs", "3", "--batch-size", "16", "--quiet"]
     assert run(line("probe", folder, *sets, "--out", str(other))) == 0
-    from mimref import terminal
+    from mimref.reports import terminal
 
     def stop(self: terminal.Terminal, label: str, done: int, total: int) -> None:
         if (label, done) == ("linear probes", 2):
@@ -412,7 +412,7 @@ def test_the_benchmark_prints_and_writes(
 ) -> None:
     small = {"knn_train": 300, "knn_test": 50, "knn_width": 8, "knn_classes": 3, "kmeans_images": 60, "kmeans_width": 4}
     small |= {"kmeans_classes": 3, "kmeans_runs": 2, "probe_batch": 8, "probe_width": 4, "probe_steps": 1, "repeats": 1}
-    monkeypatch.setattr("mimref.evaluation.benchmark.Sizes", partial(Sizes, **small))
+    monkeypatch.setattr("mimref.benchmarks.evaluations.Sizes", partial(Sizes, **small))
     assert run(["benchmark", "eval", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "knn sweep ratio" in printed and "probe speedup" in printed
@@ -425,7 +425,7 @@ def test_the_views_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = {"width": 60, "height": 48, "global_size": 16, "local_views": 1, "local_size": 8, "images": 2, "repeats": 1}
-    monkeypatch.setattr("mimref.refinement.benchmark_views.ViewSizes", partial(ViewSizes, **small))
+    monkeypatch.setattr("mimref.benchmarks.views.ViewSizes", partial(ViewSizes, **small))
     assert run(["benchmark", "views", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     assert "mimref, worker's part" in capsys.readouterr().out
     assert {row["metric"] for row in results(tmp_path / "out")["metrics"]} == {"benchmark_views"}

@@ -59,7 +59,7 @@ def test_resume_of_a_finished_probe_prints_its_results(
 ) -> None:
     assert run(line("probe", folder, *PROBE, "--out", str(tmp_path))) == 0
     table, before = capsys.readouterr().out, (tmp_path / "results.json").read_bytes()
-    monkeypatch.setattr("mimref.evaluation.run.evaluate_probe", None)
+    monkeypatch.setattr("mimref.evaluation.probe.protocol.evaluate_probe", None)
     assert run(line("probe", folder, *PROBE, "--out", str(tmp_path), "--resume")) == 0
     assert capsys.readouterr().out == table and (tmp_path / "results.json").read_bytes() == before
     monkeypatch.setenv("RANK", "1")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mimref import terminal
 from mimref.cli import run
+from mimref.reports import terminal
 from tests.tiny import (
     PRETRAIN,
     REFINE,

@@ -1,0 +1,1 @@
+"""Settings: strict models, presets, and how a command line becomes a config."""

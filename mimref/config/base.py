@@ -1,0 +1,90 @@
+"""Settings as strict models: the kinds of values, and what every command has."""
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import tomli_w
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _check_ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("a range whose first number is not above its second")
+    return pair
+
+
+# The message of a ValueError in a field's validator completes "expected ...".
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Hue = Annotated[float, Field(ge=0, le=0.5)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+AreaRange = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
+    Field(strict=False),
+    AfterValidator(_check_ordered),
+]
+PositiveRange = Annotated[tuple[Positive, Positive], Field(strict=False), AfterValidator(_check_ordered)]
+Probabilities = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """One strict, immutable table of settings: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_none(cls, table: Any) -> Any:
+        # TOML has no null: the word `none` stands for it where a field can be without a value.
+        if not isinstance(table, dict):
+            return table
+        optional = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
+        return {key: None if value == "none" and key in optional else value for key, value in table.items()}
+
+
+class DataConfig(Section):
+    """Which images."""
+
+    spec: str | None = None
+    """A folder, `digits`, `fashion-mnist`, `torchvision:NAME`, `list:FILE` (a .csv or .parquet table of paths),
+    `hf:FOLDER` (a Hugging Face data set on disk) or `wds:SHARDS` (webdataset tar files)."""
+    root: str | None = None
+    """Folder of the data set's files, for specs that name a data set."""
+    download: bool = False
+    """Let torchvision download the data set."""
+    max_bad: int = Field(default=100, ge=0)
+    """Unreadable images that are skipped and reported; one more stops the run."""
+    train_limit: int | None = Field(default=None, gt=0)
+    """Use only the first N training images (of a fixed, class-balanced order for labelled data)."""
+    crop_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Evaluation: centre crop over resized shorter side; None: the checkpoint header's, else 0.875 (224 / 256)."""
+
+
+class CommandConfig(Section):
+    """Settings that every command has."""
+
+    command: ClassVar[str]
+    """Name on the command line, and folder of the command's presets."""
+
+    preset: str | None = None
+    """Name of the preset the settings came from."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on CUDA, fp32 elsewhere."""
+    workers: int | None = Field(default=None, ge=0)
+    """Loader processes; None: 0 for images in memory, else one per core that this process may use, at most 16.
+
+    torchrun's processes on one machine share its cores.
+    """
+    data: DataConfig = DataConfig()
+
+
+def dump_config(config: CommandConfig) -> str:
+    """The settings as TOML text that `recipes.load_config` reads back to an equal config; unset keys are left out."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+Numbers = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
+Temperatures = Annotated[list[Positive], Field(min_length=1)]

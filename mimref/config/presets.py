@@ -1,0 +1,120 @@
+"""Presets: TOML files that ship with mimref or are the user's, each of which may build on a `base`."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from mimref.errors import ConfigError, did_you_mean
+
+Table = dict[str, Any]
+
+
+def preset_names(command: str | None = None) -> list[str]:
+    """Full names (`refine/quickstart`) of the shipped presets of one command, or of all."""
+    folder = _preset_folder()
+    names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.toml"))
+    return sorted(name for name in names if command is None or name.startswith(f"{command}/"))
+
+
+def preset_text(name: str) -> str:
+    """The TOML text of a shipped preset, comments included; a short name works where only one command has it."""
+    matches = [known for known in preset_names() if name == known or known.endswith(f"/{name}")]
+    if name in matches:
+        matches = [name]
+    if not matches:
+        raise ConfigError(_unknown_preset(name, None))
+    if len(matches) > 1:
+        raise ConfigError(f"Preset {name!r} is ambiguous: {' or '.join(matches)}")
+    return (_preset_folder() / f"{matches[0]}.toml").read_text(encoding="utf-8")
+
+
+def choose_refine_preset(preset: str | None, arch: str | None, source: str | None, weights: str | None) -> str:
+    """The preset that the options of `mimref refine` ask for.
+
+    The given one; else `quickstart` when nothing else is given; else that of the pair of `--arch` and `--source`
+    (default mae), or where the paper has none, MAE's of the same size, or of ViT-B for timm's names. `arch` and
+    `source` still override the preset's own. Raises ConfigError for `--weights` without a hint at their settings.
+    """
+    if preset is not None:
+        return preset
+    if arch is None:
+        if source is None and weights in (None, "quickstart"):
+            return "refine/quickstart"
+        raise ConfigError("Give --preset NAME (`mimref presets list` shows all) or --arch with --weights or --source")
+    size = arch.removeprefix("vit_")
+    candidates = [f"refine/{source or 'mae'}_{size}", f"refine/mae_{size}", "refine/mae_b16"]
+    known = preset_names("refine")
+    return next((name for name in candidates if name in known), candidates[-1])
+
+
+def choose_pretrain_preset(preset: str | None, arch: str | None) -> str:
+    """The given preset; else `quickstart`, or MAE's recipe where `--arch` is given."""
+    if preset is not None:
+        return preset
+    if arch is None:
+        return "pretrain/quickstart"
+    # MAE trains all sizes with one recipe.
+    name = f"pretrain/mae_{arch.removeprefix('vit_')}"
+    return name if name in preset_names("pretrain") else "pretrain/mae_l16"
+
+
+def _preset_folder() -> Path:
+    package = Path(__file__).parents[1]
+    # A wheel carries the presets inside the package; a source checkout has them beside it.
+    return package / "presets" if (package / "presets").is_dir() else package.parent / "presets"
+
+
+def _find_preset(name: str, command: str, folder: Path | None = None) -> tuple[str, Path]:
+    """The full name and file of a preset; a path ending in .toml is relative to `folder` (default: where we run)."""
+    if name.endswith(".toml"):
+        return name, (folder or Path()) / Path(name).expanduser()
+    known = preset_names()
+    for full in (f"{command}/{name}", name):
+        if full in known and full.startswith(f"{command}/"):
+            return full, _preset_folder() / f"{full}.toml"
+    if name in known:
+        raise ConfigError(f"Preset {name!r} is one of `mimref {name.split('/')[0]}`, not of `mimref {command}`")
+    raise ConfigError(_unknown_preset(name, command))
+
+
+def _unknown_preset(name: str, command: str | None) -> str:
+    full = preset_names(command)
+    hint = did_you_mean(name, [*full, *(known.split("/", 1)[1] for known in full)])
+    return f"Unknown preset {name!r}{hint or '; `mimref presets list` shows all'}"
+
+
+def _read_preset(path: Path, command: str, above: tuple[Path, ...]) -> Table:
+    """One preset file merged over its bases, the farthest first. above: the files that led here."""
+    resolved = path.resolve()
+    if resolved in above:
+        chain = " -> ".join(file.stem for file in (*above, resolved))
+        raise ConfigError(f"Preset {path} has itself as a base: {chain}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"Preset file {str(path)!r} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"Preset file {str(path)!r} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Preset file {str(path)!r} is not valid TOML: {error}") from None
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base = {_show(base)}: expected the name of a preset")
+    _, base_path = _find_preset(base, command, path.parent)
+    return _merge(_read_preset(base_path, command, (*above, resolved)), table)
+
+
+def _merge(below: Table, above: Table) -> Table:
+    """A new table with the keys of both; tables are merged key by key, everything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)

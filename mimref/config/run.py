@@ -1,0 +1,144 @@
+"""Settings of training: encoder, views, optimizer, monitoring.
+
+Every field carries its unit and source. Learning rates are base rates, for a global batch of 256 images.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mimref.config.base import AreaRange, CommandConfig, Decay, Fraction, Hue, PositiveRange, Probabilities, Section
+
+
+class EncoderConfig(Section):
+    """Which encoder, and where its weights come from."""
+
+    arch: str = "vit_l16"
+    """`vit_b16`, `vit_l16`, `vit_h14`, `vit_2b14`, a timm name of a VisionTransformer, or `custom` (sizes below)."""
+    source: str = "mae"
+    """Pre-training method of the weights; `d2v2` selects the post-norm transformer."""
+    weights: str | None = None
+    """Weights file, or `quickstart` for the packaged encoder. None starts from random weights (`pretrain` only)."""
+    image_size: int = Field(default=224, gt=0)
+    """Pixels, height and width, of the images the position embedding is made for."""
+    width: int | None = Field(default=None, gt=0)
+    """Token width of a `custom` encoder."""
+    depth: int | None = Field(default=None, gt=0)
+    """Number of blocks of a `custom` encoder."""
+    num_heads: int | None = Field(default=None, gt=0)
+    """Attention heads of a `custom` encoder, and of weights of an unusual width, which do not tell it."""
+    patch_size: int | None = Field(default=None, gt=0)
+    """Pixels per patch side of a `custom` encoder."""
+
+    @model_validator(mode="after")
+    def _check_custom(self) -> Self:
+        if self.arch != "custom":
+            return self
+        missing = [n for n in ("width", "depth", "num_heads", "patch_size") if getattr(self, n) is None]
+        if missing:
+            names = ", ".join(f"encoder.{name}" for name in missing)
+            raise ValueError(f"encoder.arch = 'custom' needs {names}")
+        if self.width is not None and self.num_heads is not None and self.width % self.num_heads:
+            raise ValueError(f"encoder.width {self.width} must be a multiple of encoder.num_heads {self.num_heads}")
+        return self
+
+
+class ViewsConfig(Section):
+    """Multi-crop views (BYOL colour settings, Table 10)."""
+
+    global_size: int | None = Field(default=None, gt=0)
+    """Pixels of the two global views; None is the encoder's image size."""
+    global_scale: AreaRange = (0.25, 1.0)
+    """Area range of a global crop."""
+    local_views: int = Field(default=10, ge=0)
+    """Number of local views; with 0 the paper uses a global scale of [0.08, 1]."""
+    local_size: int = Field(default=96, gt=0)
+    """Pixels of the local views (96 for patch 16, 98 for patch 14)."""
+    local_scale: AreaRange = (0.05, 0.25)
+    """Area range of a local crop."""
+    aspect_ratio: PositiveRange = (3 / 4, 4 / 3)
+    """Width over height of a crop, drawn log-uniformly."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    color: bool = True
+    """Colour jitter, grayscale and solarize on or off (Table 1f)."""
+    blur: bool = True
+    """Gaussian blur on or off (Table 1f)."""
+    jitter: Annotated[tuple[Fraction, Fraction, Fraction, Hue], Field(strict=False)] = (0.4, 0.4, 0.2, 0.1)
+    """Strength of brightness, contrast, saturation and hue jitter."""
+    jitter_probability: Fraction = 0.8
+    gray_probability: Fraction = 0.2
+    solarize_probability: Probabilities = (0.0, 0.2, 0.0)
+    """For global view 0, global view 1 and local views; threshold 128 of 255."""
+    blur_probability: Probabilities = (1.0, 0.1, 0.5)
+    """For global view 0, global view 1 and local views."""
+    blur_sigma: PositiveRange = (0.1, 2.0)
+    """Standard deviation of the blur in pixels, drawn uniformly."""
+
+
+def _check_warmup(section: str, warmup_epochs: float | None, epochs: int) -> None:
+    if warmup_epochs is not None and 0 < epochs < warmup_epochs:
+        raise ValueError(f"{section}.warmup_epochs {warmup_epochs:g} is more than {section}.epochs {epochs}")
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
+    clip_grad: float | None = Field(default=None, gt=0)
+    """Largest norm of the whole gradient; None does not clip."""
+    end_lr: float = Field(default=1e-6, ge=0)
+    """Absolute learning rate the cosine ends at, before layer-wise scales."""
+
+
+class MonitorConfig(Section):
+    """What a run tells about itself."""
+
+    log_every: int = Field(default=20, gt=0)
+    """Steps between lines of metrics.jsonl."""
+    knn_every_epochs: int = Field(default=1, ge=0)
+    """Epochs between k-NN checks of the encoder on a fixed subset; 0 never checks."""
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+    """Where metrics are sent besides metrics.jsonl; each needs the extra of its name."""
+    knn_samples: int = Field(default=10_000, gt=0)
+    """Most images in the k-NN check's memory; a quarter as many are classified."""
+
+
+class EvaluateConfig(Section):
+    """The before/after table."""
+
+    enabled: bool = True
+    knn_k: int = Field(default=10, gt=0)
+    knn_tau: float = Field(default=0.07, gt=0)
+    shots: int = Field(default=1, gt=0)
+    """Training images per class of the low-shot logistic regression."""
+    splits: int = Field(default=3, gt=0)
+    """Draws of the low-shot training images."""
+    cluster_runs: int = Field(default=100, gt=0)
+    """Mini-batch k-means runs; the best by inertia counts."""
+
+
+class RunConfig(CommandConfig):
+    """Settings that every training command has."""
+
+    batch_size: int = Field(default=1024, gt=1)
+    """Images per update, over all processes."""
+    encoder: EncoderConfig = EncoderConfig()
+    views: ViewsConfig = ViewsConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class DecoderConfig(Section):
+    """The masked autoencoder's decoder."""
+
+    width: int = Field(default=512, gt=0)
+    depth: int = Field(default=8, gt=0)
+    num_heads: int = Field(default=16, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"mae.decoder.width {self.width} must be a multiple of num_heads {self.num_heads}")
+        return self

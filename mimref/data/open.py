@@ -1,0 +1,125 @@
+"""What `--data SPEC` accepts, opened as a list of images.
+
+- A folder with `train/` and `val/` (or `test/`), each with one folder per class, or with images and no classes.
+- Any other folder: all images in it, at any depth, for training and validation alike, without labels. Where the images
+  lie in two or more subfolders and none beside them, the training images take the subfolders as classes; the validation
+  images are the same ones and stay unlabelled, so that nothing is ever scored on what it was fitted to.
+- `hf:FOLDER`, a Hugging Face data set on disk (see `mimref.data.readers.hf`).
+- `wds:SHARDS`, webdataset tar files (see `mimref.data.readers.wds`).
+- `list:FILE.csv` or `list:FILE.parquet`, a table of paths (see `mimref.data.readers.table`).
+- `digits`, `fashion-mnist`, `torchvision:NAME`. A folder of such a name is reached as `./digits`.
+
+Hidden files are ignored, and so are files whose name does not end like an image's.
+"""
+
+import os
+from glob import escape
+from typing import TYPE_CHECKING
+
+from mimref.config.base import DataConfig
+from mimref.data.decode import BadImage, BadImages, decode_image, printable
+from mimref.data.index.remote import is_remote
+from mimref.data.readers.folder import open_folder
+from mimref.data.readers.named import open_digits, open_fashion_mnist, open_torchvision
+from mimref.data.readers.wds import ShardSource, open_shards
+from mimref.data.sources import ArraySource, EncodedSource, FileSource, ImageSource, Split
+from mimref.data.splits import first_images
+from mimref.errors import ConfigError, DataError, did_you_mean
+from mimref.progress import LabelledProgress
+
+if TYPE_CHECKING:
+    from mimref.data.readers.hf import TableSource
+
+__all__ = [
+    "ArraySource",
+    "BadImage",
+    "BadImages",
+    "EncodedSource",
+    "FileSource",
+    "ImageSource",
+    "Split",
+    "absolute_spec",
+    "decode_image",
+    "open_source",
+]
+
+ACCEPTED = "a folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER or wds:SHARDS"
+NAMES = ("digits", "fashion-mnist")
+"""Specs that are no paths, whatever lies beside them."""
+PATH_PREFIXES = ("list:", "hf:", "wds:")
+"""What may stand before a path in a spec."""
+
+
+def absolute_spec(spec: str) -> str:
+    """The spec with an absolute path where it has one, so that it means the same images wherever it is read."""
+    if spec in NAMES or spec.startswith("torchvision:"):
+        return spec
+    prefix = next((each for each in PATH_PREFIXES if spec.startswith(each)), "")
+    path = os.path.expanduser(spec.removeprefix(prefix))
+    if is_remote(path):
+        return spec
+    absolute = os.path.abspath(path)
+    if prefix == "wds:" and not os.path.isabs(path) and not os.path.isdir(path):
+        # A pattern: the folder it starts from is none.
+        absolute = os.path.normpath(os.path.join(escape(os.getcwd()), path))
+    return prefix + absolute
+
+
+def open_source(
+    data: DataConfig, split: Split, *, need_labels: bool = False, progress: LabelledProgress | None = None
+) -> ImageSource:
+    """Find the images of `data.spec`, and apply `data.train_limit` to its training images.
+
+    Raises DataError when there are none, when the spec is unknown, or when labels are needed and absent; ConfigError
+    when `data.train_limit` exceeds what there is. No image is decoded here. progress: told of the first look through a
+    large folder or through shards, which can take minutes.
+    """
+    spec = data.spec
+    if spec is None:
+        raise ConfigError(f"no images named: give --data, {ACCEPTED}")
+    source = _open(spec, data, split, progress)
+    if need_labels and source.labels is None:
+        raise DataError(
+            f"--data {printable(spec)}: the {split} images have no labels, which this needs; {_how_to_label(spec)}"
+        )
+    if split == "train" and data.train_limit is not None:
+        source.keep(first_images(len(source), source.labels, limit=data.train_limit))
+    return source
+
+
+def _how_to_label(spec: str) -> str:
+    if spec.startswith("list:"):
+        return "give the list the columns label and split (train, val)"
+    if spec.startswith("hf:"):
+        return "give its files a column label, and save train and validation as splits"
+    if spec.startswith("wds:"):
+        return "give every image a .cls, and keep shards of train and val apart (folders, or {split} in the pattern)"
+    return "make train/ and val/ in it, each with one folder per class (two or more)"
+
+
+def _open(
+    spec: str, data: DataConfig, split: Split, progress: LabelledProgress | None
+) -> "ArraySource | FileSource | ShardSource | TableSource":
+    if spec == "digits":
+        return open_digits(split)
+    if spec == "fashion-mnist":
+        return open_fashion_mnist(data, split)
+    if spec.startswith("torchvision:"):
+        return open_torchvision(data, split)
+    if spec.startswith("list:"):
+        # pyarrow takes a moment to import.
+        from mimref.data.readers.table import open_table
+
+        return open_table(spec, split)
+    if spec.startswith("hf:"):
+        from mimref.data.readers.hf import open_tables
+
+        return open_tables(spec, split)
+    if spec.startswith("wds:"):
+        return open_shards(spec, split, progress)
+    root = os.path.expanduser(spec)
+    if not os.path.isdir(root):
+        near = did_you_mean(spec, (*NAMES, "torchvision:"))
+        what = "is a file, not a folder" if os.path.exists(root) else f"no such folder or data set{near}"
+        raise DataError(f"--data {printable(spec)}: {what} (accepted: {ACCEPTED})")
+    return open_folder(spec, split, progress)

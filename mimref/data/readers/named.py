@@ -1,0 +1,126 @@
+"""Data sets that have a name: scikit-learn's digits, Fashion-MNIST and torchvision's."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimref.config.base import DataConfig
+from mimref.data.decode import one_line, read_idx
+from mimref.data.sources import ArraySource, FileSource, Split
+from mimref.data.splits import stratified_split
+from mimref.errors import DataError, did_you_mean
+from mimref.locks import one_at_a_time
+
+TORCHVISION_NAMES = ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "STL10", "SVHN", "Flowers102", "OxfordIIITPet")
+
+
+def open_digits(split: Split) -> ArraySource:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels, 0..16 spread over 0..255; 1,437 for training, 360 held out."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    labels = digits.target.astype(np.int64)
+    train, held = stratified_split(labels, held_out=0.2)
+    kept = train if split == "train" else held
+    images = np.rint(digits.images[kept] * (255 / 16)).astype(np.uint8)
+    names = [str(name) for name in digits.target_names]
+    return ArraySource("digits", images, labels[kept], names, split, kept)
+
+
+FASHION_MNIST_CLASSES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+FASHION_MNIST_FOLDERS = (
+    "/usr/share/datasets/fashion-mnist",
+    "~/.cache/mimref/fashion-mnist",
+    "~/.cache/fashion-mnist",
+    "data/FashionMNIST/raw",
+)
+
+
+def open_fashion_mnist(data: DataConfig, split: Split) -> ArraySource:
+    """60,000 training and 10,000 test images of 28 x 28 pixels (Xiao et al. 2017), from idx or idx.gz files."""
+    if data.root is not None:
+        folders = [os.path.join(os.path.expanduser(data.root), below) for below in ("", "FashionMNIST/raw")]
+    else:
+        folders = [os.path.expanduser(folder) for folder in FASHION_MNIST_FOLDERS]
+    prefix = "train" if split == "train" else "t10k"
+    stems = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
+    for folder in folders:
+        found = [_either(os.path.join(folder, stem)) for stem in stems]
+        if found[0] is not None and found[1] is not None:
+            images, labels = read_idx(found[0], ndim=3), read_idx(found[1], ndim=1).astype(np.int64)
+            break
+    else:
+        raise DataError(
+            f"--data fashion-mnist: no {stems[0]}[.gz] with its labels in {', '.join(folders)}; "
+            "install Debian's dataset-fashion-mnist, name their folder with --set data.root=FOLDER, or download with "
+            "--data torchvision:FashionMNIST --set data.root=FOLDER --set data.download=true"
+        )
+    if len(images) != len(labels) or labels.max(initial=0) >= len(FASHION_MNIST_CLASSES):
+        raise DataError(
+            f"{found[1]}: {len(labels)} labels do not fit the {len(images)} images beside them; get the files anew"
+        )
+    positions = np.arange(len(images), dtype=np.int64)
+    return ArraySource("fashion-mnist", images, labels, FASHION_MNIST_CLASSES, split, positions)
+
+
+def _either(path: str) -> str | None:
+    return next((name for name in (path, f"{path}.gz") if os.path.isfile(name)), None)
+
+
+def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource:
+    """A torchvision data set; its test images are the validation images."""
+    from torchvision import datasets
+
+    asked = (data.spec or "").removeprefix("torchvision:")
+    known = {name.lower(): name for name in TORCHVISION_NAMES}
+    name = known.get(asked.lower())
+    if name is None:
+        near = did_you_mean(asked.lower(), known)
+        raise DataError(f"--data torchvision:{asked}: unknown data set{near} (known: {', '.join(TORCHVISION_NAMES)})")
+    if data.root is None:
+        raise DataError(f"--data torchvision:{name} needs the folder of its files: --set data.root=FOLDER")
+    root, train, download = os.path.expanduser(data.root), split == "train", data.download
+    dataset: Any
+    try:
+        # torchvision unpacks into the files' own names, which another process would take for whole.
+        with one_at_a_time(Path(root, name)) if download else nullcontext():
+            if name in ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"):
+                dataset = getattr(datasets, name)(root, train=train, download=download)
+            elif name == "OxfordIIITPet":
+                dataset = datasets.OxfordIIITPet(root, split="trainval" if train else "test", download=download)
+            else:
+                dataset = getattr(datasets, name)(root, split="train" if train else "test", download=download)
+    except Exception as error:  # each class has its own: missing or corrupt files, no network, a missing package
+        advice = "" if download else "; --set data.download=true fetches it"
+        raise DataError(f"--data torchvision:{name} in {root}: {one_line(error)}{advice}") from error
+    return _wrap_torchvision(f"torchvision:{name}", root, dataset, split)
+
+
+def _wrap_torchvision(name: str, root: str, dataset: Any, split: Split) -> ArraySource | FileSource:
+    """Take over a data set's arrays, or its list of files, rather than calling it image by image."""
+    if hasattr(dataset, "data"):
+        images = np.asarray(dataset.data)
+        if images.ndim == 4 and images.shape[-1] == 3:  # CIFAR alone is (N, H, W, 3)
+            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        labels = np.asarray(dataset.targets if hasattr(dataset, "targets") else dataset.labels, dtype=np.int64)
+    else:
+        files = dataset._image_files if hasattr(dataset, "_image_files") else dataset._images
+        labels = np.asarray(dataset._labels, dtype=np.int64)
+    classes = [str(c) for c in getattr(dataset, "classes", range(int(labels.max()) + 1))]
+    if hasattr(dataset, "data"):
+        return ArraySource(name, images, labels, classes, split, np.arange(len(images), dtype=np.int64))
+    return FileSource(name, root, [str(Path(file).relative_to(root)) for file in files], labels, classes)

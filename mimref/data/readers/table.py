@@ -1,0 +1,167 @@
+"""A table of image files: `list:FILE.csv` and `list:FILE.parquet`.
+
+Columns: `path`, absolute or relative to the table's folder; `label`, a class name or a whole number (optional);
+`split`, one of train, val and test (optional). Other columns are ignored. Validation images are the rows of val, or of
+test where no row is val. Without `split`, all rows serve training and validation alike, and the validation images stay
+unlabelled.
+
+A path is opened as it is written, `..` and links included: the table is its writer's own list of files, not an archive.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from mimref.data.decode import one_line, printable
+from mimref.data.index.paths import PathList
+from mimref.data.labels import Written
+from mimref.data.sources import FileSource, NoSplitError, Split
+from mimref.data.splits import Indices
+from mimref.errors import DataError, did_you_mean
+
+COLUMNS = ("path", "label", "split")
+SPLITS = ("train", "val", "test")
+
+
+def open_table(spec: str, split: Split) -> FileSource:
+    """The images of a split, in the table's order.
+
+    Classes are the distinct labels of the training rows, in the order of `Written.classes`; where there are no training
+    labels, those of the validation rows. Raises DataError for a table that is unreadable, incomplete or has no image of
+    the split. No image file is looked at.
+    """
+    file = os.path.expanduser(spec.removeprefix("list:"))
+    where = f"--data {printable(spec)}"
+    columns = _read(file, where)
+    paths = _paths(columns["path"], where)
+    rows = train = np.arange(len(paths), dtype=np.int64)
+    if "split" in columns:
+        rows, train = _rows_of(columns["split"], split, where)
+    labels, classes = None, None
+    if "label" in columns and ("split" in columns or split == "train"):
+        own = _labels(columns["label"], rows, where)
+        if own is not None:
+            reference = own if split == "train" else _labels(columns["label"], train, where)
+            classes = (reference or own).classes()
+            labels = own.numbered(classes, where)
+    # Rows come in order and once: as many as there are paths are all of them.
+    chosen = paths if len(rows) == len(paths) else paths.take(rows)
+    return FileSource(printable(spec), os.path.dirname(file), chosen, labels, classes)
+
+
+def _read(file: str, where: str) -> dict[str, pa.ChunkedArray]:
+    """The columns that matter, as text where the file is text."""
+    kind = os.path.splitext(file)[1].lower()
+    if kind not in (".csv", ".parquet"):
+        raise DataError(f"{where}: a list is a .csv or .parquet file, not {kind or 'one without an ending'!r}")
+    try:
+        table = _read_csv(file) if kind == ".csv" else pa.parquet.read_table(file, columns=_present(file))
+    except (OSError, pa.ArrowException, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise DataError(f"{where}: the list cannot be read ({reason})") from error
+    if twice := next((name for name in COLUMNS if table.column_names.count(name) > 1), None):
+        raise DataError(f"{where}: has two columns {twice!r}; keep one")
+    if "path" not in table.column_names:
+        names = _all_names(file, kind)
+        near = did_you_mean("path", names)
+        raise DataError(
+            f"{where}: has no column 'path'{near} (its columns: {', '.join(map(printable, names)) or 'none'}; "
+            "a comma stands between them in a .csv)"
+        )
+    if not table.num_rows:
+        raise DataError(f"{where}: has no rows")
+    return {name: table.column(name) for name in COLUMNS if name in table.column_names}
+
+
+def _read_csv(file: str) -> pa.Table:
+    """All three columns as text, so that a class 007 keeps its name; only empty cells are missing values."""
+    text = dict.fromkeys(COLUMNS, pa.string())
+    return pa.csv.read_csv(
+        file,
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(column_types=text, strings_can_be_null=True, null_values=[""]),
+    )
+
+
+def _present(file: str) -> list[str]:
+    return [name for name in pa.parquet.read_schema(file).names if name in COLUMNS]
+
+
+def _all_names(file: str, kind: str) -> list[str]:
+    names: list[str] = _read_csv(file).column_names if kind == ".csv" else pa.parquet.read_schema(file).names
+    return names
+
+
+def _paths(column: pa.ChunkedArray, where: str) -> PathList:
+    """Raises DataError for rows without a path, and for addresses."""
+    if not _is_text(column.type):
+        raise DataError(f"{where}: column 'path' holds {column.type}, not text")
+    column = column.cast(pa.string())
+    _refuse(pc.fill_null(pc.equal(column, ""), True), "has no path", where)
+    _refuse(pc.match_substring(column, "://"), "is an address, not a file; download the images first", where)
+    _refuse(pc.match_substring(column, "\0"), "has a path with a zero byte", where)
+    packed = pa.concat_arrays([pa.array([], pa.large_binary()), *column.cast(pa.large_binary()).chunks])
+    _, ends, content = packed.buffers()
+    return PathList(
+        np.frombuffer(content, dtype=np.uint8),
+        np.frombuffer(ends, dtype=np.int64)[packed.offset : packed.offset + len(packed) + 1],
+    )
+
+
+def _refuse(bad: pa.ChunkedArray, what: str, where: str) -> None:
+    first = pc.index(bad, True).as_py()
+    if first >= 0:
+        raise DataError(f"{where}: row {first + 1} {what}")
+
+
+def _rows_of(column: pa.ChunkedArray, split: Split, where: str) -> tuple[Indices, Indices]:
+    """Rows of a split, and those of train."""
+    if not _is_text(column.type):
+        raise DataError(f"{where}: column 'split' holds {column.type}, not {', '.join(SPLITS)}")
+    names = pc.fill_null(column.cast(pa.string()), "")
+    if unknown := sorted(set(pc.unique(names).to_pylist()) - set(SPLITS)):
+        row = pc.index(names, unknown[0]).as_py() + 1
+        near = did_you_mean(unknown[0], SPLITS)
+        raise DataError(f"{where}: row {row} has split {printable(unknown[0])!r}{near} (known: {', '.join(SPLITS)})")
+    rows: Mapping[str, Indices] = {
+        name: np.flatnonzero(pc.equal(names, name).to_numpy()).astype(np.int64) for name in SPLITS
+    }
+    chosen = rows["train"] if split == "train" else rows["val"] if len(rows["val"]) else rows["test"]
+    if not len(chosen):
+        raise NoSplitError(f"{where}: no row has split {'train' if split == 'train' else 'val or test'}")
+    return chosen, rows["train"]
+
+
+def _labels(column: pa.ChunkedArray, rows: Indices, where: str) -> Written | None:
+    """Labels of some rows; None if not one of them has any. Raises DataError if some have none."""
+    kind = column.type
+    if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
+        raise DataError(f"{where}: column 'label' holds {kind}; labels are class names or whole numbers")
+    encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):  # pyarrow before 17
+        encoded = encoded.combine_chunks()
+    codes = pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
+    found = codes[rows] >= 0
+    if not found.any():
+        return None
+    if not found.all():
+        raise DataError(
+            f"{where}: row {rows[np.argmin(found)] + 1} has no label, though others of its split have; "
+            "fill it in or drop the row"
+        )
+    written = Written(encoded.dictionary.to_pylist(), codes).take(rows)
+    if all(re.fullmatch(r"[-+]?\d*\.\d*", name) for name in written.names):
+        raise DataError(f"{where}: labels such as {written.names[0]} are neither class names nor whole numbers")
+    return written
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))

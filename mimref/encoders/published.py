@@ -1,0 +1,185 @@
+"""Published weights by name: where they come from, under which licence, and where a copy is kept.
+
+Addresses and licences are those that the authors' own pages state. Only MAE's publish (a part of) a hash; of all others
+the size that the server announces is checked, and what the tensors are is told from the tensors.
+"""
+
+import hashlib
+import os
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import urlopen
+
+from mimref.errors import CheckpointError
+from mimref.files import cache_folder
+from mimref.locks import one_at_a_time
+from mimref.progress import LabelledProgress
+
+_TIMEOUT_S = 30
+_PIECE_BYTES = 1 << 20
+
+_META = "https://dl.fbaipublicfiles.com"
+_BYTEDANCE = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource"
+_JKU = "https://ml.jku.at/research/mimrefiner/download"
+_CROSSMAE = "https://huggingface.co/longlian/CrossMAE/resolve/main"
+_MUGS = "https://huggingface.co/zhoupans/Mugs/resolve/main/pretrained%20models"
+
+# Method to the licence of its weights, where the authors state one.
+LICENCES = {
+    "mae": "CC-BY-NC-4.0",
+    "maws": "CC-BY-NC-4.0",
+    "d2v2": "CC-BY-NC-4.0",
+    "crossmae": "CC-BY-NC-4.0",
+    "ijepa": "CC-BY-NC-4.0",
+    "dbot": "Apache-2.0",
+    "ibot": "Apache-2.0",
+    "dino": "Apache-2.0",
+    "dinov2": "Apache-2.0",
+    "mugs": "Apache-2.0",
+}
+
+# The paper's released models end in `_refined_SIZE`; all others are named as `--source` and the size of `--arch`.
+ADDRESSES = {
+    "mae_b16": f"{_META}/mae/pretrain/mae_pretrain_vit_base.pth",
+    "mae_l16": f"{_META}/mae/pretrain/mae_pretrain_vit_large.pth",
+    "mae_h14": f"{_META}/mae/pretrain/mae_pretrain_vit_huge.pth",
+    "mae_2b14": f"{_META}/maws/pretrain/mae_in1k/vit_2b14.pt",
+    "maws_b16": f"{_META}/maws/pretrain/maws/vit_b16.pt",
+    "maws_l16": f"{_META}/maws/pretrain/maws/vit_l16.pt",
+    "maws_h14": f"{_META}/maws/pretrain/maws/vit_h14.pt",
+    "maws_2b14": f"{_META}/maws/pretrain/maws/vit_2b14.pt",
+    "d2v2_b16": f"{_META}/fairseq/data2vec2/base_imagenet.pt",
+    "d2v2_l16": f"{_META}/fairseq/data2vec2/large_imagenet.pt",
+    "d2v2_h14": f"{_META}/fairseq/data2vec2/huge_imagenet.pt",
+    "dbot_b16": f"{_BYTEDANCE}/mmodal/dbot/84.5_dbot_base_pre.pth",
+    "dbot_l16": f"{_BYTEDANCE}/mmodal/dbot/86.6_dbot_large_pre.pth",
+    "dbot_h14": f"{_BYTEDANCE}/mmodal/dbot/87.4_dbot_huge_pre.pth",
+    **{
+        f"crossmae_{size}16": f"{_CROSSMAE}/vit{size}-mr0.75-kmr0.75-dd12/"
+        f"imagenet-mae-cross-vit{size}-pretrain-wfm-mr0.75-kmr0.75-dd12-ep800-ui.pth"
+        for size in ("b", "l")
+    },
+    "ijepa_h14": f"{_META}/ijepa/IN1K-vit.h.14-300e.pth.tar",
+    "ibot_b16": f"{_BYTEDANCE}/archive/2022/ibot/vitb_16/checkpoint_teacher.pth",
+    "ibot_l16": f"{_BYTEDANCE}/archive/2022/ibot/vitl_16/checkpoint_teacher.pth",
+    "dino_b16": f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    **{f"dinov2_{size}14": f"{_META}/dinov2/dinov2_vit{size}14/dinov2_vit{size}14_pretrain.pth" for size in "sblg"},
+    "mugs_b16": f"{_MUGS}/vit_base_400ep/vit_base_backbone_400ep.pth",
+    "mugs_l16": f"{_MUGS}/vit_large_250ep/vit_large_backbone_250ep.pth",
+    "msn_b16": f"{_META}/msn/vitb16_600ep.pth.tar",
+    "msn_l16": f"{_META}/msn/vitl16_600ep.pth.tar",
+    "mae_refined_l16": f"{_JKU}/maerefined_l16.th",
+    "mae_refined_h14": f"{_JKU}/maerefined_h14.th",
+    "mae_refined_2b14": f"{_JKU}/maerefined_twob14.th",
+    "d2v2_refined_l16": f"{_JKU}/d2v2refined_l16.th",
+    "d2v2_refined_h14": f"{_JKU}/d2v2refined_h14.th",
+    "dbot_refined_l16": f"{_JKU}/dbotrefined_l16.th",
+    "dbot_refined_h14": f"{_JKU}/dbotrefined_h14.th",
+    "crossmae_refined_l16": f"{_JKU}/crossmaerefined_l16.th",
+}
+# First digits of the files' MD5 sums, from MAE's README.
+_MD5 = {"mae_b16": "8cad7c", "mae_l16": "b8b06e", "mae_h14": "9bdbb0"}
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """Published weights."""
+
+    name: str
+    url: str
+    source: str
+    """Pre-training method, as `--source` names it."""
+
+    @property
+    def arch(self) -> str:
+        """As `--arch` names it."""
+        return f"vit_{self.name.rpartition('_')[2]}"
+
+    @property
+    def file(self) -> Path:
+        """Where a copy is kept."""
+        return cache_folder() / "weights" / f"{self.name}{Path(self.url).suffix}"
+
+    @property
+    def licence(self) -> str | None:
+        """Of the weights; None where the authors state none."""
+        return None if "_refined_" in self.name else LICENCES.get(self.source)
+
+
+def find_published(name: str) -> PublishedWeights | None:
+    """The published weights of this name, if there are any."""
+    if name not in ADDRESSES:
+        return None
+    return PublishedWeights(name, ADDRESSES[name], name.split("_")[0])
+
+
+def official_name(arch: str, source: str) -> str:
+    """Name of the published weights of a pair of `--arch` and `--source`.
+
+    Raises CheckpointError for a pair that was never published, with those that were.
+    """
+    name = f"{source}_{arch.removeprefix('vit_')}"
+    if name in ADDRESSES:
+        return name
+    size = arch.removeprefix("vit_")
+    of_size = [known.removesuffix(f"_{size}") for known in ADDRESSES if known.endswith(f"_{size}")]
+    of_source = [known.removeprefix(f"{source}_") for known in ADDRESSES if known.startswith(f"{source}_")]
+    published = [
+        f"{arch} exists from {', '.join(known for known in of_size if '_' not in known)}" if of_size else "",
+        f"{source} exists as {', '.join(f'vit_{known}' for known in of_source if '_' not in known)}"
+        if of_source
+        else "",
+    ]
+    told = "; ".join(filter(None, published)) or "neither is known here"
+    raise CheckpointError(f"no published weights of {arch} from {source}: {told}; or pass --weights FILE")
+
+
+def fetch(known: PublishedWeights, progress: LabelledProgress | None = None) -> Path:
+    """The kept copy of published weights, downloaded when there is none yet.
+
+    progress: called with a label, the megabytes that are there and those of the whole file.
+    Raises CheckpointError, saying which file to put where, when it cannot be downloaded or is not what was published.
+    """
+    file = known.file
+    if file.is_file():
+        return file
+    label = f"waiting for another process to download {known.name}"
+    with one_at_a_time(file, lambda: progress(label, 0, 1) if progress else None):
+        if not file.is_file():
+            _fetch(known, file, progress)
+    return file
+
+
+def _fetch(known: PublishedWeights, file: Path, progress: LabelledProgress | None) -> None:
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _download(known, temporary, progress)
+        os.replace(temporary, file)
+    # http.client's errors are no OSErrors.
+    except (OSError, HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{known.name}: cannot be fetched ({reason}); put {known.url} to {file}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _download(known: PublishedWeights, path: Path, progress: LabelledProgress | None) -> None:
+    digest, done = hashlib.md5(usedforsecurity=False), 0
+    with urlopen(known.url, timeout=_TIMEOUT_S) as response, path.open("wb") as stream:
+        total = int(response.headers.get("Content-Length") or 0)
+        while piece := response.read(_PIECE_BYTES):
+            stream.write(piece)
+            digest.update(piece)
+            done += len(piece)
+            if progress and total:
+                progress(f"download of {known.name} in MB", done // 10**6, total // 10**6)
+    if total and done != total:
+        raise OSError(f"{done} of {total} bytes came")
+    expected = _MD5.get(known.name, "")
+    if not digest.hexdigest().startswith(expected):
+        raise OSError(f"the MD5 sum {digest.hexdigest()} does not begin with the published {expected}")

@@ -1,0 +1,1 @@
+"""Every block of an encoder: k-NN, feature statistics, reconstruction loss."""

@@ -1,0 +1,53 @@
+"""Settings of `mimref analyze-blocks`."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from mimref.config.base import AreaRange, Fraction, Section
+from mimref.config.run import DecoderConfig
+from mimref.features.config import (
+    EncoderPassConfig,
+)
+
+
+class ReconstructionConfig(Section):
+    """A light decoder on every frozen block: MAE's settings but for what Appendix C.2 changes."""
+
+    epochs: int = Field(default=20, gt=0)
+    warmup_epochs: float = Field(default=5, ge=0)
+    batch_size: int = Field(default=1024, gt=0)
+    """Images per update; all of them where there are fewer."""
+    lr: float = Field(default=1.5e-4, gt=0)
+    """Base learning rate, times (batch size / 256)."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Share of patches hidden from the encoder."""
+    crop_scale: AreaRange = (0.2, 1.0)
+    """Area range of the random crop."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    decoder: DecoderConfig = DecoderConfig(depth=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"reconstruction.warmup_epochs {self.warmup_epochs:g} is more than reconstruction.epochs {self.epochs}"
+            )
+        return self
+
+
+class BlocksConfig(EncoderPassConfig):
+    """Everything `mimref analyze-blocks` can be told."""
+
+    command = "analyze-blocks"
+    checkpoints: Annotated[list[str], Field(min_length=1)] = ["quickstart"]
+    """Weights files, run folders or names; several are shown over each other."""
+    k: int = Field(default=10, gt=0)
+    """Neighbours that vote."""
+    tau: float = Field(default=0.07, gt=0)
+    """Temperature of the votes."""
+    reconstruct: bool = False
+    """Train a decoder on every block as well."""
+    reconstruction: ReconstructionConfig = ReconstructionConfig()

@@ -1,0 +1,145 @@
+"""What every block of an encoder is worth: k-NN, feature statistics, and where contrastive heads belong (Fig. 3)."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimref.errors import ConfigError, DataError
+from mimref.evaluation.knn.protocol import knn
+from mimref.evaluation.metrics import check_features, row_blocks
+from mimref.features.matrix import Matrix
+from mimref.progress import Progress
+from mimref.results import Row
+
+
+class FeatureStatistics(NamedTuple):
+    """How the features of a set of images are spread."""
+
+    mean: float
+    """Average over features of each one's mean (Table 14)."""
+    variance: float
+    """Average over features of each one's variance (Table 14); that of the population, ddof 0."""
+    effective_rank: float
+    """exp of the entropy of the covariance's normalised eigenvalues (Roy & Vetterli 2007), between 1 and D."""
+
+
+def analyze_blocks(
+    train: Sequence[Matrix],
+    train_y: NDArray[np.int64] | None,
+    test: Sequence[Matrix],
+    test_y: NDArray[np.int64] | None,
+    *,
+    blocks: Sequence[int] | None = None,
+    k: int = 10,
+    tau: float = 0.07,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[Row]:
+    """k-NN accuracy and feature statistics of every block, and what each block adds (Fig. 3b, Fig. 3d, Table 14).
+
+    train, test: features of the blocks in ascending order, (N, D) and (M, D) each; blocks: their 1-based numbers, by
+    default 1, 2, .... Without labels (None) train is not read and only the statistics are told. Rows, each with
+    `block`: `block_knn_top1` in percent, as `knn` gives it, with `k` and `tau`; `block_mean`,
+    `block_variance` and `block_effective_rank` of the test images; `block_knn_delta`, the gain over the block before,
+    from the second block on, see `normalised_deltas`.
+    Raises ConfigError for k beyond the training set, DataError for features or labels that cannot be used.
+    """
+    numbers = list(range(1, len(test) + 1)) if blocks is None else list(blocks)
+    labelled = train_y is not None and test_y is not None
+    _check_blocks(numbers, len(train) if labelled else len(test), len(test))
+    rows: list[Row] = []
+    accuracies: list[float] = []
+    for place, number in enumerate(numbers):
+        check_features(test[place], f"block {number}, validation")
+        if train_y is not None and test_y is not None:
+            found = knn(train[place], train_y, test[place], test_y, k=(k,), tau=(tau,), device=device)
+            accuracies.append(next(float(row["value"]) for row in found if row["metric"] == "knn_top1"))
+            rows.append({"metric": "block_knn_top1", "value": accuracies[-1], "block": number, "k": k, "tau": tau})
+        statistics = feature_statistics(test[place])
+        rows += [
+            {"metric": f"block_{name}", "value": value, "block": number} for name, value in statistics._asdict().items()
+        ]
+        if progress is not None:
+            progress(place + 1, len(numbers))
+    return rows + delta_rows("block_knn_delta", numbers, normalised_deltas(accuracies))
+
+
+def delta_rows(metric: str, blocks: Sequence[int], deltas: Sequence[float]) -> list[Row]:
+    """Rows of what each block adds, from the second of `blocks` on."""
+    return [
+        {"metric": metric, "value": delta, "block": block} for block, delta in zip(blocks[1:], deltas, strict=False)
+    ]
+
+
+def feature_statistics(x: Matrix) -> FeatureStatistics:
+    """Spread of the features x (N, D), in float64, read twice in blocks of rows; memory is D x D.
+
+    Features that are all constant have an effective rank of 1.
+    """
+    slices = row_blocks(x)
+    mean = sum(x[rows].sum(axis=0, dtype=np.float64) for rows in slices) / len(x)
+    covariance = np.zeros((x.shape[1], x.shape[1]))
+    for rows in slices:
+        centred = x[rows] - mean
+        covariance += centred.T @ centred
+    eigenvalues = np.linalg.eigvalsh(covariance / len(x)).clip(min=0)
+    total = eigenvalues.sum()
+    share = eigenvalues[eigenvalues > 0] / total if total > 0 else np.ones(1)
+    rank = np.exp(-(share * np.log(share)).sum())
+    return FeatureStatistics(float(np.mean(mean)), float(total / x.shape[1]), float(rank))
+
+
+def normalised_deltas(values: Sequence[float], *, falling_is_better: bool = False) -> list[float]:
+    """Improvement from each value to the next, divided by the largest improvement (Fig. 3d, Appendix C.2).
+
+    falling_is_better: for a loss, an improvement is a decrease. Returns one value less than it gets, at most 1. Where
+    nothing improves, dividing by the largest would turn the signs; the largest worsening is then -1, and without any
+    change all are 0.
+    """
+    deltas = np.diff(np.asarray(values, dtype=np.float64)) * (-1.0 if falling_is_better else 1.0)
+    if not len(deltas):
+        return []
+    largest = deltas.max() if deltas.max() > 0 else np.abs(deltas).max()
+    return [float(delta) for delta in (deltas / largest if largest > 0 else deltas)]
+
+
+def recommend_heads(knn_by_block: Sequence[float]) -> list[int]:
+    """Blocks (1-based) for contrastive heads, from the k-NN accuracy of every block, first to last.
+
+    The paper's are the last 8 of 24 and the last 12 of 32: the later third, rounded up to a multiple of four (4 of 12,
+    where the paper has no model). Heads belong on all blocks of the later part, the best one among them; earlier ones
+    cost time and add nothing (Table 1a). So they start at the first block of that third, or at the best block where
+    that comes before (the first of equals), but never in the first half, whose best block would only say that the
+    curve is flat. They end at the last block. Raises DataError when no accuracy is finite.
+    """
+    accuracies = np.asarray(knn_by_block, dtype=np.float64)
+    if not np.isfinite(accuracies).any():
+        raise DataError("no block has a k-NN accuracy; labelled images are needed to recommend head positions")
+    depth = len(accuracies)
+    third = 4 * -(-depth // 12)
+    best = int(np.where(np.isfinite(accuracies), accuracies, -np.inf).argmax()) + 1
+    first = max(min(best, depth - third + 1), depth // 2 + 1)
+    return list(range(first, depth + 1))
+
+
+def blocks_text(blocks: Sequence[int]) -> str:
+    """Blocks as `--heads` accepts them: `17-24`, `20,22,24` or `17-20,24`."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _check_blocks(numbers: Sequence[int], train: int, test: int) -> None:
+    if not numbers:
+        raise ConfigError("no block is named; give the features of at least one")
+    if not len(numbers) == train == test:
+        raise ConfigError(f"{len(numbers)} blocks are named, but features of {train} (train) and {test} (validation)")
+    if any(later <= earlier for earlier, later in pairwise(numbers)):
+        raise ConfigError(f"blocks {', '.join(map(str, numbers))}: name them in ascending order, each once")

@@ -1,0 +1,23 @@
+"""Settings of `mimref cluster`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mimref.features.config import (
+    EvaluationConfig,
+)
+
+
+class ClusterConfig(EvaluationConfig):
+    """Everything `mimref cluster` can be told."""
+
+    command = "cluster"
+    metrics: Annotated[list[str], Field(min_length=1)] = ["acc", "nmi", "ami", "ari", "sil", "dbs"]
+    """Of the clusters: acc, nmi, ami, ari; of the classes: sil (silhouette), dbs (Davies-Bouldin)."""
+    runs: int = Field(default=100, gt=0)
+    """Mini-batch k-means runs."""
+    split: Literal["train", "val"] = "val"
+    """Which images."""
+    classes: str | None = None
+    """Only these classes: names, or a file with one name per line; None: all."""

@@ -1,0 +1,48 @@
+"""Settings that several protocols share, and those of `mimref compare` and `mimref interpolate`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mimref.config.base import CommandConfig, Numbers
+from mimref.evaluation.probe.config import ProbeTrainingConfig
+from mimref.features.config import EncoderPassConfig, EvaluatedEncoderConfig
+
+
+class CompareConfig(EncoderPassConfig):
+    """Everything `mimref compare` can be told."""
+
+    command = "compare"
+    base: str
+    """Weights file, run folder or name of the encoder that the others are compared with."""
+    refined: Annotated[list[str], Field(min_length=1)]
+    """The others."""
+    protocols: Annotated[list[Literal["knn", "lowshot", "cluster", "probe"]], Field(min_length=1)] = [
+        "knn",
+        "lowshot",
+        "cluster",
+    ]
+    """What is measured; `probe` is the cached one."""
+    k: int = Field(default=10, gt=0)
+    tau: float = Field(default=0.07, gt=0)
+    shots: Numbers = [1, 2, 5]
+    splits: int | None = Field(default=None, gt=0)
+    """As of `mimref lowshot`."""
+    metrics: Annotated[list[str], Field(min_length=1)] = ["acc", "nmi"]
+    """As of `mimref cluster`."""
+    runs: int = Field(default=100, gt=0)
+    """Mini-batch k-means runs."""
+    probe: ProbeTrainingConfig = ProbeTrainingConfig()
+
+
+class InterpolateConfig(CommandConfig):
+    """Everything `mimref interpolate` can be told."""
+
+    command = "interpolate"
+    encoder: EvaluatedEncoderConfig = EvaluatedEncoderConfig()
+    base: str
+    """Weights file, or a run's output folder."""
+    refined: str
+    """Weights file, or a run's output folder, of the same architecture."""
+    alpha: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    """Shares of the refined weights; one average each."""

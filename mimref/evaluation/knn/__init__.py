@@ -1,0 +1,1 @@
+"""k-nearest-neighbour classification on frozen features."""

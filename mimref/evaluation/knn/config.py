@@ -1,0 +1,18 @@
+"""Settings of `mimref knn`."""
+
+from mimref.config.base import Numbers, Temperatures
+from mimref.features.config import EvaluationConfig
+
+
+class KnnConfig(EvaluationConfig):
+    """Everything `mimref knn` can be told."""
+
+    command = "knn"
+    k: Numbers = [10]
+    """Neighbours that vote; several give one result each."""
+    tau: Temperatures = [0.07]
+    """Temperatures of the votes; several give one result each."""
+    standardize: bool = True
+    """Scale every feature by the training images' mean and standard deviation first."""
+    per_class: bool = False
+    """One result per class as well."""

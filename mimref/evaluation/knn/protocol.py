@@ -1,0 +1,321 @@
+"""Evaluations from a config to rows: find what cannot work before the encoder runs, then apply a protocol.
+
+In a process group all ranks share the passes of the encoder, and k-NN's search. All else is then rank 0's own work; the
+other ranks' results have no rows.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mimref.devices import resolve_device
+from mimref.distributed.collectives import gather_rows
+from mimref.distributed.group import own_rank, share, world_size
+from mimref.errors import ConfigError, DataError
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.evaluation.knn.top_k import merge_top_k, unpack
+from mimref.evaluation.metrics import (
+    accuracy,
+    check_classes,
+    check_features,
+    class_indices,
+    percent,
+    row_blocks,
+    unit_rows,
+)
+from mimref.evaluation.run import EvaluationResult, _label, check_labels, named, open_inputs, prepared
+from mimref.features.inputs import Inputs
+from mimref.features.matrix import Labels, Matrix
+from mimref.progress import Listener, Progress, Silent
+from mimref.results import Row
+
+
+def evaluate_knn(
+    config: KnnConfig, *, inputs: Inputs | None = None, listener: Listener | None = None
+) -> EvaluationResult:
+    """k-NN accuracy (Appendix C.4) of the blocks asked for, at every k, from one encoder pass per split.
+
+    inputs: opened before, for several protocols; the config's checkpoint is then not read. Rows as
+    `knn` makes them, with `model`, `blocks` and `pool`. Raises UserError subclasses for a
+    checkpoint, images, blocks or numbers of neighbours that do not fit, before the encoder runs.
+    """
+    started, listener = time.monotonic(), listener or Silent()
+    inputs = inputs or open_inputs(config, listener)
+    train_y, _ = check_labels(inputs)
+    check_neighbours(max(config.k), train_y)
+    rows: list[Row] = []
+    for where, columns in prepared(config, inputs):
+        train_y, test_y = check_labels(inputs)
+        found = knn(
+            inputs.matrix("train", columns),
+            train_y,
+            inputs.matrix("val", columns),
+            test_y,
+            k=config.k,
+            tau=config.tau,
+            standardize=config.standardize,
+            per_class=config.per_class,
+            device=config.device,
+            progress=partial(listener.progress, _label("nearest neighbours", where)),
+        )
+        rows += named(found, inputs, where)
+    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data)
+
+
+def check_neighbours(k: int, y: Labels) -> None:
+    """Find what `knn` would refuse before the encoder has run over all images."""
+    if k > len(y):
+        raise ConfigError(f"--k {k} is more than the {len(y)} training images; choose a smaller k")
+
+
+QUERY_CHUNK = 1024
+TRAIN_CHUNK = 16384
+
+
+class Neighbours(NamedTuple):
+    """Nearest training images of every test image, nearest first; equal similarities in order of training index."""
+
+    similarity: Tensor
+    """(N, K) float32 cosine similarities, on the CPU."""
+    train_index: Tensor
+    """(N, K) int64 rows of the training features, on the CPU."""
+
+
+def knn(
+    train_x: Matrix,
+    train_y: Labels,
+    test_x: Matrix,
+    test_y: Labels,
+    *,
+    k: Sequence[int] = (10,),
+    tau: Sequence[float] = (0.07,),
+    standardize: bool = True,
+    per_class: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Accuracy of weighted k-NN for every k and temperature, from one neighbour search (Appendix C.4).
+
+    train_x (N, D), test_x (M, D); labels are any whole numbers. Matrix are standardised per feature with the training
+    mean and standard deviation, then scaled to unit length; each of the k most cosine-similar training images votes
+    for its class with weight exp(similarity / tau). Rows `knn_top1` and, from five classes on, `knn_top5` (the class
+    has votes, and fewer than five classes have more), in percent, with `k` and `tau`. `per_class` adds for every
+    setting one `knn_top1` per class of the test images (its recall), with `class` (the label) and `images`; `main_rows`
+    leaves these out. Labels and features are the same on all ranks of a process group, see `find_neighbours`.
+    Raises ConfigError for k beyond the training set, DataError for features or labels that cannot be used.
+    """
+    check_features(train_x, "train", train_y)
+    check_features(test_x, "test", test_y)
+    classes = check_classes(train_y, "train")
+    truth = class_indices(classes, test_y, "test")
+    _check_votes(k, tau)
+    neighbours = find_neighbours(train_x, test_x, k=max(k), standardize=standardize, device=device, progress=progress)
+    ranks = label_ranks(neighbours, class_indices(classes, train_y, "train"), truth, len(classes), k=k, tau=tau)
+    rows: list[Row] = []
+    for (k_, tau_), rank in ranks.items():
+        rows.append({"metric": "knn_top1", "value": accuracy(rank < 1), "k": k_, "tau": tau_})
+        if len(classes) >= 5:
+            rows.append({"metric": "knn_top5", "value": accuracy(rank < 5), "k": k_, "tau": tau_})
+    if per_class:
+        for (k_, tau_), rank in ranks.items():
+            rows += _class_rows(classes, truth, rank, {"k": k_, "tau": tau_})
+    return rows
+
+
+def knn_accuracy(
+    train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Labels, *, k: int = 10, tau: float = 0.07
+) -> float:
+    """Top-1 accuracy in percent of `knn` at one k and temperature, for monitoring."""
+    return float(knn(train_x, train_y, test_x, test_y, k=(k,), tau=(tau,))[0]["value"])
+
+
+def _class_rows(classes: Labels, truth: Labels, rank: Labels, setting: Row) -> list[Row]:
+    """Recall of every class that has test images. classes (C,): labels; truth, rank (M,), see `label_ranks`."""
+    images = np.bincount(truth, minlength=len(classes))
+    hits = np.bincount(truth[rank < 1], minlength=len(classes))
+    return [
+        {"metric": "knn_top1", "value": percent(hits[c] / images[c]), **setting, "class": int(label), "images": int(n)}
+        for c, (label, n) in enumerate(zip(classes, images, strict=True))
+        if n
+    ]
+
+
+def find_neighbours(
+    train_x: Matrix,
+    test_x: Matrix,
+    *,
+    k: int,
+    standardize: bool = True,
+    device: str = "cpu",
+    query_chunk: int = QUERY_CHUNK,
+    train_chunk: int = TRAIN_CHUNK,
+    progress: Progress | None = None,
+) -> Neighbours:
+    """The k training rows of highest cosine similarity for every test row.
+
+    train_x (N, D) may be memory-mapped: it is read twice, block by block. Rows of exactly equal similarity come in
+    order of their index, so results depend on chunk sizes only where the matmul itself rounds differently.
+
+    In a process group of R > 1 ranks this is a collective operation: every rank must call it with the same arguments.
+    The test rows are cut into chunks of `query_chunk`, as in a single process, and each rank takes a contiguous run of
+    whole chunks; the lengths of two runs differ by one chunk at most, and a run is empty where there are fewer chunks
+    than ranks. Each rank reads all training rows and searches for its own test rows. Every rank knows every run, so no
+    sizes are exchanged: the runs are padded to the longest, gathered by all ranks, and cut again. Whole chunks are what
+    makes this exact: all matrix products have the shapes, and so the rounding, that they have in a single process, and
+    every rank returns what that would with as many threads.
+
+    progress: counts this rank's share of the work.
+    Raises ConfigError for k beyond N or a device that is not there, DataError for widths that differ.
+    """
+    if not 1 <= k <= len(train_x):
+        raise ConfigError(f"k = {k} is outside 1 to {len(train_x)}, the number of training images; choose a smaller k")
+    if train_x.shape[1] != test_x.shape[1]:
+        raise DataError(f"train features are {train_x.shape[1]} wide, test features {test_x.shape[1]}; use one encoder")
+    target = resolve_device(device)
+    runs = _query_runs(len(test_x), query_chunk)
+    mine = runs[own_rank()]
+    mean, std = mean_and_std(train_x) if standardize else (None, None)
+    queries = [
+        _unit_tensor(test_x[start : min(start + query_chunk, mine.stop)], mean, std)
+        for start in range(mine.start, mine.stop, query_chunk)
+    ]
+    keys = [slice(start, start + train_chunk) for start in range(0, len(train_x), train_chunk)]
+    found: list[Tensor | None] = [None] * len(queries)
+    # One buffer for all similarities: fresh memory for each chunk costs about a third of the product itself.
+    buffer = torch.empty(max(map(len, queries), default=0) * min(train_chunk, len(train_x)), device=target)
+    for step, rows in enumerate(keys if queries else []):
+        train = _unit_tensor(train_x[rows], mean, std).to(target)
+        for number, query in enumerate(queries):
+            query_x = query.to(target)
+            similarity = buffer[: len(query_x) * len(train)].view(len(query_x), len(train))
+            torch.matmul(query_x, train.T, out=similarity)
+            if target.type == "mps":
+                # Not every version of MPS can sort 64-bit keys.
+                similarity = similarity.cpu()
+            found[number] = merge_top_k(found[number], similarity, rows.start, k)
+            if progress is not None:
+                progress(step * len(queries) + number + 1, len(keys) * len(queries))
+    packed = [chunk.cpu() for chunk in found if chunk is not None]
+    own = torch.cat(packed) if packed else torch.empty(0, k, dtype=torch.int64)
+    return Neighbours(*unpack(gather_rows(own, [run.stop - run.start for run in runs], dim=0)))
+
+
+def _unit_tensor(x: Matrix, mean: NDArray[np.float64] | None, std: NDArray[np.float64] | None) -> Tensor:
+    """`unit_rows` in memory of torch's own: the rounding of small products depends on how their factors are aligned."""
+    return torch.from_numpy(unit_rows(x, mean, std)).clone()
+
+
+def _query_runs(count: int, chunk: int) -> list[slice]:
+    """The test rows 0..count-1 of every rank of the process group: whole chunks, in order of rank."""
+    chunks, ranks = -(-count // chunk), world_size()
+    parts = [share(chunks, rank, ranks) for rank in range(ranks)]
+    return [slice(min(count, part.start * chunk), min(count, part.stop * chunk)) for part in parts]
+
+
+def label_ranks(
+    neighbours: Neighbours,
+    train_y: Labels,
+    test_y: Labels,
+    classes: int,
+    *,
+    k: Sequence[int],
+    tau: Sequence[float],
+) -> dict[tuple[int, float], NDArray[np.int64]]:
+    """Rank of every test image's own class among the votes: 0 is a correct prediction, below 5 a top-5 hit.
+
+    train_y (N,), test_y (M,): labels 0..classes-1. Returns (M,) ranks for every (k, tau), in the order asked for. A
+    class without votes has rank `classes`; of classes with equal votes the lower label comes first.
+    """
+    _check_votes(k, tau)
+    labels = torch.from_numpy(np.asarray(train_y, dtype=np.int64))
+    truth = torch.from_numpy(np.asarray(test_y, dtype=np.int64))[:, None]
+    ranks = {(k_, tau_): np.empty(len(test_y), dtype=np.int64) for k_ in k for tau_ in tau}
+    for start in range(0, len(test_y), QUERY_CHUNK):
+        rows = slice(start, start + QUERY_CHUNK)
+        similarity, neighbour_y = neighbours.similarity[rows, : max(k)], labels[neighbours.train_index[rows, : max(k)]]
+        own, width = truth[rows], classes
+        if classes > max(k):
+            neighbour_y, own, width = _seen_classes(neighbour_y, own)
+        for tau_ in dict.fromkeys(tau):
+            for k_, votes in neighbour_votes(similarity, neighbour_y, width, k=k, tau=tau_):
+                rank = _rank(votes, own)
+                ranks[k_, tau_][rows] = torch.where(rank < width, rank, classes).numpy()
+    return ranks
+
+
+def _seen_classes(neighbour_y: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Number the classes among each test image's neighbours from 0, in the order of their labels.
+
+    There are K at most, so that votes cost the same with 1000 classes as with 100. neighbour_y (M, K), truth (M, 1):
+    labels. Returns the numbers in place of both, and how many there may be; a true class that is not among the
+    neighbours' gets the last of them, which nothing votes for.
+    """
+    ordered, order = neighbour_y.sort(dim=1)
+    first = torch.zeros_like(ordered)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    number = first.cumsum(dim=1)
+    at = torch.searchsorted(ordered, truth).clamp_max(ordered.shape[1] - 1)
+    present = ordered.gather(1, at) == truth
+    seen = torch.empty_like(number).scatter_(1, order, number)
+    width = int(number.max()) + 2
+    return seen, torch.where(present, number.gather(1, at), width - 1), width
+
+
+def neighbour_votes(
+    similarity: Tensor, neighbour_y: Tensor, classes: int, *, k: Sequence[int], tau: float
+) -> Iterator[tuple[int, Tensor]]:
+    """Votes of every class, exp(similarity / tau) summed over the k nearest, for ascending k.
+
+    similarity, neighbour_y (M, K): nearest first, labels 0..classes-1. Yields (k, votes (M, classes) float64); the
+    tensor is updated in place from one k to the next. Votes are relative to the nearest neighbour's, which no
+    comparison notices and which keeps small temperatures from overflowing.
+    """
+    weights = ((similarity.double() - similarity[:, :1].double()) / tau).exp()
+    votes = torch.zeros(len(similarity), classes, dtype=torch.float64)
+    counted = 0
+    for k_ in sorted(set(k)):
+        votes.scatter_add_(1, neighbour_y[:, counted:k_], weights[:, counted:k_])
+        counted = k_
+        yield k_, votes
+
+
+def mean_and_std(x: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation (D,) of every feature of x (N, D), in one float64 pass over blocks.
+
+    Blocks are combined by Chan's formula (sums of squares would lose precision). A feature that varies by no more than
+    float32 resolves gets the standard deviation 1, so that rounding is not blown up to a feature.
+    """
+    count = 0
+    mean = np.zeros(x.shape[1])
+    m2 = np.zeros(x.shape[1])
+    for rows in row_blocks(x):
+        block = x[rows].astype(np.float64)
+        block_mean = block.mean(axis=0)
+        delta = block_mean - mean
+        total = count + len(block)
+        m2 += np.square(block - block_mean).sum(axis=0) + np.square(delta) * (count * len(block) / total)
+        mean += delta * (len(block) / total)
+        count = total
+    std = np.sqrt(m2 / count)
+    return mean, np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 1.0)
+
+
+def _rank(votes: Tensor, truth: Tensor) -> Tensor:
+    """(M,) number of classes that come before the true one; the number of classes where that has no votes."""
+    own = votes.gather(1, truth)
+    lower_label = torch.arange(votes.shape[1]) < truth
+    before = (votes > own) | ((votes == own) & lower_label)
+    return torch.where(own[:, 0] > 0, before.count_nonzero(1), votes.shape[1])
+
+
+def _check_votes(k: Sequence[int], tau: Sequence[float]) -> None:
+    if not len(k) or min(k) < 1:
+        raise ConfigError(f"k = {list(k)}: give one or more numbers of neighbours, each at least 1")
+    if not len(tau) or min(tau) <= 0:
+        raise ConfigError(f"tau = {list(tau)}: give one or more temperatures above 0")

@@ -1,0 +1,1 @@
+"""Low-shot classification on frozen features."""

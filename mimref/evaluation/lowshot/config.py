@@ -1,0 +1,18 @@
+"""Settings of `mimref lowshot`."""
+
+from pydantic import Field
+
+from mimref.config.base import Numbers
+from mimref.features.config import EvaluationConfig
+
+
+class LowshotConfig(EvaluationConfig):
+    """Everything `mimref lowshot` can be told."""
+
+    command = "lowshot"
+    shots: Numbers = [1, 2, 5]
+    """Training images per class."""
+    splits: int | None = Field(default=None, gt=0)
+    """Draws of the training images; None: 3, or 20 from fewer than 10,000 images."""
+    split_files: list[str] = []
+    """Files with one image file name per line (the format of MSN's splits), in place of draws."""

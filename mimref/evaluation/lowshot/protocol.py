@@ -1,0 +1,274 @@
+"""Low-shot classification: logistic regression on a few labelled images per class (Appendix C.5)."""
+
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+
+from mimref.distributed.group import end_group
+from mimref.errors import ConfigError, DataError
+from mimref.evaluation.lowshot.config import LowshotConfig
+from mimref.evaluation.lowshot.split_files import read_split_files
+from mimref.evaluation.metrics import accuracy, check_classes, check_features, class_indices, row_blocks, spread
+from mimref.evaluation.run import EvaluationResult, _label, check_labels, named, open_inputs, prepared
+from mimref.features.inputs import EncoderInputs, Inputs
+from mimref.features.matrix import Labels, Matrix
+from mimref.progress import Listener, Progress, Silent
+from mimref.results import Row
+
+# The protocol of MSN and DINO: lambda = LAMBDA / (number of training images).
+LAMBDA = 0.00025
+TOLERANCE = 1e-3
+MAX_EPOCHS = 300
+PROTOCOL = "logistic regression"
+"""`protocol` in results: the low-shot rows of MIM models in Table 2 are fine-tuned, and do not compare."""
+# Epochs between two checks of the duality gap, which decides when the solver stops; cyanure's own default is 5.
+GAP_INTERVAL = 10
+
+
+def lowshot(
+    train_x: Matrix,
+    train_y: Labels,
+    test_x: Matrix,
+    test_y: Labels,
+    *,
+    shots: Sequence[int] = (1, 2, 5),
+    splits: int | Sequence[Sequence[int] | NDArray[np.int64]] = 3,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Top-1 accuracy in percent of logistic regression on `shots` training images per class (Appendix C.5).
+
+    train_x (N, D), test_x (M, D); labels are any whole numbers. `splits` draws per number of shots depend on `seed`,
+    the split's number, the shots and the labels only, so different encoders see the same images. Lists of training
+    indices in place of a number (files hold them, see `read_split_files`) are used as they are; `shots` is
+    then their (rounded mean) number of images per class. The test rows are read in blocks, once per split.
+    Rows, all `lowshot_top1` with `protocol`, `logistic regression`: per shots first one with `value` = `mean`, `std`
+    (ddof 1; 0 for one split) and `splits` (see `main_rows`), then one per `split`.
+    Raises DataError for a class with too few images and for features or labels that cannot be used.
+    """
+    check_features(train_x, "train", train_y)
+    check_features(test_x, "test", test_y)
+    if train_x.shape[1] != test_x.shape[1]:
+        raise DataError(f"train features are {train_x.shape[1]} wide, test features {test_x.shape[1]}; use one encoder")
+    classes = check_classes(train_y, "train")
+    labels = class_indices(classes, train_y, "train")
+    truth = class_indices(classes, test_y, "test")
+    if isinstance(splits, int):
+        groups = _drawn_splits(labels, classes, shots, splits, seed)
+    else:
+        groups = _given_splits(labels, classes, splits)
+    total = sum(len(group) for group in groups.values())
+    rows: list[Row] = []
+    done = 0
+    for count, group in groups.items():
+        scores: list[float] = []
+        for index in group:
+            weights = fit_logistic(_unit_rows(train_x[index]), labels[index], len(classes))
+            scores.append(accuracy(_predict(test_x, weights) == truth))
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        rows += _rows(count, scores)
+    return rows
+
+
+def _rows(shots: int, scores: Sequence[float]) -> list[Row]:
+    mean, std = spread(scores)
+    setting: Row = {"shots": shots, "protocol": PROTOCOL}
+    main: Row = {"metric": "lowshot_top1", "value": mean, **setting, "mean": mean, "std": std, "splits": len(scores)}
+    return [main, *({"metric": "lowshot_top1", "value": s, **setting, "split": i} for i, s in enumerate(scores))]
+
+
+def draw_split(y: Labels, shots: int, *, split: int, seed: int) -> NDArray[np.int64]:
+    """Indices (C * shots,) of `shots` images per class, class by class, drawn without replacement.
+
+    y (N,): labels. The draw is a function of (seed, split, shots) and the labels.
+    Raises DataError for a class with fewer images than `shots`.
+    """
+    rng = np.random.default_rng([seed, split, shots])
+    picks = []
+    for label in np.unique(y):
+        members = np.flatnonzero(y == label)
+        if len(members) < shots:
+            raise DataError(
+                f"class {label} has {len(members)} training images, {shots} shots need as many; lower the shots"
+            )
+        picks.append(rng.choice(members, shots, replace=False))
+    return np.concatenate(picks)
+
+
+def fit_logistic(x: NDArray[np.float64], y: Labels, classes: int) -> NDArray[np.float64]:
+    """Weights (D, classes) of multinomial logistic regression without intercept, by cyanure.
+
+    x (n, D): rows, normalised by the caller. y (n,): labels 0..classes-1, all present. The objective is
+    mean cross-entropy + LAMBDA / (2 n) * |W|^2, solved to a relative duality gap of TOLERANCE or for MAX_EPOCHS. Two
+    classes are fitted by the binary logistic loss with one weight vector w, returned as (-w, w) / 2.
+    """
+    # Importing cyanure takes a while, and it is of no use to the other protocols.
+    from cyanure.estimators import Classifier
+
+    binary = classes == 2
+    model = Classifier(
+        # cyanure takes `multiclass-logistic` on two classes for the square loss, with no more than a printed line.
+        loss="logistic" if binary else "multiclass-logistic",
+        penalty="l2",
+        lambda_1=LAMBDA / len(x),
+        max_iter=MAX_EPOCHS,
+        tol=TOLERANCE,
+        duality_gap_interval=GAP_INTERVAL,
+        fit_intercept=False,
+        verbose=False,
+        # The number of threads changes the order of sums, and with it the epoch at which the solver stops.
+        n_threads=1,
+        random_state=0,
+    )
+    with warnings.catch_warnings(), _silent_stderr(), ThreadPoolExecutor(1) as pool:
+        # Reaching the last epoch is part of the protocol.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        # In a thread of its own, because cyanure leaves OpenMP's dynamic teams switched on, and the number of threads
+        # at one, in the thread that calls it; torch's matrix products there are then wrong, up to NaN.
+        pool.submit(model.fit, x, 2 * y - 1 if binary else y).result()
+    coef = np.asarray(model.coef_, dtype=np.float64).reshape(x.shape[1], -1)
+    return np.concatenate([-coef, coef], axis=1) / 2 if binary else coef
+
+
+def _predict(x: Matrix, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Classes (M,) of x (M, D): rows are normalised again for every split rather than all kept in float64."""
+    return np.concatenate([(_unit_rows(x[rows]) @ weights).argmax(axis=1) for rows in row_blocks(x)])
+
+
+def _unit_rows(x: NDArray[np.number]) -> NDArray[np.float64]:
+    """Rows centred to mean 0 and scaled to unit length, in float64; a constant row becomes zero.
+
+    cyanure stops early, with a warning of numerical instability, on float32.
+    """
+    rows = x.astype(np.float64)
+    rows -= rows.mean(axis=1, keepdims=True)
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= np.where(norm > 0, norm, 1.0)
+    return rows
+
+
+def _drawn_splits(
+    labels: Labels, classes: NDArray[np.int64], shots: Sequence[int], splits: int, seed: int
+) -> dict[int, list[NDArray[np.int64]]]:
+    if splits < 1:
+        raise ConfigError(f"splits = {splits}: give at least 1")
+    if not len(shots) or min(shots) < 1:
+        raise ConfigError(f"shots = {list(shots)}: give one or more numbers of images per class, each at least 1")
+    available = np.bincount(labels, minlength=len(classes))
+    if available.min() < max(shots):
+        raise DataError(
+            f"class {classes[available.argmin()]} has only {available.min()} training images, "
+            f"too few for {max(shots)} shots; lower the shots"
+        )
+    return {s: [draw_split(labels, s, split=i, seed=seed) for i in range(splits)] for s in dict.fromkeys(shots)}
+
+
+def _given_splits(
+    labels: Labels, classes: NDArray[np.int64], splits: Sequence[Sequence[int] | NDArray[np.int64]]
+) -> dict[int, list[NDArray[np.int64]]]:
+    if not len(splits):
+        raise ConfigError("splits: the list is empty; give at least one split")
+    groups: dict[int, list[NDArray[np.int64]]] = {}
+    for number, split in enumerate(splits):
+        index = np.asarray(split, dtype=np.int64)
+        outside = index[(index < 0) | (index >= len(labels))]
+        if len(outside):
+            raise DataError(f"split {number}: index {outside[0]} is outside the {len(labels)} training images")
+        if len(np.unique(index)) < len(index):
+            raise DataError(f"split {number}: a training image is listed twice; list each once")
+        missing = np.setdiff1d(np.arange(len(classes)), labels[index])
+        if len(missing):
+            raise DataError(
+                f"split {number}: class {classes[missing[0]]} has no image; list at least one of every class"
+            )
+        groups.setdefault(round(len(index) / len(classes)), []).append(index)
+    return groups
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Discard what cyanure's compiled code writes to file descriptor 2; Python's sys.stderr cannot catch it."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # the process has no standard error
+        yield
+        return
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)
+
+
+# Fewer training images than this make a low-shot result depend on which are drawn; more draws then (method of DINO).
+MANY_IMAGES = 10_000
+
+
+def evaluate_lowshot(
+    config: LowshotConfig, *, inputs: Inputs | None = None, listener: Listener | None = None
+) -> EvaluationResult:
+    """Low-shot logistic regression (Appendix C.5) of the blocks asked for.
+
+    Rows as `lowshot` makes them, with `model`, `blocks` and `pool`. Raises UserError
+    subclasses as `evaluate_knn` does, also for more shots than a class has images and split files that do not fit.
+    """
+    started, listener = time.monotonic(), listener or Silent()
+    inputs = inputs or open_inputs(config, listener)
+    train_y, _ = check_labels(inputs)
+    if not config.split_files:
+        check_shots(config.shots, train_y)
+    elif not isinstance(inputs, EncoderInputs):
+        raise ConfigError("--split-file names images, which --features does not; leave one of them out")
+    else:
+        _rows_of_split_files(config, inputs, np.arange(len(train_y)))
+    rows: list[Row] = []
+    groups = prepared(config, inputs)
+    if not end_group():
+        return EvaluationResult(rows, time.monotonic() - started)
+    train_y, test_y = check_labels(inputs)
+    splits: int | list[list[int]] = config.splits or (3 if len(train_y) >= MANY_IMAGES else 20)
+    if config.split_files and isinstance(inputs, EncoderInputs):
+        splits = _rows_of_split_files(config, inputs, inputs.indices("train"))
+    for where, columns in groups:
+        found = lowshot(
+            inputs.matrix("train", columns),
+            train_y,
+            inputs.matrix("val", columns),
+            test_y,
+            shots=config.shots,
+            splits=splits,
+            seed=config.seed,
+            progress=partial(listener.progress, _label("logistic regressions", where)),
+        )
+        rows += named(found, inputs, where)
+    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data)
+
+
+def _rows_of_split_files(config: LowshotConfig, inputs: EncoderInputs, images: Labels) -> list[list[int]]:
+    """Which of the training images, given by their positions in the data set, each of the split files names."""
+    source = inputs.source("train")
+    names = [source.path(int(index)) for index in images]
+    return [rows.tolist() for rows in read_split_files(config.split_files, names)]
+
+
+def check_shots(shots: Sequence[int], y: Labels) -> None:
+    """Find what `lowshot` would refuse before the encoder has run over all images."""
+    classes, counts = np.unique(y, return_counts=True)
+    if counts.min() < max(shots):
+        raise DataError(
+            f"class {classes[counts.argmin()]} has only {counts.min()} training images, too few for "
+            f"{max(shots)} shots; lower --shots"
+        )

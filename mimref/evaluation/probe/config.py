@@ -1,0 +1,33 @@
+"""Settings of `mimref probe`."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from mimref.config.base import Section, Temperatures
+from mimref.features.config import EvaluationConfig
+
+
+class ProbeTrainingConfig(Section):
+    """How linear classifiers are trained (Appendix C.3)."""
+
+    lr: Temperatures = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5]
+    """Base learning rates, times (batch size / 256), of one classifier each."""
+    epochs: int = Field(default=50, gt=0)
+    batch_size: int | None = Field(default=None, gt=0)
+    """Images per update; None: the published 1024, or the power of two that gives few images ten updates per epoch."""
+    norm: Literal["none", "batch"] = "none"
+    """none: DINOv2's protocol. batch: the MIM-Refiner release's, with a BatchNorm on each input and a warm-up."""
+    select: Literal["test", "val-split"] = "test"
+    """Images on which the best classifier is chosen: the test images, as published, or a tenth of the training set."""
+
+
+class ProbeConfig(EvaluationConfig):
+    """Everything `mimref probe` can be told."""
+
+    command = "probe"
+    final_norm: bool = True
+    """Apply the encoder's final norm to the last block's output."""
+    cached: bool = False
+    """Train on cached features of centre crops in place of augmented images."""
+    probe: ProbeTrainingConfig = ProbeTrainingConfig()

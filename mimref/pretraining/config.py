@@ -1,0 +1,37 @@
+"""Settings of `mimref pretrain`."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mimref.config.base import AreaRange, Section
+from mimref.config.run import DecoderConfig, RunConfig, _check_warmup
+
+
+class MAEConfig(Section):
+    """Masked-autoencoder objective and schedule."""
+
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Share of patches hidden from the encoder."""
+    crop_scale: AreaRange = (0.2, 1.0)
+    """Area range of the random crop."""
+    epochs: int = Field(default=800, gt=0)
+    warmup_epochs: float = Field(default=40, ge=0)
+    lr: float = Field(default=1.5e-4, gt=0)
+    """Base learning rate, times (batch size / 256)."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    decoder: DecoderConfig = DecoderConfig()
+    save_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Number format of encoder.safetensors; fp16 halves the file."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_warmup("mae", self.warmup_epochs, self.epochs)
+        return self
+
+
+class PretrainConfig(RunConfig):
+    """Everything `mimref pretrain` can be told."""
+
+    command = "pretrain"
+    mae: MAEConfig = MAEConfig()

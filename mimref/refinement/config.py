@@ -1,0 +1,136 @@
+"""Settings of `mimref refine`.
+
+Every field carries its unit and source. Block numbers are 1-based. Learning rates are base rates, for a global batch of
+256 images.
+"""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from mimref.config.base import (
+    Decay,
+    Positive,
+    Section,
+)
+from mimref.config.run import (
+    RunConfig,
+    _check_warmup,
+)
+
+
+def _check_head_blocks(blocks: str) -> str:
+    if blocks != "auto" and not re.fullmatch(r"last[1-9]\d*|[1-9]\d*(-[1-9]\d*)?(,[1-9]\d*(-[1-9]\d*)?)*", blocks):
+        raise ValueError("blocks such as 17-24, 20,22,24, last8 or auto")
+    return blocks
+
+
+HeadBlocks = Annotated[str, AfterValidator(_check_head_blocks)]
+
+
+class HeadsConfig(Section):
+    """The ensemble of contrastive heads and its queue (Appendix B.2)."""
+
+    blocks: HeadBlocks = "last8"
+    """Block of every head: `17-24`, `20,22,24` or `last8`. A block may appear several times (temperature sweeps).
+    `auto` measures the k-NN accuracy of every block first (needs labels)."""
+    temperature: Positive | Annotated[list[Positive], Field(min_length=1)] = 0.2
+    """One for all heads, or one per head."""
+    projector_hidden: int = Field(default=2048, gt=0)
+    predictor_hidden: int = Field(default=4096, gt=0)
+    output: int = Field(default=256, gt=0)
+    """Width of projections, predictions and queue rows."""
+    queue_size: int = Field(default=65536, gt=0)
+    """Rows of the nearest-neighbour queue."""
+    pool: Literal["cls", "mean"] = "cls"
+    """Token the heads read; `mean` is the mean of the patch tokens, also used when there is no CLS token."""
+
+
+class LossConfig(Section):
+    """Nearest Neighbor Alignment, Eq. (1)."""
+
+    direction: Literal["projection", "prediction"] = "projection"
+    """Softmax over stop-gradient projections for each prediction (Eq. 1), or over predictions for each projection."""
+    swap_negatives: bool = False
+    """Replace negatives by their nearest neighbours too, as NNCLR does (Table 1e)."""
+    schedule: Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"] = "constant"
+    """Loss weight of intermediate heads over stage 2 (Table 1c)."""
+
+
+class HeadsStageConfig(Section):
+    """Stage 1: heads are trained on the frozen encoder."""
+
+    epochs: int = Field(default=20, ge=0)
+    lr: float = Field(default=2e-4, gt=0)
+    """Base learning rate, times (batch size / 256)."""
+    warmup_epochs: float | None = Field(default=None, ge=0)
+    """None: min(4, epochs / 5)."""
+    top_k: int = Field(default=1, gt=0)
+    """Positives are drawn uniformly from this many nearest neighbours."""
+    weight_decay: float = Field(default=1e-5, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_warmup("heads_stage", self.warmup_epochs, self.epochs)
+        return self
+
+
+class EncoderStageConfig(Section):
+    """Stage 2: encoder and heads are trained together."""
+
+    epochs: int = Field(default=30, ge=0)
+    lr: float = Field(default=4e-4, gt=0)
+    """Base learning rate, times (batch size / 256)."""
+    warmup_epochs: float | None = Field(default=None, ge=0)
+    """None: min(4, epochs / 5)."""
+    top_k: int = Field(default=20, gt=0)
+    """Positives are drawn uniformly from this many nearest neighbours."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Of the encoder."""
+    heads_weight_decay: float = Field(default=1e-5, ge=0)
+    layer_decay: float = Field(default=0.65, gt=0, le=1)
+    """Learning rate factor from one block to the block below (BEiT's counting)."""
+    freeze_blocks: int = Field(default=0, ge=0)
+    """Freeze this many first blocks, and with them patch embedding, CLS token and positions."""
+    ema: Decay = 0.9999
+    """Decay per update of the averaged encoder, which is the result."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_warmup("encoder_stage", self.warmup_epochs, self.epochs)
+        return self
+
+
+class RefineConfig(RunConfig):
+    """Everything `mimref refine` can be told."""
+
+    command = "refine"
+    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
+    """Images per pass of the encoder; the result is that of whole batches, which heads and loss still see. `auto` finds
+    the largest that fits the GPU's memory; None encodes a batch at once."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
+    compile: bool = False
+    """Compile encoder blocks and heads by torch.compile: minutes at the start, then faster steps on CUDA."""
+    stage: Literal["both", "heads", "encoder"] = "both"
+    """`encoder` needs `heads_from`."""
+    heads_from: str | None = None
+    """Output folder of another run, whose stage 1 heads and queue are taken over."""
+    heads: HeadsConfig = HeadsConfig()
+    loss: LossConfig = LossConfig()
+    heads_stage: HeadsStageConfig = HeadsStageConfig()
+    encoder_stage: EncoderStageConfig = EncoderStageConfig()
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        if isinstance(self.micro_batch, int) and self.micro_batch > self.batch_size:
+            raise ValueError(f"micro_batch {self.micro_batch} is more than the {self.batch_size} images of batch_size")
+        if self.stage == "encoder" and self.heads_from is None:
+            raise ValueError("stage = 'encoder' needs heads_from (--heads-from DIR): a run whose heads are trained")
+        if self.stage != "encoder" and self.heads_from is not None:
+            raise ValueError(f"stage = {self.stage!r} trains heads of its own; heads_from goes with stage = 'encoder'")
+        for name, top_k in (("heads_stage", self.heads_stage.top_k), ("encoder_stage", self.encoder_stage.top_k)):
+            if top_k > self.heads.queue_size:
+                raise ValueError(f"{name}.top_k {top_k} is more than the {self.heads.queue_size} of heads.queue_size")
+        return self

@@ -1,0 +1,295 @@
+"""One refinement step: views, encoder, heads, neighbours, loss, update.
+
+Shapes: B images (b of a micro-batch), V views (0 and 1 global), G = 2 global views, W blocks that heads read, H heads,
+D encoder width, O output width, N = V * B rows.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mimref.data.loader import ViewBatch
+from mimref.data.photometric import Photometric
+from mimref.devices import autocast
+from mimref.distributed.collectives import (
+    averaged,
+    gather_rows,
+    gather_rows_with_gradient,
+    gather_samples,
+    sum_over_ranks,
+)
+from mimref.distributed.group import own_rank, world_size
+from mimref.draws import Operation, uniform
+from mimref.encoders.vit import Encoder
+from mimref.refinement.heads import Heads
+from mimref.refinement.loss import Alignment, nna_loss
+from mimref.refinement.queue import Neighbours, Queue
+
+
+class StepValues(NamedTuple):
+    """What a step computed, on the device; reading it costs a sync."""
+
+    loss: Tensor
+    """Weighted sum over heads."""
+    alignment: Alignment
+    neighbours: Neighbours
+    """Of both global views, (H, 2 * B) queries, view 0 first."""
+    sample_B: Tensor
+    """Sample indices on the device."""
+    share: float
+    """Part of the batch's images that this rank holds; 1 in a single process."""
+
+
+class _Everything(NamedTuple):
+    """What ranks gather of each other."""
+
+    projection_HGBO: Tensor
+    negative_HGBO: Tensor | None
+    prediction_HVBO: Tensor | None
+
+
+class PooledBlocks(nn.Module):
+    """Pooled tokens of some of an encoder's blocks, as one module whose gradients ranks can average."""
+
+    def __init__(self, encoder: Encoder, wanted: list[int], pool: str) -> None:
+        super().__init__()
+        self.encoder, self.wanted, self.pool = encoder, wanted, pool
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        """Images of several sizes, (N_i, 3, S_i, S_i) each -> (W, sum of N_i, D)."""
+        parts = []
+        for sized in images:
+            # The head at the last block reads the normed output, which is what users' models return.
+            tokens = self.encoder.blocks(sized, self.wanted, final_norm=True)
+            parts.append(torch.stack([self.encoder.pool(block, self.pool) for block in tokens]))
+        return torch.cat(parts, dim=1)
+
+
+class RefinementStep:
+    """The objects a step needs, and the forward pass that both stages share."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        heads: Heads,
+        queue: Queue,
+        photometric: Photometric,
+        *,
+        blocks: list[int],
+        temperature: list[float],
+        pool: str,
+        direction: str,
+        swap_negatives: bool,
+        seed: int,
+        precision: torch.dtype,
+        micro_batch: int | None = None,
+        most_images: int = 0,
+    ) -> None:
+        self.encoder, self.heads, self.queue, self.photometric = encoder, heads, queue, photometric
+        self.device = photometric.device
+        self.wanted = sorted(set(blocks))
+        self.block_of_head = [self.wanted.index(block) for block in blocks]
+        self.pooled_blocks = PooledBlocks(encoder, self.wanted, pool)
+        self.trained_encoder: nn.Module = self.pooled_blocks
+        self.trained_heads: nn.Module = heads
+        self.most_images = most_images
+        """The most images that a rank can have of a batch; needed in a process group."""
+        self.temperature_H = torch.tensor(temperature, device=self.device)
+        self.pool, self.direction, self.swap_negatives = pool, direction, swap_negatives
+        self.seed, self.precision = seed, precision
+        self.micro_batch = micro_batch
+        """Images per encoder pass; None encodes a batch at once."""
+
+    def forward_backward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
+        """Loss of one batch and its gradients, added to those that are there; the queue then takes up view 0.
+
+        With `micro_batch` the encoder runs twice on parts of the batch: without gradient, so that heads and loss see
+        the whole batch, and again to push the gradients of its features through (GradCache, Gao et al. 2021). Memory
+        then follows the micro-batch, and the gradients are those of one pass.
+        """
+        # Not the images at hand decide, of which ranks may have different numbers: all must take the same way.
+        at_once = self.micro_batch is None or self.micro_batch >= (self.most_images or len(batch.sample_B))
+        if at_once or not train_encoder:
+            values = self.forward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)
+            values.loss.backward()
+            return values
+        with torch.no_grad():
+            features_WVBD = self._encode_in_parts(batch)
+        features_WVBD.requires_grad_()
+        values = self._align(self._of_heads(features_WVBD), batch, weight_H, top_k)
+        values.loss.backward()
+        assert features_WVBD.grad is not None
+        gradient_WVBD = features_WVBD.grad
+        for rows, part in self._parts(batch):
+            # Gradients of all parts travel between ranks once, with the last.
+            with nullcontext() if rows.stop == len(batch.sample_B) else self._without_sync():
+                torch.autograd.backward(self._encode(part, self.trained_encoder), gradient_WVBD[:, :, rows])
+        return values
+
+    def forward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
+        """Loss of one batch in one pass; the queue then takes up view 0. Call `loss.backward()` on the result."""
+        return self._align(self.features(batch, train_encoder=train_encoder), batch, weight_H, top_k)
+
+    def features(self, batch: ViewBatch, *, train_encoder: bool) -> Tensor:
+        """Pooled tokens that each head reads, (H, N, D), rows view by view."""
+        if train_encoder:
+            return self._of_heads(self._encode(batch, self.trained_encoder))
+        with torch.inference_mode():
+            features_WVBD = self._encode_in_parts(batch)
+        # Stacked outside of inference mode, whose tensors no gradient could be computed with.
+        return self._of_heads(features_WVBD)
+
+    def _align(self, features_HND: Tensor, batch: ViewBatch, weight_H: Tensor, top_k: int) -> StepValues:
+        """Heads, neighbours and loss of a whole batch."""
+        with autocast(self.device, self.precision):
+            projection_HNO, prediction_HNO = self.trained_heads(features_HND)
+        images = len(batch.sample_B)
+        samples = gather_samples(batch.sample_B, self.most_images)
+        sample_B = batch.sample_B.to(self.device, non_blocking=True)
+        global_HMO = projection_HNO[:, : 2 * images]
+        neighbours = self.queue.swap_neighbours(
+            global_HMO, sample_B.repeat(2), self._choices(batch, sample_B), top_k=top_k
+        )
+        views = sum(crops.shape[1] for crops in batch.crops)
+        prediction_HVBO = prediction_HNO.unflatten(1, (views, images))
+        global_HGBO, neighbour_HGBO = (x_HMO.unflatten(1, (2, images)) for x_HMO in (global_HMO, neighbours.rows_HMO))
+        counts = [len(part) for part in samples]
+        everything = self._gather(prediction_HVBO, global_HGBO, neighbour_HGBO, counts)
+        alignment = nna_loss(
+            prediction_HVBO,
+            global_HGBO,
+            neighbour_HGBO,
+            self.temperature_H,
+            direction=self.direction,
+            swap_negatives=self.swap_negatives,
+            first=sum(counts[: own_rank()]),
+            all_prediction_HVBO=everything.prediction_HVBO,
+            all_negative_HGBO=everything.negative_HGBO,
+        )
+        # Enqueued after the lookup, so that no sample finds itself in this step.
+        every_sample = sample_B if len(samples) == 1 else torch.cat(samples).to(self.device, non_blocking=True)
+        self.queue.enqueue(everything.projection_HGBO[:, 0], every_sample)
+        share = images / sum(counts)
+        # Ranks' gradients are averaged: each counts by its part of the batch.
+        # A rank without an image has no mean, and takes part in the others' backward pass all the same.
+        part = prediction_HVBO if everything.prediction_HVBO is None else everything.prediction_HVBO
+        loss_H = alignment.loss_H if images else part.sum(dim=(1, 2, 3))
+        loss = (weight_H * loss_H).sum() * (share * len(counts))
+        return StepValues(loss, alignment, neighbours, sample_B, share)
+
+    def _gather(
+        self, prediction_HVBO: Tensor, projection_HGBO: Tensor, neighbour_HGBO: Tensor, counts: list[int]
+    ) -> "_Everything":
+        """What this rank's loss and queue need of the other ranks' images; in a single process its own."""
+        if len(counts) == 1:
+            return _Everything(projection_HGBO, None, None)
+        every_HGBO = gather_rows(projection_HGBO, counts, dim=2)
+        if self.direction == "prediction":
+            every_prediction = gather_rows_with_gradient(prediction_HVBO, counts, dim=2)
+            return _Everything(every_HGBO, None, every_prediction)
+        negative_HGBO = gather_rows(neighbour_HGBO, counts, dim=2) if self.swap_negatives else every_HGBO
+        return _Everything(every_HGBO, negative_HGBO, None)
+
+    def distribute_heads(self) -> None:
+        """Average the heads' gradients over the ranks from now on, and start from the weights of rank 0."""
+        if world_size() > 1:
+            self.trained_heads = averaged(self.heads, self.device)
+
+    def distribute_encoder(self) -> None:
+        """The same for the encoder; what is frozen must be frozen already."""
+        if world_size() > 1:
+            self.trained_encoder = averaged(self.pooled_blocks, self.device)
+
+    def _without_sync(self) -> AbstractContextManager[None]:
+        encoder = self.trained_encoder
+        return encoder.no_sync() if isinstance(encoder, DistributedDataParallel) else nullcontext()
+
+    def _encode(self, batch: ViewBatch, pooled_blocks: nn.Module) -> Tensor:
+        """Pooled tokens of the blocks that heads read, (W, V, B, D); one encoder pass per crop size."""
+        first_view = 0
+        images = []
+        for crops in batch.crops:
+            views = range(first_view, first_view + crops.shape[1])
+            first_view = views.stop
+            images.append(self.photometric(crops, batch.epoch, batch.sample_B, views).flatten(0, 1))
+        with autocast(self.device, self.precision):
+            pooled_WVBD: Tensor = pooled_blocks(images).unflatten(1, (first_view, len(batch.sample_B)))
+        return pooled_WVBD
+
+    def _encode_in_parts(self, batch: ViewBatch) -> Tensor:
+        """The same, micro-batch by micro-batch; without gradient."""
+        found: Tensor | None = None
+        for rows, part in self._parts(batch):
+            features_WVbD = self._encode(part, self.pooled_blocks)
+            if rows == slice(0, len(batch.sample_B)):
+                return features_WVbD
+            if found is None:
+                blocks, views, _, width = features_WVbD.shape
+                found = features_WVbD.new_empty(blocks, views, len(batch.sample_B), width)
+            found[:, :, rows] = features_WVbD
+        assert found is not None
+        return found
+
+    def _parts(self, batch: ViewBatch) -> Iterator[tuple[slice, ViewBatch]]:
+        """Micro-batches of a batch, the last one maybe smaller, and which of its images they hold."""
+        images = len(batch.sample_B)
+        size = self.micro_batch or max(images, 1)
+        # A rank whose images could all not be read still takes part in what the ranks do together.
+        for start in range(0, max(images, 1), size):
+            rows = slice(start, min(start + size, images))
+            yield rows, ViewBatch(batch.epoch, batch.sample_B[rows], [crops[rows] for crops in batch.crops], [])
+
+    def _of_heads(self, features_WVBD: Tensor) -> Tensor:
+        """What each head reads, (H, N, D)."""
+        return torch.stack([features_WVBD[index] for index in self.block_of_head]).flatten(1, 2)
+
+    def _choices(self, batch: ViewBatch, sample_B: Tensor) -> Tensor:
+        """Uniform numbers (H, 2 * B) that pick one of the top-k neighbours."""
+        view_M = torch.arange(2, device=self.device).repeat_interleave(len(sample_B))
+        choices_MH = uniform(
+            self.seed, batch.epoch, Operation.NEIGHBOUR, sample_B.repeat(2), view_M, count=self.heads.num_heads
+        )
+        return choices_MH.T
+
+
+def monitored_values(values: StepValues, labels: Tensor | None) -> dict[str, object]:
+    """A step's numbers for the log, one list entry per head. Sync point, for ranks too: only on logging steps.
+
+    labels: (number of images,) on the device, only for the NN accuracy, which counts rows that hold a sample.
+    """
+    alignment, neighbours = values.alignment, values.neighbours
+    by_head = {
+        "head_loss": alignment.loss_H.detach(),
+        "alignment_global": alignment.global_H,
+        "alignment_local": alignment.local_H,
+        "nn_similarity": neighbours.similarity_HM.mean(dim=1),
+        "nn_age": neighbours.age_HM.float().mean(dim=1),
+    }
+    if labels is not None:
+        by_head["nn_accuracy"] = neighbour_accuracy(neighbours, values.sample_B, labels)
+    loss = values.loss.detach()
+    if world_size() > 1:
+        loss, by_head = _over_ranks(loss, by_head, values.share)
+    if torch.isnan(by_head["alignment_local"]).any():
+        del by_head["alignment_local"]  # there are no local views
+    return {"loss": float(loss)} | {name: value.tolist() for name, value in by_head.items()}
+
+
+def _over_ranks(loss: Tensor, by_head: dict[str, Tensor], share: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and means of the whole batch from those of every rank's part of it."""
+    means = torch.stack([value.double() for value in by_head.values()])
+    told = torch.cat([loss.double()[None] / world_size(), (means * share).flatten()])
+    # The means of no images are no numbers.
+    told = told if share else torch.zeros_like(told)
+    told = sum_over_ranks(told)
+    return told[0], dict(zip(by_head, told[1:].view_as(means), strict=True))
+
+
+def neighbour_accuracy(neighbours: Neighbours, sample_B: Tensor, labels: Tensor) -> Tensor:
+    """Percent of neighbours with their query's class, (H,); random rows from the queue's start count as wrong."""
+    same_HM = labels[neighbours.sample_HM.clamp_min(0)] == labels[sample_B].repeat(2)
+    return 100 * (same_HM & (neighbours.sample_HM >= 0)).float().mean(dim=1)

@@ -1,0 +1,257 @@
+"""A run's output folder: who may write into it, and its saved states.
+
+A folder is finished when it holds results.json, unfinished when it holds state/ or a log without results. Of the saved
+states the newest two stay: a file can be damaged after it was written. In a process group rank 0 writes for all.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mimref.config.base import dump_config
+from mimref.config.load import load_config
+from mimref.config.run import RunConfig
+from mimref.data.open import absolute_spec
+from mimref.distributed.collectives import agree
+from mimref.distributed.group import is_this_launch, own_rank, restarted, this_launch
+from mimref.errors import ConfigError, OutputError
+from mimref.files import atomic_write, remove_halves, write_bytes
+from mimref.locks import folder_lock
+from mimref.progress import Listener
+from mimref.refinement.config import RefineConfig
+from mimref.training.checkpoint import _read_state
+
+# results.json first: once it is gone, what is left of a replaced run cannot pass for a finished one.
+_OUR_FILES = ("results.json", "results.csv", "encoder.safetensors", "config.toml", "metrics.jsonl", "heads.pt")
+# Settings, and sections ending in a dot, that do not change what is trained.
+_MAY_CHANGE = (
+    "preset",
+    "device",
+    "workers",
+    "micro_batch",
+    "activation_checkpointing",
+    "compile",
+    "monitor.",
+    "evaluate.",
+    "data.max_bad",
+    "data.download",
+)
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The output folder of a training run."""
+
+    path: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run has written its results here."""
+        return (self.path / "results.json").is_file()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a run was started here and not finished."""
+        return not self.finished and any((self.path / name).exists() for name in ("state", "metrics.jsonl"))
+
+    @property
+    def _launch(self) -> Path:
+        return self.path / "state" / "launch.json"
+
+    def continues_launch(self) -> bool:
+        """Whether torchrun has started this process again on a run that the same launch has begun or resumed here.
+
+        Rank 0 decides for all.
+        """
+        found = False
+        if own_rank() == 0 and restarted():
+            with suppress(OSError, ValueError, TypeError):
+                found = is_this_launch(*json.loads(self._launch.read_text()))
+        return bool(agree(int(found)))
+
+    def _states(self) -> list[Path]:
+        """The saved states, the newest first."""
+        return sorted((self.path / "state").glob("step*.pt"), reverse=True)
+
+    def holds_result(self, *, resume: bool, force: bool) -> bool:
+        """`check` the folder; whether the run to resume has finished in it. Ranks are told what rank 0 sees."""
+        found = False
+        # The others must not look before rank 0 has, nor after it has begun to write.
+        if own_rank() == 0:
+            self.check(resume=resume, force=force)
+            found = resume and self.finished
+        return bool(agree(int(found)))
+
+    def check(self, *, resume: bool, force: bool) -> None:
+        """Raise OutputError when a run must not start or go on here. Writes nothing."""
+        if resume and force:
+            raise OutputError("--resume continues a run and --force replaces it: give one of them")
+        try:
+            occupied = self.path.exists()
+        except OSError as error:
+            raise OutputError(f"{self.path}: {error.strerror}; give another --out") from error
+        if occupied and not self.path.is_dir():
+            raise OutputError(f"{self.path}: is a file; give --out a folder")
+        if resume:
+            if not self.unfinished and not self.finished:
+                raise OutputError(f"{self.path}: holds no run to resume; leave out --resume to start one")
+        elif not force:
+            self._check_free()
+
+    def _check_free(self) -> None:
+        if self.finished:
+            raise OutputError(f"{self.path}: holds a finished run; give another --out, or --force to replace it")
+        if self.unfinished:
+            raise OutputError(f"{self.path}: holds an unfinished run; --resume continues it, --force replaces it")
+        for name in _OUR_FILES:
+            if (self.path / name).exists():
+                raise OutputError(f"{self.path}: already holds {name}; give another --out, or --force to replace it")
+
+    @contextmanager
+    def locked(self, *, resume: bool, force: bool) -> Iterator[None]:
+        """Keep other runs out of the folder, from the first look at it to the last file.
+
+        Raises OutputError when one is at work in it, or has been since `check` and left what is in the way.
+        """
+        if own_rank() > 0:
+            yield
+            return
+        with folder_lock(self.path):
+            self.check(resume=resume, force=force)
+            if resume and self.finished:
+                raise OutputError(
+                    f"{self.path}: another process has just finished this run; --resume shows its results"
+                )
+            yield
+
+    def prepare(self, config: RunConfig, *, resume: bool, force: bool) -> None:
+        """Make the folder ready and write config.toml; compare it first with the settings of the run to resume.
+
+        `force` removes an earlier run's own files and nothing else. Raises OutputError when the folder cannot be
+        written, ConfigError when a setting that shapes training has changed since.
+        """
+        if own_rank() == 0:
+            if resume and (self.path / "config.toml").is_file():
+                self._compare(config)
+            self._make_ready(force)
+            write_bytes(self.path / "config.toml", dump_config(config).encode())
+            if launch := this_launch():
+                write_bytes(self._launch, json.dumps(launch).encode())
+        agree(0)
+
+    def _make_ready(self, force: bool) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if force:
+                for name in _OUR_FILES:
+                    (self.path / name).unlink(missing_ok=True)
+                if (self.path / "state").is_dir():
+                    shutil.rmtree(self.path / "state")
+            (self.path / "state").mkdir(exist_ok=True)
+            self._remove_halves()
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from error
+
+    def _remove_halves(self) -> None:
+        """Files whose writing a kill has cut short."""
+        for name in _OUR_FILES:
+            remove_halves(self.path, name)
+        remove_halves(self.path / "state", "step*.pt")
+
+    def _compare(self, config: RunConfig) -> None:
+        saved = load_config(type(config), str(self.path / "config.toml"))
+        then, now = (_flat(each.model_dump()) for each in (saved, config))
+        for key in then:
+            if then[key] != now[key] and not any(
+                key == free or (free.endswith(".") and key.startswith(free)) for free in _MAY_CHANGE
+            ):
+                raise ConfigError(
+                    f"cannot resume {self.path} with another {key}: it was {_shown(then[key])} and is now "
+                    f"{_shown(now[key])}; leave it as it was, or start anew in another --out"
+                )
+
+    def save_state(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Write the training state, which rank 0 alone asks for, atomically; keep the one before it, to go back to.
+
+        Takes the disk space of two states, of three while one is written. Raises OutputError when it cannot be written;
+        the earlier ones are then as they were.
+        """
+        if own_rank() == 0:
+            self._write_state(state())
+        # torchrun stops all ranks when one has ended: none may before the state is on disk.
+        agree(0)
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        newest = self.path / "state" / f"step{state['step']:010}.pt"
+        with atomic_write(newest) as stream:
+            torch.save(state, stream)
+        others = [file for file in self._states() if file != newest]
+        # Later ones are damaged: the run would have continued from them.
+        before = next((file for file in others if file < newest), None)
+        for file in others:
+            if file != before:
+                with suppress(OSError):  # it only takes up space
+                    file.unlink()
+
+    def load_state(self, listener: Listener | None = None) -> dict[str, Any] | None:
+        """The newest undamaged state on the CPU, or None when the run had saved none.
+
+        `listener` is warned when that is not the newest one. Raises OutputError when all are damaged, or one cannot be
+        read. Reads a state twice: torch checks no sums.
+        """
+        files = self._states()
+        for file in files:
+            state = _read_state(file)
+            if state is None:
+                continue
+            if listener and file != files[0]:
+                listener.warn(f"{files[0]}: damaged state; going on from the one before, of step {state['step']}")
+            return state
+        if files:
+            also = ", and so is the one before" if len(files) > 1 else ""
+            raise OutputError(f"{files[0]}: damaged state{also}; --force starts the run anew")
+        return None
+
+    def drop_state(self) -> None:
+        """Remove the states of a finished run."""
+        shutil.rmtree(self.path / "state", ignore_errors=True)
+
+
+def reloadable(config: C) -> C:
+    """The settings with absolute paths, so that config.toml means the same wherever it is read from."""
+    data = config.data
+    spec = None if data.spec is None else absolute_spec(data.spec)
+    updates: dict[str, Any] = {
+        "data": data.model_copy(update={"spec": spec, "root": _absolute(data.root)}),
+        "encoder": config.encoder.model_copy(update={"weights": _absolute(config.encoder.weights)}),
+    }
+    if isinstance(config, RefineConfig):
+        updates["heads_from"] = _absolute(config.heads_from)
+    return config.model_copy(update=updates)
+
+
+def _absolute(name: str | None) -> str | None:
+    """The path of an existing file or folder; what is neither, or a word with a meaning of its own, as it is."""
+    if name is None or name == "quickstart":
+        return name
+    path = os.path.abspath(os.path.expanduser(name))
+    return path if os.path.exists(path) else name
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _shown(value: object) -> str:
+    return "unset" if value is None else repr(value)

@@ -1,0 +1,117 @@
+"""What a run tells while it goes on: metrics.jsonl for machines, a listener for people."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mimref.config.run import RunConfig
+from mimref.data.decode import BadImages
+from mimref.distributed.group import own_rank
+from mimref.errors import OutputError
+from mimref.files import atomic_write
+from mimref.progress import Listener
+from mimref.training.trackers import Tracker, open_trackers, scalars
+
+
+def readable(values: Mapping[str, float]) -> str:
+    """A monitor's values on one line, for people."""
+    names = {name: "k-NN top-1" if name == "knn_top1" else name.replace("_", " ") for name in values}
+    return ", ".join(f"{names[name]} {value:.4g}" for name, value in sorted(values.items(), reverse=True))
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object per line, appended and flushed; `trackers` receive the same numbers."""
+
+    def __init__(self, path: Path, *, keep_lines: int = 0, trackers: Sequence[Tracker] = ()) -> None:
+        """Open the log and cut it to its first `keep_lines` lines: a resumed run writes all later ones again."""
+        kept = path.read_bytes().splitlines(keepends=True)[:keep_lines] if keep_lines and path.is_file() else []
+        self._path, self._trackers = path, trackers
+        self.lines = len(kept)
+        """Number of lines, for the state that goes with them."""
+        with atomic_write(path) as stream:
+            stream.write(b"".join(kept))
+
+    def write(self, values: Mapping[str, object]) -> None:
+        """Append one line. Raises OutputError when the disk is full."""
+        try:
+            with self._path.open("a") as stream:
+                stream.write(json.dumps(values) + "\n")
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}); free some space and --resume"
+            raise OutputError(f"{self._path}: {reason}") from error
+        self.lines += 1
+        step = values.get("step")
+        for tracker in self._trackers:
+            tracker.log(scalars(values), step if isinstance(step, int) else 0)
+
+    def close(self) -> None:
+        """Let the trackers flush what is pending."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+class UnwrittenLog(MetricsLog):
+    """The log of a rank that leaves writing to rank 0."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+
+    def write(self, values: Mapping[str, object]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def open_log(config: RunConfig, out: Path, state: Mapping[str, Any] | None) -> MetricsLog:
+    """The log of a run in the folder `out`, cut to what goes with `state`; None starts a new one.
+
+    Rank 0 alone writes.
+    """
+    if own_rank() > 0:
+        return UnwrittenLog()
+    lines, step = (state["log_lines"], state["step"]) if state else (0, 0)
+    trackers = open_trackers(config.monitor.trackers, out, config.model_dump(mode="json"), first_step=step)
+    return MetricsLog(out / "metrics.jsonl", keep_lines=lines, trackers=trackers)
+
+
+class SkippedImages:
+    """The images a run leaves out because they cannot be read, told once early and once at the end."""
+
+    NAMED = 3
+
+    def __init__(self, max_bad: int, listener: Listener) -> None:
+        self._bad, self._listener = BadImages(max_bad), listener
+        self._evaluated: dict[str, str] = {}
+        self._told = 0
+
+    @property
+    def items(self) -> list[tuple[str, str]]:
+        """Path and reason of every image, sorted by path."""
+        return sorted({**dict(self._bad.items), **self._evaluated}.items())
+
+    def add(self, images: Iterable[tuple[str, str]]) -> None:
+        """Note images by path and reason. Raises DataError when there are more than `data.max_bad`."""
+        for path, reason in images:
+            self._bad.add(path, reason)
+
+    def add_evaluated(self, images: Iterable[tuple[str, str]]) -> None:
+        """Note images that an evaluation left out; it has counted them by itself."""
+        self._evaluated |= dict(images)
+
+    def tell_early(self) -> None:
+        """Warn of the images known so far, if that has not been done."""
+        if not self._told:
+            self.tell_all()
+
+    def tell_all(self) -> None:
+        """Warn of all images, when they are more than were told before."""
+        items = self.items
+        if len(items) <= self._told:
+            return
+        self._told = len(items)
+        named = ", ".join(f"{path} ({reason})" for path, reason in items[: self.NAMED])
+        more = ", ... (all are in results.json)" if len(items) > self.NAMED else ""
+        count = "1 image is" if len(items) == 1 else f"{len(items)} images are"
+        self._listener.warn(f"{count} left out, unreadable: {named}{more}")

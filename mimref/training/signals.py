@@ -1,0 +1,68 @@
+"""SIGTERM and Ctrl-C during training: save first, then stop."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from mimref.errors import Interrupted
+
+
+class StopSignal:
+    """What SIGTERM and Ctrl-C do to a run: training is told, so that it can save; any other work ends at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.raised: Interrupted | None = None
+        """What has ended the work at once."""
+        self._deferred = self._ignored = False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While this lasts, the first signal is only remembered, in `number`; a second one still stops at once."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def receive(self, number: int, _frame: FrameType | None = None) -> None:
+        """The signal handler."""
+        if self._ignored:
+            return
+        if self._deferred and self.number is None:
+            self.number = number
+            return
+        self.raised = Interrupted(number, "stopped at once; --resume continues from the last saved state")
+        raise self.raised
+
+    def ignore_more(self) -> None:
+        """The work is saved and about to stop: another signal would only disturb the tidying up."""
+        self._ignored = True
+
+    def raise_if_received(self, message: str) -> None:
+        """Raise Interrupted with the exit code of the signal, once the caller has saved what it can."""
+        if self.number is not None:
+            raise Interrupted(self.number, message)
+
+
+@contextmanager
+def stop_signal() -> Iterator[StopSignal]:
+    """Catch SIGTERM and Ctrl-C for the duration of a run. Outside the main thread Python cannot: nothing is caught."""
+    stop = StopSignal()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, stop.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    except Exception as error:
+        # Interrupted in the middle of a file, torch's writer raises an error of its own in its place.
+        if stop.raised is not None:
+            raise stop.raised from error
+        raise
+    finally:
+        for number, handler in previous.items():
+            with suppress(TypeError):  # a handler that was not installed from Python cannot be put back
+                signal.signal(number, handler)

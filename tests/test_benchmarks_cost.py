@@ -1,0 +1,137 @@
+"""Extrapolations against arithmetic by hand."""
+
+import pytest
+import torch
+
+from mimref.benchmarks import cost as cost_module
+from mimref.benchmarks.cost import (
+    benchmark_cost,
+    cost_facts,
+    estimate_cost,
+    largest_batch,
+    largest_batch_rows,
+    markdown,
+)
+from mimref.benchmarks.step import model_flops, resolve_encoder
+from mimref.config.load import load_config
+from mimref.errors import ConfigError
+from mimref.refinement.config import RefineConfig
+from mimref.refinement.memory import state_bytes
+from tests.test_benchmarks_step import DEPTH, IMAGE, PATCH, WIDTH, measurement, tiny
+
+# By hand: a block has 12 matrices of width ** 2 (biases 3 + 1 + 4 + 1 widths) and two norms, then the final norm.
+BLOCK = 12 * WIDTH**2 + 9 * WIDTH + 4 * WIDTH
+POSITIONS = ((IMAGE // PATCH) ** 2 + 1) * WIDTH  # fixed, never trained
+EMBEDDINGS = 3 * PATCH**2 * WIDTH + WIDTH + WIDTH  # patches with a bias, CLS
+ENCODER = DEPTH * BLOCK + 2 * WIDTH + EMBEDDINGS + POSITIONS
+# Two heads of 16/16/8, 16/8: five matrices, and weight and bias of five norms.
+FEATURES = 16 + 16 + 8 + 16 + 8
+HEADS = 2 * (WIDTH * 16 + 16 * 16 + 16 * 8 + 8 * 16 + 16 * 8 + 2 * FEATURES)
+# Running mean and variance, and one count per layer.
+BUFFERS = 2 * 2 * FEATURES + 5
+QUEUE = 2 * 24 * 8
+
+
+def test_state_memory_equals_a_count_by_hand() -> None:
+    config = tiny()
+    architecture, blocks = resolve_encoder(config)
+    state = state_bytes(config, architecture, blocks, "encoder")
+    trained = ENCODER - POSITIONS + HEADS
+    assert state.weights == 4 * (ENCODER + HEADS + BUFFERS)
+    assert (state.gradients, state.moments) == (4 * trained, 8 * trained)
+    assert (state.average, state.queue) == (4 * ENCODER, 4 * QUEUE)
+    assert state.total == 4 * (2 * ENCODER + HEADS + BUFFERS + 3 * trained + QUEUE)
+    # Stage 1: gradients and moments of the heads alone, and no average.
+    state = state_bytes(config, architecture, blocks, "heads")
+    assert (state.gradients, state.moments, state.average) == (4 * HEADS, 8 * HEADS, 0)
+    # Frozen: embeddings and the first blocks.
+    config = tiny(encoder_stage__freeze_blocks=2)
+    state = state_bytes(config, architecture, blocks, "encoder")
+    assert state.gradients == 4 * (2 * BLOCK + 2 * WIDTH + HEADS)
+    # Blocks after the last head, and the norm after them, are not trained.
+    config = tiny(heads__blocks="1,2")
+    assert state_bytes(config, architecture, [1, 2], "encoder").gradients == 4 * (2 * BLOCK + EMBEDDINGS + HEADS)
+
+
+def test_hours_are_the_images_of_all_epochs_by_the_measured_rate() -> None:
+    # 125 images in batches of 12 are 10 steps per epoch, the rest of 5 is dropped: 2 and 3 epochs of 120 images.
+    measured = [
+        measurement(stage="heads", batch=12, step_s=0.5, memory_bytes=1 << 30),
+        measurement(stage="encoder", batch=6, micro_batch=3, step_s=2.0, memory_bytes=None),
+    ]
+    config = tiny()
+    rows = estimate_cost(config, measured, images=125)
+    hours = {row["stage"]: row for row in rows if row["metric"] == "cost_hours"}
+    assert hours["heads"]["value"] == pytest.approx(2 * 120 / 24 / 3600)
+    # At 3 images/s, in whatever batches they were measured.
+    assert hours["encoder"]["value"] == pytest.approx(3 * 120 / 3 / 3600)
+    assert hours["both"]["value"] == pytest.approx((10 + 120) / 3600)
+    assert (hours["encoder"]["steps"], hours["encoder"]["measured_batch"]) == (30, 6)
+    assert [(row["stage"], row["value"]) for row in rows if row["metric"] == "cost_peak_gib"] == [("heads", 1.0)]
+    architecture, blocks = resolve_encoder(config)
+    work = {row["stage"]: row["value"] for row in rows if row["metric"] == "cost_exaflop"}
+    assert work["encoder"] == pytest.approx(360 * model_flops(config, architecture, blocks, "encoder") / 1e18)
+
+
+def test_a_stage_that_is_not_trained_costs_nothing() -> None:
+    assert {row["stage"] for row in estimate_cost(tiny(stage="heads"), images=125)} == {"heads"}
+    assert {row["stage"] for row in estimate_cost(tiny(stage="encoder", heads_from="x"), images=125)} == {"encoder"}
+    assert {row["stage"] for row in estimate_cost(tiny(encoder_stage__epochs=0), images=125)} == {"heads"}
+    # Hours of both stages are told only when both were measured.
+    rows = estimate_cost(tiny(), [measurement(stage="heads")], images=125)
+    assert [row["stage"] for row in rows if row["metric"] == "cost_hours"] == ["heads"]
+
+
+def test_largest_batch_lies_on_the_line_through_two() -> None:
+    # 200 bytes and 100 per image.
+    assert largest_batch((8, 1000), (16, 1800), 10_000) == 98
+    assert largest_batch((8, 1000), (16, 1800), 10_099) == 98
+    assert largest_batch((8, 1000), (16, 1800), 150) == 0
+    rows = largest_batch_rows(
+        measurement(batch=8, memory_bytes=10 << 20), measurement(batch=16, memory_bytes=18 << 20), capacity=66 << 20
+    )
+    assert (rows[0]["value"], rows[0]["per_image_mib"]) == (64, 1)
+
+
+def test_a_small_model_is_measured_on_a_cpu_and_a_large_one_is_not() -> None:
+    calls: list[tuple[int, int]] = []
+    cost = benchmark_cost(tiny(), steps=1, images=125, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 2), (2, 2)] and cost.notes == []
+    assert {row["stage"] for row in cost.rows if row["metric"] == "cost_hours"} == {"heads", "encoder", "both"}
+    told = markdown(cost_facts(cost), "mimref benchmark cost")
+    assert "device-hours on cpu" in told and told.startswith("`mimref benchmark cost`")
+    config = load_config(RefineConfig, "refine/mae_2b14", {"device": "cpu"})
+    cost = benchmark_cost(config)
+    assert {row["metric"] for row in cost.rows} == {"cost_exaflop", "cost_state_gib"}
+    assert "vit_2b14" in cost.notes[0] and "no CUDA device" in cost.notes[0]
+    # ImageNet stands for images that are not named; 99 and 248 EFLOP are what the preset says of the encoder alone.
+    work = {row["stage"]: row for row in cost.rows if row["metric"] == "cost_exaflop"}
+    assert work["encoder"]["images"] == 1_281_167 and work["encoder"]["steps"] == 50_040
+    assert [float(work[stage]["value"]) for stage in ("heads", "encoder")] == pytest.approx([99, 248], rel=0.01)
+
+
+def test_a_cpu_measures_the_batch_it_can_afford(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(batch_size=64)
+    architecture, blocks = resolve_encoder(config)
+    notes: list[str] = []
+    cpu = torch.device("cpu")
+    # Five steps of this batch in twenty seconds at 30 percent of the rate; a bit more than of 16 images.
+    flops = sum(model_flops(config, architecture, blocks, stage) for stage in ("heads", "encoder"))
+    monkeypatch.setattr(cost_module.MatrixProducts, "flops_per_second", 5 * flops * 17 / 20 / 0.3)
+    assert cost_module._affordable_batch(config, architecture, blocks, 2, cpu, notes) == 16
+    assert notes == ["batches of 64: those of 16 stand for them on this cpu"]
+
+
+def test_a_step_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise ConfigError("out of memory with a single image per encoder pass")
+
+    monkeypatch.setattr(cost_module, "measure_step", full)
+    cost = benchmark_cost(tiny(), images=125)
+    assert cost.notes == ["time and peak memory: out of memory with a single image per encoder pass"]
+    assert {row["metric"] for row in cost.rows} == {"cost_exaflop", "cost_state_gib"}
+
+
+def test_images_are_counted_where_the_settings_name_them() -> None:
+    rows = benchmark_cost(load_config(RefineConfig, "refine/mae_2b14", {"data.spec": "digits", "device": "cpu"})).rows
+    assert {row["images"] for row in rows} == {1437}

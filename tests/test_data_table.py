@@ -1,0 +1,239 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mimref.config.base import DataConfig
+from mimref.data.decode import BadImage
+from mimref.data.index.paths import PathList
+from mimref.data.open import open_source
+from mimref.data.sources import FileSource
+from mimref.errors import DataError
+
+ROWS = [
+    ("a.png", "dog", "train"),
+    ("sub/b.png", "cat", "val"),
+    ("c.png", "cat", "train"),
+    ("d.png", "dog", "test"),
+    ("e.png", "ant", "train"),
+]
+
+
+def write_table(path: Path, rows: list[tuple[Any, ...]], columns: str = "path,label,split") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(rows, columns=columns.split(","))
+    if path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path)
+    return f"list:{path}"
+
+
+def opened(spec: str, split: Any = "train", **settings: Any) -> FileSource:
+    source = open_source(DataConfig(spec=spec, **settings), split)
+    assert isinstance(source, FileSource)
+    return source
+
+
+def labelled(source: FileSource) -> list[tuple[str, str]]:
+    assert source.labels is not None and source.class_names is not None
+    assert source.labels.dtype == np.int64
+    return [(file, source.class_names[label]) for file, label in zip(source.files, source.labels, strict=True)]
+
+
+@pytest.fixture(params=[".csv", ".parquet"])
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path / "lists" / f"images{request.param}"
+
+
+def test_splits_and_labels(file: Path) -> None:
+    spec = write_table(file, ROWS)
+    train, val = opened(spec), opened(spec, "val")
+    assert labelled(train) == [("a.png", "dog"), ("c.png", "cat"), ("e.png", "ant")]
+    assert labelled(val) == [("sub/b.png", "cat")]
+    assert train.class_names == val.class_names == ["ant", "cat", "dog"]
+    assert train.name == spec and train.path(0) == str(file.parent / "a.png")
+    assert not train.in_memory
+
+
+def test_test_stands_in_for_val(file: Path) -> None:
+    spec = write_table(file, [row for row in ROWS if row[2] != "val"])
+    assert labelled(opened(spec, "val")) == [("d.png", "dog")]
+
+
+def test_without_splits_validation_is_the_same_and_unlabelled(file: Path) -> None:
+    spec = write_table(file, [row[:2] for row in ROWS], "path,label")
+    assert labelled(opened(spec)) == [row[:2] for row in ROWS]
+    held = opened(spec, "val")
+    assert list(held.files) == [row[0] for row in ROWS] and held.labels is None and held.class_names is None
+
+
+def test_paths_alone(file: Path) -> None:
+    spec = write_table(file, [row[:1] for row in ROWS], "path")
+    for split in ("train", "val"):
+        assert opened(spec, split).labels is None
+    with pytest.raises(DataError, match="no labels, which this needs; give the list the columns label and split"):
+        open_source(DataConfig(spec=spec), "train", need_labels=True)
+
+
+def test_paths_are_opened_as_written(file: Path, tmp_path: Path) -> None:
+    for place in (file.parent / "near.png", tmp_path / "beside.png", tmp_path / "elsewhere" / "two\nlines, ünï.png"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 3), (10, 20, 30)).save(place)
+    paths = ["near.png", "../beside.png", str(tmp_path / "elsewhere" / "two\nlines, ünï.png"), "gone.png"]
+    source = opened(write_table(file, [(path,) for path in paths], "path"))
+    for index in range(3):
+        assert source.read(index)[:, 0, 0].tolist() == [10, 20, 30]
+    assert len(source.fingerprint) == 64
+    with pytest.raises(BadImage, match=r"gone\.png \(no such file or directory\)"):
+        source.read(3)
+
+
+def test_relative_to_the_table_wherever_it_is_opened_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    write_table(tmp_path / "list.csv", [("a.png",)], "path")
+    monkeypatch.chdir(tmp_path)
+    assert opened("list:list.csv").read(0).shape == (3, 3, 4)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    assert opened("list:~/list.csv").read(0).shape == (3, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([10, 2, 2, -1], ["-1", "2", "10"]),
+        (["10", "2", "2", "b"], ["10", "2", "b"]),
+        (["007", "08", "10", "08"], ["007", "08", "10"]),
+        (["NA", "null", "nan", "None"], ["NA", "None", "nan", "null"]),
+        ([True, False, False, True], None),
+    ],
+)
+def test_order_of_classes(file: Path, labels: list[Any], classes: list[str] | None) -> None:
+    spec = write_table(file, [(f"{i}.png", label) for i, label in enumerate(labels)], "path,label")
+    source = opened(spec)
+    if classes is None:  # pandas writes True, Arrow true
+        assert source.labels is not None and source.labels.tolist() == [1, 0, 0, 1]
+    else:
+        assert source.class_names == classes
+        assert [name for _, name in labelled(source)] == [str(label) for label in labels]
+
+
+def test_category_columns(tmp_path: Path) -> None:
+    table = pd.DataFrame(ROWS, columns=["path", "label", "split"]).astype({"label": "category", "split": "category"})
+    table.to_parquet(tmp_path / "images.parquet")
+    assert labelled(opened(f"list:{tmp_path / 'images.parquet'}"))[2] == ("e.png", "ant")
+
+
+def test_validation_labels_alone_number_their_own_classes(file: Path) -> None:
+    spec = write_table(file, [("a.png", None, "train"), ("b.png", "x", "val"), ("c.png", "y", "val")])
+    assert opened(spec).labels is None
+    assert labelled(opened(spec, "val")) == [("b.png", "x"), ("c.png", "y")]
+
+
+def test_limit_takes_classes_in_turn(file: Path) -> None:
+    source = opened(write_table(file, [*ROWS, ("f.png", "dog", "train")]), train_limit=3)
+    assert labelled(source) == [("a.png", "dog"), ("c.png", "cat"), ("e.png", "ant")]
+
+
+def test_fingerprint_follows_labels_and_files(file: Path) -> None:
+    first = opened(write_table(file, ROWS)).fingerprint
+    assert opened(write_table(file, ROWS)).fingerprint == first
+    relabelled = [("a.png", "cat", "train"), *ROWS[1:]]
+    other = opened(write_table(file, relabelled)).fingerprint
+    Image.new("RGB", (4, 3)).save(file.parent / "a.png")
+    assert len({first, other, opened(write_table(file, ROWS)).fingerprint}) == 3
+
+
+def test_byte_order_marks_are_no_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "images.csv").write_bytes(b"\xef\xbb\xbfpath,note\r\na.png,\r\n")
+    assert list(opened(f"list:{tmp_path / 'images.csv'}").files) == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ([("a.png", "x")], "file,label", r"has no column 'path' \(its columns: file, label"),
+        ([("a.png", "x")], "paths,label", r"has no column 'path'; did you mean 'paths'\?"),
+        ([], "path,label,split", "has no rows"),
+        ([("a.png", "x", "training")], "path,label,split", r"row 1 has split 'training'; did you mean 'train'\?"),
+        ([("a.png", "train"), ("b.png", None)], "path,split", r"row 2 has split '' \(known: train, val, test\)"),
+        ([("a.png", "x"), ("b.png", None)], "path,label", "row 2 has no label, though others of its split have"),
+        ([("a.png", "x"), (None, "y")], "path,label", "row 2 has no path"),
+        ([("a.png", "x"), ("", "y")], "path,label", "row 2 has no path"),
+        ([("https://x.org/a.png",)], "path", "row 1 is an address, not a file; download"),
+        ([("a.png", 0.5)], "path,label", "neither class names nor whole numbers|holds double; labels are class names"),
+        ([("a.png", "x", "val")], "path,label,split", "no row has split train"),
+    ],
+)
+def test_wrong_tables(file: Path, rows: list[tuple[Any, ...]], columns: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        opened(write_table(file, rows, columns))
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"--data list:{file}: ")
+
+
+def test_classes_and_splits_that_do_not_meet(file: Path) -> None:
+    spec = write_table(file, [*ROWS, ("z.png", "zebra", "val")])
+    with pytest.raises(DataError, match="class 'zebra' of the validation images is not in the training images"):
+        opened(spec, "val")
+    assert len(opened(spec)) == 3
+    with pytest.raises(DataError, match="no row has split val or test"):
+        opened(write_table(file, ROWS[:1]), "val")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.csv", None, "cannot be read"),
+        ("empty.csv", b"", "cannot be read"),
+        ("text.parquet", b"path\na.png\n", "cannot be read"),
+        ("uneven.csv", b"path,label\na.png,x\nb.png\n", "cannot be read"),
+        ("latin.csv", "path\nünï.png\n".encode("latin-1"), "cannot be read"),
+        ("semicolons.csv", b"path;label\na.png;x\n", "its columns: path;label; a comma stands between"),
+        ("twice.csv", b"path,path\na.png,b.png\n", "has two columns 'path'"),
+        ("list.txt", b"a.png\n", r"a list is a \.csv or \.parquet file, not '\.txt'"),
+        ("list", b"a.png\n", r"a list is a \.csv or \.parquet file"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        opened(f"list:{tmp_path / name}")
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_a_folder_and_a_damaged_parquet_file(tmp_path: Path) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(DataError, match="cannot be read"):
+        opened(f"list:{tmp_path / 'folder.csv'}")
+    spec = write_table(tmp_path / "images.parquet", ROWS)
+    content = (tmp_path / "images.parquet").read_bytes()
+    for damaged in (content[:-20], content[:40], content[:10] + bytes(60) + content[70:]):
+        (tmp_path / "images.parquet").write_bytes(damaged)
+        with pytest.raises(DataError) as caught:
+            opened(spec)
+        assert "\n" not in str(caught.value)
+
+
+def test_many_rows(tmp_path: Path) -> None:
+    rows = 200_000
+    lines = (f"{index % 1000:03}/{index}.jpg,{index % 1000}\n" for index in range(rows))
+    (tmp_path / "images.csv").write_text("path,label\n" + "".join(lines))
+    source = opened(f"list:{tmp_path / 'images.csv'}")
+    assert source.labels is not None and source.labels.tolist() == [index % 1000 for index in range(rows)]
+    assert source.files[123_456] == "456/123456.jpg"
+    assert os.path.basename(source.path(rows - 1)) == f"{rows - 1}.jpg"
+
+
+def test_all_rows_are_not_copied(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = write_table(file, [(f"{number}.png",) for number in range(5)], "path")
+    assert len(opened(plain)) == 5
+    monkeypatch.setattr(PathList, "take", None)
+    assert list(opened(plain).files) == list(opened(plain, "val").files) == [f"{number}.png" for number in range(5)]
+    split = write_table(file, [("a.png", "train"), ("b.png", "train")], "path,split")
+    assert list(opened(split).files) == ["a.png", "b.png"]

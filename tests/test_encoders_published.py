@@ -1,0 +1,162 @@
+"""Published weights by name: kept copies, downloads that fail, and pairs that do not exist."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from mimref.cli import run
+from mimref.config.presets import choose_refine_preset
+from mimref.encoders import published as known
+from mimref.encoders.checkpoints import load_encoder, read_checkpoint
+from mimref.encoders.published import ADDRESSES, fetch, find_published, official_name
+from mimref.errors import CheckpointError
+from tests.checkpoints import mae_vit
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MIMREF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, md5: str | None = None) -> bytes:
+    """Let `mae_l16` stand for a small file of this machine; returns its content."""
+    torch.save({"model": dict(mae_vit().state_dict())}, tmp_path / "published.pth")
+    content = (tmp_path / "published.pth").read_bytes()
+    monkeypatch.setitem(ADDRESSES, "mae_l16", (tmp_path / "published.pth").as_uri())
+    monkeypatch.setitem(known._MD5, "mae_l16", md5 or hashlib.md5(content).hexdigest()[:6])
+    return content
+
+
+def test_weights_are_fetched_once_and_kept(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = publish(monkeypatch, tmp_path)
+    told: list[tuple[str, int, int]] = []
+    checkpoint = read_checkpoint("mae_l16", progress=lambda *values: told.append(values))
+    assert [path.name for path in cache.iterdir()] == ["mae_l16.pth"]
+    assert (cache / "mae_l16.pth").read_bytes() == content
+    assert told[-1] == ("download of mae_l16 in MB", len(content) // 10**6, len(content) // 10**6)
+    assert (checkpoint.source, checkpoint.licence) == ("mae", "CC-BY-NC-4.0")
+    (tmp_path / "published.pth").unlink()
+    assert read_checkpoint("mae_l16").path == cache / "mae_l16.pth"
+    # The same file under another name is not known to be anyone's.
+    (cache / "mae_l16.pth").rename(tmp_path / "mine.pth")
+    mine = read_checkpoint(tmp_path / "mine.pth")
+    assert (mine.source, mine.licence) == (None, None)
+
+
+def test_what_is_not_what_was_published_is_not_kept(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(monkeypatch, tmp_path, md5="000000")
+    with pytest.raises(
+        CheckpointError, match=r"^mae_l16: cannot be fetched \(the MD5 sum \w+ does not begin with .*000000"
+    ):
+        read_checkpoint("mae_l16")
+    assert list(cache.iterdir()) == []
+
+
+def test_short_downloads_are_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Response:
+        def __init__(self) -> None:
+            self.headers = {"Content-Length": "10"}
+            self.pieces = [b"1234", b""]
+
+        def read(self, _: int) -> bytes:
+            return self.pieces.pop(0)
+
+        def __enter__(self) -> "Response":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(known, "urlopen", lambda *_, **__: Response())
+    with pytest.raises(CheckpointError, match=r"cannot be fetched \(4 of 10 bytes came\)"):
+        fetch(find_published("dino_b16"))  # type: ignore[arg-type]
+    assert list(cache.iterdir()) == []
+
+
+def test_without_a_network_one_line_says_which_file_to_put_where(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(known, "urlopen", refuse)
+    assert run(["inspect", "d2v2_refined_h14"]) == 2
+    message = capsys.readouterr().err
+    assert (
+        message.count("\n") == 1 and "cannot be fetched (Name or service not known); put https://ml.jku.at" in message
+    )
+    assert f"to {cache / 'd2v2_refined_h14.th'}" in message
+
+
+@pytest.mark.parametrize(
+    ("arch", "source", "name", "preset"),
+    [
+        ("vit_h14", "d2v2", "d2v2_h14", "refine/d2v2_h14"),
+        ("vit_2b14", "mae", "mae_2b14", "refine/mae_2b14"),
+        ("vit_b16", "ibot", "ibot_b16", "refine/mae_b16"),
+        ("vit_l16", "crossmae", "crossmae_l16", "refine/mae_l16"),
+    ],
+)
+def test_arch_and_source_name_preset_and_weights(arch: str, source: str, name: str, preset: str) -> None:
+    assert official_name(arch, source) == name
+    assert choose_refine_preset(None, arch, source, None) == preset
+
+
+def test_pairs_that_do_not_exist_say_which_do() -> None:
+    message = (
+        r"^no published weights of vit_l16 from ijepa: vit_l16 exists from mae, maws, d2v2, dbot, crossmae, ibot, "
+    )
+    with pytest.raises(CheckpointError, match=message + r"mugs, msn; ijepa exists as vit_h14; or pass --weights FILE$"):
+        official_name("vit_l16", "ijepa")
+    with pytest.raises(CheckpointError, match="from magic: neither is known here; or pass --weights FILE"):
+        official_name("vit_s32", "magic")
+
+
+def test_the_papers_eight_released_models_are_known() -> None:
+    released = [name for name in ADDRESSES if "_refined_" in name]
+    assert len(released) == 8
+    assert all(re.fullmatch(r"https://ml\.jku\.at/.*\.th", ADDRESSES[name]) for name in released)
+    assert all(find_published(name).licence is None for name in released)  # type: ignore[union-attr]
+
+
+def test_misspelt_names_have_a_hint() -> None:
+    with pytest.raises(CheckpointError, match=r"^mae_l61: no such file; did you mean 'mae_l16'\?$"):
+        read_checkpoint("mae_l61")
+
+
+def test_weights_by_timms_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **options: Any) -> Any:
+        if pretrained and name == "test_vit2":
+            raise RuntimeError("no network")
+        torch.manual_seed(3)
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    encoder, header = load_encoder("timm:test_vit")
+    assert header["source"] == "timm" and encoder.depth == 6
+    with pytest.raises(CheckpointError, match=r"^timm:test_vit2: timm cannot fetch its weights \(no network\)"):
+        load_encoder("timm:test_vit2")
+    with pytest.raises(CheckpointError, match=r"^timm:resnet18: not a plain vision transformer"):
+        load_encoder("timm:resnet18")
+
+
+def test_refine_knows_the_preset_of_published_weights(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    publish(monkeypatch, tmp_path)
+    line = ["refine", "--weights", "mae_l16", "--data", "digits", "--dry-run", "--batch-size", "64"]
+    small = {"heads.blocks": "last2", "heads.queue_size": "512", "views.global_size": "16", "views.local_size": "8"}
+    settings = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    assert run([*line, *settings]) == 0
+    captured = capsys.readouterr()
+    assert "runs/refine-mae_l16" in captured.out and str(cache / "mae_l16.pth") in captured.out
+    assert "encoder.arch vit_l16 is passed over" in captured.out  # the small file that stands for it here
