@@ -143,7 +143,9 @@ def settings_page() -> str:
             rows = []
             for key, field in section.model_fields.items():
                 if key in shown:
-                    default = "" if field.is_required() else f"`{as_toml(field.get_default(call_default_factory=True))}`"
+                    default = (
+                        "" if field.is_required() else f"`{as_toml(field.get_default(call_default_factory=True))}`"
+                    )
                     rows.append((f"`{prefix}{key}`", values(shown[key]), default, field.description or ""))
             lines += table("| Key | Values | Default | Meaning |", rows)
     return "\n".join(lines)
@@ -233,9 +235,8 @@ def api_reference() -> str:
 
 def classes(hint: Any) -> Iterator[type]:
     """The package's own classes in a return annotation."""
-    if isinstance(hint, type) and hint.__module__.startswith("mimref."):
-        if not issubclass(hint, CommandConfig):
-            yield hint
+    if isinstance(hint, type) and hint.__module__.startswith("mimref.") and not issubclass(hint, CommandConfig):
+        yield hint
     for part in typing.get_args(hint):
         yield from classes(part)
 
