@@ -6,10 +6,8 @@ python docs/figures.py
 import re
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 # Row of the table to its name in the picture.
@@ -19,6 +17,7 @@ SHOWN = {
     "k-means ACC, lowest inertia of 100 runs": "k-means ACC",
     "k-means NMI, lowest inertia of 100 runs": "k-means NMI",
 }
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "mimref", "font.family": "sans-serif", "font.size": 11}
 THEMES = {
     "light": {"text": "#24292f", "grid": "#d0d7de", "raw": "#8c959f", "base": "#bf5b04", "refined": "#1f5fbf"},
     "dark": {"text": "#e6edf3", "grid": "#30363d", "raw": "#7d8590", "base": "#f0954a", "refined": "#6cb6ff"},
@@ -35,10 +34,8 @@ def read_scores(page: Path) -> dict[str, tuple[float, float, float]]:
 
 def draw(scores: dict[str, tuple[float, float, float]], colours: dict[str, str], file: Path) -> None:
     """A line from base to refined for every score, with raw pixels as a ring."""
-    plt.rcParams.update(
-        {"svg.fonttype": "none", "svg.hashsalt": "mimref", "font.family": "sans-serif", "font.size": 11}
-    )
-    figure, axes = plt.subplots(figsize=(7.2, 2.6), layout="constrained")
+    figure = Figure(figsize=(7.2, 2.6), layout="constrained")
+    axes = figure.subplots()
     for place, (raw, base, refined) in enumerate(reversed(scores.values())):
         axes.plot([base, refined], [place, place], "-", color=colours["refined"], lw=2, zorder=1)
         for value, part, face in ((raw, "raw", "none"), (base, "base", None), (refined, "refined", None)):
@@ -65,11 +62,11 @@ def draw(scores: dict[str, tuple[float, float, float]], colours: dict[str, str],
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     figure.savefig(file, transparent=True, metadata={"Date": None})
-    plt.close(figure)
 
 
 if __name__ == "__main__":
     (HERE / "images").mkdir(exist_ok=True)
     found = read_scores(HERE / "results.md")
     for theme, colours in THEMES.items():
-        draw(found, colours, HERE / "images" / f"digits-{theme}.svg")
+        with rc_context(STYLE):
+            draw(found, colours, HERE / "images" / f"digits-{theme}.svg")

@@ -1,4 +1,4 @@
-"""The documented SLURM script, with stand-ins for SLURM's commands: stopped, queued again, it goes on to the same end."""
+"""The documented SLURM script, with stand-ins for SLURM's commands: stopped and requeued, a run ends the same."""
 
 import json
 import os
