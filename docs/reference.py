@@ -5,7 +5,7 @@ import inspect
 import json
 import pkgutil
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def commands_page() -> str:
     """Every command with its options, in the order and panels of the help."""
     root = get_command(app)
-    commands = list(walk(root, "mimref"))
     lines = ["# Commands", "", "Generated from the command line itself; `mimref COMMAND --help` prints the same.", ""]
-    lines += table("| Command | What it does |", [(f"[`{path}`](#{path.replace(' ', '-')})", summary(command))
-                                                    for path, command in commands])  # fmt: skip
-    for path, command in commands:
+    for panel, members in by_panel(root.commands.values(), "Commands").items():  # type: ignore[attr-defined]
+        commands = [each for member in members for each in walk(member, f"mimref {member.name}")]
+        rows = [(f"[`{path}`](#{path.replace(' ', '-')})", summary(command)) for path, command in commands]
+        lines += table(f"| {panel} | |", rows)
+    for path, command in walk(root, "mimref"):
         lines += [f"## {path}", "", f"```\n{usage(path, command)}\n```", "", *help_text(command)]
-        for panel, parameters in panels(command).items():
+        arguments = [each for each in command.params if each.param_type_name == "argument"]
+        options = [each for each in command.params if each.param_type_name == "option"]
+        for panel, parameters in [*by_panel(arguments, "Arguments").items(), *by_panel(options, "Options").items()]:
             lines += table(f"| {panel} | |", [(names(each), meaning(each)) for each in parameters])
     return "\n".join(lines)
 
@@ -69,6 +72,16 @@ def walk(command: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from walk(member, f"{path} {name}")
 
 
+def by_panel(items: Iterable[Any], default: str) -> dict[str, list[Any]]:
+    """Commands or parameters that the help shows, by their panel in it."""
+    found: dict[str, list[Any]] = {}
+    for each in items:
+        panel = each.rich_help_panel
+        if not each.hidden:
+            found.setdefault(panel if isinstance(panel, str) else default, []).append(each)
+    return found
+
+
 def summary(command: Any) -> str:
     return (command.help or "").strip().partition("\n")[0]
 
@@ -80,27 +93,17 @@ def usage(path: str, command: Any) -> str:
 
 
 def help_text(command: Any) -> list[str]:
-    """Help as Markdown: lines that are commands become code."""
+    """Help as Markdown: runs of lines that are commands become code."""
     lines: list[str] = []
-    for part in filter(None, (command.help, getattr(command, "epilog", None))):
+    code = False
+    for part in filter(None, (command.help, command.epilog)):
         for line in [*inspect.cleandoc(part).replace("\b", "").splitlines(), ""]:
-            text = line.strip()
-            if text.startswith(("mimref ", "$ mimref ", "torchrun ")):
-                lines += ["", f"    {text.removeprefix('$ ')}", ""]
-            else:
-                lines.append(text)
+            text = line.strip().removeprefix("$ ")
+            if text.startswith(("mimref ", "torchrun ")) != code:
+                lines += ["```" if code else "\n```bash"]
+                code = not code
+            lines.append(text)
     return lines
-
-
-def panels(command: Any) -> dict[str, list[Any]]:
-    """Shown parameters by help panel."""
-    found: dict[str, list[Any]] = {}
-    for each in command.params:
-        if each.hidden:
-            continue
-        default = "Arguments" if each.param_type_name == "argument" else "Options"
-        found.setdefault(getattr(each, "rich_help_panel", None) or default, []).append(each)
-    return found
 
 
 def names(parameter: Any) -> str:
