@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from mimref.refinement.shared import Refinement
 
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import save_encoder
@@ -16,7 +17,6 @@ from mimref.refinement.config import RefineConfig
 from mimref.refinement.method import RefinementStep, StepValues
 from mimref.refinement.plan import make_plan
 from mimref.refinement.run import refine
-from mimref.refinement.shared import Refinement
 from tests.tiny import (
     ARCHITECTURE,
     EVALUATED,
