@@ -3,7 +3,7 @@
 Every field carries its unit and source. Learning rates are base rates, for a global batch of 256 images.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -81,7 +81,7 @@ class ViewsConfig(Section):
 
 def _check_warmup(section: str, warmup_epochs: float | None, epochs: int) -> None:
     if warmup_epochs is not None and 0 < epochs < warmup_epochs:
-        raise ValueError(f"{section}.warmup_epochs {warmup_epochs:g} is more than {section}.epochs {epochs}")
+        raise ValueError(f"{section}.warmup_epochs {warmup_epochs:g} exceeds {section}.epochs {epochs}")
 
 
 class OptimizerConfig(Section):
@@ -126,7 +126,10 @@ class EvaluateConfig(Section):
 
 
 class RunConfig(CommandConfig):
-    """Settings that every training command has."""
+    """Settings of every training command."""
+
+    path_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings, beside those of data and encoder, whose values are paths."""
 
     batch_size: int = Field(default=1024, gt=1)
     """Images per update, over all processes."""

@@ -113,6 +113,7 @@ class RefineConfig(RunConfig):
     """All settings of `mimref refine`."""
 
     command = "refine"
+    path_settings = ("heads_from",)
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
     """Images per pass of the encoder. Heads and loss still see whole batches, so the result is the same. `auto`: the
     largest that fits the GPU's memory. None: the whole batch."""
@@ -132,12 +133,12 @@ class RefineConfig(RunConfig):
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
         if isinstance(self.micro_batch, int) and self.micro_batch > self.batch_size:
-            raise ValueError(f"micro_batch {self.micro_batch} is more than the {self.batch_size} images of batch_size")
+            raise ValueError(f"micro_batch {self.micro_batch} exceeds batch_size {self.batch_size}")
         if self.stage == "encoder" and self.heads_from is None:
-            raise ValueError("stage = 'encoder' needs heads_from (--heads-from DIR): a run whose heads are trained")
+            raise ValueError("stage = 'encoder' needs heads_from (--heads-from DIR), a run with trained heads")
         if self.stage != "encoder" and self.heads_from is not None:
-            raise ValueError(f"stage = {self.stage!r} trains heads of its own; heads_from goes with stage = 'encoder'")
+            raise ValueError(f"stage = {self.stage!r} trains its own heads; heads_from requires stage = 'encoder'")
         for name, top_k in (("heads_stage", self.heads_stage.top_k), ("encoder_stage", self.encoder_stage.top_k)):
             if top_k > self.heads.queue_size:
-                raise ValueError(f"{name}.top_k {top_k} is more than the {self.heads.queue_size} of heads.queue_size")
+                raise ValueError(f"{name}.top_k {top_k} exceeds heads.queue_size {self.heads.queue_size}")
         return self
