@@ -55,13 +55,13 @@ def _rejoin(folder: Path, name: str) -> None:
 
 def interrupted(config: Any, out: Path, step: int, *, resume: bool) -> None:
     """Refine until a signal comes after `step` updates in all; in a process group, to the last rank alone."""
-    from mimref.refinement import stages
+    from mimref.training import run as stages
 
     write_log = stages.Stage.write_log
 
     def stop(self: Any) -> None:
         write_log(self)
-        if self.before + self.step == step and os.environ.get("TEST_RANK", "1") == "1":
+        if self.first_step + self.step == step and os.environ.get("TEST_RANK", "1") == "1":
             signal.raise_signal(signal.SIGTERM)
 
     stages.Stage.write_log = stop  # type: ignore[method-assign]
