@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
 
 def test_what_cannot_be_pretrained_is_named(data: Path, tmp_path: Path) -> None:
     for changes, message in (
-        ({"encoder__weights": "quickstart"}, "starts from random weights; leave out encoder.weights 'quickstart'"),
+        ({"encoder__weights": "quickstart"}, "encoder.weights 'quickstart'"),
         ({"encoder__image_size": 18}, "encoder.image_size 18 is not divisible by the patch size 4"),
         ({"encoder__image_size": 4}, "encoder.image_size 4 is one patch"),
         ({"batch_size": 64}, "--batch-size 48"),

@@ -137,7 +137,7 @@ def run_out_of_memory(weights: Path, data: Path, out: Path) -> str:
 def test_a_rank_out_of_memory_says_so_at_once(runs: Path, tmp_path: Path) -> None:
     files = runs / "base.safetensors", runs / "data"
     first, second = run_ranks(run_out_of_memory, 2, tmp_path / "group", *files, tmp_path / "out")
-    assert "out of memory with 6 images per encoder pass; 3 may fit: --resume with --micro-batch 3 goes on" in first
+    assert "6 images" in first and "--resume --micro-batch 3" in first
     assert "another process of this run has died" in second
 
 
