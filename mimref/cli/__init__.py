@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 """
 
 import errno
+import sys
 import traceback
 from collections.abc import Sequence
 from typing import Annotated
@@ -11,46 +12,49 @@ from typing import Annotated
 import typer
 
 from mimref import __version__
-from mimref.cli import benchmark, cache, comparison, evaluation, training, weights
+from mimref.cli import benchmark, cache, comparison, evaluation, presets, training, weights
+from mimref.cli.parser import Group, add_command
 from mimref.errors import Interrupted, UserError
+
+EXAMPLES = """Examples:
+  mimref refine
+  mimref knn runs/refine-quickstart"""
 
 app = typer.Typer(
     name="mimref",
+    cls=Group,
     help="Refine vision transformers that were pre-trained by masked image modelling.",
-    add_completion=False,
+    epilog=EXAMPLES,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
-for command in (
-    training.refine,
-    training.pretrain,
-    evaluation.knn,
-    evaluation.lowshot,
-    evaluation.cluster,
-    evaluation.probe,
-    comparison.analyze_blocks,
-    comparison.compare,
-    comparison.extract,
-    weights.inspect,
-    weights.export,
-    weights.interpolate,
-):
-    app.command()(command)
-presets_app = typer.Typer(help="The settings that ship with mimref.", rich_markup_mode=None)
-presets_app.command("list")(weights.list_presets)
-presets_app.command("show")(weights.show_preset)
-app.add_typer(presets_app, name="presets")
-cache_app = typer.Typer(help="Features and lists of images, kept on disk between commands.", rich_markup_mode=None)
-cache_app.command("list")(cache.list_cache)
-cache_app.command("clear")(cache.clear_cache)
-cache_app.command("verify")(cache.verify_cache)
-app.add_typer(cache_app, name="cache")
-benchmark_app = typer.Typer(help="Speed, measured on this machine.", rich_markup_mode=None)
-benchmark_app.command("views")(benchmark.benchmark_views)
-benchmark_app.command("step")(benchmark.benchmark_step)
-benchmark_app.command("eval")(benchmark.benchmark_eval)
-benchmark_app.command("cost")(benchmark.benchmark_cost)
-app.add_typer(benchmark_app, name="benchmark")
+add_command(app, training.refine, name="refine", panel="Refine")
+add_command(app, training.pretrain, name="pretrain", panel="Refine")
+add_command(app, evaluation.knn, name="knn", panel="Evaluate")
+add_command(app, evaluation.lowshot, name="lowshot", panel="Evaluate")
+add_command(app, evaluation.cluster, name="cluster", panel="Evaluate")
+add_command(app, evaluation.probe, name="probe", panel="Evaluate")
+add_command(app, comparison.analyze_blocks, name="analyze-blocks", panel="Evaluate")
+add_command(app, comparison.compare, name="compare", panel="Evaluate")
+add_command(app, comparison.extract, name="extract", panel="Evaluate")
+add_command(app, weights.inspect, name="inspect", panel="Weights")
+add_command(app, weights.export, name="export", panel="Weights")
+add_command(app, weights.interpolate, name="interpolate", panel="Weights")
+
+presets_app = typer.Typer(cls=Group, help="Show the settings that ship with mimref.")
+add_command(presets_app, presets.list_presets, name="list")
+add_command(presets_app, presets.show_preset, name="show")
+cache_app = typer.Typer(cls=Group, help="List, clear or verify cached features and listings of images.")
+add_command(cache_app, cache.list_cache, name="list")
+add_command(cache_app, cache.clear_cache, name="clear")
+add_command(cache_app, cache.verify_cache, name="verify")
+benchmark_app = typer.Typer(cls=Group, help="Measure speed and cost on this machine.")
+add_command(benchmark_app, benchmark.benchmark_views, name="views")
+add_command(benchmark_app, benchmark.benchmark_step, name="step")
+add_command(benchmark_app, benchmark.benchmark_eval, name="eval")
+add_command(benchmark_app, benchmark.benchmark_cost, name="cost")
+app.add_typer(presets_app, name="presets", rich_help_panel="Tools")
+app.add_typer(cache_app, name="cache", rich_help_panel="Tools")
+app.add_typer(benchmark_app, name="benchmark", rich_help_panel="Tools")
 
 
 @app.callback(invoke_without_command=True)
@@ -71,6 +75,8 @@ def run(args: Sequence[str]) -> int:
     A mistake is one line on standard error, after a traceback with `--debug`. Unexpected exceptions are not caught.
     """
     debug = "--debug" in args
+    # Rich draws help with boxes and colours, which only a terminal can use.
+    app.rich_markup_mode = "rich" if sys.stdout.isatty() else None
     try:
         # Ctrl-C where nothing can be saved comes back as typer's exit code 130.
         code = app(args=list(args), prog_name="mimref", standalone_mode=False)

@@ -1,199 +1,153 @@
-"""Commands that look at several blocks or encoders, and the one that writes features."""
+"""`mimref analyze-blocks`, `compare` and `extract`: several blocks or encoders, and features as a file."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, ClassVar
 
-import typer
-
+from mimref.cli.execution import check_out, note, run_on_ranks, write
 from mimref.cli.options import (
-    ArchOption,
-    BlocksOption,
-    CacheOption,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    DrawsOption,
-    FinalNormOption,
-    ForceOption,
-    MetricsOption,
-    OutOption,
-    PoolOption,
-    PrecisionOption,
-    PresetOption,
-    QuietOption,
-    ResolutionOption,
-    RunsOption,
-    SeedOption,
-    SetOption,
-    ShotsOption,
-    SourceOption,
-    SplitOption,
-    WorkersOption,
-    common,
-    encoder_settings,
-    parse_ints,
-    parse_names,
+    CHECKPOINT,
+    Blocks,
+    EncoderPass,
+    Force,
+    Metrics,
+    Output,
+    Pool,
+    Pooled,
+    Preset,
+    Runs,
+    Seed,
+    Shots,
+    Split,
+    Splits,
+    read_names,
 )
-from mimref.cli.output import check_out, tell, write
+from mimref.cli.parser import Argument, Option
 
 
-def analyze_blocks(
+@dataclass(kw_only=True)
+class BlocksOptions(EncoderPass, Pool, Seed, Preset, Output):
+    """Of `mimref analyze-blocks`."""
+
+    panel: ClassVar[str] = "Protocol"
     checkpoints: Annotated[
-        list[str] | None, typer.Argument(metavar="[CKPT...]", help="Weights files or run folders.")
-    ] = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    preset: PresetOption = None,
-    k: Annotated[str | None, typer.Option("--k", metavar="K", help="Neighbours that vote; default 10.")] = None,
-    tau: Annotated[str | None, typer.Option("--tau", metavar="T", help="Temperature of the votes.")] = None,
-    pool: PoolOption = None,
+        list[str] | None, Argument("Weights files, or output folders of `refine`.", "[CKPT...]", "checkpoints")
+    ] = None
+    k: Annotated[str | None, Option("Neighbours that vote; default 10.", "K", "k")] = None
+    tau: Annotated[str | None, Option("Temperature of the votes; default 0.07.", "T", "tau")] = None
     reconstruction: Annotated[
-        bool, typer.Option("--reconstruction", help="Train a light decoder on every block as well (Fig. 6).")
-    ] = False,
-    resolution: ResolutionOption = None,
-    cache: CacheOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Tell what every block is worth, and which need a head.
+        bool | None, Option("Train a light decoder on every block as well (Fig. 6).", sets="reconstruct")
+    ] = None
 
-    Without arguments: the packaged tiny encoder on scikit-learn's digits.
+
+def analyze_blocks(options: BlocksOptions) -> None:
+    """Score every block, and recommend blocks for the heads.
+
+    k-NN accuracy and feature statistics per block; a figure with --out. Without CKPT: the packaged tiny encoder on
+    scikit-learn's digits.
+
+    Examples:
+      mimref analyze-blocks
+      mimref analyze-blocks mae_l16 runs/mae_l16 --data /data/imagenet --out runs/blocks
     """
-    from mimref.config.load import load_config
     from mimref.evaluation.blocks.config import BlocksConfig
 
-    overrides: dict[str, Any] = {"checkpoints": checkpoints or None, "arch": arch, "source": source, "pool": pool}
-    overrides |= {"resolution": resolution, "cache.folder": cache, "k": k, "tau": tau}
-    overrides |= common(data, device, precision, seed, workers)
-    overrides |= {"reconstruct": reconstruction or None}
-    chosen = preset or (None if checkpoints else "quickstart")
-    config = load_config(BlocksConfig, chosen, overrides, sets or ())
-    check_out(out, force)
+    config = options.load(BlocksConfig, options.preset or (None if options.checkpoints else "quickstart"))
+    check_out(options)
 
-    from mimref.distributed.group import process_group
     from mimref.evaluation.blocks.protocol import evaluate_blocks
-    from mimref.reports.terminal import Terminal, print_blocks
+    from mimref.reports.terminal import print_blocks
 
-    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
-        result = evaluate_blocks(config, listener=terminal)
-    if rank > 0:
+    result = run_on_ranks(config, options, lambda listener: evaluate_blocks(config, listener=listener))
+    if result is None:
         return
     print_blocks(result.rows, result.heads)
-    write(out, config, result, quiet)
-    if out is not None:
+    write(options, config, result)
+    if options.out is not None:
         from mimref.reports.figures import plot_blocks
 
-        plot_blocks(out / "blocks.png", result.rows, heads=result.heads)
-        tell(f"figure in {out / 'blocks.png'}", quiet)
+        figure = options.out / "blocks.png"
+        plot_blocks(figure, result.rows, heads=result.heads)
+        note(f"figure in {figure}", options)
 
 
-def compare(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Weights before refining, a file or a run's folder.")],
-    refined: Annotated[list[str], typer.Argument(metavar="REFINED...", help="Weights to compare with it.")],
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
+@dataclass(kw_only=True)
+class CompareOptions(EncoderPass, Pooled, Seed, Output):
+    """Of `mimref compare`."""
+
+    panel: ClassVar[str] = "Protocol"
+    base: Annotated[str, Argument("Weights before refining: a file or a run's folder.", "BASE", "base")]
+    refined: Annotated[list[str], Argument("Weights to compare with BASE.", "REFINED...", "refined")]
     protocols: Annotated[
         str | None,
-        typer.Option("--protocols", metavar="knn,lowshot,cluster,probe", help="Default knn,lowshot,cluster."),
-    ] = None,
-    shots: ShotsOption = None,
-    splits: DrawsOption = None,
-    metrics: MetricsOption = None,
-    runs: RunsOption = None,
-    pool: PoolOption = None,
-    final_norm: FinalNormOption = None,
-    resolution: ResolutionOption = None,
-    cache: CacheOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+        Option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols", read_names),
+    ] = None
+    shots: Shots = None
+    splits: Splits = None
+    metrics: Metrics = None
+    runs: Runs = None
+
+
+def compare(options: CompareOptions) -> None:
     """Measure several encoders by the same protocols.
 
     With --out: a table as CSV, JSON and Markdown, and a figure.
+
+    Examples:
+      mimref compare quickstart runs/refine-quickstart
+      mimref compare mae_l16 runs/mae_l16 --data /data/imagenet --out runs/compared
     """
-    from mimref.config.load import load_config
     from mimref.evaluation.config import CompareConfig
 
-    overrides: dict[str, Any] = {"base": base, "refined": refined, "arch": arch, "source": source, "pool": pool}
-    overrides |= {"final_norm": final_norm, "resolution": resolution, "cache.folder": cache}
-    overrides |= {"protocols": parse_names(protocols), "metrics": parse_names(metrics), "runs": runs}
-    overrides |= {"shots": parse_ints("--shots", shots), "splits": splits}
-    config = load_config(CompareConfig, None, overrides | common(data, device, precision, seed, workers), sets or ())
-    check_out(out, force)
+    config = options.load(CompareConfig)
+    check_out(options)
 
-    from mimref.distributed.group import process_group
     from mimref.evaluation.compare import compare_encoders
-    from mimref.reports.tables import markdown_table
-    from mimref.reports.terminal import Terminal, print_comparison
+    from mimref.reports.terminal import print_comparison
 
-    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
-        result = compare_encoders(config, listener=terminal)
-    if rank > 0:
+    result = run_on_ranks(config, options, lambda listener: compare_encoders(config, listener=listener))
+    if result is None:
         return
     first = str(result.rows[0]["model"])
     print_comparison(result.rows, first)
-    write(out, config, result, quiet)
-    if out is not None:
+    write(options, config, result)
+    if options.out is not None:
         from mimref.files import write_bytes
         from mimref.reports.figures import plot_comparison
+        from mimref.reports.tables import markdown_table
 
-        write_bytes(out / "results.md", markdown_table(result.rows, first).encode())
-        plot_comparison(out / "comparison.png", result.rows, first)
+        write_bytes(options.out / "results.md", markdown_table(result.rows, first).encode())
+        plot_comparison(options.out / "comparison.png", result.rows, first)
 
 
-def extract(
-    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Weights file or the output folder of `refine`.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.npz|FILE.parquet", help="The file to write.")],
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    split: SplitOption = None,
-    blocks: BlocksOption = None,
-    pool: PoolOption = None,
-    final_norm: FinalNormOption = None,
-    resolution: ResolutionOption = None,
-    cache: CacheOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+@dataclass(kw_only=True)
+class ExtractOptions(EncoderPass, Blocks, Force):
+    """Of `mimref extract`."""
+
+    panel: ClassVar[str] = "Output"
+    checkpoint: Annotated[str, Argument(CHECKPOINT, "CKPT", "checkpoint")]
+    out: Annotated[Path, Option("File to write.", "FILE.npz|FILE.parquet")]
+    split: Split = None
+
+
+def extract(options: ExtractOptions) -> None:
     """Write features to a file for other programs.
 
-    x, y where there are labels, and paths, in the order of the images.
+    Arrays in the order of the images: x, y for labelled images, and paths. Images need no labels.
+
+    Examples:
+      mimref extract quickstart --out features.npz
+      mimref extract runs/mae_l16 --blocks 18,24 --data /data/my_images --out features.parquet
     """
-    from mimref.config.load import load_config
     from mimref.features.config import ExtractConfig
 
-    overrides = encoder_settings(checkpoint, None, arch, source, blocks, pool, final_norm, resolution, cache)
-    overrides |= common(data, device, precision, None, workers) | {"split": split}
-    config = load_config(ExtractConfig, None, overrides, sets or ())
+    config = options.load(ExtractConfig)
 
-    from mimref.distributed.group import process_group
     from mimref.features.extraction import extract_to_file
-    from mimref.reports.terminal import Terminal
 
-    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
-        shape = extract_to_file(config, out, force=force, listener=terminal)
-    if rank > 0:
-        return
-    tell(f"features {' x '.join(map(str, shape))} in {out}", quiet)
+    out = options.out
+    shape = run_on_ranks(
+        config, options, lambda listener: extract_to_file(config, out, force=options.force, listener=listener)
+    )
+    if shape is not None:
+        note(f"features {' x '.join(map(str, shape))} in {out}", options)

@@ -1,50 +1,28 @@
-"""Commands that evaluate one encoder by one protocol."""
+"""`mimref knn`, `lowshot`, `cluster` and `probe`: one encoder by one protocol."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import typer
-
+from mimref.cli.execution import check_out, note, print_finished, report, run_on_ranks
 from mimref.cli.options import (
-    ArchOption,
-    BatchSizeOption,
-    BlocksOption,
-    CacheOption,
-    CheckpointArgument,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    DrawsOption,
-    EpochsOption,
-    FeaturesOption,
-    FinalNormOption,
-    ForceOption,
-    MetricsOption,
-    NeighboursOption,
-    OutOption,
-    PoolOption,
-    PrecisionOption,
-    PresetOption,
-    QuietOption,
-    ResolutionOption,
-    ResumeOption,
-    RunsOption,
-    SeedOption,
-    SelectOption,
-    SetOption,
-    ShotsOption,
-    SourceOption,
-    SplitOption,
-    TauOption,
-    WorkersOption,
-    common,
-    encoder_settings,
-    parse_floats,
-    parse_ints,
-    parse_names,
+    Blocks,
+    EncoderPass,
+    Metrics,
+    Output,
+    Preset,
+    Resume,
+    Runs,
+    Seed,
+    Shots,
+    Split,
+    Splits,
+    Subject,
+    read_floats,
+    read_ints,
 )
-from mimref.cli.output import check_out, print_finished, report, tell
+from mimref.cli.parser import Option
 from mimref.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -52,235 +30,181 @@ if TYPE_CHECKING:
     from mimref.results import Row
 
 
-def knn(
-    checkpoint: CheckpointArgument = None,
-    features: FeaturesOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    k: NeighboursOption = None,
-    tau: TauOption = None,
+@dataclass(kw_only=True)
+class KnnOptions(Subject, EncoderPass, Blocks, Output):
+    """Of `mimref knn`."""
+
+    panel: ClassVar[str] = "Protocol"
+    k: Annotated[str | None, Option("Neighbours that vote; default 10.", "10,20", "k", read_ints)] = None
+    tau: Annotated[str | None, Option("Temperatures of the votes; default 0.07.", "0.07,0.1", "tau", read_floats)] = (
+        None
+    )
     standardize: Annotated[
-        bool | None, typer.Option("--standardize/--no-standardize", help="Scale every feature first; default on.")
-    ] = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="One result per class as well.")] = False,
-    blocks: BlocksOption = None,
-    pool: PoolOption = None,
-    final_norm: FinalNormOption = None,
-    resolution: ResolutionOption = None,
-    cache: CacheOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+        bool | None,
+        Option("Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"),
+    ] = None
+    per_class: Annotated[bool | None, Option("Report single classes as well.", sets="per_class")] = None
+
+
+def knn(options: KnnOptions) -> None:
     """Classify images by their nearest neighbours.
 
-    The training images vote on every validation image. Under torchrun the processes share the search. Without
-    arguments: the packaged tiny encoder on scikit-learn's digits.
+    The training images vote on every validation image. Without CKPT: the packaged tiny encoder on scikit-learn's
+    digits. Under torchrun the processes share the work.
+
+    Examples:
+      mimref knn
+      mimref knn runs/mae_l16 --k 1,10,20 --tau 0.07 --blocks all --per-class
     """
-    from mimref.config.load import load_config
     from mimref.evaluation.knn.config import KnnConfig
 
-    overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
-    overrides |= common(data, device, precision, None, workers)
-    overrides |= {"k": parse_ints("--k", k), "tau": parse_floats("--tau", tau)}
-    overrides |= {"standardize": standardize, "per_class": per_class or None}
-    config = load_config(KnnConfig, None, overrides, sets or ())
-    check_out(out, force)
+    config = options.load(KnnConfig)
+    check_out(options)
 
-    from mimref.distributed.group import process_group
     from mimref.evaluation.knn.protocol import evaluate_knn
-    from mimref.reports.terminal import Terminal, print_classes
+    from mimref.reports.terminal import print_classes
 
-    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
-        result = evaluate_knn(config, listener=terminal)
-    if rank == 0:
-        report(out, config, result, quiet)
+    result = run_on_ranks(config, options, lambda listener: evaluate_knn(config, listener=listener))
+    if result is not None:
+        report(options, config, result)
         if config.per_class:
             print_classes(result.rows)
 
 
-def lowshot(
-    checkpoint: CheckpointArgument = None,
-    features: FeaturesOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    shots: ShotsOption = None,
-    splits: DrawsOption = None,
+@dataclass(kw_only=True)
+class LowshotOptions(Subject, EncoderPass, Blocks, Seed, Output):
+    """Of `mimref lowshot`."""
+
+    panel: ClassVar[str] = "Protocol"
+    shots: Shots = None
+    splits: Splits = None
     split_files: Annotated[
         list[str] | None,
-        typer.Option("--split-file", metavar="FILE", help="Training images by name, one per line; repeatable."),
-    ] = None,
-    blocks: BlocksOption = None,
-    pool: PoolOption = None,
-    final_norm: FinalNormOption = None,
-    resolution: ResolutionOption = None,
-    cache: CacheOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Classify images by a few labelled ones per class.
+        Option(
+            "File that names the training images, one per line; repeatable.", "FILE", "split_files", flag="--split-file"
+        ),
+    ] = None
 
-    Logistic regression.
 
-    Without arguments: the packaged tiny encoder on scikit-learn's digits.
+def lowshot(options: LowshotOptions) -> None:
+    """Classify images from a few labelled ones per class.
+
+    Logistic regression on the features of the drawn or named images. Without CKPT: the packaged tiny encoder on
+    scikit-learn's digits.
+
+    Examples:
+      mimref lowshot --shots 1,5
+      mimref lowshot runs/mae_l16 --split-file 1shot_0.txt --split-file 1shot_1.txt
     """
-    from mimref.config.load import load_config
     from mimref.evaluation.lowshot.config import LowshotConfig
 
-    overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
-    overrides |= common(data, device, precision, seed, workers)
-    overrides |= {"shots": parse_ints("--shots", shots), "splits": splits, "split_files": split_files or None}
-    config = load_config(LowshotConfig, None, overrides, sets or ())
-    check_out(out, force)
+    config = options.load(LowshotConfig)
+    check_out(options)
 
-    from mimref.distributed.group import process_group
     from mimref.evaluation.lowshot.protocol import evaluate_lowshot
-    from mimref.reports.terminal import Terminal
 
-    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
-        result = evaluate_lowshot(config, listener=terminal)
-    if rank > 0:
-        return
-    report(out, config, result, quiet)
+    result = run_on_ranks(config, options, lambda listener: evaluate_lowshot(config, listener=listener))
+    if result is not None:
+        report(options, config, result)
 
 
-def cluster(
-    checkpoint: CheckpointArgument = None,
-    features: FeaturesOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    metrics: MetricsOption = None,
-    runs: RunsOption = None,
-    split: SplitOption = None,
+@dataclass(kw_only=True)
+class ClusterOptions(Subject, EncoderPass, Blocks, Seed, Output):
+    """Of `mimref cluster`."""
+
+    panel: ClassVar[str] = "Protocol"
+    metrics: Metrics = None
+    runs: Runs = None
+    split: Split = None
     classes: Annotated[
-        str | None, typer.Option("--classes", metavar="NAMES|FILE", help="Only these classes, or a file of names.")
-    ] = None,
-    umap: Annotated[
-        Path | None, typer.Option("--umap", metavar="FILE.png", help="Draw the images as points, coloured by class.")
-    ] = None,
-    blocks: BlocksOption = None,
-    pool: PoolOption = None,
-    final_norm: FinalNormOption = None,
-    resolution: ResolutionOption = None,
-    cache: CacheOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+        str | None, Option("Only these classes, or those in a file of names.", "NAMES|FILE", "classes")
+    ] = None
+    umap: Annotated[Path | None, Option("Draw the images as points, coloured by class.", "FILE.png")] = None
+
+
+def cluster(options: ClusterOptions) -> None:
     """Cluster images and compare the clusters with the classes.
 
-    k-means, best and mean of many runs.
+    Mini-batch k-means: the best and the mean of many runs. Without CKPT: the packaged tiny encoder on scikit-learn's
+    digits.
 
-    Without arguments: the packaged tiny encoder on scikit-learn's digits.
+    Examples:
+      mimref cluster --metrics acc,nmi
+      mimref cluster runs/mae_l16 --classes food.txt --umap food.png
     """
-    from mimref.config.load import load_config
     from mimref.evaluation.cluster.config import ClusterConfig
 
-    overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
-    overrides |= common(data, device, precision, seed, workers)
-    overrides |= {"metrics": parse_names(metrics), "runs": runs, "split": split, "classes": classes}
-    config = load_config(ClusterConfig, None, overrides, sets or ())
-    check_out(out, force)
+    config = options.load(ClusterConfig)
+    check_out(options)
+    umap = options.umap
     if umap is not None:
-        _check_figure(umap, force)
+        _check_figure(umap, options.force)
 
-    from mimref.distributed.group import process_group
     from mimref.evaluation.cluster.protocol import evaluate_cluster
-    from mimref.reports.terminal import Terminal
 
-    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
-        result, embedding = evaluate_cluster(config, embed=umap is not None, listener=terminal)
-    if rank > 0:
+    found = run_on_ranks(
+        config, options, lambda listener: evaluate_cluster(config, embed=umap is not None, listener=listener)
+    )
+    if found is None:
         return
-    report(out, config, result, quiet)
+    result, embedding = found
+    report(options, config, result)
     if embedding is not None and umap is not None:
         _draw_embedding(umap, embedding, result.rows)
-        tell(f"figure in {umap}", quiet)
+        note(f"figure in {umap}", options)
 
 
-def probe(
-    checkpoint: CheckpointArgument = None,
-    features: FeaturesOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    preset: PresetOption = None,
+@dataclass(kw_only=True)
+class ProbeOptions(Subject, EncoderPass, Seed, Preset, Resume):
+    """Of `mimref probe`."""
+
+    panel: ClassVar[str] = "Protocol"
     cached: Annotated[
-        bool, typer.Option("--cached", help="Train on cached features of centre crops: many times faster.")
-    ] = False,
-    epochs: EpochsOption = None,
-    batch_size: BatchSizeOption = None,
-    select: SelectOption = None,
+        bool | None, Option("Train on cached features of centre crops: many times faster.", sets="cached")
+    ] = None
+    epochs: Annotated[str | None, Option("Passes over the images.", "N", "probe.epochs")] = None
+    batch_size: Annotated[str | None, Option("Images per update over all processes.", "N", "probe.batch_size")] = None
+    select: Annotated[
+        str | None, Option("Images the best classifier is chosen on; default test.", "test|val-split", "probe.select")
+    ] = None
     final_norm: Annotated[
-        bool | None, typer.Option("--final-norm/--no-final-norm", help="The encoder's last norm; default on.")
-    ] = None,
-    resolution: ResolutionOption = None,
-    cache: CacheOption = None,
-    resume: ResumeOption = False,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+        bool | None,
+        Option("The encoder's final norm; default on.", sets="final_norm", flag="--final-norm/--no-final-norm"),
+    ] = None
+
+
+def probe(options: ProbeOptions) -> None:
     """Train linear classifiers on the frozen encoder.
 
-    DINOv2's protocol: a grid of them, of which the best one counts. With --out an interrupted probe can be continued by
-    --resume. Without arguments: the packaged tiny encoder on scikit-learn's digits.
+    DINOv2's protocol: a grid of classifiers, of which the best counts. With --out an interrupted probe can be
+    continued by --resume. Without CKPT: the packaged tiny encoder on scikit-learn's digits.
+
+    Examples:
+      mimref probe --cached
+      mimref probe runs/mae_l16 --out runs/probe
     """
-    from mimref.config.load import load_config
     from mimref.evaluation.probe.config import ProbeConfig
 
-    overrides = encoder_settings(checkpoint, features, arch, source, None, None, final_norm, resolution, cache)
-    overrides |= common(data, device, precision, seed, workers)
-    overrides |= {"cached": cached or None, "probe.epochs": epochs, "probe.batch_size": batch_size}
-    config = load_config(ProbeConfig, preset, overrides | {"probe.select": select}, sets or ())
-    if resume and out and print_finished(out, config.command):
+    config = options.load(ProbeConfig, options.preset)
+    if options.resume and options.out and print_finished(options.out, config.command):
         return
-    check_out(out, force)
-    state = _state_file(out, resume=resume, force=force)
+    check_out(options)
+    state = _state_file(options)
 
-    from mimref.distributed.group import process_group
     from mimref.evaluation.probe.protocol import evaluate_probe
-    from mimref.reports.terminal import Terminal
 
     advice = "--resume continues the probe" if state else "run it again, with --out to be able to --resume it"
-    with process_group(config.device, advice=advice) as rank, Terminal(quiet or rank > 0) as terminal:
-        result = evaluate_probe(config, state=state, listener=terminal)
-    if rank > 0:
-        return
-    report(out, config, result, quiet)
-    if state is not None:
-        state.unlink(missing_ok=True)
+    result = run_on_ranks(
+        config, options, lambda listener: evaluate_probe(config, state=state, listener=listener), advice=advice
+    )
+    if result is not None:
+        report(options, config, result)
+        if state is not None:
+            state.unlink(missing_ok=True)
 
 
 def _draw_embedding(file: Path, embedding: "Embedding", rows: Sequence["Row"]) -> None:
-    """The images as points, with the clustering's scores under them."""
+    """The images as points, above the clustering's scores."""
     from mimref.reports.figures import plot_embedding
     from mimref.reports.tables import scores_line
 
@@ -290,20 +214,22 @@ def _draw_embedding(file: Path, embedding: "Embedding", rows: Sequence["Row"]) -
 
 def _check_figure(file: Path, force: bool) -> None:
     if file.suffix.lower() != ".png":
-        raise ConfigError(f"--umap {file}: a figure is written as PNG; give a file that ends in .png")
+        raise ConfigError(f"--umap {file}: figures are written as PNG; choose a file that ends in .png")
     if file.exists() and not force:
-        raise OutputError(f"--umap {file}: exists; give another file, or --force to replace it")
+        raise OutputError(f"--umap {file}: exists; choose another file, or --force to replace it")
 
 
-def _state_file(out: Path | None, *, resume: bool, force: bool) -> Path | None:
-    """Where an interrupted probe is continued from; one that is not to be continued is refused, or removed by force."""
-    if out is None:
-        if resume:
+def _state_file(options: Resume) -> Path | None:
+    """Where an interrupted probe continues from. Refuses one that is not to be continued, or removes it by force."""
+    if options.out is None:
+        if options.resume:
             raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
         return None
-    state = out / "state" / "probe.pt"
-    if state.exists() and not resume:
-        if not force:
-            raise OutputError(f"{out}: holds an unfinished probe; --resume continues it, --force starts anew")
+    state = options.out / "state" / "probe.pt"
+    if state.exists() and not options.resume:
+        if not options.force:
+            raise OutputError(
+                f"{options.out}: holds an unfinished probe; --resume continues it, --force starts from scratch"
+            )
         state.unlink(missing_ok=True)  # another process of this run may have been first
     return state
