@@ -12,49 +12,45 @@ from typing import Annotated
 import typer
 
 from mimref import __version__
-from mimref.cli import benchmark, cache, comparison, evaluation, presets, training, weights
-from mimref.cli.parser import Group, add_command
+from mimref.cli import benchmark, evaluation, tools, training, weights
+from mimref.cli.parser import Group, add_command, add_group
 from mimref.errors import Interrupted, UserError
 
-EXAMPLES = """Examples:
-  mimref refine
-  mimref knn runs/refine-quickstart"""
+COMMANDS = {
+    "Refine": (training.refine, training.pretrain),
+    "Evaluate": (
+        evaluation.knn,
+        evaluation.lowshot,
+        evaluation.cluster,
+        evaluation.probe,
+        evaluation.analyze_blocks,
+        evaluation.compare,
+        evaluation.extract,
+    ),
+    "Weights": (weights.inspect, weights.export, weights.interpolate),
+}
+PRESETS = {"list": tools.list_presets, "show": tools.show_preset}
+CACHE = {"list": tools.list_cache, "clear": tools.clear_cache, "verify": tools.verify_cache}
+BENCHMARKS = {
+    "views": benchmark.benchmark_views,
+    "step": benchmark.benchmark_step,
+    "eval": benchmark.benchmark_eval,
+    "cost": benchmark.benchmark_cost,
+}
 
 app = typer.Typer(
     name="mimref",
     cls=Group,
     help="Refine vision transformers that were pre-trained by masked image modelling.",
-    epilog=EXAMPLES,
+    epilog="Examples:\n  mimref refine\n  mimref knn runs/refine-quickstart",
     pretty_exceptions_enable=False,
 )
-add_command(app, training.refine, name="refine", panel="Refine")
-add_command(app, training.pretrain, name="pretrain", panel="Refine")
-add_command(app, evaluation.knn, name="knn", panel="Evaluate")
-add_command(app, evaluation.lowshot, name="lowshot", panel="Evaluate")
-add_command(app, evaluation.cluster, name="cluster", panel="Evaluate")
-add_command(app, evaluation.probe, name="probe", panel="Evaluate")
-add_command(app, comparison.analyze_blocks, name="analyze-blocks", panel="Evaluate")
-add_command(app, comparison.compare, name="compare", panel="Evaluate")
-add_command(app, comparison.extract, name="extract", panel="Evaluate")
-add_command(app, weights.inspect, name="inspect", panel="Weights")
-add_command(app, weights.export, name="export", panel="Weights")
-add_command(app, weights.interpolate, name="interpolate", panel="Weights")
-
-presets_app = typer.Typer(cls=Group, help="Show the settings that ship with mimref.")
-add_command(presets_app, presets.list_presets, name="list")
-add_command(presets_app, presets.show_preset, name="show")
-cache_app = typer.Typer(cls=Group, help="List, clear or verify cached features and listings of images.")
-add_command(cache_app, cache.list_cache, name="list")
-add_command(cache_app, cache.clear_cache, name="clear")
-add_command(cache_app, cache.verify_cache, name="verify")
-benchmark_app = typer.Typer(cls=Group, help="Measure speed and cost on this machine.")
-add_command(benchmark_app, benchmark.benchmark_views, name="views")
-add_command(benchmark_app, benchmark.benchmark_step, name="step")
-add_command(benchmark_app, benchmark.benchmark_eval, name="eval")
-add_command(benchmark_app, benchmark.benchmark_cost, name="cost")
-app.add_typer(presets_app, name="presets", rich_help_panel="Tools")
-app.add_typer(cache_app, name="cache", rich_help_panel="Tools")
-app.add_typer(benchmark_app, name="benchmark", rich_help_panel="Tools")
+for panel, functions in COMMANDS.items():
+    for function in functions:
+        add_command(app, function, panel=panel)
+add_group(app, "presets", "Show the settings that ship with mimref.", PRESETS)
+add_group(app, "cache", "List, clear or verify cached features and listings of images.", CACHE)
+add_group(app, "benchmark", "Measure speed and cost on this machine.", BENCHMARKS)
 
 
 @app.callback(invoke_without_command=True)

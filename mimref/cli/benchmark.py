@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import typer
 
-from mimref.cli.execution import check_out, note
-from mimref.cli.options import BatchSize, Configured, Data, Device, MicroBatch, Output, Preset, TrainedEncoder
+from mimref.cli.execution import note
+from mimref.cli.options import Data, Device, MicroBatch, Output, Preset, TrainedEncoder
 
 if TYPE_CHECKING:
     from mimref.refinement.config import RefineConfig
@@ -18,30 +17,21 @@ if TYPE_CHECKING:
 Facts = Sequence[tuple[str, str]]
 
 
-@dataclass(kw_only=True)
 class BenchmarkOptions(Device, Output):
-    """Of `mimref benchmark eval` and `views`."""
+    pass
 
 
-@dataclass(kw_only=True)
-class StepOptions(Configured, TrainedEncoder, Preset, Output):
-    """Of `mimref benchmark step`."""
-
-    panel: ClassVar[str] = "Training"
-    batch_size: BatchSize = None
-    micro_batch: MicroBatch = None
-
+class StepOptions(TrainedEncoder, MicroBatch, Preset, Output):
     def load_refine(self) -> "RefineConfig":
-        """The settings of the refinement that is timed."""
+        """The settings of the refinement that is measured."""
         from mimref.config.presets import choose_refine_preset
         from mimref.refinement.config import RefineConfig
 
         return self.load(RefineConfig, choose_refine_preset(self.preset, self.arch, self.source, None))
 
 
-@dataclass(kw_only=True)
-class CostOptions(Data, StepOptions):
-    """Of `mimref benchmark cost`."""
+class CostOptions(StepOptions, Data):
+    pass
 
 
 def benchmark_eval(options: BenchmarkOptions) -> None:
@@ -53,20 +43,19 @@ def benchmark_eval(options: BenchmarkOptions) -> None:
     Examples:
       mimref benchmark eval
     """
-    check_out(options)
+    options.check_out()
 
     from mimref.benchmarks.evaluations import benchmark_evaluations
     from mimref.devices import resolve_device
     from mimref.reports.terminal import Terminal, print_benchmark
 
-    started = time.monotonic()
-    target = str(resolve_device(options.device or "auto"))
+    started, device = time.monotonic(), str(resolve_device(options.device or "auto"))
     with Terminal(options.quiet) as terminal:
-        rows = benchmark_evaluations(device=target, progress=partial(terminal.progress, "timings"))
+        rows = benchmark_evaluations(device=device, progress=partial(terminal.progress, "timings"))
     print_benchmark(rows)
-    if target != "cpu":
-        typer.echo(f"on {target}; k-means runs on the CPU")
-    _write("benchmark eval", options, {"device": target}, started, rows)
+    if device != "cpu":
+        typer.echo(f"on {device}; k-means runs on the CPU")
+    _write("benchmark eval", options, {"device": device}, started, rows)
 
 
 def benchmark_views(options: BenchmarkOptions) -> None:
@@ -77,18 +66,17 @@ def benchmark_views(options: BenchmarkOptions) -> None:
     Examples:
       mimref benchmark views --out runs/views
     """
-    check_out(options)
+    options.check_out()
 
     from mimref.benchmarks.views import benchmark_views as measure
     from mimref.devices import resolve_device
     from mimref.reports.terminal import Terminal, print_view_rates
 
-    started = time.monotonic()
-    target = str(resolve_device(options.device or "auto"))
+    started, device = time.monotonic(), str(resolve_device(options.device or "auto"))
     with Terminal(options.quiet) as terminal:
-        rows = measure(device=target, progress=partial(terminal.progress, "timings"))
+        rows = measure(device=device, progress=partial(terminal.progress, "timings"))
     print_view_rates(rows)
-    _write("benchmark views", options, {"device": target}, started, rows)
+    _write("benchmark views", options, {"device": device}, started, rows)
 
 
 def benchmark_step(options: StepOptions) -> None:
@@ -99,10 +87,10 @@ def benchmark_step(options: StepOptions) -> None:
 
     Examples:
       mimref benchmark step
-      mimref benchmark step --preset mae_l16 --micro-batch 64 --device cuda
+      mimref benchmark step --preset mae_l16 --micro-batch 64
     """
     config = options.load_refine()
-    check_out(options)
+    options.check_out()
 
     from mimref.benchmarks.heads import benchmark_heads, heads_facts
     from mimref.benchmarks.step import benchmark_step as measure
@@ -112,11 +100,9 @@ def benchmark_step(options: StepOptions) -> None:
     started = time.monotonic()
     with Terminal(options.quiet) as terminal:
         steps = measure(config, progress=partial(terminal.progress, "steps"))
-        heads = benchmark_heads(
-            device=config.device, precision=config.precision, progress=partial(terminal.progress, "heads")
-        )
-    facts = [*_setup(steps), *step_facts(steps), *heads_facts(heads)]
-    _print_facts(facts)
+        progress = partial(terminal.progress, "heads")
+        heads = benchmark_heads(device=config.device, precision=config.precision, progress=progress)
+    facts = [*step_facts(steps), *heads_facts(heads)]
     _write("benchmark step", options, config.model_dump(mode="json"), started, [*steps, *heads], facts)
 
 
@@ -130,7 +116,7 @@ def benchmark_cost(options: CostOptions) -> None:
       mimref benchmark cost --arch vit_b16 --data /data/my_images
     """
     config = options.load_refine()
-    check_out(options)
+    options.check_out()
 
     from mimref.benchmarks.cost import benchmark_cost as measure
     from mimref.benchmarks.cost import cost_facts
@@ -139,37 +125,29 @@ def benchmark_cost(options: CostOptions) -> None:
     started = time.monotonic()
     with Terminal(options.quiet) as terminal:
         cost = measure(config, progress=partial(terminal.progress, "steps"))
-    facts = [*_setup(cost.rows), *cost_facts(cost)]
-    _print_facts(facts)
-    _write("benchmark cost", options, config.model_dump(mode="json"), started, cost.rows, facts)
-
-
-def _print_facts(facts: Facts) -> None:
-    for what, much in facts:
-        typer.echo(f"{what}: {much}")
-
-
-def _setup(rows: Sequence["Row"]) -> Facts:
-    """What the measurements were made with."""
-    keys = ("model", "heads", "views", "device", "precision", "threads")
-    row = next((row for row in rows if "model" in row), {})
-    return [("measured on", ", ".join(f"{key} {row[key]}" for key in keys if key in row))] if row else []
+    _write("benchmark cost", options, config.model_dump(mode="json"), started, cost.rows, cost_facts(cost))
 
 
 def _write(
     command: str,
     options: Output,
-    config: Mapping[str, object],
+    settings: Mapping[str, object],
     started: float,
     rows: Sequence["Row"],
     facts: Facts = (),
 ) -> None:
-    """With `--out`: results.csv, results.json and, for facts, results.md."""
+    """Print the facts, if any, and what they were measured with; with `--out`, write the results and the facts."""
+    keys = ("model", "heads", "views", "device", "precision", "threads")
+    setup = next((row for row in rows if "model" in row), {}) if facts else {}
+    if setup:
+        facts = [("measured on", ", ".join(f"{key} {setup[key]}" for key in keys if key in setup)), *facts]
+    for what, much in facts:
+        typer.echo(f"{what}: {much}")
     if options.out is None:
         return
     from mimref.results import write_results
 
-    write_results(options.out, command, config, time.monotonic() - started, rows)
+    write_results(options.out, command, settings, time.monotonic() - started, rows)
     if facts:
         from mimref.benchmarks.cost import markdown
         from mimref.files import write_bytes

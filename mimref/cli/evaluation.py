@@ -1,56 +1,51 @@
-"""`mimref knn`, `lowshot`, `cluster` and `probe`: one encoder by one protocol."""
+"""Commands that evaluate encoders, and the one that writes their features."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING
 
-from mimref.cli.execution import check_out, note, print_finished, report, run_on_ranks
+from mimref.cli.execution import note, print_finished, report, run_on_ranks, write
 from mimref.cli.options import (
+    BATCH_SIZE,
+    CHECKPOINT,
     Blocks,
+    Clustering,
+    Draws,
     EncoderPass,
-    Metrics,
+    FinalNorm,
+    Force,
     Output,
+    Pool,
     Preset,
     Resume,
-    Runs,
     Seed,
-    Shots,
     Split,
-    Splits,
     Subject,
+    Text,
     read_floats,
     read_ints,
+    read_names,
 )
-from mimref.cli.parser import Option
+from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from mimref.evaluation.cluster.protocol import Embedding
-    from mimref.results import Row
+    from mimref.evaluation.run import EvaluationResult
 
 
-@dataclass(kw_only=True)
-class KnnOptions(Subject, EncoderPass, Blocks, Output):
-    """Of `mimref knn`."""
-
-    panel: ClassVar[str] = "Protocol"
-    k: Annotated[str | None, Option("Neighbours that vote; default 10.", "10,20", "k", read_ints)] = None
-    tau: Annotated[str | None, Option("Temperatures of the votes; default 0.07.", "0.07,0.1", "tau", read_floats)] = (
-        None
+class KnnOptions(Subject, EncoderPass, Blocks, Output, panel="Protocol"):
+    k: Text = option("Neighbours that vote; default 10.", "10,20", "k", read_ints)
+    tau: Text = option("Temperatures of the votes; default 0.07.", "0.07,0.1", "tau", read_floats)
+    standardize: bool | None = option(
+        "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
     )
-    standardize: Annotated[
-        bool | None,
-        Option("Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"),
-    ] = None
-    per_class: Annotated[bool | None, Option("Report single classes as well.", sets="per_class")] = None
+    per_class: bool | None = option("Report single classes as well.", sets="per_class")
 
 
 def knn(options: KnnOptions) -> None:
     """Classify images by their nearest neighbours.
 
-    The training images vote on every validation image. Without CKPT: the packaged tiny encoder on scikit-learn's
-    digits. Under torchrun the processes share the work.
+    The training images vote on every validation image.
 
     Examples:
       mimref knn
@@ -59,7 +54,7 @@ def knn(options: KnnOptions) -> None:
     from mimref.evaluation.knn.config import KnnConfig
 
     config = options.load(KnnConfig)
-    check_out(options)
+    options.check_out()
 
     from mimref.evaluation.knn.protocol import evaluate_knn
     from mimref.reports.terminal import print_classes
@@ -71,26 +66,16 @@ def knn(options: KnnOptions) -> None:
             print_classes(result.rows)
 
 
-@dataclass(kw_only=True)
-class LowshotOptions(Subject, EncoderPass, Blocks, Seed, Output):
-    """Of `mimref lowshot`."""
-
-    panel: ClassVar[str] = "Protocol"
-    shots: Shots = None
-    splits: Splits = None
-    split_files: Annotated[
-        list[str] | None,
-        Option(
-            "File that names the training images, one per line; repeatable.", "FILE", "split_files", flag="--split-file"
-        ),
-    ] = None
+class LowshotOptions(Subject, EncoderPass, Blocks, Draws, Seed, Output, panel="Protocol"):
+    split_files: list[str] | None = option(
+        "Names of the training images, one per line; repeatable.", "FILE", "split_files", flag="--split-file"
+    )
 
 
 def lowshot(options: LowshotOptions) -> None:
     """Classify images from a few labelled ones per class.
 
-    Logistic regression on the features of the drawn or named images. Without CKPT: the packaged tiny encoder on
-    scikit-learn's digits.
+    Logistic regression on drawn images, or on those that files name.
 
     Examples:
       mimref lowshot --shots 1,5
@@ -99,7 +84,7 @@ def lowshot(options: LowshotOptions) -> None:
     from mimref.evaluation.lowshot.config import LowshotConfig
 
     config = options.load(LowshotConfig)
-    check_out(options)
+    options.check_out()
 
     from mimref.evaluation.lowshot.protocol import evaluate_lowshot
 
@@ -108,25 +93,15 @@ def lowshot(options: LowshotOptions) -> None:
         report(options, config, result)
 
 
-@dataclass(kw_only=True)
-class ClusterOptions(Subject, EncoderPass, Blocks, Seed, Output):
-    """Of `mimref cluster`."""
-
-    panel: ClassVar[str] = "Protocol"
-    metrics: Metrics = None
-    runs: Runs = None
-    split: Split = None
-    classes: Annotated[
-        str | None, Option("Only these classes, or those in a file of names.", "NAMES|FILE", "classes")
-    ] = None
-    umap: Annotated[Path | None, Option("Draw the images as points, coloured by class.", "FILE.png")] = None
+class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Output, panel="Protocol"):
+    classes: Text = option("Only these classes, or those in a file of names.", "NAMES|FILE", "classes")
+    umap: Path | None = option("Draw the images as points, coloured by class.", "FILE.png")
 
 
 def cluster(options: ClusterOptions) -> None:
     """Cluster images and compare the clusters with the classes.
 
-    Mini-batch k-means: the best and the mean of many runs. Without CKPT: the packaged tiny encoder on scikit-learn's
-    digits.
+    Mini-batch k-means: the run of lowest inertia, and the mean of all runs.
 
     Examples:
       mimref cluster --metrics acc,nmi
@@ -134,50 +109,65 @@ def cluster(options: ClusterOptions) -> None:
     """
     from mimref.evaluation.cluster.config import ClusterConfig
 
-    config = options.load(ClusterConfig)
-    check_out(options)
-    umap = options.umap
-    if umap is not None:
-        _check_figure(umap, options.force)
+    config, umap = options.load(ClusterConfig), options.umap
+    options.check_out()
+    if umap is not None and umap.suffix.lower() != ".png":
+        raise ConfigError(f"--umap {umap}: figures are written as PNG; choose a file that ends in .png")
+    if umap is not None and umap.exists() and not options.force:
+        raise OutputError(f"--umap {umap}: exists; choose another file, or --force to replace it")
 
     from mimref.evaluation.cluster.protocol import evaluate_cluster
 
-    found = run_on_ranks(
-        config, options, lambda listener: evaluate_cluster(config, embed=umap is not None, listener=listener)
-    )
+    embed = umap is not None
+    found = run_on_ranks(config, options, lambda listener: evaluate_cluster(config, embed=embed, listener=listener))
     if found is None:
         return
     result, embedding = found
     report(options, config, result)
     if embedding is not None and umap is not None:
-        _draw_embedding(umap, embedding, result.rows)
+        _draw_embedding(umap, embedding, result)
         note(f"figure in {umap}", options)
 
 
-@dataclass(kw_only=True)
-class ProbeOptions(Subject, EncoderPass, Seed, Preset, Resume):
-    """Of `mimref probe`."""
+def _draw_embedding(file: Path, embedding: "Embedding", result: "EvaluationResult") -> None:
+    """The images as points, above the clustering's scores."""
+    from mimref.reports.figures import plot_embedding
+    from mimref.reports.tables import scores_line
 
-    panel: ClassVar[str] = "Protocol"
-    cached: Annotated[
-        bool | None, Option("Train on cached features of centre crops: many times faster.", sets="cached")
-    ] = None
-    epochs: Annotated[str | None, Option("Passes over the images.", "N", "probe.epochs")] = None
-    batch_size: Annotated[str | None, Option("Images per update over all processes.", "N", "probe.batch_size")] = None
-    select: Annotated[
-        str | None, Option("Images the best classifier is chosen on; default test.", "test|val-split", "probe.select")
-    ] = None
-    final_norm: Annotated[
-        bool | None,
-        Option("The encoder's final norm; default on.", sets="final_norm", flag="--final-norm/--no-final-norm"),
-    ] = None
+    title, caption = str(result.rows[0]["model"]), scores_line(result.rows)
+    plot_embedding(file, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)
+
+
+class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol"):
+    cached: bool | None = option("Train on cached features of centre crops: many times faster.", sets="cached")
+    epochs: Text = option("Passes over the images.", "N", "probe.epochs")
+    batch_size: Text = option(BATCH_SIZE, "N", "probe.batch_size")
+    select: Text = option("Images that choose the classifier; default test.", "test|val-split", "probe.select")
+    final_norm: bool | None = option(
+        "The encoder's final norm; default on.", sets="final_norm", flag="--final-norm/--no-final-norm"
+    )
+
+    def state_file(self) -> Path | None:
+        """Where an interrupted probe continues from; without `--resume`, `--force` removes an old one."""
+        if self.out is None:
+            if self.resume:
+                raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
+            return None
+        state = self.out / "state" / "probe.pt"
+        if state.exists() and not self.resume:
+            if not self.force:
+                raise OutputError(
+                    f"{self.out}: holds an unfinished probe; --resume continues it, --force starts from scratch"
+                )
+            state.unlink(missing_ok=True)  # another process of this run may have been first
+        return state
 
 
 def probe(options: ProbeOptions) -> None:
     """Train linear classifiers on the frozen encoder.
 
     DINOv2's protocol: a grid of classifiers, of which the best counts. With --out an interrupted probe can be
-    continued by --resume. Without CKPT: the packaged tiny encoder on scikit-learn's digits.
+    continued by --resume.
 
     Examples:
       mimref probe --cached
@@ -188,8 +178,8 @@ def probe(options: ProbeOptions) -> None:
     config = options.load(ProbeConfig, options.preset)
     if options.resume and options.out and print_finished(options.out, config.command):
         return
-    check_out(options)
-    state = _state_file(options)
+    options.check_out()
+    state = options.state_file()
 
     from mimref.evaluation.probe.protocol import evaluate_probe
 
@@ -203,33 +193,101 @@ def probe(options: ProbeOptions) -> None:
             state.unlink(missing_ok=True)
 
 
-def _draw_embedding(file: Path, embedding: "Embedding", rows: Sequence["Row"]) -> None:
-    """The images as points, above the clustering's scores."""
-    from mimref.reports.figures import plot_embedding
-    from mimref.reports.tables import scores_line
-
-    title, caption = str(rows[0]["model"]), scores_line(rows)
-    plot_embedding(file, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)
+class BlocksOptions(EncoderPass, Pool, Preset, Seed, Output, panel="Protocol"):
+    checkpoints: list[str] | None = argument(f"{CHECKPOINT}; several are compared.", "[CKPT...]", "checkpoints")
+    k: Text = option("Neighbours that vote; default 10.", "K", "k")
+    tau: Text = option("Temperature of the votes; default 0.07.", "T", "tau")
+    reconstruction: bool | None = option("Train a light decoder on every block as well (Fig. 6).", sets="reconstruct")
 
 
-def _check_figure(file: Path, force: bool) -> None:
-    if file.suffix.lower() != ".png":
-        raise ConfigError(f"--umap {file}: figures are written as PNG; choose a file that ends in .png")
-    if file.exists() and not force:
-        raise OutputError(f"--umap {file}: exists; choose another file, or --force to replace it")
+def analyze_blocks(options: BlocksOptions) -> None:
+    """Score every block, and recommend blocks for the heads.
+
+    k-NN accuracy and feature statistics per block, and a figure with --out. Without CKPT: the packaged tiny encoder on
+    scikit-learn's digits.
+
+    Examples:
+      mimref analyze-blocks
+      mimref analyze-blocks mae_l16 runs/mae_l16 --data /data/imagenet --out runs/blocks
+    """
+    from mimref.evaluation.blocks.config import BlocksConfig
+
+    config = options.load(BlocksConfig, options.preset or (None if options.checkpoints else "quickstart"))
+    options.check_out()
+
+    from mimref.evaluation.blocks.protocol import evaluate_blocks
+    from mimref.reports.terminal import print_blocks
+
+    result = run_on_ranks(config, options, lambda listener: evaluate_blocks(config, listener=listener))
+    if result is None:
+        return
+    print_blocks(result.rows, result.heads)
+    write(options, config, result)
+    if options.out is not None:
+        from mimref.reports.figures import plot_blocks
+
+        plot_blocks(options.out / "blocks.png", result.rows, heads=result.heads)
+        note(f"figure in {options.out / 'blocks.png'}", options)
 
 
-def _state_file(options: Resume) -> Path | None:
-    """Where an interrupted probe continues from. Refuses one that is not to be continued, or removes it by force."""
-    if options.out is None:
-        if options.resume:
-            raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
-        return None
-    state = options.out / "state" / "probe.pt"
-    if state.exists() and not options.resume:
-        if not options.force:
-            raise OutputError(
-                f"{options.out}: holds an unfinished probe; --resume continues it, --force starts from scratch"
-            )
-        state.unlink(missing_ok=True)  # another process of this run may have been first
-    return state
+class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Output, panel="Protocol"):
+    base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
+    refined: list[str] = argument("Weights to compare with BASE.", "REFINED...", "refined")
+    protocols: Text = option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols", read_names)
+
+
+def compare(options: CompareOptions) -> None:
+    """Measure several encoders by the same protocols.
+
+    With --out: a table as CSV, JSON and Markdown, and a figure.
+
+    Examples:
+      mimref compare quickstart runs/refine-quickstart
+      mimref compare mae_l16 runs/mae_l16 --data /data/imagenet --out runs/compared
+    """
+    from mimref.evaluation.config import CompareConfig
+
+    config = options.load(CompareConfig)
+    options.check_out()
+
+    from mimref.evaluation.compare import compare_encoders
+    from mimref.reports.terminal import print_comparison
+
+    result = run_on_ranks(config, options, lambda listener: compare_encoders(config, listener=listener))
+    if result is None:
+        return
+    first = str(result.rows[0]["model"])
+    print_comparison(result.rows, first)
+    write(options, config, result)
+    if options.out is not None:
+        from mimref.files import write_bytes
+        from mimref.reports.figures import plot_comparison
+        from mimref.reports.tables import markdown_table
+
+        write_bytes(options.out / "results.md", markdown_table(result.rows, first).encode())
+        plot_comparison(options.out / "comparison.png", result.rows, first)
+
+
+class ExtractOptions(EncoderPass, Blocks, Split, Force, panel="Output"):
+    checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT", "checkpoint")
+    out: Path = option("File to write.", "FILE.npz|FILE.parquet", required=True)
+
+
+def extract(options: ExtractOptions) -> None:
+    """Write features to a file for other programs.
+
+    Arrays in the order of the images: x, y where the images have labels, and paths.
+
+    Examples:
+      mimref extract quickstart --out features.npz
+      mimref extract runs/mae_l16 --blocks 18,24 --data /data/my_images --out features.parquet
+    """
+    from mimref.features.config import ExtractConfig
+
+    config, out, force = options.load(ExtractConfig), options.out, options.force
+
+    from mimref.features.extraction import extract_to_file
+
+    shape = run_on_ranks(config, options, lambda listener: extract_to_file(config, out, force=force, listener=listener))
+    if shape is not None:
+        note(f"features {' x '.join(map(str, shape))} in {out}", options)

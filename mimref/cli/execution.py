@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-RUN_AGAIN = "run it again: cached features are reused"
-
 
 def run_on_ranks(
-    config: "CommandConfig", options: Quiet, work: "Callable[[Listener], Result]", *, advice: str = RUN_AGAIN
+    config: "CommandConfig",
+    options: Quiet,
+    work: "Callable[[Listener], Result]",
+    *,
+    advice: str = "run it again: cached features are reused",
 ) -> Result | None:
     """Do the work in every process that torchrun has started: its result on rank 0, None on the others.
 
@@ -56,14 +58,6 @@ def write(options: Output, config: "CommandConfig", result: "EvaluationResult") 
     note(f"results in {options.out}", options)
 
 
-def check_out(options: Output) -> None:
-    """Raise OutputError for an output folder that must not be written."""
-    if options.out is not None:
-        from mimref.results import check_folder
-
-        check_folder(options.out, options.force)
-
-
 def print_finished(out: Path, command: str) -> bool:
     """Print the results of a finished run of this command; False when it is not finished."""
     if not (out / "results.json").is_file():
@@ -77,15 +71,6 @@ def print_finished(out: Path, command: str) -> bool:
     # A run killed right after its end has left its state.
     shutil.rmtree(out / "state", ignore_errors=True)
     return True
-
-
-def default_out(config: "CommandConfig") -> Path:
-    """`runs/refine-mae_l16` for the preset refine/mae_l16, `runs/refine-mine` for my/mine.toml."""
-    preset = config.preset or "default"
-    name = (
-        Path(preset).stem if preset.endswith(".toml") else preset.removeprefix(f"{config.command}/").replace("/", "-")
-    )
-    return Path("runs") / f"{config.command}-{name}"
 
 
 def print_facts(facts: Mapping[str, object]) -> None:

@@ -1,16 +1,18 @@
 """The options that several commands have, one declaration each, in groups that commands inherit from."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mimref.cli.parser import Argument, Option, Options
+from mimref.cli.parser import Options, argument, option
 from mimref.errors import ConfigError
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
 
     Config = TypeVar("Config", bound=CommandConfig)
+
+Text = str | None
+"""Text that `load_config` or a reader below turns into a value; None where the option is not given."""
 
 
 def read_ints(option: str, text: str) -> list[int]:
@@ -34,188 +36,156 @@ def read_names(option: str, text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-# --- every command
+# --- all commands
 
 
-@dataclass(kw_only=True)
 class Debug(Options):
-    """Of every command. `mimref.cli.run` reads it from the command line itself."""
-
-    debug: Annotated[bool, Option("Show the traceback of errors.")] = False
+    debug: bool = option("Show the traceback of errors.")  # read by `mimref.cli.run`
 
 
-@dataclass(kw_only=True)
 class Quiet(Debug):
-    """Of commands that report progress."""
-
-    quiet: Annotated[bool, Option("Print the result only.")] = False
+    quiet: bool = option("Print the result only.")
 
 
-@dataclass(kw_only=True)
 class Device(Quiet):
-    """Of commands that compute."""
-
-    device: Annotated[str | None, Option("Default: best available.", "cpu|cuda|mps", "device")] = None
+    device: Text = option("Default: best available.", "cpu|cuda|mps", "device")
 
 
-@dataclass(kw_only=True)
+class Force(Quiet, panel="Output"):
+    force: bool = option("Replace existing results.")
+
+
+class Output(Force, panel="Output"):
+    out: Path | None = option("Output folder.", "DIR")
+
+    def check_out(self) -> None:
+        """Raise OutputError for a folder that results must not be written into."""
+        if self.out is not None:
+            from mimref.results import check_folder
+
+            check_folder(self.out, self.force)
+
+
+class Resume(Output, panel="Output"):
+    resume: bool = option("Continue the unfinished run in the output folder.")
+
+
+# --- commands with a config
+
+
 class Configured(Device):
-    """Of commands that have a config."""
+    """Of commands with a config."""
 
-    precision: Annotated[str | None, Option("Default: bf16 on CUDA, fp32 elsewhere.", "fp32|bf16", "precision")] = None
-    sets: Annotated[list[str] | None, Option("Any other setting; repeatable.", "KEY=VALUE", flag="--set")] = None
+    precision: Text = option("Default: bf16 on CUDA, fp32 elsewhere.", "fp32|bf16", "precision")
+    sets: list[str] | None = option("Any other setting; repeatable.", "KEY=VALUE", flag="--set")
 
     def load(self, model: "type[Config]", preset: str | None = None) -> "Config":
-        """The command's config: the preset, then the options, then `--set`. Raises ConfigError."""
+        """The config: `preset` or else the defaults, then the options, then `--set`. Raises ConfigError."""
         from mimref.config.load import load_config
 
         return load_config(model, preset, self.settings(), self.sets or ())
 
 
-@dataclass(kw_only=True)
-class Data(Configured):
-    """Of commands with a data set."""
-
-    panel: ClassVar[str] = "Data"
-    data: Annotated[
-        str | None,
-        Option(
-            "A folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER, wds:SHARDS.", "SPEC", "data.spec"
-        ),
-    ] = None
+class Preset(Configured):
+    preset: Text = option("Settings to start from; `mimref presets list` shows all.", "NAME|FILE.toml")
 
 
-@dataclass(kw_only=True)
-class Images(Data):
-    """Of commands that read images."""
-
-    panel: ClassVar[str] = "Data"
-    workers: Annotated[str | None, Option("Processes that read images.", "N", "workers")] = None
+class Seed(Configured):
+    seed: Text = option("Random seed; default 0.", "N", "seed")
 
 
-@dataclass(kw_only=True)
-class Seed(Options):
-    """Of commands that draw random numbers."""
-
-    seed: Annotated[str | None, Option("Random seed; default 0.", "N", "seed")] = None
+SPECS = "A folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER, wds:SHARDS."
 
 
-@dataclass(kw_only=True)
-class Preset(Options):
-    """Of commands with presets."""
-
-    preset: Annotated[
-        str | None, Option("Settings to start from; `mimref presets list` shows all.", "NAME|FILE.toml")
-    ] = None
+class Data(Configured, panel="Data"):
+    data: Text = option(SPECS, "SPEC", "data.spec")
 
 
-@dataclass(kw_only=True)
-class Force(Quiet):
-    """Of commands that write."""
-
-    panel: ClassVar[str] = "Output"
-    force: Annotated[bool, Option("Replace existing results.")] = False
+class Images(Data, panel="Data"):
+    workers: Text = option("Processes that read images.", "N", "workers")
 
 
-@dataclass(kw_only=True)
-class Output(Force):
-    """Of commands that write a folder."""
+# --- encoders
 
-    panel: ClassVar[str] = "Output"
-    out: Annotated[Path | None, Option("Output folder.", "DIR")] = None
+CHECKPOINT = "Weights file, or output folder of `refine`"
 
 
-@dataclass(kw_only=True)
-class Resume(Output):
-    """Of commands whose unfinished work can be continued."""
-
-    panel: ClassVar[str] = "Output"
-    resume: Annotated[bool, Option("Continue the unfinished run in the output folder.")] = False
+def arch_option(sets: str | None = None) -> Any:
+    """`--arch`."""
+    return option("vit_b16, vit_l16, vit_h14, vit_2b14 or a timm name.", "NAME", sets)
 
 
-# --- training and benchmarks
-
-ARCH = "vit_b16, vit_l16, vit_h14, vit_2b14 or a timm name."
-SOURCE = "Pre-training method of the weights: mae, d2v2, timm, ..."
-CHECKPOINT = "Weights file, or output folder of `refine`."
-BatchSize = Annotated[str | None, Option("Images per update over all processes.", "N", "batch_size")]
-MicroBatch = Annotated[
-    str | None, Option("Images per encoder pass; same result, less memory.", "N|auto", "micro_batch")
-]
+def source_option(sets: str | None = None) -> Any:
+    """`--source`."""
+    return option("Pre-training method of the weights: mae, d2v2, timm, ...", "NAME", sets)
 
 
-@dataclass(kw_only=True)
-class TrainedEncoder(Options):
-    """The encoder that is trained or timed."""
-
-    panel: ClassVar[str] = "Encoder"
-    arch: Annotated[str | None, Option(ARCH, "NAME", "encoder.arch")] = None
-    source: Annotated[str | None, Option(SOURCE, "NAME", "encoder.source")] = None
+class TrainedArch(Options, panel="Encoder"):
+    arch: Text = arch_option("encoder.arch")
 
 
-# --- evaluation
+class TrainedEncoder(TrainedArch, panel="Encoder"):
+    source: Text = source_option("encoder.source")
 
-Shots = Annotated[str | None, Option("Training images per class; default 1,2,5.", "1,2,5", "shots", read_ints)]
-Splits = Annotated[
-    str | None, Option("Draws of training images; default 3, or 20 from fewer than 10,000 images.", "N", "splits")
-]
-Metrics = Annotated[
-    str | None,
-    Option(
+
+class EncoderPass(Images, panel="Encoder"):
+    """Of commands that read features of encoders."""
+
+    arch: Text = arch_option("arch")
+    source: Text = source_option("source")
+    resolution: Text = option("Default: the encoder's own.", "PIXELS", "resolution")
+    cache: Text = option("Where features are cached.", "DIR|off", "cache.folder")
+
+
+class Pool(Options, panel="Encoder"):
+    pool: Text = option("Token pooling; default cls.", "cls|mean|cls+mean", "pool")
+
+
+class FinalNorm(Options, panel="Encoder"):
+    final_norm: bool | None = option("Apply the encoder's final norm.", sets="final_norm")
+
+
+class Blocks(Pool, FinalNorm, panel="Encoder"):
+    blocks: Text = option("Which blocks' features; default last.", "last|last4|all|1,5,12", "blocks")
+
+
+class Subject(Options, panel="Data"):
+    checkpoint: Text = argument(f"{CHECKPOINT}; default: the packaged tiny one, on digits.", "[CKPT]", "checkpoint")
+    features: tuple[str, str] | None = option(
+        "Arrays x and y made elsewhere, in place of CKPT.", "TRAIN.npz VAL.npz", "features"
+    )
+
+
+# --- training
+
+BATCH_SIZE = "Images per update over all processes."
+
+
+class Batch(Options, panel="Training"):
+    batch_size: Text = option(BATCH_SIZE, "N", "batch_size")
+
+
+class MicroBatch(Batch, panel="Training"):
+    micro_batch: Text = option("Images per encoder pass; same result, less memory.", "N|auto", "micro_batch")
+
+
+# --- protocols
+
+
+class Split(Options, panel="Data"):
+    split: Text = option("Which images; default val.", "train|val", "split")
+
+
+class Draws(Options, panel="Protocol"):
+    shots: Text = option("Training images per class; default 1,2,5.", "1,2,5", "shots", read_ints)
+    splits: Text = option("Draws of them; default 3, or 20 from fewer than 10,000 images.", "N", "splits")
+
+
+class Clustering(Options, panel="Protocol"):
+    metrics: Text = option(
         "Of the clusters: acc, nmi, ami, ari; of the classes: sil (silhouette), dbs (Davies-Bouldin).",
         "acc,nmi,ami,ari,sil,dbs",
         "metrics",
         read_names,
-    ),
-]
-Runs = Annotated[str | None, Option("k-means runs; default 100.", "N", "runs")]
-Split = Annotated[str | None, Option("Which images; default val.", "train|val", "split")]
-
-
-@dataclass(kw_only=True)
-class EncoderPass(Images):
-    """How encoders are read and see images."""
-
-    panel: ClassVar[str] = "Encoder"
-    arch: Annotated[str | None, Option(ARCH, "NAME", "arch")] = None
-    source: Annotated[str | None, Option(SOURCE, "NAME", "source")] = None
-    resolution: Annotated[str | None, Option("Default: the encoder's own.", "PIXELS", "resolution")] = None
-    cache: Annotated[str | None, Option("Where features are cached.", "DIR|off", "cache.folder")] = None
-
-
-@dataclass(kw_only=True)
-class Pool(Options):
-    """Which tokens are read."""
-
-    panel: ClassVar[str] = "Encoder"
-    pool: Annotated[str | None, Option("Token pooling; default cls.", "cls|mean|cls+mean", "pool")] = None
-
-
-@dataclass(kw_only=True)
-class Pooled(Pool):
-    """How the features of a block are made."""
-
-    panel: ClassVar[str] = "Encoder"
-    final_norm: Annotated[bool | None, Option("Apply the encoder's final norm.", sets="final_norm")] = None
-
-
-@dataclass(kw_only=True)
-class Blocks(Pooled):
-    """Which features are read."""
-
-    panel: ClassVar[str] = "Encoder"
-    blocks: Annotated[
-        str | None, Option("Which blocks' features; default last.", "last|last4|all|1,5,12", "blocks")
-    ] = None
-
-
-@dataclass(kw_only=True)
-class Subject(Options):
-    """What is evaluated."""
-
-    panel: ClassVar[str] = "Data"
-    checkpoint: Annotated[str | None, Argument(CHECKPOINT, "[CKPT]", "checkpoint")] = None
-    features: Annotated[
-        tuple[str, str] | None,
-        Option("Arrays x and y made elsewhere, in place of CKPT.", "TRAIN.npz VAL.npz", "features"),
-    ] = None
+    )
+    runs: Text = option("k-means runs; default 100.", "N", "runs")

@@ -1,10 +1,10 @@
-"""From a group of options, declared as a dataclass, to a Typer command and its help."""
+"""From a class of options to a Typer command, and its help in panels."""
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -14,154 +14,156 @@ PANELS = ("Encoder", "Data", "Protocol", "Training", "Run", "Output")
 
 @dataclass(frozen=True)
 class Option:
-    """How a field of an option group appears on the command line.
-
-    metavar: what the value looks like; plain words separated by | are completed by the shell. sets: the setting that
-    the option overrides. read: turns the option's name and text into the setting's value; without it the text is read
-    as in `--set`. flag: the option's name where the field's does not serve.
-    """
+    """An option, declared as the value of a field of an `Options` class."""
 
     help: str
-    metavar: str | None = None
-    sets: str | None = None
-    read: Callable[[str, str], object] | None = None
-    flag: str | None = None
-    min: int | None = None
+    metavar: str | None
+    sets: str | None
+    read: Callable[[str, str], object] | None
+    flag: str | None
+    min: int | None
+    required: bool
+    positional: bool
 
     def declare(self, name: str, panel: str) -> Any:
-        """The Typer option of the field `name`."""
+        """What Typer has to know of the option that is the field `name`."""
+        if self.positional:
+            return typer.Argument(metavar=self.metavar, help=self.help)
         words = (self.metavar or "").split("|")
         complete = (lambda: words) if all(re.fullmatch(r"[a-z0-9+-]+", word) for word in words) else None
-        return typer.Option(
-            self.named(name),
-            metavar=self.metavar,
-            help=self.help,
-            min=self.min,
-            rich_help_panel=panel,
-            autocompletion=complete,
-        )
-
-    def named(self, field: str) -> str:
-        """The option's name, such as `--batch-size`, on the field `field`."""
-        return self.flag or f"--{field.replace('_', '-')}"
+        options: dict[str, Any] = {
+            "metavar": self.metavar,
+            "help": self.help,
+            "min": self.min,
+            "autocompletion": complete,
+        }
+        return typer.Option(self.flag or f"--{name.replace('_', '-')}", rich_help_panel=panel, **options)
 
 
-class Argument(Option):
-    """A value given by its position."""
+def option(
+    help: str,
+    metavar: str | None = None,
+    sets: str | None = None,
+    read: Callable[[str, str], object] | None = None,
+    *,
+    flag: str | None = None,
+    min: int | None = None,
+    required: bool = False,
+) -> Any:
+    """An option, `--batch-size` for a field `batch_size`, or `flag`.
 
-    def declare(self, name: str, panel: str) -> Any:
-        """The Typer argument of the field `name`."""
-        return typer.Argument(metavar=self.metavar, help=self.help)
-
-
-@dataclass(kw_only=True)
-class Options:
-    """What a command takes from its command line: every field is `Annotated` with an Option or Argument.
-
-    A command's class inherits from the groups that it has; `panel` heads a group in the help.
+    metavar: what its value looks like; the shell completes plain words separated by |. sets: the dotted setting that
+    it overrides. read: turns the field's name and the text into the setting's value; else it is read as by `--set`.
     """
+    return Option(help, metavar, sets, read, flag, min, required, positional=False)
 
-    panel: ClassVar[str] = "Run"
+
+def argument(help: str, metavar: str, sets: str | None = None) -> Any:
+    """A value given by its position; required unless the metavar has brackets."""
+    return Option(help, metavar, sets, None, None, None, not metavar.startswith("["), positional=True)
+
+
+class Options:
+    """What a command was given. Its class inherits from the groups of options that the command has."""
+
+    panel: ClassVar[str]
+
+    def __init_subclass__(cls, panel: str = "Run") -> None:
+        cls.panel = panel
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    @classmethod
+    def declared(cls) -> dict[str, tuple[Option, str]]:
+        """Every field's option and the panel that shows it, in the order of the panels."""
+        found = {
+            name: (value, base.panel)
+            for base in reversed(cls.__mro__)
+            for name, value in vars(base).items()
+            if isinstance(value, Option) and issubclass(base, Options)
+        }
+        return dict(sorted(found.items(), key=lambda item: PANELS.index(item[1][1])))
 
     def settings(self) -> dict[str, Any]:
-        """Dotted settings and the values that were given for them."""
+        """Dotted settings and the values given for them."""
         given = {}
-        for name, option in declarations(type(self)):
+        for name, (declared, _) in self.declared().items():
             value = getattr(self, name)
-            if option.sets is not None and value is not None and value != []:
-                given[option.sets] = option.read(option.named(name), value) if option.read else value
+            if declared.sets is not None and value is not None and value != []:
+                given[declared.sets] = declared.read(f"--{name}", value) if declared.read else value
         return given
 
 
-def declarations(group: type[Options]) -> Iterator[tuple[str, Option]]:
-    """Name and declaration of every field of a group."""
-    for field in fields(group):
-        yield field.name, next(part for part in get_args(field.type) if isinstance(part, Option))
+O_ = TypeVar("O_", bound=Options)
 
 
-O = TypeVar("O", bound=Options)  # noqa: E741
+def add_command(
+    app: typer.Typer, function: Callable[[O_], None], name: str | None = None, panel: str | None = None
+) -> None:
+    """Make `function` a command that takes the options of its parameter's class.
 
-
-def add_command(app: typer.Typer, function: Callable[[O], None], *, name: str, panel: str | None = None) -> None:
-    """Make `function` a command: the fields of its only parameter's class become the command's options.
-
-    Its docstring is the help, and the lines below `Examples:` in it end the help. panel: heads the command in the
-    list of commands.
+    Its docstring is the help, with the examples below `Examples:`. panel: heads the command in the list of commands.
     """
-    (parameter,) = inspect.signature(function).parameters.values()
-    group: type[O] = parameter.annotation
+    (group,) = (parameter.annotation for parameter in inspect.signature(function).parameters.values())
+    hints, parameters = get_type_hints(group), []
+    for field, (declared, heading) in group.declared().items():
+        default = inspect.Parameter.empty if declared.required else False if hints[field] is bool else None
+        annotation = Annotated[hints[field], declared.declare(field, heading)]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(field, kind, default=default, annotation=annotation))
 
     def call(**values: Any) -> None:
         function(group(**values))
 
-    parameters = _parameters(group)
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
+    name = name or function.__name__.replace("_", "-")
     app.command(name, cls=Command, help=text, epilog=f"Examples:\n{examples}", rich_help_panel=panel)(call)
 
 
-def _parameters(group: type[Options]) -> list[inspect.Parameter]:
-    """The fields as parameters of a function, in the order of the help's panels."""
-    found = []
-    for field, (name, option) in zip(fields(group), declarations(group), strict=True):
-        panel = next(base.panel for base in group.__mro__ if name in inspect.get_annotations(base))
-        default = inspect.Parameter.empty if field.default is MISSING else field.default
-        kind = get_args(field.type)[0]
-        annotation = Annotated[kind, option.declare(name, panel)]
-        parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        found.append((PANELS.index(panel), parameter))
-    return [parameter for _, parameter in sorted(found, key=lambda pair: pair[0])]
+def add_group(app: typer.Typer, name: str, help: str, commands: Mapping[str, Callable[[Any], None]]) -> None:
+    """Make a group of commands out of functions by name."""
+    group = typer.Typer(cls=Group, help=help)
+    for command, function in commands.items():
+        add_command(group, function, command)
+    app.add_typer(group, name=name, rich_help_panel="Tools")
 
 
-class Command(TyperCommand):
-    """A command whose help has one section per panel, without a terminal as well."""
+class _Panels:
+    """Help in panels also where rich does not draw it."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        """`--help`, beside the options of the panel Run."""
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.rich_help_panel = "Run"
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        option.rich_help_panel = "Run"
         return option
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options, panel by panel."""
-        _write_panels(self.get_params(ctx), lambda param: param.get_help_record(ctx), "Arguments", formatter)
+        params = self.get_params(ctx)  # type: ignore[attr-defined]
+        _write_panels(formatter, "Arguments", ((param, param.get_help_record(ctx)) for param in params))
+        commands = getattr(self, "commands", {}).values()
+        records = ((command, (command.name, command.get_short_help_str(90))) for command in commands)
+        _write_panels(formatter, "Commands", records)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples, line by line."""
-        _write_examples(self, formatter)
+        if epilog := getattr(self, "epilog", None):
+            formatter.write(f"\n{epilog}\n")
 
 
-class Group(TyperGroup):
-    """A group of commands whose help has one section per panel, without a terminal as well."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options, and the commands panel by panel."""
-        _write_panels(self.get_params(ctx), lambda param: param.get_help_record(ctx), "Options", formatter)
-        _write_panels(
-            self.commands.values(),
-            lambda command: (command.name, command.get_short_help_str(90)),
-            "Commands",
-            formatter,
-        )
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples, line by line."""
-        _write_examples(self, formatter)
+class Command(_Panels, TyperCommand):
+    """A command."""
 
 
-def _write_panels(things: Any, record: Callable[[Any], Any], default: str, formatter: Any) -> None:
-    """Definition lists of options or commands under the names of their panels."""
-    panels: dict[str, list[Any]] = {}
-    for thing in things:
-        panels.setdefault(thing.rich_help_panel or default, []).append(record(thing))
-    for panel, records in panels.items():
+class Group(_Panels, TyperGroup):
+    """A group of commands."""
+
+
+def _write_panels(formatter: Any, default: str, records: Iterable[tuple[Any, tuple[str, str]]]) -> None:
+    """Options or commands, with their names and texts, below the names of their panels."""
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for thing, record in records:
+        panels.setdefault(thing.rich_help_panel or default, []).append(record)
+    for panel, rows in panels.items():
         with formatter.section(panel):
-            formatter.write_dl(records)
-
-
-def _write_examples(command: TyperCommand | TyperGroup, formatter: Any) -> None:
-    if command.epilog:
-        formatter.write_paragraph()
-        formatter.write(f"{command.epilog}\n")
+            formatter.write_dl(rows)

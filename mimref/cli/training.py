@@ -1,73 +1,54 @@
 """`mimref refine` and `mimref pretrain`."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
-from mimref.cli.execution import default_out, note, print_facts, print_finished, run_on_ranks
-from mimref.cli.options import ARCH, BatchSize, Images, MicroBatch, Preset, Resume, Seed, TrainedEncoder
-from mimref.cli.parser import Option
+from mimref.cli.execution import note, print_facts, print_finished, run_on_ranks
+from mimref.cli.options import Batch, Images, MicroBatch, Preset, Resume, Seed, Text, TrainedArch, TrainedEncoder
+from mimref.cli.parser import option
 
 if TYPE_CHECKING:
     from mimref.config.run import RunConfig
+    from mimref.pretraining.run import PretrainResult
     from mimref.progress import Listener
-    from mimref.results import Row
+    from mimref.refinement.run import RefineResult
 
-Config = TypeVar("Config", bound="RunConfig", contravariant=True)
+    TrainingResult = RefineResult | PretrainResult
 
 
-@dataclass(kw_only=True)
-class TrainingOptions(Images, Seed, Preset, Resume):
-    """Of `mimref refine` and `mimref pretrain`."""
-
-    panel: ClassVar[str] = "Training"
-    batch_size: BatchSize = None
-
-    def resumed(self) -> str | None:
+class TrainingOptions(Images, Batch, Preset, Seed, Resume):
+    def resumed_preset(self) -> str | None:
         """The settings of the run that `--resume --out DIR` continues, so that they need not be repeated.
 
-        With `--preset` none: the run itself then compares its settings with those it started with.
+        None with `--preset`: the run compares its settings with those that it started with.
         """
         if not self.resume or self.preset is not None or self.out is None or not (self.out / "config.toml").is_file():
             return None
         return str(self.out / "config.toml")
 
 
-@dataclass(kw_only=True)
-class WeightsOptions(TrainedEncoder):
-    """The weights that `mimref refine` starts from."""
-
-    panel: ClassVar[str] = "Encoder"
-    weights: Annotated[
-        str | None,
-        Option(
-            "Weights to refine; names such as mae_l16 are fetched, quickstart is packaged.",
-            "FILE|NAME",
-            "encoder.weights",
-        ),
-    ] = None
+class Weights(TrainedEncoder, panel="Encoder"):
+    weights: Text = option("Weights to refine; names such as mae_l16 are fetched.", "FILE|NAME", "encoder.weights")
 
 
-@dataclass(kw_only=True)
-class RefineOptions(WeightsOptions, TrainingOptions):
-    """Of `mimref refine`."""
+class RefineOptions(Weights, MicroBatch, TrainingOptions, panel="Training"):
+    epochs: Text = option("Epochs of stage 2.", "N", "encoder_stage.epochs")
+    heads_epochs: Text = option("Epochs of stage 1.", "N", "heads_stage.epochs")
+    stage: Text = option("Which stages to run; default both.", "both|heads|encoder", "stage")
+    heads_from: Text = option("Reuse another run's heads; runs stage 2 only.", "DIR", "heads_from")
+    heads: Text = option("Blocks with a head: 17-24, 20,22,24, last8 or auto.", "BLOCKS", "heads.blocks")
+    dry_run: bool = option("Print the settings, sizes and steps; write nothing.")
 
-    panel: ClassVar[str] = "Training"
-    epochs: Annotated[str | None, Option("Epochs of stage 2.", "N", "encoder_stage.epochs")] = None
-    heads_epochs: Annotated[str | None, Option("Epochs of stage 1.", "N", "heads_stage.epochs")] = None
-    stage: Annotated[str | None, Option("Which stages to run; default both.", "both|heads|encoder", "stage")] = None
-    heads_from: Annotated[str | None, Option("Reuse another run's heads; runs stage 2 only.", "DIR", "heads_from")] = (
-        None
-    )
-    heads: Annotated[
-        str | None, Option("Blocks with a head: 17-24, 20,22,24, last8 or auto.", "BLOCKS", "heads.blocks")
-    ] = None
-    micro_batch: MicroBatch = None
-    dry_run: Annotated[bool, Option("Print the settings, sizes and steps; write nothing.")] = False
+    def chosen_preset(self) -> str:
+        """The preset that the options ask for; published weights determine architecture and source."""
+        from mimref.config.presets import choose_refine_preset
+        from mimref.encoders.published import find_published
 
-    def __post_init__(self) -> None:
-        if self.heads_from and self.stage is None:
-            self.stage = "encoder"
+        known = find_published(self.weights) if self.weights else None
+        arch = self.arch or (known.arch if known else None)
+        source = self.source or (known.source if known else None)
+        return choose_refine_preset(self.preset, arch, source, self.weights)
 
 
 def refine(options: RefineOptions) -> None:
@@ -79,32 +60,25 @@ def refine(options: RefineOptions) -> None:
     Examples:
       mimref refine
       mimref refine --arch vit_l16 --source mae --data /data/imagenet --dry-run
-      mimref refine --weights runs/my_mae --preset mae_b16 --set heads.temperature=0.3 --data /data/my_images
+      mimref refine --weights runs/my_mae --preset mae_b16 --data /data/my_images
     """
     from mimref.refinement.config import RefineConfig
 
-    config = options.load(RefineConfig, options.resumed() or _choose_preset(options))
-    out = options.out or default_out(config)
+    if options.heads_from and not options.stage:
+        options.stage = "encoder"
+    config = options.load(RefineConfig, options.resumed_preset() or options.chosen_preset())
     if options.dry_run:
         from mimref.refinement.plan import describe, make_plan
 
-        print_facts(describe(make_plan(config)) | {"output": str(out)})
-        return
-    if options.resume and print_finished(out, config.command):
-        return
+        print_facts(describe(make_plan(config)) | {"output": str(_folder(config, options))})
+    elif not (options.resume and print_finished(_folder(config, options), config.command)):
+        from mimref.refinement.run import refine as run_refine
 
-    from mimref.refinement.run import refine as run_refine
-
-    _train(run_refine, config, out, options)
+        _train(run_refine, config, options)
 
 
-@dataclass(kw_only=True)
-class PretrainOptions(TrainingOptions):
-    """Of `mimref pretrain`."""
-
-    panel: ClassVar[str] = "Training"
-    arch: Annotated[str | None, Option(ARCH, "NAME", "encoder.arch")] = None
-    epochs: Annotated[str | None, Option("Passes over the images.", "N", "mae.epochs")] = None
+class PretrainOptions(TrainedArch, TrainingOptions, panel="Training"):
+    epochs: Text = option("Passes over the images.", "N", "mae.epochs")
 
 
 def pretrain(options: PretrainOptions) -> None:
@@ -119,47 +93,30 @@ def pretrain(options: PretrainOptions) -> None:
     from mimref.config.presets import choose_pretrain_preset
     from mimref.pretraining.config import PretrainConfig
 
-    chosen = options.resumed() or choose_pretrain_preset(options.preset, options.arch)
-    config = options.load(PretrainConfig, chosen)
-    out = options.out or default_out(config)
-    if options.resume and print_finished(out, config.command):
-        return
+    preset = options.resumed_preset() or choose_pretrain_preset(options.preset, options.arch)
+    config = options.load(PretrainConfig, preset)
+    if not (options.resume and print_finished(_folder(config, options), config.command)):
+        from mimref.pretraining.run import pretrain as run_pretrain
 
-    from mimref.pretraining.run import pretrain as run_pretrain
-
-    _train(run_pretrain, config, out, options)
+        _train(run_pretrain, config, options)
 
 
-def _choose_preset(options: RefineOptions) -> str:
-    """The preset that the options ask for; published weights know their architecture and source."""
-    from mimref.config.presets import choose_refine_preset
-    from mimref.encoders.published import find_published
-
-    known = find_published(options.weights) if options.weights else None
-    arch = options.arch or (known.arch if known else None)
-    source = options.source or (known.source if known else None)
-    return choose_refine_preset(options.preset, arch, source, options.weights)
+def _folder(config: "RunConfig", options: TrainingOptions) -> Path:
+    """`--out`; else `runs/refine-mae_l16` for the preset refine/mae_l16, `runs/refine-mine` for my/mine.toml."""
+    preset = config.preset or "default"
+    name = preset.removeprefix(f"{config.command}/").replace("/", "-")
+    name = Path(preset).stem if preset.endswith(".toml") else name
+    return options.out or Path("runs") / f"{config.command}-{name}"
 
 
-class _Result(Protocol):
-    @property
-    def rows(self) -> list["Row"]: ...
-
-
-class _Training(Protocol[Config]):
-    """`refine` or `pretrain` of the library."""
-
-    def __call__(
-        self, config: Config, out: Path, *, resume: bool, force: bool, listener: "Listener | None"
-    ) -> _Result: ...
-
-
-def _train(training: _Training[Config], config: Config, out: Path, options: TrainingOptions) -> None:
+def _train(training: "Callable[..., TrainingResult]", config: "RunConfig", options: TrainingOptions) -> None:
     """Train in the processes that torchrun has started; the first prints."""
     from mimref.reports.terminal import print_rows
     from mimref.training.folder import RunFolder
 
-    def work(listener: "Listener") -> _Result:
+    out = _folder(config, options)
+
+    def work(listener: "Listener") -> "TrainingResult":
         # torchrun restarts all processes when one has died, with the same command.
         again = RunFolder(out).continues_launch()
         resume, force = options.resume or again, options.force and not again

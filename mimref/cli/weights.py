@@ -1,25 +1,20 @@
-"""`mimref inspect`, `interpolate` and `export`: weights files."""
+"""`mimref inspect`, `export` and `interpolate`: weights files."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
 import typer
 
 from mimref.cli.execution import note, print_facts
-from mimref.cli.options import ARCH, CHECKPOINT, SOURCE, Debug, Force, Images, Output, read_floats
-from mimref.cli.parser import Argument, Option
+from mimref.cli.options import CHECKPOINT, Debug, Force, Images, Output, Text, arch_option, read_floats, source_option
+from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError
 
 
-@dataclass(kw_only=True)
-class InspectOptions(Debug):
-    """Of `mimref inspect`."""
-
-    panel: ClassVar[str] = "Output"
-    file: Annotated[str, Argument("Weights file, run folder or published name.", "FILE")]
-    as_json: Annotated[bool, Option("Everything, for programs.", flag="--json")] = False
+class InspectOptions(Debug, panel="Output"):
+    file: str = argument("Weights file, run folder or published name.", "FILE")
+    as_json: bool = option("Everything, for programs.", flag="--json")
 
 
 def inspect(options: InspectOptions) -> None:
@@ -41,65 +36,19 @@ def inspect(options: InspectOptions) -> None:
         print_inspection(inspection)
 
 
-@dataclass(kw_only=True)
-class InterpolateOptions(Images, Output):
-    """Of `mimref interpolate`."""
-
-    panel: ClassVar[str] = "Encoder"
-    base: Annotated[str, Argument("Weights before refining: a file or a run's folder.", "BASE", "base")]
-    refined: Annotated[str, Argument("Weights after refining.", "REFINED", "refined")]
-    alpha: Annotated[
-        str | None,
-        Option("Shares of REFINED; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha", read_floats),
-    ] = None
-
-
-def interpolate(options: InterpolateOptions) -> None:
-    """Average the weights of two encoders.
-
-    With --data, the k-NN accuracy of every average is reported.
-
-    Examples:
-      mimref interpolate quickstart runs/refine-quickstart --data digits
-      mimref interpolate mae_l16 runs/mae_l16 --alpha 0,0.5,1 --data /data/imagenet --out runs/averages
-    """
-    from mimref.evaluation.config import InterpolateConfig
-
-    config = options.load(InterpolateConfig)
-
-    from mimref.evaluation.interpolate import interpolate as average
-    from mimref.reports.terminal import Terminal, print_rows
-
-    out = options.out or Path("runs") / "interpolate"
-    with Terminal(options.quiet) as terminal:
-        result = average(config, out, force=options.force, listener=terminal)
-    print_rows(result.rows)
-    note(f"{len(config.alpha)} encoders in {out}", options)
-
-
-@dataclass(kw_only=True)
-class ExportOptions(Force):
-    """Of `mimref export`."""
-
-    panel: ClassVar[str] = "Encoder"
-    checkpoint: Annotated[str, Argument(CHECKPOINT, "CKPT")]
-    to: Annotated[Literal["timm", "release", "onnx"], Option("Target format.")]
-    out: Annotated[Path, Option("File to write; its ending must fit --to.", "FILE")]
-    blocks: Annotated[
-        str | None, Option("Outputs of the ONNX graph; default last. Requires --to onnx.", "last|all|1,5,12")
-    ] = None
-    resolution: Annotated[int | None, Option("Default: the encoder's own.", "PIXELS", min=1)] = None
-    arch: Annotated[str | None, Option(ARCH, "NAME")] = None
-    source: Annotated[str | None, Option(SOURCE, "NAME")] = None
-    num_heads: Annotated[
-        int | None, Option("Attention heads, where they cannot be inferred from the weights.", "N", min=1)
-    ] = None
+class ExportOptions(Force, panel="Encoder"):
+    checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT")
+    to: Literal["timm", "release", "onnx"] = option("Target format.", required=True)
+    out: Path = option("File to write; its ending must fit --to.", "FILE", required=True)
+    blocks: Text = option("Outputs of the ONNX graph; default last. Requires --to onnx.", "last|all|1,5,12")
+    resolution: int | None = option("Default: the encoder's own.", "PIXELS", min=1)
+    arch: Text = arch_option()
+    source: Text = source_option()
+    num_heads: int | None = option("Attention heads, where they cannot be inferred from the weights.", "N", min=1)
 
 
 def export(options: ExportOptions) -> None:
-    """Write an encoder in another format.
-
-    The file is loaded again and its features compared before the export counts as done.
+    """Write an encoder in another format, read it again and compare.
 
     timm: for timm.create_model with checkpoint_path. release: the layout of the MIM-Refiner releases. onnx: a graph
     whose outputs are the tokens of the chosen blocks.
@@ -117,15 +66,9 @@ def export(options: ExportOptions) -> None:
     from mimref.features.encode import block_groups
     from mimref.reports.terminal import Terminal
 
+    hints = {name: getattr(options, name) for name in ("arch", "source", "num_heads", "resolution")}
     with Terminal(options.quiet) as terminal:
-        encoder, facts = read_encoder(
-            options.checkpoint,
-            arch=options.arch,
-            source=options.source,
-            num_heads=options.num_heads,
-            resolution=options.resolution,
-            listener=terminal,
-        )
+        encoder, facts = read_encoder(options.checkpoint, **hints, listener=terminal)
         if to == "timm":
             done = export_timm(encoder, out, facts, force=force, listener=terminal)
         elif to == "release":
@@ -137,3 +80,32 @@ def export(options: ExportOptions) -> None:
     name = {"timm name": done.timm_name or "none of these sizes"} if to == "timm" else {}
     difference = {"largest difference": f"{done.difference:.1e}"}
     print_facts({"file": str(done.path)} | name | {"read with": done.read_with} | difference)
+
+
+class InterpolateOptions(Images, Output, panel="Encoder"):
+    base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
+    refined: str = argument("Weights after refining.", "REFINED", "refined")
+    alpha: Text = option("Shares of REFINED; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha", read_floats)
+
+
+def interpolate(options: InterpolateOptions) -> None:
+    """Average the weights of two encoders.
+
+    With --data, the k-NN accuracy of every average is reported.
+
+    Examples:
+      mimref interpolate quickstart runs/refine-quickstart --data digits
+      mimref interpolate mae_l16 runs/mae_l16 --alpha 0,0.5,1 --out runs/averages
+    """
+    from mimref.evaluation.config import InterpolateConfig
+
+    config = options.load(InterpolateConfig)
+
+    from mimref.evaluation.interpolate import interpolate as average
+    from mimref.reports.terminal import Terminal, print_rows
+
+    out = options.out or Path("runs") / "interpolate"
+    with Terminal(options.quiet) as terminal:
+        result = average(config, out, force=options.force, listener=terminal)
+    print_rows(result.rows)
+    note(f"{len(config.alpha)} encoders in {out}", options)

@@ -1,24 +1,49 @@
-"""`mimref cache`: cached features, and listings of images."""
+"""`mimref presets` and `mimref cache`: the settings that ship, and what is cached on disk."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
 
 import typer
 
-from mimref.cli.options import Debug
-from mimref.cli.parser import Argument, Option
+from mimref.cli.options import Debug, Text
+from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError, DataError
 
 LISTINGS = "listings"
 
 
-@dataclass(kw_only=True)
-class CacheOptions(Debug):
-    """Of every `mimref cache` command."""
+def list_presets(options: Debug) -> None:
+    """Print the name and first line of every preset.
 
-    panel: ClassVar[str] = "Data"
-    cache: Annotated[str | None, Option("Default: the user's cache folder.", "DIR")] = None
+    Examples:
+      mimref presets list
+    """
+    from mimref.config.presets import preset_names, preset_text
+
+    names = preset_names()
+    width = max(map(len, names), default=0)
+    for name in names:
+        first_line = preset_text(name).partition("\n")[0]
+        comment = first_line.removeprefix("#").strip() if first_line.startswith("#") else ""
+        typer.echo(f"{name:{width}}  {comment}".rstrip())
+
+
+class ShowOptions(Debug):
+    name: str = argument("As listed.", "NAME")
+
+
+def show_preset(options: ShowOptions) -> None:
+    """Print a preset's file, with its comments.
+
+    Examples:
+      mimref presets show refine/mae_l16
+    """
+    from mimref.config.presets import preset_text
+
+    typer.echo(preset_text(options.name), nl=False)
+
+
+class CacheOptions(Debug, panel="Data"):
+    cache: Text = option("Default: the user's cache folder.", "DIR")
 
     def folder(self) -> Path:
         """The folder of features. Raises ConfigError for a file."""
@@ -31,9 +56,7 @@ class CacheOptions(Debug):
 
 
 def list_cache(options: CacheOptions) -> None:
-    """List cached features: model, images, blocks and size.
-
-    The last line counts the listings of large folders and of shards.
+    """List cached features, and the size of the listings of folders and shards.
 
     Examples:
       mimref cache list
@@ -42,15 +65,12 @@ def list_cache(options: CacheOptions) -> None:
     from mimref.reports.terminal import print_cache
 
     folder = options.folder()
-    # A folder of the user's choice holds features only.
+    # A folder that the user names holds features only.
     print_cache(list_entries(folder), folder, None if options.cache else listings())
 
 
-@dataclass(kw_only=True)
 class ClearOptions(CacheOptions):
-    """Of `mimref cache clear`."""
-
-    keys: Annotated[list[str] | None, Argument(f"As listed, or {LISTINGS}; default: all.", "[KEY...]")] = None
+    keys: list[str] | None = argument(f"As listed, or {LISTINGS}; default: all.", "[KEY...]")
 
 
 def clear_cache(options: ClearOptions) -> None:
