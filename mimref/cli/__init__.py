@@ -6,8 +6,8 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 import errno
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from mimref.cli import benchmark, evaluation, tools, training, weights
 from mimref.cli.parser import Group, add_command, add_group
 from mimref.errors import Interrupted, UserError
 
-COMMANDS = {
+COMMANDS: Mapping[str, Sequence[Callable[[Any], None]]] = {
     "Refine": (training.refine, training.pretrain),
     "Evaluate": (
         evaluation.knn,
@@ -29,9 +29,10 @@ COMMANDS = {
     ),
     "Weights": (weights.inspect, weights.export, weights.interpolate),
 }
-PRESETS = {"list": tools.list_presets, "show": tools.show_preset}
-CACHE = {"list": tools.list_cache, "clear": tools.clear_cache, "verify": tools.verify_cache}
-BENCHMARKS = {
+Commands = Mapping[str, Callable[[Any], None]]
+PRESETS: Commands = {"list": tools.list_presets, "show": tools.show_preset}
+CACHE: Commands = {"list": tools.list_cache, "clear": tools.clear_cache, "verify": tools.verify_cache}
+BENCHMARKS: Commands = {
     "views": benchmark.benchmark_views,
     "step": benchmark.benchmark_step,
     "eval": benchmark.benchmark_eval,

@@ -1,7 +1,7 @@
 """Commands that evaluate encoders, and the one that writes their features."""
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mimref.cli.execution import note, print_finished, report, run_on_ranks, write
 from mimref.cli.options import (
@@ -27,10 +27,6 @@ from mimref.cli.options import (
 )
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError, OutputError
-
-if TYPE_CHECKING:
-    from mimref.evaluation.cluster.protocol import Embedding
-    from mimref.evaluation.run import EvaluationResult
 
 
 class KnnOptions(Subject, EncoderPass, Blocks, Output, panel="Protocol"):
@@ -59,11 +55,10 @@ def knn(options: KnnOptions) -> None:
     from mimref.evaluation.knn.protocol import evaluate_knn
     from mimref.reports.terminal import print_classes
 
-    result = run_on_ranks(config, options, lambda listener: evaluate_knn(config, listener=listener))
-    if result is not None:
-        report(options, config, result)
-        if config.per_class:
-            print_classes(result.rows)
+    result = run_on_ranks(config, options, partial(evaluate_knn, config))
+    report(options, config, result)
+    if result is not None and config.per_class:
+        print_classes(result.rows)
 
 
 class LowshotOptions(Subject, EncoderPass, Blocks, Draws, Seed, Output, panel="Protocol"):
@@ -88,9 +83,7 @@ def lowshot(options: LowshotOptions) -> None:
 
     from mimref.evaluation.lowshot.protocol import evaluate_lowshot
 
-    result = run_on_ranks(config, options, lambda listener: evaluate_lowshot(config, listener=listener))
-    if result is not None:
-        report(options, config, result)
+    report(options, config, run_on_ranks(config, options, partial(evaluate_lowshot, config)))
 
 
 class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Output, panel="Protocol"):
@@ -118,24 +111,18 @@ def cluster(options: ClusterOptions) -> None:
 
     from mimref.evaluation.cluster.protocol import evaluate_cluster
 
-    embed = umap is not None
-    found = run_on_ranks(config, options, lambda listener: evaluate_cluster(config, embed=embed, listener=listener))
+    found = run_on_ranks(config, options, partial(evaluate_cluster, config, embed=umap is not None))
     if found is None:
         return
     result, embedding = found
     report(options, config, result)
     if embedding is not None and umap is not None:
-        _draw_embedding(umap, embedding, result)
+        from mimref.reports.figures import plot_embedding
+        from mimref.reports.tables import scores_line
+
+        title, caption = str(result.rows[0]["model"]), scores_line(result.rows)
+        plot_embedding(umap, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)
         note(f"figure in {umap}", options)
-
-
-def _draw_embedding(file: Path, embedding: "Embedding", result: "EvaluationResult") -> None:
-    """The images as points, above the clustering's scores."""
-    from mimref.reports.figures import plot_embedding
-    from mimref.reports.tables import scores_line
-
-    title, caption = str(result.rows[0]["model"]), scores_line(result.rows)
-    plot_embedding(file, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)
 
 
 class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol"):
@@ -149,16 +136,12 @@ class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol")
 
     def state_file(self) -> Path | None:
         """Where an interrupted probe continues from; without `--resume`, `--force` removes an old one."""
-        if self.out is None:
-            if self.resume:
-                raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
-            return None
-        state = self.out / "state" / "probe.pt"
-        if state.exists() and not self.resume:
+        state = self.out / "state" / "probe.pt" if self.out else None
+        if state is None and self.resume:
+            raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
+        if state is not None and state.exists() and not self.resume:
             if not self.force:
-                raise OutputError(
-                    f"{self.out}: holds an unfinished probe; --resume continues it, --force starts from scratch"
-                )
+                raise OutputError(f"{self.out}: holds an unfinished probe; --resume continues it, --force starts over")
             state.unlink(missing_ok=True)  # another process of this run may have been first
         return state
 
@@ -184,17 +167,16 @@ def probe(options: ProbeOptions) -> None:
     from mimref.evaluation.probe.protocol import evaluate_probe
 
     advice = "--resume continues the probe" if state else "run it again, with --out to be able to --resume it"
-    result = run_on_ranks(
-        config, options, lambda listener: evaluate_probe(config, state=state, listener=listener), advice=advice
-    )
-    if result is not None:
-        report(options, config, result)
-        if state is not None:
-            state.unlink(missing_ok=True)
+    result = run_on_ranks(config, options, partial(evaluate_probe, config, state=state), advice=advice)
+    report(options, config, result)
+    if result is not None and state is not None:
+        state.unlink(missing_ok=True)
 
 
 class BlocksOptions(EncoderPass, Pool, Preset, Seed, Output, panel="Protocol"):
-    checkpoints: list[str] | None = argument(f"{CHECKPOINT}; several are compared.", "[CKPT...]", "checkpoints")
+    checkpoints: list[str] | None = argument(
+        f"{CHECKPOINT}; several are compared.", "CKPT", "checkpoints", required=False
+    )
     k: Text = option("Neighbours that vote; default 10.", "K", "k")
     tau: Text = option("Temperature of the votes; default 0.07.", "T", "tau")
     reconstruction: bool | None = option("Train a light decoder on every block as well (Fig. 6).", sets="reconstruct")
@@ -218,7 +200,7 @@ def analyze_blocks(options: BlocksOptions) -> None:
     from mimref.evaluation.blocks.protocol import evaluate_blocks
     from mimref.reports.terminal import print_blocks
 
-    result = run_on_ranks(config, options, lambda listener: evaluate_blocks(config, listener=listener))
+    result = run_on_ranks(config, options, partial(evaluate_blocks, config))
     if result is None:
         return
     print_blocks(result.rows, result.heads)
@@ -232,7 +214,7 @@ def analyze_blocks(options: BlocksOptions) -> None:
 
 class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Output, panel="Protocol"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
-    refined: list[str] = argument("Weights to compare with BASE.", "REFINED...", "refined")
+    refined: list[str] = argument("Weights to compare with BASE.", "REFINED", "refined")
     protocols: Text = option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols", read_names)
 
 
@@ -253,7 +235,7 @@ def compare(options: CompareOptions) -> None:
     from mimref.evaluation.compare import compare_encoders
     from mimref.reports.terminal import print_comparison
 
-    result = run_on_ranks(config, options, lambda listener: compare_encoders(config, listener=listener))
+    result = run_on_ranks(config, options, partial(compare_encoders, config))
     if result is None:
         return
     first = str(result.rows[0]["model"])
@@ -284,10 +266,10 @@ def extract(options: ExtractOptions) -> None:
     """
     from mimref.features.config import ExtractConfig
 
-    config, out, force = options.load(ExtractConfig), options.out, options.force
+    config = options.load(ExtractConfig)
 
     from mimref.features.extraction import extract_to_file
 
-    shape = run_on_ranks(config, options, lambda listener: extract_to_file(config, out, force=force, listener=listener))
+    shape = run_on_ranks(config, options, partial(extract_to_file, config, options.out, force=options.force))
     if shape is not None:
-        note(f"features {' x '.join(map(str, shape))} in {out}", options)
+        note(f"features {' x '.join(map(str, shape))} in {options.out}", options)

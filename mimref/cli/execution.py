@@ -13,7 +13,6 @@ from mimref.cli.options import Output, Quiet
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
     from mimref.evaluation.run import EvaluationResult
-    from mimref.progress import Listener
 
 Result = TypeVar("Result")
 
@@ -21,11 +20,11 @@ Result = TypeVar("Result")
 def run_on_ranks(
     config: "CommandConfig",
     options: Quiet,
-    work: "Callable[[Listener], Result]",
+    work: Callable[..., Result],
     *,
     advice: str = "run it again: cached features are reused",
 ) -> Result | None:
-    """Do the work in every process that torchrun has started: its result on rank 0, None on the others.
+    """Call `work(listener=...)` in every process that torchrun has started: its result on rank 0, None on the others.
 
     advice: what to do when another process dies.
     """
@@ -33,16 +32,17 @@ def run_on_ranks(
     from mimref.reports.terminal import Terminal
 
     with process_group(config.device, advice=advice) as rank, Terminal(options.quiet or rank > 0) as terminal:
-        result = work(terminal)
+        result = work(listener=terminal)
     return result if rank == 0 else None
 
 
-def report(options: Output, config: "CommandConfig", result: "EvaluationResult") -> None:
-    """Print a result and, with `--out`, write its files."""
-    from mimref.reports.terminal import print_rows
+def report(options: Output, config: "CommandConfig", result: "EvaluationResult | None") -> None:
+    """Print a result, if this process has one, and write it with `--out`."""
+    if result is not None:
+        from mimref.reports.terminal import print_rows
 
-    print_rows(result.rows)
-    write(options, config, result)
+        print_rows(result.rows)
+        write(options, config, result)
 
 
 def write(options: Output, config: "CommandConfig", result: "EvaluationResult") -> None:

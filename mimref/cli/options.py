@@ -150,7 +150,9 @@ class Blocks(Pool, FinalNorm, panel="Encoder"):
 
 
 class Subject(Options, panel="Data"):
-    checkpoint: Text = argument(f"{CHECKPOINT}; default: the packaged tiny one, on digits.", "[CKPT]", "checkpoint")
+    checkpoint: Text = argument(
+        f"{CHECKPOINT}; default: the packaged tiny one, on digits.", "CKPT", "checkpoint", required=False
+    )
     features: tuple[str, str] | None = option(
         "Arrays x and y made elsewhere, in place of CKPT.", "TRAIN.npz VAL.npz", "features"
     )

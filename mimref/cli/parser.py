@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -25,19 +25,24 @@ class Option:
     required: bool
     positional: bool
 
-    def declare(self, name: str, panel: str) -> Any:
-        """What Typer has to know of the option that is the field `name`."""
+    def parameter(self, field: str, kind: Any, panel: str) -> inspect.Parameter:
+        """The option as a parameter of a function that Typer understands."""
         if self.positional:
-            return typer.Argument(metavar=self.metavar, help=self.help)
-        words = (self.metavar or "").split("|")
-        complete = (lambda: words) if all(re.fullmatch(r"[a-z0-9+-]+", word) for word in words) else None
-        options: dict[str, Any] = {
-            "metavar": self.metavar,
-            "help": self.help,
-            "min": self.min,
-            "autocompletion": complete,
-        }
-        return typer.Option(self.flag or f"--{name.replace('_', '-')}", rich_help_panel=panel, **options)
+            info: Any = typer.Argument(metavar=self.metavar, help=self.help)
+        else:
+            # The shell completes the words that a metavar lists.
+            words = (self.metavar or "").split("|")
+            info = typer.Option(
+                self.flag or f"--{field.replace('_', '-')}",
+                metavar="" if bool in (kind, *get_args(kind)) else self.metavar,
+                help=self.help,
+                min=self.min,
+                rich_help_panel=panel,
+                autocompletion=(lambda: words) if all(re.fullmatch(r"[a-z0-9+-]+", word) for word in words) else None,
+            )
+        default = inspect.Parameter.empty if self.required else False if kind is bool else None
+        annotation: Any = Annotated[kind, info]
+        return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def option(
@@ -50,21 +55,21 @@ def option(
     min: int | None = None,
     required: bool = False,
 ) -> Any:
-    """An option, `--batch-size` for a field `batch_size`, or `flag`.
+    """An option: `--batch-size` for the field `batch_size`, or `flag`.
 
-    metavar: what its value looks like; the shell completes plain words separated by |. sets: the dotted setting that
-    it overrides. read: turns the field's name and the text into the setting's value; else it is read as by `--set`.
+    metavar: what its value looks like. sets: the dotted setting that it overrides. read: turns the field's name and
+    the text into the setting's value; without it the text is read as by `--set`.
     """
     return Option(help, metavar, sets, read, flag, min, required, positional=False)
 
 
-def argument(help: str, metavar: str, sets: str | None = None) -> Any:
-    """A value given by its position; required unless the metavar has brackets."""
-    return Option(help, metavar, sets, None, None, None, not metavar.startswith("["), positional=True)
+def argument(help: str, metavar: str, sets: str | None = None, *, required: bool = True) -> Any:
+    """A value given by its position."""
+    return Option(help, metavar, sets, None, None, None, required, positional=True)
 
 
 class Options:
-    """What a command was given. Its class inherits from the groups of options that the command has."""
+    """What a command was given. Its class inherits from the groups of options that the command takes."""
 
     panel: ClassVar[str]
 
@@ -76,42 +81,36 @@ class Options:
 
     @classmethod
     def declared(cls) -> dict[str, tuple[Option, str]]:
-        """Every field's option and the panel that shows it, in the order of the panels."""
-        found = {
-            name: (value, base.panel)
-            for base in reversed(cls.__mro__)
-            for name, value in vars(base).items()
-            if isinstance(value, Option) and issubclass(base, Options)
-        }
-        return dict(sorted(found.items(), key=lambda item: PANELS.index(item[1][1])))
+        """Every field's option and panel: arguments first, then panel by panel."""
+        found: dict[str, tuple[Option, str]] = {}
+        for group in cls.__mro__:
+            for field, value in vars(group).items():
+                if isinstance(value, Option) and issubclass(group, Options):
+                    found.setdefault(field, (value, group.panel))
+        return dict(sorted(found.items(), key=lambda item: (not item[1][0].positional, PANELS.index(item[1][1]))))
 
     def settings(self) -> dict[str, Any]:
         """Dotted settings and the values given for them."""
         given = {}
-        for name, (declared, _) in self.declared().items():
-            value = getattr(self, name)
+        for field, (declared, _) in self.declared().items():
+            value = getattr(self, field)
             if declared.sets is not None and value is not None and value != []:
-                given[declared.sets] = declared.read(f"--{name}", value) if declared.read else value
+                given[declared.sets] = declared.read(f"--{field}", value) if declared.read else value
         return given
 
 
-O_ = TypeVar("O_", bound=Options)
-
-
 def add_command(
-    app: typer.Typer, function: Callable[[O_], None], name: str | None = None, panel: str | None = None
+    app: typer.Typer, function: Callable[[Any], None], name: str | None = None, panel: str | None = None
 ) -> None:
     """Make `function` a command that takes the options of its parameter's class.
 
-    Its docstring is the help, with the examples below `Examples:`. panel: heads the command in the list of commands.
+    Its docstring is the help, which ends in the examples below `Examples:`. panel: heads it in the list of commands.
     """
     (group,) = (parameter.annotation for parameter in inspect.signature(function).parameters.values())
-    hints, parameters = get_type_hints(group), []
-    for field, (declared, heading) in group.declared().items():
-        default = inspect.Parameter.empty if declared.required else False if hints[field] is bool else None
-        annotation = Annotated[hints[field], declared.declare(field, heading)]
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(field, kind, default=default, annotation=annotation))
+    hints = get_type_hints(group)
+    parameters = [
+        declared.parameter(field, hints[field], heading) for field, (declared, heading) in group.declared().items()
+    ]
 
     def call(**values: Any) -> None:
         function(group(**values))
@@ -119,6 +118,7 @@ def add_command(
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
     name = name or function.__name__.replace("_", "-")
     app.command(name, cls=Command, help=text, epilog=f"Examples:\n{examples}", rich_help_panel=panel)(call)
 
@@ -134,17 +134,11 @@ def add_group(app: typer.Typer, name: str, help: str, commands: Mapping[str, Cal
 class _Panels:
     """Help in panels also where rich does not draw it."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)  # type: ignore[misc]
-        option.rich_help_panel = "Run"
-        return option
-
     def format_options(self, ctx: Any, formatter: Any) -> None:
         params = self.get_params(ctx)  # type: ignore[attr-defined]
-        _write_panels(formatter, "Arguments", ((param, param.get_help_record(ctx)) for param in params))
+        _write_panels(formatter, ((param, param.get_help_record(ctx)) for param in params))
         commands = getattr(self, "commands", {}).values()
-        records = ((command, (command.name, command.get_short_help_str(90))) for command in commands)
-        _write_panels(formatter, "Commands", records)
+        _write_panels(formatter, ((each, (each.name, each.get_short_help_str(90))) for each in commands))
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         if epilog := getattr(self, "epilog", None):
@@ -154,15 +148,23 @@ class _Panels:
 class Command(_Panels, TyperCommand):
     """A command."""
 
+    def get_help_option(self, ctx: Any) -> Any:
+        """`--help`, in the panel Run."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel = "Run"
+        return option
+
 
 class Group(_Panels, TyperGroup):
     """A group of commands."""
 
 
-def _write_panels(formatter: Any, default: str, records: Iterable[tuple[Any, tuple[str, str]]]) -> None:
-    """Options or commands, with their names and texts, below the names of their panels."""
+def _write_panels(formatter: Any, records: Iterable[tuple[Any, tuple[str, str]]]) -> None:
+    """Names and texts of options or commands below the names of their panels."""
     panels: dict[str, list[tuple[str, str]]] = {}
     for thing, record in records:
+        default = {"argument": "Arguments", "option": "Options"}.get(getattr(thing, "param_type_name", ""), "Commands")
         panels.setdefault(thing.rich_help_panel or default, []).append(record)
     for panel, rows in panels.items():
         with formatter.section(panel):

@@ -70,7 +70,7 @@ def list_cache(options: CacheOptions) -> None:
 
 
 class ClearOptions(CacheOptions):
-    keys: list[str] | None = argument(f"As listed, or {LISTINGS}; default: all.", "[KEY...]")
+    keys: list[str] | None = argument(f"As listed, or {LISTINGS}; default: all.", "KEY", required=False)
 
 
 def clear_cache(options: ClearOptions) -> None:
