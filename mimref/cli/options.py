@@ -1,5 +1,6 @@
 """The options that several commands have, one declaration each, in groups that commands inherit from."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,20 +16,20 @@ Text = str | None
 """Text that `load_config` or a reader below turns into a value; None where the option is not given."""
 
 
-def read_ints(option: str, text: str) -> list[int]:
-    """Whole numbers separated by commas. Raises ConfigError that names the option."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected whole numbers separated by commas, such as 10,20") from None
+def _reader(kind: type[int] | type[float], expected: str) -> Callable[[str, str], object]:
+    """Reads numbers separated by commas; raises ConfigError that names the option."""
+
+    def read(option: str, text: str) -> object:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise ConfigError(f"{option} {text!r}: expected {expected}") from None
+
+    return read
 
 
-def read_floats(option: str, text: str) -> list[float]:
-    """Numbers separated by commas. Raises ConfigError that names the option."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas, such as 0,0.5,1") from None
+read_ints = _reader(int, "whole numbers separated by commas, such as 10,20")
+read_floats = _reader(float, "numbers separated by commas, such as 0,0.5,1")
 
 
 def read_names(option: str, text: str) -> list[str]:
