@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mimref.benchmarks import cost, step
+from mimref.benchmarks import cost, measure, step
 from mimref.benchmarks.evaluations import Sizes
 from mimref.benchmarks.heads import HeadSizes
 from mimref.benchmarks.views import ViewSizes
@@ -424,9 +424,11 @@ def test_step_and_cost(
 ) -> None:
     sizes = HeadSizes(heads=2, embed_dim=8, images=(2,), views=2, config=HeadsConfig(projector_hidden=8))
     monkeypatch.setattr(HeadSizes, "for_device", lambda device: sizes)
-    monkeypatch.setattr("mimref.benchmarks.measure._MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr(measure, "_MATMUL_SIZE", {"cpu": 64})
     for module, name in ((step, "benchmark_step"), (cost, "benchmark_cost")):
         monkeypatch.setattr(module, name, partial(getattr(module, name), steps=1))
+        # Counting takes seconds, and is tested in `test_benchmarks_step.py`.
+        monkeypatch.setattr(module, "model_flops", lambda *_: 10**9)
     settings = REFINE | {"encoder.weights": folder / "base.safetensors", "data.spec": folder / "data"}
     sets = [part for part in arguments("x", tmp_path, settings)[1:-2]]
     for command in ("step", "cost"):
