@@ -3,7 +3,8 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
@@ -14,16 +15,22 @@ PANELS = ("Encoder", "Data", "Protocol", "Training", "Run", "Output")
 
 @dataclass(frozen=True)
 class Option:
-    """An option, declared as the value of a field of an `Options` class."""
+    """An option, `--batch-size` as the value of the field `batch_size` of an `Options` class.
+
+    metavar: what its value looks like. sets: the dotted setting that it overrides. read: turns the option's name and
+    text into the setting's value; without it the text is read as by `--set`. flag: its name, where the field's differs.
+    positional: it is an argument.
+    """
 
     help: str
-    metavar: str | None
-    sets: str | None
-    read: Callable[[str, str], object] | None
-    flag: str | None
-    min: int | None
-    required: bool
-    positional: bool
+    metavar: str | None = None
+    sets: str | None = None
+    read: Callable[[str, str], object] | None = None
+    _: KW_ONLY
+    flag: str | None = None
+    min: int | None = None
+    required: bool = False
+    positional: bool = False
 
     def parameter(self, field: str, kind: Any, panel: str) -> inspect.Parameter:
         """The option as a parameter of a function that Typer understands."""
@@ -45,27 +52,9 @@ class Option:
         return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def option(
-    help: str,
-    metavar: str | None = None,
-    sets: str | None = None,
-    read: Callable[[str, str], object] | None = None,
-    *,
-    flag: str | None = None,
-    min: int | None = None,
-    required: bool = False,
-) -> Any:
-    """An option: `--batch-size` for the field `batch_size`, or `flag`.
-
-    metavar: what its value looks like. sets: the dotted setting that it overrides. read: turns the field's name and
-    the text into the setting's value; without it the text is read as by `--set`.
-    """
-    return Option(help, metavar, sets, read, flag, min, required, positional=False)
-
-
-def argument(help: str, metavar: str, sets: str | None = None, *, required: bool = True) -> Any:
-    """A value given by its position."""
-    return Option(help, metavar, sets, None, None, None, required, positional=True)
+# Any: type checkers take the field's annotation for the type of what the user gives.
+option: Any = Option
+argument: Any = partial(Option, required=True, positional=True)
 
 
 class Options:

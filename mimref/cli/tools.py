@@ -88,7 +88,7 @@ def clear_cache(options: ClearOptions) -> None:
         freed, busy = clear(folder, passes)
         typer.echo(f"{freed / 1e6:,.1f} MB freed in {folder}")
         for key in busy:
-            typer.echo(f"{key} is being written and stays", err=True)
+            typer.echo(f"{key} is being written, and was left in place", err=True)
     if LISTINGS in keys if keys else options.cache is None:
         typer.echo(f"{clear_listings() / 1e6:,.1f} MB freed in {listings().folder}")
 
@@ -106,6 +106,6 @@ def verify_cache(options: CacheOptions) -> None:
     for key, files in damaged_files(folder):
         damaged += [f"{key}/{file}" for file in files]
         intact += not files
-    typer.echo(f"{intact} encoder passes in {folder} are intact")
+    typer.echo(f"{intact} passes of encoders in {folder} are intact")
     if damaged:
         raise DataError(f"damaged: {', '.join(damaged)}; they are computed again when needed, or clear them")
