@@ -4,53 +4,54 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 """
 
 import errno
+import sys
 import traceback
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
 from mimref import __version__
-from mimref.cli import benchmark, cache, comparison, evaluation, training, weights
+from mimref.cli import benchmark, evaluation, tools, training, weights
+from mimref.cli.parser import Group, add_command, add_group
 from mimref.errors import Interrupted, UserError
+
+COMMANDS: Mapping[str, Sequence[Callable[[Any], None]]] = {
+    "Refine": (training.refine, training.pretrain),
+    "Evaluate": (
+        evaluation.knn,
+        evaluation.lowshot,
+        evaluation.cluster,
+        evaluation.probe,
+        evaluation.analyze_blocks,
+        evaluation.compare,
+        evaluation.extract,
+    ),
+    "Weights": (weights.inspect, weights.export, weights.interpolate),
+}
+Commands = Mapping[str, Callable[[Any], None]]
+PRESETS: Commands = {"list": tools.list_presets, "show": tools.show_preset}
+CACHE: Commands = {"list": tools.list_cache, "clear": tools.clear_cache, "verify": tools.verify_cache}
+BENCHMARKS: Commands = {
+    "views": benchmark.benchmark_views,
+    "step": benchmark.benchmark_step,
+    "eval": benchmark.benchmark_eval,
+    "cost": benchmark.benchmark_cost,
+}
 
 app = typer.Typer(
     name="mimref",
+    cls=Group,
     help="Refine vision transformers that were pre-trained by masked image modelling.",
-    add_completion=False,
+    epilog="Examples:\n  mimref refine\n  mimref knn runs/refine-quickstart",
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
-for command in (
-    training.refine,
-    training.pretrain,
-    evaluation.knn,
-    evaluation.lowshot,
-    evaluation.cluster,
-    evaluation.probe,
-    comparison.analyze_blocks,
-    comparison.compare,
-    comparison.extract,
-    weights.inspect,
-    weights.export,
-    weights.interpolate,
-):
-    app.command()(command)
-presets_app = typer.Typer(help="The settings that ship with mimref.", rich_markup_mode=None)
-presets_app.command("list")(weights.list_presets)
-presets_app.command("show")(weights.show_preset)
-app.add_typer(presets_app, name="presets")
-cache_app = typer.Typer(help="Features and lists of images, kept on disk between commands.", rich_markup_mode=None)
-cache_app.command("list")(cache.list_cache)
-cache_app.command("clear")(cache.clear_cache)
-cache_app.command("verify")(cache.verify_cache)
-app.add_typer(cache_app, name="cache")
-benchmark_app = typer.Typer(help="Speed, measured on this machine.", rich_markup_mode=None)
-benchmark_app.command("views")(benchmark.benchmark_views)
-benchmark_app.command("step")(benchmark.benchmark_step)
-benchmark_app.command("eval")(benchmark.benchmark_eval)
-benchmark_app.command("cost")(benchmark.benchmark_cost)
-app.add_typer(benchmark_app, name="benchmark")
+for panel, functions in COMMANDS.items():
+    for function in functions:
+        add_command(app, function, panel=panel)
+add_group(app, "presets", "Show the settings that ship with mimref.", PRESETS)
+add_group(app, "cache", "List, clear or verify cached features and listings of images.", CACHE)
+add_group(app, "benchmark", "Measure speed and cost on this machine.", BENCHMARKS)
 
 
 @app.callback(invoke_without_command=True)
@@ -71,6 +72,8 @@ def run(args: Sequence[str]) -> int:
     A mistake is one line on standard error, after a traceback with `--debug`. Unexpected exceptions are not caught.
     """
     debug = "--debug" in args
+    # Rich draws help with boxes and colours, which only a terminal can use.
+    app.rich_markup_mode = "rich" if sys.stdout.isatty() else None
     try:
         # Ctrl-C where nothing can be saved comes back as typer's exit code 130.
         code = app(args=list(args), prog_name="mimref", standalone_mode=False)

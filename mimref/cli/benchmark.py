@@ -1,28 +1,14 @@
 """`mimref benchmark`: speed and cost, measured on this machine."""
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import typer
 
-from mimref.cli.options import (
-    ArchOption,
-    BatchSizeOption,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    ForceOption,
-    MicroBatchOption,
-    OutOption,
-    PrecisionOption,
-    PresetOption,
-    QuietOption,
-    SetOption,
-    SourceOption,
-)
-from mimref.cli.output import check_out, tell
+from mimref.cli.execution import note
+from mimref.cli.options import Data, Device, MicroBatch, Output, Preset, TrainedEncoder
 
 if TYPE_CHECKING:
     from mimref.refinement.config import RefineConfig
@@ -31,80 +17,80 @@ if TYPE_CHECKING:
 Facts = Sequence[tuple[str, str]]
 
 
-def benchmark_eval(
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+class BenchmarkOptions(Device, Output):
+    pass
+
+
+class StepOptions(TrainedEncoder, MicroBatch, Preset, Output):
+    def load_refine(self) -> "RefineConfig":
+        """The settings of the refinement that is measured."""
+        from mimref.config.presets import choose_refine_preset
+        from mimref.refinement.config import RefineConfig
+
+        return self.load(RefineConfig, choose_refine_preset(self.preset, self.arch, self.source, None))
+
+
+class CostOptions(StepOptions, Data):
+    pass
+
+
+def benchmark_eval(options: BenchmarkOptions) -> None:
     """Time the evaluations on synthetic features.
 
-    A sweep of ten k against one, k-means runs in all processes against one, and the classifiers of a linear probe
-    together against one by one.
+    A sweep of ten k against one, k-means in all processes against one, and the classifiers of a linear probe together
+    against one by one.
+
+    Examples:
+      mimref benchmark eval
     """
-    check_out(out, force)
+    options.check_out()
 
     from mimref.benchmarks.evaluations import benchmark_evaluations
     from mimref.devices import resolve_device
     from mimref.reports.terminal import Terminal, print_benchmark
 
-    started = time.monotonic()
-    target = str(resolve_device(device or "auto"))
-    with Terminal(quiet) as terminal:
-        rows = benchmark_evaluations(device=target, progress=lambda done, of: terminal.progress("timings", done, of))
+    started, device = time.monotonic(), str(resolve_device(options.device or "auto"))
+    with Terminal(options.quiet) as terminal:
+        rows = benchmark_evaluations(device=device, progress=partial(terminal.progress, "timings"))
     print_benchmark(rows)
-    if target != "cpu":
-        typer.echo(f"on {target}; k-means runs on the CPU")
-    _write("benchmark eval", out, {"device": target}, started, rows, quiet)
+    if device != "cpu":
+        typer.echo(f"on {device}; k-means runs on the CPU")
+    _write("benchmark eval", options, {"device": device}, started, rows)
 
 
-def benchmark_views(
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+def benchmark_views(options: BenchmarkOptions) -> None:
     """Time how fast images become views.
 
     Two global and ten local views of 500 x 375 JPEGs on one CPU thread, against torchvision's pipelines.
+
+    Examples:
+      mimref benchmark views --out runs/views
     """
-    check_out(out, force)
+    options.check_out()
 
     from mimref.benchmarks.views import benchmark_views as measure
     from mimref.devices import resolve_device
     from mimref.reports.terminal import Terminal, print_view_rates
 
-    started = time.monotonic()
-    target = str(resolve_device(device or "auto"))
-    with Terminal(quiet) as terminal:
-        rows = measure(device=target, progress=lambda done, of: terminal.progress("timings", done, of))
+    started, device = time.monotonic(), str(resolve_device(options.device or "auto"))
+    with Terminal(options.quiet) as terminal:
+        rows = measure(device=device, progress=partial(terminal.progress, "timings"))
     print_view_rates(rows)
-    _write("benchmark views", out, {"device": target}, started, rows, quiet)
+    _write("benchmark views", options, {"device": device}, started, rows)
 
 
-def benchmark_step(
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    batch_size: BatchSizeOption = None,
-    micro_batch: MicroBatchOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+def benchmark_step(options: StepOptions) -> None:
     """Time a training step on synthetic images.
 
     Time, memory, FLOPs and utilisation, in one pass of the encoder and in micro-batches; and the heads against a list
     of single ones. Without options: the quickstart's small encoder.
+
+    Examples:
+      mimref benchmark step
+      mimref benchmark step --preset mae_l16 --micro-batch 64
     """
-    config = _config(preset, sets, arch, source, batch_size, micro_batch, None, device, precision)
-    check_out(out, force)
+    config = options.load_refine()
+    options.check_out()
 
     from mimref.benchmarks.heads import benchmark_heads, heads_facts
     from mimref.benchmarks.step import benchmark_step as measure
@@ -112,102 +98,59 @@ def benchmark_step(
     from mimref.reports.terminal import Terminal
 
     started = time.monotonic()
-    with Terminal(quiet) as terminal:
-        steps = measure(config, progress=lambda done, of: terminal.progress("steps", done, of))
-        heads = benchmark_heads(
-            device=config.device,
-            precision=config.precision,
-            progress=lambda done, of: terminal.progress("heads", done, of),
-        )
-    facts = [*_where(steps), *step_facts(steps), *heads_facts(heads)]
-    _print(facts)
-    _write("benchmark step", out, config.model_dump(mode="json"), started, [*steps, *heads], quiet, facts)
+    with Terminal(options.quiet) as terminal:
+        steps = measure(config, progress=partial(terminal.progress, "steps"))
+        progress = partial(terminal.progress, "heads")
+        heads = benchmark_heads(device=config.device, precision=config.precision, progress=progress)
+    facts = [*step_facts(steps), *heads_facts(heads)]
+    _write("benchmark step", options, config.model_dump(mode="json"), started, [*steps, *heads], facts)
 
 
-def benchmark_cost(
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    batch_size: BatchSizeOption = None,
-    micro_batch: MicroBatchOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Tell what a preset costs: hours, memory, largest batch.
+def benchmark_cost(options: CostOptions) -> None:
+    """Estimate what a preset costs: hours, memory, largest batch.
 
-    A few measured steps extrapolated to all epochs; ImageNet's images where --data names none.
+    A few measured steps extrapolated to all epochs, on the images of --data or else ImageNet's.
+
+    Examples:
+      mimref benchmark cost --preset mae_l16
+      mimref benchmark cost --arch vit_b16 --data /data/my_images
     """
-    config = _config(preset, sets, arch, source, batch_size, micro_batch, data, device, precision)
-    check_out(out, force)
+    config = options.load_refine()
+    options.check_out()
 
     from mimref.benchmarks.cost import benchmark_cost as measure
     from mimref.benchmarks.cost import cost_facts
     from mimref.reports.terminal import Terminal
 
     started = time.monotonic()
-    with Terminal(quiet) as terminal:
-        cost = measure(config, progress=lambda done, of: terminal.progress("steps", done, of))
-    facts = [*_where(cost.rows), *cost_facts(cost)]
-    _print(facts)
-    _write("benchmark cost", out, config.model_dump(mode="json"), started, cost.rows, quiet, facts)
-
-
-def _config(
-    preset: str | None,
-    sets: list[str] | None,
-    arch: str | None,
-    source: str | None,
-    batch_size: str | None,
-    micro_batch: str | None,
-    data: str | None,
-    device: str | None,
-    precision: str | None,
-) -> "RefineConfig":
-    from mimref.config.load import load_config
-    from mimref.config.presets import choose_refine_preset
-    from mimref.refinement.config import RefineConfig
-
-    overrides: dict[str, Any] = {"encoder.arch": arch, "encoder.source": source, "batch_size": batch_size}
-    overrides |= {"micro_batch": micro_batch, "data.spec": data, "device": device, "precision": precision}
-    return load_config(RefineConfig, choose_refine_preset(preset, arch, source, None), overrides, sets or ())
-
-
-def _print(facts: Facts) -> None:
-    for what, much in facts:
-        typer.echo(f"{what}: {much}")
-
-
-def _where(rows: Sequence["Row"]) -> Facts:
-    """What the measurements were made with."""
-    keys = ("model", "heads", "views", "device", "precision", "threads")
-    row = next((row for row in rows if "model" in row), {})
-    return [("measured on", ", ".join(f"{key} {row[key]}" for key in keys if key in row))] if row else []
+    with Terminal(options.quiet) as terminal:
+        cost = measure(config, progress=partial(terminal.progress, "steps"))
+    _write("benchmark cost", options, config.model_dump(mode="json"), started, cost.rows, cost_facts(cost))
 
 
 def _write(
     command: str,
-    out: Path | None,
-    config: dict[str, Any],
+    options: Output,
+    settings: Mapping[str, object],
     started: float,
     rows: Sequence["Row"],
-    quiet: bool,
     facts: Facts = (),
 ) -> None:
-    """results.csv, results.json and, for facts, a Markdown block."""
-    if out is None:
+    """Print the facts, if any, and what they were measured with; with `--out`, write the results and the facts."""
+    keys = ("model", "heads", "views", "device", "precision", "threads")
+    setup = next((row for row in rows if "model" in row), {}) if facts else {}
+    if setup:
+        facts = [("measured on", ", ".join(f"{key} {setup[key]}" for key in keys if key in setup)), *facts]
+    for what, much in facts:
+        typer.echo(f"{what}: {much}")
+    if options.out is None:
         return
     from mimref.results import write_results
 
-    write_results(out, command, config, time.monotonic() - started, rows)
+    write_results(options.out, command, settings, time.monotonic() - started, rows)
     if facts:
         from mimref.benchmarks.cost import markdown
         from mimref.files import write_bytes
 
-        write_bytes(out / "results.md", markdown(facts, f"mimref {command}").encode())
-    tell(f"results in {out}", quiet)
+        write_bytes(options.out / "results.md", markdown(facts, f"mimref {command}").encode())
+    note(f"results in {options.out}", options)

@@ -1,309 +1,275 @@
-"""Commands that evaluate one encoder by one protocol."""
+"""Commands that evaluate encoders, and the one that writes their features."""
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from mimref.cli.execution import note, print_finished, report, run_on_ranks, write
 from mimref.cli.options import (
-    ArchOption,
-    BatchSizeOption,
-    BlocksOption,
-    CacheOption,
-    CheckpointArgument,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    DrawsOption,
-    EpochsOption,
-    FeaturesOption,
-    FinalNormOption,
-    ForceOption,
-    MetricsOption,
-    NeighboursOption,
-    OutOption,
-    PoolOption,
-    PrecisionOption,
-    PresetOption,
-    QuietOption,
-    ResolutionOption,
-    ResumeOption,
-    RunsOption,
-    SeedOption,
-    SelectOption,
-    SetOption,
-    ShotsOption,
-    SourceOption,
-    SplitOption,
-    TauOption,
-    WorkersOption,
-    common,
-    encoder_settings,
-    parse_floats,
-    parse_ints,
-    parse_names,
+    BATCH_SIZE,
+    CHECKPOINT,
+    Blocks,
+    Clustering,
+    Draws,
+    EncoderPass,
+    FinalNorm,
+    Force,
+    Output,
+    Pool,
+    Preset,
+    Resume,
+    Seed,
+    Split,
+    Subject,
+    Text,
+    read_floats,
+    read_ints,
+    read_names,
 )
-from mimref.cli.output import check_out, print_finished, report, tell
+from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError, OutputError
 
-if TYPE_CHECKING:
-    from mimref.evaluation.cluster.protocol import Embedding
-    from mimref.results import Row
+
+class KnnOptions(Subject, EncoderPass, Blocks, Output, panel="Protocol"):
+    k: Text = option("Neighbours that vote; default 10.", "10,20", "k", read_ints)
+    tau: Text = option("Temperatures of the votes; default 0.07.", "0.07,0.1", "tau", read_floats)
+    standardize: bool | None = option(
+        "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
+    )
+    per_class: bool | None = option("Report single classes as well.", sets="per_class")
 
 
-def knn(
-    checkpoint: CheckpointArgument = None,
-    features: FeaturesOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    k: NeighboursOption = None,
-    tau: TauOption = None,
-    standardize: Annotated[
-        bool | None, typer.Option("--standardize/--no-standardize", help="Scale every feature first; default on.")
-    ] = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="One result per class as well.")] = False,
-    blocks: BlocksOption = None,
-    pool: PoolOption = None,
-    final_norm: FinalNormOption = None,
-    resolution: ResolutionOption = None,
-    cache: CacheOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+def knn(options: KnnOptions) -> None:
     """Classify images by their nearest neighbours.
 
-    The training images vote on every validation image. Under torchrun the processes share the search. Without
-    arguments: the packaged tiny encoder on scikit-learn's digits.
+    The training images vote on every validation image.
+
+    Examples:
+      mimref knn
+      mimref knn runs/mae_l16 --k 1,10,20 --tau 0.07 --blocks all --per-class
     """
-    from mimref.config.load import load_config
     from mimref.evaluation.knn.config import KnnConfig
 
-    overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
-    overrides |= common(data, device, precision, None, workers)
-    overrides |= {"k": parse_ints("--k", k), "tau": parse_floats("--tau", tau)}
-    overrides |= {"standardize": standardize, "per_class": per_class or None}
-    config = load_config(KnnConfig, None, overrides, sets or ())
-    check_out(out, force)
+    config = options.load(KnnConfig)
+    options.check_out()
 
-    from mimref.distributed.group import process_group
     from mimref.evaluation.knn.protocol import evaluate_knn
-    from mimref.reports.terminal import Terminal, print_classes
+    from mimref.reports.terminal import print_classes
 
-    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
-        result = evaluate_knn(config, listener=terminal)
-    if rank == 0:
-        report(out, config, result, quiet)
-        if config.per_class:
-            print_classes(result.rows)
+    result = run_on_ranks(config, options, partial(evaluate_knn, config))
+    report(options, config, result)
+    if result is not None and config.per_class:
+        print_classes(result.rows)
 
 
-def lowshot(
-    checkpoint: CheckpointArgument = None,
-    features: FeaturesOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    shots: ShotsOption = None,
-    splits: DrawsOption = None,
-    split_files: Annotated[
-        list[str] | None,
-        typer.Option("--split-file", metavar="FILE", help="Training images by name, one per line; repeatable."),
-    ] = None,
-    blocks: BlocksOption = None,
-    pool: PoolOption = None,
-    final_norm: FinalNormOption = None,
-    resolution: ResolutionOption = None,
-    cache: CacheOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Classify images by a few labelled ones per class.
+class LowshotOptions(Subject, EncoderPass, Blocks, Draws, Seed, Output, panel="Protocol"):
+    split_files: list[str] | None = option(
+        "Names of the training images, one per line; repeatable.", "FILE", "split_files", flag="--split-file"
+    )
 
-    Logistic regression.
 
-    Without arguments: the packaged tiny encoder on scikit-learn's digits.
+def lowshot(options: LowshotOptions) -> None:
+    """Classify images from a few labelled ones per class.
+
+    Logistic regression on drawn images, or on those that files name.
+
+    Examples:
+      mimref lowshot --shots 1,5
+      mimref lowshot runs/mae_l16 --split-file 1shot_0.txt --split-file 1shot_1.txt
     """
-    from mimref.config.load import load_config
     from mimref.evaluation.lowshot.config import LowshotConfig
 
-    overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
-    overrides |= common(data, device, precision, seed, workers)
-    overrides |= {"shots": parse_ints("--shots", shots), "splits": splits, "split_files": split_files or None}
-    config = load_config(LowshotConfig, None, overrides, sets or ())
-    check_out(out, force)
+    config = options.load(LowshotConfig)
+    options.check_out()
 
-    from mimref.distributed.group import process_group
     from mimref.evaluation.lowshot.protocol import evaluate_lowshot
-    from mimref.reports.terminal import Terminal
 
-    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
-        result = evaluate_lowshot(config, listener=terminal)
-    if rank > 0:
-        return
-    report(out, config, result, quiet)
+    report(options, config, run_on_ranks(config, options, partial(evaluate_lowshot, config)))
 
 
-def cluster(
-    checkpoint: CheckpointArgument = None,
-    features: FeaturesOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    metrics: MetricsOption = None,
-    runs: RunsOption = None,
-    split: SplitOption = None,
-    classes: Annotated[
-        str | None, typer.Option("--classes", metavar="NAMES|FILE", help="Only these classes, or a file of names.")
-    ] = None,
-    umap: Annotated[
-        Path | None, typer.Option("--umap", metavar="FILE.png", help="Draw the images as points, coloured by class.")
-    ] = None,
-    blocks: BlocksOption = None,
-    pool: PoolOption = None,
-    final_norm: FinalNormOption = None,
-    resolution: ResolutionOption = None,
-    cache: CacheOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Output, panel="Protocol"):
+    classes: Text = option("Only these classes, or those in a file of names.", "NAMES|FILE", "classes")
+    umap: Path | None = option("Draw the images as points, coloured by class.", "FILE.png")
+
+
+def cluster(options: ClusterOptions) -> None:
     """Cluster images and compare the clusters with the classes.
 
-    k-means, best and mean of many runs.
+    Mini-batch k-means: the run of lowest inertia, and the mean of all runs.
 
-    Without arguments: the packaged tiny encoder on scikit-learn's digits.
+    Examples:
+      mimref cluster --metrics acc,nmi
+      mimref cluster runs/mae_l16 --classes food.txt --umap food.png
     """
-    from mimref.config.load import load_config
     from mimref.evaluation.cluster.config import ClusterConfig
 
-    overrides = encoder_settings(checkpoint, features, arch, source, blocks, pool, final_norm, resolution, cache)
-    overrides |= common(data, device, precision, seed, workers)
-    overrides |= {"metrics": parse_names(metrics), "runs": runs, "split": split, "classes": classes}
-    config = load_config(ClusterConfig, None, overrides, sets or ())
-    check_out(out, force)
-    if umap is not None:
-        _check_figure(umap, force)
+    config, umap = options.load(ClusterConfig), options.umap
+    options.check_out()
+    if umap is not None and umap.suffix.lower() != ".png":
+        raise ConfigError(f"--umap {umap}: figures are written as PNG; choose a file that ends in .png")
+    if umap is not None and umap.exists() and not options.force:
+        raise OutputError(f"--umap {umap}: exists; choose another file, or --force to replace it")
 
-    from mimref.distributed.group import process_group
     from mimref.evaluation.cluster.protocol import evaluate_cluster
-    from mimref.reports.terminal import Terminal
 
-    with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
-        result, embedding = evaluate_cluster(config, embed=umap is not None, listener=terminal)
-    if rank > 0:
+    found = run_on_ranks(config, options, partial(evaluate_cluster, config, embed=umap is not None))
+    if found is None:
         return
-    report(out, config, result, quiet)
+    result, embedding = found
+    report(options, config, result)
     if embedding is not None and umap is not None:
-        _draw_embedding(umap, embedding, result.rows)
-        tell(f"figure in {umap}", quiet)
+        from mimref.reports.figures import plot_embedding
+        from mimref.reports.tables import scores_line
+
+        title, caption = str(result.rows[0]["model"]), scores_line(result.rows)
+        plot_embedding(umap, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)
+        note(f"figure in {umap}", options)
 
 
-def probe(
-    checkpoint: CheckpointArgument = None,
-    features: FeaturesOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    preset: PresetOption = None,
-    cached: Annotated[
-        bool, typer.Option("--cached", help="Train on cached features of centre crops: many times faster.")
-    ] = False,
-    epochs: EpochsOption = None,
-    batch_size: BatchSizeOption = None,
-    select: SelectOption = None,
-    final_norm: Annotated[
-        bool | None, typer.Option("--final-norm/--no-final-norm", help="The encoder's last norm; default on.")
-    ] = None,
-    resolution: ResolutionOption = None,
-    cache: CacheOption = None,
-    resume: ResumeOption = False,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol"):
+    cached: bool | None = option("Train on cached features of centre crops: many times faster.", sets="cached")
+    epochs: Text = option("Passes over the images.", "N", "probe.epochs")
+    batch_size: Text = option(BATCH_SIZE, "N", "probe.batch_size")
+    select: Text = option("Images that choose the classifier; default test.", "test|val-split", "probe.select")
+    final_norm: bool | None = option(
+        "The encoder's final norm; default on.", sets="final_norm", flag="--final-norm/--no-final-norm"
+    )
+
+    def state_file(self) -> Path | None:
+        """Where an interrupted probe continues from; without `--resume`, `--force` removes an old one."""
+        state = self.out / "state" / "probe.pt" if self.out else None
+        if state is None and self.resume:
+            raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
+        if state is not None and state.exists() and not self.resume:
+            if not self.force:
+                raise OutputError(f"{self.out}: holds an unfinished probe; --resume continues it, --force starts over")
+            state.unlink(missing_ok=True)  # another process of this run may have been first
+        return state
+
+
+def probe(options: ProbeOptions) -> None:
     """Train linear classifiers on the frozen encoder.
 
-    DINOv2's protocol: a grid of them, of which the best one counts. With --out an interrupted probe can be continued by
-    --resume. Without arguments: the packaged tiny encoder on scikit-learn's digits.
+    DINOv2's protocol: a grid of classifiers, of which the best counts. With --out an interrupted probe can be
+    continued by --resume.
+
+    Examples:
+      mimref probe --cached
+      mimref probe runs/mae_l16 --out runs/probe
     """
-    from mimref.config.load import load_config
     from mimref.evaluation.probe.config import ProbeConfig
 
-    overrides = encoder_settings(checkpoint, features, arch, source, None, None, final_norm, resolution, cache)
-    overrides |= common(data, device, precision, seed, workers)
-    overrides |= {"cached": cached or None, "probe.epochs": epochs, "probe.batch_size": batch_size}
-    config = load_config(ProbeConfig, preset, overrides | {"probe.select": select}, sets or ())
-    if resume and out and print_finished(out, config.command):
+    config = options.load(ProbeConfig, options.preset)
+    if options.resume and options.out and print_finished(options.out, config.command):
         return
-    check_out(out, force)
-    state = _state_file(out, resume=resume, force=force)
+    options.check_out()
+    state = options.state_file()
 
-    from mimref.distributed.group import process_group
     from mimref.evaluation.probe.protocol import evaluate_probe
-    from mimref.reports.terminal import Terminal
 
     advice = "--resume continues the probe" if state else "run it again, with --out to be able to --resume it"
-    with process_group(config.device, advice=advice) as rank, Terminal(quiet or rank > 0) as terminal:
-        result = evaluate_probe(config, state=state, listener=terminal)
-    if rank > 0:
-        return
-    report(out, config, result, quiet)
-    if state is not None:
+    result = run_on_ranks(config, options, partial(evaluate_probe, config, state=state), advice=advice)
+    report(options, config, result)
+    if result is not None and state is not None:
         state.unlink(missing_ok=True)
 
 
-def _draw_embedding(file: Path, embedding: "Embedding", rows: Sequence["Row"]) -> None:
-    """The images as points, with the clustering's scores under them."""
-    from mimref.reports.figures import plot_embedding
-    from mimref.reports.tables import scores_line
-
-    title, caption = str(rows[0]["model"]), scores_line(rows)
-    plot_embedding(file, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)
-
-
-def _check_figure(file: Path, force: bool) -> None:
-    if file.suffix.lower() != ".png":
-        raise ConfigError(f"--umap {file}: a figure is written as PNG; give a file that ends in .png")
-    if file.exists() and not force:
-        raise OutputError(f"--umap {file}: exists; give another file, or --force to replace it")
+class BlocksOptions(EncoderPass, Pool, Preset, Seed, Output, panel="Protocol"):
+    checkpoints: list[str] | None = argument(
+        f"{CHECKPOINT}; several are compared.", "CKPT", "checkpoints", required=False
+    )
+    k: Text = option("Neighbours that vote; default 10.", "K", "k")
+    tau: Text = option("Temperature of the votes; default 0.07.", "T", "tau")
+    reconstruction: bool | None = option("Train a light decoder on every block as well (Fig. 6).", sets="reconstruct")
 
 
-def _state_file(out: Path | None, *, resume: bool, force: bool) -> Path | None:
-    """Where an interrupted probe is continued from; one that is not to be continued is refused, or removed by force."""
-    if out is None:
-        if resume:
-            raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
-        return None
-    state = out / "state" / "probe.pt"
-    if state.exists() and not resume:
-        if not force:
-            raise OutputError(f"{out}: holds an unfinished probe; --resume continues it, --force starts anew")
-        state.unlink(missing_ok=True)  # another process of this run may have been first
-    return state
+def analyze_blocks(options: BlocksOptions) -> None:
+    """Score every block, and recommend blocks for the heads.
+
+    k-NN accuracy and feature statistics per block, and a figure with --out. Without CKPT: the packaged tiny encoder on
+    scikit-learn's digits.
+
+    Examples:
+      mimref analyze-blocks
+      mimref analyze-blocks mae_l16 runs/mae_l16 --data /data/imagenet --out runs/blocks
+    """
+    from mimref.evaluation.blocks.config import BlocksConfig
+
+    config = options.load(BlocksConfig, options.preset or (None if options.checkpoints else "quickstart"))
+    options.check_out()
+
+    from mimref.evaluation.blocks.protocol import evaluate_blocks
+    from mimref.reports.terminal import print_blocks
+
+    result = run_on_ranks(config, options, partial(evaluate_blocks, config))
+    if result is None:
+        return
+    print_blocks(result.rows, result.heads)
+    write(options, config, result)
+    if options.out is not None:
+        from mimref.reports.figures import plot_blocks
+
+        plot_blocks(options.out / "blocks.png", result.rows, heads=result.heads)
+        note(f"figure in {options.out / 'blocks.png'}", options)
+
+
+class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Output, panel="Protocol"):
+    base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
+    refined: list[str] = argument("Weights to compare with BASE.", "REFINED", "refined")
+    protocols: Text = option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols", read_names)
+
+
+def compare(options: CompareOptions) -> None:
+    """Measure several encoders by the same protocols.
+
+    With --out: a table as CSV, JSON and Markdown, and a figure.
+
+    Examples:
+      mimref compare quickstart runs/refine-quickstart
+      mimref compare mae_l16 runs/mae_l16 --data /data/imagenet --out runs/compared
+    """
+    from mimref.evaluation.config import CompareConfig
+
+    config = options.load(CompareConfig)
+    options.check_out()
+
+    from mimref.evaluation.compare import compare_encoders
+    from mimref.reports.terminal import print_comparison
+
+    result = run_on_ranks(config, options, partial(compare_encoders, config))
+    if result is None:
+        return
+    first = str(result.rows[0]["model"])
+    print_comparison(result.rows, first)
+    write(options, config, result)
+    if options.out is not None:
+        from mimref.files import write_bytes
+        from mimref.reports.figures import plot_comparison
+        from mimref.reports.tables import markdown_table
+
+        write_bytes(options.out / "results.md", markdown_table(result.rows, first).encode())
+        plot_comparison(options.out / "comparison.png", result.rows, first)
+
+
+class ExtractOptions(EncoderPass, Blocks, Split, Force, panel="Output"):
+    checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT", "checkpoint")
+    out: Path = option("File to write.", "FILE.npz|FILE.parquet", required=True)
+
+
+def extract(options: ExtractOptions) -> None:
+    """Write features to a file for other programs.
+
+    Arrays in the order of the images: x, y where the images have labels, and paths.
+
+    Examples:
+      mimref extract quickstart --out features.npz
+      mimref extract runs/mae_l16 --blocks 18,24 --data /data/my_images --out features.parquet
+    """
+    from mimref.features.config import ExtractConfig
+
+    config = options.load(ExtractConfig)
+
+    from mimref.features.extraction import extract_to_file
+
+    shape = run_on_ranks(config, options, partial(extract_to_file, config, options.out, force=options.force))
+    if shape is not None:
+        note(f"features {' x '.join(map(str, shape))} in {options.out}", options)

@@ -1,205 +1,130 @@
 """`mimref refine` and `mimref pretrain`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
-import typer
-
-from mimref.cli.options import (
-    ArchOption,
-    BatchSizeOption,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    DryRunOption,
-    EncoderEpochsOption,
-    EpochsOption,
-    ForceOption,
-    HeadsEpochsOption,
-    HeadsFromOption,
-    HeadsOption,
-    MicroBatchOption,
-    OutOption,
-    PrecisionOption,
-    PresetOption,
-    QuietOption,
-    ResumeOption,
-    SeedOption,
-    SetOption,
-    SourceOption,
-    StageOption,
-    WeightsOption,
-    WorkersOption,
-    common,
-    default_out,
-    print_facts,
-)
-from mimref.cli.output import print_finished
+from mimref.cli.execution import note, print_facts, print_finished, run_on_ranks
+from mimref.cli.options import Batch, Images, MicroBatch, Preset, Resume, Seed, Text, TrainedArch, TrainedEncoder
+from mimref.cli.parser import option
 
 if TYPE_CHECKING:
     from mimref.config.run import RunConfig
+    from mimref.pretraining.run import PretrainResult
     from mimref.progress import Listener
-    from mimref.results import Row
+    from mimref.refinement.run import RefineResult
 
-_Config = TypeVar("_Config", bound="RunConfig", contravariant=True)
+    TrainingResult = RefineResult | PretrainResult
 
 
-def refine(
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    weights: WeightsOption = None,
-    epochs: EncoderEpochsOption = None,
-    heads_epochs: HeadsEpochsOption = None,
-    stage: StageOption = None,
-    heads_from: HeadsFromOption = None,
-    batch_size: BatchSizeOption = None,
-    micro_batch: MicroBatchOption = None,
-    heads: HeadsOption = None,
-    out: OutOption = None,
-    resume: ResumeOption = False,
-    force: ForceOption = False,
-    dry_run: DryRunOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+class TrainingOptions(Images, Batch, Preset, Seed, Resume):
+    def resumed_preset(self) -> str | None:
+        """The settings of the run that `--resume --out DIR` continues, so that they need not be repeated.
+
+        None with `--preset`: the run compares its settings with those that it started with.
+        """
+        if not self.resume or self.preset is not None or self.out is None or not (self.out / "config.toml").is_file():
+            return None
+        return str(self.out / "config.toml")
+
+
+class Weights(TrainedEncoder, panel="Encoder"):
+    weights: Text = option("Weights to refine; names such as mae_l16 are fetched.", "FILE|NAME", "encoder.weights")
+
+
+class RefineOptions(Weights, MicroBatch, TrainingOptions, panel="Training"):
+    epochs: Text = option("Epochs of stage 2.", "N", "encoder_stage.epochs")
+    heads_epochs: Text = option("Epochs of stage 1.", "N", "heads_stage.epochs")
+    stage: Text = option("Which stages to run; default both.", "both|heads|encoder", "stage")
+    heads_from: Text = option("Reuse another run's heads; runs stage 2 only.", "DIR", "heads_from")
+    heads: Text = option("Blocks with a head: 17-24, 20,22,24, last8 or auto.", "BLOCKS", "heads.blocks")
+    dry_run: bool = option("Print the settings, sizes and steps; write nothing.")
+
+    def chosen_preset(self) -> str:
+        """The preset that the options ask for; published weights determine architecture and source."""
+        from mimref.config.presets import choose_refine_preset
+        from mimref.encoders.published import find_published
+
+        known = find_published(self.weights) if self.weights else None
+        arch = self.arch or (known.arch if known else None)
+        source = self.source or (known.source if known else None)
+        return choose_refine_preset(self.preset, arch, source, self.weights)
+
+
+def refine(options: RefineOptions) -> None:
     """Refine an encoder with contrastive heads.
 
-    First the heads on the frozen encoder (stage 1), then heads and encoder together (stage 2); then a table of the
+    Stage 1 trains the heads on the frozen encoder, stage 2 heads and encoder together; then a table compares the
     encoder before and after. Without options: the packaged tiny encoder on scikit-learn's digits.
+
+    Examples:
+      mimref refine
+      mimref refine --arch vit_l16 --source mae --data /data/imagenet --dry-run
+      mimref refine --weights runs/my_mae --preset mae_b16 --data /data/my_images
     """
-    from mimref.config.load import load_config
     from mimref.refinement.config import RefineConfig
 
-    overrides = {
-        "encoder.arch": arch,
-        "encoder.source": source,
-        "encoder.weights": weights,
-        "encoder_stage.epochs": epochs,
-        "heads_stage.epochs": heads_epochs,
-        "stage": stage or ("encoder" if heads_from else None),
-        "heads_from": heads_from,
-        "batch_size": batch_size,
-        "micro_batch": micro_batch,
-        "heads.blocks": heads,
-    } | common(data, device, precision, seed, workers)
-    chosen = _resumed_config(out, resume, preset) or _refine_preset(preset, arch, source, weights)
-    config = load_config(RefineConfig, chosen, overrides, sets or ())
-    out = out or default_out(config)
-    if dry_run:
+    if options.heads_from and not options.stage:
+        options.stage = "encoder"
+    config = options.load(RefineConfig, options.resumed_preset() or options.chosen_preset())
+    if options.dry_run:
         from mimref.refinement.dry_run import describe
         from mimref.refinement.plan import make_plan
 
-        print_facts(describe(make_plan(config)) | {"output": str(out)})
-        return
-    if resume and print_finished(out, config.command):
-        return
+        print_facts(describe(make_plan(config)) | {"output": str(_folder(config, options))})
+    elif not (options.resume and print_finished(_folder(config, options), config.command)):
+        from mimref.refinement.run import refine as run_refine
 
-    from mimref.refinement.run import refine as run_refine
-
-    _train_together(run_refine, config, out, resume, force, quiet)
+        _train(run_refine, config, options)
 
 
-def pretrain(
-    preset: PresetOption = None,
-    sets: SetOption = None,
-    data: DataOption = None,
-    arch: ArchOption = None,
-    epochs: EpochsOption = None,
-    batch_size: BatchSizeOption = None,
-    out: OutOption = None,
-    resume: ResumeOption = False,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    seed: SeedOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+class PretrainOptions(TrainedArch, TrainingOptions, panel="Training"):
+    epochs: Text = option("Passes over the images.", "N", "mae.epochs")
+
+
+def pretrain(options: PretrainOptions) -> None:
     """Train a masked autoencoder to start from.
 
-    For images or sizes without public weights. Without options: makes the packaged tiny encoder again.
+    For images or sizes without public weights. Without options: the packaged tiny encoder again.
+
+    Examples:
+      mimref pretrain --preset quickstart
+      mimref pretrain --preset mae_b16 --data /data/my_images --out runs/my_mae
     """
-    from mimref.config.load import load_config
     from mimref.config.presets import choose_pretrain_preset
     from mimref.pretraining.config import PretrainConfig
 
-    overrides = {"encoder.arch": arch, "mae.epochs": epochs, "batch_size": batch_size}
-    overrides |= common(data, device, precision, seed, workers)
-    chosen = _resumed_config(out, resume, preset) or choose_pretrain_preset(preset, arch)
-    config = load_config(PretrainConfig, chosen, overrides, sets or ())
-    out = out or default_out(config)
-    if resume and print_finished(out, config.command):
-        return
+    preset = options.resumed_preset() or choose_pretrain_preset(options.preset, options.arch)
+    config = options.load(PretrainConfig, preset)
+    if not (options.resume and print_finished(_folder(config, options), config.command)):
+        from mimref.pretraining.run import pretrain as run_pretrain
 
-    from mimref.pretraining.run import pretrain as run_pretrain
-
-    _train_together(run_pretrain, config, out, resume, force, quiet)
+        _train(run_pretrain, config, options)
 
 
-def _refine_preset(preset: str | None, arch: str | None, source: str | None, weights: str | None) -> str:
-    """The preset that the options ask for; the name of published weights says what they are."""
-    from mimref.config.presets import choose_refine_preset
-    from mimref.encoders.published import find_published
-
-    known = find_published(weights) if weights else None
-    return choose_refine_preset(
-        preset, arch or (known.arch if known else None), source or (known.source if known else None), weights
-    )
+def _folder(config: "RunConfig", options: TrainingOptions) -> Path:
+    """`--out`; else `runs/refine-mae_l16` for the preset refine/mae_l16, `runs/refine-mine` for my/mine.toml."""
+    preset = config.preset or "default"
+    name = preset.removeprefix(f"{config.command}/").replace("/", "-")
+    name = Path(preset).stem if preset.endswith(".toml") else name
+    return options.out or Path("runs") / f"{config.command}-{name}"
 
 
-class _Result(Protocol):
-    @property
-    def rows(self) -> list["Row"]: ...
-
-
-class _Training(Protocol[_Config]):
-    """`refine` or `pretrain` of the library."""
-
-    def __call__(
-        self, config: _Config, out: Path, *, resume: bool, force: bool, listener: "Listener | None"
-    ) -> _Result: ...
-
-
-def _train_together(
-    training: _Training[_Config], config: _Config, out: Path, resume: bool, force: bool, quiet: bool
-) -> None:
-    """Train with whatever processes torchrun has started; the first one speaks."""
-    from mimref.distributed.group import process_group
-    from mimref.reports.terminal import Terminal
+def _train(training: "Callable[..., TrainingResult]", config: "RunConfig", options: TrainingOptions) -> None:
+    """Train in the processes that torchrun has started; the first prints."""
+    from mimref.reports.terminal import print_rows
     from mimref.training.folder import RunFolder
 
-    advice = "the last saved state is kept: --resume continues, and torchrun --max-restarts does so by itself"
-    with process_group(config.device, advice=advice) as rank, Terminal(quiet or rank > 0) as terminal:
-        # torchrun starts all processes again when one has died, with the same command.
+    out = _folder(config, options)
+
+    def work(listener: "Listener") -> "TrainingResult":
+        # torchrun restarts all processes when one has died, with the same command.
         again = RunFolder(out).continues_launch()
-        result = training(config, out, resume=resume or again, force=force and not again, listener=terminal)
-    if rank == 0:
-        _print_trained(out, result.rows, quiet)
+        resume, force = options.resume or again, options.force and not again
+        return training(config, out, resume=resume, force=force, listener=listener)
 
-
-def _resumed_config(out: Path | None, resume: bool, preset: str | None) -> str | None:
-    """The settings of the run that `--resume --out DIR` continues, so that they need not be given again.
-
-    A preset given all the same is not passed over: the run compares its settings with those it was started with.
-    """
-    if not resume or preset is not None or out is None or not (out / "config.toml").is_file():
-        return None
-    return str(out / "config.toml")
-
-
-def _print_trained(out: Path, rows: Sequence["Row"], quiet: bool) -> None:
-    """Results of a run that has written its folder by itself."""
-    from mimref.reports.terminal import print_rows
-
-    print_rows(rows)
-    if not quiet:
-        typer.echo(f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}", err=True)
+    advice = "the last saved state is kept: --resume continues, and torchrun --max-restarts does so by itself"
+    result = run_on_ranks(config, options, work, advice=advice)
+    if result is not None:
+        print_rows(result.rows)
+        note(f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}", options)

@@ -1,154 +1,111 @@
-"""Commands on weights files, and on the presets that ship."""
+"""`mimref inspect`, `export` and `interpolate`: weights files."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import typer
 
-from mimref.cli.options import (
-    ArchOption,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    ForceOption,
-    OutOption,
-    PrecisionOption,
-    QuietOption,
-    SetOption,
-    SourceOption,
-    WorkersOption,
-    common,
-    parse_floats,
-    print_facts,
-)
+from mimref.cli.execution import note, print_facts
+from mimref.cli.options import CHECKPOINT, Debug, Force, Images, Output, Text, arch_option, read_floats, source_option
+from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError
 
 
-def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A weights file, or a run's output folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
-    debug: DebugOption = False,
-) -> None:
-    """Tell what a weights file is.
+class InspectOptions(Debug, panel="Output"):
+    file: str = argument("Weights file, run folder or published name.", "FILE")
+    as_json: bool = option("Everything, for programs.", flag="--json")
 
-    Its format, its architecture, and what becomes of its tensors.
+
+def inspect(options: InspectOptions) -> None:
+    """Show what a weights file is.
+
+    Its format and architecture, where its tensors go, and what is dropped.
+
+    Examples:
+      mimref inspect quickstart
+      mimref inspect mae_pretrain_vit_large.pth --json
     """
     from mimref.encoders.inspection import inspect_file
     from mimref.reports.terminal import print_inspection
 
-    inspection = inspect_file(file)
-    if as_json:
+    inspection = inspect_file(options.file)
+    if options.as_json:
         typer.echo(json.dumps(inspection.to_dict(), indent=2))
     else:
         print_inspection(inspection)
 
 
-def interpolate(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Weights before refining, a file or a run's folder.")],
-    refined: Annotated[str, typer.Argument(metavar="REFINED", help="Weights after it.")],
-    alpha: Annotated[
-        str | None, typer.Option("--alpha", metavar="A,B,...", help="Shares of REFINED; default 0,0.25,0.5,0.75,1.")
-    ] = None,
-    data: DataOption = None,
-    sets: SetOption = None,
-    out: OutOption = None,
-    force: ForceOption = False,
-    device: DeviceOption = None,
-    precision: PrecisionOption = None,
-    workers: WorkersOption = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Average the weights of two encoders.
+class ExportOptions(Force, panel="Encoder"):
+    checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT")
+    to: Literal["timm", "release", "onnx"] = option("Target format.", required=True)
+    out: Path = option("File to write; its ending must fit --to.", "FILE", required=True)
+    blocks: Text = option("Outputs of the ONNX graph; default last. Requires --to onnx.", "last|all|1,5,12")
+    resolution: int | None = option("Default: the encoder's own.", "PIXELS", min=1)
+    arch: Text = arch_option()
+    source: Text = source_option()
+    num_heads: int | None = option("Attention heads, where they cannot be inferred from the weights.", "N", min=1)
 
-    With --data the k-NN accuracy of every average is told.
+
+def export(options: ExportOptions) -> None:
+    """Write an encoder in another format, read it again and compare.
+
+    timm: for timm.create_model with checkpoint_path. release: the layout of the MIM-Refiner releases. onnx: a graph
+    whose outputs are the tokens of the chosen blocks.
+
+    Examples:
+      mimref export runs/mae_l16 --to timm --out refined.pth
+      mimref export runs/mae_l16 --to onnx --out refined.onnx --blocks 18,24
     """
-    from mimref.config.load import load_config
-    from mimref.evaluation.config import InterpolateConfig
-
-    overrides: dict[str, Any] = {"base": base, "refined": refined, "alpha": parse_floats("--alpha", alpha)}
-    config = load_config(
-        InterpolateConfig, None, overrides | common(data, device, precision, None, workers), sets or ()
-    )
-
-    from mimref.evaluation.interpolate import interpolate as average
-    from mimref.reports.terminal import Terminal, print_rows
-
-    out = out or Path("runs") / "interpolate"
-    with Terminal(quiet) as terminal:
-        result = average(config, out, force=force, listener=terminal)
-    print_rows(result.rows)
-    if not quiet:
-        typer.echo(f"{len(config.alpha)} encoders in {out}", err=True)
-
-
-def export(
-    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Weights file or the output folder of `refine`.")],
-    to: Annotated[Literal["timm", "release", "onnx"], typer.Option("--to", help="Who shall read it.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write; its ending must fit --to.")],
-    blocks: Annotated[
-        str | None, typer.Option("--blocks", metavar="last|all|1,5,12", help="Outputs of ONNX; default last.")
-    ] = None,
-    resolution: Annotated[
-        int | None, typer.Option("--resolution", metavar="PIXELS", min=1, help="Default: the encoder's own.")
-    ] = None,
-    arch: ArchOption = None,
-    source: SourceOption = None,
-    num_heads: Annotated[
-        int | None,
-        typer.Option("--num-heads", metavar="N", min=1, help="Attention heads, where CKPT does not tell."),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Write an encoder in another format.
-
-    The file is read again and its features compared.
-
-    timm: for timm.create_model(..., checkpoint_path=FILE). release: the layout of the MIM-Refiner releases. onnx: a
-    graph with the chosen blocks' tokens as outputs.
-    """
-    if blocks is not None and to != "onnx":
-        raise ConfigError(f"--blocks {blocks}: goes with --to onnx alone; --to {to} keeps every block")
+    to, out, force = options.to, options.out, options.force
+    if options.blocks is not None and to != "onnx":
+        raise ConfigError(f"--blocks {options.blocks}: requires --to onnx; --to {to} keeps every block")
 
     from mimref.encoders.export import export_release, export_timm, read_encoder
     from mimref.encoders.onnx import export_onnx
     from mimref.features.encode import block_groups
     from mimref.reports.terminal import Terminal
 
-    with Terminal(quiet) as terminal:
-        encoder, facts = read_encoder(
-            checkpoint, arch=arch, source=source, num_heads=num_heads, resolution=resolution, listener=terminal
-        )
+    hints = {name: getattr(options, name) for name in ("arch", "source", "num_heads", "resolution")}
+    with Terminal(options.quiet) as terminal:
+        encoder, facts = read_encoder(options.checkpoint, **hints, listener=terminal)
         if to == "timm":
             done = export_timm(encoder, out, facts, force=force, listener=terminal)
         elif to == "release":
             done = export_release(encoder, out, facts, force=force, listener=terminal)
         else:
-            chosen = [number for group in block_groups(blocks or "last", encoder.depth).values() for number in group]
-            done = export_onnx(encoder, out, facts, chosen, force=force, listener=terminal)
+            groups = block_groups(options.blocks or "last", encoder.depth)
+            blocks = [number for group in groups.values() for number in group]
+            done = export_onnx(encoder, out, facts, blocks, force=force, listener=terminal)
     name = {"timm name": done.timm_name or "none of these sizes"} if to == "timm" else {}
     difference = {"largest difference": f"{done.difference:.1e}"}
     print_facts({"file": str(done.path)} | name | {"read with": done.read_with} | difference)
 
 
-def list_presets(debug: DebugOption = False) -> None:
-    """Name and first line of every preset."""
-    from mimref.config.presets import preset_names, preset_text
-
-    names = preset_names()
-    width = max(map(len, names), default=0)
-    for name in names:
-        first_line = preset_text(name).partition("\n")[0]
-        typer.echo(
-            f"{name:{width}}  {first_line.removeprefix('#').strip() if first_line.startswith('#') else ''}".rstrip()
-        )
+class InterpolateOptions(Images, Output, panel="Encoder"):
+    base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
+    refined: str = argument("Weights after refining.", "REFINED", "refined")
+    alpha: Text = option("Shares of REFINED; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha", read_floats)
 
 
-def show_preset(name: Annotated[str, typer.Argument(metavar="NAME")], debug: DebugOption = False) -> None:
-    """Print a preset's file, with its comments."""
-    from mimref.config.presets import preset_text
+def interpolate(options: InterpolateOptions) -> None:
+    """Average the weights of two encoders.
 
-    typer.echo(preset_text(name), nl=False)
+    With --data, the k-NN accuracy of every average is reported.
+
+    Examples:
+      mimref interpolate quickstart runs/refine-quickstart --data digits
+      mimref interpolate mae_l16 runs/mae_l16 --alpha 0,0.5,1 --out runs/averages
+    """
+    from mimref.evaluation.config import InterpolateConfig
+
+    config = options.load(InterpolateConfig)
+
+    from mimref.evaluation.interpolate import interpolate as average
+    from mimref.reports.terminal import Terminal, print_rows
+
+    out = options.out or Path("runs") / "interpolate"
+    with Terminal(options.quiet) as terminal:
+        result = average(config, out, force=options.force, listener=terminal)
+    print_rows(result.rows)
+    note(f"{len(config.alpha)} encoders in {out}", options)

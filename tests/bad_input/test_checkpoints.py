@@ -68,13 +68,10 @@ def test_not_allowed(tmp_path: Path) -> None:
     "content",
     [
         b"hello, this is text\n" * 10,
-        b"{}",
         b"\x00" * 100,
-        b"\x89PNG\r\n\x1a\n" + bytes(range(200)),
         b"PK\x03\x04 but no archive",
         struct.pack("<Q", 10**15) + b"{" + b" " * 50,
         struct.pack("<Q", 2) + b"{]",
-        bytes(range(256)) * 4,
     ],
 )
 def test_other_kinds_of_files(tmp_path: Path, content: bytes) -> None:
@@ -92,11 +89,7 @@ def test_zero_bytes(tmp_path: Path) -> None:
     "content",
     [
         {},
-        [],
-        3,
         None,
-        "text",
-        {"model": {}},
         {"model": 5},
         {"epoch": 3, "lr": 0.1},
         [torch.zeros(2)],
@@ -111,17 +104,17 @@ def test_pickles_without_named_tensors(tmp_path: Path, content: object) -> None:
 # --- damaged
 
 
-@pytest.mark.parametrize("keep", [1, 8, 9, 100, 0.3, 0.9, -1])
+@pytest.mark.parametrize("size", [1, 9, 0.3, -1])
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
-def test_truncated(tmp_path: Path, kind: str, keep: float) -> None:
+def test_truncated(tmp_path: Path, kind: str, size: float) -> None:
     path = tmp_path / "weights.any"
     if kind == "safetensors":
         write_safetensors(path)
     else:
         torch.save(state(), path, _use_new_zipfile_serialization=kind == "zip")
     content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    assert "damaged" in (message := refusal(path)) or "not a checkpoint, or a damaged one" in message
+    path.write_bytes(content[: int(size * len(content)) if isinstance(size, float) else size])
+    assert "damaged" in refusal(path)
 
 
 def test_single_bytes_changed(tmp_path: Path) -> None:
@@ -132,7 +125,7 @@ def test_single_bytes_changed(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for source in (good, tmp_path / "good.pth"):
         content = source.read_bytes()
-        for _ in range(60):
+        for _ in range(20):
             at = int(torch.randint(min(len(content), 3000), (1,), generator=generator))
             byte = int(torch.randint(256, (1,), generator=generator))
             path.write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])
@@ -144,7 +137,7 @@ def test_single_bytes_changed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    ["{", "nonsense", "[1, 2]", "3", '"text"', "null", "[" * 100_000],
+    ["{", "[1, 2]", "null", "[" * 100_000],
 )
 def test_headers_that_are_no_json_objects(tmp_path: Path, header: str) -> None:
     path = write_safetensors(tmp_path / "a.safetensors", mimref=header)
@@ -155,12 +148,9 @@ def test_headers_that_are_no_json_objects(tmp_path: Path, header: str) -> None:
     "architecture",
     [
         None,
-        [],
         "vit_l16",
-        {},
         {"name": "custom"},
         TINY.to_dict() | {"colour": "red"},
-        TINY.to_dict() | {"width": "wide"},
         TINY.to_dict() | {"width": 32.0},
         TINY.to_dict() | {"depth": -1},
         TINY.to_dict() | {"num_heads": 5},
@@ -255,7 +245,6 @@ def test_mixed_and_other_widths(tmp_path: Path) -> None:
     ("positions", "shape"),
     [
         (torch.zeros(1, 16, 32), "(1, 16, 32)"),  # no square
-        (torch.zeros(1, 1, 32), "(1, 1, 32)"),
         (torch.zeros(17, 32), "(17, 32)"),
         (torch.zeros(1, 26, 48), "(1, 17, 48)"),
         (torch.zeros(2, 26, 32), "(1, 17, 32)"),
@@ -267,7 +256,7 @@ def test_positions_of_other_shapes(tmp_path: Path, positions: torch.Tensor, shap
     assert "pos_embed has shape" in refusal(changed(tmp_path, pos_embed=positions))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
 def test_tensors_that_are_no_real_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
     message = refusal(changed(tmp_path, norm__bias=torch.zeros(32, dtype=dtype)))
     assert message.endswith(f"norm.bias is of type {str(dtype).removeprefix('torch.')} instead of float32")
@@ -286,7 +275,7 @@ def test_a_text_models_checkpoint(tmp_path: Path) -> None:
     assert "cls_token is missing" in message and "and 28 more" in message
 
 
-def test_a_header_is_kept_apart_from_foreign_files(tmp_path: Path) -> None:
+def test_foreign_files_have_no_header(tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "timm.safetensors", format="pt")
     checkpoint: Checkpoint = read_checkpoint(path)
     assert checkpoint.header == {} and checkpoint.architecture is None

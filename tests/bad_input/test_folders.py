@@ -37,15 +37,16 @@ def test_missing_empty_and_foreign_folders(
     (tmp_path / "documents" / "a.txt").write_text("text")
     (tmp_path / "file.png").write_text("")
     for name, message in (
-        ("nowhere", "no such folder or data set"),
-        ("empty", "no images in "),
-        ("documents", "no images in "),
-        ("file.png", "is a file, not a folder"),
+        ("nowhere", "no such folder"),
+        ("empty", "no images"),
+        ("documents", "no images"),
+        ("file.png", "not a folder"),
     ):
         assert run(line(command, weights, tmp_path / name, tmp_path / "out")) == 2
-        assert message in one_line(capsys)
+        error = one_line(capsys)
+        assert str(tmp_path / name) in error and message in error
     assert run(line(command, weights, "digitz", tmp_path / "out")) == 2
-    assert "did you mean 'digits'?" in one_line(capsys)
+    assert "'digits'" in one_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -53,7 +54,8 @@ def test_missing_empty_and_foreign_folders(
 def test_too_few_images(command: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_images(tmp_path / "data", per_class=3)
     assert run(line(command, weights, data, tmp_path / "out")) == 2
-    assert "--batch-size 6" in one_line(capsys)
+    error = one_line(capsys)
+    assert "batch_size 12" in error and "--batch-size 6" in error
 
 
 @pytest.mark.parametrize("command", ["refine", "pretrain"])
@@ -62,25 +64,22 @@ def test_bad_files_are_skipped_counted_and_named_up_to_a_limit(
 ) -> None:
     data = write_labelled(tmp_path / "data")
     contents = {"empty.png": b"", "text.jpg": b"not an image"}
-    whole = next((data / "train" / "a").glob("*.png")).read_bytes()
-    contents["truncated.png"] = whole[: len(whole) // 2]
+    intact = next((data / "train" / "a").glob("*.png")).read_bytes()
+    contents["truncated.png"] = intact[: len(intact) // 2]
     for name, content in contents.items():
         (data / "train" / "b" / name).write_bytes(content)
     assert run(line(command, weights, data, tmp_path / "out", **{"batch_size": 17})) == 0
     captured = capsys.readouterr().err
-    warning = next(line for line in captured.splitlines() if "unreadable" in line)
-    assert warning.startswith("warning: 3 images are left out, unreadable: ")
+    warning = next(line for line in captured.splitlines() if line.startswith("warning: 3 images"))
     assert all(name in warning for name in contents)
     named = {Path(bad["path"]).name: bad["reason"] for bad in results(tmp_path / "out")["bad_images"]}
     assert named.keys() == contents.keys() and named["empty.png"] == "empty file"
-    for most in (0, 2):
-        out = tmp_path / f"most{most}"
-        assert run(line(command, weights, data, out, **{"batch_size": 17, "data.max_bad": most})) == 2
-        message = capsys.readouterr().err.splitlines()[-1]
-        assert f"could not be read, more than data.max_bad={most}: {data}" in message
+    assert run(line(command, weights, data, tmp_path / "most", **{"batch_size": 17, "data.max_bad": 2})) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "data.max_bad=2" in message and str(data) in message
 
 
-def test_a_whole_batch_of_bad_files_is_passed_over(
+def test_a_whole_batch_of_bad_files_is_ignored(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_images(tmp_path / "data", per_class=6, classes=("",))
@@ -88,7 +87,7 @@ def test_a_whole_batch_of_bad_files_is_passed_over(
         (data / f"bad{index:02}.png").write_bytes(b"")
     changes = {"batch_size": 2, "heads.queue_size": 8}
     assert run(line("refine", weights, data, tmp_path / "out", **changes)) == 0
-    assert "warning: 22 images are left out" in capsys.readouterr().err
+    assert "warning: 22 images" in capsys.readouterr().err
 
 
 def test_training_folders_without_validation_images_train_without_a_table(
@@ -98,7 +97,7 @@ def test_training_folders_without_validation_images_train_without_a_table(
     assert run(line("refine", weights, data, tmp_path / "out", **{"evaluate.enabled": True})) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "no before/after table: " in captured.err and "has train/ but no val/ or test/" in captured.err
+    assert "val/" in captured.err
 
 
 def test_validation_classes_that_training_lacks(
@@ -106,6 +105,6 @@ def test_validation_classes_that_training_lacks(
 ) -> None:
     data = write_images(tmp_path / "data", per_class=12, split="train")
     write_images(data, per_class=2, classes=("a", "zebra"), split="val")
-    # Training needs no validation images: the finding is told instead of the table.
+    # Training needs no validation images: a note replaces the table.
     assert run(line("refine", weights, data, tmp_path / "out", **{"evaluate.enabled": True})) == 0
-    assert "no before/after table: " in (errors := capsys.readouterr().err) and "'zebra'" in errors
+    assert "'zebra'" in capsys.readouterr().err

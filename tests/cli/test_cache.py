@@ -1,4 +1,4 @@
-"""`mimref cache`: what it tells and deletes beside features (for these, see `test_features_cache.py`)."""
+"""`mimref cache`: what it lists and deletes besides features (for these, see `test_features_cache.py`)."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.tiny import write_images
 
 
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def two_listings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of two listings, beside a (damaged) pass of an encoder."""
     monkeypatch.setattr(folders, "CACHED_FROM", 1)
     for name in ("one", "two"):
@@ -29,16 +29,18 @@ def printed(capsys: pytest.CaptureFixture[str], *line: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_listings_are_summed_up(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (kept / "folder-0.npz").write_bytes(bytes(5_000_000))
+def test_listings_are_counted(two_listings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (two_listings / "folder-0.npz").write_bytes(bytes(5_000_000))
     lines = printed(capsys, "list")
     assert lines[-2:] == [
         f"2.0 MB in {cache_folder()}/features",
-        f"5.0 MB in {kept} (listings of folders and shards: 3)",
+        f"5.0 MB in {two_listings} (listings of folders and shards: 3)",
     ]
     assert any("0123abcd" in line for line in lines)
     # A folder of one's own has features alone.
-    assert printed(capsys, "list", "--cache", str(kept.parent / "other")) == [f"0.0 MB in {kept.parent}/other"]
+    assert printed(capsys, "list", "--cache", str(two_listings.parent / "other")) == [
+        f"0.0 MB in {two_listings.parent}/other"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -56,17 +58,17 @@ def test_clear(
     line: list[str],
     listings: int,
     features: int,
-    kept: Path,
+    two_listings: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = printed(capsys, "clear", *line)
-    assert len(list(kept.iterdir())) == listings
+    lines = printed(capsys, "clear", *line)
+    assert len(list(two_listings.iterdir())) == listings
     assert len(list((cache_folder() / "features").iterdir())) == features
-    assert any(line.endswith(f"MB freed in {kept}") for line in told) == (listings == 0)
-    assert ("2.0 MB freed in " in told[0]) == (features == 0)
+    assert any(line.endswith(f"MB freed in {two_listings}") for line in lines) == (listings == 0)
+    assert ("2.0 MB freed in " in lines[0]) == (features == 0)
 
 
 def test_an_empty_cache(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,22 +2,32 @@
 
 import errno
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
-import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import mimref
-from mimref.cli import run
+from mimref.cli import app, benchmark, evaluation, run, training, weights
+from mimref.config.load import _find_field
 from mimref.errors import DataError, Interrupted
+from mimref.evaluation.blocks.config import BlocksConfig
+from mimref.evaluation.cluster.config import ClusterConfig
+from mimref.evaluation.config import CompareConfig, InterpolateConfig
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.evaluation.lowshot.config import LowshotConfig
+from mimref.evaluation.probe.config import ProbeConfig
+from mimref.features.config import ExtractConfig
+from mimref.pretraining.config import PretrainConfig
+from mimref.refinement.config import RefineConfig
 from mimref.results import Row, write_results
 
 ROWS: list[Row] = [
@@ -53,7 +63,7 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     for module, name in (
         ("mimref.refinement.run", "refine"),
         ("mimref.pretraining.run", "pretrain"),
-        ("mimref.evaluation.run", "evaluate_knn"),
+        ("mimref.evaluation.knn.protocol", "evaluate_knn"),
     ):
         fake = types.ModuleType(module)
         setattr(fake, name, calls)
@@ -143,54 +153,38 @@ def test_resume_takes_the_settings_of_the_run(work: Calls, capsys: pytest.Captur
     assert work.config.preset == "refine/mae_l16"
 
 
-BAD_LINES = {
-    "refine --preset mae_l61": "Unknown preset 'mae_l61'; did you mean 'mae_l16'?",
-    "refine --preset nowhere.toml": "Preset file 'nowhere.toml' does not exist",
-    "refine --preset mae_l16 --set heads.temprature=1": (
-        "Unknown setting 'heads.temprature'; did you mean 'heads.temperature'?"
-    ),
-    "refine --preset mae_l16 --batch-size 1": "batch_size = 1: expected a number more than 1",
-    "refine --preset mae_l16 --epochs many": 'encoder_stage.epochs = "many": expected a whole number',
-    "refine --preset mae_l16 --seed=-1": "seed = -1: expected a number at least 0",
-    "refine --preset mae_l16 --stage head": (
-        "stage = \"head\": expected 'both', 'heads' or 'encoder'; did you mean 'heads'?"
-    ),
-    "refine --preset mae_l16 --heads first3": (
-        'heads.blocks = "first3": expected blocks such as 17-24, 20,22,24, last8 or auto'
-    ),
-    "refine --weights w.pth": (
-        "Give --preset NAME (`mimref presets list` shows all) or --arch with --weights or --source"
-    ),
-    "knn --k ten": "--k 'ten': expected whole numbers separated by commas, such as 10,20",
-    "knn --k 0": "k = [0]: expected a number more than 0",
-    "presets show nothing": "Unknown preset 'nothing'; `mimref presets list` shows all",
+MISTAKES = {
+    "refine --preset mae_l61": ("'mae_l61'", "'mae_l16'"),
+    "refine --preset nowhere.toml": ("'nowhere.toml'",),
+    "refine --preset mae_l16 --set heads.temprature=1": ("'heads.temprature'", "'heads.temperature'"),
+    "refine --preset mae_l16 --batch-size 1": ("batch_size = 1:",),
+    "refine --preset mae_l16 --epochs many": ('encoder_stage.epochs = "many"',),
+    "refine --preset mae_l16 --seed=-1": ("seed = -1:",),
+    "refine --preset mae_l16 --stage head": ('stage = "head"', "'heads'"),
+    "refine --preset mae_l16 --heads first3": ('heads.blocks = "first3"', "last8"),
+    "refine --weights w.pth": ("--preset", "--arch"),
+    "knn --k ten": ("--k 'ten'",),
+    "knn --k 0": ("k = [0]:",),
+    "knn --tau 1,x": ("--tau '1,x'",),
+    "presets show nothing": ("'nothing'", "`mimref presets list`"),
+    # The parser's own.
+    "refine --bacth-size 3": ("--bacth-size", "--batch-size"),
+    "refine --epochs": ("--epochs",),
+    "refine extra": ("extra",),
+    "refin": ("'refin'", "'refine'"),
+    "presets": ("command",),
+    "presets show": ("NAME",),
+    "compare base.pth": ("REFINED",),
+    "--wrong": ("--wrong",),
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("line", MISTAKES)
 def test_mistakes_are_one_line_and_exit_2(line: str, work: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(line.split()) == 2
-    assert one_line(capsys) == f"mimref: error: {BAD_LINES[line]}"
-    assert not list(Path().iterdir())
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("refine --bacth-size 3", "--batch-size"),
-        ("refine --epochs", "--epochs"),
-        ("refine extra", "extra"),
-        ("refin", "'refine'"),
-        ("presets", "command"),
-        ("presets show", "NAME"),
-        ("--wrong", "--wrong"),
-    ],
-)
-def test_the_parsers_own_errors_are_one_line(line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(line.split()) == 2
     message = one_line(capsys)
-    assert message.startswith("mimref: error: ")
-    assert expected in message
+    assert message.startswith("mimref: error: ") and all(part in message for part in MISTAKES[line]), message
+    assert not list(Path().iterdir())
 
 
 def raising(error: BaseException) -> Callable[[Any], None]:
@@ -269,11 +263,75 @@ def test_presets_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"{mimref.__version__}\n"
-    assert run([]) == 0
-    assert "Commands:" in capsys.readouterr().out
-    for command in ("refine", "pretrain", "knn", "presets"):
-        assert run([command, "--help"]) == 0
-        assert f"Usage: mimref {command}" in capsys.readouterr().out
+    for args in ([], ["--help"]):
+        assert run(args) == 0
+        printed = capsys.readouterr().out
+        panels = ["Options:", "Refine:", "Evaluate:", "Weights:", "Tools:", "Examples:"]
+        assert [line for line in printed.splitlines() if line.endswith(":")] == panels
+        assert "--install-completion" in printed
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command below a group, with its words."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def test_every_help_has_panels_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    found = dict(commands(get_command(app)))
+    assert len(found) == 21
+    for words, command in found.items():
+        assert run([*words, "--help"]) == 0
+        printed = capsys.readouterr().out
+        # Options without a panel would be listed below Options; all of them can show a traceback.
+        assert "\nRun:\n" in printed and "\nOptions:\n" not in printed and "--debug" in printed
+        assert f"\nExamples:\n  mimref {' '.join(words)}" in printed and "\x1b" not in printed
+        assert [param.opts for param in command.params if not param.help] == []
+
+
+def test_help_on_a_terminal_is_drawn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(["cluster", "--help"]) == 0
+    printed = re.sub(r"\x1b\[[\d;]*m", "", coloured := capsys.readouterr().out)
+    assert printed != coloured and " Protocol " in printed and "mimref cluster runs/mae_l16 --classes" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [("mimref kn", {"knn"}), ("mimref knn --pool ", {"cls", "mean", "cls+mean"}), ("mimref cache v", {"verify"})],
+)
+def test_completion(
+    words: str, completed: set[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_MIMREF_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    with pytest.raises(SystemExit, match="0"):
+        run([])
+    assert set(capsys.readouterr().out.split()) == completed
+
+
+def test_options_and_settings_agree() -> None:
+    """Every option that overrides a setting names one that its command's config has."""
+    configs = {
+        evaluation.KnnOptions: KnnConfig,
+        evaluation.LowshotOptions: LowshotConfig,
+        evaluation.ClusterOptions: ClusterConfig,
+        evaluation.ProbeOptions: ProbeConfig,
+        evaluation.BlocksOptions: BlocksConfig,
+        evaluation.CompareOptions: CompareConfig,
+        evaluation.ExtractOptions: ExtractConfig,
+        weights.InterpolateOptions: InterpolateConfig,
+        training.RefineOptions: RefineConfig,
+        training.PretrainOptions: PretrainConfig,
+        benchmark.CostOptions: RefineConfig,
+    }
+    for options, config in configs.items():
+        for name, (option, _) in options.declared().items():
+            assert option.sets is None or _find_field(config, option.sets) is not None, (options, name)
 
 
 def test_the_api_is_lazy_and_complete() -> None:
@@ -286,21 +344,9 @@ def test_the_api_is_lazy_and_complete() -> None:
         _ = mimref.refin
 
 
-def test_help_answers_within_0_7_s() -> None:
-    def seconds() -> float:
-        started = time.monotonic()
-        subprocess.run(
-            [sys.executable, "-m", "mimref", "--help"], check=True, stdout=subprocess.DEVNULL, env={**os.environ}
-        )
-        return time.monotonic() - started
-
-    # The best of a few: other work on the machine is not what is measured.
-    assert min(seconds() for _ in range(5)) < 0.7
-
-
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys; from mimref.cli import run; run(['refine', '--help']); print(*sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     # Typer itself imports the light half of pydantic.
     loaded = set(printed.splitlines()[-1].split())
-    assert not loaded & {"torch", "timm", "numpy", "sklearn", "rich", "matplotlib"}
+    assert not loaded & {"torch", "timm", "numpy", "sklearn", "rich", "matplotlib", "pandas", "mimref.config.base"}

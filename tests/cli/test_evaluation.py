@@ -12,31 +12,17 @@ import pandas as pd
 import pytest
 import torch
 
+from mimref.benchmarks import cost, measure, step
 from mimref.benchmarks.evaluations import Sizes
 from mimref.benchmarks.heads import HeadSizes
 from mimref.benchmarks.views import ViewSizes
 from mimref.cli import run
 from mimref.encoders import checkpoints
-from mimref.encoders.checkpoints import save_encoder
-from mimref.encoders.vit import Encoder, build_encoder
+from mimref.encoders.vit import Encoder
 from mimref.refinement.config import HeadsConfig
-from tests.tiny import ARCHITECTURE, REFINE, arguments, results, write_images, write_labelled, write_unlabelled
+from tests.tiny import REFINE, arguments, results, write_images, write_labelled
 
 CHEAP = ["--device", "cpu", "--workers", "0"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two encoders, `base.safetensors` and `refined.safetensors`, and `data` with two classes."""
-    made = tmp_path_factory.mktemp("suite")
-    write_labelled(made / "data")
-    for seed, name in enumerate(("base", "refined")):
-        torch.manual_seed(seed)
-        encoder = build_encoder(ARCHITECTURE)
-        for parameter in encoder.parameters():
-            parameter.data.normal_(std=0.1)
-        save_encoder(made / f"{name}.safetensors", encoder, {"data": {"spec": str(made / "data")}})
-    return made
 
 
 def line(command: str, folder: Path, *more: str) -> list[str]:
@@ -72,7 +58,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("first", range(len(COMMANDS)))
+@pytest.mark.parametrize("first", [0, 2, 5])
 def test_one_pass_of_the_encoder_serves_all(
     first: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,7 +131,8 @@ def test_lowshot_of_split_files(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert rows[0]["protocol"] == "logistic regression" and rows[0]["splits"] == 2
     (tmp_path / "bad.txt").write_text("a/003.png\nb/999.png\n")
     assert run(line("lowshot", folder, "--split-file", str(tmp_path / "bad.txt"))) == 2
-    assert "bad.txt, line 2: 'b/999.png' is none of the 48 training images" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "bad.txt, line 2" in error and "'b/999.png'" in error
 
 
 @pytest.mark.slow
@@ -179,14 +166,14 @@ def test_analyze_blocks_of_two_encoders(folder: Path, tmp_path: Path, capsys: py
         part = table[(table.model == model) & (table.metric == "block_knn_top1")]
         assert list(part.block) == [1, 2, 3, 4]
     assert run(line("analyze-blocks", folder, str(folder / "base.safetensors"))) == 2
-    assert "base.safetensors is named twice; name each encoder once" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "base.safetensors" in error and error.count("\n") == 1
 
 
 def test_analyze_blocks_with_decoders_and_without_labels(folder: Path, tmp_path: Path) -> None:
     sets = {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "decoder.width": 16, "decoder.num_heads": 2}
     options = [part for key, value in sets.items() for part in ("--set", f"reconstruction.{key}={value}")]
-    data = write_unlabelled(tmp_path / "images")
-    more = ["--data", str(data), "--reconstruction", "--out", str(tmp_path / "out")]
+    more = ["--data", str(folder / "unlabelled"), "--reconstruction", "--out", str(tmp_path / "out")]
     assert run(line("analyze-blocks", folder, *options, *more)) == 0
     rows = results(tmp_path / "out")["metrics"]
     assert [row["block"] for row in rows if row["metric"] == "block_reconstruction"] == [1, 2, 3, 4]
@@ -238,19 +225,19 @@ def test_extract_and_evaluate_the_arrays(folder: Path, tmp_path: Path, capsys: p
     assert outs[:3] == outs[3:]
     assert run(["probe", "--cached", *files, "--epochs", "2", "--quiet"]) == 0
     assert run(["knn", str(folder / "base.safetensors"), *files]) == 2
-    assert "--features is evaluated in place of an encoder's" in capsys.readouterr().err
+    assert "--features" in capsys.readouterr().err
 
 
 def test_extract_unlabelled_images_as_a_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_unlabelled(tmp_path / "images")
     out = tmp_path / "features.parquet"
-    more = ["--data", str(data), "--out", str(out), "--pool", "mean"]
+    more = ["--data", str(folder / "unlabelled"), "--out", str(out), "--pool", "mean"]
     assert run(line("extract", folder, *more)) == 0
     assert "features 48 x 32 in" in capsys.readouterr().err
     table = pd.read_parquet(out)
     assert list(table.columns) == ["path", "x"] and len(table) == 48 and len(table.x[0]) == 32
     assert run(line("extract", folder, *more)) == 2
-    assert "features.parquet exists; give another --out, or --force" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "features.parquet" in error and "--force" in error
     assert run(line("extract", folder, *more, "--force", "--blocks", "2,3")) == 0
     assert list(pd.read_parquet(out).columns) == ["path", "block_2", "block_3"]
 
@@ -271,40 +258,43 @@ def test_features_in_odd_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     flipped[flipped.index(b"\x00\x00\x80?") + 2] ^= 1  # in the first 1.0 of x
     (tmp_path / "flipped.npz").write_bytes(flipped)
     messages = {
-        "missing.npz": "missing.npz: cannot be read as .npz",
-        "text.npz": "text.npz: cannot be read as .npz",
-        "cut.npz": "cut.npz: cannot be read as .npz",
-        "flipped.npz": "flipped.npz: cannot be read as .npz (Bad CRC-32",
-        "nokey.npz": "nokey.npz: has no arrays x (features) and y (labels)",
-        "plain.npy": "plain.npy: has no arrays x",
-        "rows.npz": "rows.npz: x has shape (4, 3) and type float32, y (2,)",
-        "type.npz": "type.npz: x has shape (4, 3) and type float32, y (4,) and float64",
-        "nan.npz": "test: features of image 0 (counted from 0) are not finite",
-        "lacks.npz": "test: class 2 has no training image",
+        "missing.npz": ".npz",
+        "text.npz": ".npz",
+        "cut.npz": ".npz",
+        "flipped.npz": "CRC-32",
+        "nokey.npz": "y (labels)",
+        "plain.npy": "x (features)",
+        "rows.npz": "(2,)",
+        "type.npz": "float64",
+        "nan.npz": "image 0",
+        "lacks.npz": "class 2",
     }
     for name, message in messages.items():
         assert run(["knn", "--features", str(good), str(tmp_path / name), "--k", "1"]) == 2
         error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1, error
+        named = name in error or error.startswith("mimref: error: test: ")
+        assert named and message in error and error.count("\n") == 1, error
     assert run(["knn", "--features", str(tmp_path / "one.npz"), str(good), "--k", "1"]) == 2
-    assert "train: all images are of class 0" in capsys.readouterr().err
+    assert "class 0" in capsys.readouterr().err
 
 
-def test_a_damaged_cache_is_told_and_mended(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_cache_is_reported_and_computed_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache = ["--cache", str(tmp_path / "cache"), "--out"]
     assert run(line("knn", folder, *cache, str(tmp_path / "a"))) == 0
     for file in (tmp_path / "cache").glob("*/block-04-cls"):
         file.write_bytes(b"\0" * file.stat().st_size)
     capsys.readouterr()
     assert run(line("knn", folder, *cache, str(tmp_path / "b"))) == 0
-    assert "are damaged (block-04-cls); they are computed again" in capsys.readouterr().err
+    assert "block-04-cls" in capsys.readouterr().err
     assert results(tmp_path / "a")["metrics"] == results(tmp_path / "b")["metrics"]
 
 
 # --- probes
 
 
-def test_an_interrupted_probe_goes_on(
+def test_an_interrupted_probe_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mimref.evaluation.probe.ensemble.SAVE_EVERY_S", 0.0)
@@ -323,43 +313,40 @@ def test_an_interrupted_probe_goes_on(
     assert (out / "state" / "probe.pt").is_file()
     capsys.readouterr()
     assert run(line("probe", folder, *sets, "--out", str(out))) == 2
-    assert "holds an unfinished probe; --resume continues it, --force starts anew" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert str(out) in error and "--resume" in error and "--force" in error
     assert run(line("probe", folder, *sets, "--out", str(out), "--resume")) == 0
     assert results(out)["metrics"] == results(other)["metrics"]
     assert not (out / "state" / "probe.pt").exists()
     assert run(line("probe", folder, "--resume")) == 2
-    assert "--resume continues the probe in a folder; name it with --out DIR" in capsys.readouterr().err
+    assert "--out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["knn", "--k", "49"], "--k 49 is more than the 48 training images"),
-        (["knn", "--blocks", "5"], "block 5 does not exist; the encoder has blocks 1 to 4"),
-        (["lowshot", "--shots", "25"], "class 0 has only 24 training images, too few for 25 shots"),
-        (["cluster", "--metrics", "acc,nmj"], "unknown metric 'nmj'"),
-        (["cluster", "--classes", "a,z"], "'z' is no class"),
-        (["cluster", "--umap", "figure.jpg"], "--umap figure.jpg: a figure is written as PNG"),
-        (["probe", "--cached", "--select", "best"], 'probe.select = "best"'),
-        (["compare", "nowhere.pth"], "nowhere.pth"),
-        (["extract", "--out", "x.csv"], "--out x.csv: name a file that ends in .npz or .parquet"),
-        (["analyze-blocks", "--k", "50"], "--k 50 is more than the 48 training images"),
-        (["analyze-blocks", "--reconstruction", "--resolution", "8"], "images of 8 pixels are a single patch"),
-        (["compare", "quickstart", "--metrics", "nmj"], "unknown metric 'nmj'"),
-        (["compare", "quickstart", "--shots", "1000"], "too few for 1000 shots"),
-        (["compare", "quickstart", "--set", "k=50"], "--k 50 is more than the 48 training images"),
-        (
-            ["cluster", "--split", "train", "--set", "data.train_limit=12", "--umap", "a.png"],
-            "UMAP of 12 images: 15 neighbours need more",
-        ),
-        (["lowshot", "--split-file", "nowhere.txt"], "nowhere.txt: No such file or directory; give a text file"),
-        (["knn", "--out", "there.png/results"], "there.png is a file; give another --out"),
-        (["cluster", "--umap", "there.png"], "--umap there.png: exists; give another file, or --force"),
-    ],
-)
-def test_what_cannot_work_is_told_before_the_encoder_runs(
-    arguments: list[str],
-    message: str,
+MISTAKES = {
+    "knn --k 49": ("--k 49", "48"),
+    "knn --blocks 5": ("block 5", "1 to 4"),
+    "lowshot --shots 25": ("class 0", "24", "25"),
+    "cluster --metrics acc,nmj": ("'nmj'",),
+    "cluster --classes a,z": ("'z'",),
+    "cluster --umap figure.jpg": ("--umap figure.jpg", ".png"),
+    "probe --cached --select best": ('probe.select = "best"',),
+    "compare nowhere.pth": ("nowhere.pth",),
+    "extract --out x.csv": ("--out x.csv", ".npz", ".parquet"),
+    "analyze-blocks --k 50": ("--k 50", "48"),
+    "analyze-blocks --reconstruction --resolution 8": ("8 pixels",),
+    "compare quickstart --metrics nmj": ("'nmj'",),
+    "compare quickstart --shots 1000": ("1000",),
+    "compare quickstart --set k=50": ("--k 50", "48"),
+    "cluster --split train --set data.train_limit=12 --umap a.png": ("12 images", "15"),
+    "lowshot --split-file nowhere.txt": ("nowhere.txt",),
+    "knn --out there.png/results": ("there.png", "--out"),
+    "cluster --umap there.png": ("--umap there.png", "--force"),
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_are_found_before_the_encoder_runs(
+    words: str,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -368,9 +355,10 @@ def test_what_cannot_work_is_told_before_the_encoder_runs(
     monkeypatch.chdir(tmp_path)
     Path("there.png").touch()
     passes = Passes(monkeypatch)
-    assert run(line(arguments[0], folder, *arguments[1:])) == 2
+    command, *options = words.split()
+    assert run(line(command, folder, *options)) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and passes.images == 0
+    assert all(part in error for part in MISTAKES[words]) and error.count("\n") == 1 and passes.images == 0, error
 
 
 def test_results_hold_the_images_left_out(folder: Path, tmp_path: Path) -> None:
@@ -431,19 +419,26 @@ def test_the_views_are_timed(
     assert {row["metric"] for row in results(tmp_path / "out")["metrics"]} == {"benchmark_views"}
 
 
-def test_step_and_cost_are_told(
+def test_step_and_cost(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = HeadSizes(heads=2, embed_dim=8, images=(2,), views=2, config=HeadsConfig(projector_hidden=8))
     monkeypatch.setattr(HeadSizes, "for_device", lambda device: sizes)
+    monkeypatch.setattr(measure, "_MATMUL_SIZE", {"cpu": 64})
+    for module, name in ((step, "benchmark_step"), (cost, "benchmark_cost")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), steps=1))
+        # Counting takes seconds, and is tested in `test_benchmarks_step.py`.
+        monkeypatch.setattr(module, "model_flops", lambda *_: 10**9)
     settings = REFINE | {"encoder.weights": folder / "base.safetensors", "data.spec": folder / "data"}
     sets = [part for part in arguments("x", tmp_path, settings)[1:-2]]
     for command in ("step", "cost"):
         out = tmp_path / command
         assert run(["benchmark", command, *sets, "--out", str(out)]) == 0
         printed = capsys.readouterr().out
-        assert "stage 2" in printed and (out / "results.md").read_text().startswith(f"`mimref benchmark {command}`")
+        assert printed.startswith("measured on: ") and "stage 2" in printed
+        assert (out / "results.md").read_text().startswith(f"`mimref benchmark {command}`")
         assert results(out)["metrics"]
     assert "device-hours" in printed
     assert run(["benchmark", "step", "--micro-batch", "900"]) == 2
-    assert "micro_batch 900 is more than the 128 images of batch_size" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "micro_batch 900" in error and "128" in error

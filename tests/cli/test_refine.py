@@ -1,6 +1,7 @@
 """`mimref refine` and `mimref pretrain` from the command line to the files, on a tiny encoder."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,14 @@ from tests.tiny import (
     arguments,
     assert_same_run,
     results,
-    write_labelled,
-    write_unlabelled,
-    write_weights,
 )
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def settings(folder: Path) -> dict[str, Any]:
     """Settings of a short run, for `--set`."""
-    folder = tmp_path_factory.mktemp("input")
-    weights, data = write_weights(folder / "base.safetensors"), write_labelled(folder / "data")
-    named = {"encoder.weights": weights, "data.spec": data, "evaluate.enabled": True}
-    return REFINE | named | {"evaluate.cluster_runs": 2, "evaluate.splits": 2}
+    named = {"encoder.weights": folder / "base.safetensors", "data.spec": folder / "data", "evaluate.enabled": True}
+    return REFINE | named | {"evaluate.cluster_runs": 2, "evaluate.splits": 2, "monitor.knn_every_epochs": 3}
 
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
@@ -46,15 +42,13 @@ def test_a_run_prints_a_table_and_leaves_its_files(
     out = tmp_path / "out"
     assert run(arguments("refine", out, settings)) == 0
     captured = capsys.readouterr()
-    header, *lines = (line for line in captured.out.splitlines() if line.startswith(("┃", "│")))
-    assert [cell.strip() for cell in header.split("┃")[2:-1]] == ["raw pixels", "base", "refined", "refined - base"]
-    labels = [line.split("│")[1].strip() for line in lines]
-    assert labels == ["k-NN top-1", "1-shot top-1", "k-means ACC", "k-means NMI"]
+    for name in ("raw pixels", "base", "refined", "k-NN top-1", "1-shot top-1", "k-means ACC", "k-means NMI"):
+        assert name in captured.out
     assert "stage 1: heads: 8/8" in captured.err and "epoch 3: k-NN top-1 " in captured.err
     assert captured.err.endswith(f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}\n")
-    # Once more: refused; resumed: printed again; quietly: the table alone.
+    # Once more: refused; resumed: printed again; quietly: the table only.
     assert run(arguments("refine", out, settings)) == 2
-    assert "holds a finished run; give another --out, or --force" in capsys.readouterr().err
+    assert "--force" in capsys.readouterr().err
     assert run(["refine", "--resume", "--out", str(out), "--quiet"]) == 0
     again = capsys.readouterr()
     assert (again.out, again.err) == (captured.out, "")
@@ -64,39 +58,33 @@ def test_a_run_prints_a_table_and_leaves_its_files(
     quiet = capsys.readouterr()
     assert (quiet.out, quiet.err) == (captured.out, "")
     assert_same_run(tmp_path / "again", out)
-    assert run([*line, "--force", "--seed", "1"]) == 0
-    assert results(tmp_path / "again")["config"]["seed"] == 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_resume_goes_on_without_more_options(
-    number: int,
-    code: int,
-    settings: dict[str, Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_signals_save_and_resume_needs_no_more_options(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = arguments("refine", tmp_path, settings | {"evaluate.enabled": False})
     with monkeypatch.context() as patch:
-        stop_at_step(patch, 6, number)
-        assert run(line) == code
+        stop_at_step(patch, 6, signal.SIGTERM)
+        assert run(line) == 143
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message == "mimref: saved at step 6 of 12 (stage 2: encoder and heads); --resume continues"
+    assert "step 6 of 12" in message and "--resume" in message
     assert run(line) == 2
-    assert "holds an unfinished run; --resume continues it, --force replaces it" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--resume" in error and "--force" in error
     assert run([*line, "--resume", "--force"]) == 2
     assert run(["refine", "--resume", "--out", str(tmp_path), "--set", "heads.temperature=0.1"]) == 2
-    told = capsys.readouterr().err
-    assert "another heads.temperature: it was " in told and "and is now 0.1;" in told
+    error = capsys.readouterr().err
+    assert "heads.temperature" in error and "0.3" in error and "0.1" in error
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 8, signal.SIGINT)
+        assert run(["refine", "--resume", "--out", str(tmp_path)]) == 130
     assert run(["refine", "--resume", "--out", str(tmp_path)]) == 0
     assert "12/12" in capsys.readouterr().err
     assert not (tmp_path / "state").exists() and (tmp_path / "results.json").is_file()
 
 
-def test_a_dry_run_tells_and_writes_nothing(
-    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_writes_nothing(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*arguments("refine", tmp_path / "out", settings), "--dry-run"]) == 0
     captured = capsys.readouterr()
     facts = dict(line.split(maxsplit=1) for line in captured.out.splitlines())
@@ -117,7 +105,8 @@ def test_a_dry_run_opens_no_image_and_checks_the_weights(
     foreign = {"encoder.weights": write_foreign(tmp_path / "foreign.pt"), "encoder.arch": "vit_b16", "batch_size": 2}
     changed = settings | foreign | {"heads.blocks": "12", "views.local_size": 96}
     assert run([*arguments("refine", tmp_path / "out", changed), "--dry-run"]) == 2
-    assert "foreign.pt: does not fit vit_b16: cls_token is missing" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "foreign.pt" in error and "cls_token" in error
 
 
 def write_foreign(path: Path) -> Path:
@@ -132,21 +121,20 @@ def test_a_temperature_sweep_prints_a_ranking(
 ) -> None:
     sweep = settings | {"heads.blocks": "4,4,4", "heads.temperature": [0.1, 0.2, 0.3]}
     assert run([*arguments("refine", tmp_path, sweep), "--stage", "heads", "--quiet"]) == 0
-    header, *lines = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("┃", "│")))
-    names = ["head", "block", "temperature", "k-NN top-1", "neighbours of the same class"]
-    assert [cell.strip() for cell in header.split("┃")[1:-1]] == names
-    heads = {tuple(cell.strip() for cell in line.split("│")[1:4]) for line in lines}
+    header, *lines = [re.findall(r"[\w.-]+", line) for line in capsys.readouterr().out.splitlines()][1:]
+    assert header[:4] == ["head", "block", "temperature", "k-NN"]
+    heads = {tuple(cells[:3]) for cells in lines if cells}
     assert heads == {("1", "4", "0.1"), ("2", "4", "0.2"), ("3", "4", "0.3")}
 
 
 def test_unlabelled_images_have_no_table_but_a_note(
-    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_unlabelled(tmp_path / "images")
-    assert run(arguments("refine", tmp_path / "out", settings | {"data.spec": data})) == 0
+    short = {"data.spec": folder / "unlabelled", "encoder_stage.epochs": 1, "heads_stage.epochs": 1}
+    assert run(arguments("refine", tmp_path / "out", settings | short)) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "no before/after table: " in captured.err and "have no labels" in captured.err
+    assert "labels" in captured.err
     assert run(["refine", "--resume", "--out", str(tmp_path / "out")]) == 0
 
 
@@ -173,10 +161,10 @@ def test_debug_shows_where_a_mistake_was_found(
 
 
 def test_heads_where_the_base_is_best(
-    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "auto"
-    short = settings | {"heads.blocks": "auto", "evaluate.enabled": False, "encoder_stage.epochs": 1}
+    short = settings | {"heads.blocks": "auto", "evaluate.enabled": False, "stage": "heads", "heads_stage.epochs": 1}
     assert run(arguments("refine", out, short)) == 0
     assert "k-NN of every block: 4/4" in capsys.readouterr().err
     # What was chosen is written down, so that a resumed or repeated run does not measure again.
@@ -184,6 +172,5 @@ def test_heads_where_the_base_is_best(
     weights, data = settings["encoder.weights"], settings["data.spec"]
     assert run(["analyze-blocks", str(weights), "--data", str(data), "--quiet"]) == 0
     assert f"recommended heads: --heads {chosen}" in capsys.readouterr().out
-    unlabelled = write_unlabelled(tmp_path / "images")
-    assert run(arguments("refine", tmp_path / "other", short | {"data.spec": unlabelled})) == 2
-    assert "heads.blocks 'auto' measures k-NN and needs labelled training" in capsys.readouterr().err
+    assert run(arguments("refine", tmp_path / "other", short | {"data.spec": folder / "unlabelled"})) == 2
+    assert "heads.blocks 'auto'" in capsys.readouterr().err

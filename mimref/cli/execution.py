@@ -1,0 +1,86 @@
+"""What commands do around their work: join the processes, show progress, print results and write them."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import typer
+
+from mimref.cli.options import Output, Quiet
+
+if TYPE_CHECKING:
+    from mimref.config.base import CommandConfig
+    from mimref.evaluation.run import EvaluationResult
+
+Result = TypeVar("Result")
+
+
+def run_on_ranks(
+    config: "CommandConfig",
+    options: Quiet,
+    work: Callable[..., Result],
+    *,
+    advice: str = "run it again: cached features are reused",
+) -> Result | None:
+    """Call `work(listener=...)` in every process that torchrun has started: its result on rank 0, None on the others.
+
+    advice: what to do when another process dies.
+    """
+    from mimref.distributed.group import process_group
+    from mimref.reports.terminal import Terminal
+
+    with process_group(config.device, advice=advice) as rank, Terminal(options.quiet or rank > 0) as terminal:
+        result = work(listener=terminal)
+    return result if rank == 0 else None
+
+
+def report(options: Output, config: "CommandConfig", result: "EvaluationResult | None") -> None:
+    """Print a result, if this process has one, and write it with `--out`."""
+    if result is not None:
+        from mimref.reports.terminal import print_rows
+
+        print_rows(result.rows)
+        write(options, config, result)
+
+
+def write(options: Output, config: "CommandConfig", result: "EvaluationResult") -> None:
+    """With `--out`, write results.csv and results.json."""
+    if options.out is None:
+        return
+    from mimref.results import write_results
+
+    if result.data is not None:
+        config = config.model_copy(update={"data": result.data})
+    settings = config.model_dump(mode="json")
+    write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=result.bad_images)
+    note(f"results in {options.out}", options)
+
+
+def print_finished(out: Path, command: str) -> bool:
+    """Print the results of a finished run of this command; False when it is not finished."""
+    if not (out / "results.json").is_file():
+        return False
+    if os.environ.get("RANK", "0") != "0":
+        return True  # torchrun's first process prints
+    from mimref.reports.terminal import print_rows
+    from mimref.results import read_results
+
+    print_rows(read_results(out, command)[0])
+    # A run killed right after its end has left its state.
+    shutil.rmtree(out / "state", ignore_errors=True)
+    return True
+
+
+def print_facts(facts: Mapping[str, object]) -> None:
+    """One line per fact, values aligned."""
+    width = max(map(len, facts), default=0)
+    for label, value in facts.items():
+        typer.echo(f"{label:{width}}  {value}")
+
+
+def note(line: str, options: Quiet) -> None:
+    """A line on standard error, unless `--quiet`."""
+    if not options.quiet:
+        typer.echo(line, err=True)

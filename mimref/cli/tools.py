@@ -1,0 +1,111 @@
+"""`mimref presets` and `mimref cache`: the settings that ship, and what is cached on disk."""
+
+from pathlib import Path
+
+import typer
+
+from mimref.cli.options import Debug, Text
+from mimref.cli.parser import argument, option
+from mimref.errors import ConfigError, DataError
+
+LISTINGS = "listings"
+
+
+def list_presets(options: Debug) -> None:
+    """Print the name and first line of every preset.
+
+    Examples:
+      mimref presets list
+    """
+    from mimref.config.presets import preset_names, preset_text
+
+    names = preset_names()
+    width = max(map(len, names), default=0)
+    for name in names:
+        first_line = preset_text(name).partition("\n")[0]
+        comment = first_line.removeprefix("#").strip() if first_line.startswith("#") else ""
+        typer.echo(f"{name:{width}}  {comment}".rstrip())
+
+
+class ShowOptions(Debug):
+    name: str = argument("As listed.", "NAME")
+
+
+def show_preset(options: ShowOptions) -> None:
+    """Print a preset's file, with its comments.
+
+    Examples:
+      mimref presets show refine/mae_l16
+    """
+    from mimref.config.presets import preset_text
+
+    typer.echo(preset_text(options.name), nl=False)
+
+
+class CacheOptions(Debug, panel="Data"):
+    cache: Text = option("Default: the user's cache folder.", "DIR")
+
+    def folder(self) -> Path:
+        """The folder of features. Raises ConfigError for a file."""
+        from mimref.features.cache.contents import feature_folder
+
+        folder = feature_folder(self.cache)
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--cache {folder}: is a file; choose a folder")
+        return folder
+
+
+def list_cache(options: CacheOptions) -> None:
+    """List cached features, and the size of the listings of folders and shards.
+
+    Examples:
+      mimref cache list
+    """
+    from mimref.features.cache.contents import list_entries, listings
+    from mimref.reports.terminal import print_cache
+
+    folder = options.folder()
+    # A folder that the user names holds features only.
+    print_cache(list_entries(folder), folder, None if options.cache else listings())
+
+
+class ClearOptions(CacheOptions):
+    keys: list[str] | None = argument(f"As listed, or {LISTINGS}; default: all.", "KEY", required=False)
+
+
+def clear_cache(options: ClearOptions) -> None:
+    """Delete cached features, and listings of folders and shards.
+
+    Examples:
+      mimref cache clear
+      mimref cache clear listings
+    """
+    from mimref.features.cache.contents import clear, clear_listings, listings
+
+    folder, keys = options.folder(), options.keys or []
+    passes = [key for key in keys if key != LISTINGS]
+    if passes or not keys:
+        freed, busy = clear(folder, passes)
+        typer.echo(f"{freed / 1e6:,.1f} MB freed in {folder}")
+        for key in busy:
+            typer.echo(f"{key} is being written, and was left in place", err=True)
+    if LISTINGS in keys if keys else options.cache is None:
+        typer.echo(f"{clear_listings() / 1e6:,.1f} MB freed in {listings().folder}")
+
+
+def verify_cache(options: CacheOptions) -> None:
+    """Compare the checksums of all cached features; exit code 2 when something is damaged.
+
+    Examples:
+      mimref cache verify
+    """
+    from mimref.features.cache.contents import damaged_files
+
+    folder = options.folder()
+    intact, damaged = 0, []
+    for key, files in damaged_files(folder):
+        damaged += [f"{key}/{file}" for file in files]
+        intact += not files
+    typer.echo(f"{intact} passes of encoders in {folder} are intact")
+    if damaged:
+        raise DataError(f"damaged: {', '.join(damaged)}; they are computed again when needed, or clear them")
