@@ -113,8 +113,10 @@ def export(
     if blocks is not None and to != "onnx":
         raise ConfigError(f"--blocks {blocks}: goes with --to onnx alone; --to {to} keeps every block")
 
-    from mimref.encoders.export import export_release, export_timm, read_encoder
-    from mimref.encoders.onnx import export_onnx
+    from mimref.encoders.export import read_encoder
+    from mimref.encoders.export_onnx import export_onnx
+    from mimref.encoders.export_release import export_release
+    from mimref.encoders.export_timm import export_timm
     from mimref.features.encode import block_groups
     from mimref.reports.terminal import Terminal
 

@@ -1,6 +1,6 @@
-"""What a weights file holds: tensors by name, as they were saved, without running code and without copying them.
+"""What a weights file holds: tensors by name, as saved, without running code and without copying them.
 
-Nothing is told from a file's name.
+The format comes from the content; file names are ignored.
 """
 
 import argparse
@@ -23,38 +23,32 @@ from mimref.encoders.published import ADDRESSES, fetch, find_published
 from mimref.errors import CheckpointError, did_you_mean
 from mimref.progress import LabelledProgress
 
-_NUMPY_TYPES = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"]
-# What numpy pickles scalars and arrays with, under the names of versions 1 and 2.
-_NUMPY_BUILDERS: list[tuple[Callable[..., Any], str]] = [
+_Global = Callable[..., Any] | tuple[Callable[..., Any], str]
+# What numpy pickles scalars and arrays with, under the names of numpy 1 and 2.
+_NUMPY_BUILDERS: list[_Global] = [
     (cast(Callable[..., Any], value.__reduce__()[0]), f"numpy.{module}.multiarray.{name}")
     for value, name in ((np.float64(0), "scalar"), (np.empty(0), "_reconstruct"))
     for module in ("core", "_core")
 ]
-# What public checkpoints carry beside tensors: settings and numbers, whose constructors do nothing but store them.
-_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    argparse.Namespace,
-    collections.defaultdict,
-    np.dtype,
-    np.ndarray,
-    *_NUMPY_TYPES,
-    *_NUMPY_BUILDERS,
-]
+_NUMPY_TYPES: list[_Global] = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"]
+# Settings and numbers that public checkpoints hold beside tensors; their constructors only store values.
+_HARMLESS: list[_Global] = [argparse.Namespace, collections.defaultdict, np.dtype, np.ndarray]
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file's content: nested mappings with tensors at the leaves, mapped into memory where the format allows it."""
+    """A file's content: nested mappings of tensors, mapped into memory where the format allows it."""
 
     path: Path
     content: Mapping[Any, Any]
     header: dict[str, Any]
-    """JSON header of our own files, else empty."""
+    """JSON header of our own files; empty for foreign ones."""
 
 
 def read_file(path: str | Path, progress: LabelledProgress | None = None) -> WeightsFile:
     """Read `path`, the output folder of a run, published weights by name, or `quickstart` for the packaged encoder.
 
-    progress: told of a download.
+    progress: receives the progress of a download.
     Raises CheckpointError with one line for a missing, damaged or foreign file.
     """
     try:
@@ -65,7 +59,7 @@ def read_file(path: str | Path, progress: LabelledProgress | None = None) -> Wei
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if not start:
         raise CheckpointError(f"{file}: the file is empty")
-    # A safetensors file starts with the length of its JSON header, 8 bytes, and the header's brace.
+    # A safetensors file starts with 8 bytes, the length of its JSON header, and the header's brace.
     found = _read_safetensors(file) if start[8:] == b"{" else _read_pickle(file, zipped=start[:2] == b"PK")
     if next(named_tensors(found.content), None) is None:
         raise CheckpointError(f"{file}: holds no tensors with names")
@@ -73,7 +67,7 @@ def read_file(path: str | Path, progress: LabelledProgress | None = None) -> Wei
 
 
 def named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested mappings with their dotted names; what has no name that is a string is left out."""
+    """Tensors in nested mappings, with dotted names; keys that are not strings are left out."""
     if not isinstance(content, Mapping):
         return
     for name, value in content.items():
@@ -86,10 +80,10 @@ def named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tens
 
 
 def first_line(error: Exception) -> str:
-    """An exception's first sentence; its type where that says nothing."""
+    """An exception's first sentence, or its type if that says nothing."""
     sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
-    tells = re.search("[a-z]", sentence) and not sentence.startswith("Weights only load failed")
-    return sentence if tells else type(error).__name__
+    informative = re.search("[a-z]", sentence) and not sentence.startswith("Weights only load failed")
+    return sentence if informative else type(error).__name__
 
 
 def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
@@ -126,10 +120,10 @@ def _read_safetensors(file: Path) -> WeightsFile:
 
 
 def _read_pickle(file: Path, *, zipped: bool) -> WeightsFile:
-    """A file of `torch.save`; only those in the zip format, torch's default since 1.6, can be mapped into memory."""
+    """A file of `torch.save`; only the zip format, the default since torch 1.6, can be mapped into memory."""
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
-            warnings.simplefilter("ignore")  # about old kinds of pickles, nothing that a user could change
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS + _NUMPY_TYPES + _NUMPY_BUILDERS):
+            warnings.simplefilter("ignore")  # about old pickles; users cannot change them
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # damaged pickles fail in every possible way
         raise CheckpointError(f"{file}: {_why_unreadable(error)}") from error
@@ -137,12 +131,12 @@ def _read_pickle(file: Path, *, zipped: bool) -> WeightsFile:
 
 
 def _why_unreadable(error: Exception) -> str:
-    # torch's own message advises to switch the check off.
+    # torch's own message advises to turn the check off.
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
         return (
             f"refused, because it holds {refused[1]}, which is not weights and could run code; "
-            "where you trust it, load it with torch yourself and save its state_dict as safetensors"
+            "if you trust it, load it with torch and save its state_dict as safetensors"
         )
     detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
     return f"not a checkpoint, or a damaged one ({detail[1] if detail else first_line(error)})"
