@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.checkpoints import (
     encoder_from,
-    load_encoder,
     load_weights,
     read_checkpoint,
     save_encoder,
@@ -21,6 +20,7 @@ from mimref.encoders.checkpoints import (
 )
 from mimref.encoders.vit import Architecture, Encoder, build_encoder, resize_positions
 from mimref.errors import CheckpointError
+from tests.checkpoints import load_encoder
 
 TINY = Architecture("custom", 16, width=32, depth=2, num_heads=4, patch_size=4)
 POST_NORM = Architecture("custom", 16, width=32, depth=2, num_heads=4, patch_size=4, post_norm=True)

@@ -13,10 +13,13 @@ from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mimref.encoders import export, onnx
+from mimref.encoders import export
+from mimref.encoders import export_onnx as onnx
 from mimref.encoders.checkpoints import load_encoder, save_encoder
-from mimref.encoders.export import Export, export_release, export_timm, read_encoder
-from mimref.encoders.onnx import export_onnx
+from mimref.encoders.export import Export, read_encoder
+from mimref.encoders.export_onnx import export_onnx
+from mimref.encoders.export_release import export_release
+from mimref.encoders.export_timm import export_timm
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, OutputError
 from tests.checkpoints import data2vec_tokens, timm_vit, tokens

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.encoders.checkpoints import load_encoder, read_checkpoint
+from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.formats import Recognised, Unrecognised, recognise
 from mimref.encoders.vit import Encoder
 from mimref.errors import UserError
@@ -29,6 +29,7 @@ from tests.checkpoints import (
     State,
     data2vec,
     data2vec_tokens,
+    load_encoder,
     mae_vit,
     outline,
     prefixed,
@@ -352,7 +353,7 @@ import torch
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before, started = peak(), time.monotonic()
-from mimref.encoders.checkpoints import load_encoder
+from tests.checkpoints import load_encoder
 from mimref.encoders.inspection import inspect_file
 if sys.argv[1] == "inspect":
     inspect_file(sys.argv[2])

@@ -12,10 +12,10 @@ import torch
 from mimref.cli import run
 from mimref.config.presets import choose_refine_preset
 from mimref.encoders import published as known
-from mimref.encoders.checkpoints import load_encoder, read_checkpoint
+from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.published import ADDRESSES, fetch, find_published, official_name
 from mimref.errors import CheckpointError
-from tests.checkpoints import mae_vit
+from tests.checkpoints import load_encoder, mae_vit
 
 
 @pytest.fixture

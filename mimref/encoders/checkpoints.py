@@ -113,17 +113,17 @@ def read_checkpoint(
     """
     if isinstance(path, str) and path.startswith(_TIMM):
         return _from_timm(path)
-    file = read_file(path, progress)
     published = find_published(str(path)) if not Path(path).exists() else None
-    content = file.content
+    file, content, header = read_file(path, progress)
+    weights = content
     for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    checkpoint = Checkpoint(file.path, dict(named_tensors(content)), file.header)
-    if checkpoint.architecture:  # raises here, before any work, when the header is damaged
+        if isinstance(weights.get(wrapper), Mapping):
+            weights = weights[wrapper]
+    checkpoint = Checkpoint(file, dict(named_tensors(weights)), header)
+    if checkpoint.architecture:  # raises here, before any work, if the header is damaged
         return checkpoint
     try:
-        recognised = recognise(file.content, num_heads=num_heads)
+        recognised = recognise(content, num_heads=num_heads)
     except Unrecognised as reason:
         return replace(checkpoint, problem=str(reason))
     return replace(checkpoint, recognised=recognised, published=published)
@@ -189,7 +189,7 @@ def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneAr
     if isinstance(architecture, BackboneArchitecture):
         backbone = TimmBackbone(architecture)
         classifier = tuple(f"{layer}." for layer in classifier_layers(architecture.name))
-        _load(backbone.model, architecture.name, checkpoint.tensors, checkpoint.path, dropped=classifier)
+        _load(backbone.model, architecture.name, checkpoint.tensors, checkpoint.path, share=False, dropped=classifier)
         return backbone
     with torch.device("meta"):
         encoder = build_encoder(architecture)
@@ -229,16 +229,16 @@ def _fit_positions(encoder: Encoder, positions: Tensor) -> Tensor:
 def _load(
     module: nn.Module,
     name: str,
-    given: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     path: Path,
     *,
-    share: bool = False,
+    share: bool,
     dropped: tuple[str, ...] = (),
 ) -> None:
     """dropped: prefixes of tensors that may be left over, in addition to `_DROPPED_PREFIXES`."""
     wanted = module.state_dict()
     # What the model needs is never dropped: some have a norm where others have a classifier.
-    given = {key: given[key] for key in given if key in wanted or not key.startswith(_DROPPED_PREFIXES + dropped)}
+    given = {key: tensors[key] for key in tensors if key in wanted or not key.startswith(_DROPPED_PREFIXES + dropped)}
     if problems := mismatches(given, wanted):
         raise CheckpointError(f"{path}: does not fit {name}: {problems}")
     try:

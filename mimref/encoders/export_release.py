@@ -17,12 +17,7 @@ _BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
 def export_release(
-    encoder: Encoder,
-    out: Path,
-    facts: Mapping[str, Any],
-    *,
-    force: bool = False,
-    listener: Listener | None = None,
+    encoder: Encoder, out: Path, facts: Mapping[str, Any], *, force: bool = False, listener: Listener | None = None
 ) -> Export:
     """Write what the MIM-Refiner repository's models load: `state_dict`, and `ctor_kwargs` for their constructors.
 

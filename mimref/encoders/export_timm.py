@@ -18,12 +18,7 @@ from mimref.progress import Listener, Silent
 
 
 def export_timm(
-    encoder: Encoder,
-    out: Path,
-    facts: Mapping[str, Any],
-    *,
-    force: bool = False,
-    listener: Listener | None = None,
+    encoder: Encoder, out: Path, facts: Mapping[str, Any], *, force: bool = False, listener: Listener | None = None
 ) -> Export:
     """Write what `timm.create_model(name, checkpoint_path=out, num_classes=0)` loads.
 

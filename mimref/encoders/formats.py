@@ -116,8 +116,7 @@ def _find_encoder(named: Mapping[str, Tensor]) -> tuple[str, str]:
         raise Unrecognised(f"holds no vision transformer: no patch embedding among its tensors ({names}, ...)")
 
     def rank(root: str) -> list[int]:
-        parts = root.split(".")[:-1]
-        return [PREFERRED.index(part) if part in PREFERRED else len(PREFERRED) for part in parts]
+        return [(*PREFERRED, part).index(part) for part in root.split(".")[:-1]]
 
     best = min(map(rank, found))
     roots = [root for root in found if rank(root) == best]
@@ -239,11 +238,10 @@ def _prepare_positions(tensors: dict[str, Tensor], notices: list[str]) -> None:
             start += rows.shape[1]
         tensors["pos_embed"] = patches_1ND
         return
-    if not prefix_1PD.shape[1]:
-        prefix_1PD = patches_1ND.new_zeros(1, 1, patches_1ND.shape[2])
-    elif prefix_1PD.shape[1] + patches_1ND.shape[1] == positions.shape[-2] and positions.ndim == 3:
-        return  # the internal form already: it keeps the file's memory
-    tensors["pos_embed"] = torch.cat([prefix_1PD, patches_1ND], dim=1)
+    if prefix_1PD.shape[1]:
+        tensors["pos_embed"] = positions.reshape(1, -1, positions.shape[-1])  # still the file's memory
+    else:
+        tensors["pos_embed"] = torch.cat([patches_1ND.new_zeros(1, 1, patches_1ND.shape[2]), patches_1ND], dim=1)
 
 
 def _split_positions(positions: Tensor, prefix_tokens: list[Tensor], notices: list[str]) -> tuple[Tensor, Tensor]:
@@ -279,8 +277,8 @@ def _read_architecture(
     first, second = (tensors.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
     if first is None or second is None or first.ndim != 2 or second.ndim != 2:
         raise Unrecognised("blocks.0.mlp.fc1.weight or blocks.0.mlp.fc2.weight is missing")
-    class_token, reg_token = "cls_token" in tensors, tensors.get("reg_token")
-    registers = 0 if reg_token is None else reg_token.shape[1]
+    class_token = "cls_token" in tensors
+    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     prefix = 1 if class_token and not registers else 0
     side = math.isqrt(tensors["pos_embed"].shape[1] - prefix)
     post_norm = "norm_pre.weight" in tensors
@@ -311,8 +309,7 @@ def _read_architecture(
 def _num_heads(width: int, asked: int | None, notices: list[str]) -> int:
     if asked and width % asked:
         raise Unrecognised(f"its width of {width} is not divisible by encoder.num_heads {asked}")
-    known = asked or _HEADS.get(width)
-    if known:
+    if known := asked or _HEADS.get(width):
         return known
     if width % 64:
         raise Unrecognised(f"its number of attention heads is unknown for a width of {width}; set encoder.num_heads")

@@ -5,17 +5,8 @@ import re
 from mimref.encoders.vit import Architecture
 
 # Names above an encoder's tensors. Of several in one file, its authors evaluate the first of these.
-PREFERRED = (
-    "target_encoder",
-    "teacher",
-    "momentum_encoder",
-    "state_dict_ema",
-    "model_ema",
-    "state_dict",
-    "model",
-    "encoder",
-    "student",
-)
+_AVERAGED = ("target_encoder", "teacher", "momentum_encoder", "state_dict_ema", "model_ema")
+PREFERRED = (*_AVERAGED, "state_dict", "model", "encoder", "student")
 # Parts of names that wrapping modules add: FSDP, activation checkpointing, torch.compile.
 WRAPPING = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 

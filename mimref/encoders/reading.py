@@ -9,7 +9,6 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -35,19 +34,14 @@ _NUMPY_TYPES: list[_Global] = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdU
 _HARMLESS: list[_Global] = [argparse.Namespace, collections.defaultdict, np.dtype, np.ndarray]
 
 
-@dataclass(frozen=True)
-class WeightsFile:
-    """A file's content: nested mappings of tensors, mapped into memory where the format allows it."""
-
-    path: Path
-    content: Mapping[Any, Any]
-    header: dict[str, Any]
-    """JSON header of our own files; empty for foreign ones."""
+Content = Mapping[Any, Any]
+"""Nested mappings with tensors at the leaves, mapped into memory where the format allows it."""
 
 
-def read_file(path: str | Path, progress: LabelledProgress | None = None) -> WeightsFile:
-    """Read `path`, the output folder of a run, published weights by name, or `quickstart` for the packaged encoder.
+def read_file(path: str | Path, progress: LabelledProgress | None = None) -> tuple[Path, Content, dict[str, Any]]:
+    """The file's own path, its content, and the JSON header of our own files (else empty).
 
+    path: a file, the output folder of a run, the name of published weights, or `quickstart` for the packaged encoder.
     progress: receives the progress of a download.
     Raises CheckpointError with one line for a missing, damaged or foreign file.
     """
@@ -59,11 +53,15 @@ def read_file(path: str | Path, progress: LabelledProgress | None = None) -> Wei
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if not start:
         raise CheckpointError(f"{file}: the file is empty")
+    header: dict[str, Any] = {}
     # A safetensors file starts with 8 bytes, the length of its JSON header, and the header's brace.
-    found = _read_safetensors(file) if start[8:] == b"{" else _read_pickle(file, zipped=start[:2] == b"PK")
-    if next(named_tensors(found.content), None) is None:
+    if start[8:] == b"{":
+        content, header = _read_safetensors(file)
+    else:
+        content = _read_pickle(file, zipped=start[:2] == b"PK")
+    if next(named_tensors(content), None) is None:
         raise CheckpointError(f"{file}: holds no tensors with names")
-    return found
+    return file, content, header
 
 
 def named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -103,7 +101,7 @@ def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
     return file
 
 
-def _read_safetensors(file: Path) -> WeightsFile:
+def _read_safetensors(file: Path) -> tuple[Content, dict[str, Any]]:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -116,10 +114,10 @@ def _read_safetensors(file: Path) -> WeightsFile:
         raise CheckpointError(f"{file}: damaged header ({first_line(error)})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: damaged header (not a JSON object)")
-    return WeightsFile(file, tensors, header)
+    return tensors, header
 
 
-def _read_pickle(file: Path, *, zipped: bool) -> WeightsFile:
+def _read_pickle(file: Path, *, zipped: bool) -> Content:
     """A file of `torch.save`; only the zip format, the default since torch 1.6, can be mapped into memory."""
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS + _NUMPY_TYPES + _NUMPY_BUILDERS):
@@ -127,7 +125,7 @@ def _read_pickle(file: Path, *, zipped: bool) -> WeightsFile:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # damaged pickles fail in every possible way
         raise CheckpointError(f"{file}: {_why_unreadable(error)}") from error
-    return WeightsFile(file, content if isinstance(content, Mapping) else {}, {})
+    return content if isinstance(content, Mapping) else {}
 
 
 def _why_unreadable(error: Exception) -> str:

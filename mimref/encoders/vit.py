@@ -32,7 +32,6 @@ PAPER_SIZES = {
     "vit_2b14": (2560, 24, 32, 14),
 }
 _SIZE_KEYS = ("width", "depth", "num_heads", "patch_size")
-_POST_NORM_SOURCES = frozenset({"d2v2"})
 
 
 @dataclass(frozen=True)
@@ -69,17 +68,15 @@ class Architecture:
         """The architecture that the settings name. Raises ConfigError for an unknown name."""
         if config.arch == "custom":
             # The settings refuse a custom architecture that lacks one of them.
-            width, depth, num_heads, patch_size = (int(getattr(config, key)) for key in _SIZE_KEYS)
+            sizes = tuple(int(getattr(config, key)) for key in _SIZE_KEYS)
         elif config.arch in PAPER_SIZES:
-            width, depth, num_heads, patch_size = PAPER_SIZES[config.arch]
+            sizes = PAPER_SIZES[config.arch]
         else:
             return cls._of_timm(config.arch, config.image_size)
-        post_norm = config.source in _POST_NORM_SOURCES
-        return cls(config.arch, config.image_size, width, depth, num_heads, patch_size, post_norm)
+        return cls(config.arch, config.image_size, *sizes, post_norm=config.source == "d2v2")
 
     @classmethod
     def _of_timm(cls, name: str, image_size: int) -> Self:
-        _check_plain(name)
         with torch.device("meta"):
             vit = _timm_vit(name, image_size)
         first_parts: Iterable[Any] = vit.blocks[0].modules()
@@ -249,11 +246,9 @@ def pool_tokens(tokens_BLD: Tensor, how: str, num_prefix_tokens: int, has_cls_to
     if how == "cls" and has_cls_token:
         return tokens_BLD[:, 0]
     mean_BD = tokens_BLD[:, num_prefix_tokens:].mean(dim=1)
-    if how == "cls+mean" and has_cls_token:
-        return torch.cat([tokens_BLD[:, 0], mean_BD], dim=1)
-    if how == "cls+mean":
-        return torch.cat([mean_BD, mean_BD], dim=1)
-    return mean_BD
+    if how != "cls+mean":
+        return mean_BD
+    return torch.cat([tokens_BLD[:, 0] if has_cls_token else mean_BD, mean_BD], dim=1)
 
 
 def resize_positions(
@@ -290,8 +285,7 @@ def sincos_positions(width: int, side: int, *, num_prefix: int = 1) -> Tensor:
 
 def are_sincos(positions: Tensor, *, num_prefix: int) -> bool:
     """Whether positions (1, num_prefix + side**2, width) equal the sin-cos ones in half precision."""
-    side = math.isqrt(positions.shape[1] - num_prefix)
-    width = positions.shape[2]
+    side, width = math.isqrt(positions.shape[1] - num_prefix), positions.shape[2]
     if width % 4 or side**2 + num_prefix != positions.shape[1]:
         return False
     return torch.allclose(positions.float(), sincos_positions(width, side, num_prefix=num_prefix), rtol=0, atol=2e-3)
@@ -304,7 +298,6 @@ def build_encoder(architecture: Architecture) -> Encoder:
     """
     architecture.check_size(architecture.image_size, "encoder.image_size")
     if architecture.from_timm:
-        _check_plain(architecture.name)
         vit = _timm_vit(architecture.name, architecture.image_size)
         if architecture.fixed_positions and vit.pos_embed is not None:
             vit.pos_embed.requires_grad_(False)
@@ -348,20 +341,13 @@ def is_plain_vit(name: str) -> bool:
 
     Models with a convolutional stem or a distillation token are not. Raises ConfigError for an unknown name.
     """
-    check_timm_name(name)
+    _check_timm_name(name)
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=0)
     return type(model) is VisionTransformer and isinstance(model.patch_embed, PatchEmbed)
 
 
-def _check_plain(name: str) -> None:
-    if not is_plain_vit(name):
-        raise ConfigError(
-            f"architecture {name!r} is not a plain timm VisionTransformer: it can be evaluated, not refined"
-        )
-
-
-def check_timm_name(name: str) -> None:
+def _check_timm_name(name: str) -> None:
     """Raise ConfigError, with the nearest known name, unless timm has a model and, after a dot, a tag of that name."""
     if not timm.is_model(name):
         hint = did_you_mean(name, [*PAPER_SIZES, "custom", *timm.list_models()])
@@ -373,6 +359,10 @@ def check_timm_name(name: str) -> None:
 
 
 def _timm_vit(name: str, image_size: int) -> VisionTransformer:
+    if not is_plain_vit(name):
+        raise ConfigError(
+            f"architecture {name!r} is not a plain timm VisionTransformer: it can be evaluated, not refined"
+        )
     vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True)
     assert isinstance(vit, VisionTransformer)
     return vit

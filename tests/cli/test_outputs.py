@@ -8,6 +8,7 @@ import pytest
 from mimref.cli import run
 from mimref.errors import OutputError
 from mimref.results import check_folder
+from tests.checkpoints import load_encoder
 from tests.tiny import REFINE, arguments, results, write_labelled, write_weights
 
 CHEAP = ["--device", "cpu", "--workers", "0"]
@@ -68,7 +69,7 @@ def test_resume_of_a_finished_probe_prints_its_results(
 
 
 def test_the_images_are_those_of_the_encoder_that_is_named(folder: Path, tmp_path: Path) -> None:
-    from mimref.encoders.checkpoints import load_encoder, save_encoder
+    from mimref.encoders.checkpoints import save_encoder
     from mimref.encoders.vit import Encoder
 
     encoder, header = load_encoder(folder / "base.safetensors")
