@@ -47,13 +47,13 @@ def benchmark_eval(
 
     from mimref.benchmarks.evaluations import benchmark_evaluations
     from mimref.devices import resolve_device
-    from mimref.reports.terminal import Terminal, print_benchmark
+    from mimref.reports.terminal import Terminal, print_rows
 
     started = time.monotonic()
     target = str(resolve_device(device or "auto"))
     with Terminal(quiet) as terminal:
         rows = benchmark_evaluations(device=target, progress=lambda done, of: terminal.progress("timings", done, of))
-    print_benchmark(rows)
+    print_rows(rows)
     if target != "cpu":
         typer.echo(f"on {target}; k-means runs on the CPU")
     _write("benchmark eval", out, {"device": target}, started, rows, quiet)
@@ -74,13 +74,13 @@ def benchmark_views(
 
     from mimref.benchmarks.views import benchmark_views as measure
     from mimref.devices import resolve_device
-    from mimref.reports.terminal import Terminal, print_view_rates
+    from mimref.reports.terminal import Terminal, print_rows
 
     started = time.monotonic()
     target = str(resolve_device(device or "auto"))
     with Terminal(quiet) as terminal:
         rows = measure(device=target, progress=lambda done, of: terminal.progress("timings", done, of))
-    print_view_rates(rows)
+    print_rows(rows)
     _write("benchmark views", out, {"device": target}, started, rows, quiet)
 
 

@@ -95,14 +95,12 @@ def knn(
 
     from mimref.distributed.group import process_group
     from mimref.evaluation.knn.protocol import evaluate_knn
-    from mimref.reports.terminal import Terminal, print_classes
+    from mimref.reports.terminal import Terminal
 
     with process_group(config.device) as rank, Terminal(quiet or rank > 0) as terminal:
         result = evaluate_knn(config, listener=terminal)
     if rank == 0:
         report(out, config, result, quiet)
-        if config.per_class:
-            print_classes(result.rows)
 
 
 def lowshot(
@@ -282,7 +280,7 @@ def probe(
 def _draw_embedding(file: Path, embedding: "Embedding", rows: Sequence["Row"]) -> None:
     """The images as points, with the clustering's scores under them."""
     from mimref.reports.figures import plot_embedding
-    from mimref.reports.tables import scores_line
+    from mimref.reports.metrics import scores_line
 
     title, caption = str(rows[0]["model"]), scores_line(rows)
     plot_embedding(file, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)
