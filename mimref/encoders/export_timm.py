@@ -59,11 +59,12 @@ def _timm_name(encoder: Encoder) -> str | None:
     if architecture.from_timm:
         return architecture.name.partition(".")[0]
     start, digits = f"vit_*_patch{architecture.patch_size}", "[0-9][0-9][0-9]"
-    names = timm.list_models([f"{start}_{end}" for end in (digits, f"gap_{digits}", "dinov2", "reg4_dinov2")])
+    endings = (digits, f"gap_{digits}", "dinov2", "reg4_dinov2")
+    names = timm.list_models([f"{start}_{ending}" for ending in endings], module="vision_transformer")
     wanted = {key: tensor.shape for key, tensor in encoder.vit.state_dict().items()}
     for name in sorted(names, key=lambda known: native_size(known) != size):
         with torch.device("meta"):
-            vit = timm.create_model(name, num_classes=0, img_size=size)
+            vit = timm.create_model(name, num_classes=0, img_size=size, weight_init="skip")
         if type(vit) is not VisionTransformer or type(first := vit.blocks[0]) is not Block:
             continue
         # No shape shows the number of heads.

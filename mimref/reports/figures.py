@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
@@ -54,7 +54,8 @@ def plot_blocks(path: Path, rows: Sequence[Row], *, heads: Mapping[str, Sequence
         raise DataError(f"{path}: nothing to draw; give rows of {', '.join(CURVES)}")
     models = list(dict.fromkeys(_model(row) for row in rows))
     compared = [model for model in models if _curve(rows, model, "block_reconstruction_delta")[0]]
-    figure, axes = _panels(len(curves) + len(compared), legend_lines=-(-len(models) // _legend_columns(models)))
+    columns = max(1, min(4, len(models), int(BLOCKS_WIDTH / _name_inches(models))))  # of the legend
+    figure, axes = _panels(len(curves) + len(compared), legend_lines=-(-len(models) // columns))
     last = max(int(row["block"]) for row in rows)
     for ax, metric in zip(axes, curves, strict=False):
         for number, model in enumerate(models):
@@ -66,7 +67,8 @@ def plot_blocks(path: Path, rows: Sequence[Row], *, heads: Mapping[str, Sequence
     for ax in axes:
         _block_axis(ax, last)
     if models != [""]:
-        _legend_below(figure, [(model, COLORS[n % len(COLORS)], _marker(n)) for n, model in enumerate(models)])
+        entries = [(model, *_curve_style(number)) for number, model in enumerate(models)]
+        _legend(figure, entries, "-", {"loc": "outside lower center", "ncols": columns})
     if heads and any(heads.values()):
         axes[0].set_title("filled: recommended head positions", fontsize=8, color=INK, loc="right")
     _save(figure, path)
@@ -91,14 +93,15 @@ def plot_embedding(
         raise DataError(f"{path}: points of shape {points.shape} with labels of shape {y.shape}; give (N, 2) and (N,)")
     classes = np.unique(y)
     named = len(classes) <= LEGEND_CLASSES
-    names = [_class_name(int(label), class_names) for label in classes] if named else []
+    known = dict(enumerate(class_names or ()))
+    names = [known.get(label, str(label)) for label in classes.tolist()] if named else []
     figure = _figure(6.0 + _name_inches(names), 5.6)
     ax = figure.add_subplot()
     finite = np.isfinite(points).all(axis=1)
-    color_and_marker = _class_styles(len(classes))
+    styles = _class_styles(len(classes))
     # In square points: 16 for a few hundred images, 1 for tens of thousands, so that dots neither vanish nor merge.
     size = float(np.clip(9000 / max(1, len(points)), 1.0, 16.0))
-    for label, (color, marker) in zip(classes, color_and_marker, strict=True):
+    for label, (color, marker) in zip(classes, styles, strict=True):
         x, z = points[finite & (y == label)].astype(np.float64).T
         ax.scatter(x, z, s=size, color=color, marker=marker, linewidths=0, alpha=0.85)
     ax.set_xticks([])
@@ -109,8 +112,8 @@ def plot_embedding(
     note = "" if named else f"{len(classes)} classes"
     ax.set_xlabel(_no_formula("    ".join(filter(None, (caption, note)))), fontsize=10, color=INK, labelpad=8)
     if named:
-        entries = [(name, *style) for name, style in zip(names, color_and_marker, strict=True)]
-        _legend_right(ax, entries)
+        entries = [(name, *style) for name, style in zip(names, styles, strict=True)]
+        _legend(ax, entries, "", {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)})
     _save(figure, path)
 
 
@@ -134,7 +137,9 @@ def plot_comparison(path: Path, rows: Sequence[Row], base: str) -> None:
     for number, (label, by_model) in enumerate(panels.items()):
         ax = figure.add_subplot(lines, columns, number + 1)
         _draw_bars(ax, models, by_model, base)
-        ax.set_title(_text(label + _unit(next(iter(by_model.values())))), fontsize=9, color=INK, loc="left")
+        metric = next(iter(by_model.values()))["metric"]
+        unit = ", lower is better" if metric in LOWER_IS_BETTER else "" if metric in STATISTICS else " (%)"
+        ax.set_title(_text(label + unit), fontsize=9, color=INK, loc="left")
         names = [_text(model, NAME_LENGTH) for model in models] if number % columns == 0 else [""] * len(models)
         ax.set_yticks(range(len(models)), names, fontsize=9)
     _save(figure, path)
@@ -144,7 +149,7 @@ def _draw_curve(
     ax: Axes, blocks: list[int], values: list[float], number: int, heads: Sequence[int], metric: str
 ) -> None:
     """One model's values over its blocks; the k-NN curve's best one is labelled."""
-    color, marker = COLORS[number % len(COLORS)], _marker(number)
+    color, marker = _curve_style(number)
     ax.plot(blocks, values, color=color, linewidth=1.6)
     fill = [color if block in heads else "white" for block in blocks]
     ax.scatter(blocks, values, s=26, marker=marker, facecolors=fill, edgecolors=color, linewidths=1.3, zorder=3)
@@ -181,7 +186,9 @@ def _draw_bars(ax: Axes, models: Sequence[str], by_model: Mapping[str, Row], bas
         around = "std" in row and row.get("mean", row["value"]) == row["value"]
         whisker = float(row["std"]) if around else None
         ax.barh(place, known[place], xerr=whisker, height=0.7, color=color, error_kw={"elinewidth": 1, "ecolor": INK})
-        text = _bar_text(values[place], math.nan if model == base else base_value, digits)
+        difference = values[place] - base_value
+        shown = f"  ({difference:+.{digits}f})" if model != base and math.isfinite(difference) else ""
+        text = f"{values[place]:.{digits}f}{shown}" if math.isfinite(values[place]) else "-"
         at = (max(0.0, known[place] + (whisker or 0.0)), place)
         ax.annotate(text, at, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
     # Room for the numbers to the right of the bars.
@@ -192,19 +199,6 @@ def _draw_bars(ax: Axes, models: Sequence[str], by_model: Mapping[str, Row], bas
     ax.set_xticks([])
     _clean(ax, keep=())
     ax.tick_params(axis="y", length=0, labelcolor=INK)
-
-
-def _unit(row: Row) -> str:
-    """What follows a metric's name."""
-    if row["metric"] in LOWER_IS_BETTER:
-        return ", lower is better"
-    return "" if row["metric"] in STATISTICS else " (%)"
-
-
-def _bar_text(value: float, base: float, digits: int) -> str:
-    if not math.isfinite(value):
-        return "-"
-    return f"{value:.{digits}f}" + (f"  ({value - base:+.{digits}f})" if math.isfinite(base) else "")
 
 
 def _panels(count: int, *, legend_lines: int) -> tuple[Figure, list[Axes]]:
@@ -226,8 +220,7 @@ def _block_axis(ax: Axes, last: int) -> None:
     ax.set_xlim(0.4, last + 0.6)
     ax.margins(y=0.14)
     ax.set_xlabel("block", fontsize=9, color=INK)
-    ax.yaxis.label.set_fontsize(9)
-    ax.yaxis.label.set_color(INK)
+    ax.yaxis.label.set(fontsize=9, color=INK)
     ax.tick_params(labelsize=8, labelcolor=INK, color=FAINT)
     ax.grid(axis="y", color=FAINT, linewidth=0.6)
     ax.set_axisbelow(True)
@@ -240,39 +233,23 @@ def _clean(ax: Axes, *, keep: Sequence[str]) -> None:
         spine.set_color(BASE)
 
 
-def _legend_right(ax: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
-    """Names beside the panel; entries: name, colour, marker."""
-    handles = _handles(entries, line="")
-    _name(ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9), entries)
-
-
-def _legend_below(figure: Figure, entries: Sequence[tuple[str, str, str]]) -> None:
-    """Names under all panels; entries: name, colour, marker."""
-    columns, handles = _legend_columns([name for name, _, _ in entries]), _handles(entries, line="-")
-    where: Any = "outside lower center"
-    _name(figure.legend(handles=handles, loc=where, ncols=columns, frameon=False, fontsize=9), entries)
+def _legend(
+    owner: Axes | Figure, entries: Sequence[tuple[str, str, str]], line: Literal["-", ""], place: dict[str, Any]
+) -> None:
+    """entries: name, colour, marker. line: style of the samples' lines."""
+    handles = [
+        Line2D([], [], color=color, marker=marker, linestyle=line, markersize=5, label="name")
+        for _, color, marker in entries
+    ]
+    legend = owner.legend(handles=handles, frameon=False, fontsize=9, **place)
+    # matplotlib leaves out labels that begin with an underscore, but accepts any text afterwards.
+    for text, (name, _, _) in zip(legend.get_texts(), entries, strict=True):
+        text.set(text=_text(name, NAME_LENGTH), color=INK)
 
 
 def _name_inches(names: Sequence[str]) -> float:
     """Approximate width of a legend's column."""
     return 0.45 + 0.085 * min(NAME_LENGTH, max(map(len, names), default=0))
-
-
-def _legend_columns(names: Sequence[str]) -> int:
-    return max(1, min(4, len(names), int(BLOCKS_WIDTH / _name_inches(names))))
-
-
-def _handles(entries: Sequence[tuple[str, str, str]], *, line: Literal["-", ""]) -> list[Line2D]:
-    return [
-        Line2D([], [], color=color, marker=marker, linestyle=line, markersize=5, label="name")
-        for _, color, marker in entries
-    ]
-
-
-def _name(legend: Legend, entries: Sequence[tuple[str, str, str]]) -> None:
-    # matplotlib leaves out labels that begin with an underscore, but accepts any text afterwards.
-    for text, (name, _, _) in zip(legend.get_texts(), entries, strict=True):
-        text.set(text=_text(name, NAME_LENGTH), color=INK)
 
 
 def _class_styles(count: int) -> list[tuple[str, str]]:
@@ -281,11 +258,7 @@ def _class_styles(count: int) -> list[tuple[str, str]]:
         return [(COLORS[n % len(COLORS)], MARKERS[n // len(COLORS)]) for n in range(count)]
     # Too many to name: neighbouring classes are a golden ratio of the colour circle apart, and differ in value.
     colors = [hsv_to_rgb(number * 0.618034 % 1.0, 0.75, (0.95, 0.6, 0.8)[number % 3]) for number in range(count)]
-    return [("#" + "".join(f"{round(255 * part):02x}" for part in color), "o") for color in colors]
-
-
-def _class_name(label: int, class_names: Sequence[str] | None) -> str:
-    return class_names[label] if class_names is not None and 0 <= label < len(class_names) else str(label)
+    return [(to_hex(color), "o") for color in colors]
 
 
 def _curve(rows: Sequence[Row], model: str, metric: str) -> tuple[list[int], list[float]]:
@@ -298,9 +271,9 @@ def _model(row: Row) -> str:
     return str(row.get("model", ""))
 
 
-def _marker(number: int) -> str:
-    """Changes with the colour, and differs when colours repeat."""
-    return MARKERS[number % len(MARKERS)]
+def _curve_style(number: int) -> tuple[str, str]:
+    """Colour and marker, which repeat at different numbers."""
+    return COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
 
 
 def _text(text: str, length: int = 3 * NAME_LENGTH) -> str:

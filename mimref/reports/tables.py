@@ -161,12 +161,10 @@ def heads_table(rows: Sequence[Row]) -> Table:
     for by_metric in heads.values():
         row = next(iter(by_metric.values()))
         scores = [
-            Cell(format_value(by_metric[metric]), shown_value(by_metric[metric]) == best[metric])
-            if metric in by_metric
-            else Cell()
-            for metric in metrics
+            Text(format_value(found), style="bold" if shown_value(found) == best[metric] else "")
+            for metric, found in by_metric.items()
         ]
-        table.add_row(*(Text(format_setting(row[name])) for name in settings), *(cell.value_text for cell in scores))
+        table.add_row(*(Text(format_setting(row[name])) for name in settings), *scores)
     return table
 
 
