@@ -1,6 +1,7 @@
 """Commands on weights files, and on the presets that ship."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,7 +40,7 @@ def inspect(
 
     inspection = inspect_file(file)
     if as_json:
-        typer.echo(json.dumps(inspection.to_dict(), indent=2))
+        typer.echo(json.dumps(asdict(inspection), indent=2))
     else:
         print_inspection(inspection)
 

@@ -9,6 +9,7 @@ Shapes: B images, L tokens, D width.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import timm
@@ -82,7 +83,7 @@ class TimmBackbone(nn.Module):
             if not norm:
                 raise
             raise ConfigError(f"--final-norm is not possible for {self.architecture.name}: {error}") from error
-        return dict(zip(wanted, map(_as_tokens, found), strict=True))
+        return dict(zip(wanted, starmap(_as_tokens, found), strict=True))
 
     def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
         """One vector per image: `cls`, `mean` or `cls+mean`; see `Encoder.pool`."""
@@ -142,10 +143,7 @@ def _token_shapes(model: Any, name: str, size: int) -> list[tuple[int, int, int]
     except Exception as error:  # models fail in their own ways on images they were not made for
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{name} cannot take images of {size} pixels ({reason}); try --resolution") from error
-    return [
-        (0 if prefix is None else prefix.shape[1], feature_map.shape[2], feature_map.shape[1])
-        for feature_map, prefix in found
-    ]
+    return [(0 if prefix is None else prefix.shape[1], image.shape[2], image.shape[1]) for image, prefix in found]
 
 
 def _intermediates(
@@ -161,7 +159,6 @@ def _intermediates(
     return list(found) if has_prefix else [(feature_map, None) for feature_map in found]
 
 
-def _as_tokens(found: tuple[Tensor, Tensor | None]) -> Tensor:
-    feature_map, prefix = found
+def _as_tokens(feature_map: Tensor, prefix: Tensor | None) -> Tensor:
     tokens_BLD = feature_map.flatten(2).transpose(1, 2)
     return tokens_BLD if prefix is None else torch.cat([prefix, tokens_BLD], dim=1)

@@ -107,14 +107,13 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read a weights file, a run's output folder, published weights or `timm:NAME` by name, or `quickstart`.
 
-    num_heads: attention heads of a foreign file, which cannot be inferred from the weights; None looks the width up
-    among the published sizes. progress: receives the progress of a download.
-    Raises CheckpointError with one line for a missing, damaged or foreign file.
+    num_heads: attention heads of a foreign file; None infers them from the width. progress: of a download.
+    Raises CheckpointError with one line for a missing or damaged file.
     """
     if isinstance(path, str) and path.startswith(_TIMM):
         return _from_timm(path)
-    published = find_published(str(path)) if not Path(path).exists() else None
     file, content, header = read_file(path, progress)
+    published = find_published(str(path)) if not Path(path).exists() else None
     weights = content
     for wrapper in _WRAPPERS:
         if isinstance(weights.get(wrapper), Mapping):
@@ -161,9 +160,8 @@ def choose_architecture(
 ) -> Architecture | BackboneArchitecture:
     """The checkpoint's own architecture; the one of `--arch` and `--source` for timm models and unrecognised files.
 
-    resolution: pixels of the images it will see; None is its own size.
-    Raises CheckpointError when the architecture is unknown, ConfigError for an `arch` that contradicts the checkpoint
-    or a resolution that cannot be cut into patches.
+    resolution: pixels of the images it will see; None is its own size. Raises CheckpointError if the architecture is
+    unknown, ConfigError for an `arch` that contradicts the checkpoint or a resolution that patches do not divide.
     """
     recorded = checkpoint.architecture
     chosen: Architecture | BackboneArchitecture
@@ -182,10 +180,7 @@ def choose_architecture(
 
 
 def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneArchitecture) -> Encoder | TimmBackbone:
-    """An encoder of this architecture with a checkpoint's weights; a plain one shares their memory.
-
-    Raises CheckpointError for weights that do not fit it.
-    """
+    """An encoder with a checkpoint's weights, whose memory it may share. Raises CheckpointError if they do not fit."""
     if isinstance(architecture, BackboneArchitecture):
         backbone = TimmBackbone(architecture)
         classifier = tuple(f"{layer}." for layer in classifier_layers(architecture.name))
@@ -198,10 +193,9 @@ def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneAr
 
 
 def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = False) -> None:
-    """Load a checkpoint's weights into an encoder; positions are interpolated to the encoder's grid.
+    """Load a checkpoint's weights, with positions interpolated to the encoder's grid.
 
-    share: use the checkpoint's memory instead of a copy.
-    Raises CheckpointError naming the tensors that are missing, unexpected or of another shape.
+    share: use the checkpoint's memory instead of a copy. Raises CheckpointError naming the tensors that do not fit.
     """
     given = dict(checkpoint.tensors)
     # timm's own models may need tensors that no plain encoder has.

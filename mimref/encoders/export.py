@@ -54,9 +54,9 @@ def read_encoder(
 ) -> tuple[Encoder, dict[str, Any]]:
     """A checkpoint's encoder in fp32 on the CPU, and the facts about it that every export keeps.
 
-    arch, source: for foreign files that are not recognised. num_heads: attention heads of a foreign file of an unusual
-    width. resolution: pixels per side to interpolate positions to. listener: receives downloads and assumptions.
-    Raises CheckpointError for a file that is no plain vision transformer, ConfigError for values that do not fit it.
+    arch, source, num_heads: as in `choose_architecture` and `read_checkpoint`. resolution: pixels per side to
+    interpolate positions to. Raises CheckpointError for a file that is no plain vision transformer, ConfigError for
+    values that do not fit it.
     """
     listener = listener or Silent()
     checkpoint = read_checkpoint(path, num_heads=num_heads, progress=listener.progress)

@@ -32,8 +32,7 @@ def export_onnx(
 
     out: ends in .onnx. Input: `images` (B, 3, S, S), normalised. Outputs: `block_N` (B, L, D), prefix tokens first, and
     `normed` (B, L, D) if the last block is among them and the encoder has a final norm. The metadata holds `facts` and
-    the architecture. Weights above 1.5 GB go to a second file, `out` with `.data` added. The encoder, in fp32 on the
-    CPU, is put in eval mode.
+    the architecture. Weights above 1.5 GB go to a second file, `out` with `.data` added.
     Raises ConfigError for missing packages and for blocks outside 1..depth, OutputError as `export_timm`.
     """
     check_file(out, (".onnx",), force)

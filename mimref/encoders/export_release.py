@@ -21,8 +21,7 @@ def export_release(
 ) -> Export:
     """Write what the MIM-Refiner repository's models load: `state_dict`, and `ctor_kwargs` for their constructors.
 
-    out: ends in .th, .pth or .pt. The CLS token's position is added to the token. `facts` are saved as `mimref`, which
-    other programs ignore. The encoder, in fp32 on the CPU, is put in eval mode.
+    out: ends in .th, .pth or .pt. `facts` are saved as `mimref`, which other programs ignore.
     Raises ConfigError for what the layout has no place for, OutputError as `export_timm`.
     """
     check_file(out, (".th", ".pth", ".pt"), force)

@@ -20,11 +20,9 @@ from mimref.progress import Listener, Silent
 def export_timm(
     encoder: Encoder, out: Path, facts: Mapping[str, Any], *, force: bool = False, listener: Listener | None = None
 ) -> Export:
-    """Write what `timm.create_model(name, checkpoint_path=out, num_classes=0)` loads.
+    """Write what `timm.create_model(name, checkpoint_path=out)` or timm's VisionTransformer class loads.
 
-    out: ends in .safetensors, whose metadata carries `facts`, or in .pth or .pt, a plain state_dict without them. If
-    timm has no model of these sizes, its VisionTransformer class loads the file. The encoder, in fp32 on the CPU, is
-    put in eval mode.
+    encoder: in fp32 on the CPU. out: ends in .safetensors, whose metadata holds `facts`, or in .pth or .pt without it.
     Raises ConfigError for an encoder that timm has no model for, OutputError for another ending, a file that exists
     (unless `force`) or cannot be written, and features that differ.
     """

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -62,14 +63,15 @@ class Recognised:
 def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Recognised:
     """Find the plain vision transformer in a file's content. Raises Unrecognised with the reason if there is none.
 
-    num_heads: attention heads, which cannot be inferred from the weights; None takes those of the published model of
-    this width, else one per 64 channels.
+    num_heads: attention heads; None takes those of the published model of this width, else one per 64 channels.
     """
     named, full_names = _clean_names(content)
     root, patches = _find_encoder(named)
     encoder = {name[len(root) :]: tensor for name, tensor in named.items() if name.startswith(root)}
     beside = {_beside(name, root): full_names[name] for name in named if not name.startswith(root)}
-    _refuse_relatives(encoder)
+    for pattern, feature in RELATIVES.items():
+        if any(re.fullmatch(pattern, name) for name in encoder):
+            raise Unrecognised(f"is a vision transformer with {feature}, which is not a plain one")
     renames = DATA2VEC if patches.startswith(D2V2) else HUGGING_FACE if patches.startswith("emb") else PLAIN
     parts = _rename(encoder, renames)
     renamed = {name for names in parts.values() for name in names}
@@ -127,17 +129,9 @@ def _find_encoder(named: Mapping[str, Tensor]) -> tuple[str, str]:
 
 def _beside(name: str, root: str) -> str:
     """The name of a tensor outside the encoder, without the prefix that it shares with the encoder."""
-    parts, prefix = name.split("."), root.split(".")[:-1]
-    shared = 0
-    while shared < min(len(parts) - 1, len(prefix)) and parts[shared] == prefix[shared]:
-        shared += 1
-    return ".".join(parts[shared:])
-
-
-def _refuse_relatives(names: Iterable[str]) -> None:
-    for pattern, feature in RELATIVES.items():
-        if any(re.fullmatch(pattern, name) for name in names):
-            raise Unrecognised(f"is a vision transformer with {feature}, which is not a plain one")
+    parts = name.split(".")
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(parts[:-1], root.split(".")[:-1], strict=False))
+    return ".".join(parts[len(list(shared)) :])
 
 
 def _rename(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, list[str]]:
@@ -198,12 +192,8 @@ def mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str
         elif tensor.layout is not torch.strided or tensor.is_meta:
             problems.append(f"{name} is sparse or without data")
         elif tensor.is_floating_point() != model.is_floating_point():
-            problems.append(f"{name} is of type {_dtype(tensor)} instead of {_dtype(model)}")
+            problems.append(f"{name} is of type {tensor.dtype} instead of {model.dtype}")
     return _join_problems(problems)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _join_problems(problems: list[str], most: int = 4) -> str:
@@ -283,10 +273,13 @@ def _read_architecture(
     side = math.isqrt(tensors["pos_embed"].shape[1] - prefix)
     post_norm = "norm_pre.weight" in tensors
     if post_norm and "patch_embed.proj.bias" not in tensors:
-        raise Unrecognised(
-            "has a norm before its blocks and no bias in the patch embedding, as CLIP; name it by --arch"
-        )
+        raise Unrecognised("has a norm before its blocks and no bias in the patch embedding, as CLIP; pass --arch")
     num_heads = _num_heads(width, num_heads, notices)
+    # CrossMAE has norms in the decoder instead, a classifier on mean tokens has fc_norm. Otherwise it is missing.
+    final_norm = post_norm or "norm.weight" in tensors
+    final_norm = final_norm or not any(name.startswith(("dec_norms.", "wfm.", "fc_norm.")) for name in others)
+    if not final_norm:
+        notices.append("the encoder has no final norm")
     names = {sizes: name for name, sizes in PAPER_SIZES.items()}
     return Architecture(
         names.get((width, depth, num_heads, patch_size), "custom"),
@@ -302,7 +295,7 @@ def _read_architecture(
         layer_scale="blocks.0.ls1.gamma" in tensors,
         mlp_width=0 if first.shape[0] == 4 * width else first.shape[0],
         swiglu=first.shape[0] == 2 * second.shape[1],
-        final_norm=_has_final_norm(tensors, others, notices),
+        final_norm=final_norm,
     )
 
 
@@ -317,13 +310,3 @@ def _num_heads(width: int, asked: int | None, notices: list[str]) -> int:
         f"{width // 64} attention heads are assumed, 64 channels each; set encoder.num_heads if that is wrong"
     )
     return width // 64
-
-
-def _has_final_norm(tensors: Mapping[str, Tensor], others: set[str], notices: list[str]) -> bool:
-    if "norm.weight" in tensors or "norm_pre.weight" in tensors:
-        return True
-    # CrossMAE has norms in the decoder instead; a classifier on mean tokens has fc_norm instead.
-    if any(name.startswith(("dec_norms.", "wfm.", "fc_norm.")) for name in others):
-        notices.append("the encoder has no final norm")
-        return False
-    return True  # then it is reported as missing

@@ -1,7 +1,7 @@
 """What a weights file is, for display and as JSON."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,6 @@ class Inspection:
     header: dict[str, Any]
     """Of our own files, without the architecture."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 def inspect_file(path: str | Path) -> Inspection:
     """Recognise a file without loading its tensors. Raises CheckpointError with the reason if it is no encoder."""
@@ -73,15 +69,11 @@ def inspect_file(path: str | Path) -> Inspection:
     )
 
 
-_FIRST = ("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre", "blocks")
-
-
 def _model_order(name: str) -> tuple[int, int, str]:
     """As the model runs: tokens, embeddings, blocks by number, norm."""
-    part, _, rest = name.partition(".")
-    place = _FIRST.index(part) if part in _FIRST else len(_FIRST)
-    number = int(rest.partition(".")[0]) if part == "blocks" else 0
-    return place, number, name
+    part, number, *_ = (*name.split("."), "")
+    order = ("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre", "blocks", part)
+    return order.index(part), int(number) if part == "blocks" else 0, name
 
 
 def by_block(tensors: list[TensorOrigin]) -> list[tuple[str, str, str]]:

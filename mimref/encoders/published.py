@@ -112,10 +112,7 @@ def find_published(name: str) -> PublishedWeights | None:
 
 
 def official_name(arch: str, source: str) -> str:
-    """Name of the published weights of an `--arch` and a `--source`.
-
-    Raises CheckpointError for a pair that was never published, with those that were.
-    """
+    """Name of the published weights of an `--arch` and a `--source`. Raises CheckpointError if there are none."""
     size = arch.removeprefix("vit_")
     if f"{source}_{size}" in ADDRESSES:
         return f"{source}_{size}"
@@ -130,9 +127,8 @@ def official_name(arch: str, source: str) -> str:
 
 
 def fetch(known: PublishedWeights, progress: LabelledProgress | None = None) -> Path:
-    """The cached copy of published weights, downloaded if there is none.
+    """The cached copy of published weights, downloaded if there is none; progress is in megabytes.
 
-    progress: receives a label, the megabytes downloaded and those of the complete file.
     Raises CheckpointError, saying which file to put where, if the download fails or is not what was published.
     """
     file = known.file

@@ -33,7 +33,6 @@ _NUMPY_TYPES: list[_Global] = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdU
 # Settings and numbers that public checkpoints hold beside tensors; their constructors only store values.
 _HARMLESS: list[_Global] = [argparse.Namespace, collections.defaultdict, np.dtype, np.ndarray]
 
-
 Content = Mapping[Any, Any]
 """Nested mappings with tensors at the leaves, mapped into memory where the format allows it."""
 
@@ -130,8 +129,7 @@ def _read_pickle(file: Path, *, zipped: bool) -> Content:
 
 def _why_unreadable(error: Exception) -> str:
     # torch's own message advises to turn the check off.
-    refused = re.search(r"GLOBAL (\S+)", str(error))
-    if refused:
+    if refused := re.search(r"GLOBAL (\S+)", str(error)):
         return (
             f"refused, because it holds {refused[1]}, which is not weights and could run code; "
             "if you trust it, load it with torch and save its state_dict as safetensors"

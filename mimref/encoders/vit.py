@@ -220,10 +220,7 @@ class Encoder(nn.Module):
         return torch.cat([prefix_1PD.expand(patches_BND.shape[0], -1, -1), patches_BND], dim=1)
 
     def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
-        """One vector per image: `cls`, `mean` of the patch tokens, or both (`cls+mean`, (B, 2D)).
-
-        Without a CLS token, the mean of the patch tokens replaces it.
-        """
+        """One vector per image: `cls`, `mean` of the patch tokens (also if there is no CLS token), or `cls+mean`."""
         return pool_tokens(tokens_BLD, how, self.num_prefix_tokens, self.has_cls_token)
 
 
@@ -292,10 +289,7 @@ def are_sincos(positions: Tensor, *, num_prefix: int) -> bool:
 
 
 def build_encoder(architecture: Architecture) -> Encoder:
-    """An encoder with random weights, on the current default device (`meta` costs nothing).
-
-    Raises ConfigError when the image size does not fit the patch size.
-    """
+    """An encoder with random weights, on the current default device. Raises ConfigError for sizes that do not fit."""
     architecture.check_size(architecture.image_size, "encoder.image_size")
     if architecture.from_timm:
         vit = _timm_vit(architecture.name, architecture.image_size)
@@ -337,10 +331,7 @@ def build_encoder(architecture: Architecture) -> Encoder:
 
 
 def is_plain_vit(name: str) -> bool:
-    """Whether timm's `name` is a VisionTransformer on plain patches, whose parts `Encoder` can run.
-
-    Models with a convolutional stem or a distillation token are not. Raises ConfigError for an unknown name.
-    """
+    """Whether timm's `name` is a VisionTransformer on plain patches. Raises ConfigError for an unknown name."""
     _check_timm_name(name)
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=0)
