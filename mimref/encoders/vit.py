@@ -68,12 +68,12 @@ class Architecture:
         """The architecture that the settings name. Raises ConfigError for an unknown name."""
         if config.arch == "custom":
             # The settings refuse a custom architecture that lacks one of them.
-            sizes = tuple(int(getattr(config, key)) for key in _SIZE_KEYS)
+            width, depth, num_heads, patch_size = (int(getattr(config, key)) for key in _SIZE_KEYS)
         elif config.arch in PAPER_SIZES:
-            sizes = PAPER_SIZES[config.arch]
+            width, depth, num_heads, patch_size = PAPER_SIZES[config.arch]
         else:
             return cls._of_timm(config.arch, config.image_size)
-        return cls(config.arch, config.image_size, *sizes, post_norm=config.source == "d2v2")
+        return cls(config.arch, config.image_size, width, depth, num_heads, patch_size, config.source == "d2v2")
 
     @classmethod
     def _of_timm(cls, name: str, image_size: int) -> Self:
