@@ -1,4 +1,4 @@
-"""Which device and which precision a run computes with."""
+"""Devices and precisions of a run."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ from mimref.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then CPU. Raises ConfigError for a device this machine lacks."""
+    """`auto` is the best available: CUDA, then MPS, then CPU. Raises ConfigError for a device this machine lacks."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
@@ -25,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA, float32 elsewhere. Raises ConfigError when the device cannot compute in bfloat16."""
+    """`auto` is bfloat16 on CUDA, float32 elsewhere. Raises ConfigError if the device cannot compute in bfloat16."""
     if name not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"precision {name!r}: choose from auto, fp32, bf16")
     if name == "auto":
@@ -36,24 +36,21 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def _has_bf16() -> bool:
-    # Emulated, it is slower than float32.
+    # Emulated bfloat16 is slower than float32.
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, whose copy the CPU does not wait for.
-
-    On CUDA that is certain of page-locked memory alone: of other memory, what is larger than the driver's buffer may be
-    waited for.
-    """
+    """Copy a CPU tensor to the device without waiting for the copy."""
+    # CUDA copies asynchronously only from page-locked memory.
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep large buffers that it frees, where the C library is glibc.
+    """Let this process keep large buffers that it frees, if the C library is glibc.
 
-    By default every large tensor is mapped anew and handed back at once, and on a CPU a training step spends up to a
-    tenth of its time on the page faults of that.
+    By default, every large tensor is mapped and unmapped again. On a CPU the page faults take up to a tenth of the time
+    of a training step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -62,26 +59,25 @@ def keep_freed_memory() -> None:
 
 
 def own_cores() -> int:
-    """How many cores this process may keep busy, at least 1.
+    """How many cores this process may use, at least 1.
 
-    Those that its affinity and its container's limit leave, shared evenly with the other processes of its group that
-    torchrun has started on this machine.
+    The cores that its affinity and its container allow are shared evenly by the processes of its group on this machine.
     """
-    from joblib import cpu_count  # takes a moment to import
+    from joblib import cpu_count  # slow to import
 
-    together = dist.is_available() and dist.is_initialized()
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if together else 1
+    in_group = dist.is_available() and dist.is_initialized()
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if in_group else 1
     return max(1, int(cpu_count()) // sharing)
 
 
 @contextmanager
 def autocast(device: torch.device, precision: torch.dtype) -> Iterator[None]:
-    """Mixed precision for bfloat16; a context that changes nothing for float32."""
+    """Mixed precision for bfloat16; no change for float32."""
     if precision is not torch.bfloat16:
         yield
         return
-    # On CPUs the backward pass of torch's fused attention is several times slower in bfloat16 than in float32, and
-    # slower than all the rest of a small encoder's step; plain matrix products are faster than either.
+    # On CPUs the backward pass of torch's fused attention is several times slower in bfloat16 than in float32. Plain
+    # matrix products are faster than either.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with attention, torch.autocast(device.type, dtype=torch.bfloat16):
         yield

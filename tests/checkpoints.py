@@ -5,6 +5,7 @@ A layout is a function from the state dict of a timm model to the content of a f
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,20 @@ from timm.layers.mlp import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mimref.encoders.vit import sincos_positions
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
+from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
+from mimref.encoders.vit import Architecture, Encoder, sincos_positions
 
 WIDTH, DEPTH, PATCH, IMAGE, SIDE = 128, 3, 4, 16, 4
 State = dict[str, Tensor]
+
+
+def load_encoder(
+    path: str | Path, architecture: Architecture | BackboneArchitecture | None = None
+) -> tuple[Encoder | TimmBackbone, dict[str, Any]]:
+    """An encoder with a file's weights, and the file's header; the architecture is the file's own by default."""
+    checkpoint = read_checkpoint(path)
+    return encoder_from(checkpoint, architecture or choose_architecture(checkpoint)), checkpoint.header
 
 
 def timm_vit(**options: Any) -> VisionTransformer:

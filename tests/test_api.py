@@ -9,10 +9,11 @@ import torch
 import mimref
 from mimref.config.base import DataConfig
 from mimref.data.open import open_source
-from mimref.encoders.checkpoints import load_encoder, save_encoder
+from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError
 from mimref.features.encode import extract
+from tests.checkpoints import load_encoder
 from tests.tiny import ARCHITECTURE, write_labelled, write_unlabelled
 
 

@@ -1,4 +1,4 @@
-"""Devices and precisions: what is refused, and that bfloat16 on the CPU computes what float32 does, roughly."""
+"""Devices and precisions: refusals, and bfloat16 on the CPU close to float32."""
 
 import os
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def test_emulated_bfloat16_is_not_chosen(native: bool, chosen: torch.dtype, monk
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_device_that_is_not_there_is_refused() -> None:
+def test_a_missing_device_is_refused() -> None:
     assert resolve_device("cpu") == CPU
     with pytest.raises(ConfigError, match="'cuda' is not available"):
         resolve_device("cuda")
@@ -76,7 +76,7 @@ def group() -> Iterator[None]:
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system with affinities")
-def test_own_cores_are_those_that_affinity_leaves() -> None:
+def test_own_cores_are_those_of_the_affinity() -> None:
     before = os.sched_getaffinity(0)
     assert 1 <= own_cores() <= len(before)
     try:

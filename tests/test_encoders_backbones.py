@@ -1,4 +1,4 @@
-"""Any timm model's tokens against its own features, and what is refused."""
+"""Other timm models: tokens against their own features, and refusals."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture, recorded_normalization
-from mimref.encoders.vit import Architecture, TokenEncoder
+from mimref.encoders.vit import Architecture
 from mimref.errors import ConfigError
 
 # Name: blocks, width of the first and the last one, prefix tokens, CLS token, pixels per token of the last block.
@@ -31,8 +31,7 @@ def build(name: str, size: int | None = None) -> TimmBackbone:
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.no_grad()
 def test_tokens_of_every_block(name: str) -> None:
-    backbone = build(name)
-    encoder: TokenEncoder = backbone
+    backbone = encoder = build(name)
     depth, first, last, prefix, has_cls, patch_size = BACKBONES[name]
     assert (encoder.depth, backbone.widths[0], encoder.embed_dim) == (depth, first, last)
     assert (encoder.num_prefix_tokens, encoder.has_cls_token, encoder.patch_size) == (prefix, has_cls, patch_size)
@@ -81,7 +80,7 @@ def test_the_final_norm_touches_the_last_block_only() -> None:
     eva = build("eva02_tiny_patch14_224")
     plain = eva.blocks(images, [1, 2])
     assert all(map(torch.equal, plain, eva.blocks(images, [1, 2], final_norm=True)))
-    with pytest.raises(ConfigError, match=r"^--final-norm is not possible for hiera_tiny_224: normalization of"):
+    with pytest.raises(ConfigError, match=r"^--final-norm .*hiera_tiny_224"):
         build("hiera_tiny_224").blocks(images, [4], final_norm=True)
 
 
@@ -98,13 +97,13 @@ def test_blocks_after_the_last_one_are_not_run() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("hiera_tiny_224", 256, r"^hiera_tiny_224 takes images of 224 pixels only, not 256; use --resolution 224$"),
-        ("convnextv2_atto", 20, r"^convnextv2_atto cannot take images of 20 pixels \(.*\); try --resolution$"),
-        ("vit_base_patch16_xyz", None, r"^unknown architecture 'vit_base_patch16_xyz'; did you mean"),
-        ("custom", None, r"^--arch custom is for files that mimref wrote"),
+        ("hiera_tiny_224", 256, "^hiera_tiny_224 .* 256.*--resolution 224"),
+        ("convnextv2_atto", 20, "^convnextv2_atto .* 20 .*--resolution"),
+        ("vit_base_patch16_xyz", None, "'vit_base_patch16_xyz'; did you mean"),
+        ("custom", None, "^--arch custom"),
     ],
 )
-def test_what_is_refused(name: str, size: int | None, message: str) -> None:
+def test_refusals(name: str, size: int | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(name, size)
 

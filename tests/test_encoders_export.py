@@ -13,15 +13,14 @@ from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mimref.encoders import export, onnx
-from mimref.encoders.checkpoints import load_encoder, save_encoder
-from mimref.encoders.export import Export, export_release, export_timm, read_encoder
-from mimref.encoders.onnx import export_onnx
+from mimref.encoders import export, export_onnx, export_release, export_timm
+from mimref.encoders.checkpoints import save_encoder
+from mimref.encoders.export import Export, read_encoder
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, OutputError
-from tests.checkpoints import data2vec_tokens, timm_vit, tokens
+from tests.checkpoints import data2vec_tokens, load_encoder, timm_vit, tokens
 
-# Attention heads of a file without header are told by widths that are published.
+# Files without a header need a published width, which implies the attention heads.
 TINY = Architecture("custom", 16, width=192, depth=3, num_heads=3, patch_size=4)
 POST_NORM = replace(TINY, post_norm=True)
 REGISTERS = replace(TINY, registers=2)
@@ -61,10 +60,10 @@ def assert_same_features(vit: VisionTransformer, encoder: Encoder, size: int) ->
 # --- timm
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "pth", "pt"])
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
 def test_timm_creates_a_model_with_the_file(tmp_path: Path, ending: str) -> None:
     encoder = make(VIT_TINY)
-    done = export_timm(encoder, tmp_path / f"a.{ending}", FACTS)
+    done = export_timm.export_timm(encoder, tmp_path / f"a.{ending}", FACTS)
     assert done.timm_name == "vit_tiny_patch16_224"
     vit = timm.create_model(done.timm_name, checkpoint_path=str(done.path), num_classes=0)
     assert isinstance(vit, VisionTransformer)
@@ -80,12 +79,7 @@ def test_timm_creates_a_model_with_the_file(tmp_path: Path, ending: str) -> None
         (replace(VIT_TINY, image_size=384), "vit_tiny_patch16_384"),
         (replace(VIT_TINY, image_size=64), "vit_tiny_patch16_224"),
         (replace(VIT_TINY, num_heads=6), None),
-        (Architecture("vit_b16", 224, 768, 12, 12, 16), "vit_base_patch16_224"),
-        (Architecture("vit_l16", 224, 1024, 24, 16, 16), "vit_large_patch16_224"),
-        (Architecture("vit_h14", 224, 1280, 32, 16, 14), "vit_huge_patch14_224"),
         (Architecture("vit_h14", 224, 1280, 32, 16, 14, class_token=False), "vit_huge_patch14_gap_224"),
-        (Architecture("vit_2b14", 224, 2560, 24, 32, 14), None),
-        (Architecture("custom", 518, 384, 12, 6, 14, layer_scale=True), "vit_small_patch14_dinov2"),
         (Architecture("custom", 224, 384, 12, 6, 14, layer_scale=True, registers=4), "vit_small_patch14_reg4_dinov2"),
         (Architecture("vit_small_patch16_224.dino", 64, 384, 12, 6, 16, from_timm=True), "vit_small_patch16_224"),
     ],
@@ -93,15 +87,15 @@ def test_timm_creates_a_model_with_the_file(tmp_path: Path, ending: str) -> None
 def test_names_of_timm(architecture: Architecture, name: str | None) -> None:
     with torch.device("meta"):
         encoder = build_encoder(architecture)
-    assert export._timm_name(encoder) == name
+    assert export_timm._timm_name(encoder) == name
 
 
 @pytest.mark.parametrize(
-    "architecture", [TINY, REGISTERS, DINOV2, NO_CLS, replace(TINY, mlp_width=100)], ids=lambda made: str(made)[-40:]
+    "architecture", [DINOV2, NO_CLS, replace(TINY, mlp_width=100)], ids=["dinov2", "no_cls", "mlp"]
 )
 def test_timms_class_reads_what_timm_has_no_name_for(tmp_path: Path, architecture: Architecture) -> None:
     encoder = make(architecture)
-    done = export_timm(encoder, tmp_path / "a.safetensors", FACTS)
+    done = export_timm.export_timm(encoder, tmp_path / "a.safetensors", FACTS)
     assert done.timm_name is None
     found: dict[str, Any] = {"timm": timm, "torch": torch}
     exec(done.read_with, found)
@@ -112,31 +106,26 @@ def test_timms_own_models(tmp_path: Path) -> None:
     torch.manual_seed(0)
     architecture = Architecture("test_vit", 32, 64, 6, 2, 16, from_timm=True)
     encoder = build_encoder(architecture).eval()
-    done = export_timm(encoder, tmp_path / "a.safetensors", {})
+    done = export_timm.export_timm(encoder, tmp_path / "a.safetensors", {})
     assert done.timm_name == "test_vit" and "img_size=32" in done.read_with
     assert_same_features(eval(done.read_with), encoder, 32)
 
 
 def test_the_header_travels_with_safetensors(tmp_path: Path) -> None:
-    export_timm(make(TINY), tmp_path / "a.safetensors", FACTS)
+    export_timm.export_timm(make(TINY), tmp_path / "a.safetensors", FACTS)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as opened:
         assert json.loads(opened.metadata()["mimref"]) == {"architecture": TINY.to_dict(), **FACTS}
-    export_timm(make(TINY), tmp_path / "a.pth", FACTS)
+    export_timm.export_timm(make(TINY), tmp_path / "a.pth", FACTS)
     plain = torch.load(tmp_path / "a.pth", weights_only=True)
     assert plain.keys() == make(TINY).vit.state_dict().keys()
 
 
 @pytest.mark.parametrize(
-    ("architecture", "message"),
-    [
-        (POST_NORM, "timm has no post-norm blocks as custom has them (data2vec 2.0); use --to release or --to onnx"),
-        (NO_NORM, "custom has no norm after its last block, as timm's models have; use --to onnx"),
-    ],
+    ("architecture", "other"), [(POST_NORM, "--to release"), (NO_NORM, "--to onnx")], ids=["post_norm", "no_norm"]
 )
-def test_what_timm_has_no_model_for(tmp_path: Path, architecture: Architecture, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        export_timm(make(architecture), tmp_path / "a.pth", {})
-    assert str(caught.value) == f"--to timm: {message}"
+def test_encoders_that_timm_has_no_model_for(tmp_path: Path, architecture: Architecture, other: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--to timm: .*{other}"):
+        export_timm.export_timm(make(architecture), tmp_path / "a.pth", {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +136,7 @@ def test_what_timm_has_no_model_for(tmp_path: Path, architecture: Architecture, 
 @torch.no_grad()
 def test_a_release_is_recognised(tmp_path: Path, architecture: Architecture) -> None:
     encoder = make(architecture)
-    done = export_release(encoder, tmp_path / "a.th", FACTS)
+    done = export_release.export_release(encoder, tmp_path / "a.th", FACTS)
     found, _ = load_encoder(done.path)
     for theirs, ours in zip(found.blocks(images(2), [1, 2, 3]), encoder.blocks(images(2), [1, 2, 3]), strict=True):
         close(theirs, ours)
@@ -159,7 +148,7 @@ def test_a_release_is_recognised(tmp_path: Path, architecture: Architecture) -> 
 @torch.no_grad()
 def test_a_post_norm_release_by_plain_names(tmp_path: Path) -> None:
     encoder = make(POST_NORM)
-    content = torch.load(export_release(encoder, tmp_path / "a.pth", FACTS).path, weights_only=True)
+    content = torch.load(export_release.export_release(encoder, tmp_path / "a.pth", FACTS).path, weights_only=True)
     state = content["state_dict"]
     # Every name is taken once, and put where the plain code has it.
     image = "modality_encoders.IMAGE."
@@ -184,7 +173,7 @@ def test_a_post_norm_release_by_plain_names(tmp_path: Path) -> None:
 
 def test_a_pre_norm_release_has_the_cls_position_in_its_token(tmp_path: Path) -> None:
     encoder = make(TINY)
-    export_release(encoder, tmp_path / "a.pt", {})
+    export_release.export_release(encoder, tmp_path / "a.pt", {})
     state = torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"]
     own = encoder.vit.state_dict()
     changed = {"pos_embed", "cls_token"}
@@ -195,136 +184,124 @@ def test_a_pre_norm_release_has_the_cls_position_in_its_token(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("architecture", "message"),
+    ("architecture", "feature"),
     [
-        (REGISTERS, "the layout has no place for register tokens; use --to timm or --to onnx"),
-        (NO_CLS, "the layout has no place for an encoder without CLS token; use --to timm or --to onnx"),
-        (replace(TINY, layer_scale=True), "the layout has no place for LayerScale; use --to timm or --to onnx"),
-        (replace(TINY, swiglu=True), "the layout has no place for SwiGLU; use --to timm or --to onnx"),
-        (NO_NORM, "the layout has no place for an encoder without final norm; use --to onnx"),
-        (
-            Architecture("vit_xsmall_patch16_clip_224", 32, 256, 10, 4, 16, from_timm=True),
-            "the layout wants other tensors (norm_pre.bias); use --to timm or --to onnx",
-        ),
+        (REGISTERS, "register tokens; use --to timm"),
+        (NO_CLS, "without CLS token; use --to timm"),
+        (replace(TINY, layer_scale=True), "LayerScale; use --to timm"),
+        (replace(TINY, swiglu=True), "SwiGLU; use --to timm"),
+        (NO_NORM, "without final norm; use --to onnx"),
+        (Architecture("vit_xsmall_patch16_clip_224", 32, 256, 10, 4, 16, from_timm=True), "norm_pre.bias"),
     ],
 )
-def test_what_a_release_has_no_place_for(tmp_path: Path, architecture: Architecture, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        export_release(build_encoder(architecture), tmp_path / "a.th", {})
-    assert str(caught.value) == f"--to release: {message}"
+def test_encoders_that_a_release_has_no_place_for(tmp_path: Path, architecture: Architecture, feature: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--to release: .*{feature}"):
+        export_release.export_release(build_encoder(architecture), tmp_path / "a.th", {})
     assert list(tmp_path.iterdir()) == []
 
 
 # --- ONNX
 
 
-@pytest.mark.parametrize("architecture", [TINY, REGISTERS, DINOV2, POST_NORM, NO_CLS, NO_NORM])
+@pytest.mark.parametrize("architecture", [DINOV2, POST_NORM], ids=["dinov2", "post_norm"])
 @torch.no_grad()
 def test_onnx(tmp_path: Path, architecture: Architecture) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
+    architecture = replace(architecture, depth=2)
     encoder = make(architecture)
-    done = export_onnx(encoder, tmp_path / "a.onnx", FACTS, [3, 1])
+    done = export_onnx.export_onnx(encoder, tmp_path / "a.onnx", FACTS, [2, 1])
     session = onnxruntime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     has_norm = architecture.final_norm and not architecture.post_norm
-    assert names == ["block_3", "block_1"] + ["normed"] * has_norm
+    assert names == ["block_2", "block_1"] + ["normed"] * has_norm
     for count in (1, 3):
         batch = images(count)
-        expected = encoder.blocks(batch, [3, 1]) + encoder.blocks(batch, [3], final_norm=True)
+        expected = encoder.blocks(batch, [2, 1]) + encoder.blocks(batch, [2], final_norm=True)
         for found, tokens_BLD in zip(session.run(names, {"images": batch.numpy()}), expected, strict=False):
             close(found, tokens_BLD)
     metadata = session.get_modelmeta().custom_metadata_map
-    assert (metadata["source"], metadata["licence"], metadata["blocks"]) == ("mae refined", "CC-BY-NC 4.0", "[3, 1]")
+    assert (metadata["source"], metadata["licence"], metadata["blocks"]) == ("mae refined", "CC-BY-NC 4.0", "[2, 1]")
     assert json.loads(metadata["architecture"]) == architecture.to_dict()
     assert list(tmp_path.iterdir()) == [done.path]
-    assert str(Path(export.__file__).parent).encode() not in done.path.read_bytes()
-
-
-@torch.no_grad()
-def test_onnx_without_the_last_block_runs_no_more_than_it_must(tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    encoder = make(TINY)
-    export_onnx(encoder, tmp_path / "one.onnx", {}, [1])
-    export_onnx(encoder, tmp_path / "all.onnx", {}, [1, 2, 3])
-    session = onnxruntime.InferenceSession(str(tmp_path / "one.onnx"))
-    assert [output.name for output in session.get_outputs()] == ["block_1"]
-    close(session.run(None, {"images": images(1).numpy()})[0], encoder.blocks(images(1), [1])[0])
-    assert (tmp_path / "one.onnx").stat().st_size < (tmp_path / "all.onnx").stat().st_size / 2
+    assert str(Path(export.__file__).parent).encode() not in done.path.read_bytes()  # no folders' names
 
 
 @torch.no_grad()
 def test_onnx_of_large_encoders_is_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(onnx, "_LARGEST_BYTES", 1000)
-    encoder, out, data = make(TINY), tmp_path / "a.onnx", tmp_path / "a.onnx.data"
-    export_onnx(encoder, out, {}, [3])
-    assert sorted(tmp_path.iterdir()) == [out, data] and data.stat().st_size > 10 * out.stat().st_size
+    monkeypatch.setattr(export_onnx, "_LARGEST_BYTES", 1000)
+    encoder, out, data = make(replace(NO_CLS, depth=2)), tmp_path / "a.onnx", tmp_path / "a.onnx.data"
+    export_onnx.export_onnx(encoder, out, {}, [1])
+    assert sorted(tmp_path.iterdir()) == [out, data]
     session = onnxruntime.InferenceSession(str(out))
-    close(session.run(["block_3"], {"images": images(1).numpy()})[0], encoder.blocks(images(1), [3])[0])
+    assert [output.name for output in session.get_outputs()] == ["block_1"]
+    close(session.run(["block_1"], {"images": images(1).numpy()})[0], encoder.blocks(images(1), [1])[0])
+    # Later blocks are not part of the graph.
+    assert data.stat().st_size < 0.6 * 4 * sum(parameter.numel() for parameter in encoder.parameters())
     out.unlink()
     with pytest.raises(OutputError, match=r"a\.onnx\.data: exists"):
-        export_onnx(encoder, out, {}, [3])
+        export_onnx.export_onnx(encoder, out, {}, [1])
 
 
 def test_onnx_of_missing_blocks_and_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(onnx, "find_spec", lambda name: None)
+        patched.setattr(export_onnx, "find_spec", lambda name: None)
         with pytest.raises(ConfigError, match=r"pip install 'mimref\[onnx\]'$"):
-            export_onnx(make(TINY), tmp_path / "a.onnx", {}, [3])
+            export_onnx.export_onnx(make(TINY), tmp_path / "a.onnx", {}, [3])
     pytest.importorskip("onnxruntime")
-    with pytest.raises(ConfigError, match="block 4 does not exist: the encoder has blocks 1 to 3"):
-        export_onnx(make(TINY), tmp_path / "a.onnx", {}, [4])
+    with pytest.raises(ConfigError, match="block 4"):
+        export_onnx.export_onnx(make(TINY), tmp_path / "a.onnx", {}, [4])
 
 
 # --- any format
 
-EXPORTS: list[tuple[str, str, Callable[[Encoder, Path], Export]]] = [
-    ("a.pth", "_read_by_timm", lambda encoder, out: export_timm(encoder, out, {})),
-    ("a.th", "_read_release", lambda encoder, out: export_release(encoder, out, {})),
-    ("a.onnx", "_read_onnx", lambda encoder, out: export_onnx(encoder, out, {}, [2, 3])),
+EXPORTS: list[tuple[str, Callable[[Encoder, Path], Export]]] = [
+    ("a.pth", lambda encoder, out: export_timm.export_timm(encoder, out, {})),
+    ("a.th", lambda encoder, out: export_release.export_release(encoder, out, {})),
+    ("a.onnx", lambda encoder, out: export_onnx.export_onnx(encoder, out, {}, [1])),
 ]
 
 
-@pytest.mark.parametrize(("name", "reader", "run"), EXPORTS, ids=["timm", "release", "onnx"])
 @pytest.mark.parametrize("part", ["block_2", "normed"])
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
-def test_features_that_differ_leave_nothing_behind(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    reader: str,
-    run: Callable[[Encoder, Path], Export],
-    part: str,
-    wrong: float,
+def test_one_feature_that_differs_refuses_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, wrong: float
 ) -> None:
-    pytest.importorskip("onnxruntime")
-    room = onnx if name.endswith(".onnx") else export
-    read = getattr(room, reader)
+    read = export_timm._read_by_timm
 
     def read_badly(*given: Any) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = read(*given)
+        found = read(*given)
         changed = found[part].clone()
         changed[0, 0, 0] += wrong * changed.abs().max()
         return found | {part: changed}
 
-    monkeypatch.setattr(room, reader, read_badly)
-    with pytest.raises(OutputError, match=rf"{name}: not written: read again, {part} differs by .* from the encoder"):
-        run(make(TINY), tmp_path / name)
+    monkeypatch.setattr(export_timm, "_read_by_timm", read_badly)
+    with pytest.raises(OutputError, match=f"a.pth: not written: .*{part} differs"):
+        export_timm.export_timm(make(TINY), tmp_path / "a.pth", {})
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "reader", "run"), EXPORTS, ids=["timm", "release", "onnx"])
-def test_other_endings_and_files_that_exist(
-    tmp_path: Path, name: str, reader: str, run: Callable[[Encoder, Path], Export]
+@pytest.mark.parametrize(("name", "run"), EXPORTS, ids=["timm", "release", "onnx"])
+def test_every_format_is_compared_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, run: Callable[[Encoder, Path], Export]
 ) -> None:
-    with pytest.raises(OutputError, match=r"a\.bin: the file's name must end in \."):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export, "_TOLERANCE", -1.0)
+    with pytest.raises(OutputError, match=f"{name}: not written"):
+        run(make(replace(TINY, depth=1)), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "run"), EXPORTS, ids=["timm", "release", "onnx"])
+def test_other_endings_and_files_that_exist(tmp_path: Path, name: str, run: Callable[[Encoder, Path], Export]) -> None:
+    with pytest.raises(OutputError, match=r"a\.bin: .* must end in \."):
         run(make(TINY), tmp_path / "a.bin")
     (tmp_path / name).mkdir()
-    with pytest.raises(OutputError, match="is a folder; give the name of a file"):
+    with pytest.raises(OutputError, match="is a folder"):
         run(make(TINY), tmp_path / name)
     (tmp_path / name).rmdir()
     (tmp_path / name).write_text("old")
-    with pytest.raises(OutputError, match="exists; give another name, or --force to replace it"):
+    with pytest.raises(OutputError, match="--force"):
         run(make(TINY), tmp_path / name)
     assert (tmp_path / name).read_text() == "old"
 
@@ -334,14 +311,14 @@ def test_replacing_a_file_keeps_it_until_the_new_one_is_good(tmp_path: Path, mon
     out.write_text("old")
     monkeypatch.setattr(export, "_TOLERANCE", -1.0)
     with pytest.raises(OutputError, match="not written"):
-        export_timm(make(TINY), out, {}, force=True)
+        export_timm.export_timm(make(TINY), out, {}, force=True)
     assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
     monkeypatch.undo()
-    export_timm(make(TINY), out, {}, force=True)
+    export_timm.export_timm(make(TINY), out, {}, force=True)
     assert torch.load(out, weights_only=True)["norm.weight"].shape == (192,)
 
 
-def test_an_encoder_is_read_with_what_its_header_says(tmp_path: Path) -> None:
+def test_an_encoder_is_read_with_the_facts_of_its_header(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     transform = {"image_size": 16, "mean": [0.5, 0.5, 0.5]}
     save_encoder(path, make(TINY), {**FACTS, "transform": transform, "metrics": [1]})
@@ -352,9 +329,9 @@ def test_an_encoder_is_read_with_what_its_header_says(tmp_path: Path) -> None:
     assert larger.vit.pos_embed is not None and larger.vit.pos_embed.shape == (1, 1 + 36, 192)
     batch = images(2, 24)
     close(larger.blocks(batch, [3])[0].detach(), encoder.blocks(batch, [3])[0].detach())
-    with pytest.raises(ConfigError, match="--resolution 17 is not divisible by the patch size 4"):
+    with pytest.raises(ConfigError, match="--resolution 17"):
         read_encoder(path, resolution=17)
-    with pytest.raises(ConfigError, match=r"--arch vit_l16: .* says that it is custom; leave --arch out"):
+    with pytest.raises(ConfigError, match="--arch vit_l16"):
         read_encoder(path, arch="vit_l16")
 
 
@@ -367,5 +344,5 @@ def test_foreign_files(tmp_path: Path) -> None:
         read_encoder(tmp_path / "b.pth")
     encoder, _ = read_encoder(tmp_path / "b.pth", arch="test_vit3")
     assert encoder.architecture.from_timm
-    with pytest.raises(ConfigError, match="--arch resnet18: only plain vision transformers can be exported"):
+    with pytest.raises(ConfigError, match="--arch resnet18"):
         read_encoder(tmp_path / "b.pth", arch="resnet18")

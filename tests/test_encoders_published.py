@@ -1,4 +1,4 @@
-"""Published weights by name: kept copies, downloads that fail, and pairs that do not exist."""
+"""Published weights by name: cached copies, failed downloads, and pairs that do not exist."""
 
 import hashlib
 import re
@@ -12,10 +12,10 @@ import torch
 from mimref.cli import run
 from mimref.config.presets import choose_refine_preset
 from mimref.encoders import published as known
-from mimref.encoders.checkpoints import load_encoder, read_checkpoint
+from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.published import ADDRESSES, fetch, find_published, official_name
 from mimref.errors import CheckpointError
-from tests.checkpoints import mae_vit
+from tests.checkpoints import load_encoder, mae_vit
 
 
 @pytest.fixture
@@ -33,13 +33,13 @@ def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, md5: str | None 
     return content
 
 
-def test_weights_are_fetched_once_and_kept(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_downloaded_once_and_cached(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = publish(monkeypatch, tmp_path)
-    told: list[tuple[str, int, int]] = []
-    checkpoint = read_checkpoint("mae_l16", progress=lambda *values: told.append(values))
+    reports: list[tuple[str, int, int]] = []
+    checkpoint = read_checkpoint("mae_l16", progress=lambda *values: reports.append(values))
     assert [path.name for path in cache.iterdir()] == ["mae_l16.pth"]
     assert (cache / "mae_l16.pth").read_bytes() == content
-    assert told[-1] == ("download of mae_l16 in MB", len(content) // 10**6, len(content) // 10**6)
+    assert reports[-1] == ("download of mae_l16 in MB", len(content) // 10**6, len(content) // 10**6)
     assert (checkpoint.source, checkpoint.licence) == ("mae", "CC-BY-NC-4.0")
     (tmp_path / "published.pth").unlink()
     assert read_checkpoint("mae_l16").path == cache / "mae_l16.pth"
@@ -49,18 +49,16 @@ def test_weights_are_fetched_once_and_kept(cache: Path, tmp_path: Path, monkeypa
     assert (mine.source, mine.licence) == (None, None)
 
 
-def test_what_is_not_what_was_published_is_not_kept(
+def test_other_content_than_published_is_not_cached(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(monkeypatch, tmp_path, md5="000000")
-    with pytest.raises(
-        CheckpointError, match=r"^mae_l16: cannot be fetched \(the MD5 sum \w+ does not begin with .*000000"
-    ):
+    with pytest.raises(CheckpointError, match=r"^mae_l16: .*MD5.*000000"):
         read_checkpoint("mae_l16")
     assert list(cache.iterdir()) == []
 
 
-def test_short_downloads_are_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_downloads_are_not_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Response:
         def __init__(self) -> None:
             self.headers = {"Content-Length": "10"}
@@ -75,7 +73,7 @@ def test_short_downloads_are_not_kept(cache: Path, monkeypatch: pytest.MonkeyPat
         def __exit__(self, *_: object) -> None: ...
 
     monkeypatch.setattr(known, "urlopen", lambda *_, **__: Response())
-    with pytest.raises(CheckpointError, match=r"cannot be fetched \(4 of 10 bytes came\)"):
+    with pytest.raises(CheckpointError, match=r"^dino_b16: .*4 of 10 bytes"):
         fetch(find_published("dino_b16"))  # type: ignore[arg-type]
     assert list(cache.iterdir()) == []
 
@@ -110,12 +108,10 @@ def test_arch_and_source_name_preset_and_weights(arch: str, source: str, name: s
 
 
 def test_pairs_that_do_not_exist_say_which_do() -> None:
-    message = (
-        r"^no published weights of vit_l16 from ijepa: vit_l16 exists from mae, maws, d2v2, dbot, crossmae, ibot, "
-    )
-    with pytest.raises(CheckpointError, match=message + r"mugs, msn; ijepa exists as vit_h14; or pass --weights FILE$"):
+    sources = "mae, maws, d2v2, dbot, crossmae, ibot, mugs, msn"
+    with pytest.raises(CheckpointError, match=rf"vit_l16 from ijepa: .* {sources}; ijepa .* vit_h14; .*--weights"):
         official_name("vit_l16", "ijepa")
-    with pytest.raises(CheckpointError, match="from magic: neither is known here; or pass --weights FILE"):
+    with pytest.raises(CheckpointError, match=r"vit_s32 from magic: .*--weights"):
         official_name("vit_s32", "magic")
 
 
@@ -127,7 +123,7 @@ def test_the_papers_eight_released_models_are_known() -> None:
 
 
 def test_misspelt_names_have_a_hint() -> None:
-    with pytest.raises(CheckpointError, match=r"^mae_l61: no such file; did you mean 'mae_l16'\?$"):
+    with pytest.raises(CheckpointError, match=r"^mae_l61: .*'mae_l16'"):
         read_checkpoint("mae_l61")
 
 
@@ -143,9 +139,9 @@ def test_weights_by_timms_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", offline)
     encoder, header = load_encoder("timm:test_vit")
     assert header["source"] == "timm" and encoder.depth == 6
-    with pytest.raises(CheckpointError, match=r"^timm:test_vit2: timm cannot fetch its weights \(no network\)"):
+    with pytest.raises(CheckpointError, match=r"^timm:test_vit2: .*no network"):
         load_encoder("timm:test_vit2")
-    with pytest.raises(CheckpointError, match=r"^timm:resnet18: not a plain vision transformer"):
+    with pytest.raises(CheckpointError, match=r"^timm:resnet18: "):
         load_encoder("timm:resnet18")
 
 
@@ -159,4 +155,4 @@ def test_refine_knows_the_preset_of_published_weights(
     assert run([*line, *settings]) == 0
     captured = capsys.readouterr()
     assert "runs/refine-mae_l16" in captured.out and str(cache / "mae_l16.pth") in captured.out
-    assert "encoder.arch vit_l16 is passed over" in captured.out  # the small file that stands for it here
+    assert "encoder.arch vit_l16 is" in captured.out  # ignored: a small file stands for it here

@@ -45,11 +45,8 @@ TIMM_MODELS = {
     "test_vit2": 64,  # no CLS, a register, LayerScale, norm after pooling
     "test_vit3": 64,  # attention pooling
     "test_vit4": 64,  # RMSNorm
-    "vit_tiny_patch16_224": 48,
     "deit3_small_patch16_224": 32,  # position embedding without the CLS token's, LayerScale
-    "vit_small_patch14_dinov2": 56,
     "vit_small_patch14_reg4_dinov2": 42,
-    "vit_wee_patch16_reg1_gap_256": 48,
     "vit_pwee_patch16_reg1_gap_256": 48,  # attention and MLP in parallel
 }
 
@@ -241,12 +238,12 @@ def test_architectures_travel_as_tables() -> None:
         ({"num_heads": 3}, "width 32 for 3 attention heads"),
     ],
 )
-def test_tables_that_make_no_architecture(changes: dict[str, Any], message: str) -> None:
+def test_tables_with_wrong_entries(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Architecture.from_dict(TINY.to_dict() | changes)
 
 
-def test_tables_that_are_none_or_lack_something() -> None:
+def test_tables_that_lack_something() -> None:
     with pytest.raises(ConfigError, match="is not a table"):
         Architecture.from_dict([1])
     table = TINY.to_dict()
@@ -256,9 +253,9 @@ def test_tables_that_are_none_or_lack_something() -> None:
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(225, 224), (231, 224), (232, 240), (233, 240), (5, 16)])
-def test_sizes_that_do_not_fit_the_patch(size: int, nearest: int) -> None:
+def test_sizes_that_patches_do_not_divide(size: int, nearest: int) -> None:
     architecture = Architecture("vit_b16", size, 768, 12, 12, 16)
-    expected = rf"^views\.local_size {size} is not divisible by the patch size 16 of vit_b16; .*: {nearest}$"
+    expected = rf"^views\.local_size {size} .* 16 .*{nearest}$"
     with pytest.raises(ConfigError, match=expected):
         architecture.check_size(size, "views.local_size")
     with pytest.raises(ConfigError, match=r"^encoder\.image_size"):
@@ -266,7 +263,7 @@ def test_sizes_that_do_not_fit_the_patch(size: int, nearest: int) -> None:
     architecture.check_size(nearest, "views.local_size")
 
 
-def test_names_nobody_knows() -> None:
+def test_unknown_names() -> None:
     with pytest.raises(ConfigError, match=r"unknown architecture 'vit_l61'; did you mean 'vit_l16'\?"):
         Architecture.from_config(EncoderConfig(arch="vit_l61"))
     with pytest.raises(ConfigError, match=r"did you mean 'vit_base_patch16_224'\?"):
@@ -278,7 +275,7 @@ def test_names_nobody_knows() -> None:
 
 
 @pytest.mark.parametrize("name", ["convnextv2_atto", "deit_tiny_distilled_patch16_224", "vit_tiny_r_s16_p8_224"])
-def test_what_is_no_plain_vit_is_not_refined(name: str) -> None:
+def test_other_timm_models_are_not_refined(name: str) -> None:
     assert not is_plain_vit(name)
-    with pytest.raises(ConfigError, match=r"it can be evaluated, not refined$"):
+    with pytest.raises(ConfigError, match=name):
         Architecture.from_config(EncoderConfig(arch=name))

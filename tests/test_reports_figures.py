@@ -1,4 +1,4 @@
-"""Figures: files that are there, of a size to be read, the same for the same input, and no crash on odd values."""
+"""Figures: what stands on the axes, files of a readable size, the same bytes for the same input, unusual values."""
 
 import math
 import sys
@@ -8,9 +8,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mimref.errors import DataError, OutputError
+from mimref.reports import figures
 from mimref.reports.figures import plot_blocks, plot_comparison, plot_embedding
 from mimref.results import Row
 
@@ -46,128 +51,146 @@ def points(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(classes, 2))[y] * 5 + rng.normal(size=(count, 2)), y
 
 
-def embedding(path: Path) -> None:
-    plot_embedding(path, *points(100, 4), ["ant", "bee", "cat", "dog"], title="UMAP", caption="ACC 95.3  NMI 92.2")
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Collects the figures instead of saving them, which takes most of the time."""
+    found: list[Figure] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: found.append(figure))
+    return found
+
+
+NOWHERE = Path("figure.png")
+
+
+def values(ax: Axes) -> list[float]:
+    return [float(value) for value in ax.lines[0].get_ydata()]  # type: ignore[union-attr, arg-type]
+
+
+def widths(ax: Axes) -> list[float]:
+    return [float(bar.get_width()) for bar in ax.patches]  # type: ignore[attr-defined]
+
+
+def texts(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def whiskers(ax: Axes) -> list[list[float]]:
+    bars = [container.lines[2][0] for container in ax.containers if isinstance(container, ErrorbarContainer)]
+    return [bar.get_segments()[0][:, 0].tolist() for bar in bars]
 
 
 FIGURES: dict[str, Callable[[Path], None]] = {
-    "blocks": lambda path: plot_blocks(path, block_rows("a") + block_rows("b"), heads={"a": [6, 7, 8]}),
-    "embedding": embedding,
-    "comparison": lambda path: plot_comparison(path, comparison_rows(), "model 0"),
+    "blocks": lambda path: plot_blocks(path, block_rows("a", 4, reconstruction=False), heads={"a": [3, 4]}),
+    "embedding": lambda path: plot_embedding(path, *points(40, 3), ["_$x", "bee", "犬"], title="\n $ $", caption="$_{"),
+    "comparison": lambda path: plot_comparison(path, comparison_rows(2), "model 0"),
 }
 
 
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        return image.size
-
-
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_picture_comes_out(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "deep" / f"{name}.png"
-    FIGURES[name](path)
-    width, height = size(path)
-    assert 600 <= width <= 2000 and 400 <= height <= 2500
-    shades = np.unique(pixels(path).reshape(-1, 3), axis=0)
-    assert len(shades) > 100
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_the_same_input_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
-    first, second = tmp_path / "a.png", tmp_path / "b.png"
+def test_files(name: str, tmp_path: Path) -> None:
+    before, had_pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
+    first, second = tmp_path / "deep" / "a.png", tmp_path / "deep" / "b.png"
     FIGURES[name](first)
     FIGURES[name](second)
     assert first.read_bytes() == second.read_bytes()
     with Image.open(first) as image:
-        assert "Software" not in image.info
+        assert image.format == "PNG" and "Software" not in image.info
+        assert 600 <= image.width <= 2000 and 350 <= image.height <= 2500
+        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 100
+    assert sorted(file.name for file in first.parent.iterdir()) == ["a.png", "b.png"]
+    # The program's own matplotlib stays as it is.
+    assert dict(matplotlib.rcParams) == before and ("matplotlib.pyplot" in sys.modules) == had_pyplot
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_the_programs_own_matplotlib_is_left_alone(name: str, tmp_path: Path) -> None:
-    before = dict(matplotlib.rcParams)
-    pyplot_was_there = "matplotlib.pyplot" in sys.modules
-    FIGURES[name](tmp_path / "a.png")
-    assert dict(matplotlib.rcParams) == before
-    assert ("matplotlib.pyplot" in sys.modules) == pyplot_was_there
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_a_place_that_cannot_be_written(name: str, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match="choose another --out"):
-        FIGURES[name](tmp_path / "file" / "a.png")
+    with pytest.raises(OutputError, match="--out"):
+        FIGURES["comparison"](tmp_path / "file" / "a.png")
 
 
-def test_panels_of_blocks(tmp_path: Path) -> None:
-    heights = []
-    cases = [
-        [row for row in block_rows("a", reconstruction=False) if row["metric"] == "block_knn_top1"],
-        block_rows("a", reconstruction=False),
-        block_rows("a"),  # reconstruction loss, rank, deltas
-        block_rows("a") + block_rows("b"),
+def test_curves_and_deltas_of_blocks(drawn: list[Figure]) -> None:
+    knn: list[Row] = [
+        {"metric": "block_knn_top1", "value": v, "block": n} for n, v in ((3, 30.0), (1, 10.0), (2, 52.3))
     ]
-    for rows in cases:
-        plot_blocks(tmp_path / "a.png", rows)
-        heights.append(size(tmp_path / "a.png")[1])
-    assert heights[0] < heights[1] < heights[2] == heights[3]
+    plot_blocks(NOWHERE, knn)
+    (ax,) = drawn[0].axes
+    assert values(ax) == [10.0, 52.3, 30.0] and texts(ax) == ["52.3"]
+    plot_blocks(NOWHERE, block_rows("a", reconstruction=False))
+    plot_blocks(NOWHERE, block_rows("a") + block_rows("b"), heads={"b": [7, 8]})
+    assert [len(figure.axes) for figure in drawn] == [1, 2, 5]
+    curves, (first, second) = drawn[2].axes[:3], drawn[2].axes[3:]
+    assert [len(ax.lines) for ax in curves] == [2, 2, 2]
+    assert values(curves[1]) == [row["value"] for row in block_rows("a") if row["metric"] == "block_reconstruction"]
+    assert (first.get_title("left"), second.get_title("left")) == ("a", "b")
+    deltas = [row["value"] for row in block_rows("a") if str(row["metric"]).endswith("delta")]
+    assert [bar.get_height() for bar in first.patches] == deltas  # type: ignore[attr-defined]
+    # Filled points are recommended heads.
+    unmarked, marked = (collection.get_facecolor() for collection in curves[0].collections)  # type: ignore[attr-defined]
+    assert {to_hex(color) for color in unmarked} == {"#ffffff"}
+    assert [n for n, color in enumerate(marked, start=1) if to_hex(color) != "#ffffff"] == [7, 8]
 
 
-def test_heads_are_marked(tmp_path: Path) -> None:
-    plain, marked = tmp_path / "plain.png", tmp_path / "marked.png"
-    plot_blocks(plain, block_rows("a"))
-    plot_blocks(marked, block_rows("a"), heads={"a": [7, 8]})
-    assert not np.array_equal(pixels(plain), pixels(marked))
-
-
-def test_blocks_with_holes_and_many_models(tmp_path: Path) -> None:
+def test_blocks_with_holes_and_many_models(drawn: list[Figure]) -> None:
     rows = [*block_rows("a"), {"model": "b", "metric": "block_knn_top1", "value": 50.0, "block": 3}]
-    rows[2] = {**rows[2], "value": math.nan}
-    rows[30] = {**rows[30], "value": math.inf}
-    plot_blocks(tmp_path / "a.png", rows)
-    every = [{**row, "value": math.nan} for row in block_rows("a")]
-    plot_blocks(tmp_path / "b.png", every)
-    many = [row for n in range(20) for row in block_rows(f"_checkpoint ${n}$ " + 30 * "x", 32, reconstruction=False)]
-    plot_blocks(tmp_path / "c.png", many)
-    one = [{key: value for key, value in row.items() if key != "model"} for row in block_rows("a", 1)]
-    plot_blocks(tmp_path / "d.png", one)
-    assert len(list(tmp_path.iterdir())) == 4
+    rows[2], rows[30] = {**rows[2], "value": math.nan}, {**rows[30], "value": math.inf}
+    plot_blocks(NOWHERE, rows)
+    assert math.isnan(values(drawn[0].axes[0])[2]) and texts(drawn[0].axes[0])[-1] == "50.0"
+    plot_blocks(NOWHERE, [{**row, "value": math.nan} for row in block_rows("a")])
+    assert texts(drawn[1].axes[0]) == []
+    names = [f"_checkpoint ${n}$ " + 30 * "x" for n in range(9)]
+    plot_blocks(NOWHERE, [row for name in names for row in block_rows(name, 2, reconstruction=False)])
+    shown = [text.get_text() for text in drawn[2].legends[0].get_texts()]
+    assert len(set(shown)) == 9 and all(len(text) <= 36 and r"\$" in text for text in shown)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 20, 21, 300])
-def test_embeddings_of_many_classes(classes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("classes", [1, 20, 21, 100])
+def test_embeddings_of_many_classes(classes: int, drawn: list[Figure]) -> None:
     x, y = points(600, classes)
-    plot_embedding(tmp_path / "a.png", x, y)
-    assert len(np.unique(pixels(tmp_path / "a.png").reshape(-1, 3), axis=0)) > classes
-
-
-def test_embedding_with_odd_values(tmp_path: Path) -> None:
-    x, y = points(60, 3)
     x[0, 0], x[1, 1] = math.nan, math.inf
-    # Labels with gaps, and names for some of them in scripts that the font may lack.
-    plot_embedding(tmp_path / "a.png", x.astype(np.float32), y * 7, ["_$x", "b"], caption="$_{", title="\n $ $ 犬")
-    plot_embedding(tmp_path / "b.png", np.full((4, 2), math.nan), np.arange(4))
-    plot_embedding(tmp_path / "c.png", np.empty((0, 2)), np.empty(0, dtype=np.int64))
-    with pytest.raises(DataError, match=r"points of shape \(60, 2\) with labels of shape \(59,\)"):
-        plot_embedding(tmp_path / "d.png", x, y[1:])
+    plot_embedding(NOWHERE, x, 7 * y, ["zero"], caption="ACC 9")
+    (ax,) = drawn[0].axes
+    clouds = ax.collections
+    assert sum(len(cloud.get_offsets()) for cloud in clouds) == np.isfinite(x).all(axis=1).sum()  # type: ignore[arg-type]
+    styles = {(to_hex(cloud.get_facecolor()[0]), len(cloud.get_paths()[0])) for cloud in clouds}  # type: ignore[index]
+    assert len(styles) == classes
+    legend = ax.get_legend()
+    if classes <= 20:
+        assert legend is not None and ax.get_xlabel() == "ACC 9"
+        assert [text.get_text() for text in legend.get_texts()] == ["zero", *(str(7 * n) for n in range(1, classes))]
+    else:
+        assert legend is None and f"{classes} classes" in ax.get_xlabel()
 
 
-def test_comparison_with_odd_values(tmp_path: Path) -> None:
+def test_embeddings_of_nothing_and_of_wrong_shapes(drawn: list[Figure]) -> None:
+    plot_embedding(NOWHERE, np.full((4, 2), math.nan), np.arange(4))
+    plot_embedding(NOWHERE, np.empty((0, 2)), np.empty(0, dtype=np.int64))
+    with pytest.raises(DataError, match=r"\(60, 2\).*\(59,\)"):
+        plot_embedding(NOWHERE, points(60, 3)[0], np.zeros(59, dtype=np.int64))
+
+
+def test_bars_whiskers_and_differences(drawn: list[Figure]) -> None:
+    rows = comparison_rows()
+    rows.append({"model": "model 0", "metric": "cluster_acc", "value": 79.0, "mean": 71.5, "std": 5.0, "runs": 100})
+    plot_comparison(NOWHERE, rows, "model 0")
+    knn, shots, silhouette, davies, cluster = drawn[0].axes
+    assert widths(knn) == [90.0, 91.0, 92.0] and texts(knn) == ["90.0", "91.0  (+1.0)", "92.0  (+2.0)"]
+    assert widths(silhouette) == [-3.0, 2.0, 7.0]
+    assert texts(davies) == ["2.00", "1.70  (-0.30)", "1.40  (-0.60)"] and "lower is better" in davies.get_title("left")
+    assert whiskers(shots) == [[56.0, 64.0]] * 3
+    # The spread of a clustering's runs is not around the best run.
+    assert widths(cluster) == [79.0, 0.0, 0.0] and texts(cluster)[1:] == ["-", "-"]
+    assert whiskers(cluster) == []
+
+
+def test_bars_without_a_base_and_of_many_models(drawn: list[Figure]) -> None:
     rows = comparison_rows()
     rows[0] = {**rows[0], "value": math.nan}
-    del rows[3]
-    plot_comparison(tmp_path / "a.png", rows, "model 0")
-    plot_comparison(tmp_path / "b.png", comparison_rows(1), "not there")
-    plot_comparison(tmp_path / "c.png", comparison_rows(12), "model 3")
-    same: list[Row] = [{"model": "a", "metric": "knn_top1", "value": 0.0}]
-    plot_comparison(tmp_path / "d.png", same, "a")
-    assert len(list(tmp_path.iterdir())) == 4
+    plot_comparison(NOWHERE, rows, "model 0")
+    assert texts(drawn[0].axes[0]) == ["-", "91.0", "92.0"]
+    plot_comparison(NOWHERE, comparison_rows(12), "another")
+    colors = [to_hex(bar.get_facecolor()) for bar in drawn[1].axes[0].patches]
+    assert len(set(colors)) == 8 and figures.BASE.lower() not in colors
+    plot_comparison(NOWHERE, [{"model": "a", "metric": "knn_top1", "value": 0.0}], "a")
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:

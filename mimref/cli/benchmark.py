@@ -47,12 +47,12 @@ def benchmark_eval(options: BenchmarkOptions) -> None:
 
     from mimref.benchmarks.evaluations import benchmark_evaluations
     from mimref.devices import resolve_device
-    from mimref.reports.terminal import Terminal, print_benchmark
+    from mimref.reports.terminal import Terminal, print_rows
 
     started, device = time.monotonic(), str(resolve_device(options.device or "auto"))
     with Terminal(options.quiet) as terminal:
         rows = benchmark_evaluations(device=device, progress=partial(terminal.progress, "timings"))
-    print_benchmark(rows)
+    print_rows(rows)
     if device != "cpu":
         typer.echo(f"on {device}; k-means runs on the CPU")
     _write("benchmark eval", options, {"device": device}, started, rows)
@@ -70,12 +70,12 @@ def benchmark_views(options: BenchmarkOptions) -> None:
 
     from mimref.benchmarks.views import benchmark_views as measure
     from mimref.devices import resolve_device
-    from mimref.reports.terminal import Terminal, print_view_rates
+    from mimref.reports.terminal import Terminal, print_rows
 
     started, device = time.monotonic(), str(resolve_device(options.device or "auto"))
     with Terminal(options.quiet) as terminal:
         rows = measure(device=device, progress=partial(terminal.progress, "timings"))
-    print_view_rates(rows)
+    print_rows(rows)
     _write("benchmark views", options, {"device": device}, started, rows)
 
 

@@ -53,12 +53,8 @@ def knn(options: KnnOptions) -> None:
     options.check_out()
 
     from mimref.evaluation.knn.protocol import evaluate_knn
-    from mimref.reports.terminal import print_classes
 
-    result = run_on_ranks(config, options, partial(evaluate_knn, config))
-    report(options, config, result)
-    if result is not None and config.per_class:
-        print_classes(result.rows)
+    report(options, config, run_on_ranks(config, options, partial(evaluate_knn, config)))
 
 
 class LowshotOptions(Subject, EncoderPass, Blocks, Draws, Seed, Output, panel="Protocol"):
@@ -118,7 +114,7 @@ def cluster(options: ClusterOptions) -> None:
     report(options, config, result)
     if embedding is not None and umap is not None:
         from mimref.reports.figures import plot_embedding
-        from mimref.reports.tables import scores_line
+        from mimref.reports.metrics import scores_line
 
         title, caption = str(result.rows[0]["model"]), scores_line(result.rows)
         plot_embedding(umap, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)

@@ -1,6 +1,7 @@
 """`mimref inspect`, `export` and `interpolate`: weights files."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,7 @@ def inspect(options: InspectOptions) -> None:
 
     inspection = inspect_file(options.file)
     if options.as_json:
-        typer.echo(json.dumps(inspection.to_dict(), indent=2))
+        typer.echo(json.dumps(asdict(inspection), indent=2))
     else:
         print_inspection(inspection)
 
@@ -61,8 +62,10 @@ def export(options: ExportOptions) -> None:
     if options.blocks is not None and to != "onnx":
         raise ConfigError(f"--blocks {options.blocks}: requires --to onnx; --to {to} keeps every block")
 
-    from mimref.encoders.export import export_release, export_timm, read_encoder
-    from mimref.encoders.onnx import export_onnx
+    from mimref.encoders.export import read_encoder
+    from mimref.encoders.export_onnx import export_onnx
+    from mimref.encoders.export_release import export_release
+    from mimref.encoders.export_timm import export_timm
     from mimref.features.encode import block_groups
     from mimref.reports.terminal import Terminal
 

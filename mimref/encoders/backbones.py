@@ -1,7 +1,7 @@
-"""Any timm model that tells its intermediate features (Hiera, ConvNeXt, Swin, EVA, ...), for evaluation.
+"""Other timm models with intermediate features (Hiera, ConvNeXt, Swin, EVA, ...), for evaluation.
 
-Blocks are what timm's `forward_intermediates` numbers: transformer blocks, or the stages of a hierarchical model. Block
-numbers are 1-based. Plain vision transformers are `Encoder`s, which can be refined too.
+Blocks are those of timm's `forward_intermediates`: transformer blocks, or stages of a hierarchical model. Block numbers
+are 1-based. Plain vision transformers are `Encoder`s, which can also be refined.
 
 Shapes: B images, L tokens, D width.
 """
@@ -9,6 +9,7 @@ Shapes: B images, L tokens, D width.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import timm
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mimref.config.run import EncoderConfig
-from mimref.encoders.vit import PAPER_SIZES, Architecture, check_blocks, is_plain_vit, norm_flags, pool_tokens
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, check_blocks, is_plain_vit, norm_flags, pool_tokens
 from mimref.errors import ConfigError
 
 RGB = tuple[float, float, float]
@@ -35,15 +36,17 @@ class BackboneArchitecture:
 class TimmBackbone(nn.Module):
     """Tokens of any block or stage of a timm model; `model` keeps timm's parameter names.
 
-    Feature maps become tokens in reading order. Widths may differ from one block to the next (`widths`).
-    Raises ConfigError for images it cannot take, and for a model without intermediate features.
+    Feature maps become tokens in reading order. Blocks may differ in width (`widths`).
+    Raises ConfigError for an image size it cannot take, and for a model without intermediate features.
     """
 
     def __init__(self, architecture: BackboneArchitecture) -> None:
         super().__init__()
         self.architecture = architecture
         name, size = architecture.name, architecture.image_size
-        _check_size(name, size)
+        native = native_size(name)
+        if _recorded(name).fixed_input_size and size != native:
+            raise ConfigError(f"{name} takes images of {native} pixels only, not {size}; use --resolution {native}")
         with torch.device("meta"):
             shapes = _token_shapes(timm.create_model(name, pretrained=False, num_classes=0).eval(), name, size)
         self.model = timm.create_model(name, pretrained=False, num_classes=0)
@@ -60,15 +63,15 @@ class TimmBackbone(nn.Module):
         """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed); see `Encoder.blocks`.
 
         images: (B, 3, S, S) normalised. Returns a list of (B, L, D), prefix first; L and D are each block's own.
-        final_norm costs a second pass where more than the normed last block is asked for. Raises ConfigError for a
-        block outside 1..depth, and for final_norm where timm's model has no norm at its last block.
+        final_norm costs a second pass, unless only the normed last block is asked for. Raises ConfigError for a block
+        outside 1..depth, and for final_norm if timm's model has no norm at its last block.
         """
         check_blocks(indices, self.depth)
         normed = norm_flags(indices, final_norm, self.depth)
         plain = sorted({index for index, norm in zip(indices, normed, strict=True) if not norm})
-        kept = self._tokens(images, plain, norm=False)
+        raw = self._tokens(images, plain, norm=False)
         last = self._tokens(images, [self.depth] if any(normed) else [], norm=True)
-        return [last[index] if norm else kept[index] for index, norm in zip(indices, normed, strict=True)]
+        return [last[index] if norm else raw[index] for index, norm in zip(indices, normed, strict=True)]
 
     def _tokens(self, images: Tensor, wanted: list[int], *, norm: bool) -> dict[int, Tensor]:
         if not wanted:
@@ -76,22 +79,26 @@ class TimmBackbone(nn.Module):
         try:
             found = _intermediates(self.model, images, [index - 1 for index in wanted], norm=norm)
         except AssertionError as error:
-            # timm's way to say that a model has no norm for its intermediates.
+            # timm reports a missing norm this way.
             if not norm:
                 raise
             raise ConfigError(f"--final-norm is not possible for {self.architecture.name}: {error}") from error
-        return dict(zip(wanted, map(_as_tokens, found), strict=True))
+        return dict(zip(wanted, starmap(_as_tokens, found), strict=True))
 
     def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
         """One vector per image: `cls`, `mean` or `cls+mean`; see `Encoder.pool`."""
         return pool_tokens(tokens_BLD, how, self.num_prefix_tokens, self.has_cls_token)
 
 
+TokenEncoder = Encoder | TimmBackbone
+"""What feature extraction reads tokens from."""
+
+
 def find_architecture(name: str, source: str | None, image_size: int | None) -> Architecture | BackboneArchitecture:
     """The architecture that an evaluation's `--arch` and `--source` name.
 
-    image_size: pixels of the images; None is timm's own size of the model, or 224. Raises ConfigError for names that
-    nobody knows, and for `custom`, whose sizes only the header of our own files tells.
+    image_size: pixels of the images; None is the size of timm's model, or 224. Raises ConfigError for unknown names,
+    and for `custom`, whose sizes only the header of our own files holds.
     """
     if name == "custom":
         raise ConfigError("--arch custom is for files that mimref wrote, which need no --arch; name an architecture")
@@ -103,34 +110,28 @@ def find_architecture(name: str, source: str | None, image_size: int | None) -> 
 
 
 def native_size(name: str) -> int:
-    """Pixels per side that timm made a model for."""
+    """Pixels per side that a timm model was made for."""
     return int(_recorded(name).input_size[-1])
 
 
 def recorded_normalization(name: str) -> tuple[RGB, RGB]:
-    """Mean and standard deviation of the pixels that timm records for weights (`model.tag`)."""
+    """Mean and standard deviation of the pixels, as timm records them for weights (`model.tag`)."""
     (red, green, blue), std = _recorded(name).mean, _recorded(name).std
     return (red, green, blue), (std[0], std[1], std[2])
 
 
 def classifier_layers(name: str) -> tuple[str, ...]:
-    """Layers of a timm model that classify, and that no features need."""
+    """Layers of a timm model that only classify."""
     layers = _recorded(name).classifier or ()
     return (layers,) if isinstance(layers, str) else tuple(layers)
 
 
 def _recorded(name: str) -> Any:
-    """What timm keeps about a model: its image size, and for weights their normalisation."""
+    """timm's record of a model: its image size, and the normalisation of its weights."""
     recorded = timm.get_pretrained_cfg(name)
     if recorded is None:
         raise ConfigError(f"timm records nothing about {name!r}, so it cannot be evaluated")
     return recorded
-
-
-def _check_size(name: str, size: int) -> None:
-    native = native_size(name)
-    if _recorded(name).fixed_input_size and size != native:
-        raise ConfigError(f"{name} takes images of {native} pixels only, not {size}; use --resolution {native}")
 
 
 def _token_shapes(model: Any, name: str, size: int) -> list[tuple[int, int, int]]:
@@ -139,13 +140,10 @@ def _token_shapes(model: Any, name: str, size: int) -> list[tuple[int, int, int]
         raise ConfigError(f"{name} cannot be evaluated: timm gives no intermediate features of it")
     try:
         found = _intermediates(model, torch.empty(1, 3, size, size, device="meta"), None, norm=False)
-    except Exception as error:  # every model has its own way to fail on images it was not made for
+    except Exception as error:  # models fail in their own ways on images they were not made for
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{name} cannot take images of {size} pixels ({reason}); try --resolution") from error
-    return [
-        (0 if prefix is None else prefix.shape[1], feature_map.shape[2], feature_map.shape[1])
-        for feature_map, prefix in found
-    ]
+    return [(0 if prefix is None else prefix.shape[1], image.shape[2], image.shape[1]) for image, prefix in found]
 
 
 def _intermediates(
@@ -161,7 +159,6 @@ def _intermediates(
     return list(found) if has_prefix else [(feature_map, None) for feature_map in found]
 
 
-def _as_tokens(found: tuple[Tensor, Tensor | None]) -> Tensor:
-    feature_map, prefix = found
+def _as_tokens(feature_map: Tensor, prefix: Tensor | None) -> Tensor:
     tokens_BLD = feature_map.flatten(2).transpose(1, 2)
     return tokens_BLD if prefix is None else torch.cat([prefix, tokens_BLD], dim=1)

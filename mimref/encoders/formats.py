@@ -1,7 +1,7 @@
-"""Public checkpoints recognised by names and shapes of their tensors, and brought to timm's names.
+"""Recognise public checkpoints by their tensors' names and shapes, and convert them to timm's names.
 
-The internal form is that of timm's VisionTransformer as `mimref.encoders.vit.build_encoder` makes it. Nothing is left
-out silently: every tensor is the encoder's, belongs to a named group that no encoder needs, or is an error.
+The internal form is timm's VisionTransformer as `mimref.encoders.vit.build_encoder` makes it. Nothing is dropped
+silently: a tensor belongs to the encoder, belongs to a named group that no encoder needs, or is an error.
 
 Shapes: N patches, D width, R registers.
 """
@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -32,12 +33,12 @@ from mimref.encoders.reading import first_line, named_tensors
 from mimref.encoders.vit import PAPER_SIZES, Architecture, are_sincos, build_encoder, resize_positions
 from mimref.errors import ConfigError
 
-# Attention heads cannot be read from weights. Width to heads of the published sizes (S, B, L, H, g, G, 2B, ...).
+# Width to attention heads of the published sizes (S, B, L, H, g, G, 2B, ...): weights do not show them.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 2560: 32, 4096: 32}
 
 
 class Unrecognised(Exception):
-    """Why a file is not taken for a plain vision transformer; one line, without the file's name."""
+    """Why a file is not recognised as a plain vision transformer, in one line without the file's name."""
 
 
 @dataclass(frozen=True)
@@ -45,41 +46,48 @@ class Recognised:
     """A foreign checkpoint in the internal form."""
 
     format: str
-    """For people, such as `data2vec 2.0`."""
+    """For display, such as `data2vec 2.0`."""
     source: str | None
-    """Pre-training method as `--source` names it; None where several methods share one layout."""
+    """Pre-training method as `--source` names it; None when several methods share the layout."""
     architecture: Architecture
     tensors: dict[str, Tensor]
-    """By timm's names; what did not have to change is the file's own memory."""
+    """Under timm's names; tensors that did not change share the file's memory."""
     origins: dict[str, list[str]]
-    """timm's name to the file's names."""
+    """From timm's name to the file's names."""
     dropped: dict[str, list[str]]
-    """Group to the file's names."""
+    """From group to the file's names."""
     notices: list[str]
-    """What was not in the weights, or was changed on the way."""
+    """What was assumed or changed."""
 
 
 def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Recognised:
-    """Find the plain vision transformer in a file's content. Raises Unrecognised with the reason when there is none.
+    """Find the plain vision transformer in a file's content. Raises Unrecognised with the reason if there is none.
 
-    num_heads: attention heads, which weights do not tell; None takes those of the published model of this width, else
-    one per 64 channels.
+    num_heads: attention heads; None takes those of the published model of this width, else one per 64 channels.
     """
     named, full_names = _clean_names(content)
     root, patches = _find_encoder(named)
     encoder = {name[len(root) :]: tensor for name, tensor in named.items() if name.startswith(root)}
     beside = {_beside(name, root): full_names[name] for name in named if not name.startswith(root)}
-    _refuse_relatives(encoder)
+    for pattern, feature in RELATIVES.items():
+        if any(re.fullmatch(pattern, name) for name in encoder):
+            raise Unrecognised(f"is a vision transformer with {feature}, which is not a plain one")
     renames = DATA2VEC if patches.startswith(D2V2) else HUGGING_FACE if patches.startswith("emb") else PLAIN
     parts = _rename(encoder, renames)
     renamed = {name for names in parts.values() for name in names}
-    left = {name: full_names[root + name] for name in encoder if name not in renamed}
-    dropped = _drop(left, beside)
+    unused = {name: full_names[root + name] for name in encoder if name not in renamed}
+    dropped = _drop(unused, beside)
     tensors = {target: _join([encoder[name] for name in names]) for target, names in parts.items()}
     notices: list[str] = []
     _prepare_positions(tensors, notices)
-    architecture = _read_architecture(tensors, {*left, *beside}, num_heads, notices)
-    _check(tensors, architecture)
+    architecture = _read_architecture(tensors, {*unused, *beside}, num_heads, notices)
+    try:
+        with torch.device("meta"):
+            wanted = build_encoder(architecture).vit.state_dict()
+    except (ConfigError, AssertionError) as error:
+        raise Unrecognised(f"makes no encoder: {error}") from error
+    if problems := mismatches(tensors, wanted):
+        raise Unrecognised(problems)
     return Recognised(
         *format_name(root, patches, {*encoder, *beside}, architecture),
         architecture,
@@ -91,13 +99,13 @@ def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Re
 
 
 def _clean_names(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by their names without parts that wrapping modules have added, and the full names."""
+    """Tensors by their names without the parts that wrapping modules add, and those names' full forms."""
     named: dict[str, Tensor] = {}
     full_names: dict[str, str] = {}
     for full, tensor in named_tensors(content):
         name = ".".join(part for part in full.split(".") if part not in WRAPPING)
         if name in named:
-            raise Unrecognised(f"holds both {full_names[name]} and {full}, which are the same tensor of one model")
+            raise Unrecognised(f"holds both {full_names[name]} and {full}, two names of one tensor")
         named[name], full_names[name] = tensor, full
     return named, full_names
 
@@ -110,43 +118,34 @@ def _find_encoder(named: Mapping[str, Tensor]) -> tuple[str, str]:
         raise Unrecognised(f"holds no vision transformer: no patch embedding among its tensors ({names}, ...)")
 
     def rank(root: str) -> list[int]:
-        parts = root.split(".")[:-1]
-        return [PREFERRED.index(part) if part in PREFERRED else len(PREFERRED) for part in parts]
+        return [(*PREFERRED, part).index(part) for part in root.split(".")[:-1]]
 
     best = min(map(rank, found))
     roots = [root for root in found if rank(root) == best]
     if len(roots) > 1:
-        raise Unrecognised(f"holds several encoders ({', '.join(sorted(roots))}); save the one you want alone")
+        raise Unrecognised(f"holds several encoders ({', '.join(sorted(roots))}); save only the one you want")
     return roots[0], found[roots[0]]
 
 
 def _beside(name: str, root: str) -> str:
-    """The name of a tensor that is not the encoder's, without the prefixes that both share."""
-    parts, prefix = name.split("."), root.split(".")[:-1]
-    shared = 0
-    while shared < min(len(parts) - 1, len(prefix)) and parts[shared] == prefix[shared]:
-        shared += 1
-    return ".".join(parts[shared:])
-
-
-def _refuse_relatives(names: Iterable[str]) -> None:
-    for pattern, feature in RELATIVES.items():
-        if any(re.fullmatch(pattern, name) for name in names):
-            raise Unrecognised(f"is a vision transformer with {feature}, which is not a plain one")
+    """The name of a tensor outside the encoder, without the prefix that it shares with the encoder."""
+    parts = name.split(".")
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(parts[:-1], root.split(".")[:-1], strict=False))
+    return ".".join(parts[len(list(shared)) :])
 
 
 def _rename(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, list[str]]:
-    """timm's name to the names of its parts, in order; names that fit no rule are left out."""
+    """From timm's name to the names of its parts, in order; names that match no rule are left out."""
     numbered: dict[str, dict[int, str]] = {}
     for name in names:
         for pattern, replacement in renames.items():
             match = re.fullmatch(pattern, name)
             if match:
-                target, _, number = match.expand(replacement).partition("@")
-                parts = numbered.setdefault(target, {})
-                if int(number or 0) in parts:
-                    raise Unrecognised(f"holds both {parts[int(number or 0)]} and {name}, two names of one tensor")
-                parts[int(number or 0)] = name
+                target, _, part = match.expand(replacement).partition("@")
+                parts, number = numbered.setdefault(target, {}), int(part or 0)
+                if number in parts:
+                    raise Unrecognised(f"holds both {parts[number]} and {name}, two names of one tensor")
+                parts[number] = name
                 break
     return {target: [parts[number] for number in sorted(parts)] for target, parts in numbered.items()}
 
@@ -160,12 +159,15 @@ def _join(parts: list[Tensor]) -> Tensor:
         raise Unrecognised(f"query, key and value do not fit each other ({first_line(error)})") from error
 
 
-def _drop(left: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, list[str]]:
-    """Full names by group; raises Unrecognised for a tensor of none. Keys are the names without prefixes."""
+def _drop(unused: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, list[str]]:
+    """Full names by group, from names without and with prefix. Raises Unrecognised for a tensor of no group.
+
+    unused: inside the encoder; beside: outside it.
+    """
     dropped: dict[str, list[str]] = {}
     unexpected = []
     of_encoder, of_file = list(DROPPABLE.items()), [*DROPPABLE.items(), *DROPPABLE_BESIDE.items()]
-    for names, groups in ((left, of_encoder), (beside, of_file)):
+    for names, groups in ((unused, of_encoder), (beside, of_file)):
         for name, full in names.items():
             group = next((group for group, pattern in groups if re.fullmatch(pattern, name)), None)
             if group:
@@ -173,30 +175,44 @@ def _drop(left: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, list[
             else:
                 unexpected.append(f"{full} is unexpected")
     if unexpected:
-        raise Unrecognised(shortened(unexpected))
+        raise Unrecognised(_join_problems(unexpected))
     return dropped
 
 
-def shortened(problems: list[str], most: int = 4) -> str:
+def mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Names, shapes and types in which tensors differ from those that a model needs; empty if they fit."""
+    problems = [f"{name} is missing" for name in wanted if name not in given]
+    problems += [f"{name} is unexpected" for name in given if name not in wanted]
+    for name in wanted:
+        if name not in given:
+            continue
+        tensor, model = given[name], wanted[name]
+        if tensor.shape != model.shape:
+            problems.append(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(model.shape)}")
+        elif tensor.layout is not torch.strided or tensor.is_meta:
+            problems.append(f"{name} is sparse or without data")
+        elif tensor.is_floating_point() != model.is_floating_point():
+            problems.append(f"{name} is of type {tensor.dtype} instead of {model.dtype}")
+    return _join_problems(problems)
+
+
+def _join_problems(problems: list[str], most: int = 4) -> str:
     """The first problems in one line, and how many more there are."""
     more = f" and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more
 
 
 def _prepare_positions(tensors: dict[str, Tensor], notices: list[str]) -> None:
-    """Bring the position embedding to (1, 1 + N, D), or with registers or without CLS token to (1, N, D).
+    """Bring the position embedding to (1, 1 + N, D), or to (1, N, D) with registers or without a CLS token.
 
-    Rows of the CLS token and of registers that the internal form has no place for are added to the tokens themselves,
-    which is the same function. A grid that is not square is interpolated to one.
+    In the second form, the rows of CLS and register tokens are added to the tokens themselves: the same function. A
+    grid that is not square is interpolated to a square.
     """
     positions = tensors.get("pos_embed")
     if positions is None:
         raise Unrecognised("has no position embedding (pos_embed), which a plain vision transformer needs")
-    if (
-        not positions.is_floating_point()
-        or positions.ndim not in (2, 3, 4)
-        or (positions.ndim > 2 and len(positions) != 1)
-    ):
+    is_batch_of_one = positions.ndim == 2 or (positions.ndim in (3, 4) and len(positions) == 1)
+    if not is_batch_of_one or not positions.is_floating_point():
         raise Unrecognised(f"has positions of shape {tuple(positions.shape)} and type {positions.dtype}")
     prefix_tokens = [tensors[name] for name in ("cls_token", "reg_token") if name in tensors]
     if any(token.ndim != 3 or len(token) != 1 for token in prefix_tokens):
@@ -204,23 +220,22 @@ def _prepare_positions(tensors: dict[str, Tensor], notices: list[str]) -> None:
     prefix_1PD, patches_1ND = _split_positions(positions, prefix_tokens, notices)
     if "reg_token" in tensors or not prefix_tokens:
         start = 0
-        for name, token in (("cls_token", tensors.get("cls_token")), ("reg_token", tensors.get("reg_token"))):
-            rows = prefix_1PD[:, start : start + token.shape[1]] if token is not None else prefix_1PD[:, :0]
-            if token is not None and rows.shape[1] and rows.any():
-                tensors[name] = token.float() + rows.float()
+        for name in [name for name in ("cls_token", "reg_token") if name in tensors]:
+            rows = prefix_1PD[:, start : start + tensors[name].shape[1]]
+            if rows.any():
+                tensors[name] = tensors[name].float() + rows.float()
                 notices.append(f"the position of {name} was added to the token")
             start += rows.shape[1]
         tensors["pos_embed"] = patches_1ND
         return
-    if not prefix_1PD.shape[1]:
-        prefix_1PD = patches_1ND.new_zeros(1, 1, patches_1ND.shape[2])
-    elif prefix_1PD.shape[1] + patches_1ND.shape[1] == positions.shape[-2] and positions.ndim == 3:
-        return  # as it should be, and stays the file's own memory
-    tensors["pos_embed"] = torch.cat([prefix_1PD, patches_1ND], dim=1)
+    if prefix_1PD.shape[1]:
+        tensors["pos_embed"] = positions.reshape(1, -1, positions.shape[-1])  # still the file's memory
+    else:
+        tensors["pos_embed"] = torch.cat([patches_1ND.new_zeros(1, 1, patches_1ND.shape[2]), patches_1ND], dim=1)
 
 
 def _split_positions(positions: Tensor, prefix_tokens: list[Tensor], notices: list[str]) -> tuple[Tensor, Tensor]:
-    """Positions (1, P, D) of the prefix tokens, P = 0 where they have none, and (1, N, D) of a square of patches."""
+    """Positions (1, P, D) of the prefix tokens, P = 0 if they have none, and (1, N, D) of a square of patches."""
     if positions.ndim == 4:
         rows, columns = positions.shape[1:3]
         flat = positions.flatten(1, 2)
@@ -252,16 +267,19 @@ def _read_architecture(
     first, second = (tensors.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
     if first is None or second is None or first.ndim != 2 or second.ndim != 2:
         raise Unrecognised("blocks.0.mlp.fc1.weight or blocks.0.mlp.fc2.weight is missing")
-    class_token, reg_token = "cls_token" in tensors, tensors.get("reg_token")
-    registers = 0 if reg_token is None else reg_token.shape[1]
+    class_token = "cls_token" in tensors
+    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     prefix = 1 if class_token and not registers else 0
     side = math.isqrt(tensors["pos_embed"].shape[1] - prefix)
     post_norm = "norm_pre.weight" in tensors
     if post_norm and "patch_embed.proj.bias" not in tensors:
-        raise Unrecognised(
-            "has a norm before its blocks and no bias in the patch embedding, as CLIP; name it by --arch"
-        )
+        raise Unrecognised("has a norm before its blocks and no bias in the patch embedding, as CLIP; pass --arch")
     num_heads = _num_heads(width, num_heads, notices)
+    # CrossMAE has norms in the decoder instead, a classifier on mean tokens has fc_norm. Otherwise it is missing.
+    final_norm = post_norm or "norm.weight" in tensors
+    final_norm = final_norm or not any(name.startswith(("dec_norms.", "wfm.", "fc_norm.")) for name in others)
+    if not final_norm:
+        notices.append("the encoder has no final norm")
     names = {sizes: name for name, sizes in PAPER_SIZES.items()}
     return Architecture(
         names.get((width, depth, num_heads, patch_size), "custom"),
@@ -277,50 +295,18 @@ def _read_architecture(
         layer_scale="blocks.0.ls1.gamma" in tensors,
         mlp_width=0 if first.shape[0] == 4 * width else first.shape[0],
         swiglu=first.shape[0] == 2 * second.shape[1],
-        final_norm=_has_final_norm(tensors, others, notices),
+        final_norm=final_norm,
     )
 
 
 def _num_heads(width: int, asked: int | None, notices: list[str]) -> int:
     if asked and width % asked:
         raise Unrecognised(f"its width of {width} is not divisible by encoder.num_heads {asked}")
-    known = asked or _HEADS.get(width)
-    if known:
+    if known := asked or _HEADS.get(width):
         return known
     if width % 64:
         raise Unrecognised(f"its number of attention heads is unknown for a width of {width}; set encoder.num_heads")
     notices.append(
-        f"{width // 64} attention heads are assumed, 64 channels each; set encoder.num_heads where that is wrong"
+        f"{width // 64} attention heads are assumed, 64 channels each; set encoder.num_heads if that is wrong"
     )
     return width // 64
-
-
-def _has_final_norm(tensors: Mapping[str, Tensor], others: set[str], notices: list[str]) -> bool:
-    if "norm.weight" in tensors or "norm_pre.weight" in tensors:
-        return True
-    # CrossMAE's decoder norms stand for the encoder's; a classifier on mean tokens has fc_norm instead.
-    if any(name.startswith(("dec_norms.", "wfm.", "fc_norm.")) for name in others):
-        notices.append("the encoder has no final norm")
-        return False
-    return True  # then `_check` says that it is missing
-
-
-def _check(tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
-    """Raise Unrecognised unless the tensors are exactly those of the architecture."""
-    try:
-        with torch.device("meta"):
-            wanted = build_encoder(architecture).vit.state_dict()
-    except (ConfigError, AssertionError) as error:
-        raise Unrecognised(f"makes no encoder: {error}") from error
-    problems = [f"{name} is missing" for name in wanted if name not in tensors]
-    problems += [f"{name} is unexpected" for name in tensors if name not in wanted]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
-            problems.append(f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}, sparse or without data")
-    if problems:
-        raise Unrecognised(shortened(problems))

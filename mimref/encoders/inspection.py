@@ -1,13 +1,11 @@
-"""What a weights file is, as facts for people and programs."""
+"""What a weights file is, for display and as JSON."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
+from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError
 
@@ -17,9 +15,9 @@ class TensorOrigin:
     """One tensor of the encoder and where it comes from."""
 
     name: str
-    """By timm's names."""
+    """timm's name."""
     origin: list[str]
-    """The file's names; several where the file keeps parts apart."""
+    """The file's names; several if the file stores parts separately."""
     shape: list[int]
     dtype: str
 
@@ -31,24 +29,20 @@ class Inspection:
     file: str
     format: str
     source: str | None
-    """Pre-training method where it can be told."""
+    """Pre-training method, if known."""
     licence: str | None
     architecture: Architecture
     parameters: int
     tensors: list[TensorOrigin]
     dropped: dict[str, list[str]]
-    """Group to the names of tensors that no encoder needs."""
+    """From group to the names of tensors that no encoder needs."""
     notices: list[str]
     header: dict[str, Any]
-    """Of our own files."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    """Of our own files, without the architecture."""
 
 
 def inspect_file(path: str | Path) -> Inspection:
-    """Recognise a file without loading its tensors. Raises CheckpointError with the reason when it is no encoder."""
+    """Recognise a file without loading its tensors. Raises CheckpointError with the reason if it is no encoder."""
     checkpoint = read_checkpoint(path)
     architecture = checkpoint.architecture
     if architecture is None:
@@ -63,40 +57,32 @@ def inspect_file(path: str | Path) -> Inspection:
         licence=checkpoint.licence,
         architecture=architecture,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
-        tensors=[_origin(name, tensors[name], origins[name]) for name in sorted(tensors, key=_in_order)],
+        tensors=[
+            TensorOrigin(
+                name, origins[name], list(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch.")
+            )
+            for name in sorted(tensors, key=_model_order)
+        ],
         dropped=recognised.dropped if recognised else {},
         notices=recognised.notices if recognised else [],
-        header=_header(checkpoint),
+        header={key: value for key, value in checkpoint.header.items() if key != "architecture"},
     )
 
 
-def _origin(name: str, tensor: Tensor, origin: list[str]) -> TensorOrigin:
-    return TensorOrigin(name, origin, list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-
-
-def _header(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {key: value for key, value in checkpoint.header.items() if key != "architecture"}
-
-
-_FIRST = ("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre", "blocks")
-
-
-def _in_order(name: str) -> tuple[int, int, str]:
+def _model_order(name: str) -> tuple[int, int, str]:
     """As the model runs: tokens, embeddings, blocks by number, norm."""
-    part, _, rest = name.partition(".")
-    place = _FIRST.index(part) if part in _FIRST else len(_FIRST)
-    number = int(rest.partition(".")[0]) if part == "blocks" else 0
-    return place, number, name
+    part, number, *_ = (*name.split("."), "")
+    order = ("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre", "blocks", part)
+    return order.index(part), int(number) if part == "blocks" else 0, name
 
 
 def by_block(tensors: list[TensorOrigin]) -> list[tuple[str, str, str]]:
-    """Name, origin and shape with dtype; blocks that differ by their number alone are one line."""
+    """Name, origin, and shape with type; blocks that differ only in their number share a line."""
     lines: dict[tuple[str, str, str], list[int]] = {}
     for tensor in tensors:
         number = re.match(r"blocks\.(\d+)\.", tensor.name)
         origin = " + ".join(tensor.origin)
         if number:
-            # Their number is the same, or stands in the same place.
             origin = re.sub(rf"(?<![\w]){number[1]}(?![\w])", "*", origin)
         key = re.sub(r"^blocks\.\d+\.", "blocks.*.", tensor.name), origin, f"{tuple(tensor.shape)} {tensor.dtype}"
         lines.setdefault(key, []).append(int(number[1]) if number else -1)
@@ -104,7 +90,6 @@ def by_block(tensors: list[TensorOrigin]) -> list[tuple[str, str, str]]:
 
 
 def _range(numbers: list[int]) -> str:
-    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
-    if len(numbers) == 1:
-        return str(numbers[0])
-    return f"{numbers[0]}-{numbers[-1]}" if whole else ",".join(map(str, numbers))
+    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ",".join(map(str, numbers))

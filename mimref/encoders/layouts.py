@@ -1,22 +1,13 @@
-"""What public checkpoints call their tensors, and what gives a model away; used by `mimref.encoders.formats`."""
+"""Layouts of public checkpoints: what their tensors are called, and how to tell them apart. Used by `formats`."""
 
 import re
 
 from mimref.encoders.vit import Architecture
 
-# Names above an encoder's tensors; where a file holds several, the first of these is what its authors evaluate.
-PREFERRED = (
-    "target_encoder",
-    "teacher",
-    "momentum_encoder",
-    "state_dict_ema",
-    "model_ema",
-    "state_dict",
-    "model",
-    "encoder",
-    "student",
-)
-# Parts of names that wrapping modules leave inside: FSDP, activation checkpointing, torch.compile.
+# Names above an encoder's tensors. Of several in one file, its authors evaluate the first of these.
+_AVERAGED = ("target_encoder", "teacher", "momentum_encoder", "state_dict_ema", "model_ema")
+PREFERRED = (*_AVERAGED, "state_dict", "model", "encoder", "student")
+# Parts of names that wrapping modules add: FSDP, activation checkpointing, torch.compile.
 WRAPPING = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 
 D2V2 = "modality_encoders.IMAGE."
@@ -25,7 +16,7 @@ PATCHES = re.compile(
     r"modality_encoders\.IMAGE\.local_encoder\.proj)\.weight"
 )
 
-# Groups of tensors that belong to no encoder, by names without the encoder's prefix, ...
+# Groups of tensors that no encoder needs, by names without the encoder's prefix.
 DROPPABLE = {
     "mask token": r"(embeddings\.)?mask_token|masked_embed",
     "decoder": r"decoder[_.].*|dec_norms\..*|wfm\..*|shared_decoder\..*|"
@@ -36,7 +27,7 @@ DROPPABLE = {
     r"prototypes(\..*)?",
     "other encoder": r"_ema\..*",
 }
-# ... and of those that are only dropped where they stand beside the encoder.
+# Groups that are dropped only outside the encoder.
 DROPPABLE_BESIDE = {
     "other encoder": r"(encoder|student|teacher|state_dict|state_dict_ema|model|model_ema|base_encoder)\..*|"
     r"(student|teacher)_mem\..*",
@@ -45,7 +36,7 @@ DROPPABLE_BESIDE = {
     r"extra_state|criterion|args|cfg|lr|loss|epoch|\w+_loss|[\w-]+-sup\.?)(\..*)?",
 }
 
-# Relatives of the plain vision transformer, by a tensor that gives them away.
+# Other vision transformers, each recognised by one of its tensors.
 RELATIVES = {
     r".*relative_position.*|.*rel_pos.*|.*\.(q_bias|v_bias)": "relative positions (BEiT, data2vec 1.0, EVA)",
     r".*\.(q_norm|k_norm)\..*": "normalised queries and keys",
@@ -58,7 +49,7 @@ RELATIVES = {
 _PARAMETER = r"(weight|bias)"
 _BLOCK_PARTS = rf"blocks\.(\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}"
 _HF_LAYER = r"(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\."
-# Their names to timm's. `@0`, `@1`, ... number the parts of a tensor that timm keeps as one.
+# From their names to timm's. `@0`, `@1`, ... number the parts of a tensor that timm stores as one.
 PLAIN = {
     _BLOCK_PARTS: r"blocks.\1.\2.\3",
     rf"blocks\.\d+\.(\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}": r"blocks.\1.\2.\3",
@@ -100,19 +91,14 @@ HUGGING_FACE = {
 
 
 def format_name(root: str, patches: str, names: set[str], architecture: Architecture) -> tuple[str, str | None]:
-    """Format for people, and source (the pre-training method) where it can be told.
+    """Format for display, and source (pre-training method) if it is known.
 
-    root: prefix of the encoder's names; patches: name of its patch embedding. names: of all tensors, without prefixes.
+    root: prefix of the encoder's names; patches: name of its patch embedding. names: all tensors, without prefixes.
     """
-
-    def any_name(pattern: str) -> bool:
-        return any(re.fullmatch(pattern, name) for name in names)
-
     if patches.startswith(D2V2):
         return "data2vec 2.0", "d2v2"
     if patches.startswith("embeddings."):
-        dinov2 = architecture.layer_scale
-        return ("Hugging Face DINOv2", "dinov2") if dinov2 else ("Hugging Face ViT", None)
+        return ("Hugging Face DINOv2", "dinov2") if architecture.layer_scale else ("Hugging Face ViT", None)
     if "cls_tokens.tokens" in names:
         post_norm = architecture.post_norm
         return f"MIM-Refiner release ({'post' if post_norm else 'pre'}-norm)", "d2v2" if post_norm else None
@@ -127,7 +113,7 @@ def format_name(root: str, patches: str, names: set[str], architecture: Architec
         (r"ibot_loss\..*|head\.last_layer2\..*|masked_embed", "iBOT"),
         (r"dino_loss\..*", "DINO"),
     ):
-        if any_name(pattern):
+        if any(re.fullmatch(pattern, tensor) for tensor in names):
             return name, name.lower()
     if "mask_token" in names and architecture.layer_scale:
         return "DINOv2", "dinov2"

@@ -1,4 +1,4 @@
-"""What a masked autoencoder (He et al. 2022) needs around an encoder: hidden patches, a decoder, and its loss.
+"""A masked autoencoder's parts around the encoder (He et al. 2022): masks, decoder and loss.
 
 Shapes: B images, N patches, K visible patches, P prefix tokens (CLS, registers), D encoder width, C pixel values of a
 patch (3 * patch_size**2).
@@ -16,7 +16,7 @@ from mimref.config.run import DecoderConfig
 from mimref.encoders.vit import Encoder, sincos_positions
 from mimref.errors import ConfigError
 
-# MAE's epsilon is not torch's default. timm annotates a class here, and calls whatever it gets.
+# MAE's epsilon is not torch's default. timm annotates a class here, but calls whatever it gets.
 _layer_norm = cast(type[nn.LayerNorm], partial(nn.LayerNorm, eps=1e-6))
 
 
@@ -24,22 +24,22 @@ class Mask(NamedTuple):
     """Which patches of each image stay visible."""
 
     visible_BK: Tensor
-    """Numbers of the visible patches."""
+    """Indices of the visible patches."""
     restore_BN: Tensor
-    """Place of every patch when the visible ones come first."""
+    """Every patch's place in the order that has the visible ones first."""
     hidden_BN: Tensor
     """1.0 where a patch is hidden, else 0.0."""
 
 
 class MAEDecoder(nn.Module):
-    """Reconstructs all patches from tokens of the visible ones. Raises ConfigError for a width that is no fit."""
+    """Reconstructs all patches from the visible ones' tokens. Raises ConfigError unless 4 divides the width."""
 
     no_decay_names = frozenset({"mask_token"})
 
     def __init__(
         self, config: DecoderConfig, encoder_width: int, grid: int, patch_pixels: int, *, num_prefix: int = 1
     ) -> None:
-        """grid: patches per side. patch_pixels: values of a patch. num_prefix: tokens before those of patches."""
+        """grid: patches per side. patch_pixels: values of a patch. num_prefix: tokens before those of the patches."""
         super().__init__()
         if config.width % 4:
             raise ConfigError(f"mae.decoder.width {config.width} is not divisible by 4, as sin-cos positions need")
@@ -85,11 +85,9 @@ def draw_mask(noise_BN: Tensor, num_visible: int) -> Mask:
 def visible_tokens(
     encoder: Encoder, images: Tensor, visible_BK: Tensor, indices: Sequence[int], *, final_norm: bool = False
 ) -> list[Tensor]:
-    """Output tokens of the blocks in `indices` (1-based), where the encoder sees the visible patches alone.
+    """As `Encoder.blocks`, but the encoder sees only the visible patches.
 
-    One pass gives all blocks; those after the last one asked for are not run. Returns a list of (B, P + K, D), prefix
-    first, then the patches in the order of `visible_BK`. final_norm: the last block's tokens pass the final LayerNorm,
-    if the encoder has one. Raises ConfigError for a block outside 1..depth.
+    Returns a list of (B, P + K, D), prefix first, then the patches in the order of `visible_BK`.
     """
     patches_BND, prefix_positions = encoder.embed_patches(images)
     patches_BKD = patches_BND.gather(1, visible_BK[:, :, None].expand(-1, -1, patches_BND.shape[2]))
@@ -98,7 +96,7 @@ def visible_tokens(
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut (B, 3, S, S) into (B, N, C) patches in reading order; a patch's pixels run row, column, channel."""
+    """Cut (B, 3, S, S) into (B, N, C) patches in reading order; a patch's values are ordered row, column, channel."""
     batch, channels, side, _ = images.shape
     grid = side // patch_size
     cut = images.reshape(batch, channels, grid, patch_size, grid, patch_size)
@@ -113,7 +111,7 @@ def normalize_patches(patches_BNC: Tensor) -> Tensor:
 
 
 def hidden_error(pixels_BNC: Tensor, target_BNC: Tensor, hidden_BN: Tensor) -> Tensor:
-    """Mean squared error over hidden patches, a scalar; zero of no images."""
+    """Mean squared error over hidden patches, a scalar; zero if there are none."""
     error_BN = (pixels_BNC.float() - target_BNC).square().mean(dim=2)
     loss: Tensor = (error_BN * hidden_BN).sum() / hidden_BN.sum().clamp_min(1)
     return loss

@@ -5,13 +5,13 @@ from typing import Any
 
 from mimref.encoders.vit import Encoder
 
-# Of timm's models, which the tokens of blocks do not go through.
+# Parts of timm's models that the tokens of blocks do not pass.
 _POOLING = ("fc_norm.", "attn_pool.")
 _TOKENS = ("cls_token", "reg_token", "pos_embed")
 
 
-def layer_of(name: str, depth: int) -> int:
-    """Layer that an encoder parameter counts to: embeddings 0, block i is i, final norm depth + 1 (BEiT's counting)."""
+def _layer_of(name: str, depth: int) -> int:
+    """An encoder parameter's layer: embeddings 0, block i is i, final norm depth + 1 (as BEiT counts)."""
     block = re.match(r"blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
@@ -19,47 +19,33 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def freeze_untrained(encoder: Encoder, *, first: int, last: int) -> None:
-    """Freeze what training heads on the blocks up to `last` leaves as it is, when the `first` blocks are frozen."""
-    freeze_first(encoder, first)
-    freeze_unreached(encoder, last)
+    """Freeze all that does not train with heads on the blocks up to `last` while the `first` blocks are frozen.
 
-
-def freeze_first(encoder: Encoder, blocks: int) -> None:
-    """Freeze the first `blocks` blocks, and with them patch embedding, CLS and register tokens and positions."""
+    Frozen blocks include what feeds them: patch embedding, CLS and register tokens, positions. Later blocks, the norm
+    after the last one and pooling do not reach the heads.
+    """
+    reached = encoder.depth + 1 if last == encoder.depth else last
     for name, parameter in encoder.vit.named_parameters():
-        if blocks and layer_of(name, encoder.depth) <= blocks:
-            parameter.requires_grad_(False)
-
-
-def freeze_unreached(encoder: Encoder, last: int) -> None:
-    """Freeze what no output of the blocks up to `last` depends on: later blocks, the norm after the last, pooling."""
-    for name, parameter in encoder.vit.named_parameters():
-        later = layer_of(name, encoder.depth) > (encoder.depth + 1 if last == encoder.depth else last)
-        if later or name.startswith(_POOLING):
+        layer = _layer_of(name, encoder.depth)
+        if (first and layer <= first) or layer > reached or name.startswith(_POOLING):
             parameter.requires_grad_(False)
 
 
 def encoder_groups(encoder: Encoder, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups of an encoder's trainable parameters, one per (layer, decayed or not).
+    """AdamW groups of an encoder's trainable parameters, one per layer with weight decay and one without.
 
-    Each group has `lr_scale` = layer_decay ** (depth + 1 - layer): the final norm has 1, the last block is already
-    decayed once. Biases, norms, CLS and register tokens and positions are not decayed.
+    Each group has `lr_scale` = layer_decay ** (depth + 1 - layer): 1 for the final norm, one decay for the last block.
+    Biases, norms, CLS and register tokens and positions have no weight decay.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in encoder.vit.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = layer_of(name, encoder.depth)
+        layer = _layer_of(name, encoder.depth)
         decayed = parameter.ndim > 1 and not name.startswith(_TOKENS)
-        group = groups.setdefault(
-            (layer, decayed),
-            {
-                "params": [],
-                "names": [],
-                "lr_scale": layer_decay ** (encoder.depth + 1 - layer),
-                "weight_decay": weight_decay if decayed else 0.0,
-            },
-        )
+        scale, decay = layer_decay ** (encoder.depth + 1 - layer), weight_decay if decayed else 0.0
+        new_group = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
+        group = groups.setdefault((layer, decayed), new_group)
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

@@ -1,20 +1,17 @@
-"""Published weights by name: where they come from, under which licence, and where a copy is kept.
+"""Published weights by name: their address, their licence, and the cached copy.
 
-Addresses and licences are those that the authors' own pages state. Only MAE's publish (a part of) a hash; of all others
-the size that the server announces is checked, and what the tensors are is told from the tensors.
+Addresses and licences are those on the authors' own pages. Only MAE's authors publish (part of) a hash; of all others
+the size that the server announces is checked, and the tensors themselves are recognised.
 """
 
 import hashlib
-import os
-import secrets
-from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
-from mimref.errors import CheckpointError
-from mimref.files import cache_folder
+from mimref.errors import CheckpointError, OutputError
+from mimref.files import atomic_path, cache_folder
 from mimref.locks import one_at_a_time
 from mimref.progress import LabelledProgress
 
@@ -27,7 +24,7 @@ _JKU = "https://ml.jku.at/research/mimrefiner/download"
 _CROSSMAE = "https://huggingface.co/longlian/CrossMAE/resolve/main"
 _MUGS = "https://huggingface.co/zhoupans/Mugs/resolve/main/pretrained%20models"
 
-# Method to the licence of its weights, where the authors state one.
+# Method to the licence of its weights, if the authors state one.
 LICENCES = {
     "mae": "CC-BY-NC-4.0",
     "maws": "CC-BY-NC-4.0",
@@ -41,7 +38,7 @@ LICENCES = {
     "mugs": "Apache-2.0",
 }
 
-# The paper's released models end in `_refined_SIZE`; all others are named as `--source` and the size of `--arch`.
+# The paper's released models end in `_refined_SIZE`; all others are named `SOURCE_SIZE`, as in --source and --arch.
 ADDRESSES = {
     "mae_b16": f"{_META}/mae/pretrain/mae_pretrain_vit_base.pth",
     "mae_l16": f"{_META}/mae/pretrain/mae_pretrain_vit_large.pth",
@@ -86,7 +83,7 @@ _MD5 = {"mae_b16": "8cad7c", "mae_l16": "b8b06e", "mae_h14": "9bdbb0"}
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """Published weights."""
+    """A file of published weights."""
 
     name: str
     url: str
@@ -100,72 +97,55 @@ class PublishedWeights:
 
     @property
     def file(self) -> Path:
-        """Where a copy is kept."""
+        """The cached copy."""
         return cache_folder() / "weights" / f"{self.name}{Path(self.url).suffix}"
 
     @property
     def licence(self) -> str | None:
-        """Of the weights; None where the authors state none."""
+        """Of the weights; None if the authors state none."""
         return None if "_refined_" in self.name else LICENCES.get(self.source)
 
 
 def find_published(name: str) -> PublishedWeights | None:
     """The published weights of this name, if there are any."""
-    if name not in ADDRESSES:
-        return None
-    return PublishedWeights(name, ADDRESSES[name], name.split("_")[0])
+    return PublishedWeights(name, ADDRESSES[name], name.split("_")[0]) if name in ADDRESSES else None
 
 
 def official_name(arch: str, source: str) -> str:
-    """Name of the published weights of a pair of `--arch` and `--source`.
-
-    Raises CheckpointError for a pair that was never published, with those that were.
-    """
-    name = f"{source}_{arch.removeprefix('vit_')}"
-    if name in ADDRESSES:
-        return name
+    """Name of the published weights of an `--arch` and a `--source`. Raises CheckpointError if there are none."""
     size = arch.removeprefix("vit_")
-    of_size = [known.removesuffix(f"_{size}") for known in ADDRESSES if known.endswith(f"_{size}")]
-    of_source = [known.removeprefix(f"{source}_") for known in ADDRESSES if known.startswith(f"{source}_")]
-    published = [
-        f"{arch} exists from {', '.join(known for known in of_size if '_' not in known)}" if of_size else "",
-        f"{source} exists as {', '.join(f'vit_{known}' for known in of_source if '_' not in known)}"
-        if of_source
-        else "",
-    ]
-    told = "; ".join(filter(None, published)) or "neither is known here"
-    raise CheckpointError(f"no published weights of {arch} from {source}: {told}; or pass --weights FILE")
+    if f"{source}_{size}" in ADDRESSES:
+        return f"{source}_{size}"
+    pairs = [name.split("_") for name in ADDRESSES if "_refined_" not in name]
+    sources = ", ".join(known for known, known_size in pairs if known_size == size)
+    archs = ", ".join(f"vit_{known_size}" for known, known_size in pairs if known == source)
+    published = [f"{arch} exists from {sources}"] * bool(sources) + [f"{source} exists as {archs}"] * bool(archs)
+    raise CheckpointError(
+        f"no published weights of {arch} from {source}: {'; '.join(published) or 'neither is known here'}; "
+        "or pass --weights FILE"
+    )
 
 
 def fetch(known: PublishedWeights, progress: LabelledProgress | None = None) -> Path:
-    """The kept copy of published weights, downloaded when there is none yet.
+    """The cached copy of published weights, downloaded if there is none; progress is in megabytes.
 
-    progress: called with a label, the megabytes that are there and those of the whole file.
-    Raises CheckpointError, saying which file to put where, when it cannot be downloaded or is not what was published.
+    Raises CheckpointError, saying which file to put where, if the download fails or is not what was published.
     """
     file = known.file
     if file.is_file():
         return file
     label = f"waiting for another process to download {known.name}"
     with one_at_a_time(file, lambda: progress(label, 0, 1) if progress else None):
-        if not file.is_file():
-            _fetch(known, file, progress)
+        if file.is_file():
+            return file
+        try:
+            with atomic_path(file) as temporary:
+                _download(known, temporary, progress)
+        # http.client's errors are no OSErrors; atomic_path turns those into OutputErrors.
+        except (HTTPException, OutputError) as error:
+            reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+            raise CheckpointError(f"{known.name}: cannot be fetched ({reason}); put {known.url} to {file}") from error
     return file
-
-
-def _fetch(known: PublishedWeights, file: Path, progress: LabelledProgress | None) -> None:
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _download(known, temporary, progress)
-        os.replace(temporary, file)
-    # http.client's errors are no OSErrors.
-    except (OSError, HTTPException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{known.name}: cannot be fetched ({reason}); put {known.url} to {file}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _download(known: PublishedWeights, path: Path, progress: LabelledProgress | None) -> None:
@@ -179,7 +159,7 @@ def _download(known: PublishedWeights, path: Path, progress: LabelledProgress | 
             if progress and total:
                 progress(f"download of {known.name} in MB", done // 10**6, total // 10**6)
     if total and done != total:
-        raise OSError(f"{done} of {total} bytes came")
+        raise OSError(f"only {done} of {total} bytes arrived")
     expected = _MD5.get(known.name, "")
     if not digest.hexdigest().startswith(expected):
-        raise OSError(f"the MD5 sum {digest.hexdigest()} does not begin with the published {expected}")
+        raise OSError(f"its MD5 sum {digest.hexdigest()} does not begin with the published {expected}")

@@ -1,6 +1,6 @@
-"""What a weights file holds: tensors by name, as they were saved, without running code and without copying them.
+"""What a weights file holds: tensors by name, as saved, without running code and without copying them.
 
-Nothing is told from a file's name.
+The format comes from the content; file names are ignored.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -23,38 +22,26 @@ from mimref.encoders.published import ADDRESSES, fetch, find_published
 from mimref.errors import CheckpointError, did_you_mean
 from mimref.progress import LabelledProgress
 
-_NUMPY_TYPES = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"]
-# What numpy pickles scalars and arrays with, under the names of versions 1 and 2.
-_NUMPY_BUILDERS: list[tuple[Callable[..., Any], str]] = [
+_Global = Callable[..., Any] | tuple[Callable[..., Any], str]
+# What numpy pickles scalars and arrays with, under the names of numpy 1 and 2.
+_NUMPY_BUILDERS: list[_Global] = [
     (cast(Callable[..., Any], value.__reduce__()[0]), f"numpy.{module}.multiarray.{name}")
     for value, name in ((np.float64(0), "scalar"), (np.empty(0), "_reconstruct"))
     for module in ("core", "_core")
 ]
-# What public checkpoints carry beside tensors: settings and numbers, whose constructors do nothing but store them.
-_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    argparse.Namespace,
-    collections.defaultdict,
-    np.dtype,
-    np.ndarray,
-    *_NUMPY_TYPES,
-    *_NUMPY_BUILDERS,
-]
+_NUMPY_TYPES: list[_Global] = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"]
+# Settings and numbers that public checkpoints hold beside tensors; their constructors only store values.
+_HARMLESS: list[_Global] = [argparse.Namespace, collections.defaultdict, np.dtype, np.ndarray]
+
+Content = Mapping[Any, Any]
+"""Nested mappings with tensors at the leaves, mapped into memory where the format allows it."""
 
 
-@dataclass(frozen=True)
-class WeightsFile:
-    """A file's content: nested mappings with tensors at the leaves, mapped into memory where the format allows it."""
+def read_file(path: str | Path, progress: LabelledProgress | None = None) -> tuple[Path, Content, dict[str, Any]]:
+    """The file's own path, its content, and the JSON header of our own files (else empty).
 
-    path: Path
-    content: Mapping[Any, Any]
-    header: dict[str, Any]
-    """JSON header of our own files, else empty."""
-
-
-def read_file(path: str | Path, progress: LabelledProgress | None = None) -> WeightsFile:
-    """Read `path`, the output folder of a run, published weights by name, or `quickstart` for the packaged encoder.
-
-    progress: told of a download.
+    path: a file, the output folder of a run, the name of published weights, or `quickstart` for the packaged encoder.
+    progress: receives the progress of a download.
     Raises CheckpointError with one line for a missing, damaged or foreign file.
     """
     try:
@@ -65,15 +52,19 @@ def read_file(path: str | Path, progress: LabelledProgress | None = None) -> Wei
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if not start:
         raise CheckpointError(f"{file}: the file is empty")
-    # A safetensors file starts with the length of its JSON header, 8 bytes, and the header's brace.
-    found = _read_safetensors(file) if start[8:] == b"{" else _read_pickle(file, zipped=start[:2] == b"PK")
-    if next(named_tensors(found.content), None) is None:
+    header: dict[str, Any] = {}
+    # A safetensors file starts with 8 bytes, the length of its JSON header, and the header's brace.
+    if start[8:] == b"{":
+        content, header = _read_safetensors(file)
+    else:
+        content = _read_pickle(file, zipped=start[:2] == b"PK")
+    if next(named_tensors(content), None) is None:
         raise CheckpointError(f"{file}: holds no tensors with names")
-    return found
+    return file, content, header
 
 
 def named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested mappings with their dotted names; what has no name that is a string is left out."""
+    """Tensors in nested mappings, with dotted names; keys that are not strings are left out."""
     if not isinstance(content, Mapping):
         return
     for name, value in content.items():
@@ -86,10 +77,10 @@ def named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tens
 
 
 def first_line(error: Exception) -> str:
-    """An exception's first sentence; its type where that says nothing."""
+    """An exception's first sentence, or its type if that says nothing."""
     sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
-    tells = re.search("[a-z]", sentence) and not sentence.startswith("Weights only load failed")
-    return sentence if tells else type(error).__name__
+    informative = re.search("[a-z]", sentence) and not sentence.startswith("Weights only load failed")
+    return sentence if informative else type(error).__name__
 
 
 def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
@@ -109,7 +100,7 @@ def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
     return file
 
 
-def _read_safetensors(file: Path) -> WeightsFile:
+def _read_safetensors(file: Path) -> tuple[Content, dict[str, Any]]:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -122,27 +113,26 @@ def _read_safetensors(file: Path) -> WeightsFile:
         raise CheckpointError(f"{file}: damaged header ({first_line(error)})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: damaged header (not a JSON object)")
-    return WeightsFile(file, tensors, header)
+    return tensors, header
 
 
-def _read_pickle(file: Path, *, zipped: bool) -> WeightsFile:
-    """A file of `torch.save`; only those in the zip format, torch's default since 1.6, can be mapped into memory."""
+def _read_pickle(file: Path, *, zipped: bool) -> Content:
+    """A file of `torch.save`; only the zip format, the default since torch 1.6, can be mapped into memory."""
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
-            warnings.simplefilter("ignore")  # about old kinds of pickles, nothing that a user could change
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS + _NUMPY_TYPES + _NUMPY_BUILDERS):
+            warnings.simplefilter("ignore")  # about old pickles; users cannot change them
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # damaged pickles fail in every possible way
         raise CheckpointError(f"{file}: {_why_unreadable(error)}") from error
-    return WeightsFile(file, content if isinstance(content, Mapping) else {}, {})
+    return content if isinstance(content, Mapping) else {}
 
 
 def _why_unreadable(error: Exception) -> str:
-    # torch's own message advises to switch the check off.
-    refused = re.search(r"GLOBAL (\S+)", str(error))
-    if refused:
+    # torch's own message advises to turn the check off.
+    if refused := re.search(r"GLOBAL (\S+)", str(error)):
         return (
             f"refused, because it holds {refused[1]}, which is not weights and could run code; "
-            "where you trust it, load it with torch yourself and save its state_dict as safetensors"
+            "if you trust it, load it with torch and save its state_dict as safetensors"
         )
     detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
     return f"not a checkpoint, or a damaged one ({detail[1] if detail else first_line(error)})"

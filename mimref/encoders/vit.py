@@ -1,7 +1,7 @@
-"""Vision transformers on timm's `VisionTransformer`, with tokens of any block.
+"""Vision transformers that give the tokens of any block, built on timm's `VisionTransformer`.
 
-Pre-norm (MAE, dBOT, DINO, ...), post-norm (data2vec 2.0) and any timm VisionTransformer (registers, LayerScale, odd
-patch sizes) share one class. Block numbers are 1-based.
+Pre-norm (MAE, dBOT, DINO, ...), post-norm (data2vec 2.0) and timm's own models (registers, LayerScale, unusual patch
+sizes) share one class. Block numbers are 1-based.
 
 Shapes: B images, L tokens, D width, N patches.
 """
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, Protocol, Self, cast
+from typing import Any, Self, cast
 
 import timm
 import torch
@@ -32,42 +32,14 @@ PAPER_SIZES = {
     "vit_2b14": (2560, 24, 32, 14),
 }
 _SIZE_KEYS = ("width", "depth", "num_heads", "patch_size")
-_POST_NORM_SOURCES = frozenset({"d2v2"})
-
-
-class TokenEncoder(Protocol):
-    """What feature extraction needs of an encoder: `Encoder`, or `TimmBackbone` for what is no plain ViT."""
-
-    training: bool
-    embed_dim: int
-    """Width of the last block's tokens."""
-    depth: int
-    num_prefix_tokens: int
-    has_cls_token: bool
-    patch_size: int
-    """Pixels per side of the image that one of the last block's tokens stands for."""
-
-    def blocks(
-        self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
-    ) -> list[Tensor]:
-        """Tokens of some blocks, a list of (B, L, D); see `Encoder.blocks`."""
-
-    def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
-        """One vector per image; see `Encoder.pool`."""
-
-    def train(self, mode: bool = True) -> object:
-        """As of any module."""
-
-    def eval(self) -> object:
-        """As of any module."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What has to be known to build an encoder; travels in the header of every file we write."""
+    """Everything that builds an encoder; saved in the header of every file we write."""
 
     name: str
-    """`vit_l16`, ..., `custom`, or a timm name, whose other sizes are then timm's own."""
+    """`vit_l16`, ..., `custom`, or a timm name, which implies all other sizes."""
     image_size: int
     """Pixels per side that the position embedding is made for."""
     width: int
@@ -81,32 +53,30 @@ class Architecture:
     from_timm: bool = False
     class_token: bool = True
     registers: int = 0
-    """Register tokens; with them, as without a CLS token, only patches have positions."""
+    """Register tokens. With them, or without a CLS token, only patches have positions."""
     layer_scale: bool = False
     """A factor per channel after attention and MLP."""
     mlp_width: int = 0
     """Outputs of the MLP's first layer; 0 is four times the width."""
     swiglu: bool = False
-    """The MLP multiplies the SiLU of its first layer's first half with the second half."""
+    """The MLP multiplies the SiLU of its first layer's first half by the second half."""
     final_norm: bool = True
     """LayerNorm after the last block of a pre-norm encoder."""
 
     @classmethod
     def from_config(cls, config: EncoderConfig) -> Self:
-        """Resolve the settings' architecture. Raises ConfigError for an unknown name."""
+        """The architecture that the settings name. Raises ConfigError for an unknown name."""
         if config.arch == "custom":
-            # The settings refuse a custom architecture with one of them unset.
+            # The settings refuse a custom architecture that lacks one of them.
             width, depth, num_heads, patch_size = (int(getattr(config, key)) for key in _SIZE_KEYS)
         elif config.arch in PAPER_SIZES:
             width, depth, num_heads, patch_size = PAPER_SIZES[config.arch]
         else:
             return cls._of_timm(config.arch, config.image_size)
-        post_norm = config.source in _POST_NORM_SOURCES
-        return cls(config.arch, config.image_size, width, depth, num_heads, patch_size, post_norm)
+        return cls(config.arch, config.image_size, width, depth, num_heads, patch_size, config.source == "d2v2")
 
     @classmethod
     def _of_timm(cls, name: str, image_size: int) -> Self:
-        _check_plain(name)
         with torch.device("meta"):
             vit = _timm_vit(name, image_size)
         first_parts: Iterable[Any] = vit.blocks[0].modules()
@@ -115,7 +85,7 @@ class Architecture:
             image_size,
             width=vit.embed_dim,
             depth=len(vit.blocks),
-            # Parallel blocks keep the number in several attentions or in themselves.
+            # In parallel blocks the number is an attribute of several attentions, or of the block.
             num_heads=next(int(part.num_heads) for part in first_parts if hasattr(part, "num_heads")),
             patch_size=vit.patch_embed.patch_size[0],
             fixed_positions=False,
@@ -125,7 +95,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: object) -> Self:
-        """Read what `to_dict` wrote. Raises ConfigError when keys, types or sizes are others."""
+        """Read what `to_dict` wrote. Raises ConfigError for other keys, types or sizes."""
         if not isinstance(values, dict):
             raise ConfigError(f"architecture {values!r} is not a table")
         types = {field.name: field.type for field in fields(cls)}
@@ -151,11 +121,15 @@ class Architecture:
         """Whether CLS and register tokens have no rows in the position embedding."""
         return self.registers > 0 or not self.class_token
 
+    @property
+    def mlp_ratio(self) -> float:
+        """What timm multiplies by the width and rounds down; the half keeps float rounding from losing a channel."""
+        return ((self.mlp_width or 4 * self.width) + 0.5) / self.width
+
     def check_size(self, size: int, setting: str) -> None:
         """Raise ConfigError when images of `size` pixels cannot be cut into whole patches."""
         if size % self.patch_size:
-            below = size // self.patch_size * self.patch_size
-            nearest = below if below and size - below < below + self.patch_size - size else below + self.patch_size
+            nearest = max(1, (size + self.patch_size // 2) // self.patch_size) * self.patch_size
             raise ConfigError(
                 f"{setting} {size} is not divisible by the patch size {self.patch_size} of {self.name}; "
                 f"the nearest that is: {nearest}"
@@ -184,7 +158,7 @@ class Encoder(nn.Module):
         self.has_cls_token: bool = vit.cls_token is not None
         self.patch_size = architecture.patch_size
         self.checkpointing = False
-        """Compute each block again in the backward pass rather than keep what it needs for its gradient."""
+        """Recompute each block in the backward pass instead of storing its activations."""
 
     def blocks(
         self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
@@ -192,9 +166,9 @@ class Encoder(nn.Module):
         """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed), in one pass.
 
         images: (B, 3, S, S) normalised, S divisible by the patch size. Returns a list of (B, L, D), prefix first.
-        Blocks after the last one asked for are not run. final_norm: the last block's tokens pass the final LayerNorm
-        (no effect on encoders that have none: post-norm ones, and timm's that normalise after pooling); one answer for
-        all, or one per index, so that the last block can be had with and without.
+        Blocks after the last one asked for are not run. final_norm: the last block's tokens pass the final LayerNorm,
+        for all indices or for each; no effect on encoders without one (post-norm ones, and timm's that normalise after
+        pooling).
         Raises ConfigError for a block outside 1..depth.
         """
         return self.run_blocks(self.embed(images), indices, final_norm=final_norm)
@@ -202,18 +176,18 @@ class Encoder(nn.Module):
     def run_blocks(
         self, tokens_BLD: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
     ) -> list[Tensor]:
-        """As `blocks`, from the input of block 1 on, (B, L, D)."""
+        """As `blocks`, from the input of block 1, (B, L, D)."""
         check_blocks(indices, self.depth)
-        kept: dict[int, Tensor] = {}
-        again = self.checkpointing and torch.is_grad_enabled()
+        outputs: dict[int, Tensor] = {}
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.vit.blocks[: max(indices)], start=1):
-            tokens_BLD = checkpoint(block, tokens_BLD, use_reentrant=False) if again else block(tokens_BLD)
+            tokens_BLD = checkpoint(block, tokens_BLD, use_reentrant=False) if recompute else block(tokens_BLD)
             if number in indices:
-                kept[number] = tokens_BLD
+                outputs[number] = tokens_BLD
         normed = norm_flags(indices, final_norm, self.depth)
-        last_BLD = self.vit.norm(kept[self.depth]) if any(normed) else None
+        last_BLD = self.vit.norm(outputs[self.depth]) if any(normed) else None
         return [
-            last_BLD if last_BLD is not None and norm else kept[index]
+            last_BLD if last_BLD is not None and norm else outputs[index]
             for index, norm in zip(indices, normed, strict=True)
         ]
 
@@ -223,7 +197,7 @@ class Encoder(nn.Module):
         return tokens_BLD
 
     def embed_patches(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Patch tokens with their positions (B, N, D), and the prefix tokens' positions (1, P, D) if they have any."""
+        """Patch tokens with positions (B, N, D), and the prefix tokens' positions (1, P, D) if they have any."""
         patches_BHWD = self.vit.patch_embed(images)
         height, width = patches_BHWD.shape[1:3]
         patches_BND = patches_BHWD.flatten(1, 2)
@@ -235,32 +209,29 @@ class Encoder(nn.Module):
         return patches_BND + positions, prefix_positions if num_prefix else None
 
     def add_prefix(self, patches_BND: Tensor, prefix_positions: Tensor | None) -> Tensor:
-        """Put CLS and register tokens in front of the patch tokens."""
+        """Put the CLS and register tokens before the patch tokens."""
         prefix: list[Tensor] = [token for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
         if not prefix:
             return patches_BND
         prefix_1PD = torch.cat(prefix, dim=1)
         if prefix_positions is not None:
             prefix_1PD = prefix_1PD + prefix_positions
-        # The shape, as `len` would become a constant when the encoder is traced for ONNX.
+        # `len` would become a constant in a trace for ONNX.
         return torch.cat([prefix_1PD.expand(patches_BND.shape[0], -1, -1), patches_BND], dim=1)
 
     def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
-        """One vector per image: `cls`, `mean` of the patch tokens, or both (`cls+mean`, (B, 2D)).
-
-        Without a CLS token the mean of the patch tokens stands in for it.
-        """
+        """One vector per image: `cls`, `mean` of the patch tokens (also if there is no CLS token), or `cls+mean`."""
         return pool_tokens(tokens_BLD, how, self.num_prefix_tokens, self.has_cls_token)
 
 
 def norm_flags(indices: Sequence[int], final_norm: bool | Sequence[bool], depth: int) -> list[bool]:
-    """For each of the blocks asked for, whether it is the last one and to be normed; see `Encoder.blocks`."""
+    """For each index, whether it is the last block and should pass the final norm; see `Encoder.blocks`."""
     asked = [final_norm] * len(indices) if isinstance(final_norm, bool) else final_norm
     return [norm and index == depth for index, norm in zip(indices, asked, strict=True)]
 
 
 def check_blocks(indices: Sequence[int], depth: int) -> None:
-    """Raise ConfigError unless `indices` names blocks, all of them within 1..depth."""
+    """Raise ConfigError unless `indices` has blocks, all within 1..depth."""
     outside = [index for index in indices if not 1 <= index <= depth]
     if outside or not indices:
         asked = f"block {outside[0]} does not exist" if outside else "no block is named"
@@ -272,19 +243,17 @@ def pool_tokens(tokens_BLD: Tensor, how: str, num_prefix_tokens: int, has_cls_to
     if how == "cls" and has_cls_token:
         return tokens_BLD[:, 0]
     mean_BD = tokens_BLD[:, num_prefix_tokens:].mean(dim=1)
-    if how == "cls+mean" and has_cls_token:
-        return torch.cat([tokens_BLD[:, 0], mean_BD], dim=1)
-    if how == "cls+mean":
-        return torch.cat([mean_BD, mean_BD], dim=1)
-    return mean_BD
+    if how != "cls+mean":
+        return mean_BD
+    return torch.cat([tokens_BLD[:, 0] if has_cls_token else mean_BD, mean_BD], dim=1)
 
 
 def resize_positions(
     positions_1ND: Tensor, new_grid: tuple[int, int], *, grid: tuple[int, int] | None = None
 ) -> Tensor:
-    """Position embedding, bicubically interpolated without antialiasing to `new_grid` (rows, columns).
+    """Interpolate a position embedding to `new_grid` (rows, columns): bicubic, without antialiasing.
 
-    grid: rows and columns that it was made for; None is a square.
+    grid: its own rows and columns; None is a square.
     """
     side = math.isqrt(positions_1ND.shape[1])
     rows, columns = grid or (side, side)
@@ -312,27 +281,21 @@ def sincos_positions(width: int, side: int, *, num_prefix: int = 1) -> Tensor:
 
 
 def are_sincos(positions: Tensor, *, num_prefix: int) -> bool:
-    """Whether positions (1, num_prefix + side^2, width) are sin-cos ones up to half precision."""
-    side = math.isqrt(positions.shape[1] - num_prefix)
-    width = positions.shape[2]
+    """Whether positions (1, num_prefix + side**2, width) equal the sin-cos ones in half precision."""
+    side, width = math.isqrt(positions.shape[1] - num_prefix), positions.shape[2]
     if width % 4 or side**2 + num_prefix != positions.shape[1]:
         return False
     return torch.allclose(positions.float(), sincos_positions(width, side, num_prefix=num_prefix), rtol=0, atol=2e-3)
 
 
 def build_encoder(architecture: Architecture) -> Encoder:
-    """An encoder with random weights, on the current default device (`meta` builds cost nothing).
-
-    Raises ConfigError when the image size does not fit the patch size.
-    """
+    """An encoder with random weights, on the current default device. Raises ConfigError for sizes that do not fit."""
     architecture.check_size(architecture.image_size, "encoder.image_size")
     if architecture.from_timm:
-        _check_plain(architecture.name)
         vit = _timm_vit(architecture.name, architecture.image_size)
         if architecture.fixed_positions and vit.pos_embed is not None:
             vit.pos_embed.requires_grad_(False)
         return Encoder(architecture, vit)
-    mlp_width = architecture.mlp_width or 4 * architecture.width
     vit = VisionTransformer(
         img_size=architecture.image_size,
         patch_size=architecture.patch_size,
@@ -341,8 +304,7 @@ def build_encoder(architecture: Architecture) -> Encoder:
         embed_dim=architecture.width,
         depth=architecture.depth,
         num_heads=architecture.num_heads,
-        # timm multiplies and rounds down; the half keeps a quotient that floats have rounded from losing a channel.
-        mlp_ratio=(mlp_width + 0.5) / architecture.width,
+        mlp_ratio=architecture.mlp_ratio,
         init_values=1e-5 if architecture.layer_scale else None,
         class_token=architecture.class_token,
         no_embed_class=architecture.patch_positions_only,
@@ -357,7 +319,7 @@ def build_encoder(architecture: Architecture) -> Encoder:
         dynamic_img_size=True,
     )
     if architecture.post_norm:
-        # timm drops the bias of the patch projection when a norm follows the embeddings; data2vec 2.0 keeps it.
+        # timm drops the bias of the patch projection if a norm follows the embeddings; data2vec 2.0 does not.
         vit.patch_embed.proj = nn.Conv2d(3, architecture.width, architecture.patch_size, stride=architecture.patch_size)
     side = architecture.image_size // architecture.patch_size
     assert vit.pos_embed is not None
@@ -369,24 +331,14 @@ def build_encoder(architecture: Architecture) -> Encoder:
 
 
 def is_plain_vit(name: str) -> bool:
-    """Whether timm's `name` is a VisionTransformer on plain patches, which `Encoder` can take apart.
-
-    Models with a convolutional stem or a distillation token are not. Raises ConfigError for a name timm does not know.
-    """
-    check_timm_name(name)
+    """Whether timm's `name` is a VisionTransformer on plain patches. Raises ConfigError for an unknown name."""
+    _check_timm_name(name)
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=0)
     return type(model) is VisionTransformer and isinstance(model.patch_embed, PatchEmbed)
 
 
-def _check_plain(name: str) -> None:
-    if not is_plain_vit(name):
-        raise ConfigError(
-            f"architecture {name!r} is not a plain timm VisionTransformer: it can be evaluated, not refined"
-        )
-
-
-def check_timm_name(name: str) -> None:
+def _check_timm_name(name: str) -> None:
     """Raise ConfigError, with the nearest known name, unless timm has a model and, after a dot, a tag of that name."""
     if not timm.is_model(name):
         hint = did_you_mean(name, [*PAPER_SIZES, "custom", *timm.list_models()])
@@ -398,6 +350,10 @@ def check_timm_name(name: str) -> None:
 
 
 def _timm_vit(name: str, image_size: int) -> VisionTransformer:
+    if not is_plain_vit(name):
+        raise ConfigError(
+            f"architecture {name!r} is not a plain timm VisionTransformer: it can be evaluated, not refined"
+        )
     vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True)
     assert isinstance(vit, VisionTransformer)
     return vit

@@ -15,7 +15,7 @@ from mimref.data.decode import BadImages
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.devices import autocast
-from mimref.encoders.vit import TokenEncoder
+from mimref.encoders.backbones import TokenEncoder
 from mimref.errors import ConfigError, DataError
 
 

@@ -1,1 +1,1 @@
-"""What people see: tables, figures, progress."""
+"""What users see: tables, figures, progress."""

@@ -1,8 +1,7 @@
 """Curves for the terminal, as tables of horizontal bars."""
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from math import isfinite
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
@@ -10,13 +9,11 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from mimref.reports.tables import LOWER_IS_BETTER
-
-if TYPE_CHECKING:
-    from mimref.results import Row
+from mimref.reports.metrics import sign
+from mimref.results import Row
 
 BAR_WIDTH = 16
-# Column title and number format of what is known of a block; the first one there is drawn. Short, for 80 columns.
+# Column title and number format of a block's metrics; the first available one is drawn. Short, for 80 columns.
 METRICS = {
     "block_knn_top1": ("k-NN", ".1f"),
     "block_reconstruction": ("recon.", ".3f"),
@@ -27,32 +24,31 @@ METRICS = {
 
 
 class Bar:
-    """A bar that fills `share` (0 to 1) of its width, in eighths of a cell; in whole cells where output is ASCII."""
+    """A bar that fills `share` (0 to 1) of its width, in eighths of a cell; in whole cells if output is ASCII."""
 
-    def __init__(self, share: float, *, style: str = "", width: int = BAR_WIDTH) -> None:
-        self.share, self.style, self.width = share, style, width
+    def __init__(self, share: float, *, style: str) -> None:
+        self.share, self.style = share, style
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        eighths = round(8 * self.width * min(1.0, max(0.0, self.share)))
+        eighths = round(8 * BAR_WIDTH * self.share)
         blocks = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]
         text = "#" * round(eighths / 8) if options.ascii_only else blocks
-        yield Segment(text[: self.width].ljust(self.width), console.get_style(self.style))
+        yield Segment(text[:BAR_WIDTH].ljust(BAR_WIDTH), console.get_style(self.style))
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(self.width, self.width)
+        return Measurement(BAR_WIDTH, BAR_WIDTH)
 
 
-def block_chart(rows: Sequence["Row"], *, heads: Sequence[int] = (), title: str | None = None) -> Table:
-    """One line per block of one model: a bar, what is known of the block, and a mark where a head is recommended.
+def block_chart(rows: Sequence[Row], *, heads: Sequence[int], title: str) -> Table:
+    """One line per block of one model: a bar, its metrics, and a mark if a head is recommended.
 
-    rows: those of `analyze_blocks` and, if wanted, `block_reconstruction`. The bar shows the
-    k-NN accuracy, or the first metric there is, from a tenth of the width for the worst block to all of it for the
-    best: a curve's shape, not its height. The best block's line is bold.
+    rows: those of `analyze_blocks`. The bar shows the first metric of `METRICS` that the rows have, from a tenth of the
+    width for the worst block to all of it for the best: a curve's shape, not its height. The best block is bold.
     """
     metrics = [metric for metric in METRICS if any(row["metric"] == metric for row in rows)]
     values = {(int(row["block"]), str(row["metric"])): float(row["value"]) for row in rows if row["metric"] in METRICS}
     blocks = sorted({block for block, _ in values})
-    table = Table(title=None if title is None else Text(title))
+    table = Table(title=Text(title))
     table.add_column("block", justify="right")
     if metrics:
         table.add_column(METRICS[metrics[0]][0], no_wrap=True)
@@ -60,7 +56,11 @@ def block_chart(rows: Sequence["Row"], *, heads: Sequence[int] = (), title: str 
         table.add_column("" if number == 0 else METRICS[metric][0], justify="right", no_wrap=True)
     if heads:
         table.add_column("head", justify="center")
-    curve = _curve(values, metrics[0]) if metrics else {}
+    # Signed so that more is better.
+    better = sign({"metric": metrics[0]}) if metrics else 1
+    curve = {
+        block: better * value for (block, name), value in values.items() if name in metrics[:1] and isfinite(value)
+    }
     best = max(curve, key=lambda block: (curve[block], -block)) if curve else None
     for block in blocks:
         cells = [_cell(values.get((block, metric)), METRICS[metric][1]) for metric in metrics]
@@ -68,12 +68,6 @@ def block_chart(rows: Sequence["Row"], *, heads: Sequence[int] = (), title: str 
         mark = [Text("*" if block in heads else "")] if heads else []
         table.add_row(Text(str(block)), bar, *cells, *mark, style="bold" if block == best else "")
     return table
-
-
-def _curve(values: dict[tuple[int, str], float], metric: str) -> dict[int, float]:
-    """What is known of each block, signed so that more is better."""
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    return {block: sign * value for (block, name), value in values.items() if name == metric and math.isfinite(value)}
 
 
 def _share(curve: dict[int, float], block: int) -> float:
@@ -84,4 +78,4 @@ def _share(curve: dict[int, float], block: int) -> float:
 
 
 def _cell(value: float | None, decimals: str) -> Text:
-    return Text("-" if value is None or not math.isfinite(value) else format(value, decimals))
+    return Text("-" if value is None or not isfinite(value) else format(value, decimals))

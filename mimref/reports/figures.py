@@ -1,7 +1,7 @@
-"""Figures of results, as PNG files: each function takes rows or arrays and a path, and writes one file.
+"""Figures of results as PNG files: each function takes rows or arrays and a path, and writes one file.
 
-No pyplot: a figure is an object of its own here, so a program's own figures, backend and settings stay as they are. The
-same input gives the same bytes. Colours are told apart by colour-blind readers too; where there are many, shapes help.
+They do not use pyplot, so a program's own figures, backend and settings stay as they are. The same input gives the same
+bytes. Colours suit colour-blind readers; where there are many, markers help.
 """
 
 import math
@@ -9,25 +9,21 @@ import warnings
 from collections.abc import Mapping, Sequence
 from colorsys import hsv_to_rgb
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from mimref.errors import DataError
 from mimref.files import atomic_path
-from mimref.reports.tables import LOWER_IS_BETTER, STATISTICS, metric_label
-from mimref.results import main_rows
+from mimref.reports.metrics import LOWER_IS_BETTER, STATISTICS, metric_label
+from mimref.results import Row, main_rows
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.legend import Legend
-    from matplotlib.lines import Line2D
-    from numpy.typing import NDArray
-
-    from mimref.results import Row
-
-# Okabe and Ito's colours, the yellow one darkened to be seen on white.
+# Okabe and Ito's colours, with a darker yellow for white paper.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#B8A900")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT, BASE = "#262626", "#D9D9D9", "#8C8C8C"
@@ -43,14 +39,14 @@ CURVES = {
 DELTAS = {"block_knn_delta": "k-NN accuracy", "block_reconstruction_delta": "reconstruction loss"}
 
 
-def plot_blocks(path: Path, rows: Sequence["Row"], *, heads: Mapping[str, Sequence[int]] | None = None) -> None:
-    """What every block of one or several encoders is worth (Fig. 3b, Fig. 3d and Fig. 6).
+def plot_blocks(path: Path, rows: Sequence[Row], *, heads: Mapping[str, Sequence[int]] | None = None) -> None:
+    """Scores of every block of one or several encoders (Fig. 3b, Fig. 3d and Fig. 6).
 
-    rows: results with `metric`, `value`, `block` (1-based) and, for several encoders, `model`; other metrics than those
-    of blocks are left out. One panel each for `block_knn_top1`, `block_reconstruction` and `block_effective_rank`, as
-    far as they are there, with a curve per model; and, with `block_reconstruction_delta`, a panel per model for the
-    normalised deltas. heads: recommended head positions of a model, drawn as filled points. The best block is labelled.
-    Raises DataError without any such row, OutputError when the file cannot be written.
+    rows: results with `metric`, `value`, `block` (1-based) and, for several encoders, `model`; metrics that are not of
+    blocks are ignored. `block_knn_top1`, `block_reconstruction` and `block_effective_rank` get a panel each, with a
+    curve per model; `block_reconstruction_delta` adds a panel of normalised deltas per model. heads: recommended head
+    positions of a model, drawn as filled points. The best block is labelled.
+    Raises DataError without any such row, OutputError if the file cannot be written.
     """
     rows = [row for row in rows if row["metric"] in CURVES or row["metric"] in DELTAS]
     curves = [metric for metric in CURVES if any(row["metric"] == metric for row in rows)]
@@ -58,7 +54,8 @@ def plot_blocks(path: Path, rows: Sequence["Row"], *, heads: Mapping[str, Sequen
         raise DataError(f"{path}: nothing to draw; give rows of {', '.join(CURVES)}")
     models = list(dict.fromkeys(_model(row) for row in rows))
     compared = [model for model in models if _curve(rows, model, "block_reconstruction_delta")[0]]
-    figure, axes = _panels(len(curves) + len(compared), legend_lines=-(-len(models) // _legend_columns(models)))
+    columns = max(1, min(4, len(models), int(BLOCKS_WIDTH / _name_inches(models))))  # of the legend
+    figure, axes = _panels(len(curves) + len(compared), legend_lines=-(-len(models) // columns))
     last = max(int(row["block"]) for row in rows)
     for ax, metric in zip(axes, curves, strict=False):
         for number, model in enumerate(models):
@@ -70,7 +67,8 @@ def plot_blocks(path: Path, rows: Sequence["Row"], *, heads: Mapping[str, Sequen
     for ax in axes:
         _block_axis(ax, last)
     if models != [""]:
-        _legend_below(figure, [(model, COLORS[n % len(COLORS)], _marker(n)) for n, model in enumerate(models)])
+        entries = [(model, *_curve_style(number)) for number, model in enumerate(models)]
+        _legend(figure, entries, "-", {"loc": "outside lower center", "ncols": columns})
     if heads and any(heads.values()):
         axes[0].set_title("filled: recommended head positions", fontsize=8, color=INK, loc="right")
     _save(figure, path)
@@ -78,8 +76,8 @@ def plot_blocks(path: Path, rows: Sequence["Row"], *, heads: Mapping[str, Sequen
 
 def plot_embedding(
     path: Path,
-    points: "NDArray[np.floating]",
-    y: "NDArray[np.int64]",
+    points: NDArray[np.floating],
+    y: NDArray[np.int64],
     class_names: Sequence[str] | None = None,
     *,
     title: str = "",
@@ -87,22 +85,23 @@ def plot_embedding(
 ) -> None:
     """Points in the plane, coloured by class (Fig. 5).
 
-    points (N, 2); those that are not finite are left out. y (N,): any whole numbers; class_names: names of the classes
-    0, 1, ..., where they have any. Up to 20 classes are named in a legend. caption: a line under the points, such as
-    "ACC 95.3  NMI 92.2". Raises DataError for shapes that do not fit, OutputError when the file cannot be written.
+    points (N, 2); points that are not finite are left out. y (N,): any integers; class_names: names of the classes 0,
+    1, ..., if they have any. A legend names up to 20 classes. caption: a line under the points, such as
+    "ACC 95.3  NMI 92.2". Raises DataError for shapes that do not fit, OutputError if the file cannot be written.
     """
     if points.ndim != 2 or points.shape[1] != 2 or y.shape != points.shape[:1]:
         raise DataError(f"{path}: points of shape {points.shape} with labels of shape {y.shape}; give (N, 2) and (N,)")
     classes = np.unique(y)
     named = len(classes) <= LEGEND_CLASSES
-    names = [_class_name(int(label), class_names) for label in classes] if named else []
+    known = dict(enumerate(class_names or ()))
+    names = [known.get(label, str(label)) for label in classes.tolist()] if named else []
     figure = _figure(6.0 + _name_inches(names), 5.6)
     ax = figure.add_subplot()
     finite = np.isfinite(points).all(axis=1)
-    color_and_marker = _class_styles(len(classes))
-    # Square points: 16 for a few hundred images, 1 for tens of thousands, so that dots neither vanish nor merge.
+    styles = _class_styles(len(classes))
+    # In square points: 16 for a few hundred images, 1 for tens of thousands, so that dots neither vanish nor merge.
     size = float(np.clip(9000 / max(1, len(points)), 1.0, 16.0))
-    for label, (color, marker) in zip(classes, color_and_marker, strict=True):
+    for label, (color, marker) in zip(classes, styles, strict=True):
         x, z = points[finite & (y == label)].astype(np.float64).T
         ax.scatter(x, z, s=size, color=color, marker=marker, linewidths=0, alpha=0.85)
     ax.set_xticks([])
@@ -113,17 +112,17 @@ def plot_embedding(
     note = "" if named else f"{len(classes)} classes"
     ax.set_xlabel(_no_formula("    ".join(filter(None, (caption, note)))), fontsize=10, color=INK, labelpad=8)
     if named:
-        entries = [(name, *style) for name, style in zip(names, color_and_marker, strict=True)]
-        _legend_right(ax, entries)
+        entries = [(name, *style) for name, style in zip(names, styles, strict=True)]
+        _legend(ax, entries, "", {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)})
     _save(figure, path)
 
 
-def plot_comparison(path: Path, rows: Sequence["Row"], base: str) -> None:
+def plot_comparison(path: Path, rows: Sequence[Row], base: str) -> None:
     """Bars of several models, one panel per metric, with the difference to the model named `base`.
 
-    rows: results with `model`; parts of other rows (`split`, `classifier`, `class`) are left out. Panels and bars come
-    in the order of the rows. Whiskers are one standard deviation of a mean over repetitions.
-    Raises DataError without rows, OutputError when the file cannot be written.
+    rows: results with `model`; details of other rows (`split`, `classifier`, `class`) are left out. Panels and bars
+    are in the order of the rows. Whiskers are one standard deviation of a mean over repetitions.
+    Raises DataError without rows, OutputError if the file cannot be written.
     """
     rows = [row for row in main_rows(rows) if "model" in row]
     if not rows:
@@ -138,36 +137,31 @@ def plot_comparison(path: Path, rows: Sequence["Row"], base: str) -> None:
     for number, (label, by_model) in enumerate(panels.items()):
         ax = figure.add_subplot(lines, columns, number + 1)
         _draw_bars(ax, models, by_model, base)
-        ax.set_title(_text(label + _unit(next(iter(by_model.values())))), fontsize=9, color=INK, loc="left")
+        metric = next(iter(by_model.values()))["metric"]
+        unit = ", lower is better" if metric in LOWER_IS_BETTER else "" if metric in STATISTICS else " (%)"
+        ax.set_title(_text(label + unit), fontsize=9, color=INK, loc="left")
         names = [_text(model, NAME_LENGTH) for model in models] if number % columns == 0 else [""] * len(models)
         ax.set_yticks(range(len(models)), names, fontsize=9)
     _save(figure, path)
 
 
 def _draw_curve(
-    ax: "Axes", blocks: list[int], values: list[float], number: int, heads: Sequence[int], metric: str
+    ax: Axes, blocks: list[int], values: list[float], number: int, heads: Sequence[int], metric: str
 ) -> None:
-    """One model's values over its blocks; the best one is labelled where one can be called so."""
-    color, marker = COLORS[number % len(COLORS)], _marker(number)
+    """One model's values over its blocks; the k-NN curve's best one is labelled."""
+    color, marker = _curve_style(number)
     ax.plot(blocks, values, color=color, linewidth=1.6)
     fill = [color if block in heads else "white" for block in blocks]
     ax.scatter(blocks, values, s=26, marker=marker, facecolors=fill, edgecolors=color, linewidths=1.3, zorder=3)
     if metric != "block_knn_top1" or not np.isfinite(values).any():
         return
     best = int(np.nanargmax(np.where(np.isfinite(values), values, np.nan)))
-    ax.annotate(
-        f"{values[best]:.1f}",
-        (blocks[best], values[best]),
-        xytext=(0, 7),
-        textcoords="offset points",
-        ha="center",
-        fontsize=8,
-        color=color,
-        fontweight="bold",
-    )
+    style: dict[str, Any] = {"ha": "center", "fontsize": 8, "fontweight": "bold", "color": color}
+    at = (blocks[best], values[best])
+    ax.annotate(f"{values[best]:.1f}", at, xytext=(0, 7), textcoords="offset points", **style)
 
 
-def _draw_deltas(ax: "Axes", curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
+def _draw_deltas(ax: Axes, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
     """Improvement from one block to the next, two bars per block."""
     ax.axhline(0, color=INK, linewidth=0.8)
     for number, (metric, (blocks, values)) in enumerate(curves.items()):
@@ -178,7 +172,7 @@ def _draw_deltas(ax: "Axes", curves: Mapping[str, tuple[list[int], list[float]]]
     ax.legend(fontsize=8, frameon=False, labelcolor=INK, loc="best")
 
 
-def _draw_bars(ax: "Axes", models: Sequence[str], by_model: Mapping[str, "Row"], base: str) -> None:
+def _draw_bars(ax: Axes, models: Sequence[str], by_model: Mapping[str, Row], base: str) -> None:
     """One horizontal bar per model, the first one on top."""
     values = np.array([float(by_model[model]["value"]) if model in by_model else math.nan for model in models])
     known = np.where(np.isfinite(values), values, 0.0)
@@ -188,16 +182,16 @@ def _draw_bars(ax: "Axes", models: Sequence[str], by_model: Mapping[str, "Row"],
     for place, model in enumerate(models):
         color = BASE if model == base else COLORS[others.index(model) % len(COLORS)]
         row = by_model.get(model, {})
-        # The value of a clustering is its best run's, which the spread of all runs does not surround.
+        # A clustering's value is its best run's; the deviation belongs to the mean.
         around = "std" in row and row.get("mean", row["value"]) == row["value"]
         whisker = float(row["std"]) if around else None
         ax.barh(place, known[place], xerr=whisker, height=0.7, color=color, error_kw={"elinewidth": 1, "ecolor": INK})
-        text = _bar_text(values[place], math.nan if model == base else base_value, digits)
-        beyond = max(0.0, known[place] + (whisker or 0.0))
-        ax.annotate(
-            text, (beyond, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK
-        )
-    # Room for the numbers right of the bars.
+        difference = values[place] - base_value
+        shown = f"  ({difference:+.{digits}f})" if model != base and math.isfinite(difference) else ""
+        text = f"{values[place]:.{digits}f}{shown}" if math.isfinite(values[place]) else "-"
+        at = (max(0.0, known[place] + (whisker or 0.0)), place)
+        ax.annotate(text, at, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
+    # Room for the numbers to the right of the bars.
     low, high = min(0.0, float(known.min())), max(0.0, float(known.max()))
     ax.set_xlim(low * 1.05, low + (high - low or 1.0) * 1.5)
     ax.axvline(0, color=BASE, linewidth=0.8)
@@ -207,21 +201,8 @@ def _draw_bars(ax: "Axes", models: Sequence[str], by_model: Mapping[str, "Row"],
     ax.tick_params(axis="y", length=0, labelcolor=INK)
 
 
-def _unit(row: "Row") -> str:
-    """What stands behind a metric's name."""
-    if row["metric"] in LOWER_IS_BETTER:
-        return ", lower is better"
-    return "" if row["metric"] in STATISTICS else " (%)"
-
-
-def _bar_text(value: float, base: float, digits: int) -> str:
-    if not math.isfinite(value):
-        return "-"
-    return f"{value:.{digits}f}" + (f"  ({value - base:+.{digits}f})" if math.isfinite(base) else "")
-
-
-def _panels(count: int, *, legend_lines: int) -> tuple["Figure", list["Axes"]]:
-    """A wide panel on top and the others below it in two columns; the last one is wide when it stands alone."""
+def _panels(count: int, *, legend_lines: int) -> tuple[Figure, list[Axes]]:
+    """A wide panel above two columns of panels; a last one alone in its line is wide too."""
     lines = 1 + count // 2
     figure = _figure(BLOCKS_WIDTH, 0.4 + 0.2 * legend_lines + 3.0 * lines)
     grid = figure.add_gridspec(lines, 2)
@@ -233,96 +214,70 @@ def _panels(count: int, *, legend_lines: int) -> tuple["Figure", list["Axes"]]:
     return figure, axes
 
 
-def _block_axis(ax: "Axes", last: int) -> None:
+def _block_axis(ax: Axes, last: int) -> None:
     step = next((step for step in (1, 2, 4, 5, 10) if last <= 12 * step), 20)
     ax.set_xticks(range(step, last + 1, step))
     ax.set_xlim(0.4, last + 0.6)
     ax.margins(y=0.14)
     ax.set_xlabel("block", fontsize=9, color=INK)
-    ax.yaxis.label.set_fontsize(9)
-    ax.yaxis.label.set_color(INK)
+    ax.yaxis.label.set(fontsize=9, color=INK)
     ax.tick_params(labelsize=8, labelcolor=INK, color=FAINT)
     ax.grid(axis="y", color=FAINT, linewidth=0.6)
     ax.set_axisbelow(True)
     _clean(ax, keep=("left", "bottom"))
 
 
-def _clean(ax: "Axes", *, keep: Sequence[str]) -> None:
+def _clean(ax: Axes, *, keep: Sequence[str]) -> None:
     for side, spine in ax.spines.items():
         spine.set_visible(side in keep)
         spine.set_color(BASE)
 
 
-def _legend_right(ax: "Axes", entries: Sequence[tuple[str, str, str]]) -> None:
-    """Names beside the panel; entries: name, colour, marker."""
-    handles = _handles(entries, line="")
-    legend = ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    _name(legend, entries)
-
-
-def _legend_below(figure: "Figure", entries: Sequence[tuple[str, str, str]]) -> None:
-    """Names under all panels; entries: name, colour, marker."""
-    columns = _legend_columns([name for name, _, _ in entries])
-    handles = _handles(entries, line="-")
-    legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    _name(legend, entries)
-
-
-def _name_inches(names: Sequence[str]) -> float:
-    """Width of a legend's column, about."""
-    return 0.45 + 0.085 * min(NAME_LENGTH, max(map(len, names), default=0))
-
-
-def _legend_columns(names: Sequence[str]) -> int:
-    return max(1, min(4, len(names), int(BLOCKS_WIDTH / _name_inches(names))))
-
-
-def _handles(entries: Sequence[tuple[str, str, str]], *, line: Literal["-", ""]) -> list["Line2D"]:
-    from matplotlib.lines import Line2D
-
-    return [
+def _legend(
+    owner: Axes | Figure, entries: Sequence[tuple[str, str, str]], line: Literal["-", ""], place: dict[str, Any]
+) -> None:
+    """entries: name, colour, marker. line: style of the samples' lines."""
+    handles = [
         Line2D([], [], color=color, marker=marker, linestyle=line, markersize=5, label="name")
         for _, color, marker in entries
     ]
-
-
-def _name(legend: "Legend", entries: Sequence[tuple[str, str, str]]) -> None:
-    # matplotlib leaves out labels that begin with an underscore, but lets a text be anything afterwards.
+    legend = owner.legend(handles=handles, frameon=False, fontsize=9, **place)
+    # matplotlib leaves out labels that begin with an underscore, but accepts any text afterwards.
     for text, (name, _, _) in zip(legend.get_texts(), entries, strict=True):
-        text.set_text(_text(name, NAME_LENGTH))
-        text.set_color(INK)
+        text.set(text=_text(name, NAME_LENGTH), color=INK)
+
+
+def _name_inches(names: Sequence[str]) -> float:
+    """Approximate width of a legend's column."""
+    return 0.45 + 0.085 * min(NAME_LENGTH, max(map(len, names), default=0))
 
 
 def _class_styles(count: int) -> list[tuple[str, str]]:
-    """Colour and marker of every class: all colours with one marker, then all with the next."""
+    """Colour and marker of every class: all colours with one marker, then with the next."""
     if count <= LEGEND_CLASSES:
         return [(COLORS[n % len(COLORS)], MARKERS[n // len(COLORS)]) for n in range(count)]
-    # Too many to name: neighbours in the list are a golden ratio of the colour circle apart, and differ in value.
+    # Too many to name: neighbouring classes are a golden ratio of the colour circle apart, and differ in value.
     colors = [hsv_to_rgb(number * 0.618034 % 1.0, 0.75, (0.95, 0.6, 0.8)[number % 3]) for number in range(count)]
-    return [("#" + "".join(f"{round(255 * part):02x}" for part in color), "o") for color in colors]
+    return [(to_hex(color), "o") for color in colors]
 
 
-def _class_name(label: int, class_names: Sequence[str] | None) -> str:
-    return class_names[label] if class_names is not None and 0 <= label < len(class_names) else str(label)
-
-
-def _curve(rows: Sequence["Row"], model: str, metric: str) -> tuple[list[int], list[float]]:
+def _curve(rows: Sequence[Row], model: str, metric: str) -> tuple[list[int], list[float]]:
     """Blocks in ascending order and their values."""
     chosen = {int(row["block"]): float(row["value"]) for row in rows if (_model(row), row["metric"]) == (model, metric)}
     return sorted(chosen), [chosen[block] for block in sorted(chosen)]
 
 
-def _model(row: "Row") -> str:
+def _model(row: Row) -> str:
     return str(row.get("model", ""))
 
 
-def _marker(number: int) -> str:
-    """Changes with the colour and goes on changing where colours begin again."""
-    return MARKERS[number % len(MARKERS)]
+def _curve_style(number: int) -> tuple[str, str]:
+    """Colour and marker, which repeat at different numbers."""
+    return COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
 
 
 def _text(text: str, length: int = 3 * NAME_LENGTH) -> str:
-    """Names as they are: on one line, long ones without their middle, and no formula between dollar signs."""
+    """Names on one line; long ones lose their middle, and dollar signs make no formula."""
     text = " ".join(text.split())
     half = length // 2
     return _no_formula(text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}")
@@ -332,16 +287,14 @@ def _no_formula(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(width: float, height: float) -> Figure:
     """An empty figure; sizes in inches."""
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
-def _save(figure: "Figure", path: Path) -> None:
-    # A name in a script that the font lacks is drawn as boxes; matplotlib warns once per letter.
+def _save(figure: Figure, path: Path) -> None:
+    # Letters that the font lacks are drawn as boxes; matplotlib warns about each.
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        # The version of matplotlib, which it would note in the file, is no part of the result.
+        # matplotlib's version, which it would save in the file, is no part of the result.
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})

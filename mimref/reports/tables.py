@@ -1,317 +1,195 @@
 """Tables of results, for the terminal and in Markdown."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Container, Iterable, Sequence
+from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mimref.results import columns, main_rows
+from mimref.reports.metrics import decimals, format_setting, format_value, metric_label, shown_value, sign, template
+from mimref.results import Row, columns, main_rows
 
-if TYPE_CHECKING:
-    from mimref.encoders.inspection import Inspection
-    from mimref.results import Row
-
-
-LABELS = {
-    "knn_top1": "k-NN top-1",
-    "knn_top5": "k-NN top-5",
-    "lowshot_top1": "{shots}-shot top-1",
-    "probe_top1": "linear probe top-1",
-    "cluster_acc": "k-means ACC",
-    "cluster_nmi": "k-means NMI",
-    "cluster_ami": "k-means AMI",
-    "cluster_ari": "k-means ARI",
-    "silhouette": "silhouette",
-    "davies_bouldin": "Davies-Bouldin",
-    "block_knn_top1": "k-NN top-1 of block {block}",
-    "head_knn_top1": "k-NN top-1",
-    "head_nn_accuracy": "neighbours of the same class",
-    "block_knn_delta": "k-NN gained by block {block}",
-    "block_mean": "mean of block {block}",
-    "block_variance": "variance of block {block}",
-    "block_effective_rank": "effective rank of block {block}",
-    "block_reconstruction": "reconstruction loss of block {block}",
-    "block_reconstruction_delta": "reconstruction gained by block {block}",
-}
-LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction"}
-# Neither percentages nor of a known size.
-STATISTICS = {
-    "feature_variance",
-    "effective_rank",
-    "block_mean",
-    "block_variance",
-    "block_effective_rank",
-    "block_knn_delta",
-    "block_reconstruction_delta",
-}
-# What was measured, as opposed to the settings it was measured with.
-MEASURED = ("value", "mean", "std", "splits", "runs")
-# How settings are called where their name in the files says too little.
-SETTINGS = {"select": "best one chosen on", "norm": "input norm", "batch_size": "batch size"}
-# What the measurement itself chose: the best classifier of a grid.
-CHOSEN = {"probe_top1": ("blocks", "pool", "lr", "held_out_top1")}
+# Settings whose name in the files says too little.
+_SETTINGS = {"select": "best one chosen on", "norm": "input norm", "batch_size": "batch size"}
 
 
-def best_table(rows: Sequence["Row"]) -> RenderableType:
-    """The table that suits the rows: heads ranked, models compared, or one line per row; without parts of others."""
-    rows = main_rows(rows)
-    if any(str(row["metric"]).startswith("head_") for row in rows):
-        return heads_table(rows)
-    compared = len({row["model"] for row in rows if "model" in row}) > 1
-    return comparison_table(rows) if compared else results_table(rows)
+def best_table(rows: Sequence[Row]) -> RenderableType:
+    """The table that suits the rows: of a benchmark, of ranked heads, of models compared, or one line per row."""
+    metrics = {str(row["metric"]) for row in rows}
+    if metrics == {"benchmark_views"}:
+        return view_rates_table(rows)
+    if any(metric.startswith("benchmark_") for metric in metrics):
+        return benchmark_table(rows)
+    main = main_rows(rows)
+    if any(metric.startswith("head_") for metric in metrics):
+        return heads_table(main)
+    if len({row["model"] for row in main if "model" in row}) > 1:
+        return comparison_table(main)
+    by_class = sorted((row for row in rows if "class" in row), key=lambda row: float(row["value"]))
+    table = results_table(main)
+    return Group(table, results_table(by_class, title="per class")) if by_class else table
 
 
-def comparison_table(
-    rows: Sequence["Row"], *, base: str = "base", refined: str = "refined", title: str | None = None
-) -> Table:
-    """One line per metric, one column per model, and the difference of the refined to the base model.
-
-    rows: results with `model`, in the order in which models and metrics shall appear; parts of others are left out. The
-    best value of a line is bold; the difference is green where the refined model is better and red where it is worse.
-    """
-    models, lines = _by_metric(rows)
-    compared = base in models and refined in models
-    table = Table(title=title)
-    table.add_column("")
-    for model in models:
-        table.add_column(Text(model), justify="right", no_wrap=True)
-    if compared:
-        table.add_column(Text(f"{refined} - {base}"), justify="right", no_wrap=True)
-    for label, by_model in lines.items():
-        sign = -1 if next(iter(by_model.values()))["metric"] in LOWER_IS_BETTER else 1
-        best = max(sign * _shown_value(row) for row in by_model.values())
-        cells = [_value_cell(by_model.get(model), sign, best) for model in models]
-        if compared:
-            cells.append(_difference_cell(by_model.get(base), by_model.get(refined), sign))
-        table.add_row(Text(label), *cells)
-    return table
-
-
-def differences_table(rows: Sequence["Row"], base: str) -> Table:
-    """One line per metric, one column per model, each value with its difference to that of the model `base`.
-
-    rows: results with `model`. The best value of a line is bold, a difference green or, where it is worse, red.
-    """
-    models, lines = _by_metric(rows)
+def plain_table(names: Iterable[str], lines: Iterable[Iterable[str]], *, right: Container[str] = ()) -> Table:
+    """A table of text; long cells wrap. right: names of the columns with numbers."""
     table = Table()
-    table.add_column("")
-    for model in models:
-        table.add_column(Text(model), justify="right", overflow="fold")
-    for label, by_model in lines.items():
-        sign = -1 if next(iter(by_model.values()))["metric"] in LOWER_IS_BETTER else 1
-        best = max(sign * _shown_value(row) for row in by_model.values())
-        cells = []
-        for model in models:
-            cell = _value_cell(by_model.get(model), sign, best)
-            if model != base and model in by_model:
-                cell = Text.assemble(cell, " (", _difference_cell(by_model.get(base), by_model[model], sign), ")")
-            cells.append(cell)
-        table.add_row(Text(label), *cells)
-    return table
-
-
-def markdown_table(rows: Sequence["Row"], base: str) -> str:
-    """The same as `differences_table` for a paper's appendix or a README."""
-    models, lines = _by_metric(rows)
-    text = [f"| | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
-    for label, by_model in lines.items():
-        sign = -1 if next(iter(by_model.values()))["metric"] in LOWER_IS_BETTER else 1
-        best = max(sign * _shown_value(row) for row in by_model.values())
-        cells = []
-        for model in models:
-            cell = _value_cell(by_model.get(model), sign, best)
-            shown = f"**{cell.plain}**" if cell.style == "bold" else cell.plain
-            if model != base and model in by_model:
-                shown += f" ({_difference_cell(by_model.get(base), by_model[model], sign).plain})"
-            cells.append(shown)
-        text.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(text) + "\n"
-
-
-def scores_line(rows: Sequence["Row"]) -> str:
-    """`ACC 95.3   NMI 92.2`: what a clustering's figure says under the points, of the blocks that come last."""
-    last = {str(row["metric"]): row for row in rows}
-    return "   ".join(
-        f"{_label(metric).removeprefix('k-means ')} {_value(_plain_row(row))}" for metric, row in last.items()
-    )
-
-
-def benchmark_table(rows: Sequence["Row"]) -> Table:
-    """One line per comparison: its ratio, the times of both ways, and what it was measured on."""
-    table = Table()
-    for name, justify in (("", "left"), ("ratio", "right"), ("seconds", "right"), ("measured on", "left")):
-        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
-    for row in rows:
-        times = [f"{key.removesuffix('_s')} {float(row[key]):.3g}" for key in row if key.endswith("_s")]
-        sizes = [f"{key} {_setting(value)}" for key, value in row.items() if not key.endswith("_s")]
-        name = str(row["metric"]).removeprefix("benchmark_").replace("_", " ")
-        told = ", ".join(sizes[2:])
-        table.add_row(Text(name), Text(f"{float(row['value']):.2f}"), Text(", ".join(times)), Text(told))
-    return table
-
-
-def view_rates_table(rows: Sequence["Row"]) -> Table:
-    """One line per pipeline: images per second and milliseconds per image, and how much faster than torchvision's."""
-    table = Table()
-    table.add_column("pipeline")
-    for name in ("images/s", "ms", "x PIL", "x PIL, Pillow's blur"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        ratios = [f"{float(row[key]):.1f}" if key in row else "" for key in ("ratio", "ratio_pillow_blur")]
-        table.add_row(Text(str(row["pipeline"])), f"{float(row['value']):.1f}", f"{float(row['ms']):.1f}", *ratios)
-    return table
-
-
-def classes_table(rows: Sequence["Row"]) -> Group:
-    """One line per class, worst first: its images and what share of them is classified rightly, per setting."""
-    rows = [row for row in rows if "class" in row]
-    return results_table(sorted(rows, key=lambda row: float(row["value"])), title="per class")
-
-
-def inspection_table(inspection: "Inspection") -> Table:
-    """The encoder's tensors and where they come from, blocks that are alike in one line."""
-    from mimref.encoders.inspection import by_block
-
-    table = Table()
-    for name in ("tensor", "in the file", "shape and type"):
-        table.add_column(name, overflow="fold")
-    for line in by_block(inspection.tensors):
+    for name in names:
+        table.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
+    for line in lines:
         table.add_row(*map(Text, line))
     return table
 
 
-def heads_table(rows: Sequence["Row"], *, title: str | None = None) -> Table:
-    """One line per head of a sweep, in the order of the rows (best first): its settings and every metric."""
-    metrics = list(dict.fromkeys(str(row["metric"]) for row in rows))
-    heads: dict[str, dict[str, Row]] = {}
+class Cell(NamedTuple):
+    """One model's value of one metric, as a comparison shows it."""
+
+    value: str = "-"
+    is_best: bool = False
+    difference: str = ""
+    """From the base model; empty for the base itself and for a model without a value."""
+    is_gain: bool | None = None
+    """Whether the difference is an improvement; None for no difference."""
+
+    @property
+    def value_text(self) -> Text:
+        """Bold if it is the best."""
+        return Text(self.value, style="bold" if self.is_best else "")
+
+    @property
+    def difference_text(self) -> Text:
+        """Green for an improvement, red for a regression."""
+        return Text(self.difference or "-", style="" if self.is_gain is None else "green" if self.is_gain else "red")
+
+
+def compare_rows(rows: Sequence[Row], base: str) -> tuple[list[str], dict[str, list[Cell]]]:
+    """The models, and for every metric's label a cell per model, in the order of the rows; details are left out."""
+    rows = main_rows(rows)
+    by_metric: dict[str, dict[str, Row]] = {}
     for row in rows:
-        heads.setdefault(str(row["head"]), {})[str(row["metric"])] = row
-    best = {metric: max(_shown_value(row) for row in rows if row["metric"] == metric) for metric in metrics}
-    table = Table(title=title)
-    for name in ("head", "block", "temperature"):
-        table.add_column(name, justify="right")
-    for metric in metrics:
-        table.add_column(Text(LABELS.get(metric, metric)), justify="right")
-    for by_metric in heads.values():
-        row = next(iter(by_metric.values()))
-        settings = [Text(_setting(row[name])) for name in ("head", "block", "temperature")]
-        table.add_row(*settings, *(_value_cell(by_metric.get(metric), 1, best[metric]) for metric in metrics))
+        by_metric.setdefault(metric_label(row, rows), {})[str(row["model"])] = row
+    models = list(dict.fromkeys(str(row["model"]) for row in rows))
+    return models, {label: [_cell(by_model, model, base) for model in models] for label, by_model in by_metric.items()}
+
+
+def _cell(by_model: dict[str, Row], model: str, base: str) -> Cell:
+    row = by_model.get(model)
+    if row is None:
+        return Cell()
+    # Models side by side leave no room for the spread of a clustering's runs; results.csv has it.
+    value = format_value(row, spread="runs" not in row)
+    is_best = sign(row) * shown_value(row) == max(sign(row) * shown_value(other) for other in by_model.values())
+    if model == base or base not in by_model:
+        return Cell(value, is_best, "" if model == base else "-")
+    digits = decimals(row)
+    difference = round(float(row["value"]) - float(by_model[base]["value"]), digits) + 0.0
+    return Cell(value, is_best, f"{difference:+.{digits}f}", sign(row) * difference > 0 if difference else None)
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """One line per metric, one column per model, and the difference of `refined` from `base`, where both exist."""
+    models, lines = compare_rows(rows, "base")
+    compared = [models.index("refined")] if {"base", "refined"} <= set(models) else []
+    table = Table("")
+    for name in [*models, *["refined - base"] * len(compared)]:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for label, cells in lines.items():
+        table.add_row(Text(label), *(cell.value_text for cell in cells), *(cells[n].difference_text for n in compared))
     return table
 
 
-def results_table(rows: Sequence["Row"], *, title: str | None = None) -> Group:
-    """One line per row: metric, the settings in which rows differ, value; what all have in common stands below.
+def differences_table(rows: Sequence[Row], base: str) -> Table:
+    """One line per metric, one column per model, each value with its difference from the model `base`."""
+    models, lines = compare_rows(rows, base)
+    table = Table("")
+    for model in models:
+        table.add_column(Text(model), justify="right", overflow="fold")
+    for label, cells in lines.items():
+        shown = (
+            Text.assemble(cell.value_text, " (", cell.difference_text, ")") if cell.difference else cell.value_text
+            for cell in cells
+        )
+        table.add_row(Text(label), *shown)
+    return table
 
-    The title is the model's name where there is one model.
+
+def markdown_table(rows: Sequence[Row], base: str) -> str:
+    """`differences_table` in Markdown, for a paper's appendix or a README."""
+    models, lines = compare_rows(rows, base)
+    text = [f"| | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
+    for label, cells in lines.items():
+        shown = (
+            (f"**{cell.value}**" if cell.is_best else cell.value) + (f" ({cell.difference})" if cell.difference else "")
+            for cell in cells
+        )
+        text.append(f"| {label} | {' | '.join(shown)} |")
+    return "\n".join(text) + "\n"
+
+
+def benchmark_table(rows: Sequence[Row]) -> Table:
+    """One line per comparison: its ratio, the times of both ways, and what it was measured on."""
+    lines = []
+    for row in rows:
+        times = [f"{key.removesuffix('_s')} {float(row[key]):.3g}" for key in row if key.endswith("_s")]
+        sizes = [f"{key} {format_setting(row[key])}" for key in list(row)[2:] if not key.endswith("_s")]
+        name = str(row["metric"]).removeprefix("benchmark_").replace("_", " ")
+        lines.append((name, f"{float(row['value']):.2f}", ", ".join(times), ", ".join(sizes)))
+    return plain_table(("", "ratio", "seconds", "measured on"), lines, right=("ratio", "seconds"))
+
+
+def view_rates_table(rows: Sequence[Row]) -> Table:
+    """One line per pipeline: images per second, milliseconds per image, and how much faster it is than torchvision."""
+    ratios = {"ratio": "x PIL", "ratio_pillow_blur": "x PIL, Pillow's blur"}
+    names = ("images/s", "ms", *ratios.values())
+    lines = (
+        (str(row["pipeline"]), *(f"{float(row[key]):.1f}" if key in row else "" for key in ("value", "ms", *ratios)))
+        for row in rows
+    )
+    return plain_table(("pipeline", *names), lines, right=names)
+
+
+def heads_table(rows: Sequence[Row]) -> Table:
+    """One line per head of a sweep, in the order of the rows (best first): its settings and every metric."""
+    settings, metrics = ("head", "block", "temperature"), list(dict.fromkeys(str(row["metric"]) for row in rows))
+    heads: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        heads.setdefault(str(row["head"]), {})[str(row["metric"])] = row
+    table = Table()
+    for name in (*settings, *(template({"metric": metric}) for metric in metrics)):
+        table.add_column(Text(name), justify="right")
+    best = {metric: max(shown_value(row) for row in rows if row["metric"] == metric) for metric in metrics}
+    for by_metric in heads.values():
+        row = next(iter(by_metric.values()))
+        scores = [
+            Text(format_value(found), style="bold" if shown_value(found) == best[metric] else "")
+            for metric, found in by_metric.items()
+        ]
+        table.add_row(*(Text(format_setting(row[name])) for name in settings), *scores)
+    return table
+
+
+def results_table(rows: Sequence[Row], *, title: str | None = None) -> Group:
+    """One line per row: metric, the settings in which rows differ, value; common settings stand below.
+
+    The title is the model's name, if there is one model.
     """
     keys = [key for key in columns(rows) if key not in ("metric", "value", "mean", "std")]
-    shared = {key: value for key in keys if (value := _shared(rows, key)) is not None}
-    varying = [key for key in keys if key not in shared and not all(_names(row, key) for row in rows)]
-    model = shared.pop("model", None)
-    table = Table()
-    table.add_column("")
+    values = {key: {row[key] for row in rows if key in row} for key in keys}
+    common = {key: next(iter(found)) for key, found in values.items() if len(found) == 1}
+    # Labels already name some settings.
+    named = {key: [f"{{{key}}}" in template(row) for row in rows] for key in keys}
+    varying = [key for key in keys if key not in common and not all(named[key])]
+    model = common.pop("model", None)
+    table = Table("")
     for key in varying:
         table.add_column(Text(key), overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
     for row in rows:
-        cells = [_setting(row[key]) if key in row else "" for key in varying]
-        table.add_row(Text(metric_label(row)), *map(Text, cells), Text(_value(row)))
-    told = [f"{SETTINGS.get(key, key)} {_setting(value)}" for key, value in shared.items() if not _in_labels(rows, key)]
+        settings = [Text(format_setting(row[key]) if key in row else "") for key in varying]
+        table.add_row(Text(metric_label(row)), *settings, Text(format_value(row)))
     heading = title or ("" if model is None else str(model))
-    lines = [Text(heading, style="bold")] if heading else []
-    return Group(*lines, table, *([Text(", ".join(told), style="dim")] if told else []))
-
-
-def _shared(rows: Sequence["Row"], key: str) -> str | int | float | None:
-    """The value of a setting that all rows which have it agree on; None where they differ."""
-    values = {row[key] for row in rows if key in row}
-    return values.pop() if len(values) == 1 else None
-
-
-def _names(row: "Row", key: str) -> bool:
-    """Whether the label of a row's metric tells this setting."""
-    return f"{{{key}}}" in _label(str(row["metric"]))
-
-
-def _in_labels(rows: Sequence["Row"], key: str) -> bool:
-    return any(_names(row, key) for row in rows)
-
-
-def metric_label(row: "Row", among: Sequence["Row"] = ()) -> str:
-    """A person's name for a row's metric, with those settings that tell it from the same metric's rows in `among`."""
-    metric = str(row["metric"])
-    template = LABELS.get(metric, metric)
-    same = [other for other in among if other["metric"] == metric]
-    varying = [
-        f"{key} = {_setting(value)}"
-        for key, value in row.items()
-        if key not in ("model", "metric", *MEASURED, *CHOSEN.get(metric, ()))
-        and f"{{{key}}}" not in template
-        # Raw pixels have no blocks: a setting that a row does not have tells nothing apart.
-        and any(other.get(key, value) != value for other in same)
+    below = [
+        f"{_SETTINGS.get(key, key)} {format_setting(value)}" for key, value in common.items() if not any(named[key])
     ]
-    label = template.format_map({"shots": "?", "block": "?"} | row)
-    return f"{label} ({', '.join(varying)})" if varying else label
-
-
-def _by_metric(rows: Sequence["Row"]) -> tuple[list[str], dict[str, dict[str, "Row"]]]:
-    """The models, and for every metric's label the row of each."""
-    rows = main_rows(rows)
-    lines: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        lines.setdefault(metric_label(row, rows), {})[str(row["model"])] = row
-    return list(dict.fromkeys(str(row["model"]) for row in rows)), lines
-
-
-def _label(metric: str) -> str:
-    return LABELS.get(metric, metric)
-
-
-def _plain_row(row: "Row") -> "Row":
-    """Without the spread over repetitions."""
-    return {key: value for key, value in row.items() if key != "std"}
-
-
-def _decimals(row: "Row") -> int:
-    return 3 if row["metric"] in LOWER_IS_BETTER else 1
-
-
-def _shown_value(row: "Row") -> float:
-    """The value as the table shows it, so that what looks equal is treated as equal."""
-    return round(float(row["value"]), _decimals(row))
-
-
-def _value(row: "Row") -> str:
-    text = f"{float(row['value']):.{_decimals(row)}f}"
-    if row["metric"] in STATISTICS:
-        text = f"{float(row['value']):.4g}"
-    if "std" not in row:
-        return text
-    # The value of a clustering is its best run's, which the spread does not surround: the mean goes with it.
-    spread = f"± {float(row['std']):.{_decimals(row)}f}"
-    if row.get("mean", row["value"]) == row["value"]:
-        return f"{text} {spread}"
-    return f"{text} (mean {float(row['mean']):.{_decimals(row)}f} {spread})"
-
-
-def _value_cell(row: "Row | None", sign: int, best: float) -> Text:
-    if row is None:
-        return Text("-")
-    # Three models side by side have no room for the spread of a clustering's runs; results.csv has it.
-    shown = _value(_plain_row(row) if "runs" in row else row)
-    return Text(shown, style="bold" if sign * _shown_value(row) == best else "")
-
-
-def _difference_cell(base: "Row | None", refined: "Row | None", sign: int) -> Text:
-    if base is None or refined is None:
-        return Text("-")
-    digits = _decimals(refined)
-    difference = round(float(refined["value"]) - float(base["value"]), digits) + 0.0
-    style = "red" if sign * difference < 0 else "green" if difference else ""
-    return Text(f"{difference:+.{digits}f}", style=style)
-
-
-def _setting(value: str | int | float) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    parts = [Text(heading, style="bold")] * bool(heading), [table], [Text(", ".join(below), style="dim")] * bool(below)
+    return Group(*(part for group in parts for part in group))

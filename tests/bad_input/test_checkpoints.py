@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mimref.encoders.checkpoints import Checkpoint, load_encoder, read_checkpoint, save_encoder
+from mimref.encoders.checkpoints import Checkpoint, read_checkpoint, save_encoder
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import CheckpointError, UserError
+from tests.checkpoints import load_encoder
 
 TINY = Architecture("custom", 16, width=32, depth=2, num_heads=4, patch_size=4)
 

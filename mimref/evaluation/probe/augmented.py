@@ -21,7 +21,7 @@ from mimref.data.views import CropGroup
 from mimref.devices import autocast
 from mimref.distributed.group import own_rank, world_size
 from mimref.distributed.turns import end_requests, request, requests, take_turns
-from mimref.encoders.vit import TokenEncoder
+from mimref.encoders.backbones import TokenEncoder
 from mimref.errors import DataError
 from mimref.evaluation.probe.ensemble import Batch, Norm
 from mimref.evaluation.probe.grid import (

@@ -1,7 +1,4 @@
-"""Encoders as ONNX graphs; written, read again and compared as every export (`mimref.encoders.export`).
-
-Shapes: B images, L tokens, D width, S pixels per side.
-"""
+"""Export to ONNX: a graph that gives the tokens of chosen blocks."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,22 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimref.encoders.export import (
-    Export,
-    check_free,
-    check_out,
-    comparison_images,
-    data_file,
-    finished,
-    has_norm,
-    largest_difference,
-)
+from mimref.encoders.export import Export, check_file, comparison_images, data_file, write_verified
 from mimref.encoders.vit import Encoder, check_blocks
 from mimref.errors import ConfigError
 from mimref.progress import Listener
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# A protobuf holds 2 GiB, and torch splits files by itself somewhat below; above this weights go to a second file.
+# A protobuf holds 2 GiB, and torch itself splits files somewhat below; above this, weights go to a second file.
 _LARGEST_BYTES = 1_500_000_000
 
 
@@ -42,23 +30,23 @@ def export_onnx(
 ) -> Export:
     """Write an ONNX graph that gives the tokens of `blocks` (1-based), for batches of any size.
 
-    out: ends in .onnx. Input `images` (B, 3, S, S), normalised; outputs `block_N` (B, L, D), prefix tokens first, and
-    where the last block is among them and the encoder has a final norm also `normed` (B, L, D). `facts` and the
-    architecture stand in the metadata. Weights above 1.5 GB go to a second file, `out` with `.data` added. The encoder,
-    in fp32 on the CPU, is put in eval mode.
+    out: ends in .onnx. Input: `images` (B, 3, S, S), normalised. Outputs: `block_N` (B, L, D), prefix tokens first, and
+    `normed` (B, L, D) if the last block is among them and the encoder has a final norm. The metadata holds `facts` and
+    the architecture. Weights above 1.5 GB go to a second file, `out` with `.data` added.
     Raises ConfigError for missing packages and for blocks outside 1..depth, OutputError as `export_timm`.
     """
-    check_out(out, (".onnx",), force)
+    check_file(out, (".onnx",), force)
     if any(find_spec(package) is None for package in _PACKAGES):
         raise ConfigError(f"--to onnx needs {', '.join(_PACKAGES)}: pip install 'mimref[onnx]'")
     check_blocks(blocks, encoder.depth)
     external = 4 * sum(tensor.numel() for tensor in encoder.vit.state_dict().values()) > _LARGEST_BYTES
     if external:
-        check_free(data_file(out), force)
-    graph = _Graph(encoder, blocks)
-    with finished(out, listener) as file:
+        check_file(data_file(out), (".data",), force)
+    graph = _Graph(encoder, blocks).eval()
+
+    def write(file: Path) -> None:
         program = torch.onnx.export(
-            graph.eval(),
+            graph,
             (comparison_images(encoder)[:2],),
             input_names=["images"],
             output_names=graph.names,
@@ -69,8 +57,9 @@ def export_onnx(
         assert program is not None
         _describe(program.model, {"architecture": encoder.architecture.to_dict(), **facts, "blocks": list(blocks)})
         program.save(file, external_data=external)
-        difference = largest_difference(out, encoder, _read_onnx(file, encoder))
-    return Export(out, difference, None, f"onnxruntime.InferenceSession({str(out)!r})")
+
+    difference = write_verified(out, encoder, write, lambda file: _read_onnx(file, encoder), listener)
+    return Export(out, difference, f"onnxruntime.InferenceSession({str(out)!r})")
 
 
 class _Graph(nn.Module):
@@ -80,7 +69,7 @@ class _Graph(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.indices = list(dict.fromkeys(blocks))
-        self.with_norm = encoder.depth in self.indices and has_norm(encoder.vit)
+        self.with_norm = encoder.depth in self.indices and not isinstance(encoder.vit.norm, nn.Identity)
         self.names = [f"block_{block}" for block in self.indices] + ["normed"] * self.with_norm
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -90,7 +79,7 @@ class _Graph(nn.Module):
 
 
 def _describe(model: Any, facts: Mapping[str, Any]) -> None:
-    """Metadata of the file as text, tables as JSON. What the tracer notes on nodes goes: it has folders' names."""
+    """Set the file's metadata, tables as JSON. The tracer's notes on nodes are removed: they hold folders' names."""
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
     for key, value in facts.items():

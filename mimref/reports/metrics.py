@@ -1,0 +1,96 @@
+"""How results read: names of metrics, digits of their values, and which values are better."""
+
+from collections.abc import Sequence
+
+from mimref.results import Row
+
+LABELS = {
+    "knn_top1": "k-NN top-1",
+    "knn_top5": "k-NN top-5",
+    "lowshot_top1": "{shots}-shot top-1",
+    "probe_top1": "linear probe top-1",
+    "cluster_acc": "k-means ACC",
+    "cluster_nmi": "k-means NMI",
+    "cluster_ami": "k-means AMI",
+    "cluster_ari": "k-means ARI",
+    "silhouette": "silhouette",
+    "davies_bouldin": "Davies-Bouldin",
+    "block_knn_top1": "k-NN top-1 of block {block}",
+    "head_knn_top1": "k-NN top-1",
+    "head_nn_accuracy": "neighbours of the same class",
+    "block_knn_delta": "k-NN gained by block {block}",
+    "block_mean": "mean of block {block}",
+    "block_variance": "variance of block {block}",
+    "block_effective_rank": "effective rank of block {block}",
+    "block_reconstruction": "reconstruction loss of block {block}",
+    "block_reconstruction_delta": "reconstruction gained by block {block}",
+}
+LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction"}
+# Neither percentages nor of a known size.
+STATISTICS = {
+    *("feature_variance", "effective_rank", "block_mean", "block_variance", "block_effective_rank"),
+    *("block_knn_delta", "block_reconstruction_delta"),
+}
+# Results of a measurement, as opposed to its settings.
+_MEASURED = ("model", "metric", "value", "mean", "std", "splits", "runs")
+# Settings that the measurement itself chose: the best classifier of a grid.
+_CHOSEN = {"probe_top1": ("blocks", "pool", "lr", "held_out_top1")}
+
+
+def template(row: Row) -> str:
+    """A metric's name, with settings that it mentions in braces."""
+    return LABELS.get(str(row["metric"]), str(row["metric"]))
+
+
+def metric_label(row: Row, among: Sequence[Row] = ()) -> str:
+    """A metric's name, with the settings that distinguish it from the same metric's rows in `among`."""
+    name = template(row)
+    same = [other for other in among if other["metric"] == row["metric"]]
+    varying = [
+        f"{key} = {format_setting(value)}"
+        for key, value in row.items()
+        if key not in (*_MEASURED, *_CHOSEN.get(str(row["metric"]), ()))
+        and f"{{{key}}}" not in name
+        # A setting that a row lacks distinguishes nothing: raw pixels have no blocks.
+        and any(other.get(key, value) != value for other in same)
+    ]
+    label = name.format_map({"shots": "?", "block": "?"} | row)
+    return f"{label} ({', '.join(varying)})" if varying else label
+
+
+def sign(row: Row) -> int:
+    """1 for a metric whose larger values are better, else -1."""
+    return -1 if row["metric"] in LOWER_IS_BETTER else 1
+
+
+def decimals(row: Row) -> int:
+    """Digits that a table shows after the point."""
+    return 3 if row["metric"] in LOWER_IS_BETTER else 1
+
+
+def shown_value(row: Row) -> float:
+    """The value as a table shows it: what looks equal is treated as equal."""
+    return round(float(row["value"]), decimals(row))
+
+
+def format_value(row: Row, *, spread: bool = True) -> str:
+    """The value, with its standard deviation over repetitions if it has one."""
+    digits = decimals(row)
+    text = f"{float(row['value']):{'.4g' if row['metric'] in STATISTICS else f'.{digits}f'}}"
+    if "std" not in row or not spread:
+        return text
+    deviation = f"± {float(row['std']):.{digits}f}"
+    # A clustering's value is its best run's; the deviation belongs to the mean.
+    is_mean = row.get("mean", row["value"]) == row["value"]
+    return f"{text} {deviation}" if is_mean else f"{text} (mean {float(row['mean']):.{digits}f} {deviation})"
+
+
+def format_setting(value: str | int | float) -> str:
+    """A setting's value, floats without trailing zeros."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def scores_line(rows: Sequence[Row]) -> str:
+    """`ACC 95.3   NMI 92.2`: the line under a clustering's figure, for the last blocks in the rows."""
+    last = {template(row).removeprefix("k-means "): row for row in rows}
+    return "   ".join(f"{name} {format_value(row, spread=False)}" for name, row in last.items())
