@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
-    from mimref.evaluation.run import EvaluationResult
+    from mimref.results import EvaluationResult
 
 
 def check_out(out: Path | None, force: bool) -> None:

@@ -26,7 +26,7 @@ from mimref.features.header import data_record, eval_transform
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.progress import Listener, Silent
-from mimref.results import Row, read_results, write_results
+from mimref.results import Row, Tabular, read_results, write_results
 from mimref.training.checkpoint import check_images, check_ranks, images_of
 from mimref.training.folder import RunFolder, reloadable
 from mimref.training.job import FiniteLoss, train
@@ -37,7 +37,7 @@ from mimref.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
-class PretrainResult:
+class PretrainResult(Tabular):
     """What a pre-training run produced."""
 
     out: Path

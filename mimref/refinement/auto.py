@@ -8,6 +8,7 @@ from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import ConfigError
 from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
 from mimref.evaluation.monitor import KnnMonitor
+from mimref.features.encode import columns_of
 from mimref.progress import LabelledProgress
 from mimref.refinement.config import RefineConfig
 
@@ -35,12 +36,13 @@ def recommended_blocks(
         )
     encoder = encoder_from(checkpoint, architecture)
     assert isinstance(encoder, Encoder)
-    blocks = list(range(1, encoder.depth + 1))
-    train, test = monitor.features(encoder.to(device), blocks, pool=config.heads.pool, final_norm=True)
+    depth = encoder.depth
+    groups = [columns_of([block], config.heads.pool, True, depth) for block in range(1, depth + 1)]
+    train, test = monitor.features(encoder.to(device), [column for columns in groups for column in columns])
     assert test is not None
     accuracies = []
-    for column in range(len(blocks)):
-        accuracies.append(monitor.knn_top1(train, test, column))
+    for done, columns in enumerate(groups, 1):
+        accuracies.append(monitor.knn_top1(train.matrix(columns), train.y, test.matrix(columns), test.y))
         if progress is not None:
-            progress("k-NN of every block", column + 1, len(blocks))
+            progress("k-NN of every block", done, depth)
     return blocks_text(recommend_heads(accuracies))

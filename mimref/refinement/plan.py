@@ -15,7 +15,7 @@ from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoin
 from mimref.encoders.published import official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture
 from mimref.errors import CheckpointError, ConfigError
-from mimref.features.header import eval_transform, recorded_data
+from mimref.features.header import eval_transform, resolve_data
 from mimref.progress import LabelledProgress
 from mimref.refinement.auto import recommended_blocks
 from mimref.refinement.config import RefineConfig
@@ -65,7 +65,7 @@ def make_plan(config: RefineConfig, progress: LabelledProgress | None = None) ->
     weights = config.encoder.weights or official_name(config.encoder.arch, config.encoder.source)
     checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads, progress=progress)
     architecture = architecture_to_train(config.encoder, checkpoint)
-    data = recorded_data(config.data, checkpoint.header)
+    data = resolve_data(config.data, checkpoint.header)
     warned = _warnings(config.encoder, checkpoint)
     config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
     transform = eval_transform(architecture, data, checkpoint.header)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from mimref.data.loader import loader_workers
 from mimref.distributed.collectives import agree
 from mimref.distributed.group import end_group, own_rank
 from mimref.encoders.checkpoints import save_encoder
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation.summary import Summary
+from mimref.evaluation.compare import before_after, labelled_splits
+from mimref.features.encode import PassSettings
 from mimref.features.header import data_record
 from mimref.progress import Listener, Silent
 from mimref.refinement.config import RefineConfig
@@ -20,7 +20,7 @@ from mimref.refinement.plan import header_of, make_plan
 from mimref.refinement.shared import Refinement
 from mimref.refinement.stages import EncoderStage, HeadsStage
 from mimref.refinement.sweep import rank_heads
-from mimref.results import Row, read_results, write_results
+from mimref.results import Row, Tabular, read_results, write_results
 from mimref.training.checkpoint import check_images, check_ranks
 from mimref.training.folder import RunFolder, reloadable
 from mimref.training.job import train
@@ -30,7 +30,7 @@ from mimref.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
-class RefineResult:
+class RefineResult(Tabular):
     """What a refinement produced."""
 
     out: Path
@@ -141,23 +141,16 @@ def _rank_heads(run: Refinement, listener: Listener) -> list[Row]:
 def _compare(run: Refinement, listener: Listener) -> list[Row]:
     config = run.config
     try:
-        summary = Summary(
-            config.evaluate,
-            config.data,
-            run.plan.transform,
-            seed=config.seed,
-            workers=loader_workers(config.workers, run.plan.source),
-            device=run.device,
-            precision=run.precision,
-            progress=listener.progress,
-        )
+        images = labelled_splits(config.data)
     except DataError as error:
         listener.note(f"no before/after table: {error}")
         return []
-    rows = summary.raw_pixels()
-    rows += summary.encoder("base", run.base_encoder())
-    rows += summary.encoder("refined", run.result_encoder())
-    run.skipped.add_evaluated(summary.bad)
+    encoders = ((name, make()) for name, make in (("base", run.base_encoder), ("refined", run.result_encoder)))
+    reading = PassSettings(
+        run.plan.transform, run.device, run.precision, workers=config.workers, max_bad=config.data.max_bad
+    )
+    rows, bad = before_after(config, images, encoders, reading, listener.progress)
+    run.skipped.add_evaluated(bad)
     return rows
 
 
