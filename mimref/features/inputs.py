@@ -17,8 +17,8 @@ from mimref.data.decode import BadImages
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, Split
 from mimref.devices import resolve_device, resolve_precision
-from mimref.distributed.group import alone, own_rank, world_size
-from mimref.distributed.turns import wait_on
+from mimref.distributed.group import own_rank, without_group, world_size
+from mimref.distributed.turns import keep_waiting
 from mimref.encoders.backbones import TimmBackbone
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Architecture, Encoder
@@ -187,7 +187,7 @@ class EncoderInputs(OpenedEncoder):
     def features(self, split: Split) -> Features:
         """The prepared columns."""
         if split in self._cached:
-            with alone():
+            with without_group():
                 self._add(split, self._cached.pop(split))
         return self._features[split]
 
@@ -218,7 +218,7 @@ class EncoderInputs(OpenedEncoder):
         progress = partial(self.listener.progress, label)
         if self._folder is None:
             return gather(self._encode(split, wanted, 0, 1), wanted, len(source), source.name, progress)
-        waiting = wait_on if world_size() > 1 else lambda: None
+        waiting = keep_waiting if world_size() > 1 else lambda: None
         cache = FeatureCache(self._folder, self.listener, self.config.cache.dtype, waiting)
         shared = self._shared_pass(split)
         about = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mimref.distributed.group import own_rank, world_size
-from mimref.distributed.turns import ask, finish, requests, take_turns
+from mimref.distributed.turns import end_requests, request, requests, take_turns
 from mimref.features.encode import Batch, Column
 
 
@@ -24,13 +24,13 @@ class SharedPass:
     def lead(self, columns: list[Column], start: int) -> Iterator[Batch]:
         """On rank 0: all batches from position `start` on. The other ranks must be in `follow`."""
         if world_size() > 1:
-            ask((columns, start))
+            request((columns, start))
         yield from self._by_turns(columns, start)
 
     def end(self) -> None:
         """On rank 0: release the other ranks from `follow`."""
         if world_size() > 1:
-            finish()
+            end_requests()
 
     def follow(self) -> None:
         """On the other ranks: encode what rank 0 asks for, until it ends."""

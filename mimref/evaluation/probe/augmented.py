@@ -17,7 +17,7 @@ from mimref.data.sources import ImageSource, Subset
 from mimref.data.views import CropGroup
 from mimref.devices import autocast
 from mimref.distributed.group import own_rank, world_size
-from mimref.distributed.turns import ask, finish, requests, take_turns
+from mimref.distributed.turns import end_requests, request, requests, take_turns
 from mimref.encoders.vit import TokenEncoder
 from mimref.errors import DataError
 from mimref.evaluation.probe.config import ProbeTrainingConfig
@@ -83,7 +83,7 @@ def probe_augmented(
             return [], []
         run.train(images.batches, "" if state is None else images.fingerprint(), state, progress)
         if world_size() > 1:
-            finish()
+            end_requests()
         return run.rows("augmented", images.held_out()), images.bad.items
     finally:
         encoder.train(training)
@@ -117,7 +117,7 @@ class _Augmented:
     def batches(self, first: int) -> Iterator[Batch]:
         """All training batches from an update on, without unreadable images; ranks encode them in turns."""
         if world_size() > 1:
-            ask(first)
+            request(first)
         for batch in take_turns(self._encoded(first), self.run.total - first):
             for path, reason in batch.bad:
                 self.bad.add(path, reason)
