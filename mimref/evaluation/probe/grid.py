@@ -23,7 +23,7 @@ from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.metrics import check_classes, check_features, class_indices, row_blocks
 from mimref.evaluation.probe.config import LEARNING_RATES, ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Batch, Norm, ProbeEnsemble, Schedule, score
-from mimref.evaluation.probe.training import ProbeTraining
+from mimref.evaluation.probe.training import ProbeJob
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Progress
 from mimref.results import Row
@@ -109,7 +109,7 @@ class ProbeRun:
             "set of images or encoder": images,
         }
         schedule = Schedule(self.total, settings.norm)
-        ProbeTraining(self.ensemble, schedule, self.per_epoch, state, identity).run(batches, progress)
+        ProbeJob(self.ensemble, schedule, self.per_epoch, state, identity).run(batches, progress)
 
     def rows(self, protocol: Literal["cached", "augmented"], held: Iterable[Batch]) -> list[Row]:
         """The best classifier's row and one per classifier, see `probe_cached`. held: the held-out images.

@@ -1,66 +1,64 @@
-"""Training a grid of classifiers, with a state file that an interrupted training continues from."""
+"""Training a grid of classifiers, with a state file from which an interrupted training continues."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mimref.distributed.group import world_size
 from mimref.errors import ConfigError, OutputError
 from mimref.evaluation.probe.ensemble import Batch, ProbeEnsemble, Schedule
-from mimref.files import atomic_write, is_whole, remove_halves
-from mimref.progress import Progress
+from mimref.files import remove_halves
+from mimref.progress import Progress, ProgressOnly
+from mimref.training.checkpoint import read_state, write_state
+from mimref.training.job import Job, train
+from mimref.training.signals import stop_signal
 
-# A state can be gigabytes: it is saved this seldom, and takes at most about 5% of the time.
-SAVE_EVERY_S = 10.0
-SAVE_COST = 20.0
 
+class ProbeJob(Job[Batch]):
+    """Trains an ensemble. Whoever uses the result removes the state file."""
 
-class ProbeTraining:
-    """One training of an ensemble. Whoever uses its results removes the state file."""
+    label = "linear probes"
 
     def __init__(
         self,
         ensemble: ProbeEnsemble,
         schedule: Schedule,
-        per_epoch: int,
+        steps_per_epoch: int,
         file: Path | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
-        """identity: everything that the result depends on; a state of another one is refused."""
+        """identity: everything that the result depends on; a state with another one is refused."""
         self.ensemble, self.schedule, self.file, self.identity = ensemble, schedule, file, dict(identity or {})
-        self.steps_per_epoch, self.step = per_epoch, 0
+        self.total, self.steps_per_epoch = schedule.total, steps_per_epoch
+        # In a group, rank 0 trains while the others encode for it: a signal cannot stop all at the same step.
+        self.saves_every_epoch = world_size() > 1
 
     def run(self, batches: Callable[[int], Iterator[Batch]], progress: Progress | None = None) -> None:
         """Train on all batches; with a state file, from where an earlier run stopped, with the same result bit for bit.
 
-        batches: gives the batches from an update on (0-based), `schedule.total` in all. progress: updates done, total.
+        batches: gives the batches from an update (0-based) on. progress: updates done, total.
         """
         self.load()
-        due = time.monotonic() + SAVE_EVERY_S
-        for batch in batches(self.step) if self.step < self.schedule.total else ():
-            self.update(batch)
-            self.step += 1
-            started = time.monotonic()
-            if self.step == self.schedule.total or started >= due:
-                self.save()
-                due = time.monotonic() + max(SAVE_EVERY_S, SAVE_COST * (time.monotonic() - started))
-            if progress is not None:
-                progress(self.step, self.schedule.total)
+        if self.step == self.total:
+            return
+        listener = ProgressOnly(progress)
+        if self.file is None or world_size() > 1:
+            train(self, batches(self.step), listener)
+            return
+        with stop_signal() as stop:
+            train(self, batches(self.step), listener, stop=stop)
 
     def update(self, batch: Batch) -> None:
-        """Train on one batch. One with fewer images than statistics need (unreadable ones are left out) is skipped."""
+        """Train on one batch; skip one with fewer images than statistics need (unreadable ones are left out)."""
         inputs, labels = batch
         if len(labels) >= self.ensemble.smallest_batch:
             self.ensemble.step(inputs, labels, *self.schedule(self.step))
 
     def save(self) -> None:
-        """Write the state atomically. Raises OutputError when it cannot be written."""
+        """Write the state, if there is a file for it."""
         if self.file is not None:
-            with atomic_write(self.file) as file:
-                state = {"settings": self.identity, "step": self.step, "ensemble": self.ensemble.state_dict()}
-                torch.save(state, file)
+            tensors = self.ensemble.state_dict()
+            write_state(self.file, {"settings": self.identity, "step": self.step, "ensemble": tensors})
 
     def load(self) -> None:
         """Continue from the state file, if there is one.
@@ -73,13 +71,11 @@ class ProbeTraining:
         if not self.file.exists():
             return
         damaged = OutputError(f"{self.file}: damaged state of a probe; remove the file to start from scratch")
+        saved = read_state(self.file)
         try:
-            with open(self.file, "rb") as file:
-                if not is_whole(file):
-                    raise ValueError("a checksum differs")
-            saved = torch.load(self.file, map_location="cpu", weights_only=True)
+            assert saved is not None
             identity, step, tensors = dict(saved["settings"]), int(saved["step"]), dict(saved["ensemble"])
-        except Exception as error:  # whatever a damaged file makes torch raise
+        except (AssertionError, TypeError, KeyError, ValueError) as error:
             raise damaged from error
         for key, value in self.identity.items():
             if identity.get(key) != value:
