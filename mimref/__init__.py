@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 # Public name to its module.
 _PUBLIC = {
-    "KnnConfig": "mimref.features.config",
+    "KnnConfig": "mimref.evaluation.knn.config",
     "PretrainConfig": "mimref.config.run",
     "RefineConfig": "mimref.config.run",
     "analyze_blocks": "mimref.evaluation.blocks.statistics",

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.blocks.config import ReconstructionConfig
 from mimref.evaluation.blocks.reconstruction import Reconstruction, reconstruct_blocks
+from mimref.features.encode import PassSettings
 from mimref.results import Row
 from tests.tiny import write_images, write_unlabelled
 
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(16, crop_fraction=1.0)
+READING = PassSettings(TRANSFORM, CPU)
 SIZES: dict[str, Any] = {"image_size": 16, "width": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
 SETTINGS = ReconstructionConfig(
     epochs=3, warmup_epochs=1, batch_size=8, lr=0.1, decoder=DecoderConfig(width=16, depth=2, num_heads=2)
@@ -51,8 +54,8 @@ TRAIN, VAL = images(24, 0), images(10, 1)
 
 
 def run(encoder: Encoder, **changes: Any) -> Reconstruction:
-    options: dict[str, Any] = {"device": CPU} | changes
-    return reconstruct_blocks(encoder, TRAIN, VAL, TRANSFORM, options.pop("settings", SETTINGS), **options)
+    reading = replace(READING, precision=changes.pop("precision", torch.float32))
+    return reconstruct_blocks(encoder, TRAIN, VAL, reading, changes.pop("settings", SETTINGS), **changes)
 
 
 def losses(rows: list[Row], metric: str = "block_reconstruction") -> dict[int, float]:
@@ -217,17 +220,16 @@ def test_unreadable_images(tmp_path: Path) -> None:
     folder = write_images(tmp_path, per_class=20, classes=("",))
     (tmp_path / "004.png").write_bytes(b"no image")
     train, val = sources(folder)
-    found = reconstruct_blocks(build(), train, val, TRANSFORM, SETTINGS, device=CPU)
+    found = reconstruct_blocks(build(), train, val, READING, SETTINGS)
     assert [Path(path).name for path, _ in found.bad] == ["004.png"]
     with pytest.raises(DataError, match=r"1 image could not be read, more than data\.max_bad=0: .*004\.png"):
-        reconstruct_blocks(build(), train, val, TRANSFORM, SETTINGS, device=CPU, max_bad=0)
+        reconstruct_blocks(build(), train, val, replace(READING, max_bad=0), SETTINGS)
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
     train, val = sources(write_unlabelled(tmp_path))
     alone, helped = (
-        reconstruct_blocks(build(), train, val, TRANSFORM, SETTINGS, device=CPU, workers=workers).rows
-        for workers in (0, 2)
+        reconstruct_blocks(build(), train, val, replace(READING, workers=workers), SETTINGS).rows for workers in (0, 2)
     )
     assert alone == helped
 
@@ -244,20 +246,20 @@ def test_settings_that_do_not_fit() -> None:
     with pytest.raises(ConfigError, match="block 4 does not exist"):
         run(encoder, blocks=[4])
     with pytest.raises(ConfigError, match="the image size 18 is not divisible by the patch size 4"):
-        reconstruct_blocks(encoder, TRAIN, VAL, EvalTransform(18), SETTINGS, device=CPU)
+        reconstruct_blocks(encoder, TRAIN, VAL, replace(READING, transform=EvalTransform(18)), SETTINGS)
     with pytest.raises(ConfigError, match="images of 4 pixels are a single patch"):
-        reconstruct_blocks(encoder, TRAIN, VAL, EvalTransform(4), SETTINGS, device=CPU)
+        reconstruct_blocks(encoder, TRAIN, VAL, replace(READING, transform=EvalTransform(4)), SETTINGS)
 
 
 def test_other_resolutions_than_the_encoders_own() -> None:
-    found = reconstruct_blocks(build(), TRAIN, VAL, EvalTransform(24), SETTINGS, device=CPU)
+    found = reconstruct_blocks(build(), TRAIN, VAL, replace(READING, transform=EvalTransform(24)), SETTINGS)
     assert all(math.isfinite(loss) for loss in losses(found.rows).values())
 
 
 def test_encoders_without_patch_tokens_are_refused() -> None:
     backbone = TimmBackbone(BackboneArchitecture("test_convnext", 64))
     with pytest.raises(ConfigError, match="test_convnext is no plain vision transformer"):
-        reconstruct_blocks(backbone, TRAIN, VAL, EvalTransform(64), SETTINGS, device=CPU)
+        reconstruct_blocks(backbone, TRAIN, VAL, replace(READING, transform=EvalTransform(64)), SETTINGS)
 
 
 def test_broken_encoder() -> None:

@@ -198,7 +198,7 @@ def gather(
     indices: list[int] = []
     bad: list[tuple[str, str]] = []
     for batch in batches:
-        bad += batch.bad
+        bad += [(path, reason) for path, reason in batch.bad]
         if batch.indices:
             # Allocated once at full size: concatenating batches at the end would hold everything twice.
             arrays = arrays or [np.empty((images, x.shape[1]), dtype=np.float32) for x in batch.columns]

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -51,7 +51,13 @@ NAMES = {
     "sil": "silhouette",
     "dbs": "davies_bouldin",
 }
-OF_CLUSTERS = ("acc", "nmi", "ami", "ari")
+# Percent from classes and clusters, both (N,).
+AGREEMENT: dict[str, Callable[..., float]] = {
+    "acc": cluster_accuracy,
+    "nmi": lambda y, labels: percent(normalized_mutual_info_score(y, labels)),
+    "ami": lambda y, labels: percent(adjusted_mutual_info_score(y, labels)),
+    "ari": lambda y, labels: percent(adjusted_rand_score(y, labels)),
+}
 # runs * N * D * clusters below which starting processes takes as long as the runs themselves (1 to 2 s).
 SERIAL_WORK = 2e8
 
@@ -89,7 +95,9 @@ def cluster(
     Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
     """
     check_metrics(metrics)
-    _check_runs(runs, workers)
+    for name, value in (("runs", runs), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} = {value}: give at least 1")
     check_features(x, "features", y)
     classes = check_classes(y, "features")
     if len(classes) >= len(x):
@@ -98,16 +106,18 @@ def cluster(
         )
     points = unit_rows(x)
     truth = class_indices(classes, y, "features")
-    of_clusters = [name for name in metrics if name in OF_CLUSTERS]
+    of_clusters = [name for name in metrics if name in AGREEMENT]
     done = _run_all(points, truth, of_clusters, runs, seed, workers, progress) if of_clusters else []
     rows: list[Row] = []
     for name in dict.fromkeys(metrics):
-        if name in OF_CLUSTERS:
+        if name in AGREEMENT:
             best = min(done, key=lambda run: (run.inertia, run.number))
             mean, std = spread([run.scores[name] for run in done])
             rows.append({"metric": NAMES[name], "value": best.scores[name], "mean": mean, "std": std, "runs": runs})
         else:
-            rows.append({"metric": NAMES[name], "value": _class_separation(points, truth, name)})
+            sil = name == "sil"
+            value = percent(silhouette_score(points, truth)) if sil else float(davies_bouldin_score(points, truth))
+            rows.append({"metric": NAMES[name], "value": value})
     return rows
 
 
@@ -126,7 +136,7 @@ def kmeans_run(
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x)
     labels = model.labels_
-    return Run(number, _inertia(x, model.cluster_centers_, labels), {m: _agreement(y, labels, m) for m in metrics})
+    return Run(number, _inertia(x, model.cluster_centers_, labels), {m: AGREEMENT[m](y, labels) for m in metrics})
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
@@ -172,29 +182,6 @@ def _inertia(x: NDArray[np.float32], centres: NDArray[np.floating], labels: NDAr
     """In float64: scikit-learn sums in float32, which is too coarse to rank nearly equal runs."""
     centres = centres.astype(np.float64)
     return float(sum(np.square(x[rows] - centres[labels[rows]]).sum() for rows in row_blocks(x)))
-
-
-def _agreement(y: NDArray[np.int64], labels: NDArray[np.integer], metric: str) -> float:
-    if metric == "acc":
-        return cluster_accuracy(y, labels)
-    if metric == "nmi":
-        return percent(normalized_mutual_info_score(y, labels))
-    if metric == "ami":
-        return percent(adjusted_mutual_info_score(y, labels))
-    return percent(adjusted_rand_score(y, labels))
-
-
-def _class_separation(x: NDArray[np.float32], y: NDArray[np.int64], metric: str) -> float:
-    if metric == "sil":
-        return percent(silhouette_score(x, y))
-    return float(davies_bouldin_score(x, y))
-
-
-def _check_runs(runs: int, workers: int | None) -> None:
-    if runs < 1:
-        raise ConfigError(f"runs = {runs}: give at least 1")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers = {workers}: give at least 1")
 
 
 @dataclass(frozen=True)
