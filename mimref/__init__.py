@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 # Public name to its module.
 _PUBLIC = {
     "KnnConfig": "mimref.evaluation.knn.config",
-    "PretrainConfig": "mimref.config.run",
-    "RefineConfig": "mimref.config.run",
+    "PretrainConfig": "mimref.pretraining.config",
+    "RefineConfig": "mimref.refinement.config",
     "analyze_blocks": "mimref.evaluation.blocks.statistics",
     "cluster": "mimref.evaluation.cluster.protocol",
     "extract": "mimref.api",

@@ -358,8 +358,8 @@ def lonely() -> Indices:
         ({"epochs": 0}, ConfigError, "epochs = 0"),
         ({"batch_size": 0}, ConfigError, "batch_size = 0"),
         ({"batch_size": 1, "norm": "batch"}, ConfigError, "probe.batch_size"),
-        ({"norm": "layer"}, ConfigError, "norm = 'layer'"),
-        ({"select": "train"}, ConfigError, "select = 'train'"),
+        ({"norm": "layer"}, ConfigError, 'norm = "layer"'),
+        ({"select": "train"}, ConfigError, 'select = "train"'),
         ({"device": "cuda"}, ConfigError, "device 'cuda' is not available"),
         ({"select": "val-split", "train_y": lonely()}, DataError, "class 77 has only one training image"),
         (

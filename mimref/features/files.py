@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mimref.config.base import DataConfig
 from mimref.data.sources import Split
 from mimref.errors import DataError
 from mimref.features.encode import Column, Features
 
 
 class FeatureFiles:
-    """`Inputs` from two .npz files with `x`, (N, D) or (N, blocks, D), and `y`, (N,)."""
+    """Features from two .npz files with `x`, (N, D) or (N, blocks, D), and `y`, (N,)."""
 
-    data = None
+    data: DataConfig | None = None
 
     def __init__(self, train_file: str, val_file: str) -> None:
         self.name = Path(val_file).stem
@@ -26,11 +27,7 @@ class FeatureFiles:
         if len(depths) > 1:
             raise DataError(f"{train_file} and {val_file} hold features of different numbers of blocks")
         self.depth = depths.pop()
-
-    @property
-    def bad(self) -> list[tuple[str, str]]:
-        """None."""
-        return []
+        self.bad: list[tuple[str, str]] = []
 
     def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
         """Nothing to do."""

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from mimref.config.base import DataConfig
 from mimref.data.decode import BadImages
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, Split
@@ -44,60 +43,6 @@ from mimref.progress import Listener
 from mimref.results import Row
 
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation"}
-
-
-class Inputs(Protocol):
-    """Features and labels of training and validation images, of an encoder or from files."""
-
-    name: str
-    """Of the model, in results."""
-
-    @property
-    def data(self) -> DataConfig | None:
-        """The images; None for features made elsewhere."""
-
-    @property
-    def depth(self) -> int:
-        """Blocks that there are features of."""
-
-    @property
-    def bad(self) -> list[tuple[str, str]]:
-        """Path and reason of every image left out so far."""
-
-    def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
-        """Get these columns in one pass per split. In a process group all ranks must call this together."""
-
-    def features(self, split: Split) -> Features:
-        """The prepared columns."""
-
-    def labels(self, split: Split) -> Labels | None:
-        """(N,) of the prepared features, before that of all images; None for unlabelled images."""
-
-
-def open_inputs(config: EvaluationConfig, listener: Listener) -> Inputs:
-    """The features that a config names: of an encoder, or from files."""
-    if config.features is None:
-        return EncoderInputs(config, config.checkpoint, listener)
-    if "checkpoint" in config.model_fields_set:
-        raise ConfigError(f"--features replaces the encoder's features; leave {config.checkpoint} out")
-    return FeatureFiles(*config.features)
-
-
-def prepare_groups(
-    config: EvaluationConfig, inputs: Inputs, splits: Sequence[Split] = ("train", "val")
-) -> list[tuple[Row, list[Column]]]:
-    """Prepare the blocks that are evaluated together: how rows name each group, and its columns."""
-    groups = block_groups(config.blocks, inputs.depth)
-    found: list[tuple[Row, list[Column]]] = []
-    for name, blocks in groups.items():
-        if isinstance(inputs, FeatureFiles):
-            # A file does not say which block or pooling its single column is.
-            found.append(({"blocks": name} if inputs.depth > 1 else {}, [Column(block, "cls") for block in blocks]))
-        else:
-            columns = columns_of(blocks, config.pool, config.final_norm, inputs.depth)
-            found.append(({"blocks": name, "pool": config.pool}, columns))
-    inputs.prepare([column for _, columns in found for column in columns], splits)
-    return found
 
 
 class OpenedEncoder:
@@ -156,7 +101,7 @@ class OpenedEncoder:
 
 
 class EncoderInputs(OpenedEncoder):
-    """`Inputs` of an encoder, from the feature cache or from one pass per split."""
+    """Features of an encoder, from the feature cache or from one pass per split."""
 
     def __init__(
         self, config: EncoderPassConfig, checkpoint: str, listener: Listener, *, need_labels: bool = True
@@ -174,7 +119,7 @@ class EncoderInputs(OpenedEncoder):
         return [pair for features in self._features.values() for pair in features.bad]
 
     def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
-        """See `Inputs`; the columns come from the cache or from one pass of the encoder."""
+        """Get these columns, from the cache or from one pass per split. In a process group all ranks must call this."""
         for split in splits:
             known = [*self._cached.get(split, []), *(self._features[split].columns if split in self._features else [])]
             missing = [column for column in dict.fromkeys(wanted) if column not in known]
@@ -208,9 +153,8 @@ class EncoderInputs(OpenedEncoder):
             for path, reason in found.bad:
                 bad.add(path, reason)
             path, reason = found.bad[0]
-            self.listener.warn(
-                f"{len(found.bad)} {SPLIT_NAMES[split]} images are left out; the first: {path} ({reason})"
-            )
+            what = f"{len(found.bad)} {SPLIT_NAMES[split]} images"
+            self.listener.warn(f"{what} are left out; the first: {path} ({reason})")
 
     def _load(self, split: Split, wanted: list[Column]) -> Features:
         """Columns from the cache, or from a pass of the encoder."""
@@ -221,13 +165,8 @@ class EncoderInputs(OpenedEncoder):
         waiting = keep_waiting if world_size() > 1 else lambda: None
         cache = FeatureCache(self._folder, self.listener, self.config.cache.dtype, waiting)
         shared = self._shared_pass(split)
-        about = {
-            "model": self.name,
-            "data": source.name,
-            "split": split,
-            "resolution": self.settings.transform.image_size,
-        }
-        also = self._everything(len(source))
+        resolution, also = self.settings.transform.image_size, self._everything(len(source))
+        about = {"model": self.name, "data": source.name, "split": split, "resolution": resolution}
         found = cache.columns(self._spec(source), wanted, shared.lead, also=also, about=about, progress=progress)
         shared.end()
         return found
@@ -260,6 +199,36 @@ class EncoderInputs(OpenedEncoder):
             "transform": self.settings.transform.to_dict(),
             "precision": str(self.settings.precision).removeprefix("torch."),
         }
+
+
+Inputs = EncoderInputs | FeatureFiles
+"""Features and labels of both splits, through `name`, `data`, `depth`, `bad`, `prepare`, `features` and `labels`."""
+
+
+def open_inputs(config: EvaluationConfig, listener: Listener) -> Inputs:
+    """The features that a config names: of an encoder, or from files."""
+    if config.features is None:
+        return EncoderInputs(config, config.checkpoint, listener)
+    if "checkpoint" in config.model_fields_set:
+        raise ConfigError(f"--features replaces the encoder's features; leave {config.checkpoint} out")
+    return FeatureFiles(*config.features)
+
+
+def prepare_groups(
+    config: EvaluationConfig, inputs: Inputs, splits: Sequence[Split] = ("train", "val")
+) -> list[tuple[Row, list[Column]]]:
+    """Prepare the blocks that are evaluated together: how rows name each group, and its columns."""
+    groups = block_groups(config.blocks, inputs.depth)
+    found: list[tuple[Row, list[Column]]] = []
+    for name, blocks in groups.items():
+        if isinstance(inputs, FeatureFiles):
+            # A file does not say which block or pooling its single column is.
+            found.append(({"blocks": name} if inputs.depth > 1 else {}, [Column(block, "cls") for block in blocks]))
+        else:
+            columns = columns_of(blocks, config.pool, config.final_norm, inputs.depth)
+            found.append(({"blocks": name, "pool": config.pool}, columns))
+    inputs.prepare([column for _, columns in found for column in columns], splits)
+    return found
 
 
 def give_distinct_names(opened: Sequence[EncoderInputs], checkpoints: Sequence[str]) -> None:

@@ -35,6 +35,7 @@ from mimref.results import EvaluationResult, Row, named
 LAMBDA = 0.00025
 TOLERANCE = 1e-3
 MAX_EPOCHS = 300
+METRIC = "lowshot_top1"
 PROTOCOL = "logistic regression"
 """`protocol` in results. The low-shot results of MIM models in Table 2 are fine-tuned, and not comparable."""
 # Epochs between two checks of the duality gap, which decides when the solver stops; cyanure's default is 5.
@@ -85,15 +86,11 @@ def lowshot(
             done += 1
             if progress is not None:
                 progress(done, total)
-        rows += _rows(count, scores)
+        mean, std = spread(scores)
+        common: Row = {"shots": count, "protocol": PROTOCOL}
+        rows.append({"metric": METRIC, "value": mean, **common, "mean": mean, "std": std, "splits": len(scores)})
+        rows += [{"metric": METRIC, "value": score, **common, "split": split} for split, score in enumerate(scores)]
     return rows
-
-
-def _rows(shots: int, scores: Sequence[float]) -> list[Row]:
-    mean, std = spread(scores)
-    setting: Row = {"shots": shots, "protocol": PROTOCOL}
-    main: Row = {"metric": "lowshot_top1", "value": mean, **setting, "mean": mean, "std": std, "splits": len(scores)}
-    return [main, *({"metric": "lowshot_top1", "value": s, **setting, "split": i} for i, s in enumerate(scores))]
 
 
 def draw_split(y: Labels, shots: int, *, split: int, seed: int) -> NDArray[np.int64]:

@@ -203,7 +203,7 @@ def probe_matrices(
     """`probe_cached` with the settings as one object."""
     for key, x in train.items():
         check_features(x, _named("train", key), train_y)
-    check_inputs({key: x.shape[1] for key, x in train.items()}, test)
+    _check_inputs(train, test)
     target = resolve_device(device)
     run = ProbeRun(settings, seed, train_y, {key: test[key] for key in train}, test_y, target)
     readers = [_reader(x, target) for x in train.values()]
@@ -230,17 +230,15 @@ def default_batch(images: int) -> int:
     return min(1024, 1 << max(images // 10, 1).bit_length() - 1)
 
 
-def check_inputs(widths: Mapping[ProbeInput, int], test: Mapping[ProbeInput, Matrix]) -> None:
-    """Raise DataError unless the test features have the inputs and widths of the training features."""
-    if set(widths) != set(test):
-        ours, theirs = (", ".join(sorted(" ".join(key) for key in keys)) or "nothing" for keys in (widths, test))
+def _check_inputs(train: Mapping[ProbeInput, Matrix], test: Mapping[ProbeInput, Matrix]) -> None:
+    """Raise DataError unless both have the same inputs of the same widths."""
+    if set(train) != set(test):
+        ours, theirs = (", ".join(sorted(" ".join(key) for key in keys)) or "nothing" for keys in (train, test))
         raise DataError(f"train features are of {ours}, test features of {theirs}; give both of the same inputs")
-    for key, width in widths.items():
-        if width != test[key].shape[-1]:
-            raise DataError(
-                f"{_named('train', key)}: features are {width} wide, test features {test[key].shape[-1]}; "
-                "use one encoder"
-            )
+    for key, x in train.items():
+        widths = x.shape[-1], test[key].shape[-1]
+        if widths[0] != widths[1]:
+            raise DataError(f"{_named('train', key)}: features are {widths[0]} wide, test features {widths[1]}")
 
 
 def fingerprint(features: Mapping[ProbeInput, Matrix], labels: Labels) -> str:
