@@ -41,7 +41,7 @@ def test_results_do_not_go_into_an_unfinished_run(
     for more in ([], ["--force"]):
         capsys.readouterr()
         assert run(line("knn", folder, "--out", str(tmp_path), *more)) == 2
-        assert "holds an unfinished run of refine or pretrain; give another --out" in capsys.readouterr().err
+        assert "holds an unfinished run" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
 
 
@@ -50,7 +50,7 @@ def test_resume_leaves_other_results_alone(folder: Path, tmp_path: Path, capsys:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "step0000000004.pt").write_bytes(b"precious")
     assert run([*refine(folder, tmp_path), "--resume"]) == 2
-    assert "holds results of knn, not of refine; give another --out" in capsys.readouterr().err
+    assert "holds results of knn, not of refine" in capsys.readouterr().err
     assert (tmp_path / "state" / "step0000000004.pt").exists()
 
 
@@ -85,13 +85,13 @@ def test_the_images_are_those_of_the_encoder_that_is_named(folder: Path, tmp_pat
 
 def test_names_that_no_folder_can_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(line("knn", folder, "--out", "x" * 300)) == 2
-    assert capsys.readouterr().err.endswith(f"{'x' * 300}: File name too long; give another --out\n")
+    assert f"{'x' * 300}: File name too long" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written_is_found_before_any_work(folder: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="cannot be written; give another --out"):
+    with pytest.raises(OutputError, match="cannot be written"):
         check_folder(tmp_path / "new" / "results", force=False)
 
 
