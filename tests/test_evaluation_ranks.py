@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from mimref.features.encode import Column
 from mimref.features.inputs import EncoderInputs
 from mimref.progress import Silent
 from tests.ranks import run_ranks
+from tests.test_evaluation_knn import rank_results
 from tests.test_evaluation_monitor import check_on_rank
 from tests.tiny import write_labelled, write_weights
 
@@ -125,6 +127,7 @@ def work(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Encoder, "blocks", Encoder.blocks)
         found: dict[str, Any] = {"check": check_on_rank(folder / "differing")}
+        found["neighbours"] = [tuple(each) for each in rank_results(2)]
         found["fetched"] = fetch_together(folder, folder / "data")
         found["encoded"] = images_encoded(folder)
         found["rows"] = evaluate_all(folder, "ranks")
@@ -157,6 +160,12 @@ def test_ranks_that_see_other_validation_images_search_none(ranks: list[dict[str
         values, notes = rank["check"]
         assert values.keys() == {"feature_variance", "effective_rank"}
         assert len(notes) == 1 and "[15, 16]" in notes[0]
+
+
+def test_ranks_share_the_search_for_neighbours(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for alone, (similarity, train_index) in zip(rank_results(1), rank["neighbours"], strict=True):
+            assert torch.equal(alone.similarity, similarity) and torch.equal(alone.train_index, train_index)
 
 
 def test_ranks_share_a_pass(ranks: list[dict[str, Any]], data: Path) -> None:

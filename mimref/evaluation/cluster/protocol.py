@@ -95,9 +95,9 @@ def cluster(
     Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
     """
     check_metrics(metrics)
-    for name, value in (("runs", runs), ("workers", workers)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} = {value}: give at least 1")
+    for option, number in (("runs", runs), ("workers", workers)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{option} = {number}: give at least 1")
     check_features(x, "features", y)
     classes = check_classes(y, "features")
     if len(classes) >= len(x):
