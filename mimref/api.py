@@ -1,4 +1,4 @@
-"""Encoders and features for scripts and notebooks; the evaluations themselves are functions of arrays."""
+"""Encoders and features for scripts and notebooks; the evaluations are functions of arrays."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from mimref.config.base import DataConfig
-from mimref.data.loader import loader_workers
 from mimref.data.open import open_source
 from mimref.data.sources import ArraySource, ImageSource, Split
 from mimref.data.transforms import EvalTransform
@@ -20,20 +19,21 @@ from mimref.encoders.backbones import TimmBackbone
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
+from mimref.features.encode import PassSettings, columns_of
 from mimref.features.encode import extract as extract_features
 from mimref.features.header import eval_transform
 
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """An encoder ready for use, with what its file says about it."""
+    """An encoder ready for use, with its transform and its file's header."""
 
     model: Encoder | TimmBackbone
     """A torch module in evaluation mode: `model.blocks(images, [6, 12])` gives the tokens of two blocks."""
     transform: EvalTransform
-    """Makes images what the model expects: `transform.normalize(transform.crop(image)[None])`."""
+    """Prepares images for the model: `transform.normalize(transform.crop(image)[None])`."""
     header: dict[str, Any]
-    """Of files that mimref wrote: preset, source, licence, metrics; empty for others."""
+    """Preset, source, licence and metrics of files that mimref wrote; empty for others."""
 
 
 class ExtractedFeatures(NamedTuple):
@@ -44,7 +44,7 @@ class ExtractedFeatures(NamedTuple):
     y: NDArray[np.int64] | None
     """(N,) labels; None for unlabelled images."""
     paths: list[str]
-    """A name of every image."""
+    """(N,) names of the images."""
 
 
 def load(
@@ -58,8 +58,8 @@ def load(
     """An encoder from a weights file of any known layout, a run's folder, a published name, or `quickstart`.
 
     arch, source: needed only for files that are not recognised, as on the command line. num_heads: attention heads of
-    a foreign file of an unusual width; without it, what is assumed is told as a warning. resolution: pixels of the
-    images it will see; None is the encoder's own.
+    a foreign file of an unusual width; without it, a warning says what is assumed. resolution: pixels of the images;
+    None is the encoder's own.
     Raises CheckpointError for a file that is no encoder, ConfigError for names and sizes that do not fit.
     """
     checkpoint = read_checkpoint(path, num_heads=num_heads)
@@ -84,35 +84,29 @@ def extract(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractedFeatures:
-    """Pooled features of all images of one split, from one pass of the encoder; nothing is written.
+    """Pooled features of all images of one split, from one pass of the encoder; writes nothing.
 
     data: what `--data` takes, or uint8 images (N, H, W) or (N, 3, H, W). blocks: 1-based; None is the last. pool:
     `cls`, `mean` or `cls+mean`. Raises DataError for images that cannot be used, ConfigError for blocks, a device or a
-    precision that are not there.
+    precision that do not exist.
     """
     images = _open(data, split)
     target, home = resolve_device(device), next(encoder.model.parameters()).device
-    numbers = [encoder.model.depth] if blocks is None else list(blocks)
+    depth, max_bad = encoder.model.depth, (data if isinstance(data, DataConfig) else DataConfig()).max_bad
+    groups = [columns_of([block], pool, final_norm, depth) for block in ([depth] if blocks is None else blocks)]
+    settings = PassSettings(
+        encoder.transform, target, resolve_precision(precision, target), batch_size, workers, max_bad
+    )
+    columns = [column for group in groups for column in group]
     try:
-        found = extract_features(
-            encoder.model.to(target),
-            images,
-            encoder.transform,
-            blocks=numbers,
-            pool=pool,
-            final_norm=final_norm,
-            device=target,
-            precision=resolve_precision(precision, target),
-            batch_size=batch_size,
-            workers=loader_workers(workers, images),
-            max_bad=(data if isinstance(data, DataConfig) else DataConfig()).max_bad,
-            progress=progress,
-        )
+        found = extract_features(encoder.model.to(target), images, settings, columns, progress=progress)
     finally:
         encoder.model.to(home)
-    if found.widths and len(numbers) > 1:
-        raise DataError(f"blocks {numbers} differ in width ({found.widths}); extract them one by one")
-    x = found.block(0) if len(numbers) == 1 else found.x
+    parts = [found.matrix(group)[:] for group in groups]
+    widths = [x.shape[1] for x in parts]
+    if len(set(widths)) > 1:
+        raise DataError(f"blocks {blocks} differ in width ({widths}); extract them one by one")
+    x = parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
     return ExtractedFeatures(x, found.y, [images.path(int(index)) for index in found.indices])
 
 

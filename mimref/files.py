@@ -1,11 +1,11 @@
-"""Files that are either complete or not there, and where the cached ones lie."""
+"""Files that are either complete or absent, checks of where they go, and the folder of cached ones."""
 
 import errno
 import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -17,9 +17,32 @@ FULL_DISK_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
-    """Where downloads and features are kept: `$MIMREF_CACHE`, else `mimref` in the user's cache folder."""
+    """The folder of downloads and features: `$MIMREF_CACHE`, else `mimref` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("MIMREF_CACHE") or os.path.join(home, "mimref"))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OutputError when the folder clearly cannot be made or written. Writes nothing."""
+    try:
+        existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror}; choose another --out") from error
+    if not existing.is_dir():
+        raise OutputError(f"{folder}: {existing} is a file; choose another --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: {existing} cannot be written; choose another --out")
+
+
+def check_new_file(file: Path, endings: Sequence[str], force: bool, option: str = "--out") -> None:
+    """Raise OutputError for a file of another ending, one that exists (unless `force`) or cannot be written."""
+    if file.suffix.lower() not in endings:
+        raise OutputError(f"{option} {file}: the file's name must end in {' or '.join(endings)}")
+    if file.is_dir():
+        raise OutputError(f"{option} {file}: is a folder; choose the name of a file")
+    if file.exists() and not force:
+        raise OutputError(f"{option} {file}: exists; choose another name, or --force to replace it")
+    check_writable(file.parent)
 
 
 @contextmanager

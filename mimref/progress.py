@@ -33,3 +33,14 @@ class Silent:
 
     def warn(self, message: str) -> None:
         pass
+
+
+class ProgressOnly(Silent):
+    """A listener that passes progress on to a function, as part of a larger total if one is given."""
+
+    def __init__(self, report: Progress | None, total: int | None = None) -> None:
+        self._report, self._total = report, total
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        if self._report is not None:
+            self._report(done, self._total or total)

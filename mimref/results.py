@@ -1,49 +1,94 @@
 """Rows of results, and the files results.csv and results.json, which mark a folder as finished."""
 
-import csv
-import io
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mimref import __version__
+from mimref.config.base import DataConfig
 from mimref.errors import OutputError
-from mimref.files import write_bytes
+from mimref.files import check_writable, write_bytes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Row = dict[str, str | int | float]
-"""One result: `metric`, `value` (percent, but for Davies-Bouldin) and every setting it was measured with."""
-
+"""One result: `metric`, `value` (percent, except Davies-Bouldin) and every setting it was measured with."""
 
 # Packages whose version can change a number.
 VERSIONS = ("torch", "timm", "numpy", "scikit-learn", "cyanure", "umap-learn")
-# Keys of rows that are one part of another row's measurement: a draw, one classifier of a grid, one class.
+# Keys of rows that detail another row: one draw, one classifier of a grid, one class.
 DETAILS = frozenset(["split", "classifier", "class"])
 
 
-def check_folder(out: Path, force: bool) -> None:
-    """Raise OutputError for a folder that holds results, unless they are to be replaced, or a run under way.
+class Tabular:
+    """A result with rows, which `frame` shows as a table."""
 
-    Also for one that cannot be made or written, as far as can be seen: what was measured is not to be lost for it.
+    rows: list[Row]
+
+    @property
+    def frame(self) -> "DataFrame":
+        """One row per result; missing cells are `pandas.NA`, so that whole numbers stay whole."""
+        return frame(self.rows)
+
+
+@dataclass(frozen=True)
+class EvaluationResult(Tabular):
+    """What an evaluation found."""
+
+    rows: list[Row]
+    elapsed_s: float
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+    """Path and reason of every image left out."""
+    data: DataConfig | None = None
+    """The images, which the settings may leave to the checkpoint's header; None for features made elsewhere."""
+
+
+def frame(rows: Sequence[Row]) -> "DataFrame":
+    """Rows as a table with columns in the order of `columns`: Int64, Float64 or string, object where types are mixed.
+
+    A missing cell is `pandas.NA`, which a NaN that was measured is not.
     """
-    try:
-        there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    except OSError as error:
-        raise OutputError(f"{out}: {error.strerror}; give another --out") from error
-    if not there.is_dir():
-        raise OutputError(f"{out}: {there} is a file; give another --out")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"{out}: {there} cannot be written; give another --out")
+    # Slow to import.
+    import numpy as np
+    import pandas as pd
+
+    table: dict[str, object] = {}
+    for key in columns(rows):
+        values: list[Any] = [row.get(key) for row in rows]
+        kinds = {type(value) for value in values if value is not None}
+        if kinds == {float}:
+            numbers = np.array([0.0 if value is None else value for value in values], dtype=np.float64)
+            table[key] = pd.arrays.FloatingArray(numbers, np.array([value is None for value in values]))
+        elif kinds == {int}:
+            table[key] = pd.array(values, dtype="Int64")
+        elif kinds == {str}:
+            table[key] = pd.array(values, dtype=pd.StringDtype("python"))
+        else:
+            table[key] = pd.array(values, dtype=object)
+    return pd.DataFrame(table, columns=columns(rows))
+
+
+def named(rows: Sequence[Row], model: str, where: Row) -> list[Row]:
+    """Rows with the model's name and what was evaluated."""
+    return [{"model": model, "metric": row["metric"], "value": row["value"], **where, **row} for row in rows]
+
+
+def check_folder(out: Path, force: bool) -> None:
+    """Raise OutputError for a folder that holds results (unless `force`) or an unfinished run, or cannot be written."""
+    check_writable(out)
     if (out / "results.json").exists():
         if not force:
-            raise OutputError(f"{out}: holds results; give another --out, or --force to replace them")
+            raise OutputError(f"{out}: holds results; choose another --out, or --force to replace them")
     elif (out / "metrics.jsonl").exists():
         # Results would pass for those of that run.
-        raise OutputError(f"{out}: holds an unfinished run of refine or pretrain; give another --out")
+        raise OutputError(f"{out}: holds an unfinished run of refine or pretrain; choose another --out")
 
 
 def write_results(
@@ -55,17 +100,13 @@ def write_results(
     *,
     bad_images: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write results.csv (one line per row) and then results.json into the folder `out`, each in one step.
+    """Write results.csv (one line per row) and then results.json into the folder `out`, each atomically.
 
     config: the resolved settings. bad_images: path and reason of every image left out. JSON keys: command, version,
     config, elapsed_s, metrics (the rows), bad_images and versions (of the packages that can change a number). Values
-    that are not finite become null, which JSON can hold. Raises OutputError when the folder cannot be written.
+    that are not finite become null. Raises OutputError when the folder cannot be written.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(out / "results.csv", text.getvalue().encode())
+    write_bytes(out / "results.csv", frame(rows).to_csv(index=False, lineterminator="\n").encode())
     document = {
         "command": command,
         "version": __version__,
@@ -81,7 +122,7 @@ def write_results(
 def read_results(out: Path, command: str) -> tuple[list[Row], float]:
     """The rows and the elapsed seconds of a finished run of `command`.
 
-    Raises OutputError when its results.json is damaged, or of another command.
+    Raises OutputError when its results.json is damaged or from another command.
     """
     file = out / "results.json"
     try:
@@ -91,12 +132,12 @@ def read_results(out: Path, command: str) -> tuple[list[Row], float]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{file} cannot be read ({error}); --force runs again") from error
     if made_by != command:
-        raise OutputError(f"{out}: holds results of {made_by}, not of {command}; give another --out")
+        raise OutputError(f"{out}: holds results of {made_by}, not of {command}; choose another --out")
     return rows, elapsed_s
 
 
 def main_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows that stand for a setting as a whole: all but those marked as a detail of one (see `DETAILS`)."""
+    """Rows that stand for a setting: all but those that detail one (see `DETAILS`)."""
     return [row for row in rows if DETAILS.isdisjoint(row)]
 
 

@@ -12,7 +12,7 @@ from mimref.data.open import open_source
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError
-from mimref.features.encode import extract
+from mimref.features.encode import PassSettings, columns_of, extract
 from tests.checkpoints import load_encoder
 from tests.tiny import ARCHITECTURE, write_labelled, write_unlabelled
 
@@ -48,10 +48,10 @@ def test_extract_equals_the_room(weights: Path, tmp_path: Path, blocks: list[int
     loaded = mimref.load(weights)
     found = mimref.extract(loaded, tmp_path, split="train", blocks=blocks, pool="mean", device="cpu", workers=0)
     source = open_source(DataConfig(spec=str(tmp_path)), "train")
-    expected = extract(
-        loaded.model, source, loaded.transform, blocks=blocks or [4], pool="mean", device=torch.device("cpu")
-    )
-    assert np.array_equal(found.x, expected.x if blocks == [1, 4] else expected.x[:, 0])
+    columns = columns_of(blocks or [4], "mean", False, 4)
+    expected = extract(loaded.model, source, PassSettings(loaded.transform, torch.device("cpu")), columns)
+    parts = [expected.columns[column][:] for column in columns]
+    assert np.array_equal(found.x, np.stack(parts, axis=1) if blocks == [1, 4] else parts[0])
     assert found.y is not None and np.array_equal(found.y, source.labels)
     assert found.paths == [source.path(index) for index in range(48)]
 

@@ -25,7 +25,7 @@ from mimref.data.views import CropGroup
 from mimref.data.workers import DeadWorkerError, Reading
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import DataError
-from mimref.features.encode import extract
+from mimref.features.encode import Column, PassSettings, extract
 
 COUNT = 24
 
@@ -78,7 +78,7 @@ def test_every_loader_names_the_image(number: int, name: str) -> None:
 def test_an_evaluation_says_so() -> None:
     encoder = build_encoder(Architecture("custom", 8, width=16, depth=1, num_heads=1, patch_size=4))
     with pytest.raises(DataError, match=r"died \(Killed\) at set/train/5, .* fewer --workers"):
-        extract(encoder, Deadly(5), EvalTransform(8), blocks=[1], device=torch.device("cpu"), workers=2)
+        extract(encoder, Deadly(5), PassSettings(EvalTransform(8), torch.device("cpu"), workers=2), [Column(1, "cls")])
 
 
 def test_the_handler_is_put_back(torch_handler: object) -> None:

@@ -1,11 +1,8 @@
 """k-NN against plain loops in float64 and against scikit-learn."""
 
 import math
-import multiprocessing
 import subprocess
 import sys
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -249,11 +246,10 @@ def test_parts_side_by_side_are_one_matrix(tmp_path: Path) -> None:
 
 # Test rows and query chunk: runs of 3 and 4 chunks, the last one shorter; one chunk for two ranks; one row.
 RANK_CASES = ((50, 8), (10, 16), (1, 4))
-RANK_TIMEOUT_S = 120
 
 
 def rank_results(process_group_of: int) -> list[Neighbours]:
-    """Neighbours of every case as one rank, or one process alone, finds them."""
+    """Neighbours of every case as one rank, or one process alone, finds them; see test_evaluation_ranks."""
     train_x, train_y, test_x, test_y = blobs(train=130, test=50)
     found = [
         find_neighbours(train_x, test_x[:count], k=11, query_chunk=chunk, train_chunk=40) for count, chunk in RANK_CASES
@@ -262,33 +258,6 @@ def rank_results(process_group_of: int) -> list[Neighbours]:
     rows = knn(train_x, train_y, test_x, test_y, k=(1, 11), per_class=True)
     values = torch.tensor([float(row["value"]) for row in rows])
     return [*found, Neighbours(values, torch.empty(0))]
-
-
-def run_rank(rank: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    torch.save([tuple(found) for found in rank_results(2)], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=run_rank, args=(rank, str(tmp_path))) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + RANK_TIMEOUT_S
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
-    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-    for rank in hung:
-        ranks[rank].kill()
-    assert not hung, f"ranks {hung} did not end within {RANK_TIMEOUT_S} s"
-    assert [process.exitcode for process in ranks] == [0, 0]
-    for rank in range(2):
-        for alone, together in zip(rank_results(1), torch.load(tmp_path / f"{rank}.pt"), strict=True):
-            assert torch.equal(alone.similarity, together[0])
-            assert torch.equal(alone.train_index, together[1])
 
 
 MEMORY_SCRIPT = """

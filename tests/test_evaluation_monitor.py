@@ -22,8 +22,7 @@ from mimref.evaluation import monitor as evaluation_monitor
 from mimref.evaluation.blocks.statistics import feature_statistics
 from mimref.evaluation.knn.protocol import knn_accuracy
 from mimref.evaluation.monitor import CollapseWatch, KnnMonitor, _subset
-from mimref.features.encode import Features, extract
-from tests.ranks import run_ranks
+from mimref.features.encode import Column, PassSettings, extract
 from tests.tiny import write_images, write_labelled, write_unlabelled
 
 CPU = torch.device("cpu")
@@ -59,15 +58,15 @@ def test_labelled_folders(tmp_path: Path) -> None:
     watched = monitor(write_labelled(tmp_path), k=5)
     model = encoder()
     values = watched.check(model)
-    train, test = (
-        extract(model, source, TRANSFORM, blocks=[2], device=CPU) for source in (watched.train, watched.test) if source
-    )
-    assert (len(train.x), len(test.x)) == (48, 16)
+    last, settings = Column(2, "cls"), PassSettings(TRANSFORM, CPU)
+    train, test = (extract(model, source, settings, [last]) for source in (watched.train, watched.test) if source)
+    assert (len(train), len(test)) == (48, 16)
     assert train.y is not None and test.y is not None
-    expected = knn_accuracy(train.x[:, 0], train.y, test.x[:, 0], test.y, k=5)
+    x = train.columns[last][:]
+    expected = knn_accuracy(x, train.y, test.columns[last], test.y, k=5)
     assert values == {
-        "feature_variance": pytest.approx(train.x[:, 0].var(axis=0, dtype=np.float64).mean(), rel=1e-9),
-        "effective_rank": feature_statistics(train.x[:, 0]).effective_rank,
+        "feature_variance": pytest.approx(x.var(axis=0, dtype=np.float64).mean(), rel=1e-9),
+        "effective_rank": feature_statistics(x).effective_rank,
         "knn_top1": expected,
     }
 
@@ -94,7 +93,7 @@ def test_the_training_images_are_those_of_the_run(tmp_path: Path, monkeypatch: p
     assert watched.train.source is train and splits == ["val"]
 
 
-def test_damaged_validation_images_are_told_of(tmp_path: Path) -> None:
+def test_damaged_validation_images_are_reported(tmp_path: Path) -> None:
     notes: list[str] = []
     root = write_labelled(tmp_path / "other classes")
     (root / "val/b").rename(root / "val/c")
@@ -114,7 +113,7 @@ def test_damaged_validation_images_are_told_of(tmp_path: Path) -> None:
     ]
 
 
-def test_nothing_is_told_where_there_is_no_validation_split(tmp_path: Path) -> None:
+def test_no_note_without_a_validation_split(tmp_path: Path) -> None:
     table = tmp_path / "train.csv"
     table.write_text("path,label,split\na,x,train\nb,y,train\n")
     flat = tmp_path / "flat.csv"
@@ -162,13 +161,12 @@ def test_more_classes_than_the_subset_holds(tmp_path: Path) -> None:
 
 def test_unknown_classes_are_left_out(tmp_path: Path) -> None:
     watched = monitor(write_labelled(tmp_path))
-    x = np.eye(4, dtype=np.float32)[:, None]
-    train = Features(x[:2], np.array([0, 1]), np.arange(2))
-    test = Features(x[[0, 1, 2]], np.array([0, 1, 7]), np.arange(3))
-    assert watched.knn_top1(train, test, 0) == 100
-    assert math.isnan(watched.knn_top1(train, Features(x[:1], np.array([7]), np.arange(1)), 0))
+    x = np.eye(4, dtype=np.float32)
+    train = x[:2], np.array([0, 1])
+    assert watched.knn_top1(*train, x[[0, 1, 2]], np.array([0, 1, 7])) == 100
+    assert math.isnan(watched.knn_top1(*train, x[:1], np.array([7])))
     with pytest.raises(DataError, match="labels are needed"):
-        watched.knn_top1(train, Features(x, None, np.arange(4)), 0)
+        watched.knn_top1(*train, x, None)
 
 
 def test_features_that_are_not_finite(tmp_path: Path) -> None:
@@ -208,16 +206,7 @@ def test_unlabelled_runs_watch_the_variance() -> None:
     assert watch.warning({"feature_variance": 0.01}) is not None
 
 
-def check_on_rank(folder: str) -> tuple[dict[str, float], list[str]]:
-    """The check of a rank whose machine has its own validation images, and what it notes."""
+def check_on_rank(folder: Path) -> tuple[dict[str, float], list[str]]:
+    """The check of a rank whose machine has its own validation images, and its notes; see test_evaluation_ranks."""
     notes: list[str] = []
     return monitor(f"{folder}/{own_rank()}", k=5, note=notes.append).check(encoder()), notes
-
-
-def test_ranks_that_see_other_validation_images_search_none(tmp_path: Path) -> None:
-    write_labelled(tmp_path / "0")
-    write_labelled(tmp_path / "1")
-    (tmp_path / "1" / "val" / "a" / "000.png").unlink()
-    for values, notes in run_ranks(check_on_rank, 2, tmp_path / "group", str(tmp_path)):
-        assert values.keys() == {"feature_variance", "effective_rank"}
-        assert notes == ["no k-NN on the validation images: processes see [15, 16] of them"]

@@ -1,6 +1,7 @@
 """The augmented probe on a tiny encoder: what it feeds its classifiers, what it leaves alone, what repeats."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimref.data.decode import BadImage, BadImages
+from mimref.data.decode import BadImage
 from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation.probe import augmented
-from mimref.evaluation.probe import ensemble as probe_training
 from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
+from mimref.evaluation.probe.config import ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import ProbeEnsemble
-from mimref.evaluation.probe.grid import Indices, ProbeInput
-from mimref.features.encode import Column, encode_columns
-from mimref.features.matrix import Matrix, side_by_side
+from mimref.evaluation.probe.grid import ProbeInput
+from mimref.features.encode import Column, Features, PassSettings, extract
+from mimref.progress import Progress
 from mimref.results import Row
+from mimref.training import job
 from tests.tiny import ARCHITECTURE
 
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+SETTINGS = PassSettings(TRANSFORM, CPU)
 
 
 class Broken(ArraySource):
@@ -59,28 +61,38 @@ def encoder() -> Encoder:
     return build()
 
 
-def features(encoder: Encoder, images: ArraySource) -> dict[ProbeInput, Matrix]:
+def features(encoder: Encoder, images: ArraySource) -> Features:
     parts = probe_inputs(encoder.depth, encoder.has_cls_token)
-    columns = list(dict.fromkeys(column for part in parts.values() for column in part))
-    batches = list(encode_columns(encoder, images, TRANSFORM, columns, device=CPU))
-    found = {column: np.concatenate([batch.columns[i] for batch in batches]) for i, column in enumerate(columns)}
-    return {key: side_by_side([found[column] for column in part]) for key, part in parts.items()}
+    return extract(encoder, images, SETTINGS, [column for part in parts.values() for column in part])
 
 
 def probed(encoder: Encoder, train: ArraySource | None = None, **changes: Any) -> list[Row]:
+    return probe(encoder, train, **changes)[0]
+
+
+def probe(
+    encoder: Encoder,
+    train: ArraySource | None = None,
+    *,
+    test: Features | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    max_bad: int = 100,
+    state: Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> tuple[list[Row], list[tuple[str, str]]]:
     """40 training images in batches of 10, for two epochs."""
-    test = source("val", 20)
-    labels: Indices | None = test.labels
-    assert labels is not None
-    options: dict[str, Any] = {"lrs": (0.1, 1.0), "epochs": 2, "batch_size": 10} | changes
     return probe_augmented(
         encoder,
         train or source("train", 40),
-        options.pop("test", None) or features(encoder, test),
-        labels,
-        transform=TRANSFORM,
-        device=CPU,
-        **options,
+        test or features(encoder, source("val", 20)),
+        probe_inputs(encoder.depth, encoder.has_cls_token),
+        ProbeTrainingConfig(**{"lr": [0.1, 1.0], "epochs": 2, "batch_size": 10} | settings),
+        seed,
+        replace(SETTINGS, workers=workers, max_bad=max_bad),
+        state,
+        progress,
     )
 
 
@@ -184,8 +196,8 @@ def test_labels_stay_with_their_images(encoder: Encoder, monkeypatch: pytest.Mon
 
 
 def test_resumed_equals_uninterrupted(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe_training, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(probe_training, "SAVE_COST", 0.0)
+    monkeypatch.setattr(job, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(job, "SAVE_COST", 0.0)
     test = features(encoder, source("val", 20))
     expected = probed(encoder, test=test, norm="batch", state=tmp_path / "whole")
 
@@ -209,17 +221,16 @@ ARCHITECTURE_OTHER = Architecture("custom", 16, width=32, depth=4, num_heads=4, 
 def test_the_honest_choice(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     test = features(encoder, source("val", 20))
     train = source("train", 40, [3, 4])
-    bad = BadImages(5)
     with monkeypatch.context() as patch:
         seen = Seen(encoder, patch)
-        rows = probed(encoder, train, test=test, select="val-split", bad=bad)
+        rows, bad = probe(encoder, train, test=test, select="val-split", max_bad=5)
     # 36 images in six batches of ten, and the four others once.
     assert len(seen.images) == 7 and 3 <= len(seen.images[-1]) <= 4
     held = [float(row["held_out_top1"]) for row in rows[1:]]
     winner = rows[1:][held.index(max(held))]
     assert rows[0]["select"] == "val-split" and rows[0]["protocol"] == "augmented"
     assert all(rows[0][key] == winner[key] for key in ("value", "held_out_top1", "lr", "blocks", "pool"))
-    assert bad.items == [("noise/train/3", "torn"), ("noise/train/4", "torn")]
+    assert bad == [("noise/train/3", "torn"), ("noise/train/4", "torn")]
 
 
 def test_encoders_of_other_shapes() -> None:
@@ -233,25 +244,15 @@ def test_unreadable_images(encoder: Encoder) -> None:
     test = features(encoder, source("val", 20))
     assert len(probed(encoder, source("train", 40, range(9)), test=test, batch_size=4, norm="batch")) == 9
     with pytest.raises(DataError, match=r"more than data\.max_bad=2"):
-        probed(encoder, source("train", 40, range(9)), test=test, bad=BadImages(2))
-    assert augmented.MAX_BAD == 100
+        probed(encoder, source("train", 40, range(9)), test=test, max_bad=2)
 
 
-def test_bad_input(encoder: Encoder) -> None:
+def test_images_that_cannot_be_used(encoder: Encoder) -> None:
     test = features(encoder, source("val", 20))
     unlabelled = source("train", 40)
     unlabelled.labels = None
     with pytest.raises(DataError, match=r"^noise: the training images have no labels"):
         probed(encoder, unlabelled, test=test)
-    key = ProbeInput("last", "cls")
-    with pytest.raises(DataError, match=r"test features of last cls; give both of the same inputs$"):
-        probed(encoder, test={key: test[key]})
-    with pytest.raises(
-        DataError, match=r"^train \(last cls\): features are 32 wide, test features 31; use one encoder"
-    ):
-        probed(encoder, test=test | {key: test[key][:][:, :31]})
-    with pytest.raises(ConfigError, match=r"^epochs = 0"):
-        probed(encoder, test=test, epochs=0)
     one_class = source("train", 40)
     one_class.labels = np.zeros(40, dtype=np.int64)
     with pytest.raises(DataError, match="all images are of class 0"):

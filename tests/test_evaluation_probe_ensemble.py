@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from mimref.errors import DataError
-from mimref.evaluation.probe.ensemble import Batch, Norm, ProbeEnsemble, Schedule, score, train_probe
-from mimref.evaluation.probe.grid import LEARNING_RATES
+from mimref.evaluation.probe.config import LEARNING_RATES
+from mimref.evaluation.probe.ensemble import Batch, Norm, ProbeEnsemble, Schedule, score
+from mimref.evaluation.probe.training import ProbeJob
 
 NORMS: tuple[Norm, ...] = ("none", "batch")
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -36,7 +37,7 @@ def test_equals_52_modules_trained_alone(norm: Norm) -> None:
     ]
     ensemble = ProbeEnsemble(widths, classes, lrs, norm=norm, dtype=torch.float64)
     start = [weight.clone().view(13, classes, -1) for weight in ensemble.weights]
-    train_probe(ensemble, lambda first: iter(batches[first:]), Schedule(total, norm))
+    ProbeJob(ensemble, Schedule(total, norm), 10).run(lambda first: iter(batches[first:]))
     assert len(ensemble) == 52 and sum(weight.shape[0] for weight in ensemble.weights) == 52 * classes
     found = ensemble.logits(batches[0][0])
     for i, width in enumerate(widths):
@@ -95,9 +96,7 @@ def test_small_batches_change_nothing() -> None:
     ensemble = ProbeEnsemble([4], 2, (0.1,), norm="batch")
     start = ensemble.weights[0].clone()
     told: list[tuple[int, int]] = []
-    train_probe(
-        ensemble, lambda first: iter(batches), Schedule(3, "batch"), progress=lambda *numbers: told.append(numbers)
-    )
+    ProbeJob(ensemble, Schedule(3, "batch"), 3).run(lambda first: iter(batches), lambda *at: told.append(at))
     assert torch.equal(ensemble.weights[0], start) and told == [(1, 3), (2, 3), (3, 3)]
 
 

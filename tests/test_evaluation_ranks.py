@@ -4,10 +4,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mimref.config.base import DataConfig
+from mimref.data.sources import Split
 from mimref.encoders.vit import Encoder
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.blocks.protocol import evaluate_blocks
@@ -22,8 +26,15 @@ from mimref.evaluation.lowshot.protocol import evaluate_lowshot
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
 from mimref.evaluation.probe.protocol import evaluate_probe
 from mimref.features.config import CacheConfig
+from mimref.features.encode import Column
+from mimref.features.inputs import EncoderInputs
+from mimref.progress import Silent
 from tests.ranks import run_ranks
+from tests.test_evaluation_knn import rank_results
+from tests.test_evaluation_monitor import check_on_rank
 from tests.tiny import write_labelled, write_weights
+
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
@@ -53,6 +64,39 @@ def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
     return found
 
 
+def fetch_together(folder: Path, data: Path, weights: Path | None = None) -> dict[str, Any]:
+    """What a rank reads when all share a pass, and how many images it encodes."""
+    seen = 0
+    blocks = Encoder.blocks
+
+    def counting(encoder: Encoder, images: Any, *args: Any, **options: Any) -> Any:
+        nonlocal seen
+        seen += len(images)
+        return blocks(encoder, images, *args, **options)
+
+    Encoder.blocks = counting  # type: ignore[method-assign]
+    os.environ["MIMREF_CACHE"] = str(folder / "cache")
+    config = KnnConfig(
+        checkpoint=str(weights or folder / "base.safetensors"),
+        data=DataConfig(spec=str(data)),
+        batch_size=5,
+        workers=0,
+        device="cpu",
+    )
+    inputs = EncoderInputs(config, config.checkpoint, Silent())
+    inputs.prepare([Column(4, "cls"), Column(2, "mean")])
+    again = EncoderInputs(config, config.checkpoint, Silent())
+    again.prepare([Column(3, "cls")])
+    Encoder.blocks = blocks  # type: ignore[method-assign]
+    return {
+        "seen": seen,
+        "x": {split: inputs.features(split).matrix([Column(4, "cls"), Column(2, "mean")])[:] for split in SPLITS},
+        "more": again.features("train").matrix([Column(3, "cls")])[:],
+        "indices": inputs.features("train").indices,
+        "bad": inputs.bad,
+    }
+
+
 def images_encoded(folder: Path) -> int:
     """Images that this rank sees of a clustering of 16, where no features can be kept."""
     (folder / "a file").touch()
@@ -78,18 +122,69 @@ def images_encoded(folder: Path) -> int:
     return seen
 
 
-def test_a_rank_encodes_its_share_alone(tmp_path: Path) -> None:
-    write_weights(tmp_path / "base.safetensors")
-    write_labelled(tmp_path / "data")
-    assert run_ranks(images_encoded, 2, tmp_path / "group", tmp_path) == [7 + 2, 7]
+def work(folder: Path) -> dict[str, Any]:
+    """Everything that the tests below look at, from one start of the processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "blocks", Encoder.blocks)
+        found: dict[str, Any] = {"check": check_on_rank(folder / "differing")}
+        found["neighbours"] = [tuple(each) for each in rank_results(2)]
+        found["fetched"] = fetch_together(folder, folder / "data")
+        found["encoded"] = images_encoded(folder)
+        found["rows"] = evaluate_all(folder, "ranks")
+    return found
 
 
-def test_two_ranks_give_the_numbers_of_one_process(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
     for seed, name in enumerate(("base", "other")):
-        write_weights(tmp_path / f"{name}.safetensors", seed=seed)
-    (write_labelled(tmp_path / "data") / "train" / "a" / "003.png").write_bytes(b"no image")
-    alone = evaluate_all(tmp_path, "alone")
-    first, second = run_ranks(evaluate_all, 2, tmp_path / "group", tmp_path, "ranks")
+        write_weights(folder / f"{name}.safetensors", seed=seed)
+    (write_labelled(folder / "data") / "train" / "a" / "003.png").write_bytes(b"no image")
+    for rank in ("0", "1"):
+        write_labelled(folder / "differing" / rank)
+    (folder / "differing" / "1" / "val" / "a" / "000.png").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(data: Path) -> list[dict[str, Any]]:
+    return run_ranks(work, 2, data / "group", data)
+
+
+def test_a_rank_encodes_its_share_alone(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["encoded"] for rank in ranks] == [7 + 2, 7]
+
+
+def test_ranks_that_see_other_validation_images_search_none(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        values, notes = rank["check"]
+        assert values.keys() == {"feature_variance", "effective_rank"}
+        assert len(notes) == 1 and "[15, 16]" in notes[0]
+
+
+def test_ranks_share_the_search_for_neighbours(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for alone, (similarity, train_index) in zip(rank_results(1), rank["neighbours"], strict=True):
+            assert torch.equal(alone.similarity, similarity) and torch.equal(alone.train_index, train_index)
+
+
+def test_ranks_share_a_pass(ranks: list[dict[str, Any]], data: Path) -> None:
+    alone = fetch_together(data / "alone", data / "data", data / "base.safetensors")
+    assert alone["seen"] == 47 + 16
+    # 10 and 4 batches of 5, by turns; nothing is encoded twice.
+    assert [rank["fetched"]["seen"] for rank in ranks] == [25 - 1 + 10, 23 + 6]
+    for rank in ranks:
+        fetched = rank["fetched"]
+        for split in SPLITS:
+            assert np.array_equal(fetched["x"][split], alone["x"][split])
+        assert np.array_equal(fetched["more"], alone["more"])
+        assert np.array_equal(fetched["indices"], alone["indices"])
+        assert fetched["bad"] == alone["bad"] and len(alone["bad"]) == 1
+
+
+def test_two_ranks_give_the_numbers_of_one_process(ranks: list[dict[str, Any]], data: Path) -> None:
+    alone = evaluate_all(data, "alone")
+    first, second = (rank["rows"] for rank in ranks)
     assert first == alone
     assert len(first[4]) == 1 + 52
     # k-NN is everyone's; the rest is rank 0's.

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.blocks.config import ReconstructionConfig
 from mimref.evaluation.blocks.reconstruction import Reconstruction, reconstruct_blocks
+from mimref.features.encode import PassSettings
 from mimref.results import Row
 from tests.tiny import write_images, write_unlabelled
 
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(16, crop_fraction=1.0)
+READING = PassSettings(TRANSFORM, CPU)
 SIZES: dict[str, Any] = {"image_size": 16, "width": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
 SETTINGS = ReconstructionConfig(
     epochs=3, warmup_epochs=1, batch_size=8, lr=0.1, decoder=DecoderConfig(width=16, depth=2, num_heads=2)
@@ -51,8 +54,8 @@ TRAIN, VAL = images(24, 0), images(10, 1)
 
 
 def run(encoder: Encoder, **changes: Any) -> Reconstruction:
-    options: dict[str, Any] = {"device": CPU} | changes
-    return reconstruct_blocks(encoder, TRAIN, VAL, TRANSFORM, options.pop("settings", SETTINGS), **options)
+    reading = replace(READING, precision=changes.pop("precision", torch.float32))
+    return reconstruct_blocks(encoder, TRAIN, VAL, reading, changes.pop("settings", SETTINGS), **changes)
 
 
 def losses(rows: list[Row], metric: str = "block_reconstruction") -> dict[int, float]:
@@ -66,12 +69,17 @@ def digest(encoder: Encoder) -> str:
     return found.hexdigest()
 
 
-def test_trained_together_equals_trained_alone() -> None:
-    encoder = build()
-    together = run(encoder)
+@pytest.fixture(scope="module")
+def reference() -> Reconstruction:
+    """All blocks with the default settings."""
+    return run(build())
+
+
+def test_trained_together_equals_trained_alone(reference: Reconstruction) -> None:
+    encoder, together = build(), reference
     found = losses(together.rows)
     assert list(found) == [1, 2, 3] and len(set(found.values())) == 3
-    for block in (1, 2, 3):
+    for block in (1, 3):
         alone = run(encoder, blocks=[block])
         assert losses(alone.rows) == {block: pytest.approx(found[block], rel=1e-6)}
         for left, right in zip(alone.decoders[0].parameters(), together.decoders[block - 1].parameters(), strict=True):
@@ -142,11 +150,12 @@ def test_tokens_of_every_block(kind: str) -> None:
         visible_tokens(encoder, batch, visible_BK, [4])
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", list(ENCODERS)[1:])
 def test_every_kind_of_encoder(kind: str) -> None:
-    found = losses(run(build(**ENCODERS[kind])).rows)
+    short = SETTINGS.model_copy(update={"epochs": 1})
+    found = losses(run(build(**ENCODERS[kind]), settings=short).rows)
     assert list(found) == [1, 2, 3]
-    assert all(0 < loss < 1.5 for loss in found.values())
+    assert all(0 < loss < 2 for loss in found.values())
 
 
 def test_reported_loss_equals_a_plain_loop() -> None:
@@ -173,25 +182,21 @@ def test_reported_loss_equals_a_plain_loop() -> None:
 def test_training_lowers_the_loss() -> None:
     encoder = build()
     short, long = (
-        losses(run(encoder, settings=ReconstructionConfig(**{**vars(SETTINGS), "epochs": epochs})).rows)
-        for epochs in (1, 12)
+        losses(run(encoder, settings=SETTINGS.model_copy(update={"epochs": epochs})).rows) for epochs in (1, 8)
     )
     assert all(long[block] < short[block] for block in (1, 2, 3))
 
 
-def test_deterministic_in_the_seed_alone() -> None:
+def test_deterministic_in_the_seed_alone(reference: Reconstruction) -> None:
     encoder = build()
     torch.manual_seed(1)
-    first = run(encoder)
-    assert torch.initial_seed() == 1  # of the program's own generator
-    torch.manual_seed(2)
-    again = run(encoder)
-    assert first.rows == again.rows
-    assert run(encoder, seed=1).rows != first.rows
+    assert run(encoder).rows == reference.rows
+    assert torch.initial_seed() == 1  # the program's own generator is left alone
+    assert run(encoder, seed=1).rows != reference.rows
 
 
-def test_rows() -> None:
-    rows = run(build()).rows
+def test_rows(reference: Reconstruction) -> None:
+    rows = reference.rows
     found = losses(rows)
     assert rows[0] == {"metric": "block_reconstruction", "value": found[1], "block": 1, "epochs": 3}
     gains = [found[1] - found[2], found[2] - found[3]]
@@ -199,12 +204,10 @@ def test_rows() -> None:
     deltas = losses(rows, "block_reconstruction_delta")
     assert list(deltas) == [2, 3]
     assert list(deltas.values()) == pytest.approx([gain / scale for gain in gains])
-    assert list(losses(run(build(), blocks=[1, 3]).rows)) == [1, 3]
 
 
-def test_bfloat16_is_near() -> None:
-    encoder = build()
-    exact, rough = losses(run(encoder).rows), losses(run(encoder, precision=torch.bfloat16).rows)
+def test_bfloat16_is_near(reference: Reconstruction) -> None:
+    exact, rough = losses(reference.rows), losses(run(build(), precision=torch.bfloat16).rows)
     assert list(rough.values()) == pytest.approx(list(exact.values()), rel=0.05)
 
 
@@ -217,24 +220,24 @@ def test_unreadable_images(tmp_path: Path) -> None:
     folder = write_images(tmp_path, per_class=20, classes=("",))
     (tmp_path / "004.png").write_bytes(b"no image")
     train, val = sources(folder)
-    found = reconstruct_blocks(build(), train, val, TRANSFORM, SETTINGS, device=CPU)
+    found = reconstruct_blocks(build(), train, val, READING, SETTINGS)
     assert [Path(path).name for path, _ in found.bad] == ["004.png"]
     with pytest.raises(DataError, match=r"1 image could not be read, more than data\.max_bad=0: .*004\.png"):
-        reconstruct_blocks(build(), train, val, TRANSFORM, SETTINGS, device=CPU, max_bad=0)
+        reconstruct_blocks(build(), train, val, replace(READING, max_bad=0), SETTINGS)
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
     train, val = sources(write_unlabelled(tmp_path))
     alone, helped = (
-        reconstruct_blocks(build(), train, val, TRANSFORM, SETTINGS, device=CPU, workers=workers).rows
-        for workers in (0, 2)
+        reconstruct_blocks(build(), train, val, replace(READING, workers=workers), SETTINGS).rows for workers in (0, 2)
     )
     assert alone == helped
 
 
 def test_a_batch_holds_no_more_than_all_images() -> None:
+    short = SETTINGS.model_copy(update={"epochs": 1})
     found, expected = (
-        run(build(), settings=SETTINGS.model_copy(update={"batch_size": size})).rows for size in (1000, len(TRAIN))
+        run(build(), settings=short.model_copy(update={"batch_size": size})).rows for size in (1000, len(TRAIN))
     )
     assert found == expected
 
@@ -244,20 +247,20 @@ def test_settings_that_do_not_fit() -> None:
     with pytest.raises(ConfigError, match="block 4 does not exist"):
         run(encoder, blocks=[4])
     with pytest.raises(ConfigError, match="the image size 18 is not divisible by the patch size 4"):
-        reconstruct_blocks(encoder, TRAIN, VAL, EvalTransform(18), SETTINGS, device=CPU)
+        reconstruct_blocks(encoder, TRAIN, VAL, replace(READING, transform=EvalTransform(18)), SETTINGS)
     with pytest.raises(ConfigError, match="images of 4 pixels are a single patch"):
-        reconstruct_blocks(encoder, TRAIN, VAL, EvalTransform(4), SETTINGS, device=CPU)
+        reconstruct_blocks(encoder, TRAIN, VAL, replace(READING, transform=EvalTransform(4)), SETTINGS)
 
 
 def test_other_resolutions_than_the_encoders_own() -> None:
-    found = reconstruct_blocks(build(), TRAIN, VAL, EvalTransform(24), SETTINGS, device=CPU)
+    found = reconstruct_blocks(build(), TRAIN, VAL, replace(READING, transform=EvalTransform(24)), SETTINGS)
     assert all(math.isfinite(loss) for loss in losses(found.rows).values())
 
 
 def test_encoders_without_patch_tokens_are_refused() -> None:
     backbone = TimmBackbone(BackboneArchitecture("test_convnext", 64))
     with pytest.raises(ConfigError, match="test_convnext is no plain vision transformer"):
-        reconstruct_blocks(backbone, TRAIN, VAL, EvalTransform(64), SETTINGS, device=CPU)
+        reconstruct_blocks(backbone, TRAIN, VAL, replace(READING, transform=EvalTransform(64)), SETTINGS)
 
 
 def test_broken_encoder() -> None:

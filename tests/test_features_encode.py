@@ -16,12 +16,14 @@ from mimref.data.sources import ArraySource, FileSource
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError
-from mimref.features.encode import extract, raw_pixels
-from mimref.features.header import data_record, eval_transform, recorded_data
+from mimref.features.encode import PIXELS, Column, Features, PassSettings, columns_of, extract, raw_pixels
+from mimref.features.header import data_record, eval_transform, resolve_data
 from tests.tiny import ARCHITECTURE, write_images
 
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(16)
+SETTINGS = PassSettings(TRANSFORM, CPU)
+FIRST, LAST = Column(1, "cls"), Column(3, "cls")
 
 
 class Broken(ArraySource):
@@ -53,55 +55,51 @@ def encoder() -> Encoder:
     return built.eval()
 
 
+def matrix(features: Features) -> np.ndarray:  # type: ignore[type-arg]
+    """All columns side by side."""
+    return features.matrix(list(features.columns))[:]
+
+
 @pytest.mark.parametrize("pool", ["cls", "mean", "cls+mean"])
 @pytest.mark.parametrize("final_norm", [False, True])
 @torch.no_grad()
 def test_rows_equal_single_images(encoder: Encoder, pool: str, final_norm: bool) -> None:
     data = source(unreadable=[0, 5, 6, 7])
-    found = extract(encoder, data, TRANSFORM, blocks=[3, 1], pool=pool, final_norm=final_norm, device=CPU, batch_size=3)
+    groups = [columns_of([block], pool, final_norm, 3) for block in (3, 1)]
+    settings = replace(SETTINGS, batch_size=3)
+    found = extract(encoder, data, settings, [column for group in groups for column in group])
     readable = [1, 2, 3, 4, 8, 9, 10]
     assert found.indices.tolist() == readable and found.bad == [(f"noise/train/{i}", "torn") for i in (0, 5, 6, 7)]
     assert data.labels is not None and found.y is not None and found.y.tolist() == data.labels[readable].tolist()
-    assert found.x.shape == (7, 2, 64 if pool == "cls+mean" else 32) and found.x.dtype == np.float32
-    for row, index in zip(found.x, readable, strict=True):
+    x = np.stack([found.matrix(group)[:] for group in groups], axis=1)
+    assert x.shape == (7, 2, 64 if pool == "cls+mean" else 32) and x.dtype == np.float32
+    for row, index in zip(x, readable, strict=True):
         image = TRANSFORM.normalize(TRANSFORM.crop(ArraySource.read(data, index))[None])
         for features, tokens in zip(row, encoder.blocks(image, [3, 1], final_norm=final_norm), strict=True):
             parts = {"cls": tokens[0, 0], "mean": tokens[0, 1:].mean(0)}
             expected = torch.cat([parts[part] for part in pool.split("+")])
             np.testing.assert_allclose(features, expected.numpy(), rtol=2e-5, atol=2e-5)
-    assert np.array_equal(found.block(1), found.x[:, 1])
 
 
 def test_batches_do_not_matter(encoder: Encoder) -> None:
-    found = [
-        extract(encoder, source(), TRANSFORM, blocks=[2], device=CPU, batch_size=size).x for size in (1, 4, 11, 99)
-    ]
+    found = [matrix(extract(encoder, source(), replace(SETTINGS, batch_size=size), [LAST])) for size in (1, 4, 11, 99)]
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-5, atol=1e-5)
 
 
 def test_more_bad_images_than_allowed(encoder: Encoder) -> None:
     data = source(unreadable=[2, 3, 4])
-    assert len(extract(encoder, data, TRANSFORM, blocks=[1], device=CPU, max_bad=3).bad) == 3
-    with pytest.raises(
-        DataError, match=r"^3 images could not be read, more than data\.max_bad=2: noise/train/2 \(torn"
-    ):
-        extract(encoder, data, TRANSFORM, blocks=[1], device=CPU, max_bad=2)
+    assert len(extract(encoder, data, replace(SETTINGS, max_bad=3), [FIRST]).bad) == 3
+    with pytest.raises(DataError, match=r"data\.max_bad=2: noise/train/2 \(torn"):
+        extract(encoder, data, replace(SETTINGS, max_bad=2), [FIRST])
     with pytest.raises(DataError, match=r"^noise: no readable image$"):
-        extract(encoder, source(3, [0, 1, 2]), TRANSFORM, blocks=[1], device=CPU)
+        extract(encoder, source(3, [0, 1, 2]), SETTINGS, [FIRST])
 
 
 def test_progress_reaches_the_end(encoder: Encoder) -> None:
     told: list[tuple[int, int]] = []
-    extract(
-        encoder,
-        source(unreadable=[10]),
-        TRANSFORM,
-        blocks=[1],
-        device=CPU,
-        batch_size=4,
-        progress=lambda done, total: told.append((done, total)),
-    )
+    settings = replace(SETTINGS, batch_size=4)
+    extract(encoder, source(unreadable=[10]), settings, [FIRST], progress=lambda *at: told.append(at))
     assert told == [(4, 11), (8, 11), (11, 11)]
 
 
@@ -110,23 +108,23 @@ def test_mode_and_gradients_are_left_as_they_were(encoder: Encoder) -> None:
     encoder.train()
     seen: list[bool] = []
     hook = encoder.vit.blocks[0].register_forward_hook(lambda *_: seen.append(encoder.training))
-    extract(encoder, source(3), TRANSFORM, blocks=[1], device=CPU)
+    extract(encoder, source(3), SETTINGS, [FIRST])
     hook.remove()
     assert encoder.training and seen == [False]
     with pytest.raises(ConfigError):
-        extract(encoder, source(3), TRANSFORM, blocks=[4], device=CPU)
+        extract(encoder, source(3), SETTINGS, [Column(4, "cls")])
     assert encoder.training
     encoder.eval()
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
 def test_unlabelled_images(encoder: Encoder) -> None:
-    assert extract(encoder, source(labels=False), TRANSFORM, blocks=[1], device=CPU).y is None
+    assert extract(encoder, source(labels=False), SETTINGS, [FIRST]).y is None
 
 
 def test_bf16_is_close_to_fp32(encoder: Encoder) -> None:
     full, half = (
-        extract(encoder, source(), TRANSFORM, blocks=[3], device=CPU, precision=precision).x
+        matrix(extract(encoder, source(), replace(SETTINGS, precision=precision), [LAST]))
         for precision in (torch.float32, torch.bfloat16)
     )
     assert half.dtype == np.float32 and not np.array_equal(full, half)
@@ -139,10 +137,9 @@ def test_loader_processes_give_the_same(encoder: Encoder, tmp_path: Path) -> Non
     data = open_source(DataConfig(spec=str(tmp_path)), "train")
     assert isinstance(data, FileSource)
     alone, two = (
-        extract(encoder, data, TRANSFORM, blocks=[1, 2], device=CPU, batch_size=2, workers=workers)
-        for workers in (0, 2)
+        extract(encoder, data, replace(SETTINGS, batch_size=2, workers=workers), [FIRST, LAST]) for workers in (0, 2)
     )
-    assert np.array_equal(alone.x, two.x) and np.array_equal(alone.indices, two.indices)
+    assert np.array_equal(matrix(alone), matrix(two)) and np.array_equal(alone.indices, two.indices)
     assert alone.bad == two.bad and len(alone.bad) == 1 and alone.indices.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9]
 
 
@@ -153,7 +150,9 @@ class Stages:
     embed_dim, depth, num_prefix_tokens, patch_size = 8, 2, 0, 4
     has_cls_token = False
 
-    def blocks(self, images: Tensor, indices: Sequence[int], *, final_norm: bool = False) -> list[Tensor]:
+    def blocks(
+        self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
+    ) -> list[Tensor]:
         pixels = images.flatten(1)
         return [pixels[:, None, : 4 * index] for index in indices]
 
@@ -167,25 +166,23 @@ class Stages:
         return self
 
 
-def test_blocks_of_different_widths_are_padded() -> None:
-    data = source(5)
-    found = extract(Stages(), data, TRANSFORM, blocks=[2, 1], device=CPU)
-    assert found.x.shape == (5, 2, 8) and found.widths == [8, 4]
-    assert found.block(0).shape == (5, 8) and found.block(1).shape == (5, 4)
-    assert np.array_equal(found.block(1), found.block(0)[:, :4]) and not found.x[:, 1, 4:].any()
-    assert extract(Stages(), data, TRANSFORM, blocks=[2, 2], device=CPU).widths == []
+def test_blocks_of_different_widths() -> None:
+    found = extract(Stages(), source(5), SETTINGS, [Column(2, "mean"), Column(1, "mean")])
+    wide, narrow = (found.columns[Column(block, "mean")][:] for block in (2, 1))
+    assert wide.shape == (5, 8) and np.array_equal(narrow, wide[:, :4])
 
 
 def test_raw_pixels() -> None:
     data = source(5, unreadable=[1])
-    found = raw_pixels(data, TRANSFORM)
-    assert found.x.shape == (4, 1, 3 * 16 * 16) and found.indices.tolist() == [0, 2, 3, 4] and len(found.bad) == 1
-    for row, index in zip(found.x, found.indices, strict=True):
-        assert np.array_equal(row[0], TRANSFORM.crop(ArraySource.read(data, index)).numpy().ravel() / np.float32(255))
-    large = raw_pixels(data, EvalTransform(64))
+    found = raw_pixels(data, SETTINGS)
+    x = found.columns[PIXELS]
+    assert x.shape == (4, 3 * 16 * 16) and found.indices.tolist() == [0, 2, 3, 4] and len(found.bad) == 1
+    for row, index in zip(x[:], found.indices, strict=True):
+        assert np.array_equal(row, TRANSFORM.crop(ArraySource.read(data, index)).numpy().ravel() / np.float32(255))
+    large = raw_pixels(data, PassSettings(EvalTransform(64), CPU))
     crop = EvalTransform(64).crop(data.read(0)).double() / 255
     expected = crop.view(3, 32, 2, 32, 2).mean(dim=(2, 4)).flatten()
-    np.testing.assert_allclose(large.x[0, 0], expected.numpy(), atol=1e-6)
+    np.testing.assert_allclose(large.columns[PIXELS][:1][0], expected.numpy(), atol=1e-6)
 
 
 # --- what a header says
@@ -193,21 +190,21 @@ def test_raw_pixels() -> None:
 
 def test_data_named_by_the_user_come_first() -> None:
     header = {"data": {"spec": "digits", "root": None, "train_limit": 100}}
-    assert recorded_data(DataConfig(spec="imgs"), header) == DataConfig(spec="imgs")
-    assert recorded_data(DataConfig(), header) == DataConfig(spec="digits", train_limit=100)
+    assert resolve_data(DataConfig(spec="imgs"), header) == DataConfig(spec="imgs")
+    assert resolve_data(DataConfig(), header) == DataConfig(spec="digits", train_limit=100)
     # Single values on top of the recorded ones.
     asked = DataConfig(train_limit=50, max_bad=3, root="here")
-    assert recorded_data(asked, header) == DataConfig(spec="digits", train_limit=50, max_bad=3, root="here")
+    assert resolve_data(asked, header) == DataConfig(spec="digits", train_limit=50, max_bad=3, root="here")
     for empty in ({}, {"data": None}, {"data": {}}, {"data": {"spec": None}}):
         with pytest.raises(ConfigError, match=r"^no images: pass --data"):
-            recorded_data(DataConfig(), empty)
+            resolve_data(DataConfig(), empty)
 
 
 @pytest.mark.parametrize("data", [3, "digits", ["digits"], {"spec": 3}, {"spec": "digits", "train_limit": -1}])
 def test_damaged_records_of_data(data: object) -> None:
-    with pytest.raises(CheckpointError, match=r"makes no sense; pass --data$"):
-        recorded_data(DataConfig(), {"data": data})
-    assert recorded_data(DataConfig(spec="digits"), {"data": data}).spec == "digits"
+    with pytest.raises(CheckpointError, match="--data"):
+        resolve_data(DataConfig(), {"data": data})
+    assert resolve_data(DataConfig(spec="digits"), {"data": data}).spec == "digits"
 
 
 def test_records_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +219,7 @@ def test_records_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         for path in ("below/{split}-*", "~/below/{split}-*", f"{tmp_path}/below/{{split}}-*"):
             assert data_record(DataConfig(spec=kind + path))["spec"] == f"{kind}{tmp_path}/below/{{split}}-*"
     for config in (DataConfig(spec="digits"), DataConfig(spec=str(tmp_path / "imgs"), train_limit=5)):
-        assert recorded_data(DataConfig(), {"data": data_record(config)}) == config
+        assert resolve_data(DataConfig(), {"data": data_record(config)}) == config
 
 
 def test_transform() -> None:
@@ -242,7 +239,7 @@ def test_transform() -> None:
         recorded.to_dict() | {"mean": 1},
         recorded.to_dict() | {"std": [0] * 3},
     ):
-        with pytest.raises(CheckpointError, match="transform makes no sense"):
+        with pytest.raises(CheckpointError, match="transform"):
             eval_transform(architecture, DataConfig(), {"transform": damaged})
 
 

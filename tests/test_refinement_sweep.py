@@ -1,5 +1,6 @@
 """Ranking the heads of a sweep: what is compared, in which order, and what is left as it was."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 import mimref.refinement.sweep as sweep
 from mimref.encoders.vit import Encoder
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.encode import Features
+from mimref.features.encode import Column, Features
 from mimref.refinement.config import HeadsConfig
 from mimref.refinement.heads import Heads
 
@@ -23,8 +24,8 @@ DIM = 8
 def features(rows: int, seed: int) -> Features:
     """Of blocks 2 and 4."""
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(rows, 2, DIM)).astype(np.float32)
-    return Features(x, rng.integers(0, 3, rows), np.arange(rows))
+    columns = {Column(block, "mean", block == 4): rng.normal(size=(rows, DIM)).astype(np.float32) for block in (2, 4)}
+    return Features(columns, np.arange(rows), rng.integers(0, 3, rows))
 
 
 class FakeMonitor:
@@ -33,16 +34,16 @@ class FakeMonitor:
     def __init__(self, scores: list[float], *, labelled: bool = True) -> None:
         self.train, self.test = features(11, seed=0), features(7, seed=1) if labelled else None
         self.scores = scores
-        self.asked: dict[str, Any] = {}
-        self.scored: list[tuple[Features, Features, int]] = []
+        self.asked: list[Column] = []
+        self.scored: list[tuple[Any, ...]] = []
 
-    def features(self, encoder: object, blocks: list[int], **how: object) -> tuple[Features, Features | None]:
-        self.asked = {"blocks": blocks, **how}
+    def features(self, encoder: object, columns: list[Column]) -> tuple[Features, Features | None]:
+        self.asked = columns
         return self.train, self.test
 
-    def knn_top1(self, train: Features, test: Features, column: int) -> float:
-        self.scored.append((train, test, column))
-        return self.scores[column]
+    def knn_top1(self, *arrays: Any) -> float:
+        self.scored.append(arrays)
+        return self.scores[len(self.scored) - 1]
 
 
 def make_heads() -> Heads:
@@ -57,7 +58,7 @@ def make_heads() -> Heads:
 
 def rank(monitor: FakeMonitor, heads: Heads, nn_accuracy: list[float]) -> list[dict[str, Any]]:
     return sweep.rank_heads(
-        cast(Encoder, None),
+        cast(Encoder, SimpleNamespace(depth=4)),
         heads,
         cast(KnnMonitor, monitor),
         blocks=BLOCKS,
@@ -70,7 +71,7 @@ def rank(monitor: FakeMonitor, heads: Heads, nn_accuracy: list[float]) -> list[d
 def test_heads_are_ranked_by_knn() -> None:
     monitor = FakeMonitor([50.0, 90.0, 70.0])
     rows = rank(monitor, make_heads(), [11.0, 22.0, 33.0])
-    assert monitor.asked == {"blocks": [2, 4], "pool": "mean", "final_norm": True}
+    assert monitor.asked == [Column(4, "mean", True), Column(2, "mean"), Column(4, "mean", True)]
     heads = [
         {"head": 2, "block": 2, "temperature": 0.2},
         {"head": 3, "block": 4, "temperature": 0.3},
@@ -87,7 +88,7 @@ def test_heads_are_ranked_by_knn() -> None:
     assert rows == expected
 
 
-def test_without_a_measured_nn_accuracy_only_knn_is_told() -> None:
+def test_without_a_measured_nn_accuracy_there_is_only_knn() -> None:
     rows = rank(FakeMonitor([1.0, 2.0, 3.0]), make_heads(), [])
     assert [row["metric"] for row in rows] == ["head_knn_top1"] * 3
 
@@ -102,20 +103,18 @@ def test_each_head_is_scored_on_its_own_hidden_layer(rows_at_once: int, monkeypa
     heads, monitor = make_heads(), FakeMonitor([1.0, 2.0, 3.0])
     before = {name: value.clone() for name, value in heads.state_dict().items()}
     rank(monitor, heads, [])
-    assert [column for _, _, column in monitor.scored] == [0, 1, 2]
     layer = heads.projector[0]
-    for train, test, head in monitor.scored:
-        for hidden, given in ((train, monitor.train), (test, monitor.test)):
-            assert given is not None and given.y is not None
-            assert np.array_equal(cast(Any, hidden.y), given.y)
+    for head, (train_x, train_y, test_x, test_y) in enumerate(monitor.scored):
+        for hidden, y, given in ((train_x, train_y, monitor.train), (test_x, test_y, monitor.test)):
+            assert given is not None and np.array_equal(y, cast(Any, given.y))
             # A separate layer with the running statistics, not those of these rows.
             own = slice(head * 6, (head + 1) * 6)
             norm = nn.BatchNorm1d(6).eval()
             for name in ("weight", "bias", "running_mean", "running_var"):
                 getattr(norm, name).data.copy_(getattr(layer.norm, name)[own])
-            block: Tensor = torch.from_numpy(given.x[:, [1, 0, 1][head]])
+            block: Tensor = torch.from_numpy(list(given.columns.values())[[1, 0, 1][head]])
             expected = F.gelu(norm(block @ layer.linear.weight[head].T))
-            np.testing.assert_allclose(hidden.x[:, head], expected.detach().numpy(), rtol=1e-5, atol=1e-6)
-    # Training can go on: the running statistics have not moved, and new batches will move them.
+            np.testing.assert_allclose(hidden, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+    # Training can continue: the running statistics have not moved, and new batches will move them.
     assert heads.training
     assert all(torch.equal(value, before[name]) for name, value in heads.state_dict().items())

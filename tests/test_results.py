@@ -1,6 +1,7 @@
 """results.csv and results.json."""
 
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mimref.errors import OutputError
-from mimref.results import Row, read_results, write_results
+from mimref.results import EvaluationResult, Row, frame, read_results, write_results
 
 
 def rows() -> list[Row]:
@@ -43,6 +44,43 @@ def test_write_results(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["results.csv", "results.json"]
 
 
+def test_bytes_of_a_csv(tmp_path: Path) -> None:
+    """As Python's csv module writes them: shortest floats, whole numbers whole, missing cells empty, NaN as nan."""
+    data: list[Row] = [
+        {"metric": "a,b", "value": 0.1, "k": 10, "size": 1, "class": "cat"},
+        {"metric": 'quo"te', "value": math.nan, "size": 0.5},
+        {"metric": "c", "value": 1e-05, "k": 1, "model": "base"},
+        {"metric": "d", "value": 97.0, "k": 20, "tau": 12345678901234567.0},
+    ]
+    write_results(tmp_path, "knn", {}, 0.0, data)
+    assert (tmp_path / "results.csv").read_bytes() == (
+        b"model,metric,value,k,size,class,tau\n"
+        b',"a,b",0.1,10,1,cat,\n'
+        b',"quo""te",nan,,0.5,,\n'
+        b"base,c,1e-05,1,,,\n"
+        b",d,97.0,20,,,1.2345678901234568e+16\n"
+    )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(frame(data).columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(data)
+    assert (tmp_path / "results.csv").read_text() == text.getvalue()
+    write_results(tmp_path, "interpolate", {}, 0.0, [])
+    assert (tmp_path / "results.csv").read_bytes() == b"\n"
+
+
+def test_frames() -> None:
+    table = EvaluationResult(rows(), 1.0).frame
+    assert list(table.columns)[:3] == ["model", "metric", "value"] and len(table) == 2
+    assert {key: str(table[key].dtype) for key in ("model", "value", "k", "tau")} == {
+        "model": "string",
+        "value": "Float64",
+        "k": "Int64",
+        "tau": "Float64",
+    }
+    assert table["k"][0] == 10 and table["k"].isna().tolist() == [False, True]
+
+
 def test_write_results_into_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
@@ -57,7 +95,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_results_of_another_command_are_refused(tmp_path: Path) -> None:
     write_results(tmp_path, "knn", {}, 2.5, rows())
-    with pytest.raises(OutputError, match="holds results of knn, not of refine; give another --out"):
+    with pytest.raises(OutputError, match="holds results of knn, not of refine"):
         read_results(tmp_path, "refine")
 
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from mimref.devices import own_cores, resolve_device
 from mimref.evaluation.cluster.protocol import cluster
 from mimref.evaluation.knn.protocol import knn
+from mimref.evaluation.probe.config import LEARNING_RATES
 from mimref.evaluation.probe.ensemble import MOMENTUM, ProbeEnsemble
-from mimref.evaluation.probe.grid import LEARNING_RATES
 from mimref.progress import Progress
 from mimref.results import Row
 

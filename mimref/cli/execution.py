@@ -12,7 +12,7 @@ from mimref.cli.options import Output, Quiet
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
-    from mimref.evaluation.run import EvaluationResult
+    from mimref.results import EvaluationResult
 
 Result = TypeVar("Result")
 

@@ -13,6 +13,7 @@ from mimref.config.presets import Table, _find_preset, _merge, _read_preset, _sh
 from mimref.errors import ConfigError, did_you_mean
 
 C = TypeVar("C", bound=CommandConfig)
+M = TypeVar("M", bound=BaseModel)
 
 
 def load_config(
@@ -41,6 +42,11 @@ def load_config(
         if not equals or not key:
             raise ConfigError(f"--set {assignment!r} is not of the form KEY=VALUE, such as heads.temperature=0.3")
         table = _merge(table, _nest(model, key, _parse_value(_find_field(model, key), text.strip())))
+    return validated(model, table)
+
+
+def validated(model: type[M], table: Mapping[str, Any]) -> M:
+    """A table of settings as a checked model. Raises ConfigError with one line that names the setting at fault."""
     try:
         return model.model_validate(table)
     except ValidationError as error:
@@ -97,7 +103,7 @@ def _takes_text(field: FieldInfo | None) -> bool:
     return field is not None and str in (field.annotation, *get_args(field.annotation))
 
 
-def _describe(error: ValidationError, model: type[BaseModel], table: Table) -> str:
+def _describe(error: ValidationError, model: type[BaseModel], table: Mapping[str, Any]) -> str:
     """One line for the first setting that is wrong: its dotted key, its value and what is expected."""
     first = error.errors()[0]
     key = _setting_key(model, first["loc"])

@@ -1,53 +1,91 @@
-"""`mimref compare`: the same protocols for several encoders, on the same images."""
+"""Several encoders measured by the same protocols: `mimref compare`, and the before/after table of `mimref refine`."""
 
 import time
+from collections.abc import Iterable
+from functools import partial
 
-from mimref.config.base import CommandConfig
+from mimref.config.base import DataConfig
+from mimref.config.run import RunConfig
+from mimref.data.open import open_source
+from mimref.data.sources import ImageSource
 from mimref.distributed.group import end_group
-from mimref.evaluation.cluster.config import ClusterConfig
-from mimref.evaluation.cluster.protocol import check_metrics, evaluate_cluster
+from mimref.encoders.vit import Encoder
+from mimref.errors import DataError
+from mimref.evaluation.cluster.protocol import check_metrics, cluster
 from mimref.evaluation.config import CompareConfig
-from mimref.evaluation.knn.config import KnnConfig
-from mimref.evaluation.knn.protocol import check_neighbours, evaluate_knn
-from mimref.evaluation.lowshot.config import LowshotConfig
-from mimref.evaluation.lowshot.protocol import check_shots, evaluate_lowshot
-from mimref.evaluation.probe.augmented import probe_inputs
-from mimref.evaluation.probe.config import ProbeConfig
-from mimref.evaluation.probe.protocol import evaluate_probe
-from mimref.evaluation.run import EvaluationResult, check_labels
-from mimref.features.config import EncoderPassConfig
-from mimref.features.encode import Column, columns_of
+from mimref.evaluation.knn.protocol import check_neighbours, knn
+from mimref.evaluation.lowshot.protocol import check_shots, default_splits, lowshot
+from mimref.evaluation.metrics import check_classes, class_indices, split_labels
+from mimref.evaluation.probe.protocol import input_columns, probe_features
+from mimref.features.encode import PIXELS, Column, Features, PassSettings, columns_of, extract, raw_pixels
 from mimref.features.inputs import EncoderInputs, give_distinct_names
-from mimref.progress import Listener, Silent
-from mimref.results import Row
+from mimref.progress import LabelledProgress, Listener, Silent
+from mimref.results import EvaluationResult, Row, main_rows, named
+
+
+def measure(
+    protocol: str,
+    model: str,
+    pair: tuple[Features, Features],
+    columns: list[Column],
+    config: CompareConfig,
+    progress: LabelledProgress,
+) -> list[Row]:
+    """Rows of one protocol, `knn`, `lowshot` or `cluster`, for the training and validation features of one model."""
+    train, test = pair
+    if train.y is None or test.y is None:
+        raise DataError("labels are needed to evaluate features")
+    test_x = test.matrix(columns)
+    if protocol == "cluster":
+        labelled = partial(progress, f"k-means of {model}")
+        return cluster(test_x, test.y, metrics=config.metrics, runs=config.runs, seed=config.seed, progress=labelled)
+    arrays = train.matrix(columns), train.y, test_x, test.y
+    if protocol == "knn":
+        labelled = partial(progress, f"nearest neighbours of {model}")
+        return knn(*arrays, k=[config.k], tau=[config.tau], device=config.device, progress=labelled)
+    labelled = partial(progress, f"low-shot of {model}")
+    splits = config.splits or default_splits(len(train))
+    return lowshot(*arrays, shots=config.shots, splits=splits, seed=config.seed, progress=labelled)
+
+
+# --- mimref compare
 
 
 def compare_encoders(config: CompareConfig, *, listener: Listener | None = None) -> EvaluationResult:
     """Rows of every protocol for the base and then the other encoders; one encoder pass per split and encoder.
 
-    All see the same draws, runs and images: those that `config.data` names, else those of the base's header.
+    All see the same draws, runs and images: those of `config.data`, else those of the base's header.
     Raises UserError subclasses for checkpoints or images that do not fit, before any encoder runs.
     """
     started, listener = time.monotonic(), listener or Silent()
-    checkpoints = [config.base, *config.refined]
     base = EncoderInputs(config, config.base, listener)
-    # Other encoders may come with headers of other images.
+    # The headers of the other encoders may record other images.
     config = config.model_copy(update={"data": base.data})
     opened = [base, *(EncoderInputs(config, checkpoint, listener) for checkpoint in config.refined)]
-    give_distinct_names(opened, checkpoints)
+    give_distinct_names(opened, [config.base, *config.refined])
     _check(config, base)
     for inputs in opened:
-        inputs.prepare(_columns(config, inputs))
+        columns = _last_block(config, inputs)
+        if "probe" in config.protocols:
+            columns += [column for group in input_columns(inputs).values() for column in group]
+        inputs.prepare(columns)
     rows: list[Row] = []
-    for inputs, checkpoint in zip(opened, checkpoints, strict=True) if end_group() else ():
-        rows += _measure(config, inputs, checkpoint, listener)
+    for inputs in opened if end_group() else ():
+        for protocol in config.protocols:
+            if protocol == "probe":
+                found = probe_features(inputs, input_columns(inputs), config.probe, config, listener)
+                rows += named(found, inputs.name, {})
+                continue
+            pair, columns = (inputs.features("train"), inputs.features("val")), _last_block(config, inputs)
+            found = measure(protocol, inputs.name, pair, columns, config, listener.progress)
+            rows += named(found, inputs.name, {"blocks": "last", "pool": config.pool})
     bad = [pair for inputs in opened for pair in inputs.bad]
     return EvaluationResult(rows, time.monotonic() - started, bad, config.data)
 
 
 def _check(config: CompareConfig, inputs: EncoderInputs) -> None:
-    """Find what a protocol would refuse; the images are the same for all encoders."""
-    train_y, _ = check_labels(inputs)
+    """Fail early; the images are the same for all encoders."""
+    train_y, _ = split_labels(inputs)
     if "knn" in config.protocols:
         check_neighbours(config.k, train_y)
     if "lowshot" in config.protocols:
@@ -56,31 +94,60 @@ def _check(config: CompareConfig, inputs: EncoderInputs) -> None:
         check_metrics(config.metrics)
 
 
-def _columns(config: CompareConfig, inputs: EncoderInputs) -> list[Column]:
-    """What all protocols together read."""
-    wanted = columns_of([inputs.depth], config.pool, config.final_norm, inputs.depth)
-    if "probe" in config.protocols:
-        for columns in probe_inputs(inputs.depth, inputs.has_cls_token).values():
-            wanted += columns
-    return wanted
+def _last_block(config: CompareConfig, inputs: EncoderInputs) -> list[Column]:
+    return columns_of([inputs.depth], config.pool, config.final_norm, inputs.depth)
 
 
-def _measure(config: CompareConfig, inputs: EncoderInputs, checkpoint: str, listener: Listener) -> list[Row]:
-    names = {name for name in EncoderPassConfig.model_fields if name not in ("pool", "final_norm", "preset")}
-    common = {name: getattr(config, name) for name in CommandConfig.model_fields.keys() | names if name != "preset"}
-    last = common | {"checkpoint": checkpoint, "pool": config.pool, "final_norm": config.final_norm}
+# --- the before/after table of mimref refine
+
+
+def labelled_splits(data: DataConfig) -> tuple[ImageSource, ImageSource]:
+    """Training and validation images with labels.
+
+    Raises DataError when the images have no labels or no validation split, or when classes are missing.
+    """
+    train, test = open_source(data, "train", need_labels=True), open_source(data, "val", need_labels=True)
+    assert train.labels is not None and test.labels is not None
+    class_indices(check_classes(train.labels, "train"), test.labels, "test")
+    return train, test
+
+
+def before_after(
+    config: RunConfig,
+    images: tuple[ImageSource, ImageSource],
+    encoders: Iterable[tuple[str, Encoder]],
+    settings: PassSettings,
+    progress: LabelledProgress,
+) -> tuple[list[Row], list[tuple[str, str]]]:
+    """k-NN, low-shot and clustering of raw pixels, and of each encoder's last block (raw output, CLS token).
+
+    images: from `labelled_splits`. encoders: with their names in the results; built one at a time if from a generator.
+    Returns rows, and path and reason of the images left out, once for every model.
+    """
+    evaluate, protocols = config.evaluate, ("knn", "lowshot", "cluster")
+    compare = CompareConfig(
+        base="base",
+        refined=["refined"],
+        seed=config.seed,
+        device=config.device,
+        tau=evaluate.knn_tau,
+        shots=[evaluate.shots],
+        splits=evaluate.splits,
+        runs=evaluate.cluster_runs,
+    )
     rows: list[Row] = []
-    for protocol in config.protocols:
-        if protocol == "knn":
-            found = evaluate_knn(KnnConfig(**last, k=[config.k], tau=[config.tau]), inputs=inputs, listener=listener)
-        elif protocol == "lowshot":
-            lowshot = LowshotConfig(**last, shots=config.shots, splits=config.splits)
-            found = evaluate_lowshot(lowshot, inputs=inputs, listener=listener)
-        elif protocol == "cluster":
-            cluster = ClusterConfig(**last, metrics=config.metrics, runs=config.runs)
-            found, _ = evaluate_cluster(cluster, inputs=inputs, listener=listener)
-        else:
-            probe = ProbeConfig(**common, checkpoint=checkpoint, cached=True, probe=config.probe)
-            found = evaluate_probe(probe, inputs=inputs, listener=listener)
-        rows += found.rows
-    return rows
+    bad: list[tuple[str, str]] = []
+
+    def add(model: str, pair: tuple[Features, Features], column: Column, where: Row) -> None:
+        fitting = compare.model_copy(update={"k": min(evaluate.knn_k, len(pair[0]))})
+        found = [measure(protocol, model, pair, [column], fitting, progress) for protocol in protocols]
+        rows.extend({"model": model, **row, **where} for part in found for row in main_rows(part))
+        bad.extend(pair[0].bad + pair[1].bad)
+
+    train, test = images
+    add("raw pixels", (raw_pixels(train, settings), raw_pixels(test, settings)), PIXELS, {})
+    for name, encoder in encoders:
+        last, label = Column(encoder.depth, "cls"), partial(progress, f"features of {name}")
+        found = (extract(encoder, source, settings, [last], progress=label) for source in images)
+        add(name, (next(found), next(found)), last, {"blocks": "last", "pool": "cls"})
+    return rows, bad

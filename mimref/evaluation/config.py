@@ -10,7 +10,7 @@ from mimref.features.config import EncoderPassConfig, EvaluatedEncoderConfig
 
 
 class CompareConfig(EncoderPassConfig):
-    """Everything `mimref compare` can be told."""
+    """All settings of `mimref compare`."""
 
     command = "compare"
     base: str
@@ -22,7 +22,7 @@ class CompareConfig(EncoderPassConfig):
         "lowshot",
         "cluster",
     ]
-    """What is measured; `probe` is the cached one."""
+    """What to measure; `probe` is the cached one."""
     k: int = Field(default=10, gt=0)
     """Neighbours that vote."""
     tau: float = Field(default=0.07, gt=0)
@@ -39,7 +39,7 @@ class CompareConfig(EncoderPassConfig):
 
 
 class InterpolateConfig(CommandConfig):
-    """Everything `mimref interpolate` can be told."""
+    """All settings of `mimref interpolate`."""
 
     command = "interpolate"
     encoder: EvaluatedEncoderConfig = EvaluatedEncoderConfig()

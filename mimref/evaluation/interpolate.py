@@ -1,4 +1,4 @@
-"""Averages of a base's and a refined encoder's weights, which trade what each of them is good at (WiSE-FT's idea)."""
+"""Averages of a base and a refined encoder's weights, which trade off their strengths (the idea of WiSE-FT)."""
 
 import time
 from copy import deepcopy
@@ -14,10 +14,9 @@ from mimref.errors import CheckpointError
 from mimref.evaluation.config import InterpolateConfig
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
-from mimref.evaluation.run import EvaluationResult
 from mimref.features.config import CacheConfig
 from mimref.progress import Listener, Silent
-from mimref.results import Row, check_folder, write_results
+from mimref.results import EvaluationResult, Row, check_folder, write_results
 
 
 def interpolate(
@@ -26,7 +25,7 @@ def interpolate(
     """Write `(1 - alpha) * base + alpha * refined` for every alpha into `out`, as `alpha-0.25.safetensors`.
 
     With images in `config.data`, the rows are the k-NN accuracy of each, with `alpha`; they are written there as well.
-    Raises CheckpointError for encoders that are not of one shape, OutputError for a folder that holds results.
+    Raises CheckpointError for encoders of different shapes, OutputError for a folder that holds results.
     """
     started, listener = time.monotonic(), listener or Silent()
     check_folder(out, force)
@@ -41,12 +40,12 @@ def interpolate(
     for done, alpha in enumerate(config.alpha):
         file = out / f"alpha-{alpha:g}.safetensors"
         origin = {"base": str(base.path), "refined": str(refined.path), "alpha": alpha}
-        kept = {key: value for key, value in refined.header.items() if key not in ("architecture", "metrics")}
-        save_encoder(file, average(*ends, alpha), {**kept, "interpolated": origin})
+        facts = {key: value for key, value in refined.header.items() if key not in ("architecture", "metrics")}
+        save_encoder(file, average(*ends, alpha), {**facts, "interpolated": origin})
         if config.data.spec is not None:
             found = evaluate_knn(_knn_config(config, file), listener=listener)
-            bad = found.bad_images  # the same of every average
-            # alpha names the model.
+            bad = found.bad_images  # the same for every average
+            # alpha replaces the model's name.
             rows += [{"alpha": alpha, **{key: row[key] for key in row if key != "model"}} for row in found.rows]
         listener.progress("averages", done + 1, len(config.alpha))
     elapsed_s = time.monotonic() - started
@@ -56,7 +55,7 @@ def interpolate(
 
 @torch.no_grad()
 def average(base: Encoder, refined: Encoder, alpha: float) -> Encoder:
-    """An encoder with `(1 - alpha) * base + alpha * refined` as weights; 0 and 1 are the two to the last bit."""
+    """An encoder with weights `(1 - alpha) * base + alpha * refined`; 0 and 1 give the two bit for bit."""
     mixed = deepcopy(refined)
     start = base.vit.state_dict()
     for name, tensor in mixed.vit.state_dict().items():
@@ -77,7 +76,7 @@ def _plain_encoder(checkpoint: Checkpoint, listener: Listener) -> Encoder:
 
 def _check_alike(base: Checkpoint, refined: Checkpoint, base_encoder: Encoder, refined_encoder: Encoder) -> None:
     left, right = base_encoder.architecture, refined_encoder.architecture
-    # Its name and whether positions are trained do not change the function.
+    # The name and whether positions are trained do not change the function.
     same = replace(left, name=right.name, fixed_positions=right.fixed_positions)
     differing = [field.name for field in fields(right) if getattr(same, field.name) != getattr(right, field.name)]
     if differing:
@@ -87,5 +86,5 @@ def _check_alike(base: Checkpoint, refined: Checkpoint, base_encoder: Encoder, r
 
 def _knn_config(config: InterpolateConfig, file: Path) -> KnnConfig:
     common = {name: getattr(config, name) for name in CommandConfig.model_fields}
-    # Nobody comes back to the features of an average.
+    # Nobody needs the features of an average again.
     return KnnConfig(**common, checkpoint=str(file), cache=CacheConfig(folder="off"))

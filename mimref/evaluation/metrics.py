@@ -1,4 +1,4 @@
-"""Rows of results, checks of feature arrays, and scores that several protocols share."""
+"""Checks of features and labels, and the scores that several protocols share."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,16 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 
 from mimref.errors import DataError
-from mimref.features.matrix import Matrix
+from mimref.features.inputs import Inputs
+from mimref.features.matrix import Labels, Matrix
+from mimref.results import Row
 
 # Elements per block when an array is read in pieces: 32 MB in float64.
 BLOCK_ELEMENTS = 1 << 22
 
 
 def row_blocks(x: Matrix, elements: int | None = None) -> list[slice]:
-    """Slices of rows that cover x (N, D) with at most about `elements` (None: BLOCK_ELEMENTS) values each."""
+    """Slices of rows that cover x (N, D), with about `elements` (None: BLOCK_ELEMENTS) values each at most."""
     rows = max(1, (BLOCK_ELEMENTS if elements is None else elements) // max(1, x.shape[1]))
     return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
 
@@ -39,10 +41,9 @@ def unit_rows(
 
 
 def check_features(x: Matrix, name: str, y: ArrayLike | None = None) -> None:
-    """Refuse features that no protocol can use: x must be (N, D), finite, and y, if given, (N,) whole numbers.
+    """Raise DataError unless x is (N, D) and finite, and y, if given, (N,) whole numbers.
 
-    x is read in blocks, so a memory-mapped array is never held whole. `name` says in the message which array it is.
-    Raises DataError.
+    x is read in blocks, so that a memory-mapped array never has to fit in memory. name: of the array, for the message.
     """
     if x.ndim != 2 or 0 in x.shape:
         raise DataError(f"{name}: features have shape {x.shape}; they must be (images, width) and not empty")
@@ -66,7 +67,7 @@ def check_features(x: Matrix, name: str, y: ArrayLike | None = None) -> None:
 
 
 def check_classes(y: NDArray[np.generic], name: str) -> NDArray[np.int64]:
-    """The distinct labels of y (N,), ascending. Raises DataError when there is only one: nothing can be told apart."""
+    """The distinct labels of y (N,), ascending. Raises DataError when there is only one."""
     classes = np.unique(np.asarray(y)).astype(np.int64)
     if len(classes) < 2:
         raise DataError(f"{name}: all images are of class {classes[0]}; give images of at least two classes")
@@ -74,7 +75,7 @@ def check_classes(y: NDArray[np.generic], name: str) -> NDArray[np.int64]:
 
 
 def class_indices(classes: NDArray[np.int64], y: NDArray[np.generic], name: str) -> NDArray[np.int64]:
-    """Positions in `classes` (ascending) of the labels y (N,), so that labels with gaps become 0..C-1.
+    """Positions in `classes` (ascending) of the labels y (N,): labels with gaps become 0..C-1.
 
     Raises DataError for a label that `classes` lacks.
     """
@@ -83,6 +84,20 @@ def class_indices(classes: NDArray[np.int64], y: NDArray[np.generic], name: str)
     if len(missing):
         raise DataError(f"{name}: class {missing[0]} has no training image; add some or leave the class out")
     return np.searchsorted(classes, labels).astype(np.int64)
+
+
+def split_labels(inputs: Inputs) -> tuple[Labels, Labels]:
+    """Labels of training and validation images. Raises DataError when there is one class, or unknown ones."""
+    train_y, test_y = inputs.labels("train"), inputs.labels("val")
+    assert train_y is not None and test_y is not None  # the inputs were opened to have labels
+    class_indices(check_classes(train_y, "train"), test_y, "test")
+    return train_y, test_y
+
+
+def progress_label(work: str, where: Row) -> str:
+    """The work's name, with its block when blocks are evaluated one by one."""
+    blocks = str(where.get("blocks", "last"))
+    return f"{work} of block {blocks}" if blocks.isdigit() else work
 
 
 def percent(fraction: float | np.floating) -> float:
@@ -104,8 +119,8 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 def cluster_accuracy(y: NDArray[np.generic], assignment: NDArray[np.generic]) -> float:
     """Clustering accuracy in percent: images explained by the best one-to-one map of clusters to classes.
 
-    y (N,): classes. assignment (N,): clusters. The Hungarian method solves the map on the contingency matrix; with more
-    clusters than classes (or fewer) the surplus stays unmapped and its images count as errors.
+    y (N,): classes. assignment (N,): clusters. The Hungarian method finds the map on the contingency matrix. Surplus
+    clusters or classes stay unmapped, and their images count as errors.
     """
     _, class_of = np.unique(y, return_inverse=True)
     _, cluster_of = np.unique(assignment, return_inverse=True)

@@ -1,4 +1,4 @@
-"""A cheap look at an encoder during training: k-NN and feature statistics on a fixed subset (Appendix E)."""
+"""A cheap check of an encoder during training: k-NN and feature statistics on a fixed subset (Appendix E)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from mimref.config.run import RunConfig
-from mimref.data.loader import loader_workers
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, NoSplitError, Subset
 from mimref.data.splits import first_images
@@ -18,20 +17,21 @@ from mimref.errors import DataError
 from mimref.evaluation.blocks.statistics import feature_statistics
 from mimref.evaluation.knn.protocol import knn_accuracy
 from mimref.evaluation.metrics import check_features
-from mimref.features.encode import Features, extract
+from mimref.features.encode import Column, Features, PassSettings, extract
+from mimref.features.matrix import Labels, Matrix
 
 
 def _subset(source: ImageSource, most: int) -> Subset:
-    """A fixed choice of at most so many images: classes take turns; without labels, every n-th image."""
+    """A fixed choice of at most so many images: classes in turn; without labels, every n-th image."""
     if source.labels is None:
         return Subset(source, np.arange(0, len(source), max(1, -(-len(source) // most))))
     return Subset(source, first_images(len(source), source.labels, limit=min(most, len(source))))
 
 
 def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], None] | None) -> ImageSource | None:
-    """The validation images if they serve for k-NN; None, with a note that says why, if they do not.
+    """The validation images if they can be used for k-NN, else None, with a note that says why.
 
-    There is nothing to note where the images have no labels or are not split.
+    Images without labels or without splits need no note.
     """
     if train.labels is None:
         return None
@@ -54,7 +54,7 @@ def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], Non
 
 
 def _agreed(val: ImageSource | None, note: Callable[[str], None] | None) -> ImageSource | None:
-    """The validation images that all ranks see, which share the search among them; else None, for all."""
+    """The validation images if all ranks, which share the search, see the same number; else None on all ranks."""
     counts = set(gather_lists([0 if val is None else len(val)]))
     if len(counts) > 1:
         if note is not None:
@@ -66,8 +66,8 @@ def _agreed(val: ImageSource | None, note: Callable[[str], None] | None) -> Imag
 class KnnMonitor:
     """Features of the last block on a fixed subset of training and validation images.
 
-    train: the training images of `config.data`. Without labels, or without a validation split, only the feature
-    statistics are told; so they are where the validation images cannot be opened, of which `note` is told.
+    train: the training images of `config.data`. Without labels or a validation split, only the feature statistics are
+    measured; so too when the validation images cannot be opened, which `note` reports.
     """
 
     def __init__(
@@ -80,9 +80,8 @@ class KnnMonitor:
         *,
         note: Callable[[str], None] | None = None,
     ) -> None:
-        self.transform, self.device, self.precision = transform, device, precision
+        self.settings = PassSettings(transform, device, precision, workers=config.workers, max_bad=config.data.max_bad)
         self.k = config.evaluate.knn_k
-        self.max_bad, self.workers = config.data.max_bad, config.workers
         self.train = _subset(train, config.monitor.knn_samples)
         val = _agreed(_validation(config, train, note), note)
         self.test = None if val is None else _subset(val, -(-config.monitor.knn_samples // 4))
@@ -92,57 +91,39 @@ class KnnMonitor:
 
         Raises DataError when features are not finite.
         """
-        train, test = self.features(encoder, [encoder.depth])
-        check_features(train.x[:, 0], "features of the k-NN check")
-        statistics = feature_statistics(train.x[:, 0])
+        last = Column(encoder.depth, "cls")
+        train, test = self.features(encoder, [last])
+        x = train.matrix([last])
+        check_features(x, "features of the k-NN check")
+        statistics = feature_statistics(x)
         values = {"feature_variance": statistics.variance, "effective_rank": statistics.effective_rank}
         if test is not None:
-            accuracy = self.knn_top1(train, test, 0)
+            accuracy = self.knn_top1(x, train.y, test.matrix([last]), test.y)
             values |= {} if math.isnan(accuracy) else {"knn_top1": accuracy}
         return values
 
-    def features(
-        self, encoder: Encoder, blocks: Sequence[int], *, pool: str = "cls", final_norm: bool = False
-    ) -> tuple[Features, Features | None]:
+    def features(self, encoder: Encoder, columns: Sequence[Column]) -> tuple[Features, Features | None]:
         """Features of the training subset and, if there are labels, of the validation subset."""
-        train, test = (
-            None
-            if subset is None
-            else extract(
-                encoder,
-                subset,
-                self.transform,
-                blocks=blocks,
-                pool=pool,
-                final_norm=final_norm,
-                device=self.device,
-                precision=self.precision,
-                workers=loader_workers(self.workers, subset),
-                max_bad=self.max_bad,
-            )
-            for subset in (self.train, self.test)
-        )
-        assert train is not None
-        return train, test
+        train = extract(encoder, self.train, self.settings, columns)
+        return train, None if self.test is None else extract(encoder, self.test, self.settings, columns)
 
-    def knn_top1(self, train: Features, test: Features, column: int) -> float:
-        """k-NN accuracy in percent of one of the blocks of `features`; NaN without two classes to tell apart.
+    def knn_top1(self, train_x: Matrix, train_y: Labels | None, test_x: Matrix, test_y: Labels | None) -> float:
+        """k-NN accuracy in percent of features (N, D) from `features`; NaN with fewer than two classes.
 
         Validation images of classes that the training subset lacks (rare ones of many) are left out.
         """
-        if train.y is None or test.y is None:
+        if train_y is None or test_y is None:
             raise DataError("labels are needed for k-NN")
-        known = np.isin(test.y, train.y)
-        if not known.any() or len(np.unique(train.y)) < 2:
+        known = np.flatnonzero(np.isin(test_y, train_y))
+        if not len(known) or len(np.unique(train_y)) < 2:
             return math.nan
-        k = min(self.k, len(train.y))
-        return knn_accuracy(train.x[:, column], train.y, test.x[known, column], test.y[known], k=k)
+        return knn_accuracy(train_x, train_y, test_x[known], test_y[known], k=min(self.k, len(train_y)))
 
 
 class CollapseWatch:
-    """Compares an encoder in training with where it started."""
+    """Compares an encoder in training with its start."""
 
-    # Healthy refinement moves both far less; a collapsed encoder has a variance near 0 and a k-NN near chance.
+    # Healthy refinement changes both far less; a collapsed encoder has a variance near 0 and a k-NN near chance.
     KNN_SHARE = 0.8
     VARIANCE_SHARE = 0.1
 
@@ -150,7 +131,7 @@ class CollapseWatch:
         self.start = start
 
     def warning(self, now: dict[str, float]) -> str | None:
-        """A line with advice when k-NN or feature variance have fallen sharply, else None."""
+        """One line with advice when k-NN or feature variance have fallen sharply, else None."""
         fallen = [
             f"{name} fell from {self.start[name]:.3g} to {now[name]:.3g}"
             for name, share in (("knn_top1", self.KNN_SHARE), ("feature_variance", self.VARIANCE_SHARE))

@@ -8,22 +8,22 @@ from mimref.config.base import CommandConfig, Section
 
 
 class EvaluatedEncoderConfig(Section):
-    """What an evaluated encoder's file does not tell."""
+    """What cannot be inferred from an encoder's weights."""
 
     num_heads: int | None = Field(default=None, gt=0)
     """Attention heads; None: those of the published model of the same width, else one per 64 channels."""
 
 
 class CacheConfig(Section):
-    """Where features are kept between commands."""
+    """Where features are cached between commands."""
 
     folder: str | None = None
-    """None: `features` in `$MIMREF_CACHE`, else in the user's cache folder. `off` keeps nothing."""
+    """None: `features` in `$MIMREF_CACHE`, else in the user's cache folder. `off` caches nothing."""
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Number format on disk; fp16 halves it."""
     keep_gb: float = Field(default=1.0, ge=0)
-    """A pass of the encoder stores every block and both poolings where all of them take no more than this, so that
-    later commands need no pass; else only what is asked for."""
+    """A pass of the encoder caches every block and both poolings if they fit in this, so that later commands need no
+    pass; else only what the command needs."""
 
 
 class EncoderPassConfig(CommandConfig):
@@ -51,13 +51,13 @@ class EvaluationConfig(EncoderPassConfig):
     checkpoint: str = "quickstart"
     """Weights file, a refine output folder, published weights by name, or `quickstart` for the packaged encoder."""
     features: Annotated[tuple[str, str], Field(strict=False)] | None = None
-    """Two .npz files of training and validation features (`x`, `y`) to evaluate in place of an encoder's."""
+    """Two .npz files of training and validation features (`x`, `y`) to evaluate instead of an encoder's."""
     blocks: str = "last"
     """`last`, `last4` (concatenated), `all` (one by one), or blocks such as `1,5,12` (one by one)."""
 
 
 class ExtractConfig(EvaluationConfig):
-    """Everything `mimref extract` can be told."""
+    """All settings of `mimref extract`."""
 
     command = "extract"
     split: Literal["train", "val"] = "val"

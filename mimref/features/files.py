@@ -3,7 +3,6 @@
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +12,37 @@ from numpy.typing import NDArray
 from mimref.config.base import DataConfig
 from mimref.data.sources import Split
 from mimref.errors import DataError
-from mimref.features.encode import Column
-from mimref.features.matrix import Labels, Matrix, side_by_side
+from mimref.features.encode import Column, Features
 
 
-@dataclass
 class FeatureFiles:
-    """Features made elsewhere: .npz files with `x`, (N, D) or (N, blocks, D), and `y`, (N,)."""
+    """Features from two .npz files with `x`, (N, D) or (N, blocks, D), and `y`, (N,)."""
 
-    train_file: str
-    val_file: str
-    bad: list[tuple[str, str]] = field(default_factory=list)
     data: DataConfig | None = None
 
-    def __post_init__(self) -> None:
-        self._arrays = {"train": _read_npz(self.train_file), "val": _read_npz(self.val_file)}
-        self.name = Path(self.val_file).stem
-        shapes = [x.shape[1:-1] for x, _ in self._arrays.values()]
-        if shapes[0] != shapes[1]:
-            raise DataError(f"{self.train_file} and {self.val_file} hold features of different numbers of blocks")
-        self.depth = int(shapes[0][0]) if shapes[0] else 1
+    def __init__(self, train_file: str, val_file: str) -> None:
+        self.name = Path(val_file).stem
+        self._features = {"train": read_features(train_file), "val": read_features(val_file)}
+        depths = {len(features.columns) for features in self._features.values()}
+        if len(depths) > 1:
+            raise DataError(f"{train_file} and {val_file} hold features of different numbers of blocks")
+        self.depth = depths.pop()
+        self.bad: list[tuple[str, str]] = []
 
     def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
         """Nothing to do."""
 
-    def matrix(self, split: Split, columns: Sequence[Column]) -> Matrix:
-        """Features (N, D) of the blocks that the columns name."""
-        x = self._arrays[split][0]
-        blocks = list(dict.fromkeys(column.block for column in columns))
-        return x if x.ndim == 2 else side_by_side([x[:, block - 1] for block in blocks])
+    def features(self, split: Split) -> Features:
+        """All features of a split: columns `cls` of blocks 1, 2, ..."""
+        return self._features[split]
 
-    def labels(self, split: Split) -> Labels | None:
+    def labels(self, split: Split) -> NDArray[np.int64] | None:
         """`y`."""
-        return self._arrays[split][1]
+        return self._features[split].y
 
 
-def _read_npz(path: str) -> tuple[NDArray[Any], Labels]:
+def read_features(path: str) -> Features:
+    """The content of one file. Raises DataError for a file that is damaged or holds something else."""
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile) or not {"x", "y"} <= set(file.files):
@@ -62,4 +56,7 @@ def _read_npz(path: str) -> tuple[NDArray[Any], Labels]:
             f"{path}: x has shape {x.shape} and type {x.dtype}, y {y.shape} and {y.dtype}; they must be (N, D) or "
             "(N, blocks, D) real numbers and (N,) whole numbers"
         )
-    return x.astype(np.float32) if x.dtype not in (np.float16, np.float32) else x, y.astype(np.int64)
+    x = x if x.dtype in (np.float16, np.float32) else x.astype(np.float32)
+    blocks: list[NDArray[Any]] = [x] if x.ndim == 2 else list(x.swapaxes(0, 1))
+    columns = {Column(number, "cls"): block for number, block in enumerate(blocks, 1)}
+    return Features(columns, np.arange(len(x)), y.astype(np.int64))

@@ -1,4 +1,4 @@
-"""What a checkpoint's header says about data and transform, where the user does not."""
+"""Data and transform that a checkpoint's header records, for what the user leaves open."""
 
 import os
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from mimref.errors import CheckpointError, ConfigError
 _RECORDED = ("spec", "root", "train_limit")
 
 
-def recorded_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
-    """`data` as it is when it names images, else with the ones the checkpoint was made with.
+def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
+    """`data` unchanged if it names images, else the images that the header records.
 
-    Of these the user may still set single values. Raises ConfigError asking for --data when neither names any,
-    CheckpointError when the record cannot be read.
+    Single values that the user sets override the recorded ones. Raises ConfigError asking for --data when neither names
+    images, CheckpointError when the record cannot be read.
     """
     if data.spec is not None:
         return data
@@ -31,7 +31,7 @@ def recorded_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
         known = DataConfig.model_validate({key: recorded[key] for key in _RECORDED if key in recorded})
     except (ValidationError, TypeError) as error:
         raise CheckpointError(
-            f"the checkpoint's record of its data, {recorded!r}, makes no sense; pass --data"
+            f"the checkpoint's record of its data, {recorded!r}, is not valid; pass --data"
         ) from error
     if known.spec is None:
         raise ConfigError(f"no images: pass --data ({ACCEPTED})")
@@ -39,7 +39,7 @@ def recorded_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
 
 
 def data_record(data: DataConfig) -> dict[str, Any]:
-    """What a header keeps of the data, for `recorded_data`; folders as absolute paths, to be found from anywhere."""
+    """What a header records of the data, for `resolve_data`; folders as absolute paths."""
     recorded = {key: getattr(data, key) for key in _RECORDED}
     if data.root is not None:
         recorded["root"] = os.path.abspath(os.path.expanduser(data.root))
@@ -55,11 +55,10 @@ def eval_transform(
     *,
     resolution: int | None = None,
 ) -> EvalTransform:
-    """The evaluation transform of an encoder's images, at the resolution asked for, else at the encoder's own.
+    """The evaluation transform of an encoder's images, at `resolution` or at the encoder's own.
 
-    Crop fraction: the settings', else the header's, else 0.875. Normalisation: the header's, else what timm records for
-    the weights that a name with a tag stands for, else ImageNet's.
-    Raises CheckpointError when the header's record of the transform cannot be read.
+    Crop fraction: from the settings, else the header, else 0.875. Normalisation: from the header, else timm's record
+    for tagged weights (`vit_x.tag`), else ImageNet's. Raises CheckpointError when the header's record is not valid.
     """
     image_size = architecture.image_size
     try:
@@ -71,6 +70,6 @@ def eval_transform(
         else:
             recorded = EvalTransform(image_size)
     except (ConfigError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's record of its transform makes no sense: {error}") from error
+        raise CheckpointError(f"the checkpoint's record of its transform is not valid: {error}") from error
     fraction = recorded.crop_fraction if data.crop_fraction is None else data.crop_fraction
     return EvalTransform(resolution or image_size, fraction, recorded.mean, recorded.std)

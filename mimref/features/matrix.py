@@ -1,4 +1,4 @@
-"""Feature arrays that are read row by row, so that several can be seen as one without a copy."""
+"""Feature arrays that are read by rows, so that several can stand side by side without a copy."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ Labels = NDArray[np.int64]
 
 
 class Matrix(Protocol):
-    """Features (N, D) of which rows are read: a numpy array, memory-mapped or not, or `SideBySide`."""
+    """Features (N, D): a numpy array, memory-mapped or not, or `SideBySide`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ class Matrix(Protocol):
 
 
 class SideBySide:
-    """Several (N, D_i) matrices seen as one (N, sum of D_i); reading rows joins just these rows."""
+    """Several (N, D_i) matrices as one (N, sum of D_i). Reading rows concatenates only those rows."""
 
     ndim = 2
 
@@ -48,5 +48,5 @@ class SideBySide:
 
 
 def side_by_side(parts: Sequence[Matrix]) -> Matrix:
-    """Several matrices as one; a single one as it is."""
+    """Several matrices as one; a single one unchanged."""
     return parts[0] if len(parts) == 1 else SideBySide(parts)

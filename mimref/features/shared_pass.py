@@ -1,40 +1,43 @@
-"""One pass of an encoder by all processes of a group: each encodes every R-th batch, and rank 0 has them all, in order.
+"""One pass of an encoder by all ranks: each of R ranks encodes every R-th batch, and rank 0 receives all, in order.
 
-The batches are those of a single process, so the features are too. Rank 0 decides whether there is a pass at all (it
-looks into the cache) and which columns it has; the others wait for its word. Shapes: R ranks.
+The batches are those of a single process, and so are the features. Rank 0 looks into the cache and decides whether
+there is a pass and which columns it has; the other ranks wait for its decision.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TypedDict
+from dataclasses import dataclass
 
 from mimref.distributed.group import own_rank, world_size
-from mimref.distributed.turns import request, requests, take_turns
+from mimref.distributed.turns import end_requests, request, requests, take_turns
 from mimref.features.encode import Batch, Column
 
-Part = Callable[[list[Column], int, int], Iterator[Batch]]
-"""Encodes some columns of every `every`-th batch, from a position in the data set on: (columns, start, every)."""
 
+@dataclass(frozen=True)
+class SharedPass:
+    """A pass over one data set; in a single process it is an ordinary one."""
 
-class Sizes(TypedDict):
-    """Of the whole pass."""
-
-    batch_size: int
+    encode: Callable[[list[Column], int, int], Iterator[Batch]]
+    """Encodes columns of every `every`-th batch, from a position in the data set on: (columns, start, every)."""
     images: int
+    batch_size: int
 
+    def lead(self, columns: list[Column], start: int) -> Iterator[Batch]:
+        """On rank 0: all batches from position `start` on. The other ranks must be in `follow`."""
+        if world_size() > 1:
+            request((columns, start))
+        yield from self._by_turns(columns, start)
 
-def lead(part: Part, columns: list[Column], start: int, *, batch_size: int, images: int) -> Iterator[Batch]:
-    """On rank 0: all batches from position `start` on, of which the other ranks, in `follow`, encode their share."""
-    request((columns, start))
-    yield from _pass(part, columns, start, batch_size, images)
+    def end(self) -> None:
+        """On rank 0: release the other ranks from `follow`."""
+        if world_size() > 1:
+            end_requests()
 
+    def follow(self) -> None:
+        """On the other ranks: encode what rank 0 asks for, until it ends."""
+        for columns, start in requests():
+            for _ in self._by_turns(columns, start):
+                pass
 
-def follow(part: Part, *, batch_size: int, images: int) -> None:
-    """On the other ranks: encode what rank 0 asks for, until it says that the features are there."""
-    for columns, start in requests():
-        for _ in _pass(part, columns, start, batch_size, images):
-            pass
-
-
-def _pass(part: Part, columns: list[Column], start: int, batch_size: int, images: int) -> Iterator[Batch]:
-    own = part(columns, start + own_rank() * batch_size, world_size())
-    return take_turns(own, -(-(images - start) // batch_size))
+    def _by_turns(self, columns: list[Column], start: int) -> Iterator[Batch]:
+        own = self.encode(columns, start + own_rank() * self.batch_size, world_size())
+        return take_turns(own, -(-(self.images - start) // self.batch_size))

@@ -24,14 +24,14 @@ from mimref.features.header import data_record, eval_transform
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.progress import Listener
-from mimref.results import Row
+from mimref.results import Row, Tabular
 from mimref.training.log import readable
 from mimref.training.optim import module_groups, warmup_cosine
 from mimref.training.run import Stage, TrainingRun
 
 
 @dataclass(frozen=True)
-class PretrainResult:
+class PretrainResult(Tabular):
     """What a pre-training run produced."""
 
     out: Path

@@ -18,7 +18,8 @@ from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encode
 from mimref.errors import CheckpointError, ConfigError
 from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.header import eval_transform, recorded_data
+from mimref.features.encode import columns_of
+from mimref.features.header import eval_transform, resolve_data
 from mimref.progress import LabelledProgress
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
@@ -95,7 +96,7 @@ def open_base(config: RefineConfig, progress: LabelledProgress | None = None) ->
     weights = config.encoder.weights or official_name(config.encoder.arch, config.encoder.source)
     checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads, progress=progress)
     architecture = architecture_to_train(config.encoder, checkpoint)
-    data = recorded_data(config.data, checkpoint.header)
+    data = resolve_data(config.data, checkpoint.header)
     warnings = _warnings(config.encoder, checkpoint)
     config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
     transform = eval_transform(architecture, data, checkpoint.header)
@@ -116,15 +117,16 @@ def measure_blocks(base: Base, progress: LabelledProgress | None = None) -> str:
             "heads.blocks 'auto' measures k-NN and needs labelled training and validation images; name blocks, such as "
             f"last8{''.join(f' ({problem})' for problem in problems)}"
         )
-    blocks = list(range(1, base.architecture.depth + 1))
+    depth = base.architecture.depth
+    groups = [columns_of([block], config.heads.pool, True, depth) for block in range(1, depth + 1)]
     encoder = base_encoder(base, device)
-    train, test = monitor.features(encoder, blocks, pool=config.heads.pool, final_norm=True)
+    train, test = monitor.features(encoder, [column for columns in groups for column in columns])
     assert test is not None
     accuracies = []
-    for column in range(len(blocks)):
-        accuracies.append(monitor.knn_top1(train, test, column))
+    for done, columns in enumerate(groups, 1):
+        accuracies.append(monitor.knn_top1(train.matrix(columns), train.y, test.matrix(columns), test.y))
         if progress is not None:
-            progress("k-NN of every block", column + 1, len(blocks))
+            progress("k-NN of every block", done, depth)
     return blocks_text(recommend_heads(accuracies))
 
 

@@ -1,13 +1,12 @@
 """Refine an encoder: train the heads on the frozen encoder, then encoder and heads together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mimref.data.loader import loader_workers
 from mimref.data.photometric import Photometric
 from mimref.devices import keep_freed_memory, resolve_device, resolve_precision
 from mimref.distributed.group import own_rank, world_size
@@ -15,8 +14,9 @@ from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.parameters import freeze_untrained
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError, DataError
+from mimref.evaluation.compare import before_after, labelled_splits
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.evaluation.summary import Summary
+from mimref.features.encode import PassSettings
 from mimref.features.header import data_record
 from mimref.progress import Listener
 from mimref.refinement.alignment import Queue
@@ -28,12 +28,12 @@ from mimref.refinement.plan import Plan, base_encoder, header_of, make_plan
 from mimref.refinement.reuse import load_heads, save_heads
 from mimref.refinement.stages import EncoderStage, HeadsStage
 from mimref.refinement.sweep import rank_heads
-from mimref.results import Row
+from mimref.results import Row, Tabular
 from mimref.training.run import TrainingRun
 
 
 @dataclass(frozen=True)
-class RefineResult:
+class RefineResult(Tabular):
     """What a refinement produced."""
 
     out: Path
@@ -182,23 +182,20 @@ def _rank_heads(
 def _compare(run: TrainingRun, plan: Plan, method: Method, refined: Encoder) -> list[Row]:
     config = plan.config
     try:
-        summary = Summary(
-            config.evaluate,
-            config.data,
-            plan.transform,
-            seed=config.seed,
-            workers=loader_workers(config.workers, plan.source),
-            device=method.device,
-            precision=method.precision,
-            progress=run.listener.progress,
-        )
+        images = labelled_splits(config.data)
     except DataError as error:
         run.listener.note(f"no before/after table: {error}")
         return []
-    rows = summary.raw_pixels()
-    rows += summary.encoder("base", base_encoder(plan, method.device))
-    rows += summary.encoder("refined", refined)
-    run.skipped.add_evaluated(summary.bad)
+    reading = PassSettings(
+        plan.transform, method.device, method.precision, workers=config.workers, max_bad=config.data.max_bad
+    )
+
+    def encoders() -> Iterator[tuple[str, Encoder]]:
+        yield "base", base_encoder(plan, method.device)
+        yield "refined", refined
+
+    rows, bad = before_after(config, images, encoders(), reading, run.listener.progress)
+    run.skipped.add_evaluated(bad)
     return rows
 
 

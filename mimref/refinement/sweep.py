@@ -6,10 +6,11 @@ heads are compared by the k-NN accuracy of their projector's first layer and by 
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mimref.encoders.vit import Encoder
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.encode import Features
+from mimref.features.encode import Column, Features, columns_of
 from mimref.refinement.heads import Heads
 from mimref.results import Row
 
@@ -30,15 +31,14 @@ def rank_heads(
 
     Empty without labels. nn_accuracy: percent per head, from the end of training.
     """
-    wanted = sorted(set(blocks))
-    train, test = monitor.features(encoder, wanted, pool=pool, final_norm=True)
+    columns = columns_of(blocks, pool, True, encoder.depth)
+    train, test = monitor.features(encoder, columns)
     if test is None:
         return []
-    columns = [wanted.index(block) for block in blocks]
-    hidden = [_hidden(heads, features, columns) for features in (train, test)]
+    train_x, test_x = _hidden(heads, train, columns), _hidden(heads, test, columns)
     scored = [
         (
-            monitor.knn_top1(hidden[0], hidden[1], head),
+            monitor.knn_top1(train_x[:, head], train.y, test_x[:, head], test.y),
             {"head": head + 1, "block": blocks[head], "temperature": temperature[head]},
         )
         for head in range(len(blocks))
@@ -53,13 +53,14 @@ def rank_heads(
 
 
 @torch.inference_mode()
-def _hidden(heads: Heads, features: Features, columns: list[int]) -> Features:
-    """First projector layer of every head on its block's features, with the running BatchNorm statistics."""
+def _hidden(heads: Heads, features: Features, columns: list[Column]) -> NDArray[np.float32]:
+    """First projector layer (N, H, hidden) of every head on its column, with the running BatchNorm statistics."""
     device = next(heads.parameters()).device
     heads.eval()
     parts = []
-    for start in range(0, len(features.x), _ROWS_AT_ONCE):
-        chosen = torch.from_numpy(features.x[start : start + _ROWS_AT_ONCE, columns]).to(device)
-        parts.append(heads.hidden(chosen.transpose(0, 1)).transpose(0, 1).float().cpu().numpy())
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        x_BHD = torch.from_numpy(np.stack([features.columns[column][rows] for column in columns], axis=1))
+        parts.append(heads.hidden(x_BHD.to(device).transpose(0, 1)).transpose(0, 1).float().cpu().numpy())
     heads.train()
-    return Features(np.concatenate(parts), features.y, features.indices, features.bad)
+    return np.concatenate(parts)

@@ -297,7 +297,8 @@ def test_a_damaged_cache_is_reported_and_computed_again(
 def test_an_interrupted_probe_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mimref.evaluation.probe.ensemble.SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("mimref.training.job.SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("mimref.training.job.SAVE_COST", 0.0)
     out, other = tmp_path / "out", tmp_path / "other"
     sets = ["--epochs", "3", "--batch-size", "16", "--quiet"]
     assert run(line("probe", folder, *sets, "--out", str(other))) == 0

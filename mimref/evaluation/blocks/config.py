@@ -6,13 +6,11 @@ from pydantic import Field, model_validator
 
 from mimref.config.base import AreaRange, Fraction, Section
 from mimref.config.run import DecoderConfig
-from mimref.features.config import (
-    EncoderPassConfig,
-)
+from mimref.features.config import EncoderPassConfig
 
 
 class ReconstructionConfig(Section):
-    """A light decoder on every frozen block: MAE's settings but for what Appendix C.2 changes."""
+    """A light decoder on every frozen block: MAE's settings except where Appendix C.2 differs."""
 
     epochs: int = Field(default=20, gt=0)
     """Passes over the training images."""
@@ -42,11 +40,11 @@ class ReconstructionConfig(Section):
 
 
 class BlocksConfig(EncoderPassConfig):
-    """Everything `mimref analyze-blocks` can be told."""
+    """All settings of `mimref analyze-blocks`."""
 
     command = "analyze-blocks"
     checkpoints: Annotated[list[str], Field(min_length=1)] = ["quickstart"]
-    """Weights files, run folders or names; several are shown over each other."""
+    """Weights files, run folders or names; several are shown in one figure."""
     k: int = Field(default=10, gt=0)
     """Neighbours that vote."""
     tau: float = Field(default=0.07, gt=0)

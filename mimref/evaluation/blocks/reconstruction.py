@@ -1,9 +1,9 @@
-"""How well the features of every block are suited for reconstruction: a light MAE decoder on each of them (Fig. 6).
+"""How well each block's features are suited for reconstruction: a light MAE decoder on every block (Fig. 6).
 
-The encoder is frozen and sees a quarter of the patches, once per batch; a decoder per block learns to paint the rest
-from that block's tokens (Appendix C.2). All decoders start from the same weights and see the same crops and masks, so
-only the blocks make a difference. A decoder reads the raw output of its block, as k-NN does; that of a last block with
-a final norm reads the normed tokens, as the decoder it was pre-trained with did.
+The encoder is frozen and sees a quarter of the patches, once per batch. A decoder per block learns to reconstruct the
+rest from that block's tokens (Appendix C.2). All decoders start from the same weights and see the same crops and masks,
+so that only the blocks differ. A decoder reads the raw output of its block, as k-NN does; the last block's reads the
+tokens after the final norm, if there is one, as the decoder in pre-training did.
 
 Shapes: B images, N patches, K visible patches, D encoder width, C pixel values of a patch.
 """
@@ -16,13 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mimref.config.run import ViewsConfig
+from mimref.config.run import OptimizerConfig, ViewsConfig
 from mimref.data.crops import crop_batches
 from mimref.data.decode import BadImages
-from mimref.data.loader import ViewBatch, check_batch_size, view_batches
+from mimref.data.loader import ViewBatch, check_batch_size, loader_workers, view_batches
 from mimref.data.photometric import Photometric
 from mimref.data.sources import ImageSource
-from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup
 from mimref.devices import autocast
 from mimref.draws import Operation, uniform
@@ -42,17 +41,17 @@ from mimref.encoders.vit import Architecture, Encoder, check_blocks
 from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.blocks.config import ReconstructionConfig
 from mimref.evaluation.blocks.statistics import delta_rows, normalised_deltas
-from mimref.progress import Progress
+from mimref.features.encode import PassSettings
+from mimref.progress import Progress, ProgressOnly
 from mimref.results import Row
-from mimref.training.optim import adamw, learning_rate, module_groups, set_learning_rate
-
-# MAE's.
-_BETAS = (0.9, 0.95)
+from mimref.training.job import GradientJob
+from mimref.training.job import train as run_job
+from mimref.training.optim import module_groups, warmup_cosine
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What training a decoder on every block found."""
+    """The result of a decoder on every block."""
 
     rows: list[Row]
     bad: list[tuple[str, str]]
@@ -65,188 +64,177 @@ def reconstruct_blocks(
     encoder: Encoder | TimmBackbone,
     train: ImageSource,
     val: ImageSource,
-    transform: EvalTransform,
-    settings: ReconstructionConfig | None = None,
+    reading: PassSettings,
+    settings: ReconstructionConfig,
     *,
     blocks: Sequence[int] | None = None,
     seed: int = 0,
-    device: torch.device,
-    precision: torch.dtype = torch.float32,
-    workers: int = 0,
-    max_bad: int = 100,
     progress: Progress | None = None,
 ) -> Reconstruction:
     """Train a decoder on every block of a frozen encoder, and measure each on the validation images (Appendix C.2).
 
-    No labels are needed. The encoder is used as it is (move it to `device` first), in evaluation mode, and not changed.
-    blocks: 1-based, ascending; None is all. Rows, each with `block` and `epochs`: `block_reconstruction`, the mean
-    squared error of normalised pixels of hidden patches (lower is better), where every validation image has a mask of
-    its own that depends on seed and image alone; and `block_reconstruction_delta`, what a block improves over the one
-    before, see `normalised_deltas`. progress: updates, then batches of validation images.
+    Needs no labels. The encoder (move it to the device first) runs in evaluation mode and does not change. blocks:
+    1-based, ascending; None is all. Rows, each with `block` and `epochs`: `block_reconstruction`, the mean squared
+    error of normalised pixels of hidden patches (lower is better), where every validation image has its own mask, a
+    function of seed and image; and `block_reconstruction_delta`, the improvement over the block before, see
+    `normalised_deltas`. progress: updates, then batches of validation images.
     Raises ConfigError for an encoder without patch tokens or settings that do not fit, DataError for images that cannot
     be read, DivergenceError when a loss is not finite.
     """
-    settings = settings or ReconstructionConfig()
     settings = settings.model_copy(update={"batch_size": min(settings.batch_size, len(train))})
     numbers = list(range(1, encoder.depth + 1)) if blocks is None else list(blocks)
-    check_maskable(encoder.architecture, transform.image_size)
+    check_maskable(encoder.architecture, reading.transform.image_size)
     assert isinstance(encoder, Encoder)
     check_blocks(numbers, encoder.depth)
-    task = _Task(encoder, transform, settings, numbers, seed=seed, device=device, precision=precision)
     check_batch_size(settings.batch_size, len(train))
-    bad = BadImages(max_bad)
-    updates = settings.epochs * (len(train) // settings.batch_size)
-    total = updates + -(-len(val) // settings.batch_size)
-
-    def tell(done: int) -> None:
-        if progress is not None:
-            progress(done, total)
-
-    with _frozen(task.encoder):
-        _train(task, train, updates, bad, workers, tell)
-        losses = _evaluate(task, val, bad, workers, lambda done: tell(updates + done))
+    job = DecodersJob(encoder, reading, settings, numbers, seed, len(train))
+    total = job.total + -(-len(val) // settings.batch_size)
+    with _frozen(encoder):
+        run_job(job, job.batches(train), ProgressOnly(progress, total))
+        losses = job.evaluate(val, lambda done: progress(job.total + done, total) if progress else None)
     rows: list[Row] = [
         {"metric": "block_reconstruction", "value": loss, "block": block}
         for block, loss in zip(numbers, losses, strict=True)
     ]
     deltas = normalised_deltas(losses, falling_is_better=True)
     rows += delta_rows("block_reconstruction_delta", numbers, deltas)
-    return Reconstruction([{**row, "epochs": settings.epochs} for row in rows], bad.items, task.decoders)
+    return Reconstruction([{**row, "epochs": settings.epochs} for row in rows], job.bad.items, job.decoders)
 
 
-class _Task:
-    """What training and evaluation share."""
+class DecodersJob(GradientJob):
+    """Trains a decoder per block of a frozen encoder."""
 
     def __init__(
         self,
         encoder: Encoder,
-        transform: EvalTransform,
+        reading: PassSettings,
         settings: ReconstructionConfig,
         blocks: Sequence[int],
-        *,
         seed: int,
-        device: torch.device,
-        precision: torch.dtype,
+        images: int,
     ) -> None:
-        self.encoder, self.transform, self.settings, self.blocks = encoder, transform, settings, blocks
-        self.seed, self.device, self.precision = seed, device, precision
-        grid = transform.image_size // encoder.patch_size
+        """images: of the training set."""
+        self.encoder, self.reading, self.settings, self.blocks, self.seed = encoder, reading, settings, blocks, seed
+        self.bad = BadImages(reading.max_bad)
+        # MAE augments by crop and flip only.
+        self.views = ViewsConfig(color=False, blur=False, flip=settings.flip)
+        mean, std = reading.transform.mean, reading.transform.std
+        self.photometric = Photometric(self.views, seed, reading.device, mean=mean, std=std)
+        self.decoders = self._build_decoders()
+        per_epoch = images // settings.batch_size
+        decay = settings.weight_decay
+        super().__init__(
+            "decoders",
+            [group for decoder in self.decoders for group in module_groups(decoder, weight_decay=decay)],
+            warmup_cosine(
+                peak=settings.lr * settings.batch_size / 256,
+                warmup_updates=round(settings.warmup_epochs * per_epoch),
+                total_updates=settings.epochs * per_epoch,
+                end=0.0,  # as in MAE
+            ),
+            OptimizerConfig(betas=(0.9, 0.95)),  # MAE's
+            epochs=settings.epochs,
+            steps_per_epoch=per_epoch,
+            device=reading.device,
+        )
+        self.seen = torch.zeros(len(blocks), device=reading.device)
+
+    def _build_decoders(self) -> list[MAEDecoder]:
+        """One decoder per block, all with the same weights."""
+        encoder, grid = self.encoder, self.reading.transform.image_size // self.encoder.patch_size
         self.num_patches = grid**2
-        self.num_visible = count_visible(self.num_patches, settings.mask_ratio)
+        self.num_visible = count_visible(self.num_patches, self.settings.mask_ratio)
+        pixels, prefix = 3 * encoder.patch_size**2, encoder.num_prefix_tokens
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            first = MAEDecoder(
-                settings.decoder,
-                encoder.embed_dim,
-                grid,
-                3 * encoder.patch_size**2,
-                num_prefix=encoder.num_prefix_tokens,
-            )
+            torch.manual_seed(self.seed)
+            first = MAEDecoder(self.settings.decoder, encoder.embed_dim, grid, pixels, num_prefix=prefix)
             first.apply(init_linear)
             nn.init.normal_(first.mask_token, std=0.02)
-        self.decoders = [deepcopy(first).to(device) for _ in blocks]
+        return [deepcopy(first).to(self.reading.device) for _ in self.blocks]
 
-    def mask(self, epoch: int, sample_B: Tensor, view: int) -> Mask:
+    def batches(self, source: ImageSource) -> Iterator[ViewBatch]:
+        """Random crops of the training images."""
+        size = self.reading.transform.image_size
+        return view_batches(
+            source,
+            [CropGroup(1, size, self.settings.crop_scale, self.views.aspect_ratio)],
+            batch_size=self.settings.batch_size,
+            seed=self.seed,
+            epochs=range(self.settings.epochs),
+            workers=loader_workers(self.reading.workers, source),
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def skip(self, images: Sequence[tuple[str, str]]) -> None:
+        """See `GradientJob`."""
+        for path, reason in images:
+            self.bad.add(path, reason)
+
+    def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
+        """See `GradientJob`."""
+        views = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
+        for number, loss in enumerate(self._losses(views, self._mask(batch.epoch, batch.sample_B, 0))):
+            # Decoder by decoder: the gradients of the sum, with the memory of one.
+            loss.backward()
+            self.seen[number] += loss.detach()
+        return self.seen.sum()
+
+    def check(self) -> None:
+        """See `Job`; names the block."""
+        self._check_finite(self.seen, f"in epoch {-(-self.step // self.steps_per_epoch)}")
+
+    def _mask(self, epoch: int, sample_B: Tensor, view: int) -> Mask:
         """A mask per image, a function of seed, epoch, image and view."""
         sample_B = sample_B.to(self.device, non_blocking=True)
         noise = uniform(self.seed, epoch, Operation.MASK, sample_B, view, count=self.num_patches)
         return draw_mask(noise, self.num_visible)
 
-    def losses(self, images: Tensor, mask: Mask) -> Iterator[Tensor]:
-        """The loss of each decoder in turn, from one pass of the encoder, whose output carries no gradient."""
+    def _losses(self, images: Tensor, mask: Mask) -> Iterator[Tensor]:
+        """The loss of each decoder in turn, from one pass of the encoder without gradient."""
         target = normalize_patches(patchify(images, self.encoder.patch_size))
-        with torch.no_grad(), autocast(self.device, self.precision):
+        with torch.no_grad(), autocast(self.device, self.reading.precision):
             tokens = visible_tokens(self.encoder, images, mask.visible_BK, self.blocks, final_norm=True)
         for decoder, tokens_BLD in zip(self.decoders, tokens, strict=True):
-            with autocast(self.device, self.precision):
+            with autocast(self.device, self.reading.precision):
                 loss = hidden_error(decoder(tokens_BLD, mask.restore_BN), target, mask.hidden_BN)
             yield loss
 
+    @torch.no_grad()
+    def evaluate(self, source: ImageSource, report: Callable[[int], None]) -> list[float]:
+        """Loss of every block over all images. report: batches done."""
+        for decoder in self.decoders:
+            decoder.eval()
+        total, count = torch.zeros(len(self.blocks), dtype=torch.float64), 0
+        transform, workers = self.reading.transform, loader_workers(self.reading.workers, source)
+        batches = crop_batches(source, transform, batch_size=self.settings.batch_size, workers=workers)
+        for done, batch in enumerate(batches, 1):
+            self.skip(batch.bad)
+            if batch.indices:
+                images = transform.normalize(batch.crops.to(self.device, non_blocking=True))
+                # Training uses the masks of view 0.
+                mask = self._mask(0, torch.tensor(batch.indices), 1)
+                # Every image has as many hidden patches, so the mean over images is that over patches.
+                total += len(batch.indices) * torch.stack(list(self._losses(images, mask))).double().cpu()
+                count += len(batch.indices)
+            report(done)
+        if not count:
+            raise DataError(f"{source.name}: no readable image")
+        self._check_finite(total, "on the validation images")
+        return [float(loss) for loss in total / count]
 
-def _train(
-    task: _Task, source: ImageSource, updates: int, bad: BadImages, workers: int, tell: Callable[[int], None]
-) -> None:
-    settings, transform = task.settings, task.transform
-    groups = [
-        group for decoder in task.decoders for group in module_groups(decoder, weight_decay=settings.weight_decay)
-    ]
-    optimizer = adamw(groups, _BETAS)
-    per_epoch = updates // settings.epochs
-    # MAE augments by crop and flip alone.
-    views = ViewsConfig(color=False, blur=False, flip=settings.flip)
-    photometric = Photometric(views, task.seed, task.device, mean=transform.mean, std=transform.std)
-    seen = torch.zeros(len(task.blocks), device=task.device)
-    for step, batch in enumerate(_crops(task, source, views, workers)):
-        for path, reason in batch.bad:
-            bad.add(path, reason)
-        if len(batch.sample_B):
-            set_learning_rate(optimizer, _rate(settings, step, per_epoch))
-            images = photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
-            for number, loss in enumerate(task.losses(images, task.mask(batch.epoch, batch.sample_B, 0))):
-                # One decoder after the other: the gradients are those of the sum, the memory is that of one.
-                loss.backward()
-                seen[number] += loss.detach()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % per_epoch == 0:
-            _check_finite(seen, task.blocks, f"in epoch {batch.epoch + 1}")
-        tell(step + 1)
-
-
-def _crops(task: _Task, source: ImageSource, views: ViewsConfig, workers: int) -> Iterator[ViewBatch]:
-    settings = task.settings
-    return view_batches(
-        source,
-        [CropGroup(1, task.transform.image_size, settings.crop_scale, views.aspect_ratio)],
-        batch_size=settings.batch_size,
-        seed=task.seed,
-        epochs=range(settings.epochs),
-        workers=workers,
-        pin_memory=task.device.type == "cuda",
-    )
-
-
-def _rate(settings: ReconstructionConfig, step: int, per_epoch: int) -> float:
-    """Learning rate of an update; MAE's cosine ends at 0."""
-    return learning_rate(
-        step,
-        peak=settings.lr * settings.batch_size / 256,
-        warmup_updates=round(settings.warmup_epochs * per_epoch),
-        total_updates=settings.epochs * per_epoch,
-        end=0.0,
-    )
-
-
-@torch.no_grad()
-def _evaluate(
-    task: _Task, source: ImageSource, bad: BadImages, workers: int, tell: Callable[[int], None]
-) -> list[float]:
-    """Loss of every block over all images."""
-    for decoder in task.decoders:
-        decoder.eval()
-    total = torch.zeros(len(task.blocks), dtype=torch.float64)
-    count = 0
-    batches = crop_batches(source, task.transform, batch_size=task.settings.batch_size, workers=workers)
-    for done, batch in enumerate(batches):
-        for path, reason in batch.bad:
-            bad.add(path, reason)
-        if batch.indices:
-            images = task.transform.normalize(batch.crops.to(task.device, non_blocking=True))
-            # Training has the masks of view 0.
-            mask = task.mask(0, torch.tensor(batch.indices), 1)
-            # Every image has as many hidden patches, so the mean over images is that over patches.
-            total += len(batch.indices) * torch.stack(list(task.losses(images, mask))).double().cpu()
-            count += len(batch.indices)
-        tell(done + 1)
-    if not count:
-        raise DataError(f"{source.name}: no readable image")
-    _check_finite(total, task.blocks, "on the validation images")
-    return [float(loss) for loss in total / count]
+    def _check_finite(self, losses_K: Tensor, when: str) -> None:
+        """Sync point: once per epoch."""
+        broken = (~losses_K.isfinite()).nonzero().flatten().tolist()
+        if broken:
+            raise DivergenceError(
+                f"the reconstruction loss of block {self.blocks[broken[0]]} is not finite {when}; lower "
+                "reconstruction.lr, use --precision fp32, or check the encoder"
+            )
 
 
 @contextmanager
 def _frozen(encoder: Encoder) -> Iterator[None]:
-    """Evaluation mode, put back at the end."""
+    """Evaluation mode, restored at the end."""
     training = encoder.training
     encoder.eval()
     try:
@@ -256,22 +244,12 @@ def _frozen(encoder: Encoder) -> Iterator[None]:
 
 
 def check_maskable(architecture: Architecture | BackboneArchitecture, image_size: int) -> None:
-    """Raise ConfigError for an encoder, or for images, of which no patches can be hidden."""
+    """Raise ConfigError for an encoder or images whose patches cannot be hidden."""
     if not isinstance(architecture, Architecture):
         raise ConfigError(
-            f"{architecture.name} is no plain vision transformer: patches cannot be hidden from it, so there "
-            "is no reconstruction loss; leave --reconstruction out"
+            f"{architecture.name} is no plain vision transformer: patches cannot be hidden from it, so there is no "
+            "reconstruction loss; leave --reconstruction out"
         )
     architecture.check_size(image_size, "the image size")
     if image_size == architecture.patch_size:
         raise ConfigError(f"images of {image_size} pixels are a single patch, too few to hide any")
-
-
-def _check_finite(losses_K: Tensor, blocks: Sequence[int], when: str) -> None:
-    """Sync point: once per epoch."""
-    broken = (~losses_K.isfinite()).nonzero().flatten().tolist()
-    if broken:
-        raise DivergenceError(
-            f"the reconstruction loss of block {blocks[broken[0]]} is not finite {when}; lower the learning rate of "
-            "the decoders, use --precision fp32, or check the encoder"
-        )

@@ -1,4 +1,4 @@
-"""What every block of an encoder is worth: k-NN, feature statistics, and where contrastive heads belong (Fig. 3)."""
+"""Scores of every block of an encoder: k-NN, feature statistics, and where contrastive heads belong (Fig. 3)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -21,7 +21,7 @@ class FeatureStatistics(NamedTuple):
     mean: float
     """Average over features of each one's mean (Table 14)."""
     variance: float
-    """Average over features of each one's variance (Table 14); that of the population, ddof 0."""
+    """Average over features of each one's variance (Table 14), ddof 0."""
     effective_rank: float
     """exp of the entropy of the covariance's normalised eigenvalues (Roy & Vetterli 2007), between 1 and D."""
 
@@ -41,10 +41,10 @@ def analyze_blocks(
     """k-NN accuracy and feature statistics of every block, and what each block adds (Fig. 3b, Fig. 3d, Table 14).
 
     train, test: features of the blocks in ascending order, (N, D) and (M, D) each; blocks: their 1-based numbers, by
-    default 1, 2, .... Without labels (None) train is not read and only the statistics are told. Rows, each with
-    `block`: `block_knn_top1` in percent, as `knn` gives it, with `k` and `tau`; `block_mean`,
-    `block_variance` and `block_effective_rank` of the test images; `block_knn_delta`, the gain over the block before,
-    from the second block on, see `normalised_deltas`.
+    default 1, 2, ... Without labels (None) train is not read, and there are statistics only. Rows, each with `block`:
+    `block_knn_top1` in percent, as from `knn`, with `k` and `tau`; `block_mean`, `block_variance` and
+    `block_effective_rank` of the test images; `block_knn_delta`, the gain over the block before, from the second block
+    on, see `normalised_deltas`.
     Raises ConfigError for k beyond the training set, DataError for features or labels that cannot be used.
     """
     numbers = list(range(1, len(test) + 1)) if blocks is None else list(blocks)
@@ -95,8 +95,8 @@ def feature_statistics(x: Matrix) -> FeatureStatistics:
 def normalised_deltas(values: Sequence[float], *, falling_is_better: bool = False) -> list[float]:
     """Improvement from each value to the next, divided by the largest improvement (Fig. 3d, Appendix C.2).
 
-    falling_is_better: for a loss, an improvement is a decrease. Returns one value less than it gets, at most 1. Where
-    nothing improves, dividing by the largest would turn the signs; the largest worsening is then -1, and without any
+    falling_is_better: for a loss, an improvement is a decrease. Returns one value less than there are, at most 1. If
+    nothing improves, the largest worsening is -1 (dividing by the largest delta would flip the signs); without any
     change all are 0.
     """
     deltas = np.diff(np.asarray(values, dtype=np.float64)) * (-1.0 if falling_is_better else 1.0)
@@ -109,11 +109,11 @@ def normalised_deltas(values: Sequence[float], *, falling_is_better: bool = Fals
 def recommend_heads(knn_by_block: Sequence[float]) -> list[int]:
     """Blocks (1-based) for contrastive heads, from the k-NN accuracy of every block, first to last.
 
-    The paper's are the last 8 of 24 and the last 12 of 32: the later third, rounded up to a multiple of four (4 of 12,
-    where the paper has no model). Heads belong on all blocks of the later part, the best one among them; earlier ones
-    cost time and add nothing (Table 1a). So they start at the first block of that third, or at the best block where
-    that comes before (the first of equals), but never in the first half, whose best block would only say that the
-    curve is flat. They end at the last block. Raises DataError when no accuracy is finite.
+    The paper uses the last 8 of 24 and the last 12 of 32 blocks: the last third, rounded up to a multiple of four (4 of
+    12, where the paper has no model). Heads belong on all later blocks, including the best one; earlier ones cost time
+    and add nothing (Table 1a). So they start at the first block of the last third, or at the best block if that comes
+    before (the first of equals), but never in the first half: a best block there only shows a flat curve. They end at
+    the last block. Raises DataError when no accuracy is finite.
     """
     accuracies = np.asarray(knn_by_block, dtype=np.float64)
     if not np.isfinite(accuracies).any():

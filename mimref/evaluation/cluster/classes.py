@@ -1,4 +1,4 @@
-"""Subsets of classes: which ones are asked for, and their rows."""
+"""Subsets of classes: which are chosen, and their rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,10 @@ from mimref.features.matrix import Matrix
 def choose_classes(asked: str, class_names: Sequence[str] | None, labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Labels of the classes asked for, ascending.
 
-    asked: names or numbers separated by commas, or a text file with one per line, where `#` begins a comment. A name is
-    that of a class folder; if no class is called just that, upper and lower case do not matter. A number that is no
-    class's name is a label. class_names: names of classes 0, 1, ..., or None where only labels are known. labels (N,):
-    of the images; each class chosen must have some.
-    Raises ConfigError for a class that is not there or has no images, for fewer than two classes, and for a file that
+    asked: names or numbers separated by commas, or a text file with one per line, where `#` begins a comment. Names are
+    those of class folders; unless a class has exactly this name, case is ignored. A number that is no class's name is a
+    label. class_names: names of classes 0, 1, ..., or None where only labels are known. labels (N,): of the images.
+    Raises ConfigError for an unknown class or one without images, for fewer than two classes, and for a file that
     cannot be read.
     """
     names = list(class_names or [])
@@ -35,13 +34,13 @@ def choose_classes(asked: str, class_names: Sequence[str] | None, labels: NDArra
 
 
 def subset(x: Matrix, y: NDArray[np.int64], classes: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Rows of x (N, D) and labels of y (N,) that are of the given classes, in the order they have, as new arrays."""
+    """Rows of x (N, D) and labels of y (N,) of the given classes, in their order, as new arrays."""
     rows = np.flatnonzero(np.isin(y, classes)).astype(np.int64)
     return x[rows], y[rows]
 
 
 def _asked(asked: str, names: Sequence[str]) -> list[str]:
-    """The single names of a list or of a file; what is the name of a class is not taken for a file."""
+    """The single names of a list or of a file; a class name is never taken for a file."""
     if asked in names or not _is_file(asked):
         return [part.strip() for part in asked.split(",") if part.strip()]
     try:

@@ -4,17 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mimref.features.config import (
-    EvaluationConfig,
-)
+from mimref.features.config import EvaluationConfig
 
 
 class ClusterConfig(EvaluationConfig):
-    """Everything `mimref cluster` can be told."""
+    """All settings of `mimref cluster`."""
 
     command = "cluster"
     metrics: Annotated[list[str], Field(min_length=1)] = ["acc", "nmi", "ami", "ari", "sil", "dbs"]
-    """Of the clusters: acc, nmi, ami, ari; of the classes: sil (silhouette), dbs (Davies-Bouldin)."""
+    """Of clusters: acc, nmi, ami, ari; of classes: sil (silhouette), dbs (Davies-Bouldin)."""
     runs: int = Field(default=100, gt=0)
     """Mini-batch k-means runs."""
     split: Literal["train", "val"] = "val"

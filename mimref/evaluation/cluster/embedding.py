@@ -23,16 +23,16 @@ def check_count(images: int) -> None:
 def umap_embedding(x: Matrix, *, seed: int) -> NDArray[np.float32]:
     """UMAP of features x (N, D), scaled to unit length here, with the defaults of umap-learn. Returns (N, 2).
 
-    A function of the features and the seed, on one machine; a fixed seed means a single thread. Importing umap-learn
-    and compiling its code takes some 10 s.
+    Deterministic in features and seed on one machine; runs in a single thread. Importing umap-learn and compiling its
+    code takes about 10 s.
     Raises DataError for features that cannot be used, and for too few images.
     """
     check_features(x, "features")
     check_count(len(x))
-    # In a thread of its own, because numba sets the number of OpenMP threads of the thread that calls it, and with it
-    # torch's, which decides how its products are rounded.
+    # In its own thread: numba sets the number of OpenMP threads of the thread that calls it, and so torch's, which
+    # decides how its products are rounded.
     with warnings.catch_warnings(), ThreadPoolExecutor(1) as pool:
-        # Of numba while it compiles; of one thread for a fixed seed; of identical images, which have no graph.
+        # About numba's compilation, one thread for a fixed seed, and identical images, which have no graph.
         warnings.simplefilter("ignore")
         return pool.submit(_fit, unit_rows(x), seed).result()
 

@@ -1,8 +1,8 @@
-"""Clustering of frozen features by mini-batch k-means, compared with the classes (Appendix C.12)."""
+"""Clustering of frozen features by mini-batch k-means, compared with the classes (Appendix C.12), `mimref cluster`."""
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -32,17 +32,17 @@ from mimref.evaluation.metrics import (
     class_indices,
     cluster_accuracy,
     percent,
+    progress_label,
     row_blocks,
     spread,
     unit_rows,
 )
-from mimref.evaluation.run import EvaluationResult, _label, labels_of, named, open_inputs, prepared
-from mimref.features.inputs import EncoderInputs, Inputs
+from mimref.features.inputs import EncoderInputs, open_inputs, prepare_groups
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Listener, Progress, Silent
-from mimref.results import Row
+from mimref.results import EvaluationResult, Row, named
 
-# Names in results. The first four compare clusters with classes; the last two judge the classes themselves.
+# Names in results. The first four compare clusters with classes, the last two describe the classes themselves.
 NAMES = {
     "acc": "cluster_acc",
     "nmi": "cluster_nmi",
@@ -51,7 +51,13 @@ NAMES = {
     "sil": "silhouette",
     "dbs": "davies_bouldin",
 }
-OF_CLUSTERS = ("acc", "nmi", "ami", "ari")
+# Percent from classes and clusters, both (N,).
+AGREEMENT: dict[str, Callable[..., float]] = {
+    "acc": cluster_accuracy,
+    "nmi": lambda y, labels: percent(normalized_mutual_info_score(y, labels)),
+    "ami": lambda y, labels: percent(adjusted_mutual_info_score(y, labels)),
+    "ari": lambda y, labels: percent(adjusted_rand_score(y, labels)),
+}
 # runs * N * D * clusters below which starting processes takes as long as the runs themselves (1 to 2 s).
 SERIAL_WORK = 2e8
 
@@ -79,17 +85,19 @@ def cluster(
     """Agreement of k-means clusters with the classes, and separation of the classes (Appendix C.12, Tables 3 and 9).
 
     x (N, D): features of the validation images, scaled to unit length here. y (N,): labels, any whole numbers; there
-    are as many clusters as classes. `metrics`: acc, nmi, ami, ari (of clusters: `value` is that of the run with the
-    lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and Davies-Bouldin of the
-    true classes, no clustering involved). In percent, but for Davies-Bouldin.
+    are as many clusters as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the run with the lowest
+    inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and Davies-Bouldin of the true
+    classes, without clustering). In percent, except Davies-Bouldin.
     A run is scikit-learn's MiniBatchKMeans with its defaults (batches of 1024, k-means++) and n_init=1. Runs are spread
-    over `workers` processes (None: all cores), or done here where that is faster; the results are the same.
+    over `workers` processes (None: all cores), or stay in this one where that is faster, with the same results.
     The unit rows are held in memory (float32). Silhouette compares all pairs of images, O(N^2 D), in pieces of up to
-    1 GB: minutes for the 50,000 validation images of ImageNet; the other scores take seconds.
+    1 GB: minutes for the 50,000 validation images of ImageNet. The other scores take seconds.
     Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
     """
     check_metrics(metrics)
-    _check_runs(runs, workers)
+    for option, number in (("runs", runs), ("workers", workers)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{option} = {number}: give at least 1")
     check_features(x, "features", y)
     classes = check_classes(y, "features")
     if len(classes) >= len(x):
@@ -98,16 +106,18 @@ def cluster(
         )
     points = unit_rows(x)
     truth = class_indices(classes, y, "features")
-    of_clusters = [name for name in metrics if name in OF_CLUSTERS]
+    of_clusters = [name for name in metrics if name in AGREEMENT]
     done = _run_all(points, truth, of_clusters, runs, seed, workers, progress) if of_clusters else []
     rows: list[Row] = []
     for name in dict.fromkeys(metrics):
-        if name in OF_CLUSTERS:
+        if name in AGREEMENT:
             best = min(done, key=lambda run: (run.inertia, run.number))
             mean, std = spread([run.scores[name] for run in done])
             rows.append({"metric": NAMES[name], "value": best.scores[name], "mean": mean, "std": std, "runs": runs})
         else:
-            rows.append({"metric": NAMES[name], "value": _class_separation(points, truth, name)})
+            sil = name == "sil"
+            value = percent(silhouette_score(points, truth)) if sil else float(davies_bouldin_score(points, truth))
+            rows.append({"metric": NAMES[name], "value": value})
     return rows
 
 
@@ -116,21 +126,21 @@ def kmeans_run(
 ) -> Run:
     """Run `number` of mini-batch k-means on unit rows x (N, D), scored against classes y (N,).
 
-    The run's randomness is a function of (seed, number).
+    Its randomness is a function of (seed, number).
     """
     state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     model = MiniBatchKMeans(n_clusters=clusters, batch_size=1024, n_init=1, random_state=state)
-    # One thread: the order of sums, and with it the result, must not depend on the process that does the run.
+    # One thread: the order of sums, and so the result, must not depend on the process.
     with threadpool_limits(limits=1), warnings.catch_warnings():
-        # Collapsed features have fewer distinct points than clusters; the scores say so.
+        # Collapsed features have fewer distinct points than clusters; the scores show it.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x)
     labels = model.labels_
-    return Run(number, _inertia(x, model.cluster_centers_, labels), {m: _agreement(y, labels, m) for m in metrics})
+    return Run(number, _inertia(x, model.cluster_centers_, labels), {m: AGREEMENT[m](y, labels) for m in metrics})
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """Raises ConfigError for a metric that `cluster` does not know, and for none at all."""
+    """Raise ConfigError for an unknown metric, and for none."""
     for name in metrics:
         if name not in NAMES:
             raise ConfigError(f"unknown metric {name!r}; choose from {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
@@ -147,7 +157,7 @@ def _run_all(
     workers: int | None,
     progress: Progress | None,
 ) -> list[Run]:
-    """All runs in order of their number, in this process or in several."""
+    """All runs by number, in this process or in several."""
     clusters = int(y.max()) + 1
     jobs = min(workers or own_cores(), runs)
     serial = jobs == 1 or float(runs) * x.size * clusters < SERIAL_WORK
@@ -157,7 +167,7 @@ def _run_all(
     else:
         from joblib import Parallel, delayed
 
-        # Arrays above a megabyte are written once and mapped by all processes.
+        # Arrays above a megabyte are written once and memory-mapped by all processes.
         parallel = Parallel(n_jobs=jobs, backend="loky", max_nbytes="1M", return_as="generator_unordered")
         results = parallel(delayed(kmeans_run)(x, y, metrics, clusters, number, seed) for number in range(runs))
     done: list[Run] = []
@@ -169,37 +179,14 @@ def _run_all(
 
 
 def _inertia(x: NDArray[np.float32], centres: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
-    """scikit-learn sums float32 squares in float32: too coarse to rank runs that are nearly alike."""
+    """In float64: scikit-learn sums in float32, which is too coarse to rank nearly equal runs."""
     centres = centres.astype(np.float64)
     return float(sum(np.square(x[rows] - centres[labels[rows]]).sum() for rows in row_blocks(x)))
 
 
-def _agreement(y: NDArray[np.int64], labels: NDArray[np.integer], metric: str) -> float:
-    if metric == "acc":
-        return cluster_accuracy(y, labels)
-    if metric == "nmi":
-        return percent(normalized_mutual_info_score(y, labels))
-    if metric == "ami":
-        return percent(adjusted_mutual_info_score(y, labels))
-    return percent(adjusted_rand_score(y, labels))
-
-
-def _class_separation(x: NDArray[np.float32], y: NDArray[np.int64], metric: str) -> float:
-    if metric == "sil":
-        return percent(silhouette_score(x, y))
-    return float(davies_bouldin_score(x, y))
-
-
-def _check_runs(runs: int, workers: int | None) -> None:
-    if runs < 1:
-        raise ConfigError(f"runs = {runs}: give at least 1")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers = {workers}: give at least 1")
-
-
 @dataclass(frozen=True)
 class Embedding:
-    """Points in the plane for a figure."""
+    """Points in two dimensions, for a figure."""
 
     points: NDArray[np.float32]
     """(N, 2)."""
@@ -208,38 +195,42 @@ class Embedding:
 
 
 def evaluate_cluster(
-    config: ClusterConfig, *, embed: bool = False, inputs: Inputs | None = None, listener: Listener | None = None
+    config: ClusterConfig, *, embed: bool = False, listener: Listener | None = None
 ) -> tuple[EvaluationResult, Embedding | None]:
-    """Clustering (Appendix C.12) of one split's images; with `embed`, their UMAP embedding too.
+    """Clustering of one split's images; with `embed`, also the UMAP embedding of the last of the blocks asked for.
 
-    Rows as `cluster` makes them, with `model`, `blocks` and `pool`. The embedding is of the
-    last of the blocks asked for. Raises UserError subclasses before the encoder runs where that can be told.
+    Rows as `cluster` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses, before the encoder
+    runs where possible.
     """
     started, listener = time.monotonic(), listener or Silent()
     check_metrics(config.metrics)
-    inputs = inputs or open_inputs(config, listener)
+    inputs = open_inputs(config, listener)
     names = inputs.source(config.split).class_names if isinstance(inputs, EncoderInputs) else None
-    y = labels_of(inputs, config.split)
+    y = inputs.labels(config.split)
+    assert y is not None  # the inputs were opened to have labels
     check_classes(y, config.split)
     classes = None if config.classes is None else choose_classes(config.classes, names, y)
     if embed:
         check_count(len(y) if classes is None else int(np.isin(y, classes).sum()))
     rows: list[Row] = []
     embedding = None
-    groups = prepared(config, inputs, (config.split,))
+    groups = prepare_groups(config, inputs, (config.split,))
     for where, columns in groups if end_group() else []:
-        x, y = inputs.matrix(config.split, columns), labels_of(inputs, config.split)
+        features = inputs.features(config.split)
+        assert features.y is not None
+        x, y = features.matrix(columns), features.y
         if classes is not None:
             x, y = subset(x, y, classes)
+            where = where | {"classes": len(classes)}
         found = cluster(
             x,
             y,
             metrics=config.metrics,
             runs=config.runs,
             seed=config.seed,
-            progress=partial(listener.progress, _label("k-means", where)),
+            progress=partial(listener.progress, progress_label("k-means", where)),
         )
-        rows += named(found, inputs, where | ({"classes": len(classes)} if classes is not None else {}))
+        rows += named(found, inputs.name, where)
     if embed and rows:
         listener.progress("UMAP", 0, 1)
         embedding = Embedding(umap_embedding(x, seed=config.seed), y, names)

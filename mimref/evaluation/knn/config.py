@@ -5,7 +5,7 @@ from mimref.features.config import EvaluationConfig
 
 
 class KnnConfig(EvaluationConfig):
-    """Everything `mimref knn` can be told."""
+    """All settings of `mimref knn`."""
 
     command = "knn"
     k: Numbers = [10]

@@ -1,8 +1,4 @@
-"""Evaluations from a config to rows: find what cannot work before the encoder runs, then apply a protocol.
-
-In a process group all ranks share the passes of the encoder, and k-NN's search. All else is then rank 0's own work; the
-other ranks' results have no rows.
-"""
+"""k-NN classification of frozen features (Appendix C.4): the neighbour search, the votes, and `mimref knn`."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -26,50 +22,48 @@ from mimref.evaluation.metrics import (
     check_features,
     class_indices,
     percent,
+    progress_label,
     row_blocks,
+    split_labels,
     unit_rows,
 )
-from mimref.evaluation.run import EvaluationResult, _label, check_labels, named, open_inputs, prepared
-from mimref.features.inputs import Inputs
+from mimref.features.inputs import open_inputs, prepare_groups
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Listener, Progress, Silent
-from mimref.results import Row
+from mimref.results import EvaluationResult, Row, named
 
 
-def evaluate_knn(
-    config: KnnConfig, *, inputs: Inputs | None = None, listener: Listener | None = None
-) -> EvaluationResult:
-    """k-NN accuracy (Appendix C.4) of the blocks asked for, at every k, from one encoder pass per split.
+def evaluate_knn(config: KnnConfig, *, listener: Listener | None = None) -> EvaluationResult:
+    """k-NN accuracy of the blocks asked for, at every k, from one encoder pass per split.
 
-    inputs: opened before, for several protocols; the config's checkpoint is then not read. Rows as
-    `knn` makes them, with `model`, `blocks` and `pool`. Raises UserError subclasses for a
-    checkpoint, images, blocks or numbers of neighbours that do not fit, before the encoder runs.
+    Rows as `knn` returns them, with `model`, `blocks` and `pool`; in a process group all ranks share the search.
+    Raises UserError subclasses for a checkpoint, images, blocks or a k that do not fit, before the encoder runs.
     """
     started, listener = time.monotonic(), listener or Silent()
-    inputs = inputs or open_inputs(config, listener)
-    train_y, _ = check_labels(inputs)
+    inputs = open_inputs(config, listener)
+    train_y, _ = split_labels(inputs)
     check_neighbours(max(config.k), train_y)
     rows: list[Row] = []
-    for where, columns in prepared(config, inputs):
-        train_y, test_y = check_labels(inputs)
+    for where, columns in prepare_groups(config, inputs):
+        train_y, test_y = split_labels(inputs)
         found = knn(
-            inputs.matrix("train", columns),
+            inputs.features("train").matrix(columns),
             train_y,
-            inputs.matrix("val", columns),
+            inputs.features("val").matrix(columns),
             test_y,
             k=config.k,
             tau=config.tau,
             standardize=config.standardize,
             per_class=config.per_class,
             device=config.device,
-            progress=partial(listener.progress, _label("nearest neighbours", where)),
+            progress=partial(listener.progress, progress_label("nearest neighbours", where)),
         )
-        rows += named(found, inputs, where)
+        rows += named(found, inputs.name, where)
     return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data)
 
 
 def check_neighbours(k: int, y: Labels) -> None:
-    """Find what `knn` would refuse before the encoder has run over all images."""
+    """Raise ConfigError for more neighbours than training images, before the encoder runs."""
     if k > len(y):
         raise ConfigError(f"--k {k} is more than the {len(y)} training images; choose a smaller k")
 
@@ -102,12 +96,12 @@ def knn(
 ) -> list[Row]:
     """Accuracy of weighted k-NN for every k and temperature, from one neighbour search (Appendix C.4).
 
-    train_x (N, D), test_x (M, D); labels are any whole numbers. Matrix are standardised per feature with the training
-    mean and standard deviation, then scaled to unit length; each of the k most cosine-similar training images votes
-    for its class with weight exp(similarity / tau). Rows `knn_top1` and, from five classes on, `knn_top5` (the class
-    has votes, and fewer than five classes have more), in percent, with `k` and `tau`. `per_class` adds for every
-    setting one `knn_top1` per class of the test images (its recall), with `class` (the label) and `images`; `main_rows`
-    leaves these out. Labels and features are the same on all ranks of a process group, see `find_neighbours`.
+    train_x (N, D), test_x (M, D); labels are any whole numbers. Features are standardised with the training mean and
+    standard deviation, then scaled to unit length. Each of the k most cosine-similar training images votes for its
+    class with weight exp(similarity / tau). Rows `knn_top1` and, from five classes on, `knn_top5` (the class has votes,
+    and fewer than five classes have more), in percent, with `k` and `tau`. per_class: for every setting also one
+    `knn_top1` per class of the test images (its recall), with `class` (the label) and `images`; `main_rows` leaves
+    these out. In a process group all ranks pass the same features and labels, see `find_neighbours`.
     Raises ConfigError for k beyond the training set, DataError for features or labels that cannot be used.
     """
     check_features(train_x, "train", train_y)
@@ -159,19 +153,17 @@ def find_neighbours(
 ) -> Neighbours:
     """The k training rows of highest cosine similarity for every test row.
 
-    train_x (N, D) may be memory-mapped: it is read twice, block by block. Rows of exactly equal similarity come in
-    order of their index, so results depend on chunk sizes only where the matmul itself rounds differently.
+    train_x (N, D) may be memory-mapped; it is read twice, in blocks. Rows of equal similarity come in order of their
+    index, so results depend on chunk sizes only where the matmul itself rounds differently.
 
-    In a process group of R > 1 ranks this is a collective operation: every rank must call it with the same arguments.
-    The test rows are cut into chunks of `query_chunk`, as in a single process, and each rank takes a contiguous run of
-    whole chunks; the lengths of two runs differ by one chunk at most, and a run is empty where there are fewer chunks
-    than ranks. Each rank reads all training rows and searches for its own test rows. Every rank knows every run, so no
-    sizes are exchanged: the runs are padded to the longest, gathered by all ranks, and cut again. Whole chunks are what
-    makes this exact: all matrix products have the shapes, and so the rounding, that they have in a single process, and
-    every rank returns what that would with as many threads.
+    In a process group this is a collective operation: every rank must call it with the same arguments. Each rank reads
+    all training rows and searches for a contiguous run of whole chunks of `query_chunk` test rows. Every rank knows
+    every run, so no sizes are exchanged: the runs are padded to the longest, gathered by all ranks, and cut again.
+    Whole chunks make this exact: all matrix products have the shapes, and so the rounding, of a single process with as
+    many threads.
 
     progress: counts this rank's share of the work.
-    Raises ConfigError for k beyond N or a device that is not there, DataError for widths that differ.
+    Raises ConfigError for k beyond N or a missing device, DataError for widths that differ.
     """
     if not 1 <= k <= len(train_x):
         raise ConfigError(f"k = {k} is outside 1 to {len(train_x)}, the number of training images; choose a smaller k")
@@ -207,7 +199,7 @@ def find_neighbours(
 
 
 def _unit_tensor(x: Matrix, mean: NDArray[np.float64] | None, std: NDArray[np.float64] | None) -> Tensor:
-    """`unit_rows` in memory of torch's own: the rounding of small products depends on how their factors are aligned."""
+    """`unit_rows` in torch's own memory: the rounding of small products depends on how their factors are aligned."""
     return torch.from_numpy(unit_rows(x, mean, std)).clone()
 
 
@@ -229,8 +221,8 @@ def label_ranks(
 ) -> dict[tuple[int, float], NDArray[np.int64]]:
     """Rank of every test image's own class among the votes: 0 is a correct prediction, below 5 a top-5 hit.
 
-    train_y (N,), test_y (M,): labels 0..classes-1. Returns (M,) ranks for every (k, tau), in the order asked for. A
-    class without votes has rank `classes`; of classes with equal votes the lower label comes first.
+    train_y (N,), test_y (M,): labels 0..classes-1. Returns (M,) ranks for every (k, tau), in the order given. A class
+    without votes has rank `classes`. Of classes with equal votes the lower label comes first.
     """
     _check_votes(k, tau)
     labels = torch.from_numpy(np.asarray(train_y, dtype=np.int64))
@@ -252,9 +244,9 @@ def label_ranks(
 def _seen_classes(neighbour_y: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, int]:
     """Number the classes among each test image's neighbours from 0, in the order of their labels.
 
-    There are K at most, so that votes cost the same with 1000 classes as with 100. neighbour_y (M, K), truth (M, 1):
-    labels. Returns the numbers in place of both, and how many there may be; a true class that is not among the
-    neighbours' gets the last of them, which nothing votes for.
+    There are at most K, so that votes cost the same with 1000 classes as with 100. neighbour_y (M, K), truth (M, 1):
+    labels. Returns both renumbered, and the number of classes. A true class that is not among the neighbours' gets the
+    last number, which nothing votes for.
     """
     ordered, order = neighbour_y.sort(dim=1)
     first = torch.zeros_like(ordered)
@@ -273,8 +265,8 @@ def neighbour_votes(
     """Votes of every class, exp(similarity / tau) summed over the k nearest, for ascending k.
 
     similarity, neighbour_y (M, K): nearest first, labels 0..classes-1. Yields (k, votes (M, classes) float64); the
-    tensor is updated in place from one k to the next. Votes are relative to the nearest neighbour's, which no
-    comparison notices and which keeps small temperatures from overflowing.
+    tensor is updated in place from one k to the next. Votes are relative to the nearest neighbour's: comparisons stay
+    the same, and small temperatures do not overflow.
     """
     weights = ((similarity.double() - similarity[:, :1].double()) / tau).exp()
     votes = torch.zeros(len(similarity), classes, dtype=torch.float64)
@@ -288,8 +280,8 @@ def neighbour_votes(
 def mean_and_std(x: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and standard deviation (D,) of every feature of x (N, D), in one float64 pass over blocks.
 
-    Blocks are combined by Chan's formula (sums of squares would lose precision). A feature that varies by no more than
-    float32 resolves gets the standard deviation 1, so that rounding is not blown up to a feature.
+    Blocks are combined by Chan's formula (sums of squares would lose precision). A feature that varies less than
+    float32 resolves gets the standard deviation 1, so that rounding errors are not amplified.
     """
     count = 0
     mean = np.zeros(x.shape[1])

@@ -3,10 +3,10 @@
 A similarity and its column are packed into one 64-bit key, whose order is: larger similarity first, then lower column.
 No two keys are equal, so a top-k of keys has a single answer, whatever device or chunk size it is computed with.
 
-Sorting is the expensive part, so most similarities never become keys. Once k columns have been seen, the k-th best of
-them is a bar that later ones must clear. For the first chunk the bar comes from maxima over disjoint groups of columns:
-as the k-th largest of these maxima is matched or beaten by k columns at least, nothing below it is among the k best.
-With a little over 2k groups some 1.3k columns clear it when neighbours come in random order.
+Sorting is expensive, so most similarities never become keys. Once k columns have been seen, the k-th best of them is a
+bar that later ones must clear. For the first chunk the bar comes from maxima over disjoint groups of columns: at least
+k columns reach the k-th largest of these maxima, so nothing below it is among the k best. With a little over 2k groups,
+about 1.3k columns clear it when neighbours come in random order.
 """
 
 import numpy as np
@@ -21,10 +21,10 @@ KEYS_AT_ONCE = 1 << 22
 
 
 def merge_top_k(best: Tensor | None, similarity_MN: Tensor, start: int, k: int) -> Tensor:
-    """The k best keys (M, k) of `best` and of new similarities, best first; fewer while fewer columns were seen.
+    """The k best keys (M, k) of `best` and of new similarities, best first; fewer until k columns were seen.
 
-    best: what earlier columns gave, or None. similarity_MN: float32, of columns start..start+N-1, all above those seen
-    before and below 2^32.
+    best: of earlier columns, or None. similarity_MN: float32, of columns start..start+N-1, above all earlier ones and
+    below 2^32.
     """
     M, N = similarity_MN.shape
     if best is not None and best.shape[1] == k:
@@ -36,12 +36,12 @@ def merge_top_k(best: Tensor | None, similarity_MN: Tensor, start: int, k: int) 
             return _merge_all(best, similarity_MN, start, k)
         clears = similarity_MN >= bar
     flat = clears.view(-1).nonzero()[:, 0]
-    # Where each row's part of `flat` begins; counting along rows of booleans is far slower.
+    # Where each row's part of `flat` begins; counting booleans along rows is far slower.
     edges = torch.searchsorted(flat, torch.arange(M + 1, device=flat.device) * N)
     counts = edges.diff()
     width = int(counts.max())
     if width > N // 4:
-        # Rows of many equal similarities, as those of collapsed features.
+        # Rows of many equal similarities, as of collapsed features.
         return _merge_all(best, similarity_MN, start, k)
     row = torch.repeat_interleave(counts)
     keys = pack(similarity_MN.view(-1).index_select(0, flat), flat - row * N + start)
@@ -65,23 +65,23 @@ def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _reverse_negative(bits: Tensor) -> Tensor:
-    """The bits of floats (int32) order like the floats do, but for negative ones, whose order this reverses."""
+    """The bits of floats (int32) sort like the floats, except negative ones, whose order this reverses."""
     return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
 
 def _group_bar(similarity_MN: Tensor, k: int) -> Tensor | None:
-    """(M, 1) similarities that k columns of a row at least reach; None when the columns are too few for groups."""
+    """(M, 1) similarities that at least k columns of a row reach; None for too few columns to group."""
     size = similarity_MN.shape[1] // (2 * k + 64)
     if size < 2:
         return None
     groups = similarity_MN.shape[1] // size
-    # Neighbouring columns, often of one class, fall into different groups; columns left over only lower the bar.
+    # Neighbouring columns, often of one class, fall into different groups. Columns left over only lower the bar.
     maxima = similarity_MN[:, : groups * size].unflatten(1, (size, groups)).amax(dim=1)
     return largest(maxima, k)[:, -1:]
 
 
 def _merge_all(best: Tensor | None, similarity_MN: Tensor, start: int, k: int) -> Tensor:
-    """`merge_top_k` by way of the keys of all columns, some rows at a time."""
+    """`merge_top_k` through the keys of all columns, some rows at a time."""
     M, N = similarity_MN.shape
     columns = torch.arange(start, start + N, device=similarity_MN.device).expand(M, N)
     step = max(1, KEYS_AT_ONCE // N)
@@ -95,6 +95,6 @@ def _merge_all(best: Tensor | None, similarity_MN: Tensor, start: int, k: int) -
 def largest(values_MN: Tensor, k: int) -> Tensor:
     """The k largest values of every row (all of them where there are fewer), largest first."""
     if values_MN.device.type == "cpu":
-        # numpy sorts whole rows by vector instructions, ten times faster than torch finds the largest on the CPU.
+        # numpy sorts whole rows with vector instructions, ten times faster than torch's top-k on the CPU.
         return torch.from_numpy(np.sort(values_MN.numpy(), axis=1)[:, : -k - 1 : -1].copy())
     return values_MN.topk(min(k, values_MN.shape[1]), dim=1).values

@@ -7,7 +7,7 @@ from mimref.features.config import EvaluationConfig
 
 
 class LowshotConfig(EvaluationConfig):
-    """Everything `mimref lowshot` can be told."""
+    """All settings of `mimref lowshot`."""
 
     command = "lowshot"
     shots: Numbers = [1, 2, 5]
@@ -15,4 +15,4 @@ class LowshotConfig(EvaluationConfig):
     splits: int | None = Field(default=None, gt=0)
     """Draws of the training images; None: 3, or 20 from fewer than 10,000 images."""
     split_files: list[str] = []
-    """Files with one image file name per line (the format of MSN's splits), in place of draws."""
+    """Files with one image file name per line (the format of MSN's splits), instead of draws."""

@@ -16,21 +16,32 @@ from mimref.distributed.group import end_group
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.lowshot.config import LowshotConfig
 from mimref.evaluation.lowshot.split_files import read_split_files
-from mimref.evaluation.metrics import accuracy, check_classes, check_features, class_indices, row_blocks, spread
-from mimref.evaluation.run import EvaluationResult, _label, check_labels, named, open_inputs, prepared
-from mimref.features.inputs import EncoderInputs, Inputs
+from mimref.evaluation.metrics import (
+    accuracy,
+    check_classes,
+    check_features,
+    class_indices,
+    progress_label,
+    row_blocks,
+    split_labels,
+    spread,
+)
+from mimref.features.inputs import EncoderInputs, open_inputs, prepare_groups
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Listener, Progress, Silent
-from mimref.results import Row
+from mimref.results import EvaluationResult, Row, named
 
 # The protocol of MSN and DINO: lambda = LAMBDA / (number of training images).
 LAMBDA = 0.00025
 TOLERANCE = 1e-3
 MAX_EPOCHS = 300
+METRIC = "lowshot_top1"
 PROTOCOL = "logistic regression"
-"""`protocol` in results: the low-shot rows of MIM models in Table 2 are fine-tuned, and do not compare."""
-# Epochs between two checks of the duality gap, which decides when the solver stops; cyanure's own default is 5.
+"""`protocol` in results. The low-shot results of MIM models in Table 2 are fine-tuned, and not comparable."""
+# Epochs between two checks of the duality gap, which decides when the solver stops; cyanure's default is 5.
 GAP_INTERVAL = 10
+# With fewer training images, a low-shot result depends on the draw: 20 draws as in DINO, else 3.
+MANY_IMAGES = 10_000
 
 
 def lowshot(
@@ -46,13 +57,12 @@ def lowshot(
 ) -> list[Row]:
     """Top-1 accuracy in percent of logistic regression on `shots` training images per class (Appendix C.5).
 
-    train_x (N, D), test_x (M, D); labels are any whole numbers. `splits` draws per number of shots depend on `seed`,
-    the split's number, the shots and the labels only, so different encoders see the same images. Lists of training
-    indices in place of a number (files hold them, see `read_split_files`) are used as they are; `shots` is
-    then their (rounded mean) number of images per class. The test rows are read in blocks, once per split.
-    Rows, all `lowshot_top1` with `protocol`, `logistic regression`: per shots first one with `value` = `mean`, `std`
-    (ddof 1; 0 for one split) and `splits` (see `main_rows`), then one per `split`.
-    Raises DataError for a class with too few images and for features or labels that cannot be used.
+    train_x (N, D), test_x (M, D); labels are any whole numbers. splits: draws per number of shots, which depend on
+    `seed`, the split's number, the shots and the labels only, so that different encoders see the same images; or lists
+    of training indices (see `read_split_files`), for which `shots` becomes the rounded mean number of images per class.
+    The test rows are read in blocks, once per split. Rows, all `lowshot_top1` with `protocol`: per number of shots
+    first one with `value` = `mean`, `std` (ddof 1; 0 for one split) and `splits` (see `main_rows`), then one per
+    `split`. Raises DataError for a class with too few images and for features or labels that cannot be used.
     """
     check_features(train_x, "train", train_y)
     check_features(test_x, "test", test_y)
@@ -76,31 +86,22 @@ def lowshot(
             done += 1
             if progress is not None:
                 progress(done, total)
-        rows += _rows(count, scores)
+        mean, std = spread(scores)
+        common: Row = {"shots": count, "protocol": PROTOCOL}
+        rows.append({"metric": METRIC, "value": mean, **common, "mean": mean, "std": std, "splits": len(scores)})
+        rows += [{"metric": METRIC, "value": score, **common, "split": split} for split, score in enumerate(scores)]
     return rows
-
-
-def _rows(shots: int, scores: Sequence[float]) -> list[Row]:
-    mean, std = spread(scores)
-    setting: Row = {"shots": shots, "protocol": PROTOCOL}
-    main: Row = {"metric": "lowshot_top1", "value": mean, **setting, "mean": mean, "std": std, "splits": len(scores)}
-    return [main, *({"metric": "lowshot_top1", "value": s, **setting, "split": i} for i, s in enumerate(scores))]
 
 
 def draw_split(y: Labels, shots: int, *, split: int, seed: int) -> NDArray[np.int64]:
     """Indices (C * shots,) of `shots` images per class, class by class, drawn without replacement.
 
-    y (N,): labels. The draw is a function of (seed, split, shots) and the labels.
-    Raises DataError for a class with fewer images than `shots`.
+    y (N,): labels; every class has enough images. The draw is a function of (seed, split, shots) and the labels.
     """
     rng = np.random.default_rng([seed, split, shots])
     picks = []
     for label in np.unique(y):
         members = np.flatnonzero(y == label)
-        if len(members) < shots:
-            raise DataError(
-                f"class {label} has {len(members)} training images, {shots} shots need as many; lower the shots"
-            )
         picks.append(rng.choice(members, shots, replace=False))
     return np.concatenate(picks)
 
@@ -108,16 +109,16 @@ def draw_split(y: Labels, shots: int, *, split: int, seed: int) -> NDArray[np.in
 def fit_logistic(x: NDArray[np.float64], y: Labels, classes: int) -> NDArray[np.float64]:
     """Weights (D, classes) of multinomial logistic regression without intercept, by cyanure.
 
-    x (n, D): rows, normalised by the caller. y (n,): labels 0..classes-1, all present. The objective is
+    x (n, D): normalised rows. y (n,): labels 0..classes-1, all present. The objective is
     mean cross-entropy + LAMBDA / (2 n) * |W|^2, solved to a relative duality gap of TOLERANCE or for MAX_EPOCHS. Two
-    classes are fitted by the binary logistic loss with one weight vector w, returned as (-w, w) / 2.
+    classes use the binary logistic loss with one weight vector w, returned as (-w, w) / 2.
     """
-    # Importing cyanure takes a while, and it is of no use to the other protocols.
+    # Slow to import, and not needed by the other protocols.
     from cyanure.estimators import Classifier
 
     binary = classes == 2
     model = Classifier(
-        # cyanure takes `multiclass-logistic` on two classes for the square loss, with no more than a printed line.
+        # On two classes cyanure replaces `multiclass-logistic` by the square loss, with only a printed line.
         loss="logistic" if binary else "multiclass-logistic",
         penalty="l2",
         lambda_1=LAMBDA / len(x),
@@ -133,15 +134,15 @@ def fit_logistic(x: NDArray[np.float64], y: Labels, classes: int) -> NDArray[np.
     with warnings.catch_warnings(), _silent_stderr(), ThreadPoolExecutor(1) as pool:
         # Reaching the last epoch is part of the protocol.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        # In a thread of its own, because cyanure leaves OpenMP's dynamic teams switched on, and the number of threads
-        # at one, in the thread that calls it; torch's matrix products there are then wrong, up to NaN.
+        # In its own thread: cyanure leaves OpenMP's dynamic teams on, and one thread, in the thread that calls it, and
+        # torch's matrix products there become wrong, up to NaN.
         pool.submit(model.fit, x, 2 * y - 1 if binary else y).result()
     coef = np.asarray(model.coef_, dtype=np.float64).reshape(x.shape[1], -1)
     return np.concatenate([-coef, coef], axis=1) / 2 if binary else coef
 
 
 def _predict(x: Matrix, weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Classes (M,) of x (M, D): rows are normalised again for every split rather than all kept in float64."""
+    """Classes (M,) of x (M, D). Normalising rows again for every split costs less than holding all in float64."""
     return np.concatenate([(_unit_rows(x[rows]) @ weights).argmax(axis=1) for rows in row_blocks(x)])
 
 
@@ -164,12 +165,7 @@ def _drawn_splits(
         raise ConfigError(f"splits = {splits}: give at least 1")
     if not len(shots) or min(shots) < 1:
         raise ConfigError(f"shots = {list(shots)}: give one or more numbers of images per class, each at least 1")
-    available = np.bincount(labels, minlength=len(classes))
-    if available.min() < max(shots):
-        raise DataError(
-            f"class {classes[available.argmin()]} has only {available.min()} training images, "
-            f"too few for {max(shots)} shots; lower the shots"
-        )
+    check_shots(shots, classes[labels])
     return {s: [draw_split(labels, s, split=i, seed=seed) for i in range(splits)] for s in dict.fromkeys(shots)}
 
 
@@ -197,7 +193,7 @@ def _given_splits(
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Discard what cyanure's compiled code writes to file descriptor 2; Python's sys.stderr cannot catch it."""
+    """Discard what cyanure's compiled code writes to file descriptor 2, which bypasses Python's sys.stderr."""
     try:
         saved = os.dup(2)
     except OSError:  # the process has no standard error
@@ -213,59 +209,57 @@ def _silent_stderr() -> Iterator[None]:
         os.close(sink)
 
 
-# Fewer training images than this make a low-shot result depend on which are drawn; more draws then (method of DINO).
-MANY_IMAGES = 10_000
+def evaluate_lowshot(config: LowshotConfig, *, listener: Listener | None = None) -> EvaluationResult:
+    """Low-shot logistic regression of the blocks asked for.
 
-
-def evaluate_lowshot(
-    config: LowshotConfig, *, inputs: Inputs | None = None, listener: Listener | None = None
-) -> EvaluationResult:
-    """Low-shot logistic regression (Appendix C.5) of the blocks asked for.
-
-    Rows as `lowshot` makes them, with `model`, `blocks` and `pool`. Raises UserError
-    subclasses as `evaluate_knn` does, also for more shots than a class has images and split files that do not fit.
+    Rows as `lowshot` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses as `evaluate_knn`
+    does, also for more shots than a class has images and split files that do not fit.
     """
     started, listener = time.monotonic(), listener or Silent()
-    inputs = inputs or open_inputs(config, listener)
-    train_y, _ = check_labels(inputs)
+    inputs = open_inputs(config, listener)
+    train_y, _ = split_labels(inputs)
     if not config.split_files:
         check_shots(config.shots, train_y)
     elif not isinstance(inputs, EncoderInputs):
         raise ConfigError("--split-file names images, which --features does not; leave one of them out")
     else:
-        _rows_of_split_files(config, inputs, np.arange(len(train_y)))
+        _read_splits(config, inputs, np.arange(len(train_y)))  # fails early
     rows: list[Row] = []
-    groups = prepared(config, inputs)
+    groups = prepare_groups(config, inputs)
     if not end_group():
         return EvaluationResult(rows, time.monotonic() - started)
-    train_y, test_y = check_labels(inputs)
-    splits: int | list[list[int]] = config.splits or (3 if len(train_y) >= MANY_IMAGES else 20)
+    train_y, test_y = split_labels(inputs)
+    splits: int | list[NDArray[np.int64]] = config.splits or default_splits(len(train_y))
     if config.split_files and isinstance(inputs, EncoderInputs):
-        splits = _rows_of_split_files(config, inputs, inputs.indices("train"))
+        splits = _read_splits(config, inputs, inputs.features("train").indices)
     for where, columns in groups:
         found = lowshot(
-            inputs.matrix("train", columns),
+            inputs.features("train").matrix(columns),
             train_y,
-            inputs.matrix("val", columns),
+            inputs.features("val").matrix(columns),
             test_y,
             shots=config.shots,
             splits=splits,
             seed=config.seed,
-            progress=partial(listener.progress, _label("logistic regressions", where)),
+            progress=partial(listener.progress, progress_label("logistic regressions", where)),
         )
-        rows += named(found, inputs, where)
+        rows += named(found, inputs.name, where)
     return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data)
 
 
-def _rows_of_split_files(config: LowshotConfig, inputs: EncoderInputs, images: Labels) -> list[list[int]]:
-    """Which of the training images, given by their positions in the data set, each of the split files names."""
+def default_splits(images: int) -> int:
+    """Draws of the training images, where the settings leave them open."""
+    return 3 if images >= MANY_IMAGES else 20
+
+
+def _read_splits(config: LowshotConfig, inputs: EncoderInputs, images: Labels) -> list[NDArray[np.int64]]:
+    """Which of the training images (positions in the data set) each split file lists."""
     source = inputs.source("train")
-    names = [source.path(int(index)) for index in images]
-    return [rows.tolist() for rows in read_split_files(config.split_files, names)]
+    return read_split_files(config.split_files, [source.path(int(index)) for index in images])
 
 
 def check_shots(shots: Sequence[int], y: Labels) -> None:
-    """Find what `lowshot` would refuse before the encoder has run over all images."""
+    """Raise DataError for a class of fewer images than shots, before the encoder runs."""
     classes, counts = np.unique(y, return_counts=True)
     if counts.min() < max(shots):
         raise DataError(

@@ -19,11 +19,10 @@ class _Line(NamedTuple):
 def read_split_files(paths: Sequence[str | Path], names: Sequence[str]) -> list[NDArray[np.int64]]:
     """Training indices of the images that each file lists, in its order.
 
-    names (N,): the paths of the training images, as deep as the data set tells them. A line with a folder
-    (`n01440764/n01440764_10026.JPEG`) means the image whose path ends in it, a bare file name the image of that name.
-    Empty lines are skipped. All files are read first, so that one pass over the names finds what they list.
-    Raises DataError for a file that cannot be read or lists nothing, and for a line that names no training image,
-    several of them, or one that an earlier line names.
+    names (N,): paths of the training images. A line with a folder (`n01440764/n01440764_10026.JPEG`) means the image
+    whose path ends in it, a bare file name the image of that name. Empty lines are ignored. All files are read first,
+    so that one pass over the names is enough. Raises DataError for a file that cannot be read or lists nothing, and for
+    a line that names no training image, several of them, or one that an earlier line names.
     """
     files = [(Path(path), _lines(Path(path))) for path in paths]
     wanted = {_base(line.name) for _, lines in files for line in lines}
@@ -70,7 +69,7 @@ def _indices(
 
 
 def _matches(name: str, names: Sequence[str], candidates: Sequence[int]) -> list[int]:
-    """Those of the candidates, whose base name is right, that are in the folder which the line names, if any."""
+    """Candidates (images of the right base name) in the folder that the line names, if any."""
     if "/" not in name:
         return list(candidates)
     name = name.removeprefix("./")

@@ -7,11 +7,14 @@ from pydantic import Field
 from mimref.config.base import Section, Temperatures
 from mimref.features.config import EvaluationConfig
 
+LEARNING_RATES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+"""DINOv2's grid, for a batch of 256 images."""
+
 
 class ProbeTrainingConfig(Section):
     """How linear classifiers are trained (Appendix C.3)."""
 
-    lr: Temperatures = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5]
+    lr: Temperatures = list(LEARNING_RATES)
     """Base learning rates, times (batch size / 256), of one classifier each."""
     epochs: int = Field(default=50, gt=0)
     """Passes over the training images."""
@@ -24,11 +27,11 @@ class ProbeTrainingConfig(Section):
 
 
 class ProbeConfig(EvaluationConfig):
-    """Everything `mimref probe` can be told."""
+    """All settings of `mimref probe`."""
 
     command = "probe"
     final_norm: bool = True
     """Apply the encoder's final norm to the last block's output."""
     cached: bool = False
-    """Train on cached features of centre crops in place of augmented images."""
+    """Train on cached features of centre crops instead of augmented images."""
     probe: ProbeTrainingConfig = ProbeTrainingConfig()

@@ -1,4 +1,4 @@
-"""The cache as a whole: features and listings of images, whether they are sound, and getting rid of them."""
+"""The contents of the cache, features and listings of images: list, verify and delete them."""
 
 import os
 import shutil
@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import Timeout
-
 from mimref.data.index.cache import listings_folder
 from mimref.errors import ConfigError, OutputError
 from mimref.features.cache.store import DamagedFile, Entry
 from mimref.files import cache_folder
-from mimref.locks import acquire, release
+from mimref.locks import Timeout, acquire, release
 
 
 @dataclass(frozen=True)
@@ -32,27 +30,28 @@ class CacheEntry:
 
 
 def feature_folder(chosen: str | None = None) -> Path:
-    """The folder of the feature cache: the one chosen, else the user's."""
+    """The folder of the feature cache: the chosen one, else the user's."""
     return Path(chosen).expanduser() if chosen else cache_folder() / "features"
 
 
 def list_entries(folder: Path) -> list[CacheEntry]:
-    """What the cache holds, in order of writing; unfinished and damaged passes are among it."""
+    """All passes in the cache, unfinished and damaged ones included, in order of writing."""
     return sorted((_describe(path) for path in _folders(folder)), key=lambda entry: entry.written)
 
 
 def clear(folder: Path, keys: Sequence[str] = ()) -> tuple[int, list[str]]:
-    """Delete the passes of these keys (or beginnings of keys), or all; bytes freed, and passes left as they are in use.
+    """Delete the passes with these keys (or beginnings of keys), or all. Returns bytes freed, and passes in use.
 
-    Raises ConfigError for a key that is not there, OutputError for files that cannot be deleted.
+    Raises ConfigError for a key that does not exist, OutputError for files that cannot be deleted.
     """
-    chosen = list(_folders(folder))
+    entries = _folders(folder)
     for key in keys:
-        if not any(path.name.startswith(key) for path in chosen):
-            raise ConfigError(f"cache entry {key!r} is not in {folder}; `mimref cache list` tells what is")
-    chosen = [path for path in chosen if not keys or any(path.name.startswith(key) for key in keys)]
+        if not any(path.name.startswith(key) for path in entries):
+            raise ConfigError(f"cache entry {key!r} is not in {folder}; `mimref cache list` shows all entries")
     freed, busy = 0, []
-    for path in chosen:
+    for path in entries:
+        if keys and not path.name.startswith(tuple(keys)):
+            continue
         lock_file = Entry(path).lock_file
         try:
             lock = acquire(lock_file, 0)
@@ -71,34 +70,34 @@ def clear(folder: Path, keys: Sequence[str] = ()) -> tuple[int, list[str]]:
 
 @dataclass(frozen=True)
 class Listings:
-    """What is known of folders and sets of shards, so that they need not be gone through at every start."""
+    """Cached listings of folders and sets of shards, which save scanning them at every start."""
 
     folder: Path
     count: int
-    """Folders, and sets of shards."""
+    """Folders and sets of shards."""
     bytes: int
 
 
 def listings() -> Listings:
-    """The user's kept listings; there is one place for them, wherever features are kept."""
+    """The user's cached listings; they have one place, wherever features are cached."""
     folder = listings_folder()
     sizes = [path.stat().st_size for path in folder.glob("*.npz")]
     return Listings(folder, len(sizes), sum(sizes))
 
 
 def clear_listings() -> int:
-    """Delete the kept listings; bytes freed. Raises OutputError for files that cannot be deleted."""
-    kept = listings()
-    for path in kept.folder.glob("*"):
+    """Delete the cached listings. Returns bytes freed. Raises OutputError for files that cannot be deleted."""
+    cached = listings()
+    for path in cached.folder.glob("*"):
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"{path} cannot be deleted: {error.strerror or error}") from error
-    return kept.bytes
+    return cached.bytes
 
 
 def damaged_files(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Key of every pass and the names of its damaged files, one pass after the other."""
+    """Key and names of damaged files, pass by pass."""
     for path in _folders(folder):
         yield path.name, Entry(path).damaged()
 
@@ -117,10 +116,10 @@ def _describe(path: Path) -> CacheEntry:
         return CacheEntry(path.name, "", "", 0, "unfinished", size, "")
     about = {key: str(value) for key, value in facts["about"].items()}
     data = f"{about.get('data', '')} {about.get('split', '')}".strip()
-    names = f"{len(facts['columns'])} x {facts['dtype']}" + (", more under way" if (path / "partial").is_dir() else "")
-    return CacheEntry(
-        path.name, about.get("model", ""), data, int(facts["rows"]), names, size, about.get("written", "")
-    )
+    more = ", more under way" if (path / "partial").is_dir() else ""
+    columns = f"{len(facts['columns'])} x {facts['dtype']}{more}"
+    model, written = about.get("model", ""), about.get("written", "")
+    return CacheEntry(path.name, model, data, int(facts["rows"]), columns, size, written)
 
 
 def _bytes(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""A pass of an encoder on its way to the feature cache: rows are appended batch by batch, and survive a kill."""
+"""A running pass on its way to the feature cache: rows are appended batch by batch and survive a kill."""
 
 import json
 import os
@@ -26,12 +26,12 @@ _CHUNK = 1 << 24
 
 
 class UnusableFolder(Exception):
-    """A cache folder that cannot be written, with the reason."""
+    """The reason why a cache folder cannot be written."""
 
 
 @dataclass(frozen=True)
 class _Reached:
-    """How far a pass has come; replaced as a whole, so that it is consistent whenever the pass is interrupted."""
+    """How far a pass has come. Replaced, never changed, so that it is consistent at any interruption."""
 
     done: int
     """Position in the data set."""
@@ -42,7 +42,7 @@ class _Reached:
 
 
 class PartialPass:
-    """The files of a pass under way: rows are appended batch by batch, and `progress.json` says up to where."""
+    """The files of a running pass; `progress.json` says how far they are valid."""
 
     def __init__(self, folder: Path, columns: Sequence[Column], dtype: str, total: int) -> None:
         self.folder, self.total = folder, total
@@ -53,7 +53,7 @@ class PartialPass:
         self._saved_s = 0.0
 
     def resume(self) -> int:
-        """Take over what an interrupted pass has left, if it is of the same columns and sound; position to go on at."""
+        """Continue an interrupted pass of the same columns if it is intact. Returns the position to continue at."""
         try:
             left = json.loads((self.folder / "progress.json").read_text())
             if left["names"] != self.names or left["dtype"] != self.dtype.name or left["total"] != self.total:
@@ -74,7 +74,7 @@ class PartialPass:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the files open; whatever ends the block, what was appended so far is there for `resume`."""
+        """Hold the files open. However the block ends, `resume` finds what was appended."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._files = {name: open(self.folder / name, "ab", buffering=0) for name in self.names}  # noqa: SIM115
@@ -104,7 +104,7 @@ class PartialPass:
                 self._check_space(width)
             columns: list[NDArray[Any]] = [np.asarray(batch.indices, dtype=np.int64), *batch.columns]
             for name, values in zip(self.names, columns, strict=True):
-                data = np.ascontiguousarray(self._stored(name, values)).data.cast("B")
+                data = np.ascontiguousarray(self._converted(name, values)).data.cast("B")
                 crc[name] = zlib.crc32(data, crc[name])
                 self._write(name, data)
         rows = before.rows + len(batch.indices)
@@ -120,7 +120,7 @@ class PartialPass:
         except OSError as error:
             raise self._output_error(error) from error
 
-    def _stored(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+    def _converted(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
         if values.dtype == np.int64 or self.dtype == np.float32:
             return values
         if np.abs(values[np.isfinite(values)]).max(initial=0) > np.finfo(np.float16).max:
@@ -136,7 +136,7 @@ class PartialPass:
         if needed > free:
             raise OutputError(
                 f"cache folder {self.folder.parent.parent}: features need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB "
-                "are free; give another --cache DIR, --set cache.dtype=fp16, or --cache off"
+                "are free; choose another --cache DIR, --set cache.dtype=fp16 or --cache off"
             )
 
     def _save(self) -> None:
@@ -145,8 +145,8 @@ class PartialPass:
 
     def _output_error(self, error: OSError) -> OutputError:
         return OutputError(
-            f"cache folder {self.folder.parent.parent}: {error.strerror or error}; free some space and run again (what "
-            "is there is used), or give another --cache DIR or --cache off"
+            f"cache folder {self.folder.parent.parent}: {error.strerror or error}; free some space and run again (it "
+            "resumes), or choose another --cache DIR or --cache off"
         )
 
 

@@ -1,102 +1,55 @@
-"""Features on disk: one pass of an encoder over a data set is done once, and read by every later evaluation.
+"""Features on disk: an encoder's pass over a data set runs once, and every later evaluation reads it.
 
-A pass is identified by what its numbers depend on (`pass_spec`); its folder holds one file of raw numbers per column,
-which is memory-mapped when read, and `entry.json`, which is written last and names what is complete, with checksums.
-While a pass goes on, its rows are appended below `partial/`, so memory does not grow with the data set and a killed
-pass goes on where it stopped. A lock lets a second process wait for the first one's result.
+`pass_key` identifies a pass by everything that its numbers depend on. Its folder holds one file of raw numbers per
+column, memory-mapped when read, and `entry.json`, which is written last and lists the complete files with checksums.
+While a pass runs, its rows are appended below `partial/`: memory does not grow with the data set, and an interrupted
+pass resumes. A lock makes a second process wait for the first one's result.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from mimref.errors import DataError, OutputError
 from mimref.features.cache.partial import DTYPES, INDICES, PartialPass, UnusableFolder, checksum
-from mimref.features.encode import Batch, Column
+from mimref.features.encode import Batch, Column, Features, gather
 from mimref.files import write_bytes
-from mimref.locks import acquire
-from mimref.progress import Progress
+from mimref.locks import Timeout, acquire
+from mimref.progress import Listener, Progress
 
-# While another process computes what is wanted, other ranks are told so now and then.
-TELL_EVERY_S = 60.0
+# How often a process that waits for another one's features calls `waiting`.
+WAITING_EVERY_S = 60.0
 # To be raised when the same settings give other numbers than before.
 FORMAT = 1
 _KEYS = {"spec", "about", "dtype", "rows", "bad", "indices", "columns"}
 
 Pass = Callable[[list[Column], int], Iterator[Batch]]
 """Runs the encoder for some columns, from a position in the data set on."""
-Notice = Callable[[str], None]
-
-
-@dataclass
-class Stored:
-    """Columns of a pass, memory-mapped or in memory: rows are the readable images, in data order."""
-
-    columns: dict[Column, NDArray[Any]]
-    """(N, D) each, float32 or float16."""
-    indices: NDArray[np.int64]
-    """(N,) position of every row in the data set."""
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    """Path and reason of every image that could not be read."""
 
 
 class DamagedFile(Exception):
-    """A file that is not what `entry.json` says."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+    """A file that differs from what `entry.json` says, by name."""
 
 
-def pass_spec(
-    *,
-    weights: str,
-    architecture: Mapping[str, Any],
-    data: str,
-    images: int,
-    transform: Mapping[str, Any],
-    precision: str,
-) -> dict[str, Any]:
-    """What a pass's numbers depend on, for JSON.
-
-    weights, data: fingerprints of the weights and of the images. precision: of the encoder's arithmetic.
-    """
-    return {
-        "format": FORMAT,
-        "weights": weights,
-        "architecture": dict(architecture),
-        "data": data,
-        "images": images,
-        "transform": dict(transform),
-        "precision": precision,
-    }
-
-
+@dataclass(frozen=True)
 class FeatureCache:
-    """A folder of passes; with `folder` None, features live in memory alone."""
+    """A folder of passes."""
 
-    def __init__(
-        self,
-        folder: Path | None,
-        *,
-        dtype: str = "fp32",
-        note: Notice | None = None,
-        waiting: Callable[[], None] | None = None,
-    ) -> None:
-        """waiting: called every minute while another process computes what is wanted."""
-        self.folder, self.dtype, self._waiting = folder, dtype, waiting
-        self.note: Notice = note or (lambda message: None)
+    folder: Path
+    listener: Listener
+    dtype: str = "fp32"
+    waiting: Callable[[], None] = lambda: None
+    """Called every minute while another process computes the features."""
 
     def columns(
         self,
@@ -107,67 +60,63 @@ class FeatureCache:
         also: Sequence[Column] = (),
         about: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
-    ) -> Stored:
-        """The wanted columns of a pass, from disk where they are complete and sound, else from one run of the encoder.
+    ) -> Features:
+        """The wanted columns of a pass, without labels: from disk, else from one run of the encoder.
 
-        That run stores `also` as well. about: what `mimref cache list` tells of the pass. progress: images done.
-        A folder that cannot be written is told, and the features are kept in memory. Raises OutputError when the disk
-        is full (what is there is used by the next try), ConfigError for features beyond fp16, DataError without any
-        readable image.
+        spec: what the numbers depend on, for JSON, with `images`, their number. That run caches `also` as well. about:
+        what `mimref cache list` shows. A folder that cannot be written is reported, and the features stay in memory.
+        Raises OutputError when the disk is full (the next run resumes), ConfigError for features beyond fp16, DataError
+        without any readable image.
         """
-        total = int(spec["images"])
-        if self.folder is None:
-            return _in_memory(wanted, run_pass(list(wanted), 0), total, progress)
+        about = about or {}
         entry = Entry(self.folder / pass_key(spec, self.dtype), self.dtype)
         with suppress(DamagedFile):
-            stored = entry.read(wanted)
-            if stored is not None:
-                return stored
+            if found := entry.read(wanted):
+                return found
         try:
             with self._locked(entry):
-                # Another process may have written them while this one waited.
-                stored = self._read_sound(entry, wanted)
-                if stored is None:
-                    known = entry.known()
-                    missing = list(dict.fromkeys(c for c in [*wanted, *also] if c.name not in known))
-                    entry.extend(missing, run_pass, spec, about or {}, progress=progress, note=self.note)
-                    stored = entry.read(wanted)
+                # Another process may have written them meanwhile.
+                found = self._read_intact(entry, wanted)
+                if found is None:
+                    known = entry.column_names()
+                    missing = [column for column in dict.fromkeys([*wanted, *also]) if column.name not in known]
+                    entry.extend(missing, run_pass, spec, about, progress=progress, listener=self.listener)
+                    found = entry.read(wanted)
         except UnusableFolder as reason:
-            self.note(f"cache folder {self.folder} cannot be written ({reason}); features are kept in memory")
-            return _in_memory(wanted, run_pass(list(wanted), 0), total, progress)
-        assert stored is not None
-        return stored
+            self.listener.note(f"cache folder {self.folder} cannot be written ({reason}); features stay in memory")
+            name = str(about.get("data", "the data set"))
+            return gather(run_pass(list(wanted), 0), wanted, int(spec["images"]), name, progress)
+        assert found is not None
+        return found
 
-    def _read_sound(self, entry: "Entry", wanted: Sequence[Column]) -> Stored | None:
-        """What can be read after damaged files are dropped; the lock is held."""
+    def _read_intact(self, entry: "Entry", wanted: Sequence[Column]) -> Features | None:
+        """What can be read once damaged files are dropped; the caller holds the lock."""
         try:
             return entry.read(wanted)
         except DamagedFile as damage:
-            self.note(f"cached features in {entry.folder} are damaged ({damage}); they are computed again")
-            entry.forget(damage.name)
-            return self._read_sound(entry, wanted)
+            self.listener.note(f"cached features in {entry.folder} are damaged ({damage}); computing them again")
+            entry.drop(str(damage))
+            return self._read_intact(entry, wanted)
 
     @contextmanager
     def _locked(self, entry: "Entry") -> Iterator[None]:
-        with ExitStack() as stack:
+        lock, timeout_s = None, 0.0
+        while lock is None:
             try:
                 entry.folder.mkdir(parents=True, exist_ok=True)
-                stack.callback(self._wait_for(entry.lock_file).release)
+                lock = acquire(entry.lock_file, timeout_s)
+            except Timeout:
+                if timeout_s:
+                    self.waiting()
+                else:
+                    self.listener.note(f"waiting for another process to compute these features ({entry.lock_file})")
+                timeout_s = WAITING_EVERY_S
             except OSError as error:
                 raise UnusableFolder(error.strerror or str(error)) from error
-            yield
-
-    def _wait_for(self, file: Path) -> FileLock:
         try:
-            return acquire(file, 0)
-        except Timeout:
-            self.note(f"another process computes these features; waiting for it ({file})")
-        while True:
-            try:
-                return acquire(file, TELL_EVERY_S)
-            except Timeout:
-                if self._waiting:
-                    self._waiting()
+            yield
+        finally:
+            lock.release()
 
 
 def pass_key(spec: Mapping[str, Any], dtype: str) -> str:
@@ -183,27 +132,26 @@ class Entry:
         self.lock_file = folder.parent / f"{folder.name}.lock"
         self._dtype = dtype
 
-    def read(self, wanted: Sequence[Column]) -> Stored | None:
+    def read(self, wanted: Sequence[Column]) -> Features | None:
         """The columns, or None when one is missing. Raises DamagedFile for a file that is not what was written."""
         facts = self.facts()
         if facts is None or any(column.name not in facts["columns"] for column in wanted):
             return None
-        rows = int(facts["rows"])
+        rows, dtype = int(facts["rows"]), DTYPES[facts["dtype"]]
         indices = self._map(INDICES, facts["indices"], (rows,), np.dtype(np.int64))
-        dtype = DTYPES[facts["dtype"]]
         columns = {}
         for column in wanted:
-            kept = facts["columns"][column.name]
-            columns[column] = self._map(column.name, kept, (rows, int(kept["width"])), dtype)
-        return Stored(columns, np.asarray(indices), [(path, reason) for path, reason in facts["bad"]])
+            written = facts["columns"][column.name]
+            columns[column] = self._map(column.name, written, (rows, int(written["width"])), dtype)
+        return Features(columns, np.asarray(indices), bad=[(path, reason) for path, reason in facts["bad"]])
 
-    def known(self) -> set[str]:
+    def column_names(self) -> set[str]:
         """Names of the complete columns."""
         facts = self.facts()
         return set() if facts is None else set(facts["columns"])
 
     def facts(self) -> dict[str, Any] | None:
-        """What `entry.json` says; None where there is none. Raises DamagedFile when it cannot be understood."""
+        """The content of `entry.json`, None without one. Raises DamagedFile when it is not valid."""
         try:
             facts: dict[str, Any] = json.loads((self.folder / "entry.json").read_text())
             if facts["rows"] > 0 and facts["dtype"] in DTYPES and facts.keys() >= _KEYS and facts["columns"].keys():
@@ -215,23 +163,21 @@ class Entry:
             raise DamagedFile("entry.json") from error
 
     def damaged(self) -> list[str]:
-        """Names of the files that are not what was written."""
+        """Names of the files that differ from what was written."""
         try:
             facts = self.facts()
         except DamagedFile as damage:
-            return [damage.name]
-        if facts is None:
-            return []
+            return [str(damage)]
         found = []
-        for name, kept in [(INDICES, facts["indices"]), *facts["columns"].items()]:
+        for name, written in [] if facts is None else [(INDICES, facts["indices"]), *facts["columns"].items()]:
             try:
-                self._check(name, kept, None)
-            except DamagedFile as damage:
-                found.append(damage.name)
+                self._check(name, written)
+            except DamagedFile:
+                found.append(name)
         return found
 
-    def forget(self, name: str) -> None:
-        """Drop a damaged file; all of them when it is one that all depend on."""
+    def drop(self, name: str) -> None:
+        """Forget a damaged file, and all others if they depend on it."""
         try:
             facts = self.facts()
         except DamagedFile:
@@ -254,19 +200,20 @@ class Entry:
         about: Mapping[str, Any],
         *,
         progress: Progress | None,
-        note: Notice,
+        listener: Listener,
     ) -> None:
-        """Run the encoder and add `columns`; the lock is held by the caller."""
+        """Run the encoder and add `columns`; the caller holds the lock."""
         assert self._dtype is not None
-        partial = PartialPass(self.folder / "partial", columns, self._dtype, int(spec["images"]))
+        images = int(spec["images"])
+        partial = PartialPass(self.folder / "partial", columns, self._dtype, images)
         start = partial.resume()
         if start:
-            note(f"an unfinished pass of the encoder goes on at image {start:,} of {spec['images']:,}")
+            listener.note(f"resuming an unfinished pass of the encoder at image {start:,} of {images:,}")
         with partial.writing():
             for batch in run_pass(columns, start):
                 partial.append(batch)
                 if progress:
-                    progress(batch.end, int(spec["images"]))
+                    progress(batch.end, images)
         self._adopt(partial, spec, about)
 
     def _adopt(self, partial: PartialPass, spec: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -277,7 +224,7 @@ class Entry:
             raise DataError(f"{about.get('data', 'the data set')}: no readable image")
         old = self.facts()
         indices = {"crc32": found.crc[INDICES]}
-        # An image that has become unreadable since shifts all rows: what was stored before does not go with the new.
+        # An image that has become unreadable since shifts all rows; the older columns no longer fit the new ones.
         columns = dict(old["columns"]) if old and old["indices"] == indices and old["rows"] == found.rows else {}
         for name in partial.names:
             os.replace(partial.folder / name, self.folder / name)
@@ -298,38 +245,18 @@ class Entry:
     def _write_facts(self, facts: Mapping[str, Any]) -> None:
         write_bytes(self.folder / "entry.json", json.dumps(facts, indent=1, default=str).encode())
 
-    def _map(self, name: str, kept: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        self._check(name, kept, int(np.prod(shape)) * dtype.itemsize)
+    def _map(self, name: str, written: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        self._check(name, written)
         try:
+            if os.path.getsize(self.folder / name) != int(np.prod(shape)) * dtype.itemsize:
+                raise DamagedFile(name)
             return np.memmap(self.folder / name, dtype, "r", shape=shape)
         except (OSError, ValueError) as error:
             raise DamagedFile(name) from error
 
-    def _check(self, name: str, kept: Mapping[str, Any], size: int | None) -> None:
+    def _check(self, name: str, written: Mapping[str, Any]) -> None:
         try:
-            if size is not None and os.path.getsize(self.folder / name) != size:
-                raise DamagedFile(name)
-            if checksum(self.folder / name) != kept["crc32"]:
+            if checksum(self.folder / name) != written["crc32"]:
                 raise DamagedFile(name)
         except (OSError, KeyError, TypeError) as error:
             raise DamagedFile(name) from error
-
-
-def _in_memory(columns: Sequence[Column], batches: Iterator[Batch], total: int, progress: Progress | None) -> Stored:
-    kept: list[NDArray[Any]] = []
-    indices: list[int] = []
-    bad: list[tuple[str, str]] = []
-    for batch in batches:
-        bad += batch.bad
-        if batch.indices:
-            # Made once at full size: joining batches at the end would hold everything twice.
-            kept = kept or [np.empty((total, values.shape[1]), dtype=np.float32) for values in batch.columns]
-            for array, values in zip(kept, batch.columns, strict=True):
-                array[len(indices) : len(indices) + len(values)] = values
-            indices += batch.indices
-        if progress:
-            progress(batch.end, total)
-    if not indices:
-        raise DataError("no readable image")
-    rows = {column: array[: len(indices)] for column, array in zip(columns, kept, strict=True)}
-    return Stored(rows, np.asarray(indices, dtype=np.int64), bad)
