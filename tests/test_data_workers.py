@@ -17,8 +17,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from mimref.data import workers
-from mimref.data.crops import CropBatch, crop_batches
-from mimref.data.loader import ViewBatch, view_batches
+from mimref.data.loader import CropBatch, ViewBatch, crop_batches, view_batches
 from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup
@@ -174,7 +173,7 @@ def test_other_errors_are_no_dead_workers(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_process_ends_although_it_has_not_finished_reading(tmp_path: Path) -> None:
     script = """
 import numpy as np
-from mimref.data.crops import crop_batches
+from mimref.data.loader import crop_batches
 from mimref.data.open import ArraySource
 from mimref.data.transforms import EvalTransform
 images = np.zeros((40, 8, 8), np.uint8)

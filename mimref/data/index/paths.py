@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from mimref.data.splits import Indices
 
-TAKEN_AT_ONCE = 1 << 14
-"""Paths that are chosen together: every byte of theirs takes 24 meanwhile."""
+CHUNK = 1 << 14
+"""Paths copied per step of `take`: every byte of theirs takes 24 meanwhile."""
 
 
 class PathList(Sequence[str]):
     """Paths as one block of bytes: 8 bytes and the path's length each, where a list of strings takes 60 and more.
 
-    Loader processes share the block: looking a path up writes nothing. Reading a list's strings would write their
-    reference counts, and with them copy page after page of the main process's memory into each worker.
+    Loader processes share the block: reading a path writes nothing. Reading a list's strings would write their
+    reference counts, and so copy page after page of the main process's memory into each worker.
     """
 
     def __init__(self, content: NDArray[np.uint8], ends: Indices) -> None:
@@ -33,18 +33,15 @@ class PathList(Sequence[str]):
         if isinstance(paths, PathList):
             return paths
         encoded = [os.fsencode(path) for path in paths]
-        ends = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(path) for path in encoded], out=ends[1:])
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), _ends(list(map(len, encoded))))
 
     def take(self, rows: Indices) -> "PathList":
         """Some of the paths, in the order of `rows`, each of which is 0 or more."""
         starts, lengths = self.ends[rows], self.ends[rows + 1] - self.ends[rows]
-        ends = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=ends[1:])
+        ends = _ends(lengths)
         content = np.empty(ends[-1], dtype=np.uint8)
-        for first in range(0, len(rows), TAKEN_AT_ONCE):
-            part = slice(first, first + TAKEN_AT_ONCE)
+        for first in range(0, len(rows), CHUNK):
+            part = slice(first, first + CHUNK)
             begin, end = ends[part][0], ends[1:][part][-1]
             # How far every byte moves.
             moved = np.repeat(starts[part] - ends[:-1][part], lengths[part])
@@ -61,9 +58,7 @@ class PathList(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        row = index % len(self)
+        row = range(len(self))[index]
         return os.fsdecode(self.content[self.ends[row] : self.ends[row + 1]].tobytes())
 
     def __iter__(self) -> Iterator[str]:
@@ -73,3 +68,9 @@ class PathList(Sequence[str]):
         """The paths in the file system's encoding."""
         content = self.content.data
         return (bytes(content[start:end]) for start, end in itertools.pairwise(self.ends.tolist()))
+
+
+def _ends(lengths: Sequence[int] | Indices) -> Indices:
+    ends = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=ends[1:])
+    return ends

@@ -5,7 +5,7 @@ Columns: `path`, absolute or relative to the table's folder; `label`, a class na
 test where no row is val. Without `split`, all rows serve training and validation alike, and the validation images stay
 unlabelled.
 
-A path is opened as it is written, `..` and links included: the table is its writer's own list of files, not an archive.
+A path is opened as written, `..` and links included: unlike an archive, a table is the user's own list of files.
 """
 
 import os
@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-from mimref.data.decode import one_line, printable
+from mimref.data.decode import printable, reason_of
 from mimref.data.index.paths import PathList
-from mimref.data.labels import Written
+from mimref.data.labels import RawLabels
 from mimref.data.sources import FileSource, NoSplitError, Split
 from mimref.data.splits import Indices
 from mimref.errors import DataError, did_you_mean
@@ -32,9 +32,9 @@ SPLITS = ("train", "val", "test")
 def open_table(spec: str, split: Split) -> FileSource:
     """The images of a split, in the table's order.
 
-    Classes are the distinct labels of the training rows, in the order of `Written.classes`; where there are no training
-    labels, those of the validation rows. Raises DataError for a table that is unreadable, incomplete or has no image of
-    the split. No image file is looked at.
+    Classes are the distinct labels of the training rows, in the order of `RawLabels.classes`; where there are no training
+    labels, those of the validation rows. No image file is opened. Raises DataError for a table that is unreadable,
+    incomplete or without an image of the split.
     """
     file = os.path.expanduser(spec.removeprefix("list:"))
     where = f"--data {printable(spec)}"
@@ -49,22 +49,21 @@ def open_table(spec: str, split: Split) -> FileSource:
         if own is not None:
             reference = own if split == "train" else _labels(columns["label"], train, where)
             classes = (reference or own).classes()
-            labels = own.numbered(classes, where)
-    # Rows come in order and once: as many as there are paths are all of them.
+            labels = own.encode(classes, where)
+    # Rows are sorted and distinct, so as many as there are paths are all of them.
     chosen = paths if len(rows) == len(paths) else paths.take(rows)
     return FileSource(printable(spec), os.path.dirname(file), chosen, labels, classes)
 
 
 def _read(file: str, where: str) -> dict[str, pa.ChunkedArray]:
-    """The columns that matter, as text where the file is text."""
+    """The known columns, as text where the file is text."""
     kind = os.path.splitext(file)[1].lower()
     if kind not in (".csv", ".parquet"):
-        raise DataError(f"{where}: a list is a .csv or .parquet file, not {kind or 'one without an ending'!r}")
+        raise DataError(f"{where}: a list is a .csv or .parquet file, not {kind or 'one without a suffix'!r}")
     try:
         table = _read_csv(file) if kind == ".csv" else pa.parquet.read_table(file, columns=_present(file))
     except (OSError, pa.ArrowException, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise DataError(f"{where}: the list cannot be read ({reason})") from error
+        raise DataError(f"{where}: the list cannot be read ({reason_of(error)})") from error
     if twice := next((name for name in COLUMNS if table.column_names.count(name) > 1), None):
         raise DataError(f"{where}: has two columns {twice!r}; keep one")
     if "path" not in table.column_names:
@@ -72,7 +71,7 @@ def _read(file: str, where: str) -> dict[str, pa.ChunkedArray]:
         near = did_you_mean("path", names)
         raise DataError(
             f"{where}: has no column 'path'{near} (its columns: {', '.join(map(printable, names)) or 'none'}; "
-            "a comma stands between them in a .csv)"
+            "a .csv separates them by commas)"
         )
     if not table.num_rows:
         raise DataError(f"{where}: has no rows")
@@ -138,8 +137,8 @@ def _rows_of(column: pa.ChunkedArray, split: Split, where: str) -> tuple[Indices
     return chosen, rows["train"]
 
 
-def _labels(column: pa.ChunkedArray, rows: Indices, where: str) -> Written | None:
-    """Labels of some rows; None if not one of them has any. Raises DataError if some have none."""
+def _labels(column: pa.ChunkedArray, rows: Indices, where: str) -> RawLabels | None:
+    """Labels of some rows; None if no row has any. Raises DataError if only some have."""
     kind = column.type
     if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
         raise DataError(f"{where}: column 'label' holds {kind}; labels are class names or whole numbers")
@@ -155,10 +154,10 @@ def _labels(column: pa.ChunkedArray, rows: Indices, where: str) -> Written | Non
             f"{where}: row {rows[np.argmin(found)] + 1} has no label, though others of its split have; "
             "fill it in or drop the row"
         )
-    written = Written(encoded.dictionary.to_pylist(), codes).take(rows)
-    if all(re.fullmatch(r"[-+]?\d*\.\d*", name) for name in written.names):
-        raise DataError(f"{where}: labels such as {written.names[0]} are neither class names nor whole numbers")
-    return written
+    raw = RawLabels(encoded.dictionary.to_pylist(), codes).take(rows)
+    if all(re.fullmatch(r"[-+]?\d*\.\d*", name) for name in raw.names):
+        raise DataError(f"{where}: labels such as {raw.names[0]} are neither class names nor whole numbers")
+    return raw
 
 
 def _is_text(kind: pa.DataType) -> bool:
