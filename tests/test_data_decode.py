@@ -34,7 +34,7 @@ def means(image: torch.Tensor, factor: int) -> torch.Tensor:
     return torch.nn.functional.avg_pool2d(image.float(), factor, ceil_mode=True)
 
 
-@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("factor", [2, 8])
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
@@ -76,7 +76,7 @@ def test_jpeg_is_reduced_by_the_factor(tmp_path: Path, mode: str, options: dict[
     decoded.image[0, 0, 0] = 1  # writable
 
 
-@pytest.mark.parametrize("height", range(8, 26))
+@pytest.mark.parametrize("height", [8, 9, 15, 16, 17, 25])
 def test_every_size_is_rounded_up(tmp_path: Path, height: int) -> None:
     path = str(tmp_path / "image.jpg")
     Image.new("RGB", (31, height)).save(path)
@@ -97,7 +97,7 @@ def test_factor_1_decodes_in_full(tmp_path: Path) -> None:
         assert decoded.image[None].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "tif", "gif"])
+@pytest.mark.parametrize("suffix", ["png", "webp"])
 def test_other_formats_are_decoded_in_full(tmp_path: Path, suffix: str) -> None:
     path = str(tmp_path / f"image.{suffix}")
     photograph().save(path)

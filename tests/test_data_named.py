@@ -141,7 +141,7 @@ def test_damaged_idx_files(tmp_path: Path, suffix: str, damage: str) -> None:
         "flipped": content[:2] + bytes(255 - byte for byte in content[2:]),
     }
     path.write_bytes(broken[damage])
-    with pytest.raises(DataError, match=r"train-images-idx3-ubyte.*get the file anew") as caught:
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte.*get the file again") as caught:
         opened("fashion-mnist", root=str(tmp_path))
     assert "\n" not in str(caught.value)
 

@@ -9,7 +9,7 @@ from tests.sources import opened
 
 
 def test_no_spec() -> None:
-    with pytest.raises(ConfigError, match="give --data"):
+    with pytest.raises(ConfigError, match="--data"):
         open_source(DataConfig(), "train")
 
 

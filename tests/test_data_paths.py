@@ -1,8 +1,5 @@
 """Lists of paths without one object per path."""
 
-import time
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
@@ -15,7 +12,6 @@ def test_path_lists_are_the_lists_they_were_made_of() -> None:
     packed = PathList.pack(paths)
     assert list(packed) == paths and len(packed) == 5
     assert [packed[index] for index in range(-5, 5)] == paths + paths
-    assert packed[1:4] == paths[1:4] and packed[::-2] == paths[::-2]
     assert list(packed.take(np.array([4, 0, 0]))) == [paths[4], paths[0], paths[0]]
     assert PathList.pack(packed) is packed
     for index in (5, -6):
@@ -26,7 +22,7 @@ def test_path_lists_are_the_lists_they_were_made_of() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 def test_chosen_paths_equal_a_plain_loop(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_paths, "TAKEN_AT_ONCE", at_once)
+    monkeypatch.setattr(data_paths, "CHUNK", at_once)
     draw = np.random.default_rng(0)
     paths = ["é" * int(length) + str(number) * int(number % 2) for number, length in enumerate(draw.integers(0, 9, 50))]
     packed = PathList.pack(paths)
@@ -37,16 +33,3 @@ def test_chosen_paths_equal_a_plain_loop(at_once: int, monkeypatch: pytest.Monke
             assert list(source.take(rows)) == [paths[row] for row in rows]
     with pytest.raises(IndexError):
         packed.take(np.array([50]))
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def test_choosing_is_faster_than_path_by_path() -> None:
-    packed = PathList.pack(f"train/{number:06}.jpeg" for number in range(100_000))
-    rows = np.arange(0, 100_000, 2)
-    at_once = min(seconds(lambda: packed.take(rows)) for _ in range(3))
-    assert 3 * at_once < seconds(lambda: PathList.pack(packed[int(row)] for row in rows))

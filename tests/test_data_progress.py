@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mimref import files
+from mimref import locks
 from mimref.config.base import DataConfig
-from mimref.data.index import cache as kept
+from mimref.data.index import cache as index_cache
 from mimref.data.open import open_source
-from mimref.data.readers import folder as folders
-from mimref.data.readers import wds as shards
 from mimref.encoders.published import PublishedWeights, fetch
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.features.inputs import EncoderInputs
@@ -34,7 +32,7 @@ def images(tmp_path: Path) -> Path:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if everything took its time."""
-    monkeypatch.setattr(kept, "SLOW_S", -1.0)
+    monkeypatch.setattr(index_cache, "LONG_SCAN_S", -1.0)
 
 
 def told(spec: object) -> Told:
@@ -49,11 +47,9 @@ def test_shards(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             shard.add(images / name, name)
     spec = f"wds:{tmp_path}/*.tar"
     assert told(spec) == []
-    monkeypatch.setattr(kept, "SLOW_S", -1.0)
+    monkeypatch.setattr(index_cache, "LONG_SCAN_S", -1.0)
     assert told(spec) == [(SHARDS, 1, 3), (SHARDS, 2, 3), (SHARDS, 3, 3)]
-    monkeypatch.setattr(kept, "settled", lambda modified_ns, looked_ns: modified_ns)
-    monkeypatch.setattr(shards, "settled", kept.settled)
-    monkeypatch.setattr(shards, "CACHED_FROM", 1)
+    monkeypatch.setattr(index_cache, "CLOCK_TICK_NS", 0)
     told(spec)
     assert told(spec) == []
 
@@ -61,11 +57,10 @@ def test_shards(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_folders(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (images / "b/deeper").mkdir()
     assert told(images) == []
-    monkeypatch.setattr(kept, "SLOW_S", -1.0)
+    monkeypatch.setattr(index_cache, "LONG_SCAN_S", -1.0)
     # The folder itself, then its subfolders as they are found.
     assert told(images) == [(FOLDERS, done, total) for done, total in ((1, 4), (2, 4), (3, 5), (4, 5), (5, 5))]
-    monkeypatch.setattr(folders, "settled", lambda modified_ns, looked_ns: modified_ns)
-    monkeypatch.setattr(folders, "CACHED_FROM", 1)
+    monkeypatch.setattr(index_cache, "CLOCK_TICK_NS", 0)
     told(images)
     assert told(images) == []
 
@@ -95,10 +90,10 @@ def test_every_command_passes_it_on(tmp_path: Path, slow: None) -> None:
 def test_who_waits_for_another_process_is_told_so(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "WAITING_S", 0.05)
+    monkeypatch.setattr(locks, "WAITING_S", 0.05)
     weights = PublishedWeights("maws_b16", (tmp_path / "published.pth").as_uri(), "maws")
     (tmp_path / "published.pth").write_bytes(b"weights")
-    held = [kept._file("folder", str(images).encode()), weights.file]
+    held = [index_cache._file("folder", str(images).encode()), weights.file]
     holding = threading.Event()
 
     def hold() -> None:

@@ -193,7 +193,7 @@ def test_classes_and_splits_that_do_not_meet(file: Path) -> None:
         ("text.parquet", b"path\na.png\n", "cannot be read"),
         ("uneven.csv", b"path,label\na.png,x\nb.png\n", "cannot be read"),
         ("latin.csv", "path\nünï.png\n".encode("latin-1"), "cannot be read"),
-        ("semicolons.csv", b"path;label\na.png;x\n", "its columns: path;label; a comma stands between"),
+        ("semicolons.csv", b"path;label\na.png;x\n", "its columns: path;label; a .csv separates them by commas"),
         ("twice.csv", b"path,path\na.png,b.png\n", "has two columns 'path'"),
         ("list.txt", b"a.png\n", r"a list is a \.csv or \.parquet file, not '\.txt'"),
         ("list", b"a.png\n", r"a list is a \.csv or \.parquet file"),

@@ -28,21 +28,14 @@ class NoSplitError(DataError):
 class ImageSource(Protocol):
     """A fixed list of N images, some of which may turn out to be unreadable."""
 
-    @property
-    def name(self) -> str:
-        """The data set as the user named it."""
-
-    @property
-    def labels(self) -> Indices | None:
-        """Class of every image, (N,) int64, or None."""
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names of classes 0, 1, ..., or None without labels."""
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether reading needs no decoding, so that loader processes would not pay off."""
+    name: str
+    """The data set as the user named it."""
+    labels: Indices | None
+    """Class of every image, (N,) int64, or None."""
+    class_names: list[str] | None
+    """Names of classes 0, 1, ..., or None without labels."""
+    in_memory: bool
+    """Whether reading needs no decoding, so that loader processes would not pay off."""
 
     @property
     def fingerprint(self) -> str:
@@ -121,19 +114,14 @@ class ArraySource:
         return digest.hexdigest()
 
 
-@dataclass(eq=False)
 class FileSource(EncodedSource):
-    """Image files below one folder."""
+    """Image files below one folder; `files` are their paths relative to it."""
 
-    name: str
-    folder: str
-    files: Sequence[str]
-    """Paths relative to `folder`; stored as a PathList."""
-    labels: Indices | None
-    class_names: list[str] | None
-
-    def __post_init__(self) -> None:
-        self.files = PathList.pack(self.files)
+    def __init__(
+        self, name: str, folder: str, files: Iterable[str], labels: Indices | None, class_names: list[str] | None
+    ) -> None:
+        self.name, self.folder, self.files = name, folder, PathList.pack(files)
+        self.labels, self.class_names = labels, class_names
 
     def __len__(self) -> int:
         return len(self.files)
@@ -148,13 +136,13 @@ class FileSource(EncodedSource):
 
     def select(self, rows: Indices) -> None:
         """Drop all but these images."""
-        self.files = PathList.pack(self.files).take(rows)
+        self.files = self.files.take(rows)
         self.labels = None if self.labels is None else self.labels[rows]
 
     @cached_property
     def fingerprint(self) -> str:
         """Over relative paths, sizes, modification times and labels. Costs one stat call per file, at first use."""
-        return fingerprint_files(self.folder, PathList.pack(self.files).encoded(), self.labels)
+        return fingerprint_files(self.folder, self.files.encoded(), self.labels)
 
 
 class Subset:

@@ -248,7 +248,7 @@ def test_more_than_max_bad_is_an_error_that_names_them() -> None:
         bad.add("d.png", "not an image")
     assert str(caught.value) == (
         "4 images could not be read, more than data.max_bad=3: b.png (empty file), a.png (empty file), "
-        "c.png (empty file), ...; mend or remove them, or raise data.max_bad"
+        "c.png (empty file), ...; fix or remove them, or raise data.max_bad"
     )
     with pytest.raises(DataError):
         bad.check()

@@ -3,10 +3,10 @@
 import hashlib
 import time
 import zipfile
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from mimref.locks import one_at_a_time
 from mimref.progress import LabelledProgress
 
 Arrays = dict[str, NDArray[Any]]
+_T = TypeVar("_T")
 
 CLOCK_TICK_NS = 2_000_000_000
 """Of the coarsest file system. A file that changed less than this before a scan may change again within one tick, which
@@ -68,11 +69,22 @@ def load_index(kind: str, key: bytes, names: set[str]) -> Arrays | None:
         return None
 
 
-def one_scan_at_a_time(kind: str, key: bytes, progress: LabelledProgress | None) -> AbstractContextManager[None]:
-    """Let one process scan while others wait; these should then look for its result before they scan themselves."""
-    return one_at_a_time(
-        _file(kind, key), lambda: progress("waiting for another process to list the images", 0, 1) if progress else None
-    )
+def load_or_scan(
+    kind: str, key: bytes, load: Callable[[], _T | None], scan: Callable[[], _T], progress: LabelledProgress | None
+) -> _T:
+    """What `load` returns or else `scan`, in one process at a time: the others wait, and load its result."""
+
+    def report_waiting() -> None:
+        if progress is not None:
+            progress("waiting for another process to list the images", 0, 1)
+
+    index = load()
+    if index is None:
+        with one_at_a_time(_file(kind, key), report_waiting):
+            index = load()
+            if index is None:
+                index = scan()
+    return index
 
 
 def listings_folder() -> Path:

@@ -3,7 +3,6 @@
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ CHUNK = 1 << 14
 """Paths copied per step of `take`: every byte of theirs takes 24 meanwhile."""
 
 
-class PathList(Sequence[str]):
+class PathList:
     """Paths as one block of bytes: 8 bytes and the path's length each, where a list of strings takes 60 and more.
 
     Loader processes share the block: reading a path writes nothing. Reading a list's strings would write their
@@ -51,13 +50,7 @@ class PathList(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> str:
         row = range(len(self))[index]
         return os.fsdecode(self.content[self.ends[row] : self.ends[row + 1]].tobytes())
 

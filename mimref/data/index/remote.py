@@ -5,20 +5,15 @@ credentials where those packages look for them.
 """
 
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import IO, Any, TypeVar
 
 import fsspec
-from tenacity import (
-    Retrying,
-    retry_if_exception_type,
-    sleep_using_event,
-    stop_after_attempt,
-    stop_when_event_set,
-    wait_exponential,
-)
+import tenacity
 
 from mimref.data.decode import printable, reason_of
 from mimref.errors import DataError
@@ -33,19 +28,7 @@ MISSING = (-2, -2)
 """State of a file that does not exist."""
 
 # Parts of the names under which file systems list what changes with a file's content; times of access do not.
-_OF_CONTENT = (
-    "etag",
-    "md5",
-    "crc",
-    "sha",
-    "digest",
-    "checksum",
-    "generation",
-    "version",
-    "mtime",
-    "modified",
-    "commit",
-)
+_OF_CONTENT = re.compile("etag|md5|crc|sha|digest|checksum|generation|version|mtime|modified|commit")
 
 _T = TypeVar("_T")
 
@@ -72,50 +55,42 @@ def map_concurrently(ask: Callable[[str], _T], urls: Iterable[str]) -> Iterator[
 
     A caller that stops iterating, or is interrupted, does not wait for requests under way.
     """
-    jobs: SimpleQueue[tuple[int, str]] = SimpleQueue()
-    answers: SimpleQueue[tuple[int, _T | None, Exception | None]] = SimpleQueue()
-    count = 0
-    for url in urls:
-        jobs.put((count, url))
-        count += 1
     stop = threading.Event()
+    jobs: SimpleQueue[tuple[str, Future[_T]]] = SimpleQueue()
+    answers: list[Future[_T]] = []
+    for url in urls:
+        answers.append(Future())
+        jobs.put((url, answers[-1]))
 
     def work() -> None:
         """Make one request after the other, until none is left or nobody listens."""
         while not stop.is_set():
             try:
-                number, url = jobs.get_nowait()
+                url, answer = jobs.get_nowait()
             except Empty:
                 return
             try:
-                answers.put((number, _retrying(stop)(ask, url), None))
+                answer.set_result(_retrying(stop)(ask, url))
             except Exception as error:
-                answers.put((number, None, error))
+                answer.set_exception(error)
 
-    for _ in range(min(THREADS, count)):
+    for _ in range(min(THREADS, len(answers))):
         # Python waits at its exit for the threads of a pool, but not for these.
         threading.Thread(target=work, daemon=True).start()
-    early: dict[int, tuple[_T | None, Exception | None]] = {}
     try:
-        for number in range(count):
-            while number not in early:
-                arrived, answer, failure = answers.get()
-                early[arrived] = answer, failure
-            result, error = early.pop(number)
-            if error is not None:
-                raise error
-            yield result  # type: ignore[misc]  # there is a result where there is no error
+        while answers:
+            yield answers.pop(0).result()
     finally:
         stop.set()
 
 
-def _retrying(stop: threading.Event) -> Retrying:
+def _retrying(stop: threading.Event) -> tenacity.Retrying:
     """Retries UnreachableError with growing waits, which end early when `stop` is set."""
-    return Retrying(
-        retry=retry_if_exception_type(UnreachableError),
-        wait=wait_exponential(FIRST_WAIT_S),
-        stop=stop_after_attempt(ATTEMPTS) | stop_when_event_set(stop),
-        sleep=sleep_using_event(stop),
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(UnreachableError),
+        wait=tenacity.wait_exponential(FIRST_WAIT_S),
+        stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_when_event_set(stop),
+        sleep=tenacity.sleep_using_event(stop),
         reraise=True,
     )
 
@@ -198,7 +173,7 @@ def _state(url: str) -> tuple[int, int]:
         if isinstance(translated, FileNotFoundError):
             return MISSING
         raise translated from error
-    marks = sorted((key, str(value)) for key, value in info.items() if any(part in key.lower() for part in _OF_CONTENT))
+    marks = sorted((key, str(value)) for key, value in info.items() if _OF_CONTENT.search(key.lower()))
     return int(info.get("size") or -1), int.from_bytes(hashlib.sha256(repr(marks).encode()).digest()[:5])
 
 

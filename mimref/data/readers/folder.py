@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mimref.data.decode import printable
-from mimref.data.index.cache import Scan, comparable_time, load_index, one_scan_at_a_time, save_index
+from mimref.data.index.cache import Scan, comparable_time, load_index, load_or_scan, save_index
 from mimref.data.index.paths import PathList
 from mimref.data.sources import FileSource, NoSplitError, Split
 from mimref.data.splits import Indices
@@ -103,17 +103,15 @@ def list_folder(root: str, progress: LabelledProgress | None = None) -> Listing:
     listed.
     """
     key = os.fsencode(os.path.abspath(root))
-    listing = _load(root, key)
-    if listing is not None:
+
+    def scan() -> Listing:
+        timer = Scan("listing images, folder by folder", progress)
+        listing = _scan(root, timer)
+        if timer.is_worth_saving(len(listing.files)):
+            _save(key, listing)
         return listing
-    with one_scan_at_a_time("folder", key, progress):
-        listing = _load(root, key)  # another process may have listed it meanwhile
-        if listing is None:
-            scan = Scan("listing images, folder by folder", progress)
-            listing = _scan(root, scan)
-            if scan.is_worth_saving(len(listing.files)):
-                _save(key, listing)
-    return listing
+
+    return load_or_scan("folder", key, lambda: _load(root, key), scan, progress)
 
 
 def _scan(root: str, scan: Scan) -> Listing:
@@ -128,11 +126,14 @@ def _scan(root: str, scan: Scan) -> Listing:
         relative = pending.pop()
         here = os.path.join(root, relative)
         scanned_ns = time.time_ns()
-        status = _status(here)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        images, below = _entries(here)
+        try:
+            status = os.stat(here)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            images, below = _entries(here)
+        except OSError as error:
+            raise DataError(f"folder {printable(here)} cannot be listed: {error.strerror}") from error
         encoded = [os.fsencode(os.path.join(relative, name)) for name in images]
         content += b"".join(encoded)
         lengths.append(np.array([len(path) for path in encoded], dtype=np.int64))
@@ -150,31 +151,17 @@ def _scan(root: str, scan: Scan) -> Listing:
     )
 
 
-def _unlistable(folder: str, error: OSError) -> DataError:
-    return DataError(f"folder {printable(folder)} cannot be listed: {error.strerror}")
-
-
-def _status(folder: str) -> os.stat_result:
-    try:
-        return os.stat(folder)
-    except OSError as error:
-        raise _unlistable(folder, error) from error
-
-
 def _entries(folder: str) -> tuple[list[str], list[str]]:
-    """Names of a folder's images and of its subfolders, each sorted, without hidden ones."""
+    """Names of a folder's images and of its subfolders, each sorted, without hidden ones. Raises OSError."""
     images, below = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    below.append(entry.name)
-                elif _is_image(entry):
-                    images.append(entry.name)
-    except OSError as error:
-        raise _unlistable(folder, error) from error
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                below.append(entry.name)
+            elif _is_image(entry):
+                images.append(entry.name)
     return sorted(images), sorted(below)
 
 

@@ -116,33 +116,32 @@ def open_hugging_face(
     Raises DataError when there are none, when files are missing or damaged, when a split is only partly labelled, and
     when the `datasets` package is missing.
     """
-    where = f"--data {printable(spec)}"
-    location = os.path.expanduser(spec.removeprefix("hf:"))
+    where, place = f"--data {printable(spec)}", os.path.expanduser(spec.removeprefix("hf:"))
     with _library_errors(where):
-        import datasets  # noqa: F401  # it takes seconds; the functions below use it
-
-        if progress is not None and not os.path.isfile(os.path.join(location, "dataset_dict.json")):
+        if progress is not None:
             progress(f"reading {printable(spec)}", 0, 1)
-        parts = _hub_parts(location) if on_hub else _folder_parts(location, where)
-        part = parts.get("") or parts.get("train" if split == "train" else "val" if "val" in parts else "test")
+        parts = _hub_parts(place, where) if on_hub else _folder_parts(place, where)
+        held = "val" if "val" in parts else "test"
+        part = parts.get("") or parts.get("train" if split == "train" else held)
         if part is None:
             raise NoSplitError(f"{where}: no {'train' if split == 'train' else 'validation or test'} images there")
         table = part.load()
-        image, label = _columns(table.features, where)
-        labels, classes = None, None
-        if label is not None and (split == "train" or "" not in parts):
-            own = _labels(table, label, where)
-            if own is not None:
-                classes = _classes(own, table, label, parts.get("train") if split == "val" else None, where)
-                labels = own.encode(classes, where)
         if not len(table):
-            raise DataError(f"{where}: no rows in {part.name or 'it'}")
+            raise DataError(f"{where}: no rows in split {part.name!r}")
+        image, _ = _columns(table.features, where)
+        labels, classes = None, None
+        if split == "train" or "" not in parts:
+            raw, classes = _labels(table, where)
+            if raw is not None:
+                if split == "val" and "train" in parts:
+                    classes = _labels(parts["train"].load(), where)[1] or classes
+                labels = raw.encode(classes or [], where)
     arrow = [each["filename"] for each in table.cache_files]
-    folder = location if os.path.isdir(location) else os.path.dirname(arrow[0]) if arrow else ""
+    folder = os.path.dirname(arrow[0]) if on_hub else place
     files = part.files or [os.path.relpath(file, folder) for file in arrow]
-    if outside := [file for file in files if file.startswith("..")]:
-        raise DataError(f"{where}: {part.name or '.'}/state.json leads out of its folder: {printable(outside[0])}")
-    place = os.path.join(location, part.name) if part.name else location
+    if outside := next((file for file in files if file.startswith(os.pardir)), None):
+        raise DataError(f"{where}: state.json of split {part.name!r} leads out of the folder: {printable(outside)}")
+    place = os.path.join(place, part.name) if part.name else place
     cells = table.with_format("arrow", columns=[image])
     rows = np.arange(len(table), dtype=np.int64)
     return TableSource(printable(spec), place, cells, folder, files, rows, labels, classes)
@@ -150,17 +149,15 @@ def open_hugging_face(
 
 @contextmanager
 def _library_errors(where: str) -> Iterator[None]:
-    """Raise DataError for whatever `datasets` raises, and silence its own progress bars and log meanwhile."""
+    """Raise DataError for whatever `datasets` raises, without its own progress bars."""
     try:
         import datasets
         import huggingface_hub.utils as hub
     except ImportError as error:
         raise DataError(f"{where}: needs the package datasets; pip install 'mimref[hf]'") from error
     bars = [each for each in (datasets, hub) if not each.are_progress_bars_disabled()]
-    verbosity = datasets.logging.get_verbosity()
     for each in bars:
         each.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     except DataError:
@@ -170,7 +167,6 @@ def _library_errors(where: str) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         raise DataError(f"{where}: cannot be read ({reason_of(cause or error)})") from error
     finally:
-        datasets.logging.set_verbosity(verbosity)
         for each in bars:
             each.enable_progress_bars()
 
@@ -178,11 +174,15 @@ def _library_errors(where: str) -> Iterator[None]:
 # --- which splits
 
 
-def _hub_parts(name: str) -> dict[str, _Part]:
+def _hub_parts(name: str, where: str) -> dict[str, _Part]:
     """The splits of a data set of the hub, by what they serve for: train, val and test."""
     from datasets import load_dataset
 
-    loaded = load_dataset(name)
+    try:
+        loaded = load_dataset(name)
+    except Exception as error:  # of the library, of the hub's client and of the network
+        reason = " ".join(str(error).split())
+        raise DataError(f"{where}: no such folder, and no such data set on the hub ({reason})") from error
     return {SPLITS[split]: _Part(split, partial(loaded.get, split)) for split in loaded if split in SPLITS}
 
 
@@ -192,9 +192,7 @@ def _folder_parts(folder: str, where: str) -> dict[str, _Part]:
         what = "is a file, not a folder" if os.path.exists(folder) else "no such folder"
         raise DataError(f"{where}: {what}")
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        names = _read_json(folder, "dataset_dict.json", where).get("splits")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise DataError(f"{where}: dataset_dict.json lists no splits")
+        names = _read_json(os.path.join(folder, "dataset_dict.json"), where)["splits"]
         return {SPLITS[name]: _Part(name, partial(_saved, folder, name, where)) for name in names if name in SPLITS}
     if os.path.isfile(os.path.join(folder, "state.json")):
         return {"": _Part("", partial(_saved, folder, "", where))}
@@ -206,22 +204,27 @@ def _saved(folder: str, split: str, where: str) -> Any:
     """A split that `save_to_disk` wrote."""
     from datasets import load_from_disk
 
-    state = _read_json(folder, os.path.join(split, "state.json"), where)
+    state = _read_json(os.path.join(folder, split, "state.json"), where)
     if state.get("_indices_data_files") or state.get("_indices_files"):
         # Recent versions of the library ignore the selection.
         raise DataError(f"{where}: holds a selection of rows; save it again after flatten_indices()")
-    return load_from_disk(os.path.join(folder, split))
+    with _named(os.path.join(folder, split), where):
+        return load_from_disk(os.path.join(folder, split))
 
 
-def _read_json(folder: str, file: str, where: str) -> dict[str, Any]:
+def _read_json(path: str, where: str) -> Any:
+    with _named(path, where), open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+@contextmanager
+def _named(path: str, where: str) -> Iterator[None]:
+    """Name the file in errors."""
     try:
-        with open(os.path.join(folder, file), encoding="utf-8") as text:
-            table = json.load(text)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where}: {file} cannot be read ({reason_of(error)})") from error
-    if not isinstance(table, dict):
-        raise DataError(f"{where}: {file} is not a table")
-    return table
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())  # with the file's name, which `path` may be the folder of
+        raise DataError(f"{where}: {printable(path)} cannot be read ({reason}); get it again") from error
 
 
 def _parquet_files(folder: str, where: str) -> dict[str, list[str]]:
@@ -270,10 +273,8 @@ def _parquet(folder: str, files: Sequence[str], where: str) -> Any:
     paths = [os.path.join(folder, file) for file in files]
     columns: list[str] = []
     for path in paths:
-        try:
+        with _named(path, where):
             schema = pa.parquet.read_schema(path)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{where}: {printable(path)} cannot be read ({reason_of(error)}); get it again") from error
         columns = columns or [name for name in _columns(Features.from_arrow_schema(schema), where) if name]
         if missing := [name for name in columns if name not in schema.names]:
             raise DataError(f"{where}: {printable(path)} has no column {missing[0]!r} like that of the other files")
@@ -306,8 +307,11 @@ def _holds_files(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _labels(table: Any, name: str, where: str) -> RawLabels | None:
-    """Labels of all rows; None if no row has any."""
+def _labels(table: Any, where: str) -> tuple[RawLabels | None, list[str] | None]:
+    """Labels of all rows, and the names of all classes; None and None if no row has a label."""
+    _, name = _columns(table.features, where)
+    if name is None:
+        return None, None
     column = table.with_format("arrow", columns=[name])[:].column(name)
     kind = column.type
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
@@ -316,30 +320,15 @@ def _labels(table: Any, name: str, where: str) -> RawLabels | None:
     if pa.types.is_integer(kind):
         missing = pc.or_(missing, pc.fill_null(pc.equal(column, -1), True))
     if pc.all(missing).as_py():
-        return None
+        return None, None
     if (row := pc.index(missing, True).as_py()) >= 0:
         raise DataError(f"{where}: row {row} of its split has no {name!r}, though others have")
     encoded = pa.concat_arrays(column.cast(pa.string()).chunks).dictionary_encode()
     names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
-    classes = _declared_classes(table, name)
-    if classes is not None and pa.types.is_integer(kind):
+    classes = getattr(table.features[name], "names", None)
+    if classes and pa.types.is_integer(kind):
         if outside := [number for number in names if not 0 <= int(number) < len(classes)]:
             raise DataError(f"{where}: {name} {outside[0]} is none of the {len(classes)} classes of its schema")
         names = [classes[int(number)] for number in names]
-    return RawLabels(names, codes)
-
-
-def _declared_classes(table: Any, name: str | None) -> list[str] | None:
-    names = getattr(table.features.get(name), "names", None)
-    return [str(each) for each in names] if names else None
-
-
-def _classes(own: RawLabels, table: Any, label: str, train: _Part | None, where: str) -> list[str]:
-    """The classes of the training images where these are labelled, else those of the split itself."""
-    known = own
-    if train is not None:
-        table = train.load()
-        name = _columns(table.features, where)[1]
-        known = (None if name is None else _labels(table, name, where)) or own
-        label = name or label
-    return _declared_classes(table, label) or known.classes()
+    raw = RawLabels(names, codes)
+    return raw, list(classes) if classes else raw.classes()

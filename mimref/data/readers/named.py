@@ -33,18 +33,6 @@ def open_digits(split: Split) -> ArraySource:
     return ArraySource("digits", images, labels[rows], names, split, rows)
 
 
-FASHION_MNIST_CLASSES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
 FASHION_MNIST_FOLDERS = (
     "/usr/share/datasets/fashion-mnist",
     "~/.cache/mimref/fashion-mnist",
@@ -59,29 +47,29 @@ def open_fashion_mnist(data: DataConfig, split: Split) -> ArraySource:
         folders = [os.path.join(os.path.expanduser(data.root), below) for below in ("", "FashionMNIST/raw")]
     else:
         folders = [os.path.expanduser(folder) for folder in FASHION_MNIST_FOLDERS]
+    from torchvision.datasets import FashionMNIST
+
     prefix = "train" if split == "train" else "t10k"
     stems = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
-    for folder in folders:
-        found = [_either(os.path.join(folder, stem)) for stem in stems]
-        if found[0] is not None and found[1] is not None:
-            images, labels = _read_idx(found[0], ndim=3), _read_idx(found[1], ndim=1).astype(np.int64)
-            break
-    else:
+    candidates = ([_either(os.path.join(folder, stem)) for stem in stems] for folder in folders)
+    found = next((paths for paths in candidates if all(paths)), None)
+    if found is None:
         raise DataError(
             f"--data fashion-mnist: no {stems[0]}[.gz] with its labels in {', '.join(folders)}; "
             "install Debian's dataset-fashion-mnist, name their folder with --set data.root=FOLDER, or download with "
             "--data torchvision:FashionMNIST --set data.root=FOLDER --set data.download=true"
         )
-    if len(images) != len(labels) or labels.max(initial=0) >= len(FASHION_MNIST_CLASSES):
+    images, labels = _read_idx(found[0], ndim=3), _read_idx(found[1], ndim=1).astype(np.int64)
+    if len(images) != len(labels) or labels.max(initial=0) >= len(FashionMNIST.classes):
         raise DataError(
             f"{found[1]}: {len(labels)} labels do not fit the {len(images)} images beside them; get the files again"
         )
     positions = np.arange(len(images), dtype=np.int64)
-    return ArraySource("fashion-mnist", images, labels, FASHION_MNIST_CLASSES, split, positions)
+    return ArraySource("fashion-mnist", images, labels, list(FashionMNIST.classes), split, positions)
 
 
-def _either(path: str) -> str | None:
-    return next((name for name in (path, f"{path}.gz") if os.path.isfile(name)), None)
+def _either(path: str) -> str:
+    return next((name for name in (path, f"{path}.gz") if os.path.isfile(name)), "")
 
 
 def _read_idx(path: str, *, ndim: int) -> NDArray[np.uint8]:

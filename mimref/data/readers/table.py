@@ -32,9 +32,9 @@ SPLITS = ("train", "val", "test")
 def open_table(spec: str, split: Split) -> FileSource:
     """The images of a split, in the table's order.
 
-    Classes are the distinct labels of the training rows, in the order of `RawLabels.classes`; where there are no training
-    labels, those of the validation rows. No image file is opened. Raises DataError for a table that is unreadable,
-    incomplete or without an image of the split.
+    Classes are the distinct labels of the training rows, in the order of `RawLabels.classes`; without any, those of the
+    validation rows. No image file is opened. Raises DataError for a table that is unreadable, incomplete or without an
+    image of the split.
     """
     file = os.path.expanduser(spec.removeprefix("list:"))
     where = f"--data {printable(spec)}"
@@ -56,18 +56,28 @@ def open_table(spec: str, split: Split) -> FileSource:
 
 
 def _read(file: str, where: str) -> dict[str, pa.ChunkedArray]:
-    """The known columns, as text where the file is text."""
+    """The known columns; those of a .csv as text, so that a class 007 keeps its name."""
     kind = os.path.splitext(file)[1].lower()
     if kind not in (".csv", ".parquet"):
         raise DataError(f"{where}: a list is a .csv or .parquet file, not {kind or 'one without a suffix'!r}")
     try:
-        table = _read_csv(file) if kind == ".csv" else pa.parquet.read_table(file, columns=_present(file))
+        if kind == ".csv":
+            text = dict.fromkeys(COLUMNS, pa.string())
+            table = pa.csv.read_csv(
+                file,
+                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+                # Only empty cells are missing values.
+                convert_options=pa.csv.ConvertOptions(column_types=text, strings_can_be_null=True, null_values=[""]),
+            )
+            names = table.column_names
+        else:
+            names = pa.parquet.read_schema(file).names
+            table = pa.parquet.read_table(file, columns=[name for name in names if name in COLUMNS])
     except (OSError, pa.ArrowException, ValueError) as error:
         raise DataError(f"{where}: the list cannot be read ({reason_of(error)})") from error
-    if twice := next((name for name in COLUMNS if table.column_names.count(name) > 1), None):
+    if twice := next((name for name in COLUMNS if names.count(name) > 1), None):
         raise DataError(f"{where}: has two columns {twice!r}; keep one")
-    if "path" not in table.column_names:
-        names = _all_names(file, kind)
+    if "path" not in names:
         near = did_you_mean("path", names)
         raise DataError(
             f"{where}: has no column 'path'{near} (its columns: {', '.join(map(printable, names)) or 'none'}; "
@@ -75,26 +85,7 @@ def _read(file: str, where: str) -> dict[str, pa.ChunkedArray]:
         )
     if not table.num_rows:
         raise DataError(f"{where}: has no rows")
-    return {name: table.column(name) for name in COLUMNS if name in table.column_names}
-
-
-def _read_csv(file: str) -> pa.Table:
-    """All three columns as text, so that a class 007 keeps its name; only empty cells are missing values."""
-    text = dict.fromkeys(COLUMNS, pa.string())
-    return pa.csv.read_csv(
-        file,
-        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(column_types=text, strings_can_be_null=True, null_values=[""]),
-    )
-
-
-def _present(file: str) -> list[str]:
-    return [name for name in pa.parquet.read_schema(file).names if name in COLUMNS]
-
-
-def _all_names(file: str, kind: str) -> list[str]:
-    names: list[str] = _read_csv(file).column_names if kind == ".csv" else pa.parquet.read_schema(file).names
-    return names
+    return {name: table.column(name) for name in COLUMNS if name in names}
 
 
 def _paths(column: pa.ChunkedArray, where: str) -> PathList:

@@ -27,7 +27,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, printable, reason_of
-from mimref.data.index.cache import Arrays, Scan, comparable_time, load_index, one_scan_at_a_time, save_index
+from mimref.data.index.cache import Arrays, Scan, comparable_time, load_index, load_or_scan, save_index
 from mimref.data.index.paths import PathList
 from mimref.data.index.remote import MISSING, expand_stars, file_states, is_remote, map_concurrently, read_parts
 from mimref.data.index.tar import IMAGES, samples_with_images
@@ -221,23 +221,19 @@ def _index(shards: list[str], where: str, progress: LabelledProgress | None) -> 
     """The index of all images, from the cache if no shard has changed."""
     key = b"\0".join(os.fsencode(shard if is_remote(shard) else os.path.abspath(shard)) for shard in shards)
     paths = PathList.pack(shards)
-    index = _load(key, paths)
-    if index is None:
-        with one_scan_at_a_time("shards", key, progress):
-            # Another process may have scanned them meanwhile.
-            index = _load(key, paths) or _scan_and_save(key, paths, where, progress)
+
+    def scan() -> ShardIndex:
+        states, scanned_ns = _states(paths), time.time_ns()
+        timer = Scan("listing images, shard by shard", progress)
+        index = _scan(paths, states, where, timer)
+        if timer.is_worth_saving(len(index.members)):
+            times = [comparable_time(modified_ns, scanned_ns) for modified_ns in states[:, 1].tolist()]
+            _save(key, index, np.stack([states[:, 0], np.array(times, dtype=np.int64)], axis=1))
+        return index
+
+    index = load_or_scan("shards", key, lambda: _load(key, paths), scan, progress)
     if not len(index.members):
         raise DataError(f"{where}: no images in these shards (*.{', *.'.join(IMAGES)})")
-    return index
-
-
-def _scan_and_save(key: bytes, shards: PathList, where: str, progress: LabelledProgress | None) -> ShardIndex:
-    states, scanned_ns = _states(shards), time.time_ns()
-    scan = Scan("listing images, shard by shard", progress)
-    index = _scan(shards, states, where, scan)
-    if scan.is_worth_saving(len(index.members)):
-        times = [comparable_time(modified_ns, scanned_ns) for modified_ns in states[:, 1].tolist()]
-        _save(key, index, np.stack([states[:, 0], np.array(times, dtype=np.int64)], axis=1))
     return index
 
 
