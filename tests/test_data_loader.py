@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mimref.data import loader
 from mimref.data import sources as data_images
-from mimref.data.decode import BadImage, Decoded, Reduce, decode_reduced
+from mimref.data.decode import BadImage, Decoded, Reduce, decode_file
 from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
 from mimref.data.sources import ArraySource, FileSource, ImageSource
 from mimref.data.views import CropGroup, cut_group
@@ -173,9 +173,9 @@ def test_files_are_decoded_once_per_epoch(tmp_path: Path, monkeypatch: pytest.Mo
 
     def count(path: str, reduce: Reduce | None) -> Decoded:
         decoded[os.path.basename(path)] += 1
-        return decode_reduced(path, reduce)
+        return decode_file(path, reduce)
 
-    monkeypatch.setattr(data_images, "decode_reduced", count)
+    monkeypatch.setattr(data_images, "decode_file", count)
     batches_of(source, batch_size=3, epochs=range(2))
     assert decoded == Counter({f"{index}.png": 2 for index in range(6)})
 
@@ -262,11 +262,11 @@ def test_crops_of_reduced_jpegs_are_close_to_those_of_whole_ones(
     factors: Counter[int] = Counter()
 
     def note(path: str, reduce: Reduce | None) -> Decoded:
-        decoded = decode_reduced(path, reduce)
+        decoded = decode_file(path, reduce)
         factors[round(decoded.height / decoded.image.shape[1])] += 1
         return decoded
 
-    monkeypatch.setattr(data_images, "decode_reduced", note)
+    monkeypatch.setattr(data_images, "decode_file", note)
     whole = batches_of(photographs, batch_size=6, epochs=range(4), groups=groups)
     assert set(factors) == {1}
     reduced = batches_of(photographs, batch_size=6, epochs=range(4), groups=groups, reduce_jpeg=True)

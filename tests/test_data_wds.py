@@ -15,7 +15,7 @@ from PIL import Image
 
 from mimref.config.base import DataConfig
 from mimref.data import loader
-from mimref.data.decode import BadImage, decode_image
+from mimref.data.decode import BadImage
 from mimref.data.index import cache as index_cache
 from mimref.data.index import tar as archive
 from mimref.data.loader import view_batches
@@ -25,6 +25,7 @@ from mimref.data.sources import EncodedSource
 from mimref.data.views import CropGroup
 from mimref.errors import DataError
 from mimref.files import cache_folder
+from tests.sources import decode_image
 
 Members = list[tuple[str, bytes]]
 GROUPS = [CropGroup(1, 8, (0.5, 1.0))]

@@ -68,17 +68,6 @@ class BadImages:
         return len(self._reasons)
 
 
-def decode_image(path: str) -> Tensor:
-    """Read an image file as RGB; of an animation, the first frame.
-
-    Returns contiguous uint8 (3, H, W). Alpha is dropped, not composited, and EXIF orientation is not applied: both as
-    in torchvision's ImageFolder and timm, which published numbers rely on. 16-bit gray is scaled to 8 bits.
-    Raises BadImage for files that are missing, unreadable, empty, truncated, not an image, or larger than
-    `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
-    """
-    return decode_reduced(path).image.contiguous()
-
-
 class Decoded(NamedTuple):
     """A decoded image, and its size in the file."""
 
@@ -89,17 +78,21 @@ class Decoded(NamedTuple):
     width: int
 
 
-def decode_reduced(path: str, reduce: Reduce | None = None) -> Decoded:
-    """Read an image file as `decode_image` does, a JPEG at a fraction of its size where `reduce` allows it.
+def decode_file(path: str, reduce: Reduce | None = None) -> Decoded:
+    """Read an image file as RGB, a JPEG at a fraction of its size where `reduce` allows it; of an animation, one frame.
 
-    libjpeg then skips the high frequencies of each block of 8 x 8 pixels instead of computing pixels that a resize
-    would average away. reduce: called for JPEG only, with the size in the file; None decodes at full size.
+    Alpha is dropped, not composited, and EXIF orientation is not applied: both as in torchvision's ImageFolder and
+    timm, which published numbers rely on. 16-bit gray is scaled to 8 bits. libjpeg reduces by skipping the high
+    frequencies of each block of 8 x 8 pixels instead of computing pixels that a resize would average away.
+    reduce: called for JPEG only, with the size in the file; None decodes at full size.
+    Raises BadImage for files that are missing, unreadable, empty, truncated, not an image, or larger than
+    `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
     """
     return _decode(path, printable(path), reduce)
 
 
 def decode_content(content: bytes, name: str, reduce: Reduce | None = None) -> Decoded:
-    """Decode the content of an image file as `decode_reduced` does; `name` stands for the file in BadImage."""
+    """Decode the content of an image file as `decode_file` does; `name` stands for the file in BadImage."""
     return _decode(io.BytesIO(content), name, reduce)
 
 

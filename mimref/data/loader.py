@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from mimref.data.decode import BadImage, Decoded
 from mimref.data.sources import EncodedSource, FetchedSource, ImageSource
@@ -174,27 +174,18 @@ class _ViewDataset(_BatchDataset[ViewBatch]):
         return Decoded(image, image.shape[1], image.shape[2])
 
 
-class _EpochBatches(Sampler[_EpochBatch]):
-    """Shuffled full batches of consecutive epochs, from any position on.
-
-    With `every` 1 this rank's part of each batch, else one batch in `every`.
-    """
-
-    def __init__(self, size: int, batch_size: int, seed: int, *, epochs: range, skip: int, every: int) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.epochs, self.skip, self.every = epochs, skip, every
-        self.rank, self.world = (own_rank(), world_size()) if every == 1 else (0, 1)
-
-    def __iter__(self) -> Iterator[_EpochBatch]:
-        per_epoch, first = self.size // self.batch_size, self.skip
-        for epoch in self.epochs:
-            order = permutation(self.seed, epoch, self.size).tolist()
-            batches = range(first, per_epoch, self.every)
-            # Turns continue from one epoch to the next.
-            first += len(batches) * self.every - per_epoch
-            for batch in batches:
-                chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-                yield epoch, chosen[share(self.batch_size, self.rank, self.world)]
+def _epoch_batches(
+    size: int, batch_size: int, seed: int, *, epochs: range, skip: int, every: int, part: slice
+) -> Iterator[_EpochBatch]:
+    """A part of the shuffled full batches of consecutive epochs, from any position on."""
+    per_epoch, first = size // batch_size, skip
+    for epoch in epochs:
+        order = permutation(seed, epoch, size).tolist()
+        batches = range(first, per_epoch, every)
+        # Turns continue from one epoch to the next.
+        first += len(batches) * every - per_epoch
+        for batch in batches:
+            yield epoch, order[batch * batch_size : (batch + 1) * batch_size][part]
 
 
 def view_batches(
@@ -219,7 +210,9 @@ def view_batches(
     with slightly different pixels, so protocols that compare with published numbers leave it off.
     Raises DeadWorkerError when a loader process dies.
     """
-    batches = _EpochBatches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every)
+    rank, world = (own_rank(), world_size()) if every == 1 else (0, 1)
+    part = share(batch_size, rank, world)
+    batches = _epoch_batches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every, part=part)
     dataset = _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg, workers=workers)
     return _load(dataset, batches, workers=workers, pin_memory=pin_memory)
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mimref.data.decode import Decoded, Reduce, decode_reduced, printable
+from mimref.data.decode import Decoded, Reduce, decode_file, printable
 from mimref.data.index.paths import PathList
 from mimref.data.splits import Indices
 from mimref.errors import DataError
@@ -62,6 +62,18 @@ class EncodedSource(ABC):
     """Images that are stored encoded, as JPEG, PNG and so on, and decoded when read: a base of sources."""
 
     in_memory = False
+
+    def __init__(self, name: str, rows: Indices, labels: Indices | None, class_names: list[str] | None) -> None:
+        self.name, self.rows, self.labels, self.class_names = name, rows, labels, class_names
+        # rows: (N,) position of every image in the list that the source was made from.
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, indices: Indices) -> None:
+        """Drop all but these images."""
+        self.rows = self.rows[indices]
+        self.labels = None if self.labels is None else self.labels[indices]
 
     def read(self, index: int) -> Tensor:
         """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
@@ -115,34 +127,35 @@ class ArraySource:
 
 
 class FileSource(EncodedSource):
-    """Image files below one folder; `files` are their paths relative to it."""
+    """Image files below one folder.
+
+    files: paths relative to it. rows: the positions of the source's images in `files`; None: all of them.
+    """
 
     def __init__(
-        self, name: str, folder: str, files: Iterable[str], labels: Indices | None, class_names: list[str] | None
+        self,
+        name: str,
+        folder: str,
+        files: Iterable[str],
+        labels: Indices | None,
+        class_names: list[str] | None,
+        rows: Indices | None = None,
     ) -> None:
-        self.name, self.folder, self.files = name, folder, PathList.pack(files)
-        self.labels, self.class_names = labels, class_names
-
-    def __len__(self) -> int:
-        return len(self.files)
+        self.folder, self.files = folder, PathList.pack(files)
+        super().__init__(name, np.arange(len(self.files)) if rows is None else rows, labels, class_names)
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `EncodedSource`."""
-        return decode_reduced(os.path.join(self.folder, self.files[index]), reduce)
+        return decode_file(os.path.join(self.folder, self.files[self.rows[index]]), reduce)
 
     def path(self, index: int) -> str:
         """The file's path, as far as the user gave it, with odd characters escaped."""
-        return printable(os.path.join(self.folder, self.files[index]))
-
-    def select(self, rows: Indices) -> None:
-        """Drop all but these images."""
-        self.files = self.files.take(rows)
-        self.labels = None if self.labels is None else self.labels[rows]
+        return printable(os.path.join(self.folder, self.files[self.rows[index]]))
 
     @cached_property
     def fingerprint(self) -> str:
         """Over relative paths, sizes, modification times and labels. Costs one stat call per file, at first use."""
-        return fingerprint_files(self.folder, self.files.encoded(), self.labels)
+        return fingerprint_files(self.folder, self.files.encoded(self.rows), self.labels)
 
 
 class Subset:

@@ -88,5 +88,5 @@ class EvalTransform:
 
 
 def _rgb(values: Any) -> RGB:
-    red, green, blue = values
-    return float(red), float(green), float(blue)
+    red, green, blue = map(float, values)
+    return red, green, blue

@@ -20,7 +20,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from glob import escape, glob
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, decode_reduced, printable, reason_of
+from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, decode_file, printable, reason_of
 from mimref.data.labels import RawLabels
 from mimref.data.sources import EncodedSource, NoSplitError, Split, fingerprint_files
 from mimref.data.splits import Indices
@@ -49,25 +48,26 @@ SPLITS = {
 }
 
 
-@dataclass(eq=False)
 class TableSource(EncodedSource):
-    """Images in the cells of a table, decoded when read."""
+    """Images in the cells of a table, decoded when read.
 
-    name: str
-    place: str
-    """`FOLDER/SPLIT` or `NAME/SPLIT`, for names of rows."""
-    cells: Any
-    """The image column, a `datasets.Dataset` in arrow format."""
-    folder: str
-    files: list[str]
-    """What the table was read from, relative to `folder`."""
-    rows: Indices
-    """(N,) row of every image."""
-    labels: Indices | None
-    class_names: list[str] | None
+    cells: the image column, a `datasets.Dataset` in arrow format. place: `FOLDER/SPLIT` or `NAME/SPLIT`, for names of
+    images. files: what the table was read from, relative to `folder`.
+    """
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(
+        self,
+        name: str,
+        cells: Any,
+        labels: Indices | None,
+        class_names: list[str] | None,
+        *,
+        place: str,
+        folder: str,
+        files: list[str],
+    ) -> None:
+        super().__init__(name, np.arange(len(cells)), labels, class_names)
+        self.cells, self.place, self.folder, self.files = cells, place, folder, files
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `EncodedSource`."""
@@ -79,18 +79,13 @@ class TableSource(EncodedSource):
         if content is not None:
             return decode_content(content, self.path(index), reduce)
         if path and os.path.isabs(path):  # how the library refers to files that it has downloaded one by one
-            return decode_reduced(path, reduce)
+            return decode_file(path, reduce)
         reason = f"not in the table, which names {printable(path)} instead" if path else "no image in this row"
         raise BadImage(self.path(index), reason)
 
     def path(self, index: int) -> str:
         """`FOLDER/SPLIT[ROW]`, with rows counted from 0 and odd characters escaped."""
         return printable(f"{self.place}[{self.rows[index]}]")
-
-    def select(self, rows: Indices) -> None:
-        """Drop all but these images."""
-        self.rows = self.rows[rows]
-        self.labels = None if self.labels is None else self.labels[rows]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -143,8 +138,7 @@ def open_hugging_face(
         raise DataError(f"{where}: state.json of split {part.name!r} leads out of the folder: {printable(outside)}")
     place = os.path.join(place, part.name) if part.name else place
     cells = table.with_format("arrow", columns=[image])
-    rows = np.arange(len(table), dtype=np.int64)
-    return TableSource(printable(spec), place, cells, folder, files, rows, labels, classes)
+    return TableSource(printable(spec), cells, labels, classes, place=place, folder=folder, files=files)
 
 
 @contextmanager
@@ -179,7 +173,7 @@ def _hub_parts(name: str, where: str) -> dict[str, _Part]:
     from datasets import load_dataset
 
     try:
-        loaded = load_dataset(name)
+        loaded = load_dataset(name, keep_in_memory=False)
     except Exception as error:  # of the library, of the hub's client and of the network
         reason = " ".join(str(error).split())
         raise DataError(f"{where}: no such folder, and no such data set on the hub ({reason})") from error
@@ -209,7 +203,7 @@ def _saved(folder: str, split: str, where: str) -> Any:
         # Recent versions of the library ignore the selection.
         raise DataError(f"{where}: holds a selection of rows; save it again after flatten_indices()")
     with _named(os.path.join(folder, split), where):
-        return load_from_disk(os.path.join(folder, split))
+        return load_from_disk(os.path.join(folder, split), keep_in_memory=False)
 
 
 def _read_json(path: str, where: str) -> Any:

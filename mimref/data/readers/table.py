@@ -50,9 +50,7 @@ def open_table(spec: str, split: Split) -> FileSource:
             reference = own if split == "train" else _labels(columns["label"], train, where)
             classes = (reference or own).classes()
             labels = own.encode(classes, where)
-    # Rows are sorted and distinct, so as many as there are paths are all of them.
-    chosen = paths if len(rows) == len(paths) else paths.take(rows)
-    return FileSource(printable(spec), os.path.dirname(file), chosen, labels, classes)
+    return FileSource(printable(spec), os.path.dirname(file), paths, labels, classes, rows)
 
 
 def _read(file: str, where: str) -> dict[str, pa.ChunkedArray]:

@@ -19,7 +19,7 @@ import hashlib
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from glob import escape, glob, has_magic
 
@@ -58,39 +58,22 @@ class ShardIndex:
     states: Indices
     """(number of shards, 2): size and time of modification when they were opened."""
 
-    def take(self, rows: Indices) -> "ShardIndex":
-        """The index of some images."""
-        return ShardIndex(
-            self.shards,
-            self.shard[rows],
-            self.offsets[rows],
-            self.sizes[rows],
-            self.members.take(rows),
-            None if self.labels is None else self.labels.take(rows),
-            self.states,
-        )
 
-
-@dataclass(eq=False)
 class ShardSource(EncodedSource):
     """Images within tar files, decoded when read."""
 
-    name: str
-    index: ShardIndex
-    labels: Indices | None
-    class_names: list[str] | None
-    _fetched: dict[int, bytes | FileNotFoundError] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.index.members)
+    def __init__(self, name: str, index: ShardIndex, labels: Indices | None, class_names: list[str] | None) -> None:
+        super().__init__(name, np.arange(len(index.members)), labels, class_names)
+        self.index = index
+        self._fetched: dict[int, bytes | FileNotFoundError] = {}
 
     def fetch(self, indices: Sequence[int]) -> None:
         """Request all of these images from a server at once. Raises DataError when it does not answer."""
         if not is_remote(self.index.shards[0]):
             return
         urls = [self._shard(index) for index in indices]
-        starts = [int(self.index.offsets[index]) for index in indices]
-        ends = [start + int(self.index.sizes[index]) for start, index in zip(starts, indices, strict=True)]
+        starts = [self._place(index)[0] for index in indices]
+        ends = [sum(self._place(index)) for index in indices]
         self._fetched = dict(zip(indices, read_parts(urls, starts, ends), strict=True))
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
@@ -99,7 +82,7 @@ class ShardSource(EncodedSource):
             content = self._content(index)
         except OSError as error:
             raise BadImage(self.path(index), reason_of(error).lower()) from error
-        if len(content) < self.index.sizes[index]:
+        if len(content) < self._place(index)[1]:
             raise BadImage(self.path(index), "its shard has become shorter")
         return decode_content(content, self.path(index), reduce)
 
@@ -115,20 +98,21 @@ class ShardSource(EncodedSource):
             return content
         # Opened for every image: there may be more shards than a process may keep open.
         with open(path, "rb") as shard:
-            shard.seek(int(self.index.offsets[index]))
-            return shard.read(int(self.index.sizes[index]))
+            offset, size = self._place(index)
+            shard.seek(offset)
+            return shard.read(size)
 
     def _shard(self, index: int) -> str:
-        return self.index.shards[int(self.index.shard[index])]
+        return self.index.shards[self.index.shard[self.rows[index]]]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Where an image begins in its shard, and its size, in bytes."""
+        row = self.rows[index]
+        return int(self.index.offsets[row]), int(self.index.sizes[row])
 
     def path(self, index: int) -> str:
         """`SHARD/MEMBER`, with odd characters escaped."""
-        return printable(os.path.join(self._shard(index), self.index.members[index]))
-
-    def select(self, rows: Indices) -> None:
-        """Drop all but these images."""
-        self.index = self.index.take(rows)
-        self.labels = None if self.labels is None else self.labels[rows]
+        return printable(os.path.join(self._shard(index), self.index.members[self.rows[index]]))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -136,9 +120,10 @@ class ShardSource(EncodedSource):
         digest = hashlib.sha256()
         for shard, (size, modified_ns) in zip(self.index.shards, self.index.states.tolist(), strict=True):
             digest.update(os.fsencode(os.path.basename(shard)) + f"\0{size}\0{modified_ns}\n".encode())
-        for array in (self.index.shard, self.index.offsets, self.index.sizes, self.labels):
-            if array is not None:
-                digest.update(array.tobytes())
+        for array in (self.index.shard, self.index.offsets, self.index.sizes):
+            digest.update(array[self.rows].tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
         return digest.hexdigest()
 
 
