@@ -44,7 +44,7 @@ def write_images(folder: Path, *names: str, shade: int = 0) -> None:
 
 
 def private_kib() -> int:
-    """Memory of this process that it shares with no other."""
+    """Memory of this process that no other shares."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean")))
 

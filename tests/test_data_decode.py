@@ -111,7 +111,7 @@ def test_other_formats_are_decoded_in_full(tmp_path: Path, suffix: str) -> None:
     assert (decoded.height, decoded.width) == SIZE
 
 
-def test_bad_files_are_bad_however_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_files_have_the_same_reason_at_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "image.jpg"
     photograph().save(path, quality=95)
     content = path.read_bytes()

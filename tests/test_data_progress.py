@@ -1,4 +1,4 @@
-"""The first look through many images tells how far it is; short looks, and later starts, tell nothing."""
+"""The first scan of many images reports its progress; short scans, and later starts, report nothing."""
 
 import tarfile
 import threading
@@ -20,7 +20,7 @@ from mimref.progress import Silent
 from mimref.refinement.plan import make_plan
 from tests.tiny import Killed, Watcher, pretrain_config, refine_config, write_images, write_labelled, write_weights
 
-Told = list[tuple[str, int, int]]
+Reports = list[tuple[str, int, int]]
 FOLDERS, SHARDS = "listing images, folder by folder", "listing images, shard by shard"
 
 
@@ -35,8 +35,8 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_cache, "LONG_SCAN_S", -1.0)
 
 
-def told(spec: object) -> Told:
-    heard: Told = []
+def reports(spec: object) -> Reports:
+    heard: Reports = []
     open_source(DataConfig(spec=str(spec)), "train", progress=lambda *values: heard.append(values))
     return heard
 
@@ -46,26 +46,26 @@ def test_shards(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with tarfile.open(tmp_path / f"{name}.tar", "w") as shard:
             shard.add(images / name, name)
     spec = f"wds:{tmp_path}/*.tar"
-    assert told(spec) == []
+    assert reports(spec) == []
     monkeypatch.setattr(index_cache, "LONG_SCAN_S", -1.0)
-    assert told(spec) == [(SHARDS, 1, 3), (SHARDS, 2, 3), (SHARDS, 3, 3)]
+    assert reports(spec) == [(SHARDS, 1, 3), (SHARDS, 2, 3), (SHARDS, 3, 3)]
     monkeypatch.setattr(index_cache, "CLOCK_TICK_NS", 0)
-    told(spec)
-    assert told(spec) == []
+    reports(spec)
+    assert reports(spec) == []
 
 
 def test_folders(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (images / "b/deeper").mkdir()
-    assert told(images) == []
+    assert reports(images) == []
     monkeypatch.setattr(index_cache, "LONG_SCAN_S", -1.0)
     # The folder itself, then its subfolders as they are found.
-    assert told(images) == [(FOLDERS, done, total) for done, total in ((1, 4), (2, 4), (3, 5), (4, 5), (5, 5))]
+    assert reports(images) == [(FOLDERS, done, total) for done, total in ((1, 4), (2, 4), (3, 5), (4, 5), (5, 5))]
     monkeypatch.setattr(index_cache, "CLOCK_TICK_NS", 0)
-    told(images)
-    assert told(images) == []
+    reports(images)
+    assert reports(images) == []
 
 
-def test_every_command_passes_it_on(tmp_path: Path, slow: None) -> None:
+def test_every_command_reports_it(tmp_path: Path, slow: None) -> None:
     data, weights = write_labelled(tmp_path / "data"), write_weights(tmp_path / "base.safetensors")
     heard: list[str] = []
 
@@ -87,9 +87,7 @@ def test_every_command_passes_it_on(tmp_path: Path, slow: None) -> None:
         pretrain(pretrain_config(data), tmp_path / "out", listener=Watcher(stop))
 
 
-def test_who_waits_for_another_process_is_told_so(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_for_another_process_is_reported(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "WAITING_S", 0.05)
     weights = PublishedWeights("maws_b16", (tmp_path / "published.pth").as_uri(), "maws")
     (tmp_path / "published.pth").write_bytes(b"weights")
@@ -104,7 +102,7 @@ def test_who_waits_for_another_process_is_told_so(
     thread = threading.Thread(target=hold)
     thread.start()
     holding.wait()
-    heard: Told = told(images)
+    heard: Reports = reports(images)
     assert len(heard) > 1 and set(heard) == {("waiting for another process to list the images", 0, 1)}
     thread.join()
     holding.clear()

@@ -224,10 +224,10 @@ def test_a_folder_and_a_damaged_parquet_file(tmp_path: Path) -> None:
 
 
 def test_many_rows(tmp_path: Path) -> None:
-    rows = 200_000
+    rows = 20_000
     lines = (f"{index % 1000:03}/{index}.jpg,{index % 1000}\n" for index in range(rows))
     (tmp_path / "images.csv").write_text("path,label\n" + "".join(lines))
     source = opened(f"list:{tmp_path / 'images.csv'}")
     assert source.labels is not None and source.labels.tolist() == [index % 1000 for index in range(rows)]
-    assert source.files[123_456] == "456/123456.jpg"
+    assert source.files[12_345] == "345/12345.jpg"
     assert os.path.basename(source.path(rows - 1)) == f"{rows - 1}.jpg"

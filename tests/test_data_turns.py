@@ -1,4 +1,4 @@
-"""Several processes that start at once on the same data and weights: one finds out or fetches, the others take it over.
+"""Several processes that start at once on the same data and weights: one scans or fetches, the others reuse its result.
 
 Locks are between open files, so that threads with files of their own stand for processes here.
 """
@@ -48,7 +48,7 @@ def at_once(work: Callable[[], T], count: int = 4) -> list[T]:
 
 
 class Counted:
-    """Counts the calls of a function, and takes its time for each."""
+    """Counts the calls of a function, and delays each."""
 
     def __init__(self, function: Callable[..., Any], seconds: float = 0.3) -> None:
         self.function, self.seconds, self.calls, self.most, self.under_way = function, seconds, 0, 0, 0
@@ -65,7 +65,7 @@ class Counted:
 
 
 def age(folder: Path) -> None:
-    """As if all had been written a minute ago: what has just changed is looked at again."""
+    """As if all had been written a minute ago: what has just changed is scanned again."""
     for path in [folder, *folder.rglob("*")]:
         os.utime(path, (time.time() - 60, time.time() - 60))
 
@@ -110,7 +110,7 @@ def test_shards_are_read_once(pattern: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("module", [folders, shards])
-def test_what_is_slow_is_kept_though_it_is_little(
+def test_a_long_scan_of_few_images_is_saved(
     module: Any, images: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     look = Counted(module._scan, seconds=0.05)
@@ -125,7 +125,7 @@ def test_what_is_slow_is_kept_though_it_is_little(
     assert look.calls == 3
 
 
-def test_without_a_place_for_locks_all_goes_on(images: Path, pattern: str) -> None:
+def test_without_locks_every_process_scans(images: Path, pattern: str) -> None:
     cache_folder().write_text("a file, not a folder")
     assert [len(source) for source in at_once(lambda: opened(images))] == [6] * 4
     assert len(opened(pattern)) == 6

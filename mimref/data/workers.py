@@ -67,7 +67,7 @@ def watched(loader: DataLoader[_T], positions: WorkerPositions) -> Iterator[_T]:
         yield from batches
         return
     # torch's handler of SIGCHLD would raise wherever the main process is, even while it writes a file.
-    _utils.signal_handling._remove_worker_pids(id(batches))
+    _utils.signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]  # no public name
     batches._worker_pids_set = False
     # Loader processes ignore the signals by which Python ends its children at exit, so it would wait for them.
     atexit.register(batches._shutdown_workers)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mimref.data.decode import printable
-from mimref.data.index.cache import Scan, comparable_time, load_index, load_or_scan, save_index
+from mimref.data.index.cache import Arrays, Scan, comparable_time, load_index, load_or_scan, save_index
 from mimref.data.index.paths import PathList
 from mimref.data.sources import FileSource, NoSplitError, Split
 from mimref.data.splits import Indices
@@ -186,7 +186,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def _save(key: bytes, listing: Listing) -> None:
-    arrays = {
+    arrays: Arrays = {
         "content": listing.files.content,
         "ends": listing.files.ends,
         "folders": listing.folders.content,

@@ -24,7 +24,7 @@ from functools import cached_property, partial
 from glob import escape, glob, has_magic
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, printable, reason_of
 from mimref.data.index.cache import Arrays, Scan, comparable_time, load_index, load_or_scan, save_index
@@ -181,7 +181,7 @@ def _expand(pattern: str, where: str, *, split: str | None = None) -> list[str]:
     """
     try:
         paths = list(braceexpand(pattern, escape=False))
-    except UnbalancedBracesError:  # part of a name
+    except ValueError:  # unbalanced braces are part of a name
         paths = [pattern]
     literal = [path for path in paths if not has_magic(path)]
     exists = dict(zip(literal, _states(PathList.pack(literal))[:, 0] != MISSING[0], strict=True)) if literal else {}
