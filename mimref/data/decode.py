@@ -133,8 +133,11 @@ def printable(path: str) -> str:
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """Writable uint8 (H, W, 3)."""
     if image.mode.startswith("I"):
-        gray_HW = _to_8_bits(np.asarray(image))
-        return np.repeat(gray_HW[:, :, None], 3, axis=2)
+        # 0..65535 scaled to 0..255, rounded; Pillow's own conversion clips at 255 instead.
+        wide_HW = np.asarray(image).astype(np.int64)
+        if wide_HW.min() < 0 or wide_HW.max() > 65535:
+            raise ValueError("32-bit pixels outside 0..65535")
+        return np.repeat(((wide_HW + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise ValueError("floating-point pixels of unknown range")
     if image.mode == "P" and "transparency" in image.info:
@@ -142,15 +145,6 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         return np.array(image.convert("RGBA").convert("RGB"))
     # Converting RGB to RGB would copy it.
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _to_8_bits(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Scale 0..65535 to 0..255, rounded; Pillow's own conversion clips at 255 instead."""
-    wide = pixels.astype(np.int64)
-    if wide.min() < 0 or wide.max() > 65535:
-        raise ValueError("32-bit pixels outside 0..65535")
-    scaled: NDArray[np.uint8] = ((wide + 128) // 257).astype(np.uint8)
-    return scaled
 
 
 def _reason(file: str | io.BytesIO, error: Exception) -> str:

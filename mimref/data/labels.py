@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +26,13 @@ class RawLabels:
         codes = np.fromiter((known.setdefault(label, len(known)) for label in labels), dtype=np.int64)
         return cls(list(known), codes)
 
-    def take(self, rows: Indices) -> "RawLabels":
-        """The labels of some images."""
-        used, codes = np.unique(self.codes[rows], return_inverse=True)
-        return RawLabels([self.names[code] for code in used], codes.astype(np.int64))
+    @classmethod
+    def from_column(cls, column: Any) -> "RawLabels":
+        """From a pyarrow column without missing values."""
+        encoded = column.cast("string").combine_chunks().dictionary_encode()
+        if hasattr(encoded, "combine_chunks"):  # pyarrow before 17
+            encoded = encoded.combine_chunks()
+        return cls(encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64))
 
     def classes(self) -> list[str]:
         """The distinct labels in the order of their classes: by value if all are whole numbers, else by text.

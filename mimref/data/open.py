@@ -15,7 +15,6 @@ Hidden files are ignored, and so are files whose name does not end like an image
 import os
 import re
 from glob import escape
-from typing import Protocol
 
 from mimref.config.base import DataConfig
 from mimref.data.decode import printable
@@ -23,8 +22,8 @@ from mimref.data.index.remote import is_remote
 from mimref.data.readers.folder import open_folder
 from mimref.data.readers.named import open_digits, open_fashion_mnist, open_torchvision
 from mimref.data.readers.wds import open_shards
-from mimref.data.sources import ImageSource, Split
-from mimref.data.splits import Indices, first_images
+from mimref.data.sources import ArraySource, EncodedSource, ImageSource, Split
+from mimref.data.splits import first_images
 from mimref.errors import ConfigError, DataError, did_you_mean
 from mimref.progress import LabelledProgress
 
@@ -33,11 +32,6 @@ NAMES = ("digits", "fashion-mnist")
 """Specs that are not paths, even where a folder has the same name."""
 PATH_PREFIXES = ("list:", "hf:", "wds:")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-
-
-class _SelectableSource(ImageSource, Protocol):
-    def select(self, rows: Indices) -> None:
-        """Drop all but these images."""
 
 
 def is_hub_name(path: str) -> bool:
@@ -92,7 +86,7 @@ def _how_to_label(spec: str) -> str:
     return "make train/ and val/ in it, each with one folder per class (two or more)"
 
 
-def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress | None) -> _SelectableSource:
+def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress | None) -> ArraySource | EncodedSource:
     if spec == "digits":
         return open_digits(split)
     if spec == "fashion-mnist":

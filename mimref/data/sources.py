@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,7 +58,7 @@ class FetchedSource(Protocol):
         """Get these images, which are read next. Raises DataError when the server fails."""
 
 
-class EncodedSource(ABC):
+class EncodedSource(ImageSource):
     """Images that are stored encoded, as JPEG, PNG and so on, and decoded when read: a base of sources."""
 
     in_memory = False

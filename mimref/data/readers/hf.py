@@ -112,7 +112,7 @@ def open_hugging_face(
     when the `datasets` package is missing.
     """
     where, place = f"--data {printable(spec)}", os.path.expanduser(spec.removeprefix("hf:"))
-    with _library_errors(where):
+    with _without_progress_bars(where):
         if progress is not None:
             progress(f"reading {printable(spec)}", 0, 1)
         parts = _hub_parts(place, where) if on_hub else _folder_parts(place, where)
@@ -142,8 +142,8 @@ def open_hugging_face(
 
 
 @contextmanager
-def _library_errors(where: str) -> Iterator[None]:
-    """Raise DataError for whatever `datasets` raises, without its own progress bars."""
+def _without_progress_bars(where: str) -> Iterator[None]:
+    """Import `datasets`, and switch off its progress bars and those of its downloads meanwhile."""
     try:
         import datasets
         import huggingface_hub.utils as hub
@@ -154,15 +154,23 @@ def _library_errors(where: str) -> Iterator[None]:
         each.disable_progress_bars()
     try:
         yield
-    except DataError:
-        raise
-    except Exception as error:  # of its own, of pyarrow, of the operating system and of the hub's client
-        # The library wraps what went wrong in "An error occurred while generating the dataset".
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-        raise DataError(f"{where}: cannot be read ({reason_of(cause or error)})") from error
     finally:
         for each in bars:
             each.enable_progress_bars()
+
+
+@contextmanager
+def _reading(path: str, where: str, what: str = "cannot be read; get it again") -> Iterator[None]:
+    """Raise DataError, naming the file or data set, for whatever the library, pyarrow and the hub's client raise."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        # The library hides the cause behind "An error occurred while generating the dataset".
+        cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else error
+        reason = " ".join(str(cause or error).split())
+        raise DataError(f"{where}: {printable(path)} {what} ({reason})") from error
 
 
 # --- which splits
@@ -172,11 +180,8 @@ def _hub_parts(name: str, where: str) -> dict[str, _Part]:
     """The splits of a data set of the hub, by what they serve for: train, val and test."""
     from datasets import load_dataset
 
-    try:
+    with _reading(name, where, "is no folder, and cannot be loaded from the hub"):
         loaded = load_dataset(name, keep_in_memory=False)
-    except Exception as error:  # of the library, of the hub's client and of the network
-        reason = " ".join(str(error).split())
-        raise DataError(f"{where}: no such folder, and no such data set on the hub ({reason})") from error
     return {SPLITS[split]: _Part(split, partial(loaded.get, split)) for split in loaded if split in SPLITS}
 
 
@@ -186,7 +191,8 @@ def _folder_parts(folder: str, where: str) -> dict[str, _Part]:
         what = "is a file, not a folder" if os.path.exists(folder) else "no such folder"
         raise DataError(f"{where}: {what}")
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        names = _read_json(os.path.join(folder, "dataset_dict.json"), where)["splits"]
+        with _reading(path := os.path.join(folder, "dataset_dict.json"), where), open(path) as file:
+            names = [str(name) for name in json.load(file)["splits"]]
         return {SPLITS[name]: _Part(name, partial(_saved, folder, name, where)) for name in names if name in SPLITS}
     if os.path.isfile(os.path.join(folder, "state.json")):
         return {"": _Part("", partial(_saved, folder, "", where))}
@@ -198,27 +204,13 @@ def _saved(folder: str, split: str, where: str) -> Any:
     """A split that `save_to_disk` wrote."""
     from datasets import load_from_disk
 
-    state = _read_json(os.path.join(folder, split, "state.json"), where)
+    with _reading(path := os.path.join(folder, split, "state.json"), where), open(path) as file:
+        state = dict(json.load(file))
     if state.get("_indices_data_files") or state.get("_indices_files"):
         # Recent versions of the library ignore the selection.
         raise DataError(f"{where}: holds a selection of rows; save it again after flatten_indices()")
-    with _named(os.path.join(folder, split), where):
+    with _reading(os.path.join(folder, split), where):
         return load_from_disk(os.path.join(folder, split), keep_in_memory=False)
-
-
-def _read_json(path: str, where: str) -> Any:
-    with _named(path, where), open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-@contextmanager
-def _named(path: str, where: str) -> Iterator[None]:
-    """Name the file in errors."""
-    try:
-        yield
-    except (OSError, ValueError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())  # with the file's name, which `path` may be the folder of
-        raise DataError(f"{where}: {printable(path)} cannot be read ({reason}); get it again") from error
 
 
 def _parquet_files(folder: str, where: str) -> dict[str, list[str]]:
@@ -267,13 +259,14 @@ def _parquet(folder: str, files: Sequence[str], where: str) -> Any:
     paths = [os.path.join(folder, file) for file in files]
     columns: list[str] = []
     for path in paths:
-        with _named(path, where):
+        with _reading(path, where):
             schema = pa.parquet.read_schema(path)
         columns = columns or [name for name in _columns(Features.from_arrow_schema(schema), where) if name]
         if missing := [name for name in columns if name not in schema.names]:
             raise DataError(f"{where}: {printable(path)} has no column {missing[0]!r} like that of the other files")
     cache = str(cache_folder() / "huggingface")
-    return Dataset.from_parquet([escape(path) for path in paths], columns=columns, cache_dir=cache)
+    with _reading(folder, where):
+        return Dataset.from_parquet([escape(path) for path in paths], columns=columns, cache_dir=cache)
 
 
 # --- columns and labels
@@ -317,12 +310,10 @@ def _labels(table: Any, where: str) -> tuple[RawLabels | None, list[str] | None]
         return None, None
     if (row := pc.index(missing, True).as_py()) >= 0:
         raise DataError(f"{where}: row {row} of its split has no {name!r}, though others have")
-    encoded = pa.concat_arrays(column.cast(pa.string()).chunks).dictionary_encode()
-    names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
+    raw = RawLabels.from_column(column)
     classes = getattr(table.features[name], "names", None)
     if classes and pa.types.is_integer(kind):
-        if outside := [number for number in names if not 0 <= int(number) < len(classes)]:
+        if outside := [number for number in raw.names if not 0 <= int(number) < len(classes)]:
             raise DataError(f"{where}: {name} {outside[0]} is none of the {len(classes)} classes of its schema")
-        names = [classes[int(number)] for number in names]
-    raw = RawLabels(names, codes)
+        raw = RawLabels([classes[int(number)] for number in raw.names], raw.codes)
     return raw, list(classes) if classes else raw.classes()

@@ -131,19 +131,15 @@ def _labels(column: pa.ChunkedArray, rows: Indices, where: str) -> RawLabels | N
     kind = column.type
     if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
         raise DataError(f"{where}: column 'label' holds {kind}; labels are class names or whole numbers")
-    encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):  # pyarrow before 17
-        encoded = encoded.combine_chunks()
-    codes = pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
-    found = codes[rows] >= 0
-    if not found.any():
+    column = column.take(rows)
+    missing = pc.is_null(column)
+    if pc.all(missing).as_py():
         return None
-    if not found.all():
+    if (first := pc.index(missing, True).as_py()) >= 0:
         raise DataError(
-            f"{where}: row {rows[np.argmin(found)] + 1} has no label, though others of its split have; "
-            "fill it in or drop the row"
+            f"{where}: row {rows[first] + 1} has no label, though others of its split have; fill it in or drop the row"
         )
-    raw = RawLabels(encoded.dictionary.to_pylist(), codes).take(rows)
+    raw = RawLabels.from_column(column)
     if all(re.fullmatch(r"[-+]?\d*\.\d*", name) for name in raw.names):
         raise DataError(f"{where}: labels such as {raw.names[0]} are neither class names nor whole numbers")
     return raw
