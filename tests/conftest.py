@@ -1,4 +1,4 @@
-"""Set before torch and matplotlib are imported: tiny tensors gain nothing from threads, and tests have no screen."""
+"""Set before libraries are imported: tiny tensors gain nothing from threads, and tests have no screen or network."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)

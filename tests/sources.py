@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from mimref.config.base import DataConfig
+from mimref.data.decode import decode_file
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 
@@ -15,6 +17,11 @@ from mimref.data.sources import ImageSource
 def opened(spec: object, split: Any = "train", *, need_labels: bool = False, **settings: Any) -> ImageSource:
     """The images of a spec; `settings` are those of `DataConfig`."""
     return open_source(DataConfig(spec=str(spec), **settings), split, need_labels=need_labels)
+
+
+def decode_image(path: str) -> Tensor:
+    """An image file at full size, as sources read it."""
+    return decode_file(path).image.contiguous()
 
 
 def names(source: ImageSource, root: Path) -> list[str]:
@@ -37,7 +44,7 @@ def write_images(folder: Path, *names: str, shade: int = 0) -> None:
 
 
 def private_kib() -> int:
-    """Memory of this process that it shares with no other."""
+    """Memory of this process that no other shares."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean")))
 

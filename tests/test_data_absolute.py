@@ -23,7 +23,8 @@ from tests.tiny import write_images
         ("fashion-mnist", "fashion-mnist"),
         ("torchvision:MNIST", "torchvision:MNIST"),
         ("list:a/b.csv", "list:{here}/a/b.csv"),
-        ("hf:sets/birds", "hf:{here}/sets/birds"),
+        ("hf:sets/birds", "hf:sets/birds"),  # a name of the hub
+        ("hf:./sets/birds", "hf:{here}/sets/birds"),
         ("hf:/sets/birds", "hf:/sets/birds"),
         ("list:~/b.csv", "list:{home}/b.csv"),
         ("wds:a-{{split}}-{{0..3}}.tar", "wds:{here}/a-{{split}}-{{0..3}}.tar"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mimref.data.decode import BadImage, decode_image, decode_reduced
+from mimref.data.decode import BadImage, decode_file
+from tests.sources import decode_image
 
 SIZE = (61, 90)  # height and width; no multiple of 2 and 61 of none
 
@@ -34,7 +35,7 @@ def means(image: torch.Tensor, factor: int) -> torch.Tensor:
     return torch.nn.functional.avg_pool2d(image.float(), factor, ceil_mode=True)
 
 
-@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("factor", [2, 8])
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
@@ -63,7 +64,7 @@ def test_jpeg_is_reduced_by_the_factor(tmp_path: Path, mode: str, options: dict[
         asked.append((height, width))
         return factor
 
-    decoded = decode_reduced(path, reduce)
+    decoded = decode_file(path, reduce)
     assert asked == [SIZE]
     assert (decoded.height, decoded.width) == SIZE
     assert decoded.image.dtype == torch.uint8
@@ -76,12 +77,12 @@ def test_jpeg_is_reduced_by_the_factor(tmp_path: Path, mode: str, options: dict[
     decoded.image[0, 0, 0] = 1  # writable
 
 
-@pytest.mark.parametrize("height", range(8, 26))
+@pytest.mark.parametrize("height", [8, 9, 15, 16, 17, 25])
 def test_every_size_is_rounded_up(tmp_path: Path, height: int) -> None:
     path = str(tmp_path / "image.jpg")
     Image.new("RGB", (31, height)).save(path)
     for factor in (1, 2, 4, 8):
-        assert decode_reduced(path, lambda *_, factor=factor: factor).image.shape == (
+        assert decode_file(path, lambda *_, factor=factor: factor).image.shape == (
             3,
             -(-height // factor),
             -(-31 // factor),
@@ -92,12 +93,12 @@ def test_factor_1_decodes_in_full(tmp_path: Path) -> None:
     path = str(tmp_path / "image.jpg")
     photograph().save(path)
     whole = decode_image(path)
-    for decoded in (decode_reduced(path), decode_reduced(path, lambda *_: 1)):
+    for decoded in (decode_file(path), decode_file(path, lambda *_: 1)):
         assert torch.equal(decoded.image, whole)
         assert decoded.image[None].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "tif", "gif"])
+@pytest.mark.parametrize("suffix", ["png", "webp"])
 def test_other_formats_are_decoded_in_full(tmp_path: Path, suffix: str) -> None:
     path = str(tmp_path / f"image.{suffix}")
     photograph().save(path)
@@ -105,12 +106,12 @@ def test_other_formats_are_decoded_in_full(tmp_path: Path, suffix: str) -> None:
     def reduce(height: int, width: int) -> int:
         raise AssertionError("asked for a factor")
 
-    decoded = decode_reduced(path, reduce)
+    decoded = decode_file(path, reduce)
     assert torch.equal(decoded.image, decode_image(path))
     assert (decoded.height, decoded.width) == SIZE
 
 
-def test_bad_files_are_bad_however_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_files_have_the_same_reason_at_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "image.jpg"
     photograph().save(path, quality=95)
     content = path.read_bytes()
@@ -131,6 +132,6 @@ def reasons(path: Path) -> set[str]:
     said = set()
     for factor in (1, 8):
         with pytest.raises(BadImage) as caught:
-            decode_reduced(str(path), lambda *_, factor=factor: factor)
+            decode_file(str(path), lambda *_, factor=factor: factor)
         said.add(caught.value.reason)
     return said

@@ -1,4 +1,4 @@
-"""Folders of images: splits, classes, links and odd entries; and the kept listing, against a plain recursion."""
+"""Folders of images: splits, classes, links and odd entries; and the saved listing, against a plain recursion."""
 
 import os
 import shutil
@@ -12,9 +12,10 @@ import pytest
 
 from mimref.config.base import DataConfig
 from mimref.data.decode import BadImage
+from mimref.data.index import cache as index_cache
 from mimref.data.open import open_source
 from mimref.data.readers import folder as folders
-from mimref.data.readers.folder import CACHED_FROM, list_folder
+from mimref.data.readers.folder import list_folder
 from mimref.data.sources import FileSource
 from mimref.errors import DataError
 from mimref.files import cache_folder
@@ -190,7 +191,7 @@ def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monkey
         opened(tmp_path)
 
 
-# --- the kept listing
+# --- the saved listing
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -238,7 +239,7 @@ class Scans:
 
 @pytest.fixture
 def scans(monkeypatch: pytest.MonkeyPatch) -> Scans:
-    monkeypatch.setattr(folders, "CACHED_FROM", 1)
+    monkeypatch.setattr(index_cache, "SAVE_FROM_IMAGES", 1)
     return Scans(monkeypatch)
 
 
@@ -336,22 +337,22 @@ def test_small_folders_leave_nothing_in_the_cache(images: Path) -> None:
     assert not list((cache_folder() / "listings").iterdir())
 
 
-def test_twenty_thousand_files_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_folders_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "images"
-    for split, count in (("train", 1800), ("val", 200)):
+    for split, count in (("train", 180), ("val", 20)):
         for name in range(10):
             (root / split / f"{name}").mkdir(parents=True)
             for index in range(count):
                 os.close(os.open(root / split / f"{name}" / f"{index}.jpg", os.O_CREAT))
     settle(root)
-    assert CACHED_FROM < 18_000
+    monkeypatch.setattr(index_cache, "SAVE_FROM_IMAGES", 1000)
     scans = Scans(monkeypatch)
     data = DataConfig(spec=str(root))
     assert scans.during(lambda: open_source(data, "train")) == 11
     first = open_source(data, "train")
     assert scans.during(lambda: open_source(data, "train")) == 0
     assert scans.during(lambda: open_source(data, "val")) == 11  # few enough to be listed every time; train/ is not
-    assert first.labels is not None and np.bincount(first.labels).tolist() == [1800] * 10
+    assert first.labels is not None and np.bincount(first.labels).tolist() == [180] * 10
     assert isinstance(first, FileSource)
     assert all(int(path.split("/")[0]) == label for path, label in zip(first.files, first.labels, strict=True))
 

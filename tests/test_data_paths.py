@@ -1,12 +1,7 @@
 """Lists of paths without one object per path."""
 
-import time
-from collections.abc import Callable
-
-import numpy as np
 import pytest
 
-from mimref.data.index import paths as data_paths
 from mimref.data.index.paths import PathList
 
 
@@ -15,38 +10,8 @@ def test_path_lists_are_the_lists_they_were_made_of() -> None:
     packed = PathList.pack(paths)
     assert list(packed) == paths and len(packed) == 5
     assert [packed[index] for index in range(-5, 5)] == paths + paths
-    assert packed[1:4] == paths[1:4] and packed[::-2] == paths[::-2]
-    assert list(packed.take(np.array([4, 0, 0]))) == [paths[4], paths[0], paths[0]]
     assert PathList.pack(packed) is packed
     for index in (5, -6):
         with pytest.raises(IndexError):
             packed[index]
     assert list(PathList.pack([])) == [] and len(PathList.pack([])) == 0
-
-
-@pytest.mark.parametrize("at_once", [1, 3, 1000])
-def test_chosen_paths_equal_a_plain_loop(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_paths, "TAKEN_AT_ONCE", at_once)
-    draw = np.random.default_rng(0)
-    paths = ["é" * int(length) + str(number) * int(number % 2) for number, length in enumerate(draw.integers(0, 9, 50))]
-    packed = PathList.pack(paths)
-    # Bytes before the first path and after the last, as a table's buffers have them.
-    within = PathList(np.concatenate([packed.content[:7], packed.content, packed.content[:5]]), packed.ends + 7)
-    for rows in (np.arange(50), np.arange(50)[::-3], draw.integers(0, 50, 200), np.arange(0), np.array([0])):
-        for source in (packed, within):
-            assert list(source.take(rows)) == [paths[row] for row in rows]
-    with pytest.raises(IndexError):
-        packed.take(np.array([50]))
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def test_choosing_is_faster_than_path_by_path() -> None:
-    packed = PathList.pack(f"train/{number:06}.jpeg" for number in range(100_000))
-    rows = np.arange(0, 100_000, 2)
-    at_once = min(seconds(lambda: packed.take(rows)) for _ in range(3))
-    assert 3 * at_once < seconds(lambda: PathList.pack(packed[int(row)] for row in rows))

@@ -71,7 +71,7 @@ def jitter_draw(factors: Values = (NO_CHANGE,) * 4, order: Values = (0.1, 0.2, 0
     return [ALWAYS, *factors, *order]
 
 
-@pytest.mark.parametrize("draw", [0.0, 0.1, 0.3, 0.5, 0.8, 0.999])
+@pytest.mark.parametrize("draw", [0.0, 0.3, 0.999])
 @pytest.mark.parametrize("which", range(4))
 def test_each_jitter_operation_is_torchvisions(monkeypatch: pytest.MonkeyPatch, which: int, draw: float) -> None:
     strength = 0.5 if which == 3 else 0.7
@@ -93,7 +93,7 @@ def test_each_jitter_operation_is_torchvisions(monkeypatch: pytest.MonkeyPatch, 
         close(got[row], expected)
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 0, 1), (1, 3, 0, 2)])
 def test_jitter_operations_run_in_the_drawn_order(monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]) -> None:
     rank = [0.0] * 4
     for slot, operation in enumerate(order):
@@ -164,7 +164,7 @@ def test_hue_of_gray_black_white_and_pure_colours() -> None:
         assert torch.equal(shift_hue(gray, torch.full((1, 1, 1), turns)), gray)
 
 
-@pytest.mark.parametrize(("size", "taps"), [(224, 23), (96, 23), (24, 23), (23, 23), (22, 21), (8, 7), (4, 3), (3, 3)])
+@pytest.mark.parametrize(("size", "taps"), [(96, 23), (23, 23), (22, 21), (3, 3)])
 def test_blur_is_torchvisions(size: int, taps: int) -> None:
     images = photographs(4, size).float() / 255
     sigma = torch.tensor([0.1, 0.5, 1.3, 2.0])
@@ -327,7 +327,7 @@ def test_layout_and_normalisation(statistics: dict[str, RGB]) -> None:
             close(got[view, row], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("size", "jitter"), [(16, (0.4, 0.4, 0.2, 0.1)), (8, (1.0, 1.0, 1.0, 0.5))])
+@pytest.mark.parametrize(("size", "jitter"), [(8, (1.0, 1.0, 1.0, 0.5))])
 def test_a_batch_equals_its_samples_one_by_one(size: int, jitter: tuple[float, float, float, float]) -> None:
     crops = torch.stack([photographs(12, size), photographs(12, size).flip(0)], dim=1)
     sample_B = torch.arange(12) * 7

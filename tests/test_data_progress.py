@@ -1,4 +1,4 @@
-"""The first look through many images tells how far it is; short looks, and later starts, tell nothing."""
+"""The first scan of many images reports its progress; short scans, and later starts, report nothing."""
 
 import tarfile
 import threading
@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mimref import files
+from mimref import locks
 from mimref.config.base import DataConfig
-from mimref.data.index import cache as kept
+from mimref.data.index import cache as index_cache
 from mimref.data.open import open_source
-from mimref.data.readers import folder as folders
-from mimref.data.readers import wds as shards
 from mimref.encoders.published import PublishedWeights, fetch
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.features.inputs import EncoderInputs
@@ -22,7 +20,7 @@ from mimref.progress import Silent
 from mimref.refinement.plan import make_plan
 from tests.tiny import Killed, Watcher, pretrain_config, refine_config, write_images, write_labelled, write_weights
 
-Told = list[tuple[str, int, int]]
+Reports = list[tuple[str, int, int]]
 FOLDERS, SHARDS = "listing images, folder by folder", "listing images, shard by shard"
 
 
@@ -34,11 +32,11 @@ def images(tmp_path: Path) -> Path:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if everything took its time."""
-    monkeypatch.setattr(kept, "SLOW_S", -1.0)
+    monkeypatch.setattr(index_cache, "LONG_SCAN_S", -1.0)
 
 
-def told(spec: object) -> Told:
-    heard: Told = []
+def reports(spec: object) -> Reports:
+    heard: Reports = []
     open_source(DataConfig(spec=str(spec)), "train", progress=lambda *values: heard.append(values))
     return heard
 
@@ -48,29 +46,26 @@ def test_shards(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with tarfile.open(tmp_path / f"{name}.tar", "w") as shard:
             shard.add(images / name, name)
     spec = f"wds:{tmp_path}/*.tar"
-    assert told(spec) == []
-    monkeypatch.setattr(kept, "SLOW_S", -1.0)
-    assert told(spec) == [(SHARDS, 1, 3), (SHARDS, 2, 3), (SHARDS, 3, 3)]
-    monkeypatch.setattr(kept, "settled", lambda modified_ns, looked_ns: modified_ns)
-    monkeypatch.setattr(shards, "settled", kept.settled)
-    monkeypatch.setattr(shards, "CACHED_FROM", 1)
-    told(spec)
-    assert told(spec) == []
+    assert reports(spec) == []
+    monkeypatch.setattr(index_cache, "LONG_SCAN_S", -1.0)
+    assert reports(spec) == [(SHARDS, 1, 3), (SHARDS, 2, 3), (SHARDS, 3, 3)]
+    monkeypatch.setattr(index_cache, "CLOCK_TICK_NS", 0)
+    reports(spec)
+    assert reports(spec) == []
 
 
 def test_folders(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (images / "b/deeper").mkdir()
-    assert told(images) == []
-    monkeypatch.setattr(kept, "SLOW_S", -1.0)
+    assert reports(images) == []
+    monkeypatch.setattr(index_cache, "LONG_SCAN_S", -1.0)
     # The folder itself, then its subfolders as they are found.
-    assert told(images) == [(FOLDERS, done, total) for done, total in ((1, 4), (2, 4), (3, 5), (4, 5), (5, 5))]
-    monkeypatch.setattr(folders, "settled", lambda modified_ns, looked_ns: modified_ns)
-    monkeypatch.setattr(folders, "CACHED_FROM", 1)
-    told(images)
-    assert told(images) == []
+    assert reports(images) == [(FOLDERS, done, total) for done, total in ((1, 4), (2, 4), (3, 5), (4, 5), (5, 5))]
+    monkeypatch.setattr(index_cache, "CLOCK_TICK_NS", 0)
+    reports(images)
+    assert reports(images) == []
 
 
-def test_every_command_passes_it_on(tmp_path: Path, slow: None) -> None:
+def test_every_command_reports_it(tmp_path: Path, slow: None) -> None:
     data, weights = write_labelled(tmp_path / "data"), write_weights(tmp_path / "base.safetensors")
     heard: list[str] = []
 
@@ -92,13 +87,11 @@ def test_every_command_passes_it_on(tmp_path: Path, slow: None) -> None:
         pretrain(pretrain_config(data), tmp_path / "out", listener=Watcher(stop))
 
 
-def test_who_waits_for_another_process_is_told_so(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "WAITING_S", 0.05)
+def test_waiting_for_another_process_is_reported(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "WAITING_S", 0.05)
     weights = PublishedWeights("maws_b16", (tmp_path / "published.pth").as_uri(), "maws")
     (tmp_path / "published.pth").write_bytes(b"weights")
-    held = [kept._file("folder", str(images).encode()), weights.file]
+    held = [index_cache._file("folder", str(images).encode()), weights.file]
     holding = threading.Event()
 
     def hold() -> None:
@@ -109,7 +102,7 @@ def test_who_waits_for_another_process_is_told_so(
     thread = threading.Thread(target=hold)
     thread.start()
     holding.wait()
-    heard: Told = told(images)
+    heard: Reports = reports(images)
     assert len(heard) > 1 and set(heard) == {("waiting for another process to list the images", 0, 1)}
     thread.join()
     holding.clear()

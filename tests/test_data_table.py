@@ -9,7 +9,6 @@ from PIL import Image
 
 from mimref.config.base import DataConfig
 from mimref.data.decode import BadImage
-from mimref.data.index.paths import PathList
 from mimref.data.open import open_source
 from mimref.data.sources import FileSource
 from mimref.errors import DataError
@@ -39,10 +38,14 @@ def opened(spec: str, split: Any = "train", **settings: Any) -> FileSource:
     return source
 
 
+def files(source: FileSource) -> list[str]:
+    return [source.files[row] for row in source.rows]
+
+
 def labelled(source: FileSource) -> list[tuple[str, str]]:
     assert source.labels is not None and source.class_names is not None
     assert source.labels.dtype == np.int64
-    return [(file, source.class_names[label]) for file, label in zip(source.files, source.labels, strict=True)]
+    return [(file, source.class_names[label]) for file, label in zip(files(source), source.labels, strict=True)]
 
 
 @pytest.fixture(params=[".csv", ".parquet"])
@@ -69,7 +72,7 @@ def test_without_splits_validation_is_the_same_and_unlabelled(file: Path) -> Non
     spec = write_table(file, [row[:2] for row in ROWS], "path,label")
     assert labelled(opened(spec)) == [row[:2] for row in ROWS]
     held = opened(spec, "val")
-    assert list(held.files) == [row[0] for row in ROWS] and held.labels is None and held.class_names is None
+    assert files(held) == [row[0] for row in ROWS] and held.labels is None and held.class_names is None
 
 
 def test_paths_alone(file: Path) -> None:
@@ -193,7 +196,7 @@ def test_classes_and_splits_that_do_not_meet(file: Path) -> None:
         ("text.parquet", b"path\na.png\n", "cannot be read"),
         ("uneven.csv", b"path,label\na.png,x\nb.png\n", "cannot be read"),
         ("latin.csv", "path\nünï.png\n".encode("latin-1"), "cannot be read"),
-        ("semicolons.csv", b"path;label\na.png;x\n", "its columns: path;label; a comma stands between"),
+        ("semicolons.csv", b"path;label\na.png;x\n", "its columns: path;label; a .csv separates them by commas"),
         ("twice.csv", b"path,path\na.png,b.png\n", "has two columns 'path'"),
         ("list.txt", b"a.png\n", r"a list is a \.csv or \.parquet file, not '\.txt'"),
         ("list", b"a.png\n", r"a list is a \.csv or \.parquet file"),
@@ -221,19 +224,10 @@ def test_a_folder_and_a_damaged_parquet_file(tmp_path: Path) -> None:
 
 
 def test_many_rows(tmp_path: Path) -> None:
-    rows = 200_000
+    rows = 20_000
     lines = (f"{index % 1000:03}/{index}.jpg,{index % 1000}\n" for index in range(rows))
     (tmp_path / "images.csv").write_text("path,label\n" + "".join(lines))
     source = opened(f"list:{tmp_path / 'images.csv'}")
     assert source.labels is not None and source.labels.tolist() == [index % 1000 for index in range(rows)]
-    assert source.files[123_456] == "456/123456.jpg"
+    assert source.files[12_345] == "345/12345.jpg"
     assert os.path.basename(source.path(rows - 1)) == f"{rows - 1}.jpg"
-
-
-def test_all_rows_are_not_copied(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = write_table(file, [(f"{number}.png",) for number in range(5)], "path")
-    assert len(opened(plain)) == 5
-    monkeypatch.setattr(PathList, "take", None)
-    assert list(opened(plain).files) == list(opened(plain, "val").files) == [f"{number}.png" for number in range(5)]
-    split = write_table(file, [("a.png", "train"), ("b.png", "train")], "path,split")
-    assert list(opened(split).files) == ["a.png", "b.png"]

@@ -16,9 +16,9 @@ def noise(height: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("height", "width"),
-    [(256, 256), (224, 224), (300, 500), (500, 301), (8, 8), (10, 37), (257, 256), (1, 1), (5, 80)],
+    [(224, 224), (300, 500), (500, 301), (10, 37), (1, 1), (5, 80)],
 )
-@pytest.mark.parametrize(("size", "fraction", "resized"), [(224, 0.875, 256), (16, 0.875, 18), (28, 1.0, 28)])
+@pytest.mark.parametrize(("size", "fraction", "resized"), [(16, 0.875, 18), (28, 1.0, 28)])
 def test_crop_is_torchvisions(height: int, width: int, size: int, fraction: float, resized: int) -> None:
     reference = v2.Compose(
         [

@@ -1,4 +1,4 @@
-"""Several processes that start at once on the same data and weights: one finds out or fetches, the others take it over.
+"""Several processes that start at once on the same data and weights: one scans or fetches, the others reuse its result.
 
 Locks are between open files, so that threads with files of their own stand for processes here.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mimref.config.base import DataConfig
-from mimref.data.index import cache as kept
+from mimref.data.index import cache as index_cache
 from mimref.data.open import open_source
 from mimref.data.readers import folder as folders
 from mimref.data.readers import wds as shards
@@ -48,7 +48,7 @@ def at_once(work: Callable[[], T], count: int = 4) -> list[T]:
 
 
 class Counted:
-    """Counts the calls of a function, and takes its time for each."""
+    """Counts the calls of a function, and delays each."""
 
     def __init__(self, function: Callable[..., Any], seconds: float = 0.3) -> None:
         self.function, self.seconds, self.calls, self.most, self.under_way = function, seconds, 0, 0, 0
@@ -65,7 +65,7 @@ class Counted:
 
 
 def age(folder: Path) -> None:
-    """As if all had been written a minute ago: what has just changed is looked at again."""
+    """As if all had been written a minute ago: what has just changed is scanned again."""
     for path in [folder, *folder.rglob("*")]:
         os.utime(path, (time.time() - 60, time.time() - 60))
 
@@ -93,46 +93,46 @@ def opened(spec: object, **settings: Any) -> ImageSource:
 
 
 def test_a_folder_is_listed_once(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = Counted(folders._look)
-    monkeypatch.setattr(folders, "_look", look)
-    monkeypatch.setattr(folders, "CACHED_FROM", 1)
+    look = Counted(folders._scan)
+    monkeypatch.setattr(folders, "_scan", look)
+    monkeypatch.setattr(index_cache, "SAVE_FROM_IMAGES", 1)
     found = at_once(lambda: opened(images))
     assert look.calls == 1 and [len(source) for source in found] == [6] * 4
     assert [path.suffix for path in (cache_folder() / "listings").iterdir()] == [".npz"]
 
 
 def test_shards_are_read_once(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = Counted(shards._look)
-    monkeypatch.setattr(shards, "_look", look)
-    monkeypatch.setattr(shards, "CACHED_FROM", 1)
+    look = Counted(shards._scan)
+    monkeypatch.setattr(shards, "_scan", look)
+    monkeypatch.setattr(index_cache, "SAVE_FROM_IMAGES", 1)
     found = at_once(lambda: opened(pattern))
     assert look.calls == 1 and [len(source) for source in found] == [6] * 4
 
 
 @pytest.mark.parametrize("module", [folders, shards])
-def test_what_is_slow_is_kept_though_it_is_little(
+def test_a_long_scan_of_few_images_is_saved(
     module: Any, images: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look = Counted(module._look, seconds=0.05)
-    monkeypatch.setattr(module, "_look", look)
+    look = Counted(module._scan, seconds=0.05)
+    monkeypatch.setattr(module, "_scan", look)
     spec = images if module is folders else pattern
     opened(spec)
     opened(spec)
     assert look.calls == 2
-    monkeypatch.setattr(module, "SLOW_S", 0.01)
+    monkeypatch.setattr(index_cache, "LONG_SCAN_S", 0.01)
     opened(spec)
     opened(spec)
     assert look.calls == 3
 
 
-def test_without_a_place_for_locks_all_goes_on(images: Path, pattern: str) -> None:
+def test_without_locks_every_process_scans(images: Path, pattern: str) -> None:
     cache_folder().write_text("a file, not a folder")
     assert [len(source) for source in at_once(lambda: opened(images))] == [6] * 4
     assert len(opened(pattern)) == 6
 
 
 def test_locks_that_were_left_behind_stop_nobody(images: Path) -> None:
-    file = kept._file("folder", os.fsencode(images))
+    file = index_cache._file("folder", os.fsencode(images))
     file.parent.mkdir(parents=True)
     (lock := file.with_name(f".{file.name}.lock")).touch()
     assert len(opened(images)) == 6

@@ -53,7 +53,7 @@ def relative(boxes: NDArray[np.int64], height: int, width: int) -> dict[str, NDA
 
 
 @pytest.mark.parametrize("group", [GLOBAL, LOCAL], ids=["global", "local"])
-@pytest.mark.parametrize(("height", "width"), [(256, 256), (375, 500), (500, 333), (100, 400), (300, 90), (8, 8)])
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (100, 400), (8, 8)])
 def test_boxes_are_distributed_as_torchvisions(group: CropGroup, height: int, width: int) -> None:
     ours = relative(boxes_of(group, height, width, 3000), height, width)
     theirs = relative(torchvision_boxes(group, height, width, 1500), height, width)
@@ -73,10 +73,8 @@ def test_area_and_aspect_are_uniform_where_every_draw_fits() -> None:
     assert np.abs(pairs - np.eye(4)).max() < 0.06  # about four standard errors
 
 
-@pytest.mark.parametrize(
-    ("height", "width"), [(1, 1), (1, 2), (1, 300), (300, 1), (2, 7), (3, 3), (8, 8), (30, 2000), (64, 64), (65, 64)]
-)
-@pytest.mark.parametrize("aspect", [(3 / 4, 4 / 3), (1.0, 1.0), (3.0, 5.0), (0.1, 0.2)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 300), (300, 1), (2, 7), (30, 2000), (65, 64)])
+@pytest.mark.parametrize("aspect", [(3 / 4, 4 / 3), (3.0, 5.0)])
 def test_boxes_lie_inside_and_hold_a_pixel(height: int, width: int, aspect: tuple[float, float]) -> None:
     for scale in [(1e-6, 1e-3), (0.05, 0.25), (1.0, 1.0)]:
         top, left, tall, wide = boxes_of(CropGroup(1, 16, scale, aspect), height, width, 300).T
@@ -88,9 +86,7 @@ def test_boxes_lie_inside_and_hold_a_pixel(height: int, width: int, aspect: tupl
         assert (left + wide <= width).all()
 
 
-@pytest.mark.parametrize(
-    ("height", "width"), [(10, 97), (10, 98), (97, 10), (100, 10), (7, 1000), (1, 50), (51, 1), (3, 50)]
-)
+@pytest.mark.parametrize(("height", "width"), [(10, 97), (10, 98), (97, 10), (1, 50), (51, 1)])
 def test_fallback_is_torchvisions_central_crop(height: int, width: int) -> None:
     # No crop of the whole area fits, so every draw ends in the fallback; odd margins tell floor from rounding.
     group = CropGroup(1, 16, (1.0, 1.0))
@@ -180,7 +176,7 @@ def test_images_are_reduced_as_far_as_no_crop_is_enlarged() -> None:
     groups = [CropGroup(2, 24, (0.25, 1.0)), CropGroup(3, 10, (0.05, 0.25), first_view=2)]
     rng = np.random.default_rng(0)
     found = []
-    for sample in range(200):
+    for sample in range(60):
         height, width = (int(side) for side in rng.integers(40, 900, 2))
         found.append(reduction(groups, 4, 2, sample, height, width))
         assert found[-1] == largest_factor(groups, sample, height, width), (height, width)
@@ -195,7 +191,7 @@ def test_images_are_reduced_as_far_as_no_crop_is_enlarged() -> None:
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_boxes_on_a_reduced_image_show_the_same_and_are_not_enlarged(factor: int) -> None:
     group = CropGroup(4, 8, (0.05, 1.0))
-    for sample in range(60):
+    for sample in range(20):
         height, width = 300 + 7 * sample, 555 - 5 * sample
         small = noise(-(-height // factor), -(-width // factor))
         size_12, sample_1 = torch.tensor([[height, width]]), torch.tensor([sample])

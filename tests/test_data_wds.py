@@ -15,16 +15,17 @@ from PIL import Image
 
 from mimref.config.base import DataConfig
 from mimref.data import loader
-from mimref.data.decode import BadImage, decode_image
+from mimref.data.decode import BadImage
+from mimref.data.index import cache as index_cache
 from mimref.data.index import tar as archive
 from mimref.data.loader import view_batches
 from mimref.data.open import open_source
-from mimref.data.readers import wds as shards
 from mimref.data.readers.wds import ShardSource
 from mimref.data.sources import EncodedSource
 from mimref.data.views import CropGroup
 from mimref.errors import DataError
 from mimref.files import cache_folder
+from tests.sources import decode_image
 
 Members = list[tuple[str, bytes]]
 GROUPS = [CropGroup(1, 8, (0.5, 1.0))]
@@ -106,7 +107,10 @@ def test_other_names_of_the_validation_images(tmp_path: Path, held: str) -> None
     assert numbers(opened(tmp_path / "folders", "val")) == [4]
 
 
-@pytest.mark.parametrize("spec", ["", "*.tar", "s-{000..002}.tar", "s-{000,001,002}.tar", "s-00{0..1}.tar*", "{s,s}-*"])
+@pytest.mark.parametrize(
+    "spec",
+    ["", "*.tar", "s-{000..002}.tar", "s-{000,001,002}.tar", "s-00{0..1}.tar*", "{s,s}-*", "s-{00{0,1},002}.tar"],
+)
 def test_patterns_without_splits(tmp_path: Path, spec: str) -> None:
     for number in range(3):
         write_shard(tmp_path / f"s-{number:03}.tar", samples(10 * number, 10, classes=4))
@@ -126,7 +130,7 @@ def test_samples_are_named_as_webdataset_names_them(tmp_path: Path) -> None:
         ("./dir.v2/one.seg.png", png(1)),  # not the image: its ending is seg.png
         ("./dir.v2/one.JPG", png(2, kind="jpeg")),
         ("./dir.v2/one.png", png(3)),  # .jpg comes before .png
-        ("._one.png", b"the hidden twin that some systems write"),
+        ("._one.png", b"the hidden duplicate that some systems write"),
         ("two.txt", b"a caption without an image"),
         ("three.webp", png(4)),
         ("three.json", json.dumps({"label": 7, "url": "x"}).encode()),
@@ -175,7 +179,7 @@ def test_images_are_those_of_files(tmp_path: Path) -> None:
 # --- every sample exactly once
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 3])
 def test_every_sample_exactly_once_over_ranks_and_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
@@ -212,7 +216,7 @@ def test_every_sample_exactly_once_over_ranks_and_workers(
 
 
 def test_shards_are_read_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "CACHED_FROM", 1)
+    monkeypatch.setattr(index_cache, "SAVE_FROM_IMAGES", 1)
     for number in range(3):
         write_shard(tmp_path / f"{number}.tar", samples(10 * number, 10, classes=4))
         os.utime(tmp_path / f"{number}.tar", (1e9, 1e9))
@@ -257,24 +261,24 @@ def test_shards_that_are_cut_off(tmp_path: Path) -> None:
     end = 10 * 1024  # ten members of a header and a block each
     for length in (0, 100, 512, 700, 1024, 5 * 1024, end - 1, end, end + 100):
         (tmp_path / "a.tar").write_bytes(whole[:length])
-        refused(tmp_path, r"a\.tar is no whole, uncompressed tar file \(.*\); get it anew, or leave it out")
+        refused(tmp_path, r"a\.tar is not an intact, uncompressed tar file \(.*\); get it again, or leave it out")
     (tmp_path / "a.tar").write_bytes(whole[: end + 512])
     assert len(opened(tmp_path)) == 5
     # Joined by `cat`: readers of tar files see the first part alone.
     (tmp_path / "a.tar").write_bytes(whole + whole)
-    refused(tmp_path, r"a\.tar is no whole, .* \(something follows its end mark after 10 members\)")
+    refused(tmp_path, r"a\.tar is not an intact, .* \(something follows its end mark after 10 members\)")
 
 
 def test_shards_that_are_damaged_or_no_shards(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", samples(0, 5))
     whole = path.read_bytes()
     path.write_bytes(whole[:2048] + b"damage" + whole[2054:])  # in the third member's header
-    refused(tmp_path, "is no whole, uncompressed tar file")
+    refused(tmp_path, "is not an intact, uncompressed tar file")
     path.write_bytes(b"text " * 1000)
-    refused(tmp_path, "is no whole, uncompressed tar file")
+    refused(tmp_path, "is not an intact, uncompressed tar file")
     with tarfile.open(path, "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("a.png"))
-    refused(tmp_path, "is no whole, uncompressed tar file")
+    refused(tmp_path, "is not an intact, uncompressed tar file")
     path.unlink()
     path.mkdir()
     refused(tmp_path, "a directory")
@@ -292,7 +296,7 @@ def test_links_and_devices(tmp_path: Path, kind: bytes) -> None:
         info = tarfile.TarInfo("passwords.png")
         info.type, info.linkname = kind, "/etc/passwd"
         archive.addfile(info)
-    what = "a link" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else "no ordinary file"
+    what = "a link" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else "not a regular file"
     refused(tmp_path, rf"a\.tar is refused: its member passwords\.png is {what}")
 
 
@@ -306,7 +310,7 @@ def test_links_and_devices(tmp_path: Path, kind: bytes) -> None:
         ([("a.png", png()), ("a.json", b'{"label": [1]}')], r"label \[1\] is neither"),
         ([("a.png", png()), ("a.png", png())], r"a\.tar holds a\.png twice"),
         ([("a.txt", b"text")], r"no images in these shards \(\*\.jpg"),
-        ([], r"no images in these shards|is no whole"),
+        ([], r"no images in these shards|is not an intact"),
     ],
 )
 def test_shards_that_make_no_data_set(tmp_path: Path, members: Members, message: str) -> None:

@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are cropped and augmented, and in which order they are seen."""
+"""Images: reading, cropping and augmenting them, batch by batch."""

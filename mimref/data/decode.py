@@ -1,10 +1,8 @@
-"""From files to uint8 pixels, and the account of images that cannot be read."""
+"""Decode image files to uint8 pixels, and count those that cannot be read."""
 
-import gzip
 import io
 import os
 import warnings
-import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,7 +41,7 @@ class BadImages:
         self._reasons: dict[str, str] = {}
 
     def add(self, path: str, reason: str) -> None:
-        """Note one bad image; a path that is known already does not count again. Raises DataError as `check` does."""
+        """Add one bad image; a known path does not count again. Raises DataError as `check` does."""
         if path not in self._reasons:
             self._reasons[path] = reason
             self.check()
@@ -58,31 +56,20 @@ class BadImages:
         more = ", ..." if count > NAMED_BAD_IMAGES else ""
         raise DataError(
             f"{images} could not be read, more than data.max_bad={self.max_bad}: {named}{more}; "
-            "mend or remove them, or raise data.max_bad"
+            "fix or remove them, or raise data.max_bad"
         )
 
     @property
     def items(self) -> list[tuple[str, str]]:
-        """(path, reason) of every bad image, sorted by path: the same list whichever worker met them first."""
+        """(path, reason) of every bad image, sorted by path, so that the order does not depend on the workers."""
         return sorted(self._reasons.items())
 
     def __len__(self) -> int:
         return len(self._reasons)
 
 
-def decode_image(path: str) -> Tensor:
-    """Read an image file as RGB; of an animation, the first frame.
-
-    Returns contiguous uint8 (3, H, W). Alpha is dropped, not composited, and EXIF orientation is not applied: both as
-    torchvision's ImageFolder and timm do, which made the numbers people compare with. 16-bit gray is scaled to 8 bits.
-    Raises BadImage for files that are missing, unreadable, empty, truncated, no image, or larger than
-    `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
-    """
-    return decode_reduced(path).image.contiguous()
-
-
 class Decoded(NamedTuple):
-    """An image as it was decoded, and how large it is in its file."""
+    """A decoded image, and its size in the file."""
 
     image: Tensor
     """uint8 (3, H, W) with the channels of a pixel together in memory, as decoders write them."""
@@ -91,67 +78,53 @@ class Decoded(NamedTuple):
     width: int
 
 
-def decode_reduced(path: str, reduce: Reduce | None = None) -> Decoded:
-    """Read an image file as `decode_image` does, a JPEG at a fraction of its size where `reduce` allows it.
+def decode_file(path: str, reduce: Reduce | None = None) -> Decoded:
+    """Read an image file as RGB, a JPEG at a fraction of its size where `reduce` allows it; of an animation, one frame.
 
-    libjpeg then leaves out the high frequencies of each block of 8 x 8 pixels instead of computing pixels that a resize
-    would average away. reduce: called for JPEG only, with the size in the file; None decodes in full.
+    Alpha is dropped, not composited, and EXIF orientation is not applied: both as in torchvision's ImageFolder and
+    timm, which published numbers rely on. 16-bit gray is scaled to 8 bits. libjpeg reduces by skipping the high
+    frequencies of each block of 8 x 8 pixels instead of computing pixels that a resize would average away.
+    reduce: called for JPEG only, with the size in the file; None decodes at full size.
+    Raises BadImage for files that are missing, unreadable, empty, truncated, not an image, or larger than
+    `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
     """
     return _decode(path, printable(path), reduce)
 
 
 def decode_content(content: bytes, name: str, reduce: Reduce | None = None) -> Decoded:
-    """Decode what an image file holds as `decode_reduced` does; `name` stands for the file in BadImage."""
+    """Decode the content of an image file as `decode_file` does; `name` stands for the file in BadImage."""
     return _decode(io.BytesIO(content), name, reduce)
 
 
 def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None) -> Decoded:
     try:
         with warnings.catch_warnings():
-            # Pillow's other warnings (broken EXIF, odd TIFF tags) name nothing that a user could act on.
+            # Pillow's other warnings (broken EXIF, odd TIFF tags) are nothing that a user could act on.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 width, height = image.size
                 if reduce is not None and isinstance(image, JpegImageFile):
                     factor = reduce(height, width)
-                    # Pillow takes the strongest reduction that leaves this much: exactly `factor`.
+                    # Pillow takes the strongest reduction that keeps this size: exactly `factor`.
                     image.draft(None, (width // factor, height // factor))
                 rgb_HWC = _to_rgb(image)
     except BadImage:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly every exception there is on corrupt files.
+    except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything
         raise BadImage(name, _reason(file, error)) from error
     return Decoded(torch.from_numpy(rgb_HWC).permute(2, 0, 1), height, width)
 
 
-def read_idx(path: str, *, ndim: int) -> NDArray[np.uint8]:
-    """Read a (gzipped) idx file of unsigned bytes with `ndim` dimensions; the array is writable.
-
-    Raises DataError when the file is damaged, or its header or size is another.
-    """
-    try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            content = bytearray(file.read())
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({one_line(error)}); get the file anew") from error
-    start = 4 + 4 * ndim
-    if len(content) < start or content[:4] != bytes([0, 0, 8, ndim]):
-        raise DataError(f"{path} is not an idx file of bytes with {ndim} dimensions; get the file anew")
-    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
-    expected = start + int(np.prod(shape, dtype=object))
-    if len(content) != expected or shape[0] == 0:
-        raise DataError(f"{path} holds {len(content)} bytes where its header says {expected}; get the file anew")
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line; its type where it says nothing."""
+def reason_of(error: BaseException) -> str:
+    """What the system or an exception says, on one line; the exception's type where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def printable(path: str) -> str:
-    """The path on one line that any terminal and file format takes: odd bytes and control characters are escaped."""
+    """The path on one line, safe for any terminal and file format: odd bytes and control characters are escaped."""
     if path.isprintable():
         return path
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in path)
@@ -160,24 +133,18 @@ def printable(path: str) -> str:
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """Writable uint8 (H, W, 3)."""
     if image.mode.startswith("I"):
-        gray_HW = _to_8_bits(np.asarray(image))
-        return np.repeat(gray_HW[:, :, None], 3, axis=2)
+        # 0..65535 scaled to 0..255, rounded; Pillow's own conversion clips at 255 instead.
+        wide_HW = np.asarray(image).astype(np.int64)
+        if wide_HW.min() < 0 or wide_HW.max() > 65535:
+            raise ValueError("32-bit pixels outside 0..65535")
+        return np.repeat(((wide_HW + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range is not known")
+        raise ValueError("floating-point pixels of unknown range")
     if image.mode == "P" and "transparency" in image.info:
-        # Entry by entry transparency needs the way through RGBA, where transparent entries keep their colour.
+        # Only by way of RGBA do transparent palette entries keep their colour.
         return np.array(image.convert("RGBA").convert("RGB"))
     # Converting RGB to RGB would copy it.
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _to_8_bits(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Scale 0..65535 to 0..255, rounded; Pillow's own conversion clips at 255 instead."""
-    wide = pixels.astype(np.int64)
-    if wide.min() < 0 or wide.max() > 65535:
-        raise ValueError("32-bit pixels outside 0..65535")
-    scaled: NDArray[np.uint8] = ((wide + 128) // 257).astype(np.uint8)
-    return scaled
 
 
 def _reason(file: str | io.BytesIO, error: Exception) -> str:
@@ -187,6 +154,4 @@ def _reason(file: str | io.BytesIO, error: Exception) -> str:
         return "empty file" if size == 0 else "not an image"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return one_line(error)
+    return reason_of(error).lower() if isinstance(error, OSError) and error.strerror else reason_of(error)

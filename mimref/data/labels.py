@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,34 +12,36 @@ from mimref.errors import DataError
 
 
 @dataclass(frozen=True)
-class Written:
-    """Labels as they were found, each distinct one kept once."""
+class RawLabels:
+    """Labels as they were found, before they become class numbers; each distinct one is stored once."""
 
     names: list[str]
     codes: Indices
     """(N,) index into `names` of every image."""
 
     @classmethod
-    def of(cls, labels: Iterable[str]) -> "Written":
-        """Take over one label per image."""
+    def from_strings(cls, labels: Iterable[str]) -> "RawLabels":
+        """From one label per image."""
         known: dict[str, int] = {}
         codes = np.fromiter((known.setdefault(label, len(known)) for label in labels), dtype=np.int64)
         return cls(list(known), codes)
 
-    def take(self, rows: Indices) -> "Written":
-        """The labels of some images."""
-        codes = self.codes[rows]
-        used, renumbered = np.unique(codes, return_inverse=True)
-        return Written([self.names[code] for code in used], renumbered.astype(np.int64))
+    @classmethod
+    def from_column(cls, column: Any) -> "RawLabels":
+        """From a pyarrow column without missing values."""
+        encoded = column.cast("string").combine_chunks().dictionary_encode()
+        if hasattr(encoded, "combine_chunks"):  # pyarrow before 17
+            encoded = encoded.combine_chunks()
+        return cls(encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64))
 
     def classes(self) -> list[str]:
         """The distinct labels in the order of their classes: by value if all are whole numbers, else by text.
 
-        So 2 comes before 10. 007 is a name: numbers are not written so.
+        So 2 comes before 10. 007 is a name: numbers are not written that way.
         """
         return sorted(self.names, key=int) if all(_is_whole(name) for name in self.names) else sorted(self.names)
 
-    def numbered(self, classes: Sequence[str], where: str) -> Indices:
+    def encode(self, classes: Sequence[str], where: str) -> Indices:
         """(N,) index into `classes` of every image. Raises DataError, beginning with `where`, for any other label."""
         if unknown := sorted(set(self.names) - set(classes)):
             raise DataError(

@@ -1,26 +1,126 @@
-"""Batches of cropped views in an order that depends on (seed, epoch) alone."""
+"""Batches of images from loader processes: evaluation crops in data order, and training views in shuffled order.
 
-import signal
-from collections.abc import Iterable, Iterator, Sequence
+A loader's item is a whole batch, read and cropped in one process, so that nothing is left to collate. `device_batches`
+copies training views to the GPU; `mimref.data.photometric` then changes their colours there.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from mimref.data.decode import BadImage, Decoded
 from mimref.data.sources import EncodedSource, FetchedSource, ImageSource
+from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup, cut_group, reduction
-from mimref.data.workers import Reading, watched
+from mimref.data.workers import WorkerPositions, ignore_signals, watched
 from mimref.devices import own_cores
 from mimref.distributed.group import own_rank, share, world_size
 from mimref.draws import permutation
 from mimref.errors import ConfigError
 
-_Item = tuple[int, int]  # (epoch, sample index): workers outlive epochs, so the epoch travels with the sample
 _T = TypeVar("_T")
+_Batch = TypeVar("_Batch")
+
+
+class _BatchDataset(Dataset[_Batch]):
+    """A data set whose items are batches."""
+
+    def __init__(self, source: ImageSource, workers: int) -> None:
+        self.source = source
+        self.positions = WorkerPositions(source, workers)
+
+    def read(
+        self, indices: Sequence[int], read: Callable[[int], _T]
+    ) -> tuple[list[_T], list[int], list[tuple[str, str]]]:
+        """`read` of every image that can be read, their sample indices, and path and reason of the others."""
+        images, good, bad = [], [], []
+        if isinstance(self.source, FetchedSource):
+            self.source.fetch(indices)
+        for index in indices:
+            self.positions.record(index)
+            try:
+                images.append(read(index))
+                good.append(index)
+            except BadImage as error:
+                bad.append((error.path, error.reason))
+        return images, good, bad
+
+
+def _load(
+    dataset: _BatchDataset[_Batch], batches: Iterable[Any], *, workers: int, pin_memory: bool = False
+) -> Iterator[_Batch]:
+    """The items of a data set that `batches` lists, in order. Raises DeadWorkerError when a loader process dies."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
+    )
+    return watched(loader, dataset.positions)
+
+
+def loader_workers(requested: int | None, source: ImageSource) -> int:
+    """Loader processes: as requested, else none for images in memory and one per own core (at most 16) for files."""
+    if requested is not None:
+        return requested
+    return 0 if source.in_memory else min(16, own_cores())
+
+
+# --- evaluation crops
+
+
+class CropBatch(NamedTuple):
+    """Crops of consecutive images of a data set."""
+
+    end: int
+    """Position in the data set after the last image of the batch."""
+    crops: Tensor
+    """(B, 3, S, S) uint8, of the images that could be read."""
+    indices: list[int]
+    """Their positions in the data set."""
+    bad: list[tuple[str, str]]
+    """Path and reason of the others."""
+
+
+class _CropDataset(_BatchDataset[CropBatch]):
+    def __init__(self, source: ImageSource, transform: EvalTransform, workers: int) -> None:
+        super().__init__(source, workers)
+        self.transform = transform
+
+    def __getitem__(self, batch: range) -> CropBatch:
+        crops, good, bad = self.read(batch, lambda index: self.transform.crop(self.source.read(index)))
+        size = self.transform.image_size
+        stacked = torch.stack(crops) if crops else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return CropBatch(batch.stop, stacked, good, bad)
+
+
+def crop_batches(
+    source: ImageSource,
+    transform: EvalTransform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    start: int = 0,
+    every: int = 1,
+) -> Iterator[CropBatch]:
+    """The evaluation crops of all images from position `start` on; those that cannot be read are listed as bad.
+
+    every: return the first of so many batches only, where other processes take the rest.
+    Raises DeadWorkerError when a loader process dies.
+    """
+    size = len(source)
+    batches = [range(at, min(size, at + batch_size)) for at in range(start, size, every * batch_size)]
+    return _load(_CropDataset(source, transform, workers), batches, workers=workers)
+
+
+# --- training views
 
 
 @dataclass
@@ -36,47 +136,37 @@ class ViewBatch:
     """Path and reason of every image of the batch that could not be read."""
 
     def pin_memory(self) -> "ViewBatch":
-        """The same batch in page-locked memory. DataLoader looks for this method, and leaves objects without it be."""
+        """The same batch in page-locked memory. DataLoader calls this method if a batch has it."""
         return ViewBatch(self.epoch, self.sample_B, [crops.pin_memory() for crops in self.crops], self.bad)
 
 
-class _ViewDataset(Dataset[ViewBatch]):
+_EpochBatch = tuple[int, list[int]]
+"""Epoch and sample indices: workers outlive epochs, so the epoch travels with the samples."""
+
+
+class _ViewDataset(_BatchDataset[ViewBatch]):
     def __init__(
         self, source: ImageSource, groups: Sequence[CropGroup], seed: int, *, reduce_jpeg: bool, workers: int
     ) -> None:
-        self.source, self.groups, self.seed, self.reduce_jpeg = source, groups, seed, reduce_jpeg
-        self.reading = Reading(source, workers)
+        super().__init__(source, workers)
+        self.groups, self.seed, self.reduce_jpeg = groups, seed, reduce_jpeg
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, items: list[_Item]) -> ViewBatch:
-        epoch = items[0][0]
-        images, sizes, kept, bad = [], [], [], []
-        if isinstance(self.source, FetchedSource):
-            self.source.fetch([index for _, index in items])
-        for _, index in items:
-            self.reading.note(index)
-            try:
-                decoded = self._read(epoch, index)
-            except BadImage as error:
-                bad.append((error.path, error.reason))
-                continue
-            # torch resizes bytes twice as fast when an image's channels lie together.
-            images.append(decoded.image[None].contiguous(memory_format=torch.channels_last)[0])
-            sizes.append((decoded.height, decoded.width))
-            kept.append(index)
-        sample_B = torch.tensor(kept, dtype=torch.int64)
-        if not images:
-            # Another rank may have images, and then all go through the step together.
+    def __getitem__(self, batch: _EpochBatch) -> ViewBatch:
+        epoch, indices = batch
+        decoded, good, bad = self.read(indices, partial(self._decode, epoch))
+        sample_B = torch.tensor(good, dtype=torch.int64)
+        if not decoded:
+            # Another rank may have images, and all ranks take part in the step.
             sizes_SV = [(group.size, group.count) for group in self.groups]
             empty = [torch.empty(0, count, 3, size, size, dtype=torch.uint8) for size, count in sizes_SV]
             return ViewBatch(epoch, sample_B, empty, bad)
-        size_B2 = torch.tensor(sizes)
+        # torch resizes bytes twice as fast with channels last in memory.
+        images = [each.image[None].contiguous(memory_format=torch.channels_last)[0] for each in decoded]
+        size_B2 = torch.tensor([(each.height, each.width) for each in decoded])
         crops = [cut_group(images, group, self.seed, epoch, sample_B, size_B2) for group in self.groups]
         return ViewBatch(epoch, sample_B, crops, bad)
 
-    def _read(self, epoch: int, index: int) -> Decoded:
+    def _decode(self, epoch: int, index: int) -> Decoded:
         if isinstance(self.source, EncodedSource):
             reduce = partial(reduction, self.groups, self.seed, epoch, index) if self.reduce_jpeg else None
             return self.source.read_reduced(index, reduce)
@@ -84,25 +174,18 @@ class _ViewDataset(Dataset[ViewBatch]):
         return Decoded(image, image.shape[1], image.shape[2])
 
 
-class _EpochBatches(Sampler[list[_Item]]):
-    """Shuffled full batches of one epoch after another, from any position on: of each this rank's part, or by turns."""
-
-    def __init__(self, size: int, batch_size: int, seed: int, *, epochs: range, skip: int, every: int) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.epochs, self.skip, self.every = epochs, skip, every
-        self.rank, self.world = (own_rank(), world_size()) if every == 1 else (0, 1)
-
-    def __iter__(self) -> Iterator[list[_Item]]:
-        per_epoch, first = self.size // self.batch_size, self.skip
-        for epoch in self.epochs:
-            order = permutation(self.seed, epoch, self.size).tolist()
-            batches = range(first, per_epoch, self.every)
-            # Turns go on from one epoch to the next.
-            first += len(batches) * self.every - per_epoch
-            for batch in batches:
-                chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-                own = chosen[share(self.batch_size, self.rank, self.world)]
-                yield [(epoch, index) for index in own]
+def _epoch_batches(
+    size: int, batch_size: int, seed: int, *, epochs: range, skip: int, every: int, part: slice
+) -> Iterator[_EpochBatch]:
+    """A part of the shuffled full batches of consecutive epochs, from any position on."""
+    per_epoch, first = size // batch_size, skip
+    for epoch in epochs:
+        order = permutation(seed, epoch, size).tolist()
+        batches = range(first, per_epoch, every)
+        # Turns continue from one epoch to the next.
+        first += len(batches) * every - per_epoch
+        for batch in batches:
+            yield epoch, order[batch * batch_size : (batch + 1) * batch_size][part]
 
 
 def view_batches(
@@ -121,31 +204,43 @@ def view_batches(
     """Batches of all `epochs`, one after another; the last partial batch of an epoch is dropped.
 
     skip: batches of the first epoch that are already done. The batches are the same for every number of workers.
-    every: of so many batches only the first, where other processes take the rest; with 1 they take a part of each.
+    every: return the first of so many batches only, where other processes take the rest; with 1, each process takes its
+    part of every batch.
     reduce_jpeg: decode JPEG files smaller where no crop is enlarged by it. The crops show the same parts of the images
-    in slightly other pixels, so protocols that compare with published numbers leave it off.
+    with slightly different pixels, so protocols that compare with published numbers leave it off.
     Raises DeadWorkerError when a loader process dies.
     """
-    batches = _EpochBatches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every)
+    rank, world = (own_rank(), world_size()) if every == 1 else (0, 1)
+    part = share(batch_size, rank, world)
+    batches = _epoch_batches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every, part=part)
     dataset = _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg, workers=workers)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        # The dataset returns whole batches; there is nothing left to collate.
-        collate_fn=_whole_batch,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
-    )
-    return watched(loader, dataset.reading)
+    return _load(dataset, batches, workers=workers, pin_memory=pin_memory)
+
+
+def check_batch_size(batch_size: int, images: int) -> None:
+    """Raise ConfigError when an epoch has no full batch, or a batch has fewer images than there are processes."""
+    if images < 2:
+        raise ConfigError(f"there is only {images} training image; a batch needs two")
+    if batch_size > images:
+        raise ConfigError(
+            f"batch_size {batch_size} is larger than the {images} training images; set --batch-size {images} or less"
+        )
+    if batch_size < world_size():
+        raise ConfigError(
+            f"batch_size {batch_size} leaves some of the {world_size()} processes without an image; set --batch-size "
+            f"{world_size()} or more, or start fewer processes"
+        )
+
+
+# --- copies to the device
 
 
 def device_batches(batches: Iterator[ViewBatch], device: torch.device) -> Iterator[ViewBatch]:
-    """The same batches with their crops on the device, which is given each while the one before is in use.
+    """The same batches with their crops on the device, each copied while the one before is in use.
 
-    On CUDA a stream of its own copies them, beside the computing, from pinned memory (`view_batches(pin_memory=True)`).
-    That takes the crops of one batch more, and of two when the caller still holds the last batch as it asks for the
-    next. `sample_B` stays on the CPU. Elsewhere the batches pass through as they are.
+    On CUDA a separate stream copies them from pinned memory (`view_batches(pin_memory=True)`) during computation. That
+    takes memory for the crops of one more batch, and of two when the caller still holds the last batch as it asks for
+    the next. `sample_B` stays on the CPU. On other devices the batches are returned as they are.
     """
     if device.type != "cuda":
         return batches
@@ -174,45 +269,10 @@ class _Copied:
 
 
 def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """The same items, each given out only after the next one was taken."""
+    """The same items; each is returned once the next one was taken."""
     waiting: list[_T] = []
     for item in items:
         waiting.append(item)
         if len(waiting) > 1:
             yield waiting.pop(0)
     yield from waiting
-
-
-def check_batch_size(batch_size: int, images: int) -> None:
-    """Raise ConfigError when an epoch has not one full batch, or a batch not one image for every process."""
-    if images < 2:
-        raise ConfigError(f"there is only {images} training image; a batch needs two")
-    if batch_size > images:
-        raise ConfigError(
-            f"batch_size {batch_size} is larger than the {images} training images; set --batch-size {images} or less"
-        )
-    if batch_size < world_size():
-        raise ConfigError(
-            f"batch_size {batch_size} leaves some of the {world_size()} processes without an image; set --batch-size "
-            f"{world_size()} or more, or start fewer processes"
-        )
-
-
-def ignore_signals(_worker: int) -> None:
-    """Leave SIGTERM and Ctrl-C to the main process, which saves before it stops its workers (`worker_init_fn`).
-
-    Batch systems and terminals signal the whole process group, and a run whose workers are gone cannot go on to save.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def loader_workers(requested: int | None, source: ImageSource) -> int:
-    """Loader processes: as asked, else none for images in memory and one per own core (at most 16) for files."""
-    if requested is not None:
-        return requested
-    return 0 if source.in_memory else min(16, own_cores())
-
-
-def _whole_batch(batch: Any) -> Any:
-    return batch

@@ -1,8 +1,8 @@
 """Flip, colour jitter, blur, grayscale, solarize and normalisation, batched on the device (BYOL settings, Table 10).
 
-Every sample has its own parameters, drawn by `mimref.draws`; operations equal torchvision's up to its rounding to
-uint8. An operation runs only on the samples it was drawn for; the draws are made on the CPU so that choosing them needs
-no device sync.
+Every sample has its own parameters, drawn by `mimref.draws`. Operations equal torchvision's up to its rounding to
+uint8. An operation runs only on the samples it was drawn for; draws are made on the CPU, so that selecting samples
+needs no device sync.
 
 Shapes: N views (images times views), S pixels per side.
 """
@@ -49,7 +49,7 @@ class Photometric:
         sample_B: int64 on the CPU. views: the V view numbers; 0 and 1 are global, all others local.
         """
         batch, count = crops.shape[:2]
-        # A fresh tensor, which all that follows changes in place.
+        # A new tensor, which everything below changes in place.
         image_N3SS = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1).float().div_(255)
         sample_N = sample_B.repeat(count)
         view_N = torch.tensor(views).repeat_interleave(batch)
@@ -69,7 +69,7 @@ class Photometric:
         return normalised
 
     def _change(self, image: Tensor, chosen_N: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Put `change(copies, rows)` in place of the chosen images; `change` may overwrite the copies it gets."""
+        """Replace the chosen images by `change(copies, rows)`, which may overwrite its copies."""
         rows = chosen_N.nonzero().flatten()
         if len(rows):
             rows = send(rows, self.device)
@@ -79,7 +79,7 @@ class Photometric:
         self._change(image, draw[:, 0] < self.config.flip, lambda part, _: part.flip(-1))
 
     def _jitter(self, image: Tensor, draw: Tensor) -> None:
-        """draw (N, 9): whether, four strengths, and four numbers whose order is the order of operations."""
+        """draw (N, 9): whether to jitter, four strengths, and four numbers whose ranks order the operations."""
         strength = torch.tensor(self.config.jitter)
         factor = (draw[:, 1:5] * 2 - 1) * strength
         # Brightness, contrast and saturation are factors around 1; hue is a shift in turns of the colour circle.
@@ -132,7 +132,7 @@ def _adjust(image: Tensor, rows: Tensor, *, operation: int, factor_N4111: Tensor
 
 
 def shift_hue(image_N3SS: Tensor, turns_N11: Tensor) -> Tensor:
-    """Rotate the hue of RGB images in [0, 1] by a share of the colour circle; value and saturation are kept."""
+    """Rotate the hue of RGB images in [0, 1] by a share of the colour circle; value and saturation stay."""
     red, green, blue = image_N3SS.unbind(dim=1)
     # Twice as fast as aminmax, which reduces over a strided dimension.
     top = torch.maximum(torch.maximum(red, green), blue)
@@ -141,9 +141,9 @@ def shift_hue(image_N3SS: Tensor, turns_N11: Tensor) -> Tensor:
     sixth = torch.where(
         top == red, green - blue, torch.where(top == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     )
-    sixth /= torch.where(chroma > 0, chroma, 1)  # gray has no hue, and any will do
+    sixth /= torch.where(chroma > 0, chroma, 1)  # gray has no hue; any value will do
     sixth = (sixth + 6 * turns_N11).remainder_(6)
-    # Round the circle, a channel is full for two sixths, empty for two, and linear in between.
+    # Around the circle, a channel is full for two sixths, empty for two, and linear in between.
     share = (
         (sixth - 3).abs_().sub_(1).clamp_(0, 1),
         (sixth - 2).abs_().neg_().add_(2).clamp_(0, 1),

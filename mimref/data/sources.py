@@ -1,18 +1,19 @@
-"""What a list of images is to the rest of the package, in memory or as files that are decoded when read."""
+"""Lists of images as the rest of the package sees them: in memory, or encoded in files and decoded when read."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mimref.data.decode import Decoded, Reduce, decode_image, decode_reduced, printable
+from mimref.data.decode import Decoded, Reduce, decode_file, printable
 from mimref.data.index.paths import PathList
 from mimref.data.splits import Indices
 from mimref.errors import DataError
@@ -21,27 +22,20 @@ Split = Literal["train", "val"]
 
 
 class NoSplitError(DataError):
-    """Images that are there, but none of the split asked for."""
+    """Images exist, but none of the split asked for."""
 
 
 class ImageSource(Protocol):
     """A fixed list of N images, some of which may turn out to be unreadable."""
 
-    @property
-    def name(self) -> str:
-        """The data set as the user named it."""
-
-    @property
-    def labels(self) -> Indices | None:
-        """Class of every image, (N,) int64, or None."""
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names of classes 0, 1, ..., or None without labels."""
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether reading costs no decoding, so that loader processes would not pay."""
+    name: str
+    """The data set as the user named it."""
+    labels: Indices | None
+    """Class of every image, (N,) int64, or None."""
+    class_names: list[str] | None
+    """Names of classes 0, 1, ..., or None without labels."""
+    in_memory: bool
+    """Whether reading needs no decoding, so that loader processes would not pay off."""
 
     @property
     def fingerprint(self) -> str:
@@ -54,6 +48,40 @@ class ImageSource(Protocol):
 
     def path(self, index: int) -> str:
         """A name of the image for messages and tables."""
+
+
+@runtime_checkable
+class FetchedSource(Protocol):
+    """Images that may be on a server, where one request for many of them saves time."""
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Get these images, which are read next. Raises DataError when the server fails."""
+
+
+class EncodedSource(ImageSource):
+    """Images that are stored encoded, as JPEG, PNG and so on, and decoded when read: a base of sources."""
+
+    in_memory = False
+
+    def __init__(self, name: str, rows: Indices, labels: Indices | None, class_names: list[str] | None) -> None:
+        self.name, self.rows, self.labels, self.class_names = name, rows, labels, class_names
+        # rows: (N,) position of every image in the list that the source was made from.
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, indices: Indices) -> None:
+        """Drop all but these images."""
+        self.rows = self.rows[indices]
+        self.labels = None if self.labels is None else self.labels[indices]
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
+        return self.read_reduced(index, None).image.contiguous()
+
+    @abstractmethod
+    def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
+        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
 
 
 @dataclass(eq=False)
@@ -76,15 +104,15 @@ class ArraySource:
         """One image, uint8 (3, H, W), a copy; gray is repeated for the three channels."""
         image = torch.from_numpy(self.images[index])
         if image.ndim == 2:
-            return image.expand(3, -1, -1).clone(memory_format=torch.contiguous_format)
+            image = image.expand(3, -1, -1)
         return image.clone(memory_format=torch.contiguous_format)
 
     def path(self, index: int) -> str:
         """`NAME/SPLIT/POSITION`."""
         return f"{self.name}/{self.split}/{self.positions[index]}"
 
-    def keep(self, rows: Indices) -> None:
-        """Forget all but these images."""
+    def select(self, rows: Indices) -> None:
+        """Drop all but these images."""
         self.images, self.positions = self.images[rows], self.positions[rows]
         self.labels = None if self.labels is None else self.labels[rows]
 
@@ -98,72 +126,36 @@ class ArraySource:
         return digest.hexdigest()
 
 
-@runtime_checkable
-class EncodedSource(Protocol):
-    """Images that are kept encoded, as JPEG, PNG and so on, and decoded when read."""
+class FileSource(EncodedSource):
+    """Image files below one folder.
+
+    files: paths relative to it. rows: the positions of the source's images in `files`; None: all of them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: str,
+        files: Iterable[str],
+        labels: Indices | None,
+        class_names: list[str] | None,
+        rows: Indices | None = None,
+    ) -> None:
+        self.folder, self.files = folder, PathList.pack(files)
+        super().__init__(name, np.arange(len(self.files)) if rows is None else rows, labels, class_names)
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
-        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
-
-
-@runtime_checkable
-class FetchedSource(Protocol):
-    """Images that may be far away, where asking for many of them at once saves time."""
-
-    def fetch(self, indices: Sequence[int]) -> None:
-        """Get these images, to be read next. Raises DataError when they cannot be had."""
-
-
-@dataclass(eq=False)
-class FileSource:
-    """Image files below one folder, decoded when read."""
-
-    name: str
-    folder: str
-    files: Sequence[str]
-    """Paths relative to `folder`; kept as a PathList."""
-    labels: Indices | None
-    class_names: list[str] | None
-    in_memory: bool = False
-
-    def __post_init__(self) -> None:
-        self.files = PathList.pack(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def keep(self, rows: Indices) -> None:
-        """Forget all but these images."""
-        self.files = PathList.pack(self.files).take(rows)
-        self.labels = None if self.labels is None else self.labels[rows]
-
-    def read(self, index: int) -> Tensor:
-        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
-        return decode_image(os.path.join(self.folder, self.files[index]))
-
-    def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
-        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
-        return decode_reduced(os.path.join(self.folder, self.files[index]), reduce)
+        """See `EncodedSource`."""
+        return decode_file(os.path.join(self.folder, self.files[self.rows[index]]), reduce)
 
     def path(self, index: int) -> str:
         """The file's path, as far as the user gave it, with odd characters escaped."""
-        return printable(os.path.join(self.folder, self.files[index]))
+        return printable(os.path.join(self.folder, self.files[self.rows[index]]))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over relative paths, sizes, modification times and labels. Costs one look-up per file, at first use."""
-        digest = hashlib.sha256()
-        folder = os.fsencode(self.folder)
-        for file in PathList.pack(self.files).encoded():
-            try:
-                status = os.stat(os.path.join(folder, file))
-                size, modified_ns = status.st_size, status.st_mtime_ns
-            except (OSError, ValueError):
-                size, modified_ns = -1, -1  # a broken link: bad when read, and part of the list all the same
-            digest.update(b"%s\0%d\0%d\n" % (file, size, modified_ns))
-        if self.labels is not None:
-            digest.update(self.labels.tobytes())
-        return digest.hexdigest()
+        """Over relative paths, sizes, modification times and labels. Costs one stat call per file, at first use."""
+        return fingerprint_files(self.folder, self.files.encoded(self.rows), self.labels)
 
 
 class Subset:
@@ -176,7 +168,7 @@ class Subset:
 
     @property
     def fingerprint(self) -> str:
-        """Over the source's and which images they are."""
+        """Over the source's fingerprint and the positions."""
         return hashlib.sha256(self.source.fingerprint.encode() + self.rows.tobytes()).hexdigest()
 
     def __len__(self) -> int:
@@ -194,3 +186,20 @@ class Subset:
     def path(self, index: int) -> str:
         """Its name in the source."""
         return self.source.path(int(self.rows[index]))
+
+
+def fingerprint_files(folder: str, files: Iterable[bytes], *arrays: NDArray[Any] | None) -> str:
+    """SHA-256 in hex over the files' names relative to `folder`, their sizes and times of modification, and arrays."""
+    digest = hashlib.sha256()
+    base = os.fsencode(folder)
+    for file in files:
+        try:
+            status = os.stat(os.path.join(base, file))
+            size, modified_ns = status.st_size, status.st_mtime_ns
+        except (OSError, ValueError):
+            size, modified_ns = -1, -1  # a broken link: bad when read, and part of the list all the same
+        digest.update(b"%s\0%d\0%d\n" % (file, size, modified_ns))
+    for array in arrays:
+        if array is not None:
+            digest.update(array.tobytes())
+    return digest.hexdigest()

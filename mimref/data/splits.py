@@ -1,4 +1,4 @@
-"""Fixed choices of images: the held-out part of a data set, and its first N training images."""
+"""Fixed subsets: the held-out part of a data set, and its first N training images."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,10 @@ def stratified_split(labels: Indices, *, held_out: float) -> tuple[Indices, Indi
 
 
 def first_images(count: int, labels: Indices | None, *, limit: int | None) -> Indices:
-    """Indices, in data order, of the training images that `data.train_limit` keeps of `count`.
+    """Indices, in data order, of the training images that `data.train_limit` selects from `count`.
 
     With labels, classes take turns (first image of every class, then the second, ...), so class sizes differ by one at
-    most until a class runs out. Raises ConfigError when the limit exceeds the images there are.
+    most until a class runs out. Raises ConfigError when the limit exceeds `count`.
     """
     if limit is None:
         return np.arange(count, dtype=np.int64)

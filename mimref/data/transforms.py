@@ -1,4 +1,4 @@
-"""The evaluation transform, the one place where it is built."""
+"""The evaluation transform; it is built here only."""
 
 import math
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
 
 LONGEST_ASPECT = 16
-"""Sides' ratio beyond which only an image's middle is resized."""
+"""Ratio of the sides beyond which only an image's middle is resized."""
 
 
 @dataclass(frozen=True)
 class EvalTransform:
     """Resize the shorter side, cut out the middle square, normalise by channel.
 
-    The default is the usual one: shorter side 256 for crops of 224, bicubic, ImageNet's mean and standard deviation.
-    Raises ConfigError for values that make no transform.
+    Defaults: shorter side 256 for crops of 224, bicubic, ImageNet's mean and standard deviation. Raises ConfigError for
+    values out of range.
     """
 
     image_size: int
@@ -50,8 +50,8 @@ class EvalTransform:
     def crop(self, image: Tensor) -> Tensor:
         """Resize and crop one image, uint8 (3, H, W) -> (3, S, S); as torchvision's Resize and CenterCrop do.
 
-        Of an image more than 16 times as long as wide only the middle is resized: a strip of 1 x 100,000 pixels would
-        otherwise fill the memory on the way to a square that does not show the rest of it.
+        Only the middle of an image more than 16 times as long as wide is resized: a strip of 1 x 100,000 pixels would
+        otherwise fill the memory, though the square shows its middle only.
         """
         resized = round(self.image_size / self.crop_fraction)
         height, width = image.shape[-2:]
@@ -70,12 +70,12 @@ class EvalTransform:
         return ((batch_BCHW.to(compute) / 255 - mean) / std).to(dtype)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON headers; `from_dict` is the way back."""
+        """For JSON headers; `from_dict` reads it back."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "EvalTransform":
-        """Read what `to_dict` wrote. Raises ConfigError when keys or values are others."""
+        """Read what `to_dict` wrote. Raises ConfigError for other keys or values."""
         try:
             return cls(
                 image_size=int(saved["image_size"]),
@@ -88,5 +88,5 @@ class EvalTransform:
 
 
 def _rgb(values: Any) -> RGB:
-    red, green, blue = values
-    return float(red), float(green), float(blue)
+    red, green, blue = map(float, values)
+    return red, green, blue

@@ -1,8 +1,8 @@
-"""Multi-crop views: which crops an image gives, and cutting them to fixed-size uint8.
+"""Multi-crop views: draw crop boxes, and cut crops of fixed size, uint8.
 
-A worker decodes an image once and cuts every view from it; colours come later, batched on the device
-(`mimref.data.photometric`). Crop boxes follow torchvision's RandomResizedCrop, drawn for a whole batch at once, and for
-the size that an image has in its file, however much smaller it was decoded.
+A worker decodes an image once and cuts every view from it; colours are changed later, batched on the device
+(`mimref.data.photometric`). Crop boxes follow torchvision's RandomResizedCrop. They are drawn for a whole batch at
+once, and for the size of an image in its file, even where it was decoded smaller.
 
 Shapes: B images, V views of one group, S pixels per side, N boxes.
 """
@@ -26,7 +26,7 @@ _REDUCTIONS = (8, 4, 2)
 
 @dataclass(frozen=True)
 class CropGroup:
-    """Views of one size: `count` crops, numbered from `first_view` on, drawn from the same ranges."""
+    """`count` views of one size, numbered from `first_view` on, drawn from the same ranges."""
 
     count: int
     size: int
@@ -38,7 +38,7 @@ class CropGroup:
 
 
 def multi_crop(config: ViewsConfig, image_size: int) -> list[CropGroup]:
-    """The two global views and, unless there are none, the local views."""
+    """The groups of the two global views and of the local views, if any."""
     groups = [CropGroup(2, config.global_size or image_size, config.global_scale, config.aspect_ratio)]
     if config.local_views:
         groups.append(
@@ -80,13 +80,13 @@ def draw_boxes(
 
 
 def reduction(groups: Sequence[CropGroup], seed: int, epoch: int, sample: int, height: int, width: int) -> int:
-    """By how much an image may be decoded smaller: 1, 2, 4 or 8.
+    """The factor by which an image may be decoded smaller: 1, 2, 4 or 8.
 
-    The largest factor at which both sides of every crop still have at least the finished crop's pixels.
+    It is the largest at which both sides of every crop still have at least the finished crop's pixels.
     """
     least = _REDUCTIONS[-1]
     if any(min(height, width) < least * group.size for group in groups):
-        return 1  # as most images are, without the cost of drawing
+        return 1  # the usual case, without the cost of drawing
     size_12 = torch.tensor([[height, width]])
     factor = _REDUCTIONS[0]
     for group in groups:
@@ -108,9 +108,9 @@ def cut_group(
 ) -> Tensor:
     """Cut one group's views from decoded images: (B, V, 3, S, S) uint8.
 
-    images: B tensors of (3, height, width) uint8, faster with channels last in memory. size_B2: heights and widths that
-    the boxes are drawn for, where the images were decoded smaller; None: those of the tensors. Crops are resized
-    bicubically with antialiasing.
+    images: B tensors of (3, height, width) uint8, faster with channels last in memory. size_B2: heights and widths in
+    the files, for images that were decoded smaller; None: those of the tensors. Crops are resized bicubically with
+    antialiasing.
     """
     decoded_B2 = torch.tensor([image.shape[1:] for image in images])
     size_B2 = decoded_B2 if size_B2 is None else size_B2
@@ -130,8 +130,8 @@ def cut_group(
 def _scale_boxes(boxes_N4: Tensor, size_N2: Tensor, decoded_N2: Tensor) -> Tensor:
     """The same boxes on images of another size: each edge goes to the nearest border between pixels.
 
-    In whole numbers, with halves rounded up: a box that is f times as long as n pixels keeps at least n on an image
-    reduced by f.
+    Computed in integers, with halves rounded up: a box of at least f x n pixels has at least n on an image reduced by
+    f.
     """
     start_N2, length_N2 = boxes_N4.split(2, dim=1)
     first_N2, end_N2 = (

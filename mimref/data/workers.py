@@ -1,23 +1,20 @@
-"""Loader processes that die: how, and at which image."""
+"""Loader processes: how they start, and how their deaths are reported, with the image they were at."""
 
 import atexit
 import os
-import re
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import RawArray
-from types import FrameType
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, _utils, get_worker_info
 
 from mimref.data.sources import ImageSource
 from mimref.errors import DataError, UserError
 
-# A broken connection can be noticed before the process behind it is dead.
 DYING_S = 2.0
+"""A broken connection can be noticed this long before the process behind it is dead."""
 
 _T = TypeVar("_T")
 
@@ -31,142 +28,83 @@ class DeadWorkerError(DataError):
         """How, and at which image."""
 
 
-class Reading:
-    """The image that every loader process is at, in memory which the processes share."""
+class WorkerPositions:
+    """The image that every loader process is at, in memory that the processes share."""
 
     def __init__(self, source: ImageSource, workers: int) -> None:
         self._source = source
         # Process id and sample index of every worker.
-        self._notes = RawArray("q", 2 * workers)
+        self._positions = RawArray("q", 2 * workers)
 
-    def note(self, index: int) -> None:
-        """Say in a loader process that this image comes now; anywhere else nothing happens."""
+    def record(self, index: int) -> None:
+        """In a loader process: record that this image is next. No effect elsewhere."""
         worker = get_worker_info()
         if worker is not None:
-            self._notes[2 * worker.id : 2 * worker.id + 2] = os.getpid(), index
+            self._positions[2 * worker.id : 2 * worker.id + 2] = os.getpid(), index
 
     def paths(self) -> dict[int, str]:
-        """The image that each process noted last, by process id."""
-        pairs = zip(self._notes[::2], self._notes[1::2], strict=True)
+        """The image that each process recorded last, by process id."""
+        pairs = zip(self._positions[::2], self._positions[1::2], strict=True)
         return {pid: self._source.path(index) for pid, index in pairs if pid}
 
 
-def watched(loader: DataLoader[_T], reading: Reading) -> Iterator[_T]:
-    """The batches of a loader whose processes note the images they are at in `reading`.
+def ignore_signals(_worker: int) -> None:
+    """Leave SIGTERM and Ctrl-C to the main process, which saves before it stops its workers (`worker_init_fn`).
 
-    Raises DeadWorkerError for a process that has died, once its next batch is missed. torch would raise from a signal
-    handler at once, wherever the main process is, be it in the middle of a file.
+    Batch systems and terminals signal the whole process group, and a run that has lost its workers cannot save.
     """
-    return _watched(loader, reading) if loader.num_workers else iter(loader)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _watched(loader: DataLoader[_T], reading: Reading) -> Iterator[_T]:
-    # Before the watch: torch installs its handler with the first loader of a process, over any other.
-    batches = iter(loader)
-    # Loader processes leave signals to the main one, with which Python would end them at its exit, and wait.
-    end_processes: Callable[[], None] = batches._shutdown_workers  # type: ignore[attr-defined]  # no public name
-    atexit.register(end_processes)
-    with _Watch(reading) as watch:
-        try:
-            yield from batches
-            return
-        except UserError as error:
-            # torch puts the traceback of the process before the message.
-            kind = type(error)
-            raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error
-        except (RuntimeError, OSError, EOFError) as error:
-            death = watch.death_behind(error)
-            if death is None:
-                raise
-        finally:
-            # Before torch watches again, which would raise for a dead process; a traceback may keep the loader.
-            end_processes()
-            atexit.unregister(end_processes)
-    raise DeadWorkerError(death)
+def watched(loader: DataLoader[_T], positions: WorkerPositions) -> Iterator[_T]:
+    """The batches of a loader whose processes record the images they are at.
 
-
-class _Watch:
-    """While this lasts, processes of a loader that die are remembered.
-
-    Any number of watches may overlap, as those of an evaluation within training do, and end in any order. Outside the
-    main thread Python lets nobody watch.
+    Raises DeadWorkerError for a process that has died, once its next batch is missing.
     """
-
-    def __init__(self, reading: Reading) -> None:
-        self._reading = reading
-        self._deaths: dict[int, str] = {}
-
-    def __enter__(self) -> "_Watch":
-        if hasattr(signal, "SIGCHLD") and _in_main_thread():
-            _watches.append(self)
-            if (before := signal.getsignal(signal.SIGCHLD)) is not _look:
-                _replaced[:] = [before]
-                signal.signal(signal.SIGCHLD, _look)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self not in _watches:
-            return
-        _watches.remove(self)
-        # A loader that is dropped in another thread leaves the handler to the next watch that ends in the main one.
-        if not _watches and _in_main_thread() and signal.getsignal(signal.SIGCHLD) is _look:
-            before = _replaced.pop()
-            if before is not None:  # one that was not installed from Python cannot be put back
-                signal.signal(signal.SIGCHLD, before)
-
-    def death_behind(self, error: Exception) -> str | None:
-        """The death of a loader process that an error of the loader comes from; None for any other error."""
-        missed = str(error).startswith(("DataLoader worker", "Pin memory thread"))
-        if not missed and not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
-            return None
-        deadline = time.monotonic() + DYING_S
-        self.look()
-        while not self._deaths and time.monotonic() < deadline:
-            time.sleep(0.01)
-            self.look()
-        if self._deaths:
-            return "; ".join(self._deaths.values())
-        if not missed:
-            return None
-        named = map(int, re.findall(r"\d+", str(error)))
-        paths = self._reading.paths()
-        return "; ".join(_death(str(error), paths[pid]) for pid in named if pid in paths) or (
-            f"a loader process died ({error})"
-        )
-
-    def look(self) -> None:
-        """Remember the processes that have died and were not yet waited for."""
-        for pid, path in self._reading.paths().items():
-            how = _end_of(pid)
-            if how:
-                self._deaths[pid] = _death(how, path)
-
-
-_watches: list[_Watch] = []
-# The handler before the first of them.
-_replaced: list[Any] = []
-
-
-def _look(_number: int, _frame: FrameType | None) -> None:
-    """The signal handler: a process has ended."""
-    for watch in list(_watches):
-        watch.look()
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _death(how: str, path: str) -> str:
-    return f"a loader process died ({how}) at {path}, or just after it"
-
-
-def _end_of(pid: int) -> str | None:
-    """How a child has died; None while it lives and when it has come to a regular end. It stays to be waited for."""
+    batches: Any = iter(loader)
+    if loader.num_workers == 0:
+        yield from batches
+        return
+    # torch's handler of SIGCHLD would raise wherever the main process is, even while it writes a file.
+    _utils.signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]  # no public name
+    batches._worker_pids_set = False
+    # Loader processes ignore the signals by which Python ends its children at exit, so it would wait for them.
+    atexit.register(batches._shutdown_workers)
     try:
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
+        yield from batches
+    except UserError as error:
+        # torch puts the traceback of the process before the message.
+        kind = type(error)
+        raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        death = _death_behind(error, batches._workers, positions)
+        if death is None:
+            raise
+        raise DeadWorkerError(death) from error
+    finally:
+        batches._shutdown_workers()  # now: a traceback may hold the loader
+        atexit.unregister(batches._shutdown_workers)
+
+
+def _death_behind(error: Exception, processes: Any, positions: WorkerPositions) -> str | None:
+    """The death of a loader process that caused an error of the loader; None for any other error."""
+    missed = str(error).startswith(("DataLoader worker", "Pin memory thread"))
+    if not missed and not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
         return None
-    if ended is None or ended.si_status == 0:
-        return None
-    return f"exit code {ended.si_status}" if ended.si_code == os.CLD_EXITED else signal.strsignal(ended.si_status)
+    deadline = time.monotonic() + DYING_S
+    while not (dead := [process for process in processes if process.exitcode]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    paths = positions.paths()
+    deaths = [
+        f"a loader process died ({_how(process.exitcode)}) at {paths[process.pid]}, or just after it"
+        for process in dead
+        if process.pid in paths
+    ]
+    if deaths:
+        return "; ".join(deaths)
+    return f"a loader process died ({error})" if missed or dead else None
+
+
+def _how(exit_code: int) -> str:
+    return f"exit code {exit_code}" if exit_code > 0 else signal.strsignal(-exit_code) or f"signal {-exit_code}"

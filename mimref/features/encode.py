@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.data.crops import crop_batches
 from mimref.data.decode import BadImages
-from mimref.data.loader import loader_workers
+from mimref.data.loader import crop_batches, loader_workers
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.devices import autocast

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from mimref.config.base import DataConfig
-from mimref.data.decode import BadImage, BadImages, decode_image
+from mimref.data.decode import BadImage, BadImages
 from mimref.data.open import open_source
 from mimref.errors import DataError
+from tests.sources import decode_image
 
 
 @pytest.fixture(autouse=True)

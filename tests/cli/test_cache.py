@@ -6,8 +6,8 @@ import pytest
 
 from mimref.cli import run
 from mimref.config.base import DataConfig
+from mimref.data.index import cache as index_cache
 from mimref.data.open import open_source
-from mimref.data.readers import folder as folders
 from mimref.files import cache_folder
 from tests.tiny import write_images
 
@@ -15,7 +15,7 @@ from tests.tiny import write_images
 @pytest.fixture
 def two_listings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of two listings, beside a (damaged) pass of an encoder."""
-    monkeypatch.setattr(folders, "CACHED_FROM", 1)
+    monkeypatch.setattr(index_cache, "SAVE_FROM_IMAGES", 1)
     for name in ("one", "two"):
         open_source(DataConfig(spec=str(write_images(tmp_path / name, per_class=2))), "train")
     features = cache_folder() / "features/0123abcd"

@@ -1,12 +1,12 @@
-"""What was found out about a data set, kept in the cache folder for the next start."""
+"""Scans of data sets, saved in the cache folder for the next start."""
 
 import hashlib
 import time
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,59 +17,80 @@ from mimref.locks import one_at_a_time
 from mimref.progress import LabelledProgress
 
 Arrays = dict[str, NDArray[Any]]
+_T = TypeVar("_T")
 
-SETTLED_NS = 2_000_000_000
-"""What was changed less than this before it was looked at may change again within one tick of its file system's clock
-(2 s on the coarsest), which its modification time would not show."""
+CLOCK_TICK_NS = 2_000_000_000
+"""Of the coarsest file system. A file that changed less than this before a scan may change again within one tick, which
+its modification time would not show."""
 
-SLOW_S = 1.0
-"""What took longer to find out is kept however little it is, since other processes may be waiting for it, and told of
-while it goes on."""
-
-
-def settled(modified_ns: int, looked_ns: int) -> int:
-    """A modification time to compare with later; -1, which nothing equals, where it might hide a change."""
-    return modified_ns if modified_ns < looked_ns - SETTLED_NS else -1
+SAVE_FROM_IMAGES = 10_000
+LONG_SCAN_S = 1.0
+"""A scan is saved when it found at least so many images, or took at least so long: other processes may be waiting for
+it. A long one reports its progress."""
 
 
-def keep(kind: str, of: bytes, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Keep arrays under what they are of; where the cache cannot be written, the next start does without."""
-    with suppress(OutputError), atomic_write(_file(kind, of)) as file:
+def comparable_time(modified_ns: int, scanned_ns: int) -> int:
+    """A modification time to compare with later; -1, which equals none, where it might hide a change."""
+    return modified_ns if modified_ns < scanned_ns - CLOCK_TICK_NS else -1
+
+
+class Scan:
+    """A scan that begins now: whether it is long enough to report its progress, and worth saving."""
+
+    def __init__(self, label: str, progress: LabelledProgress | None) -> None:
+        self._label, self._progress, self._started = label, progress, time.monotonic()
+
+    def report(self, done: int, total: int) -> None:
+        """Report progress, once the scan has turned out to be long."""
+        if self._progress is not None and self._is_long():
+            self._progress(self._label, done, total)
+
+    def is_worth_saving(self, images: int) -> bool:
+        """Whether the next start should not repeat it."""
+        return images >= SAVE_FROM_IMAGES or self._is_long()
+
+    def _is_long(self) -> bool:
+        return time.monotonic() - self._started > LONG_SCAN_S
+
+
+def save_index(kind: str, key: bytes, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Save arrays under a key; where the cache cannot be written, the next start scans again."""
+    with suppress(OutputError), atomic_write(_file(kind, key)) as file:
         # numpy types its one option as if it could be among the arrays.
-        np.savez(file, of=np.frombuffer(of, dtype=np.uint8), **arrays)  # type: ignore[arg-type]
+        np.savez(file, of=np.frombuffer(key, dtype=np.uint8), **arrays)  # type: ignore[arg-type]
 
 
-def recall(kind: str, of: bytes) -> Arrays | None:
-    """The arrays that were kept; None if there are none or they are damaged, which their checksums tell."""
+def load_index(kind: str, key: bytes, names: set[str]) -> Arrays | None:
+    """The saved arrays; None if there are none, if one of `names` is missing, or if a checksum does not match."""
     try:
-        with np.load(_file(kind, of), allow_pickle=False) as kept:
-            return dict(kept) if kept["of"].tobytes() == of else None
+        with np.load(_file(kind, key), allow_pickle=False) as saved:
+            return dict(saved) if saved["of"].tobytes() == key and saved.keys() >= names else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def building_index(kind: str, of: bytes, progress: LabelledProgress | None) -> AbstractContextManager[None]:
-    """Find out what is not kept yet while no other process does; those wait, and should then look again."""
-    return one_at_a_time(
-        _file(kind, of), lambda: progress("waiting for another process to list the images", 0, 1) if progress else None
-    )
+def load_or_scan(
+    kind: str, key: bytes, load: Callable[[], _T | None], scan: Callable[[], _T], progress: LabelledProgress | None
+) -> _T:
+    """What `load` returns or else `scan`, in one process at a time: the others wait, and load its result."""
 
+    def report_waiting() -> None:
+        if progress is not None:
+            progress("waiting for another process to list the images", 0, 1)
 
-def delayed_progress(label: str, progress: LabelledProgress | None) -> Callable[[int, int], None]:
-    """What takes the numbers of a look that begins now, and tells them once it has turned out to be a long one."""
-    started = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        if progress is not None and time.monotonic() - started > SLOW_S:
-            progress(label, done, total)
-
-    return tell
+    index = load()
+    if index is None:
+        with one_at_a_time(_file(kind, key), report_waiting):
+            index = load()
+            if index is None:
+                index = scan()
+    return index
 
 
 def listings_folder() -> Path:
-    """Where all of it lies."""
+    """The folder of all saved scans."""
     return cache_folder() / "listings"
 
 
-def _file(kind: str, of: bytes) -> Path:
-    return listings_folder() / f"{kind}-{hashlib.sha256(of).hexdigest()[:24]}.npz"
+def _file(kind: str, key: bytes) -> Path:
+    return listings_folder() / f"{kind}-{hashlib.sha256(key).hexdigest()[:24]}.npz"

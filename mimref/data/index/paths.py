@@ -1,24 +1,19 @@
 """Lists of many file paths in little memory."""
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mimref.data.splits import Indices
 
-TAKEN_AT_ONCE = 1 << 14
-"""Paths that are chosen together: every byte of theirs takes 24 meanwhile."""
 
-
-class PathList(Sequence[str]):
+class PathList:
     """Paths as one block of bytes: 8 bytes and the path's length each, where a list of strings takes 60 and more.
 
-    Loader processes share the block: looking a path up writes nothing. Reading a list's strings would write their
-    reference counts, and with them copy page after page of the main process's memory into each worker.
+    Loader processes share the block: reading a path writes nothing. Reading a list's strings would write their
+    reference counts, and so copy page after page of the main process's memory into each worker.
     """
 
     def __init__(self, content: NDArray[np.uint8], ends: Indices) -> None:
@@ -33,43 +28,20 @@ class PathList(Sequence[str]):
         if isinstance(paths, PathList):
             return paths
         encoded = [os.fsencode(path) for path in paths]
-        ends = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(path) for path in encoded], out=ends[1:])
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
-
-    def take(self, rows: Indices) -> "PathList":
-        """Some of the paths, in the order of `rows`, each of which is 0 or more."""
-        starts, lengths = self.ends[rows], self.ends[rows + 1] - self.ends[rows]
-        ends = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=ends[1:])
-        content = np.empty(ends[-1], dtype=np.uint8)
-        for first in range(0, len(rows), TAKEN_AT_ONCE):
-            part = slice(first, first + TAKEN_AT_ONCE)
-            begin, end = ends[part][0], ends[1:][part][-1]
-            # How far every byte moves.
-            moved = np.repeat(starts[part] - ends[:-1][part], lengths[part])
-            content[begin:end] = self.content[np.arange(begin, end) + moved]
-        return PathList(content, ends)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum([0, *map(len, encoded)], dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        row = index % len(self)
+    def __getitem__(self, index: int) -> str:
+        row = range(len(self))[index]
         return os.fsdecode(self.content[self.ends[row] : self.ends[row + 1]].tobytes())
 
     def __iter__(self) -> Iterator[str]:
-        return map(os.fsdecode, self.encoded())
+        return map(os.fsdecode, self.encoded(np.arange(len(self))))
 
-    def encoded(self) -> Iterator[bytes]:
-        """The paths in the file system's encoding."""
+    def encoded(self, rows: Indices) -> Iterator[bytes]:
+        """Some of the paths in the file system's encoding."""
         content = self.content.data
-        return (bytes(content[start:end]) for start, end in itertools.pairwise(self.ends.tolist()))
+        starts, ends = self.ends[rows].tolist(), self.ends[rows + 1].tolist()
+        return (bytes(content[start:end]) for start, end in zip(starts, ends, strict=True))

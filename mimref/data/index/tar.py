@@ -1,4 +1,4 @@
-"""The samples of one webdataset shard, a tar file, as its headers tell them."""
+"""The samples of one webdataset shard, a tar file, read from its headers."""
 
 import json
 import re
@@ -6,49 +6,49 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mimref.data.decode import one_line, printable
-from mimref.data.index.remote import is_remote, no_parts, open_whole, unreachable
+from mimref.data.decode import printable, reason_of
+from mimref.data.index.remote import is_remote, no_parts, open_sequential, unreachable
 from mimref.errors import DataError, UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-# A sample's name ends at the first dot of the last part; names that begin with a dot are hidden (as webdataset has it).
+# As in webdataset, a sample's name ends at the first dot of its last part, and a leading dot hides a member.
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
 @dataclass
 class Sample:
-    """A run of members of one name."""
+    """A run of members that share a name."""
 
     key: str
     parts: dict[str, tarfile.TarInfo]
-    """By ending, in lower case."""
+    """By suffix, in lower case."""
     label: str | None = None
 
     @property
     def image(self) -> tarfile.TarInfo | None:
-        """Where its image lies; None for samples without one."""
+        """The member with its image; None for samples without one."""
         return next((self.parts[kind] for kind in IMAGES if kind in self.parts), None)
 
 
 def samples_with_images(shard: str, where: str) -> list[Sample]:
-    """The samples of one shard that have an image.
+    """The samples of one shard that have an image. `where` begins messages.
 
-    Raises DataError for a shard that is no tar file, cut off or damaged, and for members that are links or whose names
-    lead out of it; UnreachableError for a server that does not answer. `where` begins its message.
+    Raises DataError for a shard that is truncated, damaged or not a tar file, and for members that are links or whose
+    names lead out of it; UnreachableError for a server that does not answer.
     """
     try:
         return [sample for sample in _samples(shard, where) if sample.image is not None]
     except UserError:
         raise
     except Exception as error:
-        # Whatever the client of a remote file system raises; of a local file, an error of ours is none of the file's.
+        # A remote file system's client raises anything; with a local file, other errors are bugs of our own.
         if is_remote(shard) and not isinstance(error, tarfile.TarError | EOFError):
             raise no_parts(shard) if isinstance(error, ValueError) else unreachable(shard, error) from error
         if not isinstance(error, OSError | tarfile.TarError | EOFError | ValueError):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise DataError(
-            f"{where}: {printable(shard)} is no whole, uncompressed tar file ({reason}); get it anew, or leave it out"
+            f"{where}: {printable(shard)} is not an intact, uncompressed tar file ({reason_of(error)}); "
+            "get it again, or leave it out"
         ) from error
 
 
@@ -56,7 +56,7 @@ def _samples(shard: str, where: str) -> Iterator[Sample]:
     """The samples of one shard, with their labels."""
     shown = printable(shard)
     with (
-        open_whole(shard) if is_remote(shard) else open(shard, "rb") as file,
+        open_sequential(shard) if is_remote(shard) else open(shard, "rb") as file,
         tarfile.open(fileobj=file, mode="r:") as archive,
     ):
         sample = Sample("", {})
@@ -65,32 +65,32 @@ def _samples(shard: str, where: str) -> Iterator[Sample]:
             match = _MEMBER.fullmatch(member.name) if member.isfile() else None
             if match is None:
                 continue
-            key, ending = match.groups()
+            key, suffix = match.groups()
             if key != sample.key:
                 yield sample
                 sample = Sample(key, {})
-            if (kind := ending.lower()) in sample.parts:
+            if (kind := suffix.lower()) in sample.parts:
                 raise DataError(f"{where}: {shown} holds {printable(member.name)} twice")
             sample.parts[kind] = member
             if kind == "cls" or (kind == "json" and sample.label is None):
                 sample.label = _label(archive, member, kind, f"{where}: {shown}/{printable(member.name)}")
         yield sample
-        # tarfile takes whatever is no header for the end of the archive.
+        # tarfile takes anything but a header for the end of the archive.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no end mark after {len(archive.getmembers())} members")
-        # An archive is filled up with zeros to whole records.
+        # An archive is padded with zeros to full records.
         if any(file.read(2 * tarfile.RECORDSIZE)):
             raise tarfile.ReadError(f"something follows its end mark after {len(archive.getmembers())} members")
 
 
 def _check(member: tarfile.TarInfo, shown: str, where: str) -> None:
-    """Refuse what no shard needs, and what a shard from somewhere might be used for."""
+    """Refuse members that a data set does not need, and that an attack would use."""
     name = printable(member.name)
     if member.name.startswith("/") or ".." in member.name.split("/"):
         raise DataError(f"{where}: {shown} is refused: its member {name} leads out of the archive")
     if not (member.isfile() or member.isdir()) or member.issparse():
-        what = "a link" if member.issym() or member.islnk() else "no ordinary file"
+        what = "a link" if member.issym() or member.islnk() else "not a regular file"
         raise DataError(f"{where}: {shown} is refused: its member {name} is {what}")
 
 
@@ -110,7 +110,7 @@ def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str, which: 
             if label is None:
                 return None
     except ValueError as error:
-        raise DataError(f"{which} cannot be read ({one_line(error)})") from error
+        raise DataError(f"{which} cannot be read ({reason_of(error)})") from error
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise DataError(f"{which}: label {label!r} is neither a whole number nor a class name")
     return str(label)

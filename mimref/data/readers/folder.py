@@ -1,18 +1,17 @@
 """Folders of images: which files, in which order, of which class.
 
-Large folders are listed once. What was found is kept in the cache folder, with the modification time of every folder in
-it: those change when an entry comes, goes or gets another name, so that a later start looks at folders only.
+Large folders are listed once. The listing is saved in the cache folder, with the modification time of every folder in
+it: those change when an entry is added, removed or renamed, so that a later start checks folders only.
 """
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from mimref.data.decode import printable
-from mimref.data.index.cache import SLOW_S, Arrays, building_index, delayed_progress, keep, recall, settled
+from mimref.data.index.cache import Arrays, Scan, comparable_time, load_index, load_or_scan, save_index
 from mimref.data.index.paths import PathList
 from mimref.data.sources import FileSource, NoSplitError, Split
 from mimref.data.splits import Indices
@@ -20,9 +19,6 @@ from mimref.errors import DataError
 from mimref.progress import LabelledProgress
 
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"])
-
-CACHED_FROM = 10_000
-"""Images from which on a listing is kept: fewer are listed again in no time."""
 
 
 def open_folder(spec: str, split: Split, progress: LabelledProgress | None = None) -> FileSource:
@@ -37,9 +33,9 @@ def open_folder(spec: str, split: Split, progress: LabelledProgress | None = Non
         return _as_source(shown, root, listing, classes if classes is not None and len(classes) > 1 else None)
     part = train if split == "train" else held
     if part is None:
-        there, missing = (f"{held}/", "train/") if split == "train" else ("train/", "val/ or test/")
+        present, missing = (f"{held}/", "train/") if split == "train" else ("train/", "val/ or test/")
         raise NoSplitError(
-            f"--data {shown}: has {there} but no {missing}; make it, or name the folder of images itself"
+            f"--data {shown}: has {present} but no {missing}; make it, or name the folder of images itself"
         )
     folder = os.path.join(root, part)
     listing = list_folder(folder, progress)
@@ -48,7 +44,7 @@ def open_folder(spec: str, split: Split, progress: LabelledProgress | None = Non
     if train is not None and split == "val":
         reference = list_folder(os.path.join(root, train), progress).class_folders()
     if reference is None or len(reference) < 2:
-        # The training images know no classes; those of the validation images, if any, are their own.
+        # The training images have no classes, so the validation images define their own, if any.
         reference = classes if classes is not None and len(classes) > 1 else None
     elif classes is not None and (unknown := sorted(set(classes) - set(reference))):
         raise DataError(
@@ -75,11 +71,11 @@ class Listing:
     """The images below a folder: sorted, and those of a folder before those of its subfolders."""
 
     files: PathList
-    """Relative paths, those of one folder together, in the order of `folders`."""
+    """Relative paths, folder by folder, in the order of `folders`."""
     folders: PathList
-    """Relative paths of all folders that were entered; the first is the folder itself, as an empty path."""
+    """Relative paths of all folders listed; the first is the folder itself, as an empty path."""
     counts: Indices
-    """(folders,) images right in each."""
+    """(folders,) images directly in each."""
     modified_ns: Indices
     """(folders,) modification times before they were listed; -1 for those that might change unnoticed."""
 
@@ -101,28 +97,27 @@ class Listing:
 
 
 def list_folder(root: str, progress: LabelledProgress | None = None) -> Listing:
-    """The images below a folder, from the cache if they are there and no folder has changed since.
+    """The images below a folder, from the cache if no folder has changed since.
 
     Links to folders are followed, but no folder is entered twice: loops end. Raises DataError when one cannot be
     listed.
     """
-    listing = _load(root)
-    if listing is not None:
+    key = os.fsencode(os.path.abspath(root))
+
+    def scan() -> Listing:
+        timer = Scan("listing images, folder by folder", progress)
+        listing = _scan(root, timer)
+        if timer.is_worth_saving(len(listing.files)):
+            _save(key, listing)
         return listing
-    with building_index("folder", _name(root), progress):
-        listing = _load(root)  # another process may have found it out meanwhile
-        if listing is None:
-            started = time.monotonic()
-            listing = _look(root, delayed_progress("listing images, folder by folder", progress))
-            if len(listing.files) >= CACHED_FROM or time.monotonic() - started > SLOW_S:
-                _save(root, listing)
-    return listing
+
+    return load_or_scan("folder", key, lambda: _load(root, key), scan, progress)
 
 
-def _look(root: str, tell: Callable[[int, int], None]) -> Listing:
-    """List a folder and all below it; `tell` how many folders are listed, of those known so far."""
+def _scan(root: str, scan: Scan) -> Listing:
+    """List a folder and all below it; reports the folders listed, of those known so far."""
     seen: set[tuple[int, int]] = set()
-    # A list of bytes per folder, not of all files: the strings of one folder are gone before the next.
+    # A list of bytes per folder, not of all files: the strings of one folder are freed before the next.
     content, folders = bytearray(), []
     lengths: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
     counts, times = [], []
@@ -130,20 +125,23 @@ def _look(root: str, tell: Callable[[int, int], None]) -> Listing:
     while pending:
         relative = pending.pop()
         here = os.path.join(root, relative)
-        listed_ns = time.time_ns()
-        status = _status(here)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        images, below = _entries(here)
+        scanned_ns = time.time_ns()
+        try:
+            status = os.stat(here)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            images, below = _entries(here)
+        except OSError as error:
+            raise DataError(f"folder {printable(here)} cannot be listed: {error.strerror}") from error
         encoded = [os.fsencode(os.path.join(relative, name)) for name in images]
         content += b"".join(encoded)
         lengths.append(np.array([len(path) for path in encoded], dtype=np.int64))
         folders.append(relative)
         counts.append(len(images))
-        times.append(settled(status.st_mtime_ns, listed_ns))
+        times.append(comparable_time(status.st_mtime_ns, scanned_ns))
         pending.extend(os.path.join(relative, name) for name in reversed(below))
-        tell(len(folders), len(folders) + len(pending))
+        scan.report(len(folders), len(folders) + len(pending))
     ends = np.concatenate([np.zeros(1, dtype=np.int64), *lengths]).cumsum()
     return Listing(
         PathList(np.frombuffer(content, dtype=np.uint8), ends),
@@ -153,27 +151,17 @@ def _look(root: str, tell: Callable[[int, int], None]) -> Listing:
     )
 
 
-def _status(folder: str) -> os.stat_result:
-    try:
-        return os.stat(folder)
-    except OSError as error:
-        raise DataError(f"folder {printable(folder)} cannot be listed: {error.strerror}") from error
-
-
 def _entries(folder: str) -> tuple[list[str], list[str]]:
-    """Names of a folder's images and of its subfolders, each sorted, without hidden ones."""
+    """Names of a folder's images and of its subfolders, each sorted, without hidden ones. Raises OSError."""
     images, below = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    below.append(entry.name)
-                elif _is_image(entry):
-                    images.append(entry.name)
-    except OSError as error:
-        raise DataError(f"folder {printable(folder)} cannot be listed: {error.strerror}") from error
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                below.append(entry.name)
+            elif _is_image(entry):
+                images.append(entry.name)
     return sorted(images), sorted(below)
 
 
@@ -185,7 +173,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """By name. Broken links count, to be reported when read; pipes and devices do not, since opening them may hang."""
+    """By name. Broken links count, and are reported when read; pipes and devices do not, since opening one may hang."""
     if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
         return False
     try:
@@ -197,7 +185,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 # --- the listing in the cache
 
 
-def _save(root: str, listing: Listing) -> None:
+def _save(key: bytes, listing: Listing) -> None:
     arrays: Arrays = {
         "content": listing.files.content,
         "ends": listing.files.ends,
@@ -206,18 +194,14 @@ def _save(root: str, listing: Listing) -> None:
         "counts": listing.counts,
         "modified_ns": listing.modified_ns,
     }
-    keep("folder", _name(root), arrays)
+    save_index("folder", key, arrays)
 
 
-def _load(root: str) -> Listing | None:
-    """The listing that was kept; None if there is none or a folder has changed since."""
-    kept = recall("folder", _name(root))
-    if kept is None or not kept.keys() >= {"content", "ends", "folders", "folder_ends", "counts", "modified_ns"}:
+def _load(root: str, key: bytes) -> Listing | None:
+    """The saved listing; None if there is none or a folder has changed since."""
+    saved = load_index("folder", key, {"content", "ends", "folders", "folder_ends", "counts", "modified_ns"})
+    if saved is None:
         return None
-    files, folders = PathList(kept["content"], kept["ends"]), PathList(kept["folders"], kept["folder_ends"])
-    listing = Listing(files, folders, kept["counts"], kept["modified_ns"])
+    files, folders = PathList(saved["content"], saved["ends"]), PathList(saved["folders"], saved["folder_ends"])
+    listing = Listing(files, folders, saved["counts"], saved["modified_ns"])
     return listing if listing.is_current(root) else None
-
-
-def _name(root: str) -> bytes:
-    return os.fsencode(os.path.abspath(root))

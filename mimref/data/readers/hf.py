@@ -1,41 +1,41 @@
-"""Hugging Face data sets on disk, `hf:FOLDER`, read with pyarrow alone.
+"""Hugging Face data sets, `hf:FOLDER` and `hf:NAME`, read with the `datasets` library (extra `mimref[hf]`).
 
-FOLDER is what `save_to_disk` wrote, of one split or of several, or a clone of a data set's repository: parquet files in
-it or in its `data/`, whose names (`train-00000-of-00002.parquet`) or folders (`train/`) tell their split. Training
-images are those of train; validation images those of validation (valid, val, dev), else of test; other splits are left
-alone. Files that tell no split serve both, and the validation images then stay unlabelled.
+FOLDER holds what `save_to_disk` wrote, of one split or several, or a clone of a data set's repository: parquet files in
+it or in its `data/`, whose names (`train-00000-of-00002.parquet`) or folders (`train/`) state their split. NAME is a
+data set of the hub, such as `cifar10`, which the library downloads once; a folder of that name takes precedence.
 
-The image column is `image`, else the only one that is declared as images; it holds encoded files, bare or with a path
-beside them. The label column is `label`, else the only one that is declared as classes. Declared classes keep their
-names and order; -1 and missing values are no label.
+Training images are those of train; validation images are those of validation (valid, val, dev), else of test. Other
+splits are ignored. Files without a split serve both, and the validation images are then unlabelled.
 
-Rows of arrow files are reached one by one in mapped memory. Parquet is compressed by groups of rows, and a whole group
-is read for one of its rows; the last one stays in memory, so that reading in order costs little, while shuffled reading
-costs a group per image. Training is faster from what `save_to_disk` wrote.
+The image column is `image`, else the only one declared as Image. It holds encoded files, bare or with a path beside
+them. The label column is `label`, else the only one declared as ClassLabel. Declared classes keep their names and
+order; -1 and missing values mean no label.
+
+Images stay encoded in memory-mapped arrow files, which loader processes share, and are decoded when read. Parquet
+cannot be read row by row, so the library first writes its images and labels to arrow files in the cache folder.
 """
 
-import hashlib
 import json
 import os
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from glob import escape, glob
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
-from torch import Tensor
 
-from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, one_line, printable
-from mimref.data.labels import Written
-from mimref.data.sources import NoSplitError, Split
+from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, decode_file, printable, reason_of
+from mimref.data.labels import RawLabels
+from mimref.data.sources import EncodedSource, NoSplitError, Split, fingerprint_files
 from mimref.data.splits import Indices
 from mimref.errors import DataError
+from mimref.files import cache_folder
+from mimref.progress import LabelledProgress
 
 SPLITS = {
     "train": "train",
@@ -46,187 +46,180 @@ SPLITS = {
     "dev": "val",
     "test": "test",
 }
-OPEN_FILES = 32
-"""Arrow files a process keeps open."""
-
-ARROW_FILE = b"ARROW1"
-"""How a file of arrow's other format, the one for random access, begins."""
-
-Row = Callable[[int], Any]
-"""From a row of a file to its cell of the image column."""
 
 
-@dataclass(eq=False)
-class TableSource:
-    """Images in the cells of tables, decoded when read."""
+class TableSource(EncodedSource):
+    """Images in the cells of a table, decoded when read.
 
-    name: str
-    folder: str
-    files: list[str]
-    """Paths relative to `folder`."""
-    starts: Indices
-    """(files + 1,) rows before each file, and of all."""
-    column: str
-    rows: Indices
-    """(N,) row, counted over all files."""
-    labels: Indices | None
-    class_names: list[str] | None
-    in_memory: bool = False
-    _open: "OrderedDict[tuple[int, int], Row]" = field(default_factory=OrderedDict, repr=False)
-    """By process and file: what one process has opened is not used in another."""
+    cells: the image column, a `datasets.Dataset` in arrow format. place: `FOLDER/SPLIT` or `NAME/SPLIT`, for names of
+    images. files: what the table was read from, relative to `folder`.
+    """
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}
-
-    def read(self, index: int) -> Tensor:
-        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
-        return self.read_reduced(index, None).image.contiguous()
+    def __init__(
+        self,
+        name: str,
+        cells: Any,
+        labels: Indices | None,
+        class_names: list[str] | None,
+        *,
+        place: str,
+        folder: str,
+        files: list[str],
+    ) -> None:
+        super().__init__(name, np.arange(len(cells)), labels, class_names)
+        self.cells, self.place, self.folder, self.files = cells, place, folder, files
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
-        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
-        file, row = self._place(index)
+        """See `EncodedSource`."""
         try:
-            cell = self._rows_of(file)(row)
+            cell = self.cells[int(self.rows[index])].column(0)[0].as_py()
         except Exception as error:  # pyarrow's readers of damaged files raise many kinds
-            raise BadImage(self.path(index), one_line(error)) from error
-        content = cell.get("bytes") if isinstance(cell, dict) else cell
-        if content is None:
-            beside = cell.get("path") if isinstance(cell, dict) else None
-            reason = f"not in the table, which names {printable(beside)} instead" if beside else "no image in this row"
-            raise BadImage(self.path(index), reason)
-        return decode_content(content, self.path(index), reduce)
+            raise BadImage(self.path(index), reason_of(error)) from error
+        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if content is not None:
+            return decode_content(content, self.path(index), reduce)
+        if path and os.path.isabs(path):  # how the library refers to files that it has downloaded one by one
+            return decode_file(path, reduce)
+        reason = f"not in the table, which names {printable(path)} instead" if path else "no image in this row"
+        raise BadImage(self.path(index), reason)
 
     def path(self, index: int) -> str:
-        """`FILE[ROW]`, rows counted from 0 in each file, with odd characters escaped."""
-        file, row = self._place(index)
-        return printable(f"{os.path.join(self.folder, self.files[file])}[{row}]")
-
-    def keep(self, rows: Indices) -> None:
-        """Forget all but these images."""
-        self.rows = self.rows[rows]
-        self.labels = None if self.labels is None else self.labels[rows]
+        """`FOLDER/SPLIT[ROW]`, with rows counted from 0 and odd characters escaped."""
+        return printable(f"{self.place}[{self.rows[index]}]")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over names, sizes and modification times of the files, which rows of theirs, and labels."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            try:
-                status = os.stat(os.path.join(self.folder, file))
-                size, modified_ns = status.st_size, status.st_mtime_ns
-            except OSError:
-                size, modified_ns = -1, -1
-            digest.update(os.fsencode(file) + f"\0{size}\0{modified_ns}\n".encode())
-        digest.update(self.rows.tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.tobytes())
-        return digest.hexdigest()
-
-    def _place(self, index: int) -> tuple[int, int]:
-        row = int(self.rows[index])
-        file = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return file, row - int(self.starts[file])
-
-    def _rows_of(self, file: int) -> Row:
-        key = (os.getpid(), file)
-        if key not in self._open:
-            path = os.path.join(self.folder, self.files[file])
-            # A parquet file comes with a group of rows in memory: one at a time is enough.
-            while len(self._open) >= (1 if path.endswith(".parquet") else OPEN_FILES):
-                self._open.popitem(last=False)
-            self._open[key] = _open_rows(path, self.column)
-        self._open.move_to_end(key)
-        return self._open[key]
+        """Over names, sizes and modification times of the files, the rows used, and their labels."""
+        return fingerprint_files(self.folder, map(os.fsencode, self.files), self.rows, self.labels)
 
 
-def open_tables(spec: str, split: Split) -> TableSource:
+class _Part(NamedTuple):
+    """One split, before it is loaded."""
+
+    name: str
+    load: Callable[[], Any]
+    """Returns a `datasets.Dataset`."""
+    files: list[str] | None = None
+    """Parquet files, relative to the folder; None: the arrow files of the loaded data set."""
+
+
+def open_hugging_face(
+    spec: str, split: Split, *, on_hub: bool, progress: LabelledProgress | None = None
+) -> TableSource:
     """The images of a split, in the order of the files' names and then of their rows.
 
-    Raises DataError when there are none, when files are missing or damaged, and for labels that some rows lack.
+    Raises DataError when there are none, when files are missing or damaged, when a split is only partly labelled, and
+    when the `datasets` package is missing.
     """
-    folder = os.path.expanduser(spec.removeprefix("hf:"))
-    where = f"--data {printable(spec)}"
-    parts = _parts(folder, where)
-    if parts.keys() == {""}:
-        files, train = parts[""], None
-    else:
-        files = parts.get("train", []) if split == "train" else parts.get("val") or parts.get("test") or []
-        train = parts.get("train")
-    if not files:
-        raise NoSplitError(f"{where}: no {'train' if split == 'train' else 'validation or test'} images there")
-    tables = _Tables(folder, files, where)
-    labels, classes = None, None
-    if split == "train" or "" not in parts:
-        written = tables.labels()
-        if written is not None:
-            reference = _Tables(folder, train, where) if train and split == "val" else tables
-            known = reference.labels() if reference is not tables else written
-            classes = reference.declared_classes() or (known or written).classes()
-            labels = written.numbered(classes, where)
-    rows = np.arange(tables.starts[-1], dtype=np.int64)
-    return TableSource(printable(spec), folder, files, tables.starts, tables.image, rows, labels, classes)
+    where, place = f"--data {printable(spec)}", os.path.expanduser(spec.removeprefix("hf:"))
+    with _without_progress_bars(where):
+        if progress is not None:
+            progress(f"reading {printable(spec)}", 0, 1)
+        parts = _hub_parts(place, where) if on_hub else _folder_parts(place, where)
+        held = "val" if "val" in parts else "test"
+        part = parts.get("") or parts.get("train" if split == "train" else held)
+        if part is None:
+            raise NoSplitError(f"{where}: no {'train' if split == 'train' else 'validation or test'} images there")
+        table = part.load()
+        if not len(table):
+            raise DataError(f"{where}: no rows in split {part.name!r}")
+        image, _ = _columns(table.features, where)
+        labels, classes = None, None
+        if split == "train" or "" not in parts:
+            raw, classes = _labels(table, where)
+            if raw is not None:
+                if split == "val" and "train" in parts:
+                    classes = _labels(parts["train"].load(), where)[1] or classes
+                labels = raw.encode(classes or [], where)
+    arrow = [each["filename"] for each in table.cache_files]
+    folder = os.path.dirname(arrow[0]) if on_hub else place
+    files = part.files or [os.path.relpath(file, folder) for file in arrow]
+    if outside := next((file for file in files if file.startswith(os.pardir)), None):
+        raise DataError(f"{where}: state.json of split {part.name!r} leads out of the folder: {printable(outside)}")
+    place = os.path.join(place, part.name) if part.name else place
+    cells = table.with_format("arrow", columns=[image])
+    return TableSource(printable(spec), cells, labels, classes, place=place, folder=folder, files=files)
 
 
-# --- which files
+@contextmanager
+def _without_progress_bars(where: str) -> Iterator[None]:
+    """Import `datasets`, and switch off its progress bars and those of its downloads meanwhile."""
+    try:
+        import datasets
+        import huggingface_hub.utils as hub
+    except ImportError as error:
+        raise DataError(f"{where}: needs the package datasets; pip install 'mimref[hf]'") from error
+    bars = [each for each in (datasets, hub) if not each.are_progress_bars_disabled()]
+    for each in bars:
+        each.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for each in bars:
+            each.enable_progress_bars()
 
 
-def _parts(folder: str, where: str) -> dict[str, list[str]]:
-    """Files, relative to the folder, of train, val and test; or of the one split "" that serves for all."""
+@contextmanager
+def _reading(path: str, where: str, what: str = "cannot be read; get it again") -> Iterator[None]:
+    """Raise DataError, naming the file or data set, for whatever the library, pyarrow and the hub's client raise."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        # The library hides the cause behind "An error occurred while generating the dataset".
+        cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else error
+        reason = " ".join(str(cause or error).split())
+        raise DataError(f"{where}: {printable(path)} {what} ({reason})") from error
+
+
+# --- which splits
+
+
+def _hub_parts(name: str, where: str) -> dict[str, _Part]:
+    """The splits of a data set of the hub, by what they serve for: train, val and test."""
+    from datasets import load_dataset
+
+    with _reading(name, where, "is no folder, and cannot be loaded from the hub"):
+        loaded = load_dataset(name, keep_in_memory=False)
+    return {SPLITS[split]: _Part(split, partial(loaded.get, split)) for split in loaded if split in SPLITS}
+
+
+def _folder_parts(folder: str, where: str) -> dict[str, _Part]:
+    """The splits of a folder, by what they serve for: train, val and test, or "" for a single split that serves all."""
     if not os.path.isdir(folder):
         what = "is a file, not a folder" if os.path.exists(folder) else "no such folder"
         raise DataError(f"{where}: {what}")
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        names = _read_json(folder, "dataset_dict.json", where).get("splits")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise DataError(f"{where}: dataset_dict.json lists no splits")
-        return {SPLITS[name]: _saved(folder, name, where) for name in names if name in SPLITS}
+        with _reading(path := os.path.join(folder, "dataset_dict.json"), where), open(path) as file:
+            names = [str(name) for name in json.load(file)["splits"]]
+        return {SPLITS[name]: _Part(name, partial(_saved, folder, name, where)) for name in names if name in SPLITS}
     if os.path.isfile(os.path.join(folder, "state.json")):
-        return {"": _saved(folder, "", where)}
-    return _parquet(folder, where)
+        return {"": _Part("", partial(_saved, folder, "", where))}
+    parquet = _parquet_files(folder, where)
+    return {part: _Part(part, partial(_parquet, folder, parquet[part], where), parquet[part]) for part in parquet}
 
 
-def _saved(folder: str, split: str, where: str) -> list[str]:
-    """The arrow files of a split that `save_to_disk` wrote."""
-    state = _read_json(folder, os.path.join(split, "state.json"), where)
-    listed = state.get("_data_files")
-    given = [each.get("filename") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-    files = [name for name in given if isinstance(name, str)]
-    if not files or len(files) < len(given):
-        raise DataError(f"{where}: {os.path.join(split, 'state.json')} lists no files")
-    if outside := [name for name in files if os.path.basename(name) != name or name in ("", ".", "..")]:
-        raise DataError(
-            f"{where}: {os.path.join(split, 'state.json')} leads out of its folder: {printable(outside[0])}"
-        )
+def _saved(folder: str, split: str, where: str) -> Any:
+    """A split that `save_to_disk` wrote."""
+    from datasets import load_from_disk
+
+    with _reading(path := os.path.join(folder, split, "state.json"), where), open(path) as file:
+        state = dict(json.load(file))
     if state.get("_indices_data_files") or state.get("_indices_files"):
-        raise DataError(
-            f"{where}: a selection of rows that was never written out; save it again after flatten_indices()"
-        )
-    return [os.path.join(split, name) for name in files]
+        # Recent versions of the library ignore the selection.
+        raise DataError(f"{where}: holds a selection of rows; save it again after flatten_indices()")
+    with _reading(os.path.join(folder, split), where):
+        return load_from_disk(os.path.join(folder, split), keep_in_memory=False)
 
 
-def _read_json(folder: str, file: str, where: str) -> dict[str, Any]:
-    try:
-        with open(os.path.join(folder, file), encoding="utf-8") as text:
-            table = json.load(text)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise DataError(f"{where}: {file} cannot be read ({reason})") from error
-    if not isinstance(table, dict):
-        raise DataError(f"{where}: {file} is not a table")
-    return table
-
-
-def _parquet(folder: str, where: str) -> dict[str, list[str]]:
-    """Parquet files by split; of a folder, those in it, in its `data/`, and in their folders of splits."""
+def _parquet_files(folder: str, where: str) -> dict[str, list[str]]:
+    """Parquet files by split: those in the folder, in its `data/`, and in their folders of splits."""
     parts: dict[str, list[str]] = {}
     without: list[str] = []
     for base in ("data", ""):
         here = escape(os.path.join(folder, base))
-        found = glob(os.path.join(here, "*.parquet")) + glob(os.path.join(here, "*", "*.parquet"))
-        for path in sorted(found):
+        for path in sorted(glob(os.path.join(here, "*.parquet")) + glob(os.path.join(here, "*", "*.parquet"))):
             file = os.path.relpath(path, folder)
             above = os.path.relpath(os.path.dirname(path), os.path.join(folder, base))
             if above != "." and above not in SPLITS:
@@ -248,93 +241,50 @@ def _parquet(folder: str, where: str) -> dict[str, list[str]]:
 
 
 def _check_complete(files: Sequence[str], where: str) -> None:
-    """Files that say how many they are must all be there."""
-    of_set: dict[tuple[str, int], int] = {}
+    """Raise DataError where names such as `train-00000-of-00003.parquet` state more files than exist."""
+    counts: dict[tuple[str, int], int] = {}
     for file in files:
         if match := re.fullmatch(r"(.*)-\d+-of-(\d+)(?:-\w+)?\.parquet", file):
             key = (match[1], int(match[2]))
-            of_set[key] = of_set.get(key, 0) + 1
-    for (name, total), found in of_set.items():
+            counts[key] = counts.get(key, 0) + 1
+    for (name, total), found in counts.items():
         if found != total:
-            raise DataError(f"{where}: {found} of {total} files {printable(name)}-*.parquet are there; get the others")
+            raise DataError(f"{where}: only {found} of {total} files {printable(name)}-*.parquet exist; get the others")
 
 
-# --- what is in them
+def _parquet(folder: str, files: Sequence[str], where: str) -> Any:
+    """The image and label columns of parquet files, as arrow files in the cache folder."""
+    from datasets import Dataset, Features
+
+    paths = [os.path.join(folder, file) for file in files]
+    columns: list[str] = []
+    for path in paths:
+        with _reading(path, where):
+            schema = pa.parquet.read_schema(path)
+        columns = columns or [name for name in _columns(Features.from_arrow_schema(schema), where) if name]
+        if missing := [name for name in columns if name not in schema.names]:
+            raise DataError(f"{where}: {printable(path)} has no column {missing[0]!r} like that of the other files")
+    cache = str(cache_folder() / "huggingface")
+    with _reading(folder, where):
+        return Dataset.from_parquet([escape(path) for path in paths], columns=columns, cache_dir=cache)
 
 
-class _Tables:
-    """The files of one split: their rows, columns and labels."""
+# --- columns and labels
 
-    def __init__(self, folder: str, files: Sequence[str], where: str) -> None:
-        self.where = where
-        self.paths = [os.path.join(folder, file) for file in files]
-        schemas, counts = zip(*(self._read(path, _describe) for path in self.paths), strict=True)
-        self.schema: pa.Schema = schemas[0]
-        self.features = _features(self.schema)
-        self.image = self._image_column()
-        for path, schema in zip(self.paths, schemas, strict=True):
-            if self.image not in schema.names or not _holds_files(schema.field(self.image).type):
-                raise DataError(f"{where}: {printable(path)} has no column {self.image!r} like that of the other files")
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        if not self.starts[-1]:
-            raise DataError(f"{where}: no rows in {printable(self.paths[0])}")
 
-    def _read(self, path: str, read: Callable[[str], Any]) -> Any:
-        try:
-            return read(path)
-        except (OSError, pa.ArrowException, ValueError, KeyError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-            raise DataError(f"{self.where}: {printable(path)} cannot be read ({reason}); get it anew") from error
+def _columns(features: Any, where: str) -> tuple[str, str | None]:
+    """Names of the image column and, if there is one, of the label column."""
+    from datasets import ClassLabel, Image
 
-    def _image_column(self) -> str:
-        declared = [name for name, feature in self.features.items() if feature.get("_type") == "Image"]
-        name = "image" if "image" in self.schema.names else declared[0] if len(declared) == 1 else None
-        if name is None or name not in self.schema.names:
-            columns = ", ".join(printable(each) for each in self.schema.names)
-            raise DataError(f"{self.where}: no column 'image' (its columns: {columns})")
-        kind = self.schema.field(name).type
-        if not _holds_files(kind):
-            raise DataError(f"{self.where}: column {name!r} holds {kind}, not the bytes of image files")
-        return name
-
-    def _label_column(self) -> str | None:
-        declared = [name for name, feature in self.features.items() if feature.get("_type") == "ClassLabel"]
-        if "label" in self.schema.names:
-            return "label"
-        return declared[0] if len(declared) == 1 and declared[0] in self.schema.names else None
-
-    def declared_classes(self) -> list[str] | None:
-        """Names of the label column's classes, where its schema has them."""
-        names = self.features.get(self._label_column() or "", {}).get("names")
-        return [str(name) for name in names] if isinstance(names, list) and names else None
-
-    def labels(self) -> Written | None:
-        """Labels of all rows; None if there are none."""
-        name = self._label_column()
-        if name is None:
-            return None
-        kind = self.schema.field(name).type
-        if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(f"{self.where}: column {name!r} holds {kind}; labels are whole numbers or class names")
-        chunks = [chunk for path in self.paths for chunk in self._read(path, lambda p: _column(p, name)).chunks]
-        column = pa.chunked_array(chunks, type=kind)
-        missing = pc.is_null(column)
-        if pa.types.is_integer(kind):
-            missing = pc.or_(missing, pc.fill_null(pc.equal(column, -1), True))
-        if pc.all(missing).as_py():
-            return None
-        if (row := pc.index(missing, True).as_py()) >= 0:
-            raise DataError(f"{self.where}: row {row} of its split has no {name!r}, though others have")
-        encoded = pa.concat_arrays(column.cast(pa.string()).chunks).dictionary_encode()
-        names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
-        classes = self.declared_classes()
-        if classes is not None and pa.types.is_integer(kind):
-            if outside := [number for number in names if not 0 <= int(number) < len(classes)]:
-                raise DataError(
-                    f"{self.where}: {name} {outside[0]} is none of the {len(classes)} classes of its schema"
-                )
-            names = [classes[int(number)] for number in names]
-        return Written(names, codes)
+    declared = [name for name, feature in features.items() if isinstance(feature, Image)]
+    image = "image" if "image" in features else declared[0] if len(declared) == 1 else None
+    if image is None:
+        raise DataError(f"{where}: no column 'image' (its columns: {', '.join(map(printable, features))})")
+    kind = features.arrow_schema.field(image).type
+    if not _holds_files(kind):
+        raise DataError(f"{where}: column {image!r} holds {kind}, not the bytes of image files")
+    declared = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    return image, "label" if "label" in features else declared[0] if len(declared) == 1 else None
 
 
 def _holds_files(kind: pa.DataType) -> bool:
@@ -344,56 +294,26 @@ def _holds_files(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """What the `datasets` library noted about each column."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return {}
-
-
-def _describe(path: str) -> tuple[pa.Schema, int]:
-    if path.endswith(".parquet"):
-        file = pa.parquet.ParquetFile(path)
-        return file.schema_arrow, file.metadata.num_rows
-    table = _map_table(path)
-    return table.schema, table.num_rows
-
-
-def _column(path: str, name: str) -> pa.ChunkedArray:
-    if path.endswith(".parquet"):
-        return pa.parquet.ParquetFile(path).read(columns=[name], use_threads=False).column(name)
-    return _map_table(path).column(name)
-
-
-def _map_table(path: str) -> pa.Table:
-    """An arrow file in mapped memory: nothing is read until a cell is. `save_to_disk` writes the stream format."""
-    file = pa.memory_map(path)
-    if file.read_at(len(ARROW_FILE), 0) == ARROW_FILE:
-        return pa.ipc.open_file(file).read_all()
-    return pa.ipc.open_stream(file).read_all()
-
-
-def _open_rows(path: str, name: str) -> Row:
-    """What reads single rows of a file."""
-    if not path.endswith(".parquet"):
-        column = _map_table(path).column(name)
-        return lambda row: column[row].as_py()
-    file = pa.parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    last: tuple[int, pa.ChunkedArray | None] = (-1, None)
-
-    def read(row: int) -> Any:
-        """One value, from the row group that was read last where it holds the row."""
-        nonlocal last
-        group = int(np.searchsorted(starts, row, side="right")) - 1
-        if last[0] != group:
-            last = (-1, None)
-            # Threads of the process that loader processes were forked from do not run in these.
-            last = (group, file.read_row_group(group, columns=[name], use_threads=False).column(name))
-        assert last[1] is not None
-        return last[1][row - int(starts[group])].as_py()
-
-    return read
+def _labels(table: Any, where: str) -> tuple[RawLabels | None, list[str] | None]:
+    """Labels of all rows, and the names of all classes; None and None if no row has a label."""
+    _, name = _columns(table.features, where)
+    if name is None:
+        return None, None
+    column = table.with_format("arrow", columns=[name])[:].column(name)
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise DataError(f"{where}: column {name!r} holds {kind}; labels are whole numbers or class names")
+    missing = pc.is_null(column)
+    if pa.types.is_integer(kind):
+        missing = pc.or_(missing, pc.fill_null(pc.equal(column, -1), True))
+    if pc.all(missing).as_py():
+        return None, None
+    if (row := pc.index(missing, True).as_py()) >= 0:
+        raise DataError(f"{where}: row {row} of its split has no {name!r}, though others have")
+    raw = RawLabels.from_column(column)
+    classes = getattr(table.features[name], "names", None)
+    if classes and pa.types.is_integer(kind):
+        if outside := [number for number in raw.names if not 0 <= int(number) < len(classes)]:
+            raise DataError(f"{where}: {name} {outside[0]} is none of the {len(classes)} classes of its schema")
+        raw = RawLabels([classes[int(number)] for number in raw.names], raw.codes)
+    return raw, list(classes) if classes else raw.classes()

@@ -1,14 +1,17 @@
-"""Data sets that have a name: scikit-learn's digits, Fashion-MNIST and torchvision's."""
+"""Data sets known by name: scikit-learn's digits, Fashion-MNIST and torchvision's."""
 
+import gzip
 import os
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mimref.config.base import DataConfig
-from mimref.data.decode import one_line, read_idx
+from mimref.data.decode import reason_of
 from mimref.data.sources import ArraySource, FileSource, Split
 from mimref.data.splits import stratified_split
 from mimref.errors import DataError, did_you_mean
@@ -24,24 +27,12 @@ def open_digits(split: Split) -> ArraySource:
     digits = load_digits()
     labels = digits.target.astype(np.int64)
     train, held = stratified_split(labels, held_out=0.2)
-    kept = train if split == "train" else held
-    images = np.rint(digits.images[kept] * (255 / 16)).astype(np.uint8)
+    rows = train if split == "train" else held
+    images = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
     names = [str(name) for name in digits.target_names]
-    return ArraySource("digits", images, labels[kept], names, split, kept)
+    return ArraySource("digits", images, labels[rows], names, split, rows)
 
 
-FASHION_MNIST_CLASSES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
 FASHION_MNIST_FOLDERS = (
     "/usr/share/datasets/fashion-mnist",
     "~/.cache/mimref/fashion-mnist",
@@ -56,29 +47,49 @@ def open_fashion_mnist(data: DataConfig, split: Split) -> ArraySource:
         folders = [os.path.join(os.path.expanduser(data.root), below) for below in ("", "FashionMNIST/raw")]
     else:
         folders = [os.path.expanduser(folder) for folder in FASHION_MNIST_FOLDERS]
+    from torchvision.datasets import FashionMNIST
+
     prefix = "train" if split == "train" else "t10k"
     stems = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
-    for folder in folders:
-        found = [_either(os.path.join(folder, stem)) for stem in stems]
-        if found[0] is not None and found[1] is not None:
-            images, labels = read_idx(found[0], ndim=3), read_idx(found[1], ndim=1).astype(np.int64)
-            break
-    else:
+    candidates = ([_either(os.path.join(folder, stem)) for stem in stems] for folder in folders)
+    found = next((paths for paths in candidates if all(paths)), None)
+    if found is None:
         raise DataError(
             f"--data fashion-mnist: no {stems[0]}[.gz] with its labels in {', '.join(folders)}; "
             "install Debian's dataset-fashion-mnist, name their folder with --set data.root=FOLDER, or download with "
             "--data torchvision:FashionMNIST --set data.root=FOLDER --set data.download=true"
         )
-    if len(images) != len(labels) or labels.max(initial=0) >= len(FASHION_MNIST_CLASSES):
+    images, labels = _read_idx(found[0], ndim=3), _read_idx(found[1], ndim=1).astype(np.int64)
+    if len(images) != len(labels) or labels.max(initial=0) >= len(FashionMNIST.classes):
         raise DataError(
-            f"{found[1]}: {len(labels)} labels do not fit the {len(images)} images beside them; get the files anew"
+            f"{found[1]}: {len(labels)} labels do not fit the {len(images)} images beside them; get the files again"
         )
     positions = np.arange(len(images), dtype=np.int64)
-    return ArraySource("fashion-mnist", images, labels, FASHION_MNIST_CLASSES, split, positions)
+    return ArraySource("fashion-mnist", images, labels, list(FashionMNIST.classes), split, positions)
 
 
-def _either(path: str) -> str | None:
-    return next((name for name in (path, f"{path}.gz") if os.path.isfile(name)), None)
+def _either(path: str) -> str:
+    return next((name for name in (path, f"{path}.gz") if os.path.isfile(name)), "")
+
+
+def _read_idx(path: str, *, ndim: int) -> NDArray[np.uint8]:
+    """Read a (gzipped) idx file of unsigned bytes with `ndim` dimensions; the array is writable.
+
+    Raises DataError when the file is damaged, or its header or size is another.
+    """
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            content = bytearray(file.read())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({reason_of(error)}); get the file again") from error
+    start = 4 + 4 * ndim
+    if len(content) < start or content[:4] != bytes([0, 0, 8, ndim]):
+        raise DataError(f"{path} is not an idx file of bytes with {ndim} dimensions; get the file again")
+    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
+    expected = start + int(np.prod(shape, dtype=object))
+    if len(content) != expected or shape[0] == 0:
+        raise DataError(f"{path} holds {len(content)} bytes where its header says {expected}; get the file again")
+    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
 
 
 def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource:
@@ -96,7 +107,7 @@ def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource
     root, train, download = os.path.expanduser(data.root), split == "train", data.download
     dataset: Any
     try:
-        # torchvision unpacks into the files' own names, which another process would take for whole.
+        # torchvision unpacks under the files' final names, so another process would read incomplete ones.
         with one_at_a_time(Path(root, name)) if download else nullcontext():
             if name in ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"):
                 dataset = getattr(datasets, name)(root, train=train, download=download)
@@ -106,12 +117,12 @@ def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource
                 dataset = getattr(datasets, name)(root, split="train" if train else "test", download=download)
     except Exception as error:  # each class has its own: missing or corrupt files, no network, a missing package
         advice = "" if download else "; --set data.download=true fetches it"
-        raise DataError(f"--data torchvision:{name} in {root}: {one_line(error)}{advice}") from error
+        raise DataError(f"--data torchvision:{name} in {root}: {reason_of(error)}{advice}") from error
     return _wrap_torchvision(f"torchvision:{name}", root, dataset, split)
 
 
 def _wrap_torchvision(name: str, root: str, dataset: Any, split: Split) -> ArraySource | FileSource:
-    """Take over a data set's arrays, or its list of files, rather than calling it image by image."""
+    """Use a data set's arrays, or its list of files, rather than calling it image by image."""
     if hasattr(dataset, "data"):
         images = np.asarray(dataset.data)
         if images.ndim == 4 and images.shape[-1] == 3:  # CIFAR alone is (N, H, W, 3)

@@ -5,7 +5,7 @@ Columns: `path`, absolute or relative to the table's folder; `label`, a class na
 test where no row is val. Without `split`, all rows serve training and validation alike, and the validation images stay
 unlabelled.
 
-A path is opened as it is written, `..` and links included: the table is its writer's own list of files, not an archive.
+A path is opened as written, `..` and links included: unlike an archive, a table is the user's own list of files.
 """
 
 import os
@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-from mimref.data.decode import one_line, printable
+from mimref.data.decode import printable, reason_of
 from mimref.data.index.paths import PathList
-from mimref.data.labels import Written
+from mimref.data.labels import RawLabels
 from mimref.data.sources import FileSource, NoSplitError, Split
 from mimref.data.splits import Indices
 from mimref.errors import DataError, did_you_mean
@@ -32,9 +32,9 @@ SPLITS = ("train", "val", "test")
 def open_table(spec: str, split: Split) -> FileSource:
     """The images of a split, in the table's order.
 
-    Classes are the distinct labels of the training rows, in the order of `Written.classes`; where there are no training
-    labels, those of the validation rows. Raises DataError for a table that is unreadable, incomplete or has no image of
-    the split. No image file is looked at.
+    Classes are the distinct labels of the training rows, in the order of `RawLabels.classes`; without any, those of the
+    validation rows. No image file is opened. Raises DataError for a table that is unreadable, incomplete or without an
+    image of the split.
     """
     file = os.path.expanduser(spec.removeprefix("list:"))
     where = f"--data {printable(spec)}"
@@ -49,53 +49,41 @@ def open_table(spec: str, split: Split) -> FileSource:
         if own is not None:
             reference = own if split == "train" else _labels(columns["label"], train, where)
             classes = (reference or own).classes()
-            labels = own.numbered(classes, where)
-    # Rows come in order and once: as many as there are paths are all of them.
-    chosen = paths if len(rows) == len(paths) else paths.take(rows)
-    return FileSource(printable(spec), os.path.dirname(file), chosen, labels, classes)
+            labels = own.encode(classes, where)
+    return FileSource(printable(spec), os.path.dirname(file), paths, labels, classes, rows)
 
 
 def _read(file: str, where: str) -> dict[str, pa.ChunkedArray]:
-    """The columns that matter, as text where the file is text."""
+    """The known columns; those of a .csv as text, so that a class 007 keeps its name."""
     kind = os.path.splitext(file)[1].lower()
     if kind not in (".csv", ".parquet"):
-        raise DataError(f"{where}: a list is a .csv or .parquet file, not {kind or 'one without an ending'!r}")
+        raise DataError(f"{where}: a list is a .csv or .parquet file, not {kind or 'one without a suffix'!r}")
     try:
-        table = _read_csv(file) if kind == ".csv" else pa.parquet.read_table(file, columns=_present(file))
+        if kind == ".csv":
+            text = dict.fromkeys(COLUMNS, pa.string())
+            table = pa.csv.read_csv(
+                file,
+                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+                # Only empty cells are missing values.
+                convert_options=pa.csv.ConvertOptions(column_types=text, strings_can_be_null=True, null_values=[""]),
+            )
+            names = table.column_names
+        else:
+            names = pa.parquet.read_schema(file).names
+            table = pa.parquet.read_table(file, columns=[name for name in names if name in COLUMNS])
     except (OSError, pa.ArrowException, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-        raise DataError(f"{where}: the list cannot be read ({reason})") from error
-    if twice := next((name for name in COLUMNS if table.column_names.count(name) > 1), None):
+        raise DataError(f"{where}: the list cannot be read ({reason_of(error)})") from error
+    if twice := next((name for name in COLUMNS if names.count(name) > 1), None):
         raise DataError(f"{where}: has two columns {twice!r}; keep one")
-    if "path" not in table.column_names:
-        names = _all_names(file, kind)
+    if "path" not in names:
         near = did_you_mean("path", names)
         raise DataError(
             f"{where}: has no column 'path'{near} (its columns: {', '.join(map(printable, names)) or 'none'}; "
-            "a comma stands between them in a .csv)"
+            "a .csv separates them by commas)"
         )
     if not table.num_rows:
         raise DataError(f"{where}: has no rows")
-    return {name: table.column(name) for name in COLUMNS if name in table.column_names}
-
-
-def _read_csv(file: str) -> pa.Table:
-    """All three columns as text, so that a class 007 keeps its name; only empty cells are missing values."""
-    text = dict.fromkeys(COLUMNS, pa.string())
-    return pa.csv.read_csv(
-        file,
-        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(column_types=text, strings_can_be_null=True, null_values=[""]),
-    )
-
-
-def _present(file: str) -> list[str]:
-    return [name for name in pa.parquet.read_schema(file).names if name in COLUMNS]
-
-
-def _all_names(file: str, kind: str) -> list[str]:
-    names: list[str] = _read_csv(file).column_names if kind == ".csv" else pa.parquet.read_schema(file).names
-    return names
+    return {name: table.column(name) for name in COLUMNS if name in names}
 
 
 def _paths(column: pa.ChunkedArray, where: str) -> PathList:
@@ -138,27 +126,23 @@ def _rows_of(column: pa.ChunkedArray, split: Split, where: str) -> tuple[Indices
     return chosen, rows["train"]
 
 
-def _labels(column: pa.ChunkedArray, rows: Indices, where: str) -> Written | None:
-    """Labels of some rows; None if not one of them has any. Raises DataError if some have none."""
+def _labels(column: pa.ChunkedArray, rows: Indices, where: str) -> RawLabels | None:
+    """Labels of some rows; None if no row has any. Raises DataError if only some have."""
     kind = column.type
     if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
         raise DataError(f"{where}: column 'label' holds {kind}; labels are class names or whole numbers")
-    encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):  # pyarrow before 17
-        encoded = encoded.combine_chunks()
-    codes = pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
-    found = codes[rows] >= 0
-    if not found.any():
+    column = column.take(rows)
+    missing = pc.is_null(column)
+    if pc.all(missing).as_py():
         return None
-    if not found.all():
+    if (first := pc.index(missing, True).as_py()) >= 0:
         raise DataError(
-            f"{where}: row {rows[np.argmin(found)] + 1} has no label, though others of its split have; "
-            "fill it in or drop the row"
+            f"{where}: row {rows[first] + 1} has no label, though others of its split have; fill it in or drop the row"
         )
-    written = Written(encoded.dictionary.to_pylist(), codes).take(rows)
-    if all(re.fullmatch(r"[-+]?\d*\.\d*", name) for name in written.names):
-        raise DataError(f"{where}: labels such as {written.names[0]} are neither class names nor whole numbers")
-    return written
+    raw = RawLabels.from_column(column)
+    if all(re.fullmatch(r"[-+]?\d*\.\d*", name) for name in raw.names):
+        raise DataError(f"{where}: labels such as {raw.names[0]} are neither class names nor whole numbers")
+    return raw
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mimref.config.run import OptimizerConfig, ViewsConfig
-from mimref.data.crops import crop_batches
 from mimref.data.decode import BadImages
-from mimref.data.loader import ViewBatch, check_batch_size, loader_workers, view_batches
+from mimref.data.loader import ViewBatch, check_batch_size, crop_batches, loader_workers, view_batches
 from mimref.data.photometric import Photometric
 from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup
