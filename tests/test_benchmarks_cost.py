@@ -12,7 +12,8 @@ from mimref.benchmarks.cost import (
     largest_batch_rows,
     markdown,
 )
-from mimref.benchmarks.step import model_flops, resolve_encoder
+from mimref.benchmarks.flops import model_flops
+from mimref.benchmarks.step import resolve_encoder
 from mimref.config.load import load_config
 from mimref.errors import ConfigError
 from mimref.refinement.config import RefineConfig

@@ -4,16 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mimref.benchmarks import heads as heads_benchmark
 from mimref.benchmarks import measure as measuring
+from mimref.benchmarks.flops import model_flops
 from mimref.benchmarks.heads import HeadSizes, heads_facts, separate_heads
 from mimref.benchmarks.measure import MatrixProducts, PeakMemory, seconds_of
 from mimref.benchmarks.step import (
     StepMeasurement,
     benchmark_step,
     measure_step,
-    model_flops,
     ready_stage,
     resolve_encoder,
     step_facts,
@@ -44,13 +45,18 @@ def tiny(**changes: Any) -> RefineConfig:
 # --- FLOPs
 
 
+def tokens(config: RefineConfig) -> list[int]:
+    """Of each view, with CLS."""
+    local = (config.views.local_size // PATCH) ** 2 + 1
+    return [(IMAGE // PATCH) ** 2 + 1] * 2 + [local] * config.views.local_views
+
+
 def encoder_forward(config: RefineConfig, blocks: int = DEPTH) -> int:
     """FLOPs per image of `blocks` blocks for two global views and the local ones: 2 per multiply-add."""
-    tokens = [(IMAGE // PATCH) ** 2 + 1] * 2 + [(config.views.local_size // PATCH) ** 2 + 1] * config.views.local_views
     # Queries, keys, values (3), projection (1) and the two layers of the MLP (4 each) are 12 matrices of width ** 2.
-    linear = sum(2 * 12 * WIDTH**2 * count for count in tokens)
+    linear = sum(2 * 12 * WIDTH**2 * count for count in tokens(config))
     # Scores and weighted sum; the heads of attention share the width.
-    attention = sum(2 * 2 * count**2 * WIDTH for count in tokens)
+    attention = sum(2 * 2 * count**2 * WIDTH for count in tokens(config))
     return blocks * (linear + attention)
 
 
@@ -87,19 +93,21 @@ def test_flops_of_a_step_equal_a_count_by_hand() -> None:
     assert model_flops(early, architecture, [2, 3], "encoder") == expected
 
 
-def test_flops_counted_on_a_real_step_are_the_models_with_queue_and_loss() -> None:
+@pytest.mark.parametrize(("kernel", "recomputed"), [(SDPBackend.MATH, 0), (SDPBackend.FLASH_ATTENTION, 1)])
+def test_flops_counted_on_a_real_step_equal_a_count_by_hand(kernel: SDPBackend, recomputed: int) -> None:
     config = tiny(views__blur=False)
-    whole, parts = measure_step(config, "encoder", (None, 5), steps=1)
+    with sdpa_kernel(kernel):
+        whole, parts = measure_step(config, "encoder", (None, 5), steps=1)
     batch, heads, output = config.batch_size, 2, config.heads.output
     queue = 2 * heads * 2 * batch * config.heads.queue_size * output
     # Two products of all other views' predictions with the batch's projections, which have no gradient.
     loss = 2 * (2 * heads * 2 * (1 + config.views.local_views) * batch * batch * output)
-    assert whole.flops_run is not None and parts.flops_run is not None
-    assert whole.flops_run == pytest.approx(whole.flops + queue + loss, rel=0.05)
+    # Fused attention computes its scores again in the backward pass.
+    scores = recomputed * batch * DEPTH * sum(2 * count**2 * WIDTH for count in tokens(config))
+    assert whole.flops_run == whole.flops + queue + loss + scores
     # In micro-batches the encoder runs forward twice, which does not count as the model's.
     assert parts.flops == whole.flops
-    again = batch * (encoder_forward(config) + embedding(config))
-    assert parts.flops_run - whole.flops_run == pytest.approx(again, rel=0.01)
+    assert parts.flops_run == whole.flops_run + batch * (encoder_forward(config) + embedding(config))
 
 
 # --- measuring

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mimref.benchmarks.flops import model_flops
 from mimref.benchmarks.measure import MatrixProducts, device_bytes
 from mimref.benchmarks.step import (
     IMAGENET_IMAGES,
@@ -17,7 +18,6 @@ from mimref.benchmarks.step import (
     describe_encoder,
     largest_whole_batch,
     measure_step,
-    model_flops,
     resolve_encoder,
 )
 from mimref.data.open import open_source

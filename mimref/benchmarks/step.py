@@ -6,7 +6,7 @@ optimizer and weight average. Only reading images is left out. Weights are rando
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from mimref.benchmarks.flops import count_flops, model_flops
 from mimref.benchmarks.measure import MatrixProducts, PeakMemory, seconds_of
 from mimref.config.base import DataConfig
 from mimref.data.loader import ViewBatch, device_batches
@@ -25,15 +25,13 @@ from mimref.data.transforms import EvalTransform
 from mimref.data.views import multi_crop
 from mimref.devices import resolve_device
 from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
-from mimref.encoders.parameters import freeze_untrained
 from mimref.encoders.published import find_published
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
 from mimref.progress import Progress, Silent
 from mimref.refinement.config import RefineConfig
-from mimref.refinement.heads import Heads, head_blocks
+from mimref.refinement.heads import head_blocks
 from mimref.refinement.memory import release_memory
-from mimref.refinement.method import PooledBlocks
 from mimref.refinement.plan import Plan, architecture_to_train, check_sizes, temperatures
 from mimref.refinement.schedule import StageName
 from mimref.refinement.shared import Refinement
@@ -135,6 +133,10 @@ def measure_step(
             job.update(next(batches))
             job.step += 1
 
+        def counted(micro: int | None) -> int:
+            job.run.stepper.micro_batch = micro
+            return count_flops(step)
+
         used = []
         for micro in micro_batches:
             job.run.stepper.micro_batch = micro
@@ -159,7 +161,7 @@ def measure_step(
                 step_s=statistics.median(own),
                 memory_bytes=bytes_used,
                 flops=flops,
-                flops_run=None if config.compile else _counted(job, micro, step),
+                flops_run=None if config.compile else counted(micro),
                 matmul_flops=products.flops_per_second,
             )
             for micro, own, bytes_used in zip(micro_batches, seconds, used, strict=True)
@@ -215,29 +217,6 @@ def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
     blocks = head_blocks(config.heads.blocks, architecture.depth)
     temperatures(config.heads.temperature, len(blocks))
     return architecture, blocks
-
-
-def model_flops(config: RefineConfig, architecture: Architecture, blocks: list[int], stage: StageName) -> int:
-    """FLOPs of encoder and heads per image in one step, forward and backward, by torch's counter; 2 per multiply-add.
-
-    Counted on shapes alone, so that any encoder can be asked about on any machine. Frozen parts have no backward pass.
-    Photometric augmentation, queue and loss are not the model's.
-    """
-    groups = multi_crop(config.views, architecture.image_size)
-    with torch.device("meta"):
-        encoder = build_encoder(architecture)
-        heads = Heads(config.heads, len(blocks), encoder.embed_dim)
-        views = [torch.empty(group.count, 3, group.size, group.size) for group in groups]
-    if stage == "heads":
-        encoder.requires_grad_(False)
-    else:
-        freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(blocks))
-    wanted = sorted(set(blocks))
-    with FlopCounterMode(display=False) as counter:
-        pooled_WVD = PooledBlocks(encoder, wanted, config.heads.pool)(views)
-        _, prediction_HNO = heads(torch.stack([pooled_WVD[wanted.index(block)] for block in blocks]))
-        prediction_HNO.sum().backward()
-    return int(counter.get_total_flops())
 
 
 def describe_encoder(architecture: Architecture) -> str:
@@ -325,13 +304,6 @@ def synthetic_batch(job: Stage) -> ViewBatch:
     ]
     batch = ViewBatch(0, torch.arange(job.config.batch_size), crops, [])
     return batch.pin_memory() if job.run.device.type == "cuda" else batch
-
-
-def _counted(job: Stage, micro_batch: int | None, step: Callable[[], None]) -> int:
-    job.run.stepper.micro_batch = micro_batch
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return int(counter.get_total_flops())
 
 
 def _setting(job: Stage) -> Row:
