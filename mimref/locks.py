@@ -1,4 +1,4 @@
-"""One process at a time: lock files, which the system releases when their process dies."""
+"""One process at a time: every use of lock files. The system releases a lock when its process dies."""
 
 import errno
 import os
@@ -14,34 +14,30 @@ WAITING_S = 1.0
 
 
 def acquire(file: Path, timeout_s: float) -> FileLock:
-    """Hold a lock file, of which the system lets go when the process dies.
-
-    Raises filelock's Timeout when another process holds it for longer, OSError where no lock can be had.
-    """
+    """Acquire a lock file. Raises filelock's Timeout when another process holds it for longer, OSError where files
+    cannot be locked."""
     lock = FileLock(file)
     try:
         lock.acquire(timeout=timeout_s)
     except NotImplementedError as error:
-        # So filelock calls a file system that has no locks; to us it is one more file that cannot be used.
+        # filelock's way to say that the file system has no locks.
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(file)) from error
     return lock
 
 
 def release(lock: FileLock, file: Path) -> None:
-    """Let go of a lock, and remove its file."""
+    """Release a lock and remove its file."""
     with suppress(OSError):
-        file.unlink()  # before others can have it: they would hold a file that is no longer there
+        file.unlink()  # before releasing: others would acquire a file that no longer exists
     lock.release()
 
 
 @contextmanager
 def one_at_a_time(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Make `path` while no other process does: those wait, and should then look whether it is there.
+    """Make `path` while no other process does. The others wait, and should then check whether it exists.
 
-    waiting: called every second that another process takes.
-
-    A lock file lies beside it meanwhile, of which the system lets go when the process dies. Where none can be made,
-    nobody waits. Folders that are made for it stay: other processes may be waiting in them.
+    waiting: called every second while another process holds the lock, a file beside `path`. Where it cannot be created
+    nobody waits. Folders created for it stay: other processes may be waiting in them.
     """
     file = path.with_name(f".{path.name}.lock")
     lock = None
@@ -62,17 +58,16 @@ def one_at_a_time(path: Path, waiting: Callable[[], None] | None = None) -> Iter
         release(lock, file)
 
 
-# Loader processes of a run that was killed hold its files open until they notice, which takes them up to 5 s.
+# Loader processes of a killed run keep its lock until they notice, which takes up to 5 s.
 PATIENCE_S = 8.0
 
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold `.lock` in the folder, which is made if need be; the system lets go of it when the process dies.
+    """Hold `.lock` in the folder, which is created if missing; remove both afterwards if nothing else is in it.
 
-    Afterwards the lock file is gone, and so are the folders made for it if nothing else came into them. Raises
-    OutputError when another process holds it for longer than loader processes survive a killed run, or when the folder
-    cannot be written.
+    Raises OutputError when another process holds the lock for longer than loader processes outlive a killed run, or
+    when the folder cannot be written.
     """
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     file = folder / ".lock"
@@ -81,11 +76,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
         lock = acquire(file, PATIENCE_S)
     except Timeout as error:
         raise OutputError(
-            f"{folder}: another process is at work in this folder; wait for it, or give another --out "
+            f"{folder}: another process is using this folder; wait for it, or choose another --out "
             f"(if there is none, remove {file})"
         ) from error
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror}); give another --out") from error
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
     try:
         yield
     finally:

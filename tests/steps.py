@@ -11,9 +11,9 @@ from mimref.config.run import ViewsConfig
 from mimref.data.loader import ViewBatch
 from mimref.data.photometric import Photometric
 from mimref.encoders.vit import Architecture, build_encoder
-from mimref.refinement.config import HeadsConfig
+from mimref.refinement.config import HeadsConfig, LossConfig
 from mimref.refinement.heads import Heads
-from mimref.refinement.method import RefinementStep
+from mimref.refinement.method import Method
 from mimref.refinement.queue import Queue
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def make_step(
     swap_negatives: bool = False,
     post_norm: bool = False,
     encoder: Any = None,
-) -> RefinementStep:
+) -> Method:
     """A step whose objects are the same for the same arguments."""
     torch.manual_seed(0)
     architecture = Architecture(**{**ARCHITECTURE.to_dict(), "post_norm": post_norm})
@@ -51,7 +51,7 @@ def make_step(
     heads = Heads(CONFIG, len(blocks), 32).double()
     queue = Queue(len(blocks), QUEUE, CONFIG.output, generator=torch.Generator().manual_seed(1), device=CPU)
     queue.rows_HQO = F.normalize(queue.rows_HQO.double(), dim=2)
-    return RefinementStep(
+    return Method(
         encoder.double().eval(),
         heads,
         queue,
@@ -59,9 +59,7 @@ def make_step(
         blocks=blocks,
         temperature=TEMPERATURE[: len(blocks)],
         pool=pool,
-        direction=direction,
-        swap_negatives=swap_negatives,
-        seed=SEED,
+        loss=LossConfig(direction=direction, swap_negatives=swap_negatives),
         precision=torch.float32,  # no autocast
     )
 

@@ -24,6 +24,7 @@ from mimref.config.load import load_config
 from mimref.errors import ConfigError
 from mimref.refinement.config import HeadsConfig, RefineConfig
 from mimref.refinement.heads import Heads
+from mimref.refinement.stages import EncoderStage
 from tests.tiny import REFINE
 
 WIDTH, DEPTH, PATCH, IMAGE = 32, 4, 8, 16
@@ -188,14 +189,16 @@ def test_rows_tell_stages_micro_batches_and_their_ratio() -> None:
 
 def test_the_step_is_that_of_training() -> None:
     with ready_stage(tiny(), "encoder") as (job, _):
-        before = {name: value.clone() for name, value in job.run.encoder.state_dict().items()}
+        before = {name: value.clone() for name, value in job.method.encoder.state_dict().items()}
         job.update(synthetic_batch(job))
-        changed = [name for name, value in job.run.encoder.state_dict().items() if not torch.equal(value, before[name])]
+        changed = [
+            name for name, value in job.method.encoder.state_dict().items() if not torch.equal(value, before[name])
+        ]
         assert "vit.blocks.0.attn.qkv.weight" in changed
-        assert job.run.average is not None
-        average = job.run.average.module.state_dict()
+        assert isinstance(job, EncoderStage)
+        average = job.average.module.state_dict()
         assert not torch.equal(average["vit.blocks.0.attn.qkv.weight"], before["vit.blocks.0.attn.qkv.weight"])
-        assert job.run.queue.updates == 1
+        assert job.method.queue.updates == 1
 
 
 def test_settings_that_fit_no_encoder_are_refused() -> None:

@@ -10,7 +10,7 @@ from mimref.config.load import load_config
 from mimref.data.open import absolute_spec, open_source
 from mimref.features.header import data_record
 from mimref.refinement.config import RefineConfig
-from mimref.training.folder import reloadable
+from mimref.training.folder import with_absolute_paths
 from tests.tiny import write_images
 
 
@@ -39,7 +39,7 @@ def test_absolute(spec: str, absolute: str, tmp_path: Path, monkeypatch: pytest.
     assert absolute_spec(absolute) == absolute
     # What config.toml and the result's header say.
     config = load_config(RefineConfig, None, {"data.spec": spec})
-    assert reloadable(config).data.spec == absolute
+    assert with_absolute_paths(config).data.spec == absolute
     assert data_record(config.data)["spec"] == absolute
 
 

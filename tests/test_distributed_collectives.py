@@ -9,12 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimref.data.loader import ViewBatch
-from mimref.distributed.collectives import agree, gather_lists, gather_rows, gather_rows_with_gradient, gather_samples
+from mimref.distributed.collectives import (
+    gather_lists,
+    gather_rows,
+    gather_rows_with_gradient,
+    gather_samples,
+    max_over_ranks,
+)
 from mimref.distributed.group import own_rank, share, world_size
 from mimref.encoders.parameters import encoder_groups
 from mimref.refinement.config import HeadsConfig
 from mimref.refinement.heads import EnsembleBatchNorm, Heads
-from mimref.refinement.method import RefinementStep, monitored_values
+from mimref.refinement.method import Method, monitored_values
 from mimref.training.optim import adamw, module_groups, set_learning_rate
 from tests.ranks import run_ranks
 from tests.steps import make_batch, make_step, weights
@@ -34,7 +40,7 @@ def tell() -> dict[str, Any]:
     return {
         "rows": gather_rows(part, [3, 4], dim=1),
         "gradient": x.grad,
-        "agree": agree(5 - 2 * rank),
+        "agree": max_over_ranks(5 - 2 * rank),
         "lists": gather_lists([rank] * (rank + 1)),
         "samples": gather_samples(torch.arange(rank + 1) + 7 * rank, 4),
         "empty": gather_rows(torch.zeros(1, rank), [0, 1], dim=1).shape,
@@ -64,7 +70,7 @@ def test_what_ranks_tell_each_other(small: list[dict[str, Any]]) -> None:
         assert [part.tolist() for part in told["samples"]] == [[0], [7, 8]]
     assert first["gradient"].tolist() == [[100, 102, 104]]
     assert second["gradient"].tolist() == [[106, 108, 110, 112]]
-    assert (world_size(), own_rank(), agree(3), gather_lists([1])) == (1, 0, 3, [1])
+    assert (world_size(), own_rank(), max_over_ranks(3), gather_lists([1])) == (1, 0, 3, [1])
 
 
 @pytest.mark.parametrize("count", range(10))
@@ -194,13 +200,13 @@ def train(
     }
 
 
-def tiny_gradients(step: RefinementStep, total: float) -> dict[str, Tensor]:
+def tiny_gradients(step: Method, total: float) -> dict[str, Tensor]:
     """Which elements of every weight have a gradient that may be what rounding leaves."""
     named = [pair for module in (step.encoder, step.heads) for pair in module.named_parameters()]
     return {name: p.grad.abs() < 1e-7 * total for name, p in named if p.grad is not None}
 
 
-def gradient_vector(step: RefinementStep) -> Tensor:
+def gradient_vector(step: Method) -> Tensor:
     modules = (step.encoder, step.heads)
     return torch.cat([p.grad.flatten() for m in modules for p in m.parameters() if p.grad is not None])
 

@@ -208,5 +208,5 @@ def test_a_block_the_encoder_lacks_is_refused(blocks: str) -> None:
 
 @pytest.mark.parametrize("blocks", ["24-17", "24-17,20"])
 def test_a_range_that_runs_downwards_is_refused(blocks: str) -> None:
-    with pytest.raises(ConfigError, match=rf"heads\.blocks '{blocks}': a range runs upwards, 17-24"):
+    with pytest.raises(ConfigError, match=rf"heads\.blocks '{blocks}': .*17-24"):
         head_blocks(blocks, 24)

@@ -14,9 +14,10 @@ from mimref.data.loader import ViewBatch
 from mimref.data.photometric import Photometric
 from mimref.draws import Operation, uniform
 from mimref.encoders.vit import Encoder, build_encoder
+from mimref.refinement.config import LossConfig
 from mimref.refinement.heads import Heads
 from mimref.refinement.loss import Alignment
-from mimref.refinement.method import RefinementStep, StepValues, monitored_values, neighbour_accuracy
+from mimref.refinement.method import Method, StepValues, monitored_values, neighbour_accuracy
 from mimref.refinement.queue import Neighbours, Queue
 from mimref.training.optim import adamw, module_groups, set_learning_rate
 from tests.steps import (
@@ -34,7 +35,7 @@ from tests.steps import (
 )
 
 
-def run(step: RefinementStep, batch: ViewBatch, *, top_k: int = 3, train_encoder: bool = True) -> StepValues:
+def run(step: Method, batch: ViewBatch, *, top_k: int = 3, train_encoder: bool = True) -> StepValues:
     heads = len(step.block_of_head)
     return step.forward(batch, weights(heads), top_k=top_k, train_encoder=train_encoder)
 
@@ -42,7 +43,7 @@ def run(step: RefinementStep, batch: ViewBatch, *, top_k: int = 3, train_encoder
 # ---- A plain step: one view, one head, one anchor at a time.
 
 
-def plain_view_features(step: RefinementStep, batch: ViewBatch, block: int, pool: str) -> list[Tensor]:
+def plain_view_features(step: Method, batch: ViewBatch, block: int, pool: str) -> list[Tensor]:
     """Pooled tokens (B, D) of every view, from the encoder's own layers."""
     vit, found, view = step.encoder.vit, [], 0
     for crops in batch.crops:
@@ -84,7 +85,7 @@ def plain_neighbour(queue: Queue, head: int, query: Tensor, sample: int, choice:
     return queue.rows_HQO[head, ranked[int(choice * top_k)][1]]
 
 
-def plain_step(step: RefinementStep, batch: ViewBatch, top_k: int, pool: str) -> tuple[Tensor, list[Tensor]]:
+def plain_step(step: Method, batch: ViewBatch, top_k: int, pool: str) -> tuple[Tensor, list[Tensor]]:
     """Weighted loss of Eq. (1), and every head's projections of view 0. Uses and leaves the queue as it is."""
     samples = batch.sample_B.tolist()
     total = torch.zeros((), dtype=torch.float64)
@@ -123,7 +124,7 @@ def plain_step(step: RefinementStep, batch: ViewBatch, top_k: int, pool: str) ->
     return total, to_enqueue
 
 
-def gradients(step: RefinementStep) -> dict[str, Tensor | None]:
+def gradients(step: Method) -> dict[str, Tensor | None]:
     named = [*step.encoder.named_parameters(prefix="encoder"), *step.heads.named_parameters(prefix="heads")]
     return {name: None if parameter.grad is None else parameter.grad.clone() for name, parameter in named}
 
@@ -260,7 +261,7 @@ def test_view_0_is_enqueued_after_the_lookup() -> None:
     assert bool((again.neighbours.sample_HM != own).all()) and bool((again.neighbours.sample_HM >= 0).any())
 
 
-def recorded_choices(step: RefinementStep, batch: ViewBatch, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+def recorded_choices(step: Method, batch: ViewBatch, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     """What the lookup is told to choose, by (sample, view)."""
     seen: dict[Any, Any] = {}
     search = step.queue.swap_neighbours
@@ -284,7 +285,7 @@ def test_choices_follow_seed_epoch_sample_and_view_only(monkeypatch: pytest.Monk
     assert len({value for choices in first.values() for value in choices}) == 8 * len(BLOCKS)
     next_epoch = recorded_choices(make_step(), make_batch([4, 9, 2, 7], epoch=1), monkeypatch)
     reseeded = make_step()
-    reseeded.seed = SEED + 1
+    reseeded.photometric.seed = SEED + 1
     for changed in (next_epoch, recorded_choices(reseeded, make_batch([4, 9, 2, 7]), monkeypatch)):
         assert changed.keys() == first.keys() and not set(changed.values()) & set(first.values())
 
@@ -375,7 +376,7 @@ def test_monitored_values_are_those_of_the_step(local_views: int, labelled: bool
 def test_bfloat16_autocast_keeps_loss_and_queue_in_float32() -> None:
     torch.manual_seed(0)
     encoder: Encoder = build_encoder(ARCHITECTURE)
-    step = RefinementStep(
+    step = Method(
         encoder,
         Heads(CONFIG, 3, 32),
         Queue(3, QUEUE, CONFIG.output, generator=torch.Generator().manual_seed(1), device=CPU),
@@ -383,9 +384,7 @@ def test_bfloat16_autocast_keeps_loss_and_queue_in_float32() -> None:
         blocks=BLOCKS,
         temperature=TEMPERATURE,
         pool="cls",
-        direction="projection",
-        swap_negatives=False,
-        seed=SEED,
+        loss=LossConfig(),
         precision=torch.bfloat16,
     )
     values = step.forward(make_batch(), torch.ones(3), top_k=3, train_encoder=True)

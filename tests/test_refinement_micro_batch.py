@@ -15,20 +15,20 @@ from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.memory import check_exact, half, largest_that_fits, try_step
-from mimref.refinement.method import RefinementStep
+from mimref.refinement.method import Method
 from mimref.refinement.run import refine
 from tests.steps import IMAGES, make_batch, make_step, weights
 from tests.tiny import REFINE, arguments, header, refine_config, results, tensors, write_labelled, write_weights
 
 
-def gradients(step: RefinementStep) -> Tensor:
+def gradients(step: Method) -> Tensor:
     """All of them in one vector."""
     modules: list[nn.Module] = [step.encoder, step.heads]
     parts = [p.grad.flatten() for module in modules for p in module.parameters() if p.grad is not None]
     return torch.cat(parts)
 
 
-def learn(step: RefinementStep, *, train_encoder: bool = True, local_views: int = 2, top_k: int = 3) -> float:
+def learn(step: Method, *, train_encoder: bool = True, local_views: int = 2, top_k: int = 3) -> float:
     batch = make_batch(local_views=local_views)
     weight_H = weights(len(step.block_of_head)).to(next(step.heads.parameters()).dtype)
     values = step.forward_backward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)
@@ -79,7 +79,7 @@ def _single(self: Any, *args: Any) -> Tensor:
     return Photometric.__call__(self, *args)
 
 
-def _as_float(step: RefinementStep) -> RefinementStep:
+def _as_float(step: Method) -> Method:
     step.encoder.float()
     step.heads.float()
     step.queue.rows_HQO = step.queue.rows_HQO.float()
@@ -124,7 +124,7 @@ def test_no_pass_holds_more_than_a_micro_batch(monkeypatch: pytest.MonkeyPatch) 
 class Saved:
     """Bytes that autograd keeps for the backward pass beside the weights, and the most of them at any time."""
 
-    def __init__(self, step: RefinementStep) -> None:
+    def __init__(self, step: Method) -> None:
         self.now = self.most = 0
         modules: list[nn.Module] = [step.encoder, step.heads]
         self.weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
@@ -147,7 +147,7 @@ class _Held:
         self.tensor = tensor
 
 
-def saved_bytes(step: RefinementStep, images: int) -> int:
+def saved_bytes(step: Method, images: int) -> int:
     saved = Saved(step)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
         batch = make_batch(range(images))
@@ -242,16 +242,16 @@ def test_out_of_memory_says_what_fits_and_loses_nothing(
 ) -> None:
     weights_file, data = given
     settings = REFINE | {"encoder.weights": weights_file, "data.spec": data}
-    forward_backward, steps = RefinementStep.forward_backward, 0
+    forward_backward, steps = Method.forward_backward, 0
 
-    def full(self: RefinementStep, batch: Any, *args: Any, **options: Any) -> Any:
+    def full(self: Method, batch: Any, *args: Any, **options: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps > 10 and (self.micro_batch or 99) > 3 and options["train_encoder"]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward_backward(self, batch, *args, **options)
 
-    monkeypatch.setattr(RefinementStep, "forward_backward", full)
+    monkeypatch.setattr(Method, "forward_backward", full)
     assert run(arguments("refine", tmp_path, settings)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "out of memory with 12 images per encoder pass; 3 fit: --resume with --micro-batch 3 goes on," in error

@@ -113,9 +113,9 @@ def test_four_ranks_end_what_two_have_begun(runs: Path) -> None:
 
 def run_out_of_memory(weights: Path, data: Path, out: Path) -> str:
     """What is told when the memory of rank 0 is full in its third step."""
-    from mimref.refinement.method import RefinementStep
+    from mimref.refinement.method import Method
 
-    forward_backward, steps = RefinementStep.forward_backward, 0
+    forward_backward, steps = Method.forward_backward, 0
 
     def full(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal steps
@@ -124,7 +124,7 @@ def run_out_of_memory(weights: Path, data: Path, out: Path) -> str:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward_backward(self, *args, **options)
 
-    RefinementStep.forward_backward = full  # type: ignore[method-assign]
+    Method.forward_backward = full  # type: ignore[method-assign]
     try:
         with lost_ranks_reported("go on"):
             refine(refine_config(weights, data), out)

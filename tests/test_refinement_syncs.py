@@ -20,10 +20,9 @@ from torch.utils._pytree import tree_leaves
 from mimref.benchmarks.step import ready_stage, synthetic_batch
 from mimref.data.loader import device_batches
 from mimref.pretraining.run import Pretraining
-from mimref.progress import Silent
 from mimref.refinement.schedule import StageName
-from mimref.refinement.stages import Stage
-from mimref.training.folder import RunFolder
+from mimref.refinement.stages import EncoderStage, RefinementStage
+from mimref.training.run import TrainingRun
 from tests.test_benchmarks_step import tiny
 from tests.tiny import pretrain_config, write_unlabelled
 
@@ -79,10 +78,10 @@ class Watch(TorchDispatchMode):
 
 
 @contextmanager
-def watched(job: Stage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    run = job.run
-    modules = [run.encoder, run.heads] + ([run.average.module] if run.average is not None else [])
-    with watching(modules, (run.queue, run.stepper, run.stepper.photometric, job.guard), monkeypatch) as watch:
+def watched(job: RefinementStage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+    run = job.method
+    modules = [run.encoder, run.heads] + ([job.average.module] if isinstance(job, EncoderStage) else [])
+    with watching(modules, (run.queue, run, run.photometric, job.loss_guard), monkeypatch) as watch:
         yield watch
 
 
@@ -138,22 +137,22 @@ def test_steps_do_not_wait_for_the_device(
                 job.step += 1
             assert watch.syncs == []
             # The stand-in notices what a logging step reads.
-            job.guard.check()
+            job.loss_guard.check()
             assert watch.syncs == ["aten::_local_scalar_dense"]
-            job.write_log()
+            job.values()
             assert {"aten::_local_scalar_dense", "tolist"} == set(watch.syncs)
 
 
 def test_pretraining_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = pretrain_config(write_unlabelled(tmp_path))
-    job = Pretraining(config, RunFolder(tmp_path), Silent())
+    job = Pretraining(TrainingRun(config, tmp_path), config)
     batch = next(job.batches())
-    with watching([job.model], (job.photometric, job.guard), monkeypatch) as watch:
+    with watching([job.model], (job.photometric, job.loss_guard), monkeypatch) as watch:
         for _ in range(3):
             job.update(batch)
             job.step += 1
         assert watch.syncs == []
-        job.guard.check()
+        job.loss_guard.check()
         assert watch.syncs == ["aten::_local_scalar_dense"]
 
 
@@ -178,7 +177,7 @@ def test_the_watch_tells_the_device_from_the_cpu(monkeypatch: pytest.MonkeyPatch
 def test_steps_do_not_wait_for_cuda(stage: StageName, micro_batch: str | int) -> None:
     config = tiny(device="cuda", micro_batch=micro_batch)
     with ready_stage(config, stage) as (job, _):
-        batches = device_batches(repeat(synthetic_batch(job)), job.run.device)
+        batches = device_batches(repeat(synthetic_batch(job)), job.device)
         # The first steps allocate, and choose algorithms.
         for _ in range(3):
             job.update(next(batches))

@@ -98,7 +98,7 @@ def test_a_damaged_state_is_noticed_and_the_one_before_is_used(damage: str, tmp_
     cut(tmp_path / "state" / "step0000000004.pt", 0.7)
     with pytest.raises(OutputError) as caught:
         folder.load_state()
-    assert str(caught.value) == f"{newest}: damaged state, and so is the one before; --force starts the run anew"
+    assert str(caught.value).startswith(f"{newest}: damaged state, and so is the one before")
 
 
 def test_a_changed_bit_anywhere_is_noticed_or_without_effect(tmp_path: Path) -> None:

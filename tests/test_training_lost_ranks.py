@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from mimref.distributed.collectives import agree
+from mimref.distributed.collectives import max_over_ranks
 from mimref.distributed.group import lost_ranks_reported
 from mimref.errors import LostRankError
 from tests.tiny import REFINE, arguments, results, tensors, write_labelled, write_weights
@@ -33,13 +33,13 @@ def wait_for_the_other(rank: int, folder: str, other: Callable[[], None], timeou
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=distributed.TIMEOUT
     )
-    agree(0)
+    max_over_ranks(0)
     if rank == 1:
         other()
     started = time.monotonic()
     try:
         with lost_ranks_reported("go on"):
-            agree(0)
+            max_over_ranks(0)
     except LostRankError as error:
         Path(folder, "message").write_text(f"{time.monotonic() - started:.1f} {error}")
 

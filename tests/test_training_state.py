@@ -21,7 +21,7 @@ from mimref.config.run import MonitorConfig
 from mimref.errors import ConfigError, Interrupted, OutputError
 from mimref.refinement.config import RefineConfig
 from mimref.training import trackers
-from mimref.training.folder import RunFolder, reloadable
+from mimref.training.folder import RunFolder, with_absolute_paths
 from mimref.training.log import MetricsLog, SkippedImages, open_log
 from mimref.training.signals import StopSignal, stop_signal
 from mimref.training.trackers import check_trackers
@@ -58,12 +58,12 @@ def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("held", "resume", "message"),
     [
-        ("results.json", False, "holds a finished run; give another --out, or --force to replace it"),
-        ("state/step0000000003.pt", False, "holds an unfinished run; --resume continues it, --force replaces it"),
-        ("metrics.jsonl", False, "holds an unfinished run"),
-        ("encoder.safetensors", False, "already holds encoder.safetensors; give another --out, or --force"),
-        ("config.toml", False, "already holds config.toml"),
-        ("notes.txt", True, "holds no run to resume; leave out --resume to start one"),
+        ("results.json", False, "finished run.*--out.*--force"),
+        ("state/step0000000003.pt", False, "unfinished run.*--resume.*--force"),
+        ("metrics.jsonl", False, "unfinished run"),
+        ("encoder.safetensors", False, "encoder.safetensors.*--out.*--force"),
+        ("config.toml", False, "config.toml"),
+        ("notes.txt", True, "no run to resume.*--resume"),
     ],
 )
 def test_occupied_folders_are_refused(held: str, resume: bool, message: str, tmp_path: Path) -> None:
@@ -78,15 +78,15 @@ def test_occupied_folders_are_refused(held: str, resume: bool, message: str, tmp
 def test_a_folder_with_other_files_is_free_and_a_missing_one_not_resumable(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     RunFolder(tmp_path).check(resume=False, force=False)
-    with pytest.raises(OutputError, match="holds no run to resume"):
+    with pytest.raises(OutputError, match="no run to resume"):
         RunFolder(tmp_path / "missing").check(resume=True, force=False)
-    with pytest.raises(OutputError, match="give one of them"):
+    with pytest.raises(OutputError, match="--resume .*--force"):
         RunFolder(tmp_path).check(resume=True, force=True)
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file: is a file; give --out a folder"):
+    with pytest.raises(OutputError, match="file: is a file.*--out"):
         RunFolder(tmp_path / "file").check(resume=False, force=False)
     below = RunFolder(tmp_path / "file" / "below")
     below.check(resume=False, force=False)
@@ -136,10 +136,8 @@ def test_resume_names_the_setting_that_changed(tmp_path: Path) -> None:
     folder = started(tmp_path)
     with pytest.raises(ConfigError) as caught:
         folder.prepare(changed(heads={"temperature": 0.3}), resume=True, force=False)
-    assert str(caught.value) == (
-        f"cannot resume {tmp_path} with another heads.temperature: it was 0.2 and is now 0.3; "
-        "leave it as it was, or start anew in another --out"
-    )
+    for part in (str(tmp_path), "heads.temperature", "0.2", "0.3", "--out"):
+        assert part in str(caught.value)
     free = changed(
         workers=3, preset="x", device="cpu", data={"max_bad": 7}, evaluate={"splits": 9}, monitor={"log_every": 1}
     )
@@ -154,7 +152,7 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
         folder.prepare(CONFIG, resume=True, force=False)
 
 
-def test_reloadable_settings_have_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_absolute_paths_settings_have_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("images", "digits", "heads", "root"):
         (tmp_path / name).mkdir()
@@ -166,15 +164,17 @@ def test_reloadable_settings_have_absolute_paths(tmp_path: Path, monkeypatch: py
         "stage": "encoder",
         "heads_from": "heads",
     }
-    config = reloadable(load_config(RefineConfig, None, overrides))
+    config = with_absolute_paths(load_config(RefineConfig, None, overrides))
     assert (config.data.spec, config.data.root) == (str(tmp_path / "images"), str(tmp_path / "root"))
     assert (config.encoder.weights, config.heads_from) == (str(tmp_path / "w.pt"), str(tmp_path / "heads"))
-    assert reloadable(config) == config
+    assert with_absolute_paths(config) == config
     # Words with a meaning of their own stay words, whatever lies beside them.
-    words = reloadable(load_config(RefineConfig, None, {"data.spec": "digits", "encoder.weights": "quickstart"}))
+    words = with_absolute_paths(
+        load_config(RefineConfig, None, {"data.spec": "digits", "encoder.weights": "quickstart"})
+    )
     assert (words.data.spec, words.encoder.weights) == ("digits", "quickstart")
     named = load_config(RefineConfig, None, {"data.spec": "torchvision:MNIST"})
-    assert reloadable(named).data.spec == "torchvision:MNIST"
+    assert with_absolute_paths(named).data.spec == "torchvision:MNIST"
 
 
 def test_unset_settings_survive_the_file() -> None:
@@ -207,7 +207,7 @@ def test_the_state_comes_back(tmp_path: Path) -> None:
 def test_a_damaged_state_is_one_line(content: bytes, tmp_path: Path) -> None:
     folder = started(tmp_path)
     (tmp_path / "state" / "step0000000003.pt").write_bytes(content)
-    with pytest.raises(OutputError, match="damaged state; --force starts the run anew"):
+    with pytest.raises(OutputError, match="damaged state.*--force"):
         folder.load_state()
 
 
@@ -352,19 +352,17 @@ class Warnings:
 def test_skipped_images_are_told_when_they_are_known_and_when_there_are_more() -> None:
     heard = Warnings()
     skipped = SkippedImages(10, heard)
-    skipped.tell_early()
+    skipped.report_once()
     skipped.add([("b.png", "truncated")])
-    skipped.tell_early()
+    skipped.report_once()
     skipped.add([("a.png", "empty file"), ("b.png", "truncated")])
-    skipped.tell_early()
+    skipped.report_once()
     skipped.add_evaluated([("d.png", "not an image"), ("c.png", "not an image")])
-    skipped.tell_all()
-    skipped.tell_all()
-    assert heard.lines == [
-        "1 image is left out, unreadable: b.png (truncated)",
-        "4 images are left out, unreadable: a.png (empty file), b.png (truncated), c.png (not an image), "
-        "... (all are in results.json)",
-    ]
+    skipped.report()
+    skipped.report()
+    first, last = heard.lines
+    assert first.startswith("1 ") and "b.png (truncated)" in first
+    assert last.startswith("4 ") and "a.png (empty file), b.png (truncated), c.png (not an image), ..." in last
 
 
 # --- signals

@@ -17,9 +17,7 @@ import torch
 
 from mimref.benchmarks.flops import count_flops, model_flops
 from mimref.benchmarks.measure import MatrixProducts, PeakMemory, seconds_of
-from mimref.config.base import DataConfig
 from mimref.data.loader import ViewBatch, device_batches
-from mimref.data.open import open_source
 from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import multi_crop
@@ -31,14 +29,13 @@ from mimref.errors import ConfigError
 from mimref.progress import Progress, Silent
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
-from mimref.refinement.memory import release_memory
+from mimref.refinement.memory import largest_micro_batch, release_memory
 from mimref.refinement.plan import Plan, architecture_to_train, check_sizes, temperatures
+from mimref.refinement.run import build_method
 from mimref.refinement.schedule import StageName
-from mimref.refinement.shared import Refinement
-from mimref.refinement.stages import EncoderStage, HeadsStage, Stage
+from mimref.refinement.stages import EncoderStage, HeadsStage, RefinementStage
 from mimref.results import Row
-from mimref.training.folder import RunFolder
-from mimref.training.log import MetricsLog
+from mimref.training.run import TrainingRun
 
 IMAGENET_IMAGES = 1_281_167
 STAGE_NUMBER: dict[StageName, int] = {"heads": 1, "encoder": 2}
@@ -134,22 +131,22 @@ def measure_step(
             job.step += 1
 
         def counted(micro: int | None) -> int:
-            job.run.stepper.micro_batch = micro
+            job.method.micro_batch = micro
             return count_flops(step)
 
         used = []
         for micro in micro_batches:
-            job.run.stepper.micro_batch = micro
+            job.method.micro_batch = micro
             memory.restart()
             for _ in range(_WARM_UP_COMPILED if config.compile else _WARM_UP):
                 step()
             used.append(memory.growth())
-        products = MatrixProducts(device, job.run.precision)
+        products = MatrixProducts(device, job.method.precision)
         seconds: list[list[float]] = [[] for _ in micro_batches]
         for _ in range(steps):
             products.measure()
             for micro, own in zip(micro_batches, seconds, strict=True):
-                job.run.stepper.micro_batch = micro
+                job.method.micro_batch = micro
                 own += seconds_of(step, turn, device)
         flops = config.batch_size * model_flops(config, job.plan.architecture, job.plan.blocks, stage)
         return [
@@ -169,35 +166,30 @@ def measure_step(
 
 
 @contextmanager
-def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Stage, PeakMemory]]:
+def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[RefinementStage, PeakMemory]]:
     """A stage of a real run with random weights, and the memory it takes; nothing of it stays.
 
     Raises ConfigError for settings that fit no encoder.
     """
     architecture, blocks = resolve_encoder(config)
-    plan_config = _without_data(config)
     device = resolve_device(config.device)
-    # The run's monitor, which is never asked, wants images: those that need no file. Read once before memory counts.
-    open_source(plan_config.data, "train")
     release_memory()
     memory = PeakMemory(device)
     with torch.device(device):
         weights = dict(build_encoder(architecture).vit.state_dict())
     plan = Plan(
-        plan_config,
+        _both_stages(config),
         Checkpoint(Path("random weights"), weights),
         architecture,
         EvalTransform(architecture.image_size),
         _image_list(IMAGENET_IMAGES),
+        [],
         blocks,
         temperatures(config.heads.temperature, len(blocks)),
-        [],
     )
+    made = HeadsStage if stage == "heads" else EncoderStage
     with tempfile.TemporaryDirectory() as folder:
-        log = MetricsLog(Path(folder) / "metrics.jsonl")
-        run = Refinement(plan, Silent())
-        made = HeadsStage if stage == "heads" else EncoderStage
-        yield made(run, RunFolder(Path(folder)), log), memory
+        yield made(TrainingRun(plan.config, Path(folder)), plan, build_method(plan, Silent())), memory
 
 
 def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
@@ -265,15 +257,14 @@ def largest_whole_batch(config: RefineConfig, device: torch.device) -> int:
     if device.type != "cuda":
         return config.batch_size
     with ready_stage(config.model_copy(update={"micro_batch": None}), "encoder") as (job, _):
-        return job.run.largest_micro_batch(config.batch_size, reserve=job.moments_to_come())
+        return largest_micro_batch(job.method, job.plan, config.batch_size, reserve=job.moments_to_come())
 
 
-def _without_data(config: RefineConfig) -> RefineConfig:
-    """The settings for a run of both stages on images that need no file."""
+def _both_stages(config: RefineConfig) -> RefineConfig:
+    """The settings for a run of both stages."""
     heads, encoder = config.heads_stage, config.encoder_stage
     return config.model_copy(
         update={
-            "data": DataConfig(spec="digits"),
             "stage": "both",
             "heads_from": None,
             # A stage without epochs would have no schedule for its rates.
@@ -289,30 +280,30 @@ def _image_list(images: int) -> ArraySource:
     return ArraySource("synthetic", pixels, None, None, "train", np.broadcast_to(np.zeros(1, np.int64), (images,)))
 
 
-def synthetic_batch(job: Stage) -> ViewBatch:
+def synthetic_batch(job: RefinementStage) -> ViewBatch:
     """Random pixels, in pinned memory where a GPU reads them."""
-    groups = multi_crop(job.config.views, job.plan.architecture.image_size)
+    groups = multi_crop(job.plan.config.views, job.plan.architecture.image_size)
     generator = torch.Generator().manual_seed(0)
     crops = [
         torch.randint(
             256,
-            (job.config.batch_size, group.count, 3, group.size, group.size),
+            (job.plan.config.batch_size, group.count, 3, group.size, group.size),
             dtype=torch.uint8,
             generator=generator,
         )
         for group in groups
     ]
-    batch = ViewBatch(0, torch.arange(job.config.batch_size), crops, [])
-    return batch.pin_memory() if job.run.device.type == "cuda" else batch
+    batch = ViewBatch(0, torch.arange(job.plan.config.batch_size), crops, [])
+    return batch.pin_memory() if job.device.type == "cuda" else batch
 
 
-def _setting(job: Stage) -> Row:
-    device = job.run.device
+def _setting(job: RefinementStage) -> Row:
+    device = job.device
     setting: Row = {
         "model": describe_encoder(job.plan.architecture),
         "heads": len(job.plan.blocks),
-        "views": 2 + job.config.views.local_views,
+        "views": 2 + job.plan.config.views.local_views,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": "bf16" if job.run.precision is torch.bfloat16 else "fp32",
+        "precision": "bf16" if job.method.precision is torch.bfloat16 else "fp32",
     }
     return setting | ({"threads": torch.get_num_threads()} if device.type == "cpu" else {})

@@ -94,7 +94,8 @@ def refine(
     config = load_config(RefineConfig, chosen, overrides, sets or ())
     out = out or default_out(config)
     if dry_run:
-        from mimref.refinement.plan import describe, make_plan
+        from mimref.refinement.dry_run import describe
+        from mimref.refinement.plan import make_plan
 
         print_facts(describe(make_plan(config)) | {"output": str(out)})
         return

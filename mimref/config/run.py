@@ -3,7 +3,7 @@
 Every field carries its unit and source. Learning rates are base rates, for a global batch of 256 images.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -119,7 +119,10 @@ class EvaluateConfig(Section):
 
 
 class RunConfig(CommandConfig):
-    """Settings that every training command has."""
+    """Settings of every training command."""
+
+    path_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings, beside those of data and encoder, whose values are paths."""
 
     batch_size: int = Field(default=1024, gt=1)
     """Images per update, over all processes."""

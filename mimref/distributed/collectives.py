@@ -12,17 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mimref.distributed.group import (
-    world_size,
-)
+from mimref.distributed.group import world_size
 
 
 def averaged(module: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """The module, starting from rank 0's weights, with gradients that are averaged over the ranks.
+    """The module in DistributedDataParallel: rank 0's weights to start from, gradients averaged over the ranks.
 
-    Buffers are left to the module. What is frozen must be frozen already, and what is not must get a gradient.
+    Buffers are not synchronised. Freeze parameters before; every other parameter must get a gradient.
     """
-    # The option was renamed; heads synchronise their statistics by themselves.
+    # The option was renamed. Heads synchronise their own statistics.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {option: False}
@@ -30,26 +28,31 @@ def averaged(module: nn.Module, device: torch.device) -> DistributedDataParallel
     return DistributedDataParallel(module, device_ids=gpu, gradient_as_bucket_view=True, **options)
 
 
-def agree(number: int) -> int:
-    """The largest of the numbers that the ranks say; on the host."""
-    if world_size() == 1:
-        return number
-    told = torch.tensor(number)
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return int(told)
+def max_over_ranks(number: int) -> int:
+    """The largest of all ranks' numbers, on the host."""
+    return _reduce(number, dist.ReduceOp.MAX)
 
 
-def total(number: int) -> int:
-    """The sum of the numbers that the ranks say; on the host."""
+def total_over_ranks(number: int) -> int:
+    """The sum of all ranks' numbers, on the host."""
+    return _reduce(number, dist.ReduceOp.SUM)
+
+
+def barrier() -> None:
+    """Wait for all ranks, on the host."""
+    max_over_ranks(0)
+
+
+def _reduce(number: int, operation: dist.ReduceOp.RedOpType) -> int:
     if world_size() == 1:
         return number
-    told = torch.tensor(number)
-    dist.all_reduce(told)
-    return int(told)
+    reduced = torch.tensor(number)
+    dist.all_reduce(reduced, op=operation)
+    return int(reduced)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of equally shaped tensors of all ranks, without gradient."""
+    """The sum of all ranks' equally shaped tensors, without gradient."""
     x = x.detach()
     if world_size() > 1:
         x = x.clone()
@@ -58,7 +61,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def gather_samples(sample_B: Tensor, most: int) -> list[Tensor]:
-    """Sample indices of every rank, [(B_r,)] on the CPU; on the host. most: the most that any rank can have."""
+    """Sample indices of every rank, [(B_r,)], on the host. most: the largest B_r that any rank can have."""
     if world_size() == 1:
         return [sample_B]
     padded = torch.full((most,), -1, dtype=torch.int64)
@@ -69,7 +72,7 @@ def gather_samples(sample_B: Tensor, most: int) -> list[Tensor]:
 
 
 def gather_lists(items: Sequence[Any]) -> list[Any]:
-    """The items of all ranks, in order of rank; on the host."""
+    """All ranks' items in order of rank, on the host."""
     if world_size() == 1:
         return list(items)
     parts: list[list[Any]] = [[] for _ in range(world_size())]
@@ -78,14 +81,14 @@ def gather_lists(items: Sequence[Any]) -> list[Any]:
 
 
 def gather_rows(x: Tensor, counts: Sequence[int], *, dim: int) -> Tensor:
-    """Parts of all ranks joined along `dim`, of which rank r has counts[r]; without gradient."""
+    """All ranks' parts joined along `dim`, counts[r] rows from rank r, without gradient."""
     if len(counts) == 1:
         return x.detach()
     return _join(_all_gather(_pad(x.detach(), max(counts), dim)), counts, dim)
 
 
 def gather_rows_with_gradient(x: Tensor, counts: Sequence[int], *, dim: int) -> Tensor:
-    """The same; each rank's part gets the gradients that all ranks have for it."""
+    """As `gather_rows`; each rank's part gets the gradients from all ranks."""
     if len(counts) == 1:
         return x
     gathered: Tensor = _GatherWithGradient.apply(_pad(x, max(counts), dim))
@@ -93,7 +96,7 @@ def gather_rows_with_gradient(x: Tensor, counts: Sequence[int], *, dim: int) -> 
 
 
 def gather_stack(x: Tensor) -> Tensor:
-    """Equally shaped tensors of all ranks, (R, ...), with gradient."""
+    """All ranks' equally shaped tensors, (R, ...), with gradient."""
     stacked: Tensor = _GatherWithGradient.apply(x)
     return stacked
 
@@ -118,7 +121,7 @@ def _all_gather(x: Tensor) -> list[Tensor]:
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """All ranks' tensors as (R, ...); backward sums what every rank has to say about this rank's."""
+    """All ranks' tensors as (R, ...); backward sums all ranks' gradients of this rank's tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

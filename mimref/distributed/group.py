@@ -1,4 +1,4 @@
-"""The process group that torchrun starts: ranks, launches, and what happens when a process dies."""
+"""The process group that torchrun starts: ranks, launches, and lost processes."""
 
 import os
 import platform
@@ -12,18 +12,18 @@ from torch.distributed.rendezvous import rendezvous
 
 from mimref.errors import ConfigError, LostRankError
 
-# How gloo and NCCL say that they wait in vain.
+# In the messages of gloo and NCCL when another process is gone.
 _SIGNS_OF_A_LOST_RANK = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
-# A rank that waits longer for another takes it for dead. The slowest honest wait is for rank 0 to save or to evaluate.
+# A rank that does not answer for longer counts as dead. The longest normal wait is for rank 0 to save or to evaluate.
 TIMEOUT = timedelta(minutes=10)
 
 
 @contextmanager
-def process_group(device: str, *, advice: str = "run it again: what was computed and kept is used") -> Iterator[int]:
-    """Join the process group that torchrun's environment describes; this process's rank, 0 when it is alone.
+def process_group(device: str, *, advice: str = "run again: cached features are reused") -> Iterator[int]:
+    """Join the process group that torchrun's environment describes; yields this process's rank, 0 without torchrun.
 
-    On CUDA every process gets the GPU of its local rank. device: `auto`, `cpu`, `cuda` or `mps`. Raises ConfigError for
-    more processes on this machine than it has GPUs, and LostRankError with the advice when another process is gone.
+    On CUDA every process uses the GPU of its local rank. device: `auto`, `cpu`, `cuda` or `mps`. Raises ConfigError
+    when a machine has more processes than GPUs, LostRankError with `advice` when another process is gone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
         yield 0
@@ -32,11 +32,13 @@ def process_group(device: str, *, advice: str = "run it again: what was computed
     if cuda:
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= count:
-            raise ConfigError(f"process {local + 1} on this machine has no GPU of its own: there are {count}")
+            raise ConfigError(
+                f"process {local + 1} on this machine has no GPU: there are {count}; start at most {count}"
+            )
         torch.cuda.set_device(local)
-    # gloo carries what the hosts tell each other, so that it costs no wait for the GPU.
+    # Messages between hosts use gloo, so that they never wait for the GPU.
     store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
-    # Processes that torchrun has started again must not find the addresses of those before them.
+    # Restarted processes must not find the addresses of the ones they replace.
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # documented, but not exported for mypy
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -50,7 +52,7 @@ def process_group(device: str, *, advice: str = "run it again: what was computed
 
 @contextmanager
 def lost_ranks_reported(advice: str) -> Iterator[None]:
-    """Turn what collectives raise when another process is gone into a LostRankError."""
+    """Raise LostRankError where collectives fail because another process is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -59,7 +61,7 @@ def lost_ranks_reported(advice: str) -> Iterator[None]:
             raise
         waited = "Timed out" in text or "timeout" in text.lower()
         what = f"has not answered for {_minutes(TIMEOUT)}" if waited else "has died"
-        raise LostRankError(f"another process of this run {what}; its own message tells why; {advice}") from error
+        raise LostRankError(f"another process of this run {what}; see its own message; {advice}") from error
 
 
 def _minutes(time: timedelta) -> str:
@@ -68,61 +70,61 @@ def _minutes(time: timedelta) -> str:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again, after one of the run's processes had died."""
+    """Whether torchrun has restarted this process after one of the run's processes died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def this_launch() -> tuple[str, str, int] | None:
-    """What tells a launch of torchrun from others: its id, and where it runs as which process; None without one."""
+    """Identifies a launch of torchrun: its id, machine and process id; None without torchrun."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if run_id is None else (run_id, platform.node(), os.getppid())
 
 
 def is_this_launch(run_id: str, node: str, process: int) -> bool:
-    """Whether `this_launch` has told this before, maybe on a machine from which torchrun moved the first rank."""
+    """Whether `this_launch` returned this earlier, possibly on a machine that torchrun has since moved rank 0 from."""
     own = this_launch()
-    # Without a name of its own every launch is called "none".
+    # torchrun's default id is "none".
     return own is not None and run_id == own[0] and (process == own[2] if node == own[1] else run_id != "none")
 
 
 def leave_process_group() -> None:
-    """What follows is this process's own work."""
+    """Leave the group: what follows is this process's own work."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-_alone = False
+_outside = False
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """What runs inside is this process's own work, even in a process group."""
-    global _alone
-    before, _alone = _alone, True
+def without_group() -> Iterator[None]:
+    """Work alone inside the block, without collectives, even in a process group."""
+    global _outside
+    before, _outside = _outside, True
     try:
         yield
     finally:
-        _alone = before
+        _outside = before
 
 
 def end_group() -> bool:
-    """End the work together: rank 0, for which this is true, goes on by itself."""
+    """End the collective work. True on rank 0, which continues by itself."""
     rank = own_rank()
     leave_process_group()
     return rank == 0
 
 
 def world_size() -> int:
-    """Number of processes that work together, 1 without a process group."""
-    joined = not _alone and dist.is_available() and dist.is_initialized()
+    """Number of processes in the group, 1 without one."""
+    joined = not _outside and dist.is_available() and dist.is_initialized()
     return dist.get_world_size() if joined else 1
 
 
 def own_rank() -> int:
-    """Number of this process, 0 without a process group."""
+    """This process's rank, 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def share(count: int, rank: int, world: int) -> slice:
-    """The contiguous part of `count` things that a rank works on; parts differ by one at most."""
+    """The contiguous part of `count` items that a rank works on; parts differ in size by at most one."""
     return slice(count * rank // world, count * (rank + 1) // world)

@@ -1,4 +1,4 @@
-"""Work that ranks do by turns for rank 0, which decides what there is to do."""
+"""Work that all ranks do for rank 0, which decides what to do: requests, and results that ranks make by turns."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -7,36 +7,36 @@ import torch.distributed as dist
 
 from mimref.distributed.group import own_rank, world_size
 
-_T = TypeVar("_T")
+_Item = TypeVar("_Item")
 _DONE, _WAIT = "done", "wait"
 
 
-def ask(what: Any) -> None:
-    """On rank 0: tell the others what to do next."""
-    _tell(what)
+def request(what: Any) -> None:
+    """On rank 0: send the other ranks something to do."""
+    _broadcast(what)
 
 
-def finish() -> None:
-    """On rank 0: let the others go on."""
-    _tell(_DONE)
+def end_requests() -> None:
+    """On rank 0: release the other ranks from `requests`."""
+    _broadcast(_DONE)
 
 
-def wait_on() -> None:
-    """On rank 0: say that there is still nothing to do."""
-    _tell(_WAIT)
+def keep_waiting() -> None:
+    """On rank 0: tell the other ranks, before they time out, that there is nothing to do yet."""
+    _broadcast(_WAIT)
 
 
 def requests() -> Iterator[Any]:
-    """On the other ranks: what rank 0 asks for, one after the other, until it says that all is done."""
-    while (asked := _tell(None)) != _DONE:
-        if asked != _WAIT:
-            yield asked
+    """On the other ranks: what rank 0 requests, until it ends the requests."""
+    while (received := _broadcast(None)) != _DONE:
+        if received != _WAIT:
+            yield received
 
 
-def take_turns(own: Iterator[_T], count: int) -> Iterator[_T]:
-    """On rank 0: `count` things that the ranks make by turns, in order. The others get nothing, but must iterate too.
+def take_turns(own: Iterator[_Item], count: int) -> Iterator[_Item]:
+    """On rank 0: `count` items that the ranks make by turns, in order. Other ranks get nothing, but must iterate too.
 
-    own: what this rank makes, numbers r, r + R, ... of them; of tensors, on the CPU.
+    own: the items of this rank r of R, numbers r, r + R, ...; tensors must be on the CPU.
     """
     rank, world = own_rank(), world_size()
     if world == 1:
@@ -44,14 +44,14 @@ def take_turns(own: Iterator[_T], count: int) -> Iterator[_T]:
         return
     for first in range(0, count, world):
         made = [next(own)] if first + rank < count else []
-        gathered: list[list[_T]] | None = [[]] * world if rank == 0 else None
+        gathered: list[list[_Item]] | None = [[]] * world if rank == 0 else None
         dist.gather_object(made, gathered)
-        for one in gathered or ():
-            yield from one
+        for items in gathered or ():
+            yield from items
 
 
-def _tell(message: Any) -> Any:
-    """What rank 0 says, on every rank."""
-    said = [message]
-    dist.broadcast_object_list(said)
-    return said[0]
+def _broadcast(message: Any) -> Any:
+    """Rank 0's message, on every rank."""
+    messages = [message]
+    dist.broadcast_object_list(messages)
+    return messages[0]

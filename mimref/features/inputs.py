@@ -14,8 +14,8 @@ from mimref.data.loader import loader_workers
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, Split
 from mimref.devices import resolve_device, resolve_precision
-from mimref.distributed.group import alone, own_rank, world_size
-from mimref.distributed.turns import finish, wait_on
+from mimref.distributed.group import own_rank, without_group, world_size
+from mimref.distributed.turns import end_requests, keep_waiting
 from mimref.encoders.backbones import TimmBackbone
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Architecture, Encoder
@@ -153,7 +153,7 @@ class EncoderInputs:
         """What was prepared; on other ranks than 0 it is read now, when it is needed."""
         if split in self._unread:
             columns = self._unread.pop(split)
-            with alone():
+            with without_group():
                 self._keep(split, self._fetch(split, columns))
         return self._stored[split]
 
@@ -172,7 +172,7 @@ class EncoderInputs:
             folder,
             dtype=self.config.cache.dtype,
             note=self.listener.note,
-            waiting=wait_on if shared else None,
+            waiting=keep_waiting if shared else None,
         )
         label = f"features of {SPLIT_NAMES[split]} images"
         stored = cache.columns(
@@ -190,7 +190,7 @@ class EncoderInputs:
             progress=lambda done, total: self.listener.progress(label, done, total),
         )
         if shared:
-            finish()
+            end_requests()
         self._report_bad(stored.bad, split)
         return stored
 

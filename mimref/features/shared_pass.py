@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TypedDict
 
 from mimref.distributed.group import own_rank, world_size
-from mimref.distributed.turns import ask, requests, take_turns
+from mimref.distributed.turns import request, requests, take_turns
 from mimref.features.encode import Batch, Column
 
 Part = Callable[[list[Column], int, int], Iterator[Batch]]
@@ -24,7 +24,7 @@ class Sizes(TypedDict):
 
 def lead(part: Part, columns: list[Column], start: int, *, batch_size: int, images: int) -> Iterator[Batch]:
     """On rank 0: all batches from position `start` on, of which the other ranks, in `follow`, encode their share."""
-    ask((columns, start))
+    request((columns, start))
     yield from _pass(part, columns, start, batch_size, images)
 
 

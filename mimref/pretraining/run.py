@@ -1,7 +1,5 @@
 """Pre-train a masked autoencoder on the user's images."""
 
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimref.data.loader import ViewBatch, check_batch_size, device_batches, loader_workers, view_batches
+from mimref.data.loader import ViewBatch, check_batch_size
 from mimref.data.open import ACCEPTED, open_source
 from mimref.data.photometric import Photometric
 from mimref.data.views import CropGroup
 from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision
-from mimref.distributed.collectives import agree, averaged, gather_lists, sum_over_ranks, total
-from mimref.distributed.group import end_group, own_rank, world_size
+from mimref.distributed.collectives import averaged, sum_over_ranks
+from mimref.distributed.group import world_size
 from mimref.draws import Operation, uniform
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.parameters import encoder_groups
@@ -25,15 +23,11 @@ from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.header import data_record, eval_transform
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
-from mimref.progress import Listener, Silent
-from mimref.results import Row, read_results, write_results
-from mimref.training.checkpoint import check_images, check_ranks, images_of
-from mimref.training.folder import RunFolder, reloadable
-from mimref.training.job import FiniteLoss, train
-from mimref.training.log import MetricsLog, SkippedImages, open_log, readable
-from mimref.training.optim import adamw, learning_rate, module_groups, set_learning_rate
-from mimref.training.signals import stop_signal
-from mimref.training.trackers import check_trackers
+from mimref.progress import Listener
+from mimref.results import Row
+from mimref.training.log import readable
+from mimref.training.optim import module_groups, warmup_cosine
+from mimref.training.run import Stage, TrainingRun
 
 
 @dataclass(frozen=True)
@@ -46,132 +40,75 @@ class PretrainResult:
     elapsed_s: float
 
 
-class Pretraining:
-    """One run's objects; a `Job` of `mimref.training.job`."""
+class Pretraining(Stage):
+    """A masked autoencoder in training."""
 
-    label = "pre-training"
+    name = "pretrain"
 
-    def __init__(self, config: PretrainConfig, folder: RunFolder, listener: Listener) -> None:
-        self.config, self.folder, self.listener = config, folder, listener
-        self.device = resolve_device(config.device)
-        self.precision = resolve_precision(config.precision, self.device)
-        if self.device.type == "cpu":
+    def __init__(self, run: TrainingRun, config: PretrainConfig) -> None:
+        device = resolve_device(config.device)
+        self.config, self.precision = config, resolve_precision(config.precision, device)
+        if device.type == "cpu":
             keep_freed_memory()
         architecture = _architecture(config)
-        self.source = open_source(config.data, "train", progress=listener.progress)
-        self.steps_per_epoch = len(self.source) // config.batch_size
+        self.source = open_source(config.data, "train", progress=run.listener.progress)
         check_batch_size(config.batch_size, len(self.source))
         self.transform = eval_transform(architecture, config.data, {})
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture)
-        self.model = MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio).to(self.device)
-        self.trained: nn.Module = averaged(self.model, self.device) if world_size() > 1 else self.model
+        self.model = MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio).to(device)
+        self.trained_model: nn.Module = averaged(self.model, device) if world_size() > 1 else self.model
         groups = encoder_groups(encoder, weight_decay=config.mae.weight_decay, layer_decay=1.0)
         groups += module_groups(self.model.decoder, weight_decay=config.mae.weight_decay)
-        self.optimizer = adamw(groups, config.optimizer.betas)
+        steps = len(self.source) // config.batch_size
+        rate = warmup_cosine(
+            peak=config.mae.lr * config.batch_size / 256,
+            warmup_updates=round(config.mae.warmup_epochs * steps),
+            total_updates=config.mae.epochs * steps,
+            end=config.optimizer.end_lr,
+        )
+        super().__init__(
+            run,
+            "pre-training",
+            groups,
+            rate,
+            config.optimizer,
+            epochs=config.mae.epochs,
+            steps_per_epoch=steps,
+            device=device,
+        )
         # MAE augments by crop and flip alone.
         plain = config.views.model_copy(update={"color": False, "blur": False})
-        self.photometric = Photometric(
-            plain, config.seed, self.device, mean=self.transform.mean, std=self.transform.std
-        )
-        self.monitor = KnnMonitor(config, self.source, self.transform, self.device, self.precision, note=listener.note)
-        self.guard = FiniteLoss(self.device)
-        self.skipped = SkippedImages(config.data.max_bad, listener)
-        self.step, self.elapsed_s = 0, 0.0
-        self.total = config.mae.epochs * self.steps_per_epoch
+        self.photometric = Photometric(plain, config.seed, device, mean=self.transform.mean, std=self.transform.std)
+        self.crops = [CropGroup(1, self.transform.image_size, config.mae.crop_scale, config.views.aspect_ratio)]
+        note = run.listener.note
+        self.monitor = KnnMonitor(config, self.source, self.transform, device, self.precision, note=note)
         self.rows: list[Row] = []
-        self.log: MetricsLog | None = None
         self._loss: Tensor | None = None
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.elapsed_s, self.rows = state["step"], state["elapsed_s"], state["rows"]
-        self.skipped.add(state["skipped"])
-
-    def save(self) -> None:
-        """See `Job`."""
-        self.skipped.add(gather_lists(self.skipped.items))
-        self.skipped.tell_early()
-        self.folder.save_state(self._state)
-
-    def _state(self) -> dict[str, Any]:
-        assert self.log is not None
-        return {
-            "step": self.step,
-            "elapsed_s": self.elapsed_s,
-            "rows": self.rows,
-            "log_lines": self.log.lines,
-            "skipped": self.skipped.items,
-            "images": images_of(self.source),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def batches(self) -> Iterator[ViewBatch]:
-        """The remaining batches: one random crop per image."""
-        if self.step == self.total:
-            return iter(())
-        config = self.config
-        group = CropGroup(1, self.transform.image_size, config.mae.crop_scale, config.views.aspect_ratio)
-        batches = view_batches(
-            self.source,
-            [group],
-            batch_size=config.batch_size,
-            seed=config.seed,
-            epochs=range(self.step // self.steps_per_epoch, config.mae.epochs),
-            skip=self.step % self.steps_per_epoch,
-            workers=loader_workers(config.workers, self.source),
-            pin_memory=self.device.type == "cuda",
-            reduce_jpeg=True,
-        )
-        return device_batches(batches, self.device)
-
-    def rate(self) -> float:
-        """Learning rate of the next update."""
-        config = self.config.mae
-        return learning_rate(
-            self.step,
-            peak=config.lr * self.config.batch_size / 256,
-            warmup_updates=round(config.warmup_epochs * self.steps_per_epoch),
-            total_updates=self.total,
-            end=self.config.optimizer.end_lr,
-        )
 
     def update(self, batch: ViewBatch) -> None:
         """See `Job`."""
         self._loss = None
-        self.skipped.add(batch.bad)
-        images_of_all = total(len(batch.sample_B))
-        if not images_of_all:
-            return
-        set_learning_rate(self.optimizer, self.rate())
-        images = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
-        seed, patches = self.config.seed, self.model.num_patches
+        super().update(batch)
+
+    def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
+        """See `GradientJob`."""
+        views = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
         sample_B = batch.sample_B.to(self.device, non_blocking=True)
-        noise = uniform(seed, batch.epoch, Operation.MASK, sample_B, count=patches)
+        noise = uniform(self.config.seed, batch.epoch, Operation.MASK, sample_B, count=self.model.num_patches)
         with autocast(self.device, self.precision):
-            loss = self.trained(images, noise)
-        # Ranks' gradients are averaged: each counts by its part of the batch.
-        loss = loss * (len(batch.sample_B) * world_size() / images_of_all)
-        self.guard.watch(loss, self.step + 1)
+            loss: Tensor = self.trained_model(views, noise)
+        # Ranks' gradients are averaged: each counts by its share of the batch.
+        loss = loss * (len(batch.sample_B) * world_size() / images)
         loss.backward()
-        if self.config.optimizer.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self._loss = loss.detach()
+        return self._loss
 
-    def write_log(self) -> None:
-        """See `Job`."""
-        if self.log and self._loss is not None:
-            rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]
-            loss = float(sum_over_ranks(self._loss)) / world_size()
-            self.log.write({**self._position(), "loss": loss, "lr": rate})
-
-    def _position(self) -> dict[str, object]:
-        return {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), "stage": "pretrain"}
+    def values(self) -> dict[str, object] | None:
+        """See `Stage`."""
+        if self._loss is None:
+            return None
+        return {"loss": float(sum_over_ranks(self._loss)) / world_size(), "lr": self.rate(self.step - 1)}
 
     def end_epoch(self, epoch: int) -> None:
         """See `Job`."""
@@ -179,54 +116,54 @@ class Pretraining:
         if not every or (epoch % every and self.step < self.total):
             return
         values = self.monitor.check(self.model.encoder)
-        if self.log:
-            self.log.write({**self._position(), **values})
-        self.listener.note(f"epoch {epoch}: {readable(values)}")
+        self.run.log.write({**self.position(), **values})
+        self.run.listener.note(f"epoch {epoch}: {readable(values)}")
         self.rows = [{"metric": name, "value": value} for name, value in values.items()]
+
+    def state(self) -> dict[str, Any]:
+        """See `Stage`."""
+        return {**super().state(), "model": self.model.state_dict(), "rows": self.rows}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """See `Stage`."""
+        super().resume(state)
+        self.model.load_state_dict(state["model"])
+        self.rows = state["rows"]
 
 
 def pretrain(
     config: PretrainConfig, out: Path, *, resume: bool = False, force: bool = False, listener: Listener | None = None
 ) -> PretrainResult:
-    """Train a masked autoencoder and write `encoder.safetensors` with its header, log and results into `out`.
+    """Train a masked autoencoder, and write `encoder.safetensors` with its header, log and results into `out`.
 
-    Works on unlabelled images; labels, where there are any, only serve the k-NN check. resume: continue the unfinished
-    run in `out`; of a finished one, return its results. force: replace what a run has left in `out`. Raises UserError
-    subclasses for settings, images or folders that do not fit, Interrupted after saving when a signal arrives.
-    In a process group every rank calls this with the same arguments and rank 0 alone writes.
+    Works on unlabelled images; labels, if any, serve the k-NN check alone. resume: continue the unfinished run in
+    `out`; of a finished one, return its results. force: replace the files of an earlier run in `out`. Raises UserError
+    subclasses for settings, images or folders that do not fit, Interrupted after saving on a signal.
+    In a process group every rank calls this with the same arguments, and rank 0 alone writes.
     """
-    listener = listener if listener and own_rank() == 0 else Silent()
-    folder = RunFolder(out)
-    if folder.holds_result(resume=resume, force=force):
-        found = read_results(out, config.command)
-        folder.drop_state()  # of a run killed just before it did so itself
+    run = TrainingRun(config, out, listener)
+    if (found := run.finished(resume=resume, force=force)) is not None:
         return PretrainResult(out, *found)
-    check_trackers(config.monitor.trackers)
-    with stop_signal() as stop, folder.locked(resume=resume, force=force):
-        run = Pretraining(config, folder, listener)
-        state = folder.load_state(listener) if resume else None
-        check_ranks(state, run.source)
+    with run.locked(resume=resume, force=force):
+        job = Pretraining(run, config)
+        state = run.load_state(job.source, resume=resume)
         if state:
-            check_images(state, run.source, listener)
-            run.resume(state)
-        config = reloadable(config)
-        folder.prepare(config, resume=resume, force=force)
-        with closing(open_log(config, out, state)) as run.log:
+            job.resume(state)
+        with run.writing(config, state, resume=resume, force=force):
             del state  # as large as the run itself
-            train(run, run.batches(), stop, listener, log_every=config.monitor.log_every)
-        agree(0)
-        if end_group():
-            _write(run, config, out)
-            folder.drop_state()
-    return PretrainResult(out, run.rows, run.elapsed_s)
+            run.train(job)
+        if run.leave_group():
+            _write_encoder(job, config, out)
+            run.finish(job.rows)
+    return PretrainResult(out, job.rows, run.elapsed_s)
 
 
 def _architecture(config: PretrainConfig) -> Architecture:
-    """The encoder to be trained. Raises ConfigError for one that a masked autoencoder is not made of."""
+    """The encoder to train. Raises ConfigError for one that a masked autoencoder cannot be made of."""
     if config.data.spec is None:
         raise ConfigError(f"no images: pass --data ({ACCEPTED})")
     if config.encoder.weights is not None:
-        raise ConfigError(f"pretrain starts from random weights; leave out encoder.weights {config.encoder.weights!r}")
+        raise ConfigError(f"pretrain starts from random weights; omit encoder.weights {config.encoder.weights!r}")
     architecture = Architecture.from_config(config.encoder)
     if architecture.post_norm or architecture.from_timm:
         raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
@@ -238,16 +175,13 @@ def _architecture(config: PretrainConfig) -> Architecture:
     return architecture
 
 
-def _write(run: Pretraining, config: PretrainConfig, out: Path) -> None:
+def _write_encoder(job: Pretraining, config: PretrainConfig, out: Path) -> None:
     header = {
         "source": "mae",
         "preset": config.preset,
         "data": data_record(config.data),
-        "transform": run.transform.to_dict(),
-        "metrics": run.rows,
+        "transform": job.transform.to_dict(),
+        "metrics": job.rows,
     }
     dtype = torch.float16 if config.mae.save_dtype == "fp16" else torch.float32
-    save_encoder(out / "encoder.safetensors", run.model.encoder, header, dtype=dtype)
-    run.skipped.tell_all()
-    document, skipped = config.model_dump(mode="json"), run.skipped.items
-    write_results(out, config.command, document, run.elapsed_s, run.rows, bad_images=skipped)
+    save_encoder(out / "encoder.safetensors", job.model.encoder, header, dtype=dtype)

@@ -106,6 +106,7 @@ class RefineConfig(RunConfig):
     """Everything `mimref refine` can be told."""
 
     command = "refine"
+    path_settings = ("heads_from",)
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
     """Images per pass of the encoder; the result is that of whole batches, which heads and loss still see. `auto` finds
     the largest that fits the GPU's memory; None encodes a batch at once."""

@@ -34,9 +34,9 @@ class EnsembleLinear(nn.Module):
 class EnsembleBatchNorm(nn.BatchNorm1d):
     """BatchNorm over the rows, of every feature of every head at once: (H, width, N) -> (H, width, N).
 
-    In a process group the statistics span the rows of all ranks, of which each may have another number: means, sums of
-    squared deviations and counts travel in one collective for all heads, and are combined by Chan's formula (sums of
-    squares lose precision). torch's SyncBatchNorm does the same for CUDA tensors alone.
+    In a process group the statistics span the rows of all ranks, whose numbers may differ: means, sums of squared
+    deviations and counts are gathered in one collective for all heads, and combined by Chan's formula (sums of squares
+    lose precision). torch's SyncBatchNorm does the same for CUDA tensors alone.
     """
 
     def __init__(self, heads: int, width: int) -> None:
@@ -64,11 +64,11 @@ class EnsembleBatchNorm(nn.BatchNorm1d):
         rows = exact_CN.shape[1]
         mean_C = exact_CN.sum(dim=1) / max(rows, 1)
         deviation_C = (exact_CN - mean_C[:, None]).square().sum(dim=1)
-        told_S = torch.cat([mean_C, deviation_C, exact_CN.new_full((1,), rows)])
-        told_RS = gather_stack(told_S)
-        count_R1 = told_RS[:, -1:].detach()
+        sent_S = torch.cat([mean_C, deviation_C, exact_CN.new_full((1,), rows)])
+        sent_RS = gather_stack(sent_S)
+        count_R1 = sent_RS[:, -1:].detach()
         total = count_R1.sum()
-        mean_RC, deviation_RC = told_RS[:, :-1].chunk(2, dim=1)
+        mean_RC, deviation_RC = sent_RS[:, :-1].chunk(2, dim=1)
         mean_C = (mean_RC * count_R1).sum(dim=0) / total
         deviation_C = (deviation_RC + count_R1 * (mean_RC - mean_C).square()).sum(dim=0)
         self._track(mean_C.detach(), (deviation_C / (total - 1)).detach())
@@ -142,7 +142,7 @@ def _unit_rows(x_HON: Tensor) -> Tensor:
 def head_blocks(blocks: str, depth: int) -> list[int]:
     """Block of every head from `17-24`, `20,22,24` or `last8` (also mixed: `17-20,24`); blocks may repeat.
 
-    Raises ConfigError for a block outside 1..depth and for a range whose first block is above its last.
+    Raises ConfigError for a block outside 1..depth and for a range whose start exceeds its end.
     """
     if blocks.startswith("last"):
         count = int(blocks.removeprefix("last"))
@@ -154,8 +154,8 @@ def head_blocks(blocks: str, depth: int) -> list[int]:
         word, _, last_word = part.partition("-")
         first, last = int(word), int(last_word or word)
         if first > last:
-            raise ConfigError(f"heads.blocks {blocks!r}: a range runs upwards, {last}-{first}")
-        # Checked before the range is written out: it may be of any length.
+            raise ConfigError(f"heads.blocks {blocks!r}: range start exceeds end; use {last}-{first}")
+        # Checked before the range is expanded: it may have any length.
         if first < 1 or last > depth:
             raise _out_of_range(blocks, depth)
         chosen += range(first, last + 1)

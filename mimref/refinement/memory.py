@@ -8,114 +8,25 @@ import torch
 from torch import nn
 
 from mimref.data.loader import ViewBatch
-from mimref.data.views import CropGroup
+from mimref.data.views import CropGroup, multi_crop
+from mimref.distributed.collectives import max_over_ranks
+from mimref.distributed.group import without_group
 from mimref.encoders.parameters import freeze_untrained
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
+from mimref.progress import Listener
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads
-from mimref.refinement.method import RefinementStep
+from mimref.refinement.method import Method
+from mimref.refinement.plan import Plan
 from mimref.refinement.schedule import StageName
 
-
-def check_exact(encoder: nn.Module) -> None:
-    """Raise ConfigError for an encoder whose second pass on a part would not repeat the first on the whole."""
-    for module in encoder.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ConfigError(
-                "micro_batch: the encoder has BatchNorm layers, whose statistics span the batch, so that parts of it "
-                "would give other results; leave micro_batch unset and lower batch_size"
-            )
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise ConfigError(
-                "micro_batch: the encoder has dropout, which would differ between its two passes; leave it unset"
-            )
-
-
-def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
-    """The largest of most, most / 2, most / 4, ... (rounded up) for which `attempt` does not run out of memory.
-
-    Raises ConfigError when not even 1 fits.
-    """
-    size = most
-    while True:
-        try:
-            attempt(size)
-            return size
-        except torch.OutOfMemoryError:
-            pass  # the exception holds on to the tensors: leave it before trying again
-        release_memory()
-        size = half(size)
-
-
-def half(size: int) -> int:
-    """What to try when micro-batches of `size` do not fit. Raises ConfigError for those of a single image."""
-    if size == 1:
-        raise ConfigError(
-            "out of memory with a single image per encoder pass; lower batch_size, the number of local views or "
-            "heads.queue_size, or set activation_checkpointing=true"
-        )
-    return -(-size // 2)
-
-
-def release_memory() -> None:
-    """Hand back what failed attempts have left."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def try_step(
-    step: RefinementStep,
-    groups: list[CropGroup],
-    batch_size: int,
-    micro_batch: int,
-    *,
-    reserve: int = 0,
-    train_encoder: bool = True,
-) -> None:
-    """One whole step, forward and backward, on black images; nothing of it remains but the memory it needed.
-
-    reserve: float32 numbers that are to have room beside it. Two batches of crops have, as in training, where one is
-    copied ahead. Raises torch.OutOfMemoryError.
-    """
-    trained = [
-        weight for module in (step.encoder, step.heads) for weight in module.parameters() if weight.requires_grad
-    ]
-    queue, before = step.queue.state_dict(), step.micro_batch
-    kept = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in queue.items()}
-    norms = {name: buffer.clone() for name, buffer in step.heads.named_buffers()}
-    try:
-        held = [torch.empty(reserve, device=step.device)]
-        step.micro_batch = micro_batch
-        crops, ahead = (
-            [
-                torch.zeros(batch_size, group.count, 3, group.size, group.size, dtype=torch.uint8, device=step.device)
-                for group in groups
-            ]
-            for _ in range(2)
-        )
-        held += ahead
-        batch = ViewBatch(0, torch.arange(batch_size), crops, [])
-        weight_H = torch.ones(step.heads.num_heads, device=step.device)
-        step.forward_backward(batch, weight_H, top_k=1, train_encoder=train_encoder)
-        del held, ahead
-    finally:
-        step.micro_batch = before
-        step.queue.load_state_dict(kept)
-        for name, buffer in step.heads.named_buffers():
-            buffer.copy_(norms[name])
-        for weight in trained:
-            weight.grad = None
-
-
-_BYTES = 4
-"""Of a number of the training state, which is float32 whatever the precision of the computations."""
+_BYTES = 4  # training state is float32 whatever the precision of the computation
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Memory of a stage that does not depend on the batch."""
+    """Memory of a stage that does not depend on the batch, in bytes."""
 
     weights: int
     """Of encoder and heads, with their running statistics."""
@@ -123,7 +34,7 @@ class StateBytes:
     moments: int
     """AdamW's two."""
     average: int
-    """The averaged encoder, of stage 2."""
+    """The averaged encoder of stage 2."""
     queue: int
 
     @property
@@ -150,3 +61,119 @@ def state_bytes(config: RefineConfig, architecture: Architecture, blocks: list[i
         average=_BYTES * encoder_count if stage == "encoder" else 0,
         queue=_BYTES * len(blocks) * config.heads.queue_size * config.heads.output,
     )
+
+
+def choose_micro_batch(method: Method, plan: Plan, listener: Listener) -> int | None:
+    """Images per encoder pass as the settings say; `auto` tries what fits on a CUDA device."""
+    asked = plan.config.micro_batch
+    if asked is None:
+        return None
+    check_exact(method.encoder)
+    if isinstance(asked, int):
+        return asked
+    if method.device.type != "cuda":
+        # Other devices use the machine's memory, and nothing says when it is full.
+        listener.note(f"micro_batch auto: whole batches on {method.device.type}")
+        return None
+    stage: StageName = "heads" if plan.config.stage == "heads" else "encoder"
+    to_come = state_bytes(plan.config, plan.architecture, plan.blocks, stage)
+    fits = largest_micro_batch(method, plan, method.most_images, reserve=to_come.moments + to_come.average)
+    found = -max_over_ranks(-fits)  # the smallest of any rank
+    listener.note(f"micro_batch auto: {found} of {method.most_images} images per encoder pass")
+    return found
+
+
+def check_exact(encoder: nn.Module) -> None:
+    """Raise ConfigError for an encoder whose passes over parts of a batch differ from one pass over all of it."""
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                "micro_batch: the encoder has BatchNorm layers, whose statistics span the batch, so micro-batches "
+                "would change the result; leave micro_batch unset and lower batch_size"
+            )
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise ConfigError("micro_batch: the encoder has dropout, which differs between passes; leave it unset")
+
+
+def largest_micro_batch(method: Method, plan: Plan, most: int, *, reserve: int) -> int:
+    """The largest micro-batch up to `most` for which the device has memory beside `reserve` bytes.
+
+    Call it before heads and encoder are distributed: they would wait for other ranks.
+    """
+    crops = multi_crop(plan.config.views, plan.architecture.image_size)
+    train_encoder = plan.config.stage != "heads"
+
+    def attempt(micro: int) -> None:
+        try_step(method, crops, method.most_images, micro, reserve=reserve, train_encoder=train_encoder)
+
+    with without_group():
+        return largest_that_fits(attempt, most)
+
+
+def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
+    """The largest of most, most / 2, most / 4, ... (rounded up) for which `attempt` does not run out of memory.
+
+    Raises ConfigError when not even 1 fits.
+    """
+    size = most
+    while True:
+        try:
+            attempt(size)
+            return size
+        except torch.OutOfMemoryError:
+            pass  # the exception holds on to the tensors: leave it before trying again
+        release_memory()
+        size = half(size)
+
+
+def half(size: int) -> int:
+    """The size to try after `size` did not fit. Raises ConfigError after 1."""
+    if size == 1:
+        raise ConfigError(
+            "out of memory with a single image per encoder pass; lower batch_size, the number of local views or "
+            "heads.queue_size, or set activation_checkpointing=true"
+        )
+    return -(-size // 2)
+
+
+def release_memory() -> None:
+    """Free what failed attempts have left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def try_step(
+    method: Method,
+    groups: list[CropGroup],
+    batch_size: int,
+    micro_batch: int,
+    *,
+    reserve: int = 0,
+    train_encoder: bool = True,
+) -> None:
+    """One step, forward and backward, on black images; nothing changes but the memory that it needed.
+
+    reserve: bytes to hold beside it. Two batches of crops are held, as in training, where one is copied ahead. Raises
+    torch.OutOfMemoryError.
+    """
+    queue, before = method.queue.state_dict(), method.micro_batch
+    saved = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in queue.items()}
+    norms = {name: buffer.clone() for name, buffer in method.heads.named_buffers()}
+    try:
+        held = [torch.empty(reserve // _BYTES, device=method.device)]
+        method.micro_batch = micro_batch
+        shapes = [(batch_size, group.count, 3, group.size, group.size) for group in groups]
+        crops, ahead = ([torch.zeros(s, dtype=torch.uint8, device=method.device) for s in shapes] for _ in range(2))
+        held += ahead
+        batch = ViewBatch(0, torch.arange(batch_size), crops, [])
+        weight_H = torch.ones(method.heads.num_heads, device=method.device)
+        method.forward_backward(batch, weight_H, top_k=1, train_encoder=train_encoder)
+        del held, ahead
+    finally:
+        method.micro_batch = before
+        method.queue.load_state_dict(saved)
+        for name, buffer in method.heads.named_buffers():
+            buffer.copy_(norms[name])
+        for module in (method.encoder, method.heads):
+            module.zero_grad(set_to_none=True)

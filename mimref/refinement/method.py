@@ -1,10 +1,10 @@
-"""One refinement step: views, encoder, heads, neighbours, loss, update.
+"""The method on one batch: views, encoder, heads, neighbours, loss, gradients.
 
 Shapes: B images (b of a micro-batch), V views (0 and 1 global), G = 2 global views, W blocks that heads read, H heads,
 D encoder width, O output width, N = V * B rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -25,13 +25,14 @@ from mimref.distributed.collectives import (
 from mimref.distributed.group import own_rank, world_size
 from mimref.draws import Operation, uniform
 from mimref.encoders.vit import Encoder
+from mimref.refinement.config import LossConfig
 from mimref.refinement.heads import Heads
 from mimref.refinement.loss import Alignment, nna_loss
 from mimref.refinement.queue import Neighbours, Queue
 
 
 class StepValues(NamedTuple):
-    """What a step computed, on the device; reading it costs a sync."""
+    """Values of a step, on the device; reading them costs a sync."""
 
     loss: Tensor
     """Weighted sum over heads."""
@@ -41,11 +42,11 @@ class StepValues(NamedTuple):
     sample_B: Tensor
     """Sample indices on the device."""
     share: float
-    """Part of the batch's images that this rank holds; 1 in a single process."""
+    """This rank's share of the batch's images; 1 in a single process."""
 
 
-class _Everything(NamedTuple):
-    """What ranks gather of each other."""
+class _Gathered(NamedTuple):
+    """Of the images of all ranks."""
 
     projection_HGBO: Tensor
     negative_HGBO: Tensor | None
@@ -53,9 +54,9 @@ class _Everything(NamedTuple):
 
 
 class PooledBlocks(nn.Module):
-    """Pooled tokens of some of an encoder's blocks, as one module whose gradients ranks can average."""
+    """Pooled tokens of some blocks, as one module whose gradients ranks can average."""
 
-    def __init__(self, encoder: Encoder, wanted: list[int], pool: str) -> None:
+    def __init__(self, encoder: Encoder, wanted: Sequence[int], pool: str) -> None:
         super().__init__()
         self.encoder, self.wanted, self.pool = encoder, wanted, pool
 
@@ -63,14 +64,14 @@ class PooledBlocks(nn.Module):
         """Images of several sizes, (N_i, 3, S_i, S_i) each -> (W, sum of N_i, D)."""
         parts = []
         for sized in images:
-            # The head at the last block reads the normed output, which is what users' models return.
+            # The head at the last block reads the normed output, as users of the encoder do.
             tokens = self.encoder.blocks(sized, self.wanted, final_norm=True)
             parts.append(torch.stack([self.encoder.pool(block, self.pool) for block in tokens]))
         return torch.cat(parts, dim=1)
 
 
-class RefinementStep:
-    """The objects a step needs, and the forward pass that both stages share."""
+class Method:
+    """Nearest Neighbor Alignment of one batch: features, heads, neighbours, loss, gradients. Both stages use it."""
 
     def __init__(
         self,
@@ -79,41 +80,36 @@ class RefinementStep:
         queue: Queue,
         photometric: Photometric,
         *,
-        blocks: list[int],
-        temperature: list[float],
+        blocks: Sequence[int],
+        temperature: Sequence[float],
         pool: str,
-        direction: str,
-        swap_negatives: bool,
-        seed: int,
+        loss: LossConfig,
         precision: torch.dtype,
         micro_batch: int | None = None,
         most_images: int = 0,
     ) -> None:
+        """blocks, temperature: of every head, blocks 1-based. micro_batch: images per encoder pass; None encodes a
+        batch at once. most_images: the most images of a batch that a rank can have; needed in a process group."""
         self.encoder, self.heads, self.queue, self.photometric = encoder, heads, queue, photometric
-        self.device = photometric.device
+        self.device, self.precision, self.loss = photometric.device, precision, loss
+        self.micro_batch, self.most_images = micro_batch, most_images
         self.wanted = sorted(set(blocks))
         self.block_of_head = [self.wanted.index(block) for block in blocks]
+        self.temperature_H = torch.tensor(temperature, device=self.device)
         self.pooled_blocks = PooledBlocks(encoder, self.wanted, pool)
         self.trained_encoder: nn.Module = self.pooled_blocks
         self.trained_heads: nn.Module = heads
-        self.most_images = most_images
-        """The most images that a rank can have of a batch; needed in a process group."""
-        self.temperature_H = torch.tensor(temperature, device=self.device)
-        self.pool, self.direction, self.swap_negatives = pool, direction, swap_negatives
-        self.seed, self.precision = seed, precision
-        self.micro_batch = micro_batch
-        """Images per encoder pass; None encodes a batch at once."""
 
     def forward_backward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
-        """Loss of one batch and its gradients, added to those that are there; the queue then takes up view 0.
+        """Loss of one batch; its gradients are added to the weights' own, and the queue takes in view 0.
 
         With `micro_batch` the encoder runs twice on parts of the batch: without gradient, so that heads and loss see
-        the whole batch, and again to push the gradients of its features through (GradCache, Gao et al. 2021). Memory
+        the whole batch, and again to backpropagate the gradients of its features (GradCache, Gao et al. 2021). Memory
         then follows the micro-batch, and the gradients are those of one pass.
         """
-        # Not the images at hand decide, of which ranks may have different numbers: all must take the same way.
-        at_once = self.micro_batch is None or self.micro_batch >= (self.most_images or len(batch.sample_B))
-        if at_once or not train_encoder:
+        # Ranks may have different numbers of images, but all must take the same branch.
+        one_pass = self.micro_batch is None or self.micro_batch >= (self.most_images or len(batch.sample_B))
+        if one_pass or not train_encoder:
             values = self.forward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)
             values.loss.backward()
             return values
@@ -125,22 +121,22 @@ class RefinementStep:
         assert features_WVBD.grad is not None
         gradient_WVBD = features_WVBD.grad
         for rows, part in self._parts(batch):
-            # Gradients of all parts travel between ranks once, with the last.
+            # Ranks exchange the gradients of all parts once, with the last part.
             with nullcontext() if rows.stop == len(batch.sample_B) else self._without_sync():
                 torch.autograd.backward(self._encode(part, self.trained_encoder), gradient_WVBD[:, :, rows])
         return values
 
     def forward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
-        """Loss of one batch in one pass; the queue then takes up view 0. Call `loss.backward()` on the result."""
+        """Loss of one batch in one pass; the queue takes in view 0. Call `loss.backward()` on the result."""
         return self._align(self.features(batch, train_encoder=train_encoder), batch, weight_H, top_k)
 
     def features(self, batch: ViewBatch, *, train_encoder: bool) -> Tensor:
-        """Pooled tokens that each head reads, (H, N, D), rows view by view."""
+        """What each head reads, pooled tokens (H, N, D), rows view by view."""
         if train_encoder:
             return self._of_heads(self._encode(batch, self.trained_encoder))
         with torch.inference_mode():
             features_WVBD = self._encode_in_parts(batch)
-        # Stacked outside of inference mode, whose tensors no gradient could be computed with.
+        # Stacked outside of inference mode: autograd cannot use inference tensors.
         return self._of_heads(features_WVBD)
 
     def _align(self, features_HND: Tensor, batch: ViewBatch, weight_H: Tensor, top_k: int) -> StepValues:
@@ -158,49 +154,49 @@ class RefinementStep:
         prediction_HVBO = prediction_HNO.unflatten(1, (views, images))
         global_HGBO, neighbour_HGBO = (x_HMO.unflatten(1, (2, images)) for x_HMO in (global_HMO, neighbours.rows_HMO))
         counts = [len(part) for part in samples]
-        everything = self._gather(prediction_HVBO, global_HGBO, neighbour_HGBO, counts)
+        gathered = self._gather(prediction_HVBO, global_HGBO, neighbour_HGBO, counts)
         alignment = nna_loss(
             prediction_HVBO,
             global_HGBO,
             neighbour_HGBO,
             self.temperature_H,
-            direction=self.direction,
-            swap_negatives=self.swap_negatives,
+            direction=self.loss.direction,
+            swap_negatives=self.loss.swap_negatives,
             first=sum(counts[: own_rank()]),
-            all_prediction_HVBO=everything.prediction_HVBO,
-            all_negative_HGBO=everything.negative_HGBO,
+            all_prediction_HVBO=gathered.prediction_HVBO,
+            all_negative_HGBO=gathered.negative_HGBO,
         )
         # Enqueued after the lookup, so that no sample finds itself in this step.
         every_sample = sample_B if len(samples) == 1 else torch.cat(samples).to(self.device, non_blocking=True)
-        self.queue.enqueue(everything.projection_HGBO[:, 0], every_sample)
+        self.queue.enqueue(gathered.projection_HGBO[:, 0], every_sample)
         share = images / sum(counts)
-        # Ranks' gradients are averaged: each counts by its part of the batch.
-        # A rank without an image has no mean, and takes part in the others' backward pass all the same.
-        part = prediction_HVBO if everything.prediction_HVBO is None else everything.prediction_HVBO
+        # Ranks' gradients are averaged: each counts by its share of the batch.
+        # A rank without an image has no mean, but takes part in the others' backward pass.
+        part = prediction_HVBO if gathered.prediction_HVBO is None else gathered.prediction_HVBO
         loss_H = alignment.loss_H if images else part.sum(dim=(1, 2, 3))
         loss = (weight_H * loss_H).sum() * (share * len(counts))
         return StepValues(loss, alignment, neighbours, sample_B, share)
 
     def _gather(
         self, prediction_HVBO: Tensor, projection_HGBO: Tensor, neighbour_HGBO: Tensor, counts: list[int]
-    ) -> "_Everything":
-        """What this rank's loss and queue need of the other ranks' images; in a single process its own."""
+    ) -> "_Gathered":
+        """What this rank's loss and queue need from all ranks' images."""
         if len(counts) == 1:
-            return _Everything(projection_HGBO, None, None)
+            return _Gathered(projection_HGBO, None, None)
         every_HGBO = gather_rows(projection_HGBO, counts, dim=2)
-        if self.direction == "prediction":
+        if self.loss.direction == "prediction":
             every_prediction = gather_rows_with_gradient(prediction_HVBO, counts, dim=2)
-            return _Everything(every_HGBO, None, every_prediction)
-        negative_HGBO = gather_rows(neighbour_HGBO, counts, dim=2) if self.swap_negatives else every_HGBO
-        return _Everything(every_HGBO, negative_HGBO, None)
+            return _Gathered(every_HGBO, None, every_prediction)
+        negative_HGBO = gather_rows(neighbour_HGBO, counts, dim=2) if self.loss.swap_negatives else every_HGBO
+        return _Gathered(every_HGBO, negative_HGBO, None)
 
     def distribute_heads(self) -> None:
-        """Average the heads' gradients over the ranks from now on, and start from the weights of rank 0."""
+        """From now on, average the heads' gradients over the ranks; all start from rank 0's weights."""
         if world_size() > 1:
             self.trained_heads = averaged(self.heads, self.device)
 
     def distribute_encoder(self) -> None:
-        """The same for the encoder; what is frozen must be frozen already."""
+        """The same for the encoder, whose frozen parameters must be frozen already."""
         if world_size() > 1:
             self.trained_encoder = averaged(self.pooled_blocks, self.device)
 
@@ -209,7 +205,7 @@ class RefinementStep:
         return encoder.no_sync() if isinstance(encoder, DistributedDataParallel) else nullcontext()
 
     def _encode(self, batch: ViewBatch, pooled_blocks: nn.Module) -> Tensor:
-        """Pooled tokens of the blocks that heads read, (W, V, B, D); one encoder pass per crop size."""
+        """Pooled tokens of the blocks that heads read, (W, V, B, D), by one encoder pass per crop size."""
         first_view = 0
         images = []
         for crops in batch.crops:
@@ -221,7 +217,7 @@ class RefinementStep:
         return pooled_WVBD
 
     def _encode_in_parts(self, batch: ViewBatch) -> Tensor:
-        """The same, micro-batch by micro-batch; without gradient."""
+        """The same, micro-batch by micro-batch. Call it without gradient."""
         found: Tensor | None = None
         for rows, part in self._parts(batch):
             features_WVbD = self._encode(part, self.pooled_blocks)
@@ -235,10 +231,10 @@ class RefinementStep:
         return found
 
     def _parts(self, batch: ViewBatch) -> Iterator[tuple[slice, ViewBatch]]:
-        """Micro-batches of a batch, the last one maybe smaller, and which of its images they hold."""
+        """Micro-batches of a batch, and which of its images they hold. The last one may be smaller."""
         images = len(batch.sample_B)
         size = self.micro_batch or max(images, 1)
-        # A rank whose images could all not be read still takes part in what the ranks do together.
+        # A rank whose images are all unreadable still takes part in the collectives.
         for start in range(0, max(images, 1), size):
             rows = slice(start, min(start + size, images))
             yield rows, ViewBatch(batch.epoch, batch.sample_B[rows], [crops[rows] for crops in batch.crops], [])
@@ -251,7 +247,12 @@ class RefinementStep:
         """Uniform numbers (H, 2 * B) that pick one of the top-k neighbours."""
         view_M = torch.arange(2, device=self.device).repeat_interleave(len(sample_B))
         choices_MH = uniform(
-            self.seed, batch.epoch, Operation.NEIGHBOUR, sample_B.repeat(2), view_M, count=self.heads.num_heads
+            self.photometric.seed,
+            batch.epoch,
+            Operation.NEIGHBOUR,
+            sample_B.repeat(2),
+            view_M,
+            count=self.heads.num_heads,
         )
         return choices_MH.T
 
@@ -282,11 +283,10 @@ def monitored_values(values: StepValues, labels: Tensor | None) -> dict[str, obj
 def _over_ranks(loss: Tensor, by_head: dict[str, Tensor], share: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and means of the whole batch from those of every rank's part of it."""
     means = torch.stack([value.double() for value in by_head.values()])
-    told = torch.cat([loss.double()[None] / world_size(), (means * share).flatten()])
-    # The means of no images are no numbers.
-    told = told if share else torch.zeros_like(told)
-    told = sum_over_ranks(told)
-    return told[0], dict(zip(by_head, told[1:].view_as(means), strict=True))
+    values = torch.cat([loss.double()[None] / world_size(), (means * share).flatten()])
+    # The means of no images are NaN.
+    values = sum_over_ranks(values if share else torch.zeros_like(values))
+    return values[0], dict(zip(by_head, values[1:].view_as(means), strict=True))
 
 
 def neighbour_accuracy(neighbours: Neighbours, sample_B: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a refinement will be before anything is trained: encoder, heads, sizes, steps, and whether they fit."""
+"""A refinement before anything is trained: encoder, heads, sizes, steps, and whether they fit each other."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -11,21 +11,22 @@ from mimref.data.loader import check_batch_size
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
-from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, with_fixed_positions
+from mimref.devices import resolve_device, resolve_precision
+from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint, with_fixed_positions
 from mimref.encoders.published import official_name
-from mimref.encoders.vit import PAPER_SIZES, Architecture
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError
+from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
+from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.header import eval_transform, recorded_data
 from mimref.progress import LabelledProgress
-from mimref.refinement.auto import recommended_blocks
 from mimref.refinement.config import RefineConfig
-from mimref.refinement.heads import Heads, head_blocks
-from mimref.refinement.memory import state_bytes
+from mimref.refinement.heads import head_blocks
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A checked refinement: settings that fit the weights and the images."""
+class Base:
+    """What is refined: the encoder's weights and the images."""
 
     config: RefineConfig
     """With encoder and data filled in from the checkpoint's header."""
@@ -33,12 +34,19 @@ class Plan:
     architecture: Architecture
     transform: EvalTransform
     source: ImageSource
+    """The training images."""
+    warnings: list[str]
+    """About settings that have no effect."""
+
+
+@dataclass(frozen=True)
+class Plan(Base):
+    """A checked refinement: settings that fit the weights and the images."""
+
     blocks: list[int]
     """Block of every head, 1-based."""
     temperature: list[float]
     """Of every head."""
-    warnings: list[str]
-    """What the settings say in vain."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -60,38 +68,78 @@ class Plan:
 def make_plan(config: RefineConfig, progress: LabelledProgress | None = None) -> Plan:
     """Check the settings against the weights and the images. Raises UserError subclasses.
 
-    Nothing is written but a copy of published weights, of whose download `progress` is told.
+    Nothing is written but a copy of published weights, whose download is reported to `progress`.
     """
-    weights = config.encoder.weights or official_name(config.encoder.arch, config.encoder.source)
-    checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads, progress=progress)
-    architecture = architecture_to_train(config.encoder, checkpoint)
-    data = recorded_data(config.data, checkpoint.header)
-    warned = _warnings(config.encoder, checkpoint)
-    config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
-    transform = eval_transform(architecture, data, checkpoint.header)
-    source_images = open_source(data, "train", progress=progress)
-    if config.heads.blocks == "auto":
-        chosen = recommended_blocks(config, checkpoint, architecture, transform, source_images, progress)
-        config = config.model_copy(update={"heads": config.heads.model_copy(update={"blocks": chosen})})
-    blocks = head_blocks(config.heads.blocks, architecture.depth)
+    base = open_base(config, progress)
+    if base.config.heads.blocks == "auto":
+        heads = base.config.heads.model_copy(update={"blocks": measure_blocks(base, progress)})
+        base = replace(base, config=base.config.model_copy(update={"heads": heads}))
+    config = base.config
+    blocks = head_blocks(config.heads.blocks, base.architecture.depth)
     temperature = temperatures(config.heads.temperature, len(blocks))
     _check_schedule(config, blocks)
     _check_frozen(config, blocks)
-    check_sizes(config, architecture)
-    _check_counts(config, len(source_images))
-    plan = Plan(config, checkpoint, architecture, transform, source_images, blocks, temperature, warned)
+    check_sizes(config, base.architecture)
+    _check_counts(config, len(base.source))
+    plan = Plan(**vars(base), blocks=blocks, temperature=temperature)
     if not plan.heads_steps and not plan.encoder_steps:
         raise ConfigError(
             f"nothing to train: heads_stage.epochs is {config.heads_stage.epochs} and encoder_stage.epochs "
-            f"{config.encoder_stage.epochs} with stage = {config.stage!r}; give at least one stage an epoch"
+            f"{config.encoder_stage.epochs} with stage = {config.stage!r}; set at least one stage's epochs"
         )
     return plan
 
 
-def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Architecture:
-    """What the weights say they are, at the image size asked for; else what the settings say.
+def open_base(config: RefineConfig, progress: LabelledProgress | None = None) -> Base:
+    """Read the weights that the settings name, and find the training images."""
+    weights = config.encoder.weights or official_name(config.encoder.arch, config.encoder.source)
+    checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads, progress=progress)
+    architecture = architecture_to_train(config.encoder, checkpoint)
+    data = recorded_data(config.data, checkpoint.header)
+    warnings = _warnings(config.encoder, checkpoint)
+    config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
+    transform = eval_transform(architecture, data, checkpoint.header)
+    return Base(config, checkpoint, architecture, transform, open_source(data, "train", progress=progress), warnings)
 
-    Unlike an evaluation's `--arch`, settings that contradict the weights give way: a preset has them for all weights.
+
+def measure_blocks(base: Base, progress: LabelledProgress | None = None) -> str:
+    """Blocks for `heads.blocks = "auto"`, from the k-NN accuracy of every block of the base encoder.
+
+    Measured on the monitor's subset of the images (`monitor.knn_samples`), on the features that heads would read;
+    `mimref analyze-blocks` shows the curve. Raises ConfigError without labels.
+    """
+    config, device = base.config, resolve_device(base.config.device)
+    precision, problems = resolve_precision(config.precision, device), list[str]()
+    monitor = KnnMonitor(config, base.source, base.transform, device, precision, note=problems.append)
+    if monitor.test is None:
+        raise ConfigError(
+            "heads.blocks 'auto' measures k-NN and needs labelled training and validation images; name blocks, such as "
+            f"last8{''.join(f' ({problem})' for problem in problems)}"
+        )
+    blocks = list(range(1, base.architecture.depth + 1))
+    encoder = base_encoder(base, device)
+    train, test = monitor.features(encoder, blocks, pool=config.heads.pool, final_norm=True)
+    assert test is not None
+    accuracies = []
+    for column in range(len(blocks)):
+        accuracies.append(monitor.knn_top1(train, test, column))
+        if progress is not None:
+            progress("k-NN of every block", column + 1, len(blocks))
+    return blocks_text(recommend_heads(accuracies))
+
+
+def base_encoder(base: Base, device: torch.device) -> Encoder:
+    """The encoder with the weights to refine, in evaluation mode."""
+    with torch.device("meta"):
+        encoder = build_encoder(base.architecture)
+    load_weights(encoder, base.checkpoint, share=device.type != "cpu")
+    return encoder.to(device).eval()
+
+
+def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Architecture:
+    """The architecture of the weights at the image size of the settings; the settings' own where weights name none.
+
+    Unlike an evaluation's `--arch`, settings that contradict the weights are ignored: presets serve any weights.
     """
     recorded = checkpoint.architecture
     if recorded is None and "arch" not in config.model_fields_set:
@@ -106,7 +154,7 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Arch
 
 
 def _names_timm(config: EncoderConfig) -> bool:
-    """Whether the settings name a timm model, whose files are then taken for that model's."""
+    """Whether the settings name a timm model; files are then read as that model's."""
     return "arch" in config.model_fields_set and config.arch not in (*PAPER_SIZES, "custom")
 
 
@@ -114,20 +162,20 @@ def _warnings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]:
     recorded, path = checkpoint.architecture, checkpoint.path
     if recorded is None or (checkpoint.recognised and _names_timm(config)):
         return []
-    warned = []
+    warnings = []
     if "arch" in config.model_fields_set and config.arch not in (recorded.name, "custom"):
-        warned.append(
-            f"encoder.arch {config.arch} is passed over: {path} holds {recorded.name} with {recorded.depth} blocks of "
+        warnings.append(
+            f"encoder.arch {config.arch} is ignored: {path} holds {recorded.name} with {recorded.depth} blocks of "
             f"width {recorded.width} for images of {recorded.image_size} pixels"
         )
     asked = "source" in config.model_fields_set and checkpoint.recognised
     if asked and checkpoint.source not in (None, config.source):
-        warned.append(f"encoder.source {config.source} is passed over: {path} is of {checkpoint.source}")
-    return warned
+        warnings.append(f"encoder.source {config.source} is ignored: {path} is of {checkpoint.source}")
+    return warnings
 
 
 def _resolved(config: EncoderConfig, checkpoint: Checkpoint, architecture: Architecture) -> EncoderConfig:
-    """The settings that name the encoder as it is, so that config.toml does."""
+    """Settings that name the encoder as it is, for config.toml."""
     custom = architecture.name == "custom"
     sizes = ("width", "depth", "num_heads", "patch_size")
     return config.model_copy(
@@ -150,7 +198,7 @@ def temperatures(temperature: float | list[float], num_heads: int) -> list[float
 
 
 def check_sizes(config: RefineConfig, architecture: Architecture) -> None:
-    """Raise ConfigError for views, in pixels per side, that cannot be cut into patches, or local larger than global."""
+    """Raise ConfigError for views that cannot be cut into patches, and for local views larger than the global ones."""
     views = config.views
     global_size = views.global_size or architecture.image_size
     architecture.check_size(global_size, "encoder.image_size" if views.global_size is None else "views.global_size")
@@ -179,8 +227,8 @@ def _check_schedule(config: RefineConfig, blocks: list[int]) -> None:
         raise ConfigError(f"loss.schedule {schedule!r} needs at least two heads; heads.blocks names one")
     if any(block >= following for block, following in pairwise(blocks)):
         raise ConfigError(
-            f"loss.schedule {schedule!r} goes from the earliest head to the last; "
-            f"heads.blocks {config.heads.blocks!r} must name each block once, in rising order"
+            f"loss.schedule {schedule!r} runs from the earliest head to the last; "
+            f"heads.blocks {config.heads.blocks!r} must name each block once, in ascending order"
         )
 
 
@@ -189,11 +237,11 @@ def _check_counts(config: RefineConfig, images: int) -> None:
     queue = config.heads.queue_size
     if queue > max(images, config.batch_size):
         raise ConfigError(
-            f"heads.queue_size {queue} is larger than the {images} training images, so that every image would stand in "
-            f"the queue several times; set heads.queue_size={images} or less"
+            f"heads.queue_size {queue} exceeds the {images} training images, so every image would be in the queue "
+            f"several times; set heads.queue_size={images} or less"
         )
     most = max(config.heads_stage.top_k, config.encoder_stage.top_k)
-    # A queue reaches over three epochs at most, so up to three of its rows are a sample's own and left out.
+    # A queue spans at most three epochs, so up to three of its rows are a sample's own and excluded.
     if most > queue - 3:
         raise ConfigError(
             f"top_k {most} needs a heads.queue_size of at least {most + 3}, not {queue}: "
@@ -201,38 +249,8 @@ def _check_counts(config: RefineConfig, images: int) -> None:
         )
 
 
-def describe(plan: Plan) -> dict[str, str]:
-    """Facts of a dry run, label to text: sizes, parameters, steps and memory that does not depend on activations.
-
-    Raises CheckpointError when the weights do not fit.
-    """
-    config, architecture = plan.config, plan.architecture
-    encoder = encoder_from(plan.checkpoint, architecture)
-    with torch.device("meta"):
-        heads = Heads(config.heads, len(plan.blocks), encoder.embed_dim)
-    encoder_count = sum(parameter.numel() for parameter in encoder.parameters())
-    heads_count = sum(parameter.numel() for parameter in heads.parameters())
-    state = state_bytes(config, architecture, plan.blocks, "encoder" if plan.encoder_steps else "heads")
-    mebibytes = state.total / 2**20
-    memory = f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
-    views = 2 + config.views.local_views
-    facts = {
-        "encoder": f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, "
-        f"{'post' if architecture.post_norm else 'pre'}-norm, {encoder_count:,} parameters",
-        "weights": str(plan.checkpoint.path),
-        "heads": f"{len(plan.blocks)} at blocks {', '.join(map(str, plan.blocks))}, {heads_count:,} parameters",
-        "images": f"{len(plan.source):,} of {plan.source.name}, {views} views each, batches of {config.batch_size}",
-        "steps": f"{plan.heads_steps:,} (heads), then {plan.encoder_steps:,} (encoder and heads)",
-        "memory": f"{memory} in float32 for weights, optimizer, average and queue, activations not counted",
-    }
-    notices = plan.checkpoint.notices(architecture)
-    if notices:
-        facts["notice"] = "; ".join(notices)
-    return facts | ({"warning": "; ".join(plan.warnings)} if plan.warnings else {})
-
-
 def header_of(plan: Plan) -> dict[str, Any]:
-    """What the result's header says beside the architecture: where the weights came from and how they were refined."""
+    """The result's header beside the architecture: where the weights came from, and that they were refined."""
     source = plan.config.encoder.source
     header: dict[str, Any] = {"source": f"{source} refined" if plan.encoder_steps else source}
     if plan.checkpoint.licence:

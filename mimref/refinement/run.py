@@ -1,6 +1,6 @@
 """Refine an encoder: train the heads on the frozen encoder, then encoder and heads together."""
 
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,25 +8,28 @@ from typing import Any
 import torch
 
 from mimref.data.loader import loader_workers
-from mimref.distributed.collectives import agree
-from mimref.distributed.group import end_group, own_rank
+from mimref.data.photometric import Photometric
+from mimref.devices import keep_freed_memory, resolve_device, resolve_precision
+from mimref.distributed.group import own_rank, world_size
 from mimref.encoders.checkpoints import save_encoder
+from mimref.encoders.parameters import freeze_untrained
+from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError, DataError
+from mimref.evaluation.monitor import KnnMonitor
 from mimref.evaluation.summary import Summary
 from mimref.features.header import data_record
-from mimref.progress import Listener, Silent
+from mimref.progress import Listener
 from mimref.refinement.config import RefineConfig
-from mimref.refinement.plan import header_of, make_plan
-from mimref.refinement.shared import Refinement
+from mimref.refinement.heads import Heads
+from mimref.refinement.memory import choose_micro_batch
+from mimref.refinement.method import Method
+from mimref.refinement.plan import Plan, base_encoder, header_of, make_plan
+from mimref.refinement.queue import Queue
+from mimref.refinement.reuse import load_heads, save_heads
 from mimref.refinement.stages import EncoderStage, HeadsStage
 from mimref.refinement.sweep import rank_heads
-from mimref.results import Row, read_results, write_results
-from mimref.training.checkpoint import check_images, check_ranks
-from mimref.training.folder import RunFolder, reloadable
-from mimref.training.job import train
-from mimref.training.log import MetricsLog, open_log
-from mimref.training.signals import StopSignal, stop_signal
-from mimref.training.trackers import check_trackers
+from mimref.results import Row
+from mimref.training.run import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -43,131 +46,169 @@ class RefineResult:
 def refine(
     config: RefineConfig, out: Path, *, resume: bool = False, force: bool = False, listener: Listener | None = None
 ) -> RefineResult:
-    """Run the stages that `config` asks for and write the refined encoder, its log and the results into `out`.
+    """Run the stages that `config` asks for, and write the refined encoder, its log and the results into `out`.
 
-    resume: continue the unfinished run in `out`; of a finished one, return its results. force: replace what a run has
-    left in `out`. Raises UserError subclasses for settings, images, weights or folders that do not fit, before anything
-    is written; DivergenceError when the loss is no longer finite; Interrupted after saving when a signal arrives.
-    In a process group every rank calls this with the same arguments; rank 0 alone writes, and evaluates at the end,
-    when it has left the group. The other ranks' results have no rows.
+    resume: continue the unfinished run in `out`; of a finished one, return its results. force: replace the files of an
+    earlier run in `out`. Raises UserError subclasses for settings, images, weights or folders that do not fit, before
+    anything is written; DivergenceError when the loss is no longer finite; Interrupted after saving on a signal.
+    In a process group every rank calls this with the same arguments. Rank 0 alone writes, leaves the group at the end
+    and evaluates; the other ranks' results have no rows.
     """
-    listener = listener if listener and own_rank() == 0 else Silent()
-    folder = RunFolder(out)
-    if folder.holds_result(resume=resume, force=force):
-        found = read_results(out, config.command)
-        folder.drop_state()  # of a run killed just before it did so itself
+    run = TrainingRun(config, out, listener)
+    if (found := run.finished(resume=resume, force=force)) is not None:
         return RefineResult(out, *found)
-    check_trackers(config.monitor.trackers)
-    with stop_signal() as stop, folder.locked(resume=resume, force=force):
-        plan = make_plan(config, listener.progress)
-        config = reloadable(plan.config)
-        state = folder.load_state(listener) if resume else None
-        check_ranks(state, plan.source)
-        if state:
-            check_images(state, plan.source, listener)
+    with run.locked(resume=resume, force=force):
+        plan = make_plan(config, run.listener.progress)
+        state = run.load_state(plan.source, resume=resume)
         for notice in plan.checkpoint.notices(plan.architecture):
-            listener.note(notice)
+            run.listener.note(notice)
         for warning in plan.warnings:
-            listener.warn(warning)
-        run = Refinement(plan, listener)
-        if config.heads_from is not None and state is None:
-            run.load_heads(Path(config.heads_from))
-        folder.prepare(config, resume=resume, force=force)
-        with closing(open_log(config, out, state)) as log:
-            _train(run, folder, log, stop, state)
-        agree(0)
-        if not end_group():
+            run.listener.warn(warning)
+        method = build_method(plan, run.listener)
+        monitor = _monitor(plan, method, run.listener)
+        if plan.config.heads_from is not None and state is None:
+            load_heads(Path(plan.config.heads_from), plan, method, run.listener)
+        with run.writing(plan.config, state, resume=resume, force=force):
+            refined, nn_accuracy = _train(run, plan, method, monitor, state)
+        if not run.leave_group():
             return RefineResult(out, [], run.elapsed_s)
         # Written before the evaluation, which may fail or be interrupted, and again with its results.
-        _write_encoder(run, config, out, [])
-        rows = _evaluate(run, listener)
-        _write_encoder(run, config, out, rows)
-        run.skipped.tell_all()
-        write_results(
-            out, config.command, config.model_dump(mode="json"), run.elapsed_s, rows, bad_images=run.skipped.items
-        )
-        folder.drop_state()
+        _write_encoder(run, plan, refined, [])
+        rows = _evaluate(run, plan, method, monitor, refined, nn_accuracy)
+        _write_encoder(run, plan, refined, rows)
+        run.finish(rows)
     return RefineResult(out, rows, run.elapsed_s)
 
 
-def _train(run: Refinement, folder: RunFolder, log: MetricsLog, stop: StopSignal, state: dict[str, Any] | None) -> None:
-    """Both stages, or the part of them that is left."""
-    every = run.config.monitor.log_every
-    if run.plan.heads_steps and (state is None or state["stage"] == "heads"):
-        heads_stage = HeadsStage(run, folder, log)
+def build_method(plan: Plan, listener: Listener) -> Method:
+    """Encoder, heads and queue of a plan, on its device; heads are distributed, the encoder not yet."""
+    config, device = plan.config, resolve_device(plan.config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    encoder = base_encoder(plan, device)
+    freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(plan.blocks))
+    encoder.checkpointing = config.activation_checkpointing
+    torch.manual_seed(config.seed)
+    heads = Heads(config.heads, len(plan.blocks), encoder.embed_dim).to(device)
+    generator = torch.Generator().manual_seed(config.seed)
+    method = Method(
+        encoder,
+        heads,
+        Queue(len(plan.blocks), config.heads.queue_size, config.heads.output, generator=generator, device=device),
+        Photometric(config.views, config.seed, device, mean=plan.transform.mean, std=plan.transform.std),
+        blocks=plan.blocks,
+        temperature=plan.temperature,
+        pool=config.heads.pool,
+        loss=config.loss,
+        precision=resolve_precision(config.precision, device),
+        most_images=-(-config.batch_size // world_size()),
+    )
+    method.micro_batch = choose_micro_batch(method, plan, listener)
+    method.distribute_heads()
+    if config.compile:
+        # In place, so that weights keep their names. One piece of code for all blocks; with dynamic shapes, for both
+        # sizes of views as well.
+        for block in encoder.vit.blocks:
+            block.compile(dynamic=True)
+        heads.compile(dynamic=True)
+    return method
+
+
+def _monitor(plan: Plan, method: Method, listener: Listener) -> KnnMonitor:
+    return KnnMonitor(plan.config, plan.source, plan.transform, method.device, method.precision, note=listener.note)
+
+
+def _train(
+    run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, state: dict[str, Any] | None
+) -> tuple[Encoder, list[float]]:
+    """Train both stages, or what is left of them. Returns the result, and the heads' last neighbour accuracy."""
+    nn_accuracy: list[float] = []
+    if plan.heads_steps and (state is None or state["stage"] == "heads"):
+        heads = HeadsStage(run, plan, method)
         if state:
-            heads_stage.resume(state)
+            heads.resume(state)
             state.clear()  # as large as the run itself
-        train(heads_stage, heads_stage.batches(), stop, run.listener, log_every=every)
+        run.train(heads)
         if own_rank() == 0:
-            run.save_heads(folder.path / "heads.pt")
-        state = None
-        del heads_stage  # and with it the moments of its optimizer
-    if run.plan.encoder_steps:
-        encoder_stage = EncoderStage(run, folder, log)
-        if state:
-            encoder_stage.resume(state)
-            state.clear()
-        encoder_stage.start_watch()
-        train(encoder_stage, encoder_stage.batches(), stop, run.listener, log_every=every)
+            save_heads(run.folder.path / "heads.pt", plan, method)
+        state, nn_accuracy = None, heads.nn_accuracy
+        del heads  # and with it the moments of its optimizer
+    if not plan.encoder_steps:
+        return method.encoder, nn_accuracy
+    encoder = EncoderStage(run, plan, method)
+    if state:
+        encoder.resume(state)
+        state.clear()
+    encoder.start_monitor(monitor)
+    run.train(encoder)
+    return encoder.result, encoder.nn_accuracy
 
 
-def _evaluate(run: Refinement, listener: Listener) -> list[Row]:
-    """The rows of the result. What cannot be evaluated is told and left out: the training is not to be lost for it."""
+def _evaluate(
+    run: TrainingRun,
+    plan: Plan,
+    method: Method,
+    monitor: KnnMonitor,
+    refined: Encoder,
+    nn_accuracy: Sequence[float],
+) -> list[Row]:
+    """Rows of the results. What cannot be evaluated is reported and left out: it must not cost the training."""
     try:
-        if run.config.stage == "heads":
-            return _rank_heads(run, listener)
-        return _compare(run, listener) if run.config.evaluate.enabled else []
+        if plan.config.stage == "heads":
+            return _rank_heads(run, plan, method, monitor, nn_accuracy)
+        return _compare(run, plan, method, refined) if plan.config.evaluate.enabled else []
     except (ConfigError, DataError) as error:
-        listener.warn(f"no results table: {error}")
+        run.listener.warn(f"no results table: {error}")
         return []
 
 
-def _rank_heads(run: Refinement, listener: Listener) -> list[Row]:
+def _rank_heads(
+    run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, nn_accuracy: Sequence[float]
+) -> list[Row]:
     rows = rank_heads(
-        run.encoder,
-        run.heads,
-        run.monitor,
-        blocks=run.plan.blocks,
-        temperature=run.plan.temperature,
-        pool=run.config.heads.pool,
-        nn_accuracy=run.nn_accuracy,
+        method.encoder,
+        method.heads,
+        monitor,
+        blocks=plan.blocks,
+        temperature=plan.temperature,
+        pool=plan.config.heads.pool,
+        nn_accuracy=list(nn_accuracy),
     )
     if not rows:
-        listener.note(f"no ranking of the heads: {run.plan.source.name} has no labelled validation images")
+        run.listener.note(f"no ranking of the heads: {plan.source.name} has no labelled validation images")
     return rows
 
 
-def _compare(run: Refinement, listener: Listener) -> list[Row]:
-    config = run.config
+def _compare(run: TrainingRun, plan: Plan, method: Method, refined: Encoder) -> list[Row]:
+    config = plan.config
     try:
         summary = Summary(
             config.evaluate,
             config.data,
-            run.plan.transform,
+            plan.transform,
             seed=config.seed,
-            workers=loader_workers(config.workers, run.plan.source),
-            device=run.device,
-            precision=run.precision,
-            progress=listener.progress,
+            workers=loader_workers(config.workers, plan.source),
+            device=method.device,
+            precision=method.precision,
+            progress=run.listener.progress,
         )
     except DataError as error:
-        listener.note(f"no before/after table: {error}")
+        run.listener.note(f"no before/after table: {error}")
         return []
     rows = summary.raw_pixels()
-    rows += summary.encoder("base", run.base_encoder())
-    rows += summary.encoder("refined", run.result_encoder())
+    rows += summary.encoder("base", base_encoder(plan, method.device))
+    rows += summary.encoder("refined", refined)
     run.skipped.add_evaluated(summary.bad)
     return rows
 
 
-def _write_encoder(run: Refinement, config: RefineConfig, out: Path, rows: list[Row]) -> None:
+@torch.no_grad()
+def _write_encoder(run: TrainingRun, plan: Plan, refined: Encoder, rows: Sequence[Row]) -> None:
     header = {
-        **header_of(run.plan),
-        "preset": config.preset,
-        "data": data_record(config.data),
-        "transform": run.plan.transform.to_dict(),
+        **header_of(plan),
+        "preset": plan.config.preset,
+        "data": data_record(plan.config.data),
+        "transform": plan.transform.to_dict(),
         "metrics": [row for row in rows if row.get("model") == "refined"],
     }
-    with torch.no_grad():
-        save_encoder(out / "encoder.safetensors", run.result_encoder(), header)
+    save_encoder(run.folder.path / "encoder.safetensors", refined, header)

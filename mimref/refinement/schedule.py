@@ -6,7 +6,7 @@ from typing import Literal
 StageName = Literal["heads", "encoder"]
 
 
-def loss_weights(schedule: str, progress: float, num_heads: int) -> list[float]:
+def head_weights(schedule: str, progress: float, num_heads: int) -> list[float]:
     """Weight of every head, earliest first, when `progress` (0..1) of stage 2 is done; the last head always has 1.
 
     `constant`, `uniform_decay`, `staggered_decay`, `staggered_step` or `one_hot`, see LossConfig.

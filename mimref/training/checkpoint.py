@@ -1,4 +1,4 @@
-"""Saved training states, and whether they fit the run that resumes from them."""
+"""Saved training states: files that are complete or absent, and whether they fit the run that resumes from them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,33 +9,39 @@ import torch
 from mimref.data.sources import ImageSource
 from mimref.distributed.collectives import gather_lists
 from mimref.errors import DataError, OutputError
-from mimref.files import is_whole
+from mimref.files import atomic_write, is_whole
 from mimref.progress import Listener
 
 
-def _read_state(file: Path) -> dict[str, Any] | None:
-    """A state on the CPU; None when the file is no longer as torch.save has written it."""
+def write_state(file: Path, state: Mapping[str, Any]) -> None:
+    """Write a state atomically. Raises OutputError when it cannot be written."""
+    with atomic_write(file) as stream:
+        torch.save(dict(state), stream)
+
+
+def read_state(file: Path) -> dict[str, Any] | None:
+    """A state on the CPU; None when the file is damaged.
+
+    Reads the file twice, because torch verifies no checksums. Raises OutputError when it cannot be read.
+    """
     try:
         with open(file, "rb") as opened:
             if not is_whole(opened):
                 return None
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise _unreadable(file, error.strerror) from error
+        raise OutputError(f"{file}: cannot be read ({error.strerror})") from error
     except Exception as error:
         if "PytorchStreamReader" in str(error):
             return None
-        # Not damaged: there is no memory for it, or it was written by a torch that this one does not understand.
-        raise _unreadable(file, str(error).partition("\n")[0] or type(error).__name__) from error
+        # Not damaged: memory ran out, or the file was written by a torch that this one does not understand.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OutputError(f"{file}: cannot be read ({reason})") from error
     return state
 
 
-def _unreadable(file: Path, reason: str | None) -> OutputError:
-    return OutputError(f"{file}: cannot be read ({reason})")
-
-
 def check_ranks(state: Mapping[str, Any] | None, source: ImageSource) -> None:
-    """Raise DataError unless all ranks go on from the same step with as many images."""
+    """Raise DataError unless all ranks resume from the same step with the same number of images."""
     own = (state["step"] if state else 0, len(source))
     if len(found := set(gather_lists([own]))) > 1:
         steps, images = ({pair[place] for pair in found} for place in (0, 1))
@@ -43,21 +49,21 @@ def check_ranks(state: Mapping[str, Any] | None, source: ImageSource) -> None:
         raise DataError(f"the processes see different {differing}; --data and --out must be the same for all of them")
 
 
-def images_of(source: ImageSource) -> tuple[int, str]:
-    """What a state keeps of the images, for `check_images`."""
+def image_record(source: ImageSource) -> tuple[int, str]:
+    """What a state records about the images, for `check_images`."""
     return len(source), source.fingerprint
 
 
 def check_images(state: Mapping[str, Any], source: ImageSource, listener: Listener) -> None:
-    """Compare the images with those a run was started with.
+    """Compare the images with those the run was started with.
 
-    Raises DataError when there are more or fewer, since order and schedules follow their number; warns of other ones.
+    Raises DataError when their number differs, since order and schedules depend on it; warns when their content does.
     """
     count, fingerprint = state["images"]
     if count != len(source):
         raise DataError(
             f"cannot resume with {len(source)} images, the run was started with {count}; "
-            "bring the others back, or start anew in another --out"
+            "restore the images, or start over in another --out"
         )
     if fingerprint != source.fingerprint:
-        listener.warn("image files have changed since the run was started; it goes on with them as they are now")
+        listener.warn("image files have changed since the run was started; it continues with the new ones")

@@ -13,22 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from mimref.config.base import dump_config
 from mimref.config.load import load_config
 from mimref.config.run import RunConfig
 from mimref.data.open import absolute_spec
-from mimref.distributed.collectives import agree
+from mimref.distributed.collectives import barrier, max_over_ranks
 from mimref.distributed.group import is_this_launch, own_rank, restarted, this_launch
 from mimref.errors import ConfigError, OutputError
-from mimref.files import atomic_write, remove_halves, write_bytes
+from mimref.files import remove_halves, write_bytes
 from mimref.locks import folder_lock
 from mimref.progress import Listener
-from mimref.refinement.config import RefineConfig
-from mimref.training.checkpoint import _read_state
+from mimref.training.checkpoint import read_state, write_state
 
-# results.json first: once it is gone, what is left of a replaced run cannot pass for a finished one.
+# results.json is removed first: without it, the rest of a replaced run cannot pass for a finished one.
 _OUR_FILES = ("results.json", "results.csv", "encoder.safetensors", "config.toml", "metrics.jsonl", "heads.pt")
 # Settings, and sections ending in a dot, that do not change what is trained.
 _MAY_CHANGE = (
@@ -67,7 +64,7 @@ class RunFolder:
         return self.path / "state" / "launch.json"
 
     def continues_launch(self) -> bool:
-        """Whether torchrun has started this process again on a run that the same launch has begun or resumed here.
+        """Whether torchrun has restarted this process on a run that the same launch started or resumed here.
 
         Rank 0 decides for all.
         """
@@ -75,51 +72,51 @@ class RunFolder:
         if own_rank() == 0 and restarted():
             with suppress(OSError, ValueError, TypeError):
                 found = is_this_launch(*json.loads(self._launch.read_text()))
-        return bool(agree(int(found)))
+        return bool(max_over_ranks(int(found)))
 
     def _states(self) -> list[Path]:
         """The saved states, the newest first."""
         return sorted((self.path / "state").glob("step*.pt"), reverse=True)
 
     def holds_result(self, *, resume: bool, force: bool) -> bool:
-        """`check` the folder; whether the run to resume has finished in it. Ranks are told what rank 0 sees."""
+        """`check` the folder; True when the run to resume has finished in it. All ranks get what rank 0 sees."""
         found = False
-        # The others must not look before rank 0 has, nor after it has begun to write.
+        # Other ranks must not look before rank 0 has checked, nor after it has begun to write.
         if own_rank() == 0:
             self.check(resume=resume, force=force)
             found = resume and self.finished
-        return bool(agree(int(found)))
+        return bool(max_over_ranks(int(found)))
 
     def check(self, *, resume: bool, force: bool) -> None:
-        """Raise OutputError when a run must not start or go on here. Writes nothing."""
+        """Raise OutputError when a run must not start or resume here. Writes nothing."""
         if resume and force:
-            raise OutputError("--resume continues a run and --force replaces it: give one of them")
+            raise OutputError("--resume continues a run and --force replaces it: choose one")
         try:
             occupied = self.path.exists()
         except OSError as error:
-            raise OutputError(f"{self.path}: {error.strerror}; give another --out") from error
+            raise OutputError(f"{self.path}: {error.strerror}; choose another --out") from error
         if occupied and not self.path.is_dir():
-            raise OutputError(f"{self.path}: is a file; give --out a folder")
+            raise OutputError(f"{self.path}: is a file; --out must be a folder")
         if resume:
             if not self.unfinished and not self.finished:
-                raise OutputError(f"{self.path}: holds no run to resume; leave out --resume to start one")
+                raise OutputError(f"{self.path}: holds no run to resume; omit --resume to start one")
         elif not force:
             self._check_free()
 
     def _check_free(self) -> None:
         if self.finished:
-            raise OutputError(f"{self.path}: holds a finished run; give another --out, or --force to replace it")
+            raise OutputError(f"{self.path}: holds a finished run; choose another --out, or --force to replace it")
         if self.unfinished:
             raise OutputError(f"{self.path}: holds an unfinished run; --resume continues it, --force replaces it")
         for name in _OUR_FILES:
             if (self.path / name).exists():
-                raise OutputError(f"{self.path}: already holds {name}; give another --out, or --force to replace it")
+                raise OutputError(f"{self.path}: already holds {name}; choose another --out, or --force to replace it")
 
     @contextmanager
     def locked(self, *, resume: bool, force: bool) -> Iterator[None]:
-        """Keep other runs out of the folder, from the first look at it to the last file.
+        """Keep other runs out of the folder, from the first check to the last file.
 
-        Raises OutputError when one is at work in it, or has been since `check` and left what is in the way.
+        Raises OutputError when another run is using it, or has used it since `check` and left files in the way.
         """
         if own_rank() > 0:
             yield
@@ -128,15 +125,15 @@ class RunFolder:
             self.check(resume=resume, force=force)
             if resume and self.finished:
                 raise OutputError(
-                    f"{self.path}: another process has just finished this run; --resume shows its results"
+                    f"{self.path}: another process has just finished this run; --resume prints its results"
                 )
             yield
 
     def prepare(self, config: RunConfig, *, resume: bool, force: bool) -> None:
-        """Make the folder ready and write config.toml; compare it first with the settings of the run to resume.
+        """Prepare the folder and write config.toml; for a resumed run, compare it with the old settings first.
 
         `force` removes an earlier run's own files and nothing else. Raises OutputError when the folder cannot be
-        written, ConfigError when a setting that shapes training has changed since.
+        written, ConfigError when a setting that affects training has changed.
         """
         if own_rank() == 0:
             if resume and (self.path / "config.toml").is_file():
@@ -145,7 +142,7 @@ class RunFolder:
             write_bytes(self.path / "config.toml", dump_config(config).encode())
             if launch := this_launch():
                 write_bytes(self._launch, json.dumps(launch).encode())
-        agree(0)
+        barrier()
 
     def _make_ready(self, force: bool) -> None:
         try:
@@ -158,10 +155,10 @@ class RunFolder:
             (self.path / "state").mkdir(exist_ok=True)
             self._remove_halves()
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from error
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
 
     def _remove_halves(self) -> None:
-        """Files whose writing a kill has cut short."""
+        """Remove files that a killed run left half-written."""
         for name in _OUR_FILES:
             remove_halves(self.path, name)
         remove_halves(self.path / "state", "step*.pt")
@@ -175,49 +172,48 @@ class RunFolder:
             ):
                 raise ConfigError(
                     f"cannot resume {self.path} with another {key}: it was {_shown(then[key])} and is now "
-                    f"{_shown(now[key])}; leave it as it was, or start anew in another --out"
+                    f"{_shown(now[key])}; restore it, or start over in another --out"
                 )
 
     def save_state(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Write the training state, which rank 0 alone asks for, atomically; keep the one before it, to go back to.
+        """Save the training state atomically, and keep the one before it as a fallback.
 
-        Takes the disk space of two states, of three while one is written. Raises OutputError when it cannot be written;
-        the earlier ones are then as they were.
+        Rank 0 alone calls `state` and writes. Takes the disk space of two states, of three while one is written. Raises
+        OutputError when the state cannot be written; the earlier ones are then untouched.
         """
         if own_rank() == 0:
             self._write_state(state())
         # torchrun stops all ranks when one has ended: none may before the state is on disk.
-        agree(0)
+        barrier()
 
     def _write_state(self, state: dict[str, Any]) -> None:
         newest = self.path / "state" / f"step{state['step']:010}.pt"
-        with atomic_write(newest) as stream:
-            torch.save(state, stream)
+        write_state(newest, state)
         others = [file for file in self._states() if file != newest]
-        # Later ones are damaged: the run would have continued from them.
-        before = next((file for file in others if file < newest), None)
+        # Later ones are damaged: the run would have resumed from them.
+        fallback = next((file for file in others if file < newest), None)
         for file in others:
-            if file != before:
+            if file != fallback:
                 with suppress(OSError):  # it only takes up space
                     file.unlink()
 
     def load_state(self, listener: Listener | None = None) -> dict[str, Any] | None:
-        """The newest undamaged state on the CPU, or None when the run had saved none.
+        """The newest intact state on the CPU, or None when the run has saved none.
 
         `listener` is warned when that is not the newest one. Raises OutputError when all are damaged, or one cannot be
-        read. Reads a state twice: torch checks no sums.
+        read.
         """
         files = self._states()
         for file in files:
-            state = _read_state(file)
+            state = read_state(file)
             if state is None:
                 continue
             if listener and file != files[0]:
-                listener.warn(f"{files[0]}: damaged state; going on from the one before, of step {state['step']}")
+                listener.warn(f"{files[0]}: damaged state; continuing from the one before, of step {state['step']}")
             return state
         if files:
             also = ", and so is the one before" if len(files) > 1 else ""
-            raise OutputError(f"{files[0]}: damaged state{also}; --force starts the run anew")
+            raise OutputError(f"{files[0]}: damaged state{also}; --force starts over")
         return None
 
     def drop_state(self) -> None:
@@ -225,7 +221,7 @@ class RunFolder:
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
 
-def reloadable(config: C) -> C:
+def with_absolute_paths(config: C) -> C:
     """The settings with absolute paths, so that config.toml means the same wherever it is read from."""
     data = config.data
     spec = None if data.spec is None else absolute_spec(data.spec)
@@ -233,13 +229,12 @@ def reloadable(config: C) -> C:
         "data": data.model_copy(update={"spec": spec, "root": _absolute(data.root)}),
         "encoder": config.encoder.model_copy(update={"weights": _absolute(config.encoder.weights)}),
     }
-    if isinstance(config, RefineConfig):
-        updates["heads_from"] = _absolute(config.heads_from)
+    updates |= {name: _absolute(getattr(config, name)) for name in config.path_settings}
     return config.model_copy(update=updates)
 
 
 def _absolute(name: str | None) -> str | None:
-    """The path of an existing file or folder; what is neither, or a word with a meaning of its own, as it is."""
+    """The absolute path of an existing file or folder; names of published weights and `quickstart` unchanged."""
     if name is None or name == "quickstart":
         return name
     path = os.path.abspath(os.path.expanduser(name))

@@ -1,22 +1,212 @@
-"""The order in which a training run updates, logs, checks, saves and stops."""
+"""One resumable training job: the loop, and the update of whatever is trained by gradient descent.
+
+Heads, encoders, masked autoencoders, probes and decoders all train in `train`, which fixes the order of updating,
+logging, checking, saving and stopping.
+"""
 
 import time
-from collections.abc import Iterable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from mimref.config.run import OptimizerConfig
 from mimref.data.loader import ViewBatch
 from mimref.data.workers import DeadWorkerError
-from mimref.distributed.collectives import agree
+from mimref.distributed.collectives import max_over_ranks, total_over_ranks
 from mimref.errors import DataError, DivergenceError
 from mimref.progress import Listener
+from mimref.training.optim import adamw, set_learning_rate
 from mimref.training.signals import StopSignal
+
+# Epochs can take hours. Saving takes at most about 5% of the time.
+SAVE_EVERY_S = 600.0
+SAVE_COST = 20.0
+# Sent between ranks in place of a signal's number, when a save is due; no signal that is caught has this number.
+_DUE = 1
+
+Batch = TypeVar("Batch")
+
+
+class Job(ABC, Generic[Batch]):
+    """Something that is trained batch by batch, and what to do on each occasion; `train` runs it."""
+
+    label: str
+    """Names the job in progress bars."""
+    total: int
+    """Updates of the whole job."""
+    steps_per_epoch: int
+    saves_every_epoch = True
+    """False where epochs are shorter than a save."""
+    step = 0
+    """Updates done."""
+    elapsed_s = 0.0
+
+    @abstractmethod
+    def update(self, batch: Batch) -> None:
+        """Train on one batch, without a device sync."""
+
+    def check(self) -> None:
+        """Raise DivergenceError when the loss has not been finite. Sync point."""
+
+    def check_weights(self) -> None:
+        """Raise DivergenceError when the last update broke the weights, which no loss shows yet. Sync point."""
+
+    def write_log(self) -> None:
+        """Log the last update."""
+
+    def end_epoch(self, epoch: int) -> None:
+        """Monitor what is trained; `epoch` epochs of this job are done."""
+
+    def save(self) -> None:
+        """Write the state that `--resume` continues from."""
+
+
+def train(
+    job: Job[Batch],
+    batches: Iterable[Batch],
+    listener: Listener,
+    *,
+    stop: StopSignal | None = None,
+    log_every: int | None = None,
+) -> None:
+    """Run a job's remaining batches.
+
+    The state is saved after every epoch, every ten minutes and on a signal, but never after a loss or with weights that
+    are not finite. stop: catches signals, and makes all ranks save and stop at the same step; without it, signals end
+    the work where they arrive and other ranks take no part. Raises DivergenceError, DataError when a loader process
+    dies, and Interrupted after saving on a signal.
+    """
+    if stop is None:
+        _run(job, batches, listener, None, log_every)
+        return
+    with stop.deferred():
+        try:
+            _run(job, batches, listener, stop, log_every)
+        except DeadWorkerError as error:
+            raise DataError(
+                f"{error.death}; the last saved state is intact: continue with --resume, and with fewer --workers if "
+                "memory ran out"
+            ) from error
+    if stop.number is not None:
+        stop.ignore_more()
+        del batches  # ends the loader processes
+    stop.raise_if_received(f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
+
+
+def _run(
+    job: Job[Batch], batches: Iterable[Batch], listener: Listener, stop: StopSignal | None, log_every: int | None
+) -> None:
+    """The loop, until all updates are done or a signal has arrived."""
+    started = time.monotonic() - job.elapsed_s
+    due = time.monotonic() + SAVE_EVERY_S
+    for batch in batches:
+        job.update(batch)
+        job.step += 1
+        if log_every and (job.step % log_every == 0 or job.step == job.total):
+            job.check()
+            job.write_log()
+        listener.progress(job.label, job.step, job.total)
+        epoch_done = job.step % job.steps_per_epoch == 0
+        request = _request(stop, due)
+        if not (request or job.step == job.total or (epoch_done and job.saves_every_epoch)):
+            continue
+        if stop and request > _DUE:
+            stop.number = request
+            listener.note("stopping: saving the state first; a second signal stops at once")
+        job.check()
+        job.check_weights()
+        if epoch_done:
+            job.end_epoch(job.step // job.steps_per_epoch)
+        before = time.monotonic()
+        job.elapsed_s = before - started
+        job.save()
+        due = time.monotonic() + max(SAVE_EVERY_S, SAVE_COST * (time.monotonic() - before))
+        if stop and (request := max_over_ranks(stop.number or 0)):
+            stop.number = request
+            return
+
+
+def _request(stop: StopSignal | None, due: float) -> int:
+    """The signal that any rank has received, `_DUE` when a save is due, else 0."""
+    save = _DUE if time.monotonic() >= due else 0
+    return save if stop is None else max_over_ranks(stop.number or save)
+
+
+class GradientJob(Job[ViewBatch]):
+    """A job that trains by AdamW on batches of views."""
+
+    smallest_batch = 1
+    """Fewer readable images than this, over all ranks, leave a batch out."""
+    first_step = 0
+    """Updates of earlier jobs of the same run."""
+
+    def __init__(
+        self,
+        label: str,
+        groups: list[dict[str, Any]],
+        rate: Callable[[int], float],
+        optimizer: OptimizerConfig,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        device: torch.device,
+    ) -> None:
+        """groups: AdamW's, each with `lr_scale`. rate: learning rate of an update (0-based)."""
+        self.label, self.rate, self.clip_grad = label, rate, optimizer.clip_grad
+        self.steps_per_epoch, self.total = steps_per_epoch, epochs * steps_per_epoch
+        self.optimizer = adamw(groups, optimizer.betas)
+        self.device, self.loss_guard = device, FiniteLoss(device)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """All parameters that the optimizer updates."""
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+
+    @abstractmethod
+    def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
+        """Loss of a batch, whose gradients are added to the weights' own; images: of the batch, over all ranks."""
+
+    @abstractmethod
+    def skip(self, images: Sequence[tuple[str, str]]) -> None:
+        """Record unreadable images, path and reason. Raises DataError when there are too many."""
+
+    def after_update(self) -> None:
+        """What follows an optimizer step."""
+
+    def update(self, batch: ViewBatch) -> None:
+        """See `Job`."""
+        self.skip(batch.bad)
+        images = total_over_ranks(len(batch.sample_B))
+        if images < self.smallest_batch:
+            return
+        set_learning_rate(self.optimizer, self.rate(self.step))
+        loss = self.forward_backward(batch, images)
+        self.loss_guard.watch(loss, self.first_step + self.step + 1)
+        if self.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.after_update()
+
+    def check(self) -> None:
+        """See `Job`."""
+        self.loss_guard.check()
+
+    def check_weights(self) -> None:
+        """See `Job`."""
+        weights = [weight.detach() for weight in self.trained]
+        if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+            raise DivergenceError(
+                f"the weights are not finite after step {self.step} of {self.label}; the last good state is intact. "
+                "Restart with a lower learning rate, optimizer.clip_grad=1.0 or --precision fp32"
+            )
 
 
 class FiniteLoss:
-    """Remembers on the device the first step whose loss was not finite."""
+    """Remembers, on the device and without a sync, the first step whose loss was not finite."""
 
     def __init__(self, device: torch.device) -> None:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
@@ -32,106 +222,6 @@ class FiniteLoss:
         step = int(self._first_bad)
         if step >= 0:
             raise DivergenceError(
-                f"the loss is not finite at step {step}; the last good state is kept. "
-                "Start again with a lower learning rate, optimizer.clip_grad=1.0 or --precision fp32"
+                f"the loss is not finite at step {step}; the last good state is intact. "
+                "Restart with a lower learning rate, optimizer.clip_grad=1.0 or --precision fp32"
             )
-
-
-# Epochs can take hours. Saving takes at most about 5% of the time.
-SAVE_EVERY_S = 600.0
-SAVE_COST = 20.0
-# Said among ranks in place of a signal's number; no signal that is caught has this one.
-_DUE = 1
-
-
-class Job(Protocol):
-    """One training stage: its position, and what to do at each occasion."""
-
-    label: str
-    step: int
-    """Updates of the stage that are done."""
-    total: int
-    """Updates of the whole stage."""
-    steps_per_epoch: int
-    elapsed_s: float
-    guard: FiniteLoss
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Holds everything that is trained."""
-
-    def update(self, batch: ViewBatch) -> None:
-        """Train on one batch, without a device sync."""
-
-    def write_log(self) -> None:
-        """Log the last update."""
-
-    def end_epoch(self, epoch: int) -> None:
-        """Monitor the encoder; `epoch` of the stage's epochs are done."""
-
-    def save(self) -> None:
-        """Write the state from which `--resume` continues."""
-
-
-def train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: Listener, *, log_every: int) -> None:
-    """Go through a stage's remaining batches.
-
-    The state is saved after every epoch, every ten minutes and when a signal has come, never after a loss or with
-    weights that are not finite. Raises DivergenceError for those, Interrupted after saving when a signal has come,
-    DataError when a loader process dies.
-    """
-    with stop.deferred():
-        try:
-            _train(job, batches, stop, listener, log_every)
-        except DeadWorkerError as error:
-            raise DataError(
-                f"{error.death}; the last saved state is kept: --resume continues, with fewer --workers if memory ran "
-                "out"
-            ) from error
-    if stop.number is not None:
-        stop.ignore_more()
-        del batches  # ends the loader processes
-    stop.raise_if_received(f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
-
-
-def _train(job: Job, batches: Iterable[ViewBatch], stop: StopSignal, listener: Listener, log_every: int) -> None:
-    """The loop itself, until all is done or a signal has come."""
-    started = time.monotonic() - job.elapsed_s
-    due = time.monotonic() + SAVE_EVERY_S
-    for batch in batches:
-        job.update(batch)
-        job.step += 1
-        if job.step % log_every == 0 or job.step == job.total:
-            job.guard.check()
-            job.write_log()
-        listener.progress(job.label, job.step, job.total)
-        epoch_done = job.step % job.steps_per_epoch == 0
-        # All ranks save and stop at the same step, whichever of them is told to.
-        wish = agree(stop.number or (_DUE if time.monotonic() >= due else 0))
-        if not (epoch_done or wish):
-            continue
-        if wish > _DUE:
-            stop.number = wish
-            listener.note("stopping: the state is saved first; a second signal stops at once")
-        job.guard.check()
-        check_weights(job)
-        if epoch_done:
-            job.end_epoch(job.step // job.steps_per_epoch)
-        before = time.monotonic()
-        job.elapsed_s = before - started
-        job.save()
-        due = time.monotonic() + max(SAVE_EVERY_S, SAVE_COST * (time.monotonic() - before))
-        wish = agree(stop.number or 0)
-        if wish:
-            stop.number = wish
-            return
-
-
-def check_weights(job: Job) -> None:
-    """Raise DivergenceError when the last update broke the weights, which no later loss has shown yet. Sync point."""
-    weights = [weight.detach() for group in job.optimizer.param_groups for weight in group["params"]]
-    if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
-        raise DivergenceError(
-            f"the weights are not finite after step {job.step} of {job.label}; the last good state is kept. "
-            "Start again with a lower learning rate, optimizer.clip_grad=1.0 or --precision fp32"
-        )

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl for machines, a listener for people."""
+"""What a run reports while it trains: metrics.jsonl for programs, skipped images for people."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,14 +21,14 @@ def readable(values: Mapping[str, float]) -> str:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, appended and flushed; `trackers` receive the same numbers."""
+    """metrics.jsonl: one JSON object per line, appended and flushed. `trackers` receive the same numbers."""
 
     def __init__(self, path: Path, *, keep_lines: int = 0, trackers: Sequence[Tracker] = ()) -> None:
-        """Open the log and cut it to its first `keep_lines` lines: a resumed run writes all later ones again."""
+        """Open the log and truncate it to `keep_lines` lines: a resumed run writes the later ones again."""
         kept = path.read_bytes().splitlines(keepends=True)[:keep_lines] if keep_lines and path.is_file() else []
         self._path, self._trackers = path, trackers
         self.lines = len(kept)
-        """Number of lines, for the state that goes with them."""
+        """Number of lines, which saved states record."""
         with atomic_write(path) as stream:
             stream.write(b"".join(kept))
 
@@ -46,13 +46,13 @@ class MetricsLog:
             tracker.log(scalars(values), step if isinstance(step, int) else 0)
 
     def close(self) -> None:
-        """Let the trackers flush what is pending."""
+        """Let the trackers flush."""
         for tracker in self._trackers:
             tracker.close()
 
 
 class UnwrittenLog(MetricsLog):
-    """The log of a rank that leaves writing to rank 0."""
+    """The log of the ranks other than 0."""
 
     def __init__(self) -> None:
         self.lines = 0
@@ -65,10 +65,7 @@ class UnwrittenLog(MetricsLog):
 
 
 def open_log(config: RunConfig, out: Path, state: Mapping[str, Any] | None) -> MetricsLog:
-    """The log of a run in the folder `out`, cut to what goes with `state`; None starts a new one.
-
-    Rank 0 alone writes.
-    """
+    """The log of the run in folder `out`, truncated to the lines of `state`; None starts a new log. Rank 0 writes."""
     if own_rank() > 0:
         return UnwrittenLog()
     lines, step = (state["log_lines"], state["step"]) if state else (0, 0)
@@ -77,14 +74,14 @@ def open_log(config: RunConfig, out: Path, state: Mapping[str, Any] | None) -> M
 
 
 class SkippedImages:
-    """The images a run leaves out because they cannot be read, told once early and once at the end."""
+    """The images a run skips because they cannot be read: a warning early on, and one at the end if there are more."""
 
     NAMED = 3
 
     def __init__(self, max_bad: int, listener: Listener) -> None:
         self._bad, self._listener = BadImages(max_bad), listener
         self._evaluated: dict[str, str] = {}
-        self._told = 0
+        self._reported = 0
 
     @property
     def items(self) -> list[tuple[str, str]]:
@@ -92,26 +89,26 @@ class SkippedImages:
         return sorted({**dict(self._bad.items), **self._evaluated}.items())
 
     def add(self, images: Iterable[tuple[str, str]]) -> None:
-        """Note images by path and reason. Raises DataError when there are more than `data.max_bad`."""
+        """Record images by path and reason. Raises DataError when there are more than `data.max_bad`."""
         for path, reason in images:
             self._bad.add(path, reason)
 
     def add_evaluated(self, images: Iterable[tuple[str, str]]) -> None:
-        """Note images that an evaluation left out; it has counted them by itself."""
+        """Record images that an evaluation skipped; it has counted them against `data.max_bad` itself."""
         self._evaluated |= dict(images)
 
-    def tell_early(self) -> None:
-        """Warn of the images known so far, if that has not been done."""
-        if not self._told:
-            self.tell_all()
+    def report_once(self) -> None:
+        """Warn about the images known so far, unless that has been done."""
+        if not self._reported:
+            self.report()
 
-    def tell_all(self) -> None:
-        """Warn of all images, when they are more than were told before."""
+    def report(self) -> None:
+        """Warn about all images, if there are more than were reported before."""
         items = self.items
-        if len(items) <= self._told:
+        if len(items) <= self._reported:
             return
-        self._told = len(items)
+        self._reported = len(items)
         named = ", ".join(f"{path} ({reason})" for path, reason in items[: self.NAMED])
         more = ", ... (all are in results.json)" if len(items) > self.NAMED else ""
-        count = "1 image is" if len(items) == 1 else f"{len(items)} images are"
-        self._listener.warn(f"{count} left out, unreadable: {named}{more}")
+        count = "1 unreadable image" if len(items) == 1 else f"{len(items)} unreadable images"
+        self._listener.warn(f"{count} skipped: {named}{more}")

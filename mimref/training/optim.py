@@ -1,6 +1,8 @@
 """AdamW, and the one place where a learning rate is computed."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,11 @@ def learning_rate(update: int, *, peak: float, warmup_updates: int, total_update
         return peak * (update + 1) / (warmup_updates + 1)
     position = (update - warmup_updates) / max(1, total_updates - warmup_updates)
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, position)))
+
+
+def warmup_cosine(*, peak: float, warmup_updates: int, total_updates: int, end: float) -> Callable[[int], float]:
+    """`learning_rate` as a function of the update alone."""
+    return partial(learning_rate, peak=peak, warmup_updates=warmup_updates, total_updates=total_updates, end=end)
 
 
 def warmup_updates(warmup_epochs: float | None, epochs: int, updates_per_epoch: int) -> int:

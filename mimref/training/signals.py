@@ -10,17 +10,17 @@ from mimref.errors import Interrupted
 
 
 class StopSignal:
-    """What SIGTERM and Ctrl-C do to a run: training is told, so that it can save; any other work ends at once."""
+    """What SIGTERM and Ctrl-C do to a run: training saves first; any other work ends at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.raised: Interrupted | None = None
-        """What has ended the work at once."""
+        """What ended the work at once."""
         self._deferred = self._ignored = False
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While this lasts, the first signal is only remembered, in `number`; a second one still stops at once."""
+        """Inside the block, the first signal is only stored in `number`; a second one still stops at once."""
         self._deferred = True
         try:
             yield
@@ -38,18 +38,18 @@ class StopSignal:
         raise self.raised
 
     def ignore_more(self) -> None:
-        """The work is saved and about to stop: another signal would only disturb the tidying up."""
+        """Ignore further signals: the work is saved, and they would only disturb the clean-up."""
         self._ignored = True
 
     def raise_if_received(self, message: str) -> None:
-        """Raise Interrupted with the exit code of the signal, once the caller has saved what it can."""
+        """Raise Interrupted for the stored signal, once the caller has saved."""
         if self.number is not None:
             raise Interrupted(self.number, message)
 
 
 @contextmanager
 def stop_signal() -> Iterator[StopSignal]:
-    """Catch SIGTERM and Ctrl-C for the duration of a run. Outside the main thread Python cannot: nothing is caught."""
+    """Catch SIGTERM and Ctrl-C during a run. Outside the main thread, where Python cannot, nothing is caught."""
     stop = StopSignal()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -58,7 +58,7 @@ def stop_signal() -> Iterator[StopSignal]:
     try:
         yield stop
     except Exception as error:
-        # Interrupted in the middle of a file, torch's writer raises an error of its own in its place.
+        # When interrupted while writing, torch raises an error of its own instead.
         if stop.raised is not None:
             raise stop.raised from error
         raise

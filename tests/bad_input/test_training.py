@@ -9,7 +9,7 @@ import pytest
 
 from mimref import files
 from mimref.cli import run
-from mimref.refinement.method import RefinementStep, StepValues
+from mimref.refinement.method import Method, StepValues
 from tests.tiny import REFINE, arguments, saved_step, write_labelled, write_weights
 
 
@@ -30,15 +30,15 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_loss_that_is_not_finite(
     line_for: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, calls = RefinementStep.forward, 0
+    forward, calls = Method.forward, 0
 
-    def broken(self: RefinementStep, *args: Any, **options: Any) -> StepValues:
+    def broken(self: Method, *args: Any, **options: Any) -> StepValues:
         nonlocal calls
         calls += 1
         values = forward(self, *args, **options)
         return values._replace(loss=values.loss / 0) if calls == 10 else values
 
-    monkeypatch.setattr(RefinementStep, "forward", broken)
+    monkeypatch.setattr(Method, "forward", broken)
     assert run(line_for(tmp_path)) == 2
     message = error_line(capsys)
     assert "the loss is not finite at step 10; the last good state is kept" in message

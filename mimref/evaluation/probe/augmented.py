@@ -20,7 +20,7 @@ from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup
 from mimref.devices import autocast
 from mimref.distributed.group import own_rank, world_size
-from mimref.distributed.turns import ask, finish, requests, take_turns
+from mimref.distributed.turns import end_requests, request, requests, take_turns
 from mimref.encoders.vit import TokenEncoder
 from mimref.errors import DataError
 from mimref.evaluation.probe.ensemble import Batch, Norm
@@ -112,7 +112,7 @@ def probe_augmented(
         images = "" if state is None else source.fingerprint()
         run.train(lambda first: source.batches(encoder, first), images, state, progress)
         if world_size() > 1:
-            finish()
+            end_requests()
         return run.rows("augmented", source.held_out(encoder))
     finally:
         encoder.train(training)
@@ -144,7 +144,7 @@ class _Augmented:
     def batches(self, encoder: TokenEncoder, first: int) -> Iterator[Batch]:
         """All training batches from an update on, without unreadable images; ranks encode them by turns."""
         if world_size() > 1:
-            ask(first)
+            request(first)
         for batch in take_turns(self._encoded(encoder, first), self.run.total - first):
             for path, reason in batch.bad:
                 self.bad.add(path, reason)

@@ -1,0 +1,62 @@
+"""Stage 1's result as a file, for `--heads-from`: heads and queue, and which encoder, blocks and images they fit."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimref.encoders.checkpoints import weights_hash
+from mimref.errors import CheckpointError, ConfigError
+from mimref.files import atomic_write
+from mimref.progress import Listener
+from mimref.refinement.method import Method
+from mimref.refinement.plan import Plan
+
+
+def save_heads(path: Path, plan: Plan, method: Method) -> None:
+    """Write heads and queue, while the encoder is still the base."""
+    fits = {
+        "base": weights_hash(method.encoder),
+        "blocks": plan.blocks,
+        "pool": plan.config.heads.pool,
+        "images": plan.source.fingerprint,
+    }
+    with atomic_write(path) as stream:
+        torch.save({**fits, "heads": method.heads.state_dict(), "queue": method.queue.state_dict()}, stream)
+
+
+def load_heads(folder: Path, plan: Plan, method: Method, listener: Listener) -> None:
+    """Load another run's heads and queue. Raises CheckpointError or ConfigError when they do not fit this run."""
+    path = folder / "heads.pt" if folder.is_dir() else folder
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; --heads-from needs the output folder of a run with stage 1")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        base, blocks, pool, images = (saved[key] for key in ("base", "blocks", "pool", "images"))
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read as the heads of a run") from error
+    if base != weights_hash(method.encoder):
+        raise CheckpointError(f"{path}: these heads were trained on another encoder than {plan.checkpoint.path}")
+    if blocks != plan.blocks:
+        numbers = ",".join(map(str, blocks))
+        raise ConfigError(f"{path}: its heads read blocks {numbers}; set heads.blocks={numbers}")
+    if pool != plan.config.heads.pool:
+        raise ConfigError(f"{path}: its heads read {pool!r} tokens; set heads.pool={pool}")
+    _load(path, plan, method, saved["heads"], saved["queue"])
+    if images != plan.source.fingerprint:
+        method.queue.sample_Q.fill_(-1)
+        listener.warn(f"{path}: its queue was filled from other images, or from files that have changed since")
+
+
+def _load(path: Path, plan: Plan, method: Method, heads: dict[str, Any], queue: dict[str, Any]) -> None:
+    config, size = plan.config.heads, len(queue["sample"])
+    if size != config.queue_size:
+        raise ConfigError(f"{path}: its queue holds {size} rows; set heads.queue_size={size}")
+    try:
+        method.heads.load_state_dict(heads)
+        method.queue.load_state_dict(queue)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: the widths of its heads differ from heads.projector_hidden {config.projector_hidden}, "
+            f"heads.predictor_hidden {config.predictor_hidden} and heads.output {config.output}"
+        ) from error

@@ -1,0 +1,176 @@
+"""A training command at work in its output folder: from the checks before the first update to results.json.
+
+`refine` and `pretrain` follow the same order: `finished`, `locked`, `load_state`, `writing`, `train`, `leave_group`,
+`finish`. In a process group every rank does; rank 0 alone writes.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from mimref.config.run import RunConfig
+from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
+from mimref.data.sources import ImageSource
+from mimref.data.views import CropGroup
+from mimref.distributed.collectives import barrier, gather_lists
+from mimref.distributed.group import end_group, own_rank
+from mimref.progress import Listener, Silent
+from mimref.results import Row, read_results, write_results
+from mimref.training.checkpoint import check_images, check_ranks, image_record
+from mimref.training.folder import RunFolder, with_absolute_paths
+from mimref.training.job import GradientJob, train
+from mimref.training.log import MetricsLog, SkippedImages, open_log
+from mimref.training.signals import StopSignal, stop_signal
+from mimref.training.trackers import check_trackers
+
+
+class TrainingRun:
+    """What all jobs of one training command share: folder, log, signals, skipped images."""
+
+    log: MetricsLog
+    stop: StopSignal
+
+    def __init__(self, config: RunConfig, out: Path, listener: Listener | None = None) -> None:
+        self.config = config
+        self.folder = RunFolder(out)
+        self.listener = listener if listener and own_rank() == 0 else Silent()
+        self.skipped = SkippedImages(config.data.max_bad, self.listener)
+        self.elapsed_s = 0.0
+        """Of training."""
+
+    def finished(self, *, resume: bool, force: bool) -> tuple[list[Row], float] | None:
+        """Rows and seconds of a run to resume that is finished already; else None.
+
+        Raises OutputError for a folder in which the run must not start or resume, ConfigError for a missing tracker.
+        """
+        if self.folder.holds_result(resume=resume, force=force):
+            found = read_results(self.folder.path, self.config.command)
+            self.folder.drop_state()  # left by a run that was killed just before it did so
+            return found
+        check_trackers(self.config.monitor.trackers)
+        return None
+
+    @contextmanager
+    def locked(self, *, resume: bool, force: bool) -> Iterator[None]:
+        """Keep other runs out of the folder, and catch signals."""
+        with stop_signal() as self.stop, self.folder.locked(resume=resume, force=force):
+            yield
+
+    def load_state(self, source: ImageSource, *, resume: bool) -> dict[str, Any] | None:
+        """The state to resume from, checked against other ranks and the training images; None for a new start."""
+        state = self.folder.load_state(self.listener) if resume else None
+        check_ranks(state, source)
+        if state:
+            check_images(state, source, self.listener)
+        return state
+
+    @contextmanager
+    def writing(
+        self, config: RunConfig, state: Mapping[str, Any] | None, *, resume: bool, force: bool
+    ) -> Iterator[None]:
+        """Write config.toml with the resolved settings, and keep the log open while jobs train."""
+        self.config = with_absolute_paths(config)
+        self.folder.prepare(self.config, resume=resume, force=force)
+        with closing(open_log(self.config, self.folder.path, state)) as self.log:
+            yield
+
+    def train(self, job: "Stage") -> None:
+        """Train a job to its end. Raises Interrupted after saving on a signal."""
+        train(job, job.batches(), self.listener, stop=self.stop, log_every=self.config.monitor.log_every)
+
+    def leave_group(self) -> bool:
+        """Wait for all ranks and leave their group; True on rank 0, which evaluates and writes alone."""
+        barrier()
+        return end_group()
+
+    def finish(self, rows: Sequence[Row]) -> None:
+        """Report skipped images, write results, and drop the state."""
+        self.skipped.report()
+        settings, skipped = self.config.model_dump(mode="json"), self.skipped.items
+        write_results(self.folder.path, self.config.command, settings, self.elapsed_s, rows, bad_images=skipped)
+        self.folder.drop_state()
+
+
+class Stage(GradientJob):
+    """A gradient job of a training run: batches of the run's images, the run's log and its saved state."""
+
+    name: str
+    """In the log and in saved states."""
+    source: ImageSource
+    crops: Sequence[CropGroup]
+    first_epoch = 0
+    """Number of the stage's first epoch. Later stages continue to count, so that their views are new ones."""
+
+    def __init__(self, run: TrainingRun, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.run = run
+        self.elapsed_s = run.elapsed_s
+
+    def batches(self) -> Iterator[ViewBatch]:
+        """The stage's remaining batches, on the device."""
+        if self.step == self.total:
+            return iter(())
+        config, (epoch, skip) = self.run.config, divmod(self.step, self.steps_per_epoch)
+        batches = view_batches(
+            self.source,
+            self.crops,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            epochs=range(self.first_epoch + epoch, self.first_epoch + self.total // self.steps_per_epoch),
+            skip=skip,
+            workers=loader_workers(config.workers, self.source),
+            pin_memory=self.device.type == "cuda",
+            reduce_jpeg=True,
+        )
+        return device_batches(batches, self.device)
+
+    def skip(self, images: Sequence[tuple[str, str]]) -> None:
+        """See `GradientJob`."""
+        self.run.skipped.add(images)
+
+    def position(self) -> dict[str, object]:
+        """The beginning of a log line."""
+        epoch = round(self.step / self.steps_per_epoch, 4)
+        return {"step": self.first_step + self.step, "epoch": epoch, "stage": self.name}
+
+    @abstractmethod
+    def values(self) -> dict[str, object] | None:
+        """What to log about the last update; None when it had no images. Sync point, for ranks too."""
+
+    def write_log(self) -> None:
+        """See `Job`."""
+        values = self.values()
+        if values is not None:
+            self.run.log.write({**self.position(), **values})
+
+    def state(self) -> dict[str, Any]:
+        """What the stage needs to resume, beside its position."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def save(self) -> None:
+        """See `Job`."""
+        run = self.run
+        run.elapsed_s = self.elapsed_s
+        run.skipped.add(gather_lists(run.skipped.items))
+        run.skipped.report_once()
+        run.folder.save_state(
+            lambda: {
+                "step": self.first_step + self.step,
+                "stage": self.name,
+                "stage_step": self.step,
+                "elapsed_s": self.elapsed_s,
+                "log_lines": run.log.lines,
+                "skipped": run.skipped.items,
+                "images": image_record(self.source),
+                **self.state(),
+            }
+        )
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a state that this stage has saved."""
+        self.step = state["stage_step"]
+        self.elapsed_s = self.run.elapsed_s = state["elapsed_s"]
+        self.run.skipped.add(state["skipped"])
+        self.optimizer.load_state_dict(state["optimizer"])
