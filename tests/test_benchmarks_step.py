@@ -6,24 +6,12 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mimref.benchmarks import heads as heads_benchmark
-from mimref.benchmarks import measure as measuring
 from mimref.benchmarks.flops import model_flops
-from mimref.benchmarks.heads import HeadSizes, heads_facts, separate_heads
-from mimref.benchmarks.measure import MatrixProducts, PeakMemory, seconds_of
-from mimref.benchmarks.step import (
-    StepMeasurement,
-    benchmark_step,
-    measure_step,
-    ready_stage,
-    resolve_encoder,
-    step_facts,
-    synthetic_batch,
-)
+from mimref.benchmarks.stage import ready_stage, resolve_encoder, synthetic_batch
+from mimref.benchmarks.step import StepMeasurement, benchmark_step, measure_step, step_facts
 from mimref.config.load import load_config
 from mimref.errors import ConfigError
-from mimref.refinement.config import HeadsConfig, RefineConfig
-from mimref.refinement.heads import Heads
+from mimref.refinement.config import RefineConfig
 from mimref.refinement.stages import EncoderStage
 from tests.tiny import REFINE
 
@@ -139,34 +127,6 @@ def test_utilisation_is_flops_by_time_by_rate() -> None:
     assert "memory_mib" not in unknown and "gflop_run" not in unknown
 
 
-def test_rate_of_matrix_products_is_that_of_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([[1.0, 2.0], [9.0, 4.0, 2.0]])
-    monkeypatch.setattr(measuring, "seconds_of", lambda work, repeats, device: next(times))
-    products = MatrixProducts(torch.device("cpu"), torch.float32, size=10)
-    products.measure()
-    products.measure()
-    assert products.flops_per_second == 2 * 10**3 / 2.0
-
-
-def test_seconds_are_those_of_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    instants = iter([10.0, 11.0, 14.0])
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(instants))
-    assert seconds_of(lambda: None, 2, torch.device("cpu")) == [1.0, 3.0]
-
-
-def test_peak_memory_is_what_was_taken_and_given_back() -> None:
-    memory = PeakMemory(torch.device("cpu"))
-    if memory.growth() is None:
-        pytest.skip("this system does not tell a process's peak")
-    block = torch.ones(16 << 20)  # 64 MiB, written to
-    del block
-    grown = memory.growth()
-    assert grown is not None and 60 << 20 < grown < 90 << 20
-    memory.restart()
-    after = memory.growth()
-    assert after is not None and after < 30 << 20
-
-
 def test_rows_tell_stages_micro_batches_and_their_ratio() -> None:
     calls: list[tuple[int, int]] = []
     config = tiny(micro_batch=5)
@@ -211,59 +171,3 @@ def test_settings_that_fit_no_encoder_are_refused() -> None:
     # Published weights are not fetched: what they are is known.
     architecture, blocks = resolve_encoder(load_config(RefineConfig, "refine/mae_l16", {"encoder.weights": "mae_l16"}))
     assert (architecture.width, blocks) == (1024, list(range(17, 25)))
-
-
-# --- heads
-
-
-def test_separate_heads_compute_what_the_ensemble_does() -> None:
-    """Outputs, gradients of inputs and weights, and running statistics, in float64."""
-    torch.manual_seed(0)
-    config = HeadsConfig(projector_hidden=7, predictor_hidden=9, output=5)
-    heads = Heads(config, 3, 6).double()
-    with torch.no_grad():
-        for weight in heads.parameters():
-            weight.normal_()
-    separate = separate_heads(heads, config, 6)
-    features = [torch.randn(11, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    same = [tensor.detach().clone().requires_grad_() for tensor in features]
-    wanted = torch.randn(3, 11, 5, dtype=torch.float64)
-
-    projection, prediction = heads(torch.stack(features))
-    (prediction * wanted).sum().backward()
-    found = [head(own) for head, own in zip(separate, same, strict=True)]
-    torch.stack([(own[1] * weight).sum() for own, weight in zip(found, wanted, strict=True)]).sum().backward()
-
-    close = {"rtol": 1e-9, "atol": 1e-11}
-    torch.testing.assert_close(torch.stack([own[0] for own in found]), projection, **close)
-    torch.testing.assert_close(torch.stack([own[1] for own in found]), prediction, **close)
-    for ours, plain in zip(features, same, strict=True):
-        torch.testing.assert_close(plain.grad, ours.grad, **close)
-    for number, head in enumerate(separate):
-        for own, stacked in zip(head.parameters(), heads.parameters(), strict=True):
-            assert own.grad is not None and stacked.grad is not None
-            expected = stacked.grad.unflatten(0, (3, -1))[number].view_as(own.grad)
-            # A shift before BatchNorm has no gradient but noise, hence relative to the largest.
-            torch.testing.assert_close(own.grad, expected, **close)
-        buffers = [(name, value) for name, value in head.named_buffers() if "running" in name]
-        stacked_buffers = [value for name, value in heads.named_buffers() if "running" in name]
-        for (name, value), ours in zip(buffers, stacked_buffers, strict=True):
-            torch.testing.assert_close(value, ours.unflatten(0, (3, -1))[number], msg=name, **close)
-
-
-def test_heads_rows_tell_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The ways take turns; the first two times of each do not count.
-    times = iter([50.0, 50.0, 50.0, 50.0, 1.0, 3.0, 2.0, 8.0, 4.0, 5.0])
-    monkeypatch.setattr(heads_benchmark, "seconds_of", lambda work, repeats, device: (work(), [next(times)])[1])
-    small = HeadsConfig(projector_hidden=4, predictor_hidden=4, output=4)
-    sizes = HeadSizes(heads=2, views=3, embed_dim=4, config=small, images=(5,), repeats=3)
-    (row,) = heads_benchmark.benchmark_heads(sizes, device="cpu")
-    assert (row["together_s"], row["separate_s"], row["value"]) == (2, 5, 2.5)
-    assert (row["heads"], row["images"], row["rows"]) == (2, 5, 15)
-    assert heads_facts([row])[0][1].endswith("2.50 x as fast")
-
-
-def test_cpus_measure_small_heads() -> None:
-    small, paper = HeadSizes.for_device(torch.device("cpu")), HeadSizes.for_device(torch.device("cuda"))
-    assert small.config.projector_hidden < paper.config.projector_hidden == 2048
-    assert paper.images == (16, 32, 64, 1024) and small.heads == paper.heads == 12
