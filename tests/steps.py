@@ -11,10 +11,10 @@ from mimref.config.run import ViewsConfig
 from mimref.data.loader import ViewBatch
 from mimref.data.photometric import Photometric
 from mimref.encoders.vit import Architecture, build_encoder
+from mimref.refinement.alignment import Queue
 from mimref.refinement.config import HeadsConfig, LossConfig
 from mimref.refinement.heads import Heads
 from mimref.refinement.method import Method
-from mimref.refinement.queue import Queue
 
 CPU = torch.device("cpu")
 ARCHITECTURE = Architecture("custom", image_size=8, width=32, depth=4, num_heads=2, patch_size=4)

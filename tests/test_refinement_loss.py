@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.refinement.loss import nna_loss
+from mimref.refinement.alignment import nna_loss
 
 TEMPERATURES = [0.07, 0.2, 1.0]
 IMAGES, WIDTH = 4, 5

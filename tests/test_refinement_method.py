@@ -14,11 +14,10 @@ from mimref.data.loader import ViewBatch
 from mimref.data.photometric import Photometric
 from mimref.draws import Operation, uniform
 from mimref.encoders.vit import Encoder, build_encoder
+from mimref.refinement.alignment import Alignment, Neighbours, Queue
 from mimref.refinement.config import LossConfig
 from mimref.refinement.heads import Heads
-from mimref.refinement.loss import Alignment
 from mimref.refinement.method import Method, StepValues, monitored_values, neighbour_accuracy
-from mimref.refinement.queue import Neighbours, Queue
 from mimref.training.optim import adamw, module_groups, set_learning_rate
 from tests.steps import (
     ARCHITECTURE,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import mimref.refinement.queue as queue_module
-from mimref.refinement.queue import Neighbours, Queue
+import mimref.refinement.alignment as queue_module
+from mimref.refinement.alignment import Neighbours, Queue
 
 HEADS, WIDTH = 2, 4
 

@@ -114,7 +114,7 @@ def test_a_run_refused_for_its_settings_leaves_no_folder(tiny: TinyRun, tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_messageand_a_finished_run_there_is_shown(
+def test_a_folder_that_cannot_be_written_is_one_line_and_a_finished_run_there_is_shown(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read_only(*_: Any, **__: Any) -> None:

@@ -80,13 +80,13 @@ def test_a_folder_with_other_files_is_free_and_a_missing_one_not_resumable(tmp_p
     RunFolder(tmp_path).check(resume=False, force=False)
     with pytest.raises(OutputError, match="no run to resume"):
         RunFolder(tmp_path / "missing").check(resume=True, force=False)
-    with pytest.raises(OutputError, match="--resume .*--force"):
+    with pytest.raises(OutputError, match=r"--resume .*--force"):
         RunFolder(tmp_path).check(resume=True, force=True)
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file: is a file.*--out"):
+    with pytest.raises(OutputError, match=r"file: is a file.*--out"):
         RunFolder(tmp_path / "file").check(resume=False, force=False)
     below = RunFolder(tmp_path / "file" / "below")
     below.check(resume=False, force=False)
@@ -207,7 +207,7 @@ def test_the_state_comes_back(tmp_path: Path) -> None:
 def test_a_damaged_state_is_one_line(content: bytes, tmp_path: Path) -> None:
     folder = started(tmp_path)
     (tmp_path / "state" / "step0000000003.pt").write_bytes(content)
-    with pytest.raises(OutputError, match="damaged state.*--force"):
+    with pytest.raises(OutputError, match=r"damaged state.*--force"):
         folder.load_state()
 
 

@@ -1,4 +1,4 @@
-"""Settings as strict models: the kinds of values, and what every command has."""
+"""Strict models of settings: the kinds of values, and what all commands share."""
 
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 def _check_ordered(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
-        raise ValueError("a range whose first number is not above its second")
+        raise ValueError("a range whose start does not exceed its end")
     return pair
 
 
@@ -36,7 +36,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_none(cls, table: Any) -> Any:
-        # TOML has no null: the word `none` stands for it where a field can be without a value.
+        # TOML has no null: for optional fields the word `none` stands for it.
         if not isinstance(table, dict):
             return table
         optional = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
@@ -62,7 +62,7 @@ class DataConfig(Section):
 
 
 class CommandConfig(Section):
-    """Settings that every command has."""
+    """Settings of every command."""
 
     command: ClassVar[str]
     """Name on the command line, and folder of the command's presets."""
@@ -82,7 +82,7 @@ class CommandConfig(Section):
 
 
 def dump_config(config: CommandConfig) -> str:
-    """The settings as TOML text that `recipes.load_config` reads back to an equal config; unset keys are left out."""
+    """TOML text that `load_config` reads back to an equal config; unset keys are omitted."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 

@@ -26,7 +26,7 @@ class EncoderConfig(Section):
     depth: int | None = Field(default=None, gt=0)
     """Number of blocks of a `custom` encoder."""
     num_heads: int | None = Field(default=None, gt=0)
-    """Attention heads of a `custom` encoder, and of weights of an unusual width, which do not tell it."""
+    """Attention heads of a `custom` encoder, and of weights of an unusual width: they cannot be inferred."""
     patch_size: int | None = Field(default=None, gt=0)
     """Pixels per patch side of a `custom` encoder."""
 
@@ -78,7 +78,7 @@ class ViewsConfig(Section):
 
 def _check_warmup(section: str, warmup_epochs: float | None, epochs: int) -> None:
     if warmup_epochs is not None and 0 < epochs < warmup_epochs:
-        raise ValueError(f"{section}.warmup_epochs {warmup_epochs:g} is more than {section}.epochs {epochs}")
+        raise ValueError(f"{section}.warmup_epochs {warmup_epochs:g} exceeds {section}.epochs {epochs}")
 
 
 class OptimizerConfig(Section):
@@ -92,16 +92,16 @@ class OptimizerConfig(Section):
 
 
 class MonitorConfig(Section):
-    """What a run tells about itself."""
+    """What a run monitors and logs."""
 
     log_every: int = Field(default=20, gt=0)
     """Steps between lines of metrics.jsonl."""
     knn_every_epochs: int = Field(default=1, ge=0)
     """Epochs between k-NN checks of the encoder on a fixed subset; 0 never checks."""
     trackers: list[Literal["tensorboard", "wandb"]] = []
-    """Where metrics are sent besides metrics.jsonl; each needs the extra of its name."""
+    """Trackers that receive the metrics too; each needs the extra of its name."""
     knn_samples: int = Field(default=10_000, gt=0)
-    """Most images in the k-NN check's memory; a quarter as many are classified."""
+    """Most training images in the k-NN check; a quarter as many validation images are classified."""
 
 
 class EvaluateConfig(Section):

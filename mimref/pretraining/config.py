@@ -31,7 +31,7 @@ class MAEConfig(Section):
 
 
 class PretrainConfig(RunConfig):
-    """Everything `mimref pretrain` can be told."""
+    """Settings of `mimref pretrain`."""
 
     command = "pretrain"
     mae: MAEConfig = MAEConfig()

@@ -103,21 +103,21 @@ class EncoderStageConfig(Section):
 
 
 class RefineConfig(RunConfig):
-    """Everything `mimref refine` can be told."""
+    """Settings of `mimref refine`."""
 
     command = "refine"
     path_settings = ("heads_from",)
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
-    """Images per pass of the encoder; the result is that of whole batches, which heads and loss still see. `auto` finds
-    the largest that fits the GPU's memory; None encodes a batch at once."""
+    """Images per encoder pass. The result is unchanged: heads and loss still see the whole batch. `auto` finds the largest
+    size that fits the GPU's memory; None encodes a batch at once."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
+    """Keep only each block's input for the backward pass and recompute the rest: less memory, a third more time."""
     compile: bool = False
     """Compile encoder blocks and heads by torch.compile: minutes at the start, then faster steps on CUDA."""
     stage: Literal["both", "heads", "encoder"] = "both"
     """`encoder` needs `heads_from`."""
     heads_from: str | None = None
-    """Output folder of another run, whose stage 1 heads and queue are taken over."""
+    """Output folder of another run, whose heads and queue are reused."""
     heads: HeadsConfig = HeadsConfig()
     loss: LossConfig = LossConfig()
     heads_stage: HeadsStageConfig = HeadsStageConfig()
@@ -126,12 +126,12 @@ class RefineConfig(RunConfig):
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
         if isinstance(self.micro_batch, int) and self.micro_batch > self.batch_size:
-            raise ValueError(f"micro_batch {self.micro_batch} is more than the {self.batch_size} images of batch_size")
+            raise ValueError(f"micro_batch {self.micro_batch} exceeds batch_size {self.batch_size}")
         if self.stage == "encoder" and self.heads_from is None:
-            raise ValueError("stage = 'encoder' needs heads_from (--heads-from DIR): a run whose heads are trained")
+            raise ValueError("stage = 'encoder' needs heads_from (--heads-from DIR), a run with trained heads")
         if self.stage != "encoder" and self.heads_from is not None:
-            raise ValueError(f"stage = {self.stage!r} trains heads of its own; heads_from goes with stage = 'encoder'")
+            raise ValueError(f"stage = {self.stage!r} trains its own heads; heads_from requires stage = 'encoder'")
         for name, top_k in (("heads_stage", self.heads_stage.top_k), ("encoder_stage", self.encoder_stage.top_k)):
             if top_k > self.heads.queue_size:
-                raise ValueError(f"{name}.top_k {top_k} is more than the {self.heads.queue_size} of heads.queue_size")
+                raise ValueError(f"{name}.top_k {top_k} exceeds heads.queue_size {self.heads.queue_size}")
         return self

@@ -25,10 +25,9 @@ from mimref.distributed.collectives import (
 from mimref.distributed.group import own_rank, world_size
 from mimref.draws import Operation, uniform
 from mimref.encoders.vit import Encoder
+from mimref.refinement.alignment import Alignment, Neighbours, Queue, nna_loss
 from mimref.refinement.config import LossConfig
 from mimref.refinement.heads import Heads
-from mimref.refinement.loss import Alignment, nna_loss
-from mimref.refinement.queue import Neighbours, Queue
 
 
 class StepValues(NamedTuple):

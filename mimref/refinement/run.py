@@ -19,12 +19,12 @@ from mimref.evaluation.monitor import KnnMonitor
 from mimref.evaluation.summary import Summary
 from mimref.features.header import data_record
 from mimref.progress import Listener
+from mimref.refinement.alignment import Queue
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads
 from mimref.refinement.memory import choose_micro_batch
 from mimref.refinement.method import Method
 from mimref.refinement.plan import Plan, base_encoder, header_of, make_plan
-from mimref.refinement.queue import Queue
 from mimref.refinement.reuse import load_heads, save_heads
 from mimref.refinement.stages import EncoderStage, HeadsStage
 from mimref.refinement.sweep import rank_heads

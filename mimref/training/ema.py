@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class WeightAverage:
     """Average of a module's parameters, `average = decay * average + (1 - decay) * weights` per update.
 
-    Frozen parameters are copied once; all others take part in one fused update.
+    Frozen parameters are copied once; all others are updated by one fused operation.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -23,5 +23,5 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the weights as they are now."""
+        """Update the average with the current weights."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)

@@ -1,4 +1,4 @@
-"""Metrics sent to TensorBoard or Weights & Biases as well, for those who watch runs there (optional extras)."""
+"""TensorBoard and Weights & Biases as optional receivers of the metrics."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -15,14 +15,14 @@ class Tracker(Protocol):
         """`step` counts the whole run's updates."""
 
     def close(self) -> None:
-        """Flush what is pending."""
+        """Flush."""
 
 
 class _TensorBoard:
     def __init__(self, out: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an interrupted run wrote after its last saved state is written again.
+        # A resumed run writes the steps after the saved state again.
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -54,7 +54,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(names: Sequence[str], out: Path, config: Mapping[str, Any], *, first_step: int) -> list[Tracker]:
-    """The trackers named in `monitor.trackers`, which `check_trackers` has passed."""
+    """The trackers in `monitor.trackers`; call `check_trackers` first."""
     return [_TensorBoard(out, first_step) if name == "tensorboard" else _WandB(out, config) for name in names]
 
 
