@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 
 # Public name to its module.
 _PUBLIC = {
-    "KnnConfig": "mimref.features.config",
-    "PretrainConfig": "mimref.config.run",
-    "RefineConfig": "mimref.config.run",
+    "KnnConfig": "mimref.evaluation.knn.config",
+    "PretrainConfig": "mimref.pretraining.config",
+    "RefineConfig": "mimref.refinement.config",
     "analyze_blocks": "mimref.evaluation.blocks.statistics",
     "cluster": "mimref.evaluation.cluster.protocol",
     "extract": "mimref.api",

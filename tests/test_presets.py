@@ -1,5 +1,6 @@
 """Every shipped preset loads; the paper's agree with the paper; ablations change what they say and nothing else."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from mimref.config.base import CommandConfig
 from mimref.config.load import load_config
 from mimref.config.presets import preset_names, preset_text
-from mimref.encoders.vit import Architecture, build_encoder
+from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
@@ -242,20 +243,26 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
         load_config(RefineConfig, str(tmp_path / "folder.toml"))
 
 
+@cache
+def encoder_without_memory(architecture: Architecture) -> Encoder:
+    with torch.device("meta"):
+        return build_encoder(architecture)
+
+
 @pytest.mark.parametrize("name", preset_names("refine"))
 def test_refine_presets_build(name: str) -> None:
     config = load(name)
     assert isinstance(config, RefineConfig)
     if config.encoder.weights:
-        # The file's header tells the encoder; the preset of the same name made it.
+        # The weights' header describes the encoder. The pretrain preset of the same name made it.
         made_by = load(name.replace("refine/", "pretrain/"))
         assert isinstance(made_by, PretrainConfig)
         architecture = Architecture.from_config(made_by.encoder)
     else:
         architecture = Architecture.from_config(config.encoder)
     blocks = head_blocks(config.heads.blocks, architecture.depth)
+    encoder = encoder_without_memory(architecture)
     with torch.device("meta"):
-        encoder = build_encoder(architecture)
         heads = Heads(config.heads, len(blocks), encoder.embed_dim)
         features = torch.empty(len(blocks), 6, encoder.embed_dim)
         projected, predicted = heads(features)
@@ -270,8 +277,8 @@ def test_refine_presets_build(name: str) -> None:
 def test_pretrain_presets_build(name: str) -> None:
     config = load(name)
     assert isinstance(config, PretrainConfig)
+    encoder = encoder_without_memory(Architecture.from_config(config.encoder))
     with torch.device("meta"):
-        encoder = build_encoder(Architecture.from_config(config.encoder))
         model = MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio)
         size = encoder.architecture.image_size
         images, noise = torch.empty(2, 3, size, size), torch.empty(2, model.num_patches)

@@ -100,9 +100,8 @@ def test_unlabelled_images_and_bad_ones(tmp_path: Path) -> None:
     result = pretrain(pretrain_config(data, mae__epochs=2), tmp_path / "out", listener=watcher)
     assert {row["metric"] for row in result.rows} == {"feature_variance", "effective_rank"}
     assert results(tmp_path / "out")["bad_images"] == [{"path": str(data / "bad.png"), "reason": "not an image"}]
-    assert [warning for warning in watcher.warnings if "unreadable" in warning] == [
-        f"1 image is left out, unreadable: {data / 'bad.png'} (not an image)"
-    ]
+    (warning,) = [warning for warning in watcher.warnings if "unreadable" in warning]
+    assert f"{data / 'bad.png'} (not an image)" in warning
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
@@ -126,10 +125,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
 
 def test_what_cannot_be_pretrained_is_named(data: Path, tmp_path: Path) -> None:
     for changes, message in (
-        ({"encoder__weights": "quickstart"}, "starts from random weights; leave out encoder.weights 'quickstart'"),
+        ({"encoder__weights": "quickstart"}, "encoder.weights 'quickstart'"),
         ({"encoder__image_size": 18}, "encoder.image_size 18 is not divisible by the patch size 4"),
         ({"encoder__image_size": 4}, "encoder.image_size 4 is one patch"),
-        ({"batch_size": 64}, "batch_size 64 is larger than the 48 training images; set --batch-size 48 or less"),
+        ({"batch_size": 64}, "--batch-size 48"),
         ({"encoder__source": "d2v2"}, "encoder.arch 'custom' is not one"),
         ({"mae__decoder__width": 18}, "mae.decoder.width 18 is not divisible by 4"),
     ):

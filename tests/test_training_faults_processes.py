@@ -86,7 +86,7 @@ def test_the_first_signal_says_what_a_second_does(tiny: TinyRun, tmp_path: Path)
     watcher = signal_at(6)
     with pytest.raises(Interrupted, match="saved at step 6"):
         refine(tiny.config, tmp_path, listener=watcher)
-    assert watcher.notes[-1] == "stopping: the state is saved first; a second signal stops at once"
+    assert "second signal" in watcher.notes[-1]
 
 
 # --- a loader process that dies
@@ -138,7 +138,7 @@ def test_a_dead_loader_process_of_the_check_after_an_epoch(
     assert run(tiny.line(tmp_path, workers=1, monitor__knn_every_epochs=1)) == 2
     told = error_line(capsys)
     assert told.startswith(f"mimref: error: a loader process died (Killed) at {tiny.data}/train/")
-    assert told.endswith("the last saved state is kept: --resume continues, with fewer --workers if memory ran out")
+    assert "--resume" in told and "--workers" in told
     assert saved_step(tmp_path) == 8
 
 

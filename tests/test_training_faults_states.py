@@ -94,7 +94,7 @@ def test_a_damaged_state_is_noticed_and_the_one_before_is_used(damage: str, tmp_
     heard = Watcher()
     loaded = folder.load_state(heard)
     assert loaded is not None and torch.equal(loaded["weights"], state(4)["weights"])
-    assert heard.warnings == [f"{newest}: damaged state; going on from the one before, of step 4"]
+    assert len(heard.warnings) == 1 and str(newest) in heard.warnings[0] and "step 4" in heard.warnings[0]
     cut(tmp_path / "state" / "step0000000004.pt", 0.7)
     with pytest.raises(OutputError) as caught:
         folder.load_state()
@@ -142,9 +142,8 @@ def test_a_run_goes_on_from_the_state_before(stop: int, tiny: TinyRun, tmp_path:
     flip(newest, newest.stat().st_size // 2)
     again = Watcher()
     refine(tiny.config, tmp_path, resume=True, listener=again)
-    assert [line for line in again.warnings if "damaged" in line] == [
-        f"{newest}: damaged state; going on from the one before, of step {stop}"
-    ]
+    (warning,) = [line for line in again.warnings if "damaged" in line]
+    assert str(newest) in warning and f"step {stop}" in warning
     assert_same_run(tmp_path, tiny.whole)
     assert not (tmp_path / "state").exists()
 

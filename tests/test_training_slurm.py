@@ -1,4 +1,4 @@
-"""The README's SLURM script, with stand-ins for SLURM's commands: stopped, queued again, it goes on to the same end."""
+"""The documented SLURM script, with stand-ins for SLURM's commands: stopped and requeued, a run ends the same."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import torch
 
 from tests.tiny import REFINE, arguments, tensors, write_labelled, write_weights
 
+SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
 # Two nodes on this machine; a signal goes to the tasks of both.
 SRUN = """#!/bin/bash
 "$@" & first=$!
@@ -47,13 +48,6 @@ sys.exit(run(sys.argv[1:]))
 """
 
 
-def script_of_the_readme() -> str:
-    lines = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
-    start = lines.index("    #!/bin/bash")
-    length = next(number for number, line in enumerate(lines[start:]) if line and not line.startswith("    "))
-    return "\n".join(line.removeprefix("    ") for line in lines[start : start + length])
-
-
 def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
@@ -63,7 +57,7 @@ def free_port() -> int:
 def submit(folder: Path, out: Path, *, slow: bool) -> subprocess.Popen[str]:
     settings = REFINE | {"encoder.weights": folder / "base.safetensors", "data.spec": folder / "data"}
     command = " ".join(f"'{word}'" for word in arguments("refine", out, settings)).replace(f"'{out}'", '"$OUT"')
-    script = script_of_the_readme()
+    script = SCRIPT.read_text()
     for old, new in (
         ("torchrun", f"{sys.executable} -m torch.distributed.run"),
         ("--nproc-per-node 8", "--nproc-per-node 1"),

@@ -48,17 +48,18 @@ class DataConfig(Section):
 
     spec: str | None = None
     """A folder, `digits`, `fashion-mnist`, `torchvision:NAME`, `list:FILE` (a .csv or .parquet table of paths),
-    `hf:FOLDER` (a Hugging Face data set on disk) or `wds:SHARDS` (webdataset tar files)."""
+    `hf:FOLDER` or `hf:NAME` (a Hugging Face data set, on disk or on the hub) or `wds:SHARDS` (webdataset tar files)."""
     root: str | None = None
-    """Folder of the data set's files, for specs that name a data set."""
+    """Folder of the data set's files, for a spec that is a name."""
     download: bool = False
     """Let torchvision download the data set."""
     max_bad: int = Field(default=100, ge=0)
-    """Unreadable images that are skipped and reported; one more stops the run."""
+    """Unreadable images to skip and report; one more stops the run."""
     train_limit: int | None = Field(default=None, gt=0)
-    """Use only the first N training images (of a fixed, class-balanced order for labelled data)."""
+    """Use only the first N training images, in a fixed order that is class-balanced for labelled data."""
     crop_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Evaluation: centre crop over resized shorter side; None: the checkpoint header's, else 0.875 (224 / 256)."""
+    """Evaluation: size of the centre crop over the resized shorter side. None: as in the checkpoint's header, else
+    0.875 (224 / 256)."""
 
 
 class CommandConfig(Section):
@@ -68,13 +69,15 @@ class CommandConfig(Section):
     """Name on the command line, and folder of the command's presets."""
 
     preset: str | None = None
-    """Name of the preset the settings came from."""
+    """Name of the preset that the settings come from."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Random seed."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: the best available."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA, fp32 elsewhere."""
     workers: int | None = Field(default=None, ge=0)
-    """Loader processes; None: 0 for images in memory, else one per core that this process may use, at most 16.
+    """Loader processes. None: 0 for images in memory, else one per core that this process may use, at most 16.
 
     torchrun's processes on one machine share its cores.
     """
@@ -82,7 +85,7 @@ class CommandConfig(Section):
 
 
 def dump_config(config: CommandConfig) -> str:
-    """TOML text that `load_config` reads back to an equal config; unset keys are omitted."""
+    """The settings as TOML text that `load_config` reads back to an equal config; unset keys are omitted."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 

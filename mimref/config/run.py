@@ -18,9 +18,10 @@ class EncoderConfig(Section):
     source: str = "mae"
     """Pre-training method of the weights; `d2v2` selects the post-norm transformer."""
     weights: str | None = None
-    """Weights file, or `quickstart` for the packaged encoder. None starts from random weights (`pretrain` only)."""
+    """Weights file, run folder, name of published weights, or `quickstart` for the packaged encoder. None: the
+    published weights of `arch` and `source`, or random weights (`pretrain`)."""
     image_size: int = Field(default=224, gt=0)
-    """Pixels, height and width, of the images the position embedding is made for."""
+    """Height and width in pixels of the images that the position embedding is for."""
     width: int | None = Field(default=None, gt=0)
     """Token width of a `custom` encoder."""
     depth: int | None = Field(default=None, gt=0)
@@ -47,7 +48,7 @@ class ViewsConfig(Section):
     """Multi-crop views (BYOL colour settings, Table 10)."""
 
     global_size: int | None = Field(default=None, gt=0)
-    """Pixels of the two global views; None is the encoder's image size."""
+    """Pixels of the two global views. None: the encoder's image size."""
     global_scale: AreaRange = (0.25, 1.0)
     """Area range of a global crop."""
     local_views: int = Field(default=10, ge=0)
@@ -67,11 +68,13 @@ class ViewsConfig(Section):
     jitter: Annotated[tuple[Fraction, Fraction, Fraction, Hue], Field(strict=False)] = (0.4, 0.4, 0.2, 0.1)
     """Strength of brightness, contrast, saturation and hue jitter."""
     jitter_probability: Fraction = 0.8
+    """Probability of jitter."""
     gray_probability: Fraction = 0.2
+    """Probability of grayscale."""
     solarize_probability: Probabilities = (0.0, 0.2, 0.0)
-    """For global view 0, global view 1 and local views; threshold 128 of 255."""
+    """Probability of solarization in global view 0, global view 1 and local views; the threshold is 128 of 255."""
     blur_probability: Probabilities = (1.0, 0.1, 0.5)
-    """For global view 0, global view 1 and local views."""
+    """Probability of blur in global view 0, global view 1 and local views."""
     blur_sigma: PositiveRange = (0.1, 2.0)
     """Standard deviation of the blur in pixels, drawn uniformly."""
 
@@ -85,37 +88,41 @@ class OptimizerConfig(Section):
     """AdamW."""
 
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
+    """Decay of the first and of the second moment."""
     clip_grad: float | None = Field(default=None, gt=0)
-    """Largest norm of the whole gradient; None does not clip."""
+    """Largest norm of the whole gradient. None: no clipping."""
     end_lr: float = Field(default=1e-6, ge=0)
-    """Absolute learning rate the cosine ends at, before layer-wise scales."""
+    """Absolute learning rate at the end of the cosine, before layer-wise scales."""
 
 
 class MonitorConfig(Section):
-    """What a run monitors and logs."""
+    """What a run logs about itself."""
 
     log_every: int = Field(default=20, gt=0)
     """Steps between lines of metrics.jsonl."""
     knn_every_epochs: int = Field(default=1, ge=0)
     """Epochs between k-NN checks of the encoder on a fixed subset; 0 never checks."""
     trackers: list[Literal["tensorboard", "wandb"]] = []
-    """Trackers that receive the metrics too; each needs the extra of its name."""
+    """Where metrics go besides metrics.jsonl; each needs the extra of its name."""
     knn_samples: int = Field(default=10_000, gt=0)
-    """Most training images in the k-NN check; a quarter as many validation images are classified."""
+    """Most training images of the k-NN check; a quarter as many validation images are classified."""
 
 
 class EvaluateConfig(Section):
     """The before/after table."""
 
     enabled: bool = True
+    """Evaluate at the end of the run."""
     knn_k: int = Field(default=10, gt=0)
+    """Neighbours that vote."""
     knn_tau: float = Field(default=0.07, gt=0)
+    """Temperature of the votes."""
     shots: int = Field(default=1, gt=0)
     """Training images per class of the low-shot logistic regression."""
     splits: int = Field(default=3, gt=0)
     """Draws of the low-shot training images."""
     cluster_runs: int = Field(default=100, gt=0)
-    """Mini-batch k-means runs; the best by inertia counts."""
+    """Mini-batch k-means runs; the one with the lowest inertia counts."""
 
 
 class RunConfig(CommandConfig):
@@ -137,8 +144,11 @@ class DecoderConfig(Section):
     """The masked autoencoder's decoder."""
 
     width: int = Field(default=512, gt=0)
+    """Token width."""
     depth: int = Field(default=8, gt=0)
+    """Number of blocks."""
     num_heads: int = Field(default=16, gt=0)
+    """Attention heads."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

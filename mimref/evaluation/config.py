@@ -24,8 +24,11 @@ class CompareConfig(EncoderPassConfig):
     ]
     """What is measured; `probe` is the cached one."""
     k: int = Field(default=10, gt=0)
+    """Neighbours that vote."""
     tau: float = Field(default=0.07, gt=0)
+    """Temperature of the votes."""
     shots: Numbers = [1, 2, 5]
+    """Training images per class."""
     splits: int | None = Field(default=None, gt=0)
     """As of `mimref lowshot`."""
     metrics: Annotated[list[str], Field(min_length=1)] = ["acc", "nmi"]

@@ -16,10 +16,13 @@ class MAEConfig(Section):
     crop_scale: AreaRange = (0.2, 1.0)
     """Area range of the random crop."""
     epochs: int = Field(default=800, gt=0)
+    """Passes over the training images."""
     warmup_epochs: float = Field(default=40, ge=0)
+    """Epochs of linear warm-up."""
     lr: float = Field(default=1.5e-4, gt=0)
     """Base learning rate, times (batch size / 256)."""
     weight_decay: float = Field(default=0.05, ge=0)
+    """Of encoder and decoder."""
     decoder: DecoderConfig = DecoderConfig()
     save_dtype: Literal["fp32", "fp16"] = "fp32"
     """Number format of encoder.safetensors; fp16 halves the file."""
@@ -31,7 +34,7 @@ class MAEConfig(Section):
 
 
 class PretrainConfig(RunConfig):
-    """Settings of `mimref pretrain`."""
+    """All settings of `mimref pretrain`."""
 
     command = "pretrain"
     mae: MAEConfig = MAEConfig()

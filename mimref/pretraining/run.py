@@ -87,12 +87,10 @@ class Pretraining(Stage):
         self._loss: Tensor | None = None
 
     def update(self, batch: ViewBatch) -> None:
-        """See `Job`."""
         self._loss = None
         super().update(batch)
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
-        """See `GradientJob`."""
         views = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
         sample_B = batch.sample_B.to(self.device, non_blocking=True)
         noise = uniform(self.config.seed, batch.epoch, Operation.MASK, sample_B, count=self.model.num_patches)
@@ -105,13 +103,11 @@ class Pretraining(Stage):
         return self._loss
 
     def values(self) -> dict[str, object] | None:
-        """See `Stage`."""
         if self._loss is None:
             return None
         return {"loss": float(sum_over_ranks(self._loss)) / world_size(), "lr": self.rate(self.step - 1)}
 
     def end_epoch(self, epoch: int) -> None:
-        """See `Job`."""
         every = self.config.monitor.knn_every_epochs
         if not every or (epoch % every and self.step < self.total):
             return
@@ -121,11 +117,9 @@ class Pretraining(Stage):
         self.rows = [{"metric": name, "value": value} for name, value in values.items()]
 
     def state(self) -> dict[str, Any]:
-        """See `Stage`."""
         return {**super().state(), "model": self.model.state_dict(), "rows": self.rows}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """See `Stage`."""
         super().resume(state)
         self.model.load_state_dict(state["model"])
         self.rows = state["rows"]

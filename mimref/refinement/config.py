@@ -36,9 +36,11 @@ class HeadsConfig(Section):
     """Block of every head: `17-24`, `20,22,24` or `last8`. A block may appear several times (temperature sweeps).
     `auto` measures the k-NN accuracy of every block first (needs labels)."""
     temperature: Positive | Annotated[list[Positive], Field(min_length=1)] = 0.2
-    """One for all heads, or one per head."""
+    """Temperature of the loss: one for all heads, or one per head."""
     projector_hidden: int = Field(default=2048, gt=0)
+    """Width of the two hidden layers of a projector."""
     predictor_hidden: int = Field(default=4096, gt=0)
+    """Width of the hidden layer of a predictor."""
     output: int = Field(default=256, gt=0)
     """Width of projections, predictions and queue rows."""
     queue_size: int = Field(default=65536, gt=0)
@@ -51,24 +53,27 @@ class LossConfig(Section):
     """Nearest Neighbor Alignment, Eq. (1)."""
 
     direction: Literal["projection", "prediction"] = "projection"
-    """Softmax over stop-gradient projections for each prediction (Eq. 1), or over predictions for each projection."""
+    """`projection`: softmax over stop-gradient projections for each prediction (Eq. 1). `prediction`: softmax over
+    predictions for each projection, as in the released code."""
     swap_negatives: bool = False
-    """Replace negatives by their nearest neighbours too, as NNCLR does (Table 1e)."""
+    """Also replace negatives by their nearest neighbours, as NNCLR does (Table 1e)."""
     schedule: Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"] = "constant"
     """Loss weight of intermediate heads over stage 2 (Table 1c)."""
 
 
 class HeadsStageConfig(Section):
-    """Stage 1: heads are trained on the frozen encoder."""
+    """Stage 1: train the heads on the frozen encoder."""
 
     epochs: int = Field(default=20, ge=0)
+    """Passes over the training images."""
     lr: float = Field(default=2e-4, gt=0)
     """Base learning rate, times (batch size / 256)."""
     warmup_epochs: float | None = Field(default=None, ge=0)
-    """None: min(4, epochs / 5)."""
+    """Epochs of linear warm-up. None: min(4, epochs / 5)."""
     top_k: int = Field(default=1, gt=0)
     """Positives are drawn uniformly from this many nearest neighbours."""
     weight_decay: float = Field(default=1e-5, ge=0)
+    """Of the heads."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -77,24 +82,26 @@ class HeadsStageConfig(Section):
 
 
 class EncoderStageConfig(Section):
-    """Stage 2: encoder and heads are trained together."""
+    """Stage 2: train encoder and heads together."""
 
     epochs: int = Field(default=30, ge=0)
+    """Passes over the training images."""
     lr: float = Field(default=4e-4, gt=0)
     """Base learning rate, times (batch size / 256)."""
     warmup_epochs: float | None = Field(default=None, ge=0)
-    """None: min(4, epochs / 5)."""
+    """Epochs of linear warm-up. None: min(4, epochs / 5)."""
     top_k: int = Field(default=20, gt=0)
     """Positives are drawn uniformly from this many nearest neighbours."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Of the encoder."""
     heads_weight_decay: float = Field(default=1e-5, ge=0)
+    """Of the heads."""
     layer_decay: float = Field(default=0.65, gt=0, le=1)
     """Learning rate factor from one block to the block below (BEiT's counting)."""
     freeze_blocks: int = Field(default=0, ge=0)
-    """Freeze this many first blocks, and with them patch embedding, CLS token and positions."""
+    """Freeze this many first blocks, and with them patch embedding, CLS token and position embedding."""
     ema: Decay = 0.9999
-    """Decay per update of the averaged encoder, which is the result."""
+    """Decay per update of the averaged encoder, which becomes the result."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -103,21 +110,21 @@ class EncoderStageConfig(Section):
 
 
 class RefineConfig(RunConfig):
-    """Settings of `mimref refine`."""
+    """All settings of `mimref refine`."""
 
     command = "refine"
     path_settings = ("heads_from",)
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
-    """Images per encoder pass. The result is unchanged: heads and loss still see the whole batch. `auto` finds the largest
-    size that fits the GPU's memory; None encodes a batch at once."""
+    """Images per pass of the encoder. Heads and loss still see whole batches, so the result is the same. `auto`: the
+    largest that fits the GPU's memory. None: the whole batch."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass and recompute the rest: less memory, a third more time."""
+    """Save only each block's input for the backward pass and recompute the rest: less memory, a third more time."""
     compile: bool = False
-    """Compile encoder blocks and heads by torch.compile: minutes at the start, then faster steps on CUDA."""
+    """Compile encoder blocks and heads with torch.compile: minutes at the start, then faster steps on CUDA."""
     stage: Literal["both", "heads", "encoder"] = "both"
-    """`encoder` needs `heads_from`."""
+    """Stages to run: `heads` is stage 1, `encoder` is stage 2 and needs `heads_from`."""
     heads_from: str | None = None
-    """Output folder of another run, whose heads and queue are reused."""
+    """Output folder of another run whose heads and queue stage 2 starts from."""
     heads: HeadsConfig = HeadsConfig()
     loss: LossConfig = LossConfig()
     heads_stage: HeadsStageConfig = HeadsStageConfig()

@@ -67,7 +67,6 @@ class RefinementStage(Stage):
         return [1.0] * len(self.plan.blocks)
 
     def update(self, batch: ViewBatch) -> None:
-        """See `Job`."""
         self._values = None
         super().update(batch)
 
@@ -102,7 +101,6 @@ class RefinementStage(Stage):
         )
 
     def values(self) -> dict[str, object] | None:
-        """See `Stage`."""
         if self._values is None:
             return None
         logged = monitored_values(self._values, self.labels)
@@ -112,12 +110,10 @@ class RefinementStage(Stage):
         return {"lr": self.rate(self.step - 1), **logged}
 
     def state(self) -> dict[str, Any]:
-        """See `Stage`."""
         heads, queue = self.method.heads.state_dict(), self.method.queue.state_dict()
         return {**super().state(), "heads": heads, "queue": queue, "nn_accuracy": self.nn_accuracy}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """See `Stage`."""
         super().resume(state)
         self.nn_accuracy = state["nn_accuracy"]
         self.method.heads.load_state_dict(state["heads"])
@@ -174,7 +170,6 @@ class EncoderStage(RefinementStage):
         return head_weights(schedule, self.step / self.total, len(self.plan.blocks))
 
     def after_update(self) -> None:
-        """See `GradientJob`."""
         self.average.update()
 
     def start_monitor(self, monitor: KnnMonitor) -> None:
@@ -191,7 +186,6 @@ class EncoderStage(RefinementStage):
         self.run.listener.note(f"{when}: {readable(values)}")
 
     def end_epoch(self, epoch: int) -> None:
-        """See `Job`."""
         every = self.plan.config.monitor.knn_every_epochs
         if not every or not self.monitor or not self.collapse or (epoch % every and self.step < self.total):
             return
@@ -202,7 +196,6 @@ class EncoderStage(RefinementStage):
             self.run.listener.warn(f"epoch {epoch}: {warning}")
 
     def state(self) -> dict[str, Any]:
-        """See `Stage`."""
         return {
             **super().state(),
             "encoder": self.method.encoder.state_dict(),
@@ -211,7 +204,6 @@ class EncoderStage(RefinementStage):
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """See `Stage`."""
         super().resume(state)
         self.method.encoder.load_state_dict(state["encoder"])
         self.average.module.load_state_dict(state["average"])

@@ -177,7 +177,6 @@ class GradientJob(Job[ViewBatch]):
         """What follows an optimizer step."""
 
     def update(self, batch: ViewBatch) -> None:
-        """See `Job`."""
         self.skip(batch.bad)
         images = total_over_ranks(len(batch.sample_B))
         if images < self.smallest_batch:
@@ -192,11 +191,9 @@ class GradientJob(Job[ViewBatch]):
         self.after_update()
 
     def check(self) -> None:
-        """See `Job`."""
         self.loss_guard.check()
 
     def check_weights(self) -> None:
-        """See `Job`."""
         weights = [weight.detach() for weight in self.trained]
         if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
             raise DivergenceError(

@@ -127,7 +127,6 @@ class Stage(GradientJob):
         return device_batches(batches, self.device)
 
     def skip(self, images: Sequence[tuple[str, str]]) -> None:
-        """See `GradientJob`."""
         self.run.skipped.add(images)
 
     def position(self) -> dict[str, object]:
@@ -140,7 +139,6 @@ class Stage(GradientJob):
         """What to log about the last update; None when it had no images. Sync point, for ranks too."""
 
     def write_log(self) -> None:
-        """See `Job`."""
         values = self.values()
         if values is not None:
             self.run.log.write({**self.position(), **values})
@@ -150,7 +148,6 @@ class Stage(GradientJob):
         return {"optimizer": self.optimizer.state_dict()}
 
     def save(self) -> None:
-        """See `Job`."""
         run = self.run
         run.elapsed_s = self.elapsed_s
         run.skipped.add(gather_lists(run.skipped.items))

@@ -15,12 +15,15 @@ class ReconstructionConfig(Section):
     """A light decoder on every frozen block: MAE's settings but for what Appendix C.2 changes."""
 
     epochs: int = Field(default=20, gt=0)
+    """Passes over the training images."""
     warmup_epochs: float = Field(default=5, ge=0)
+    """Epochs of linear warm-up."""
     batch_size: int = Field(default=1024, gt=0)
     """Images per update; all of them where there are fewer."""
     lr: float = Field(default=1.5e-4, gt=0)
     """Base learning rate, times (batch size / 256)."""
     weight_decay: float = Field(default=0.05, ge=0)
+    """Of the decoders."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of patches hidden from the encoder."""
     crop_scale: AreaRange = (0.2, 1.0)

@@ -14,6 +14,7 @@ class ProbeTrainingConfig(Section):
     lr: Temperatures = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5]
     """Base learning rates, times (batch size / 256), of one classifier each."""
     epochs: int = Field(default=50, gt=0)
+    """Passes over the training images."""
     batch_size: int | None = Field(default=None, gt=0)
     """Images per update; None: the published 1024, or the power of two that gives few images ten updates per epoch."""
     norm: Literal["none", "batch"] = "none"

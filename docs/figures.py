@@ -1,0 +1,72 @@
+"""Draw the README's picture from the table of the digits in results.md, for light and for dark pages.
+
+python docs/figures.py
+"""
+
+import re
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+# Row of the table to its name in the picture.
+SHOWN = {
+    "k-NN": "k-NN",
+    "1-shot (20 draws)": "1-shot",
+    "k-means ACC, lowest inertia of 100 runs": "k-means ACC",
+    "k-means NMI, lowest inertia of 100 runs": "k-means NMI",
+}
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "mimref", "font.family": "sans-serif", "font.size": 11}
+THEMES = {
+    "light": {"text": "#24292f", "grid": "#d0d7de", "raw": "#8c959f", "base": "#bf5b04", "refined": "#1f5fbf"},
+    "dark": {"text": "#e6edf3", "grid": "#30363d", "raw": "#7d8590", "base": "#f0954a", "refined": "#6cb6ff"},
+}
+
+
+def read_scores(page: Path) -> dict[str, tuple[float, float, float]]:
+    """Name in the picture to the scores of raw pixels, base and refined."""
+    section = page.read_text(encoding="utf-8").split("## Quickstart: digits")[1].split("\n## ")[0]
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    scores = {row[0]: tuple(map(float, row[1:4])) for row in rows if re.fullmatch(r"\+?[\d.]+", row[-1])}
+    return {name: scores[row] for row, name in SHOWN.items()}  # type: ignore[misc]
+
+
+def draw(scores: dict[str, tuple[float, float, float]], colours: dict[str, str], file: Path) -> None:
+    """A line from base to refined for every score, with raw pixels as a ring."""
+    figure = Figure(figsize=(7.2, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for place, (raw, base, refined) in enumerate(reversed(scores.values())):
+        axes.plot([base, refined], [place, place], "-", color=colours["refined"], lw=2, zorder=1)
+        for value, part, face in ((raw, "raw", "none"), (base, "base", None), (refined, "refined", None)):
+            axes.plot(value, place, "o", ms=8, mec=colours[part], mfc=face or colours[part], mew=1.6)
+        axes.annotate(
+            f"{refined:.1f}",
+            (refined, place),
+            (9, 0),
+            textcoords="offset points",
+            va="center",
+            color=colours["refined"],
+            weight="bold",
+        )
+        axes.annotate(
+            f"{base:.1f}", (base, place), (0, 9), textcoords="offset points", ha="center", color=colours["base"]
+        )
+    for part, label in (("raw", "raw pixels"), ("base", "base encoder"), ("refined", "refined")):
+        axes.plot([], [], "o", ms=8, mec=colours[part], mfc="none" if part == "raw" else colours[part], label=label)
+    axes.legend(frameon=False, labelcolor=colours["text"], loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=3)
+    axes.set(yticks=range(len(scores)), yticklabels=reversed(scores), xlim=(62, 103), ylim=(-0.6, len(scores) - 0.3))
+    axes.set_xlabel("% on scikit-learn's digits, mean of three seeds", color=colours["text"])
+    axes.tick_params(colors=colours["text"], length=0)
+    axes.grid(axis="x", color=colours["grid"])
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    figure.savefig(file, transparent=True, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    (HERE / "images").mkdir(exist_ok=True)
+    found = read_scores(HERE / "results.md")
+    for theme, colours in THEMES.items():
+        with rc_context(STYLE):
+            draw(found, colours, HERE / "images" / f"digits-{theme}.svg")
