@@ -4,15 +4,9 @@ import pytest
 import torch
 
 from mimref.benchmarks import cost as cost_module
-from mimref.benchmarks.cost import (
-    benchmark_cost,
-    cost_facts,
-    estimate_cost,
-    largest_batch,
-    largest_batch_rows,
-    markdown,
-)
-from mimref.benchmarks.step import model_flops, resolve_encoder
+from mimref.benchmarks.cost import benchmark_cost, cost_facts, estimate_cost, largest_batch_row, markdown
+from mimref.benchmarks.flops import model_flops
+from mimref.benchmarks.stage import resolve_encoder
 from mimref.config.load import load_config
 from mimref.errors import ConfigError
 from mimref.refinement.config import RefineConfig
@@ -83,25 +77,21 @@ def test_a_stage_that_is_not_trained_costs_nothing() -> None:
 
 
 def test_largest_batch_lies_on_the_line_through_two() -> None:
-    # 200 bytes and 100 per image.
-    assert largest_batch((8, 1000), (16, 1800), 10_000) == 98
-    assert largest_batch((8, 1000), (16, 1800), 10_099) == 98
-    assert largest_batch((8, 1000), (16, 1800), 150) == 0
-    rows = largest_batch_rows(
-        measurement(batch=8, memory_bytes=10 << 20), measurement(batch=16, memory_bytes=18 << 20), capacity=66 << 20
-    )
-    assert (rows[0]["value"], rows[0]["per_image_mib"]) == (64, 1)
+    # 2 MiB and 1 MiB per image.
+    small, large = measurement(batch=8, memory_bytes=10 << 20), measurement(batch=16, memory_bytes=18 << 20)
+    for capacity, images in ((66 << 20, 64), ((67 << 20) - 1, 64), (1 << 20, 0)):
+        row = largest_batch_row(small, large, capacity=capacity)
+        assert (row["value"], row["per_image_mib"]) == (images, 1)
 
 
 def test_a_small_model_is_measured_on_a_cpu_and_a_large_one_is_not() -> None:
     calls: list[tuple[int, int]] = []
-    cost = benchmark_cost(tiny(), steps=1, images=125, progress=lambda done, total: calls.append((done, total)))
+    cost = benchmark_cost(tiny(), steps=1, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(1, 2), (2, 2)] and cost.notes == []
     assert {row["stage"] for row in cost.rows if row["metric"] == "cost_hours"} == {"heads", "encoder", "both"}
-    told = markdown(cost_facts(cost), "mimref benchmark cost")
-    assert "device-hours on cpu" in told and told.startswith("`mimref benchmark cost`")
-    config = load_config(RefineConfig, "refine/mae_2b14", {"device": "cpu"})
-    cost = benchmark_cost(config)
+    table = markdown(cost_facts(cost), "mimref benchmark cost")
+    assert "device-hours on cpu" in table and table.startswith("`mimref benchmark cost`")
+    cost = benchmark_cost(load_config(RefineConfig, "refine/mae_2b14", {"device": "cpu"}))
     assert {row["metric"] for row in cost.rows} == {"cost_exaflop", "cost_state_gib"}
     assert "vit_2b14" in cost.notes[0] and "no CUDA device" in cost.notes[0]
     # ImageNet stands for images that are not named; 99 and 248 EFLOP are what the preset says of the encoder alone.
@@ -114,24 +104,19 @@ def test_a_cpu_measures_the_batch_it_can_afford(monkeypatch: pytest.MonkeyPatch)
     config = tiny(batch_size=64)
     architecture, blocks = resolve_encoder(config)
     notes: list[str] = []
-    cpu = torch.device("cpu")
     # Five steps of this batch in twenty seconds at 30 percent of the rate; a bit more than of 16 images.
     flops = sum(model_flops(config, architecture, blocks, stage) for stage in ("heads", "encoder"))
-    monkeypatch.setattr(cost_module.MatrixProducts, "flops_per_second", 5 * flops * 17 / 20 / 0.3)
-    assert cost_module._affordable_batch(config, architecture, blocks, 2, cpu, notes) == 16
-    assert notes == ["batches of 64: those of 16 stand for them on this cpu"]
+    monkeypatch.setattr(cost_module, "_matmul_flops", lambda device: 5 * flops * 17 / 20 / 0.3)
+    assert cost_module._affordable_batch(config, 2, torch.device("cpu"), notes) == 16
+    assert "64" in notes[0] and "16" in notes[0]
 
 
-def test_a_step_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_does_not_fit_is_reported_and_images_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise ConfigError("out of memory with a single image per encoder pass")
 
     monkeypatch.setattr(cost_module, "measure_step", full)
-    cost = benchmark_cost(tiny(), images=125)
+    cost = benchmark_cost(tiny(data__spec="digits"))
     assert cost.notes == ["time and peak memory: out of memory with a single image per encoder pass"]
     assert {row["metric"] for row in cost.rows} == {"cost_exaflop", "cost_state_gib"}
-
-
-def test_images_are_counted_where_the_settings_name_them() -> None:
-    rows = benchmark_cost(load_config(RefineConfig, "refine/mae_2b14", {"data.spec": "digits", "device": "cpu"})).rows
-    assert {row["images"] for row in rows} == {1437}
+    assert {row["images"] for row in cost.rows} == {1437}

@@ -4,25 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mimref.benchmarks import heads as heads_benchmark
-from mimref.benchmarks import measure as measuring
-from mimref.benchmarks.heads import HeadSizes, heads_facts, separate_heads
-from mimref.benchmarks.measure import MatrixProducts, PeakMemory, seconds_of
-from mimref.benchmarks.step import (
-    StepMeasurement,
-    benchmark_step,
-    measure_step,
-    model_flops,
-    ready_stage,
-    resolve_encoder,
-    step_facts,
-    synthetic_batch,
-)
+from mimref.benchmarks.flops import model_flops
+from mimref.benchmarks.stage import ready_stage, resolve_encoder, synthetic_batch
+from mimref.benchmarks.step import StepMeasurement, benchmark_step, measure_step, step_facts
 from mimref.config.load import load_config
 from mimref.errors import ConfigError
-from mimref.refinement.config import HeadsConfig, RefineConfig
-from mimref.refinement.heads import Heads
+from mimref.refinement.config import RefineConfig
 from mimref.refinement.stages import EncoderStage
 from tests.tiny import REFINE
 
@@ -45,13 +34,18 @@ def tiny(**changes: Any) -> RefineConfig:
 # --- FLOPs
 
 
+def tokens(config: RefineConfig) -> list[int]:
+    """Of each view, with CLS."""
+    local = (config.views.local_size // PATCH) ** 2 + 1
+    return [(IMAGE // PATCH) ** 2 + 1] * 2 + [local] * config.views.local_views
+
+
 def encoder_forward(config: RefineConfig, blocks: int = DEPTH) -> int:
     """FLOPs per image of `blocks` blocks for two global views and the local ones: 2 per multiply-add."""
-    tokens = [(IMAGE // PATCH) ** 2 + 1] * 2 + [(config.views.local_size // PATCH) ** 2 + 1] * config.views.local_views
     # Queries, keys, values (3), projection (1) and the two layers of the MLP (4 each) are 12 matrices of width ** 2.
-    linear = sum(2 * 12 * WIDTH**2 * count for count in tokens)
+    linear = sum(2 * 12 * WIDTH**2 * count for count in tokens(config))
     # Scores and weighted sum; the heads of attention share the width.
-    attention = sum(2 * 2 * count**2 * WIDTH for count in tokens)
+    attention = sum(2 * 2 * count**2 * WIDTH for count in tokens(config))
     return blocks * (linear + attention)
 
 
@@ -88,19 +82,21 @@ def test_flops_of_a_step_equal_a_count_by_hand() -> None:
     assert model_flops(early, architecture, [2, 3], "encoder") == expected
 
 
-def test_flops_counted_on_a_real_step_are_the_models_with_queue_and_loss() -> None:
+@pytest.mark.parametrize(("kernel", "recomputed"), [(SDPBackend.MATH, 0), (SDPBackend.FLASH_ATTENTION, 1)])
+def test_flops_counted_on_a_real_step_equal_a_count_by_hand(kernel: SDPBackend, recomputed: int) -> None:
     config = tiny(views__blur=False)
-    whole, parts = measure_step(config, "encoder", (None, 5), steps=1)
+    with sdpa_kernel(kernel):
+        whole, parts = measure_step(config, "encoder", (None, 5), steps=1)
     batch, heads, output = config.batch_size, 2, config.heads.output
     queue = 2 * heads * 2 * batch * config.heads.queue_size * output
     # Two products of all other views' predictions with the batch's projections, which have no gradient.
     loss = 2 * (2 * heads * 2 * (1 + config.views.local_views) * batch * batch * output)
-    assert whole.flops_run is not None and parts.flops_run is not None
-    assert whole.flops_run == pytest.approx(whole.flops + queue + loss, rel=0.05)
+    # Fused attention computes its scores again in the backward pass.
+    scores = recomputed * batch * DEPTH * sum(2 * count**2 * WIDTH for count in tokens(config))
+    assert whole.flops_run == whole.flops + queue + loss + scores
     # In micro-batches the encoder runs forward twice, which does not count as the model's.
     assert parts.flops == whole.flops
-    again = batch * (encoder_forward(config) + embedding(config))
-    assert parts.flops_run - whole.flops_run == pytest.approx(again, rel=0.01)
+    assert parts.flops_run == whole.flops_run + batch * (encoder_forward(config) + embedding(config))
 
 
 # --- measuring
@@ -129,34 +125,6 @@ def test_utilisation_is_flops_by_time_by_rate() -> None:
     assert (row["gflop"], row["gflop_run"], row["matmul_gflops"]) == (4, 5, 32)
     unknown = measurement(memory_bytes=None, flops_run=None).row()
     assert "memory_mib" not in unknown and "gflop_run" not in unknown
-
-
-def test_rate_of_matrix_products_is_that_of_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([[1.0, 2.0], [9.0, 4.0, 2.0]])
-    monkeypatch.setattr(measuring, "seconds_of", lambda work, repeats, device: next(times))
-    products = MatrixProducts(torch.device("cpu"), torch.float32, size=10)
-    products.measure()
-    products.measure()
-    assert products.flops_per_second == 2 * 10**3 / 2.0
-
-
-def test_seconds_are_those_of_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    instants = iter([10.0, 11.0, 14.0])
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(instants))
-    assert seconds_of(lambda: None, 2, torch.device("cpu")) == [1.0, 3.0]
-
-
-def test_peak_memory_is_what_was_taken_and_given_back() -> None:
-    memory = PeakMemory(torch.device("cpu"))
-    if memory.growth() is None:
-        pytest.skip("this system does not tell a process's peak")
-    block = torch.ones(16 << 20)  # 64 MiB, written to
-    del block
-    grown = memory.growth()
-    assert grown is not None and 60 << 20 < grown < 90 << 20
-    memory.restart()
-    after = memory.growth()
-    assert after is not None and after < 30 << 20
 
 
 def test_rows_tell_stages_micro_batches_and_their_ratio() -> None:
@@ -203,59 +171,3 @@ def test_settings_that_fit_no_encoder_are_refused() -> None:
     # Published weights are not fetched: what they are is known.
     architecture, blocks = resolve_encoder(load_config(RefineConfig, "refine/mae_l16", {"encoder.weights": "mae_l16"}))
     assert (architecture.width, blocks) == (1024, list(range(17, 25)))
-
-
-# --- heads
-
-
-def test_separate_heads_compute_what_the_ensemble_does() -> None:
-    """Outputs, gradients of inputs and weights, and running statistics, in float64."""
-    torch.manual_seed(0)
-    config = HeadsConfig(projector_hidden=7, predictor_hidden=9, output=5)
-    heads = Heads(config, 3, 6).double()
-    with torch.no_grad():
-        for weight in heads.parameters():
-            weight.normal_()
-    separate = separate_heads(heads, config, 6)
-    features = [torch.randn(11, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    same = [tensor.detach().clone().requires_grad_() for tensor in features]
-    wanted = torch.randn(3, 11, 5, dtype=torch.float64)
-
-    projection, prediction = heads(torch.stack(features))
-    (prediction * wanted).sum().backward()
-    found = [head(own) for head, own in zip(separate, same, strict=True)]
-    torch.stack([(own[1] * weight).sum() for own, weight in zip(found, wanted, strict=True)]).sum().backward()
-
-    close = {"rtol": 1e-9, "atol": 1e-11}
-    torch.testing.assert_close(torch.stack([own[0] for own in found]), projection, **close)
-    torch.testing.assert_close(torch.stack([own[1] for own in found]), prediction, **close)
-    for ours, plain in zip(features, same, strict=True):
-        torch.testing.assert_close(plain.grad, ours.grad, **close)
-    for number, head in enumerate(separate):
-        for own, stacked in zip(head.parameters(), heads.parameters(), strict=True):
-            assert own.grad is not None and stacked.grad is not None
-            expected = stacked.grad.unflatten(0, (3, -1))[number].view_as(own.grad)
-            # A shift before BatchNorm has no gradient but noise, hence relative to the largest.
-            torch.testing.assert_close(own.grad, expected, **close)
-        buffers = [(name, value) for name, value in head.named_buffers() if "running" in name]
-        stacked_buffers = [value for name, value in heads.named_buffers() if "running" in name]
-        for (name, value), ours in zip(buffers, stacked_buffers, strict=True):
-            torch.testing.assert_close(value, ours.unflatten(0, (3, -1))[number], msg=name, **close)
-
-
-def test_heads_rows_tell_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The ways take turns; the first two times of each do not count.
-    times = iter([50.0, 50.0, 50.0, 50.0, 1.0, 3.0, 2.0, 8.0, 4.0, 5.0])
-    monkeypatch.setattr(heads_benchmark, "seconds_of", lambda work, repeats, device: (work(), [next(times)])[1])
-    small = HeadsConfig(projector_hidden=4, predictor_hidden=4, output=4)
-    sizes = HeadSizes(heads=2, views=3, embed_dim=4, config=small, images=(5,), repeats=3)
-    (row,) = heads_benchmark.benchmark_heads(sizes, device="cpu")
-    assert (row["together_s"], row["separate_s"], row["value"]) == (2, 5, 2.5)
-    assert (row["heads"], row["images"], row["rows"]) == (2, 5, 15)
-    assert heads_facts([row])[0][1].endswith("2.50 x as fast")
-
-
-def test_cpus_measure_small_heads() -> None:
-    small, paper = HeadSizes.for_device(torch.device("cpu")), HeadSizes.for_device(torch.device("cuda"))
-    assert small.config.projector_hidden < paper.config.projector_hidden == 2048
-    assert paper.images == (16, 32, 64, 1024) and small.heads == paper.heads == 12

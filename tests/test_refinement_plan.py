@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from mimref.benchmarks.step import resolve_encoder
+from mimref.benchmarks.stage import resolve_encoder
 from mimref.encoders.checkpoints import encoder_from
 from mimref.encoders.vit import Encoder, sincos_positions
 from mimref.errors import CheckpointError, ConfigError

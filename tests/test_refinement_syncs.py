@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mimref.benchmarks.step import ready_stage, synthetic_batch
+from mimref.benchmarks.stage import ready_stage, synthetic_batch
 from mimref.data.loader import device_batches
 from mimref.pretraining.run import Pretraining
 from mimref.refinement.schedule import StageName

@@ -3,14 +3,13 @@
 Shapes: H heads, N rows (views times images), D encoder width, O output width.
 """
 
-import statistics
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimref.benchmarks.measure import seconds_of
+from mimref.benchmarks.measure import Facts, Ticks, device_setting, median_seconds
 from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision
 from mimref.progress import Progress
 from mimref.refinement.config import HeadsConfig
@@ -20,7 +19,7 @@ from mimref.results import Row
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """What is measured. `for_device` has the paper's heads for GPUs and small ones, which take seconds, for CPUs."""
+    """What is measured: the paper's heads; see `for_device`."""
 
     heads: int = 12
     views: int = 12
@@ -33,57 +32,15 @@ class HeadSizes:
 
     @classmethod
     def for_device(cls, device: torch.device) -> "HeadSizes":
-        """The paper's sizes, or on CPUs those of the quickstart preset at twice its width."""
+        """The paper's sizes on GPUs; on CPUs those of the quickstart preset at twice its width, which take seconds."""
         if device.type == "cuda":
             return cls()
         small = HeadsConfig(projector_hidden=256, predictor_hidden=512, output=128)
         return cls(embed_dim=192, config=small, images=(4, 16, 64))
 
 
-class _Head(nn.Module):
-    """One head of plain modules."""
-
-    def __init__(self, config: HeadsConfig, embed_dim: int) -> None:
-        super().__init__()
-        hidden, output, wide = config.projector_hidden, config.output, config.predictor_hidden
-        self.projector = nn.Sequential(
-            *(nn.Linear(embed_dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.GELU()),
-            *(nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.GELU()),
-            *(nn.Linear(hidden, output, bias=False), nn.BatchNorm1d(output)),
-        )
-        self.predictor = nn.Sequential(
-            *(nn.Linear(output, wide, bias=False), nn.BatchNorm1d(wide), nn.GELU()),
-            *(nn.Linear(wide, output, bias=False), nn.BatchNorm1d(output)),
-        )
-
-    def forward(self, features_ND: Tensor) -> tuple[Tensor, Tensor]:
-        projected_NO = self.projector(features_ND)
-        return _unit_rows(projected_NO.detach()), _unit_rows(self.predictor(projected_NO))
-
-
-def _unit_rows(x_NO: Tensor) -> Tensor:
-    return F.normalize(x_NO.float() if x_NO.dtype is torch.bfloat16 else x_NO, dim=1)
-
-
-def separate_heads(heads: Heads, config: HeadsConfig, embed_dim: int) -> nn.ModuleList:
-    """One plain module per head, with the ensemble's weights; each takes (N, D) and returns what `heads` does."""
-    first = next(heads.parameters())
-    separate = nn.ModuleList(_Head(config, embed_dim) for _ in range(heads.num_heads)).to(first)
-    ours = [tensor for name, tensor in heads.state_dict().items() if not name.endswith("num_batches_tracked")]
-    with torch.no_grad():
-        for number, head in enumerate(separate):
-            plain = [tensor for name, tensor in head.state_dict().items() if not name.endswith("num_batches_tracked")]
-            for own, stacked in zip(plain, ours, strict=True):
-                own.copy_(stacked.unflatten(0, (heads.num_heads, -1))[number].view_as(own))
-    return separate
-
-
 def benchmark_heads(
-    sizes: HeadSizes | None = None,
-    *,
-    device: str = "auto",
-    precision: str = "auto",
-    progress: Progress | None = None,
+    sizes: HeadSizes | None = None, *, device: str = "auto", precision: str = "auto", progress: Progress | None = None
 ) -> list[Row]:
     """Time of a forward and backward pass of separate modules, divided by that of the ensemble, per number of images.
 
@@ -97,56 +54,86 @@ def benchmark_heads(
     torch.manual_seed(0)
     heads = Heads(sizes.config, sizes.heads, sizes.embed_dim).to(target)
     separate = separate_heads(heads, sizes.config, sizes.embed_dim)
+    tick = Ticks(progress, len(sizes.images))
     rows = []
-    for number, images in enumerate(sizes.images, start=1):
-        together_s, separate_s = _times(heads, separate, sizes, images, dtype)
+    for images in sizes.images:
+        together_s, separate_s = _times(heads, separate, sizes, images * sizes.views, dtype)
         row: Row = {"metric": "benchmark_heads_speedup", "value": separate_s / together_s}
         row |= {"together_s": together_s, "separate_s": separate_s}
         row |= {"heads": sizes.heads, "images": images, "rows": images * sizes.views, "width": sizes.embed_dim}
         row |= {"projector_hidden": sizes.config.projector_hidden, "predictor_hidden": sizes.config.predictor_hidden}
-        row |= {"output": sizes.config.output, "precision": "bf16" if dtype is torch.bfloat16 else "fp32"}
-        row["device"] = torch.cuda.get_device_name(target) if target.type == "cuda" else target.type
-        rows.append(row | ({"threads": torch.get_num_threads()} if target.type == "cpu" else {}))
-        if progress is not None:
-            progress(number, len(sizes.images))
+        rows.append(row | {"output": sizes.config.output, **device_setting(target, dtype)})
+        tick()
     return rows
 
 
+class _Head(nn.Module):
+    """One head of plain modules."""
+
+    def __init__(self, config: HeadsConfig, embed_dim: int) -> None:
+        super().__init__()
+        hidden, output, wide = config.projector_hidden, config.output, config.predictor_hidden
+        first, second, projected = _layer(embed_dim, hidden), _layer(hidden, hidden), _layer(hidden, output)
+        self.projector = nn.Sequential(*first, nn.GELU(), *second, nn.GELU(), *projected)
+        self.predictor = nn.Sequential(*_layer(output, wide), nn.GELU(), *_layer(wide, output))
+
+    def forward(self, features_ND: Tensor) -> tuple[Tensor, Tensor]:
+        projected_NO = self.projector(features_ND)
+        return _unit_rows(projected_NO.detach()), _unit_rows(self.predictor(projected_NO))
+
+
+def _layer(width: int, output: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Linear(width, output, bias=False), nn.BatchNorm1d(output)
+
+
+def _unit_rows(x_NO: Tensor) -> Tensor:
+    return F.normalize(x_NO.float() if x_NO.dtype is torch.bfloat16 else x_NO, dim=1)
+
+
+def separate_heads(heads: Heads, config: HeadsConfig, embed_dim: int) -> nn.ModuleList:
+    """One plain module per head, with the ensemble's weights; each takes (N, D) and returns what `heads` does."""
+    separate = nn.ModuleList(_Head(config, embed_dim) for _ in range(heads.num_heads)).to(next(heads.parameters()))
+    stacked = [tensor for name, tensor in heads.state_dict().items() if not name.endswith("num_batches_tracked")]
+    for number, head in enumerate(separate):
+        plain = [tensor for name, tensor in head.state_dict().items() if not name.endswith("num_batches_tracked")]
+        for own, ours in zip(plain, stacked, strict=True):
+            own.copy_(ours.unflatten(0, (heads.num_heads, -1))[number].view_as(own))
+    return separate
+
+
 def _times(
-    heads: Heads, separate: nn.ModuleList, sizes: HeadSizes, images: int, precision: torch.dtype
+    heads: Heads, separate: nn.ModuleList, sizes: HeadSizes, rows: int, precision: torch.dtype
 ) -> tuple[float, float]:
-    """Median seconds of the ensemble and of the separate modules, which take turns."""
+    """Median seconds of the ensemble and of the separate modules."""
     device = next(heads.parameters()).device
-    rows = images * sizes.views
     features = [torch.randn(rows, sizes.embed_dim, device=device, requires_grad=True) for _ in range(sizes.heads)]
     weight_HNO = torch.randn(sizes.heads, rows, sizes.config.output, device=device)
 
-    def forget() -> None:
+    def drop_gradients() -> None:
         for tensor in (*features, *heads.parameters(), *separate.parameters()):
             tensor.grad = None
 
-    def together() -> None:
+    def run_ensemble() -> None:
         with autocast(device, precision):
             _, prediction_HNO = heads(torch.stack(features))
         (prediction_HNO * weight_HNO).sum().backward()
-        forget()
+        drop_gradients()
 
-    def alone() -> None:
+    def run_separate() -> None:
         with autocast(device, precision):
             predictions = [head(own)[1] for head, own in zip(separate, features, strict=True)]
         torch.stack([(p * weight).sum() for p, weight in zip(predictions, weight_HNO, strict=True)]).sum().backward()
-        forget()
+        drop_gradients()
 
-    turn = 5 if device.type == "cuda" else 1
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(2 + sizes.repeats):
-        for way, own in zip((together, alone), seconds, strict=True):
-            own += seconds_of(way, turn, device)
-    return statistics.median(seconds[0][2 * turn :]), statistics.median(seconds[1][2 * turn :])
+    calls = 5 if device.type == "cuda" else 1
+    together_s, separate_s = median_seconds(
+        (run_ensemble, run_separate), device, turns=sizes.repeats, warm_up=2, calls=calls
+    )
+    return together_s, separate_s
 
 
-def heads_facts(rows: list[Row]) -> list[tuple[str, str]]:
-    """What `benchmark_heads` measured, a line each: what, and how much."""
+def heads_facts(rows: list[Row]) -> Facts:
+    """What `benchmark_heads` measured."""
     return [
         (
             f"{row['heads']} heads of {row['projector_hidden']}/{row['predictor_hidden']}/{row['output']}, "

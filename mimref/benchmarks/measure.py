@@ -1,24 +1,43 @@
-"""Seconds, memory and matrix products of a device, for benchmarks."""
+"""Time and memory of work on a device, and what several ways to the same result are compared by."""
 
 import ctypes
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-# Rows and columns of the matrices whose product stands for what the device can do.
+from mimref.progress import Progress
+from mimref.results import Row
+
+Work = Callable[[], object]
+Facts = list[tuple[str, str]]
+"""What was measured, in words: what, and how much."""
+
+# Rows and columns of the matrices whose product shows what the device can do.
 _MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 _MATMUL_REPEATS = 5
 
 
-def seconds_of(work: Callable[[], object], times: int, device: torch.device) -> list[float]:
-    """Seconds of each of `times` calls; on CUDA by events, so that the CPU may run ahead as it does in training."""
+class Ticks:
+    """Counts the finished parts of a benchmark and reports them to `progress`."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
+
+    def __call__(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def seconds_of(work: Work, calls: int, device: torch.device) -> list[float]:
+    """Seconds of each call; on CUDA by events, so that the CPU may run ahead as it does in training."""
     if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
         marks[0].record()
         for mark in marks[1:]:
             work()
@@ -26,7 +45,7 @@ def seconds_of(work: Callable[[], object], times: int, device: torch.device) -> 
         torch.cuda.synchronize(device)
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
     instants = [time.perf_counter()]
-    for _ in range(times):
+    for _ in range(calls):
         work()
         if device.type == "mps":
             torch.mps.synchronize()
@@ -34,47 +53,63 @@ def seconds_of(work: Callable[[], object], times: int, device: torch.device) -> 
     return [after - before for before, after in pairwise(instants)]
 
 
-class MatrixProducts:
-    """Rate of a large square matrix product, which `utilisation` is measured against: hardly anything is faster."""
+def median_seconds(
+    ways: Sequence[Work],
+    device: torch.device,
+    *,
+    turns: int,
+    warm_up: int = 1,
+    calls: int = 1,
+    tick: Callable[[], None] | None = None,
+) -> list[float]:
+    """Median seconds of a call of each way.
 
-    def __init__(self, device: torch.device, precision: torch.dtype, *, size: int | None = None) -> None:
-        self._device, self._size = device, size or _MATMUL_SIZE[device.type]
-        shape = (self._size, self._size)
+    The ways take turns of `calls` calls, so that whatever else the machine does slows down all of them. The first
+    `warm_up` turns do not count, `turns` do. tick: called after each turn of each way.
+    """
+    seconds: list[list[float]] = [[] for _ in ways]
+    for _ in range(warm_up + turns):
+        for way, own in zip(ways, seconds, strict=True):
+            own += seconds_of(way, calls, device)
+            if tick is not None:
+                tick()
+    return [statistics.median(own[warm_up * calls :]) for own in seconds]
+
+
+class MatrixProducts:
+    """A few large square matrix products in one call; hardly anything reaches a higher rate."""
+
+    def __init__(self, device: torch.device, precision: torch.dtype) -> None:
+        self.flops = 2 * _MATMUL_SIZE[device.type] ** 3 * _MATMUL_REPEATS
+        shape = (_MATMUL_SIZE[device.type],) * 2
         self._left, self._right = (torch.randn(shape, device=device).to(precision) for _ in range(2))
         self._product = torch.empty_like(self._left)
-        self._seconds: list[float] = []
-        self._multiply()  # chooses the kernel
+        self()  # chooses the kernel
 
-    def _multiply(self) -> None:
-        torch.mm(self._left, self._right, out=self._product)
-
-    def measure(self) -> None:
-        """Measure a few more products."""
-        self._seconds += seconds_of(self._multiply, _MATMUL_REPEATS, self._device)
-
-    @property
-    def flops_per_second(self) -> float:
-        """2 size**3 by the median time of all that were measured."""
-        return float(2 * self._size**3 / statistics.median(self._seconds))
+    def __call__(self) -> None:
+        for _ in range(_MATMUL_REPEATS):
+            torch.mm(self._left, self._right, out=self._product)
 
 
 class PeakMemory:
     """The most memory in use, beyond what was in use when this was made.
 
-    CUDA: torch's allocations. CPU: the process's resident memory, where Linux and the C library tell. Elsewhere nothing
-    does.
+    CUDA: torch's allocations. CPU: the process's resident memory, where Linux and glibc report it. Unknown elsewhere.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before = self._restart()
+        self._before = self.restart()
 
-    def restart(self) -> None:
-        """Forget the most that was in use so far, not what was in use at first."""
-        self._restart()
+    def restart(self) -> int | None:
+        """Forget the peak so far. Returns the bytes in use now, or None where they are unknown."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return torch.cuda.memory_allocated(self._device)
+        return _reset_resident_peak() if self._device.type == "cpu" else None
 
     def growth(self) -> int | None:
-        """Bytes, or None where nothing tells."""
+        """Peak in bytes beyond the start, or None where it is unknown."""
         if self._before is None:
             return None
         if self._device.type == "cuda":
@@ -82,23 +117,18 @@ class PeakMemory:
         peak = _resident("VmHWM")
         return None if peak is None else max(0, peak - self._before)
 
-    def _restart(self) -> int | None:
-        """Bytes in use now."""
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return torch.cuda.memory_allocated(self._device)
-        return _reset_resident_peak() if self._device.type == "cpu" else None
 
-
-def device_bytes(device: torch.device) -> int:
-    """Memory of a CUDA device."""
-    return torch.cuda.get_device_properties(device).total_memory
+def device_setting(device: torch.device, precision: torch.dtype) -> Row:
+    """What a row says of the device: its name, the precision, and the threads of a CPU."""
+    setting: Row = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    setting["precision"] = "bf16" if precision is torch.bfloat16 else "fp32"
+    return setting | ({"threads": torch.get_num_threads()} if device.type == "cpu" else {})
 
 
 def _reset_resident_peak() -> int | None:
-    """Let Linux count the process's peak anew; bytes resident now, or None where that cannot be done."""
+    """Let Linux count the process's peak from now on; bytes resident now, or None where that is not possible."""
     try:
-        # What was freed stays with the process otherwise, and the next use of it would count for nothing.
+        # Freed memory stays with the process otherwise, and using it again would not count.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError, TypeError):

@@ -1,46 +1,25 @@
-"""How fast a refinement step is and what it needs, on synthetic images in memory.
+"""How fast a refinement step is and what memory it needs.
 
-A step is a real run's `Stage.update`: augmentation on the device, encoder, heads, neighbours, loss, backward pass,
-optimizer and weight average. Only reading images is left out. Weights are random, which changes no time.
+A step is a real stage's `update`: augmentation on the device, encoder, heads, neighbours, loss, backward pass,
+optimizer and weight average. Only reading images is left out. Weights are random, which does not change the time.
 """
 
-import statistics
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
-from pathlib import Path
 
-import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from mimref.benchmarks.measure import MatrixProducts, PeakMemory, seconds_of
-from mimref.data.loader import ViewBatch, device_batches
-from mimref.data.sources import ArraySource
-from mimref.data.transforms import EvalTransform
-from mimref.data.views import multi_crop
+from mimref.benchmarks.flops import count_flops, model_flops
+from mimref.benchmarks.measure import Facts, MatrixProducts, Ticks, device_setting, median_seconds
+from mimref.benchmarks.stage import describe_encoder, largest_whole_batch, ready_stage, synthetic_batch
+from mimref.data.loader import device_batches
 from mimref.devices import resolve_device
-from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
-from mimref.encoders.parameters import freeze_untrained
-from mimref.encoders.published import find_published
-from mimref.encoders.vit import Architecture, build_encoder
-from mimref.errors import ConfigError
-from mimref.progress import Progress, Silent
+from mimref.progress import Progress
 from mimref.refinement.config import RefineConfig
-from mimref.refinement.heads import Heads, head_blocks
-from mimref.refinement.memory import largest_micro_batch, release_memory
-from mimref.refinement.method import PooledBlocks
-from mimref.refinement.plan import Plan, architecture_to_train, check_sizes, temperatures
-from mimref.refinement.run import build_method
 from mimref.refinement.schedule import StageName
-from mimref.refinement.stages import EncoderStage, HeadsStage, RefinementStage
 from mimref.results import Row
-from mimref.training.run import TrainingRun
 
-IMAGENET_IMAGES = 1_281_167
-STAGE_NUMBER: dict[StageName, int] = {"heads": 1, "encoder": 2}
+STAGE_NUMBER = {"heads": 1, "encoder": 2}
 # Steps before those that count: the first allocates the optimizer's moments, and compiling takes some more.
 _WARM_UP, _WARM_UP_COMPILED = 2, 5
 # On CUDA several steps follow each other, as the CPU prepares one while the device computes the one before.
@@ -61,7 +40,7 @@ class StepMeasurement:
     step_s: float
     """Median over the measured steps."""
     memory_bytes: int | None
-    """Peak beyond what was in use before the weights were made; None where the system does not tell."""
+    """Peak beyond what was in use before the weights were made; None where the system does not report it."""
     flops: int
     """Of the model in one step, forward and backward; what is computed twice counts once."""
     flops_run: int | None
@@ -75,7 +54,7 @@ class StepMeasurement:
 
     @property
     def utilisation(self) -> float:
-        """Percent of a large matrix product's rate that the model's FLOPs are computed at."""
+        """Rate of the model's FLOPs in percent of a large matrix product's."""
         return 100 * self.flops / self.step_s / self.matmul_flops
 
     def row(self) -> Row:
@@ -97,241 +76,99 @@ def benchmark_step(config: RefineConfig, *, steps: int = 5, progress: Progress |
     Micro-batches are of `config.micro_batch` images, or of a quarter of the batch where that is no number. A batch that
     no CUDA device holds in one pass is compared at the largest size that fits, and measured in micro-batches alone.
     steps: measured ones, after a few that do not count. Of `config.encoder.weights` only the architecture matters.
-    Raises ConfigError for settings that fit no encoder, or nothing that fits the memory.
+    Raises ConfigError for settings that do not fit the encoder or the memory.
     """
-    device = resolve_device(config.device)
-    whole = largest_whole_batch(config, device)
+    whole = largest_whole_batch(config, resolve_device(config.device))
     micro = min(whole, config.micro_batch if isinstance(config.micro_batch, int) else -(-whole // 4))
     kinds: list[tuple[StageName, int, tuple[int | None, ...]]] = [("encoder", whole, (None, micro))]
     if whole < config.batch_size:
         kinds.append(("encoder", config.batch_size, (micro,)))
     kinds.append(("heads", config.batch_size, (None if whole == config.batch_size else micro,)))
+    tick = Ticks(progress, len(kinds))
     measured: list[StepMeasurement] = []
-    for number, (stage, batch, parts) in enumerate(kinds, start=1):
-        measured += measure_step(config.model_copy(update={"batch_size": batch}), stage, parts, steps=steps)
-        if progress is not None:
-            progress(number, len(kinds))
+    for stage, batch, micro_batches in kinds:
+        measured += measure_step(config.model_copy(update={"batch_size": batch}), stage, micro_batches, steps=steps)
+        tick()
     return [measurement.row() for measurement in measured] + _micro_batch_rows(measured[0], measured[1])
 
 
 def measure_step(
     config: RefineConfig, stage: StageName, micro_batches: Sequence[int | None], *, steps: int = 5
 ) -> list[StepMeasurement]:
-    """Measure one stage's steps of `config.batch_size` images, encoded in parts of each of these sizes.
+    """Measure one stage's steps of `config.batch_size` images for each micro-batch; None is one pass.
 
-    The ways take turns with each other and with a large matrix product, so that whatever else the machine does slows
-    down all of them. None is one pass. Raises ConfigError for settings that fit no encoder, and when a step does not
-    fit the device's memory.
+    They take turns with each other and with a large matrix product. Raises ConfigError for settings that do not fit the
+    encoder, and when a step does not fit the device's memory.
     """
     device = resolve_device(config.device)
-    turn = _TURN_CUDA if device.type == "cuda" else 1
     with ready_stage(config.model_copy(update={"micro_batch": None}), stage) as (job, memory):
         batches = device_batches(repeat(synthetic_batch(job)), device)
 
-        def step() -> None:
+        def step(micro: int | None) -> None:
+            job.method.micro_batch = micro
             job.update(next(batches))
             job.step += 1
 
         used = []
         for micro in micro_batches:
-            job.method.micro_batch = micro
             memory.restart()
             for _ in range(_WARM_UP_COMPILED if config.compile else _WARM_UP):
-                step()
+                step(micro)
             used.append(memory.growth())
         products = MatrixProducts(device, job.method.precision)
-        seconds: list[list[float]] = [[] for _ in micro_batches]
-        for _ in range(steps):
-            products.measure()
-            for micro, own in zip(micro_batches, seconds, strict=True):
-                job.method.micro_batch = micro
-                own += seconds_of(step, turn, device)
+        products_s, *steps_s = median_seconds(
+            [products, *(partial(step, micro) for micro in micro_batches)],
+            device,
+            turns=steps,
+            warm_up=0,
+            calls=_TURN_CUDA if device.type == "cuda" else 1,
+        )
         flops = config.batch_size * model_flops(config, job.plan.architecture, job.plan.blocks, stage)
+        setting: Row = {"model": describe_encoder(job.plan.architecture), "heads": len(job.plan.blocks)}
+        setting |= {"views": 2 + config.views.local_views, **device_setting(device, job.method.precision)}
         return [
             StepMeasurement(
                 stage=stage,
-                setting=_setting(job),
+                setting=setting,
                 batch=config.batch_size,
                 micro_batch=min(micro or config.batch_size, config.batch_size),
-                step_s=statistics.median(own),
+                step_s=step_s,
                 memory_bytes=bytes_used,
                 flops=flops,
-                flops_run=None if config.compile else _counted(job, micro, step),
-                matmul_flops=products.flops_per_second,
+                flops_run=None if config.compile else count_flops(partial(step, micro)),
+                matmul_flops=products.flops / products_s,
             )
-            for micro, own, bytes_used in zip(micro_batches, seconds, used, strict=True)
+            for micro, step_s, bytes_used in zip(micro_batches, steps_s, used, strict=True)
         ]
 
 
-@contextmanager
-def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[RefinementStage, PeakMemory]]:
-    """A stage of a real run with random weights, and the memory it takes; nothing of it stays.
-
-    Raises ConfigError for settings that fit no encoder.
-    """
-    architecture, blocks = resolve_encoder(config)
-    device = resolve_device(config.device)
-    release_memory()
-    memory = PeakMemory(device)
-    with torch.device(device):
-        weights = dict(build_encoder(architecture).vit.state_dict())
-    plan = Plan(
-        _both_stages(config),
-        Checkpoint(Path("random weights"), weights),
-        architecture,
-        EvalTransform(architecture.image_size),
-        _image_list(IMAGENET_IMAGES),
-        [],
-        blocks,
-        temperatures(config.heads.temperature, len(blocks)),
-    )
-    made = HeadsStage if stage == "heads" else EncoderStage
-    with tempfile.TemporaryDirectory() as folder:
-        yield made(TrainingRun(plan.config, Path(folder)), plan, build_method(plan, Silent())), memory
-
-
-def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
-    """Architecture of the encoder and block of every head, without reading published weights.
-
-    Raises ConfigError when settings do not fit the encoder, CheckpointError for weights that do not tell theirs.
-    """
-    weights = config.encoder.weights
-    if weights is None or find_published(weights) is not None:
-        architecture = Architecture.from_config(config.encoder)
-    else:
-        checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads)
-        architecture = architecture_to_train(config.encoder, checkpoint)
-    check_sizes(config, architecture)
-    if config.heads.blocks == "auto":
-        raise ConfigError("heads.blocks = 'auto' asks the images, of which a benchmark has none; name the blocks")
-    blocks = head_blocks(config.heads.blocks, architecture.depth)
-    temperatures(config.heads.temperature, len(blocks))
-    return architecture, blocks
-
-
-def model_flops(config: RefineConfig, architecture: Architecture, blocks: list[int], stage: StageName) -> int:
-    """FLOPs of encoder and heads per image in one step, forward and backward, by torch's counter; 2 per multiply-add.
-
-    Counted on shapes alone, so that any encoder can be asked about on any machine. Frozen parts have no backward pass.
-    Photometric augmentation, queue and loss are not the model's.
-    """
-    groups = multi_crop(config.views, architecture.image_size)
-    with torch.device("meta"):
-        encoder = build_encoder(architecture)
-        heads = Heads(config.heads, len(blocks), encoder.embed_dim)
-        views = [torch.empty(group.count, 3, group.size, group.size) for group in groups]
-    if stage == "heads":
-        encoder.requires_grad_(False)
-    else:
-        freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(blocks))
-    wanted = sorted(set(blocks))
-    with FlopCounterMode(display=False) as counter:
-        pooled_WVD = PooledBlocks(encoder, wanted, config.heads.pool)(views)
-        _, prediction_HNO = heads(torch.stack([pooled_WVD[wanted.index(block)] for block in blocks]))
-        prediction_HNO.sum().backward()
-    return int(counter.get_total_flops())
-
-
-def describe_encoder(architecture: Architecture) -> str:
-    """Name and size, for results."""
-    return f"{architecture.name} {architecture.depth}x{architecture.width}/{architecture.patch_size}"
-
-
-def step_facts(rows: list[Row]) -> list[tuple[str, str]]:
-    """What `benchmark_step` measured, a line each: what, and how much."""
-    facts = []
+def step_facts(rows: list[Row]) -> Facts:
+    """What `benchmark_step` measured."""
+    facts: Facts = []
     for row in rows:
-        value, batch, micro = float(row["value"]), int(row["batch"]), int(row["micro_batch"])
-        if row["metric"] == "benchmark_step_ms":
-            parts = f" in micro-batches of {micro}" if micro < batch else ""
-            memory = f", {float(row['memory_mib']):,.0f} MiB" if "memory_mib" in row else ""
-            facts.append(
-                (
-                    f"step of stage {STAGE_NUMBER['heads' if row['stage'] == 'heads' else 'encoder']}, "
-                    f"{batch} images{parts}",
-                    f"{value:,.0f} ms, {float(row['images_per_second']):,.1f} images/s{memory}, "
-                    f"{float(row['gflop']):,.0f} GFLOP, {float(row['utilisation']):.0f}% of the "
-                    f"{float(row['matmul_gflops']):,.0f} GFLOP/s of a large matrix product",
-                )
-            )
-        elif row["metric"] == "benchmark_micro_batch_time":
-            facts.append((f"{batch} images in micro-batches of {micro}", f"{value:.2f} x the time of one pass"))
-        elif row["metric"] == "benchmark_micro_batch_memory":
-            facts.append((f"{batch} images in micro-batches of {micro}", f"{value:.2f} x the memory of one pass"))
+        parts = f" in micro-batches of {row['micro_batch']}" if row["micro_batch"] != row["batch"] else ""
+        images = f"{row['batch']} images{parts}"
+        match row["metric"]:
+            case "benchmark_step_ms":
+                much = f"{row['value']:,.0f} ms, {row['images_per_second']:,.1f} images/s"
+                much += f", {row['memory_mib']:,.0f} MiB" if "memory_mib" in row else ""
+                much += f", {row['gflop']:,.0f} GFLOP, {row['utilisation']:.0f}% of the "
+                much += f"{row['matmul_gflops']:,.0f} GFLOP/s of a large matrix product"
+                facts.append((f"step of stage {STAGE_NUMBER[str(row['stage'])]}, {images}", much))
+            case "benchmark_micro_batch_time":
+                facts.append((images, f"{row['value']:.2f} x the time of one pass"))
+            case "benchmark_micro_batch_memory":
+                facts.append((images, f"{row['value']:.2f} x the memory of one pass"))
     return facts
 
 
-def _micro_batch_rows(full: StepMeasurement, parts: StepMeasurement) -> list[Row]:
+def _micro_batch_rows(whole: StepMeasurement, parts: StepMeasurement) -> list[Row]:
     """What micro-batches cost in time and save in memory."""
-    sizes: Row = {"batch": full.batch, "micro_batch": parts.micro_batch, **full.setting}
-    time: Row = {"value": parts.step_s / full.step_s, "one_pass_s": full.step_s, "micro_batches_s": parts.step_s}
+    sizes: Row = {"batch": whole.batch, "micro_batch": parts.micro_batch, **whole.setting}
+    time: Row = {"value": parts.step_s / whole.step_s, "one_pass_s": whole.step_s, "micro_batches_s": parts.step_s}
     rows: list[Row] = [{"metric": "benchmark_micro_batch_time", **time, **sizes}]
-    if full.memory_bytes and parts.memory_bytes:
-        memory: Row = {"value": parts.memory_bytes / full.memory_bytes}
-        memory |= {"one_pass_mib": full.memory_bytes / 2**20, "micro_batches_mib": parts.memory_bytes / 2**20}
+    if whole.memory_bytes and parts.memory_bytes:
+        memory: Row = {"value": parts.memory_bytes / whole.memory_bytes}
+        memory |= {"one_pass_mib": whole.memory_bytes / 2**20, "micro_batches_mib": parts.memory_bytes / 2**20}
         rows.append({"metric": "benchmark_micro_batch_memory", **memory, **sizes})
     return rows
-
-
-def largest_whole_batch(config: RefineConfig, device: torch.device) -> int:
-    """Images that stage 2 encodes in one pass: the whole batch, or on CUDA a half, a quarter, ..., whatever fits."""
-    if device.type != "cuda":
-        return config.batch_size
-    with ready_stage(config.model_copy(update={"micro_batch": None}), "encoder") as (job, _):
-        return largest_micro_batch(job.method, job.plan, config.batch_size, reserve=job.moments_to_come())
-
-
-def _both_stages(config: RefineConfig) -> RefineConfig:
-    """The settings for a run of both stages."""
-    heads, encoder = config.heads_stage, config.encoder_stage
-    return config.model_copy(
-        update={
-            "stage": "both",
-            "heads_from": None,
-            # A stage without epochs would have no schedule for its rates.
-            "heads_stage": heads.model_copy(update={"epochs": max(1, heads.epochs)}),
-            "encoder_stage": encoder.model_copy(update={"epochs": max(1, encoder.epochs)}),
-        }
-    )
-
-
-def _image_list(images: int) -> ArraySource:
-    """Only its length matters."""
-    pixels = np.broadcast_to(np.zeros(1, np.uint8), (images, 1, 1))
-    return ArraySource("synthetic", pixels, None, None, "train", np.broadcast_to(np.zeros(1, np.int64), (images,)))
-
-
-def synthetic_batch(job: RefinementStage) -> ViewBatch:
-    """Random pixels, in pinned memory where a GPU reads them."""
-    groups = multi_crop(job.plan.config.views, job.plan.architecture.image_size)
-    generator = torch.Generator().manual_seed(0)
-    crops = [
-        torch.randint(
-            256,
-            (job.plan.config.batch_size, group.count, 3, group.size, group.size),
-            dtype=torch.uint8,
-            generator=generator,
-        )
-        for group in groups
-    ]
-    batch = ViewBatch(0, torch.arange(job.plan.config.batch_size), crops, [])
-    return batch.pin_memory() if job.device.type == "cuda" else batch
-
-
-def _counted(job: RefinementStage, micro_batch: int | None, step: Callable[[], None]) -> int:
-    job.method.micro_batch = micro_batch
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return int(counter.get_total_flops())
-
-
-def _setting(job: RefinementStage) -> Row:
-    device = job.device
-    setting: Row = {
-        "model": describe_encoder(job.plan.architecture),
-        "heads": len(job.plan.blocks),
-        "views": 2 + job.plan.config.views.local_views,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": "bf16" if job.method.precision is torch.bfloat16 else "fp32",
-    }
-    return setting | ({"threads": torch.get_num_threads()} if device.type == "cpu" else {})

@@ -1,11 +1,11 @@
 """How fast views are made, against torchvision's pipelines with the same views, measured in the same run."""
 
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from types import ModuleType
 
 import numpy as np
@@ -16,6 +16,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import v2
 
+from mimref.benchmarks.measure import Ticks, median_seconds
 from mimref.config.run import ViewsConfig
 from mimref.data.loader import ViewBatch, view_batches
 from mimref.data.photometric import Photometric
@@ -37,7 +38,7 @@ _JPEG_QUALITY = 90
 _BLUR_TAPS = 23  # as in BYOL, and in `mimref.data.photometric`
 
 _Way = Callable[[int], list[Tensor]]
-"""From the number of the measurement to views, each (..., 3, S, S)."""
+"""Makes the views of an epoch, each (..., 3, S, S)."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,12 @@ def benchmark_views(
 ) -> list[Row]:
     """Images per second (`value`) and milliseconds per image (`ms`) of every pipeline, medians, on one CPU thread.
 
-    `pipeline` is PIL: torchvision's transforms on PIL images, from the file to normalised tensors; PIL_BLUR: the same
-    with Pillow's faster blur, which approximates the Gaussian; TENSORS: torchvision's v2 transforms on decoded uint8
-    tensors; WORKER: what a loader process does here, from the file to a batch of uint8 crops; WHOLE: that and the
-    photometric part, on the CPU. Stacking the views of a batch counts here and not for torchvision.
-    Unless `device` is the CPU, DEVICE: the photometric part there, of crops that have arrived.
-    `ratio` and `ratio_pillow_blur`: images per second over those of PIL and PIL_BLUR.
-    The number of threads and the state of torch's generator are as before afterwards.
+    PIL: torchvision's transforms on PIL images, from the file to normalised tensors. PIL_BLUR: the same with Pillow's
+    faster blur, which approximates the Gaussian. TENSORS: torchvision's v2 transforms on decoded uint8 tensors. WORKER:
+    what a loader process does here, from the file to a batch of uint8 crops. WHOLE: that and the photometric part, on
+    the CPU. DEVICE, unless `device` is the CPU: the photometric part there, of crops that have arrived. Stacking the
+    views of a batch counts here and not for torchvision. `ratio` and `ratio_pillow_blur`: images per second over those
+    of PIL and PIL_BLUR. The number of threads and the state of torch's generator are restored.
     """
     sizes = sizes or ViewSizes()
     target = resolve_device(device)
@@ -82,15 +82,16 @@ def benchmark_views(
         try:
             source = _photographs(folder, sizes)
             ways = _pipelines(source, groups, config)
-            images = dict.fromkeys(ways, len(source))
             if target.type != "cpu":
                 ways[DEVICE] = _on_device(_crops(source, groups, 0), config, target, sizes.device_images)
-                images[DEVICE] = sizes.device_images
-            seconds = _medians(ways, sizes.repeats, progress)
+            # Every call cuts other crops.
+            calls = [partial(lambda way, epochs: way(next(epochs)), way, count()) for way in ways.values()]
+            tick = Ticks(progress, len(calls) * (sizes.repeats + 1))
+            seconds = median_seconds(calls, torch.device("cpu"), turns=sizes.repeats, tick=tick)
         finally:
             torch.set_num_threads(threads)
-    per_s = {name: images[name] / seconds[name] for name in ways}
-    shared: Row = {"views": 2 + sizes.local_views, "width": sizes.width, "height": sizes.height}
+    images = {name: sizes.device_images if name == DEVICE else sizes.images for name in ways}
+    per_s = {name: images[name] / seconds_each for name, seconds_each in zip(ways, seconds, strict=True)}
     return [
         {
             "metric": "benchmark_views",
@@ -100,7 +101,9 @@ def benchmark_views(
             "ms": 1000 / per_s[name],
             "ratio": per_s[name] / per_s[PIL],
             "ratio_pillow_blur": per_s[name] / per_s[PIL_BLUR],
-            **shared,
+            "views": 2 + sizes.local_views,
+            "width": sizes.width,
+            "height": sizes.height,
             "images": images[name],
             "repeats": sizes.repeats,
         }
@@ -154,29 +157,23 @@ def _augmentations(
     blur: Callable[[Image.Image], Image.Image] | None = None,
 ) -> list[Callable[..., Tensor]]:
     """BYOL's augmentations of every view by torchvision's transforms v1 or v2; blur: in place of the library's."""
-    sizes = [(group.size, group.scale) for group in groups for _ in range(group.count)]
     views = []
-    for view, (size, scale) in enumerate(sizes):
+    bicubic = library.InterpolationMode.BICUBIC
+    for view, group in enumerate(own for own in groups for _ in range(own.count)):
         kind = min(view, 2)
-        taps = min(_BLUR_TAPS, 2 * ((size - 1) // 2) + 1)
-        views.append(
-            library.Compose(
-                [
-                    library.RandomResizedCrop(
-                        size, scale=scale, ratio=config.aspect_ratio, interpolation=library.InterpolationMode.BICUBIC
-                    ),
-                    library.RandomHorizontalFlip(config.flip),
-                    library.RandomApply([library.ColorJitter(*config.jitter)], config.jitter_probability),
-                    library.RandomApply(
-                        [blur or library.GaussianBlur(taps, config.blur_sigma)], config.blur_probability[kind]
-                    ),
-                    library.RandomGrayscale(config.gray_probability),
-                    library.RandomSolarize(128, config.solarize_probability[kind]),
-                    to_tensor,
-                    library.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-                ]
-            )
-        )
+        taps = min(_BLUR_TAPS, 2 * ((group.size - 1) // 2) + 1)
+        own_blur = blur or library.GaussianBlur(taps, config.blur_sigma)
+        steps = [
+            library.RandomResizedCrop(group.size, group.scale, config.aspect_ratio, interpolation=bicubic),
+            library.RandomHorizontalFlip(config.flip),
+            library.RandomApply([library.ColorJitter(*config.jitter)], config.jitter_probability),
+            library.RandomApply([own_blur], config.blur_probability[kind]),
+            library.RandomGrayscale(config.gray_probability),
+            library.RandomSolarize(128, config.solarize_probability[kind]),
+            to_tensor,
+            library.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+        views.append(library.Compose(steps))
     return views
 
 
@@ -214,18 +211,3 @@ def _on_device(batch: ViewBatch, config: ViewsConfig, device: torch.device, imag
         return views
 
     return way
-
-
-def _medians(ways: dict[str, _Way], repeats: int, progress: Progress | None) -> dict[str, float]:
-    """Median time in seconds of each way. They take turns, so that whatever else the machine does slows down all."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    done = 0
-    for repeat in range(repeats + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way(repeat)
-            times[name].append(time.perf_counter() - start)
-            done += 1
-            if progress is not None:
-                progress(done, len(ways) * (repeats + 1))
-    return {name: statistics.median(own[1:]) for name, own in times.items()}

@@ -1,0 +1,68 @@
+"""Floating-point operations, counted by torch; 2 per multiply-add."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from mimref.data.views import multi_crop
+from mimref.encoders.parameters import freeze_untrained
+from mimref.encoders.vit import Architecture, build_encoder
+from mimref.refinement.config import RefineConfig
+from mimref.refinement.heads import Heads
+from mimref.refinement.method import PooledBlocks
+from mimref.refinement.schedule import StageName
+
+Shape = Sequence[int]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
+# torch's counter knows the fused attention kernels of GPUs, but counts the CPU's as nothing.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """FLOPs of all products that `work` computes.
+
+    Backward, fused attention computes its scores again: five products, where the plain kernel has four.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def model_flops(config: RefineConfig, architecture: Architecture, blocks: list[int], stage: StageName) -> int:
+    """FLOPs of encoder and heads per image in one step, forward and backward, on any machine.
+
+    Counted on shapes alone. Frozen parts have no backward pass, and nothing is computed twice. Photometric
+    augmentation, queue and loss are not part of the model.
+    """
+    groups = multi_crop(config.views, architecture.image_size)
+    with torch.device("meta"):
+        encoder = build_encoder(architecture)
+        heads = Heads(config.heads, len(blocks), encoder.embed_dim)
+        views = [torch.empty(group.count, 3, group.size, group.size) for group in groups]
+    if stage == "heads":
+        encoder.requires_grad_(False)
+    else:
+        freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(blocks))
+    wanted = sorted(set(blocks))
+
+    def step() -> None:
+        pooled_WVD = PooledBlocks(encoder, wanted, config.heads.pool)(views)
+        _, prediction_HNO = heads(torch.stack([pooled_WVD[wanted.index(block)] for block in blocks]))
+        prediction_HNO.sum().backward()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        return count_flops(step)

@@ -1,0 +1,124 @@
+"""A stage of a real refinement with random weights, on synthetic images in memory: what the benchmarks of a step run.
+
+All uses of refinement's parts are here, but for FLOPs and heads.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mimref.benchmarks.measure import PeakMemory
+from mimref.data.loader import ViewBatch
+from mimref.data.sources import ArraySource
+from mimref.data.transforms import EvalTransform
+from mimref.data.views import multi_crop
+from mimref.devices import resolve_device
+from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
+from mimref.encoders.published import find_published
+from mimref.encoders.vit import Architecture, build_encoder
+from mimref.errors import ConfigError
+from mimref.progress import Silent
+from mimref.refinement.config import RefineConfig
+from mimref.refinement.heads import head_blocks
+from mimref.refinement.memory import largest_micro_batch, release_memory
+from mimref.refinement.plan import Plan, architecture_to_train, check_sizes, temperatures
+from mimref.refinement.run import build_method
+from mimref.refinement.schedule import StageName
+from mimref.refinement.stages import EncoderStage, HeadsStage, RefinementStage
+from mimref.training.run import TrainingRun
+
+IMAGENET_IMAGES = 1_281_167
+
+
+@contextmanager
+def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[RefinementStage, PeakMemory]]:
+    """The stage, ready for its first update, and the memory it takes. It leaves nothing behind.
+
+    Raises ConfigError for settings that do not fit the encoder.
+    """
+    architecture, blocks = resolve_encoder(config)
+    device = resolve_device(config.device)
+    release_memory()
+    memory = PeakMemory(device)
+    with torch.device(device):
+        weights = dict(build_encoder(architecture).vit.state_dict())
+    plan = Plan(
+        _both_stages(config),
+        Checkpoint(Path("random weights"), weights),
+        architecture,
+        EvalTransform(architecture.image_size),
+        _image_list(IMAGENET_IMAGES),
+        [],
+        blocks,
+        temperatures(config.heads.temperature, len(blocks)),
+    )
+    made = HeadsStage if stage == "heads" else EncoderStage
+    with tempfile.TemporaryDirectory() as folder:
+        yield made(TrainingRun(plan.config, Path(folder)), plan, build_method(plan, Silent())), memory
+
+
+def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
+    """Architecture of the encoder and block of every head, without reading published weights.
+
+    Raises ConfigError when settings do not fit the encoder, CheckpointError for weights that do not tell theirs.
+    """
+    weights = config.encoder.weights
+    if weights is None or find_published(weights) is not None:
+        architecture = Architecture.from_config(config.encoder)
+    else:
+        checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads)
+        architecture = architecture_to_train(config.encoder, checkpoint)
+    check_sizes(config, architecture)
+    if config.heads.blocks == "auto":
+        raise ConfigError("heads.blocks = 'auto' needs images, which a benchmark does not read; name the blocks")
+    blocks = head_blocks(config.heads.blocks, architecture.depth)
+    temperatures(config.heads.temperature, len(blocks))
+    return architecture, blocks
+
+
+def describe_encoder(architecture: Architecture) -> str:
+    """Name and size, for results."""
+    return f"{architecture.name} {architecture.depth}x{architecture.width}/{architecture.patch_size}"
+
+
+def largest_whole_batch(config: RefineConfig, device: torch.device) -> int:
+    """Images that stage 2 encodes in one pass: the whole batch, or on CUDA a half, a quarter, ..., whatever fits."""
+    if device.type != "cuda":
+        return config.batch_size
+    with ready_stage(config.model_copy(update={"micro_batch": None}), "encoder") as (job, _):
+        return largest_micro_batch(job.method, job.plan, config.batch_size, reserve=job.moments_to_come())
+
+
+def synthetic_batch(job: RefinementStage) -> ViewBatch:
+    """Random pixels, in pinned memory where a GPU reads them."""
+    config, generator = job.plan.config, torch.Generator().manual_seed(0)
+    crops = []
+    for group in multi_crop(config.views, job.plan.architecture.image_size):
+        shape = (config.batch_size, group.count, 3, group.size, group.size)
+        crops.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
+    batch = ViewBatch(0, torch.arange(config.batch_size), crops, [])
+    return batch.pin_memory() if job.device.type == "cuda" else batch
+
+
+def _both_stages(config: RefineConfig) -> RefineConfig:
+    """The settings for a run of both stages."""
+    heads, encoder = config.heads_stage, config.encoder_stage
+    return config.model_copy(
+        update={
+            "stage": "both",
+            "heads_from": None,
+            # A stage without epochs would have no learning-rate schedule.
+            "heads_stage": heads.model_copy(update={"epochs": max(1, heads.epochs)}),
+            "encoder_stage": encoder.model_copy(update={"epochs": max(1, encoder.epochs)}),
+        }
+    )
+
+
+def _image_list(images: int) -> ArraySource:
+    """Only its length matters."""
+    pixels = np.broadcast_to(np.zeros(1, np.uint8), (images, 1, 1))
+    return ArraySource("synthetic", pixels, None, None, "train", np.broadcast_to(np.zeros(1, np.int64), (images,)))
