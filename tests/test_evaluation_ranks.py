@@ -148,7 +148,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(data: Path) -> list[dict[str, Any]]:
-    return run_ranks(work, 2, data / "group", data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.ranks.TIMEOUT_S", 300)  # this is the work of many tests
+        return run_ranks(work, 2, data / "group", data)
 
 
 def test_a_rank_encodes_its_share_alone(ranks: list[dict[str, Any]]) -> None:
