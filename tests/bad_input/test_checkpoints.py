@@ -69,10 +69,13 @@ def test_not_allowed(tmp_path: Path) -> None:
     "content",
     [
         b"hello, this is text\n" * 10,
+        b"{}",
         b"\x00" * 100,
+        b"\x89PNG\r\n\x1a\n" + bytes(range(200)),
         b"PK\x03\x04 but no archive",
         struct.pack("<Q", 10**15) + b"{" + b" " * 50,
         struct.pack("<Q", 2) + b"{]",
+        bytes(range(256)) * 4,
     ],
 )
 def test_other_kinds_of_files(tmp_path: Path, content: bytes) -> None:
@@ -105,17 +108,17 @@ def test_pickles_without_named_tensors(tmp_path: Path, content: object) -> None:
 # --- damaged
 
 
-@pytest.mark.parametrize("size", [1, 9, 0.3, -1])
+@pytest.mark.parametrize("keep", [1, 9, 100, 0.9, -1])
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
-def test_truncated(tmp_path: Path, kind: str, size: float) -> None:
+def test_truncated(tmp_path: Path, kind: str, keep: float) -> None:
     path = tmp_path / "weights.any"
     if kind == "safetensors":
         write_safetensors(path)
     else:
         torch.save(state(), path, _use_new_zipfile_serialization=kind == "zip")
     content = path.read_bytes()
-    path.write_bytes(content[: int(size * len(content)) if isinstance(size, float) else size])
-    assert "damaged" in refusal(path)
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    assert "damaged" in (message := refusal(path)) or "not a checkpoint, or a damaged one" in message
 
 
 def test_single_bytes_changed(tmp_path: Path) -> None:
@@ -126,7 +129,7 @@ def test_single_bytes_changed(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for source in (good, tmp_path / "good.pth"):
         content = source.read_bytes()
-        for _ in range(20):
+        for _ in range(40):
             at = int(torch.randint(min(len(content), 3000), (1,), generator=generator))
             byte = int(torch.randint(256, (1,), generator=generator))
             path.write_bytes(content[:at] + bytes([byte]) + content[at + 1 :])
@@ -150,8 +153,10 @@ def test_headers_that_are_no_json_objects(tmp_path: Path, header: str) -> None:
     [
         None,
         "vit_l16",
+        {},
         {"name": "custom"},
         TINY.to_dict() | {"colour": "red"},
+        TINY.to_dict() | {"width": "wide"},
         TINY.to_dict() | {"width": 32.0},
         TINY.to_dict() | {"depth": -1},
         TINY.to_dict() | {"num_heads": 5},
@@ -246,6 +251,7 @@ def test_mixed_and_other_widths(tmp_path: Path) -> None:
     ("positions", "shape"),
     [
         (torch.zeros(1, 16, 32), "(1, 16, 32)"),  # no square
+        (torch.zeros(1, 1, 32), "(1, 1, 32)"),
         (torch.zeros(17, 32), "(17, 32)"),
         (torch.zeros(1, 26, 48), "(1, 17, 48)"),
         (torch.zeros(2, 26, 32), "(1, 17, 32)"),
@@ -257,10 +263,10 @@ def test_positions_of_other_shapes(tmp_path: Path, positions: torch.Tensor, shap
     assert "pos_embed has shape" in refusal(changed(tmp_path, pos_embed=positions))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_tensors_that_are_no_real_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
     message = refusal(changed(tmp_path, norm__bias=torch.zeros(32, dtype=dtype)))
-    assert message.endswith(f"norm.bias is of type {str(dtype).removeprefix('torch.')} instead of float32")
+    assert "norm.bias" in message and str(dtype) in message
 
 
 def test_tensors_of_other_layouts(tmp_path: Path) -> None:
@@ -276,7 +282,7 @@ def test_a_text_models_checkpoint(tmp_path: Path) -> None:
     assert "cls_token is missing" in message and "and 28 more" in message
 
 
-def test_foreign_files_have_no_header(tmp_path: Path) -> None:
+def test_a_header_is_kept_apart_from_foreign_files(tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "timm.safetensors", format="pt")
     checkpoint: Checkpoint = read_checkpoint(path)
     assert checkpoint.header == {} and checkpoint.architecture is None
