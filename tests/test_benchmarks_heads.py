@@ -47,9 +47,3 @@ def test_rows_are_ratios_of_times_with_the_sizes_measured() -> None:
     assert row["value"] == float(row["separate_s"]) / float(row["together_s"])
     assert (row["heads"], row["images"], row["rows"]) == (2, 5, 15)
     assert f"{row['value']:.2f} x" in heads_facts([row])[0][1]
-
-
-def test_cpus_measure_small_heads() -> None:
-    small, paper = HeadSizes.for_device(torch.device("cpu")), HeadSizes.for_device(torch.device("cuda"))
-    assert small.config.projector_hidden < paper.config.projector_hidden == 2048
-    assert paper.images == (16, 32, 64, 1024) and small.heads == paper.heads == 12

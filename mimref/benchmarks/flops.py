@@ -1,6 +1,6 @@
 """Floating-point operations, counted by torch; 2 per multiply-add."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,21 +14,12 @@ from mimref.refinement.heads import Heads
 from mimref.refinement.method import PooledBlocks
 from mimref.refinement.schedule import StageName
 
-Shape = Sequence[int]
-
-
-def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
-
-
 # torch's counter knows the fused attention kernels of GPUs, but counts the CPU's as nothing.
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+_CPU_ATTENTION: dict[object, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
 }
 
 
