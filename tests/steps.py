@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mimref.config.run import ViewsConfig
 from mimref.data.loader import ViewBatch
-from mimref.data.photometric import Photometric
+from mimref.data.views import Photometric
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.refinement.alignment import Queue
 from mimref.refinement.config import HeadsConfig, LossConfig

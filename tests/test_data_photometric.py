@@ -12,9 +12,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from mimref.config.run import ViewsConfig
-from mimref.data import photometric as module
-from mimref.data.photometric import Photometric, gaussian_blur, shift_hue
+from mimref.data import views as module
 from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RGB
+from mimref.data.views import Photometric, gaussian_blur, shift_hue
 from mimref.draws import Operation, uniform
 
 CPU = torch.device("cpu")

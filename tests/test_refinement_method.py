@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import mimref.refinement.method as step_module
 from mimref.config.run import ViewsConfig
 from mimref.data.loader import ViewBatch
-from mimref.data.photometric import Photometric
+from mimref.data.views import Photometric
 from mimref.draws import Operation, uniform
 from mimref.encoders.vit import Encoder, build_encoder
 from mimref.refinement.alignment import Alignment, Neighbours, Queue

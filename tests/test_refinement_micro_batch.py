@@ -74,7 +74,7 @@ def test_gradients_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _single(self: Any, *args: Any) -> Tensor:
-    from mimref.data.photometric import Photometric
+    from mimref.data.views import Photometric
 
     return Photometric.__call__(self, *args)
 

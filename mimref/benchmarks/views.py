@@ -19,10 +19,9 @@ from torchvision.transforms import v2
 from mimref.benchmarks.measure import Ticks, median_seconds
 from mimref.config.run import ViewsConfig
 from mimref.data.loader import ViewBatch, view_batches
-from mimref.data.photometric import Photometric
 from mimref.data.sources import FileSource
 from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from mimref.data.views import CropGroup, multi_crop
+from mimref.data.views import CropGroup, Photometric, multi_crop
 from mimref.devices import resolve_device
 from mimref.progress import Progress
 from mimref.results import Row
@@ -35,7 +34,7 @@ WHOLE = "mimref, all on the CPU"
 DEVICE = "mimref, photometric part"
 
 _JPEG_QUALITY = 90
-_BLUR_TAPS = 23  # as in BYOL, and in `mimref.data.photometric`
+_BLUR_TAPS = 23  # as in BYOL, and in `mimref.data.views`
 
 _Way = Callable[[int], list[Tensor]]
 """Makes the views of an epoch, each (..., 3, S, S)."""

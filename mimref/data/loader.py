@@ -1,7 +1,7 @@
 """Batches of images from loader processes: evaluation crops in data order, and training views in shuffled order.
 
 A loader's item is a whole batch, read and cropped in one process, so that nothing is left to collate. `device_batches`
-copies training views to the GPU; `mimref.data.photometric` then changes their colours there.
+copies training views to the GPU; `mimref.data.views` then changes their colours there.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

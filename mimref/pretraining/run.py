@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from mimref.data.loader import ViewBatch, check_batch_size
 from mimref.data.open import ACCEPTED, open_source
-from mimref.data.photometric import Photometric
-from mimref.data.views import CropGroup
+from mimref.data.views import CropGroup, Photometric
 from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision
 from mimref.distributed.collectives import averaged, sum_over_ranks
 from mimref.distributed.group import world_size

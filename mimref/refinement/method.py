@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimref.data.loader import ViewBatch
-from mimref.data.photometric import Photometric
+from mimref.data.views import Photometric
 from mimref.devices import autocast
 from mimref.distributed.collectives import (
     averaged,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mimref.data.photometric import Photometric
+from mimref.data.views import Photometric
 from mimref.devices import keep_freed_memory, resolve_device, resolve_precision
 from mimref.distributed.group import own_rank, world_size
 from mimref.encoders.checkpoints import save_encoder

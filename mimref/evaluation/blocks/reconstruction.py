@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from mimref.config.run import OptimizerConfig, ViewsConfig
 from mimref.data.decode import BadImages
 from mimref.data.loader import ViewBatch, check_batch_size, crop_batches, loader_workers, view_batches
-from mimref.data.photometric import Photometric
 from mimref.data.sources import ImageSource
-from mimref.data.views import CropGroup
+from mimref.data.views import CropGroup, Photometric
 from mimref.devices import autocast
 from mimref.draws import Operation, uniform
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone

@@ -12,9 +12,8 @@ from torch import Tensor
 from mimref.config.run import ViewsConfig
 from mimref.data.decode import BadImages
 from mimref.data.loader import loader_workers, view_batches
-from mimref.data.photometric import Photometric
 from mimref.data.sources import ImageSource, Subset
-from mimref.data.views import CropGroup
+from mimref.data.views import CropGroup, Photometric
 from mimref.devices import autocast
 from mimref.distributed.group import own_rank, world_size
 from mimref.distributed.turns import end_requests, request, requests, take_turns
