@@ -3,7 +3,7 @@
 A worker decodes an image once and cuts every view from it. Crop boxes follow torchvision's RandomResizedCrop. They are
 drawn for a whole batch at once, and for the size of an image in its file, even where it was decoded smaller.
 
-Flip, colour jitter, blur, grayscale, solarize and normalisation (BYOL settings, Table 10) then run batched on the device,
+Flip, colour jitter, blur, grayscale, solarize and normalisation (BYOL, Table 10) then run batched on the device,
 and equal torchvision's up to its rounding to uint8. An operation runs only on the samples it was drawn for; draws are
 made on the CPU, so that selecting samples needs no device sync.
 
