@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line that names the value at fault and says what to do."""
+"""Errors that a user can fix: one line that names the value at fault and says what to do."""
 
 import difflib
 from collections.abc import Iterable

@@ -27,6 +27,7 @@ from mimref.cli.options import (
 )
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError, OutputError
+from mimref.files import check_new_file
 
 
 class KnnOptions(Subject, EncoderPass, Blocks, Output, panel="Protocol"):
@@ -100,10 +101,8 @@ def cluster(options: ClusterOptions) -> None:
 
     config, umap = options.load(ClusterConfig), options.umap
     options.check_out()
-    if umap is not None and umap.suffix.lower() != ".png":
-        raise ConfigError(f"--umap {umap}: figures are written as PNG; choose a file that ends in .png")
-    if umap is not None and umap.exists() and not options.force:
-        raise OutputError(f"--umap {umap}: exists; choose another file, or --force to replace it")
+    if umap is not None:
+        check_new_file(umap, (".png",), options.force, option="--umap")
 
     from mimref.evaluation.cluster.protocol import evaluate_cluster
 

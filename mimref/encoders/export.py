@@ -75,16 +75,6 @@ def read_encoder(
     return encoder, facts | {key: value for key, value in known.items() if value}
 
 
-def check_file(out: Path, endings: Sequence[str], force: bool) -> None:
-    """Raise OutputError for another ending than these, for a folder, and for a file that exists, unless `force`."""
-    if out.suffix not in endings:
-        raise OutputError(f"--out {out}: the file's name must end in {' or '.join(endings)}")
-    if out.is_dir():
-        raise OutputError(f"--out {out}: is a folder; give the name of a file")
-    if out.exists() and not force:
-        raise OutputError(f"--out {out}: exists; give another name, or --force to replace it")
-
-
 def write_verified(
     out: Path,
     encoder: Encoder,

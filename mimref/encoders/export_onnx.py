@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimref.encoders.export import Export, check_file, comparison_images, data_file, write_verified
+from mimref.encoders.export import Export, comparison_images, data_file, write_verified
 from mimref.encoders.vit import Encoder, check_blocks
 from mimref.errors import ConfigError
+from mimref.files import check_new_file
 from mimref.progress import Listener
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -35,13 +36,13 @@ def export_onnx(
     the architecture. Weights above 1.5 GB go to a second file, `out` with `.data` added.
     Raises ConfigError for missing packages and for blocks outside 1..depth, OutputError as `export_timm`.
     """
-    check_file(out, (".onnx",), force)
+    check_new_file(out, (".onnx",), force)
     if any(find_spec(package) is None for package in _PACKAGES):
         raise ConfigError(f"--to onnx needs {', '.join(_PACKAGES)}: pip install 'mimref[onnx]'")
     check_blocks(blocks, encoder.depth)
     external = 4 * sum(tensor.numel() for tensor in encoder.vit.state_dict().values()) > _LARGEST_BYTES
     if external:
-        check_file(data_file(out), (".data",), force)
+        check_new_file(data_file(out), (".data",), force)
     graph = _Graph(encoder, blocks).eval()
 
     def write(file: Path) -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mimref.encoders.checkpoints import encoder_from, read_checkpoint
-from mimref.encoders.export import Export, check_file, encoder_features, plain_state, write_verified
+from mimref.encoders.export import Export, encoder_features, plain_state, write_verified
 from mimref.encoders.vit import Encoder
 from mimref.errors import CheckpointError, ConfigError
+from mimref.files import check_new_file
 from mimref.progress import Listener
 
 _BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -24,7 +25,7 @@ def export_release(
     out: ends in .th, .pth or .pt. `facts` are saved as `mimref`, which other programs ignore.
     Raises ConfigError for what the layout has no place for, OutputError as `export_timm`.
     """
-    check_file(out, (".th", ".pth", ".pt"), force)
+    check_new_file(out, (".th", ".pth", ".pt"), force)
     architecture = encoder.architecture
     state = _release_state(encoder)
     sizes = {

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from mimref.encoders.backbones import native_size
 from mimref.encoders.checkpoints import save_encoder
-from mimref.encoders.export import Export, check_file, comparison_images, named_features, plain_state, write_verified
+from mimref.encoders.export import Export, comparison_images, named_features, plain_state, write_verified
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError
+from mimref.files import check_new_file
 from mimref.progress import Listener, Silent
 
 
@@ -26,7 +27,7 @@ def export_timm(
     Raises ConfigError for an encoder that timm has no model for, OutputError for another ending, a file that exists
     (unless `force`) or cannot be written, and features that differ.
     """
-    check_file(out, (".safetensors", ".pth", ".pt"), force)
+    check_new_file(out, (".safetensors", ".pth", ".pt"), force)
     architecture = encoder.architecture
     if architecture.post_norm:
         raise ConfigError(
