@@ -269,7 +269,7 @@ PLAIN = dict(timm_vit().state_dict())
             PLAIN | {"blocks.1.attn.qkv.weight": torch.zeros(96, 32)},
             "blocks.1.attn.qkv.weight has shape (96, 32) instead",
         ),
-        (PLAIN | {"norm.bias": torch.zeros(WIDTH, dtype=torch.int64)}, "norm.bias is of type int64"),
+        (PLAIN | {"norm.bias": torch.zeros(WIDTH, dtype=torch.int64)}, "norm.bias is of type torch.int64"),
         (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 1, 4, 4)}, "takes images of 1 channels, not 3"),
         (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 3, 4, 2)}, "square patches are needed"),
         (PLAIN | {"blocks.0.attn.q_bias": torch.zeros(WIDTH)}, "relative positions (BEiT"),

@@ -127,7 +127,7 @@ class Architecture:
         return ((self.mlp_width or 4 * self.width) + 0.5) / self.width
 
     def check_size(self, size: int, setting: str) -> None:
-        """Raise ConfigError when images of `size` pixels cannot be cut into whole patches."""
+        """Raise ConfigError unless the patch size divides `size`, in pixels; `setting` names it in the message."""
         if size % self.patch_size:
             nearest = max(1, (size + self.patch_size // 2) // self.patch_size) * self.patch_size
             raise ConfigError(
