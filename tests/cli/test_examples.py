@@ -5,15 +5,18 @@ work itself where it is quick (`presets`, `cache`, `inspect quickstart`, `--help
 weights, images and files of the user's; stand-ins exist for presets (*.toml) alone.
 """
 
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.main import get_command
 
+import mimref
 from mimref.cli import app, run
 from mimref.encoders import inspection
 
@@ -61,8 +64,16 @@ class Reached(Exception):
     """The line came as far as its work."""
 
 
+@pytest.fixture(scope="module")
+def all_imported() -> None:
+    """A module imported while a name is replaced would keep the replacement."""
+    for module in pkgutil.walk_packages(mimref.__path__, "mimref."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+
+
 @pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_work(all_imported: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def reach(*args: object, **options: object) -> Any:
         raise Reached
 
