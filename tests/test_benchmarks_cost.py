@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from mimref.benchmarks import cost as cost_module
-from mimref.benchmarks.cost import benchmark_cost, cost_facts, estimate_cost, largest_batch_row, markdown
-from mimref.benchmarks.flops import model_flops
+from mimref.benchmarks.cost import benchmark_cost, cost_facts, estimate_cost, largest_batch_row, markdown, stage_flops
 from mimref.benchmarks.stage import resolve_encoder
 from mimref.config.load import load_config
 from mimref.errors import ConfigError
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.memory import state_bytes
+from mimref.refinement.schedule import StageName
 from tests.test_benchmarks_step import DEPTH, IMAGE, PATCH, WIDTH, measurement, tiny
 
 # By hand: a block has 12 matrices of width ** 2 (biases 3 + 1 + 4 + 1 widths) and two norms, then the final norm.
@@ -53,8 +53,7 @@ def test_hours_are_the_images_of_all_epochs_by_the_measured_rate() -> None:
         measurement(stage="heads", batch=12, step_s=0.5, memory_bytes=1 << 30),
         measurement(stage="encoder", batch=6, micro_batch=3, step_s=2.0, memory_bytes=None),
     ]
-    config = tiny()
-    rows = estimate_cost(config, measured, images=125)
+    rows = estimate_cost(tiny(), {"heads": 1000, "encoder": 3000}, measured, images=125)
     hours = {row["stage"]: row for row in rows if row["metric"] == "cost_hours"}
     assert hours["heads"]["value"] == pytest.approx(2 * 120 / 24 / 3600)
     # At 3 images/s, in whatever batches they were measured.
@@ -62,18 +61,18 @@ def test_hours_are_the_images_of_all_epochs_by_the_measured_rate() -> None:
     assert hours["both"]["value"] == pytest.approx((10 + 120) / 3600)
     assert (hours["encoder"]["steps"], hours["encoder"]["measured_batch"]) == (30, 6)
     assert [(row["stage"], row["value"]) for row in rows if row["metric"] == "cost_peak_gib"] == [("heads", 1.0)]
-    architecture, blocks = resolve_encoder(config)
     work = {row["stage"]: row["value"] for row in rows if row["metric"] == "cost_exaflop"}
-    assert work["encoder"] == pytest.approx(360 * model_flops(config, architecture, blocks, "encoder") / 1e18)
-
-
-def test_a_stage_that_is_not_trained_costs_nothing() -> None:
-    assert {row["stage"] for row in estimate_cost(tiny(stage="heads"), images=125)} == {"heads"}
-    assert {row["stage"] for row in estimate_cost(tiny(stage="encoder", heads_from="x"), images=125)} == {"encoder"}
-    assert {row["stage"] for row in estimate_cost(tiny(encoder_stage__epochs=0), images=125)} == {"heads"}
-    # Hours of both stages are told only when both were measured.
-    rows = estimate_cost(tiny(), [measurement(stage="heads")], images=125)
+    assert work == {"heads": pytest.approx(240 * 1000 / 1e18), "encoder": pytest.approx(360 * 3000 / 1e18)}
+    # Hours of both stages need a measurement of both.
+    rows = estimate_cost(tiny(), {"heads": 1, "encoder": 1}, measured[:1], images=125)
     assert [row["stage"] for row in rows if row["metric"] == "cost_hours"] == ["heads"]
+
+
+def test_a_stage_that_is_not_trained_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_module, "model_flops", lambda *_: 1)
+    assert list(stage_flops(tiny())) == ["heads", "encoder"]
+    assert list(stage_flops(tiny(stage="heads"))) == list(stage_flops(tiny(encoder_stage__epochs=0))) == ["heads"]
+    assert list(stage_flops(tiny(stage="encoder", heads_from="x"))) == ["encoder"]
 
 
 def test_largest_batch_lies_on_the_line_through_two() -> None:
@@ -101,13 +100,11 @@ def test_a_small_model_is_measured_on_a_cpu_and_a_large_one_is_not() -> None:
 
 
 def test_a_cpu_measures_the_batch_it_can_afford(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny(batch_size=64)
-    architecture, blocks = resolve_encoder(config)
     notes: list[str] = []
-    # Five steps of this batch in twenty seconds at 30 percent of the rate; a bit more than of 16 images.
-    flops = sum(model_flops(config, architecture, blocks, stage) for stage in ("heads", "encoder"))
-    monkeypatch.setattr(cost_module, "_matmul_flops", lambda device: 5 * flops * 17 / 20 / 0.3)
-    assert cost_module._affordable_batch(config, 2, torch.device("cpu"), notes) == 16
+    # Five steps in twenty seconds at 30 percent of the rate; a bit more than of 16 images.
+    monkeypatch.setattr(cost_module, "_matmul_flops", lambda device: 5 * 1000 * 17 / 20 / 0.3)
+    flops: dict[StageName, int] = {"heads": 400, "encoder": 600}
+    assert cost_module._affordable_batch(tiny(batch_size=64), flops, 2, torch.device("cpu"), notes) == 16
     assert "64" in notes[0] and "16" in notes[0]
 
 
@@ -116,6 +113,7 @@ def test_a_step_that_does_not_fit_is_reported_and_images_are_counted(monkeypatch
         raise ConfigError("out of memory with a single image per encoder pass")
 
     monkeypatch.setattr(cost_module, "measure_step", full)
+    monkeypatch.setattr(cost_module, "model_flops", lambda *_: 1000)
     cost = benchmark_cost(tiny(data__spec="digits"))
     assert cost.notes == ["time and peak memory: out of memory with a single image per encoder pass"]
     assert {row["metric"] for row in cost.rows} == {"cost_exaflop", "cost_state_gib"}

@@ -4,7 +4,7 @@ FLOPs and the memory of weights, gradients, moments, average and queue depend on
 preset on any machine. Time is known only of what the machine can run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -47,16 +47,15 @@ def benchmark_cost(config: RefineConfig, *, steps: int = 3, progress: Progress |
     where one pass does not fit, and the largest batch in one pass.
     Raises ConfigError or DataError for settings that do not fit the encoder or the images.
     """
-    resolve_encoder(config)
+    flops = stage_flops(config)
     images = IMAGENET_IMAGES if config.data.spec is None else len(open_source(config.data, "train"))
     device = resolve_device(config.device)
     notes: list[str] = []
-    stages = list(_epochs(config))
     measured: list[StepMeasurement] = []
     try:
-        batch = config.batch_size if device.type == "cuda" else _affordable_batch(config, steps, device, notes)
+        batch = config.batch_size if device.type == "cuda" else _affordable_batch(config, flops, steps, device, notes)
         micro = _micro_batch(config, device) if batch else None
-        work = [(stage, batch, micro) for stage in stages if batch]
+        work = [(stage, batch, micro) for stage in flops if batch]
         if device.type == "cuda":
             work += [("encoder", size, None) for size in _SMALL_BATCHES]
         tick = Ticks(progress, len(work))
@@ -64,22 +63,26 @@ def benchmark_cost(config: RefineConfig, *, steps: int = 3, progress: Progress |
             measured += measure_step(config.model_copy(update={"batch_size": size}), stage, (micro,), steps=steps)
             tick()
     except (ConfigError, torch.OutOfMemoryError) as error:
-        # The settings fit the encoder, as `resolve_encoder` has checked: what is left is memory.
+        # The settings fit the encoder, as `stage_flops` has checked: what is left is memory.
         notes.append(f"time and peak memory: {str(error).splitlines()[0]}")
         measured = []
-    rows = estimate_cost(config, measured[: len(stages)], images=images)
-    if len(measured) > len(stages):
+    rows = estimate_cost(config, flops, measured[: len(flops)], images=images)
+    if len(measured) > len(flops):
         capacity = torch.cuda.get_device_properties(device).total_memory
-        rows.append(largest_batch_row(*measured[len(stages) :], capacity=capacity))
+        rows.append(largest_batch_row(*measured[len(flops) :], capacity=capacity))
     return Cost(rows, notes)
 
 
-def _epochs(config: RefineConfig) -> dict[StageName, int]:
-    """Epochs of the stages that the run trains."""
-    heads = 0 if config.stage == "encoder" or config.heads_from is not None else config.heads_stage.epochs
-    epochs: dict[StageName, int] = {"heads": heads}
-    epochs["encoder"] = 0 if config.stage == "heads" else config.encoder_stage.epochs
-    return {stage: count for stage, count in epochs.items() if count}
+def stage_flops(config: RefineConfig) -> dict[StageName, int]:
+    """FLOPs of the model per image in a step of each stage that the run trains.
+
+    Raises ConfigError for settings that do not fit the encoder.
+    """
+    architecture, blocks = resolve_encoder(config)
+    heads = config.stage != "encoder" and config.heads_from is None and config.heads_stage.epochs
+    encoder = config.stage != "heads" and config.encoder_stage.epochs
+    stages: list[StageName] = ["heads"] * bool(heads) + ["encoder"] * bool(encoder)
+    return {stage: model_flops(config, architecture, blocks, stage) for stage in stages}
 
 
 def _micro_batch(config: RefineConfig, device: torch.device) -> int | None:
@@ -90,19 +93,20 @@ def _micro_batch(config: RefineConfig, device: torch.device) -> int | None:
     return None if fits == config.batch_size else fits
 
 
-def _affordable_batch(config: RefineConfig, steps: int, device: torch.device, notes: list[str]) -> int:
+def _affordable_batch(
+    config: RefineConfig, flops: Mapping[StageName, int], steps: int, device: torch.device, notes: list[str]
+) -> int:
     """The batch that all stages are measured with, at most the preset's; 0 where none would be done in time."""
-    architecture, blocks = resolve_encoder(config)
-    flops = sum(model_flops(config, architecture, blocks, stage) for stage in _epochs(config))
     # The warm-up steps and the one whose FLOPs are counted take time, too.
-    image_s = (steps + 3) * flops / _matmul_flops(device) / _CPU_SHARE
+    image_s = (steps + 3) * sum(flops.values()) / _matmul_flops(device) / _CPU_SHARE
     batch = config.batch_size
     while batch > _CPU_SMALLEST_BATCH and batch * image_s > _CPU_SECONDS:
         batch //= 2
     if batch * image_s > _CPU_SECONDS:
+        encoder = describe_encoder(resolve_encoder(config)[0])
         notes.append(
-            f"time and peak memory: {describe_encoder(architecture)} is too large for this machine's {device.type}, "
-            f"and there is no CUDA device; a small model can be measured here (--preset quickstart)"
+            f"time and peak memory: {encoder} is too large for this machine's {device.type}, "
+            "and there is no CUDA device; a small model can be measured here (--preset quickstart)"
         )
         return 0
     if batch < config.batch_size:
@@ -111,25 +115,29 @@ def _affordable_batch(config: RefineConfig, steps: int, device: torch.device, no
 
 
 def _matmul_flops(device: torch.device) -> float:
+    """Per second."""
     products = MatrixProducts(device, torch.float32)
     return products.flops / median_seconds([products], device, turns=1, warm_up=0)[0]
 
 
-def estimate_cost(config: RefineConfig, measured: Sequence[StepMeasurement] = (), *, images: int) -> list[Row]:
-    """FLOPs and state memory of both stages, and hours and peak memory of those that were measured.
+def estimate_cost(
+    config: RefineConfig, flops: Mapping[StageName, int], measured: Sequence[StepMeasurement] = (), *, images: int
+) -> list[Row]:
+    """FLOPs and state memory of the trained stages, and hours and peak memory of those that were measured.
 
-    images: in the training set. A measurement of another batch than the preset's counts by its images per second.
+    flops: see `stage_flops`. images: in the training set. A measurement of another batch than the preset's counts by
+    its images per second.
     """
     architecture, blocks = resolve_encoder(config)
     rows: list[Row] = []
     hours: dict[StageName, float] = {}
-    for stage, epochs in _epochs(config).items():
+    for stage, image_flops in flops.items():
+        epochs = (config.heads_stage if stage == "heads" else config.encoder_stage).epochs
         steps = epochs * (images // config.batch_size)
         seen = steps * config.batch_size
         base: Row = {"stage": stage, "model": describe_encoder(architecture), "epochs": epochs, "images": images}
         base |= {"batch": config.batch_size, "steps": steps}
-        flops = seen * model_flops(config, architecture, blocks, stage)
-        rows.append({"metric": "cost_exaflop", "value": flops / 1e18, **base})
+        rows.append({"metric": "cost_exaflop", "value": seen * image_flops / 1e18, **base})
         state = state_bytes(config, architecture, blocks, stage)
         parts: Row = {f"{name}_gib": size / 2**30 for name, size in asdict(state).items()}
         rows.append({"metric": "cost_state_gib", "value": state.total / 2**30, **base, **parts})
