@@ -81,8 +81,8 @@ def stage_flops(config: RefineConfig) -> dict[StageName, int]:
     architecture, blocks = resolve_encoder(config)
     heads = config.stage != "encoder" and config.heads_from is None and config.heads_stage.epochs
     encoder = config.stage != "heads" and config.encoder_stage.epochs
-    stages: list[StageName] = ["heads"] * bool(heads) + ["encoder"] * bool(encoder)
-    return {stage: model_flops(config, architecture, blocks, stage) for stage in stages}
+    trained: dict[StageName, bool] = {"heads": bool(heads), "encoder": bool(encoder)}
+    return {stage: model_flops(config, architecture, blocks, stage) for stage, trains in trained.items() if trains}
 
 
 def _micro_batch(config: RefineConfig, device: torch.device) -> int | None:
