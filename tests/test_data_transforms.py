@@ -14,17 +14,11 @@ def noise(height: int, width: int) -> Tensor:
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
-@pytest.mark.parametrize(
-    ("height", "width"),
-    [(224, 224), (300, 500), (500, 301), (10, 37), (1, 1), (5, 80)],
-)
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (300, 500), (500, 301), (10, 37), (1, 1), (5, 80)])
 @pytest.mark.parametrize(("size", "fraction", "resized"), [(16, 0.875, 18), (28, 1.0, 28)])
 def test_crop_is_torchvisions(height: int, width: int, size: int, fraction: float, resized: int) -> None:
     reference = v2.Compose(
-        [
-            v2.Resize(resized, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.CenterCrop(size),
-        ]
+        [v2.Resize(resized, interpolation=v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)]
     )
     image = noise(height, width)
     cropped = EvalTransform(size, fraction).crop(image)

@@ -38,12 +38,7 @@ def encoder() -> Encoder:
 
 
 def monitor(
-    spec: Path | str,
-    *,
-    knn_samples: int = 10_000,
-    k: int = 10,
-    note: Callable[[str], None] = pytest.fail,
-    **data: Any,
+    spec: Path | str, *, knn_samples: int = 10_000, k: int = 10, note: Callable[[str], None] = pytest.fail, **data: Any
 ) -> KnnMonitor:
     config = RunConfig(
         data=DataConfig(spec=str(spec), **data),

@@ -8,13 +8,7 @@ from mimref.refinement.schedule import head_weights, turning_point
 
 SCHEDULES = ("constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot")
 # Shares of stage 2 at which the intermediate heads turn, by number of heads.
-TURNS = {
-    1: [],
-    2: [0.2],
-    3: [0.2, 0.8],
-    4: [0.2, 0.5, 0.8],
-    8: [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8],
-}
+TURNS = {1: [], 2: [0.2], 3: [0.2, 0.8], 4: [0.2, 0.5, 0.8], 8: [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}
 EPS = 1e-9
 
 

@@ -102,13 +102,7 @@ class _CropDataset(_BatchDataset[CropBatch]):
 
 
 def crop_batches(
-    source: ImageSource,
-    transform: EvalTransform,
-    *,
-    batch_size: int,
-    workers: int = 0,
-    start: int = 0,
-    every: int = 1,
+    source: ImageSource, transform: EvalTransform, *, batch_size: int, workers: int = 0, start: int = 0, every: int = 1
 ) -> Iterator[CropBatch]:
     """The evaluation crops of all images from position `start` on; those that cannot be read are listed as bad.
 

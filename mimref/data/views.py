@@ -109,12 +109,7 @@ def reduction(groups: Sequence[CropGroup], seed: int, epoch: int, sample: int, h
 
 
 def cut_group(
-    images: Sequence[Tensor],
-    group: CropGroup,
-    seed: int,
-    epoch: int,
-    sample_B: Tensor,
-    size_B2: Tensor | None = None,
+    images: Sequence[Tensor], group: CropGroup, seed: int, epoch: int, sample_B: Tensor, size_B2: Tensor | None = None
 ) -> Tensor:
     """Cut one group's views from decoded images: (B, V, 3, S, S) uint8.
 

@@ -9,15 +9,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from mimref.config.base import (
-    Decay,
-    Positive,
-    Section,
-)
-from mimref.config.run import (
-    RunConfig,
-    _check_warmup,
-)
+from mimref.config.base import Decay, Positive, Section
+from mimref.config.run import RunConfig, _check_warmup
 
 
 def _check_head_blocks(blocks: str) -> str:

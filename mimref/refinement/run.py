@@ -145,12 +145,7 @@ def _train(
 
 
 def _evaluate(
-    run: TrainingRun,
-    plan: Plan,
-    method: Method,
-    monitor: KnnMonitor,
-    refined: Encoder,
-    nn_accuracy: Sequence[float],
+    run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, refined: Encoder, nn_accuracy: Sequence[float]
 ) -> list[Row]:
     """Rows of the results. What cannot be evaluated is reported and left out: it must not cost the training."""
     try:

@@ -90,15 +90,7 @@ def test_zero_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        {},
-        None,
-        {"model": 5},
-        {"epoch": 3, "lr": 0.1},
-        [torch.zeros(2)],
-        {1: torch.zeros(2)},
-    ],
+    "content", [{}, None, {"model": 5}, {"epoch": 3, "lr": 0.1}, [torch.zeros(2)], {1: torch.zeros(2)}]
 )
 def test_pickles_without_named_tensors(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "a.pth")
@@ -139,10 +131,7 @@ def test_single_bytes_changed(tmp_path: Path) -> None:
                 assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize(
-    "header",
-    ["{", "[1, 2]", "null", "[" * 100_000],
-)
+@pytest.mark.parametrize("header", ["{", "[1, 2]", "null", "[" * 100_000])
 def test_headers_that_are_no_json_objects(tmp_path: Path, header: str) -> None:
     path = write_safetensors(tmp_path / "a.safetensors", mimref=header)
     assert "damaged header" in refusal(path, None)

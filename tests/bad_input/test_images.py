@@ -257,7 +257,4 @@ def test_folder_with_every_kind_of_file(tmp_path: Path) -> None:
             assert error.path == source.path(index)
             bad.add(error.path, error.reason)
     assert good == 2
-    assert bad.items == [
-        (str(tmp_path / "empty.jpg"), "empty file"),
-        (str(tmp_path / "text.png"), "not an image"),
-    ]
+    assert bad.items == [(str(tmp_path / "empty.jpg"), "empty file"), (str(tmp_path / "text.png"), "not an image")]

@@ -10,13 +10,7 @@ import pytest
 
 from mimref.cli import run
 from mimref.reports import terminal
-from tests.tiny import (
-    PRETRAIN,
-    REFINE,
-    arguments,
-    assert_same_run,
-    results,
-)
+from tests.tiny import PRETRAIN, REFINE, arguments, assert_same_run, results
 
 
 @pytest.fixture(scope="module")

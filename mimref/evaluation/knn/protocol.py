@@ -211,13 +211,7 @@ def _query_runs(count: int, chunk: int) -> list[slice]:
 
 
 def label_ranks(
-    neighbours: Neighbours,
-    train_y: Labels,
-    test_y: Labels,
-    classes: int,
-    *,
-    k: Sequence[int],
-    tau: Sequence[float],
+    neighbours: Neighbours, train_y: Labels, test_y: Labels, classes: int, *, k: Sequence[int], tau: Sequence[float]
 ) -> dict[tuple[int, float], NDArray[np.int64]]:
     """Rank of every test image's own class among the votes: 0 is a correct prediction, below 5 a top-5 hit.
 
