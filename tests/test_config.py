@@ -61,46 +61,47 @@ def test_set_of_a_table_keeps_the_rest_of_it() -> None:
 
 
 WRONG = {
-    "heads.temprature=0.1": "Unknown setting 'heads.temprature'; did you mean 'heads.temperature'?",
-    "temperature=0.1": "Unknown setting 'temperature'; did you mean 'heads.temperature'?",
-    "zzz=1": "Unknown setting 'zzz'",
-    "seed.x=1": "Unknown setting 'seed.x'; did you mean 'seed'?",
-    "seed": "--set 'seed' is not of the form KEY=VALUE, such as heads.temperature=0.3",
-    "=3": "--set '=3' is not of the form KEY=VALUE, such as heads.temperature=0.3",
-    "seed=1.5": "seed = 1.5: expected a whole number",
-    "seed=-1": "seed = -1: expected a number at least 0",
-    "seed=01": 'seed = "01": expected a whole number',
-    "seed=1\nbatch_size=3": 'seed = "1\\nbatch_size=3": expected a whole number',
-    "batch_size=1": "batch_size = 1: expected a number more than 1",
-    "views.color=yes": 'views.color = "yes": expected true or false',
-    "heads=3": "heads = 3: expected a table of settings",
-    "heads.temperature=hot": 'heads.temperature = "hot": expected a number or a list',
-    "heads.temperature=[0.1, -1]": "heads.temperature = [0.1, -1]: expected a number more than 0",
-    "heads.temperature=[]": "heads.temperature = []: expected a list of at least 1",
-    "heads.blocks=0-3": 'heads.blocks = "0-3": expected blocks such as 17-24, 20,22,24, last8 or auto',
-    "heads.pool=clss": "heads.pool = \"clss\": expected 'cls' or 'mean'; did you mean 'cls'?",
-    "device=gpu": "device = \"gpu\": expected 'auto', 'cpu', 'cuda' or 'mps'; did you mean 'cpu'?",
-    "views.global_scale=3": "views.global_scale = 3: expected a list",
-    "views.global_scale=[0.5]": "views.global_scale = [0.5]: expected a longer list",
-    "views.global_scale=[0.1, 0.2, 0.3]": "views.global_scale = [0.1, 0.2, 0.3]: expected a list of 2",
-    "views.global_scale=[0.0, 0.5]": "views.global_scale = [0.0, 0.5]: expected a number more than 0",
-    "views.local_scale=[0.1, 7]": "views.local_scale = [0.1, 7]: expected a number at most 1",
-    "views.local_scale=[0.5, 0.1]": (
-        "views.local_scale = [0.5, 0.1]: expected a range whose first number is not above its second"
+    "heads.temprature=0.1": ("'heads.temprature'", "'heads.temperature'"),
+    "temperature=0.1": ("'temperature'", "'heads.temperature'"),
+    "zzz=1": ("'zzz'",),
+    "seed.x=1": ("'seed.x'", "'seed'"),
+    "seed": ("'seed'", "KEY=VALUE"),
+    "=3": ("'=3'", "KEY=VALUE"),
+    "seed=1.5": ("seed = 1.5", "whole number"),
+    "seed=-1": ("seed = -1", "at least 0"),
+    "seed=01": ('seed = "01"', "whole number"),
+    "seed=1\nbatch_size=3": ('seed = "1\\nbatch_size=3"', "whole number"),
+    "batch_size=1": ("batch_size = 1", "more than 1"),
+    "views.color=yes": ('views.color = "yes"', "true or false"),
+    "heads=3": ("heads = 3", "table"),
+    "heads.temperature=hot": ('heads.temperature = "hot"', "number or a list"),
+    "heads.temperature=[0.1, -1]": ("heads.temperature = [0.1, -1]", "more than 0"),
+    "heads.temperature=[]": ("heads.temperature = []", "at least 1"),
+    "heads.blocks=0-3": ('heads.blocks = "0-3"', "17-24", "20,22,24", "last8", "auto"),
+    "heads.pool=clss": ('heads.pool = "clss"', "'cls'", "'mean'"),
+    "device=gpu": ('device = "gpu"', "'auto'", "'cpu'", "'cuda'", "'mps'"),
+    "views.global_scale=3": ("views.global_scale = 3", "list"),
+    "views.global_scale=[0.5]": ("views.global_scale = [0.5]", "list"),
+    "views.global_scale=[0.1, 0.2, 0.3]": ("views.global_scale = [0.1, 0.2, 0.3]", "list of 2"),
+    "views.global_scale=[0.0, 0.5]": ("views.global_scale = [0.0, 0.5]", "more than 0"),
+    "views.local_scale=[0.1, 7]": ("views.local_scale = [0.1, 7]", "at most 1"),
+    "views.local_scale=[0.5, 0.1]": ("views.local_scale = [0.5, 0.1]", "range"),
+    "views.jitter=[0.4, 0.4, 0.4, 0.7]": ("views.jitter = [0.4, 0.4, 0.4, 0.7]", "at most 0.5"),
+    "optimizer.betas=[0.9, 1.0]": ("optimizer.betas = [0.9, 1.0]", "less than 1"),
+    "encoder_stage.lr=nan": ("encoder_stage.lr = NaN", "finite"),
+    "encoder_stage.lr=inf": ("encoder_stage.lr = Infinity", "finite"),
+    "encoder_stage.warmup_epochs=31": ("encoder_stage.warmup_epochs 31", "encoder_stage.epochs 30"),
+    "heads_stage.top_k=70000": ("heads_stage.top_k 70000", "heads.queue_size", "65536"),
+    "encoder.arch=custom": (
+        "encoder.arch = 'custom'",
+        "encoder.width, encoder.depth, encoder.num_heads, encoder.patch_size",
     ),
-    "views.jitter=[0.4, 0.4, 0.4, 0.7]": "views.jitter = [0.4, 0.4, 0.4, 0.7]: expected a number at most 0.5",
-    "optimizer.betas=[0.9, 1.0]": "optimizer.betas = [0.9, 1.0]: expected a number less than 1",
-    "encoder_stage.lr=nan": "encoder_stage.lr = NaN: expected a finite number",
-    "encoder_stage.lr=inf": "encoder_stage.lr = Infinity: expected a finite number",
-    "encoder_stage.warmup_epochs=31": "encoder_stage.warmup_epochs 31 is more than encoder_stage.epochs 30",
-    "heads_stage.top_k=70000": "heads_stage.top_k 70000 is more than the 65536 of heads.queue_size",
-    "encoder.arch=custom": "encoder.arch = 'custom' needs encoder.width, encoder.depth, encoder.num_heads, "
-    "encoder.patch_size",
     "encoder={arch = 'custom', width = 10, depth = 1, num_heads = 3, patch_size = 2}": (
-        "encoder.width 10 must be a multiple of encoder.num_heads 3"
+        "encoder.width 10",
+        "encoder.num_heads 3",
     ),
-    "stage=encoder": "stage = 'encoder' needs heads_from (--heads-from DIR): a run whose heads are trained",
-    "heads_from=runs/a": "stage = 'both' trains heads of its own; heads_from goes with stage = 'encoder'",
+    "stage=encoder": ("stage = 'encoder'", "heads_from", "--heads-from"),
+    "heads_from=runs/a": ("heads_from", "stage = 'both'", "stage = 'encoder'"),
 }
 
 
@@ -108,7 +109,9 @@ WRONG = {
 def test_mistakes_are_one_line_that_names_them(assignment: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(assignment)
-    assert str(caught.value) == WRONG[assignment]
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in WRONG[assignment] if part not in message] == []
 
 
 def test_mae_decoder_width_must_fit_its_heads() -> None:

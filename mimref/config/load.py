@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mimref.config.base import CommandConfig
-from mimref.config.presets import Table, _find_preset, _merge, _read_preset, _show
+from mimref.config.presets import Table, find_preset, merge_tables, read_preset, show_value
 from mimref.errors import ConfigError, did_you_mean
 
 C = TypeVar("C", bound=CommandConfig)
@@ -28,20 +28,20 @@ def load_config(
     """
     table: Table = {}
     if preset is not None:
-        name, path = _find_preset(preset, model.command)
-        table = _read_preset(path, model.command, ())
+        name, path = find_preset(preset, model.command)
+        table = read_preset(path, model.command, ())
         table.setdefault("preset", name)
     for key, value in (overrides or {}).items():
         if value is not None:
             field = _find_field(model, key)
             parsed = _parse_value(field, value) if isinstance(value, str) and not _takes_text(field) else value
-            table = _merge(table, _nest(model, key, parsed))
+            table = merge_tables(table, _nest(model, key, parsed))
     for assignment in sets:
         key, equals, text = assignment.partition("=")
         key = key.strip()
         if not equals or not key:
             raise ConfigError(f"--set {assignment!r} is not of the form KEY=VALUE, such as heads.temperature=0.3")
-        table = _merge(table, _nest(model, key, _parse_value(_find_field(model, key), text.strip())))
+        table = merge_tables(table, _nest(model, key, _parse_value(_find_field(model, key), text.strip())))
     return validated(model, table)
 
 
@@ -122,7 +122,7 @@ def _describe(error: ValidationError, model: type[BaseModel], table: Mapping[str
     for part in key.split("."):
         value = value[part]
     expected = " or ".join(dict.fromkeys(_expectation(e) for e in fitting))
-    return f"{key} = {_show(value)}: expected {expected}{_literal_hint(first, value)}"
+    return f"{key} = {show_value(value)}: expected {expected}{_literal_hint(first, value)}"
 
 
 def _setting_key(model: type[BaseModel], loc: Sequence[str | int]) -> str:

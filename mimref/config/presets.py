@@ -65,7 +65,7 @@ def _preset_folder() -> Path:
     return package / "presets" if (package / "presets").is_dir() else package.parent / "presets"
 
 
-def _find_preset(name: str, command: str, folder: Path | None = None) -> tuple[str, Path]:
+def find_preset(name: str, command: str, folder: Path | None = None) -> tuple[str, Path]:
     """The full name and file of a preset; a path ending in .toml is relative to `folder` (default: where we run)."""
     if name.endswith(".toml"):
         return name, (folder or Path()) / Path(name).expanduser()
@@ -84,7 +84,7 @@ def _unknown_preset(name: str, command: str | None) -> str:
     return f"Unknown preset {name!r}{hint or '; `mimref presets list` shows all'}"
 
 
-def _read_preset(path: Path, command: str, above: tuple[Path, ...]) -> Table:
+def read_preset(path: Path, command: str, above: tuple[Path, ...]) -> Table:
     """One preset file merged over its bases, the farthest first. above: the files that led here."""
     resolved = path.resolve()
     if resolved in above:
@@ -102,19 +102,19 @@ def _read_preset(path: Path, command: str, above: tuple[Path, ...]) -> Table:
     if base is None:
         return table
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: base = {_show(base)}: expected the name of a preset")
-    _, base_path = _find_preset(base, command, path.parent)
-    return _merge(_read_preset(base_path, command, (*above, resolved)), table)
+        raise ConfigError(f"{path}: base = {show_value(base)}: expected the name of a preset")
+    _, base_path = find_preset(base, command, path.parent)
+    return merge_tables(read_preset(base_path, command, (*above, resolved)), table)
 
 
-def _merge(below: Table, above: Table) -> Table:
+def merge_tables(below: Table, above: Table) -> Table:
     """A new table with the keys of both; tables are merged key by key, everything else is replaced."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = merge_tables(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)

@@ -79,7 +79,7 @@ class ViewsConfig(Section):
     """Standard deviation of the blur in pixels, drawn uniformly."""
 
 
-def _check_warmup(section: str, warmup_epochs: float | None, epochs: int) -> None:
+def check_warmup(section: str, warmup_epochs: float | None, epochs: int) -> None:
     if warmup_epochs is not None and 0 < epochs < warmup_epochs:
         raise ValueError(f"{section}.warmup_epochs {warmup_epochs:g} exceeds {section}.epochs {epochs}")
 

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mimref.config.base import AreaRange, Section
-from mimref.config.run import DecoderConfig, RunConfig, _check_warmup
+from mimref.config.run import DecoderConfig, RunConfig, check_warmup
 
 
 class MAEConfig(Section):
@@ -29,7 +29,7 @@ class MAEConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_warmup("mae", self.warmup_epochs, self.epochs)
+        check_warmup("mae", self.warmup_epochs, self.epochs)
         return self
 
 

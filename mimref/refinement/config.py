@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from mimref.config.base import Decay, Positive, Section
-from mimref.config.run import RunConfig, _check_warmup
+from mimref.config.run import RunConfig, check_warmup
 
 
 def _check_head_blocks(blocks: str) -> str:
@@ -70,7 +70,7 @@ class HeadsStageConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_warmup("heads_stage", self.warmup_epochs, self.epochs)
+        check_warmup("heads_stage", self.warmup_epochs, self.epochs)
         return self
 
 
@@ -98,7 +98,7 @@ class EncoderStageConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_warmup("encoder_stage", self.warmup_epochs, self.epochs)
+        check_warmup("encoder_stage", self.warmup_epochs, self.epochs)
         return self
 
 

@@ -70,7 +70,7 @@ def test_bad_files_are_skipped_counted_and_named_up_to_a_limit(
         (data / "train" / "b" / name).write_bytes(content)
     assert run(line(command, weights, data, tmp_path / "out", **{"batch_size": 17})) == 0
     captured = capsys.readouterr().err
-    warning = next(line for line in captured.splitlines() if line.startswith("warning: 3 images"))
+    warning = next(line for line in captured.splitlines() if line.startswith("warning: 3 "))
     assert all(name in warning for name in contents)
     named = {Path(bad["path"]).name: bad["reason"] for bad in results(tmp_path / "out")["bad_images"]}
     assert named.keys() == contents.keys() and named["empty.png"] == "empty file"
@@ -87,7 +87,7 @@ def test_a_whole_batch_of_bad_files_is_ignored(
         (data / f"bad{index:02}.png").write_bytes(b"")
     changes = {"batch_size": 2, "heads.queue_size": 8}
     assert run(line("refine", weights, data, tmp_path / "out", **changes)) == 0
-    assert "warning: 22 images" in capsys.readouterr().err
+    assert "warning: 22 " in capsys.readouterr().err
 
 
 def test_training_folders_without_validation_images_train_without_a_table(

@@ -69,9 +69,9 @@ def test_onnx(weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
     def fake(encoder: Encoder, out: Path, facts: object, blocks: list[int], **options: object) -> Export:
         asked.append(blocks)
-        return Export(out, 0.0, None, "onnxruntime.InferenceSession('o.onnx')")
+        return Export(out, 0.0, "onnxruntime.InferenceSession('o.onnx')")
 
-    monkeypatch.setattr("mimref.encoders.onnx.export_onnx", fake)
+    monkeypatch.setattr("mimref.encoders.export_onnx.export_onnx", fake)
     for more in ([], ["--blocks", "all"], ["--blocks", "1"]):
         assert run(["export", weights, "--to", "onnx", "--out", "o.onnx", *more]) == 0
     assert asked == [[2], [1, 2], [1]] and "onnxruntime.InferenceSession('o.onnx')" in capsys.readouterr().out
