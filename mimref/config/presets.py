@@ -117,4 +117,5 @@ def merge_tables(below: Table, above: Table) -> Table:
 
 
 def show_value(value: Any) -> str:
+    """A value as a message shows it."""
     return json.dumps(value, default=str, ensure_ascii=False)
