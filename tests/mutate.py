@@ -101,7 +101,7 @@ MUTATIONS = (
         "encoders/parameters.py",
         "return int(block[1]) + 1",
         "return int(block[1])",
-        ("test_training_optim.py",),
+        ("test_encoders_parameters.py",),
     ),
     Mutation(
         "far k-NN neighbours weigh more than near ones",
