@@ -95,7 +95,7 @@ class Seed(Configured):
     seed: Text = option("Random seed; default 0.", "N", "seed")
 
 
-SPECS = "A folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER, wds:SHARDS."
+SPECS = "A folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER, hf:NAME, wds:SHARDS."
 
 
 class Data(Configured, panel="Data"):
