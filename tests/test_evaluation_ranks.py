@@ -1,6 +1,7 @@
 """Every evaluation by two processes gives the numbers of one."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,15 @@ def ranks(data: Path) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tests.ranks.TIMEOUT_S", 300)  # this is the work of many tests
         return run_ranks(work, 2, data / "group", data)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in every rank: more threads split sums by the size of the batch, which changes their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_a_rank_encodes_its_share_alone(ranks: list[dict[str, Any]]) -> None:
