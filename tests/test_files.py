@@ -98,6 +98,7 @@ def test_a_library_error_on_a_full_disk_is_recognised(tmp_path: Path, monkeypatc
 
 def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
+        # What filelock itself raises there.
         raise NotImplementedError("FileSystem does not appear to support flock")
 
     monkeypatch.setattr(FileLock, "acquire", refuse)

@@ -46,6 +46,7 @@ def export_onnx(
     graph = _Graph(encoder, blocks).eval()
 
     def write(file: Path) -> None:
+        """Trace the encoder and save the graph, whose batch size is free."""
         program = torch.onnx.export(
             graph,
             (comparison_images(encoder)[:2],),

@@ -90,6 +90,7 @@ class Pretraining(Stage):
         super().update(batch)
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
+        """This rank's share of the loss on hidden patches, times the number of ranks, which average gradients."""
         views = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
         sample_B = batch.sample_B.to(self.device, non_blocking=True)
         noise = uniform(self.config.seed, batch.epoch, Operation.MASK, sample_B, count=self.model.num_patches)

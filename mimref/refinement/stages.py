@@ -186,6 +186,7 @@ class EncoderStage(RefinementStage):
         self.run.listener.note(f"{when}: {readable(values)}")
 
     def end_epoch(self, epoch: int) -> None:
+        """Every `monitor.knn_every_epochs` and at the end: check the result's features, and warn of a collapse."""
         every = self.plan.config.monitor.knn_every_epochs
         if not every or not self.monitor or not self.collapse or (epoch % every and self.step < self.total):
             return

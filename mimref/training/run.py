@@ -148,6 +148,7 @@ class Stage(GradientJob):
         return {"optimizer": self.optimizer.state_dict()}
 
     def save(self) -> None:
+        """Write all that resuming needs to the run's folder, atomically. Called on all ranks; rank 0 writes."""
         run = self.run
         run.elapsed_s = self.elapsed_s
         run.skipped.add(gather_lists(run.skipped.items))

@@ -129,6 +129,7 @@ class ProbeRun:
         rates = len(settings.lr)
 
         def row(number: int, more: Row) -> Row:
+            """Accuracy and settings of one classifier, counted from 0."""
             key = keys[number // rates]
             return {
                 "metric": "probe_top1",
