@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -261,6 +262,28 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_hub_that_cannot_be_reached() -> None:
     refused("cifar10", "cifar10 is no folder, .*hub")
+
+
+def test_retries_of_downloads_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    shown: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+
+    def load_dataset(name: str, **_: Any) -> Any:
+        logger.warning("Retrying in 8s")
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    logger.addHandler(handler)
+    try:
+        refused("cifar10", "no route")
+        logger.warning("after")
+    finally:
+        logger.removeHandler(handler)
+    assert shown == ["after"]
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

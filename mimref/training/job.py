@@ -177,7 +177,7 @@ class GradientJob(Job[ViewBatch]):
         """What follows an optimizer step."""
 
     def update(self, batch: ViewBatch) -> None:
-        """One optimizer step, without a device sync. A batch too small over all ranks, by unreadable images, is skipped."""
+        """One optimizer step, without a device sync. A batch that unreadable images leave too small is skipped."""
         self.skip(batch.bad)
         images = total_over_ranks(len(batch.sample_B))
         if images < self.smallest_batch:

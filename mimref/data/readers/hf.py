@@ -16,6 +16,7 @@ cannot be read row by row, so the library first writes its images and labels to 
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -112,7 +113,7 @@ def open_hugging_face(
     when the `datasets` package is missing.
     """
     where, place = f"--data {printable(spec)}", os.path.expanduser(spec.removeprefix("hf:"))
-    with _without_progress_bars(where):
+    with _quiet_datasets(where):
         if progress is not None:
             progress(f"reading {printable(spec)}", 0, 1)
         parts = _hub_parts(place, where) if on_hub else _folder_parts(place, where)
@@ -142,19 +143,22 @@ def open_hugging_face(
 
 
 @contextmanager
-def _without_progress_bars(where: str) -> Iterator[None]:
-    """Import `datasets`, and switch off its progress bars and those of its downloads meanwhile."""
+def _quiet_datasets(where: str) -> Iterator[None]:
+    """Import `datasets`, and silence it and its downloads meanwhile: progress bars, and a warning per retry."""
     try:
         import datasets
         import huggingface_hub.utils as hub
     except ImportError as error:
         raise DataError(f"{where}: needs the package datasets; pip install 'mimref[hf]'") from error
     bars = [each for each in (datasets, hub) if not each.are_progress_bars_disabled()]
+    verbosity = hub.logging.get_verbosity()
+    hub.logging.set_verbosity(logging.ERROR)
     for each in bars:
         each.disable_progress_bars()
     try:
         yield
     finally:
+        hub.logging.set_verbosity(verbosity)
         for each in bars:
             each.enable_progress_bars()
 
