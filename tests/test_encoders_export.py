@@ -13,7 +13,7 @@ from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mimref.encoders import export, export_onnx, export_release, export_timm
+from mimref.encoders import export, export_onnx
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.export import Export, read_encoder
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
@@ -63,7 +63,7 @@ def assert_same_features(vit: VisionTransformer, encoder: Encoder, size: int) ->
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
 def test_timm_creates_a_model_with_the_file(tmp_path: Path, ending: str) -> None:
     encoder = make(VIT_TINY)
-    done = export_timm.export_timm(encoder, tmp_path / f"a.{ending}", FACTS)
+    done = export.export_timm(encoder, tmp_path / f"a.{ending}", FACTS)
     assert done.timm_name == "vit_tiny_patch16_224"
     vit = timm.create_model(done.timm_name, checkpoint_path=str(done.path), num_classes=0)
     assert isinstance(vit, VisionTransformer)
@@ -87,7 +87,7 @@ def test_timm_creates_a_model_with_the_file(tmp_path: Path, ending: str) -> None
 def test_names_of_timm(architecture: Architecture, name: str | None) -> None:
     with torch.device("meta"):
         encoder = build_encoder(architecture)
-    assert export_timm._timm_name(encoder) == name
+    assert export._timm_name(encoder) == name
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_names_of_timm(architecture: Architecture, name: str | None) -> None:
 )
 def test_timms_class_reads_what_timm_has_no_name_for(tmp_path: Path, architecture: Architecture) -> None:
     encoder = make(architecture)
-    done = export_timm.export_timm(encoder, tmp_path / "a.safetensors", FACTS)
+    done = export.export_timm(encoder, tmp_path / "a.safetensors", FACTS)
     assert done.timm_name is None
     found: dict[str, Any] = {"timm": timm, "torch": torch}
     exec(done.read_with, found)
@@ -106,16 +106,16 @@ def test_timms_own_models(tmp_path: Path) -> None:
     torch.manual_seed(0)
     architecture = Architecture("test_vit", 32, 64, 6, 2, 16, from_timm=True)
     encoder = build_encoder(architecture).eval()
-    done = export_timm.export_timm(encoder, tmp_path / "a.safetensors", {})
+    done = export.export_timm(encoder, tmp_path / "a.safetensors", {})
     assert done.timm_name == "test_vit" and "img_size=32" in done.read_with
     assert_same_features(eval(done.read_with), encoder, 32)
 
 
 def test_the_header_travels_with_safetensors(tmp_path: Path) -> None:
-    export_timm.export_timm(make(TINY), tmp_path / "a.safetensors", FACTS)
+    export.export_timm(make(TINY), tmp_path / "a.safetensors", FACTS)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as opened:
         assert json.loads(opened.metadata()["mimref"]) == {"architecture": TINY.to_dict(), **FACTS}
-    export_timm.export_timm(make(TINY), tmp_path / "a.pth", FACTS)
+    export.export_timm(make(TINY), tmp_path / "a.pth", FACTS)
     plain = torch.load(tmp_path / "a.pth", weights_only=True)
     assert plain.keys() == make(TINY).vit.state_dict().keys()
 
@@ -125,7 +125,7 @@ def test_the_header_travels_with_safetensors(tmp_path: Path) -> None:
 )
 def test_encoders_that_timm_has_no_model_for(tmp_path: Path, architecture: Architecture, other: str) -> None:
     with pytest.raises(ConfigError, match=f"^--to timm: .*{other}"):
-        export_timm.export_timm(make(architecture), tmp_path / "a.pth", {})
+        export.export_timm(make(architecture), tmp_path / "a.pth", {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,7 +136,7 @@ def test_encoders_that_timm_has_no_model_for(tmp_path: Path, architecture: Archi
 @torch.no_grad()
 def test_a_release_is_recognised(tmp_path: Path, architecture: Architecture) -> None:
     encoder = make(architecture)
-    done = export_release.export_release(encoder, tmp_path / "a.th", FACTS)
+    done = export.export_release(encoder, tmp_path / "a.th", FACTS)
     found, _ = load_encoder(done.path)
     for theirs, ours in zip(found.blocks(images(2), [1, 2, 3]), encoder.blocks(images(2), [1, 2, 3]), strict=True):
         close(theirs, ours)
@@ -148,7 +148,7 @@ def test_a_release_is_recognised(tmp_path: Path, architecture: Architecture) -> 
 @torch.no_grad()
 def test_a_post_norm_release_by_plain_names(tmp_path: Path) -> None:
     encoder = make(POST_NORM)
-    content = torch.load(export_release.export_release(encoder, tmp_path / "a.pth", FACTS).path, weights_only=True)
+    content = torch.load(export.export_release(encoder, tmp_path / "a.pth", FACTS).path, weights_only=True)
     state = content["state_dict"]
     # Every name is taken once, and put where the plain code has it.
     image = "modality_encoders.IMAGE."
@@ -173,7 +173,7 @@ def test_a_post_norm_release_by_plain_names(tmp_path: Path) -> None:
 
 def test_a_pre_norm_release_has_the_cls_position_in_its_token(tmp_path: Path) -> None:
     encoder = make(TINY)
-    export_release.export_release(encoder, tmp_path / "a.pt", {})
+    export.export_release(encoder, tmp_path / "a.pt", {})
     state = torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"]
     own = encoder.vit.state_dict()
     changed = {"pos_embed", "cls_token"}
@@ -191,12 +191,12 @@ def test_a_pre_norm_release_has_the_cls_position_in_its_token(tmp_path: Path) ->
         (replace(TINY, layer_scale=True), "LayerScale; use --to timm"),
         (replace(TINY, swiglu=True), "SwiGLU; use --to timm"),
         (NO_NORM, "without final norm; use --to onnx"),
-        (Architecture("vit_xsmall_patch16_clip_224", 32, 256, 10, 4, 16, from_timm=True), "norm_pre.bias"),
+        (Architecture("vit_xsmall_patch16_clip_224", 32, 256, 10, 4, 16, from_timm=True), "norm before its blocks"),
     ],
 )
 def test_encoders_that_a_release_has_no_place_for(tmp_path: Path, architecture: Architecture, feature: str) -> None:
     with pytest.raises(ConfigError, match=f"^--to release: .*{feature}"):
-        export_release.export_release(build_encoder(architecture), tmp_path / "a.th", {})
+        export.export_release(build_encoder(architecture), tmp_path / "a.th", {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -256,8 +256,8 @@ def test_onnx_of_missing_blocks_and_packages(tmp_path: Path, monkeypatch: pytest
 # --- any format
 
 EXPORTS: list[tuple[str, Callable[[Encoder, Path], Export]]] = [
-    ("a.pth", lambda encoder, out: export_timm.export_timm(encoder, out, {})),
-    ("a.th", lambda encoder, out: export_release.export_release(encoder, out, {})),
+    ("a.pth", lambda encoder, out: export.export_timm(encoder, out, {})),
+    ("a.th", lambda encoder, out: export.export_release(encoder, out, {})),
     ("a.onnx", lambda encoder, out: export_onnx.export_onnx(encoder, out, {}, [1])),
 ]
 
@@ -267,7 +267,7 @@ EXPORTS: list[tuple[str, Callable[[Encoder, Path], Export]]] = [
 def test_one_feature_that_differs_refuses_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, wrong: float
 ) -> None:
-    read = export_timm._read_by_timm
+    read = export._read_by_timm
 
     def read_badly(*given: Any) -> dict[str, Tensor]:
         found = read(*given)
@@ -275,9 +275,9 @@ def test_one_feature_that_differs_refuses_the_file(
         changed[0, 0, 0] += wrong * changed.abs().max()
         return found | {part: changed}
 
-    monkeypatch.setattr(export_timm, "_read_by_timm", read_badly)
+    monkeypatch.setattr(export, "_read_by_timm", read_badly)
     with pytest.raises(OutputError, match=f"a.pth: not written: .*{part} differs"):
-        export_timm.export_timm(make(TINY), tmp_path / "a.pth", {})
+        export.export_timm(make(TINY), tmp_path / "a.pth", {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -311,10 +311,10 @@ def test_replacing_a_file_keeps_it_until_the_new_one_is_good(tmp_path: Path, mon
     out.write_text("old")
     monkeypatch.setattr(export, "_TOLERANCE", -1.0)
     with pytest.raises(OutputError, match="not written"):
-        export_timm.export_timm(make(TINY), out, {}, force=True)
+        export.export_timm(make(TINY), out, {}, force=True)
     assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
     monkeypatch.undo()
-    export_timm.export_timm(make(TINY), out, {}, force=True)
+    export.export_timm(make(TINY), out, {}, force=True)
     assert torch.load(out, weights_only=True)["norm.weight"].shape == (192,)
 
 

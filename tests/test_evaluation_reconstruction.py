@@ -18,7 +18,7 @@ from mimref.data.sources import ArraySource, ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.draws import Operation, uniform
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
-from mimref.encoders.masking import draw_mask, normalize_patches, patchify, visible_tokens
+from mimref.encoders.masking import draw_mask, normalize_patches, patchify
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.blocks.config import ReconstructionConfig
@@ -134,8 +134,8 @@ def test_tokens_of_every_block(kind: str) -> None:
     batch = torch.randn(2, 3, 16, 16)
     visible_BK = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
     with torch.no_grad():
-        found = visible_tokens(encoder, batch, visible_BK, [1, 2, 3])
-        normed = visible_tokens(encoder, batch, visible_BK, [3, 1], final_norm=True)
+        found = encoder.blocks(batch, [1, 2, 3], visible_BK=visible_BK)
+        normed = encoder.blocks(batch, [3, 1], final_norm=True, visible_BK=visible_BK)
         for image in range(2):
             whole = encoder.embed(batch[image : image + 1])
             prefix = encoder.num_prefix_tokens
@@ -147,7 +147,7 @@ def test_tokens_of_every_block(kind: str) -> None:
             torch.testing.assert_close(normed[0][image], encoder.vit.norm(tokens)[0], rtol=0, atol=1e-5)
     assert torch.equal(normed[1], found[0])
     with pytest.raises(ConfigError, match="block 4 does not exist"):
-        visible_tokens(encoder, batch, visible_BK, [4])
+        encoder.blocks(batch, [4], visible_BK=visible_BK)
 
 
 @pytest.mark.parametrize("kind", list(ENCODERS)[1:])
@@ -171,7 +171,7 @@ def test_reported_loss_equals_a_plain_loop() -> None:
         assert mask.visible_BK[0].tolist() == ranked[:4]
         target = normalize_patches(patchify(image, 4))[0]
         with torch.no_grad():
-            tokens = visible_tokens(encoder, image, mask.visible_BK, [1, 2, 3], final_norm=True)
+            tokens = encoder.blocks(image, [1, 2, 3], final_norm=True, visible_BK=mask.visible_BK)
             for number, decoder in enumerate(found.decoders):
                 pixels = decoder(tokens[number], mask.restore_BN)[0]
                 total[number] += sum(float(((pixels[patch] - target[patch]) ** 2).mean()) for patch in ranked[4:])

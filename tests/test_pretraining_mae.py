@@ -102,7 +102,7 @@ def test_loss_is_the_mean_over_hidden_patches() -> None:
         for image in range(len(images)):
             ranked = sorted(range(PATCHES), key=lambda patch, image=image: float(noise[image, patch]))  # type: ignore[misc]
             shown, hidden = ranked[:4], ranked[4:]
-            tokens, _ = model.encoder.embed_patches(images[image : image + 1])
+            tokens = model.encoder.embed(images[image : image + 1])[:, 1:]
             sequence = torch.cat([model.encoder.vit.cls_token, tokens[:, shown]], dim=1)  # type: ignore[list-item]
             for block in model.encoder.vit.blocks:
                 sequence = block(sequence)

@@ -62,10 +62,8 @@ def export(options: ExportOptions) -> None:
     if options.blocks is not None and to != "onnx":
         raise ConfigError(f"--blocks {options.blocks}: requires --to onnx; --to {to} keeps every block")
 
-    from mimref.encoders.export import read_encoder
+    from mimref.encoders.export import export_release, export_timm, read_encoder
     from mimref.encoders.export_onnx import export_onnx
-    from mimref.encoders.export_release import export_release
-    from mimref.encoders.export_timm import export_timm
     from mimref.features.encode import block_groups
     from mimref.reports.terminal import Terminal
 

@@ -20,8 +20,6 @@ from mimref.config.run import EncoderConfig
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, check_blocks, is_plain_vit, norm_flags, pool_tokens
 from mimref.errors import ConfigError
 
-RGB = tuple[float, float, float]
-
 
 @dataclass(frozen=True)
 class BackboneArchitecture:
@@ -36,7 +34,7 @@ class BackboneArchitecture:
 class TimmBackbone(nn.Module):
     """Tokens of any block or stage of a timm model; `model` keeps timm's parameter names.
 
-    Feature maps become tokens in reading order. Blocks may differ in width (`widths`).
+    Feature maps become tokens in reading order. Blocks may differ in width.
     Raises ConfigError for an image size it cannot take, and for a model without intermediate features.
     """
 
@@ -45,14 +43,11 @@ class TimmBackbone(nn.Module):
         self.architecture = architecture
         name, size = architecture.name, architecture.image_size
         native = native_size(name)
-        if _recorded(name).fixed_input_size and size != native:
+        if timm_record(name).fixed_input_size and size != native:
             raise ConfigError(f"{name} takes images of {native} pixels only, not {size}; use --resolution {native}")
-        with torch.device("meta"):
-            shapes = _token_shapes(timm.create_model(name, pretrained=False, num_classes=0).eval(), name, size)
+        shapes = _token_shapes(name, size)
         self.model = timm.create_model(name, pretrained=False, num_classes=0)
         self.depth = len(shapes)
-        self.widths = [width for _, _, width in shapes]
-        """Width of every block's tokens."""
         self.num_prefix_tokens, rows, self.embed_dim = shapes[-1]
         self.has_cls_token: bool = self.num_prefix_tokens > 0 and getattr(self.model, "cls_token", None) is not None
         self.patch_size = size // rows
@@ -60,9 +55,8 @@ class TimmBackbone(nn.Module):
     def blocks(
         self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
     ) -> list[Tensor]:
-        """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed); see `Encoder.blocks`.
+        """As `Encoder.blocks`; L and D are each block's own.
 
-        images: (B, 3, S, S) normalised. Returns a list of (B, L, D), prefix first; L and D are each block's own.
         final_norm costs a second pass, unless only the normed last block is asked for. Raises ConfigError for a block
         outside 1..depth, and for final_norm if timm's model has no norm at its last block.
         """
@@ -102,40 +96,30 @@ def find_architecture(name: str, source: str | None, image_size: int | None) -> 
     """
     if name == "custom":
         raise ConfigError("--arch custom is for files that mimref wrote, which need no --arch; name an architecture")
-    if name in PAPER_SIZES:
-        return Architecture.from_config(EncoderConfig(arch=name, source=source or "mae", image_size=image_size or 224))
-    if is_plain_vit(name):
-        return Architecture.from_config(EncoderConfig(arch=name, image_size=image_size or native_size(name)))
-    return BackboneArchitecture(name, image_size or native_size(name))
+    is_plain = name in PAPER_SIZES or is_plain_vit(name)
+    size = image_size or (224 if name in PAPER_SIZES else native_size(name))
+    if is_plain:
+        return Architecture.from_config(EncoderConfig(arch=name, source=source or "mae", image_size=size))
+    return BackboneArchitecture(name, size)
 
 
 def native_size(name: str) -> int:
     """Pixels per side that a timm model was made for."""
-    return int(_recorded(name).input_size[-1])
+    return int(timm_record(name).input_size[-1])
 
 
-def recorded_normalization(name: str) -> tuple[RGB, RGB]:
-    """Mean and standard deviation of the pixels, as timm records them for weights (`model.tag`)."""
-    (red, green, blue), std = _recorded(name).mean, _recorded(name).std
-    return (red, green, blue), (std[0], std[1], std[2])
-
-
-def classifier_layers(name: str) -> tuple[str, ...]:
-    """Layers of a timm model that only classify."""
-    layers = _recorded(name).classifier or ()
-    return (layers,) if isinstance(layers, str) else tuple(layers)
-
-
-def _recorded(name: str) -> Any:
-    """timm's record of a model: its image size, and the normalisation of its weights."""
+def timm_record(name: str) -> Any:
+    """timm's record of a model or, for `model.tag`, of its weights: image size, normalisation, classifier."""
     recorded = timm.get_pretrained_cfg(name)
     if recorded is None:
         raise ConfigError(f"timm records nothing about {name!r}, so it cannot be evaluated")
     return recorded
 
 
-def _token_shapes(model: Any, name: str, size: int) -> list[tuple[int, int, int]]:
-    """Prefix tokens, rows of the feature map, and width of every block; the model is on the meta device."""
+def _token_shapes(name: str, size: int) -> list[tuple[int, int, int]]:
+    """Number of prefix tokens, rows of the feature map, and width of every block."""
+    with torch.device("meta"):
+        model: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
     if not hasattr(model, "forward_intermediates"):
         raise ConfigError(f"{name} cannot be evaluated: timm gives no intermediate features of it")
     try:

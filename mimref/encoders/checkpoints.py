@@ -19,13 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mimref.config.run import EncoderConfig
-from mimref.encoders.backbones import (
-    BackboneArchitecture,
-    TimmBackbone,
-    classifier_layers,
-    find_architecture,
-    native_size,
-)
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture, native_size, timm_record
 from mimref.encoders.formats import Recognised, Unrecognised, mismatches, recognise
 from mimref.encoders.published import PublishedWeights, find_published
 from mimref.encoders.reading import first_line, named_tensors, read_file
@@ -39,12 +33,11 @@ from mimref.encoders.vit import (
     resize_positions,
 )
 from mimref.errors import CheckpointError, ConfigError
-from mimref.files import atomic_write
+from mimref.files import write_bytes
 from mimref.progress import LabelledProgress
 
 # Parts of timm's checkpoints that do not belong to the encoder.
 _DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.")
-_WRAPPERS = ("model", "state_dict")
 _TIMM = "timm:"
 
 
@@ -115,7 +108,7 @@ def read_checkpoint(
     file, content, header = read_file(path, progress)
     published = find_published(str(path)) if not Path(path).exists() else None
     weights = content
-    for wrapper in _WRAPPERS:
+    for wrapper in ("model", "state_dict"):
         if isinstance(weights.get(wrapper), Mapping):
             weights = weights[wrapper]
     checkpoint = Checkpoint(file, dict(named_tensors(weights)), header)
@@ -183,8 +176,9 @@ def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneAr
     """An encoder with a checkpoint's weights, whose memory it may share. Raises CheckpointError if they do not fit."""
     if isinstance(architecture, BackboneArchitecture):
         backbone = TimmBackbone(architecture)
-        classifier = tuple(f"{layer}." for layer in classifier_layers(architecture.name))
-        _load(backbone.model, architecture.name, checkpoint.tensors, checkpoint.path, share=False, dropped=classifier)
+        layers = timm_record(architecture.name).classifier or ()
+        dropped = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
+        _load(backbone.model, architecture.name, checkpoint.tensors, checkpoint.path, share=True, dropped=dropped)
         return backbone
     with torch.device("meta"):
         encoder = build_encoder(architecture)
@@ -197,14 +191,14 @@ def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = Fals
 
     share: use the checkpoint's memory instead of a copy. Raises CheckpointError naming the tensors that do not fit.
     """
-    given = dict(checkpoint.tensors)
+    given = checkpoint.tensors
     # timm's own models may need tensors that no plain encoder has.
     by_timm = encoder.architecture.from_timm and given.keys() >= encoder.vit.state_dict().keys()
     if checkpoint.recognised and not by_timm:
-        given = dict(checkpoint.recognised.tensors)
+        given = checkpoint.recognised.tensors
     positions, wanted = given.get("pos_embed"), encoder.vit.pos_embed
     if positions is not None and wanted is not None and positions.shape != wanted.shape:
-        given["pos_embed"] = _fit_positions(encoder, positions)
+        given = given | {"pos_embed": _fit_positions(encoder, positions)}
     _load(encoder.vit, encoder.architecture.name, given, checkpoint.path, share=share)
 
 
@@ -229,7 +223,7 @@ def _load(
     share: bool,
     dropped: tuple[str, ...] = (),
 ) -> None:
-    """dropped: prefixes of tensors that may be left over, in addition to `_DROPPED_PREFIXES`."""
+    """dropped: prefixes of further tensors that may be left over."""
     wanted = module.state_dict()
     # What the model needs is never dropped: some have a norm where others have a classifier.
     given = {key: tensors[key] for key in tensors if key in wanted or not key.startswith(_DROPPED_PREFIXES + dropped)}
@@ -251,9 +245,7 @@ def save_encoder(
     """Write an encoder atomically as safetensors under timm's names; the architecture is added to `header`."""
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in encoder.vit.state_dict().items()}
     described = {"architecture": encoder.architecture.to_dict(), **header}
-    payload = save(tensors, metadata={"mimref": json.dumps(described), "format": "pt"})
-    with atomic_write(path) as stream:
-        stream.write(payload)
+    write_bytes(path, save(tensors, metadata={"mimref": json.dumps(described), "format": "pt"}))
 
 
 def weights_hash(encoder: Encoder) -> str:

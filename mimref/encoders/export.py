@@ -1,7 +1,7 @@
-"""What every export shares: the encoder that is read, and the check of the file that is written.
+"""Export to timm and to the layout of the MIM-Refiner releases, and what every export shares; see also `export_onnx`.
 
 An export is written elsewhere, read again with the code its users have, and compared with the encoder. Only then does
-it get its name. The formats: `export_timm`, `export_release`, `export_onnx`.
+it get its name.
 
 Shapes: B images, L tokens, D width, S pixels per side.
 """
@@ -13,13 +13,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import timm
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
 
-from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
-from mimref.encoders.vit import Architecture, Encoder
+from mimref.encoders.backbones import native_size
+from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
+from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, OutputError
-from mimref.files import atomic_path
+from mimref.files import atomic_path, check_new_file
 from mimref.progress import Listener, Silent
 
 # Entries of a header that stay true of the weights in any format; `transform` has the normalisation of the images.
@@ -65,13 +68,13 @@ def read_encoder(
         listener.note(notice)
     if not isinstance(architecture, Architecture):
         raise ConfigError(f"--arch {arch}: only plain vision transformers can be exported")
-    architecture = replace(architecture, image_size=resolution or architecture.image_size)
-    encoder = encoder_from(checkpoint, architecture)
+    size = resolution or architecture.image_size
+    encoder = encoder_from(checkpoint, replace(architecture, image_size=size))
     assert isinstance(encoder, Encoder)
     facts = {key: checkpoint.header[key] for key in _FACTS if key in checkpoint.header}
-    known = {"source": source or checkpoint.source, "licence": checkpoint.licence}
     if isinstance(facts.get("transform"), dict):
-        facts["transform"] = facts["transform"] | {"image_size": architecture.image_size}
+        facts["transform"] = facts["transform"] | {"image_size": size}
+    known = {"source": source or checkpoint.source, "licence": checkpoint.licence}
     return encoder, facts | {key: value for key, value in known.items() if value}
 
 
@@ -147,3 +150,168 @@ def _largest_difference(out: Path, encoder: Encoder, found: Mapping[str, Tensor]
             )
         largest = max(largest, difference)
     return largest
+
+
+def export_timm(
+    encoder: Encoder, out: Path, facts: Mapping[str, Any], *, force: bool = False, listener: Listener | None = None
+) -> Export:
+    """Write what `timm.create_model(name, checkpoint_path=out)` or timm's VisionTransformer class loads.
+
+    encoder: in fp32 on the CPU. out: ends in .safetensors, whose metadata holds `facts`, or in .pth or .pt without it.
+    Raises ConfigError for an encoder that timm has no model for, OutputError for another ending, a file that exists
+    (unless `force`) or cannot be written, and features that differ.
+    """
+    check_new_file(out, (".safetensors", ".pth", ".pt"), force)
+    architecture = encoder.architecture
+    if architecture.post_norm:
+        raise ConfigError(
+            f"--to timm: timm has no post-norm blocks as {architecture.name} has them (data2vec 2.0); "
+            "use --to release or --to onnx"
+        )
+    if not architecture.final_norm:
+        raise ConfigError(
+            f"--to timm: {architecture.name} has no norm after its last block, as timm's models have; use --to onnx"
+        )
+    name = _timm_name(encoder)
+
+    def write(file: Path) -> None:
+        if out.suffix == ".safetensors":
+            save_encoder(file, encoder, facts)
+            return
+        torch.save(plain_state(encoder), file)
+        if facts:
+            (listener or Silent()).note(f"{out.suffix} has no place for {', '.join(facts)}; .safetensors has")
+
+    difference = write_verified(out, encoder, write, lambda file: _read_by_timm(file, encoder, name), listener)
+    return Export(out, difference, _reading_line(out, architecture, name), name)
+
+
+def _timm_name(encoder: Encoder) -> str | None:
+    """The timm model with the same tensors and attention heads, preferably one made for the encoder's image size."""
+    architecture, size = encoder.architecture, encoder.architecture.image_size
+    if architecture.from_timm:
+        return architecture.name.partition(".")[0]
+    start, digits = f"vit_*_patch{architecture.patch_size}", "[0-9][0-9][0-9]"
+    endings = (digits, f"gap_{digits}", "dinov2", "reg4_dinov2")
+    names = timm.list_models([f"{start}_{ending}" for ending in endings], module="vision_transformer")
+    wanted = {key: tensor.shape for key, tensor in encoder.vit.state_dict().items()}
+    for name in sorted(names, key=lambda known: native_size(known) != size):
+        with torch.device("meta"):
+            vit = timm.create_model(name, num_classes=0, img_size=size, weight_init="skip")
+        if type(vit) is not VisionTransformer or type(first := vit.blocks[0]) is not Block:
+            continue
+        # No shape shows the number of heads.
+        same_heads = first.attn.num_heads == architecture.num_heads
+        if same_heads and {key: tensor.shape for key, tensor in vit.state_dict().items()} == wanted:
+            return str(name)
+    return None
+
+
+def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, Tensor]:
+    """Features of the file, by timm's code alone."""
+    if name is None:
+        vit: nn.Module = build_encoder(encoder.architecture).vit
+        timm.models.load_checkpoint(vit, str(file))
+    else:
+        size = encoder.architecture.image_size
+        vit = timm.create_model(name, checkpoint_path=str(file), num_classes=0, img_size=size)
+    assert isinstance(vit, VisionTransformer)
+    with torch.inference_mode():
+        found: Any = vit.eval().forward_intermediates(
+            comparison_images(encoder), intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True, norm=False
+        )
+        tokens = [torch.cat([block[1], block[0]], dim=1) if isinstance(block, tuple) else block for block in found]
+        return named_features(tokens, range(1, len(tokens) + 1), vit.norm(tokens[-1]))
+
+
+def _reading_line(out: Path, architecture: Architecture, name: str | None) -> str:
+    if name is None:
+        return f"model = {_constructor(architecture)}; timm.models.load_checkpoint(model, {str(out)!r})"
+    size = architecture.image_size
+    resized = "" if native_size(name) == size else f", img_size={size}"
+    return f"timm.create_model({name!r}, checkpoint_path={str(out)!r}, num_classes=0{resized})"
+
+
+def _constructor(architecture: Architecture) -> str:
+    """The call that makes timm's VisionTransformer of these sizes, as `build_encoder` makes it."""
+    options: dict[str, object] = {
+        "img_size": architecture.image_size,
+        "patch_size": architecture.patch_size,
+        "embed_dim": architecture.width,
+        "depth": architecture.depth,
+        "num_heads": architecture.num_heads,
+        "num_classes": 0,
+    }
+    if architecture.mlp_width:
+        options["mlp_ratio"] = architecture.mlp_ratio
+    if not architecture.class_token:
+        options |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    if architecture.registers:
+        options |= {"reg_tokens": architecture.registers, "no_embed_class": True}
+    if architecture.layer_scale:
+        options["init_values"] = 1e-5
+    text = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    swiglu = ", mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU" if architecture.swiglu else ""
+    return f"timm.models.VisionTransformer({text}{swiglu})"
+
+
+def export_release(
+    encoder: Encoder, out: Path, facts: Mapping[str, Any], *, force: bool = False, listener: Listener | None = None
+) -> Export:
+    """Write what the MIM-Refiner repository's models load: `state_dict`, and `ctor_kwargs` for their constructors.
+
+    out: ends in .th, .pth or .pt. `facts` are saved as `mimref`, which other programs ignore.
+    Raises ConfigError for what the layout has no place for, OutputError as `export_timm`.
+    """
+    check_new_file(out, (".th", ".pth", ".pt"), force)
+    architecture = encoder.architecture
+    state = _release_state(encoder)
+    sizes = {
+        "patch_size": architecture.patch_size,
+        "dim": architecture.width,
+        "depth": architecture.depth,
+        "num_heads": architecture.num_heads,
+        "input_shape": (3, architecture.image_size, architecture.image_size),
+        "mlp_hidden_dim": state["blocks.0.mlp.fc1.bias"].shape[0],
+    }
+    content = {"state_dict": state, "ctor_kwargs": sizes, "mimref": dict(facts)}
+    difference = write_verified(
+        out, encoder, lambda file: torch.save(content, file), lambda file: _read_release(file, encoder), listener
+    )
+    return Export(out, difference, f"torch.load({str(out)!r})['state_dict']")
+
+
+def _release_state(encoder: Encoder) -> dict[str, Tensor]:
+    """Weights under the layout's names. Raises ConfigError naming what it has no place for, and another export."""
+    state, architecture = plain_state(encoder), encoder.architecture
+    unsupported = {
+        "register tokens": "reg_token" in state,
+        "an encoder without CLS token": "cls_token" not in state,
+        "LayerScale": "blocks.0.ls1.gamma" in state,
+        "SwiGLU": architecture.swiglu,
+        f"the blocks of {architecture.name}": "blocks.0.mlp.fc1.bias" not in state,
+    }
+    for feature, present in unsupported.items():
+        if present:
+            raise ConfigError(f"--to release: the layout has no place for {feature}; use --to timm or --to onnx")
+    if not architecture.post_norm and "norm.weight" not in state:
+        raise ConfigError("--to release: the layout has no place for an encoder without final norm; use --to onnx")
+    positions, token = state.pop("pos_embed"), state.pop("cls_token")
+    side = architecture.image_size // encoder.patch_size
+    num_prefix = positions.shape[1] - side**2
+    if architecture.post_norm:
+        state = {name.replace("norm_pre.", "embed_norm."): tensor for name, tensor in state.items()}
+    state["pos_embed.embed"] = positions[:, num_prefix:].reshape(1, side, side, -1).clone()
+    state["cls_tokens.tokens"] = token + positions[:, :num_prefix] if num_prefix else token
+    return state
+
+
+def _read_release(file: Path, encoder: Encoder) -> dict[str, Tensor]:
+    """Features of the file, recognised as any foreign checkpoint. Raises ConfigError for tensors it should not have."""
+    checkpoint = read_checkpoint(file, num_heads=encoder.architecture.num_heads)
+    if checkpoint.recognised is None:
+        name, problem = encoder.architecture.name, checkpoint.problem
+        raise ConfigError(f"--to release: the layout does not fit {name} ({problem}); use --to timm or --to onnx")
+    found = encoder_from(checkpoint, checkpoint.recognised.architecture)
+    assert isinstance(found, Encoder)
+    return encoder_features(found, range(1, found.depth + 1))

@@ -151,10 +151,8 @@ def _rename(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, list[
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
     try:
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     except (RuntimeError, TypeError) as error:
         raise Unrecognised(f"query, key and value do not fit each other ({first_line(error)})") from error
 
@@ -165,17 +163,13 @@ def _drop(unused: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, lis
     unused: inside the encoder; beside: outside it.
     """
     dropped: dict[str, list[str]] = {}
-    unexpected = []
     of_encoder, of_file = list(DROPPABLE.items()), [*DROPPABLE.items(), *DROPPABLE_BESIDE.items()]
     for names, groups in ((unused, of_encoder), (beside, of_file)):
         for name, full in names.items():
-            group = next((group for group, pattern in groups if re.fullmatch(pattern, name)), None)
-            if group:
-                dropped.setdefault(group, []).append(full)
-            else:
-                unexpected.append(f"{full} is unexpected")
-    if unexpected:
-        raise Unrecognised(_join_problems(unexpected))
+            group = next((group for group, pattern in groups if re.fullmatch(pattern, name)), "")
+            dropped.setdefault(group, []).append(full)
+    if unexpected := dropped.get(""):
+        raise Unrecognised(_join_problems([f"{name} is unexpected" for name in unexpected]))
     return dropped
 
 
@@ -183,9 +177,7 @@ def mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str
     """Names, shapes and types in which tensors differ from those that a model needs; empty if they fit."""
     problems = [f"{name} is missing" for name in wanted if name not in given]
     problems += [f"{name} is unexpected" for name in given if name not in wanted]
-    for name in wanted:
-        if name not in given:
-            continue
+    for name in [name for name in wanted if name in given]:
         tensor, model = given[name], wanted[name]
         if tensor.shape != model.shape:
             problems.append(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(model.shape)}")
@@ -214,40 +206,39 @@ def _prepare_positions(tensors: dict[str, Tensor], notices: list[str]) -> None:
     is_batch_of_one = positions.ndim == 2 or (positions.ndim in (3, 4) and len(positions) == 1)
     if not is_batch_of_one or not positions.is_floating_point():
         raise Unrecognised(f"has positions of shape {tuple(positions.shape)} and type {positions.dtype}")
-    prefix_tokens = [tensors[name] for name in ("cls_token", "reg_token") if name in tensors]
-    if any(token.ndim != 3 or len(token) != 1 for token in prefix_tokens):
-        raise Unrecognised(f"has a CLS or register token of shape {tuple(prefix_tokens[0].shape)}")
-    prefix_1PD, patches_1ND = _split_positions(positions, prefix_tokens, notices)
-    if "reg_token" in tensors or not prefix_tokens:
-        start = 0
-        for name in [name for name in ("cls_token", "reg_token") if name in tensors]:
-            rows = prefix_1PD[:, start : start + tensors[name].shape[1]]
-            if rows.any():
-                tensors[name] = tensors[name].float() + rows.float()
-                notices.append(f"the position of {name} was added to the token")
-            start += rows.shape[1]
+    tokens = {name: tensors[name] for name in ("cls_token", "reg_token") if name in tensors}
+    for token in tokens.values():
+        if token.ndim != 3 or len(token) != 1:
+            raise Unrecognised(f"has a CLS or register token of shape {tuple(token.shape)}")
+    prefix_1PD, patches_1ND = _split_positions(positions, [token.shape[1] for token in tokens.values()], notices)
+    if list(tokens) != ["cls_token"]:
         tensors["pos_embed"] = patches_1ND
-        return
-    if prefix_1PD.shape[1]:
+        for name, token in tokens.items():
+            rows, prefix_1PD = prefix_1PD[:, : token.shape[1]], prefix_1PD[:, token.shape[1] :]
+            if rows.any():
+                tensors[name] = token.float() + rows.float()
+                notices.append(f"the position of {name} was added to the token")
+    elif prefix_1PD.shape[1]:
         tensors["pos_embed"] = positions.reshape(1, -1, positions.shape[-1])  # still the file's memory
     else:
         tensors["pos_embed"] = torch.cat([patches_1ND.new_zeros(1, 1, patches_1ND.shape[2]), patches_1ND], dim=1)
 
 
-def _split_positions(positions: Tensor, prefix_tokens: list[Tensor], notices: list[str]) -> tuple[Tensor, Tensor]:
-    """Positions (1, P, D) of the prefix tokens, P = 0 if they have none, and (1, N, D) of a square of patches."""
+def _split_positions(positions: Tensor, lengths: list[int], notices: list[str]) -> tuple[Tensor, Tensor]:
+    """Positions (1, P, D) of the prefix tokens, P = 0 if they have none, and (1, N, D) of a square of patches.
+
+    lengths: numbers of CLS and of register tokens.
+    """
     if positions.ndim == 4:
         rows, columns = positions.shape[1:3]
-        flat = positions.flatten(1, 2)
+        side = max(rows, columns)
         if rows != columns:
-            side = max(rows, columns)
-            flat = resize_positions(flat, (side, side), grid=(rows, columns))
             notices.append(f"positions of {rows} x {columns} patches were interpolated to {side} x {side}")
+        flat = resize_positions(positions.flatten(1, 2), (side, side), grid=(rows, columns))
         return flat[:, :0], flat
     flat = positions if positions.ndim == 3 else positions[None]
     # A CLS token usually has a position; registers usually have none.
-    lengths = [token.shape[1] for token in prefix_tokens]
-    for count in dict.fromkeys((*([1] if lengths else []), 0, sum(lengths))):
+    for count in (1, 0, sum(lengths)) if lengths else (0,):
         patches = flat.shape[1] - count
         if patches > 0 and math.isqrt(patches) ** 2 == patches:
             return flat[:, :count], flat[:, count:]
@@ -273,11 +264,11 @@ def _read_architecture(
     side = math.isqrt(tensors["pos_embed"].shape[1] - prefix)
     post_norm = "norm_pre.weight" in tensors
     if post_norm and "patch_embed.proj.bias" not in tensors:
-        raise Unrecognised("has a norm before its blocks and no bias in the patch embedding, as CLIP; pass --arch")
+        raise Unrecognised("has a norm before its blocks and no bias in the patch embedding, as CLIP")
     num_heads = _num_heads(width, num_heads, notices)
     # CrossMAE has norms in the decoder instead, a classifier on mean tokens has fc_norm. Otherwise it is missing.
-    final_norm = post_norm or "norm.weight" in tensors
-    final_norm = final_norm or not any(name.startswith(("dec_norms.", "wfm.", "fc_norm.")) for name in others)
+    has_other = any(name.startswith(("dec_norms.", "wfm.", "fc_norm.")) for name in others)
+    final_norm = post_norm or "norm.weight" in tensors or not has_other
     if not final_norm:
         notices.append("the encoder has no final norm")
     names = {sizes: name for name, sizes in PAPER_SIZES.items()}

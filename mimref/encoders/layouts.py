@@ -47,16 +47,17 @@ RELATIVES = {
 }
 
 _PARAMETER = r"(weight|bias)"
-_BLOCK_PARTS = rf"blocks\.(\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}"
+# Some number blocks within chunks as well.
+_BLOCK = r"blocks\.(?:\d+\.)?(\d+)\."
+_BLOCK_PARTS = rf"{_BLOCK}(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}"
 _HF_LAYER = r"(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\."
 # From their names to timm's. `@0`, `@1`, ... number the parts of a tensor that timm stores as one.
 PLAIN = {
     _BLOCK_PARTS: r"blocks.\1.\2.\3",
-    rf"blocks\.\d+\.(\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}": r"blocks.\1.\2.\3",
-    r"blocks\.(?:\d+\.)?(\d+)\.(ls1|ls2)\.gamma": r"blocks.\1.\2.gamma",
-    r"blocks\.(\d+)\.gamma_([12])": r"blocks.\1.ls\2.gamma",
-    rf"blocks\.(?:\d+\.)?(\d+)\.mlp\.w12\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2",
-    rf"blocks\.(?:\d+\.)?(\d+)\.mlp\.w3\.{_PARAMETER}": r"blocks.\1.mlp.fc2.\2",
+    rf"{_BLOCK}(ls1|ls2)\.gamma": r"blocks.\1.\2.gamma",
+    rf"{_BLOCK}gamma_([12])": r"blocks.\1.ls\2.gamma",
+    rf"{_BLOCK}mlp\.w12\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2",
+    rf"{_BLOCK}mlp\.w3\.{_PARAMETER}": r"blocks.\1.mlp.fc2.\2",
     rf"(patch_embed\.proj|norm|norm_pre)\.{_PARAMETER}": r"\1.\2",
     rf"embed_norm\.{_PARAMETER}": r"norm_pre.\1",
     r"(?:cls_token|cls_tokens\.tokens)": "cls_token",

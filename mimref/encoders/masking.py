@@ -1,10 +1,8 @@
 """A masked autoencoder's parts around the encoder (He et al. 2022): masks, decoder and loss.
 
-Shapes: B images, N patches, K visible patches, P prefix tokens (CLS, registers), D encoder width, C pixel values of a
-patch (3 * patch_size**2).
+Shapes: B images, N patches, K visible patches, D encoder width, C pixel values of a patch (3 * patch_size**2).
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -13,7 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mimref.config.run import DecoderConfig
-from mimref.encoders.vit import Encoder, sincos_positions
+from mimref.encoders.vit import sincos_positions
 from mimref.errors import ConfigError
 
 # MAE's epsilon is not torch's default. timm annotates a class here, but calls whatever it gets.
@@ -80,19 +78,6 @@ def draw_mask(noise_BN: Tensor, num_visible: int) -> Mask:
     order_BN = noise_BN.argsort(dim=1)
     restore_BN = order_BN.argsort(dim=1)
     return Mask(order_BN[:, :num_visible], restore_BN, (restore_BN >= num_visible).float())
-
-
-def visible_tokens(
-    encoder: Encoder, images: Tensor, visible_BK: Tensor, indices: Sequence[int], *, final_norm: bool = False
-) -> list[Tensor]:
-    """As `Encoder.blocks`, but the encoder sees only the visible patches.
-
-    Returns a list of (B, P + K, D), prefix first, then the patches in the order of `visible_BK`.
-    """
-    patches_BND, prefix_positions = encoder.embed_patches(images)
-    patches_BKD = patches_BND.gather(1, visible_BK[:, :, None].expand(-1, -1, patches_BND.shape[2]))
-    tokens_BLD: Tensor = encoder.vit.norm_pre(encoder.add_prefix(patches_BKD, prefix_positions))
-    return encoder.run_blocks(tokens_BLD, indices, final_norm=final_norm)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

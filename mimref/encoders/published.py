@@ -25,17 +25,9 @@ _CROSSMAE = "https://huggingface.co/longlian/CrossMAE/resolve/main"
 _MUGS = "https://huggingface.co/zhoupans/Mugs/resolve/main/pretrained%20models"
 
 # Method to the licence of its weights, if the authors state one.
-LICENCES = {
-    "mae": "CC-BY-NC-4.0",
-    "maws": "CC-BY-NC-4.0",
-    "d2v2": "CC-BY-NC-4.0",
-    "crossmae": "CC-BY-NC-4.0",
-    "ijepa": "CC-BY-NC-4.0",
-    "dbot": "Apache-2.0",
-    "ibot": "Apache-2.0",
-    "dino": "Apache-2.0",
-    "dinov2": "Apache-2.0",
-    "mugs": "Apache-2.0",
+_LICENCES = {
+    **dict.fromkeys(("mae", "maws", "d2v2", "crossmae", "ijepa"), "CC-BY-NC-4.0"),
+    **dict.fromkeys(("dbot", "ibot", "dino", "dinov2", "mugs"), "Apache-2.0"),
 }
 
 # The paper's released models end in `_refined_SIZE`; all others are named `SOURCE_SIZE`, as in --source and --arch.
@@ -44,10 +36,7 @@ ADDRESSES = {
     "mae_l16": f"{_META}/mae/pretrain/mae_pretrain_vit_large.pth",
     "mae_h14": f"{_META}/mae/pretrain/mae_pretrain_vit_huge.pth",
     "mae_2b14": f"{_META}/maws/pretrain/mae_in1k/vit_2b14.pt",
-    "maws_b16": f"{_META}/maws/pretrain/maws/vit_b16.pt",
-    "maws_l16": f"{_META}/maws/pretrain/maws/vit_l16.pt",
-    "maws_h14": f"{_META}/maws/pretrain/maws/vit_h14.pt",
-    "maws_2b14": f"{_META}/maws/pretrain/maws/vit_2b14.pt",
+    **{f"maws_{size}": f"{_META}/maws/pretrain/maws/vit_{size}.pt" for size in ("b16", "l16", "h14", "2b14")},
     "d2v2_b16": f"{_META}/fairseq/data2vec2/base_imagenet.pt",
     "d2v2_l16": f"{_META}/fairseq/data2vec2/large_imagenet.pt",
     "d2v2_h14": f"{_META}/fairseq/data2vec2/huge_imagenet.pt",
@@ -103,7 +92,7 @@ class PublishedWeights:
     @property
     def licence(self) -> str | None:
         """Of the weights; None if the authors state none."""
-        return None if "_refined_" in self.name else LICENCES.get(self.source)
+        return None if "_refined_" in self.name else _LICENCES.get(self.source)
 
 
 def find_published(name: str) -> PublishedWeights | None:

@@ -117,11 +117,6 @@ class Architecture:
         return asdict(self)
 
     @property
-    def patch_positions_only(self) -> bool:
-        """Whether CLS and register tokens have no rows in the position embedding."""
-        return self.registers > 0 or not self.class_token
-
-    @property
     def mlp_ratio(self) -> float:
         """What timm multiplies by the width and rounds down; the half keeps float rounding from losing a channel."""
         return ((self.mlp_width or 4 * self.width) + 0.5) / self.width
@@ -161,63 +156,55 @@ class Encoder(nn.Module):
         """Recompute each block in the backward pass instead of storing its activations."""
 
     def blocks(
-        self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
+        self,
+        images: Tensor,
+        indices: Sequence[int],
+        *,
+        final_norm: bool | Sequence[bool] = False,
+        visible_BK: Tensor | None = None,
     ) -> list[Tensor]:
         """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed), in one pass.
 
         images: (B, 3, S, S) normalised, S divisible by the patch size. Returns a list of (B, L, D), prefix first.
         Blocks after the last one asked for are not run. final_norm: the last block's tokens pass the final LayerNorm,
         for all indices or for each; no effect on encoders without one (post-norm ones, and timm's that normalise after
-        pooling).
+        pooling). visible_BK: indices of the only patches that the encoder sees; their tokens have this order.
         Raises ConfigError for a block outside 1..depth.
         """
-        return self.run_blocks(self.embed(images), indices, final_norm=final_norm)
-
-    def run_blocks(
-        self, tokens_BLD: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
-    ) -> list[Tensor]:
-        """As `blocks`, from the input of block 1, (B, L, D)."""
         check_blocks(indices, self.depth)
-        outputs: dict[int, Tensor] = {}
+        tokens_BLD, outputs = self.embed(images, visible_BK), dict[int, Tensor]()
         recompute = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.vit.blocks[: max(indices)], start=1):
             tokens_BLD = checkpoint(block, tokens_BLD, use_reentrant=False) if recompute else block(tokens_BLD)
             if number in indices:
                 outputs[number] = tokens_BLD
         normed = norm_flags(indices, final_norm, self.depth)
-        last_BLD = self.vit.norm(outputs[self.depth]) if any(normed) else None
         return [
-            last_BLD if last_BLD is not None and norm else outputs[index]
+            self.vit.norm(outputs[index]) if norm else outputs[index]
             for index, norm in zip(indices, normed, strict=True)
         ]
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Input of block 1: patches, CLS and register tokens with positions, (B, L, D)."""
-        tokens_BLD: Tensor = self.vit.norm_pre(self.add_prefix(*self.embed_patches(images)))
-        return tokens_BLD
-
-    def embed_patches(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Patch tokens with positions (B, N, D), and the prefix tokens' positions (1, P, D) if they have any."""
-        patches_BHWD = self.vit.patch_embed(images)
-        height, width = patches_BHWD.shape[1:3]
-        patches_BND = patches_BHWD.flatten(1, 2)
-        if self.vit.pos_embed is None:
-            return patches_BND, None
-        num_prefix = 0 if self.vit.no_embed_class else self.num_prefix_tokens
-        prefix_positions = self.vit.pos_embed[:, :num_prefix]
-        positions = resize_positions(self.vit.pos_embed[:, num_prefix:], (height, width))
-        return patches_BND + positions, prefix_positions if num_prefix else None
-
-    def add_prefix(self, patches_BND: Tensor, prefix_positions: Tensor | None) -> Tensor:
-        """Put the CLS and register tokens before the patch tokens."""
-        prefix: list[Tensor] = [token for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
-        if not prefix:
-            return patches_BND
-        prefix_1PD = torch.cat(prefix, dim=1)
-        if prefix_positions is not None:
-            prefix_1PD = prefix_1PD + prefix_positions
-        # `len` would become a constant in a trace for ONNX.
-        return torch.cat([prefix_1PD.expand(patches_BND.shape[0], -1, -1), patches_BND], dim=1)
+    def embed(self, images: Tensor, visible_BK: Tensor | None = None) -> Tensor:
+        """Input of block 1: CLS and register tokens, then (visible) patches, with positions, (B, L, D)."""
+        vit = self.vit
+        patches_BHWD = vit.patch_embed(images)
+        grid, tokens_BLD = patches_BHWD.shape[1:3], patches_BHWD.flatten(1, 2)
+        prefix_positions: Tensor | None = None
+        if vit.pos_embed is not None:
+            num_prefix = 0 if vit.no_embed_class else self.num_prefix_tokens
+            prefix_positions = vit.pos_embed[:, :num_prefix] if num_prefix else None
+            tokens_BLD = tokens_BLD + resize_positions(vit.pos_embed[:, num_prefix:], (grid[0], grid[1]))
+        if visible_BK is not None:
+            tokens_BLD = tokens_BLD.gather(1, visible_BK[:, :, None].expand(-1, -1, tokens_BLD.shape[2]))
+        prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+        if prefix:
+            prefix_1PD = torch.cat(prefix, dim=1)
+            if prefix_positions is not None:
+                prefix_1PD = prefix_1PD + prefix_positions
+            # `len` would become a constant in a trace for ONNX.
+            tokens_BLD = torch.cat([prefix_1PD.expand(tokens_BLD.shape[0], -1, -1), tokens_BLD], dim=1)
+        normed: Tensor = vit.norm_pre(tokens_BLD)
+        return normed
 
     def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
         """One vector per image: `cls`, `mean` of the patch tokens (also if there is no CLS token), or `cls+mean`."""
@@ -307,7 +294,7 @@ def build_encoder(architecture: Architecture) -> Encoder:
         mlp_ratio=architecture.mlp_ratio,
         init_values=1e-5 if architecture.layer_scale else None,
         class_token=architecture.class_token,
-        no_embed_class=architecture.patch_positions_only,
+        no_embed_class=architecture.registers > 0 or not architecture.class_token,
         reg_tokens=architecture.registers,
         pre_norm=architecture.post_norm,
         final_norm=architecture.final_norm and not architecture.post_norm,
@@ -324,7 +311,7 @@ def build_encoder(architecture: Architecture) -> Encoder:
     side = architecture.image_size // architecture.patch_size
     assert vit.pos_embed is not None
     if not vit.pos_embed.is_meta:
-        num_prefix = 0 if architecture.patch_positions_only else 1
+        num_prefix = 0 if vit.no_embed_class else 1
         vit.pos_embed.data.copy_(sincos_positions(architecture.width, side, num_prefix=num_prefix))
     vit.pos_embed.requires_grad_(not architecture.fixed_positions)
     return Encoder(architecture, vit)

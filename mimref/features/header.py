@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from mimref.config.base import DataConfig
 from mimref.data.open import ACCEPTED, absolute_spec
 from mimref.data.transforms import EvalTransform
-from mimref.encoders.backbones import BackboneArchitecture, recorded_normalization
+from mimref.encoders.backbones import BackboneArchitecture, timm_record
 from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError, ConfigError
 
@@ -65,8 +65,8 @@ def eval_transform(
         if "transform" in header:
             recorded = EvalTransform.from_dict(header["transform"])
         elif "." in architecture.name:
-            mean, std = recorded_normalization(architecture.name)
-            recorded = EvalTransform(image_size, mean=mean, std=std)
+            timms = timm_record(architecture.name)
+            recorded = EvalTransform(image_size, mean=timms.mean, std=timms.std)
         else:
             recorded = EvalTransform(image_size)
     except (ConfigError, TypeError, ValueError) as error:

@@ -14,7 +14,6 @@ from mimref.encoders.masking import (
     init_linear,
     normalize_patches,
     patchify,
-    visible_tokens,
 )
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
@@ -55,4 +54,4 @@ class MaskedAutoencoder(nn.Module):
 
     def encode_visible(self, images: Tensor, visible_BK: Tensor) -> Tensor:
         """Normed tokens of the visible patches alone, CLS first: (B, 1 + K, D)."""
-        return visible_tokens(self.encoder, images, visible_BK, [self.encoder.depth], final_norm=True)[0]
+        return self.encoder.blocks(images, [self.encoder.depth], final_norm=True, visible_BK=visible_BK)[0]

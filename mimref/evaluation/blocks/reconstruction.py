@@ -33,7 +33,6 @@ from mimref.encoders.masking import (
     init_linear,
     normalize_patches,
     patchify,
-    visible_tokens,
 )
 from mimref.encoders.vit import Architecture, Encoder, check_blocks
 from mimref.errors import ConfigError, DataError, DivergenceError
@@ -191,7 +190,7 @@ class DecodersJob(GradientJob):
         """The loss of each decoder in turn, from one pass of the encoder without gradient."""
         target = normalize_patches(patchify(images, self.encoder.patch_size))
         with torch.no_grad(), autocast(self.device, self.reading.precision):
-            tokens = visible_tokens(self.encoder, images, mask.visible_BK, self.blocks, final_norm=True)
+            tokens = self.encoder.blocks(images, self.blocks, final_norm=True, visible_BK=mask.visible_BK)
         for decoder, tokens_BLD in zip(self.decoders, tokens, strict=True):
             with autocast(self.device, self.reading.precision):
                 loss = hidden_error(decoder(tokens_BLD, mask.restore_BN), target, mask.hidden_BN)
