@@ -38,7 +38,7 @@ def test_load_gives_the_encoder_and_what_its_file_says(weights: Path) -> None:
 
 
 def test_an_arch_that_the_file_contradicts_is_refused(weights: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--arch vit_l16: .* says that it is custom; leave --arch out"):
+    with pytest.raises(ConfigError, match=r"--arch vit_l16: .* custom; omit --arch"):
         mimref.load(weights, arch="vit_l16")
 
 

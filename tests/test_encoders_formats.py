@@ -251,9 +251,9 @@ PLAIN = dict(timm_vit().state_dict())
     [
         (
             {"transformer.wte.weight": torch.zeros(9, 4), "ln_f.bias": torch.zeros(4)},
-            "holds no vision transformer: no patch",
+            "contains no vision transformer: none",
         ),
-        (MAE_DECODER, "holds no vision transformer"),
+        (MAE_DECODER, "contains no vision transformer"),
         (PLAIN | {"extra.weight": torch.zeros(2)}, "extra.weight is unexpected"),
         ({"model": PLAIN, "surprise": {"weight": torch.zeros(2)}}, "surprise.weight is unexpected"),
         ({name: PLAIN[name] for name in PLAIN if name != "norm.bias"}, "norm.bias is missing"),
@@ -263,14 +263,14 @@ PLAIN = dict(timm_vit().state_dict())
         ),
         ({name: PLAIN[name] for name in PLAIN if "blocks.1." not in name}, "blocks.1.norm1.weight is missing"),
         ({name: PLAIN[name] for name in PLAIN if name != "pos_embed"}, "has no position embedding"),
-        (PLAIN | {"pos_embed": torch.zeros(1, 12, WIDTH)}, "(1, 12, 128), which is no square of patches"),
+        (PLAIN | {"pos_embed": torch.zeros(1, 12, WIDTH)}, "(1, 12, 128), not a square"),
         (PLAIN | {"pos_embed": torch.zeros(1, 17, 64)}, "pos_embed has shape (1, 17, 64) instead of (1, 17, 128)"),
         (
             PLAIN | {"blocks.1.attn.qkv.weight": torch.zeros(96, 32)},
             "blocks.1.attn.qkv.weight has shape (96, 32) instead",
         ),
         (PLAIN | {"norm.bias": torch.zeros(WIDTH, dtype=torch.int64)}, "norm.bias is of type torch.int64"),
-        (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 1, 4, 4)}, "takes images of 1 channels, not 3"),
+        (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 1, 4, 4)}, "expects 1-channel images"),
         (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 3, 4, 2)}, "square patches are needed"),
         (PLAIN | {"blocks.0.attn.q_bias": torch.zeros(WIDTH)}, "relative positions (BEiT"),
         (PLAIN | {"blocks.0.attn.q_norm.weight": torch.zeros(2)}, "normalised queries and keys"),
@@ -280,7 +280,7 @@ PLAIN = dict(timm_vit().state_dict())
             PLAIN | {"register_tokens": torch.zeros(1, 1, 2), "reg_token": torch.zeros(1, 1, 2)},
             "two names of one tensor",
         ),
-        (data2vec(channels=1), "takes images of 1 channels, not 3"),
+        (data2vec(channels=1), "expects 1-channel images"),
         (
             data2vec() | {"modality_encoders.AUDIO.decoder.proj.bias": torch.zeros(2)},
             "AUDIO.decoder.proj.bias is unexpected",

@@ -88,9 +88,9 @@ def test_without_a_network_one_line_says_which_file_to_put_where(
     assert run(["inspect", "d2v2_refined_h14"]) == 2
     message = capsys.readouterr().err
     assert (
-        message.count("\n") == 1 and "cannot be fetched (Name or service not known); put https://ml.jku.at" in message
+        message.count("\n") == 1 and "cannot be fetched (Name or service not known); save https://ml.jku.at" in message
     )
-    assert f"to {cache / 'd2v2_refined_h14.th'}" in message
+    assert f"as {cache / 'd2v2_refined_h14.th'}" in message
 
 
 @pytest.mark.parametrize(

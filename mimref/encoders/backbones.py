@@ -95,7 +95,7 @@ def find_architecture(name: str, source: str | None, image_size: int | None) -> 
     and for `custom`, whose sizes only the header of our own files holds.
     """
     if name == "custom":
-        raise ConfigError("--arch custom is for files that mimref wrote, which need no --arch; name an architecture")
+        raise ConfigError("--arch custom: only files that mimref wrote record its sizes, and they need no --arch")
     is_plain = name in PAPER_SIZES or is_plain_vit(name)
     size = image_size or (224 if name in PAPER_SIZES else native_size(name))
     if is_plain:
@@ -112,7 +112,7 @@ def timm_record(name: str) -> Any:
     """timm's record of a model or, for `model.tag`, of its weights: image size, normalisation, classifier."""
     recorded = timm.get_pretrained_cfg(name)
     if recorded is None:
-        raise ConfigError(f"timm records nothing about {name!r}, so it cannot be evaluated")
+        raise ConfigError(f"timm has no record of {name!r}, so it cannot be evaluated")
     return recorded
 
 
@@ -121,7 +121,7 @@ def _token_shapes(name: str, size: int) -> list[tuple[int, int, int]]:
     with torch.device("meta"):
         model: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
     if not hasattr(model, "forward_intermediates"):
-        raise ConfigError(f"{name} cannot be evaluated: timm gives no intermediate features of it")
+        raise ConfigError(f"{name} cannot be evaluated: timm provides no intermediate features for it")
     try:
         found = _intermediates(model, torch.empty(1, 3, size, size, device="meta"), None, norm=False)
     except Exception as error:  # models fail in their own ways on images they were not made for

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture, native_size, timm_record
 from mimref.encoders.formats import Recognised, Unrecognised, mismatches, recognise
-from mimref.encoders.published import PublishedWeights, find_published
+from mimref.encoders.published import find_published
 from mimref.encoders.reading import first_line, named_tensors, read_file
 from mimref.encoders.vit import (
     PAPER_SIZES,
@@ -50,43 +50,21 @@ class Checkpoint:
     """In the file's own types, mapped into memory where the format allows it."""
     header: dict[str, Any] = field(default_factory=dict)
     """Of our own files; empty for foreign ones."""
+    architecture: Architecture | None = None
+    """From the header, or as recognised; None when unknown."""
+    source: str | None = None
+    """Pre-training method: of published weights by name, as recognised, or from the header; None when unknown."""
+    licence: str | None = None
+    """Of published weights by name, or from the header: a layout does not reveal who trained the weights."""
     recognised: Recognised | None = None
     """A foreign file as a plain vision transformer."""
     problem: str = ""
     """Why a foreign file is not recognised."""
-    published: PublishedWeights | None = None
-    """The published weights, when they were named."""
-
-    @property
-    def architecture(self) -> Architecture | None:
-        """From the header or as recognised; None when unknown. Raises CheckpointError for a damaged header."""
-        if self.recognised:
-            return self.recognised.architecture
-        if "architecture" not in self.header:
-            return None
-        try:
-            return Architecture.from_dict(self.header["architecture"])
-        except ConfigError as error:
-            raise CheckpointError(f"{self.path}: damaged header ({error})") from error
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tensors' names and bytes, independent of the file's name. Reads every tensor."""
         return _digest(self.tensors)
-
-    @property
-    def source(self) -> str | None:
-        """Pre-training method: of the published weights, as recognised, or from the header; None when unknown."""
-        if self.published:
-            return self.published.source
-        source = self.recognised.source if self.recognised else self.header.get("source")
-        return source if isinstance(source, str) else None
-
-    @property
-    def licence(self) -> str | None:
-        """Of published weights, or from the header. A layout does not reveal who trained the weights."""
-        licence = self.published.licence if self.published else self.header.get("licence")
-        return licence if isinstance(licence, str) else None
 
     def notices(self, architecture: Architecture | BackboneArchitecture) -> list[str]:
         """What was assumed or changed to read the file as this architecture, one line each with the file's name."""
@@ -106,19 +84,24 @@ def read_checkpoint(
     if isinstance(path, str) and path.startswith(_TIMM):
         return _from_timm(path)
     file, content, header = read_file(path, progress)
-    published = find_published(str(path)) if not Path(path).exists() else None
     weights = content
     for wrapper in ("model", "state_dict"):
         if isinstance(weights.get(wrapper), Mapping):
             weights = weights[wrapper]
-    checkpoint = Checkpoint(file, dict(named_tensors(weights)), header)
-    if checkpoint.architecture:  # raises here, before any work, if the header is damaged
-        return checkpoint
+    source, licence = (value if isinstance(value := header.get(key), str) else None for key in ("source", "licence"))
+    checkpoint = Checkpoint(file, dict(named_tensors(weights)), header, source=source, licence=licence)
+    if "architecture" in header:
+        try:
+            return replace(checkpoint, architecture=Architecture.from_dict(header["architecture"]))
+        except ConfigError as error:
+            raise CheckpointError(f"{file}: damaged header ({error})") from error
     try:
-        recognised = recognise(content, num_heads=num_heads)
+        found = recognise(content, num_heads=num_heads)
     except Unrecognised as reason:
         return replace(checkpoint, problem=str(reason))
-    return replace(checkpoint, recognised=recognised, published=published)
+    published = None if Path(path).exists() else find_published(str(path))
+    source, licence = (published.source, published.licence) if published else (found.source, licence)
+    return replace(checkpoint, architecture=found.architecture, source=source, licence=licence, recognised=found)
 
 
 def _from_timm(path: str) -> Checkpoint:
@@ -132,12 +115,13 @@ def _from_timm(path: str) -> Checkpoint:
             model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub's client fails in many ways
         raise CheckpointError(
-            f"{path}: timm cannot fetch its weights ({first_line(error)}); pass the weights as a file"
+            f"{path}: timm cannot fetch it ({first_line(error)}); pass the weights as a file"
         ) from error
     config = EncoderConfig(arch=name, image_size=native_size(name))
     tensors = dict(model.state_dict())
     architecture = with_fixed_positions(Architecture.from_config(config), tensors)
-    return Checkpoint(Path(path), tensors, {"architecture": architecture.to_dict(), "source": "timm"})
+    header = {"architecture": architecture.to_dict(), "source": "timm"}
+    return Checkpoint(Path(path), tensors, header, architecture, source="timm")
 
 
 def with_fixed_positions(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Architecture:
@@ -166,7 +150,7 @@ def choose_architecture(
     elif arch in (None, recorded.name):
         chosen = recorded
     else:
-        raise ConfigError(f"--arch {arch}: {checkpoint.path} says that it is {recorded.name}; leave --arch out")
+        raise ConfigError(f"--arch {arch}: {checkpoint.path} contains {recorded.name}; omit --arch")
     if isinstance(chosen, Architecture):
         chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "encoder.image_size")
     return chosen
@@ -236,7 +220,7 @@ def _load(
         # Assigned, so that a module on the meta device gets its memory here, and only once.
         module.load_state_dict(fitting, assign=True)
     except (RuntimeError, TypeError) as error:  # sparse or quantised tensors, or tensors without data
-        raise CheckpointError(f"{path}: its tensors cannot be copied ({first_line(error)})") from error
+        raise CheckpointError(f"{path}: its tensors cannot be loaded ({first_line(error)})") from error
 
 
 def save_encoder(

@@ -165,12 +165,12 @@ def export_timm(
     architecture = encoder.architecture
     if architecture.post_norm:
         raise ConfigError(
-            f"--to timm: timm has no post-norm blocks as {architecture.name} has them (data2vec 2.0); "
+            f"--to timm: timm has no post-norm blocks (data2vec 2.0), which {architecture.name} needs; "
             "use --to release or --to onnx"
         )
     if not architecture.final_norm:
         raise ConfigError(
-            f"--to timm: {architecture.name} has no norm after its last block, as timm's models have; use --to onnx"
+            f"--to timm: {architecture.name} lacks the norm that timm's models have after the last block; use --to onnx"
         )
     name = _timm_name(encoder)
 
@@ -180,7 +180,7 @@ def export_timm(
             return
         torch.save(plain_state(encoder), file)
         if facts:
-            (listener or Silent()).note(f"{out.suffix} has no place for {', '.join(facts)}; .safetensors has")
+            (listener or Silent()).note(f"{out.suffix} cannot store {', '.join(facts)}; .safetensors can")
 
     difference = write_verified(out, encoder, write, lambda file: _read_by_timm(file, encoder, name), listener)
     return Export(out, difference, _reading_line(out, architecture, name), name)
@@ -261,7 +261,7 @@ def export_release(
     """Write what the MIM-Refiner repository's models load: `state_dict`, and `ctor_kwargs` for their constructors.
 
     out: ends in .th, .pth or .pt. `facts` are saved as `mimref`, which other programs ignore.
-    Raises ConfigError for what the layout has no place for, OutputError as `export_timm`.
+    Raises ConfigError for what the layout cannot store, OutputError as `export_timm`.
     """
     check_new_file(out, (".th", ".pth", ".pt"), force)
     architecture = encoder.architecture
@@ -282,7 +282,7 @@ def export_release(
 
 
 def _release_state(encoder: Encoder) -> dict[str, Tensor]:
-    """Weights under the layout's names. Raises ConfigError naming what it has no place for, and another export."""
+    """Weights under the layout's names. Raises ConfigError for what it cannot store."""
     state, architecture = plain_state(encoder), encoder.architecture
     unsupported = {
         "register tokens": "reg_token" in state,
@@ -293,9 +293,9 @@ def _release_state(encoder: Encoder) -> dict[str, Tensor]:
     }
     for feature, present in unsupported.items():
         if present:
-            raise ConfigError(f"--to release: the layout has no place for {feature}; use --to timm or --to onnx")
+            raise ConfigError(f"--to release: the layout cannot store {feature}; use --to timm or --to onnx")
     if not architecture.post_norm and "norm.weight" not in state:
-        raise ConfigError("--to release: the layout has no place for an encoder without final norm; use --to onnx")
+        raise ConfigError("--to release: the layout cannot store an encoder without final norm; use --to onnx")
     positions, token = state.pop("pos_embed"), state.pop("cls_token")
     side = architecture.image_size // encoder.patch_size
     num_prefix = positions.shape[1] - side**2

@@ -71,7 +71,7 @@ def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Re
     beside = {_beside(name, root): full_names[name] for name in named if not name.startswith(root)}
     for pattern, feature in RELATIVES.items():
         if any(re.fullmatch(pattern, name) for name in encoder):
-            raise Unrecognised(f"is a vision transformer with {feature}, which is not a plain one")
+            raise Unrecognised(f"is no plain vision transformer: it has {feature}")
     renames = DATA2VEC if patches.startswith(D2V2) else HUGGING_FACE if patches.startswith("emb") else PLAIN
     parts = _rename(encoder, renames)
     renamed = {name for names in parts.values() for name in names}
@@ -85,7 +85,7 @@ def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Re
         with torch.device("meta"):
             wanted = build_encoder(architecture).vit.state_dict()
     except (ConfigError, AssertionError) as error:
-        raise Unrecognised(f"makes no encoder: {error}") from error
+        raise Unrecognised(f"does not describe an encoder: {error}") from error
     if problems := mismatches(tensors, wanted):
         raise Unrecognised(problems)
     return Recognised(
@@ -105,7 +105,7 @@ def _clean_names(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[st
     for full, tensor in named_tensors(content):
         name = ".".join(part for part in full.split(".") if part not in WRAPPING)
         if name in named:
-            raise Unrecognised(f"holds both {full_names[name]} and {full}, two names of one tensor")
+            raise Unrecognised(f"contains both {full_names[name]} and {full}, two names of one tensor")
         named[name], full_names[name] = tensor, full
     return named, full_names
 
@@ -115,7 +115,7 @@ def _find_encoder(named: Mapping[str, Tensor]) -> tuple[str, str]:
     found = {match[1]: match[2] for name in named if (match := PATCHES.fullmatch(name))}
     if not found:
         names = ", ".join(list(named)[:3])
-        raise Unrecognised(f"holds no vision transformer: no patch embedding among its tensors ({names}, ...)")
+        raise Unrecognised(f"contains no vision transformer: none of its tensors is a patch embedding ({names}, ...)")
 
     def rank(root: str) -> list[int]:
         return [(*PREFERRED, part).index(part) for part in root.split(".")[:-1]]
@@ -123,7 +123,7 @@ def _find_encoder(named: Mapping[str, Tensor]) -> tuple[str, str]:
     best = min(map(rank, found))
     roots = [root for root in found if rank(root) == best]
     if len(roots) > 1:
-        raise Unrecognised(f"holds several encoders ({', '.join(sorted(roots))}); save only the one you want")
+        raise Unrecognised(f"contains several encoders ({', '.join(sorted(roots))}); save only the one you want")
     return roots[0], found[roots[0]]
 
 
@@ -144,7 +144,7 @@ def _rename(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, list[
                 target, _, part = match.expand(replacement).partition("@")
                 parts, number = numbered.setdefault(target, {}), int(part or 0)
                 if number in parts:
-                    raise Unrecognised(f"holds both {parts[number]} and {name}, two names of one tensor")
+                    raise Unrecognised(f"contains both {parts[number]} and {name}, two names of one tensor")
                 parts[number] = name
                 break
     return {target: [parts[number] for number in sorted(parts)] for target, parts in numbered.items()}
@@ -154,7 +154,7 @@ def _join(parts: list[Tensor]) -> Tensor:
     try:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     except (RuntimeError, TypeError) as error:
-        raise Unrecognised(f"query, key and value do not fit each other ({first_line(error)})") from error
+        raise Unrecognised(f"query, key and value do not match ({first_line(error)})") from error
 
 
 def _drop(unused: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, list[str]]:
@@ -242,7 +242,7 @@ def _split_positions(positions: Tensor, lengths: list[int], notices: list[str]) 
         patches = flat.shape[1] - count
         if patches > 0 and math.isqrt(patches) ** 2 == patches:
             return flat[:, :count], flat[:, count:]
-    raise Unrecognised(f"has positions of shape {tuple(positions.shape)}, which is no square of patches")
+    raise Unrecognised(f"has positions of shape {tuple(positions.shape)}, which is not a square grid of patches")
 
 
 def _read_architecture(
@@ -253,7 +253,7 @@ def _read_architecture(
         raise Unrecognised(f"has a patch embedding of shape {tuple(projection.shape)}; square patches are needed")
     width, channels, patch_size = projection.shape[:3]
     if channels != 3:
-        raise Unrecognised(f"takes images of {channels} channels, not 3")
+        raise Unrecognised(f"expects {channels}-channel images, not RGB")
     depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=-1)
     first, second = (tensors.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
     if first is None or second is None or first.ndim != 2 or second.ndim != 2:

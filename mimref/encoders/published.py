@@ -111,14 +111,15 @@ def official_name(arch: str, source: str) -> str:
     published = [f"{arch} exists from {sources}"] * bool(sources) + [f"{source} exists as {archs}"] * bool(archs)
     raise CheckpointError(
         f"no published weights of {arch} from {source}: {'; '.join(published) or 'neither is known here'}; "
-        "or pass --weights FILE"
+        "pass --weights FILE instead"
     )
 
 
 def fetch(known: PublishedWeights, progress: LabelledProgress | None = None) -> Path:
     """The cached copy of published weights, downloaded if there is none; progress is in megabytes.
 
-    Raises CheckpointError, saying which file to put where, if the download fails or is not what was published.
+    Raises CheckpointError, naming the address and the place for the file, if the download fails or is not what was
+    published.
     """
     file = known.file
     if file.is_file():
@@ -133,7 +134,7 @@ def fetch(known: PublishedWeights, progress: LabelledProgress | None = None) -> 
         # http.client's errors are no OSErrors; atomic_path turns those into OutputErrors.
         except (HTTPException, OutputError) as error:
             reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-            raise CheckpointError(f"{known.name}: cannot be fetched ({reason}); put {known.url} to {file}") from error
+            raise CheckpointError(f"{known.name}: cannot be fetched ({reason}); save {known.url} as {file}") from error
     return file
 
 

@@ -8,10 +8,10 @@ import collections
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +22,14 @@ from mimref.encoders.published import ADDRESSES, fetch, find_published
 from mimref.errors import CheckpointError, did_you_mean
 from mimref.progress import LabelledProgress
 
-_Global = Callable[..., Any] | tuple[Callable[..., Any], str]
-# What numpy pickles scalars and arrays with, under the names of numpy 1 and 2.
-_NUMPY_BUILDERS: list[_Global] = [
-    (cast(Callable[..., Any], value.__reduce__()[0]), f"numpy.{module}.multiarray.{name}")
-    for value, name in ((np.float64(0), "scalar"), (np.empty(0), "_reconstruct"))
-    for module in ("core", "_core")
-]
-_NUMPY_TYPES: list[_Global] = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"]
 # Settings and numbers that public checkpoints hold beside tensors; their constructors only store values.
-_HARMLESS: list[_Global] = [argparse.Namespace, collections.defaultdict, np.dtype, np.ndarray]
+_HARMLESS: list[Any] = [
+    *(argparse.Namespace, collections.defaultdict, np.dtype, np.ndarray),
+    *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"),
+    # What numpy pickles scalars and arrays with, under the names of numpy 1 and 2.
+    *((np.float64(0).__reduce__()[0], f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
+    *((np.empty(0).__reduce__()[0], f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
+]
 
 Content = Mapping[Any, Any]
 """Nested mappings with tensors at the leaves, mapped into memory where the format allows it."""
@@ -59,7 +57,7 @@ def read_file(path: str | Path, progress: LabelledProgress | None = None) -> tup
     else:
         content = _read_pickle(file, zipped=start[:2] == b"PK")
     if next(named_tensors(content), None) is None:
-        raise CheckpointError(f"{file}: holds no tensors with names")
+        raise CheckpointError(f"{file}: contains no named tensors")
     return file, content, header
 
 
@@ -95,7 +93,7 @@ def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
         if not file.is_file():
             raise CheckpointError(f"{path}: the folder holds no encoder.safetensors; finish its run with --resume")
     if not file.is_file():
-        hint = did_you_mean(str(path), ADDRESSES) or "; give a checkpoint or the name of published weights"
+        hint = did_you_mean(str(path), ADDRESSES) or "; pass a checkpoint or the name of published weights"
         raise CheckpointError(f"{file}: {'not a file' if file.exists() else 'no such file'}{hint}")
     return file
 
@@ -119,7 +117,7 @@ def _read_safetensors(file: Path) -> tuple[Content, dict[str, Any]]:
 def _read_pickle(file: Path, *, zipped: bool) -> Content:
     """A file of `torch.save`; only the zip format, the default since torch 1.6, can be mapped into memory."""
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS + _NUMPY_TYPES + _NUMPY_BUILDERS):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")  # about old pickles; users cannot change them
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # damaged pickles fail in every possible way
@@ -131,7 +129,7 @@ def _why_unreadable(error: Exception) -> str:
     # torch's own message advises to turn the check off.
     if refused := re.search(r"GLOBAL (\S+)", str(error)):
         return (
-            f"refused, because it holds {refused[1]}, which is not weights and could run code; "
+            f"refused, because it contains {refused[1]}, which could run code; "
             "if you trust it, load it with torch and save its state_dict as safetensors"
         )
     detail = re.search(r"WeightsUnpickler error: (.+)", str(error))

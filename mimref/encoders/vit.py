@@ -98,14 +98,13 @@ class Architecture:
         """Read what `to_dict` wrote. Raises ConfigError for other keys, types or sizes."""
         if not isinstance(values, dict):
             raise ConfigError(f"architecture {values!r} is not a table")
+        for name in ("name", "image_size", *_SIZE_KEYS):
+            if name not in values:
+                raise ConfigError(f"architecture lacks {name!r}")
         types = {field.name: field.type for field in fields(cls)}
-        unknown = sorted(set(values) - set(types))
-        if unknown:
-            raise ConfigError(f"architecture has an unknown key {unknown[0]!r}")
-        missing = [name for name in ("name", "image_size", *_SIZE_KEYS) if name not in values]
-        if missing:
-            raise ConfigError(f"architecture lacks {missing[0]!r}")
         for key, value in values.items():
+            if key not in types:
+                raise ConfigError(f"architecture has an unknown key {key!r}")
             lowest = 0 if key in ("registers", "mlp_width") else 1
             if type(value) is not types[key] or (types[key] is int and value < lowest):
                 raise ConfigError(f"architecture has {key} = {value!r}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from mimref.data.transforms import EvalTransform
 from mimref.devices import autocast
 from mimref.encoders.backbones import TokenEncoder
 from mimref.errors import ConfigError, DataError
-from mimref.features.matrix import Labels, Matrix, side_by_side
+from mimref.features.matrix import Labels, Matrix, SideBySide
 from mimref.progress import Progress
 
 # Larger crops make no better baseline, and those of a large data set would fill the memory.
@@ -29,7 +29,8 @@ class Column(NamedTuple):
 
     block: int
     """1-based; 0 for raw pixels."""
-    pool: Literal["cls", "mean", "pixels"]
+    pool: str
+    """`cls`, `mean` or `pixels`."""
     final_norm: bool = False
     """After the encoder's final norm; only of the last block."""
 
@@ -61,7 +62,8 @@ class Features:
 
     def matrix(self, columns: Sequence[Column]) -> Matrix:
         """(N, D) of some columns side by side."""
-        return side_by_side([self.columns[column] for column in columns])
+        parts = [self.columns[column] for column in columns]
+        return parts[0] if len(parts) == 1 else SideBySide(parts)
 
 
 def block_groups(blocks: str, depth: int) -> dict[str, list[int]]:
@@ -93,14 +95,9 @@ def columns_of(blocks: Sequence[int], pool: str, final_norm: bool, depth: int) -
 
     Raises ConfigError for a pooling other than `cls`, `mean` and `cls+mean`.
     """
-    pools: dict[str, tuple[Literal["cls", "mean"], ...]] = {
-        "cls": ("cls",),
-        "mean": ("mean",),
-        "cls+mean": ("cls", "mean"),
-    }
-    if pool not in pools:
-        raise ConfigError(f"pool {pool!r}: choose from {', '.join(pools)}")
-    return [Column(block, part, final_norm and block == depth) for block in blocks for part in pools[pool]]
+    if pool not in ("cls", "mean", "cls+mean"):
+        raise ConfigError(f"pool {pool!r}: choose from cls, mean, cls+mean")
+    return [Column(block, part, final_norm and block == depth) for block in blocks for part in pool.split("+")]
 
 
 @dataclass(frozen=True)
@@ -222,9 +219,8 @@ def extract(
 ) -> Features:
     """Columns of every readable image in memory, float32; see `encode_columns`."""
     columns = list(dict.fromkeys(columns))
-    return _labelled(
-        gather(encode_columns(encoder, source, settings, columns), columns, len(source), source.name, progress), source
-    )
+    batches = encode_columns(encoder, source, settings, columns)
+    return labelled(gather(batches, columns, len(source), source.name, progress), source)
 
 
 def raw_pixels(source: ImageSource, settings: PassSettings) -> Features:
@@ -239,9 +235,10 @@ def raw_pixels(source: ImageSource, settings: PassSettings) -> Features:
             pixels = F.adaptive_avg_pool2d(pixels, RAW_PIXELS_SIDE)
         return [pixels.flatten(1)]
 
-    return _labelled(gather(_batches(source, settings, encode), [PIXELS], len(source), source.name), source)
+    return labelled(gather(_batches(source, settings, encode), [PIXELS], len(source), source.name), source)
 
 
-def _labelled(features: Features, source: ImageSource) -> Features:
+def labelled(features: Features, source: ImageSource) -> Features:
+    """The features with the labels of their images, if there are any."""
     features.y = None if source.labels is None else source.labels[features.indices]
     return features

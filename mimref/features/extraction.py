@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mimref.distributed.group import end_group
 from mimref.errors import ConfigError
 from mimref.features.config import ExtractConfig
 from mimref.features.inputs import EncoderInputs, prepare_groups
-from mimref.features.matrix import Labels, Matrix
+from mimref.features.matrix import Labels
 from mimref.files import atomic_path, atomic_write, check_new_file
 from mimref.progress import Listener, Silent
 
@@ -29,19 +30,19 @@ def extract_to_file(
     if not end_group():
         return ()
     features, source = inputs.features(config.split), inputs.source(config.split)
-    matrices = {str(where["blocks"]): features.matrix(columns) for where, columns in groups}
+    blocks = {str(where["blocks"]): np.asarray(features.matrix(columns)[:], np.float32) for where, columns in groups}
     paths = [source.path(int(index)) for index in features.indices]
     write = _write_npz if out.suffix == ".npz" else _write_parquet
-    write(out, matrices, features.y, paths)
-    first = next(iter(matrices.values()))
-    return first.shape if len(matrices) == 1 else (len(first), len(matrices), first.shape[1])
+    write(out, blocks, features.y, paths)
+    first = next(iter(blocks.values()))
+    return first.shape if len(blocks) == 1 else (len(first), len(blocks), first.shape[1])
 
 
-def _write_npz(out: Path, matrices: dict[str, Matrix], labels: Labels | None, paths: list[str]) -> None:
-    widths = {x.shape[1] for x in matrices.values()}
+def _write_npz(out: Path, blocks: dict[str, NDArray[np.float32]], labels: Labels | None, paths: list[str]) -> None:
+    widths = {x.shape[1] for x in blocks.values()}
     if len(widths) > 1:
         raise ConfigError(f"--blocks: these blocks differ in width ({sorted(widths)}); extract them one by one")
-    parts = [x[slice(None)].astype(np.float32, copy=False) for x in matrices.values()]
+    parts = list(blocks.values())
     arrays: dict[str, Any] = {"x": parts[0] if len(parts) == 1 else np.stack(parts, axis=1)}
     if labels is not None:
         arrays["y"] = labels
@@ -49,17 +50,15 @@ def _write_npz(out: Path, matrices: dict[str, Matrix], labels: Labels | None, pa
         np.savez(file, allow_pickle=False, **arrays, paths=np.asarray(paths))
 
 
-def _write_parquet(out: Path, matrices: dict[str, Matrix], labels: Labels | None, paths: list[str]) -> None:
-    # Slow to import, and not needed for .npz files.
-    import pyarrow
+def _write_parquet(out: Path, blocks: dict[str, NDArray[np.float32]], labels: Labels | None, paths: list[str]) -> None:
+    import pyarrow  # slow
     import pyarrow.parquet
 
     columns: dict[str, Any] = {"path": pyarrow.array(paths)}
     if labels is not None:
         columns["label"] = pyarrow.array(labels)
-    for name, x in matrices.items():
-        values = np.ascontiguousarray(x[slice(None)].astype(np.float32, copy=False))
-        lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), x.shape[1])
-        columns["x" if len(matrices) == 1 else f"block_{name}"] = lists
+    for name, x in blocks.items():
+        lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.ravel()), x.shape[1])
+        columns["x" if len(blocks) == 1 else f"block_{name}"] = lists
     with atomic_path(out) as temporary:
         pyarrow.parquet.write_table(pyarrow.table(columns), temporary)

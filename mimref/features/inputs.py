@@ -1,7 +1,7 @@
 """What an evaluation reads: features of one encoder on one data set, cached or from one pass, or features from files.
 
-In a process group all ranks share the passes of the encoder (`SharedPass`), and the other ranks read what rank 0 has
-cached when they need it. In a single process none of this happens.
+In a process group all ranks share the passes of the encoder: rank 0 looks into the cache and decides whether there is a
+pass, and of which columns. The other ranks wait for its decision, and read what it has cached when they need it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, Split
 from mimref.devices import resolve_device, resolve_precision
 from mimref.distributed.group import own_rank, without_group, world_size
-from mimref.distributed.turns import keep_waiting
+from mimref.distributed.turns import end_requests, request, requests, take_turns
 from mimref.encoders.backbones import TimmBackbone
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Architecture, Encoder
@@ -34,21 +34,22 @@ from mimref.features.encode import (
     columns_of,
     encode_columns,
     gather,
+    labelled,
 )
 from mimref.features.files import FeatureFiles
 from mimref.features.header import eval_transform, resolve_data
 from mimref.features.matrix import Labels
-from mimref.features.shared_pass import SharedPass
 from mimref.progress import Listener
 from mimref.results import Row
 
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation"}
 
 
-class OpenedEncoder:
-    """An encoder's checkpoint and the images to evaluate it on. The network is built at first use.
+class EncoderInputs:
+    """A checkpoint's encoder on a data set: features from the cache or from one pass per split.
 
-    Raises UserError subclasses for a checkpoint or images that do not fit, before any work.
+    The network is built at first use. Raises UserError subclasses for a checkpoint or images that do not fit, before
+    any work.
     """
 
     def __init__(
@@ -71,7 +72,11 @@ class OpenedEncoder:
             config.data.max_bad,
         )
         self.data = resolve_data(config.data, header)
+        self._folder = None if config.cache.folder == "off" else feature_folder(config.cache.folder)
         self._sources: dict[Split, ImageSource] = {}
+        self._features: dict[Split, Features] = {}
+        self._cached: dict[Split, list[Column]] = {}
+        """On other ranks than 0: columns that rank 0 has cached, and this rank has not read."""
         if config.pool != "mean" and not self.has_cls_token:
             listener.note(f"{self.architecture.name} has no CLS token; the mean of its patch tokens replaces it")
 
@@ -99,20 +104,6 @@ class OpenedEncoder:
             )
         return self._sources[split]
 
-
-class EncoderInputs(OpenedEncoder):
-    """Features of an encoder, from the feature cache or from one pass per split."""
-
-    def __init__(
-        self, config: EncoderPassConfig, checkpoint: str, listener: Listener, *, need_labels: bool = True
-    ) -> None:
-        super().__init__(config, checkpoint, listener, need_labels=need_labels)
-        folder = config.cache.folder
-        self._folder = None if folder == "off" else feature_folder(folder)
-        self._features: dict[Split, Features] = {}
-        self._cached: dict[Split, list[Column]] = {}
-        """On other ranks than 0: columns that rank 0 has cached, and this rank has not read."""
-
     @property
     def bad(self) -> list[tuple[str, str]]:
         """Path and reason of every image left out so far."""
@@ -124,7 +115,7 @@ class EncoderInputs(OpenedEncoder):
             known = [*self._cached.get(split, []), *(self._features[split].columns if split in self._features else [])]
             missing = [column for column in dict.fromkeys(wanted) if column not in known]
             if missing and own_rank() > 0 and self._folder is not None:
-                self._shared_pass(split).follow()
+                self._follow(self.source(split))
                 self._cached[split] = [*self._cached.get(split, []), *missing]
             elif missing:
                 self._add(split, missing)
@@ -142,8 +133,7 @@ class EncoderInputs(OpenedEncoder):
         return self.features(split).y if prepared else self.source(split).labels
 
     def _add(self, split: Split, wanted: list[Column]) -> None:
-        found, source = self._load(split, wanted), self.source(split)
-        found.y = None if source.labels is None else source.labels[found.indices]
+        found = labelled(self._load(split, wanted), self.source(split))
         have = self._features.get(split)
         if have is not None and np.array_equal(have.indices, found.indices):
             found.columns = {**found.columns, **have.columns}
@@ -158,24 +148,37 @@ class EncoderInputs(OpenedEncoder):
 
     def _load(self, split: Split, wanted: list[Column]) -> Features:
         """Columns from the cache, or from a pass of the encoder."""
-        source, label = self.source(split), f"features of {SPLIT_NAMES[split]} images"
-        progress = partial(self.listener.progress, label)
+        source = self.source(split)
+        progress = partial(self.listener.progress, f"features of {SPLIT_NAMES[split]} images")
         if self._folder is None:
-            return gather(self._encode(split, wanted, 0, 1), wanted, len(source), source.name, progress)
-        waiting = keep_waiting if world_size() > 1 else lambda: None
-        cache = FeatureCache(self._folder, self.listener, self.config.cache.dtype, waiting)
-        shared = self._shared_pass(split)
+            batches = encode_columns(self.encoder, source, self.settings, wanted)
+            return gather(batches, wanted, len(source), source.name, progress)
+        cache = FeatureCache(self._folder, self.listener, self.config.cache.dtype)
         resolution, also = self.settings.transform.image_size, self._everything(len(source))
         about = {"model": self.name, "data": source.name, "split": split, "resolution": resolution}
-        found = cache.columns(self._spec(source), wanted, shared.lead, also=also, about=about, progress=progress)
-        shared.end()
+        run_pass = partial(self._lead, source)
+        found = cache.columns(self._spec(source), wanted, run_pass, also=also, about=about, progress=progress)
+        if world_size() > 1:
+            end_requests()
         return found
 
-    def _shared_pass(self, split: Split) -> SharedPass:
-        return SharedPass(partial(self._encode, split), len(self.source(split)), self.config.batch_size)
+    def _lead(self, source: ImageSource, columns: list[Column], start: int) -> Iterator[Batch]:
+        """On rank 0: all batches from position `start` on. The other ranks must be in `_follow`."""
+        if world_size() > 1:
+            request((columns, start))
+        yield from self._by_turns(source, columns, start)
 
-    def _encode(self, split: Split, columns: Sequence[Column], start: int, every: int) -> Iterator[Batch]:
-        return encode_columns(self.encoder, self.source(split), self.settings, columns, start, every)
+    def _follow(self, source: ImageSource) -> None:
+        """On the other ranks: encode what rank 0 asks for, until it ends."""
+        for columns, start in requests():
+            for _ in self._by_turns(source, columns, start):
+                pass
+
+    def _by_turns(self, source: ImageSource, columns: list[Column], start: int) -> Iterator[Batch]:
+        """Each of R ranks encodes every R-th batch. The batches, and so the features, are those of one process."""
+        size, ranks = self.settings.batch_size, world_size()
+        own = encode_columns(self.encoder, source, self.settings, columns, start + own_rank() * size, ranks)
+        return take_turns(own, -(-(len(source) - start) // size))
 
     def _everything(self, images: int) -> list[Column]:
         """All columns that later commands may need, if they are small enough to be cached unasked."""

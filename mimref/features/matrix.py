@@ -45,8 +45,3 @@ class SideBySide:
 
     def __getitem__(self, rows: slice | NDArray[np.int64], /) -> NDArray[Any]:
         return np.concatenate([part[rows] for part in self.parts], axis=1)
-
-
-def side_by_side(parts: Sequence[Matrix]) -> Matrix:
-    """Several matrices as one; a single one unchanged."""
-    return parts[0] if len(parts) == 1 else SideBySide(parts)

@@ -94,7 +94,7 @@ def test_zero_bytes(tmp_path: Path) -> None:
 )
 def test_pickles_without_named_tensors(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "a.pth")
-    assert refusal(tmp_path / "a.pth").endswith("holds no tensors with names")
+    assert refusal(tmp_path / "a.pth").endswith("contains no named tensors")
 
 
 # --- damaged
@@ -199,7 +199,7 @@ def test_code_in_pickles_does_not_run(tmp_path: Path, kind: str) -> None:
     message = refusal(path)
     assert not (tmp_path / "ran").exists()
     if kind != "pickle":
-        assert "refused, because it holds" in message and "system" in message
+        assert "refused, because it contains" in message and "system" in message
     assert "weights_only" not in message
 
 

@@ -109,17 +109,17 @@ def _folders(folder: Path) -> list[Path]:
 def _describe(path: Path) -> CacheEntry:
     size = _bytes(path)
     try:
-        facts = Entry(path).facts()
+        facts, state = Entry(path).facts(), "unfinished"
     except DamagedFile:
-        return CacheEntry(path.name, "", "", 0, "damaged", size, "")
+        facts, state = None, "damaged"
     if facts is None:
-        return CacheEntry(path.name, "", "", 0, "unfinished", size, "")
+        return CacheEntry(path.name, "", "", 0, state, size, "")
     about = {key: str(value) for key, value in facts["about"].items()}
     data = f"{about.get('data', '')} {about.get('split', '')}".strip()
     more = ", more under way" if (path / "partial").is_dir() else ""
     columns = f"{len(facts['columns'])} x {facts['dtype']}{more}"
-    model, written = about.get("model", ""), about.get("written", "")
-    return CacheEntry(path.name, model, data, int(facts["rows"]), columns, size, written)
+    rows = int(facts["rows"])
+    return CacheEntry(path.name, about.get("model", ""), data, rows, columns, size, about.get("written", ""))
 
 
 def _bytes(path: Path) -> int:

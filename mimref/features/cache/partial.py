@@ -47,7 +47,7 @@ class PartialPass:
     def __init__(self, folder: Path, columns: Sequence[Column], dtype: str, total: int) -> None:
         self.folder, self.total = folder, total
         self.names = [INDICES, *(column.name for column in columns)]
-        self.dtype = DTYPES[dtype]
+        self.dtype, self._numbers = dtype, DTYPES[dtype]
         self.reached = _Reached(0, 0, {}, dict.fromkeys(self.names, 0), [])
         self._files: dict[str, BinaryIO] = {}
         self._saved_s = 0.0
@@ -56,7 +56,7 @@ class PartialPass:
         """Continue an interrupted pass of the same columns if it is intact. Returns the position to continue at."""
         try:
             left = json.loads((self.folder / "progress.json").read_text())
-            if left["names"] != self.names or left["dtype"] != self.dtype.name or left["total"] != self.total:
+            if left["names"] != self.names or left["dtype"] != self._numbers.name or left["total"] != self.total:
                 raise ValueError
             width = {name: int(value) for name, value in left["width"].items()}
             for name in self.names:
@@ -64,12 +64,10 @@ class PartialPass:
                 os.truncate(self.folder / name, min(size, os.path.getsize(self.folder / name)))
                 if checksum(self.folder / name) != left["crc"][name]:
                     raise ValueError
+            bad = [(path, reason) for path, reason in left["bad"]]
+            self.reached = _Reached(int(left["done"]), int(left["rows"]), width, left["crc"], bad)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            with suppress(OSError):
-                shutil.rmtree(self.folder)
-            return 0
-        bad = [(path, reason) for path, reason in left["bad"]]
-        self.reached = _Reached(int(left["done"]), int(left["rows"]), width, left["crc"], bad)
+            shutil.rmtree(self.folder, ignore_errors=True)
         return self.reached.done
 
     @contextmanager
@@ -121,14 +119,14 @@ class PartialPass:
             raise self._output_error(error) from error
 
     def _converted(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        if values.dtype == np.int64 or self.dtype == np.float32:
+        if values.dtype == np.int64 or self.dtype == "fp32":
             return values
         if np.abs(values[np.isfinite(values)]).max(initial=0) > np.finfo(np.float16).max:
-            raise ConfigError(f"features of {name} are beyond what fp16 can hold; use --set cache.dtype=fp32")
-        return values.astype(self.dtype)
+            raise ConfigError(f"features of {name} exceed the range of fp16; use --set cache.dtype=fp32")
+        return values.astype(self._numbers)
 
     def _row_bytes(self, name: str, width: Mapping[str, int]) -> int:
-        return 8 if name == INDICES else width[name] * self.dtype.itemsize
+        return 8 if name == INDICES else width[name] * self._numbers.itemsize
 
     def _check_space(self, width: Mapping[str, int]) -> None:
         needed = self.total * sum(self._row_bytes(name, width) for name in self.names)
@@ -140,7 +138,7 @@ class PartialPass:
             )
 
     def _save(self) -> None:
-        progress = {"names": self.names, "dtype": self.dtype.name, "total": self.total, **asdict(self.reached)}
+        progress = {"names": self.names, "dtype": self._numbers.name, "total": self.total, **asdict(self.reached)}
         write_bytes(self.folder / "progress.json", json.dumps(progress).encode())
 
     def _output_error(self, error: OSError) -> OutputError:

@@ -7,6 +7,7 @@ pass resumes. A lock makes a second process wait for the first one's result.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mimref.distributed.group import world_size
+from mimref.distributed.turns import keep_waiting
 from mimref.errors import DataError, OutputError
 from mimref.features.cache.partial import DTYPES, INDICES, PartialPass, UnusableFolder, checksum
 from mimref.features.encode import Batch, Column, Features, gather
@@ -27,7 +30,7 @@ from mimref.files import write_bytes
 from mimref.locks import Timeout, acquire
 from mimref.progress import Listener, Progress
 
-# How often a process that waits for another one's features calls `waiting`.
+# How often rank 0 tells the other ranks that it waits for another run's features.
 WAITING_EVERY_S = 60.0
 # To be raised when the same settings give other numbers than before.
 FORMAT = 1
@@ -48,8 +51,6 @@ class FeatureCache:
     folder: Path
     listener: Listener
     dtype: str = "fp32"
-    waiting: Callable[[], None] = lambda: None
-    """Called every minute while another process computes the features."""
 
     def columns(
         self,
@@ -69,7 +70,7 @@ class FeatureCache:
         without any readable image.
         """
         about = about or {}
-        entry = Entry(self.folder / pass_key(spec, self.dtype), self.dtype)
+        entry = Entry(self.folder / pass_key(spec, self.dtype))
         with suppress(DamagedFile):
             if found := entry.read(wanted):
                 return found
@@ -78,9 +79,11 @@ class FeatureCache:
                 # Another process may have written them meanwhile.
                 found = self._read_intact(entry, wanted)
                 if found is None:
-                    known = entry.column_names()
+                    known = (entry.facts() or {"columns": {}})["columns"]
                     missing = [column for column in dict.fromkeys([*wanted, *also]) if column.name not in known]
-                    entry.extend(missing, run_pass, spec, about, progress=progress, listener=self.listener)
+                    partial = PartialPass(entry.folder / "partial", missing, self.dtype, int(spec["images"]))
+                    self._run(partial, missing, run_pass, progress)
+                    entry.adopt(partial, spec, about)
                     found = entry.read(wanted)
         except UnusableFolder as reason:
             self.listener.note(f"cache folder {self.folder} cannot be written ({reason}); features stay in memory")
@@ -98,6 +101,17 @@ class FeatureCache:
             entry.drop(str(damage))
             return self._read_intact(entry, wanted)
 
+    def _run(self, partial: PartialPass, columns: list[Column], run_pass: Pass, progress: Progress | None) -> None:
+        """Run the encoder for the rest of a pass; the caller holds the lock."""
+        start = partial.resume()
+        if start:
+            self.listener.note(f"resuming an unfinished pass of the encoder at image {start:,} of {partial.total:,}")
+        with partial.writing():
+            for batch in run_pass(columns, start):
+                partial.append(batch)
+                if progress:
+                    progress(batch.end, partial.total)
+
     @contextmanager
     def _locked(self, entry: "Entry") -> Iterator[None]:
         lock, timeout_s = None, 0.0
@@ -106,9 +120,9 @@ class FeatureCache:
                 entry.folder.mkdir(parents=True, exist_ok=True)
                 lock = acquire(entry.lock_file, timeout_s)
             except Timeout:
-                if timeout_s:
-                    self.waiting()
-                else:
+                if timeout_s and world_size() > 1:
+                    keep_waiting()
+                elif not timeout_s:
                     self.listener.note(f"waiting for another process to compute these features ({entry.lock_file})")
                 timeout_s = WAITING_EVERY_S
             except OSError as error:
@@ -127,10 +141,9 @@ def pass_key(spec: Mapping[str, Any], dtype: str) -> str:
 class Entry:
     """The folder of one pass."""
 
-    def __init__(self, folder: Path, dtype: str | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lock_file = folder.parent / f"{folder.name}.lock"
-        self._dtype = dtype
 
     def read(self, wanted: Sequence[Column]) -> Features | None:
         """The columns, or None when one is missing. Raises DamagedFile for a file that is not what was written."""
@@ -144,11 +157,6 @@ class Entry:
             written = facts["columns"][column.name]
             columns[column] = self._map(column.name, written, (rows, int(written["width"])), dtype)
         return Features(columns, np.asarray(indices), bad=[(path, reason) for path, reason in facts["bad"]])
-
-    def column_names(self) -> set[str]:
-        """Names of the complete columns."""
-        facts = self.facts()
-        return set() if facts is None else set(facts["columns"])
 
     def facts(self) -> dict[str, Any] | None:
         """The content of `entry.json`, None without one. Raises DamagedFile when it is not valid."""
@@ -168,56 +176,24 @@ class Entry:
             facts = self.facts()
         except DamagedFile as damage:
             return [str(damage)]
-        found = []
-        for name, written in [] if facts is None else [(INDICES, facts["indices"]), *facts["columns"].items()]:
-            try:
-                self._check(name, written)
-            except DamagedFile:
-                found.append(name)
-        return found
+        files = {INDICES: facts["indices"], **facts["columns"]} if facts else {}
+        return [name for name, written in files.items() if not self._is_intact(name, written)]
 
     def drop(self, name: str) -> None:
-        """Forget a damaged file, and all others if they depend on it."""
+        """Forget a damaged file, and all others if they depend on it; the caller holds the lock."""
+        facts = None if name in ("entry.json", INDICES) else self.facts()
+        if facts:
+            del facts["columns"][name]
         try:
-            facts = self.facts()
-        except DamagedFile:
-            facts = None
-        if facts is not None:
-            facts["columns"].pop(name, None)
-        try:
-            if facts is None or name == INDICES or not facts["columns"]:
-                (self.folder / "entry.json").unlink(missing_ok=True)
-            else:
+            if facts and facts["columns"]:
                 self._write_facts(facts)
+            else:
+                (self.folder / "entry.json").unlink(missing_ok=True)
         except (OSError, OutputError) as error:
             raise UnusableFolder(getattr(error, "strerror", None) or str(error)) from error
 
-    def extend(
-        self,
-        columns: list[Column],
-        run_pass: Pass,
-        spec: Mapping[str, Any],
-        about: Mapping[str, Any],
-        *,
-        progress: Progress | None,
-        listener: Listener,
-    ) -> None:
-        """Run the encoder and add `columns`; the caller holds the lock."""
-        assert self._dtype is not None
-        images = int(spec["images"])
-        partial = PartialPass(self.folder / "partial", columns, self._dtype, images)
-        start = partial.resume()
-        if start:
-            listener.note(f"resuming an unfinished pass of the encoder at image {start:,} of {images:,}")
-        with partial.writing():
-            for batch in run_pass(columns, start):
-                partial.append(batch)
-                if progress:
-                    progress(batch.end, images)
-        self._adopt(partial, spec, about)
-
-    def _adopt(self, partial: PartialPass, spec: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        """Make a finished pass part of the entry."""
+    def adopt(self, partial: PartialPass, spec: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Make a finished pass part of the entry; the caller holds the lock."""
         found = partial.reached
         if not found.rows:
             shutil.rmtree(partial.folder, ignore_errors=True)
@@ -233,7 +209,7 @@ class Entry:
             {
                 "spec": dict(spec),
                 "about": {**about, "written": datetime.now(UTC).isoformat(timespec="seconds")},
-                "dtype": self._dtype,
+                "dtype": partial.dtype,
                 "rows": found.rows,
                 "bad": found.bad,
                 "indices": indices,
@@ -246,17 +222,14 @@ class Entry:
         write_bytes(self.folder / "entry.json", json.dumps(facts, indent=1, default=str).encode())
 
     def _map(self, name: str, written: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        self._check(name, written)
-        try:
-            if os.path.getsize(self.folder / name) != int(np.prod(shape)) * dtype.itemsize:
-                raise DamagedFile(name)
-            return np.memmap(self.folder / name, dtype, "r", shape=shape)
-        except (OSError, ValueError) as error:
-            raise DamagedFile(name) from error
+        with suppress(OSError, ValueError):
+            size = os.path.getsize(self.folder / name)
+            if size == math.prod(shape) * dtype.itemsize and self._is_intact(name, written):
+                return np.memmap(self.folder / name, dtype, "r", shape=shape)
+        raise DamagedFile(name)
 
-    def _check(self, name: str, written: Mapping[str, Any]) -> None:
+    def _is_intact(self, name: str, written: Mapping[str, Any]) -> bool:
         try:
-            if checksum(self.folder / name) != written["crc32"]:
-                raise DamagedFile(name)
-        except (OSError, KeyError, TypeError) as error:
-            raise DamagedFile(name) from error
+            return checksum(self.folder / name) == int(written["crc32"])
+        except (OSError, KeyError, TypeError):
+            return False
