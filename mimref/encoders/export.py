@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mimref.encoders.backbones import native_size
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
-from mimref.encoders.vit import Architecture, Encoder, build_encoder
+from mimref.encoders.vit import Architecture, Encoder, build_encoder, timm_options
 from mimref.errors import ConfigError, OutputError
 from mimref.files import atomic_path, check_new_file
 from mimref.progress import Listener, Silent
@@ -129,8 +129,9 @@ def named_features(tokens: Sequence[Tensor], blocks: Sequence[int], normed: Tens
 @torch.inference_mode()
 def encoder_features(encoder: Encoder, blocks: Sequence[int]) -> dict[str, Tensor]:
     """The encoder's own features; it is put in eval mode. Without a final norm, `normed` is the last block's tokens."""
-    tokens = encoder.eval().blocks(comparison_images(encoder), [*blocks, encoder.depth])
-    return named_features(tokens[:-1], blocks, encoder.vit.norm(tokens[-1]))
+    wanted, final_norm = [*blocks, encoder.depth], [*(False for _ in blocks), True]
+    *tokens, normed = encoder.eval().blocks(comparison_images(encoder), wanted, final_norm=final_norm)
+    return named_features(tokens, blocks, normed)
 
 
 def _largest_difference(out: Path, encoder: Encoder, found: Mapping[str, Tensor]) -> float:
@@ -226,33 +227,13 @@ def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, T
 
 def _reading_line(out: Path, architecture: Architecture, name: str | None) -> str:
     if name is None:
-        return f"model = {_constructor(architecture)}; timm.models.load_checkpoint(model, {str(out)!r})"
+        options = ", ".join(f"{key}={value!r}" for key, value in timm_options(architecture).items())
+        swiglu = ", mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU" if architecture.swiglu else ""
+        model = f"timm.models.VisionTransformer({options}{swiglu})"
+        return f"model = {model}; timm.models.load_checkpoint(model, {str(out)!r})"
     size = architecture.image_size
     resized = "" if native_size(name) == size else f", img_size={size}"
     return f"timm.create_model({name!r}, checkpoint_path={str(out)!r}, num_classes=0{resized})"
-
-
-def _constructor(architecture: Architecture) -> str:
-    """The call that makes timm's VisionTransformer of these sizes, as `build_encoder` makes it."""
-    options: dict[str, object] = {
-        "img_size": architecture.image_size,
-        "patch_size": architecture.patch_size,
-        "embed_dim": architecture.width,
-        "depth": architecture.depth,
-        "num_heads": architecture.num_heads,
-        "num_classes": 0,
-    }
-    if architecture.mlp_width:
-        options["mlp_ratio"] = architecture.mlp_ratio
-    if not architecture.class_token:
-        options |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    if architecture.registers:
-        options |= {"reg_tokens": architecture.registers, "no_embed_class": True}
-    if architecture.layer_scale:
-        options["init_values"] = 1e-5
-    text = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    swiglu = ", mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU" if architecture.swiglu else ""
-    return f"timm.models.VisionTransformer({text}{swiglu})"
 
 
 def export_release(

@@ -57,7 +57,12 @@ def export_onnx(
             verbose=False,
         )
         assert program is not None
-        _describe(program.model, {"architecture": encoder.architecture.to_dict(), **facts, "blocks": list(blocks)})
+        # The tracer's notes on nodes hold folders' names.
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()
+        metadata = {"architecture": encoder.architecture.to_dict(), **facts, "blocks": list(blocks)}
+        for key, value in metadata.items():
+            program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
         program.save(file, external_data=external)
 
     difference = write_verified(out, encoder, write, lambda file: _read_onnx(file, encoder), listener)
@@ -70,22 +75,14 @@ class _Graph(nn.Module):
     def __init__(self, encoder: Encoder, blocks: Sequence[int]) -> None:
         super().__init__()
         self.encoder = encoder
-        self.indices = list(dict.fromkeys(blocks))
-        self.with_norm = encoder.depth in self.indices and not isinstance(encoder.vit.norm, nn.Identity)
-        self.names = [f"block_{block}" for block in self.indices] + ["normed"] * self.with_norm
+        chosen = list(dict.fromkeys(blocks))
+        normed = [encoder.depth] if encoder.depth in chosen and not isinstance(encoder.vit.norm, nn.Identity) else []
+        self.indices = chosen + normed
+        self.final_norm = [False for _ in chosen] + [True for _ in normed]
+        self.names = [f"block_{block}" for block in chosen] + ["normed" for _ in normed]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        tokens = self.encoder.blocks(images, self.indices)
-        last = [tokens[self.indices.index(self.encoder.depth)]] if self.with_norm else []
-        return tokens + [self.encoder.vit.norm(tokens_BLD) for tokens_BLD in last]
-
-
-def _describe(model: Any, facts: Mapping[str, Any]) -> None:
-    """Set the file's metadata, tables as JSON. The tracer's notes on nodes are removed: they hold folders' names."""
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-    for key, value in facts.items():
-        model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+        return self.encoder.blocks(images, self.indices, final_norm=self.final_norm)
 
 
 def _read_onnx(file: Path, encoder: Encoder) -> dict[str, Tensor]:

@@ -17,15 +17,12 @@ import torch
 from torch import Tensor
 
 from mimref.encoders.layouts import (
-    D2V2,
-    DATA2VEC,
     DROPPABLE,
     DROPPABLE_BESIDE,
-    HUGGING_FACE,
     PATCHES,
-    PLAIN,
     PREFERRED,
     RELATIVES,
+    RENAMES,
     WRAPPING,
     format_name,
 )
@@ -72,8 +69,7 @@ def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Re
     for pattern, feature in RELATIVES.items():
         if any(re.fullmatch(pattern, name) for name in encoder):
             raise Unrecognised(f"is no plain vision transformer: it has {feature}")
-    renames = DATA2VEC if patches.startswith(D2V2) else HUGGING_FACE if patches.startswith("emb") else PLAIN
-    parts = _rename(encoder, renames)
+    parts = _rename(encoder)
     renamed = {name for names in parts.values() for name in names}
     unused = {name: full_names[root + name] for name in encoder if name not in renamed}
     dropped = _drop(unused, beside)
@@ -134,11 +130,11 @@ def _beside(name: str, root: str) -> str:
     return ".".join(parts[len(list(shared)) :])
 
 
-def _rename(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, list[str]]:
+def _rename(names: Iterable[str]) -> dict[str, list[str]]:
     """From timm's name to the names of its parts, in order; names that match no rule are left out."""
     numbered: dict[str, dict[int, str]] = {}
     for name in names:
-        for pattern, replacement in renames.items():
+        for pattern, replacement in RENAMES.items():
             match = re.fullmatch(pattern, name)
             if match:
                 target, _, part = match.expand(replacement).partition("@")

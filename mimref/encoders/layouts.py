@@ -10,7 +10,6 @@ PREFERRED = (*_AVERAGED, "state_dict", "model", "encoder", "student")
 # Parts of names that wrapping modules add: FSDP, activation checkpointing, torch.compile.
 WRAPPING = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 
-D2V2 = "modality_encoders.IMAGE."
 PATCHES = re.compile(
     r"(|.+\.)(patch_embed\.proj|embeddings\.patch_embeddings\.projection|"
     r"modality_encoders\.IMAGE\.local_encoder\.proj)\.weight"
@@ -49,11 +48,10 @@ RELATIVES = {
 _PARAMETER = r"(weight|bias)"
 # Some number blocks within chunks as well.
 _BLOCK = r"blocks\.(?:\d+\.)?(\d+)\."
-_BLOCK_PARTS = rf"{_BLOCK}(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}"
 _HF_LAYER = r"(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\."
 # From their names to timm's. `@0`, `@1`, ... number the parts of a tensor that timm stores as one.
-PLAIN = {
-    _BLOCK_PARTS: r"blocks.\1.\2.\3",
+RENAMES = {
+    rf"{_BLOCK}(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}": r"blocks.\1.\2.\3",
     rf"{_BLOCK}(ls1|ls2)\.gamma": r"blocks.\1.\2.gamma",
     rf"{_BLOCK}gamma_([12])": r"blocks.\1.ls\2.gamma",
     rf"{_BLOCK}mlp\.w12\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2",
@@ -63,15 +61,12 @@ PLAIN = {
     r"(?:cls_token|cls_tokens\.tokens)": "cls_token",
     r"(?:reg_token|register_tokens)": "reg_token",
     r"pos_embed(?:\.embed)?": "pos_embed",
-}
-DATA2VEC = {
-    _BLOCK_PARTS: r"blocks.\1.\2.\3",
+    # data2vec 2.0
     rf"modality_encoders\.IMAGE\.local_encoder\.proj\.{_PARAMETER}": r"patch_embed.proj.\1",
     rf"modality_encoders\.IMAGE\.context_encoder\.norm\.{_PARAMETER}": r"norm_pre.\1",
     r"modality_encoders\.IMAGE\.extra_tokens": "cls_token",
     r"modality_encoders\.IMAGE\.fixed_positional_encoder\.positions": "pos_embed",
-}
-HUGGING_FACE = {
+    # Hugging Face
     r"embeddings\.cls_token": "cls_token",
     r"embeddings\.register_tokens": "reg_token",
     r"embeddings\.position_embeddings": "pos_embed",
@@ -96,7 +91,7 @@ def format_name(root: str, patches: str, names: set[str], architecture: Architec
 
     root: prefix of the encoder's names; patches: name of its patch embedding. names: all tensors, without prefixes.
     """
-    if patches.startswith(D2V2):
+    if patches.startswith("modality_encoders."):
         return "data2vec 2.0", "d2v2"
     if patches.startswith("embeddings."):
         return ("Hugging Face DINOv2", "dinov2") if architecture.layer_scale else ("Hugging Face ViT", None)

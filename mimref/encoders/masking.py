@@ -62,9 +62,8 @@ class MAEDecoder(nn.Module):
         shuffled = torch.cat([shown, masks.to(tokens.dtype)], dim=1)
         ordered = shuffled.gather(1, restore_BN[:, :, None].expand(-1, -1, shuffled.shape[2]))
         tokens = torch.cat([prefix, ordered], dim=1) + self.positions
-        pixels: Tensor = self.predict(self.norm(self.blocks(tokens)))
-        patch_pixels: Tensor = pixels[:, self.num_prefix :]
-        return patch_pixels
+        pixels: Tensor = self.predict(self.norm(self.blocks(tokens)))[:, self.num_prefix :]
+        return pixels
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:

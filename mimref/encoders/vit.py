@@ -115,11 +115,6 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @property
-    def mlp_ratio(self) -> float:
-        """What timm multiplies by the width and rounds down; the half keeps float rounding from losing a channel."""
-        return ((self.mlp_width or 4 * self.width) + 0.5) / self.width
-
     def check_size(self, size: int, setting: str) -> None:
         """Raise ConfigError unless the patch size divides `size`, in pixels; `setting` names it in the message."""
         if size % self.patch_size:
@@ -195,7 +190,7 @@ class Encoder(nn.Module):
             tokens_BLD = tokens_BLD + resize_positions(vit.pos_embed[:, num_prefix:], (grid[0], grid[1]))
         if visible_BK is not None:
             tokens_BLD = tokens_BLD.gather(1, visible_BK[:, :, None].expand(-1, -1, tokens_BLD.shape[2]))
-        prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+        prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         if prefix:
             prefix_1PD = torch.cat(prefix, dim=1)
             if prefix_positions is not None:
@@ -283,21 +278,9 @@ def build_encoder(architecture: Architecture) -> Encoder:
             vit.pos_embed.requires_grad_(False)
         return Encoder(architecture, vit)
     vit = VisionTransformer(
-        img_size=architecture.image_size,
-        patch_size=architecture.patch_size,
-        num_classes=0,
-        global_pool="token" if architecture.class_token else "avg",
-        embed_dim=architecture.width,
-        depth=architecture.depth,
-        num_heads=architecture.num_heads,
-        mlp_ratio=architecture.mlp_ratio,
-        init_values=1e-5 if architecture.layer_scale else None,
-        class_token=architecture.class_token,
-        no_embed_class=architecture.registers > 0 or not architecture.class_token,
-        reg_tokens=architecture.registers,
+        **timm_options(architecture),
         pre_norm=architecture.post_norm,
         final_norm=architecture.final_norm and not architecture.post_norm,
-        fc_norm=False,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         mlp_layer=cast(type[nn.Module], SwiGLUPacked if architecture.swiglu else Mlp),
         act_layer=nn.SiLU if architecture.swiglu else nn.GELU,
@@ -310,10 +293,32 @@ def build_encoder(architecture: Architecture) -> Encoder:
     side = architecture.image_size // architecture.patch_size
     assert vit.pos_embed is not None
     if not vit.pos_embed.is_meta:
-        num_prefix = 0 if vit.no_embed_class else 1
+        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         vit.pos_embed.data.copy_(sincos_positions(architecture.width, side, num_prefix=num_prefix))
     vit.pos_embed.requires_grad_(not architecture.fixed_positions)
     return Encoder(architecture, vit)
+
+
+def timm_options(architecture: Architecture) -> dict[str, Any]:
+    """Sizes and tokens as options of timm's VisionTransformer, without those that have timm's defaults."""
+    options: dict[str, Any] = {
+        "img_size": architecture.image_size,
+        "patch_size": architecture.patch_size,
+        "embed_dim": architecture.width,
+        "depth": architecture.depth,
+        "num_heads": architecture.num_heads,
+        "num_classes": 0,
+    }
+    if architecture.mlp_width:
+        # timm multiplies by the width and rounds down; the half keeps float rounding from losing a channel.
+        options["mlp_ratio"] = (architecture.mlp_width + 0.5) / architecture.width
+    if not architecture.class_token:
+        options |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    if architecture.registers:
+        options |= {"reg_tokens": architecture.registers, "no_embed_class": True}
+    if architecture.layer_scale:
+        options["init_values"] = 1e-5
+    return options
 
 
 def is_plain_vit(name: str) -> bool:

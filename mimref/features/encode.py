@@ -20,7 +20,7 @@ from mimref.errors import ConfigError, DataError
 from mimref.features.matrix import Labels, Matrix, SideBySide
 from mimref.progress import Progress
 
-# Larger crops make no better baseline, and those of a large data set would fill the memory.
+# Larger crops are no better as a baseline, and those of a large data set would fill the memory.
 RAW_PIXELS_SIDE = 32
 
 
@@ -136,14 +136,9 @@ def _batches(
     every: int = 1,
 ) -> Iterator[Batch]:
     bad = BadImages(settings.max_bad)
-    for batch in crop_batches(
-        source,
-        settings.transform,
-        batch_size=settings.batch_size,
-        workers=loader_workers(settings.workers, source),
-        start=start,
-        every=every,
-    ):
+    size, workers = settings.batch_size, loader_workers(settings.workers, source)
+    batches = crop_batches(source, settings.transform, batch_size=size, workers=workers, start=start, every=every)
+    for batch in batches:
         for path, reason in batch.bad:
             bad.add(path, reason)
         columns = [column_BD.float().cpu().numpy() for column_BD in encode(batch.crops)] if batch.indices else []

@@ -33,7 +33,7 @@ from mimref.features.encode import (
     block_groups,
     columns_of,
     encode_columns,
-    gather,
+    extract,
     labelled,
 )
 from mimref.features.files import FeatureFiles
@@ -133,7 +133,7 @@ class EncoderInputs:
         return self.features(split).y if prepared else self.source(split).labels
 
     def _add(self, split: Split, wanted: list[Column]) -> None:
-        found = labelled(self._load(split, wanted), self.source(split))
+        found = self._load(split, wanted)
         have = self._features.get(split)
         if have is not None and np.array_equal(have.indices, found.indices):
             found.columns = {**found.columns, **have.columns}
@@ -151,8 +151,7 @@ class EncoderInputs:
         source = self.source(split)
         progress = partial(self.listener.progress, f"features of {SPLIT_NAMES[split]} images")
         if self._folder is None:
-            batches = encode_columns(self.encoder, source, self.settings, wanted)
-            return gather(batches, wanted, len(source), source.name, progress)
+            return extract(self.encoder, source, self.settings, wanted, progress=progress)
         cache = FeatureCache(self._folder, self.listener, self.config.cache.dtype)
         resolution, also = self.settings.transform.image_size, self._everything(len(source))
         about = {"model": self.name, "data": source.name, "split": split, "resolution": resolution}
@@ -160,7 +159,7 @@ class EncoderInputs:
         found = cache.columns(self._spec(source), wanted, run_pass, also=also, about=about, progress=progress)
         if world_size() > 1:
             end_requests()
-        return found
+        return labelled(found, source)
 
     def _lead(self, source: ImageSource, columns: list[Column], start: int) -> Iterator[Batch]:
         """On rank 0: all batches from position `start` on. The other ranks must be in `_follow`."""
