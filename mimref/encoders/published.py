@@ -1,6 +1,6 @@
 """Published weights by name: their address, their licence, and the cached copy.
 
-Addresses and licences are those on the authors' own pages. Only MAE's authors publish (part of) a hash; of all others
+Addresses and licences are those on the authors' own pages. Only MAE's authors publish (part of) a hash; for all others
 the size that the server announces is checked, and the tensors themselves are recognised.
 """
 

@@ -45,7 +45,7 @@ def check_features(x: Matrix, name: str, y: ArrayLike | None = None) -> None:
 
     x is read in blocks, so that a memory-mapped array never has to fit in memory. name: of the array, for the message.
     """
-    if x.ndim != 2 or 0 in x.shape:
+    if len(x.shape) != 2 or 0 in x.shape:
         raise DataError(f"{name}: features have shape {x.shape}; they must be (images, width) and not empty")
     if x.dtype.kind not in "fiu":
         raise DataError(f"{name}: features are of type {x.dtype}; give real numbers")

@@ -1,4 +1,4 @@
-"""Features made elsewhere, in .npz files."""
+"""Features computed elsewhere, in .npz files."""
 
 import zipfile
 import zlib
@@ -25,12 +25,12 @@ class FeatureFiles:
         self._features = {"train": read_features(train_file), "val": read_features(val_file)}
         depths = {len(features.columns) for features in self._features.values()}
         if len(depths) > 1:
-            raise DataError(f"{train_file} and {val_file} hold features of different numbers of blocks")
+            raise DataError(f"{train_file} and {val_file} have features of different numbers of blocks")
         self.depth = depths.pop()
         self.bad: list[tuple[str, str]] = []
 
     def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
-        """Nothing to do."""
+        """Does nothing: everything is in memory."""
 
     def features(self, split: Split) -> Features:
         """All features of a split: columns `cls` of blocks 1, 2, ..."""
@@ -53,8 +53,8 @@ def read_features(path: str) -> Features:
         raise DataError(f"{path}: cannot be read as .npz ({error})") from error
     if x.ndim not in (2, 3) or y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iu" or x.dtype.kind not in "fiu":
         raise DataError(
-            f"{path}: x has shape {x.shape} and type {x.dtype}, y {y.shape} and {y.dtype}; they must be (N, D) or "
-            "(N, blocks, D) real numbers and (N,) whole numbers"
+            f"{path}: x has shape {x.shape} and type {x.dtype}, y {y.shape} and {y.dtype}; x must be real numbers "
+            "(N, D) or (N, blocks, D), and y integers (N,)"
         )
     x = x if x.dtype in (np.float16, np.float32) else x.astype(np.float32)
     blocks: list[NDArray[Any]] = [x] if x.ndim == 2 else list(x.swapaxes(0, 1))

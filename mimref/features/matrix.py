@@ -18,10 +18,6 @@ class Matrix(Protocol):
         """(N, D)."""
 
     @property
-    def ndim(self) -> int:
-        """2 for features."""
-
-    @property
     def dtype(self) -> np.dtype[Any]:
         """Of the rows."""
 
@@ -32,8 +28,6 @@ class Matrix(Protocol):
 
 class SideBySide:
     """Several (N, D_i) matrices as one (N, sum of D_i). Reading rows concatenates only those rows."""
-
-    ndim = 2
 
     def __init__(self, parts: Sequence[Matrix]) -> None:
         self.parts = list(parts)
