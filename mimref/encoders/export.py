@@ -35,7 +35,7 @@ _COMPARED_IMAGES = 3
 
 @dataclass(frozen=True)
 class Export:
-    """A file that gives the encoder's features when it is read again."""
+    """A file that reproduces the encoder's features when it is read."""
 
     path: Path
     difference: float
@@ -85,10 +85,10 @@ def write_verified(
     read: Callable[[Path], Mapping[str, Tensor]],
     listener: Listener | None,
 ) -> float:
-    """Write `out` once the file gives the encoder's features. Returns their largest difference.
+    """Write `out` if the file reproduces the encoder's features. Returns their largest difference.
 
-    read: features of a file, as `named_features` names them. The file has its own name in a folder beside `out`:
-    readers go by the ending, and ONNX by the name of the file of weights beside it.
+    read: features of a file, as `named_features` names them. The file first gets its name in a folder beside `out`:
+    readers choose the format by the ending, and ONNX files hold the name of the file of weights beside them.
     """
     (listener or Silent()).note(f"writing {out}, reading it again and comparing features")
     with (

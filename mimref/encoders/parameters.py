@@ -5,7 +5,7 @@ from typing import Any
 
 from mimref.encoders.vit import Encoder
 
-# Parts of timm's models that the tokens of blocks do not pass.
+# Parts of timm's models that the tokens of blocks do not pass through.
 _POOLING = ("fc_norm.", "attn_pool.")
 _TOKENS = ("cls_token", "reg_token", "pos_embed")
 
@@ -19,7 +19,7 @@ def _layer_of(name: str, depth: int) -> int:
 
 
 def freeze_untrained(encoder: Encoder, *, first: int, last: int) -> None:
-    """Freeze all that does not train with heads on the blocks up to `last` while the `first` blocks are frozen.
+    """Freeze what does not train if heads read blocks up to `last`, and the `first` blocks are frozen.
 
     Frozen blocks include what feeds them: patch embedding, CLS and register tokens, positions. Later blocks, the norm
     after the last one and pooling do not reach the heads.

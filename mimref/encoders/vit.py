@@ -160,9 +160,9 @@ class Encoder(nn.Module):
         """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed), in one pass.
 
         images: (B, 3, S, S) normalised, S divisible by the patch size. Returns a list of (B, L, D), prefix first.
-        Blocks after the last one asked for are not run. final_norm: the last block's tokens pass the final LayerNorm,
-        for all indices or for each; no effect on encoders without one (post-norm ones, and timm's that normalise after
-        pooling). visible_BK: indices of the only patches that the encoder sees; their tokens have this order.
+        Later blocks do not run. final_norm: the last block's tokens pass the final LayerNorm, for all indices or for
+        each; no effect on encoders without one (post-norm ones, and timm's that normalise after pooling).
+        visible_BK: indices of the only patches that the encoder sees; their tokens have this order.
         Raises ConfigError for a block outside 1..depth.
         """
         check_blocks(indices, self.depth)
