@@ -102,12 +102,7 @@ def extract(
         found = extract_features(encoder.model.to(target), images, settings, columns, progress=progress)
     finally:
         encoder.model.to(home)
-    parts = [found.matrix(group)[:] for group in groups]
-    widths = [x.shape[1] for x in parts]
-    if len(set(widths)) > 1:
-        raise DataError(f"blocks {blocks} differ in width ({widths}); extract them one by one")
-    x = parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
-    return ExtractedFeatures(x, found.y, [images.path(int(index)) for index in found.indices])
+    return ExtractedFeatures(found.stacked(groups), found.y, [images.path(int(index)) for index in found.indices])
 
 
 def _open(data: str | Path | DataConfig | ImageSource | NDArray[np.uint8], split: Split) -> ImageSource:

@@ -263,7 +263,7 @@ PLAIN = dict(timm_vit().state_dict())
         ),
         ({name: PLAIN[name] for name in PLAIN if "blocks.1." not in name}, "blocks.1.norm1.weight is missing"),
         ({name: PLAIN[name] for name in PLAIN if name != "pos_embed"}, "has no position embedding"),
-        (PLAIN | {"pos_embed": torch.zeros(1, 12, WIDTH)}, "(1, 12, 128), not a square"),
+        (PLAIN | {"pos_embed": torch.zeros(1, 12, WIDTH)}, "(1, 12, 128), which is not a square"),
         (PLAIN | {"pos_embed": torch.zeros(1, 17, 64)}, "pos_embed has shape (1, 17, 64) instead of (1, 17, 128)"),
         (
             PLAIN | {"blocks.1.attn.qkv.weight": torch.zeros(96, 32)},

@@ -65,6 +65,17 @@ class Features:
         parts = [self.columns[column] for column in columns]
         return parts[0] if len(parts) == 1 else SideBySide(parts)
 
+    def stacked(self, groups: Sequence[Sequence[Column]]) -> NDArray[np.float32]:
+        """In memory: (N, D) of one group of columns, (N, groups, D) of several.
+
+        Raises ConfigError for groups of different widths.
+        """
+        parts = [np.asarray(self.matrix(columns)[:], np.float32) for columns in groups]
+        widths = [x.shape[1] for x in parts]
+        if len(set(widths)) > 1:
+            raise ConfigError(f"the blocks differ in width ({widths}); extract them one by one")
+        return parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
+
 
 def block_groups(blocks: str, depth: int) -> dict[str, list[int]]:
     """Blocks whose features are evaluated together: name in the results to block numbers.

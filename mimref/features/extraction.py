@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimref.distributed.group import end_group
-from mimref.errors import ConfigError
 from mimref.features.config import ExtractConfig
 from mimref.features.inputs import EncoderInputs, prepare_groups
 from mimref.features.matrix import Labels
@@ -30,24 +29,17 @@ def extract_to_file(
     if not end_group():
         return ()
     features, source = inputs.features(config.split), inputs.source(config.split)
-    blocks = {str(where["blocks"]): np.asarray(features.matrix(columns)[:], np.float32) for where, columns in groups}
     paths = [source.path(int(index)) for index in features.indices]
-    write = _write_npz if out.suffix == ".npz" else _write_parquet
-    write(out, blocks, features.y, paths)
+    if out.suffix == ".npz":
+        x = features.stacked([columns for _, columns in groups])
+        labels: dict[str, Any] = {} if features.y is None else {"y": features.y}
+        with atomic_write(out) as file:
+            np.savez(file, x=x, **labels, paths=np.asarray(paths))
+        return x.shape
+    blocks = {str(where["blocks"]): features.stacked([columns]) for where, columns in groups}
+    _write_parquet(out, blocks, features.y, paths)
     first = next(iter(blocks.values()))
     return first.shape if len(blocks) == 1 else (len(first), len(blocks), first.shape[1])
-
-
-def _write_npz(out: Path, blocks: dict[str, NDArray[np.float32]], labels: Labels | None, paths: list[str]) -> None:
-    widths = {x.shape[1] for x in blocks.values()}
-    if len(widths) > 1:
-        raise ConfigError(f"--blocks: these blocks differ in width ({sorted(widths)}); extract them one by one")
-    parts = list(blocks.values())
-    arrays: dict[str, Any] = {"x": parts[0] if len(parts) == 1 else np.stack(parts, axis=1)}
-    if labels is not None:
-        arrays["y"] = labels
-    with atomic_write(out) as file:
-        np.savez(file, allow_pickle=False, **arrays, paths=np.asarray(paths))
 
 
 def _write_parquet(out: Path, blocks: dict[str, NDArray[np.float32]], labels: Labels | None, paths: list[str]) -> None:

@@ -22,7 +22,7 @@ SAVE_EVERY_S = 10.0
 DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 INDICES = "images"
 """File of every row's position in the data set."""
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 
 
 class UnusableFolder(Exception):

@@ -30,7 +30,7 @@ from mimref.files import write_bytes
 from mimref.locks import Timeout, acquire
 from mimref.progress import Listener, Progress
 
-# How often rank 0 tells the other ranks that it waits for another run's features.
+# How often rank 0 lets the other ranks know that it is still waiting for another process.
 WAITING_EVERY_S = 60.0
 # To be raised when the same settings give other numbers than before.
 FORMAT = 1
