@@ -108,7 +108,8 @@ def official_name(arch: str, source: str) -> str:
     pairs = [name.split("_") for name in ADDRESSES if "_refined_" not in name]
     sources = ", ".join(known for known, known_size in pairs if known_size == size)
     archs = ", ".join(f"vit_{known_size}" for known, known_size in pairs if known == source)
-    published = [f"{arch} exists from {sources}"] * bool(sources) + [f"{source} exists as {archs}"] * bool(archs)
+    published = [f"{arch} is available from {sources}"] * bool(sources)
+    published += [f"{source} is available as {archs}"] * bool(archs)
     raise CheckpointError(
         f"no published weights of {arch} from {source}: {'; '.join(published) or 'neither is known here'}; "
         "pass --weights FILE instead"

@@ -121,7 +121,7 @@ class Architecture:
             nearest = max(1, (size + self.patch_size // 2) // self.patch_size) * self.patch_size
             raise ConfigError(
                 f"{setting} {size} is not divisible by the patch size {self.patch_size} of {self.name}; "
-                f"the nearest that is: {nearest}"
+                f"the nearest multiple is {nearest}"
             )
 
 

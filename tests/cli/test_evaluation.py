@@ -213,6 +213,7 @@ def test_extract_and_evaluate_the_arrays(folder: Path, tmp_path: Path, capsys: p
         file = str(tmp_path / f"{split}.npz")
         assert run(line("extract", folder, "--split", split, "--blocks", "all", "--out", file, "--quiet")) == 0
     with np.load(tmp_path / "val.npz") as file:
+        assert file.files == ["x", "y", "paths"]
         assert file["x"].shape == (16, 4, 32) and file["x"].dtype == np.float32
         assert file["y"].tolist() == [0] * 8 + [1] * 8 and file["paths"][0].endswith("data/val/a/000.png")
     files = ["--features", str(tmp_path / "train.npz"), str(tmp_path / "val.npz")]
