@@ -50,12 +50,11 @@ def read_file(path: str | Path, progress: LabelledProgress | None = None) -> tup
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if not start:
         raise CheckpointError(f"{file}: the file is empty")
-    header: dict[str, Any] = {}
     # A safetensors file starts with 8 bytes, the length of its JSON header, and the header's brace.
     if start[8:] == b"{":
         content, header = _read_safetensors(file)
     else:
-        content = _read_pickle(file, zipped=start[:2] == b"PK")
+        content, header = _read_pickle(file, zipped=start[:2] == b"PK"), {}
     if next(named_tensors(content), None) is None:
         raise CheckpointError(f"{file}: contains no named tensors")
     return file, content, header
