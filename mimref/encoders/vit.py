@@ -66,23 +66,18 @@ class Architecture:
     @classmethod
     def from_config(cls, config: EncoderConfig) -> Self:
         """The architecture that the settings name. Raises ConfigError for an unknown name."""
-        if config.arch == "custom":
+        name, size = config.arch, config.image_size
+        if name == "custom" or name in PAPER_SIZES:
             # The settings refuse a custom architecture that lacks one of them.
-            width, depth, num_heads, patch_size = (int(getattr(config, key)) for key in _SIZE_KEYS)
-        elif config.arch in PAPER_SIZES:
-            width, depth, num_heads, patch_size = PAPER_SIZES[config.arch]
-        else:
-            return cls._of_timm(config.arch, config.image_size)
-        return cls(config.arch, config.image_size, width, depth, num_heads, patch_size, config.source == "d2v2")
-
-    @classmethod
-    def _of_timm(cls, name: str, image_size: int) -> Self:
+            sizes = PAPER_SIZES.get(name) or (int(getattr(config, key)) for key in _SIZE_KEYS)
+            width, depth, num_heads, patch_size = sizes
+            return cls(name, size, width, depth, num_heads, patch_size, config.source == "d2v2")
         with torch.device("meta"):
-            vit = _timm_vit(name, image_size)
+            vit = _timm_vit(name, size)
         first_parts: Iterable[Any] = vit.blocks[0].modules()
         return cls(
             name,
-            image_size,
+            size,
             width=vit.embed_dim,
             depth=len(vit.blocks),
             # In parallel blocks the number is an attribute of several attentions, or of the block.
@@ -322,15 +317,10 @@ def timm_options(architecture: Architecture) -> dict[str, Any]:
 
 
 def is_plain_vit(name: str) -> bool:
-    """Whether timm's `name` is a VisionTransformer on plain patches. Raises ConfigError for an unknown name."""
-    _check_timm_name(name)
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, num_classes=0)
-    return type(model) is VisionTransformer and isinstance(model.patch_embed, PatchEmbed)
+    """Whether timm's `name` is a VisionTransformer on plain patches.
 
-
-def _check_timm_name(name: str) -> None:
-    """Raise ConfigError, with the nearest known name, unless timm has a model and, after a dot, a tag of that name."""
+    Raises ConfigError, with the nearest known name, unless timm has a model and, after a dot, a tag of that name.
+    """
     if not timm.is_model(name):
         hint = did_you_mean(name, [*PAPER_SIZES, "custom", *timm.list_models()])
         raise ConfigError(f"unknown architecture {name!r}{hint} (the paper's are {', '.join(PAPER_SIZES)})")
@@ -338,6 +328,9 @@ def _check_timm_name(name: str) -> None:
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
     if tag and tag not in tags:
         raise ConfigError(f"unknown architecture {name!r}: timm's weights of {model} are {', '.join(tags) or 'none'}")
+    with torch.device("meta"):
+        vit = timm.create_model(name, pretrained=False, num_classes=0)
+    return type(vit) is VisionTransformer and isinstance(vit.patch_embed, PatchEmbed)
 
 
 def _timm_vit(name: str, image_size: int) -> VisionTransformer:
