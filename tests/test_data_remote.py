@@ -179,7 +179,7 @@ def test_what_cannot_be_opened_is_told(server: Server) -> None:
     for fault in ("no parts", "says no parts"):
         server.faults |= {"no parts": 0, "says no parts": 0, fault: 1}
         with pytest.raises(
-            DataError, match=r"train/000\.tar: this server gives no parts of files; download the shards"
+            DataError, match=r"train/000\.tar: this server does not serve parts of files; download"
         ):
             opened(f"{server.url}/train/000.tar").read(0)
     server.faults |= {"says no parts": 0, "errors": 10**6}
@@ -226,12 +226,12 @@ def test_what_changes_with_reading_is_no_change(monkeypatch: pytest.MonkeyPatch)
         def info(self, path: str) -> dict[str, Any]:
             return told
 
-    monkeypatch.setattr(remote, "_system", lambda url: (System(), url))
-    first = remote.file_states(["sftp://a"])
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (System(), url))
+    first = remote.file_state("sftp://a")
     told |= {"time": 2, "name": "b"}
-    assert remote.file_states(["sftp://a"]) == first and first[0][0] == 7
+    assert remote.file_state("sftp://a") == first and first[0] == 7
     told["mtime"] = 6
-    assert remote.file_states(["sftp://a"]) != first
+    assert remote.file_state("sftp://a") != first
 
 
 def test_stars_where_the_file_system_lists_folders(tmp_path: Path) -> None:

@@ -223,9 +223,9 @@ def test_shards_are_read_through_once(tmp_path: Path, monkeypatch: pytest.Monkey
     scans: list[str] = []
     scan = archive._samples
 
-    def note(shard: str, where: str) -> Any:
-        scans.append(shard)
-        return scan(shard, where)
+    def note(file: Any, where: str) -> Any:
+        scans.append(where)
+        return scan(file, where)
 
     monkeypatch.setattr(archive, "_samples", note)
     first = opened(tmp_path)

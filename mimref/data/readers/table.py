@@ -10,7 +10,6 @@ A path is opened as written, `..` and links included: unlike an archive, a table
 
 import os
 import re
-from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -91,21 +90,19 @@ def _paths(column: pa.ChunkedArray, where: str) -> PathList:
     if not _is_text(column.type):
         raise DataError(f"{where}: column 'path' holds {column.type}, not text")
     column = column.cast(pa.string())
-    _refuse(pc.fill_null(pc.equal(column, ""), True), "has no path", where)
-    _refuse(pc.match_substring(column, "://"), "is an address, not a file; download the images first", where)
-    _refuse(pc.match_substring(column, "\0"), "has a path with a zero byte", where)
+    for bad, what in (
+        (pc.fill_null(pc.equal(column, ""), True), "has no path"),
+        (pc.match_substring(column, "://"), "is an address, not a file; download the images first"),
+        (pc.match_substring(column, "\0"), "has a path with a zero byte"),
+    ):
+        if (row := pc.index(bad, True).as_py()) >= 0:
+            raise DataError(f"{where}: row {row + 1} {what}")
     packed = pa.concat_arrays([pa.array([], pa.large_binary()), *column.cast(pa.large_binary()).chunks])
     _, ends, content = packed.buffers()
     return PathList(
         np.frombuffer(content, dtype=np.uint8),
         np.frombuffer(ends, dtype=np.int64)[packed.offset : packed.offset + len(packed) + 1],
     )
-
-
-def _refuse(bad: pa.ChunkedArray, what: str, where: str) -> None:
-    first = pc.index(bad, True).as_py()
-    if first >= 0:
-        raise DataError(f"{where}: row {first + 1} {what}")
 
 
 def _rows_of(column: pa.ChunkedArray, split: Split, where: str) -> tuple[Indices, Indices]:
@@ -117,13 +114,11 @@ def _rows_of(column: pa.ChunkedArray, split: Split, where: str) -> tuple[Indices
         row = pc.index(names, unknown[0]).as_py() + 1
         near = did_you_mean(unknown[0], SPLITS)
         raise DataError(f"{where}: row {row} has split {printable(unknown[0])!r}{near} (known: {', '.join(SPLITS)})")
-    rows: Mapping[str, Indices] = {
-        name: np.flatnonzero(pc.equal(names, name).to_numpy()).astype(np.int64) for name in SPLITS
-    }
-    chosen = rows["train"] if split == "train" else rows["val"] if len(rows["val"]) else rows["test"]
+    train, val, test = (np.flatnonzero(pc.equal(names, name).to_numpy()) for name in SPLITS)
+    chosen = train if split == "train" else val if len(val) else test
     if not len(chosen):
         raise NoSplitError(f"{where}: no row has split {'train' if split == 'train' else 'val or test'}")
-    return chosen, rows["train"]
+    return chosen, train
 
 
 def _labels(column: pa.ChunkedArray, rows: Indices, where: str) -> RawLabels | None:
