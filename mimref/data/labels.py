@@ -41,11 +41,11 @@ class RawLabels:
         """
         return sorted(self.names, key=int) if all(_is_whole(name) for name in self.names) else sorted(self.names)
 
-    def encode(self, classes: Sequence[str], where: str) -> Indices:
-        """(N,) index into `classes` of every image. Raises DataError, beginning with `where`, for any other label."""
+    def encode(self, classes: Sequence[str]) -> Indices:
+        """(N,) index into `classes` of every image. Raises DataError for any other label."""
         if unknown := sorted(set(self.names) - set(classes)):
             raise DataError(
-                f"{where}: class {printable(unknown[0])!r} of the validation images is not in the training images; "
+                f"class {printable(unknown[0])!r} of the validation images is not in the training images; "
                 "both need the same classes"
             )
         number = {name: index for index, name in enumerate(classes)}

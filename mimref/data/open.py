@@ -66,11 +66,12 @@ def open_source(
     spec = data.spec
     if spec is None:
         raise ConfigError(f"no images: pass --data ({ACCEPTED})")
-    source = _open(spec, data, split, progress)
-    if need_labels and source.labels is None:
-        raise DataError(
-            f"--data {printable(spec)}: the {split} images have no labels, which this needs; {_how_to_label(spec)}"
-        )
+    try:
+        source = _open(spec, data, split, progress)
+        if need_labels and source.labels is None:
+            raise DataError(f"the {split} images have no labels, which this needs; {_how_to_label(spec)}")
+    except DataError as error:
+        raise type(error)(f"--data {printable(spec)}: {error}") from error
     if split == "train" and data.train_limit is not None:
         source.select(first_images(len(source), source.labels, limit=data.train_limit))
     return source
@@ -108,5 +109,5 @@ def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress 
     if not os.path.isdir(root):
         near = did_you_mean(spec, (*NAMES, "torchvision:"))
         what = "is a file, not a folder" if os.path.exists(root) else f"no such folder or data set{near}"
-        raise DataError(f"--data {printable(spec)}: {what} (accepted: {ACCEPTED})")
+        raise DataError(f"{what} (accepted: {ACCEPTED})")
     return open_folder(spec, split, progress)

@@ -27,8 +27,8 @@ class Sample(NamedTuple):
     label: str | None
 
 
-def list_samples(shard: str, where: str) -> list[Sample]:
-    """The samples of one shard that have an image. `where` begins messages.
+def list_samples(shard: str) -> list[Sample]:
+    """The samples of one shard that have an image.
 
     Raises DataError for a shard that is truncated, damaged or not a tar file, and for members that are links or whose
     names lead out of it; UnreachableError for a server that does not answer.
@@ -36,27 +36,26 @@ def list_samples(shard: str, where: str) -> list[Sample]:
     shown = printable(shard)
     try:
         with open_sequential(shard) if is_remote(shard) else open(shard, "rb") as file:
-            return list(_samples(file, f"{where}: {shown}"))
+            return list(_samples(file, shown))
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         raise DataError(
-            f"{where}: {shown} is not an intact, uncompressed tar file ({reason_of(error)}); get it again, or leave "
-            "it out"
+            f"{shown} is not an intact, uncompressed tar file ({reason_of(error)}); get it again, or leave it out"
         ) from error
 
 
-def _samples(file: IO[bytes], where: str) -> Iterator[Sample]:
+def _samples(file: IO[bytes], shard: str) -> Iterator[Sample]:
     """The samples of an open shard: runs of members that share a name."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        for _, run in groupby(_members(archive, where), key=lambda found: found[0]):
+        for _, run in groupby(_members(archive, shard), key=lambda found: found[0]):
             parts: dict[str, tarfile.TarInfo] = {}
             label = None
             for _, kind, member in run:
                 shown = printable(member.name)
                 if kind in parts:
-                    raise DataError(f"{where} holds {shown} twice")
+                    raise DataError(f"{shard} holds {shown} twice")
                 parts[kind] = member
                 if kind == "cls" or (kind == "json" and label is None):
-                    label = _label(archive, member, kind, f"{where}/{shown}")
+                    label = _label(archive, member, kind, f"{shard}/{shown}")
             if image := next((parts[kind] for kind in IMAGES if kind in parts), None):
                 yield Sample(image.name, image.offset_data, image.size, label)
         # tarfile takes anything but a header for the end of the archive.
@@ -68,7 +67,7 @@ def _samples(file: IO[bytes], where: str) -> Iterator[Sample]:
             raise tarfile.ReadError(f"something follows its end mark after {len(archive.getmembers())} members")
 
 
-def _members(archive: tarfile.TarFile, where: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+def _members(archive: tarfile.TarFile, shard: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Sample, suffix in lower case, and header of every file that belongs to a sample.
 
     Refuses members that a data set does not need, and that an attack would use.
@@ -76,10 +75,10 @@ def _members(archive: tarfile.TarFile, where: str) -> Iterator[tuple[str, str, t
     for member in archive:
         name = printable(member.name)
         if member.name.startswith("/") or ".." in member.name.split("/"):
-            raise DataError(f"{where} is refused: its member {name} leads out of the archive")
+            raise DataError(f"{shard} is refused: its member {name} leads out of the archive")
         if not (member.isfile() or member.isdir()) or member.issparse():
             what = "a link" if member.issym() or member.islnk() else "not a regular file"
-            raise DataError(f"{where} is refused: its member {name} is {what}")
+            raise DataError(f"{shard} is refused: its member {name} is {what}")
         if member.isfile() and (match := _MEMBER.fullmatch(member.name)):
             yield match[1], match[2].lower(), member
 

@@ -35,9 +35,7 @@ def open_folder(spec: str, split: Split, progress: LabelledProgress | None = Non
     part = train if split == "train" else held
     if part is None:
         present, missing = (f"{held}/", "train/") if split == "train" else ("train/", "val/ or test/")
-        raise NoSplitError(
-            f"--data {shown}: has {present} but no {missing}; create it, or name the folder of images itself"
-        )
+        raise NoSplitError(f"has {present} but no {missing}; create it, or name the folder of images itself")
     folder = os.path.join(root, part)
     listing = list_folder(folder, progress)
     own = classes = listing.class_folders()
@@ -47,8 +45,7 @@ def open_folder(spec: str, split: Split, progress: LabelledProgress | None = Non
         classes = own  # the training images have no classes, so the validation images define their own, if any
     elif unknown := sorted(set(own) - set(classes)):
         raise DataError(
-            f"--data {shown}: class {printable(unknown[0])!r} of {part}/ is not in train/; "
-            "both need the same class folders"
+            f"class {printable(unknown[0])!r} of {part}/ is not in train/; both need the same class folders"
         )
     return _as_source(shown, folder, listing, classes if own else [])
 
@@ -56,7 +53,7 @@ def open_folder(spec: str, split: Split, progress: LabelledProgress | None = Non
 def _as_source(name: str, folder: str, listing: "Listing", classes: list[str]) -> FileSource:
     """All images below a folder; with two or more classes, the first part of a path is the class."""
     if not len(listing):
-        raise DataError(f"--data {name}: no images in {printable(folder)} (*{', *'.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(f"no images in {printable(folder)} (*{', *'.join(sorted(IMAGE_SUFFIXES))})")
     if len(classes) < 2:
         return FileSource(name, folder, listing.files, None, None)
     number = {name: index for index, name in enumerate(classes)}

@@ -55,7 +55,7 @@ def open_fashion_mnist(data: DataConfig, split: Split) -> ArraySource:
     found = next((paths for paths in candidates if all(paths)), None)
     if found is None:
         raise DataError(
-            f"--data fashion-mnist: no {stems[0]}[.gz] with its labels in {', '.join(folders)}; "
+            f"no {stems[0]}[.gz] with its labels in {', '.join(folders)}; "
             "install Debian's dataset-fashion-mnist, name their folder with --set data.root=FOLDER, or download with "
             "--data torchvision:FashionMNIST --set data.root=FOLDER --set data.download=true"
         )
@@ -101,9 +101,9 @@ def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource
     name = known.get(asked.lower())
     if name is None:
         near = did_you_mean(asked.lower(), known)
-        raise DataError(f"--data torchvision:{asked}: unknown data set{near} (known: {', '.join(TORCHVISION_NAMES)})")
+        raise DataError(f"unknown data set{near} (known: {', '.join(TORCHVISION_NAMES)})")
     if data.root is None:
-        raise DataError(f"--data torchvision:{name} needs the folder of its files: --set data.root=FOLDER")
+        raise DataError("needs the folder of its files: --set data.root=FOLDER")
     root, train, download = os.path.expanduser(data.root), split == "train", data.download
     dataset: Any
     try:
@@ -117,7 +117,7 @@ def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource
                 dataset = getattr(datasets, name)(root, split="train" if train else "test", download=download)
     except Exception as error:  # each class has its own: missing or corrupt files, no network, a missing package
         advice = "" if download else "; --set data.download=true fetches it"
-        raise DataError(f"--data torchvision:{name} in {root}: {reason_of(error)}{advice}") from error
+        raise DataError(f"{root}: {reason_of(error)}{advice}") from error
     return _wrap_torchvision(f"torchvision:{name}", root, dataset, split)
 
 

@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from glob import escape, glob, has_magic
 
 import numpy as np
@@ -132,43 +132,42 @@ def open_shards(spec: str, split: Split, progress: LabelledProgress | None = Non
     Raises DataError for shards that are missing, truncated or damaged, for members that are links or whose names lead
     out of the archive, when there is no image, and when a split is only partly labelled.
     """
-    where = f"--data {printable(spec)}"
-    shards, train_shards = _find_shards(os.path.expanduser(spec.removeprefix("wds:")), split, where)
-    index = _index(shards, where, progress)
+    shards, train_shards = _find_shards(os.path.expanduser(spec.removeprefix("wds:")), split)
+    index = _index(shards, progress)
     labels, classes = None, None
     if index.labels is not None and (split == "train" or train_shards is not None):
-        train = _index(train_shards, where, progress).labels if train_shards and split == "val" else None
+        train = _index(train_shards, progress).labels if train_shards and split == "val" else None
         classes = (train or index.labels).classes()
-        labels = index.labels.encode(classes, where)
+        labels = index.labels.encode(classes)
     return ShardSource(printable(spec), np.arange(len(index)), labels, classes, index)
 
 
 # --- which shards
 
 
-def _find_shards(pattern: str, split: Split, where: str) -> tuple[list[str], list[str] | None]:
+def _find_shards(pattern: str, split: Split) -> tuple[list[str], list[str] | None]:
     """Shards of a split; and those of the training images where the splits are separate."""
     if pattern.startswith("pipe:"):
-        raise DataError(f"{where}: shards from a pipe can only be read in sequence; give their URLs")
+        raise DataError("shards from a pipe can only be read in sequence; give their URLs")
     if is_remote(pattern) and not has_magic(pattern) and not pattern.endswith(".tar") and "{" not in pattern:
-        raise DataError(f"{where}: name the shards, such as {pattern.rstrip('/')}/train-{{000..127}}.tar")
+        raise DataError(f"name the shards, such as {pattern.rstrip('/')}/train-{{000..127}}.tar")
     if folder := os.path.isdir(pattern):
         splits = any(os.path.isdir(os.path.join(pattern, name)) for name in ("train", *HELD_OUT))
         pattern = os.path.join(escape(pattern), "{split}" if splits else "", "*.tar")
     if "{split}" not in pattern:
-        found = _expand(pattern, where)
+        found = _expand(pattern)
         if not found:
-            raise DataError(f"{where}: no shards there (*.tar)" if folder else f"{where}: no file has such a name")
+            raise DataError("no shards there (*.tar)" if folder else "no file has such a name")
         return found, None
-    train = _expand(pattern, where, split="train")
-    held = (_expand(pattern, where, split=name) for name in HELD_OUT)
+    train = _expand(pattern, split="train")
+    held = (_expand(pattern, split=name) for name in HELD_OUT)
     chosen = train if split == "train" else next(filter(None, held), [])
     if not chosen:
-        raise NoSplitError(f"{where}: no shards of {'train' if split == 'train' else 'val, validation or test'}")
+        raise NoSplitError(f"no shards of {'train' if split == 'train' else 'val, validation or test'}")
     return chosen, train
 
 
-def _expand(pattern: str, where: str, *, split: str = "") -> list[str]:
+def _expand(pattern: str, *, split: str = "") -> list[str]:
     """Paths of a split that match a pattern: in the order of its braces, and sorted where it has stars.
 
     Raises DataError for a path that braces name and that does not exist. A split may have no shard at all, and a
@@ -190,14 +189,14 @@ def _expand(pattern: str, where: str, *, split: str = "") -> list[str]:
     missing = [path for path in literal if not exists[path]]
     at_the_end = literal[len(literal) - len(missing) :] == missing
     if missing and not (split and not found) and not (split in HELD_OUT and at_the_end):
-        raise DataError(f"{where}: no such shard: {printable(missing[0])}")
+        raise DataError(f"no such shard: {printable(missing[0])}")
     return list(found)
 
 
 # --- where their images are
 
 
-def _index(shards: list[str], where: str, progress: LabelledProgress | None) -> ShardIndex:
+def _index(shards: list[str], progress: LabelledProgress | None) -> ShardIndex:
     """The index of all images, from the cache if no shard has changed."""
     key = b"\0".join(os.fsencode(shard if is_remote(shard) else os.path.abspath(shard)) for shard in shards)
     paths = PathList.pack(shards)
@@ -212,7 +211,7 @@ def _index(shards: list[str], where: str, progress: LabelledProgress | None) -> 
 
     def scan(report: Progress) -> tuple[ShardIndex, Arrays]:
         states, scanned_ns = _states(shards), time.time_ns()
-        index = _scan(paths, states, where, report)
+        index = _scan(paths, states, report)
         arrays: Arrays = {
             "states": np.stack([states[:, 0], comparable_times(states[:, 1], scanned_ns)], axis=1),
             "shard": index.shard,
@@ -227,7 +226,7 @@ def _index(shards: list[str], where: str, progress: LabelledProgress | None) -> 
 
     index = load_or_scan("shards", key, progress, unpack=unpack, scan=scan)
     if not len(index):
-        raise DataError(f"{where}: no images in these shards (*.{', *.'.join(IMAGES)})")
+        raise DataError(f"no images in these shards (*.{', *.'.join(IMAGES)})")
     return index
 
 
@@ -246,12 +245,12 @@ def _state(shard: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _scan(shards: PathList, states: Indices, where: str, report: Progress) -> ShardIndex:
+def _scan(shards: PathList, states: Indices, report: Progress) -> ShardIndex:
     """Read the headers of one shard after the other."""
+    remote = is_remote(shards[0])
     shard: list[int] = []
     found: list[Sample] = []
-    read = partial(list_samples, where=where)
-    for number, samples in enumerate(map_concurrently(read, shards) if is_remote(shards[0]) else map(read, shards)):
+    for number, samples in enumerate(map_concurrently(list_samples, shards) if remote else map(list_samples, shards)):
         shard += [number] * len(samples)
         found += samples
         report(number + 1, len(shards))
@@ -259,7 +258,7 @@ def _scan(shards: PathList, states: Indices, where: str, report: Progress) -> Sh
     if labels and len(labels) < len(found):
         first = next(number for number, sample in enumerate(found) if sample.label is None)
         name = printable(os.path.join(shards[shard[first]], found[first].member))
-        raise DataError(f"{where}: {name} has no label (.cls, or label in .json), though other images have")
+        raise DataError(f"{name} has no label (.cls, or label in .json), though other images have")
     return ShardIndex(
         shards,
         np.array(shard, dtype=np.int64),
