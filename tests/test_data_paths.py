@@ -2,7 +2,7 @@
 
 import pytest
 
-from mimref.data.index.paths import PathList
+from mimref.data.sources import PathList
 
 
 def test_path_lists_are_the_lists_they_were_made_of() -> None:

@@ -178,9 +178,7 @@ def test_what_cannot_be_opened_is_told(server: Server) -> None:
         assert "\n" not in str(caught.value)
     for fault in ("no parts", "says no parts"):
         server.faults |= {"no parts": 0, "says no parts": 0, fault: 1}
-        with pytest.raises(
-            DataError, match=r"train/000\.tar: this server does not serve parts of files; download"
-        ):
+        with pytest.raises(DataError, match=r"train/000\.tar: this server does not serve parts of files; download"):
             opened(f"{server.url}/train/000.tar").read(0)
     server.faults |= {"says no parts": 0, "errors": 10**6}
     with pytest.raises(DataError, match=r"http[^\n]*000\.tar: cannot be read from there \(503[^\n]*$"):

@@ -1,14 +1,16 @@
-"""From labels as people write them to classes 0, 1, ..."""
+"""Labels: from what people write to classes 0, 1, ..., and choices of images with equal shares of the classes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mimref.data.decode import printable
-from mimref.data.splits import Indices
-from mimref.errors import DataError
+from mimref.errors import ConfigError, DataError
+
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,34 @@ class RawLabels:
 def _is_whole(text: str) -> bool:
     digits = text.removeprefix("-")
     return digits.isascii() and digits.isdigit() and str(int(text)) == text
+
+
+def stratified_split(labels: Indices, *, held_out: float) -> tuple[Indices, Indices]:
+    """Split (N,) labels into training and held-out indices with equal class shares, each in data order.
+
+    The draw is fixed (scikit-learn's `train_test_split` with random_state 0), so that results compare across runs.
+    """
+    from sklearn.model_selection import train_test_split
+
+    everyone = np.arange(len(labels), dtype=np.int64)
+    train, held = train_test_split(everyone, test_size=held_out, stratify=labels, random_state=0)
+    return np.sort(train), np.sort(held)
+
+
+def first_images(count: int, labels: Indices | None, *, limit: int) -> Indices:
+    """Indices, in data order, of the training images that `data.train_limit` selects from `count`.
+
+    With labels, classes take turns (first image of every class, then the second, ...), so class sizes differ by one at
+    most until a class runs out. Raises ConfigError when the limit exceeds `count`.
+    """
+    if limit > count:
+        raise ConfigError(
+            f"data.train_limit is {limit}, but there are {count} training images; lower it or leave it out"
+        )
+    if labels is None:
+        return np.arange(limit, dtype=np.int64)
+    by_class = np.argsort(labels, kind="stable")
+    _, class_sizes = np.unique(labels, return_counts=True)
+    turn = np.empty(count, dtype=np.int64)
+    turn[by_class] = np.concatenate([np.arange(size) for size in class_sizes])
+    return np.sort(np.lexsort((labels, turn))[:limit]).astype(np.int64)

@@ -19,11 +19,11 @@ from glob import escape
 from mimref.config.base import DataConfig
 from mimref.data.decode import printable
 from mimref.data.index.remote import is_remote
+from mimref.data.labels import first_images
 from mimref.data.readers.folder import open_folder
 from mimref.data.readers.named import open_digits, open_fashion_mnist, open_torchvision
 from mimref.data.readers.wds import open_shards
 from mimref.data.sources import ArraySource, EncodedSource, ImageSource, Split
-from mimref.data.splits import first_images
 from mimref.errors import ConfigError, DataError, did_you_mean
 from mimref.progress import LabelledProgress
 

@@ -136,9 +136,8 @@ def _scale_boxes(boxes_N4: Tensor, size_N2: Tensor, decoded_N2: Tensor) -> Tenso
     f.
     """
     start_N2, length_N2 = boxes_N4.split(2, dim=1)
-    first_N2, end_N2 = (
-        (2 * edge_N2 * decoded_N2 + size_N2) // (2 * size_N2) for edge_N2 in (start_N2, start_N2 + length_N2)
-    )
+    edges = (start_N2, start_N2 + length_N2)
+    first_N2, end_N2 = ((2 * edge_N2 * decoded_N2 + size_N2) // (2 * size_N2) for edge_N2 in edges)
     return torch.cat([first_N2, end_N2 - first_N2], dim=1)
 
 
@@ -152,13 +151,7 @@ class Photometric:
     """
 
     def __init__(
-        self,
-        config: ViewsConfig,
-        seed: int,
-        device: torch.device,
-        *,
-        mean: RGB = IMAGENET_MEAN,
-        std: RGB = IMAGENET_STD,
+        self, config: ViewsConfig, seed: int, device: torch.device, mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD
     ) -> None:
         self.config, self.seed, self.device = config, seed, device
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
@@ -218,7 +211,7 @@ class Photometric:
     def _blur(self, image: Tensor, draw: Tensor, view_N: Tensor) -> None:
         low, high = self.config.blur_sigma
         sigma = send(low + (high - low) * draw[:, 1], self.device)
-        chosen = draw[:, 0] < self._by_view(self.config.blur_probability, view_N)
+        chosen = draw[:, 0] < _by_view(self.config.blur_probability, view_N)
         self._change(image, chosen, lambda part, rows: gaussian_blur(part, sigma[rows]))
 
     def _gray(self, image: Tensor, draw: Tensor) -> None:
@@ -226,12 +219,13 @@ class Photometric:
         self._change(image, chosen, lambda part, _: _luminance(part).expand_as(part))
 
     def _solarize(self, image: Tensor, draw: Tensor, view_N: Tensor) -> None:
-        chosen = draw[:, 0] < self._by_view(self.config.solarize_probability, view_N)
+        chosen = draw[:, 0] < _by_view(self.config.solarize_probability, view_N)
         self._change(image, chosen, lambda part, _: torch.where(part >= _SOLARIZE_FROM, 1 - part, part))
 
-    @staticmethod
-    def _by_view(values: tuple[float, float, float], view_N: Tensor) -> Tensor:
-        return torch.tensor(values)[view_N.clamp_max(2)]
+
+def _by_view(values: tuple[float, float, float], view_N: Tensor) -> Tensor:
+    """One value for every view, of those for view 0, view 1 and all local views."""
+    return torch.tensor(values)[view_N.clamp_max(2)]
 
 
 def _luminance(image: Tensor) -> Tensor:

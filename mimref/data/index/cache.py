@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mimref.data.splits import Indices
+from mimref.data.labels import Indices
 from mimref.errors import OutputError
 from mimref.files import atomic_write, cache_folder
 from mimref.locks import one_at_a_time

@@ -6,6 +6,7 @@ credentials where those packages look for them.
 
 import errno
 import hashlib
+import os
 import re
 import tarfile
 import threading
@@ -73,8 +74,15 @@ def map_concurrently(
 def file_state(url: str) -> tuple[int, int]:
     """Size in bytes, and a number that changes with the content, as far as the server tells; MISSING without a file.
 
+    The number of a local file is its modification time, in nanoseconds.
     Raises UnreachableError, and DataError for a file system that is not installed.
     """
+    if not is_remote(url):
+        try:
+            status = os.stat(url)
+        except OSError:
+            return MISSING
+        return status.st_size, status.st_mtime_ns
     try:
         with _client(url) as (system, path):
             info: dict[str, Any] = system.info(path)

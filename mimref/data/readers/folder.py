@@ -12,9 +12,8 @@ import numpy as np
 
 from mimref.data.decode import printable
 from mimref.data.index.cache import Arrays, comparable_times, load_or_scan
-from mimref.data.index.paths import PathList
-from mimref.data.sources import FileSource, NoSplitError, Split
-from mimref.data.splits import Indices
+from mimref.data.labels import Indices
+from mimref.data.sources import FileSource, NoSplitError, PathList, Split
 from mimref.errors import DataError
 from mimref.progress import LabelledProgress, Progress
 

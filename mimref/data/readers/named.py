@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mimref.config.base import DataConfig
 from mimref.data.decode import reason_of
+from mimref.data.labels import stratified_split
 from mimref.data.sources import ArraySource, FileSource, Split
-from mimref.data.splits import stratified_split
 from mimref.errors import DataError, did_you_mean
 from mimref.locks import one_at_a_time
 
@@ -104,19 +104,18 @@ def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource
         raise DataError(f"unknown data set{near} (known: {', '.join(TORCHVISION_NAMES)})")
     if data.root is None:
         raise DataError("needs the folder of its files: --set data.root=FOLDER")
-    root, train, download = os.path.expanduser(data.root), split == "train", data.download
-    dataset: Any
+    root, train = os.path.expanduser(data.root), split == "train"
+    part: dict[str, Any] = {"split": "train" if train else "test"}
+    if name in ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"):
+        part = {"train": train}
+    elif name == "OxfordIIITPet" and train:
+        part = {"split": "trainval"}
     try:
         # torchvision unpacks under the files' final names, so another process would read incomplete ones.
-        with one_at_a_time(Path(root, name)) if download else nullcontext():
-            if name in ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"):
-                dataset = getattr(datasets, name)(root, train=train, download=download)
-            elif name == "OxfordIIITPet":
-                dataset = datasets.OxfordIIITPet(root, split="trainval" if train else "test", download=download)
-            else:
-                dataset = getattr(datasets, name)(root, split="train" if train else "test", download=download)
+        with one_at_a_time(Path(root, name)) if data.download else nullcontext():
+            dataset = getattr(datasets, name)(root, download=data.download, **part)
     except Exception as error:  # each class has its own: missing or corrupt files, no network, a missing package
-        advice = "" if download else "; --set data.download=true fetches it"
+        advice = "" if data.download else "; --set data.download=true fetches it"
         raise DataError(f"{root}: {reason_of(error)}{advice}") from error
     return _wrap_torchvision(f"torchvision:{name}", root, dataset, split)
 

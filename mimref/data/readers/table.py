@@ -18,10 +18,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from mimref.data.decode import printable, reason_of
-from mimref.data.index.paths import PathList
-from mimref.data.labels import RawLabels
-from mimref.data.sources import FileSource, NoSplitError, Split
-from mimref.data.splits import Indices
+from mimref.data.labels import Indices, RawLabels
+from mimref.data.sources import FileSource, NoSplitError, PathList, Split
 from mimref.errors import DataError, did_you_mean
 
 COLUMNS = ("path", "label", "split")

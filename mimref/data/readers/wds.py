@@ -26,21 +26,11 @@ import numpy as np
 from braceexpand import braceexpand
 
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, printable, reason_of
+from mimref.data.index import remote
 from mimref.data.index.cache import Arrays, comparable_times, load_or_scan
-from mimref.data.index.paths import PathList
-from mimref.data.index.remote import (
-    MISSING,
-    PART_THREADS,
-    expand_stars,
-    file_state,
-    is_remote,
-    map_concurrently,
-    read_part,
-)
 from mimref.data.index.tar import IMAGES, Sample, list_samples
-from mimref.data.labels import RawLabels
-from mimref.data.sources import EncodedSource, NoSplitError, Split
-from mimref.data.splits import Indices
+from mimref.data.labels import Indices, RawLabels
+from mimref.data.sources import EncodedSource, NoSplitError, PathList, Split
 from mimref.errors import DataError
 from mimref.progress import LabelledProgress, Progress
 
@@ -78,16 +68,16 @@ class ShardSource(EncodedSource):
 
     def fetch(self, indices: Sequence[int]) -> None:
         """See `ImageSource`."""
-        if is_remote(self.index.shards[0]):
-            threads = min(PART_THREADS, len(indices))
-            parts = map_concurrently(read_part, map(self._place, indices), threads=threads)
+        if remote.is_remote(self.index.shards[0]):
+            threads = min(remote.PART_THREADS, len(indices))
+            parts = remote.map_concurrently(remote.read_part, map(self._place, indices), threads=threads)
             self._fetched = dict(zip(indices, parts, strict=True))
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `ImageSource`."""
         shard, start, size = self._place(index)
         try:
-            if is_remote(shard):
+            if remote.is_remote(shard):
                 if index not in self._fetched:
                     self.fetch([index])
                 content = self._fetched.pop(index)
@@ -149,7 +139,7 @@ def _find_shards(pattern: str, split: Split) -> tuple[list[str], list[str] | Non
     """Shards of a split; and those of the training images where the splits are separate."""
     if pattern.startswith("pipe:"):
         raise DataError("shards from a pipe can only be read in sequence; give their URLs")
-    if is_remote(pattern) and not has_magic(pattern) and not pattern.endswith(".tar") and "{" not in pattern:
+    if remote.is_remote(pattern) and not has_magic(pattern) and not pattern.endswith(".tar") and "{" not in pattern:
         raise DataError(f"name the shards, such as {pattern.rstrip('/')}/train-{{000..127}}.tar")
     if folder := os.path.isdir(pattern):
         splits = any(os.path.isdir(os.path.join(pattern, name)) for name in ("train", *HELD_OUT))
@@ -179,11 +169,11 @@ def _expand(pattern: str, *, split: str = "") -> list[str]:
     except ValueError:  # unbalanced braces are part of a name
         paths = [pattern]
     literal = [path for path in paths if not has_magic(path)]
-    exists = dict(zip(literal, _states(literal)[:, 0] != MISSING[0], strict=True))
+    exists = dict(zip(literal, _states(literal)[:, 0] != remote.MISSING[0], strict=True))
     found: dict[str, None] = {}
     for path in paths:
         if path not in exists:
-            found |= dict.fromkeys(expand_stars(path) if is_remote(path) else sorted(glob(path)))
+            found |= dict.fromkeys(remote.expand_stars(path) if remote.is_remote(path) else sorted(glob(path)))
         elif exists[path]:
             found[path] = None
     missing = [path for path in literal if not exists[path]]
@@ -198,7 +188,7 @@ def _expand(pattern: str, *, split: str = "") -> list[str]:
 
 def _index(shards: list[str], progress: LabelledProgress | None) -> ShardIndex:
     """The index of all images, from the cache if no shard has changed."""
-    key = b"\0".join(os.fsencode(shard if is_remote(shard) else os.path.abspath(shard)) for shard in shards)
+    key = b"\0".join(os.fsencode(shard if remote.is_remote(shard) else os.path.abspath(shard)) for shard in shards)
     paths = PathList.pack(shards)
 
     def unpack(saved: Arrays) -> ShardIndex | None:
@@ -232,25 +222,15 @@ def _index(shards: list[str], progress: LabelledProgress | None) -> ShardIndex:
 
 def _states(shards: Sequence[str]) -> Indices:
     """(number of shards, 2): size and time of modification of each, or `MISSING`."""
-    remote = bool(shards) and is_remote(shards[0])
-    states = map_concurrently(file_state, shards) if remote else map(_state, shards)
-    return np.array(list(states), dtype=np.int64).reshape(-1, 2)
-
-
-def _state(shard: str) -> tuple[int, int]:
-    try:
-        status = os.stat(shard)
-    except OSError:
-        return MISSING
-    return status.st_size, status.st_mtime_ns
+    states = list(remote.map_concurrently(remote.file_state, shards))
+    return np.array(states, dtype=np.int64).reshape(-1, 2)
 
 
 def _scan(shards: PathList, states: Indices, report: Progress) -> ShardIndex:
-    """Read the headers of one shard after the other."""
-    remote = is_remote(shards[0])
+    """Read the headers of all shards."""
     shard: list[int] = []
     found: list[Sample] = []
-    for number, samples in enumerate(map_concurrently(list_samples, shards) if remote else map(list_samples, shards)):
+    for number, samples in enumerate(remote.map_concurrently(list_samples, shards)):
         shard += [number] * len(samples)
         found += samples
         report(number + 1, len(shards))
