@@ -106,8 +106,6 @@ def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None) -> Decoded
                     # Pillow takes the strongest reduction that keeps this size: exactly `factor`.
                     image.draft(None, (width // factor, height // factor))
                 rgb_HWC = _to_rgb(image)
-    except BadImage:
-        raise
     except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything
         raise BadImage(name, _reason(file, error)) from error
     return Decoded(torch.from_numpy(rgb_HWC).permute(2, 0, 1), height, width)

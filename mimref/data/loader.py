@@ -66,7 +66,7 @@ def crop_batches(
 ) -> Iterator[CropBatch]:
     """The evaluation crops of all images from position `start` on; those that cannot be read are listed as bad.
 
-    every: return only the first of each run of so many batches; other processes take the others.
+    every: return every n-th batch only; other processes take the others.
     Raises DeadWorkerError when a loader process dies.
     """
     size = len(source)
@@ -148,8 +148,8 @@ def view_batches(
     """Batches of all `epochs`, one after another; the last partial batch of an epoch is dropped.
 
     skip: batches of the first epoch that are already done. The batches are the same for every number of workers.
-    every: return only the first of each run of so many batches; other processes take the others. With 1, each process
-    takes its part of every batch.
+    every: return every n-th batch only; other processes take the others. With 1, each process takes its part of every
+    batch.
     reduce_jpeg: decode JPEG files smaller where no crop is enlarged by it. The crops show the same parts of the images
     with slightly different pixels, so protocols that compare with published numbers leave it off.
     Raises DeadWorkerError when a loader process dies.
@@ -208,7 +208,7 @@ def device_batches(batches: Iterator[ViewBatch], device: torch.device) -> Iterat
 
 
 def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """The same items; each is returned once the next one was taken."""
+    """The same items; each is returned once the next one has been taken."""
     waiting: list[_T] = []
     for item in items:
         waiting.append(item)

@@ -3,13 +3,13 @@
 - A folder with `train/` and `val/` (or `test/`), each with one folder per class, or with images and no classes.
 - Any other folder: all images in it, at any depth, for training and validation alike, without labels. Where the images
   lie in two or more subfolders and none beside them, the training images take the subfolders as classes; the validation
-  images are the same ones and stay unlabelled, so that nothing is ever scored on what it was fitted to.
+  images are the same ones and stay unlabelled, so that nothing is scored on the images it was fitted to.
 - `hf:FOLDER` and `hf:NAME`, a Hugging Face data set on disk or on the hub (see `mimref.data.readers.hf`).
 - `wds:SHARDS`, webdataset tar files (see `mimref.data.readers.wds`).
 - `list:FILE.csv` or `list:FILE.parquet`, a table of paths (see `mimref.data.readers.table`).
 - `digits`, `fashion-mnist`, `torchvision:NAME`. A folder of such a name is reached as `./digits`.
 
-Hidden files are ignored, and so are files whose name does not end like an image's.
+Hidden files and files without an image's suffix are ignored.
 """
 
 import os
@@ -49,7 +49,7 @@ def absolute_spec(spec: str) -> str:
         return spec
     absolute = os.path.abspath(path)
     if prefix == "wds:" and not os.path.isabs(path) and not os.path.isdir(path):
-        # A pattern: the folder that it starts from is not part of it.
+        # A pattern: the current folder's name is not part of it.
         absolute = os.path.normpath(os.path.join(escape(os.getcwd()), path))
     return prefix + absolute
 

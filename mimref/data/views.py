@@ -171,13 +171,14 @@ class Photometric:
         def draw(operation: Operation, numbers: int = 1) -> Tensor:
             return uniform(self.seed, epoch, operation, sample_N, view_N, count=numbers)
 
-        self._flip(image_N3SS, draw(Operation.FLIP))
+        self._change(image_N3SS, draw(Operation.FLIP)[:, 0] < self.config.flip, lambda part, _: part.flip(-1))
         if self.config.color:
             self._jitter(image_N3SS, draw(Operation.JITTER, 9))
         if self.config.blur:
             self._blur(image_N3SS, draw(Operation.BLUR, 2), view_N)
         if self.config.color:
-            self._gray(image_N3SS, draw(Operation.GRAY))
+            gray_N = draw(Operation.GRAY)[:, 0] < self.config.gray_probability
+            self._change(image_N3SS, gray_N, lambda part, _: _luminance(part).expand_as(part))
             self._solarize(image_N3SS, draw(Operation.SOLARIZE), view_N)
         normalised: Tensor = image_N3SS.sub_(self._mean).div_(self._std).unflatten(0, (count, batch))
         return normalised
@@ -188,9 +189,6 @@ class Photometric:
         if len(rows):
             rows = send(rows, self.device)
             image.index_copy_(0, rows, change(image.index_select(0, rows), rows))
-
-    def _flip(self, image: Tensor, draw: Tensor) -> None:
-        self._change(image, draw[:, 0] < self.config.flip, lambda part, _: part.flip(-1))
 
     def _jitter(self, image: Tensor, draw: Tensor) -> None:
         """draw (N, 9): whether to jitter, four strengths, and four numbers whose ranks order the operations."""
@@ -213,10 +211,6 @@ class Photometric:
         sigma = send(low + (high - low) * draw[:, 1], self.device)
         chosen = draw[:, 0] < _by_view(self.config.blur_probability, view_N)
         self._change(image, chosen, lambda part, rows: gaussian_blur(part, sigma[rows]))
-
-    def _gray(self, image: Tensor, draw: Tensor) -> None:
-        chosen = draw[:, 0] < self.config.gray_probability
-        self._change(image, chosen, lambda part, _: _luminance(part).expand_as(part))
 
     def _solarize(self, image: Tensor, draw: Tensor, view_N: Tensor) -> None:
         chosen = draw[:, 0] < _by_view(self.config.solarize_probability, view_N)
@@ -253,9 +247,8 @@ def shift_hue(image_N3SS: Tensor, turns_N11: Tensor) -> Tensor:
     top = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = top - low
-    sixth = torch.where(
-        top == red, green - blue, torch.where(top == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    )
+    sixth = torch.where(top == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    sixth = torch.where(top == red, green - blue, sixth)
     sixth /= torch.where(chroma > 0, chroma, 1)  # gray has no hue; any value will do
     sixth = (sixth + 6 * turns_N11).remainder_(6)
     # Around the circle, a channel is full for two sixths, empty for two, and linear in between.

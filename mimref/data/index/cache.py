@@ -26,8 +26,8 @@ its modification time would not show."""
 
 SAVE_FROM_IMAGES = 10_000
 LONG_SCAN_S = 1.0
-"""A scan is saved when it found at least so many images, or took at least so long: other processes may be waiting for
-it. A long one reports its progress."""
+"""A scan is saved when it found at least this many images, or took at least this long: other processes may be waiting
+for it. A long one reports its progress."""
 
 
 def comparable_times(modified_ns: Indices, scanned_ns: Indices | int) -> Indices:

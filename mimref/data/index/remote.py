@@ -162,7 +162,7 @@ def _client(url: str) -> Iterator[tuple[Any, str]]:
 
 
 def _unreachable(url: str, error: BaseException) -> UnreachableError:
-    return UnreachableError(f"{printable(url)}: cannot be read from there ({reason_of(error)})")
+    return UnreachableError(f"{printable(url)}: cannot be read ({reason_of(error)})")
 
 
 def _no_parts(url: str) -> DataError:

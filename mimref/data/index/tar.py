@@ -31,7 +31,7 @@ def list_samples(shard: str) -> list[Sample]:
     """The samples of one shard that have an image.
 
     Raises DataError for a shard that is truncated, damaged or not a tar file, and for members that are links or whose
-    names lead out of it; UnreachableError for a server that does not answer.
+    names point outside it; UnreachableError for a server that does not answer.
     """
     shown = printable(shard)
     try:
@@ -64,7 +64,7 @@ def _samples(file: IO[bytes], shard: str) -> Iterator[Sample]:
             raise tarfile.ReadError(f"no end mark after {len(archive.getmembers())} members")
         # An archive is padded with zeros to full records.
         if any(file.read(2 * tarfile.RECORDSIZE)):
-            raise tarfile.ReadError(f"something follows its end mark after {len(archive.getmembers())} members")
+            raise tarfile.ReadError(f"data after its end mark, which follows {len(archive.getmembers())} members")
 
 
 def _members(archive: tarfile.TarFile, shard: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
@@ -75,7 +75,7 @@ def _members(archive: tarfile.TarFile, shard: str) -> Iterator[tuple[str, str, t
     for member in archive:
         name = printable(member.name)
         if member.name.startswith("/") or ".." in member.name.split("/"):
-            raise DataError(f"{shard} is refused: its member {name} leads out of the archive")
+            raise DataError(f"{shard} is refused: its member {name} points outside the archive")
         if not (member.isfile() or member.isdir()) or member.issparse():
             what = "a link" if member.issym() or member.islnk() else "not a regular file"
             raise DataError(f"{shard} is refused: its member {name} is {what}")

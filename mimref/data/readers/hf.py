@@ -105,7 +105,7 @@ def open_hugging_face(
         held = "val" if "val" in parts else "test"
         part = parts.get("") or parts.get("train" if split == "train" else held)
         if part is None:
-            raise NoSplitError(f"no {'train' if split == 'train' else 'validation or test'} images there")
+            raise NoSplitError(f"no {'train' if split == 'train' else 'validation or test'} images")
         table = part.load()
         if not len(table):
             raise DataError(f"no rows in split {part.name!r}")
@@ -121,7 +121,7 @@ def open_hugging_face(
     folder = os.path.dirname(arrow[0]) if on_hub else place
     files = part.files or [os.path.relpath(file, folder) for file in arrow]
     if outside := next((file for file in files if file.startswith(os.pardir)), None):
-        raise DataError(f"state.json of split {part.name!r} leads out of the folder: {printable(outside)}")
+        raise DataError(f"state.json of split {part.name!r} points outside the folder: {printable(outside)}")
     place = os.path.join(place, part.name) if part.name else place
     cells = table.with_format("arrow", columns=[image])
     return TableSource(printable(spec), np.arange(len(cells)), labels, classes, cells, place, folder, files)
@@ -163,18 +163,18 @@ def _reading(path: str, what: str = "cannot be read; get it again") -> Iterator[
 
 
 def _hub_parts(name: str) -> dict[str, _Part]:
-    """The splits of a data set of the hub, by what they serve for: train, val and test."""
+    """The splits of a data set of the hub, by their role: train, val and test."""
     from datasets import load_dataset
 
-    with _reading(name, "is no folder, and cannot be loaded from the hub"):
+    with _reading(name, "is not a folder, and cannot be loaded from the hub"):
         loaded = load_dataset(name, keep_in_memory=False)
     return {SPLITS[split]: _Part(split, partial(loaded.get, split)) for split in loaded if split in SPLITS}
 
 
 def _folder_parts(folder: str) -> dict[str, _Part]:
-    """The splits of a folder, by what they serve for: train, val and test, or "" for a single split that serves all."""
+    """The splits of a folder, by their role: train, val and test, or "" for a single split that serves all."""
     if not os.path.isdir(folder):
-        raise DataError(f"{'is a file, not a folder' if os.path.exists(folder) else 'no such folder'}")
+        raise DataError("is a file, not a folder" if os.path.exists(folder) else "no such folder")
     if os.path.isfile(path := os.path.join(folder, "dataset_dict.json")):
         with _reading(path), open(path) as file:
             names = [str(name) for name in json.load(file)["splits"]]
@@ -241,7 +241,7 @@ def _parquet(folder: str, files: Sequence[str]) -> Any:
             schema = pa.parquet.read_schema(path)
         columns = columns or [name for name in _columns(Features.from_arrow_schema(schema)) if name]
         if missing := [name for name in columns if name not in schema.names]:
-            raise DataError(f"{printable(path)} has no column {missing[0]!r} like that of the other files")
+            raise DataError(f"{printable(path)} has no column {missing[0]!r}, unlike the other files")
     cache = str(cache_folder() / "huggingface")
     with _reading(folder):
         return Dataset.from_parquet([escape(path) for path in paths], columns=columns, cache_dir=cache)
@@ -283,11 +283,11 @@ def _labels(table: Any) -> tuple[RawLabels | None, list[str] | None]:
     if pc.all(missing).as_py():
         return None, None
     if (row := pc.index(missing, True).as_py()) >= 0:
-        raise DataError(f"row {row} of its split has no {name!r}, though others have")
+        raise DataError(f"row {row} of its split has no {name!r}, although others have")
     raw = RawLabels.from_column(column)
     classes = getattr(table.features[name], "names", None)
     if classes and whole:
         if outside := [number for number in raw.names if not 0 <= int(number) < len(classes)]:
-            raise DataError(f"{name} {outside[0]} is none of the {len(classes)} classes of its schema")
+            raise DataError(f"{name} {outside[0]} is not one of the {len(classes)} classes of its schema")
         raw = RawLabels([classes[int(number)] for number in raw.names], raw.codes)
     return raw, list(classes) if classes else raw.classes()

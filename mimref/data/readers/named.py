@@ -122,15 +122,13 @@ def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource
 
 def _wrap_torchvision(name: str, root: str, dataset: Any, split: Split) -> ArraySource | FileSource:
     """Use a data set's arrays, or its list of files, rather than calling it image by image."""
-    if hasattr(dataset, "data"):
-        images = np.asarray(dataset.data)
-        if images.ndim == 4 and images.shape[-1] == 3:  # CIFAR alone is (N, H, W, 3)
-            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        labels = np.asarray(dataset.targets if hasattr(dataset, "targets") else dataset.labels, dtype=np.int64)
-    else:
-        files = dataset._image_files if hasattr(dataset, "_image_files") else dataset._images
-        labels = np.asarray(dataset._labels, dtype=np.int64)
+    held = next(each for each in ("targets", "labels", "_labels") if hasattr(dataset, each))
+    labels = np.asarray(getattr(dataset, held), dtype=np.int64)
     classes = [str(c) for c in getattr(dataset, "classes", range(int(labels.max()) + 1))]
-    if hasattr(dataset, "data"):
-        return ArraySource(name, images, labels, classes, split, np.arange(len(images), dtype=np.int64))
-    return FileSource(name, root, [str(Path(file).relative_to(root)) for file in files], labels, classes)
+    if not hasattr(dataset, "data"):
+        files = dataset._image_files if hasattr(dataset, "_image_files") else dataset._images
+        return FileSource(name, root, [str(Path(file).relative_to(root)) for file in files], labels, classes)
+    images = np.asarray(dataset.data)
+    if images.ndim == 4 and images.shape[-1] == 3:  # CIFAR alone is (N, H, W, 3)
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return ArraySource(name, images, labels, classes, split, np.arange(len(images), dtype=np.int64))

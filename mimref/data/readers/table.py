@@ -129,7 +129,7 @@ def _labels(column: pa.ChunkedArray, rows: Indices) -> RawLabels | None:
         return None
     if (first := pc.index(missing, True).as_py()) >= 0:
         raise DataError(
-            f"row {rows[first] + 1} has no label, though others of its split have; fill it in or drop the row"
+            f"row {rows[first] + 1} has no label, although others of its split have; fill it in or drop the row"
         )
     raw = RawLabels.from_column(column)
     if all(re.fullmatch(r"[-+]?\d*\.\d*", name) for name in raw.names):

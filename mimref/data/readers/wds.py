@@ -91,11 +91,11 @@ class ShardSource(EncodedSource):
         except OSError as error:
             raise BadImage(self.path(index), reason_of(error).lower()) from error
         if len(content) < size:
-            raise BadImage(self.path(index), "its shard has become shorter")
+            raise BadImage(self.path(index), "its shard is shorter than when it was listed")
         return decode_content(content, self.path(index), reduce)
 
     def _place(self, index: int) -> tuple[str, int, int]:
-        """Shard of an image, where it begins there, and its size, in bytes."""
+        """Shard of an image, its first byte in the shard, and its number of bytes."""
         row = self.rows[index]
         return self.index.shards[self.index.shard[row]], int(self.index.offsets[row]), int(self.index.sizes[row])
 
@@ -119,8 +119,8 @@ class ShardSource(EncodedSource):
 def open_shards(spec: str, split: Split, progress: LabelledProgress | None = None) -> ShardSource:
     """The images of a split, in the order of the shards' names and then of their members.
 
-    Raises DataError for shards that are missing, truncated or damaged, for members that are links or whose names lead
-    out of the archive, when there is no image, and when a split is only partly labelled.
+    Raises DataError for shards that are missing, truncated or damaged, for members that are links or whose names point
+    outside the archive, when there is no image, and when a split is only partly labelled.
     """
     shards, train_shards = _find_shards(os.path.expanduser(spec.removeprefix("wds:")), split)
     index = _index(shards, progress)
@@ -147,7 +147,7 @@ def _find_shards(pattern: str, split: Split) -> tuple[list[str], list[str] | Non
     if "{split}" not in pattern:
         found = _expand(pattern)
         if not found:
-            raise DataError("no shards there (*.tar)" if folder else "no file has such a name")
+            raise DataError("no shards (*.tar) in this folder" if folder else "no file matches this pattern")
         return found, None
     train = _expand(pattern, split="train")
     held = (_expand(pattern, split=name) for name in HELD_OUT)
@@ -238,7 +238,7 @@ def _scan(shards: PathList, states: Indices, report: Progress) -> ShardIndex:
     if labels and len(labels) < len(found):
         first = next(number for number, sample in enumerate(found) if sample.label is None)
         name = printable(os.path.join(shards[shard[first]], found[first].member))
-        raise DataError(f"{name} has no label (.cls, or label in .json), though other images have")
+        raise DataError(f"{name} has no label (.cls, or label in .json), although other images have")
     return ShardIndex(
         shards,
         np.array(shard, dtype=np.int64),
