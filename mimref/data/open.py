@@ -1,16 +1,4 @@
-"""What `--data SPEC` accepts, opened as a list of images.
-
-- A folder with `train/` and `val/` (or `test/`), each with one folder per class, or with images and no classes.
-- Any other folder: all images in it, at any depth, for training and validation alike, without labels. Where the images
-  lie in two or more subfolders and none beside them, the training images take the subfolders as classes; the validation
-  images are the same ones and stay unlabelled, so that nothing is scored on the images it was fitted to.
-- `hf:FOLDER` and `hf:NAME`, a Hugging Face data set on disk or on the hub (see `mimref.data.readers.hf`).
-- `wds:SHARDS`, webdataset tar files (see `mimref.data.readers.wds`).
-- `list:FILE.csv` or `list:FILE.parquet`, a table of paths (see `mimref.data.readers.table`).
-- `digits`, `fashion-mnist`, `torchvision:NAME`. A folder of such a name is reached as `./digits`.
-
-Hidden files and files without an image's suffix are ignored.
-"""
+"""What `--data SPEC` accepts (see docs/data.md), opened as a list of images."""
 
 import os
 import re

@@ -131,18 +131,18 @@ class ArraySource(ImageSource):
         return digest.hexdigest()
 
 
+@dataclass(frozen=True, eq=False)
 class PathList:
-    """Paths as one block of bytes: 8 bytes and the path's length each, where a list of strings takes 60 and more.
+    """Paths as one block of bytes: 8 bytes more than its length for each, where a list of strings takes 60 and more.
 
     Loader processes share the block: reading a path writes nothing. Reading a list's strings would write their
     reference counts, and so copy page after page of the main process's memory into each worker.
     """
 
-    def __init__(self, content: NDArray[np.uint8], ends: Indices) -> None:
-        self.content = content
-        """All paths without separators, in the file system's encoding."""
-        self.ends = ends
-        """(N + 1,) where each path starts, and the last one ends."""
+    content: NDArray[np.uint8]
+    """All paths without separators, in the file system's encoding."""
+    ends: Indices
+    """(N + 1,) where each path starts, and the last one ends."""
 
     @classmethod
     def pack(cls, paths: Iterable[str]) -> "PathList":

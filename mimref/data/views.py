@@ -50,11 +50,10 @@ class CropGroup:
 
 def multi_crop(config: ViewsConfig, image_size: int) -> list[CropGroup]:
     """The groups of the two global views and of the local views, if any."""
-    groups = [CropGroup(2, config.global_size or image_size, config.global_scale, config.aspect_ratio)]
+    aspect = config.aspect_ratio
+    groups = [CropGroup(2, config.global_size or image_size, config.global_scale, aspect)]
     if config.local_views:
-        groups.append(
-            CropGroup(config.local_views, config.local_size, config.local_scale, config.aspect_ratio, first_view=2)
-        )
+        groups.append(CropGroup(config.local_views, config.local_size, config.local_scale, aspect, first_view=2))
     return groups
 
 
@@ -132,8 +131,7 @@ def cut_group(images: Sequence[Decoded], group: CropGroup, seed: int, epoch: int
 def _scale_boxes(boxes_N4: Tensor, size_N2: Tensor, decoded_N2: Tensor) -> Tensor:
     """The same boxes on images of another size: each edge goes to the nearest border between pixels.
 
-    Computed in integers, with halves rounded up: a box of at least f x n pixels has at least n on an image reduced by
-    f.
+    Computed in integers, with halves rounded up: a box of at least f x n pixels keeps at least n after reduction by f.
     """
     start_N2, length_N2 = boxes_N4.split(2, dim=1)
     edges = (start_N2, start_N2 + length_N2)

@@ -21,7 +21,7 @@ IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".
 
 
 def open_folder(spec: str, split: Split, progress: LabelledProgress | None = None) -> FileSource:
-    """A folder of images, with or without splits and classes (see `mimref.data.open`)."""
+    """A folder of images, with or without splits and classes (see docs/data.md). Raises DataError without images."""
     root = os.path.expanduser(spec)
     shown = printable(spec)
     train, held = (

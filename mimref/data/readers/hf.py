@@ -1,15 +1,7 @@
-"""Hugging Face data sets, `hf:FOLDER` and `hf:NAME`, read with the `datasets` library (extra `mimref[hf]`).
+"""Hugging Face data sets, `hf:FOLDER` and `hf:NAME` (see docs/data.md), read with the library `datasets`.
 
-FOLDER holds what `save_to_disk` wrote, of one split or several, or a clone of a data set's repository: parquet files in
-it or in its `data/`, whose names (`train-00000-of-00002.parquet`) or folders (`train/`) state their split. NAME is a
-data set of the hub, such as `cifar10`, which the library downloads once; a folder of that name takes precedence.
-
-Training images are those of train; validation images are those of validation (valid, val, dev), else of test. Other
-splits are ignored. Files without a split serve both, and the validation images are then unlabelled.
-
-The image column is `image`, else the only one declared as Image. It holds encoded files, bare or with a path beside
-them. The label column is `label`, else the only one declared as ClassLabel. Declared classes keep their names and
-order; -1 and missing values mean no label.
+Splits other than train, validation and test are ignored. Files without a split serve both, and the validation images are
+then unlabelled. Image cells hold encoded files, bare or with a path beside them.
 
 Images stay encoded in memory-mapped arrow files, which loader processes share, and are decoded when read. Parquet
 cannot be read row by row, so the library first writes its images and labels to arrow files in the cache folder.

@@ -1,9 +1,4 @@
-"""A table of image files: `list:FILE.csv` and `list:FILE.parquet`.
-
-Columns: `path`, absolute or relative to the table's folder; `label`, a class name or a whole number (optional);
-`split`, one of train, val and test (optional). Other columns are ignored. Validation images are the rows of val, or of
-test where no row is val. Without `split`, all rows serve training and validation alike, and the validation images stay
-unlabelled.
+"""Tables of image files, `list:FILE.csv` and `list:FILE.parquet` (see docs/data.md).
 
 A path is opened as written, `..` and links included: unlike an archive, a table is the user's own list of files.
 """

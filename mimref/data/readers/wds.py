@@ -1,17 +1,11 @@
-"""Webdataset shards: tar files whose members are samples, `wds:SHARDS`.
+"""Webdataset shards, `wds:SHARDS` (see docs/data.md): tar files whose members are samples.
 
-SHARDS is a folder with `train/` and `val/` (or `validation/`, `test/`) of `*.tar` files, or a pattern of paths with
-`*`, `{000..009}` and `{a,b}`; `{split}` in it stands for train or val (else validation, else test). A folder without
-splits and a pattern without `{split}` name the images of training and validation alike; the latter stay unlabelled.
+A sample is the run of members that share a name up to the first dot of its last part. Samples without an image, such as
+notes, are ignored. Folders and patterns without splits serve training and validation alike; the latter stays unlabelled.
 
-A sample is the run of members that share a name up to the first dot of its last part. Its image is the member with the
-suffix .jpg, .jpeg, .png or .webp (the first that exists, in this order); its label is the text of `.cls`, a whole
-number or a class name, or `label` in `.json`. Samples without an image, such as notes, are ignored.
-
-Shards are local files or, where SHARDS is a pattern of URLs, files on a server that serves parts of files. Each is read
-once from end to end to index its images; the index is saved in the cache. Every image can then be read by itself, so
-shards behave like single files: shuffled across all shards, every image exactly once per epoch over any number of
-processes and workers, resumable at any step. Streams (`pipe:`) allow none of that exactly, and are not supported.
+Each shard is read once from end to end to index its images. Every image can then be read by itself, so shards behave
+like single files: shuffled across all shards, every image exactly once per epoch, resumable at any step. Streams
+(`pipe:`) allow none of that exactly, and are not supported.
 """
 
 import hashlib
@@ -80,8 +74,7 @@ class ShardSource(EncodedSource):
             if remote.is_remote(shard):
                 if index not in self._fetched:
                     self.fetch([index])
-                content = self._fetched.pop(index)
-                if isinstance(content, FileNotFoundError):
+                if isinstance(content := self._fetched.pop(index), FileNotFoundError):
                     raise content
             else:
                 # Opened for every image: there may be more shards than a process may keep open.
