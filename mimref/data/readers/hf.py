@@ -1,7 +1,7 @@
 """Hugging Face data sets, `hf:FOLDER` and `hf:NAME` (see docs/data.md), read with the library `datasets`.
 
-Splits other than train, validation and test are ignored. Files without a split serve both, and the validation images are
-then unlabelled. Image cells hold encoded files, bare or with a path beside them.
+Splits other than train, validation and test are ignored. Files without a split serve both, and the validation images
+are then unlabelled. Image cells hold encoded files, bare or with a path beside them.
 
 Images stay encoded in memory-mapped arrow files, which loader processes share, and are decoded when read. Parquet
 cannot be read row by row, so the library first writes its images and labels to arrow files in the cache folder.

@@ -1,7 +1,7 @@
 """Webdataset shards, `wds:SHARDS` (see docs/data.md): tar files whose members are samples.
 
 A sample is the run of members that share a name up to the first dot of its last part. Samples without an image, such as
-notes, are ignored. Folders and patterns without splits serve training and validation alike; the latter stays unlabelled.
+notes, are ignored. Folders and patterns without splits serve training and validation; the latter stays unlabelled.
 
 Each shard is read once from end to end to index its images. Every image can then be read by itself, so shards behave
 like single files: shuffled across all shards, every image exactly once per epoch, resumable at any step. Streams
