@@ -1,16 +1,19 @@
 """Labels: from what people write to classes 0, 1, ..., and choices of images with equal shares of the classes."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from mimref.data.decode import printable
 from mimref.errors import ConfigError, DataError
 
 Indices = NDArray[np.int64]
+_WHOLE = re.compile("0|-?[1-9][0-9]*")
 
 
 @dataclass(frozen=True)
@@ -22,26 +25,17 @@ class RawLabels:
     """(N,) index into `names` of every image."""
 
     @classmethod
-    def from_strings(cls, labels: Iterable[str]) -> "RawLabels":
-        """From one label per image."""
-        known: dict[str, int] = {}
-        codes = np.fromiter((known.setdefault(label, len(known)) for label in labels), dtype=np.int64)
-        return cls(list(known), codes)
-
-    @classmethod
-    def from_column(cls, column: Any) -> "RawLabels":
-        """From a pyarrow column without missing values."""
-        encoded = column.cast("string").combine_chunks().dictionary_encode()
-        if hasattr(encoded, "combine_chunks"):  # pyarrow before 17
-            encoded = encoded.combine_chunks()
-        return cls(encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64))
+    def from_strings(cls, labels: Any) -> "RawLabels":
+        """From one label per image, as a list or a pandas Series."""
+        codes, names = pd.factorize(pd.Series(labels, dtype=object))
+        return cls(list(names), codes.astype(np.int64))
 
     def classes(self) -> list[str]:
         """The distinct labels in the order of their classes: by value if all are whole numbers, else by text.
 
-        So 2 comes before 10. 007 is a name: numbers are not written that way.
+        So 2 comes before 10. 007 is a name: whole numbers are not written that way.
         """
-        return sorted(self.names, key=int) if all(_is_whole(name) for name in self.names) else sorted(self.names)
+        return sorted(self.names, key=int if all(map(_WHOLE.fullmatch, self.names)) else None)
 
     def encode(self, classes: Sequence[str]) -> Indices:
         """(N,) index into `classes` of every image. Raises DataError for any other label."""
@@ -52,11 +46,6 @@ class RawLabels:
             )
         number = {name: index for index, name in enumerate(classes)}
         return np.array([number[name] for name in self.names], dtype=np.int64)[self.codes]
-
-
-def _is_whole(text: str) -> bool:
-    digits = text.removeprefix("-")
-    return digits.isascii() and digits.isdigit() and str(int(text)) == text
 
 
 def stratified_split(labels: Indices, *, held_out: float) -> tuple[Indices, Indices]:
@@ -83,8 +72,5 @@ def first_images(count: int, labels: Indices | None, *, limit: int) -> Indices:
         )
     if labels is None:
         return np.arange(limit, dtype=np.int64)
-    by_class = np.argsort(labels, kind="stable")
-    _, class_sizes = np.unique(labels, return_counts=True)
-    turn = np.empty(count, dtype=np.int64)
-    turn[by_class] = np.concatenate([np.arange(size) for size in class_sizes])
-    return np.sort(np.lexsort((labels, turn))[:limit]).astype(np.int64)
+    turn = pd.Series(labels).groupby(labels).cumcount()
+    return np.sort(np.lexsort((labels, turn))[:limit])

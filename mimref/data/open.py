@@ -9,7 +9,9 @@ from mimref.data.decode import printable
 from mimref.data.index.remote import is_remote
 from mimref.data.labels import first_images
 from mimref.data.readers.folder import open_folder
+from mimref.data.readers.hf import open_hugging_face
 from mimref.data.readers.named import open_digits, open_fashion_mnist, open_torchvision
+from mimref.data.readers.table import open_table
 from mimref.data.readers.wds import open_shards
 from mimref.data.sources import ArraySource, EncodedSource, ImageSource, Split
 from mimref.errors import ConfigError, DataError, did_you_mean
@@ -18,7 +20,13 @@ from mimref.progress import LabelledProgress
 ACCEPTED = "a folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER, hf:NAME or wds:SHARDS"
 NAMES = ("digits", "fashion-mnist")
 """Specs that are not paths, even where a folder has the same name."""
-PATH_PREFIXES = ("list:", "hf:", "wds:")
+_HOW_TO_LABEL = {
+    "list:": "give the list the columns label and split (train, val)",
+    "hf:": "give it a column label, and splits train and validation",
+    "wds:": "give every image a .cls, and keep shards of train and val apart (folders, or {split} in the pattern)",
+    "": "make train/ and val/ in it, each with one folder per class (two or more)",
+}
+"""By the prefix of a spec that is not a name."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
@@ -31,7 +39,7 @@ def absolute_spec(spec: str) -> str:
     """The spec with an absolute path where it has one, so that it means the same images wherever it is read."""
     if spec in NAMES or spec.startswith("torchvision:"):
         return spec
-    prefix = next((each for each in PATH_PREFIXES if spec.startswith(each)), "")
+    prefix = _prefix(spec)
     path = os.path.expanduser(spec.removeprefix(prefix))
     if is_remote(path) or (prefix == "hf:" and is_hub_name(path)):
         return spec
@@ -57,7 +65,7 @@ def open_source(
     try:
         source = _open(spec, data, split, progress)
         if need_labels and source.labels is None:
-            raise DataError(f"the {split} images have no labels, which this needs; {_how_to_label(spec)}")
+            raise DataError(f"the {split} images have no labels, which this needs; {_HOW_TO_LABEL[_prefix(spec)]}")
     except DataError as error:
         raise type(error)(f"--data {printable(spec)}: {error}") from error
     if split == "train" and data.train_limit is not None:
@@ -65,14 +73,8 @@ def open_source(
     return source
 
 
-def _how_to_label(spec: str) -> str:
-    if spec.startswith("list:"):
-        return "give the list the columns label and split (train, val)"
-    if spec.startswith("hf:"):
-        return "give it a column label, and splits train and validation"
-    if spec.startswith("wds:"):
-        return "give every image a .cls, and keep shards of train and val apart (folders, or {split} in the pattern)"
-    return "make train/ and val/ in it, each with one folder per class (two or more)"
+def _prefix(spec: str) -> str:
+    return next(each for each in _HOW_TO_LABEL if spec.startswith(each))
 
 
 def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress | None) -> ArraySource | EncodedSource:
@@ -83,13 +85,8 @@ def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress 
     if spec.startswith("torchvision:"):
         return open_torchvision(data, split)
     if spec.startswith("list:"):
-        # pyarrow takes a moment to import.
-        from mimref.data.readers.table import open_table
-
         return open_table(spec, split)
     if spec.startswith("hf:"):
-        from mimref.data.readers.hf import open_hugging_face
-
         return open_hugging_face(spec, split, on_hub=is_hub_name(spec.removeprefix("hf:")), progress=progress)
     if spec.startswith("wds:"):
         return open_shards(spec, split, progress)

@@ -276,7 +276,7 @@ def _labels(table: Any) -> tuple[RawLabels | None, list[str] | None]:
         return None, None
     if (row := pc.index(missing, True).as_py()) >= 0:
         raise DataError(f"row {row} of its split has no {name!r}, although others have")
-    raw = RawLabels.from_column(column)
+    raw = RawLabels.from_strings(column.cast("string").to_pandas())
     classes = getattr(table.features[name], "names", None)
     if classes and whole:
         if outside := [number for number in raw.names if not 0 <= int(number) < len(classes)]:

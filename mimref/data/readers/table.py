@@ -126,7 +126,7 @@ def _labels(column: pa.ChunkedArray, rows: Indices) -> RawLabels | None:
         raise DataError(
             f"row {rows[first] + 1} has no label, although others of its split have; fill it in or drop the row"
         )
-    raw = RawLabels.from_column(column)
+    raw = RawLabels.from_strings(column.cast("string").to_pandas())
     if all(re.fullmatch(r"[-+]?\d*\.\d*", name) for name in raw.names):
         raise DataError(f"labels such as {raw.names[0]} are neither class names nor whole numbers")
     return raw
