@@ -10,6 +10,7 @@ from mimref.config.base import CommandConfig, dump_config
 from mimref.config.load import load_config
 from mimref.config.presets import choose_pretrain_preset, choose_refine_preset
 from mimref.errors import ConfigError
+from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.pretraining.config import PretrainConfig
 from mimref.refinement.config import RefineConfig
@@ -46,6 +47,8 @@ def test_overrides_then_sets() -> None:
         ("data.root=2024-01-01", "2024-01-01"),
         ("data.root=none", None),
         ("views.jitter=[0, 0, 0, 0]", (0.0, 0.0, 0.0, 0.0)),
+        ("monitor.trackers=tensorboard, wandb", ["tensorboard", "wandb"]),
+        ("monitor.trackers=['wandb']", ["wandb"]),
     ],
 )
 def test_set_reads_toml_values_and_bare_words(assignment: str, expected: object) -> None:
@@ -53,6 +56,15 @@ def test_set_reads_toml_values_and_bare_words(assignment: str, expected: object)
     for part in assignment.partition("=")[0].strip().split("."):
         value = getattr(value, part)
     assert value == expected
+
+
+def test_lists_need_no_brackets() -> None:
+    config = load_config(CompareConfig, None, {"base": "1", "refined": ["a,b"], "shots": "1,2", "metrics": "acc, 1"})
+    assert (config.base, config.refined, config.shots, config.metrics) == ("1", ["a,b"], [1, 2], ["acc", "1"])
+    assert load_config(KnnConfig, None, {"tau": "0.1,1"}, ["k=5"]).model_dump(include={"k", "tau"}) == {
+        "k": [5],
+        "tau": [0.1, 1.0],
+    }
 
 
 def test_set_of_a_table_keeps_the_rest_of_it() -> None:

@@ -339,7 +339,7 @@ def test_the_cache_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "mine" in printed and "other" in printed and str(where) in printed.replace("\n", "")
     assert run(["cache", "verify", "--cache", str(where)]) == 0
-    assert "2 passes of encoders" in capsys.readouterr().out
+    assert "2 cached passes" in capsys.readouterr().out
     key = pass_key(spec(), "fp32")
     (where / key / CLS.name).write_bytes(b"")
     assert run(["cache", "verify", "--cache", str(where)]) == 2

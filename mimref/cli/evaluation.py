@@ -21,9 +21,6 @@ from mimref.cli.options import (
     Split,
     Subject,
     Text,
-    read_floats,
-    read_ints,
-    read_names,
 )
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError, OutputError
@@ -31,8 +28,8 @@ from mimref.files import check_new_file
 
 
 class KnnOptions(Subject, EncoderPass, Blocks, Output, panel="Protocol"):
-    k: Text = option("Neighbours that vote; default 10.", "10,20", "k", read_ints)
-    tau: Text = option("Temperatures of the votes; default 0.07.", "0.07,0.1", "tau", read_floats)
+    k: Text = option("Neighbours that vote; default 10.", "10,20", "k")
+    tau: Text = option("Temperatures of the votes; default 0.07.", "0.07,0.1", "tau")
     standardize: bool | None = option(
         "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
     )
@@ -55,7 +52,7 @@ def knn(options: KnnOptions) -> None:
 
     from mimref.evaluation.knn.protocol import evaluate_knn
 
-    report(options, config, run_on_ranks(config, options, partial(evaluate_knn, config)))
+    report(options, config, run_on_ranks(config, options, evaluate_knn))
 
 
 class LowshotOptions(Subject, EncoderPass, Blocks, Draws, Seed, Output, panel="Protocol"):
@@ -80,7 +77,7 @@ def lowshot(options: LowshotOptions) -> None:
 
     from mimref.evaluation.lowshot.protocol import evaluate_lowshot
 
-    report(options, config, run_on_ranks(config, options, partial(evaluate_lowshot, config)))
+    report(options, config, run_on_ranks(config, options, evaluate_lowshot))
 
 
 class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Output, panel="Protocol"):
@@ -106,7 +103,7 @@ def cluster(options: ClusterOptions) -> None:
 
     from mimref.evaluation.cluster.protocol import evaluate_cluster
 
-    found = run_on_ranks(config, options, partial(evaluate_cluster, config, embed=umap is not None))
+    found = run_on_ranks(config, options, partial(evaluate_cluster, embed=umap is not None))
     if found is None:
         return
     result, embedding = found
@@ -162,7 +159,7 @@ def probe(options: ProbeOptions) -> None:
     from mimref.evaluation.probe.protocol import evaluate_probe
 
     advice = "--resume continues the probe" if state else "run it again, with --out to be able to --resume it"
-    result = run_on_ranks(config, options, partial(evaluate_probe, config, state=state), advice=advice)
+    result = run_on_ranks(config, options, partial(evaluate_probe, state=state), advice=advice)
     report(options, config, result)
     if result is not None and state is not None:
         state.unlink(missing_ok=True)
@@ -195,7 +192,7 @@ def analyze_blocks(options: BlocksOptions) -> None:
     from mimref.evaluation.blocks.protocol import evaluate_blocks
     from mimref.reports.terminal import print_blocks
 
-    result = run_on_ranks(config, options, partial(evaluate_blocks, config))
+    result = run_on_ranks(config, options, evaluate_blocks)
     if result is None:
         return
     print_blocks(result.rows, result.heads)
@@ -210,7 +207,7 @@ def analyze_blocks(options: BlocksOptions) -> None:
 class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Output, panel="Protocol"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: list[str] = argument("Weights to compare with BASE.", "REFINED", "refined")
-    protocols: Text = option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols", read_names)
+    protocols: Text = option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols")
 
 
 def compare(options: CompareOptions) -> None:
@@ -230,7 +227,7 @@ def compare(options: CompareOptions) -> None:
     from mimref.evaluation.compare import compare_encoders
     from mimref.reports.terminal import print_comparison
 
-    result = run_on_ranks(config, options, partial(compare_encoders, config))
+    result = run_on_ranks(config, options, compare_encoders)
     if result is None:
         return
     first = str(result.rows[0]["model"])
@@ -265,6 +262,6 @@ def extract(options: ExtractOptions) -> None:
 
     from mimref.features.extraction import extract_to_file
 
-    shape = run_on_ranks(config, options, partial(extract_to_file, config, options.out, force=options.force))
+    shape = run_on_ranks(config, options, partial(extract_to_file, out=options.out, force=options.force))
     if shape is not None:
         note(f"features {' x '.join(map(str, shape))} in {options.out}", options)

@@ -24,7 +24,7 @@ def run_on_ranks(
     *,
     advice: str = "run it again: cached features are reused",
 ) -> Result | None:
-    """Call `work(listener=...)` in every process that torchrun has started: its result on rank 0, None on the others.
+    """Call `work(config, listener=...)` in every process that torchrun has started; return None on all but rank 0.
 
     advice: what to do when another process dies.
     """
@@ -32,7 +32,7 @@ def run_on_ranks(
     from mimref.reports.terminal import Terminal
 
     with process_group(config.device, advice=advice) as rank, Terminal(options.quiet or rank > 0) as terminal:
-        result = work(listener=terminal)
+        result = work(config, listener=terminal)
     return result if rank == 0 else None
 
 
@@ -59,28 +59,27 @@ def write(options: Output, config: "CommandConfig", result: "EvaluationResult") 
 
 
 def print_finished(out: Path, command: str) -> bool:
-    """Print the results of a finished run of this command; False when it is not finished."""
+    """Print the results of a finished run of this command; return False if it is not finished."""
     if not (out / "results.json").is_file():
         return False
-    if os.environ.get("RANK", "0") != "0":
-        return True  # torchrun's first process prints
-    from mimref.reports.terminal import print_rows
-    from mimref.results import read_results
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first prints
+        from mimref.reports.terminal import print_rows
+        from mimref.results import read_results
 
-    print_rows(read_results(out, command)[0])
-    # A run killed right after its end has left its state.
-    shutil.rmtree(out / "state", ignore_errors=True)
+        print_rows(read_results(out, command)[0])
+        # A run killed right after its end has left its state.
+        shutil.rmtree(out / "state", ignore_errors=True)
     return True
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
-    """One line per fact, values aligned."""
+    """Print one line per fact, with values aligned."""
     width = max(map(len, facts), default=0)
     for label, value in facts.items():
         typer.echo(f"{label:{width}}  {value}")
 
 
 def note(line: str, options: Quiet) -> None:
-    """A line on standard error, unless `--quiet`."""
+    """Print a line on standard error, unless `--quiet`."""
     if not options.quiet:
         typer.echo(line, err=True)

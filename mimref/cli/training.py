@@ -21,11 +21,10 @@ class TrainingOptions(Images, Batch, Preset, Seed, Resume):
     def resumed_preset(self) -> str | None:
         """The settings of the run that `--resume --out DIR` continues, so that they need not be repeated.
 
-        None with `--preset`: the run compares its settings with those that it started with.
+        None with `--preset`: the run itself compares its settings with those it started with.
         """
-        if not self.resume or self.preset is not None or self.out is None or not (self.out / "config.toml").is_file():
-            return None
-        return str(self.out / "config.toml")
+        file = self.out / "config.toml" if self.out and self.resume and self.preset is None else None
+        return str(file) if file and file.is_file() else None
 
 
 class Weights(TrainedEncoder, panel="Encoder"):
@@ -46,9 +45,8 @@ class RefineOptions(Weights, MicroBatch, TrainingOptions, panel="Training"):
         from mimref.encoders.published import find_published
 
         known = find_published(self.weights) if self.weights else None
-        arch = self.arch or (known.arch if known else None)
-        source = self.source or (known.source if known else None)
-        return choose_refine_preset(self.preset, arch, source, self.weights)
+        arch, source = (known.arch, known.source) if known else (None, None)
+        return choose_refine_preset(self.preset, self.arch or arch, self.source or source, self.weights)
 
 
 def refine(options: RefineOptions) -> None:
@@ -117,7 +115,7 @@ def _train(training: "Callable[..., TrainingResult]", config: "RunConfig", optio
 
     out = _folder(config, options)
 
-    def work(listener: "Listener") -> "TrainingResult":
+    def work(config: "RunConfig", listener: "Listener") -> "TrainingResult":
         # torchrun restarts all processes when one has died, with the same command.
         again = RunFolder(out).continues_launch()
         resume, force = options.resume or again, options.force and not again

@@ -8,7 +8,7 @@ from typing import Literal
 import typer
 
 from mimref.cli.execution import note, print_facts
-from mimref.cli.options import CHECKPOINT, Debug, Force, Images, Output, Text, arch_option, read_floats, source_option
+from mimref.cli.options import ARCH, CHECKPOINT, SOURCE, Debug, Force, Images, Output, Text
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError
 
@@ -43,8 +43,8 @@ class ExportOptions(Force, panel="Encoder"):
     out: Path = option("File to write; its ending must fit --to.", "FILE", required=True)
     blocks: Text = option("Outputs of the ONNX graph; default last. Requires --to onnx.", "last|all|1,5,12")
     resolution: int | None = option("Default: the encoder's own.", "PIXELS", min=1)
-    arch: Text = arch_option()
-    source: Text = source_option()
+    arch: Text = ARCH
+    source: Text = SOURCE
     num_heads: int | None = option("Attention heads, where they cannot be inferred from the weights.", "N", min=1)
 
 
@@ -88,7 +88,7 @@ def export(options: ExportOptions) -> None:
 class InterpolateOptions(Images, Output, panel="Encoder"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: str = argument("Weights after refining.", "REFINED", "refined")
-    alpha: Text = option("Shares of REFINED; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha", read_floats)
+    alpha: Text = option("Shares of REFINED; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha")
 
 
 def interpolate(options: InterpolateOptions) -> None:
