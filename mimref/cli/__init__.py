@@ -3,7 +3,6 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
-import errno
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from mimref import __version__
 from mimref.cli import benchmark, evaluation, tools, training, weights
 from mimref.cli.parser import Group, add_command
 from mimref.errors import Interrupted, UserError
+from mimref.files import DISK_FULL
 
 Function = Callable[[Any], None]
 COMMANDS: Mapping[str, Sequence[Function]] = {
@@ -91,7 +91,7 @@ def run(args: Sequence[str]) -> int:
             message = error.format_message()
         elif isinstance(error, UserError):
             message = str(error)
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        elif error.errno in DISK_FULL:
             message = f"disk full while writing {error.filename or 'a file'}; free some space and run again"
         else:
             raise
