@@ -35,8 +35,8 @@ class CostOptions(StepOptions, Data):
 def evaluations(options: BenchmarkOptions) -> None:
     """Time the evaluations on synthetic features.
 
-    A sweep of ten k against one, k-means in all processes against one, and the classifiers of a linear probe together
-    against one by one.
+    A sweep over ten values of k against one, k-means in all processes against one, and the classifiers of a linear
+    probe together against one by one.
 
     Examples:
       mimref benchmark eval
@@ -81,8 +81,8 @@ def _print_timings(command: str, options: BenchmarkOptions, measure: "Callable[.
 def step(options: StepOptions) -> None:
     """Time a training step on synthetic images.
 
-    Time, memory, FLOPs and utilisation, in one pass of the encoder and in micro-batches; and the heads against a list
-    of single ones. Without options: the quickstart's small encoder.
+    Time, memory, FLOPs and utilisation, in one pass of the encoder and in micro-batches; and the heads as one module
+    against separate ones. Without options: the quickstart's small encoder.
 
     Examples:
       mimref benchmark step
@@ -105,9 +105,9 @@ def step(options: StepOptions) -> None:
 
 
 def cost(options: CostOptions) -> None:
-    """Estimate what a preset costs: hours, memory, largest batch.
+    """Estimate the cost of a preset: hours, memory, largest batch.
 
-    A few measured steps extrapolated to all epochs, on the images of --data or else ImageNet's.
+    Extrapolates a few measured steps to all epochs over the images of --data, else of ImageNet.
 
     Examples:
       mimref benchmark cost --preset mae_l16

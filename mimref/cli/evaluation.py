@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import note, print_finished, report, run_on_ranks, write
+from mimref.cli.execution import note, print_finished, report, run_on_ranks
 from mimref.cli.options import (
     BATCH_SIZE,
     CHECKPOINT,
@@ -33,7 +33,7 @@ class KnnOptions(Subject, EncoderPass, Blocks, Output, panel="Protocol"):
     standardize: bool | None = option(
         "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
     )
-    per_class: bool | None = option("Report single classes as well.", sets="per_class")
+    per_class: bool | None = option("Report every class as well.", sets="per_class")
 
 
 def knn(options: KnnOptions) -> None:
@@ -64,7 +64,7 @@ class LowshotOptions(Subject, EncoderPass, Blocks, Draws, Seed, Output, panel="P
 def lowshot(options: LowshotOptions) -> None:
     """Classify images from a few labelled ones per class.
 
-    Logistic regression on drawn images, or on those that files name.
+    Logistic regression on randomly drawn images, or on those named in files.
 
     Examples:
       mimref lowshot --shots 1,5
@@ -81,14 +81,14 @@ def lowshot(options: LowshotOptions) -> None:
 
 
 class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Output, panel="Protocol"):
-    classes: Text = option("Only these classes, or those in a file of names.", "NAMES|FILE", "classes")
+    classes: Text = option("Only these classes, or those named in a file.", "NAMES|FILE", "classes")
     umap: Path | None = option("Draw the images as points, coloured by class.", "FILE.png")
 
 
 def cluster(options: ClusterOptions) -> None:
     """Cluster images and compare the clusters with the classes.
 
-    Mini-batch k-means: the run of lowest inertia, and the mean of all runs.
+    Mini-batch k-means: the run with the lowest inertia, and the mean of all runs.
 
     Examples:
       mimref cluster --metrics acc,nmi
@@ -121,16 +121,16 @@ class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol")
     cached: bool | None = option("Train on cached features of centre crops: many times faster.", sets="cached")
     epochs: Text = option("Passes over the images.", "N", "probe.epochs")
     batch_size: Text = option(BATCH_SIZE, "N", "probe.batch_size")
-    select: Text = option("Images that choose the classifier; default test.", "test|val-split", "probe.select")
+    select: Text = option("Images on which the best is chosen; default test.", "test|val-split", "probe.select")
     final_norm: bool | None = option(
         "The encoder's final norm; default on.", sets="final_norm", flag="--final-norm/--no-final-norm"
     )
 
     def state_file(self) -> Path | None:
-        """Where an interrupted probe continues from; without `--resume`, `--force` removes an old one."""
+        """The state that an interrupted probe continues from; `--force` without `--resume` removes an old one."""
         state = self.out / "state" / "probe.pt" if self.out else None
         if state is None and self.resume:
-            raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
+            raise ConfigError("--resume continues a probe in its folder; name it with --out DIR")
         if state is not None and state.exists() and not self.resume:
             if not self.force:
                 raise OutputError(f"{self.out}: holds an unfinished probe; --resume continues it, --force starts over")
@@ -141,8 +141,8 @@ class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol")
 def probe(options: ProbeOptions) -> None:
     """Train linear classifiers on the frozen encoder.
 
-    DINOv2's protocol: a grid of classifiers, of which the best counts. With --out an interrupted probe can be
-    continued by --resume.
+    DINOv2's protocol: a grid of classifiers, of which the best counts. With --out, --resume continues an interrupted
+    probe.
 
     Examples:
       mimref probe --cached
@@ -158,7 +158,7 @@ def probe(options: ProbeOptions) -> None:
 
     from mimref.evaluation.probe.protocol import evaluate_probe
 
-    advice = "--resume continues the probe" if state else "run it again, with --out to be able to --resume it"
+    advice = "--resume continues the probe" if state else "run it again; with --out, --resume can continue it"
     result = run_on_ranks(config, options, partial(evaluate_probe, state=state), advice=advice)
     report(options, config, result)
     if result is not None and state is not None:
@@ -177,7 +177,7 @@ class BlocksOptions(EncoderPass, Pool, Preset, Seed, Output, panel="Protocol"):
 def analyze_blocks(options: BlocksOptions) -> None:
     """Score every block, and recommend blocks for the heads.
 
-    k-NN accuracy and feature statistics per block, and a figure with --out. Without CKPT: the packaged tiny encoder on
+    k-NN accuracy and feature statistics per block, and with --out a figure. Without CKPT: the packaged tiny encoder on
     scikit-learn's digits.
 
     Examples:
@@ -195,8 +195,7 @@ def analyze_blocks(options: BlocksOptions) -> None:
     result = run_on_ranks(config, options, evaluate_blocks)
     if result is None:
         return
-    print_blocks(result.rows, result.heads)
-    write(options, config, result)
+    report(options, config, result, partial(print_blocks, heads=result.heads))
     if options.out is not None:
         from mimref.reports.figures import plot_blocks
 
@@ -211,7 +210,7 @@ class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Outp
 
 
 def compare(options: CompareOptions) -> None:
-    """Measure several encoders by the same protocols.
+    """Compare encoders by the same protocols.
 
     With --out: a table as CSV, JSON and Markdown, and a figure.
 
@@ -231,8 +230,7 @@ def compare(options: CompareOptions) -> None:
     if result is None:
         return
     first = str(result.rows[0]["model"])
-    print_comparison(result.rows, first)
-    write(options, config, result)
+    report(options, config, result, partial(print_comparison, base=first))
     if options.out is not None:
         from mimref.files import write_bytes
         from mimref.reports.figures import plot_comparison
@@ -250,7 +248,7 @@ class ExtractOptions(EncoderPass, Blocks, Split, Force, panel="Output"):
 def extract(options: ExtractOptions) -> None:
     """Write features to a file for other programs.
 
-    Arrays in the order of the images: x, y where the images have labels, and paths.
+    Arrays in the order of the images: x, paths, and y if the images have labels.
 
     Examples:
       mimref extract quickstart --out features.npz

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,7 +12,7 @@ from mimref.cli.options import Output, Quiet
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
-    from mimref.results import EvaluationResult
+    from mimref.results import EvaluationResult, Row
 
 Result = TypeVar("Result")
 
@@ -36,26 +36,28 @@ def run_on_ranks(
     return result if rank == 0 else None
 
 
-def report(options: Output, config: "CommandConfig", result: "EvaluationResult | None") -> None:
-    """Print a result, if this process has one, and write it with `--out`."""
-    if result is not None:
-        from mimref.reports.terminal import print_rows
+def report(
+    options: Output,
+    config: "CommandConfig",
+    result: "EvaluationResult | None",
+    show: "Callable[[Sequence[Row]], None] | None" = None,
+) -> None:
+    """Print a result, if this process has one; with `--out`, write results.csv and results.json.
 
-        print_rows(result.rows)
-        write(options, config, result)
-
-
-def write(options: Output, config: "CommandConfig", result: "EvaluationResult") -> None:
-    """With `--out`, write results.csv and results.json."""
-    if options.out is None:
+    show: prints the rows; default: as a table.
+    """
+    if result is None:
         return
+    from mimref.reports.terminal import print_rows
     from mimref.results import write_results
 
-    if result.data is not None:
-        config = config.model_copy(update={"data": result.data})
-    settings = config.model_dump(mode="json")
-    write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=result.bad_images)
-    note(f"results in {options.out}", options)
+    (show or print_rows)(result.rows)
+    if options.out is not None:
+        if result.data is not None:
+            config = config.model_copy(update={"data": result.data})
+        settings, bad = config.model_dump(mode="json"), result.bad_images
+        write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=bad)
+        note(f"results in {options.out}", options)
 
 
 def print_finished(out: Path, command: str) -> bool:

@@ -23,7 +23,7 @@ class Debug(Options):
 
 
 class Quiet(Debug):
-    quiet: bool = option("Print the result only.")
+    quiet: bool = option("Print only the result.")
 
 
 class Device(Quiet):
@@ -117,15 +117,15 @@ class FinalNorm(Options, panel="Encoder"):
 
 
 class Blocks(Pool, FinalNorm, panel="Encoder"):
-    blocks: Text = option("Which blocks' features; default last.", "last|last4|all|1,5,12", "blocks")
+    blocks: Text = option("Blocks to take features from; default last.", "last|last4|all|1,5,12", "blocks")
 
 
 class Subject(Options, panel="Data"):
     checkpoint: Text = argument(
-        f"{CHECKPOINT}; default: the packaged tiny one, on digits.", "CKPT", "checkpoint", required=False
+        f"{CHECKPOINT}; default: the packaged tiny encoder, on digits.", "CKPT", "checkpoint", required=False
     )
     features: tuple[str, str] | None = option(
-        "Arrays x and y made elsewhere, in place of CKPT.", "TRAIN.npz VAL.npz", "features"
+        "Arrays x and y made elsewhere, instead of CKPT.", "TRAIN.npz VAL.npz", "features"
     )
 
 
@@ -146,12 +146,12 @@ class MicroBatch(Batch, panel="Training"):
 
 
 class Split(Options, panel="Data"):
-    split: Text = option("Which images; default val.", "train|val", "split")
+    split: Text = option("Images to use; default val.", "train|val", "split")
 
 
 class Draws(Options, panel="Protocol"):
     shots: Text = option("Training images per class; default 1,2,5.", "1,2,5", "shots")
-    splits: Text = option("Draws of them; default 3, or 20 from fewer than 10,000 images.", "N", "splits")
+    splits: Text = option("Random draws of these; default 3, or 20 from fewer than 10,000 images.", "N", "splits")
 
 
 class Clustering(Options, panel="Protocol"):

@@ -22,7 +22,7 @@ def list_presets(options: Debug) -> None:
 
 
 class ShowOptions(Debug):
-    name: str = argument("As listed.", "NAME")
+    name: str = argument("Name in `mimref presets list`.", "NAME")
 
 
 def show_preset(options: ShowOptions) -> None:
@@ -64,7 +64,9 @@ def list_cache(options: CacheOptions) -> None:
 
 
 class ClearOptions(CacheOptions):
-    keys: list[str] | None = argument("As listed, or `listings`; default: all.", "KEY", required=False)
+    keys: list[str] | None = argument(
+        "Keys in `mimref cache list`, or `listings`; default: all.", "KEY", required=False
+    )
 
 
 def clear_cache(options: ClearOptions) -> None:
@@ -82,13 +84,13 @@ def clear_cache(options: ClearOptions) -> None:
         freed, busy = clear(folder, passes)
         typer.echo(f"{freed / 1e6:,.1f} MB freed in {folder}")
         for key in busy:
-            typer.echo(f"{key} is being written, and was left in place", err=True)
+            typer.echo(f"{key} is in use and was not deleted", err=True)
     if "listings" in keys if keys else options.cache is None:
         typer.echo(f"{clear_listings() / 1e6:,.1f} MB freed in {listings().folder}")
 
 
 def verify_cache(options: CacheOptions) -> None:
-    """Compare the checksums of all cached features; exit code 2 when something is damaged.
+    """Verify the checksums of all cached features; exit code 2 if any are damaged.
 
     Examples:
       mimref cache verify
@@ -99,4 +101,6 @@ def verify_cache(options: CacheOptions) -> None:
     found = dict(damaged_files(folder))
     typer.echo(f"{sum(not files for files in found.values())} cached passes in {folder} are intact")
     if damaged := [f"{key}/{file}" for key, files in found.items() for file in files]:
-        raise DataError(f"damaged: {', '.join(damaged)}; they are computed again when needed, or clear them")
+        raise DataError(
+            f"damaged: {', '.join(damaged)}; they are computed again when needed; `mimref cache clear` deletes them"
+        )

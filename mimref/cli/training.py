@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 class TrainingOptions(Images, Batch, Preset, Seed, Resume):
     def resumed_preset(self) -> str | None:
-        """The settings of the run that `--resume --out DIR` continues, so that they need not be repeated.
+        """The settings file of the run that `--resume --out DIR` continues, so that nothing need be repeated.
 
         None with `--preset`: the run itself compares its settings with those it started with.
         """
@@ -28,7 +28,9 @@ class TrainingOptions(Images, Batch, Preset, Seed, Resume):
 
 
 class Weights(TrainedEncoder, panel="Encoder"):
-    weights: Text = option("Weights to refine; names such as mae_l16 are fetched.", "FILE|NAME", "encoder.weights")
+    weights: Text = option(
+        "Weights to refine; published ones such as mae_l16 are downloaded.", "FILE|NAME", "encoder.weights"
+    )
 
 
 class RefineOptions(Weights, MicroBatch, TrainingOptions, panel="Training"):
@@ -83,7 +85,7 @@ class PretrainOptions(TrainedArch, TrainingOptions, panel="Training"):
 def pretrain(options: PretrainOptions) -> None:
     """Train a masked autoencoder to start from.
 
-    For images or sizes without public weights. Without options: the packaged tiny encoder again.
+    For images or sizes without public weights. Without options, this recreates the packaged tiny encoder.
 
     Examples:
       mimref pretrain --preset quickstart
