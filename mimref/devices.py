@@ -28,16 +28,12 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on CUDA, float32 elsewhere. Raises ConfigError if the device cannot compute in bfloat16."""
     if name not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"precision {name!r}: choose from auto, fp32, bf16")
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and _has_bf16() else torch.float32
-    if name == "bf16" and device.type == "cuda" and not _has_bf16():
-        raise ConfigError("precision 'bf16' is not supported by this GPU; use --precision fp32")
-    return torch.bfloat16 if name == "bf16" else torch.float32
-
-
-def _has_bf16() -> bool:
     # Emulated bfloat16 is slower than float32.
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    supported = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and not supported:
+        raise ConfigError("precision 'bf16' is not supported by this GPU; use --precision fp32")
+    chosen = name == "bf16" or (name == "auto" and device.type == "cuda" and supported)
+    return torch.bfloat16 if chosen else torch.float32
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

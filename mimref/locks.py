@@ -11,6 +11,7 @@ from filelock import Timeout as Timeout
 
 from mimref.errors import OutputError
 
+WAITING_S = 1.0
 # Loader processes of a killed run keep its lock until they notice, which takes up to 5 s.
 PATIENCE_S = 8.0
 
@@ -45,7 +46,7 @@ def one_at_a_time(path: Path, waiting: Callable[[], object] = lambda: None) -> I
         file.parent.mkdir(parents=True, exist_ok=True)
         while lock is None:
             try:
-                lock = acquire(file, timeout_s=1)
+                lock = acquire(file, WAITING_S)
             except Timeout:
                 waiting()
     except OSError:

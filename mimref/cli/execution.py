@@ -1,4 +1,4 @@
-"""What commands do around their work: join the processes, show progress, print results and write them."""
+"""What commands do besides their work: join the processes, show progress, print and write results."""
 
 import os
 import shutil
@@ -64,7 +64,7 @@ def print_finished(out: Path, command: str) -> bool:
     """Print the results of a finished run of this command; return False if it is not finished."""
     if not (out / "results.json").is_file():
         return False
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first prints
+    if os.environ.get("RANK", "0") == "0":
         from mimref.reports.terminal import print_rows
         from mimref.results import read_results
 

@@ -15,9 +15,6 @@ Text = str | None
 """Text that `load_config` turns into a value; None where the option is not given."""
 
 
-# --- all commands
-
-
 class Debug(Options):
     debug: bool = option("Show the traceback of errors.")  # read by `mimref.cli.run`
 
@@ -47,9 +44,6 @@ class Output(Force, panel="Output"):
 
 class Resume(Output, panel="Output"):
     resume: bool = option("Continue the unfinished run in the output folder.")
-
-
-# --- commands with a config
 
 
 class Configured(Device):
@@ -83,8 +77,6 @@ class Data(Configured, panel="Data"):
 class Images(Data, panel="Data"):
     workers: Text = option("Processes that read images.", "N", "workers")
 
-
-# --- encoders
 
 CHECKPOINT = "Weights file, or output folder of `refine`"
 ARCH = option("vit_b16, vit_l16, vit_h14, vit_2b14 or a timm name.", "NAME", "arch")
@@ -129,8 +121,6 @@ class Subject(Options, panel="Data"):
     )
 
 
-# --- training
-
 BATCH_SIZE = "Images per update over all processes."
 
 
@@ -140,9 +130,6 @@ class Batch(Options, panel="Training"):
 
 class MicroBatch(Batch, panel="Training"):
     micro_batch: Text = option("Images per encoder pass; same result, less memory.", "N|auto", "micro_batch")
-
-
-# --- protocols
 
 
 class Split(Options, panel="Data"):

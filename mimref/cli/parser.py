@@ -50,13 +50,13 @@ class Option:
         return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-# Any: type checkers take the field's annotation for the type of what the user gives.
+# Any: for type checkers, a field has the type of what the user gives, as annotated.
 option: Any = Option
 argument: Any = partial(Option, required=True, positional=True)
 
 
 class Options:
-    """What a command was given. Its class inherits from the groups of options that the command takes."""
+    """The values that a command was given. Its class inherits from the groups of options that the command takes."""
 
     panel: ClassVar[str]
 
@@ -102,7 +102,7 @@ def add_command(
 
 
 class _Panels:
-    """Help in panels also where rich does not draw it."""
+    """Help in panels even where rich does not draw it."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}

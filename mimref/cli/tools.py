@@ -101,6 +101,4 @@ def verify_cache(options: CacheOptions) -> None:
     found = dict(damaged_files(folder))
     typer.echo(f"{sum(not files for files in found.values())} cached passes in {folder} are intact")
     if damaged := [f"{key}/{file}" for key, files in found.items() for file in files]:
-        raise DataError(
-            f"damaged: {', '.join(damaged)}; they are computed again when needed; `mimref cache clear` deletes them"
-        )
+        raise DataError(f"damaged: {', '.join(damaged)} (recomputed when needed; `mimref cache clear` deletes them)")

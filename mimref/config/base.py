@@ -1,4 +1,4 @@
-"""Strict models of settings: the kinds of values, and what all commands share."""
+"""Strict models of settings: types of values, and the settings of all commands."""
 
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -35,7 +35,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_none(cls, table: Any) -> Any:
-        # TOML has no null: for optional fields the word `none` stands for it.
+        # TOML has no null; for optional fields the word `none` stands for it.
         if not isinstance(table, dict):
             return table
         optional = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}

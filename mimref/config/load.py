@@ -98,16 +98,16 @@ def _unknown_setting(model: type[BaseModel], key: str) -> str:
 
 
 def _describe(errors: Sequence[ErrorDetails], model: type[BaseModel], table: Mapping[str, Any]) -> str:
-    """One line for the first setting that is wrong: its dotted key, its value and what is expected."""
+    """One line about the first wrong setting: its dotted key, its value and what is expected."""
     first, key = errors[0], _setting_key(model, errors[0]["loc"])
     if first["type"] == "extra_forbidden":
         return _unknown_setting(model, key)
     field = setting_fields(model).get(key)
     if first["type"] == "value_error" and (field is None or _section(field)):
-        # A check across several settings says everything itself.
+        # The message of a check across several settings is complete.
         return str(first["ctx"]["error"])
     wrong = [error for error in errors if _setting_key(model, error["loc"]) == key]
-    # Of the alternatives `number or list` only the one that the value's type fits has something to say.
+    # Of alternatives such as `number or list`, only the one that fits the value's type helps.
     fitting = [error for error in wrong if not error["type"].endswith("_type")]
     if all(error["type"] == "literal_error" for error in fitting):
         fitting = wrong
@@ -139,12 +139,12 @@ _EXPECTED = {
     "bool_type": "true or false",
     "finite_number": "a finite number",
     "float_type": "a number",
-    "greater_than": "a number more than {gt:g}",
-    "greater_than_equal": "a number at least {ge:g}",
+    "greater_than": "a number greater than {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
     "int_from_float": "a whole number",
     "int_type": "a whole number",
     "less_than": "a number less than {lt:g}",
-    "less_than_equal": "a number at most {le:g}",
+    "less_than_equal": "a number of at most {le:g}",
     "list_type": "a list",
     "literal_error": "{expected}",
     "missing": "a longer list",

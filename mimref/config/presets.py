@@ -1,4 +1,4 @@
-"""Presets: TOML files that ship with mimref or are the user's, each of which may build on a `base`."""
+"""Presets: TOML files, shipped with mimref or the user's own, which may build on a `base`."""
 
 import json
 import tomllib
@@ -42,8 +42,10 @@ def choose_refine_preset(preset: str | None, arch: str | None, source: str | Non
 
 def choose_pretrain_preset(preset: str | None, arch: str | None) -> str:
     """The given preset; else `quickstart`, or MAE's recipe where `--arch` is given."""
-    if preset is not None or arch is None:
-        return preset or "pretrain/quickstart"
+    if preset is not None:
+        return preset
+    if arch is None:
+        return "pretrain/quickstart"
     # MAE trains all sizes with one recipe.
     name = f"pretrain/mae_{arch.removeprefix('vit_')}"
     return name if name in preset_names("pretrain") else "pretrain/mae_l16"
@@ -71,7 +73,7 @@ def _full_name(name: str, command: str | None = None) -> str:
     if matches:
         raise ConfigError(f"Preset {name!r} is ambiguous: {' or '.join(matches)}")
     if name in preset_names():
-        raise ConfigError(f"Preset {name!r} is one of `mimref {name.split('/')[0]}`, not of `mimref {command}`")
+        raise ConfigError(f"Preset {name!r} belongs to `mimref {name.split('/')[0]}`, not to `mimref {command}`")
     hint = did_you_mean(name, [*known, *(full.partition("/")[2] for full in known)])
     raise ConfigError(f"Unknown preset {name!r}{hint or '; `mimref presets list` shows all'}")
 
@@ -84,8 +86,6 @@ def read_preset(path: Path, command: str, above: tuple[Path, ...] = ()) -> Table
         raise ConfigError(f"Preset {path} has itself as a base: {chain}")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"Preset file {str(path)!r} does not exist") from None
     except OSError as error:
         raise ConfigError(f"Preset file {str(path)!r} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
