@@ -10,7 +10,7 @@ def main() -> None:
     """Run the command line and exit with its code."""
     code = run(sys.argv[1:])
     if code > 128:
-        # Stopped by a signal, and all is saved: another one would only spoil the exit code.
+        # A signal stopped the run, and all is saved: another one would only change the exit code.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Encoders and features for scripts and notebooks; the evaluations are functions of arrays."""
+"""Encoders and features for scripts and notebooks."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from mimref.features.header import eval_transform
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """An encoder ready for use, with its transform and its file's header."""
+    """An encoder ready for use, its transform and the header of its file."""
 
     model: Encoder | TimmBackbone
     """A torch module in evaluation mode: `model.blocks(images, [6, 12])` gives the tokens of two blocks."""
@@ -55,12 +55,12 @@ def load(
     num_heads: int | None = None,
     resolution: int | None = None,
 ) -> LoadedEncoder:
-    """An encoder from a weights file of any known layout, a run's folder, a published name, or `quickstart`.
+    """Load an encoder from a weights file of any known layout, a run's folder, a published name, or `quickstart`.
 
     arch, source: needed only for files that are not recognised, as on the command line. num_heads: attention heads of
     a foreign file of an unusual width; without it, a warning says what is assumed. resolution: pixels of the images;
-    None is the encoder's own.
-    Raises CheckpointError for a file that is no encoder, ConfigError for names and sizes that do not fit.
+    None: the encoder's own.
+    Raises CheckpointError for a file that holds no encoder, ConfigError for names and sizes that do not fit.
     """
     checkpoint = read_checkpoint(path, num_heads=num_heads)
     architecture = choose_architecture(checkpoint, arch, source, resolution)
@@ -86,17 +86,17 @@ def extract(
 ) -> ExtractedFeatures:
     """Pooled features of all images of one split, from one pass of the encoder; writes nothing.
 
-    data: what `--data` takes, or uint8 images (N, H, W) or (N, 3, H, W). blocks: 1-based; None is the last. pool:
-    `cls`, `mean` or `cls+mean`. Raises DataError for images that cannot be used, ConfigError for blocks, a device or a
-    precision that do not exist.
+    data: what `--data` takes, or uint8 images (N, H, W) or (N, 3, H, W). blocks: 1-based; None: the last. pool: `cls`,
+    `mean` or `cls+mean`. Raises DataError for unusable images, ConfigError for a block, device or precision that does
+    not exist.
     """
     images = _open(data, split)
     target, home = resolve_device(device), next(encoder.model.parameters()).device
-    depth, max_bad = encoder.model.depth, (data if isinstance(data, DataConfig) else DataConfig()).max_bad
+    max_bad = (data if isinstance(data, DataConfig) else DataConfig()).max_bad
+    dtype = resolve_precision(precision, target)
+    settings = PassSettings(encoder.transform, target, dtype, batch_size, workers, max_bad)
+    depth = encoder.model.depth
     groups = [columns_of([block], pool, final_norm, depth) for block in ([depth] if blocks is None else blocks)]
-    settings = PassSettings(
-        encoder.transform, target, resolve_precision(precision, target), batch_size, workers, max_bad
-    )
     columns = [column for group in groups for column in group]
     try:
         found = extract_features(encoder.model.to(target), images, settings, columns, progress=progress)
@@ -106,10 +106,8 @@ def extract(
 
 
 def _open(data: str | Path | DataConfig | ImageSource | NDArray[np.uint8], split: Split) -> ImageSource:
-    if isinstance(data, str | Path):
-        return open_source(DataConfig(spec=str(data)), split)
-    if isinstance(data, DataConfig):
-        return open_source(data, split)
+    if isinstance(data, str | Path | DataConfig):
+        return open_source(data if isinstance(data, DataConfig) else DataConfig(spec=str(data)), split)
     if not isinstance(data, np.ndarray | torch.Tensor):
         return data
     images = np.asarray(data)

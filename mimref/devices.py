@@ -28,16 +28,12 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on CUDA, float32 elsewhere. Raises ConfigError if the device cannot compute in bfloat16."""
     if name not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"precision {name!r}: choose from auto, fp32, bf16")
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and _has_bf16() else torch.float32
-    if name == "bf16" and device.type == "cuda" and not _has_bf16():
-        raise ConfigError("precision 'bf16' is not supported by this GPU; use --precision fp32")
-    return torch.bfloat16 if name == "bf16" else torch.float32
-
-
-def _has_bf16() -> bool:
     # Emulated bfloat16 is slower than float32.
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    supported = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and not supported:
+        raise ConfigError("precision 'bf16' is not supported by this GPU; use --precision fp32")
+    chosen = name == "bf16" or (name == "auto" and device.type == "cuda" and supported)
+    return torch.bfloat16 if chosen else torch.float32
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
@@ -47,10 +43,10 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep large buffers that it frees, if the C library is glibc.
+    """Let this process keep the large buffers that it frees, if the C library is glibc.
 
-    By default, every large tensor is mapped and unmapped again. On a CPU the page faults take up to a tenth of the time
-    of a training step.
+    Otherwise every large tensor is mapped and unmapped again, and on a CPU the page faults take up to a tenth of a
+    training step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -61,7 +57,7 @@ def keep_freed_memory() -> None:
 def own_cores() -> int:
     """How many cores this process may use, at least 1.
 
-    The cores that its affinity and its container allow are shared evenly by the processes of its group on this machine.
+    The processes of its group on this machine share evenly the cores that affinity and container allow.
     """
     from joblib import cpu_count  # slow to import
 
@@ -76,8 +72,8 @@ def autocast(device: torch.device, precision: torch.dtype) -> Iterator[None]:
     if precision is not torch.bfloat16:
         yield
         return
-    # On CPUs the backward pass of torch's fused attention is several times slower in bfloat16 than in float32. Plain
-    # matrix products are faster than either.
+    # On CPUs the backward pass of torch's fused attention is several times slower in bfloat16 than in float32; plain
+    # matrix products are faster than both.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with attention, torch.autocast(device.type, dtype=torch.bfloat16):
         yield

@@ -1,7 +1,7 @@
 """Random numbers as a function of what they are for, never of who draws them.
 
 Every draw is a hash of (seed, epoch, operation, sample index, view), so augmentations and nearest-neighbour choices are
-the same on every device and for every number of workers, ranks and micro-batches, and a resumed run needs no saved
+the same on every device and for any number of workers, ranks and micro-batches, and a resumed run needs no saved
 generator state. The hash is SplitMix64's finalizer, applied once per word.
 """
 
@@ -10,12 +10,14 @@ import enum
 import torch
 from torch import Tensor
 
-_MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+# torch has no arithmetic of unsigned 64-bit integers: the hash's constants as signed ones.
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 class Operation(enum.IntEnum):
-    """What a number is drawn for; a separate stream for each."""
+    """What a number is drawn for; each has a stream of its own."""
 
     ORDER = 1
     CROP_SHAPE = 2
@@ -29,19 +31,14 @@ class Operation(enum.IntEnum):
     MASK = 10
 
 
-def _signed(word: int) -> int:
-    word &= _MASK64
-    return word - (1 << 64) if word >> 63 else word
-
-
 def _shift_right(word: Tensor, bits: int) -> Tensor:
-    # torch shifts signed integers arithmetically; the mask clears the copied sign bits.
+    # torch's shift of signed integers copies the sign bit; the mask clears the copies.
     return (word >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(word: Tensor) -> Tensor:
-    word = (word ^ _shift_right(word, 30)) * _signed(0xBF58476D1CE4E5B9)
-    word = (word ^ _shift_right(word, 27)) * _signed(0x94D049BB133111EB)
+    word = (word ^ _shift_right(word, 30)) * _MIX_1
+    word = (word ^ _shift_right(word, 27)) * _MIX_2
     return word ^ _shift_right(word, 31)
 
 
@@ -54,15 +51,14 @@ def uniform(
     """
     word_N = torch.zeros_like(sample_N)
     for part in (seed, epoch, int(operation), sample_N, view_N):
-        word_N = _mix((word_N ^ part) + _signed(_GOLDEN))
-    lane_C = torch.arange(1, count + 1, device=sample_N.device) * _signed(_GOLDEN)
+        word_N = _mix((word_N ^ part) + _GOLDEN)
+    lane_C = torch.arange(1, count + 1, device=sample_N.device) * _GOLDEN
     bits_NC = _shift_right(_mix(word_N[:, None] + lane_C), 40)
     return bits_NC.to(torch.float32) * 2.0**-24
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
     """Order in which an epoch visits `size` samples: (size,) int64."""
-    sample = torch.arange(size)
-    # Two words make ties (which argsort would break by position) all but impossible.
-    bits = uniform(seed, epoch, Operation.ORDER, sample, count=2).to(torch.float64)
+    # Two words make ties, which argsort would break by position, all but impossible.
+    bits = uniform(seed, epoch, Operation.ORDER, torch.arange(size), count=2).to(torch.float64)
     return torch.argsort(bits[:, 0] + bits[:, 1] * 2.0**-24, stable=True)

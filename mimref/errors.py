@@ -17,7 +17,7 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A weights file that is not one, or does not fit the architecture asked for."""
+    """A file that holds no weights, or weights that do not fit the requested architecture."""
 
 
 class OutputError(UserError):
@@ -29,7 +29,7 @@ class DivergenceError(UserError):
 
 
 class LostRankError(UserError):
-    """Another process of a distributed run that no longer answers."""
+    """Another process of a distributed run no longer answers."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -41,7 +41,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 class Interrupted(BaseException):
     """Work stopped by a signal after saving what can be saved; the exit code is 128 + the signal's number.
 
-    Like KeyboardInterrupt no Exception: it may be raised anywhere, and must not pass for a damaged file.
+    Not an Exception, as KeyboardInterrupt is none: it may be raised anywhere, and must not pass for a damaged file.
     """
 
     def __init__(self, signum: int, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, checks of where they go, and the folder of cached ones."""
+"""Atomic writes, checks of output folders and files, and the cache folder."""
 
 import errno
 import os
@@ -12,18 +12,19 @@ from typing import BinaryIO
 
 from mimref.errors import OutputError
 
-# A library that writes by itself may report a full disk as an error of its own kind; less than this is full.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_DISK_BYTES = 1 << 20
+"""With less space free, a disk counts as full."""
 
 
 def cache_folder() -> Path:
-    """The folder of downloads and features: `$MIMREF_CACHE`, else `mimref` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("MIMREF_CACHE") or os.path.join(home, "mimref"))
+    """The folder of cached downloads and features: `$MIMREF_CACHE`, else `mimref` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MIMREF_CACHE") or Path(home, "mimref"))
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OutputError when the folder clearly cannot be made or written. Writes nothing."""
+    """Raise OutputError if the folder clearly cannot be created or written. Writes nothing."""
     try:
         existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     except OSError as error:
@@ -35,7 +36,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_new_file(file: Path, endings: Sequence[str], force: bool, option: str = "--out") -> None:
-    """Raise OutputError for a file of another ending, one that exists (unless `force`) or cannot be written."""
+    """Raise OutputError for a file that has another ending, exists (unless `force`) or cannot be written."""
     if file.suffix.lower() not in endings:
         raise OutputError(f"{option} {file}: the file's name must end in {' or '.join(endings)}")
     if file.is_dir():
@@ -47,11 +48,11 @@ def check_new_file(file: Path, endings: Sequence[str], force: bool, option: str 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, which takes its place when the block ends without an error.
+    """A temporary path beside `path`; the file written there replaces `path` if the block ends without an error.
 
-    For libraries that want a file name. Missing folders are made. The data is on disk before the name changes, so
-    whatever interrupts the write, `path` holds the old content or the new. After an error the temporary file is gone.
-    Raises OutputError when the folder or the file cannot be written, or the disk is full.
+    For libraries that need a file name. Creates missing folders. Whatever interrupts the write, `path` holds the old
+    content or the new: the data is on disk before the name changes. Removes the temporary file after an error.
+    Raises OutputError if the folder or the file cannot be written, or the disk is full.
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
@@ -62,10 +63,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _output_error(path, error) from error
+        advice = "free some space and run again" if error.errno in DISK_FULL else "choose another --out"
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
     except Exception as error:
-        if _disk_is_full(path.parent):
-            raise _output_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+        # A library may report a full disk as an error of its own.
+        if shutil.disk_usage(path.parent).free < FULL_DISK_BYTES:
+            full = os.strerror(errno.ENOSPC)
+            raise OutputError(f"cannot write {path}: {full}; free some space and run again") from error
         raise
     finally:
         with suppress(OSError):
@@ -74,22 +78,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends without an error; see `atomic_path`."""
+    """A binary file that replaces `path` if the block ends without an error; see `atomic_path`."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
 
 
 def remove_halves(folder: Path, name: str) -> None:
-    """Delete what kills have left of writing `name`, which may have stars; it may be gigabytes."""
+    """Delete what killed processes left of writing `name`, which may be a pattern: up to gigabytes."""
     for half in folder.glob(f".{name}.*.tmp"):
         half.unlink(missing_ok=True)
 
 
 def is_whole(file: BinaryIO) -> bool:
-    """Whether every member of a zip archive, such as `torch.save` writes, has the CRC-32 that was written with it.
-
-    torch checks none when it reads.
-    """
+    """Whether every member of a zip archive has the CRC-32 stored with it; `torch.load` checks none."""
     try:
         return zipfile.ZipFile(file).testzip() is None
     except Exception:  # whatever damage makes zipfile raise
@@ -103,24 +104,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The new name itself must survive a power cut; not every system lets a folder be synchronised."""
-    with suppress(OSError):
+    """Make a new name survive a power cut."""
+    with suppress(OSError):  # not every system can synchronise a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _disk_is_full(folder: Path) -> bool:
-    try:
-        return shutil.disk_usage(folder).free < FULL_DISK_BYTES
-    except OSError:
-        return False
-
-
-def _output_error(path: Path, error: OSError) -> OutputError:
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"cannot write {path}: {reason}; free some space and run again")
-    return OutputError(f"cannot write {path}: {reason}; choose another --out")

@@ -1,4 +1,4 @@
-"""One process at a time: every use of lock files. The system releases a lock when its process dies."""
+"""Lock files: one process at a time. The system releases a lock when its process dies."""
 
 import errno
 import os
@@ -12,16 +12,16 @@ from filelock import Timeout as Timeout
 from mimref.errors import OutputError
 
 WAITING_S = 1.0
+# Loader processes of a killed run keep its lock until they notice, which takes up to 5 s.
+PATIENCE_S = 8.0
 
 
 def acquire(file: Path, timeout_s: float) -> FileLock:
-    """Acquire a lock file. Raises filelock's Timeout when another process holds it for longer, OSError where files
-    cannot be locked."""
+    """Acquire a lock file; raises Timeout if another process holds it for longer, OSError if it cannot be locked."""
     lock = FileLock(file)
     try:
         lock.acquire(timeout=timeout_s)
-    except NotImplementedError as error:
-        # filelock's way to say that the file system has no locks.
+    except NotImplementedError as error:  # the file system has no locks
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(file)) from error
     return lock
 
@@ -34,11 +34,11 @@ def release(lock: FileLock, file: Path) -> None:
 
 
 @contextmanager
-def one_at_a_time(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Make `path` while no other process does. The others wait, and should then check whether it exists.
+def one_at_a_time(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Create `path` while no other process does. The others wait, and should then check whether it exists.
 
-    waiting: called every second while another process holds the lock, a file beside `path`. Where it cannot be created
-    nobody waits. Folders created for it stay: other processes may be waiting in them.
+    waiting: called every second while another process holds the lock, a file beside `path`. If that file cannot be
+    created, nobody waits. Folders created for it stay: other processes may be waiting in them.
     """
     file = path.with_name(f".{path.name}.lock")
     lock = None
@@ -48,8 +48,7 @@ def one_at_a_time(path: Path, waiting: Callable[[], None] | None = None) -> Iter
             try:
                 lock = acquire(file, WAITING_S)
             except Timeout:
-                if waiting is not None:
-                    waiting()
+                waiting()
     except OSError:
         yield
         return
@@ -59,18 +58,13 @@ def one_at_a_time(path: Path, waiting: Callable[[], None] | None = None) -> Iter
         release(lock, file)
 
 
-# Loader processes of a killed run keep its lock until they notice, which takes up to 5 s.
-PATIENCE_S = 8.0
-
-
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold `.lock` in the folder, which is created if missing; remove both afterwards if nothing else is in it.
 
-    Raises OutputError when another process holds the lock for longer than loader processes outlive a killed run, or
-    when the folder cannot be written.
+    Raises OutputError if another process holds the lock, or the folder cannot be written.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [each for each in (folder, *folder.parents) if not each.exists()]
     file = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +80,6 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         release(lock, file)
-        for each in made:
+        for each in created:
             with suppress(OSError):
                 each.rmdir()

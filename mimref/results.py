@@ -1,4 +1,4 @@
-"""Rows of results, and the files results.csv and results.json, which mark a folder as finished."""
+"""Rows of results, and the files results.csv and results.json; the latter marks a folder as finished."""
 
 import json
 import math
@@ -23,8 +23,6 @@ Row = dict[str, str | int | float]
 
 # Packages whose version can change a number.
 VERSIONS = ("torch", "timm", "numpy", "scikit-learn", "cyanure", "umap-learn")
-# Keys of rows that detail another row: one draw, one classifier of a grid, one class.
-DETAILS = frozenset(["split", "classifier", "class"])
 
 
 class Tabular:
@@ -51,9 +49,9 @@ class EvaluationResult(Tabular):
 
 
 def frame(rows: Sequence[Row]) -> "DataFrame":
-    """Rows as a table with columns in the order of `columns`: Int64, Float64 or string, object where types are mixed.
+    """Rows as a table with columns in the order of `columns`: Int64, Float64 or string, object if types are mixed.
 
-    A missing cell is `pandas.NA`, which a NaN that was measured is not.
+    A missing cell is `pandas.NA`; a NaN that was measured is not.
     """
     # Slow to import.
     import numpy as np
@@ -64,30 +62,27 @@ def frame(rows: Sequence[Row]) -> "DataFrame":
         values: list[Any] = [row.get(key) for row in rows]
         kinds = {type(value) for value in values if value is not None}
         if kinds == {float}:
-            numbers = np.array([0.0 if value is None else value for value in values], dtype=np.float64)
-            table[key] = pd.arrays.FloatingArray(numbers, np.array([value is None for value in values]))
-        elif kinds == {int}:
-            table[key] = pd.array(values, dtype="Int64")
-        elif kinds == {str}:
-            table[key] = pd.array(values, dtype=pd.StringDtype("python"))
+            missing = np.array([value is None for value in values])
+            table[key] = pd.arrays.FloatingArray(np.array(values, dtype=np.float64), missing)
         else:
-            table[key] = pd.array(values, dtype=object)
+            dtype: Any = "Int64" if kinds == {int} else pd.StringDtype("python") if kinds == {str} else object
+            table[key] = pd.array(values, dtype=dtype)
     return pd.DataFrame(table, columns=columns(rows))
 
 
 def named(rows: Sequence[Row], model: str, where: Row) -> list[Row]:
-    """Rows with the model's name and what was evaluated."""
+    """Rows with the model's name and the settings `where` it was evaluated."""
     return [{"model": model, "metric": row["metric"], "value": row["value"], **where, **row} for row in rows]
 
 
 def check_folder(out: Path, force: bool) -> None:
-    """Raise OutputError for a folder that holds results (unless `force`) or an unfinished run, or cannot be written."""
+    """Raise OutputError for a folder that holds results (unless `force`) or an unfinished run, or is not writable."""
     check_writable(out)
     if (out / "results.json").exists():
         if not force:
             raise OutputError(f"{out}: holds results; choose another --out, or --force to replace them")
     elif (out / "metrics.jsonl").exists():
-        # Results would pass for those of that run.
+        # These results would look like those of that run.
         raise OutputError(f"{out}: holds an unfinished run of refine or pretrain; choose another --out")
 
 
@@ -100,11 +95,11 @@ def write_results(
     *,
     bad_images: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write results.csv (one line per row) and then results.json into the folder `out`, each atomically.
+    """Write results.csv (one line per row), then results.json into the folder `out`, each atomically.
 
     config: the resolved settings. bad_images: path and reason of every image left out. JSON keys: command, version,
-    config, elapsed_s, metrics (the rows), bad_images and versions (of the packages that can change a number). Values
-    that are not finite become null. Raises OutputError when the folder cannot be written.
+    config, elapsed_s, metrics (the rows), bad_images and versions (of packages that can change a number). Values that
+    are not finite become null. Raises OutputError if the folder cannot be written.
     """
     write_bytes(out / "results.csv", frame(rows).to_csv(index=False, lineterminator="\n").encode())
     document = {
@@ -120,14 +115,16 @@ def write_results(
 
 
 def read_results(out: Path, command: str) -> tuple[list[Row], float]:
-    """The rows and the elapsed seconds of a finished run of `command`.
+    """Rows and elapsed seconds of a finished run of `command`.
 
-    Raises OutputError when its results.json is damaged or from another command.
+    Raises OutputError if its results.json is damaged or from another command.
     """
     file = out / "results.json"
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        rows = [{key: _from_json(value) for key, value in row.items()} for row in document["metrics"]]
+        rows = [
+            {key: math.nan if value is None else value for key, value in row.items()} for row in document["metrics"]
+        ]
         elapsed_s, made_by = float(document["elapsed_s"]), document["command"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{file} cannot be read ({error}); --force runs again") from error
@@ -137,23 +134,19 @@ def read_results(out: Path, command: str) -> tuple[list[Row], float]:
 
 
 def main_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows that stand for a setting: all but those that detail one (see `DETAILS`)."""
-    return [row for row in rows if DETAILS.isdisjoint(row)]
+    """All rows but those that detail another one: one draw, one classifier of a grid, one class."""
+    return [row for row in rows if row.keys().isdisjoint({"split", "classifier", "class"})]
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Every key of the rows: model, metric and value first, the others as they appear."""
+    """Every key of the rows: model, metric and value first, the others in order of appearance."""
     keys = dict.fromkeys(key for row in rows for key in row)
-    first = [key for key in ("model", "metric", "value") if key in keys]
-    return first + [key for key in keys if key not in first]
+    first = dict.fromkeys(key for key in ("model", "metric", "value") if key in keys)
+    return list(first | keys)
 
 
 def _finite(value: str | int | float) -> str | int | float | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _from_json(value: str | int | float | None) -> str | int | float:
-    return math.nan if value is None else value
 
 
 def _version(package: str) -> str | None:

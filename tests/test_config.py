@@ -10,6 +10,7 @@ from mimref.config.base import CommandConfig, dump_config
 from mimref.config.load import load_config
 from mimref.config.presets import choose_pretrain_preset, choose_refine_preset
 from mimref.errors import ConfigError
+from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.pretraining.config import PretrainConfig
 from mimref.refinement.config import RefineConfig
@@ -46,6 +47,8 @@ def test_overrides_then_sets() -> None:
         ("data.root=2024-01-01", "2024-01-01"),
         ("data.root=none", None),
         ("views.jitter=[0, 0, 0, 0]", (0.0, 0.0, 0.0, 0.0)),
+        ("monitor.trackers=tensorboard, wandb", ["tensorboard", "wandb"]),
+        ("monitor.trackers=['wandb']", ["wandb"]),
     ],
 )
 def test_set_reads_toml_values_and_bare_words(assignment: str, expected: object) -> None:
@@ -53,6 +56,15 @@ def test_set_reads_toml_values_and_bare_words(assignment: str, expected: object)
     for part in assignment.partition("=")[0].strip().split("."):
         value = getattr(value, part)
     assert value == expected
+
+
+def test_lists_need_no_brackets() -> None:
+    config = load_config(CompareConfig, None, {"base": "1", "refined": ["a,b"], "shots": "1,2", "metrics": "acc, 1"})
+    assert (config.base, config.refined, config.shots, config.metrics) == ("1", ["a,b"], [1, 2], ["acc", "1"])
+    assert load_config(KnnConfig, None, {"tau": "0.1,1"}, ["k=5"]).model_dump(include={"k", "tau"}) == {
+        "k": [5],
+        "tau": [0.1, 1.0],
+    }
 
 
 def test_set_of_a_table_keeps_the_rest_of_it() -> None:
@@ -71,11 +83,11 @@ WRONG = {
     "seed=-1": ("seed = -1", "at least 0"),
     "seed=01": ('seed = "01"', "whole number"),
     "seed=1\nbatch_size=3": ('seed = "1\\nbatch_size=3"', "whole number"),
-    "batch_size=1": ("batch_size = 1", "more than 1"),
+    "batch_size=1": ("batch_size = 1", "greater than 1"),
     "views.color=yes": ('views.color = "yes"', "true or false"),
     "heads=3": ("heads = 3", "table"),
     "heads.temperature=hot": ('heads.temperature = "hot"', "number or a list"),
-    "heads.temperature=[0.1, -1]": ("heads.temperature = [0.1, -1]", "more than 0"),
+    "heads.temperature=[0.1, -1]": ("heads.temperature = [0.1, -1]", "greater than 0"),
     "heads.temperature=[]": ("heads.temperature = []", "at least 1"),
     "heads.blocks=0-3": ('heads.blocks = "0-3"', "17-24", "20,22,24", "last8", "auto"),
     "heads.pool=clss": ('heads.pool = "clss"', "'cls'", "'mean'"),
@@ -83,7 +95,7 @@ WRONG = {
     "views.global_scale=3": ("views.global_scale = 3", "list"),
     "views.global_scale=[0.5]": ("views.global_scale = [0.5]", "list"),
     "views.global_scale=[0.1, 0.2, 0.3]": ("views.global_scale = [0.1, 0.2, 0.3]", "list of 2"),
-    "views.global_scale=[0.0, 0.5]": ("views.global_scale = [0.0, 0.5]", "more than 0"),
+    "views.global_scale=[0.0, 0.5]": ("views.global_scale = [0.0, 0.5]", "greater than 0"),
     "views.local_scale=[0.1, 7]": ("views.local_scale = [0.1, 7]", "at most 1"),
     "views.local_scale=[0.5, 0.1]": ("views.local_scale = [0.5, 0.1]", "range"),
     "views.jitter=[0.4, 0.4, 0.4, 0.7]": ("views.jitter = [0.4, 0.4, 0.4, 0.7]", "at most 0.5"),

@@ -340,7 +340,7 @@ def test_the_cache_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "mine" in printed and "other" in printed and str(where) in printed.replace("\n", "")
     assert run(["cache", "verify", "--cache", str(where)]) == 0
-    assert "2 passes of encoders" in capsys.readouterr().out
+    assert "2 cached passes" in capsys.readouterr().out
     key = pass_key(spec(), "fp32")
     (where / key / CLS.name).write_bytes(b"")
     assert run(["cache", "verify", "--cache", str(where)]) == 2
@@ -349,7 +349,7 @@ def test_the_cache_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "cache entry 'nothing' is not in" in capsys.readouterr().err
     with FileLock(Entry(where / key).lock_file):
         assert run(["cache", "clear", key[:6], "--cache", str(where)]) == 0
-        assert f"{key} is being written, and was left" in capsys.readouterr().err
+        assert f"{key} is in use" in capsys.readouterr().err
     assert clear(where, [key[:6]])[1] == [] and [entry.model for entry in list_entries(where)] == ["other"]
     assert run(["cache", "clear", "--cache", str(where)]) == 0
     assert not list(where.iterdir()) and list_entries(where / "nowhere") == []

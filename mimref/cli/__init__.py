@@ -3,7 +3,6 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
-import errno
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +12,12 @@ import typer
 
 from mimref import __version__
 from mimref.cli import benchmark, evaluation, tools, training, weights
-from mimref.cli.parser import Group, add_command, add_group
+from mimref.cli.parser import Group, add_command
 from mimref.errors import Interrupted, UserError
+from mimref.files import DISK_FULL
 
-COMMANDS: Mapping[str, Sequence[Callable[[Any], None]]] = {
+Function = Callable[[Any], None]
+COMMANDS: Mapping[str, Sequence[Function]] = {
     "Refine": (training.refine, training.pretrain),
     "Evaluate": (
         evaluation.knn,
@@ -29,14 +30,16 @@ COMMANDS: Mapping[str, Sequence[Callable[[Any], None]]] = {
     ),
     "Weights": (weights.inspect, weights.export, weights.interpolate),
 }
-Commands = Mapping[str, Callable[[Any], None]]
-PRESETS: Commands = {"list": tools.list_presets, "show": tools.show_preset}
-CACHE: Commands = {"list": tools.list_cache, "clear": tools.clear_cache, "verify": tools.verify_cache}
-BENCHMARKS: Commands = {
-    "views": benchmark.benchmark_views,
-    "step": benchmark.benchmark_step,
-    "eval": benchmark.benchmark_eval,
-    "cost": benchmark.benchmark_cost,
+TOOLS: Mapping[str, tuple[str, Mapping[str, Function]]] = {
+    "presets": ("Show the settings that ship with mimref.", {"list": tools.list_presets, "show": tools.show_preset}),
+    "cache": (
+        "List, clear or verify cached features and listings of images.",
+        {"list": tools.list_cache, "clear": tools.clear_cache, "verify": tools.verify_cache},
+    ),
+    "benchmark": (
+        "Measure speed and cost on this machine.",
+        {"views": benchmark.views, "step": benchmark.step, "eval": benchmark.evaluations, "cost": benchmark.cost},
+    ),
 }
 
 app = typer.Typer(
@@ -49,9 +52,11 @@ app = typer.Typer(
 for panel, functions in COMMANDS.items():
     for function in functions:
         add_command(app, function, panel=panel)
-add_group(app, "presets", "Show the settings that ship with mimref.", PRESETS)
-add_group(app, "cache", "List, clear or verify cached features and listings of images.", CACHE)
-add_group(app, "benchmark", "Measure speed and cost on this machine.", BENCHMARKS)
+for name, (text, commands) in TOOLS.items():
+    group = typer.Typer(cls=Group, help=text)
+    for command, function in commands.items():
+        add_command(group, function, command)
+    app.add_typer(group, name=name, rich_help_panel="Tools")
 
 
 @app.callback(invoke_without_command=True)
@@ -69,31 +74,28 @@ def _main(
 def run(args: Sequence[str]) -> int:
     """Run one command line and return its exit code: 0, 2 for a user's mistake, 128 + n after signal n.
 
-    A mistake is one line on standard error, after a traceback with `--debug`. Unexpected exceptions are not caught.
+    A mistake is one line on standard error, after a traceback with `--debug`. Other exceptions are not caught.
     """
     debug = "--debug" in args
     # Rich draws help with boxes and colours, which only a terminal can use.
     app.rich_markup_mode = "rich" if sys.stdout.isatty() else None
     try:
-        # Ctrl-C where nothing can be saved comes back as typer's exit code 130.
+        # Typer turns Ctrl-C where nothing can be saved into exit code 130.
         code = app(args=list(args), prog_name="mimref", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except Interrupted as interruption:
         typer.echo(f"mimref: {interruption.message}", err=True)
         return 128 + interruption.signum
-    except UserError as error:
-        return _fail(str(error), error, debug)
-    except typer.TyperException as error:
-        return _fail(error.format_message(), error, debug)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (UserError, typer.TyperException, OSError) as error:
+        if isinstance(error, typer.TyperException):
+            message = error.format_message()
+        elif isinstance(error, UserError):
+            message = str(error)
+        elif error.errno in DISK_FULL:
+            message = f"disk full while writing {error.filename or 'a file'}; free some space and run again"
+        else:
             raise
-        file = error.filename or "a file"
-        return _fail(f"disk full while writing {file}; free some space and run again", error, debug)
-
-
-def _fail(message: str, error: Exception, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
-    typer.echo(f"mimref: error: {' '.join(message.split())}", err=True)
-    return 2
+        if debug:
+            traceback.print_exception(error)
+        typer.echo(f"mimref: error: {' '.join(message.split())}", err=True)
+        return 2

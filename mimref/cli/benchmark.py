@@ -1,7 +1,7 @@
 """`mimref benchmark`: speed and cost, measured on this machine."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from mimref.refinement.config import RefineConfig
     from mimref.results import Row
 
-Facts = Sequence[tuple[str, str]]
-
 
 class BenchmarkOptions(Device, Output):
     pass
@@ -23,7 +21,7 @@ class BenchmarkOptions(Device, Output):
 
 class StepOptions(TrainedEncoder, MicroBatch, Preset, Output):
     def load_refine(self) -> "RefineConfig":
-        """The settings of the refinement that is measured."""
+        """The settings of the refinement to measure."""
         from mimref.config.presets import choose_refine_preset
         from mimref.refinement.config import RefineConfig
 
@@ -34,11 +32,11 @@ class CostOptions(StepOptions, Data):
     pass
 
 
-def benchmark_eval(options: BenchmarkOptions) -> None:
+def evaluations(options: BenchmarkOptions) -> None:
     """Time the evaluations on synthetic features.
 
-    A sweep of ten k against one, k-means in all processes against one, and the classifiers of a linear probe together
-    against one by one.
+    A sweep over ten values of k against one, k-means in all processes against one, and the classifiers of a linear
+    probe together against one by one.
 
     Examples:
       mimref benchmark eval
@@ -46,19 +44,13 @@ def benchmark_eval(options: BenchmarkOptions) -> None:
     options.check_out()
 
     from mimref.benchmarks.evaluations import benchmark_evaluations
-    from mimref.devices import resolve_device
-    from mimref.reports.terminal import Terminal, print_rows
 
-    started, device = time.monotonic(), str(resolve_device(options.device or "auto"))
-    with Terminal(options.quiet) as terminal:
-        rows = benchmark_evaluations(device=device, progress=partial(terminal.progress, "timings"))
-    print_rows(rows)
+    device = _print_timings("benchmark eval", options, benchmark_evaluations)
     if device != "cpu":
         typer.echo(f"on {device}; k-means runs on the CPU")
-    _write("benchmark eval", options, {"device": device}, started, rows)
 
 
-def benchmark_views(options: BenchmarkOptions) -> None:
+def views(options: BenchmarkOptions) -> None:
     """Time how fast images become views.
 
     Two global and ten local views of 500 x 375 JPEGs on one CPU thread, against torchvision's pipelines.
@@ -68,7 +60,13 @@ def benchmark_views(options: BenchmarkOptions) -> None:
     """
     options.check_out()
 
-    from mimref.benchmarks.views import benchmark_views as measure
+    from mimref.benchmarks.views import benchmark_views
+
+    _print_timings("benchmark views", options, benchmark_views)
+
+
+def _print_timings(command: str, options: BenchmarkOptions, measure: "Callable[..., Sequence[Row]]") -> str:
+    """Measure, print a table and write it with `--out`; return the device."""
     from mimref.devices import resolve_device
     from mimref.reports.terminal import Terminal, print_rows
 
@@ -76,14 +74,15 @@ def benchmark_views(options: BenchmarkOptions) -> None:
     with Terminal(options.quiet) as terminal:
         rows = measure(device=device, progress=partial(terminal.progress, "timings"))
     print_rows(rows)
-    _write("benchmark views", options, {"device": device}, started, rows)
+    _write(command, options, {"device": device}, started, rows)
+    return device
 
 
-def benchmark_step(options: StepOptions) -> None:
+def step(options: StepOptions) -> None:
     """Time a training step on synthetic images.
 
-    Time, memory, FLOPs and utilisation, in one pass of the encoder and in micro-batches; and the heads against a list
-    of single ones. Without options: the quickstart's small encoder.
+    Time, memory, FLOPs and utilisation, in one pass of the encoder and in micro-batches; and the heads as one module
+    against separate ones. Without options: the quickstart's small encoder.
 
     Examples:
       mimref benchmark step
@@ -93,23 +92,22 @@ def benchmark_step(options: StepOptions) -> None:
     options.check_out()
 
     from mimref.benchmarks.heads import benchmark_heads, heads_facts
-    from mimref.benchmarks.step import benchmark_step as measure
-    from mimref.benchmarks.step import step_facts
+    from mimref.benchmarks.step import benchmark_step, step_facts
     from mimref.reports.terminal import Terminal
 
     started = time.monotonic()
     with Terminal(options.quiet) as terminal:
-        steps = measure(config, progress=partial(terminal.progress, "steps"))
+        steps = benchmark_step(config, progress=partial(terminal.progress, "steps"))
         progress = partial(terminal.progress, "heads")
         heads = benchmark_heads(device=config.device, precision=config.precision, progress=progress)
     facts = [*step_facts(steps), *heads_facts(heads)]
     _write("benchmark step", options, config.model_dump(mode="json"), started, [*steps, *heads], facts)
 
 
-def benchmark_cost(options: CostOptions) -> None:
-    """Estimate what a preset costs: hours, memory, largest batch.
+def cost(options: CostOptions) -> None:
+    """Estimate the cost of a preset: hours, memory, largest batch.
 
-    A few measured steps extrapolated to all epochs, on the images of --data or else ImageNet's.
+    Extrapolates a few measured steps to all epochs over the images of --data, else of ImageNet.
 
     Examples:
       mimref benchmark cost --preset mae_l16
@@ -118,14 +116,13 @@ def benchmark_cost(options: CostOptions) -> None:
     config = options.load_refine()
     options.check_out()
 
-    from mimref.benchmarks.cost import benchmark_cost as measure
-    from mimref.benchmarks.cost import cost_facts
+    from mimref.benchmarks.cost import benchmark_cost, cost_facts
     from mimref.reports.terminal import Terminal
 
     started = time.monotonic()
     with Terminal(options.quiet) as terminal:
-        cost = measure(config, progress=partial(terminal.progress, "steps"))
-    _write("benchmark cost", options, config.model_dump(mode="json"), started, cost.rows, cost_facts(cost))
+        found = benchmark_cost(config, progress=partial(terminal.progress, "steps"))
+    _write("benchmark cost", options, config.model_dump(mode="json"), started, found.rows, cost_facts(found))
 
 
 def _write(
@@ -133,13 +130,12 @@ def _write(
     options: Output,
     settings: Mapping[str, object],
     started: float,
-    rows: Sequence["Row"],
-    facts: Facts = (),
+    rows: "Sequence[Row]",
+    facts: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Print the facts, if any, and what they were measured with; with `--out`, write the results and the facts."""
-    keys = ("model", "heads", "views", "device", "precision", "threads")
-    setup = next((row for row in rows if "model" in row), {}) if facts else {}
-    if setup:
+    if setup := next((row for row in rows if facts and "model" in row), None):
+        keys = ("model", "heads", "views", "device", "precision", "threads")
         facts = [("measured on", ", ".join(f"{key} {setup[key]}" for key in keys if key in setup)), *facts]
     for what, much in facts:
         typer.echo(f"{what}: {much}")

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import note, print_finished, report, run_on_ranks, write
+from mimref.cli.execution import note, print_finished, report, run_on_ranks
 from mimref.cli.options import (
     BATCH_SIZE,
     CHECKPOINT,
@@ -21,9 +21,6 @@ from mimref.cli.options import (
     Split,
     Subject,
     Text,
-    read_floats,
-    read_ints,
-    read_names,
 )
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError, OutputError
@@ -31,12 +28,12 @@ from mimref.files import check_new_file
 
 
 class KnnOptions(Subject, EncoderPass, Blocks, Output, panel="Protocol"):
-    k: Text = option("Neighbours that vote; default 10.", "10,20", "k", read_ints)
-    tau: Text = option("Temperatures of the votes; default 0.07.", "0.07,0.1", "tau", read_floats)
+    k: Text = option("Neighbours that vote; default 10.", "10,20", "k")
+    tau: Text = option("Temperatures of the votes; default 0.07.", "0.07,0.1", "tau")
     standardize: bool | None = option(
         "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
     )
-    per_class: bool | None = option("Report single classes as well.", sets="per_class")
+    per_class: bool | None = option("Report every class as well.", sets="per_class")
 
 
 def knn(options: KnnOptions) -> None:
@@ -55,7 +52,7 @@ def knn(options: KnnOptions) -> None:
 
     from mimref.evaluation.knn.protocol import evaluate_knn
 
-    report(options, config, run_on_ranks(config, options, partial(evaluate_knn, config)))
+    report(options, config, run_on_ranks(config, options, evaluate_knn))
 
 
 class LowshotOptions(Subject, EncoderPass, Blocks, Draws, Seed, Output, panel="Protocol"):
@@ -67,7 +64,7 @@ class LowshotOptions(Subject, EncoderPass, Blocks, Draws, Seed, Output, panel="P
 def lowshot(options: LowshotOptions) -> None:
     """Classify images from a few labelled ones per class.
 
-    Logistic regression on drawn images, or on those that files name.
+    Logistic regression on randomly drawn images, or on those named in files.
 
     Examples:
       mimref lowshot --shots 1,5
@@ -80,18 +77,18 @@ def lowshot(options: LowshotOptions) -> None:
 
     from mimref.evaluation.lowshot.protocol import evaluate_lowshot
 
-    report(options, config, run_on_ranks(config, options, partial(evaluate_lowshot, config)))
+    report(options, config, run_on_ranks(config, options, evaluate_lowshot))
 
 
 class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Output, panel="Protocol"):
-    classes: Text = option("Only these classes, or those in a file of names.", "NAMES|FILE", "classes")
+    classes: Text = option("Only these classes, or those named in a file.", "NAMES|FILE", "classes")
     umap: Path | None = option("Draw the images as points, coloured by class.", "FILE.png")
 
 
 def cluster(options: ClusterOptions) -> None:
     """Cluster images and compare the clusters with the classes.
 
-    Mini-batch k-means: the run of lowest inertia, and the mean of all runs.
+    Mini-batch k-means: the run with the lowest inertia, and the mean of all runs.
 
     Examples:
       mimref cluster --metrics acc,nmi
@@ -106,7 +103,7 @@ def cluster(options: ClusterOptions) -> None:
 
     from mimref.evaluation.cluster.protocol import evaluate_cluster
 
-    found = run_on_ranks(config, options, partial(evaluate_cluster, config, embed=umap is not None))
+    found = run_on_ranks(config, options, partial(evaluate_cluster, embed=umap is not None))
     if found is None:
         return
     result, embedding = found
@@ -124,16 +121,16 @@ class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol")
     cached: bool | None = option("Train on cached features of centre crops: many times faster.", sets="cached")
     epochs: Text = option("Passes over the images.", "N", "probe.epochs")
     batch_size: Text = option(BATCH_SIZE, "N", "probe.batch_size")
-    select: Text = option("Images that choose the classifier; default test.", "test|val-split", "probe.select")
+    select: Text = option("Images on which the best is chosen; default test.", "test|val-split", "probe.select")
     final_norm: bool | None = option(
         "The encoder's final norm; default on.", sets="final_norm", flag="--final-norm/--no-final-norm"
     )
 
     def state_file(self) -> Path | None:
-        """Where an interrupted probe continues from; without `--resume`, `--force` removes an old one."""
+        """The state that an interrupted probe continues from; `--force` without `--resume` removes an old one."""
         state = self.out / "state" / "probe.pt" if self.out else None
         if state is None and self.resume:
-            raise ConfigError("--resume continues the probe in a folder; name it with --out DIR")
+            raise ConfigError("--resume continues a probe in its folder; name it with --out DIR")
         if state is not None and state.exists() and not self.resume:
             if not self.force:
                 raise OutputError(f"{self.out}: holds an unfinished probe; --resume continues it, --force starts over")
@@ -144,8 +141,8 @@ class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol")
 def probe(options: ProbeOptions) -> None:
     """Train linear classifiers on the frozen encoder.
 
-    DINOv2's protocol: a grid of classifiers, of which the best counts. With --out an interrupted probe can be
-    continued by --resume.
+    DINOv2's protocol: a grid of classifiers, of which the best counts. With --out, --resume continues an interrupted
+    probe.
 
     Examples:
       mimref probe --cached
@@ -161,8 +158,8 @@ def probe(options: ProbeOptions) -> None:
 
     from mimref.evaluation.probe.protocol import evaluate_probe
 
-    advice = "--resume continues the probe" if state else "run it again, with --out to be able to --resume it"
-    result = run_on_ranks(config, options, partial(evaluate_probe, config, state=state), advice=advice)
+    advice = "--resume continues the probe" if state else "run it again; with --out, --resume can continue it"
+    result = run_on_ranks(config, options, partial(evaluate_probe, state=state), advice=advice)
     report(options, config, result)
     if result is not None and state is not None:
         state.unlink(missing_ok=True)
@@ -180,7 +177,7 @@ class BlocksOptions(EncoderPass, Pool, Preset, Seed, Output, panel="Protocol"):
 def analyze_blocks(options: BlocksOptions) -> None:
     """Score every block, and recommend blocks for the heads.
 
-    k-NN accuracy and feature statistics per block, and a figure with --out. Without CKPT: the packaged tiny encoder on
+    k-NN accuracy and feature statistics per block, and with --out a figure. Without CKPT: the packaged tiny encoder on
     scikit-learn's digits.
 
     Examples:
@@ -195,11 +192,10 @@ def analyze_blocks(options: BlocksOptions) -> None:
     from mimref.evaluation.blocks.protocol import evaluate_blocks
     from mimref.reports.terminal import print_blocks
 
-    result = run_on_ranks(config, options, partial(evaluate_blocks, config))
+    result = run_on_ranks(config, options, evaluate_blocks)
     if result is None:
         return
-    print_blocks(result.rows, result.heads)
-    write(options, config, result)
+    report(options, config, result, partial(print_blocks, heads=result.heads))
     if options.out is not None:
         from mimref.reports.figures import plot_blocks
 
@@ -210,11 +206,11 @@ def analyze_blocks(options: BlocksOptions) -> None:
 class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Output, panel="Protocol"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: list[str] = argument("Weights to compare with BASE.", "REFINED", "refined")
-    protocols: Text = option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols", read_names)
+    protocols: Text = option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols")
 
 
 def compare(options: CompareOptions) -> None:
-    """Measure several encoders by the same protocols.
+    """Compare encoders by the same protocols.
 
     With --out: a table as CSV, JSON and Markdown, and a figure.
 
@@ -230,12 +226,11 @@ def compare(options: CompareOptions) -> None:
     from mimref.evaluation.compare import compare_encoders
     from mimref.reports.terminal import print_comparison
 
-    result = run_on_ranks(config, options, partial(compare_encoders, config))
+    result = run_on_ranks(config, options, compare_encoders)
     if result is None:
         return
     first = str(result.rows[0]["model"])
-    print_comparison(result.rows, first)
-    write(options, config, result)
+    report(options, config, result, partial(print_comparison, base=first))
     if options.out is not None:
         from mimref.files import write_bytes
         from mimref.reports.figures import plot_comparison
@@ -253,7 +248,7 @@ class ExtractOptions(EncoderPass, Blocks, Split, Force, panel="Output"):
 def extract(options: ExtractOptions) -> None:
     """Write features to a file for other programs.
 
-    Arrays in the order of the images: x, y where the images have labels, and paths.
+    Arrays in the order of the images: x, paths, and y if the images have labels.
 
     Examples:
       mimref extract quickstart --out features.npz
@@ -265,6 +260,6 @@ def extract(options: ExtractOptions) -> None:
 
     from mimref.features.extraction import extract_to_file
 
-    shape = run_on_ranks(config, options, partial(extract_to_file, config, options.out, force=options.force))
+    shape = run_on_ranks(config, options, partial(extract_to_file, out=options.out, force=options.force))
     if shape is not None:
         note(f"features {' x '.join(map(str, shape))} in {options.out}", options)

@@ -1,8 +1,8 @@
-"""What commands do around their work: join the processes, show progress, print results and write them."""
+"""What commands do besides their work: join the processes, show progress, print and write results."""
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,7 +12,7 @@ from mimref.cli.options import Output, Quiet
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
-    from mimref.results import EvaluationResult
+    from mimref.results import EvaluationResult, Row
 
 Result = TypeVar("Result")
 
@@ -24,7 +24,7 @@ def run_on_ranks(
     *,
     advice: str = "run it again: cached features are reused",
 ) -> Result | None:
-    """Call `work(listener=...)` in every process that torchrun has started: its result on rank 0, None on the others.
+    """Call `work(config, listener=...)` in every process that torchrun has started; return None on all but rank 0.
 
     advice: what to do when another process dies.
     """
@@ -32,55 +32,56 @@ def run_on_ranks(
     from mimref.reports.terminal import Terminal
 
     with process_group(config.device, advice=advice) as rank, Terminal(options.quiet or rank > 0) as terminal:
-        result = work(listener=terminal)
+        result = work(config, listener=terminal)
     return result if rank == 0 else None
 
 
-def report(options: Output, config: "CommandConfig", result: "EvaluationResult | None") -> None:
-    """Print a result, if this process has one, and write it with `--out`."""
-    if result is not None:
-        from mimref.reports.terminal import print_rows
+def report(
+    options: Output,
+    config: "CommandConfig",
+    result: "EvaluationResult | None",
+    show: "Callable[[Sequence[Row]], None] | None" = None,
+) -> None:
+    """Print a result, if this process has one; with `--out`, write results.csv and results.json.
 
-        print_rows(result.rows)
-        write(options, config, result)
-
-
-def write(options: Output, config: "CommandConfig", result: "EvaluationResult") -> None:
-    """With `--out`, write results.csv and results.json."""
-    if options.out is None:
+    show: prints the rows; default: as a table.
+    """
+    if result is None:
         return
+    from mimref.reports.terminal import print_rows
     from mimref.results import write_results
 
-    if result.data is not None:
-        config = config.model_copy(update={"data": result.data})
-    settings = config.model_dump(mode="json")
-    write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=result.bad_images)
-    note(f"results in {options.out}", options)
+    (show or print_rows)(result.rows)
+    if options.out is not None:
+        if result.data is not None:
+            config = config.model_copy(update={"data": result.data})
+        settings, bad = config.model_dump(mode="json"), result.bad_images
+        write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=bad)
+        note(f"results in {options.out}", options)
 
 
 def print_finished(out: Path, command: str) -> bool:
-    """Print the results of a finished run of this command; False when it is not finished."""
+    """Print the results of a finished run of this command; return False if it is not finished."""
     if not (out / "results.json").is_file():
         return False
-    if os.environ.get("RANK", "0") != "0":
-        return True  # torchrun's first process prints
-    from mimref.reports.terminal import print_rows
-    from mimref.results import read_results
+    if os.environ.get("RANK", "0") == "0":
+        from mimref.reports.terminal import print_rows
+        from mimref.results import read_results
 
-    print_rows(read_results(out, command)[0])
-    # A run killed right after its end has left its state.
-    shutil.rmtree(out / "state", ignore_errors=True)
+        print_rows(read_results(out, command)[0])
+        # A run killed right after its end has left its state.
+        shutil.rmtree(out / "state", ignore_errors=True)
     return True
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
-    """One line per fact, values aligned."""
+    """Print one line per fact, with values aligned."""
     width = max(map(len, facts), default=0)
     for label, value in facts.items():
         typer.echo(f"{label:{width}}  {value}")
 
 
 def note(line: str, options: Quiet) -> None:
-    """A line on standard error, unless `--quiet`."""
+    """Print a line on standard error, unless `--quiet`."""
     if not options.quiet:
         typer.echo(line, err=True)

@@ -1,11 +1,10 @@
 """The options that several commands have, one declaration each, in groups that commands inherit from."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mimref.cli.parser import Options, argument, option
-from mimref.errors import ConfigError
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
@@ -13,31 +12,7 @@ if TYPE_CHECKING:
     Config = TypeVar("Config", bound=CommandConfig)
 
 Text = str | None
-"""Text that `load_config` or a reader below turns into a value; None where the option is not given."""
-
-
-def _reader(kind: type[int] | type[float], expected: str) -> Callable[[str, str], object]:
-    """Reads numbers separated by commas; raises ConfigError that names the option."""
-
-    def read(option: str, text: str) -> object:
-        try:
-            return [kind(part) for part in text.split(",")]
-        except ValueError:
-            raise ConfigError(f"{option} {text!r}: expected {expected}") from None
-
-    return read
-
-
-read_ints = _reader(int, "whole numbers separated by commas, such as 10,20")
-read_floats = _reader(float, "numbers separated by commas, such as 0,0.5,1")
-
-
-def read_names(option: str, text: str) -> list[str]:
-    """Names separated by commas."""
-    return [part.strip() for part in text.split(",")]
-
-
-# --- all commands
+"""Text that `load_config` turns into a value; None where the option is not given."""
 
 
 class Debug(Options):
@@ -45,7 +20,7 @@ class Debug(Options):
 
 
 class Quiet(Debug):
-    quiet: bool = option("Print the result only.")
+    quiet: bool = option("Print only the result.")
 
 
 class Device(Quiet):
@@ -60,10 +35,10 @@ class Output(Force, panel="Output"):
     out: Path | None = option("Output folder.", "DIR")
 
     def check_out(self) -> None:
-        """Raise OutputError for a folder that results must not be written into."""
-        if self.out is not None:
-            from mimref.results import check_folder
+        """Raise OutputError if results must not be written into the output folder."""
+        from mimref.results import check_folder
 
+        if self.out is not None:
             check_folder(self.out, self.force)
 
 
@@ -71,20 +46,16 @@ class Resume(Output, panel="Output"):
     resume: bool = option("Continue the unfinished run in the output folder.")
 
 
-# --- commands with a config
-
-
 class Configured(Device):
-    """Of commands with a config."""
-
     precision: Text = option("Default: bf16 on CUDA, fp32 elsewhere.", "fp32|bf16", "precision")
     sets: list[str] | None = option("Any other setting; repeatable.", "KEY=VALUE", flag="--set")
 
     def load(self, model: "type[Config]", preset: str | None = None) -> "Config":
-        """The config: `preset` or else the defaults, then the options, then `--set`. Raises ConfigError."""
+        """The config: the defaults, then `preset`, the options and `--set`. Raises ConfigError."""
         from mimref.config.load import load_config
 
-        return load_config(model, preset, self.settings(), self.sets or ())
+        given = {option.sets: getattr(self, field) for field, (option, _) in self.declared().items() if option.sets}
+        return load_config(model, preset, given, self.sets or ())
 
 
 class Preset(Configured):
@@ -95,45 +66,36 @@ class Seed(Configured):
     seed: Text = option("Random seed; default 0.", "N", "seed")
 
 
-SPECS = "A folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER, hf:NAME, wds:SHARDS."
-
-
 class Data(Configured, panel="Data"):
-    data: Text = option(SPECS, "SPEC", "data.spec")
+    data: Text = option(
+        "A folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER, hf:NAME, wds:SHARDS.",
+        "SPEC",
+        "data.spec",
+    )
 
 
 class Images(Data, panel="Data"):
     workers: Text = option("Processes that read images.", "N", "workers")
 
 
-# --- encoders
-
 CHECKPOINT = "Weights file, or output folder of `refine`"
-
-
-def arch_option(sets: str | None = None) -> Any:
-    """`--arch`."""
-    return option("vit_b16, vit_l16, vit_h14, vit_2b14 or a timm name.", "NAME", sets)
-
-
-def source_option(sets: str | None = None) -> Any:
-    """`--source`."""
-    return option("Pre-training method of the weights: mae, d2v2, timm, ...", "NAME", sets)
+ARCH = option("vit_b16, vit_l16, vit_h14, vit_2b14 or a timm name.", "NAME", "arch")
+SOURCE = option("Pre-training method of the weights: mae, d2v2, timm, ...", "NAME", "source")
 
 
 class TrainedArch(Options, panel="Encoder"):
-    arch: Text = arch_option("encoder.arch")
+    arch: Text = replace(ARCH, sets="encoder.arch")
 
 
 class TrainedEncoder(TrainedArch, panel="Encoder"):
-    source: Text = source_option("encoder.source")
+    source: Text = replace(SOURCE, sets="encoder.source")
 
 
 class EncoderPass(Images, panel="Encoder"):
     """Of commands that read features of encoders."""
 
-    arch: Text = arch_option("arch")
-    source: Text = source_option("source")
+    arch: Text = ARCH
+    source: Text = SOURCE
     resolution: Text = option("Default: the encoder's own.", "PIXELS", "resolution")
     cache: Text = option("Where features are cached.", "DIR|off", "cache.folder")
 
@@ -147,19 +109,17 @@ class FinalNorm(Options, panel="Encoder"):
 
 
 class Blocks(Pool, FinalNorm, panel="Encoder"):
-    blocks: Text = option("Which blocks' features; default last.", "last|last4|all|1,5,12", "blocks")
+    blocks: Text = option("Blocks to take features from; default last.", "last|last4|all|1,5,12", "blocks")
 
 
 class Subject(Options, panel="Data"):
     checkpoint: Text = argument(
-        f"{CHECKPOINT}; default: the packaged tiny one, on digits.", "CKPT", "checkpoint", required=False
+        f"{CHECKPOINT}; default: the packaged tiny encoder, on digits.", "CKPT", "checkpoint", required=False
     )
     features: tuple[str, str] | None = option(
-        "Arrays x and y made elsewhere, in place of CKPT.", "TRAIN.npz VAL.npz", "features"
+        "Arrays x and y made elsewhere, instead of CKPT.", "TRAIN.npz VAL.npz", "features"
     )
 
-
-# --- training
 
 BATCH_SIZE = "Images per update over all processes."
 
@@ -172,16 +132,13 @@ class MicroBatch(Batch, panel="Training"):
     micro_batch: Text = option("Images per encoder pass; same result, less memory.", "N|auto", "micro_batch")
 
 
-# --- protocols
-
-
 class Split(Options, panel="Data"):
-    split: Text = option("Which images; default val.", "train|val", "split")
+    split: Text = option("Images to use; default val.", "train|val", "split")
 
 
 class Draws(Options, panel="Protocol"):
-    shots: Text = option("Training images per class; default 1,2,5.", "1,2,5", "shots", read_ints)
-    splits: Text = option("Draws of them; default 3, or 20 from fewer than 10,000 images.", "N", "splits")
+    shots: Text = option("Training images per class; default 1,2,5.", "1,2,5", "shots")
+    splits: Text = option("Random draws of these; default 3, or 20 from fewer than 10,000 images.", "N", "splits")
 
 
 class Clustering(Options, panel="Protocol"):
@@ -189,6 +146,5 @@ class Clustering(Options, panel="Protocol"):
         "Of the clusters: acc, nmi, ami, ari; of the classes: sil (silhouette), dbs (Davies-Bouldin).",
         "acc,nmi,ami,ari,sil,dbs",
         "metrics",
-        read_names,
     )
     runs: Text = option("k-means runs; default 100.", "N", "runs")

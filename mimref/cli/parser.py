@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
@@ -17,15 +17,13 @@ PANELS = ("Encoder", "Data", "Protocol", "Training", "Run", "Output")
 class Option:
     """An option, `--batch-size` as the value of the field `batch_size` of an `Options` class.
 
-    metavar: what its value looks like. sets: the dotted setting that it overrides. read: turns the option's name and
-    text into the setting's value; without it the text is read as by `--set`. flag: its name, where the field's differs.
-    positional: it is an argument.
+    metavar: what its value looks like. sets: the dotted setting that it overrides. flag: its name, where the field's
+    differs. positional: whether it is an argument.
     """
 
     help: str
     metavar: str | None = None
     sets: str | None = None
-    read: Callable[[str, str], object] | None = None
     _: KW_ONLY
     flag: str | None = None
     min: int | None = None
@@ -52,13 +50,13 @@ class Option:
         return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-# Any: type checkers take the field's annotation for the type of what the user gives.
+# Any: for type checkers, a field has the type of what the user gives, as annotated.
 option: Any = Option
 argument: Any = partial(Option, required=True, positional=True)
 
 
 class Options:
-    """What a command was given. Its class inherits from the groups of options that the command takes."""
+    """The values that a command was given. Its class inherits from the groups of options that the command takes."""
 
     panel: ClassVar[str]
 
@@ -74,18 +72,9 @@ class Options:
         found: dict[str, tuple[Option, str]] = {}
         for group in cls.__mro__:
             for field, value in vars(group).items():
-                if isinstance(value, Option) and issubclass(group, Options):
-                    found.setdefault(field, (value, group.panel))
+                if isinstance(value, Option):
+                    found.setdefault(field, (value, vars(group)["panel"]))
         return dict(sorted(found.items(), key=lambda item: (not item[1][0].positional, PANELS.index(item[1][1]))))
-
-    def settings(self) -> dict[str, Any]:
-        """Dotted settings and the values given for them."""
-        given = {}
-        for field, (declared, _) in self.declared().items():
-            value = getattr(self, field)
-            if declared.sets is not None and value is not None and value != []:
-                given[declared.sets] = declared.read(f"--{field}", value) if declared.read else value
-        return given
 
 
 def add_command(
@@ -93,7 +82,7 @@ def add_command(
 ) -> None:
     """Make `function` a command that takes the options of its parameter's class.
 
-    Its docstring is the help, which ends in the examples below `Examples:`. panel: heads it in the list of commands.
+    Its docstring is the help; the lines below `Examples:` end it. panel: heads the command in the list of commands.
     """
     (group,) = (parameter.annotation for parameter in inspect.signature(function).parameters.values())
     hints = get_type_hints(group)
@@ -107,27 +96,25 @@ def add_command(
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
-    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", text)  # rich keeps the line breaks of paragraphs
     name = name or function.__name__.replace("_", "-")
     app.command(name, cls=Command, help=text, epilog=f"Examples:\n{examples}", rich_help_panel=panel)(call)
 
 
-def add_group(app: typer.Typer, name: str, help: str, commands: Mapping[str, Callable[[Any], None]]) -> None:
-    """Make a group of commands out of functions by name."""
-    group = typer.Typer(cls=Group, help=help)
-    for command, function in commands.items():
-        add_command(group, function, command)
-    app.add_typer(group, name=name, rich_help_panel="Tools")
-
-
 class _Panels:
-    """Help in panels also where rich does not draw it."""
+    """Help in panels even where rich does not draw it."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        params = self.get_params(ctx)  # type: ignore[attr-defined]
-        _write_panels(formatter, ((param, param.get_help_record(ctx)) for param in params))
-        commands = getattr(self, "commands", {}).values()
-        _write_panels(formatter, ((each, (each.name, each.get_short_help_str(90))) for each in commands))
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):  # type: ignore[attr-defined]
+            default = "Arguments" if param.param_type_name == "argument" else "Options"
+            panels.setdefault(param.rich_help_panel or default, []).append(param.get_help_record(ctx))
+        for command in getattr(self, "commands", {}).values():
+            record = command.name, command.get_short_help_str(90)
+            panels.setdefault(command.rich_help_panel or "Commands", []).append(record)
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         if epilog := getattr(self, "epilog", None):
@@ -147,14 +134,3 @@ class Command(_Panels, TyperCommand):
 
 class Group(_Panels, TyperGroup):
     """A group of commands."""
-
-
-def _write_panels(formatter: Any, records: Iterable[tuple[Any, tuple[str, str]]]) -> None:
-    """Names and texts of options or commands below the names of their panels."""
-    panels: dict[str, list[tuple[str, str]]] = {}
-    for thing, record in records:
-        default = {"argument": "Arguments", "option": "Options"}.get(getattr(thing, "param_type_name", ""), "Commands")
-        panels.setdefault(thing.rich_help_panel or default, []).append(record)
-    for panel, rows in panels.items():
-        with formatter.section(panel):
-            formatter.write_dl(rows)

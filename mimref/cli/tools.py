@@ -4,11 +4,10 @@ from pathlib import Path
 
 import typer
 
+from mimref.cli.execution import print_facts
 from mimref.cli.options import Debug, Text
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError, DataError
-
-LISTINGS = "listings"
 
 
 def list_presets(options: Debug) -> None:
@@ -19,16 +18,11 @@ def list_presets(options: Debug) -> None:
     """
     from mimref.config.presets import preset_names, preset_text
 
-    names = preset_names()
-    width = max(map(len, names), default=0)
-    for name in names:
-        first_line = preset_text(name).partition("\n")[0]
-        comment = first_line.removeprefix("#").strip() if first_line.startswith("#") else ""
-        typer.echo(f"{name:{width}}  {comment}".rstrip())
+    print_facts({name: preset_text(name).partition("\n")[0].removeprefix("# ") for name in preset_names()})
 
 
 class ShowOptions(Debug):
-    name: str = argument("As listed.", "NAME")
+    name: str = argument("Name in `mimref presets list`.", "NAME")
 
 
 def show_preset(options: ShowOptions) -> None:
@@ -46,7 +40,7 @@ class CacheOptions(Debug, panel="Data"):
     cache: Text = option("Default: the user's cache folder.", "DIR")
 
     def folder(self) -> Path:
-        """The folder of features. Raises ConfigError for a file."""
+        """The folder of cached features. Raises ConfigError for a file."""
         from mimref.features.cache.contents import feature_folder
 
         folder = feature_folder(self.cache)
@@ -70,7 +64,9 @@ def list_cache(options: CacheOptions) -> None:
 
 
 class ClearOptions(CacheOptions):
-    keys: list[str] | None = argument(f"As listed, or {LISTINGS}; default: all.", "KEY", required=False)
+    keys: list[str] | None = argument(
+        "Keys in `mimref cache list`, or `listings`; default: all.", "KEY", required=False
+    )
 
 
 def clear_cache(options: ClearOptions) -> None:
@@ -83,18 +79,18 @@ def clear_cache(options: ClearOptions) -> None:
     from mimref.features.cache.contents import clear, clear_listings, listings
 
     folder, keys = options.folder(), options.keys or []
-    passes = [key for key in keys if key != LISTINGS]
+    passes = [key for key in keys if key != "listings"]
     if passes or not keys:
         freed, busy = clear(folder, passes)
         typer.echo(f"{freed / 1e6:,.1f} MB freed in {folder}")
         for key in busy:
-            typer.echo(f"{key} is being written, and was left in place", err=True)
-    if LISTINGS in keys if keys else options.cache is None:
+            typer.echo(f"{key} is in use and was not deleted", err=True)
+    if "listings" in keys if keys else options.cache is None:
         typer.echo(f"{clear_listings() / 1e6:,.1f} MB freed in {listings().folder}")
 
 
 def verify_cache(options: CacheOptions) -> None:
-    """Compare the checksums of all cached features; exit code 2 when something is damaged.
+    """Verify the checksums of all cached features; exit code 2 if any are damaged.
 
     Examples:
       mimref cache verify
@@ -102,10 +98,7 @@ def verify_cache(options: CacheOptions) -> None:
     from mimref.features.cache.contents import damaged_files
 
     folder = options.folder()
-    intact, damaged = 0, []
-    for key, files in damaged_files(folder):
-        damaged += [f"{key}/{file}" for file in files]
-        intact += not files
-    typer.echo(f"{intact} passes of encoders in {folder} are intact")
-    if damaged:
-        raise DataError(f"damaged: {', '.join(damaged)}; they are computed again when needed, or clear them")
+    found = dict(damaged_files(folder))
+    typer.echo(f"{sum(not files for files in found.values())} cached passes in {folder} are intact")
+    if damaged := [f"{key}/{file}" for key, files in found.items() for file in files]:
+        raise DataError(f"damaged: {', '.join(damaged)} (recomputed when needed; `mimref cache clear` deletes them)")

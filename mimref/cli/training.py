@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 class TrainingOptions(Images, Batch, Preset, Seed, Resume):
     def resumed_preset(self) -> str | None:
-        """The settings of the run that `--resume --out DIR` continues, so that they need not be repeated.
+        """The settings file of the run that `--resume --out DIR` continues, so that nothing need be repeated.
 
-        None with `--preset`: the run compares its settings with those that it started with.
+        None with `--preset`: the run itself compares its settings with those it started with.
         """
-        if not self.resume or self.preset is not None or self.out is None or not (self.out / "config.toml").is_file():
-            return None
-        return str(self.out / "config.toml")
+        file = self.out / "config.toml" if self.out and self.resume and self.preset is None else None
+        return str(file) if file and file.is_file() else None
 
 
 class Weights(TrainedEncoder, panel="Encoder"):
-    weights: Text = option("Weights to refine; names such as mae_l16 are fetched.", "FILE|NAME", "encoder.weights")
+    weights: Text = option(
+        "Weights to refine; published ones such as mae_l16 are downloaded.", "FILE|NAME", "encoder.weights"
+    )
 
 
 class RefineOptions(Weights, MicroBatch, TrainingOptions, panel="Training"):
@@ -46,9 +47,8 @@ class RefineOptions(Weights, MicroBatch, TrainingOptions, panel="Training"):
         from mimref.encoders.published import find_published
 
         known = find_published(self.weights) if self.weights else None
-        arch = self.arch or (known.arch if known else None)
-        source = self.source or (known.source if known else None)
-        return choose_refine_preset(self.preset, arch, source, self.weights)
+        arch, source = (known.arch, known.source) if known else (None, None)
+        return choose_refine_preset(self.preset, self.arch or arch, self.source or source, self.weights)
 
 
 def refine(options: RefineOptions) -> None:
@@ -85,7 +85,7 @@ class PretrainOptions(TrainedArch, TrainingOptions, panel="Training"):
 def pretrain(options: PretrainOptions) -> None:
     """Train a masked autoencoder to start from.
 
-    For images or sizes without public weights. Without options: the packaged tiny encoder again.
+    For images or sizes without public weights. Without options, this recreates the packaged tiny encoder.
 
     Examples:
       mimref pretrain --preset quickstart
@@ -117,7 +117,7 @@ def _train(training: "Callable[..., TrainingResult]", config: "RunConfig", optio
 
     out = _folder(config, options)
 
-    def work(listener: "Listener") -> "TrainingResult":
+    def work(config: "RunConfig", listener: "Listener") -> "TrainingResult":
         # torchrun restarts all processes when one has died, with the same command.
         again = RunFolder(out).continues_launch()
         resume, force = options.resume or again, options.force and not again

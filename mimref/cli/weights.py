@@ -8,20 +8,20 @@ from typing import Literal
 import typer
 
 from mimref.cli.execution import note, print_facts
-from mimref.cli.options import CHECKPOINT, Debug, Force, Images, Output, Text, arch_option, read_floats, source_option
+from mimref.cli.options import ARCH, CHECKPOINT, SOURCE, Debug, Force, Images, Output, Text
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError
 
 
 class InspectOptions(Debug, panel="Output"):
     file: str = argument("Weights file, run folder or published name.", "FILE")
-    as_json: bool = option("Everything, for programs.", flag="--json")
+    as_json: bool = option("Print everything as JSON.", flag="--json")
 
 
 def inspect(options: InspectOptions) -> None:
     """Show what a weights file is.
 
-    Its format and architecture, where its tensors go, and what is dropped.
+    Its format and architecture, how its tensors are mapped, and what is dropped.
 
     Examples:
       mimref inspect quickstart
@@ -40,16 +40,16 @@ def inspect(options: InspectOptions) -> None:
 class ExportOptions(Force, panel="Encoder"):
     checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT")
     to: Literal["timm", "release", "onnx"] = option("Target format.", required=True)
-    out: Path = option("File to write; its ending must fit --to.", "FILE", required=True)
+    out: Path = option("File to write; its extension must match --to.", "FILE", required=True)
     blocks: Text = option("Outputs of the ONNX graph; default last. Requires --to onnx.", "last|all|1,5,12")
     resolution: int | None = option("Default: the encoder's own.", "PIXELS", min=1)
-    arch: Text = arch_option()
-    source: Text = source_option()
+    arch: Text = ARCH
+    source: Text = SOURCE
     num_heads: int | None = option("Attention heads, where they cannot be inferred from the weights.", "N", min=1)
 
 
 def export(options: ExportOptions) -> None:
-    """Write an encoder in another format, read it again and compare.
+    """Write an encoder in another format, read it back and compare.
 
     timm: for timm.create_model with checkpoint_path. release: the layout of the MIM-Refiner releases. onnx: a graph
     whose outputs are the tokens of the chosen blocks.
@@ -86,13 +86,13 @@ def export(options: ExportOptions) -> None:
 class InterpolateOptions(Images, Output, panel="Encoder"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: str = argument("Weights after refining.", "REFINED", "refined")
-    alpha: Text = option("Shares of REFINED; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha", read_floats)
+    alpha: Text = option("Shares of REFINED in the averages; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha")
 
 
 def interpolate(options: InterpolateOptions) -> None:
     """Average the weights of two encoders.
 
-    With --data, the k-NN accuracy of every average is reported.
+    With --data, this reports the k-NN accuracy of every average.
 
     Examples:
       mimref interpolate quickstart runs/refine-quickstart --data digits

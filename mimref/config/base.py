@@ -1,4 +1,4 @@
-"""Strict models of settings: the kinds of values, and what all commands share."""
+"""Strict models of settings: types of values, and the settings of all commands."""
 
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -17,13 +17,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Hue = Annotated[float, Field(ge=0, le=0.5)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-AreaRange = Annotated[
-    tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
-    Field(strict=False),
-    AfterValidator(_check_ordered),
-]
+Area = Annotated[float, Field(gt=0, le=1)]
+AreaRange = Annotated[tuple[Area, Area], Field(strict=False), AfterValidator(_check_ordered)]
 PositiveRange = Annotated[tuple[Positive, Positive], Field(strict=False), AfterValidator(_check_ordered)]
 Probabilities = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
+Numbers = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
+Temperatures = Annotated[list[Positive], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -36,7 +35,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_none(cls, table: Any) -> Any:
-        # TOML has no null: for optional fields the word `none` stands for it.
+        # TOML has no null; for optional fields the word `none` stands for it.
         if not isinstance(table, dict):
             return table
         optional = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
@@ -77,17 +76,11 @@ class CommandConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA, fp32 elsewhere."""
     workers: int | None = Field(default=None, ge=0)
-    """Loader processes. None: 0 for images in memory, else one per core that this process may use, at most 16.
-
-    torchrun's processes on one machine share its cores.
-    """
+    """Loader processes. None: 0 for images in memory, else one per core that this process may use, at most 16;
+    torchrun's processes on one machine share its cores."""
     data: DataConfig = DataConfig()
 
 
 def dump_config(config: CommandConfig) -> str:
     """The settings as TOML text that `load_config` reads back to an equal config; unset keys are omitted."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
-
-
-Numbers = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
-Temperatures = Annotated[list[Positive], Field(min_length=1)]

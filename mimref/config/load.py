@@ -1,8 +1,8 @@
 """From presets and the command line to a checked config, with one line for the setting at fault."""
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -22,26 +22,17 @@ def load_config(
     """Build a checked config: defaults, then the preset and its bases, then `overrides`, then `sets`.
 
     preset: a name (`quickstart` or `refine/quickstart` for RefineConfig) or the path of a `.toml` file.
-    overrides: dotted key to value; None does not override; text for a setting of another type is read as in `sets`.
-    sets: `a.b=value`, values written as in TOML, bare words as strings, `none` to unset.
-    Raises ConfigError with one line that names the setting or preset at fault.
+    overrides: dotted key to value; None does not override. sets: `a.b=value`.
+    Text is read as TOML where the setting takes more than text: bare words are strings, `none` unsets, and a list
+    needs no brackets (`1,2,5`). Raises ConfigError with one line that names the setting or preset at fault.
     """
     table: Table = {}
     if preset is not None:
         name, path = find_preset(preset, model.command)
-        table = read_preset(path, model.command, ())
-        table.setdefault("preset", name)
-    for key, value in (overrides or {}).items():
+        table = {"preset": name} | read_preset(path, model.command)
+    for key, value in [*(overrides or {}).items(), *map(_split, sets)]:
         if value is not None:
-            field = _find_field(model, key)
-            parsed = _parse_value(field, value) if isinstance(value, str) and not _takes_text(field) else value
-            table = merge_tables(table, _nest(model, key, parsed))
-    for assignment in sets:
-        key, equals, text = assignment.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise ConfigError(f"--set {assignment!r} is not of the form KEY=VALUE, such as heads.temperature=0.3")
-        table = merge_tables(table, _nest(model, key, _parse_value(_find_field(model, key), text.strip())))
+            table = merge_tables(table, _nest(model, key, value))
     return validated(model, table)
 
 
@@ -50,16 +41,40 @@ def validated(model: type[M], table: Mapping[str, Any]) -> M:
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        raise ConfigError(_describe(error, model, table)) from None
+        raise ConfigError(_describe(error.errors(), model, table)) from None
+
+
+def _split(assignment: str) -> tuple[str, str]:
+    key, equals, text = map(str.strip, assignment.partition("="))
+    if not equals or not key:
+        raise ConfigError(f"--set {assignment!r} is not of the form KEY=VALUE, such as heads.temperature=0.3")
+    return key, text
 
 
 def _nest(model: type[BaseModel], key: str, value: Any) -> Table:
     """`a.b` and a value as the table {a: {b: value}}."""
-    if _find_field(model, key) is None:
+    field = setting_fields(model).get(key)
+    if field is None:
         raise ConfigError(_unknown_setting(model, key))
+    if isinstance(value, str):
+        value = _read(field.annotation, value)
     for part in reversed(key.split(".")):
         value = {part: value}
     return dict(value)
+
+
+def _read(kind: Any, text: str) -> Any:
+    """The value of a setting of this type; the text itself where it is not TOML, or where `20` must stay '20'."""
+    is_list = get_origin(kind) is list
+    if is_list and not text.startswith("["):
+        return [_read(get_args(kind)[0], part.strip()) for part in text.split(",")]
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = table["value"] if len(table) == 1 else text
+    takes_text = not is_list and str in (kind, *get_args(kind))
+    return text if takes_text and not isinstance(value, str) else value
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
@@ -67,116 +82,76 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _find_field(model: type[BaseModel], key: str) -> FieldInfo | None:
-    head, _, rest = key.partition(".")
-    field = model.model_fields.get(head)
-    if field is None or not rest:
-        return field
-    section = _section(field)
-    return None if section is None else _find_field(section, rest)
-
-
-def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def setting_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """The fields of a model and of its sections, by dotted key."""
+    found: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
-        section = _section(field)
-        if section is None:
-            yield prefix + name
-        else:
-            yield from _dotted_keys(section, f"{prefix}{name}.")
+        found[prefix + name] = field
+        if section := _section(field):
+            found |= setting_fields(section, f"{prefix}{name}.")
+    return found
 
 
 def _unknown_setting(model: type[BaseModel], key: str) -> str:
-    return f"Unknown setting {key!r}{did_you_mean(key, _dotted_keys(model))}"
+    known = [name for name, field in setting_fields(model).items() if not _section(field)]
+    return f"Unknown setting {key!r}{did_you_mean(key, known)}"
 
 
-def _parse_value(field: FieldInfo | None, text: str) -> Any:
-    """A TOML value, or the text itself where it is no TOML or where the setting takes text (so `20` stays '20')."""
-    try:
-        table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    value = table["value"] if len(table) == 1 else text
-    return text if _takes_text(field) and not isinstance(value, str) else value
-
-
-def _takes_text(field: FieldInfo | None) -> bool:
-    return field is not None and str in (field.annotation, *get_args(field.annotation))
-
-
-def _describe(error: ValidationError, model: type[BaseModel], table: Mapping[str, Any]) -> str:
-    """One line for the first setting that is wrong: its dotted key, its value and what is expected."""
-    first = error.errors()[0]
-    key = _setting_key(model, first["loc"])
+def _describe(errors: Sequence[ErrorDetails], model: type[BaseModel], table: Mapping[str, Any]) -> str:
+    """One line about the first wrong setting: its dotted key, its value and what is expected."""
+    first, key = errors[0], _setting_key(model, errors[0]["loc"])
     if first["type"] == "extra_forbidden":
         return _unknown_setting(model, key)
-    field = _find_field(model, key)
-    if first["type"] == "value_error" and (field is None or _section(field) is not None):
-        # A check across several settings says everything itself.
+    field = setting_fields(model).get(key)
+    if first["type"] == "value_error" and (field is None or _section(field)):
+        # The message of a check across several settings is complete.
         return str(first["ctx"]["error"])
-    wrong = [e for e in error.errors() if _setting_key(model, e["loc"]) == key]
-    # Of the alternatives `number or list` only the one that the value's type fits has something to say.
-    fitting = [e for e in wrong if not e["type"].endswith("_type")]
-    if all(e["type"] == "literal_error" for e in fitting):
+    wrong = [error for error in errors if _setting_key(model, error["loc"]) == key]
+    # Of alternatives such as `number or list`, only the one that fits the value's type helps.
+    fitting = [error for error in wrong if not error["type"].endswith("_type")]
+    if all(error["type"] == "literal_error" for error in fitting):
         fitting = wrong
     value: Any = table
     for part in key.split("."):
         value = value[part]
-    expected = " or ".join(dict.fromkeys(_expectation(e) for e in fitting))
-    return f"{key} = {show_value(value)}: expected {expected}{_literal_hint(first, value)}"
+    expected = " or ".join(dict.fromkeys(map(_expectation, fitting)))
+    is_word = first["type"] == "literal_error" and isinstance(value, str)
+    hint = did_you_mean(value, first["ctx"]["expected"].split("'")[1::2]) if is_word else ""
+    return f"{key} = {show_value(value)}: expected {expected}{hint}"
 
 
 def _setting_key(model: type[BaseModel], loc: Sequence[str | int]) -> str:
     """The dotted key of an error's location, without list positions and the names of a union's members."""
-    parts: list[str] = []
-    section: type[BaseModel] | None = model
-    for step in loc:
-        if section is None:
-            break
-        parts.append(str(step))
-        field = section.model_fields.get(str(step))
-        section = None if field is None else _section(field)
-    return ".".join(parts)
+    fields = setting_fields(model)
+    for end in range(1, len(loc)):
+        key = ".".join(map(str, loc[:end]))
+        if key not in fields or not _section(fields[key]):
+            return key
+    return ".".join(map(str, loc))
+
+
+def _expectation(error: ErrorDetails) -> str:
+    text = _EXPECTED.get(error["type"])
+    return error["msg"] if text is None else text.format(**error.get("ctx", {}))
 
 
 _EXPECTED = {
     "bool_type": "true or false",
     "finite_number": "a finite number",
     "float_type": "a number",
-    "int_type": "a whole number",
+    "greater_than": "a number greater than {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
     "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "less_than": "a number less than {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
     "list_type": "a list",
+    "literal_error": "{expected}",
     "missing": "a longer list",
     "model_type": "a table of settings",
     "string_type": "text",
+    "too_long": "a list of {max_length}",
+    "too_short": "a list of at least {min_length}",
     "tuple_type": "a list",
+    "value_error": "{error}",
 }
-_BOUNDS = {
-    "greater_than": ("gt", "more than"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "less than"),
-    "less_than_equal": ("le", "at most"),
-}
-
-
-def _expectation(error: ErrorDetails) -> str:
-    kind, context = error["type"], error.get("ctx", {})
-    if kind in _EXPECTED:
-        return _EXPECTED[kind]
-    if kind in _BOUNDS:
-        name, relation = _BOUNDS[kind]
-        return f"a number {relation} {context[name]:g}"
-    if kind == "literal_error":
-        return str(context["expected"])
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "too_long":
-        return f"a list of {context['max_length']}"
-    if kind == "too_short":
-        return f"a list of at least {context['min_length']}"
-    return error["msg"]
-
-
-def _literal_hint(error: ErrorDetails, value: Any) -> str:
-    if error["type"] != "literal_error" or not isinstance(value, str):
-        return ""
-    return did_you_mean(value, [word for word in error["ctx"]["expected"].split("'") if word.strip(" ,or")])

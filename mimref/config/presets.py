@@ -1,4 +1,4 @@
-"""Presets: TOML files that ship with mimref or are the user's, each of which may build on a `base`."""
+"""Presets: TOML files, shipped with mimref or the user's own, which may build on a `base`."""
 
 import json
 import tomllib
@@ -19,22 +19,14 @@ def preset_names(command: str | None = None) -> list[str]:
 
 def preset_text(name: str) -> str:
     """The TOML text of a shipped preset, comments included; a short name works where only one command has it."""
-    matches = [known for known in preset_names() if name == known or known.endswith(f"/{name}")]
-    if name in matches:
-        matches = [name]
-    if not matches:
-        raise ConfigError(_unknown_preset(name, None))
-    if len(matches) > 1:
-        raise ConfigError(f"Preset {name!r} is ambiguous: {' or '.join(matches)}")
-    return (_preset_folder() / f"{matches[0]}.toml").read_text(encoding="utf-8")
+    return (_preset_folder() / f"{_full_name(name)}.toml").read_text(encoding="utf-8")
 
 
 def choose_refine_preset(preset: str | None, arch: str | None, source: str | None, weights: str | None) -> str:
     """The preset that the options of `mimref refine` ask for.
 
-    The given one; else `quickstart` when nothing else is given; else that of the pair of `--arch` and `--source`
-    (default mae), or where the paper has none, MAE's of the same size, or of ViT-B for timm's names. `arch` and
-    `source` still override the preset's own. Raises ConfigError for `--weights` without a hint at their settings.
+    The given one; else `quickstart` if nothing else is given; else that of `--arch` and `--source` (default mae), or
+    where the paper has none, MAE's of the same size, or of ViT-B. Raises ConfigError for `--weights` alone.
     """
     if preset is not None:
         return preset
@@ -66,34 +58,34 @@ def _preset_folder() -> Path:
 
 
 def find_preset(name: str, command: str, folder: Path | None = None) -> tuple[str, Path]:
-    """The full name and file of a preset; a path ending in .toml is relative to `folder` (default: where we run)."""
+    """The full name and file of a preset; a path ending in .toml is relative to `folder` (default: the current one)."""
     if name.endswith(".toml"):
         return name, (folder or Path()) / Path(name).expanduser()
-    known = preset_names()
-    for full in (f"{command}/{name}", name):
-        if full in known and full.startswith(f"{command}/"):
-            return full, _preset_folder() / f"{full}.toml"
-    if name in known:
-        raise ConfigError(f"Preset {name!r} is one of `mimref {name.split('/')[0]}`, not of `mimref {command}`")
-    raise ConfigError(_unknown_preset(name, command))
+    full = _full_name(name, command)
+    return full, _preset_folder() / f"{full}.toml"
 
 
-def _unknown_preset(name: str, command: str | None) -> str:
-    full = preset_names(command)
-    hint = did_you_mean(name, [*full, *(known.split("/", 1)[1] for known in full)])
-    return f"Unknown preset {name!r}{hint or '; `mimref presets list` shows all'}"
+def _full_name(name: str, command: str | None = None) -> str:
+    known = preset_names(command)
+    matches = [name] if name in known else [full for full in known if full.endswith(f"/{name}")]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ConfigError(f"Preset {name!r} is ambiguous: {' or '.join(matches)}")
+    if name in preset_names():
+        raise ConfigError(f"Preset {name!r} belongs to `mimref {name.split('/')[0]}`, not to `mimref {command}`")
+    hint = did_you_mean(name, [*known, *(full.partition("/")[2] for full in known)])
+    raise ConfigError(f"Unknown preset {name!r}{hint or '; `mimref presets list` shows all'}")
 
 
-def read_preset(path: Path, command: str, above: tuple[Path, ...]) -> Table:
-    """One preset file merged over its bases, the farthest first. above: the files that led here."""
+def read_preset(path: Path, command: str, above: tuple[Path, ...] = ()) -> Table:
+    """A preset file merged over its bases. above: the files that have it as a base."""
     resolved = path.resolve()
     if resolved in above:
         chain = " -> ".join(file.stem for file in (*above, resolved))
         raise ConfigError(f"Preset {path} has itself as a base: {chain}")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"Preset file {str(path)!r} does not exist") from None
     except OSError as error:
         raise ConfigError(f"Preset file {str(path)!r} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -117,5 +109,5 @@ def merge_tables(below: Table, above: Table) -> Table:
 
 
 def show_value(value: Any) -> str:
-    """A value as a message shows it."""
+    """A value as messages show it."""
     return json.dumps(value, default=str, ensure_ascii=False)

@@ -62,7 +62,7 @@ class ViewsConfig(Section):
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     color: bool = True
-    """Colour jitter, grayscale and solarize on or off (Table 1f)."""
+    """Colour jitter, grayscale and solarization on or off (Table 1f)."""
     blur: bool = True
     """Gaussian blur on or off (Table 1f)."""
     jitter: Annotated[tuple[Fraction, Fraction, Fraction, Hue], Field(strict=False)] = (0.4, 0.4, 0.2, 0.1)
@@ -105,7 +105,7 @@ class MonitorConfig(Section):
     trackers: list[Literal["tensorboard", "wandb"]] = []
     """Where metrics go besides metrics.jsonl; each needs the extra of its name."""
     knn_samples: int = Field(default=10_000, gt=0)
-    """Most training images of the k-NN check; a quarter as many validation images are classified."""
+    """Maximum number of training images in the k-NN check; a quarter as many validation images are classified."""
 
 
 class EvaluateConfig(Section):
@@ -129,7 +129,7 @@ class RunConfig(CommandConfig):
     """Settings of every training command."""
 
     path_settings: ClassVar[tuple[str, ...]] = ()
-    """Settings, beside those of data and encoder, whose values are paths."""
+    """Settings besides those of data and encoder whose values are paths."""
 
     batch_size: int = Field(default=1024, gt=1)
     """Images per update, over all processes."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
+from mimref.progress import Listener
 from mimref.reports.progress import ProgressDisplay, show_progress
 from mimref.reports.tables import best_table, differences_table, plain_table
 from mimref.results import Row
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from mimref.features.cache.contents import CacheEntry, Listings
 
 
-class Terminal:
+class Terminal(Listener):
     """A listener that prints to standard error; if `quiet`, only warnings."""
 
     def __init__(self, quiet: bool) -> None:

@@ -27,7 +27,7 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"heads.blocks": "4-3"}, ("heads.blocks '4-3'", "3-4")),
     ({"heads.blocks": "0-3"}, ('heads.blocks = "0-3"', "last8")),
     ({"heads.temperature": [0.1, 0.2, 0.3]}, ("heads.temperature", "3 values", "2 heads")),
-    ({"heads.temperature": 0}, ("heads.temperature = 0", "more than 0")),
+    ({"heads.temperature": 0}, ("heads.temperature = 0", "greater than 0")),
     ({"heads.temperature": []}, ("heads.temperature = []",)),
     ({"heads.queue_size": 49}, ("heads.queue_size 49", "48 training images")),
     ({"encoder_stage.top_k": 25}, ("encoder_stage.top_k 25", "24", "heads.queue_size")),

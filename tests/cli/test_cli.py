@@ -17,7 +17,7 @@ from typer.main import get_command
 
 import mimref
 from mimref.cli import app, benchmark, evaluation, run, training, weights
-from mimref.config.load import _find_field
+from mimref.config.load import setting_fields
 from mimref.errors import DataError, Interrupted
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.cluster.config import ClusterConfig
@@ -163,9 +163,9 @@ MISTAKES = {
     "refine --preset mae_l16 --stage head": ('stage = "head"', "'heads'"),
     "refine --preset mae_l16 --heads first3": ('heads.blocks = "first3"', "last8"),
     "refine --weights w.pth": ("--preset", "--arch"),
-    "knn --k ten": ("--k 'ten'",),
+    "knn --k ten": ('k = ["ten"]:',),
     "knn --k 0": ("k = [0]:",),
-    "knn --tau 1,x": ("--tau '1,x'",),
+    "knn --tau 1,x": ('tau = [1, "x"]:',),
     "presets show nothing": ("'nothing'", "`mimref presets list`"),
     # The parser's own.
     "refine --bacth-size 3": ("--bacth-size", "--batch-size"),
@@ -331,7 +331,7 @@ def test_options_and_settings_agree() -> None:
     }
     for options, config in configs.items():
         for name, (option, _) in options.declared().items():
-            assert option.sets is None or _find_field(config, option.sets) is not None, (options, name)
+            assert option.sets is None or option.sets in setting_fields(config), (options, name)
 
 
 def test_the_api_is_lazy_and_complete() -> None:
