@@ -18,8 +18,8 @@ from mimref.devices import resolve_device
 from mimref.errors import ConfigError
 from mimref.progress import Progress
 from mimref.refinement.config import RefineConfig
-from mimref.refinement.memory import state_bytes
 from mimref.refinement.schedule import StageName
+from mimref.refinement.sizes import state_bytes
 from mimref.results import Row
 
 # Where the preset's batch would take a CPU longer than these seconds, it measures smaller ones, down to this size.

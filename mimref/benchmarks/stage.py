@@ -40,7 +40,7 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Refine
 
     Raises ConfigError for settings that do not fit the encoder.
     """
-    architecture, blocks = resolve_encoder(config)
+    architecture, _ = resolve_encoder(config)
     device = resolve_device(config.device)
     release_memory()
     memory = PeakMemory(device)
@@ -53,12 +53,10 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Refine
         EvalTransform(architecture.image_size),
         _image_list(IMAGENET_IMAGES),
         [],
-        blocks,
-        temperatures(config.heads.temperature, len(blocks)),
     )
     made = HeadsStage if stage == "heads" else EncoderStage
     with tempfile.TemporaryDirectory() as folder:
-        yield made(TrainingRun(plan.config, Path(folder)), plan, build_method(plan, Silent())), memory
+        yield made(TrainingRun(plan.config, Path(folder), None), plan, build_method(plan, Silent())), memory
 
 
 def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
