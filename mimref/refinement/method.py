@@ -168,14 +168,10 @@ class Method:
 
     def _encode(self, batch: ViewBatch, pooled_blocks: nn.Module) -> Tensor:
         """Pooled tokens of the blocks that heads read, (W, V, B, D), by one encoder pass per crop size."""
-        first_view = 0
-        images = []
-        for crops in batch.crops:
-            views = range(first_view, first_view + crops.shape[1])
-            first_view = views.stop
-            images.append(self.photometric(crops, batch.epoch, batch.sample_B, views).flatten(0, 1))
+        views = views_of(batch, self.photometric)
         with autocast(self.device, self.precision):
-            pooled_WVBD: Tensor = pooled_blocks(images).unflatten(1, (first_view, len(batch.sample_B)))
+            pooled_WND = pooled_blocks([sized_vB3SS.flatten(0, 1) for sized_vB3SS in views])
+        pooled_WVBD: Tensor = pooled_WND.unflatten(1, (sum(map(len, views)), len(batch.sample_B)))
         return pooled_WVBD
 
     def _encode_in_parts(self, batch: ViewBatch) -> Tensor:
@@ -201,6 +197,16 @@ class Method:
         seed, heads = self.photometric.seed, self.heads.num_heads
         view_M = torch.arange(2, device=self.device).repeat_interleave(len(sample_B))
         return uniform(seed, epoch, Operation.NEIGHBOUR, sample_B.repeat(2), view_M, count=heads).T
+
+
+def views_of(batch: ViewBatch, photometric: Photometric) -> list[Tensor]:
+    """All views of a batch, normalised: one tensor (v, B, 3, S, S) per crop size, with v views of size S."""
+    found, first = [], 0
+    for crops in batch.crops:
+        views = range(first, first + crops.shape[1])
+        first = views.stop
+        found.append(photometric(crops, batch.epoch, batch.sample_B, views))
+    return found
 
 
 def monitored_values(values: StepValues, labels: Tensor | None) -> dict[str, object]:
