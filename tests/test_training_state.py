@@ -377,9 +377,6 @@ def test_signals_are_deferred_while_asked_and_end_other_work_at_once() -> None:
         with pytest.raises(Interrupted) as caught:
             stop.receive(signal.SIGINT)
         assert caught.value.signum == signal.SIGINT
-    with pytest.raises(Interrupted, match="saved") as caught:
-        stop.raise_if_received("saved")
-    assert caught.value.signum == signal.SIGTERM
 
 
 def test_handlers_are_put_back() -> None:

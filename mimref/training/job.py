@@ -16,7 +16,7 @@ from mimref.config.run import OptimizerConfig
 from mimref.data.loader import ViewBatch
 from mimref.data.workers import DeadWorkerError
 from mimref.distributed.collectives import max_over_ranks, total_over_ranks
-from mimref.errors import DataError, DivergenceError
+from mimref.errors import DataError, DivergenceError, Interrupted
 from mimref.progress import Listener
 from mimref.training.optim import adamw, set_learning_rate
 from mimref.training.signals import StopSignal
@@ -91,9 +91,9 @@ def train(
                 "memory ran out"
             ) from error
     if stop.number is not None:
-        stop.ignore_more()
+        stop.ignored = True
         del batches  # ends the loader processes
-    stop.raise_if_received(f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
+        raise Interrupted(stop.number, f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
 
 
 def _run(
