@@ -50,8 +50,8 @@ MUTATIONS = (
     Mutation(
         "negatives get a gradient",
         "refinement/alignment.py",
-        "negative_HBO = all_negative_HGBO[:, g].detach()",
-        "negative_HBO = all_negative_HGBO[:, g]",
+        "negative_HGBO[:, g].detach().transpose(1, 2)",
+        "negative_HGBO[:, g].transpose(1, 2)",
         ("test_refinement_loss.py",),
     ),
     Mutation(

@@ -9,8 +9,8 @@ from mimref.benchmarks.stage import resolve_encoder
 from mimref.config.load import load_config
 from mimref.errors import ConfigError
 from mimref.refinement.config import RefineConfig
-from mimref.refinement.memory import state_bytes
 from mimref.refinement.schedule import StageName
+from mimref.refinement.sizes import state_bytes
 from tests.test_benchmarks_step import DEPTH, IMAGE, PATCH, WIDTH, measurement, tiny
 
 # By hand: a block has 12 matrices of width ** 2 (biases 3 + 1 + 4 + 1 widths) and two norms, then the final norm.

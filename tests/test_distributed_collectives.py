@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mimref.data.loader import ViewBatch
 from mimref.distributed.collectives import (
+    averaged,
     gather_lists,
     gather_rows,
     gather_rows_with_gradient,
@@ -23,7 +24,7 @@ from mimref.refinement.heads import EnsembleBatchNorm, Heads
 from mimref.refinement.method import Method, monitored_values
 from mimref.training.optim import adamw, module_groups, set_learning_rate
 from tests.ranks import run_ranks
-from tests.steps import make_batch, make_step, weights
+from tests.steps import CPU, make_batch, make_step, weights
 
 SAMPLES = {torch.float64: 6, torch.float32: 8}
 
@@ -170,10 +171,10 @@ def train(
     if dtype == torch.float32:
         step.temperature_H.fill_(1.0)
     step.micro_batch, step.most_images = micro_batch, samples
-    step.distribute_heads()
+    step.trained_heads = averaged(step.heads, CPU)
     groups = []
     if train_encoder:
-        step.distribute_encoder()
+        step.trained_encoder = averaged(step.pooled_blocks, CPU)
         groups = encoder_groups(step.encoder, weight_decay=0.05, layer_decay=0.9)
     optimizer = adamw(groups + module_groups(step.heads, weight_decay=1e-5), (0.9, 0.95))
     logs, gradients = [], []

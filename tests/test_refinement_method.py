@@ -311,12 +311,13 @@ def test_options_reach_the_loss(direction: str, swap_negatives: bool, monkeypatc
 
     def note(*tensors: Tensor, **options: Any) -> Alignment:
         given.update(options, shapes=[tuple(tensor.shape) for tensor in tensors], temperature=tensors[3])
+        given["swapped"] = torch.equal(tensors[1], tensors[2])
         loss_H = tensors[0].mean(dim=(1, 2, 3))
         return Alignment(loss_H, loss_H.detach(), loss_H.detach())
 
     monkeypatch.setattr(step_module, "nna_loss", note)
     run(make_step(direction=direction, swap_negatives=swap_negatives), make_batch())
-    assert (given["direction"], given["swap_negatives"]) == (direction, swap_negatives)
+    assert (given["direction"], given["swapped"]) == (direction, swap_negatives)
     assert given["shapes"] == [(3, 4, IMAGES, 6), (3, 2, IMAGES, 6), (3, 2, IMAGES, 6), (3,)]
     assert given["temperature"].tolist() == pytest.approx(TEMPERATURE)
 

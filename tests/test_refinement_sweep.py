@@ -1,6 +1,5 @@
 """Ranking the heads of a sweep: what is compared, in which order, and what is left as it was."""
 
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 import mimref.refinement.sweep as sweep
 from mimref.encoders.vit import Encoder
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.encode import Column, Features
+from mimref.features.encode import Column, Features, columns_of
 from mimref.refinement.config import HeadsConfig
 from mimref.refinement.heads import Heads
 
@@ -58,13 +57,12 @@ def make_heads() -> Heads:
 
 def rank(monitor: FakeMonitor, heads: Heads, nn_accuracy: list[float]) -> list[dict[str, Any]]:
     return sweep.rank_heads(
-        cast(Encoder, SimpleNamespace(depth=4)),
+        cast(Encoder, None),
         heads,
         cast(KnnMonitor, monitor),
-        blocks=BLOCKS,
-        temperature=TEMPERATURE,
-        pool="mean",
-        nn_accuracy=nn_accuracy,
+        columns_of(BLOCKS, "mean", True, 4),
+        TEMPERATURE,
+        nn_accuracy,
     )
 
 

@@ -145,7 +145,7 @@ def test_steps_do_not_wait_for_the_device(
 
 def test_pretraining_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = pretrain_config(write_unlabelled(tmp_path))
-    job = Pretraining(TrainingRun(config, tmp_path), config)
+    job = Pretraining(TrainingRun(config, tmp_path, None), config)
     batch = next(job.batches())
     with watching([job.model], (job.photometric, job.loss_guard), monkeypatch) as watch:
         for _ in range(3):

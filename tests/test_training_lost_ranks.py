@@ -44,7 +44,7 @@ def wait_for_the_other(rank: int, folder: str, other: Callable[[], None], timeou
         Path(folder, "message").write_text(f"{time.monotonic() - started:.1f} {error}")
 
 
-@pytest.mark.parametrize(("other", "told"), [(die, "has died"), (hang, "has not answered for 5 seconds")])
+@pytest.mark.parametrize(("other", "told"), [(die, "has died"), (hang, "has not answered for ")])
 def test_the_others_stop_with_a_clear_line(other: Callable[[], None], told: str, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     ranks = [

@@ -18,8 +18,8 @@ from mimref.devices import resolve_device
 from mimref.errors import ConfigError
 from mimref.progress import Progress
 from mimref.refinement.config import RefineConfig
-from mimref.refinement.memory import state_bytes
 from mimref.refinement.schedule import StageName
+from mimref.refinement.sizes import state_bytes
 from mimref.results import Row
 
 # Where the preset's batch would take a CPU longer than these seconds, it measures smaller ones, down to this size.
@@ -27,6 +27,7 @@ _CPU_SMALLEST_BATCH = 8
 _CPU_SECONDS = 20.0
 # A step on a CPU reaches roughly this share of a matrix product's rate; only to decide what to measure.
 _CPU_SHARE = 0.3
+_PREFIXES = (("E", 1.0), ("P", 1e3), ("T", 1e6), ("G", 1e9))
 # On CUDA, the memory of two small batches gives the largest.
 _SMALL_BATCHES = (8, 16)
 
@@ -54,7 +55,9 @@ def benchmark_cost(config: RefineConfig, *, steps: int = 3, progress: Progress |
     measured: list[StepMeasurement] = []
     try:
         batch = config.batch_size if device.type == "cuda" else _affordable_batch(config, flops, steps, device, notes)
-        micro = _micro_batch(config, device) if batch else None
+        micro = config.micro_batch if isinstance(config.micro_batch, int) else None
+        if batch and micro is None:
+            micro = largest_whole_batch(config, device)
         work = [(stage, batch, micro) for stage in flops if batch]
         if device.type == "cuda":
             work += [("encoder", size, None) for size in _SMALL_BATCHES]
@@ -79,18 +82,11 @@ def stage_flops(config: RefineConfig) -> dict[StageName, int]:
     Raises ConfigError for settings that do not fit the encoder.
     """
     architecture, blocks = resolve_encoder(config)
-    heads = config.stage != "encoder" and config.heads_from is None and config.heads_stage.epochs
-    encoder = config.stage != "heads" and config.encoder_stage.epochs
-    trained: dict[StageName, bool] = {"heads": bool(heads), "encoder": bool(encoder)}
+    trained: dict[StageName, bool] = {
+        "heads": config.stage != "encoder" and config.heads_stage.epochs > 0,
+        "encoder": config.stage != "heads" and config.encoder_stage.epochs > 0,
+    }
     return {stage: model_flops(config, architecture, blocks, stage) for stage, trains in trained.items() if trains}
-
-
-def _micro_batch(config: RefineConfig, device: torch.device) -> int | None:
-    """Images per pass of the encoder; where the settings name no number, as many as fit."""
-    if isinstance(config.micro_batch, int):
-        return config.micro_batch
-    fits = largest_whole_batch(config, device)
-    return None if fits == config.batch_size else fits
 
 
 def _affordable_batch(
@@ -181,10 +177,8 @@ def _fact(row: Row) -> tuple[str, str]:
             work = f"{row['epochs']} epochs of {row['images']:,} images, {row['steps']:,} steps of {row['batch']}"
             return f"{stage}, work", f"{work}: {_scaled(value)}FLOP in encoder and heads"
         case "cost_state_gib":
-            parts = {
-                name: float(row[f"{name}_gib"]) for name in ("weights", "gradients", "moments", "average", "queue")
-            }
-            sizes = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
+            parts = ((name.removesuffix("_gib"), float(size)) for name, size in row.items() if name.endswith("_gib"))
+            sizes = ", ".join(f"{name} {_gib(size)}" for name, size in parts if size)
             return f"{stage}, memory without activations", f"{_gib(value)}: {sizes}"
         case "cost_hours":
             how = ""
@@ -209,7 +203,5 @@ def _gib(value: float) -> str:
 
 def _scaled(exaflop: float) -> str:
     """With the prefix that leaves at least one digit before the point."""
-    for prefix, factor in (("E", 1.0), ("P", 1e3), ("T", 1e6)):
-        if exaflop * factor >= 1:
-            return f"{exaflop * factor:,.1f} {prefix}"
-    return f"{exaflop * 1e9:,.1f} G"
+    prefix, factor = next((each for each in _PREFIXES if exaflop * each[1] >= 1), _PREFIXES[-1])
+    return f"{exaflop * factor:,.1f} {prefix}"

@@ -7,12 +7,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mimref.data.views import multi_crop
-from mimref.encoders.parameters import freeze_untrained
-from mimref.encoders.vit import Architecture, build_encoder
+from mimref.encoders.vit import Architecture
 from mimref.refinement.config import RefineConfig
-from mimref.refinement.heads import Heads
 from mimref.refinement.method import PooledBlocks
 from mimref.refinement.schedule import StageName
+from mimref.refinement.sizes import meta_modules
 
 # torch's counter knows the fused attention kernels of GPUs, but counts the CPU's as nothing.
 _CPU_ATTENTION: dict[object, Callable[..., int]] = {
@@ -40,14 +39,8 @@ def model_flops(config: RefineConfig, architecture: Architecture, blocks: list[i
     augmentation, queue and loss are not part of the model.
     """
     groups = multi_crop(config.views, architecture.image_size)
-    with torch.device("meta"):
-        encoder = build_encoder(architecture)
-        heads = Heads(config.heads, len(blocks), encoder.embed_dim)
-        views = [torch.empty(group.count, 3, group.size, group.size) for group in groups]
-    if stage == "heads":
-        encoder.requires_grad_(False)
-    else:
-        freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(blocks))
+    encoder, heads = meta_modules(config, architecture, blocks, stage)
+    views = [torch.empty(group.count, 3, group.size, group.size, device="meta") for group in groups]
     wanted = sorted(set(blocks))
 
     def step() -> None:

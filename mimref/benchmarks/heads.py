@@ -126,20 +126,17 @@ def _times(
         drop_gradients()
 
     calls = 5 if device.type == "cuda" else 1
-    together_s, separate_s = median_seconds(
-        (run_ensemble, run_separate), device, turns=sizes.repeats, warm_up=2, calls=calls
-    )
+    ways = (run_ensemble, run_separate)
+    together_s, separate_s = median_seconds(ways, device, turns=sizes.repeats, warm_up=2, calls=calls)
     return together_s, separate_s
 
 
 def heads_facts(rows: list[Row]) -> Facts:
     """What `benchmark_heads` measured."""
-    return [
-        (
-            f"{row['heads']} heads of {row['projector_hidden']}/{row['predictor_hidden']}/{row['output']}, "
-            f"{row['images']} images",
-            f"{1e3 * float(row['together_s']):,.1f} ms together, {1e3 * float(row['separate_s']):,.1f} ms as separate "
-            f"modules: {float(row['value']):.2f} x as fast",
-        )
-        for row in rows
-    ]
+    facts: Facts = []
+    for row in rows:
+        heads = f"{row['heads']} heads of {row['projector_hidden']}/{row['predictor_hidden']}/{row['output']}"
+        much = f"{1e3 * float(row['together_s']):,.1f} ms together, {1e3 * float(row['separate_s']):,.1f} ms as "
+        much += f"separate modules: {float(row['value']):.2f} x as fast"
+        facts.append((f"{heads}, {row['images']} images", much))
+    return facts

@@ -40,25 +40,18 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Refine
 
     Raises ConfigError for settings that do not fit the encoder.
     """
-    architecture, blocks = resolve_encoder(config)
+    architecture, _ = resolve_encoder(config)
     device = resolve_device(config.device)
     release_memory()
     memory = PeakMemory(device)
     with torch.device(device):
         weights = dict(build_encoder(architecture).vit.state_dict())
-    plan = Plan(
-        _both_stages(config),
-        Checkpoint(Path("random weights"), weights),
-        architecture,
-        EvalTransform(architecture.image_size),
-        _image_list(IMAGENET_IMAGES),
-        [],
-        blocks,
-        temperatures(config.heads.temperature, len(blocks)),
-    )
+    images = _image_list(IMAGENET_IMAGES)
+    checkpoint, transform = Checkpoint(Path("random weights"), weights), EvalTransform(architecture.image_size)
+    plan = Plan(_both_stages(config), checkpoint, architecture, transform, images, [])
     made = HeadsStage if stage == "heads" else EncoderStage
     with tempfile.TemporaryDirectory() as folder:
-        yield made(TrainingRun(plan.config, Path(folder)), plan, build_method(plan, Silent())), memory
+        yield made(TrainingRun(plan.config, Path(folder), None), plan, build_method(plan, Silent())), memory
 
 
 def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
@@ -105,17 +98,11 @@ def synthetic_batch(job: RefinementStage) -> ViewBatch:
 
 
 def _both_stages(config: RefineConfig) -> RefineConfig:
-    """The settings for a run of both stages."""
-    heads, encoder = config.heads_stage, config.encoder_stage
-    return config.model_copy(
-        update={
-            "stage": "both",
-            "heads_from": None,
-            # A stage without epochs would have no learning-rate schedule.
-            "heads_stage": heads.model_copy(update={"epochs": max(1, heads.epochs)}),
-            "encoder_stage": encoder.model_copy(update={"epochs": max(1, encoder.epochs)}),
-        }
-    )
+    """The settings for a run of both stages; one without epochs would have no learning-rate schedule."""
+    update: dict[str, object] = {"stage": "both", "heads_from": None}
+    for name, stage in (("heads_stage", config.heads_stage), ("encoder_stage", config.encoder_stage)):
+        update[name] = stage.model_copy(update={"epochs": max(1, stage.epochs)})
+    return config.model_copy(update=update)
 
 
 def _image_list(images: int) -> ArraySource:

@@ -24,6 +24,7 @@ from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from mimref.data.views import CropGroup, Photometric, multi_crop
 from mimref.devices import resolve_device
 from mimref.progress import Progress
+from mimref.refinement.method import views_of
 from mimref.results import Row
 
 PIL = "torchvision, PIL"
@@ -91,23 +92,14 @@ def benchmark_views(
             torch.set_num_threads(threads)
     images = {name: sizes.device_images if name == DEVICE else sizes.images for name in ways}
     per_s = {name: images[name] / seconds_each for name, seconds_each in zip(ways, seconds, strict=True)}
-    return [
-        {
-            "metric": "benchmark_views",
-            "value": per_s[name],
-            "pipeline": name,
-            "device": str(target) if name == DEVICE else "cpu",
-            "ms": 1000 / per_s[name],
-            "ratio": per_s[name] / per_s[PIL],
-            "ratio_pillow_blur": per_s[name] / per_s[PIL_BLUR],
-            "views": 2 + sizes.local_views,
-            "width": sizes.width,
-            "height": sizes.height,
-            "images": images[name],
-            "repeats": sizes.repeats,
-        }
-        for name in ways
-    ]
+    rows: list[Row] = []
+    for name, value in per_s.items():
+        row: Row = {"metric": "benchmark_views", "value": value, "pipeline": name}
+        row |= {"device": str(target) if name == DEVICE else "cpu", "ms": 1000 / value}
+        row |= {"ratio": value / per_s[PIL], "ratio_pillow_blur": value / per_s[PIL_BLUR]}
+        row |= {"views": 2 + sizes.local_views, "width": sizes.width, "height": sizes.height}
+        rows.append(row | {"images": images[name], "repeats": sizes.repeats})
+    return rows
 
 
 def _photographs(folder: str, sizes: ViewSizes) -> FileSource:
@@ -126,25 +118,23 @@ def _photographs(folder: str, sizes: ViewSizes) -> FileSource:
 def _pipelines(source: FileSource, groups: Sequence[CropGroup], config: ViewsConfig) -> dict[str, _Way]:
     """Ways to the views of all images on the CPU, by name."""
     paths = [source.path(index) for index in range(len(source))]
-    to_tensor = transforms.ToTensor()
-    pil = _augmentations(groups, config, transforms, to_tensor)
-    pil_blur = _augmentations(groups, config, transforms, to_tensor, blur=_pillow_blur)
-    tensors = _augmentations(groups, config, v2, v2.ToDtype(torch.float32, scale=True))
     photometric = Photometric(config, 0, torch.device("cpu"))
 
-    def from_pil(views: list[Callable[[Image.Image], Tensor]]) -> list[Tensor]:
-        return [view(image) for image in map(pil_loader, paths) for view in views]
+    def pil(blur: Callable[[Image.Image], Image.Image] | None) -> _Way:
+        views = _augmentations(groups, config, transforms, transforms.ToTensor(), blur)
+        return lambda _: [view(image) for image in map(pil_loader, paths) for view in views]
 
-    def from_tensors(_: int) -> list[Tensor]:
+    def tensors(_: int) -> list[Tensor]:
         images = (v2.functional.pil_to_tensor(pil_loader(path)) for path in paths)
-        return [view(image) for image in images for view in tensors]
+        return [view(image) for image in images for view in tensor_views]
 
+    tensor_views = _augmentations(groups, config, v2, v2.ToDtype(torch.float32, scale=True))
     return {
-        PIL: lambda _: from_pil(pil),
-        PIL_BLUR: lambda _: from_pil(pil_blur),
-        TENSORS: from_tensors,
+        PIL: pil(None),
+        PIL_BLUR: pil(_pillow_blur),
+        TENSORS: tensors,
         WORKER: lambda epoch: _crops(source, groups, epoch).crops,
-        WHOLE: lambda epoch: _views(_crops(source, groups, epoch), photometric),
+        WHOLE: lambda epoch: views_of(_crops(source, groups, epoch), photometric),
     }
 
 
@@ -188,24 +178,14 @@ def _crops(source: FileSource, groups: Sequence[CropGroup], epoch: int) -> ViewB
     return next(view_batches(source, groups, batch_size=len(source), seed=0, epochs=epochs, reduce_jpeg=True))
 
 
-def _views(batch: ViewBatch, photometric: Photometric) -> list[Tensor]:
-    """All views of a batch, one tensor per size."""
-    first, made = 0, []
-    for crops in batch.crops:
-        views = range(first, first + crops.shape[1])
-        first = views.stop
-        made.append(photometric(crops, batch.epoch, batch.sample_B, views))
-    return made
-
-
 def _on_device(batch: ViewBatch, config: ViewsConfig, device: torch.device, images: int) -> _Way:
     """The photometric part of `images` images whose crops, those of `batch`, are on the device already."""
-    chosen = torch.arange(images) % len(batch.sample_B)
-    crops = [of_size[chosen].to(device) for of_size in batch.crops]
+    sample_B = torch.arange(images)
+    crops = [of_size[sample_B % len(of_size)].to(device) for of_size in batch.crops]
     photometric = Photometric(config, 0, device)
 
     def way(epoch: int) -> list[Tensor]:
-        views = _views(ViewBatch(epoch, torch.arange(images), crops, []), photometric)
+        views = views_of(ViewBatch(epoch, sample_B, crops, []), photometric)
         float(views[-1].sum())  # waits for the device
         return views
 

@@ -68,8 +68,8 @@ def refine(options: RefineOptions) -> None:
         options.stage = "encoder"
     config = options.load(RefineConfig, options.resumed_preset() or options.chosen_preset())
     if options.dry_run:
-        from mimref.refinement.dry_run import describe
         from mimref.refinement.plan import make_plan
+        from mimref.refinement.sizes import describe
 
         print_facts(describe(make_plan(config)) | {"output": str(_folder(config, options))})
     elif not (options.resume and print_finished(_folder(config, options), config.command)):

@@ -1,6 +1,6 @@
 """What ranks exchange: sums, gathers with and without gradient, averaged gradients.
 
-Shapes: R ranks; B images of all ranks, of which rank r holds a contiguous part of B_r.
+Shapes: R ranks; B images of all ranks, of which rank r has a contiguous part of B_r.
 """
 
 import inspect
@@ -10,16 +10,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mimref.distributed.group import world_size
 
 
-def averaged(module: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """The module in DistributedDataParallel: rank 0's weights to start from, gradients averaged over the ranks.
+def averaged(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with rank 0's weights and gradients averaged over the ranks; in a single process, the module itself.
 
-    Buffers are not synchronised. Freeze parameters before; every other parameter must get a gradient.
+    Buffers are not synchronised. Freeze parameters first; every other parameter must get a gradient.
     """
+    if world_size() == 1:
+        return module
     # The option was renamed. Heads synchronise their own statistics.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -82,17 +85,17 @@ def gather_lists(items: Sequence[Any]) -> list[Any]:
 
 def gather_rows(x: Tensor, counts: Sequence[int], *, dim: int) -> Tensor:
     """All ranks' parts joined along `dim`, counts[r] rows from rank r, without gradient."""
-    if len(counts) == 1:
-        return x.detach()
-    return _join(_all_gather(_pad(x.detach(), max(counts), dim)), counts, dim)
+    return gather_rows_with_gradient(x.detach(), counts, dim=dim)
 
 
 def gather_rows_with_gradient(x: Tensor, counts: Sequence[int], *, dim: int) -> Tensor:
     """As `gather_rows`; each rank's part gets the gradients from all ranks."""
     if len(counts) == 1:
         return x
-    gathered: Tensor = _GatherWithGradient.apply(_pad(x, max(counts), dim))
-    return _join(list(gathered.unbind(0)), counts, dim)
+    missing = max(counts) - x.shape[dim]
+    padded = F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, missing]) if missing else x
+    parts = zip(gather_stack(padded), counts, strict=True)
+    return torch.cat([part.narrow(dim, 0, count) for part, count in parts], dim=dim)
 
 
 def gather_stack(x: Tensor) -> Tensor:
@@ -101,31 +104,14 @@ def gather_stack(x: Tensor) -> Tensor:
     return stacked
 
 
-def _pad(x: Tensor, size: int, dim: int) -> Tensor:
-    missing = size - x.shape[dim]
-    if not missing:
-        return x.contiguous()
-    shape = list(x.shape)
-    shape[dim] = missing
-    return torch.cat([x, x.new_zeros(shape)], dim=dim)
-
-
-def _join(parts: Sequence[Tensor], counts: Sequence[int], dim: int) -> Tensor:
-    return torch.cat([part.narrow(dim, 0, count) for part, count in zip(parts, counts, strict=True)], dim=dim)
-
-
-def _all_gather(x: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return parts
-
-
 class _GatherWithGradient(torch.autograd.Function):
-    """All ranks' tensors as (R, ...); backward sums all ranks' gradients of this rank's tensor."""
+    """Backward sums all ranks' gradients of this rank's tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.stack(_all_gather(x.contiguous()))
+        gathered = x.new_empty(dist.get_world_size(), *x.shape)
+        dist.all_gather(list(gathered.unbind(0)), x.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

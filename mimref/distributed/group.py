@@ -30,11 +30,9 @@ def process_group(device: str, *, advice: str = "run again: cached features are 
         return
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda:
-        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= count:
-            raise ConfigError(
-                f"process {local + 1} on this machine has no GPU: there are {count}; start at most {count}"
-            )
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise ConfigError(f"process {local + 1} on this machine has no GPU; start at most {gpus} processes")
         torch.cuda.set_device(local)
     # Messages between hosts use gloo, so that they never wait for the GPU.
     store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
@@ -60,18 +58,8 @@ def lost_ranks_reported(advice: str) -> Iterator[None]:
         if world_size() == 1 or not any(sign in text for sign in _SIGNS_OF_A_LOST_RANK):
             raise
         waited = "Timed out" in text or "timeout" in text.lower()
-        what = f"has not answered for {_minutes(TIMEOUT)}" if waited else "has died"
+        what = f"has not answered for {TIMEOUT.total_seconds() / 60:g} minutes" if waited else "has died"
         raise LostRankError(f"another process of this run {what}; see its own message; {advice}") from error
-
-
-def _minutes(time: timedelta) -> str:
-    seconds = time.total_seconds()
-    return f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} seconds"
-
-
-def restarted() -> bool:
-    """Whether torchrun has restarted this process after one of the run's processes died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def this_launch() -> tuple[str, str, int] | None:
@@ -80,11 +68,16 @@ def this_launch() -> tuple[str, str, int] | None:
     return None if run_id is None else (run_id, platform.node(), os.getppid())
 
 
-def is_this_launch(run_id: str, node: str, process: int) -> bool:
-    """Whether `this_launch` returned this earlier, possibly on a machine that torchrun has since moved rank 0 from."""
+def restarted(run_id: str, node: str, process: int) -> bool:
+    """Whether torchrun has restarted this process in the launch that `this_launch` returned earlier.
+
+    torchrun may since have moved rank 0 to another machine.
+    """
     own = this_launch()
+    if own is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return False
     # torchrun's default id is "none".
-    return own is not None and run_id == own[0] and (process == own[2] if node == own[1] else run_id != "none")
+    return run_id == own[0] and (process == own[2] if node == own[1] else run_id != "none")
 
 
 def leave_process_group() -> None:
@@ -109,9 +102,9 @@ def without_group() -> Iterator[None]:
 
 def end_group() -> bool:
     """End the collective work. True on rank 0, which continues by itself."""
-    rank = own_rank()
+    first = own_rank() == 0
     leave_process_group()
-    return rank == 0
+    return first
 
 
 def world_size() -> int:

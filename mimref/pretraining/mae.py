@@ -33,7 +33,7 @@ class MaskedAutoencoder(nn.Module):
         self.num_patches = grid**2
         if self.num_patches == 1:
             size = encoder.patch_size
-            raise ConfigError(f"encoder.image_size {size} is a single patch of {size} pixels, too few to hide any")
+            raise ConfigError(f"encoder.image_size {size} is one patch; masking needs at least two patches a side")
         self.num_visible = count_visible(self.num_patches, mask_ratio)
         self.apply(init_linear)
         projection = encoder.vit.patch_embed.proj.weight

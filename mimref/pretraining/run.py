@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimref.data.loader import ViewBatch, check_batch_size
 from mimref.data.open import ACCEPTED, open_source
@@ -24,8 +24,7 @@ from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.progress import Listener
 from mimref.results import Row, Tabular
-from mimref.training.log import readable
-from mimref.training.optim import module_groups, warmup_cosine
+from mimref.training.optim import module_groups
 from mimref.training.run import Stage, TrainingRun
 
 
@@ -50,44 +49,31 @@ class Pretraining(Stage):
         if device.type == "cpu":
             keep_freed_memory()
         architecture = _architecture(config)
-        self.source = open_source(config.data, "train", progress=run.listener.progress)
-        check_batch_size(config.batch_size, len(self.source))
+        source = open_source(config.data, "train", progress=run.listener.progress)
+        check_batch_size(config.batch_size, len(source))
         self.transform = eval_transform(architecture, config.data, {})
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture)
         self.model = MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio).to(device)
-        self.trained_model: nn.Module = averaged(self.model, device) if world_size() > 1 else self.model
-        groups = encoder_groups(encoder, weight_decay=config.mae.weight_decay, layer_decay=1.0)
-        groups += module_groups(self.model.decoder, weight_decay=config.mae.weight_decay)
-        steps = len(self.source) // config.batch_size
-        rate = warmup_cosine(
-            peak=config.mae.lr * config.batch_size / 256,
-            warmup_updates=round(config.mae.warmup_epochs * steps),
-            total_updates=config.mae.epochs * steps,
-            end=config.optimizer.end_lr,
-        )
+        self.trained_model = averaged(self.model, device)
         super().__init__(
             run,
             "pre-training",
-            groups,
-            rate,
-            config.optimizer,
+            encoder_groups(encoder, weight_decay=config.mae.weight_decay, layer_decay=1.0)
+            + module_groups(self.model.decoder, weight_decay=config.mae.weight_decay),
+            lr=config.mae.lr,
+            warmup_epochs=config.mae.warmup_epochs,
             epochs=config.mae.epochs,
-            steps_per_epoch=steps,
+            source=source,
+            crops=[CropGroup(1, architecture.image_size, config.mae.crop_scale, config.views.aspect_ratio)],
             device=device,
         )
         # MAE augments by crop and flip alone.
         plain = config.views.model_copy(update={"color": False, "blur": False})
         self.photometric = Photometric(plain, config.seed, device, mean=self.transform.mean, std=self.transform.std)
-        self.crops = [CropGroup(1, self.transform.image_size, config.mae.crop_scale, config.views.aspect_ratio)]
         note = run.listener.note
-        self.monitor = KnnMonitor(config, self.source, self.transform, device, self.precision, note=note)
+        self.monitor = KnnMonitor(config, source, self.transform, device, self.precision, note=note)
         self.rows: list[Row] = []
-        self._loss: Tensor | None = None
-
-    def update(self, batch: ViewBatch) -> None:
-        self._loss = None
-        super().update(batch)
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
         """This rank's share of the loss on hidden patches, times the number of ranks, which average gradients."""
@@ -102,19 +88,14 @@ class Pretraining(Stage):
         self._loss = loss.detach()
         return self._loss
 
-    def values(self) -> dict[str, object] | None:
-        if self._loss is None:
-            return None
+    def values(self) -> dict[str, object]:
         return {"loss": float(sum_over_ranks(self._loss)) / world_size(), "lr": self.rate(self.step - 1)}
 
     def end_epoch(self, epoch: int) -> None:
-        every = self.config.monitor.knn_every_epochs
-        if not every or (epoch % every and self.step < self.total):
-            return
-        values = self.monitor.check(self.model.encoder)
-        self.run.log.write({**self.position(), **values})
-        self.run.listener.note(f"epoch {epoch}: {readable(values)}")
-        self.rows = [{"metric": name, "value": value} for name, value in values.items()]
+        if self.check_due(epoch):
+            values = self.monitor.check(self.model.encoder)
+            self.report(f"epoch {epoch}", values)
+            self.rows = [{"metric": name, "value": value} for name, value in values.items()]
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "model": self.model.state_dict(), "rows": self.rows}
@@ -135,17 +116,14 @@ def pretrain(
     subclasses for settings, images or folders that do not fit, Interrupted after saving on a signal.
     In a process group every rank calls this with the same arguments, and rank 0 alone writes.
     """
-    run = TrainingRun(config, out, listener)
-    if (found := run.finished(resume=resume, force=force)) is not None:
+    run = TrainingRun(config, out, listener, resume=resume, force=force)
+    if (found := run.finished()) is not None:
         return PretrainResult(out, *found)
-    with run.locked(resume=resume, force=force):
+    with run.locked():
         job = Pretraining(run, config)
-        state = run.load_state(job.source, resume=resume)
-        if state:
-            job.resume(state)
-        with run.writing(config, state, resume=resume, force=force):
-            del state  # as large as the run itself
-            run.train(job)
+        state = run.load_state(job.source)
+        with run.writing(config, state):
+            run.train(job, state)
         if run.leave_group():
             _write_encoder(job, config, out)
             run.finish(job.rows)
@@ -162,10 +140,6 @@ def _architecture(config: PretrainConfig) -> Architecture:
     if architecture.post_norm or architecture.from_timm:
         raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
     architecture.check_size(architecture.image_size, "encoder.image_size")
-    if architecture.image_size == architecture.patch_size:
-        raise ConfigError(
-            f"encoder.image_size {architecture.image_size} is one patch; masking needs at least two patches a side"
-        )
     return architecture
 
 

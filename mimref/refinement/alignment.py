@@ -62,14 +62,9 @@ class Queue:
         perfect but useless neighbours. Results carry no gradient.
         """
         chunk = max(1, _LOOKUP_ELEMENTS // (query_HMO.shape[0] * len(self)))
-        parts = [
-            self._search(query, sample, choice, top_k)
-            for query, sample, choice in zip(
-                query_HMO.split(chunk, dim=1), sample_M.split(chunk), choice_HM.split(chunk, dim=1), strict=True
-            )
-        ]
-        similarity_HM = torch.cat([similarity for similarity, _ in parts], dim=1)
-        index_HM = torch.cat([index for _, index in parts], dim=1)
+        parts = zip(query_HMO.split(chunk, dim=1), sample_M.split(chunk), choice_HM.split(chunk, dim=1), strict=True)
+        found = zip(*(self._search(*part, top_k) for part in parts), strict=True)
+        similarity_HM, index_HM = (torch.cat(each, dim=1) for each in found)
         rows_HMO = self.rows_HQO.gather(1, index_HM[:, :, None].expand(-1, -1, self.rows_HQO.shape[2]))
         return Neighbours(rows_HMO, similarity_HM, self.sample_Q[index_HM], self.updates - self.update_Q[index_HM])
 
@@ -109,44 +104,34 @@ class Alignment(NamedTuple):
 
 def nna_loss(
     prediction_HVBO: Tensor,
-    projection_HGBO: Tensor,
+    negative_HGBO: Tensor,
     neighbour_HGBO: Tensor,
     temperature_H: Tensor,
     *,
     direction: str = "projection",
-    swap_negatives: bool = False,
     first: int = 0,
     all_prediction_HVBO: Tensor | None = None,
-    all_negative_HGBO: Tensor | None = None,
 ) -> Alignment:
     """Align every prediction with the neighbour of its image's global view, repel it from the other images.
 
     All inputs have unit length. For each global view g and each other view v, anchor i is prediction (v, i), its
-    positive neighbour (g, i), its negatives projections (g, j) of the other images, which get no gradient.
-    direction: `projection` is Eq. (1), a softmax over projections for each prediction; `prediction` is a softmax over
-    predictions for each projection. swap_negatives: negatives are replaced by their neighbours too (NNCLR, Table 1e).
-    Where other ranks hold the rest of the batch, `first` is the number of images before this rank's, all_negative_HGBO
-    the negatives and, for `prediction`, all_prediction_HVBO the predictions of the whole batch. The result is then the
-    mean over this rank's images.
+    positive neighbour (g, i), its negatives rows (g, j) of the other images: their projections, or with NNCLR's swapped
+    negatives (Table 1e) the neighbours of these. Negatives get no gradient.
+    direction: `projection` is Eq. (1), a softmax over negatives for each prediction; `prediction` is a softmax over
+    predictions for each negative. Where other ranks hold the rest of the batch, `first` is the number of images before
+    this rank's, and what the softmax is over has the images of the whole batch: negative_HGBO, or for `prediction`
+    all_prediction_HVBO. The result is then the mean over this rank's images.
     """
-    views = prediction_HVBO.shape[1]
     by_prediction = direction == "projection"
-    anchors_HVBO = prediction_HVBO if by_prediction or all_prediction_HVBO is None else all_prediction_HVBO
-    if all_negative_HGBO is None or not by_prediction:
-        all_negative_HGBO = neighbour_HGBO if swap_negatives else projection_HGBO
+    anchor_HVBO = prediction_HVBO if all_prediction_HVBO is None else all_prediction_HVBO
     losses, global_pairs, local_pairs = [], [], []
     for g in range(2):
-        neighbour_HBO = neighbour_HGBO[:, g].detach()
-        negative_HBO = all_negative_HGBO[:, g].detach()
-        temperature = temperature_H[:, None, None, None]
-        # View 1 - g comes first, local views after it.
-        own_HPBO = torch.cat([prediction_HVBO[:, 1 - g : 2 - g], prediction_HVBO[:, 2:]], dim=1) / temperature
-        other_HPBO = own_HPBO
-        if anchors_HVBO is not prediction_HVBO:
-            other_HPBO = torch.cat([anchors_HVBO[:, 1 - g : 2 - g], anchors_HVBO[:, 2:]], dim=1) / temperature
-        logit_HPBB = torch.bmm(other_HPBO.flatten(1, 2), negative_HBO.transpose(1, 2))
-        logit_HPBB = logit_HPBB.unflatten(1, (views - 1, other_HPBO.shape[2]))
-        positive_HPB = (own_HPBO * neighbour_HBO[:, None]).sum(dim=-1)
+        own_HPBO = other_HPBO = _other_views(prediction_HVBO, g) / temperature_H[:, None, None, None]
+        if anchor_HVBO is not prediction_HVBO:
+            other_HPBO = _other_views(anchor_HVBO, g) / temperature_H[:, None, None, None]
+        logit_HPBB = torch.bmm(other_HPBO.flatten(1, 2), negative_HGBO[:, g].detach().transpose(1, 2))
+        logit_HPBB = logit_HPBB.unflatten(1, other_HPBO.shape[1:3])
+        positive_HPB = (own_HPBO * neighbour_HGBO[:, g, None].detach()).sum(dim=-1)
         # The diagonal would repel an image from itself; Eq. (1) has the positive in its place.
         offset = first if by_prediction else -first
         logit_HPBB.diagonal(offset, dim1=-2, dim2=-1).copy_(positive_HPB)
@@ -160,3 +145,8 @@ def nna_loss(
         torch.stack(global_pairs).mean(dim=(0, 2)),
         torch.stack(local_pairs).mean(dim=(0, 2, 3)),
     )
+
+
+def _other_views(x_HVBO: Tensor, g: int) -> Tensor:
+    """All views but global view g: the other global one, then the local ones."""
+    return torch.cat([x_HVBO[:, 1 - g : 2 - g], x_HVBO[:, 2:]], dim=1)

@@ -19,13 +19,10 @@ def _check_head_blocks(blocks: str) -> str:
     return blocks
 
 
-HeadBlocks = Annotated[str, AfterValidator(_check_head_blocks)]
-
-
 class HeadsConfig(Section):
     """The ensemble of contrastive heads and its queue (Appendix B.2)."""
 
-    blocks: HeadBlocks = "last8"
+    blocks: Annotated[str, AfterValidator(_check_head_blocks)] = "last8"
     """Block of every head: `17-24`, `20,22,24` or `last8`. A block may appear several times (temperature sweeps).
     `auto` measures the k-NN accuracy of every block first (needs labels)."""
     temperature: Positive | Annotated[list[Positive], Field(min_length=1)] = 0.2
@@ -68,11 +65,6 @@ class HeadsStageConfig(Section):
     weight_decay: float = Field(default=1e-5, ge=0)
     """Of the heads."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        check_warmup("heads_stage", self.warmup_epochs, self.epochs)
-        return self
-
 
 class EncoderStageConfig(Section):
     """Stage 2: train encoder and heads together."""
@@ -95,11 +87,6 @@ class EncoderStageConfig(Section):
     """Freeze this many first blocks, and with them patch embedding, CLS token and position embedding."""
     ema: Decay = 0.9999
     """Decay per update of the averaged encoder, which becomes the result."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        check_warmup("encoder_stage", self.warmup_epochs, self.epochs)
-        return self
 
 
 class RefineConfig(RunConfig):
@@ -131,7 +118,8 @@ class RefineConfig(RunConfig):
             raise ValueError("stage = 'encoder' needs heads_from (--heads-from DIR), a run with trained heads")
         if self.stage != "encoder" and self.heads_from is not None:
             raise ValueError(f"stage = {self.stage!r} trains its own heads; heads_from requires stage = 'encoder'")
-        for name, top_k in (("heads_stage", self.heads_stage.top_k), ("encoder_stage", self.encoder_stage.top_k)):
-            if top_k > self.heads.queue_size:
-                raise ValueError(f"{name}.top_k {top_k} exceeds heads.queue_size {self.heads.queue_size}")
+        for name, stage in (("heads_stage", self.heads_stage), ("encoder_stage", self.encoder_stage)):
+            check_warmup(name, stage.warmup_epochs, stage.epochs)
+            if stage.top_k > self.heads.queue_size:
+                raise ValueError(f"{name}.top_k {stage.top_k} exceeds heads.queue_size {self.heads.queue_size}")
         return self

@@ -145,22 +145,14 @@ def head_blocks(blocks: str, depth: int) -> list[int]:
     Raises ConfigError for a block outside 1..depth and for a range whose start exceeds its end.
     """
     if blocks.startswith("last"):
-        count = int(blocks.removeprefix("last"))
-        if not 1 <= count <= depth:
-            raise _out_of_range(blocks, depth)
-        return list(range(depth - count + 1, depth + 1))
-    chosen: list[int] = []
-    for part in blocks.split(","):
-        word, _, last_word = part.partition("-")
-        first, last = int(word), int(last_word or word)
+        ranges = [(depth + 1 - int(blocks.removeprefix("last")), depth)]
+    else:
+        words = (part.partition("-") for part in blocks.split(","))
+        ranges = [(int(first), int(last or first)) for first, _, last in words]
+    for first, last in ranges:
+        # Checked before the range is expanded: it may have any length.
+        if min(first, last) < 1 or max(first, last) > depth:
+            raise ConfigError(f"heads.blocks {blocks!r} does not fit: the encoder has blocks 1 to {depth}")
         if first > last:
             raise ConfigError(f"heads.blocks {blocks!r}: range start exceeds end; use {last}-{first}")
-        # Checked before the range is expanded: it may have any length.
-        if first < 1 or last > depth:
-            raise _out_of_range(blocks, depth)
-        chosen += range(first, last + 1)
-    return chosen
-
-
-def _out_of_range(blocks: str, depth: int) -> ConfigError:
-    return ConfigError(f"heads.blocks {blocks!r} does not fit: the encoder has blocks 1 to {depth}")
+    return [block for first, last in ranges for block in range(first, last + 1)]

@@ -1,8 +1,9 @@
-"""Memory of a refinement: what its state takes, and the largest micro-batch that fits."""
+"""The largest micro-batch that fits the device's memory."""
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,56 +12,12 @@ from mimref.data.loader import ViewBatch
 from mimref.data.views import CropGroup, multi_crop
 from mimref.distributed.collectives import max_over_ranks
 from mimref.distributed.group import without_group
-from mimref.encoders.parameters import freeze_untrained
-from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
 from mimref.progress import Listener
-from mimref.refinement.config import RefineConfig
-from mimref.refinement.heads import Heads
 from mimref.refinement.method import Method
 from mimref.refinement.plan import Plan
 from mimref.refinement.schedule import StageName
-
-_BYTES = 4  # training state is float32 whatever the precision of the computation
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Memory of a stage that does not depend on the batch, in bytes."""
-
-    weights: int
-    """Of encoder and heads, with their running statistics."""
-    gradients: int
-    moments: int
-    """AdamW's two."""
-    average: int
-    """The averaged encoder of stage 2."""
-    queue: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.average + self.queue
-
-
-def state_bytes(config: RefineConfig, architecture: Architecture, blocks: list[int], stage: StageName) -> StateBytes:
-    """Memory of a stage's weights, gradients, moments, average and queue, from shapes alone."""
-    with torch.device("meta"):
-        encoder = build_encoder(architecture)
-        heads = Heads(config.heads, len(blocks), encoder.embed_dim)
-    if stage == "heads":
-        encoder.requires_grad_(False)
-    else:
-        freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(blocks))
-    encoder_count = sum(weight.numel() for weight in encoder.parameters())
-    heads_count = sum(tensor.numel() for tensor in heads.state_dict().values())
-    trained = sum(weight.numel() for part in (encoder, heads) for weight in part.parameters() if weight.requires_grad)
-    return StateBytes(
-        weights=_BYTES * (encoder_count + heads_count),
-        gradients=_BYTES * trained,
-        moments=_BYTES * 2 * trained,
-        average=_BYTES * encoder_count if stage == "encoder" else 0,
-        queue=_BYTES * len(blocks) * config.heads.queue_size * config.heads.output,
-    )
+from mimref.refinement.sizes import state_bytes
 
 
 def choose_micro_batch(method: Method, plan: Plan, listener: Listener) -> int | None:
@@ -102,10 +59,7 @@ def largest_micro_batch(method: Method, plan: Plan, most: int, *, reserve: int) 
     """
     crops = multi_crop(plan.config.views, plan.architecture.image_size)
     train_encoder = plan.config.stage != "heads"
-
-    def attempt(micro: int) -> None:
-        try_step(method, crops, method.most_images, micro, reserve=reserve, train_encoder=train_encoder)
-
+    attempt = partial(try_step, method, crops, method.most_images, reserve=reserve, train_encoder=train_encoder)
     with without_group():
         return largest_that_fits(attempt, most)
 
@@ -139,8 +93,7 @@ def half(size: int) -> int:
 def release_memory() -> None:
     """Free what failed attempts have left."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def try_step(
@@ -157,11 +110,10 @@ def try_step(
     reserve: bytes to hold beside it. Two batches of crops are held, as in training, where one is copied ahead. Raises
     torch.OutOfMemoryError.
     """
-    queue, before = method.queue.state_dict(), method.micro_batch
-    saved = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in queue.items()}
-    norms = {name: buffer.clone() for name, buffer in method.heads.named_buffers()}
+    before, queue = method.micro_batch, deepcopy(method.queue.state_dict())
+    norms = [buffer.clone() for buffer in method.heads.buffers()]
     try:
-        held = [torch.empty(reserve // _BYTES, device=method.device)]
+        held = [torch.empty(reserve, dtype=torch.uint8, device=method.device)]
         method.micro_batch = micro_batch
         shapes = [(batch_size, group.count, 3, group.size, group.size) for group in groups]
         crops, ahead = ([torch.zeros(s, dtype=torch.uint8, device=method.device) for s in shapes] for _ in range(2))
@@ -172,8 +124,8 @@ def try_step(
         del held, ahead
     finally:
         method.micro_batch = before
-        method.queue.load_state_dict(saved)
-        for name, buffer in method.heads.named_buffers():
-            buffer.copy_(norms[name])
+        method.queue.load_state_dict(queue)
+        for buffer, norm in zip(method.heads.buffers(), norms, strict=True):
+            buffer.copy_(norm)
         for module in (method.encoder, method.heads):
             module.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ D encoder width, O output width, N = V * B rows.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,13 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mimref.data.loader import ViewBatch
 from mimref.data.views import Photometric
 from mimref.devices import autocast
-from mimref.distributed.collectives import (
-    averaged,
-    gather_rows,
-    gather_rows_with_gradient,
-    gather_samples,
-    sum_over_ranks,
-)
+from mimref.distributed.collectives import gather_rows, gather_rows_with_gradient, gather_samples, sum_over_ranks
 from mimref.distributed.group import own_rank, world_size
 from mimref.draws import Operation, uniform
 from mimref.encoders.vit import Encoder
@@ -42,14 +36,6 @@ class StepValues(NamedTuple):
     """Sample indices on the device."""
     share: float
     """This rank's share of the batch's images; 1 in a single process."""
-
-
-class _Gathered(NamedTuple):
-    """Of the images of all ranks."""
-
-    projection_HGBO: Tensor
-    negative_HGBO: Tensor | None
-    prediction_HVBO: Tensor | None
 
 
 class PooledBlocks(nn.Module):
@@ -96,6 +82,7 @@ class Method:
         self.block_of_head = [self.wanted.index(block) for block in blocks]
         self.temperature_H = torch.tensor(temperature, device=self.device)
         self.pooled_blocks = PooledBlocks(encoder, self.wanted, pool)
+        # Those whose gradients ranks average, see `averaged`.
         self.trained_encoder: nn.Module = self.pooled_blocks
         self.trained_heads: nn.Module = heads
 
@@ -120,9 +107,10 @@ class Method:
         assert features_WVBD.grad is not None
         gradient_WVBD = features_WVBD.grad
         for rows, part in self._parts(batch):
+            encoder, last = self.trained_encoder, rows.stop == len(batch.sample_B)
             # Ranks exchange the gradients of all parts once, with the last part.
-            with nullcontext() if rows.stop == len(batch.sample_B) else self._without_sync():
-                torch.autograd.backward(self._encode(part, self.trained_encoder), gradient_WVBD[:, :, rows])
+            with encoder.no_sync() if isinstance(encoder, DistributedDataParallel) and not last else nullcontext():
+                torch.autograd.backward(self._encode(part, encoder), gradient_WVBD[:, :, rows])
         return values
 
     def forward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
@@ -146,88 +134,50 @@ class Method:
         samples = gather_samples(batch.sample_B, self.most_images)
         sample_B = batch.sample_B.to(self.device, non_blocking=True)
         global_HMO = projection_HNO[:, : 2 * images]
-        neighbours = self.queue.swap_neighbours(
-            global_HMO, sample_B.repeat(2), self._choices(batch, sample_B), top_k=top_k
-        )
+        choice_HM = self._choices(batch.epoch, sample_B)
+        neighbours = self.queue.swap_neighbours(global_HMO, sample_B.repeat(2), choice_HM, top_k=top_k)
         views = sum(crops.shape[1] for crops in batch.crops)
         prediction_HVBO = prediction_HNO.unflatten(1, (views, images))
         global_HGBO, neighbour_HGBO = (x_HMO.unflatten(1, (2, images)) for x_HMO in (global_HMO, neighbours.rows_HMO))
+        # Loss and queue need what other ranks have.
         counts = [len(part) for part in samples]
-        gathered = self._gather(prediction_HVBO, global_HGBO, neighbour_HGBO, counts)
+        every_HGBO = gather_rows(global_HGBO, counts, dim=2)
+        if self.loss.direction == "prediction":
+            anchor_HVBO = gather_rows_with_gradient(prediction_HVBO, counts, dim=2)
+            negative_HGBO = neighbour_HGBO if self.loss.swap_negatives else global_HGBO
+        else:
+            anchor_HVBO = prediction_HVBO
+            negative_HGBO = gather_rows(neighbour_HGBO, counts, dim=2) if self.loss.swap_negatives else every_HGBO
         alignment = nna_loss(
             prediction_HVBO,
-            global_HGBO,
+            negative_HGBO,
             neighbour_HGBO,
             self.temperature_H,
             direction=self.loss.direction,
-            swap_negatives=self.loss.swap_negatives,
             first=sum(counts[: own_rank()]),
-            all_prediction_HVBO=gathered.prediction_HVBO,
-            all_negative_HGBO=gathered.negative_HGBO,
+            all_prediction_HVBO=anchor_HVBO,
         )
         # Enqueued after the lookup, so that no sample finds itself in this step.
-        every_sample = sample_B if len(samples) == 1 else torch.cat(samples).to(self.device, non_blocking=True)
-        self.queue.enqueue(gathered.projection_HGBO[:, 0], every_sample)
-        share = images / sum(counts)
+        self.queue.enqueue(every_HGBO[:, 0], torch.cat(samples).to(self.device, non_blocking=True))
         # Ranks' gradients are averaged: each counts by its share of the batch.
+        share = images / sum(counts)
         # A rank without an image has no mean, but takes part in the others' backward pass.
-        part = prediction_HVBO if gathered.prediction_HVBO is None else gathered.prediction_HVBO
-        loss_H = alignment.loss_H if images else part.sum(dim=(1, 2, 3))
+        loss_H = alignment.loss_H if images else anchor_HVBO.sum(dim=(1, 2, 3))
         loss = (weight_H * loss_H).sum() * (share * len(counts))
         return StepValues(loss, alignment, neighbours, sample_B, share)
 
-    def _gather(
-        self, prediction_HVBO: Tensor, projection_HGBO: Tensor, neighbour_HGBO: Tensor, counts: list[int]
-    ) -> "_Gathered":
-        """What this rank's loss and queue need from all ranks' images."""
-        if len(counts) == 1:
-            return _Gathered(projection_HGBO, None, None)
-        every_HGBO = gather_rows(projection_HGBO, counts, dim=2)
-        if self.loss.direction == "prediction":
-            every_prediction = gather_rows_with_gradient(prediction_HVBO, counts, dim=2)
-            return _Gathered(every_HGBO, None, every_prediction)
-        negative_HGBO = gather_rows(neighbour_HGBO, counts, dim=2) if self.loss.swap_negatives else every_HGBO
-        return _Gathered(every_HGBO, negative_HGBO, None)
-
-    def distribute_heads(self) -> None:
-        """From now on, average the heads' gradients over the ranks; all start from rank 0's weights."""
-        if world_size() > 1:
-            self.trained_heads = averaged(self.heads, self.device)
-
-    def distribute_encoder(self) -> None:
-        """The same for the encoder, whose frozen parameters must be frozen already."""
-        if world_size() > 1:
-            self.trained_encoder = averaged(self.pooled_blocks, self.device)
-
-    def _without_sync(self) -> AbstractContextManager[None]:
-        encoder = self.trained_encoder
-        return encoder.no_sync() if isinstance(encoder, DistributedDataParallel) else nullcontext()
-
     def _encode(self, batch: ViewBatch, pooled_blocks: nn.Module) -> Tensor:
         """Pooled tokens of the blocks that heads read, (W, V, B, D), by one encoder pass per crop size."""
-        first_view = 0
-        images = []
-        for crops in batch.crops:
-            views = range(first_view, first_view + crops.shape[1])
-            first_view = views.stop
-            images.append(self.photometric(crops, batch.epoch, batch.sample_B, views).flatten(0, 1))
+        views = views_of(batch, self.photometric)
         with autocast(self.device, self.precision):
-            pooled_WVBD: Tensor = pooled_blocks(images).unflatten(1, (first_view, len(batch.sample_B)))
+            pooled_WND = pooled_blocks([sized_vB3SS.flatten(0, 1) for sized_vB3SS in views])
+        pooled_WVBD: Tensor = pooled_WND.unflatten(1, (sum(map(len, views)), len(batch.sample_B)))
         return pooled_WVBD
 
     def _encode_in_parts(self, batch: ViewBatch) -> Tensor:
         """The same, micro-batch by micro-batch. Call it without gradient."""
-        found: Tensor | None = None
-        for rows, part in self._parts(batch):
-            features_WVbD = self._encode(part, self.pooled_blocks)
-            if rows == slice(0, len(batch.sample_B)):
-                return features_WVbD
-            if found is None:
-                blocks, views, _, width = features_WVbD.shape
-                found = features_WVbD.new_empty(blocks, views, len(batch.sample_B), width)
-            found[:, :, rows] = features_WVbD
-        assert found is not None
-        return found
+        parts = [self._encode(part, self.pooled_blocks) for _, part in self._parts(batch)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _parts(self, batch: ViewBatch) -> Iterator[tuple[slice, ViewBatch]]:
         """Micro-batches of a batch, and which of its images they hold. The last one may be smaller."""
@@ -242,18 +192,21 @@ class Method:
         """What each head reads, (H, N, D)."""
         return torch.stack([features_WVBD[index] for index in self.block_of_head]).flatten(1, 2)
 
-    def _choices(self, batch: ViewBatch, sample_B: Tensor) -> Tensor:
+    def _choices(self, epoch: int, sample_B: Tensor) -> Tensor:
         """Uniform numbers (H, 2 * B) that pick one of the top-k neighbours."""
+        seed, heads = self.photometric.seed, self.heads.num_heads
         view_M = torch.arange(2, device=self.device).repeat_interleave(len(sample_B))
-        choices_MH = uniform(
-            self.photometric.seed,
-            batch.epoch,
-            Operation.NEIGHBOUR,
-            sample_B.repeat(2),
-            view_M,
-            count=self.heads.num_heads,
-        )
-        return choices_MH.T
+        return uniform(seed, epoch, Operation.NEIGHBOUR, sample_B.repeat(2), view_M, count=heads).T
+
+
+def views_of(batch: ViewBatch, photometric: Photometric) -> list[Tensor]:
+    """All views of a batch, normalised: one tensor (v, B, 3, S, S) per crop size, with v views of size S."""
+    found, first = [], 0
+    for crops in batch.crops:
+        views = range(first, first + crops.shape[1])
+        first = views.stop
+        found.append(photometric(crops, batch.epoch, batch.sample_B, views))
+    return found
 
 
 def monitored_values(values: StepValues, labels: Tensor | None) -> dict[str, object]:

@@ -1,8 +1,7 @@
 """A refinement before anything is trained: encoder, heads, sizes, steps, and whether they fit each other."""
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+from functools import cached_property
 
 import torch
 
@@ -26,8 +25,8 @@ from mimref.refinement.heads import head_blocks
 
 
 @dataclass(frozen=True)
-class Base:
-    """What is refined: the encoder's weights and the images."""
+class Plan:
+    """A refinement: settings, the weights to refine and the images. `make_plan` checks that they fit."""
 
     config: RefineConfig
     """With encoder and data filled in from the checkpoint's header."""
@@ -39,15 +38,15 @@ class Base:
     warnings: list[str]
     """About settings that have no effect."""
 
+    @cached_property
+    def blocks(self) -> list[int]:
+        """Block of every head, 1-based."""
+        return head_blocks(self.config.heads.blocks, self.architecture.depth)
 
-@dataclass(frozen=True)
-class Plan(Base):
-    """A checked refinement: settings that fit the weights and the images."""
-
-    blocks: list[int]
-    """Block of every head, 1-based."""
-    temperature: list[float]
-    """Of every head."""
+    @cached_property
+    def temperature(self) -> list[float]:
+        """Of every head."""
+        return temperatures(self.config.heads.temperature, len(self.blocks))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -57,8 +56,7 @@ class Plan(Base):
     @property
     def heads_steps(self) -> int:
         """Updates of stage 1 in this run."""
-        trained = self.config.stage != "encoder" and self.config.heads_from is None
-        return self.config.heads_stage.epochs * self.steps_per_epoch if trained else 0
+        return 0 if self.config.stage == "encoder" else self.config.heads_stage.epochs * self.steps_per_epoch
 
     @property
     def encoder_steps(self) -> int:
@@ -71,18 +69,15 @@ def make_plan(config: RefineConfig, progress: LabelledProgress | None = None) ->
 
     Nothing is written but a copy of published weights, whose download is reported to `progress`.
     """
-    base = open_base(config, progress)
-    if base.config.heads.blocks == "auto":
-        heads = base.config.heads.model_copy(update={"blocks": measure_blocks(base, progress)})
-        base = replace(base, config=base.config.model_copy(update={"heads": heads}))
-    config = base.config
-    blocks = head_blocks(config.heads.blocks, base.architecture.depth)
-    temperature = temperatures(config.heads.temperature, len(blocks))
-    _check_schedule(config, blocks)
-    _check_frozen(config, blocks)
-    check_sizes(config, base.architecture)
-    _check_counts(config, len(base.source))
-    plan = Plan(**vars(base), blocks=blocks, temperature=temperature)
+    plan = _open(config, progress)
+    if plan.config.heads.blocks == "auto":
+        heads = plan.config.heads.model_copy(update={"blocks": _measured_blocks(plan, progress)})
+        plan = replace(plan, config=plan.config.model_copy(update={"heads": heads}))
+    config = plan.config
+    temperatures(config.heads.temperature, len(plan.blocks))
+    _check_heads(config, plan.blocks)
+    check_sizes(config, plan.architecture)
+    _check_counts(config, len(plan.source))
     if not plan.heads_steps and not plan.encoder_steps:
         raise ConfigError(
             f"nothing to train: heads_stage.epochs is {config.heads_stage.epochs} and encoder_stage.epochs "
@@ -91,7 +86,7 @@ def make_plan(config: RefineConfig, progress: LabelledProgress | None = None) ->
     return plan
 
 
-def open_base(config: RefineConfig, progress: LabelledProgress | None = None) -> Base:
+def _open(config: RefineConfig, progress: LabelledProgress | None) -> Plan:
     """Read the weights that the settings name, and find the training images."""
     weights = config.encoder.weights or official_name(config.encoder.arch, config.encoder.source)
     checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads, progress=progress)
@@ -100,27 +95,26 @@ def open_base(config: RefineConfig, progress: LabelledProgress | None = None) ->
     warnings = _warnings(config.encoder, checkpoint)
     config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
     transform = eval_transform(architecture, data, checkpoint.header)
-    return Base(config, checkpoint, architecture, transform, open_source(data, "train", progress=progress), warnings)
+    return Plan(config, checkpoint, architecture, transform, open_source(data, "train", progress=progress), warnings)
 
 
-def measure_blocks(base: Base, progress: LabelledProgress | None = None) -> str:
+def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> str:
     """Blocks for `heads.blocks = "auto"`, from the k-NN accuracy of every block of the base encoder.
 
     Measured on the monitor's subset of the images (`monitor.knn_samples`), on the features that heads would read;
     `mimref analyze-blocks` shows the curve. Raises ConfigError without labels.
     """
-    config, device = base.config, resolve_device(base.config.device)
+    config, device = plan.config, resolve_device(plan.config.device)
     precision, problems = resolve_precision(config.precision, device), list[str]()
-    monitor = KnnMonitor(config, base.source, base.transform, device, precision, note=problems.append)
+    monitor = KnnMonitor(config, plan.source, plan.transform, device, precision, note=problems.append)
     if monitor.test is None:
         raise ConfigError(
             "heads.blocks 'auto' measures k-NN and needs labelled training and validation images; name blocks, such as "
             f"last8{''.join(f' ({problem})' for problem in problems)}"
         )
-    depth = base.architecture.depth
+    depth = plan.architecture.depth
     groups = [columns_of([block], config.heads.pool, True, depth) for block in range(1, depth + 1)]
-    encoder = base_encoder(base, device)
-    train, test = monitor.features(encoder, [column for columns in groups for column in columns])
+    train, test = monitor.features(base_encoder(plan, device), [column for columns in groups for column in columns])
     assert test is not None
     accuracies = []
     for done, columns in enumerate(groups, 1):
@@ -130,11 +124,11 @@ def measure_blocks(base: Base, progress: LabelledProgress | None = None) -> str:
     return blocks_text(recommend_heads(accuracies))
 
 
-def base_encoder(base: Base, device: torch.device) -> Encoder:
+def base_encoder(plan: Plan, device: torch.device) -> Encoder:
     """The encoder with the weights to refine, in evaluation mode."""
     with torch.device("meta"):
-        encoder = build_encoder(base.architecture)
-    load_weights(encoder, base.checkpoint, share=device.type != "cpu")
+        encoder = build_encoder(plan.architecture)
+    load_weights(encoder, plan.checkpoint, share=device.type != "cpu")
     return encoder.to(device).eval()
 
 
@@ -143,28 +137,27 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Arch
 
     Unlike an evaluation's `--arch`, settings that contradict the weights are ignored: presets serve any weights.
     """
-    recorded = checkpoint.architecture
-    if recorded is None and "arch" not in config.model_fields_set:
+    recorded, asked = checkpoint.architecture, config.model_fields_set
+    if recorded is None and "arch" not in asked:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch")
-    if recorded is None or (checkpoint.recognised and _names_timm(config)):
+    if recorded is None or _is_timm(config, checkpoint):
         return with_fixed_positions(Architecture.from_config(config), checkpoint.tensors)
     # A preset's image size belongs to the preset's architecture.
-    belongs = "arch" not in config.model_fields_set or config.arch == recorded.name
-    if belongs and "image_size" in config.model_fields_set:
+    if "image_size" in asked and ("arch" not in asked or config.arch == recorded.name):
         return replace(recorded, image_size=config.image_size)
     return recorded
 
 
-def _names_timm(config: EncoderConfig) -> bool:
-    """Whether the settings name a timm model; files are then read as that model's."""
-    return "arch" in config.model_fields_set and config.arch not in (*PAPER_SIZES, "custom")
+def _is_timm(config: EncoderConfig, checkpoint: Checkpoint) -> bool:
+    """Whether weights without a header are read as the timm model that the settings name."""
+    named = "arch" in config.model_fields_set and config.arch not in (*PAPER_SIZES, "custom")
+    return named and checkpoint.recognised is not None
 
 
 def _warnings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]:
-    recorded, path = checkpoint.architecture, checkpoint.path
-    if recorded is None or (checkpoint.recognised and _names_timm(config)):
-        return []
-    warnings = []
+    recorded, path, warnings = checkpoint.architecture, checkpoint.path, list[str]()
+    if recorded is None or _is_timm(config, checkpoint):
+        return warnings
     if "arch" in config.model_fields_set and config.arch not in (recorded.name, "custom"):
         warnings.append(
             f"encoder.arch {config.arch} is ignored: {path} holds {recorded.name} with {recorded.depth} blocks of "
@@ -213,21 +206,15 @@ def check_sizes(config: RefineConfig, architecture: Architecture) -> None:
             )
 
 
-def _check_frozen(config: RefineConfig, blocks: list[int]) -> None:
-    frozen = config.encoder_stage.freeze_blocks
+def _check_heads(config: RefineConfig, blocks: list[int]) -> None:
+    frozen, schedule = config.encoder_stage.freeze_blocks, config.loss.schedule
     if frozen >= max(blocks):
         raise ConfigError(
             f"encoder_stage.freeze_blocks {frozen} leaves nothing to refine: the last head reads block {max(blocks)}"
         )
-
-
-def _check_schedule(config: RefineConfig, blocks: list[int]) -> None:
-    schedule = config.loss.schedule
-    if schedule == "constant":
-        return
-    if len(blocks) < 2:
+    if schedule != "constant" and len(blocks) < 2:
         raise ConfigError(f"loss.schedule {schedule!r} needs at least two heads; heads.blocks names one")
-    if any(block >= following for block, following in pairwise(blocks)):
+    if schedule != "constant" and blocks != sorted(set(blocks)):
         raise ConfigError(
             f"loss.schedule {schedule!r} runs from the earliest head to the last; "
             f"heads.blocks {config.heads.blocks!r} must name each block once, in ascending order"
@@ -249,12 +236,3 @@ def _check_counts(config: RefineConfig, images: int) -> None:
             f"top_k {most} needs a heads.queue_size of at least {most + 3}, not {queue}: "
             "an image's own entries are not among its neighbours"
         )
-
-
-def header_of(plan: Plan) -> dict[str, Any]:
-    """The result's header beside the architecture: where the weights came from, and that they were refined."""
-    source = plan.config.encoder.source
-    header: dict[str, Any] = {"source": f"{source} refined" if plan.encoder_steps else source}
-    if plan.checkpoint.licence:
-        header["licence"] = plan.checkpoint.licence
-    return header

@@ -1,7 +1,6 @@
 """Stage 1's result as a file, for `--heads-from`: heads and queue, and which encoder, blocks and images they fit."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,21 +41,17 @@ def load_heads(folder: Path, plan: Plan, method: Method, listener: Listener) -> 
         raise ConfigError(f"{path}: its heads read blocks {numbers}; set heads.blocks={numbers}")
     if pool != plan.config.heads.pool:
         raise ConfigError(f"{path}: its heads read {pool!r} tokens; set heads.pool={pool}")
-    _load(path, plan, method, saved["heads"], saved["queue"])
-    if images != plan.source.fingerprint:
-        method.queue.sample_Q.fill_(-1)
-        listener.warn(f"{path}: its queue was filled from other images, or from files that have changed since")
-
-
-def _load(path: Path, plan: Plan, method: Method, heads: dict[str, Any], queue: dict[str, Any]) -> None:
-    config, size = plan.config.heads, len(queue["sample"])
+    config, size = plan.config.heads, len(saved["queue"]["sample"])
     if size != config.queue_size:
         raise ConfigError(f"{path}: its queue holds {size} rows; set heads.queue_size={size}")
     try:
-        method.heads.load_state_dict(heads)
-        method.queue.load_state_dict(queue)
+        method.heads.load_state_dict(saved["heads"])
+        method.queue.load_state_dict(saved["queue"])
     except RuntimeError as error:
         raise ConfigError(
             f"{path}: the widths of its heads differ from heads.projector_hidden {config.projector_hidden}, "
             f"heads.predictor_hidden {config.predictor_hidden} and heads.output {config.output}"
         ) from error
+    if images != plan.source.fingerprint:
+        method.queue.sample_Q.fill_(-1)
+        listener.warn(f"{path}: its queue was filled from other images, or from files that have changed since")

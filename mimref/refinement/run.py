@@ -9,6 +9,7 @@ import torch
 
 from mimref.data.views import Photometric
 from mimref.devices import keep_freed_memory, resolve_device, resolve_precision
+from mimref.distributed.collectives import averaged
 from mimref.distributed.group import own_rank, world_size
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.parameters import freeze_untrained
@@ -16,7 +17,7 @@ from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.compare import before_after, labelled_splits
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.encode import PassSettings
+from mimref.features.encode import PassSettings, columns_of
 from mimref.features.header import data_record
 from mimref.progress import Listener
 from mimref.refinement.alignment import Queue
@@ -24,7 +25,7 @@ from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads
 from mimref.refinement.memory import choose_micro_batch
 from mimref.refinement.method import Method
-from mimref.refinement.plan import Plan, base_encoder, header_of, make_plan
+from mimref.refinement.plan import Plan, base_encoder, make_plan
 from mimref.refinement.reuse import load_heads, save_heads
 from mimref.refinement.stages import EncoderStage, HeadsStage
 from mimref.refinement.sweep import rank_heads
@@ -54,34 +55,43 @@ def refine(
     In a process group every rank calls this with the same arguments. Rank 0 alone writes, leaves the group at the end
     and evaluates; the other ranks' results have no rows.
     """
-    run = TrainingRun(config, out, listener)
-    if (found := run.finished(resume=resume, force=force)) is not None:
+    run = TrainingRun(config, out, listener, resume=resume, force=force)
+    if (found := run.finished()) is not None:
         return RefineResult(out, *found)
-    with run.locked(resume=resume, force=force):
+    with run.locked():
         plan = make_plan(config, run.listener.progress)
-        state = run.load_state(plan.source, resume=resume)
+        state = run.load_state(plan.source)
         for notice in plan.checkpoint.notices(plan.architecture):
             run.listener.note(notice)
         for warning in plan.warnings:
             run.listener.warn(warning)
         method = build_method(plan, run.listener)
-        monitor = _monitor(plan, method, run.listener)
+        device, precision, note = method.device, method.precision, run.listener.note
+        monitor = KnnMonitor(plan.config, plan.source, plan.transform, device, precision, note=note)
         if plan.config.heads_from is not None and state is None:
             load_heads(Path(plan.config.heads_from), plan, method, run.listener)
-        with run.writing(plan.config, state, resume=resume, force=force):
+        with run.writing(plan.config, state):
             refined, nn_accuracy = _train(run, plan, method, monitor, state)
         if not run.leave_group():
             return RefineResult(out, [], run.elapsed_s)
         # Written before the evaluation, which may fail or be interrupted, and again with its results.
-        _write_encoder(run, plan, refined, [])
-        rows = _evaluate(run, plan, method, monitor, refined, nn_accuracy)
-        _write_encoder(run, plan, refined, rows)
+        _write_encoder(out, plan, refined, [])
+        # What cannot be evaluated is reported and left out: it must not cost the training.
+        try:
+            if plan.config.stage == "heads":
+                rows = _rank_heads(run, plan, method, monitor, nn_accuracy)
+            else:
+                rows = _compare(run, plan, method, refined)
+        except (ConfigError, DataError) as error:
+            run.listener.warn(f"no results table: {error}")
+            rows = []
+        _write_encoder(out, plan, refined, rows)
         run.finish(rows)
     return RefineResult(out, rows, run.elapsed_s)
 
 
 def build_method(plan: Plan, listener: Listener) -> Method:
-    """Encoder, heads and queue of a plan, on its device; heads are distributed, the encoder not yet."""
+    """Encoder, heads and queue of a plan, on its device; ranks average the gradients of heads, not yet of encoders."""
     config, device = plan.config, resolve_device(plan.config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -103,8 +113,9 @@ def build_method(plan: Plan, listener: Listener) -> Method:
         precision=resolve_precision(config.precision, device),
         most_images=-(-config.batch_size // world_size()),
     )
+    # Both call for all ranks, so the order matters.
     method.micro_batch = choose_micro_batch(method, plan, listener)
-    method.distribute_heads()
+    method.trained_heads = averaged(heads, device)
     if config.compile:
         # In place, so that weights keep their names. One piece of code for all blocks; with dynamic shapes, for both
         # sizes of views as well.
@@ -114,61 +125,31 @@ def build_method(plan: Plan, listener: Listener) -> Method:
     return method
 
 
-def _monitor(plan: Plan, method: Method, listener: Listener) -> KnnMonitor:
-    return KnnMonitor(plan.config, plan.source, plan.transform, method.device, method.precision, note=listener.note)
-
-
 def _train(
     run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, state: dict[str, Any] | None
 ) -> tuple[Encoder, list[float]]:
-    """Train both stages, or what is left of them. Returns the result, and the heads' last neighbour accuracy."""
+    """Train both stages, or what is left of them. Returns the result, and stage 1's last neighbour accuracy."""
     nn_accuracy: list[float] = []
     if plan.heads_steps and (state is None or state["stage"] == "heads"):
         heads = HeadsStage(run, plan, method)
-        if state:
-            heads.resume(state)
-            state.clear()  # as large as the run itself
-        run.train(heads)
+        run.train(heads, state)
         if own_rank() == 0:
             save_heads(run.folder.path / "heads.pt", plan, method)
-        state, nn_accuracy = None, heads.nn_accuracy
+        nn_accuracy = heads.nn_accuracy
         del heads  # and with it the moments of its optimizer
     if not plan.encoder_steps:
         return method.encoder, nn_accuracy
     encoder = EncoderStage(run, plan, method)
-    if state:
-        encoder.resume(state)
-        state.clear()
-    encoder.start_monitor(monitor)
-    run.train(encoder)
-    return encoder.result, encoder.nn_accuracy
-
-
-def _evaluate(
-    run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, refined: Encoder, nn_accuracy: Sequence[float]
-) -> list[Row]:
-    """Rows of the results. What cannot be evaluated is reported and left out: it must not cost the training."""
-    try:
-        if plan.config.stage == "heads":
-            return _rank_heads(run, plan, method, monitor, nn_accuracy)
-        return _compare(run, plan, method, refined) if plan.config.evaluate.enabled else []
-    except (ConfigError, DataError) as error:
-        run.listener.warn(f"no results table: {error}")
-        return []
+    encoder.monitor = monitor
+    run.train(encoder, state)
+    return encoder.result, nn_accuracy
 
 
 def _rank_heads(
     run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, nn_accuracy: Sequence[float]
 ) -> list[Row]:
-    rows = rank_heads(
-        method.encoder,
-        method.heads,
-        monitor,
-        blocks=plan.blocks,
-        temperature=plan.temperature,
-        pool=plan.config.heads.pool,
-        nn_accuracy=list(nn_accuracy),
-    )
+    heads, columns = method.heads, columns_of(plan.blocks, plan.config.heads.pool, True, method.encoder.depth)
+    rows = rank_heads(method.encoder, heads, monitor, columns, plan.temperature, nn_accuracy)
     if not rows:
         run.listener.note(f"no ranking of the heads: {plan.source.name} has no labelled validation images")
     return rows
@@ -176,31 +157,34 @@ def _rank_heads(
 
 def _compare(run: TrainingRun, plan: Plan, method: Method, refined: Encoder) -> list[Row]:
     config = plan.config
+    if not config.evaluate.enabled:
+        return []
     try:
         images = labelled_splits(config.data)
     except DataError as error:
         run.listener.note(f"no before/after table: {error}")
         return []
-    reading = PassSettings(
-        plan.transform, method.device, method.precision, workers=config.workers, max_bad=config.data.max_bad
-    )
+    device, workers, max_bad = method.device, config.workers, config.data.max_bad
+    settings = PassSettings(plan.transform, device, method.precision, workers=workers, max_bad=max_bad)
 
     def encoders() -> Iterator[tuple[str, Encoder]]:
-        yield "base", base_encoder(plan, method.device)
+        yield "base", base_encoder(plan, device)
         yield "refined", refined
 
-    rows, bad = before_after(config, images, encoders(), reading, run.listener.progress)
+    rows, bad = before_after(config, images, encoders(), settings, run.listener.progress)
     run.skipped.add_evaluated(bad)
     return rows
 
 
-@torch.no_grad()
-def _write_encoder(run: TrainingRun, plan: Plan, refined: Encoder, rows: Sequence[Row]) -> None:
-    header = {
-        **header_of(plan),
+def _write_encoder(out: Path, plan: Plan, refined: Encoder, rows: Sequence[Row]) -> None:
+    source = plan.config.encoder.source
+    header: dict[str, Any] = {"source": f"{source} refined" if plan.encoder_steps else source}
+    if plan.checkpoint.licence:
+        header["licence"] = plan.checkpoint.licence
+    header |= {
         "preset": plan.config.preset,
         "data": data_record(plan.config.data),
         "transform": plan.transform.to_dict(),
         "metrics": [row for row in rows if row.get("model") == "refined"],
     }
-    save_encoder(run.folder.path / "encoder.safetensors", refined, header)
+    save_encoder(out / "encoder.safetensors", refined, header)

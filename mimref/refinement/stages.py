@@ -7,19 +7,20 @@ from torch import Tensor
 
 from mimref.data.loader import ViewBatch
 from mimref.data.views import multi_crop
+from mimref.distributed.collectives import averaged
 from mimref.distributed.group import world_size
 from mimref.encoders.parameters import encoder_groups
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
 from mimref.evaluation.monitor import CollapseWatch, KnnMonitor
 from mimref.refinement.config import EncoderStageConfig, HeadsStageConfig
-from mimref.refinement.memory import half, largest_micro_batch, release_memory, state_bytes
+from mimref.refinement.memory import half, largest_micro_batch, release_memory
 from mimref.refinement.method import Method, StepValues, monitored_values
 from mimref.refinement.plan import Plan, base_encoder
 from mimref.refinement.schedule import StageName, head_weights
+from mimref.refinement.sizes import state_bytes
 from mimref.training.ema import WeightAverage
-from mimref.training.log import readable
-from mimref.training.optim import module_groups, warmup_cosine, warmup_updates
+from mimref.training.optim import module_groups
 from mimref.training.run import Stage, TrainingRun
 
 
@@ -38,49 +39,37 @@ class RefinementStage(Stage):
         groups: list[dict[str, Any]],
         label: str,
     ) -> None:
-        steps = plan.steps_per_epoch
         super().__init__(
             run,
             label,
             groups,
-            warmup_cosine(
-                peak=settings.lr * plan.config.batch_size / 256,
-                warmup_updates=warmup_updates(settings.warmup_epochs, settings.epochs, steps),
-                total_updates=settings.epochs * steps,
-                end=plan.config.optimizer.end_lr,
-            ),
-            plan.config.optimizer,
+            lr=settings.lr,
+            warmup_epochs=settings.warmup_epochs,
             epochs=settings.epochs,
-            steps_per_epoch=steps,
+            source=plan.source,
+            crops=multi_crop(plan.config.views, plan.architecture.image_size),
             device=method.device,
         )
         self.plan, self.method, self.settings = plan, method, settings
-        self.source, self.crops = plan.source, multi_crop(plan.config.views, plan.architecture.image_size)
         labels = plan.source.labels
         self.labels = None if labels is None else torch.from_numpy(labels).to(method.device)
         self.nn_accuracy: list[float] = []
         """Of every head in percent, when it was logged last."""
-        self._values: StepValues | None = None
+        self._values: StepValues
 
     def head_weights(self) -> list[float]:
         """Loss weight of every head in the next update."""
         return [1.0] * len(self.plan.blocks)
-
-    def update(self, batch: ViewBatch) -> None:
-        self._values = None
-        super().update(batch)
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
         """See `GradientJob`. Raises ConfigError, with what would fit, when the device runs out of memory."""
         weight_H = torch.tensor(self.head_weights()).to(self.device, non_blocking=True)
         top_k, train_encoder = self.settings.top_k, self.name == "encoder"
         try:
-            values = self.method.forward_backward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)
+            self._values = self.method.forward_backward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)
+            return self._values.loss
         except torch.OutOfMemoryError:
             pass  # the exception holds on to the tensors: leave it before trying less
-        else:
-            self._values = values
-            return values.loss
         release_memory()
         most = self.method.most_images
         tried = min(self.method.micro_batch or most, most)
@@ -95,14 +84,12 @@ class RefinementStage(Stage):
 
     def moments_to_come(self) -> int:
         """Bytes that AdamW's moments will take from the first update on."""
+        if self.optimizer.state:
+            return 0
         plan = self.plan
-        return (
-            0 if self.optimizer.state else state_bytes(plan.config, plan.architecture, plan.blocks, self.name).moments
-        )
+        return state_bytes(plan.config, plan.architecture, plan.blocks, self.name).moments
 
-    def values(self) -> dict[str, object] | None:
-        if self._values is None:
-            return None
+    def values(self) -> dict[str, object]:
         logged = monitored_values(self._values, self.labels)
         accuracy = logged.get("nn_accuracy")
         if isinstance(accuracy, list):
@@ -135,20 +122,25 @@ class EncoderStage(RefinementStage):
     """Stage 2: encoder and heads learn together; the result is the encoder's weight average."""
 
     name: StageName = "encoder"
+    monitor: KnnMonitor
 
     def __init__(self, run: TrainingRun, plan: Plan, method: Method) -> None:
         settings = plan.config.encoder_stage
         self.first_step, self.first_epoch = plan.heads_steps, plan.config.heads_stage.epochs
         method.encoder.train()
-        method.distribute_encoder()
+        method.trained_encoder = averaged(method.pooled_blocks, method.device)
         groups = encoder_groups(
             method.encoder, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
         ) + module_groups(method.heads, weight_decay=settings.heads_weight_decay)
         super().__init__(run, plan, method, settings, groups, "stage 2: encoder and heads")
         self.average = WeightAverage(method.encoder, settings.ema)
-        self.monitor: KnnMonitor | None = None
         self.collapse: CollapseWatch | None = None
-        self._warn_of_slow_average(settings.ema)
+        if 1 / (1 - settings.ema) > self.total / 5:
+            run.listener.warn(
+                f"encoder_stage.ema {settings.ema} is slow for {self.total} updates: the result keeps "
+                f"{100 * settings.ema**self.total:.0f}% of the base's weights; use {max(0.0, 1 - 5 / self.total):.4g} "
+                "or less"
+            )
 
     @property
     def result(self) -> Encoder:
@@ -156,13 +148,6 @@ class EncoderStage(RefinementStage):
         averaged = self.average.module
         assert isinstance(averaged, Encoder)
         return averaged
-
-    def _warn_of_slow_average(self, ema: float) -> None:
-        if 1 / (1 - ema) > self.total / 5:
-            self.run.listener.warn(
-                f"encoder_stage.ema {ema} is slow for {self.total} updates: the result keeps "
-                f"{100 * ema**self.total:.0f}% of the base's weights; use {max(0.0, 1 - 5 / self.total):.4g} or less"
-            )
 
     def head_weights(self) -> list[float]:
         """By the loss schedule."""
@@ -172,26 +157,20 @@ class EncoderStage(RefinementStage):
     def after_update(self) -> None:
         self.average.update()
 
-    def start_monitor(self, monitor: KnnMonitor) -> None:
-        """Check the encoder after every epoch, compared with the base."""
-        self.monitor = monitor
+    def start(self) -> None:
+        """Check the base, which `monitor` compares every epoch's encoder with; a resumed run has done so."""
         if self.plan.config.monitor.knn_every_epochs and self.collapse is None:
             # Monitoring may be turned on for a resumed run, whose encoder is no longer the base.
             base = base_encoder(self.plan, self.device) if self.step else self.method.encoder
-            self.collapse = CollapseWatch(monitor.check(base))
-            self._report("start", self.collapse.start)
-
-    def _report(self, when: str, values: dict[str, float]) -> None:
-        self.run.log.write({**self.position(), **values})
-        self.run.listener.note(f"{when}: {readable(values)}")
+            self.collapse = CollapseWatch(self.monitor.check(base))
+            self.report("start", self.collapse.start)
 
     def end_epoch(self, epoch: int) -> None:
-        """Every `monitor.knn_every_epochs` and at the end: check the result's features, and warn of a collapse."""
-        every = self.plan.config.monitor.knn_every_epochs
-        if not every or not self.monitor or not self.collapse or (epoch % every and self.step < self.total):
+        """Check the result's features if it is due, and warn of a collapse."""
+        if not self.check_due(epoch) or self.collapse is None:
             return
         values = self.monitor.check(self.result)
-        self._report(f"epoch {epoch}", values)
+        self.report(f"epoch {epoch}", values)
         warning = self.collapse.warning(values)
         if warning:
             self.run.listener.warn(f"epoch {epoch}: {warning}")

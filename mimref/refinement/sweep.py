@@ -4,13 +4,15 @@ The block's own features are the same for all heads on it, and losses at differe
 heads are compared by the k-NN accuracy of their projector's first layer and by the accuracy of their neighbour swap.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mimref.encoders.vit import Encoder
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.encode import Column, Features, columns_of
+from mimref.features.encode import Column, Features
 from mimref.refinement.heads import Heads
 from mimref.results import Row
 
@@ -21,39 +23,32 @@ def rank_heads(
     encoder: Encoder,
     heads: Heads,
     monitor: KnnMonitor,
-    *,
-    blocks: list[int],
-    temperature: list[float],
-    pool: str,
-    nn_accuracy: list[float],
+    columns: Sequence[Column],
+    temperature: Sequence[float],
+    nn_accuracy: Sequence[float],
 ) -> list[Row]:
     """Rows `head_knn_top1` and `head_nn_accuracy` with `head`, `block` and `temperature`, best k-NN first.
 
-    Empty without labels. nn_accuracy: percent per head, from the end of training.
+    Empty without labels. columns, temperature: what every head reads, and its temperature. nn_accuracy: percent per
+    head, from the end of training; empty when it was not measured.
     """
-    columns = columns_of(blocks, pool, True, encoder.depth)
     train, test = monitor.features(encoder, columns)
     if test is None:
         return []
     train_x, test_x = _hidden(heads, train, columns), _hidden(heads, test, columns)
-    scored = [
-        (
-            monitor.knn_top1(train_x[:, head], train.y, test_x[:, head], test.y),
-            {"head": head + 1, "block": blocks[head], "temperature": temperature[head]},
-        )
-        for head in range(len(blocks))
-    ]
-    scored.sort(key=lambda pair: -pair[0])
-    rows: list[Row] = [{"metric": "head_knn_top1", "value": score, **head} for score, head in scored]
-    if nn_accuracy:
-        rows += [
-            {"metric": "head_nn_accuracy", "value": nn_accuracy[int(head["head"]) - 1], **head} for _, head in scored
-        ]
-    return rows
+    knn, swaps = list[Row](), list[Row]()
+    for head, (column, tau) in enumerate(zip(columns, temperature, strict=True)):
+        setting: Row = {"head": head + 1, "block": column.block, "temperature": tau}
+        score = monitor.knn_top1(train_x[:, head], train.y, test_x[:, head], test.y)
+        knn.append({"metric": "head_knn_top1", "value": score, **setting})
+        if nn_accuracy:
+            swaps.append({"metric": "head_nn_accuracy", "value": nn_accuracy[head], **setting})
+    best = sorted(range(len(knn)), key=lambda head: -float(knn[head]["value"]))
+    return [rows[head] for rows in (knn, swaps) if rows for head in best]
 
 
 @torch.inference_mode()
-def _hidden(heads: Heads, features: Features, columns: list[Column]) -> NDArray[np.float32]:
+def _hidden(heads: Heads, features: Features, columns: Sequence[Column]) -> NDArray[np.float32]:
     """First projector layer (N, H, hidden) of every head on its column, with the running BatchNorm statistics."""
     device = next(heads.parameters()).device
     heads.eval()

@@ -49,15 +49,11 @@ def check_ranks(state: Mapping[str, Any] | None, source: ImageSource) -> None:
         raise DataError(f"the processes see different {differing}; --data and --out must be the same for all of them")
 
 
-def image_record(source: ImageSource) -> tuple[int, str]:
-    """What a state records about the images, for `check_images`."""
-    return len(source), source.fingerprint
-
-
 def check_images(state: Mapping[str, Any], source: ImageSource, listener: Listener) -> None:
     """Compare the images with those the run was started with.
 
-    Raises DataError when their number differs, since order and schedules depend on it; warns when their content does.
+    state["images"]: their number and fingerprint. Raises DataError when the number differs, since order and schedules
+    depend on it; warns when the fingerprint does.
     """
     count, fingerprint = state["images"]
     if count != len(source):

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,16 +19,16 @@ from mimref.config.load import load_config
 from mimref.config.run import RunConfig
 from mimref.data.open import absolute_spec
 from mimref.distributed.collectives import barrier, max_over_ranks
-from mimref.distributed.group import is_this_launch, own_rank, restarted, this_launch
+from mimref.distributed.group import own_rank, restarted, this_launch
 from mimref.errors import ConfigError, OutputError
-from mimref.files import remove_halves, write_bytes
+from mimref.files import check_writable, remove_halves, write_bytes
 from mimref.locks import folder_lock
 from mimref.progress import Listener
 from mimref.training.checkpoint import read_state, write_state
 
-# results.json is removed first: without it, the rest of a replaced run cannot pass for a finished one.
+# results.json is removed first: without it, what is left of a replaced run cannot pass for a finished one.
 _OUR_FILES = ("results.json", "results.csv", "encoder.safetensors", "config.toml", "metrics.jsonl", "heads.pt")
-# Settings, and sections ending in a dot, that do not change what is trained.
+# Settings that do not change what is trained.
 _MAY_CHANGE = (
     "preset",
     "device",
@@ -35,8 +36,8 @@ _MAY_CHANGE = (
     "micro_batch",
     "activation_checkpointing",
     "compile",
-    "monitor.",
-    "evaluate.",
+    "monitor.*",
+    "evaluate.*",
     "data.max_bad",
     "data.download",
 )
@@ -52,16 +53,12 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether a run has written its results here."""
-        return (self.path / "results.json").is_file()
+        return os.path.isfile(self.path / "results.json")
 
     @property
     def unfinished(self) -> bool:
         """Whether a run was started here and not finished."""
-        return not self.finished and any((self.path / name).exists() for name in ("state", "metrics.jsonl"))
-
-    @property
-    def _launch(self) -> Path:
-        return self.path / "state" / "launch.json"
+        return not self.finished and any(os.path.exists(self.path / name) for name in ("state", "metrics.jsonl"))
 
     def continues_launch(self) -> bool:
         """Whether torchrun has restarted this process on a run that the same launch started or resumed here.
@@ -69,9 +66,9 @@ class RunFolder:
         Rank 0 decides for all.
         """
         found = False
-        if own_rank() == 0 and restarted():
+        if own_rank() == 0:
             with suppress(OSError, ValueError, TypeError):
-                found = is_this_launch(*json.loads(self._launch.read_text()))
+                found = restarted(*json.loads((self.path / "state" / "launch.json").read_text()))
         return bool(max_over_ranks(int(found)))
 
     def _states(self) -> list[Path]:
@@ -79,31 +76,24 @@ class RunFolder:
         return sorted((self.path / "state").glob("step*.pt"), reverse=True)
 
     def holds_result(self, *, resume: bool, force: bool) -> bool:
-        """`check` the folder; True when the run to resume has finished in it. All ranks get what rank 0 sees."""
+        """Whether the run to resume has finished here; if not, `check` the folder. All ranks get what rank 0 sees."""
         found = False
         # Other ranks must not look before rank 0 has checked, nor after it has begun to write.
         if own_rank() == 0:
-            self.check(resume=resume, force=force)
-            found = resume and self.finished
+            found = resume and not force and self.finished
+            if not found:
+                self.check(resume=resume, force=force)
         return bool(max_over_ranks(int(found)))
 
     def check(self, *, resume: bool, force: bool) -> None:
         """Raise OutputError when a run must not start or resume here. Writes nothing."""
         if resume and force:
             raise OutputError("--resume continues a run and --force replaces it: choose one")
-        try:
-            occupied = self.path.exists()
-        except OSError as error:
-            raise OutputError(f"{self.path}: {error.strerror}; choose another --out") from error
-        if occupied and not self.path.is_dir():
-            raise OutputError(f"{self.path}: is a file; --out must be a folder")
-        if resume:
-            if not self.unfinished and not self.finished:
-                raise OutputError(f"{self.path}: holds no run to resume; omit --resume to start one")
-        elif not force:
-            self._check_free()
-
-    def _check_free(self) -> None:
+        check_writable(self.path)
+        if resume and not self.unfinished and not self.finished:
+            raise OutputError(f"{self.path}: holds no run to resume; omit --resume to start one")
+        if resume or force:
+            return
         if self.finished:
             raise OutputError(f"{self.path}: holds a finished run; choose another --out, or --force to replace it")
         if self.unfinished:
@@ -141,35 +131,30 @@ class RunFolder:
             self._make_ready(force)
             write_bytes(self.path / "config.toml", dump_config(config).encode())
             if launch := this_launch():
-                write_bytes(self._launch, json.dumps(launch).encode())
+                write_bytes(self.path / "state" / "launch.json", json.dumps(launch).encode())
         barrier()
 
     def _make_ready(self, force: bool) -> None:
+        state = self.path / "state"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             if force:
                 for name in _OUR_FILES:
                     (self.path / name).unlink(missing_ok=True)
-                if (self.path / "state").is_dir():
-                    shutil.rmtree(self.path / "state")
-            (self.path / "state").mkdir(exist_ok=True)
-            self._remove_halves()
+                if state.is_dir():
+                    shutil.rmtree(state)
+            state.mkdir(parents=True, exist_ok=True)
+            # What a killed run has left half-written.
+            for name in _OUR_FILES:
+                remove_halves(self.path, name)
+            remove_halves(state, "step*.pt")
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
-
-    def _remove_halves(self) -> None:
-        """Remove files that a killed run left half-written."""
-        for name in _OUR_FILES:
-            remove_halves(self.path, name)
-        remove_halves(self.path / "state", "step*.pt")
 
     def _compare(self, config: RunConfig) -> None:
         saved = load_config(type(config), str(self.path / "config.toml"))
         then, now = (_flat(each.model_dump()) for each in (saved, config))
         for key in then:
-            if then[key] != now[key] and not any(
-                key == free or (free.endswith(".") and key.startswith(free)) for free in _MAY_CHANGE
-            ):
+            if then[key] != now[key] and not any(fnmatchcase(key, free) for free in _MAY_CHANGE):
                 raise ConfigError(
                     f"cannot resume {self.path} with another {key}: it was {_shown(then[key])} and is now "
                     f"{_shown(now[key])}; restore it, or start over in another --out"
@@ -182,20 +167,18 @@ class RunFolder:
         OutputError when the state cannot be written; the earlier ones are then untouched.
         """
         if own_rank() == 0:
-            self._write_state(state())
+            saved = state()
+            newest = self.path / "state" / f"step{saved['step']:010}.pt"
+            write_state(newest, saved)
+            others = [file for file in self._states() if file != newest]
+            # Later ones are damaged: the run would have resumed from them.
+            fallback = next((file for file in others if file < newest), None)
+            for file in others:
+                if file != fallback:
+                    with suppress(OSError):  # it only takes up space
+                        file.unlink()
         # torchrun stops all ranks when one has ended: none may before the state is on disk.
         barrier()
-
-    def _write_state(self, state: dict[str, Any]) -> None:
-        newest = self.path / "state" / f"step{state['step']:010}.pt"
-        write_state(newest, state)
-        others = [file for file in self._states() if file != newest]
-        # Later ones are damaged: the run would have resumed from them.
-        fallback = next((file for file in others if file < newest), None)
-        for file in others:
-            if file != fallback:
-                with suppress(OSError):  # it only takes up space
-                    file.unlink()
 
     def load_state(self, listener: Listener | None = None) -> dict[str, Any] | None:
         """The newest intact state on the CPU, or None when the run has saved none.
@@ -205,16 +188,14 @@ class RunFolder:
         """
         files = self._states()
         for file in files:
-            state = read_state(file)
-            if state is None:
-                continue
-            if listener and file != files[0]:
-                listener.warn(f"{files[0]}: damaged state; continuing from the one before, of step {state['step']}")
-            return state
-        if files:
-            also = ", and so is the one before" if len(files) > 1 else ""
-            raise OutputError(f"{files[0]}: damaged state{also}; --force starts over")
-        return None
+            if (state := read_state(file)) is not None:
+                if listener and file != files[0]:
+                    listener.warn(f"{files[0]}: damaged state; continuing from the one before, of step {state['step']}")
+                return state
+        if not files:
+            return None
+        also = ", and so is the one before" if len(files) > 1 else ""
+        raise OutputError(f"{files[0]}: damaged state{also}; --force starts over")
 
     def drop_state(self) -> None:
         """Remove the states of a finished run."""

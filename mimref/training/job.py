@@ -16,7 +16,7 @@ from mimref.config.run import OptimizerConfig
 from mimref.data.loader import ViewBatch
 from mimref.data.workers import DeadWorkerError
 from mimref.distributed.collectives import max_over_ranks, total_over_ranks
-from mimref.errors import DataError, DivergenceError
+from mimref.errors import DataError, DivergenceError, Interrupted
 from mimref.progress import Listener
 from mimref.training.optim import adamw, set_learning_rate
 from mimref.training.signals import StopSignal
@@ -24,7 +24,7 @@ from mimref.training.signals import StopSignal
 # Epochs can take hours. Saving takes at most about 5% of the time.
 SAVE_EVERY_S = 600.0
 SAVE_COST = 20.0
-# Sent between ranks in place of a signal's number, when a save is due; no signal that is caught has this number.
+# Sent between ranks in place of a signal's number when a save is due; no signal that is caught has this number.
 _DUE = 1
 
 Batch = TypeVar("Batch")
@@ -91,9 +91,9 @@ def train(
                 "memory ran out"
             ) from error
     if stop.number is not None:
-        stop.ignore_more()
+        stop.ignored = True
         del batches  # ends the loader processes
-    stop.raise_if_received(f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
+        raise Interrupted(stop.number, f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
 
 
 def _run(
@@ -110,7 +110,10 @@ def _run(
             job.write_log()
         listener.progress(job.label, job.step, job.total)
         epoch_done = job.step % job.steps_per_epoch == 0
-        request = _request(stop, due)
+        # The signal that any rank has received, `_DUE` when a save is due, else 0.
+        request = _DUE if time.monotonic() >= due else 0
+        if stop:
+            request = max_over_ranks(stop.number or request)
         if not (request or job.step == job.total or (epoch_done and job.saves_every_epoch)):
             continue
         if stop and request > _DUE:
@@ -129,19 +132,22 @@ def _run(
             return
 
 
-def _request(stop: StopSignal | None, due: float) -> int:
-    """The signal that any rank has received, `_DUE` when a save is due, else 0."""
-    save = _DUE if time.monotonic() >= due else 0
-    return save if stop is None else max_over_ranks(stop.number or save)
+def _diverged(what: str) -> DivergenceError:
+    return DivergenceError(
+        f"{what}; the last good state is intact. "
+        "Restart with a lower learning rate, optimizer.clip_grad=1.0 or --precision fp32"
+    )
 
 
 class GradientJob(Job[ViewBatch]):
     """A job that trains by AdamW on batches of views."""
 
     smallest_batch = 1
-    """Fewer readable images than this, over all ranks, leave a batch out."""
+    """A batch of fewer readable images, over all ranks, is skipped."""
     first_step = 0
     """Updates of earlier jobs of the same run."""
+    updated = False
+    """Whether the last batch was not skipped."""
 
     def __init__(
         self,
@@ -174,13 +180,14 @@ class GradientJob(Job[ViewBatch]):
         """Record unreadable images, path and reason. Raises DataError when there are too many."""
 
     def after_update(self) -> None:
-        """What follows an optimizer step."""
+        """Called after every optimizer step."""
 
     def update(self, batch: ViewBatch) -> None:
         """One optimizer step, without a device sync. A batch that unreadable images leave too small is skipped."""
         self.skip(batch.bad)
         images = total_over_ranks(len(batch.sample_B))
-        if images < self.smallest_batch:
+        self.updated = images >= self.smallest_batch
+        if not self.updated:
             return
         set_learning_rate(self.optimizer, self.rate(self.step))
         loss = self.forward_backward(batch, images)
@@ -197,10 +204,7 @@ class GradientJob(Job[ViewBatch]):
     def check_weights(self) -> None:
         weights = [weight.detach() for weight in self.trained]
         if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
-            raise DivergenceError(
-                f"the weights are not finite after step {self.step} of {self.label}; the last good state is intact. "
-                "Restart with a lower learning rate, optimizer.clip_grad=1.0 or --precision fp32"
-            )
+            raise _diverged(f"the weights are not finite after step {self.step} of {self.label}")
 
 
 class FiniteLoss:
@@ -219,7 +223,4 @@ class FiniteLoss:
         """Raise DivergenceError naming the first bad step. Sync point: only on logging steps and before saving."""
         step = int(self._first_bad)
         if step >= 0:
-            raise DivergenceError(
-                f"the loss is not finite at step {step}; the last good state is intact. "
-                "Restart with a lower learning rate, optimizer.clip_grad=1.0 or --precision fp32"
-            )
+            raise _diverged(f"the loss is not finite at step {step}")

@@ -9,7 +9,7 @@ from mimref.config.run import RunConfig
 from mimref.data.decode import BadImages
 from mimref.distributed.group import own_rank
 from mimref.errors import OutputError
-from mimref.files import atomic_write
+from mimref.files import write_bytes
 from mimref.progress import Listener
 from mimref.training.trackers import Tracker, open_trackers, scalars
 
@@ -23,17 +23,23 @@ def readable(values: Mapping[str, float]) -> str:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, appended and flushed. `trackers` receive the same numbers."""
 
-    def __init__(self, path: Path, *, keep_lines: int = 0, trackers: Sequence[Tracker] = ()) -> None:
-        """Open the log and truncate it to `keep_lines` lines: a resumed run writes the later ones again."""
-        kept = path.read_bytes().splitlines(keepends=True)[:keep_lines] if keep_lines and path.is_file() else []
+    def __init__(self, path: Path | None, *, keep_lines: int = 0, trackers: Sequence[Tracker] = ()) -> None:
+        """Open the log and truncate it to `keep_lines` lines: a resumed run writes the later ones again.
+
+        Without a path, as on ranks other than 0, nothing is written.
+        """
         self._path, self._trackers = path, trackers
-        self.lines = len(kept)
+        self.lines = 0
         """Number of lines, which saved states record."""
-        with atomic_write(path) as stream:
-            stream.write(b"".join(kept))
+        if path is not None:
+            kept = path.read_bytes().splitlines(keepends=True)[:keep_lines] if keep_lines and path.is_file() else []
+            self.lines = len(kept)
+            write_bytes(path, b"".join(kept))
 
     def write(self, values: Mapping[str, object]) -> None:
         """Append one line. Raises OutputError when the disk is full."""
+        if self._path is None:
+            return
         try:
             with self._path.open("a") as stream:
                 stream.write(json.dumps(values) + "\n")
@@ -51,30 +57,17 @@ class MetricsLog:
             tracker.close()
 
 
-class UnwrittenLog(MetricsLog):
-    """The log of the ranks other than 0."""
-
-    def __init__(self) -> None:
-        self.lines = 0
-
-    def write(self, values: Mapping[str, object]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 def open_log(config: RunConfig, out: Path, state: Mapping[str, Any] | None) -> MetricsLog:
     """The log of the run in folder `out`, truncated to the lines of `state`; None starts a new log. Rank 0 writes."""
     if own_rank() > 0:
-        return UnwrittenLog()
+        return MetricsLog(None)
     lines, step = (state["log_lines"], state["step"]) if state else (0, 0)
     trackers = open_trackers(config.monitor.trackers, out, config.model_dump(mode="json"), first_step=step)
     return MetricsLog(out / "metrics.jsonl", keep_lines=lines, trackers=trackers)
 
 
 class SkippedImages:
-    """The images a run skips because they cannot be read: a warning early on, and one at the end if there are more."""
+    """Images that a run skips because they cannot be read: a warning early on, and one at the end if there are more."""
 
     NAMED = 3
 
@@ -97,15 +90,10 @@ class SkippedImages:
         """Record images that an evaluation skipped; it has counted them against `data.max_bad` itself."""
         self._evaluated |= dict(images)
 
-    def report_once(self) -> None:
-        """Warn about the images known so far, unless that has been done."""
-        if not self._reported:
-            self.report()
-
-    def report(self) -> None:
-        """Warn about all images, if there are more than were reported before."""
+    def report(self, *, once: bool = False) -> None:
+        """Warn about all images if there are more than in the last warning; `once` warns only if there was none."""
         items = self.items
-        if len(items) <= self._reported:
+        if len(items) <= self._reported or (once and self._reported):
             return
         self._reported = len(items)
         named = ", ".join(f"{path} ({reason})" for path, reason in items[: self.NAMED])

@@ -22,7 +22,7 @@ def learning_rate(update: int, *, peak: float, warmup_updates: int, total_update
 
 
 def warmup_cosine(*, peak: float, warmup_updates: int, total_updates: int, end: float) -> Callable[[int], float]:
-    """`learning_rate` as a function of the update alone."""
+    """`learning_rate` as a function of the update."""
     return partial(learning_rate, peak=peak, warmup_updates=warmup_updates, total_updates=total_updates, end=end)
 
 

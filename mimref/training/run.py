@@ -10,6 +10,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mimref.config.run import RunConfig
 from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
 from mimref.data.sources import ImageSource
@@ -18,10 +20,11 @@ from mimref.distributed.collectives import barrier, gather_lists
 from mimref.distributed.group import end_group, own_rank
 from mimref.progress import Listener, Silent
 from mimref.results import Row, read_results, write_results
-from mimref.training.checkpoint import check_images, check_ranks, image_record
+from mimref.training.checkpoint import check_images, check_ranks
 from mimref.training.folder import RunFolder, with_absolute_paths
 from mimref.training.job import GradientJob, train
-from mimref.training.log import MetricsLog, SkippedImages, open_log
+from mimref.training.log import MetricsLog, SkippedImages, open_log, readable
+from mimref.training.optim import warmup_cosine, warmup_updates
 from mimref.training.signals import StopSignal, stop_signal
 from mimref.training.trackers import check_trackers
 
@@ -32,20 +35,22 @@ class TrainingRun:
     log: MetricsLog
     stop: StopSignal
 
-    def __init__(self, config: RunConfig, out: Path, listener: Listener | None = None) -> None:
-        self.config = config
-        self.folder = RunFolder(out)
+    def __init__(
+        self, config: RunConfig, out: Path, listener: Listener | None, *, resume: bool = False, force: bool = False
+    ) -> None:
+        self.config, self.folder = config, RunFolder(out)
+        self.resume, self.force = resume, force
         self.listener = listener if listener and own_rank() == 0 else Silent()
         self.skipped = SkippedImages(config.data.max_bad, self.listener)
         self.elapsed_s = 0.0
         """Of training."""
 
-    def finished(self, *, resume: bool, force: bool) -> tuple[list[Row], float] | None:
+    def finished(self) -> tuple[list[Row], float] | None:
         """Rows and seconds of a run to resume that is finished already; else None.
 
         Raises OutputError for a folder in which the run must not start or resume, ConfigError for a missing tracker.
         """
-        if self.folder.holds_result(resume=resume, force=force):
+        if self.folder.holds_result(resume=self.resume, force=self.force):
             found = read_results(self.folder.path, self.config.command)
             self.folder.drop_state()  # left by a run that was killed just before it did so
             return found
@@ -53,31 +58,33 @@ class TrainingRun:
         return None
 
     @contextmanager
-    def locked(self, *, resume: bool, force: bool) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder, and catch signals."""
-        with stop_signal() as self.stop, self.folder.locked(resume=resume, force=force):
+        with stop_signal() as self.stop, self.folder.locked(resume=self.resume, force=self.force):
             yield
 
-    def load_state(self, source: ImageSource, *, resume: bool) -> dict[str, Any] | None:
+    def load_state(self, source: ImageSource) -> dict[str, Any] | None:
         """The state to resume from, checked against other ranks and the training images; None for a new start."""
-        state = self.folder.load_state(self.listener) if resume else None
+        state = self.folder.load_state(self.listener) if self.resume else None
         check_ranks(state, source)
         if state:
             check_images(state, source, self.listener)
         return state
 
     @contextmanager
-    def writing(
-        self, config: RunConfig, state: Mapping[str, Any] | None, *, resume: bool, force: bool
-    ) -> Iterator[None]:
+    def writing(self, config: RunConfig, state: Mapping[str, Any] | None) -> Iterator[None]:
         """Write config.toml with the resolved settings, and keep the log open while jobs train."""
         self.config = with_absolute_paths(config)
-        self.folder.prepare(self.config, resume=resume, force=force)
+        self.folder.prepare(self.config, resume=self.resume, force=self.force)
         with closing(open_log(self.config, self.folder.path, state)) as self.log:
             yield
 
-    def train(self, job: "Stage") -> None:
-        """Train a job to its end. Raises Interrupted after saving on a signal."""
+    def train(self, job: "Stage", state: dict[str, Any] | None) -> None:
+        """Train a job to its end, from a saved state if there is one. Raises Interrupted after saving on a signal."""
+        if state:
+            job.resume(state)
+            state.clear()  # as large as the run itself
+        job.start()
         train(job, job.batches(), self.listener, stop=self.stop, log_every=self.config.monitor.log_every)
 
     def leave_group(self) -> bool:
@@ -98,14 +105,33 @@ class Stage(GradientJob):
 
     name: str
     """In the log and in saved states."""
-    source: ImageSource
-    crops: Sequence[CropGroup]
     first_epoch = 0
     """Number of the stage's first epoch. Later stages continue to count, so that their views are new ones."""
 
-    def __init__(self, run: TrainingRun, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.run = run
+    def __init__(
+        self,
+        run: TrainingRun,
+        label: str,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float,
+        warmup_epochs: float | None,
+        epochs: int,
+        source: ImageSource,
+        crops: Sequence[CropGroup],
+        device: torch.device,
+    ) -> None:
+        """groups: AdamW's, each with `lr_scale`. lr: base learning rate, for a batch of 256 images."""
+        optimizer, batch = run.config.optimizer, run.config.batch_size
+        steps = len(source) // batch
+        rate = warmup_cosine(
+            peak=lr * batch / 256,
+            warmup_updates=warmup_updates(warmup_epochs, epochs, steps),
+            total_updates=epochs * steps,
+            end=optimizer.end_lr,
+        )
+        super().__init__(label, groups, rate, optimizer, epochs=epochs, steps_per_epoch=steps, device=device)
+        self.run, self.source, self.crops = run, source, crops
         self.elapsed_s = run.elapsed_s
 
     def batches(self) -> Iterator[ViewBatch]:
@@ -129,19 +155,31 @@ class Stage(GradientJob):
     def skip(self, images: Sequence[tuple[str, str]]) -> None:
         self.run.skipped.add(images)
 
-    def position(self) -> dict[str, object]:
-        """The beginning of a log line."""
-        epoch = round(self.step / self.steps_per_epoch, 4)
-        return {"step": self.first_step + self.step, "epoch": epoch, "stage": self.name}
+    def start(self) -> None:
+        """Called once, before the first batch or after `resume`."""
 
     @abstractmethod
-    def values(self) -> dict[str, object] | None:
-        """What to log about the last update; None when it had no images. Sync point, for ranks too."""
+    def values(self) -> dict[str, object]:
+        """What to log about the last update. Sync point, for ranks too."""
 
     def write_log(self) -> None:
-        values = self.values()
-        if values is not None:
-            self.run.log.write({**self.position(), **values})
+        if self.updated:
+            self.log(self.values())
+
+    def log(self, values: Mapping[str, object]) -> None:
+        """Write a line about the stage's current step."""
+        position = {"step": self.first_step + self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
+        self.run.log.write({**position, "stage": self.name, **values})
+
+    def check_due(self, epoch: int) -> bool:
+        """Whether the encoder is checked after this epoch: every `monitor.knn_every_epochs` and at the end."""
+        every = self.run.config.monitor.knn_every_epochs
+        return every > 0 and (epoch % every == 0 or self.step == self.total)
+
+    def report(self, when: str, values: Mapping[str, float]) -> None:
+        """Log a check of the encoder, and note it for people."""
+        self.log(values)
+        self.run.listener.note(f"{when}: {readable(values)}")
 
     def state(self) -> dict[str, Any]:
         """What the stage needs to resume, beside its position."""
@@ -152,7 +190,7 @@ class Stage(GradientJob):
         run = self.run
         run.elapsed_s = self.elapsed_s
         run.skipped.add(gather_lists(run.skipped.items))
-        run.skipped.report_once()
+        run.skipped.report(once=True)
         run.folder.save_state(
             lambda: {
                 "step": self.first_step + self.step,
@@ -161,7 +199,7 @@ class Stage(GradientJob):
                 "elapsed_s": self.elapsed_s,
                 "log_lines": run.log.lines,
                 "skipped": run.skipped.items,
-                "images": image_record(self.source),
+                "images": (len(self.source), self.source.fingerprint),
                 **self.state(),
             }
         )

@@ -16,7 +16,9 @@ class StopSignal:
         self.number: int | None = None
         self.raised: Interrupted | None = None
         """What ended the work at once."""
-        self._deferred = self._ignored = False
+        self.ignored = False
+        """Once the work is saved, further signals would only disturb the clean-up."""
+        self._deferred = False
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -29,22 +31,13 @@ class StopSignal:
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
         """The signal handler."""
-        if self._ignored:
+        if self.ignored:
             return
         if self._deferred and self.number is None:
             self.number = number
             return
         self.raised = Interrupted(number, "stopped at once; --resume continues from the last saved state")
         raise self.raised
-
-    def ignore_more(self) -> None:
-        """Ignore further signals: the work is saved, and they would only disturb the clean-up."""
-        self._ignored = True
-
-    def raise_if_received(self, message: str) -> None:
-        """Raise Interrupted for the stored signal, once the caller has saved."""
-        if self.number is not None:
-            raise Interrupted(self.number, message)
 
 
 @contextmanager

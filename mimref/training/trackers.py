@@ -3,26 +3,16 @@
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mimref.errors import ConfigError
-
-
-class Tracker(Protocol):
-    """Receives the numbers of one log line."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """`step` counts the whole run's updates."""
-
-    def close(self) -> None:
-        """Flush."""
 
 
 class _TensorBoard:
     def __init__(self, out: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # A resumed run writes the steps after the saved state again.
+        # A resumed run logs the steps after the saved state again.
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -46,6 +36,10 @@ class _WandB:
         self._run.finish()
 
 
+Tracker = _TensorBoard | _WandB
+"""Receives the numbers of a log line and the step of the whole run; `close` flushes."""
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ConfigError when the package of a tracker is not installed."""
     for name in names:
@@ -54,7 +48,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(names: Sequence[str], out: Path, config: Mapping[str, Any], *, first_step: int) -> list[Tracker]:
-    """The trackers in `monitor.trackers`; call `check_trackers` first."""
+    """The trackers of `monitor.trackers`; call `check_trackers` first."""
     return [_TensorBoard(out, first_step) if name == "tensorboard" else _WandB(out, config) for name in names]
 
 
