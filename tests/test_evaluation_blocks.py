@@ -258,7 +258,7 @@ def test_chart_for_ascii_terminals() -> None:
     assert any(line.count("#") == 16 for line in shown(rows, heads=[], encoding="ascii"))
 
 
-def test_chart_of_a_loss_and_of_nothing() -> None:
+def test_chart_of_a_loss() -> None:
     rows: list[Row] = [
         {"metric": "block_reconstruction", "value": value, "block": n + 1}
         for n, value in enumerate([0.5, 0.25, math.nan])
@@ -266,4 +266,3 @@ def test_chart_of_a_loss_and_of_nothing() -> None:
     by_block = {line.split()[1]: line for line in shown(rows, heads=[]) if line.startswith("│")}
     assert [by_block[block].count("█") for block in "123"] == [1, 16, 0]
     assert "0.250" in by_block["2"] and " - " in by_block["3"]
-    assert shown([], heads=[])

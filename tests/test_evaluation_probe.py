@@ -261,7 +261,7 @@ def test_a_signal_saves_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lrs": (0.01, 0.1, 2.0)}, "another lrs: it was [0.01, 0.1, 1.0] and is now [0.01, 0.1, 2.0];"),
+        ({"lrs": (0.01, 0.1, 2.0)}, "another lr: it was [0.01, 0.1, 1.0] and is now [0.01, 0.1, 2.0];"),
         ({"epochs": 5}, "another epochs:"),
         ({"batch_size": 15}, "another batch_size:"),
         ({"norm": "batch"}, "another norm:"),

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -138,14 +138,13 @@ def cluster(
 ) -> list[Row]:
     """Agreement of k-means clusters with the classes, and separation of the classes (Appendix C.12, Tables 3 and 9).
 
-    x (N, D): features of the validation images, scaled to unit length here. y (N,): labels, any whole numbers; there
-    are as many clusters as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the run with the lowest
-    inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and Davies-Bouldin of the true
-    classes, without clustering). In percent, except Davies-Bouldin.
-    A run is scikit-learn's MiniBatchKMeans with its defaults (batches of 1024, k-means++) and n_init=1. Runs are spread
-    over `workers` processes (None: all cores), or stay in this one where that is faster, with the same results.
-    The unit rows are held in memory (float32). Silhouette compares all pairs of images, O(N^2 D), in pieces of up to
-    1 GB: minutes for the 50,000 validation images of ImageNet. The other scores take seconds.
+    x (N, D): features, scaled to unit length here and held in memory as float32. y (N,): labels, any whole numbers;
+    there are as many clusters as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the run with the
+    lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and Davies-Bouldin of the
+    true classes, without clustering). In percent, except Davies-Bouldin.
+    A run is scikit-learn's MiniBatchKMeans with its defaults and n_init=1. Runs are spread over `workers` processes
+    (None: all cores), or stay in this one where that is faster, with the same results. Silhouette compares all pairs of
+    images, in pieces of up to 1 GB: minutes for the 50,000 validation images of ImageNet.
     Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
     """
     check_metrics(metrics)
@@ -160,7 +159,15 @@ def cluster(
         )
     points = unit_rows(x)
     of_clusters = [name for name in metrics if name in AGREEMENT]
-    done = _run_all(points, truth, of_clusters, runs, seed, workers, progress) if of_clusters else []
+    jobs = min(workers or own_cores(), runs) if float(runs) * points.size * len(classes) >= SERIAL_WORK else 1
+    # Arrays above a megabyte are written once and memory-mapped by all processes.
+    parallel = Parallel(n_jobs=jobs, max_nbytes="1M", return_as="generator")
+    work = (delayed(kmeans_run)(points, truth, of_clusters, len(classes), number, seed) for number in range(runs))
+    done: list[Run] = []
+    for run in parallel(work) if of_clusters else ():
+        done.append(run)
+        if progress is not None:
+            progress(len(done), runs)
     rows: list[Row] = []
     for name in dict.fromkeys(metrics):
         if name in SEPARATION:
@@ -188,31 +195,6 @@ class Run(NamedTuple):
     """Sum of squared distances of all points to their centres, float64."""
     scores: dict[str, float]
     """Percent, by short name."""
-
-
-def _run_all(
-    x: NDArray[np.float32],
-    y: Labels,
-    metrics: Sequence[str],
-    runs: int,
-    seed: int,
-    workers: int | None,
-    progress: Progress | None,
-) -> list[Run]:
-    """All runs by number, in this process or in several."""
-    clusters = int(y.max()) + 1
-    jobs = min(workers or own_cores(), runs)
-    if float(runs) * x.size * clusters < SERIAL_WORK:
-        jobs = 1
-    # Arrays above a megabyte are written once and memory-mapped by all processes.
-    parallel = Parallel(n_jobs=jobs, max_nbytes="1M", return_as="generator")
-    results: Iterable[Run] = parallel(delayed(kmeans_run)(x, y, metrics, clusters, n, seed) for n in range(runs))
-    done: list[Run] = []
-    for run in results:
-        done.append(run)
-        if progress is not None:
-            progress(len(done), runs)
-    return done
 
 
 def kmeans_run(x: NDArray[np.float32], y: Labels, metrics: Sequence[str], clusters: int, number: int, seed: int) -> Run:

@@ -118,14 +118,7 @@ def knn(
 
 
 def knn_accuracy(
-    train_x: Matrix,
-    train_y: Labels,
-    test_x: Matrix,
-    test_y: Labels,
-    *,
-    k: int = 10,
-    tau: float = 0.07,
-    device: str = "cpu",
+    train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Labels, *, k: int, tau: float = 0.07, device: str = "cpu"
 ) -> float:
     """Top-1 accuracy in percent of `knn` at one k and temperature."""
     return float(knn(train_x, train_y, test_x, test_y, k=(k,), tau=(tau,), device=device)[0]["value"])

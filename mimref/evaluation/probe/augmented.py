@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -84,14 +84,8 @@ def probe_augmented(
     return grid.rows("augmented", images.held_out()), images.bad.items
 
 
-class _Encoded(NamedTuple):
-    """A batch of augmented images, encoded."""
-
-    columns: list[Tensor]
-    """(B, D) each; empty where no image could be read."""
-    labels: Tensor
-    bad: list[tuple[str, str]]
-    """Path and reason of every image that could not be read."""
+# Columns, (B, D) each (none where no image could be read), labels (B,), and path and reason of every unreadable image.
+_Encoded = tuple[list[Tensor], Tensor, list[tuple[str, str]]]
 
 
 class _Augmented:
@@ -113,8 +107,8 @@ class _Augmented:
         """All training batches from an update on, without unreadable images; ranks encode them in turns."""
         if world_size() > 1:
             request(first)
-        for batch in take_turns(self._encoded(first), self.grid.total - first):
-            yield self._inputs(batch.columns, batch.bad), batch.labels
+        for columns, labels, bad in take_turns(self._encoded(first), self.grid.total - first):
+            yield self._inputs(columns, bad), labels
 
     def follow(self) -> None:
         """On other ranks than 0: encode batches for it, until it ends."""
@@ -149,7 +143,7 @@ class _Augmented:
             if world_size() > 1:
                 # Other ranks' features travel to rank 0 through the CPU's memory.
                 columns = [column.cpu() for column in columns]
-            yield _Encoded(columns, labels[batch.sample_B], batch.bad)
+            yield columns, labels[batch.sample_B], batch.bad
 
     @torch.inference_mode()
     def _inputs(self, columns: list[Tensor], bad: list[tuple[str, str]]) -> list[Tensor]:

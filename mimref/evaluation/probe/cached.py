@@ -45,14 +45,12 @@ def probe_cached(
     train, test: (N, D) and (M, D) of every input, D its own; read by rows, and kept on the device if smaller than 2 GB.
     Labels are any whole numbers. lrs are scaled by batch / 256. The last, partial batch of an epoch is left out, and
     fewer images than a batch are one smaller batch; batch_size None: see `default_batch`. norm: "none" is DINOv2's
-    probe, "batch" that of the paper's released code (see `schedule`). select: "test" is the published choice, on the
-    test images; "val-split" holds out a fixed, stratified tenth of the training images, chooses on them and trains on
-    the rest.
+    probe, "batch" the paper's released code (see `schedule`). select: "test" is the published choice; "val-split" holds
+    out a fixed, stratified tenth of the training images, chooses on them and trains on the rest.
     Rows, all `probe_top1`: first the best one's, with `select`; then one per classifier, numbered by `classifier` from
     1 (inputs in the order of `train`, lrs for each). Under "val-split" all have `held_out_top1`. Of equal classifiers
     the first counts; one that has diverged scores 0 and is never chosen.
-    state: a file from which an interrupted probe continues, bit for bit on the CPU. It stays at the end, so that
-    results that could not be written are not lost; the caller removes it.
+    state: a file from which an interrupted probe continues, bit for bit on the CPU. The caller removes it at the end.
     Raises ConfigError for settings, and for a state of other ones; DataError for features and labels that cannot be
     used; OutputError for a state that is damaged or cannot be written; DivergenceError when no classifier is left.
     """

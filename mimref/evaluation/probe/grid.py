@@ -104,7 +104,13 @@ class ProbeGrid(Job[Batch]):
         which identifies the state file. progress: updates done, total.
         """
         if self.file is not None:
-            self.identity = self._identity(images())
+            # Everything that the result depends on.
+            self.identity = self.settings.model_dump() | {
+                "inputs": described(self.test),
+                "batch_size": self.batch,
+                "seed": self.seed,
+                "set of images or encoder": images(),
+            }
             self.load(self.file)
         if self.step == self.total:
             return
@@ -118,7 +124,7 @@ class ProbeGrid(Job[Batch]):
             self.ensemble.step(inputs, labels, *schedule(self.step, self.total, self.settings.norm))
 
     def save(self) -> None:
-        """Write the state, if there is a file for it. It stays at the end: whoever uses the result removes it."""
+        """Write the state, if there is a file for it. It stays until the results are written, and the caller removes it."""
         if self.file is not None:
             tensors = self.ensemble.state_dict()
             write_state(self.file, {"settings": self.identity, "step": self.step, "ensemble": tensors})
@@ -144,20 +150,6 @@ class ProbeGrid(Job[Batch]):
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise OutputError(f"{file}: damaged state of a probe; remove the file to start from scratch") from error
         self.step = step
-
-    def _identity(self, images: str) -> dict[str, Any]:
-        """Everything that the result depends on."""
-        settings = self.settings
-        return {
-            "inputs": described(self.test),
-            "lrs": list(settings.lr),
-            "epochs": settings.epochs,
-            "batch_size": self.batch,
-            "norm": settings.norm,
-            "select": settings.select,
-            "seed": self.seed,
-            "set of images or encoder": images,
-        }
 
     def rows(self, protocol: Literal["cached", "augmented"], held: Iterable[Batch]) -> list[Row]:
         """The best classifier's row and one per classifier, see `probe_cached`. held: the held-out images.
