@@ -128,17 +128,17 @@ def before_after(
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
 
-    def add(model: str, train: Features, test: Features, column: Column, where: Row) -> None:
+    def add(model: str, pair: list[Features], column: Column, where: Row) -> None:
+        train, test = pair
         fitting = compare.model_copy(update={"k": min(evaluate.knn_k, len(train))})
         for protocol in ("knn", "lowshot", "cluster"):
             found = main_rows(measure(protocol, model, (train, test), [column], fitting, progress))
             rows.extend({"model": model, **row, **where} for row in found)
         bad.extend(train.bad + test.bad)
 
-    train, test = images
-    add("raw pixels", raw_pixels(train, settings), raw_pixels(test, settings), PIXELS, {})
+    add("raw pixels", [raw_pixels(source, settings) for source in images], PIXELS, {})
     for name, encoder in encoders:
         last, report = Column(encoder.depth, "cls"), partial(progress, f"features of {name}")
         pair = [extract(encoder, source, settings, [last], progress=report) for source in images]
-        add(name, *pair, last, {"blocks": "last", "pool": "cls"})
+        add(name, pair, last, {"blocks": "last", "pool": "cls"})
     return rows, bad

@@ -195,7 +195,7 @@ def _draw_bars(ax: Axes, models: Sequence[str], by_model: Mapping[str, Row], bas
 
 def _panels(count: int, *, legend_lines: int) -> tuple[Figure, list[Axes]]:
     """A wide panel above two columns of panels; a last one alone in its line is wide too."""
-    lines = [[0, 0], *([number, min(number + 1, count - 1)] for number in range(1, count, 2))]
+    lines: list[Any] = [[0, 0], *([number, min(number + 1, count - 1)] for number in range(1, count, 2))]
     figure = _figure(BLOCKS_WIDTH, 0.4 + 0.2 * legend_lines + 3.0 * len(lines))
     return figure, list(figure.subplot_mosaic(lines).values())
 

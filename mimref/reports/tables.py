@@ -155,7 +155,7 @@ def heads_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         heads.setdefault(str(row["head"]), {})[str(row["metric"])] = row
     names = (*settings, *(template({"metric": metric}) for metric in metrics))
-    lines = []
+    lines: list[list[str | Text]] = []
     best = {metric: max(shown_value(row) for row in rows if row["metric"] == metric) for metric in metrics}
     for by_metric in heads.values():
         row = next(iter(by_metric.values()))

@@ -30,6 +30,9 @@ class ProbeEnsemble(nn.Module):
     not affect the others. Inputs are converted to `dtype` and moved to `device`.
     """
 
+    bias_KC: Tensor
+    bias_momentum_KC: Tensor
+
     def __init__(
         self,
         widths: Sequence[int],

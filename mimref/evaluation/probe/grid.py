@@ -124,7 +124,7 @@ class ProbeGrid(Job[Batch]):
             self.ensemble.step(inputs, labels, *schedule(self.step, self.total, self.settings.norm))
 
     def save(self) -> None:
-        """Write the state, if there is a file for it. It stays until the results are written, and the caller removes it."""
+        """Write the state, if there is a file for it. The caller removes it once the results are written."""
         if self.file is not None:
             tensors = self.ensemble.state_dict()
             write_state(self.file, {"settings": self.identity, "step": self.step, "ensemble": tensors})
