@@ -10,8 +10,7 @@ from sklearn.cluster import MiniBatchKMeans
 
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.cluster import protocol as module
-from mimref.evaluation.cluster.protocol import cluster, kmeans_run
-from mimref.evaluation.metrics import cluster_accuracy
+from mimref.evaluation.cluster.protocol import cluster, cluster_accuracy, kmeans_run
 from mimref.features.matrix import SideBySide
 
 ALL = ("acc", "nmi", "ami", "ari", "sil", "dbs")
