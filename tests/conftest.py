@@ -1,5 +1,6 @@
 """Set before libraries are imported: tiny tensors gain nothing from threads, and tests have no screen or network."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ RANKS = (
     "test_evaluation_ranks.py",
     "test_training_lost_ranks.py",
     "test_data_ranks.py",
+    "test_evaluation_cluster.py",
 )
 
 
@@ -29,6 +31,10 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in RANKS)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what has been imported stays: no collection needs to look through it again
 
 
 @pytest.hookimpl(optionalhook=True)

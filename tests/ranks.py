@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,19 @@ TIMEOUT_S = 120
 PRELOADED = ["tests.preloaded"]
 
 
+def fork_server() -> ForkServerContext:
+    """Start processes with it, and they have imported the package."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def start_processes(function: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[ForkServerProcess]:
     """New processes that have imported the package, one that calls `function(*args)` for each of `arguments`.
 
     Nothing else of this process is in them but its environment. `function` must be importable by its name.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = fork_server()
     environment = dict(os.environ)
     processes = [context.Process(target=_call, args=(environment, function, args)) for args in arguments]
     for process in processes:
