@@ -37,12 +37,20 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- a second signal
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("how", ["before", "within", "as an error of its own", "after"])
+@pytest.mark.parametrize(
+    ("how", "number", "code"),
+    [
+        ("before", signal.SIGINT, 130),
+        ("before", signal.SIGTERM, 143),
+        ("within", signal.SIGTERM, 143),
+        ("as an error of its own", signal.SIGINT, 130),
+        ("after", signal.SIGTERM, 143),
+    ],
+)
 def test_a_second_signal_while_saving_stops_at_once(
+    how: str,
     number: int,
     code: int,
-    how: str,
     tiny: TinyRun,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
