@@ -2,7 +2,7 @@
 
 import gc
 import os
-from pathlib import Path
+from itertools import count
 from typing import Any
 
 import pytest
@@ -23,10 +23,13 @@ RANKS = (
 )
 
 
+_number = count()
+
+
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test has a cache of its own, beside its folder, and never the user's."""
-    monkeypatch.setenv("MIMREF_CACHE", f"{tmp_path}-cache")
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a cache of its own, and never the user's."""
+    monkeypatch.setenv("MIMREF_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{next(_number)}"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
