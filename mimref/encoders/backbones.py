@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from mimref.config.run import EncoderConfig
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, check_blocks, is_plain_vit, norm_flags, pool_tokens
+from mimref.encoders.vit import (
+    PAPER_SIZES,
+    Architecture,
+    Encoder,
+    RatesOnCpu,
+    check_blocks,
+    is_plain_vit,
+    norm_flags,
+    pool_tokens,
+)
 from mimref.errors import ConfigError
 
 RGB = tuple[float, float, float]
@@ -47,7 +56,7 @@ class TimmBackbone(nn.Module):
         native = native_size(name)
         if _recorded(name).fixed_input_size and size != native:
             raise ConfigError(f"{name} takes images of {native} pixels only, not {size}; use --resolution {native}")
-        with torch.device("meta"):
+        with torch.device("meta"), RatesOnCpu():
             shapes = _token_shapes(timm.create_model(name, pretrained=False, num_classes=0).eval(), name, size)
         self.model = timm.create_model(name, pretrained=False, num_classes=0)
         self.depth = len(shapes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mimref.encoders.backbones import native_size
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.export import Export, comparison_images, named_features, plain_state, write_verified
-from mimref.encoders.vit import Architecture, Encoder, build_encoder
+from mimref.encoders.vit import Architecture, Encoder, RatesOnCpu, build_encoder
 from mimref.errors import ConfigError
 from mimref.files import check_new_file
 from mimref.progress import Listener, Silent
@@ -62,7 +62,7 @@ def _timm_name(encoder: Encoder) -> str | None:
     names = timm.list_models([f"{start}_{ending}" for ending in endings], module="vision_transformer")
     wanted = {key: tensor.shape for key, tensor in encoder.vit.state_dict().items()}
     for name in sorted(names, key=lambda known: native_size(known) != size):
-        with torch.device("meta"):
+        with torch.device("meta"), RatesOnCpu():
             vit = timm.create_model(name, num_classes=0, img_size=size, weight_init="skip")
         if type(vit) is not VisionTransformer or type(first := vit.blocks[0]) is not Block:
             continue
