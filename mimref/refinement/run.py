@@ -15,6 +15,7 @@ from mimref.encoders.parameters import freeze_untrained
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.compare import before_after, labelled_splits
+from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import PassSettings
 from mimref.features.header import data_record
@@ -181,6 +182,12 @@ def _compare(run: TrainingRun, plan: Plan, method: Method, refined: Encoder) -> 
     except DataError as error:
         run.listener.note(f"no before/after table: {error}")
         return []
+    protocols = ["knn", "lowshot", "cluster"]
+    try:
+        load_solver()
+    except ConfigError as error:
+        run.listener.warn(f"no low-shot results: {error}")
+        protocols.remove("lowshot")
     reading = PassSettings(
         plan.transform, method.device, method.precision, workers=config.workers, max_bad=config.data.max_bad
     )
@@ -189,7 +196,7 @@ def _compare(run: TrainingRun, plan: Plan, method: Method, refined: Encoder) -> 
         yield "base", base_encoder(plan, method.device)
         yield "refined", refined
 
-    rows, bad = before_after(config, images, encoders(), reading, run.listener.progress)
+    rows, bad = before_after(config, images, encoders(), reading, run.listener.progress, protocols=protocols)
     run.skipped.add_evaluated(bad)
     return rows
 
