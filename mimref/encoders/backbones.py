@@ -152,6 +152,8 @@ def _token_shapes(model: Any, name: str, size: int) -> list[tuple[int, int, int]
     except Exception as error:  # models fail in their own ways on images they were not made for
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{name} cannot take images of {size} pixels ({reason}); try --resolution") from error
+    if not found[-1][0].numel():  # torch 2.6 lets a convolution return nothing
+        raise ConfigError(f"{name} cannot take images of {size} pixels (no token is left); try --resolution")
     return [(0 if prefix is None else prefix.shape[1], image.shape[2], image.shape[1]) for image, prefix in found]
 
 

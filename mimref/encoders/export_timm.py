@@ -61,7 +61,9 @@ def _timm_name(encoder: Encoder) -> str | None:
     endings = (digits, f"gap_{digits}", "dinov2", "reg4_dinov2")
     names = timm.list_models([f"{start}_{ending}" for ending in endings], module="vision_transformer")
     wanted = {key: tensor.shape for key, tensor in encoder.vit.state_dict().items()}
-    for name in sorted(names, key=lambda known: native_size(known) != size):
+    # timm 1.0.15 records nothing, not even an image size, about some of its models.
+    recorded = [name for name in names if timm.get_pretrained_cfg(name)]
+    for name in sorted(recorded, key=lambda known: native_size(known) != size):
         with torch.device("meta"), RatesOnCpu():
             vit = timm.create_model(name, num_classes=0, img_size=size, weight_init="skip")
         if type(vit) is not VisionTransformer or type(first := vit.blocks[0]) is not Block:
