@@ -1,7 +1,7 @@
 """Several encoders measured by the same protocols: `mimref compare`, and the before/after table of `mimref refine`."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from mimref.config.base import DataConfig
@@ -14,6 +14,7 @@ from mimref.evaluation.cluster.protocol import check_metrics, cluster
 from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.knn.protocol import check_neighbours, knn
 from mimref.evaluation.lowshot.protocol import check_shots, default_splits, lowshot
+from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.metrics import labelled, number_labels, split_labels
 from mimref.evaluation.probe.protocol import input_columns, probe_features
 from mimref.features.encode import PIXELS, Column, Features, PassSettings, columns_of, extract, raw_pixels
@@ -83,6 +84,7 @@ def _check(config: CompareConfig, inputs: EncoderInputs) -> None:
     if "knn" in config.protocols:
         check_neighbours(config.k, train_y)
     if "lowshot" in config.protocols:
+        load_solver()
         check_shots(config.shots, train_y)
     if "cluster" in config.protocols:
         check_metrics(config.metrics)
@@ -108,6 +110,8 @@ def before_after(
     encoders: Iterable[tuple[str, Encoder]],
     settings: PassSettings,
     progress: LabelledProgress,
+    *,
+    protocols: Sequence[str] = ("knn", "lowshot", "cluster"),
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """k-NN, low-shot and clustering of raw pixels, and of each encoder's last block (raw output, CLS token).
 

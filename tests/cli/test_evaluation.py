@@ -360,6 +360,18 @@ def test_mistakes_are_found_before_the_encoder_runs(
     assert all(part in error for part in MISTAKES[words]) and error.count("\n") == 1 and passes.images == 0, error
 
 
+@pytest.mark.parametrize("command", ["lowshot", "compare"])
+def test_without_cyanure_no_encoder_runs(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "cyanure.estimators", None)
+    passes = Passes(monkeypatch)
+    others = ["quickstart"] if command == "compare" else []
+    assert run(line(command, folder, *others)) == 2
+    error = capsys.readouterr().err
+    assert "cyanure" in error and error.count("\n") == 1 and passes.images == 0, error
+
+
 def test_results_hold_the_images_left_out(folder: Path, tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data")
     (data / "val" / "a" / "003.png").write_bytes(b"nothing")

@@ -15,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from mimref.distributed.group import end_group
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.lowshot.config import LowshotConfig
+from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.lowshot.split_files import read_split_files
 from mimref.evaluation.metrics import check_splits, labelled, percent, progress_label, row_blocks, split_labels, spread
 from mimref.features.inputs import EncoderInputs, Inputs, open_inputs, prepare_groups
@@ -35,6 +36,7 @@ def evaluate_lowshot(config: LowshotConfig, *, listener: Listener | None = None)
     does, also for more shots than a class has images and split files that do not fit.
     """
     started, listener = time.monotonic(), listener or Silent()
+    load_solver()  # fails early
     inputs = open_inputs(config, listener)
     train_y, _ = split_labels(inputs)
     if isinstance(_splits(config, inputs, np.arange(len(train_y))), int):  # split files fail early
@@ -141,13 +143,11 @@ def fit_logistic(x: NDArray[np.float64], y: Labels, classes: int) -> NDArray[np.
 
     x (n, D): normalised rows. y (n,): labels 0..classes-1, all present. The objective is
     mean cross-entropy + LAMBDA / (2 n) * |W|^2, solved to a relative duality gap of TOLERANCE or for 300 epochs.
-    Two classes use the binary logistic loss with one weight vector w, returned as (-w, w) / 2.
+    Two classes use the binary logistic loss with one weight vector w, returned as (-w, w) / 2. Raises ConfigError
+    without cyanure.
     """
-    # Slow to import, and not needed by the other protocols.
-    from cyanure.estimators import Classifier
-
     binary = classes == 2
-    model = Classifier(
+    model = load_solver()(
         # On two classes cyanure replaces `multiclass-logistic` by the square loss, with only a printed line.
         loss="logistic" if binary else "multiclass-logistic",
         penalty="l2",
