@@ -63,6 +63,8 @@ class Checkpoint:
     """Why a foreign file is not recognised."""
     published: PublishedWeights | None = None
     """The published weights, when they were named."""
+    ignored: list[str] = field(default_factory=list)
+    """Notices of what was left out when the file was read."""
 
     @property
     def architecture(self) -> Architecture | None:
@@ -96,10 +98,10 @@ class Checkpoint:
         return licence if isinstance(licence, str) else None
 
     def notices(self, architecture: Architecture | BackboneArchitecture) -> list[str]:
-        """What was assumed or changed to read the file as this architecture, one line each with the file's name."""
-        if not self.recognised or isinstance(architecture, BackboneArchitecture) or architecture.from_timm:
-            return []
-        return [f"{self.path}: {notice}" for notice in self.recognised.notices]
+        """What was ignored, assumed or changed to read the file as this architecture, each with the file's name."""
+        as_backbone = isinstance(architecture, BackboneArchitecture) or architecture.from_timm
+        changed = self.recognised.notices if self.recognised and not as_backbone else []
+        return [f"{self.path}: {notice}" for notice in (*self.ignored, *changed)]
 
 
 def read_checkpoint(
@@ -112,13 +114,13 @@ def read_checkpoint(
     """
     if isinstance(path, str) and path.startswith(_TIMM):
         return _from_timm(path)
-    file, content, header = read_file(path, progress)
+    file, content, header, ignored = read_file(path, progress)
     published = find_published(str(path)) if not Path(path).exists() else None
     weights = content
     for wrapper in _WRAPPERS:
         if isinstance(weights.get(wrapper), Mapping):
             weights = weights[wrapper]
-    checkpoint = Checkpoint(file, dict(named_tensors(weights)), header)
+    checkpoint = Checkpoint(file, dict(named_tensors(weights)), header, ignored=ignored)
     if checkpoint.architecture:  # raises here, before any work, if the header is damaged
         return checkpoint
     try:
