@@ -14,7 +14,7 @@ from mimref.encoders.values import DTYPES, Global, Inert, Unreadable
 Content = Mapping[Any, Any]
 """Nested mappings with tensors at the leaves, mapped into memory where the format allows it."""
 
-_MOST_LEVELS, _MOST_VALUES, _LONGEST_NAME = 100, 1_000_000, 1000
+_MOST_LEVELS, _MOST_REPEATS, _LONGEST_NAME = 100, 200_000, 1000
 _SCRIPTED = ("__torch__ ", "__torch__.")
 # Settings and numbers that public checkpoints hold beside tensors; nobody misses them.
 _ARRAYS = frozenset(
@@ -57,7 +57,8 @@ def find_tensors(value: object, module_tensors: Mapping[str, frozenset[str]]) ->
 class _Search:
     def __init__(self, module_tensors: Mapping[str, frozenset[str]]) -> None:
         self._module_tensors = module_tensors
-        self._values_left = _MOST_VALUES
+        self._repeats_left = _MOST_REPEATS
+        self._seen: set[int] = set()
         self._open: set[int] = set()
         self._noted: set[int] = set()
         self.ignored: dict[str, None] = {}
@@ -65,12 +66,17 @@ class _Search:
 
     def tree(self, value: object, level: int = 0) -> dict[str, Any] | Tensor | None:
         """A tensor, or a dictionary that has some below it; None for all else, whose classes are noted."""
-        self._values_left -= 1
-        if level > _MOST_LEVELS or self._values_left < 0:
+        if isinstance(value, str | int | float | None):
+            return None
+        items = self._items(value)
+        # A few dictionaries that hold each other twice have more names than memory has room for.
+        if id(value) in self._seen:
+            self._repeats_left -= 1 + len(items or ()) // 64
+        self._seen.add(id(value))
+        if level > _MOST_LEVELS or self._repeats_left < 0:
             raise Unreadable("it is nested too deep, or without end")
         if isinstance(value, Tensor):
             return value
-        items = self._items(value)
         if items is None:
             self._note(value)
             return None
