@@ -14,7 +14,7 @@ from mimref.encoders.values import DTYPES, Global, Inert, Unreadable
 Content = Mapping[Any, Any]
 """Nested mappings with tensors at the leaves, mapped into memory where the format allows it."""
 
-_MOST_LEVELS, _MOST_REPEATS, _LONGEST_NAME = 100, 200_000, 1000
+_MOST_LEVELS, _MOST_REPEATS, _LONGEST_NAME = 100, 100_000, 1000
 _SCRIPTED = ("__torch__ ", "__torch__.")
 # Settings and numbers that public checkpoints hold beside tensors; nobody misses them.
 _ARRAYS = frozenset(
@@ -61,6 +61,7 @@ class _Search:
         self._seen: set[int] = set()
         self._open: set[int] = set()
         self._noted: set[int] = set()
+        self._modules: dict[int, dict[str, Any] | None] = {}
         self.ignored: dict[str, None] = {}
         self.arrays: dict[str, None] = {}
 
@@ -104,6 +105,11 @@ class _Search:
             return None
         if value.items is not None:
             return value.items
+        if id(value) not in self._modules:
+            self._modules[id(value)] = self._module_items(value)
+        return self._modules[id(value)]
+
+    def _module_items(self, value: Inert) -> dict[str, Any] | None:
         state = value.state
         if type(state) is not dict:
             return None

@@ -31,6 +31,7 @@ _BYTES = frozenset(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"))
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 # Sets are only iterated over, and a list hashes nothing.
 _CONTAINERS: dict[str, type] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
+_LONGEST_NAME = 10_000
 _WITHOUT_EFFECT = frozenset(("PROTO", "FRAME", "READONLY_BUFFER", "STOP"))
 
 
@@ -167,6 +168,8 @@ class _Machine:
         name, module = self._pop(), self._pop()
         if type(name) is not str or type(module) is not str:
             raise Unreadable("its pickle names a class by something else than a string")
+        if len(name) + len(module) > _LONGEST_NAME:  # short operations could join long strings again and again
+            raise Unreadable("its pickle names a class by a text without end")
         self._stack.append(Global(f"{module} {name}"))
 
     def _extension(self, code: Any) -> None:

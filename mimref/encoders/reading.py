@@ -108,6 +108,6 @@ def _read_pickle(file: Path) -> tuple[Content, str]:
     try:
         content, names = read_torch_file(file)
     except Exception as error:  # damaged pickles fail in every possible way
-        raise CheckpointError(f"{file}: not a checkpoint, or a damaged one ({first_line(error)})") from error
+        raise CheckpointError(f"{file}: not a checkpoint, or a damaged one ({first_line(error)[:200]})") from error
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return content, f"objects of {', '.join(names[:3])}{more}" if names else ""

@@ -24,7 +24,7 @@ from mimref.encoders.pickles import unpickle
 from mimref.encoders.values import Unreadable, Values
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
-_MOST_DIRECTORY, _MOST_ARGUMENT, _MOST_CODE = 2**24, 2**30, 2**24
+_MOST_DIRECTORY, _MOST_ARGUMENT, _MOST_TEXT = 2**24, 2**30, 2**26
 _FREE_BYTES = 2**28
 
 
@@ -88,6 +88,8 @@ class _Archive:
 
     def __init__(self, file: Path, memory: mmap.mmap) -> None:
         self._memory, self._storages = memory, dict[str, torch.UntypedStorage]()
+        # Members may overlap, so that a small file could ask for many large copies.
+        self._copies_left, self._text_left = len(memory), _MOST_TEXT
         # A zip file's directory takes 20 times its size in memory.
         with ZipFile(_Window(memory, 0, len(memory), _MOST_DIRECTORY)) as archive:
             members = archive.infolist()
@@ -122,6 +124,10 @@ class _Archive:
             raise Unreadable("its pickle refers to a storage larger than the one saved")
         if key not in self._storages:
             storage = self._all[start:end]
+            if start % 8 or self._swapped:
+                self._copies_left -= end - start
+                if self._copies_left < 0:
+                    raise Unreadable("its storages overlap")
             if start % 8:
                 storage = storage.clone()  # saved by another program; torch aligns all storages
             if self._swapped:
@@ -152,11 +158,11 @@ class _Archive:
         if name not in self._members:
             return default
         start, end = self._span(self._members[name])
-        if end - start > _MOST_CODE:
-            return default
+        text = self._memory[start : min(end, start + self._text_left)]
         if self._members[name].compress_type == ZIP_DEFLATED:
-            return zlib.decompressobj(-15).decompress(self._memory[start:end], _MOST_CODE)
-        return self._memory[start:end]
+            text = zlib.decompressobj(-15).decompress(text, max(1, self._text_left))
+        self._text_left = max(0, self._text_left - len(text))
+        return text
 
 
 _MODULES = re.compile(r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n(?:  __buffers__ = \[(.*)\]\n)?", re.M)

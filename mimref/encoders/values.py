@@ -83,12 +83,15 @@ class Values:
         self._bytes_left, self._objects_left = most_bytes, _MOST_OBJECTS
 
     def spend_objects(self, count: int) -> None:
+        """Count what is created or iterated over. Raises Unreadable when that is too much."""
         self._objects_left -= count
         if self._objects_left < 0:
             raise Unreadable(f"its pickle holds more than {_MOST_OBJECTS:,} objects")
 
     def call(self, called: Any, args: Any) -> Any:
+        """What a class or function gives: a plain value of the few that are known, else an inert object."""
         if type(called) is Global and type(args) is tuple and called.name in _BUILDERS:
+            self.spend_objects(len(args))
             built = _BUILDERS[called.name](self, *args)
             return Inert(called.name, args) if built is None else built
         name = called.name if isinstance(called, Global | Inert) else f"builtins {type(called).__name__}"
