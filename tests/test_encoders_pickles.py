@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import copy
 import io
 import os
 import pathlib
@@ -293,7 +294,7 @@ def test_fragments_run_nothing(name: str, tmp_path: Path) -> None:
             except CheckpointError as error:
                 assert str(error).isprintable()
                 assert not isinstance(error.__cause__, MemoryError | RecursionError | TypeError | AttributeError)
-    assert not SENTINEL.exists() and "antigravity" not in sys.modules
+    assert not SENTINEL.exists() and "this" not in sys.modules
     assert {name for name in sys.modules if not name.startswith("encodings.")} <= modules
 
 
@@ -341,10 +342,14 @@ def test_damage_is_refused_with_the_reason(name: str, reason: str, tmp_path: Pat
     assert reason in refusal(path)
 
 
-def test_too_many_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mimref.encoders.values._MOST_OBJECTS", 1000)
-    many = b"(" + b"N" * 300 + b"l" + b"q\x01" + 5 * b"ccollections\nOrderedDict\n(h\x01tR0"
-    assert "more than 1,000 objects" in refusal(write(tmp_path, b"\x80\x02" + many + b"."))
+@pytest.mark.parametrize(("items", "call"), [(b"l", b"(h\x01tR0"), (b"t", b"h\x01R0")])
+def test_too_many_objects(items: bytes, call: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that go through the same list or arguments again and again are counted, too."""
+    monkeypatch.setattr("mimref.encoders.values._MOST_OBJECTS", 3000)
+    start = b"\x80\x02(" + b"N" * 300 + items + b"q\x010"
+    call = b"ccollections\nOrderedDict\n" + call
+    assert "holds no tensors" in refusal(write(tmp_path, start + call + b"N."))
+    assert "more than 3,000 objects" in refusal(write(tmp_path, start + 20 * call + b"N."))
 
 
 def test_an_extension_registered_in_this_process_is_not_used(tmp_path: Path) -> None:
@@ -384,6 +389,26 @@ def test_archives_of_other_programs(tmp_path: Path) -> None:
     assert read(path)[0]["w"].tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize(("order", "place"), [(b"little", 0), (b"little", 1), (b"big", 0)])
+def test_overlapping_storages_are_not_copied_without_end(order: bytes, place: int, tmp_path: Path) -> None:
+    """A hundred members of one place. Copied is what is not aligned, or has its bytes in another order."""
+    items = [b"S'w%d'\n" % key + TENSOR.replace(b"S'0'", b"S'%d'" % key) for key in range(100)]
+    pickled = b"\x80\x02}(" + b"".join(items) + b"u."
+    start = 3 * 30 + len("a/data.pkl") + len(pickled) + len("a/byteorder") + len(order) + len("a/data/0")
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("a/data.pkl", pickled + bytes((place - start) % 8))
+        archive.writestr("a/byteorder", order)
+        archive.writestr("a/data/0", bytes(4000))
+        for key in range(1, 100):
+            again = copy.copy(archive.getinfo("a/data/0"))
+            again.filename = f"a/data/{key}"
+            archive.filelist.append(again)
+    if order == b"little" and place == 0:
+        assert len(read(tmp_path / "a.pth")[0]) == 100
+    else:
+        assert "overlap" in refusal(tmp_path / "a.pth")
+
+
 def test_old_files_with_lists_of_other_storages(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     torch.save({"w": torch.ones(4)}, path, _use_new_zipfile_serialization=False)
@@ -408,6 +433,24 @@ def test_an_environment_that_asks_for_code_is_ignored(tmp_path: Path, monkeypatc
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     path = write(tmp_path, b"\x80\x02}S'w'\n" + TENSOR + b"sS'item'\n" + FRAGMENTS["reduce"] + b"s.")
     assert list(read_torch_file(path)[0]) == ["w"] and not SENTINEL.exists()
+
+
+_UNSAFE = """
+import pathlib, sys, torch
+from tests import fuzz_pickles as fuzz
+fuzz.read = lambda path: "read" if torch.load(path, weights_only=False) else "refused"
+_, pickle, join = fuzz.split(fuzz.seeds()[0])
+files = [(name, join(fuzz.FRAGMENTS[name] + b"0" + pickle)) for name in ("reduce", "import", "eval")]
+print(fuzz.run(iter(files), pathlib.Path(sys.argv[1]), fuzz.Watch()))
+fuzz.SENTINEL.unlink()
+"""
+
+
+def test_the_watch_notices_a_reader_that_runs_code(tmp_path: Path) -> None:
+    line = [sys.executable, "-W", "ignore", "-c", _UNSAFE, str(tmp_path / "a.pth")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout.count("ran something") == 3, done.stdout + done.stderr
+    assert "os.system" in done.stdout and "'this'" in done.stdout and "open (" in done.stdout
 
 
 def test_300_changed_files() -> None:
