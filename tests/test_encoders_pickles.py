@@ -30,6 +30,9 @@ from tests import fuzz_pickles
 from tests.checkpoints import LAYOUTS, timm_vit
 from tests.fuzz_pickles import FRAGMENTS, SENTINEL, operations, save, split, with_pickle
 
+PATHS = pathlib.PurePosixPath.__module__
+"""Where Python has its paths: in 3.13, this is `pathlib._local`."""
+
 
 def read(path: Path, content: Any = None, *, zipped: bool = True) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file and its notice; of `content`, which is saved first, if it is given."""
@@ -126,7 +129,7 @@ def test_plain_tensors_beside_anything(zipped: bool, tmp_path: Path) -> None:
     found, notice = read(tmp_path / "a.pth", content, zipped=zipped)
     for name in [name for name in sys.modules if name.partition(".")[0] == "omegaconf"]:
         del sys.modules[name]
-    assert notice == "ignored objects of omegaconf.dictconfig.DictConfig, pathlib.PosixPath"
+    assert notice == f"ignored objects of omegaconf.dictconfig.DictConfig, {PATHS}.PosixPath"
     again, same_notice = read(tmp_path / "a.pth")
     assert same_notice == notice and "omegaconf" not in sys.modules
     assert same(found, {f"model.{name}": tensor for name, tensor in state.items()}) and same(again, found)
@@ -139,7 +142,7 @@ def test_the_notice_is_shown_wherever_the_file_is_read(tmp_path: Path) -> None:
     )
     inspection, checkpoint = inspect_file(path), read_checkpoint(path)
     notice, heads = inspection.notices
-    assert notice == "ignored objects of pathlib.PurePosixPath, tests.fuzz_pickles._Settings"
+    assert notice == f"ignored objects of {PATHS}.PurePosixPath, tests.fuzz_pickles._Settings"
     assert checkpoint.notices(inspection.architecture) == [f"{path}: {notice}", f"{path}: {heads}"]
     assert checkpoint.notices(BackboneArchitecture("test_convnext", 160)) == [f"{path}: {notice}"]
     assert checkpoint.fingerprint == read_checkpoint(plain(tmp_path)).fingerprint
@@ -172,6 +175,19 @@ def test_whole_modules(make: Any, zipped: bool, tmp_path: Path) -> None:
     assert same(found, module.state_dict()) and notice == ""
     wrapped, notice = read(tmp_path / "b.pt", {"model": module, "epoch": 3}, zipped=zipped)
     assert same(wrapped, {f"model.{name}": tensor for name, tensor in module.state_dict().items()}) and notice == ""
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_protocol_of_pickle(protocol: int, zipped: bool, tmp_path: Path) -> None:
+    path, module = tmp_path / "a.pt", Model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch expects protocol 2
+        content = {"model": module, "set": {1}, "bytes": b"a", "long": 2**70, "text": "\xe9\n", "path": module.path}
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    found, notice = read(path)
+    assert same(found, {f"model.{name}": tensor for name, tensor in module.state_dict().items()})
+    assert notice == f"ignored objects of {PATHS}.PurePosixPath"
 
 
 class Attention(nn.Module):
