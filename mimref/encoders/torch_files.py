@@ -1,4 +1,4 @@
-"""Files of `torch.save` and `torch.jit.save`, of every version since torch 0.4, as nested mappings of plain tensors.
+"""Files of `torch.save`, in the formats of now and before torch 1.6, and of `torch.jit.save`: their plain tensors.
 
 Read by this module and not by `torch.load`, which runs what such a file asks for unless it refuses the file as a whole,
 and which hands TorchScript to a loader of its own.
@@ -21,7 +21,7 @@ import torch
 
 from mimref.encoders.contents import Content, find_tensors
 from mimref.encoders.pickles import unpickle
-from mimref.encoders.values import Unreadable, Values
+from mimref.encoders.values import LoadStorage, Unreadable, Values
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _MOST_DIRECTORY, _MOST_ARGUMENT, _MOST_TEXT = 2**24, 2**30, 2**26
@@ -41,7 +41,7 @@ def read_torch_file(file: Path) -> tuple[Content, list[str]]:
         return find_tensors(_read_old(memory, stream), {})
 
 
-def _values(load_storage: Any, size: int) -> Values:
+def _values(load_storage: LoadStorage, size: int) -> Values:
     # Tied weights, views and expanded tensors show the same bytes several times.
     return Values(load_storage, 8 * size + _FREE_BYTES)
 
