@@ -1,5 +1,6 @@
 """Positions on other grids, against plain loops over the published formulas and against the families' own models."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from mimref.config.base import Interpolation
 from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.export import export_timm, read_encoder
 from mimref.encoders.export_onnx import export_onnx
+from mimref.encoders.layouts import format_interpolation
 from mimref.encoders.positions import RULES, resize_positions
 from mimref.encoders.published import find_published
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
@@ -77,7 +79,7 @@ def reference(positions: Tensor, side: int, interpolation: Interpolation) -> Ten
 
 
 @pytest.mark.parametrize(("old", "new"), SIDES)
-@pytest.mark.parametrize("interpolation", get_args(Interpolation))
+@pytest.mark.parametrize("interpolation", FORMULAS)
 def test_positions_equal_plain_loops(interpolation: Interpolation, old: int, new: int) -> None:
     positions = torch.randn(1, old**2, 8, generator=torch.Generator().manual_seed(0))
     resized = resize_positions(positions, (new, new), interpolation=interpolation)
@@ -90,13 +92,25 @@ def test_the_rules_differ() -> None:
     for side in (3, 7):
         resized = [resize_positions(positions, (side, side), interpolation=name) for name in RULES]
         distinct = {tuple(each.flatten().tolist()) for each in resized}
-        assert len(distinct) == len(set(RULES.values())) == 4
+        assert len(distinct) == len(set(RULES.values())) == 5
+    assert tuple(RULES) == get_args(Interpolation) == (*FORMULAS, "mae_pytorch")
     assert [str(RULES[name]) for name in ("mae", "dino", "timm", "torchvision")] == [
         "bicubic, by size",
         "bicubic, by scale factor with an offset of 0.1",
         "bicubic, by size, antialiased",
         "bicubic, by size, corners aligned",
     ]
+
+
+def test_recomputed_positions() -> None:
+    positions = torch.randn(1, 16, 6, dtype=torch.bfloat16)
+    resized = resize_positions(positions, (3, 2), interpolation="mae_pytorch")
+    expected = [
+        [(math.sin, math.cos)[channel % 2](patch / 10_000 ** ((channel - channel % 2) / 6)) for channel in range(6)]
+        for patch in range(6)
+    ]
+    assert torch.equal(resized, torch.tensor([expected]).bfloat16())
+    assert resize_positions(positions, (4, 4), interpolation="mae_pytorch") is positions
 
 
 @pytest.mark.parametrize("grid", [(3, 7), (8, 2)])
@@ -249,6 +263,13 @@ def test_shared_layouts(extra: State, interpolation: Interpolation, guessed: boo
     assert about_positions(chosen, 12) == []
 
 
+def test_libraries_with_rules_of_their_own() -> None:
+    architecture = Architecture("custom", 16, 32, 2, 4, patch_size=4, fixed_positions=False)
+    formats = {"torchvision ViT": "torchvision", "OpenMMLab ViT (mmpretrain)": "mae", "MAE-pytorch": "mae_pytorch"}
+    for name, interpolation in formats.items():
+        assert format_interpolation(name, None, set(), architecture) == (interpolation, False)
+
+
 def test_published_names_settle_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIMREF_CACHE", str(tmp_path))
     for name, interpolation in {"ibot_b16": "dino", "msn_b16": "mae", "mae_b16": "mae"}.items():
@@ -288,7 +309,7 @@ def test_headers_keep_the_rule_and_those_without_one_keep_theirs(tmp_path: Path)
 
 
 def test_gradients_pass_through() -> None:
-    for name in RULES:
+    for name in FORMULAS:
         architecture = Architecture("custom", 16, 32, 2, 4, patch_size=4, fixed_positions=False, interpolation=name)
         encoder = build_encoder(architecture)
         positions = encoder.vit.pos_embed

@@ -48,7 +48,7 @@ class ExportOptions(Force, panel="Encoder"):
     num_heads: int | None = option("Attention heads, where they cannot be inferred from the weights.", "N", min=1)
     interpolation: Text = option(
         "Whose rule interpolates positions to another --resolution; default the weights' own.",
-        "mae|dino|dinov2|dinov2_reg|timm|torchvision",
+        "mae|dino|dinov2|dinov2_reg|timm|torchvision|mae_pytorch",
     )
 
 

@@ -24,7 +24,7 @@ AreaRange = Annotated[
 ]
 PositiveRange = Annotated[tuple[Positive, Positive], Field(strict=False), AfterValidator(_check_ordered)]
 Probabilities = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
-Interpolation = Literal["mae", "dino", "dinov2", "dinov2_reg", "timm", "torchvision"]
+Interpolation = Literal["mae", "dino", "dinov2", "dinov2_reg", "timm", "torchvision", "mae_pytorch"]
 """Whose code interpolates position embeddings to other image sizes; see `mimref.encoders.positions`."""
 
 

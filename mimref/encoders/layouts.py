@@ -134,7 +134,11 @@ def format_interpolation(
     """
     if format_.startswith(("Hugging Face", "DINOv2")) and architecture.registers:
         return "dinov2_reg", False
-    if format_.startswith(("Hugging Face", "MIM-Refiner")) or architecture.fixed_positions:
+    if format_ == "MAE-pytorch":
+        return "mae_pytorch", False
+    if format_.startswith("torchvision"):
+        return "torchvision", False
+    if format_.startswith(("Hugging Face", "MIM-Refiner", "OpenMMLab")) or architecture.fixed_positions:
         return "mae", False
     if source is not None:
         return INTERPOLATIONS.get(source, "mae"), False
