@@ -84,7 +84,7 @@ class Checkpoint:
         tensors = (self.recognised or self).tensors
         positions, registers = tensors.get("pos_embed"), tensors.get("reg_token")
         if positions is None:
-            return False
+            return True
         extra = 0 if registers is None else registers.shape[1]
         patches = (size // architecture.patch_size) ** 2
         # With or without rows for CLS and register tokens.
