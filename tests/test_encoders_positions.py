@@ -267,7 +267,15 @@ def test_libraries_with_rules_of_their_own() -> None:
     architecture = Architecture("custom", 16, 32, 2, 4, patch_size=4, fixed_positions=False)
     formats = {"torchvision ViT": "torchvision", "OpenMMLab ViT (mmpretrain)": "mae", "MAE-pytorch": "mae_pytorch"}
     for name, interpolation in formats.items():
-        assert format_interpolation(name, None, set(), architecture) == (interpolation, False)
+        assert format_interpolation(name, None, set(), architecture, as_image=False) == (interpolation, False)
+
+
+def test_positions_by_row_and_column_are_interpolated_as_by_the_releases(tmp_path: Path) -> None:
+    image = LEARNED["pos_embed"][:, 1:].reshape(1, SIDE, SIDE, WIDTH)
+    torch.save(LEARNED | {"pos_embed": image}, tmp_path / "a.pth")
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    assert checkpoint.architecture is not None and checkpoint.architecture.interpolation == "mae"
+    assert about_positions(checkpoint, 12) == []
 
 
 def test_published_names_settle_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,7 @@ def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Re
     dropped = _drop(unused, beside)
     tensors = {target: _join([encoder[name] for name in names]) for target, names in parts.items()}
     notices: list[str] = []
+    as_image = "pos_embed" in tensors and tensors["pos_embed"].ndim == 4
     _prepare_positions(tensors, notices)
     architecture = _read_architecture(tensors, {*unused, *beside}, num_heads, notices)
     try:
@@ -90,7 +91,7 @@ def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Re
         raise Unrecognised(problems)
     names = {*encoder, *beside}
     format_, source = format_name(root, patches, names, architecture)
-    interpolation, guessed = format_interpolation(format_, source, names, architecture)
+    interpolation, guessed = format_interpolation(format_, source, names, architecture, as_image=as_image)
     return Recognised(
         format_,
         source,

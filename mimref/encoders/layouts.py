@@ -126,11 +126,12 @@ INTERPOLATIONS: dict[str, Interpolation] = {"dino": "dino", "ibot": "dino", "mug
 
 
 def format_interpolation(
-    format_: str, source: str | None, names: set[str], architecture: Architecture
+    format_: str, source: str | None, names: set[str], architecture: Architecture, *, as_image: bool
 ) -> tuple[Interpolation, bool]:
     """Whose rule interpolates the positions of a recognised file, and whether that is a guess.
 
-    format_, source: what `format_name` gives. names: all tensors, without prefixes.
+    format_, source: what `format_name` gives. names: all tensors, without prefixes. as_image: the file has positions by
+    row and column, as KappaModules' encoders, to which the paper's released models belong.
     """
     if format_.startswith(("Hugging Face", "DINOv2")) and architecture.registers:
         return "dinov2_reg", False
@@ -138,7 +139,7 @@ def format_interpolation(
         return "mae_pytorch", False
     if format_.startswith("torchvision"):
         return "torchvision", False
-    if format_.startswith(("Hugging Face", "MIM-Refiner", "OpenMMLab")) or architecture.fixed_positions:
+    if format_.startswith(("Hugging Face", "OpenMMLab")) or architecture.fixed_positions or as_image:
         return "mae", False
     if source is not None:
         return INTERPOLATIONS.get(source, "mae"), False
