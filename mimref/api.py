@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mimref.config.base import DataConfig
+from mimref.config.base import DataConfig, Interpolation
 from mimref.data.open import open_source
 from mimref.data.sources import ArraySource, ImageSource, Split
 from mimref.data.transforms import EvalTransform
@@ -54,19 +54,20 @@ def load(
     source: str | None = None,
     num_heads: int | None = None,
     resolution: int | None = None,
+    interpolation: Interpolation | None = None,
 ) -> LoadedEncoder:
     """Load an encoder from a weights file of any known layout, a run's folder, a published name, or `quickstart`.
 
     arch, source: needed only for files that are not recognised, as on the command line. num_heads: attention heads of
     a foreign file of an unusual width; without it, a warning says what is assumed. resolution: pixels of the images;
-    None: the encoder's own.
+    None: the encoder's own. interpolation: of positions to another resolution, as `encoder.interpolation`.
     Raises CheckpointError for a file that holds no encoder, ConfigError for names and sizes that do not fit.
     """
-    checkpoint = read_checkpoint(path, num_heads=num_heads)
+    checkpoint = read_checkpoint(path, num_heads=num_heads, interpolation=interpolation)
     architecture = choose_architecture(checkpoint, arch, source, resolution)
-    for notice in checkpoint.notices(architecture):
-        warnings.warn(notice, stacklevel=2)
     transform = eval_transform(architecture, DataConfig(), checkpoint.header, resolution=resolution)
+    for notice in checkpoint.notices(architecture, [transform.image_size]):
+        warnings.warn(notice, stacklevel=2)
     return LoadedEncoder(encoder_from(checkpoint, architecture).eval(), transform, checkpoint.header)
 
 

@@ -23,6 +23,8 @@ PositiveRange = Annotated[tuple[Positive, Positive], Field(strict=False), AfterV
 Probabilities = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
 Numbers = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
 Temperatures = Annotated[list[Positive], Field(min_length=1)]
+Interpolation = Literal["mae", "dino", "dinov2", "dinov2_reg", "timm", "torchvision", "mae_pytorch"]
+"""Whose code interpolates position embeddings to other image sizes; see `mimref.encoders.positions`."""
 
 
 class Section(BaseModel):

@@ -7,7 +7,17 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mimref.config.base import AreaRange, CommandConfig, Decay, Fraction, Hue, PositiveRange, Probabilities, Section
+from mimref.config.base import (
+    AreaRange,
+    CommandConfig,
+    Decay,
+    Fraction,
+    Hue,
+    Interpolation,
+    PositiveRange,
+    Probabilities,
+    Section,
+)
 
 
 class EncoderConfig(Section):
@@ -30,6 +40,8 @@ class EncoderConfig(Section):
     """Attention heads of a `custom` encoder, and of weights of an unusual width: they cannot be inferred."""
     patch_size: int | None = Field(default=None, gt=0)
     """Pixels per patch side of a `custom` encoder."""
+    interpolation: Interpolation | None = None
+    """Whose rule interpolates positions to other image sizes than the weights'. None: that of the weights' format."""
 
     @model_validator(mode="after")
     def _check_custom(self) -> Self:

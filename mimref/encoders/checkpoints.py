@@ -7,7 +7,7 @@ From a file to an encoder: `read_checkpoint` reads and recognises it, `choose_ar
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,21 +18,16 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mimref.config.base import Interpolation
 from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture, native_size, timm_record
 from mimref.encoders.formats import Recognised, Unrecognised, mismatches, recognise
+from mimref.encoders.layouts import INTERPOLATIONS
+from mimref.encoders.positions import RULES, resize_positions
 from mimref.encoders.published import find_published
 from mimref.encoders.reading import first_line, named_tensors, read_file
-from mimref.encoders.vit import (
-    PAPER_SIZES,
-    Architecture,
-    Encoder,
-    are_sincos,
-    build_encoder,
-    is_plain_vit,
-    resize_positions,
-)
-from mimref.errors import CheckpointError, ConfigError
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, are_sincos, build_encoder, is_plain_vit
+from mimref.errors import CheckpointError, ConfigError, did_you_mean
 from mimref.files import write_bytes
 from mimref.progress import LabelledProgress
 
@@ -62,27 +57,65 @@ class Checkpoint:
     """Why a foreign file is not recognised."""
     ignored: list[str] = field(default_factory=list)
     """Notices of what was left out when the file was read."""
+    interpolation: Interpolation | None = None
+    """Asked for, instead of the format's; None: see the architecture."""
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tensors' names and bytes, independent of the file's name. Reads every tensor."""
         return _digest(self.tensors)
 
-    def notices(self, architecture: Architecture | BackboneArchitecture) -> list[str]:
-        """What was ignored, assumed or changed to read the file as this architecture, each with the file's name."""
-        as_backbone = isinstance(architecture, BackboneArchitecture) or architecture.from_timm
-        changed = self.recognised.notices if self.recognised and not as_backbone else []
-        return [f"{self.path}: {notice}" for notice in (*self.ignored, *changed)]
+    def notices(self, architecture: Architecture | BackboneArchitecture, sizes: Sequence[int] = ()) -> list[str]:
+        """What was ignored, assumed or changed to read the file as this architecture, each with the file's name.
+
+        sizes: pixels of the images that the encoder will see.
+        """
+        notices = list(self.ignored)
+        if self.recognised and isinstance(architecture, Architecture) and not architecture.from_timm:
+            notices += self.recognised.notices
+            guessed = self.recognised.guesses_interpolation and self.source is None and self.interpolation is None
+            if guessed and any(self.interpolates(architecture, size) for size in sizes):
+                notices.append(
+                    f"positions are interpolated as {architecture.interpolation} does, which the layout does not show; "
+                    "set encoder.interpolation if that is wrong"
+                )
+        return [f"{self.path}: {notice}" for notice in notices]
+
+    def interpolates(self, architecture: Architecture, size: int) -> bool:
+        """Whether images of `size` pixels need other positions than those in the file."""
+        tensors = (self.recognised or self).tensors
+        positions, registers = tensors.get("pos_embed"), tensors.get("reg_token")
+        if positions is None:
+            return True
+        extra = 0 if registers is None else registers.shape[1]
+        patches = (size // architecture.patch_size) ** 2
+        # With or without rows for CLS and register tokens.
+        return positions.ndim != 3 or positions.shape[1] - patches not in (0, 1, extra, 1 + extra)
 
 
 def read_checkpoint(
-    path: str | Path, *, num_heads: int | None = None, progress: LabelledProgress | None = None
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    interpolation: Interpolation | None = None,
+    progress: LabelledProgress | None = None,
 ) -> Checkpoint:
     """Read a weights file, a run's output folder, published weights or `timm:NAME` by name, or `quickstart`.
 
-    num_heads: attention heads of a foreign file; None infers them from the width. progress: of a download.
-    Raises CheckpointError with one line for a missing or damaged file.
+    num_heads: attention heads of a foreign file; None infers them from the width. interpolation: of positions to other
+    image sizes; None is that of the format or the header. progress: of a download.
+    Raises CheckpointError with one line for a missing or damaged file, ConfigError for an unknown interpolation.
     """
+    if interpolation not in (None, *RULES):
+        raise ConfigError(f"unknown interpolation {interpolation!r}{did_you_mean(str(interpolation), RULES)}")
+    checkpoint = _read(path, num_heads, progress)
+    if interpolation is None:
+        return checkpoint
+    architecture = checkpoint.architecture and replace(checkpoint.architecture, interpolation=interpolation)
+    return replace(checkpoint, architecture=architecture, interpolation=interpolation)
+
+
+def _read(path: str | Path, num_heads: int | None, progress: LabelledProgress | None) -> Checkpoint:
     if isinstance(path, str) and path.startswith(_TIMM):
         return _from_timm(path)
     file, content, header, ignored = read_file(path, progress)
@@ -103,8 +136,12 @@ def read_checkpoint(
     except Unrecognised as reason:
         return replace(checkpoint, problem=str(reason))
     published = None if Path(path).exists() else find_published(str(path))
-    source, licence = (published.source, published.licence) if published else (found.source, licence)
-    return replace(checkpoint, architecture=found.architecture, source=source, licence=licence, recognised=found)
+    architecture, source = found.architecture, found.source
+    if published:
+        source, licence = published.source, published.licence
+        if found.guesses_interpolation:
+            architecture = replace(architecture, interpolation=INTERPOLATIONS.get(source, "mae"))
+    return replace(checkpoint, architecture=architecture, source=source, licence=licence, recognised=found)
 
 
 def _from_timm(path: str) -> Checkpoint:
@@ -155,6 +192,8 @@ def choose_architecture(
     else:
         raise ConfigError(f"--arch {arch}: {checkpoint.path} contains {recorded.name}; omit --arch")
     if isinstance(chosen, Architecture):
+        if checkpoint.interpolation:
+            chosen = replace(chosen, interpolation=checkpoint.interpolation)
         chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "encoder.image_size")
     return chosen
 
@@ -198,7 +237,9 @@ def _fit_positions(encoder: Encoder, positions: Tensor) -> Tensor:
         return positions
     # In float32, so that a file in half precision is rounded only once.
     positions = positions.float()
-    return torch.cat([positions[:, :prefix], resize_positions(positions[:, prefix:], (side, side))], dim=1)
+    interpolation = encoder.architecture.interpolation
+    patches_1ND = resize_positions(positions[:, prefix:], (side, side), interpolation=interpolation)
+    return torch.cat([positions[:, :prefix], patches_1ND], dim=1)
 
 
 def _load(

@@ -9,7 +9,7 @@ Shapes: N patches, D width, R registers.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -24,10 +24,12 @@ from mimref.encoders.layouts import (
     RELATIVES,
     RENAMES,
     WRAPPING,
+    format_interpolation,
     format_name,
 )
+from mimref.encoders.positions import resize_positions
 from mimref.encoders.reading import first_line, named_tensors
-from mimref.encoders.vit import PAPER_SIZES, Architecture, are_sincos, build_encoder, resize_positions
+from mimref.encoders.vit import PAPER_SIZES, Architecture, are_sincos, build_encoder
 from mimref.errors import ConfigError
 
 # Width to attention heads of the published sizes (S, B, L, H, g, G, 2B, ...): weights do not show them.
@@ -55,6 +57,8 @@ class Recognised:
     """From group to the file's names."""
     notices: list[str]
     """What was assumed or changed."""
+    guesses_interpolation: bool
+    """Families that interpolate positions in different ways share the layout."""
 
 
 def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Recognised:
@@ -75,6 +79,7 @@ def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Re
     dropped = _drop(unused, beside)
     tensors = {target: _join([encoder[name] for name in names]) for target, names in parts.items()}
     notices: list[str] = []
+    as_image = "pos_embed" in tensors and tensors["pos_embed"].ndim == 4
     _prepare_positions(tensors, notices)
     architecture = _read_architecture(tensors, {*unused, *beside}, num_heads, notices)
     try:
@@ -84,13 +89,18 @@ def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Re
         raise Unrecognised(f"does not describe an encoder: {error}") from error
     if problems := mismatches(tensors, wanted):
         raise Unrecognised(problems)
+    names = {*encoder, *beside}
+    format_, source = format_name(root, patches, names, architecture)
+    interpolation, guessed = format_interpolation(format_, source, names, architecture, as_image=as_image)
     return Recognised(
-        *format_name(root, patches, {*encoder, *beside}, architecture),
-        architecture,
+        format_,
+        source,
+        replace(architecture, interpolation=interpolation),
         tensors,
         {target: [full_names[root + name] for name in names] for target, names in parts.items()},
         dropped,
         notices,
+        guessed,
     )
 
 

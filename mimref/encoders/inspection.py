@@ -37,6 +37,8 @@ class Inspection:
     dropped: dict[str, list[str]]
     """From group to the names of tensors that no encoder needs."""
     notices: list[str]
+    guesses_interpolation: bool
+    """Families that interpolate positions in different ways share the layout."""
     header: dict[str, Any]
     """Of our own files, without the architecture."""
 
@@ -65,6 +67,7 @@ def inspect_file(path: str | Path) -> Inspection:
         ],
         dropped=recognised.dropped if recognised else {},
         notices=[*checkpoint.ignored, *(recognised.notices if recognised else [])],
+        guesses_interpolation=bool(recognised and recognised.guesses_interpolation and checkpoint.source is None),
         header={key: value for key, value in checkpoint.header.items() if key != "architecture"},
     )
 

@@ -30,7 +30,12 @@ def interpolate(
     started, listener = time.monotonic(), listener or Silent()
     check_folder(out, force)
     base, refined = (
-        read_checkpoint(name, num_heads=config.encoder.num_heads, progress=listener.progress)
+        read_checkpoint(
+            name,
+            num_heads=config.encoder.num_heads,
+            interpolation=config.encoder.interpolation,
+            progress=listener.progress,
+        )
         for name in (config.base, config.refined)
     )
     ends = _plain_encoder(base, listener), _plain_encoder(refined, listener)
@@ -78,8 +83,9 @@ def _plain_encoder(checkpoint: Checkpoint, listener: Listener) -> Encoder:
 
 def _check_alike(config: InterpolateConfig, base: Encoder, refined: Encoder) -> None:
     left, right = asdict(base.architecture), asdict(refined.architecture)
-    # The name and whether positions are trained do not change the function.
-    differing = [name for name in right if name not in ("name", "fixed_positions") and left[name] != right[name]]
+    # The name and whether positions are trained do not change the function; other image sizes do not matter here.
+    alike = ("name", "fixed_positions", "interpolation")
+    differing = [name for name in right if name not in alike and left[name] != right[name]]
     if differing:
         values = ", ".join(f"{name} {left[name]} and {right[name]}" for name in differing)
         raise CheckpointError(f"{config.base} and {config.refined} are encoders of different kinds: {values}")

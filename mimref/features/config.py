@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mimref.config.base import CommandConfig, Section
+from mimref.config.base import CommandConfig, Interpolation, Section
 
 
 class EvaluatedEncoderConfig(Section):
@@ -12,6 +12,8 @@ class EvaluatedEncoderConfig(Section):
 
     num_heads: int | None = Field(default=None, gt=0)
     """Attention heads; None: those of the published model of the same width, else one per 64 channels."""
+    interpolation: Interpolation | None = None
+    """Whose rule interpolates positions to other resolutions than the weights'. None: that of the weights' format."""
 
 
 class CacheConfig(Section):

@@ -57,10 +57,13 @@ class EncoderInputs:
     ) -> None:
         self.config, self.listener, self.need_labels = config, listener, need_labels
         self.name = model_name(checkpoint)
-        self.checkpoint = read_checkpoint(checkpoint, num_heads=config.encoder.num_heads, progress=listener.progress)
+        self.checkpoint = read_checkpoint(
+            checkpoint,
+            num_heads=config.encoder.num_heads,
+            interpolation=config.encoder.interpolation,
+            progress=listener.progress,
+        )
         self.architecture = choose_architecture(self.checkpoint, config.arch, config.source, config.resolution)
-        for notice in self.checkpoint.notices(self.architecture):
-            listener.note(notice)
         header = self.checkpoint.header
         device = resolve_device(config.device)
         self.settings = PassSettings(
@@ -71,6 +74,8 @@ class EncoderInputs:
             config.workers,
             config.data.max_bad,
         )
+        for notice in self.checkpoint.notices(self.architecture, [self.settings.transform.image_size]):
+            listener.note(notice)
         self.data = resolve_data(config.data, header)
         self._folder = None if config.cache.folder == "off" else feature_folder(config.cache.folder)
         self._sources: dict[Split, ImageSource] = {}
@@ -195,12 +200,21 @@ class EncoderInputs:
         return {
             "format": FORMAT,
             "weights": self.checkpoint.fingerprint,
-            "architecture": asdict(self.architecture),
+            "architecture": self._architecture_record(),
             "data": source.fingerprint,
             "images": len(source),
             "transform": self.settings.transform.to_dict(),
             "precision": str(self.settings.precision).removeprefix("torch."),
         }
+
+    def _architecture_record(self) -> dict[str, Any]:
+        architecture = self.architecture
+        if not isinstance(architecture, Architecture):
+            return asdict(architecture)
+        record = architecture.to_dict()
+        if not self.checkpoint.interpolates(architecture, self.settings.transform.image_size):
+            record.pop("interpolation", None)
+        return record
 
 
 Inputs = EncoderInputs | FeatureFiles

@@ -10,6 +10,7 @@ from mimref.data.loader import check_batch_size
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
+from mimref.data.views import multi_crop
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint, with_fixed_positions
 from mimref.encoders.published import official_name
@@ -47,6 +48,14 @@ class Plan:
     def temperature(self) -> list[float]:
         """Of every head."""
         return temperatures(self.config.heads.temperature, len(self.blocks))
+
+    @property
+    def notices(self) -> list[str]:
+        """What was assumed or changed to read the weights, one line each."""
+        size = self.architecture.image_size
+        return self.checkpoint.notices(
+            self.architecture, [size, *(group.size for group in multi_crop(self.config.views, size))]
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -89,7 +98,9 @@ def make_plan(config: RefineConfig, progress: LabelledProgress | None = None) ->
 def _open(config: RefineConfig, progress: LabelledProgress | None) -> Plan:
     """Read the weights that the settings name, and find the training images."""
     weights = config.encoder.weights or official_name(config.encoder.arch, config.encoder.source)
-    checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads, progress=progress)
+    checkpoint = read_checkpoint(
+        weights, num_heads=config.encoder.num_heads, interpolation=config.encoder.interpolation, progress=progress
+    )
     architecture = architecture_to_train(config.encoder, checkpoint)
     data = resolve_data(config.data, checkpoint.header)
     warnings = _warnings(config.encoder, checkpoint)

@@ -62,7 +62,7 @@ def refine(
     with run.locked():
         plan = make_plan(config, run.listener.progress)
         state = run.load_state(plan.source)
-        for notice in plan.checkpoint.notices(plan.architecture):
+        for notice in plan.notices:
             run.listener.note(notice)
         for warning in plan.warnings:
             run.listener.warn(warning)

@@ -85,7 +85,7 @@ def describe(plan: Plan) -> dict[str, str]:
         "images": f"{len(plan.source):,} of {plan.source.name}, {views} views each, batches of {config.batch_size}",
         "steps": f"{plan.heads_steps:,} (heads), then {plan.encoder_steps:,} (encoder and heads)",
         "memory": f"{memory} in float32 for weights, optimizer, average and queue, without activations",
-        "notice": "; ".join(plan.checkpoint.notices(architecture)),
+        "notice": "; ".join(plan.notices),
         "warning": "; ".join(plan.warnings),
     }
     return {label: text for label, text in facts.items() if text}

@@ -109,6 +109,8 @@ def print_inspection(inspection: "Inspection") -> None:
 
 
 def _facts(inspection: "Inspection") -> dict[str, str]:
+    from mimref.encoders.positions import RULES
+
     architecture = inspection.architecture
     features = {
         "post-norm" if architecture.post_norm else "pre-norm": True,
@@ -128,6 +130,8 @@ def _facts(inspection: "Inspection") -> dict[str, str]:
         f"{architecture.num_heads} heads, patches of {architecture.patch_size} pixels, "
         f"images of {architecture.image_size}",
         "features": ", ".join(name for name, present in features.items() if present),
+        "interpolation": f"{architecture.interpolation} ({RULES[architecture.interpolation]})"
+        f"{', a guess' if inspection.guesses_interpolation else ''}",
         "parameters": f"{inspection.parameters:,}",
         **{key: value for key, value in inspection.header.items() if isinstance(value, str)},
         **{
