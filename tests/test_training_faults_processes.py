@@ -1,5 +1,6 @@
 """What a run survives: signals, kills and loader processes that die; and the memory of a long run."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import get_worker_info
 
 from mimref import locks as lock
 from mimref.cli import run
@@ -105,7 +105,7 @@ def test_a_dead_loader_process_is_reported_with_its_image(
 
     def deadly(self: FileSource, index: int, reduce: Any) -> Decoded:
         nonlocal reads
-        if get_worker_info() is not None:
+        if multiprocessing.parent_process() is not None:
             reads += self.files[index] == "b/003.png"
             if reads == 2:  # in the second epoch
                 os.kill(os.getpid(), number)
@@ -129,7 +129,7 @@ def test_a_dead_loader_process_of_the_check_after_an_epoch(
 
     def deadly(self: FileSource, index: int) -> torch.Tensor:
         # After the check at the start of stage 2.
-        if get_worker_info() is not None and "knn_top1" in (tmp_path / "metrics.jsonl").read_text():
+        if multiprocessing.parent_process() is not None and "knn_top1" in (tmp_path / "metrics.jsonl").read_text():
             os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(10)
         return read(self, index)
