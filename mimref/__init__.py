@@ -21,7 +21,7 @@ _PUBLIC = {
     "load_config": "mimref.config.load",
     "lowshot": "mimref.evaluation.lowshot.protocol",
     "pretrain": "mimref.pretraining.run",
-    "probe_cached": "mimref.evaluation.probe.grid",
+    "probe_cached": "mimref.evaluation.probe.cached",
     "refine": "mimref.refinement.run",
 }
 

@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,44 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_S = 120
+# Importing these takes seconds: one process does it, and every other is a fork of it.
+PRELOADED = ["tests.preloaded"]
+
+
+def fork_server() -> ForkServerContext:
+    """Start processes with it, and they have imported the package."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def start_processes(function: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[ForkServerProcess]:
+    """New processes that have imported the package, one that calls `function(*args)` for each of `arguments`.
+
+    Nothing else of this process is in them but its environment. `function` must be importable by its name.
+    """
+    context = fork_server()
+    environment = dict(os.environ)
+    processes = [context.Process(target=_call, args=(environment, function, args)) for args in arguments]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _call(environment: dict[str, str], function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    # A fork has the environment that the first one was started with.
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    # torchrun's processes start their loaders as any process does; those of one by a fork server would go there too.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    function(*args)
 
 
 def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any) -> list[Any]:
     """What `function(*args)` returns on each of `world` ranks of a gloo group; it must be importable by its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, world, str(folder), function, args)) for rank in range(world)]
-    for process in ranks:
-        process.start()
+    ranks = start_processes(_rank, [(rank, world, str(folder), function, args) for rank in range(world)])
     deadline = time.monotonic() + TIMEOUT_S
     for process in ranks:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -35,9 +65,6 @@ def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any
 
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    # torchrun's processes start their loaders as any process does; those of a spawned one would be spawned.
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.environ["TEST_RANK"] = str(rank)
     dist.init_process_group(
         "gloo",

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mimref.errors import ConfigError
-from mimref.evaluation.cluster.classes import choose_classes, subset
-from mimref.features.matrix import SideBySide
+from mimref.evaluation.cluster.classes import choose_classes
+from mimref.evaluation.cluster.config import ClusterConfig
+from mimref.evaluation.cluster.protocol import cluster, evaluate_cluster
 
 NAMES = ["apple", "Bread", "bread", "Cake", "7", "empty"]
 LABELS = np.array([0, 1, 2, 3, 4, 0, 3])
@@ -76,10 +77,14 @@ def test_refuses_classes_that_are_not_there(asked: str, message: str) -> None:
     assert str(caught.value).startswith("--classes")
 
 
-def test_subset_keeps_rows_in_order() -> None:
-    x = np.arange(14, dtype=np.float16).reshape(7, 2)
-    for matrix in (x, SideBySide([x[:, :1], x[:, 1:]])):
-        rows, labels = subset(matrix, LABELS, np.array([0, 3]))
-        assert rows.dtype == np.float16
-        assert rows.tolist() == x[[0, 3, 5, 6]].tolist()
-        assert labels.tolist() == [0, 3, 0, 3]
+def test_rows_of_the_chosen_classes_alone(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 2, 5)).astype(np.float16), rng.permutation(np.arange(60) % 4)
+    np.savez(tmp_path / "x.npz", x=x, y=y)
+    files = (str(tmp_path / "x.npz"), str(tmp_path / "x.npz"))
+    config = ClusterConfig(features=files, blocks="2", classes="3,0", metrics=["acc", "sil"], runs=3)
+    result, _ = evaluate_cluster(config)
+    kept = (y == 0) | (y == 3)
+    expected = cluster(x[kept, 1], y[kept], metrics=["acc", "sil"], runs=3)
+    assert [row["value"] for row in result.rows] == [row["value"] for row in expected]
+    assert {row["classes"] for row in result.rows} == {2}

@@ -1,18 +1,21 @@
 """k-means clustering against scikit-learn used directly, and the same results in one process or several."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.backend.context import set_start_method
 from numpy.typing import NDArray
 from sklearn import metrics as reference
 from sklearn.cluster import MiniBatchKMeans
 
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.cluster import protocol as module
-from mimref.evaluation.cluster.protocol import cluster, kmeans_run
-from mimref.evaluation.metrics import cluster_accuracy
+from mimref.evaluation.cluster.protocol import cluster, cluster_accuracy, kmeans_run
 from mimref.features.matrix import SideBySide
+from tests.ranks import fork_server
 
 ALL = ("acc", "nmi", "ami", "ari", "sil", "dbs")
 
@@ -53,6 +56,17 @@ def test_scores_are_those_of_the_run_with_least_inertia() -> None:
     assert rows["davies_bouldin"]["value"] == pytest.approx(reference.davies_bouldin_score(points, y))
 
 
+@pytest.fixture
+def forked_processes() -> Iterator[None]:
+    """joblib's processes are forks of one that has imported the package, which takes seconds."""
+    fork_server()
+    set_start_method("forkserver", force=True)
+    yield
+    get_reusable_executor().shutdown(wait=True)
+    set_start_method("loky", force=True)
+
+
+@pytest.mark.usefixtures("forked_processes")
 def test_processes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = blobs()
     serial = cluster(x, y, metrics=ALL, runs=6)

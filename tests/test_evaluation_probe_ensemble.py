@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from mimref.errors import DataError
-from mimref.evaluation.probe.config import LEARNING_RATES
-from mimref.evaluation.probe.ensemble import Batch, Norm, ProbeEnsemble, Schedule, score
-from mimref.evaluation.probe.training import ProbeJob
+from mimref.evaluation.probe.config import LEARNING_RATES, ProbeTrainingConfig
+from mimref.evaluation.probe.ensemble import Batch, Norm, ProbeEnsemble, schedule, score
+from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput
 
 NORMS: tuple[Norm, ...] = ("none", "batch")
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -37,7 +37,8 @@ def test_equals_52_modules_trained_alone(norm: Norm) -> None:
     ]
     ensemble = ProbeEnsemble(widths, classes, lrs, norm=norm, dtype=torch.float64)
     start = [weight.clone().view(13, classes, -1) for weight in ensemble.weights]
-    ProbeJob(ensemble, Schedule(total, norm), 10).run(lambda first: iter(batches[first:]))
+    for update, (inputs, labels) in enumerate(batches):
+        ensemble.step(inputs, labels, *schedule(update, total, norm))
     assert len(ensemble) == 52 and sum(weight.shape[0] for weight in ensemble.weights) == 52 * classes
     found = ensemble.logits(batches[0][0])
     for i, width in enumerate(widths):
@@ -59,8 +60,8 @@ def test_equals_52_modules_trained_alone(norm: Norm) -> None:
             torch.testing.assert_close(found[13 * i + r].T, expected, **EXACT)
             if isinstance(bn, nn.BatchNorm1d):
                 state = ensemble.state_dict()
-                torch.testing.assert_close(state[f"mean.{i}"], bn.running_mean, **EXACT)
-                torch.testing.assert_close(state[f"variance.{i}"], bn.running_var, **EXACT)
+                torch.testing.assert_close(state[f"norms.{i}.running_mean"], bn.running_mean, **EXACT)
+                torch.testing.assert_close(state[f"norms.{i}.running_var"], bn.running_var, **EXACT)
 
 
 def test_schedules() -> None:
@@ -69,11 +70,11 @@ def test_schedules() -> None:
     # DINOv2's own scheduler.
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50, eta_min=0)
     for update in range(50):
-        scale, offset = Schedule(50, "none")(update)
+        scale, offset = schedule(update, 50, "none")
         assert offset == 0 and 0.3 * scale == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         scheduler.step()
-    rates = [0.3 * scale + offset for scale, offset in map(Schedule(50, "batch"), range(51))]
+    rates = [0.3 * scale + offset for scale, offset in (schedule(update, 50, "batch") for update in range(51))]
     assert rates[:6] == pytest.approx([0.3 * share / 6 for share in range(1, 7)])
     assert rates[5] == max(rates) and rates[50] == pytest.approx(1e-6)
 
@@ -93,11 +94,13 @@ def test_small_batches_change_nothing() -> None:
     batches: list[Batch] = [
         ([torch.ones(count, 4)] if count else [], torch.zeros(count, dtype=torch.int64)) for count in (0, 1, 1)
     ]
-    ensemble = ProbeEnsemble([4], 2, (0.1,), norm="batch")
-    start = ensemble.weights[0].clone()
+    settings = ProbeTrainingConfig(lr=[0.1], epochs=1, batch_size=2, norm="batch")
+    y = np.arange(6) % 2
+    grid = ProbeGrid(settings, 0, y, {ProbeInput("last", "cls"): np.ones((6, 4))}, y, torch.device("cpu"))
+    start = grid.ensemble.weights[0].clone()
     told: list[tuple[int, int]] = []
-    ProbeJob(ensemble, Schedule(3, "batch"), 3).run(lambda first: iter(batches), lambda *at: told.append(at))
-    assert torch.equal(ensemble.weights[0], start) and told == [(1, 3), (2, 3), (3, 3)]
+    grid.train(lambda first: iter(batches), str, lambda *at: told.append(at))
+    assert torch.equal(grid.ensemble.weights[0], start) and told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_a_diverged_classifier_leaves_the_others_alone() -> None:
@@ -118,7 +121,7 @@ def test_a_diverged_classifier_leaves_the_others_alone() -> None:
 
 def test_states_that_do_not_fit() -> None:
     ensemble = ProbeEnsemble([4], 2, (0.1,))
-    with pytest.raises(ValueError, match="other inputs"):
+    with pytest.raises(RuntimeError, match="size mismatch"):
         ensemble.load_state_dict(ProbeEnsemble([5], 2, (0.1,)).state_dict())
 
 

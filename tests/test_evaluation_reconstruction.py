@@ -22,9 +22,11 @@ from mimref.encoders.masking import draw_mask, normalize_patches, patchify
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.blocks.config import ReconstructionConfig
-from mimref.evaluation.blocks.reconstruction import Reconstruction, reconstruct_blocks
+from mimref.evaluation.blocks.reconstruction import DecodersJob, Reconstruction, reconstruct_blocks
 from mimref.features.encode import PassSettings
+from mimref.progress import Silent
 from mimref.results import Row
+from mimref.training.job import train
 from tests.tiny import write_images, write_unlabelled
 
 CPU = torch.device("cpu")
@@ -80,19 +82,19 @@ def test_trained_together_equals_trained_alone(reference: Reconstruction) -> Non
     found = losses(together.rows)
     assert list(found) == [1, 2, 3] and len(set(found.values())) == 3
     for block in (1, 3):
-        alone = run(encoder, blocks=[block])
-        assert losses(alone.rows) == {block: pytest.approx(found[block], rel=1e-6)}
+        alone = DecodersJob(encoder.eval(), READING, SETTINGS, [block], 0, len(TRAIN))
+        train(alone, alone.batches(TRAIN), Silent())
+        assert alone.evaluate(VAL, lambda done: None) == [pytest.approx(found[block], rel=1e-6)]
         for left, right in zip(alone.decoders[0].parameters(), together.decoders[block - 1].parameters(), strict=True):
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
 
 
-def test_encoder_is_left_as_it_was() -> None:
-    encoder = build().train()
+def test_encoder_does_not_change() -> None:
+    encoder = build()
     trained = [parameter.requires_grad for parameter in encoder.parameters()]
     before = digest(encoder)
     run(encoder)
     assert digest(encoder) == before
-    assert encoder.training
     assert [parameter.requires_grad for parameter in encoder.parameters()] == trained
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
@@ -219,17 +221,17 @@ def sources(folder: Path) -> tuple[ImageSource, ImageSource]:
 def test_unreadable_images(tmp_path: Path) -> None:
     folder = write_images(tmp_path, per_class=20, classes=("",))
     (tmp_path / "004.png").write_bytes(b"no image")
-    train, val = sources(folder)
-    found = reconstruct_blocks(build(), train, val, READING, SETTINGS)
+    images, val = sources(folder)
+    found = reconstruct_blocks(build(), images, val, READING, SETTINGS)
     assert [Path(path).name for path, _ in found.bad] == ["004.png"]
     with pytest.raises(DataError, match=r"1 image could not be read, more than data\.max_bad=0: .*004\.png"):
-        reconstruct_blocks(build(), train, val, replace(READING, max_bad=0), SETTINGS)
+        reconstruct_blocks(build(), images, val, replace(READING, max_bad=0), SETTINGS)
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
-    train, val = sources(write_unlabelled(tmp_path))
+    images, val = sources(write_unlabelled(tmp_path))
     alone, helped = (
-        reconstruct_blocks(build(), train, val, replace(READING, workers=workers), SETTINGS).rows for workers in (0, 2)
+        reconstruct_blocks(build(), images, val, replace(READING, workers=workers), SETTINGS).rows for workers in (0, 2)
     )
     assert alone == helped
 
@@ -244,8 +246,6 @@ def test_a_batch_holds_no_more_than_all_images() -> None:
 
 def test_settings_that_do_not_fit() -> None:
     encoder = build()
-    with pytest.raises(ConfigError, match="block 4 does not exist"):
-        run(encoder, blocks=[4])
     with pytest.raises(ConfigError, match="the image size 18 is not divisible by the patch size 4"):
         reconstruct_blocks(encoder, TRAIN, VAL, replace(READING, transform=EvalTransform(18)), SETTINGS)
     with pytest.raises(ConfigError, match="images of 4 pixels are a single patch"):

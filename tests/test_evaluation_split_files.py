@@ -57,7 +57,7 @@ def test_one_pass_over_the_names_serves_all_files(tmp_path: Path) -> None:
         ("n01440764/same.JPEG", "names 2 training images"),
         (
             "n01440764_10026.JPEG\n\nn01440764/n01440764_10026.JPEG",
-            r"line 3: 'n01440764/n01440764_10026.JPEG' is listed before, in line 1",
+            r"line 3: 'n01440764/n01440764_10026.JPEG' is already listed in line 1",
         ),
         (" \n\n", "lists no images"),
         ("", "lists no images"),

@@ -11,7 +11,7 @@ def test_the_constraints_are_the_minima_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     minima = {}
     for requirement in project["dependencies"] + project["optional-dependencies"]["test"]:
-        name, minimum = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", requirement).groups()
+        name, minimum = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)(?:;.*)?", requirement).groups()
         minima[name] = minimum
     lines = (ROOT / "tests/lowest-versions.txt").read_text("utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))

@@ -1,6 +1,7 @@
 """What stages hand on, which images a run leaves out, and how it stops when training breaks."""
 
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,17 @@ def test_an_evaluation_that_fails_does_not_lose_the_training(weights: Path, data
     result = refine(config, tmp_path, listener=watcher)
     assert result.rows == [] and tensors(tmp_path)
     assert any(warning.startswith("no results table: ") for warning in watcher.warnings)
+
+
+def test_without_cyanure_only_the_low_shot_results_are_missing(
+    weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cyanure.estimators", None)
+    watcher = Watcher()
+    result = refine(refine_config(weights, data, **EVALUATED), tmp_path, listener=watcher)
+    metrics = {str(row["metric"]) for row in result.rows}
+    assert {"knn_top1", "cluster_acc"} <= metrics and "lowshot_top1" not in metrics
+    assert any("low-shot" in warning and "cyanure" in warning for warning in watcher.warnings)
 
 
 # --- sizes

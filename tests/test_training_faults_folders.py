@@ -54,7 +54,8 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     assert process.stdout and process.stdout.readline() == "held\n"
     yield process
     process.kill()
-    process.communicate()
+    process.stdout.close()  # its child may hold the other end for another second or two
+    process.wait()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -19,7 +19,7 @@ from mimref.data.decode import Decoded
 from mimref.data.sources import FileSource
 from mimref.errors import Interrupted
 from mimref.refinement.run import refine
-from tests.faults import TinyRun, error_line, make_tiny_run, states
+from tests.faults import TinyRun, error_line, make_tiny_run, notice_deaths_soon, states
 from tests.kill_many import Killer, differences, run_killed
 from tests.tiny import Watcher, assert_same_run, refine_config, saved_step, signal_at
 
@@ -32,17 +32,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
+    notice_deaths_soon(monkeypatch)
 
 
 # --- a second signal
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("how", ["before", "within", "as an error of its own", "after"])
+@pytest.mark.parametrize(
+    ("how", "number", "code"),
+    [
+        ("before", signal.SIGINT, 130),
+        ("before", signal.SIGTERM, 143),
+        ("within", signal.SIGTERM, 143),
+        ("as an error of its own", signal.SIGINT, 130),
+        ("after", signal.SIGTERM, 143),
+    ],
+)
 def test_a_second_signal_while_saving_stops_at_once(
+    how: str,
     number: int,
     code: int,
-    how: str,
     tiny: TinyRun,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

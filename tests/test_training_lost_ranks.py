@@ -1,6 +1,5 @@
 """What a distributed run does when one of its processes dies or hangs."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from mimref.distributed.collectives import barrier
 from mimref.distributed.group import lost_ranks_reported
 from mimref.errors import LostRankError
+from tests.ranks import start_processes
 from tests.tiny import REFINE, arguments, results, tensors, write_labelled, write_weights
 
 
@@ -46,13 +46,8 @@ def wait_for_the_other(rank: int, folder: str, other: Callable[[], None], timeou
 
 @pytest.mark.parametrize(("other", "told"), [(die, "has died"), (hang, "has not answered for ")])
 def test_the_others_stop_with_a_clear_line(other: Callable[[], None], told: str, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=wait_for_the_other, args=(rank, str(tmp_path), other, 5.0 if other is hang else 60.0))
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
+    timeout_s = 5.0 if other is hang else 60.0
+    ranks = start_processes(wait_for_the_other, [(rank, str(tmp_path), other, timeout_s) for rank in range(2)])
     ranks[0].join(60)
     alive = ranks[0].is_alive()
     for process in ranks:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from mimref.config.run import EncoderConfig
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, check_blocks, is_plain_vit, norm_flags, pool_tokens
+from mimref.encoders.vit import (
+    PAPER_SIZES,
+    Architecture,
+    Encoder,
+    RatesOnCpu,
+    check_blocks,
+    is_plain_vit,
+    norm_flags,
+    pool_tokens,
+)
 from mimref.errors import ConfigError
 
 
@@ -118,7 +127,7 @@ def timm_record(name: str) -> Any:
 
 def _token_shapes(name: str, size: int) -> list[tuple[int, int, int]]:
     """Number of prefix tokens, rows of the feature map, and width of every block."""
-    with torch.device("meta"):
+    with torch.device("meta"), RatesOnCpu():
         model: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
     if not hasattr(model, "forward_intermediates"):
         raise ConfigError(f"{name} cannot be evaluated: timm provides no intermediate features for it")
@@ -127,6 +136,8 @@ def _token_shapes(name: str, size: int) -> list[tuple[int, int, int]]:
     except Exception as error:  # models fail in their own ways on images they were not made for
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{name} cannot take images of {size} pixels ({reason}); try --resolution") from error
+    if not found[-1][0].numel():  # torch 2.6 lets a convolution return nothing
+        raise ConfigError(f"{name} cannot take images of {size} pixels (no token is left); try --resolution")
     return [(0 if prefix is None else prefix.shape[1], image.shape[2], image.shape[1]) for image, prefix in found]
 
 

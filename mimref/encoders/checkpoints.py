@@ -60,6 +60,8 @@ class Checkpoint:
     """A foreign file as a plain vision transformer."""
     problem: str = ""
     """Why a foreign file is not recognised."""
+    ignored: list[str] = field(default_factory=list)
+    """Notices of what was left out when the file was read."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -67,10 +69,10 @@ class Checkpoint:
         return _digest(self.tensors)
 
     def notices(self, architecture: Architecture | BackboneArchitecture) -> list[str]:
-        """What was assumed or changed to read the file as this architecture, one line each with the file's name."""
-        if not self.recognised or isinstance(architecture, BackboneArchitecture) or architecture.from_timm:
-            return []
-        return [f"{self.path}: {notice}" for notice in self.recognised.notices]
+        """What was ignored, assumed or changed to read the file as this architecture, each with the file's name."""
+        as_backbone = isinstance(architecture, BackboneArchitecture) or architecture.from_timm
+        changed = self.recognised.notices if self.recognised and not as_backbone else []
+        return [f"{self.path}: {notice}" for notice in (*self.ignored, *changed)]
 
 
 def read_checkpoint(
@@ -83,13 +85,14 @@ def read_checkpoint(
     """
     if isinstance(path, str) and path.startswith(_TIMM):
         return _from_timm(path)
-    file, content, header = read_file(path, progress)
+    file, content, header, ignored = read_file(path, progress)
     weights = content
     for wrapper in ("model", "state_dict"):
         if isinstance(weights.get(wrapper), Mapping):
             weights = weights[wrapper]
     source, licence = (value if isinstance(value := header.get(key), str) else None for key in ("source", "licence"))
-    checkpoint = Checkpoint(file, dict(named_tensors(weights)), header, source=source, licence=licence)
+    tensors = dict(named_tensors(weights))
+    checkpoint = Checkpoint(file, tensors, header, source=source, licence=licence, ignored=ignored)
     if "architecture" in header:
         try:
             return replace(checkpoint, architecture=Architecture.from_dict(header["architecture"]))

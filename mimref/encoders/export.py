@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mimref.encoders.backbones import native_size
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
-from mimref.encoders.vit import Architecture, Encoder, build_encoder, timm_options
+from mimref.encoders.vit import Architecture, Encoder, RatesOnCpu, build_encoder, timm_options
 from mimref.errors import ConfigError, OutputError
 from mimref.files import atomic_path, check_new_file
 from mimref.progress import Listener, Silent
@@ -196,8 +196,10 @@ def _timm_name(encoder: Encoder) -> str | None:
     endings = (digits, f"gap_{digits}", "dinov2", "reg4_dinov2")
     names = timm.list_models([f"{start}_{ending}" for ending in endings], module="vision_transformer")
     wanted = {key: tensor.shape for key, tensor in encoder.vit.state_dict().items()}
-    for name in sorted(names, key=lambda known: native_size(known) != size):
-        with torch.device("meta"):
+    # timm 1.0.15 records nothing, not even an image size, about some of its models.
+    recorded = [name for name in names if timm.get_pretrained_cfg(name)]
+    for name in sorted(recorded, key=lambda known: native_size(known) != size):
+        with torch.device("meta"), RatesOnCpu():
             vit = timm.create_model(name, num_classes=0, img_size=size, weight_init="skip")
         if type(vit) is not VisionTransformer or type(first := vit.blocks[0]) is not Block:
             continue

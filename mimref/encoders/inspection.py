@@ -64,7 +64,7 @@ def inspect_file(path: str | Path) -> Inspection:
             for name in sorted(tensors, key=_model_order)
         ],
         dropped=recognised.dropped if recognised else {},
-        notices=recognised.notices if recognised else [],
+        notices=[*checkpoint.ignored, *(recognised.notices if recognised else [])],
         header={key: value for key, value in checkpoint.header.items() if key != "architecture"},
     )
 

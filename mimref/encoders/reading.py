@@ -3,40 +3,27 @@
 The format comes from the content; file names are ignored.
 """
 
-import argparse
-import collections
 import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mimref.encoders.contents import Content
 from mimref.encoders.published import ADDRESSES, fetch, find_published
+from mimref.encoders.torch_files import read_torch_file
 from mimref.errors import CheckpointError, did_you_mean
 from mimref.progress import LabelledProgress
 
-# Settings and numbers that public checkpoints hold beside tensors; their constructors only store values.
-_HARMLESS: list[Any] = [
-    *(argparse.Namespace, collections.defaultdict, np.dtype, np.ndarray),
-    *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"),
-    # What numpy pickles scalars and arrays with, under the names of numpy 1 and 2.
-    *((np.float64(0).__reduce__()[0], f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
-    *((np.empty(0).__reduce__()[0], f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
-]
 
-Content = Mapping[Any, Any]
-"""Nested mappings with tensors at the leaves, mapped into memory where the format allows it."""
-
-
-def read_file(path: str | Path, progress: LabelledProgress | None = None) -> tuple[Path, Content, dict[str, Any]]:
-    """The file's own path, its content, and the JSON header of our own files (else empty).
+def read_file(
+    path: str | Path, progress: LabelledProgress | None = None
+) -> tuple[Path, Content, dict[str, Any], list[str]]:
+    """The file's own path, its content, the JSON header of our own files (else empty), and notices of what was ignored.
 
     path: a file, the output folder of a run, the name of published weights, or `quickstart` for the packaged encoder.
     progress: receives the progress of a download.
@@ -50,14 +37,16 @@ def read_file(path: str | Path, progress: LabelledProgress | None = None) -> tup
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if not start:
         raise CheckpointError(f"{file}: the file is empty")
+    ignored = ""
     # A safetensors file starts with 8 bytes, the length of its JSON header, and the header's brace.
     if start[8:] == b"{":
         content, header = _read_safetensors(file)
     else:
-        content, header = _read_pickle(file, zipped=start[:2] == b"PK"), {}
+        (content, ignored), header = _read_pickle(file), {}
     if next(named_tensors(content), None) is None:
-        raise CheckpointError(f"{file}: contains no named tensors")
-    return file, content, header
+        only = f", only {ignored}, whose code is not run; load it with its library and save its state_dict"
+        raise CheckpointError(f"{file}: contains no named tensors{only if ignored else ''}")
+    return file, content, header, [f"ignored {ignored}"] if ignored else []
 
 
 def named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -113,23 +102,11 @@ def _read_safetensors(file: Path) -> tuple[Content, dict[str, Any]]:
     return tensors, header
 
 
-def _read_pickle(file: Path, *, zipped: bool) -> Content:
-    """A file of `torch.save`; only the zip format, the default since torch 1.6, can be mapped into memory."""
+def _read_pickle(file: Path) -> tuple[Content, str]:
+    """Content of a file of torch, and of which classes objects are left out, for display."""
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
-            warnings.simplefilter("ignore")  # about old pickles; users cannot change them
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        content, names = read_torch_file(file)
     except Exception as error:  # damaged pickles fail in every possible way
-        raise CheckpointError(f"{file}: {_why_unreadable(error)}") from error
-    return content if isinstance(content, Mapping) else {}
-
-
-def _why_unreadable(error: Exception) -> str:
-    # torch's own message advises to turn the check off.
-    if refused := re.search(r"GLOBAL (\S+)", str(error)):
-        return (
-            f"refused, because it contains {refused[1]}, which could run code; "
-            "if you trust it, load it with torch and save its state_dict as safetensors"
-        )
-    detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
-    return f"not a checkpoint, or a damaged one ({detail[1] if detail else first_line(error)})"
+        raise CheckpointError(f"{file}: not a checkpoint, or a damaged one ({first_line(error)[:200]})") from error
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return content, f"objects of {', '.join(names[:3])}{more}" if names else ""

@@ -8,6 +8,7 @@ Shapes: B images, L tokens, D width, N patches.
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import ContextDecorator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Self, cast
@@ -19,6 +20,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from mimref.config.run import EncoderConfig
@@ -264,6 +266,23 @@ def are_sincos(positions: Tensor, *, num_prefix: int) -> bool:
     return torch.allclose(positions.float(), sincos_positions(width, side, num_prefix=num_prefix), rtol=0, atol=2e-3)
 
 
+class RatesOnCpu(TorchFunctionMode, ContextDecorator):
+    """Lets timm before 1.0.22 build models on the meta device.
+
+    Its constructors read the rates of stochastic depth from a linspace, and values of meta tensors cannot be read.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Where timm names a device, the linspace becomes part of a tensor on it.
+        if func is torch.linspace and "device" not in kwargs:
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+@RatesOnCpu()
 def build_encoder(architecture: Architecture) -> Encoder:
     """An encoder with random weights, on the current default device. Raises ConfigError for sizes that do not fit."""
     architecture.check_size(architecture.image_size, "encoder.image_size")
@@ -328,11 +347,12 @@ def is_plain_vit(name: str) -> bool:
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
     if tag and tag not in tags:
         raise ConfigError(f"unknown architecture {name!r}: timm's weights of {model} are {', '.join(tags) or 'none'}")
-    with torch.device("meta"):
+    with torch.device("meta"), RatesOnCpu():
         vit = timm.create_model(name, pretrained=False, num_classes=0)
     return type(vit) is VisionTransformer and isinstance(vit.patch_embed, PatchEmbed)
 
 
+@RatesOnCpu()
 def _timm_vit(name: str, image_size: int) -> VisionTransformer:
     if not is_plain_vit(name):
         raise ConfigError(

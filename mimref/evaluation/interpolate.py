@@ -2,7 +2,7 @@
 
 import time
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -34,20 +34,22 @@ def interpolate(
         for name in (config.base, config.refined)
     )
     ends = _plain_encoder(base, listener), _plain_encoder(refined, listener)
-    _check_alike(base, refined, *ends)
+    _check_alike(config, *ends)
+    facts = {key: value for key, value in refined.header.items() if key not in ("architecture", "metrics")}
+    # Nobody needs the features of an average again.
+    common = {name: getattr(config, name) for name in CommandConfig.model_fields} | {"cache": CacheConfig(folder="off")}
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
-    for done, alpha in enumerate(config.alpha):
+    for done, alpha in enumerate(config.alpha, 1):
         file = out / f"alpha-{alpha:g}.safetensors"
         origin = {"base": str(base.path), "refined": str(refined.path), "alpha": alpha}
-        facts = {key: value for key, value in refined.header.items() if key not in ("architecture", "metrics")}
         save_encoder(file, average(*ends, alpha), {**facts, "interpolated": origin})
         if config.data.spec is not None:
-            found = evaluate_knn(_knn_config(config, file), listener=listener)
+            found = evaluate_knn(KnnConfig(**common, checkpoint=str(file)), listener=listener)
             bad = found.bad_images  # the same for every average
             # alpha replaces the model's name.
             rows += [{"alpha": alpha, **{key: row[key] for key in row if key != "model"}} for row in found.rows]
-        listener.progress("averages", done + 1, len(config.alpha))
+        listener.progress("averages", done, len(config.alpha))
     elapsed_s = time.monotonic() - started
     write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows, bad_images=bad)
     return EvaluationResult(rows, elapsed_s, bad)
@@ -74,17 +76,10 @@ def _plain_encoder(checkpoint: Checkpoint, listener: Listener) -> Encoder:
     return encoder
 
 
-def _check_alike(base: Checkpoint, refined: Checkpoint, base_encoder: Encoder, refined_encoder: Encoder) -> None:
-    left, right = base_encoder.architecture, refined_encoder.architecture
+def _check_alike(config: InterpolateConfig, base: Encoder, refined: Encoder) -> None:
+    left, right = asdict(base.architecture), asdict(refined.architecture)
     # The name and whether positions are trained do not change the function.
-    same = replace(left, name=right.name, fixed_positions=right.fixed_positions)
-    differing = [field.name for field in fields(right) if getattr(same, field.name) != getattr(right, field.name)]
+    differing = [name for name in right if name not in ("name", "fixed_positions") and left[name] != right[name]]
     if differing:
-        values = ", ".join(f"{name} {getattr(left, name)} and {getattr(right, name)}" for name in differing)
-        raise CheckpointError(f"{base.path} and {refined.path} are encoders of different kinds: {values}")
-
-
-def _knn_config(config: InterpolateConfig, file: Path) -> KnnConfig:
-    common = {name: getattr(config, name) for name in CommandConfig.model_fields}
-    # Nobody needs the features of an average again.
-    return KnnConfig(**common, checkpoint=str(file), cache=CacheConfig(folder="off"))
+        values = ", ".join(f"{name} {left[name]} and {right[name]}" for name in differing)
+        raise CheckpointError(f"{config.base} and {config.refined} are encoders of different kinds: {values}")

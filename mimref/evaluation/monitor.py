@@ -28,38 +28,29 @@ def _subset(source: ImageSource, most: int) -> Subset:
     return Subset(source, first_images(len(source), source.labels, limit=min(most, len(source))))
 
 
-def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], None] | None) -> ImageSource | None:
-    """The validation images if they can be used for k-NN, else None, with a note that says why.
+def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], None]) -> ImageSource | None:
+    """The validation images if they can be used for k-NN, else None, with a note of the reason.
 
-    Images without labels or without splits need no note.
+    Images without labels or without splits need no note. In a process group, whose ranks share the search, all must see
+    the same number of images.
     """
-    if train.labels is None:
-        return None
-    try:
-        val = open_source(config.data, "val")
-    except NoSplitError:
-        return None
-    except DataError as error:
-        problem = str(error)
-    else:
-        if val.labels is not None:
-            return val
+    val, problem = None, ""
+    if train.labels is not None:
+        try:
+            val = open_source(config.data, "val")
+        except NoSplitError:
+            pass
+        except DataError as error:
+            problem = str(error)
+    if val is not None and val.labels is None:
         # Without splits, the validation images are the training images.
-        if val.path(0) == train.path(0):
-            return None
-        problem = "the validation images have no labels"
-    if note is not None:
-        note(f"no k-NN on the validation images: {problem}")
-    return None
-
-
-def _agreed(val: ImageSource | None, note: Callable[[str], None] | None) -> ImageSource | None:
-    """The validation images if all ranks, which share the search, see the same number; else None on all ranks."""
+        problem = "" if val.path(0) == train.path(0) else "the validation images have no labels"
+        val = None
     counts = set(gather_lists([0 if val is None else len(val)]))
     if len(counts) > 1:
-        if note is not None:
-            note(f"no k-NN on the validation images: processes see {sorted(counts)} of them")
-        return None
+        val, problem = None, problem or f"processes see {sorted(counts)} of them"
+    if problem:
+        note(f"no k-NN on the validation images: {problem}")
     return val
 
 
@@ -78,12 +69,12 @@ class KnnMonitor:
         device: torch.device,
         precision: torch.dtype,
         *,
-        note: Callable[[str], None] | None = None,
+        note: Callable[[str], None],
     ) -> None:
         self.settings = PassSettings(transform, device, precision, workers=config.workers, max_bad=config.data.max_bad)
         self.k = config.evaluate.knn_k
         self.train = _subset(train, config.monitor.knn_samples)
-        val = _agreed(_validation(config, train, note), note)
+        val = _validation(config, train, note)
         self.test = None if val is None else _subset(val, -(-config.monitor.knn_samples // 4))
 
     def check(self, encoder: Encoder) -> dict[str, float]:
@@ -112,20 +103,19 @@ class KnnMonitor:
 
         Validation images of classes that the training subset lacks (rare ones of many) are left out.
         """
-        if train_y is None or test_y is None:
-            raise DataError("labels are needed for k-NN")
+        assert train_y is not None and test_y is not None  # `features` gives test features only with labels
         known = np.flatnonzero(np.isin(test_y, train_y))
         if not len(known) or len(np.unique(train_y)) < 2:
             return math.nan
         return knn_accuracy(train_x, train_y, test_x[known], test_y[known], k=min(self.k, len(train_y)))
 
 
+# Healthy refinement changes both far less; a collapsed encoder has a variance near 0 and a k-NN near chance.
+COLLAPSED_SHARES = {"knn_top1": 0.8, "feature_variance": 0.1}
+
+
 class CollapseWatch:
     """Compares an encoder in training with its start."""
-
-    # Healthy refinement changes both far less; a collapsed encoder has a variance near 0 and a k-NN near chance.
-    KNN_SHARE = 0.8
-    VARIANCE_SHARE = 0.1
 
     def __init__(self, start: dict[str, float]) -> None:
         self.start = start
@@ -134,7 +124,7 @@ class CollapseWatch:
         """One line with advice when k-NN or feature variance have fallen sharply, else None."""
         fallen = [
             f"{name} fell from {self.start[name]:.3g} to {now[name]:.3g}"
-            for name, share in (("knn_top1", self.KNN_SHARE), ("feature_variance", self.VARIANCE_SHARE))
+            for name, share in COLLAPSED_SHARES.items()
             if name in self.start and name in now and now[name] < share * self.start[name]
         ]
         if not fallen:

@@ -16,6 +16,7 @@ from mimref.encoders.parameters import freeze_untrained
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.compare import before_after, labelled_splits
+from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import PassSettings, columns_of
 from mimref.features.header import data_record
@@ -164,6 +165,12 @@ def _compare(run: TrainingRun, plan: Plan, method: Method, refined: Encoder) -> 
     except DataError as error:
         run.listener.note(f"no before/after table: {error}")
         return []
+    protocols = ["knn", "lowshot", "cluster"]
+    try:
+        load_solver()
+    except ConfigError as error:
+        run.listener.warn(f"no low-shot results: {error}")
+        protocols.remove("lowshot")
     device, workers, max_bad = method.device, config.workers, config.data.max_bad
     settings = PassSettings(plan.transform, device, method.precision, workers=workers, max_bad=max_bad)
 
@@ -171,7 +178,7 @@ def _compare(run: TrainingRun, plan: Plan, method: Method, refined: Encoder) -> 
         yield "base", base_encoder(plan, device)
         yield "refined", refined
 
-    rows, bad = before_after(config, images, encoders(), settings, run.listener.progress)
+    rows, bad = before_after(config, images, encoders(), settings, run.listener.progress, protocols=protocols)
     run.skipped.add_evaluated(bad)
     return rows
 

@@ -50,17 +50,14 @@ def block_chart(rows: Sequence[Row], *, heads: Sequence[int], title: str) -> Tab
     blocks = sorted({block for block, _ in values})
     table = Table(title=Text(title))
     table.add_column("block", justify="right")
-    if metrics:
-        table.add_column(METRICS[metrics[0]][0], no_wrap=True)
+    table.add_column(METRICS[metrics[0]][0], no_wrap=True)
     for number, metric in enumerate(metrics):
         table.add_column("" if number == 0 else METRICS[metric][0], justify="right", no_wrap=True)
     if heads:
         table.add_column("head", justify="center")
     # Signed so that more is better.
-    better = sign({"metric": metrics[0]}) if metrics else 1
-    curve = {
-        block: better * value for (block, name), value in values.items() if name in metrics[:1] and isfinite(value)
-    }
+    better = sign({"metric": metrics[0]})
+    curve = {block: better * value for (block, name), value in values.items() if name == metrics[0] and isfinite(value)}
     best = max(curve, key=lambda block: (curve[block], -block)) if curve else None
     for block in blocks:
         cells = [_cell(values.get((block, metric)), METRICS[metric][1]) for metric in metrics]

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from mimref.errors import DataError
 from mimref.files import atomic_path
 from mimref.reports.metrics import LOWER_IS_BETTER, STATISTICS, metric_label
 from mimref.results import Row, main_rows
@@ -39,37 +38,33 @@ CURVES = {
 DELTAS = {"block_knn_delta": "k-NN accuracy", "block_reconstruction_delta": "reconstruction loss"}
 
 
-def plot_blocks(path: Path, rows: Sequence[Row], *, heads: Mapping[str, Sequence[int]] | None = None) -> None:
+def plot_blocks(path: Path, rows: Sequence[Row], *, heads: Mapping[str, Sequence[int]]) -> None:
     """Scores of every block of one or several encoders (Fig. 3b, Fig. 3d and Fig. 6).
 
-    rows: results with `metric`, `value`, `block` (1-based) and, for several encoders, `model`; metrics that are not of
-    blocks are ignored. `block_knn_top1`, `block_reconstruction` and `block_effective_rank` get a panel each, with a
-    curve per model; `block_reconstruction_delta` adds a panel of normalised deltas per model. heads: recommended head
-    positions of a model, drawn as filled points. The best block is labelled.
-    Raises DataError without any such row, OutputError if the file cannot be written.
+    rows: those of `evaluate_blocks`. `block_knn_top1`, `block_reconstruction` and `block_effective_rank` get a panel
+    each, with a curve per model; `block_reconstruction_delta` adds a panel of normalised deltas per model. heads:
+    recommended head positions of a model, drawn as filled points. The best block is labelled.
+    Raises OutputError if the file cannot be written.
     """
     rows = [row for row in rows if row["metric"] in CURVES or row["metric"] in DELTAS]
     curves = [metric for metric in CURVES if any(row["metric"] == metric for row in rows)]
-    if not curves:
-        raise DataError(f"{path}: nothing to draw; give rows of {', '.join(CURVES)}")
-    models = list(dict.fromkeys(_model(row) for row in rows))
+    models = list(dict.fromkeys(str(row["model"]) for row in rows))
     compared = [model for model in models if _curve(rows, model, "block_reconstruction_delta")[0]]
     columns = max(1, min(4, len(models), int(BLOCKS_WIDTH / _name_inches(models))))  # of the legend
     figure, axes = _panels(len(curves) + len(compared), legend_lines=-(-len(models) // columns))
     last = max(int(row["block"]) for row in rows)
     for ax, metric in zip(axes, curves, strict=False):
         for number, model in enumerate(models):
-            _draw_curve(ax, *_curve(rows, model, metric), number, (heads or {}).get(model, ()), metric)
+            _draw_curve(ax, *_curve(rows, model, metric), number, heads.get(model, ()), metric)
         ax.set_ylabel(CURVES[metric])
     for ax, model in zip(axes[len(curves) :], compared, strict=True):
         _draw_deltas(ax, {metric: _curve(rows, model, metric) for metric in DELTAS})
         ax.set_title(_text(model), fontsize=9, color=INK, loc="left")
     for ax in axes:
         _block_axis(ax, last)
-    if models != [""]:
-        entries = [(model, *_curve_style(number)) for number, model in enumerate(models)]
-        _legend(figure, entries, "-", {"loc": "outside lower center", "ncols": columns})
-    if heads and any(heads.values()):
+    entries = [(model, *_curve_style(number)) for number, model in enumerate(models)]
+    _legend(figure, entries, "-", {"loc": "outside lower center", "ncols": columns})
+    if any(heads.values()):
         axes[0].set_title("filled: recommended head positions", fontsize=8, color=INK, loc="right")
     _save(figure, path)
 
@@ -87,10 +82,8 @@ def plot_embedding(
 
     points (N, 2); points that are not finite are left out. y (N,): any integers; class_names: names of the classes 0,
     1, ..., if they have any. A legend names up to 20 classes. caption: a line under the points, such as
-    "ACC 95.3  NMI 92.2". Raises DataError for shapes that do not fit, OutputError if the file cannot be written.
+    "ACC 95.3  NMI 92.2". Raises OutputError if the file cannot be written.
     """
-    if points.ndim != 2 or points.shape[1] != 2 or y.shape != points.shape[:1]:
-        raise DataError(f"{path}: points of shape {points.shape} with labels of shape {y.shape}; give (N, 2) and (N,)")
     classes = np.unique(y)
     named = len(classes) <= LEGEND_CLASSES
     known = dict(enumerate(class_names or ()))
@@ -110,7 +103,8 @@ def plot_embedding(
         spine.set_color(FAINT)
     ax.set_title(_text(title), fontsize=11, color=INK)
     note = "" if named else f"{len(classes)} classes"
-    ax.set_xlabel(_no_formula("    ".join(filter(None, (caption, note)))), fontsize=10, color=INK, labelpad=8)
+    label = "    ".join(filter(None, (caption, note))).replace("$", r"\$")
+    ax.set_xlabel(label, fontsize=10, color=INK, labelpad=8)
     if named:
         entries = [(name, *style) for name, style in zip(names, styles, strict=True)]
         _legend(ax, entries, "", {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)})
@@ -122,15 +116,13 @@ def plot_comparison(path: Path, rows: Sequence[Row], base: str) -> None:
 
     rows: results with `model`; details of other rows (`split`, `classifier`, `class`) are left out. Panels and bars
     are in the order of the rows. Whiskers are one standard deviation of a mean over repetitions.
-    Raises DataError without rows, OutputError if the file cannot be written.
+    Raises OutputError if the file cannot be written.
     """
-    rows = [row for row in main_rows(rows) if "model" in row]
-    if not rows:
-        raise DataError(f"{path}: nothing to draw; give rows of results with a model")
-    models = list(dict.fromkeys(_model(row) for row in rows))
+    rows = main_rows(rows)
+    models = list(dict.fromkeys(str(row["model"]) for row in rows))
     panels: dict[str, dict[str, Row]] = {}
     for row in rows:
-        panels.setdefault(metric_label(row, rows), {})[_model(row)] = row
+        panels.setdefault(metric_label(row, rows), {})[str(row["model"])] = row
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = _figure(0.3 + _name_inches(models) + 3.0 * columns, 0.5 + lines * (0.85 + 0.28 * len(models)))
@@ -203,15 +195,9 @@ def _draw_bars(ax: Axes, models: Sequence[str], by_model: Mapping[str, Row], bas
 
 def _panels(count: int, *, legend_lines: int) -> tuple[Figure, list[Axes]]:
     """A wide panel above two columns of panels; a last one alone in its line is wide too."""
-    lines = 1 + count // 2
-    figure = _figure(BLOCKS_WIDTH, 0.4 + 0.2 * legend_lines + 3.0 * lines)
-    grid = figure.add_gridspec(lines, 2)
-    axes = [figure.add_subplot(grid[0, :])]
-    for number in range(count - 1):
-        line, column = 1 + number // 2, number % 2
-        alone = number == count - 2 and column == 0
-        axes.append(figure.add_subplot(grid[line, :] if alone else grid[line, column]))
-    return figure, axes
+    lines: list[Any] = [[0, 0], *([number, min(number + 1, count - 1)] for number in range(1, count, 2))]
+    figure = _figure(BLOCKS_WIDTH, 0.4 + 0.2 * legend_lines + 3.0 * len(lines))
+    return figure, list(figure.subplot_mosaic(lines).values())
 
 
 def _block_axis(ax: Axes, last: int) -> None:
@@ -263,12 +249,10 @@ def _class_styles(count: int) -> list[tuple[str, str]]:
 
 def _curve(rows: Sequence[Row], model: str, metric: str) -> tuple[list[int], list[float]]:
     """Blocks in ascending order and their values."""
-    chosen = {int(row["block"]): float(row["value"]) for row in rows if (_model(row), row["metric"]) == (model, metric)}
-    return sorted(chosen), [chosen[block] for block in sorted(chosen)]
-
-
-def _model(row: Row) -> str:
-    return str(row.get("model", ""))
+    chosen = sorted(
+        (int(row["block"]), float(row["value"])) for row in rows if (row["model"], row["metric"]) == (model, metric)
+    )
+    return [block for block, _ in chosen], [value for _, value in chosen]
 
 
 def _curve_style(number: int) -> tuple[str, str]:
@@ -280,10 +264,7 @@ def _text(text: str, length: int = 3 * NAME_LENGTH) -> str:
     """Names on one line; long ones lose their middle, and dollar signs make no formula."""
     text = " ".join(text.split())
     half = length // 2
-    return _no_formula(text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}")
-
-
-def _no_formula(text: str) -> str:
+    text = text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
     return text.replace("$", r"\$")
 
 

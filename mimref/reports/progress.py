@@ -36,7 +36,9 @@ def show_progress(description: str, console: Console | None = None) -> Iterator[
         yield ProgressDisplay(_PlainLines(description, console).update, lambda line: _print(console, line))
         return
     started_s = time.monotonic()
-    with _bar(console) as bar:
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield ProgressDisplay(
             lambda done, total: bar.update(task, completed=done, total=total),
@@ -59,8 +61,7 @@ class _PlainLines:
     """Prints a line when LINE_INTERVAL_S have passed, and one at the end."""
 
     def __init__(self, description: str, console: Console) -> None:
-        self.description = description
-        self.console = console
+        self.description, self.console = description, console
         self.first: tuple[float, int] | None = None
         self.last_s = time.monotonic()
 
@@ -77,12 +78,6 @@ class _PlainLines:
             left = timedelta(seconds=round((total - done) * elapsed_s / steps))
             line += f", {_rate(steps / elapsed_s)}" + (f", {left} left" if done < total else "")
         _print(self.console, line)
-
-
-def _bar(console: Console) -> Progress:
-    description = TextColumn("{task.description}", markup=False)
-    columns = (description, BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
 
 
 def _print(console: Console, line: str) -> None:

@@ -31,13 +31,13 @@ def best_table(rows: Sequence[Row]) -> RenderableType:
     return Group(table, results_table(by_class, title="per class")) if by_class else table
 
 
-def plain_table(names: Iterable[str], lines: Iterable[Iterable[str]], *, right: Container[str] = ()) -> Table:
+def plain_table(names: Iterable[str], lines: Iterable[Iterable[str | Text]], *, right: Container[str] = ()) -> Table:
     """A table of text; long cells wrap. right: names of the columns with numbers."""
     table = Table()
     for name in names:
         table.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
     for line in lines:
-        table.add_row(*map(Text, line))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in line))
     return table
 
 
@@ -154,9 +154,8 @@ def heads_table(rows: Sequence[Row]) -> Table:
     heads: dict[str, dict[str, Row]] = {}
     for row in rows:
         heads.setdefault(str(row["head"]), {})[str(row["metric"])] = row
-    table = Table()
-    for name in (*settings, *(template({"metric": metric}) for metric in metrics)):
-        table.add_column(Text(name), justify="right")
+    names = (*settings, *(template({"metric": metric}) for metric in metrics))
+    lines: list[list[str | Text]] = []
     best = {metric: max(shown_value(row) for row in rows if row["metric"] == metric) for metric in metrics}
     for by_metric in heads.values():
         row = next(iter(by_metric.values()))
@@ -164,8 +163,8 @@ def heads_table(rows: Sequence[Row]) -> Table:
             Text(format_value(found), style="bold" if shown_value(found) == best[metric] else "")
             for metric, found in by_metric.items()
         ]
-        table.add_row(*(Text(format_setting(row[name])) for name in settings), *scores)
-    return table
+        lines.append([*(format_setting(row[name]) for name in settings), *scores])
+    return plain_table(names, lines, right=names)
 
 
 def results_table(rows: Sequence[Row], *, title: str | None = None) -> Group:

@@ -130,12 +130,10 @@ def _facts(inspection: "Inspection") -> dict[str, str]:
         "features": ", ".join(name for name, present in features.items() if present),
         "parameters": f"{inspection.parameters:,}",
         **{key: value for key, value in inspection.header.items() if isinstance(value, str)},
-        **{f"dropped, {group}": _first_three(names) for group, names in inspection.dropped.items()},
+        **{
+            f"dropped, {group}": ", ".join(names[:3]) + (f", ... ({len(names)} tensors)" if len(names) > 3 else "")
+            for group, names in inspection.dropped.items()
+        },
         "missing": "nothing",
         **{f"notice {number}": notice for number, notice in enumerate(inspection.notices, start=1)},
     }
-
-
-def _first_three(names: Sequence[str]) -> str:
-    more = f", ... ({len(names)} tensors)" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

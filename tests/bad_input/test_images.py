@@ -85,7 +85,10 @@ def test_transparent_palette_keeps_its_colours(tmp_path: Path, transparency: int
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
     values = np.array([[0, 128, 129, 257, 300], [32768, 65278, 65406, 65407, 65535]], dtype=np.uint16)
     path = str(tmp_path / f"image.{suffix}")
-    Image.fromarray(values).save(path)
+    if suffix == "pgm":  # only newer versions of Pillow write it
+        Path(path).write_bytes(b"P5 5 2 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(path)
     expected = [[round(value * 255 / 65535) for value in row] for row in values.tolist()]
     assert expected[0][:3] == [0, 0, 1]
     assert decode_image(path).tolist() == [expected] * 3

@@ -1,6 +1,7 @@
 """The evaluations from the command line to their files, on a tiny encoder; one pass of it serves them all."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -78,7 +79,7 @@ def test_off_and_small_caches_store_what_was_asked_for(
     passes = Passes(monkeypatch)
     for _ in range(2):
         assert run(line("knn", folder, "--cache", "off", "--quiet")) == 0
-    assert passes.images == 2 * 64 and not list(tmp_path.parent.glob(f"{tmp_path.name}-cache/features"))
+    assert passes.images == 2 * 64 and not Path(os.environ["MIMREF_CACHE"], "features").exists()
     small = ["--cache", str(tmp_path / "here"), "--set", "cache.keep_gb=0", "--quiet"]
     assert run(line("knn", folder, *small)) == 0 and passes.images == 3 * 64
     assert run(line("lowshot", folder, "--splits", "1", *small)) == 0 and passes.images == 3 * 64
@@ -357,6 +358,18 @@ def test_mistakes_are_found_before_the_encoder_runs(
     assert run(line(command, folder, *options)) == 2
     error = capsys.readouterr().err
     assert all(part in error for part in MISTAKES[words]) and error.count("\n") == 1 and passes.images == 0, error
+
+
+@pytest.mark.parametrize("command", ["lowshot", "compare"])
+def test_without_cyanure_no_encoder_runs(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "cyanure.estimators", None)
+    passes = Passes(monkeypatch)
+    others = ["quickstart"] if command == "compare" else []
+    assert run(line(command, folder, *others)) == 2
+    error = capsys.readouterr().err
+    assert "cyanure" in error and error.count("\n") == 1 and passes.images == 0, error
 
 
 def test_results_hold_the_images_left_out(folder: Path, tmp_path: Path) -> None:

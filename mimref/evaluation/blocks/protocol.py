@@ -12,6 +12,7 @@ from mimref.evaluation.knn.protocol import check_neighbours
 from mimref.evaluation.metrics import split_labels
 from mimref.features.encode import columns_of
 from mimref.features.inputs import EncoderInputs, give_distinct_names
+from mimref.features.matrix import Matrix
 from mimref.progress import Listener, Silent
 from mimref.results import EvaluationResult, Row, named
 
@@ -44,7 +45,7 @@ def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -
         columns = columns_of(range(1, inputs.depth + 1), config.pool, config.final_norm, inputs.depth)
         inputs.prepare(columns, ("train", "val") if _labelled(inputs) else ("val",))
     rows: list[Row] = []
-    bad: list[tuple[str, str]] = []
+    bad = [pair for inputs in opened for pair in inputs.bad]
     heads: dict[str, list[int]] = {}
     for inputs in opened if end_group() else ():
         found = _rows(config, inputs)
@@ -61,9 +62,9 @@ def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -
                 seed=config.seed,
                 progress=partial(listener.progress, f"decoders of {inputs.name}"),
             )
-            found, bad = found + reconstruction.rows, bad + reconstruction.bad
+            found += reconstruction.rows
+            bad += reconstruction.bad
         rows += named(found, inputs.name, {"pool": config.pool})
-    bad = [pair for inputs in opened for pair in inputs.bad] + bad
     return BlocksResult(rows, time.monotonic() - started, list(dict.fromkeys(bad)), config.data, heads)
 
 
@@ -84,14 +85,18 @@ def _check(config: BlocksConfig, inputs: EncoderInputs) -> None:
 
 def _rows(config: BlocksConfig, inputs: EncoderInputs) -> list[Row]:
     """Rows of `analyze_blocks` on prepared features."""
-    depth = inputs.depth
+    depth, test = inputs.depth, inputs.features("val")
     groups = [columns_of([block], config.pool, config.final_norm, depth) for block in range(1, depth + 1)]
-    train, test = inputs.features("train") if _labelled(inputs) else None, inputs.features("val")
+    train_x: list[Matrix] = []
+    train_y = test_y = None
+    if _labelled(inputs):
+        train = inputs.features("train")
+        train_x, train_y, test_y = [train.matrix(columns) for columns in groups], train.y, test.y
     return analyze_blocks(
-        [] if train is None else [train.matrix(columns) for columns in groups],
-        None if train is None else train.y,
+        train_x,
+        train_y,
         [test.matrix(columns) for columns in groups],
-        None if train is None else test.y,
+        test_y,
         k=config.k,
         tau=config.tau,
         device=config.device,

@@ -9,7 +9,6 @@ Shapes: B images, N patches, K visible patches, D encoder width, C pixel values 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -34,10 +33,10 @@ from mimref.encoders.masking import (
     normalize_patches,
     patchify,
 )
-from mimref.encoders.vit import Architecture, Encoder, check_blocks
+from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.blocks.config import ReconstructionConfig
-from mimref.evaluation.blocks.statistics import delta_rows, normalised_deltas
+from mimref.evaluation.blocks.statistics import delta_rows
 from mimref.features.encode import PassSettings
 from mimref.progress import Progress, ProgressOnly
 from mimref.results import Row
@@ -64,37 +63,34 @@ def reconstruct_blocks(
     reading: PassSettings,
     settings: ReconstructionConfig,
     *,
-    blocks: Sequence[int] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Reconstruction:
     """Train a decoder on every block of a frozen encoder, and measure each on the validation images (Appendix C.2).
 
-    Needs no labels. The encoder (move it to the device first) runs in evaluation mode and does not change. blocks:
-    1-based, ascending; None is all. Rows, each with `block` and `epochs`: `block_reconstruction`, the mean squared
-    error of normalised pixels of hidden patches (lower is better), where every validation image has its own mask, a
-    function of seed and image; and `block_reconstruction_delta`, the improvement over the block before, see
-    `normalised_deltas`. progress: updates, then batches of validation images.
+    Needs no labels. The encoder (move it to the device first) is put into evaluation mode, and does not change. Rows,
+    each with `block` and `epochs`: `block_reconstruction`, the mean squared error of normalised pixels of hidden
+    patches (lower is better), where every validation image has its own mask, a function of seed and image; and
+    `block_reconstruction_delta`, the improvement over the block before, see `normalised_deltas`. progress: updates,
+    then batches of validation images.
     Raises ConfigError for an encoder without patch tokens or settings that do not fit, DataError for images that cannot
     be read, DivergenceError when a loss is not finite.
     """
     settings = settings.model_copy(update={"batch_size": min(settings.batch_size, len(train))})
-    numbers = list(range(1, encoder.depth + 1)) if blocks is None else list(blocks)
     check_maskable(encoder.architecture, reading.transform.image_size)
     assert isinstance(encoder, Encoder)
-    check_blocks(numbers, encoder.depth)
     check_batch_size(settings.batch_size, len(train))
-    job = DecodersJob(encoder, reading, settings, numbers, seed, len(train))
+    encoder.eval()
+    blocks = range(1, encoder.depth + 1)
+    job = DecodersJob(encoder, reading, settings, blocks, seed, len(train))
     total = job.total + -(-len(val) // settings.batch_size)
-    with _frozen(encoder):
-        run_job(job, job.batches(train), ProgressOnly(progress, total))
-        losses = job.evaluate(val, lambda done: progress(job.total + done, total) if progress else None)
+    run_job(job, job.batches(train), ProgressOnly(progress, total))
+    losses = job.evaluate(val, lambda done: progress(job.total + done, total) if progress else None)
     rows: list[Row] = [
         {"metric": "block_reconstruction", "value": loss, "block": block}
-        for block, loss in zip(numbers, losses, strict=True)
+        for block, loss in zip(blocks, losses, strict=True)
     ]
-    deltas = normalised_deltas(losses, falling_is_better=True)
-    rows += delta_rows("block_reconstruction_delta", numbers, deltas)
+    rows += delta_rows("block_reconstruction_delta", blocks, losses, falling_is_better=True)
     return Reconstruction([{**row, "epochs": settings.epochs} for row in rows], job.bad.items, job.decoders)
 
 
@@ -163,12 +159,10 @@ class DecodersJob(GradientJob):
         )
 
     def skip(self, images: Sequence[tuple[str, str]]) -> None:
-        """See `GradientJob`."""
         for path, reason in images:
             self.bad.add(path, reason)
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
-        """See `GradientJob`."""
         views = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
         for number, loss in enumerate(self._losses(views, self._mask(batch.epoch, batch.sample_B, 0))):
             # Decoder by decoder: the gradients of the sum, with the memory of one.
@@ -177,7 +171,6 @@ class DecodersJob(GradientJob):
         return self.seen.sum()
 
     def check(self) -> None:
-        """See `Job`; names the block."""
         self._check_finite(self.seen, f"in epoch {-(-self.step // self.steps_per_epoch)}")
 
     def _mask(self, epoch: int, sample_B: Tensor, view: int) -> Mask:
@@ -227,17 +220,6 @@ class DecodersJob(GradientJob):
                 f"the reconstruction loss of block {self.blocks[broken[0]]} is not finite {when}; lower "
                 "reconstruction.lr, use --precision fp32, or check the encoder"
             )
-
-
-@contextmanager
-def _frozen(encoder: Encoder) -> Iterator[None]:
-    """Evaluation mode, restored at the end."""
-    training = encoder.training
-    encoder.eval()
-    try:
-        yield
-    finally:
-        encoder.train(training)
 
 
 def check_maskable(architecture: Architecture | BackboneArchitecture, image_size: int) -> None:

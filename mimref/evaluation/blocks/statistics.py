@@ -1,16 +1,15 @@
 """Scores of every block of an encoder: k-NN, feature statistics, and where contrastive heads belong (Fig. 3)."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation.knn.protocol import knn
+from mimref.evaluation.knn.protocol import knn_accuracy
 from mimref.evaluation.metrics import check_features, row_blocks
-from mimref.features.matrix import Matrix
+from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Progress
 from mimref.results import Row
 
@@ -28,9 +27,9 @@ class FeatureStatistics(NamedTuple):
 
 def analyze_blocks(
     train: Sequence[Matrix],
-    train_y: NDArray[np.int64] | None,
+    train_y: Labels | None,
     test: Sequence[Matrix],
-    test_y: NDArray[np.int64] | None,
+    test_y: Labels | None,
     *,
     blocks: Sequence[int] | None = None,
     k: int = 10,
@@ -52,26 +51,25 @@ def analyze_blocks(
     _check_blocks(numbers, len(train) if labelled else len(test), len(test))
     rows: list[Row] = []
     accuracies: list[float] = []
-    for place, number in enumerate(numbers):
-        check_features(test[place], f"block {number}, validation")
+    for done, (number, test_x) in enumerate(zip(numbers, test, strict=True)):
+        check_features(test_x, f"block {number}, validation")
         if train_y is not None and test_y is not None:
-            found = knn(train[place], train_y, test[place], test_y, k=(k,), tau=(tau,), device=device)
-            accuracies.append(next(float(row["value"]) for row in found if row["metric"] == "knn_top1"))
+            accuracies.append(knn_accuracy(train[done], train_y, test_x, test_y, k=k, tau=tau, device=device))
             rows.append({"metric": "block_knn_top1", "value": accuracies[-1], "block": number, "k": k, "tau": tau})
-        statistics = feature_statistics(test[place])
-        rows += [
-            {"metric": f"block_{name}", "value": value, "block": number} for name, value in statistics._asdict().items()
-        ]
+        found = feature_statistics(test_x)._asdict()
+        rows += [{"metric": f"block_{name}", "value": value, "block": number} for name, value in found.items()]
         if progress is not None:
-            progress(place + 1, len(numbers))
-    return rows + delta_rows("block_knn_delta", numbers, normalised_deltas(accuracies))
+            progress(done + 1, len(numbers))
+    return rows + delta_rows("block_knn_delta", numbers, accuracies)
 
 
-def delta_rows(metric: str, blocks: Sequence[int], deltas: Sequence[float]) -> list[Row]:
-    """Rows of what each block adds, from the second of `blocks` on."""
-    return [
-        {"metric": metric, "value": delta, "block": block} for block, delta in zip(blocks[1:], deltas, strict=False)
-    ]
+def delta_rows(
+    metric: str, blocks: Sequence[int], values: Sequence[float], *, falling_is_better: bool = False
+) -> list[Row]:
+    """Rows of what each block adds, from the second of `blocks` on, see `normalised_deltas`."""
+    deltas = normalised_deltas(values, falling_is_better=falling_is_better)
+    pairs = zip(blocks[1:], deltas, strict=False)  # no deltas without labels
+    return [{"metric": metric, "value": delta, "block": block} for block, delta in pairs]
 
 
 def feature_statistics(x: Matrix) -> FeatureStatistics:
@@ -99,10 +97,8 @@ def normalised_deltas(values: Sequence[float], *, falling_is_better: bool = Fals
     nothing improves, the largest worsening is -1 (dividing by the largest delta would flip the signs); without any
     change all are 0.
     """
-    deltas = np.diff(np.asarray(values, dtype=np.float64)) * (-1.0 if falling_is_better else 1.0)
-    if not len(deltas):
-        return []
-    largest = deltas.max() if deltas.max() > 0 else np.abs(deltas).max()
+    deltas = np.diff(values) * (-1.0 if falling_is_better else 1.0)
+    largest = deltas.max(initial=0) or np.abs(deltas).max(initial=0)
     return [float(delta) for delta in (deltas / largest if largest > 0 else deltas)]
 
 
@@ -127,13 +123,9 @@ def recommend_heads(knn_by_block: Sequence[float]) -> list[int]:
 
 def blocks_text(blocks: Sequence[int]) -> str:
     """Blocks as `--heads` accepts them: `17-24`, `20,22,24` or `17-20,24`."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    # Blocks of a run have the same distance from their places.
+    runs = [list(run) for _, run in groupby(enumerate(blocks), key=lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs)
 
 
 def _check_blocks(numbers: Sequence[int], train: int, test: int) -> None:

@@ -1,17 +1,16 @@
-"""Subsets of classes: which are chosen, and their rows."""
+"""Which classes are clustered."""
 
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mimref.errors import ConfigError, did_you_mean
-from mimref.features.matrix import Matrix
+from mimref.features.matrix import Labels
 
 
-def choose_classes(asked: str, class_names: Sequence[str] | None, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+def choose_classes(asked: str, class_names: Sequence[str] | None, labels: Labels) -> Labels:
     """Labels of the classes asked for, ascending.
 
     asked: names or numbers separated by commas, or a text file with one per line, where `#` begins a comment. Names are
@@ -21,7 +20,7 @@ def choose_classes(asked: str, class_names: Sequence[str] | None, labels: NDArra
     cannot be read.
     """
     names = list(class_names or [])
-    available = np.unique(labels).astype(np.int64)
+    available = np.unique(labels)
     chosen: set[int] = set()
     for name in _asked(asked, names):
         label = _label(name, names, available)
@@ -33,43 +32,30 @@ def choose_classes(asked: str, class_names: Sequence[str] | None, labels: NDArra
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def subset(x: Matrix, y: NDArray[np.int64], classes: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Rows of x (N, D) and labels of y (N,) of the given classes, in their order, as new arrays."""
-    rows = np.flatnonzero(np.isin(y, classes)).astype(np.int64)
-    return x[rows], y[rows]
-
-
 def _asked(asked: str, names: Sequence[str]) -> list[str]:
     """The single names of a list or of a file; a class name is never taken for a file."""
-    if asked in names or not _is_file(asked):
-        return [part.strip() for part in asked.split(",") if part.strip()]
-    try:
-        text = Path(asked).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(
-            f"--classes {asked}: {error.strerror or error}; give class names or a readable file"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--classes {asked}: not a text file; give one class per line") from None
-    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    return [line for line in lines if line]
+    if asked in names or not os.path.isfile(asked):
+        parts = asked.split(",")
+    else:
+        try:
+            lines = Path(asked).read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
+            problem = error.strerror or error
+            raise ConfigError(f"--classes {asked}: {problem}; give class names or a readable file") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"--classes {asked}: not a text file; give one class per line") from None
+        parts = [line.partition("#")[0] for line in lines]
+    return [part.strip() for part in parts if part.strip()]
 
 
-def _is_file(asked: str) -> bool:
-    try:
-        return Path(asked).is_file()
-    except (OSError, ValueError):  # too long for a path, or no path at all
-        return False
-
-
-def _label(name: str, names: Sequence[str], available: NDArray[np.int64]) -> int:
+def _label(name: str, names: Sequence[str], available: Labels) -> int:
     if name in names:
         return names.index(name)
     alike = [label for label, known in enumerate(names) if known.lower() == name.lower()]
-    if len(alike) == 1:
-        return alike[0]
     if len(alike) > 1:
         raise ConfigError(f"--classes: {name!r} may be any of {', '.join(names[label] for label in alike)}; use one")
+    if alike:
+        return alike[0]
     if name.removeprefix("-").isdecimal():
         if int(name) in available or 0 <= int(name) < len(names):
             return int(name)

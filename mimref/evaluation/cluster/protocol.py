@@ -2,13 +2,14 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from joblib import Parallel, delayed
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import (
@@ -18,19 +19,19 @@ from sklearn.metrics import (
     normalized_mutual_info_score,
     silhouette_score,
 )
+from sklearn.metrics.cluster import contingency_matrix
 from threadpoolctl import threadpool_limits
 
 from mimref.devices import own_cores
 from mimref.distributed.group import end_group
 from mimref.errors import ConfigError, DataError, did_you_mean
-from mimref.evaluation.cluster.classes import choose_classes, subset
+from mimref.evaluation.cluster.classes import choose_classes
 from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.cluster.embedding import check_count, umap_embedding
 from mimref.evaluation.metrics import (
-    check_classes,
     check_features,
-    class_indices,
-    cluster_accuracy,
+    labelled,
+    number_classes,
     percent,
     progress_label,
     row_blocks,
@@ -42,150 +43,11 @@ from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Listener, Progress, Silent
 from mimref.results import EvaluationResult, Row, named
 
-# Names in results. The first four compare clusters with classes, the last two describe the classes themselves.
-NAMES = {
-    "acc": "cluster_acc",
-    "nmi": "cluster_nmi",
-    "ami": "cluster_ami",
-    "ari": "cluster_ari",
-    "sil": "silhouette",
-    "dbs": "davies_bouldin",
-}
-# Percent from classes and clusters, both (N,).
-AGREEMENT: dict[str, Callable[..., float]] = {
-    "acc": cluster_accuracy,
-    "nmi": lambda y, labels: percent(normalized_mutual_info_score(y, labels)),
-    "ami": lambda y, labels: percent(adjusted_mutual_info_score(y, labels)),
-    "ari": lambda y, labels: percent(adjusted_rand_score(y, labels)),
-}
 # runs * N * D * clusters below which starting processes takes as long as the runs themselves (1 to 2 s).
 SERIAL_WORK = 2e8
 
 
-class Run(NamedTuple):
-    """One k-means run."""
-
-    number: int
-    inertia: float
-    """Sum of squared distances of all points to their centres, float64."""
-    scores: dict[str, float]
-    """Percent, by short name."""
-
-
-def cluster(
-    x: Matrix,
-    y: NDArray[np.int64],
-    *,
-    metrics: Sequence[str] = ("acc", "nmi"),
-    runs: int = 100,
-    seed: int = 0,
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> list[Row]:
-    """Agreement of k-means clusters with the classes, and separation of the classes (Appendix C.12, Tables 3 and 9).
-
-    x (N, D): features of the validation images, scaled to unit length here. y (N,): labels, any whole numbers; there
-    are as many clusters as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the run with the lowest
-    inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and Davies-Bouldin of the true
-    classes, without clustering). In percent, except Davies-Bouldin.
-    A run is scikit-learn's MiniBatchKMeans with its defaults (batches of 1024, k-means++) and n_init=1. Runs are spread
-    over `workers` processes (None: all cores), or stay in this one where that is faster, with the same results.
-    The unit rows are held in memory (float32). Silhouette compares all pairs of images, O(N^2 D), in pieces of up to
-    1 GB: minutes for the 50,000 validation images of ImageNet. The other scores take seconds.
-    Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
-    """
-    check_metrics(metrics)
-    for option, number in (("runs", runs), ("workers", workers)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{option} = {number}: give at least 1")
-    check_features(x, "features", y)
-    classes = check_classes(y, "features")
-    if len(classes) >= len(x):
-        raise DataError(
-            f"{len(classes)} clusters (one per class) need more than {len(x)} images; give several images per class"
-        )
-    points = unit_rows(x)
-    truth = class_indices(classes, y, "features")
-    of_clusters = [name for name in metrics if name in AGREEMENT]
-    done = _run_all(points, truth, of_clusters, runs, seed, workers, progress) if of_clusters else []
-    rows: list[Row] = []
-    for name in dict.fromkeys(metrics):
-        if name in AGREEMENT:
-            best = min(done, key=lambda run: (run.inertia, run.number))
-            mean, std = spread([run.scores[name] for run in done])
-            rows.append({"metric": NAMES[name], "value": best.scores[name], "mean": mean, "std": std, "runs": runs})
-        else:
-            sil = name == "sil"
-            value = percent(silhouette_score(points, truth)) if sil else float(davies_bouldin_score(points, truth))
-            rows.append({"metric": NAMES[name], "value": value})
-    return rows
-
-
-def kmeans_run(
-    x: NDArray[np.float32], y: NDArray[np.int64], metrics: Sequence[str], clusters: int, number: int, seed: int
-) -> Run:
-    """Run `number` of mini-batch k-means on unit rows x (N, D), scored against classes y (N,).
-
-    Its randomness is a function of (seed, number).
-    """
-    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    model = MiniBatchKMeans(n_clusters=clusters, batch_size=1024, n_init=1, random_state=state)
-    # One thread: the order of sums, and so the result, must not depend on the process.
-    with threadpool_limits(limits=1), warnings.catch_warnings():
-        # Collapsed features have fewer distinct points than clusters; the scores show it.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(x)
-    labels = model.labels_
-    return Run(number, _inertia(x, model.cluster_centers_, labels), {m: AGREEMENT[m](y, labels) for m in metrics})
-
-
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Raise ConfigError for an unknown metric, and for none."""
-    for name in metrics:
-        if name not in NAMES:
-            raise ConfigError(f"unknown metric {name!r}; choose from {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
-    if not metrics:
-        raise ConfigError(f"metrics: none given; choose from {', '.join(NAMES)}")
-
-
-def _run_all(
-    x: NDArray[np.float32],
-    y: NDArray[np.int64],
-    metrics: Sequence[str],
-    runs: int,
-    seed: int,
-    workers: int | None,
-    progress: Progress | None,
-) -> list[Run]:
-    """All runs by number, in this process or in several."""
-    clusters = int(y.max()) + 1
-    jobs = min(workers or own_cores(), runs)
-    serial = jobs == 1 or float(runs) * x.size * clusters < SERIAL_WORK
-    results: Iterator[Run]
-    if serial:
-        results = (kmeans_run(x, y, metrics, clusters, number, seed) for number in range(runs))
-    else:
-        from joblib import Parallel, delayed
-
-        # Arrays above a megabyte are written once and memory-mapped by all processes.
-        parallel = Parallel(n_jobs=jobs, backend="loky", max_nbytes="1M", return_as="generator_unordered")
-        results = parallel(delayed(kmeans_run)(x, y, metrics, clusters, number, seed) for number in range(runs))
-    done: list[Run] = []
-    for run in results:
-        done.append(run)
-        if progress is not None:
-            progress(len(done), runs)
-    return sorted(done, key=lambda run: run.number)
-
-
-def _inertia(x: NDArray[np.float32], centres: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
-    """In float64: scikit-learn sums in float32, which is too coarse to rank nearly equal runs."""
-    centres = centres.astype(np.float64)
-    return float(sum(np.square(x[rows] - centres[labels[rows]]).sum() for rows in row_blocks(x)))
-
-
-@dataclass(frozen=True)
-class Embedding:
+class Embedding(NamedTuple):
     """Points in two dimensions, for a figure."""
 
     points: NDArray[np.float32]
@@ -197,7 +59,7 @@ class Embedding:
 def evaluate_cluster(
     config: ClusterConfig, *, embed: bool = False, listener: Listener | None = None
 ) -> tuple[EvaluationResult, Embedding | None]:
-    """Clustering of one split's images; with `embed`, also the UMAP embedding of the last of the blocks asked for.
+    """Clustering of one split's images; with `embed`, also the UMAP embedding of the last of the chosen blocks.
 
     Rows as `cluster` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses, before the encoder
     runs where possible.
@@ -208,19 +70,19 @@ def evaluate_cluster(
     names = inputs.source(config.split).class_names if isinstance(inputs, EncoderInputs) else None
     y = inputs.labels(config.split)
     assert y is not None  # the inputs were opened to have labels
-    check_classes(y, config.split)
-    classes = None if config.classes is None else choose_classes(config.classes, names, y)
+    classes, _ = number_classes(y, config.split)
+    if config.classes is not None:
+        classes = choose_classes(config.classes, names, y)
     if embed:
-        check_count(len(y) if classes is None else int(np.isin(y, classes).sum()))
+        check_count(int(np.isin(y, classes).sum()))
     rows: list[Row] = []
     embedding = None
     groups = prepare_groups(config, inputs, (config.split,))
     for where, columns in groups if end_group() else []:
-        features = inputs.features(config.split)
-        assert features.y is not None
-        x, y = features.matrix(columns), features.y
-        if classes is not None:
-            x, y = subset(x, y, classes)
+        x, y = labelled(inputs.features(config.split), columns)
+        if config.classes is not None:
+            chosen = np.flatnonzero(np.isin(y, classes))
+            x, y = x[chosen], y[chosen]
             where = where | {"classes": len(classes)}
         found = cluster(
             x,
@@ -236,3 +98,119 @@ def evaluate_cluster(
         embedding = Embedding(umap_embedding(x, seed=config.seed), y, names)
         listener.progress("UMAP", 1, 1)
     return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data), embedding
+
+
+def cluster_accuracy(y: Labels, assignment: Labels) -> float:
+    """Clustering accuracy in percent: images explained by the best one-to-one map of clusters to classes.
+
+    y (N,): classes. assignment (N,): clusters. The Hungarian method finds the map on the contingency matrix. Surplus
+    clusters or classes stay unmapped, and their images count as errors.
+    """
+    counts = contingency_matrix(y, assignment)
+    return percent(counts[linear_sum_assignment(counts, maximize=True)].sum() / len(y))
+
+
+# Percent from classes and clusters, both (N,).
+AGREEMENT: dict[str, Callable[[Labels, Labels], float]] = {
+    "acc": cluster_accuracy,
+    "nmi": lambda y, assignment: percent(normalized_mutual_info_score(y, assignment)),
+    "ami": lambda y, assignment: percent(adjusted_mutual_info_score(y, assignment)),
+    "ari": lambda y, assignment: percent(adjusted_rand_score(y, assignment)),
+}
+# From unit rows (N, D) and classes (N,): how far the classes are apart, without clustering.
+SEPARATION: dict[str, Callable[[NDArray[np.float32], Labels], float]] = {
+    "sil": lambda x, y: percent(silhouette_score(x, y)),
+    "dbs": lambda x, y: float(davies_bouldin_score(x, y)),
+}
+# Names in results.
+NAMES = {name: f"cluster_{name}" for name in AGREEMENT} | {"sil": "silhouette", "dbs": "davies_bouldin"}
+
+
+def cluster(
+    x: Matrix,
+    y: Labels,
+    *,
+    metrics: Sequence[str] = ("acc", "nmi"),
+    runs: int = 100,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Agreement of k-means clusters with the classes, and separation of the classes (Appendix C.12, Tables 3 and 9).
+
+    x (N, D): features, scaled to unit length here and held in memory as float32. y (N,): labels, any whole numbers;
+    there are as many clusters as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the run with the
+    lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and Davies-Bouldin of the
+    true classes, without clustering). In percent, except Davies-Bouldin.
+    A run is scikit-learn's MiniBatchKMeans with its defaults and n_init=1. Runs are spread over `workers` processes
+    (None: all cores), or stay in this one where that is faster, with the same results. Silhouette compares all pairs of
+    images, in pieces of up to 1 GB: minutes for the 50,000 validation images of ImageNet.
+    Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
+    """
+    check_metrics(metrics)
+    for option, number in (("runs", runs), ("workers", workers)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{option} = {number}: give at least 1")
+    check_features(x, "features", y)
+    classes, truth = number_classes(y, "features")
+    if len(classes) >= len(x):
+        raise DataError(
+            f"{len(classes)} clusters (one per class) need more than {len(x)} images; give several images per class"
+        )
+    points = unit_rows(x)
+    of_clusters = [name for name in metrics if name in AGREEMENT]
+    jobs = min(workers or own_cores(), runs) if float(runs) * points.size * len(classes) >= SERIAL_WORK else 1
+    # Arrays above a megabyte are written once and memory-mapped by all processes.
+    parallel = Parallel(n_jobs=jobs, max_nbytes="1M", return_as="generator")
+    work = (delayed(kmeans_run)(points, truth, of_clusters, len(classes), number, seed) for number in range(runs))
+    done: list[Run] = []
+    for run in parallel(work) if of_clusters else ():
+        done.append(run)
+        if progress is not None:
+            progress(len(done), runs)
+    rows: list[Row] = []
+    for name in dict.fromkeys(metrics):
+        if name in SEPARATION:
+            rows.append({"metric": NAMES[name], "value": SEPARATION[name](points, truth)})
+        else:
+            best = min(done, key=lambda run: run.inertia)
+            mean, std = spread([run.scores[name] for run in done])
+            rows.append({"metric": NAMES[name], "value": best.scores[name], "mean": mean, "std": std, "runs": runs})
+    return rows
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown metric, and for none."""
+    for name in metrics:
+        if name not in NAMES:
+            raise ConfigError(f"unknown metric {name!r}; choose from {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
+    if not metrics:
+        raise ConfigError(f"metrics: none given; choose from {', '.join(NAMES)}")
+
+
+class Run(NamedTuple):
+    """One k-means run."""
+
+    inertia: float
+    """Sum of squared distances of all points to their centres, float64."""
+    scores: dict[str, float]
+    """Percent, by short name."""
+
+
+def kmeans_run(x: NDArray[np.float32], y: Labels, metrics: Sequence[str], clusters: int, number: int, seed: int) -> Run:
+    """Run `number` of mini-batch k-means on unit rows x (N, D), scored against classes y (N,).
+
+    Its randomness is a function of (seed, number).
+    """
+    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    model = MiniBatchKMeans(n_clusters=clusters, batch_size=1024, n_init=1, random_state=state)
+    # One thread: the order of sums, and so the result, must not depend on the process.
+    with threadpool_limits(limits=1), warnings.catch_warnings():
+        # Collapsed features have fewer distinct points than clusters; the scores show it.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x)
+    labels = model.labels_
+    # In float64: scikit-learn sums in float32, which is too coarse to rank nearly equal runs.
+    centres = model.cluster_centers_.astype(np.float64)
+    inertia = float(sum(np.square(x[rows] - centres[labels[rows]]).sum() for rows in row_blocks(x)))
+    return Run(inertia, {name: AGREEMENT[name](y, labels) for name in metrics})

@@ -1,8 +1,9 @@
 """k-NN classification of frozen features (Appendix C.4): the neighbour search, the votes, and `mimref knn`."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -13,14 +14,12 @@ from torch import Tensor
 from mimref.devices import resolve_device
 from mimref.distributed.collectives import gather_rows
 from mimref.distributed.group import own_rank, share, world_size
-from mimref.errors import ConfigError, DataError
+from mimref.errors import ConfigError
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.top_k import merge_top_k, unpack
 from mimref.evaluation.metrics import (
-    accuracy,
-    check_classes,
-    check_features,
-    class_indices,
+    check_splits,
+    labelled,
     percent,
     progress_label,
     row_blocks,
@@ -32,25 +31,25 @@ from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Listener, Progress, Silent
 from mimref.results import EvaluationResult, Row, named
 
+# Test and training rows whose similarities are computed at once.
+QUERY_CHUNK = 1024
+TRAIN_CHUNK = 16384
+
 
 def evaluate_knn(config: KnnConfig, *, listener: Listener | None = None) -> EvaluationResult:
-    """k-NN accuracy of the blocks asked for, at every k, from one encoder pass per split.
+    """k-NN accuracy of the chosen blocks, at every k, from one encoder pass per split.
 
     Rows as `knn` returns them, with `model`, `blocks` and `pool`; in a process group all ranks share the search.
     Raises UserError subclasses for a checkpoint, images, blocks or a k that do not fit, before the encoder runs.
     """
     started, listener = time.monotonic(), listener or Silent()
     inputs = open_inputs(config, listener)
-    train_y, _ = split_labels(inputs)
-    check_neighbours(max(config.k), train_y)
+    check_neighbours(max(config.k), split_labels(inputs)[0])
     rows: list[Row] = []
     for where, columns in prepare_groups(config, inputs):
-        train_y, test_y = split_labels(inputs)
         found = knn(
-            inputs.features("train").matrix(columns),
-            train_y,
-            inputs.features("val").matrix(columns),
-            test_y,
+            *labelled(inputs.features("train"), columns),
+            *labelled(inputs.features("val"), columns),
             k=config.k,
             tau=config.tau,
             standardize=config.standardize,
@@ -68,17 +67,13 @@ def check_neighbours(k: int, y: Labels) -> None:
         raise ConfigError(f"--k {k} is more than the {len(y)} training images; choose a smaller k")
 
 
-QUERY_CHUNK = 1024
-TRAIN_CHUNK = 16384
-
-
 class Neighbours(NamedTuple):
-    """Nearest training images of every test image, nearest first; equal similarities in order of training index."""
+    """Nearest training images of M test images, nearest first; equal similarities in order of training index."""
 
     similarity: Tensor
-    """(N, K) float32 cosine similarities, on the CPU."""
+    """(M, K) float32 cosine similarities, on the CPU."""
     train_index: Tensor
-    """(N, K) int64 rows of the training features, on the CPU."""
+    """(M, K) int64 rows of the training features, on the CPU."""
 
 
 def knn(
@@ -104,18 +99,18 @@ def knn(
     these out. In a process group all ranks pass the same features and labels, see `find_neighbours`.
     Raises ConfigError for k beyond the training set, DataError for features or labels that cannot be used.
     """
-    check_features(train_x, "train", train_y)
-    check_features(test_x, "test", test_y)
-    classes = check_classes(train_y, "train")
-    truth = class_indices(classes, test_y, "test")
-    _check_votes(k, tau)
+    classes, labels, truth = check_splits(train_x, train_y, test_x, test_y)
+    if not len(k) or min(k) < 1 or max(k) > len(labels):
+        raise ConfigError(f"k = {list(k)}: give at least one, from 1 to {len(labels)}, the number of training images")
+    if not len(tau) or min(tau) <= 0:
+        raise ConfigError(f"tau = {list(tau)}: give one or more temperatures above 0")
     neighbours = find_neighbours(train_x, test_x, k=max(k), standardize=standardize, device=device, progress=progress)
-    ranks = label_ranks(neighbours, class_indices(classes, train_y, "train"), truth, len(classes), k=k, tau=tau)
+    ranks = label_ranks(neighbours, labels, truth, len(classes), k=k, tau=tau)
     rows: list[Row] = []
     for (k_, tau_), rank in ranks.items():
-        rows.append({"metric": "knn_top1", "value": accuracy(rank < 1), "k": k_, "tau": tau_})
+        rows.append({"metric": "knn_top1", "value": percent(np.mean(rank < 1)), "k": k_, "tau": tau_})
         if len(classes) >= 5:
-            rows.append({"metric": "knn_top5", "value": accuracy(rank < 5), "k": k_, "tau": tau_})
+            rows.append({"metric": "knn_top5", "value": percent(np.mean(rank < 5)), "k": k_, "tau": tau_})
     if per_class:
         for (k_, tau_), rank in ranks.items():
             rows += _class_rows(classes, truth, rank, {"k": k_, "tau": tau_})
@@ -123,10 +118,10 @@ def knn(
 
 
 def knn_accuracy(
-    train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Labels, *, k: int = 10, tau: float = 0.07
+    train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Labels, *, k: int, tau: float = 0.07, device: str = "cpu"
 ) -> float:
-    """Top-1 accuracy in percent of `knn` at one k and temperature, for monitoring."""
-    return float(knn(train_x, train_y, test_x, test_y, k=(k,), tau=(tau,))[0]["value"])
+    """Top-1 accuracy in percent of `knn` at one k and temperature."""
+    return float(knn(train_x, train_y, test_x, test_y, k=(k,), tau=(tau,), device=device)[0]["value"])
 
 
 def _class_rows(classes: Labels, truth: Labels, rank: Labels, setting: Row) -> list[Row]:
@@ -147,8 +142,6 @@ def find_neighbours(
     k: int,
     standardize: bool = True,
     device: str = "cpu",
-    query_chunk: int = QUERY_CHUNK,
-    train_chunk: int = TRAIN_CHUNK,
     progress: Progress | None = None,
 ) -> Neighbours:
     """The k training rows of highest cosine similarity for every test row.
@@ -157,30 +150,24 @@ def find_neighbours(
     index, so results depend on chunk sizes only where the matmul itself rounds differently.
 
     In a process group this is a collective operation: every rank must call it with the same arguments. Each rank reads
-    all training rows and searches for a contiguous run of whole chunks of `query_chunk` test rows. Every rank knows
-    every run, so no sizes are exchanged: the runs are padded to the longest, gathered by all ranks, and cut again.
-    Whole chunks make this exact: all matrix products have the shapes, and so the rounding, of a single process with as
-    many threads.
+    all training rows and searches for a contiguous run of whole chunks of test rows. Every rank knows every run, so no
+    sizes are exchanged: the runs are padded to the longest, gathered by all ranks, and cut again. Whole chunks make
+    this exact: all matrix products have the shapes, and so the rounding, of a single process with as many threads.
 
-    progress: counts this rank's share of the work.
-    Raises ConfigError for k beyond N or a missing device, DataError for widths that differ.
+    progress: counts this rank's share of the work. Raises ConfigError for a missing device.
     """
-    if not 1 <= k <= len(train_x):
-        raise ConfigError(f"k = {k} is outside 1 to {len(train_x)}, the number of training images; choose a smaller k")
-    if train_x.shape[1] != test_x.shape[1]:
-        raise DataError(f"train features are {train_x.shape[1]} wide, test features {test_x.shape[1]}; use one encoder")
     target = resolve_device(device)
-    runs = _query_runs(len(test_x), query_chunk)
+    runs = _query_runs(len(test_x))
     mine = runs[own_rank()]
     mean, std = mean_and_std(train_x) if standardize else (None, None)
     queries = [
-        _unit_tensor(test_x[start : min(start + query_chunk, mine.stop)], mean, std)
-        for start in range(mine.start, mine.stop, query_chunk)
+        _unit_tensor(test_x[start : min(start + QUERY_CHUNK, mine.stop)], mean, std)
+        for start in range(mine.start, mine.stop, QUERY_CHUNK)
     ]
-    keys = [slice(start, start + train_chunk) for start in range(0, len(train_x), train_chunk)]
+    keys = [slice(start, start + TRAIN_CHUNK) for start in range(0, len(train_x), TRAIN_CHUNK)]
     found: list[Tensor | None] = [None] * len(queries)
     # One buffer for all similarities: fresh memory for each chunk costs about a third of the product itself.
-    buffer = torch.empty(max(map(len, queries), default=0) * min(train_chunk, len(train_x)), device=target)
+    buffer = torch.empty(max(map(len, queries), default=0) * min(TRAIN_CHUNK, len(train_x)), device=target)
     for step, rows in enumerate(keys if queries else []):
         train = _unit_tensor(train_x[rows], mean, std).to(target)
         for number, query in enumerate(queries):
@@ -203,35 +190,37 @@ def _unit_tensor(x: Matrix, mean: NDArray[np.float64] | None, std: NDArray[np.fl
     return torch.from_numpy(unit_rows(x, mean, std)).clone()
 
 
-def _query_runs(count: int, chunk: int) -> list[slice]:
+def _query_runs(count: int) -> list[slice]:
     """The test rows 0..count-1 of every rank of the process group: whole chunks, in order of rank."""
-    chunks, ranks = -(-count // chunk), world_size()
+    chunks, ranks = -(-count // QUERY_CHUNK), world_size()
     parts = [share(chunks, rank, ranks) for rank in range(ranks)]
-    return [slice(min(count, part.start * chunk), min(count, part.stop * chunk)) for part in parts]
+    return [slice(min(count, part.start * QUERY_CHUNK), min(count, part.stop * QUERY_CHUNK)) for part in parts]
 
 
 def label_ranks(
     neighbours: Neighbours, train_y: Labels, test_y: Labels, classes: int, *, k: Sequence[int], tau: Sequence[float]
-) -> dict[tuple[int, float], NDArray[np.int64]]:
+) -> dict[tuple[int, float], Labels]:
     """Rank of every test image's own class among the votes: 0 is a correct prediction, below 5 a top-5 hit.
 
-    train_y (N,), test_y (M,): labels 0..classes-1. Returns (M,) ranks for every (k, tau), in the order given. A class
-    without votes has rank `classes`. Of classes with equal votes the lower label comes first.
+    neighbours: as many as the largest k. train_y (N,), test_y (M,): labels 0..classes-1. Returns (M,) ranks for every
+    (k, tau), in the order given. A class without votes has rank `classes`. Of classes with equal votes the lower label
+    comes first.
     """
-    _check_votes(k, tau)
-    labels = torch.from_numpy(np.asarray(train_y, dtype=np.int64))
-    truth = torch.from_numpy(np.asarray(test_y, dtype=np.int64))[:, None]
+    labels, truth = torch.from_numpy(train_y), torch.from_numpy(test_y)[:, None]
     ranks = {(k_, tau_): np.empty(len(test_y), dtype=np.int64) for k_ in k for tau_ in tau}
     for start in range(0, len(test_y), QUERY_CHUNK):
         rows = slice(start, start + QUERY_CHUNK)
-        similarity, neighbour_y = neighbours.similarity[rows, : max(k)], labels[neighbours.train_index[rows, : max(k)]]
+        similarity, neighbour_y = neighbours.similarity[rows].double(), labels[neighbours.train_index[rows]]
         own, width = truth[rows], classes
-        if classes > max(k):
+        if classes > neighbour_y.shape[1]:
             neighbour_y, own, width = _seen_classes(neighbour_y, own)
-        for tau_ in dict.fromkeys(tau):
-            for k_, votes in neighbour_votes(similarity, neighbour_y, width, k=k, tau=tau_):
-                rank = _rank(votes, own)
-                ranks[k_, tau_][rows] = torch.where(rank < width, rank, classes).numpy()
+        for tau_ in tau:
+            # Relative to the nearest neighbour's: comparisons stay the same, and small temperatures do not overflow.
+            weights = ((similarity - similarity[:, :1]) / tau_).exp()
+            votes = weights.new_zeros(len(weights), width)
+            for counted, k_ in pairwise([0, *sorted(set(k))]):
+                votes.scatter_add_(1, neighbour_y[:, counted:k_], weights[:, counted:k_])
+                ranks[k_, tau_][rows] = _rank(votes, own, classes).numpy()
     return ranks
 
 
@@ -253,22 +242,12 @@ def _seen_classes(neighbour_y: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, i
     return seen, torch.where(present, number.gather(1, at), width - 1), width
 
 
-def neighbour_votes(
-    similarity: Tensor, neighbour_y: Tensor, classes: int, *, k: Sequence[int], tau: float
-) -> Iterator[tuple[int, Tensor]]:
-    """Votes of every class, exp(similarity / tau) summed over the k nearest, for ascending k.
-
-    similarity, neighbour_y (M, K): nearest first, labels 0..classes-1. Yields (k, votes (M, classes) float64); the
-    tensor is updated in place from one k to the next. Votes are relative to the nearest neighbour's: comparisons stay
-    the same, and small temperatures do not overflow.
-    """
-    weights = ((similarity.double() - similarity[:, :1].double()) / tau).exp()
-    votes = torch.zeros(len(similarity), classes, dtype=torch.float64)
-    counted = 0
-    for k_ in sorted(set(k)):
-        votes.scatter_add_(1, neighbour_y[:, counted:k_], weights[:, counted:k_])
-        counted = k_
-        yield k_, votes
+def _rank(votes: Tensor, truth: Tensor, none: int) -> Tensor:
+    """(M,) number of classes that come before the true one; `none` where that has no votes."""
+    own = votes.gather(1, truth)
+    lower_label = torch.arange(votes.shape[1]) < truth
+    before = (votes > own) | ((votes == own) & lower_label)
+    return torch.where(own[:, 0] > 0, before.count_nonzero(1), none)
 
 
 def mean_and_std(x: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -278,8 +257,7 @@ def mean_and_std(x: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     float32 resolves gets the standard deviation 1, so that rounding errors are not amplified.
     """
     count = 0
-    mean = np.zeros(x.shape[1])
-    m2 = np.zeros(x.shape[1])
+    mean, m2 = np.zeros(x.shape[1]), np.zeros(x.shape[1])
     for rows in row_blocks(x):
         block = x[rows].astype(np.float64)
         block_mean = block.mean(axis=0)
@@ -290,18 +268,3 @@ def mean_and_std(x: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         count = total
     std = np.sqrt(m2 / count)
     return mean, np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 1.0)
-
-
-def _rank(votes: Tensor, truth: Tensor) -> Tensor:
-    """(M,) number of classes that come before the true one; the number of classes where that has no votes."""
-    own = votes.gather(1, truth)
-    lower_label = torch.arange(votes.shape[1]) < truth
-    before = (votes > own) | ((votes == own) & lower_label)
-    return torch.where(own[:, 0] > 0, before.count_nonzero(1), votes.shape[1])
-
-
-def _check_votes(k: Sequence[int], tau: Sequence[float]) -> None:
-    if not len(k) or min(k) < 1:
-        raise ConfigError(f"k = {list(k)}: give one or more numbers of neighbours, each at least 1")
-    if not len(tau) or min(tau) <= 0:
-        raise ConfigError(f"tau = {list(tau)}: give one or more temperatures above 0")

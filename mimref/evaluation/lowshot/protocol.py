@@ -15,18 +15,10 @@ from sklearn.exceptions import ConvergenceWarning
 from mimref.distributed.group import end_group
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.lowshot.config import LowshotConfig
+from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.lowshot.split_files import read_split_files
-from mimref.evaluation.metrics import (
-    accuracy,
-    check_classes,
-    check_features,
-    class_indices,
-    progress_label,
-    row_blocks,
-    split_labels,
-    spread,
-)
-from mimref.features.inputs import EncoderInputs, open_inputs, prepare_groups
+from mimref.evaluation.metrics import check_splits, labelled, percent, progress_label, row_blocks, split_labels, spread
+from mimref.features.inputs import EncoderInputs, Inputs, open_inputs, prepare_groups
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Listener, Progress, Silent
 from mimref.results import EvaluationResult, Row, named
@@ -34,14 +26,63 @@ from mimref.results import EvaluationResult, Row, named
 # The protocol of MSN and DINO: lambda = LAMBDA / (number of training images).
 LAMBDA = 0.00025
 TOLERANCE = 1e-3
-MAX_EPOCHS = 300
 METRIC = "lowshot_top1"
-PROTOCOL = "logistic regression"
-"""`protocol` in results. The low-shot results of MIM models in Table 2 are fine-tuned, and not comparable."""
-# Epochs between two checks of the duality gap, which decides when the solver stops; cyanure's default is 5.
-GAP_INTERVAL = 10
-# With fewer training images, a low-shot result depends on the draw: 20 draws as in DINO, else 3.
-MANY_IMAGES = 10_000
+
+
+def evaluate_lowshot(config: LowshotConfig, *, listener: Listener | None = None) -> EvaluationResult:
+    """Low-shot logistic regression of the chosen blocks.
+
+    Rows as `lowshot` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses as `evaluate_knn`
+    does, also for more shots than a class has images and split files that do not fit.
+    """
+    started, listener = time.monotonic(), listener or Silent()
+    load_solver()  # fails early
+    inputs = open_inputs(config, listener)
+    train_y, _ = split_labels(inputs)
+    if isinstance(_splits(config, inputs, np.arange(len(train_y))), int):  # split files fail early
+        check_shots(config.shots, train_y)
+    groups = prepare_groups(config, inputs)
+    if not end_group():
+        return EvaluationResult([], time.monotonic() - started)
+    train, test = inputs.features("train"), inputs.features("val")
+    splits = _splits(config, inputs, train.indices)
+    rows: list[Row] = []
+    for where, columns in groups:
+        found = lowshot(
+            *labelled(train, columns),
+            *labelled(test, columns),
+            shots=config.shots,
+            splits=splits,
+            seed=config.seed,
+            progress=partial(listener.progress, progress_label("logistic regressions", where)),
+        )
+        rows += named(found, inputs.name, where)
+    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data)
+
+
+def _splits(config: LowshotConfig, inputs: Inputs, images: Labels) -> int | list[Labels]:
+    """The number of draws, or which of the training images (positions in the data set) each split file lists."""
+    if not config.split_files:
+        return config.splits or default_splits(len(images))
+    if not isinstance(inputs, EncoderInputs):
+        raise ConfigError("--split-file names images, but --features gives none; leave one of them out")
+    source = inputs.source("train")
+    return read_split_files(config.split_files, [source.path(int(index)) for index in images])
+
+
+def default_splits(images: int) -> int:
+    """Number of draws from so many training images: with few, the result depends on the draw, and 20 are as in DINO."""
+    return 3 if images >= 10_000 else 20
+
+
+def check_shots(shots: Sequence[int], y: Labels) -> None:
+    """Raise DataError for a class of fewer images than shots."""
+    classes, counts = np.unique(y, return_counts=True)
+    if counts.min() < max(shots):
+        raise DataError(
+            f"class {classes[counts.argmin()]} has only {counts.min()} training images, too few for "
+            f"{max(shots)} shots; lower --shots"
+        )
 
 
 def lowshot(
@@ -51,7 +92,7 @@ def lowshot(
     test_y: Labels,
     *,
     shots: Sequence[int] = (1, 2, 5),
-    splits: int | Sequence[Sequence[int] | NDArray[np.int64]] = 3,
+    splits: int | Sequence[Sequence[int] | Labels] = 3,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Row]:
@@ -60,71 +101,61 @@ def lowshot(
     train_x (N, D), test_x (M, D); labels are any whole numbers. splits: draws per number of shots, which depend on
     `seed`, the split's number, the shots and the labels only, so that different encoders see the same images; or lists
     of training indices (see `read_split_files`), for which `shots` becomes the rounded mean number of images per class.
-    The test rows are read in blocks, once per split. Rows, all `lowshot_top1` with `protocol`: per number of shots
-    first one with `value` = `mean`, `std` (ddof 1; 0 for one split) and `splits` (see `main_rows`), then one per
-    `split`. Raises DataError for a class with too few images and for features or labels that cannot be used.
+    The test rows are read in blocks, once per split. Rows, all `lowshot_top1` with `protocol` (the low-shot results of
+    MIM models in Table 2 are fine-tuned, and not comparable): per number of shots first one with `value` = `mean`,
+    `std` (ddof 1; 0 for one split) and `splits` (see `main_rows`), then one per `split`.
+    Raises DataError for a class with too few images and for features or labels that cannot be used.
     """
-    check_features(train_x, "train", train_y)
-    check_features(test_x, "test", test_y)
-    if train_x.shape[1] != test_x.shape[1]:
-        raise DataError(f"train features are {train_x.shape[1]} wide, test features {test_x.shape[1]}; use one encoder")
-    classes = check_classes(train_y, "train")
-    labels = class_indices(classes, train_y, "train")
-    truth = class_indices(classes, test_y, "test")
+    classes, labels, truth = check_splits(train_x, train_y, test_x, test_y)
     if isinstance(splits, int):
-        groups = _drawn_splits(labels, classes, shots, splits, seed)
+        groups = _drawn_splits(train_y, shots, splits, seed)
     else:
         groups = _given_splits(labels, classes, splits)
-    total = sum(len(group) for group in groups.values())
+    total = sum(map(len, groups.values()))
     rows: list[Row] = []
     done = 0
     for count, group in groups.items():
+        common: Row = {"shots": count, "protocol": "logistic regression"}
         scores: list[float] = []
         for index in group:
             weights = fit_logistic(_unit_rows(train_x[index]), labels[index], len(classes))
-            scores.append(accuracy(_predict(test_x, weights) == truth))
+            scores.append(percent(np.mean(_predict(test_x, weights) == truth)))
             done += 1
             if progress is not None:
                 progress(done, total)
         mean, std = spread(scores)
-        common: Row = {"shots": count, "protocol": PROTOCOL}
         rows.append({"metric": METRIC, "value": mean, **common, "mean": mean, "std": std, "splits": len(scores)})
         rows += [{"metric": METRIC, "value": score, **common, "split": split} for split, score in enumerate(scores)]
     return rows
 
 
-def draw_split(y: Labels, shots: int, *, split: int, seed: int) -> NDArray[np.int64]:
+def draw_split(y: Labels, shots: int, *, split: int, seed: int) -> Labels:
     """Indices (C * shots,) of `shots` images per class, class by class, drawn without replacement.
 
     y (N,): labels; every class has enough images. The draw is a function of (seed, split, shots) and the labels.
     """
     rng = np.random.default_rng([seed, split, shots])
-    picks = []
-    for label in np.unique(y):
-        members = np.flatnonzero(y == label)
-        picks.append(rng.choice(members, shots, replace=False))
-    return np.concatenate(picks)
+    return np.concatenate([rng.choice(np.flatnonzero(y == label), shots, replace=False) for label in np.unique(y)])
 
 
 def fit_logistic(x: NDArray[np.float64], y: Labels, classes: int) -> NDArray[np.float64]:
     """Weights (D, classes) of multinomial logistic regression without intercept, by cyanure.
 
     x (n, D): normalised rows. y (n,): labels 0..classes-1, all present. The objective is
-    mean cross-entropy + LAMBDA / (2 n) * |W|^2, solved to a relative duality gap of TOLERANCE or for MAX_EPOCHS. Two
-    classes use the binary logistic loss with one weight vector w, returned as (-w, w) / 2.
+    mean cross-entropy + LAMBDA / (2 n) * |W|^2, solved to a relative duality gap of TOLERANCE or for 300 epochs.
+    Two classes use the binary logistic loss with one weight vector w, returned as (-w, w) / 2. Raises ConfigError
+    without cyanure.
     """
-    # Slow to import, and not needed by the other protocols.
-    from cyanure.estimators import Classifier
-
     binary = classes == 2
-    model = Classifier(
+    model = load_solver()(
         # On two classes cyanure replaces `multiclass-logistic` by the square loss, with only a printed line.
         loss="logistic" if binary else "multiclass-logistic",
         penalty="l2",
         lambda_1=LAMBDA / len(x),
-        max_iter=MAX_EPOCHS,
+        max_iter=300,
         tol=TOLERANCE,
-        duality_gap_interval=GAP_INTERVAL,
+        # Epochs between two checks of the duality gap, which decides when the solver stops; cyanure's default is 5.
+        duality_gap_interval=10,
         fit_intercept=False,
         verbose=False,
         # The number of threads changes the order of sums, and with it the epoch at which the solver stops.
@@ -141,7 +172,7 @@ def fit_logistic(x: NDArray[np.float64], y: Labels, classes: int) -> NDArray[np.
     return np.concatenate([-coef, coef], axis=1) / 2 if binary else coef
 
 
-def _predict(x: Matrix, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+def _predict(x: Matrix, weights: NDArray[np.float64]) -> Labels:
     """Classes (M,) of x (M, D). Normalising rows again for every split costs less than holding all in float64."""
     return np.concatenate([(_unit_rows(x[rows]) @ weights).argmax(axis=1) for rows in row_blocks(x)])
 
@@ -158,23 +189,19 @@ def _unit_rows(x: NDArray[np.number]) -> NDArray[np.float64]:
     return rows
 
 
-def _drawn_splits(
-    labels: Labels, classes: NDArray[np.int64], shots: Sequence[int], splits: int, seed: int
-) -> dict[int, list[NDArray[np.int64]]]:
+def _drawn_splits(y: Labels, shots: Sequence[int], splits: int, seed: int) -> dict[int, list[Labels]]:
     if splits < 1:
         raise ConfigError(f"splits = {splits}: give at least 1")
     if not len(shots) or min(shots) < 1:
         raise ConfigError(f"shots = {list(shots)}: give one or more numbers of images per class, each at least 1")
-    check_shots(shots, classes[labels])
-    return {s: [draw_split(labels, s, split=i, seed=seed) for i in range(splits)] for s in dict.fromkeys(shots)}
+    check_shots(shots, y)
+    return {count: [draw_split(y, count, split=number, seed=seed) for number in range(splits)] for count in shots}
 
 
-def _given_splits(
-    labels: Labels, classes: NDArray[np.int64], splits: Sequence[Sequence[int] | NDArray[np.int64]]
-) -> dict[int, list[NDArray[np.int64]]]:
+def _given_splits(labels: Labels, classes: Labels, splits: Sequence[Sequence[int] | Labels]) -> dict[int, list[Labels]]:
     if not len(splits):
         raise ConfigError("splits: the list is empty; give at least one split")
-    groups: dict[int, list[NDArray[np.int64]]] = {}
+    groups: dict[int, list[Labels]] = {}
     for number, split in enumerate(splits):
         index = np.asarray(split, dtype=np.int64)
         outside = index[(index < 0) | (index >= len(labels))]
@@ -184,9 +211,7 @@ def _given_splits(
             raise DataError(f"split {number}: a training image is listed twice; list each once")
         missing = np.setdiff1d(np.arange(len(classes)), labels[index])
         if len(missing):
-            raise DataError(
-                f"split {number}: class {classes[missing[0]]} has no image; list at least one of every class"
-            )
+            raise DataError(f"split {number}: class {classes[missing[0]]} has no image; every class needs at least one")
         groups.setdefault(round(len(index) / len(classes)), []).append(index)
     return groups
 
@@ -207,62 +232,3 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(sink)
-
-
-def evaluate_lowshot(config: LowshotConfig, *, listener: Listener | None = None) -> EvaluationResult:
-    """Low-shot logistic regression of the blocks asked for.
-
-    Rows as `lowshot` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses as `evaluate_knn`
-    does, also for more shots than a class has images and split files that do not fit.
-    """
-    started, listener = time.monotonic(), listener or Silent()
-    inputs = open_inputs(config, listener)
-    train_y, _ = split_labels(inputs)
-    if not config.split_files:
-        check_shots(config.shots, train_y)
-    elif not isinstance(inputs, EncoderInputs):
-        raise ConfigError("--split-file names images, which --features does not; leave one of them out")
-    else:
-        _read_splits(config, inputs, np.arange(len(train_y)))  # fails early
-    rows: list[Row] = []
-    groups = prepare_groups(config, inputs)
-    if not end_group():
-        return EvaluationResult(rows, time.monotonic() - started)
-    train_y, test_y = split_labels(inputs)
-    splits: int | list[NDArray[np.int64]] = config.splits or default_splits(len(train_y))
-    if config.split_files and isinstance(inputs, EncoderInputs):
-        splits = _read_splits(config, inputs, inputs.features("train").indices)
-    for where, columns in groups:
-        found = lowshot(
-            inputs.features("train").matrix(columns),
-            train_y,
-            inputs.features("val").matrix(columns),
-            test_y,
-            shots=config.shots,
-            splits=splits,
-            seed=config.seed,
-            progress=partial(listener.progress, progress_label("logistic regressions", where)),
-        )
-        rows += named(found, inputs.name, where)
-    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data)
-
-
-def default_splits(images: int) -> int:
-    """Draws of the training images, where the settings leave them open."""
-    return 3 if images >= MANY_IMAGES else 20
-
-
-def _read_splits(config: LowshotConfig, inputs: EncoderInputs, images: Labels) -> list[NDArray[np.int64]]:
-    """Which of the training images (positions in the data set) each split file lists."""
-    source = inputs.source("train")
-    return read_split_files(config.split_files, [source.path(int(index)) for index in images])
-
-
-def check_shots(shots: Sequence[int], y: Labels) -> None:
-    """Raise DataError for a class of fewer images than shots, before the encoder runs."""
-    classes, counts = np.unique(y, return_counts=True)
-    if counts.min() < max(shots):
-        raise DataError(
-            f"class {classes[counts.argmin()]} has only {counts.min()} training images, too few for "
-            f"{max(shots)} shots; lower --shots"
-        )

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from mimref.encoders.backbones import TokenEncoder
 from mimref.errors import DataError
 from mimref.evaluation.probe.config import ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Batch
-from mimref.evaluation.probe.grid import ProbeInput, ProbeRun, fingerprint
+from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput, fingerprint
 from mimref.features.encode import Column, Features, PassSettings, encode_columns, pooled_tokens
 from mimref.progress import Progress
 from mimref.results import Row
@@ -62,40 +62,30 @@ def probe_augmented(
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """As `probe_cached`, on freshly augmented images: random crops of 8% to 100% of the area, bicubic, and flips.
 
-    The encoder (move it to the device first) runs in evaluation mode and without gradient; one pass per batch gives all
-    inputs. Augmentations are a function of (seed, epoch, image). test: features of centre crops, with the columns of
-    `groups` (see `probe_inputs`); centre crops of held-out training images are encoded at the end. Returns rows, and
-    path and reason of the training images left out. In a process group all ranks call this: they encode the batches in
-    turns, and rank 0 trains on them; the others return nothing. Raises what `probe_cached` does, and DataError for
-    images without labels or too many unreadable ones.
+    The encoder (move it to the device first) is put into evaluation mode, and runs without gradient; one pass per batch
+    gives all inputs. Augmentations are a function of (seed, epoch, image). test: features of centre crops, with the
+    columns of `groups` (see `probe_inputs`); centre crops of held-out training images are encoded at the end. Returns
+    rows, and path and reason of the training images left out. In a process group all ranks call this: they encode the
+    batches in turns, and rank 0 trains on them; the others return nothing. Raises what `probe_cached` does, and
+    DataError for images without labels or too many unreadable ones.
     """
     if train.labels is None or test.y is None:
         raise DataError(f"{train.name}: the training images have no labels, which a probe needs")
     matrices = {key: test.matrix(columns) for key, columns in groups.items()}
-    run = ProbeRun(settings, seed, train.labels, matrices, test.y, reading.device)
-    images = _Augmented(encoder, train, run, groups, reading)
-    training = encoder.training
+    grid = ProbeGrid(settings, seed, train.labels, matrices, test.y, reading.device, state=state)
     encoder.eval()
-    try:
-        if own_rank() > 0:
-            images.follow()
-            return [], []
-        run.train(images.batches, "" if state is None else images.fingerprint(), state, progress)
-        if world_size() > 1:
-            end_requests()
-        return run.rows("augmented", images.held_out()), images.bad.items
-    finally:
-        encoder.train(training)
+    images = _Augmented(encoder, train, grid, groups, reading)
+    if own_rank() > 0:
+        images.follow()
+        return [], []
+    grid.train(images.batches, images.fingerprint, progress)
+    if world_size() > 1:
+        end_requests()
+    return grid.rows("augmented", images.held_out()), images.bad.items
 
 
-class _Encoded(NamedTuple):
-    """A batch of augmented images, encoded."""
-
-    columns: list[Tensor]
-    """(B, D) each; empty where no image could be read."""
-    labels: Tensor
-    bad: list[tuple[str, str]]
-    """Path and reason of every image that could not be read."""
+# Columns, (B, D) each (none where no image could be read), labels (B,), and path and reason of every unreadable image.
+_Encoded = tuple[list[Tensor], Tensor, list[tuple[str, str]]]
 
 
 class _Augmented:
@@ -105,11 +95,11 @@ class _Augmented:
         self,
         encoder: TokenEncoder,
         source: ImageSource,
-        run: ProbeRun,
+        grid: ProbeGrid,
         groups: Mapping[ProbeInput, list[Column]],
         reading: PassSettings,
     ) -> None:
-        self.encoder, self.source, self.run, self.groups, self.reading = encoder, source, run, groups, reading
+        self.encoder, self.source, self.grid, self.groups, self.reading = encoder, source, grid, groups, reading
         self.columns = list(dict.fromkeys(column for group in groups.values() for column in group))
         self.bad = BadImages(reading.max_bad)
 
@@ -117,70 +107,66 @@ class _Augmented:
         """All training batches from an update on, without unreadable images; ranks encode them in turns."""
         if world_size() > 1:
             request(first)
-        for batch in take_turns(self._encoded(first), self.run.total - first):
-            for path, reason in batch.bad:
-                self.bad.add(path, reason)
-            moved = [column.to(self.reading.device) for column in batch.columns]
-            yield self._inputs(moved), batch.labels
+        for columns, labels, bad in take_turns(self._encoded(first), self.grid.total - first):
+            yield self._inputs(columns, bad), labels
 
     def follow(self) -> None:
         """On other ranks than 0: encode batches for it, until it ends."""
         for first in requests():
-            for _ in take_turns(self._encoded(first), self.run.total - first):
+            for _ in take_turns(self._encoded(first), self.grid.total - first):
                 pass
 
     def _encoded(self, first: int) -> Iterator[_Encoded]:
         """This rank's batches."""
         first += own_rank()
-        run, reading, transform = self.run, self.reading, self.reading.transform
+        grid, reading, transform = self.grid, self.reading, self.reading.transform
         views = ViewsConfig(color=False, blur=False)
-        photometric = Photometric(views, run.seed, reading.device, mean=transform.mean, std=transform.std)
-        labels = torch.from_numpy(run.labels[run.train_rows])
+        photometric = Photometric(views, grid.seed, reading.device, mean=transform.mean, std=transform.std)
+        labels = torch.from_numpy(grid.labels[grid.train_rows])
         loaded = view_batches(
-            Subset(self.source, run.train_rows),
+            Subset(self.source, grid.train_rows),
             [CropGroup(1, transform.image_size, CROP_SCALE)],
-            batch_size=run.batch,
-            seed=run.seed,
-            epochs=range(first // run.per_epoch, run.settings.epochs),
-            skip=first % run.per_epoch,
+            batch_size=grid.batch,
+            seed=grid.seed,
+            epochs=range(first // grid.steps_per_epoch, grid.settings.epochs),
+            skip=first % grid.steps_per_epoch,
             every=world_size(),
             workers=loader_workers(reading.workers, self.source),
             pin_memory=reading.device.type == "cuda",
         )
         for batch in loaded:
-            found: list[Tensor] = []
+            columns: list[Tensor] = []
             if len(batch.sample_B):
                 images = photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
                 with torch.inference_mode(), autocast(reading.device, reading.precision):
-                    found = [column.float() for column in pooled_tokens(self.encoder, images, self.columns)]
-            # Other ranks' features travel to rank 0 through the CPU's memory.
-            columns = [column.cpu() for column in found] if world_size() > 1 else found
-            yield _Encoded(columns, labels[batch.sample_B], batch.bad)
+                    columns = [column.float() for column in pooled_tokens(self.encoder, images, self.columns)]
+            if world_size() > 1:
+                # Other ranks' features travel to rank 0 through the CPU's memory.
+                columns = [column.cpu() for column in columns]
+            yield columns, labels[batch.sample_B], batch.bad
 
     @torch.inference_mode()
-    def _inputs(self, columns: list[Tensor]) -> list[Tensor]:
-        """What the classifiers read of a batch's columns; nothing of a batch without images."""
+    def _inputs(self, columns: list[Tensor], bad: list[tuple[str, str]]) -> list[Tensor]:
+        """What the classifiers read of a batch's columns: nothing without readable images."""
+        for path, reason in bad:
+            self.bad.add(path, reason)
         if not columns:
             return []
-        of_column = dict(zip(self.columns, columns, strict=True))
+        of_column = {name: x.to(self.reading.device) for name, x in zip(self.columns, columns, strict=True)}
         return [torch.cat([of_column[column] for column in group], dim=1) for group in self.groups.values()]
 
     def held_out(self) -> Iterator[Batch]:
         """Centre crops of the held-out images."""
-        rows = self.run.held_rows
-        if not len(rows):
-            return
-        labels = self.run.labels[rows]
+        rows = self.grid.held_rows
+        labels = torch.from_numpy(self.grid.labels[rows])
         for batch in encode_columns(self.encoder, Subset(self.source, rows), self.reading, self.columns):
-            for path, reason in batch.bad:
-                self.bad.add(path, reason)
-            if batch.indices:
-                columns = [torch.from_numpy(x) for x in batch.columns]
-                yield self._inputs(columns), torch.from_numpy(labels[batch.indices])
+            inputs = self._inputs([torch.from_numpy(x) for x in batch.columns], batch.bad)
+            if inputs:
+                yield inputs, labels[batch.indices]
 
     def fingerprint(self) -> str:
         """Of the training images, the transform and, through the features of the test images, the encoder."""
         digest = hashlib.sha256(self.source.fingerprint.encode())
         digest.update(json.dumps(self.reading.transform.to_dict(), sort_keys=True).encode())
-        digest.update(f"{self.reading.precision} {fingerprint(self.run.test, self.run.labels)}".encode())
+        digest.update(f"{self.reading.precision} {fingerprint(self.grid.test, self.grid.labels)}".encode())
         return digest.hexdigest()[:16]

@@ -3,34 +3,25 @@
 Shapes: B images, D width of an input, C classes, R learning rates, K classifiers: R on each input, input by input.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from mimref.errors import DataError
 from mimref.training.optim import learning_rate
 
 MOMENTUM = 0.9
-INIT_STD = 0.01
-# With norm="batch": share of warm-up updates, and the absolute learning rate at the end of the cosine.
-WARMUP_SHARE = 0.1
-END_LR = 1e-6
-# torch's own defaults of BatchNorm1d.
-BATCH_NORM_MOMENTUM = 0.1
-BATCH_NORM_EPS = 1e-5
 
 Norm = Literal["none", "batch"]
 Batch = tuple[Sequence[Tensor], Tensor]
 """One (B, D) tensor per input, and (B,) labels 0..C-1."""
 
 
-class ProbeEnsemble:
+class ProbeEnsemble(nn.Module):
     """R linear classifiers on each of several inputs, trained together by SGD with momentum 0.9, no weight decay.
 
     widths: D of every input. lrs: R learning rates, already scaled to the batch. Weights start as N(0, 0.01), a
@@ -38,6 +29,9 @@ class ProbeEnsemble:
     batch's statistics in training and the running ones in `logits`. Classifiers are independent: one that diverges does
     not affect the others. Inputs are converted to `dtype` and moved to `device`.
     """
+
+    bias_KC: Tensor
+    bias_momentum_KC: Tensor
 
     def __init__(
         self,
@@ -50,28 +44,29 @@ class ProbeEnsemble:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        super().__init__()
+        self.classes = classes
+        self.smallest_batch = 2 if norm == "batch" else 1
+        """Fewest images that can be trained on: statistics of a batch need two."""
         # Drawn on the CPU, so that every device starts from the same weights.
         generator = torch.Generator().manual_seed(seed)
-        self.norm, self.classes = norm, classes
-        self.rate_R = torch.tensor(lrs, dtype=dtype).to(device)
         # All classifiers of an input, (R * C, D): one matrix product serves them.
-        self.weights = [
-            torch.empty(len(lrs) * classes, width, dtype=dtype).normal_(0, INIT_STD, generator=generator).to(device)
+        weights = [
+            torch.empty(len(lrs) * classes, width, dtype=dtype).normal_(0, 0.01, generator=generator).to(device)
             for width in widths
         ]
-        self.bias_KC = torch.zeros(len(widths) * len(lrs), classes, dtype=dtype, device=device)
-        self._momenta = [torch.zeros_like(weight) for weight in self.weights]
-        self._bias_momentum = torch.zeros_like(self.bias_KC)
-        self._means = [torch.zeros(width, dtype=dtype, device=device) for width in widths]
-        self._variances = [torch.ones(width, dtype=dtype, device=device) for width in widths]
+        bias_KC = torch.zeros(len(widths) * len(lrs), classes, dtype=dtype, device=device)
+        self.rate_R = torch.tensor(lrs, dtype=dtype).to(device)
+        self.weights = _constants(weights)
+        self.momenta = _constants(map(torch.zeros_like, weights))
+        self.bias_KC, self.bias_momentum_KC = _constants([bias_KC, torch.zeros_like(bias_KC)])
+        self.norms = nn.ModuleList(
+            nn.BatchNorm1d(width, affine=False, device=device, dtype=dtype) if norm == "batch" else nn.Identity()
+            for width in widths
+        )
 
     def __len__(self) -> int:
         return len(self.bias_KC)
-
-    @property
-    def smallest_batch(self) -> int:
-        """Fewest images that can be trained on: statistics of a batch need two."""
-        return 2 if self.norm == "batch" else 1
 
     @torch.no_grad()
     def step(self, inputs: Sequence[Tensor], labels: Tensor, scale: float, offset: float = 0.0) -> None:
@@ -79,18 +74,18 @@ class ProbeEnsemble:
 
         inputs: one (B, D) per input. labels: (B,) int64, 0..C-1.
         """
-        features = self._prepared(inputs, training=True)
+        features = self._normalised(inputs, training=True)
         # The gradient of every classifier's mean cross-entropy; its division by B is left to the sums below.
         gradient_KCB = self._logits(features).softmax(dim=1)
         label_K1B = labels.to(self.bias_KC.device, non_blocking=True).expand(len(self), 1, -1)
         gradient_KCB.scatter_add_(1, label_K1B, gradient_KCB.new_full((1, 1, 1), -1.0).expand_as(label_K1B))
         share = 1 / len(labels)
-        self._bias_momentum.mul_(MOMENTUM).add_(gradient_KCB.sum(dim=2), alpha=share)
+        self.bias_momentum_KC.mul_(MOMENTUM).add_(gradient_KCB.sum(dim=2), alpha=share)
         rate_R1 = (self.rate_R * scale + offset)[:, None]
-        self.bias_KC.addcmul_(self._bias_momentum, rate_R1.repeat(len(self.weights), 1), value=-1)
+        self.bias_KC.addcmul_(self.bias_momentum_KC, rate_R1.repeat(len(self.weights), 1), value=-1)
         rates = len(self.rate_R)
         for weight, momentum, gradient_RCB, x_BD in zip(
-            self.weights, self._momenta, gradient_KCB.split(rates), features, strict=True
+            self.weights, self.momenta, gradient_KCB.split(rates), features, strict=True
         ):
             momentum.addmm_(gradient_RCB.flatten(0, 1), x_BD, beta=MOMENTUM, alpha=share)
             weight.view(rates, -1).addcmul_(momentum.view(rates, -1), rate_R1, value=-1)
@@ -98,7 +93,7 @@ class ProbeEnsemble:
     @torch.no_grad()
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
         """(K, C, B) for one (B, D) per input."""
-        return self._logits(self._prepared(inputs, training=False))
+        return self._logits(self._normalised(inputs, training=False))
 
     def hits(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """(K,) int64: images whose largest logit is their label's. Logits that are not finite never count."""
@@ -111,20 +106,6 @@ class ProbeEnsemble:
         weights = [weight.view(len(self.rate_R), -1).isfinite().all(dim=1) for weight in self.weights]
         return torch.cat(weights) & self.bias_KC.isfinite().all(dim=1)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors themselves, not copies: weights, momenta and statistics."""
-        lists = {"weight": self.weights, "momentum": self._momenta, "mean": self._means, "variance": self._variances}
-        tensors = {f"{name}.{i}": value for name, values in lists.items() for i, value in enumerate(values)}
-        return tensors | {"bias": self.bias_KC, "bias_momentum": self._bias_momentum}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave. Raises ValueError for the state of another ensemble."""
-        own = self.state_dict()
-        if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in own.items()}:
-            raise ValueError("the state has other inputs, classes or learning rates")
-        for key, value in own.items():
-            value.copy_(state[key])
-
     def _logits(self, features: Sequence[Tensor]) -> Tensor:
         """(K, C, B). With images last, softmax over the classes runs over whole vectors of images."""
         logits_KCB = self.bias_KC.new_empty(len(self), self.classes, len(features[0]))
@@ -135,39 +116,29 @@ class ProbeEnsemble:
             torch.addmm(bias.reshape(-1, 1), weight, x_BD.T, out=out.flatten(0, 1))
         return logits_KCB
 
-    def _prepared(self, inputs: Sequence[Tensor], *, training: bool) -> list[Tensor]:
-        like = self.bias_KC
-        features = [x_BD.to(like.device, like.dtype, non_blocking=True) for x_BD in inputs]
-        if self.norm == "none":
-            return features
-        statistics = zip(features, self._means, self._variances, strict=True)
-        return [
-            F.batch_norm(x, mean, var, training=training, momentum=BATCH_NORM_MOMENTUM, eps=BATCH_NORM_EPS)
-            for x, mean, var in statistics
-        ]
+    def _normalised(self, inputs: Sequence[Tensor], *, training: bool) -> list[Tensor]:
+        self.norms.train(training)
+        features = [x_BD.to(self.bias_KC.device, self.bias_KC.dtype, non_blocking=True) for x_BD in inputs]
+        return [norm(x_BD) for norm, x_BD in zip(self.norms, features, strict=True)]
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rates of every update: `scale` * lr + `offset`.
+def _constants(tensors: Iterable[Tensor]) -> nn.ParameterList:
+    """Tensors that `state_dict` holds, and that are updated without autograd."""
+    return nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
+
+
+def schedule(update: int, total: int, norm: Norm) -> tuple[float, float]:
+    """The learning rates of an update (0-based) of `total`, as `scale` and `offset` of `ProbeEnsemble.step`.
 
     norm "none" is DINOv2's schedule, a cosine from lr to 0. norm "batch" is that of the paper's released code: a linear
     warm-up over the first 10% of the updates, then a cosine to 1e-6 for every learning rate.
     """
-
-    total: int
-    """Updates."""
-    norm: Norm
-
-    def __call__(self, update: int) -> tuple[float, float]:
-        """Scale and offset of an update (0-based)."""
-        batch = self.norm == "batch"
-        warmup = round(WARMUP_SHARE * self.total) if batch else 0
-        # The schedule is linear in its peak and its end, so all classifiers share these two numbers.
-        scale = learning_rate(update, peak=1.0, warmup_updates=warmup, total_updates=self.total, end=0.0)
-        if not batch:
-            return scale, 0.0
-        return scale, learning_rate(update, peak=0.0, warmup_updates=warmup, total_updates=self.total, end=END_LR)
+    if norm == "none":
+        return learning_rate(update, peak=1.0, warmup_updates=0, total_updates=total, end=0.0), 0.0
+    warmup = round(0.1 * total)
+    # The schedule is linear in its peak and its end, so all classifiers share these two numbers.
+    scale = learning_rate(update, peak=1.0, warmup_updates=warmup, total_updates=total, end=0.0)
+    return scale, learning_rate(update, peak=0.0, warmup_updates=warmup, total_updates=total, end=1e-6)
 
 
 def score(ensemble: ProbeEnsemble, batches: Iterable[Batch], name: str) -> NDArray[np.float64]:

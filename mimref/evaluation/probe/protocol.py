@@ -8,8 +8,9 @@ from mimref.distributed.group import end_group
 from mimref.errors import ConfigError
 from mimref.evaluation.metrics import split_labels
 from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
+from mimref.evaluation.probe.cached import probe_cached
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
-from mimref.evaluation.probe.grid import ProbeInput, probe_matrices
+from mimref.evaluation.probe.grid import ProbeInput
 from mimref.features.config import EncoderPassConfig
 from mimref.features.encode import Column
 from mimref.features.inputs import EncoderInputs, Inputs, open_inputs
@@ -29,7 +30,7 @@ def evaluate_probe(
     inputs = open_inputs(config, listener)
     split_labels(inputs)
     groups = input_columns(inputs, config.final_norm)
-    columns = list(dict.fromkeys(column for group in groups.values() for column in group))
+    columns = [column for group in groups.values() for column in group]
     bad: list[tuple[str, str]] = []
     if config.cached:
         inputs.prepare(columns)
@@ -65,15 +66,19 @@ def probe_features(
 ) -> list[Row]:
     """Rows of `probe_cached` on prepared columns. config: seed and device."""
     train, test = inputs.features("train"), inputs.features("val")
-    train_y, test_y = split_labels(inputs)
-    return probe_matrices(
+    assert train.y is not None and test.y is not None  # the inputs were opened to have labels
+    return probe_cached(
         {key: train.matrix(columns) for key, columns in groups.items()},
-        train_y,
+        train.y,
         {key: test.matrix(columns) for key, columns in groups.items()},
-        test_y,
-        settings,
-        config.seed,
-        config.device,
-        state,
-        partial(listener.progress, "linear probes"),
+        test.y,
+        lrs=settings.lr,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        norm=settings.norm,
+        select=settings.select,
+        seed=config.seed,
+        device=config.device,
+        state=state,
+        progress=partial(listener.progress, "linear probes"),
     )

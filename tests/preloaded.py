@@ -1,0 +1,12 @@
+"""What processes of the tests need, and what these import later: for a process that others are forks of."""
+
+import pytest  # noqa: F401
+import torch._dynamo  # by the first optimizer
+import torch.distributed.tensor  # noqa: F401  # by the first DistributedDataParallel
+
+import mimref.cli
+import mimref.evaluation.compare
+import mimref.pretraining.run
+import mimref.refinement.run  # noqa: F401
+import tests.ranks
+import tests.tiny  # noqa: F401
