@@ -29,14 +29,8 @@ from mimref.data.workers import DeadWorkerError
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import DataError
 from mimref.features.encode import Column, PassSettings, extract
-from tests.faults import notice_deaths_soon
 
 COUNT = 24
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    notice_deaths_soon(monkeypatch)
 
 
 class Deadly(ArraySource):

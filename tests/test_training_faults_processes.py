@@ -19,7 +19,7 @@ from mimref.data.decode import Decoded
 from mimref.data.sources import FileSource
 from mimref.errors import Interrupted
 from mimref.refinement.run import refine
-from tests.faults import TinyRun, error_line, make_tiny_run, notice_deaths_soon, states
+from tests.faults import TinyRun, error_line, make_tiny_run, states
 from tests.kill_many import Killer, differences, run_killed
 from tests.tiny import Watcher, assert_same_run, refine_config, saved_step, signal_at
 
@@ -32,7 +32,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
-    notice_deaths_soon(monkeypatch)
 
 
 # --- a second signal
