@@ -1,7 +1,7 @@
 """What a command shows: a run's progress, notes and warnings on standard error, its results on standard output."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Terminal(Listener):
-    """A listener that prints to standard error; if `quiet`, only warnings."""
+    """A listener that prints to standard error; if `quiet`, only warnings.
+
+    It falls silent where nothing can be printed, because the terminal is closed or a disk is full: the work continues.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -31,16 +34,20 @@ class Terminal(Listener):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.close()
+        with suppress(OSError):
+            self._open.close()
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Advance the bar of `label`; another label ends the previous bar."""
         if self._quiet:
             return
-        if label != self._label or self._bar is None:
-            self._open.close()
-            self._label, self._bar = label, self._open.enter_context(show_progress(label))
-        self._bar.update(done, total)
+        try:
+            if label != self._label or self._bar is None:
+                self._open.close()
+                self._label, self._bar = label, self._open.enter_context(show_progress(label))
+            self._bar.update(done, total)
+        except OSError:
+            self._quiet = True
 
     def note(self, message: str) -> None:
         """Print a line worth reading."""
@@ -53,10 +60,11 @@ class Terminal(Listener):
 
     def _print(self, line: str) -> None:
         # A line printed past a live bar would tear it.
-        if self._bar is not None:
-            self._bar.log(line)
-        else:
-            typer.echo(line, err=True)
+        with suppress(OSError):
+            if self._bar is not None:
+                self._bar.log(line)
+            else:
+                typer.echo(line, err=True)
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -2,7 +2,9 @@
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -27,7 +29,7 @@ from mimref.distributed.group import end_group
 from mimref.errors import ConfigError, DataError, did_you_mean
 from mimref.evaluation.cluster.classes import choose_classes
 from mimref.evaluation.cluster.config import ClusterConfig
-from mimref.evaluation.cluster.embedding import check_count, umap_embedding
+from mimref.evaluation.cluster.embedding import check_count
 from mimref.evaluation.metrics import (
     check_features,
     labelled,
@@ -47,19 +49,19 @@ from mimref.results import EvaluationResult, Row, named
 SERIAL_WORK = 2e8
 
 
-class Embedding(NamedTuple):
-    """Points in two dimensions, for a figure."""
+class LastFeatures(NamedTuple):
+    """What a figure shows: the features of the last of the chosen blocks."""
 
-    points: NDArray[np.float32]
-    """(N, 2)."""
+    x: Matrix
+    """(N, D)."""
     y: Labels
     class_names: list[str] | None
 
 
 def evaluate_cluster(
     config: ClusterConfig, *, embed: bool = False, listener: Listener | None = None
-) -> tuple[EvaluationResult, Embedding | None]:
-    """Clustering of one split's images; with `embed`, also the UMAP embedding of the last of the chosen blocks.
+) -> tuple[EvaluationResult, LastFeatures | None]:
+    """Clustering of one split's images; with `embed`, also the features to embed, which are enough for UMAP.
 
     Rows as `cluster` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses, before the encoder
     runs where possible.
@@ -76,7 +78,7 @@ def evaluate_cluster(
     if embed:
         check_count(int(np.isin(y, classes).sum()))
     rows: list[Row] = []
-    embedding = None
+    last = None
     groups = prepare_groups(config, inputs, (config.split,))
     for where, columns in groups if end_group() else []:
         x, y = labelled(inputs.features(config.split), columns)
@@ -93,11 +95,8 @@ def evaluate_cluster(
             progress=partial(listener.progress, progress_label("k-means", where)),
         )
         rows += named(found, inputs.name, where)
-    if embed and rows:
-        listener.progress("UMAP", 0, 1)
-        embedding = Embedding(umap_embedding(x, seed=config.seed), y, names)
-        listener.progress("UMAP", 1, 1)
-    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data), embedding
+        last = LastFeatures(x, y, names) if embed else None
+    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data), last
 
 
 def cluster_accuracy(y: Labels, assignment: Labels) -> float:
@@ -160,11 +159,8 @@ def cluster(
     points = unit_rows(x)
     of_clusters = [name for name in metrics if name in AGREEMENT]
     jobs = min(workers or own_cores(), runs) if float(runs) * points.size * len(classes) >= SERIAL_WORK else 1
-    # Arrays above a megabyte are written once and memory-mapped by all processes.
-    parallel = Parallel(n_jobs=jobs, max_nbytes="1M", return_as="generator")
-    work = (delayed(kmeans_run)(points, truth, of_clusters, len(classes), number, seed) for number in range(runs))
     done: list[Run] = []
-    for run in parallel(work) if of_clusters else ():
+    for run in _all_runs(points, truth, of_clusters, len(classes), runs, seed, jobs) if of_clusters else ():
         done.append(run)
         if progress is not None:
             progress(len(done), runs)
@@ -214,3 +210,18 @@ def kmeans_run(x: NDArray[np.float32], y: Labels, metrics: Sequence[str], cluste
     centres = model.cluster_centers_.astype(np.float64)
     inertia = float(sum(np.square(x[rows] - centres[labels[rows]]).sum() for rows in row_blocks(x)))
     return Run(inertia, {name: AGREEMENT[name](y, labels) for name in metrics})
+
+
+def _all_runs(
+    x: NDArray[np.float32], y: Labels, metrics: Sequence[str], clusters: int, runs: int, seed: int, jobs: int
+) -> Iterator[Run]:
+    """`kmeans_run` of every number, in several processes if they can be started and do not die."""
+    # Arrays above a megabyte are written once and memory-mapped by all processes.
+    parallel = Parallel(n_jobs=jobs, max_nbytes="1M", return_as="generator")
+    done = 0
+    with suppress(*() if jobs == 1 else (OSError, BrokenExecutor)):
+        for run in parallel(delayed(kmeans_run)(x, y, metrics, clusters, number, seed) for number in range(runs)):
+            yield run
+            done += 1
+    for number in range(done, runs):
+        yield kmeans_run(x, y, metrics, clusters, number, seed)
