@@ -33,8 +33,9 @@ def optional(missing: str, listener: Listener) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of any library
-        reason = " ".join(str(error).split())
-        listener.warn(f"{missing}: {reason if isinstance(error, UserError) else f'{type(error).__name__} {reason}'}")
+        # Some libraries write pages, of which the first line says what is wrong.
+        reason = next(iter(str(error).strip().splitlines()), "")
+        listener.warn(f"{missing}: {reason if isinstance(error, UserError) else f'{type(error).__name__}: {reason}'}")
 
 
 class Silent(Listener):

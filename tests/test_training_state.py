@@ -19,6 +19,7 @@ from mimref.config.base import dump_config
 from mimref.config.load import load_config
 from mimref.config.run import MonitorConfig
 from mimref.errors import ConfigError, Interrupted, OutputError
+from mimref.progress import Silent
 from mimref.refinement.config import RefineConfig
 from mimref.training import trackers
 from mimref.training.folder import RunFolder, with_absolute_paths
@@ -296,7 +297,7 @@ class Numbers:
 
 def test_trackers_receive_the_numbers_of_the_log(tmp_path: Path) -> None:
     tracker = Numbers()
-    log = MetricsLog(tmp_path / "metrics.jsonl", trackers=[tracker])
+    log = MetricsLog(tmp_path / "metrics.jsonl", trackers={"one": tracker})
     log.write({"step": 3, "stage": "heads", "lr": 0.1, "head_loss": [1.0, 2.0]})
     log.close()
     assert tracker.received == [(3, {"heads/lr": 0.1, "heads/head_loss/head_1": 1.0, "heads/head_loss/head_2": 2.0})]
@@ -316,7 +317,7 @@ def test_tensorboard_keeps_what_the_log_says(tmp_path: Path) -> None:
 
     config = RefineConfig(monitor=MonitorConfig(trackers=["tensorboard"]))
     for state, steps in ((None, (1, 2, 3)), ({"log_lines": 2, "step": 2}, (3, 4))):
-        log = open_log(config, tmp_path, state)
+        log = open_log(config, tmp_path, state, Silent())
         for step in steps:
             log.write({"step": step, "stage": "heads", "lr": step / 8})
         log.close()
@@ -328,7 +329,7 @@ def test_weights_and_biases_keeps_the_last_numbers(tmp_path: Path, monkeypatch: 
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    log = open_log(RefineConfig(monitor=MonitorConfig(trackers=["wandb"])), tmp_path, None)
+    log = open_log(RefineConfig(monitor=MonitorConfig(trackers=["wandb"])), tmp_path, None, Silent())
     for step in (1, 2):
         log.write({"step": step, "stage": "heads", "lr": step / 8})
     log.close()
