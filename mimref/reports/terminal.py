@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from mimref.progress import Listener
+from mimref.reports.metrics import UNDEFINED, is_undefined
 from mimref.reports.progress import ProgressDisplay, show_progress
 from mimref.reports.tables import best_table, differences_table, plain_table
 from mimref.results import Row
@@ -71,11 +72,18 @@ def print_rows(rows: Sequence[Row]) -> None:
     """Print the table that suits a run's results; nothing if there are none."""
     if rows:
         Console().print(best_table(rows))
+        _explain(rows)
 
 
 def print_comparison(rows: Sequence[Row], base: str) -> None:
     """Print several models side by side, with their differences from `base`."""
     Console().print(differences_table(rows, base))
+    _explain(rows)
+
+
+def _explain(rows: Sequence[Row]) -> None:
+    if any(is_undefined(row) for row in rows):
+        typer.echo(UNDEFINED)
 
 
 def print_blocks(rows: Sequence[Row], heads: Mapping[str, Sequence[int]]) -> None:
@@ -88,6 +96,7 @@ def print_blocks(rows: Sequence[Row], heads: Mapping[str, Sequence[int]]) -> Non
         Console().print(block_chart(of_model, heads=heads.get(model, ()), title=model))
         if model in heads:
             typer.echo(f"recommended heads: --heads {blocks_text(heads[model])}")
+    _explain(rows)
 
 
 def print_cache(entries: Sequence["CacheEntry"], folder: Path, listings: "Listings | None" = None) -> None:

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 
 from mimref.distributed.group import end_group
 from mimref.evaluation.blocks.config import BlocksConfig
@@ -50,7 +51,7 @@ def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -
     for inputs in opened if end_group() else ():
         found = _rows(config, inputs)
         accuracies = [float(row["value"]) for row in found if row["metric"] == "block_knn_top1"]
-        if accuracies:
+        if any(map(isfinite, accuracies)):
             heads[inputs.name] = recommend_heads(accuracies)
         if config.reconstruct:
             with optional(f"no reconstruction loss of {inputs.name}", listener):

@@ -1,5 +1,6 @@
 """Clustering of frozen features by mini-batch k-means, compared with the classes (Appendix C.12), `mimref cluster`."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import pdist
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import (
@@ -39,6 +41,7 @@ from mimref.evaluation.metrics import (
     row_blocks,
     spread,
     unit_rows,
+    vary,
 )
 from mimref.features.inputs import EncoderInputs, open_inputs, prepare_groups
 from mimref.features.matrix import Labels, Matrix
@@ -116,11 +119,22 @@ AGREEMENT: dict[str, Callable[[Labels, Labels], float]] = {
     "ami": lambda y, assignment: percent(adjusted_mutual_info_score(y, assignment)),
     "ari": lambda y, assignment: percent(adjusted_rand_score(y, assignment)),
 }
-# From unit rows (N, D) and classes (N,): how far the classes are apart, without clustering.
-SEPARATION: dict[str, Callable[[NDArray[np.float32], Labels], float]] = {
-    "sil": lambda x, y: percent(silhouette_score(x, y)),
-    "dbs": lambda x, y: float(davies_bouldin_score(x, y)),
-}
+
+
+def _silhouette(x: NDArray[np.float32], y: Labels) -> float:
+    """In percent; NaN for points that are all the same, for which scikit-learn gives 0."""
+    return percent(silhouette_score(x, y)) if vary(x) else math.nan
+
+
+def _davies_bouldin(x: NDArray[np.float32], y: Labels) -> float:
+    """NaN where classes have the same centre: scikit-learn then leaves out the pair, or gives 0, the best score."""
+    centres = np.stack([x[y == label].mean(axis=0, dtype=np.float64) for label in range(int(y.max()) + 1)])
+    # Of unit rows: far below what separates any two classes.
+    return float(davies_bouldin_score(x, y)) if pdist(centres).min() > 1e-6 else math.nan
+
+
+# From unit rows (N, D) and classes 0, 1, ... (N,): how far the classes are apart, without clustering.
+SEPARATION: dict[str, Callable[[NDArray[np.float32], Labels], float]] = {"sil": _silhouette, "dbs": _davies_bouldin}
 # Names in results.
 NAMES = {name: f"cluster_{name}" for name in AGREEMENT} | {"sil": "silhouette", "dbs": "davies_bouldin"}
 
@@ -140,7 +154,8 @@ def cluster(
     x (N, D): features, scaled to unit length here and held in memory as float32. y (N,): labels, any whole numbers;
     there are as many clusters as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the run with the
     lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and Davies-Bouldin of the
-    true classes, without clustering). In percent, except Davies-Bouldin.
+    true classes, without clustering). In percent, except Davies-Bouldin. sil and dbs are NaN for features that do not
+    vary, dbs also where two classes have the same mean.
     A run is scikit-learn's MiniBatchKMeans with its defaults and n_init=1. Runs are spread over `workers` processes
     (None: all cores), or stay in this one where that is faster, with the same results. Silhouette compares all pairs of
     images, in pieces of up to 1 GB: minutes for the 50,000 validation images of ImageNet.
