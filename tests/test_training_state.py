@@ -26,6 +26,7 @@ from mimref.training.folder import RunFolder, with_absolute_paths
 from mimref.training.log import MetricsLog, SkippedImages, open_log
 from mimref.training.signals import StopSignal, stop_signal
 from mimref.training.trackers import check_trackers
+from tests.tiny import Watcher
 
 CONFIG = RefineConfig()
 
@@ -425,3 +426,28 @@ def test_only_the_same_launch_goes_on_by_itself(tmp_path: Path, monkeypatch: pyt
         assert not folder.continues_launch()
     shutil.rmtree(tmp_path / "state")
     assert not folder.continues_launch()
+
+
+def test_a_tracker_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Numbers):
+        def log(self, values: Mapping[str, float], step: int) -> None:
+            if step == 2:
+                raise ConnectionError("network is unreachable\nand more")
+            super().log(values, step)
+
+    watcher, kept, failing = Watcher(), Numbers(), Failing()
+    log = MetricsLog(tmp_path / "metrics.jsonl", trackers={"wandb": failing, "kept": kept}, listener=watcher)
+    for step in (1, 2, 3):
+        log.write({"step": step, "stage": "heads", "lr": 0.1})
+    log.close()
+    assert watcher.warnings == ["no more metrics for wandb: ConnectionError: network is unreachable"]
+    assert [step for step, _ in kept.received] == [1, 2, 3] and [step for step, _ in failing.received] == [1]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+    def open_failing(*_: object, **__: object) -> None:
+        raise RuntimeError("no key")
+
+    monkeypatch.setattr("mimref.training.log.open_tracker", open_failing)
+    log = open_log(RefineConfig(monitor=MonitorConfig(trackers=["wandb"])), tmp_path, None, watcher)
+    log.write({"step": 1})
+    assert watcher.warnings[1:] == ["no metrics for wandb: RuntimeError: no key"]
