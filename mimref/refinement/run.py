@@ -77,13 +77,15 @@ def refine(
             return RefineResult(out, [], run.elapsed_s)
         # Written before the evaluation, which may fail or be interrupted, and again with its results.
         _write_encoder(out, plan, refined, [])
-        rows: list[Row] = []
         # What cannot be evaluated is reported and left out: it must not cost the training.
-        with optional("no results table", run.listener):
+        try:
             if plan.config.stage == "heads":
                 rows = _rank_heads(run, plan, method, monitor, nn_accuracy)
             else:
                 rows = _compare(run, plan, method, refined)
+        except (ConfigError, DataError) as error:
+            run.listener.warn(f"no results table: {error}")
+            rows = []
         _write_encoder(out, plan, refined, rows)
         run.finish(rows)
     return RefineResult(out, rows, run.elapsed_s)
