@@ -1,9 +1,12 @@
 """Atomic writes, checks of output folders and files, and the cache folder."""
 
 import errno
+import getpass
 import os
 import secrets
 import shutil
+import stat
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,8 +22,59 @@ FULL_DISK_BYTES = 1 << 20
 
 def cache_folder() -> Path:
     """The folder of cached downloads and features: `$MIMREF_CACHE`, else `mimref` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MIMREF_CACHE") or Path(home, "mimref"))
+    ensure_caches()
+    return Path(os.environ.get("MIMREF_CACHE") or Path(_user_caches(), "mimref"))
+
+
+def ensure_caches() -> Path | None:
+    """Give a user without a cache folder one below the temporary folder, as in containers with an unknown user.
+
+    Libraries that compile code fail without one, or write into a folder named `~`. Where there is no home, that folder
+    becomes the home of this process; where only caches cannot be written, those move that exist for no other purpose.
+    Returns the folder if this process uses it.
+    """
+    global _caches
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"user{os.getuid()}"  # libraries name files by it
+    home = os.path.expanduser("~")
+    if (os.path.isabs(home) and _may_write(_user_caches())) or (folder := _private_folder()) is None:
+        return _caches
+    _caches = folder
+    if not os.path.isdir(home) or home == os.path.sep:  # which is the home of an unknown user
+        os.environ["HOME"] = str(folder)
+        os.environ.pop("XDG_CACHE_HOME", None)
+    else:
+        for name in ("MIMREF_CACHE", "NUMBA_CACHE_DIR", "MPLCONFIGDIR", "TRITON_CACHE_DIR"):
+            os.environ.setdefault(name, str(folder / name.lower()))
+    return folder
+
+
+_caches: Path | None = None
+
+
+def _user_caches() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+
+
+def _may_write(folder: Path) -> bool:
+    """Whether a folder can be written, or created."""
+    existing = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
+    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
+
+
+def _private_folder() -> Path | None:
+    """A folder below the temporary one that only this user can write: libraries run the code that they cache."""
+    try:
+        folder = Path(tempfile.gettempdir(), f"mimref-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            return folder
+        return Path(tempfile.mkdtemp(prefix="mimref-"))
+    except OSError:
+        return None
 
 
 def check_writable(folder: Path) -> None:

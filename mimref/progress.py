@@ -1,6 +1,9 @@
 """How functions that compute report progress: they call a listener, and the command line shows it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mimref.errors import UserError
 
 Progress = Callable[[int, int], None]
 """Called with how much of one piece of work is done, and how much there is."""
@@ -19,6 +22,20 @@ class Listener:
 
     def warn(self, message: str) -> None:
         """One line that asks for attention."""
+
+
+@contextmanager
+def optional(missing: str, listener: Listener) -> Iterator[None]:
+    """A part of the work that takes nothing else with it when it fails: the failure is a warning.
+
+    missing: what there is not then, such as `no figure`.
+    """
+    try:
+        yield
+    except Exception as error:  # of any library
+        # Some libraries write pages, of which the first line says what is wrong.
+        reason = next(iter(str(error).strip().splitlines()), "")
+        listener.warn(f"{missing}: {reason if isinstance(error, UserError) else f'{type(error).__name__}: {reason}'}")
 
 
 class Silent(Listener):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mimref.cli import run
 from mimref.config.load import load_config
@@ -49,10 +48,3 @@ def states(path: Path) -> list[str]:
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     """The last line that was told on standard error."""
     return capsys.readouterr().err.splitlines()[-1]
-
-
-def notice_deaths_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torch's loaders look after their processes every 0.2 s that they wait, not every 5 s."""
-    look: Any = _MultiProcessingDataLoaderIter._try_get_data
-    assert len(look.__defaults__) == 1
-    monkeypatch.setattr(look, "__defaults__", (0.2,))

@@ -5,16 +5,20 @@ import errno
 import multiprocessing
 import multiprocessing.util
 import os
+import pickle
+import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import get_worker_info
 
 from mimref.data import workers
 from mimref.data.loader import CropBatch, ViewBatch, crop_batches, view_batches
@@ -25,14 +29,8 @@ from mimref.data.workers import DeadWorkerError
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import DataError
 from mimref.features.encode import Column, PassSettings, extract
-from tests.faults import notice_deaths_soon
 
 COUNT = 24
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    notice_deaths_soon(monkeypatch)
 
 
 class Deadly(ArraySource):
@@ -43,7 +41,7 @@ class Deadly(ArraySource):
         self.last, self.number = last, number
 
     def read(self, index: int) -> torch.Tensor:
-        if get_worker_info() is not None and index == self.last:
+        if multiprocessing.parent_process() is not None and index == self.last:
             os.kill(os.getpid(), self.number)
             time.sleep(10)
         return super().read(index)
@@ -124,10 +122,175 @@ def test_a_process_ends_although_it_has_not_finished_reading() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_death_of_unknown_cause_is_reported_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "DYING_S", 0.0)
-    processes: Any = []
-    error = RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly")
-    assert workers._death_behind(error, processes, {}) == f"a loader process died ({error})"
-    reset = ConnectionResetError(errno.ECONNRESET, "Connection reset")
-    assert workers._death_behind(reset, processes, {}) is None
+def test_a_process_that_exits_is_reported_too() -> None:
+    class Leaving(Deadly):
+        def read(self, index: int) -> torch.Tensor:
+            os._exit(0)
+
+    with pytest.raises(DeadWorkerError, match=r"\(exit code 0\) at set/train/0, "):
+        list(crop_batches(Leaving(), EvalTransform(8), batch_size=2, workers=1))
+
+
+# --- a process that hangs
+
+
+def test_a_stopped_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "CHECK_S", 0.05)
+    with pytest.raises(DeadWorkerError, match=r"stopped \(SIGSTOP\) at set/train/9, "):
+        list(crops(9, number=signal.SIGSTOP, processes=2))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_is_stopped_and_continued_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "CHECK_S", 0.1)
+    read = Deadly.read
+
+    def paused(self: Deadly, index: int) -> torch.Tensor:
+        if multiprocessing.parent_process() is not None and index == 5:
+            if os.fork() == 0:
+                time.sleep(0.25)
+                os.kill(os.getppid(), signal.SIGCONT)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return read(self, index)
+
+    monkeypatch.setattr(Deadly, "read", paused)
+    assert [batch.end for batch in crops()] == list(range(2, COUNT + 1, 2))
+
+
+def forever(*_: Any) -> Any:
+    time.sleep(60)
+
+
+def half_a_message(pipe: Any, kind: bytes, parts: Any, watch: Any) -> None:
+    workers._write(pipe, workers._HEADER.pack(kind, len(parts[0])), watch)
+    workers._write(pipe, parts[0][:5], watch)
+    forever()
+
+
+@pytest.mark.parametrize("stuck", ["at an image", "after its images", "within a message", "before it takes a task"])
+def test_a_stalled_process_is_given_up(stuck: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "CHECK_S", 0.02)
+    monkeypatch.setattr(workers, "STALLED_CHECKS", 25)
+    if stuck == "at an image":
+        monkeypatch.setattr(Deadly, "read", lambda self, index: forever() if index else torch.zeros(3, 8, 8))
+    elif stuck == "after its images":
+        monkeypatch.setattr(workers, "_packed", forever)
+    elif stuck == "within a message":
+        send = workers._send
+        parent = os.getpid()
+        monkeypatch.setattr(workers, "_send", lambda *message: (half_a_message, send)[os.getpid() == parent](*message))
+    else:
+        # Batches whose lists do not fit into the pipe.
+        monkeypatch.setattr(workers, "_serve", forever)
+    groups = [CropGroup(1, 8, (0.5, 1.0))]
+    started = time.monotonic()
+    place = "; check" if stuck.startswith("before") else " at set/train/1, or just after it; check"
+    with pytest.raises(DeadWorkerError, match=rf"has done nothing for [0-9.]+ minutes{place}"):
+        if stuck.startswith("before"):
+            source = ArraySource("set", np.zeros((40000, 1, 1), np.uint8), None, None, "train", np.arange(40000))
+            list(view_batches(source, groups, batch_size=40000, seed=0, epochs=range(2), workers=1))
+        list(crops())
+    assert 0.5 <= time.monotonic() - started < 10
+    assert multiprocessing.active_children() == []
+
+
+# --- what batches travel through
+
+
+def test_no_shared_memory_is_needed(tmp_path: Path) -> None:
+    """Docker's /dev/shm is 64 MB; here it is full."""
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"]).returncode:
+        pytest.skip("needs root and unshare")
+    (tmp_path / "script.py").write_text(
+        "import numpy as np, torch\n"
+        "from mimref.data.loader import crop_batches\n"
+        "from mimref.data.sources import ArraySource\n"
+        "from mimref.data.transforms import EvalTransform\n"
+        "images = np.random.default_rng(0).integers(0, 256, (64, 224, 224), np.uint8)\n"
+        "source = ArraySource('set', images, None, None, 'train', np.arange(64))\n"
+        "ways = [crop_batches(source, EvalTransform(224, 1.0), batch_size=16, workers=n) for n in (0, 2)]\n"
+        "for one, other in zip(*ways, strict=True):\n"
+        "    assert torch.equal(one.crops, other.crops) and one.crops.shape == (16, 3, 224, 224)\n"
+    )
+    mount = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero >/dev/shm/full && exec "$@"'
+    line = ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_batches_arrive_as_they_are() -> None:
+    """Of every type and shape, also empty, and in memory that may be written."""
+    tensors = [torch.arange(6).view(2, 3), torch.empty(0, 3, 8, 8), torch.ones((), dtype=torch.bool)]
+    tensors.append(torch.rand(4, 5, dtype=torch.float64).t())
+    parts = workers._packed((tensors, [("path", "reason")], 7))
+    batch, sizes = pickle.loads(parts[0])
+    assert sizes == [memoryview(part).nbytes for part in parts[1:]]
+    loaded, bad, number = pickle.loads(batch, buffers=[bytearray(part) for part in parts[1:]])
+    assert (bad, number) == ([("path", "reason")], 7)
+    for one, other in zip(loaded, tensors, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+        one.zero_()
+
+
+def test_too_few_descriptors_for_the_processes() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
+    try:
+        with pytest.raises(DataError, match=r"cannot start 16 loader processes \(Too many open files\).*--workers 0"):
+            list(crops(processes=16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert multiprocessing.active_children() == []
+
+
+def test_memory_that_runs_out_is_reported_with_the_image() -> None:
+    class Large(Deadly):
+        def read(self, index: int) -> torch.Tensor:
+            if index == 5:
+                raise MemoryError
+            return super().read(index)
+
+    with pytest.raises(DeadWorkerError, match=r"ran out of memory at set/train/5, .*; set fewer --workers"):
+        list(crop_batches(Large(), EvalTransform(8), batch_size=2, workers=1))
+
+
+def test_an_error_that_cannot_be_pickled_keeps_its_text() -> None:
+    class Odd(Exception):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__("text of its own")
+
+    class Broken(Deadly):
+        def read(self, index: int) -> torch.Tensor:
+            raise Odd(1, 2)
+
+    with pytest.raises(RuntimeError, match="Odd: text of its own") as caught:
+        list(crop_batches(Broken(), EvalTransform(8), batch_size=2, workers=1))
+    assert "in read" in str(caught.value.__cause__)
+
+
+def test_processes_end_with_a_main_process_that_is_killed() -> None:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        atexit._clear()
+        batches = crops(processes=3)
+        next(batches)
+        os.write(write, "\n".join(str(each.pid) for each in multiprocessing.active_children()).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    pids = os.read(read, 1000).decode().split()
+    os.close(read)
+    os.close(write)
+    deadline = time.monotonic() + 10
+    while alive := [pid for pid in pids if running(pid)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+    assert len(pids) == 3
+
+
+def running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

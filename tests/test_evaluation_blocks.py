@@ -266,3 +266,18 @@ def test_chart_of_a_loss() -> None:
     by_block = {line.split()[1]: line for line in shown(rows, heads=[]) if line.startswith("│")}
     assert [by_block[block].count("█") for block in "123"] == [1, 16, 0]
     assert "0.250" in by_block["2"] and " - " in by_block["3"]
+
+
+def test_deltas_beside_a_value_that_is_undefined() -> None:
+    deltas = normalised_deltas([math.nan, 10.0, 30.0, 20.0])
+    assert math.isnan(deltas[0]) and deltas[1:] == [1.0, -0.5]
+
+
+def test_blocks_that_do_not_vary_have_no_accuracy() -> None:
+    rng, y = np.random.default_rng(0), np.arange(20) % 2
+    x = rng.normal(size=(20, 4)).astype(np.float32) + 5 * y[:, None]
+    flat = np.ones_like(x)
+    rows = analyze_blocks([flat, x], y, [flat, x], y, k=1)
+    by_block = {row["block"]: float(row["value"]) for row in rows if row["metric"] == "block_knn_top1"}
+    assert math.isnan(by_block[1]) and by_block[2] == 100.0
+    assert recommend_heads(list(by_block.values())) == [2]

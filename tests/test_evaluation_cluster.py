@@ -1,7 +1,10 @@
 """k-means clustering against scikit-learn used directly, and the same results in one process or several."""
 
+import math
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,3 +129,53 @@ def test_refuses_what_cannot_be_evaluated() -> None:
     x[7, 0] = np.nan
     with pytest.raises(DataError, match="features of image 7 "):
         cluster(x, y)
+
+
+# --- undefined scores
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-8])
+def test_collapsed_features_have_no_separation(noise: float) -> None:
+    """scikit-learn gives them Davies-Bouldin 0, the best there is, and silhouette 0."""
+    y = np.arange(60) % 6
+    x = (np.full((60, 16), 0.7) * (1 + noise * np.random.default_rng(0).normal(size=(60, 16)))).astype(np.float32)
+    rows = {row["metric"]: float(row["value"]) for row in cluster(x, y, metrics=ALL, runs=2)}
+    assert math.isnan(rows["davies_bouldin"]) and math.isnan(rows["silhouette"])
+    # k-means finds what chance does, which is a value.
+    assert rows["cluster_acc"] < 50 and math.isfinite(rows["cluster_nmi"])
+
+
+def test_classes_with_one_centre_have_no_davies_bouldin() -> None:
+    """scikit-learn leaves their distance out, and gives less, which is better, than without the class."""
+    x, y = blobs(classes=3)
+    doubled, also = np.concatenate([x, x[y == 0]]), np.concatenate([y, np.full((y == 0).sum(), 3)])
+    rows = {row["metric"]: float(row["value"]) for row in cluster(doubled, also, metrics=("sil", "dbs"))}
+    assert math.isnan(rows["davies_bouldin"])
+    assert rows["silhouette"] == pytest.approx(100 * reference.silhouette_score(unit(doubled), also), abs=1e-3)
+
+
+def test_classes_without_spread_are_the_best_there_is() -> None:
+    x, y = np.eye(4, dtype=np.float32)[np.arange(20) % 4], np.arange(20) % 4
+    rows = {row["metric"]: float(row["value"]) for row in cluster(x, y, metrics=("sil", "dbs"))}
+    assert rows == {"davies_bouldin": 0.0, "silhouette": 100.0}
+
+
+def test_runs_of_processes_that_die_are_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = blobs()
+    expected = cluster(x, y, runs=5, workers=1)
+    monkeypatch.setattr(module, "SERIAL_WORK", 0.0)
+    parallel = module.Parallel
+
+    class Dying:
+        def __init__(self, n_jobs: int, **options: Any) -> None:
+            assert n_jobs == 2
+            self.work = parallel(n_jobs=1, **options)
+
+        def __call__(self, calls: Any) -> Any:
+            for number, run in enumerate(self.work(calls)):
+                if number == 3:
+                    raise BrokenExecutor("a process was killed")
+                yield run
+
+    monkeypatch.setattr(module, "Parallel", Dying)
+    assert cluster(x, y, runs=5, workers=2) == expected

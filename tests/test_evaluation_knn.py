@@ -16,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.knn import protocol
 from mimref.evaluation.knn.protocol import Neighbours, find_neighbours, knn, knn_accuracy, label_ranks, mean_and_std
+from mimref.evaluation.metrics import vary
 from mimref.features.matrix import SideBySide
 from mimref.results import main_rows
 
@@ -318,3 +319,17 @@ def test_memory_does_not_grow_with_the_training_images(tmp_path: Path, dtype: ty
     assert done.returncode == 0, done.stderr
     print(f"{dtype.__name__}: {float(done.stdout):.0f} MB of anonymous memory")
     assert float(done.stdout) < 1000
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_training_features_that_do_not_vary_have_no_neighbours(standardize: bool) -> None:
+    _, y, test_x, test_y = blobs(classes=5)
+    flat = np.full((len(y), test_x.shape[1]), 3.3, dtype=np.float16)
+    rows = knn(flat, y, test_x, test_y, k=(1, 5), standardize=standardize, per_class=True)
+    assert {row["metric"] for row in rows} == {"knn_top1", "knn_top5"}
+    assert all(math.isnan(float(row["value"])) for row in rows)
+    # One row that differs is enough; so is any feature, however large the others are.
+    flat[-1, 0] = 3.5
+    assert all(math.isfinite(float(row["value"])) for row in knn(flat, y, test_x, test_y, standardize=standardize))
+    assert not vary(np.ones((3, 2), dtype=np.float32)) and vary(np.array([[1e6, 0], [1e6, 3], [1e6, 1]], np.float32))
+    assert not vary(np.zeros((3, 2), dtype=np.float32))

@@ -1,8 +1,10 @@
 """Files are complete or not there."""
 
 import errno
+import getpass
 import os
 import resource
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +12,11 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from mimref import files
 from mimref.errors import OutputError
 from mimref.features.cache.store import FeatureCache
 from mimref.features.encode import Batch, Column
-from mimref.files import atomic_path, atomic_write, write_bytes
+from mimref.files import atomic_path, atomic_write, cache_folder, ensure_caches, write_bytes
 from mimref.locks import folder_lock, one_at_a_time
 from tests.tiny import Watcher
 
@@ -113,3 +116,77 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     stored = cache.columns({"images": 1}, [Column(1, "cls")], lambda columns, start: iter([batch]))
     assert stored.columns[Column(1, "cls")].tolist() == [[1, 1, 1]]
     assert len(listener.notes) == 1 and "cannot be written" in listener.notes[0]
+
+
+# --- users without folders
+
+
+@pytest.fixture
+def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A user without any of the variables that name folders; his temporary folder is `tmp_path`."""
+    names = ("HOME", "XDG_CACHE_HOME", "MIMREF_CACHE", "NUMBA_CACHE_DIR", "MPLCONFIGDIR", "TRITON_CACHE_DIR")
+    for name in (*names, "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "of the test")  # what is set meanwhile is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(files, "_caches", None)
+    return monkeypatch
+
+
+def test_an_unknown_user_gets_a_private_home(user: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    user.setattr("pwd.getpwuid", unknown)
+    folder = ensure_caches()
+    assert folder == tmp_path / f"mimref-{os.getuid()}" == Path.home()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert cache_folder() == folder / ".cache" / "mimref"
+    assert getpass.getuser() == f"user{os.getuid()}"
+    assert ensure_caches() == folder  # as often as asked
+
+
+@pytest.mark.parametrize("home", ["missing", "of root", "cache of root"])
+def test_a_home_that_cannot_be_written(home: str, user: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    access = os.access
+    place = tmp_path / "home"
+    (place / ".cache").mkdir(parents=True)
+    forbidden = {"missing": tmp_path, "of root": place / ".cache", "cache of root": place / ".cache"}[home]
+    user.setattr(os, "access", lambda path, mode: access(path, mode) and Path(path) != forbidden)
+    user.setenv("HOME", str(tmp_path / "gone" if home == "missing" else place))
+    folder = ensure_caches()
+    assert folder == tmp_path / f"mimref-{os.getuid()}"
+    if home == "missing":
+        assert Path.home() == folder
+    else:
+        # Whatever else is in the home stays where it is.
+        assert Path.home() == place
+        assert cache_folder().is_relative_to(folder) and os.environ["NUMBA_CACHE_DIR"].startswith(str(folder))
+
+
+def test_a_usable_home_is_left_alone(user: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    user.setenv("HOME", str(tmp_path))
+    before = dict(os.environ)
+    assert ensure_caches() is None and cache_folder() == tmp_path / ".cache" / "mimref"
+    assert {name for name in os.environ if os.environ[name] != before.get(name)} <= {"USER"}
+
+
+def test_a_folder_that_another_could_write_is_not_used(user: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    user.setenv("HOME", "/")
+    user.setattr(files, "_may_write", lambda folder: False)
+    foreign = tmp_path / f"mimref-{os.getuid()}"
+    foreign.mkdir()
+    foreign.chmod(0o777)
+    folder = ensure_caches()
+    assert folder is not None and folder != foreign and folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_without_a_temporary_folder_nothing_changes(user: pytest.MonkeyPatch) -> None:
+    user.setenv("HOME", "/")
+    user.setattr(files, "_may_write", lambda folder: False)
+    user.setattr(tempfile, "gettempdir", _no_folder)
+    assert ensure_caches() is None and os.environ["HOME"] == "/"
+
+
+def _no_folder() -> str:
+    raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")

@@ -277,6 +277,23 @@ def test_auto_takes_whole_batches_where_memory_is_the_machines(
     assert "micro_batch auto: whole batches on cpu" in capsys.readouterr().err
 
 
+def test_without_a_compiler_the_run_is_not_compiled(
+    given: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_compiler(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1 for pages")
+
+    settings = REFINE | {"encoder.weights": given[0], "data.spec": given[1], "encoder_stage.epochs": 1}
+    assert run(arguments("refine", tmp_path / "plain", settings)) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert run(arguments("refine", tmp_path / "out", settings | {"compile": True})) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "compile=true" in line]
+    assert line.startswith("warning: ") and line.endswith("No working C++ compiler found")
+    found, expected = tensors(tmp_path / "out"), tensors(tmp_path / "plain")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 @pytest.mark.slow
 def test_compiled_steps_give_the_same(given: tuple[Path, Path], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"encoder_stage__lr": 1e-4, "encoder_stage__epochs": 1}

@@ -1,5 +1,6 @@
 """Progress: plain lines, bars, and what a quiet terminal prints."""
 
+import errno
 import io
 
 import pytest
@@ -52,3 +53,26 @@ def test_a_quiet_terminal_prints_warnings_only(capsys: pytest.CaptureFixture[str
             terminal.warn("b")
             terminal.progress("clusters", 1, 1)
         assert capsys.readouterr() == ("", expected)
+
+
+def test_a_terminal_that_is_closed_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def __init__(self, error: OSError) -> None:
+            super().__init__()
+            self.error = error
+
+        def write(self, text: str) -> int:
+            raise self.error
+
+        def flush(self) -> None:
+            raise self.error
+
+    # A pipe without a reader, a terminal that is gone, a full disk.
+    for number in (errno.EPIPE, errno.EIO, errno.ENOSPC):
+        monkeypatch.setattr("sys.stderr", Closed(OSError(number, "gone")))
+        with Terminal(quiet=False) as terminal:
+            for done in range(3):
+                terminal.progress("one", done + 1, 3)
+                terminal.note("a line")
+                terminal.progress("two", done + 1, 3)
+                terminal.warn("a line")

@@ -1,6 +1,7 @@
 """Tables: the right values, differences, best marks and labels."""
 
 import io
+import math
 import re
 
 from rich.console import Console, RenderableType
@@ -126,3 +127,22 @@ def test_the_table_suits_the_rows() -> None:
     classes: list[Row] = [{"metric": "knn_top1", "value": 50.0 * n, "class": f"c{n}"} for n in (2, 1)]
     total: Row = {"metric": "knn_top1", "value": 75.0}
     assert cells(best_table([total, *classes]))[-2:] == [["k-NN top-1", "c1", "50.0"], ["k-NN top-1", "c2", "100.0"]]
+
+
+def test_undefined_values_are_neither_numbers_nor_best() -> None:
+    given = rows()
+    for row in given:
+        if row["model"] == "refined":
+            row["value"] = math.nan
+    assert cells(comparison_table(given)) == [
+        ["", "raw pixels", "base", "refined", "refined - base"],
+        ["k-NN top-1", "97.0", "97.5", "undefined", "-"],
+        ["1-shot top-1", "62.0 ± 2.0", "77.0 ± 2.0", "undefined", "-"],
+        ["Davies-Bouldin", "1.500", "1.200", "undefined", "-"],
+    ]
+    _, lines = compare_rows(given, "base")
+    assert [[cell.is_best for cell in line] for line in lines.values()] == [[False, True, False]] * 3
+    _, lines = compare_rows(given, "refined")
+    assert all(cell.difference in ("", "-") for line in lines.values() for cell in line)
+    assert "nan" not in printed(results_table(given)) + markdown_table(given, "base")
+    assert scores_line(given[-1:]) == "Davies-Bouldin undefined"

@@ -1,5 +1,6 @@
 """What a run survives: signals, kills and loader processes that die; and the memory of a long run."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import get_worker_info
 
 from mimref import locks as lock
 from mimref.cli import run
+from mimref.data import workers
 from mimref.data.decode import Decoded
 from mimref.data.sources import FileSource
 from mimref.errors import Interrupted
 from mimref.refinement.run import refine
-from tests.faults import TinyRun, error_line, make_tiny_run, notice_deaths_soon, states
+from tests.faults import TinyRun, error_line, make_tiny_run, states
 from tests.kill_many import Killer, differences, run_killed
 from tests.tiny import Watcher, assert_same_run, refine_config, saved_step, signal_at
 
@@ -31,7 +32,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
-    notice_deaths_soon(monkeypatch)
 
 
 # --- a second signal
@@ -114,7 +114,7 @@ def test_a_dead_loader_process_is_reported_with_its_image(
 
     def deadly(self: FileSource, index: int, reduce: Any) -> Decoded:
         nonlocal reads
-        if get_worker_info() is not None:
+        if multiprocessing.parent_process() is not None:
             reads += self.files[index] == "b/003.png"
             if reads == 2:  # in the second epoch
                 os.kill(os.getpid(), number)
@@ -138,7 +138,7 @@ def test_a_dead_loader_process_of_the_check_after_an_epoch(
 
     def deadly(self: FileSource, index: int) -> torch.Tensor:
         # After the check at the start of stage 2.
-        if get_worker_info() is not None and "knn_top1" in (tmp_path / "metrics.jsonl").read_text():
+        if multiprocessing.parent_process() is not None and "knn_top1" in (tmp_path / "metrics.jsonl").read_text():
             os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(10)
         return read(self, index)
@@ -149,6 +149,67 @@ def test_a_dead_loader_process_of_the_check_after_an_epoch(
     assert told.startswith(f"mimref: error: a loader process died (Killed) at {tiny.data}/train/")
     assert "--resume" in told and "--workers" in told
     assert saved_step(tmp_path) == 8
+
+
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize(("number", "count"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_signal_ends_the_wait_for_a_batch(
+    step: int,
+    number: int,
+    count: int,
+    tiny: TinyRun,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It arrives while an image is read, by a loader process or by this one, that would take another minute."""
+    read, reads, main = FileSource.read_reduced, 0, os.getpid()
+
+    def slow(self: FileSource, index: int, reduce: Any) -> Decoded:
+        nonlocal reads
+        reads += 1
+        # Batches have 12 images. The main process has everything before this batch behind it, or is just about to.
+        if reads == 12 * step + 5:
+            time.sleep(0.5 if count else 0)
+            os.kill(main, number)
+            time.sleep(60)
+        return read(self, index, reduce)
+
+    started = time.monotonic()
+    line = [*tiny.line(tmp_path), "--set", f"workers={count}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSource, "read_reduced", slow)
+        assert run(line) == 128 + number
+    assert time.monotonic() - started < 30
+    told = error_line(capsys)
+    assert "Traceback" not in told and "saved at step" in told
+    assert saved_step(tmp_path) == step
+    assert run([*line, "--resume"]) == 0
+    assert_same_run(tmp_path, tiny.whole)
+
+
+def test_a_hanging_loader_process_costs_no_work(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reads = FileSource.read_reduced, 0
+
+    def stuck(self: FileSource, index: int, reduce: Any) -> Decoded:
+        nonlocal reads
+        reads += 1
+        if multiprocessing.parent_process() is not None and reads == 12 * 6 + 5:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return read(self, index, reduce)
+
+    line = [*tiny.line(tmp_path), "--set", "workers=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSource, "read_reduced", stuck)
+        patch.setattr(workers, "CHECK_S", 0.05)
+        assert run(line) == 2
+    told = error_line(capsys)
+    assert all(part in told for part in ("(SIGSTOP)", f"{tiny.data}/train/", "--resume"))
+    assert saved_step(tmp_path) == 6
+    assert run([*line, "--resume"]) == 0
+    assert_same_run(tmp_path, tiny.whole)
 
 
 # --- whole processes

@@ -19,12 +19,14 @@ from mimref.config.base import dump_config
 from mimref.config.load import load_config
 from mimref.config.run import MonitorConfig
 from mimref.errors import ConfigError, Interrupted, OutputError
+from mimref.progress import Silent
 from mimref.refinement.config import RefineConfig
 from mimref.training import trackers
 from mimref.training.folder import RunFolder, with_absolute_paths
 from mimref.training.log import MetricsLog, SkippedImages, open_log
 from mimref.training.signals import StopSignal, stop_signal
 from mimref.training.trackers import check_trackers
+from tests.tiny import Watcher
 
 CONFIG = RefineConfig()
 
@@ -296,7 +298,7 @@ class Numbers:
 
 def test_trackers_receive_the_numbers_of_the_log(tmp_path: Path) -> None:
     tracker = Numbers()
-    log = MetricsLog(tmp_path / "metrics.jsonl", trackers=[tracker])
+    log = MetricsLog(tmp_path / "metrics.jsonl", trackers={"one": tracker})
     log.write({"step": 3, "stage": "heads", "lr": 0.1, "head_loss": [1.0, 2.0]})
     log.close()
     assert tracker.received == [(3, {"heads/lr": 0.1, "heads/head_loss/head_1": 1.0, "heads/head_loss/head_2": 2.0})]
@@ -316,7 +318,7 @@ def test_tensorboard_keeps_what_the_log_says(tmp_path: Path) -> None:
 
     config = RefineConfig(monitor=MonitorConfig(trackers=["tensorboard"]))
     for state, steps in ((None, (1, 2, 3)), ({"log_lines": 2, "step": 2}, (3, 4))):
-        log = open_log(config, tmp_path, state)
+        log = open_log(config, tmp_path, state, Silent())
         for step in steps:
             log.write({"step": step, "stage": "heads", "lr": step / 8})
         log.close()
@@ -328,7 +330,7 @@ def test_weights_and_biases_keeps_the_last_numbers(tmp_path: Path, monkeypatch: 
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    log = open_log(RefineConfig(monitor=MonitorConfig(trackers=["wandb"])), tmp_path, None)
+    log = open_log(RefineConfig(monitor=MonitorConfig(trackers=["wandb"])), tmp_path, None, Silent())
     for step in (1, 2):
         log.write({"step": step, "stage": "heads", "lr": step / 8})
     log.close()
@@ -424,3 +426,28 @@ def test_only_the_same_launch_goes_on_by_itself(tmp_path: Path, monkeypatch: pyt
         assert not folder.continues_launch()
     shutil.rmtree(tmp_path / "state")
     assert not folder.continues_launch()
+
+
+def test_a_tracker_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Numbers):
+        def log(self, values: Mapping[str, float], step: int) -> None:
+            if step == 2:
+                raise ConnectionError("network is unreachable\nand more")
+            super().log(values, step)
+
+    watcher, kept, failing = Watcher(), Numbers(), Failing()
+    log = MetricsLog(tmp_path / "metrics.jsonl", trackers={"wandb": failing, "kept": kept}, listener=watcher)
+    for step in (1, 2, 3):
+        log.write({"step": step, "stage": "heads", "lr": 0.1})
+    log.close()
+    assert watcher.warnings == ["no more metrics for wandb: ConnectionError: network is unreachable"]
+    assert [step for step, _ in kept.received] == [1, 2, 3] and [step for step, _ in failing.received] == [1]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+    def open_failing(*_: object, **__: object) -> None:
+        raise RuntimeError("no key")
+
+    monkeypatch.setattr("mimref.training.log.open_tracker", open_failing)
+    log = open_log(RefineConfig(monitor=MonitorConfig(trackers=["wandb"])), tmp_path, None, watcher)
+    log.write({"step": 1})
+    assert watcher.warnings[1:] == ["no metrics for wandb: RuntimeError: no key"]

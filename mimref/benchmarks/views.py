@@ -78,7 +78,7 @@ def benchmark_views(
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        torch.set_num_threads(1)  # as DataLoader's workers have
+        torch.set_num_threads(1)  # as loader processes have
         try:
             source = _photographs(folder, sizes)
             ways = _pipelines(source, groups, config)

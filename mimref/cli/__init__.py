@@ -14,7 +14,7 @@ from mimref import __version__
 from mimref.cli import benchmark, evaluation, tools, training, weights
 from mimref.cli.parser import Group, add_command
 from mimref.errors import Interrupted, UserError
-from mimref.files import DISK_FULL
+from mimref.files import DISK_FULL, ensure_caches
 
 Function = Callable[[Any], None]
 COMMANDS: Mapping[str, Sequence[Function]] = {
@@ -77,6 +77,7 @@ def run(args: Sequence[str]) -> int:
     A mistake is one line on standard error, after a traceback with `--debug`. Other exceptions are not caught.
     """
     debug = "--debug" in args
+    ensure_caches()  # before any library looks for a folder
     # Rich draws help with boxes and colours, which only a terminal can use.
     app.rich_markup_mode = "rich" if sys.stdout.isatty() else None
     try:

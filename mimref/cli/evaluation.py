@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import note, print_finished, report, run_on_ranks
+from mimref.cli.execution import figure, note, print_finished, report, run_on_ranks
 from mimref.cli.options import (
     BATCH_SIZE,
     CHECKPOINT,
@@ -106,15 +106,20 @@ def cluster(options: ClusterOptions) -> None:
     found = run_on_ranks(config, options, partial(evaluate_cluster, embed=umap is not None))
     if found is None:
         return
-    result, embedding = found
+    result, last = found
     report(options, config, result)
-    if embedding is not None and umap is not None:
+    if last is None or umap is None:
+        return
+    with figure(umap, options) as terminal:
+        from mimref.evaluation.cluster.embedding import umap_embedding
         from mimref.reports.figures import plot_embedding
         from mimref.reports.metrics import scores_line
 
         title, caption = str(result.rows[0]["model"]), scores_line(result.rows)
-        plot_embedding(umap, embedding.points, embedding.y, embedding.class_names, title=title, caption=caption)
-        note(f"figure in {umap}", options)
+        terminal.progress("UMAP", 0, 1)
+        points = umap_embedding(last.x, seed=config.seed)
+        terminal.progress("UMAP", 1, 1)
+        plot_embedding(umap, points, last.y, last.class_names, title=title, caption=caption)
 
 
 class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol"):
@@ -197,10 +202,10 @@ def analyze_blocks(options: BlocksOptions) -> None:
         return
     report(options, config, result, partial(print_blocks, heads=result.heads))
     if options.out is not None:
-        from mimref.reports.figures import plot_blocks
+        with figure(options.out / "blocks.png", options):
+            from mimref.reports.figures import plot_blocks
 
-        plot_blocks(options.out / "blocks.png", result.rows, heads=result.heads)
-        note(f"figure in {options.out / 'blocks.png'}", options)
+            plot_blocks(options.out / "blocks.png", result.rows, heads=result.heads)
 
 
 class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Output, panel="Protocol"):
@@ -233,11 +238,13 @@ def compare(options: CompareOptions) -> None:
     report(options, config, result, partial(print_comparison, base=first))
     if options.out is not None:
         from mimref.files import write_bytes
-        from mimref.reports.figures import plot_comparison
         from mimref.reports.tables import markdown_table
 
         write_bytes(options.out / "results.md", markdown_table(result.rows, first).encode())
-        plot_comparison(options.out / "comparison.png", result.rows, first)
+        with figure(options.out / "comparison.png", options):
+            from mimref.reports.figures import plot_comparison
+
+            plot_comparison(options.out / "comparison.png", result.rows, first)
 
 
 class ExtractOptions(EncoderPass, Blocks, Split, Force, panel="Output"):

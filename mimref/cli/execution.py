@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +13,7 @@ from mimref.cli.options import Output, Quiet
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
+    from mimref.reports.terminal import Terminal
     from mimref.results import EvaluationResult, Row
 
 Result = TypeVar("Result")
@@ -29,9 +31,13 @@ def run_on_ranks(
     advice: what to do when another process dies.
     """
     from mimref.distributed.group import process_group
+    from mimref.files import ensure_caches
     from mimref.reports.terminal import Terminal
 
+    caches = ensure_caches()
     with process_group(config.device, advice=advice) as rank, Terminal(options.quiet or rank > 0) as terminal:
+        if caches is not None:
+            terminal.note(f"the user has no folder for caches: they are in {caches}; set MIMREF_CACHE to keep them")
         result = work(config, listener=terminal)
     return result if rank == 0 else None
 
@@ -42,7 +48,7 @@ def report(
     result: "EvaluationResult | None",
     show: "Callable[[Sequence[Row]], None] | None" = None,
 ) -> None:
-    """Print a result, if this process has one; with `--out`, write results.csv and results.json.
+    """With `--out`, write results.csv and results.json; print the result, if this process has one.
 
     show: prints the rows; default: as a table.
     """
@@ -51,13 +57,25 @@ def report(
     from mimref.reports.terminal import print_rows
     from mimref.results import write_results
 
-    (show or print_rows)(result.rows)
     if options.out is not None:
         if result.data is not None:
             config = config.model_copy(update={"data": result.data})
         settings, bad = config.model_dump(mode="json"), result.bad_images
         write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=bad)
+    (show or print_rows)(result.rows)
+    if options.out is not None:
         note(f"results in {options.out}", options)
+
+
+@contextmanager
+def figure(path: Path, options: Quiet) -> "Iterator[Terminal]":
+    """Draw a figure of results that are printed and written already; a failure is a warning."""
+    from mimref.progress import optional
+    from mimref.reports.terminal import Terminal
+
+    with Terminal(options.quiet) as terminal, optional(f"no figure in {path}", terminal):
+        yield terminal
+        terminal.note(f"figure in {path}")
 
 
 def print_finished(out: Path, command: str) -> bool:

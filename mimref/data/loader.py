@@ -50,8 +50,8 @@ class CropBatch(NamedTuple):
 
 
 class _CropDataset(BatchDataset[CropBatch]):
-    def __init__(self, source: ImageSource, transform: EvalTransform, workers: int) -> None:
-        super().__init__(source, workers)
+    def __init__(self, source: ImageSource, transform: EvalTransform) -> None:
+        super().__init__(source)
         self.transform = transform
 
     def __getitem__(self, batch: range) -> CropBatch:
@@ -67,11 +67,11 @@ def crop_batches(
     """The evaluation crops of all images from position `start` on; those that cannot be read are listed as bad.
 
     every: return every n-th batch only; other processes take the others.
-    Raises DeadWorkerError when a loader process dies.
+    Raises DeadWorkerError when a loader process dies or hangs.
     """
     size = len(source)
     batches = [range(at, min(size, at + batch_size)) for at in range(start, size, every * batch_size)]
-    return load(_CropDataset(source, transform, workers), batches, workers=workers)
+    return load(_CropDataset(source, transform), batches, workers=workers)
 
 
 # --- training views
@@ -90,7 +90,7 @@ class ViewBatch:
     """Path and reason of every image of the batch that could not be read."""
 
     def pin_memory(self) -> "ViewBatch":
-        """The same batch in page-locked memory. DataLoader calls this method if a batch has it."""
+        """The same batch in page-locked memory."""
         return replace(self, crops=[crops.pin_memory() for crops in self.crops])
 
 
@@ -99,10 +99,8 @@ _EpochBatch = tuple[int, list[int]]
 
 
 class _ViewDataset(BatchDataset[ViewBatch]):
-    def __init__(
-        self, source: ImageSource, groups: Sequence[CropGroup], seed: int, *, reduce_jpeg: bool, workers: int
-    ) -> None:
-        super().__init__(source, workers)
+    def __init__(self, source: ImageSource, groups: Sequence[CropGroup], seed: int, *, reduce_jpeg: bool) -> None:
+        super().__init__(source)
         self.groups, self.seed, self.reduce_jpeg = groups, seed, reduce_jpeg
 
     def __getitem__(self, batch: _EpochBatch) -> ViewBatch:
@@ -152,12 +150,12 @@ def view_batches(
     batch.
     reduce_jpeg: decode JPEG files smaller where no crop is enlarged by it. The crops show the same parts of the images
     with slightly different pixels, so protocols that compare with published numbers leave it off.
-    Raises DeadWorkerError when a loader process dies.
+    Raises DeadWorkerError when a loader process dies or hangs.
     """
     rank, world = (own_rank(), world_size()) if every == 1 else (0, 1)
     part = share(batch_size, rank, world)
     batches = _epoch_batches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every, part=part)
-    dataset = _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg, workers=workers)
+    dataset = _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg)
     return load(dataset, batches, workers=workers, pin_memory=pin_memory)
 
 

@@ -1,53 +1,82 @@
-"""Loader processes: what they read, how they start, and how their deaths are reported, with the image they were at."""
+"""Loader processes: what they read, how their batches travel, and how their deaths are reported, with their image.
+
+Batches come through pipes, not through shared memory: a container's /dev/shm is often too small for one batch, and a
+process that hits its end dies, or waits for good. A process is watched wherever the main process waits for it.
+"""
 
 import atexit
+import io
 import os
+import pickle
+import select
 import signal
-import time
+import struct
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing import RawArray
-from typing import Any, TypeVar
+from contextlib import suppress
+from itertools import cycle
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-from torch.utils.data import DataLoader, Dataset, _utils, get_worker_info
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from mimref.data.decode import BadImage
+from mimref.data.decode import BadImage, reason_of
 from mimref.data.sources import ImageSource
-from mimref.errors import DataError, UserError
+from mimref.errors import DataError
 
-DYING_S = 2.0
-"""A broken connection can be noticed this long before the process behind it is dead."""
+PREFETCH = 2
+"""Batches that a process is asked for at a time."""
+DYING_S = 5.0
+"""A pipe can break this long before the process behind it is dead."""
+CHECK_S = 1.0
+"""Between looks at a process that is waited for."""
+STOPPED_CHECKS = 5
+"""A process that is stopped (SIGSTOP) at so many looks is given up; a shell stops and continues all of them at once."""
+STALLED_CHECKS = 300
+"""A process that reports nothing for so many looks, five minutes, is given up. It reports every image that it begins.
+Other ranks wait for ten minutes."""
 
 _T = TypeVar("_T")
 _Batch = TypeVar("_Batch")
 
+# A message is its kind, a number and, but for _AT, as many bytes.
+_HEADER = struct.Struct("<cQ")
+_AT, _TASK, _BATCH, _ERROR = b"@", b"T", b"B", b"E"
+
 
 class DeadWorkerError(DataError):
-    """A loader process that has died."""
+    """A loader process that has died or hangs."""
 
-    def __init__(self, death: str) -> None:
-        super().__init__(f"{death}; try fewer --workers if memory ran out")
-        self.death = death
-        """How, and at which image."""
+    def __init__(self, death: str, advice: str = "try fewer --workers if memory ran out") -> None:
+        super().__init__(f"{death}; {advice}")
+        self.death, self.advice = death, advice
+        """How, and at which image; and what to do."""
 
 
 class BatchDataset(Dataset[_Batch]):
-    """A data set whose items are batches. Loader processes record in shared memory which image they are at."""
+    """A data set whose items are batches. Loader processes report which image they begin."""
 
-    def __init__(self, source: ImageSource, workers: int) -> None:
+    report: Callable[[int], None] | None = None
+    """In a loader process: called with the index of every image before it is read."""
+
+    def __init__(self, source: ImageSource) -> None:
         self.source = source
-        # Process id and sample index of every worker.
-        self._positions = RawArray("q", 2 * workers)
 
     def read(
         self, indices: Sequence[int], read: Callable[[int], _T]
     ) -> tuple[list[_T], list[int], list[tuple[str, str]]]:
         """`read` of every readable image, the indices of these images, and path and reason of the others."""
         images, good, bad = [], [], []
-        worker = get_worker_info()
         self.source.fetch(indices)
         for index in indices:
-            if worker is not None:
-                self._positions[2 * worker.id : 2 * worker.id + 2] = os.getpid(), index
+            if self.report is not None:
+                self.report(index)
             try:
                 images.append(read(index))
                 good.append(index)
@@ -55,78 +84,238 @@ class BatchDataset(Dataset[_Batch]):
                 bad.append((error.path, error.reason))
         return images, good, bad
 
-    def positions(self) -> dict[int, str]:
-        """The path of the image that each process recorded last, by process id."""
-        pairs = zip(self._positions[::2], self._positions[1::2], strict=True)
-        return {pid: self.source.path(index) for pid, index in pairs if pid}
-
 
 def load(
     dataset: BatchDataset[_Batch], batches: Iterable[Any], *, workers: int, pin_memory: bool = False
 ) -> Iterator[_Batch]:
     """The items of a data set that `batches` lists, in order.
 
-    Raises DeadWorkerError for a loader process that has died, once its next batch is missing.
+    Raises DeadWorkerError for a loader process that has died or hangs, once its next batch is missing, and DataError
+    when they cannot be started.
     """
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=batches,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
-    )
-    items: Any = iter(loader)
+    pinned: Callable[[Any], _Batch] = (lambda batch: batch.pin_memory()) if pin_memory else lambda batch: batch
     if workers == 0:
-        yield from items
+        for batch in batches:
+            yield pinned(dataset[batch])
         return
-    # torch's handler of SIGCHLD would raise wherever the main process is, even while it writes a file.
-    _utils.signal_handling._remove_worker_pids(id(items))  # type: ignore[attr-defined]  # no public name
-    items._worker_pids_set = False
+    started: list[_Worker[_Batch]] = []
+
+    def end() -> None:
+        for worker in started:
+            worker.end()
+
     # Loader processes ignore the signals by which Python ends its children at exit, so it would wait for them.
-    atexit.register(items._shutdown_workers)
+    atexit.register(end)
     try:
-        yield from items
-    except UserError as error:
-        # torch puts the traceback of the process before the message.
-        kind = type(error)
-        raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from error
-    except (RuntimeError, OSError, EOFError) as error:
-        death = _death_behind(error, items._workers, dataset.positions())
-        if death is None:
-            raise
-        raise DeadWorkerError(death) from error
+        try:
+            for _ in range(workers):
+                started.append(_Worker(dataset))
+        except OSError as error:
+            raise DataError(
+                f"cannot start {workers} loader processes ({reason_of(error)}); set fewer --workers, or --workers 0"
+            ) from error
+        asked: deque[_Worker[_Batch]] = deque()
+        for worker, batch in zip(cycle(started), batches):  # the one is endless
+            worker.ask(batch)
+            asked.append(worker)
+            if len(asked) == PREFETCH * workers:
+                yield pinned(asked.popleft().receive())
+        while asked:
+            yield pinned(asked.popleft().receive())
     finally:
-        items._shutdown_workers()  # now: a traceback may hold the loader
-        atexit.unregister(items._shutdown_workers)
+        end()  # now: a traceback may hold the generator
+        atexit.unregister(end)
 
 
-def _ignore_signals(_worker: int) -> None:
-    """Leave SIGTERM and Ctrl-C to the main process, which saves before it stops its workers.
+class _Worker(Generic[_Batch]):
+    """A loader process, as the main process sees it."""
 
-    Batch systems and terminals signal the whole process group, and a run that has lost its workers cannot save.
-    """
+    def __init__(self, dataset: BatchDataset[_Batch]) -> None:
+        """Raises OSError when the system refuses another process or pipe."""
+        self.source = dataset.source
+        self.at: int | None = None
+        """Index of the image that it has reported last."""
+        theirs, self.tasks = Pipe(duplex=False)
+        self.results, answers = Pipe(duplex=False)
+        with theirs, answers:
+            self.process = Process(target=_serve, args=(dataset, theirs, answers), daemon=True)
+            self.process.start()
+        for end in (self.tasks, self.results):
+            os.set_blocking(end.fileno(), False)
+
+    def ask(self, batch: Any) -> None:
+        """Ask for a batch. Raises DeadWorkerError."""
+        try:
+            _send(self.tasks, _TASK, [pickle.dumps(batch)], self._watch())
+        except BrokenPipeError as error:
+            raise self._dead() from error
+
+    def receive(self) -> _Batch:
+        """The next batch that it was asked for. Raises DeadWorkerError, and what reading the batch has raised."""
+        watch = self._watch()
+        try:
+            while True:
+                kind, number = _HEADER.unpack(_read(self.results, _HEADER.size, watch))
+                if kind != _AT:
+                    break
+                self.at = number
+                watch = self._watch()
+            content = _read(self.results, number, watch)
+            if kind == _ERROR:
+                error, text = pickle.loads(content)
+                raise self._failed(error, text)
+            batch, sizes = pickle.loads(content)
+            loaded: _Batch = pickle.loads(batch, buffers=[_read(self.results, size, watch) for size in sizes])
+            return loaded
+        except EOFError as error:
+            raise self._dead() from error
+
+    def end(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.join(DYING_S)
+        self.tasks.close()
+        self.results.close()
+
+    def _watch(self) -> Callable[[], None]:
+        """A function to call every CHECK_S of waiting. It raises DeadWorkerError once the process is given up."""
+        looks = stopped = 0
+
+        def look() -> None:
+            nonlocal looks, stopped
+            looks, stopped = looks + 1, stopped + 1 if _is_stopped(self.process.pid) else 0
+            if stopped == STOPPED_CHECKS:
+                raise DeadWorkerError(f"a loader process was stopped (SIGSTOP){self._place()}", "start again")
+            if looks == STALLED_CHECKS:
+                raise DeadWorkerError(
+                    f"a loader process has done nothing for {STALLED_CHECKS * CHECK_S / 60:g} minutes{self._place()}",
+                    "check that this file can be read",
+                )
+
+        return look
+
+    def _dead(self) -> DeadWorkerError:
+        self.process.join(DYING_S)
+        return DeadWorkerError(f"a loader process died ({_how(self.process.exitcode)}){self._place()}")
+
+    def _failed(self, error: BaseException, text: str) -> BaseException:
+        """What to raise for an exception of the process, with its traceback as the cause."""
+        if isinstance(error, MemoryError):
+            error = DeadWorkerError(f"a loader process ran out of memory{self._place()}", "set fewer --workers")
+        error.__cause__ = RuntimeError(f"in a loader process:\n{text}")
+        return error
+
+    def _place(self) -> str:
+        return "" if self.at is None else f" at {self.source.path(self.at)}, or just after it"
+
+
+def _how(exit_code: int | None) -> str:
+    if exit_code is None or exit_code >= 0:
+        return f"exit code {exit_code}"
+    return signal.strsignal(-exit_code) or f"signal {-exit_code}"
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a process is stopped; False where the system does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+# --- in the loader process
+
+
+def _serve(dataset: BatchDataset[Any], tasks: Connection, results: Connection) -> None:
+    """Read one batch after another, until the main process is gone."""
+    # SIGTERM and Ctrl-C are left to the main process, which saves before it ends its loader processes: batch systems
+    # and terminals signal the whole process group, and a run that has lost its loader processes cannot save.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = os.getppid()
+
+    def watch() -> None:
+        # Other loader processes hold copies of the main process's ends, so that the pipes do not break.
+        if os.getppid() != parent:
+            os._exit(1)
+
+    def report(index: int) -> None:
+        _write(results, _HEADER.pack(_AT, index), watch)
+
+    dataset.report = report
+    for end in (tasks, results):
+        os.set_blocking(end.fileno(), False)
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            _, size = _HEADER.unpack(_read(tasks, _HEADER.size, watch))
+            batch = pickle.loads(_read(tasks, size, watch))
+            try:
+                parts = _packed(dataset[batch])
+            except BaseException as error:
+                _send(results, _ERROR, [_packed_error(error)], watch)
+                return
+            _send(results, _BATCH, parts, watch)
 
 
-def _death_behind(error: Exception, processes: Any, positions: dict[int, str]) -> str | None:
-    """The death of a loader process that caused an error of the loader; None for any other error."""
-    missed = str(error).startswith(("DataLoader worker", "Pin memory thread"))
-    if not missed and not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
-        return None
-    deadline = time.monotonic() + DYING_S
-    while not (dead := [process for process in processes if process.exitcode]) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    deaths = [
-        f"a loader process died ({_how(process.exitcode)}) at {positions[process.pid]}, or just after it"
-        for process in dead
-        if process.pid in positions
-    ]
-    if deaths:
-        return "; ".join(deaths)
-    return f"a loader process died ({error})" if missed or dead else None
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as arrays, whose content pickle can leave out; torch would put it into shared memory."""
+
+    def reducer_override(self, item: Any) -> Any:
+        return (torch.from_numpy, (item.numpy(),)) if isinstance(item, Tensor) else NotImplemented
 
 
-def _how(exit_code: int) -> str:
-    return f"exit code {exit_code}" if exit_code > 0 else signal.strsignal(-exit_code) or f"signal {-exit_code}"
+def _packed(batch: Any) -> list[Any]:
+    """The parts of a message: the batch without the content of its tensors, and their contents."""
+    buffers: list[pickle.PickleBuffer] = []
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(batch)
+    contents = [buffer.raw() for buffer in buffers]
+    return [pickle.dumps((stream.getvalue(), [content.nbytes for content in contents])), *contents]
+
+
+def _packed_error(error: BaseException) -> bytes:
+    text = "".join(traceback.format_exception(error))
+    try:
+        packed = pickle.dumps((error, text))
+        pickle.loads(packed)
+        return packed
+    except Exception:  # exceptions of any library, with anything in them
+        return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text))
+
+
+# --- pipes whose ends do not block: `watch` is called every CHECK_S of waiting
+
+
+def _send(pipe: Connection, kind: bytes, parts: Sequence[Any], watch: Callable[[], None]) -> None:
+    """Write a message; its number is the size of its first part."""
+    _write(pipe, _HEADER.pack(kind, len(parts[0])), watch)
+    for part in parts:
+        _write(pipe, part, watch)
+
+
+def _write(pipe: Connection, content: Any, watch: Callable[[], None]) -> None:
+    """Raises BrokenPipeError."""
+    left = memoryview(content)
+    while left:
+        _wait(pipe, select.POLLOUT, watch)
+        left = left[os.write(pipe.fileno(), left) :]
+
+
+def _read(pipe: Connection, size: int, watch: Callable[[], None]) -> Any:
+    """Some bytes, in memory of their own. Raises EOFError when the other end is closed."""
+    content: Any = np.empty(size, dtype=np.uint8)
+    left = memoryview(content)
+    while left:
+        _wait(pipe, select.POLLIN, watch)
+        if not (count := os.readv(pipe.fileno(), [left])):
+            raise EOFError
+        left = left[count:]
+    return content
+
+
+def _wait(pipe: Connection, event: int, watch: Callable[[], None]) -> None:
+    poll = select.poll()
+    poll.register(pipe.fileno(), event)
+    while not poll.poll(CHECK_S * 1000):
+        watch()

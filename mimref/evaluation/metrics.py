@@ -13,6 +13,8 @@ from mimref.results import Row
 
 # Values per block when an array is read in pieces: 32 MB in float64.
 BLOCK_ELEMENTS = 1 << 22
+# Of the features of equal images, relative to their size: an encoder's products add up many roundings.
+_ROUNDING = 1e-6
 
 
 def row_blocks(x: Matrix) -> list[slice]:
@@ -55,6 +57,13 @@ def check_features(x: Matrix, name: str, y: Labels | None = None) -> None:
         if bad.any():
             first = rows.start + int(bad.argmax())
             raise DataError(f"{name}: features of image {first} (counted from 0) are not finite; check the encoder")
+
+
+def vary(x: Matrix) -> bool:
+    """Whether the rows of x (N, D) differ by more than rounding in float32; only then are distances worth anything."""
+    first = x[:1].astype(np.float64)
+    tolerance = _ROUNDING * np.sqrt(np.mean(np.square(first)))
+    return any(bool((np.abs(x[rows] - first) > tolerance).any()) for rows in row_blocks(x))
 
 
 def check_splits(train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Labels) -> tuple[Labels, Labels, Labels]:

@@ -20,7 +20,7 @@ from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import PassSettings, columns_of
 from mimref.features.header import data_record
-from mimref.progress import Listener
+from mimref.progress import Listener, optional
 from mimref.refinement.alignment import Queue
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads
@@ -117,13 +117,25 @@ def build_method(plan: Plan, listener: Listener) -> Method:
     # Both call for all ranks, so the order matters.
     method.micro_batch = choose_micro_batch(method, plan, listener)
     method.trained_heads = averaged(heads, device)
-    if config.compile:
+    if config.compile and _compiles(device, listener):
         # In place, so that weights keep their names. One piece of code for all blocks; with dynamic shapes, for both
         # sizes of views as well.
         for block in encoder.vit.blocks:
             block.compile(dynamic=True)
         heads.compile(dynamic=True)
     return method
+
+
+def _compiles(device: torch.device, listener: Listener) -> bool:
+    """Whether torch.compile works here: found out at the start, not in the middle of the training.
+
+    It needs a compiler for C++, on CUDA also Triton, and a folder for what it compiles.
+    """
+    works = False
+    with optional("compile=true is ignored: torch.compile does not work here", listener):
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        works = True
+    return works
 
 
 def _train(

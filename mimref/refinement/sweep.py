@@ -27,7 +27,7 @@ def rank_heads(
     temperature: Sequence[float],
     nn_accuracy: Sequence[float],
 ) -> list[Row]:
-    """Rows `head_knn_top1` and `head_nn_accuracy` with `head`, `block` and `temperature`, best k-NN first.
+    """Rows `head_knn_top1` and `head_nn_accuracy` with `head`, `block` and `temperature`, best first.
 
     Empty without labels. columns, temperature: what every head reads, and its temperature. nn_accuracy: percent per
     head, from the end of training; empty when it was not measured.
@@ -43,7 +43,7 @@ def rank_heads(
         knn.append({"metric": "head_knn_top1", "value": score, **setting})
         if nn_accuracy:
             swaps.append({"metric": "head_nn_accuracy", "value": nn_accuracy[head], **setting})
-    best = sorted(range(len(knn)), key=lambda head: -float(knn[head]["value"]))
+    best = sorted(range(len(knn)), key=lambda head: -np.nan_to_num(float(knn[head]["value"]), nan=-1.0))
     return [rows[head] for rows in (knn, swaps) if rows for head in best]
 
 

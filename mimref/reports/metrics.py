@@ -1,5 +1,6 @@
 """How results read: names of metrics, digits of their values, and which values are better."""
 
+import math
 from collections.abc import Sequence
 
 from mimref.results import Row
@@ -25,6 +26,7 @@ LABELS = {
     "block_reconstruction": "reconstruction loss of block {block}",
     "block_reconstruction_delta": "reconstruction gained by block {block}",
 }
+UNDEFINED = "undefined: the features do not vary, or classes have the same mean"
 LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction"}
 # Neither percentages nor of a known size.
 STATISTICS = {
@@ -69,12 +71,19 @@ def decimals(row: Row) -> int:
 
 
 def shown_value(row: Row) -> float:
-    """The value as a table shows it: what looks equal is treated as equal."""
-    return round(float(row["value"]), decimals(row))
+    """The value as a table shows it: what looks equal is treated as equal. An undefined one is the worst."""
+    return -sign(row) * math.inf if is_undefined(row) else round(float(row["value"]), decimals(row))
+
+
+def is_undefined(row: Row) -> bool:
+    """Whether the metric has no value on these features."""
+    return math.isnan(float(row["value"]))
 
 
 def format_value(row: Row, *, spread: bool = True) -> str:
     """The value, with its standard deviation over repetitions if it has one."""
+    if is_undefined(row):
+        return "undefined"
     digits = decimals(row)
     text = f"{float(row['value']):{'.4g' if row['metric'] in STATISTICS else f'.{digits}f'}}"
     if "std" not in row or not spread:

@@ -31,7 +31,7 @@ def show_progress(description: str, console: Console | None = None) -> Iterator[
     Elsewhere: a plain line every ten seconds and at the end. The rate counts from the first update, so that a resumed
     run does not look faster than it is.
     """
-    console = console or Console(stderr=True)
+    console = console or _Console(stderr=True)
     if not console.is_terminal or console.is_dumb_terminal:
         yield ProgressDisplay(_PlainLines(description, console).update, lambda line: _print(console, line))
         return
@@ -47,6 +47,12 @@ def show_progress(description: str, console: Console | None = None) -> Iterator[
     elapsed_s = time.monotonic() - started_s
     if elapsed_s >= LINE_INTERVAL_S:
         _print(console, f"{description}: {bar.tasks[0].completed:.0f} in {timedelta(seconds=round(elapsed_s))}")
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Where rich would end the process, do without progress."""
+        self.quiet = True
 
 
 class _RateColumn(ProgressColumn):

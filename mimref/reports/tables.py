@@ -7,7 +7,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mimref.reports.metrics import decimals, format_setting, format_value, metric_label, shown_value, sign, template
+from mimref.reports.metrics import (
+    decimals,
+    format_setting,
+    format_value,
+    is_undefined,
+    metric_label,
+    shown_value,
+    sign,
+    template,
+)
 from mimref.results import Row, columns, main_rows
 
 # Settings whose name in the files says too little.
@@ -26,7 +35,7 @@ def best_table(rows: Sequence[Row]) -> RenderableType:
         return heads_table(main)
     if len({row["model"] for row in main if "model" in row}) > 1:
         return comparison_table(main)
-    by_class = sorted((row for row in rows if "class" in row), key=lambda row: float(row["value"]))
+    by_class = sorted((row for row in rows if "class" in row), key=shown_value)
     table = results_table(main)
     return Group(table, results_table(by_class, title="per class")) if by_class else table
 
@@ -78,9 +87,12 @@ def _cell(by_model: dict[str, Row], model: str, base: str) -> Cell:
         return Cell()
     # Models side by side leave no room for the spread of a clustering's runs; results.csv has it.
     value = format_value(row, spread="runs" not in row)
-    is_best = sign(row) * shown_value(row) == max(sign(row) * shown_value(other) for other in by_model.values())
-    if model == base or base not in by_model:
-        return Cell(value, is_best, "" if model == base else "-")
+    best = max(sign(row) * shown_value(other) for other in by_model.values())
+    is_best = sign(row) * shown_value(row) == best and not is_undefined(row)
+    if model == base:
+        return Cell(value, is_best)
+    if base not in by_model or is_undefined(row) or is_undefined(by_model[base]):
+        return Cell(value, is_best, "-")
     digits = decimals(row)
     difference = round(float(row["value"]) - float(by_model[base]["value"]), digits) + 0.0
     return Cell(value, is_best, f"{difference:+.{digits}f}", sign(row) * difference > 0 if difference else None)
@@ -160,7 +172,10 @@ def heads_table(rows: Sequence[Row]) -> Table:
     for by_metric in heads.values():
         row = next(iter(by_metric.values()))
         scores = [
-            Text(format_value(found), style="bold" if shown_value(found) == best[metric] else "")
+            Text(
+                format_value(found),
+                style="bold" if shown_value(found) == best[metric] and not is_undefined(found) else "",
+            )
             for metric, found in by_metric.items()
         ]
         lines.append([*(format_setting(row[name]) for name in settings), *scores])

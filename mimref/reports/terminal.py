@@ -1,7 +1,7 @@
 """What a command shows: a run's progress, notes and warnings on standard error, its results on standard output."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from mimref.progress import Listener
+from mimref.reports.metrics import UNDEFINED, is_undefined
 from mimref.reports.progress import ProgressDisplay, show_progress
 from mimref.reports.tables import best_table, differences_table, plain_table
 from mimref.results import Row
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Terminal(Listener):
-    """A listener that prints to standard error; if `quiet`, only warnings."""
+    """A listener that prints to standard error; if `quiet`, only warnings.
+
+    It falls silent where nothing can be printed, because the terminal is closed or a disk is full: the work continues.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -31,16 +35,20 @@ class Terminal(Listener):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.close()
+        with suppress(OSError):
+            self._open.close()
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Advance the bar of `label`; another label ends the previous bar."""
         if self._quiet:
             return
-        if label != self._label or self._bar is None:
-            self._open.close()
-            self._label, self._bar = label, self._open.enter_context(show_progress(label))
-        self._bar.update(done, total)
+        try:
+            if label != self._label or self._bar is None:
+                self._open.close()
+                self._label, self._bar = label, self._open.enter_context(show_progress(label))
+            self._bar.update(done, total)
+        except OSError:
+            self._quiet = True
 
     def note(self, message: str) -> None:
         """Print a line worth reading."""
@@ -53,21 +61,29 @@ class Terminal(Listener):
 
     def _print(self, line: str) -> None:
         # A line printed past a live bar would tear it.
-        if self._bar is not None:
-            self._bar.log(line)
-        else:
-            typer.echo(line, err=True)
+        with suppress(OSError):
+            if self._bar is not None:
+                self._bar.log(line)
+            else:
+                typer.echo(line, err=True)
 
 
 def print_rows(rows: Sequence[Row]) -> None:
     """Print the table that suits a run's results; nothing if there are none."""
     if rows:
         Console().print(best_table(rows))
+        _explain(rows)
 
 
 def print_comparison(rows: Sequence[Row], base: str) -> None:
     """Print several models side by side, with their differences from `base`."""
     Console().print(differences_table(rows, base))
+    _explain(rows)
+
+
+def _explain(rows: Sequence[Row]) -> None:
+    if any(is_undefined(row) for row in rows):
+        typer.echo(UNDEFINED)
 
 
 def print_blocks(rows: Sequence[Row], heads: Mapping[str, Sequence[int]]) -> None:
@@ -80,6 +96,7 @@ def print_blocks(rows: Sequence[Row], heads: Mapping[str, Sequence[int]]) -> Non
         Console().print(block_chart(of_model, heads=heads.get(model, ()), title=model))
         if model in heads:
             typer.echo(f"recommended heads: --heads {blocks_text(heads[model])}")
+    _explain(rows)
 
 
 def print_cache(entries: Sequence["CacheEntry"], folder: Path, listings: "Listings | None" = None) -> None:

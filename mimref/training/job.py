@@ -6,7 +6,7 @@ logging, checking, saving and stopping.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from mimref.config.run import OptimizerConfig
 from mimref.data.loader import ViewBatch
 from mimref.data.workers import DeadWorkerError
 from mimref.distributed.collectives import max_over_ranks, total_over_ranks
+from mimref.distributed.group import world_size
 from mimref.errors import DataError, DivergenceError, Interrupted
 from mimref.progress import Listener
 from mimref.training.optim import adamw, set_learning_rate
@@ -26,6 +27,7 @@ SAVE_EVERY_S = 600.0
 SAVE_COST = 20.0
 # Sent between ranks in place of a signal's number when a save is due; no signal that is caught has this number.
 _DUE = 1
+_STOPPING = "stopping: saving the state first; a second signal stops at once"
 
 Batch = TypeVar("Batch")
 
@@ -75,9 +77,10 @@ def train(
     """Run a job's remaining batches.
 
     The state is saved after every epoch, every ten minutes and on a signal, but never after a loss or with weights that
-    are not finite. stop: catches signals, and makes all ranks save and stop at the same step; without it, signals end
-    the work where they arrive and other ranks take no part. Raises DivergenceError, DataError when a loader process
-    dies, and Interrupted after saving on a signal.
+    are not finite. A process without others also saves when a loader process dies or hangs. stop: catches signals, and
+    makes all ranks save and stop at the same step; without it, signals end the work where they arrive and other ranks
+    take no part. Raises DivergenceError, DataError when a loader process dies or hangs, and Interrupted after saving on
+    a signal.
     """
     if stop is None:
         _run(job, batches, listener, None, log_every)
@@ -87,8 +90,7 @@ def train(
             _run(job, batches, listener, stop, log_every)
         except DeadWorkerError as error:
             raise DataError(
-                f"{error.death}; the last saved state is intact: continue with --resume, and with fewer --workers if "
-                "memory ran out"
+                f"{error.death}; the last saved state is intact: continue with --resume; {error.advice}"
             ) from error
     if stop.number is not None:
         stop.ignored = True
@@ -102,7 +104,13 @@ def _run(
     """The loop, until all updates are done or a signal has arrived."""
     started = time.monotonic() - job.elapsed_s
     due = time.monotonic() + SAVE_EVERY_S
-    for batch in batches:
+
+    def save() -> None:
+        job.elapsed_s = time.monotonic() - started
+        job.save()
+
+    coming = iter(batches)
+    while (batch := _next_batch(job, coming, listener, stop, save)) is not None:
         job.update(batch)
         job.step += 1
         if log_every and (job.step % log_every == 0 or job.step == job.total):
@@ -118,18 +126,43 @@ def _run(
             continue
         if stop and request > _DUE:
             stop.number = request
-            listener.note("stopping: saving the state first; a second signal stops at once")
+            listener.note(_STOPPING)
         job.check()
         job.check_weights()
         if epoch_done:
             job.end_epoch(job.step // job.steps_per_epoch)
         before = time.monotonic()
-        job.elapsed_s = before - started
-        job.save()
+        save()
         due = time.monotonic() + max(SAVE_EVERY_S, SAVE_COST * (time.monotonic() - before))
         if stop and (request := max_over_ranks(stop.number or 0)):
             stop.number = request
             return
+
+
+def _next_batch(
+    job: Job[Batch], coming: Iterator[Batch], listener: Listener, stop: StopSignal | None, save: Callable[[], None]
+) -> Batch | None:
+    """The next batch; None at the end, and when a signal has ended the wait for it.
+
+    Waiting changes nothing, and may take long: a process without other ranks saves at once when a signal arrives or a
+    loader process is lost. Otherwise the ranks agree after the next update.
+    """
+    if stop is None or world_size() > 1:
+        return next(coming, None)
+    try:
+        with stop.waiting():
+            return next(coming, None)
+    except BaseException as error:  # a library may raise an error of its own when a signal interrupts it
+        if stop.number is None and not isinstance(error, DeadWorkerError):
+            raise
+        if stop.number is not None:
+            listener.note(_STOPPING)
+        job.check()
+        job.check_weights()
+        save()
+        if stop.number is None:
+            raise
+        return None
 
 
 def _diverged(what: str) -> DivergenceError:

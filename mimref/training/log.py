@@ -1,7 +1,7 @@
 """What a run reports while it trains: metrics.jsonl for programs, skipped images for people."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from mimref.data.decode import BadImages
 from mimref.distributed.group import own_rank
 from mimref.errors import OutputError
 from mimref.files import write_bytes
-from mimref.progress import Listener
-from mimref.training.trackers import Tracker, open_trackers, scalars
+from mimref.progress import Listener, Silent, optional
+from mimref.training.trackers import Tracker, open_tracker, scalars
 
 
 def readable(values: Mapping[str, float]) -> str:
@@ -23,12 +23,19 @@ def readable(values: Mapping[str, float]) -> str:
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, appended and flushed. `trackers` receive the same numbers."""
 
-    def __init__(self, path: Path | None, *, keep_lines: int = 0, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        keep_lines: int = 0,
+        trackers: Mapping[str, Tracker] | None = None,
+        listener: Listener | None = None,
+    ) -> None:
         """Open the log and truncate it to `keep_lines` lines: a resumed run writes the later ones again.
 
-        Without a path, as on ranks other than 0, nothing is written.
+        Without a path, as on ranks other than 0, nothing is written. A tracker that fails is reported and left out.
         """
-        self._path, self._trackers = path, trackers
+        self._path, self._trackers, self._listener = path, dict(trackers or {}), listener or Silent()
         self.lines = 0
         """Number of lines, which saved states record."""
         if path is not None:
@@ -48,22 +55,30 @@ class MetricsLog:
             raise OutputError(f"{self._path}: {reason}") from error
         self.lines += 1
         step = values.get("step")
-        for tracker in self._trackers:
-            tracker.log(scalars(values), step if isinstance(step, int) else 0)
+        self._tell(lambda tracker: tracker.log(scalars(values), step if isinstance(step, int) else 0))
 
     def close(self) -> None:
         """Let the trackers flush."""
-        for tracker in self._trackers:
-            tracker.close()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            del self._trackers[name]
+            with optional(f"no more metrics for {name}", self._listener):
+                what(tracker)
+                self._trackers[name] = tracker
 
 
-def open_log(config: RunConfig, out: Path, state: Mapping[str, Any] | None) -> MetricsLog:
+def open_log(config: RunConfig, out: Path, state: Mapping[str, Any] | None, listener: Listener) -> MetricsLog:
     """The log of the run in folder `out`, truncated to the lines of `state`; None starts a new log. Rank 0 writes."""
     if own_rank() > 0:
         return MetricsLog(None)
     lines, step = (state["log_lines"], state["step"]) if state else (0, 0)
-    trackers = open_trackers(config.monitor.trackers, out, config.model_dump(mode="json"), first_step=step)
-    return MetricsLog(out / "metrics.jsonl", keep_lines=lines, trackers=trackers)
+    trackers: dict[str, Tracker] = {}
+    for name in config.monitor.trackers:
+        with optional(f"no metrics for {name}", listener):
+            trackers[name] = open_tracker(name, out, config.model_dump(mode="json"), first_step=step)
+    return MetricsLog(out / "metrics.jsonl", keep_lines=lines, trackers=trackers, listener=listener)
 
 
 class SkippedImages:

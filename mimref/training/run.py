@@ -76,7 +76,7 @@ class TrainingRun:
         """Write config.toml with the resolved settings, and keep the log open while jobs train."""
         self.config = with_absolute_paths(config)
         self.folder.prepare(self.config, resume=self.resume, force=self.force)
-        with closing(open_log(self.config, self.folder.path, state)) as self.log:
+        with closing(open_log(self.config, self.folder.path, state, self.listener)) as self.log:
             yield
 
     def train(self, job: "Stage", state: dict[str, Any] | None) -> None:

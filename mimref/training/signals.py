@@ -18,16 +18,25 @@ class StopSignal:
         """What ended the work at once."""
         self.ignored = False
         """Once the work is saved, further signals would only disturb the clean-up."""
-        self._deferred = False
+        self._deferred = self._waiting = False
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside the block, the first signal is only stored in `number`; a second one still stops at once."""
+        """Inside the block, the first signal is stored in `number`; a second one still stops at once."""
         self._deferred = True
         try:
             yield
         finally:
             self._deferred = False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside this block within `deferred`, the first signal also ends the wait: it raises Interrupted."""
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
         """The signal handler."""
@@ -35,6 +44,8 @@ class StopSignal:
             return
         if self._deferred and self.number is None:
             self.number = number
+            if self._waiting:
+                raise Interrupted(number, "stopped while waiting")
             return
         self.raised = Interrupted(number, "stopped at once; --resume continues from the last saved state")
         raise self.raised

@@ -47,9 +47,9 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"monitor.trackers {name!r} is not installed: pip install 'mimref[{name}]'")
 
 
-def open_trackers(names: Sequence[str], out: Path, config: Mapping[str, Any], *, first_step: int) -> list[Tracker]:
-    """The trackers of `monitor.trackers`; call `check_trackers` first."""
-    return [_TensorBoard(out, first_step) if name == "tensorboard" else _WandB(out, config) for name in names]
+def open_tracker(name: str, out: Path, config: Mapping[str, Any], *, first_step: int) -> Tracker:
+    """A tracker of `monitor.trackers`; call `check_trackers` first. Raises whatever its library does."""
+    return _TensorBoard(out, first_step) if name == "tensorboard" else _WandB(out, config)
 
 
 def scalars(values: Mapping[str, object]) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """The evaluations from the command line to their files, on a tiny encoder; one pass of it serves them all."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,6 +156,58 @@ def test_cluster_draws_the_images(folder: Path, tmp_path: Path, capsys: pytest.C
         "silhouette",
         "davies_bouldin",
     }
+
+
+@pytest.mark.parametrize("broken", ["import", "fit", "disk"])
+def test_a_figure_that_fails_costs_no_scores(
+    broken: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        # What numba says to an unknown user.
+        raise RuntimeError("cannot cache function 'rdist': no locator available for file")
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    module = SimpleNamespace(
+        UMAP=fail if broken == "fit" else lambda **_: SimpleNamespace(fit_transform=lambda x: x[:, :2])
+    )
+    monkeypatch.setitem(sys.modules, "umap", None if broken == "import" else module)
+    if broken == "disk":
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    figure, out = tmp_path / "umap.png", tmp_path / "out"
+    more = ["--split", "val", "--runs", "2", "--umap", str(figure), "--out", str(out)]
+    assert run(line("cluster", folder, *more)) == 0
+    told = capsys.readouterr()
+    (warning,) = [line for line in told.err.splitlines() if "warning" in line]
+    said = {"import": "umap", "fit": "no locator available", "disk": "No space left"}[broken]
+    assert f"no figure in {figure}" in warning and said in warning and "Traceback" not in told.err
+    assert "k-means ACC" in told.out and (out / "results.csv").exists() and not figure.exists()
+
+
+def test_results_are_written_before_they_are_printed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing may read what is printed."""
+
+    def closed(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("rich.console.Console.print", closed)
+    with pytest.raises(SystemExit):  # as Typer ends then
+        run(line("knn", folder, "--quiet", "--out", str(tmp_path / "out")))
+    assert results(tmp_path / "out")["metrics"][0]["metric"] == "knn_top1"
+
+
+def test_decoders_that_fail_cost_no_other_scores(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = {"epochs": 2, "warmup_epochs": 0, "batch_size": 16, "decoder.width": 16, "decoder.num_heads": 2, "lr": 1e30}
+    options = [part for key, value in sets.items() for part in ("--set", f"reconstruction.{key}={value}")]
+    assert run(line("analyze-blocks", folder, *options, "--reconstruction", "--out", str(tmp_path / "out"))) == 0
+    assert "no reconstruction loss of base.safetensors: the reconstruction loss" in capsys.readouterr().err
+    metrics = {row["metric"] for row in results(tmp_path / "out")["metrics"]}
+    assert "block_knn_top1" in metrics and "block_reconstruction" not in metrics
 
 
 def test_analyze_blocks_of_two_encoders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 
 from mimref.distributed.group import end_group
 from mimref.evaluation.blocks.config import BlocksConfig
@@ -13,7 +14,7 @@ from mimref.evaluation.metrics import split_labels
 from mimref.features.encode import columns_of
 from mimref.features.inputs import EncoderInputs, give_distinct_names
 from mimref.features.matrix import Matrix
-from mimref.progress import Listener, Silent
+from mimref.progress import Listener, Silent, optional
 from mimref.results import EvaluationResult, Row, named
 
 
@@ -50,20 +51,21 @@ def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -
     for inputs in opened if end_group() else ():
         found = _rows(config, inputs)
         accuracies = [float(row["value"]) for row in found if row["metric"] == "block_knn_top1"]
-        if accuracies:
+        if any(map(isfinite, accuracies)):
             heads[inputs.name] = recommend_heads(accuracies)
         if config.reconstruct:
-            reconstruction = reconstruct_blocks(
-                inputs.encoder,
-                inputs.source("train"),
-                inputs.source("val"),
-                inputs.settings,
-                config.reconstruction,
-                seed=config.seed,
-                progress=partial(listener.progress, f"decoders of {inputs.name}"),
-            )
-            found += reconstruction.rows
-            bad += reconstruction.bad
+            with optional(f"no reconstruction loss of {inputs.name}", listener):
+                reconstruction = reconstruct_blocks(
+                    inputs.encoder,
+                    inputs.source("train"),
+                    inputs.source("val"),
+                    inputs.settings,
+                    config.reconstruction,
+                    seed=config.seed,
+                    progress=partial(listener.progress, f"decoders of {inputs.name}"),
+                )
+                found += reconstruction.rows
+                bad += reconstruction.bad
         rows += named(found, inputs.name, {"pool": config.pool})
     return BlocksResult(rows, time.monotonic() - started, list(dict.fromkeys(bad)), config.data, heads)
 

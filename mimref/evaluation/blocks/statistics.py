@@ -95,10 +95,11 @@ def normalised_deltas(values: Sequence[float], *, falling_is_better: bool = Fals
 
     falling_is_better: for a loss, an improvement is a decrease. Returns one value less than there are, at most 1. If
     nothing improves, the largest worsening is -1 (dividing by the largest delta would flip the signs); without any
-    change all are 0.
+    change all are 0. Those of a value that is NaN are NaN.
     """
     deltas = np.diff(values) * (-1.0 if falling_is_better else 1.0)
-    largest = deltas.max(initial=0) or np.abs(deltas).max(initial=0)
+    known = deltas[np.isfinite(deltas)]
+    largest = known.max(initial=0) or np.abs(known).max(initial=0)
     return [float(delta) for delta in (deltas / largest if largest > 0 else deltas)]
 
 

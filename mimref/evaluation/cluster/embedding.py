@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from mimref.errors import DataError
 from mimref.evaluation.metrics import check_features, unit_rows
 from mimref.features.matrix import Matrix
+from mimref.files import ensure_caches
 
 # umap-learn's default.
 NEIGHBORS = 15
@@ -38,6 +39,7 @@ def umap_embedding(x: Matrix, *, seed: int) -> NDArray[np.float32]:
 
 
 def _fit(x: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+    ensure_caches()  # numba compiles into one
     from umap import UMAP
 
     return np.asarray(UMAP(n_neighbors=NEIGHBORS, random_state=seed, n_jobs=1).fit_transform(x), dtype=np.float32)

@@ -1,8 +1,11 @@
 """Clustering of frozen features by mini-batch k-means, compared with the classes (Appendix C.12), `mimref cluster`."""
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -10,6 +13,7 @@ import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import pdist
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import (
@@ -27,7 +31,7 @@ from mimref.distributed.group import end_group
 from mimref.errors import ConfigError, DataError, did_you_mean
 from mimref.evaluation.cluster.classes import choose_classes
 from mimref.evaluation.cluster.config import ClusterConfig
-from mimref.evaluation.cluster.embedding import check_count, umap_embedding
+from mimref.evaluation.cluster.embedding import check_count
 from mimref.evaluation.metrics import (
     check_features,
     labelled,
@@ -37,6 +41,7 @@ from mimref.evaluation.metrics import (
     row_blocks,
     spread,
     unit_rows,
+    vary,
 )
 from mimref.features.inputs import EncoderInputs, open_inputs, prepare_groups
 from mimref.features.matrix import Labels, Matrix
@@ -47,19 +52,19 @@ from mimref.results import EvaluationResult, Row, named
 SERIAL_WORK = 2e8
 
 
-class Embedding(NamedTuple):
-    """Points in two dimensions, for a figure."""
+class LastFeatures(NamedTuple):
+    """What a figure shows: the features of the last of the chosen blocks."""
 
-    points: NDArray[np.float32]
-    """(N, 2)."""
+    x: Matrix
+    """(N, D)."""
     y: Labels
     class_names: list[str] | None
 
 
 def evaluate_cluster(
     config: ClusterConfig, *, embed: bool = False, listener: Listener | None = None
-) -> tuple[EvaluationResult, Embedding | None]:
-    """Clustering of one split's images; with `embed`, also the UMAP embedding of the last of the chosen blocks.
+) -> tuple[EvaluationResult, LastFeatures | None]:
+    """Clustering of one split's images; with `embed`, also the features to embed, which are enough for UMAP.
 
     Rows as `cluster` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses, before the encoder
     runs where possible.
@@ -76,7 +81,7 @@ def evaluate_cluster(
     if embed:
         check_count(int(np.isin(y, classes).sum()))
     rows: list[Row] = []
-    embedding = None
+    last = None
     groups = prepare_groups(config, inputs, (config.split,))
     for where, columns in groups if end_group() else []:
         x, y = labelled(inputs.features(config.split), columns)
@@ -93,11 +98,8 @@ def evaluate_cluster(
             progress=partial(listener.progress, progress_label("k-means", where)),
         )
         rows += named(found, inputs.name, where)
-    if embed and rows:
-        listener.progress("UMAP", 0, 1)
-        embedding = Embedding(umap_embedding(x, seed=config.seed), y, names)
-        listener.progress("UMAP", 1, 1)
-    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data), embedding
+        last = LastFeatures(x, y, names) if embed else None
+    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data), last
 
 
 def cluster_accuracy(y: Labels, assignment: Labels) -> float:
@@ -117,11 +119,22 @@ AGREEMENT: dict[str, Callable[[Labels, Labels], float]] = {
     "ami": lambda y, assignment: percent(adjusted_mutual_info_score(y, assignment)),
     "ari": lambda y, assignment: percent(adjusted_rand_score(y, assignment)),
 }
-# From unit rows (N, D) and classes (N,): how far the classes are apart, without clustering.
-SEPARATION: dict[str, Callable[[NDArray[np.float32], Labels], float]] = {
-    "sil": lambda x, y: percent(silhouette_score(x, y)),
-    "dbs": lambda x, y: float(davies_bouldin_score(x, y)),
-}
+
+
+def _silhouette(x: NDArray[np.float32], y: Labels) -> float:
+    """In percent; NaN for points that are all the same, for which scikit-learn gives 0."""
+    return percent(silhouette_score(x, y)) if vary(x) else math.nan
+
+
+def _davies_bouldin(x: NDArray[np.float32], y: Labels) -> float:
+    """NaN where classes have the same centre: scikit-learn then leaves out the pair, or gives 0, the best score."""
+    centres = np.stack([x[y == label].mean(axis=0, dtype=np.float64) for label in range(int(y.max()) + 1)])
+    # Of unit rows: far below what separates any two classes.
+    return float(davies_bouldin_score(x, y)) if pdist(centres).min() > 1e-6 else math.nan
+
+
+# From unit rows (N, D) and classes 0, 1, ... (N,): how far the classes are apart, without clustering.
+SEPARATION: dict[str, Callable[[NDArray[np.float32], Labels], float]] = {"sil": _silhouette, "dbs": _davies_bouldin}
 # Names in results.
 NAMES = {name: f"cluster_{name}" for name in AGREEMENT} | {"sil": "silhouette", "dbs": "davies_bouldin"}
 
@@ -141,7 +154,8 @@ def cluster(
     x (N, D): features, scaled to unit length here and held in memory as float32. y (N,): labels, any whole numbers;
     there are as many clusters as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the run with the
     lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and Davies-Bouldin of the
-    true classes, without clustering). In percent, except Davies-Bouldin.
+    true classes, without clustering). In percent, except Davies-Bouldin. sil and dbs are NaN for features that do not
+    vary, dbs also where two classes have the same mean.
     A run is scikit-learn's MiniBatchKMeans with its defaults and n_init=1. Runs are spread over `workers` processes
     (None: all cores), or stay in this one where that is faster, with the same results. Silhouette compares all pairs of
     images, in pieces of up to 1 GB: minutes for the 50,000 validation images of ImageNet.
@@ -160,11 +174,8 @@ def cluster(
     points = unit_rows(x)
     of_clusters = [name for name in metrics if name in AGREEMENT]
     jobs = min(workers or own_cores(), runs) if float(runs) * points.size * len(classes) >= SERIAL_WORK else 1
-    # Arrays above a megabyte are written once and memory-mapped by all processes.
-    parallel = Parallel(n_jobs=jobs, max_nbytes="1M", return_as="generator")
-    work = (delayed(kmeans_run)(points, truth, of_clusters, len(classes), number, seed) for number in range(runs))
     done: list[Run] = []
-    for run in parallel(work) if of_clusters else ():
+    for run in _all_runs(points, truth, of_clusters, len(classes), runs, seed, jobs) if of_clusters else ():
         done.append(run)
         if progress is not None:
             progress(len(done), runs)
@@ -214,3 +225,18 @@ def kmeans_run(x: NDArray[np.float32], y: Labels, metrics: Sequence[str], cluste
     centres = model.cluster_centers_.astype(np.float64)
     inertia = float(sum(np.square(x[rows] - centres[labels[rows]]).sum() for rows in row_blocks(x)))
     return Run(inertia, {name: AGREEMENT[name](y, labels) for name in metrics})
+
+
+def _all_runs(
+    x: NDArray[np.float32], y: Labels, metrics: Sequence[str], clusters: int, runs: int, seed: int, jobs: int
+) -> Iterator[Run]:
+    """`kmeans_run` of every number, in several processes if they can be started and do not die."""
+    # Arrays above a megabyte are written once and memory-mapped by all processes.
+    parallel = Parallel(n_jobs=jobs, max_nbytes="1M", return_as="generator")
+    done = 0
+    with suppress(*() if jobs == 1 else (OSError, BrokenExecutor)):
+        for run in parallel(delayed(kmeans_run)(x, y, metrics, clusters, number, seed) for number in range(runs)):
+            yield run
+            done += 1
+    for number in range(done, runs):
+        yield kmeans_run(x, y, metrics, clusters, number, seed)

@@ -1,5 +1,6 @@
 """k-NN classification of frozen features (Appendix C.4): the neighbour search, the votes, and `mimref knn`."""
 
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from mimref.evaluation.metrics import (
     row_blocks,
     split_labels,
     unit_rows,
+    vary,
 )
 from mimref.features.inputs import open_inputs, prepare_groups
 from mimref.features.matrix import Labels, Matrix
@@ -96,7 +98,8 @@ def knn(
     class with weight exp(similarity / tau). Rows `knn_top1` and, from five classes on, `knn_top5` (the class has votes,
     and fewer than five classes have more), in percent, with `k` and `tau`. per_class: for every setting also one
     `knn_top1` per class of the test images (its recall), with `class` (the label) and `images`; `main_rows` leaves
-    these out. In a process group all ranks pass the same features and labels, see `find_neighbours`.
+    these out. Training features that do not vary have no nearest ones: all values are NaN. In a process group all ranks
+    pass the same features and labels, see `find_neighbours`.
     Raises ConfigError for k beyond the training set, DataError for features or labels that cannot be used.
     """
     classes, labels, truth = check_splits(train_x, train_y, test_x, test_y)
@@ -114,7 +117,7 @@ def knn(
     if per_class:
         for (k_, tau_), rank in ranks.items():
             rows += _class_rows(classes, truth, rank, {"k": k_, "tau": tau_})
-    return rows
+    return rows if vary(train_x) else [{**row, "value": math.nan} for row in rows]
 
 
 def knn_accuracy(
