@@ -24,15 +24,15 @@ def run_on_ranks(
     *,
     advice: str = "run it again: cached features are reused",
 ) -> Result | None:
-    """Call `work(config, listener=...)` in every process that torchrun has started; return None on all but rank 0.
+    """Call `work(config, listener=..., checks=...)` in every process that torchrun has started.
 
-    advice: what to do when another process dies.
+    Returns None on all but rank 0. advice: what to do when another process dies.
     """
     from mimref.distributed.group import process_group
     from mimref.reports.terminal import Terminal
 
     with process_group(config.device, advice=advice) as rank, Terminal(options.quiet or rank > 0) as terminal:
-        result = work(config, listener=terminal)
+        result = work(config, listener=terminal, checks=options.checks)
     return result if rank == 0 else None
 
 

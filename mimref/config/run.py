@@ -153,5 +153,5 @@ class DecoderConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.width % self.num_heads:
-            raise ValueError(f"mae.decoder.width {self.width} must be a multiple of num_heads {self.num_heads}")
+            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}")
         return self
