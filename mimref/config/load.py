@@ -44,7 +44,7 @@ def load_config(
         if value is not None:
             given.add(key)
             table = merge_tables(table, collected.run(key, partial(_nest, model, key, value)) or {})
-    for pair in filter(None, [collected.run("sets", partial(_split, assignment)) for assignment in sets]):
+    for pair in filter(None, (collected.run("sets", partial(_split, assignment)) for assignment in sets)):
         given.add(pair[0])
         collected.typed.pop(pair[0], None)  # the option's value is replaced
         table = merge_tables(table, collected.run("sets", partial(_nest, model, *pair)) or {})

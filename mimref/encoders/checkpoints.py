@@ -108,7 +108,9 @@ def _from_timm(path: str) -> Checkpoint:
     """`timm:NAME`: a plain vision transformer with the weights that timm downloads for it."""
     name = path.removeprefix(_TIMM)
     if not is_plain_vit(name):
-        raise CheckpointError(f"{path}: not a plain vision transformer; pass its file, and its name as --arch")
+        raise CheckpointError(
+            f"{path}: not a plain vision transformer, so it needs a file; evaluations read it with --arch {name}"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -152,7 +154,7 @@ def choose_architecture(
     else:
         raise ConfigError(f"--arch {arch}: {checkpoint.path} contains {recorded.name}; omit --arch")
     if isinstance(chosen, Architecture):
-        chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "encoder.image_size")
+        chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "the image size")
     return chosen
 
 

@@ -15,7 +15,7 @@ from mimref.encoders.vit import Encoder
 from mimref.errors import CheckpointError, Checks
 from mimref.evaluation.config import InterpolateConfig
 from mimref.evaluation.knn.config import KnnConfig
-from mimref.evaluation.knn.protocol import check_neighbours, evaluate_knn
+from mimref.evaluation.knn.protocol import evaluate_knn
 from mimref.evaluation.metrics import check_labels
 from mimref.features.config import CacheConfig
 from mimref.features.opening import Opened, check_device, open_images
@@ -40,8 +40,7 @@ def interpolate(
     checks.run("out", lambda: check_folder(out, force))
     check_device(config, checks)
     sources = open_images(config.data, listener.progress, checks) if config.data.spec is not None else {}
-    if (train_y := check_labels(Opened(None, sources), checks)) is not None:
-        checks.run("data.spec", lambda: check_neighbours(max(KnnConfig().k), train_y))
+    train_y = check_labels(Opened(None, sources), checks)
     ends: list[tuple[Checkpoint, Encoder] | None] = []
     for setting, path in (("base", config.base), ("refined", config.refined)):
         fetch = checks.passed or not must_download(path)
@@ -53,6 +52,7 @@ def interpolate(
     facts = {key: value for key, value in refined.header.items() if key not in ("architecture", "metrics")}
     # Nobody needs the features of an average again.
     common = {name: getattr(config, name) for name in CommandConfig.model_fields} | {"cache": CacheConfig(folder="off")}
+    neighbours = [k if train_y is None else min(k, len(train_y)) for k in KnnConfig().k]
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
     for done, alpha in enumerate(config.alpha, 1):
@@ -60,7 +60,7 @@ def interpolate(
         origin = {"base": str(base.path), "refined": str(refined.path), "alpha": alpha}
         save_encoder(file, average(base_encoder, refined_encoder, alpha), {**facts, "interpolated": origin})
         if config.data.spec is not None:
-            found = evaluate_knn(KnnConfig(**common, checkpoint=str(file)), listener=listener)
+            found = evaluate_knn(KnnConfig(**common, checkpoint=str(file), k=neighbours), listener=listener)
             bad = found.bad_images  # the same for every average
             # alpha replaces the model's name.
             rows += [{"alpha": alpha, **{key: row[key] for key in row if key != "model"}} for row in found.rows]

@@ -72,7 +72,7 @@ def evaluate_knn(
 def check_neighbours(k: int, y: Labels) -> None:
     """Raise ConfigError for more neighbours than training images, before the encoder runs."""
     if k > len(y):
-        raise ConfigError(f"--k {k} is more than the {len(y)} training images; choose a smaller k")
+        raise ConfigError(f"k {k} is more than the {len(y)} training images; choose a smaller k")
 
 
 class Neighbours(NamedTuple):

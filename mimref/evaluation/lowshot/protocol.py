@@ -94,7 +94,7 @@ def check_shots(shots: Sequence[int], y: Labels) -> None:
     if counts.min() < max(shots):
         raise DataError(
             f"class {classes[counts.argmin()]} has only {counts.min()} training images, too few for "
-            f"{max(shots)} shots; lower --shots"
+            f"{max(shots)} shots; use fewer shots"
         )
 
 
