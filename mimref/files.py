@@ -77,16 +77,16 @@ def _private_folder() -> Path | None:
         return None
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = "--out") -> None:
     """Raise OutputError if the folder clearly cannot be created or written. Writes nothing."""
     try:
         existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     except OSError as error:
-        raise OutputError(f"{folder}: {error.strerror}; choose another --out") from error
+        raise OutputError(f"{folder}: {error.strerror}; choose another {option}") from error
     if not existing.is_dir():
-        raise OutputError(f"{folder}: {existing} is a file; choose another --out")
+        raise OutputError(f"{folder}: {existing} is a file; choose another {option}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder}: {existing} cannot be written; choose another --out")
+        raise OutputError(f"{folder}: {existing} cannot be written; choose another {option}")
 
 
 def check_new_file(file: Path, endings: Sequence[str], force: bool, option: str = "--out") -> None:
@@ -97,15 +97,16 @@ def check_new_file(file: Path, endings: Sequence[str], force: bool, option: str 
         raise OutputError(f"{option} {file}: is a folder; choose the name of a file")
     if file.exists() and not force:
         raise OutputError(f"{option} {file}: exists; choose another name, or --force to replace it")
-    check_writable(file.parent)
+    check_writable(file.parent, option)
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, option: str = "--out") -> Iterator[Path]:
     """A temporary path beside `path`; the file written there replaces `path` if the block ends without an error.
 
     For libraries that need a file name. Creates missing folders. Whatever interrupts the write, `path` holds the old
     content or the new: the data is on disk before the name changes. Removes the temporary file after an error.
+    option: that names the place.
     Raises OutputError if the folder or the file cannot be written, or the disk is full.
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
@@ -117,7 +118,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        advice = "free some space and run again" if error.errno in DISK_FULL else "choose another --out"
+        advice = "free some space and run again" if error.errno in DISK_FULL else f"choose another {option}"
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
     except Exception as error:
         # A library may report a full disk as an error of its own.
@@ -131,9 +132,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, option: str = "--out") -> Iterator[BinaryIO]:
     """A binary file that replaces `path` if the block ends without an error; see `atomic_path`."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path, option) as temporary, open(temporary, "wb") as file:
         yield file
 
 
@@ -151,9 +152,9 @@ def is_whole(file: BinaryIO) -> bool:
         return False
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, option: str = "--out") -> None:
     """Write `data` to `path` in one step; see `atomic_path`."""
-    with atomic_write(path) as file:
+    with atomic_write(path, option) as file:
         file.write(data)
 
 

@@ -127,7 +127,7 @@ def read_results(out: Path, command: str) -> tuple[list[Row], float]:
         ]
         elapsed_s, made_by = float(document["elapsed_s"]), document["command"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(f"{file} cannot be read ({error}); --force runs again") from error
+        raise OutputError(f"{file} cannot be read ({error}); --force instead of --resume runs again") from error
     if made_by != command:
         raise OutputError(f"{out}: holds results of {made_by}, not of {command}; choose another --out")
     return rows, elapsed_s

@@ -278,5 +278,3 @@ def test_a_few_steps_lower_the_loss_on_repeated_images() -> None:
 def test_settings_that_do_not_fit() -> None:
     with pytest.raises(ConfigError, match=r"encoder\.image_size 16 is one patch"):
         autoencoder(side=16, patch=16)
-    with pytest.raises(ConfigError, match=r"mae\.decoder\.width 18 is not divisible by 4"):
-        autoencoder(decoder_width=18)

@@ -13,7 +13,7 @@ import typer
 from mimref import __version__
 from mimref.cli import benchmark, evaluation, tools, training, weights
 from mimref.cli.parser import Group, add_command
-from mimref.errors import Interrupted, UserError
+from mimref.errors import Interrupted, UserError, UserErrors
 from mimref.files import DISK_FULL, ensure_caches
 
 Function = Callable[[Any], None]
@@ -74,7 +74,7 @@ def _main(
 def run(args: Sequence[str]) -> int:
     """Run one command line and return its exit code: 0, 2 for a user's mistake, 128 + n after signal n.
 
-    A mistake is one line on standard error, after a traceback with `--debug`. Other exceptions are not caught.
+    Every mistake is one line on standard error, after a traceback with `--debug`. Other exceptions are not caught.
     """
     debug = "--debug" in args
     ensure_caches()  # before any library looks for a folder
@@ -98,5 +98,6 @@ def run(args: Sequence[str]) -> int:
             raise
         if debug:
             traceback.print_exception(error)
-        typer.echo(f"mimref: error: {' '.join(message.split())}", err=True)
+        for line in map(str, error.errors) if isinstance(error, UserErrors) else [message]:
+            typer.echo(f"mimref: error: {' '.join(line.split())}", err=True)
         return 2

@@ -25,7 +25,10 @@ class StepOptions(TrainedEncoder, MicroBatch, Preset, Output):
         from mimref.config.presets import choose_refine_preset
         from mimref.refinement.config import RefineConfig
 
-        return self.load(RefineConfig, choose_refine_preset(self.preset, self.arch, self.source, None))
+        config = self.load(RefineConfig, choose=lambda: choose_refine_preset(self.preset, self.arch, self.source, None))
+        self.check_out()
+        self.checks.finish()
+        return config
 
 
 class CostOptions(StepOptions, Data):
@@ -42,6 +45,7 @@ def evaluations(options: BenchmarkOptions) -> None:
       mimref benchmark eval
     """
     options.check_out()
+    options.checks.finish()
 
     from mimref.benchmarks.evaluations import benchmark_evaluations
 
@@ -59,6 +63,7 @@ def views(options: BenchmarkOptions) -> None:
       mimref benchmark views --out runs/views
     """
     options.check_out()
+    options.checks.finish()
 
     from mimref.benchmarks.views import benchmark_views
 
@@ -89,7 +94,6 @@ def step(options: StepOptions) -> None:
       mimref benchmark step --preset mae_l16 --micro-batch 64
     """
     config = options.load_refine()
-    options.check_out()
 
     from mimref.benchmarks.heads import benchmark_heads, heads_facts
     from mimref.benchmarks.step import benchmark_step, step_facts
@@ -114,7 +118,6 @@ def cost(options: CostOptions) -> None:
       mimref benchmark cost --arch vit_b16 --data /data/my_images
     """
     config = options.load_refine()
-    options.check_out()
 
     from mimref.benchmarks.cost import benchmark_cost, cost_facts
     from mimref.reports.terminal import Terminal

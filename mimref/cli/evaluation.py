@@ -99,7 +99,7 @@ def cluster(options: ClusterOptions) -> None:
     config, umap = options.load(ClusterConfig), options.umap
     options.check_out()
     if umap is not None:
-        check_new_file(umap, (".png",), options.force, option="--umap")
+        options.checks.run("umap", lambda: check_new_file(umap, (".png",), options.force, option="--umap"))
 
     from mimref.evaluation.cluster.protocol import evaluate_cluster
 
@@ -132,14 +132,12 @@ class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol")
     )
 
     def state_file(self) -> Path | None:
-        """The state that an interrupted probe continues from; `--force` without `--resume` removes an old one."""
+        """The state that an interrupted probe continues from."""
         state = self.out / "state" / "probe.pt" if self.out else None
         if state is None and self.resume:
             raise ConfigError("--resume continues a probe in its folder; name it with --out DIR")
-        if state is not None and state.exists() and not self.resume:
-            if not self.force:
-                raise OutputError(f"{self.out}: holds an unfinished probe; --resume continues it, --force starts over")
-            state.unlink(missing_ok=True)  # another process of this run may have been first
+        if state is not None and state.exists() and not self.resume and not self.force:
+            raise OutputError(f"{self.out}: holds an unfinished probe; --resume continues it, --force starts over")
         return state
 
 
@@ -156,15 +154,16 @@ def probe(options: ProbeOptions) -> None:
     from mimref.evaluation.probe.config import ProbeConfig
 
     config = options.load(ProbeConfig, options.preset)
-    if options.resume and options.out and print_finished(options.out, config.command):
+    if options.resume and options.out and options.checks.passed and print_finished(options.out, config.command):
         return
     options.check_out()
-    state = options.state_file()
+    state = options.checks.run("out", options.state_file)
 
     from mimref.evaluation.probe.protocol import evaluate_probe
 
     advice = "--resume continues the probe" if state else "run it again; with --out, --resume can continue it"
-    result = run_on_ranks(config, options, partial(evaluate_probe, state=state), advice=advice)
+    work = partial(evaluate_probe, state=state, fresh=not options.resume)
+    result = run_on_ranks(config, options, work, advice=advice)
     report(options, config, result)
     if result is not None and state is not None:
         state.unlink(missing_ok=True)

@@ -26,9 +26,9 @@ def run_on_ranks(
     *,
     advice: str = "run it again: cached features are reused",
 ) -> Result | None:
-    """Call `work(config, listener=...)` in every process that torchrun has started; return None on all but rank 0.
+    """Call `work(config, listener=..., checks=...)` in every process that torchrun has started.
 
-    advice: what to do when another process dies.
+    Returns None on all but rank 0. advice: what to do when another process dies.
     """
     from mimref.distributed.group import process_group
     from mimref.files import ensure_caches
@@ -38,7 +38,7 @@ def run_on_ranks(
     with process_group(config.device, advice=advice) as rank, Terminal(options.quiet or rank > 0) as terminal:
         if caches is not None:
             terminal.note(f"the user has no folder for caches: they are in {caches}; set MIMREF_CACHE to keep them")
-        result = work(config, listener=terminal)
+        result = work(config, listener=terminal, checks=options.checks)
     return result if rank == 0 else None
 
 

@@ -1,5 +1,6 @@
 """The options that several commands have, one declaration each, in groups that commands inherit from."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -35,11 +36,11 @@ class Output(Force, panel="Output"):
     out: Path | None = option("Output folder.", "DIR")
 
     def check_out(self) -> None:
-        """Raise OutputError if results must not be written into the output folder."""
+        """Check that results may be written into the output folder."""
         from mimref.results import check_folder
 
-        if self.out is not None:
-            check_folder(self.out, self.force)
+        if (out := self.out) is not None:
+            self.checks.run("out", lambda: check_folder(out, self.force))
 
 
 class Resume(Output, panel="Output"):
@@ -50,12 +51,19 @@ class Configured(Device):
     precision: Text = option("Default: bf16 on CUDA, fp32 elsewhere.", "fp32|bf16", "precision")
     sets: list[str] | None = option("Any other setting; repeatable.", "KEY=VALUE", flag="--set")
 
-    def load(self, model: "type[Config]", preset: str | None = None) -> "Config":
-        """The config: the defaults, then `preset`, the options and `--set`. Raises ConfigError."""
+    def load(
+        self, model: "type[Config]", preset: str | None = None, choose: Callable[[], str] | None = None
+    ) -> "Config":
+        """The config: the defaults, then `preset`, the options and `--set`, without what `checks` finds wrong.
+
+        choose: chooses the preset where none is given; it may raise ConfigError.
+        """
         from mimref.config.load import load_config
 
+        if preset is None and choose is not None and (preset := self.checks.run("preset", choose)) is None:
+            self.checks.unusable.add("preset")
         given = {option.sets: getattr(self, field) for field, (option, _) in self.declared().items() if option.sets}
-        return load_config(model, preset, given, self.sets or ())
+        return load_config(model, preset, given, self.sets or (), self.checks)
 
 
 class Preset(Configured):

@@ -4,11 +4,13 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from mimref.errors import Checks, Typed
 
 PANELS = ("Encoder", "Data", "Protocol", "Training", "Run", "Output")
 
@@ -29,6 +31,10 @@ class Option:
     min: int | None = None
     required: bool = False
     positional: bool = False
+
+    def name(self, field: str) -> str:
+        """Such as `--batch-size`."""
+        return (self.flag or f"--{field.replace('_', '-')}").partition("/")[0]
 
     def parameter(self, field: str, kind: Any, panel: str) -> inspect.Parameter:
         """The option as a parameter of a function that Typer understands."""
@@ -65,6 +71,17 @@ class Options:
 
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
+
+    @cached_property
+    def checks(self) -> Checks:
+        """Collects what is wrong with the command, in the order of its help."""
+        declared = [(field, option) for field, (option, _) in self.declared().items()]
+        typed = {
+            option.sets: Typed(option.name(field), value, option.metavar or "")
+            for field, option in declared
+            if option.sets and not option.positional and isinstance(value := getattr(self, field), str)
+        }
+        return Checks([option.sets or field for field, option in declared], typed)
 
     @classmethod
     def declared(cls) -> dict[str, tuple[Option, str]]:

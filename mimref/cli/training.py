@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mimref.cli.execution import note, print_facts, print_finished, run_on_ranks
 from mimref.cli.options import Batch, Images, MicroBatch, Preset, Resume, Seed, Text, TrainedArch, TrainedEncoder
 from mimref.cli.parser import option
+from mimref.errors import Checks
 
 if TYPE_CHECKING:
     from mimref.config.run import RunConfig
@@ -66,13 +67,13 @@ def refine(options: RefineOptions) -> None:
 
     if options.heads_from and not options.stage:
         options.stage = "encoder"
-    config = options.load(RefineConfig, options.resumed_preset() or options.chosen_preset())
+    config = options.load(RefineConfig, options.resumed_preset(), options.chosen_preset)
     if options.dry_run:
         from mimref.refinement.plan import make_plan
         from mimref.refinement.sizes import describe
 
-        print_facts(describe(make_plan(config)) | {"output": str(_folder(config, options))})
-    elif not (options.resume and print_finished(_folder(config, options), config.command)):
+        print_facts(describe(make_plan(config, checks=options.checks)) | {"output": str(_folder(config, options))})
+    elif not (options.resume and options.checks.passed and print_finished(_folder(config, options), config.command)):
         from mimref.refinement.run import refine as run_refine
 
         _train(run_refine, config, options)
@@ -96,7 +97,7 @@ def pretrain(options: PretrainOptions) -> None:
 
     preset = options.resumed_preset() or choose_pretrain_preset(options.preset, options.arch)
     config = options.load(PretrainConfig, preset)
-    if not (options.resume and print_finished(_folder(config, options), config.command)):
+    if not (options.resume and options.checks.passed and print_finished(_folder(config, options), config.command)):
         from mimref.pretraining.run import pretrain as run_pretrain
 
         _train(run_pretrain, config, options)
@@ -117,11 +118,11 @@ def _train(training: "Callable[..., TrainingResult]", config: "RunConfig", optio
 
     out = _folder(config, options)
 
-    def work(config: "RunConfig", listener: "Listener") -> "TrainingResult":
+    def work(config: "RunConfig", listener: "Listener", checks: Checks) -> "TrainingResult":
         # torchrun restarts all processes when one has died, with the same command.
         again = RunFolder(out).continues_launch()
         resume, force = options.resume or again, options.force and not again
-        return training(config, out, resume=resume, force=force, listener=listener)
+        return training(config, out, resume=resume, force=force, listener=listener, checks=checks)
 
     advice = "the last saved state is kept: --resume continues, and torchrun --max-restarts does so by itself"
     result = run_on_ranks(config, options, work, advice=advice)

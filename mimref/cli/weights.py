@@ -62,25 +62,33 @@ def export(options: ExportOptions) -> None:
       mimref export runs/mae_l16 --to timm --out refined.pth
       mimref export runs/mae_l16 --to onnx --out refined.onnx --blocks 18,24
     """
-    to, out, force = options.to, options.out, options.force
+    to, out, force, checks = options.to, options.out, options.force, options.checks
     if options.blocks is not None and to != "onnx":
-        raise ConfigError(f"--blocks {options.blocks}: requires --to onnx; --to {to} keeps every block")
+        wrong = f"--blocks {options.blocks}: requires --to onnx; --to {to} keeps every block"
+        checks.add("blocks", ConfigError(wrong))
 
-    from mimref.encoders.export import export_release, export_timm, read_encoder
-    from mimref.encoders.export_onnx import export_onnx
+    from mimref.encoders.export import ENDINGS, export_release, export_timm, read_encoder
+    from mimref.encoders.export_onnx import check_packages, export_onnx
     from mimref.features.encode import block_groups
+    from mimref.files import check_new_file
     from mimref.reports.terminal import Terminal
 
     hints = {name: getattr(options, name) for name in ("arch", "source", "num_heads", "resolution", "interpolation")}
+    checks.run("out", lambda: check_new_file(out, ENDINGS[to], force))
+    if to == "onnx":
+        checks.run("to", check_packages)
     with Terminal(options.quiet) as terminal:
-        encoder, facts = read_encoder(options.checkpoint, **hints, listener=terminal)
+        read = checks.run("checkpoint", lambda: read_encoder(options.checkpoint, **hints, listener=terminal))
+        blocks: list[int] = []
+        if read is not None and to == "onnx":
+            groups = checks.run("blocks", lambda: block_groups(options.blocks or "last", read[0].depth)) or {}
+            blocks = [number for group in groups.values() for number in group]
+        encoder, facts = checks.finished(read)
         if to == "timm":
             done = export_timm(encoder, out, facts, force=force, listener=terminal)
         elif to == "release":
             done = export_release(encoder, out, facts, force=force, listener=terminal)
         else:
-            groups = block_groups(options.blocks or "last", encoder.depth)
-            blocks = [number for group in groups.values() for number in group]
             done = export_onnx(encoder, out, facts, blocks, force=force, listener=terminal)
     name = {"timm name": done.timm_name or "none of these sizes"} if to == "timm" else {}
     difference = {"largest difference": f"{done.difference:.1e}"}
@@ -111,6 +119,6 @@ def interpolate(options: InterpolateOptions) -> None:
 
     out = options.out or Path("runs") / "interpolate"
     with Terminal(options.quiet) as terminal:
-        result = average(config, out, force=options.force, listener=terminal)
+        result = average(config, out, force=options.force, listener=terminal, checks=options.checks)
     print_rows(result.rows)
     note(f"{len(config.alpha)} encoders in {out}", options)

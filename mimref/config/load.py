@@ -1,7 +1,9 @@
-"""From presets and the command line to a checked config, with one line for the setting at fault."""
+"""From presets and the command line to a checked config, with one line for every setting at fault."""
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -10,44 +12,106 @@ from pydantic_core import ErrorDetails
 
 from mimref.config.base import CommandConfig
 from mimref.config.presets import Table, find_preset, merge_tables, read_preset, show_value
-from mimref.errors import ConfigError, did_you_mean
+from mimref.errors import Checks, ConfigError, Typed, did_you_mean
 
 C = TypeVar("C", bound=CommandConfig)
 M = TypeVar("M", bound=BaseModel)
 
 
 def load_config(
-    model: type[C], preset: str | None = None, overrides: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+    model: type[C],
+    preset: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+    checks: Checks | None = None,
 ) -> C:
     """Build a checked config: defaults, then the preset and its bases, then `overrides`, then `sets`.
 
     preset: a name (`quickstart` or `refine/quickstart` for RefineConfig) or the path of a `.toml` file.
     overrides: dotted key to value; None does not override. sets: `a.b=value`.
     Text is read as TOML where the setting takes more than text: bare words are strings, `none` unsets, and a list
-    needs no brackets (`1,2,5`). Raises ConfigError with one line that names the setting or preset at fault.
+    needs no brackets (`1,2,5`). Raises ConfigError, or UserErrors for several mistakes, with one line that names the
+    setting or preset at fault. checks: collects the mistakes instead; the config then lacks the settings at fault.
     """
+    collected = checks or Checks()
     table: Table = {}
     if preset is not None:
-        name, path = find_preset(preset, model.command)
-        table = {"preset": name} | read_preset(path, model.command)
-    for key, value in [*(overrides or {}).items(), *map(_split, sets)]:
+        table = collected.run("preset", lambda: _preset_table(preset, model.command)) or {}
+        if not table:
+            collected.unusable.add("preset")
+    given: set[str] = set()
+    for key, value in (overrides or {}).items():
         if value is not None:
-            table = merge_tables(table, _nest(model, key, value))
-    return validated(model, table)
+            given.add(key)
+            table = merge_tables(table, collected.run(key, partial(_nest, model, key, value)) or {})
+    for pair in filter(None, (collected.run("sets", partial(_split, assignment)) for assignment in sets)):
+        given.add(pair[0])
+        collected.typed.pop(pair[0], None)  # the option's value is replaced
+        table = merge_tables(table, collected.run("sets", partial(_nest, model, *pair)) or {})
+    if "preset" in collected.unusable:
+        # The other settings are those of a preset that is unknown.
+        collected.unusable |= setting_fields(model).keys() - given
+    config = _usable(model, table, collected)
+    if checks is None:
+        collected.finish()
+    return config
+
+
+def _preset_table(preset: str, command: str) -> Table:
+    name, path = find_preset(preset, command)
+    return {"preset": name} | read_preset(path, command)
+
+
+def _usable(model: type[C], table: Table, checks: Checks) -> C:
+    """The settings without the wrong ones, which `checks` collects."""
+    while True:
+        try:
+            return model.model_validate(table)
+        except ValidationError as error:
+            mistakes = _mistakes(error, model, table, checks.typed)
+        less = table
+        for keys, message in mistakes:
+            if checks.unusable.isdisjoint(keys):
+                checks.add(keys[0], ConfigError(message))
+            checks.unusable.update(keys)
+            for key in keys:
+                less = _without(less, key)
+                if key.startswith("data."):
+                    checks.unusable.add("data.spec")  # the settings find images together
+        if less == table:  # nothing can be left out
+            for keys, message in mistakes:
+                checks.add(keys[0], ConfigError(message))
+            checks.raise_found()
+        table = less
 
 
 def validated(model: type[M], table: Mapping[str, Any]) -> M:
-    """A table of settings as a checked model. Raises ConfigError with one line that names the setting at fault."""
+    """A table of settings as a checked model. Raises ConfigError, or UserErrors for several mistakes."""
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        raise ConfigError(_describe(error.errors(), model, table)) from None
+        checks = Checks()
+        for keys, message in _mistakes(error, model, table, {}):
+            checks.add(keys[0], ConfigError(message))
+        checks.raise_found()
+
+
+def _without(table: Table, key: str) -> Table:
+    """A copy of a table without a dotted key."""
+    name, _, rest = key.partition(".")
+    if name not in table or (rest and not isinstance(table[name], dict)):
+        return table
+    return {
+        other: _without(value, rest) if other == name else value
+        for other, value in table.items()
+        if other != name or rest
+    }
 
 
 def _split(assignment: str) -> tuple[str, str]:
     key, equals, text = map(str.strip, assignment.partition("="))
     if not equals or not key:
-        raise ConfigError(f"--set {assignment!r} is not of the form KEY=VALUE, such as heads.temperature=0.3")
+        raise ConfigError(f"--set {assignment!r} is not of the form KEY=VALUE, such as seed=1")
     return key, text
 
 
@@ -97,27 +161,47 @@ def _unknown_setting(model: type[BaseModel], key: str) -> str:
     return f"Unknown setting {key!r}{did_you_mean(key, known)}"
 
 
-def _describe(errors: Sequence[ErrorDetails], model: type[BaseModel], table: Mapping[str, Any]) -> str:
-    """One line about the first wrong setting: its dotted key, its value and what is expected."""
-    first, key = errors[0], _setting_key(model, errors[0]["loc"])
+def _mistakes(
+    error: ValidationError, model: type[BaseModel], table: Mapping[str, Any], typed: Mapping[str, Typed]
+) -> list[tuple[list[str], str]]:
+    """The settings of every mistake, and one line about it."""
+    of_key: dict[str, list[ErrorDetails]] = {}
+    for each in error.errors():
+        of_key.setdefault(_setting_key(model, each["loc"]), []).append(each)
+    return [_describe(key, errors, model, table, typed.get(key)) for key, errors in of_key.items()]
+
+
+def _describe(
+    key: str, errors: Sequence[ErrorDetails], model: type[BaseModel], table: Mapping[str, Any], typed: Typed | None
+) -> tuple[list[str], str]:
+    """The settings at fault, and one line: setting or typed option, its value, what is expected."""
+    first, fields = errors[0], setting_fields(model)
     if first["type"] == "extra_forbidden":
-        return _unknown_setting(model, key)
-    field = setting_fields(model).get(key)
-    if first["type"] == "value_error" and (field is None or _section(field)):
-        # The message of a check across several settings is complete.
-        return str(first["ctx"]["error"])
-    wrong = [error for error in errors if _setting_key(model, error["loc"]) == key]
-    # Of alternatives such as `number or list`, only the one that fits the value's type helps.
-    fitting = [error for error in wrong if not error["type"].endswith("_type")]
-    if all(error["type"] == "literal_error" for error in fitting):
-        fitting = wrong
+        return [key], _unknown_setting(model, key)
+    if first["type"] == "value_error" and (key not in fields or _section(fields[key])):
+        # A check across several settings: the message is complete, or starts with a field of its section.
+        message = str(first["ctx"]["error"])
+        plain = [name for name, field in fields.items() if not _section(field)]
+        names = [name for name in plain if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.])", message)]
+        return (names, message) if names else ([key], f"{key}.{message}")
     value: Any = table
     for part in key.split("."):
+        if part not in value:
+            return [key], f"{key} is missing; it has no default"
         value = value[part]
-    expected = " or ".join(dict.fromkeys(map(_expectation, fitting)))
+    # Of alternatives such as `number or list`, only the one that fits the value's type helps.
+    fitting = [error for error in errors if not error["type"].endswith("_type")]
+    if all(error["type"] == "literal_error" for error in fitting):
+        fitting = list(errors)
     is_word = first["type"] == "literal_error" and isinstance(value, str)
     hint = did_you_mean(value, first["ctx"]["expected"].split("'")[1::2]) if is_word else ""
-    return f"{key} = {show_value(value)}: expected {expected}{hint}"
+    if typed is None:
+        expected = " or ".join(dict.fromkeys(map(_expectation, fitting)))
+        return [key], f"{key} = {show_value(value)}: expected {expected}{hint}"
+    as_list = get_origin(fields[key].annotation) is list
+    expected = " or ".join(dict.fromkeys((as_list and _LISTED.get(e["type"])) or _expectation(e) for e in fitting))
+    example = f", such as {typed.example}" if typed.example[:1].isdigit() else ""
+    return [key], f"{typed}: expected {expected}{example}{hint}"
 
 
 def _setting_key(model: type[BaseModel], loc: Sequence[str | int]) -> str:
@@ -135,6 +219,12 @@ def _expectation(error: ErrorDetails) -> str:
     return error["msg"] if text is None else text.format(**error.get("ctx", {}))
 
 
+_LISTED = {
+    "float_type": "numbers separated by commas",
+    "int_from_float": "whole numbers separated by commas",
+    "int_type": "whole numbers separated by commas",
+}
+"""Of a list that the user typed as an option."""
 _EXPECTED = {
     "bool_type": "true or false",
     "finite_number": "a finite number",

@@ -33,7 +33,7 @@ def choose_refine_preset(preset: str | None, arch: str | None, source: str | Non
     if arch is None:
         if source is None and weights in (None, "quickstart"):
             return "refine/quickstart"
-        raise ConfigError("Give --preset NAME (`mimref presets list` shows all) or --arch with --weights or --source")
+        raise ConfigError("Give --preset NAME (`mimref presets list` shows all) or --arch NAME")
     size = arch.removeprefix("vit_")
     candidates = [f"refine/{source or 'mae'}_{size}", f"refine/mae_{size}", "refine/mae_b16"]
     known = preset_names("refine")

@@ -164,6 +164,8 @@ class DecoderConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not divisible by 4, as sin-cos positions need")
         if self.width % self.num_heads:
-            raise ValueError(f"mae.decoder.width {self.width} must be a multiple of num_heads {self.num_heads}")
+            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}")
         return self

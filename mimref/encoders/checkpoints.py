@@ -148,7 +148,9 @@ def _from_timm(path: str) -> Checkpoint:
     """`timm:NAME`: a plain vision transformer with the weights that timm downloads for it."""
     name = path.removeprefix(_TIMM)
     if not is_plain_vit(name):
-        raise CheckpointError(f"{path}: not a plain vision transformer; pass its file, and its name as --arch")
+        raise CheckpointError(
+            f"{path}: not a plain vision transformer, so it needs a file; evaluations read it with --arch {name}"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -194,7 +196,7 @@ def choose_architecture(
     if isinstance(chosen, Architecture):
         if checkpoint.interpolation:
             chosen = replace(chosen, interpolation=checkpoint.interpolation)
-        chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "encoder.image_size")
+        chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "the image size")
     return chosen
 
 

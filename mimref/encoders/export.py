@@ -28,6 +28,8 @@ from mimref.progress import Listener, Silent
 
 # Entries of a header that stay true of the weights in any format; `transform` has the normalisation of the images.
 _FACTS = ("source", "licence", "preset", "data", "transform")
+ENDINGS = {"timm": (".safetensors", ".pth", ".pt"), "release": (".th", ".pth", ".pt"), "onnx": (".onnx",)}
+"""Of the files in each format."""
 # Largest difference that passes, as a share of the features' largest magnitude.
 _TOLERANCE = 1e-4
 # Not the batch size that ONNX is traced with: a size traced as a constant would go unnoticed.
@@ -164,7 +166,7 @@ def export_timm(
     Raises ConfigError for an encoder that timm has no model for, OutputError for another ending, a file that exists
     (unless `force`) or cannot be written, and features that differ.
     """
-    check_new_file(out, (".safetensors", ".pth", ".pt"), force)
+    check_new_file(out, ENDINGS["timm"], force)
     architecture = encoder.architecture
     if architecture.post_norm:
         raise ConfigError(
@@ -248,7 +250,7 @@ def export_release(
     out: ends in .th, .pth or .pt. `facts` are saved as `mimref`, which other programs ignore.
     Raises ConfigError for what the layout cannot store, OutputError as `export_timm`.
     """
-    check_new_file(out, (".th", ".pth", ".pt"), force)
+    check_new_file(out, ENDINGS["release"], force)
     architecture = encoder.architecture
     state = _release_state(encoder)
     sizes = {

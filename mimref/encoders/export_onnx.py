@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimref.encoders.export import Export, comparison_images, data_file, write_verified
+from mimref.encoders.export import ENDINGS, Export, comparison_images, data_file, write_verified
 from mimref.encoders.vit import Encoder, check_blocks
 from mimref.errors import ConfigError
 from mimref.files import check_new_file
@@ -36,9 +36,8 @@ def export_onnx(
     the architecture. Weights above 1.5 GB go to a second file, `out` with `.data` added.
     Raises ConfigError for missing packages and for blocks outside 1..depth, OutputError as `export_timm`.
     """
-    check_new_file(out, (".onnx",), force)
-    if any(find_spec(package) is None for package in _PACKAGES):
-        raise ConfigError(f"--to onnx needs {', '.join(_PACKAGES)}: pip install 'mimref[onnx]'")
+    check_new_file(out, ENDINGS["onnx"], force)
+    check_packages()
     check_blocks(blocks, encoder.depth)
     external = 4 * sum(tensor.numel() for tensor in encoder.vit.state_dict().values()) > _LARGEST_BYTES
     if external:
@@ -67,6 +66,12 @@ def export_onnx(
 
     difference = write_verified(out, encoder, write, lambda file: _read_onnx(file, encoder), listener)
     return Export(out, difference, f"onnxruntime.InferenceSession({str(out)!r})")
+
+
+def check_packages() -> None:
+    """Raise ConfigError if a package that writes or reads ONNX is not installed."""
+    if any(find_spec(package) is None for package in _PACKAGES):
+        raise ConfigError(f"--to onnx needs {', '.join(_PACKAGES)}: pip install 'mimref[onnx]'")
 
 
 class _Graph(nn.Module):

@@ -35,6 +35,8 @@ from mimref.errors import ConfigError
 # Width to attention heads of the published sizes (S, B, L, H, g, G, 2B, ...): weights do not show them.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 2560: 32, 4096: 32}
 
+_HOW_TO_SET = "--set encoder.num_heads=N gives it (export: --num-heads N)"
+
 
 class Unrecognised(Exception):
     """Why a file is not recognised as a plain vision transformer, in one line without the file's name."""
@@ -302,8 +304,6 @@ def _num_heads(width: int, asked: int | None, notices: list[str]) -> int:
     if known := asked or _HEADS.get(width):
         return known
     if width % 64:
-        raise Unrecognised(f"its number of attention heads is unknown for a width of {width}; set encoder.num_heads")
-    notices.append(
-        f"{width // 64} attention heads are assumed, 64 channels each; set encoder.num_heads if that is wrong"
-    )
+        raise Unrecognised(f"its number of attention heads is unknown for a width of {width}; {_HOW_TO_SET}")
+    notices.append(f"{width // 64} attention heads are assumed, 64 channels each; if that is wrong, {_HOW_TO_SET}")
     return width // 64

@@ -40,7 +40,7 @@ class MAEDecoder(nn.Module):
         """grid: patches per side. patch_pixels: values of a patch. num_prefix: tokens before those of the patches."""
         super().__init__()
         if config.width % 4:
-            raise ConfigError(f"mae.decoder.width {config.width} is not divisible by 4, as sin-cos positions need")
+            raise ConfigError(f"decoder.width {config.width} is not divisible by 4, as sin-cos positions need")
         self.num_prefix = num_prefix
         self.embed = nn.Linear(encoder_width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))

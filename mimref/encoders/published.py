@@ -100,6 +100,12 @@ def find_published(name: str) -> PublishedWeights | None:
     return PublishedWeights(name, ADDRESSES[name], name.split("_")[0]) if name in ADDRESSES else None
 
 
+def must_download(name: str) -> bool:
+    """Whether weights are fetched from a server: published ones that are not cached, or timm's."""
+    known = None if Path(name).exists() else find_published(name)
+    return name.startswith("timm:") or (known is not None and not known.file.is_file())
+
+
 def official_name(arch: str, source: str) -> str:
     """Name of the published weights of an `--arch` and a `--source`. Raises CheckpointError if there are none."""
     size = arch.removeprefix("vit_")

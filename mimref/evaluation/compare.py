@@ -10,15 +10,17 @@ from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 from mimref.distributed.group import end_group
 from mimref.encoders.vit import Encoder
+from mimref.errors import Checks
 from mimref.evaluation.cluster.protocol import check_metrics, cluster
 from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.knn.protocol import check_neighbours, knn
 from mimref.evaluation.lowshot.protocol import check_shots, default_splits, lowshot
 from mimref.evaluation.lowshot.solver import load_solver
-from mimref.evaluation.metrics import labelled, number_labels, split_labels
+from mimref.evaluation.metrics import check_labels, labelled, number_labels
 from mimref.evaluation.probe.protocol import input_columns, probe_features
 from mimref.features.encode import PIXELS, Column, Features, PassSettings, columns_of, extract, raw_pixels
-from mimref.features.inputs import EncoderInputs, give_distinct_names
+from mimref.features.inputs import EncoderInputs
+from mimref.features.opening import Opened, open_encoders
 from mimref.progress import LabelledProgress, Listener, Silent
 from mimref.results import EvaluationResult, Row, main_rows, named
 
@@ -47,19 +49,19 @@ def measure(
 # --- mimref compare
 
 
-def compare_encoders(config: CompareConfig, *, listener: Listener | None = None) -> EvaluationResult:
+def compare_encoders(
+    config: CompareConfig, *, listener: Listener | None = None, checks: Checks | None = None
+) -> EvaluationResult:
     """Rows of every protocol for the base and then the other encoders; one encoder pass per split and encoder.
 
     All see the same draws, runs and images: those of `config.data`, else those of the base's header.
     Raises UserError subclasses for checkpoints or images that do not fit, before any encoder runs.
     """
-    started, listener = time.monotonic(), listener or Silent()
-    base = EncoderInputs(config, config.base, listener)
-    # The headers of the other encoders may record other images.
-    config = config.model_copy(update={"data": base.data})
-    opened = [base, *(EncoderInputs(config, checkpoint, listener) for checkpoint in config.refined)]
-    give_distinct_names(opened, [config.base, *config.refined])
-    _check(config, base)
+    started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
+    found_inputs = open_encoders(config, [config.base, *config.refined], listener, checks, "base")
+    _check(config, found_inputs[0], checks)
+    opened = [inputs for each in found_inputs if isinstance(inputs := each.inputs, EncoderInputs)]
+    config = config.model_copy(update={"data": opened[0].data})
     last = [columns_of([inputs.depth], config.pool, config.final_norm, inputs.depth) for inputs in opened]
     for inputs, columns in zip(opened, last, strict=True):
         of_probe = input_columns(inputs).values() if "probe" in config.protocols else ()
@@ -78,16 +80,18 @@ def compare_encoders(config: CompareConfig, *, listener: Listener | None = None)
     return EvaluationResult(rows, time.monotonic() - started, bad, config.data)
 
 
-def _check(config: CompareConfig, inputs: EncoderInputs) -> None:
+def _check(config: CompareConfig, opened: Opened, checks: Checks) -> None:
     """Fail early; the images are the same for all encoders."""
-    train_y, _ = split_labels(inputs)
-    if "knn" in config.protocols:
-        check_neighbours(config.k, train_y)
-    if "lowshot" in config.protocols:
-        load_solver()
-        check_shots(config.shots, train_y)
     if "cluster" in config.protocols:
-        check_metrics(config.metrics)
+        checks.run("metrics", lambda: check_metrics(config.metrics))
+    if "lowshot" in config.protocols:
+        checks.run("protocols", load_solver)
+    if (train_y := check_labels(opened, checks)) is not None:
+        if "knn" in config.protocols:
+            checks.run("k", lambda: check_neighbours(config.k, train_y))
+        if "lowshot" in config.protocols:
+            checks.run("shots", lambda: check_shots(config.shots, train_y))
+    checks.finish()
 
 
 # --- the before/after table of mimref refine

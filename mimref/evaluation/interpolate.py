@@ -3,54 +3,64 @@
 import time
 from copy import deepcopy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from mimref.config.base import CommandConfig
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, save_encoder
+from mimref.encoders.published import must_download
 from mimref.encoders.vit import Encoder
-from mimref.errors import CheckpointError
+from mimref.errors import CheckpointError, Checks
 from mimref.evaluation.config import InterpolateConfig
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
+from mimref.evaluation.metrics import check_labels
 from mimref.features.config import CacheConfig
+from mimref.features.opening import Opened, check_device, open_images
 from mimref.progress import Listener, Silent
 from mimref.results import EvaluationResult, Row, check_folder, write_results
 
 
 def interpolate(
-    config: InterpolateConfig, out: Path, *, force: bool = False, listener: Listener | None = None
+    config: InterpolateConfig,
+    out: Path,
+    *,
+    force: bool = False,
+    listener: Listener | None = None,
+    checks: Checks | None = None,
 ) -> EvaluationResult:
     """Write `(1 - alpha) * base + alpha * refined` for every alpha into `out`, as `alpha-0.25.safetensors`.
 
     With images in `config.data`, the rows are the k-NN accuracy of each, with `alpha`; they are written there as well.
     Raises CheckpointError for encoders of different shapes, OutputError for a folder that holds results.
     """
-    started, listener = time.monotonic(), listener or Silent()
-    check_folder(out, force)
-    base, refined = (
-        read_checkpoint(
-            name,
-            num_heads=config.encoder.num_heads,
-            interpolation=config.encoder.interpolation,
-            progress=listener.progress,
-        )
-        for name in (config.base, config.refined)
-    )
-    ends = _plain_encoder(base, listener), _plain_encoder(refined, listener)
-    _check_alike(config, *ends)
+    started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
+    checks.run("out", lambda: check_folder(out, force))
+    check_device(config, checks)
+    sources = open_images(config.data, listener.progress, checks) if config.data.spec is not None else {}
+    train_y = check_labels(Opened(None, sources), checks)
+    ends: list[tuple[Checkpoint, Encoder] | None] = []
+    for setting, path in (("base", config.base), ("refined", config.refined)):
+        fetch = checks.passed or not must_download(path)
+        ends.append(checks.run(setting, partial(_read, path, config, listener)) if fetch else None)
+    left, right = ends
+    if left is not None and right is not None:
+        checks.run("refined", lambda: _check_alike(config, left[1], right[1]))
+    (base, base_encoder), (refined, refined_encoder) = checks.finished(left), checks.finished(right)
     facts = {key: value for key, value in refined.header.items() if key not in ("architecture", "metrics")}
     # Nobody needs the features of an average again.
     common = {name: getattr(config, name) for name in CommandConfig.model_fields} | {"cache": CacheConfig(folder="off")}
+    neighbours = [k if train_y is None else min(k, len(train_y)) for k in KnnConfig().k]
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
     for done, alpha in enumerate(config.alpha, 1):
         file = out / f"alpha-{alpha:g}.safetensors"
         origin = {"base": str(base.path), "refined": str(refined.path), "alpha": alpha}
-        save_encoder(file, average(*ends, alpha), {**facts, "interpolated": origin})
+        save_encoder(file, average(base_encoder, refined_encoder, alpha), {**facts, "interpolated": origin})
         if config.data.spec is not None:
-            found = evaluate_knn(KnnConfig(**common, checkpoint=str(file)), listener=listener)
+            found = evaluate_knn(KnnConfig(**common, checkpoint=str(file), k=neighbours), listener=listener)
             bad = found.bad_images  # the same for every average
             # alpha replaces the model's name.
             rows += [{"alpha": alpha, **{key: row[key] for key in row if key != "model"}} for row in found.rows]
@@ -71,14 +81,17 @@ def average(base: Encoder, refined: Encoder, alpha: float) -> Encoder:
     return mixed
 
 
-def _plain_encoder(checkpoint: Checkpoint, listener: Listener) -> Encoder:
+def _read(path: str, config: InterpolateConfig, listener: Listener) -> tuple[Checkpoint, Encoder]:
+    checkpoint = read_checkpoint(
+        path, num_heads=config.encoder.num_heads, interpolation=config.encoder.interpolation, progress=listener.progress
+    )
     if checkpoint.architecture is None:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}")
     for notice in checkpoint.notices(checkpoint.architecture):
         listener.note(notice)
     encoder = encoder_from(checkpoint, checkpoint.architecture)
     assert isinstance(encoder, Encoder)
-    return encoder
+    return checkpoint, encoder
 
 
 def _check_alike(config: InterpolateConfig, base: Encoder, refined: Encoder) -> None:

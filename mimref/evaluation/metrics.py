@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mimref.errors import DataError
+from mimref.errors import Checks, DataError
 from mimref.features.encode import Column, Features
-from mimref.features.inputs import Inputs
 from mimref.features.matrix import Labels, Matrix
+from mimref.features.opening import Opened
 from mimref.results import Row
 
 # Values per block when an array is read in pieces: 32 MB in float64.
@@ -98,12 +98,12 @@ def number_classes(y: Labels, name: str) -> tuple[Labels, Labels]:
     return classes, numbers
 
 
-def split_labels(inputs: Inputs) -> tuple[Labels, Labels]:
-    """Labels of training and validation images. Raises DataError as `number_labels` does."""
-    train_y, test_y = inputs.labels("train"), inputs.labels("val")
-    assert train_y is not None and test_y is not None  # the inputs were opened to have labels
-    number_labels(train_y, test_y)
-    return train_y, test_y
+def check_labels(opened: Opened, checks: Checks) -> Labels | None:
+    """Check the labels of training and validation images as `number_labels` does; returns those of training images."""
+    train_y, test_y = opened.labels("train"), opened.labels("val")
+    if train_y is not None and test_y is not None:
+        checks.run("data.spec", lambda: number_labels(train_y, test_y))
+    return train_y
 
 
 def labelled(features: Features, columns: Sequence[Column]) -> tuple[Matrix, Labels]:

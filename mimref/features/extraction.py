@@ -7,15 +7,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimref.distributed.group import end_group
+from mimref.errors import Checks
 from mimref.features.config import ExtractConfig
-from mimref.features.inputs import EncoderInputs, prepare_groups
+from mimref.features.inputs import EncoderInputs, column_groups, prepare_groups
 from mimref.features.matrix import Labels
+from mimref.features.opening import open_encoder
 from mimref.files import atomic_path, atomic_write, check_new_file
 from mimref.progress import Listener, Silent
 
 
 def extract_to_file(
-    config: ExtractConfig, out: Path, *, force: bool = False, listener: Listener | None = None
+    config: ExtractConfig,
+    out: Path,
+    *,
+    force: bool = False,
+    listener: Listener | None = None,
+    checks: Checks | None = None,
 ) -> tuple[int, ...]:
     """Write `x` (N, D) fp32, or (N, blocks, D), `y` (N,) if labelled and `paths` (N,), in the order of the images.
 
@@ -23,9 +30,13 @@ def extract_to_file(
     Returns the shape of x; in a process group only rank 0 writes, and the others return (). Raises OutputError for a
     file that exists or another ending, ConfigError for blocks of different widths.
     """
-    check_new_file(out, (".npz", ".parquet"), force)
-    inputs = EncoderInputs(config, config.checkpoint, listener or Silent(), need_labels=False)
-    groups = prepare_groups(config, inputs, [config.split])
+    checks, listener = checks or Checks(), listener or Silent()
+    checks.run("out", lambda: check_new_file(out, (".npz", ".parquet"), force))
+    opened = open_encoder(config, config.checkpoint, listener, checks, need_labels=False, splits=[config.split])
+    groups = column_groups(config, opened.inputs, checks)
+    inputs = checks.finished(opened.inputs)
+    assert isinstance(inputs, EncoderInputs)
+    prepare_groups(groups, inputs, [config.split])
     if not end_group():
         return ()
     features, source = inputs.features(config.split), inputs.source(config.split)

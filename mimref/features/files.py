@@ -3,6 +3,7 @@
 import zipfile
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from mimref.config.base import DataConfig
 from mimref.data.sources import Split
-from mimref.errors import DataError
+from mimref.errors import Checks, DataError
 from mimref.features.encode import Column, Features
 
 
@@ -22,7 +23,9 @@ class FeatureFiles:
 
     def __init__(self, train_file: str, val_file: str) -> None:
         self.name = Path(val_file).stem
-        self._features = {"train": read_features(train_file), "val": read_features(val_file)}
+        checks = Checks()
+        read = {file: checks.run("features", partial(read_features, file)) for file in (train_file, val_file)}
+        self._features = {"train": checks.finished(read[train_file]), "val": checks.finished(read[val_file])}
         depths = {len(features.columns) for features in self._features.values()}
         if len(depths) > 1:
             raise DataError(f"{train_file} and {val_file} have features of different numbers of blocks")

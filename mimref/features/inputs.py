@@ -21,7 +21,7 @@ from mimref.distributed.turns import end_requests, request, requests, take_turns
 from mimref.encoders.backbones import TimmBackbone
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Architecture, Encoder
-from mimref.errors import ConfigError
+from mimref.errors import Checks, ConfigError
 from mimref.features.cache.contents import feature_folder
 from mimref.features.cache.store import FORMAT, FeatureCache
 from mimref.features.config import EncoderPassConfig, EvaluationConfig
@@ -78,7 +78,7 @@ class EncoderInputs:
             listener.note(notice)
         self.data = resolve_data(config.data, header)
         self._folder = None if config.cache.folder == "off" else feature_folder(config.cache.folder)
-        self._sources: dict[Split, ImageSource] = {}
+        self.sources: dict[Split, ImageSource] = {}
         self._features: dict[Split, Features] = {}
         self._cached: dict[Split, list[Column]] = {}
         """On other ranks than 0: columns that rank 0 has cached, and this rank has not read."""
@@ -103,11 +103,11 @@ class EncoderInputs:
 
     def source(self, split: Split) -> ImageSource:
         """The images. Raises DataError when labels are needed and absent."""
-        if split not in self._sources:
-            self._sources[split] = open_source(
+        if split not in self.sources:
+            self.sources[split] = open_source(
                 self.data, split, need_labels=self.need_labels, progress=self.listener.progress
             )
-        return self._sources[split]
+        return self.sources[split]
 
     @property
     def bad(self) -> list[tuple[str, str]]:
@@ -219,32 +219,28 @@ class EncoderInputs:
 
 Inputs = EncoderInputs | FeatureFiles
 """Features and labels of both splits, through `name`, `data`, `depth`, `bad`, `prepare`, `features` and `labels`."""
+Groups = list[tuple[Row, list[Column]]]
+"""Blocks that are evaluated together: how rows name them, and their columns."""
 
 
-def open_inputs(config: EvaluationConfig, listener: Listener) -> Inputs:
-    """The features that a config names: of an encoder, or from files."""
-    if config.features is None:
-        return EncoderInputs(config, config.checkpoint, listener)
-    if "checkpoint" in config.model_fields_set:
-        raise ConfigError(f"--features replaces the encoder's features; leave {config.checkpoint} out")
-    return FeatureFiles(*config.features)
-
-
-def prepare_groups(
-    config: EvaluationConfig, inputs: Inputs, splits: Sequence[Split] = ("train", "val")
-) -> list[tuple[Row, list[Column]]]:
-    """Prepare the blocks that are evaluated together: how rows name each group, and its columns."""
-    groups = block_groups(config.blocks, inputs.depth)
-    found: list[tuple[Row, list[Column]]] = []
-    for name, blocks in groups.items():
+def column_groups(config: EvaluationConfig, inputs: Inputs | None, checks: Checks) -> Groups:
+    """The groups of blocks that are evaluated."""
+    if inputs is None:
+        return []
+    groups: Groups = []
+    for name, blocks in (checks.run("blocks", lambda: block_groups(config.blocks, inputs.depth)) or {}).items():
         if isinstance(inputs, FeatureFiles):
             # A file does not say which block or pooling its single column is.
-            found.append(({"blocks": name} if inputs.depth > 1 else {}, [Column(block, "cls") for block in blocks]))
+            groups.append(({"blocks": name} if inputs.depth > 1 else {}, [Column(block, "cls") for block in blocks]))
         else:
             columns = columns_of(blocks, config.pool, config.final_norm, inputs.depth)
-            found.append(({"blocks": name, "pool": config.pool}, columns))
-    inputs.prepare([column for _, columns in found for column in columns], splits)
-    return found
+            groups.append(({"blocks": name, "pool": config.pool}, columns))
+    return groups
+
+
+def prepare_groups(groups: Groups, inputs: Inputs, splits: Sequence[Split] = ("train", "val")) -> None:
+    """Prepare the columns of some groups."""
+    inputs.prepare([column for _, columns in groups for column in columns], splits)
 
 
 def give_distinct_names(opened: Sequence[EncoderInputs], checkpoints: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mimref.data.loader import ViewBatch, check_batch_size
-from mimref.data.open import ACCEPTED, open_source
+from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup, Photometric
 from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision
 from mimref.distributed.collectives import averaged, sum_over_ranks
@@ -17,9 +17,10 @@ from mimref.draws import Operation, uniform
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.parameters import encoder_groups
 from mimref.encoders.vit import Architecture, build_encoder
-from mimref.errors import ConfigError
+from mimref.errors import Checks, ConfigError
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.header import data_record, eval_transform
+from mimref.features.opening import check_device, open_images
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.progress import Listener
@@ -43,14 +44,13 @@ class Pretraining(Stage):
 
     name = "pretrain"
 
-    def __init__(self, run: TrainingRun, config: PretrainConfig) -> None:
+    def __init__(
+        self, run: TrainingRun, config: PretrainConfig, architecture: Architecture, source: ImageSource
+    ) -> None:
         device = resolve_device(config.device)
         self.config, self.precision = config, resolve_precision(config.precision, device)
         if device.type == "cpu":
             keep_freed_memory()
-        architecture = _architecture(config)
-        source = open_source(config.data, "train", progress=run.listener.progress)
-        check_batch_size(config.batch_size, len(source))
         self.transform = eval_transform(architecture, config.data, {})
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture)
@@ -107,20 +107,29 @@ class Pretraining(Stage):
 
 
 def pretrain(
-    config: PretrainConfig, out: Path, *, resume: bool = False, force: bool = False, listener: Listener | None = None
+    config: PretrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    listener: Listener | None = None,
+    checks: Checks | None = None,
 ) -> PretrainResult:
     """Train a masked autoencoder, and write `encoder.safetensors` with its header, log and results into `out`.
 
     Works on unlabelled images; labels, if any, serve the k-NN check alone. resume: continue the unfinished run in
     `out`; of a finished one, return its results. force: replace the files of an earlier run in `out`. Raises UserError
-    subclasses for settings, images or folders that do not fit, Interrupted after saving on a signal.
+    subclasses for settings, images or folders that do not fit, one error for all mistakes (checks: what was found
+    before); Interrupted after saving on a signal.
     In a process group every rank calls this with the same arguments, and rank 0 alone writes.
     """
     run = TrainingRun(config, out, listener, resume=resume, force=force)
-    if (found := run.finished()) is not None:
+    checks = checks or Checks()
+    if (found := run.finished(checks)) is not None:
         return PretrainResult(out, *found)
+    architecture, source = check_settings(config, run.listener, checks)
     with run.locked():
-        job = Pretraining(run, config)
+        job = Pretraining(run, config, architecture, source)
         state = run.load_state(job.source)
         with run.writing(config, state):
             run.train(job, state)
@@ -130,10 +139,18 @@ def pretrain(
     return PretrainResult(out, job.rows, run.elapsed_s)
 
 
+def check_settings(config: PretrainConfig, listener: Listener, checks: Checks) -> tuple[Architecture, ImageSource]:
+    """The encoder to train and the training images. Raises UserError subclasses for what does not fit."""
+    check_device(config, checks)
+    architecture = checks.run("encoder.arch", lambda: _architecture(config))
+    source = open_images(config.data, listener.progress, checks, need_labels=False, splits=["train"]).get("train")
+    if source is not None:
+        checks.run("batch_size", lambda: check_batch_size(config.batch_size, len(source)))
+    return checks.finished(architecture), checks.finished(source)
+
+
 def _architecture(config: PretrainConfig) -> Architecture:
     """The encoder to train. Raises ConfigError for one that a masked autoencoder cannot be made of."""
-    if config.data.spec is None:
-        raise ConfigError(f"no images: pass --data ({ACCEPTED})")
     if config.encoder.weights is not None:
         raise ConfigError(f"pretrain starts from random weights; omit encoder.weights {config.encoder.weights!r}")
     architecture = Architecture.from_config(config.encoder)

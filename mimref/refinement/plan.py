@@ -1,25 +1,26 @@
 """A refinement before anything is trained: encoder, heads, sizes, steps, and whether they fit each other."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 
 from mimref.config.run import EncoderConfig
 from mimref.data.loader import check_batch_size
-from mimref.data.open import open_source
-from mimref.data.sources import ImageSource
+from mimref.data.sources import ImageSource, Split
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import multi_crop
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint, with_fixed_positions
-from mimref.encoders.published import official_name
+from mimref.encoders.published import must_download, official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder
-from mimref.errors import CheckpointError, ConfigError
+from mimref.errors import CheckpointError, Checks, ConfigError
 from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import columns_of
 from mimref.features.header import eval_transform, resolve_data
+from mimref.features.opening import check_device, open_images
 from mimref.progress import LabelledProgress
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
@@ -73,40 +74,67 @@ class Plan:
         return 0 if self.config.stage == "heads" else self.config.encoder_stage.epochs * self.steps_per_epoch
 
 
-def make_plan(config: RefineConfig, progress: LabelledProgress | None = None) -> Plan:
-    """Check the settings against the weights and the images. Raises UserError subclasses.
+def make_plan(config: RefineConfig, progress: LabelledProgress | None = None, checks: Checks | None = None) -> Plan:
+    """Check the settings against the weights and the images. Raises UserError subclasses, one error for all mistakes.
 
-    Nothing is written but a copy of published weights, whose download is reported to `progress`.
+    Nothing is written but a copy of published weights, whose download is reported to `progress`. checks: what was found
+    before.
     """
-    plan = _open(config, progress)
+    checks = checks or Checks()
+    plan = checks.finished(_open(config, progress, checks))
     if plan.config.heads.blocks == "auto":
         heads = plan.config.heads.model_copy(update={"blocks": _measured_blocks(plan, progress)})
         plan = replace(plan, config=plan.config.model_copy(update={"heads": heads}))
-    config = plan.config
-    temperatures(config.heads.temperature, len(plan.blocks))
-    _check_heads(config, plan.blocks)
-    check_sizes(config, plan.architecture)
-    _check_counts(config, len(plan.source))
-    if not plan.heads_steps and not plan.encoder_steps:
-        raise ConfigError(
-            f"nothing to train: heads_stage.epochs is {config.heads_stage.epochs} and encoder_stage.epochs "
-            f"{config.encoder_stage.epochs} with stage = {config.stage!r}; set at least one stage's epochs"
-        )
+        _check_heads(plan.config, plan.architecture, checks)
+        checks.finish()
     return plan
 
 
-def _open(config: RefineConfig, progress: LabelledProgress | None) -> Plan:
-    """Read the weights that the settings name, and find the training images."""
-    weights = config.encoder.weights or official_name(config.encoder.arch, config.encoder.source)
-    checkpoint = read_checkpoint(
-        weights, num_heads=config.encoder.num_heads, interpolation=config.encoder.interpolation, progress=progress
-    )
-    architecture = architecture_to_train(config.encoder, checkpoint)
-    data = resolve_data(config.data, checkpoint.header)
+def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Checks) -> Plan | None:
+    """Read the weights that the settings name, find the training images, and check what does not need the other."""
+    check_device(config, checks)
+    _check_epochs(config, checks)
+    if (heads_from := config.heads_from) is not None:
+        checks.run("heads_from", lambda: heads_file(heads_from))
+    sources: dict[Split, ImageSource] = {}
+    if config.data.spec is not None:
+        sources = open_images(config.data, progress, checks, need_labels=False, splits=["train"])
+    weights = checks.run("encoder.weights", lambda: _weights_name(config.encoder))
+    checkpoint = architecture = data = None
+    if weights is not None and (checks.passed or not must_download(weights)):
+        asked = config.encoder
+        read = partial(
+            read_checkpoint, weights, num_heads=asked.num_heads, interpolation=asked.interpolation, progress=progress
+        )
+        checkpoint = checks.run("encoder.weights", read)
+    if checkpoint is not None:
+        architecture = checks.run("encoder.arch", partial(architecture_to_train, config.encoder, checkpoint))
+        data = checks.run("data.spec", partial(resolve_data, config.data, checkpoint.header))
+        if data is not None and config.data.spec is None:
+            sources = open_images(data, progress, checks, need_labels=False, splits=["train"])
+    if architecture is not None:
+        _check_heads(config, architecture, checks)
+        checks.run("views.local_size", partial(check_sizes, config, architecture))
+    if sources:
+        _check_counts(config, len(sources["train"]), checks)
+    if checkpoint is None or architecture is None or data is None or not checks.passed:
+        return None
     warnings = _warnings(config.encoder, checkpoint)
     config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
     transform = eval_transform(architecture, data, checkpoint.header)
-    return Plan(config, checkpoint, architecture, transform, open_source(data, "train", progress=progress), warnings)
+    return Plan(config, checkpoint, architecture, transform, sources["train"], warnings)
+
+
+def _weights_name(config: EncoderConfig) -> str:
+    return config.weights or official_name(config.arch, config.source)
+
+
+def heads_file(path: str) -> Path:
+    """The heads of another run, in its folder. Raises CheckpointError if there are none."""
+    file = Path(path, "heads.pt") if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; --heads-from needs the output folder of a run with stage 1")
+    return file
 
 
 def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> str:
@@ -217,12 +245,27 @@ def check_sizes(config: RefineConfig, architecture: Architecture) -> None:
             )
 
 
-def _check_heads(config: RefineConfig, blocks: list[int]) -> None:
-    frozen, schedule = config.encoder_stage.freeze_blocks, config.loss.schedule
+def _check_heads(config: RefineConfig, architecture: Architecture, checks: Checks) -> None:
+    """Check what depends on the number of blocks."""
+    if config.heads.blocks == "auto":
+        return
+    blocks = checks.run("heads.blocks", lambda: head_blocks(config.heads.blocks, architecture.depth))
+    if blocks is not None:
+        checks.run("heads.temperature", lambda: temperatures(config.heads.temperature, len(blocks)))
+        checks.run("encoder_stage.freeze_blocks", lambda: _check_frozen(config, blocks))
+        checks.run("loss.schedule", lambda: _check_schedule(config, blocks))
+
+
+def _check_frozen(config: RefineConfig, blocks: list[int]) -> None:
+    frozen = config.encoder_stage.freeze_blocks
     if frozen >= max(blocks):
         raise ConfigError(
             f"encoder_stage.freeze_blocks {frozen} leaves nothing to refine: the last head reads block {max(blocks)}"
         )
+
+
+def _check_schedule(config: RefineConfig, blocks: list[int]) -> None:
+    schedule = config.loss.schedule
     if schedule != "constant" and len(blocks) < 2:
         raise ConfigError(f"loss.schedule {schedule!r} needs at least two heads; heads.blocks names one")
     if schedule != "constant" and blocks != sorted(set(blocks)):
@@ -232,8 +275,25 @@ def _check_heads(config: RefineConfig, blocks: list[int]) -> None:
         )
 
 
-def _check_counts(config: RefineConfig, images: int) -> None:
-    check_batch_size(config.batch_size, images)
+def _check_epochs(config: RefineConfig, checks: Checks) -> None:
+    heads_epochs = 0 if config.stage == "encoder" else config.heads_stage.epochs
+    encoder_epochs = 0 if config.stage == "heads" else config.encoder_stage.epochs
+    if not heads_epochs and not encoder_epochs and checks.unusable.isdisjoint({"stage", "encoder_stage.epochs"}):
+        wrong = (
+            f"nothing to train: heads_stage.epochs is {config.heads_stage.epochs} and encoder_stage.epochs "
+            f"{config.encoder_stage.epochs} with stage = {config.stage!r}; set at least one stage's epochs"
+        )
+        checks.add("encoder_stage.epochs", ConfigError(wrong))
+
+
+def _check_counts(config: RefineConfig, images: int, checks: Checks) -> None:
+    """Check what depends on the number of images."""
+    checks.run("batch_size", lambda: check_batch_size(config.batch_size, images))
+    if images > 1:
+        checks.run("heads.queue_size", lambda: _check_queue(config, images))
+
+
+def _check_queue(config: RefineConfig, images: int) -> None:
     queue = config.heads.queue_size
     if queue > max(images, config.batch_size):
         raise ConfigError(

@@ -9,7 +9,7 @@ from mimref.errors import CheckpointError, ConfigError
 from mimref.files import atomic_write
 from mimref.progress import Listener
 from mimref.refinement.method import Method
-from mimref.refinement.plan import Plan
+from mimref.refinement.plan import Plan, heads_file
 
 
 def save_heads(path: Path, plan: Plan, method: Method) -> None:
@@ -26,9 +26,7 @@ def save_heads(path: Path, plan: Plan, method: Method) -> None:
 
 def load_heads(folder: Path, plan: Plan, method: Method, listener: Listener) -> None:
     """Load another run's heads and queue. Raises CheckpointError or ConfigError when they do not fit this run."""
-    path = folder / "heads.pt" if folder.is_dir() else folder
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; --heads-from needs the output folder of a run with stage 1")
+    path = heads_file(str(folder))
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         base, blocks, pool, images = (saved[key] for key in ("base", "blocks", "pool", "images"))

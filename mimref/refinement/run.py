@@ -14,7 +14,7 @@ from mimref.distributed.group import own_rank, world_size
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.parameters import freeze_untrained
 from mimref.encoders.vit import Encoder
-from mimref.errors import ConfigError, DataError
+from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.compare import before_after, labelled_splits
 from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.monitor import KnnMonitor
@@ -46,21 +46,31 @@ class RefineResult(Tabular):
 
 
 def refine(
-    config: RefineConfig, out: Path, *, resume: bool = False, force: bool = False, listener: Listener | None = None
+    config: RefineConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    listener: Listener | None = None,
+    checks: Checks | None = None,
 ) -> RefineResult:
     """Run the stages that `config` asks for, and write the refined encoder, its log and the results into `out`.
 
     resume: continue the unfinished run in `out`; of a finished one, return its results. force: replace the files of an
-    earlier run in `out`. Raises UserError subclasses for settings, images, weights or folders that do not fit, before
-    anything is written; DivergenceError when the loss is no longer finite; Interrupted after saving on a signal.
+    earlier run in `out`. Raises UserError subclasses for settings, images, weights or folders that do not fit, one
+    error for all mistakes (checks: what was found before), before anything is written; DivergenceError when the loss
+    is no longer finite; Interrupted after saving on a signal.
     In a process group every rank calls this with the same arguments. Rank 0 alone writes, leaves the group at the end
     and evaluates; the other ranks' results have no rows.
     """
     run = TrainingRun(config, out, listener, resume=resume, force=force)
-    if (found := run.finished()) is not None:
+    checks = checks or Checks()
+    if (found := run.finished(checks)) is not None:
         return RefineResult(out, *found)
+    if not checks.passed:
+        make_plan(config, run.listener.progress, checks)  # finds what else is wrong, and raises
     with run.locked():
-        plan = make_plan(config, run.listener.progress)
+        plan = make_plan(config, run.listener.progress, checks)
         state = run.load_state(plan.source)
         for notice in plan.notices:
             run.listener.note(notice)

@@ -195,7 +195,7 @@ class RunFolder:
         if not files:
             return None
         also = ", and so is the one before" if len(files) > 1 else ""
-        raise OutputError(f"{files[0]}: damaged state{also}; --force starts over")
+        raise OutputError(f"{files[0]}: damaged state{also}; --force instead of --resume starts over")
 
     def drop_state(self) -> None:
         """Remove the states of a finished run."""

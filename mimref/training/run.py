@@ -7,6 +7,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup
 from mimref.distributed.collectives import barrier, gather_lists
 from mimref.distributed.group import end_group, own_rank
+from mimref.errors import Checks
 from mimref.progress import Listener, Silent
 from mimref.results import Row, read_results, write_results
 from mimref.training.checkpoint import check_images, check_ranks
@@ -45,16 +47,17 @@ class TrainingRun:
         self.elapsed_s = 0.0
         """Of training."""
 
-    def finished(self) -> tuple[list[Row], float] | None:
+    def finished(self, checks: Checks) -> tuple[list[Row], float] | None:
         """Rows and seconds of a run to resume that is finished already; else None.
 
-        Raises OutputError for a folder in which the run must not start or resume, ConfigError for a missing tracker.
+        Checks the folder, in which the run may not be allowed to start or resume, and the trackers.
         """
-        if self.folder.holds_result(resume=self.resume, force=self.force):
+        holds_result = partial(self.folder.holds_result, resume=self.resume, force=self.force)
+        if checks.run("out", holds_result) and checks.passed:
             found = read_results(self.folder.path, self.config.command)
             self.folder.drop_state()  # left by a run that was killed just before it did so
             return found
-        check_trackers(self.config.monitor.trackers)
+        checks.run("monitor.trackers", lambda: check_trackers(self.config.monitor.trackers))
         return None
 
     @contextmanager

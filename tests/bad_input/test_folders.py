@@ -54,8 +54,9 @@ def test_missing_empty_and_foreign_folders(
 def test_too_few_images(command: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_images(tmp_path / "data", per_class=3)
     assert run(line(command, weights, data, tmp_path / "out")) == 2
-    error = one_line(capsys)
-    assert "batch_size 12" in error and "--batch-size 6" in error
+    first, *others = capsys.readouterr().err.splitlines()
+    assert "batch_size 12" in first and "--batch-size 6" in first
+    assert ["heads.queue_size 24" in line for line in others] == [True] * (command == "refine")
 
 
 @pytest.mark.parametrize("command", ["refine", "pretrain"])

@@ -47,8 +47,9 @@ class Calls:
     count: int = 0
 
     def __call__(self, config: Any, out: Path | None = None, **options: Any) -> types.SimpleNamespace:
+        listener, checks = options.pop("listener"), options.pop("checks")
+        checks.finish()
         self.config, self.out, self.count = config, out, self.count + 1
-        listener = options.pop("listener")
         self.options = options
         self.then(listener)
         if out is not None:  # training commands write their folder by themselves
@@ -157,15 +158,17 @@ MISTAKES = {
     "refine --preset mae_l61": ("'mae_l61'", "'mae_l16'"),
     "refine --preset nowhere.toml": ("'nowhere.toml'",),
     "refine --preset mae_l16 --set heads.temprature=1": ("'heads.temprature'", "'heads.temperature'"),
-    "refine --preset mae_l16 --batch-size 1": ("batch_size = 1:",),
-    "refine --preset mae_l16 --epochs many": ('encoder_stage.epochs = "many"',),
-    "refine --preset mae_l16 --seed=-1": ("seed = -1:",),
-    "refine --preset mae_l16 --stage head": ('stage = "head"', "'heads'"),
-    "refine --preset mae_l16 --heads first3": ('heads.blocks = "first3"', "last8"),
+    "refine --preset mae_l16 --batch-size 1": ("--batch-size 1:",),
+    "refine --preset mae_l16 --epochs many": ("--epochs many:", "whole number"),
+    "refine --preset mae_l16 --seed=-1": ("--seed -1:", "at least 0"),
+    "refine --preset mae_l16 --stage head": ("--stage head:", "'heads'"),
+    "refine --preset mae_l16 --heads first3": ("--heads first3:", "last8"),
     "refine --weights w.pth": ("--preset", "--arch"),
-    "knn --k ten": ('k = ["ten"]:',),
-    "knn --k 0": ("k = [0]:",),
-    "knn --tau 1,x": ('tau = [1, "x"]:',),
+    "knn --k ten": ("--k ten: expected whole numbers separated by commas, such as 10,20",),
+    "knn --set k=ten": ('k = ["ten"]:',),
+    "knn --k 5 --set k=ten": ('k = ["ten"]:',),
+    "knn --k 0": ("--k 0:", "greater than 0"),
+    "knn --tau 1,x": ("--tau 1,x:", "numbers separated by commas"),
     "presets show nothing": ("'nothing'", "`mimref presets list`"),
     # The parser's own.
     "refine --bacth-size 3": ("--bacth-size", "--batch-size"),

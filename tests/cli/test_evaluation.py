@@ -386,7 +386,7 @@ MISTAKES = {
     "cluster --metrics acc,nmj": ("'nmj'",),
     "cluster --classes a,z": ("'z'",),
     "cluster --umap figure.jpg": ("--umap figure.jpg", ".png"),
-    "probe --cached --select best": ('probe.select = "best"',),
+    "probe --cached --select best": ("--select best:", "'val-split'"),
     "compare nowhere.pth": ("nowhere.pth",),
     "extract --out x.csv": ("--out x.csv", ".npz", ".parquet"),
     "analyze-blocks --k 50": ("--k 50", "48"),
@@ -506,4 +506,4 @@ def test_step_and_cost(
     assert "device-hours" in printed
     assert run(["benchmark", "step", "--micro-batch", "900"]) == 2
     error = capsys.readouterr().err
-    assert "micro_batch 900" in error and "128" in error
+    assert "--micro-batch 900" in error and "128" in error

@@ -18,11 +18,14 @@ from typer.main import get_command
 
 import mimref
 from mimref.cli import app, run
+from mimref.cli.parser import Options
 from mimref.encoders import inspection
+from mimref.errors import Checks
 
 ROOT = Path(__file__).parents[2]
 WORK = (
-    "mimref.distributed.group.process_group",
+    "mimref.cli.evaluation.run_on_ranks",
+    "mimref.cli.training.run_on_ranks",
     "mimref.refinement.plan.make_plan",
     "mimref.evaluation.interpolate.interpolate",
     "mimref.encoders.export.read_encoder",
@@ -74,7 +77,11 @@ def all_imported() -> None:
 
 @pytest.fixture
 def no_work(all_imported: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def reach(*args: object, **options: object) -> Any:
+    def reach(*args: object, checks: Checks | None = None, **named: object) -> Any:
+        for options in args:
+            checks = options.checks if isinstance(options, Options) else checks
+        if checks is not None:
+            checks.finish()
         raise Reached
 
     for name in WORK:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mimref.cli import run
 from mimref.reports import terminal
@@ -89,11 +90,12 @@ def test_a_dry_run_writes_nothing(settings: dict[str, Any], tmp_path: Path, caps
     assert facts["images"].startswith("48 of ") and facts["output"] == str(tmp_path / "out")
 
 
-def test_a_dry_run_opens_no_image_and_checks_the_weights(
+def test_a_dry_run_opens_one_image_and_checks_the_weights(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for index in range(30):
+    for index in range(1, 30):
         (tmp_path / f"{index}.png").write_bytes(b"no image")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     assert run([*arguments("refine", tmp_path / "out", settings | {"data.spec": tmp_path}), "--dry-run"]) == 0
     assert "30 of " in capsys.readouterr().out
     foreign = {"encoder.weights": write_foreign(tmp_path / "foreign.pt"), "encoder.arch": "vit_b16", "batch_size": 2}

@@ -6,14 +6,16 @@ from functools import partial
 from math import isfinite
 
 from mimref.distributed.group import end_group
+from mimref.errors import Checks
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.blocks.reconstruction import check_maskable, reconstruct_blocks
 from mimref.evaluation.blocks.statistics import analyze_blocks, recommend_heads
 from mimref.evaluation.knn.protocol import check_neighbours
-from mimref.evaluation.metrics import split_labels
+from mimref.evaluation.metrics import check_labels
 from mimref.features.encode import columns_of
-from mimref.features.inputs import EncoderInputs, give_distinct_names
+from mimref.features.inputs import EncoderInputs
 from mimref.features.matrix import Matrix
+from mimref.features.opening import Opened, open_encoders
 from mimref.progress import Listener, Silent, optional
 from mimref.results import EvaluationResult, Row, named
 
@@ -26,22 +28,22 @@ class BlocksResult(EvaluationResult):
     """Recommended blocks of every model that has labelled images."""
 
 
-def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -> BlocksResult:
+def evaluate_blocks(
+    config: BlocksConfig, *, listener: Listener | None = None, checks: Checks | None = None
+) -> BlocksResult:
     """k-NN, statistics and, if asked for, reconstruction loss of every block (Fig. 3b, Fig. 3d, Fig. 6, Table 14).
 
     Rows as `analyze_blocks` and `reconstruct_blocks` return them, with `model` and `pool`. Images without labels or
     without validation images give statistics only. Raises UserError subclasses for checkpoints or images that do not
     fit.
     """
-    started, listener = time.monotonic(), listener or Silent()
-    opened: list[EncoderInputs] = []
-    for checkpoint in config.checkpoints:
-        opened.append(EncoderInputs(config, checkpoint, listener, need_labels=False))
-        # The headers of the other encoders may record other images.
-        config = config.model_copy(update={"data": opened[0].data})
-    give_distinct_names(opened, config.checkpoints)
-    for inputs in opened:
-        _check(config, inputs)
+    started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
+    found_inputs = open_encoders(config, config.checkpoints, listener, checks, "checkpoints", need_labels=False)
+    for each in found_inputs:
+        _check(config, each, listener, checks)
+    checks.finish()
+    opened = [inputs for each in found_inputs if isinstance(inputs := each.inputs, EncoderInputs)]
+    config = config.model_copy(update={"data": opened[0].data})
     for inputs in opened:
         columns = columns_of(range(1, inputs.depth + 1), config.pool, config.final_norm, inputs.depth)
         inputs.prepare(columns, ("train", "val") if _labelled(inputs) else ("val",))
@@ -74,15 +76,18 @@ def _labelled(inputs: EncoderInputs) -> bool:
     return all(inputs.source(split).labels is not None for split in ("train", "val"))
 
 
-def _check(config: BlocksConfig, inputs: EncoderInputs) -> None:
+def _check(config: BlocksConfig, opened: Opened, listener: Listener, checks: Checks) -> None:
     """Fail early."""
-    if config.reconstruct:
-        check_maskable(inputs.architecture, inputs.settings.transform.image_size)
-    if _labelled(inputs):
-        train_y, _ = split_labels(inputs)
-        check_neighbours(config.k, train_y)
-    else:
-        inputs.listener.note("the images have no labels: feature statistics only, without k-NN")
+    inputs = opened.inputs
+    if config.reconstruct and isinstance(inputs, EncoderInputs):
+        size = inputs.settings.transform.image_size
+        checks.run("reconstruct", lambda: check_maskable(inputs.architecture, size))
+    train_y, test_y = opened.labels("train"), opened.labels("val")
+    if train_y is not None and test_y is not None:
+        check_labels(opened, checks)
+        checks.run("k", lambda: check_neighbours(config.k, train_y))
+    elif inputs is not None and checks.passed:
+        listener.note("the images have no labels: feature statistics only, without k-NN")
 
 
 def _rows(config: BlocksConfig, inputs: EncoderInputs) -> list[Row]:

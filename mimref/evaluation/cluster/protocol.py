@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from mimref.devices import own_cores
 from mimref.distributed.group import end_group
-from mimref.errors import ConfigError, DataError, did_you_mean
+from mimref.errors import Checks, ConfigError, DataError, did_you_mean
 from mimref.evaluation.cluster.classes import choose_classes
 from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.cluster.embedding import check_count
@@ -43,8 +43,9 @@ from mimref.evaluation.metrics import (
     unit_rows,
     vary,
 )
-from mimref.features.inputs import EncoderInputs, open_inputs, prepare_groups
+from mimref.features.inputs import column_groups, prepare_groups
 from mimref.features.matrix import Labels, Matrix
+from mimref.features.opening import open_inputs
 from mimref.progress import Listener, Progress, Silent
 from mimref.results import EvaluationResult, Row, named
 
@@ -62,27 +63,24 @@ class LastFeatures(NamedTuple):
 
 
 def evaluate_cluster(
-    config: ClusterConfig, *, embed: bool = False, listener: Listener | None = None
+    config: ClusterConfig, *, embed: bool = False, listener: Listener | None = None, checks: Checks | None = None
 ) -> tuple[EvaluationResult, LastFeatures | None]:
     """Clustering of one split's images; with `embed`, also the features to embed, which are enough for UMAP.
 
     Rows as `cluster` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses, before the encoder
     runs where possible.
     """
-    started, listener = time.monotonic(), listener or Silent()
-    check_metrics(config.metrics)
-    inputs = open_inputs(config, listener)
-    names = inputs.source(config.split).class_names if isinstance(inputs, EncoderInputs) else None
-    y = inputs.labels(config.split)
-    assert y is not None  # the inputs were opened to have labels
-    classes, _ = number_classes(y, config.split)
-    if config.classes is not None:
-        classes = choose_classes(config.classes, names, y)
-    if embed:
-        check_count(int(np.isin(y, classes).sum()))
+    started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
+    checks.run("metrics", lambda: check_metrics(config.metrics))
+    opened = open_inputs(config, listener, checks, (config.split,))
+    groups = column_groups(config, opened.inputs, checks)
+    names = opened.sources[config.split].class_names if opened.sources else None
+    chosen_classes = _check_classes(config, opened.labels(config.split), names, checks, embed)
+    inputs = opened.checked(checks)
+    classes = checks.finished(chosen_classes)
+    prepare_groups(groups, inputs, (config.split,))
     rows: list[Row] = []
     last = None
-    groups = prepare_groups(config, inputs, (config.split,))
     for where, columns in groups if end_group() else []:
         x, y = labelled(inputs.features(config.split), columns)
         if config.classes is not None:
@@ -100,6 +98,20 @@ def evaluate_cluster(
         rows += named(found, inputs.name, where)
         last = LastFeatures(x, y, names) if embed else None
     return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data), last
+
+
+def _check_classes(
+    config: ClusterConfig, y: Labels | None, names: list[str] | None, checks: Checks, embed: bool
+) -> Labels | None:
+    """The labels of the classes to cluster. y: of the images, if they can be opened."""
+    if y is None:
+        return None
+    found = checks.run("data.spec", lambda: number_classes(y, config.split)[0])
+    if (asked := config.classes) is not None:
+        found = checks.run("classes", lambda: choose_classes(asked, names, y))
+    if embed and found is not None:
+        checks.run("umap", lambda: check_count(int(np.isin(y, found).sum())))
+    return found
 
 
 def cluster_accuracy(y: Labels, assignment: Labels) -> float:

@@ -15,21 +15,22 @@ from torch import Tensor
 from mimref.devices import resolve_device
 from mimref.distributed.collectives import gather_rows
 from mimref.distributed.group import own_rank, share, world_size
-from mimref.errors import ConfigError
+from mimref.errors import Checks, ConfigError
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.top_k import merge_top_k, unpack
 from mimref.evaluation.metrics import (
+    check_labels,
     check_splits,
     labelled,
     percent,
     progress_label,
     row_blocks,
-    split_labels,
     unit_rows,
     vary,
 )
-from mimref.features.inputs import open_inputs, prepare_groups
+from mimref.features.inputs import column_groups, prepare_groups
 from mimref.features.matrix import Labels, Matrix
+from mimref.features.opening import open_inputs
 from mimref.progress import Listener, Progress, Silent
 from mimref.results import EvaluationResult, Row, named
 
@@ -38,17 +39,24 @@ QUERY_CHUNK = 1024
 TRAIN_CHUNK = 16384
 
 
-def evaluate_knn(config: KnnConfig, *, listener: Listener | None = None) -> EvaluationResult:
+def evaluate_knn(
+    config: KnnConfig, *, listener: Listener | None = None, checks: Checks | None = None
+) -> EvaluationResult:
     """k-NN accuracy of the chosen blocks, at every k, from one encoder pass per split.
 
     Rows as `knn` returns them, with `model`, `blocks` and `pool`; in a process group all ranks share the search.
-    Raises UserError subclasses for a checkpoint, images, blocks or a k that do not fit, before the encoder runs.
+    Raises UserError subclasses for a checkpoint, images, blocks or a k that do not fit, before the encoder runs: one
+    error for all mistakes. checks: what was found before.
     """
-    started, listener = time.monotonic(), listener or Silent()
-    inputs = open_inputs(config, listener)
-    check_neighbours(max(config.k), split_labels(inputs)[0])
+    started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
+    opened = open_inputs(config, listener, checks)
+    groups = column_groups(config, opened.inputs, checks)
+    if (train_y := check_labels(opened, checks)) is not None:
+        checks.run("k", lambda: check_neighbours(max(config.k), train_y))
+    inputs = opened.checked(checks)
+    prepare_groups(groups, inputs)
     rows: list[Row] = []
-    for where, columns in prepare_groups(config, inputs):
+    for where, columns in groups:
         found = knn(
             *labelled(inputs.features("train"), columns),
             *labelled(inputs.features("val"), columns),
@@ -66,7 +74,7 @@ def evaluate_knn(config: KnnConfig, *, listener: Listener | None = None) -> Eval
 def check_neighbours(k: int, y: Labels) -> None:
     """Raise ConfigError for more neighbours than training images, before the encoder runs."""
     if k > len(y):
-        raise ConfigError(f"--k {k} is more than the {len(y)} training images; choose a smaller k")
+        raise ConfigError(f"k {k} is more than the {len(y)} training images; choose a smaller k")
 
 
 class Neighbours(NamedTuple):

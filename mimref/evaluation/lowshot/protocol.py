@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
+from mimref.data.sources import ImageSource
 from mimref.distributed.group import end_group
-from mimref.errors import ConfigError, DataError
+from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.lowshot.config import LowshotConfig
 from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.lowshot.split_files import read_split_files
-from mimref.evaluation.metrics import check_splits, labelled, percent, progress_label, row_blocks, split_labels, spread
-from mimref.features.inputs import EncoderInputs, Inputs, open_inputs, prepare_groups
+from mimref.evaluation.metrics import check_labels, check_splits, labelled, percent, progress_label, row_blocks, spread
+from mimref.features.inputs import column_groups, prepare_groups
 from mimref.features.matrix import Labels, Matrix
+from mimref.features.opening import open_inputs
 from mimref.progress import Listener, Progress, Silent
 from mimref.results import EvaluationResult, Row, named
 
@@ -29,23 +31,31 @@ TOLERANCE = 1e-3
 METRIC = "lowshot_top1"
 
 
-def evaluate_lowshot(config: LowshotConfig, *, listener: Listener | None = None) -> EvaluationResult:
+def evaluate_lowshot(
+    config: LowshotConfig, *, listener: Listener | None = None, checks: Checks | None = None
+) -> EvaluationResult:
     """Low-shot logistic regression of the chosen blocks.
 
     Rows as `lowshot` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses as `evaluate_knn`
     does, also for more shots than a class has images and split files that do not fit.
     """
-    started, listener = time.monotonic(), listener or Silent()
-    load_solver()  # fails early
-    inputs = open_inputs(config, listener)
-    train_y, _ = split_labels(inputs)
-    if isinstance(_splits(config, inputs, np.arange(len(train_y))), int):  # split files fail early
-        check_shots(config.shots, train_y)
-    groups = prepare_groups(config, inputs)
+    started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
+    opened = open_inputs(config, listener, checks)
+    groups = column_groups(config, opened.inputs, checks)
+    checks.run("shots", load_solver)
+    if (train_y := check_labels(opened, checks)) is not None:
+        if config.split_files:
+            checks.run("split_files", lambda: _listed(config, opened.sources.get("train"), np.arange(len(train_y))))
+        else:
+            checks.run("shots", lambda: check_shots(config.shots, train_y))
+    inputs = opened.checked(checks)
+    prepare_groups(groups, inputs)
     if not end_group():
         return EvaluationResult([], time.monotonic() - started)
     train, test = inputs.features("train"), inputs.features("val")
-    splits = _splits(config, inputs, train.indices)
+    splits: int | list[Labels] = config.splits or default_splits(len(train))
+    if config.split_files:
+        splits = _listed(config, opened.sources.get("train"), train.indices)
     rows: list[Row] = []
     for where, columns in groups:
         found = lowshot(
@@ -60,13 +70,10 @@ def evaluate_lowshot(config: LowshotConfig, *, listener: Listener | None = None)
     return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data)
 
 
-def _splits(config: LowshotConfig, inputs: Inputs, images: Labels) -> int | list[Labels]:
-    """The number of draws, or which of the training images (positions in the data set) each split file lists."""
-    if not config.split_files:
-        return config.splits or default_splits(len(images))
-    if not isinstance(inputs, EncoderInputs):
+def _listed(config: LowshotConfig, source: ImageSource | None, images: Labels) -> list[Labels]:
+    """Which of the training images (positions in the data set) each split file lists."""
+    if source is None:
         raise ConfigError("--split-file names images, but --features gives none; leave one of them out")
-    source = inputs.source("train")
     return read_split_files(config.split_files, [source.path(int(index)) for index in images])
 
 
@@ -81,7 +88,7 @@ def check_shots(shots: Sequence[int], y: Labels) -> None:
     if counts.min() < max(shots):
         raise DataError(
             f"class {classes[counts.argmin()]} has only {counts.min()} training images, too few for "
-            f"{max(shots)} shots; lower --shots"
+            f"{max(shots)} shots; use fewer shots"
         )
 
 

@@ -5,45 +5,56 @@ from functools import partial
 from pathlib import Path
 
 from mimref.distributed.group import end_group
-from mimref.errors import ConfigError
-from mimref.evaluation.metrics import split_labels
+from mimref.errors import Checks, ConfigError
+from mimref.evaluation.metrics import check_labels
 from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
 from mimref.evaluation.probe.cached import probe_cached
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
 from mimref.evaluation.probe.grid import ProbeInput
 from mimref.features.config import EncoderPassConfig
 from mimref.features.encode import Column
-from mimref.features.inputs import EncoderInputs, Inputs, open_inputs
+from mimref.features.inputs import EncoderInputs, Inputs
+from mimref.features.opening import open_inputs
 from mimref.progress import Listener, Silent
 from mimref.results import EvaluationResult, Row, named
 
 
 def evaluate_probe(
-    config: ProbeConfig, *, state: Path | None = None, listener: Listener | None = None
+    config: ProbeConfig,
+    *,
+    state: Path | None = None,
+    fresh: bool = False,
+    listener: Listener | None = None,
+    checks: Checks | None = None,
 ) -> EvaluationResult:
     """Linear probe (Appendix C.3) by DINOv2's protocol, on augmented images or on cached features.
 
-    state: file from which an interrupted probe continues. Rows as `probe_cached` returns them, with `model`.
+    state: file from which an interrupted probe continues; fresh: start over instead. Rows as `probe_cached` returns
+    them, with `model`.
     Raises UserError subclasses as `evaluate_knn` does.
     """
-    started, listener = time.monotonic(), listener or Silent()
-    inputs = open_inputs(config, listener)
-    split_labels(inputs)
+    started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
+    if config.features is not None and not config.cached:
+        checks.add("features", ConfigError("--features holds no images to augment; add --cached"))
+    opened = open_inputs(config, listener, checks)
+    check_labels(opened, checks)
+    inputs = opened.checked(checks)
+    if fresh and state is not None:
+        state.unlink(missing_ok=True)  # another process of this run may have been first
     groups = input_columns(inputs, config.final_norm)
     columns = [column for group in groups.values() for column in group]
     bad: list[tuple[str, str]] = []
     if config.cached:
         inputs.prepare(columns)
         found = probe_features(inputs, groups, config.probe, config, listener, state) if end_group() else []
-    elif isinstance(inputs, EncoderInputs):
+    else:
+        assert isinstance(inputs, EncoderInputs)
         inputs.prepare(columns, ["val"])
         train, test = inputs.source("train"), inputs.features("val")
         progress = partial(listener.progress, "linear probes")
         found, bad = probe_augmented(
             inputs.encoder, train, test, groups, config.probe, config.seed, inputs.settings, state, progress
         )
-    else:
-        raise ConfigError("--features holds no images to augment; add --cached")
     left_out = list(dict.fromkeys([*inputs.bad, *bad]))
     return EvaluationResult(named(found, inputs.name, {}), time.monotonic() - started, left_out, inputs.data)
 

@@ -139,7 +139,7 @@ class PartialPass:
 
     def _save(self) -> None:
         progress = {"names": self.names, "dtype": self._numbers.name, "total": self.total, **asdict(self.reached)}
-        write_bytes(self.folder / "progress.json", json.dumps(progress).encode())
+        write_bytes(self.folder / "progress.json", json.dumps(progress).encode(), "--cache")
 
     def _output_error(self, error: OSError) -> OutputError:
         return OutputError(

@@ -219,7 +219,7 @@ class Entry:
         shutil.rmtree(partial.folder, ignore_errors=True)
 
     def _write_facts(self, facts: Mapping[str, Any]) -> None:
-        write_bytes(self.folder / "entry.json", json.dumps(facts, indent=1, default=str).encode())
+        write_bytes(self.folder / "entry.json", json.dumps(facts, indent=1, default=str).encode(), "--cache")
 
     def _map(self, name: str, written: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         with suppress(OSError, ValueError):

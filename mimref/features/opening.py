@@ -1,0 +1,134 @@
+"""Opens what an evaluation reads, and finds all that is wrong with it before any pass of an encoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from mimref.config.base import CommandConfig, DataConfig
+from mimref.data.open import open_source
+from mimref.data.readable import check_readable
+from mimref.data.sources import ImageSource, Split
+from mimref.devices import resolve_device, resolve_precision
+from mimref.encoders.published import must_download
+from mimref.errors import Checks, ConfigError
+from mimref.features.config import EncoderPassConfig, EvaluationConfig
+from mimref.features.files import FeatureFiles
+from mimref.features.inputs import EncoderInputs, Inputs, give_distinct_names
+from mimref.features.matrix import Labels
+from mimref.progress import LabelledProgress, Listener
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What could be opened."""
+
+    inputs: Inputs | None
+    sources: dict[Split, ImageSource]
+    """The images, even without an encoder to read them."""
+
+    def checked(self, checks: Checks) -> Inputs:
+        """The inputs, after all checks."""
+        checks.finish()
+        assert self.inputs is not None
+        return self.inputs
+
+    def labels(self, split: Split) -> Labels | None:
+        """Of all images."""
+        if isinstance(self.inputs, FeatureFiles):
+            return self.inputs.labels(split)
+        return self.sources[split].labels if split in self.sources else None
+
+
+def open_encoder(
+    config: EncoderPassConfig,
+    checkpoint: str,
+    listener: Listener,
+    checks: Checks,
+    *,
+    setting: str = "checkpoint",
+    need_labels: bool = True,
+    splits: Sequence[Split] = ("train", "val"),
+) -> Opened:
+    """Open a checkpoint and its images, and check all that can be checked without a pass.
+
+    setting: that names the checkpoint. splits: the images to open.
+    """
+    check_device(config, checks)
+    sources: dict[Split, ImageSource] = {}
+    if config.data.spec is not None:
+        sources = open_images(config.data, listener.progress, checks, need_labels=need_labels, splits=splits)
+    if not checks.passed and must_download(checkpoint):
+        return Opened(None, sources)
+    inputs = checks.run(setting, lambda: EncoderInputs(config, checkpoint, listener, need_labels=need_labels))
+    if inputs is not None:
+        if config.data.spec is None:
+            sources = open_images(inputs.data, listener.progress, checks, need_labels=need_labels, splits=splits)
+        inputs.sources = sources
+        if config.arch is not None:
+            checks.run("arch", lambda: inputs.encoder)  # whether the weights fit it
+    return Opened(inputs, sources)
+
+
+def check_device(config: CommandConfig, checks: Checks) -> None:
+    """Check device and precision."""
+    device = checks.run("device", lambda: resolve_device(config.device))
+    if device is not None:
+        checks.run("precision", lambda: resolve_precision(config.precision, device))
+
+
+def open_images(
+    data: DataConfig,
+    progress: LabelledProgress | None,
+    checks: Checks,
+    *,
+    need_labels: bool = True,
+    splits: Sequence[Split] = ("train", "val"),
+) -> dict[Split, ImageSource]:
+    """Open the splits up to one that cannot be opened, and check that their images can be read."""
+    sources: dict[Split, ImageSource] = {}
+    for split in splits:
+        find = partial(open_source, data, split, need_labels=need_labels, progress=progress)
+        if (source := checks.run("data.spec", find)) is None:
+            break  # the other split would fail for the same reason
+        sources[split] = source
+        checks.run("data.spec", partial(check_readable, source, data.max_bad))
+    return sources
+
+
+def open_encoders(
+    config: EncoderPassConfig,
+    checkpoints: Sequence[str],
+    listener: Listener,
+    checks: Checks,
+    setting: str,
+    *,
+    need_labels: bool = True,
+) -> list[Opened]:
+    """Open several checkpoints on the same images: those of the settings, else those that the first one's header names.
+
+    setting: that names the checkpoints.
+    """
+    found: list[Opened] = []
+    for checkpoint in checkpoints:
+        opened = open_encoder(config, checkpoint, listener, checks, setting=setting, need_labels=need_labels)
+        found.append(opened)
+        if isinstance(first := found[0].inputs, EncoderInputs):
+            # The headers of the other encoders may record other images.
+            config = config.model_copy(update={"data": first.data})
+    inputs = [each.inputs for each in found if isinstance(each.inputs, EncoderInputs)]
+    if len(inputs) == len(checkpoints):
+        checks.run(setting, lambda: give_distinct_names(inputs, checkpoints))
+    return found
+
+
+def open_inputs(
+    config: EvaluationConfig, listener: Listener, checks: Checks, splits: Sequence[Split] = ("train", "val")
+) -> Opened:
+    """Open the features that a config names, of an encoder or from files, as `open_encoder` does."""
+    if config.features is None:
+        return open_encoder(config, config.checkpoint, listener, checks, splits=splits)
+    if "checkpoint" in config.model_fields_set:
+        wrong = f"--features replaces the encoder's features; leave {config.checkpoint} out"
+        checks.add("features", ConfigError(wrong))
+    files = config.features
+    return Opened(checks.run("features", lambda: FeatureFiles(*files)), {})
