@@ -83,7 +83,7 @@ def _check(config: CompareConfig, inputs: EncoderInputs) -> None:
     if "knn" in config.protocols:
         check_neighbours(config.k, train_y)
     if "lowshot" in config.protocols:
-        check_shots(config.shots, train_y)
+        check_shots(config.shots, train_y, inputs.class_names("train"))
     if "cluster" in config.protocols:
         check_metrics(config.metrics)
 
@@ -98,7 +98,7 @@ def labelled_splits(data: DataConfig) -> tuple[ImageSource, ImageSource]:
     """
     train, test = open_source(data, "train", need_labels=True), open_source(data, "val", need_labels=True)
     assert train.labels is not None and test.labels is not None
-    number_labels(train.labels, test.labels)
+    number_labels(train.labels, test.labels, train.class_names)
     return train, test
 
 

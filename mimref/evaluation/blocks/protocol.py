@@ -62,6 +62,7 @@ def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -
                 seed=config.seed,
                 progress=partial(listener.progress, f"decoders of {inputs.name}"),
             )
+            inputs.tell("train")
             found += reconstruction.rows
             bad += reconstruction.bad
         rows += named(found, inputs.name, {"pool": config.pool})

@@ -38,7 +38,7 @@ from mimref.evaluation.metrics import (
     spread,
     unit_rows,
 )
-from mimref.features.inputs import EncoderInputs, open_inputs, prepare_groups
+from mimref.features.inputs import open_inputs, prepare_groups
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Listener, Progress, Silent
 from mimref.results import EvaluationResult, Row, named
@@ -67,10 +67,10 @@ def evaluate_cluster(
     started, listener = time.monotonic(), listener or Silent()
     check_metrics(config.metrics)
     inputs = open_inputs(config, listener)
-    names = inputs.source(config.split).class_names if isinstance(inputs, EncoderInputs) else None
+    names = inputs.class_names(config.split)
     y = inputs.labels(config.split)
     assert y is not None  # the inputs were opened to have labels
-    classes, _ = number_classes(y, config.split)
+    classes, _ = number_classes(y, config.split, names)
     if config.classes is not None:
         classes = choose_classes(config.classes, names, y)
     if embed:

@@ -16,7 +16,16 @@ from mimref.distributed.group import end_group
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.lowshot.config import LowshotConfig
 from mimref.evaluation.lowshot.split_files import read_split_files
-from mimref.evaluation.metrics import check_splits, labelled, percent, progress_label, row_blocks, split_labels, spread
+from mimref.evaluation.metrics import (
+    check_splits,
+    labelled,
+    percent,
+    progress_label,
+    row_blocks,
+    show_class,
+    split_labels,
+    spread,
+)
 from mimref.features.inputs import EncoderInputs, Inputs, open_inputs, prepare_groups
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Listener, Progress, Silent
@@ -38,7 +47,7 @@ def evaluate_lowshot(config: LowshotConfig, *, listener: Listener | None = None)
     inputs = open_inputs(config, listener)
     train_y, _ = split_labels(inputs)
     if isinstance(_splits(config, inputs, np.arange(len(train_y))), int):  # split files fail early
-        check_shots(config.shots, train_y)
+        check_shots(config.shots, train_y, inputs.class_names("train"))
     groups = prepare_groups(config, inputs)
     if not end_group():
         return EvaluationResult([], time.monotonic() - started)
@@ -73,12 +82,12 @@ def default_splits(images: int) -> int:
     return 3 if images >= 10_000 else 20
 
 
-def check_shots(shots: Sequence[int], y: Labels) -> None:
-    """Raise DataError for a class of fewer images than shots."""
+def check_shots(shots: Sequence[int], y: Labels, names: Sequence[str] | None = None) -> None:
+    """Raise DataError for a class of fewer images than shots. names: of labels 0, 1, ..., for the message."""
     classes, counts = np.unique(y, return_counts=True)
     if counts.min() < max(shots):
         raise DataError(
-            f"class {classes[counts.argmin()]} has only {counts.min()} training images, too few for "
+            f"class {show_class(classes[counts.argmin()], names)} has only {counts.min()} training images, too few for "
             f"{max(shots)} shots; lower --shots"
         )
 

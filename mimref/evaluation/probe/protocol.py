@@ -4,7 +4,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from mimref.distributed.group import end_group
+from mimref.distributed.group import end_group, own_rank
 from mimref.errors import ConfigError
 from mimref.evaluation.metrics import split_labels
 from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
@@ -42,6 +42,8 @@ def evaluate_probe(
         found, bad = probe_augmented(
             inputs.encoder, train, test, groups, config.probe, config.seed, inputs.settings, state, progress
         )
+        if own_rank() == 0:
+            inputs.tell("train")
     else:
         raise ConfigError("--features holds no images to augment; add --cached")
     left_out = list(dict.fromkeys([*inputs.bad, *bad]))
