@@ -1,7 +1,9 @@
 """Choices of how stored images become RGB in 8 bits: orientation, alpha, range."""
 
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,61 @@ def test_constant_images_are_black() -> None:
 def test_eight_bits_keep_their_range() -> None:
     image = Image.fromarray(np.array([[100, 110]], np.uint8))
     assert decoded(image, decoding=Decoding(range="image")).image[0].tolist() == [[100, 110]]
+
+
+def deep_png(values: NDArray[np.uint16]) -> bytes:
+    """Colours of 16 bits, which Pillow cannot write."""
+    height, width, channels = values.shape
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def deep_tiff(values: NDArray[np.uint16], order: str = "<") -> bytes:
+    """Uncompressed RGB of 16 bits in one strip."""
+    height, width, channels = values.shape
+    pixels, count = values.astype(f"{order}u2").tobytes(), 10
+    place = 8 + 2 + 12 * count + 4
+    entries = [
+        *((256, 3, 1, width), (257, 3, 1, height), (258, 3, channels, place), (259, 3, 1, 1), (262, 3, 1, 2)),
+        *((273, 4, 1, place + 2 * channels), (277, 3, 1, channels), (278, 3, 1, height), (279, 4, 1, len(pixels))),
+        (284, 3, 1, 1),
+    ]
+    listed = b""
+    for tag, kind, number, value in entries:
+        short = kind == 3 and number == 1
+        listed += struct.pack(f"{order}HHI", tag, kind, number) + struct.pack(
+            f"{order}{'HH' if short else 'I'}", *((value, 0) if short else (value,))
+        )
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+    bits = struct.pack(f"{order}{channels}H", *[16] * channels)
+    return start + struct.pack(f"{order}H", count) + listed + bytes(4) + bits + pixels
+
+
+@pytest.mark.parametrize("kind", ["png", "png with alpha", "tiff", "big-endian tiff"])
+def test_windows_of_colours_of_sixteen_bits(kind: str) -> None:
+    values: NDArray[np.uint16] = np.random.default_rng(0).integers(1000, 1256, (5, 7, 3)).astype(np.uint16)
+    values[0, 0] = (1000, 1100, 1255)
+    if kind == "png with alpha":
+        alpha = np.full((5, 7, 1), 65535, np.uint16)
+        alpha[0, 1] = 0
+        data = deep_png(np.concatenate([values, alpha], axis=2))
+    else:
+        data = deep_png(values) if kind == "png" else deep_tiff(values, ">" if "big" in kind else "<")
+    usual = decode_content(data, "image")
+    assert np.array_equal(usual.image.permute(1, 2, 0), values >> 8)
+    assert usual.traits & (WIDE | NARROW) == WIDE | NARROW
+    found = decode_content(data, "image", None, Decoding(range="image", alpha="white"))
+    expected = values - 1000
+    if kind == "png with alpha":
+        expected[0, 1] = 255
+    assert np.array_equal(found.image.permute(1, 2, 0), expected)
+    assert not found.traits
+    assert not decode_content(deep_png(values * 50), "image").traits & NARROW
 
 
 @pytest.mark.parametrize("text", ["5,1", "1,1", "a,b", "1", "1,2,3", "nan,1", "0,inf", "all"])

@@ -80,8 +80,8 @@ class DataConfig(Section):
     """Transparent images: `drop` ignores transparency, the others composite on white, black, or squares of two grays.
     None: as in the checkpoint's header, else `drop`, as published numbers."""
     range: PixelRange | None = None
-    """Gray in more than 8 bits: the values that become black and white. `type`: 0 and 65535; `image`: each image's own
-    least and largest; `percentile`: its percentiles 0.5 and 99.5; `A,B`: these two numbers. None: as in the
+    """Images of more than 8 bits: the values that become black and white. `type`: 0 and 65535; `image`: each image's
+    own least and largest; `percentile`: its percentiles 0.5 and 99.5; `A,B`: these two numbers. None: as in the
     checkpoint's header, else `type`."""
 
 

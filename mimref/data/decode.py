@@ -5,13 +5,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from mimref.data.contents import HEAD, what_is
-from mimref.data.pixels import USUAL, Decoding, orientation_of, to_rgb, turned
+from mimref.data.pixels import USUAL, Decoding, deep_colour, low_bytes, orientation_of, to_rgb, turned
 from mimref.data.traits import TURNED
 from mimref.errors import DataError
 
@@ -116,12 +118,18 @@ def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None, decoding: 
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
-                return _decoded(image, reduce, decoding)
+                is_deep, low_HWC = deep_colour(image), None
+                if is_deep and decoding.range != "type":
+                    with Image.open(file) as again:
+                        low_HWC = low_bytes(again)
+                return _decoded(image, reduce, decoding, is_deep, low_HWC)
     except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything
         raise BadImage(name, _reason(file, error)) from error
 
 
-def _decoded(image: Image.Image, reduce: Reduce | None, decoding: Decoding) -> Decoded:
+def _decoded(
+    image: Image.Image, reduce: Reduce | None, decoding: Decoding, is_deep: bool, low_HWC: NDArray[np.uint8] | None
+) -> Decoded:
     if isinstance(image, JpegImageFile):
         size, orientation = image.size, orientation_of(image)
         if reduce is not None:
@@ -130,7 +138,7 @@ def _decoded(image: Image.Image, reduce: Reduce | None, decoding: Decoding) -> D
         image.load()
         # Not before: TIFF files are turned as they are loaded.
         size, orientation = image.size, orientation_of(image)
-    rgb_HWC, traits = to_rgb(image, decoding)
+    rgb_HWC, traits = to_rgb(image, decoding, is_deep=is_deep, low_HWC=low_HWC)
     width, height = size
     if orientation > 1 and decoding.orientation == "exif":
         rgb_HWC = turned(rgb_HWC, orientation)

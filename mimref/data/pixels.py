@@ -1,5 +1,7 @@
 """From an image as Pillow opens it to RGB in 8 bits: high bit depths, alpha and EXIF orientation."""
 
+import re
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ _PERCENTILES = (0.5, 99.5)
 _FLAT_LEVELS = 2.0
 """Standard deviation, of 255 levels, below which a channel shows nothing."""
 _NARROW_LEVELS = 32
+_DEEP = re.compile("RGBA?;16[BLN]")
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,52 @@ class Decoding:
 USUAL = Decoding()
 
 
-def to_rgb(image: Image.Image, decoding: Decoding = USUAL) -> tuple[NDArray[np.uint8], int]:
-    """Writable uint8 (H, W, 3), and the image's traits. Raises ValueError for pixels of unknown range."""
+def to_rgb(
+    image: Image.Image, decoding: Decoding, *, is_deep: bool = False, low_HWC: NDArray[np.uint8] | None = None
+) -> tuple[NDArray[np.uint8], int]:
+    """Writable uint8 (H, W, 3), and the image's traits. Raises ValueError for pixels of unknown range.
+
+    is_deep, low_HWC: what `deep_colour` and `low_bytes` say.
+    """
+    traits = 0
+    if is_deep and low_HWC is None:
+        traits = _wide_traits(np.asarray(image)[:, :, :3], 1)
+    elif low_HWC is not None:
+        deep_HWC = np.asarray(image).astype(np.uint16) * 256 + low_HWC
+        deep_HWC[:, :, :3] = _windowed(deep_HWC[:, :, :3], decoding.range)
+        deep_HWC[:, :, 3:] //= 256
+        image = Image.fromarray(deep_HWC.astype(np.uint8))
     if image.mode[0] in "IF":
         gray_HW, traits = _gray(image, decoding.range)
         rgb_HWC = np.repeat(gray_HW[:, :, None], 3, axis=2)
     elif image.has_transparency_data:
-        rgb_HWC, traits = _without_alpha(image, decoding.alpha)
+        rgb_HWC, transparent = _without_alpha(image, decoding.alpha)
+        traits |= transparent
     else:
         # Converting RGB to RGB would copy it.
-        rgb_HWC, traits = np.array(image if image.mode == "RGB" else image.convert("RGB")), 0
+        rgb_HWC = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return rgb_HWC, traits | FLAT * _is_flat(rgb_HWC)
+
+
+def deep_colour(image: Image.Image) -> bool:
+    """Whether an image that is opened and not loaded has colours of 16 bits, of which Pillow keeps the upper 8."""
+    tiles = getattr(image, "tile", [])
+    return bool(tiles) and image.mode in ("RGB", "RGBA") and all(_DEEP.fullmatch(_raw_mode(tile)) for tile in tiles)
+
+
+def low_bytes(image: Any) -> NDArray[np.uint8]:
+    """The lower 8 bits of the colours of such an image: those that Pillow keeps of the other order of bytes."""
+    other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+    for number, tile in enumerate(image.tile):
+        mode = _raw_mode(tile)[:-1] + other[_raw_mode(tile)[-1]]
+        args = mode if isinstance(tile[3], str) else (mode, *tile[3][1:])
+        image.tile[number] = tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)
+    return np.asarray(image)
+
+
+def _raw_mode(tile: Any) -> str:
+    args = tile[3]
+    return str(args[0] if isinstance(args, tuple) and args else args)
 
 
 def _gray(image: Image.Image, window: str) -> tuple[NDArray[np.uint8], int]:
@@ -65,15 +103,24 @@ def _gray(image: Image.Image, window: str) -> tuple[NDArray[np.uint8], int]:
             raise ValueError(
                 "32-bit pixels outside 0..65535; --set data.range=image, percentile or a window A,B scales them"
             )
-        low, high = np.percentile(_look(wide_HW, 64), _PERCENTILES)
-        return ((wide_HW + 128) // 257).astype(np.uint8), WIDE | NARROW * (high - low < 257 * _NARROW_LEVELS)
-    known = values_HW[np.isfinite(values_HW)]
+        return ((wide_HW + 128) // 257).astype(np.uint8), _wide_traits(wide_HW, 257)
+    return _windowed(values_HW, window), 0
+
+
+def _wide_traits(values: NDArray[Any], step: int) -> int:
+    """Traits of an image whose values are scaled from their whole range. step: of values, for a level of 8 bits."""
+    low, high = np.percentile(_look(values, 64), _PERCENTILES)
+    return WIDE | NARROW * bool(high - low < step * _NARROW_LEVELS)
+
+
+def _windowed(values: NDArray[Any], window: str) -> NDArray[np.uint8]:
+    """Values of any shape, scaled to 0..255 by one window."""
+    known = values[np.isfinite(values)]
     if not known.size:
         raise ValueError("no pixel is a finite number")
     low, high = _window(known.astype(np.float64), window)
-    values_HW = np.nan_to_num(values_HW.astype(np.float64), nan=low, posinf=high, neginf=low)
-    share_HW = (values_HW - low).clip(0, high - low) / (high - low or 1)
-    return np.rint(255 * share_HW).astype(np.uint8), 0
+    values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+    return np.rint(255 * (values - low).clip(0, high - low) / (high - low or 1)).astype(np.uint8)
 
 
 def _window(values: NDArray[np.float64], window: str) -> tuple[float, float]:
