@@ -127,6 +127,13 @@ def test_crops_of_turned_files_are_those_of_upright_ones(tmp_path: Path) -> None
         assert torch.equal(*crops)
 
 
+def test_orientation_in_xmp() -> None:
+    xmp = b"<x:xmpmeta><rdf:Description tiff:Orientation='3'/></x:xmpmeta>".replace(b"'", b'"')
+    data = content(Image.fromarray(colours()), "webp", lossless=True, xmp=xmp)
+    assert np.array_equal(decode_content(data, "image", None, EXIF).image.permute(1, 2, 0), colours()[::-1, ::-1])
+    assert decode_content(data, "image").traits & TURNED
+
+
 def test_damaged_exif_costs_no_image() -> None:
     data = content(Image.fromarray(colours()), "png", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f\x12\x01\x03\0")
     assert decode_content(data, "image", None, EXIF).image.shape == (3, 16, 24)

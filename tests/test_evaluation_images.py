@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.cluster.protocol import evaluate_cluster
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
+from mimref.evaluation.lowshot.config import LowshotConfig
+from mimref.evaluation.lowshot.protocol import evaluate_lowshot, lowshot
 from mimref.evaluation.metrics import name_classes
+from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
+from mimref.evaluation.probe.protocol import evaluate_probe
 from mimref.features.config import CacheConfig
 from mimref.features.header import data_record, resolve_data
 from mimref.pretraining.run import pretrain
+from mimref.reports.figures import plot_embedding
 from mimref.results import EvaluationResult, frame
 from tests.test_evaluation_run import Recorder
 from tests.tiny import pretrain_config, write_images
@@ -239,3 +245,23 @@ def test_messages_name_classes(tmp_path: Path) -> None:
     write_images(tmp_path, per_class=2, classes=("cat", "dog", "owl"), split="val")
     with pytest.raises(DataError, match="class owl has no training image"):
         evaluate_knn(KnnConfig(data=DataConfig(spec=str(tmp_path), train_limit=2), k=[1], device="cpu"))
+    few = DataConfig(spec=str(tmp_path), train_limit=3)
+    with pytest.raises(DataError, match="class cat has only 1 training"):
+        evaluate_lowshot(LowshotConfig(data=few, shots=[2], device="cpu"))
+    with pytest.raises(DataError, match="class cat has only one training image"):
+        training = ProbeTrainingConfig(select="val-split")
+        evaluate_probe(ProbeConfig(data=few, probe=training, cached=True, device="cpu"))
+    splits = [[0, 1]]
+    x, y = np.eye(3, dtype=np.float32), np.arange(3)
+    with pytest.raises(DataError, match="split 0: class owl has no image"):
+        lowshot(x, y, x, y, splits=splits, class_names=["cat", "dog", "owl"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_of_odd_names(tmp_path: Path) -> None:
+    names = ["猫 $x$", "_dog, big", "tab\there", "caf\udce9", ""]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_embedding(tmp_path / "a.png", np.random.default_rng(0).normal(size=(5, 2)), np.arange(5), names)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG"

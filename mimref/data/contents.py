@@ -6,6 +6,7 @@ HEAD = 1024
 """Bytes that `what_is` needs."""
 _CONVERT = "convert it to JPEG or PNG"
 _FOREIGN = f"which Pillow cannot read; {_CONVERT}"
+_TIFF = f"TIFF of a kind that Pillow cannot read (many channels, a camera's raw file) or damaged; {_CONVERT}"
 _BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), f"AVIF, which this version of Pillow cannot read; {_CONVERT}"),
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), f"HEIC, {_FOREIGN}"),
@@ -21,8 +22,10 @@ _IMAGES = {
     b"\xff\xd8\xff": "a damaged JPEG",
     b"\x89PNG": "a damaged PNG",
     b"GIF8": "a damaged GIF",
-    b"II*\0": "a damaged TIFF, or a camera's raw file",
-    b"MM\0*": "a damaged TIFF, or a camera's raw file",
+    b"II*\0": _TIFF,
+    b"MM\0*": _TIFF,
+    b"II+\0": _TIFF,
+    b"MM\0+": _TIFF,
     b"BM": "a damaged BMP",
 }
 _OTHERS = {

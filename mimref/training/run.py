@@ -193,10 +193,10 @@ class Stage(GradientJob):
         run = self.run
         run.elapsed_s = self.elapsed_s
         run.skipped.add(gather_lists(run.skipped.items))
-        run.skipped.report(once=True)
         # An epoch of nothing but unreadable images, on all ranks.
         if not self.images_read and len(run.skipped.items) >= self.steps_per_epoch * run.config.batch_size:
             raise none_readable(self.source.name, run.skipped.items)
+        run.skipped.report(once=True)
         if not run.told:
             run.told = True
             for notice in self.source.notices("training images"):

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -25,6 +26,13 @@ def tarred() -> bytes:
     with tarfile.open(fileobj=stream, mode="w") as archive:
         archive.addfile(tarfile.TarInfo("a"))
     return stream.getvalue()
+
+
+def many_channels() -> bytes:
+    """A TIFF of 1 x 1 pixel in five channels of 8 bits."""
+    entries = ((256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 8), (277, 5), (278, 1), (279, 5))
+    listed = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + listed + bytes(4)
 
 
 def media(brand: bytes) -> bytes:
@@ -59,6 +67,7 @@ CONTENTS = {
     "zeros": (bytes(4096), "zeros"),
     "jpeg": (b"\xff\xd8\xff\xe0", "damaged JPEG"),
     "png": (b"\x89PNG\r\n\x1a\nxxxx", "damaged PNG"),
+    "many channels": (many_channels(), "TIFF of a kind"),
     "empty": (b"", "empty file"),
     "text": (b"text", "not an image"),
     "binary": (b"\x01\x02\x03\x04" * 9, "not an image"),

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from mimref.distributed.group import end_group, own_rank
 from mimref.errors import ConfigError
-from mimref.evaluation.metrics import split_labels
+from mimref.evaluation.metrics import number_classes, split_labels
 from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
 from mimref.evaluation.probe.cached import probe_cached
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
-from mimref.evaluation.probe.grid import ProbeInput
+from mimref.evaluation.probe.grid import ProbeInput, check_held_out
 from mimref.features.config import EncoderPassConfig
 from mimref.features.encode import Column
 from mimref.features.inputs import EncoderInputs, Inputs, open_inputs
@@ -28,7 +28,9 @@ def evaluate_probe(
     """
     started, listener = time.monotonic(), listener or Silent()
     inputs = open_inputs(config, listener)
-    split_labels(inputs)
+    train_y, _ = split_labels(inputs)
+    if config.probe.select == "val-split":
+        check_held_out(*number_classes(train_y, "train"), inputs.class_names("train"))
     groups = input_columns(inputs, config.final_norm)
     columns = [column for group in groups.values() for column in group]
     bad: list[tuple[str, str]] = []
