@@ -1,7 +1,7 @@
 """Encoders and features for scripts and notebooks."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
 from mimref.features.encode import PassSettings, columns_of
 from mimref.features.encode import extract as extract_features
-from mimref.features.header import eval_transform
+from mimref.features.header import eval_transform, resolve_data
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def extract(
     `mean` or `cls+mean`. Raises DataError for unusable images, ConfigError for a block, device or precision that does
     not exist.
     """
-    images = _open(data, split)
+    images = _open(data, split, encoder.header)
     target, home = resolve_device(device), next(encoder.model.parameters()).device
     max_bad = (data if isinstance(data, DataConfig) else DataConfig()).max_bad
     dtype = resolve_precision(precision, target)
@@ -103,12 +103,17 @@ def extract(
         found = extract_features(encoder.model.to(target), images, settings, columns, progress=progress)
     finally:
         encoder.model.to(home)
+    for notice in images.notices():
+        warnings.warn(notice, stacklevel=2)
     return ExtractedFeatures(found.stacked(groups), found.y, [images.path(int(index)) for index in found.indices])
 
 
-def _open(data: str | Path | DataConfig | ImageSource | NDArray[np.uint8], split: Split) -> ImageSource:
+def _open(
+    data: str | Path | DataConfig | ImageSource | NDArray[np.uint8], split: Split, header: Mapping[str, Any]
+) -> ImageSource:
     if isinstance(data, str | Path | DataConfig):
-        return open_source(data if isinstance(data, DataConfig) else DataConfig(spec=str(data)), split)
+        config = data if isinstance(data, DataConfig) else DataConfig(spec=str(data))
+        return open_source(resolve_data(config, header), split)
     if not isinstance(data, np.ndarray | torch.Tensor):
         return data
     images = np.asarray(data)

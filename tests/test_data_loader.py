@@ -15,6 +15,7 @@ from mimref.data import loader
 from mimref.data import sources as data_images
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_file
 from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
+from mimref.data.pixels import Decoding
 from mimref.data.sources import ArraySource, FileSource, ImageSource
 from mimref.data.views import CropGroup, cut_group
 from mimref.draws import permutation
@@ -171,9 +172,9 @@ def test_files_are_decoded_once_per_epoch(tmp_path: Path, monkeypatch: pytest.Mo
     source = file_source(tmp_path, 6)
     decoded: Counter[str] = Counter()
 
-    def count(path: str, reduce: Reduce | None) -> Decoded:
+    def count(path: str, reduce: Reduce | None, decoding: Decoding) -> Decoded:
         decoded[os.path.basename(path)] += 1
-        return decode_file(path, reduce)
+        return decode_file(path, reduce, decoding)
 
     monkeypatch.setattr(data_images, "decode_file", count)
     batches_of(source, batch_size=3, epochs=range(2))
@@ -261,8 +262,8 @@ def test_crops_of_reduced_jpegs_are_close_to_those_of_whole_ones(
     groups = [CropGroup(2, 80, (0.25, 1.0)), CropGroup(4, 40, (0.05, 0.25), first_view=2)]
     factors: Counter[int] = Counter()
 
-    def note(path: str, reduce: Reduce | None) -> Decoded:
-        decoded = decode_file(path, reduce)
+    def note(path: str, reduce: Reduce | None, decoding: Decoding) -> Decoded:
+        decoded = decode_file(path, reduce, decoding)
         factors[round(decoded.height / decoded.image.shape[1])] += 1
         return decoded
 

@@ -69,5 +69,5 @@ def test_data_that_cannot_be_scored(tmp_path: Path) -> None:
     many = tmp_path / "many"
     for split in ("train", "val"):
         write_images(many, per_class=2, classes=("a", "b", "c"), split=split)
-    with pytest.raises(DataError, match="class 2 has no training image"):
+    with pytest.raises(DataError, match="class c has no training image"):
         labelled_splits(DataConfig(spec=str(many), train_limit=2))

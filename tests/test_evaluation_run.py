@@ -219,7 +219,8 @@ def test_unreadable_images_are_reported(own: Path, tmp_path: Path) -> None:
     listener = Recorder()
     evaluate_knn(config(own, data=DataConfig(spec=str(folder))), listener=listener)
     assert len(listener.warnings) == 1
-    assert listener.warnings[0].startswith("1 training images are left out; the first: ")
+    assert listener.warnings[0].startswith("1 of 48 training images cannot be read")
+    assert "003.png (empty file)" in listener.warnings[0]
     with pytest.raises(DataError, match=r"1 image could not be read, more than data\.max_bad=0"):
         evaluate_knn(config(own, data=DataConfig(spec=str(folder), max_bad=0)))
 
@@ -256,7 +257,7 @@ def test_data_that_do_not_fit(own: Path, tmp_path: Path) -> None:
     many = tmp_path / "many"
     for split in ("train", "val"):
         write_images(many, per_class=2, classes=("a", "b", "c"), split=split)
-    with pytest.raises(DataError, match=r"^test: class 2 has no training image"):
+    with pytest.raises(DataError, match=r"^test: class c has no training image"):
         evaluate_knn(config(own, data=DataConfig(spec=str(many), train_limit=2), k=[1]))
 
 

@@ -92,7 +92,7 @@ def test_more_bad_images_than_allowed(encoder: Encoder) -> None:
     assert len(extract(encoder, data, replace(SETTINGS, max_bad=3), [FIRST]).bad) == 3
     with pytest.raises(DataError, match=r"data\.max_bad=2: noise/train/2 \(torn"):
         extract(encoder, data, replace(SETTINGS, max_bad=2), [FIRST])
-    with pytest.raises(DataError, match=r"^noise: no readable image$"):
+    with pytest.raises(DataError, match=r"^noise: no readable image of 3: noise/train/0 \(torn\)"):
         extract(encoder, source(3, [0, 1, 2]), SETTINGS, [FIRST])
 
 

@@ -1,5 +1,6 @@
 """Strict models of settings: types of values, and the settings of all commands."""
 
+import math
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import tomli_w
@@ -12,6 +13,18 @@ def _check_ordered(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _check_range(text: str) -> str:
+    if text in ("type", "image", "percentile"):
+        return text
+    try:
+        low, high = map(float, text.split(","))
+        if not -math.inf < low < high < math.inf:
+            raise ValueError
+    except ValueError:
+        raise ValueError("type, image, percentile or A,B with numbers A below B") from None
+    return text
+
+
 # The message of a ValueError in a field's validator completes "expected ...".
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -21,6 +34,7 @@ Area = Annotated[float, Field(gt=0, le=1)]
 AreaRange = Annotated[tuple[Area, Area], Field(strict=False), AfterValidator(_check_ordered)]
 PositiveRange = Annotated[tuple[Positive, Positive], Field(strict=False), AfterValidator(_check_ordered)]
 Probabilities = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
+PixelRange = Annotated[str, AfterValidator(_check_range)]
 Numbers = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
 Temperatures = Annotated[list[Positive], Field(min_length=1)]
 Interpolation = Literal["mae", "dino", "dinov2", "dinov2_reg", "timm", "torchvision", "mae_pytorch"]
@@ -61,6 +75,16 @@ class DataConfig(Section):
     crop_fraction: float | None = Field(default=None, gt=0, le=1)
     """Evaluation: size of the centre crop over the resized shorter side. None: as in the checkpoint's header, else
     0.875 (224 / 256)."""
+    orientation: Literal["file", "exif"] | None = None
+    """Images whose EXIF data say how to turn them: `file` leaves their pixels as stored, `exif` turns them. None: as in
+    the checkpoint's header, else `file`, as published numbers."""
+    alpha: Literal["drop", "white", "black", "checker"] | None = None
+    """Transparent images: `drop` ignores transparency, the others composite on white, black, or squares of two grays.
+    None: as in the checkpoint's header, else `drop`, as published numbers."""
+    range: PixelRange | None = None
+    """Images of more than 8 bits: the values that become black and white. `type`: 0 and 65535; `image`: each image's
+    own least and largest; `percentile`: its percentiles 0.5 and 99.5; `A,B`: these two numbers. None: as in the
+    checkpoint's header, else `type`."""
 
 
 class CommandConfig(Section):

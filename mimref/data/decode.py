@@ -1,9 +1,8 @@
 """Decode image files to uint8 pixels, and count those that cannot be read."""
 
 import io
-import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +12,9 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
+from mimref.data.contents import HEAD, what_is
+from mimref.data.pixels import USUAL, Decoding, deep_colour, low_bytes, orientation_of, to_rgb, turned
+from mimref.data.traits import TURNED
 from mimref.errors import DataError
 
 NAMED_BAD_IMAGES = 3
@@ -38,6 +40,8 @@ class BadImages:
 
     def __init__(self, max_bad: int) -> None:
         self.max_bad = max_bad
+        self.some_readable = True
+        """Whether it may help to leave out more."""
         self._reasons: dict[str, str] = {}
 
     def add(self, path: str, reason: str) -> None:
@@ -51,12 +55,11 @@ class BadImages:
         count = len(self._reasons)
         if count <= self.max_bad:
             return
-        named = ", ".join(f"{path} ({reason})" for path, reason in list(self._reasons.items())[:NAMED_BAD_IMAGES])
         images = "1 image" if count == 1 else f"{count} images"
-        more = ", ..." if count > NAMED_BAD_IMAGES else ""
         raise DataError(
-            f"{images} could not be read, more than data.max_bad={self.max_bad}: {named}{more}; "
-            "fix or remove them, or raise data.max_bad"
+            f"{images} could not be read, more than data.max_bad={self.max_bad}: "
+            f"{first_bad(list(self._reasons.items()))}; fix or remove them"
+            + (", or raise data.max_bad" if self.some_readable else ": not one was readable so far")
         )
 
     @property
@@ -65,50 +68,95 @@ class BadImages:
         return sorted(self._reasons.items())
 
 
+def first_bad(images: Sequence[tuple[str, str]]) -> str:
+    """The first few bad images with their reasons, for a message."""
+    named = ", ".join(f"{path} ({reason})" for path, reason in images[:NAMED_BAD_IMAGES])
+    return named + (", ..." if len(images) > NAMED_BAD_IMAGES else "")
+
+
+def none_readable(name: str, images: Sequence[tuple[str, str]]) -> DataError:
+    """The error for a data set of which every image is bad."""
+    count = f" of {len(images)}" if len(images) > 1 else ""
+    found = f"{count}: {first_bad(images)}; fix, convert or replace them" if images else ""
+    return DataError(f"{name}: no readable image{found}")
+
+
 class Decoded(NamedTuple):
     """A decoded image, and its size in the file."""
 
     image: Tensor
     """uint8 (3, H, W) with the channels of a pixel together in memory, as decoders write them."""
     height: int
-    """Pixels in the file; the tensor has `ceil(height / factor)` where the image was reduced."""
+    """Pixels of the whole image; the tensor has `ceil(height / factor)` where it was reduced."""
     width: int
+    traits: int = 0
+    """See `mimref.data.traits`."""
 
 
-def decode_file(path: str, reduce: Reduce | None = None) -> Decoded:
+def decode_file(path: str, reduce: Reduce | None = None, decoding: Decoding = USUAL) -> Decoded:
     """Read an image file as RGB, a JPEG at a fraction of its size where `reduce` allows it; of an animation, one frame.
 
-    Alpha is dropped, not composited, and EXIF orientation is not applied: both as in torchvision's ImageFolder and
-    timm, which published numbers rely on. 16-bit gray is scaled to 8 bits. libjpeg reduces by skipping the high
-    frequencies of each block of 8 x 8 pixels instead of computing pixels that a resize would average away.
-    reduce: called for JPEG only, with the size in the file; None decodes at full size.
+    By default, alpha is dropped, not composited, and EXIF orientation is not applied: both as in torchvision's
+    ImageFolder and timm, which published numbers rely on. 16-bit gray is scaled to 8 bits. libjpeg reduces by skipping
+    the high frequencies of each block of 8 x 8 pixels instead of computing pixels that a resize would average away.
+    reduce: called for JPEG only, with the size of the whole image; None decodes at full size.
     Raises BadImage for files that are missing, unreadable, empty, truncated, not an image, or larger than
-    `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+    `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb), and for pixels whose range is unknown.
     """
-    return _decode(path, printable(path), reduce)
+    return _decode(path, printable(path), reduce, decoding)
 
 
-def decode_content(content: bytes, name: str, reduce: Reduce | None = None) -> Decoded:
+def decode_content(content: bytes, name: str, reduce: Reduce | None = None, decoding: Decoding = USUAL) -> Decoded:
     """Decode the content of an image file as `decode_file` does; `name` stands for the file in BadImage."""
-    return _decode(io.BytesIO(content), name, reduce)
+    return _decode(io.BytesIO(content), name, reduce, decoding)
 
 
-def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None) -> Decoded:
+def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None, decoding: Decoding) -> Decoded:
     try:
         with warnings.catch_warnings():
             # Pillow's other warnings (broken EXIF, odd TIFF tags) are nothing that a user could act on.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
-                width, height = image.size
-                if reduce is not None and isinstance(image, JpegImageFile):
-                    factor = reduce(height, width)
-                    # Pillow takes the strongest reduction that keeps this size: exactly `factor`.
-                    image.draft(None, (width // factor, height // factor))
-                rgb_HWC = _to_rgb(image)
+                is_deep, low_HWC = deep_colour(image), None
+                if is_deep and decoding.range != "type":
+                    with Image.open(file) as again:
+                        low_HWC = low_bytes(again)
+                return _decoded(image, reduce, decoding, is_deep, low_HWC)
     except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything
         raise BadImage(name, _reason(file, error)) from error
-    return Decoded(torch.from_numpy(rgb_HWC).permute(2, 0, 1), height, width)
+
+
+def _decoded(
+    image: Image.Image, reduce: Reduce | None, decoding: Decoding, is_deep: bool, low_HWC: NDArray[np.uint8] | None
+) -> Decoded:
+    if isinstance(image, JpegImageFile):
+        size, orientation = image.size, orientation_of(image)
+        if reduce is not None:
+            _draft(image, reduce, orientation if decoding.orientation == "exif" else 1)
+    else:
+        image.load()
+        # Not before: TIFF files are turned as they are loaded.
+        size, orientation = image.size, orientation_of(image)
+    rgb_HWC, traits = to_rgb(image, decoding, is_deep=is_deep, low_HWC=low_HWC)
+    width, height = size
+    if orientation > 1 and decoding.orientation == "exif":
+        rgb_HWC = turned(rgb_HWC, orientation)
+        width, height = size[::-1] if orientation >= 5 else size
+    elif orientation > 1:
+        traits |= TURNED
+    return Decoded(torch.from_numpy(rgb_HWC).permute(2, 0, 1), height, width, traits)
+
+
+def _draft(image: JpegImageFile, reduce: Reduce, orientation: int) -> None:
+    """Let libjpeg decode the image smaller."""
+    width, height = image.size
+    factor = reduce(width, height) if orientation >= 5 else reduce(height, width)
+    while orientation > 1 and (width % factor or height % factor):
+        # The last pixels of a side would stand for less than the others; turned, these might be the first.
+        factor //= 2
+    # Pillow takes the strongest reduction that keeps this size: exactly `factor`.
+    image.draft(None, (width // factor, height // factor))
 
 
 def reason_of(error: BaseException) -> str:
@@ -125,28 +173,17 @@ def printable(path: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in path)
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Writable uint8 (H, W, 3)."""
-    if image.mode.startswith("I"):
-        # 0..65535 scaled to 0..255, rounded; Pillow's own conversion clips at 255 instead.
-        wide_HW = np.asarray(image).astype(np.int64)
-        if wide_HW.min() < 0 or wide_HW.max() > 65535:
-            raise ValueError("32-bit pixels outside 0..65535")
-        return np.repeat(((wide_HW + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels of unknown range")
-    if image.mode == "P" and "transparency" in image.info:
-        # Only by way of RGBA do transparent palette entries keep their colour.
-        return np.array(image.convert("RGBA").convert("RGB"))
-    # Converting RGB to RGB would copy it.
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
 def _reason(file: str | io.BytesIO, error: Exception) -> str:
     """A few words for the table of skipped images."""
     if isinstance(error, UnidentifiedImageError):
-        size = os.path.getsize(file) if isinstance(file, str) else len(file.getvalue())
-        return "empty file" if size == 0 else "not an image"
+        return what_is(_head(file))
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels"
     return reason_of(error).lower() if isinstance(error, OSError) and error.strerror else reason_of(error)
+
+
+def _head(file: str | io.BytesIO) -> bytes:
+    if isinstance(file, io.BytesIO):
+        return file.getvalue()[:HEAD]
+    with open(file, "rb") as stream:
+        return stream.read(HEAD)

@@ -5,7 +5,7 @@ copies training views to the GPU; `mimref.data.views` then changes their colours
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import starmap
 from typing import NamedTuple, TypeVar
@@ -47,6 +47,8 @@ class CropBatch(NamedTuple):
     """Their positions in the data set."""
     bad: list[tuple[str, str]]
     """Path and reason of the others."""
+    traits: list[int]
+    """Of the images that could be read, see `mimref.data.traits`."""
 
 
 class _CropDataset(BatchDataset[CropBatch]):
@@ -55,10 +57,14 @@ class _CropDataset(BatchDataset[CropBatch]):
         self.transform = transform
 
     def __getitem__(self, batch: range) -> CropBatch:
-        crops, good, bad = self.read(batch, lambda index: self.transform.crop(self.source.read(index)))
+        read, good, bad = self.read(batch, self._crop)
         size = self.transform.image_size
-        stacked = torch.stack(crops) if crops else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return CropBatch(batch.stop, stacked, good, bad)
+        stacked = torch.stack([crop for crop, _ in read]) if read else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return CropBatch(batch.stop, stacked, good, bad, [traits for _, traits in read])
+
+    def _crop(self, index: int) -> tuple[Tensor, int]:
+        decoded = self.source.read_reduced(index, None)
+        return self.transform.crop(decoded.image.contiguous()), decoded.traits
 
 
 def crop_batches(
@@ -71,7 +77,12 @@ def crop_batches(
     """
     size = len(source)
     batches = [range(at, min(size, at + batch_size)) for at in range(start, size, every * batch_size)]
-    return load(_CropDataset(source, transform), batches, workers=workers)
+
+    def recorded(batch: CropBatch) -> CropBatch:
+        source.record(batch.indices, batch.traits)
+        return batch
+
+    return map(recorded, load(_CropDataset(source, transform), batches, workers=workers))
 
 
 # --- training views
@@ -88,6 +99,8 @@ class ViewBatch:
     """One tensor (B, V, 3, S, S) uint8 for each crop group."""
     bad: list[tuple[str, str]]
     """Path and reason of every image of the batch that could not be read."""
+    traits: list[int] = field(default_factory=list)
+    """Of the images that could be read, see `mimref.data.traits`."""
 
     def pin_memory(self) -> "ViewBatch":
         """The same batch in page-locked memory."""
@@ -113,7 +126,7 @@ class _ViewDataset(BatchDataset[ViewBatch]):
         decoded, good, bad = self.read(indices, decode)
         sample_B = torch.tensor(good, dtype=torch.int64)
         crops = [cut_group(decoded, group, self.seed, epoch, sample_B) for group in self.groups]
-        return ViewBatch(epoch, sample_B, crops, bad)
+        return ViewBatch(epoch, sample_B, crops, bad, [each.traits for each in decoded])
 
 
 def _epoch_batches(
@@ -156,7 +169,12 @@ def view_batches(
     part = share(batch_size, rank, world)
     batches = _epoch_batches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every, part=part)
     dataset = _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg)
-    return load(dataset, batches, workers=workers, pin_memory=pin_memory)
+
+    def recorded(batch: ViewBatch) -> ViewBatch:
+        source.record(batch.sample_B.tolist(), batch.traits)
+        return batch
+
+    return map(recorded, load(dataset, batches, workers=workers, pin_memory=pin_memory))
 
 
 def check_batch_size(batch_size: int, images: int) -> None:

@@ -8,6 +8,7 @@ from mimref.config.base import DataConfig
 from mimref.data.decode import printable
 from mimref.data.index.remote import is_remote
 from mimref.data.labels import first_images
+from mimref.data.pixels import Decoding
 from mimref.data.readers.folder import open_folder
 from mimref.data.readers.hf import open_hugging_face
 from mimref.data.readers.named import open_digits, open_fashion_mnist, open_torchvision
@@ -68,6 +69,7 @@ def open_source(
             raise DataError(f"the {split} images have no labels, which this needs; {_HOW_TO_LABEL[_prefix(spec)]}")
     except DataError as error:
         raise type(error)(f"--data {printable(spec)}: {error}") from error
+    source.decoding = Decoding(data.orientation or "file", data.alpha or "drop", data.range or "type")
     if split == "train" and data.train_limit is not None:
         source.select(first_images(len(source), source.labels, limit=data.train_limit))
     return source

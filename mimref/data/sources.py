@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mimref.data.decode import Decoded, Reduce, decode_file, printable
 from mimref.data.labels import Indices
+from mimref.data.pixels import USUAL, Decoding
+from mimref.data.traits import READ, notices
 from mimref.errors import DataError
 
 Split = Literal["train", "val"]
@@ -35,6 +37,9 @@ class ImageSource(ABC):
     """Names of classes 0, 1, ..., or None without labels."""
     in_memory: bool = False
     """Whether reading needs no decoding, so that loader processes would not pay off."""
+    decoding: Decoding = USUAL
+    """How encoded images become pixels."""
+    _traits: NDArray[np.uint8] | None = None
 
     @property
     @abstractmethod
@@ -56,6 +61,16 @@ class ImageSource(ABC):
         """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
         image = self.read(index)
         return Decoded(image[None].contiguous(memory_format=torch.channels_last)[0], *image.shape[1:])
+
+    def record(self, indices: Sequence[int], traits: Sequence[int]) -> None:
+        """Remember the traits of images that a loader has read, see `mimref.data.traits`."""
+        if self._traits is None:
+            self._traits = np.zeros(len(self), dtype=np.uint8)
+        self._traits[indices] |= np.array(traits, dtype=np.uint8) | READ
+
+    def notices(self, what: str = "images") -> list[str]:
+        """What is peculiar about the images read so far, a line each. what: which images these are."""
+        return [] if self._traits is None else notices(self._traits, self.path, what)
 
     def fetch(self, indices: Sequence[int]) -> None:  # noqa: B027
         """Request from a server, all at once, the images to be read next. Raises DataError when the server fails."""
@@ -189,7 +204,7 @@ class FileSource(EncodedSource):
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `ImageSource`."""
-        return decode_file(os.path.join(self.folder, self.files[self.rows[index]]), reduce)
+        return decode_file(os.path.join(self.folder, self.files[self.rows[index]]), reduce, self.decoding)
 
     def path(self, index: int) -> str:
         """The file's path, as far as the user gave it, with odd characters escaped."""
@@ -207,6 +222,7 @@ class Subset(ImageSource):
     def __init__(self, source: ImageSource, rows: Indices) -> None:
         self.source, self.rows = source, rows
         self.name, self.in_memory, self.class_names = source.name, source.in_memory, source.class_names
+        self.decoding = source.decoding
         self.labels = None if source.labels is None else source.labels[rows]
 
     @property
@@ -224,6 +240,18 @@ class Subset(ImageSource):
     def read(self, index: int) -> Tensor:
         """See `ImageSource`."""
         return self.source.read(int(self.rows[index]))
+
+    def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
+        """See `ImageSource`."""
+        return self.source.read_reduced(int(self.rows[index]), reduce)
+
+    def record(self, indices: Sequence[int], traits: Sequence[int]) -> None:
+        """See `ImageSource`."""
+        self.source.record(self.rows[indices].tolist(), traits)
+
+    def notices(self, what: str = "images") -> list[str]:
+        """Of the whole source."""
+        return self.source.notices(what)
 
     def path(self, index: int) -> str:
         """Its name in the source."""

@@ -90,7 +90,7 @@ def _check(config: CompareConfig, opened: Opened, checks: Checks) -> None:
         if "knn" in config.protocols:
             checks.run("k", lambda: check_neighbours(config.k, train_y))
         if "lowshot" in config.protocols:
-            checks.run("shots", lambda: check_shots(config.shots, train_y))
+            checks.run("shots", lambda: check_shots(config.shots, train_y, opened.class_names("train")))
     checks.finish()
 
 
@@ -104,7 +104,7 @@ def labelled_splits(data: DataConfig) -> tuple[ImageSource, ImageSource]:
     """
     train, test = open_source(data, "train", need_labels=True), open_source(data, "val", need_labels=True)
     assert train.labels is not None and test.labels is not None
-    number_labels(train.labels, test.labels)
+    number_labels(train.labels, test.labels, train.class_names)
     return train, test
 
 

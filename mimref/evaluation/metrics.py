@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mimref.data.decode import printable
 from mimref.errors import Checks, DataError
 from mimref.features.encode import Column, Features
 from mimref.features.matrix import Labels, Matrix
@@ -75,26 +76,27 @@ def check_splits(train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Label
     return number_labels(train_y, test_y)
 
 
-def number_labels(train_y: Labels, test_y: Labels) -> tuple[Labels, Labels, Labels]:
+def number_labels(train_y: Labels, test_y: Labels, names: Sequence[str] | None = None) -> tuple[Labels, Labels, Labels]:
     """The training classes in ascending order (C,), and the labels of both splits as positions in them, 0 to C-1.
 
-    Raises DataError for a single class, and for a test class without training images.
+    names: see `name_classes`. Raises DataError for a single class, and for a test class without training images.
     """
-    classes, train = number_classes(train_y, "train")
+    classes, train = number_classes(train_y, "train", names)
     missing = np.setdiff1d(test_y, classes)
     if len(missing):
-        raise DataError(f"test: class {missing[0]} has no training image; add some or leave the class out")
+        raise DataError(f"test: class {show_class(missing[0], names)} has no training image; add some or leave it out")
     return classes, train, np.searchsorted(classes, test_y)
 
 
-def number_classes(y: Labels, name: str) -> tuple[Labels, Labels]:
+def number_classes(y: Labels, name: str, names: Sequence[str] | None = None) -> tuple[Labels, Labels]:
     """The classes of y (N,) in ascending order (C,), and y as positions in them. Raises DataError for a single class.
 
-    name: of the images, for the message.
+    name: of the images, for the message. names: see `name_classes`.
     """
     classes, numbers = np.unique(y, return_inverse=True)
     if len(classes) < 2:
-        raise DataError(f"{name}: all images are of class {classes[0]}; give images of at least two classes")
+        only = show_class(classes[0], names)
+        raise DataError(f"{name}: all images are of class {only}; give images of at least two classes")
     return classes, numbers
 
 
@@ -102,8 +104,27 @@ def check_labels(opened: Opened, checks: Checks) -> Labels | None:
     """Check the labels of training and validation images as `number_labels` does; returns those of training images."""
     train_y, test_y = opened.labels("train"), opened.labels("val")
     if train_y is not None and test_y is not None:
-        checks.run("data.spec", lambda: number_labels(train_y, test_y))
+        checks.run("data.spec", lambda: number_labels(train_y, test_y, opened.class_names("train")))
     return train_y
+
+
+def name_classes(labels: Labels, names: Sequence[str] | None) -> list[str] | list[int]:
+    """What results call these classes: their names, or their labels where these are the names or there are none.
+
+    names: of classes 0, 1, ..., or None.
+    """
+    numbers = [int(label) for label in labels]
+    found = [names[label] if names and 0 <= label < len(names) else str(label) for label in numbers]
+    if found == list(map(str, numbers)):
+        return numbers
+    # Names of folders may hold bytes that no text file can, and csv writers leave \r without quotes.
+    sound = (name.encode(errors="replace").decode() == name and not {"\r", "\0"} & set(name) for name in found)
+    return [name if fits else printable(name) for name, fits in zip(found, sound, strict=True)]
+
+
+def show_class(label: int | np.integer, names: Sequence[str] | None) -> str:
+    """A class in a message."""
+    return printable(str(name_classes(np.array([label]), names)[0]))
 
 
 def labelled(features: Features, columns: Sequence[Column]) -> tuple[Matrix, Labels]:

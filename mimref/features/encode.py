@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.data.decode import BadImages
+from mimref.data.decode import BadImages, none_readable
 from mimref.data.loader import crop_batches, loader_workers
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.devices import autocast
 from mimref.encoders.backbones import TokenEncoder
-from mimref.errors import ConfigError, DataError
+from mimref.errors import ConfigError
 from mimref.features.matrix import Labels, Matrix, SideBySide
 from mimref.progress import Progress
 
@@ -54,8 +54,12 @@ class Features:
     """(N,) position of every row in the data set."""
     y: Labels | None = None
     """(N,) labels; None for unlabelled images."""
+    class_names: list[str] | None = None
+    """Of labels 0, 1, ..., if they have names."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     """Path and reason of every image left out."""
+    notices: list[str] = field(default_factory=list)
+    """What is peculiar about the images, a line each."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -147,9 +151,11 @@ def _batches(
     every: int = 1,
 ) -> Iterator[Batch]:
     bad = BadImages(settings.max_bad)
+    bad.some_readable = False
     size, workers = settings.batch_size, loader_workers(settings.workers, source)
     batches = crop_batches(source, settings.transform, batch_size=size, workers=workers, start=start, every=every)
     for batch in batches:
+        bad.some_readable |= bool(batch.indices)
         for path, reason in batch.bad:
             bad.add(path, reason)
         columns = [column_BD.float().cpu().numpy() for column_BD in encode(batch.crops)] if batch.indices else []
@@ -210,7 +216,7 @@ def gather(
         if progress:
             progress(batch.end, images)
     if not indices:
-        raise DataError(f"{name}: no readable image")
+        raise none_readable(name, bad)
     found = {column: array[: len(indices)] for column, array in zip(columns, arrays, strict=True)}
     return Features(found, np.asarray(indices, dtype=np.int64), bad=bad)
 
@@ -247,4 +253,5 @@ def raw_pixels(source: ImageSource, settings: PassSettings) -> Features:
 def labelled(features: Features, source: ImageSource) -> Features:
     """The features with the labels of their images, if there are any."""
     features.y = None if source.labels is None else source.labels[features.indices]
+    features.class_names = source.class_names
     return features

@@ -17,7 +17,7 @@ from mimref.features.encode import Column, Features
 
 
 class FeatureFiles:
-    """Features from two .npz files with `x`, (N, D) or (N, blocks, D), and `y`, (N,)."""
+    """Features from two .npz files with `x`, (N, D) or (N, blocks, D), `y`, (N,), and perhaps `class_names`."""
 
     data: DataConfig | None = None
 
@@ -30,6 +30,9 @@ class FeatureFiles:
         if len(depths) > 1:
             raise DataError(f"{train_file} and {val_file} have features of different numbers of blocks")
         self.depth = depths.pop()
+        names = [features.class_names for features in self._features.values()]
+        if None not in names and names[0] != names[1]:
+            raise DataError(f"{train_file} and {val_file} have different class_names; extract both from one data set")
         self.bad: list[tuple[str, str]] = []
 
     def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
@@ -43,6 +46,10 @@ class FeatureFiles:
         """`y`."""
         return self._features[split].y
 
+    def class_names(self, split: Split) -> list[str] | None:
+        """`class_names`, if the file has them."""
+        return self._features[split].class_names
+
 
 def read_features(path: str) -> Features:
     """The content of one file. Raises DataError for a file that is damaged or holds something else."""
@@ -52,6 +59,7 @@ def read_features(path: str) -> Features:
             raise DataError(f"{path}: has no arrays x (features) and y (labels); write it with np.savez")
         with file:
             x, y = file["x"], file["y"]
+            names = file["class_names"] if "class_names" in file.files else None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as .npz ({error})") from error
     if x.ndim not in (2, 3) or y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iu" or x.dtype.kind not in "fiu":
@@ -59,7 +67,12 @@ def read_features(path: str) -> Features:
             f"{path}: x has shape {x.shape} and type {x.dtype}, y {y.shape} and {y.dtype}; x must be real numbers "
             "(N, D) or (N, blocks, D), and y integers (N,)"
         )
+    if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
+        raise DataError(
+            f"{path}: class_names has shape {names.shape} and type {names.dtype}; give one text per class, or none"
+        )
     x = x if x.dtype in (np.float16, np.float32) else x.astype(np.float32)
     blocks: list[NDArray[Any]] = [x] if x.ndim == 2 else list(x.swapaxes(0, 1))
     columns = {Column(number, "cls"): block for number, block in enumerate(blocks, 1)}
-    return Features(columns, np.arange(len(x)), y.astype(np.int64))
+    class_names = None if names is None else [str(name) for name in names]
+    return Features(columns, np.arange(len(x)), y.astype(np.int64), class_names)

@@ -13,34 +13,37 @@ from mimref.encoders.backbones import BackboneArchitecture, timm_record
 from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError, ConfigError
 
-_RECORDED = ("spec", "root", "train_limit")
+_IMAGES = ("spec", "root", "train_limit")
+_DECODING = ("orientation", "alpha", "range")
 
 
 def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
-    """`data` unchanged if it names images, else the images that the header records.
+    """`data` if it names images, else the images that the header records; decoded as the header records.
 
     Single values that the user sets override the recorded ones. Raises ConfigError asking for --data when neither names
     images, CheckpointError when the record cannot be read.
     """
-    if data.spec is not None:
-        return data
     recorded = header.get("data") or {}
+    keys = _DECODING if data.spec is not None else (*_IMAGES, *_DECODING)
+    missing = [key for key in keys if getattr(data, key) is None]
+    if data.spec is not None and not (isinstance(recorded, Mapping) and recorded.keys() & missing):
+        return data
     try:
         if not isinstance(recorded, Mapping):
             raise TypeError("not a table")
-        known = DataConfig.model_validate({key: recorded[key] for key in _RECORDED if key in recorded})
+        known = DataConfig.model_validate({key: recorded[key] for key in missing if key in recorded})
     except (ValidationError, TypeError) as error:
-        raise CheckpointError(
-            f"the checkpoint's record of its data, {recorded!r}, is not valid; pass --data"
-        ) from error
-    if known.spec is None:
+        advice = "pass --data" if data.spec is None else "set data.orientation, data.alpha and data.range"
+        raise CheckpointError(f"the checkpoint's record of its data, {recorded!r}, is not valid; {advice}") from error
+    if data.spec is None and known.spec is None:
         raise ConfigError(f"no images: pass --data ({ACCEPTED})")
-    return data.model_copy(update={key: getattr(known, key) for key in _RECORDED if getattr(data, key) is None})
+    return data.model_copy(update={key: getattr(known, key) for key in missing})
 
 
 def data_record(data: DataConfig) -> dict[str, Any]:
     """What a header records of the data, for `resolve_data`; folders as absolute paths."""
-    recorded = {key: getattr(data, key) for key in _RECORDED}
+    recorded = {key: getattr(data, key) for key in _IMAGES}
+    recorded |= {key: value for key in _DECODING if (value := getattr(data, key)) is not None}
     if data.root is not None:
         recorded["root"] = os.path.abspath(os.path.expanduser(data.root))
     if data.spec is not None:

@@ -5,14 +5,14 @@ pass, and of which columns. The other ranks wait for its decision, and read what
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mimref.data.decode import BadImages
+from mimref.data.decode import BadImages, first_bad
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, Split
 from mimref.devices import resolve_device, resolve_precision
@@ -123,13 +123,13 @@ class EncoderInputs:
                 self._follow(self.source(split))
                 self._cached[split] = [*self._cached.get(split, []), *missing]
             elif missing:
-                self._add(split, missing)
+                self._add(split, missing, tell=own_rank() == 0)
 
     def features(self, split: Split) -> Features:
         """The prepared columns."""
         if split in self._cached:
             with without_group():
-                self._add(split, self._cached.pop(split))
+                self._add(split, self._cached.pop(split), tell=False)  # rank 0 has
         return self._features[split]
 
     def labels(self, split: Split) -> Labels | None:
@@ -137,7 +137,16 @@ class EncoderInputs:
         prepared = split in self._features or split in self._cached
         return self.features(split).y if prepared else self.source(split).labels
 
-    def _add(self, split: Split, wanted: list[Column]) -> None:
+    def class_names(self, split: Split) -> list[str] | None:
+        """Names of classes 0, 1, ..."""
+        return self.source(split).class_names
+
+    def tell(self, split: Split, lines: Sequence[str] | None = None) -> None:
+        """Warn about what is peculiar about the images; lines: of their cached features."""
+        for line in self.source(split).notices(f"{SPLIT_NAMES[split]} images") if lines is None else lines:
+            self.listener.warn(line)
+
+    def _add(self, split: Split, wanted: list[Column], *, tell: bool) -> None:
         found = self._load(split, wanted)
         have = self._features.get(split)
         if have is not None and np.array_equal(have.indices, found.indices):
@@ -147,21 +156,27 @@ class EncoderInputs:
             bad = BadImages(self.config.data.max_bad)
             for path, reason in found.bad:
                 bad.add(path, reason)
-            path, reason = found.bad[0]
-            what = f"{len(found.bad)} {SPLIT_NAMES[split]} images"
-            self.listener.warn(f"{what} are left out; the first: {path} ({reason})")
+        if found.bad and tell:
+            what = f"{len(found.bad)} of {len(self.source(split))} {SPLIT_NAMES[split]} images"
+            self.listener.warn(f"{what} cannot be read and are left out: {first_bad(found.bad)}")
+        if tell:
+            self.tell(split, found.notices)
 
     def _load(self, split: Split, wanted: list[Column]) -> Features:
         """Columns from the cache, or from a pass of the encoder."""
         source = self.source(split)
         progress = partial(self.listener.progress, f"features of {SPLIT_NAMES[split]} images")
+        notices = partial(source.notices, f"{SPLIT_NAMES[split]} images")
         if self._folder is None:
-            return extract(self.encoder, source, self.settings, wanted, progress=progress)
+            features = extract(self.encoder, source, self.settings, wanted, progress=progress)
+            return replace(features, notices=notices())
         cache = FeatureCache(self._folder, self.listener, self.config.cache.dtype)
         resolution, also = self.settings.transform.image_size, self._everything(len(source))
         about = {"model": self.name, "data": source.name, "split": split, "resolution": resolution}
         run_pass = partial(self._lead, source)
-        found = cache.columns(self._spec(source), wanted, run_pass, also=also, about=about, progress=progress)
+        found = cache.columns(
+            self._spec(source), wanted, run_pass, also=also, about=about, notices=notices, progress=progress
+        )
         if world_size() > 1:
             end_requests()
         return labelled(found, source)
@@ -205,6 +220,8 @@ class EncoderInputs:
             "images": len(source),
             "transform": self.settings.transform.to_dict(),
             "precision": str(self.settings.precision).removeprefix("torch."),
+            # Only where it is not the default, so that features cached before are found.
+            **({"decoding": changes} if (changes := source.decoding.changes()) and not source.in_memory else {}),
         }
 
     def _architecture_record(self) -> dict[str, Any]:

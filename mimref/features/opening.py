@@ -38,6 +38,12 @@ class Opened:
             return self.inputs.labels(split)
         return self.sources[split].labels if split in self.sources else None
 
+    def class_names(self, split: Split) -> list[str] | None:
+        """Names of classes 0, 1, ..., if they are known."""
+        if isinstance(self.inputs, FeatureFiles):
+            return self.inputs.class_names(split)
+        return self.sources[split].class_names if split in self.sources else None
+
 
 def open_encoder(
     config: EncoderPassConfig,

@@ -202,6 +202,8 @@ def _compare(run: TrainingRun, plan: Plan, method: Method, refined: Encoder) -> 
 
     rows, bad = before_after(config, images, encoders(), settings, run.listener.progress, protocols=protocols)
     run.skipped.add_evaluated(bad)
+    for notice in images[1].notices("validation images"):
+        run.listener.warn(notice)
     return rows
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from mimref.data.decode import printable
 from mimref.results import Row
 
 LABELS = {
@@ -95,8 +96,8 @@ def format_value(row: Row, *, spread: bool = True) -> str:
 
 
 def format_setting(value: str | int | float) -> str:
-    """A setting's value, floats without trailing zeros."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A setting's value, floats without trailing zeros; control characters of names are escaped."""
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
 
 
 def scores_line(rows: Sequence[Row]) -> str:

@@ -28,6 +28,7 @@ class Terminal(Listener):
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
         self._open = ExitStack()
+        self._warned: set[str] = set()
         self._label: str | None = None
         self._bar: ProgressDisplay | None = None
 
@@ -56,8 +57,10 @@ class Terminal(Listener):
             self._print(message)
 
     def warn(self, message: str) -> None:
-        """Print a line that asks for attention."""
-        self._print(f"warning: {message}")
+        """Print a line that asks for attention, once: several encoders may read the same images."""
+        if message not in self._warned:
+            self._warned.add(message)
+            self._print(f"warning: {message}")
 
     def _print(self, line: str) -> None:
         # A line printed past a live bar would tear it.

@@ -181,6 +181,8 @@ class GradientJob(Job[ViewBatch]):
     """Updates of earlier jobs of the same run."""
     updated = False
     """Whether the last batch was not skipped."""
+    images_read = 0
+    """Readable images so far, over all ranks."""
 
     def __init__(
         self,
@@ -219,6 +221,7 @@ class GradientJob(Job[ViewBatch]):
         """One optimizer step, without a device sync. A batch that unreadable images leave too small is skipped."""
         self.skip(batch.bad)
         images = total_over_ranks(len(batch.sample_B))
+        self.images_read += images
         self.updated = images >= self.smallest_batch
         if not self.updated:
             return

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mimref.config.run import RunConfig
-from mimref.data.decode import BadImages
+from mimref.data.decode import NAMED_BAD_IMAGES, BadImages, first_bad
 from mimref.distributed.group import own_rank
 from mimref.errors import OutputError
 from mimref.files import write_bytes
@@ -84,8 +84,6 @@ def open_log(config: RunConfig, out: Path, state: Mapping[str, Any] | None, list
 class SkippedImages:
     """Images that a run skips because they cannot be read: a warning early on, and one at the end if there are more."""
 
-    NAMED = 3
-
     def __init__(self, max_bad: int, listener: Listener) -> None:
         self._bad, self._listener = BadImages(max_bad), listener
         self._evaluated: dict[str, str] = {}
@@ -111,7 +109,6 @@ class SkippedImages:
         if len(items) <= self._reported or (once and self._reported):
             return
         self._reported = len(items)
-        named = ", ".join(f"{path} ({reason})" for path, reason in items[: self.NAMED])
-        more = ", ... (all are in results.json)" if len(items) > self.NAMED else ""
+        more = " (all are in results.json)" if len(items) > NAMED_BAD_IMAGES else ""
         count = "1 unreadable image" if len(items) == 1 else f"{len(items)} unreadable images"
-        self._listener.warn(f"{count} skipped: {named}{more}")
+        self._listener.warn(f"{count} skipped: {first_bad(items)}{more}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mimref.config.run import RunConfig
+from mimref.data.decode import none_readable
 from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
 from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup
@@ -44,6 +45,8 @@ class TrainingRun:
         self.resume, self.force = resume, force
         self.listener = listener if listener and own_rank() == 0 else Silent()
         self.skipped = SkippedImages(config.data.max_bad, self.listener)
+        self.told = False
+        """Whether peculiar training images have been reported."""
         self.elapsed_s = 0.0
         """Of training."""
 
@@ -193,7 +196,14 @@ class Stage(GradientJob):
         run = self.run
         run.elapsed_s = self.elapsed_s
         run.skipped.add(gather_lists(run.skipped.items))
+        # An epoch of nothing but unreadable images, on all ranks.
+        if not self.images_read and len(run.skipped.items) >= self.steps_per_epoch * run.config.batch_size:
+            raise none_readable(self.source.name, run.skipped.items)
         run.skipped.report(once=True)
+        if not run.told:
+            run.told = True
+            for notice in self.source.notices("training images"):
+                run.listener.warn(notice)
         run.folder.save_state(
             lambda: {
                 "step": self.first_step + self.step,

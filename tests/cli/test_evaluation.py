@@ -268,7 +268,8 @@ def test_extract_and_evaluate_the_arrays(folder: Path, tmp_path: Path, capsys: p
         file = str(tmp_path / f"{split}.npz")
         assert run(line("extract", folder, "--split", split, "--blocks", "all", "--out", file, "--quiet")) == 0
     with np.load(tmp_path / "val.npz") as file:
-        assert file.files == ["x", "y", "paths"]
+        assert file.files == ["x", "y", "class_names", "paths"]
+        assert file["class_names"].tolist() == ["a", "b"]
         assert file["x"].shape == (16, 4, 32) and file["x"].dtype == np.float32
         assert file["y"].tolist() == [0] * 8 + [1] * 8 and file["paths"][0].endswith("data/val/a/000.png")
     files = ["--features", str(tmp_path / "train.npz"), str(tmp_path / "val.npz")]
@@ -279,6 +280,8 @@ def test_extract_and_evaluate_the_arrays(folder: Path, tmp_path: Path, capsys: p
             assert run([*command, *given, "--out", str(out), "--quiet"]) == 0, capsys.readouterr().err
             outs.append([row["value"] for row in results(out)["metrics"]])
     assert outs[:3] == outs[3:]
+    assert run(["knn", "--per-class", *files, "--out", str(tmp_path / "named"), "--quiet"]) == 0
+    assert [row.get("class") for row in results(tmp_path / "named")["metrics"]][1:3] == ["a", "b"]
     assert run(["probe", "--cached", *files, "--epochs", "2", "--quiet"]) == 0
     assert run(["knn", str(folder / "base.safetensors"), *files]) == 2
     assert "--features" in capsys.readouterr().err
@@ -382,7 +385,7 @@ def test_an_interrupted_probe_resumes(
 MISTAKES = {
     "knn --k 49": ("--k 49", "48"),
     "knn --blocks 5": ("block 5", "1 to 4"),
-    "lowshot --shots 25": ("class 0", "24", "25"),
+    "lowshot --shots 25": ("class a", "24", "25"),
     "cluster --metrics acc,nmj": ("'nmj'",),
     "cluster --classes a,z": ("'z'",),
     "cluster --umap figure.jpg": ("--umap figure.jpg", ".png"),

@@ -55,11 +55,13 @@ class TableSource(EncodedSource):
             raise BadImage(self.path(index), reason_of(error)) from error
         content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if content is not None:
-            return decode_content(content, self.path(index), reduce)
+            return decode_content(content, self.path(index), reduce, self.decoding)
         if path and os.path.isabs(path):  # how the library refers to files that it has downloaded one by one
-            return decode_file(path, reduce)
-        reason = f"not in the table, which names {printable(path)} instead" if path else "no image in this row"
-        raise BadImage(self.path(index), reason)
+            return decode_file(path, reduce, self.decoding)
+        if not path:
+            raise BadImage(self.path(index), "no image in this row")
+        files = printable(self.files[0]) + (", ..." if len(self.files) > 1 else "")
+        raise BadImage(self.path(index), f"not in the table {files}, which names {printable(path)} instead")
 
     def path(self, index: int) -> str:
         """`FOLDER/SPLIT[ROW]`, with rows counted from 0 and odd characters escaped."""

@@ -85,7 +85,7 @@ class ShardSource(EncodedSource):
             raise BadImage(self.path(index), reason_of(error).lower()) from error
         if len(content) < size:
             raise BadImage(self.path(index), "its shard is shorter than when it was listed")
-        return decode_content(content, self.path(index), reduce)
+        return decode_content(content, self.path(index), reduce, self.decoding)
 
     def _place(self, index: int) -> tuple[str, int, int]:
         """Shard of an image, its first byte in the shard, and its number of bytes."""

@@ -66,6 +66,7 @@ def evaluate_blocks(
                     seed=config.seed,
                     progress=partial(listener.progress, f"decoders of {inputs.name}"),
                 )
+                inputs.tell("train")
                 found += reconstruction.rows
                 bad += reconstruction.bad
         rows += named(found, inputs.name, {"pool": config.pool})

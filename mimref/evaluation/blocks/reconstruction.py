@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mimref.config.run import OptimizerConfig, ViewsConfig
-from mimref.data.decode import BadImages
+from mimref.data.decode import BadImages, none_readable
 from mimref.data.loader import ViewBatch, check_batch_size, crop_batches, loader_workers, view_batches
 from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup, Photometric
@@ -34,7 +34,7 @@ from mimref.encoders.masking import (
     patchify,
 )
 from mimref.encoders.vit import Architecture, Encoder
-from mimref.errors import ConfigError, DataError, DivergenceError
+from mimref.errors import ConfigError, DivergenceError
 from mimref.evaluation.blocks.config import ReconstructionConfig
 from mimref.evaluation.blocks.statistics import delta_rows
 from mimref.features.encode import PassSettings
@@ -208,7 +208,7 @@ class DecodersJob(GradientJob):
                 count += len(batch.indices)
             report(done)
         if not count:
-            raise DataError(f"{source.name}: no readable image")
+            raise none_readable(source.name, self.bad.items)
         self._check_finite(total, "on the validation images")
         return [float(loss) for loss in total / count]
 

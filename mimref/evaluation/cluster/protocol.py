@@ -74,7 +74,7 @@ def evaluate_cluster(
     checks.run("metrics", lambda: check_metrics(config.metrics))
     opened = open_inputs(config, listener, checks, (config.split,))
     groups = column_groups(config, opened.inputs, checks)
-    names = opened.sources[config.split].class_names if opened.sources else None
+    names = opened.class_names(config.split)
     chosen_classes = _check_classes(config, opened.labels(config.split), names, checks, embed)
     inputs = opened.checked(checks)
     classes = checks.finished(chosen_classes)

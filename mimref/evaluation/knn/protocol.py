@@ -22,6 +22,7 @@ from mimref.evaluation.metrics import (
     check_labels,
     check_splits,
     labelled,
+    name_classes,
     percent,
     progress_label,
     row_blocks,
@@ -64,6 +65,7 @@ def evaluate_knn(
             tau=config.tau,
             standardize=config.standardize,
             per_class=config.per_class,
+            class_names=inputs.class_names("train"),
             device=config.device,
             progress=partial(listener.progress, progress_label("nearest neighbours", where)),
         )
@@ -96,6 +98,7 @@ def knn(
     tau: Sequence[float] = (0.07,),
     standardize: bool = True,
     per_class: bool = False,
+    class_names: Sequence[str] | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Row]:
@@ -105,9 +108,9 @@ def knn(
     standard deviation, then scaled to unit length. Each of the k most cosine-similar training images votes for its
     class with weight exp(similarity / tau). Rows `knn_top1` and, from five classes on, `knn_top5` (the class has votes,
     and fewer than five classes have more), in percent, with `k` and `tau`. per_class: for every setting also one
-    `knn_top1` per class of the test images (its recall), with `class` (the label) and `images`; `main_rows` leaves
-    these out. Training features that do not vary have no nearest ones: all values are NaN. In a process group all ranks
-    pass the same features and labels, see `find_neighbours`.
+    `knn_top1` per class of the test images (its recall), with `class` (its name in `class_names`, those of labels 0, 1,
+    ..., else the label) and `images`; `main_rows` leaves these out. Training features that do not vary have no nearest
+    ones: all values are NaN. In a process group all ranks pass the same features and labels, see `find_neighbours`.
     Raises ConfigError for k beyond the training set, DataError for features or labels that cannot be used.
     """
     classes, labels, truth = check_splits(train_x, train_y, test_x, test_y)
@@ -123,8 +126,9 @@ def knn(
         if len(classes) >= 5:
             rows.append({"metric": "knn_top5", "value": percent(np.mean(rank < 5)), "k": k_, "tau": tau_})
     if per_class:
+        shown = name_classes(classes, class_names)
         for (k_, tau_), rank in ranks.items():
-            rows += _class_rows(classes, truth, rank, {"k": k_, "tau": tau_})
+            rows += _class_rows(shown, truth, rank, {"k": k_, "tau": tau_})
     return rows if vary(train_x) else [{**row, "value": math.nan} for row in rows]
 
 
@@ -135,13 +139,13 @@ def knn_accuracy(
     return float(knn(train_x, train_y, test_x, test_y, k=(k,), tau=(tau,), device=device)[0]["value"])
 
 
-def _class_rows(classes: Labels, truth: Labels, rank: Labels, setting: Row) -> list[Row]:
-    """Recall of every class that has test images. classes (C,): labels; truth, rank (M,), see `label_ranks`."""
+def _class_rows(classes: Sequence[str | int], truth: Labels, rank: Labels, setting: Row) -> list[Row]:
+    """Recall of every class that has test images. classes: how to call them; truth, rank (M,), see `label_ranks`."""
     images = np.bincount(truth, minlength=len(classes))
     hits = np.bincount(truth[rank < 1], minlength=len(classes))
     return [
-        {"metric": "knn_top1", "value": percent(hits[c] / images[c]), **setting, "class": int(label), "images": int(n)}
-        for c, (label, n) in enumerate(zip(classes, images, strict=True))
+        {"metric": "knn_top1", "value": percent(hits[c] / images[c]), **setting, "class": shown, "images": int(n)}
+        for c, (shown, n) in enumerate(zip(classes, images, strict=True))
         if n
     ]
 

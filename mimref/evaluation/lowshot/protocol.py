@@ -12,13 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
+from mimref.data.decode import printable
 from mimref.data.sources import ImageSource
 from mimref.distributed.group import end_group
 from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.lowshot.config import LowshotConfig
 from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.lowshot.split_files import read_split_files
-from mimref.evaluation.metrics import check_labels, check_splits, labelled, percent, progress_label, row_blocks, spread
+from mimref.evaluation.metrics import (
+    check_labels,
+    check_splits,
+    labelled,
+    name_classes,
+    percent,
+    progress_label,
+    row_blocks,
+    show_class,
+    spread,
+)
 from mimref.features.inputs import column_groups, prepare_groups
 from mimref.features.matrix import Labels, Matrix
 from mimref.features.opening import open_inputs
@@ -47,7 +58,7 @@ def evaluate_lowshot(
         if config.split_files:
             checks.run("split_files", lambda: _listed(config, opened.sources.get("train"), np.arange(len(train_y))))
         else:
-            checks.run("shots", lambda: check_shots(config.shots, train_y))
+            checks.run("shots", lambda: check_shots(config.shots, train_y, opened.class_names("train")))
     inputs = opened.checked(checks)
     prepare_groups(groups, inputs)
     if not end_group():
@@ -64,6 +75,7 @@ def evaluate_lowshot(
             shots=config.shots,
             splits=splits,
             seed=config.seed,
+            class_names=inputs.class_names("train"),
             progress=partial(listener.progress, progress_label("logistic regressions", where)),
         )
         rows += named(found, inputs.name, where)
@@ -82,12 +94,12 @@ def default_splits(images: int) -> int:
     return 3 if images >= 10_000 else 20
 
 
-def check_shots(shots: Sequence[int], y: Labels) -> None:
-    """Raise DataError for a class of fewer images than shots."""
+def check_shots(shots: Sequence[int], y: Labels, names: Sequence[str] | None = None) -> None:
+    """Raise DataError for a class of fewer images than shots. names: of labels 0, 1, ..., for the message."""
     classes, counts = np.unique(y, return_counts=True)
     if counts.min() < max(shots):
         raise DataError(
-            f"class {classes[counts.argmin()]} has only {counts.min()} training images, too few for "
+            f"class {show_class(classes[counts.argmin()], names)} has only {counts.min()} training images, too few for "
             f"{max(shots)} shots; use fewer shots"
         )
 
@@ -101,6 +113,7 @@ def lowshot(
     shots: Sequence[int] = (1, 2, 5),
     splits: int | Sequence[Sequence[int] | Labels] = 3,
     seed: int = 0,
+    class_names: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Top-1 accuracy in percent of logistic regression on `shots` training images per class (Appendix C.5).
@@ -111,13 +124,14 @@ def lowshot(
     The test rows are read in blocks, once per split. Rows, all `lowshot_top1` with `protocol` (the low-shot results of
     MIM models in Table 2 are fine-tuned, and not comparable): per number of shots first one with `value` = `mean`,
     `std` (ddof 1; 0 for one split) and `splits` (see `main_rows`), then one per `split`.
+    class_names: of labels 0, 1, ..., for messages.
     Raises DataError for a class with too few images and for features or labels that cannot be used.
     """
     classes, labels, truth = check_splits(train_x, train_y, test_x, test_y)
     if isinstance(splits, int):
-        groups = _drawn_splits(train_y, shots, splits, seed)
+        groups = _drawn_splits(train_y, shots, splits, seed, class_names)
     else:
-        groups = _given_splits(labels, classes, splits)
+        groups = _given_splits(labels, name_classes(classes, class_names), splits)
     total = sum(map(len, groups.values()))
     rows: list[Row] = []
     done = 0
@@ -196,16 +210,20 @@ def _unit_rows(x: NDArray[np.number]) -> NDArray[np.float64]:
     return rows
 
 
-def _drawn_splits(y: Labels, shots: Sequence[int], splits: int, seed: int) -> dict[int, list[Labels]]:
+def _drawn_splits(
+    y: Labels, shots: Sequence[int], splits: int, seed: int, class_names: Sequence[str] | None
+) -> dict[int, list[Labels]]:
     if splits < 1:
         raise ConfigError(f"splits = {splits}: give at least 1")
     if not len(shots) or min(shots) < 1:
         raise ConfigError(f"shots = {list(shots)}: give one or more numbers of images per class, each at least 1")
-    check_shots(shots, y)
+    check_shots(shots, y, class_names)
     return {count: [draw_split(y, count, split=number, seed=seed) for number in range(splits)] for count in shots}
 
 
-def _given_splits(labels: Labels, classes: Labels, splits: Sequence[Sequence[int] | Labels]) -> dict[int, list[Labels]]:
+def _given_splits(
+    labels: Labels, classes: Sequence[str | int], splits: Sequence[Sequence[int] | Labels]
+) -> dict[int, list[Labels]]:
     if not len(splits):
         raise ConfigError("splits: the list is empty; give at least one split")
     groups: dict[int, list[Labels]] = {}
@@ -218,7 +236,8 @@ def _given_splits(labels: Labels, classes: Labels, splits: Sequence[Sequence[int
             raise DataError(f"split {number}: a training image is listed twice; list each once")
         missing = np.setdiff1d(np.arange(len(classes)), labels[index])
         if len(missing):
-            raise DataError(f"split {number}: class {classes[missing[0]]} has no image; every class needs at least one")
+            name = printable(str(classes[missing[0]]))
+            raise DataError(f"split {number}: class {name} has no image; every class needs at least one")
         groups.setdefault(round(len(index) / len(classes)), []).append(index)
     return groups
 

@@ -167,6 +167,7 @@ class _Augmented:
     def fingerprint(self) -> str:
         """Of the training images, the transform and, through the features of the test images, the encoder."""
         digest = hashlib.sha256(self.source.fingerprint.encode())
-        digest.update(json.dumps(self.reading.transform.to_dict(), sort_keys=True).encode())
+        read = self.reading.transform.to_dict() | self.source.decoding.changes()
+        digest.update(json.dumps(read, sort_keys=True).encode())
         digest.update(f"{self.reading.precision} {fingerprint(self.grid.test, self.grid.labels)}".encode())
         return digest.hexdigest()[:16]

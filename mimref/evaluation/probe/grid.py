@@ -6,7 +6,7 @@ times faster; as published, on freshly augmented images, in `augmented`.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor
 from mimref.data.labels import stratified_split
 from mimref.distributed.group import world_size
 from mimref.errors import ConfigError, DataError, DivergenceError, OutputError
-from mimref.evaluation.metrics import check_features, number_labels
+from mimref.evaluation.metrics import check_features, number_labels, show_class
 from mimref.evaluation.probe.config import ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Batch, ProbeEnsemble, schedule, score
 from mimref.features.matrix import Labels, Matrix
@@ -78,7 +78,7 @@ class ProbeGrid(Job[Batch]):
         classes, self.labels, self._truth = number_labels(train_y, test_y)
         self.train_rows, self.held_rows = np.arange(len(train_y)), np.empty(0, dtype=np.int64)
         if settings.select == "val-split":
-            _check_split(classes, self.labels)
+            check_held_out(classes, self.labels)
             self.train_rows, self.held_rows = stratified_split(self.labels, held_out=HELD_OUT)
         self.batch = min(settings.batch_size or default_batch(len(train_y)), len(self.train_rows))
         """Images per update; fewer training images than a batch are one smaller batch."""
@@ -219,13 +219,14 @@ def to_tensor(rows: NDArray[Any]) -> Tensor:
     return torch.from_numpy(rows.astype(dtype, order="C", copy=not rows.flags.writeable))
 
 
-def _check_split(classes: Labels, labels: Labels) -> None:
-    """Raise DataError when no stratified tenth can be held out."""
+def check_held_out(classes: Labels, labels: Labels, names: Sequence[str] | None = None) -> None:
+    """Raise DataError when no stratified tenth can be held out. names: of labels 0, 1, ..., for the message."""
     counts = np.bincount(labels)
     if counts.min() < 2:
+        rare = show_class(classes[counts.argmin()], names)
         raise DataError(
-            f"class {classes[counts.argmin()]} has only one training image, so select = 'val-split' cannot hold one "
-            "out; add images, or use select = 'test'"
+            f"class {rare} has only one training image, so select = 'val-split' cannot hold one out; add images, or "
+            "use select = 'test'"
         )
     held = int(np.ceil(HELD_OUT * len(labels)))
     if held < len(classes):

@@ -4,13 +4,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-from mimref.distributed.group import end_group
+from mimref.distributed.group import end_group, own_rank
 from mimref.errors import Checks, ConfigError
-from mimref.evaluation.metrics import check_labels
+from mimref.evaluation.metrics import check_labels, number_classes
 from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
 from mimref.evaluation.probe.cached import probe_cached
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
-from mimref.evaluation.probe.grid import ProbeInput
+from mimref.evaluation.probe.grid import ProbeInput, check_held_out
 from mimref.features.config import EncoderPassConfig
 from mimref.features.encode import Column
 from mimref.features.inputs import EncoderInputs, Inputs
@@ -37,7 +37,9 @@ def evaluate_probe(
     if config.features is not None and not config.cached:
         checks.add("features", ConfigError("--features holds no images to augment; add --cached"))
     opened = open_inputs(config, listener, checks)
-    check_labels(opened, checks)
+    train_y, names = check_labels(opened, checks), opened.class_names("train")
+    if config.probe.select == "val-split" and train_y is not None:
+        checks.run("probe.select", lambda: check_held_out(*number_classes(train_y, "train"), names))
     inputs = opened.checked(checks)
     if fresh and state is not None:
         state.unlink(missing_ok=True)  # another process of this run may have been first
@@ -55,6 +57,8 @@ def evaluate_probe(
         found, bad = probe_augmented(
             inputs.encoder, train, test, groups, config.probe, config.seed, inputs.settings, state, progress
         )
+        if own_rank() == 0:
+            inputs.tell("train")
     left_out = list(dict.fromkeys([*inputs.bad, *bad]))
     return EvaluationResult(named(found, inputs.name, {}), time.monotonic() - started, left_out, inputs.data)
 

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mimref.data.decode import none_readable
 from mimref.distributed.group import world_size
 from mimref.distributed.turns import keep_waiting
-from mimref.errors import DataError, OutputError
+from mimref.errors import OutputError
 from mimref.features.cache.partial import DTYPES, INDICES, PartialPass, UnusableFolder, checksum
 from mimref.features.encode import Batch, Column, Features, gather
 from mimref.files import write_bytes
@@ -60,12 +61,14 @@ class FeatureCache:
         *,
         also: Sequence[Column] = (),
         about: Mapping[str, Any] | None = None,
+        notices: Callable[[], list[str]] = list,
         progress: Progress | None = None,
     ) -> Features:
         """The wanted columns of a pass, without labels: from disk, else from one run of the encoder.
 
         spec: what the numbers depend on, for JSON, with `images`, their number. That run caches `also` as well. about:
-        what `mimref cache list` shows. A folder that cannot be written is reported, and the features stay in memory.
+        what `mimref cache list` shows. notices: asked for after a pass, and cached with it. A folder that cannot
+        be written is reported, and the features stay in memory.
         Raises OutputError when the disk is full (the next run resumes), ConfigError for features beyond fp16, DataError
         without any readable image.
         """
@@ -83,12 +86,13 @@ class FeatureCache:
                     missing = [column for column in dict.fromkeys([*wanted, *also]) if column.name not in known]
                     partial = PartialPass(entry.folder / "partial", missing, self.dtype, int(spec["images"]))
                     self._run(partial, missing, run_pass, progress)
-                    entry.adopt(partial, spec, about)
+                    entry.adopt(partial, spec, about, notices())
                     found = entry.read(wanted)
         except UnusableFolder as reason:
             self.listener.note(f"cache folder {self.folder} cannot be written ({reason}); features stay in memory")
             name = str(about.get("data", "the data set"))
-            return gather(run_pass(list(wanted), 0), wanted, int(spec["images"]), name, progress)
+            found = gather(run_pass(list(wanted), 0), wanted, int(spec["images"]), name, progress)
+            found.notices = notices()
         assert found is not None
         return found
 
@@ -156,7 +160,8 @@ class Entry:
         for column in wanted:
             written = facts["columns"][column.name]
             columns[column] = self._map(column.name, written, (rows, int(written["width"])), dtype)
-        return Features(columns, np.asarray(indices), bad=[(path, reason) for path, reason in facts["bad"]])
+        bad = [(path, reason) for path, reason in facts["bad"]]
+        return Features(columns, np.asarray(indices), bad=bad, notices=[str(line) for line in facts.get("notices", [])])
 
     def facts(self) -> dict[str, Any] | None:
         """The content of `entry.json`, None without one. Raises DamagedFile when it is not valid."""
@@ -192,12 +197,14 @@ class Entry:
         except (OSError, OutputError) as error:
             raise UnusableFolder(getattr(error, "strerror", None) or str(error)) from error
 
-    def adopt(self, partial: PartialPass, spec: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    def adopt(
+        self, partial: PartialPass, spec: Mapping[str, Any], about: Mapping[str, Any], notices: Sequence[str] = ()
+    ) -> None:
         """Make a finished pass part of the entry; the caller holds the lock."""
         found = partial.reached
         if not found.rows:
             shutil.rmtree(partial.folder, ignore_errors=True)
-            raise DataError(f"{about.get('data', 'the data set')}: no readable image")
+            raise none_readable(str(about.get("data", "the data set")), found.bad)
         old = self.facts()
         indices = {"crc32": found.crc[INDICES]}
         # An image that has become unreadable since shifts all rows; the older columns no longer fit the new ones.
@@ -212,6 +219,7 @@ class Entry:
                 "dtype": partial.dtype,
                 "rows": found.rows,
                 "bad": found.bad,
+                "notices": list(notices),
                 "indices": indices,
                 "columns": columns,
             }
