@@ -53,16 +53,19 @@ def load(
     arch: str | None = None,
     source: str | None = None,
     num_heads: int | None = None,
+    part: str | None = None,
+    grid: tuple[int, int] | None = None,
     resolution: int | None = None,
 ) -> LoadedEncoder:
     """An encoder from a weights file of any known layout, a run's folder, a published name, or `quickstart`.
 
     arch, source: needed only for files that are not recognised, as on the command line. num_heads: attention heads of
-    a foreign file of an unusual width; without it, a warning says what is assumed. resolution: pixels of the images;
-    None is the encoder's own.
+    a foreign file of an unusual width; without it, a warning says what is assumed. part: which of several encoders of
+    a file, and grid: rows and columns of its patches, as `encoder.part` and `encoder.grid`. resolution: pixels of the
+    images; None is the encoder's own.
     Raises CheckpointError for a file that is no encoder, ConfigError for names and sizes that do not fit.
     """
-    checkpoint = read_checkpoint(path, num_heads=num_heads)
+    checkpoint = read_checkpoint(path, num_heads=num_heads, part=part, grid=grid)
     architecture = choose_architecture(checkpoint, arch, source, resolution)
     for notice in checkpoint.notices(architecture):
         warnings.warn(notice, stacklevel=2)

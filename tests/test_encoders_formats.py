@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimref.encoders.checkpoints import read_checkpoint
-from mimref.encoders.formats import Recognised, Unrecognised, recognise
+from mimref.encoders.formats import Recognised, recognise
+from mimref.encoders.parts import Unrecognised
 from mimref.encoders.vit import Encoder
 from mimref.errors import UserError
 from tests.checkpoints import (

@@ -70,7 +70,9 @@ def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
     if weights is None or find_published(weights) is not None:
         architecture = Architecture.from_config(config.encoder)
     else:
-        checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads)
+        checkpoint = read_checkpoint(
+            weights, num_heads=config.encoder.num_heads, part=config.encoder.part, grid=config.encoder.grid
+        )
         architecture = architecture_to_train(config.encoder, checkpoint)
     check_sizes(config, architecture)
     if config.heads.blocks == "auto":

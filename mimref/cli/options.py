@@ -121,12 +121,18 @@ def source_option(sets: str | None = None) -> Any:
     return option("Pre-training method of the weights: mae, d2v2, timm, ...", "NAME", sets)
 
 
+def part_option(sets: str | None = None) -> Any:
+    """`--encoder`."""
+    return option("Which encoder of a file with several, such as teacher.", "NAME", sets)
+
+
 class TrainedArch(Options, panel="Encoder"):
     arch: Text = arch_option("encoder.arch")
 
 
 class TrainedEncoder(TrainedArch, panel="Encoder"):
     source: Text = source_option("encoder.source")
+    encoder: Text = part_option("encoder.part")
 
 
 class EncoderPass(Images, panel="Encoder"):
@@ -134,6 +140,7 @@ class EncoderPass(Images, panel="Encoder"):
 
     arch: Text = arch_option("arch")
     source: Text = source_option("source")
+    encoder: Text = part_option("encoder.part")
     resolution: Text = option("Default: the encoder's own.", "PIXELS", "resolution")
     cache: Text = option("Where features are cached.", "DIR|off", "cache.folder")
 

@@ -3,18 +3,47 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import typer
 
 from mimref.cli.execution import note, print_facts
-from mimref.cli.options import CHECKPOINT, Debug, Force, Images, Output, Text, arch_option, read_floats, source_option
+from mimref.cli.options import (
+    CHECKPOINT,
+    Debug,
+    Force,
+    Images,
+    Output,
+    Text,
+    arch_option,
+    part_option,
+    read_floats,
+    read_ints,
+    source_option,
+)
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError
 
 
+def grid_option() -> Any:
+    """`--grid`, for commands without settings."""
+    return option("Patches that positions are for, where they are no square.", "ROWS,COLUMNS")
+
+
+def read_grid(text: str | None) -> tuple[int, int] | None:
+    """The value of `--grid`."""
+    if text is None:
+        return None
+    numbers = read_ints("--grid", text)
+    if not isinstance(numbers, list) or len(numbers) != 2 or min(numbers) < 1:
+        raise ConfigError(f"--grid {text}: expected rows and columns, such as 4,8")
+    return numbers[0], numbers[1]
+
+
 class InspectOptions(Debug, panel="Output"):
     file: str = argument("Weights file, run folder or published name.", "FILE")
+    encoder: Text = part_option()
+    grid: Text = grid_option()
     as_json: bool = option("Everything, for programs.", flag="--json")
 
 
@@ -30,7 +59,7 @@ def inspect(options: InspectOptions) -> None:
     from mimref.encoders.inspection import inspect_file
     from mimref.reports.terminal import print_inspection
 
-    inspection = inspect_file(options.file)
+    inspection = inspect_file(options.file, part=options.encoder, grid=read_grid(options.grid))
     if options.as_json:
         typer.echo(json.dumps(asdict(inspection), indent=2))
     else:
@@ -45,6 +74,8 @@ class ExportOptions(Force, panel="Encoder"):
     resolution: int | None = option("Default: the encoder's own.", "PIXELS", min=1)
     arch: Text = arch_option()
     source: Text = source_option()
+    encoder: Text = part_option()
+    grid: Text = grid_option()
     num_heads: int | None = option("Attention heads, where they cannot be inferred from the weights.", "N", min=1)
 
 
@@ -68,6 +99,7 @@ def export(options: ExportOptions) -> None:
     from mimref.reports.terminal import Terminal
 
     hints = {name: getattr(options, name) for name in ("arch", "source", "num_heads", "resolution")}
+    hints |= {"part": options.encoder, "grid": read_grid(options.grid)}
     with Terminal(options.quiet) as terminal:
         encoder, facts = read_encoder(options.checkpoint, **hints, listener=terminal)
         if to == "timm":
@@ -86,6 +118,7 @@ def export(options: ExportOptions) -> None:
 class InterpolateOptions(Images, Output, panel="Encoder"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: str = argument("Weights after refining.", "REFINED", "refined")
+    encoder: Text = part_option("encoder.part")
     alpha: Text = option("Shares of REFINED; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha", read_floats)
 
 

@@ -23,6 +23,7 @@ AreaRange = Annotated[
     AfterValidator(_check_ordered),
 ]
 PositiveRange = Annotated[tuple[Positive, Positive], Field(strict=False), AfterValidator(_check_ordered)]
+PatchGrid = Annotated[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]], Field(strict=False)]
 Probabilities = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
 
 

@@ -7,7 +7,17 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mimref.config.base import AreaRange, CommandConfig, Decay, Fraction, Hue, PositiveRange, Probabilities, Section
+from mimref.config.base import (
+    AreaRange,
+    CommandConfig,
+    Decay,
+    Fraction,
+    Hue,
+    PatchGrid,
+    PositiveRange,
+    Probabilities,
+    Section,
+)
 
 
 class EncoderConfig(Section):
@@ -30,6 +40,11 @@ class EncoderConfig(Section):
     """Attention heads of a `custom` encoder, and of weights of an unusual width: they cannot be inferred."""
     patch_size: int | None = Field(default=None, gt=0)
     """Pixels per patch side of a `custom` encoder."""
+    part: str | None = None
+    """Which encoder of a file that holds several, such as `teacher`: its prefix in the file, or a part of it that no
+    other has. None: the one that the authors of such files evaluate."""
+    grid: PatchGrid | None = None
+    """Rows and columns of patches that a file's positions are for. None: a square, else the shape nearest to one."""
 
     @model_validator(mode="after")
     def _check_custom(self) -> Self:

@@ -19,8 +19,27 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mimref.config.run import EncoderConfig
-from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture, native_size, timm_record
-from mimref.encoders.formats import Recognised, Unrecognised, mismatches, recognise
+from mimref.encoders.backbones import (
+    BackboneArchitecture,
+    TimmBackbone,
+    filter_names,
+    find_architecture,
+    native_size,
+    timm_record,
+)
+from mimref.encoders.folders import saved_config, shard_hint
+from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
+from mimref.encoders.grids import Grid
+from mimref.encoders.parts import (
+    NoChoice,
+    Unrecognised,
+    below,
+    choice_notice,
+    choose_part,
+    group_beside,
+    left_out_notice,
+    matching_prefixes,
+)
 from mimref.encoders.published import find_published
 from mimref.encoders.reading import first_line, named_tensors, read_file
 from mimref.encoders.vit import (
@@ -37,7 +56,7 @@ from mimref.files import write_bytes
 from mimref.progress import LabelledProgress
 
 # Parts of timm's checkpoints that do not belong to the encoder.
-_DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.")
+_DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.", "multi_scale_fusion_heads.")
 _TIMM = "timm:"
 
 
@@ -60,45 +79,91 @@ class Checkpoint:
     """A foreign file as a plain vision transformer."""
     problem: str = ""
     """Why a foreign file is not recognised."""
+    advice: str = ""
+    """What may help then, for commands with `--arch`."""
+    named: dict[str, Tensor] = field(default_factory=dict)
+    """All tensors of a foreign file, under their names without what wrapping modules add."""
+    part: str | None = None
+    """Which encoder of the file was asked for."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the tensors' names and bytes, independent of the file's name. Reads every tensor."""
-        return _digest(self.tensors)
+        """SHA-256 of the tensors' names and bytes, independent of the file's name. Reads every tensor.
+
+        Where the file holds several encoders, or its grid of patches is no square, it depends on the choice as well.
+        """
+        digest, found = _digest(self.tensors), self.recognised
+        chosen = [found.prefix] if found and found.others else [self.part] if self.part and not found else []
+        chosen += [f"{found.grid}"] if found and found.grid[0] != found.grid[1] else []
+        return hashlib.sha256(" ".join((digest, *chosen)).encode()).hexdigest() if chosen else digest
 
     def notices(self, architecture: Architecture | BackboneArchitecture) -> list[str]:
         """What was assumed or changed to read the file as this architecture, one line each with the file's name."""
-        if not self.recognised or isinstance(architecture, BackboneArchitecture) or architecture.from_timm:
-            return []
-        return [f"{self.path}: {notice}" for notice in self.recognised.notices]
+        if "architecture" in self.header:
+            return [f"{self.path}: contains one encoder; --encoder {self.part} has no effect"] if self.part else []
+        if isinstance(architecture, BackboneArchitecture):
+            with torch.device("meta"):
+                model = timm.create_model(architecture.name, pretrained=False, num_classes=0)
+            notices = self.selection(model.state_dict())[1]
+        else:
+            notices = self.recognised.notices if self.recognised and not architecture.from_timm else []
+            if self.recognised and architecture.from_timm:
+                notices = self.recognised.selection_notices
+        return [f"{self.path}: {notice}" for notice in notices]
+
+    def selection(self, wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """The tensors below the prefix where most names of a timm model are found, and what is said of the others.
+
+        All tensors if there is no such prefix. Raises CheckpointError if there are several and no way to choose.
+        """
+        prefixes = matching_prefixes(self.named, wanted)
+        if not prefixes:
+            return self.tensors, []
+        try:
+            prefix = choose_part(self.named, prefixes, self.part)
+        except NoChoice as reason:
+            raise CheckpointError(f"{self.path}: {reason}") from None
+        own = below(self.named, prefix, prefixes)
+        outside = [name for name in self.named if not name.startswith(tuple(prefixes))]
+        notices = choice_notice(prefix, prefixes, self.part) + left_out_notice(group_beside(outside, prefix))
+        return {name[len(prefix) :]: self.named[name] for name in own}, notices
 
 
 def read_checkpoint(
-    path: str | Path, *, num_heads: int | None = None, progress: LabelledProgress | None = None
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    part: str | None = None,
+    grid: Grid | None = None,
+    progress: LabelledProgress | None = None,
 ) -> Checkpoint:
-    """Read a weights file, a run's output folder, published weights or `timm:NAME` by name, or `quickstart`.
+    """Read a weights file, a run's or `save_pretrained`'s folder, published weights or `timm:NAME`, or `quickstart`.
 
-    num_heads: attention heads of a foreign file; None infers them from the width. progress: of a download.
-    Raises CheckpointError with one line for a missing or damaged file.
+    num_heads, part, grid: of a foreign file, as in `recognise`. progress: of a download.
+    Raises CheckpointError with one line for a missing or damaged file, and for a `part` that it does not have.
     """
     if isinstance(path, str) and path.startswith(_TIMM):
-        return _from_timm(path)
+        return replace(_from_timm(path), part=part)
     file, content, header = read_file(path, progress)
     weights = content
     for wrapper in ("model", "state_dict"):
         if isinstance(weights.get(wrapper), Mapping):
             weights = weights[wrapper]
     source, licence = (value if isinstance(value := header.get(key), str) else None for key in ("source", "licence"))
-    checkpoint = Checkpoint(file, dict(named_tensors(weights)), header, source=source, licence=licence)
+    checkpoint = Checkpoint(file, dict(named_tensors(weights)), header, source=source, licence=licence, part=part)
     if "architecture" in header:
         try:
             return replace(checkpoint, architecture=Architecture.from_dict(header["architecture"]))
         except ConfigError as error:
             raise CheckpointError(f"{file}: damaged header ({error})") from error
     try:
-        found = recognise(content, num_heads=num_heads)
-    except Unrecognised as reason:
+        checkpoint = replace(checkpoint, named=clean_names(content)[0])
+        found = recognise(content, num_heads=num_heads, part=part, grid=grid, config=saved_config(file))
+    except NoChoice as reason:
         return replace(checkpoint, problem=str(reason))
+    except Unrecognised as reason:
+        hint = shard_hint(file)
+        return replace(checkpoint, problem=f"{reason}{hint}", advice="" if hint else "; pass --arch (and --source)")
     published = None if Path(path).exists() else find_published(str(path))
     source, licence = (published.source, published.licence) if published else (found.source, licence)
     return replace(checkpoint, architecture=found.architecture, source=source, licence=licence, recognised=found)
@@ -132,6 +197,12 @@ def with_fixed_positions(architecture: Architecture, tensors: Mapping[str, Tenso
     return replace(architecture, fixed_positions=any(are_sincos(positions, num_prefix=prefix) for prefix in (0, 1)))
 
 
+def with_channels(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
+    """A timm model's architecture, with the channels of the file's encoder."""
+    found = checkpoint.recognised
+    return replace(architecture, channels=found.architecture.channels) if found else architecture
+
+
 def choose_architecture(
     checkpoint: Checkpoint, arch: str | None = None, source: str | None = None, resolution: int | None = None
 ) -> Architecture | BackboneArchitecture:
@@ -145,8 +216,10 @@ def choose_architecture(
     # The file of a timm model may look like a plain vision transformer of another kind.
     if arch is not None and (recorded is None or (checkpoint.recognised and arch not in PAPER_SIZES)):
         chosen = find_architecture(arch, source, resolution)
+        if isinstance(chosen, Architecture):
+            chosen = with_channels(chosen, checkpoint)
     elif recorded is None:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch (and --source)")
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     elif arch in (None, recorded.name):
         chosen = recorded
     else:
@@ -162,7 +235,8 @@ def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneAr
         backbone = TimmBackbone(architecture)
         layers = timm_record(architecture.name).classifier or ()
         dropped = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
-        _load(backbone.model, architecture.name, checkpoint.tensors, checkpoint.path, share=True, dropped=dropped)
+        given = _timm_tensors(checkpoint, architecture.name, backbone.model, dropped)
+        _load(backbone.model, architecture.name, given, checkpoint.path, share=True, dropped=dropped)
         return backbone
     with torch.device("meta"):
         encoder = build_encoder(architecture)
@@ -175,15 +249,28 @@ def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = Fals
 
     share: use the checkpoint's memory instead of a copy. Raises CheckpointError naming the tensors that do not fit.
     """
-    given = checkpoint.tensors
-    # timm's own models may need tensors that no plain encoder has.
-    by_timm = encoder.architecture.from_timm and given.keys() >= encoder.vit.state_dict().keys()
-    if checkpoint.recognised and not by_timm:
-        given = checkpoint.recognised.tensors
+    given = _tensors_for(encoder, checkpoint)
     positions, wanted = given.get("pos_embed"), encoder.vit.pos_embed
     if positions is not None and wanted is not None and positions.shape != wanted.shape:
-        given = given | {"pos_embed": _fit_positions(encoder, positions)}
+        given = {**given, "pos_embed": _fit_positions(encoder, positions)}
     _load(encoder.vit, encoder.architecture.name, given, checkpoint.path, share=share)
+
+
+def _tensors_for(encoder: Encoder, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+    """A file's tensors under the encoder's names."""
+    if "architecture" in checkpoint.header:
+        return checkpoint.tensors
+    wanted = encoder.vit.state_dict()
+    if encoder.architecture.from_timm:
+        # timm's own models may need tensors that no plain encoder has.
+        selected, _ = checkpoint.selection(wanted)
+        if selected.keys() >= wanted.keys():
+            return selected
+    if checkpoint.recognised:
+        return checkpoint.recognised.tensors
+    if encoder.architecture.from_timm:
+        return _timm_tensors(checkpoint, encoder.architecture.name, encoder.vit, ())
+    return checkpoint.selection(wanted)[0]
 
 
 def _fit_positions(encoder: Encoder, positions: Tensor) -> Tensor:
@@ -198,6 +285,29 @@ def _fit_positions(encoder: Encoder, positions: Tensor) -> Tensor:
     return torch.cat([positions[:, :prefix], resize_positions(positions[:, prefix:], (side, side))], dim=1)
 
 
+def _timm_tensors(
+    checkpoint: Checkpoint, name: str, model: nn.Module, dropped: tuple[str, ...]
+) -> Mapping[str, Tensor]:
+    """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files."""
+    wanted = model.state_dict()
+    selected, _ = checkpoint.selection(wanted)
+    if not mismatches(_without(selected, wanted, dropped), wanted):
+        return selected
+    for given in (selected, checkpoint.tensors):
+        filtered = filter_names(name, given, model)
+        if filtered is not None and not mismatches(_without(filtered, wanted, dropped), wanted):
+            return filtered
+    return selected
+
+
+def _without(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Without what no model needs. What the model needs stays: some have a norm where others have a classifier."""
+    prefixes = _DROPPED_PREFIXES + dropped
+    return {key: tensors[key] for key in tensors if key in wanted or not key.startswith(prefixes)}
+
+
 def _load(
     module: nn.Module,
     name: str,
@@ -209,8 +319,7 @@ def _load(
 ) -> None:
     """dropped: prefixes of further tensors that may be left over."""
     wanted = module.state_dict()
-    # What the model needs is never dropped: some have a norm where others have a classifier.
-    given = {key: tensors[key] for key in tensors if key in wanted or not key.startswith(_DROPPED_PREFIXES + dropped)}
+    given = _without(tensors, wanted, dropped)
     if problems := mismatches(given, wanted):
         raise CheckpointError(f"{path}: does not fit {name}: {problems}")
     try:

@@ -30,7 +30,13 @@ def interpolate(
     started, listener = time.monotonic(), listener or Silent()
     check_folder(out, force)
     base, refined = (
-        read_checkpoint(name, num_heads=config.encoder.num_heads, progress=listener.progress)
+        read_checkpoint(
+            name,
+            num_heads=config.encoder.num_heads,
+            part=config.encoder.part,
+            grid=config.encoder.grid,
+            progress=listener.progress,
+        )
         for name in (config.base, config.refined)
     )
     ends = _plain_encoder(base, listener), _plain_encoder(refined, listener)

@@ -5,7 +5,6 @@ pass, and of which columns. The other ranks wait for its decision, and read what
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,13 @@ class EncoderInputs:
     ) -> None:
         self.config, self.listener, self.need_labels = config, listener, need_labels
         self.name = model_name(checkpoint)
-        self.checkpoint = read_checkpoint(checkpoint, num_heads=config.encoder.num_heads, progress=listener.progress)
+        self.checkpoint = read_checkpoint(
+            checkpoint,
+            num_heads=config.encoder.num_heads,
+            part=config.encoder.part,
+            grid=config.encoder.grid,
+            progress=listener.progress,
+        )
         self.architecture = choose_architecture(self.checkpoint, config.arch, config.source, config.resolution)
         for notice in self.checkpoint.notices(self.architecture):
             listener.note(notice)
@@ -195,7 +200,7 @@ class EncoderInputs:
         return {
             "format": FORMAT,
             "weights": self.checkpoint.fingerprint,
-            "architecture": asdict(self.architecture),
+            "architecture": self.architecture.to_dict(),
             "data": source.fingerprint,
             "images": len(source),
             "transform": self.settings.transform.to_dict(),

@@ -12,7 +12,7 @@ from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint, with_fixed_positions
+from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint, with_channels, with_fixed_positions
 from mimref.encoders.published import official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError
@@ -94,7 +94,13 @@ def make_plan(config: RefineConfig, progress: LabelledProgress | None = None) ->
 def open_base(config: RefineConfig, progress: LabelledProgress | None = None) -> Base:
     """Read the weights that the settings name, and find the training images."""
     weights = config.encoder.weights or official_name(config.encoder.arch, config.encoder.source)
-    checkpoint = read_checkpoint(weights, num_heads=config.encoder.num_heads, progress=progress)
+    checkpoint = read_checkpoint(
+        weights,
+        num_heads=config.encoder.num_heads,
+        part=config.encoder.part,
+        grid=config.encoder.grid,
+        progress=progress,
+    )
     architecture = architecture_to_train(config.encoder, checkpoint)
     data = resolve_data(config.data, checkpoint.header)
     warnings = _warnings(config.encoder, checkpoint)
@@ -145,9 +151,10 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Arch
     """
     recorded = checkpoint.architecture
     if recorded is None and "arch" not in config.model_fields_set:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch")
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     if recorded is None or (checkpoint.recognised and _names_timm(config)):
-        return with_fixed_positions(Architecture.from_config(config), checkpoint.tensors)
+        tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
+        return with_channels(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
     # A preset's image size belongs to the preset's architecture.
     belongs = "arch" not in config.model_fields_set or config.arch == recorded.name
     if belongs and "image_size" in config.model_fields_set:
