@@ -27,7 +27,7 @@ def find_in_folder(folder: Path) -> Path:
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise CheckpointError(f"{folder}: a folder; pass one of its weights files ({', '.join(found[:3])}{more})")
-    raise CheckpointError(f"{folder}: the folder holds no weights (neither {_OWN} nor {' nor '.join(_SAVED[::2])})")
+    raise CheckpointError(f"{folder}: the folder holds no {_OWN}, and neither {' nor '.join(_SAVED[::2])}")
 
 
 def read_index(file: Path) -> dict[Path, list[str]]:

@@ -33,6 +33,8 @@ from mimref.errors import ConfigError
 # Width to attention heads of the published sizes (S, B, L, H, g, G, 2B, ...): weights do not show them.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 2560: 32, 4096: 32}
 
+_TRAINING = "training state"
+
 
 @dataclass(frozen=True)
 class Recognised:
@@ -213,13 +215,14 @@ def _drop(unused: Mapping[str, str], outside: Iterable[tuple[str, str]], notices
             dropped.setdefault(group, []).append(full)
     if unexpected:
         raise Unrecognised(join_problems([f"{name} is unexpected" for name in unexpected]))
-    unknown: dict[str, list[str]] = {}
+    left_out: dict[str, list[str]] = {}
     for name, full in outside:
-        group = _group(name, of_file)
-        groups, group = (dropped, group) if group else (unknown, name.partition(".")[0])
-        groups.setdefault(group, []).append(full)
-    notices += left_out_notice(unknown)
-    return dropped | unknown
+        group, first = _group(name, of_file), name.partition(".")[0]
+        dropped.setdefault(group or first, []).append(full)
+        if group != _TRAINING:
+            left_out.setdefault(first, []).append(full)
+    notices += left_out_notice(left_out)
+    return dropped
 
 
 def _group(name: str, groups: Iterable[tuple[str, str]]) -> str | None:
