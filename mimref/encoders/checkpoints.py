@@ -291,13 +291,11 @@ def _timm_tensors(
     """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files."""
     wanted = model.state_dict()
     selected, _ = checkpoint.selection(wanted)
-    if not mismatches(_without(selected, wanted, dropped), wanted):
+    if selected.keys() >= wanted.keys():
         return selected
-    for given in (selected, checkpoint.tensors):
-        filtered = filter_names(name, given, model)
-        if filtered is not None and not mismatches(_without(filtered, wanted, dropped), wanted):
-            return filtered
-    return selected
+    filtered = [filter_names(name, given, model) for given in (selected, checkpoint.tensors)]
+    candidates = [selected, *(each for each in filtered if each)]
+    return min(candidates, key=lambda each: len(_without(each, wanted, dropped).keys() ^ wanted.keys()))
 
 
 def _without(

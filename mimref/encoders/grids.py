@@ -26,6 +26,8 @@ def prepare_positions(tensors: dict[str, Tensor], asked: Grid | None, notices: l
     asked: the grid, where it cannot be inferred.
     """
     positions = tensors["pos_embed"]
+    if positions.layout is not torch.strided or positions.is_meta:
+        raise Unrecognised("pos_embed is sparse or without data")
     is_batch_of_one = positions.ndim == 2 or (positions.ndim in (3, 4) and len(positions) == 1)
     if not is_batch_of_one or not positions.is_floating_point():
         raise Unrecognised(f"has positions of shape {tuple(positions.shape)} and type {positions.dtype}")
