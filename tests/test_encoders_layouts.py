@@ -49,7 +49,7 @@ def renamed(state: State, *pairs: tuple[str, str]) -> State:
 
 def outline(model: torch.nn.Module) -> State:
     """A state dict of true shapes that takes no memory."""
-    return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: torch.zeros(1, device="cpu").expand(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 # --- torchvision
@@ -192,7 +192,10 @@ def test_mae_pytorch(pretraining: bool, tmp_path: Path) -> None:
 
 def test_timms_models_without_positions_are_not_taken_for_it() -> None:
     """BEiT's relatives in timm: their relative or rotary positions have no tensors, or tensors of their own."""
-    for name in timm.list_models(module="eva") + timm.list_models(module="beit"):
+    # Of this width all their forms exist.
+    for name in timm.list_models("*_base_*", module="eva") + timm.list_models("*_base_*", module="beit"):
+        if "rope_ape" in name:  # has all tensors of a plain vision transformer
+            continue
         with torch.device("meta"):
             state = outline(timm.create_model(name, num_classes=0))
         with pytest.raises(Unrecognised) as caught:
