@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mimref.config.base import DataConfig
+from mimref.config.base import DataConfig, Interpolation
 from mimref.data.open import open_source
 from mimref.data.sources import ArraySource, ImageSource, Split
 from mimref.data.transforms import EvalTransform
@@ -56,20 +56,21 @@ def load(
     part: str | None = None,
     grid: tuple[int, int] | None = None,
     resolution: int | None = None,
+    interpolation: Interpolation | None = None,
 ) -> LoadedEncoder:
     """An encoder from a weights file of any known layout, a run's folder, a published name, or `quickstart`.
 
     arch, source: needed only for files that are not recognised, as on the command line. num_heads: attention heads of
     a foreign file of an unusual width; without it, a warning says what is assumed. part: which of several encoders of
     a file, and grid: rows and columns of its patches, as `encoder.part` and `encoder.grid`. resolution: pixels of the
-    images; None is the encoder's own.
+    images; None is the encoder's own. interpolation: of positions to another resolution, as `encoder.interpolation`.
     Raises CheckpointError for a file that is no encoder, ConfigError for names and sizes that do not fit.
     """
-    checkpoint = read_checkpoint(path, num_heads=num_heads, part=part, grid=grid)
+    checkpoint = read_checkpoint(path, num_heads=num_heads, part=part, grid=grid, interpolation=interpolation)
     architecture = choose_architecture(checkpoint, arch, source, resolution)
-    for notice in checkpoint.notices(architecture):
-        warnings.warn(notice, stacklevel=2)
     transform = eval_transform(architecture, DataConfig(), checkpoint.header, resolution=resolution)
+    for notice in checkpoint.notices(architecture, [transform.image_size]):
+        warnings.warn(notice, stacklevel=2)
     return LoadedEncoder(encoder_from(checkpoint, architecture).eval(), transform, checkpoint.header)
 
 

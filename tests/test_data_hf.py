@@ -172,7 +172,7 @@ def test_unlabelled_splits(tmp_path: Path) -> None:
     assert opened(tmp_path / "a", "val").labels is None and opened(tmp_path / "a").labels is not None
     for name, labels, message in (
         ("b", [0, -1, 2], "row 1 of its split has no 'label'"),
-        ("c", [0, 3, 2], "label 3 is none of the 3 classes"),
+        ("c", [0, 3, 2], "label 3 .* 3 classes"),
     ):
         write_splits(tmp_path / name, train=[table(range(3), labels=labels)])
         refused(tmp_path / name, message)
@@ -261,7 +261,7 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_hub_that_cannot_be_reached() -> None:
-    refused("cifar10", "cifar10 is no folder, .*hub")
+    refused("cifar10", "cifar10 .*hub")
 
 
 def test_retries_of_downloads_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +347,7 @@ def test_saved_data_sets_that_are_damaged(tmp_path: Path) -> None:
     for change, message in (
         ("{", r"state\.json cannot be read"),
         ("{}", "cannot be read"),
-        ({"_data_files": [{"filename": outside}]}, f"leads out of the folder: {outside[3:]}"),
+        ({"_data_files": [{"filename": outside}]}, f"train.*{outside[3:]}"),
         ({"_indices_data_files": [{"filename": "b"}]}, "flatten_indices"),
     ):
         state.write_text(change if isinstance(change, str) else json.dumps(saved | change))

@@ -251,5 +251,5 @@ def test_torchvision_files_that_are_missing_or_broken(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     write_mnist(tmp_path / "MNIST" / "raw")
     (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
-    with pytest.raises(DataError, match="torchvision:MNIST in"):
+    with pytest.raises(DataError, match=f"torchvision:MNIST: {tmp_path}"):
         opened("torchvision:MNIST", root=str(tmp_path))

@@ -20,7 +20,7 @@ def test_no_spec() -> None:
         ("fashion_mnist", "did you mean 'fashion-mnist'"),
         ("/no/such/folder", r"/no/such/folder: no such folder or data set \(accepted: a folder, digits, fashion-mnist"),
         ("wds:shards.tar", "no such shard: shards.tar"),
-        ("hf:folder", "is no folder, .*hub"),
+        ("hf:folder", "folder .*hub"),
         ("list:a.csv", "cannot be read"),
         ("", "no such folder"),
         ("torchvision:cifar11", "cifar11: unknown data set; did you mean 'cifar10'.*known: CIFAR10, CIFAR100"),

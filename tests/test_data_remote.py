@@ -153,7 +153,7 @@ def test_a_server_that_fails_for_a_while_is_asked_again(server: Server) -> None:
     server.faults["errors"] = 2
     assert numbers(source) == list(range(13))
     server.faults["errors"] = 10**6
-    with pytest.raises(DataError, match=r"train/000\.tar: cannot be read from there \(503"):
+    with pytest.raises(DataError, match=r"train/000\.tar: cannot be read \(503"):
         source.read(3)
 
 
@@ -171,19 +171,17 @@ def test_what_cannot_be_opened_is_told(server: Server) -> None:
         (f"{server.url}/train", r"name the shards, such as .*/train/train-\{000\.\.127\}\.tar"),
         ("pipe:cat a.tar", "pipe can only be read in sequence; give their URLs"),
         ("nothing://a/b.tar", "nothing cannot be read .*Protocol not known"),
-        ("http://127.0.0.1:9/a.tar", r"127\.0\.0\.1:9/a\.tar: cannot be read from there"),
+        ("http://127.0.0.1:9/a.tar", r"127\.0\.0\.1:9/a\.tar: cannot be read"),
     ):
         with pytest.raises(DataError, match=message) as caught:
             opened(spec)
         assert "\n" not in str(caught.value)
     for fault in ("no parts", "says no parts"):
         server.faults |= {"no parts": 0, "says no parts": 0, fault: 1}
-        with pytest.raises(
-            DataError, match=r"train/000\.tar: this server gives no parts of files; download the shards"
-        ):
+        with pytest.raises(DataError, match=r"train/000\.tar: .* parts of files"):
             opened(f"{server.url}/train/000.tar").read(0)
     server.faults |= {"says no parts": 0, "errors": 10**6}
-    with pytest.raises(DataError, match=r"^http[^\n]*000\.tar: cannot be read from there \(503[^\n]*$"):
+    with pytest.raises(DataError, match=r"http[^\n]*000\.tar: cannot be read \(503[^\n]*$"):
         opened(f"{server.url}/train/000.tar")
 
 
@@ -226,12 +224,12 @@ def test_what_changes_with_reading_is_no_change(monkeypatch: pytest.MonkeyPatch)
         def info(self, path: str) -> dict[str, Any]:
             return told
 
-    monkeypatch.setattr(remote, "_system", lambda url: (System(), url))
-    first = remote.file_states(["sftp://a"])
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (System(), url))
+    first = remote.file_state("sftp://a")
     told |= {"time": 2, "name": "b"}
-    assert remote.file_states(["sftp://a"]) == first and first[0][0] == 7
+    assert remote.file_state("sftp://a") == first and first[0] == 7
     told["mtime"] = 6
-    assert remote.file_states(["sftp://a"]) != first
+    assert remote.file_state("sftp://a") != first
 
 
 def test_stars_where_the_file_system_lists_folders(tmp_path: Path) -> None:
@@ -260,7 +258,7 @@ def test_a_server_that_fails_ends_a_run_that_can_go_on(server: Server, tmp_path:
         if (what, step) == ("step", 3):
             server.faults["errors"] = 10**6
 
-    with pytest.raises(DataError, match=r"^http.*\.tar: cannot be read from there \(503[^\n]*$"):
+    with pytest.raises(DataError, match=r"^http.*\.tar: cannot be read \(503[^\n]*$"):
         refine(config, tmp_path / "out", listener=Watcher(fail))
     assert saved_step(tmp_path / "out") >= 2
     server.faults["errors"] = 0

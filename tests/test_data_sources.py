@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mimref.data.sources import FileSource
+from mimref.data.sources import FileSource, PathList
 from tests.sources import growth_in_a_child, opened, write_images
 
 
@@ -66,3 +66,15 @@ def test_worker_memory_does_not_grow_with_the_number_of_files() -> None:
     source = FileSource("many", "/nowhere", paths, None, None)
     assert growth_in_a_child(source.path, count) < 1024
     assert growth_in_a_child(lambda index: paths[index], count) > 8 * 1024  # what the list itself would cost
+
+
+def test_path_lists_are_the_lists_they_were_made_of() -> None:
+    paths = ["a/b.png", "", "ünï/two\nlines.png", "\udcff.png", "x" * 300]
+    packed = PathList.pack(paths)
+    assert list(packed) == paths and len(packed) == 5
+    assert [packed[index] for index in range(-5, 5)] == paths + paths
+    assert PathList.pack(packed) is packed
+    for index in (5, -6):
+        with pytest.raises(IndexError):
+            packed[index]
+    assert list(PathList.pack([])) == [] and len(PathList.pack([])) == 0

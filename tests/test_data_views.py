@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tvf
 
 from mimref.config.run import ViewsConfig
+from mimref.data.decode import Decoded
 from mimref.data.views import CropGroup, cut_group, draw_boxes, multi_crop, reduction
 
 GLOBAL = CropGroup(2, 32, (0.25, 1.0))
@@ -136,7 +137,8 @@ def test_crops_are_torchvisions_resized_crop(group: CropGroup, channels_last: bo
     if channels_last:
         images = [image[None].contiguous(memory_format=torch.channels_last)[0] for image in images]
     sample_B = torch.arange(len(images)) + 11
-    cut = cut_group(images, group, 4, 2, sample_B)
+    decoded = [Decoded(image, *image.shape[1:]) for image in images]
+    cut = cut_group(decoded, group, 4, 2, sample_B)
     assert cut.shape == (len(images), group.count, 3, group.size, group.size)
     assert cut.dtype == torch.uint8
     size_B2 = torch.tensor([image.shape[1:] for image in images])
@@ -195,7 +197,7 @@ def test_boxes_on_a_reduced_image_show_the_same_and_are_not_enlarged(factor: int
         height, width = 300 + 7 * sample, 555 - 5 * sample
         small = noise(-(-height // factor), -(-width // factor))
         size_12, sample_1 = torch.tensor([[height, width]]), torch.tensor([sample])
-        cut = cut_group([small], group, 4, 2, sample_1, size_12)
+        cut = cut_group([Decoded(small, height, width)], group, 4, 2, sample_1)
         for view in range(group.count):
             box = draw_boxes(group, view, 4, 2, sample_1, size_12)[0].tolist()
             edges = [box[0], box[1], box[0] + box[2], box[1] + box[3]]

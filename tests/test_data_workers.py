@@ -21,7 +21,7 @@ from mimref.data.loader import CropBatch, ViewBatch, crop_batches, view_batches
 from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup
-from mimref.data.workers import DeadWorkerError, WorkerPositions
+from mimref.data.workers import DeadWorkerError
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import DataError
 from mimref.features.encode import Column, PassSettings, extract
@@ -121,8 +121,7 @@ def test_a_process_ends_although_it_has_not_finished_reading() -> None:
 def test_a_death_of_unknown_cause_is_reported_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "DYING_S", 0.0)
     processes: Any = []
-    positions = WorkerPositions(Deadly(), 2)
     error = RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly")
-    assert workers._death_behind(error, processes, positions) == f"a loader process died ({error})"
+    assert workers._death_behind(error, processes, {}) == f"a loader process died ({error})"
     reset = ConnectionResetError(errno.ECONNRESET, "Connection reset")
-    assert workers._death_behind(reset, processes, positions) is None
+    assert workers._death_behind(reset, processes, {}) is None

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.checkpoints import encoder_from, load_weights, read_checkpoint, save_encoder, weights_hash
-from mimref.encoders.vit import Architecture, Encoder, build_encoder, resize_positions
+from mimref.encoders.positions import resize_positions
+from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError
 from tests.checkpoints import load_encoder
 

@@ -82,7 +82,9 @@ def test_torchvisions_published_sizes() -> None:
     with torch.device("meta"):
         state = outline(torchvision.models.vit_l_32())
     found = recognise(state)
-    assert found.architecture == Architecture("custom", 224, 1024, 24, 16, 32, fixed_positions=False)
+    assert found.architecture == Architecture(
+        "custom", 224, 1024, 24, 16, 32, fixed_positions=False, interpolation="torchvision"
+    )
     assert found.notices == [] and set(found.dropped) == {"classifier"}
 
 

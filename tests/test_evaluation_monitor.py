@@ -102,8 +102,8 @@ def test_damaged_validation_images_are_reported(tmp_path: Path) -> None:
     beginning = "no k-NN on the validation images: "
     assert notes == [
         f"{beginning}--data {root}: class 'c' of val/ is not in train/; both need the same class folders",
-        f"{beginning}--data list:{table}: row 5 has no label, though others of its split have; fill it in or drop the "
-        "row",
+        f"{beginning}--data list:{table}: row 5 has no label, although others of its split have; fill it in or drop "
+        "the row",
         f"{beginning}the validation images have no labels",
     ]
 

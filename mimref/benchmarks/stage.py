@@ -70,8 +70,13 @@ def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
     if weights is None or find_published(weights) is not None:
         architecture = Architecture.from_config(config.encoder)
     else:
+        settings = config.encoder
         checkpoint = read_checkpoint(
-            weights, num_heads=config.encoder.num_heads, part=config.encoder.part, grid=config.encoder.grid
+            weights,
+            num_heads=settings.num_heads,
+            part=settings.part,
+            grid=settings.grid,
+            interpolation=settings.interpolation,
         )
         architecture = architecture_to_train(config.encoder, checkpoint)
     check_sizes(config, architecture)

@@ -45,7 +45,7 @@ class Option:
                 help=self.help,
                 min=self.min,
                 rich_help_panel=panel,
-                autocompletion=(lambda: words) if all(re.fullmatch(r"[a-z0-9+-]+", word) for word in words) else None,
+                autocompletion=(lambda: words) if all(re.fullmatch(r"[a-z0-9_+-]+", word) for word in words) else None,
             )
         default = inspect.Parameter.empty if self.required else False if kind is bool else None
         annotation: Any = Annotated[kind, info]

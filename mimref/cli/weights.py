@@ -77,6 +77,10 @@ class ExportOptions(Force, panel="Encoder"):
     encoder: Text = part_option()
     grid: Text = grid_option()
     num_heads: int | None = option("Attention heads, where they cannot be inferred from the weights.", "N", min=1)
+    interpolation: Text = option(
+        "Whose rule interpolates positions to another --resolution; default the weights' own.",
+        "mae|dino|dinov2|dinov2_reg|timm|torchvision|mae_pytorch",
+    )
 
 
 def export(options: ExportOptions) -> None:
@@ -98,7 +102,7 @@ def export(options: ExportOptions) -> None:
     from mimref.features.encode import block_groups
     from mimref.reports.terminal import Terminal
 
-    hints = {name: getattr(options, name) for name in ("arch", "source", "num_heads", "resolution")}
+    hints = {name: getattr(options, name) for name in ("arch", "source", "num_heads", "resolution", "interpolation")}
     hints |= {"part": options.encoder, "grid": read_grid(options.grid)}
     with Terminal(options.quiet) as terminal:
         encoder, facts = read_encoder(options.checkpoint, **hints, listener=terminal)

@@ -25,6 +25,8 @@ AreaRange = Annotated[
 PositiveRange = Annotated[tuple[Positive, Positive], Field(strict=False), AfterValidator(_check_ordered)]
 PatchGrid = Annotated[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]], Field(strict=False)]
 Probabilities = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
+Interpolation = Literal["mae", "dino", "dinov2", "dinov2_reg", "timm", "torchvision", "mae_pytorch"]
+"""Whose code interpolates position embeddings to other image sizes; see `mimref.encoders.positions`."""
 
 
 class Section(BaseModel):

@@ -13,6 +13,7 @@ from mimref.config.base import (
     Decay,
     Fraction,
     Hue,
+    Interpolation,
     PatchGrid,
     PositiveRange,
     Probabilities,
@@ -45,6 +46,8 @@ class EncoderConfig(Section):
     other has. None: the one that the authors of such files evaluate."""
     grid: PatchGrid | None = None
     """Rows and columns of patches that a file's positions are for. None: a square, else the shape nearest to one."""
+    interpolation: Interpolation | None = None
+    """Whose rule interpolates positions to other image sizes than the weights'. None: that of the weights' format."""
 
     @model_validator(mode="after")
     def _check_custom(self) -> Self:

@@ -41,13 +41,13 @@ class BadImages:
         self._reasons: dict[str, str] = {}
 
     def add(self, path: str, reason: str) -> None:
-        """Add one bad image; a known path does not count again. Raises DataError as `check` does."""
-        if path not in self._reasons:
-            self._reasons[path] = reason
-            self.check()
+        """Count one bad image; a known path does not count again.
 
-    def check(self) -> None:
-        """Raises DataError, naming count, limit and the first few files, when there are more than `max_bad`."""
+        Raises DataError, naming count, limit and the first few files, when there are more than `max_bad`.
+        """
+        if path in self._reasons:
+            return
+        self._reasons[path] = reason
         count = len(self._reasons)
         if count <= self.max_bad:
             return
@@ -63,9 +63,6 @@ class BadImages:
     def items(self) -> list[tuple[str, str]]:
         """(path, reason) of every bad image, sorted by path, so that the order does not depend on the workers."""
         return sorted(self._reasons.items())
-
-    def __len__(self) -> int:
-        return len(self._reasons)
 
 
 class Decoded(NamedTuple):
@@ -109,8 +106,6 @@ def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None) -> Decoded
                     # Pillow takes the strongest reduction that keeps this size: exactly `factor`.
                     image.draft(None, (width // factor, height // factor))
                 rgb_HWC = _to_rgb(image)
-    except BadImage:
-        raise
     except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything
         raise BadImage(name, _reason(file, error)) from error
     return Decoded(torch.from_numpy(rgb_HWC).permute(2, 0, 1), height, width)

@@ -4,66 +4,26 @@ A loader's item is a whole batch, read and cropped in one process, so that nothi
 copies training views to the GPU; `mimref.data.views` then changes their colours there.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from itertools import starmap
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from mimref.data.decode import BadImage, Decoded
-from mimref.data.sources import EncodedSource, FetchedSource, ImageSource
+from mimref.data.decode import Decoded
+from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup, cut_group, reduction
-from mimref.data.workers import WorkerPositions, ignore_signals, watched
+from mimref.data.workers import BatchDataset, load
 from mimref.devices import own_cores
 from mimref.distributed.group import own_rank, share, world_size
 from mimref.draws import permutation
 from mimref.errors import ConfigError
 
 _T = TypeVar("_T")
-_Batch = TypeVar("_Batch")
-
-
-class _BatchDataset(Dataset[_Batch]):
-    """A data set whose items are batches."""
-
-    def __init__(self, source: ImageSource, workers: int) -> None:
-        self.source = source
-        self.positions = WorkerPositions(source, workers)
-
-    def read(
-        self, indices: Sequence[int], read: Callable[[int], _T]
-    ) -> tuple[list[_T], list[int], list[tuple[str, str]]]:
-        """`read` of every image that can be read, their sample indices, and path and reason of the others."""
-        images, good, bad = [], [], []
-        if isinstance(self.source, FetchedSource):
-            self.source.fetch(indices)
-        for index in indices:
-            self.positions.record(index)
-            try:
-                images.append(read(index))
-                good.append(index)
-            except BadImage as error:
-                bad.append((error.path, error.reason))
-        return images, good, bad
-
-
-def _load(
-    dataset: _BatchDataset[_Batch], batches: Iterable[Any], *, workers: int, pin_memory: bool = False
-) -> Iterator[_Batch]:
-    """The items of a data set that `batches` lists, in order. Raises DeadWorkerError when a loader process dies."""
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=batches,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
-    )
-    return watched(loader, dataset.positions)
 
 
 def loader_workers(requested: int | None, source: ImageSource) -> int:
@@ -89,7 +49,7 @@ class CropBatch(NamedTuple):
     """Path and reason of the others."""
 
 
-class _CropDataset(_BatchDataset[CropBatch]):
+class _CropDataset(BatchDataset[CropBatch]):
     def __init__(self, source: ImageSource, transform: EvalTransform, workers: int) -> None:
         super().__init__(source, workers)
         self.transform = transform
@@ -106,12 +66,12 @@ def crop_batches(
 ) -> Iterator[CropBatch]:
     """The evaluation crops of all images from position `start` on; those that cannot be read are listed as bad.
 
-    every: return the first of so many batches only, where other processes take the rest.
+    every: return every n-th batch only; other processes take the others.
     Raises DeadWorkerError when a loader process dies.
     """
     size = len(source)
     batches = [range(at, min(size, at + batch_size)) for at in range(start, size, every * batch_size)]
-    return _load(_CropDataset(source, transform, workers), batches, workers=workers)
+    return load(_CropDataset(source, transform, workers), batches, workers=workers)
 
 
 # --- training views
@@ -131,14 +91,14 @@ class ViewBatch:
 
     def pin_memory(self) -> "ViewBatch":
         """The same batch in page-locked memory. DataLoader calls this method if a batch has it."""
-        return ViewBatch(self.epoch, self.sample_B, [crops.pin_memory() for crops in self.crops], self.bad)
+        return replace(self, crops=[crops.pin_memory() for crops in self.crops])
 
 
 _EpochBatch = tuple[int, list[int]]
 """Epoch and sample indices: workers outlive epochs, so the epoch travels with the samples."""
 
 
-class _ViewDataset(_BatchDataset[ViewBatch]):
+class _ViewDataset(BatchDataset[ViewBatch]):
     def __init__(
         self, source: ImageSource, groups: Sequence[CropGroup], seed: int, *, reduce_jpeg: bool, workers: int
     ) -> None:
@@ -147,25 +107,15 @@ class _ViewDataset(_BatchDataset[ViewBatch]):
 
     def __getitem__(self, batch: _EpochBatch) -> ViewBatch:
         epoch, indices = batch
-        decoded, good, bad = self.read(indices, partial(self._decode, epoch))
-        sample_B = torch.tensor(good, dtype=torch.int64)
-        if not decoded:
-            # Another rank may have images, and all ranks take part in the step.
-            sizes_SV = [(group.size, group.count) for group in self.groups]
-            empty = [torch.empty(0, count, 3, size, size, dtype=torch.uint8) for size, count in sizes_SV]
-            return ViewBatch(epoch, sample_B, empty, bad)
-        # torch resizes bytes twice as fast with channels last in memory.
-        images = [each.image[None].contiguous(memory_format=torch.channels_last)[0] for each in decoded]
-        size_B2 = torch.tensor([(each.height, each.width) for each in decoded])
-        crops = [cut_group(images, group, self.seed, epoch, sample_B, size_B2) for group in self.groups]
-        return ViewBatch(epoch, sample_B, crops, bad)
 
-    def _decode(self, epoch: int, index: int) -> Decoded:
-        if isinstance(self.source, EncodedSource):
+        def decode(index: int) -> Decoded:
             reduce = partial(reduction, self.groups, self.seed, epoch, index) if self.reduce_jpeg else None
             return self.source.read_reduced(index, reduce)
-        image = self.source.read(index)
-        return Decoded(image, image.shape[1], image.shape[2])
+
+        decoded, good, bad = self.read(indices, decode)
+        sample_B = torch.tensor(good, dtype=torch.int64)
+        crops = [cut_group(decoded, group, self.seed, epoch, sample_B) for group in self.groups]
+        return ViewBatch(epoch, sample_B, crops, bad)
 
 
 def _epoch_batches(
@@ -198,8 +148,8 @@ def view_batches(
     """Batches of all `epochs`, one after another; the last partial batch of an epoch is dropped.
 
     skip: batches of the first epoch that are already done. The batches are the same for every number of workers.
-    every: return the first of so many batches only, where other processes take the rest; with 1, each process takes its
-    part of every batch.
+    every: return every n-th batch only; other processes take the others. With 1, each process takes its part of every
+    batch.
     reduce_jpeg: decode JPEG files smaller where no crop is enlarged by it. The crops show the same parts of the images
     with slightly different pixels, so protocols that compare with published numbers leave it off.
     Raises DeadWorkerError when a loader process dies.
@@ -208,7 +158,7 @@ def view_batches(
     part = share(batch_size, rank, world)
     batches = _epoch_batches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every, part=part)
     dataset = _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg, workers=workers)
-    return _load(dataset, batches, workers=workers, pin_memory=pin_memory)
+    return load(dataset, batches, workers=workers, pin_memory=pin_memory)
 
 
 def check_batch_size(batch_size: int, images: int) -> None:
@@ -239,31 +189,26 @@ def device_batches(batches: Iterator[ViewBatch], device: torch.device) -> Iterat
     if device.type != "cuda":
         return batches
     side = torch.cuda.Stream(device)
-    return (copied.receive() for copied in _one_ahead(_Copied(batch, device, side) for batch in batches))
 
-
-class _Copied:
-    """A batch on its way to a CUDA device."""
-
-    def __init__(self, batch: ViewBatch, device: torch.device, side: torch.cuda.Stream) -> None:
+    def copy(batch: ViewBatch) -> tuple[ViewBatch, torch.cuda.Event]:
         with torch.cuda.stream(side):
             crops = [crops.to(device, non_blocking=True) for crops in batch.crops]
-        self.batch = ViewBatch(batch.epoch, batch.sample_B, crops, batch.bad)
-        self.device = device
-        self.done = side.record_event()
+        return replace(batch, crops=crops), side.record_event()
 
-    def receive(self) -> ViewBatch:
-        """The batch, for use on the current stream, which waits for the copy; the CPU does not."""
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(self.done)
-        for crops in self.batch.crops:
+    def receive(batch: ViewBatch, copied: torch.cuda.Event) -> ViewBatch:
+        """Make the current stream wait for the copy; the CPU does not."""
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        for crops in batch.crops:
             # The memory belongs to the side stream, which must not overwrite it while the current one still reads.
             crops.record_stream(current)
-        return self.batch
+        return batch
+
+    return starmap(receive, _one_ahead(map(copy, batches)))
 
 
 def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """The same items; each is returned once the next one was taken."""
+    """The same items; each is returned once the next one has been taken."""
     waiting: list[_T] = []
     for item in items:
         waiting.append(item)

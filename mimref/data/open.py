@@ -1,16 +1,4 @@
-"""What `--data SPEC` accepts, opened as a list of images.
-
-- A folder with `train/` and `val/` (or `test/`), each with one folder per class, or with images and no classes.
-- Any other folder: all images in it, at any depth, for training and validation alike, without labels. Where the images
-  lie in two or more subfolders and none beside them, the training images take the subfolders as classes; the validation
-  images are the same ones and stay unlabelled, so that nothing is ever scored on what it was fitted to.
-- `hf:FOLDER` and `hf:NAME`, a Hugging Face data set on disk or on the hub (see `mimref.data.readers.hf`).
-- `wds:SHARDS`, webdataset tar files (see `mimref.data.readers.wds`).
-- `list:FILE.csv` or `list:FILE.parquet`, a table of paths (see `mimref.data.readers.table`).
-- `digits`, `fashion-mnist`, `torchvision:NAME`. A folder of such a name is reached as `./digits`.
-
-Hidden files are ignored, and so are files whose name does not end like an image's.
-"""
+"""What `--data SPEC` accepts (see docs/data.md), opened as a list of images."""
 
 import os
 import re
@@ -19,18 +7,26 @@ from glob import escape
 from mimref.config.base import DataConfig
 from mimref.data.decode import printable
 from mimref.data.index.remote import is_remote
+from mimref.data.labels import first_images
 from mimref.data.readers.folder import open_folder
+from mimref.data.readers.hf import open_hugging_face
 from mimref.data.readers.named import open_digits, open_fashion_mnist, open_torchvision
+from mimref.data.readers.table import open_table
 from mimref.data.readers.wds import open_shards
 from mimref.data.sources import ArraySource, EncodedSource, ImageSource, Split
-from mimref.data.splits import first_images
 from mimref.errors import ConfigError, DataError, did_you_mean
 from mimref.progress import LabelledProgress
 
 ACCEPTED = "a folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER, hf:NAME or wds:SHARDS"
 NAMES = ("digits", "fashion-mnist")
 """Specs that are not paths, even where a folder has the same name."""
-PATH_PREFIXES = ("list:", "hf:", "wds:")
+_HOW_TO_LABEL = {
+    "list:": "give the list the columns label and split (train, val)",
+    "hf:": "give it a column label, and splits train and validation",
+    "wds:": "give every image a .cls, and keep shards of train and val apart (folders, or {split} in the pattern)",
+    "": "make train/ and val/ in it, each with one folder per class (two or more)",
+}
+"""By the prefix of a spec that is not a name."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
@@ -43,13 +39,13 @@ def absolute_spec(spec: str) -> str:
     """The spec with an absolute path where it has one, so that it means the same images wherever it is read."""
     if spec in NAMES or spec.startswith("torchvision:"):
         return spec
-    prefix = next((each for each in PATH_PREFIXES if spec.startswith(each)), "")
+    prefix = _prefix(spec)
     path = os.path.expanduser(spec.removeprefix(prefix))
     if is_remote(path) or (prefix == "hf:" and is_hub_name(path)):
         return spec
     absolute = os.path.abspath(path)
     if prefix == "wds:" and not os.path.isabs(path) and not os.path.isdir(path):
-        # A pattern: the folder that it starts from is not part of it.
+        # A pattern: the current folder's name is not part of it.
         absolute = os.path.normpath(os.path.join(escape(os.getcwd()), path))
     return prefix + absolute
 
@@ -66,24 +62,19 @@ def open_source(
     spec = data.spec
     if spec is None:
         raise ConfigError(f"no images: pass --data ({ACCEPTED})")
-    source = _open(spec, data, split, progress)
-    if need_labels and source.labels is None:
-        raise DataError(
-            f"--data {printable(spec)}: the {split} images have no labels, which this needs; {_how_to_label(spec)}"
-        )
+    try:
+        source = _open(spec, data, split, progress)
+        if need_labels and source.labels is None:
+            raise DataError(f"the {split} images have no labels, which this needs; {_HOW_TO_LABEL[_prefix(spec)]}")
+    except DataError as error:
+        raise type(error)(f"--data {printable(spec)}: {error}") from error
     if split == "train" and data.train_limit is not None:
         source.select(first_images(len(source), source.labels, limit=data.train_limit))
     return source
 
 
-def _how_to_label(spec: str) -> str:
-    if spec.startswith("list:"):
-        return "give the list the columns label and split (train, val)"
-    if spec.startswith("hf:"):
-        return "give it a column label, and splits train and validation"
-    if spec.startswith("wds:"):
-        return "give every image a .cls, and keep shards of train and val apart (folders, or {split} in the pattern)"
-    return "make train/ and val/ in it, each with one folder per class (two or more)"
+def _prefix(spec: str) -> str:
+    return next(each for each in _HOW_TO_LABEL if spec.startswith(each))
 
 
 def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress | None) -> ArraySource | EncodedSource:
@@ -94,13 +85,8 @@ def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress 
     if spec.startswith("torchvision:"):
         return open_torchvision(data, split)
     if spec.startswith("list:"):
-        # pyarrow takes a moment to import.
-        from mimref.data.readers.table import open_table
-
         return open_table(spec, split)
     if spec.startswith("hf:"):
-        from mimref.data.readers.hf import open_hugging_face
-
         return open_hugging_face(spec, split, on_hub=is_hub_name(spec.removeprefix("hf:")), progress=progress)
     if spec.startswith("wds:"):
         return open_shards(spec, split, progress)
@@ -108,5 +94,5 @@ def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress 
     if not os.path.isdir(root):
         near = did_you_mean(spec, (*NAMES, "torchvision:"))
         what = "is a file, not a folder" if os.path.exists(root) else f"no such folder or data set{near}"
-        raise DataError(f"--data {printable(spec)}: {what} (accepted: {ACCEPTED})")
+        raise DataError(f"{what} (accepted: {ACCEPTED})")
     return open_folder(spec, split, progress)

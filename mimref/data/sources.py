@@ -2,11 +2,11 @@
 
 import hashlib
 import os
-from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,18 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimref.data.decode import Decoded, Reduce, decode_file, printable
-from mimref.data.index.paths import PathList
-from mimref.data.splits import Indices
+from mimref.data.labels import Indices
 from mimref.errors import DataError
 
 Split = Literal["train", "val"]
 
 
 class NoSplitError(DataError):
-    """Images exist, but none of the split asked for."""
+    """Images exist, but none of the requested split."""
 
 
-class ImageSource(Protocol):
+class ImageSource(ABC):
     """A fixed list of N images, some of which may turn out to be unreadable."""
 
     name: str
@@ -34,38 +33,43 @@ class ImageSource(Protocol):
     """Class of every image, (N,) int64, or None."""
     class_names: list[str] | None
     """Names of classes 0, 1, ..., or None without labels."""
-    in_memory: bool
+    in_memory: bool = False
     """Whether reading needs no decoding, so that loader processes would not pay off."""
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 in hex over what identifies the images and their labels."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, index: int) -> Tensor:
         """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
 
+    @abstractmethod
     def path(self, index: int) -> str:
         """A name of the image for messages and tables."""
 
+    def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
+        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
+        image = self.read(index)
+        return Decoded(image[None].contiguous(memory_format=torch.channels_last)[0], *image.shape[1:])
 
-@runtime_checkable
-class FetchedSource(Protocol):
-    """Images that may be on a server, where one request for many of them saves time."""
-
-    def fetch(self, indices: Sequence[int]) -> None:
-        """Get these images, which are read next. Raises DataError when the server fails."""
+    def fetch(self, indices: Sequence[int]) -> None:  # noqa: B027
+        """Request from a server, all at once, the images to be read next. Raises DataError when the server fails."""
 
 
+@dataclass(eq=False)
 class EncodedSource(ImageSource):
     """Images that are stored encoded, as JPEG, PNG and so on, and decoded when read: a base of sources."""
 
-    in_memory = False
-
-    def __init__(self, name: str, rows: Indices, labels: Indices | None, class_names: list[str] | None) -> None:
-        self.name, self.rows, self.labels, self.class_names = name, rows, labels, class_names
-        # rows: (N,) position of every image in the list that the source was made from.
+    name: str
+    rows: Indices
+    """(N,) position of every image in the list that the source was made from."""
+    labels: Indices | None
+    class_names: list[str] | None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,16 +80,16 @@ class EncodedSource(ImageSource):
         self.labels = None if self.labels is None else self.labels[indices]
 
     def read(self, index: int) -> Tensor:
-        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
+        """See `ImageSource`."""
         return self.read_reduced(index, None).image.contiguous()
 
     @abstractmethod
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
-        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
+        """See `ImageSource`."""
 
 
 @dataclass(eq=False)
-class ArraySource:
+class ArraySource(ImageSource):
     """Images in memory: uint8 (N, H, W) gray or (N, 3, H, W)."""
 
     name: str
@@ -95,7 +99,8 @@ class ArraySource:
     split: str
     positions: Indices
     """(N,) index of every image in the data set's own order, for its name."""
-    in_memory: bool = True
+
+    in_memory = True
 
     def __len__(self) -> int:
         return len(self.images)
@@ -126,6 +131,44 @@ class ArraySource:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True, eq=False)
+class PathList:
+    """Paths as one block of bytes: 8 bytes more than its length for each, where a list of strings takes 60 and more.
+
+    Loader processes share the block: reading a path writes nothing. Reading a list's strings would write their
+    reference counts, and so copy page after page of the main process's memory into each worker.
+    """
+
+    content: NDArray[np.uint8]
+    """All paths without separators, in the file system's encoding."""
+    ends: Indices
+    """(N + 1,) where each path starts, and the last one ends."""
+
+    @classmethod
+    def pack(cls, paths: Iterable[str]) -> "PathList":
+        """The same paths; a PathList as it is."""
+        if isinstance(paths, PathList):
+            return paths
+        encoded = [os.fsencode(path) for path in paths]
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum([0, *map(len, encoded)], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        row = range(len(self))[index]
+        return os.fsdecode(self.content[self.ends[row] : self.ends[row + 1]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return map(os.fsdecode, self.encoded(np.arange(len(self))))
+
+    def encoded(self, rows: Indices) -> Iterator[bytes]:
+        """Some of the paths in the file system's encoding."""
+        content = self.content.data
+        starts, ends = self.ends[rows].tolist(), self.ends[rows + 1].tolist()
+        return (bytes(content[start:end]) for start, end in zip(starts, ends, strict=True))
+
+
 class FileSource(EncodedSource):
     """Image files below one folder.
 
@@ -145,7 +188,7 @@ class FileSource(EncodedSource):
         super().__init__(name, np.arange(len(self.files)) if rows is None else rows, labels, class_names)
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
-        """See `EncodedSource`."""
+        """See `ImageSource`."""
         return decode_file(os.path.join(self.folder, self.files[self.rows[index]]), reduce)
 
     def path(self, index: int) -> str:
@@ -158,7 +201,7 @@ class FileSource(EncodedSource):
         return fingerprint_files(self.folder, self.files.encoded(self.rows), self.labels)
 
 
-class Subset:
+class Subset(ImageSource):
     """Some of a source's images, as a source; `rows` are their positions in it, (N,)."""
 
     def __init__(self, source: ImageSource, rows: Indices) -> None:
@@ -175,12 +218,11 @@ class Subset:
         return len(self.rows)
 
     def fetch(self, indices: Sequence[int]) -> None:
-        """See `FetchedSource`."""
-        if isinstance(self.source, FetchedSource):
-            self.source.fetch([int(self.rows[index]) for index in indices])
+        """See `ImageSource`."""
+        self.source.fetch([int(self.rows[index]) for index in indices])
 
     def read(self, index: int) -> Tensor:
-        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
+        """See `ImageSource`."""
         return self.source.read(int(self.rows[index]))
 
     def path(self, index: int) -> str:

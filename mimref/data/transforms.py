@@ -77,12 +77,7 @@ class EvalTransform:
     def from_dict(cls, saved: Mapping[str, Any]) -> "EvalTransform":
         """Read what `to_dict` wrote. Raises ConfigError for other keys or values."""
         try:
-            return cls(
-                image_size=int(saved["image_size"]),
-                crop_fraction=float(saved["crop_fraction"]),
-                mean=_rgb(saved["mean"]),
-                std=_rgb(saved["std"]),
-            )
+            return cls(int(saved["image_size"]), float(saved["crop_fraction"]), _rgb(saved["mean"]), _rgb(saved["std"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"recorded transform {dict(saved)} cannot be read: {error!r}") from error
 

@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from mimref.config.run import ViewsConfig
+from mimref.data.decode import Decoded
 from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RGB
 from mimref.devices import send
 from mimref.draws import Operation, uniform
@@ -49,11 +50,10 @@ class CropGroup:
 
 def multi_crop(config: ViewsConfig, image_size: int) -> list[CropGroup]:
     """The groups of the two global views and of the local views, if any."""
-    groups = [CropGroup(2, config.global_size or image_size, config.global_scale, config.aspect_ratio)]
+    aspect = config.aspect_ratio
+    groups = [CropGroup(2, config.global_size or image_size, config.global_scale, aspect)]
     if config.local_views:
-        groups.append(
-            CropGroup(config.local_views, config.local_size, config.local_scale, config.aspect_ratio, first_view=2)
-        )
+        groups.append(CropGroup(config.local_views, config.local_size, config.local_scale, aspect, first_view=2))
     return groups
 
 
@@ -108,17 +108,13 @@ def reduction(groups: Sequence[CropGroup], seed: int, epoch: int, sample: int, h
     return next(each for each in _REDUCTIONS if each <= factor)
 
 
-def cut_group(
-    images: Sequence[Tensor], group: CropGroup, seed: int, epoch: int, sample_B: Tensor, size_B2: Tensor | None = None
-) -> Tensor:
-    """Cut one group's views from decoded images: (B, V, 3, S, S) uint8.
+def cut_group(images: Sequence[Decoded], group: CropGroup, seed: int, epoch: int, sample_B: Tensor) -> Tensor:
+    """Cut one group's views from B decoded images: (B, V, 3, S, S) uint8.
 
-    images: B tensors of (3, height, width) uint8, faster with channels last in memory. size_B2: heights and widths in
-    the files, for images that were decoded smaller; None: those of the tensors. Crops are resized bicubically with
-    antialiasing.
+    Crops are resized bicubically with antialiasing, twice as fast where the channels of a pixel are together in memory.
     """
-    decoded_B2 = torch.tensor([image.shape[1:] for image in images])
-    size_B2 = decoded_B2 if size_B2 is None else size_B2
+    decoded_B2 = torch.tensor([each.image.shape[1:] for each in images], dtype=torch.int64).view(-1, 2)
+    size_B2 = torch.tensor([(each.height, each.width) for each in images], dtype=torch.int64).view(-1, 2)
     views = group.count
     view_N = torch.arange(views).repeat(len(images))
     size_N2 = size_B2.repeat_interleave(views, dim=0)
@@ -127,7 +123,7 @@ def cut_group(
     cut = torch.empty(len(images), views, 3, group.size, group.size, dtype=torch.uint8)
     for number, (top, left, height, width) in enumerate(boxes_N4.tolist()):
         row, view = divmod(number, views)
-        crop = images[row][:, top : top + height, left : left + width]
+        crop = images[row].image[:, top : top + height, left : left + width]
         cut[row, view] = tvf.resize_image(crop, [group.size, group.size], InterpolationMode.BICUBIC, antialias=True)
     return cut
 
@@ -135,13 +131,11 @@ def cut_group(
 def _scale_boxes(boxes_N4: Tensor, size_N2: Tensor, decoded_N2: Tensor) -> Tensor:
     """The same boxes on images of another size: each edge goes to the nearest border between pixels.
 
-    Computed in integers, with halves rounded up: a box of at least f x n pixels has at least n on an image reduced by
-    f.
+    Computed in integers, with halves rounded up: a box of at least f x n pixels keeps at least n after reduction by f.
     """
     start_N2, length_N2 = boxes_N4.split(2, dim=1)
-    first_N2, end_N2 = (
-        (2 * edge_N2 * decoded_N2 + size_N2) // (2 * size_N2) for edge_N2 in (start_N2, start_N2 + length_N2)
-    )
+    edges = (start_N2, start_N2 + length_N2)
+    first_N2, end_N2 = ((2 * edge_N2 * decoded_N2 + size_N2) // (2 * size_N2) for edge_N2 in edges)
     return torch.cat([first_N2, end_N2 - first_N2], dim=1)
 
 
@@ -155,13 +149,7 @@ class Photometric:
     """
 
     def __init__(
-        self,
-        config: ViewsConfig,
-        seed: int,
-        device: torch.device,
-        *,
-        mean: RGB = IMAGENET_MEAN,
-        std: RGB = IMAGENET_STD,
+        self, config: ViewsConfig, seed: int, device: torch.device, mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD
     ) -> None:
         self.config, self.seed, self.device = config, seed, device
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
@@ -181,13 +169,14 @@ class Photometric:
         def draw(operation: Operation, numbers: int = 1) -> Tensor:
             return uniform(self.seed, epoch, operation, sample_N, view_N, count=numbers)
 
-        self._flip(image_N3SS, draw(Operation.FLIP))
+        self._change(image_N3SS, draw(Operation.FLIP)[:, 0] < self.config.flip, lambda part, _: part.flip(-1))
         if self.config.color:
             self._jitter(image_N3SS, draw(Operation.JITTER, 9))
         if self.config.blur:
             self._blur(image_N3SS, draw(Operation.BLUR, 2), view_N)
         if self.config.color:
-            self._gray(image_N3SS, draw(Operation.GRAY))
+            gray_N = draw(Operation.GRAY)[:, 0] < self.config.gray_probability
+            self._change(image_N3SS, gray_N, lambda part, _: _luminance(part).expand_as(part))
             self._solarize(image_N3SS, draw(Operation.SOLARIZE), view_N)
         normalised: Tensor = image_N3SS.sub_(self._mean).div_(self._std).unflatten(0, (count, batch))
         return normalised
@@ -198,9 +187,6 @@ class Photometric:
         if len(rows):
             rows = send(rows, self.device)
             image.index_copy_(0, rows, change(image.index_select(0, rows), rows))
-
-    def _flip(self, image: Tensor, draw: Tensor) -> None:
-        self._change(image, draw[:, 0] < self.config.flip, lambda part, _: part.flip(-1))
 
     def _jitter(self, image: Tensor, draw: Tensor) -> None:
         """draw (N, 9): whether to jitter, four strengths, and four numbers whose ranks order the operations."""
@@ -221,20 +207,17 @@ class Photometric:
     def _blur(self, image: Tensor, draw: Tensor, view_N: Tensor) -> None:
         low, high = self.config.blur_sigma
         sigma = send(low + (high - low) * draw[:, 1], self.device)
-        chosen = draw[:, 0] < self._by_view(self.config.blur_probability, view_N)
+        chosen = draw[:, 0] < _by_view(self.config.blur_probability, view_N)
         self._change(image, chosen, lambda part, rows: gaussian_blur(part, sigma[rows]))
 
-    def _gray(self, image: Tensor, draw: Tensor) -> None:
-        chosen = draw[:, 0] < self.config.gray_probability
-        self._change(image, chosen, lambda part, _: _luminance(part).expand_as(part))
-
     def _solarize(self, image: Tensor, draw: Tensor, view_N: Tensor) -> None:
-        chosen = draw[:, 0] < self._by_view(self.config.solarize_probability, view_N)
+        chosen = draw[:, 0] < _by_view(self.config.solarize_probability, view_N)
         self._change(image, chosen, lambda part, _: torch.where(part >= _SOLARIZE_FROM, 1 - part, part))
 
-    @staticmethod
-    def _by_view(values: tuple[float, float, float], view_N: Tensor) -> Tensor:
-        return torch.tensor(values)[view_N.clamp_max(2)]
+
+def _by_view(values: tuple[float, float, float], view_N: Tensor) -> Tensor:
+    """One value for every view, of those for view 0, view 1 and all local views."""
+    return torch.tensor(values)[view_N.clamp_max(2)]
 
 
 def _luminance(image: Tensor) -> Tensor:
@@ -262,9 +245,8 @@ def shift_hue(image_N3SS: Tensor, turns_N11: Tensor) -> Tensor:
     top = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = top - low
-    sixth = torch.where(
-        top == red, green - blue, torch.where(top == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    )
+    sixth = torch.where(top == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    sixth = torch.where(top == red, green - blue, sixth)
     sixth /= torch.where(chroma > 0, chroma, 1)  # gray has no hue; any value will do
     sixth = (sixth + 6 * turns_N11).remainder_(6)
     # Around the circle, a channel is full for two sixths, empty for two, and linear in between.

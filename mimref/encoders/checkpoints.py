@@ -7,7 +7,7 @@ From a file to an encoder: `read_checkpoint` reads and recognises it, `choose_ar
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mimref.config.base import Interpolation
 from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import (
     BackboneArchitecture,
@@ -30,6 +31,7 @@ from mimref.encoders.backbones import (
 from mimref.encoders.folders import saved_config, shard_hint
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
 from mimref.encoders.grids import Grid
+from mimref.encoders.layouts import INTERPOLATIONS
 from mimref.encoders.parts import (
     NoChoice,
     Unrecognised,
@@ -40,18 +42,11 @@ from mimref.encoders.parts import (
     left_out_notice,
     matching_prefixes,
 )
+from mimref.encoders.positions import RULES, resize_positions
 from mimref.encoders.published import find_published
 from mimref.encoders.reading import first_line, named_tensors, read_file
-from mimref.encoders.vit import (
-    PAPER_SIZES,
-    Architecture,
-    Encoder,
-    are_sincos,
-    build_encoder,
-    is_plain_vit,
-    resize_positions,
-)
-from mimref.errors import CheckpointError, ConfigError
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, are_sincos, build_encoder, is_plain_vit
+from mimref.errors import CheckpointError, ConfigError, did_you_mean
 from mimref.files import write_bytes
 from mimref.progress import LabelledProgress
 
@@ -85,6 +80,8 @@ class Checkpoint:
     """All tensors of a foreign file, under their names without what wrapping modules add."""
     part: str | None = None
     """Which encoder of the file was asked for."""
+    interpolation: Interpolation | None = None
+    """Asked for, instead of the format's; None: see the architecture."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -97,19 +94,41 @@ class Checkpoint:
         chosen += [f"{found.grid}"] if found and found.grid[0] != found.grid[1] else []
         return hashlib.sha256(" ".join((digest, *chosen)).encode()).hexdigest() if chosen else digest
 
-    def notices(self, architecture: Architecture | BackboneArchitecture) -> list[str]:
-        """What was assumed or changed to read the file as this architecture, one line each with the file's name."""
+    def notices(self, architecture: Architecture | BackboneArchitecture, sizes: Sequence[int] = ()) -> list[str]:
+        """What was assumed or changed to read the file as this architecture, one line each with the file's name.
+
+        sizes: pixels of the images that the encoder will see.
+        """
         if "architecture" in self.header:
             return [f"{self.path}: contains one encoder; --encoder {self.part} has no effect"] if self.part else []
+        notices: list[str] = []
         if isinstance(architecture, BackboneArchitecture):
             with torch.device("meta"):
                 model = timm.create_model(architecture.name, pretrained=False, num_classes=0)
-            notices = self.selection(model.state_dict())[1]
-        else:
-            notices = self.recognised.notices if self.recognised and not architecture.from_timm else []
-            if self.recognised and architecture.from_timm:
-                notices = self.recognised.selection_notices
+            notices += self.selection(model.state_dict())[1]
+        elif self.recognised and architecture.from_timm:
+            notices += self.recognised.selection_notices
+        elif self.recognised:
+            notices += self.recognised.notices
+            guessed = self.recognised.guesses_interpolation and self.source is None and self.interpolation is None
+            rows, columns = self.recognised.grid
+            if guessed and (rows != columns or any(self.interpolates(architecture, size) for size in sizes)):
+                notices.append(
+                    f"positions are interpolated as {architecture.interpolation} does, which the layout does not show; "
+                    "set encoder.interpolation if that is wrong"
+                )
         return [f"{self.path}: {notice}" for notice in notices]
+
+    def interpolates(self, architecture: Architecture, size: int) -> bool:
+        """Whether images of `size` pixels need other positions than those in the file."""
+        tensors = (self.recognised or self).tensors
+        positions, registers = tensors.get("pos_embed"), tensors.get("reg_token")
+        if positions is None:
+            return True
+        extra = 0 if registers is None else registers.shape[1]
+        patches = (size // architecture.patch_size) ** 2
+        # With or without rows for CLS and register tokens.
+        return positions.ndim != 3 or positions.shape[1] - patches not in (0, 1, extra, 1 + extra)
 
     def selection(self, wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The tensors below the prefix where most names of a timm model are found, and what is said of the others.
@@ -135,13 +154,32 @@ def read_checkpoint(
     num_heads: int | None = None,
     part: str | None = None,
     grid: Grid | None = None,
+    interpolation: Interpolation | None = None,
     progress: LabelledProgress | None = None,
 ) -> Checkpoint:
     """Read a weights file, a run's or `save_pretrained`'s folder, published weights or `timm:NAME`, or `quickstart`.
 
-    num_heads, part, grid: of a foreign file, as in `recognise`. progress: of a download.
-    Raises CheckpointError with one line for a missing or damaged file, and for a `part` that it does not have.
+    num_heads, part, grid, interpolation: of a foreign file, as in `recognise`; interpolation also of our own. progress:
+    of a download. Raises CheckpointError with one line for a missing or damaged file, and for a `part` that it does not
+    have, ConfigError for an unknown interpolation.
     """
+    if interpolation not in (None, *RULES):
+        raise ConfigError(f"unknown interpolation {interpolation!r}{did_you_mean(str(interpolation), RULES)}")
+    checkpoint = _read(path, num_heads, part, grid, interpolation, progress)
+    if interpolation is None:
+        return checkpoint
+    architecture = checkpoint.architecture and replace(checkpoint.architecture, interpolation=interpolation)
+    return replace(checkpoint, architecture=architecture, interpolation=interpolation)
+
+
+def _read(
+    path: str | Path,
+    num_heads: int | None,
+    part: str | None,
+    grid: Grid | None,
+    interpolation: Interpolation | None,
+    progress: LabelledProgress | None,
+) -> Checkpoint:
     if isinstance(path, str) and path.startswith(_TIMM):
         return replace(_from_timm(path), part=part)
     file, content, header = read_file(path, progress)
@@ -158,15 +196,21 @@ def read_checkpoint(
             raise CheckpointError(f"{file}: damaged header ({error})") from error
     try:
         checkpoint = replace(checkpoint, named=clean_names(content)[0])
-        found = recognise(content, num_heads=num_heads, part=part, grid=grid, config=saved_config(file))
+        found = recognise(
+            content, num_heads=num_heads, part=part, grid=grid, config=saved_config(file), interpolation=interpolation
+        )
     except NoChoice as reason:
         return replace(checkpoint, problem=str(reason))
     except Unrecognised as reason:
         hint = shard_hint(file)
         return replace(checkpoint, problem=f"{reason}{hint}", advice="" if hint else "; pass --arch (and --source)")
     published = None if Path(path).exists() else find_published(str(path))
-    source, licence = (published.source, published.licence) if published else (found.source, licence)
-    return replace(checkpoint, architecture=found.architecture, source=source, licence=licence, recognised=found)
+    architecture, source = found.architecture, found.source
+    if published:
+        source, licence = published.source, published.licence
+        if found.guesses_interpolation:
+            architecture = replace(architecture, interpolation=INTERPOLATIONS.get(source, "mae"))
+    return replace(checkpoint, architecture=architecture, source=source, licence=licence, recognised=found)
 
 
 def _from_timm(path: str) -> Checkpoint:
@@ -225,6 +269,8 @@ def choose_architecture(
     else:
         raise ConfigError(f"--arch {arch}: {checkpoint.path} contains {recorded.name}; omit --arch")
     if isinstance(chosen, Architecture):
+        if checkpoint.interpolation:
+            chosen = replace(chosen, interpolation=checkpoint.interpolation)
         chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "encoder.image_size")
     return chosen
 
@@ -282,7 +328,9 @@ def _fit_positions(encoder: Encoder, positions: Tensor) -> Tensor:
         return positions
     # In float32, so that a file in half precision is rounded only once.
     positions = positions.float()
-    return torch.cat([positions[:, :prefix], resize_positions(positions[:, prefix:], (side, side))], dim=1)
+    interpolation = encoder.architecture.interpolation
+    patches_1ND = resize_positions(positions[:, prefix:], (side, side), interpolation=interpolation)
+    return torch.cat([positions[:, :prefix], patches_1ND], dim=1)
 
 
 def _timm_tensors(

@@ -18,6 +18,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from mimref.config.base import Interpolation
 from mimref.encoders.backbones import native_size
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.grids import Grid
@@ -56,22 +57,25 @@ def read_encoder(
     part: str | None = None,
     grid: Grid | None = None,
     resolution: int | None = None,
+    interpolation: Interpolation | None = None,
     listener: Listener | None = None,
 ) -> tuple[Encoder, dict[str, Any]]:
     """A checkpoint's encoder in fp32 on the CPU, and the facts about it that every export keeps.
 
-    arch, source, num_heads, part, grid: as in `choose_architecture` and `read_checkpoint`. resolution: pixels per side
-    to interpolate positions to. Raises CheckpointError for a file that is no plain vision transformer, ConfigError for
-    values that do not fit it.
+    arch, source, num_heads, part, grid, interpolation: as in `choose_architecture` and `read_checkpoint`. resolution:
+    pixels per side to interpolate positions to. Raises CheckpointError for a file that is no plain vision transformer,
+    ConfigError for values that do not fit it.
     """
     listener = listener or Silent()
-    checkpoint = read_checkpoint(path, num_heads=num_heads, part=part, grid=grid, progress=listener.progress)
+    checkpoint = read_checkpoint(
+        path, num_heads=num_heads, part=part, grid=grid, interpolation=interpolation, progress=listener.progress
+    )
     architecture = choose_architecture(checkpoint, arch, source, resolution)
-    for notice in checkpoint.notices(architecture):
-        listener.note(notice)
     if not isinstance(architecture, Architecture):
         raise ConfigError(f"--arch {arch}: only plain vision transformers can be exported")
     size = resolution or architecture.image_size
+    for notice in checkpoint.notices(architecture, [size]):
+        listener.note(notice)
     encoder = encoder_from(checkpoint, replace(architecture, image_size=size))
     assert isinstance(encoder, Encoder)
     facts = {key: checkpoint.header[key] for key in _FACTS if key in checkpoint.header}

@@ -15,8 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimref.config.base import Interpolation
 from mimref.encoders.grids import Grid, prepare_positions, unsaved_positions
-from mimref.encoders.layouts import DROPPABLE, DROPPABLE_BESIDE, RELATIVES, RENAMES, WRAPPING, format_name
+from mimref.encoders.layouts import (
+    DROPPABLE,
+    DROPPABLE_BESIDE,
+    RELATIVES,
+    RENAMES,
+    WRAPPING,
+    format_interpolation,
+    format_name,
+)
 from mimref.encoders.parts import (
     Unrecognised,
     below,
@@ -61,6 +70,8 @@ class Recognised:
     """Prefixes of the file's other encoders."""
     grid: Grid
     """Rows and columns of patches that the file has positions for."""
+    guesses_interpolation: bool
+    """Families that interpolate positions in different ways share the layout."""
 
 
 def recognise(
@@ -70,50 +81,49 @@ def recognise(
     part: str | None = None,
     grid: Grid | None = None,
     config: Mapping[str, Any] | None = None,
+    interpolation: Interpolation | None = None,
 ) -> Recognised:
     """Find the plain vision transformer in a file's content. Raises Unrecognised with the reason if there is none.
 
     num_heads: attention heads; None takes those of `config`, else of the published model of this width, else one per 64
     channels. part: which of several encoders, by its prefix or a part of it; None is the one that its authors evaluate.
     grid: rows and columns of patches; None is a square, else what is nearest to one. config: what Hugging Face saves
-    beside the weights. Raises NoChoice if there are several encoders and no way to choose.
+    beside the weights. interpolation: None is the format's. Raises NoChoice for several encoders and no way to choose.
     """
     named, full_names = clean_names(content)
-    found = find_encoders(named)
-    if not found:
-        some = ", ".join(list(named)[:3])
-        raise Unrecognised(f"contains no vision transformer: none of its tensors is a patch embedding ({some}, ...)")
+    found = _find_encoders(named)
     prefix = choose_part(named, list(found), part)
     own = set(below(named, prefix, found))
     encoder = {name[len(prefix) :]: named[name] for name in named if name in own}
     others = [each for each in found if each != prefix]
-    of_others = {name for each in others for name in below(named, each, found)}
+    of_others = {name: full_names[name] for each in others for name in below(named, each, found)}
     outside = [(beside(name, prefix), name) for name in named if name not in own]
     names = {*encoder, *(short for short, _ in outside)}
     notices = choice_notice(prefix, list(found), part)
     _refuse_relatives(encoder)
     parts = _rename(encoder)
-    renamed = {name for names in parts.values() for name in names}
+    renamed = set().union(*parts.values())
     unused = {name: full_names[prefix + name] for name in encoder if name not in renamed}
     rest = [(short, full_names[name]) for short, name in outside if name not in of_others]
     dropped = _drop(unused, rest, notices)
     selection_notices = list(notices)
     if of_others:
-        dropped["other encoder"] = [*dropped.get("other encoder", []), *(full_names[name] for name in of_others)]
+        dropped["other encoder"] = [*dropped.get("other encoder", []), *of_others.values()]
     tensors = {target: _join([encoder[name] for name in names]) for target, names in parts.items()}
-    flat = _is_flat(encoder)
-    if flat:
-        _complete_flat(tensors, grid, notices)
-    if "pos_embed" not in tensors:
-        raise Unrecognised("has no position embedding (pos_embed), which a plain vision transformer needs")
+    flat = _complete_flat(encoder, tensors, grid, notices)
+    raw = dict(tensors)
     file_grid = prepare_positions(tensors, grid, notices)
     architecture = _read_architecture(tensors, names, num_heads, config or {}, notices)
-    if flat:
-        architecture = replace(architecture, fixed_positions=True)
     _check(tensors, architecture)
+    format_and_source = format_name(prefix, found[prefix], names, architecture)
+    as_image, fixed = raw["pos_embed"].ndim == 4, architecture.fixed_positions
+    usual, guessed = format_interpolation(*format_and_source, names, architecture, as_image=as_image, grid=file_grid)
+    if file_grid[0] != file_grid[1]:
+        # Only now is it known whose rule makes the grid a square.
+        prepare_positions(tensors := raw, grid, [], interpolation or usual)
     return Recognised(
-        *format_name(prefix, found[prefix], names, architecture),
-        architecture,
+        *format_and_source,
+        replace(architecture, interpolation=interpolation or usual, fixed_positions=fixed or flat),
         tensors,
         {target: [full_names[prefix + name] for name in parts.get(target, [])] for target in tensors},
         dropped,
@@ -122,7 +132,16 @@ def recognise(
         prefix,
         others,
         file_grid,
+        guessed,
     )
+
+
+def _find_encoders(named: Mapping[str, Tensor]) -> dict[str, str]:
+    """What `find_encoders` finds. Raises Unrecognised if that is nothing."""
+    if found := find_encoders(named):
+        return found
+    some = ", ".join(list(named)[:3])
+    raise Unrecognised(f"contains no vision transformer: none of its tensors is a patch embedding ({some}, ...)")
 
 
 def _refuse_relatives(encoder: Mapping[str, Tensor]) -> None:
@@ -144,13 +163,18 @@ def _is_flat(encoder: Mapping[str, Tensor]) -> bool:
     return "blocks.0.attn.q_bias" in encoder and not any(name in encoder for name in foreign)
 
 
-def _complete_flat(tensors: dict[str, Tensor], grid: Grid | None, notices: list[str]) -> None:
-    """Give MAE-pytorch's encoder its positions, and its keys a bias of zero."""
+def _complete_flat(
+    encoder: Mapping[str, Tensor], tensors: dict[str, Tensor], grid: Grid | None, notices: list[str]
+) -> bool:
+    """Give MAE-pytorch's encoder its positions, and its keys a bias of zero. Returns whether it is one."""
+    if not _is_flat(encoder):
+        return False
     for name in [name for name in tensors if name.endswith("attn.qkv.bias")]:
         joined, half = tensors[name], tensors[name].numel() // 2
         tensors[name] = torch.cat([joined[:half], torch.zeros_like(joined[:half]), joined[half:]])
     width, _, patch_size = (*tensors["patch_embed.proj.weight"].shape, 1, 1, 1)[:3]
     tensors["pos_embed"] = unsaved_positions(max(patch_size, 1), width, grid, notices)
+    return True
 
 
 def _check(tensors: Mapping[str, Tensor], architecture: Architecture) -> None:

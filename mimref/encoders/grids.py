@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from mimref.config.base import Interpolation
 from mimref.encoders.parts import Unrecognised
-from mimref.encoders.vit import resize_positions
+from mimref.encoders.positions import flat_sincos_positions, resize_positions
 
 Grid = tuple[int, int]
 """Rows and columns of patches."""
@@ -18,14 +19,18 @@ Grid = tuple[int, int]
 _FLAT_IMAGE_SIZE = 224
 
 
-def prepare_positions(tensors: dict[str, Tensor], asked: Grid | None, notices: list[str]) -> Grid:
+def prepare_positions(
+    tensors: dict[str, Tensor], asked: Grid | None, notices: list[str], interpolation: Interpolation = "mae"
+) -> Grid:
     """Bring the position embedding to (1, 1 + N, D), or to (1, N, D) with registers or without a CLS token.
 
     In the second form, the rows of CLS and register tokens are added to the tokens themselves: the same function. A
     grid that is not square is interpolated to a square. Returns the file's grid.
     asked: the grid, where it cannot be inferred.
     """
-    positions = tensors["pos_embed"]
+    positions = tensors.get("pos_embed")
+    if positions is None:
+        raise Unrecognised("has no position embedding (pos_embed), which a plain vision transformer needs")
     if positions.layout is not torch.strided or positions.is_meta:
         raise Unrecognised("pos_embed is sparse or without data")
     is_batch_of_one = positions.ndim == 2 or (positions.ndim in (3, 4) and len(positions) == 1)
@@ -42,7 +47,7 @@ def prepare_positions(tensors: dict[str, Tensor], asked: Grid | None, notices: l
             f"a grid of {shape} patches is assumed; encoder.grid (--grid of inspect and export) sets another"
         )
     flat = positions.reshape(1, -1, positions.shape[-1])  # still the file's memory
-    prefix_1PD, patches_1ND = flat[:, :count], _square(flat[:, count:], grid, notices)
+    prefix_1PD, patches_1ND = flat[:, :count], _square(flat[:, count:], grid, notices, interpolation)
     if list(tokens) != ["cls_token"]:
         tensors["pos_embed"] = patches_1ND
         for name, token in tokens.items():
@@ -93,24 +98,13 @@ def _most_square(patches: int) -> Grid:
     return rows, patches // rows
 
 
-def _square(patches_1ND: Tensor, grid: Grid, notices: list[str]) -> Tensor:
+def _square(patches_1ND: Tensor, grid: Grid, notices: list[str], interpolation: Interpolation) -> Tensor:
     """Positions of a grid interpolated to a square of its longer side."""
     (rows, columns), side = grid, max(grid)
     if rows == columns:
         return patches_1ND
     notices.append(f"positions of {rows} x {columns} patches were interpolated to {side} x {side}")
-    return resize_positions(patches_1ND, (side, side), grid=grid)
-
-
-def flat_sincos_positions(width: int, patches: int) -> Tensor:
-    """MAE-pytorch's fixed positions, (1, patches, width): a sine and a cosine of the patch's number by turns.
-
-    After `get_sinusoid_encoding_table` in pengzhiliang/MAE-pytorch's modeling_finetune.py. Files do not hold them.
-    """
-    number_N1 = torch.arange(patches, dtype=torch.float64)[:, None]
-    channel_D = torch.arange(width, dtype=torch.float64)
-    angle_ND = number_N1 / 10_000.0 ** (2 * (channel_D // 2) / width)
-    return torch.where(channel_D % 2 == 0, angle_ND.sin(), angle_ND.cos())[None].float()
+    return resize_positions(patches_1ND, (side, side), grid=grid, interpolation=interpolation)
 
 
 def unsaved_positions(patch_size: int, width: int, asked: Grid | None, notices: list[str]) -> Tensor:

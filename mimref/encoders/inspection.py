@@ -45,6 +45,8 @@ class Inspection:
     dropped: dict[str, list[str]]
     """From group to the names of tensors that no encoder needs."""
     notices: list[str]
+    guesses_interpolation: bool
+    """Families that interpolate positions in different ways share the layout."""
     header: dict[str, Any]
     """Of our own files, without the architecture."""
 
@@ -80,6 +82,7 @@ def inspect_file(path: str | Path, *, part: str | None = None, grid: Grid | None
         ],
         dropped=recognised.dropped if recognised else {},
         notices=recognised.notices if recognised else [],
+        guesses_interpolation=bool(recognised and recognised.guesses_interpolation and checkpoint.source is None),
         header={key: value for key, value in checkpoint.header.items() if key != "architecture"},
     )
 

@@ -2,6 +2,7 @@
 
 import re
 
+from mimref.config.base import Interpolation
 from mimref.encoders.vit import Architecture
 
 # Which of two encoders the authors of a file evaluate, by the parts of their prefixes that differ: the first of a pair.
@@ -165,3 +166,44 @@ def format_name(root: str, patches: str, names: set[str], architecture: Architec
     if not architecture.fixed_positions:
         return "layout of timm (also DINO, iBOT, Mugs, MSN)", None
     return "layout of MAE (also dBOT, MAWS, MAE-CT)", None
+
+
+# Pre-training methods that do not interpolate positions as MAE does, as `--source` names them.
+INTERPOLATIONS: dict[str, Interpolation] = {"dino": "dino", "ibot": "dino", "mugs": "dino", "dinov2": "dinov2"}
+
+
+def format_interpolation(
+    format_: str,
+    source: str | None,
+    names: set[str],
+    architecture: Architecture,
+    *,
+    as_image: bool,
+    grid: tuple[int, int],
+) -> tuple[Interpolation, bool]:
+    """Whose rule interpolates the positions of a recognised file, and whether that is a guess.
+
+    format_, source: what `format_name` gives. names: all tensors, without prefixes. as_image: the file has positions by
+    row and column, as KappaModules' encoders, to which the paper's released models belong. grid: of the file.
+    """
+    if format_.startswith(("Hugging Face", "DINOv2")) and architecture.registers:
+        return "dinov2_reg", False
+    if format_ == "MAE-pytorch":
+        return "mae_pytorch", False
+    if format_.startswith("torchvision"):
+        return "torchvision", False
+    if format_.startswith(("Hugging Face", "OpenMMLab")) or architecture.fixed_positions or as_image:
+        return "mae", False
+    if source is not None:
+        return INTERPOLATIONS.get(source, "mae"), False
+    if any(name.startswith("head.last_layer") for name in names):
+        return "dino", False
+    # DINO's, iBOT's and Mugs' backbones come without a classifier, those of timm with one; MAE's fine-tuned models have
+    # a norm before it.
+    if "fc_norm.weight" in names:
+        return "mae", True
+    # Of them, only timm's code takes grids that are not square.
+    plain = (
+        grid[0] == grid[1] and architecture.class_token and not architecture.layer_scale and not architecture.registers
+    )
+    return ("dino" if plain and "head.weight" not in names else "timm"), True

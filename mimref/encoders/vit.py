@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Self, cast, get_args
 
 import timm
 import torch
@@ -18,10 +18,11 @@ from timm.layers.mlp import Mlp, SwiGLUPacked
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mimref.config.base import Interpolation
 from mimref.config.run import EncoderConfig
+from mimref.encoders.positions import resize_positions
 from mimref.errors import ConfigError, did_you_mean
 
 # Width, depth, attention heads, patch size (Appendix B.1; 2B: MAWS).
@@ -64,6 +65,8 @@ class Architecture:
     """LayerNorm after the last block of a pre-norm encoder."""
     channels: int = 3
     """Of its images: 3, or 1 for gray ones. Left out of headers where it is 3."""
+    interpolation: Interpolation = "mae"
+    """How positions are interpolated to other image sizes. Left out of headers that need only the default."""
 
     @classmethod
     def from_config(cls, config: EncoderConfig) -> Self:
@@ -73,7 +76,16 @@ class Architecture:
             # The settings refuse a custom architecture that lacks one of them.
             sizes = PAPER_SIZES.get(name) or (int(getattr(config, key)) for key in _SIZE_KEYS)
             width, depth, num_heads, patch_size = sizes
-            return cls(name, size, width, depth, num_heads, patch_size, config.source == "d2v2")
+            return cls(
+                name,
+                size,
+                width,
+                depth,
+                num_heads,
+                patch_size,
+                config.source == "d2v2",
+                interpolation=config.interpolation or "mae",
+            )
         with torch.device("meta"):
             vit = _timm_vit(name, size)
         first_parts: Iterable[Any] = vit.blocks[0].modules()
@@ -88,6 +100,7 @@ class Architecture:
             fixed_positions=False,
             from_timm=True,
             class_token=vit.cls_token is not None,
+            interpolation=config.interpolation or "timm",
         )
 
     @classmethod
@@ -103,15 +116,17 @@ class Architecture:
             if key not in types:
                 raise ConfigError(f"architecture has an unknown key {key!r}")
             lowest = 0 if key in ("registers", "mlp_width") else 1
-            if type(value) is not types[key] or (types[key] is int and value < lowest):
+            known = value in get_args(Interpolation) if key == "interpolation" else type(value) is types[key]
+            if not known or (types[key] is int and value < lowest):
                 raise ConfigError(f"architecture has {key} = {value!r}")
         if values["width"] % values["num_heads"]:
             raise ConfigError(f"architecture has width {values['width']} for {values['num_heads']} attention heads")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """For headers and cache keys; those written before there were gray encoders stay valid."""
-        return {key: value for key, value in asdict(self).items() if (key, value) != ("channels", 3)}
+        """For headers and cache keys, without later fields of the value that older files imply."""
+        implied = (("channels", 3), ("interpolation", "mae"))
+        return {key: value for key, value in asdict(self).items() if (key, value) not in implied}
 
     def check_size(self, size: int, setting: str) -> None:
         """Raise ConfigError unless the patch size divides `size`, in pixels; `setting` names it in the message."""
@@ -188,7 +203,9 @@ class Encoder(nn.Module):
         if vit.pos_embed is not None:
             num_prefix = 0 if vit.no_embed_class else self.num_prefix_tokens
             prefix_positions = vit.pos_embed[:, :num_prefix] if num_prefix else None
-            tokens_BLD = tokens_BLD + resize_positions(vit.pos_embed[:, num_prefix:], (grid[0], grid[1]))
+            tokens_BLD = tokens_BLD + resize_positions(
+                vit.pos_embed[:, num_prefix:], (grid[0], grid[1]), interpolation=self.architecture.interpolation
+            )
         if visible_BK is not None:
             tokens_BLD = tokens_BLD.gather(1, visible_BK[:, :, None].expand(-1, -1, tokens_BLD.shape[2]))
         prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
@@ -237,22 +254,6 @@ def pool_tokens(tokens_BLD: Tensor, how: str, num_prefix_tokens: int, has_cls_to
     if how != "cls+mean":
         return mean_BD
     return torch.cat([tokens_BLD[:, 0] if has_cls_token else mean_BD, mean_BD], dim=1)
-
-
-def resize_positions(
-    positions_1ND: Tensor, new_grid: tuple[int, int], *, grid: tuple[int, int] | None = None
-) -> Tensor:
-    """Interpolate a position embedding to `new_grid` (rows, columns): bicubic, without antialiasing.
-
-    grid: its own rows and columns; None is a square.
-    """
-    side = math.isqrt(positions_1ND.shape[1])
-    rows, columns = grid or (side, side)
-    if (rows, columns) == new_grid:
-        return positions_1ND
-    image = positions_1ND.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(image, size=new_grid, mode="bicubic", antialias=False, align_corners=False)
-    return resized.permute(0, 2, 3, 1).flatten(1, 2).to(positions_1ND.dtype)
 
 
 def sincos_positions(width: int, side: int, *, num_prefix: int = 1) -> Tensor:

@@ -35,6 +35,7 @@ def interpolate(
             num_heads=config.encoder.num_heads,
             part=config.encoder.part,
             grid=config.encoder.grid,
+            interpolation=config.encoder.interpolation,
             progress=listener.progress,
         )
         for name in (config.base, config.refined)
@@ -82,8 +83,8 @@ def _plain_encoder(checkpoint: Checkpoint, listener: Listener) -> Encoder:
 
 def _check_alike(base: Checkpoint, refined: Checkpoint, base_encoder: Encoder, refined_encoder: Encoder) -> None:
     left, right = base_encoder.architecture, refined_encoder.architecture
-    # The name and whether positions are trained do not change the function.
-    same = replace(left, name=right.name, fixed_positions=right.fixed_positions)
+    # The name and whether positions are trained do not change the function; other image sizes do not matter here.
+    same = replace(left, name=right.name, fixed_positions=right.fixed_positions, interpolation=right.interpolation)
     differing = [field.name for field in fields(right) if getattr(same, field.name) != getattr(right, field.name)]
     if differing:
         values = ", ".join(f"{name} {getattr(left, name)} and {getattr(right, name)}" for name in differing)

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from mimref.config.run import RunConfig
+from mimref.data.labels import first_images
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, NoSplitError, Subset
-from mimref.data.splits import first_images
 from mimref.data.transforms import EvalTransform
 from mimref.distributed.collectives import gather_lists
 from mimref.encoders.vit import Encoder

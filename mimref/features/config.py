@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mimref.config.base import CommandConfig, PatchGrid, Section
+from mimref.config.base import CommandConfig, Interpolation, PatchGrid, Section
 
 
 class EvaluatedEncoderConfig(Section):
@@ -17,6 +17,8 @@ class EvaluatedEncoderConfig(Section):
     other has. None: the one that the authors of such files evaluate."""
     grid: PatchGrid | None = None
     """Rows and columns of patches that a file's positions are for. None: a square, else the shape nearest to one."""
+    interpolation: Interpolation | None = None
+    """Whose rule interpolates positions to other resolutions than the weights'. None: that of the weights' format."""
 
 
 class CacheConfig(Section):

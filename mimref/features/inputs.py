@@ -61,11 +61,10 @@ class EncoderInputs:
             num_heads=config.encoder.num_heads,
             part=config.encoder.part,
             grid=config.encoder.grid,
+            interpolation=config.encoder.interpolation,
             progress=listener.progress,
         )
         self.architecture = choose_architecture(self.checkpoint, config.arch, config.source, config.resolution)
-        for notice in self.checkpoint.notices(self.architecture):
-            listener.note(notice)
         header = self.checkpoint.header
         device = resolve_device(config.device)
         self.settings = PassSettings(
@@ -76,6 +75,8 @@ class EncoderInputs:
             config.workers,
             config.data.max_bad,
         )
+        for notice in self.checkpoint.notices(self.architecture, [self.settings.transform.image_size]):
+            listener.note(notice)
         self.data = resolve_data(config.data, header)
         self._folder = None if config.cache.folder == "off" else feature_folder(config.cache.folder)
         self._sources: dict[Split, ImageSource] = {}
@@ -200,12 +201,19 @@ class EncoderInputs:
         return {
             "format": FORMAT,
             "weights": self.checkpoint.fingerprint,
-            "architecture": self.architecture.to_dict(),
+            "architecture": self._architecture_record(),
             "data": source.fingerprint,
             "images": len(source),
             "transform": self.settings.transform.to_dict(),
             "precision": str(self.settings.precision).removeprefix("torch."),
         }
+
+    def _architecture_record(self) -> dict[str, Any]:
+        architecture, size = self.architecture, self.settings.transform.image_size
+        record = architecture.to_dict()
+        if isinstance(architecture, Architecture) and not self.checkpoint.interpolates(architecture, size):
+            record.pop("interpolation", None)
+        return record
 
 
 Inputs = EncoderInputs | FeatureFiles

@@ -32,7 +32,6 @@ def describe(plan: Plan) -> dict[str, str]:
         "steps": f"{plan.heads_steps:,} (heads), then {plan.encoder_steps:,} (encoder and heads)",
         "memory": f"{memory} in float32 for weights, optimizer, average and queue, without activations",
     }
-    notices = plan.checkpoint.notices(architecture)
-    if notices:
-        facts["notice"] = "; ".join(notices)
+    if plan.notices:
+        facts["notice"] = "; ".join(plan.notices)
     return facts | ({"warning": "; ".join(plan.warnings)} if plan.warnings else {})

@@ -11,6 +11,7 @@ from mimref.data.loader import check_batch_size
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
+from mimref.data.views import multi_crop
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint, with_channels, with_fixed_positions
 from mimref.encoders.published import official_name
@@ -48,6 +49,14 @@ class Plan(Base):
     """Block of every head, 1-based."""
     temperature: list[float]
     """Of every head."""
+
+    @property
+    def notices(self) -> list[str]:
+        """What was assumed or changed to read the weights, one line each."""
+        size = self.architecture.image_size
+        return self.checkpoint.notices(
+            self.architecture, [size, *(group.size for group in multi_crop(self.config.views, size))]
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -99,6 +108,7 @@ def open_base(config: RefineConfig, progress: LabelledProgress | None = None) ->
         num_heads=config.encoder.num_heads,
         part=config.encoder.part,
         grid=config.encoder.grid,
+        interpolation=config.encoder.interpolation,
         progress=progress,
     )
     architecture = architecture_to_train(config.encoder, checkpoint)

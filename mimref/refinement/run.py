@@ -60,7 +60,7 @@ def refine(
     with run.locked(resume=resume, force=force):
         plan = make_plan(config, run.listener.progress)
         state = run.load_state(plan.source, resume=resume)
-        for notice in plan.checkpoint.notices(plan.architecture):
+        for notice in plan.notices:
             run.listener.note(notice)
         for warning in plan.warnings:
             run.listener.warn(warning)

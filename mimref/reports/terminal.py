@@ -108,6 +108,8 @@ def print_inspection(inspection: "Inspection") -> None:
 
 
 def _facts(inspection: "Inspection") -> dict[str, str]:
+    from mimref.encoders.positions import RULES
+
     architecture = inspection.architecture
     features = {
         "post-norm" if architecture.post_norm else "pre-norm": True,
@@ -130,6 +132,8 @@ def _facts(inspection: "Inspection") -> dict[str, str]:
         **({"other encoders": ", ".join(inspection.others)} if inspection.others else {}),
         "positions": f"of {inspection.grid[0]} x {inspection.grid[1]} patches",
         "features": ", ".join(name for name, present in features.items() if present),
+        "interpolation": f"{architecture.interpolation} ({RULES[architecture.interpolation]})"
+        f"{', a guess' if inspection.guesses_interpolation else ''}",
         "parameters": f"{inspection.parameters:,}",
         **{key: value for key, value in inspection.header.items() if isinstance(value, str)},
         **{f"dropped, {group}": _first_three(names) for group, names in inspection.dropped.items()},

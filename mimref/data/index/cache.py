@@ -3,7 +3,7 @@
 import hashlib
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sized
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mimref.data.labels import Indices
 from mimref.errors import OutputError
 from mimref.files import atomic_write, cache_folder
 from mimref.locks import one_at_a_time
-from mimref.progress import LabelledProgress
+from mimref.progress import LabelledProgress, Progress
 
 Arrays = dict[str, NDArray[Any]]
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound=Sized)
 
 CLOCK_TICK_NS = 2_000_000_000
 """Of the coarsest file system. A file that changed less than this before a scan may change again within one tick, which
@@ -25,65 +26,58 @@ its modification time would not show."""
 
 SAVE_FROM_IMAGES = 10_000
 LONG_SCAN_S = 1.0
-"""A scan is saved when it found at least so many images, or took at least so long: other processes may be waiting for
-it. A long one reports its progress."""
+"""A scan is saved when it found at least this many images, or took at least this long: other processes may be waiting
+for it. A long one reports its progress."""
 
 
-def comparable_time(modified_ns: int, scanned_ns: int) -> int:
-    """A modification time to compare with later; -1, which equals none, where it might hide a change."""
-    return modified_ns if modified_ns < scanned_ns - CLOCK_TICK_NS else -1
-
-
-class Scan:
-    """A scan that begins now: whether it is long enough to report its progress, and worth saving."""
-
-    def __init__(self, label: str, progress: LabelledProgress | None) -> None:
-        self._label, self._progress, self._started = label, progress, time.monotonic()
-
-    def report(self, done: int, total: int) -> None:
-        """Report progress, once the scan has turned out to be long."""
-        if self._progress is not None and self._is_long():
-            self._progress(self._label, done, total)
-
-    def is_worth_saving(self, images: int) -> bool:
-        """Whether the next start should not repeat it."""
-        return images >= SAVE_FROM_IMAGES or self._is_long()
-
-    def _is_long(self) -> bool:
-        return time.monotonic() - self._started > LONG_SCAN_S
-
-
-def save_index(kind: str, key: bytes, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Save arrays under a key; where the cache cannot be written, the next start scans again."""
-    with suppress(OutputError), atomic_write(_file(kind, key)) as file:
-        # numpy types its one option as if it could be among the arrays.
-        np.savez(file, of=np.frombuffer(key, dtype=np.uint8), **arrays)  # type: ignore[arg-type]
-
-
-def load_index(kind: str, key: bytes, names: set[str]) -> Arrays | None:
-    """The saved arrays; None if there are none, if one of `names` is missing, or if a checksum does not match."""
-    try:
-        with np.load(_file(kind, key), allow_pickle=False) as saved:
-            return dict(saved) if saved["of"].tobytes() == key and saved.keys() >= names else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+def comparable_times(modified_ns: Indices, scanned_ns: Indices | int) -> Indices:
+    """Modification times to compare with later ones; -1, which equals none, where a time might hide a change."""
+    return np.where(modified_ns < scanned_ns - CLOCK_TICK_NS, modified_ns, -1)
 
 
 def load_or_scan(
-    kind: str, key: bytes, load: Callable[[], _T | None], scan: Callable[[], _T], progress: LabelledProgress | None
+    kind: str,
+    key: bytes,
+    progress: LabelledProgress | None,
+    *,
+    unpack: Callable[[Arrays], _T | None],
+    scan: Callable[[Progress], tuple[_T, Arrays]],
 ) -> _T:
-    """What `load` returns or else `scan`, in one process at a time: the others wait, and load its result."""
+    """The index of a data set: from the cache, else by a scan, in one process at a time; the others wait and load it.
+
+    kind: `folder` or `shards`. key: identifies the data set. scan: returns the index, whose length is the number of
+    images, and its arrays. unpack: turns the arrays into the index; None if the data set has changed since.
+    Where the cache cannot be written, the next start scans again.
+    """
+    file = _file(kind, key)
+    label = f"listing images, {'folder by folder' if kind == 'folder' else 'shard by shard'}"
+
+    def load() -> _T | None:
+        try:
+            with np.load(file, allow_pickle=False) as saved:
+                return unpack(dict(saved)) if saved["of"].tobytes() == key else None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing, damaged or out of date
+            return None
 
     def report_waiting() -> None:
         if progress is not None:
             progress("waiting for another process to list the images", 0, 1)
 
-    index = load()
-    if index is None:
-        with one_at_a_time(_file(kind, key), report_waiting):
-            index = load()
-            if index is None:
-                index = scan()
+    def report(done: int, total: int) -> None:
+        if progress is not None and time.monotonic() - started > LONG_SCAN_S:
+            progress(label, done, total)
+
+    if (index := load()) is not None:
+        return index
+    with one_at_a_time(file, report_waiting):
+        if (index := load()) is not None:
+            return index
+        started = time.monotonic()
+        index, arrays = scan(report)
+        if len(index) >= SAVE_FROM_IMAGES or time.monotonic() - started > LONG_SCAN_S:
+            with suppress(OutputError), atomic_write(file) as opened:
+                # numpy types its one option as if it could be among the arrays.
+                np.savez(opened, of=np.frombuffer(key, dtype=np.uint8), **arrays)  # type: ignore[arg-type]
     return index
 
 

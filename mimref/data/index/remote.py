@@ -4,22 +4,27 @@ http(s) needs the extra `mimref[remote]`; s3, gs and others need fsspec's own pa
 credentials where those packages look for them.
 """
 
+import errno
 import hashlib
+import os
 import re
+import tarfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from queue import Empty, SimpleQueue
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from typing import IO, Any, TypeVar
 
 import fsspec
 import tenacity
 
 from mimref.data.decode import printable, reason_of
-from mimref.errors import DataError
+from mimref.errors import DataError, UserError
 
 THREADS = 16
-"""Requests to a server at a time."""
+"""Shards to read or look up at a time."""
+PART_THREADS = 64
+"""Images to read at a time: small parts, whose cost is the wait for the answer."""
 ATTEMPTS = 5
 FIRST_WAIT_S = 1.0
 """Before the second attempt; each further wait is twice as long."""
@@ -30,11 +35,12 @@ MISSING = (-2, -2)
 # Parts of the names under which file systems list what changes with a file's content; times of access do not.
 _OF_CONTENT = re.compile("etag|md5|crc|sha|digest|checksum|generation|version|mtime|modified|commit")
 
-_T = TypeVar("_T")
+_Question = TypeVar("_Question")
+_Answer = TypeVar("_Answer")
 
 
 class UnreachableError(DataError):
-    """A server that does not answer, or not with what was asked for."""
+    """A server that does not answer, or not with the requested bytes."""
 
 
 def is_remote(path: str) -> bool:
@@ -42,143 +48,100 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def file_states(urls: Sequence[str]) -> list[tuple[int, int]]:
-    """Size in bytes of every file, and a number that changes with its content, as far as the server tells; or MISSING.
-
-    Raises DataError for a file system that is not installed, or a server that does not answer.
-    """
-    return list(map_concurrently(_state, urls))
-
-
-def map_concurrently(ask: Callable[[str], _T], urls: Iterable[str]) -> Iterator[_T]:
-    """`ask` of every URL, in order, on several threads. UnreachableError is retried.
+def map_concurrently(
+    ask: Callable[[_Question], _Answer], questions: Iterable[_Question], *, threads: int = THREADS
+) -> Iterator[_Answer]:
+    """`ask` of every question, in order, on several threads. UnreachableError is retried.
 
     A caller that stops iterating, or is interrupted, does not wait for requests under way.
     """
     stop = threading.Event()
-    jobs: SimpleQueue[tuple[str, Future[_T]]] = SimpleQueue()
-    answers: list[Future[_T]] = []
-    for url in urls:
-        answers.append(Future())
-        jobs.put((url, answers[-1]))
-
-    def work() -> None:
-        """Make one request after the other, until none is left or nobody listens."""
-        while not stop.is_set():
-            try:
-                url, answer = jobs.get_nowait()
-            except Empty:
-                return
-            try:
-                answer.set_result(_retrying(stop)(ask, url))
-            except Exception as error:
-                answer.set_exception(error)
-
-    for _ in range(min(THREADS, len(answers))):
-        # Python waits at its exit for the threads of a pool, but not for these.
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        while answers:
-            yield answers.pop(0).result()
-    finally:
-        stop.set()
-
-
-def _retrying(stop: threading.Event) -> tenacity.Retrying:
-    """Retries UnreachableError with growing waits, which end early when `stop` is set."""
-    return tenacity.Retrying(
+    retry = tenacity.retry(
         retry=tenacity.retry_if_exception_type(UnreachableError),
         wait=tenacity.wait_exponential(FIRST_WAIT_S),
         stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_when_event_set(stop),
         sleep=tenacity.sleep_using_event(stop),
         reraise=True,
     )
+    # The threads of this pool, unlike those of concurrent.futures, are daemons: Python does not wait for them at exit.
+    with ThreadPool(threads) as pool:
+        try:
+            yield from pool.imap(retry(ask), questions)
+        finally:
+            stop.set()
 
 
-def expand_stars(pattern: str) -> list[str]:
-    """URLs of the files that match a pattern with stars, sorted."""
-    system, path = _system(pattern)
-    try:
-        return sorted(system.unstrip_protocol(found) for found in system.glob(path))
-    except Exception as error:  # whatever the file system's client raises
-        raise unreachable(pattern, error) from error
+def file_state(url: str) -> tuple[int, int]:
+    """Size in bytes, and a number that changes with the content, as far as the server tells; MISSING without a file.
 
-
-def open_sequential(url: str) -> IO[bytes]:
-    """A file to read from end to end; seeking skips what is already on its way.
-
-    Raises FileNotFoundError, UnreachableError, and DataError for a server that does not serve parts of files.
+    The number of a local file is its modification time, in nanoseconds.
+    Raises UnreachableError, and DataError for a file system that is not installed.
     """
-    system, path = _system(url)
-    try:
-        opened: IO[bytes] = system.open(path, "rb", cache_type="readahead")
-    except Exception as error:  # whatever the file system's client raises
-        raise _translated(url, error) from error
-    try:
-        opened.seek(1)
-        opened.seek(0)
-    except ValueError as error:
-        raise no_parts(url) from error
-    return opened
-
-
-def read_parts(urls: Sequence[str], starts: Sequence[int], ends: Sequence[int]) -> list[bytes | FileNotFoundError]:
-    """Bytes `starts` to `ends` of every file, in one concurrent request; an error for files that no longer exist.
-
-    Raises UnreachableError when a server fails several times, DataError when it does not serve parts of files.
-    """
-    found: dict[int, bytes | FileNotFoundError] = {}
-    _retrying(threading.Event())(_read_missing, urls, starts, ends, found)
-    return [found[number] for number in range(len(urls))]
-
-
-def _read_missing(
-    urls: Sequence[str], starts: Sequence[int], ends: Sequence[int], found: dict[int, bytes | FileNotFoundError]
-) -> None:
-    """Add what is missing from `found`. Raises UnreachableError when something is still missing."""
-    missing = [number for number in range(len(urls)) if number not in found]
-    system, _ = _system(urls[0])
-    paths = [system._strip_protocol(urls[number]) for number in missing]
-    try:
-        parts = system.cat_ranges(
-            paths, [starts[number] for number in missing], [ends[number] for number in missing], on_error="return"
-        )
-    except Exception as error:  # whatever the file system's client raises
-        raise unreachable(urls[missing[0]], error) from error
-    failure: UnreachableError | None = None
-    for number, part in zip(missing, parts, strict=True):
-        wanted = ends[number] - starts[number]
-        if isinstance(part, Exception):
-            translated = _translated(urls[number], part)
-            if isinstance(translated, FileNotFoundError):
-                found[number] = translated
-            else:
-                failure = failure or translated
-        elif len(part) > wanted:
-            raise no_parts(urls[number])
-        elif len(part) < wanted:
-            failure = failure or unreachable(urls[number], EOFError(f"{len(part)} of {wanted} bytes came"))
-        else:
-            found[number] = bytes(part)
-    if failure is not None:
-        raise failure
-
-
-def _state(url: str) -> tuple[int, int]:
-    system, path = _system(url)
-    try:
-        info: dict[str, Any] = system.info(path)
-    except Exception as error:  # whatever the file system's client raises
-        translated = _translated(url, error)
-        if isinstance(translated, FileNotFoundError):
+    if not is_remote(url):
+        try:
+            status = os.stat(url)
+        except OSError:
             return MISSING
-        raise translated from error
+        return status.st_size, status.st_mtime_ns
+    try:
+        with _client(url) as (system, path):
+            info: dict[str, Any] = system.info(path)
+    except FileNotFoundError:
+        return MISSING
     marks = sorted((key, str(value)) for key, value in info.items() if _OF_CONTENT.search(key.lower()))
     return int(info.get("size") or -1), int.from_bytes(hashlib.sha256(repr(marks).encode()).digest()[:5])
 
 
-def _system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, one per process, and the URL in its own form."""
+def expand_stars(pattern: str) -> list[str]:
+    """URLs of the files that match a pattern with stars, sorted. Raises as `file_state` does."""
+    try:
+        with _client(pattern) as (system, path):
+            return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+    except FileNotFoundError:
+        return []
+
+
+@contextmanager
+def open_sequential(url: str) -> Iterator[IO[bytes]]:
+    """A file to read from end to end; seeking skips what is already on its way.
+
+    Raises FileNotFoundError, UnreachableError, and DataError for a server that does not serve parts of files, when the
+    file is opened and when it is read.
+    """
+    with _client(url) as (system, path):
+        try:
+            with system.open(path, "rb", cache_type="readahead") as file:
+                file.seek(1)
+                file.seek(0)
+                yield file
+        except ValueError as error:
+            raise _no_parts(url) from error
+
+
+def read_part(place: tuple[str, int, int]) -> bytes | FileNotFoundError:
+    """Some bytes of a file: place is its URL, the first byte and their number. The error if it no longer exists.
+
+    Raises UnreachableError, and DataError for a server that does not serve parts of files.
+    """
+    url, start, size = place
+    try:
+        with _client(url) as (system, path):
+            content = bytes(system.cat_file(path, start=start, end=start + size))
+    except FileNotFoundError as error:
+        return error
+    if len(content) > size:
+        raise _no_parts(url)
+    if len(content) < size:
+        raise _unreachable(url, EOFError(f"{len(content)} of {size} bytes arrived"))
+    return content
+
+
+@contextmanager
+def _client(url: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a URL, one per process, and the URL in its own form; translates whatever its client raises.
+
+    Raises FileNotFoundError, UnreachableError, and DataError for a file system that is not installed.
+    """
     try:
         system, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -186,24 +149,21 @@ def _system(url: str) -> tuple[Any, str]:
         raise DataError(
             f"{printable(url)}: {protocol} cannot be read ({reason_of(error)}); pip install 'mimref[remote]' for http"
         ) from error
-    return system, str(path)
-
-
-def _translated(url: str, error: Exception) -> FileNotFoundError | UnreachableError:
-    """What an error of a file system's client means: fsspec's http reports every failure as a missing file."""
-    if isinstance(error, FileNotFoundError):
-        cause = error.__cause__
+    try:
+        yield system, str(path)
+    except (UserError, tarfile.TarError, EOFError):  # of the content
+        raise
+    except Exception as error:
+        # fsspec's http reports every failure as a missing file.
+        cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
         if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
-            return error
-        return unreachable(url, cause)
-    return unreachable(url, error)
+            raise FileNotFoundError(errno.ENOENT, "no such file") from error
+        raise _unreachable(url, cause) from error
 
 
-def unreachable(url: str, error: BaseException) -> UnreachableError:
-    """The error to raise for a file system's client, whose own may be of any type."""
-    return UnreachableError(f"{printable(url)}: cannot be read from there ({reason_of(error)})")
+def _unreachable(url: str, error: BaseException) -> UnreachableError:
+    return UnreachableError(f"{printable(url)}: cannot be read ({reason_of(error)})")
 
 
-def no_parts(url: str) -> DataError:
-    """The error to raise for a server that serves files as a whole only."""
-    return DataError(f"{printable(url)}: this server gives no parts of files; download the shards")
+def _no_parts(url: str) -> DataError:
+    return DataError(f"{printable(url)}: this server does not serve parts of files; download the shards")

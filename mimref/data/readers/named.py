@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mimref.config.base import DataConfig
 from mimref.data.decode import reason_of
+from mimref.data.labels import stratified_split
 from mimref.data.sources import ArraySource, FileSource, Split
-from mimref.data.splits import stratified_split
 from mimref.errors import DataError, did_you_mean
 from mimref.locks import one_at_a_time
 
@@ -55,7 +55,7 @@ def open_fashion_mnist(data: DataConfig, split: Split) -> ArraySource:
     found = next((paths for paths in candidates if all(paths)), None)
     if found is None:
         raise DataError(
-            f"--data fashion-mnist: no {stems[0]}[.gz] with its labels in {', '.join(folders)}; "
+            f"no {stems[0]}[.gz] with its labels in {', '.join(folders)}; "
             "install Debian's dataset-fashion-mnist, name their folder with --set data.root=FOLDER, or download with "
             "--data torchvision:FashionMNIST --set data.root=FOLDER --set data.download=true"
         )
@@ -101,37 +101,34 @@ def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource
     name = known.get(asked.lower())
     if name is None:
         near = did_you_mean(asked.lower(), known)
-        raise DataError(f"--data torchvision:{asked}: unknown data set{near} (known: {', '.join(TORCHVISION_NAMES)})")
+        raise DataError(f"unknown data set{near} (known: {', '.join(TORCHVISION_NAMES)})")
     if data.root is None:
-        raise DataError(f"--data torchvision:{name} needs the folder of its files: --set data.root=FOLDER")
-    root, train, download = os.path.expanduser(data.root), split == "train", data.download
-    dataset: Any
+        raise DataError("needs the folder of its files: --set data.root=FOLDER")
+    root, train = os.path.expanduser(data.root), split == "train"
+    part: dict[str, Any] = {"split": "train" if train else "test"}
+    if name in ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"):
+        part = {"train": train}
+    elif name == "OxfordIIITPet" and train:
+        part = {"split": "trainval"}
     try:
         # torchvision unpacks under the files' final names, so another process would read incomplete ones.
-        with one_at_a_time(Path(root, name)) if download else nullcontext():
-            if name in ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"):
-                dataset = getattr(datasets, name)(root, train=train, download=download)
-            elif name == "OxfordIIITPet":
-                dataset = datasets.OxfordIIITPet(root, split="trainval" if train else "test", download=download)
-            else:
-                dataset = getattr(datasets, name)(root, split="train" if train else "test", download=download)
+        with one_at_a_time(Path(root, name)) if data.download else nullcontext():
+            dataset = getattr(datasets, name)(root, download=data.download, **part)
     except Exception as error:  # each class has its own: missing or corrupt files, no network, a missing package
-        advice = "" if download else "; --set data.download=true fetches it"
-        raise DataError(f"--data torchvision:{name} in {root}: {reason_of(error)}{advice}") from error
+        advice = "" if data.download else "; --set data.download=true fetches it"
+        raise DataError(f"{root}: {reason_of(error)}{advice}") from error
     return _wrap_torchvision(f"torchvision:{name}", root, dataset, split)
 
 
 def _wrap_torchvision(name: str, root: str, dataset: Any, split: Split) -> ArraySource | FileSource:
     """Use a data set's arrays, or its list of files, rather than calling it image by image."""
-    if hasattr(dataset, "data"):
-        images = np.asarray(dataset.data)
-        if images.ndim == 4 and images.shape[-1] == 3:  # CIFAR alone is (N, H, W, 3)
-            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        labels = np.asarray(dataset.targets if hasattr(dataset, "targets") else dataset.labels, dtype=np.int64)
-    else:
-        files = dataset._image_files if hasattr(dataset, "_image_files") else dataset._images
-        labels = np.asarray(dataset._labels, dtype=np.int64)
+    held = next(each for each in ("targets", "labels", "_labels") if hasattr(dataset, each))
+    labels = np.asarray(getattr(dataset, held), dtype=np.int64)
     classes = [str(c) for c in getattr(dataset, "classes", range(int(labels.max()) + 1))]
-    if hasattr(dataset, "data"):
-        return ArraySource(name, images, labels, classes, split, np.arange(len(images), dtype=np.int64))
-    return FileSource(name, root, [str(Path(file).relative_to(root)) for file in files], labels, classes)
+    if not hasattr(dataset, "data"):
+        files = dataset._image_files if hasattr(dataset, "_image_files") else dataset._images
+        return FileSource(name, root, [str(Path(file).relative_to(root)) for file in files], labels, classes)
+    images = np.asarray(dataset.data)
+    if images.ndim == 4 and images.shape[-1] == 3:  # CIFAR alone is (N, H, W, 3)
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return ArraySource(name, images, labels, classes, split, np.arange(len(images), dtype=np.int64))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimref.config.load import validated
-from mimref.data.splits import stratified_split
+from mimref.data.labels import stratified_split
 from mimref.devices import resolve_device
 from mimref.draws import permutation
 from mimref.errors import ConfigError, DataError, DivergenceError

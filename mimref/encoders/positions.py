@@ -1,0 +1,96 @@
+"""Position embeddings on other grids, interpolated as the code of the weights' authors does it.
+
+Shapes: N patches, D width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimref.config.base import Interpolation
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one family gets the positions of another grid; always bicubic, unless recomputed."""
+
+    offset: float = 0.0
+    """Patches added to the new side in the scale factor, which then replaces the size; 0 interpolates by size."""
+    antialias: bool = False
+    """Also when enlarging: torch's filter then has another shape."""
+    align_corners: bool = False
+    """Corner patches keep their positions."""
+    recomputed: bool = False
+    """`flat_sincos_positions` of the new grid."""
+
+    def __str__(self) -> str:
+        if self.recomputed:
+            return "recomputed"
+        words = ["bicubic", f"by scale factor with an offset of {self.offset:g}" if self.offset else "by size"]
+        words += ["antialiased"] * self.antialias + ["corners aligned"] * self.align_corners
+        return ", ".join(words)
+
+
+RULES: dict[Interpolation, Rule] = {
+    # facebookresearch/mae util/pos_embed.py, liuxingbin/dbot util/pos_embed.py (CrossMAE and MAWS have MAE's layout),
+    # facebookresearch/msn src/deit.py, and BenediktAlkin/KappaModules functional/pos_embed.py, which the MIM-Refiner
+    # releases use for every base, data2vec 2.0 included: fairseq's own code has no other size. Neither has I-JEPA's:
+    # its function takes the first patch for a CLS token, and fails. Hugging Face's models have this rule since
+    # huggingface/transformers#33226 (2024; before, dinov2's), apart from Dinov2WithRegisters; so have OpenMMLab's.
+    "mae": Rule(),
+    # facebookresearch/dino, bytedance/ibot models/, sail-sg/mugs src/: vision_transformer.py
+    "dino": Rule(offset=0.1),
+    # facebookresearch/dinov2 models/vision_transformer.py with the defaults of hub/backbones.py
+    "dinov2": Rule(offset=0.1),
+    # ... and with those of its models with registers; transformers' Dinov2WithRegisters
+    "dinov2_reg": Rule(antialias=True),
+    # timm layers/pos_embed.py, resample_abs_pos_embed
+    "timm": Rule(antialias=True),
+    # torchvision models/vision_transformer.py, interpolate_embeddings
+    "torchvision": Rule(align_corners=True),
+    # pengzhiliang/MAE-pytorch modeling_finetune.py: a table that is not saved, made for the model's number of patches
+    "mae_pytorch": Rule(recomputed=True),
+}
+
+
+def resize_positions(
+    positions_1ND: Tensor,
+    new_grid: tuple[int, int],
+    *,
+    grid: tuple[int, int] | None = None,
+    interpolation: Interpolation = "mae",
+) -> Tensor:
+    """Interpolate a position embedding to `new_grid` (rows, columns), in float32; its own grid is returned as it is.
+
+    grid: its own rows and columns; None is a square.
+    """
+    side = math.isqrt(positions_1ND.shape[1])
+    rows, columns = grid or (side, side)
+    if (rows, columns) == new_grid:
+        return positions_1ND
+    rule = RULES[interpolation]
+    if rule.recomputed:
+        return flat_sincos_positions(positions_1ND.shape[2], new_grid[0] * new_grid[1]).to(positions_1ND)
+    image = positions_1ND.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).float()
+    # With a scale factor, torch samples at its multiples, although the output has a whole number of patches.
+    factor = ((new_grid[0] + rule.offset) / rows, (new_grid[1] + rule.offset) / columns)
+    resized = F.interpolate(
+        image,
+        size=None if rule.offset else new_grid,
+        scale_factor=factor if rule.offset else None,
+        mode="bicubic",
+        antialias=rule.antialias,
+        align_corners=rule.align_corners,
+    )
+    return resized.permute(0, 2, 3, 1).flatten(1, 2).to(positions_1ND.dtype)
+
+
+def flat_sincos_positions(width: int, patches: int) -> Tensor:
+    """MAE-pytorch's fixed positions, (1, patches, width): a sine and a cosine of the patch's number by turns."""
+    number_N1 = torch.arange(patches, dtype=torch.float64)[:, None]
+    channel_D = torch.arange(width, dtype=torch.float64)
+    angle_ND = number_N1 / 10_000.0 ** (2 * (channel_D // 2) / width)
+    return torch.where(channel_D % 2 == 0, angle_ND.sin(), angle_ND.cos())[None].float()
