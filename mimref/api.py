@@ -53,17 +53,20 @@ def load(
     arch: str | None = None,
     source: str | None = None,
     num_heads: int | None = None,
+    part: str | None = None,
+    grid: tuple[int, int] | None = None,
     resolution: int | None = None,
     interpolation: Interpolation | None = None,
 ) -> LoadedEncoder:
     """Load an encoder from a weights file of any known layout, a run's folder, a published name, or `quickstart`.
 
     arch, source: needed only for files that are not recognised, as on the command line. num_heads: attention heads of
-    a foreign file of an unusual width; without it, a warning says what is assumed. resolution: pixels of the images;
-    None: the encoder's own. interpolation: of positions to another resolution, as `encoder.interpolation`.
+    a foreign file of an unusual width; without it, a warning says what is assumed. part: which of several encoders of
+    a file, and grid: rows and columns of its patches, as `encoder.part` and `encoder.grid`. resolution: pixels of the
+    images; None: the encoder's own. interpolation: of positions to another resolution, as `encoder.interpolation`.
     Raises CheckpointError for a file that holds no encoder, ConfigError for names and sizes that do not fit.
     """
-    checkpoint = read_checkpoint(path, num_heads=num_heads, interpolation=interpolation)
+    checkpoint = read_checkpoint(path, num_heads=num_heads, part=part, grid=grid, interpolation=interpolation)
     architecture = choose_architecture(checkpoint, arch, source, resolution)
     transform = eval_transform(architecture, DataConfig(), checkpoint.header, resolution=resolution)
     for notice in checkpoint.notices(architecture, [transform.image_size]):

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimref.encoders.checkpoints import read_checkpoint
-from mimref.encoders.formats import Recognised, Unrecognised, recognise
+from mimref.encoders.formats import Recognised, recognise
+from mimref.encoders.parts import Unrecognised
 from mimref.encoders.vit import Encoder
 from mimref.errors import UserError
 from tests.checkpoints import (
@@ -244,6 +245,7 @@ def test_what_fits_already_is_not_copied() -> None:
 
 
 PLAIN = dict(timm_vit().state_dict())
+OTHER = {name: tensor + 1 for name, tensor in PLAIN.items()}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,6 @@ PLAIN = dict(timm_vit().state_dict())
         ),
         (MAE_DECODER, "contains no vision transformer"),
         (PLAIN | {"extra.weight": torch.zeros(2)}, "extra.weight is unexpected"),
-        ({"model": PLAIN, "surprise": {"weight": torch.zeros(2)}}, "surprise.weight is unexpected"),
         ({name: PLAIN[name] for name in PLAIN if name != "norm.bias"}, "norm.bias is missing"),
         (
             {name: PLAIN[name] for name in PLAIN if not name.startswith("norm.")},
@@ -263,24 +264,24 @@ PLAIN = dict(timm_vit().state_dict())
         ),
         ({name: PLAIN[name] for name in PLAIN if "blocks.1." not in name}, "blocks.1.norm1.weight is missing"),
         ({name: PLAIN[name] for name in PLAIN if name != "pos_embed"}, "has no position embedding"),
-        (PLAIN | {"pos_embed": torch.zeros(1, 12, WIDTH)}, "(1, 12, 128), which is not a square"),
+        (PLAIN | {"pos_embed": torch.zeros(1, 3, WIDTH)}, "(1, 3, 128), which is no grid"),
         (PLAIN | {"pos_embed": torch.zeros(1, 17, 64)}, "pos_embed has shape (1, 17, 64) instead of (1, 17, 128)"),
         (
             PLAIN | {"blocks.1.attn.qkv.weight": torch.zeros(96, 32)},
             "blocks.1.attn.qkv.weight has shape (96, 32) instead",
         ),
         (PLAIN | {"norm.bias": torch.zeros(WIDTH, dtype=torch.int64)}, "norm.bias is of type torch.int64"),
-        (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 1, 4, 4)}, "expects 1-channel images"),
+        (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 4, 4, 4)}, "expects 4-channel images"),
         (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 3, 4, 2)}, "square patches are needed"),
         (PLAIN | {"blocks.0.attn.q_bias": torch.zeros(WIDTH)}, "relative positions (BEiT"),
         (PLAIN | {"blocks.0.attn.q_norm.weight": torch.zeros(2)}, "normalised queries and keys"),
         (PLAIN | {"dist_token": torch.zeros(1, 1, WIDTH)}, "a distillation token"),
-        ({"a": PLAIN, "b": PLAIN}, "(a., b.)"),
+        ({"a": PLAIN, "b": OTHER}, "(a, b)"),
         (
             PLAIN | {"register_tokens": torch.zeros(1, 1, 2), "reg_token": torch.zeros(1, 1, 2)},
             "two names of one tensor",
         ),
-        (data2vec(channels=1), "expects 1-channel images"),
+        (data2vec(channels=2), "expects 2-channel images"),
         (
             data2vec() | {"modality_encoders.AUDIO.decoder.proj.bias": torch.zeros(2)},
             "AUDIO.decoder.proj.bias is unexpected",

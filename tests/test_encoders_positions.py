@@ -267,7 +267,10 @@ def test_libraries_with_rules_of_their_own() -> None:
     architecture = Architecture("custom", 16, 32, 2, 4, patch_size=4, fixed_positions=False)
     formats = {"torchvision ViT": "torchvision", "OpenMMLab ViT (mmpretrain)": "mae", "MAE-pytorch": "mae_pytorch"}
     for name, interpolation in formats.items():
-        assert format_interpolation(name, None, set(), architecture, as_image=False) == (interpolation, False)
+        assert format_interpolation(name, None, set(), architecture, as_image=False, grid=(4, 4)) == (
+            interpolation,
+            False,
+        )
 
 
 def test_positions_by_row_and_column_are_interpolated_as_by_the_releases(tmp_path: Path) -> None:

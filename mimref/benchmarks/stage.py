@@ -64,7 +64,13 @@ def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
         architecture = Architecture.from_config(config.encoder)
     else:
         settings = config.encoder
-        checkpoint = read_checkpoint(weights, num_heads=settings.num_heads, interpolation=settings.interpolation)
+        checkpoint = read_checkpoint(
+            weights,
+            num_heads=settings.num_heads,
+            part=settings.part,
+            grid=settings.grid,
+            interpolation=settings.interpolation,
+        )
         architecture = architecture_to_train(config.encoder, checkpoint)
     check_sizes(config, architecture)
     if config.heads.blocks == "auto":

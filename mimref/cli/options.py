@@ -89,6 +89,7 @@ class Images(Data, panel="Data"):
 CHECKPOINT = "Weights file, or output folder of `refine`"
 ARCH = option("vit_b16, vit_l16, vit_h14, vit_2b14 or a timm name.", "NAME", "arch")
 SOURCE = option("Pre-training method of the weights: mae, d2v2, timm, ...", "NAME", "source")
+PART = option("Which encoder of a file with several, such as teacher.", "NAME", "encoder.part")
 
 
 class TrainedArch(Options, panel="Encoder"):
@@ -97,6 +98,7 @@ class TrainedArch(Options, panel="Encoder"):
 
 class TrainedEncoder(TrainedArch, panel="Encoder"):
     source: Text = replace(SOURCE, sets="encoder.source")
+    encoder: Text = PART
 
 
 class EncoderPass(Images, panel="Encoder"):
@@ -104,6 +106,7 @@ class EncoderPass(Images, panel="Encoder"):
 
     arch: Text = ARCH
     source: Text = SOURCE
+    encoder: Text = PART
     resolution: Text = option("Default: the encoder's own.", "PIXELS", "resolution")
     cache: Text = option("Where features are cached.", "DIR|off", "cache.folder")
 

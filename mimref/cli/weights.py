@@ -8,13 +8,28 @@ from typing import Literal
 import typer
 
 from mimref.cli.execution import note, print_facts
-from mimref.cli.options import ARCH, CHECKPOINT, SOURCE, Debug, Force, Images, Output, Text
+from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Debug, Force, Images, Output, Text
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError
+
+# Commands without settings read it themselves.
+GRID = option("Patches that positions are for, where they are no square.", "ROWS,COLUMNS")
+
+
+def read_grid(text: str | None) -> tuple[int, int] | None:
+    """The value of `--grid`. Raises ConfigError unless it is two numbers above 0."""
+    if text is None:
+        return None
+    rows, _, columns = text.partition(",")
+    if not (rows.strip().isdecimal() and columns.strip().isdecimal()) or not int(rows) or not int(columns):
+        raise ConfigError(f"--grid {text}: expected rows and columns, such as 4,8")
+    return int(rows), int(columns)
 
 
 class InspectOptions(Debug, panel="Output"):
     file: str = argument("Weights file, run folder or published name.", "FILE")
+    encoder: Text = PART
+    grid: Text = GRID
     as_json: bool = option("Print everything as JSON.", flag="--json")
 
 
@@ -30,7 +45,7 @@ def inspect(options: InspectOptions) -> None:
     from mimref.encoders.inspection import inspect_file
     from mimref.reports.terminal import print_inspection
 
-    inspection = inspect_file(options.file)
+    inspection = inspect_file(options.file, part=options.encoder, grid=read_grid(options.grid))
     if options.as_json:
         typer.echo(json.dumps(asdict(inspection), indent=2))
     else:
@@ -45,6 +60,8 @@ class ExportOptions(Force, panel="Encoder"):
     resolution: int | None = option("Default: the encoder's own.", "PIXELS", min=1)
     arch: Text = ARCH
     source: Text = SOURCE
+    encoder: Text = PART
+    grid: Text = GRID
     num_heads: int | None = option("Attention heads, where they cannot be inferred from the weights.", "N", min=1)
     interpolation: Text = option(
         "Whose rule interpolates positions to another --resolution; default the weights' own.",
@@ -74,6 +91,7 @@ def export(options: ExportOptions) -> None:
     from mimref.reports.terminal import Terminal
 
     hints = {name: getattr(options, name) for name in ("arch", "source", "num_heads", "resolution", "interpolation")}
+    hints |= {"part": options.encoder, "grid": read_grid(options.grid)}
     checks.run("out", lambda: check_new_file(out, ENDINGS[to], force))
     if to == "onnx":
         checks.run("to", check_packages)
@@ -98,6 +116,7 @@ def export(options: ExportOptions) -> None:
 class InterpolateOptions(Images, Output, panel="Encoder"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: str = argument("Weights after refining.", "REFINED", "refined")
+    encoder: Text = PART
     alpha: Text = option("Shares of REFINED in the averages; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha")
 
 

@@ -14,6 +14,7 @@ from mimref.config.base import (
     Fraction,
     Hue,
     Interpolation,
+    PatchGrid,
     PositiveRange,
     Probabilities,
     Section,
@@ -40,6 +41,11 @@ class EncoderConfig(Section):
     """Attention heads of a `custom` encoder, and of weights of an unusual width: they cannot be inferred."""
     patch_size: int | None = Field(default=None, gt=0)
     """Pixels per patch side of a `custom` encoder."""
+    part: str | None = None
+    """Which encoder of a file that holds several, such as `teacher`: its prefix in the file, or a part of it that no
+    other has. None: the one that the authors of such files evaluate."""
+    grid: PatchGrid | None = None
+    """Rows and columns of patches that a file's positions are for. None: a square, else the shape nearest to one."""
     interpolation: Interpolation | None = None
     """Whose rule interpolates positions to other image sizes than the weights'. None: that of the weights' format."""
 

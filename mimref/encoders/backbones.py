@@ -7,8 +7,9 @@ Shapes: B images, L tokens, D width.
 """
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import starmap
 from typing import Any
 
@@ -38,6 +39,10 @@ class BackboneArchitecture:
     """timm's name."""
     image_size: int
     """Pixels per side of the images it will see."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For cache keys."""
+        return asdict(self)
 
 
 class TimmBackbone(nn.Module):
@@ -123,6 +128,23 @@ def timm_record(name: str) -> Any:
     if recorded is None:
         raise ConfigError(f"timm has no record of {name!r}, so it cannot be evaluated")
     return recorded
+
+
+def filter_names(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:
+    """The tensors of a published file as timm's own code renames them for its model; None if it cannot.
+
+    timm hands this function to the builder of each model; it is reachable only as a name of the model's module.
+    """
+    module = sys.modules[timm.model_entrypoint(name.partition(".")[0]).__module__]
+    rename = getattr(module, "checkpoint_filter_fn", None) or getattr(module, "_filter_fn", None)
+    if rename is None:
+        return None
+    try:
+        given = dict(tensors)
+        found = rename(given, model) if len(inspect.signature(rename).parameters) > 1 else rename(given)
+    except Exception:  # foreign names fail in every possible way
+        return None
+    return {key: value for key, value in found.items() if isinstance(value, Tensor)}
 
 
 def _token_shapes(name: str, size: int) -> list[tuple[int, int, int]]:

@@ -20,19 +20,38 @@ from torch import Tensor, nn
 
 from mimref.config.base import Interpolation
 from mimref.config.run import EncoderConfig
-from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture, native_size, timm_record
-from mimref.encoders.formats import Recognised, Unrecognised, mismatches, recognise
+from mimref.encoders.backbones import (
+    BackboneArchitecture,
+    TimmBackbone,
+    filter_names,
+    find_architecture,
+    native_size,
+    timm_record,
+)
+from mimref.encoders.folders import saved_config, shard_hint
+from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
+from mimref.encoders.grids import Grid
 from mimref.encoders.layouts import INTERPOLATIONS
+from mimref.encoders.parts import (
+    NoChoice,
+    Unrecognised,
+    below,
+    choice_notice,
+    choose_part,
+    group_beside,
+    left_out_notice,
+    matching_prefixes,
+)
 from mimref.encoders.positions import RULES, resize_positions
 from mimref.encoders.published import find_published
 from mimref.encoders.reading import first_line, named_tensors, read_file
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, are_sincos, build_encoder, is_plain_vit
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, RatesOnCpu, are_sincos, build_encoder, is_plain_vit
 from mimref.errors import CheckpointError, ConfigError, did_you_mean
 from mimref.files import write_bytes
 from mimref.progress import LabelledProgress
 
 # Parts of timm's checkpoints that do not belong to the encoder.
-_DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.")
+_DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.", "multi_scale_fusion_heads.")
 _TIMM = "timm:"
 
 
@@ -57,24 +76,45 @@ class Checkpoint:
     """Why a foreign file is not recognised."""
     ignored: list[str] = field(default_factory=list)
     """Notices of what was left out when the file was read."""
+    advice: str = ""
+    """What may help then, for commands with `--arch`."""
+    named: dict[str, Tensor] = field(default_factory=dict)
+    """All tensors of a foreign file, under their names without what wrapping modules add."""
+    part: str | None = None
+    """Which encoder of the file was asked for."""
     interpolation: Interpolation | None = None
     """Asked for, instead of the format's; None: see the architecture."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the tensors' names and bytes, independent of the file's name. Reads every tensor."""
-        return _digest(self.tensors)
+        """SHA-256 of the tensors' names and bytes, independent of the file's name. Reads every tensor.
+
+        Where the file holds several encoders, or its grid of patches is no square, it depends on the choice as well.
+        """
+        digest, found = _digest(self.tensors), self.recognised
+        chosen = [found.prefix] if found and found.others else [self.part] if self.part and not found else []
+        chosen += [f"{found.grid}"] if found and found.grid[0] != found.grid[1] else []
+        return hashlib.sha256(" ".join((digest, *chosen)).encode()).hexdigest() if chosen else digest
 
     def notices(self, architecture: Architecture | BackboneArchitecture, sizes: Sequence[int] = ()) -> list[str]:
         """What was ignored, assumed or changed to read the file as this architecture, each with the file's name.
 
         sizes: pixels of the images that the encoder will see.
         """
+        if "architecture" in self.header:
+            return [f"{self.path}: contains one encoder; --encoder {self.part} has no effect"] if self.part else []
         notices = list(self.ignored)
-        if self.recognised and isinstance(architecture, Architecture) and not architecture.from_timm:
+        if isinstance(architecture, BackboneArchitecture):
+            with torch.device("meta"), RatesOnCpu():
+                model = timm.create_model(architecture.name, pretrained=False, num_classes=0)
+            notices += self.selection(model.state_dict())[1]
+        elif self.recognised and architecture.from_timm:
+            notices += self.recognised.selection_notices
+        elif self.recognised:
             notices += self.recognised.notices
             guessed = self.recognised.guesses_interpolation and self.source is None and self.interpolation is None
-            if guessed and any(self.interpolates(architecture, size) for size in sizes):
+            rows, columns = self.recognised.grid
+            if guessed and (rows != columns or any(self.interpolates(architecture, size) for size in sizes)):
                 notices.append(
                     f"positions are interpolated as {architecture.interpolation} does, which the layout does not show; "
                     "set encoder.interpolation if that is wrong"
@@ -92,32 +132,58 @@ class Checkpoint:
         # With or without rows for CLS and register tokens.
         return positions.ndim != 3 or positions.shape[1] - patches not in (0, 1, extra, 1 + extra)
 
+    def selection(self, wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """The tensors below the prefix where most names of a timm model are found, and what is said of the others.
+
+        All tensors if there is no such prefix. Raises CheckpointError if there are several and no way to choose.
+        """
+        prefixes = matching_prefixes(self.named, wanted)
+        if not prefixes:
+            return self.tensors, []
+        try:
+            prefix = choose_part(self.named, prefixes, self.part)
+        except NoChoice as reason:
+            raise CheckpointError(f"{self.path}: {reason}") from None
+        own = below(self.named, prefix, prefixes)
+        outside = [name for name in self.named if not name.startswith(tuple(prefixes))]
+        notices = choice_notice(prefix, prefixes, self.part) + left_out_notice(group_beside(outside, prefix))
+        return {name[len(prefix) :]: self.named[name] for name in own}, notices
+
 
 def read_checkpoint(
     path: str | Path,
     *,
     num_heads: int | None = None,
+    part: str | None = None,
+    grid: Grid | None = None,
     interpolation: Interpolation | None = None,
     progress: LabelledProgress | None = None,
 ) -> Checkpoint:
-    """Read a weights file, a run's output folder, published weights or `timm:NAME` by name, or `quickstart`.
+    """Read a weights file, a run's or `save_pretrained`'s folder, published weights or `timm:NAME`, or `quickstart`.
 
-    num_heads: attention heads of a foreign file; None infers them from the width. interpolation: of positions to other
-    image sizes; None is that of the format or the header. progress: of a download.
-    Raises CheckpointError with one line for a missing or damaged file, ConfigError for an unknown interpolation.
+    num_heads, part, grid, interpolation: of a foreign file, as in `recognise`; interpolation also of our own. progress:
+    of a download. Raises CheckpointError with one line for a missing or damaged file, and for a `part` that it does not
+    have, ConfigError for an unknown interpolation.
     """
     if interpolation not in (None, *RULES):
         raise ConfigError(f"unknown interpolation {interpolation!r}{did_you_mean(str(interpolation), RULES)}")
-    checkpoint = _read(path, num_heads, progress)
+    checkpoint = _read(path, num_heads, part, grid, interpolation, progress)
     if interpolation is None:
         return checkpoint
     architecture = checkpoint.architecture and replace(checkpoint.architecture, interpolation=interpolation)
     return replace(checkpoint, architecture=architecture, interpolation=interpolation)
 
 
-def _read(path: str | Path, num_heads: int | None, progress: LabelledProgress | None) -> Checkpoint:
+def _read(
+    path: str | Path,
+    num_heads: int | None,
+    part: str | None,
+    grid: Grid | None,
+    interpolation: Interpolation | None,
+    progress: LabelledProgress | None,
+) -> Checkpoint:
     if isinstance(path, str) and path.startswith(_TIMM):
-        return _from_timm(path)
+        return replace(_from_timm(path), part=part)
     file, content, header, ignored = read_file(path, progress)
     weights = content
     for wrapper in ("model", "state_dict"):
@@ -125,16 +191,22 @@ def _read(path: str | Path, num_heads: int | None, progress: LabelledProgress | 
             weights = weights[wrapper]
     source, licence = (value if isinstance(value := header.get(key), str) else None for key in ("source", "licence"))
     tensors = dict(named_tensors(weights))
-    checkpoint = Checkpoint(file, tensors, header, source=source, licence=licence, ignored=ignored)
+    checkpoint = Checkpoint(file, tensors, header, source=source, licence=licence, ignored=ignored, part=part)
     if "architecture" in header:
         try:
             return replace(checkpoint, architecture=Architecture.from_dict(header["architecture"]))
         except ConfigError as error:
             raise CheckpointError(f"{file}: damaged header ({error})") from error
     try:
-        found = recognise(content, num_heads=num_heads)
-    except Unrecognised as reason:
+        checkpoint = replace(checkpoint, named=clean_names(content)[0])
+        found = recognise(
+            content, num_heads=num_heads, part=part, grid=grid, config=saved_config(file), interpolation=interpolation
+        )
+    except NoChoice as reason:
         return replace(checkpoint, problem=str(reason))
+    except Unrecognised as reason:
+        hint = shard_hint(file)
+        return replace(checkpoint, problem=f"{reason}{hint}", advice="" if hint else "; pass --arch (and --source)")
     published = None if Path(path).exists() else find_published(str(path))
     architecture, source = found.architecture, found.source
     if published:
@@ -174,6 +246,12 @@ def with_fixed_positions(architecture: Architecture, tensors: Mapping[str, Tenso
     return replace(architecture, fixed_positions=any(are_sincos(positions, num_prefix=prefix) for prefix in (0, 1)))
 
 
+def with_channels(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
+    """A timm model's architecture, with the channels of the file's encoder."""
+    found = checkpoint.recognised
+    return replace(architecture, channels=found.architecture.channels) if found else architecture
+
+
 def choose_architecture(
     checkpoint: Checkpoint, arch: str | None = None, source: str | None = None, resolution: int | None = None
 ) -> Architecture | BackboneArchitecture:
@@ -187,8 +265,10 @@ def choose_architecture(
     # The file of a timm model may look like a plain vision transformer of another kind.
     if arch is not None and (recorded is None or (checkpoint.recognised and arch not in PAPER_SIZES)):
         chosen = find_architecture(arch, source, resolution)
+        if isinstance(chosen, Architecture):
+            chosen = with_channels(chosen, checkpoint)
     elif recorded is None:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch (and --source)")
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     elif arch in (None, recorded.name):
         chosen = recorded
     else:
@@ -206,7 +286,8 @@ def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneAr
         backbone = TimmBackbone(architecture)
         layers = timm_record(architecture.name).classifier or ()
         dropped = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
-        _load(backbone.model, architecture.name, checkpoint.tensors, checkpoint.path, share=True, dropped=dropped)
+        given = _timm_tensors(checkpoint, architecture.name, backbone.model, dropped)
+        _load(backbone.model, architecture.name, given, checkpoint.path, share=True, dropped=dropped)
         return backbone
     with torch.device("meta"):
         encoder = build_encoder(architecture)
@@ -219,15 +300,28 @@ def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = Fals
 
     share: use the checkpoint's memory instead of a copy. Raises CheckpointError naming the tensors that do not fit.
     """
-    given = checkpoint.tensors
-    # timm's own models may need tensors that no plain encoder has.
-    by_timm = encoder.architecture.from_timm and given.keys() >= encoder.vit.state_dict().keys()
-    if checkpoint.recognised and not by_timm:
-        given = checkpoint.recognised.tensors
+    given = _tensors_for(encoder, checkpoint)
     positions, wanted = given.get("pos_embed"), encoder.vit.pos_embed
     if positions is not None and wanted is not None and positions.shape != wanted.shape:
-        given = given | {"pos_embed": _fit_positions(encoder, positions)}
+        given = {**given, "pos_embed": _fit_positions(encoder, positions)}
     _load(encoder.vit, encoder.architecture.name, given, checkpoint.path, share=share)
+
+
+def _tensors_for(encoder: Encoder, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+    """A file's tensors under the encoder's names."""
+    if "architecture" in checkpoint.header:
+        return checkpoint.tensors
+    wanted = encoder.vit.state_dict()
+    if encoder.architecture.from_timm:
+        # timm's own models may need tensors that no plain encoder has.
+        selected, _ = checkpoint.selection(wanted)
+        if selected.keys() >= wanted.keys():
+            return selected
+    if checkpoint.recognised:
+        return checkpoint.recognised.tensors
+    if encoder.architecture.from_timm:
+        return _timm_tensors(checkpoint, encoder.architecture.name, encoder.vit, ())
+    return checkpoint.selection(wanted)[0]
 
 
 def _fit_positions(encoder: Encoder, positions: Tensor) -> Tensor:
@@ -244,6 +338,27 @@ def _fit_positions(encoder: Encoder, positions: Tensor) -> Tensor:
     return torch.cat([positions[:, :prefix], patches_1ND], dim=1)
 
 
+def _timm_tensors(
+    checkpoint: Checkpoint, name: str, model: nn.Module, dropped: tuple[str, ...]
+) -> Mapping[str, Tensor]:
+    """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files."""
+    wanted = model.state_dict()
+    selected, _ = checkpoint.selection(wanted)
+    if selected.keys() >= wanted.keys():
+        return selected
+    filtered = [filter_names(name, given, model) for given in (selected, checkpoint.tensors)]
+    candidates = [selected, *(each for each in filtered if each)]
+    return min(candidates, key=lambda each: len(_without(each, wanted, dropped).keys() ^ wanted.keys()))
+
+
+def _without(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Without what no model needs. What the model needs stays: some have a norm where others have a classifier."""
+    prefixes = _DROPPED_PREFIXES + dropped
+    return {key: tensors[key] for key in tensors if key in wanted or not key.startswith(prefixes)}
+
+
 def _load(
     module: nn.Module,
     name: str,
@@ -255,8 +370,7 @@ def _load(
 ) -> None:
     """dropped: prefixes of further tensors that may be left over."""
     wanted = module.state_dict()
-    # What the model needs is never dropped: some have a norm where others have a classifier.
-    given = {key: tensors[key] for key in tensors if key in wanted or not key.startswith(_DROPPED_PREFIXES + dropped)}
+    given = _without(tensors, wanted, dropped)
     if problems := mismatches(given, wanted):
         raise CheckpointError(f"{path}: does not fit {name}: {problems}")
     try:

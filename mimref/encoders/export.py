@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mimref.config.base import Interpolation
 from mimref.encoders.backbones import native_size
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
+from mimref.encoders.grids import Grid
 from mimref.encoders.vit import Architecture, Encoder, RatesOnCpu, build_encoder, timm_options
 from mimref.errors import ConfigError, OutputError
 from mimref.files import atomic_path, check_new_file
@@ -55,18 +56,22 @@ def read_encoder(
     arch: str | None = None,
     source: str | None = None,
     num_heads: int | None = None,
+    part: str | None = None,
+    grid: Grid | None = None,
     resolution: int | None = None,
     interpolation: Interpolation | None = None,
     listener: Listener | None = None,
 ) -> tuple[Encoder, dict[str, Any]]:
     """A checkpoint's encoder in fp32 on the CPU, and the facts about it that every export keeps.
 
-    arch, source, num_heads, interpolation: as in `choose_architecture` and `read_checkpoint`. resolution: pixels per
-    side to interpolate positions to. Raises CheckpointError for a file that is no plain vision transformer, ConfigError
-    for values that do not fit it.
+    arch, source, num_heads, part, grid, interpolation: as in `choose_architecture` and `read_checkpoint`. resolution:
+    pixels per side to interpolate positions to. Raises CheckpointError for a file that is no plain vision transformer,
+    ConfigError for values that do not fit it.
     """
     listener = listener or Silent()
-    checkpoint = read_checkpoint(path, num_heads=num_heads, interpolation=interpolation, progress=listener.progress)
+    checkpoint = read_checkpoint(
+        path, num_heads=num_heads, part=part, grid=grid, interpolation=interpolation, progress=listener.progress
+    )
     architecture = choose_architecture(checkpoint, arch, source, resolution)
     if not isinstance(architecture, Architecture):
         raise ConfigError(f"--arch {arch}: only plain vision transformers can be exported")
@@ -120,9 +125,9 @@ def plain_state(encoder: Encoder) -> dict[str, Tensor]:
 
 
 def comparison_images(encoder: Encoder) -> Tensor:
-    """Noise (B, 3, S, S) that exports are compared on."""
-    size = encoder.architecture.image_size
-    return torch.randn(_COMPARED_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    """Noise (B, C, S, S) that exports are compared on."""
+    size, channels = encoder.architecture.image_size, encoder.architecture.channels
+    return torch.randn(_COMPARED_IMAGES, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def named_features(tokens: Sequence[Tensor], blocks: Sequence[int], normed: Tensor) -> dict[str, Tensor]:
@@ -204,7 +209,8 @@ def _timm_name(encoder: Encoder) -> str | None:
     recorded = [name for name in names if timm.get_pretrained_cfg(name)]
     for name in sorted(recorded, key=lambda known: native_size(known) != size):
         with torch.device("meta"), RatesOnCpu():
-            vit = timm.create_model(name, num_classes=0, img_size=size, weight_init="skip")
+            channels = architecture.channels
+            vit = timm.create_model(name, num_classes=0, img_size=size, in_chans=channels, weight_init="skip")
         if type(vit) is not VisionTransformer or type(first := vit.blocks[0]) is not Block:
             continue
         # No shape shows the number of heads.
@@ -221,7 +227,8 @@ def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, T
         timm.models.load_checkpoint(vit, str(file))
     else:
         size = encoder.architecture.image_size
-        vit = timm.create_model(name, checkpoint_path=str(file), num_classes=0, img_size=size)
+        channels = encoder.architecture.channels
+        vit = timm.create_model(name, checkpoint_path=str(file), num_classes=0, img_size=size, in_chans=channels)
     assert isinstance(vit, VisionTransformer)
     with torch.inference_mode():
         found: Any = vit.eval().forward_intermediates(
@@ -239,6 +246,7 @@ def _reading_line(out: Path, architecture: Architecture, name: str | None) -> st
         return f"model = {model}; timm.models.load_checkpoint(model, {str(out)!r})"
     size = architecture.image_size
     resized = "" if native_size(name) == size else f", img_size={size}"
+    resized += "" if architecture.channels == 3 else f", in_chans={architecture.channels}"
     return f"timm.create_model({name!r}, checkpoint_path={str(out)!r}, num_classes=0{resized})"
 
 
@@ -258,7 +266,7 @@ def export_release(
         "dim": architecture.width,
         "depth": architecture.depth,
         "num_heads": architecture.num_heads,
-        "input_shape": (3, architecture.image_size, architecture.image_size),
+        "input_shape": (architecture.channels, architecture.image_size, architecture.image_size),
         "mlp_hidden_dim": state["blocks.0.mlp.fc1.bias"].shape[0],
     }
     content = {"state_dict": state, "ctor_kwargs": sizes, "mimref": dict(facts)}

@@ -31,9 +31,10 @@ def export_onnx(
 ) -> Export:
     """Write an ONNX graph that gives the tokens of `blocks` (1-based), for batches of any size.
 
-    out: ends in .onnx. Input: `images` (B, 3, S, S), normalised. Outputs: `block_N` (B, L, D), prefix tokens first, and
-    `normed` (B, L, D) if the last block is among them and the encoder has a final norm. The metadata holds `facts` and
-    the architecture. Weights above 1.5 GB go to a second file, `out` with `.data` added.
+    out: ends in .onnx. Input: `images` (B, 3, S, S), of gray encoders (B, 1, S, S), normalised. Outputs: `block_N`
+    (B, L, D), prefix tokens first, and `normed` (B, L, D) if the last block is among them and the encoder has a final
+    norm. The metadata holds `facts` and the architecture. Weights above 1.5 GB go to a second file, `out` with
+    `.data` added.
     Raises ConfigError for missing packages and for blocks outside 1..depth, OutputError as `export_timm`.
     """
     check_new_file(out, ENDINGS["onnx"], force)

@@ -10,24 +10,31 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mimref.config.base import Interpolation
+from mimref.encoders.grids import Grid, prepare_positions, unsaved_positions
 from mimref.encoders.layouts import (
     DROPPABLE,
     DROPPABLE_BESIDE,
-    PATCHES,
-    PREFERRED,
     RELATIVES,
     RENAMES,
     WRAPPING,
     format_interpolation,
     format_name,
 )
-from mimref.encoders.positions import resize_positions
+from mimref.encoders.parts import (
+    Unrecognised,
+    below,
+    beside,
+    choice_notice,
+    choose_part,
+    find_encoders,
+    left_out_notice,
+)
 from mimref.encoders.reading import first_line, named_tensors
 from mimref.encoders.vit import PAPER_SIZES, Architecture, are_sincos, build_encoder
 from mimref.errors import ConfigError
@@ -35,11 +42,8 @@ from mimref.errors import ConfigError
 # Width to attention heads of the published sizes (S, B, L, H, g, G, 2B, ...): weights do not show them.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 2560: 32, 4096: 32}
 
+_TRAINING = "training state"
 _HOW_TO_SET = "--set encoder.num_heads=N gives it (export: --num-heads N)"
-
-
-class Unrecognised(Exception):
-    """Why a file is not recognised as a plain vision transformer, in one line without the file's name."""
 
 
 @dataclass(frozen=True)
@@ -58,32 +62,124 @@ class Recognised:
     dropped: dict[str, list[str]]
     """From group to the file's names."""
     notices: list[str]
-    """What was assumed or changed."""
+    """What was left out, assumed or changed."""
+    selection_notices: list[str]
+    """Of them, which encoder was chosen and what was left out."""
+    prefix: str
+    """Of the encoder's names in the file, which may hold other networks as well."""
+    others: list[str]
+    """Prefixes of the file's other encoders."""
+    grid: Grid
+    """Rows and columns of patches that the file has positions for."""
     guesses_interpolation: bool
     """Families that interpolate positions in different ways share the layout."""
 
 
-def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Recognised:
+def recognise(
+    content: Mapping[Any, Any],
+    *,
+    num_heads: int | None = None,
+    part: str | None = None,
+    grid: Grid | None = None,
+    config: Mapping[str, Any] | None = None,
+    interpolation: Interpolation | None = None,
+) -> Recognised:
     """Find the plain vision transformer in a file's content. Raises Unrecognised with the reason if there is none.
 
-    num_heads: attention heads; None takes those of the published model of this width, else one per 64 channels.
+    num_heads: attention heads; None takes those of `config`, else of the published model of this width, else one per 64
+    channels. part: which of several encoders, by its prefix or a part of it; None is the one that its authors evaluate.
+    grid: rows and columns of patches; None is a square, else what is nearest to one. config: what Hugging Face saves
+    beside the weights. interpolation: None is the format's. Raises NoChoice for several encoders and no way to choose.
     """
-    named, full_names = _clean_names(content)
-    root, patches = _find_encoder(named)
-    encoder = {name[len(root) :]: tensor for name, tensor in named.items() if name.startswith(root)}
-    beside = {_beside(name, root): full_names[name] for name in named if not name.startswith(root)}
+    named, full_names = clean_names(content)
+    found = _find_encoders(named)
+    prefix = choose_part(named, list(found), part)
+    own = set(below(named, prefix, found))
+    encoder = {name[len(prefix) :]: named[name] for name in named if name in own}
+    others = [each for each in found if each != prefix]
+    of_others = {name: full_names[name] for each in others for name in below(named, each, found)}
+    outside = [(beside(name, prefix), name) for name in named if name not in own]
+    names = {*encoder, *(short for short, _ in outside)}
+    notices = choice_notice(prefix, list(found), part)
+    _refuse_relatives(encoder)
+    parts = _rename(encoder)
+    renamed = set().union(*parts.values())
+    unused = {name: full_names[prefix + name] for name in encoder if name not in renamed}
+    rest = [(short, full_names[name]) for short, name in outside if name not in of_others]
+    dropped = _drop(unused, rest, notices)
+    selection_notices = list(notices)
+    if of_others:
+        dropped["other encoder"] = [*dropped.get("other encoder", []), *of_others.values()]
+    tensors = {target: _join([encoder[name] for name in names]) for target, names in parts.items()}
+    flat = _complete_flat(encoder, tensors, grid, notices)
+    raw = dict(tensors)
+    file_grid = prepare_positions(tensors, grid, notices)
+    architecture = _read_architecture(tensors, names, num_heads, config or {}, notices)
+    _check(tensors, architecture)
+    format_and_source = format_name(prefix, found[prefix], names, architecture)
+    as_image, fixed = raw["pos_embed"].ndim == 4, architecture.fixed_positions
+    usual, guessed = format_interpolation(*format_and_source, names, architecture, as_image=as_image, grid=file_grid)
+    if file_grid[0] != file_grid[1]:
+        # Only now is it known whose rule makes the grid a square.
+        prepare_positions(tensors := raw, grid, [], interpolation or usual)
+    return Recognised(
+        *format_and_source,
+        replace(architecture, interpolation=interpolation or usual, fixed_positions=fixed or flat),
+        tensors,
+        {target: [full_names[prefix + name] for name in parts.get(target, [])] for target in tensors},
+        dropped,
+        notices,
+        selection_notices,
+        prefix,
+        others,
+        file_grid,
+        guessed,
+    )
+
+
+def _find_encoders(named: Mapping[str, Tensor]) -> dict[str, str]:
+    """What `find_encoders` finds. Raises Unrecognised if that is nothing."""
+    if found := find_encoders(named):
+        return found
+    some = ", ".join(list(named)[:3])
+    raise Unrecognised(f"contains no vision transformer: none of its tensors is a patch embedding ({some}, ...)")
+
+
+def _refuse_relatives(encoder: Mapping[str, Tensor]) -> None:
+    """Raise Unrecognised for a vision transformer that is not plain."""
     for pattern, feature in RELATIVES.items():
         if any(re.fullmatch(pattern, name) for name in encoder):
             raise Unrecognised(f"is no plain vision transformer: it has {feature}")
-    parts = _rename(encoder)
-    renamed = {name for names in parts.values() for name in names}
-    unused = {name: full_names[root + name] for name in encoder if name not in renamed}
-    dropped = _drop(unused, beside)
-    tensors = {target: _join([encoder[name] for name in names]) for target, names in parts.items()}
-    notices: list[str] = []
-    as_image = "pos_embed" in tensors and tensors["pos_embed"].ndim == 4
-    _prepare_positions(tensors, notices)
-    architecture = _read_architecture(tensors, {*unused, *beside}, num_heads, notices)
+    if "blocks.0.attn.q_bias" in encoder and not _is_flat(encoder):
+        # Files of BEiT's relatives need not hold what makes them so: rotary positions have no tensors.
+        raise Unrecognised(
+            "is no plain vision transformer: it has separate biases of queries and values, and so most likely "
+            "relative positions (BEiT, data2vec 1.0, EVA)"
+        )
+
+
+def _is_flat(encoder: Mapping[str, Tensor]) -> bool:
+    """Whether this is MAE-pytorch's encoder, of BEiT's code with neither relative positions nor further tokens."""
+    foreign = ("cls_token", "reg_token", "pos_embed", "blocks.0.gamma_1", "blocks.0.ls1.gamma")
+    return "blocks.0.attn.q_bias" in encoder and not any(name in encoder for name in foreign)
+
+
+def _complete_flat(
+    encoder: Mapping[str, Tensor], tensors: dict[str, Tensor], grid: Grid | None, notices: list[str]
+) -> bool:
+    """Give MAE-pytorch's encoder its positions, and its keys a bias of zero. Returns whether it is one."""
+    if not _is_flat(encoder):
+        return False
+    for name in [name for name in tensors if name.endswith("attn.qkv.bias")]:
+        joined, half = tensors[name], tensors[name].numel() // 2
+        tensors[name] = torch.cat([joined[:half], torch.zeros_like(joined[:half]), joined[half:]])
+    width, _, patch_size = (*tensors["patch_embed.proj.weight"].shape, 1, 1, 1)[:3]
+    tensors["pos_embed"] = unsaved_positions(max(patch_size, 1), width, grid, notices)
+    return True
+
+
+def _check(tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
+    """Raise Unrecognised unless these are the tensors of an encoder."""
     try:
         with torch.device("meta"):
             wanted = build_encoder(architecture).vit.state_dict()
@@ -91,22 +187,9 @@ def recognise(content: Mapping[Any, Any], *, num_heads: int | None = None) -> Re
         raise Unrecognised(f"does not describe an encoder: {error}") from error
     if problems := mismatches(tensors, wanted):
         raise Unrecognised(problems)
-    names = {*encoder, *beside}
-    format_, source = format_name(root, patches, names, architecture)
-    interpolation, guessed = format_interpolation(format_, source, names, architecture, as_image=as_image)
-    return Recognised(
-        format_,
-        source,
-        replace(architecture, interpolation=interpolation),
-        tensors,
-        {target: [full_names[root + name] for name in names] for target, names in parts.items()},
-        dropped,
-        notices,
-        guessed,
-    )
 
 
-def _clean_names(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def clean_names(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by their names without the parts that wrapping modules add, and those names' full forms."""
     named: dict[str, Tensor] = {}
     full_names: dict[str, str] = {}
@@ -116,30 +199,6 @@ def _clean_names(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[st
             raise Unrecognised(f"contains both {full_names[name]} and {full}, two names of one tensor")
         named[name], full_names[name] = tensor, full
     return named, full_names
-
-
-def _find_encoder(named: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Prefix of the encoder's names, and the name of its patch embedding without it."""
-    found = {match[1]: match[2] for name in named if (match := PATCHES.fullmatch(name))}
-    if not found:
-        names = ", ".join(list(named)[:3])
-        raise Unrecognised(f"contains no vision transformer: none of its tensors is a patch embedding ({names}, ...)")
-
-    def rank(root: str) -> list[int]:
-        return [(*PREFERRED, part).index(part) for part in root.split(".")[:-1]]
-
-    best = min(map(rank, found))
-    roots = [root for root in found if rank(root) == best]
-    if len(roots) > 1:
-        raise Unrecognised(f"contains several encoders ({', '.join(sorted(roots))}); save only the one you want")
-    return roots[0], found[roots[0]]
-
-
-def _beside(name: str, root: str) -> str:
-    """The name of a tensor outside the encoder, without the prefix that it shares with the encoder."""
-    parts = name.split(".")
-    shared = takewhile(lambda pair: pair[0] == pair[1], zip(parts[:-1], root.split(".")[:-1], strict=False))
-    return ".".join(parts[len(list(shared)) :])
 
 
 def _rename(names: Iterable[str]) -> dict[str, list[str]]:
@@ -165,20 +224,34 @@ def _join(parts: list[Tensor]) -> Tensor:
         raise Unrecognised(f"query, key and value do not match ({first_line(error)})") from error
 
 
-def _drop(unused: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, list[str]]:
+def _drop(unused: Mapping[str, str], outside: Iterable[tuple[str, str]], notices: list[str]) -> dict[str, list[str]]:
     """Full names by group, from names without and with prefix. Raises Unrecognised for a tensor of no group.
 
-    unused: inside the encoder; beside: outside it.
+    unused: inside the encoder; outside: beside it, where other tensors are grouped by the first part of their names.
     """
-    dropped: dict[str, list[str]] = {}
     of_encoder, of_file = list(DROPPABLE.items()), [*DROPPABLE.items(), *DROPPABLE_BESIDE.items()]
-    for names, groups in ((unused, of_encoder), (beside, of_file)):
-        for name, full in names.items():
-            group = next((group for group, pattern in groups if re.fullmatch(pattern, name)), "")
+    dropped: dict[str, list[str]] = {}
+    unexpected = []
+    for name, full in unused.items():
+        group = _group(name, of_encoder)
+        if group is None:
+            unexpected.append(full)
+        else:
             dropped.setdefault(group, []).append(full)
-    if unexpected := dropped.get(""):
-        raise Unrecognised(_join_problems([f"{name} is unexpected" for name in unexpected]))
+    if unexpected:
+        raise Unrecognised(join_problems([f"{name} is unexpected" for name in unexpected]))
+    left_out: dict[str, list[str]] = {}
+    for name, full in outside:
+        group, first = _group(name, of_file), name.partition(".")[0]
+        dropped.setdefault(group or first, []).append(full)
+        if group != _TRAINING:
+            left_out.setdefault(first, []).append(full)
+    notices += left_out_notice(left_out)
     return dropped
+
+
+def _group(name: str, groups: Iterable[tuple[str, str]]) -> str | None:
+    return next((group for group, pattern in groups if re.fullmatch(pattern, name)), None)
 
 
 def mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
@@ -193,75 +266,25 @@ def mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str
             problems.append(f"{name} is sparse or without data")
         elif tensor.is_floating_point() != model.is_floating_point():
             problems.append(f"{name} is of type {tensor.dtype} instead of {model.dtype}")
-    return _join_problems(problems)
+    return join_problems(problems)
 
 
-def _join_problems(problems: list[str], most: int = 4) -> str:
+def join_problems(problems: list[str], most: int = 4) -> str:
     """The first problems in one line, and how many more there are."""
     more = f" and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more
 
 
-def _prepare_positions(tensors: dict[str, Tensor], notices: list[str]) -> None:
-    """Bring the position embedding to (1, 1 + N, D), or to (1, N, D) with registers or without a CLS token.
-
-    In the second form, the rows of CLS and register tokens are added to the tokens themselves: the same function. A
-    grid that is not square is interpolated to a square.
-    """
-    positions = tensors.get("pos_embed")
-    if positions is None:
-        raise Unrecognised("has no position embedding (pos_embed), which a plain vision transformer needs")
-    is_batch_of_one = positions.ndim == 2 or (positions.ndim in (3, 4) and len(positions) == 1)
-    if not is_batch_of_one or not positions.is_floating_point():
-        raise Unrecognised(f"has positions of shape {tuple(positions.shape)} and type {positions.dtype}")
-    tokens = {name: tensors[name] for name in ("cls_token", "reg_token") if name in tensors}
-    for token in tokens.values():
-        if token.ndim != 3 or len(token) != 1:
-            raise Unrecognised(f"has a CLS or register token of shape {tuple(token.shape)}")
-    prefix_1PD, patches_1ND = _split_positions(positions, [token.shape[1] for token in tokens.values()], notices)
-    if list(tokens) != ["cls_token"]:
-        tensors["pos_embed"] = patches_1ND
-        for name, token in tokens.items():
-            rows, prefix_1PD = prefix_1PD[:, : token.shape[1]], prefix_1PD[:, token.shape[1] :]
-            if rows.any():
-                tensors[name] = token.float() + rows.float()
-                notices.append(f"the position of {name} was added to the token")
-    elif prefix_1PD.shape[1]:
-        tensors["pos_embed"] = positions.reshape(1, -1, positions.shape[-1])  # still the file's memory
-    else:
-        tensors["pos_embed"] = torch.cat([patches_1ND.new_zeros(1, 1, patches_1ND.shape[2]), patches_1ND], dim=1)
-
-
-def _split_positions(positions: Tensor, lengths: list[int], notices: list[str]) -> tuple[Tensor, Tensor]:
-    """Positions (1, P, D) of the prefix tokens, P = 0 if they have none, and (1, N, D) of a square of patches.
-
-    lengths: numbers of CLS and of register tokens.
-    """
-    if positions.ndim == 4:
-        rows, columns = positions.shape[1:3]
-        side = max(rows, columns)
-        if rows != columns:
-            notices.append(f"positions of {rows} x {columns} patches were interpolated to {side} x {side}")
-        flat = resize_positions(positions.flatten(1, 2), (side, side), grid=(rows, columns))
-        return flat[:, :0], flat
-    flat = positions if positions.ndim == 3 else positions[None]
-    # A CLS token usually has a position; registers usually have none.
-    for count in (1, 0, sum(lengths)) if lengths else (0,):
-        patches = flat.shape[1] - count
-        if patches > 0 and math.isqrt(patches) ** 2 == patches:
-            return flat[:, :count], flat[:, count:]
-    raise Unrecognised(f"has positions of shape {tuple(positions.shape)}, which is not a square grid of patches")
-
-
 def _read_architecture(
-    tensors: Mapping[str, Tensor], others: set[str], num_heads: int | None, notices: list[str]
+    tensors: Mapping[str, Tensor], names: set[str], num_heads: int | None, config: Mapping[str, Any], notices: list[str]
 ) -> Architecture:
+    """names: of all tensors in the file, without prefixes."""
     projection = tensors["patch_embed.proj.weight"]
     if projection.ndim != 4 or projection.shape[2] != projection.shape[3]:
         raise Unrecognised(f"has a patch embedding of shape {tuple(projection.shape)}; square patches are needed")
     width, channels, patch_size = projection.shape[:3]
-    if channels != 3:
-        raise Unrecognised(f"expects {channels}-channel images, not RGB")
+    if channels not in (1, 3):
+        raise Unrecognised(f"expects {channels}-channel images, neither RGB nor gray ones")
     depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=-1)
     first, second = (tensors.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
     if first is None or second is None or first.ndim != 2 or second.ndim != 2:
@@ -273,15 +296,16 @@ def _read_architecture(
     post_norm = "norm_pre.weight" in tensors
     if post_norm and "patch_embed.proj.bias" not in tensors:
         raise Unrecognised("has a norm before its blocks and no bias in the patch embedding, as CLIP")
-    num_heads = _num_heads(width, num_heads, notices)
-    # CrossMAE has norms in the decoder instead, a classifier on mean tokens has fc_norm. Otherwise it is missing.
-    has_other = any(name.startswith(("dec_norms.", "wfm.", "fc_norm.")) for name in others)
-    final_norm = post_norm or "norm.weight" in tensors or not has_other
+    num_heads = _num_heads(width, num_heads, config, notices)
+    # CrossMAE has norms in the decoder instead, a classifier on mean tokens has its own (ln2 of OpenMMLab), and
+    # MMSegmentation, told by its attention, has none. Otherwise it is missing.
+    replaced = ("dec_norms.", "wfm.", "fc_norm.", "ln2.", "layers.0.attn.attn.")
+    final_norm = post_norm or "norm.weight" in tensors or not any(name.startswith(replaced) for name in names)
     if not final_norm:
         notices.append("the encoder has no final norm")
-    names = {sizes: name for name, sizes in PAPER_SIZES.items()}
+    known = {sizes: name for name, sizes in PAPER_SIZES.items()}
     return Architecture(
-        names.get((width, depth, num_heads, patch_size), "custom"),
+        known.get((width, depth, num_heads, patch_size), "custom"),
         side * patch_size,
         width,
         depth,
@@ -295,12 +319,17 @@ def _read_architecture(
         mlp_width=0 if first.shape[0] == 4 * width else first.shape[0],
         swiglu=first.shape[0] == 2 * second.shape[1],
         final_norm=final_norm,
+        channels=channels,
     )
 
 
-def _num_heads(width: int, asked: int | None, notices: list[str]) -> int:
+def _num_heads(width: int, asked: int | None, config: Mapping[str, Any], notices: list[str]) -> int:
     if asked and width % asked:
         raise Unrecognised(f"its width of {width} is not divisible by encoder.num_heads {asked}")
+    saved = config.get("num_attention_heads")
+    if not asked and config.get("hidden_size") == width and type(saved) is int and saved > 0 and width % saved == 0:
+        notices.append(f"{saved} attention heads are taken from config.json")
+        return saved
     if known := asked or _HEADS.get(width):
         return known
     if width % 64:

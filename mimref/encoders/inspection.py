@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mimref.encoders.checkpoints import read_checkpoint
+from mimref.encoders.grids import Grid
+from mimref.encoders.parts import show_part
 from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError
 
@@ -32,6 +34,12 @@ class Inspection:
     """Pre-training method, if known."""
     licence: str | None
     architecture: Architecture
+    prefix: str
+    """Of the encoder's names in the file; a dot if they have none."""
+    others: list[str]
+    """Prefixes of other encoders in the file."""
+    grid: Grid
+    """Rows and columns of patches that the file has positions for."""
     parameters: int
     tensors: list[TensorOrigin]
     dropped: dict[str, list[str]]
@@ -43,13 +51,17 @@ class Inspection:
     """Of our own files, without the architecture."""
 
 
-def inspect_file(path: str | Path) -> Inspection:
-    """Recognise a file without loading its tensors. Raises CheckpointError with the reason if it is no encoder."""
-    checkpoint = read_checkpoint(path)
+def inspect_file(path: str | Path, *, part: str | None = None, grid: Grid | None = None) -> Inspection:
+    """Recognise a file without loading its tensors. Raises CheckpointError with the reason if it is no encoder.
+
+    part, grid: as in `read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path, part=part, grid=grid)
     architecture = checkpoint.architecture
     if architecture is None:
         raise CheckpointError(f"{checkpoint.path}: not recognised: {checkpoint.problem}")
     recognised = checkpoint.recognised
+    side = architecture.image_size // architecture.patch_size
     tensors = recognised.tensors if recognised else checkpoint.tensors
     origins = recognised.origins if recognised else {name: [name] for name in tensors}
     return Inspection(
@@ -58,6 +70,9 @@ def inspect_file(path: str | Path) -> Inspection:
         source=checkpoint.source,
         licence=checkpoint.licence,
         architecture=architecture,
+        prefix=show_part(recognised.prefix) if recognised else ".",
+        others=[show_part(prefix) for prefix in recognised.others] if recognised else [],
+        grid=recognised.grid if recognised else (side, side),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         tensors=[
             TensorOrigin(

@@ -5,26 +5,42 @@ import re
 from mimref.config.base import Interpolation
 from mimref.encoders.vit import Architecture
 
-# Names above an encoder's tensors. Of several in one file, its authors evaluate the first of these.
-_AVERAGED = ("target_encoder", "teacher", "momentum_encoder", "state_dict_ema", "model_ema")
-PREFERRED = (*_AVERAGED, "state_dict", "model", "encoder", "student")
+# Which of two encoders the authors of a file evaluate, by the parts of their prefixes that differ: the first of a pair.
+EVALUATED = (
+    # solo-learn's main_linear.py; lightly's benchmarks, where DINO's `backbone` is the teacher and BYOL's the student.
+    (r"backbone", r"\w+_backbone|backbone_\w+"),
+    # MoCo's main_lincls.py, versions 3 and 1.
+    (r"base_encoder", r"momentum_encoder"),
+    (r"encoder|encoder_q|query_encoder", r"encoder_k|key_encoder"),
+    # BYOL.
+    (r"online(_\w+)?", r"target(_\w+)?"),
+    # mmengine's EMAHook swaps the two when it saves them.
+    (r"state_dict", r"ema_state_dict\.module"),
+    # DINO's, iBOT's and DINOv2's teacher, MSN's and I-JEPA's target encoder, timm's averaged weights; and all others
+    # of which nothing else is known.
+    (r"(\w+_)?(teacher|target|ema|momentum|averaged?)(_\w+)?", r".+"),
+)
+# Names above an encoder's tensors. Of several in one file, the first of these otherwise.
+PREFERRED = ("state_dict", "model", "encoder", "student")
 # Parts of names that wrapping modules add: FSDP, activation checkpointing, torch.compile.
 WRAPPING = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 
 PATCHES = re.compile(
-    r"(|.+\.)(patch_embed\.proj|embeddings\.patch_embeddings\.projection|"
+    r"(|.+\.)(patch_embed\.proj|patch_embed\.projection|embeddings\.patch_embeddings\.projection|conv_proj|"
     r"modality_encoders\.IMAGE\.local_encoder\.proj)\.weight"
 )
+BLOCKS = re.compile(r"(blocks|layers|encoder\.layers?)\.(encoder_layer_)?\d+\.")
 
 # Groups of tensors that no encoder needs, by names without the encoder's prefix.
 DROPPABLE = {
     "mask token": r"(embeddings\.)?mask_token|masked_embed",
-    "decoder": r"decoder[_.].*|dec_norms\..*|wfm\..*|shared_decoder\..*|"
-    r"recon_proj\..*|modality_encoders\.IMAGE\.decoder\..*",
+    "decoder": r"decoder[_.].*|dec_norms\..*|wfm\..*|shared_decoder\..*|encoder_to_decoder\..*|"
+    r"recon_proj\..*|multi_scale_fusion_heads\..*|modality_encoders\.IMAGE\.decoder\..*",
     "predictor": r"predictor[_.].*",
-    "classifier": r"head\.(weight|bias)|head_dist\..*|head_norm\..*|fc_norm\..*|classifier\..*|pooler\..*",
-    "projection head": r"((dino|ibot|instance|local_group|group)_)?head\..*|fc\.(fc|bn)\d\..*|relation_blocks\..*|"
-    r"prototypes(\..*)?",
+    "classifier": r"head\.(weight|bias)|head_dist\..*|head_norm\..*|fc_norm\..*|classifier\..*|pooler\..*|heads\..*|"
+    r"ln2\.(weight|bias)",
+    "projection head": r"((dino|ibot|instance|local_group|group|projection|prediction)_)?head\..*|projector\..*|"
+    r"fc\.(fc|bn)\d\..*|relation_blocks\..*|prototypes(\..*)?",
     "other encoder": r"_ema\..*",
 }
 # Groups that are dropped only outside the encoder.
@@ -38,7 +54,7 @@ DROPPABLE_BESIDE = {
 
 # Other vision transformers, each recognised by one of its tensors.
 RELATIVES = {
-    r".*relative_position.*|.*rel_pos.*|.*\.(q_bias|v_bias)": "relative positions (BEiT, data2vec 1.0, EVA)",
+    r".*relative_position.*|.*rel_pos.*": "relative positions (BEiT, data2vec 1.0, EVA)",
     r".*\.(q_norm|k_norm)\..*": "normalised queries and keys",
     r"dist_token": "a distillation token",
     r"attn_pool\..*": "attention pooling",
@@ -49,6 +65,8 @@ RELATIVES = {
 _PARAMETER = r"(weight|bias)"
 # Some number blocks within chunks as well.
 _BLOCK = r"blocks\.(?:\d+\.)?(\d+)\."
+_MM_LAYER = r"layers\.(\d+)\."
+_TORCHVISION_LAYER = r"encoder\.layers\.encoder_layer_(\d+)\."
 _HF_LAYER = r"(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\."
 # From their names to timm's. `@0`, `@1`, ... number the parts of a tensor that timm stores as one.
 RENAMES = {
@@ -84,6 +102,29 @@ RENAMES = {
     rf"{_HF_LAYER}(?:output\.dense|mlp\.fc2|mlp\.weights_out|mlp\.down_proj)\.{_PARAMETER}": r"blocks.\1.mlp.fc2.\2",
     rf"{_HF_LAYER}layer_scale([12])\.lambda1": r"blocks.\1.ls\2.gamma",
     rf"layernorm\.{_PARAMETER}": r"norm.\1",
+    # torchvision, also before version 0.13
+    r"class_token": "cls_token",
+    r"encoder\.pos_embedding": "pos_embed",
+    rf"conv_proj\.{_PARAMETER}": r"patch_embed.proj.\1",
+    rf"{_TORCHVISION_LAYER}ln_([12])\.{_PARAMETER}": r"blocks.\1.norm\2.\3",
+    rf"{_TORCHVISION_LAYER}self_attention\.in_proj_{_PARAMETER}": r"blocks.\1.attn.qkv.\2",
+    rf"{_TORCHVISION_LAYER}self_attention\.out_proj\.{_PARAMETER}": r"blocks.\1.attn.proj.\2",
+    rf"{_TORCHVISION_LAYER}mlp\.(?:0|linear_1)\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2",
+    rf"{_TORCHVISION_LAYER}mlp\.(?:3|linear_2)\.{_PARAMETER}": r"blocks.\1.mlp.fc2.\2",
+    rf"encoder\.ln\.{_PARAMETER}": r"norm.\1",
+    # OpenMMLab: mmpretrain's ViT, and MMSegmentation's, whose attention is torch's
+    rf"patch_embed\.projection\.{_PARAMETER}": r"patch_embed.proj.\1",
+    rf"{_MM_LAYER}ln([12])\.{_PARAMETER}": r"blocks.\1.norm\2.\3",
+    rf"{_MM_LAYER}attn\.(?:qkv\.|attn\.in_proj_){_PARAMETER}": r"blocks.\1.attn.qkv.\2",
+    rf"{_MM_LAYER}attn\.(?:proj|attn\.out_proj)\.{_PARAMETER}": r"blocks.\1.attn.proj.\2",
+    rf"{_MM_LAYER}attn\.gamma1\.(?:weight|scale)": r"blocks.\1.ls1.gamma",
+    rf"{_MM_LAYER}ffn\.gamma2\.(?:weight|scale)": r"blocks.\1.ls2.gamma",
+    rf"{_MM_LAYER}ffn\.(?:layers\.0\.0|w12)\.{_PARAMETER}": r"blocks.\1.mlp.fc1.\2",
+    rf"{_MM_LAYER}ffn\.(?:layers\.1|w3)\.{_PARAMETER}": r"blocks.\1.mlp.fc2.\2",
+    rf"ln1\.{_PARAMETER}": r"norm.\1",
+    # MAE-pytorch, whose keys have no bias
+    rf"{_BLOCK}attn\.q_bias": r"blocks.\1.attn.qkv.bias@0",
+    rf"{_BLOCK}attn\.v_bias": r"blocks.\1.attn.qkv.bias@1",
 }
 
 
@@ -96,6 +137,12 @@ def format_name(root: str, patches: str, names: set[str], architecture: Architec
         return "data2vec 2.0", "d2v2"
     if patches.startswith("embeddings."):
         return ("Hugging Face DINOv2", "dinov2") if architecture.layer_scale else ("Hugging Face ViT", None)
+    if patches == "conv_proj":
+        return "torchvision ViT", None
+    if patches == "patch_embed.projection":
+        return "OpenMMLab ViT (mmpretrain, MMSegmentation)", None
+    if "blocks.0.attn.q_bias" in names:
+        return "MAE-pytorch", "mae"
     if "cls_tokens.tokens" in names:
         post_norm = architecture.post_norm
         return f"MIM-Refiner release ({'post' if post_norm else 'pre'}-norm)", "d2v2" if post_norm else None
@@ -126,12 +173,18 @@ INTERPOLATIONS: dict[str, Interpolation] = {"dino": "dino", "ibot": "dino", "mug
 
 
 def format_interpolation(
-    format_: str, source: str | None, names: set[str], architecture: Architecture, *, as_image: bool
+    format_: str,
+    source: str | None,
+    names: set[str],
+    architecture: Architecture,
+    *,
+    as_image: bool,
+    grid: tuple[int, int],
 ) -> tuple[Interpolation, bool]:
     """Whose rule interpolates the positions of a recognised file, and whether that is a guess.
 
     format_, source: what `format_name` gives. names: all tensors, without prefixes. as_image: the file has positions by
-    row and column, as KappaModules' encoders, to which the paper's released models belong.
+    row and column, as KappaModules' encoders, to which the paper's released models belong. grid: of the file.
     """
     if format_.startswith(("Hugging Face", "DINOv2")) and architecture.registers:
         return "dinov2_reg", False
@@ -149,5 +202,8 @@ def format_interpolation(
     # a norm before it.
     if "fc_norm.weight" in names:
         return "mae", True
-    plain = architecture.class_token and not architecture.layer_scale and not architecture.registers
+    # Of them, only timm's code takes grids that are not square.
+    plain = (
+        grid[0] == grid[1] and architecture.class_token and not architecture.layer_scale and not architecture.registers
+    )
     return ("dino" if plain and "head.weight" not in names else "timm"), True

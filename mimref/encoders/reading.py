@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mimref.encoders.contents import Content
+from mimref.encoders.folders import check_whole, find_in_folder, read_index
 from mimref.encoders.published import ADDRESSES, fetch, find_published
 from mimref.encoders.torch_files import read_torch_file
 from mimref.errors import CheckpointError, did_you_mean
@@ -25,7 +26,8 @@ def read_file(
 ) -> tuple[Path, Content, dict[str, Any], list[str]]:
     """The file's own path, its content, the JSON header of our own files (else empty), and notices of what was ignored.
 
-    path: a file, the output folder of a run, the name of published weights, or `quickstart` for the packaged encoder.
+    path: a file, an index of shards, the output folder of a run, a folder of `save_pretrained`, the name of published
+    weights, or `quickstart` for the packaged encoder.
     progress: receives the progress of a download.
     Raises CheckpointError with one line for a missing, damaged or foreign file.
     """
@@ -39,6 +41,9 @@ def read_file(
         raise CheckpointError(f"{file}: the file is empty")
     ignored = ""
     # A safetensors file starts with 8 bytes, the length of its JSON header, and the header's brace.
+    if start[8:] != b"{" and start.lstrip()[:1] == b"{":
+        return file, _read_shards(file), {}, []
+    check_whole(file)
     if start[8:] == b"{":
         content, header = _read_safetensors(file)
     else:
@@ -77,13 +82,26 @@ def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
     if known:
         return fetch(known, progress)
     if file.is_dir():
-        file = file / "encoder.safetensors"
-        if not file.is_file():
-            raise CheckpointError(f"{path}: the folder holds no encoder.safetensors; finish its run with --resume")
+        return find_in_folder(file)
     if not file.is_file():
         hint = did_you_mean(str(path), ADDRESSES) or "; pass a checkpoint or the name of published weights"
         raise CheckpointError(f"{file}: {'not a file' if file.exists() else 'no such file'}{hint}")
     return file
+
+
+def _read_shards(file: Path) -> Content:
+    """The tensors of all shards that an index names."""
+    tensors: dict[str, Tensor] = {}
+    for shard, names in read_index(file).items():
+        with shard.open("rb") as stream:
+            start = stream.read(9)
+        content = (_read_safetensors(shard) if start[8:] == b"{" else _read_pickle(shard))[0]
+        found = dict(named_tensors(content))
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise CheckpointError(f"{shard}: lacks {missing[0]}, which {file.name} expects in it")
+        tensors |= {name: found[name] for name in names}
+    return tensors
 
 
 def _read_safetensors(file: Path) -> tuple[Content, dict[str, Any]]:

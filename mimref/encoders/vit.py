@@ -65,6 +65,8 @@ class Architecture:
     """The MLP multiplies the SiLU of its first layer's first half by the second half."""
     final_norm: bool = True
     """LayerNorm after the last block of a pre-norm encoder."""
+    channels: int = 3
+    """Of its images: 3, or 1 for gray ones. Left out of headers where it is 3."""
     interpolation: Interpolation = "mae"
     """How positions are interpolated to other image sizes. Left out of headers that need only the default."""
 
@@ -124,8 +126,9 @@ class Architecture:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """For headers and cache keys; those written before there was a choice of interpolation stay valid."""
-        return {key: value for key, value in asdict(self).items() if (key, value) != ("interpolation", "mae")}
+        """For headers and cache keys, without later fields of the value that older files imply."""
+        implied = (("channels", 3), ("interpolation", "mae"))
+        return {key: value for key, value in asdict(self).items() if (key, value) not in implied}
 
     def check_size(self, size: int, setting: str) -> None:
         """Raise ConfigError unless the patch size divides `size`, in pixels; `setting` names it in the message."""
@@ -171,9 +174,10 @@ class Encoder(nn.Module):
     ) -> list[Tensor]:
         """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed), in one pass.
 
-        images: (B, 3, S, S) normalised, S divisible by the patch size. Returns a list of (B, L, D), prefix first.
-        Later blocks do not run. final_norm: the last block's tokens pass the final LayerNorm, for all indices or for
-        each; no effect on encoders without one (post-norm ones, and timm's that normalise after pooling).
+        images: (B, 3, S, S) normalised, S divisible by the patch size; a gray encoder also takes (B, 1, S, S). Returns
+        a list of (B, L, D), prefix first. Later blocks do not run.
+        final_norm: the last block's tokens pass the final LayerNorm, for all indices or for each; no effect on encoders
+        without one (post-norm ones, and timm's that normalise after pooling).
         visible_BK: indices of the only patches that the encoder sees; their tokens have this order.
         Raises ConfigError for a block outside 1..depth.
         """
@@ -193,6 +197,8 @@ class Encoder(nn.Module):
     def embed(self, images: Tensor, visible_BK: Tensor | None = None) -> Tensor:
         """Input of block 1: CLS and register tokens, then (visible) patches, with positions, (B, L, D)."""
         vit = self.vit
+        if self.architecture.channels == 1 and images.shape[1] == 3:
+            images = gray(images)
         patches_BHWD = vit.patch_embed(images)
         grid, tokens_BLD = patches_BHWD.shape[1:3], patches_BHWD.flatten(1, 2)
         prefix_positions: Tensor | None = None
@@ -217,6 +223,15 @@ class Encoder(nn.Module):
     def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
         """One vector per image: `cls`, `mean` of the patch tokens (also if there is no CLS token), or `cls+mean`."""
         return pool_tokens(tokens_BLD, how, self.num_prefix_tokens, self.has_cls_token)
+
+
+def gray(images: Tensor) -> Tensor:
+    """(B, 3, S, S) -> (B, 1, S, S): the luma of ITU-R BT.601, as Pillow's.
+
+    Of pixels normalised by the same mean and deviation in every channel, this is the luma normalised by them.
+    """
+    red, green, blue = images.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
 
 
 def norm_flags(indices: Sequence[int], final_norm: bool | Sequence[bool], depth: int) -> list[bool]:
@@ -288,7 +303,7 @@ def build_encoder(architecture: Architecture) -> Encoder:
     """An encoder with random weights, on the current default device. Raises ConfigError for sizes that do not fit."""
     architecture.check_size(architecture.image_size, "encoder.image_size")
     if architecture.from_timm:
-        vit = _timm_vit(architecture.name, architecture.image_size)
+        vit = _timm_vit(architecture.name, architecture.image_size, architecture.channels)
         if architecture.fixed_positions and vit.pos_embed is not None:
             vit.pos_embed.requires_grad_(False)
         return Encoder(architecture, vit)
@@ -304,7 +319,8 @@ def build_encoder(architecture: Architecture) -> Encoder:
     )
     if architecture.post_norm:
         # timm drops the bias of the patch projection if a norm follows the embeddings; data2vec 2.0 does not.
-        vit.patch_embed.proj = nn.Conv2d(3, architecture.width, architecture.patch_size, stride=architecture.patch_size)
+        size = architecture.patch_size
+        vit.patch_embed.proj = nn.Conv2d(architecture.channels, architecture.width, size, stride=size)
     side = architecture.image_size // architecture.patch_size
     assert vit.pos_embed is not None
     if not vit.pos_embed.is_meta:
@@ -333,6 +349,8 @@ def timm_options(architecture: Architecture) -> dict[str, Any]:
         options |= {"reg_tokens": architecture.registers, "no_embed_class": True}
     if architecture.layer_scale:
         options["init_values"] = 1e-5
+    if architecture.channels != 3:
+        options["in_chans"] = architecture.channels
     return options
 
 
@@ -354,11 +372,13 @@ def is_plain_vit(name: str) -> bool:
 
 
 @RatesOnCpu()
-def _timm_vit(name: str, image_size: int) -> VisionTransformer:
+def _timm_vit(name: str, image_size: int, channels: int = 3) -> VisionTransformer:
     if not is_plain_vit(name):
         raise ConfigError(
             f"architecture {name!r} is not a plain timm VisionTransformer: it can be evaluated, not refined"
         )
-    vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True)
+    vit = timm.create_model(
+        name, pretrained=False, num_classes=0, img_size=image_size, in_chans=channels, dynamic_img_size=True
+    )
     assert isinstance(vit, VisionTransformer)
     return vit

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mimref.config.base import CommandConfig, Interpolation, Section
+from mimref.config.base import CommandConfig, Interpolation, PatchGrid, Section
 
 
 class EvaluatedEncoderConfig(Section):
@@ -12,6 +12,11 @@ class EvaluatedEncoderConfig(Section):
 
     num_heads: int | None = Field(default=None, gt=0)
     """Attention heads; None: those of the published model of the same width, else one per 64 channels."""
+    part: str | None = None
+    """Which encoder of a file that holds several, such as `teacher`: its prefix in the file, or a part of it that no
+    other has. None: the one that the authors of such files evaluate."""
+    grid: PatchGrid | None = None
+    """Rows and columns of patches that a file's positions are for. None: a square, else the shape nearest to one."""
     interpolation: Interpolation | None = None
     """Whose rule interpolates positions to other resolutions than the weights'. None: that of the weights' format."""
 

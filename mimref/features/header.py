@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from mimref.config.base import DataConfig
 from mimref.data.open import ACCEPTED, absolute_spec
-from mimref.data.transforms import EvalTransform
+from mimref.data.transforms import RGB, EvalTransform
 from mimref.encoders.backbones import BackboneArchitecture, timm_record
 from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError, ConfigError
@@ -61,7 +61,8 @@ def eval_transform(
     """The evaluation transform of an encoder's images, at `resolution` or at the encoder's own.
 
     Crop fraction: from the settings, else the header, else 0.875. Normalisation: from the header, else timm's record
-    for tagged weights (`vit_x.tag`), else ImageNet's. Raises CheckpointError when the header's record is not valid.
+    for tagged weights (`vit_x.tag`), else ImageNet's; for gray encoders the mean of those of the three channels, as
+    timm's loader does. Raises CheckpointError when the header's record is not valid.
     """
     image_size = architecture.image_size
     try:
@@ -74,5 +75,16 @@ def eval_transform(
             recorded = EvalTransform(image_size)
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's record of its transform is not valid: {error}") from error
+    mean, std = recorded.mean, recorded.std
+    if isinstance(architecture, Architecture) and architecture.channels == 1:
+        mean, std = _same(mean), _same(std)
     fraction = recorded.crop_fraction if data.crop_fraction is None else data.crop_fraction
-    return EvalTransform(resolution or image_size, fraction, recorded.mean, recorded.std)
+    return EvalTransform(resolution or image_size, fraction, mean, std)
+
+
+def _same(values: RGB) -> RGB:
+    """The mean of the three for each of them: gray encoders see the luma of pixels normalised alike."""
+    if len(set(values)) == 1:
+        return values
+    mean = sum(values) / 3
+    return mean, mean, mean

@@ -5,7 +5,7 @@ pass, and of which columns. The other ranks wait for its decision, and read what
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class EncoderInputs:
         self.checkpoint = read_checkpoint(
             checkpoint,
             num_heads=config.encoder.num_heads,
+            part=config.encoder.part,
+            grid=config.encoder.grid,
             interpolation=config.encoder.interpolation,
             progress=listener.progress,
         )
@@ -225,11 +227,9 @@ class EncoderInputs:
         }
 
     def _architecture_record(self) -> dict[str, Any]:
-        architecture = self.architecture
-        if not isinstance(architecture, Architecture):
-            return asdict(architecture)
+        architecture, size = self.architecture, self.settings.transform.image_size
         record = architecture.to_dict()
-        if not self.checkpoint.interpolates(architecture, self.settings.transform.image_size):
+        if isinstance(architecture, Architecture) and not self.checkpoint.interpolates(architecture, size):
             record.pop("interpolation", None)
         return record
 

@@ -12,7 +12,7 @@ from mimref.data.sources import ImageSource, Split
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import multi_crop
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint, with_fixed_positions
+from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint, with_channels, with_fixed_positions
 from mimref.encoders.published import must_download, official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, Checks, ConfigError
@@ -104,7 +104,13 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     if weights is not None and (checks.passed or not must_download(weights)):
         asked = config.encoder
         read = partial(
-            read_checkpoint, weights, num_heads=asked.num_heads, interpolation=asked.interpolation, progress=progress
+            read_checkpoint,
+            weights,
+            num_heads=asked.num_heads,
+            part=asked.part,
+            grid=asked.grid,
+            interpolation=asked.interpolation,
+            progress=progress,
         )
         checkpoint = checks.run("encoder.weights", read)
     if checkpoint is not None:
@@ -178,9 +184,10 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Arch
     """
     recorded, asked = checkpoint.architecture, config.model_fields_set
     if recorded is None and "arch" not in asked:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}; pass --arch")
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     if recorded is None or _is_timm(config, checkpoint):
-        return with_fixed_positions(Architecture.from_config(config), checkpoint.tensors)
+        tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
+        return with_channels(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
     # A preset's image size belongs to the preset's architecture.
     if "image_size" in asked and ("arch" not in asked or config.arch == recorded.name):
         return replace(recorded, image_size=config.image_size)

@@ -148,7 +148,10 @@ def _facts(inspection: "Inspection") -> dict[str, str]:
         "licence": inspection.licence or "unknown",
         "architecture": f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, "
         f"{architecture.num_heads} heads, patches of {architecture.patch_size} pixels, "
-        f"images of {architecture.image_size}",
+        f"{'gray ' if architecture.channels == 1 else ''}images of {architecture.image_size}",
+        **({} if inspection.prefix == "." else {"encoder": f"below {inspection.prefix}"}),
+        **({"other encoders": ", ".join(inspection.others)} if inspection.others else {}),
+        "positions": f"of {inspection.grid[0]} x {inspection.grid[1]} patches",
         "features": ", ".join(name for name, present in features.items() if present),
         "interpolation": f"{architecture.interpolation} ({RULES[architecture.interpolation]})"
         f"{', a guess' if inspection.guesses_interpolation else ''}",

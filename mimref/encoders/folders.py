@@ -1,0 +1,85 @@
+"""Folders of weights as Hugging Face's `save_pretrained` writes them: one file, or shards with an index."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mimref.errors import CheckpointError
+
+_OWN = "encoder.safetensors"
+_INDEX = ".index.json"
+_SAVED = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", _INDEX))
+_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".th", ".ckpt", ".tar")
+_MOST_BYTES = 64 << 20
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+
+
+def find_in_folder(folder: Path) -> Path:
+    """The weights file or index in a run's folder or a `save_pretrained` folder. Raises CheckpointError."""
+    for name in (_OWN, *_SAVED):
+        if (folder / name).is_file():
+            return folder / name
+    if any((folder / name).exists() for name in ("state", "metrics.jsonl", "config.toml")):
+        raise CheckpointError(f"{folder}: the folder holds no {_OWN}; finish its run with --resume")
+    found = sorted(each.name for each in folder.iterdir() if each.name.endswith(_ENDINGS) and each.is_file())
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CheckpointError(f"{folder}: a folder; pass one of its weights files ({', '.join(found[:3])}{more})")
+    raise CheckpointError(f"{folder}: the folder holds no {_OWN}, and neither {' nor '.join(_SAVED[::2])}")
+
+
+def read_index(file: Path) -> dict[Path, list[str]]:
+    """From every shard that an index names to the names of its tensors. Raises CheckpointError."""
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError("too large")
+        weight_map = json.loads(file.read_bytes())["weight_map"]
+        shards: dict[Path, list[str]] = {}
+        for name, shard in weight_map.items():
+            # Names of files beside the index, never paths.
+            if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+                raise ValueError(f"a shard is called {shard!r}")
+            shards.setdefault(file.parent / shard, []).append(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: a JSON file, but no index of weights (no weight_map with file names); pass the weights themselves"
+        ) from error
+    for path in shards:
+        if not path.is_file():
+            raise CheckpointError(
+                f"{file}: names {path.name}, which is not in its folder; all {len(shards)} are needed"
+            )
+    return shards
+
+
+def check_whole(file: Path) -> None:
+    """Raise CheckpointError for a single shard of several, naming the index that reads them all."""
+    for index in sorted(file.parent.glob(f"*{_INDEX}")):
+        try:
+            shards = read_index(index)
+        except CheckpointError:
+            continue
+        if file in shards and len(shards) > 1:
+            raise CheckpointError(f"{file}: one of {len(shards)} shards; pass their folder, or their index {index}")
+
+
+def shard_hint(file: Path) -> str:
+    """What a name such as model-00001-of-00002.safetensors says; empty for others."""
+    match = _SHARD.fullmatch(file.name)
+    if match is None or int(match[3]) < 2:
+        return ""
+    index = f"{match[1]}{match[4]}{_INDEX}"
+    return f"; by its name it is shard {int(match[2])} of {int(match[3])}: put all of them and {index} into one folder"
+
+
+def saved_config(file: Path) -> Mapping[str, Any]:
+    """What `config.json` beside the file says of its vision model; empty if there is none."""
+    try:
+        config = json.loads((file.parent / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if isinstance(config, dict) and isinstance(config.get("vision_config"), dict):
+        config = config["vision_config"]
+    return config if isinstance(config, dict) else {}

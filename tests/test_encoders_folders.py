@@ -1,0 +1,154 @@
+"""Folders of `save_pretrained`, shards and their index."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
+from mimref.encoders.vit import Encoder
+from mimref.errors import CheckpointError
+from tests.checkpoints import IMAGE, State, timm_vit, tokens
+
+transformers = pytest.importorskip("transformers")
+
+
+def vit_of(heads: int = 4) -> Any:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=256, image_size=IMAGE,
+        patch_size=4, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    model = transformers.ViTModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@torch.no_grad()
+def assert_reads(path: Path, model: Any) -> None:
+    checkpoint = read_checkpoint(path)
+    encoder = encoder_from(checkpoint, choose_architecture(checkpoint))
+    assert isinstance(encoder, Encoder)
+    images = torch.randn(2, 3, IMAGE, IMAGE)
+    expected = model(images, output_hidden_states=True).hidden_states[1:]
+    for ours, theirs in zip(encoder.eval().blocks(images, [1, 2]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def write_shards(folder: Path, state: State, ending: str, name: str = "model") -> Path:
+    """Two shards and their index, as `save_pretrained` names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(state)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    weight_map = {}
+    for number, half in enumerate(halves, start=1):
+        shard = f"{name}-{number:05}-of-00002.{ending}"
+        own = {each: state[each].contiguous() for each in half}
+        save_file(own, folder / shard) if ending == "safetensors" else torch.save(own, folder / shard)
+        weight_map |= dict.fromkeys(half, shard)
+    index = folder / f"{name}.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index
+
+
+def test_folders_of_the_library(tmp_path: Path) -> None:
+    model = vit_of()
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for path in (
+        tmp_path / "one",
+        tmp_path / "one" / "model.safetensors",
+        tmp_path / "shards",
+        tmp_path / "shards" / "model.safetensors.index.json",
+    ):
+        assert_reads(path, model)
+        # Weights of width 64 look like those of one head.
+        (notice,) = read_checkpoint(path).notices(choose_architecture(read_checkpoint(path)))
+        assert "4 attention heads are taken from config.json" in notice
+    assert choose_architecture(read_checkpoint(tmp_path / "one", num_heads=2)).num_heads == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_shards(ending: str, tmp_path: Path) -> None:
+    model = vit_of(1)
+    name = "pytorch_model" if ending == "bin" else "model"
+    index = write_shards(tmp_path / "shards", model.state_dict(), ending, name)
+    assert_reads(tmp_path / "shards", model)
+    assert_reads(index, model)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_reads(tmp_path, model)
+
+
+@torch.no_grad()
+def test_shards_of_other_layouts(tmp_path: Path) -> None:
+    vit = timm_vit()
+    index = write_shards(tmp_path, dict(vit.state_dict()), "safetensors", "weights")
+    checkpoint = read_checkpoint(index)
+    encoder = encoder_from(checkpoint, choose_architecture(checkpoint))
+    images = torch.randn(2, 3, IMAGE, IMAGE)
+    torch.testing.assert_close(encoder.eval().blocks(images, [3])[0], tokens(vit, images)[2], rtol=0, atol=1e-5)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        choose_architecture(read_checkpoint(path))
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+def test_a_shard_alone(tmp_path: Path) -> None:
+    index = write_shards(tmp_path, vit_of().state_dict(), "safetensors")
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    assert "one of 2 shards" in refusal(shard) and str(index) in refusal(shard)
+    index.unlink()
+    assert "shard 1 of 2" in refusal(shard) and "model.safetensors.index.json" in refusal(shard)
+    assert "--arch" not in refusal(shard)
+
+
+def test_damaged_shards(tmp_path: Path) -> None:
+    index = write_shards(tmp_path, vit_of().state_dict(), "safetensors")
+    content = json.loads(index.read_text())
+    second = tmp_path / "model-00002-of-00002.safetensors"
+    moved = tmp_path / "moved"
+    second.rename(moved)
+    assert second.name in refusal(index)
+    moved.rename(second)
+    content["weight_map"]["surprise"] = second.name
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="lacks surprise"):
+        read_checkpoint(index)
+    for bad in ("../model.bin", "", 3, None):
+        index.write_text(json.dumps({"weight_map": {"a": bad}}))
+        assert "no index of weights" in refusal(index)
+    for text in ("{}", "{", '{"weight_map": 3}', '{"weight_map": []}', '{"weight_map":' + "[" * 100_000):
+        index.write_text(text)
+        assert "no index of weights" in refusal(index)
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    assert "no index of weights" in refusal(tmp_path / "config.json")
+
+
+def test_other_folders(tmp_path: Path) -> None:
+    empty, run, many = tmp_path / "empty", tmp_path / "run", tmp_path / "many"
+    for path in (empty, run / "state", many):
+        path.mkdir(parents=True)
+    for name in "abcd":
+        torch.save({"a": torch.zeros(2)}, many / f"{name}.pth")
+    assert "--resume" not in refusal(empty) and "model.safetensors" in refusal(empty)
+    assert "--resume" in refusal(run)
+    assert "a.pth, b.pth, c.pth and 1 more" in refusal(many)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "{", '{"hidden_size": 64, "num_attention_heads": "4"}', '{"vision_config": 3}']
+)
+def test_a_config_that_says_nothing(text: str, tmp_path: Path) -> None:
+    vit_of(1).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    architecture = choose_architecture(read_checkpoint(tmp_path))
+    assert architecture.num_heads == 1  # type: ignore[union-attr]
