@@ -150,7 +150,8 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Arch
     Unlike an evaluation's `--arch`, settings that contradict the weights are ignored: presets serve any weights.
     """
     recorded = checkpoint.architecture
-    if recorded is None and "arch" not in config.model_fields_set:
+    # Without advice, no architecture helps: several encoders and no choice, or a part of the weights.
+    if recorded is None and not ("arch" in config.model_fields_set and checkpoint.advice):
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     if recorded is None or (checkpoint.recognised and _names_timm(config)):
         tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
