@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mimref.cli import run
+from mimref.refinement.run import refine
 from tests.checkpoints import WIDTH, prefixed, timm_vit
-from tests.tiny import REFINE, arguments, header, write_labelled
+from tests.tiny import refine_config, write_labelled
 
 CHEAP = ["--device", "cpu", "--workers", "0"]
 
@@ -87,20 +89,16 @@ def test_features_are_those_of_the_chosen_encoder(two: str, tmp_path: Path, caps
 
 
 def test_the_chosen_encoder_is_refined_and_exported(two: str, tmp_path: Path) -> None:
-    data = str(write_labelled(tmp_path / "data"))
-    settings = REFINE | {"heads.blocks": "2-3", "heads_stage.epochs": 1, "encoder_stage.epochs": 1}
-    line = arguments("refine", tmp_path / "run", settings | {"encoder_stage.lr": 1e-9, "optimizer.end_lr": 1e-9})
-    assert run([*line, "--weights", two, "--encoder", "student", "--data", data, "--preset", "mae_b16"]) == 0
-    refined = torch.load(tmp_path / "student.pth")["model"]["blocks.0.mlp.fc1.weight"]
-    from safetensors.torch import load_file
-
-    torch.testing.assert_close(
-        load_file(tmp_path / "run" / "encoder.safetensors")["blocks.0.mlp.fc1.weight"], refined, rtol=0, atol=1e-4
-    )
-    assert header(tmp_path / "run")["architecture"]["width"] == WIDTH
+    tiny = {"heads__blocks": "2-3", "heads_stage__epochs": 1, "encoder_stage__epochs": 1, "encoder_stage__lr": 1e-9}
+    config = refine_config(Path(two), write_labelled(tmp_path / "data"), encoder__part="student", **tiny)
+    refine(config, tmp_path / "run")
+    chosen = torch.load(tmp_path / "student.pth")["model"]["blocks.0.mlp.fc1.weight"]
+    weights = load_file(tmp_path / "run" / "encoder.safetensors")["blocks.0.mlp.fc1.weight"]
+    torch.testing.assert_close(weights, chosen, rtol=0, atol=1e-4)
+    assert 'part = "student"' in (tmp_path / "run" / "config.toml").read_text()
     out = tmp_path / "student_again.pth"
     assert run(["export", two, "--encoder", "student", "--to", "timm", "--out", str(out), "--num-heads", "2"]) == 0
-    assert torch.equal(torch.load(out)["blocks.0.mlp.fc1.weight"], refined)
+    assert torch.equal(torch.load(out)["blocks.0.mlp.fc1.weight"], chosen)
 
 
 def test_grids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
