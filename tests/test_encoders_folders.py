@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mimref.api import load
+from mimref.data.transforms import IMAGENET_MEAN
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
-from mimref.encoders.vit import Encoder
+from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import CheckpointError
 from tests.checkpoints import IMAGE, State, timm_vit, tokens
 
@@ -82,6 +84,30 @@ def test_shards(ending: str, tmp_path: Path) -> None:
     assert_reads(index, model)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     assert_reads(tmp_path, model)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_saved_beside_the_weights(tmp_path: Path) -> None:
+    model = vit_of()
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).transform.mean == IMAGENET_MEAN
+    saved = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 1], "size": {"height": 16}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
+    found = load(tmp_path).transform
+    assert (found.mean, found.std, found.image_size) == ((0.5, 0.5, 0.5), (0.5, 0.25, 1.0), IMAGE)
+    assert any("preprocessor_config.json" in notice for notice in read_checkpoint(tmp_path).notices(tiny_of(tmp_path)))
+    for wrong in ({"image_mean": [0.5], "image_std": [0.5]}, {"image_mean": 3}, {**saved, "do_normalize": False}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
+        assert load(tmp_path).transform.mean == IMAGENET_MEAN
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "quick_gelu"}))
+    assert "quick_gelu" in refusal(tmp_path)
+
+
+def tiny_of(path: Path) -> Architecture:
+    architecture = choose_architecture(read_checkpoint(path))
+    assert isinstance(architecture, Architecture)
+    return architecture
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ def gray_weights(path: Path) -> Any:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*heads are assumed")
 def test_gray_pictures_give_the_features_of_their_one_channel(tmp_path: Path) -> None:
     vit = gray_weights(tmp_path / "xray.pth")
     loaded = load(tmp_path / "xray.pth")
@@ -57,6 +58,7 @@ def test_gray_pictures_give_the_features_of_their_one_channel(tmp_path: Path) ->
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*heads are assumed")
 def test_colours_become_luma_before_they_are_normalised(tmp_path: Path) -> None:
     vit = gray_weights(tmp_path / "xray.pth")
     loaded = load(tmp_path / "xray.pth")

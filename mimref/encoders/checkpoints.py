@@ -28,7 +28,7 @@ from mimref.encoders.backbones import (
     native_size,
     timm_record,
 )
-from mimref.encoders.folders import saved_config, shard_hint
+from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
 from mimref.encoders.grids import Grid
 from mimref.encoders.layouts import INTERPOLATIONS
@@ -207,6 +207,10 @@ def _read(
     except Unrecognised as reason:
         hint = shard_hint(file)
         return replace(checkpoint, problem=f"{reason}{hint}", advice="" if hint else "; pass --arch (and --source)")
+    if normalisation := saved_normalisation(file):
+        found.notices.append("mean and deviation of the pixels are taken from preprocessor_config.json")
+        sizes = {"image_size": found.architecture.image_size, "crop_fraction": 0.875}
+        checkpoint = replace(checkpoint, header={"transform": sizes | normalisation})
     published = None if Path(path).exists() else find_published(str(path))
     architecture, source = found.architecture, found.source
     if published:

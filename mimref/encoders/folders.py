@@ -74,12 +74,29 @@ def shard_hint(file: Path) -> str:
     return f"; by its name it is shard {int(match[2])} of {int(match[3])}: put all of them and {index} into one folder"
 
 
-def saved_config(file: Path) -> Mapping[str, Any]:
-    """What `config.json` beside the file says of its vision model; empty if there is none."""
+def saved_normalisation(file: Path) -> dict[str, list[float]]:
+    """Mean and deviation of every channel in `preprocessor_config.json` beside the file; empty if it gives none."""
+    found = _read_object(file.parent / "preprocessor_config.json")
+    values: dict[str, Any] = {"mean": found.get("image_mean"), "std": found.get("image_std")}
+    if found.get("do_normalize") is False or not all(map(_are_numbers, values.values())):
+        return {}
+    return {name: [float(value) for value in three] for name, three in values.items()}
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(type(each) in (int, float) for each in values)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads((file.parent / "config.json").read_bytes())
+        found = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    if isinstance(config, dict) and isinstance(config.get("vision_config"), dict):
-        config = config["vision_config"]
-    return config if isinstance(config, dict) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def saved_config(file: Path) -> Mapping[str, Any]:
+    """What `config.json` beside the file says of its vision model; empty if there is none."""
+    config = _read_object(file.parent / "config.json")
+    vision = config.get("vision_config")
+    return vision if isinstance(vision, dict) else config

@@ -296,6 +296,9 @@ def _read_architecture(
     post_norm = "norm_pre.weight" in tensors
     if post_norm and "patch_embed.proj.bias" not in tensors:
         raise Unrecognised("has a norm before its blocks and no bias in the patch embedding, as CLIP")
+    config = config if config.get("hidden_size") == width else {}
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise Unrecognised(f"uses {config['hidden_act']} in its MLPs, as config.json says, not gelu")
     num_heads = _num_heads(width, num_heads, config, notices)
     # CrossMAE has norms in the decoder instead, a classifier on mean tokens has its own (ln2 of OpenMMLab), and
     # MMSegmentation, told by its attention, has none. Otherwise it is missing.
@@ -327,7 +330,7 @@ def _num_heads(width: int, asked: int | None, config: Mapping[str, Any], notices
     if asked and width % asked:
         raise Unrecognised(f"its width of {width} is not divisible by encoder.num_heads {asked}")
     saved = config.get("num_attention_heads")
-    if not asked and config.get("hidden_size") == width and type(saved) is int and saved > 0 and width % saved == 0:
+    if not asked and type(saved) is int and saved > 0 and width % saved == 0:
         notices.append(f"{saved} attention heads are taken from config.json")
         return saved
     if known := asked or _HEADS.get(width):

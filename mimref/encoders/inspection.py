@@ -59,7 +59,8 @@ def inspect_file(path: str | Path, *, part: str | None = None, grid: Grid | None
     checkpoint = read_checkpoint(path, part=part, grid=grid)
     architecture = checkpoint.architecture
     if architecture is None:
-        raise CheckpointError(f"{checkpoint.path}: not recognised: {checkpoint.problem}")
+        what = "not recognised: " if checkpoint.advice else ""
+        raise CheckpointError(f"{checkpoint.path}: {what}{checkpoint.problem}")
     recognised = checkpoint.recognised
     side = architecture.image_size // architecture.patch_size
     tensors = recognised.tensors if recognised else checkpoint.tensors

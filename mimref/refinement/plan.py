@@ -183,7 +183,8 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Arch
     Unlike an evaluation's `--arch`, settings that contradict the weights are ignored: presets serve any weights.
     """
     recorded, asked = checkpoint.architecture, config.model_fields_set
-    if recorded is None and "arch" not in asked:
+    # Without advice, no architecture helps: several encoders and no choice, or a part of the weights.
+    if recorded is None and not ("arch" in asked and checkpoint.advice):
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     if recorded is None or _is_timm(config, checkpoint):
         tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
