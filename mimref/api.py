@@ -106,10 +106,12 @@ def extract(
 
 
 def _open(data: str | Path | DataConfig | ImageSource | NDArray[np.uint8], split: Split) -> ImageSource:
-    if isinstance(data, str | Path):
-        return open_source(DataConfig(spec=str(data)), split)
-    if isinstance(data, DataConfig):
-        return open_source(data, split)
+    if isinstance(data, str | Path | DataConfig):
+        config = data if isinstance(data, DataConfig) else DataConfig(spec=str(data))
+        source = open_source(config, split)
+        for notice in source.notices:
+            warnings.warn(notice, stacklevel=3)
+        return source
     if not isinstance(data, np.ndarray | torch.Tensor):
         return data
     images = np.asarray(data)

@@ -357,8 +357,8 @@ def test_saved_data_sets_that_are_damaged(tmp_path: Path) -> None:
 
 
 def test_columns_without_images(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "train.parquet", table([0], image="picture", features=None))
-    refused(tmp_path, r"no column 'image' \(its columns: id, picture\)")
+    write_parquet(tmp_path / "train.parquet", pa.table({"id": [0], "picture": ["a.png"]}))
+    refused(tmp_path, r"no column of images \(its columns: id, picture\); --set data\.image=COLUMN")
     write_parquet(tmp_path / "train.parquet", pa.table({"image": pa.array([[1, 2]])}))
     refused(tmp_path, "column 'image' holds list<.*>")
     write_parquet(tmp_path / "train.parquet", table([]))

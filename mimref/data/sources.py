@@ -33,6 +33,10 @@ class ImageSource(ABC):
     """Class of every image, (N,) int64, or None."""
     class_names: list[str] | None
     """Names of classes 0, 1, ..., or None without labels."""
+    notices: Sequence[str] = ()
+    """What of the data set is not used though it could be images or labels, and what had to be guessed: lines."""
+    how_to_label: str = ""
+    """What to do where there are no labels, if this is known better than by the kind of data set."""
     in_memory: bool = False
     """Whether reading needs no decoding, so that loader processes would not pay off."""
 

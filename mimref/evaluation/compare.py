@@ -63,6 +63,8 @@ def compare_encoders(config: CompareConfig, *, listener: Listener | None = None)
     config = config.model_copy(update={"data": base.data})
     opened = [base, *(EncoderInputs(config, checkpoint, listener) for checkpoint in config.refined)]
     give_distinct_names(opened, [config.base, *config.refined])
+    for inputs in opened[1:]:
+        inputs.share_images(base)
     _check(config, base)
     for inputs in opened:
         columns = _last_block(config, inputs)

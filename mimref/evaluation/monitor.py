@@ -42,6 +42,10 @@ def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], Non
     except DataError as error:
         problem = str(error)
     else:
+        if note is not None:
+            for notice in val.notices:
+                if notice not in train.notices:
+                    note(notice)
         if val.labels is not None:
             return val
         # Without splits, the validation images are the training images.

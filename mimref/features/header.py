@@ -14,6 +14,7 @@ from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError, ConfigError
 
 _RECORDED = ("spec", "root", "train_limit")
+_RECORDED_IF_SET = ("image", "label")
 
 
 def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
@@ -28,19 +29,21 @@ def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
     try:
         if not isinstance(recorded, Mapping):
             raise TypeError("not a table")
-        known = DataConfig.model_validate({key: recorded[key] for key in _RECORDED if key in recorded})
+        keys = (*_RECORDED, *_RECORDED_IF_SET)
+        known = DataConfig.model_validate({key: recorded[key] for key in keys if key in recorded})
     except (ValidationError, TypeError) as error:
         raise CheckpointError(
             f"the checkpoint's record of its data, {recorded!r}, is not valid; pass --data"
         ) from error
     if known.spec is None:
         raise ConfigError(f"no images: pass --data ({ACCEPTED})")
-    return data.model_copy(update={key: getattr(known, key) for key in _RECORDED if getattr(data, key) is None})
+    return data.model_copy(update={key: getattr(known, key) for key in keys if getattr(data, key) is None})
 
 
 def data_record(data: DataConfig) -> dict[str, Any]:
     """What a header records of the data, for `resolve_data`; folders as absolute paths."""
     recorded = {key: getattr(data, key) for key in _RECORDED}
+    recorded |= {key: getattr(data, key) for key in _RECORDED_IF_SET if getattr(data, key) is not None}
     if data.root is not None:
         recorded["root"] = os.path.abspath(os.path.expanduser(data.root))
     if data.spec is not None:

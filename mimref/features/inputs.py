@@ -99,10 +99,17 @@ class EncoderInputs:
     def source(self, split: Split) -> ImageSource:
         """The images. Raises DataError when labels are needed and absent."""
         if split not in self._sources:
-            self._sources[split] = open_source(
-                self.data, split, need_labels=self.need_labels, progress=self.listener.progress
-            )
+            source = open_source(self.data, split, need_labels=self.need_labels, progress=self.listener.progress)
+            told = {notice for each in self._sources.values() for notice in each.notices}
+            for notice in source.notices:
+                if notice not in told:
+                    self.listener.warn(notice)
+            self._sources[split] = source
         return self._sources[split]
+
+    def share_images(self, other: "EncoderInputs") -> None:
+        """Use the images that another encoder on the same data has opened, and report on them once."""
+        self._sources = other._sources
 
     @property
     def bad(self) -> list[tuple[str, str]]:

@@ -51,6 +51,8 @@ class Pretraining(Stage):
             keep_freed_memory()
         architecture = _architecture(config)
         self.source = open_source(config.data, "train", progress=run.listener.progress)
+        for notice in self.source.notices:
+            run.listener.warn(notice)
         check_batch_size(config.batch_size, len(self.source))
         self.transform = eval_transform(architecture, config.data, {})
         torch.manual_seed(config.seed)

@@ -62,7 +62,7 @@ def refine(
         state = run.load_state(plan.source, resume=resume)
         for notice in plan.checkpoint.notices(plan.architecture):
             run.listener.note(notice)
-        for warning in plan.warnings:
+        for warning in (*plan.warnings, *plan.source.notices):
             run.listener.warn(warning)
         method = build_method(plan, run.listener)
         monitor = _monitor(plan, method, run.listener)

@@ -39,6 +39,7 @@ def evaluate_blocks(config: BlocksConfig, *, listener: Listener | None = None) -
         config = config.model_copy(update={"data": opened[0].data})
     give_distinct_names(opened, config.checkpoints)
     for inputs in opened:
+        inputs.share_images(opened[0])
         _check(config, inputs)
     for inputs in opened:
         columns = columns_of(range(1, inputs.depth + 1), config.pool, config.final_norm, inputs.depth)
