@@ -1,9 +1,12 @@
 import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -244,3 +247,144 @@ def test_many_rows(tmp_path: Path) -> None:
     assert source.labels is not None and source.labels.tolist() == [index % 1000 for index in range(rows)]
     assert source.files[12_345] == "345/12345.jpg"
     assert os.path.basename(source.path(rows - 1)) == f"{rows - 1}.jpg"
+
+
+# --- tables as people save them
+
+LINES = "path,label,split\na.png,café,train\nb.png,dog,train\nc.png,café,val\n"
+WANTED = [("a.png", "café"), ("b.png", "dog")]
+
+
+def written(folder: Path, content: bytes, name: str = "images.csv") -> str:
+    touch(folder, "a.png", "b.png", "c.png")
+    (folder / name).write_bytes(content)
+    return f"list:{folder / name}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LINES.encode(),
+        ("\ufeff" + LINES).encode(),
+        LINES.replace("\n", "\r\n").encode(),
+        LINES.rstrip().encode("utf-16"),
+        LINES.encode("utf-16-le"),
+        LINES.encode("utf-16-be"),
+        b"\xfe\xff" + LINES.encode("utf-16-be"),
+        LINES.encode("utf-16") + b"\0",  # cut within a character
+        LINES.encode("utf-32"),
+        LINES.replace(",", ";").encode(),
+        LINES.replace(",", "\t").encode("utf-16"),  # "Unicode text" of Excel
+        LINES.replace(",", "|").encode(),
+        ("sep=;\r\n" + LINES.replace(",", ";")).encode(),
+        LINES.replace(",", ", ").encode(),
+        LINES.replace(",", "  ,\t ").encode(),
+        LINES.replace("dog", '"dog"').replace(",", ", ").encode(),
+        LINES.replace("path,label,split", "Path,LABEL,Split").replace("train", "Train").encode(),
+        (LINES + ",,\n,,\n").encode(),  # empty rows of a spreadsheet
+        ("\n" + LINES.replace("\n", "\n\n")).encode(),
+        LINES.replace("café", unicodedata.normalize("NFD", "café"), 1).encode(),  # two spellings of one class
+        LINES.replace(",split", ",split,größe")
+        .replace("\nb", ",9\nb")
+        .replace("train\nc", "train,1\nc")
+        .encode()
+        .replace(b"val\n", b"val,3\n"),
+    ],
+)
+def test_encodings_separators_and_blanks(tmp_path: Path, content: bytes) -> None:
+    spec = written(tmp_path, content)
+    train, val = opened(spec), opened(spec, "val")
+    assert labelled(train) == WANTED and train.class_names == ["café", "dog"]
+    assert labelled(val) == [("c.png", "café")]
+    assert not train.notices
+
+
+def test_western_encodings_are_guessed_and_told(tmp_path: Path) -> None:
+    for encoding in ("latin-1", "cp1252"):
+        source = opened(written(tmp_path, LINES.encode(encoding)))
+        assert labelled(source) == WANTED
+        assert len(source.notices) == 1 and "not UTF-8" in source.notices[0]
+
+
+def test_tabs_and_commas_of_a_tsv(tmp_path: Path) -> None:
+    spec = written(tmp_path, b"path\tlabel\nb.png\tdog, big\na.png\tcat\n", "images.tsv")
+    assert labelled(opened(spec)) == [("b.png", "dog, big"), ("a.png", "cat")]
+
+
+def test_quoted_cells_after_blanks(tmp_path: Path) -> None:
+    touch(tmp_path, "a, b.png")
+    spec = written(tmp_path, b'path, label\n"a, b.png", "dog, ""big"""\nb.png, cat\n')
+    assert labelled(opened(spec)) == [("a, b.png", 'dog, "big"'), ("b.png", "cat")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("images.xlsx", b"PK\3\4", r"spreadsheet is not read; save it as CSV \(UTF-8\)"),
+        ("images.csv", b"PK\3\4" + bytes(99), r"a spreadsheet in spite of its name; save it as CSV"),
+        ("images.csv", b"path,label\na.png,x,\x00\x1b[31m\n", "cannot be read"),
+        ("images.csv", b"file,class\na.png,x\n", r"--set data\.image=COLUMN"),
+    ],
+)
+def test_refusals_are_one_line_without_raw_bytes(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        opened(written(tmp_path, content, name))
+    assert str(caught.value).isprintable()
+
+
+def test_columns_that_settings_name(file: Path) -> None:
+    rows = [("a.png", "x", "cat", "train"), ("b.png", "y", "dog", "train"), ("c.png", "z", "cat", "val")]
+    spec = write_table(file, rows, "File,label,species,split")
+    source = opened(spec, image="file", label="species")
+    assert labelled(source) == [("a.png", "cat"), ("b.png", "dog")]
+    assert labelled(opened(spec, image="File")) == [("a.png", "x"), ("b.png", "y")]
+    for setting, message in (
+        ({"image": "Fill"}, "'Fill', which data.image names; did you mean 'File'"),
+        ({"image": "File", "label": "kind"}, "'kind', which data.label names"),
+    ):
+        with pytest.raises(DataError, match=message):
+            opened(spec, **setting)
+    spec = write_table(file, [row[::3] for row in rows], "path,species")
+    with pytest.raises(DataError, match=r"--set data\.label=COLUMN .*species"):
+        open_source(DataConfig(spec=spec), "train", need_labels=True)
+
+
+@pytest.mark.parametrize("kind", ["large_string", "dictionary", "large dictionary", "index"])
+def test_types_of_parquet_columns(tmp_path: Path, kind: str) -> None:
+    touch(tmp_path, "a.png")
+    frame = pd.DataFrame({"path": ["a.png", "b.png"], "label": ["x", "y"]})
+    if kind == "index":
+        frame.set_index("path").to_parquet(tmp_path / "t.parquet")
+    else:
+        text = pa.string() if kind == "dictionary" else pa.large_string()
+        columns = {name: pa.array(frame[name].tolist(), text) for name in frame}
+        if "dictionary" in kind:
+            columns = {name: column.dictionary_encode() for name, column in columns.items()}
+        pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert labelled(opened(f"list:{tmp_path / 't.parquet'}")) == [("a.png", "x"), ("b.png", "y")]
+
+
+@pytest.mark.parametrize(
+    ("paths", "advice"),
+    [
+        (["sub/1.png", "sub/2.png", "sub/3.png", "sub/4.png"], "relative paths begin at the table's folder, {folder}"),
+        (["/data/1.png", "/data/2.png"], "as they are on this machine"),
+        (["D:\\data\\1.png"], "as they are on this machine"),
+        (["sub\\1.png"], "write / in place of"),
+    ],
+)
+def test_files_that_do_not_exist(tmp_path: Path, paths: list[str], advice: str) -> None:
+    (tmp_path / "images.csv").write_text("path\n" + "\n".join(paths))
+    with pytest.raises(DataError) as caught:
+        opened(f"list:{tmp_path / 'images.csv'}")
+    message = str(caught.value)
+    assert "none of its files exists" in message and advice.format(folder=tmp_path) in message
+    assert message.isprintable() and all(path in message for path in paths[:3]) and "4.png" not in message
+
+
+def test_rows_of_a_split_all_missing(file: Path) -> None:
+    spec = write_table(file, ROWS)
+    (file.parent / "sub" / "b.png").unlink()
+    assert len(opened(spec)) == 3
+    with pytest.raises(DataError, match=r"none of its files exists: sub/b\.png;"):
+        opened(spec, "val")

@@ -1,7 +1,6 @@
 """Which files are images, by the suffixes of their names, and which of the others could be."""
 
 import os
-from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 
@@ -58,7 +57,7 @@ def unused_files(where: str, kinds: Mapping[str, int]) -> list[str]:
 
 def count_kinds(kinds: Mapping[str, int]) -> str:
     """`8 .heic, 4 .svg`: the most frequent kinds."""
-    common = Counter(kinds).most_common()
+    common = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     named = [f"{count} {printable(kind)}" for kind, count in common[:_NAMED_KINDS]]
     rest = sum(count for _, count in common[_NAMED_KINDS:])
     return ", ".join([*named, *([f"{rest} of other kinds"] if rest else [])])

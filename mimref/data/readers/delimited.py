@@ -68,10 +68,10 @@ def _decode(content: bytes, shown: str) -> tuple[str, list[str]]:
         if content.startswith(mark):
             # A file that was cut within a character keeps what comes before it.
             return content.removeprefix(mark).decode(encoding, "ignore" if "16" in encoding else "strict"), []
-    if b"\0" in content[:1000]:
-        # UTF-16 without its mark: the high bytes of names in Latin letters are zero.
-        zeros_first = content[0:1000:2].count(0) > content[1:1000:2].count(0)
-        return content.decode("utf-16-be" if zeros_first else "utf-16-le", "ignore"), []
+    zeros = [content[start:1000:2].count(0) for start in (0, 1)]
+    if 4 * max(zeros) > len(content[:1000]):
+        # UTF-16 without its mark: the high bytes of Latin letters are zero.
+        return content.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", "ignore"), []
     try:
         return content.decode("utf-8"), []
     except UnicodeDecodeError:

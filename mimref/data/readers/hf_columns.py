@@ -47,7 +47,9 @@ def choose_columns(features: Any, data: DataConfig) -> Columns:
     if not (is_binary(held) or is_text(held)):
         raise DataError(f"column {image!r} holds {schema.field(image).type}, not the bytes or paths of image files")
     notices = []
-    if data.image is None and (others := [name for name in declared if name != image]):
+    # Bare bytes may be anything.
+    others = [name for name in by_type if name != image and not is_binary(schema.field(name).type)]
+    if data.image is None and others:
         notices.append(f"images are those of column {image!r}, not of {_list(others)}; --set data.image={others[0]}")
     label, how_to_label, about_labels = _choose_label(features, data, image)
     return Columns(image, label, how_to_label, notices + about_labels)

@@ -59,7 +59,7 @@ def open_table(data: DataConfig, split: Split) -> FileSource:
     source.notices = notices
     if columns.label is None and others:
         named = ", ".join(map(printable, others[:5]))
-        source.how_to_label = f"name the column of labels, one of {named}: --set data.label={printable(others[0])}"
+        source.how_to_label = f"name the column of labels with --set data.label=COLUMN (other columns: {named})"
     return source
 
 
