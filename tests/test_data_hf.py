@@ -260,6 +260,27 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(opened("cache")) == 1 and asked[-1] == "cifar10"
 
 
+def test_configurations_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    write_splits(tmp_path / "cache", train=[table(range(2), labels=[0, 1])], extra=[table([9])])
+    asked: list[tuple[str, ...]] = []
+
+    def load_dataset(*names: str, **_: Any) -> Any:
+        asked.append(names)
+        if len(names) == 1:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample"
+            )
+        return datasets.load_from_disk(str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    refused("owner/set", r"has several configurations; name one: hf:owner/set/CONFIG \('a', 'b'\)")
+    source = opened("owner/set/a")
+    assert asked == [("owner/set",), ("owner/set", "a")] and numbers(source) == [0, 1]
+    assert source.notices == ["hf:owner/set/a: splits that are not used: extra"]
+
+
 def test_a_hub_that_cannot_be_reached() -> None:
     refused("cifar10", "cifar10 .*hub")
 

@@ -167,6 +167,13 @@ def test_images_beside_class_folders(tmp_path: Path) -> None:
         opened(tmp_path, need_labels=True)
 
 
+def test_classes_named_like_splits(tmp_path: Path) -> None:
+    write_images(tmp_path, "Train/0.png", "validation/0.png")
+    source = opened(tmp_path)
+    assert classes_of(source) == ["Train", "validation"]
+    assert notices(source, tmp_path)[0].startswith("ROOT: Train/, validation/ are taken for classes; splits are named")
+
+
 def test_notices_are_given_once_per_data_set(tmp_path: Path, weights: Path) -> None:
     from mimref.config.base import DataConfig
     from mimref.evaluation.knn.config import KnnConfig

@@ -27,11 +27,11 @@ _HOW_TO_LABEL = {
     "": "make train/ and val/ in it, each with one folder per class (two or more)",
 }
 """By the prefix of a spec that is not a name."""
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,2}", re.ASCII)
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether what follows `hf:` is a data set of the hub: `NAME` or `OWNER/NAME`, where no such file exists."""
+    """Whether what follows `hf:` is a data set of the hub: `[OWNER/]NAME` or `OWNER/NAME/CONFIG`, and no file."""
     return _HUB_NAME.fullmatch(path) is not None and not os.path.exists(path)
 
 

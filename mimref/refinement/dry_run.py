@@ -35,4 +35,5 @@ def describe(plan: Plan) -> dict[str, str]:
     notices = plan.checkpoint.notices(architecture)
     if notices:
         facts["notice"] = "; ".join(notices)
-    return facts | ({"warning": "; ".join(plan.warnings)} if plan.warnings else {})
+    warnings = [*plan.warnings, *plan.source.notices]
+    return facts | ({"warning": "; ".join(warnings)} if warnings else {})

@@ -20,6 +20,7 @@ from mimref.data.suffixes import count_kinds, image_suffixes, is_image, unused_f
 from mimref.errors import DataError, did_you_mean
 from mimref.progress import LabelledProgress, Progress
 
+_SPLIT_WORDS = frozenset(["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"])
 _NO_IMAGES = "__MACOSX"
 """A folder in which macOS keeps what belongs to other files."""
 _SEARCHED_FOLDERS = 50
@@ -78,6 +79,9 @@ def _as_source(name: str, folder: str, listing: "Listing", classes: list[str]) -
         number = {name: index for index, name in enumerate(classes)}
         of_folder = [number.get(class_name(below.split(os.sep, 1)[0]), -1) for below in listing.folders]
         labels = np.repeat(np.array(of_folder, dtype=np.int64), listing.counts)
+        if _SPLIT_WORDS.issuperset(name.lower() for name in classes):
+            named = ", ".join(f"{name}/" for name in classes)
+            notices.append(f"{where}: {named} are taken for classes; splits are named train/ and val/ (or test/)")
         spellings = Counter(map(class_name, below))
         if twice := [name for name, count in spellings.items() if count > 1]:
             named = ", ".join(map(printable, twice[:3]))

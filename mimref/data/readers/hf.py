@@ -202,11 +202,23 @@ def _reading(path: str, what: str = "cannot be read; get it again") -> Iterator[
 
 
 def _hub_parts(name: str) -> tuple[dict[str, _Part], list[str]]:
-    """The splits of a data set of the hub, by their role: train, val and test; and a notice of the others."""
+    """The splits of a data set of the hub, by their role: train, val and test; and a notice of the others.
+
+    name: `NAME`, `OWNER/NAME` or `OWNER/NAME/CONFIG`.
+    """
     from datasets import load_dataset
 
+    owner, *rest = name.split("/")
+    repository, config = "/".join([owner, *rest[:1]]), rest[1:]
     with _reading(name, "is not a folder, and cannot be loaded from the hub"):
-        loaded = load_dataset(name, keep_in_memory=False)
+        try:
+            loaded = load_dataset(repository, *config, keep_in_memory=False)
+        except ValueError as error:
+            if not (known := re.search(r"available configs: \[(.*?)\]", str(error))):
+                raise
+            raise DataError(
+                f"has several configurations; name one: hf:{name}/CONFIG ({printable(known[1])})"
+            ) from error
     return _by_role(loaded, lambda split: partial(_with_columns, partial(loaded.get, split)))
 
 
