@@ -176,7 +176,7 @@ def test_byte_order_marks_are_no_part_of_a_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
-        ([("a.png", "x")], "file,label", r"has no column 'path' \(its columns: file, label"),
+        ([("a.png", "x")], "file,label", r"has no column 'path' \(its first row names file, label"),
         ([("a.png", "x")], "paths,label", r"has no column 'path'; did you mean 'paths'\?"),
         ([], "path,label,split", "has no rows"),
         ([("a.png", "x", "training")], "path,label,split", r"row 1 has split 'training'; did you mean 'train'\?"),
@@ -211,7 +211,11 @@ def test_classes_and_splits_that_do_not_meet(file: Path) -> None:
         ("empty.csv", b"", "cannot be read"),
         ("text.parquet", b"path\na.png\n", "cannot be read"),
         ("uneven.csv", b"path,label\na.png,x\nb.png\n", "cannot be read"),
-        ("lines.csv", b"a.png;x\n", r"no column 'path' \(its columns: a\.png, x\); rename .* --set data\.image=COLUMN"),
+        (
+            "lines.csv",
+            b"a.png;x\n",
+            r"no column 'path' \(its first row names a\.png, x\); rename .* --set data\.image=COLUMN",
+        ),
         ("twice.csv", b"path,path\na.png,b.png\n", "has two columns 'path'"),
         ("list.txt", b"a.png\n", r"a list is a \.csv, \.tsv or \.parquet file, not '\.txt'"),
         ("list", b"a.png\n", r"a list is a \.csv, \.tsv or \.parquet file"),
@@ -273,6 +277,7 @@ def written(folder: Path, content: bytes, name: str = "images.csv") -> str:
         b"\xfe\xff" + LINES.encode("utf-16-be"),
         LINES.encode("utf-16") + b"\0",  # cut within a character
         LINES.encode("utf-32"),
+        LINES.replace("\n", "\r").encode(),  # of old Macs
         LINES.replace(",", ";").encode(),
         LINES.replace(",", "\t").encode("utf-16"),  # "Unicode text" of Excel
         LINES.replace(",", "|").encode(),
@@ -304,6 +309,12 @@ def test_western_encodings_are_guessed_and_told(tmp_path: Path) -> None:
         source = opened(written(tmp_path, LINES.encode(encoding)))
         assert labelled(source) == WANTED
         assert len(source.notices) == 1 and "not UTF-8" in source.notices[0]
+
+
+def test_files_with_names_in_another_encoding_are_not_blamed(tmp_path: Path) -> None:
+    (tmp_path / "images.csv").write_bytes("path\nпривет.png\n".encode("cp1251"))
+    with pytest.raises(DataError, match=r"none of its files exists: .*not UTF-8, read as Windows-1252"):
+        opened(f"list:{tmp_path / 'images.csv'}")
 
 
 def test_tabs_and_commas_of_a_tsv(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_files_that_could_be_images_are_counted_by_kind(tmp_path: Path) -> None:
 
 def test_leftovers_are_no_images_and_not_worth_a_word(tmp_path: Path) -> None:
     write_images(tmp_path, "a/0.png", "b/0.png", ".ipynb_checkpoints/0-checkpoint.png", "__MACOSX/a/0.png")
+    write_images(tmp_path, "a/@eaDir/0.png/THUMB.jpg", "$RECYCLE.BIN/0.png", "lost+found/0.png", ".hidden/0.png")
     write(tmp_path, "a/.DS_Store", "a/._0.png", "a/Thumbs.db", "b/desktop.ini", "b/notes.TXT", "b/0.json", "README")
     write(tmp_path, "Icon\r", "b/LICENSE", "b/0.xml")
     source = opened(tmp_path)
@@ -125,6 +126,7 @@ def test_listings_are_saved_with_what_is_not_used(tmp_path: Path, monkeypatch: p
         ("README", None),
         ("README.md", None),
         (".hidden.heic", None),
+        (".photo.jpg.icloud", ".icloud"),
         ("labels.csv", None),
     ],
 )
@@ -239,6 +241,21 @@ def test_unknown_classes_are_refused_with_the_nearest(tmp_path: Path) -> None:
     write_images(tmp_path / "train", "cat/0.png", "dog/0.png")
     write_images(tmp_path / "val", "Cat/0.png")
     with pytest.raises(DataError, match=r"class 'Cat' of val/ is not in train/; did you mean 'cat'\?"):
+        opened(tmp_path, "val")
+
+
+def test_letters_that_look_alike_are_told_apart(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", "cat/0.png", "dog/0.png")
+    write_images(tmp_path / "val", "c\u0430t/0.png")
+    with pytest.raises(DataError, match=r"did you mean 'cat'\? \(it is written 'c\\u0430t'\)"):
+        opened(tmp_path, "val")
+
+
+def test_classes_whose_images_cannot_be_used_are_not_called_missing(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", "cat/0.png", "dog/0.png")
+    write_images(tmp_path / "val", "gnu/0.png")
+    write(tmp_path / "train", "gnu/0.heic")
+    with pytest.raises(DataError, match="class 'gnu' of val/ has no images in train/"):
         opened(tmp_path, "val")
 
 

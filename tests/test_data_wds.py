@@ -378,7 +378,10 @@ def test_compound_names_of_images(tmp_path: Path) -> None:
     assert source.path(0) == f"{tmp_path}/a.tar/0.Image.JPG" and labels_of(source) == ["a", "b"] and len(source) == 2
     both = [("0.left.png", png(1)), ("0.right.png", png(2)), ("0.cls", b"a"), ("1.left.png", png(3)), ("1.cls", b"b")]
     shard = write_shard(tmp_path / "b.tar", both)
-    refused(shard, r"b\.tar/0 has several images: left\.png, right\.png; choose with --set data\.image=left\.png")
+    refused(
+        shard,
+        r"b\.tar/0 has several images \(.*first dot\): left\.png, right\.png; choose with --set data\.image=left\.png",
+    )
     assert numbers(opened(shard, image="left.png")) == [1, 3]
     right = opened(shard, image="Right.png")
     assert numbers(right) == [2] and "1 label without an image" in right.notices[0]
@@ -389,6 +392,9 @@ def test_compound_names_of_images(tmp_path: Path) -> None:
 
 def test_labels_that_settings_name(tmp_path: Path) -> None:
     members: Members = []
+    plain = write_shard(tmp_path / "json.tar", [("0.png", png()), ("0.json", b'{"class": 1}')])
+    with pytest.raises(DataError, match=r"no labels, which this needs; give every image a \.cls"):
+        open_source(DataConfig(spec=f"wds:{plain}"), "train", need_labels=True)
     for number, name in enumerate(("cat", "dog")):
         members += [(f"{number}.png", png(number)), (f"{number}.txt", name.encode())]
         members.append((f"{number}.meta.json", json.dumps({"label": number + 5}).encode()))

@@ -22,6 +22,12 @@ def class_name(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def nearest_class(unknown: str, classes: Sequence[str]) -> str:
+    """`; did you mean 'x'?` for the nearest class, and letters that look like others by their numbers."""
+    near = did_you_mean(unknown, classes)
+    return f"{near} (it is written {unknown!a})" if near and not unknown.isascii() else near
+
+
 def order_classes(names: Iterable[str]) -> list[str]:
     """Distinct names in the order of their classes: by value if all are whole numbers, else by text.
 
@@ -58,10 +64,9 @@ class RawLabels:
     def encode(self, classes: Sequence[str]) -> Indices:
         """(N,) index into `classes` of every image. Raises DataError for any other label."""
         if unknown := sorted(set(self.names) - set(classes)):
-            near = did_you_mean(unknown[0], classes)
             raise DataError(
-                f"class {printable(unknown[0])!r} of the validation images is not in the training images{near}; "
-                "both need the same classes"
+                f"class {printable(unknown[0])!r} of the validation images is not in the training images"
+                f"{nearest_class(unknown[0], classes)}; both need the same classes"
             )
         number = {name: index for index, name in enumerate(classes)}
         return np.array([number[name] for name in self.names], dtype=np.int64)[self.codes]

@@ -42,6 +42,8 @@ def unused_kind(name: str) -> str | None:
     """The kind of a file that is not used and could be an image; None for what is surely none, and hidden files."""
     stem, suffix = os.path.splitext(os.path.basename(name))
     suffix = suffix.lower()
+    if suffix == ".icloud":
+        return suffix  # `.photo.jpg.icloud` stands for a file that macOS has not downloaded
     if stem.startswith(".") or suffix in _OTHER_FILES or (not suffix and stem.strip().upper() in _OTHER_NAMES):
         return None
     return suffix if 1 < len(suffix) <= _LONGEST_SUFFIX and not suffix.isspace() else "without a suffix"

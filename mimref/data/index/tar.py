@@ -126,7 +126,8 @@ def _image(members: dict[str, tarfile.TarInfo], choice: Choice, sample: str) -> 
     if len(candidates) > 1:
         named = ", ".join(map(printable, candidates))
         raise DataError(
-            f"{sample} has several images: {named}; choose with --set data.image={printable(candidates[0])}"
+            f"{sample} has several images (names of samples end at their first dot): {named}; choose with "
+            f"--set data.image={printable(candidates[0])}"
         )
     return candidates[0] if candidates else None
 

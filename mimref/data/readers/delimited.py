@@ -81,7 +81,7 @@ def _decode(content: bytes, shown: str) -> tuple[str, list[str]]:
 
 def _separator(text: str, known: str, *, tabs: bool) -> str:
     """The one that makes a column `known` of the first line, else the one that makes most columns."""
-    first = text.lstrip("\r\n").split("\n", 1)[0]
+    first = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
 
     def columns(separator: str) -> list[str]:
         line = next(csv.reader([first], delimiter=separator, skipinitialspace=True), [])

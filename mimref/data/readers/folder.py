@@ -14,15 +14,23 @@ import numpy as np
 
 from mimref.data.decode import printable
 from mimref.data.index.cache import Arrays, comparable_times, load_or_scan
-from mimref.data.labels import Indices, class_name, order_classes
+from mimref.data.labels import Indices, class_name, nearest_class, order_classes
 from mimref.data.sources import FileSource, NoSplitError, PathList, Split
 from mimref.data.suffixes import count_kinds, image_suffixes, is_image, unused_files, unused_kind
-from mimref.errors import DataError, did_you_mean
+from mimref.errors import DataError
 from mimref.progress import LabelledProgress, Progress
 
 _SPLIT_WORDS = frozenset(["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"])
-_NO_IMAGES = "__MACOSX"
-"""A folder in which macOS keeps what belongs to other files."""
+_LEFTOVERS = (
+    "__MACOSX",
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+    "__pycache__",
+)
+"""Folders in which systems keep thumbnails, deleted files and what else belongs to no data set."""
 _SEARCHED_FOLDERS = 50
 """Looked into for an image, before a folder beside the splits counts as one without."""
 
@@ -52,10 +60,9 @@ def open_folder(spec: str, split: Split, progress: LabelledProgress | None = Non
     if len(classes) < 2:
         classes = own  # the training images have no classes, so the validation images define their own, if any
     elif unknown := sorted(set(own) - set(classes)):
-        near = did_you_mean(unknown[0], classes)
-        raise DataError(
-            f"class {printable(unknown[0])!r} of {part}/ is not in train/{near}; both need the same class folders"
-        )
+        empty = os.path.isdir(os.path.join(root, "train", unknown[0]))
+        what = "has no images in train/" if empty else f"is not in train/{nearest_class(unknown[0], classes)}"
+        raise DataError(f"class {printable(unknown[0])!r} of {part}/ {what}; both need the same class folders")
     source = _as_source(shown, folder, listing, classes if own else [])
     source.notices = [*source.notices, *notices]
     return source
@@ -227,7 +234,7 @@ def _entries(folder: str) -> tuple[list[str], list[str], Counter[str]]:
     images, below, unused = [], [], Counter[str]()
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(".") or entry.name == _NO_IMAGES:
+            if entry.name in _LEFTOVERS or (entry.name.startswith(".") and not unused_kind(entry.name)):
                 continue
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()

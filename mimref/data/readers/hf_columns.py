@@ -41,7 +41,9 @@ def choose_columns(features: Any, data: DataConfig) -> Columns:
             advice = "; --set data.image=COLUMN names one of paths" if features else ""
             raise DataError(f"no column of images (its columns: {_list(features)}){advice}")
         if len(candidates) > 1:
-            raise DataError(f"several columns of images: {_list(candidates)}; --set data.image={candidates[0]}")
+            raise DataError(
+                f"several columns of images: {_list(candidates)}; --set data.image={printable(candidates[0])}"
+            )
         (image,) = candidates
     held = cell_type(schema.field(image).type)
     if not (is_binary(held) or is_text(held)):
@@ -50,7 +52,7 @@ def choose_columns(features: Any, data: DataConfig) -> Columns:
     # Bare bytes may be anything.
     others = [name for name in by_type if name != image and not is_binary(schema.field(name).type)]
     if data.image is None and others:
-        notices.append(f"images are those of column {image!r}, not of {_list(others)}; --set data.image={others[0]}")
+        notices.append(f"images are those of column {image!r}, not of {_list(others)}")
     label, how_to_label, about_labels = _choose_label(features, data, image)
     return Columns(image, label, how_to_label, notices + about_labels)
 
@@ -65,10 +67,9 @@ def _choose_label(features: Any, data: DataConfig, image: str) -> tuple[str | No
     if "label" in features or len(declared) == 1:
         label = "label" if "label" in features else declared[0]
         others = [name for name in declared if name != label]
-        used = f"labels are those of column {label!r}, not of {_list(others)}"
-        return label, "", [f"{used}; --set data.label={others[0]}"] if others else []
+        return label, "", [f"labels are those of column {label!r}, not of {_list(others)}"] if others else []
     if declared:
-        choose = f"choose one of its columns of classes, {_list(declared)}: --set data.label={declared[0]}"
+        choose = f"choose one of its columns of classes, {_list(declared)}: --set data.label={printable(declared[0])}"
         return None, choose, [f"no labels are used; {choose}"]
     others = [name for name in features if name != image and _may_be_label(features.arrow_schema.field(name).type)]
     if not others:

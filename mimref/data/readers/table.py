@@ -55,8 +55,8 @@ def open_table(data: DataConfig, split: Split) -> FileSource:
             classes = (reference or own).classes()
             labels = own.encode(classes)
     source = FileSource(printable(spec), os.path.dirname(file), paths, labels, classes, rows)
-    _check_files(source)
     source.notices = notices
+    _check_files(source)
     if columns.label is None and others:
         named = ", ".join(map(printable, others[:5]))
         source.how_to_label = f"name the column of labels with --set data.label=COLUMN (other columns: {named})"
@@ -110,7 +110,7 @@ def _columns(names: Sequence[str], data: DataConfig) -> Columns:
     if path is None:
         near = did_you_mean("path", names)
         raise DataError(
-            f"has no column 'path'{near} (its columns: {shown}); rename the column of file names, or name it with "
+            f"has no column 'path'{near} (its first row names {shown}); rename the column of files, or name it with "
             "--set data.image=COLUMN"
         )
     return Columns(path, find(data.label or "label"), find("split"))
@@ -184,7 +184,8 @@ def _check_files(source: FileSource) -> None:
     else:
         advice = f"relative paths begin at the table's folder, {printable(os.path.abspath(source.folder))}"
     more = ", ..." if len(source) > len(first) else ""
-    raise DataError(f"none of its files exists: {', '.join(map(printable, first))}{more}; {advice}")
+    named = ", ".join(map(printable, first))
+    raise DataError("; ".join([f"none of its files exists: {named}{more}", advice, *source.notices]))
 
 
 def _is_text(kind: pa.DataType) -> bool:

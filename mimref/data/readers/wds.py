@@ -136,8 +136,8 @@ def open_shards(data: DataConfig, split: Split, progress: LabelledProgress | Non
         labels = index.labels.encode(classes)
     source = ShardSource(printable(spec), np.arange(len(index)), labels, classes, index)
     source.notices = unused_files(_shown(shards), index.unused) + _not_shards(pattern, split)
-    if index.labels is None and index.kinds:
-        named = ", ".join(map(printable, index.kinds[:5]))
+    if index.labels is None and (kinds := [kind for kind in index.kinds if kind != "json"]):
+        named = ", ".join(map(printable, kinds[:5]))
         source.how_to_label = (
             f"no .cls, and no label in .json; name their member with --set data.label=MEMBER ({named})"
         )
