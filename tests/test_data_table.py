@@ -1,4 +1,5 @@
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -391,6 +392,17 @@ def test_files_that_do_not_exist(tmp_path: Path, paths: list[str], advice: str) 
     message = str(caught.value)
     assert "none of its files exists" in message and advice.format(folder=tmp_path) in message
     assert message.isprintable() and all(path in message for path in paths[:3]) and "4.png" not in message
+
+
+@pytest.mark.parametrize(("of_table", "of_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_files_are_found_in_either_spelling(file: Path, of_table: Any, of_disk: Any) -> None:
+    spec = write_table(file, [("a.png",), (unicodedata.normalize(of_table, "Übung/ö.png"),)], "path")
+    shutil.rmtree(next(path for path in file.parent.iterdir() if path.is_dir()))
+    place = file.parent / unicodedata.normalize(of_disk, "Übung/ö.png")
+    place.parent.mkdir()
+    Image.new("RGB", (4, 3), (10, 20, 30)).save(place)
+    source = opened(spec)
+    assert source.read(1)[:, 0, 0].tolist() == [10, 20, 30] and files(source)[0] == "a.png"
 
 
 def test_rows_of_a_split_all_missing(file: Path) -> None:

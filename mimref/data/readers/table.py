@@ -5,6 +5,7 @@ A path is opened as written, `..` and links included: unlike an archive, a table
 
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ def open_table(data: DataConfig, split: Split) -> FileSource:
     spec = data.spec or ""
     file = os.path.expanduser(spec.removeprefix("list:"))
     table, columns, others, notices = _read(file, data)
-    paths = _paths(table.column(columns.path), columns.path)
+    paths = _as_spelled(os.path.dirname(file), _paths(table.column(columns.path), columns.path))
     rows = train = np.arange(len(paths), dtype=np.int64)
     if columns.split is not None:
         rows, train = _rows_of(table.column(columns.split), split)
@@ -169,6 +170,18 @@ def _labels(column: pa.ChunkedArray, rows: Indices, name: str) -> RawLabels | No
     if all(re.fullmatch(r"[-+]?\d*\.\d*", each) for each in raw.names):
         raise DataError(f"labels such as {raw.names[0]} are neither class names nor whole numbers")
     return raw
+
+
+def _as_spelled(folder: str, paths: PathList) -> PathList:
+    """The paths in the spelling of Unicode, composed or decomposed, in which their files exist."""
+    if not (paths.content >= 0x80).any():
+        return paths
+    spelled = list(paths)
+    for row, path in enumerate(spelled):
+        if not path.isascii() and not os.path.lexists(os.path.join(folder, path)):
+            others = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+            spelled[row] = next((each for each in others if os.path.lexists(os.path.join(folder, each))), path)
+    return PathList.pack(spelled)
 
 
 def _check_files(source: FileSource) -> None:
