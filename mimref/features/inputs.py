@@ -102,7 +102,7 @@ class EncoderInputs:
             source = open_source(self.data, split, need_labels=self.need_labels, progress=self.listener.progress)
             told = {notice for each in self._sources.values() for notice in each.notices}
             for notice in source.notices:
-                if notice not in told:
+                if notice not in told and own_rank() == 0:
                     self.listener.warn(notice)
             self._sources[split] = source
         return self._sources[split]
