@@ -106,7 +106,7 @@ def extract(
         found = extract_features(encoder.model.to(target), images, settings, columns, progress=progress)
     finally:
         encoder.model.to(home)
-    for notice in images.notices():
+    for notice in images.peculiarities():
         warnings.warn(notice, stacklevel=2)
     return ExtractedFeatures(found.stacked(groups), found.y, [images.path(int(index)) for index in found.indices])
 
@@ -116,7 +116,10 @@ def _open(
 ) -> ImageSource:
     if isinstance(data, str | Path | DataConfig):
         config = data if isinstance(data, DataConfig) else DataConfig(spec=str(data))
-        return open_source(resolve_data(config, header), split)
+        source = open_source(resolve_data(config, header), split)
+        for notice in source.notices:
+            warnings.warn(notice, stacklevel=3)
+        return source
     if not isinstance(data, np.ndarray | torch.Tensor):
         return data
     images = np.asarray(data)

@@ -260,6 +260,27 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(opened("cache")) == 1 and asked[-1] == "cifar10"
 
 
+def test_configurations_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    write_splits(tmp_path / "cache", train=[table(range(2), labels=[0, 1])], extra=[table([9])])
+    asked: list[tuple[str, ...]] = []
+
+    def load_dataset(*names: str, **_: Any) -> Any:
+        asked.append(names)
+        if len(names) == 1:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample"
+            )
+        return datasets.load_from_disk(str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    refused("owner/set", r"has several configurations; name one: hf:owner/set/CONFIG \('a', 'b'\)")
+    source = opened("owner/set/a")
+    assert asked == [("owner/set",), ("owner/set", "a")] and numbers(source) == [0, 1]
+    assert source.notices == ["hf:owner/set/a: splits that are not used: extra"]
+
+
 def test_a_hub_that_cannot_be_reached() -> None:
     refused("cifar10", "cifar10 .*hub")
 
@@ -357,9 +378,176 @@ def test_saved_data_sets_that_are_damaged(tmp_path: Path) -> None:
 
 
 def test_columns_without_images(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "train.parquet", table([0], image="picture", features=None))
-    refused(tmp_path, r"no column 'image' \(its columns: id, picture\)")
+    write_parquet(tmp_path / "train.parquet", pa.table({"id": [0], "picture": ["a.png"]}))
+    refused(tmp_path, r"no column of images \(its columns: id, picture\); --set data\.image=COLUMN")
     write_parquet(tmp_path / "train.parquet", pa.table({"image": pa.array([[1, 2]])}))
     refused(tmp_path, "column 'image' holds list<.*>")
     write_parquet(tmp_path / "train.parquet", table([]))
     refused(tmp_path, "no rows in|cannot be read")
+
+
+# --- columns
+
+IMAGE: dict[str, Any] = {"_type": "Image"}
+COARSE = {"names": ["pet", "insect"], "_type": "ClassLabel"}
+
+
+def cells(numbers: Any) -> list[dict[str, Any]]:
+    return [{"bytes": png(number), "path": None} for number in numbers]
+
+
+def declared(content: pa.Table, **features: Any) -> pa.Table:
+    """With the notes of the library for some of the columns."""
+    types = {name: {"dtype": "int64", "_type": "Value"} for name in content.column_names} | features
+    return content.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": types}})})
+
+
+def cifar100(**more: Any) -> pa.Table:
+    content = pa.table({"img": cells([0, 1, 2]), "fine_label": [0, 1, 2], "coarse_label": [0, 0, 1], **more})
+    return declared(content, img=IMAGE, fine_label=FEATURES["label"], coarse_label=COARSE)
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_columns_of_labels_are_chosen_by_name(tmp_path: Path, kind: str) -> None:
+    write_as(kind, tmp_path, [cifar100()], [cifar100()])
+    assert opened(tmp_path).labels is None
+    assert "fine_label, coarse_label" in opened(tmp_path).notices[0]
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=r"fine_label, coarse_label: --set data\.label=fine_label$"):
+            open_source(DataConfig(spec=f"hf:{tmp_path}"), split, need_labels=True)  # type: ignore[arg-type]
+        source = opened(tmp_path, split, label="fine_label")
+        assert labels_of(source) == CLASSES and numbers(source) == [0, 1, 2] and not source.notices
+        assert labels_of(opened(tmp_path, split, label="coarse_label")) == ["pet", "pet", "insect"]
+    with pytest.raises(DataError, match=r"no column 'fine_labels', which data\.label names; did you mean 'fine_label'"):
+        opened(tmp_path, label="fine_labels")
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_several_columns_of_images(tmp_path: Path, kind: str) -> None:
+    content = pa.table({"left": cells([1, 2]), "right": cells([3, 4])})
+    write_as(kind, tmp_path / "a", [declared(content, left=IMAGE, right=IMAGE)], [table([0])])
+    refused(tmp_path / "a", r"several columns of images: left, right; --set data\.image=left")
+    for side, found in (("left", [1, 2]), ("right", [3, 4])):
+        assert numbers(opened(tmp_path / "a", image=side)) == found
+    content = pa.table({"image": cells([1, 2]), "mask": cells([3, 4])})
+    write_as(kind, tmp_path / "b", [declared(content, image=IMAGE, mask=IMAGE)], [table([0])])
+    source = opened(tmp_path / "b")
+    assert numbers(source) == [1, 2] and "'image', not of mask" in source.notices[0]
+    assert numbers(opened(tmp_path / "b", image="mask")) == [3, 4]
+    with pytest.raises(DataError, match=r"no column 'masks', which data\.image names; did you mean 'mask'"):
+        opened(tmp_path / "b", image="masks")
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_images_without_notes_are_found_by_their_type(tmp_path: Path, struct: bool) -> None:
+    write_parquet(tmp_path / "train.parquet", table([5, 6], labels=[1, 0], features=None, image="img", struct=struct))
+    assert numbers(opened(tmp_path)) == [5, 6] and labels_of(opened(tmp_path)) == ["1", "0"]
+    both = pa.table({"a": cells([1]), "b": cells([2])})
+    write_parquet(tmp_path / "train.parquet", both)
+    refused(tmp_path, r"several columns of images: a, b; --set data\.image=a")
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+@pytest.mark.parametrize("notes", [True, False])
+def test_images_in_lists(tmp_path: Path, kind: str, notes: bool) -> None:
+    def lists(*groups: list[int]) -> pa.Table:
+        content = pa.table({"images": [cells(group) for group in groups], "label": [0] * len(groups)})
+        return declared(content, images={"feature": IMAGE, "_type": "List"}) if notes else content
+
+    write_as(kind, tmp_path / "one", [lists([3], [4])], [lists([5])])
+    assert numbers(opened(tmp_path / "one")) == [3, 4] and numbers(opened(tmp_path / "one", "val")) == [5]
+    write_as(kind, tmp_path / "more", [lists([3], [4, 5])], [lists([5])])
+    refused(tmp_path / "more", r"'images' holds lists of up to 2 images; .*row\['images'\]\[0\]")
+    write_as(kind, tmp_path / "none", [lists([3], [])], [lists([5])])
+    with pytest.raises(BadImage, match="no image in this row"):
+        opened(tmp_path / "none").read(1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (pa.array(["b", "a", "b"]).dictionary_encode(), ["b", "a", "b"]),
+        (pa.array(["b", "a", "b"], pa.large_string()), ["b", "a", "b"]),
+        (pa.array([True, False, True]), ["true", "false", "true"]),
+        (pa.array([10, 9, 10], pa.uint8()), ["10", "9", "10"]),
+        (pa.array(["e\u0301", "\u00e9", "e\u0301"]), ["\u00e9"] * 3),
+        (pa.array([0.5, 1, 2]), None),
+        (pa.array([[1], [2], [3]]), None),
+    ],
+)
+def test_types_of_labels(tmp_path: Path, labels: Any, found: list[str] | None) -> None:
+    write_parquet(tmp_path / "train.parquet", pa.table({"image": cells([0, 1, 2]), "label": labels}))
+    if found is None:
+        refused(tmp_path, "column 'label' holds")
+    else:
+        assert labels_of(opened(tmp_path)) == found
+
+
+def test_class_lists_in_two_spellings(tmp_path: Path) -> None:
+    def of(*names: str) -> pa.Table:
+        return declared(
+            pa.table({"image": cells([0, 1]), "label": [0, 1]}),
+            image=IMAGE,
+            label={"names": list(names), "_type": "ClassLabel"},
+        )
+
+    write_as("parquet", tmp_path, [of("e\u0301", "a")], [of("a", "\u00e9")])
+    assert opened(tmp_path).class_names == opened(tmp_path, "val").class_names == ["\u00e9", "a"]
+    assert labels_of(opened(tmp_path)) == ["\u00e9", "a"] and labels_of(opened(tmp_path, "val")) == ["a", "\u00e9"]
+
+
+# --- where files lie
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("default/train/0000.parquet", "default/test/0000.parquet"),
+        ("plain_text/train-00000-of-00001.parquet", "plain_text/test-00000-of-00001.parquet"),
+        ("data/small/train.parquet", "data/small/validation.parquet"),
+    ],
+)
+def test_the_only_configuration_is_used(tmp_path: Path, files: tuple[str, str]) -> None:
+    for number, file in enumerate(files):
+        write_parquet(tmp_path / file, table([number], labels=[number]))
+    train, val = opened(tmp_path), opened(tmp_path, "val")
+    assert numbers(train) == [0] and numbers(val) == [1] and len({train.fingerprint, val.fingerprint}) == 2
+    config = tmp_path / files[0].split("/")[0]
+    assert numbers(opened(config)) == [0]
+    other = config.parent / ("data/other" if config.name == "data" else "other") / "train.parquet"
+    write_parquet(other, table([7]))
+    refused(tmp_path, "name one of its folders: ")
+    assert numbers(opened(other.parent)) == [7]
+
+
+def test_splits_and_files_that_are_not_used(tmp_path: Path) -> None:
+    write_splits(tmp_path / "a", train=[table([0])], test=[table([1])], unsupervised=[table([2])])
+    for split in ("train", "val"):
+        assert opened(tmp_path / "a", split).notices == [f"hf:{tmp_path}/a: splits that are not used: unsupervised"]
+    for name in ("data/train-0.parquet", "data/extra-0.parquet", "other/train.parquet"):
+        write_parquet(tmp_path / "b" / name, table([0]))
+    source = opened(tmp_path / "b")
+    assert source.notices == [
+        f"hf:{tmp_path}/b: 2 of its .parquet files are not used: data/extra-0.parquet, other/train.parquet"
+    ]
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_paths_in_place_of_bytes(tmp_path: Path, text: bool) -> None:
+    folder = tmp_path / "set"
+    paths = ["images/0.png", "1.png", "../outside.png", "images/gone.png", "images/link.png"]
+    for path in ("images/0.png", "data/1.png", "../outside.png"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(png(9))
+    (folder / "images" / "link.png").symlink_to(tmp_path / "outside.png")
+    column = pa.array(paths) if text else pa.array([{"bytes": None, "path": path} for path in paths], STRUCT)
+    write_parquet(folder / "data" / "train.parquet", pa.table({"image": column}))
+    source = opened(folder)
+    before = source.fingerprint
+    for index in (0, 1):
+        assert int(source.read(index)[0, 0, 0]) == 9
+    for index in (2, 3, 4):
+        with pytest.raises(BadImage, match="not in the table, which names"):
+            source.read(index)
+    (folder / "images" / "0.png").write_bytes(png(300))
+    assert opened(folder).fingerprint != before

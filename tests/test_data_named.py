@@ -212,6 +212,7 @@ def test_torchvision_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     np.array([2, 10], dtype=np.uint8).tofile(folder / "train_y.bin")
     (folder / "class_names.txt").write_text("\n".join(f"c{i}" for i in range(10)))
     source = opened("torchvision:STL10", root=str(tmp_path))
+    assert source.notices == ["torchvision:STL10: the images of its split 'unlabeled' are not used"]
     assert classes_of(source) == ["c1", "c9"]
     assert torch.equal(source.read(1), torch.from_numpy(images[1]))
 

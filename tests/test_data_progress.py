@@ -11,6 +11,7 @@ from mimref import locks
 from mimref.config.base import DataConfig
 from mimref.data.index import cache as index_cache
 from mimref.data.open import open_source
+from mimref.data.readers.folder import listing_key
 from mimref.encoders.published import PublishedWeights, fetch
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.features.inputs import EncoderInputs
@@ -91,7 +92,7 @@ def test_waiting_for_another_process_is_reported(images: Path, tmp_path: Path, m
     monkeypatch.setattr(locks, "WAITING_S", 0.05)
     weights = PublishedWeights("maws_b16", (tmp_path / "published.pth").as_uri(), "maws")
     (tmp_path / "published.pth").write_bytes(b"weights")
-    held = [index_cache._file("folder", str(images).encode()), weights.file]
+    held = [index_cache._file("folder", listing_key(str(images))), weights.file]
     holding = threading.Event()
 
     def hold() -> None:

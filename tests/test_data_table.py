@@ -1,9 +1,13 @@
 import os
+import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -22,9 +26,18 @@ ROWS = [
 ]
 
 
+def touch(folder: Path, *names: str) -> None:
+    """Files to name; none of them is read."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():  # which would change its time of modification
+            (folder / name).touch()
+
+
 def write_table(path: Path, rows: list[tuple[Any, ...]], columns: str = "path,label,split") -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame(rows, columns=columns.split(","))
+    touch(path.parent, *(str(row[0]) for row in rows if row[0] and "://" not in row[0]))
     if path.suffix == ".csv":
         table.to_csv(path, index=False)
     else:
@@ -84,14 +97,16 @@ def test_paths_alone(file: Path) -> None:
 
 
 def test_paths_are_opened_as_written(file: Path, tmp_path: Path) -> None:
+    paths = ["near.png", "../beside.png", str(tmp_path / "elsewhere" / "two\nlines, ünï.png"), "gone.png"]
+    spec = write_table(file, [(path,) for path in paths], "path")
     for place in (file.parent / "near.png", tmp_path / "beside.png", tmp_path / "elsewhere" / "two\nlines, ünï.png"):
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 3), (10, 20, 30)).save(place)
-    paths = ["near.png", "../beside.png", str(tmp_path / "elsewhere" / "two\nlines, ünï.png"), "gone.png"]
-    source = opened(write_table(file, [(path,) for path in paths], "path"))
+    source = opened(spec)
     for index in range(3):
         assert source.read(index)[:, 0, 0].tolist() == [10, 20, 30]
     assert len(source.fingerprint) == 64
+    (file.parent / "gone.png").unlink()
     with pytest.raises(BadImage, match=r"gone\.png \(no such file or directory\)"):
         source.read(3)
 
@@ -129,6 +144,7 @@ def test_order_of_classes(file: Path, labels: list[Any], classes: list[str] | No
 def test_category_columns(tmp_path: Path) -> None:
     table = pd.DataFrame(ROWS, columns=["path", "label", "split"]).astype({"label": "category", "split": "category"})
     table.to_parquet(tmp_path / "images.parquet")
+    touch(tmp_path, "a.png")
     assert labelled(opened(f"list:{tmp_path / 'images.parquet'}"))[2] == ("e.png", "ant")
 
 
@@ -153,6 +169,7 @@ def test_fingerprint_follows_labels_and_files(file: Path) -> None:
 
 
 def test_byte_order_marks_are_no_part_of_a_name(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
     (tmp_path / "images.csv").write_bytes(b"\xef\xbb\xbfpath,note\r\na.png,\r\n")
     assert list(opened(f"list:{tmp_path / 'images.csv'}").files) == ["a.png"]
 
@@ -160,7 +177,7 @@ def test_byte_order_marks_are_no_part_of_a_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
-        ([("a.png", "x")], "file,label", r"has no column 'path' \(its columns: file, label"),
+        ([("a.png", "x")], "file,label", r"has no column 'path' \(its first row names file, label"),
         ([("a.png", "x")], "paths,label", r"has no column 'path'; did you mean 'paths'\?"),
         ([], "path,label,split", "has no rows"),
         ([("a.png", "x", "training")], "path,label,split", r"row 1 has split 'training'; did you mean 'train'\?"),
@@ -195,11 +212,14 @@ def test_classes_and_splits_that_do_not_meet(file: Path) -> None:
         ("empty.csv", b"", "cannot be read"),
         ("text.parquet", b"path\na.png\n", "cannot be read"),
         ("uneven.csv", b"path,label\na.png,x\nb.png\n", "cannot be read"),
-        ("latin.csv", "path\nünï.png\n".encode("latin-1"), "cannot be read"),
-        ("semicolons.csv", b"path;label\na.png;x\n", "its columns: path;label; a .csv separates them by commas"),
+        (
+            "lines.csv",
+            b"a.png;x\n",
+            r"no column 'path' \(its first row names a\.png, x\); rename .* --set data\.image=COLUMN",
+        ),
         ("twice.csv", b"path,path\na.png,b.png\n", "has two columns 'path'"),
-        ("list.txt", b"a.png\n", r"a list is a \.csv or \.parquet file, not '\.txt'"),
-        ("list", b"a.png\n", r"a list is a \.csv or \.parquet file"),
+        ("list.txt", b"a.png\n", r"a list is a \.csv, \.tsv or \.parquet file, not '\.txt'"),
+        ("list", b"a.png\n", r"a list is a \.csv, \.tsv or \.parquet file"),
     ],
 )
 def test_wrong_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -227,7 +247,167 @@ def test_many_rows(tmp_path: Path) -> None:
     rows = 20_000
     lines = (f"{index % 1000:03}/{index}.jpg,{index % 1000}\n" for index in range(rows))
     (tmp_path / "images.csv").write_text("path,label\n" + "".join(lines))
+    touch(tmp_path, "999/19999.jpg")
     source = opened(f"list:{tmp_path / 'images.csv'}")
     assert source.labels is not None and source.labels.tolist() == [index % 1000 for index in range(rows)]
     assert source.files[12_345] == "345/12345.jpg"
     assert os.path.basename(source.path(rows - 1)) == f"{rows - 1}.jpg"
+
+
+# --- tables as people save them
+
+LINES = "path,label,split\na.png,café,train\nb.png,dog,train\nc.png,café,val\n"
+WANTED = [("a.png", "café"), ("b.png", "dog")]
+
+
+def written(folder: Path, content: bytes, name: str = "images.csv") -> str:
+    touch(folder, "a.png", "b.png", "c.png")
+    (folder / name).write_bytes(content)
+    return f"list:{folder / name}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LINES.encode(),
+        ("\ufeff" + LINES).encode(),
+        LINES.replace("\n", "\r\n").encode(),
+        LINES.rstrip().encode("utf-16"),
+        LINES.encode("utf-16-le"),
+        LINES.encode("utf-16-be"),
+        b"\xfe\xff" + LINES.encode("utf-16-be"),
+        LINES.encode("utf-16") + b"\0",  # cut within a character
+        LINES.encode("utf-32"),
+        LINES.replace("\n", "\r").encode(),  # of old Macs
+        LINES.replace(",", ";").encode(),
+        LINES.replace(",", "\t").encode("utf-16"),  # "Unicode text" of Excel
+        LINES.replace(",", "|").encode(),
+        ("sep=;\r\n" + LINES.replace(",", ";")).encode(),
+        LINES.replace(",", ", ").encode(),
+        LINES.replace(",", "  ,\t ").encode(),
+        LINES.replace("dog", '"dog"').replace(",", ", ").encode(),
+        LINES.replace("path,label,split", "Path,LABEL,Split").replace("train", "Train").encode(),
+        (LINES + ",,\n,,\n").encode(),  # empty rows of a spreadsheet
+        ("\n" + LINES.replace("\n", "\n\n")).encode(),
+        LINES.replace("café", unicodedata.normalize("NFD", "café"), 1).encode(),  # two spellings of one class
+        LINES.replace(",split", ",split,größe")
+        .replace("\nb", ",9\nb")
+        .replace("train\nc", "train,1\nc")
+        .encode()
+        .replace(b"val\n", b"val,3\n"),
+    ],
+)
+def test_encodings_separators_and_blanks(tmp_path: Path, content: bytes) -> None:
+    spec = written(tmp_path, content)
+    train, val = opened(spec), opened(spec, "val")
+    assert labelled(train) == WANTED and train.class_names == ["café", "dog"]
+    assert labelled(val) == [("c.png", "café")]
+    assert not train.notices
+
+
+def test_western_encodings_are_guessed_and_told(tmp_path: Path) -> None:
+    for encoding in ("latin-1", "cp1252"):
+        source = opened(written(tmp_path, LINES.encode(encoding)))
+        assert labelled(source) == WANTED
+        assert len(source.notices) == 1 and "not UTF-8" in source.notices[0]
+
+
+def test_files_with_names_in_another_encoding_are_not_blamed(tmp_path: Path) -> None:
+    (tmp_path / "images.csv").write_bytes("path\nпривет.png\n".encode("cp1251"))
+    with pytest.raises(DataError, match=r"none of its files exists: .*not UTF-8, read as Windows-1252"):
+        opened(f"list:{tmp_path / 'images.csv'}")
+
+
+def test_tabs_and_commas_of_a_tsv(tmp_path: Path) -> None:
+    spec = written(tmp_path, b"path\tlabel\nb.png\tdog, big\na.png\tcat\n", "images.tsv")
+    assert labelled(opened(spec)) == [("b.png", "dog, big"), ("a.png", "cat")]
+
+
+def test_quoted_cells_after_blanks(tmp_path: Path) -> None:
+    touch(tmp_path, "a, b.png")
+    spec = written(tmp_path, b'path, label\n"a, b.png", "dog, ""big"""\nb.png, cat\n')
+    assert labelled(opened(spec)) == [("a, b.png", 'dog, "big"'), ("b.png", "cat")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("images.xlsx", b"PK\3\4", r"spreadsheet is not read; save it as CSV \(UTF-8\)"),
+        ("images.csv", b"PK\3\4" + bytes(99), r"a spreadsheet in spite of its name; save it as CSV"),
+        ("images.csv", b"path,label\na.png,x,\x00\x1b[31m\n", "cannot be read"),
+        ("images.csv", b"file,class\na.png,x\n", r"--set data\.image=COLUMN"),
+    ],
+)
+def test_refusals_are_one_line_without_raw_bytes(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        opened(written(tmp_path, content, name))
+    assert str(caught.value).isprintable()
+
+
+def test_columns_that_settings_name(file: Path) -> None:
+    rows = [("a.png", "x", "cat", "train"), ("b.png", "y", "dog", "train"), ("c.png", "z", "cat", "val")]
+    spec = write_table(file, rows, "File,label,species,split")
+    source = opened(spec, image="file", label="species")
+    assert labelled(source) == [("a.png", "cat"), ("b.png", "dog")]
+    assert labelled(opened(spec, image="File")) == [("a.png", "x"), ("b.png", "y")]
+    for setting, message in (
+        ({"image": "Fill"}, "'Fill', which data.image names; did you mean 'File'"),
+        ({"image": "File", "label": "kind"}, "'kind', which data.label names"),
+    ):
+        with pytest.raises(DataError, match=message):
+            opened(spec, **setting)
+    spec = write_table(file, [row[::3] for row in rows], "path,species")
+    with pytest.raises(DataError, match=r"--set data\.label=COLUMN .*species"):
+        open_source(DataConfig(spec=spec), "train", need_labels=True)
+
+
+@pytest.mark.parametrize("kind", ["large_string", "dictionary", "large dictionary", "index"])
+def test_types_of_parquet_columns(tmp_path: Path, kind: str) -> None:
+    touch(tmp_path, "a.png")
+    frame = pd.DataFrame({"path": ["a.png", "b.png"], "label": ["x", "y"]})
+    if kind == "index":
+        frame.set_index("path").to_parquet(tmp_path / "t.parquet")
+    else:
+        text = pa.string() if kind == "dictionary" else pa.large_string()
+        columns = {name: pa.array(frame[name].tolist(), text) for name in frame}
+        if "dictionary" in kind:
+            columns = {name: column.dictionary_encode() for name, column in columns.items()}
+        pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert labelled(opened(f"list:{tmp_path / 't.parquet'}")) == [("a.png", "x"), ("b.png", "y")]
+
+
+@pytest.mark.parametrize(
+    ("paths", "advice"),
+    [
+        (["sub/1.png", "sub/2.png", "sub/3.png", "sub/4.png"], "relative paths begin at the table's folder, {folder}"),
+        (["/data/1.png", "/data/2.png"], "as they are on this machine"),
+        (["D:\\data\\1.png"], "as they are on this machine"),
+        (["sub\\1.png"], "write / in place of"),
+    ],
+)
+def test_files_that_do_not_exist(tmp_path: Path, paths: list[str], advice: str) -> None:
+    (tmp_path / "images.csv").write_text("path\n" + "\n".join(paths))
+    with pytest.raises(DataError) as caught:
+        opened(f"list:{tmp_path / 'images.csv'}")
+    message = str(caught.value)
+    assert "none of its files exists" in message and advice.format(folder=tmp_path) in message
+    assert message.isprintable() and all(path in message for path in paths[:3]) and "4.png" not in message
+
+
+@pytest.mark.parametrize(("of_table", "of_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_files_are_found_in_either_spelling(file: Path, of_table: Any, of_disk: Any) -> None:
+    spec = write_table(file, [("a.png",), (unicodedata.normalize(of_table, "Übung/ö.png"),)], "path")
+    shutil.rmtree(next(path for path in file.parent.iterdir() if path.is_dir()))
+    place = file.parent / unicodedata.normalize(of_disk, "Übung/ö.png")
+    place.parent.mkdir()
+    Image.new("RGB", (4, 3), (10, 20, 30)).save(place)
+    source = opened(spec)
+    assert source.read(1)[:, 0, 0].tolist() == [10, 20, 30] and files(source)[0] == "a.png"
+
+
+def test_rows_of_a_split_all_missing(file: Path) -> None:
+    spec = write_table(file, ROWS)
+    (file.parent / "sub" / "b.png").unlink()
+    assert len(opened(spec)) == 3
+    with pytest.raises(DataError, match=r"none of its files exists: sub/b\.png;"):
+        opened(spec, "val")

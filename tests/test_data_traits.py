@@ -56,18 +56,18 @@ def test_loaders_record_each_image_once(tmp_path: Path, workers: int) -> None:
     expected = "3 of 6 images have an EXIF orientation"
     source = opened(tmp_path)
     list(crop_batches(source, EvalTransform(4), batch_size=4, workers=workers))
-    (line,) = source.notices()
+    (line,) = source.peculiarities()
     assert line.startswith(expected) and line.endswith(", ".join(str(tmp_path / f"{n}.png") for n in (1, 3, 5)))
     source = opened(tmp_path)
     groups = [CropGroup(2, 4, (0.5, 1.0))]
     list(view_batches(source, groups, batch_size=7, seed=0, epochs=range(3), workers=workers))
-    assert source.notices() == [line]
+    assert source.peculiarities() == [line]
     source = opened(tmp_path)
     list(crop_batches(Subset(source, np.array([1, 2])), EvalTransform(4), batch_size=4, workers=workers))
-    assert source.notices() and source.notices()[0].startswith("1 of 2 images")
+    assert source.peculiarities() and source.peculiarities()[0].startswith("1 of 2 images")
 
 
 def test_images_in_memory_are_never_peculiar() -> None:
     source = opened("digits", "val")
     list(crop_batches(source, EvalTransform(4), batch_size=100))
-    assert source.notices() == []
+    assert source.peculiarities() == []

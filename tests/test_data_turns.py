@@ -132,7 +132,7 @@ def test_without_locks_every_process_scans(images: Path, pattern: str) -> None:
 
 
 def test_locks_that_were_left_behind_stop_nobody(images: Path) -> None:
-    file = index_cache._file("folder", os.fsencode(images))
+    file = index_cache._file("folder", folders.listing_key(str(images)))
     file.parent.mkdir(parents=True)
     (lock := file.with_name(f".{file.name}.lock")).touch()
     assert len(opened(images)) == 6

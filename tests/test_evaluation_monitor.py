@@ -95,6 +95,9 @@ def test_damaged_validation_images_are_reported(tmp_path: Path) -> None:
     table = tmp_path / "half.csv"
     rows = [f"{split}/{name}/000.png,{label},{split}" for split in ("train", "val") for name, label in ("aa", "bb")]
     table.write_text("path,label,split\n" + "\n".join(rows) + "\nval/a/001.png,,val\n")
+    for name in ("train/a/000.png", "val/a/000.png", "a", "c"):  # tables of missing files are refused
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     unlabelled = tmp_path / "unlabelled.csv"
     unlabelled.write_text("path,label,split\na,x,train\nb,y,train\nc,,val\n")
     for spec in (root, f"list:{table}", f"list:{unlabelled}"):
@@ -110,6 +113,7 @@ def test_damaged_validation_images_are_reported(tmp_path: Path) -> None:
 
 def test_no_note_without_a_validation_split(tmp_path: Path) -> None:
     table = tmp_path / "train.csv"
+    (tmp_path / "a").touch()
     table.write_text("path,label,split\na,x,train\nb,y,train\n")
     flat = tmp_path / "flat.csv"
     flat.write_text("path,label\na,x\nb,y\n")

@@ -210,6 +210,10 @@ def test_damaged_records_of_data(data: object) -> None:
 def test_records_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert data_record(DataConfig(spec="digits")) == {"spec": "digits", "root": None, "train_limit": None}
+    columns = data_record(DataConfig(spec="hf:a/b", image="img", label="fine_label"))
+    assert columns == {"spec": "hf:a/b", "root": None, "train_limit": None, "image": "img", "label": "fine_label"}
+    assert resolve_data(DataConfig(), {"data": columns}) == DataConfig(spec="hf:a/b", image="img", label="fine_label")
+    assert resolve_data(DataConfig(label="coarse_label"), {"data": columns}).label == "coarse_label"
     folder = data_record(DataConfig(spec="imgs", train_limit=5))
     assert folder == {"spec": str(tmp_path / "imgs"), "root": None, "train_limit": 5}
     named = data_record(DataConfig(spec="torchvision:CIFAR10", root="files"))

@@ -67,6 +67,11 @@ class DataConfig(Section):
     `hf:FOLDER` or `hf:NAME` (a Hugging Face data set, on disk or on the hub) or `wds:SHARDS` (webdataset tar files)."""
     root: str | None = None
     """Folder of the data set's files, for a spec that is a name."""
+    image: str | None = None
+    """Column of `list:` that holds paths, column of `hf:` that holds images, or member of a sample of `wds:`, such as
+    `left.jpg`. None: chosen by its usual name or its type."""
+    label: str | None = None
+    """The same for labels: a column, or a member, such as `txt`, whose text is the label."""
     download: bool = False
     """Let torchvision download the data set."""
     max_bad: int = Field(default=100, ge=0)

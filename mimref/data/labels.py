@@ -1,7 +1,8 @@
 """Labels: from what people write to classes 0, 1, ..., and choices of images with equal shares of the classes."""
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,30 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mimref.data.decode import printable
-from mimref.errors import ConfigError, DataError
+from mimref.errors import ConfigError, DataError, did_you_mean
 
 Indices = NDArray[np.int64]
 _WHOLE = re.compile("0|-?[1-9][0-9]*")
+
+
+def class_name(text: str) -> str:
+    """A label in composed Unicode (NFC): macOS writes folder names decomposed, which looks the same and differs."""
+    return unicodedata.normalize("NFC", text)
+
+
+def nearest_class(unknown: str, classes: Sequence[str]) -> str:
+    """`; did you mean 'x'?` for the nearest class, and letters that look like others by their numbers."""
+    near = did_you_mean(unknown, classes)
+    return f"{near} (it is written {unknown!a})" if near and not unknown.isascii() else near
+
+
+def order_classes(names: Iterable[str]) -> list[str]:
+    """Distinct names in the order of their classes: by value if all are whole numbers, else by text.
+
+    So 2 comes before 10. 007 is a name: whole numbers are not written that way.
+    """
+    distinct = set(names)
+    return sorted(distinct, key=int if all(map(_WHOLE.fullmatch, distinct)) else None)
 
 
 @dataclass(frozen=True)
@@ -26,23 +47,26 @@ class RawLabels:
 
     @classmethod
     def from_strings(cls, labels: Any) -> "RawLabels":
-        """From one label per image, as a list or a pandas Series."""
+        """From one label per image, as a list or a pandas Series; spellings of one name are joined."""
         codes, names = pd.factorize(pd.Series(labels, dtype=object))
-        return cls(list(names), codes.astype(np.int64))
+        return cls.merged(list(names), codes)
+
+    @classmethod
+    def merged(cls, names: Sequence[str], codes: NDArray[Any]) -> "RawLabels":
+        """From names, some of which may be spellings of one, and the index of its name for every image."""
+        merged, distinct = pd.factorize(pd.Series(list(map(class_name, names)), dtype=object))
+        return cls(list(distinct), merged[codes].astype(np.int64))
 
     def classes(self) -> list[str]:
-        """The distinct labels in the order of their classes: by value if all are whole numbers, else by text.
-
-        So 2 comes before 10. 007 is a name: whole numbers are not written that way.
-        """
-        return sorted(self.names, key=int if all(map(_WHOLE.fullmatch, self.names)) else None)
+        """The distinct labels in the order of their classes."""
+        return order_classes(self.names)
 
     def encode(self, classes: Sequence[str]) -> Indices:
         """(N,) index into `classes` of every image. Raises DataError for any other label."""
         if unknown := sorted(set(self.names) - set(classes)):
             raise DataError(
-                f"class {printable(unknown[0])!r} of the validation images is not in the training images; "
-                "both need the same classes"
+                f"class {printable(unknown[0])!r} of the validation images is not in the training images"
+                f"{nearest_class(unknown[0], classes)}; both need the same classes"
             )
         number = {name: index for index, name in enumerate(classes)}
         return np.array([number[name] for name in self.names], dtype=np.int64)[self.codes]

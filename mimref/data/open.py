@@ -28,11 +28,11 @@ _HOW_TO_LABEL = {
     "": "make train/ and val/ in it, each with one folder per class (two or more)",
 }
 """By the prefix of a spec that is not a name."""
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,2}", re.ASCII)
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether what follows `hf:` is a data set of the hub: `NAME` or `OWNER/NAME`, where no such file exists."""
+    """Whether what follows `hf:` is a data set of the hub: `[OWNER/]NAME` or `OWNER/NAME/CONFIG`, and no file."""
     return _HUB_NAME.fullmatch(path) is not None and not os.path.exists(path)
 
 
@@ -56,7 +56,8 @@ def open_source(
 ) -> ImageSource:
     """Find the images of `data.spec`, and apply `data.train_limit` to its training images.
 
-    No image is decoded here. progress: reports the first scan of a large folder or of shards, which can take minutes.
+    No image is decoded here; the source's `notices` name what is not used. progress: reports the first scan of a large
+    folder or of shards, which can take minutes.
     Raises DataError when there are no images, when the spec is unknown, or when labels are needed and missing;
     ConfigError when `data.train_limit` exceeds the number of images.
     """
@@ -66,7 +67,8 @@ def open_source(
     try:
         source = _open(spec, data, split, progress)
         if need_labels and source.labels is None:
-            raise DataError(f"the {split} images have no labels, which this needs; {_HOW_TO_LABEL[_prefix(spec)]}")
+            how = source.how_to_label or _HOW_TO_LABEL[_prefix(spec)]
+            raise DataError(f"the {split} images have no labels, which this needs; {how}")
     except DataError as error:
         raise type(error)(f"--data {printable(spec)}: {error}") from error
     source.decoding = Decoding(data.orientation or "file", data.alpha or "drop", data.range or "type")
@@ -80,6 +82,9 @@ def _prefix(spec: str) -> str:
 
 
 def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress | None) -> ArraySource | EncodedSource:
+    for name in ("image", "label"):
+        if getattr(data, name) is not None and not spec.startswith(("list:", "hf:", "wds:")):
+            raise ConfigError(f"data.{name} names a column of list: and hf:, or a member of wds:; leave it out")
     if spec == "digits":
         return open_digits(split)
     if spec == "fashion-mnist":
@@ -87,11 +92,11 @@ def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress 
     if spec.startswith("torchvision:"):
         return open_torchvision(data, split)
     if spec.startswith("list:"):
-        return open_table(spec, split)
+        return open_table(data, split)
     if spec.startswith("hf:"):
-        return open_hugging_face(spec, split, on_hub=is_hub_name(spec.removeprefix("hf:")), progress=progress)
+        return open_hugging_face(data, split, on_hub=is_hub_name(spec.removeprefix("hf:")), progress=progress)
     if spec.startswith("wds:"):
-        return open_shards(spec, split, progress)
+        return open_shards(data, split, progress)
     root = os.path.expanduser(spec)
     if not os.path.isdir(root):
         near = did_you_mean(spec, (*NAMES, "torchvision:"))

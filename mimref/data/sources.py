@@ -16,7 +16,8 @@ from torch import Tensor
 from mimref.data.decode import Decoded, Reduce, decode_file, printable
 from mimref.data.labels import Indices
 from mimref.data.pixels import USUAL, Decoding
-from mimref.data.traits import READ, notices
+from mimref.data.traits import READ
+from mimref.data.traits import notices as trait_notices
 from mimref.errors import DataError
 
 Split = Literal["train", "val"]
@@ -35,6 +36,10 @@ class ImageSource(ABC):
     """Class of every image, (N,) int64, or None."""
     class_names: list[str] | None
     """Names of classes 0, 1, ..., or None without labels."""
+    notices: Sequence[str] = ()
+    """What of the data set is not used though it could be images or labels, and what had to be guessed: lines."""
+    how_to_label: str = ""
+    """What to do where there are no labels, if this is known better than by the kind of data set."""
     in_memory: bool = False
     """Whether reading needs no decoding, so that loader processes would not pay off."""
     decoding: Decoding = USUAL
@@ -68,9 +73,9 @@ class ImageSource(ABC):
             self._traits = np.zeros(len(self), dtype=np.uint8)
         self._traits[indices] |= np.array(traits, dtype=np.uint8) | READ
 
-    def notices(self, what: str = "images") -> list[str]:
+    def peculiarities(self, what: str = "images") -> list[str]:
         """What is peculiar about the images read so far, a line each. what: which images these are."""
-        return [] if self._traits is None else notices(self._traits, self.path, what)
+        return [] if self._traits is None else trait_notices(self._traits, self.path, what)
 
     def fetch(self, indices: Sequence[int]) -> None:  # noqa: B027
         """Request from a server, all at once, the images to be read next. Raises DataError when the server fails."""
@@ -249,9 +254,9 @@ class Subset(ImageSource):
         """See `ImageSource`."""
         self.source.record(self.rows[indices].tolist(), traits)
 
-    def notices(self, what: str = "images") -> list[str]:
+    def peculiarities(self, what: str = "images") -> list[str]:
         """Of the whole source."""
-        return self.source.notices(what)
+        return self.source.peculiarities(what)
 
     def path(self, index: int) -> str:
         """Its name in the source."""

@@ -42,6 +42,10 @@ def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], Non
             pass
         except DataError as error:
             problem = str(error)
+        else:
+            for notice in val.notices:
+                if notice not in train.notices:
+                    note(notice)
     if val is not None and val.labels is None:
         # Without splits, the validation images are the training images.
         problem = "" if val.path(0) == train.path(0) else "the validation images have no labels"

@@ -14,6 +14,7 @@ from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError, ConfigError
 
 _IMAGES = ("spec", "root", "train_limit")
+_COLUMNS = ("image", "label")
 _DECODING = ("orientation", "alpha", "range")
 
 
@@ -24,7 +25,7 @@ def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
     images, CheckpointError when the record cannot be read.
     """
     recorded = header.get("data") or {}
-    keys = _DECODING if data.spec is not None else (*_IMAGES, *_DECODING)
+    keys = _DECODING if data.spec is not None else (*_IMAGES, *_COLUMNS, *_DECODING)
     missing = [key for key in keys if getattr(data, key) is None]
     if data.spec is not None and not (isinstance(recorded, Mapping) and recorded.keys() & missing):
         return data
@@ -43,7 +44,8 @@ def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
 def data_record(data: DataConfig) -> dict[str, Any]:
     """What a header records of the data, for `resolve_data`; folders as absolute paths."""
     recorded = {key: getattr(data, key) for key in _IMAGES}
-    recorded |= {key: value for key in _DECODING if (value := getattr(data, key)) is not None}
+    optional = (*_COLUMNS, *_DECODING)
+    recorded |= {key: value for key in optional if (value := getattr(data, key)) is not None}
     if data.root is not None:
         recorded["root"] = os.path.abspath(os.path.expanduser(data.root))
     if data.spec is not None:

@@ -145,7 +145,7 @@ class EncoderInputs:
 
     def tell(self, split: Split, lines: Sequence[str] | None = None) -> None:
         """Warn about what is peculiar about the images; lines: of their cached features."""
-        for line in self.source(split).notices(f"{SPLIT_NAMES[split]} images") if lines is None else lines:
+        for line in self.source(split).peculiarities(f"{SPLIT_NAMES[split]} images") if lines is None else lines:
             self.listener.warn(line)
 
     def _add(self, split: Split, wanted: list[Column], *, tell: bool) -> None:
@@ -168,7 +168,7 @@ class EncoderInputs:
         """Columns from the cache, or from a pass of the encoder."""
         source = self.source(split)
         progress = partial(self.listener.progress, f"features of {SPLIT_NAMES[split]} images")
-        notices = partial(source.notices, f"{SPLIT_NAMES[split]} images")
+        notices = partial(source.peculiarities, f"{SPLIT_NAMES[split]} images")
         if self._folder is None:
             features = extract(self.encoder, source, self.settings, wanted, progress=progress)
             return replace(features, notices=notices())

@@ -9,6 +9,7 @@ from mimref.data.open import open_source
 from mimref.data.readable import check_readable
 from mimref.data.sources import ImageSource, Split
 from mimref.devices import resolve_device, resolve_precision
+from mimref.distributed.group import own_rank
 from mimref.encoders.published import must_download
 from mimref.errors import Checks, ConfigError
 from mimref.features.config import EncoderPassConfig, EvaluationConfig
@@ -54,25 +55,30 @@ def open_encoder(
     setting: str = "checkpoint",
     need_labels: bool = True,
     splits: Sequence[Split] = ("train", "val"),
+    sources: dict[Split, ImageSource] | None = None,
 ) -> Opened:
     """Open a checkpoint and its images, and check all that can be checked without a pass.
 
-    setting: that names the checkpoint. splits: the images to open.
+    setting: that names the checkpoint. splits: the images to open. sources: images that are open already.
     """
     check_device(config, checks)
-    sources: dict[Split, ImageSource] = {}
-    if config.data.spec is not None:
-        sources = open_images(config.data, listener.progress, checks, need_labels=need_labels, splits=splits)
+    opened = dict(sources or {})
+    if not opened and config.data.spec is not None:
+        opened = open_images(config.data, listener.progress, checks, need_labels=need_labels, splits=splits)
     if not checks.passed and must_download(checkpoint):
-        return Opened(None, sources)
+        return Opened(None, opened)
     inputs = checks.run(setting, lambda: EncoderInputs(config, checkpoint, listener, need_labels=need_labels))
     if inputs is not None:
-        if config.data.spec is None:
-            sources = open_images(inputs.data, listener.progress, checks, need_labels=need_labels, splits=splits)
-        inputs.sources = sources
+        # The header may name the images, or how they are decoded.
+        if config.data.spec is None or (opened and inputs.data != config.data):
+            opened = open_images(inputs.data, listener.progress, checks, need_labels=need_labels, splits=splits)
+        inputs.sources = opened
         if config.arch is not None:
             checks.run("arch", lambda: inputs.encoder)  # whether the weights fit it
-    return Opened(inputs, sources)
+    notices = [notice for source in opened.values() for notice in source.notices]
+    for notice in dict.fromkeys(notices) if sources is None and own_rank() == 0 else ():
+        listener.warn(notice)
+    return Opened(inputs, opened)
 
 
 def check_device(config: CommandConfig, checks: Checks) -> None:
@@ -116,7 +122,11 @@ def open_encoders(
     """
     found: list[Opened] = []
     for checkpoint in checkpoints:
-        opened = open_encoder(config, checkpoint, listener, checks, setting=setting, need_labels=need_labels)
+        # The same images are opened, and reported on, once.
+        sources = found[0].sources if found else None
+        opened = open_encoder(
+            config, checkpoint, listener, checks, setting=setting, need_labels=need_labels, sources=sources
+        )
         found.append(opened)
         if isinstance(first := found[0].inputs, EncoderInputs):
             # The headers of the other encoders may record other images.

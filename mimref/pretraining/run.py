@@ -51,6 +51,8 @@ class Pretraining(Stage):
         self.config, self.precision = config, resolve_precision(config.precision, device)
         if device.type == "cpu":
             keep_freed_memory()
+        for notice in source.notices:
+            run.listener.warn(notice)
         self.transform = eval_transform(architecture, config.data, {})
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture)

@@ -74,7 +74,7 @@ def refine(
         state = run.load_state(plan.source)
         for notice in plan.notices:
             run.listener.note(notice)
-        for warning in plan.warnings:
+        for warning in (*plan.warnings, *plan.source.notices):
             run.listener.warn(warning)
         method = build_method(plan, run.listener)
         device, precision, note = method.device, method.precision, run.listener.note
@@ -202,7 +202,7 @@ def _compare(run: TrainingRun, plan: Plan, method: Method, refined: Encoder) -> 
 
     rows, bad = before_after(config, images, encoders(), settings, run.listener.progress, protocols=protocols)
     run.skipped.add_evaluated(bad)
-    for notice in images[1].notices("validation images"):
+    for notice in images[1].peculiarities("validation images"):
         run.listener.warn(notice)
     return rows
 

@@ -86,6 +86,6 @@ def describe(plan: Plan) -> dict[str, str]:
         "steps": f"{plan.heads_steps:,} (heads), then {plan.encoder_steps:,} (encoder and heads)",
         "memory": f"{memory} in float32 for weights, optimizer, average and queue, without activations",
         "notice": "; ".join(plan.notices),
-        "warning": "; ".join(plan.warnings),
+        "warning": "; ".join([*plan.warnings, *plan.source.notices]),
     }
     return {label: text for label, text in facts.items() if text}

@@ -202,7 +202,7 @@ class Stage(GradientJob):
         run.skipped.report(once=True)
         if not run.told:
             run.told = True
-            for notice in self.source.notices("training images"):
+            for notice in self.source.peculiarities("training images"):
                 run.listener.warn(notice)
         run.folder.save_state(
             lambda: {

@@ -3,17 +3,30 @@
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby
+from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
 from mimref.data.decode import printable, reason_of
 from mimref.data.index.remote import is_remote, open_sequential
+from mimref.data.suffixes import is_image, unused_kind
 from mimref.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
+"""Members that come before other images of a sample, in this order."""
 # As in webdataset, a sample's name ends at the first dot of its last part, and a leading dot hides a member.
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+# Members of samples that describe an image and are no image.
+_DESCRIBING = "caption class cls height id idx index key label text transcript url width"
+_WORDS = frozenset(_DESCRIBING.split())
+
+
+class Choice(NamedTuple):
+    """The members of a sample that users name; None: by their usual names."""
+
+    image: str | None = None
+    label: str | None = None
 
 
 class Sample(NamedTuple):
@@ -27,37 +40,53 @@ class Sample(NamedTuple):
     label: str | None
 
 
-def list_samples(shard: str) -> list[Sample]:
-    """The samples of one shard that have an image.
+@dataclass
+class Shard:
+    """What one shard holds."""
 
-    Raises DataError for a shard that is truncated, damaged or not a tar file, and for members that are links or whose
-    names point outside it; UnreachableError for a server that does not answer.
+    samples: list[Sample] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
+    """Members by kind that are not used and could be images, and labels of no image."""
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Members by kind that belong to images: what could be labels."""
+
+
+def list_samples(choice: Choice, shard: str) -> Shard:
+    """The samples of one shard that have an image, in the order of their first members.
+
+    Raises DataError for a shard that is truncated, damaged or not a tar file, for members that are links, come twice or
+    whose names point outside it, and for samples of several images; UnreachableError for a server that does not answer.
     """
     shown = printable(shard)
     try:
         with open_sequential(shard) if is_remote(shard) else open(shard, "rb") as file:
-            return list(_samples(file, shown))
+            return _read(file, shown, choice)
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         raise DataError(
             f"{shown} is not an intact, uncompressed tar file ({reason_of(error)}); get it again, or leave it out"
         ) from error
 
 
-def _samples(file: IO[bytes], shard: str) -> Iterator[Sample]:
-    """The samples of an open shard: runs of members that share a name."""
+def _read(file: IO[bytes], shard: str, choice: Choice) -> Shard:
+    """An open shard. The members of a sample share a name, wherever in the shard they are."""
+    parts: dict[str, dict[str, tarfile.TarInfo]] = {}
+    labels: dict[str, dict[str, str | DataError]] = {}
+    found = Shard()
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        for _, run in groupby(_members(archive, shard), key=lambda found: found[0]):
-            parts: dict[str, tarfile.TarInfo] = {}
-            label = None
-            for _, kind, member in run:
-                shown = printable(member.name)
-                if kind in parts:
-                    raise DataError(f"{shard} holds {shown} twice")
-                parts[kind] = member
-                if kind == "cls" or (kind == "json" and label is None):
-                    label = _label(archive, member, kind, f"{shard}/{shown}")
-            if image := next((parts[kind] for kind in IMAGES if kind in parts), None):
-                yield Sample(image.name, image.offset_data, image.size, label)
+        for name, kind, member in _members(archive, shard, found.unused):
+            shown = printable(member.name)
+            if kind in parts.setdefault(name, {}):
+                raise DataError(f"{shard} holds {shown} twice; every sample needs a name of its own")
+            parts[name][kind] = member
+            # Read while its bytes pass by.
+            is_label = kind in ("cls", "json") if choice.label is None else kind == choice.label.lower()
+            if is_label and "cls" not in labels.get(name, {}):
+                try:
+                    label: str | DataError | None = _label(archive, member, kind, f"{shard}/{shown}")
+                except DataError as error:
+                    label = error
+                if label is not None:
+                    labels.setdefault(name, {})[kind] = label
         # tarfile takes anything but a header for the end of the archive.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -65,10 +94,56 @@ def _samples(file: IO[bytes], shard: str) -> Iterator[Sample]:
         # An archive is padded with zeros to full records.
         if any(file.read(2 * tarfile.RECORDSIZE)):
             raise tarfile.ReadError(f"data after its end mark, which follows {len(archive.getmembers())} members")
+    for name, members in parts.items():
+        of_sample = labels.get(name, {})
+        image = _image(members, choice, f"{shard}/{printable(name)}")
+        if image is None:
+            found.unused["label without an image"] += bool(of_sample)
+        else:
+            of_image = of_sample.get("cls", next(iter(of_sample.values()), None))
+            if isinstance(of_image, DataError):
+                raise of_image
+            chosen = members[image]
+            found.samples.append(Sample(chosen.name, chosen.offset_data, chosen.size, of_image))
+            found.kinds.update(kind for kind in members if kind != image)
+        for kind in members:
+            if kind not in (image, (choice.label or "").lower()) and (other := _unused(kind)):
+                found.unused[other] += 1
+    return found
 
 
-def _members(archive: tarfile.TarFile, shard: str) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Sample, suffix in lower case, and header of every file that belongs to a sample.
+def _image(members: dict[str, tarfile.TarInfo], choice: Choice, sample: str) -> str | None:
+    """The kind of member that is a sample's image; None without any. Raises DataError where it is ambiguous."""
+    if choice.image is not None:
+        wanted = choice.image.lower()
+        return wanted if wanted in members else None
+    known = (kind for kind in IMAGES if kind in members)
+    images = [kind for kind in members if _is_image(kind)]
+    plain = [kind for kind in images if "." not in kind]
+    if (first := next(known, None)) is not None:
+        return first
+    candidates = plain or images
+    if len(candidates) > 1:
+        named = ", ".join(map(printable, candidates))
+        raise DataError(
+            f"{sample} has several images (names of samples end at their first dot): {named}; choose with "
+            f"--set data.image={printable(candidates[0])}"
+        )
+    return candidates[0] if candidates else None
+
+
+def _unused(kind: str) -> str | None:
+    """How a notice names a member that is not used; None for what is surely no image."""
+    last = kind.rpartition(".")[2]
+    return f".{kind}" if _is_image(kind) else None if last in _WORDS else unused_kind(f"x.{last}")
+
+
+def _is_image(kind: str) -> bool:
+    return is_image(f"x.{kind}")
+
+
+def _members(archive: tarfile.TarFile, shard: str, unused: Counter[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Sample, suffix in lower case, and header of every file that belongs to a sample; others are counted as unused.
 
     Refuses members that a data set does not need, and that an attack would use.
     """
@@ -79,8 +154,12 @@ def _members(archive: tarfile.TarFile, shard: str) -> Iterator[tuple[str, str, t
         if not (member.isfile() or member.isdir()) or member.issparse():
             what = "a link" if member.issym() or member.islnk() else "not a regular file"
             raise DataError(f"{shard} is refused: its member {name} is {what}")
-        if member.isfile() and (match := _MEMBER.fullmatch(member.name)):
+        if not member.isfile():
+            continue
+        if match := _MEMBER.fullmatch(member.name):
             yield match[1], match[2].lower(), member
+        elif kind := unused_kind(member.name):
+            unused[kind] += 1
 
 
 def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str, which: str) -> str | None:
@@ -91,7 +170,7 @@ def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str, which: 
         raise tarfile.ReadError("unexpected end of data")
     try:
         label: object = content.decode().strip()
-        if kind == "json":
+        if kind.rpartition(".")[2] == "json":
             table = json.loads(content)
             label = table.get("label") if isinstance(table, dict) else None
             if label is None:

@@ -4,20 +4,35 @@ Large folders are listed once. The listing is saved in the cache folder, with th
 it: those change when an entry is added, removed or renamed, so that a later start checks folders only.
 """
 
+import hashlib
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from mimref.data.decode import printable
 from mimref.data.index.cache import Arrays, comparable_times, load_or_scan
-from mimref.data.labels import Indices
+from mimref.data.labels import Indices, class_name, nearest_class, order_classes
 from mimref.data.sources import FileSource, NoSplitError, PathList, Split
+from mimref.data.suffixes import count_kinds, image_suffixes, is_image, unused_files, unused_kind
 from mimref.errors import DataError
 from mimref.progress import LabelledProgress, Progress
 
-IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"])
+_SPLIT_WORDS = frozenset(["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"])
+_LEFTOVERS = (
+    "__MACOSX",
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+    "__pycache__",
+)
+"""Folders in which systems keep thumbnails, deleted files and what else belongs to no data set."""
+_SEARCHED_FOLDERS = 50
+"""Looked into for an image, before a folder beside the splits counts as one without."""
 
 
 def open_folder(spec: str, split: Split, progress: LabelledProgress | None = None) -> FileSource:
@@ -30,35 +45,91 @@ def open_folder(spec: str, split: Split, progress: LabelledProgress | None = Non
     )
     if train is None and held is None:
         listing = list_folder(root, progress)
-        return _as_source(shown, root, listing, listing.class_folders() if split == "train" else [])
+        return _as_source(shown, root, listing, listing.classes() if split == "train" else [])
     part = train if split == "train" else held
+    beside, notices = _beside_splits(root)
     if part is None:
         present, missing = (f"{held}/", "train/") if split == "train" else ("train/", "val/ or test/")
-        raise NoSplitError(f"has {present} but no {missing}; create it, or name the folder of images itself")
+        others = f" (it has {', '.join(map(printable, beside))})" if beside else ""
+        raise NoSplitError(f"has {present} but no {missing}{others}; create it, or name the folder of images itself")
     folder = os.path.join(root, part)
     listing = list_folder(folder, progress)
-    own = classes = listing.class_folders()
+    own = classes = listing.classes()
     if train is not None and split == "val":
-        classes = list_folder(os.path.join(root, train), progress).class_folders()
+        classes = list_folder(os.path.join(root, train), progress).classes()
     if len(classes) < 2:
         classes = own  # the training images have no classes, so the validation images define their own, if any
     elif unknown := sorted(set(own) - set(classes)):
-        raise DataError(
-            f"class {printable(unknown[0])!r} of {part}/ is not in train/; both need the same class folders"
-        )
-    return _as_source(shown, folder, listing, classes if own else [])
+        empty = os.path.isdir(os.path.join(root, "train", unknown[0]))
+        what = "has no images in train/" if empty else f"is not in train/{nearest_class(unknown[0], classes)}"
+        raise DataError(f"class {printable(unknown[0])!r} of {part}/ {what}; both need the same class folders")
+    source = _as_source(shown, folder, listing, classes if own else [])
+    source.notices = [*source.notices, *notices]
+    return source
 
 
 def _as_source(name: str, folder: str, listing: "Listing", classes: list[str]) -> FileSource:
     """All images below a folder; with two or more classes, the first part of a path is the class."""
+    where = printable(folder)
     if not len(listing):
-        raise DataError(f"no images in {printable(folder)} (*{', *'.join(sorted(IMAGE_SUFFIXES))})")
-    if len(classes) < 2:
-        return FileSource(name, folder, listing.files, None, None)
-    number = {name: index for index, name in enumerate(classes)}
-    of_folder = [number.get(below.split(os.sep, 1)[0], -1) for below in listing.folders]
-    labels = np.repeat(np.array(of_folder, dtype=np.int64), listing.counts)
-    return FileSource(name, folder, listing.files, labels, classes)
+        unused = f"; it holds {count_kinds(listing.unused)}; convert images to a format that Pillow reads"
+        raise DataError(f"no images in {where} (*.jpg, *.png and others{unused if listing.unused else ''})")
+    notices = unused_files(where, listing.unused)
+    beside, below = int(listing.counts[0]), listing.subfolders()
+    how_to_label = ""
+    if beside and len(below) > 1:
+        what = f"{beside} {'image lies' if beside == 1 else 'images lie'} beside its {len(below)} folders of images"
+        how_to_label = f"{where}: {what}; move {'it' if beside == 1 else 'them'} into class folders"
+        notices.append(f"{where}: {what}, which are therefore not classes")
+    labels = None
+    if len(classes) > 1:
+        number = {name: index for index, name in enumerate(classes)}
+        of_folder = [number.get(class_name(below.split(os.sep, 1)[0]), -1) for below in listing.folders]
+        labels = np.repeat(np.array(of_folder, dtype=np.int64), listing.counts)
+        if _SPLIT_WORDS.issuperset(name.lower() for name in classes):
+            named = ", ".join(f"{name}/" for name in classes)
+            notices.append(f"{where}: {named} are taken for classes; splits are named train/ and val/ (or test/)")
+        spellings = Counter(map(class_name, below))
+        if twice := [name for name, count in spellings.items() if count > 1]:
+            named = ", ".join(map(printable, twice[:3]))
+            notices.append(f"{where}: folders whose names differ in Unicode's spelling alone are one class: {named}")
+    source = FileSource(name, folder, listing.files, labels, classes if labels is not None else None)
+    source.notices, source.how_to_label = notices, how_to_label
+    return source
+
+
+def _beside_splits(root: str) -> tuple[list[str], list[str]]:
+    """Folders with images beside train/, val/ and test/; and notices of all images beside these."""
+    try:
+        images, folders, unused = _entries(root)
+    except OSError:  # the splits' own folders may be readable all the same
+        return [], []
+    beside = [f"{name}/" for name in folders if name not in ("train", "val", "test") and _holds_images(root, name)]
+    where, notices = printable(root), []
+    if images:
+        what = "image beside its splits is" if len(images) == 1 else "images beside its splits are"
+        notices.append(f"{where}: {len(images)} {what} not used")
+    if beside:
+        named = ", ".join(map(printable, beside[:5])) + (", ..." if len(beside) > 5 else "")
+        notices.append(f"{where}: images in {named} are not used, only those in train/ and val/ or test/")
+    return beside, notices + unused_files(where, unused)
+
+
+def _holds_images(root: str, name: str) -> bool:
+    """Whether there is an image in the first folders below one."""
+    pending = [os.path.join(root, name)]
+    for _ in range(_SEARCHED_FOLDERS):
+        if not pending:
+            return False
+        here = pending.pop()
+        try:
+            images, below, _ = _entries(here)
+        except OSError:
+            continue
+        if images:
+            return True
+        pending.extend(os.path.join(here, each) for each in reversed(below))
+    return False
 
 
 @dataclass(eq=False)
@@ -71,15 +142,19 @@ class Listing:
     """Relative paths of all folders listed; the first is the folder itself, as an empty path."""
     counts: Indices
     """(folders,) images directly in each."""
+    unused: dict[str, int]
+    """Number of files by kind, in all folders, that are not used and could be images."""
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def class_folders(self) -> list[str]:
-        """Sorted names of the subfolders that hold images; none when images lie beside them."""
-        if self.counts[0]:
-            return []
-        return sorted({self.folders[int(row)].split(os.sep, 1)[0] for row in np.flatnonzero(self.counts)})
+    def subfolders(self) -> list[str]:
+        """Sorted names of the folders directly below that hold images, at any depth."""
+        return sorted({self.folders[int(row)].split(os.sep, 1)[0] for row in np.flatnonzero(self.counts)} - {""})
+
+    def classes(self) -> list[str]:
+        """Names of the classes, in their order: those of the subfolders; none when images lie beside them."""
+        return [] if self.counts[0] else order_classes(map(class_name, self.subfolders()))
 
 
 def list_folder(root: str, progress: LabelledProgress | None = None) -> Listing:
@@ -94,10 +169,16 @@ def list_folder(root: str, progress: LabelledProgress | None = None) -> Listing:
         for below, modified_ns in zip(folders, saved["modified_ns"].tolist(), strict=True):
             if os.stat(os.path.join(root, below)).st_mtime_ns != modified_ns:
                 return None
-        return Listing(PathList(saved["content"], saved["ends"]), folders, saved["counts"])
+        unused = dict(zip(saved["unused"].tolist(), saved["unused_counts"].tolist(), strict=True))
+        return Listing(PathList(saved["content"], saved["ends"]), folders, saved["counts"], unused)
 
-    key = os.fsencode(os.path.abspath(root))
-    return load_or_scan("folder", key, progress, unpack=unpack, scan=lambda report: _scan(root, report))
+    return load_or_scan("folder", listing_key(root), progress, unpack=unpack, scan=lambda report: _scan(root, report))
+
+
+def listing_key(root: str) -> bytes:
+    """What identifies a folder's saved listing: its path, and the formats, which depend on the version of Pillow."""
+    formats = hashlib.sha256(" ".join(sorted(image_suffixes())).encode()).digest()
+    return os.fsencode(os.path.abspath(root)) + b"\0" + formats
 
 
 def _scan(root: str, report: Progress) -> tuple[Listing, Arrays]:
@@ -106,6 +187,7 @@ def _scan(root: str, report: Progress) -> tuple[Listing, Arrays]:
     # The bytes of all paths: the strings of one folder are freed before the next is listed.
     content, lengths = bytearray(), [0]
     folders, counts, modified_ns, scanned_ns = [], [], [], []
+    unused: Counter[str] = Counter()
     pending = [""]
     while pending:
         relative = pending.pop()
@@ -116,7 +198,7 @@ def _scan(root: str, report: Progress) -> tuple[Listing, Arrays]:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            images, below = _entries(here)
+            images, below, others = _entries(here)
         except OSError as error:
             raise DataError(f"folder {printable(here)} cannot be listed: {error.strerror}") from error
         encoded = [os.fsencode(os.path.join(relative, name)) for name in images]
@@ -124,31 +206,35 @@ def _scan(root: str, report: Progress) -> tuple[Listing, Arrays]:
         lengths.extend(map(len, encoded))
         folders.append(relative)
         counts.append(len(images))
+        unused += others
         modified_ns.append(status.st_mtime_ns)
         scanned_ns.append(now_ns)
         pending.extend(os.path.join(relative, name) for name in reversed(below))
         report(len(folders), len(folders) + len(pending))
     files = PathList(np.frombuffer(content, dtype=np.uint8), np.cumsum(lengths, dtype=np.int64))
-    listing = Listing(files, PathList.pack(folders), np.array(counts, dtype=np.int64))
+    listing = Listing(files, PathList.pack(folders), np.array(counts, dtype=np.int64), unused)
     return listing, {
         "content": listing.files.content,
         "ends": listing.files.ends,
         "folders": listing.folders.content,
         "folder_ends": listing.folders.ends,
         "counts": listing.counts,
+        "unused": np.array(list(unused), dtype=np.str_),
+        "unused_counts": np.array(list(unused.values()), dtype=np.int64),
         "modified_ns": comparable_times(np.array(modified_ns), np.array(scanned_ns)),
     }
 
 
-def _entries(folder: str) -> tuple[list[str], list[str]]:
-    """Names of a folder's images and of its subfolders, each sorted, without hidden ones. Raises OSError.
+def _entries(folder: str) -> tuple[list[str], list[str], Counter[str]]:
+    """Names of a folder's images and of its subfolders, each sorted, and kinds of other files; none of them hidden.
 
     Broken links count as images, and are reported when read; pipes and devices do not, since opening one may hang.
+    Raises OSError.
     """
-    images, below = [], []
+    images, below, unused = [], [], Counter[str]()
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name in _LEFTOVERS or (entry.name.startswith(".") and not unused_kind(entry.name)):
                 continue
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
@@ -156,8 +242,10 @@ def _entries(folder: str) -> tuple[list[str], list[str]]:
                 is_folder, is_file = False, True
             if is_folder:
                 below.append(entry.name)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and (
-                is_file or (entry.is_symlink() and not os.path.exists(entry.path))
-            ):
+            elif not (is_file or (entry.is_symlink() and not os.path.exists(entry.path))):
+                unused["pipe or device"] += is_image(entry.name)
+            elif is_image(entry.name):
                 images.append(entry.name)
-    return sorted(images), sorted(below)
+            elif kind := unused_kind(entry.name):
+                unused[kind] += 1
+    return sorted(images), sorted(below), +unused

@@ -1,7 +1,8 @@
 """Hugging Face data sets, `hf:FOLDER` and `hf:NAME` (see docs/data.md), read with the library `datasets`.
 
-Splits other than train, validation and test are ignored. Files without a split serve both, and the validation images
-are then unlabelled. Image cells hold encoded files, bare or with a path beside them.
+Splits other than train, validation and test are reported and not used. Files without a split serve both, and the
+validation images are then unlabelled. Image cells hold encoded files, bare or with a path beside them, or paths of
+files in the folder.
 
 Images stay encoded in memory-mapped arrow files, which loader processes share, and are decoded when read. Parquet
 cannot be read row by row, so the library first writes its images and labels to arrow files in the cache folder.
@@ -12,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,8 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
+from mimref.config.base import DataConfig
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, decode_file, printable, reason_of
-from mimref.data.labels import RawLabels
+from mimref.data.readers.hf_columns import Columns, choose_columns, is_list, is_text, read_labels
 from mimref.data.sources import EncodedSource, NoSplitError, Split, fingerprint_files
 from mimref.errors import DataError
 from mimref.files import cache_folder
@@ -53,15 +55,30 @@ class TableSource(EncodedSource):
             cell = self.cells[int(self.rows[index])].column(0)[0].as_py()
         except Exception as error:  # pyarrow's readers of damaged files raise many kinds
             raise BadImage(self.path(index), reason_of(error)) from error
+        if isinstance(cell, list):
+            cell = cell[0] if cell else None
+        if isinstance(cell, str):
+            cell = {"path": cell}
         content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if content is not None:
             return decode_content(content, self.path(index), reduce, self.decoding)
-        if path and os.path.isabs(path):  # how the library refers to files that it has downloaded one by one
-            return decode_file(path, reduce, self.decoding)
+        if path and (file := self._file(path)):
+            return decode_file(file, reduce, self.decoding)
         if not path:
             raise BadImage(self.path(index), "no image in this row")
         files = printable(self.files[0]) + (", ..." if len(self.files) > 1 else "")
         raise BadImage(self.path(index), f"not in the table {files}, which names {printable(path)} instead")
+
+    def _file(self, path: str) -> str | None:
+        """The file that a cell names: absolute, or inside the folder and relative to it or to the table's own."""
+        if os.path.isabs(path):  # how the library refers to files that it has downloaded one by one
+            return path
+        inside = os.path.join(os.path.realpath(self.folder), "")
+        for below in dict.fromkeys(["", *map(os.path.dirname, self.files)]):
+            file = os.path.realpath(os.path.join(self.folder, below, path))
+            if file.startswith(inside) and os.path.isfile(file):
+                return file
+        return None
 
     def path(self, index: int) -> str:
         """`FOLDER/SPLIT[ROW]`, with rows counted from 0 and odd characters escaped."""
@@ -70,46 +87,60 @@ class TableSource(EncodedSource):
     @cached_property
     def fingerprint(self) -> str:
         """Over names, sizes and modification times of the files, the rows used, and their labels."""
-        return fingerprint_files(self.folder, map(os.fsencode, self.files), self.rows, self.labels)
+        files = [*self.files, *(file for path in self._named_paths() if (file := self._file(path)))]
+        return fingerprint_files(self.folder, map(os.fsencode, files), self.rows, self.labels)
+
+    def _named_paths(self) -> list[str]:
+        """The paths in cells without the bytes of an image."""
+        (name,) = self.cells.format["columns"]
+        column = self.cells.data.column(name)
+        if is_text(column.type):
+            return [path for path in column.to_pylist() if path]
+        if not pa.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
+            return []
+        without = pc.is_null(pc.struct_field(column, "bytes"))
+        return [path for path in pc.struct_field(column.filter(without), "path").to_pylist() if path]
 
 
 class _Part(NamedTuple):
     """One split, before it is loaded."""
 
     name: str
-    load: Callable[[], Any]
-    """Returns a `datasets.Dataset`."""
+    load: Callable[[DataConfig], tuple[Any, Columns]]
+    """Returns a `datasets.Dataset`, and its columns in use."""
     files: list[str] | None = None
     """Parquet files, relative to the folder; None: the arrow files of the loaded data set."""
 
 
 def open_hugging_face(
-    spec: str, split: Split, *, on_hub: bool, progress: LabelledProgress | None = None
+    data: DataConfig, split: Split, *, on_hub: bool, progress: LabelledProgress | None = None
 ) -> TableSource:
     """The images of a split, in the order of the files' names and then of their rows.
 
-    Raises DataError when there are none, when files are missing or damaged, when a split is only partly labelled, and
-    when the `datasets` package is missing.
+    Raises DataError when there are none, when files are missing or damaged, when a split is only partly labelled, when
+    columns are ambiguous, and when the `datasets` package is missing.
     """
+    spec = data.spec or ""
     place = os.path.expanduser(spec.removeprefix("hf:"))
     with _quiet_datasets():
         if progress is not None:
             progress(f"reading {printable(spec)}", 0, 1)
-        parts = _hub_parts(place) if on_hub else _folder_parts(place)
+        parts, unused = _hub_parts(place) if on_hub else _folder_parts(place)
         held = "val" if "val" in parts else "test"
         part = parts.get("") or parts.get("train" if split == "train" else held)
         if part is None:
             raise NoSplitError(f"no {'train' if split == 'train' else 'validation or test'} images")
-        table = part.load()
+        table, columns = part.load(data)
         if not len(table):
             raise DataError(f"no rows in split {part.name!r}")
-        image, _ = _columns(table.features)
-        labels, classes = None, None
-        if split == "train" or "" not in parts:
-            raw, classes = _labels(table)
+        _check_lists(table, columns.image)
+        labels, classes, labelled = None, None, split == "train" or "" not in parts
+        if labelled and columns.label is not None:
+            raw, classes = read_labels(table, columns.label)
             if raw is not None:
                 if split == "val" and "train" in parts:
-                    classes = _labels(parts["train"].load())[1] or classes
+                    train, of_train = parts["train"].load(data)
+                    classes = (of_train.label and read_labels(train, of_train.label)[1]) or classes
                 labels = raw.encode(classes or [])
     arrow = [each["filename"] for each in table.cache_files]
     folder = os.path.dirname(arrow[0]) if on_hub else place
@@ -117,8 +148,24 @@ def open_hugging_face(
     if outside := next((file for file in files if file.startswith(os.pardir)), None):
         raise DataError(f"state.json of split {part.name!r} points outside the folder: {printable(outside)}")
     place = os.path.join(place, part.name) if part.name else place
-    cells = table.with_format("arrow", columns=[image])
-    return TableSource(printable(spec), np.arange(len(cells)), labels, classes, cells, place, folder, files)
+    cells = table.with_format("arrow", columns=[columns.image])
+    source = TableSource(printable(spec), np.arange(len(cells)), labels, classes, cells, place, folder, files)
+    source.notices = [f"{printable(spec)}: {notice}" for notice in [*unused, *columns.notices]]
+    source.how_to_label = columns.how_to_label if labelled else ""
+    return source
+
+
+def _check_lists(table: Any, image: str) -> None:
+    """Raise DataError for a column of images whose lists hold more than one."""
+    column = table.data.column(image)
+    if not is_list(column.type):
+        return
+    most = pc.max(pc.list_value_length(column)).as_py() or 0
+    if most > 1:
+        raise DataError(
+            f"column {image!r} holds lists of up to {most} images; make a column of one image in each row, with the "
+            f"library's map(lambda row: {{'image': row['{image}'][0]}}), and save the data set again"
+        )
 
 
 @contextmanager
@@ -156,27 +203,54 @@ def _reading(path: str, what: str = "cannot be read; get it again") -> Iterator[
 # --- which splits
 
 
-def _hub_parts(name: str) -> dict[str, _Part]:
-    """The splits of a data set of the hub, by their role: train, val and test."""
+def _hub_parts(name: str) -> tuple[dict[str, _Part], list[str]]:
+    """The splits of a data set of the hub, by their role: train, val and test; and a notice of the others.
+
+    name: `NAME`, `OWNER/NAME` or `OWNER/NAME/CONFIG`.
+    """
     from datasets import load_dataset
 
+    owner, *rest = name.split("/")
+    repository, config = "/".join([owner, *rest[:1]]), rest[1:]
     with _reading(name, "is not a folder, and cannot be loaded from the hub"):
-        loaded = load_dataset(name, keep_in_memory=False)
-    return {SPLITS[split]: _Part(split, partial(loaded.get, split)) for split in loaded if split in SPLITS}
+        try:
+            loaded = load_dataset(repository, *config, keep_in_memory=False)
+        except ValueError as error:
+            if not (known := re.search(r"available configs: \[(.*?)\]", str(error))):
+                raise
+            raise DataError(
+                f"has several configurations; name one: hf:{name}/CONFIG ({printable(known[1])})"
+            ) from error
+    return _by_role(loaded, lambda split: partial(_with_columns, partial(loaded.get, split)))
 
 
-def _folder_parts(folder: str) -> dict[str, _Part]:
+def _folder_parts(folder: str) -> tuple[dict[str, _Part], list[str]]:
     """The splits of a folder, by their role: train, val and test, or "" for a single split that serves all."""
     if not os.path.isdir(folder):
         raise DataError("is a file, not a folder" if os.path.exists(folder) else "no such folder")
     if os.path.isfile(path := os.path.join(folder, "dataset_dict.json")):
         with _reading(path), open(path) as file:
             names = [str(name) for name in json.load(file)["splits"]]
-        return {SPLITS[name]: _Part(name, partial(_saved, folder, name)) for name in names if name in SPLITS}
+        return _by_role(names, lambda split: partial(_with_columns, partial(_saved, folder, split)))
     if os.path.isfile(os.path.join(folder, "state.json")):
-        return {"": _Part("", partial(_saved, folder, ""))}
-    parquet = _parquet_files(folder)
-    return {part: _Part(part, partial(_parquet, folder, files), files) for part, files in parquet.items()}
+        return {"": _Part("", partial(_with_columns, partial(_saved, folder, "")))}, []
+    parquet, unused = _parquet_files(folder)
+    return {part: _Part(part, partial(_parquet, folder, files), files) for part, files in parquet.items()}, unused
+
+
+def _by_role(
+    names: Iterable[str], load: Callable[[str], Callable[[DataConfig], tuple[Any, Columns]]]
+) -> tuple[dict[str, _Part], list[str]]:
+    """Splits by their role, and a notice of those that have none."""
+    used = {SPLITS[name]: name for name in names if name in SPLITS}
+    others = [printable(name) for name in names if name not in used.values()]
+    notices = [f"splits that are not used: {', '.join(others)}"] if others else []
+    return {role: _Part(name, load(name)) for role, name in used.items()}, notices
+
+
+def _with_columns(load: Callable[[], Any], data: DataConfig) -> tuple[Any, Columns]:
+    table = load()
+    return table, choose_columns(table.features, data)
 
 
 def _saved(folder: str, split: str) -> Any:
@@ -193,8 +267,12 @@ def _saved(folder: str, split: str) -> Any:
         return load_from_disk(folder, keep_in_memory=False)
 
 
-def _parquet_files(folder: str) -> dict[str, list[str]]:
-    """Parquet files by split: those in the folder's `data/`, else in itself, and in their folders of splits."""
+def _parquet_files(folder: str) -> tuple[dict[str, list[str]], list[str]]:
+    """Parquet files by split, relative to the folder, and a notice of others.
+
+    Those in the folder's `data/`, else in itself, and in their folders of splits; else those of its only configuration,
+    a folder that holds the same.
+    """
     parts: dict[str, list[str]] = {}
     for base in (os.path.join(folder, "data"), folder):
         for path in sorted(glob("*.parquet", root_dir=base) + glob("*/*.parquet", root_dir=base)):
@@ -205,15 +283,32 @@ def _parquet_files(folder: str) -> dict[str, list[str]]:
                 parts.setdefault(split, []).append(os.path.relpath(os.path.join(base, path), folder))
         if parts:
             break
+    if not parts:
+        config = _only_configuration(folder)
+        of_config, notices = _parquet_files(os.path.join(folder, config))
+        return {role: [os.path.join(config, file) for file in files] for role, files in of_config.items()}, notices
     if len(parts) > 1:
         parts.pop("", None)
-    if not parts:
-        below = sorted({os.path.dirname(path) for path in glob(os.path.join(escape(folder), "*", "*.parquet"))})
-        hint = f"; name one of its folders: {', '.join(map(printable, below))}" if below else ""
-        raise DataError(f"no data set saved by save_to_disk, and no .parquet files{hint}")
     for files in parts.values():
         _check_complete(files)
-    return parts
+    used = {file for files in parts.values() for file in files}
+    found = (path for stars in ("", "*/", "*/*/") for path in glob(f"{stars}*.parquet", root_dir=folder))
+    others = sorted(set(found) - used)
+    if not others:
+        return parts, []
+    named = ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
+    return parts, [f"{len(others)} of its .parquet files are not used: {named}"]
+
+
+def _only_configuration(folder: str) -> str:
+    """The folder below with parquet files. Raises DataError if there is none, or more than one."""
+    found = (path for stars in ("*", "*/*") for path in glob(f"{stars}/*.parquet", root_dir=folder))
+    names = sorted({path.split(os.sep)[0] for path in found})
+    if len(names) == 1:
+        return names[0]
+    named = ", ".join(printable(os.path.join(folder, name)) for name in names)
+    hint = f"; name one of its folders: {named}" if names else ""
+    raise DataError(f"no data set saved by save_to_disk, and no .parquet files{hint}")
 
 
 def _check_complete(files: Sequence[str]) -> None:
@@ -224,64 +319,20 @@ def _check_complete(files: Sequence[str]) -> None:
             raise DataError(f"only {found} of {int(total)} files {printable(name)}-*.parquet exist; get the others")
 
 
-def _parquet(folder: str, files: Sequence[str]) -> Any:
+def _parquet(folder: str, files: Sequence[str], data: DataConfig) -> tuple[Any, Columns]:
     """The image and label columns of parquet files, as arrow files in the cache folder."""
     from datasets import Dataset, Features
 
     paths = [os.path.join(folder, file) for file in files]
-    columns: list[str] = []
+    columns: Columns | None = None
     for path in paths:
         with _reading(path):
             schema = pa.parquet.read_schema(path)
-        columns = columns or [name for name in _columns(Features.from_arrow_schema(schema)) if name]
-        if missing := [name for name in columns if name not in schema.names]:
+        columns = columns or choose_columns(Features.from_arrow_schema(schema), data)
+        wanted = [name for name in (columns.image, columns.label) if name is not None]
+        if missing := [name for name in wanted if name not in schema.names]:
             raise DataError(f"{printable(path)} has no column {missing[0]!r}, unlike the other files")
+    assert columns is not None
     cache = str(cache_folder() / "huggingface")
     with _reading(folder):
-        return Dataset.from_parquet([escape(path) for path in paths], columns=columns, cache_dir=cache)
-
-
-# --- columns and labels
-
-
-def _columns(features: Any) -> tuple[str, str | None]:
-    """Names of the image column and, if there is one, of the label column."""
-    from datasets import ClassLabel, Image
-
-    def column(usual: str, kind: type) -> str | None:
-        declared = [name for name, feature in features.items() if isinstance(feature, kind)]
-        return usual if usual in features else declared[0] if len(declared) == 1 else None
-
-    image = column("image", Image)
-    if image is None:
-        raise DataError(f"no column 'image' (its columns: {', '.join(map(printable, features))})")
-    held = kind = features.arrow_schema.field(image).type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        held = kind.field("bytes").type
-    if not (pa.types.is_binary(held) or pa.types.is_large_binary(held)):
-        raise DataError(f"column {image!r} holds {kind}, not the bytes of image files")
-    return image, column("label", ClassLabel)
-
-
-def _labels(table: Any) -> tuple[RawLabels | None, list[str] | None]:
-    """Labels of all rows, and the names of all classes; None and None if no row has a label."""
-    _, name = _columns(table.features)
-    if name is None:
-        return None, None
-    column = table.with_format("arrow", columns=[name])[:].column(name)
-    kind = column.type
-    whole = pa.types.is_integer(kind)
-    if not (whole or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DataError(f"column {name!r} holds {kind}; labels are whole numbers or class names")
-    missing = pc.fill_null(pc.equal(column, -1), True) if whole else pc.is_null(column)
-    if pc.all(missing).as_py():
-        return None, None
-    if (row := pc.index(missing, True).as_py()) >= 0:
-        raise DataError(f"row {row} of its split has no {name!r}, although others have")
-    raw = RawLabels.from_strings(column.cast("string").to_pandas())
-    classes = getattr(table.features[name], "names", None)
-    if classes and whole:
-        if outside := [number for number in raw.names if not 0 <= int(number) < len(classes)]:
-            raise DataError(f"{name} {outside[0]} is not one of the {len(classes)} classes of its schema")
-        raw = RawLabels([classes[int(number)] for number in raw.names], raw.codes)
-    return raw, list(classes) if classes else raw.classes()
+        return Dataset.from_parquet([escape(path) for path in paths], columns=wanted, cache_dir=cache), columns

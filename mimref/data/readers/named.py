@@ -17,6 +17,8 @@ from mimref.data.sources import ArraySource, FileSource, Split
 from mimref.errors import DataError, did_you_mean
 from mimref.locks import one_at_a_time
 
+# Images that serve neither training nor validation.
+_UNUSED_SPLITS = {"STL10": "unlabeled", "SVHN": "extra", "Flowers102": "val"}
 TORCHVISION_NAMES = ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "STL10", "SVHN", "Flowers102", "OxfordIIITPet")
 
 
@@ -117,7 +119,10 @@ def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource
     except Exception as error:  # each class has its own: missing or corrupt files, no network, a missing package
         advice = "" if data.download else "; --set data.download=true fetches it"
         raise DataError(f"{root}: {reason_of(error)}{advice}") from error
-    return _wrap_torchvision(f"torchvision:{name}", root, dataset, split)
+    source = _wrap_torchvision(f"torchvision:{name}", root, dataset, split)
+    if name in _UNUSED_SPLITS:
+        source.notices = [f"torchvision:{name}: the images of its split {_UNUSED_SPLITS[name]!r} are not used"]
+    return source
 
 
 def _wrap_torchvision(name: str, root: str, dataset: Any, split: Split) -> ArraySource | FileSource:

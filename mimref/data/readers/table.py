@@ -1,86 +1,126 @@
-"""Tables of image files, `list:FILE.csv` and `list:FILE.parquet` (see docs/data.md).
+"""Tables of image files, `list:FILE.csv`, `.tsv` or `.parquet` (see docs/data.md).
 
 A path is opened as written, `..` and links included: unlike an archive, a table is the user's own list of files.
 """
 
 import os
 import re
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
 
+from mimref.config.base import DataConfig
 from mimref.data.decode import printable, reason_of
 from mimref.data.labels import Indices, RawLabels
+from mimref.data.readers.delimited import read_text_table, without_blanks
 from mimref.data.sources import FileSource, NoSplitError, PathList, Split
 from mimref.errors import DataError, did_you_mean
 
-COLUMNS = ("path", "label", "split")
 SPLITS = ("train", "val", "test")
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
-def open_table(spec: str, split: Split) -> FileSource:
+class Columns(NamedTuple):
+    """Names of a table's columns; of a role that no column has, None."""
+
+    path: str
+    label: str | None
+    split: str | None
+
+
+def open_table(data: DataConfig, split: Split) -> FileSource:
     """The images of a split, in the table's order.
 
     Classes are the distinct labels of the training rows, in the order of `RawLabels.classes`; without any, those of the
     validation rows. No image file is opened. Raises DataError for a table that is unreadable, incomplete or without an
-    image of the split.
+    image of the split, and when its files do not exist.
     """
+    spec = data.spec or ""
     file = os.path.expanduser(spec.removeprefix("list:"))
-    columns = _read(file)
-    paths = _paths(columns["path"])
+    table, columns, others, notices = _read(file, data)
+    paths = _as_spelled(os.path.dirname(file), _paths(table.column(columns.path), columns.path))
     rows = train = np.arange(len(paths), dtype=np.int64)
-    if "split" in columns:
-        rows, train = _rows_of(columns["split"], split)
+    if columns.split is not None:
+        rows, train = _rows_of(table.column(columns.split), split)
     labels, classes = None, None
-    if "label" in columns and ("split" in columns or split == "train"):
-        own = _labels(columns["label"], rows)
+    if columns.label is not None and (columns.split is not None or split == "train"):
+        column = table.column(columns.label)
+        own = _labels(column, rows, columns.label)
         if own is not None:
-            reference = own if split == "train" else _labels(columns["label"], train)
+            reference = own if split == "train" else _labels(column, train, columns.label)
             classes = (reference or own).classes()
             labels = own.encode(classes)
-    return FileSource(printable(spec), os.path.dirname(file), paths, labels, classes, rows)
+    source = FileSource(printable(spec), os.path.dirname(file), paths, labels, classes, rows)
+    source.notices = notices
+    _check_files(source)
+    if columns.label is None and others:
+        named = ", ".join(map(printable, others[:5]))
+        source.how_to_label = f"name the column of labels with --set data.label=COLUMN (other columns: {named})"
+    return source
 
 
-def _read(file: str) -> dict[str, pa.ChunkedArray]:
-    """The known columns; those of a .csv as text, so that a class 007 keeps its name."""
+def _read(file: str, data: DataConfig) -> tuple[pa.Table, Columns, list[str], list[str]]:
+    """The columns in use, as a table, and their roles; names of the others; and notices.
+
+    Those of a text table are text, so that a class 007 keeps its name.
+    """
     kind = os.path.splitext(file)[1].lower()
-    if kind not in (".csv", ".parquet"):
-        raise DataError(f"a list is a .csv or .parquet file, not {kind or 'one without a suffix'!r}")
+    if kind in (".xlsx", ".xlsm", ".xls", ".ods"):
+        raise DataError("a spreadsheet is not read; save it as CSV (UTF-8), and name that file")
+    if kind not in (".csv", ".tsv", ".parquet"):
+        raise DataError(f"a list is a .csv, .tsv or .parquet file, not {kind or 'one without a suffix'!r}")
+    notices: list[str] = []
     try:
-        if kind == ".csv":
-            text = dict.fromkeys(COLUMNS, pa.string())
-            table = pa.csv.read_csv(
-                file,
-                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-                # Only empty cells are missing values.
-                convert_options=pa.csv.ConvertOptions(column_types=text, strings_can_be_null=True, null_values=[""]),
-            )
-            names = table.column_names
-        else:
+        if kind == ".parquet":
             names = pa.parquet.read_schema(file).names
-            table = pa.parquet.read_table(file, columns=[name for name in names if name in COLUMNS])
+            columns = _columns(names, data)
+            table = pa.parquet.read_table(file, columns=[name for name in names if name in columns])
+        else:
+            table, notices = read_text_table(file, data.image or "path")
+            names = table.column_names
+            columns = _columns(names, data)
+            table = without_blanks(table.select([name for name in names if name in columns]))
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise DataError(f"the list cannot be read ({reason_of(error)})") from error
-    if twice := next((name for name in COLUMNS if names.count(name) > 1), None):
-        raise DataError(f"has two columns {twice!r}; keep one")
-    if "path" not in names:
-        near = did_you_mean("path", names)
-        raise DataError(
-            f"has no column 'path'{near} (its columns: {', '.join(map(printable, names)) or 'none'}; "
-            "a .csv separates them by commas)"
-        )
+        raise DataError(f"the list cannot be read ({printable(reason_of(error))})") from error
     if not table.num_rows:
         raise DataError("has no rows")
-    return {name: table.column(name) for name in COLUMNS if name in names}
+    return table, columns, [name for name in names if name not in columns], notices
 
 
-def _paths(column: pa.ChunkedArray) -> PathList:
+def _columns(names: Sequence[str], data: DataConfig) -> Columns:
+    """Which column has which role; names may differ in case. Raises DataError without paths, and for duplicates."""
+
+    def find(wanted: str) -> str | None:
+        near = [name for name in names if name == wanted] or [name for name in names if name.lower() == wanted.lower()]
+        if len(near) > 1:
+            raise DataError(f"has two columns {printable(near[0])!r}; keep one")
+        return near[0] if near else None
+
+    shown = ", ".join(map(printable, names)) or "none"
+    for setting, wanted in (("data.image", data.image), ("data.label", data.label)):
+        if wanted is not None and find(wanted) is None:
+            raise DataError(
+                f"has no column {wanted!r}, which {setting} names{did_you_mean(wanted, names)} (its columns: {shown})"
+            )
+    path = find(data.image or "path")
+    if path is None:
+        near = did_you_mean("path", names)
+        raise DataError(
+            f"has no column 'path'{near} (its first row names {shown}); rename the column of files, or name it with "
+            "--set data.image=COLUMN"
+        )
+    return Columns(path, find(data.label or "label"), find("split"))
+
+
+def _paths(column: pa.ChunkedArray, name: str) -> PathList:
     """Raises DataError for rows without a path, and for addresses."""
     if not _is_text(column.type):
-        raise DataError(f"column 'path' holds {column.type}, not text")
+        raise DataError(f"column {printable(name)!r} holds {column.type}, not text")
     column = column.cast(pa.string())
     for bad, what in (
         (pc.fill_null(pc.equal(column, ""), True), "has no path"),
@@ -101,7 +141,7 @@ def _rows_of(column: pa.ChunkedArray, split: Split) -> tuple[Indices, Indices]:
     """Rows of a split, and those of train."""
     if not _is_text(column.type):
         raise DataError(f"column 'split' holds {column.type}, not {', '.join(SPLITS)}")
-    names = pc.fill_null(column.cast(pa.string()), "")
+    names = pc.utf8_lower(pc.fill_null(column.cast(pa.string()), ""))
     if unknown := sorted(set(pc.unique(names).to_pylist()) - set(SPLITS)):
         row = pc.index(names, unknown[0]).as_py() + 1
         near = did_you_mean(unknown[0], SPLITS)
@@ -113,11 +153,11 @@ def _rows_of(column: pa.ChunkedArray, split: Split) -> tuple[Indices, Indices]:
     return chosen, train
 
 
-def _labels(column: pa.ChunkedArray, rows: Indices) -> RawLabels | None:
+def _labels(column: pa.ChunkedArray, rows: Indices, name: str) -> RawLabels | None:
     """Labels of some rows; None if no row has any. Raises DataError if only some have."""
-    kind = column.type
-    if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
-        raise DataError(f"column 'label' holds {kind}; labels are class names or whole numbers")
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise DataError(f"column {printable(name)!r} holds {kind}; labels are class names or whole numbers")
     column = column.take(rows)
     missing = pc.is_null(column)
     if pc.all(missing).as_py():
@@ -127,9 +167,38 @@ def _labels(column: pa.ChunkedArray, rows: Indices) -> RawLabels | None:
             f"row {rows[first] + 1} has no label, although others of its split have; fill it in or drop the row"
         )
     raw = RawLabels.from_strings(column.cast("string").to_pandas())
-    if all(re.fullmatch(r"[-+]?\d*\.\d*", name) for name in raw.names):
+    if all(re.fullmatch(r"[-+]?\d*\.\d*", each) for each in raw.names):
         raise DataError(f"labels such as {raw.names[0]} are neither class names nor whole numbers")
     return raw
+
+
+def _as_spelled(folder: str, paths: PathList) -> PathList:
+    """The paths in the spelling of Unicode, composed or decomposed, in which their files exist."""
+    if not (paths.content >= 0x80).any():
+        return paths
+    spelled = list(paths)
+    for row, path in enumerate(spelled):
+        if not path.isascii() and not os.path.lexists(os.path.join(folder, path)):
+            others = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+            spelled[row] = next((each for each in others if os.path.lexists(os.path.join(folder, each))), path)
+    return PathList.pack(spelled)
+
+
+def _check_files(source: FileSource) -> None:
+    """Raise DataError when no file of the split exists: paths of another folder or machine."""
+    # Usually ends at the first.
+    if any(os.path.lexists(os.path.join(source.folder, source.files[int(row)])) for row in source.rows):
+        return
+    first = [source.files[int(row)] for row in source.rows[:3]]
+    if any(os.path.isabs(path) or _DRIVE.match(path) for path in first):
+        advice = "write them as they are on this machine, or relative to the table's folder"
+    elif os.sep not in "".join(first) and "\\" in first[0]:
+        advice = "write / in place of \\"
+    else:
+        advice = f"relative paths begin at the table's folder, {printable(os.path.abspath(source.folder))}"
+    more = ", ..." if len(source) > len(first) else ""
+    named = ", ".join(map(printable, first))
+    raise DataError("; ".join([f"none of its files exists: {named}{more}", advice, *source.notices]))
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -1,7 +1,7 @@
 """Webdataset shards, `wds:SHARDS` (see docs/data.md): tar files whose members are samples.
 
-A sample is the run of members that share a name up to the first dot of its last part. Samples without an image, such as
-notes, are ignored. Folders and patterns without splits serve training and validation; the latter stays unlabelled.
+A sample is the members of a shard that share a name up to the first dot of its last part; those without an image are
+not used. Folders and patterns without splits serve training and validation; the latter stays unlabelled.
 
 Each shard is read once from end to end to index its images. Every image can then be read by itself, so shards behave
 like single files: shuffled across all shards, every image exactly once per epoch, resumable at any step. Streams
@@ -11,24 +11,30 @@ like single files: shuffled across all shards, every image exactly once per epoc
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from glob import escape, glob, has_magic
 
 import numpy as np
 from braceexpand import braceexpand
 
+from mimref.config.base import DataConfig
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, printable, reason_of
 from mimref.data.index import remote
 from mimref.data.index.cache import Arrays, comparable_times, load_or_scan
-from mimref.data.index.tar import IMAGES, Sample, list_samples
+from mimref.data.index.tar import Choice, Sample, list_samples
 from mimref.data.labels import Indices, RawLabels
 from mimref.data.sources import EncodedSource, NoSplitError, PathList, Split
+from mimref.data.suffixes import count_kinds, image_suffixes, unused_files, unused_kind
 from mimref.errors import DataError
 from mimref.progress import LabelledProgress, Progress
 
 HELD_OUT = ("val", "validation", "test")
+_NO_IMAGES = "no images in these shards (*.jpg, *.png and others that Pillow reads)"
+_FORMAT = 2
+"""Of the cached index: 2 joins members that are apart, and takes all formats that Pillow reads."""
 
 
 @dataclass(eq=False)
@@ -48,6 +54,10 @@ class ShardIndex:
     """As the shards have them."""
     states: Indices
     """(number of shards, 2): size and time of modification when they were opened."""
+    unused: dict[str, int]
+    """Members by kind that are not used and could be images."""
+    kinds: list[str]
+    """Kinds of the images' other members."""
 
     def __len__(self) -> int:
         return len(self.members)
@@ -109,20 +119,53 @@ class ShardSource(EncodedSource):
         return digest.hexdigest()
 
 
-def open_shards(spec: str, split: Split, progress: LabelledProgress | None = None) -> ShardSource:
+def open_shards(data: DataConfig, split: Split, progress: LabelledProgress | None = None) -> ShardSource:
     """The images of a split, in the order of the shards' names and then of their members.
 
     Raises DataError for shards that are missing, truncated or damaged, for members that are links or whose names point
     outside the archive, when there is no image, and when a split is only partly labelled.
     """
-    shards, train_shards = _find_shards(os.path.expanduser(spec.removeprefix("wds:")), split)
-    index = _index(shards, progress)
+    spec, choice = data.spec or "", Choice(data.image, data.label)
+    pattern = os.path.expanduser(spec.removeprefix("wds:"))
+    shards, train_shards = _find_shards(pattern, split)
+    index = _index(shards, choice, progress)
     labels, classes = None, None
     if index.labels is not None and (split == "train" or train_shards is not None):
-        train = _index(train_shards, progress).labels if train_shards and split == "val" else None
+        train = _index(train_shards, choice, progress).labels if train_shards and split == "val" else None
         classes = (train or index.labels).classes()
         labels = index.labels.encode(classes)
-    return ShardSource(printable(spec), np.arange(len(index)), labels, classes, index)
+    source = ShardSource(printable(spec), np.arange(len(index)), labels, classes, index)
+    source.notices = unused_files(_shown(shards), index.unused) + _not_shards(pattern, split)
+    if index.labels is None and (kinds := [kind for kind in index.kinds if kind != "json"]):
+        named = ", ".join(map(printable, kinds[:5]))
+        source.how_to_label = (
+            f"no .cls, and no label in .json; name their member with --set data.label=MEMBER ({named})"
+        )
+    return source
+
+
+def _shown(shards: list[str]) -> str:
+    return printable(shards[0]) + (f" and {len(shards) - 1} other shards" if len(shards) > 1 else "")
+
+
+def _not_shards(folder: str, split: Split) -> list[str]:
+    """Notices of what lies beside the shards in a folder and could be images."""
+    if not os.path.isdir(folder):
+        return []
+    splits = [name for name in ("train", *HELD_OUT) if os.path.isdir(os.path.join(folder, name))]
+    here = folder
+    if splits:
+        here = os.path.join(folder, next(name for name in splits if (name == "train") == (split == "train")))
+    with os.scandir(here) as entries:
+        files = [entry.name for entry in entries if entry.is_file() and not entry.name.endswith(".tar")]
+    notices = unused_files(printable(here), Counter(kind for name in files if (kind := unused_kind(name))))
+    others = sorted({os.path.dirname(path) for path in glob("*/*.tar", root_dir=folder)} - set(splits))
+    if splits:
+        others += sorted(glob("*.tar", root_dir=folder))
+    if others:
+        named = ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
+        notices.append(f"{printable(folder)}: shards that are not used: {named}")
+    return notices
 
 
 # --- which shards
@@ -179,9 +222,10 @@ def _expand(pattern: str, *, split: str = "") -> list[str]:
 # --- where their images are
 
 
-def _index(shards: list[str], progress: LabelledProgress | None) -> ShardIndex:
+def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None) -> ShardIndex:
     """The index of all images, from the cache if no shard has changed."""
     key = b"\0".join(os.fsencode(shard if remote.is_remote(shard) else os.path.abspath(shard)) for shard in shards)
+    key += repr((_FORMAT, choice, sorted(image_suffixes()))).encode()
     paths = PathList.pack(shards)
 
     def unpack(saved: Arrays) -> ShardIndex | None:
@@ -190,11 +234,13 @@ def _index(shards: list[str], progress: LabelledProgress | None) -> ShardIndex:
             return None
         labels = RawLabels([str(name) for name in saved["names"]], saved["codes"]) if "codes" in saved else None
         members = PathList(saved["members"], saved["member_ends"])
-        return ShardIndex(paths, saved["shard"], saved["offsets"], saved["sizes"], members, labels, states)
+        unused = dict(zip(saved["unused"].tolist(), saved["unused_counts"].tolist(), strict=True))
+        places = saved["shard"], saved["offsets"], saved["sizes"]
+        return ShardIndex(paths, *places, members, labels, states, unused, saved["kinds"].tolist())
 
     def scan(report: Progress) -> tuple[ShardIndex, Arrays]:
         states, scanned_ns = _states(shards), time.time_ns()
-        index = _scan(paths, states, report)
+        index = _scan(paths, states, choice, report)
         arrays: Arrays = {
             "states": np.stack([states[:, 0], comparable_times(states[:, 1], scanned_ns)], axis=1),
             "shard": index.shard,
@@ -202,6 +248,9 @@ def _index(shards: list[str], progress: LabelledProgress | None) -> ShardIndex:
             "sizes": index.sizes,
             "members": index.members.content,
             "member_ends": index.members.ends,
+            "unused": np.array(list(index.unused), dtype=np.str_),
+            "unused_counts": np.array(list(index.unused.values()), dtype=np.int64),
+            "kinds": np.array(index.kinds, dtype=np.str_),
         }
         if index.labels is not None:
             arrays |= {"codes": index.labels.codes, "names": np.array(index.labels.names, dtype=np.str_)}
@@ -209,7 +258,9 @@ def _index(shards: list[str], progress: LabelledProgress | None) -> ShardIndex:
 
     index = load_or_scan("shards", key, progress, unpack=unpack, scan=scan)
     if not len(index):
-        raise DataError(f"no images in these shards (*.{', *.'.join(IMAGES)})")
+        what = f"no .{choice.image} in these shards, which data.image names" if choice.image else _NO_IMAGES
+        unused = f"; they hold {count_kinds(index.unused)}" if index.unused else ""
+        raise DataError(f"{what}{unused}")
     return index
 
 
@@ -219,19 +270,23 @@ def _states(shards: Sequence[str]) -> Indices:
     return np.array(states, dtype=np.int64).reshape(-1, 2)
 
 
-def _scan(shards: PathList, states: Indices, report: Progress) -> ShardIndex:
+def _scan(shards: PathList, states: Indices, choice: Choice, report: Progress) -> ShardIndex:
     """Read the headers of all shards."""
     shard: list[int] = []
     found: list[Sample] = []
-    for number, samples in enumerate(remote.map_concurrently(list_samples, shards)):
-        shard += [number] * len(samples)
-        found += samples
+    unused, kinds = Counter[str](), Counter[str]()
+    for number, each in enumerate(remote.map_concurrently(partial(list_samples, choice), shards)):
+        shard += [number] * len(each.samples)
+        found += each.samples
+        unused += each.unused
+        kinds += each.kinds
         report(number + 1, len(shards))
     labels = [sample.label for sample in found if sample.label is not None]
     if labels and len(labels) < len(found):
         first = next(number for number, sample in enumerate(found) if sample.label is None)
         name = printable(os.path.join(shards[shard[first]], found[first].member))
-        raise DataError(f"{name} has no label (.cls, or label in .json), although other images have")
+        what = f"no .{choice.label}" if choice.label else "no label (.cls, or label in .json)"
+        raise DataError(f"{name} has {what}, although other images have")
     return ShardIndex(
         shards,
         np.array(shard, dtype=np.int64),
@@ -240,4 +295,6 @@ def _scan(shards: PathList, states: Indices, report: Progress) -> ShardIndex:
         PathList.pack(sample.member for sample in found),
         RawLabels.from_strings(labels) if labels else None,
         states,
+        dict(+unused),
+        [kind for kind, _ in kinds.most_common(10)],
     )

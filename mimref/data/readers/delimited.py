@@ -1,0 +1,104 @@
+"""Tables of text as people save them: any usual encoding, separator and spacing."""
+
+import codecs
+import csv
+import io
+import re
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from mimref.data.decode import printable
+from mimref.errors import DataError
+
+_SEPARATORS = (",", ";", "\t", "|")
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before the mark of UTF-16, which it begins with
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+
+
+def read_text_table(file: str, known: str) -> tuple[pa.Table, list[str]]:
+    """A table whose cells are text, empty ones null; and notices. Names of columns have no blanks around them.
+
+    known: a column that should exist, by which the separator is recognised. Raises DataError for what is no table,
+    OSError, and pyarrow's errors for rows of uneven length.
+    """
+    with open(file, "rb") as opened:
+        content = opened.read()
+    if content.startswith(_SPREADSHEETS):
+        raise DataError("is a spreadsheet in spite of its name; save it as CSV (UTF-8)")
+    text, notices = _decode(content, printable(file))
+    if stated := re.match(r"sep=(.)\r?\n", text):  # Excel's own way to state it
+        text = text[stated.end() :]
+    separator = stated[1] if stated else _separator(text, known, tabs=file.lower().endswith(".tsv"))
+    if re.search(rf'(^|{re.escape(separator)})[^\S\t\r\n]+"', text, re.MULTILINE):
+        # A quote after a blank is a plain character to pyarrow.
+        rewritten = io.StringIO()
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        csv.writer(rewritten, delimiter=separator).writerows(row for row in rows if row)
+        text = rewritten.getvalue()
+    table = _parse(text.encode(), separator)
+    return table.rename_columns([name.strip() for name in table.column_names]), notices
+
+
+def without_blanks(table: pa.Table) -> pa.Table:
+    """Text cells without blanks around them, null where nothing is left, up to the last row that is not empty.
+
+    Spreadsheets end a table with rows of separators.
+    """
+    columns = []
+    for column in table.columns:
+        text = pc.utf8_trim_whitespace(column)
+        columns.append(pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text))
+    used = table.num_rows
+    while used and all(not column[used - 1].is_valid for column in columns):
+        used -= 1
+    return pa.table(columns, names=table.column_names).slice(0, used)
+
+
+def _decode(content: bytes, shown: str) -> tuple[str, list[str]]:
+    """The text of a table, and a notice where its encoding had to be guessed."""
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            # A file that was cut within a character keeps what comes before it.
+            return content.removeprefix(mark).decode(encoding, "ignore" if "16" in encoding else "strict"), []
+    zeros = [content[start:1000:2].count(0) for start in (0, 1)]
+    if 4 * max(zeros) > len(content[:1000]):
+        # UTF-16 without its mark: the high bytes of Latin letters are zero.
+        return content.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le", "ignore"), []
+    try:
+        return content.decode("utf-8"), []
+    except UnicodeDecodeError:
+        notice = f"{shown}: not UTF-8, read as Windows-1252 (Western European); save it as UTF-8 if names are wrong"
+        return content.decode("cp1252", "replace"), [notice]
+
+
+def _separator(text: str, known: str, *, tabs: bool) -> str:
+    """The one that makes a column `known` of the first line, else the one that makes most columns."""
+    first = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
+
+    def columns(separator: str) -> list[str]:
+        line = next(csv.reader([first], delimiter=separator, skipinitialspace=True), [])
+        return [name.strip().lower() for name in line]
+
+    order = sorted(_SEPARATORS, key=lambda each: each != "\t") if tabs else _SEPARATORS
+    return max(order, key=lambda each: (known.lower() in columns(each), len(columns(each))))
+
+
+def _parse(content: bytes, separator: str) -> pa.Table:
+    options = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
+    names = pa.csv.open_csv(io.BytesIO(content), parse_options=options).schema.names
+    return pa.csv.read_csv(
+        io.BytesIO(content),
+        parse_options=options,
+        # Only empty cells are missing values.
+        convert_options=pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
+        ),
+    )
