@@ -2,8 +2,10 @@
 
 import io
 import os
+import stat
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -85,6 +87,11 @@ def decode_file(path: str, reduce: Reduce | None = None) -> Decoded:
     Raises BadImage for files that are missing, unreadable, empty, truncated, not an image, or larger than
     `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
     """
+    # A pipe or a terminal would be waited for.
+    with suppress(OSError):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise BadImage(printable(path), "not a regular file")
     return _decode(path, printable(path), reduce)
 
 
