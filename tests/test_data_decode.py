@@ -135,3 +135,11 @@ def reasons(path: Path) -> set[str]:
             decode_file(str(path), lambda *_, factor=factor: factor)
         said.add(caught.value.reason)
     return said
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(BadImage, match=r"a\.png \(not a regular file\)"):
+        decode_file(str(tmp_path / "a.png"))
+    with pytest.raises(BadImage, match="(?i)not a regular file"):
+        decode_file("/dev/zero")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mimref.distributed.collectives import barrier
 from mimref.distributed.group import lost_ranks_reported
-from mimref.errors import LostRankError
+from mimref.errors import ConfigError, LostRankError
 from tests.ranks import start_processes
 from tests.tiny import REFINE, arguments, results, tensors, write_labelled, write_weights
 
@@ -61,6 +61,15 @@ def test_the_others_stop_with_a_clear_line(other: Callable[[], None], told: str,
 def test_other_errors_are_left_alone() -> None:
     with pytest.raises(RuntimeError, match=r"^gloo$"), lost_ranks_reported("go on"):
         raise RuntimeError("gloo")  # there is no other process here
+
+
+def test_small_shared_memory_is_not_a_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mimref.distributed.group.world_size", lambda: 2)
+    with pytest.raises(ConfigError, match=r"/dev/shm; .* --shm-size"), lost_ranks_reported("go on"):
+        raise RuntimeError(
+            "NCCL error in: ProcessGroupNCCL.cpp:268, unhandled system error\nLast error:\n"
+            "Error while creating shared memory segment /dev/shm/nccl-8kmwB3 (size 9637888), error: No space left on device"
+        )
 
 
 # Rank 1 kills itself once, after its 7th update.

@@ -1,8 +1,11 @@
 """Decode image files to uint8 pixels, and count those that cannot be read."""
 
 import io
+import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -103,6 +106,11 @@ def decode_file(path: str, reduce: Reduce | None = None, decoding: Decoding = US
     Raises BadImage for files that are missing, unreadable, empty, truncated, not an image, or larger than
     `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb), and for pixels whose range is unknown.
     """
+    # A pipe or a terminal would be waited for.
+    with suppress(OSError):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise BadImage(printable(path), "not a regular file")
     return _decode(path, printable(path), reduce, decoding)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -50,13 +51,19 @@ def process_group(device: str, *, advice: str = "run again: cached features are 
 
 @contextmanager
 def lost_ranks_reported(advice: str) -> Iterator[None]:
-    """Raise LostRankError where collectives fail because another process is gone."""
+    """Raise LostRankError where collectives fail because another process is gone, ConfigError for lack of memory."""
     try:
         yield
     except RuntimeError as error:
         text = str(error)
         if world_size() == 1 or not any(sign in text for sign in _SIGNS_OF_A_LOST_RANK):
             raise
+        if "creating shared memory segment" in text:
+            free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+            raise ConfigError(
+                f"NCCL needs more shared memory than the {free / 1e6:.0f} MB that are free in /dev/shm; start the "
+                "container with a larger --shm-size, or set NCCL_SHM_DISABLE=1"
+            ) from error
         waited = "Timed out" in text or "timeout" in text.lower()
         what = f"has not answered for {TIMEOUT.total_seconds() / 60:g} minutes" if waited else "has died"
         raise LostRankError(f"another process of this run {what}; see its own message; {advice}") from error

@@ -18,7 +18,9 @@ NEIGHBORS = 15
 def check_count(images: int) -> None:
     """Raise DataError for too few images."""
     if images <= NEIGHBORS:
-        raise DataError(f"UMAP of {images} images: {NEIGHBORS} neighbours need more than {NEIGHBORS} images; add some")
+        raise DataError(
+            f"UMAP of {images} images: {NEIGHBORS} neighbours need more than {NEIGHBORS} images; add some, or leave --umap out"
+        )
 
 
 def umap_embedding(x: Matrix, *, seed: int) -> NDArray[np.float32]:
