@@ -115,15 +115,15 @@ def _wide_traits(values: NDArray[Any], step: int) -> int:
 
 def _windowed(values: NDArray[Any], window: str) -> NDArray[np.uint8]:
     """Values of any shape, scaled to 0..255 by one window."""
-    known = values[np.isfinite(values)]
+    known = values if values.dtype.kind in "iu" else values[np.isfinite(values)]
     if not known.size:
         raise ValueError("no pixel is a finite number")
-    low, high = _window(known.astype(np.float64), window)
+    low, high = _window(known, window)
     values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
     return np.rint(255 * (values - low).clip(0, high - low) / (high - low or 1)).astype(np.uint8)
 
 
-def _window(values: NDArray[np.float64], window: str) -> tuple[float, float]:
+def _window(values: NDArray[Any], window: str) -> tuple[float, float]:
     """The values that become black and white."""
     if window == "image":
         return float(values.min()), float(values.max())
@@ -170,7 +170,8 @@ def _is_flat(rgb_HWC: NDArray[np.uint8]) -> bool:
     means_3 = np.ones(count, np.float32) @ some_N3 / count
     if (squares_3 / count - means_3**2).max() >= _FLAT_LEVELS**2:
         return False
-    return bool(rgb_HWC.reshape(-1, 3).std(axis=0).max() < _FLAT_LEVELS)
+    # The look may have missed stripes; all pixels of a large image would take 24 bytes each.
+    return bool(_look(rgb_HWC, 512).reshape(-1, 3).std(axis=0).max() < _FLAT_LEVELS)
 
 
 def orientation_of(image: Image.Image) -> int:
