@@ -19,7 +19,8 @@ def check_count(images: int) -> None:
     """Raise DataError for too few images."""
     if images <= NEIGHBORS:
         raise DataError(
-            f"UMAP of {images} images: {NEIGHBORS} neighbours need more than {NEIGHBORS} images; add some, or leave --umap out"
+            f"UMAP of {images} images: {NEIGHBORS} neighbours need more than {NEIGHBORS} images; add some, or leave "
+            "--umap out"
         )
 
 
