@@ -135,7 +135,7 @@ def before_after(
     def add(model: str, pair: list[Features], column: Column, where: Row) -> None:
         train, test = pair
         fitting = compare.model_copy(update={"k": min(evaluate.knn_k, len(train))})
-        for protocol in ("knn", "lowshot", "cluster"):
+        for protocol in protocols:
             found = main_rows(measure(protocol, model, (train, test), [column], fitting, progress))
             rows.extend({"model": model, **row, **where} for row in found)
         bad.extend(train.bad + test.bad)
