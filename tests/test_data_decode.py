@@ -142,5 +142,5 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(BadImage, match=r"a\.png \(not a regular file\)"):
         decode_file(str(tmp_path / "a.png"))
-    with pytest.raises(BadImage, match=r"(?i)not a regular file"):
+    with pytest.raises(BadImage, match="not a regular file"):
         decode_file("/dev/zero")

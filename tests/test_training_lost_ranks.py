@@ -68,8 +68,8 @@ def test_small_shared_memory_is_not_a_lost_rank(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match=r"/dev/shm; .* --shm-size"), lost_ranks_reported("go on"):
         raise RuntimeError(
             "NCCL error in: ProcessGroupNCCL.cpp:268, unhandled system error\nLast error:\n"
-            "Error while creating shared memory segment /dev/shm/nccl-8kmwB3 (size 9637888), "
-            "error: No space left on device"
+            "Error while creating shared memory segment /dev/shm/nccl-8kmwB3 (size 9637888), error: No space "
+            "left on device"
         )
 
 
