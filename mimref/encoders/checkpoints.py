@@ -154,7 +154,7 @@ def choose_architecture(
     else:
         raise ConfigError(f"--arch {arch}: {checkpoint.path} contains {recorded.name}; omit --arch")
     if isinstance(chosen, Architecture):
-        chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "the image size")
+        chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "image_size")
     return chosen
 
 
