@@ -127,8 +127,8 @@ def test_mistakes_are_one_line_that_names_them(assignment: str) -> None:
 
 
 def test_mae_decoder_width_must_fit_its_heads() -> None:
-    with pytest.raises(ConfigError, match=r"mae\.decoder\.width 10 must be a multiple of num_heads 16"):
-        load_config(PretrainConfig, None, {"mae.decoder.width": 10})
+    with pytest.raises(ConfigError, match=r"mae\.decoder\.width 20 must be a multiple of num_heads 16"):
+        load_config(PretrainConfig, None, {"mae.decoder.width": 20})
 
 
 def test_dumped_config_reads_back_equal(tmp_path: Any) -> None:

@@ -232,7 +232,7 @@ def test_unreadable_images_are_reported(own: Path, tmp_path: Path) -> None:
         ({"blocks": "0,2"}, ConfigError, "block 0 does not exist"),
         ({"blocks": "first"}, ConfigError, "'first': expected last, last4, all or blocks such as 1,5,12"),
         ({"blocks": ""}, ConfigError, "expected last, last4, all"),
-        ({"k": [10, 301]}, ConfigError, r"^--k 301 is more than the 300 training images; choose a smaller k$"),
+        ({"k": [10, 301]}, ConfigError, r"^k 301 is more than the 300 training images; choose a smaller k$"),
         ({"resolution": 9}, ConfigError, r"^--resolution 9 is not divisible by the patch size 4 of custom; .* 8$"),
         ({"arch": "vit_b16"}, ConfigError, r"^--arch vit_b16: .* custom; omit --arch$"),
         ({"device": "mps"}, ConfigError, "device 'mps' is not available"),

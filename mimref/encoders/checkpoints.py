@@ -280,7 +280,7 @@ def choose_architecture(
     if isinstance(chosen, Architecture):
         if checkpoint.interpolation:
             chosen = replace(chosen, interpolation=checkpoint.interpolation)
-        chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "the image size")
+        chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "image_size")
     return chosen
 
 

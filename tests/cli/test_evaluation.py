@@ -396,7 +396,7 @@ MISTAKES = {
     "analyze-blocks --reconstruction --resolution 8": ("8 pixels",),
     "compare quickstart --metrics nmj": ("'nmj'",),
     "compare quickstart --shots 1000": ("1000",),
-    "compare quickstart --set k=50": ("--k 50", "48"),
+    "compare quickstart --set k=50": ("k 50", "48"),
     "cluster --split train --set data.train_limit=12 --umap a.png": ("12 images", "15"),
     "lowshot --split-file nowhere.txt": ("nowhere.txt",),
     "knn --out there.png/results": ("there.png", "--out"),
