@@ -55,23 +55,31 @@ def read_index(file: Path) -> dict[Path, list[str]]:
 
 
 def check_whole(file: Path) -> None:
-    """Raise CheckpointError for a single shard of several, naming the index that reads them all."""
-    for index in sorted(file.parent.glob(f"*{_INDEX}")):
-        try:
-            shards = read_index(index)
-        except CheckpointError:
-            continue
-        if file in shards and len(shards) > 1:
-            raise CheckpointError(f"{file}: one of {len(shards)} shards; pass their folder, or their index {index}")
+    """Raise CheckpointError for a single shard of several beside their index, which reads them all."""
+    index = _index_of(file)
+    if index is None or not index.is_file():
+        return
+    try:
+        shards = read_index(index)
+    except CheckpointError:
+        return
+    if file in shards and len(shards) > 1:
+        raise CheckpointError(f"{file}: one of {len(shards)} shards; pass their folder, or their index {index}")
 
 
 def shard_hint(file: Path) -> str:
     """What a name such as model-00001-of-00002.safetensors says; empty for others."""
-    match = _SHARD.fullmatch(file.name)
-    if match is None or int(match[3]) < 2:
+    index, match = _index_of(file), _SHARD.fullmatch(file.name)
+    if index is None or match is None:
         return ""
-    index = f"{match[1]}{match[4]}{_INDEX}"
-    return f"; by its name it is shard {int(match[2])} of {int(match[3])}: put all of them and {index} into one folder"
+    number, count = int(match[2]), int(match[3])
+    return f"; by its name it is shard {number} of {count}: put all of them and {index.name} into one folder"
+
+
+def _index_of(file: Path) -> Path | None:
+    """The index of a file whose name says that it is one of several shards."""
+    match = _SHARD.fullmatch(file.name)
+    return file.with_name(f"{match[1]}{match[4]}{_INDEX}") if match and int(match[3]) > 1 else None
 
 
 def saved_normalisation(file: Path) -> dict[str, list[float]]:
