@@ -38,6 +38,10 @@ def ensure_caches() -> Path | None:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["USER"] = f"user{os.getuid()}"  # libraries name files by it
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        tempfile.tempdir = "/tmp"  # libraries ask for its name when they are imported, and most never write there
     home = os.path.expanduser("~")
     if (os.path.isabs(home) and _may_write(_user_caches())) or (folder := _private_folder()) is None:
         return _caches

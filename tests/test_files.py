@@ -185,7 +185,9 @@ def test_without_a_temporary_folder_nothing_changes(user: pytest.MonkeyPatch) ->
     user.setenv("HOME", "/")
     user.setattr(files, "_may_write", lambda folder: False)
     user.setattr(tempfile, "gettempdir", _no_folder)
+    user.setattr(tempfile, "tempdir", None)
     assert ensure_caches() is None and os.environ["HOME"] == "/"
+    assert tempfile.tempdir == "/tmp"
 
 
 def _no_folder() -> str:
