@@ -547,7 +547,7 @@ def test_paths_in_place_of_bytes(tmp_path: Path, text: bool) -> None:
     for index in (0, 1):
         assert int(source.read(index)[0, 0, 0]) == 9
     for index in (2, 3, 4):
-        with pytest.raises(BadImage, match="not in the table, which names"):
+        with pytest.raises(BadImage, match=r"not in the table data.train\.parquet, which names"):
             source.read(index)
     (folder / "images" / "0.png").write_bytes(png(300))
     assert opened(folder).fingerprint != before

@@ -1,6 +1,7 @@
 """Nothing is dropped without a word: formats, leftovers, folders beside the splits, spellings of classes."""
 
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from PIL import Image, features
 from mimref.data.index import cache as index_cache
 from mimref.data.sources import ImageSource
 from mimref.data.suffixes import image_suffixes, unused_kind
-from mimref.errors import ConfigError, DataError
-from mimref.features.inputs import EncoderInputs
+from mimref.errors import Checks, ConfigError, DataError
+from mimref.features.opening import open_encoders
 from tests.sources import classes_of, names, opened, write_images
 
 NFC, NFD = unicodedata.normalize("NFC", "Übung"), unicodedata.normalize("NFD", "Übung")
@@ -190,12 +191,9 @@ def test_notices_are_given_once_per_data_set(tmp_path: Path, weights: Path) -> N
             heard.append(message)
 
     config = KnnConfig(checkpoint=str(weights), data=DataConfig(spec=str(tmp_path / "data")), device="cpu")
-    inputs = EncoderInputs(config, config.checkpoint, Heard(), need_labels=False)
-    other = EncoderInputs(config, config.checkpoint, Heard(), need_labels=False)
-    other.share_images(inputs)
-    for each in (inputs, other):
-        each.source("train")
-        each.source("val")
+    shutil.copy(weights, tmp_path / "other.safetensors")
+    both = [config.checkpoint, str(tmp_path / "other.safetensors")]
+    open_encoders(config, both, Heard(), Checks(), "checkpoints", need_labels=False)
     assert heard == [f"{tmp_path}/data: 1 file is not used: 1 .heic"]
 
 

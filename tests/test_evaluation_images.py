@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -69,20 +70,20 @@ def shape_in_alpha(gray: Any) -> Image.Image:
 def test_shapes_in_the_alpha_channel(tmp_path: Path) -> None:
     data = write(tmp_path / "icons", shape_in_alpha)
     value, told = top1(data)
-    assert value == 25 and len(told) == 2
+    assert math.isnan(value) and len(told) == 2  # features do not vary
     assert "8 of 8 training images" in told[0] and "8 of 8 validation images" in told[1]
     assert all("data.alpha" in line and "of one colour" in line for line in told)
     for alpha in ("white", "checker"):
         assert top1(data, alpha=alpha) == (100, [])
     value, told = top1(data, alpha="black")  # black on black
-    assert value == 25 and all("of one colour" in line for line in told)
+    assert math.isnan(value) and all("of one colour" in line for line in told)
 
 
 @pytest.mark.parametrize("choice", ["image", "percentile", "900,1155"])
 def test_scans_that_use_a_small_range(tmp_path: Path, choice: str) -> None:
     data = write(tmp_path / "ct", lambda gray: Image.fromarray(gray.astype(np.uint16) + 900), "tif")
     value, told = top1(data)
-    assert value < 100 and len(told) == 2 and all("data.range" in line and "16-bit" in line for line in told)
+    assert value != 100 and len(told) == 2 and all("data.range" in line and "16-bit" in line for line in told)
     assert top1(data, range=choice) == (100, [])
 
 

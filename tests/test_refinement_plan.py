@@ -51,7 +51,7 @@ def test_foreign_weights_are_what_they_say(paths: tuple[Path, Path], tmp_path: P
     torch.save({"model": state | {"decoder_pred.bias": torch.zeros(2)}}, tmp_path / "mae.pth")
     config = refine_config(tmp_path / "mae.pth", paths[1])
     with pytest.raises(
-        CheckpointError, match=r"heads is unknown for a width of 32; --set encoder\.num_heads=N .*; pass --arch$"
+        CheckpointError, match=r"heads is unknown for a width of 32; --set encoder\.num_heads=N .*; pass --arch"
     ):
         make_plan(config)
     plan = make_plan(refine_config(tmp_path / "mae.pth", paths[1], encoder__num_heads=2, encoder__source="dbot"))
@@ -106,5 +106,5 @@ def test_a_benchmark_has_the_encoder_of_the_run(paths: tuple[Path, Path], tmp_pa
     assert resolve_encoder(config)[0].image_size == 32
     torch.save({"a": torch.zeros(3)}, tmp_path / "unknown.pth")
     for ask in (make_plan, resolve_encoder):
-        with pytest.raises(CheckpointError, match=r"; pass --arch$"):
+        with pytest.raises(CheckpointError, match=r"; pass --arch"):
             ask(refine_config(tmp_path / "unknown.pth", paths[1]))

@@ -134,16 +134,16 @@ def test_a_dead_loader_process_is_reported_with_its_image(
 def test_a_dead_loader_process_of_the_check_after_an_epoch(
     tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = FileSource.read
+    read = FileSource.read_reduced
 
-    def deadly(self: FileSource, index: int) -> torch.Tensor:
+    def deadly(self: FileSource, index: int, reduce: Any) -> Any:
         # After the check at the start of stage 2.
         if multiprocessing.parent_process() is not None and "knn_top1" in (tmp_path / "metrics.jsonl").read_text():
             os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(10)
-        return read(self, index)
+        return read(self, index, reduce)
 
-    monkeypatch.setattr(FileSource, "read", deadly)
+    monkeypatch.setattr(FileSource, "read_reduced", deadly)
     assert run(tiny.line(tmp_path, workers=1, monitor__knn_every_epochs=1)) == 2
     told = error_line(capsys)
     assert told.startswith(f"mimref: error: a loader process died (Killed) at {tiny.data}/train/")

@@ -1,9 +1,8 @@
 """Whether the images of a data set can be read at all."""
 
-from mimref.data.decode import NAMED_BAD_IMAGES, BadImage, BadImages
+from mimref.data.decode import BadImage, BadImages, none_readable
 from mimref.data.index.remote import UnreachableError
 from mimref.data.sources import ImageSource
-from mimref.errors import DataError
 
 
 def check_readable(source: ImageSource, max_bad: int) -> None:
@@ -23,6 +22,4 @@ def check_readable(source: ImageSource, max_bad: int) -> None:
             return
         else:
             return
-    named = ", ".join(f"{path} ({reason})" for path, reason in bad.items[:NAMED_BAD_IMAGES])
-    more = ", ..." if len(bad.items) > NAMED_BAD_IMAGES else ""
-    raise DataError(f"{source.name}: none of the {len(source)} images can be read: {named}{more}; fix or replace them")
+    raise none_readable(source.name, bad.items)

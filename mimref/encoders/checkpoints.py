@@ -32,6 +32,7 @@ from mimref.encoders.folders import saved_config, saved_normalisation, shard_hin
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
 from mimref.encoders.grids import Grid
 from mimref.encoders.layouts import INTERPOLATIONS
+from mimref.encoders.parameters import tensors_hash
 from mimref.encoders.parts import (
     NoChoice,
     Unrecognised,
@@ -91,7 +92,7 @@ class Checkpoint:
 
         Where the file holds several encoders, or its grid of patches is no square, it depends on the choice as well.
         """
-        digest, found = _digest(self.tensors), self.recognised
+        digest, found = tensors_hash(self.tensors), self.recognised
         chosen = [found.prefix] if found and found.others else [self.part] if self.part and not found else []
         chosen += [f"{found.grid}"] if found and found.grid[0] != found.grid[1] else []
         return hashlib.sha256(" ".join((digest, *chosen)).encode()).hexdigest() if chosen else digest
@@ -394,16 +395,3 @@ def save_encoder(
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in encoder.vit.state_dict().items()}
     described = {"architecture": encoder.architecture.to_dict(), **header}
     write_bytes(path, save(tensors, metadata={"mimref": json.dumps(described), "format": "pt"}))
-
-
-def weights_hash(encoder: Encoder) -> str:
-    """SHA-256 of an encoder's tensors, to see whether two runs start from the same weights."""
-    return _digest(encoder.vit.state_dict())
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

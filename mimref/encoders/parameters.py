@@ -1,7 +1,12 @@
-"""An encoder's parameters for training: layer-wise learning rates, weight decay, freezing."""
+"""An encoder's parameters: layer-wise learning rates, weight decay, freezing, and what identifies them."""
 
+import hashlib
 import re
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from mimref.encoders.vit import Encoder
 
@@ -49,3 +54,17 @@ def encoder_groups(encoder: Encoder, *, weight_decay: float, layer_decay: float)
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def weights_hash(encoder: Encoder) -> str:
+    """SHA-256 of an encoder's tensors, to see whether two runs start from the same weights."""
+    return tensors_hash(encoder.vit.state_dict())
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors' names and bytes. Reads every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

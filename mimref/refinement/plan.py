@@ -94,8 +94,6 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     """Read the weights that the settings name, find the training images, and check what does not need the other."""
     check_device(config, checks)
     _check_epochs(config, checks)
-    if (heads_from := config.heads_from) is not None:
-        checks.run("heads_from", lambda: heads_file(heads_from))
     sources: dict[Split, ImageSource] = {}
     if config.data.spec is not None:
         sources = open_images(config.data, progress, checks, need_labels=False, splits=["train"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from mimref.encoders.checkpoints import weights_hash
+from mimref.encoders.parameters import weights_hash
 from mimref.errors import CheckpointError, ConfigError
 from mimref.files import atomic_write
 from mimref.progress import Listener

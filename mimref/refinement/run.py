@@ -26,7 +26,7 @@ from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads
 from mimref.refinement.memory import choose_micro_batch
 from mimref.refinement.method import Method
-from mimref.refinement.plan import Plan, base_encoder, make_plan
+from mimref.refinement.plan import Plan, base_encoder, heads_file, make_plan
 from mimref.refinement.reuse import load_heads, save_heads
 from mimref.refinement.stages import EncoderStage, HeadsStage
 from mimref.refinement.sweep import rank_heads
@@ -65,6 +65,8 @@ def refine(
     """
     run = TrainingRun(config, out, listener, resume=resume, force=force)
     checks = checks or Checks()
+    if (heads_from := config.heads_from) is not None and not resume:  # a saved state holds the heads
+        checks.run("heads_from", lambda: heads_file(heads_from))
     if (found := run.finished(checks)) is not None:
         return RefineResult(out, *found)
     if not checks.passed:

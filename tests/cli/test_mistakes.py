@@ -167,7 +167,7 @@ def test_images_are_tried_until_one_can_be_read(here: Path, tmp_path: Path, caps
         path.write_bytes(b"no image")
     line = ["knn", str(here / "base.safetensors"), "--data", str(data)]
     assert run(line) == 0
-    assert "3 training images are left out" in capsys.readouterr().err
+    assert "3 of 48 training images" in capsys.readouterr().err
     assert run([*line, "--set", "data.max_bad=2", "--blocks", "9"]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "--blocks 9" in first and "3 images" in second and "data.max_bad=2" in second
@@ -246,7 +246,12 @@ def test_messages_name_options_and_settings_that_exist() -> None:
         for below in getattr(command, "commands", {}).values():
             yield from parameters(below)
 
-    options = {*parameters(get_command(app)), "--help", "--max-restarts"}  # the last is torchrun's
+    options = {
+        *parameters(get_command(app)),
+        "--help",
+        "--max-restarts",
+        "--shm-size",
+    }  # those of torchrun and of containers
     settings = {key for model in MODELS.values() for key in setting_fields(model)}
     sections = {key.partition(".")[0] for key in settings if "." in key}
     found = dict(names_in_messages())
