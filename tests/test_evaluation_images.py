@@ -14,7 +14,7 @@ from PIL import Image
 from mimref.api import extract, load
 from mimref.cli import run
 from mimref.config.base import DataConfig
-from mimref.errors import CheckpointError, DataError
+from mimref.errors import CheckpointError, DataError, UserErrors
 from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.cluster.protocol import evaluate_cluster
 from mimref.evaluation.knn.config import KnnConfig
@@ -89,7 +89,7 @@ def test_scans_that_use_a_small_range(tmp_path: Path, choice: str) -> None:
 
 def test_floating_point_scans(tmp_path: Path) -> None:
     data = write(tmp_path / "float", lambda gray: Image.fromarray(gray.astype(np.float32) / 255 - 0.5), "tif")
-    with pytest.raises(DataError, match=r"no readable image of 8: .*0\.tif \(floating-point .*data\.range"):
+    with pytest.raises(UserErrors, match=r"no readable image of 8: .*0\.tif \(floating-point .*data\.range"):
         top1(data)
     assert top1(data, range="image")[0] == top1(data, range="-0.5,0.5")[0] == 100
 

@@ -265,4 +265,4 @@ def test_messages_name_options_and_settings_that_exist() -> None:
             assert name in settings, (name, place)
 
 
-FILES = (".png", ".md", ".json", ".pt", ".pth", ".safetensors", ".npz")
+FILES = (".pkl", ".png", ".md", ".json", ".pt", ".pth", ".safetensors", ".npz")
