@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
-from mimref.encoders.checkpoints import encoder_from, load_weights, read_checkpoint, save_encoder, weights_hash
+from mimref.encoders.checkpoints import encoder_from, load_weights, read_checkpoint, save_encoder
+from mimref.encoders.parameters import weights_hash
 from mimref.encoders.positions import resize_positions
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError
