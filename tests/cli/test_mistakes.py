@@ -246,12 +246,9 @@ def test_messages_name_options_and_settings_that_exist() -> None:
         for below in getattr(command, "commands", {}).values():
             yield from parameters(below)
 
-    options = {
-        *parameters(get_command(app)),
-        "--help",
-        "--max-restarts",
-        "--shm-size",
-    }  # those of torchrun and of containers
+    # Of torchrun, of containers and of pip.
+    others = {"--max-restarts", "--shm-size", "--no-build-isolation"}
+    options = {*parameters(get_command(app)), "--help", *others}
     settings = {key for model in MODELS.values() for key in setting_fields(model)}
     sections = {key.partition(".")[0] for key in settings if "." in key}
     found = dict(names_in_messages())
