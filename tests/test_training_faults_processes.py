@@ -1,5 +1,6 @@
 """What a run survives: signals, kills and loader processes that die; and the memory of a long run."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -117,6 +118,7 @@ def test_a_dead_loader_process_is_reported_with_its_image(
         if multiprocessing.parent_process() is not None:
             reads += self.files[index] == "b/003.png"
             if reads == 2:  # in the second epoch
+                faulthandler.disable()  # else a segmentation fault fills the terminal
                 os.kill(os.getpid(), number)
                 time.sleep(10)
         return read(self, index, reduce)
