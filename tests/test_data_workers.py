@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import faulthandler
 import multiprocessing
 import multiprocessing.util
 import os
@@ -42,6 +43,7 @@ class Deadly(ArraySource):
 
     def read(self, index: int) -> torch.Tensor:
         if multiprocessing.parent_process() is not None and index == self.last:
+            faulthandler.disable()  # else a segmentation fault fills the terminal
             os.kill(os.getpid(), self.number)
             time.sleep(10)
         return super().read(index)
