@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mimref.config.base import DataConfig, Interpolation
+from mimref.config.base import DataConfig, Interpolation, ReadingConfig
+from mimref.config.load import validated
 from mimref.data.open import open_source
 from mimref.data.sources import ArraySource, ImageSource, Split
 from mimref.data.transforms import EvalTransform
@@ -66,7 +67,8 @@ def load(
     images; None: the encoder's own. interpolation: of positions to another resolution, as `encoder.interpolation`.
     Raises CheckpointError for a file that holds no encoder, ConfigError for names and sizes that do not fit.
     """
-    checkpoint = read_checkpoint(path, num_heads=num_heads, part=part, grid=grid, interpolation=interpolation)
+    hints = {"num_heads": num_heads, "part": part, "grid": grid, "interpolation": interpolation}
+    checkpoint = read_checkpoint(path, validated(ReadingConfig, hints))
     architecture = choose_architecture(checkpoint, arch, source, resolution)
     transform = eval_transform(architecture, DataConfig(), checkpoint.header, resolution=resolution)
     for notice in checkpoint.notices(architecture, [transform.image_size]):

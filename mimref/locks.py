@@ -21,7 +21,7 @@ def acquire(file: Path, timeout_s: float) -> FileLock:
     lock = FileLock(file)
     try:
         lock.acquire(timeout=timeout_s)
-    except NotImplementedError as error:  # the file system has no locks
+    except NotImplementedError as error:  # how filelock reports a file system without locks
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(file)) from error
     return lock
 

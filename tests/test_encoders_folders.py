@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mimref.api import load
+from mimref.config.base import ReadingConfig
 from mimref.data.transforms import IMAGENET_MEAN
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Architecture, Encoder
@@ -72,7 +73,7 @@ def test_folders_of_the_library(tmp_path: Path) -> None:
         # Weights of width 64 look like those of one head.
         (notice,) = read_checkpoint(path).notices(choose_architecture(read_checkpoint(path)))
         assert "4 attention heads are taken from config.json" in notice
-    assert choose_architecture(read_checkpoint(tmp_path / "one", num_heads=2)).num_heads == 2  # type: ignore[union-attr]
+    assert choose_architecture(read_checkpoint(tmp_path / "one", ReadingConfig(num_heads=2))).num_heads == 2  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])

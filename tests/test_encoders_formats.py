@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimref.config.base import ReadingConfig
 from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.formats import Recognised, recognise
 from mimref.encoders.parts import Unrecognised
@@ -336,10 +337,10 @@ def mutated(content: Any, random: np.random.Generator) -> Any:
 
 
 def test_heads_can_be_given() -> None:
-    assert recognise(outline(96, 2, 16, grid=3), num_heads=3).architecture.num_heads == 3
-    assert recognise(outline(768, 2, 16, grid=3), num_heads=6).architecture.num_heads == 6
+    assert recognise(outline(96, 2, 16, grid=3), ReadingConfig(num_heads=3)).architecture.num_heads == 3
+    assert recognise(outline(768, 2, 16, grid=3), ReadingConfig(num_heads=6)).architecture.num_heads == 6
     with pytest.raises(Unrecognised, match=r"width of 96.*encoder\.num_heads 5"):
-        recognise(outline(96, 2, 16, grid=3), num_heads=5)
+        recognise(outline(96, 2, 16, grid=3), ReadingConfig(num_heads=5))
 
 
 # --- large files

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimref.api import load
-from mimref.config.base import DataConfig
+from mimref.config.base import DataConfig, ReadingConfig
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.export import export_release, export_timm, read_encoder
@@ -25,7 +25,7 @@ from tests.tiny import refine_config, write_labelled
 
 
 def encoder_of(path: Path, **options: Any) -> Encoder:
-    checkpoint = read_checkpoint(path, **options)
+    checkpoint = read_checkpoint(path, ReadingConfig(**options))
     encoder = encoder_from(checkpoint, choose_architecture(checkpoint))
     assert isinstance(encoder, Encoder)
     return encoder.eval()
@@ -164,7 +164,7 @@ def interpolated(patches_1ND: Tensor, rows: int, columns: int) -> Tensor:
 )
 def test_grids_that_are_no_square(patches: int, asked: tuple[int, int] | None, grid: tuple[int, int]) -> None:
     state = dict(timm_vit().state_dict()) | {"pos_embed": torch.randn(1, 1 + patches, WIDTH)}
-    found = recognise(state, grid=asked)
+    found = recognise(state, ReadingConfig(grid=asked))
     side = max(grid)
     assert found.grid == grid and found.architecture.image_size == side * PATCH
     expected = torch.cat([state["pos_embed"][:, :1], interpolated(state["pos_embed"][:, 1:], *grid)], dim=1)
@@ -187,14 +187,14 @@ def test_grids_without_cls_token_or_with_registers() -> None:
 def test_wrong_grids_are_refused() -> None:
     state = dict(timm_vit().state_dict())
     with pytest.raises(Unrecognised, match="not 3 x 5 patches"):
-        recognise(state, grid=(3, 5))
+        recognise(state, ReadingConfig(grid=(3, 5)))
     with pytest.raises(Unrecognised, match=r"2 x 4 patches, not \(4, 2\)"):
-        recognise(state | {"pos_embed": torch.randn(1, 2, 4, WIDTH)}, grid=(4, 2))
+        recognise(state | {"pos_embed": torch.randn(1, 2, 4, WIDTH)}, ReadingConfig(grid=(4, 2)))
 
 
 def test_features_of_two_grids_have_two_keys(tmp_path: Path) -> None:
     state = dict(timm_vit().state_dict()) | {"pos_embed": torch.randn(1, 1 + 32, WIDTH)}
     torch.save(state, tmp_path / "wide.pth")
-    wide, tall = (read_checkpoint(tmp_path / "wide.pth", grid=grid) for grid in ((4, 8), (8, 4)))
+    wide, tall = (read_checkpoint(tmp_path / "wide.pth", ReadingConfig(grid=grid)) for grid in ((4, 8), (8, 4)))
     assert wide.fingerprint != tall.fingerprint
     assert wide.fingerprint == read_checkpoint(tmp_path / "wide.pth").fingerprint

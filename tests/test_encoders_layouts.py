@@ -12,6 +12,7 @@ import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import BackboneArchitecture
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.formats import recognise
@@ -24,7 +25,7 @@ from tests.checkpoints import DEPTH, IMAGE, PATCH, WIDTH, State, load_encoder, p
 
 def loaded(content: Any, path: Path, **options: Any) -> Encoder:
     torch.save(content, path)
-    checkpoint = read_checkpoint(path, **options)
+    checkpoint = read_checkpoint(path, ReadingConfig(**options))
     encoder = encoder_from(checkpoint, choose_architecture(checkpoint))
     assert isinstance(encoder, Encoder)
     return encoder.eval()

@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import Tensor
 
+from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.formats import recognise
@@ -39,7 +40,8 @@ def shifted(state: State) -> State:
 
 def origins(content: Any, part: str | None = None) -> str:
     """Where the patch embedding comes from."""
-    return recognise(content, part=part).origins["patch_embed.proj.weight"][0].removesuffix("patch_embed.proj.weight")
+    found = recognise(content, ReadingConfig(part=part))
+    return found.origins["patch_embed.proj.weight"][0].removesuffix("patch_embed.proj.weight")
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "model.", "net.vit.", "module.student.backbone.", "a.b.c.d."])
@@ -123,10 +125,10 @@ def test_encoders_are_chosen_by_name() -> None:
     for name in ("student", "student.module.backbone", "student.module.backbone.", "stud", "module"):
         assert origins(content, name) == "student.module.backbone."
     assert origins(content, "teacher") == "teacher.backbone."
-    assert recognise(content, part="student").notices[0].startswith("left out")
+    assert recognise(content, ReadingConfig(part="student")).notices[0].startswith("left out")
     for name in ("teachr", "backbone", ""):
         with pytest.raises(NoChoice, match=r"student\.module\.backbone, teacher\.backbone"):
-            recognise(content, part=name)
+            recognise(content, ReadingConfig(part=name))
     # A whole part of a name comes before a piece of one.
     pair = prefixed("backbone.", state) | prefixed("momentum_backbone.", shifted(state))
     assert origins(pair, "backbone") == "backbone."
@@ -143,7 +145,7 @@ def test_names_that_say_nothing_need_a_choice(tmp_path: Path) -> None:
     assert "--arch" not in str(caught.value)
     assert origins(content, "b") == "b."
     with pytest.raises(CheckpointError, match=r"--encoder c .*a, b"):
-        choose_architecture(read_checkpoint(tmp_path / "two.pth", part="c"))
+        choose_architecture(read_checkpoint(tmp_path / "two.pth", ReadingConfig(part="c")))
 
 
 def test_one_encoder_under_two_names_is_one() -> None:
@@ -166,11 +168,13 @@ def test_features_of_two_encoders_have_two_keys(tmp_path: Path) -> None:
     state = dict(timm_vit().state_dict())
     torch.save({"teacher": state, "student": shifted(state)}, tmp_path / "two.pth")
     torch.save({"model": state}, tmp_path / "one.pth")
-    teacher, student = (read_checkpoint(tmp_path / "two.pth", part=part) for part in ("teacher", "student"))
+    teacher, student = (
+        read_checkpoint(tmp_path / "two.pth", ReadingConfig(part=part)) for part in ("teacher", "student")
+    )
     assert teacher.fingerprint == read_checkpoint(tmp_path / "two.pth").fingerprint != student.fingerprint
     # Of a file with one encoder the key is that of its tensors alone, as ever.
     one = read_checkpoint(tmp_path / "one.pth")
-    assert one.fingerprint == read_checkpoint(tmp_path / "one.pth", part="model").fingerprint
+    assert one.fingerprint == read_checkpoint(tmp_path / "one.pth", ReadingConfig(part="model")).fingerprint
     assert one.fingerprint not in (teacher.fingerprint, student.fingerprint)
 
 
@@ -227,7 +231,7 @@ def test_backbones_of_timm_beside_others_and_twice(tmp_path: Path) -> None:
     torch.testing.assert_close(backbone.eval().blocks(images, [backbone.depth])[0], expected, rtol=0, atol=1e-5)
     first, second = checkpoint.notices(architecture)
     assert "momentum_backbone" in first and "projector (2 tensors)" in second
-    chosen = encoder_from(read_checkpoint(tmp_path / "a.ckpt", part="momentum"), architecture)
+    chosen = encoder_from(read_checkpoint(tmp_path / "a.ckpt", ReadingConfig(part="momentum")), architecture)
     assert isinstance(chosen, TimmBackbone)
     assert torch.equal(chosen.model.state_dict()["stem.0.weight"], momentum["stem.0.weight"])
 
@@ -240,5 +244,5 @@ def test_our_own_files_have_one_encoder(tmp_path: Path) -> None:
     encoder, _ = load_encoder(tmp_path / "a.pth")
     assert isinstance(encoder, Encoder)
     save_encoder(tmp_path / "own.safetensors", encoder, {})
-    checkpoint = read_checkpoint(tmp_path / "own.safetensors", part="teacher")
+    checkpoint = read_checkpoint(tmp_path / "own.safetensors", ReadingConfig(part="teacher"))
     assert "--encoder teacher has no effect" in checkpoint.notices(choose_architecture(checkpoint))[0]

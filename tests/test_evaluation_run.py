@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mimref.cli import run
-from mimref.config.base import DataConfig
+from mimref.config.base import DataConfig, ReadingConfig
 from mimref.data.open import open_source
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import save_encoder
@@ -18,7 +18,6 @@ from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError, UserError
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn, knn
-from mimref.features.config import EvaluatedEncoderConfig
 from mimref.features.encode import PassSettings, block_groups, columns_of, extract
 from mimref.features.inputs import model_name
 from tests.tiny import write_images, write_labelled, write_unlabelled
@@ -172,7 +171,7 @@ def test_heads_that_weights_do_not_show(images: Path, tmp_path: Path) -> None:
     listener = Recorder()
     guessed = evaluate_knn(config(tmp_path / "a.pth", **settings), listener=listener)
     assert sum("encoder.num_heads" in note for note in listener.notes) == 1
-    given = config(tmp_path / "a.pth", encoder=EvaluatedEncoderConfig(num_heads=2), **settings)
+    given = config(tmp_path / "a.pth", encoder=ReadingConfig(num_heads=2), **settings)
     as_timm = config(tmp_path / "a.pth", arch="test_vit", **settings)
     for settled in (given, as_timm):
         listener = Recorder()

@@ -63,15 +63,7 @@ def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
     if weights is None or find_published(weights) is not None:
         architecture = Architecture.from_config(config.encoder)
     else:
-        settings = config.encoder
-        checkpoint = read_checkpoint(
-            weights,
-            num_heads=settings.num_heads,
-            part=settings.part,
-            grid=settings.grid,
-            interpolation=settings.interpolation,
-        )
-        architecture = architecture_to_train(config.encoder, checkpoint)
+        architecture = architecture_to_train(config.encoder, read_checkpoint(weights, config.encoder))
     check_sizes(config, architecture)
     if config.heads.blocks == "auto":
         raise ConfigError("heads.blocks = 'auto' needs images, which a benchmark does not read; name the blocks")

@@ -42,10 +42,12 @@ def inspect(options: InspectOptions) -> None:
       mimref inspect quickstart
       mimref inspect mae_pretrain_vit_large.pth --json
     """
+    from mimref.config.base import ReadingConfig
     from mimref.encoders.inspection import inspect_file
     from mimref.reports.terminal import print_inspection
 
-    inspection = inspect_file(options.file, part=options.encoder, grid=read_grid(options.grid))
+    reading = ReadingConfig(part=options.encoder, grid=read_grid(options.grid))
+    inspection = inspect_file(options.file, reading)
     if options.as_json:
         typer.echo(json.dumps(asdict(inspection), indent=2))
     else:
@@ -84,19 +86,23 @@ def export(options: ExportOptions) -> None:
         wrong = f"--blocks {options.blocks}: requires --to onnx; --to {to} keeps every block"
         checks.add("blocks", ConfigError(wrong))
 
+    from mimref.config.base import ReadingConfig
+    from mimref.config.load import validated
     from mimref.encoders.export import ENDINGS, export_release, export_timm, read_encoder
     from mimref.encoders.export_onnx import check_packages, export_onnx
     from mimref.features.encode import block_groups
     from mimref.files import check_new_file
     from mimref.reports.terminal import Terminal
 
-    hints = {name: getattr(options, name) for name in ("arch", "source", "num_heads", "resolution", "interpolation")}
-    hints |= {"part": options.encoder, "grid": read_grid(options.grid)}
+    hints = {name: getattr(options, name) for name in ("arch", "source", "resolution")}
+    of_file = {"num_heads": options.num_heads, "part": options.encoder, "grid": read_grid(options.grid)}
+    of_file["interpolation"] = options.interpolation
+    reading = checks.run("interpolation", lambda: validated(ReadingConfig, of_file))
     checks.run("out", lambda: check_new_file(out, ENDINGS[to], force))
     if to == "onnx":
         checks.run("to", check_packages)
     with Terminal(options.quiet) as terminal:
-        read = checks.run("checkpoint", lambda: read_encoder(options.checkpoint, **hints, listener=terminal))
+        read = checks.run("checkpoint", lambda: read_encoder(options.checkpoint, reading, **hints, listener=terminal))
         blocks: list[int] = []
         if read is not None and to == "onnx":
             groups = checks.run("blocks", lambda: block_groups(options.blocks or "last", read[0].depth)) or {}

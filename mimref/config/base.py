@@ -59,6 +59,21 @@ class Section(BaseModel):
         return {key: None if value == "none" and key in optional else value for key, value in table.items()}
 
 
+class ReadingConfig(Section):
+    """What cannot be inferred from an encoder's weights."""
+
+    num_heads: int | None = Field(default=None, gt=0)
+    """Attention heads, which a `custom` encoder needs. None: those of the published model of the weights' width, else
+    one per 64 channels."""
+    part: str | None = None
+    """Which encoder of a file that holds several, such as `teacher`: its prefix in the file, or a part of it that no
+    other has. None: the one that the authors of such files evaluate."""
+    grid: PatchGrid | None = None
+    """Rows and columns of patches that a file's positions are for. None: a square, else the shape nearest to one."""
+    interpolation: Interpolation | None = None
+    """Whose rule interpolates positions to other image sizes than the weights'. None: that of the weights' format."""
+
+
 class DataConfig(Section):
     """Which images."""
 

@@ -13,15 +13,14 @@ from mimref.config.base import (
     Decay,
     Fraction,
     Hue,
-    Interpolation,
-    PatchGrid,
     PositiveRange,
     Probabilities,
+    ReadingConfig,
     Section,
 )
 
 
-class EncoderConfig(Section):
+class EncoderConfig(ReadingConfig):
     """Which encoder, and where its weights come from."""
 
     arch: str = "vit_l16"
@@ -37,17 +36,8 @@ class EncoderConfig(Section):
     """Token width of a `custom` encoder."""
     depth: int | None = Field(default=None, gt=0)
     """Number of blocks of a `custom` encoder."""
-    num_heads: int | None = Field(default=None, gt=0)
-    """Attention heads of a `custom` encoder, and of weights of an unusual width: they cannot be inferred."""
     patch_size: int | None = Field(default=None, gt=0)
     """Pixels per patch side of a `custom` encoder."""
-    part: str | None = None
-    """Which encoder of a file that holds several, such as `teacher`: its prefix in the file, or a part of it that no
-    other has. None: the one that the authors of such files evaluate."""
-    grid: PatchGrid | None = None
-    """Rows and columns of patches that a file's positions are for. None: a square, else the shape nearest to one."""
-    interpolation: Interpolation | None = None
-    """Whose rule interpolates positions to other image sizes than the weights'. None: that of the weights' format."""
 
     @model_validator(mode="after")
     def _check_custom(self) -> Self:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mimref.config.base import Interpolation
+from mimref.config.base import Interpolation, ReadingConfig
 from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import (
     BackboneArchitecture,
@@ -30,7 +30,6 @@ from mimref.encoders.backbones import (
 )
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
-from mimref.encoders.grids import Grid
 from mimref.encoders.layouts import INTERPOLATIONS
 from mimref.encoders.parameters import tensors_hash
 from mimref.encoders.parts import (
@@ -43,11 +42,11 @@ from mimref.encoders.parts import (
     left_out_notice,
     matching_prefixes,
 )
-from mimref.encoders.positions import RULES, resize_positions
+from mimref.encoders.positions import resize_positions
 from mimref.encoders.published import find_published
 from mimref.encoders.reading import first_line, named_tensors, read_file
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, RatesOnCpu, are_sincos, build_encoder, is_plain_vit
-from mimref.errors import CheckpointError, ConfigError, did_you_mean
+from mimref.errors import CheckpointError, ConfigError
 from mimref.files import write_bytes
 from mimref.progress import LabelledProgress
 
@@ -152,39 +151,24 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    path: str | Path,
-    *,
-    num_heads: int | None = None,
-    part: str | None = None,
-    grid: Grid | None = None,
-    interpolation: Interpolation | None = None,
-    progress: LabelledProgress | None = None,
+    path: str | Path, reading: ReadingConfig | None = None, *, progress: LabelledProgress | None = None
 ) -> Checkpoint:
     """Read a weights file, a run's or `save_pretrained`'s folder, published weights or `timm:NAME`, or `quickstart`.
 
-    num_heads, part, grid, interpolation: of a foreign file, as in `recognise`; interpolation also of our own. progress:
-    of a download. Raises CheckpointError with one line for a missing or damaged file, and for a `part` that it does not
-    have, ConfigError for an unknown interpolation.
+    reading: what the file does not say; of our own files, only the interpolation counts. progress: of a download.
+    Raises CheckpointError with one line for a missing or damaged file, and for a `part` that it does not have.
     """
-    if interpolation not in (None, *RULES):
-        raise ConfigError(f"unknown interpolation {interpolation!r}{did_you_mean(str(interpolation), RULES)}")
-    checkpoint = _read(path, num_heads, part, grid, interpolation, progress)
-    if interpolation is None:
+    reading = reading or ReadingConfig()
+    checkpoint = _read(path, reading, progress)
+    if reading.interpolation is None:
         return checkpoint
-    architecture = checkpoint.architecture and replace(checkpoint.architecture, interpolation=interpolation)
-    return replace(checkpoint, architecture=architecture, interpolation=interpolation)
+    architecture = checkpoint.architecture and replace(checkpoint.architecture, interpolation=reading.interpolation)
+    return replace(checkpoint, architecture=architecture, interpolation=reading.interpolation)
 
 
-def _read(
-    path: str | Path,
-    num_heads: int | None,
-    part: str | None,
-    grid: Grid | None,
-    interpolation: Interpolation | None,
-    progress: LabelledProgress | None,
-) -> Checkpoint:
+def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress | None) -> Checkpoint:
     if isinstance(path, str) and path.startswith(_TIMM):
-        return replace(_from_timm(path), part=part)
+        return replace(_from_timm(path), part=reading.part)
     file, content, header, ignored = read_file(path, progress)
     weights = content
     for wrapper in ("model", "state_dict"):
@@ -192,7 +176,7 @@ def _read(
             weights = weights[wrapper]
     source, licence = (value if isinstance(value := header.get(key), str) else None for key in ("source", "licence"))
     tensors = dict(named_tensors(weights))
-    checkpoint = Checkpoint(file, tensors, header, source=source, licence=licence, ignored=ignored, part=part)
+    checkpoint = Checkpoint(file, tensors, header, source=source, licence=licence, ignored=ignored, part=reading.part)
     if "architecture" in header:
         try:
             return replace(checkpoint, architecture=Architecture.from_dict(header["architecture"]))
@@ -200,9 +184,7 @@ def _read(
             raise CheckpointError(f"{file}: damaged header ({error})") from error
     try:
         checkpoint = replace(checkpoint, named=clean_names(content)[0])
-        found = recognise(
-            content, num_heads=num_heads, part=part, grid=grid, config=saved_config(file), interpolation=interpolation
-        )
+        found = recognise(content, reading, config=saved_config(file))
     except NoChoice as reason:
         return replace(checkpoint, problem=str(reason))
     except Unrecognised as reason:

@@ -18,10 +18,9 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mimref.config.base import Interpolation
+from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import native_size
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
-from mimref.encoders.grids import Grid
 from mimref.encoders.vit import Architecture, Encoder, RatesOnCpu, build_encoder, timm_options
 from mimref.errors import ConfigError, OutputError
 from mimref.files import atomic_path, check_new_file
@@ -52,26 +51,21 @@ class Export:
 
 def read_encoder(
     path: str | Path,
+    reading: ReadingConfig | None = None,
     *,
     arch: str | None = None,
     source: str | None = None,
-    num_heads: int | None = None,
-    part: str | None = None,
-    grid: Grid | None = None,
     resolution: int | None = None,
-    interpolation: Interpolation | None = None,
     listener: Listener | None = None,
 ) -> tuple[Encoder, dict[str, Any]]:
     """A checkpoint's encoder in fp32 on the CPU, and the facts about it that every export keeps.
 
-    arch, source, num_heads, part, grid, interpolation: as in `choose_architecture` and `read_checkpoint`. resolution:
-    pixels per side to interpolate positions to. Raises CheckpointError for a file that is no plain vision transformer,
-    ConfigError for values that do not fit it.
+    reading, arch, source: as in `read_checkpoint` and `choose_architecture`. resolution: pixels per side to interpolate
+    positions to. Raises CheckpointError for a file that is no plain vision transformer, ConfigError for values that do
+    not fit it.
     """
     listener = listener or Silent()
-    checkpoint = read_checkpoint(
-        path, num_heads=num_heads, part=part, grid=grid, interpolation=interpolation, progress=listener.progress
-    )
+    checkpoint = read_checkpoint(path, reading, progress=listener.progress)
     architecture = choose_architecture(checkpoint, arch, source, resolution)
     if not isinstance(architecture, Architecture):
         raise ConfigError(f"--arch {arch}: only plain vision transformers can be exported")
@@ -303,7 +297,7 @@ def _release_state(encoder: Encoder) -> dict[str, Tensor]:
 
 def _read_release(file: Path, encoder: Encoder) -> dict[str, Tensor]:
     """Features of the file, recognised as any foreign checkpoint. Raises ConfigError for tensors it should not have."""
-    checkpoint = read_checkpoint(file, num_heads=encoder.architecture.num_heads)
+    checkpoint = read_checkpoint(file, ReadingConfig(num_heads=encoder.architecture.num_heads))
     if checkpoint.recognised is None:
         name, problem = encoder.architecture.name, checkpoint.problem
         raise ConfigError(f"--to release: the layout does not fit {name} ({problem}); use --to timm or --to onnx")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimref.config.base import Interpolation
+from mimref.config.base import ReadingConfig
 from mimref.encoders.grids import Grid, prepare_positions, unsaved_positions
 from mimref.encoders.layouts import (
     DROPPABLE,
@@ -76,21 +76,15 @@ class Recognised:
 
 
 def recognise(
-    content: Mapping[Any, Any],
-    *,
-    num_heads: int | None = None,
-    part: str | None = None,
-    grid: Grid | None = None,
-    config: Mapping[str, Any] | None = None,
-    interpolation: Interpolation | None = None,
+    content: Mapping[Any, Any], reading: ReadingConfig | None = None, *, config: Mapping[str, Any] | None = None
 ) -> Recognised:
     """Find the plain vision transformer in a file's content. Raises Unrecognised with the reason if there is none.
 
-    num_heads: attention heads; None takes those of `config`, else of the published model of this width, else one per 64
-    channels. part: which of several encoders, by its prefix or a part of it; None is the one that its authors evaluate.
-    grid: rows and columns of patches; None is a square, else what is nearest to one. config: what Hugging Face saves
-    beside the weights. interpolation: None is the format's. Raises NoChoice for several encoders and no way to choose.
+    reading: what the file does not say. config: what Hugging Face saves beside the weights; its attention heads count
+    where `reading` names none. Raises NoChoice for several encoders and no way to choose.
     """
+    reading = reading or ReadingConfig()
+    part, grid = reading.part, reading.grid
     named, full_names = clean_names(content)
     found = _find_encoders(named)
     prefix = choose_part(named, list(found), part)
@@ -114,17 +108,17 @@ def recognise(
     flat = _complete_flat(encoder, tensors, grid, notices)
     raw = dict(tensors)
     file_grid = prepare_positions(tensors, grid, notices)
-    architecture = _read_architecture(tensors, names, num_heads, config or {}, notices)
+    architecture = _read_architecture(tensors, names, reading.num_heads, config or {}, notices)
     _check(tensors, architecture)
     format_and_source = format_name(prefix, found[prefix], names, architecture)
     as_image, fixed = raw["pos_embed"].ndim == 4, architecture.fixed_positions
     usual, guessed = format_interpolation(*format_and_source, names, architecture, as_image=as_image, grid=file_grid)
     if file_grid[0] != file_grid[1]:
         # Only now is it known whose rule makes the grid a square.
-        prepare_positions(tensors := raw, grid, [], interpolation or usual)
+        prepare_positions(tensors := raw, grid, [], reading.interpolation or usual)
     return Recognised(
         *format_and_source,
-        replace(architecture, interpolation=interpolation or usual, fixed_positions=fixed or flat),
+        replace(architecture, interpolation=reading.interpolation or usual, fixed_positions=fixed or flat),
         tensors,
         {target: [full_names[prefix + name] for name in parts.get(target, [])] for target in tensors},
         dropped,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mimref.config.base import ReadingConfig
 from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.grids import Grid
 from mimref.encoders.parts import show_part
@@ -51,12 +52,12 @@ class Inspection:
     """Of our own files, without the architecture."""
 
 
-def inspect_file(path: str | Path, *, part: str | None = None, grid: Grid | None = None) -> Inspection:
+def inspect_file(path: str | Path, reading: ReadingConfig | None = None) -> Inspection:
     """Recognise a file without loading its tensors. Raises CheckpointError with the reason if it is no encoder.
 
-    part, grid: as in `read_checkpoint`.
+    reading: as in `read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path, part=part, grid=grid)
+    checkpoint = read_checkpoint(path, reading)
     architecture = checkpoint.architecture
     if architecture is None:
         what = "not recognised: " if checkpoint.advice else ""

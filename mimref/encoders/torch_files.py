@@ -178,6 +178,7 @@ def _read_old(memory: mmap.mmap, stream: io.BufferedReader) -> Any:
     left = len(memory)
 
     def allocate(key: str, count: int, dtype: torch.dtype) -> torch.UntypedStorage:
+        """The memory of a storage, filled once the pickles have been read. Raises Unreadable beyond the file's size."""
         nonlocal left
         if key not in storages:
             left -= count * dtype.itemsize

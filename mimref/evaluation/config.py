@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mimref.config.base import CommandConfig, Numbers
+from mimref.config.base import CommandConfig, Numbers, ReadingConfig
 from mimref.evaluation.probe.config import ProbeTrainingConfig
-from mimref.features.config import EncoderPassConfig, EvaluatedEncoderConfig
+from mimref.features.config import EncoderPassConfig
 
 
 class CompareConfig(EncoderPassConfig):
@@ -42,7 +42,7 @@ class InterpolateConfig(CommandConfig):
     """All settings of `mimref interpolate`."""
 
     command = "interpolate"
-    encoder: EvaluatedEncoderConfig = EvaluatedEncoderConfig()
+    encoder: ReadingConfig = ReadingConfig()
     base: str
     """Weights file, or a run's output folder."""
     refined: str

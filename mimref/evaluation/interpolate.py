@@ -82,14 +82,7 @@ def average(base: Encoder, refined: Encoder, alpha: float) -> Encoder:
 
 
 def _read(path: str, config: InterpolateConfig, listener: Listener) -> tuple[Checkpoint, Encoder]:
-    checkpoint = read_checkpoint(
-        path,
-        num_heads=config.encoder.num_heads,
-        part=config.encoder.part,
-        grid=config.encoder.grid,
-        interpolation=config.encoder.interpolation,
-        progress=listener.progress,
-    )
+    checkpoint = read_checkpoint(path, config.encoder, progress=listener.progress)
     if checkpoint.architecture is None:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}")
     for notice in checkpoint.notices(checkpoint.architecture):

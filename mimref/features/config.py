@@ -4,21 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mimref.config.base import CommandConfig, Interpolation, PatchGrid, Section
-
-
-class EvaluatedEncoderConfig(Section):
-    """What cannot be inferred from an encoder's weights."""
-
-    num_heads: int | None = Field(default=None, gt=0)
-    """Attention heads; None: those of the published model of the same width, else one per 64 channels."""
-    part: str | None = None
-    """Which encoder of a file that holds several, such as `teacher`: its prefix in the file, or a part of it that no
-    other has. None: the one that the authors of such files evaluate."""
-    grid: PatchGrid | None = None
-    """Rows and columns of patches that a file's positions are for. None: a square, else the shape nearest to one."""
-    interpolation: Interpolation | None = None
-    """Whose rule interpolates positions to other resolutions than the weights'. None: that of the weights' format."""
+from mimref.config.base import CommandConfig, ReadingConfig, Section
 
 
 class CacheConfig(Section):
@@ -36,7 +22,7 @@ class CacheConfig(Section):
 class EncoderPassConfig(CommandConfig):
     """Settings of every command that reads features of encoders."""
 
-    encoder: EvaluatedEncoderConfig = EvaluatedEncoderConfig()
+    encoder: ReadingConfig = ReadingConfig()
     cache: CacheConfig = CacheConfig()
     arch: str | None = None
     """As `encoder.arch`; None: read from the checkpoint."""

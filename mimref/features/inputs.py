@@ -57,14 +57,7 @@ class EncoderInputs:
     ) -> None:
         self.config, self.listener, self.need_labels = config, listener, need_labels
         self.name = model_name(checkpoint)
-        self.checkpoint = read_checkpoint(
-            checkpoint,
-            num_heads=config.encoder.num_heads,
-            part=config.encoder.part,
-            grid=config.encoder.grid,
-            interpolation=config.encoder.interpolation,
-            progress=listener.progress,
-        )
+        self.checkpoint = read_checkpoint(checkpoint, config.encoder, progress=listener.progress)
         self.architecture = choose_architecture(self.checkpoint, config.arch, config.source, config.resolution)
         header = self.checkpoint.header
         device = resolve_device(config.device)

@@ -100,17 +100,7 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     weights = checks.run("encoder.weights", lambda: _weights_name(config.encoder))
     checkpoint = architecture = data = None
     if weights is not None and (checks.passed or not must_download(weights)):
-        asked = config.encoder
-        read = partial(
-            read_checkpoint,
-            weights,
-            num_heads=asked.num_heads,
-            part=asked.part,
-            grid=asked.grid,
-            interpolation=asked.interpolation,
-            progress=progress,
-        )
-        checkpoint = checks.run("encoder.weights", read)
+        checkpoint = checks.run("encoder.weights", lambda: read_checkpoint(weights, config.encoder, progress=progress))
     if checkpoint is not None:
         architecture = checks.run("encoder.arch", partial(architecture_to_train, config.encoder, checkpoint))
         data = checks.run("data.spec", partial(resolve_data, config.data, checkpoint.header))
