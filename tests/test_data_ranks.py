@@ -8,7 +8,7 @@ from mimref.data.loader import view_batches
 from mimref.data.open import open_source
 from mimref.data.views import CropGroup
 from tests.ranks import run_ranks
-from tests.test_data_wds import samples, write_shard
+from tests.wds_shards import samples, write_shard
 
 BATCH, IMAGES = 10, 37  # 7 a shard, 2 in the last one; the last 7 of an epoch are no full batch
 

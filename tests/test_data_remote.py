@@ -23,8 +23,8 @@ from mimref.data.readers.wds import ShardSource
 from mimref.data.views import CropGroup
 from mimref.errors import DataError, Interrupted
 from mimref.refinement.run import refine
-from tests.test_data_wds import labels_of, numbers, samples, write_shard
 from tests.tiny import Watcher, refine_config, saved_step, write_weights
+from tests.wds_shards import labels_of, numbers, samples, write_shard
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
