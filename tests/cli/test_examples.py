@@ -87,7 +87,7 @@ def no_work(all_imported: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for name in WORK:
         monkeypatch.setattr(name, reach)
     inspect = inspection.inspect_file
-    quick = lambda file, **options: inspect(file, **options) if file == "quickstart" else reach(file)  # noqa: E731
+    quick = lambda file, reading: inspect(file, reading) if file == "quickstart" else reach(file)  # noqa: E731
     monkeypatch.setattr(inspection, "inspect_file", quick)
     monkeypatch.chdir(tmp_path)
 
