@@ -182,6 +182,7 @@ class _Worker(Generic[_Batch]):
         looks = stopped = 0
 
         def look() -> None:
+            """Count one look at the process; raise once it is given up."""
             nonlocal looks, stopped
             looks, stopped = looks + 1, stopped + 1 if _is_stopped(self.process.pid) else 0
             if stopped == STOPPED_CHECKS:

@@ -229,6 +229,7 @@ def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None)
     paths = PathList.pack(shards)
 
     def unpack(saved: Arrays) -> ShardIndex | None:
+        """The saved index; None if a shard has changed."""
         states = _states(shards)
         if not np.array_equal(saved["states"], states):
             return None
@@ -239,6 +240,7 @@ def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None)
         return ShardIndex(paths, *places, members, labels, states, unused, saved["kinds"].tolist())
 
     def scan(report: Progress) -> tuple[ShardIndex, Arrays]:
+        """A new index, and what is saved of it."""
         states, scanned_ns = _states(shards), time.time_ns()
         index = _scan(paths, states, choice, report)
         arrays: Arrays = {
