@@ -43,10 +43,11 @@ def open_table(data: DataConfig, split: Split) -> FileSource:
     spec = data.spec or ""
     file = os.path.expanduser(spec.removeprefix("list:"))
     table, columns, others, notices = _read(file, data)
-    paths = _as_spelled(os.path.dirname(file), _paths(table.column(columns.path), columns.path))
+    paths = _paths(table.column(columns.path), columns.path)
     rows = train = np.arange(len(paths), dtype=np.int64)
     if columns.split is not None:
         rows, train = _rows_of(table.column(columns.split), split)
+    paths = _as_spelled(os.path.dirname(file), paths, rows)
     labels, classes = None, None
     if columns.label is not None and (columns.split is not None or split == "train"):
         column = table.column(columns.label)
@@ -172,16 +173,16 @@ def _labels(column: pa.ChunkedArray, rows: Indices, name: str) -> RawLabels | No
     return raw
 
 
-def _as_spelled(folder: str, paths: PathList) -> PathList:
-    """The paths in the spelling of Unicode, composed or decomposed, in which their files exist."""
+def _as_spelled(folder: str, paths: PathList, rows: Indices) -> PathList:
+    """The paths, those of `rows` in the spelling of Unicode, composed or decomposed, in which their files exist."""
     if not (paths.content >= 0x80).any():
         return paths
-    spelled = list(paths)
-    for row, path in enumerate(spelled):
+    respelled: dict[int, str] = {}
+    for row, path in zip(rows.tolist(), map(os.fsdecode, paths.encoded(rows)), strict=True):
         if not path.isascii() and not os.path.lexists(os.path.join(folder, path)):
             others = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
-            spelled[row] = next((each for each in others if os.path.lexists(os.path.join(folder, each))), path)
-    return PathList.pack(spelled)
+            respelled |= {row: each for each in others if os.path.lexists(os.path.join(folder, each))}
+    return PathList.pack(respelled.get(row, path) for row, path in enumerate(paths)) if respelled else paths
 
 
 def _check_files(source: FileSource) -> None:
