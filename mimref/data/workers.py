@@ -114,7 +114,7 @@ def load(
             ) from error
         asked: deque[_Worker[_Batch]] = deque()
         for worker, batch in zip(cycle(started), batches):  # the one is endless
-            # It takes no task before its batch is out: asked earlier, for more images than a pipe holds, both would wait.
+            # It takes no task before its batch is out: both would wait if a list of images did not fit into the pipe.
             loaded = [asked.popleft().receive()] if len(asked) == workers else []
             worker.ask(batch)
             asked.append(worker)
