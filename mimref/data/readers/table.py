@@ -180,8 +180,9 @@ def _as_spelled(folder: str, paths: PathList, rows: Indices) -> PathList:
     respelled: dict[int, str] = {}
     for row, path in zip(rows.tolist(), map(os.fsdecode, paths.encoded(rows)), strict=True):
         if not path.isascii() and not os.path.lexists(os.path.join(folder, path)):
-            others = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
-            respelled |= {row: each for each in others if os.path.lexists(os.path.join(folder, each))}
+            others = [unicodedata.normalize(form, path) for form in ("NFC", "NFD")]
+            if found := [each for each in others if os.path.lexists(os.path.join(folder, each))]:
+                respelled[row] = found[0]
     return PathList.pack(respelled.get(row, path) for row, path in enumerate(paths)) if respelled else paths
 
 
