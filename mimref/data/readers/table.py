@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from mimref.config.base import DataConfig
-from mimref.data.decode import printable, reason_of
+from mimref.data.decode import first_of, printable, reason_of
 from mimref.data.labels import Indices, RawLabels
 from mimref.data.readers.delimited import read_text_table, without_blanks
 from mimref.data.sources import FileSource, NoSplitError, PathList, Split
@@ -60,7 +60,7 @@ def open_table(data: DataConfig, split: Split) -> FileSource:
     source.notices = notices
     _check_files(source)
     if columns.label is None and others:
-        named = ", ".join(map(printable, others[:5]))
+        named = first_of(others, 5)
         source.how_to_label = f"name the column of labels with --set data.label=COLUMN (other columns: {named})"
     return source
 
@@ -199,8 +199,7 @@ def _check_files(source: FileSource) -> None:
     else:
         advice = f"relative paths begin at the table's folder, {printable(os.path.abspath(source.folder))}"
     more = ", ..." if len(source) > len(first) else ""
-    named = ", ".join(map(printable, first))
-    raise DataError("; ".join([f"none of its files exists: {named}{more}", advice, *source.notices]))
+    raise DataError("; ".join([f"none of its files exists: {first_of(first)}{more}", advice, *source.notices]))
 
 
 def _is_text(kind: pa.DataType) -> bool:
