@@ -235,6 +235,21 @@ def test_batches_arrive_as_they_are() -> None:
         one.zero_()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_task_may_be_longer_than_a_pipe(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main process must not wait for room for a task while the loader process waits for room for its batch."""
+    monkeypatch.setattr(workers, "CHECK_S", 0.05)
+    monkeypatch.setattr(workers, "STALLED_CHECKS", 100)
+
+    class Sums(workers.BatchDataset[torch.Tensor]):
+        def __getitem__(self, batch: list[int]) -> torch.Tensor:
+            return torch.full((1 << 17,), sum(batch))
+
+    batches = [list(range(start, 30000)) for start in range(5)]
+    loaded = list(workers.load(Sums(Deadly()), batches, workers=processes))
+    assert [int(each[0]) for each in loaded] == list(map(sum, batches))
+
+
 def test_too_few_descriptors_for_the_processes() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from mimref.benchmarks.stage import resolve_encoder
-from mimref.encoders.checkpoints import encoder_from
+from mimref.encoders.checkpoints import encoder_from, save_encoder
 from mimref.encoders.vit import Encoder, sincos_positions
 from mimref.errors import CheckpointError, ConfigError
 from mimref.refinement.plan import make_plan
@@ -58,6 +58,17 @@ def test_foreign_weights_are_what_they_say(paths: tuple[Path, Path], tmp_path: P
     assert (plan.architecture.depth, plan.architecture.num_heads) == (4, 2)
     assert plan.config.encoder.source == "mae"
     assert plan.warnings == [f"encoder.source dbot is ignored: {tmp_path / 'mae.pth'} is of mae"]
+
+
+def test_training_images_are_decoded_as_the_weights_record(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also where the settings name the images: validation images are decoded so too."""
+    made = make_plan(refine_config(*paths))
+    encoder = encoder_from(made.checkpoint, made.architecture)
+    save_encoder(tmp_path / "turned.safetensors", encoder, {"source": "mae", "data": {"orientation": "exif"}})
+    plan = make_plan(refine_config(tmp_path / "turned.safetensors", paths[1]))
+    assert plan.config.data.orientation == plan.source.decoding.orientation == "exif"
+    plan = make_plan(refine_config(tmp_path / "turned.safetensors", paths[1], data__orientation="file"))
+    assert plan.config.data.orientation == plan.source.decoding.orientation == "file"
 
 
 def test_the_queue_holds_top_k_rows_of_other_images(paths: tuple[Path, Path]) -> None:

@@ -73,8 +73,7 @@ class BadImages:
 
 def first_bad(images: Sequence[tuple[str, str]]) -> str:
     """The first few bad images with their reasons, for a message."""
-    named = ", ".join(f"{path} ({reason})" for path, reason in images[:NAMED_BAD_IMAGES])
-    return named + (", ..." if len(images) > NAMED_BAD_IMAGES else "")
+    return first_of([f"{path} ({reason})" for path, reason in images], NAMED_BAD_IMAGES)
 
 
 def none_readable(name: str, images: Sequence[tuple[str, str]]) -> DataError:
@@ -179,6 +178,11 @@ def printable(path: str) -> str:
     if path.isprintable():
         return path
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in path)
+
+
+def first_of(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, printable, for a message."""
+    return ", ".join(map(printable, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def _reason(file: str | io.BytesIO, error: Exception) -> str:

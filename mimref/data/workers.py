@@ -30,8 +30,6 @@ from mimref.data.decode import BadImage, reason_of
 from mimref.data.sources import ImageSource
 from mimref.errors import DataError
 
-PREFETCH = 2
-"""Batches that a process is asked for at a time."""
 DYING_S = 5.0
 """A pipe can break this long before the process behind it is dead."""
 CHECK_S = 1.0
@@ -116,10 +114,12 @@ def load(
             ) from error
         asked: deque[_Worker[_Batch]] = deque()
         for worker, batch in zip(cycle(started), batches):  # the one is endless
+            # It takes no task before its batch is out: both would wait if a list of images did not fit into the pipe.
+            loaded = [asked.popleft().receive()] if len(asked) == workers else []
             worker.ask(batch)
             asked.append(worker)
-            if len(asked) == PREFETCH * workers:
-                yield pinned(asked.popleft().receive())
+            if loaded:
+                yield pinned(loaded.pop())
         while asked:
             yield pinned(asked.popleft().receive())
     finally:
@@ -182,6 +182,7 @@ class _Worker(Generic[_Batch]):
         looks = stopped = 0
 
         def look() -> None:
+            """Count one look at the process; raise once it is given up."""
             nonlocal looks, stopped
             looks, stopped = looks + 1, stopped + 1 if _is_stopped(self.process.pid) else 0
             if stopped == STOPPED_CHECKS:

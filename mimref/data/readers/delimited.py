@@ -37,7 +37,7 @@ def read_text_table(file: str, known: str) -> tuple[pa.Table, list[str]]:
     if stated := re.match(r"sep=(.)\r?\n", text):  # Excel's own way to state it
         text = text[stated.end() :]
     separator = stated[1] if stated else _separator(text, known, tabs=file.lower().endswith(".tsv"))
-    if re.search(rf'(^|{re.escape(separator)})[^\S\t\r\n]+"', text, re.MULTILINE):
+    if '"' in text and re.search(rf'(^|{re.escape(separator)})[^\S\t\r\n]+"', text, re.MULTILINE):
         # A quote after a blank is a plain character to pyarrow.
         rewritten = io.StringIO()
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)

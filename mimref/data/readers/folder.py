@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mimref.data.decode import printable
+from mimref.data.decode import first_of, printable
 from mimref.data.index.cache import Arrays, comparable_times, load_or_scan
 from mimref.data.labels import Indices, class_name, nearest_class, order_classes
 from mimref.data.sources import FileSource, NoSplitError, PathList, Split
@@ -50,7 +50,7 @@ def open_folder(spec: str, split: Split, progress: LabelledProgress | None = Non
     beside, notices = _beside_splits(root)
     if part is None:
         present, missing = (f"{held}/", "train/") if split == "train" else ("train/", "val/ or test/")
-        others = f" (it has {', '.join(map(printable, beside))})" if beside else ""
+        others = f" (it has {first_of(beside, 5)})" if beside else ""
         raise NoSplitError(f"has {present} but no {missing}{others}; create it, or name the folder of images itself")
     folder = os.path.join(root, part)
     listing = list_folder(folder, progress)
@@ -91,8 +91,8 @@ def _as_source(name: str, folder: str, listing: "Listing", classes: list[str]) -
             notices.append(f"{where}: {named} are taken for classes; splits are named train/ and val/ (or test/)")
         spellings = Counter(map(class_name, below))
         if twice := [name for name, count in spellings.items() if count > 1]:
-            named = ", ".join(map(printable, twice[:3]))
-            notices.append(f"{where}: folders whose names differ in Unicode's spelling alone are one class: {named}")
+            alone = "folders whose names differ in Unicode's spelling alone are one class"
+            notices.append(f"{where}: {alone}: {first_of(twice)}")
     source = FileSource(name, folder, listing.files, labels, classes if labels is not None else None)
     source.notices, source.how_to_label = notices, how_to_label
     return source
@@ -110,8 +110,7 @@ def _beside_splits(root: str) -> tuple[list[str], list[str]]:
         what = "image beside its splits is" if len(images) == 1 else "images beside its splits are"
         notices.append(f"{where}: {len(images)} {what} not used")
     if beside:
-        named = ", ".join(map(printable, beside[:5])) + (", ..." if len(beside) > 5 else "")
-        notices.append(f"{where}: images in {named} are not used, only those in train/ and val/ or test/")
+        notices.append(f"{where}: images in {first_of(beside, 5)} are not used, only those in train/ and val/ or test/")
     return beside, notices + unused_files(where, unused)
 
 

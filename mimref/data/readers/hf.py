@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from mimref.config.base import DataConfig
-from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, decode_file, printable, reason_of
+from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, decode_file, first_of, printable, reason_of
 from mimref.data.readers.hf_columns import Columns, choose_columns, is_list, is_text, read_labels
 from mimref.data.sources import EncodedSource, NoSplitError, Split, fingerprint_files
 from mimref.errors import DataError
@@ -66,8 +66,8 @@ class TableSource(EncodedSource):
             return decode_file(file, reduce, self.decoding)
         if not path:
             raise BadImage(self.path(index), "no image in this row")
-        files = printable(self.files[0]) + (", ..." if len(self.files) > 1 else "")
-        raise BadImage(self.path(index), f"not in the table {files}, which names {printable(path)} instead")
+        table = first_of(self.files, 1)
+        raise BadImage(self.path(index), f"not in the table {table}, which names {printable(path)} instead")
 
     def _file(self, path: str) -> str | None:
         """The file that a cell names: absolute, or inside the folder and relative to it or to the table's own."""
@@ -294,10 +294,7 @@ def _parquet_files(folder: str) -> tuple[dict[str, list[str]], list[str]]:
     used = {file for files in parts.values() for file in files}
     found = (path for stars in ("", "*/", "*/*/") for path in glob(f"{stars}*.parquet", root_dir=folder))
     others = sorted(set(found) - used)
-    if not others:
-        return parts, []
-    named = ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
-    return parts, [f"{len(others)} of its .parquet files are not used: {named}"]
+    return parts, [f"{len(others)} of its .parquet files are not used: {first_of(others)}"] if others else []
 
 
 def _only_configuration(folder: str) -> str:

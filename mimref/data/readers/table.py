@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from mimref.config.base import DataConfig
-from mimref.data.decode import printable, reason_of
+from mimref.data.decode import first_of, printable, reason_of
 from mimref.data.labels import Indices, RawLabels
 from mimref.data.readers.delimited import read_text_table, without_blanks
 from mimref.data.sources import FileSource, NoSplitError, PathList, Split
@@ -43,10 +43,11 @@ def open_table(data: DataConfig, split: Split) -> FileSource:
     spec = data.spec or ""
     file = os.path.expanduser(spec.removeprefix("list:"))
     table, columns, others, notices = _read(file, data)
-    paths = _as_spelled(os.path.dirname(file), _paths(table.column(columns.path), columns.path))
+    paths = _paths(table.column(columns.path), columns.path)
     rows = train = np.arange(len(paths), dtype=np.int64)
     if columns.split is not None:
         rows, train = _rows_of(table.column(columns.split), split)
+    paths = _as_spelled(os.path.dirname(file), paths, rows)
     labels, classes = None, None
     if columns.label is not None and (columns.split is not None or split == "train"):
         column = table.column(columns.label)
@@ -59,7 +60,7 @@ def open_table(data: DataConfig, split: Split) -> FileSource:
     source.notices = notices
     _check_files(source)
     if columns.label is None and others:
-        named = ", ".join(map(printable, others[:5]))
+        named = first_of(others, 5)
         source.how_to_label = f"name the column of labels with --set data.label=COLUMN (other columns: {named})"
     return source
 
@@ -172,16 +173,17 @@ def _labels(column: pa.ChunkedArray, rows: Indices, name: str) -> RawLabels | No
     return raw
 
 
-def _as_spelled(folder: str, paths: PathList) -> PathList:
-    """The paths in the spelling of Unicode, composed or decomposed, in which their files exist."""
+def _as_spelled(folder: str, paths: PathList, rows: Indices) -> PathList:
+    """The paths, those of `rows` in the spelling of Unicode, composed or decomposed, in which their files exist."""
     if not (paths.content >= 0x80).any():
         return paths
-    spelled = list(paths)
-    for row, path in enumerate(spelled):
+    respelled: dict[int, str] = {}
+    for row, path in zip(rows.tolist(), map(os.fsdecode, paths.encoded(rows)), strict=True):
         if not path.isascii() and not os.path.lexists(os.path.join(folder, path)):
-            others = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
-            spelled[row] = next((each for each in others if os.path.lexists(os.path.join(folder, each))), path)
-    return PathList.pack(spelled)
+            others = [unicodedata.normalize(form, path) for form in ("NFC", "NFD")]
+            if found := [each for each in others if os.path.lexists(os.path.join(folder, each))]:
+                respelled[row] = found[0]
+    return PathList.pack(respelled.get(row, path) for row, path in enumerate(paths)) if respelled else paths
 
 
 def _check_files(source: FileSource) -> None:
@@ -197,8 +199,7 @@ def _check_files(source: FileSource) -> None:
     else:
         advice = f"relative paths begin at the table's folder, {printable(os.path.abspath(source.folder))}"
     more = ", ..." if len(source) > len(first) else ""
-    named = ", ".join(map(printable, first))
-    raise DataError("; ".join([f"none of its files exists: {named}{more}", advice, *source.notices]))
+    raise DataError("; ".join([f"none of its files exists: {first_of(first)}{more}", advice, *source.notices]))
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from mimref.config.base import DataConfig
-from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, printable, reason_of
+from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, first_of, printable, reason_of
 from mimref.data.index import remote
 from mimref.data.index.cache import Arrays, comparable_times, load_or_scan
 from mimref.data.index.tar import Choice, Sample, list_samples
@@ -137,9 +137,8 @@ def open_shards(data: DataConfig, split: Split, progress: LabelledProgress | Non
     source = ShardSource(printable(spec), np.arange(len(index)), labels, classes, index)
     source.notices = unused_files(_shown(shards), index.unused) + _not_shards(pattern, split)
     if index.labels is None and (kinds := [kind for kind in index.kinds if kind != "json"]):
-        named = ", ".join(map(printable, kinds[:5]))
         source.how_to_label = (
-            f"no .cls, and no label in .json; name their member with --set data.label=MEMBER ({named})"
+            f"no .cls, and no label in .json; name their member with --set data.label=MEMBER ({first_of(kinds, 5)})"
         )
     return source
 
@@ -163,8 +162,7 @@ def _not_shards(folder: str, split: Split) -> list[str]:
     if splits:
         others += sorted(glob("*.tar", root_dir=folder))
     if others:
-        named = ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
-        notices.append(f"{printable(folder)}: shards that are not used: {named}")
+        notices.append(f"{printable(folder)}: shards that are not used: {first_of(others)}")
     return notices
 
 
@@ -229,6 +227,7 @@ def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None)
     paths = PathList.pack(shards)
 
     def unpack(saved: Arrays) -> ShardIndex | None:
+        """The saved index; None if a shard has changed."""
         states = _states(shards)
         if not np.array_equal(saved["states"], states):
             return None
@@ -239,6 +238,7 @@ def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None)
         return ShardIndex(paths, *places, members, labels, states, unused, saved["kinds"].tolist())
 
     def scan(report: Progress) -> tuple[ShardIndex, Arrays]:
+        """A new index, and what is saved of it."""
         states, scanned_ns = _states(shards), time.time_ns()
         index = _scan(paths, states, choice, report)
         arrays: Arrays = {
