@@ -66,12 +66,12 @@ class Plan:
     @property
     def heads_steps(self) -> int:
         """Updates of stage 1 in this run."""
-        return 0 if self.config.stage == "encoder" else self.config.heads_stage.epochs * self.steps_per_epoch
+        return self.config.epochs["heads"] * self.steps_per_epoch
 
     @property
     def encoder_steps(self) -> int:
         """Updates of stage 2 in this run."""
-        return 0 if self.config.stage == "heads" else self.config.encoder_stage.epochs * self.steps_per_epoch
+        return self.config.epochs["encoder"] * self.steps_per_epoch
 
 
 def make_plan(config: RefineConfig, progress: LabelledProgress | None = None, checks: Checks | None = None) -> Plan:
@@ -282,9 +282,7 @@ def _check_schedule(config: RefineConfig, blocks: list[int]) -> None:
 
 
 def _check_epochs(config: RefineConfig, checks: Checks) -> None:
-    heads_epochs = 0 if config.stage == "encoder" else config.heads_stage.epochs
-    encoder_epochs = 0 if config.stage == "heads" else config.encoder_stage.epochs
-    if not heads_epochs and not encoder_epochs and checks.unusable.isdisjoint({"stage", "encoder_stage.epochs"}):
+    if not any(config.epochs.values()) and checks.unusable.isdisjoint({"stage", "encoder_stage.epochs"}):
         wrong = (
             f"nothing to train: heads_stage.epochs is {config.heads_stage.epochs} and encoder_stage.epochs "
             f"{config.encoder_stage.epochs} with stage = {config.stage!r}; set at least one stage's epochs"
