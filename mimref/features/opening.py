@@ -57,7 +57,7 @@ def open_encoder(
     """
     check_device(config, checks)
     opened = dict(sources or {})
-    if not opened and config.data.spec is not None:
+    if sources is None and config.data.spec is not None:
         opened = open_images(config.data, listener.progress, checks, need_labels=need_labels, splits=splits)
     if not checks.passed and must_download(checkpoint):
         return Opened(None, opened)
