@@ -10,7 +10,7 @@ from mimref.config.run import EncoderConfig
 from mimref.data.loader import check_batch_size
 from mimref.data.sources import ImageSource, Split
 from mimref.data.transforms import EvalTransform
-from mimref.data.views import multi_crop
+from mimref.data.views import CropGroup, multi_crop
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint, with_channels, with_fixed_positions
 from mimref.encoders.published import must_download, official_name
@@ -53,10 +53,13 @@ class Plan:
     @property
     def notices(self) -> list[str]:
         """What was assumed or changed to read the weights, one line each."""
-        size = self.architecture.image_size
-        return self.checkpoint.notices(
-            self.architecture, [size, *(group.size for group in multi_crop(self.config.views, size))]
-        )
+        sizes = [self.architecture.image_size, *(group.size for group in self.crops)]
+        return self.checkpoint.notices(self.architecture, sizes)
+
+    @property
+    def crops(self) -> list[CropGroup]:
+        """The views of an image."""
+        return multi_crop(self.config.views, self.architecture.image_size)
 
     @property
     def steps_per_epoch(self) -> int:
