@@ -189,12 +189,10 @@ def _compare(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, 
     except DataError as error:
         run.listener.note(f"no before/after table: {error}")
         return []
-    protocols = ["knn", "lowshot", "cluster"]
-    try:
+    protocols = ["knn", "cluster"]
+    with optional("no low-shot results", run.listener):
         load_solver()
-    except ConfigError as error:
-        run.listener.warn(f"no low-shot results: {error}")
-        protocols.remove("lowshot")
+        protocols.insert(1, "lowshot")
     device, workers, max_bad = method.device, config.workers, config.data.max_bad
     settings = PassSettings(plan.transform, device, method.precision, workers=workers, max_bad=max_bad)
 
