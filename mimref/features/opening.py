@@ -27,6 +27,12 @@ class Opened:
     sources: dict[Split, ImageSource]
     """The images, even without an encoder to read them."""
 
+    def checked(self, checks: Checks) -> Inputs:
+        """The inputs, after all checks."""
+        checks.finish()
+        assert self.inputs is not None
+        return self.inputs
+
     def labels(self, split: Split) -> Labels | None:
         """Of all images."""
         if isinstance(self.inputs, FeatureFiles):

@@ -76,7 +76,7 @@ def evaluate_cluster(
     groups = column_groups(config, opened.inputs, checks)
     names = opened.class_names(config.split)
     chosen_classes = _check_classes(config, opened.labels(config.split), names, checks, embed)
-    inputs = checks.finished(opened.inputs)
+    inputs = opened.checked(checks)
     classes = checks.finished(chosen_classes)
     prepare_groups(groups, inputs, (config.split,))
     rows: list[Row] = []

@@ -59,7 +59,7 @@ def evaluate_knn(
     groups = column_groups(config, opened.inputs, checks)
     if (train_y := check_labels(opened, checks)) is not None:
         checks.run("k", lambda: check_neighbours(max(config.k), train_y))
-    inputs = checks.finished(opened.inputs)
+    inputs = opened.checked(checks)
     prepare_groups(groups, inputs)
     rows: list[Row] = []
     for where, columns in groups:

@@ -59,7 +59,7 @@ def evaluate_lowshot(
             checks.run("split_files", lambda: _listed(config, opened.sources.get("train"), np.arange(len(train_y))))
         else:
             checks.run("shots", lambda: check_shots(config.shots, train_y, opened.class_names("train")))
-    inputs = checks.finished(opened.inputs)
+    inputs = opened.checked(checks)
     prepare_groups(groups, inputs)
     if not end_group():
         return EvaluationResult([], time.monotonic() - started)
