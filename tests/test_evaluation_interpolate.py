@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -10,8 +11,12 @@ import torch
 
 import mimref
 from mimref.cli import run
+from mimref.config.base import DataConfig
+from mimref.data.open import open_source
+from mimref.data.sources import ImageSource, Split
 from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.vit import Architecture
+from mimref.features import opening
 from tests.tiny import ARCHITECTURE, write_labelled, write_weights
 
 
@@ -21,10 +26,20 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_weights(folder / "base.safetensors"), write_weights(folder / "refined.safetensors", seed=1)
 
 
-def test_averages_equal_a_plain_loop_and_have_a_knn(ends: tuple[Path, Path], tmp_path: Path) -> None:
+def test_averages_equal_a_plain_loop_and_have_a_knn(
+    ends: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = write_labelled(tmp_path / "data")
     line = ["interpolate", *map(str, ends), "--alpha", "0,0.3,1", "--data", str(images), "--out", str(tmp_path / "out")]
+    opened: list[str] = []
+
+    def counting(data: DataConfig, split: Split, **options: Any) -> ImageSource:
+        opened.append(split)
+        return open_source(data, split, **options)
+
+    monkeypatch.setattr(opening, "open_source", counting)
     assert run([*line, "--device", "cpu", "--workers", "0", "--quiet"]) == 0
+    assert opened == ["train", "val"]
     base, refined = (read_checkpoint(path).tensors for path in ends)
     for alpha in (0.0, 0.3, 1.0):
         made = read_checkpoint(tmp_path / "out" / f"alpha-{alpha:g}.safetensors")

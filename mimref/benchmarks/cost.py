@@ -82,11 +82,8 @@ def stage_flops(config: RefineConfig) -> dict[StageName, int]:
     Raises ConfigError for settings that do not fit the encoder.
     """
     architecture, blocks = resolve_encoder(config)
-    trained: dict[StageName, bool] = {
-        "heads": config.stage != "encoder" and config.heads_stage.epochs > 0,
-        "encoder": config.stage != "heads" and config.encoder_stage.epochs > 0,
-    }
-    return {stage: model_flops(config, architecture, blocks, stage) for stage, trains in trained.items() if trains}
+    trained = [stage for stage, epochs in config.epochs.items() if epochs]
+    return {stage: model_flops(config, architecture, blocks, stage) for stage in trained}
 
 
 def _affordable_batch(
@@ -128,7 +125,7 @@ def estimate_cost(
     rows: list[Row] = []
     hours: dict[StageName, float] = {}
     for stage, image_flops in flops.items():
-        epochs = (config.heads_stage if stage == "heads" else config.encoder_stage).epochs
+        epochs = config.epochs[stage]
         steps = epochs * (images // config.batch_size)
         seen = steps * config.batch_size
         base: Row = {"stage": stage, "model": describe_encoder(architecture), "epochs": epochs, "images": images}

@@ -15,7 +15,6 @@ from mimref.benchmarks.measure import PeakMemory
 from mimref.data.loader import ViewBatch
 from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
-from mimref.data.views import multi_crop
 from mimref.devices import resolve_device
 from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
 from mimref.encoders.published import find_published
@@ -89,7 +88,7 @@ def synthetic_batch(job: RefinementStage) -> ViewBatch:
     """Random pixels, in pinned memory where a GPU reads them."""
     config, generator = job.plan.config, torch.Generator().manual_seed(0)
     crops = []
-    for group in multi_crop(config.views, job.plan.architecture.image_size):
+    for group in job.crops:
         shape = (config.batch_size, group.count, 3, group.size, group.size)
         crops.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
     batch = ViewBatch(0, torch.arange(config.batch_size), crops, [])

@@ -122,6 +122,7 @@ class _Panels:
     """Help in panels even where rich does not draw it."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write options, arguments and commands, each under the heading of its panel."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):  # type: ignore[attr-defined]
             default = "Arguments" if param.param_type_name == "argument" else "Options"

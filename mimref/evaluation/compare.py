@@ -97,12 +97,17 @@ def _check(config: CompareConfig, opened: Opened, checks: Checks) -> None:
 # --- the before/after table of mimref refine
 
 
-def labelled_splits(data: DataConfig) -> tuple[ImageSource, ImageSource]:
-    """Training and validation images with labels.
+def labelled_splits(
+    data: DataConfig, train: ImageSource | None = None, test: ImageSource | None = None
+) -> tuple[ImageSource, ImageSource]:
+    """Training and validation images with labels. train, test: those that are open already.
 
     Raises DataError when the images have no labels or no validation split, or when classes are missing.
     """
-    train, test = open_source(data, "train", need_labels=True), open_source(data, "val", need_labels=True)
+    if train is None or train.labels is None:
+        train = open_source(data, "train", need_labels=True)
+    if test is None or test.labels is None:
+        test = open_source(data, "val", need_labels=True)
     assert train.labels is not None and test.labels is not None
     number_labels(train.labels, test.labels, train.class_names)
     return train, test

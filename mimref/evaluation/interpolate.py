@@ -18,7 +18,7 @@ from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
 from mimref.evaluation.metrics import check_labels
 from mimref.features.config import CacheConfig
-from mimref.features.opening import Opened, check_device, open_images
+from mimref.features.opening import Opened, check_device, open_images, warn_of_notices
 from mimref.progress import Listener, Silent
 from mimref.results import EvaluationResult, Row, check_folder, write_results
 
@@ -49,6 +49,7 @@ def interpolate(
     if left is not None and right is not None:
         checks.run("refined", lambda: _check_alike(config, left[1], right[1]))
     (base, base_encoder), (refined, refined_encoder) = checks.finished(left), checks.finished(right)
+    warn_of_notices(sources, listener)
     facts = {key: value for key, value in refined.header.items() if key not in ("architecture", "metrics")}
     # Nobody needs the features of an average again.
     common = {name: getattr(config, name) for name in CommandConfig.model_fields} | {"cache": CacheConfig(folder="off")}
@@ -60,7 +61,8 @@ def interpolate(
         origin = {"base": str(base.path), "refined": str(refined.path), "alpha": alpha}
         save_encoder(file, average(base_encoder, refined_encoder, alpha), {**facts, "interpolated": origin})
         if config.data.spec is not None:
-            found = evaluate_knn(KnnConfig(**common, checkpoint=str(file), k=neighbours), listener=listener)
+            averaged = KnnConfig(**common, checkpoint=str(file), k=neighbours)
+            found = evaluate_knn(averaged, listener=listener, sources=sources)
             bad = found.bad_images  # the same for every average
             # alpha replaces the model's name.
             rows += [{"alpha": alpha, **{key: row[key] for key in row if key != "model"}} for row in found.rows]

@@ -78,8 +78,9 @@ class KnnMonitor:
         self.settings = PassSettings(transform, device, precision, workers=config.workers, max_bad=config.data.max_bad)
         self.k = config.evaluate.knn_k
         self.train = _subset(train, config.monitor.knn_samples)
-        val = _validation(config, train, note)
-        self.test = None if val is None else _subset(val, -(-config.monitor.knn_samples // 4))
+        self.val = _validation(config, train, note)
+        """All validation images, if they can be used for k-NN."""
+        self.test = None if self.val is None else _subset(self.val, -(-config.monitor.knn_samples // 4))
 
     def check(self, encoder: Encoder) -> dict[str, float]:
         """Feature statistics of the last block's raw output and, if there are labels, its `knn_top1` in percent.

@@ -38,7 +38,6 @@ from mimref.features.encode import (
 )
 from mimref.features.files import FeatureFiles
 from mimref.features.header import eval_transform, resolve_data
-from mimref.features.matrix import Labels
 from mimref.progress import Listener
 from mimref.results import Row
 
@@ -126,11 +125,6 @@ class EncoderInputs:
             with without_group():
                 self._add(split, self._cached.pop(split), tell=False)  # rank 0 has
         return self._features[split]
-
-    def labels(self, split: Split) -> Labels | None:
-        """Of the prepared features; before that, of all images."""
-        prepared = split in self._features or split in self._cached
-        return self.features(split).y if prepared else self.source(split).labels
 
     def class_names(self, split: Split) -> list[str] | None:
         """Names of classes 0, 1, ..."""
@@ -228,7 +222,7 @@ class EncoderInputs:
 
 
 Inputs = EncoderInputs | FeatureFiles
-"""Features and labels of both splits, through `name`, `data`, `depth`, `bad`, `prepare`, `features` and `labels`."""
+"""Features and labels of both splits, through `name`, `data`, `depth`, `bad`, `prepare` and `features`."""
 Groups = list[tuple[Row, list[Column]]]
 """Blocks that are evaluated together: how rows name them, and their columns."""
 

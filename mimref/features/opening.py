@@ -63,7 +63,7 @@ def open_encoder(
     """
     check_device(config, checks)
     opened = dict(sources or {})
-    if not opened and config.data.spec is not None:
+    if sources is None and config.data.spec is not None:
         opened = open_images(config.data, listener.progress, checks, need_labels=need_labels, splits=splits)
     if not checks.passed and must_download(checkpoint):
         return Opened(None, opened)
@@ -75,10 +75,16 @@ def open_encoder(
         inputs.sources = opened
         if config.arch is not None:
             checks.run("arch", lambda: inputs.encoder)  # whether the weights fit it
-    notices = [notice for source in opened.values() for notice in source.notices]
-    for notice in dict.fromkeys(notices) if sources is None and own_rank() == 0 else ():
-        listener.warn(notice)
+    if sources is None:
+        warn_of_notices(opened, listener)
     return Opened(inputs, opened)
+
+
+def warn_of_notices(sources: dict[Split, ImageSource], listener: Listener) -> None:
+    """Report what of the data set is not used, and what had to be guessed."""
+    notices = [notice for source in sources.values() for notice in source.notices]
+    for notice in dict.fromkeys(notices) if own_rank() == 0 else ():
+        listener.warn(notice)
 
 
 def check_device(config: CommandConfig, checks: Checks) -> None:
@@ -138,11 +144,15 @@ def open_encoders(
 
 
 def open_inputs(
-    config: EvaluationConfig, listener: Listener, checks: Checks, splits: Sequence[Split] = ("train", "val")
+    config: EvaluationConfig,
+    listener: Listener,
+    checks: Checks,
+    splits: Sequence[Split] = ("train", "val"),
+    sources: dict[Split, ImageSource] | None = None,
 ) -> Opened:
     """Open the features that a config names, of an encoder or from files, as `open_encoder` does."""
     if config.features is None:
-        return open_encoder(config, config.checkpoint, listener, checks, splits=splits)
+        return open_encoder(config, config.checkpoint, listener, checks, splits=splits, sources=sources)
     if "checkpoint" in config.model_fields_set:
         wrong = f"--features replaces the encoder's features; leave {config.checkpoint} out"
         checks.add("features", ConfigError(wrong))

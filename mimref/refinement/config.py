@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from mimref.config.base import Decay, Positive, Section
 from mimref.config.run import RunConfig, check_warmup
+from mimref.refinement.schedule import StageName
 
 
 def _check_head_blocks(blocks: str) -> str:
@@ -109,6 +110,14 @@ class RefineConfig(RunConfig):
     loss: LossConfig = LossConfig()
     heads_stage: HeadsStageConfig = HeadsStageConfig()
     encoder_stage: EncoderStageConfig = EncoderStageConfig()
+
+    @property
+    def epochs(self) -> dict[StageName, int]:
+        """Epochs of each stage in this run."""
+        return {
+            "heads": 0 if self.stage == "encoder" else self.heads_stage.epochs,
+            "encoder": 0 if self.stage == "heads" else self.encoder_stage.epochs,
+        }
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mimref.data.loader import ViewBatch
-from mimref.data.views import CropGroup, multi_crop
+from mimref.data.views import CropGroup
 from mimref.distributed.collectives import max_over_ranks
 from mimref.distributed.group import without_group
 from mimref.errors import ConfigError
@@ -57,9 +57,8 @@ def largest_micro_batch(method: Method, plan: Plan, most: int, *, reserve: int) 
 
     Call it before heads and encoder are distributed: they would wait for other ranks.
     """
-    crops = multi_crop(plan.config.views, plan.architecture.image_size)
     train_encoder = plan.config.stage != "heads"
-    attempt = partial(try_step, method, crops, method.most_images, reserve=reserve, train_encoder=train_encoder)
+    attempt = partial(try_step, method, plan.crops, method.most_images, reserve=reserve, train_encoder=train_encoder)
     with without_group():
         return largest_that_fits(attempt, most)
 

@@ -158,7 +158,8 @@ class Method:
             all_prediction_HVBO=anchor_HVBO,
         )
         # Enqueued after the lookup, so that no sample finds itself in this step.
-        self.queue.enqueue(every_HGBO[:, 0], torch.cat(samples).to(self.device, non_blocking=True))
+        every_B = sample_B if len(samples) == 1 else torch.cat(samples).to(self.device, non_blocking=True)
+        self.queue.enqueue(every_HGBO[:, 0], every_B)
         # Ranks' gradients are averaged: each counts by its share of the batch.
         share = images / sum(counts)
         # A rank without an image has no mean, but takes part in the others' backward pass.

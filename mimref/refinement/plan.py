@@ -10,7 +10,7 @@ from mimref.config.run import EncoderConfig
 from mimref.data.loader import check_batch_size
 from mimref.data.sources import ImageSource, Split
 from mimref.data.transforms import EvalTransform
-from mimref.data.views import multi_crop
+from mimref.data.views import CropGroup, multi_crop
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint, with_channels, with_fixed_positions
 from mimref.encoders.published import must_download, official_name
@@ -53,10 +53,13 @@ class Plan:
     @property
     def notices(self) -> list[str]:
         """What was assumed or changed to read the weights, one line each."""
-        size = self.architecture.image_size
-        return self.checkpoint.notices(
-            self.architecture, [size, *(group.size for group in multi_crop(self.config.views, size))]
-        )
+        sizes = [self.architecture.image_size, *(group.size for group in self.crops)]
+        return self.checkpoint.notices(self.architecture, sizes)
+
+    @property
+    def crops(self) -> list[CropGroup]:
+        """The views of an image."""
+        return multi_crop(self.config.views, self.architecture.image_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,12 +69,12 @@ class Plan:
     @property
     def heads_steps(self) -> int:
         """Updates of stage 1 in this run."""
-        return 0 if self.config.stage == "encoder" else self.config.heads_stage.epochs * self.steps_per_epoch
+        return self.config.epochs["heads"] * self.steps_per_epoch
 
     @property
     def encoder_steps(self) -> int:
         """Updates of stage 2 in this run."""
-        return 0 if self.config.stage == "heads" else self.config.encoder_stage.epochs * self.steps_per_epoch
+        return self.config.epochs["encoder"] * self.steps_per_epoch
 
 
 def make_plan(config: RefineConfig, progress: LabelledProgress | None = None, checks: Checks | None = None) -> Plan:
@@ -273,9 +276,7 @@ def _check_schedule(config: RefineConfig, blocks: list[int]) -> None:
 
 
 def _check_epochs(config: RefineConfig, checks: Checks) -> None:
-    heads_epochs = 0 if config.stage == "encoder" else config.heads_stage.epochs
-    encoder_epochs = 0 if config.stage == "heads" else config.encoder_stage.epochs
-    if not heads_epochs and not encoder_epochs and checks.unusable.isdisjoint({"stage", "encoder_stage.epochs"}):
+    if not any(config.epochs.values()) and checks.unusable.isdisjoint({"stage", "encoder_stage.epochs"}):
         wrong = (
             f"nothing to train: heads_stage.epochs is {config.heads_stage.epochs} and encoder_stage.epochs "
             f"{config.encoder_stage.epochs} with stage = {config.stage!r}; set at least one stage's epochs"

@@ -94,7 +94,7 @@ def refine(
             if plan.config.stage == "heads":
                 rows = _rank_heads(run, plan, method, monitor, nn_accuracy)
             else:
-                rows = _compare(run, plan, method, refined)
+                rows = _compare(run, plan, method, monitor, refined)
         except (ConfigError, DataError) as error:
             run.listener.warn(f"no results table: {error}")
             rows = []
@@ -180,21 +180,19 @@ def _rank_heads(
     return rows
 
 
-def _compare(run: TrainingRun, plan: Plan, method: Method, refined: Encoder) -> list[Row]:
+def _compare(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, refined: Encoder) -> list[Row]:
     config = plan.config
     if not config.evaluate.enabled:
         return []
     try:
-        images = labelled_splits(config.data)
+        images = labelled_splits(config.data, plan.source, monitor.val)
     except DataError as error:
         run.listener.note(f"no before/after table: {error}")
         return []
-    protocols = ["knn", "lowshot", "cluster"]
-    try:
+    protocols = ["knn", "cluster"]
+    with optional("no low-shot results", run.listener):
         load_solver()
-    except ConfigError as error:
-        run.listener.warn(f"no low-shot results: {error}")
-        protocols.remove("lowshot")
+        protocols.insert(1, "lowshot")
     device, workers, max_bad = method.device, config.workers, config.data.max_bad
     settings = PassSettings(plan.transform, device, method.precision, workers=workers, max_bad=max_bad)
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from mimref.data.loader import ViewBatch
-from mimref.data.views import multi_crop
 from mimref.distributed.collectives import averaged
 from mimref.distributed.group import world_size
 from mimref.encoders.parameters import encoder_groups
@@ -47,7 +46,7 @@ class RefinementStage(Stage):
             warmup_epochs=settings.warmup_epochs,
             epochs=settings.epochs,
             source=plan.source,
-            crops=multi_crop(plan.config.views, plan.architecture.image_size),
+            crops=plan.crops,
             device=method.device,
         )
         self.plan, self.method, self.settings = plan, method, settings

@@ -3,10 +3,13 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
+from typing import Literal
 
 from mimref.errors import Interrupted
+
+_Mode = Literal["at once", "deferred", "waiting"]
 
 
 class StopSignal:
@@ -18,33 +21,31 @@ class StopSignal:
         """What ended the work at once."""
         self.ignored = False
         """Once the work is saved, further signals would only disturb the clean-up."""
-        self._deferred = self._waiting = False
+        self._mode: _Mode = "at once"
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self) -> AbstractContextManager[None]:
         """Inside the block, the first signal is stored in `number`; a second one still stops at once."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
+        return self._in("deferred")
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """As `deferred`, and the first signal also ends the wait: it raises Interrupted."""
+        return self._in("waiting")
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Inside this block within `deferred`, the first signal also ends the wait: it raises Interrupted."""
-        self._waiting = True
+    def _in(self, mode: _Mode) -> Iterator[None]:
+        before, self._mode = self._mode, mode
         try:
             yield
         finally:
-            self._waiting = False
+            self._mode = before
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
         """The signal handler."""
         if self.ignored:
             return
-        if self._deferred and self.number is None:
+        if self._mode != "at once" and self.number is None:
             self.number = number
-            if self._waiting:
+            if self._mode == "waiting":
                 raise Interrupted(number, "stopped while waiting")
             return
         self.raised = Interrupted(number, "stopped at once; --resume continues from the last saved state")

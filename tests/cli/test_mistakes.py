@@ -263,3 +263,13 @@ def test_messages_name_options_and_settings_that_exist() -> None:
 
 
 FILES = (".pkl", ".png", ".md", ".json", ".pt", ".pth", ".safetensors", ".npz")
+
+
+@pytest.mark.parametrize("command", ["cluster", "probe --cached --set probe.select=val-split"])
+def test_an_only_class_is_named_once(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = here / "data" / "val"
+    rows = [f"{path},cat,{split}" for path in sorted(folder.rglob("*.png"))[:4] for split in ("train", "val")]
+    Path("cats.csv").write_text("\n".join(["path,label,split", *rows]))
+    assert run([*command.split(), str(here / "base.safetensors"), "--data", "list:cats.csv"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "class cat" in line

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from mimref.config.base import AreaRange, Fraction, Section
-from mimref.config.run import DecoderConfig
+from mimref.config.run import DecoderConfig, check_warmup
 from mimref.features.config import EncoderPassConfig
 
 
@@ -32,10 +32,7 @@ class ReconstructionConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"reconstruction.warmup_epochs {self.warmup_epochs:g} is more than reconstruction.epochs {self.epochs}"
-            )
+        check_warmup("reconstruction", self.warmup_epochs, self.epochs)
         return self
 
 

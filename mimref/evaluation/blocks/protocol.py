@@ -39,10 +39,8 @@ def evaluate_blocks(
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     found_inputs = open_encoders(config, config.checkpoints, listener, checks, "checkpoints", need_labels=False)
-    for each in found_inputs:
-        _check(config, each, listener, checks)
-    checks.finish()
     opened = [inputs for each in found_inputs if isinstance(inputs := each.inputs, EncoderInputs)]
+    _check(config, opened, found_inputs[0], listener, checks)
     config = config.model_copy(update={"data": opened[0].data})
     for inputs in opened:
         columns = columns_of(range(1, inputs.depth + 1), config.pool, config.final_norm, inputs.depth)
@@ -77,17 +75,19 @@ def _labelled(inputs: EncoderInputs) -> bool:
     return all(inputs.source(split).labels is not None for split in ("train", "val"))
 
 
-def _check(config: BlocksConfig, opened: Opened, listener: Listener, checks: Checks) -> None:
-    """Fail early."""
-    inputs = opened.inputs
-    if config.reconstruct and isinstance(inputs, EncoderInputs):
+def _check(
+    config: BlocksConfig, encoders: list[EncoderInputs], first: Opened, listener: Listener, checks: Checks
+) -> None:
+    """Fail early; the images are the same for all encoders."""
+    for inputs in encoders if config.reconstruct else ():
         size = inputs.settings.transform.image_size
-        checks.run("reconstruct", lambda: check_maskable(inputs.architecture, size))
-    train_y, test_y = opened.labels("train"), opened.labels("val")
+        checks.run("reconstruct", partial(check_maskable, inputs.architecture, size))
+    train_y, test_y = first.labels("train"), first.labels("val")
     if train_y is not None and test_y is not None:
-        check_labels(opened, checks)
+        check_labels(first, checks)
         checks.run("k", lambda: check_neighbours(config.k, train_y))
-    elif inputs is not None and checks.passed:
+    checks.finish()
+    if train_y is None or test_y is None:
         listener.note("the images have no labels: feature statistics only, without k-NN")
 
 

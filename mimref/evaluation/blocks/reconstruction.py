@@ -42,7 +42,7 @@ from mimref.progress import Progress, ProgressOnly
 from mimref.results import Row
 from mimref.training.job import GradientJob
 from mimref.training.job import train as run_job
-from mimref.training.optim import module_groups, warmup_cosine
+from mimref.training.optim import module_groups, warmup_cosine, warmup_updates
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class DecodersJob(GradientJob):
             [group for decoder in self.decoders for group in module_groups(decoder, weight_decay=decay)],
             warmup_cosine(
                 peak=settings.lr * settings.batch_size / 256,
-                warmup_updates=round(settings.warmup_epochs * per_epoch),
+                warmup_updates=warmup_updates(settings.warmup_epochs, settings.epochs, per_epoch),
                 total_updates=settings.epochs * per_epoch,
                 end=0.0,  # as in MAE
             ),

@@ -106,7 +106,7 @@ def _check_classes(
     """The labels of the classes to cluster. y: of the images, if they can be opened."""
     if y is None:
         return None
-    found = checks.run("data.spec", lambda: number_classes(y, config.split)[0])
+    found = checks.run("data.spec", lambda: number_classes(y, config.split, names)[0])
     if (asked := config.classes) is not None:
         found = checks.run("classes", lambda: choose_classes(asked, names, y))
     if embed and found is not None:

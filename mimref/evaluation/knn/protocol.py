@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mimref.data.sources import ImageSource, Split
 from mimref.devices import resolve_device
 from mimref.distributed.collectives import gather_rows
 from mimref.distributed.group import own_rank, share, world_size
@@ -41,16 +42,20 @@ TRAIN_CHUNK = 16384
 
 
 def evaluate_knn(
-    config: KnnConfig, *, listener: Listener | None = None, checks: Checks | None = None
+    config: KnnConfig,
+    *,
+    listener: Listener | None = None,
+    checks: Checks | None = None,
+    sources: dict[Split, ImageSource] | None = None,
 ) -> EvaluationResult:
     """k-NN accuracy of the chosen blocks, at every k, from one encoder pass per split.
 
     Rows as `knn` returns them, with `model`, `blocks` and `pool`; in a process group all ranks share the search.
     Raises UserError subclasses for a checkpoint, images, blocks or a k that do not fit, before the encoder runs: one
-    error for all mistakes. checks: what was found before.
+    error for all mistakes. checks: what was found before. sources: the images, if they are open already.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
-    opened = open_inputs(config, listener, checks)
+    opened = open_inputs(config, listener, checks, sources=sources)
     groups = column_groups(config, opened.inputs, checks)
     if (train_y := check_labels(opened, checks)) is not None:
         checks.run("k", lambda: check_neighbours(max(config.k), train_y))

@@ -39,7 +39,7 @@ def evaluate_probe(
     opened = open_inputs(config, listener, checks)
     train_y, names = check_labels(opened, checks), opened.class_names("train")
     if config.probe.select == "val-split" and train_y is not None:
-        checks.run("probe.select", lambda: check_held_out(*number_classes(train_y, "train"), names))
+        checks.run("probe.select", lambda: check_held_out(*number_classes(train_y, "train", names), names))
     inputs = opened.checked(checks)
     if fresh and state is not None:
         state.unlink(missing_ok=True)  # another process of this run may have been first
