@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from mimref.benchmarks.stage import resolve_encoder
-from mimref.encoders.checkpoints import encoder_from
-from mimref.encoders.vit import Encoder, sincos_positions
+from mimref.encoders.checkpoints import encoder_from, save_encoder
+from mimref.encoders.vit import Encoder, build_encoder, sincos_positions
 from mimref.errors import CheckpointError, ConfigError
 from mimref.refinement.plan import make_plan
 from mimref.refinement.sizes import describe, state_bytes
-from tests.tiny import refine_config, write_unlabelled, write_weights
+from tests.tiny import ARCHITECTURE, refine_config, write_unlabelled, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,14 @@ def test_sin_cos_positions_of_a_timm_model_stay_fixed(paths: tuple[Path, Path], 
         encoder = encoder_from(plan.checkpoint, plan.architecture)
         assert isinstance(encoder, Encoder) and encoder.vit.pos_embed is not None
         assert plan.architecture.fixed_positions is fixed is not encoder.vit.pos_embed.requires_grad
+
+
+def test_images_are_decoded_as_the_header_records(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    save_encoder(tmp_path / "a.safetensors", build_encoder(ARCHITECTURE), {"data": {"orientation": "exif"}})
+    plan = make_plan(refine_config(tmp_path / "a.safetensors", paths[1]))
+    assert plan.config.data.orientation == plan.source.decoding.orientation == "exif"
+    plan = make_plan(refine_config(tmp_path / "a.safetensors", paths[1], data__orientation="file"))
+    assert plan.config.data.orientation == plan.source.decoding.orientation == "file"
 
 
 def test_a_dry_run_tells_the_memory_of_what_is_trained(paths: tuple[Path, Path]) -> None:

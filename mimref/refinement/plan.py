@@ -114,7 +114,8 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     if checkpoint is not None:
         architecture = checks.run("encoder.arch", partial(architecture_to_train, config.encoder, checkpoint))
         data = checks.run("data.spec", partial(resolve_data, config.data, checkpoint.header))
-        if data is not None and config.data.spec is None:
+        # The header may name the images, or how they are decoded.
+        if data is not None and (config.data.spec is None or (sources and data != config.data)):
             sources = open_images(data, progress, checks, need_labels=False, splits=["train"])
     if architecture is not None:
         _check_heads(config, architecture, checks)
