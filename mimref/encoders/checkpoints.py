@@ -114,8 +114,7 @@ class Checkpoint:
         elif self.recognised:
             notices += self.recognised.notices
             guessed = self.recognised.guesses_interpolation and self.source is None and self.interpolation is None
-            rows, columns = self.recognised.grid
-            if guessed and (rows != columns or any(self.interpolates(architecture, size) for size in sizes)):
+            if guessed and any(self.interpolates(architecture, size) for size in (architecture.image_size, *sizes)):
                 notices.append(
                     f"positions are interpolated as {architecture.interpolation} does, which the layout does not show; "
                     "set encoder.interpolation if that is wrong"
@@ -124,6 +123,8 @@ class Checkpoint:
 
     def interpolates(self, architecture: Architecture, size: int) -> bool:
         """Whether images of `size` pixels need other positions than those in the file."""
+        if self.recognised and self.recognised.grid[0] != self.recognised.grid[1]:
+            return True
         tensors = (self.recognised or self).tensors
         positions, registers = tensors.get("pos_embed"), tensors.get("reg_token")
         if positions is None:
