@@ -242,3 +242,4 @@ def test_our_own_files_have_one_encoder(tmp_path: Path) -> None:
     save_encoder(tmp_path / "own.safetensors", encoder, {})
     checkpoint = read_checkpoint(tmp_path / "own.safetensors", part="teacher")
     assert "--encoder teacher has no effect" in checkpoint.notices(choose_architecture(checkpoint))[0]
+    assert checkpoint.fingerprint == read_checkpoint(tmp_path / "own.safetensors").fingerprint

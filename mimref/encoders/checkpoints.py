@@ -93,7 +93,9 @@ class Checkpoint:
         Where the file holds several encoders, or its grid of patches is no square, it depends on the choice as well.
         """
         digest, found = tensors_hash(self.tensors), self.recognised
-        chosen = [found.prefix] if found and found.others else [self.part] if self.part and not found else []
+        chosen = [found.prefix] if found and found.others else []
+        if self.part and found is None and "architecture" not in self.header:
+            chosen = [self.part]
         chosen += [f"{found.grid}"] if found and found.grid[0] != found.grid[1] else []
         return hashlib.sha256(" ".join((digest, *chosen)).encode()).hexdigest() if chosen else digest
 
