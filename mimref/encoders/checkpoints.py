@@ -75,10 +75,10 @@ class Checkpoint:
     """A foreign file as a plain vision transformer."""
     problem: str = ""
     """Why a foreign file is not recognised."""
-    ignored: list[str] = field(default_factory=list)
-    """Notices of what was left out when the file was read."""
     advice: str = ""
     """What may help then, for commands with `--arch`."""
+    ignored: list[str] = field(default_factory=list)
+    """Notices of what was left out when the file was read."""
     named: dict[str, Tensor] = field(default_factory=dict)
     """All tensors of a foreign file, under their names without what wrapping modules add."""
     part: str | None = None
@@ -99,6 +99,12 @@ class Checkpoint:
         chosen += [f"{found.grid}"] if found and found.grid[0] != found.grid[1] else []
         return hashlib.sha256(" ".join((digest, *chosen)).encode()).hexdigest() if chosen else digest
 
+    @property
+    def guesses_interpolation(self) -> bool:
+        """Whether nothing says which of several families' rules interpolates the positions."""
+        found = self.recognised
+        return bool(found and found.guesses_interpolation and self.source is None and self.interpolation is None)
+
     def notices(self, architecture: Architecture | BackboneArchitecture, sizes: Sequence[int] = ()) -> list[str]:
         """What was ignored, assumed or changed to read the file as this architecture, each with the file's name.
 
@@ -115,8 +121,8 @@ class Checkpoint:
             notices += self.recognised.selection_notices
         elif self.recognised:
             notices += self.recognised.notices
-            guessed = self.recognised.guesses_interpolation and self.source is None and self.interpolation is None
-            if guessed and any(self.interpolates(architecture, size) for size in (architecture.image_size, *sizes)):
+            sizes = (architecture.image_size, *sizes)
+            if self.guesses_interpolation and any(self.interpolates(architecture, size) for size in sizes):
                 notices.append(
                     f"positions are interpolated as {architecture.interpolation} does, which the layout does not show; "
                     "set encoder.interpolation if that is wrong"

@@ -83,7 +83,7 @@ def inspect_file(path: str | Path, *, part: str | None = None, grid: Grid | None
         ],
         dropped=recognised.dropped if recognised else {},
         notices=[*checkpoint.ignored, *(recognised.notices if recognised else [])],
-        guesses_interpolation=bool(recognised and recognised.guesses_interpolation and checkpoint.source is None),
+        guesses_interpolation=checkpoint.guesses_interpolation,
         header={key: value for key, value in checkpoint.header.items() if key != "architecture"},
     )
 
