@@ -44,7 +44,7 @@ from mimref.encoders.parts import (
     matching_prefixes,
 )
 from mimref.encoders.positions import RULES, resize_positions
-from mimref.encoders.published import find_published
+from mimref.encoders.published import find_named
 from mimref.encoders.reading import first_line, named_tensors, read_file
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, RatesOnCpu, are_sincos, build_encoder, is_plain_vit
 from mimref.errors import CheckpointError, ConfigError, did_you_mean
@@ -221,9 +221,8 @@ def _read(
         found.notices.append("mean and deviation of the pixels are taken from preprocessor_config.json")
         sizes = {"image_size": found.architecture.image_size, "crop_fraction": 0.875}
         checkpoint = replace(checkpoint, header={"transform": sizes | normalisation})
-    published = None if Path(path).exists() else find_published(str(path))
     architecture, source = found.architecture, found.source
-    if published:
+    if published := find_named(path):
         source, licence = published.source, published.licence
         if found.guesses_interpolation:
             architecture = replace(architecture, interpolation=INTERPOLATIONS.get(source, "mae"))
