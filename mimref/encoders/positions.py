@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimref.config.base import Interpolation
+from mimref.devices import send
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def resize_positions(
         return positions_1ND
     rule = RULES[interpolation]
     if rule.recomputed:
-        return flat_sincos_positions(positions_1ND.shape[2], new_grid[0] * new_grid[1]).to(positions_1ND)
+        recomputed = flat_sincos_positions(positions_1ND.shape[2], new_grid[0] * new_grid[1])
+        return send(recomputed.to(positions_1ND.dtype), positions_1ND.device)
     image = positions_1ND.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).float()
     # With a scale factor, torch samples at its multiples, although the output has a whole number of patches.
     factor = ((new_grid[0] + rule.offset) / rows, (new_grid[1] + rule.offset) / columns)
