@@ -43,7 +43,7 @@ from mimref.encoders.parts import (
     left_out_notice,
     matching_prefixes,
 )
-from mimref.encoders.positions import RULES, resize_positions
+from mimref.encoders.positions import RULES, fit_positions
 from mimref.encoders.published import find_named
 from mimref.encoders.reading import first_line, named_tensors, read_file
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, RatesOnCpu, are_sincos, build_encoder, is_plain_vit
@@ -316,7 +316,10 @@ def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = Fals
     given = _tensors_for(encoder, checkpoint)
     positions, wanted = given.get("pos_embed"), encoder.vit.pos_embed
     if positions is not None and wanted is not None and positions.shape != wanted.shape:
-        given = {**given, "pos_embed": _fit_positions(encoder, positions)}
+        num_prefix = 0 if encoder.vit.no_embed_class else encoder.num_prefix_tokens
+        side = encoder.architecture.image_size // encoder.patch_size
+        fitting = fit_positions(positions, num_prefix, side, encoder.architecture.interpolation)
+        given = {**given, "pos_embed": fitting}
     _load(encoder.vit, encoder.architecture.name, given, checkpoint.path, share=share)
 
 
@@ -335,20 +338,6 @@ def _tensors_for(encoder: Encoder, checkpoint: Checkpoint) -> Mapping[str, Tenso
     if encoder.architecture.from_timm:
         return _timm_tensors(checkpoint, encoder.architecture.name, encoder.vit, ())
     return checkpoint.selection(wanted)[0]
-
-
-def _fit_positions(encoder: Encoder, positions: Tensor) -> Tensor:
-    """Positions interpolated to the encoder's grid; as they are where they form no square of patches."""
-    prefix = 0 if encoder.vit.no_embed_class else encoder.num_prefix_tokens
-    side = encoder.architecture.image_size // encoder.patch_size
-    patches = positions.shape[1] - prefix if positions.ndim == 3 and len(positions) == 1 else 0
-    if patches <= 0 or int(patches**0.5) ** 2 != patches or not positions.is_floating_point():
-        return positions
-    # In float32, so that a file in half precision is rounded only once.
-    positions = positions.float()
-    interpolation = encoder.architecture.interpolation
-    patches_1ND = resize_positions(positions[:, prefix:], (side, side), interpolation=interpolation)
-    return torch.cat([positions[:, :prefix], patches_1ND], dim=1)
 
 
 def _timm_tensors(

@@ -90,6 +90,17 @@ def resize_positions(
     return resized.permute(0, 2, 3, 1).flatten(1, 2).to(positions_1ND.dtype)
 
 
+def fit_positions(positions: Tensor, num_prefix: int, side: int, interpolation: Interpolation) -> Tensor:
+    """A file's positions, (1, num_prefix + N, D), for side x side patches; as they are where N is no square."""
+    patches = positions.shape[1] - num_prefix if positions.ndim == 3 and len(positions) == 1 else 0
+    if patches <= 0 or math.isqrt(patches) ** 2 != patches or not positions.is_floating_point():
+        return positions
+    # In float32, so that a file in half precision is rounded only once.
+    positions = positions.float()
+    patches_1ND = resize_positions(positions[:, num_prefix:], (side, side), interpolation=interpolation)
+    return torch.cat([positions[:, :num_prefix], patches_1ND], dim=1)
+
+
 def flat_sincos_positions(width: int, patches: int) -> Tensor:
     """MAE-pytorch's fixed positions, (1, patches, width): a sine and a cosine of the patch's number by turns."""
     number_N1 = torch.arange(patches, dtype=torch.float64)[:, None]
