@@ -117,9 +117,13 @@ class Checkpoint:
             with torch.device("meta"), RatesOnCpu():
                 model = timm.create_model(architecture.name, pretrained=False, num_classes=0)
             notices += self.selection(model.state_dict())[1]
-        elif self.recognised and architecture.from_timm:
+        elif self.recognised is None:
+            with torch.device("meta"):
+                encoder = build_encoder(architecture)
+            notices += self.selection(encoder.vit.state_dict())[1]
+        elif architecture.from_timm:
             notices += self.recognised.selection_notices
-        elif self.recognised:
+        else:
             notices += self.recognised.notices
             sizes = (architecture.image_size, *sizes)
             if self.guesses_interpolation and any(self.interpolates(architecture, size) for size in sizes):
