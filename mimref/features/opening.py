@@ -59,11 +59,11 @@ def open_encoder(
 ) -> Opened:
     """Open a checkpoint and its images, and check all that can be checked without a pass.
 
-    setting: that names the checkpoint. splits: the images to open. sources: images that are open already.
+    setting: that names the checkpoint. splits: the images to open. sources: what could be opened of them already.
     """
     check_device(config, checks)
     opened = dict(sources or {})
-    if not opened and config.data.spec is not None:
+    if sources is None and config.data.spec is not None:
         opened = open_images(config.data, listener.progress, checks, need_labels=need_labels, splits=splits)
     if not checks.passed and must_download(checkpoint):
         return Opened(None, opened)
