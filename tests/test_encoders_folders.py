@@ -1,6 +1,7 @@
 """Folders of `save_pretrained`, shards and their index."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,14 @@ def test_a_shard_alone(tmp_path: Path) -> None:
     index.unlink()
     assert "shard 1 of 2" in refusal(shard) and "model.safetensors.index.json" in refusal(shard)
     assert "--arch" not in refusal(shard)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_shard_that_may_not_be_read(tmp_path: Path) -> None:
+    index = write_shards(tmp_path, vit_of().state_dict(), "safetensors")
+    (tmp_path / "model-00002-of-00002.safetensors").chmod(0)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: cannot be read"):
+        read_checkpoint(index)
 
 
 def test_damaged_shards(tmp_path: Path) -> None:

@@ -236,6 +236,21 @@ def test_backbones_of_timm_beside_others_and_twice(tmp_path: Path) -> None:
     assert torch.equal(chosen.model.state_dict()["stem.0.weight"], momentum["stem.0.weight"])
 
 
+@torch.no_grad()
+def test_what_is_chosen_from_a_file_that_is_not_recognised_is_said(tmp_path: Path) -> None:
+    vit: Any = timm.create_model("test_vit3", num_classes=0)
+    student, teacher = vit.state_dict(), shifted(vit.state_dict())
+    state = prefixed("student.", student) | prefixed("teacher.", teacher) | BESIDE["projector"]
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "a.ckpt")
+    assert checkpoint.recognised is None
+    architecture = choose_architecture(checkpoint, "test_vit3")
+    encoder = encoder_from(checkpoint, architecture)
+    assert isinstance(encoder, Encoder) and torch.equal(encoder.vit.state_dict()["norm.bias"], teacher["norm.bias"])
+    first, second = checkpoint.notices(architecture)
+    assert "student" in first and "projector (2 tensors)" in second
+
+
 def test_our_own_files_have_one_encoder(tmp_path: Path) -> None:
     from mimref.encoders.checkpoints import save_encoder
     from tests.checkpoints import load_encoder
@@ -246,3 +261,4 @@ def test_our_own_files_have_one_encoder(tmp_path: Path) -> None:
     save_encoder(tmp_path / "own.safetensors", encoder, {})
     checkpoint = read_checkpoint(tmp_path / "own.safetensors", ReadingConfig(part="teacher"))
     assert "--encoder teacher has no effect" in checkpoint.notices(choose_architecture(checkpoint))[0]
+    assert checkpoint.fingerprint == read_checkpoint(tmp_path / "own.safetensors").fingerprint

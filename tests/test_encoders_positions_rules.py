@@ -117,15 +117,19 @@ def test_headers_keep_the_rule_and_those_without_one_keep_theirs(tmp_path: Path)
 def test_cache_keys_change_only_where_positions_are_interpolated(tmp_path: Path) -> None:
     torch.save(dino(LEARNED), tmp_path / "a.pth")
 
-    def spec(**settings: Any) -> dict[str, Any]:
+    def spec(file: str = "a.pth", **settings: Any) -> dict[str, Any]:
         config = KnnConfig.model_validate({"data": {"spec": "digits"}, "device": "cpu", **settings})
-        inputs = EncoderInputs(config, str(tmp_path / "a.pth"), Silent())
+        inputs = EncoderInputs(config, str(tmp_path / file), Silent())
         return inputs._spec(inputs.source("val"))["architecture"]  # type: ignore[no-any-return]
 
     assert "interpolation" not in spec() and spec() == spec(resolution=IMAGE, encoder={"interpolation": "timm"})
     assert spec(resolution=28)["interpolation"] == "dino"
     assert spec(resolution=28, encoder={"interpolation": "timm"})["interpolation"] == "timm"
     assert "interpolation" not in spec(resolution=28, encoder={"interpolation": "mae"})
+    # A grid that is no square is interpolated for images of every size.
+    torch.save(LEARNED | {"pos_embed": torch.randn(1, 1 + 32, WIDTH)}, tmp_path / "wide.pth")
+    assert spec("wide.pth")["interpolation"] == "timm"
+    assert spec("wide.pth", encoder={"interpolation": "dino"})["interpolation"] == "dino"
     # A file that mimref wrote with the rule, too.
     encoder, _ = load_encoder(tmp_path / "a.pth")
     assert isinstance(encoder, Encoder)

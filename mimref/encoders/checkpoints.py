@@ -42,8 +42,8 @@ from mimref.encoders.parts import (
     left_out_notice,
     matching_prefixes,
 )
-from mimref.encoders.positions import resize_positions
-from mimref.encoders.published import find_published
+from mimref.encoders.positions import fit_positions
+from mimref.encoders.published import find_named
 from mimref.encoders.reading import first_line, named_tensors, read_file
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, RatesOnCpu, are_sincos, build_encoder, is_plain_vit
 from mimref.errors import CheckpointError, ConfigError
@@ -74,10 +74,10 @@ class Checkpoint:
     """A foreign file as a plain vision transformer."""
     problem: str = ""
     """Why a foreign file is not recognised."""
-    ignored: list[str] = field(default_factory=list)
-    """Notices of what was left out when the file was read."""
     advice: str = ""
     """What may help then, for commands with `--arch`."""
+    ignored: list[str] = field(default_factory=list)
+    """Notices of what was left out when the file was read."""
     named: dict[str, Tensor] = field(default_factory=dict)
     """All tensors of a foreign file, under their names without what wrapping modules add."""
     part: str | None = None
@@ -92,9 +92,17 @@ class Checkpoint:
         Where the file holds several encoders, or its grid of patches is no square, it depends on the choice as well.
         """
         digest, found = tensors_hash(self.tensors), self.recognised
-        chosen = [found.prefix] if found and found.others else [self.part] if self.part and not found else []
+        chosen = [found.prefix] if found and found.others else []
+        if self.part and found is None and "architecture" not in self.header:
+            chosen = [self.part]
         chosen += [f"{found.grid}"] if found and found.grid[0] != found.grid[1] else []
         return hashlib.sha256(" ".join((digest, *chosen)).encode()).hexdigest() if chosen else digest
+
+    @property
+    def guesses_interpolation(self) -> bool:
+        """Whether nothing says which of several families' rules interpolates the positions."""
+        found = self.recognised
+        return bool(found and found.guesses_interpolation and self.source is None and self.interpolation is None)
 
     def notices(self, architecture: Architecture | BackboneArchitecture, sizes: Sequence[int] = ()) -> list[str]:
         """What was ignored, assumed or changed to read the file as this architecture, each with the file's name.
@@ -108,13 +116,16 @@ class Checkpoint:
             with torch.device("meta"), RatesOnCpu():
                 model = timm.create_model(architecture.name, pretrained=False, num_classes=0)
             notices += self.selection(model.state_dict())[1]
-        elif self.recognised and architecture.from_timm:
+        elif self.recognised is None:
+            with torch.device("meta"):
+                encoder = build_encoder(architecture)
+            notices += self.selection(encoder.vit.state_dict())[1]
+        elif architecture.from_timm:
             notices += self.recognised.selection_notices
-        elif self.recognised:
+        else:
             notices += self.recognised.notices
-            guessed = self.recognised.guesses_interpolation and self.source is None and self.interpolation is None
-            rows, columns = self.recognised.grid
-            if guessed and (rows != columns or any(self.interpolates(architecture, size) for size in sizes)):
+            sizes = (architecture.image_size, *sizes)
+            if self.guesses_interpolation and any(self.interpolates(architecture, size) for size in sizes):
                 notices.append(
                     f"positions are interpolated as {architecture.interpolation} does, which the layout does not show; "
                     "set encoder.interpolation if that is wrong"
@@ -123,6 +134,8 @@ class Checkpoint:
 
     def interpolates(self, architecture: Architecture, size: int) -> bool:
         """Whether images of `size` pixels need other positions than those in the file."""
+        if self.recognised and self.recognised.grid[0] != self.recognised.grid[1]:
+            return True
         tensors = (self.recognised or self).tensors
         positions, registers = tensors.get("pos_embed"), tensors.get("reg_token")
         if positions is None:
@@ -194,9 +207,8 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
         found.notices.append("mean and deviation of the pixels are taken from preprocessor_config.json")
         sizes = {"image_size": found.architecture.image_size, "crop_fraction": 0.875}
         checkpoint = replace(checkpoint, header={"transform": sizes | normalisation})
-    published = None if Path(path).exists() else find_published(str(path))
     architecture, source = found.architecture, found.source
-    if published:
+    if published := find_named(path):
         source, licence = published.source, published.licence
         if found.guesses_interpolation:
             architecture = replace(architecture, interpolation=INTERPOLATIONS.get(source, "mae"))
@@ -290,7 +302,10 @@ def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = Fals
     given = _tensors_for(encoder, checkpoint)
     positions, wanted = given.get("pos_embed"), encoder.vit.pos_embed
     if positions is not None and wanted is not None and positions.shape != wanted.shape:
-        given = {**given, "pos_embed": _fit_positions(encoder, positions)}
+        num_prefix = 0 if encoder.vit.no_embed_class else encoder.num_prefix_tokens
+        side = encoder.architecture.image_size // encoder.patch_size
+        fitting = fit_positions(positions, num_prefix, side, encoder.architecture.interpolation)
+        given = {**given, "pos_embed": fitting}
     _load(encoder.vit, encoder.architecture.name, given, checkpoint.path, share=share)
 
 
@@ -309,20 +324,6 @@ def _tensors_for(encoder: Encoder, checkpoint: Checkpoint) -> Mapping[str, Tenso
     if encoder.architecture.from_timm:
         return _timm_tensors(checkpoint, encoder.architecture.name, encoder.vit, ())
     return checkpoint.selection(wanted)[0]
-
-
-def _fit_positions(encoder: Encoder, positions: Tensor) -> Tensor:
-    """Positions interpolated to the encoder's grid; as they are where they form no square of patches."""
-    prefix = 0 if encoder.vit.no_embed_class else encoder.num_prefix_tokens
-    side = encoder.architecture.image_size // encoder.patch_size
-    patches = positions.shape[1] - prefix if positions.ndim == 3 and len(positions) == 1 else 0
-    if patches <= 0 or int(patches**0.5) ** 2 != patches or not positions.is_floating_point():
-        return positions
-    # In float32, so that a file in half precision is rounded only once.
-    positions = positions.float()
-    interpolation = encoder.architecture.interpolation
-    patches_1ND = resize_positions(positions[:, prefix:], (side, side), interpolation=interpolation)
-    return torch.cat([positions[:, :prefix], patches_1ND], dim=1)
 
 
 def _timm_tensors(

@@ -84,7 +84,7 @@ def inspect_file(path: str | Path, reading: ReadingConfig | None = None) -> Insp
         ],
         dropped=recognised.dropped if recognised else {},
         notices=[*checkpoint.ignored, *(recognised.notices if recognised else [])],
-        guesses_interpolation=bool(recognised and recognised.guesses_interpolation and checkpoint.source is None),
+        guesses_interpolation=checkpoint.guesses_interpolation,
         header={key: value for key, value in checkpoint.header.items() if key != "architecture"},
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimref.config.base import Interpolation
+from mimref.devices import send
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def resize_positions(
         return positions_1ND
     rule = RULES[interpolation]
     if rule.recomputed:
-        return flat_sincos_positions(positions_1ND.shape[2], new_grid[0] * new_grid[1]).to(positions_1ND)
+        recomputed = flat_sincos_positions(positions_1ND.shape[2], new_grid[0] * new_grid[1])
+        return send(recomputed.to(positions_1ND.dtype), positions_1ND.device)
     image = positions_1ND.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).float()
     # With a scale factor, torch samples at its multiples, although the output has a whole number of patches.
     factor = ((new_grid[0] + rule.offset) / rows, (new_grid[1] + rule.offset) / columns)
@@ -86,6 +88,17 @@ def resize_positions(
         align_corners=rule.align_corners,
     )
     return resized.permute(0, 2, 3, 1).flatten(1, 2).to(positions_1ND.dtype)
+
+
+def fit_positions(positions: Tensor, num_prefix: int, side: int, interpolation: Interpolation) -> Tensor:
+    """A file's positions, (1, num_prefix + N, D), for side x side patches; as they are where N is no square."""
+    patches = positions.shape[1] - num_prefix if positions.ndim == 3 and len(positions) == 1 else 0
+    if patches <= 0 or math.isqrt(patches) ** 2 != patches or not positions.is_floating_point():
+        return positions
+    # In float32, so that a file in half precision is rounded only once.
+    positions = positions.float()
+    patches_1ND = resize_positions(positions[:, num_prefix:], (side, side), interpolation=interpolation)
+    return torch.cat([positions[:, :num_prefix], patches_1ND], dim=1)
 
 
 def flat_sincos_positions(width: int, patches: int) -> Tensor:

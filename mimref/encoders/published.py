@@ -100,9 +100,14 @@ def find_published(name: str) -> PublishedWeights | None:
     return PublishedWeights(name, ADDRESSES[name], name.split("_")[0]) if name in ADDRESSES else None
 
 
+def find_named(path: str | Path) -> PublishedWeights | None:
+    """The published weights that a path names, unless a file or folder has that name."""
+    return None if Path(path).exists() else find_published(str(path))
+
+
 def must_download(name: str) -> bool:
     """Whether weights are fetched from a server: published ones that are not cached, or timm's."""
-    known = None if Path(name).exists() else find_published(name)
+    known = find_named(name)
     return name.startswith("timm:") or (known is not None and not known.file.is_file())
 
 

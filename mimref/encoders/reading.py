@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mimref.encoders.contents import Content
 from mimref.encoders.folders import check_whole, find_in_folder, read_index
-from mimref.encoders.published import ADDRESSES, fetch, find_published
+from mimref.encoders.published import ADDRESSES, fetch, find_named
 from mimref.encoders.torch_files import read_torch_file
 from mimref.errors import CheckpointError, did_you_mean
 from mimref.progress import LabelledProgress
@@ -33,21 +33,13 @@ def read_file(
     """
     try:
         file = _find(path, progress)
-        with file.open("rb") as stream:
-            start = stream.read(9)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if not start:
-        raise CheckpointError(f"{file}: the file is empty")
-    ignored = ""
-    # A safetensors file starts with 8 bytes, the length of its JSON header, and the header's brace.
+    start = _read_start(file)
     if start[8:] != b"{" and start.lstrip()[:1] == b"{":
         return file, _read_shards(file), {}, []
     check_whole(file)
-    if start[8:] == b"{":
-        content, header = _read_safetensors(file)
-    else:
-        (content, ignored), header = _read_pickle(file), {}
+    content, header, ignored = _read_tensors(file, start)
     if next(named_tensors(content), None) is None:
         only = f", only {ignored}, whose code is not run; load it with its library and save its state_dict"
         raise CheckpointError(f"{file}: contains no named tensors{only if ignored else ''}")
@@ -77,10 +69,9 @@ def first_line(error: Exception) -> str:
 def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
     if path == "quickstart":
         return Path(str(resources.files("mimref") / "assets" / "quickstart.safetensors"))
-    file = Path(path)
-    known = None if file.exists() else find_published(str(path))
-    if known:
+    if known := find_named(path):
         return fetch(known, progress)
+    file = Path(path)
     if file.is_dir():
         return find_in_folder(file)
     if not file.is_file():
@@ -89,14 +80,32 @@ def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
     return file
 
 
+def _read_start(file: Path) -> bytes:
+    """The bytes that tell the formats apart."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    if not start:
+        raise CheckpointError(f"{file}: the file is empty")
+    return start
+
+
+def _read_tensors(file: Path, start: bytes) -> tuple[Content, dict[str, Any], str]:
+    """Content, JSON header of our own files (else empty), and classes of which objects are left out, for display."""
+    # A safetensors file starts with 8 bytes, the length of its JSON header, and the header's brace.
+    if start[8:] == b"{":
+        return *_read_safetensors(file), ""
+    content, ignored = _read_pickle(file)
+    return content, {}, ignored
+
+
 def _read_shards(file: Path) -> Content:
     """The tensors of all shards that an index names."""
     tensors: dict[str, Tensor] = {}
     for shard, names in read_index(file).items():
-        with shard.open("rb") as stream:
-            start = stream.read(9)
-        content = (_read_safetensors(shard) if start[8:] == b"{" else _read_pickle(shard))[0]
-        found = dict(named_tensors(content))
+        found = dict(named_tensors(_read_tensors(shard, _read_start(shard))[0]))
         missing = [name for name in names if name not in found]
         if missing:
             raise CheckpointError(f"{shard}: lacks {missing[0]}, which {file.name} expects in it")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import ContextDecorator
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self, cast, get_args
 
 import timm
@@ -354,6 +354,7 @@ def timm_options(architecture: Architecture) -> dict[str, Any]:
     return options
 
 
+@cache
 def is_plain_vit(name: str) -> bool:
     """Whether timm's `name` is a VisionTransformer on plain patches.
 

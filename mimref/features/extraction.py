@@ -37,7 +37,7 @@ def extract_to_file(
     checks.run("out", lambda: check_new_file(out, (".npz", ".parquet"), force))
     opened = open_encoder(config, config.checkpoint, listener, checks, need_labels=False, splits=[config.split])
     groups = column_groups(config, opened.inputs, checks)
-    inputs = checks.finished(opened.inputs)
+    inputs = opened.checked(checks)
     assert isinstance(inputs, EncoderInputs)
     prepare_groups(groups, inputs, [config.split])
     if not end_group():

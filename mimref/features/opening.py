@@ -59,7 +59,7 @@ def open_encoder(
 ) -> Opened:
     """Open a checkpoint and its images, and check all that can be checked without a pass.
 
-    setting: that names the checkpoint. splits: the images to open. sources: images that are open already.
+    setting: that names the checkpoint. splits: the images to open. sources: what could be opened of them already.
     """
     check_device(config, checks)
     opened = dict(sources or {})
