@@ -29,6 +29,7 @@ class Operation(enum.IntEnum):
     SOLARIZE = 8
     NEIGHBOUR = 9
     MASK = 10
+    MOSAIC = 31
 
 
 def _shift_right(word: Tensor, bits: int) -> Tensor:

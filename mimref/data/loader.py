@@ -129,7 +129,7 @@ class _ViewDataset(BatchDataset[ViewBatch]):
         return ViewBatch(epoch, sample_B, crops, bad, [each.traits for each in decoded])
 
 
-def _epoch_batches(
+def epoch_batches(
     size: int, batch_size: int, seed: int, *, epochs: range, skip: int, every: int, part: slice
 ) -> Iterator[_EpochBatch]:
     """A part of the shuffled full batches of consecutive epochs, from any position on."""
@@ -167,7 +167,7 @@ def view_batches(
     """
     rank, world = (own_rank(), world_size()) if every == 1 else (0, 1)
     part = share(batch_size, rank, world)
-    batches = _epoch_batches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every, part=part)
+    batches = epoch_batches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every, part=part)
     dataset = _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg)
 
     def recorded(batch: ViewBatch) -> ViewBatch:

@@ -16,6 +16,9 @@ BAR_WIDTH = 16
 # Column title and number format of a block's metrics; the first available one is drawn. Short, for 80 columns.
 METRICS = {
     "block_knn_top1": ("k-NN", ".1f"),
+    "block_segment_miou": ("mIoU", ".1f"),
+    "block_segment_micro_iou": ("micro IoU", ".1f"),
+    "block_segment_accuracy": ("pixels", ".1f"),
     "block_reconstruction": ("recon.", ".3f"),
     "block_effective_rank": ("rank", ".1f"),
     "block_mean": ("mean", ".3g"),

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mimref.data.decode import printable
 from mimref.files import atomic_path
@@ -33,9 +34,13 @@ NAME_LENGTH = 32
 BLOCKS_WIDTH = 8.0  # inches
 CURVES = {
     "block_knn_top1": "k-NN accuracy (%)",
+    "block_segment_miou": "mean IoU (%)",
+    "block_segment_micro_iou": "micro IoU (%)",
     "block_reconstruction": "reconstruction loss\n(normalised pixels, lower is better)",
     "block_effective_rank": "effective rank (dimensions)",
 }
+_LABELLED = ("block_knn_top1", "block_segment_miou")
+"""Curves whose best block is labelled."""
 DELTAS = {"block_knn_delta": "k-NN accuracy", "block_reconstruction_delta": "reconstruction loss"}
 
 
@@ -138,15 +143,43 @@ def plot_comparison(path: Path, rows: Sequence[Row], base: str) -> None:
     _save(figure, path)
 
 
+def plot_segments(path: Path, samples: Sequence[tuple[Tensor, Tensor, Tensor]], class_names: Sequence[str]) -> None:
+    """Images with the true and the predicted classes of their pixels, a line each.
+
+    samples: image uint8 (3, H, W), truth and prediction (H', W') of classes 0, 1, ...; negative ones have no class and
+    are white. A legend names up to 20 classes. Raises OutputError if the file cannot be written.
+    """
+    present = sorted({int(label) for _, *maps in samples for each in maps for label in each.unique() if label >= 0})
+    named = len(present) <= LEGEND_CLASSES
+    names = [class_names[label] for label in present] if named else []
+    colors = np.ones((len(class_names) + 1, 3))
+    for label, (color, _) in enumerate(_class_styles(len(class_names), markers=False)):
+        colors[label] = to_rgb(color)
+    figure = _figure(6.6 + _name_inches(names), 0.3 + 2.1 * len(samples))
+    axes = figure.subplots(len(samples), 3, squeeze=False)
+    for line, (image, *maps) in zip(axes, samples, strict=True):
+        for ax, pixels in zip(line, (image.permute(1, 2, 0).numpy(), *(colors[each.numpy()] for each in maps)), strict=True):
+            ax.imshow(pixels, interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            _clean(ax, keep=())
+    for ax, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
+        ax.set_title(title, fontsize=9, color=INK)
+    if named:
+        entries = [(name, to_hex(colors[label]), "s") for name, label in zip(names, present, strict=True)]
+        _legend(figure, entries, "", {"loc": "outside right center"})
+    _save(figure, path)
+
+
 def _draw_curve(
     ax: Axes, blocks: list[int], values: list[float], number: int, heads: Sequence[int], metric: str
 ) -> None:
-    """One model's values over its blocks; the k-NN curve's best one is labelled."""
+    """One model's values over its blocks; the best one of `_LABELLED` is labelled."""
     color, marker = _curve_style(number)
     ax.plot(blocks, values, color=color, linewidth=1.6)
     fill = [color if block in heads else "white" for block in blocks]
     ax.scatter(blocks, values, s=26, marker=marker, facecolors=fill, edgecolors=color, linewidths=1.3, zorder=3)
-    if metric != "block_knn_top1" or not np.isfinite(values).any():
+    if metric not in _LABELLED or not np.isfinite(values).any():
         return
     best = int(np.nanargmax(np.where(np.isfinite(values), values, np.nan)))
     style: dict[str, Any] = {"ha": "center", "fontsize": 8, "fontweight": "bold", "color": color}
@@ -239,9 +272,10 @@ def _name_inches(names: Sequence[str]) -> float:
     return 0.45 + 0.085 * min(NAME_LENGTH, max(map(len, names), default=0))
 
 
-def _class_styles(count: int) -> list[tuple[str, str]]:
-    """Colour and marker of every class: all colours with one marker, then with the next."""
-    if count <= LEGEND_CLASSES:
+def _class_styles(count: int, *, markers: bool = True) -> list[tuple[str, str]]:
+    """Colour and marker of every class: all colours with one marker, then with the next. Without markers, colours
+    differ."""
+    if count <= (LEGEND_CLASSES if markers else len(COLORS)):
         return [(COLORS[n % len(COLORS)], MARKERS[n // len(COLORS)]) for n in range(count)]
     # Too many to name: neighbouring classes are a golden ratio of the colour circle apart, and differ in value.
     colors = [hsv_to_rgb(number * 0.618034 % 1.0, 0.75, (0.95, 0.6, 0.8)[number % 3]) for number in range(count)]

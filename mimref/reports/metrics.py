@@ -26,6 +26,13 @@ LABELS = {
     "block_effective_rank": "effective rank of block {block}",
     "block_reconstruction": "reconstruction loss of block {block}",
     "block_reconstruction_delta": "reconstruction gained by block {block}",
+    "segment_miou": "mean IoU",
+    "segment_micro_iou": "micro IoU",
+    "segment_accuracy": "pixel accuracy",
+    "segment_iou": "IoU",
+    "block_segment_miou": "mean IoU of block {block}",
+    "block_segment_micro_iou": "micro IoU of block {block}",
+    "block_segment_accuracy": "pixel accuracy of block {block}",
 }
 UNDEFINED = "undefined: the features do not vary, or classes have the same mean"
 LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction"}
@@ -37,7 +44,9 @@ STATISTICS = {
 # Results of a measurement, as opposed to its settings.
 _MEASURED = ("model", "metric", "value", "mean", "std", "splits", "runs")
 # Settings that the measurement itself chose: the best classifier of a grid.
-_CHOSEN = {"probe_top1": ("blocks", "pool", "lr", "held_out_top1")}
+_CHOSEN = {"probe_top1": ("blocks", "pool", "lr", "held_out_top1")} | dict.fromkeys(
+    ("segment_miou", "segment_micro_iou", "segment_accuracy"), ("blocks", "pool", "lr")
+)
 
 
 def template(row: Row) -> str:

@@ -8,8 +8,8 @@ import torch
 
 from mimref.data.sources import ImageSource
 from mimref.distributed.collectives import gather_lists
-from mimref.errors import DataError, OutputError
-from mimref.files import atomic_write, is_whole
+from mimref.errors import ConfigError, DataError, OutputError
+from mimref.files import atomic_write, is_whole, remove_halves
 from mimref.progress import Listener
 
 
@@ -38,6 +38,33 @@ def read_state(file: Path) -> dict[str, Any] | None:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise OutputError(f"{file}: cannot be read ({reason})") from error
     return state
+
+
+def matching_state(file: Path, identity: Mapping[str, Any], what: str) -> dict[str, Any] | None:
+    """The state of a file, whose `settings` must equal `identity`; None if the file does not exist.
+
+    what: is being continued, such as `probe`. Raises ConfigError for a file of other settings or images, OutputError
+    for a damaged one.
+    """
+    remove_halves(file.parent, file.name)
+    if not file.exists():
+        return None
+    state = read_state(file)
+    settings = None if state is None else state.get("settings")
+    if state is None or not isinstance(settings, Mapping):
+        raise damaged_state(file, what)
+    for key, value in identity.items():
+        if (other := settings.get(key)) != value:
+            raise ConfigError(
+                f"cannot continue the {what} of {file} with another {key}: it was {other!r} and is now {value!r}; restore "
+                "it, or remove the file to start from scratch"
+            )
+    return state
+
+
+def damaged_state(file: Path, what: str) -> OutputError:
+    """The error for a state that does not hold what it should."""
+    return OutputError(f"{file}: damaged state of a {what}; remove the file to start from scratch")
 
 
 def check_ranks(state: Mapping[str, Any] | None, source: ImageSource) -> None:

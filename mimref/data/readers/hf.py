@@ -51,6 +51,13 @@ class TableSource(EncodedSource):
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `ImageSource`."""
+        content = self.content(index)
+        if isinstance(content, bytes):
+            return decode_content(content, self.path(index), reduce, self.decoding)
+        return decode_file(content, reduce, self.decoding)
+
+    def content(self, index: int) -> bytes | str:
+        """The content of an image's file, or its path. Raises BadImage where a cell has neither."""
         try:
             cell = self.cells[int(self.rows[index])].column(0)[0].as_py()
         except Exception as error:  # pyarrow's readers of damaged files raise many kinds
@@ -61,9 +68,9 @@ class TableSource(EncodedSource):
             cell = {"path": cell}
         content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if content is not None:
-            return decode_content(content, self.path(index), reduce, self.decoding)
+            return bytes(content)
         if path and (file := self._file(path)):
-            return decode_file(file, reduce, self.decoding)
+            return file
         if not path:
             raise BadImage(self.path(index), "no image in this row")
         table = first_of(self.files, 1)

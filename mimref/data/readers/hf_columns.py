@@ -15,6 +15,10 @@ _OTHER_MEDIA = ("Audio", "Video", "Pdf", "Nifti")
 """Features whose cells are files as well."""
 
 
+class NoColumnError(DataError):
+    """A column that a setting names and that does not exist."""
+
+
 class Columns(NamedTuple):
     """The columns in use."""
 
@@ -30,7 +34,7 @@ def choose_columns(features: Any, data: DataConfig) -> Columns:
     for setting, wanted in (("data.image", data.image), ("data.label", data.label)):
         if wanted is not None and wanted not in features:
             near = did_you_mean(wanted, features)
-            raise DataError(f"no column {wanted!r}, which {setting} names{near} (its columns: {_list(features)})")
+            raise NoColumnError(f"no column {wanted!r}, which {setting} names{near} (its columns: {_list(features)})")
     schema = features.arrow_schema
     declared = [name for name, feature in features.items() if _declares_image(feature)]
     by_type = [name for name in features if _holds_files(schema.field(name).type, features[name])]
@@ -64,8 +68,10 @@ def _choose_label(features: Any, data: DataConfig, image: str) -> tuple[str | No
     if data.label is not None:
         return data.label, "", []
     declared = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    if "label" in features or len(declared) == 1:
-        label = "label" if "label" in features else declared[0]
+    # A column of masks may have this name as well.
+    usual = "label" in features and not _declares_image(features["label"])
+    if usual or len(declared) == 1:
+        label = "label" if usual else declared[0]
         others = [name for name in declared if name != label]
         return label, "", [f"labels are those of column {label!r}, not of {_list(others)}"] if others else []
     if declared:

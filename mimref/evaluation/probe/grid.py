@@ -18,15 +18,14 @@ from torch import Tensor
 
 from mimref.data.labels import stratified_split
 from mimref.distributed.group import world_size
-from mimref.errors import ConfigError, DataError, DivergenceError, OutputError
+from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.metrics import check_features, number_labels, show_class
 from mimref.evaluation.probe.config import ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Batch, ProbeEnsemble, schedule, score
 from mimref.features.matrix import Labels, Matrix
-from mimref.files import remove_halves
 from mimref.progress import Progress, ProgressOnly
 from mimref.results import Row
-from mimref.training.checkpoint import read_state, write_state
+from mimref.training.checkpoint import damaged_state, matching_state, write_state
 from mimref.training.job import Job
 from mimref.training.job import train as run_job
 from mimref.training.signals import stop_signal
@@ -134,21 +133,13 @@ class ProbeGrid(Job[Batch]):
 
         Raises ConfigError for a file of other settings or images, OutputError for a damaged one.
         """
-        remove_halves(file.parent, file.name)
-        if not file.exists():
-            return
         try:
-            saved = read_state(file) or {}
-            for key, value in self.identity.items():
-                if (other := saved["settings"].get(key)) != value:
-                    raise ConfigError(
-                        f"cannot continue the probe of {file} with another {key}: it was {other!r} and is now "
-                        f"{value!r}; restore it, or remove the file to start from scratch"
-                    )
+            if (saved := matching_state(file, self.identity, "probe")) is None:
+                return
             step = int(saved["step"])
             self.ensemble.load_state_dict(saved["ensemble"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise OutputError(f"{file}: damaged state of a probe; remove the file to start from scratch") from error
+            raise damaged_state(file, "probe") from error
         self.step = step
 
     def rows(self, protocol: Literal["cached", "augmented"], held: Iterable[Batch]) -> list[Row]:

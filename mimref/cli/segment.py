@@ -1,0 +1,88 @@
+"""The command that segments images on frozen patch tokens."""
+
+from functools import partial
+from pathlib import Path
+
+from mimref.cli.execution import figure, print_finished, report, run_on_ranks
+from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Images, Preset, Resume, Seed, Text
+from mimref.cli.parser import argument, option
+from mimref.errors import ConfigError, OutputError
+
+
+class SegmentEncoder(Images, panel="Encoder"):
+    arch: Text = ARCH
+    source: Text = SOURCE
+    encoder: Text = PART
+    blocks: Text = option("Score blocks one by one instead.", "all|1,5,12", "blocks")
+    resolution: Text = option("Of crops and windows; default: the protocol's.", "PIXELS", "resolution")
+
+
+class SegmentOptions(SegmentEncoder, Preset, Seed, Resume, panel="Protocol"):
+    checkpoint: Text = argument(
+        f"{CHECKPOINT}; default: the packaged tiny encoder, on mosaics of digits.", "CKPT", "checkpoint", required=False
+    )
+    protocol: Text = option("Default paper.", "paper|dinov2|knn", "protocol")
+    test: Text = option("Middle square, or sliding windows over resized or full images.", "crop|slide|full", "test")
+    upsampling: Text = option("Of classes to pixels; default bilinear.", "bilinear|nearest", "training.upsampling")
+    epochs: Text = option("Passes over the training images.", "N", "training.epochs")
+    updates: Text = option("Updates instead of epochs.", "N", "training.updates")
+    batch_size: Text = option("Images per update.", "N", "training.batch_size")
+    k: Text = option("Patches that vote, with --protocol knn; default 30.", "K", "knn.k")
+    final_norm: bool | None = option(
+        "The encoder's final norm; default: the protocol's.", sets="final_norm", flag="--final-norm/--no-final-norm"
+    )
+
+    def state_file(self) -> Path | None:
+        """The state that interrupted training continues from."""
+        state = self.out / "state" / "segment.pt" if self.out else None
+        if state is None and self.resume:
+            raise ConfigError("--resume continues in an output folder; name it with --out DIR")
+        if state is not None and state.exists() and not self.resume and not self.force:
+            raise OutputError(f"{self.out}: holds unfinished heads; --resume continues them, --force starts over")
+        return state
+
+
+def segment(options: SegmentOptions) -> None:
+    """Segment images on the frozen encoder's patch tokens.
+
+    Linear heads by the paper's or DINOv2's protocol, or patch k-NN without training. With --out: a table per class, a
+    figure of predictions, and --resume continues interrupted training.
+
+    Examples:
+      mimref segment
+      mimref segment runs/mae_l16 --protocol knn --data /data/ade20k --out runs/segment
+    """
+    from mimref.transfer.segment.config import SegmentConfig
+
+    config = options.load(SegmentConfig, options.preset or (None if options.checkpoint else "quickstart"))
+    if options.resume and options.out and options.checks.passed and print_finished(options.out, config.command):
+        return
+    options.check_out()
+    state = options.checks.run("out", options.state_file)
+
+    from mimref.transfer.segment.run import evaluate_segment
+
+    work = partial(evaluate_segment, state=state, fresh=not options.resume)
+    result = run_on_ranks(config, options, work, advice="run it again without torchrun")
+    if result is None:
+        return
+    if config.blocks is None:
+        report(options, config, result)
+    else:
+        from mimref.reports.terminal import print_blocks
+
+        report(options, config, result, partial(print_blocks, heads={}))
+    if state is not None:
+        state.unlink(missing_ok=True)
+    if options.out is None:
+        return
+    with figure(options.out / "segments.png", options):
+        from mimref.reports.figures import plot_segments
+
+        shown = [(sample.image, sample.truth, sample.predicted_K[0]) for sample in result.samples]
+        plot_segments(options.out / "segments.png", shown, result.class_names)
+    if config.blocks is not None:
+        with figure(options.out / "blocks.png", options):
+            from mimref.reports.figures import plot_blocks
+
+            plot_blocks(options.out / "blocks.png", result.rows, heads={})

@@ -1,0 +1,31 @@
+"""Settings of images with a class for every pixel."""
+
+from pydantic import Field
+
+from mimref.config.base import Fraction, Section
+
+MOST_CLASSES = 32767
+"""Labels travel as 16-bit numbers."""
+
+
+class MasksConfig(Section):
+    """Which values of a mask are which classes."""
+
+    classes: int | None = Field(default=None, ge=2, le=MOST_CLASSES)
+    """Number of classes. None: the lines of `classes.txt` in the folder, the names that the data set brings, else one
+    more than the largest label in the training masks."""
+    first: int | None = Field(default=None, ge=0)
+    """Value of the first class; pixels of lower values have no label. None: 1 in ADE20K's layout, else 0."""
+    ignore: int = Field(default=255, ge=0)
+    """Value of pixels without a label."""
+
+
+class MosaicsConfig(Section):
+    """Mosaics of `digits` and `fashion-mnist`: objects on textured ground, the same ones for every seed."""
+
+    train: int = Field(default=400, gt=0)
+    """Mosaics of training images."""
+    val: int = Field(default=200, gt=0)
+    """Mosaics of validation images."""
+    filled: Fraction = 0.7
+    """Share of the nine cells that hold an object."""

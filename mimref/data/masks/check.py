@@ -1,0 +1,85 @@
+"""What is wrong with images and masks, found before an encoder runs; and how many classes the masks have."""
+
+import io
+import os
+
+import numpy as np
+from PIL import Image
+
+from mimref.data.decode import BadImage
+from mimref.data.masks.sources import ArrayMasks, Pairs
+from mimref.data.readers.hf import TableSource
+from mimref.data.sources import FileSource, Split
+from mimref.errors import Checks, DataError
+from mimref.progress import LabelledProgress
+
+MOST_CHECKED = 2000
+"""Pairs of a split that are read before the work begins, evenly spread; the others are checked as they are read."""
+_MOST_LISTED = 5
+"""Of one split's mistakes, whose lines are listed."""
+
+
+def check_pairs(pairs: dict[Split, Pairs], checks: Checks, progress: LabelledProgress | None = None) -> None:
+    """Read masks, and compare their sizes with their images'; names the classes where that is left to the masks.
+
+    Masks that cannot be read, of another size than their image, or with classes out of range become mistakes of
+    `data.spec`, as does a split without any labelled pixel. Where the number of classes is unknown, all training masks
+    are read.
+    """
+    for split, of_split in pairs.items():
+        if isinstance(of_split.masks, ArrayMasks):
+            continue
+        unknown = not of_split.class_names and split == "train"
+        largest = _check_split(of_split, checks, f"checking {split} masks", unknown, progress)
+        if not unknown:
+            continue
+        if largest < 1:
+            only = "have one class" if largest == 0 else "have no class"
+            advice = "masks hold the number of every pixel's class, counted from masks.first; masks.ignore has none"
+            checks.add("data.spec", DataError(f"{of_split.name}: the training masks {only}; {advice}"))
+            return
+        for each in pairs.values():
+            each.class_names = list(map(str, range(largest + 1)))
+
+
+def _check_split(
+    pairs: Pairs, checks: Checks, label: str, read_all: bool, progress: LabelledProgress | None
+) -> int:
+    """The largest label in the masks that were read; -1 without any."""
+    count = len(pairs) if read_all else min(len(pairs), MOST_CHECKED)
+    rows = np.linspace(0, len(pairs) - 1, count).round().astype(np.int64).tolist()
+    largest, wrong = -1, 0
+    for done, row in enumerate(rows, 1):
+        try:
+            largest = max(largest, int(pairs.mask(row, _image_size(pairs, row)).max()))
+        except DataError as error:
+            wrong += 1
+            if wrong <= _MOST_LISTED:
+                checks.add("data.spec", error)
+        if progress is not None and (done % 100 == 0 or done == count):
+            progress(label, done, count)
+    if wrong > _MOST_LISTED:
+        more = f"{wrong - _MOST_LISTED} more of the {count} masks that were checked cannot be used"
+        checks.add("data.spec", DataError(f"{pairs.name}: {more}"))
+    if largest < 0 and not wrong and not read_all:
+        none = f"{pairs.name}: none of the {count} masks that were checked has a pixel with a class"
+        checks.add("data.spec", DataError(f"{none}; see masks.first and masks.ignore"))
+    return largest
+
+
+def _image_size(pairs: Pairs, row: int) -> tuple[int, int] | None:
+    """Width and height from the header of an image's file; None where it cannot be read, which is found later."""
+    source = pairs.images
+    try:
+        if isinstance(source, TableSource):
+            content = source.content(row)
+            file = io.BytesIO(content) if isinstance(content, bytes) else content
+        elif isinstance(source, FileSource):
+            file = os.path.join(source.folder, source.files[int(source.rows[row])])
+        else:
+            return None
+        with Image.open(file) as image:
+            turned = source.decoding.orientation == "exif" and image.getexif().get(0x0112, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None

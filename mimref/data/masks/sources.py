@@ -1,0 +1,224 @@
+"""Pairs of an image and its mask, a class for every pixel: in files, in cells of a table, or in memory.
+
+Masks are images of one channel whose values are class numbers; a palette only colours them.
+"""
+
+import hashlib
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mimref.data.decode import BadImage, printable, reason_of
+from mimref.data.labels import Indices
+from mimref.data.readers.hf import TableSource
+from mimref.data.sources import ArraySource, FileSource, PathList, fingerprint_files
+from mimref.errors import DataError
+
+UNLABELLED = -1
+"""Of a pixel that has no class, and counts nowhere."""
+_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+
+
+@dataclass(frozen=True)
+class Coding:
+    """Which values of a mask are which classes."""
+
+    first: int = 0
+    """Value of class 0; lower values have no label."""
+    ignore: int = 255
+    """Value without a label."""
+
+    def labels(self, values_HW: NDArray[np.integer | np.bool_], name: str) -> Tensor:
+        """Classes (H, W) int16, `UNLABELLED` where there is none. Raises DataError for values beyond 16 bits."""
+        whole = values_HW.astype(np.int64)
+        labels = np.where((whole < self.first) | (whole == self.ignore), UNLABELLED, whole - self.first)
+        if labels.max(initial=0) > np.iinfo(np.int16).max:
+            raise DataError(f"{name}: value {whole.max()} is no class number")
+        return torch.from_numpy(labels.astype(np.int16))
+
+
+class MaskSource(ABC):
+    """The masks of a list of images, in the same order."""
+
+    coding: Coding
+
+    @abstractmethod
+    def read(self, index: int) -> Tensor:
+        """Classes (H, W) int16 of one image. Raises DataError for a mask that cannot be used."""
+
+    @abstractmethod
+    def path(self, index: int) -> str:
+        """A name of the mask for messages."""
+
+    @abstractmethod
+    def select(self, rows: Indices) -> None:
+        """Drop all but these masks."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over what identifies the masks."""
+
+
+class FileMasks(MaskSource):
+    """Mask files below one folder; files: paths relative to it."""
+
+    def __init__(self, folder: str, files: Iterable[str], coding: Coding) -> None:
+        self.folder, self.files, self.coding = folder, PathList.pack(files), coding
+        self.rows = np.arange(len(self.files))
+
+    def read(self, index: int) -> Tensor:
+        """See `MaskSource`."""
+        file = os.path.join(self.folder, self.files[self.rows[index]])
+        return self.coding.labels(decode_mask(file, self.path(index)), self.path(index))
+
+    def path(self, index: int) -> str:
+        """The file's path, with odd characters escaped."""
+        return printable(os.path.join(self.folder, self.files[self.rows[index]]))
+
+    def select(self, rows: Indices) -> None:
+        """See `MaskSource`."""
+        self.rows = self.rows[rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """Over relative paths, sizes and modification times."""
+        return fingerprint_files(self.folder, self.files.encoded(self.rows))
+
+
+class TableMasks(MaskSource):
+    """Masks in the cells of a table."""
+
+    def __init__(self, table: TableSource, coding: Coding) -> None:
+        self.table, self.coding = table, coding
+
+    def read(self, index: int) -> Tensor:
+        """See `MaskSource`."""
+        try:
+            content = self.table.content(index)
+        except BadImage as error:
+            raise DataError(f"mask {error}") from error
+        values = decode_mask(io.BytesIO(content) if isinstance(content, bytes) else content, self.path(index))
+        return self.coding.labels(values, self.path(index))
+
+    def path(self, index: int) -> str:
+        """`FOLDER/SPLIT[ROW]`."""
+        return self.table.path(index)
+
+    def select(self, rows: Indices) -> None:
+        """See `MaskSource`."""
+        self.table.select(rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the table."""
+        return self.table.fingerprint
+
+
+@dataclass(eq=False)
+class ArrayMasks(MaskSource):
+    """Classes in memory, int16 (N, H, W)."""
+
+    masks: NDArray[np.int16]
+    name: str
+    coding: Coding = Coding()
+
+    def read(self, index: int) -> Tensor:
+        """See `MaskSource`."""
+        return torch.from_numpy(self.masks[index].copy())
+
+    def path(self, index: int) -> str:
+        """`NAME/INDEX`."""
+        return f"{self.name}/{index}"
+
+    def select(self, rows: Indices) -> None:
+        """See `MaskSource`."""
+        self.masks = self.masks[rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """Over all classes."""
+        return hashlib.sha256(np.ascontiguousarray(self.masks).data).hexdigest()
+
+
+def decode_mask(file: str | io.BytesIO, name: str) -> NDArray[np.integer | np.bool_]:
+    """The values (H, W) of a mask. Raises DataError for a file that cannot be read or is no map of class numbers."""
+    try:
+        with Image.open(file) as image:
+            kind, mode = image.format, image.mode
+            values = np.asarray(image) if mode in _MODES and kind != "JPEG" else None
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
+        raise DataError(f"mask {name} cannot be read ({reason_of(error)})") from error
+    if values is None:
+        what = "a JPEG, which changes class numbers" if kind == "JPEG" else f"a colour image ({mode})"
+        raise DataError(f"mask {name} is {what}; save the class of every pixel as a PNG of one channel")
+    return values
+
+
+@dataclass(eq=False)
+class Pairs:
+    """Images with a class for every pixel."""
+
+    images: ArraySource | FileSource | TableSource
+    masks: MaskSource
+    class_names: list[str]
+    """Of classes 0, 1, ...; empty until their number is known."""
+    notices: Sequence[str] = field(default=())
+    """What of the data set is not used, and what was decided: lines."""
+    are_mosaics: bool = False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def name(self) -> str:
+        """The data set as the user named it."""
+        return self.images.name
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of images and masks."""
+        return hashlib.sha256(f"{self.images.fingerprint} {self.masks.fingerprint}".encode()).hexdigest()
+
+    def select(self, rows: Indices) -> None:
+        """Drop all but these pairs."""
+        self.images.select(rows)
+        self.masks.select(rows)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """An image, uint8 (3, H, W), and its classes, int16 (H, W).
+
+        Raises BadImage for an image that cannot be read, DataError for a mask that cannot be used or does not fit.
+        """
+        image = self.images.read(index)
+        return image, self.mask(index, (image.shape[2], image.shape[1]))
+
+    def mask(self, index: int, size: tuple[int, int] | None) -> Tensor:
+        """The classes of an image, int16 (H, W). size: its width and height, if known. Raises DataError."""
+        labels, path = self.masks.read(index), self.masks.path(index)
+        height, width = labels.shape
+        if size is not None and size != (width, height):
+            raise DataError(
+                f"mask {path} has {width} x {height} pixels, its image {self.images.path(index)} {size[0]} x {size[1]}; "
+                "both need the same size"
+            )
+        largest = int(labels.max()) if labels.numel() else UNLABELLED
+        if self.class_names and largest >= self.classes:
+            raise DataError(
+                f"mask {path}: value {largest + self.masks.coding.first} is beyond the {self.classes} classes; fix it, "
+                "set masks.classes, or name the value of pixels without a label by masks.ignore"
+            )
+        return labels

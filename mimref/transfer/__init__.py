@@ -1,0 +1,1 @@
+"""What frozen and fine-tuned encoders are worth for other tasks."""

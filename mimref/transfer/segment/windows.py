@@ -1,0 +1,152 @@
+"""Scores of whole images from windows of the size that the heads see, and the confusion of their classes.
+
+An image is covered by windows from its upper left corner on, the last ones moved inwards so that none leaves it; scores
+of pixels in several windows are averaged (mmsegmentation's sliding window). An image as large as a window is one window.
+
+Shapes: K heads, n windows, C classes, h x w patches, S pixels per side of a window.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimref.data.decode import BadImages, none_readable
+from mimref.data.loader import loader_workers
+from mimref.data.masks.sources import Pairs
+from mimref.features.encode import PassSettings
+from mimref.progress import Progress
+from mimref.transfer.segment.config import TestMode, Upsampling
+from mimref.transfer.segment.heads import PIXEL_ELEMENTS, to_pixels
+from mimref.transfer.segment.metrics import Confusion, confusions
+from mimref.transfer.segment.transforms import View, view_batches
+
+SAMPLES = 4
+"""Images whose predictions are kept, for a figure."""
+_DEFAULT_STRIDE = 2 / 3
+
+Scores = Callable[[Tensor], Tensor]
+"""From normalised windows (n, 3, S, S) to scores of their patches, (K, n, C, h, w)."""
+
+
+class Sample(NamedTuple):
+    """An image with the classes of its pixels, on the CPU."""
+
+    image: Tensor
+    """uint8 (3, H, W), as the heads saw it."""
+    truth: Tensor
+    """int16, perhaps of another size."""
+    predicted_K: Tensor
+    """int16, by every head; of the truth's size."""
+
+
+class Found(NamedTuple):
+    """What a test found."""
+
+    confusions: list[Confusion]
+    """(C, C) of every head."""
+    samples: list[Sample]
+    """The first few images."""
+    bad: list[tuple[str, str]]
+    """Path and reason of every image that could not be read."""
+
+
+class Testing(NamedTuple):
+    """How images are tested."""
+
+    mode: TestMode
+    upsampling: Upsampling
+    stride: int | None = None
+    """Pixels; None: two thirds of a window."""
+
+
+def test_images(
+    pairs: Pairs, scores: Scores, heads: int, reading: PassSettings, testing: Testing, progress: Progress | None = None
+) -> Found:
+    """The confusion of every head over all images. Raises DataError for too many unreadable ones."""
+    size = reading.transform.image_size
+    total = torch.zeros(heads, pairs.classes, pairs.classes, dtype=torch.int64, device=reading.device)
+    bad, samples, done = BadImages(reading.max_bad), list[Sample](), 0
+    workers = loader_workers(reading.workers, pairs.images)
+    for batch in view_batches(pairs, size, testing.mode, batch_size=reading.batch_size, workers=workers):
+        for path, reason in batch.bad:
+            bad.add(path, reason)
+        for view, of_pixels in zip(batch.images, score_views(batch.images, scores, reading, testing), strict=True):
+            truth = view.mask.to(reading.device)
+            predicted = [each.argmax(1).short() for each in of_pixels]
+            total += confusions(truth, torch.cat(predicted), pairs.classes)
+            if len(samples) < SAMPLES:
+                samples.append(Sample(view.image, view.mask, torch.cat(predicted).cpu()))
+        done += len(batch.images) + len(batch.bad)
+        if progress is not None:
+            progress(done, len(pairs))
+    if not samples:
+        raise none_readable(pairs.name, bad.items)
+    return Found([each.numpy() for each in total.cpu()], samples, bad.items)
+
+
+@torch.no_grad()
+def score_views(
+    views: list[View], scores: Scores, reading: PassSettings, testing: Testing
+) -> Iterator[Iterator[Tensor]]:
+    """For every image scores of its mask's pixels, (heads, C, H, W) for some heads after others."""
+    size = reading.transform.image_size
+    stride = testing.stride or max(1, int(size * _DEFAULT_STRIDE))
+    padded, corners = list[Tensor](), list[list[tuple[int, int]]]()
+    for view in views:
+        image = reading.transform.normalize(view.image[None].to(reading.device, non_blocking=True))
+        height, width = image.shape[2:]
+        # Windows of a smaller image reach beyond its lower and right edges.
+        padded.append(F.pad(image, (0, max(0, size - width), 0, max(0, size - height))))
+        corners.append(window_corners(*padded[-1].shape[2:], size, stride))
+    windows = [
+        image[0, :, top : top + size, left : left + size]
+        for image, of_image in zip(padded, corners, strict=True)
+        for top, left in of_image
+    ]
+    of_patches = [
+        scores(torch.stack(windows[at : at + reading.batch_size])) for at in range(0, len(windows), reading.batch_size)
+    ]
+    of_image = torch.cat(of_patches, dim=1).split([len(each) for each in corners], dim=1) if windows else ()
+    for view, places, found in zip(views, corners, of_image, strict=True):
+        yield assemble(found, places, view.image.shape[1:], view.mask.shape, size, testing.upsampling)
+
+
+def window_corners(height: int, width: int, size: int, stride: int) -> list[tuple[int, int]]:
+    """Top and left of all windows of an image that is at least as large as one."""
+    tops, lefts = (
+        [min(number * stride, length - size) for number in range(max(length - size + stride - 1, 0) // stride + 1)]
+        for length in (height, width)
+    )
+    return [(top, left) for top in tops for left in lefts]
+
+
+def assemble(
+    scores_KnChw: Tensor,
+    corners: list[tuple[int, int]],
+    seen: torch.Size,
+    shape: torch.Size,
+    size: int,
+    upsampling: Upsampling,
+) -> Iterator[Tensor]:
+    """Scores (heads, C, H, W) of one image from those of its windows, for some heads after others.
+
+    seen: height and width of the image that the windows cover; shape: those of the result.
+    """
+    height, width = (max(length, size) for length in seen)
+    step = max(1, PIXEL_ELEMENTS // (scores_KnChw.shape[2] * max(height * width, shape[0] * shape[1])))
+    for part_KnChw in scores_KnChw.split(step):
+        if len(corners) == 1:
+            summed = to_pixels(part_KnChw[:, 0], (size, size), upsampling)
+        else:
+            summed = part_KnChw.new_zeros(len(part_KnChw), part_KnChw.shape[2], height, width)
+            count = part_KnChw.new_zeros(height, width)
+            for number, (top, left) in enumerate(corners):
+                place = (..., slice(top, top + size), slice(left, left + size))
+                summed[place] += to_pixels(part_KnChw[:, number], (size, size), upsampling)
+                count[place] += 1
+            summed /= count
+        summed = summed[..., : seen[0], : seen[1]]
+        yield summed if summed.shape[2:] == shape else to_pixels(summed, shape, upsampling)
