@@ -1,1 +1,1 @@
-"""What frozen and fine-tuned encoders are worth for other tasks."""
+"""Judging encoders by transfer: fine-tuning, segmentation, suites of data sets, robustness."""

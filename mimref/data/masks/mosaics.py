@@ -18,7 +18,7 @@ from mimref.draws import Operation, uniform
 SIDE = 3
 """Cells per side."""
 SMALLEST_CELL = 16
-_SIZES = (0.75, 1.25)
+_SIZES = (0.75, 1.1)
 """Range of an object's side over the cell's."""
 _INK = {"digits": 64, "fashion-mnist": 16}
 """Values of an object's pixels above which they cover the ground."""
@@ -61,9 +61,9 @@ def _mosaic(objects: ArraySource, number: int, epoch: int, cell: int, filled: fl
         length = round(cell * (_SIZES[0] + (_SIZES[1] - _SIZES[0]) * size))
         pixels = torch.from_numpy(objects.images[row])[None]
         pixels = tvf.resize(pixels, [length, length], interpolation=InterpolationMode.BICUBIC, antialias=True)[0]
-        # Up to a quarter of a cell away from its middle, and within the mosaic.
+        # Up to an eighth of a cell away from its middle, and within the mosaic.
         top, left = (
-            int(min(max(at * cell + (cell - length) / 2 + (shift - 0.5) * cell / 2, 0), side - length))
+            int(min(max(at * cell + (cell - length) / 2 + (shift - 0.5) * cell / 4, 0), side - length))
             for at, shift in ((place // SIDE, down), (place % SIDE, right))
         )
         window = (slice(top, top + length), slice(left, left + length))
