@@ -23,9 +23,9 @@ class MasksConfig(Section):
 class MosaicsConfig(Section):
     """Mosaics of `digits` and `fashion-mnist`: objects on textured ground, the same ones for every seed."""
 
-    train: int = Field(default=400, gt=0)
+    train: int = Field(default=1000, gt=0)
     """Mosaics of training images."""
-    val: int = Field(default=200, gt=0)
+    val: int = Field(default=300, gt=0)
     """Mosaics of validation images."""
-    filled: Fraction = 0.7
-    """Share of the nine cells that hold an object."""
+    filled: Fraction = 0.8
+    """Share of the four cells that hold an object."""

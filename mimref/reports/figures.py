@@ -185,7 +185,9 @@ def plot_segments(path: Path, samples: Sequence[tuple[Tensor, Tensor, Tensor]], 
     figure = _figure(6.6 + _name_inches(names), 0.3 + 2.1 * len(samples))
     axes = figure.subplots(len(samples), 3, squeeze=False)
     for line, (image, *maps) in zip(axes, samples, strict=True):
-        for ax, pixels in zip(line, (image.permute(1, 2, 0).numpy(), *(colors[each.numpy()] for each in maps)), strict=True):
+        for ax, pixels in zip(
+            line, (image.permute(1, 2, 0).numpy(), *(colors[each.numpy()] for each in maps)), strict=True
+        ):
             ax.imshow(pixels, interpolation="nearest")
             ax.set_xticks([])
             ax.set_yticks([])

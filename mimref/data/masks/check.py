@@ -42,9 +42,7 @@ def check_pairs(pairs: dict[Split, Pairs], checks: Checks, progress: LabelledPro
             each.class_names = list(map(str, range(largest + 1)))
 
 
-def _check_split(
-    pairs: Pairs, checks: Checks, label: str, read_all: bool, progress: LabelledProgress | None
-) -> int:
+def _check_split(pairs: Pairs, checks: Checks, label: str, read_all: bool, progress: LabelledProgress | None) -> int:
     """The largest label in the masks that were read; -1 without any."""
     count = len(pairs) if read_all else min(len(pairs), MOST_CHECKED)
     rows = np.linspace(0, len(pairs) - 1, count).round().astype(np.int64).tolist()

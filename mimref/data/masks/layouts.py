@@ -39,9 +39,7 @@ class _Folders(NamedTuple):
     is_ade20k: bool = False
 
 
-def open_folder_pairs(
-    spec: str, masks: MasksConfig, split: Split, progress: LabelledProgress | None = None
-) -> Pairs:
+def open_folder_pairs(spec: str, masks: MasksConfig, split: Split, progress: LabelledProgress | None = None) -> Pairs:
     """The images and masks of a split of a folder (see docs/segment.md); an image and its mask share their path.
 
     Raises DataError for a folder of another layout, and for images without masks.

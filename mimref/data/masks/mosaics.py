@@ -1,6 +1,6 @@
 """Mosaics: small gray objects of known data sets on textured ground, with the class of every pixel.
 
-Objects of scikit-learn's digits or Fashion-MNIST lie in a grid of 3 x 3 cells, of random size and place, so that they
+Objects of scikit-learn's digits or Fashion-MNIST lie in a grid of 2 x 2 cells, of random size and place, so that they
 overlap now and then. Every number is drawn for (split, mosaic, cell), so mosaics are the same on every machine.
 """
 
@@ -15,12 +15,12 @@ from mimref.data.masks.sources import ArrayMasks, Pairs
 from mimref.data.sources import ArraySource, Split
 from mimref.draws import Operation, uniform
 
-SIDE = 3
+SIDE = 2
 """Cells per side."""
 SMALLEST_CELL = 16
-_SIZES = (0.75, 1.1)
+_SIZES = (0.8, 1.2)
 """Range of an object's side over the cell's."""
-_INK = {"digits": 64, "fashion-mnist": 16}
+_INK = {"digits": 48, "fashion-mnist": 16}
 """Values of an object's pixels above which they cover the ground."""
 _GROUND = 110
 """Brightest value of the smooth part of the ground, and a third of it for the grain."""

@@ -27,11 +27,7 @@ _MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_ma
 
 
 def open_pairs(
-    data: DataConfig,
-    masks: MasksConfig,
-    mosaics: MosaicsConfig,
-    split: Split,
-    progress: LabelledProgress | None = None,
+    data: DataConfig, masks: MasksConfig, mosaics: MosaicsConfig, split: Split, progress: LabelledProgress | None = None
 ) -> Pairs:
     """Find the images and masks of `data.spec`, and apply `data.train_limit`; no image or mask is decoded here.
 

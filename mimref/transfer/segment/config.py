@@ -110,7 +110,7 @@ class SegmentConfig(CommandConfig):
     final_norm: bool = False
     """Apply the encoder's final norm to the last block's output. dinov2 and knn: true."""
     resolution: int | None = Field(default=None, gt=0)
-    """Pixels of crops and windows. None: 512 for dinov2, else the encoder's image size, or for mosaics three times it;
+    """Pixels of crops and windows. None: 512 for dinov2, else the encoder's image size, or for mosaics twice it;
     rounded to a multiple of the patch size."""
     test: TestMode = "crop"
     """crop: the shorter side resized to `resolution`, and the middle square. slide: the same resize, windows over all

@@ -83,9 +83,7 @@ class SegmentationHeads(nn.Module):
             if affine:
                 self.scales.append(stacked(torch.ones(width, dtype=dtype)))
                 self.shifts.append(stacked(torch.zeros(width, dtype=dtype)))
-        self.norms = nn.ModuleList(
-            nn.BatchNorm1d(width, affine=False, device=device, dtype=dtype) for width in widths
-        )
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=False, device=device, dtype=dtype) for width in widths)
 
     def __len__(self) -> int:
         return len(self.weights) * self.heads

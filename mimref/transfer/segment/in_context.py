@@ -3,12 +3,11 @@
 The memory holds patch tokens of training images with the classes of their pixels, as shares. The k most similar patches
 by cosine vote with weights softmax(similarity / tau); the votes are upsampled to pixels.
 
-Shapes: B images, N patches, M patches of a batch, D width, C classes, K neighbours.
+Shapes: n windows of N patches each, P patches of an image, M of a batch, D width, C classes, K neighbours.
 """
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mimref.data.decode import BadImages, none_readable
@@ -23,6 +22,7 @@ from mimref.transfer.segment.config import InContextConfig
 from mimref.transfer.segment.heads import grid
 from mimref.transfer.segment.tokens import PatchTokens
 from mimref.transfer.segment.transforms import view_batches
+from mimref.transfer.segment.windows import Testing, cut_windows, mask_windows
 
 # Shares of neighbours gathered at once: 64 MB.
 _GATHERED = 1 << 24
@@ -32,10 +32,17 @@ class Memory:
     """Patches of training images and the classes of their pixels."""
 
     def __init__(
-        self, tokens: PatchTokens, pairs: Pairs, settings: InContextConfig, reading: PassSettings, seed: int
+        self,
+        tokens: PatchTokens,
+        pairs: Pairs,
+        settings: InContextConfig,
+        reading: PassSettings,
+        testing: Testing,
+        seed: int,
     ) -> None:
         """tokens: of a single input. The same patches of an image are drawn for every block and encoder."""
-        self.tokens, self.pairs, self.settings, self.reading, self.seed = tokens, pairs, settings, reading, seed
+        self.tokens, self.pairs, self.settings, self.seed = tokens, pairs, settings, seed
+        self.reading, self.testing = reading, testing
         self.bad = BadImages(reading.max_bad)
         self.x = np.empty((0, 0), dtype=np.float32)
         """(N, D)."""
@@ -43,37 +50,43 @@ class Memory:
         """(N, C) float32, of labelled pixels."""
 
     def fill(self, progress: Progress | None = None) -> None:
-        """Encode the middle squares of all training images. Raises DataError for too many unreadable ones."""
+        """Encode all training images, as test images are. Raises DataError for too many unreadable ones."""
+        size, workers, done = self.reading.transform.image_size, self.reading.workers, 0
         each = max(1, self.settings.memory // len(self.pairs))
-        workers, done = loader_workers(self.reading.workers, self.pairs.images), 0
-        size, batch_size = self.reading.transform.image_size, self.reading.batch_size
-        found: list[tuple[NDArray[np.float32], Tensor]] = []
-        for batch in view_batches(self.pairs, size, "crop", batch_size=batch_size, workers=workers):
+        found: list[tuple[Tensor, Tensor]] = []
+        for batch in view_batches(
+            self.pairs,
+            size,
+            self.testing.mode,
+            batch_size=self.reading.batch_size,
+            workers=loader_workers(workers, self.pairs.images),
+        ):
             for path, reason in batch.bad:
                 self.bad.add(path, reason)
             done += len(batch.images) + len(batch.bad)
-            if batch.images:
-                images = torch.stack([view.image for view in batch.images]).to(self.reading.device)
-                (x_BND,) = self.tokens(self.reading.transform.normalize(images))
-                masks = torch.stack([view.mask for view in batch.images])
-                shares_BNC, labelled_BN = patch_shares(masks, round(x_BND.shape[1] ** 0.5), self.pairs.classes)
-                chosen_BN = self._chosen([view.index for view in batch.images], labelled_BN, each)
-                found.append((x_BND.cpu()[chosen_BN].numpy(), shares_BNC[chosen_BN]))
+            cut = [cut_windows(view, self.reading, self.testing.stride) for view in batch.images]
+            windows = torch.cat([of_image.images for of_image in cut]) if cut else torch.empty(0)
+            encoded = [self.tokens(part)[0].cpu() for part in windows.split(self.reading.batch_size)] if cut else []
+            of_image = torch.cat(encoded).split([len(one.corners) for one in cut]) if cut else ()
+            for view, one, x_nND in zip(batch.images, cut, of_image, strict=True):
+                masks = mask_windows(view, size, one.corners)
+                shares_nNC, labelled_nN = patch_shares(masks, round(x_nND.shape[1] ** 0.5), self.pairs.classes)
+                chosen = self._chosen(view.index, labelled_nN.flatten(), each)
+                found.append((x_nND.flatten(0, 1)[chosen], shares_nNC.flatten(0, 1)[chosen]))
             if progress is not None:
                 progress(done, len(self.pairs))
         if not found:
             raise none_readable(self.pairs.name, self.bad.items)
-        self.x = np.concatenate([x for x, _ in found])
+        self.x = torch.cat([x for x, _ in found]).numpy()
         self.shares = torch.cat([shares for _, shares in found])
         if self.settings.k > len(self.x):
             raise ConfigError(f"knn.k {self.settings.k} is more than the {len(self.x)} patches of training images")
 
-    def _chosen(self, indices: list[int], labelled_BN: Tensor, each: int) -> Tensor:
-        """(B, N) bool: at most so many labelled patches of each image, drawn for (seed, image, patch)."""
-        draw_BN = uniform(self.seed, 0, Operation.NEIGHBOUR, torch.tensor(indices), count=labelled_BN.shape[1])
-        # Unlabelled patches come last.
-        rank_BN = (draw_BN + 1.0 * ~labelled_BN).argsort(dim=1).argsort(dim=1)
-        return labelled_BN & (rank_BN < each)
+    def _chosen(self, index: int, labelled_P: Tensor, most: int) -> Tensor:
+        """Positions of at most so many labelled patches of an image, drawn for (seed, image, patch), in order."""
+        draw_P = uniform(self.seed, 0, Operation.NEIGHBOUR, torch.tensor([index]), count=len(labelled_P))[0]
+        rows = labelled_P.nonzero().flatten()
+        return rows[draw_P[rows].argsort(stable=True)[:most]].sort().values
 
     def scores(self, images_n3SS: Tensor) -> Tensor:
         """Votes (1, n, C, h, w) of normalised images."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from mimref.data.decode import BadImages
 from mimref.data.loader import loader_workers
 from mimref.data.masks.sources import Pairs
-from mimref.devices import send
 from mimref.features.encode import PassSettings
 from mimref.progress import Progress, ProgressOnly
 from mimref.training.checkpoint import damaged_state, matching_state, write_state
@@ -74,12 +73,7 @@ class HeadsJob(Job[CropBatch]):
         self.lrs = rates(config)
         scale = self.batch / 256 if settings.optimizer == "sgd" else 1.0
         self.heads = SegmentationHeads(
-            tokens.widths,
-            pairs.classes,
-            len(self.lrs),
-            affine=settings.affine,
-            seed=config.seed,
-            device=reading.device,
+            tokens.widths, pairs.classes, len(self.lrs), affine=settings.affine, seed=config.seed, device=reading.device
         )
         self.trainer = HeadsTrainer(
             self.heads,

@@ -23,9 +23,7 @@ def distort(image_B3SS: Tensor, seed: int, epoch: int, sample_B: Tensor) -> Tens
     chosen_B4 = draw_BN[:, :4] < 0.5
     low, high = _FACTORS
     shift_B = torch.where(chosen_B4[:, 0], _BRIGHTNESS * (2 * draw_BN[:, 4] - 1), 0)
-    contrast_B, saturation_B = (
-        torch.where(chosen_B4[:, n], low + (high - low) * draw_BN[:, 4 + n], 1) for n in (1, 2)
-    )
+    contrast_B, saturation_B = (torch.where(chosen_B4[:, n], low + (high - low) * draw_BN[:, 4 + n], 1) for n in (1, 2))
     turns_B = torch.where(chosen_B4[:, 3], _HUE * (2 * draw_BN[:, 7] - 1), 0)
     early_B = draw_BN[:, 8] < 0.5
     one = torch.ones(())

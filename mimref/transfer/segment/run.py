@@ -63,6 +63,11 @@ class _Work:
     test: Pairs
     listener: Listener
 
+    @property
+    def testing(self) -> Testing:
+        """How images are seen in a test."""
+        return Testing(self.config.test, self.config.training.upsampling, self.config.stride)
+
 
 def evaluate_segment(
     config: SegmentConfig,
@@ -94,12 +99,7 @@ def evaluate_segment(
     chosen = [sample._replace(predicted_K=sample.predicted_K[best : best + 1]) for sample in samples]
     name = model_name(config.checkpoint)
     return SegmentResult(
-        named(rows, name, {}),
-        time.monotonic() - started,
-        bad,
-        work.config.data,
-        chosen,
-        work.test.class_names,
+        named(rows, name, {}), time.monotonic() - started, bad, work.config.data, chosen, work.test.class_names
     )
 
 
@@ -130,7 +130,9 @@ def _open(config: SegmentConfig, listener: Listener, checks: Checks) -> _Work:
     config = config.model_copy(update={"data": data})
     if config.blocks is None and config.protocol == "paper" and architecture.depth <= 12:
         shown = ", ".join(map(str, inputs[0].blocks))
-        listener.note(f"{architecture.depth} blocks are too few for the paper's choice; blocks {shown} are read instead")
+        listener.note(
+            f"{architecture.depth} blocks are too few for the paper's choice; blocks {shown} are read instead"
+        )
     reading = _reading(config, architecture, header, mosaics=pairs["train"].are_mosaics)
     for notice in checkpoint.notices(architecture, [reading.transform.image_size]):
         listener.note(notice)
@@ -170,7 +172,9 @@ def _open_data(config: SegmentConfig, listener: Listener, checks: Checks) -> dic
 
 def _inputs(config: SegmentConfig, architecture: Architecture | BackboneArchitecture) -> list[HeadInput]:
     if not isinstance(architecture, Architecture):
-        raise ConfigError(f"{architecture.name} is no plain vision transformer, so it has no patch tokens to segment by")
+        raise ConfigError(
+            f"{architecture.name} is no plain vision transformer, so it has no patch tokens to segment by"
+        )
     return head_inputs(config, architecture.depth, architecture.class_token)
 
 
@@ -214,9 +218,7 @@ def _linear(work: _Work, state: Path | None) -> _Result:
     best = max(range(len(mious)), key=lambda head: mious[head])
     bad = list(dict.fromkeys([*job.bad.items, *found.bad]))
     more: Row = {"updates": job.total, "batch_size": job.batch, "upsampling": config.training.upsampling}
-    settings = [
-        _where(work, each, {"lr": lr, **more}) for each in work.inputs for lr in job.lrs
-    ]
+    settings = [_where(work, each, {"lr": lr, **more}) for each in work.inputs for lr in job.lrs]
     if config.blocks is not None:
         return _block_rows(work, found.confusions, settings), best, found.samples, bad
     chosen: Row = {"select": "test"} if len(settings) > 1 else {}
@@ -233,7 +235,7 @@ def _knn(work: _Work) -> _Result:
     for each in work.inputs:
         about = f" of block {each.blocks[0]}" if config.blocks is not None else ""
         tokens = PatchTokens(work.encoder, [each], work.reading, final_norm=config.final_norm)
-        memory = Memory(tokens, work.train, config.knn, work.reading, config.seed)
+        memory = Memory(tokens, work.train, config.knn, work.reading, work.testing, config.seed)
         memory.fill(partial(work.listener.progress, f"patches of training images{about}"))
         all_found.append(_test(work, memory.scores, 1, f"neighbours of validation patches{about}"))
         bad += [*memory.bad.items, *all_found[-1].bad]
@@ -249,10 +251,8 @@ def _knn(work: _Work) -> _Result:
 
 
 def _test(work: _Work, score: Scores, heads: int, label: str) -> Found:
-    config = work.config
-    testing = Testing(config.test, config.training.upsampling, config.stride)
     progress = partial(work.listener.progress, label)
-    return test_images(work.test, score, heads, work.reading, testing, progress)
+    return test_images(work.test, score, heads, work.reading, work.testing, progress)
 
 
 def _where(work: _Work, read: HeadInput, more: Row) -> Row:

@@ -175,14 +175,12 @@ class View(NamedTuple):
     """int16."""
 
 
-
 class Views(NamedTuple):
     """Some consecutive images of a data set, without those that could not be read."""
 
     images: list[View]
     bad: list[tuple[str, str]]
     """Path and reason."""
-
 
 
 def testing_view(index: int, image: Tensor, mask: Tensor, size: int, mode: TestMode) -> View:

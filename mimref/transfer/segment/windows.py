@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from mimref.data.decode import BadImages, none_readable
 from mimref.data.loader import loader_workers
-from mimref.data.masks.sources import Pairs
+from mimref.data.masks.sources import UNLABELLED, Pairs
 from mimref.features.encode import PassSettings
 from mimref.progress import Progress
 from mimref.transfer.segment.config import TestMode, Upsampling
 from mimref.transfer.segment.heads import PIXEL_ELEMENTS, to_pixels
 from mimref.transfer.segment.metrics import Confusion, confusions
-from mimref.transfer.segment.transforms import View, view_batches
+from mimref.transfer.segment.transforms import View, nearest, view_batches
 
 SAMPLES = 4
 """Images whose predictions are kept, for a figure."""
@@ -92,26 +92,37 @@ def score_views(
     views: list[View], scores: Scores, reading: PassSettings, testing: Testing
 ) -> Iterator[Iterator[Tensor]]:
     """For every image scores of its mask's pixels, (heads, C, H, W) for some heads after others."""
+    size, cut = reading.transform.image_size, [cut_windows(view, reading, testing.stride) for view in views]
+    windows = torch.cat([each.images for each in cut]) if cut else torch.empty(0)
+    of_patches = [scores(part) for part in windows.split(reading.batch_size)] if cut else []
+    of_image = torch.cat(of_patches, dim=1).split([len(each.corners) for each in cut], dim=1) if cut else ()
+    for view, each, found in zip(views, cut, of_image, strict=True):
+        yield assemble(found, each.corners, view.image.shape[1:], view.mask.shape, size, testing.upsampling)
+
+
+class Windows(NamedTuple):
+    """An image in windows."""
+
+    images: Tensor
+    """(n, 3, S, S), normalised, on the device; zero beyond a small image's lower and right edges."""
+    corners: list[tuple[int, int]]
+    """Top and left of each."""
+
+
+def cut_windows(view: View, reading: PassSettings, stride: int | None) -> Windows:
+    """The windows of an image. stride: None is two thirds of a window."""
     size = reading.transform.image_size
-    stride = testing.stride or max(1, int(size * _DEFAULT_STRIDE))
-    padded, corners = list[Tensor](), list[list[tuple[int, int]]]()
-    for view in views:
-        image = reading.transform.normalize(view.image[None].to(reading.device, non_blocking=True))
-        height, width = image.shape[2:]
-        # Windows of a smaller image reach beyond its lower and right edges.
-        padded.append(F.pad(image, (0, max(0, size - width), 0, max(0, size - height))))
-        corners.append(window_corners(*padded[-1].shape[2:], size, stride))
-    windows = [
-        image[0, :, top : top + size, left : left + size]
-        for image, of_image in zip(padded, corners, strict=True)
-        for top, left in of_image
-    ]
-    of_patches = [
-        scores(torch.stack(windows[at : at + reading.batch_size])) for at in range(0, len(windows), reading.batch_size)
-    ]
-    of_image = torch.cat(of_patches, dim=1).split([len(each) for each in corners], dim=1) if windows else ()
-    for view, places, found in zip(views, corners, of_image, strict=True):
-        yield assemble(found, places, view.image.shape[1:], view.mask.shape, size, testing.upsampling)
+    image = reading.transform.normalize(view.image[None].to(reading.device, non_blocking=True))[0]
+    padded = F.pad(image, (0, max(0, size - image.shape[2]), 0, max(0, size - image.shape[1])))
+    corners = window_corners(*padded.shape[1:], size, stride or max(1, int(size * _DEFAULT_STRIDE)))
+    return Windows(torch.stack([padded[:, top : top + size, left : left + size] for top, left in corners]), corners)
+
+
+def mask_windows(view: View, size: int, corners: list[tuple[int, int]]) -> Tensor:
+    """The classes of an image's windows, (n, S, S); unlabelled beyond its edges."""
+    mask = nearest(view.mask, *view.image.shape[1:])
+    padded = F.pad(mask, (0, max(0, size - mask.shape[1]), 0, max(0, size - mask.shape[0])), value=UNLABELLED)
+    return torch.stack([padded[top : top + size, left : left + size] for top, left in corners])
 
 
 def window_corners(height: int, width: int, size: int, stride: int) -> list[tuple[int, int]]:
