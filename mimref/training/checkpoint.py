@@ -56,8 +56,8 @@ def matching_state(file: Path, identity: Mapping[str, Any], what: str) -> dict[s
     for key, value in identity.items():
         if (other := settings.get(key)) != value:
             raise ConfigError(
-                f"cannot continue the {what} of {file} with another {key}: it was {other!r} and is now {value!r}; restore "
-                "it, or remove the file to start from scratch"
+                f"cannot continue the {what} of {file} with another {key}: it was {other!r} and is now {value!r}; "
+                "restore it, or remove the file to start from scratch"
             )
     return state
 

@@ -128,7 +128,7 @@ def _names(root: str, masks: MasksConfig, folders: _Folders) -> list[str]:
 
 
 def read_names(root: str, classes: int | None = None) -> list[str]:
-    """The lines of `classes.txt` in a folder; empty if it does not exist. Raises DataError unless they are `classes`."""
+    """The lines of `classes.txt` in a folder; empty without one. Raises DataError unless they are `classes`."""
     path = os.path.join(root, "classes.txt")
     if not os.path.isfile(path):
         return []

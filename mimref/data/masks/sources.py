@@ -211,10 +211,8 @@ class Pairs:
         labels, path = self.masks.read(index), self.masks.path(index)
         height, width = labels.shape
         if size is not None and size != (width, height):
-            raise DataError(
-                f"mask {path} has {width} x {height} pixels, its image {self.images.path(index)} {size[0]} x {size[1]}; "
-                "both need the same size"
-            )
+            image = f"its image {self.images.path(index)} {size[0]} x {size[1]}"
+            raise DataError(f"mask {path} has {width} x {height} pixels, {image}; both need the same size")
         largest = int(labels.max()) if labels.numel() else UNLABELLED
         if self.class_names and largest >= self.classes:
             raise DataError(

@@ -116,7 +116,7 @@ class SegmentConfig(CommandConfig):
     """crop: the shorter side resized to `resolution`, and the middle square. slide: the same resize, windows over all
     of the image, scored at its own size (dinov2). full: windows over images of their own size (the release)."""
     stride: int | None = Field(default=None, gt=0)
-    """Pixels from window to window. None: two thirds of a window (341 of 512, as DINOv2; the release has 170 of 224)."""
+    """Pixels from window to window. None: two thirds of a window (341 of 512, as DINOv2; the release: 170 of 224)."""
     batch_size: int = Field(default=64, gt=0)
     """Images or windows per pass of the encoder, where nothing is trained."""
     masks: MasksConfig = MasksConfig()

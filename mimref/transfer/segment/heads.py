@@ -8,6 +8,7 @@ Shapes: B images, M tokens (all of a batch), D width of an input, C classes, R h
 S pixels per side, K heads: R on each input, input by input.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -172,9 +173,8 @@ def pixel_gradients(scores_RCBN: Tensor, mask_BSS: Tensor, upsampling: Upsamplin
 
     A batch without labelled pixels has a gradient of zero.
     """
-    heads, _, batch, _ = scores_RCBN.shape
     target_BSS = mask_BSS.long()
-    share = 1 / (target_BSS != UNLABELLED).sum().clamp_min(1)
+    labelled = (target_BSS != UNLABELLED).sum().clamp_min(1)
     step = max(1, PIXEL_ELEMENTS // (scores_RCBN[0].numel() // scores_RCBN.shape[3] * mask_BSS[0].numel()))
     gradients: list[Tensor] = []
     for part_RCBN in scores_RCBN.split(step):
@@ -184,13 +184,13 @@ def pixel_gradients(scores_RCBN: Tensor, mask_BSS: Tensor, upsampling: Upsamplin
         loss = F.cross_entropy(pixels, target, ignore_index=UNLABELLED, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, part_RCBN)
         gradients.append(gradient)
-    return torch.cat(gradients) * share
+    return torch.cat(gradients) / labelled
 
 
 def grid(scores_BCN: Tensor) -> Tensor:
     """Scores (B, C, h, w) of the N patches of square images."""
-    side = round(scores_BCN.shape[2] ** 0.5)
-    return scores_BCN.unflatten(2, (side, side))
+    side = math.isqrt(scores_BCN.shape[2])
+    return scores_BCN.reshape(*scores_BCN.shape[:2], side, side)
 
 
 def to_pixels(scores_BChw: Tensor, size: Sequence[int], upsampling: Upsampling) -> Tensor:

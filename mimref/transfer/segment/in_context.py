@@ -6,6 +6,8 @@ by cosine vote with weights softmax(similarity / tau); the votes are upsampled t
 Shapes: n windows of N patches each, P patches of an image, M of a batch, D width, C classes, K neighbours.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from mimref.transfer.segment.config import InContextConfig
 from mimref.transfer.segment.heads import grid
 from mimref.transfer.segment.tokens import PatchTokens
 from mimref.transfer.segment.transforms import view_batches
-from mimref.transfer.segment.windows import Testing, cut_windows, mask_windows
+from mimref.transfer.segment.windows import Viewing, cut_windows, mask_windows
 
 # Shares of neighbours gathered at once: 64 MB.
 _GATHERED = 1 << 24
@@ -37,12 +39,12 @@ class Memory:
         pairs: Pairs,
         settings: InContextConfig,
         reading: PassSettings,
-        testing: Testing,
+        viewing: Viewing,
         seed: int,
     ) -> None:
         """tokens: of a single input. The same patches of an image are drawn for every block and encoder."""
         self.tokens, self.pairs, self.settings, self.seed = tokens, pairs, settings, seed
-        self.reading, self.testing = reading, testing
+        self.reading, self.viewing = reading, viewing
         self.bad = BadImages(reading.max_bad)
         self.x = np.empty((0, 0), dtype=np.float32)
         """(N, D)."""
@@ -57,21 +59,21 @@ class Memory:
         for batch in view_batches(
             self.pairs,
             size,
-            self.testing.mode,
+            self.viewing.mode,
             batch_size=self.reading.batch_size,
             workers=loader_workers(workers, self.pairs.images),
         ):
             for path, reason in batch.bad:
                 self.bad.add(path, reason)
             done += len(batch.images) + len(batch.bad)
-            cut = [cut_windows(view, self.reading, self.testing.stride) for view in batch.images]
+            cut = [cut_windows(view, self.reading, self.viewing.stride) for view in batch.images]
             windows = torch.cat([of_image.images for of_image in cut]) if cut else torch.empty(0)
             encoded = [self.tokens(part)[0].cpu() for part in windows.split(self.reading.batch_size)] if cut else []
             of_image = torch.cat(encoded).split([len(one.corners) for one in cut]) if cut else ()
             for view, one, x_nND in zip(batch.images, cut, of_image, strict=True):
                 masks = mask_windows(view, size, one.corners)
-                shares_nNC, labelled_nN = patch_shares(masks, round(x_nND.shape[1] ** 0.5), self.pairs.classes)
-                chosen = self._chosen(view.index, labelled_nN.flatten(), each)
+                shares_nNC, labelled_nN = patch_shares(masks, math.isqrt(x_nND.shape[1]), self.pairs.classes)
+                chosen = self._chosen(view.number, labelled_nN.flatten(), each)
                 found.append((x_nND.flatten(0, 1)[chosen], shares_nNC.flatten(0, 1)[chosen]))
             if progress is not None:
                 progress(done, len(self.pairs))

@@ -40,8 +40,8 @@ def rates(config: SegmentConfig) -> list[float]:
 def schedule(update: int, total: int, settings: TrainingConfig) -> tuple[float, float]:
     """The learning rates of an update (0-based), as `scale` and `offset` of `HeadsTrainer.step`.
 
-    cosine: the release's, from 10% of warm-up to 1e-6. linear: mmsegmentation's polynomial of power 1, whose warm-up multiplies
-    the falling rate.
+    cosine: the release's, with a warm-up of 10% and an end at 1e-6. linear: mmsegmentation's polynomial of power 1,
+    whose warm-up multiplies the falling rate.
     """
     warmup = int(settings.warmup * total)
     if settings.schedule == "cosine":

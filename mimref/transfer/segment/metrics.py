@@ -29,7 +29,8 @@ def confusions(truth: Tensor, predicted_K: Tensor, classes: int) -> Tensor:
 def class_ious(found: Confusion) -> NDArray[np.float64]:
     """IoU of every class, (C,); NaN for one that neither the truth nor the prediction has."""
     hits, union = _hits_and_unions(found)
-    return np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
+    ious: NDArray[np.float64] = np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
+    return ious
 
 
 def scores(found: Confusion) -> dict[str, float]:

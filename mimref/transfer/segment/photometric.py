@@ -1,7 +1,7 @@
 """mmsegmentation's photometric distortion on the device, drawn for every image by itself.
 
-Brightness (a shift of up to 32 of 255), contrast, saturation (factors from 0.5 to 1.5) and hue (a shift of up to a tenth
-of the colour circle), each for every second image; contrast comes before saturation and hue, or after them.
+Brightness (a shift of up to 32 of 255), contrast, saturation (factors from 0.5 to 1.5) and hue (a shift of up to a
+tenth of the colour circle), each for every second image; contrast comes before saturation and hue, or after them.
 """
 
 import torch

@@ -38,7 +38,7 @@ from mimref.transfer.segment.in_context import Memory
 from mimref.transfer.segment.linear import HeadsJob
 from mimref.transfer.segment.metrics import Confusion, class_rows, score_rows, scores
 from mimref.transfer.segment.tokens import PatchTokens, head_inputs
-from mimref.transfer.segment.windows import Found, Sample, Scores, Testing, test_images
+from mimref.transfer.segment.windows import Found, Sample, Scores, Viewing, evaluate_images
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class _Work:
     listener: Listener
 
     @property
-    def testing(self) -> Testing:
+    def viewing(self) -> Viewing:
         """How images are seen in a test."""
-        return Testing(self.config.test, self.config.training.upsampling, self.config.stride)
+        return Viewing(self.config.test, self.config.training.upsampling, self.config.stride)
 
 
 def evaluate_segment(
@@ -79,11 +79,11 @@ def evaluate_segment(
 ) -> SegmentResult:
     """Segmentation on frozen patch tokens: `segment_miou`, `segment_micro_iou` and `segment_accuracy`, in percent.
 
-    Of the best of all heads, chosen on the test images, as published; then its `segment_iou` per `class`, and the scores
-    of every head, numbered by `classifier`. With `config.blocks` the scores of every block, as `block_segment_miou` and
-    so on, with `block`. state: file from which interrupted training continues; fresh: start over instead.
-    Raises UserError subclasses for a checkpoint, images, masks or settings that do not fit, before the encoder runs: one
-    error for all mistakes.
+    Of the best of all heads, chosen on the test images, as published, after the last update; then its `segment_iou` per
+    `class`, and the scores of every head, numbered by `classifier`. With `config.blocks` the scores of every block, as
+    `block_segment_miou` and so on, with `block`. state: file from which interrupted training continues; fresh: start
+    over instead. Raises UserError subclasses for a checkpoint, images, masks or settings that do not fit, before the
+    encoder runs: one error for all mistakes.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     work = _open(config, listener, checks)
@@ -235,7 +235,7 @@ def _knn(work: _Work) -> _Result:
     for each in work.inputs:
         about = f" of block {each.blocks[0]}" if config.blocks is not None else ""
         tokens = PatchTokens(work.encoder, [each], work.reading, final_norm=config.final_norm)
-        memory = Memory(tokens, work.train, config.knn, work.reading, work.testing, config.seed)
+        memory = Memory(tokens, work.train, config.knn, work.reading, work.viewing, config.seed)
         memory.fill(partial(work.listener.progress, f"patches of training images{about}"))
         all_found.append(_test(work, memory.scores, 1, f"neighbours of validation patches{about}"))
         bad += [*memory.bad.items, *all_found[-1].bad]
@@ -252,7 +252,7 @@ def _knn(work: _Work) -> _Result:
 
 def _test(work: _Work, score: Scores, heads: int, label: str) -> Found:
     progress = partial(work.listener.progress, label)
-    return test_images(work.test, score, heads, work.reading, work.testing, progress)
+    return evaluate_images(work.test, score, heads, work.reading, work.viewing, progress)
 
 
 def _where(work: _Work, read: HeadInput, more: Row) -> Row:

@@ -89,7 +89,7 @@ def training_crop(
     def draw(operation: Operation, count: int = 1) -> Tensor:
         return uniform(seed, epoch, operation, torch.tensor([sample]), count=count)[0]
 
-    height, width = resized_size(*mask.shape, size, crops, float(draw(Operation.CROP_SHAPE)))
+    height, width = resized_size(mask.shape[0], mask.shape[1], size, crops, float(draw(Operation.CROP_SHAPE)))
     image, mask = resize(image, mask, height, width)
     places_2T = draw(Operation.CROP_PLACE, 2 * (_CROP_TRIES + 1)).view(2, -1)
     top, left = crop_box(mask, size, crops.most_of_one_class, places_2T)
@@ -168,7 +168,8 @@ def crop_batches(
 class View(NamedTuple):
     """What the heads see of an image, and its classes, which may have another size."""
 
-    index: int
+    number: int
+    """Position in the data set."""
     image: Tensor
     """uint8 (3, H, W)."""
     mask: Tensor
@@ -183,7 +184,7 @@ class Views(NamedTuple):
     """Path and reason."""
 
 
-def testing_view(index: int, image: Tensor, mask: Tensor, size: int, mode: TestMode) -> View:
+def view_of(index: int, image: Tensor, mask: Tensor, size: int, mode: TestMode) -> View:
     """An image as a test sees it, see `SegmentConfig.test`."""
     if mode == "full":
         return View(index, image, mask)
@@ -213,7 +214,7 @@ class _ViewDataset(BatchDataset[Views]):
         return Views(images, bad)
 
     def _view(self, index: int) -> View:
-        return testing_view(index, *self.pairs.read(index), self.size, self.mode)
+        return view_of(index, *self.pairs.read(index), self.size, self.mode)
 
 
 def view_batches(pairs: Pairs, size: int, mode: TestMode, *, batch_size: int, workers: int = 0) -> Iterator[Views]:

@@ -1,7 +1,7 @@
 """Scores of whole images from windows of the size that the heads see, and the confusion of their classes.
 
 An image is covered by windows from its upper left corner on, the last ones moved inwards so that none leaves it; scores
-of pixels in several windows are averaged (mmsegmentation's sliding window). An image as large as a window is one window.
+of pixels in several windows are averaged (mmsegmentation's sliding window). An image of a window's size is one window.
 
 Shapes: K heads, n windows, C classes, h x w patches, S pixels per side of a window.
 """
@@ -53,7 +53,7 @@ class Found(NamedTuple):
     """Path and reason of every image that could not be read."""
 
 
-class Testing(NamedTuple):
+class Viewing(NamedTuple):
     """How images are tested."""
 
     mode: TestMode
@@ -62,18 +62,18 @@ class Testing(NamedTuple):
     """Pixels; None: two thirds of a window."""
 
 
-def test_images(
-    pairs: Pairs, scores: Scores, heads: int, reading: PassSettings, testing: Testing, progress: Progress | None = None
+def evaluate_images(
+    pairs: Pairs, scores: Scores, heads: int, reading: PassSettings, viewing: Viewing, progress: Progress | None = None
 ) -> Found:
     """The confusion of every head over all images. Raises DataError for too many unreadable ones."""
     size = reading.transform.image_size
     total = torch.zeros(heads, pairs.classes, pairs.classes, dtype=torch.int64, device=reading.device)
     bad, samples, done = BadImages(reading.max_bad), list[Sample](), 0
     workers = loader_workers(reading.workers, pairs.images)
-    for batch in view_batches(pairs, size, testing.mode, batch_size=reading.batch_size, workers=workers):
+    for batch in view_batches(pairs, size, viewing.mode, batch_size=reading.batch_size, workers=workers):
         for path, reason in batch.bad:
             bad.add(path, reason)
-        for view, of_pixels in zip(batch.images, score_views(batch.images, scores, reading, testing), strict=True):
+        for view, of_pixels in zip(batch.images, score_views(batch.images, scores, reading, viewing), strict=True):
             truth = view.mask.to(reading.device)
             predicted = [each.argmax(1).short() for each in of_pixels]
             total += confusions(truth, torch.cat(predicted), pairs.classes)
@@ -89,15 +89,15 @@ def test_images(
 
 @torch.no_grad()
 def score_views(
-    views: list[View], scores: Scores, reading: PassSettings, testing: Testing
+    views: list[View], scores: Scores, reading: PassSettings, viewing: Viewing
 ) -> Iterator[Iterator[Tensor]]:
     """For every image scores of its mask's pixels, (heads, C, H, W) for some heads after others."""
-    size, cut = reading.transform.image_size, [cut_windows(view, reading, testing.stride) for view in views]
+    size, cut = reading.transform.image_size, [cut_windows(view, reading, viewing.stride) for view in views]
     windows = torch.cat([each.images for each in cut]) if cut else torch.empty(0)
     of_patches = [scores(part) for part in windows.split(reading.batch_size)] if cut else []
     of_image = torch.cat(of_patches, dim=1).split([len(each.corners) for each in cut], dim=1) if cut else ()
     for view, each, found in zip(views, cut, of_image, strict=True):
-        yield assemble(found, each.corners, view.image.shape[1:], view.mask.shape, size, testing.upsampling)
+        yield assemble(found, each.corners, view.image.shape[1:], view.mask.shape, size, viewing.upsampling)
 
 
 class Windows(NamedTuple):
@@ -114,7 +114,7 @@ def cut_windows(view: View, reading: PassSettings, stride: int | None) -> Window
     size = reading.transform.image_size
     image = reading.transform.normalize(view.image[None].to(reading.device, non_blocking=True))[0]
     padded = F.pad(image, (0, max(0, size - image.shape[2]), 0, max(0, size - image.shape[1])))
-    corners = window_corners(*padded.shape[1:], size, stride or max(1, int(size * _DEFAULT_STRIDE)))
+    corners = window_corners(padded.shape[1], padded.shape[2], size, stride or max(1, int(size * _DEFAULT_STRIDE)))
     return Windows(torch.stack([padded[:, top : top + size, left : left + size] for top, left in corners]), corners)
 
 
