@@ -18,12 +18,14 @@ from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads, head_blocks
+from mimref.transfer.segment.config import SegmentConfig
 
 MODELS: dict[str, type[CommandConfig]] = {
     "refine": RefineConfig,
     "pretrain": PretrainConfig,
     "probe": ProbeConfig,
     "analyze-blocks": BlocksConfig,
+    "segment": SegmentConfig,
 }
 
 
@@ -293,3 +295,23 @@ def test_the_probe_presets_are_the_published_protocols() -> None:
     assert isinstance(dinov2, ProbeConfig) and isinstance(release, ProbeConfig)
     assert dinov2.probe == ProbeTrainingConfig(batch_size=1024) and tuple(dinov2.probe.lr) == LEARNING_RATES
     assert release.probe == ProbeTrainingConfig(batch_size=1024, norm="batch")
+
+
+def test_the_segmentation_presets_are_the_published_protocols() -> None:
+    """As transcribed from the release's grid dinov2-semseg-reduced and from DINOv2's configuration."""
+    paper, dinov2 = load("segment/ade20k_paper"), load("segment/ade20k_dinov2")
+    assert isinstance(paper, SegmentConfig) and isinstance(dinov2, SegmentConfig)
+    assert paper == load_config(SegmentConfig, overrides={"preset": "segment/ade20k_paper"})
+    assert dinov2 == load_config(SegmentConfig, overrides={"preset": "segment/ade20k_dinov2", "protocol": "dinov2"})
+    rates = [1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
+    training, crops = paper.training, paper.crops
+    assert (training.optimizer, training.lr, training.weight_decay, training.affine) == ("sgd", rates, 0, False)
+    assert (training.batch_size, training.epochs, training.updates) == (16, 50, None)
+    assert (training.schedule, training.warmup, training.block_lr) == ("cosine", 0.1, 0.1)
+    assert (crops.scale, crops.longest, crops.most_of_one_class, crops.flip) == ((0.5, 2), 2, 0.75, 0.5)
+    assert (paper.test, crops.distort_color, paper.final_norm) == ("crop", False, False)
+    training, crops = dinov2.training, dinov2.crops
+    assert (training.optimizer, training.lr, training.weight_decay, training.affine) == ("adamw", [1e-3], 1e-4, True)
+    assert (training.batch_size, training.updates, training.schedule) == (16, 40_000, "linear")
+    assert (crops.scale, crops.longest, crops.most_of_one_class, crops.flip) == ((0.5, 2), 4, 0.75, 0.5)
+    assert (dinov2.test, crops.distort_color, dinov2.final_norm) == ("slide", True, True)

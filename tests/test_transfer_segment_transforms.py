@@ -12,7 +12,7 @@ from mimref.data.masks.sources import UNLABELLED
 from mimref.draws import Operation, uniform
 from mimref.transfer.segment.config import CropsConfig
 from mimref.transfer.segment.photometric import distort
-from mimref.transfer.segment.transforms import crop_box, nearest, resized_size, view_of, training_crop
+from mimref.transfer.segment.transforms import crop_box, nearest, resized_size, training_crop, view_of
 
 
 def pair(height: int, width: int, classes: int = 4) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,9 @@ def test_corners_are_those_of_mmsegmentation() -> None:
 @pytest.mark.parametrize("shape", [(16, 40), (33, 20), (9, 30), (7, 5)])
 def test_windows_are_averaged(shape: tuple[int, int]) -> None:
     seen, stride = view(*shape), 7
-    found = [torch.cat(list(each)) for each in score_views([seen], patch_scores, READING, Viewing("full", "bilinear", 7))]
+    found = [
+        torch.cat(list(each)) for each in score_views([seen], patch_scores, READING, Viewing("full", "bilinear", 7))
+    ]
     height, width = (max(side, SIZE) for side in shape)
     image = torch.zeros(3, height, width)
     image[:, : shape[0], : shape[1]] = READING.transform.normalize(seen.image[None])[0]
@@ -99,7 +101,7 @@ def test_resized_images_are_scored_at_their_own_size(monkeypatch: pytest.MonkeyP
     expected = F.interpolate(small, size=(24, 36), mode="bilinear", align_corners=False)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     monkeypatch.setattr("mimref.transfer.segment.windows.PIXEL_ELEMENTS", 1)
-    parts = [list(each) for each in score_views([seen], patch_scores, READING, viewing)][0]
+    parts = next(list(each) for each in score_views([seen], patch_scores, READING, viewing))
     assert len(parts) == 2 and torch.equal(torch.cat(parts), found)
 
 

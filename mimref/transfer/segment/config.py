@@ -12,8 +12,6 @@ Upsampling = Literal["bilinear", "nearest"]
 TestMode = Literal["crop", "slide", "full"]
 LEARNING_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """The release's reduced grid, for a batch of 256."""
-BLOCK_LEARNING_RATE = 0.1
-"""Of one head per block, in the release."""
 
 
 class TrainingConfig(Section):
@@ -22,7 +20,9 @@ class TrainingConfig(Section):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd: with momentum 0.9, its learning rates times (batch size / 256). adamw: the learning rates as they are."""
     lr: Temperatures = list(LEARNING_RATES)
-    """Learning rates, of one head each on every input; of one head per block, 0.1 alone unless a single one is set."""
+    """Learning rates, of one head each on every input."""
+    block_lr: Positive = 0.1
+    """Learning rate of one head per block, with `blocks`."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Of all weights."""
     schedule: Literal["cosine", "linear"] = "cosine"
@@ -78,6 +78,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "training": {
             "optimizer": "adamw",
             "lr": [1e-3],
+            "block_lr": 1e-3,
             "weight_decay": 1e-4,
             "schedule": "linear",
             "warmup": 1500 / 40_000,

@@ -20,7 +20,7 @@ from mimref.training.job import Job
 from mimref.training.job import train as run_job
 from mimref.training.optim import learning_rate
 from mimref.training.signals import stop_signal
-from mimref.transfer.segment.config import BLOCK_LEARNING_RATE, SegmentConfig, TrainingConfig
+from mimref.transfer.segment.config import SegmentConfig, TrainingConfig
 from mimref.transfer.segment.heads import HeadsTrainer, SegmentationHeads, grid
 from mimref.transfer.segment.photometric import distort
 from mimref.transfer.segment.tokens import PatchTokens
@@ -29,12 +29,6 @@ from mimref.transfer.segment.transforms import CropBatch, crop_batches
 END_RATE = 1e-6
 _WARMUP_FROM = 1e-6
 """Share of the learning rate at the start of mmsegmentation's warm-up."""
-
-
-def rates(config: SegmentConfig) -> list[float]:
-    """The learning rates of the heads of one input, as written. Of one head per block, 0.1 instead of the grid."""
-    lrs = config.training.lr
-    return [BLOCK_LEARNING_RATE] if config.blocks is not None and len(lrs) > 1 else list(lrs)
 
 
 def schedule(update: int, total: int, settings: TrainingConfig) -> tuple[float, float]:
@@ -70,7 +64,7 @@ class HeadsJob(Job[CropBatch]):
         # The last, partial batch of an epoch is left out.
         self.steps_per_epoch = len(pairs) // self.batch
         self.total = settings.updates or settings.epochs * self.steps_per_epoch
-        self.lrs = rates(config)
+        self.lrs = list(settings.lr) if config.blocks is None else [settings.block_lr]
         scale = self.batch / 256 if settings.optimizer == "sgd" else 1.0
         self.heads = SegmentationHeads(
             tokens.widths, pairs.classes, len(self.lrs), affine=settings.affine, seed=config.seed, device=reading.device
