@@ -87,7 +87,7 @@ def test_timm_creates_a_model_with_the_file(tmp_path: Path, ending: str) -> None
 def test_names_of_timm(architecture: Architecture, name: str | None) -> None:
     with torch.device("meta"):
         encoder = build_encoder(architecture)
-    assert export._timm_name(encoder) == name
+    assert export.timm_name(encoder) == name
 
 
 @pytest.mark.parametrize(
