@@ -3,7 +3,7 @@
 The encoder is frozen and sees a quarter of the patches, once per batch. A decoder per block learns to reconstruct the
 rest from that block's tokens (Appendix C.2). All decoders start from the same weights and see the same crops and masks,
 so that only the blocks differ. A decoder reads the raw output of its block, the last one's too, through a LayerNorm of
-its own: tokens grow from block to block, and without it a decoder's loss would show their size instead of their content.
+its own: tokens grow from block to block, and without it the losses would show their size instead of their content.
 
 Shapes: B images, N patches, K visible patches, D encoder width, C pixel values of a patch.
 """
