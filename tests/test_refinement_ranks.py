@@ -96,7 +96,7 @@ def test_the_same_run(runs: Path, name: str) -> None:
     for wanted, line in zip(expected, found, strict=True):
         assert line.keys() == wanted.keys()
         if "head_knn_top1" in line:
-            # A twelfth of the validation images may flip.
+            # One of the 16 validation images may flip.
             assert line["head_knn_top1"] == pytest.approx(wanted["head_knn_top1"], abs=9), line["step"]
         if "loss" in line:
             assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4), line["step"]
