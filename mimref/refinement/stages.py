@@ -127,7 +127,7 @@ class HeadsStage(RefinementStage):
 
     def end_epoch(self, epoch: int) -> None:
         """Score the heads if it is due, as their ranking at the end does."""
-        if not self.check_every or (epoch % self.check_every and self.step < self.total):
+        if not self.check_due(epoch, self.check_every):
             return
         scores = score_heads(self.method.encoder, self.method.heads, self.monitor, self.plan.columns)
         if all(map(isfinite, scores)):
