@@ -150,8 +150,16 @@ CHANGES: list[tuple[str, str, dict[str, Any]]] = [
         "d_freeze12": {"encoder_stage.freeze_blocks": 12},
         "e_swap_negatives": {"loss.swap_negatives": True},
         "f_no_multicrop": {"views.local_views": 0, "views.global_scale": (0.08, 1.0)},
-        "f_no_color_blur": {"views.color": False, "views.blur": False},
+        "f_no_color_blur": {
+            "views.color": False,
+            "views.blur": False,
+            "encoder_stage.epochs": 10,
+            "encoder_stage.warmup_epochs": 4,
+        },
     }.items()),
+    # Table 6b, whose default row is D2V2_H itself.
+    ("refine/ablation/b_h14_blocks_22_32_every_2", D2V2_H, {"heads.blocks": "22,24,26,28,30,32"}),
+    ("refine/ablation/b_h14_blocks_16_32_every_2", D2V2_H, {"heads.blocks": "16,18,20,22,24,26,28,30,32"}),
     ("pretrain/mae_b16", "pretrain/mae_l16", {"encoder.arch": "vit_b16"}),
 ]  # fmt: skip
 
@@ -293,3 +301,9 @@ def test_the_probe_presets_are_the_published_protocols() -> None:
     assert isinstance(dinov2, ProbeConfig) and isinstance(release, ProbeConfig)
     assert dinov2.probe == ProbeTrainingConfig(batch_size=1024) and tuple(dinov2.probe.lr) == LEARNING_RATES
     assert release.probe == ProbeTrainingConfig(batch_size=1024, norm="batch")
+    # Appendix C.8; the values are the released code's.
+    reduced = load("probe/release_reduced")
+    assert isinstance(reduced, ProbeConfig)
+    assert reduced.probe == ProbeTrainingConfig(
+        lr=[0.001, 0.002, 0.005, 0.01], blocks="last4", batch_size=256, norm="batch"
+    )
