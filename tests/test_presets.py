@@ -106,8 +106,8 @@ TABLE_10: dict[str, dict[str, Any]] = {
 }
 
 
-# The release's fine-tunings, transcribed: epochs, batch, base learning rate, weight decay, layer decay, drop path, frozen
-# blocks, augmentation, shots.
+# The release's fine-tunings, transcribed: epochs, batch, base learning rate, weight decay, layer decay, drop path,
+# frozen blocks, augmentation, shots.
 FINE_TUNINGS: dict[str, tuple[Any, ...]] = {
     "imagenet_b16": (100, 1024, 5e-4, 0.05, 0.65, 0.1, 0, "full", None),
     "imagenet_l16": (50, 1024, 1e-3, 0.05, 0.75, 0.2, 0, "full", None),
