@@ -90,7 +90,7 @@ def corrupt(crop: Tensor, corruption: str, severity: int, seed: int) -> Tensor:
             image_HWC = package.corrupt(crop.permute(1, 2, 0).numpy(), severity, corruption, **options)
     except FloatingPointError:
         return crop
-    return torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)
 
 
 class CorruptedSource(Subset):

@@ -127,7 +127,8 @@ def _open_others(
             places.append(Place(setting, f"--{setting.replace('_', '-')}", folder, where, subset=setting != "sketch"))
     for spec in config.shifted:
         places.append(Place("shifted", "--shifted", spec, {"metric": "robust_top1", "set": spec}, subset=config.subset))
-    if not places and config.imagenet_c is None and config.corrupt is None:
+    asked = config.imagenet_c is not None or config.corrupt is not None or "corrupt" in checks.unusable
+    if not places and not asked:
         what = "--imagenet-c, --imagenet-a, --imagenet-r, --sketch, --shifted or --corrupt"
         checks.add("imagenet_c", ConfigError(f"no test set: pass one or more of {what}"))
     # How images are read is the same for all of them, where each is its own.
@@ -146,7 +147,13 @@ def _corrupted(config: RobustnessConfig, clean: Sequence[LabelledSet], settings:
         corrupt(torch.zeros(3, size, size, dtype=torch.uint8), "glass_blur", 1, 0)
     return [
         LabelledSet(
-            {"metric": "robust_top1", "set": f"{each.where['set']}, corrupted", "corruption": name, "severity": level},
+            {
+                **each.where,
+                "metric": "robust_top1",
+                "set": f"{each.where['set']}, corrupted",
+                "corruption": name,
+                "severity": level,
+            },
             CorruptedSource(each.source, settings.transform, name, level, config.seed),
             each.labels,
         )

@@ -28,7 +28,8 @@ class LabelledSet:
     """Images of the classifier's classes."""
 
     where: Row
-    """What names it in the results: `metric` and `set`, and of corrupted images `corruption` and `severity`."""
+    """What names it in the results: `metric`, `set`, of corrupted images `corruption` and `severity`, and the number of
+    `classes` that compete."""
     source: ImageSource
     labels: Indices
     """(N,) numbers of classes, by their position in `among` if that is given."""
@@ -68,11 +69,12 @@ def open_labelled(place: Place, data: DataConfig, classes: Sequence[str] | None,
     except DataError as error:
         cause = error.__cause__ if isinstance(error.__cause__, DataError) else error
         raise DataError(f"{place.flag} {printable(place.spec)}: {cause}") from error
-    labels = numbers[source.labels]
-    if not place.subset:
-        return LabelledSet(place.where, source, labels)
-    among, positions = np.unique(labels, return_inverse=True)
-    return LabelledSet({**place.where, "classes": len(among)}, source, positions.astype(np.int64), among)
+    labels, among = numbers[source.labels], None
+    if place.subset:
+        among, positions = np.unique(labels, return_inverse=True)
+        labels = positions.astype(np.int64)
+    competing = len(numbers if classes is None else classes) if among is None else len(among)
+    return LabelledSet({**place.where, "classes": competing}, source, labels, among)
 
 
 def _open(data: DataConfig, listener: Listener) -> ImageSource:
@@ -150,16 +152,20 @@ def corrupted_places(root: str, listener: Listener) -> list[Place]:
 def open_sets(
     places: Sequence[Place], data: DataConfig, classes: Sequence[str] | None, listener: Listener, checks: Checks
 ) -> list[LabelledSet]:
-    """Open several sets, with what is wrong with each in `checks`; warns of sets with fewer classes than usual."""
-    opened = []
+    """Open several sets, with what is wrong with each in `checks`; warns of published ones that look incomplete."""
+    opened: dict[str, list[tuple[Place, LabelledSet]]] = {}
     for place in places:
         found = checks.run(place.setting, partial(open_labelled, place, data, classes, listener))
-        if found is None:
-            continue
-        opened.append(found)
-        count = len(np.unique(found.labels))
-        name, of = printable(place.spec), "its classes compete" if found.among is not None else "all compete"
-        usual = SUBSET_CLASSES if found.among is not None else len(classes or ())
-        if place.setting != "shifted" and classes is not None and count < usual:
-            listener.warn(f"{place.flag} {name}: has images of {count} classes, not of {usual}; {of}")
-    return opened
+        if found is not None:
+            opened.setdefault(place.setting, []).append((place, found))
+    for setting, several in opened.items():
+        usual = SUBSET_CLASSES if several[0][0].subset else len(classes or ())
+        counts = [len(np.unique(each.labels)) for _, each in several]
+        place = several[int(np.argmin(counts))][0]
+        if setting != "shifted" and min(counts) < usual and classes is not None:
+            few = "only these compete" if place.subset else "all classes compete"
+            listener.warn(f"{place.flag} {printable(place.spec)}: images of {min(counts)} of {usual} classes; {few}")
+        sizes = [len(each.source) for _, each in several]
+        if setting == "imagenet_c" and min(sizes) < max(sizes):
+            listener.warn(f"--imagenet-c: a folder has {min(sizes)} images, and another {max(sizes)}")
+    return [each for several in opened.values() for _, each in several]
