@@ -78,8 +78,9 @@ class DataConfig(Section):
     """Which images."""
 
     spec: str | None = None
-    """A folder, `digits`, `fashion-mnist`, `torchvision:NAME`, `list:FILE` (a .csv or .parquet table of paths),
-    `hf:FOLDER` or `hf:NAME` (a Hugging Face data set, on disk or on the hub) or `wds:SHARDS` (webdataset tar files)."""
+    """A folder, `digits`, `fashion-mnist`, `torchvision:NAME`, `vtab:NAME`, `vtab1k:NAME`, `list:FILE` (a .csv or
+    .parquet table of paths), `hf:FOLDER` or `hf:NAME` (a Hugging Face data set, on disk or on the hub) or `wds:SHARDS`
+    (webdataset tar files)."""
     root: str | None = None
     """Folder of the data set's files, for a spec that is a name."""
     image: str | None = None
@@ -96,6 +97,9 @@ class DataConfig(Section):
     crop_fraction: float | None = Field(default=None, gt=0, le=1)
     """Evaluation: size of the centre crop over the resized shorter side. None: as in the checkpoint's header, else
     0.875 (224 / 256)."""
+    resize: Literal["shorter", "direct"] | None = None
+    """Evaluation: `shorter` resizes the shorter side and crops the centre, `direct` resizes the whole image to the
+    square, whatever its aspect (VTAB's). None: as in the checkpoint's header, else `shorter`."""
     orientation: Literal["file", "exif"] | None = None
     """Images whose EXIF data say how to turn them: `file` leaves their pixels as stored, `exif` turns them. None: as in
     the checkpoint's header, else `file`, as published numbers."""
