@@ -132,6 +132,9 @@ class CommandConfig(Section):
     data: DataConfig = DataConfig()
 
 
-def dump_config(config: CommandConfig) -> str:
-    """The settings as TOML text that `load_config` reads back to an equal config; unset keys are omitted."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True))
+def dump_config(config: CommandConfig, *, defaults: bool = True) -> str:
+    """The settings as TOML text that `load_config` reads back to an equal config; unset keys are omitted.
+
+    defaults: with the settings that nothing has set.
+    """
+    return tomli_w.dumps(config.model_dump(exclude_none=True, exclude_unset=not defaults))

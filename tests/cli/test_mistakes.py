@@ -30,13 +30,14 @@ from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.run import pretrain
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
+from mimref.transfer.suite.config import SuiteConfig
 from tests.tiny import pretrain_config, write_labelled
 
 MODELS: dict[str, type[CommandConfig]] = {
     model.command: model
     for model in (
         *(RefineConfig, PretrainConfig, KnnConfig, LowshotConfig, ClusterConfig, ProbeConfig),
-        *(BlocksConfig, CompareConfig, ExtractConfig, InterpolateConfig),
+        *(BlocksConfig, CompareConfig, ExtractConfig, InterpolateConfig, SuiteConfig),
     )
 }
 """By the name of their command."""
