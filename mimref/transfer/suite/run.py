@@ -95,14 +95,16 @@ def run_suite(
     check_device(config, checks)
     entries = plan_entries(config, checks)
     models = checks.run("checkpoints", lambda: distinct_names(config.checkpoints)) or []
-    checks.run("out", lambda: _check_folder(out, resume=resume, force=force))
+    # Without a suite, the folder is none that the user has named.
+    checks.run("preset", lambda: _check_folder(out, resume=resume, force=force))
     parts = _parts(entries, config.checkpoints, models, out)
     for part in parts if resume and not force else ():
         if part.finished:
             checks.run("suite", partial(_check_same, part))
     unfinished = [part for part in parts if force or not part.finished]
-    for checkpoint in dict.fromkeys(part.checkpoint for part in unfinished):
-        if checks.passed or not must_download(checkpoint):
+    finished = {part.checkpoint for part in parts} - {part.checkpoint for part in unfinished}
+    for checkpoint in dict.fromkeys(config.checkpoints):
+        if checkpoint not in finished and (checks.passed or not must_download(checkpoint)):
             checks.run("checkpoints", partial(_check_checkpoint, checkpoint, config, listener))
     checks.finish()
     with folder_lock(out):
