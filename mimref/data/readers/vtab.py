@@ -144,10 +144,11 @@ def open_vtab1k(data: DataConfig, split: Split) -> FileSource:
         raise DataError(f"no {lists[0]} in {' or '.join(map(printable, folders))}; unpack vtab-1k.zip there")
     train, test = (_read_list(os.path.join(folder, each)) for each in lists)
     files, labels = train if split == "train" else test
-    # A class may lack images in one of the lists: labels stay those of the files.
     classes = [str(label) for label in range(max(train[1] + test[1]) + 1)]
     spec = f"vtab1k:{name}" + slash + part
-    return FileSource(spec, folder, files, np.array(labels, dtype=np.int64), classes)
+    source = FileSource(spec, folder, files, np.array(labels, dtype=np.int64), classes)
+    source.lacks_classes = True
+    return source
 
 
 def _read_list(file: str) -> tuple[list[str], list[int]]:

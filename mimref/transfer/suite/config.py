@@ -1,13 +1,13 @@
 """Settings of `mimref transfer`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from mimref.config.base import CommandConfig, ReadingConfig, Section
 from mimref.features.config import CacheConfig
 
-Protocol = Literal["knn", "lowshot", "probe", "cluster"]
+Protocol = Literal["knn", "lowshot", "probe", "cluster", "finetune"]
 
 
 def _check_name(text: str) -> str:
@@ -29,6 +29,20 @@ class EntryConfig(Section):
     """Of that command."""
     settings: dict[str, Any] = {}
     """Of that command."""
+    seeds: int = Field(default=1, gt=0)
+    """Fine-tuning: runs with the seeds S, S + 1, ..., where S is the setting; the result is their mean."""
+    learning_rates: list[Annotated[float, Field(gt=0)]] = []
+    """Fine-tuning: values of `finetune.lr` to choose from, by the mean over the seeds on `tune_data`."""
+    tune_data: str | None = None
+    """Data on which the learning rate is chosen: it trains on the one part, and is scored on the other."""
+
+    @model_validator(mode="after")
+    def _check_tuning(self) -> Self:
+        if self.protocol != "finetune" and {"seeds", "learning_rates", "tune_data"} & self.model_fields_set:
+            raise ValueError(f"seeds, learning_rates and tune_data are of fine-tunings, not of {self.protocol}")
+        if bool(self.learning_rates) != (self.tune_data is not None):
+            raise ValueError("learning_rates and tune_data need each other; give both or none")
+        return self
 
 
 class SuiteConfig(CommandConfig):
@@ -46,4 +60,5 @@ class SuiteConfig(CommandConfig):
     resolution: int | None = Field(default=None, gt=0)
     """Pixels per side of the images; None: the encoder's own."""
     entries: list[dict[str, Any]] = []
-    """What is measured, a table each: `name`, `data`, `protocol`, and optionally `preset` and `settings`."""
+    """What is measured, a table each: `name`, `data`, `protocol`, and optionally `preset`, `settings` and, for
+    fine-tunings, `seeds`, `learning_rates` and `tune_data`."""

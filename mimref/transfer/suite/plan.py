@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
+from mimref.config.base import CommandConfig
 from mimref.config.load import load_config, setting_fields, validated
 from mimref.config.presets import preset_names
 from mimref.errors import Checks, ConfigError, UserError, UserErrors
@@ -13,14 +14,13 @@ from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.lowshot.config import LowshotConfig
 from mimref.evaluation.probe.config import ProbeConfig
 from mimref.features.config import EvaluationConfig
+from mimref.transfer.finetune.config import FinetuneConfig
 from mimref.transfer.suite.config import EntryConfig, SuiteConfig
 
 T = TypeVar("T")
-MODELS: dict[str, type[EvaluationConfig]] = {
-    model.command: model for model in (KnnConfig, LowshotConfig, ProbeConfig, ClusterConfig)
+MODELS: dict[str, type[CommandConfig]] = {
+    model.command: model for model in (KnnConfig, LowshotConfig, ProbeConfig, ClusterConfig, FinetuneConfig)
 }
-METRICS = {"knn": "knn_top1", "lowshot": "lowshot_top1", "probe": "probe_top1", "cluster": "cluster_acc"}
-"""Of each protocol: what a suite's table shows."""
 # Settings of the suite itself.
 _OWN = ("preset", "checkpoints", "entries", "data.spec")
 
@@ -29,9 +29,13 @@ _OWN = ("preset", "checkpoints", "entries", "data.spec")
 class Entry:
     """An entry with its checked settings, but for the checkpoint."""
 
-    name: str
-    protocol: str
-    config: EvaluationConfig
+    given: EntryConfig
+    config: CommandConfig
+
+    @property
+    def name(self) -> str:
+        """In the table, and of its folder."""
+        return self.given.name
 
 
 def ask_for_suite() -> NoReturn:
@@ -74,15 +78,22 @@ def _labelled(label: str, error: UserError) -> UserError:
 def _plan_entry(config: SuiteConfig, table: Mapping[str, Any]) -> Entry:
     entry = validated(EntryConfig, table)
     model = MODELS[entry.protocol]
-    given = flatten(config.model_dump(exclude_unset=True))
     known = setting_fields(model)
+    given = flatten(config.model_dump(exclude_unset=True))
+    for key in ("arch", "source"):
+        if key in given and key not in known:
+            given[f"encoder.{key}"] = given.pop(key)
     common = {key: value for key, value in given.items() if key in known and key not in _OWN}
-    settings = common | flatten(entry.settings) | {"data.spec": entry.data}
-    return Entry(entry.name, entry.protocol, _single(load_config(model, entry.preset, settings)))
+    found = load_config(model, entry.preset, common | flatten(entry.settings) | {"data.spec": entry.data})
+    if isinstance(found, EvaluationConfig):
+        _check_single(found)
+    elif (key := "encoder.weights") in flatten(entry.settings):
+        raise ConfigError(f"{key}: a suite's encoders are its checkpoints; leave it out")
+    return Entry(entry, found)
 
 
-def _single(config: EvaluationConfig) -> EvaluationConfig:
-    """The settings, if they give one number. Raises ConfigError or UserErrors if they do not."""
+def _check_single(config: EvaluationConfig) -> None:
+    """Raise ConfigError or UserErrors for settings that do not give one number."""
     checks, several = Checks(), dict[str, object]()
     if config.blocks == "all" or "," in config.blocks:
         several["blocks"] = config.blocks
@@ -97,7 +108,6 @@ def _single(config: EvaluationConfig) -> EvaluationConfig:
     if config.features is not None:
         checks.add("features", ConfigError("features: a suite reads checkpoints; leave them out"))
     checks.finish()
-    return config
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

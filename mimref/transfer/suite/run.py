@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mimref.config.base import CommandConfig, dump_config
 from mimref.distributed.group import world_size
@@ -32,12 +33,27 @@ from mimref.files import check_writable, write_bytes
 from mimref.locks import folder_lock
 from mimref.progress import Listener, Silent
 from mimref.results import EvaluationResult, Row, Tabular, main_rows, named, read_results, write_results
+from mimref.transfer.finetune.config import FinetuneConfig
 from mimref.transfer.suite.config import SuiteConfig
-from mimref.transfer.suite.plan import METRICS, Entry, flatten, labelled_errors, plan_entries
+from mimref.transfer.suite.plan import Entry, flatten, labelled_errors, plan_entries
 from mimref.transfer.suite.ranks import summary_rows
+from mimref.transfer.suite.tuning import METRIC as FINETUNE_METRIC
+from mimref.transfer.suite.tuning import finetune_entry
 
+METRICS = {
+    "knn": "knn_top1",
+    "lowshot": "lowshot_top1",
+    "probe": "probe_top1",
+    "cluster": "cluster_acc",
+    "finetune": FINETUNE_METRIC,
+}
+"""Of each protocol: what a suite shows."""
 # Settings that may differ from those of a finished entry.
-_FREE = ("preset", "device", "workers", "batch_size", "data.root", "data.download", "data.max_bad")
+_FREE = ("preset", "device", "workers", "data.root", "data.download", "data.max_bad")
+_FREE_SECTIONS = ("cache.", "monitor.")
+_FREE_OF = {True: ("micro_batch", "activation_checkpointing"), False: ("batch_size",)}
+"""By whether the entry is a fine-tuning."""
+_PATHS = ("checkpoint", "encoder.weights")
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,19 @@ class _Part:
 
     @property
     def config(self) -> CommandConfig:
-        return self.entry.config.model_copy(update={"checkpoint": self.checkpoint})
+        config = self.entry.config
+        if isinstance(config, FinetuneConfig):
+            encoder = config.encoder.model_copy(update={"weights": self.checkpoint})
+            return config.model_copy(update={"encoder": encoder})
+        return config.model_copy(update={"checkpoint": self.checkpoint})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For results.json: those of the command, and of a fine-tuning those of the entry."""
+        settings = self.config.model_dump(mode="json")
+        if isinstance(self.entry.config, FinetuneConfig):
+            settings |= self.entry.given.model_dump(include={"seeds", "learning_rates", "tune_data"})
+        return settings
 
     @property
     def label(self) -> str:
@@ -148,14 +176,13 @@ def _check_same(part: _Part) -> None:
         then = flatten(json.loads(file.read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{file} cannot be read ({error}); remove it, and --resume runs this entry again") from error
-    for key, now in flatten(part.config.model_dump(mode="json")).items():
-        same = (
-            os.path.realpath(then.get(key, "")) == os.path.realpath(now)
-            if key == "checkpoint"
-            else then.get(key) == now
-        )
+    free = (*_FREE, *_FREE_OF[isinstance(part.entry.config, FinetuneConfig)])
+    for key, now in flatten(part.settings).items():
         # What is not set may have been read from the checkpoint's header.
-        if key in then and now is not None and not same and key not in _FREE and not key.startswith("cache."):
+        if key not in then or now is None or key in free or key.startswith(_FREE_SECTIONS):
+            continue
+        same = os.path.realpath(then[key] or "") == os.path.realpath(now) if key in _PATHS else then[key] == now
+        if not same:
             raise ConfigError(
                 f"{part.label}: {key} was {then[key]!r} and is now {now!r}; restore it, remove {part.folder} to run it "
                 "again, or choose another --out"
@@ -202,17 +229,17 @@ def _run_parts(parts: Sequence[_Part], listener: Listener) -> list[UserError]:
 def _check_data(entry: Entry, listener: Listener) -> None:
     """Raise DataError for images that are missing, before the first entry runs."""
     checks = Checks()
-    open_images(entry.config.data, listener.progress, checks)
+    for spec in filter(None, (entry.given.data, entry.given.tune_data)):
+        open_images(entry.config.data.model_copy(update={"spec": spec}), listener.progress, checks)
     checks.finish()
 
 
 def _run_part(part: _Part, listener: Listener) -> None:
     """Measure one checkpoint on one entry, and write its folder."""
-    config, result = part.config, _measure(part, listener)
-    if result.data is not None:
-        config = config.model_copy(update={"data": result.data})
-    settings = config.model_dump(mode="json")
-    write_results(part.folder, config.command, settings, result.elapsed_s, result.rows, bad_images=result.bad_images)
+    result = _measure(part, listener)
+    settings = part.settings if result.data is None else part.settings | {"data": result.data.model_dump(mode="json")}
+    command, bad = part.config.command, result.bad_images
+    write_results(part.folder, command, settings, result.elapsed_s, result.rows, bad_images=bad)
     shutil.rmtree(part.folder / "state", ignore_errors=True)
     row = _main_row(part, result.rows)
     listener.note(f"{part.entry.name}: {row['metric']} {float(row['value']):.1f} of {part.model}")
@@ -226,13 +253,15 @@ def _measure(part: _Part, listener: Listener) -> EvaluationResult:
         return evaluate_lowshot(config, listener=listener)
     if isinstance(config, ClusterConfig):
         return evaluate_cluster(config, listener=listener)[0]
-    assert isinstance(config, ProbeConfig)
-    return evaluate_probe(config, state=part.folder / "state" / "probe.pt", listener=listener)
+    if isinstance(config, ProbeConfig):
+        return evaluate_probe(config, state=part.folder / "state" / "probe.pt", listener=listener)
+    assert isinstance(config, FinetuneConfig)
+    return finetune_entry(config, part.entry.given, part.folder, listener)
 
 
 def _main_row(part: _Part, rows: Sequence[Row]) -> Row:
     """The one result that the suite shows."""
-    (row,) = (row for row in main_rows(rows) if row["metric"] == METRICS[part.entry.protocol])
+    (row,) = (row for row in main_rows(rows) if row["metric"] == METRICS[part.entry.given.protocol])
     return row
 
 
@@ -244,9 +273,9 @@ def _finish(
     elapsed_s = 0.0
     values: dict[str, dict[str, float]] = {}
     for part in (part for part in parts if part.finished):
-        found, seconds = read_results(part.folder, part.entry.protocol)
+        found, seconds = read_results(part.folder, part.entry.given.protocol)
         row = _main_row(part, found) | {"model": part.model}
-        rows += named([row], part.model, {"entry": part.entry.name, "data": str(part.entry.config.data.spec)})
+        rows += named([row], part.model, {"entry": part.entry.name, "data": part.entry.given.data})
         values.setdefault(part.entry.name, {})[part.model] = float(row["value"])
         elapsed_s += seconds
     rows += summary_rows(values, models)
