@@ -68,7 +68,7 @@ def test_the_best_rate_on_the_tuning_data_is_run_on_the_data(folder: Path, monke
     assert (row["metric"], row["value"], row["lr"], row["seeds"]) == ("finetune_top1", 94.5, 1e-2, 2)
     assert row["std"] == pytest.approx(statistics.stdev([94.0, 95.0])) and found.elapsed_s == 8.0
     rates = [
-        row for row in results(folder / "out" / "tuned" / "base.safetensors")["metrics"] if "tune" in row["metric"]
+        row for row in results(folder / "out" / "tuned" / "base.safetensors")["metrics"] if row["metric"] == "tune_top1"
     ]
     assert [(row["lr"], row["value"]) for row in rates] == [(lr, sum(each) / 2) for lr, each in scores.items()]
 

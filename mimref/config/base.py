@@ -133,8 +133,19 @@ class CommandConfig(Section):
 
 
 def dump_config(config: CommandConfig, *, defaults: bool = True) -> str:
-    """The settings as TOML text that `load_config` reads back to an equal config; unset keys are omitted.
+    """The settings as TOML text that `load_config` reads back to an equal config.
 
-    defaults: with the settings that nothing has set.
+    What is unset is omitted, or `none` where it is set by default. defaults: with the settings that nothing has set.
     """
-    return tomli_w.dumps(config.model_dump(exclude_none=True, exclude_unset=not defaults))
+    return tomli_w.dumps(_table(config, defaults))
+
+
+def _table(section: Section, defaults: bool) -> dict[str, Any]:
+    table = section.model_dump(exclude_none=True, exclude_unset=not defaults)
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section) and name in table:
+            table[name] = _table(value, defaults)
+        elif value is None and field.default is not None and (defaults or name in section.model_fields_set):
+            table[name] = "none"
+    return table

@@ -176,8 +176,8 @@ class Encoder(nn.Module):
 
         images: (B, 3, S, S) normalised, S divisible by the patch size; a gray encoder also takes (B, 1, S, S). Returns
         a list of (B, L, D), prefix first. Later blocks do not run.
-        final_norm: the last block's tokens pass the final LayerNorm, for all indices or for each; no effect on encoders
-        without one (post-norm ones, and timm's that normalise after pooling).
+        final_norm: True is the final LayerNorm on the last block's tokens; a flag for each index applies it to any
+        block's. No effect on encoders without one (post-norm ones, and timm's that normalise after pooling).
         visible_BK: indices of the only patches that the encoder sees; their tokens have this order.
         Raises ConfigError for a block outside 1..depth.
         """
@@ -235,9 +235,8 @@ def gray(images: Tensor) -> Tensor:
 
 
 def norm_flags(indices: Sequence[int], final_norm: bool | Sequence[bool], depth: int) -> list[bool]:
-    """For each index, whether it is the last block and should pass the final norm; see `Encoder.blocks`."""
-    asked = [final_norm] * len(indices) if isinstance(final_norm, bool) else final_norm
-    return [norm and index == depth for index, norm in zip(indices, asked, strict=True)]
+    """For each index, whether its block's tokens should pass the final norm; see `Encoder.blocks`."""
+    return [final_norm and index == depth for index in indices] if isinstance(final_norm, bool) else list(final_norm)
 
 
 def check_blocks(indices: Sequence[int], depth: int) -> None:

@@ -30,6 +30,7 @@ from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.run import pretrain
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
+from mimref.transfer.finetune.config import FinetuneConfig, PredictConfig
 from mimref.transfer.suite.config import SuiteConfig
 from tests.tiny import pretrain_config, write_labelled
 
@@ -37,7 +38,8 @@ MODELS: dict[str, type[CommandConfig]] = {
     model.command: model
     for model in (
         *(RefineConfig, PretrainConfig, KnnConfig, LowshotConfig, ClusterConfig, ProbeConfig),
-        *(BlocksConfig, CompareConfig, ExtractConfig, InterpolateConfig, SuiteConfig),
+        *(BlocksConfig, CompareConfig, ExtractConfig, InterpolateConfig),
+        *(FinetuneConfig, PredictConfig, SuiteConfig),
     )
 }
 """By the name of their command."""
