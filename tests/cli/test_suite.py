@@ -118,4 +118,4 @@ def test_the_suite_in_the_documentation_loads(tmp_path: Path) -> None:
     planned = plan_entries(load_config(SuiteConfig, str(tmp_path / "small.toml")), checks := Checks())
     checks.finish()
     assert {entry.config.data.spec for entry in planned} == {"digits", "fashion-mnist"}
-    assert {entry.protocol for entry in planned} >= {"knn", "lowshot", "probe"}
+    assert {entry.given.protocol for entry in planned} >= {"knn", "lowshot", "probe"}
