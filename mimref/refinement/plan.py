@@ -12,7 +12,13 @@ from mimref.data.sources import ImageSource, Split
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup, multi_crop
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.checkpoints import Checkpoint, load_weights, read_checkpoint, with_channels, with_fixed_positions
+from mimref.encoders.checkpoints import (
+    Checkpoint,
+    load_weights,
+    read_checkpoint,
+    with_file_values,
+    with_fixed_positions,
+)
 from mimref.encoders.published import must_download, official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, Checks, ConfigError
@@ -98,24 +104,25 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     check_device(config, checks)
     _check_epochs(config, checks)
     sources: dict[Split, ImageSource] = {}
-    if config.data.spec is not None:
-        sources = open_images(config.data, progress, checks, need_labels=False, splits=["train"])
     weights = checks.run("encoder.weights", lambda: _weights_name(config.encoder))
-    checkpoint = architecture = data = None
-    if weights is not None and (checks.passed or not must_download(weights)):
+    remote, data = weights is not None and must_download(weights), config.data
+    if remote and data.spec is not None:
+        sources = open_images(data, progress, checks, need_labels=False, splits=["train"])
+    checkpoint = architecture = None
+    if weights is not None and (checks.passed or not remote):
         checkpoint = checks.run("encoder.weights", lambda: read_checkpoint(weights, config.encoder, progress=progress))
     if checkpoint is not None:
         architecture = checks.run("encoder.arch", partial(architecture_to_train, config.encoder, checkpoint))
-        data = checks.run("data.spec", partial(resolve_data, config.data, checkpoint.header))
         # The header may name the images, or how they are decoded.
-        if data is not None and (config.data.spec is None or (sources and data != config.data)):
-            sources = open_images(data, progress, checks, need_labels=False, splits=["train"])
+        data = checks.run("data.spec", partial(resolve_data, config.data, checkpoint.header)) or config.data
+    if not remote and data.spec is not None:
+        sources = open_images(data, progress, checks, need_labels=False, splits=["train"])
     if architecture is not None:
         _check_heads(config, architecture, checks)
         checks.run("views.local_size", partial(check_sizes, config, architecture))
     if sources:
         _check_counts(config, len(sources["train"]), checks)
-    if checkpoint is None or architecture is None or data is None or not checks.passed:
+    if checkpoint is None or architecture is None or not checks.passed:
         return None
     warnings = _warnings(config.encoder, checkpoint)
     config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
@@ -180,7 +187,7 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Arch
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     if recorded is None or _is_timm(config, checkpoint):
         tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
-        return with_channels(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
+        return with_file_values(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
     # A preset's image size belongs to the preset's architecture.
     if "image_size" in asked and ("arch" not in asked or config.arch == recorded.name):
         return replace(recorded, image_size=config.image_size)
