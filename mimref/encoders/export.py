@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import native_size
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
-from mimref.encoders.vit import Architecture, Encoder, RatesOnCpu, build_encoder, timm_options
+from mimref.encoders.vit import Architecture, Encoder, RatesOnCpu, build_encoder, norm_option, timm_options
 from mimref.errors import ConfigError, OutputError
 from mimref.files import atomic_path, check_new_file
 from mimref.progress import Listener, Silent
@@ -221,8 +221,8 @@ def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, T
         timm.models.load_checkpoint(vit, str(file))
     else:
         size = encoder.architecture.image_size
-        channels = encoder.architecture.channels
-        vit = timm.create_model(name, checkpoint_path=str(file), num_classes=0, img_size=size, in_chans=channels)
+        options = {"img_size": size, "in_chans": encoder.architecture.channels, **norm_option(encoder.architecture)}
+        vit = timm.create_model(name, checkpoint_path=str(file), num_classes=0, **options)
     assert isinstance(vit, VisionTransformer)
     with torch.inference_mode():
         found: Any = vit.eval().forward_intermediates(
@@ -233,15 +233,17 @@ def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, T
 
 
 def _reading_line(out: Path, architecture: Architecture, name: str | None) -> str:
+    eps = f"functools.partial(torch.nn.LayerNorm, eps={architecture.norm_eps})"
+    norm = f", norm_layer={eps}" if norm_option(architecture) else ""
     if name is None:
         options = ", ".join(f"{key}={value!r}" for key, value in timm_options(architecture).items())
         swiglu = ", mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU" if architecture.swiglu else ""
-        model = f"timm.models.VisionTransformer({options}{swiglu})"
+        model = f"timm.models.VisionTransformer({options}{swiglu}{norm})"
         return f"model = {model}; timm.models.load_checkpoint(model, {str(out)!r})"
     size = architecture.image_size
     resized = "" if native_size(name) == size else f", img_size={size}"
     resized += "" if architecture.channels == 3 else f", in_chans={architecture.channels}"
-    return f"timm.create_model({name!r}, checkpoint_path={str(out)!r}, num_classes=0{resized})"
+    return f"timm.create_model({name!r}, checkpoint_path={str(out)!r}, num_classes=0{resized}{norm})"
 
 
 def export_release(
