@@ -6,7 +6,11 @@ generator state. The hash is SplitMix64's finalizer, applied once per word.
 """
 
 import enum
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +33,10 @@ class Operation(enum.IntEnum):
     SOLARIZE = 8
     NEIGHBOUR = 9
     MASK = 10
+    DROP_PATH = 11
+    RAND_AUGMENT = 12
+    ERASE = 13
+    MIX = 14
 
 
 def _shift_right(word: Tensor, bits: int) -> Tensor:
@@ -55,6 +63,25 @@ def uniform(
     lane_C = torch.arange(1, count + 1, device=sample_N.device) * _GOLDEN
     bits_NC = _shift_right(_mix(word_N[:, None] + lane_C), 40)
     return bits_NC.to(torch.float32) * 2.0**-24
+
+
+@contextmanager
+def seeded(seed: int, epoch: int, operation: Operation, sample: int) -> Iterator[int]:
+    """Inside the block, the global generators of `random` and NumPy, which timm draws from, depend on these alone.
+
+    Gives the number that they were seeded with.
+    """
+    # 24 bits each: two numbers make the 32 bits that NumPy takes.
+    high, low = uniform(seed, epoch, operation, torch.tensor([sample]), count=2)[0].double().tolist()
+    number = int(high * 2**24) << 8 | int(low * 2**8)
+    states = random.getstate(), np.random.get_state()
+    random.seed(number)
+    np.random.seed(number)
+    try:
+        yield number
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:

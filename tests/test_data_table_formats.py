@@ -130,7 +130,7 @@ def test_images_in_place_of_paths(tmp_path: Path, kind: str) -> None:
     images = [content if kind == "binary" else {"bytes": content, "path": "a.png"}] * 2
     pq.write_table(pa.table({"image": images, "label": ["x", "y"]}), tmp_path / "t.parquet")
     for chosen in (None, "image"):
-        with pytest.raises(DataError, match=r"holds images in column image, .*hf:FOLDER"):
+        with pytest.raises(DataError, match=r"holds images in column 'image', .*hf:FOLDER"):
             opened(f"list:{tmp_path / 't.parquet'}", image=chosen)
     # The advice works.
     (tmp_path / "own").mkdir()

@@ -19,7 +19,7 @@ LAYERS = (
     {"training"},
     {"features"},
     {"evaluation"},
-    {"refinement", "pretraining"},
+    {"refinement", "pretraining", "transfer"},
     {"benchmarks"},
     {"api"},
     {"reports"},
@@ -28,7 +28,7 @@ LAYERS = (
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # The version and the lazily imported API, and the entry of `python -m mimref`.
 ENTRIES = {"__init__", "__main__"}
-APART = ({"data", "encoders"}, {"refinement", "pretraining"})
+APART = ({"data", "encoders"}, {"refinement", "pretraining", "transfer"})
 MOST_LINES = {"file": 400, "function": 60}
 
 

@@ -18,13 +18,14 @@ from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device
 from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
 from mimref.encoders.published import find_published
+from mimref.encoders.settings import architecture_to_train
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
 from mimref.progress import Silent
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
 from mimref.refinement.memory import largest_micro_batch, release_memory
-from mimref.refinement.plan import Plan, architecture_to_train, check_sizes, temperatures
+from mimref.refinement.plan import Plan, check_sizes, temperatures
 from mimref.refinement.run import build_method
 from mimref.refinement.schedule import StageName
 from mimref.refinement.stages import EncoderStage, HeadsStage, RefinementStage

@@ -82,8 +82,11 @@ class Data(Configured, panel="Data"):
     )
 
 
+WORKERS = option("Processes that read images.", "N", "workers")
+
+
 class Images(Data, panel="Data"):
-    workers: Text = option("Processes that read images.", "N", "workers")
+    workers: Text = WORKERS
 
 
 CHECKPOINT = "Weights file, or output folder of `refine`"

@@ -10,15 +10,18 @@ from mimref.cli.parser import option
 from mimref.errors import Checks
 
 if TYPE_CHECKING:
-    from mimref.config.run import RunConfig
+    from mimref.config.run import TrainingConfig
     from mimref.pretraining.run import PretrainResult
     from mimref.progress import Listener
     from mimref.refinement.run import RefineResult
+    from mimref.transfer.finetune.run import FinetuneResult
 
-    TrainingResult = RefineResult | PretrainResult
+    TrainingResult = RefineResult | PretrainResult | FinetuneResult
 
 
 class TrainingOptions(Images, Batch, Preset, Seed, Resume):
+    """Of commands that train in an output folder."""
+
     def resumed_preset(self) -> str | None:
         """The settings file of the run that `--resume --out DIR` continues, so that nothing need be repeated.
 
@@ -72,11 +75,11 @@ def refine(options: RefineOptions) -> None:
         from mimref.refinement.plan import make_plan
         from mimref.refinement.sizes import describe
 
-        print_facts(describe(make_plan(config, checks=options.checks)) | {"output": str(_folder(config, options))})
-    elif not (options.resume and options.checks.passed and print_finished(_folder(config, options), config.command)):
+        print_facts(describe(make_plan(config, checks=options.checks)) | {"output": str(run_folder(config, options))})
+    elif not (options.resume and options.checks.passed and print_finished(run_folder(config, options), config.command)):
         from mimref.refinement.run import refine as run_refine
 
-        _train(run_refine, config, options)
+        run_training(run_refine, config, options)
 
 
 class PretrainOptions(TrainedArch, TrainingOptions, panel="Training"):
@@ -97,13 +100,13 @@ def pretrain(options: PretrainOptions) -> None:
 
     preset = options.resumed_preset() or choose_pretrain_preset(options.preset, options.arch)
     config = options.load(PretrainConfig, preset)
-    if not (options.resume and options.checks.passed and print_finished(_folder(config, options), config.command)):
+    if not (options.resume and options.checks.passed and print_finished(run_folder(config, options), config.command)):
         from mimref.pretraining.run import pretrain as run_pretrain
 
-        _train(run_pretrain, config, options)
+        run_training(run_pretrain, config, options)
 
 
-def _folder(config: "RunConfig", options: TrainingOptions) -> Path:
+def run_folder(config: "TrainingConfig", options: TrainingOptions) -> Path:
     """`--out`; else `runs/refine-mae_l16` for the preset refine/mae_l16, `runs/refine-mine` for my/mine.toml."""
     preset = config.preset or "default"
     name = preset.removeprefix(f"{config.command}/").replace("/", "-")
@@ -111,14 +114,14 @@ def _folder(config: "RunConfig", options: TrainingOptions) -> Path:
     return options.out or Path("runs") / f"{config.command}-{name}"
 
 
-def _train(training: "Callable[..., TrainingResult]", config: "RunConfig", options: TrainingOptions) -> None:
-    """Train in the processes that torchrun has started; the first prints."""
+def run_training(training: "Callable[..., TrainingResult]", config: "TrainingConfig", options: TrainingOptions) -> bool:
+    """Train in the processes that torchrun has started; the first prints. Returns whether this is the first."""
     from mimref.reports.terminal import print_rows
     from mimref.training.folder import RunFolder
 
-    out = _folder(config, options)
+    out = run_folder(config, options)
 
-    def work(config: "RunConfig", listener: "Listener", checks: Checks) -> "TrainingResult":
+    def work(config: "TrainingConfig", listener: "Listener", checks: Checks) -> "TrainingResult":
         # torchrun restarts all processes when one has died, with the same command.
         again = RunFolder(out).continues_launch()
         resume, force = options.resume or again, options.force and not again
@@ -126,6 +129,9 @@ def _train(training: "Callable[..., TrainingResult]", config: "RunConfig", optio
 
     advice = "the last saved state is kept: --resume continues, and torchrun --max-restarts does so by itself"
     result = run_on_ranks(config, options, work, advice=advice)
-    if result is not None:
-        print_rows(result.rows)
-        note(f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}", options)
+    if result is None:
+        return False
+    print_rows(result.rows)
+    weights = ", ".join(map(str, sorted(out.glob("*.safetensors"))))
+    note(f"encoder in {weights}, results in {out / 'results.json'}", options)
+    return True

@@ -103,15 +103,20 @@ class OptimizerConfig(Section):
     """Absolute learning rate at the end of the cosine, before layer-wise scales."""
 
 
-class MonitorConfig(Section):
+class LogConfig(Section):
     """What a run logs about itself."""
 
     log_every: int = Field(default=20, gt=0)
     """Steps between lines of metrics.jsonl."""
-    knn_every_epochs: int = Field(default=1, ge=0)
-    """Epochs between k-NN checks of the encoder on a fixed subset; 0 never checks."""
     trackers: list[Literal["tensorboard", "wandb"]] = []
     """Where metrics go besides metrics.jsonl; each needs the extra of its name."""
+
+
+class MonitorConfig(LogConfig):
+    """What a run without a classifier logs about itself."""
+
+    knn_every_epochs: int = Field(default=1, ge=0)
+    """Epochs between k-NN checks of the encoder on a fixed subset; 0 never checks."""
     knn_samples: int = Field(default=10_000, gt=0)
     """Maximum number of training images in the k-NN check; a quarter as many validation images are classified."""
 
@@ -133,7 +138,7 @@ class EvaluateConfig(Section):
     """Mini-batch k-means runs; the one with the lowest inertia counts."""
 
 
-class RunConfig(CommandConfig):
+class TrainingConfig(CommandConfig):
     """Settings of every training command."""
 
     path_settings: ClassVar[tuple[str, ...]] = ()
@@ -142,8 +147,14 @@ class RunConfig(CommandConfig):
     batch_size: int = Field(default=1024, gt=1)
     """Images per update, over all processes."""
     encoder: EncoderConfig = EncoderConfig()
-    views: ViewsConfig = ViewsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    monitor: LogConfig = LogConfig()
+
+
+class RunConfig(TrainingConfig):
+    """Settings of training without labels."""
+
+    views: ViewsConfig = ViewsConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

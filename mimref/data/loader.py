@@ -4,7 +4,7 @@ A loader's item is a whole batch, read and cropped in one process, so that nothi
 copies training views to the GPU; `mimref.data.views` then changes their colours there.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import starmap
@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
 
 from mimref.data.decode import Decoded
 from mimref.data.sources import ImageSource
@@ -107,25 +109,61 @@ class ViewBatch:
         return replace(self, crops=[crops.pin_memory() for crops in self.crops])
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What loader processes do to training images besides cutting crops."""
+
+    resize: int | None = None
+    """Pixels of the shorter side to which an image is resized before it is cropped. None: it keeps its size."""
+    augment: Callable[[Tensor, int, int], Tensor] | None = None
+    """Changes a crop (3, S, S) uint8 of an (epoch, sample)."""
+
+    def before(self, decoded: Decoded) -> Decoded:
+        """The image that crops are cut from."""
+        if self.resize is None:
+            return decoded
+        image = tvf.resize(decoded.image, [self.resize], InterpolationMode.BICUBIC, antialias=True)
+        return decoded._replace(image=image, height=image.shape[1], width=image.shape[2])
+
+    def after(self, crops: list[Tensor], epoch: int, sample_B: Tensor) -> None:
+        """Change the crops (B, V, 3, S, S) in place."""
+        if self.augment is None:
+            return
+        for group in crops:
+            for views, sample in zip(group, sample_B.tolist(), strict=True):
+                for crop in views:
+                    crop.copy_(self.augment(crop, epoch, sample))
+
+
 _EpochBatch = tuple[int, list[int]]
 """Epoch and sample indices: workers outlive epochs, so the epoch travels with the samples."""
 
 
 class _ViewDataset(BatchDataset[ViewBatch]):
-    def __init__(self, source: ImageSource, groups: Sequence[CropGroup], seed: int, *, reduce_jpeg: bool) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        groups: Sequence[CropGroup],
+        seed: int,
+        *,
+        preparation: Preparation | None,
+        reduce_jpeg: bool,
+    ) -> None:
         super().__init__(source)
-        self.groups, self.seed, self.reduce_jpeg = groups, seed, reduce_jpeg
+        self.groups, self.seed = groups, seed
+        self.preparation, self.reduce_jpeg = preparation or Preparation(), reduce_jpeg
 
     def __getitem__(self, batch: _EpochBatch) -> ViewBatch:
         epoch, indices = batch
 
         def decode(index: int) -> Decoded:
             reduce = partial(reduction, self.groups, self.seed, epoch, index) if self.reduce_jpeg else None
-            return self.source.read_reduced(index, reduce)
+            return self.preparation.before(self.source.read_reduced(index, reduce))
 
         decoded, good, bad = self.read(indices, decode)
         sample_B = torch.tensor(good, dtype=torch.int64)
         crops = [cut_group(decoded, group, self.seed, epoch, sample_B) for group in self.groups]
+        self.preparation.after(crops, epoch, sample_B)
         return ViewBatch(epoch, sample_B, crops, bad, [each.traits for each in decoded])
 
 
@@ -154,6 +192,7 @@ def view_batches(
     every: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    preparation: Preparation | None = None,
     reduce_jpeg: bool = False,
 ) -> Iterator[ViewBatch]:
     """Batches of all `epochs`, one after another; the last partial batch of an epoch is dropped.
@@ -162,13 +201,14 @@ def view_batches(
     every: return every n-th batch only; other processes take the others. With 1, each process takes its part of every
     batch.
     reduce_jpeg: decode JPEG files smaller where no crop is enlarged by it. The crops show the same parts of the images
-    with slightly different pixels, so protocols that compare with published numbers leave it off.
+    with slightly different pixels, so protocols that compare with published numbers leave it off; so must those that
+    resize images before.
     Raises DeadWorkerError when a loader process dies or hangs.
     """
     rank, world = (own_rank(), world_size()) if every == 1 else (0, 1)
     part = share(batch_size, rank, world)
     batches = _epoch_batches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every, part=part)
-    dataset = _ViewDataset(source, groups, seed, reduce_jpeg=reduce_jpeg)
+    dataset = _ViewDataset(source, groups, seed, preparation=preparation, reduce_jpeg=reduce_jpeg)
 
     def recorded(batch: ViewBatch) -> ViewBatch:
         source.record(batch.sample_B.tolist(), batch.traits)

@@ -51,7 +51,7 @@ from mimref.files import write_bytes
 from mimref.progress import LabelledProgress
 
 # Parts of timm's checkpoints that do not belong to the encoder.
-_DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.", "multi_scale_fusion_heads.")
+_DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.", "fc_norm.", "multi_scale_fusion_heads.")
 _TIMM = "timm:"
 
 

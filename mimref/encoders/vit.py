@@ -148,8 +148,8 @@ class PostNormBlock(Block):
     """data2vec 2.0's block: each LayerNorm follows its residual sum."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # image encoders have no attention masks
-        x = self.norm1(x + self.attn(x))
-        normed: Tensor = self.norm2(x + self.mlp(x))
+        x = self.norm1(x + self.drop_path1(self.attn(x)))
+        normed: Tensor = self.norm2(x + self.drop_path2(self.mlp(x)))
         return normed
 
 

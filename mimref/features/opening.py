@@ -5,15 +5,20 @@ from dataclasses import dataclass
 from functools import partial
 
 from mimref.config.base import CommandConfig, DataConfig
+from mimref.config.run import TrainingConfig
 from mimref.data.open import open_source
 from mimref.data.readable import check_readable
 from mimref.data.sources import ImageSource, Split
 from mimref.devices import resolve_device, resolve_precision
 from mimref.distributed.group import own_rank
+from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
 from mimref.encoders.published import must_download
+from mimref.encoders.settings import architecture_to_train, weights_name
+from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError
 from mimref.features.config import EncoderPassConfig, EvaluationConfig
 from mimref.features.files import FeatureFiles
+from mimref.features.header import resolve_data
 from mimref.features.inputs import EncoderInputs, Inputs, give_distinct_names
 from mimref.features.matrix import Labels
 from mimref.progress import LabelledProgress, Listener
@@ -161,3 +166,40 @@ def open_inputs(
         checks.add("features", ConfigError(wrong))
     files = config.features
     return Opened(checks.run("features", lambda: FeatureFiles(*files)), {})
+
+
+@dataclass(frozen=True)
+class OpenedTraining:
+    """What could be opened of what a training command starts from."""
+
+    checkpoint: Checkpoint | None
+    architecture: Architecture | None
+    data: DataConfig | None
+    """The images, which the settings may leave to the checkpoint's header."""
+    sources: dict[Split, ImageSource]
+
+
+def open_training(
+    config: TrainingConfig,
+    progress: LabelledProgress | None,
+    checks: Checks,
+    *,
+    need_labels: bool,
+    splits: Sequence[Split],
+) -> OpenedTraining:
+    """Read the weights that the settings name, and open the images, with what is wrong with each in `checks`."""
+    open_splits = partial(open_images, progress=progress, checks=checks, need_labels=need_labels, splits=splits)
+    weights = checks.run("encoder.weights", lambda: weights_name(config.encoder))
+    remote = weights is not None and must_download(weights)
+    sources = open_splits(config.data) if remote and config.data.spec is not None else {}
+    checkpoint = architecture = data = None
+    if weights is not None and (checks.passed or not remote):
+        checkpoint = checks.run("encoder.weights", lambda: read_checkpoint(weights, config.encoder, progress=progress))
+    if checkpoint is not None:
+        architecture = checks.run("encoder.arch", partial(architecture_to_train, config.encoder, checkpoint))
+        data = checks.run("data.spec", partial(resolve_data, config.data, checkpoint.header))
+    # The header may name the images, or how they are decoded.
+    known = data or config.data
+    if not remote and known.spec is not None:
+        sources = open_splits(known)
+    return OpenedTraining(checkpoint, architecture, data, sources)

@@ -94,7 +94,7 @@ class Pretraining(Stage):
         return {"loss": float(sum_over_ranks(self._loss)) / world_size(), "lr": self.rate(self.step - 1)}
 
     def end_epoch(self, epoch: int) -> None:
-        if self.check_due(epoch):
+        if self.check_due(epoch, self.config.monitor.knn_every_epochs):
             values = self.monitor.check(self.model.encoder)
             self.report(f"epoch {epoch}", values)
             self.rows = [{"metric": name, "value": value} for name, value in values.items()]

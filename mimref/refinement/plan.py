@@ -6,27 +6,20 @@ from pathlib import Path
 
 import torch
 
-from mimref.config.run import EncoderConfig
 from mimref.data.loader import check_batch_size
-from mimref.data.sources import ImageSource, Split
+from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup, multi_crop
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.checkpoints import (
-    Checkpoint,
-    load_weights,
-    read_checkpoint,
-    with_file_values,
-    with_fixed_positions,
-)
-from mimref.encoders.published import must_download, official_name
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder
+from mimref.encoders.checkpoints import Checkpoint, load_weights
+from mimref.encoders.settings import ignored_settings, resolved_settings
+from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, Checks, ConfigError
 from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import columns_of
-from mimref.features.header import eval_transform, resolve_data
-from mimref.features.opening import check_device, open_images
+from mimref.features.header import eval_transform
+from mimref.features.opening import check_device, open_training
 from mimref.progress import LabelledProgress
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
@@ -103,35 +96,20 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     """Read the weights that the settings name, find the training images, and check what does not need the other."""
     check_device(config, checks)
     _check_epochs(config, checks)
-    sources: dict[Split, ImageSource] = {}
-    weights = checks.run("encoder.weights", lambda: _weights_name(config.encoder))
-    remote, data = weights is not None and must_download(weights), config.data
-    if remote and data.spec is not None:
-        sources = open_images(data, progress, checks, need_labels=False, splits=["train"])
-    checkpoint = architecture = None
-    if weights is not None and (checks.passed or not remote):
-        checkpoint = checks.run("encoder.weights", lambda: read_checkpoint(weights, config.encoder, progress=progress))
-    if checkpoint is not None:
-        architecture = checks.run("encoder.arch", partial(architecture_to_train, config.encoder, checkpoint))
-        # The header may name the images, or how they are decoded.
-        data = checks.run("data.spec", partial(resolve_data, config.data, checkpoint.header)) or config.data
-    if not remote and data.spec is not None:
-        sources = open_images(data, progress, checks, need_labels=False, splits=["train"])
+    opened = open_training(config, progress, checks, need_labels=False, splits=["train"])
+    checkpoint, architecture, sources = opened.checkpoint, opened.architecture, opened.sources
     if architecture is not None:
         _check_heads(config, architecture, checks)
         checks.run("views.local_size", partial(check_sizes, config, architecture))
     if sources:
         _check_counts(config, len(sources["train"]), checks)
-    if checkpoint is None or architecture is None or not checks.passed:
+    if checkpoint is None or architecture is None or opened.data is None or not checks.passed:
         return None
-    warnings = _warnings(config.encoder, checkpoint)
-    config = config.model_copy(update={"data": data, "encoder": _resolved(config.encoder, checkpoint, architecture)})
-    transform = eval_transform(architecture, data, checkpoint.header)
+    warnings = ignored_settings(config.encoder, checkpoint)
+    encoder = resolved_settings(config.encoder, checkpoint, architecture)
+    config = config.model_copy(update={"data": opened.data, "encoder": encoder})
+    transform = eval_transform(architecture, opened.data, checkpoint.header)
     return Plan(config, checkpoint, architecture, transform, sources["train"], warnings)
-
-
-def _weights_name(config: EncoderConfig) -> str:
-    return config.weights or official_name(config.arch, config.source)
 
 
 def heads_file(path: str) -> Path:
@@ -174,59 +152,6 @@ def base_encoder(plan: Plan, device: torch.device) -> Encoder:
         encoder = build_encoder(plan.architecture)
     load_weights(encoder, plan.checkpoint, share=device.type != "cpu")
     return encoder.to(device).eval()
-
-
-def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Architecture:
-    """The architecture of the weights at the image size of the settings; the settings' own where weights name none.
-
-    Unlike an evaluation's `--arch`, settings that contradict the weights are ignored: presets serve any weights.
-    """
-    recorded, asked = checkpoint.architecture, config.model_fields_set
-    # Without advice, no architecture helps: several encoders and no choice, or a part of the weights.
-    if recorded is None and not ("arch" in asked and checkpoint.advice):
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
-    if recorded is None or _is_timm(config, checkpoint):
-        tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
-        return with_file_values(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
-    # A preset's image size belongs to the preset's architecture.
-    if "image_size" in asked and ("arch" not in asked or config.arch == recorded.name):
-        return replace(recorded, image_size=config.image_size)
-    return recorded
-
-
-def _is_timm(config: EncoderConfig, checkpoint: Checkpoint) -> bool:
-    """Whether weights without a header are read as the timm model that the settings name."""
-    named = "arch" in config.model_fields_set and config.arch not in (*PAPER_SIZES, "custom")
-    return named and checkpoint.recognised is not None
-
-
-def _warnings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]:
-    recorded, path, warnings = checkpoint.architecture, checkpoint.path, list[str]()
-    if recorded is None or _is_timm(config, checkpoint):
-        return warnings
-    if "arch" in config.model_fields_set and config.arch not in (recorded.name, "custom"):
-        warnings.append(
-            f"encoder.arch {config.arch} is ignored: {path} holds {recorded.name} with {recorded.depth} blocks of "
-            f"width {recorded.width} for images of {recorded.image_size} pixels"
-        )
-    asked = "source" in config.model_fields_set and checkpoint.recognised
-    if asked and checkpoint.source not in (None, config.source):
-        warnings.append(f"encoder.source {config.source} is ignored: {path} is of {checkpoint.source}")
-    return warnings
-
-
-def _resolved(config: EncoderConfig, checkpoint: Checkpoint, architecture: Architecture) -> EncoderConfig:
-    """Settings that name the encoder as it is, for config.toml."""
-    custom = architecture.name == "custom"
-    sizes = ("width", "depth", "num_heads", "patch_size")
-    return config.model_copy(
-        update={
-            "arch": architecture.name,
-            "source": checkpoint.source or config.source,
-            "image_size": architecture.image_size,
-            **{name: getattr(architecture, name) if custom else None for name in sizes},
-        }
-    )
 
 
 def temperatures(temperature: float | list[float], num_heads: int) -> list[float]:

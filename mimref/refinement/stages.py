@@ -166,7 +166,7 @@ class EncoderStage(RefinementStage):
 
     def end_epoch(self, epoch: int) -> None:
         """Check the result's features if it is due, and warn of a collapse."""
-        if not self.check_due(epoch) or self.collapse is None:
+        if not self.check_due(epoch, self.plan.config.monitor.knn_every_epochs) or self.collapse is None:
             return
         values = self.monitor.check(self.result)
         self.report(f"epoch {epoch}", values)

@@ -4,6 +4,7 @@ They do not use pyplot, so a program's own figures, backend and settings stay as
 bytes. Colours suit colour-blind readers; where there are many, markers help.
 """
 
+import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -109,6 +110,32 @@ def plot_embedding(
     if named:
         entries = [(name, *style) for name, style in zip(names, styles, strict=True)]
         _legend(ax, entries, "", {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)})
+    _save(figure, path)
+
+
+def plot_learning_curve(path: Path, log: Path) -> None:
+    """Loss and validation accuracy over the epochs of a fine-tuning, with a curve for each split.
+
+    log: the run's metrics.jsonl. Raises OutputError if the file cannot be written.
+    """
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    figure = _figure(BLOCKS_WIDTH, 6.0)
+    axes = figure.subplots(2, sharex=True)
+    splits = list(dict.fromkeys(line.get("split", 1) for line in lines))
+    for ax, name, label in zip(axes, ("loss", "val_top1"), ("training loss", "validation top-1 (%)"), strict=True):
+        for number, split in enumerate(splits):
+            points = [line for line in lines if name in line and line.get("split", 1) == split]
+            color, marker = _curve_style(number)
+            epochs = [point["epoch"] for point in points]
+            ax.plot(epochs, [point[name] for point in points], color=color, marker=marker, markersize=3, linewidth=1.2)
+        ax.set_ylabel(label, fontsize=9, color=INK)
+        ax.tick_params(labelsize=8, labelcolor=INK, color=FAINT)
+        ax.grid(axis="y", color=FAINT, linewidth=0.6)
+        _clean(ax, keep=("left", "bottom"))
+    axes[-1].set_xlabel("epoch", fontsize=9, color=INK)
+    if len(splits) > 1:
+        entries = [(f"split {split}", *_curve_style(number)) for number, split in enumerate(splits)]
+        _legend(axes[-1], entries, "-", {"loc": "lower right"})
     _save(figure, path)
 
 

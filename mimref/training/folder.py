@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from mimref.config.base import dump_config
 from mimref.config.load import load_config
-from mimref.config.run import RunConfig
+from mimref.config.run import TrainingConfig
 from mimref.data.open import absolute_spec
 from mimref.distributed.collectives import barrier, max_over_ranks
 from mimref.distributed.group import own_rank, restarted, this_launch
@@ -27,7 +27,15 @@ from mimref.progress import Listener
 from mimref.training.checkpoint import read_state, write_state
 
 # results.json is removed first: without it, what is left of a replaced run cannot pass for a finished one.
-_OUR_FILES = ("results.json", "results.csv", "encoder.safetensors", "config.toml", "metrics.jsonl", "heads.pt")
+_OUR_FILES = (
+    "results.json",
+    "results.csv",
+    "encoder.safetensors",
+    "split[0-9]*.safetensors",
+    "config.toml",
+    "metrics.jsonl",
+    "heads.pt",
+)
 # Settings that do not change what is trained.
 _MAY_CHANGE = (
     "preset",
@@ -41,7 +49,7 @@ _MAY_CHANGE = (
     "data.max_bad",
     "data.download",
 )
-C = TypeVar("C", bound=RunConfig)
+C = TypeVar("C", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,9 @@ class RunFolder:
         if self.unfinished:
             raise OutputError(f"{self.path}: holds an unfinished run; --resume continues it, --force replaces it")
         for name in _OUR_FILES:
-            if (self.path / name).exists():
-                raise OutputError(f"{self.path}: already holds {name}; choose another --out, or --force to replace it")
+            for file in self.path.glob(name):
+                wrong = f"already holds {file.name}; choose another --out, or --force to replace it"
+                raise OutputError(f"{self.path}: {wrong}")
 
     @contextmanager
     def locked(self, *, resume: bool, force: bool) -> Iterator[None]:
@@ -119,7 +128,7 @@ class RunFolder:
                 )
             yield
 
-    def prepare(self, config: RunConfig, *, resume: bool, force: bool) -> None:
+    def prepare(self, config: TrainingConfig, *, resume: bool, force: bool) -> None:
         """Prepare the folder and write config.toml; for a resumed run, compare it with the old settings first.
 
         `force` removes an earlier run's own files and nothing else. Raises OutputError when the folder cannot be
@@ -139,7 +148,8 @@ class RunFolder:
         try:
             if force:
                 for name in _OUR_FILES:
-                    (self.path / name).unlink(missing_ok=True)
+                    for file in self.path.glob(name):
+                        file.unlink(missing_ok=True)
                 if state.is_dir():
                     shutil.rmtree(state)
             state.mkdir(parents=True, exist_ok=True)
@@ -150,7 +160,7 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
 
-    def _compare(self, config: RunConfig) -> None:
+    def _compare(self, config: TrainingConfig) -> None:
         saved = load_config(type(config), str(self.path / "config.toml"))
         then, now = (_flat(each.model_dump()) for each in (saved, config))
         for key in then:

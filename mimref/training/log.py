@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mimref.config.run import RunConfig
+from mimref.config.run import TrainingConfig
 from mimref.data.decode import NAMED_BAD_IMAGES, BadImages, first_bad
 from mimref.distributed.group import own_rank
 from mimref.errors import OutputError
@@ -69,7 +69,7 @@ class MetricsLog:
                 self._trackers[name] = tracker
 
 
-def open_log(config: RunConfig, out: Path, state: Mapping[str, Any] | None, listener: Listener) -> MetricsLog:
+def open_log(config: TrainingConfig, out: Path, state: Mapping[str, Any] | None, listener: Listener) -> MetricsLog:
     """The log of the run in folder `out`, truncated to the lines of `state`; None starts a new log. Rank 0 writes."""
     if own_rank() > 0:
         return MetricsLog(None)

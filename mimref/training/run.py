@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from mimref.config.run import RunConfig
+from mimref.config.run import TrainingConfig
 from mimref.data.decode import none_readable
-from mimref.data.loader import ViewBatch, device_batches, loader_workers, view_batches
+from mimref.data.loader import Preparation, ViewBatch, device_batches, loader_workers, view_batches
 from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup
 from mimref.distributed.collectives import barrier, gather_lists
@@ -39,7 +39,7 @@ class TrainingRun:
     stop: StopSignal
 
     def __init__(
-        self, config: RunConfig, out: Path, listener: Listener | None, *, resume: bool = False, force: bool = False
+        self, config: TrainingConfig, out: Path, listener: Listener | None, *, resume: bool = False, force: bool = False
     ) -> None:
         self.config, self.folder = config, RunFolder(out)
         self.resume, self.force = resume, force
@@ -78,7 +78,7 @@ class TrainingRun:
         return state
 
     @contextmanager
-    def writing(self, config: RunConfig, state: Mapping[str, Any] | None) -> Iterator[None]:
+    def writing(self, config: TrainingConfig, state: Mapping[str, Any] | None) -> Iterator[None]:
         """Write config.toml with the resolved settings, and keep the log open while jobs train."""
         self.config = with_absolute_paths(config)
         self.folder.prepare(self.config, resume=self.resume, force=self.force)
@@ -113,6 +113,8 @@ class Stage(GradientJob):
     """In the log and in saved states."""
     first_epoch = 0
     """Number of the stage's first epoch. Later stages continue to count, so that their views are new ones."""
+    preparation: Preparation | None = None
+    """What is done to images before and after crops are cut, beside the stage's crops."""
 
     def __init__(
         self,
@@ -140,6 +142,11 @@ class Stage(GradientJob):
         self.run, self.source, self.crops = run, source, crops
         self.elapsed_s = run.elapsed_s
 
+    @property
+    def all_images(self) -> ImageSource:
+        """The training images of the run, of which a stage may use some."""
+        return self.source
+
     def batches(self) -> Iterator[ViewBatch]:
         """The stage's remaining batches, on the device."""
         if self.step == self.total:
@@ -154,7 +161,8 @@ class Stage(GradientJob):
             skip=skip,
             workers=loader_workers(config.workers, self.source),
             pin_memory=self.device.type == "cuda",
-            reduce_jpeg=True,
+            preparation=self.preparation,
+            reduce_jpeg=self.preparation is None,
         )
         return device_batches(batches, self.device)
 
@@ -177,9 +185,8 @@ class Stage(GradientJob):
         position = {"step": self.first_step + self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
         self.run.log.write({**position, "stage": self.name, **values})
 
-    def check_due(self, epoch: int) -> bool:
-        """Whether the encoder is checked after this epoch: every `monitor.knn_every_epochs` and at the end."""
-        every = self.run.config.monitor.knn_every_epochs
+    def check_due(self, epoch: int, every: int) -> bool:
+        """Whether the encoder is checked after this epoch: every so many epochs (0: never) and at the end."""
         return every > 0 and (epoch % every == 0 or self.step == self.total)
 
     def report(self, when: str, values: Mapping[str, float]) -> None:
@@ -212,7 +219,7 @@ class Stage(GradientJob):
                 "elapsed_s": self.elapsed_s,
                 "log_lines": run.log.lines,
                 "skipped": run.skipped.items,
-                "images": (len(self.source), self.source.fingerprint),
+                "images": (len(self.all_images), self.all_images.fingerprint),
                 **self.state(),
             }
         )

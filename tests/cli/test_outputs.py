@@ -8,7 +8,7 @@ import pytest
 from mimref.cli import run
 from mimref.errors import OutputError
 from mimref.results import check_folder
-from tests.tiny import REFINE, arguments, results
+from tests.tiny import REFINE, arguments, results, write_images
 
 CHEAP = ["--device", "cpu", "--workers", "0"]
 PROBE = ["--cached", "--epochs", "1", "--batch-size", "16", "--cache", "off"]
@@ -109,8 +109,7 @@ def test_as_many_clusters_as_images_are_refused_before_the_encoder_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split in ("train", "val"):
-        for name in "abc":
-            write_images(tmp_path / split / name, 1)
+        write_images(tmp_path, per_class=1, classes="abc", split=split)
     assert run(["cluster", "quickstart", "--data", str(tmp_path), *CHEAP, "--cache", "off"]) == 2
     error = capsys.readouterr().err
     assert "3 clusters" in error and "features of" not in error

@@ -1,0 +1,81 @@
+"""`mimref finetune` and `mimref predict`."""
+
+from functools import partial
+from pathlib import Path
+
+from mimref.cli.execution import figure, note, print_finished, run_on_ranks
+from mimref.cli.options import CHECKPOINT, WORKERS, Configured, Force, MicroBatch, Split, Text, TrainedEncoder
+from mimref.cli.parser import argument, option
+from mimref.cli.training import TrainingOptions, run_folder, run_training
+from mimref.files import check_new_file
+
+
+class FinetuneOptions(TrainedEncoder, MicroBatch, TrainingOptions, panel="Training"):
+    weights: Text = argument(
+        f"{CHECKPOINT}; default: the packaged tiny encoder, on digits.", "CKPT", "encoder.weights", required=False
+    )
+    epochs: Text = option("Passes over the images; default 50.", "N", "finetune.epochs")
+    lr: Text = option("Base learning rate, for 256 images per update.", "RATE", "finetune.lr")
+    pool: Text = option("What the classifier reads; default cls.", "cls|mean", "finetune.pool")
+    resolution: Text = option("Default: the encoder's own.", "PIXELS", "resolution")
+    shots: Text = option("Train on so many images per class; default all.", "N", "shots")
+    splits: Text = option("Random draws of these, each trained on its own; default 3.", "N", "splits")
+    split_files: list[str] | None = option(
+        "Names of the training images, one per line; repeatable.", "FILE", "split_files", flag="--split-file"
+    )
+
+
+def finetune(options: FinetuneOptions) -> None:
+    """Train an encoder and a classifier on labels.
+
+    On all training images, or on a few per class. After every epoch the validation images are classified. The result is
+    read by predict, export and all evaluations. Without options: the packaged tiny encoder on scikit-learn's digits.
+
+    Examples:
+      mimref finetune
+      mimref finetune runs/mae_l16 --preset imagenet_l16 --data /data/imagenet
+      mimref finetune runs/mae_l16 --preset inat18_5shot --data /data/inat18 --shots 5 --splits 3
+    """
+    from mimref.config.presets import choose_finetune_preset
+    from mimref.transfer.finetune.config import FinetuneConfig
+
+    preset = options.resumed_preset() or choose_finetune_preset(options.preset, options.weights)
+    config = options.load(FinetuneConfig, preset)
+    folder = run_folder(config, options)
+    if options.resume and options.checks.passed and print_finished(folder, config.command):
+        return
+    from mimref.transfer.finetune.run import finetune as run_finetune
+
+    if run_training(run_finetune, config, options):
+        with figure(folder / "curve.png", options):
+            from mimref.reports.figures import plot_learning_curve
+
+            plot_learning_curve(folder / "curve.png", folder / "metrics.jsonl")
+
+
+class PredictOptions(Configured, Split, Force, panel="Data"):
+    checkpoint: str = argument("Weights file or output folder of `finetune`.", "CKPT", "checkpoint")
+    images: str = argument("Images to classify: a folder, or what --data accepts.", "IMAGES", "data.spec")
+    out: Path = option("Table to write: path, label and probability of every image.", "FILE.csv", required=True)
+    resolution: Text = option("Default: as in fine-tuning.", "PIXELS", "resolution")
+    workers: Text = WORKERS
+
+
+def predict(options: PredictOptions) -> None:
+    """Classify images with a fine-tuned encoder.
+
+    Writes a table with the most probable class of every image.
+
+    Examples:
+      mimref predict runs/finetune-quickstart /data/my_images --out labels.csv
+    """
+    from mimref.transfer.finetune.config import PredictConfig
+
+    config, out = options.load(PredictConfig), options.out
+    options.checks.run("out", lambda: check_new_file(out, (".csv",), options.force))
+
+    from mimref.transfer.finetune.predict import predict as run_predict
+
+    result = run_on_ranks(config, options, partial(run_predict, out=out))
+    if result is not None:
+        note(f"{result} images in {out}", options)

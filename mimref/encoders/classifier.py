@@ -1,0 +1,164 @@
+"""Encoders with a linear classifier: how they compute, are trained with stochastic depth, and are stored.
+
+Shapes: B images, D width, C classes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from
+from mimref.encoders.vit import Architecture, Encoder
+from mimref.errors import CheckpointError
+from mimref.files import write_bytes
+
+Pool = Literal["cls", "mean"]
+HEAD_STD = 2e-5
+"""Of the head's first weights (MAE, BEiT): the first predictions are all but uniform."""
+
+
+class StochasticDepth(nn.Module):
+    """In training, drops a residual branch of some samples, and scales those of the others to the same mean.
+
+    The numbers that decide are set by `set_depths`, so that they depend on the samples and not on their places in a
+    batch.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.uniform_B: Tensor | None = None
+
+    def forward(self, branch_BLD: Tensor) -> Tensor:
+        if not self.training or self.uniform_B is None:
+            return branch_BLD
+        keep_B = (self.uniform_B >= self.rate).to(branch_BLD.dtype) / (1 - self.rate)
+        return branch_BLD * keep_B[:, None, None]
+
+
+def set_stochastic_depth(encoder: Encoder, rate: float) -> list[StochasticDepth]:
+    """Give the branches of block b of L the rate `rate * (b - 1) / (L - 1)`; returns those above 0, in order."""
+    found = []
+    for number, block in enumerate(encoder.vit.blocks):
+        own = rate * number / max(1, encoder.depth - 1)
+        for name in [name for name, _ in block.named_modules()]:
+            parent, _, child = name.rpartition(".")
+            # timm's blocks have one for each branch: drop_path1, drop_path2, or drop_path in parallel blocks.
+            if own and child.startswith("drop_path"):
+                depth = StochasticDepth(own)
+                setattr(block.get_submodule(parent), child, depth)
+                found.append(depth)
+    return found
+
+
+class Classifier(nn.Module):
+    """Logits from the pooled tokens of the last block, behind a LayerNorm.
+
+    With CLS pooling that norm is the encoder's final one, if it has one; else it is new, as in MAE's fine-tuning of
+    mean-pooled patches.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: int, pool: Pool = "cls") -> None:
+        super().__init__()
+        self.encoder, self.pool = encoder, pool
+        self.final_norm = pool == "cls" and not isinstance(encoder.vit.norm, nn.Identity)
+        width = encoder.embed_dim
+        self.fc_norm: nn.Module = nn.Identity() if self.final_norm else nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes it distinguishes."""
+        return self.head.out_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of normalised images (B, 3, S, S)."""
+        tokens_BLD = self.encoder.blocks(images, [self.encoder.depth], final_norm=self.final_norm)[0]
+        return self.logits(self.encoder.pool(tokens_BLD, self.pool))
+
+    def logits(self, pooled_BD: Tensor) -> Tensor:
+        """Logits (B, C) of pooled tokens of the last block, after the final norm if `final_norm`."""
+        logits_BC: Tensor = self.head(self.fc_norm(pooled_BD))
+        return logits_BC
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The tensors beside the encoder's, under timm's names."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("encoder.")}
+
+
+@dataclass(frozen=True)
+class ClassifierRecord:
+    """What a header says about a classifier."""
+
+    pool: Pool
+    classes: list[str]
+    """Names in the order of the logits."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "ClassifierRecord | None":
+        """What a file's header records; None without a classifier. Raises CheckpointError for another record."""
+        recorded = checkpoint.header.get("classifier")
+        if recorded is None:
+            return None
+        try:
+            pool, classes = recorded["pool"], list(map(str, recorded["classes"]))
+            if pool not in get_args(Pool) or len(classes) < 2:
+                raise ValueError(f"pool {pool!r}, {len(classes)} classes")
+        except (TypeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint.path}: its record of a classifier is not valid ({error})") from error
+        return cls(pool, classes)
+
+
+def save_classifier(path: Path, classifier: Classifier, classes: Sequence[str], header: Mapping[str, Any]) -> None:
+    """Write an encoder and its classifier atomically as safetensors, under timm's names.
+
+    Commands that want an encoder read the file too. classes: names in the order of the logits.
+    """
+    encoder = classifier.encoder
+    tensors = {**encoder.vit.state_dict(), **classifier.head_state()}
+    described = {
+        "architecture": encoder.architecture.to_dict(),
+        "classifier": {"pool": classifier.pool, "classes": list(classes)},
+        **header,
+    }
+    found = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(found, metadata={"mimref": json.dumps(described), "format": "pt"}))
+
+
+def classifier_of(checkpoint: Checkpoint, encoder: Encoder) -> tuple[Classifier, list[str]] | None:
+    """A file's classifier on top of its encoder, and the names of its classes; None if the file has none."""
+    record = ClassifierRecord.of(checkpoint)
+    if record is None:
+        return None
+    with torch.device("meta"):
+        classifier = Classifier(encoder, len(record.classes), record.pool)
+    wanted = classifier.head_state()
+    given = {name: checkpoint.tensors[name] for name in wanted if name in checkpoint.tensors}
+    if any(name not in given or given[name].shape != tensor.shape for name, tensor in wanted.items()):
+        raise CheckpointError(f"{checkpoint.path}: lacks the classifier that its header describes")
+    # The encoder's own tensors are there already.
+    classifier.load_state_dict(given, strict=False, assign=True)
+    return classifier.eval(), record.classes
+
+
+def read_classifier(checkpoint: Checkpoint, resolution: int | None = None) -> tuple[Classifier, list[str]]:
+    """A checkpoint's classifier on the CPU, for images of `resolution` pixels, and the names of its classes.
+
+    Raises CheckpointError for a file without a classifier, ConfigError for a resolution that patches do not divide.
+    """
+    architecture = choose_architecture(checkpoint, resolution=resolution)
+    if isinstance(architecture, Architecture):
+        encoder = encoder_from(checkpoint, replace(architecture, image_size=resolution or architecture.image_size))
+        if isinstance(encoder, Encoder) and (found := classifier_of(checkpoint, encoder)):
+            return found
+    raise CheckpointError(
+        f"{checkpoint.path}: holds an encoder without a classifier; fine-tune it first (mimref finetune)"
+    )

@@ -1,0 +1,68 @@
+"""From the settings of an encoder to train, and its weights, to an architecture."""
+
+from dataclasses import replace
+
+from mimref.config.run import EncoderConfig
+from mimref.encoders.checkpoints import Checkpoint, with_file_values, with_fixed_positions
+from mimref.encoders.published import official_name
+from mimref.encoders.vit import PAPER_SIZES, Architecture
+from mimref.errors import CheckpointError
+
+
+def weights_name(config: EncoderConfig) -> str:
+    """The weights to start from: those that are set, else the published ones of `arch` and `source`."""
+    return config.weights or official_name(config.arch, config.source)
+
+
+def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Architecture:
+    """The architecture of the weights at the image size of the settings; the settings' own where weights name none.
+
+    Unlike an evaluation's `--arch`, settings that contradict the weights are ignored: presets serve any weights.
+    """
+    recorded, asked = checkpoint.architecture, config.model_fields_set
+    # Without advice, no architecture helps: several encoders and no choice, or a part of the weights.
+    if recorded is None and not ("arch" in asked and checkpoint.advice):
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
+    if recorded is None or _is_timm(config, checkpoint):
+        tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
+        return with_file_values(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
+    # A preset's image size belongs to the preset's architecture.
+    if "image_size" in asked and ("arch" not in asked or config.arch == recorded.name):
+        return replace(recorded, image_size=config.image_size)
+    return recorded
+
+
+def _is_timm(config: EncoderConfig, checkpoint: Checkpoint) -> bool:
+    """Whether weights without a header are read as the timm model that the settings name."""
+    named = "arch" in config.model_fields_set and config.arch not in (*PAPER_SIZES, "custom")
+    return named and checkpoint.recognised is not None
+
+
+def ignored_settings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]:
+    """Warnings of settings that the weights contradict."""
+    recorded, path, warnings = checkpoint.architecture, checkpoint.path, list[str]()
+    if recorded is None or _is_timm(config, checkpoint):
+        return warnings
+    if "arch" in config.model_fields_set and config.arch not in (recorded.name, "custom"):
+        warnings.append(
+            f"encoder.arch {config.arch} is ignored: {path} holds {recorded.name} with {recorded.depth} blocks of "
+            f"width {recorded.width} for images of {recorded.image_size} pixels"
+        )
+    asked = "source" in config.model_fields_set and checkpoint.recognised
+    if asked and checkpoint.source not in (None, config.source):
+        warnings.append(f"encoder.source {config.source} is ignored: {path} is of {checkpoint.source}")
+    return warnings
+
+
+def resolved_settings(config: EncoderConfig, checkpoint: Checkpoint, architecture: Architecture) -> EncoderConfig:
+    """Settings that name the encoder as it is, for config.toml."""
+    custom = architecture.name == "custom"
+    sizes = ("width", "depth", "num_heads", "patch_size")
+    return config.model_copy(
+        update={
+            "arch": architecture.name,
+            "source": checkpoint.source or config.source,
+            "image_size": architecture.image_size,
+            **{name: getattr(architecture, name) if custom else None for name in sizes},
+        }
+    )

@@ -1,0 +1,1 @@
+"""Judging encoders by transfer: fine-tuning, segmentation, suites of data sets, robustness."""

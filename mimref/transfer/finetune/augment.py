@@ -1,0 +1,122 @@
+"""What fine-tuning does to training images beside cropping and flipping: timm's RandAugment in the loader's processes,
+timm's random erasing, mixup and CutMix on the device.
+
+timm draws from global generators. Here every image's draws depend on (seed, epoch, sample), those of a batch on its
+step, so that results do not depend on processes and a resumed run repeats them.
+
+Shapes: B images of S x S pixels.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import posterize, rand_augment_transform
+from timm.data.mixup import cutmix_bbox_and_lam
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.nn import functional as F
+
+from mimref.data.transforms import RGB
+from mimref.devices import send
+from mimref.draws import Operation, seeded
+from mimref.transfer.finetune.config import AugmentConfig
+
+# timm does not annotate them.
+_POSTERIZE: Any = posterize
+_RANDOM_ERASING: Any = RandomErasing
+_CUTMIX_BOX: Any = cutmix_bbox_and_lam
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """timm's RandAugment, on crops."""
+
+    text: str
+    """timm's name of it, such as `rand-m9-mstd0.5-inc1`."""
+    seed: int
+    mean: RGB
+    """Fills what an operation moves in, where pixels are 0..1."""
+
+    @cached_property
+    def _change(self) -> Any:
+        fill = tuple(min(255, round(255 * channel)) for channel in self.mean)
+        found: Any = rand_augment_transform(self.text, {"img_mean": fill, "interpolation": Image.Resampling.BICUBIC})
+        for operation in found.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+        return found
+
+    def __call__(self, crop: Tensor, epoch: int, sample: int) -> Tensor:
+        """A crop (3, S, S) uint8 of this sample in this epoch, changed."""
+        image = Image.fromarray(crop.permute(1, 2, 0).numpy())
+        with seeded(self.seed, epoch, Operation.RAND_AUGMENT, sample):
+            changed = self._change(image)
+        return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's operation for any number of bits: at the largest magnitude it keeps none, which newer Pillow refuses."""
+    kept: Image.Image = _POSTERIZE(image, bits, **options) if bits else Image.new(image.mode, image.size)
+    return kept
+
+
+class Erasing:
+    """timm's random erasing of one rectangle per image by noise, after normalisation."""
+
+    def __init__(self, probability: float, seed: int, device: torch.device) -> None:
+        self.seed = seed
+        self.erase: Any = _RANDOM_ERASING(probability, mode="pixel", max_count=1, device=str(device))
+
+    def __call__(self, images: Tensor, epoch: int, sample_B: Tensor) -> None:
+        """Erase in place."""
+        if not self.erase.probability:
+            return
+        for image, sample in zip(images, sample_B.tolist(), strict=True):
+            with seeded(self.seed, epoch, Operation.ERASE, sample) as number:
+                torch.manual_seed(number)  # of the noise
+                self.erase(image)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A batch whose images are mixed with their partners."""
+
+    images: Tensor
+    share: float
+    """Of an image's own label; the rest is its partner's."""
+    partner_B: Tensor
+    """Place of each image's partner in the batch, on the device."""
+
+    def loss(self, logits_BC: Tensor, label_B: Tensor, partner_label_B: Tensor, smoothing: float) -> Tensor:
+        """Sum over some images of the cross-entropy with mixed and smoothed labels."""
+        own = F.cross_entropy(logits_BC, label_B, label_smoothing=smoothing, reduction="sum")
+        if self.share == 1:
+            return own
+        other = F.cross_entropy(logits_BC, partner_label_B, label_smoothing=smoothing, reduction="sum")
+        return self.share * own + (1 - self.share) * other
+
+
+def mix(images: Tensor, config: AugmentConfig, seed: int, epoch: int, step: int) -> Mixed:
+    """Mix the images (B, 3, S, S) of a batch with their partners, by mixup or CutMix, with one share for the batch.
+
+    Neighbours in the batch, whose order is random, are partners, so that a batch can be divided among processes and
+    micro-batches of even sizes. timm reverses the batch, which is the same to chance.
+    """
+    batch = len(images)
+    partner_B = send((torch.arange(batch) ^ 1).clamp_max(max(0, batch - 1)), images.device)
+    if not config.mixup and not config.cutmix:
+        return Mixed(images, 1.0, partner_B)
+    with seeded(seed, epoch, Operation.MIX, step):
+        cut = bool(config.cutmix) and (not config.mixup or np.random.rand() < 0.5)
+        alpha = config.cutmix if cut else config.mixup
+        share = float(np.random.beta(alpha, alpha))
+        if not cut:
+            return Mixed(torch.lerp(images[partner_B], images, share), share, partner_B)
+        (top, bottom, left, right), share = _CUTMIX_BOX(images.shape, share)
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[partner_B, :, top:bottom, left:right]
+    return Mixed(mixed, float(share), partner_B)

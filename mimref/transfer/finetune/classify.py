@@ -1,0 +1,87 @@
+"""Classification of a data set's images by a fine-tuned encoder.
+
+Shapes: B images, C classes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimref.data.labels import Indices
+from mimref.data.sources import ImageSource
+from mimref.distributed.collectives import gather_lists, total_over_ranks
+from mimref.distributed.group import own_rank, world_size
+from mimref.encoders.classifier import Classifier
+from mimref.features.encode import Column, PassSettings, encode_columns
+from mimref.progress import Progress
+
+
+class LogitBatch(NamedTuple):
+    """Logits of consecutive images of a data set."""
+
+    end: int
+    """Position in the data set after the last image of the batch."""
+    indices: list[int]
+    """Positions of the images that could be read."""
+    logits_BC: Tensor
+    """In float32 on the CPU."""
+    bad: list[tuple[str, str]]
+    """Path and reason of the others."""
+
+
+@torch.inference_mode()
+def classify(
+    classifier: Classifier, source: ImageSource, settings: PassSettings, start: int = 0, every: int = 1
+) -> Iterator[LogitBatch]:
+    """Logits of every image from position `start` on, from one pass of the encoder in evaluation mode.
+
+    every: classify only the first of so many batches; other processes classify the rest. Raises DataError for too many
+    unreadable images.
+    """
+    column = Column(classifier.encoder.depth, classifier.pool, classifier.final_norm)
+    for batch in encode_columns(classifier.encoder, source, settings, [column], start, every):
+        logits_BC = torch.empty(0, classifier.num_classes)
+        if batch.columns:
+            pooled_BD = torch.from_numpy(batch.columns[0]).to(settings.device)
+            logits_BC = classifier.logits(pooled_BD).cpu()
+        yield LogitBatch(batch.end, batch.indices, logits_BC, batch.bad)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well images were classified."""
+
+    top1: float
+    """Percent."""
+    top5: float | None
+    """Percent; None for up to five classes."""
+    images: int
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    """Path and reason of every image left out."""
+
+
+def accuracy(
+    classifier: Classifier,
+    source: ImageSource,
+    labels: Indices,
+    settings: PassSettings,
+    progress: Progress | None = None,
+) -> Scores:
+    """Accuracy on labelled images; the ranks share them, and all get the result. labels: (N,) numbers of classes."""
+    ranks, hits, images, bad = world_size(), np.zeros(2, dtype=np.int64), 0, list[tuple[str, str]]()
+    for batch in classify(classifier, source, settings, own_rank() * settings.batch_size, ranks):
+        truth_B1 = torch.from_numpy(labels[batch.indices])[:, None]
+        ranked_BK = batch.logits_BC.topk(min(5, classifier.num_classes)).indices
+        right_BK = ranked_BK == truth_B1
+        hits += [int(right_BK[:, 0].sum()), int(right_BK.sum())]
+        images += len(batch.indices)
+        bad += batch.bad
+        if progress is not None:
+            progress(batch.end, len(source))
+    images = total_over_ranks(images)
+    top1, top5 = (100.0 * total_over_ranks(int(count)) / images for count in hits)
+    return Scores(top1, top5 if classifier.num_classes > 5 else None, images, gather_lists(bad))

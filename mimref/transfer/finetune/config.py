@@ -1,0 +1,129 @@
+"""Settings of `mimref finetune` and `mimref predict`."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from mimref.config.base import AreaRange, CommandConfig, Decay, Fraction, PositiveRange, Section
+from mimref.config.run import LogConfig, OptimizerConfig, TrainingConfig, check_warmup
+
+
+def _check_rand_augment(text: str) -> str:
+    from timm.data.auto_augment import rand_augment_transform  # slow to import
+
+    try:
+        rand_augment_transform(text)
+    except (AssertionError, ValueError, KeyError, TypeError, IndexError):
+        raise ValueError("a RandAugment of timm such as rand-m9-mstd0.5-inc1, or none") from None
+    return text
+
+
+class AugmentConfig(Section):
+    """Augmentation of training images; the defaults are MAE's for fine-tuning."""
+
+    resize: int | None = Field(default=None, gt=0)
+    """Pixels of the shorter side before the random crop. None: crops are cut from the image as it is."""
+    crop_scale: AreaRange = (0.08, 1.0)
+    """Area range of the random crop."""
+    aspect_ratio: PositiveRange = (3 / 4, 4 / 3)
+    """Width over height of the crop, drawn log-uniformly; the largest crop within this range where none fits."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    rand_augment: Annotated[str, AfterValidator(_check_rand_augment)] | None = "rand-m9-mstd0.5-inc1"
+    """timm's RandAugment."""
+    erase: Fraction = 0.25
+    """Probability of filling a random rectangle with noise."""
+    mixup: float = Field(default=0.8, ge=0)
+    """Of mixup's Beta distribution; 0 never mixes."""
+    cutmix: float = Field(default=1.0, ge=0)
+    """Of CutMix's Beta distribution; 0 never mixes. With both above 0, each batch draws one of them."""
+    smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Share of each label that is spread over all classes."""
+
+
+class ScheduleConfig(Section):
+    """What is trained, how long and how fast; the defaults are MAE's for ViT-L."""
+
+    epochs: int = Field(default=50, gt=0)
+    """Passes over the training images."""
+    warmup_epochs: float = Field(default=5, ge=0)
+    """Epochs of linear warm-up."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Base learning rate, times (batch size / 256)."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Of matrices; vectors, tokens and positions have none."""
+    layer_decay: float = Field(default=0.75, gt=0, le=1)
+    """Factor of the learning rate from one block to the one before it."""
+    drop_path: float = Field(default=0.2, ge=0, lt=1)
+    """Stochastic depth of the last block; it rises from 0 at the first."""
+    freeze_blocks: int = Field(default=0, ge=0)
+    """First blocks that stay as they are, with the embeddings before them."""
+    train_positions: bool = True
+    """Train the position embedding, also where pre-training has kept it fixed."""
+    pool: Literal["cls", "mean"] = "cls"
+    """What the classifier reads: the CLS token, or the mean of the patch tokens."""
+    ema: Decay | None = None
+    """Decay of an average of the weights, which is then evaluated and written. None: the weights themselves."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_warmup("finetune", self.warmup_epochs, self.epochs)
+        return self
+
+
+class ValidationConfig(LogConfig):
+    """What a fine-tuning logs about itself."""
+
+    validate_every_epochs: int = Field(default=1, gt=0)
+    """Epochs between classifications of the validation images, which the last epoch always ends with."""
+
+
+class AdamConfig(OptimizerConfig):
+    """AdamW as fine-tuning uses it."""
+
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
+    end_lr: float = Field(default=0.0, ge=0)
+    """Absolute learning rate at the end of the cosine, before layer-wise scales."""
+
+
+class FinetuneConfig(TrainingConfig):
+    """All settings of `mimref finetune`."""
+
+    command = "finetune"
+    path_settings: ClassVar[tuple[str, ...]] = ()
+
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Images per pass of the model and process; gradients add up to those of the whole batch. None: all at once."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of storing its activations."""
+    resolution: int | None = Field(default=None, gt=0)
+    """Pixels per side of the images. None: the encoder's own."""
+    shots: int | None = Field(default=None, gt=0)
+    """Train on so many images per class. None: on all."""
+    splits: int = Field(default=3, gt=0)
+    """Draws of the `shots`, each trained on its own."""
+    split_files: list[str] = []
+    """Files with one image file name per line, each trained on its own."""
+    finetune: ScheduleConfig = ScheduleConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: AdamConfig = AdamConfig()
+    monitor: ValidationConfig = ValidationConfig()
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> Self:
+        if self.shots is not None and self.split_files:
+            raise ValueError("shots and split_files both choose the training images; set one of them")
+        return self
+
+
+class PredictConfig(CommandConfig):
+    """All settings of `mimref predict`."""
+
+    command = "predict"
+    checkpoint: str = ""
+    """A file that `mimref finetune` wrote, or its folder."""
+    split: Literal["train", "val"] = "val"
+    """Which images of a data set; a folder of images without classes has one split."""
+    resolution: int | None = Field(default=None, gt=0)
+    """Pixels per side of the images. None: as in fine-tuning."""

@@ -1,0 +1,134 @@
+"""What a fine-tuning starts from: encoder, images, labels and the choices of training images, all checked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from mimref.data.labels import Indices
+from mimref.data.loader import check_batch_size
+from mimref.data.sources import ImageSource, Subset
+from mimref.data.transforms import EvalTransform
+from mimref.encoders.checkpoints import Checkpoint, load_weights
+from mimref.encoders.settings import ignored_settings, resolved_settings
+from mimref.encoders.vit import Architecture, Encoder, build_encoder
+from mimref.errors import Checks, ConfigError
+from mimref.evaluation.lowshot.protocol import check_shots, draw_split
+from mimref.evaluation.lowshot.split_files import read_split_files
+from mimref.evaluation.metrics import name_classes, number_labels
+from mimref.features.header import eval_transform
+from mimref.features.opening import check_device, open_training, warn_of_notices
+from mimref.progress import Listener
+from mimref.transfer.finetune.config import FinetuneConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A fine-tuning that can start."""
+
+    config: FinetuneConfig
+    """With the encoder as it is and the images that are used."""
+    checkpoint: Checkpoint
+    architecture: Architecture
+    """At the resolution of the images, with trained positions if they are."""
+    transform: EvalTransform
+    train: ImageSource
+    val: ImageSource
+    labels: Indices
+    """(N,) of the training images, 0..C-1."""
+    val_labels: Indices
+    classes: list[str]
+    """Names, in the order of the labels."""
+    splits: list[Indices | None]
+    """Training images of every training; None for all of them."""
+
+    def images(self, split: int) -> ImageSource:
+        """The training images of a split."""
+        rows = self.splits[split]
+        return self.train if rows is None else Subset(self.train, rows)
+
+    def labels_of(self, split: int) -> Indices:
+        """Their labels."""
+        rows = self.splits[split]
+        return self.labels if rows is None else self.labels[rows]
+
+    def encoder(self, device: torch.device) -> Encoder:
+        """The encoder with the weights to start from."""
+        with torch.device("meta"):
+            encoder = build_encoder(self.architecture)
+        load_weights(encoder, self.checkpoint)
+        return encoder.to(device)
+
+
+def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Plan:
+    """Open and check all that the settings name. Raises UserError subclasses, one for all mistakes."""
+    check_device(config, checks)
+    opened = open_training(config, listener.progress, checks, need_labels=True, splits=["train", "val"])
+    checkpoint, architecture, sources = opened.checkpoint, opened.architecture, opened.sources
+    if architecture is not None:
+        architecture = checks.run("resolution", partial(_adapted, architecture, config))
+    numbered = splits = None
+    if len(sources) == 2:
+        train, val = sources["train"], sources["val"]
+        assert train.labels is not None and val.labels is not None
+        numbered = checks.run("data.spec", partial(number_labels, train.labels, val.labels, train.class_names))
+        splits = checks.run("split_files" if config.split_files else "shots", partial(_splits, config, train))
+        for rows in splits or ():
+            count = len(train) if rows is None else len(rows)
+            checks.run("batch_size", partial(check_batch_size, config.batch_size, count))
+    checks.finish()
+    assert checkpoint and architecture and opened.data and numbered and splits
+    for warning in ignored_settings(config.encoder, checkpoint):
+        listener.warn(warning)
+    for notice in checkpoint.notices(architecture, [architecture.image_size]):
+        listener.note(notice)
+    warn_of_notices(sources, listener)
+    encoder = resolved_settings(config.encoder, checkpoint, architecture)
+    classes, labels, val_labels = numbered
+    return Plan(
+        config.model_copy(update={"data": opened.data, "encoder": encoder}),
+        checkpoint,
+        architecture,
+        eval_transform(architecture, opened.data, checkpoint.header, resolution=config.resolution),
+        train,
+        val,
+        labels,
+        val_labels,
+        list(map(str, name_classes(classes, train.class_names))),
+        splits,
+    )
+
+
+def _adapted(architecture: Architecture, config: FinetuneConfig) -> Architecture:
+    """The architecture at the resolution of the settings. Raises ConfigError for what does not fit it."""
+    frozen, depth = config.finetune.freeze_blocks, architecture.depth
+    if frozen > depth:
+        raise ConfigError(f"finetune.freeze_blocks {frozen}: the encoder has only {depth} blocks")
+    size = config.resolution or architecture.image_size
+    architecture.check_size(size, "--resolution" if config.resolution else "encoder.image_size")
+    trains = config.finetune.train_positions and not frozen
+    return replace(architecture, image_size=size, fixed_positions=architecture.fixed_positions and not trains)
+
+
+def _splits(config: FinetuneConfig, train: ImageSource) -> list[Indices | None]:
+    """The training images of every training. Raises DataError for shots and files that do not fit the images."""
+    labels = train.labels
+    assert labels is not None
+    if config.split_files:
+        files = read_split_files(config.split_files, [train.path(index) for index in range(len(train))])
+        for file, rows in zip(config.split_files, files, strict=True):
+            _check_classes(file, labels, rows, train.class_names)
+        return list(files)
+    if config.shots is None:
+        return [None]
+    check_shots([config.shots], labels, train.class_names)
+    return [draw_split(labels, config.shots, split=split, seed=config.seed) for split in range(config.splits)]
+
+
+def _check_classes(file: str, labels: Indices, rows: Indices, names: Sequence[str] | None) -> None:
+    missing = np.setdiff1d(labels, labels[rows])
+    if len(missing):
+        name = name_classes(missing[:1], names)[0]
+        raise ConfigError(f"{file}: lists no image of class {name}; every class needs at least one")

@@ -1,0 +1,109 @@
+"""Fine-tune an encoder on labels: on all training images, or once for each choice of a few."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mimref.distributed.collectives import barrier
+from mimref.distributed.group import own_rank
+from mimref.encoders.classifier import save_classifier
+from mimref.errors import Checks
+from mimref.evaluation.metrics import spread
+from mimref.features.header import data_record
+from mimref.progress import Listener
+from mimref.results import Row, Tabular
+from mimref.training.run import TrainingRun
+from mimref.transfer.finetune.config import FinetuneConfig
+from mimref.transfer.finetune.plan import Plan, make_plan
+from mimref.transfer.finetune.training import Epoch, FineTuning
+
+
+@dataclass(frozen=True)
+class FinetuneResult(Tabular):
+    """What a fine-tuning produced."""
+
+    out: Path
+    rows: list[Row]
+    """Accuracy on the validation images after the last epoch, and after the best one."""
+    elapsed_s: float
+
+
+def finetune(
+    config: FinetuneConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    listener: Listener | None = None,
+    checks: Checks | None = None,
+) -> FinetuneResult:
+    """Train an encoder and a linear classifier on labels, and write them, with log and results, into `out`.
+
+    After every epoch the validation images are classified. The classifier is `encoder.safetensors`, which other
+    commands read as an encoder; of several splits, each is `splitN.safetensors`. It is the one after the last epoch.
+    resume: continue the unfinished run in `out`; of a finished one, return its results. force: replace an earlier run.
+    Raises UserError subclasses for settings, images or folders that do not fit, one error for all mistakes (checks:
+    what was found before); Interrupted after saving on a signal.
+    In a process group every rank calls this with the same arguments, and rank 0 alone writes.
+    """
+    run = TrainingRun(config, out, listener, resume=resume, force=force)
+    checks = checks or Checks()
+    if (found := run.finished(checks)) is not None:
+        return FinetuneResult(out, *found)
+    plan = make_plan(config, run.listener, checks)
+    history: list[list[Epoch]] = [[] for _ in plan.splits]
+    with run.locked():
+        state = run.load_state(plan.train)
+        with run.writing(plan.config, state):
+            for split in range(state["split"] if state else 0, len(plan.splits)):
+                job = FineTuning(run, plan, split, history)
+                run.train(job, state)
+                if own_rank() == 0:
+                    _write(run, job, out)
+                barrier()
+        rows = score_rows(plan, history)
+        if run.leave_group():
+            run.finish(rows)
+    return FinetuneResult(out, rows, run.elapsed_s)
+
+
+def _write(run: TrainingRun, job: FineTuning, out: Path) -> None:
+    plan = job.plan
+    name = "encoder" if len(plan.splits) == 1 else f"split{job.split + 1}"
+    header = {
+        "source": plan.checkpoint.source or plan.config.encoder.source,
+        "licence": plan.checkpoint.licence,
+        "preset": plan.config.preset,
+        "data": data_record(run.config.data),
+        "transform": plan.transform.to_dict(),
+        "metrics": score_rows(plan, [job.history[job.split]]),
+    }
+    header = {key: value for key, value in header.items() if value is not None}
+    save_classifier(out / f"{name}.safetensors", job.evaluated, plan.classes, header)
+
+
+def score_rows(plan: Plan, history: list[list[Epoch]]) -> list[Row]:
+    """Accuracy of the last epoch, and of the best: of one training, or the mean over several and then each.
+
+    The best epoch is chosen on the images that it is measured on, as published tables do.
+    """
+    rows: list[Row] = []
+    shots: Row = {} if plan.config.shots is None else {"shots": plan.config.shots}
+    for selected in ("last epoch", "best epoch"):
+        chosen = [epochs[-1] if selected == "last epoch" else max(epochs, key=_top1) for epochs in history]
+        for name in ("top1", "top5"):
+            scores = [epoch[name] for epoch in chosen if name in epoch]
+            if not scores:
+                continue
+            common: Row = {"metric": f"finetune_{name}", "selected": selected, **shots}
+            if len(history) == 1:
+                rows.append({**common, "value": scores[0], "epoch": int(chosen[0]["epoch"])})
+                continue
+            mean, std = spread(scores)
+            rows.append({**common, "value": mean, "mean": mean, "std": std, "splits": len(scores)})
+            for split, (epoch, score) in enumerate(zip(chosen, scores, strict=True), 1):
+                rows.append({**common, "value": score, "split": split, "epoch": int(epoch["epoch"])})
+    return rows
+
+
+def _top1(epoch: Epoch) -> float:
+    return epoch["top1"]

@@ -1,0 +1,180 @@
+"""One training of an encoder and its classifier on labels.
+
+Shapes: B images of a batch, C classes, P residual branches with stochastic depth.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mimref.config.run import ViewsConfig
+from mimref.data.loader import Preparation, ViewBatch
+from mimref.data.sources import ImageSource
+from mimref.data.views import CropGroup, Photometric
+from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision, send
+from mimref.distributed.collectives import averaged, sum_over_ranks
+from mimref.distributed.group import world_size
+from mimref.draws import Operation, uniform
+from mimref.encoders.classifier import Classifier, set_stochastic_depth
+from mimref.encoders.parameters import encoder_groups, freeze_untrained
+from mimref.errors import DataError
+from mimref.features.encode import PassSettings
+from mimref.training.ema import WeightAverage
+from mimref.training.optim import module_groups
+from mimref.training.run import Stage, TrainingRun
+from mimref.transfer.finetune.augment import Erasing, RandAugment, mix
+from mimref.transfer.finetune.classify import Scores, accuracy
+from mimref.transfer.finetune.plan import Plan
+
+Epoch = dict[str, float]
+"""Number of an epoch, `epoch`, and the accuracy on the validation images after it, `top1` and `top5`."""
+
+
+class FineTuning(Stage):
+    """A classifier in training, on the images of one split."""
+
+    name = "finetune"
+
+    def __init__(self, run: TrainingRun, plan: Plan, split: int, history: list[list[Epoch]]) -> None:
+        """history: epochs of every split so far, to which this one appends its own."""
+        config, device = plan.config, resolve_device(plan.config.device)
+        self.plan, self.split, self.history = plan, split, history
+        self.config, self.precision = config, resolve_precision(config.precision, device)
+        if device.type == "cpu":
+            keep_freed_memory()
+        settings, augment = config.finetune, config.augment
+        self.classifier = _build(plan, device)
+        self.depths = set_stochastic_depth(self.classifier.encoder, settings.drop_path)
+        self.trained_model = averaged(self.classifier, device)
+        self.average = WeightAverage(self.classifier, settings.ema) if settings.ema is not None else None
+        self.label_N = torch.from_numpy(plan.labels_of(split))
+        head = nn.ModuleDict({"fc_norm": self.classifier.fc_norm, "head": self.classifier.head})
+        decay, size = settings.weight_decay, plan.transform.image_size
+        splits = len(plan.splits)
+        super().__init__(
+            run,
+            "fine-tuning" if splits == 1 else f"fine-tuning, split {split + 1} of {splits}",
+            encoder_groups(self.classifier.encoder, weight_decay=decay, layer_decay=settings.layer_decay)
+            + module_groups(head, weight_decay=decay),
+            lr=settings.lr,
+            warmup_epochs=settings.warmup_epochs,
+            epochs=settings.epochs,
+            source=plan.images(split),
+            crops=[CropGroup(1, size, augment.crop_scale, augment.aspect_ratio)],
+            device=device,
+        )
+        # Every split has views of its own.
+        self.first_epoch, self.first_step = split * settings.epochs, split * self.total
+        mean, std = plan.transform.mean, plan.transform.std
+        change = RandAugment(augment.rand_augment, config.seed, mean) if augment.rand_augment else None
+        self.preparation = Preparation(augment.resize, change)
+        plain = ViewsConfig(flip=augment.flip, color=False, blur=False)
+        self.photometric = Photometric(plain, config.seed, device, mean=mean, std=std)
+        self.erasing = Erasing(augment.erase, config.seed, device)
+        workers, max_bad = config.workers, config.data.max_bad
+        self.evaluation = PassSettings(plan.transform, device, self.precision, workers=workers, max_bad=max_bad)
+
+    @property
+    def all_images(self) -> ImageSource:
+        """See `Stage`."""
+        return self.plan.train
+
+    @property
+    def evaluated(self) -> Classifier:
+        """What is evaluated and written: the average of the weights if there is one."""
+        found = self.classifier if self.average is None else self.average.module
+        assert isinstance(found, Classifier)
+        return found
+
+    def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
+        """This rank's share of the loss, times the number of ranks, which average gradients."""
+        augment, seed, epoch, sample_B = self.config.augment, self.config.seed, batch.epoch, batch.sample_B
+        pixels = self.photometric(batch.crops[0], epoch, sample_B, [0])[0]
+        self.erasing(pixels, epoch, sample_B)
+        mixed = mix(pixels, augment, seed, epoch, self.step)
+        label_B = send(self.label_N[sample_B], self.device)
+        partner_B = label_B[mixed.partner_B]
+        drop_PB = uniform(seed, epoch, Operation.DROP_PATH, send(sample_B, self.device), count=len(self.depths)).T
+        self._loss = torch.zeros((), device=self.device)
+        for rows, is_last in self._parts(len(sample_B)):
+            for depth, drop_B in zip(self.depths, drop_PB, strict=True):
+                depth.uniform_B = drop_B[rows]
+            with self._synchronised(is_last):
+                with autocast(self.device, self.precision):
+                    logits_BC = self.trained_model(mixed.images[rows])
+                loss = mixed.loss(logits_BC.float(), label_B[rows], partner_B[rows], augment.smoothing)
+                loss = loss * (world_size() / images)
+                loss.backward()
+            self._loss += loss.detach()
+        return self._loss
+
+    def _parts(self, images: int) -> Iterator[tuple[slice, bool]]:
+        """Micro-batches, and whether each is the last. A rank without images has one of none, as DDP needs."""
+        size = self.config.micro_batch or max(images, 1)
+        for start in range(0, max(images, 1), size):
+            yield slice(start, min(start + size, images)), start + size >= images
+
+    def _synchronised(self, is_last: bool) -> AbstractContextManager[None]:
+        """Ranks average the gradients once per batch."""
+        if is_last or not isinstance(self.trained_model, DistributedDataParallel):
+            return nullcontext()
+        waiting: AbstractContextManager[None] = self.trained_model.no_sync()
+        return waiting
+
+    def after_update(self) -> None:
+        if self.average is not None:
+            self.average.update()
+
+    def values(self) -> dict[str, object]:
+        loss = float(sum_over_ranks(self._loss)) / world_size()
+        return {"loss": loss, "lr": self.rate(self.step - 1)}
+
+    def end_epoch(self, epoch: int) -> None:
+        """Classify the validation images, if it is time to."""
+        if not self.check_due(epoch, self.config.monitor.validate_every_epochs):
+            return
+        scores = self.validate()
+        values = {"val_top1": scores.top1} | ({} if scores.top5 is None else {"val_top5": scores.top5})
+        self.history[self.split].append({"epoch": epoch} | {name[4:]: value for name, value in values.items()})
+        self.report(f"{self.label}, epoch {epoch}", values)
+
+    def validate(self) -> Scores:
+        """Accuracy on the validation images. Raises DataError if none can be read."""
+        scores = accuracy(self.evaluated, self.plan.val, self.plan.val_labels, self.evaluation)
+        self.run.skipped.add_evaluated(scores.bad)
+        if not scores.images:
+            raise DataError(f"{self.plan.val.name}: none of the validation images can be read")
+        return scores
+
+    def log(self, values: Any) -> None:
+        """See `Stage`; with the split's number, where there are several."""
+        super().log({"split": self.split + 1, **values} if len(self.plan.splits) > 1 else values)
+
+    def state(self) -> dict[str, Any]:
+        averaged_state = {} if self.average is None else {"average": self.average.module.state_dict()}
+        found = {"split": self.split, "history": self.history, "model": self.classifier.state_dict()}
+        return {**super().state(), **found, **averaged_state}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        super().resume(state)
+        self.history[:] = state["history"]
+        self.classifier.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+
+
+def _build(plan: Plan, device: torch.device) -> Classifier:
+    """The classifier to train, with what does not train frozen."""
+    settings = plan.config.finetune
+    encoder = plan.encoder(device)
+    torch.manual_seed(plan.config.seed)
+    classifier = Classifier(encoder, len(plan.classes), settings.pool).to(device)
+    freeze_untrained(encoder, first=settings.freeze_blocks, last=encoder.depth)
+    if not classifier.final_norm:
+        encoder.vit.norm.requires_grad_(False)
+    encoder.checkpointing = plan.config.activation_checkpointing
+    return classifier.train()
