@@ -179,6 +179,7 @@ def test_all_mistakes_are_listed_before_anything_runs(folder: Path, monkeypatch:
         {"name": "acc", "data": "digits", "protocol": "knn"},
         {"name": "acc", "data": "digits", "protocol": "knn"},
         {"data": "digits", "protocol": "knn", "more": 1},
+        {"name": "own", "data": "digits", "protocol": "knn", "settings": {"checkpoint": "x.pth"}},
         {"name": "preset", "data": "digits", "protocol": "probe", "preset": "relaese"},
     ]
     runs = Runs(monkeypatch)
@@ -188,6 +189,7 @@ def test_all_mistakes_are_listed_before_anything_runs(folder: Path, monkeypatch:
         ("'a b'", "name"), ("'near'", "protocol", "knm"), ("'keys'", "probe.epoch"), ("'keys'", "cached"),
         ("'many'", "blocks = all"), ("'many'", "k = [1, 2]"), ("'shots'", "shots = [1, 2, 5]"), ("'acc'", "nmi"),
         ("'acc'", "another entry"), ("entry 9", "'more'"), ("entry 9", "name is missing"),
+        ("'own'", "checkpoint"),
         ("'preset'", "did you mean 'release'"), ("data.spec", "digits"), ("gone.pth", "twice"), ("gone.pth", "no such"),
     ]  # fmt: skip
     for parts in expected:
@@ -226,9 +228,12 @@ def test_folders_that_must_not_be_used(folder: Path) -> None:
     run_suite(suite(folder, entries(folder)[:1], checkpoints=[str(folder / "base.safetensors")]), other)
     elsewhere = suite(folder, entries(folder)[:1], checkpoints=[str(folder / "else" / "base.safetensors")])
     assert "checkpoint was" in refused(elsewhere, other, resume=True)[0]
-    (folder / "used").mkdir()
-    (folder / "used" / "results.json").write_text("{}")
-    assert "results.json" in refused(config, folder / "used")[0]
+    for name in ("results.json", "first/refined.safetensors/notes.txt"):
+        (folder / name[:5] / name).parent.mkdir(parents=True)
+        (folder / name[:5] / name).write_text("{}")
+        for force in (False, True):
+            (line,) = refused(config, folder / name[:5], force=force)
+            assert name.partition("/notes")[0] in line and (folder / name[:5] / name).exists()
 
 
 def test_encoders_of_one_name_are_kept_apart(folder: Path) -> None:

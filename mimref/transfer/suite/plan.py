@@ -85,10 +85,10 @@ def _plan_entry(config: SuiteConfig, table: Mapping[str, Any]) -> Entry:
             given[f"encoder.{key}"] = given.pop(key)
     common = {key: value for key, value in given.items() if key in known and key not in _OWN}
     found = load_config(model, entry.preset, common | flatten(entry.settings) | {"data.spec": entry.data})
+    for key in {"checkpoint", "encoder.weights", "data.spec"} & flatten(entry.settings).keys():
+        raise ConfigError(f"settings: {key} follows from the suite's checkpoints and the entry's data; leave it out")
     if isinstance(found, EvaluationConfig):
         _check_single(found)
-    elif (key := "encoder.weights") in flatten(entry.settings):
-        raise ConfigError(f"{key}: a suite's encoders are its checkpoints; leave it out")
     return Entry(entry, found)
 
 

@@ -123,9 +123,9 @@ def run_suite(
     check_device(config, checks)
     entries = plan_entries(config, checks)
     models = checks.run("checkpoints", lambda: distinct_names(config.checkpoints)) or []
-    # Without a suite, the folder is none that the user has named.
-    checks.run("preset", lambda: _check_folder(out, resume=resume, force=force))
     parts = _parts(entries, config.checkpoints, models, out)
+    # Without a suite, the folder is none that the user has named.
+    checks.run("preset", lambda: _check_folder(out, parts, resume=resume, force=force))
     for part in parts if resume and not force else ():
         if part.finished:
             checks.run("suite", partial(_check_same, part))
@@ -136,7 +136,7 @@ def run_suite(
             checks.run("checkpoints", partial(_check_checkpoint, checkpoint, config, listener))
     checks.finish()
     with folder_lock(out):
-        _check_folder(out, resume=resume, force=force)
+        _check_folder(out, parts, resume=resume, force=force)
         _prepare(out, config, unfinished if force else [])
         failed = _run_parts(unfinished, listener)
         return _finish(out, config, parts, models, failed)
@@ -155,8 +155,8 @@ def _parts(entries: Sequence[Entry], checkpoints: Sequence[str], models: Sequenc
     ]
 
 
-def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
-    """Raise OutputError for a folder that must not be used."""
+def _check_folder(out: Path, parts: Sequence[_Part], *, resume: bool, force: bool) -> None:
+    """Raise OutputError for a folder that must not be used. Without a suite, nothing in it may be used or replaced."""
     if resume and force:
         raise OutputError("--resume continues a suite and --force starts it over: choose one")
     check_writable(out)
@@ -165,8 +165,9 @@ def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
         raise OutputError(f"{out}: holds no suite to resume; omit --resume to start one")
     if suite and not (resume or force):
         raise OutputError(f"{out}: holds a suite; --resume runs what is missing, --force starts over")
-    if not suite and (found := next((n for n in ("results.json", "metrics.jsonl") if (out / n).exists()), None)):
-        raise OutputError(f"{out}: already holds {found} of another command; choose another --out")
+    ours = [out / "results.json", out / "metrics.jsonl", *(part.folder for part in parts)]
+    if not suite and (found := next(filter(os.path.lexists, ours), None)):
+        raise OutputError(f"{out}: already holds {found.relative_to(out)}, and no suite; choose another --out")
 
 
 def _check_same(part: _Part) -> None:
@@ -196,11 +197,11 @@ def _check_checkpoint(checkpoint: str, config: SuiteConfig, listener: Listener) 
 
 
 def _prepare(out: Path, config: SuiteConfig, replaced: Sequence[_Part]) -> None:
-    """Remove what is to be replaced, and only then write suite.toml: a kill in between leaves nothing to mix up."""
+    """Write suite.toml, after removing what is replaced: without it, what is left of that cannot pass for finished."""
+    for name in ("suite.toml", "results.json", "results.csv", "results.md", "suite.png") if replaced else ():
+        (out / name).unlink(missing_ok=True)
     for part in replaced:
         shutil.rmtree(part.folder, ignore_errors=True)
-    for name in ("results.json", "results.csv", "results.md", "suite.png") if replaced else ():
-        (out / name).unlink(missing_ok=True)
     write_bytes(out / "suite.toml", dump_config(config, defaults=False).encode())
 
 
