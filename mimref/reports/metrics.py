@@ -31,10 +31,12 @@ LABELS = {
     "block_effective_rank": "effective rank of block {block}",
     "block_reconstruction": "reconstruction loss of block {block}",
     "block_reconstruction_delta": "reconstruction gained by block {block}",
+    "suite_average": "average",
+    "suite_rank": "average rank",
 }
 UNDEFINED = "undefined: the features do not vary, or classes have the same mean"
 _SMALL = {"davies_bouldin", "block_reconstruction"}
-LOWER_IS_BETTER = _SMALL | {"robust_mce", "robust_drop"}
+LOWER_IS_BETTER = _SMALL | {"suite_rank", "robust_mce", "robust_drop"}
 # Neither percentages nor of a known size.
 STATISTICS = {
     *("feature_variance", "effective_rank", "block_mean", "block_variance", "block_effective_rank"),
