@@ -69,6 +69,25 @@ def test_the_cheap_ones_are_their_formulas(package: Any) -> None:
     assert np.array_equal(made, np.uint8(np.clip(image + noise, 0, 1) * 255))
 
 
+@pytest.mark.parametrize("severity", [1, 2, 3, 4, 5])
+def test_compiled_glass_blur_is_the_loop_of_imagenet_c(severity: int, package: Any) -> None:
+    """hendrycks/robustness, ImageNet-C/create_c/make_imagenet_c.py."""
+    from skimage.filters import gaussian
+
+    crop = TRANSFORM.crop(source().read(1))
+    sigma, reach, rounds = [(0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)][severity - 1]
+    image = np.uint8(gaussian(crop.permute(1, 2, 0).numpy() / 255.0, sigma=sigma, channel_axis=-1) * 255)
+    draws = np.random.RandomState(17)
+    for _ in range(rounds):
+        for row in range(SIDE - reach, reach, -1):
+            for column in range(SIDE - reach, reach, -1):
+                right, down = draws.randint(-reach, reach, size=2)
+                # The reference means to swap them; what it swaps are views of one array.
+                image[row, column] = image[row + down, column + right]
+    expected = np.uint8(np.clip(gaussian(image / 255.0, sigma=sigma, channel_axis=-1), 0, 1) * 255)
+    assert np.array_equal(corrupt(crop, "glass_blur", severity, 17).permute(1, 2, 0).numpy(), expected)
+
+
 @pytest.mark.parametrize("name", ["impulse_noise", "glass_blur", "frost", "motion_blur", "elastic_transform"])
 def test_draws_do_not_depend_on_who_reads(name: str, package: Any) -> None:
     def made(severity: int = 3, seed: int = 0, workers: int = 0, batch_size: int = 6) -> Tensor:

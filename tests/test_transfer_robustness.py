@@ -1,6 +1,7 @@
 """Accuracy on corrupted and shifted images, against direct forward passes and plain formulas."""
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 
 from mimref.data.transforms import EvalTransform
-from mimref.encoders.classifier import Classifier, save_classifier
+from mimref.encoders.checkpoints import read_checkpoint
+from mimref.encoders.classifier import Classifier, read_classifier, save_classifier
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import UserError, UserErrors
 from mimref.results import Row, main_rows
@@ -99,19 +101,22 @@ def config(folder: Path, **settings: Any) -> RobustnessConfig:
     )
 
 
+@cache
+def classifier_of(folder: Path) -> tuple[Classifier, list[str]]:
+    classifier, classes = read_classifier(read_checkpoint(str(folder / "c.safetensors")))
+    return classifier.double(), classes
+
+
 def top1(folder: Path, images: Path, among: tuple[str, ...] = CLASSES) -> float:
     """Accuracy by one forward pass per file, in float64."""
-    from mimref.encoders.checkpoints import read_checkpoint
-    from mimref.encoders.classifier import read_classifier
-
-    classifier, classes = read_classifier(read_checkpoint(str(folder / "c.safetensors")))
+    classifier, classes = classifier_of(folder)
     transform, hits, count = EvalTransform(16), 0, 0
     columns = [classes.index(name) for name in among]
     for path in sorted(images.rglob("*.png")):
         pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
         batch = transform.normalize(transform.crop(pixels)[None], torch.float64)
         with torch.inference_mode():
-            logits = classifier.double()(batch)[0, columns]
+            logits = classifier(batch)[0, columns]
         hits += among[int(logits.argmax())] == path.parent.name
         count += 1
     return 100 * hits / count
@@ -223,7 +228,8 @@ def test_groups_of_corruptions_may_have_folders(folder: Path, tmp_path: Path) ->
 
 def evaluate_on_rank(folder: str) -> list[Row]:
     where = Path(folder)
-    return evaluate_robustness(config(where, imagenet_c=str(where / "c"), shifted=[str(where / "some")])).rows
+    shifted = [str(where / "some"), str(where / "c" / "fog" / "1")]
+    return evaluate_robustness(config(where, imagenet_a=str(where / "some"), shifted=shifted)).rows
 
 
 def test_two_ranks_give_the_rows_of_one(folder: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def test_table_files_and_figure(made: Path, tmp_path: Path, capsys: pytest.Captu
     assert run(line(made, *given)) == 0
     printed = capsys.readouterr()
     assert "mean top-1" in printed.out and "incomplete" in printed.out and "mCE" not in printed.out
+    assert "by severity" in printed.out
     assert "gaussian_noise" in printed.err
     saved = results(out)
     assert saved["command"] == "robustness" and saved["config"]["data"]["spec"] == str(made / "clean")
