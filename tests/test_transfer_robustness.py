@@ -96,9 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, **settings: Any) -> RobustnessConfig:
-    return RobustnessConfig(
-        **{"checkpoint": str(folder / "c.safetensors"), "device": "cpu", "workers": 0} | settings  # type: ignore[arg-type]
-    )
+    return RobustnessConfig(**{"checkpoint": str(folder / "c.safetensors"), "device": "cpu", "workers": 0} | settings)
 
 
 @cache
@@ -140,7 +138,7 @@ def test_imagenet_c_is_as_forward_passes_and_plain_loops(folder: Path) -> None:
     for name, found in expected.items():
         for level, value in enumerate(found, 1):
             where: Row = {"set": "imagenet-c", "corruption": name, "severity": level}
-            assert values(result.rows, "robust_top1", **where) == [pytest.approx(value)]  # type: ignore[arg-type]
+            assert values(result.rows, "robust_top1", **where) == [pytest.approx(value)]
         assert values(result.rows, "robust_top1", set="imagenet-c", corruption=name) == [pytest.approx(sum(found) / 5)]
     for count in (15, 19):
         mean, mce = 0.0, 0.0
@@ -219,7 +217,7 @@ def test_groups_of_corruptions_may_have_folders(folder: Path, tmp_path: Path) ->
     for group, name in (("noise", "gaussian_noise"), ("blur", "zoom_blur")):
         shutil.copytree(folder / "c" / name, tmp_path / group / name)
     heard = Watcher()
-    rows = evaluate_robustness(config(folder, imagenet_c=str(tmp_path)), listener=heard).rows  # type: ignore[arg-type]
+    rows = evaluate_robustness(config(folder, imagenet_c=str(tmp_path)), listener=heard).rows
     assert {row["corruption"] for row in rows if "corruption" in row} == {"gaussian_noise", "zoom_blur"}
     assert values(rows, "robust_mean_top1", set="imagenet-c, incomplete", corruptions=2)
     (warning,) = heard.warnings
@@ -260,7 +258,7 @@ def test_names_of_corruptions() -> None:
 
 def errors_of(checked: RobustnessConfig, listener: Watcher | None = None) -> list[str]:
     with pytest.raises(UserError) as caught:
-        evaluate_robustness(checked, listener=listener)  # type: ignore[arg-type]
+        evaluate_robustness(checked, listener=listener)
     error = caught.value
     return [str(each) for each in error.errors] if isinstance(error, UserErrors) else [str(error)]
 
@@ -310,7 +308,7 @@ def test_clean_images_that_are_gone_are_a_warning_unless_they_are_asked_for(fold
     shutil.copy(folder / "c.safetensors", tmp_path)
     write_classifier(tmp_path)
     heard = Watcher()
-    rows = evaluate_robustness(config(tmp_path, shifted=[str(folder / "some")]), listener=heard).rows  # type: ignore[arg-type]
+    rows = evaluate_robustness(config(tmp_path, shifted=[str(folder / "some")]), listener=heard).rows
     assert [row["metric"] for row in rows] == ["robust_top1"] and "clean" in heard.warnings[0]
     (line,) = errors_of(config(tmp_path, shifted=[str(folder / "some")], data={"spec": str(tmp_path / "clean")}))
     assert "--data" in line and str(tmp_path / "clean") in line
@@ -321,7 +319,7 @@ def test_incomplete_sets_are_a_warning_each(folder: Path, tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "fog" / "2" / "a")
     given = {"imagenet_c": str(tmp_path), "sketch": str(folder / "some"), "imagenet_a": str(folder / "clean")}
     heard = Watcher()
-    evaluate_robustness(config(folder, **given, shifted=[str(folder / "some")]), listener=heard)  # type: ignore[arg-type]
+    evaluate_robustness(config(folder, **given, shifted=[str(folder / "some")]), listener=heard)
     missing, classes, sizes, *others = heard.warnings
     assert "lacks" in missing and f"{tmp_path / 'fog' / '2'}: images of 5 of 6 classes" in classes
     assert "10 images" in sizes and "12" in sizes
@@ -335,6 +333,6 @@ def test_an_unreadable_image_is_reported_and_not_counted(folder: Path, tmp_path:
     broken = tmp_path / "some" / "b" / "3.png"
     broken.write_bytes(broken.read_bytes()[:60])
     heard = Watcher()
-    result = evaluate_robustness(config(folder, shifted=[str(tmp_path / "some")]), listener=heard)  # type: ignore[arg-type]
+    result = evaluate_robustness(config(folder, shifted=[str(tmp_path / "some")]), listener=heard)
     assert [path for path, _ in result.bad_images] == [str(broken)] and str(broken) in heard.warnings[-1]
     assert [row["images"] for row in result.rows if row["metric"] == "robust_top1"] == [23]
