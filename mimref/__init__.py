@@ -10,12 +10,17 @@ __version__ = "0.1.0"
 
 # Public name to its module.
 _PUBLIC = {
+    "FinetuneConfig": "mimref.transfer.finetune.config",
     "KnnConfig": "mimref.evaluation.knn.config",
     "PretrainConfig": "mimref.pretraining.config",
     "RefineConfig": "mimref.refinement.config",
+    "RobustnessConfig": "mimref.transfer.robustness.config",
+    "SuiteConfig": "mimref.transfer.suite.config",
     "analyze_blocks": "mimref.evaluation.blocks.statistics",
     "cluster": "mimref.evaluation.cluster.protocol",
+    "evaluate_robustness": "mimref.transfer.robustness.protocol",
     "extract": "mimref.api",
+    "finetune": "mimref.transfer.finetune.run",
     "knn": "mimref.evaluation.knn.protocol",
     "load": "mimref.api",
     "load_config": "mimref.config.load",
@@ -23,6 +28,7 @@ _PUBLIC = {
     "pretrain": "mimref.pretraining.run",
     "probe_cached": "mimref.evaluation.probe.cached",
     "refine": "mimref.refinement.run",
+    "run_suite": "mimref.transfer.suite.run",
 }
 
 

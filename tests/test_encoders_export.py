@@ -87,7 +87,7 @@ def test_timm_creates_a_model_with_the_file(tmp_path: Path, ending: str) -> None
 def test_names_of_timm(architecture: Architecture, name: str | None) -> None:
     with torch.device("meta"):
         encoder = build_encoder(architecture)
-    assert export._timm_name(encoder) == name
+    assert export.timm_name(encoder) == name
 
 
 @pytest.mark.parametrize(
@@ -322,9 +322,9 @@ def test_an_encoder_is_read_with_the_facts_of_its_header(tmp_path: Path) -> None
     path = tmp_path / "a.safetensors"
     transform = {"image_size": 16, "mean": [0.5, 0.5, 0.5]}
     save_encoder(path, make(TINY), {**FACTS, "transform": transform, "metrics": [1]})
-    encoder, facts = read_encoder(path)
+    encoder, facts, _ = read_encoder(path)
     assert facts == {**FACTS, "transform": transform} and encoder.architecture == TINY
-    larger, facts = read_encoder(path, resolution=24)
+    larger, facts, _ = read_encoder(path, resolution=24)
     assert facts["transform"] == {"image_size": 24, "mean": [0.5, 0.5, 0.5]}
     assert larger.vit.pos_embed is not None and larger.vit.pos_embed.shape == (1, 1 + 36, 192)
     batch = images(2, 24)
@@ -337,12 +337,12 @@ def test_an_encoder_is_read_with_the_facts_of_its_header(tmp_path: Path) -> None
 
 def test_foreign_files(tmp_path: Path) -> None:
     torch.save({"model": timm_vit().state_dict()}, tmp_path / "a.pth")
-    _, facts = read_encoder(tmp_path / "a.pth", source="mae")
+    _, facts, _ = read_encoder(tmp_path / "a.pth", source="mae")
     assert facts == {"source": "mae"}
     torch.save(timm.create_model("test_vit3", num_classes=0).state_dict(), tmp_path / "b.pth")
     with pytest.raises(CheckpointError, match=r"pass --arch \(and --source\)$"):
         read_encoder(tmp_path / "b.pth")
-    encoder, _ = read_encoder(tmp_path / "b.pth", arch="test_vit3")
+    encoder, *_ = read_encoder(tmp_path / "b.pth", arch="test_vit3")
     assert encoder.architecture.from_timm
     with pytest.raises(ConfigError, match="--arch resnet18"):
         read_encoder(tmp_path / "b.pth", arch="resnet18")

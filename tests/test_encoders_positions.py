@@ -245,7 +245,7 @@ def test_gradients_pass_through() -> None:
 @pytest.mark.parametrize("to", ["timm", "onnx"])
 def test_exports_for_another_resolution_have_the_rules_positions(to: str, tmp_path: Path) -> None:
     torch.save(dino(LEARNED), tmp_path / "a.pth")
-    encoder, facts = read_encoder(tmp_path / "a.pth", resolution=28)
+    encoder, facts, _ = read_encoder(tmp_path / "a.pth", resolution=28)
     expected = reference(LEARNED["pos_embed"][:, 1:], 7, "dino")
     assert encoder.vit.pos_embed is not None
     torch.testing.assert_close(encoder.vit.pos_embed[:, 1:].detach(), expected, rtol=0, atol=1e-5)
@@ -257,7 +257,7 @@ def test_exports_for_another_resolution_have_the_rules_positions(to: str, tmp_pa
     else:
         pytest.importorskip("onnxruntime")
         assert export_onnx(encoder, tmp_path / "b.onnx", facts, [3]).difference < 1e-4
-    other, _ = read_encoder(tmp_path / "a.pth", ReadingConfig(interpolation="timm"), resolution=28)
+    other, _, _ = read_encoder(tmp_path / "a.pth", ReadingConfig(interpolation="timm"), resolution=28)
     assert other.vit.pos_embed is not None
     torch.testing.assert_close(
         other.vit.pos_embed[:, 1:].detach(), reference(LEARNED["pos_embed"][:, 1:], 7, "timm"), rtol=0, atol=1e-5

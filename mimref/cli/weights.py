@@ -74,8 +74,8 @@ class ExportOptions(Force, panel="Encoder"):
 def export(options: ExportOptions) -> None:
     """Write an encoder in another format, read it back and compare.
 
-    timm: for timm.create_model with checkpoint_path. release: the layout of the MIM-Refiner releases. onnx: a graph
-    whose outputs are the tokens of the chosen blocks.
+    timm: for timm.create_model with checkpoint_path; a fine-tuned encoder keeps its classifier. release: the layout of
+    the MIM-Refiner releases. onnx: a graph whose outputs are the tokens of the chosen blocks.
 
     Examples:
       mimref export runs/mae_l16 --to timm --out refined.pth
@@ -88,7 +88,9 @@ def export(options: ExportOptions) -> None:
 
     from mimref.config.base import ReadingConfig
     from mimref.config.load import validated
+    from mimref.encoders.classifier import classifier_of
     from mimref.encoders.export import ENDINGS, export_release, export_timm, read_encoder
+    from mimref.encoders.export_classifier import export_classifier
     from mimref.encoders.export_onnx import check_packages, export_onnx
     from mimref.features.encode import block_groups
     from mimref.files import check_new_file
@@ -107,8 +109,13 @@ def export(options: ExportOptions) -> None:
         if read is not None and to == "onnx":
             groups = checks.run("blocks", lambda: block_groups(options.blocks or "last", read[0].depth)) or {}
             blocks = [number for group in groups.values() for number in group]
-        encoder, facts = checks.finished(read)
-        if to == "timm":
+        encoder, facts, checkpoint = checks.finished(read)
+        found = classifier_of(checkpoint, encoder)
+        if found and to != "timm":
+            terminal.note(f"--to {to} leaves the classifier out; --to timm keeps it")
+        if to == "timm" and found:
+            done = export_classifier(*found, out, facts, force=force, listener=terminal)
+        elif to == "timm":
             done = export_timm(encoder, out, facts, force=force, listener=terminal)
         elif to == "release":
             done = export_release(encoder, out, facts, force=force, listener=terminal)

@@ -5,7 +5,7 @@ Shapes: B images, D width, C classes.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mimref.encoders.checkpoints import Checkpoint, encoder_from
+from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from
 from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import CheckpointError
 from mimref.files import write_bytes
@@ -68,8 +68,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.pool = encoder, pool
         self.final_norm = pool == "cls" and not isinstance(encoder.vit.norm, nn.Identity)
-        width = encoder.embed_dim
-        self.fc_norm: nn.Module = nn.Identity() if self.final_norm else nn.LayerNorm(width, eps=1e-6)
+        width, eps = encoder.embed_dim, encoder.architecture.norm_eps
+        self.fc_norm: nn.Module = nn.Identity() if self.final_norm else nn.LayerNorm(width, eps=eps)
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
@@ -133,19 +133,11 @@ def save_classifier(path: Path, classifier: Classifier, classes: Sequence[str], 
     write_bytes(path, save(found, metadata={"mimref": json.dumps(described), "format": "pt"}))
 
 
-def classifier_from(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Classifier, list[str]]:
-    """A file's classifier on the CPU, and the names of its classes.
-
-    architecture: of its encoder, whose image size may differ from the file's. Raises CheckpointError for a file without
-    a classifier.
-    """
+def classifier_of(checkpoint: Checkpoint, encoder: Encoder) -> tuple[Classifier, list[str]] | None:
+    """A file's classifier on top of its encoder, and the names of its classes; None if the file has none."""
     record = ClassifierRecord.of(checkpoint)
     if record is None:
-        raise CheckpointError(
-            f"{checkpoint.path}: holds an encoder without a classifier; fine-tune it first (mimref finetune)"
-        )
-    encoder = encoder_from(checkpoint, architecture)
-    assert isinstance(encoder, Encoder)
+        return None
     with torch.device("meta"):
         classifier = Classifier(encoder, len(record.classes), record.pool)
     wanted = classifier.head_state()
@@ -155,3 +147,18 @@ def classifier_from(checkpoint: Checkpoint, architecture: Architecture) -> tuple
     # The encoder's own tensors are there already.
     classifier.load_state_dict(given, strict=False, assign=True)
     return classifier.eval(), record.classes
+
+
+def read_classifier(checkpoint: Checkpoint, resolution: int | None = None) -> tuple[Classifier, list[str]]:
+    """A checkpoint's classifier on the CPU, for images of `resolution` pixels, and the names of its classes.
+
+    Raises CheckpointError for a file without a classifier, ConfigError for a resolution that patches do not divide.
+    """
+    architecture = choose_architecture(checkpoint, resolution=resolution)
+    if isinstance(architecture, Architecture):
+        encoder = encoder_from(checkpoint, replace(architecture, image_size=resolution or architecture.image_size))
+        if isinstance(encoder, Encoder) and (found := classifier_of(checkpoint, encoder)):
+            return found
+    raise CheckpointError(
+        f"{checkpoint.path}: holds an encoder without a classifier; fine-tune it first (mimref finetune)"
+    )

@@ -7,8 +7,9 @@ Shapes: B images, L tokens, D width, S pixels per side.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import native_size
-from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
-from mimref.encoders.vit import Architecture, Encoder, RatesOnCpu, build_encoder, timm_options
+from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint, save_encoder
+from mimref.encoders.vit import Architecture, Encoder, RatesOnCpu, build_encoder, norm_option, timm_options
 from mimref.errors import ConfigError, OutputError
 from mimref.files import atomic_path, check_new_file
 from mimref.progress import Listener, Silent
@@ -57,8 +58,8 @@ def read_encoder(
     source: str | None = None,
     resolution: int | None = None,
     listener: Listener | None = None,
-) -> tuple[Encoder, dict[str, Any]]:
-    """A checkpoint's encoder in fp32 on the CPU, and the facts about it that every export keeps.
+) -> tuple[Encoder, dict[str, Any], Checkpoint]:
+    """A checkpoint's encoder in fp32 on the CPU, the facts about it that every export keeps, and the checkpoint.
 
     reading, arch, source: as in `read_checkpoint` and `choose_architecture`. resolution: pixels per side to interpolate
     positions to. Raises CheckpointError for a file that is no plain vision transformer, ConfigError for values that do
@@ -78,29 +79,29 @@ def read_encoder(
     if isinstance(facts.get("transform"), dict):
         facts["transform"] = facts["transform"] | {"image_size": size}
     known = {"source": source or checkpoint.source, "licence": checkpoint.licence}
-    return encoder, facts | {key: value for key, value in known.items() if value}
+    return encoder, facts | {key: value for key, value in known.items() if value}, checkpoint
 
 
 def write_verified(
     out: Path,
-    encoder: Encoder,
+    outputs: Callable[[Iterable[str]], Mapping[str, Tensor]],
     write: Callable[[Path], None],
     read: Callable[[Path], Mapping[str, Tensor]],
     listener: Listener | None,
 ) -> float:
-    """Write `out` if the file reproduces the encoder's features. Returns their largest difference.
+    """Write `out` if the file reproduces the model's outputs on `comparison_images`. Returns their largest difference.
 
-    read: features of a file, as `named_features` names them. The file first gets its name in a folder beside `out`:
+    outputs: the model's own, by name. read: those of a file. The file first gets its name in a folder beside `out`:
     readers choose the format by the ending, and ONNX files hold the name of the file of weights beside them.
     """
-    (listener or Silent()).note(f"writing {out}, reading it again and comparing features")
+    (listener or Silent()).note(f"writing {out}, reading it again and comparing outputs")
     with (
         atomic_path(out) as temporary,
         TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as folder,
     ):
         file = Path(folder) / out.name
         write(file)
-        difference = _largest_difference(out, encoder, read(file))
+        difference = _largest_difference(out, outputs, read(file))
         if data_file(file).exists():
             with atomic_path(data_file(out)) as temporary_data:
                 os.replace(data_file(file), temporary_data)
@@ -137,20 +138,27 @@ def encoder_features(encoder: Encoder, blocks: Sequence[int]) -> dict[str, Tenso
     return named_features(tokens, blocks, normed)
 
 
-def _largest_difference(out: Path, encoder: Encoder, found: Mapping[str, Tensor]) -> float:
-    """Between a file's features and the encoder's. Raises OutputError for more than fp32 explains."""
-    wanted = encoder_features(encoder, [int(name.removeprefix("block_")) for name in found if name != "normed"])
+def features_by_name(encoder: Encoder, names: Iterable[str]) -> dict[str, Tensor]:
+    """The encoder's own features, by the names that `named_features` gives them."""
+    return encoder_features(encoder, [int(name.removeprefix("block_")) for name in names if name != "normed"])
+
+
+def _largest_difference(
+    out: Path, outputs: Callable[[Iterable[str]], Mapping[str, Tensor]], found: Mapping[str, Tensor]
+) -> float:
+    """Between a file's outputs and the model's. Raises OutputError for more than fp32 explains."""
+    wanted = outputs(found)
     largest = 0.0
-    for name, tokens_BLD in found.items():
-        if tokens_BLD.shape != wanted[name].shape:
-            shapes = f"{tuple(tokens_BLD.shape)} instead of {tuple(wanted[name].shape)}"
+    for name, read in found.items():
+        if read.shape != wanted[name].shape:
+            shapes = f"{tuple(read.shape)} instead of {tuple(wanted[name].shape)}"
             raise OutputError(f"--out {out}: not written: read again, {name} has shape {shapes}")
-        difference = float((tokens_BLD - wanted[name]).abs().max())
+        difference = float((read - wanted[name]).abs().max())
         magnitude = float(wanted[name].abs().max())
         if not difference <= _TOLERANCE * magnitude:  # NaN fails too
             raise OutputError(
-                f"--out {out}: not written: read again, {name} differs by {difference:.2g} from the encoder's "
-                f"features of up to {magnitude:.2g}"
+                f"--out {out}: not written: read again, {name} differs by {difference:.2g} from the original's "
+                f"values of up to {magnitude:.2g}"
             )
         largest = max(largest, difference)
     return largest
@@ -176,7 +184,7 @@ def export_timm(
         raise ConfigError(
             f"--to timm: {architecture.name} lacks the norm that timm's models have after the last block; use --to onnx"
         )
-    name = _timm_name(encoder)
+    name = timm_name(encoder)
 
     def write(file: Path) -> None:
         if out.suffix == ".safetensors":
@@ -186,11 +194,13 @@ def export_timm(
         if facts:
             (listener or Silent()).note(f"{out.suffix} cannot store {', '.join(facts)}; .safetensors can")
 
-    difference = write_verified(out, encoder, write, lambda file: _read_by_timm(file, encoder, name), listener)
-    return Export(out, difference, _reading_line(out, architecture, name), name)
+    difference = write_verified(
+        out, partial(features_by_name, encoder), write, lambda file: _read_by_timm(file, encoder, name), listener
+    )
+    return Export(out, difference, reading_line(out, architecture, name), name)
 
 
-def _timm_name(encoder: Encoder) -> str | None:
+def timm_name(encoder: Encoder) -> str | None:
     """The timm model with the same tensors and attention heads, preferably one made for the encoder's image size."""
     architecture, size = encoder.architecture, encoder.architecture.image_size
     if architecture.from_timm:
@@ -221,8 +231,8 @@ def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, T
         timm.models.load_checkpoint(vit, str(file))
     else:
         size = encoder.architecture.image_size
-        channels = encoder.architecture.channels
-        vit = timm.create_model(name, checkpoint_path=str(file), num_classes=0, img_size=size, in_chans=channels)
+        options = {"img_size": size, "in_chans": encoder.architecture.channels, **norm_option(encoder.architecture)}
+        vit = timm.create_model(name, checkpoint_path=str(file), num_classes=0, **options)
     assert isinstance(vit, VisionTransformer)
     with torch.inference_mode():
         found: Any = vit.eval().forward_intermediates(
@@ -232,16 +242,21 @@ def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, T
         return named_features(tokens, range(1, len(tokens) + 1), vit.norm(tokens[-1]))
 
 
-def _reading_line(out: Path, architecture: Architecture, name: str | None) -> str:
+def reading_line(out: Path, architecture: Architecture, name: str | None, more: Mapping[str, Any] | None = None) -> str:
+    """A line of Python by which timm reads the file. more: options of the model that replace others."""
+    eps = f"functools.partial(torch.nn.LayerNorm, eps={architecture.norm_eps})"
+    norm = f", norm_layer={eps}" if norm_option(architecture) else ""
     if name is None:
-        options = ", ".join(f"{key}={value!r}" for key, value in timm_options(architecture).items())
+        chosen = timm_options(architecture) | dict(more or {})
+        options = ", ".join(f"{key}={value!r}" for key, value in chosen.items())
         swiglu = ", mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU" if architecture.swiglu else ""
-        model = f"timm.models.VisionTransformer({options}{swiglu})"
+        model = f"timm.models.VisionTransformer({options}{swiglu}{norm})"
         return f"model = {model}; timm.models.load_checkpoint(model, {str(out)!r})"
     size = architecture.image_size
     resized = "" if native_size(name) == size else f", img_size={size}"
     resized += "" if architecture.channels == 3 else f", in_chans={architecture.channels}"
-    return f"timm.create_model({name!r}, checkpoint_path={str(out)!r}, num_classes=0{resized})"
+    options = "".join(f", {key}={value!r}" for key, value in ({"num_classes": 0} | dict(more or {})).items())
+    return f"timm.create_model({name!r}, checkpoint_path={str(out)!r}{options}{resized}{norm})"
 
 
 def export_release(
@@ -265,7 +280,11 @@ def export_release(
     }
     content = {"state_dict": state, "ctor_kwargs": sizes, "mimref": dict(facts)}
     difference = write_verified(
-        out, encoder, lambda file: torch.save(content, file), lambda file: _read_release(file, encoder), listener
+        out,
+        partial(features_by_name, encoder),
+        lambda file: torch.save(content, file),
+        lambda file: _read_release(file, encoder),
+        listener,
     )
     return Export(out, difference, f"torch.load({str(out)!r})['state_dict']")
 

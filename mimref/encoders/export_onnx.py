@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mimref.encoders.export import ENDINGS, Export, comparison_images, data_file, write_verified
+from mimref.encoders.export import ENDINGS, Export, comparison_images, data_file, features_by_name, write_verified
 from mimref.encoders.vit import Encoder, check_blocks
 from mimref.errors import ConfigError
 from mimref.files import check_new_file
@@ -65,7 +66,9 @@ def export_onnx(
             program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
         program.save(file, external_data=external)
 
-    difference = write_verified(out, encoder, write, lambda file: _read_onnx(file, encoder), listener)
+    difference = write_verified(
+        out, partial(features_by_name, encoder), write, lambda file: _read_onnx(file, encoder), listener
+    )
     return Export(out, difference, f"onnxruntime.InferenceSession({str(out)!r})")
 
 

@@ -21,6 +21,8 @@ def find_in_folder(folder: Path) -> Path:
     for name in (_OWN, *_SAVED):
         if (folder / name).is_file():
             return folder / name
+    if splits := sorted(folder.glob("split[0-9]*.safetensors")):
+        raise CheckpointError(f"{folder}: holds one encoder per split; pass one of its files, such as {splits[0]}")
     if any((folder / name).exists() for name in ("state", "metrics.jsonl", "config.toml")):
         raise CheckpointError(f"{folder}: the folder holds no {_OWN}; finish its run with --resume")
     found = sorted(each.name for each in folder.iterdir() if each.name.endswith(_ENDINGS) and each.is_file())

@@ -196,6 +196,9 @@ class EncoderInputs:
         depth = architecture.depth
         columns = columns_of(range(1, depth + 1), "cls+mean", final_norm=False, depth=depth)
         columns += columns_of([depth], "cls+mean", final_norm=True, depth=depth)
+        # DINOv2's probe norms the last four blocks.
+        first_token = "cls" if self.has_cls_token else "mean"
+        columns += [Column(block, first_token, True) for block in range(max(1, depth - 3), depth)]
         needed = images * len(columns) * architecture.width * (4 if cache.dtype == "fp32" else 2)
         return columns if needed <= cache.keep_gb * 1e9 else []
 
@@ -248,14 +251,18 @@ def prepare_groups(groups: Groups, inputs: Inputs, splits: Sequence[Split] = ("t
 
 
 def give_distinct_names(opened: Sequence[EncoderInputs], checkpoints: Sequence[str]) -> None:
-    """Name models by their full paths where several share a name. Raises ConfigError for duplicates."""
-    names = [inputs.name for inputs in opened]
-    for inputs, checkpoint in zip(opened, checkpoints, strict=True):
-        if names.count(inputs.name) > 1:
-            inputs.name = checkpoint
+    """Name models as `distinct_names` does."""
+    for inputs, name in zip(opened, distinct_names(checkpoints), strict=True):
+        inputs.name = name
+
+
+def distinct_names(checkpoints: Sequence[str]) -> list[str]:
+    """Names of models: full paths where several share a name. Raises ConfigError for duplicates."""
     duplicates = [checkpoint for checkpoint in checkpoints if checkpoints.count(checkpoint) > 1]
     if duplicates:
         raise ConfigError(f"{duplicates[0]} is named twice; name each encoder once")
+    names = list(map(model_name, checkpoints))
+    return [checkpoint if names.count(name) > 1 else name for name, checkpoint in zip(names, checkpoints, strict=True)]
 
 
 def model_name(checkpoint: str) -> str:

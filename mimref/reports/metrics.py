@@ -17,6 +17,11 @@ LABELS = {
     "cluster_ari": "k-means ARI",
     "silhouette": "silhouette",
     "davies_bouldin": "Davies-Bouldin",
+    "clean_top1": "clean top-1",
+    "robust_top1": "top-1",
+    "robust_mean_top1": "mean top-1 of {corruptions} corruptions",
+    "robust_mce": "mCE of {corruptions} corruptions",
+    "robust_drop": "relative drop, {corruptions} corruptions",
     "block_knn_top1": "k-NN top-1 of block {block}",
     "head_knn_top1": "k-NN top-1",
     "head_nn_accuracy": "neighbours of the same class",
@@ -26,6 +31,8 @@ LABELS = {
     "block_effective_rank": "effective rank of block {block}",
     "block_reconstruction": "reconstruction loss of block {block}",
     "block_reconstruction_delta": "reconstruction gained by block {block}",
+    "suite_average": "average",
+    "suite_rank": "average rank",
     "segment_miou": "mean IoU",
     "segment_micro_iou": "micro IoU",
     "segment_accuracy": "pixel accuracy",
@@ -35,7 +42,8 @@ LABELS = {
     "block_segment_accuracy": "pixel accuracy of block {block}",
 }
 UNDEFINED = "undefined: the features do not vary, or classes have the same mean"
-LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction"}
+_SMALL = {"davies_bouldin", "block_reconstruction"}
+LOWER_IS_BETTER = _SMALL | {"suite_rank", "robust_mce", "robust_drop"}
 # Neither percentages nor of a known size.
 STATISTICS = {
     *("feature_variance", "effective_rank", "block_mean", "block_variance", "block_effective_rank"),
@@ -77,7 +85,7 @@ def sign(row: Row) -> int:
 
 def decimals(row: Row) -> int:
     """Digits that a table shows after the point."""
-    return 3 if row["metric"] in LOWER_IS_BETTER else 1
+    return 3 if row["metric"] in _SMALL else 1
 
 
 def shown_value(row: Row) -> float:

@@ -25,7 +25,11 @@ from mimref.errors import Checks
 ROOT = Path(__file__).parents[2]
 WORK = (
     "mimref.cli.evaluation.run_on_ranks",
+    "mimref.cli.suite.run_on_ranks",
     "mimref.cli.training.run_on_ranks",
+    "mimref.cli.transfer.run_on_ranks",
+    "mimref.cli.robustness.run_on_ranks",
+    "mimref.cli.segment.run_on_ranks",
     "mimref.refinement.plan.make_plan",
     "mimref.evaluation.interpolate.interpolate",
     "mimref.encoders.export.read_encoder",

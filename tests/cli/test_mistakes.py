@@ -30,6 +30,10 @@ from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.run import pretrain
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
+from mimref.transfer.finetune.config import FinetuneConfig, PredictConfig
+from mimref.transfer.robustness.config import RobustnessConfig
+from mimref.transfer.segment.config import SegmentConfig
+from mimref.transfer.suite.config import SuiteConfig
 from tests.tiny import pretrain_config, write_labelled
 
 MODELS: dict[str, type[CommandConfig]] = {
@@ -37,6 +41,7 @@ MODELS: dict[str, type[CommandConfig]] = {
     for model in (
         *(RefineConfig, PretrainConfig, KnnConfig, LowshotConfig, ClusterConfig, ProbeConfig),
         *(BlocksConfig, CompareConfig, ExtractConfig, InterpolateConfig),
+        *(FinetuneConfig, PredictConfig, SuiteConfig, RobustnessConfig, SegmentConfig),
     )
 }
 """By the name of their command."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -26,6 +26,7 @@ from mimref.draws import Operation, seeded
 from mimref.transfer.finetune.config import AugmentConfig
 
 # timm does not annotate them.
+_POSTERIZE: Any = posterize
 _RANDOM_ERASING: Any = RandomErasing
 _CUTMIX_BOX: Any = cutmix_bbox_and_lam
 
@@ -43,7 +44,11 @@ class RandAugment:
     @cached_property
     def _change(self) -> Any:
         fill = tuple(min(255, round(255 * channel)) for channel in self.mean)
-        return rand_augment_transform(self.text, {"img_mean": fill, "interpolation": Image.Resampling.BICUBIC})
+        found: Any = rand_augment_transform(self.text, {"img_mean": fill, "interpolation": Image.Resampling.BICUBIC})
+        for operation in found.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+        return found
 
     def __call__(self, crop: Tensor, epoch: int, sample: int) -> Tensor:
         """A crop (3, S, S) uint8 of this sample in this epoch, changed."""
@@ -51,6 +56,12 @@ class RandAugment:
         with seeded(self.seed, epoch, Operation.RAND_AUGMENT, sample):
             changed = self._change(image)
         return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's operation for any number of bits: at the largest magnitude it keeps none, which newer Pillow refuses."""
+    kept: Image.Image = _POSTERIZE(image, bits, **options) if bits else Image.new(image.mode, image.size)
+    return kept
 
 
 class Erasing:

@@ -1,7 +1,6 @@
 """`mimref predict`: the most probable class of every image, as a table."""
 
 import csv
-from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -9,9 +8,8 @@ from pathlib import Path
 from mimref.data.decode import first_bad, none_readable, printable
 from mimref.devices import resolve_device, resolve_precision
 from mimref.distributed.group import end_group
-from mimref.encoders.checkpoints import Checkpoint, choose_architecture, read_checkpoint
-from mimref.encoders.classifier import Classifier, classifier_from
-from mimref.encoders.vit import Architecture
+from mimref.encoders.checkpoints import read_checkpoint
+from mimref.encoders.classifier import read_classifier
 from mimref.errors import Checks
 from mimref.features.encode import PassSettings
 from mimref.features.header import eval_transform, resolve_data
@@ -70,13 +68,3 @@ def predict(
         listener.warn(f"{len(bad)} unreadable images are not in the table: {first_bad(bad)}")
     write_bytes(out, table.getvalue().encode())
     return count
-
-
-def read_classifier(checkpoint: Checkpoint, resolution: int | None = None) -> tuple[Classifier, list[str]]:
-    """A checkpoint's classifier and the names of its classes, for images of `resolution` pixels.
-
-    Raises CheckpointError for a file without a classifier, ConfigError for a resolution that patches do not divide.
-    """
-    architecture = choose_architecture(checkpoint, resolution=resolution)
-    assert isinstance(architecture, Architecture)
-    return classifier_from(checkpoint, replace(architecture, image_size=resolution or architecture.image_size))

@@ -1,0 +1,89 @@
+"""Export of a fine-tuned encoder with its classifier to timm."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from mimref.encoders.classifier import Classifier
+from mimref.encoders.export import (
+    ENDINGS,
+    Export,
+    comparison_images,
+    plain_state,
+    reading_line,
+    timm_name,
+    write_verified,
+)
+from mimref.encoders.vit import norm_option, timm_options
+from mimref.errors import ConfigError
+from mimref.files import check_new_file, write_bytes
+from mimref.progress import Listener
+
+
+def export_classifier(
+    classifier: Classifier,
+    classes: Sequence[str],
+    out: Path,
+    facts: Mapping[str, Any],
+    *,
+    force: bool = False,
+    listener: Listener | None = None,
+) -> Export:
+    """Write what `timm.create_model(name, checkpoint_path=out, num_classes=C)` loads, and compare its logits.
+
+    As `export_timm`; facts and the names of the classes are metadata of a .safetensors file. Raises ConfigError for an
+    encoder of which timm has no classifier.
+    """
+    check_new_file(out, ENDINGS["timm"], force)
+    encoder = classifier.encoder
+    architecture = encoder.architecture
+    name = timm_name(encoder)
+    if architecture.post_norm or architecture.swiglu or (name is None and architecture.from_timm):
+        raise ConfigError(f"--to timm: timm has no classifier with the blocks of {architecture.name}")
+    options: dict[str, Any] = {"num_classes": classifier.num_classes}
+    if classifier.pool == "mean":
+        options["global_pool"] = "avg"
+    state = _state(classifier)
+
+    def write(file: Path) -> None:
+        if out.suffix == ".safetensors":
+            metadata = {"mimref": json.dumps({**facts, "classes": list(classes)}), "format": "pt"}
+            write_bytes(file, save(state, metadata=metadata))
+        else:
+            torch.save(state, file)
+
+    def read(file: Path) -> dict[str, Tensor]:
+        size, channels = architecture.image_size, architecture.channels
+        if name is not None:
+            path = str(file)
+            given = options | norm_option(architecture)
+            model = timm.create_model(name, checkpoint_path=path, img_size=size, in_chans=channels, **given)
+        else:
+            model = timm.models.VisionTransformer(**timm_options(architecture) | options | norm_option(architecture))
+            timm.models.load_checkpoint(model, str(file))
+        with torch.inference_mode():
+            return {"logits": model.eval()(comparison_images(encoder))}
+
+    def outputs(_: object) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            return {"logits": classifier.eval()(comparison_images(encoder))}
+
+    difference = write_verified(out, outputs, write, read, listener)
+    return Export(out, difference, reading_line(out, architecture, name, options), name)
+
+
+def _state(classifier: Classifier) -> dict[str, Tensor]:
+    """The tensors of timm's model: its norm is `norm` before a CLS token is chosen, `fc_norm` after a mean."""
+    encoder, head = classifier.encoder, {name: x.float().clone() for name, x in classifier.head_state().items()}
+    body = plain_state(encoder)
+    if not classifier.final_norm:
+        body = {name: tensor for name, tensor in body.items() if not name.startswith(("norm.", "fc_norm."))}
+    if classifier.pool == "cls" and encoder.has_cls_token:
+        head = {name.replace("fc_norm.", "norm."): tensor for name, tensor in head.items()}
+    return body | head
