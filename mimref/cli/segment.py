@@ -54,6 +54,9 @@ def segment(options: SegmentOptions) -> None:
     """
     from mimref.transfer.segment.config import SegmentConfig
 
+    if options.epochs is not None and options.updates is None:
+        # Presets and dinov2 give a number of updates, which would win.
+        options.sets = ["training.updates=none", *(options.sets or ())]
     config = options.load(SegmentConfig, options.preset or (None if options.checkpoint else "quickstart"))
     if options.resume and options.out and options.checks.passed and print_finished(options.out, config.command):
         return

@@ -134,6 +134,24 @@ def test_one_line_per_mistake(
     assert all(word in last for word in words), last
 
 
+def test_epochs_replace_updates(folder: Path, pairs: Path, tmp_path: Path) -> None:
+    short = [each for each in line(folder, pairs) if each not in ("--updates", "6")]
+    for protocol in ("paper", "dinov2"):
+        out = tmp_path / protocol
+        more = ["--protocol", protocol, "--resolution", "16", "--epochs", "2", "--batch-size", "5", "--out", str(out)]
+        assert run([*short, *more]) == 0
+        # Two batches of 5 in an epoch of 12 images.
+        assert {row["updates"] for row in rows_of(out)} == {"4"}
+
+
+def test_one_process_alone(
+    folder: Path, pairs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mimref.transfer.segment.run.world_size", lambda: 2)
+    assert run(line(folder, pairs)) == 2
+    assert "torchrun" in capsys.readouterr().err
+
+
 def test_images_without_masks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(line(folder, folder / "data")) == 2
     assert "images/ and masks/" in capsys.readouterr().err
