@@ -146,6 +146,9 @@ def test_which_blocks() -> None:
         assert head_inputs(own, 24, True) == [HeadInput((24,))] and own.final_norm
     every = load_config(SegmentConfig, overrides={"blocks": "all"})
     assert head_inputs(every, 3, True) == [HeadInput((block,)) for block in (1, 2, 3)]
+    raw = load_config(SegmentConfig, overrides={"blocks": "0,all"})
+    assert head_inputs(raw, 2, True) == [HeadInput((block,)) for block in (0, 1, 2)]
+    assert head_inputs(load_config(SegmentConfig, overrides={"blocks": "0"}), 2, True) == [HeadInput((0,))]
     with pytest.raises(ConfigError, match="last4"):
         head_inputs(load_config(SegmentConfig, overrides={"blocks": "last4"}), 24, True)
 
@@ -159,6 +162,21 @@ def test_inputs_of_heads() -> None:
             parts = [of_block[2][image, 1 + patch], of_block[2][image, 0]]
             parts += [of_block[4][image, 1 + patch], of_block[4][image, 0]]
             assert torch.equal(found[image, patch], torch.cat(parts))
+
+
+def test_raw_pixels() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 16, 16)
+    encoder = build_encoder(ARCHITECTURE).eval()
+    reading = PassSettings(EvalTransform(16, 1.0), torch.device("cpu"))
+    tokens = PatchTokens(encoder, [HeadInput((0,)), HeadInput((3,))], reading, final_norm=False)
+    raw, third = tokens(images)
+    assert tokens.widths == [raw.shape[2], third.shape[2]] == [3 * 24 * 24, 32]
+    assert torch.equal(third, encoder.blocks(images, [3])[0][:, 1:])
+    padded = F.pad(images, [8] * 4)
+    for patch in range(4):
+        row, column = 8 * (patch // 2), 8 * (patch % 2)
+        assert torch.equal(raw[:, patch], padded[:, :, row : row + 24, column : column + 24].flatten(1))
 
 
 # --- a job

@@ -13,7 +13,7 @@ class SegmentEncoder(Images, panel="Encoder"):
     arch: Text = ARCH
     source: Text = SOURCE
     encoder: Text = PART
-    blocks: Text = option("Score blocks one by one instead.", "all|1,5,12", "blocks")
+    blocks: Text = option("Score blocks one by one instead; 0 is raw pixels.", "all|1,5,12|0,all", "blocks")
     resolution: Text = option("Of crops and windows; default: the protocol's.", "PIXELS", "resolution")
 
 

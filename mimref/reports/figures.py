@@ -59,7 +59,7 @@ def plot_blocks(path: Path, rows: Sequence[Row], *, heads: Mapping[str, Sequence
     compared = [model for model in models if _curve(rows, model, "block_reconstruction_delta")[0]]
     columns = max(1, min(4, len(models), int(BLOCKS_WIDTH / _name_inches(models))))  # of the legend
     figure, axes = _panels(len(curves) + len(compared), legend_lines=-(-len(models) // columns))
-    last = max(int(row["block"]) for row in rows)
+    first, last = (choose(int(row["block"]) for row in rows) for choose in (min, max))
     for ax, metric in zip(axes, curves, strict=False):
         for number, model in enumerate(models):
             _draw_curve(ax, *_curve(rows, model, metric), number, heads.get(model, ()), metric)
@@ -68,7 +68,7 @@ def plot_blocks(path: Path, rows: Sequence[Row], *, heads: Mapping[str, Sequence
         _draw_deltas(ax, {metric: _curve(rows, model, metric) for metric in DELTAS})
         ax.set_title(_text(model), fontsize=9, color=INK, loc="left")
     for ax in axes:
-        _block_axis(ax, last)
+        _block_axis(ax, min(first, 1), last)
     entries = [(model, *_curve_style(number)) for number, model in enumerate(models)]
     _legend(figure, entries, "-", {"loc": "outside lower center", "ncols": columns})
     if any(heads.values()):
@@ -296,10 +296,11 @@ def _panels(count: int, *, legend_lines: int) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplot_mosaic(lines).values())
 
 
-def _block_axis(ax: Axes, last: int) -> None:
+def _block_axis(ax: Axes, first: int, last: int) -> None:
+    """first: 1, or 0 where that stands for raw pixels."""
     step = next((step for step in (1, 2, 4, 5, 10) if last <= 12 * step), 20)
-    ax.set_xticks(range(step, last + 1, step))
-    ax.set_xlim(0.4, last + 0.6)
+    ax.set_xticks(range(first * step, last + 1, step))
+    ax.set_xlim(first - 0.6, last + 0.6)
     ax.margins(y=0.14)
     ax.set_xlabel("block", fontsize=9, color=INK)
     ax.yaxis.label.set(fontsize=9, color=INK)

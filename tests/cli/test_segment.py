@@ -61,12 +61,12 @@ def test_paper(folder: Path, pairs: Path, tmp_path: Path, capsys: pytest.Capture
 def test_every_block(
     protocol: str, folder: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--protocol", protocol, "--resolution", "16", "--blocks", "all", "--out", str(tmp_path / "out")]
+    more = ["--protocol", protocol, "--resolution", "16", "--blocks", "0,all", "--out", str(tmp_path / "out")]
     assert run(line(folder, pairs, *more)) == 0
     assert "mIoU" in capsys.readouterr().out
     rows = rows_of(tmp_path / "out")
     curve = {row["block"]: row["value"] for row in rows if row["metric"] == "block_segment_miou"}
-    assert list(curve) == list("1234") and (tmp_path / "out/blocks.png").exists()
+    assert list(curve) == list("01234") and (tmp_path / "out/blocks.png").exists()
     # A block alone gives the same.
     assert run(line(folder, pairs, *more[:5], "3", "--out", str(tmp_path / "third"))) == 0
     (own,) = (row["value"] for row in rows_of(tmp_path / "third") if row["metric"] == "block_segment_miou")

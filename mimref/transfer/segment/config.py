@@ -107,7 +107,8 @@ class SegmentConfig(CommandConfig):
     """paper: 18 linear heads on four blocks. dinov2: one linear head on the last block, at 512 pixels with sliding
     windows. knn: patches vote, without training."""
     blocks: str | None = None
-    """`all`, or blocks such as `1,5,12`: each by itself. None: those of the protocol together."""
+    """`all`, or blocks such as `1,5,12`: each by itself. A first block 0, as in `0,all`, is a baseline of raw pixels:
+    those of each patch and the eight around it. None: the protocol's blocks together."""
     final_norm: bool = False
     """Apply the encoder's final norm to the last block's output. dinov2 and knn: true."""
     resolution: int | None = Field(default=None, gt=0)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mimref.devices import autocast
 from mimref.encoders.vit import Encoder
@@ -11,6 +12,9 @@ from mimref.errors import ConfigError
 from mimref.features.encode import PassSettings, block_groups
 from mimref.transfer.segment.config import SegmentConfig
 from mimref.transfer.segment.heads import HeadInput
+
+PIXELS_BLOCK = 0
+"""Of raw pixels, as a baseline: those of a patch and of the eight around it."""
 
 
 class PatchTokens:
@@ -25,28 +29,47 @@ class PatchTokens:
     @property
     def widths(self) -> list[int]:
         """Of the inputs."""
-        of_pool = {"patch": 1, "patch+cls": 2}
-        return [self.encoder.embed_dim * len(each.blocks) * of_pool[each.pool] for each in self.inputs]
+        of_pool, pixels = {"patch": 1, "patch+cls": 2}, 3 * (3 * self.encoder.patch_size) ** 2
+        return [
+            of_pool[each.pool] * sum(self.encoder.embed_dim if block else pixels for block in each.blocks)
+            for each in self.inputs
+        ]
 
     @torch.no_grad()
     def __call__(self, images_B3SS: Tensor) -> list[Tensor]:
         """(B, N, D) float32 of every input; images: normalised, on the device."""
-        with autocast(self.reading.device, self.reading.precision):
-            found = self.encoder.blocks(images_B3SS, self.blocks, final_norm=self.final_norm)
-        of_block = {block: tokens.float() for block, tokens in zip(self.blocks, found, strict=True)}
+        of_block: dict[int, Tensor] = {}
+        if encoded := [block for block in self.blocks if block != PIXELS_BLOCK]:
+            with autocast(self.reading.device, self.reading.precision):
+                found = self.encoder.blocks(images_B3SS, encoded, final_norm=self.final_norm)
+            of_block = {block: tokens.float() for block, tokens in zip(encoded, found, strict=True)}
+        if PIXELS_BLOCK in self.blocks:
+            pixels_BND = neighbourhoods(images_B3SS, self.encoder.patch_size)
+            # In place of the prefix tokens, which are dropped.
+            of_block[PIXELS_BLOCK] = F.pad(pixels_BND, (0, 0, self.encoder.num_prefix_tokens, 0))
         return [each.tokens(of_block, self.encoder.num_prefix_tokens) for each in self.inputs]
+
+
+def neighbourhoods(images_B3SS: Tensor, patch_size: int) -> Tensor:
+    """(B, N, D) pixels of every patch and of the eight around it; zero beyond the edges."""
+    side = 3 * patch_size
+    return F.unfold(F.pad(images_B3SS, [patch_size] * 4), side, stride=patch_size).transpose(1, 2)
 
 
 def head_inputs(config: SegmentConfig, depth: int, has_cls_token: bool) -> list[HeadInput]:
     """What the heads read, or whose neighbours are searched. Raises ConfigError for blocks that do not exist.
 
-    Named blocks are read one by one, patch tokens alone.
+    Named blocks are read one by one, patch tokens alone; block 0 is raw pixels.
     """
     if config.blocks in ("last", "last4"):
         raise ConfigError(f"--blocks {config.blocks}: expected all, or blocks such as 1,5,12")
     if config.blocks is not None:
-        groups = block_groups(config.blocks, depth)
-        return [HeadInput(tuple(blocks)) for blocks in groups.values()]
+        first, _, others = config.blocks.partition(",")
+        raw = [HeadInput((PIXELS_BLOCK,))] if first.strip() == str(PIXELS_BLOCK) else []
+        if raw and not others:
+            return raw
+        groups = block_groups(others if raw else config.blocks, depth)
+        return [*raw, *(HeadInput(tuple(blocks)) for blocks in groups.values())]
     if config.protocol != "paper":
         return [HeadInput((depth,))]
     blocks = paper_blocks(depth)
