@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimref.data.decode import none_readable
 from mimref.data.labels import Indices
 from mimref.data.sources import ImageSource
 from mimref.distributed.collectives import gather_lists, total_over_ranks
@@ -71,7 +72,10 @@ def accuracy(
     settings: PassSettings,
     progress: Progress | None = None,
 ) -> Scores:
-    """Accuracy on labelled images; the ranks share them, and all get the result. labels: (N,) numbers of classes."""
+    """Accuracy on labelled images; the ranks share them, and all get the result. labels: (N,) numbers of classes.
+
+    Raises DataError if none of the images can be read.
+    """
     ranks, hits, images, bad = world_size(), np.zeros(2, dtype=np.int64), 0, list[tuple[str, str]]()
     for batch in classify(classifier, source, settings, own_rank() * settings.batch_size, ranks):
         truth_B1 = torch.from_numpy(labels[batch.indices])[:, None]
@@ -82,6 +86,8 @@ def accuracy(
         bad += batch.bad
         if progress is not None:
             progress(batch.end, len(source))
-    images = total_over_ranks(images)
+    images, bad = total_over_ranks(images), gather_lists(bad)
+    if not images:
+        raise none_readable(source.name, bad)
     top1, top5 = (100.0 * total_over_ranks(int(count)) / images for count in hits)
-    return Scores(top1, top5 if classifier.num_classes > 5 else None, images, gather_lists(bad))
+    return Scores(top1, top5 if classifier.num_classes > 5 else None, images, bad)
