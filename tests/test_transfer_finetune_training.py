@@ -10,19 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
+from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from mimref.config.run import EncoderConfig, ViewsConfig
 from mimref.data.loader import ViewBatch
+from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from mimref.draws import Operation, seeded, uniform
 from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, DataError
 from mimref.progress import Silent
 from mimref.training.ema import WeightAverage
 from mimref.training.run import TrainingRun
-from mimref.transfer.finetune.augment import RandomErasing
 from mimref.transfer.finetune.plan import make_plan
 from mimref.transfer.finetune.training import FineTuning
 from tests.steps import DoublePhotometric
@@ -217,15 +218,14 @@ def plain_logits(job: FineTuning, weights: dict[str, Tensor], images: Tensor, sa
 def plain_loss(job: FineTuning, weights: dict[str, Tensor], batch: ViewBatch) -> Tensor:
     """Flip, normalise, erase, mix, classify, and the cross-entropy with soft targets."""
     seed, epoch, augment = job.config.seed, batch.epoch, job.config.augment
-    mean, std = (
-        torch.tensor(values).double().view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
+    # Normalised in single precision.
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     flips = uniform(seed, epoch, Operation.FLIP, batch.sample_B, torch.zeros_like(batch.sample_B))[:, 0]
     erase: Any = RandomErasing(augment.erase, mode="pixel", device="cpu")
     images = []
     for crop, sample, flip in zip(batch.crops[0][:, 0], batch.sample_B.tolist(), flips, strict=True):
-        image = (crop.flip(-1) if flip < augment.flip else crop).double() / 255
-        image = (image - mean) / std
+        image = (crop.flip(-1) if flip < augment.flip else crop).float() / 255
+        image = ((image - mean) / std).double()
         with seeded(seed, epoch, Operation.ERASE, sample) as number:
             torch.manual_seed(number)
             erase(image)
@@ -275,7 +275,7 @@ def test_updates_in_a_plain_loop(images: int, data: Path, tmp_path: Path) -> Non
         loss.backward()
         job.update(batch)
         job.step += 1
-        assert float(job.values()["loss"]) == pytest.approx(float(loss), rel=1e-6)  # type: ignore[arg-type]
+        assert float(job.values()["loss"]) == pytest.approx(loss.item(), rel=1e-6)  # type: ignore[arg-type]
         for key, weight in weights.items():
             (lr, decay), gradient, (first, second) = rates[-1][key], leaves[key].grad, moments[key]
             assert gradient is not None
