@@ -10,12 +10,14 @@ __version__ = "0.1.0"
 
 # Public name to its module.
 _PUBLIC = {
+    "FinetuneConfig": "mimref.transfer.finetune.config",
     "KnnConfig": "mimref.evaluation.knn.config",
     "PretrainConfig": "mimref.pretraining.config",
     "RefineConfig": "mimref.refinement.config",
     "analyze_blocks": "mimref.evaluation.blocks.statistics",
     "cluster": "mimref.evaluation.cluster.protocol",
     "extract": "mimref.api",
+    "finetune": "mimref.transfer.finetune.run",
     "knn": "mimref.evaluation.knn.protocol",
     "load": "mimref.api",
     "load_config": "mimref.config.load",

@@ -155,6 +155,7 @@ def test_fingerprint_follows_labels_and_files(file: Path) -> None:
         ([("a.png", "x"), (None, "y")], "path,label", "row 2 has no path"),
         ([("a.png", "x"), ("", "y")], "path,label", "row 2 has no path"),
         ([("https://x.org/a.png",)], "path", "row 1 is an address, not a file; download"),
+        ([("file:///tmp/a.png",)], "path", "row 1 has a path that starts with file://"),
         ([("a.png", 0.5)], "path,label", "neither class names nor whole numbers|holds double; labels are class names"),
         ([("a.png", "x", "val")], "path,label,split", "no row has split train"),
     ],

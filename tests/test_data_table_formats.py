@@ -7,9 +7,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
 from mimref.errors import DataError
-from tests.list_tables import labelled, opened, touch
+from tests.list_tables import labelled, touch
+from tests.sources import decode_image, opened
 
 LINES = "path,label,split\na.png,café,train\nb.png,dog,train\nc.png,café,val\n"
 WANTED = [("a.png", "café"), ("b.png", "dog")]
@@ -118,3 +121,20 @@ def test_types_of_parquet_columns(tmp_path: Path, kind: str) -> None:
             columns = {name: column.dictionary_encode() for name, column in columns.items()}
         pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     assert labelled(opened(f"list:{tmp_path / 't.parquet'}")) == [("a.png", "x"), ("b.png", "y")]
+
+
+@pytest.mark.parametrize("kind", ["binary", "struct"])
+def test_images_in_place_of_paths(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    images = [content if kind == "binary" else {"bytes": content, "path": "a.png"}] * 2
+    pq.write_table(pa.table({"image": images, "label": ["x", "y"]}), tmp_path / "t.parquet")
+    for chosen in (None, "image"):
+        with pytest.raises(DataError, match=r"holds images in column 'image', .*hf:FOLDER"):
+            opened(f"list:{tmp_path / 't.parquet'}", image=chosen)
+    # The advice works.
+    (tmp_path / "own").mkdir()
+    (tmp_path / "t.parquet").rename(tmp_path / "own" / "train.parquet")
+    source = opened(f"hf:{tmp_path / 'own'}")
+    assert source.labels is not None and source.labels.tolist() == [0, 1]
+    assert torch.equal(source.read(1), decode_image(str(tmp_path / "a.png")))

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mimref.data.loader import crop_batches, view_batches
 from mimref.data.sources import Subset
-from mimref.data.traits import FLAT, NARROW, READ, TRANSPARENT, TURNED, WIDE, notices
+from mimref.data.traits import FLAT, NARROW, READ, SEVERAL, TRANSPARENT, TURNED, WIDE, notices
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup
 from tests.sources import opened
@@ -71,3 +72,34 @@ def test_images_in_memory_are_never_peculiar() -> None:
     source = opened("digits", "val")
     list(crop_batches(source, EvalTransform(4), batch_size=100))
     assert source.peculiarities() == []
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "tif", "webp"])
+def test_only_the_first_of_several_frames_is_used_and_told(ending: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frames = [Image.fromarray(rng.integers(0, 256, (9, 8), dtype=np.uint8)).convert("P") for _ in range(3)]
+    options = {} if ending in ("gif", "tif") else {"lossless": True}
+    frames = frames if ending in ("gif", "tif") else [each.convert("RGB") for each in frames]
+    frames[0].save(tmp_path / f"one.{ending}", **options)
+    frames[0].save(tmp_path / f"three.{ending}", save_all=True, append_images=frames[1:], **options)
+    source = opened(tmp_path)
+    one, three = (source.read_reduced(index, None) for index in range(2))
+    expected = torch.from_numpy(np.array(frames[0].convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(one.image, expected) and torch.equal(three.image, expected)
+    assert (one.traits, three.traits) == (0, SEVERAL)
+    list(crop_batches(source, EvalTransform(4), batch_size=2))
+    (line,) = source.peculiarities()
+    assert line.startswith("1 of 2 images have several frames or pages") and line.endswith(f"three.{ending}")
+    # What is wrong with later frames is no reason to lose the first.
+    content = (tmp_path / f"three.{ending}").read_bytes()
+    if ending == "gif":
+        cut = content.index(b"\x21\xf9", content.index(b"\x21\xf9") + 1)
+        (tmp_path / f"three.{ending}").write_bytes(content[: cut + 12])
+        assert torch.equal(source.read(1), expected)
+
+
+def test_layers_and_previews_are_no_frames(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)) for _ in range(2)]
+    images[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=images[1:])
+    assert opened(tmp_path).read_reduced(0, None).traits == 0

@@ -87,7 +87,7 @@ def test_timm_creates_a_model_with_the_file(tmp_path: Path, ending: str) -> None
 def test_names_of_timm(architecture: Architecture, name: str | None) -> None:
     with torch.device("meta"):
         encoder = build_encoder(architecture)
-    assert export._timm_name(encoder) == name
+    assert export.timm_name(encoder) == name
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_foreign_files(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_vit3", num_classes=0).state_dict(), tmp_path / "b.pth")
     with pytest.raises(CheckpointError, match=r"pass --arch \(and --source\)$"):
         read_encoder(tmp_path / "b.pth")
-    encoder, _ = read_encoder(tmp_path / "b.pth", arch="test_vit3")
+    encoder, *_ = read_encoder(tmp_path / "b.pth", arch="test_vit3")
     assert encoder.architecture.from_timm
     with pytest.raises(ConfigError, match="--arch resnet18"):
         read_encoder(tmp_path / "b.pth", arch="resnet18")

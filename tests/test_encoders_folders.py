@@ -1,30 +1,34 @@
 """Folders of `save_pretrained`, shards and their index."""
 
+import functools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 from mimref.api import load
 from mimref.config.base import ReadingConfig
 from mimref.data.transforms import IMAGENET_MEAN
-from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
+from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
+from mimref.encoders.export import export_release, export_timm
 from mimref.encoders.vit import Architecture, Encoder
-from mimref.errors import CheckpointError
+from mimref.errors import CheckpointError, UserError
 from tests.checkpoints import IMAGE, State, timm_vit, tokens
 
 transformers = pytest.importorskip("transformers")
 
 
-def vit_of(heads: int = 4) -> Any:
+def vit_of(heads: int = 4, eps: float = 1e-6) -> Any:
     torch.manual_seed(0)
     config = transformers.ViTConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=256, image_size=IMAGE,
-        patch_size=4, layer_norm_eps=1e-6,
+        patch_size=4, layer_norm_eps=eps,
     )  # fmt: skip
     model = transformers.ViTModel(config).eval()
     for parameter in model.parameters():
@@ -75,6 +79,55 @@ def test_folders_of_the_library(tmp_path: Path) -> None:
         (notice,) = read_checkpoint(path).notices(choose_architecture(read_checkpoint(path)))
         assert "4 attention heads are taken from config.json" in notice
     assert choose_architecture(read_checkpoint(tmp_path / "one", ReadingConfig(num_heads=2))).num_heads == 2  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_the_epsilon_of_every_norm(tmp_path: Path) -> None:
+    model = vit_of(1, eps=0.125)
+    model.save_pretrained(tmp_path / "hf")
+    assert_reads(tmp_path / "hf", model)
+    checkpoint = read_checkpoint(tmp_path / "hf")
+    architecture = tiny_of(tmp_path / "hf")
+    assert any("LayerNorm's epsilon of 0.125" in notice for notice in checkpoint.notices(architecture))
+    encoder = encoder_from(checkpoint, architecture)
+    assert isinstance(encoder, Encoder)
+    # It stays in files of ours, and in those for others.
+    save_encoder(tmp_path / "ours.safetensors", encoder, {})
+    assert_reads(tmp_path / "ours.safetensors", model)
+    line = export_timm(encoder, tmp_path / "timm.pth", {}).read_with
+    assert "norm_layer=functools.partial(torch.nn.LayerNorm, eps=0.125)" in line
+    _, _, call = line.partition("model = ")
+    vit = eval(call.partition(";")[0], {"timm": timm, "functools": functools, "torch": torch})
+    timm.models.load_checkpoint(vit, str(tmp_path / "timm.pth"))
+    images = torch.randn(2, 3, IMAGE, IMAGE)
+    expected = model(images).last_hidden_state
+    torch.testing.assert_close(vit.eval().forward_features(images), expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError):
+        export_release(encoder, tmp_path / "release.th", {})
+
+
+def test_the_epsilon_of_timms_models(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=IMAGE,
+        layer_norm_eps=1e-12,
+    )  # fmt: skip
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
+    for arch in (None, "vit_tiny_patch16_224"):
+        found = encoder_from(checkpoint, choose_architecture(checkpoint, arch, resolution=IMAGE))
+        assert {each.eps for each in found.modules() if isinstance(each, torch.nn.LayerNorm)} == {1e-12}
+        assert isinstance(found, Encoder)
+        export = export_timm(found, tmp_path / f"{arch}.pth", {})
+        assert export.timm_name and export.read_with.endswith("eps=1e-12))")
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0, 1, "1e-12", None, -1.0, math.nan])
+def test_epsilons_that_are_usual_or_none(eps: object, tmp_path: Path) -> None:
+    vit_of(1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": eps}))
+    assert tiny_of(tmp_path).norm_eps == 1e-6 and "norm_eps" not in tiny_of(tmp_path).to_dict()
+    assert not any("LayerNorm" in notice for notice in read_checkpoint(tmp_path).notices(tiny_of(tmp_path)))
 
 
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])

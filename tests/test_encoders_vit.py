@@ -62,6 +62,9 @@ def test_every_block_equals_timms_own(name: str) -> None:
     normed = encoder.blocks(images, [encoder.depth, 1], final_norm=True)
     torch.testing.assert_close(normed[0], timm_tokens(model, images, norm=True)[-1], rtol=1e-5, atol=1e-5)
     assert torch.equal(normed[1], tokens[0])
+    every = encoder.blocks(images, range(1, encoder.depth + 1), final_norm=[True] * encoder.depth)
+    for own, other in zip(every, timm_tokens(model, images, norm=True), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

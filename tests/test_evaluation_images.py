@@ -14,9 +14,15 @@ from PIL import Image
 from mimref.api import extract, load
 from mimref.cli import run
 from mimref.config.base import DataConfig
+from mimref.data.open import open_source
+from mimref.data.sources import ImageSource, Split
+from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
+from mimref.encoders.vit import Encoder
 from mimref.errors import CheckpointError, DataError, UserErrors
 from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.cluster.protocol import evaluate_cluster
+from mimref.evaluation.config import InterpolateConfig
+from mimref.evaluation.interpolate import interpolate
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
 from mimref.evaluation.lowshot.config import LowshotConfig
@@ -24,13 +30,15 @@ from mimref.evaluation.lowshot.protocol import evaluate_lowshot, lowshot
 from mimref.evaluation.metrics import name_classes
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
 from mimref.evaluation.probe.protocol import evaluate_probe
+from mimref.features import opening
 from mimref.features.config import CacheConfig
 from mimref.features.header import data_record, resolve_data
 from mimref.pretraining.run import pretrain
+from mimref.refinement.plan import make_plan
 from mimref.reports.figures import plot_embedding
 from mimref.results import EvaluationResult, frame
 from tests.test_evaluation_run import Recorder
-from tests.tiny import pretrain_config, write_images
+from tests.tiny import pretrain_config, refine_config, write_images
 
 CLASSES = "abcd"
 
@@ -133,6 +141,31 @@ def test_cached_features_depend_on_settings_that_are_not_the_default(tmp_path: P
     entries = [json.loads(path.read_text())["spec"] for path in (tmp_path / "cache").glob("*/entry.json")]
     assert sorted(str(entry.get("decoding")) for entry in entries) == ["None"] * 2 + ["{'alpha': 'white'}"] * 2
     assert told == [2, 2, 0, 0]  # a notice belongs to cached features too
+
+
+def test_what_headers_record_is_known_before_images_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write(tmp_path / "float", lambda gray: Image.fromarray(gray.astype(np.float32) / 255 - 0.5), "tif")
+    checkpoint = read_checkpoint("quickstart")
+    encoder = encoder_from(checkpoint, choose_architecture(checkpoint))
+    assert isinstance(encoder, Encoder)
+    weights = str(tmp_path / "a.safetensors")
+    save_encoder(tmp_path / "a.safetensors", encoder, {**checkpoint.header, "data": {"range": "image"}})
+    splits: list[str] = []
+
+    def counting(data: DataConfig, split: Split, **options: Any) -> ImageSource:
+        splits.append(split)
+        return open_source(data, split, **options)
+
+    monkeypatch.setattr(opening, "open_source", counting)
+    common: dict[str, Any] = {"data": data, "device": "cpu", "workers": 0}
+    config = KnnConfig(checkpoint=weights, k=[1], cache=CacheConfig(folder="off"), **common)
+    assert evaluate_knn(config).rows[0]["value"] == 100
+    ends = InterpolateConfig(base=weights, refined=weights, alpha=[0.0, 1.0], **common)
+    assert [row["value"] for row in interpolate(ends, tmp_path / "out").rows] == [100, 100]
+    assert splits == ["train", "val"] * 2
+    plan = make_plan(refine_config(Path(weights), Path(str(data.spec)), batch_size=4, heads__queue_size=8))
+    assert plan.source.decoding.range == "image"
+    assert splits == ["train", "val"] * 2 + ["train"]
 
 
 def test_headers_record_how_images_were_decoded() -> None:

@@ -17,7 +17,7 @@ from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
 from mimref.evaluation.probe.config import ProbeTrainingConfig
-from mimref.evaluation.probe.ensemble import ProbeEnsemble
+from mimref.evaluation.probe.ensemble import Norm, ProbeEnsemble
 from mimref.evaluation.probe.grid import ProbeInput
 from mimref.features.encode import Column, Features, PassSettings, extract
 from mimref.progress import Progress
@@ -28,6 +28,7 @@ from tests.tiny import ARCHITECTURE
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 SETTINGS = PassSettings(TRANSFORM, CPU)
+NORMS: tuple[Norm, ...] = ("none", "batch")
 
 
 class Broken(ArraySource):
@@ -62,8 +63,9 @@ def encoder() -> Encoder:
 
 
 def features(encoder: Encoder, images: ArraySource) -> Features:
-    parts = probe_inputs(encoder.depth, encoder.has_cls_token)
-    return extract(encoder, images, SETTINGS, [column for part in parts.values() for column in part])
+    grids = [probe_inputs(encoder.depth, encoder.has_cls_token, norm=norm) for norm in NORMS]
+    columns = [column for grid in grids for part in grid.values() for column in part]
+    return extract(encoder, images, SETTINGS, list(dict.fromkeys(columns)))
 
 
 def probed(encoder: Encoder, train: ArraySource | None = None, **changes: Any) -> list[Row]:
@@ -87,7 +89,7 @@ def probe(
         encoder,
         train or source("train", 40),
         test or features(encoder, source("val", 20)),
-        probe_inputs(encoder.depth, encoder.has_cls_token),
+        probe_inputs(encoder.depth, encoder.has_cls_token, norm=settings.get("norm", "none")),
         ProbeTrainingConfig(**{"lr": [0.1, 1.0], "epochs": 2, "batch_size": 10} | settings),
         seed,
         replace(SETTINGS, workers=workers, max_bad=max_bad),
@@ -129,19 +131,39 @@ def test_inputs() -> None:
         ("last4", "cls+mean"),
     ]
     assert four[ProbeInput("last", "cls+mean")] == [Column(12, "cls", True), Column(12, "mean", True)]
-    assert four[ProbeInput("last4", "cls")] == [Column(block, "cls", block == 12) for block in (9, 10, 11, 12)]
-    assert four[ProbeInput("last4", "cls+mean")][:3] == [Column(9, "cls"), Column(9, "mean"), Column(10, "cls")]
+    # DINOv2: all four normed, and the mean of the last one.
+    cls = [Column(block, "cls", True) for block in (9, 10, 11, 12)]
+    assert four[ProbeInput("last4", "cls")] == cls
+    assert four[ProbeInput("last4", "cls+mean")] == [*cls, Column(12, "mean", True)]
+    release = probe_inputs(12, True, norm="batch")
+    assert list(release) == list(four)
+    assert all(release[key] == four[key] for key in four if key.blocks == "last")
+    assert release[ProbeInput("last4", "cls")] == [Column(block, "cls") for block in (9, 10, 11, 12)]
+    both = [Column(block, pool) for block in (9, 10, 11, 12) for pool in ("cls", "mean")]
+    assert release[ProbeInput("last4", "cls+mean")] == both
     assert [tuple(key) for key in probe_inputs(3, True)] == [("last", "cls"), ("last", "cls+mean")]
     assert [tuple(key) for key in probe_inputs(12, False)] == [("last", "mean"), ("last4", "mean")]
-    raw = probe_inputs(12, True, final_norm=False)
-    assert not any(column.final_norm for part in raw.values() for column in part)
+    for norm in NORMS:
+        raw = probe_inputs(12, True, norm=norm, final_norm=False)
+        assert not any(column.final_norm for part in raw.values() for column in part)
+    staged = probe_inputs(12, True, norm_any_block=False)
+    assert staged[ProbeInput("last4", "cls")] == [Column(block, "cls", block == 12) for block in (9, 10, 11, 12)]
 
 
-def test_one_pass_per_batch_feeds_all_inputs(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_inputs() -> None:
+    assert [tuple(key) for key in probe_inputs(12, True, blocks="last4")] == [("last4", "cls"), ("last4", "cls+mean")]
+    assert [tuple(key) for key in probe_inputs(2, True, blocks="last")] == [("last", "cls"), ("last", "cls+mean")]
+    with pytest.raises(ConfigError, match=r"probe\.blocks 'last4': there are only 3 blocks; use probe\.blocks='last'"):
+        probe_inputs(3, True, blocks="last4")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_pass_per_batch_feeds_all_inputs(norm: Norm, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.nn.init.normal_(encoder.vit.norm.weight)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     test = features(encoder, source("val", 20))
     seen = Seen(encoder, monkeypatch)
-    rows = probed(encoder, test=test)
+    rows = probed(encoder, test=test, norm=norm)
     # Two epochs of four batches, all four inputs, in evaluation and inference mode.
     assert len(seen.images) == len(seen.inputs) == 8 and set(seen.modes) == {(False, True)}
     assert not encoder.training and all(parameter.grad is None for parameter in encoder.parameters())
@@ -149,13 +171,19 @@ def test_one_pass_per_batch_feeds_all_inputs(encoder: Encoder, monkeypatch: pyte
     assert all(torch.equal(before[key], after[key]) for key in before)
     for images, (last_cls, last_both, four_cls, four_both) in zip(seen.images[:8], seen.inputs, strict=True):
         with torch.no_grad():
-            tokens = Encoder.blocks(encoder, images, [1, 2, 3, 4], final_norm=True)
-        cls, mean = [block[:, 0] for block in tokens], [block[:, 1:].mean(1) for block in tokens]
-        expected = [cls[3], torch.cat([cls[3], mean[3]], 1), torch.cat(cls, 1)]
-        expected.append(torch.cat([part for pair in zip(cls, mean, strict=True) for part in pair], 1))
+            tokens = Encoder.blocks(encoder, images, [1, 2, 3, 4])
+            normed = [encoder.vit.norm(block) for block in tokens]
+        cls, mean = [block[:, 0] for block in normed], [block[:, 1:].mean(1) for block in normed]
+        last = [cls[3], torch.cat([cls[3], mean[3]], 1)]
+        if norm == "none":
+            expected = [*last, torch.cat(cls, 1), torch.cat([*cls, mean[3]], 1)]
+        else:
+            cls, mean = [block[:, 0] for block in tokens], [block[:, 1:].mean(1) for block in tokens]
+            pairs = [part for pair in zip(cls, mean, strict=True) for part in pair]
+            expected = [*last, torch.cat(cls, 1), torch.cat(pairs, 1)]
         for ours, theirs in zip((last_cls, last_both, four_cls, four_both), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert rows[0].items() >= {"select": "test", "protocol": "augmented", "norm": "none", "epochs": 2}.items()
+    assert rows[0].items() >= {"select": "test", "protocol": "augmented", "norm": norm, "epochs": 2}.items()
     assert [row["classifier"] for row in rows[1:]] == list(range(1, 9)) and len(rows) == 9
 
 

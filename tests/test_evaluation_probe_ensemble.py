@@ -21,7 +21,7 @@ def cosine(update: int, total: int, lr: float, norm: Norm) -> float:
     """The learning rate, as the definitions have it."""
     if norm == "none":
         return lr * (1 + math.cos(math.pi * update / total)) / 2
-    warmup = round(total / 10)
+    warmup = int(0.1 * total)
     if update < warmup:
         return lr * (update + 1) / (warmup + 1)
     return 1e-6 + (lr - 1e-6) * (1 + math.cos(math.pi * (update - warmup) / (total - warmup))) / 2
@@ -77,6 +77,9 @@ def test_schedules() -> None:
     rates = [0.3 * scale + offset for scale, offset in (schedule(update, 50, "batch") for update in range(51))]
     assert rates[:6] == pytest.approx([0.3 * share / 6 for share in range(1, 7)])
     assert rates[5] == max(rates) and rates[50] == pytest.approx(1e-6)
+    # The length of the warm-up is cut: 5 of 58 updates, where rounding would give 6.
+    rates = [sum(schedule(update, 58, "batch")) for update in range(58)]
+    assert rates[:6] == pytest.approx([*(share / 6 for share in range(1, 6)), 1.0])
 
 
 def test_weights_start_as_dinov2_has_them() -> None:

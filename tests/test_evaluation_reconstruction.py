@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimref.config.base import DataConfig
 from mimref.config.run import DecoderConfig
 from mimref.data.open import open_source
 from mimref.data.sources import ArraySource, ImageSource
 from mimref.data.transforms import EvalTransform
+from mimref.data.views import Photometric
 from mimref.draws import Operation, uniform
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
-from mimref.encoders.masking import draw_mask, normalize_patches, patchify
+from mimref.encoders.masking import MAEDecoder, draw_mask, normalize_patches, patchify
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.blocks.config import ReconstructionConfig
-from mimref.evaluation.blocks.reconstruction import DecodersJob, Reconstruction, reconstruct_blocks
+from mimref.evaluation.blocks.reconstruction import DecodersJob, Reconstruction, few_updates, reconstruct_blocks
 from mimref.features.encode import PassSettings
 from mimref.progress import Silent
 from mimref.results import Row
@@ -173,12 +174,99 @@ def test_reported_loss_equals_a_plain_loop() -> None:
         assert mask.visible_BK[0].tolist() == ranked[:4]
         target = normalize_patches(patchify(image, 4))[0]
         with torch.no_grad():
-            tokens = encoder.blocks(image, [1, 2, 3], final_norm=True, visible_BK=mask.visible_BK)
+            tokens = encoder.blocks(image, [1, 2, 3], visible_BK=mask.visible_BK)
             for number, decoder in enumerate(found.decoders):
                 pixels = decoder(tokens[number], mask.restore_BN)[0]
                 total[number] += sum(float(((pixels[patch] - target[patch]) ** 2).mean()) for patch in ranked[4:])
         count += 12
     assert list(losses(found.rows).values()) == pytest.approx([value / count for value in total], rel=1e-5)
+
+
+def plain_decoder(decoder: MAEDecoder, tokens_LD: Tensor, restore_N: Tensor) -> Tensor:
+    """Pixels (N, C) of one image: LayerNorm and embedding row by row, then timm's blocks."""
+    rows = []
+    for token in tokens_LD:
+        centred = token - token.mean()
+        norm = decoder.input_norm
+        assert isinstance(norm, nn.LayerNorm)
+        rows.append(decoder.embed(norm.weight * centred / (centred.square().mean() + 1e-5).sqrt() + norm.bias))
+    shown, mask = rows[decoder.num_prefix :], decoder.mask_token[0, 0]
+    places = [shown[place] if place < len(shown) else mask for place in restore_N.tolist()]
+    tokens = torch.stack(rows[: decoder.num_prefix] + places)[None] + decoder.positions
+    pixels: Tensor = decoder.predict(decoder.norm(decoder.blocks(tokens)))[0, decoder.num_prefix :]
+    return pixels
+
+
+@pytest.mark.parametrize("micro_batch", [100, 3])
+def test_losses_and_gradients_equal_a_plain_loop(micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of decoders that each have a LayerNorm of their own on the raw output of their block, the last one's too."""
+    encoder = build().double().eval()
+    for parameter in encoder.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    settings = SETTINGS.model_copy(update={"micro_batch": micro_batch})
+    job = DecodersJob(encoder, READING, settings, [1, 3], 0, len(TRAIN))
+    torch.manual_seed(1)
+    for decoder in job.decoders:
+        decoder.double()
+        for parameter in decoder.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    batch = next(iter(job.batches(TRAIN)))
+    photometric = Photometric(job.views, 0, CPU, mean=TRANSFORM.mean, std=TRANSFORM.std)
+    monkeypatch.setattr(job, "photometric", lambda *args: [view.double() for view in photometric(*args)])
+    found = job.forward_backward(batch, len(batch.sample_B))
+    expected = torch.zeros(2, dtype=torch.float64)
+    views = photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0].double()
+    gradients = []
+    for number, block in enumerate((1, 3)):
+        total = torch.zeros((), dtype=torch.float64)
+        for image, sample in zip(views, batch.sample_B.tolist(), strict=True):
+            noise = uniform(0, batch.epoch, Operation.MASK, torch.tensor([sample]), 0, count=16)
+            mask = draw_mask(noise, 4)
+            with torch.no_grad():
+                tokens = encoder.embed(image[None], mask.visible_BK)
+                for layer in encoder.vit.blocks[:block]:
+                    tokens = layer(tokens)
+            pixels = plain_decoder(job.decoders[number], tokens[0], mask.restore_BN[0])
+            target = normalize_patches(patchify(image[None], 4))[0]
+            hidden = [patch for patch in range(16) if patch not in mask.visible_BK[0].tolist()]
+            total = total + torch.stack([(pixels[patch] - target[patch]).square().mean() for patch in hidden]).mean()
+        expected[number] = (loss := total / len(views)).detach()
+        gradients.append(torch.autograd.grad(loss, list(job.decoders[number].parameters())))
+    torch.testing.assert_close(job.seen.double(), expected, rtol=1e-6, atol=0)
+    assert float(found) == pytest.approx(float(expected.sum()), rel=1e-6)
+    for decoder, own in zip(job.decoders, gradients, strict=True):
+        assert {name.split(".")[0] for name, _ in decoder.named_parameters()} >= {"input_norm", "embed"}
+        scale = torch.stack([gradient.norm() for gradient in own]).norm()
+        for parameter, gradient in zip(decoder.parameters(), own, strict=True):
+            assert parameter.grad is not None
+            assert float((parameter.grad - gradient).norm()) < 1e-6 * float(scale)
+
+
+def test_larger_tokens_give_the_same_loss(reference: Reconstruction) -> None:
+    """A block whose output is the one before, ten times as large, loses and adds nothing."""
+    encoder = build()
+
+    def enlarge(module: object, args: tuple[Tensor], output: Tensor) -> Tensor:
+        return 10 * args[0]
+
+    encoder.vit.blocks[2].register_forward_hook(enlarge)
+    found = losses(run(encoder).rows)
+    assert found[3] == pytest.approx(found[2], rel=1e-3) and found[2] == pytest.approx(losses(reference.rows)[2])
+
+
+def test_micro_batches_change_nothing_but_rounding(reference: Reconstruction) -> None:
+    small = run(build(), settings=SETTINGS.model_copy(update={"micro_batch": 3}))
+    assert list(losses(small.rows).values()) == pytest.approx(list(losses(reference.rows).values()), rel=1e-3)
+
+
+def test_advice_for_few_updates() -> None:
+    """The paper's batch is MAE's (Appendix C.2), at the rate of 1.5e-4 for 256 images."""
+    paper = ReconstructionConfig()
+    assert (paper.batch_size, paper.lr, paper.epochs, paper.warmup_epochs) == (4096, 1.5e-4, 20, 5)
+    assert few_updates(paper, 1_281_167) is None and few_updates(paper, 10 * 4096) is None
+    advice = few_updates(paper, 1437)
+    assert advice is not None and "20 updates in 20 epochs" in advice and "reconstruction.batch_size is 4096" in advice
+    assert "71 or less" in advice
 
 
 def test_training_lowers_the_loss() -> None:

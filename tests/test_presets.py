@@ -18,12 +18,14 @@ from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads, head_blocks
+from mimref.transfer.finetune.config import FinetuneConfig
 
 MODELS: dict[str, type[CommandConfig]] = {
     "refine": RefineConfig,
     "pretrain": PretrainConfig,
     "probe": ProbeConfig,
     "analyze-blocks": BlocksConfig,
+    "finetune": FinetuneConfig,
 }
 
 
@@ -104,6 +106,67 @@ TABLE_10: dict[str, dict[str, Any]] = {
 }
 
 
+# The release's fine-tunings, transcribed: epochs, batch, base learning rate, weight decay, layer decay, drop path,
+# frozen blocks, augmentation, shots.
+FINE_TUNINGS: dict[str, tuple[Any, ...]] = {
+    "imagenet_b16": (100, 1024, 5e-4, 0.05, 0.65, 0.1, 0, "full", None),
+    "imagenet_l16": (50, 1024, 1e-3, 0.05, 0.75, 0.2, 0, "full", None),
+    "imagenet_h14": (50, 1024, 1e-3, 0.05, 0.75, 0.3, 0, "full", None),
+    "inat18_l16": (50, 1024, 1e-3, 0.05, 0.75, 0.2, 0, "full", None),
+    "inat18_h14": (50, 1024, 1e-3, 0.05, 0.75, 0.3, 0, "full", None),
+    "inat18_5shot": (50, 256, 1e-3, 0.05, 0.75, 0.0, 0, "min256", 5),
+    "inat18_10shot": (50, 256, 1e-3, 0.05, 0.75, 0.0, 0, "min256", 10),
+    "imagenet_1shot": (50, 250, 1e-4, 0.05, 0.75, 0.0, 0, "min", 1),
+    "imagenet_2shot": (50, 250, 1e-4, 0.05, 0.75, 0.0, 0, "min", 2),
+    "imagenet_5shot": (50, 250, 1e-4, 0.05, 0.75, 0.0, 0, "min", 5),
+    "imagenet_1shot_d2v2_h14": (50, 125, 1e-4, 0.05, 0.75, 0.0, 0, "min", 1),
+    "imagenet_1shot_mae_2b14": (50, 125, 1e-4, 0.05, 0.75, 0.0, 6, "min", 1),
+    "imagenet_1shot_ibot22k_l16": (50, 250, 1e-3, 0.05, 0.75, 0.0, 0, "min", 1),
+    "imagenet_1pct": (50, 512, 3e-5, 0.05, 0.75, 0.0, 0, "min", None),
+    "imagenet_1pct_h14": (50, 512, 3e-5, 0.4, 0.75, 0.0, 0, "min", None),
+    "imagenet_1pct_2b14": (50, 512, 3e-5, 0.4, 0.75, 0.0, 0, "min", None),
+    "imagenet_1pct_d2v2_l16": (50, 512, 1e-3, 0.05, 0.75, 0.0, 0, "min", None),
+    "imagenet_1pct_d2v2_h14": (50, 128, 1e-3, 0.05, 0.75, 0.0, 0, "min", None),
+    "imagenet_10pct": (50, 512, 3e-5, 0.05, 0.75, 0.0, 0, "rand", None),
+    "imagenet_10pct_h14": (50, 256, 1e-3, 0.05, 0.75, 0.2, 0, "full", None),
+    "imagenet_10pct_2b14": (50, 256, 1e-3, 0.05, 0.75, 0.2, 6, "full", None),
+    "imagenet_10pct_d2v2_l16": (50, 512, 1e-3, 0.05, 0.75, 0.1, 0, "full", None),
+    "imagenet_10pct_d2v2_h14": (50, 256, 1e-3, 0.05, 0.75, 0.2, 0, "full", None),
+    "vtab1k": (50, 64, 2e-3, 0.05, 0.75, 0.0, 0, "none", None),
+}
+RAND = "rand-m9-mstd0.5-inc1"
+# resize, crop, flip, RandAugment, erasing, mixup, CutMix, label smoothing.
+AUGMENTATIONS: dict[str, tuple[Any, ...]] = {
+    "none": (None, (1.0, 1.0), 0.0, None, 0.0, 0.0, 0.0, 0.0),
+    "min": (None, (0.08, 1.0), 0.5, None, 0.0, 0.0, 0.0, 0.1),
+    "min256": (256, (0.08, 1.0), 0.5, None, 0.0, 0.0, 0.0, 0.1),
+    "rand": (None, (0.08, 1.0), 0.5, RAND, 0.0, 0.0, 0.0, 0.1),
+    "full": (None, (0.08, 1.0), 0.5, RAND, 0.25, 0.8, 1.0, 0.1),
+}
+
+
+def test_every_fine_tuning_is_transcribed() -> None:
+    assert {f"finetune/{name}" for name in (*FINE_TUNINGS, "quickstart", "fashion_mnist")} == set(
+        preset_names("finetune")
+    )
+
+
+@pytest.mark.parametrize("name", FINE_TUNINGS)
+def test_fine_tunings_equal_the_release(name: str) -> None:
+    config = load(f"finetune/{name}")
+    assert isinstance(config, FinetuneConfig)
+    each, augment = config.finetune, config.augment
+    decays = (each.weight_decay, each.layer_decay, each.drop_path)
+    expected = FINE_TUNINGS[name]
+    found = (each.epochs, config.batch_size, each.lr, *decays, each.freeze_blocks, expected[-2], config.shots)
+    assert found == expected and each.warmup_epochs == 5 and each.pool == "cls" and each.train_positions
+    drawn = (augment.resize, augment.crop_scale, augment.flip, augment.rand_augment, augment.erase)
+    assert (*drawn, augment.mixup, augment.cutmix, augment.smoothing) == AUGMENTATIONS[expected[-2]]
+    assert config.optimizer.betas == (0.9, 0.999) and config.optimizer.end_lr == 0 and config.splits == 3
+    # Some classes of iNat18 have two images; the release's splits then have both.
+    assert config.all_if_fewer == (name.startswith("inat18") and config.shots is not None)
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_presets_equal_table_10(name: str) -> None:
     expected = TABLE_10_SAME | {key: values[name] for key, values in TABLE_10.items()}
@@ -150,8 +213,16 @@ CHANGES: list[tuple[str, str, dict[str, Any]]] = [
         "d_freeze12": {"encoder_stage.freeze_blocks": 12},
         "e_swap_negatives": {"loss.swap_negatives": True},
         "f_no_multicrop": {"views.local_views": 0, "views.global_scale": (0.08, 1.0)},
-        "f_no_color_blur": {"views.color": False, "views.blur": False},
+        "f_no_color_blur": {
+            "views.color": False,
+            "views.blur": False,
+            "encoder_stage.epochs": 10,
+            "encoder_stage.warmup_epochs": 4,
+        },
     }.items()),
+    # Table 6b, whose default row is D2V2_H itself.
+    ("refine/ablation/b_h14_blocks_22_32_every_2", D2V2_H, {"heads.blocks": "22,24,26,28,30,32"}),
+    ("refine/ablation/b_h14_blocks_16_32_every_2", D2V2_H, {"heads.blocks": "16,18,20,22,24,26,28,30,32"}),
     ("pretrain/mae_b16", "pretrain/mae_l16", {"encoder.arch": "vit_b16"}),
 ]  # fmt: skip
 
@@ -293,3 +364,9 @@ def test_the_probe_presets_are_the_published_protocols() -> None:
     assert isinstance(dinov2, ProbeConfig) and isinstance(release, ProbeConfig)
     assert dinov2.probe == ProbeTrainingConfig(batch_size=1024) and tuple(dinov2.probe.lr) == LEARNING_RATES
     assert release.probe == ProbeTrainingConfig(batch_size=1024, norm="batch")
+    # Appendix C.8; the values are the released code's.
+    reduced = load("probe/release_reduced")
+    assert isinstance(reduced, ProbeConfig)
+    assert reduced.probe == ProbeTrainingConfig(
+        lr=[0.001, 0.002, 0.005, 0.01], blocks="last4", batch_size=256, norm="batch"
+    )

@@ -32,6 +32,7 @@ from tests.tiny import (
     signal_at,
     tensors,
     write_labelled,
+    write_unlabelled,
     write_weights,
 )
 
@@ -102,6 +103,37 @@ def test_config_toml_reproduces_the_run_from_anywhere(
     monkeypatch.chdir(tmp_path / "elsewhere")
     refine(load_config(RefineConfig, str(tmp_path / "a" / "config.toml")), tmp_path / "b")
     assert_same_run(tmp_path / "b", whole)
+
+
+def test_heads_are_scored_every_epoch_as_they_are_ranked_at_the_end(weights: Path, data: Path, tmp_path: Path) -> None:
+    changes = {"stage": "heads", "heads__blocks": "4,3,4", "heads__temperature": [0.1, 0.2, 0.3]}
+    plain, checked = (
+        refine_config(weights, data, **changes, heads_stage__epochs=3, heads_stage__knn_every_epochs=every)
+        for every in (0, 2)
+    )
+    watcher = Watcher()
+    result, expected = refine(checked, tmp_path / "a", listener=watcher), refine(plain, tmp_path / "b").rows
+    # Scoring leaves the training alone.
+    assert result.rows == expected
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    scored = [line for line in lines if "head_knn_top1" in line]
+    assert [(line["step"], line["epoch"], line["stage"]) for line in scored] == [(8, 2, "heads"), (12, 3, "heads")]
+    ranked = {row["head"]: row["value"] for row in result.rows if row["metric"] == "head_knn_top1"}
+    assert scored[-1]["head_knn_top1"] == [ranked[head] for head in (1, 2, 3)]
+    shown = [note for note in watcher.notes if "of heads 1 to 3" in note]
+    assert len(shown) == 2 and shown[0].startswith("epoch 2: ") and shown[1].startswith("epoch 3: ")
+    assert shown[1].endswith(", ".join(f"{score:.4g}" for score in scored[-1]["head_knn_top1"]))
+    interrupted(checked, tmp_path / "c", [signal_at(7), signal_at(8), signal_at(9)])
+    assert (tmp_path / "c" / "metrics.jsonl").read_text() == (tmp_path / "a" / "metrics.jsonl").read_text()
+
+
+def test_without_labels_no_head_is_scored(weights: Path, tmp_path: Path) -> None:
+    images = write_unlabelled(tmp_path / "images")
+    watcher = Watcher()
+    config = refine_config(weights, images, stage="heads", heads_stage__knn_every_epochs=1)
+    refine(config, tmp_path / "out", listener=watcher)
+    assert sum("no k-NN of the heads" in note for note in watcher.notes) == 1
+    assert "head_knn_top1" not in (tmp_path / "out" / "metrics.jsonl").read_text()
 
 
 # --- interruption

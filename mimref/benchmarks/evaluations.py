@@ -20,7 +20,7 @@ from mimref.results import Row
 
 SWEEP = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200)
 ONE_K = 10
-# Widths of a probe's inputs, in widths of the encoder: last and last4, with CLS alone and with the mean of patches.
+# Widths of a probe's inputs, in widths of the encoder: last and last4, with CLS alone and with the mean of each block.
 PROBE_WIDTHS = (1, 2, 4, 8)
 
 

@@ -54,15 +54,21 @@ def report(
     """
     if result is None:
         return
+    from mimref.errors import OutputError
     from mimref.reports.terminal import print_rows
     from mimref.results import write_results
 
+    show = show or print_rows
     if options.out is not None:
         if result.data is not None:
             config = config.model_copy(update={"data": result.data})
         settings, bad = config.model_dump(mode="json"), result.bad_images
-        write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=bad)
-    (show or print_rows)(result.rows)
+        try:
+            write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=bad)
+        except OutputError:  # the disk is full, or the folder is gone: the result is finished all the same
+            show(result.rows)
+            raise
+    show(result.rows)
     if options.out is not None:
         note(f"results in {options.out}", options)
 

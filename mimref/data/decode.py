@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mimref.data.contents import HEAD, what_is
 from mimref.data.pixels import USUAL, Decoding, deep_colour, low_bytes, orientation_of, to_rgb, turned
-from mimref.data.traits import TURNED
+from mimref.data.traits import SEVERAL, TURNED
 from mimref.errors import DataError
 
 NAMED_BAD_IMAGES = 3
@@ -96,7 +96,7 @@ class Decoded(NamedTuple):
 
 
 def decode_file(path: str, reduce: Reduce | None = None, decoding: Decoding = USUAL) -> Decoded:
-    """Read an image file as RGB, a JPEG at a fraction of its size where `reduce` allows it; of an animation, one frame.
+    """Read an image file as RGB, a JPEG at a fraction of its size where `reduce` allows it; of frames, the first.
 
     By default, alpha is dropped, not composited, and EXIF orientation is not applied: both as in torchvision's
     ImageFolder and timm, which published numbers rely on. 16-bit gray is scaled to 8 bits. libjpeg reduces by skipping
@@ -137,11 +137,13 @@ def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None, decoding: 
 def _decoded(
     image: Image.Image, reduce: Reduce | None, decoding: Decoding, is_deep: bool, low_HWC: NDArray[np.uint8] | None
 ) -> Decoded:
+    several = False
     if isinstance(image, JpegImageFile):
         size, orientation = image.size, orientation_of(image)
         if reduce is not None:
             _draft(image, reduce, orientation if decoding.orientation == "exif" else 1)
     else:
+        several = _has_several(image)
         image.load()
         # Not before: TIFF files are turned as they are loaded.
         size, orientation = image.size, orientation_of(image)
@@ -152,7 +154,16 @@ def _decoded(
         width, height = size[::-1] if orientation >= 5 else size
     elif orientation > 1:
         traits |= TURNED
+    traits |= SEVERAL * several
     return Decoded(torch.from_numpy(rgb_HWC).permute(2, 0, 1), height, width, traits)
+
+
+def _has_several(image: Image.Image) -> bool:
+    """Whether an image that is opened and not loaded has several frames or pages; layers are one image."""
+    try:
+        return image.format != "PSD" and bool(getattr(image, "is_animated", False))
+    except Exception:  # damage behind the first frame
+        return False
 
 
 def _draft(image: JpegImageFile, reduce: Reduce, orientation: int) -> None:

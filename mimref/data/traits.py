@@ -15,6 +15,8 @@ NARROW = 8
 """It is `WIDE` and fills less than an eighth of that range."""
 FLAT = 16
 """It is nearly of one colour once decoded."""
+SEVERAL = 32
+"""It has several frames or pages, and the first is used."""
 READ = 128
 
 NAMED = 3
@@ -50,6 +52,7 @@ def notices(traits: NDArray[np.uint8], path: Callable[[int], str], what: str) ->
         + (f", which leaves {hidden:,} of one colour" if hidden else "")
         + " (--set data.alpha=white composites them on white; black and checker exist too)",
     )
+    report(has(SEVERAL), "have several frames or pages; the first is used")
     report(
         has(NARROW),
         "of more than 8 bits (16-bit, as a rule) fill less than 32 of 256 levels of their type's range "

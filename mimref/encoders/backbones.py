@@ -71,15 +71,17 @@ class TimmBackbone(nn.Module):
     ) -> list[Tensor]:
         """As `Encoder.blocks`; L and D are each block's own.
 
-        final_norm costs a second pass, unless only the normed last block is asked for. Raises ConfigError for a block
-        outside 1..depth, and for final_norm if timm's model has no norm at its last block.
+        final_norm costs a second pass, unless only normed blocks are asked for. Raises ConfigError for a block outside
+        1..depth, and for final_norm if timm's model has no norm at its last block.
         """
         check_blocks(indices, self.depth)
         normed = norm_flags(indices, final_norm, self.depth)
-        plain = sorted({index for index, norm in zip(indices, normed, strict=True) if not norm})
-        raw = self._tokens(images, plain, norm=False)
-        last = self._tokens(images, [self.depth] if any(normed) else [], norm=True)
-        return [last[index] if norm else raw[index] for index, norm in zip(indices, normed, strict=True)]
+        pairs = list(zip(indices, normed, strict=True))
+        tokens = {
+            norm: self._tokens(images, sorted({index for index, asked in pairs if asked == norm}), norm=norm)
+            for norm in (False, True)
+        }
+        return [tokens[norm][index] for index, norm in pairs]
 
     def _tokens(self, images: Tensor, wanted: list[int], *, norm: bool) -> dict[int, Tensor]:
         if not wanted:

@@ -245,10 +245,12 @@ def with_fixed_positions(architecture: Architecture, tensors: Mapping[str, Tenso
     return replace(architecture, fixed_positions=any(are_sincos(positions, num_prefix=prefix) for prefix in (0, 1)))
 
 
-def with_channels(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
-    """A timm model's architecture, with the channels of the file's encoder."""
-    found = checkpoint.recognised
-    return replace(architecture, channels=found.architecture.channels) if found else architecture
+def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
+    """A timm model's architecture, with the channels and the LayerNorm's epsilon of the file's encoder."""
+    if checkpoint.recognised is None:
+        return architecture
+    found = checkpoint.recognised.architecture
+    return replace(architecture, channels=found.channels, norm_eps=found.norm_eps)
 
 
 def choose_architecture(
@@ -265,7 +267,7 @@ def choose_architecture(
     if arch is not None and (recorded is None or (checkpoint.recognised and arch not in PAPER_SIZES)):
         chosen = find_architecture(arch, source, resolution)
         if isinstance(chosen, Architecture):
-            chosen = with_channels(chosen, checkpoint)
+            chosen = with_file_values(chosen, checkpoint)
     elif recorded is None:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     elif arch in (None, recorded.name):

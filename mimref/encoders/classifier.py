@@ -68,8 +68,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.pool = encoder, pool
         self.final_norm = pool == "cls" and not isinstance(encoder.vit.norm, nn.Identity)
-        width = encoder.embed_dim
-        self.fc_norm: nn.Module = nn.Identity() if self.final_norm else nn.LayerNorm(width, eps=1e-6)
+        width, eps = encoder.embed_dim, encoder.architecture.norm_eps
+        self.fc_norm: nn.Module = nn.Identity() if self.final_norm else nn.LayerNorm(width, eps=eps)
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)

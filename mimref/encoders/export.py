@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import native_size
 from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint, save_encoder
-from mimref.encoders.vit import Architecture, Encoder, RatesOnCpu, build_encoder, timm_options
+from mimref.encoders.vit import Architecture, Encoder, RatesOnCpu, build_encoder, norm_option, timm_options
 from mimref.errors import ConfigError, OutputError
 from mimref.files import atomic_path, check_new_file
 from mimref.progress import Listener, Silent
@@ -231,8 +231,8 @@ def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, T
         timm.models.load_checkpoint(vit, str(file))
     else:
         size = encoder.architecture.image_size
-        channels = encoder.architecture.channels
-        vit = timm.create_model(name, checkpoint_path=str(file), num_classes=0, img_size=size, in_chans=channels)
+        options = {"img_size": size, "in_chans": encoder.architecture.channels, **norm_option(encoder.architecture)}
+        vit = timm.create_model(name, checkpoint_path=str(file), num_classes=0, **options)
     assert isinstance(vit, VisionTransformer)
     with torch.inference_mode():
         found: Any = vit.eval().forward_intermediates(
@@ -244,17 +244,19 @@ def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, T
 
 def reading_line(out: Path, architecture: Architecture, name: str | None, more: Mapping[str, Any] | None = None) -> str:
     """A line of Python by which timm reads the file. more: options of the model that replace others."""
+    eps = f"functools.partial(torch.nn.LayerNorm, eps={architecture.norm_eps})"
+    norm = f", norm_layer={eps}" if norm_option(architecture) else ""
     if name is None:
         chosen = timm_options(architecture) | dict(more or {})
         options = ", ".join(f"{key}={value!r}" for key, value in chosen.items())
         swiglu = ", mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU" if architecture.swiglu else ""
-        model = f"timm.models.VisionTransformer({options}{swiglu})"
+        model = f"timm.models.VisionTransformer({options}{swiglu}{norm})"
         return f"model = {model}; timm.models.load_checkpoint(model, {str(out)!r})"
     size = architecture.image_size
     resized = "" if native_size(name) == size else f", img_size={size}"
     resized += "" if architecture.channels == 3 else f", in_chans={architecture.channels}"
     options = "".join(f", {key}={value!r}" for key, value in ({"num_classes": 0} | dict(more or {})).items())
-    return f"timm.create_model({name!r}, checkpoint_path={str(out)!r}{options}{resized})"
+    return f"timm.create_model({name!r}, checkpoint_path={str(out)!r}{options}{resized}{norm})"
 
 
 def export_release(

@@ -20,7 +20,7 @@ from mimref.encoders.export import (
     timm_name,
     write_verified,
 )
-from mimref.encoders.vit import timm_options
+from mimref.encoders.vit import norm_option, timm_options
 from mimref.errors import ConfigError
 from mimref.files import check_new_file, write_bytes
 from mimref.progress import Listener
@@ -66,9 +66,10 @@ def export_classifier(
         size, channels = architecture.image_size, architecture.channels
         if name is not None:
             path = str(file)
-            model = timm.create_model(name, checkpoint_path=path, img_size=size, in_chans=channels, **options)
+            given = options | norm_option(architecture)
+            model = timm.create_model(name, checkpoint_path=path, img_size=size, in_chans=channels, **given)
         else:
-            model = timm.models.VisionTransformer(**timm_options(architecture) | options)
+            model = timm.models.VisionTransformer(**timm_options(architecture) | options | norm_option(architecture))
             timm.models.load_checkpoint(model, str(file))
         with torch.inference_mode():
             return {"logits": model.eval()(comparison_images(encoder))}

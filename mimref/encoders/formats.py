@@ -36,7 +36,7 @@ from mimref.encoders.parts import (
     left_out_notice,
 )
 from mimref.encoders.reading import first_line, named_tensors
-from mimref.encoders.vit import PAPER_SIZES, Architecture, are_sincos, build_encoder
+from mimref.encoders.vit import NORM_EPS, PAPER_SIZES, Architecture, are_sincos, build_encoder
 from mimref.errors import ConfigError
 
 # Width to attention heads of the published sizes (S, B, L, H, g, G, 2B, ...): weights do not show them.
@@ -317,7 +317,16 @@ def _read_architecture(
         swiglu=first.shape[0] == 2 * second.shape[1],
         final_norm=final_norm,
         channels=channels,
+        norm_eps=_norm_eps(config, notices),
     )
+
+
+def _norm_eps(config: Mapping[str, Any], notices: list[str]) -> float:
+    saved = config.get("layer_norm_eps")
+    if type(saved) is not float or not 0 < saved < 1 or saved == NORM_EPS:
+        return NORM_EPS
+    notices.append(f"the LayerNorm's epsilon of {saved:g} is taken from config.json")
+    return saved
 
 
 def _num_heads(width: int, asked: int | None, config: Mapping[str, Any], notices: list[str]) -> int:

@@ -35,13 +35,25 @@ class MAEDecoder(nn.Module):
     no_decay_names = frozenset({"mask_token"})
 
     def __init__(
-        self, config: DecoderConfig, encoder_width: int, grid: int, patch_pixels: int, *, num_prefix: int = 1
+        self,
+        config: DecoderConfig,
+        encoder_width: int,
+        grid: int,
+        patch_pixels: int,
+        *,
+        num_prefix: int = 1,
+        norm_input: bool = False,
     ) -> None:
-        """grid: patches per side. patch_pixels: values of a patch. num_prefix: tokens before those of the patches."""
+        """grid: patches per side. patch_pixels: values of a patch. num_prefix: tokens before those of the patches.
+
+        norm_input: a LayerNorm of the decoder's own in front of its embedding, for tokens that no norm has passed.
+        """
         super().__init__()
         if config.width % 4:
             raise ConfigError(f"decoder.width {config.width} is not divisible by 4, as sin-cos positions need")
         self.num_prefix = num_prefix
+        # torch's epsilon, as in the release.
+        self.input_norm = nn.LayerNorm(encoder_width) if norm_input else nn.Identity()
         self.embed = nn.Linear(encoder_width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.positions: Tensor
@@ -55,7 +67,7 @@ class MAEDecoder(nn.Module):
 
     def forward(self, visible_BLD: Tensor, restore_BN: Tensor) -> Tensor:
         """visible_BLD: prefix tokens first, then visible patches in shuffled order. Returns pixels (B, N, C)."""
-        tokens = self.embed(visible_BLD)
+        tokens = self.embed(self.input_norm(visible_BLD))
         batch, patches = restore_BN.shape
         prefix, shown = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
         masks = self.mask_token.expand(batch, patches - shown.shape[1], -1)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mimref.config.run import EncoderConfig
-from mimref.encoders.checkpoints import Checkpoint, with_channels, with_fixed_positions
+from mimref.encoders.checkpoints import Checkpoint, with_file_values, with_fixed_positions
 from mimref.encoders.published import official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture
 from mimref.errors import CheckpointError
@@ -25,7 +25,7 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Arch
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     if recorded is None or _is_timm(config, checkpoint):
         tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
-        return with_channels(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
+        return with_file_values(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
     # A preset's image size belongs to the preset's architecture.
     if "image_size" in asked and ("arch" not in asked or config.arch == recorded.name):
         return replace(recorded, image_size=config.image_size)

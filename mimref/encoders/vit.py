@@ -7,7 +7,7 @@ Shapes: B images, L tokens, D width, N patches.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ContextDecorator
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
@@ -34,6 +34,8 @@ PAPER_SIZES = {
     "vit_h14": (1280, 32, 16, 14),
     "vit_2b14": (2560, 24, 32, 14),
 }
+NORM_EPS = 1e-6
+"""Of every family but Hugging Face's, whose config.json has its own."""
 _SIZE_KEYS = ("width", "depth", "num_heads", "patch_size")
 
 
@@ -69,6 +71,8 @@ class Architecture:
     """Of its images: 3, or 1 for gray ones. Left out of headers where it is 3."""
     interpolation: Interpolation = "mae"
     """How positions are interpolated to other image sizes. Left out of headers that need only the default."""
+    norm_eps: float = NORM_EPS
+    """Added to the variance in every LayerNorm, where weights say another value. Left out of headers at its default."""
 
     @classmethod
     def from_config(cls, config: EncoderConfig) -> Self:
@@ -119,7 +123,7 @@ class Architecture:
                 raise ConfigError(f"architecture has an unknown key {key!r}")
             lowest = 0 if key in ("registers", "mlp_width") else 1
             known = value in get_args(Interpolation) if key == "interpolation" else type(value) is types[key]
-            if not known or (types[key] is int and value < lowest):
+            if not known or (types[key] is int and value < lowest) or (key == "norm_eps" and not 0 < value < 1):
                 raise ConfigError(f"architecture has {key} = {value!r}")
         if values["width"] % values["num_heads"]:
             raise ConfigError(f"architecture has width {values['width']} for {values['num_heads']} attention heads")
@@ -127,7 +131,7 @@ class Architecture:
 
     def to_dict(self) -> dict[str, Any]:
         """For headers and cache keys, without later fields of the value that older files imply."""
-        implied = (("channels", 3), ("interpolation", "mae"))
+        implied = (("channels", 3), ("interpolation", "mae"), ("norm_eps", NORM_EPS))
         return {key: value for key, value in asdict(self).items() if (key, value) not in implied}
 
     def check_size(self, size: int, setting: str) -> None:
@@ -176,8 +180,8 @@ class Encoder(nn.Module):
 
         images: (B, 3, S, S) normalised, S divisible by the patch size; a gray encoder also takes (B, 1, S, S). Returns
         a list of (B, L, D), prefix first. Later blocks do not run.
-        final_norm: the last block's tokens pass the final LayerNorm, for all indices or for each; no effect on encoders
-        without one (post-norm ones, and timm's that normalise after pooling).
+        final_norm: True is the final LayerNorm on the last block's tokens; a flag for each index applies it to any
+        block's. No effect on encoders without one (post-norm ones, and timm's that normalise after pooling).
         visible_BK: indices of the only patches that the encoder sees; their tokens have this order.
         Raises ConfigError for a block outside 1..depth.
         """
@@ -235,9 +239,8 @@ def gray(images: Tensor) -> Tensor:
 
 
 def norm_flags(indices: Sequence[int], final_norm: bool | Sequence[bool], depth: int) -> list[bool]:
-    """For each index, whether it is the last block and should pass the final norm; see `Encoder.blocks`."""
-    asked = [final_norm] * len(indices) if isinstance(final_norm, bool) else final_norm
-    return [norm and index == depth for index, norm in zip(indices, asked, strict=True)]
+    """For each index, whether its block's tokens should pass the final norm; see `Encoder.blocks`."""
+    return [final_norm and index == depth for index in indices] if isinstance(final_norm, bool) else list(final_norm)
 
 
 def check_blocks(indices: Sequence[int], depth: int) -> None:
@@ -303,7 +306,8 @@ def build_encoder(architecture: Architecture) -> Encoder:
     """An encoder with random weights, on the current default device. Raises ConfigError for sizes that do not fit."""
     architecture.check_size(architecture.image_size, "encoder.image_size")
     if architecture.from_timm:
-        vit = _timm_vit(architecture.name, architecture.image_size, architecture.channels)
+        options = {"in_chans": architecture.channels} | norm_option(architecture)
+        vit = _timm_vit(architecture.name, architecture.image_size, options)
         if architecture.fixed_positions and vit.pos_embed is not None:
             vit.pos_embed.requires_grad_(False)
         return Encoder(architecture, vit)
@@ -311,7 +315,7 @@ def build_encoder(architecture: Architecture) -> Encoder:
         **timm_options(architecture),
         pre_norm=architecture.post_norm,
         final_norm=architecture.final_norm and not architecture.post_norm,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        norm_layer=partial(nn.LayerNorm, eps=architecture.norm_eps),
         mlp_layer=cast(type[nn.Module], SwiGLUPacked if architecture.swiglu else Mlp),
         act_layer=nn.SiLU if architecture.swiglu else nn.GELU,
         block_fn=PostNormBlock if architecture.post_norm else Block,
@@ -354,6 +358,13 @@ def timm_options(architecture: Architecture) -> dict[str, Any]:
     return options
 
 
+def norm_option(architecture: Architecture) -> dict[str, Any]:
+    """The LayerNorm as an option of timm's models, where it is not theirs."""
+    if architecture.norm_eps == NORM_EPS:
+        return {}
+    return {"norm_layer": partial(nn.LayerNorm, eps=architecture.norm_eps)}
+
+
 @cache
 def is_plain_vit(name: str) -> bool:
     """Whether timm's `name` is a VisionTransformer on plain patches.
@@ -373,13 +384,13 @@ def is_plain_vit(name: str) -> bool:
 
 
 @RatesOnCpu()
-def _timm_vit(name: str, image_size: int, channels: int = 3) -> VisionTransformer:
+def _timm_vit(name: str, image_size: int, options: Mapping[str, Any] | None = None) -> VisionTransformer:
     if not is_plain_vit(name):
         raise ConfigError(
             f"architecture {name!r} is not a plain timm VisionTransformer: it can be evaluated, not refined"
         )
     vit = timm.create_model(
-        name, pretrained=False, num_classes=0, img_size=image_size, in_chans=channels, dynamic_img_size=True
+        name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True, **(options or {})
     )
     assert isinstance(vit, VisionTransformer)
     return vit

@@ -64,13 +64,13 @@ def compare_encoders(
     config = config.model_copy(update={"data": opened[0].data})
     last = [columns_of([inputs.depth], config.pool, config.final_norm, inputs.depth) for inputs in opened]
     for inputs, columns in zip(opened, last, strict=True):
-        of_probe = input_columns(inputs).values() if "probe" in config.protocols else ()
+        of_probe = input_columns(inputs, config.probe).values() if "probe" in config.protocols else ()
         inputs.prepare([*columns, *(column for group in of_probe for column in group)])
     rows: list[Row] = []
     for inputs, columns in zip(opened, last, strict=True) if end_group() else ():
         for protocol in config.protocols:
             if protocol == "probe":
-                found = probe_features(inputs, input_columns(inputs), config.probe, config, listener)
+                found = probe_features(inputs, input_columns(inputs, config.probe), config.probe, config, listener)
                 rows += named(found, inputs.name, {})
             else:
                 pair = inputs.features("train"), inputs.features("val")

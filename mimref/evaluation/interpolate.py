@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mimref.config.base import CommandConfig
+from mimref.data.sources import ImageSource, Split
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.published import must_download
 from mimref.encoders.vit import Encoder
@@ -18,6 +19,7 @@ from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
 from mimref.evaluation.metrics import check_labels
 from mimref.features.config import CacheConfig
+from mimref.features.header import resolve_data
 from mimref.features.opening import Opened, check_device, open_images, warn_of_notices
 from mimref.progress import Listener, Silent
 from mimref.results import EvaluationResult, Row, check_folder, write_results
@@ -39,13 +41,22 @@ def interpolate(
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     checks.run("out", lambda: check_folder(out, force))
     check_device(config, checks)
-    sources = open_images(config.data, listener.progress, checks) if config.data.spec is not None else {}
-    train_y = check_labels(Opened(None, sources), checks)
+    sources: dict[Split, ImageSource] = {}
+    has_images, remote = config.data.spec is not None, must_download(config.base) or must_download(config.refined)
+    if has_images and remote:
+        sources = open_images(config.data, listener.progress, checks)
     ends: list[tuple[Checkpoint, Encoder] | None] = []
     for setting, path in (("base", config.base), ("refined", config.refined)):
         fetch = checks.passed or not must_download(path)
         ends.append(checks.run(setting, partial(_read, path, config, listener)) if fetch else None)
     left, right = ends
+    if right is not None and has_images:
+        # The header records how images are decoded.
+        data = checks.run("refined", partial(resolve_data, config.data, right[0].header)) or config.data
+        config = config.model_copy(update={"data": data})
+    if has_images and not remote:
+        sources = open_images(config.data, listener.progress, checks)
+    train_y = check_labels(Opened(None, sources), checks)
     if left is not None and right is not None:
         checks.run("refined", lambda: _check_alike(config, left[1], right[1]))
     (base, base_encoder), (refined, refined_encoder) = checks.finished(left), checks.finished(right)
@@ -97,7 +108,7 @@ def _read(path: str, config: InterpolateConfig, listener: Listener) -> tuple[Che
 def _check_alike(config: InterpolateConfig, base: Encoder, refined: Encoder) -> None:
     left, right = asdict(base.architecture), asdict(refined.architecture)
     # The name and whether positions are trained do not change the function; other image sizes do not matter here.
-    alike = ("name", "fixed_positions", "interpolation")
+    alike = ("name", "fixed_positions", "interpolation", "norm_eps")
     differing = [name for name in right if name not in alike and left[name] != right[name]]
     if differing:
         values = ", ".join(f"{name} {left[name]} and {right[name]}" for name in differing)

@@ -32,7 +32,7 @@ class Column(NamedTuple):
     pool: str
     """`cls`, `mean` or `pixels`."""
     final_norm: bool = False
-    """After the encoder's final norm; only of the last block."""
+    """After the encoder's final norm."""
 
     @property
     def name(self) -> str:

@@ -196,6 +196,9 @@ class EncoderInputs:
         depth = architecture.depth
         columns = columns_of(range(1, depth + 1), "cls+mean", final_norm=False, depth=depth)
         columns += columns_of([depth], "cls+mean", final_norm=True, depth=depth)
+        # DINOv2's probe norms the last four blocks.
+        first_token = "cls" if self.has_cls_token else "mean"
+        columns += [Column(block, first_token, True) for block in range(max(1, depth - 3), depth)]
         needed = images * len(columns) * architecture.width * (4 if cache.dtype == "fp32" else 2)
         return columns if needed <= cache.keep_gb * 1e9 else []
 

@@ -67,16 +67,19 @@ def open_encoder(
     setting: that names the checkpoint. splits: the images to open. sources: what could be opened of them already.
     """
     check_device(config, checks)
-    opened = dict(sources or {})
-    if sources is None and config.data.spec is not None:
-        opened = open_images(config.data, listener.progress, checks, need_labels=need_labels, splits=splits)
-    if not checks.passed and must_download(checkpoint):
+    opened, progress = dict(sources or {}), listener.progress
+    known, remote = sources is not None, must_download(checkpoint)
+    if remote and not known and config.data.spec is not None:
+        opened, known = open_images(config.data, progress, checks, need_labels=need_labels, splits=splits), True
+    if remote and not checks.passed:
         return Opened(None, opened)
     inputs = checks.run(setting, lambda: EncoderInputs(config, checkpoint, listener, need_labels=need_labels))
+    # The header may name the images, or how they are decoded.
+    data = config.data if inputs is None else inputs.data
+    changed = data != config.data and (config.data.spec is None or bool(opened))
+    if data.spec is not None and (changed or not known):
+        opened = open_images(data, progress, checks, need_labels=need_labels, splits=splits)
     if inputs is not None:
-        # The header may name the images, or how they are decoded.
-        if config.data.spec is None or (opened and inputs.data != config.data):
-            opened = open_images(inputs.data, listener.progress, checks, need_labels=need_labels, splits=splits)
         inputs.sources = opened
         if config.arch is not None:
             checks.run("arch", lambda: inputs.encoder)  # whether the weights fit it
@@ -186,15 +189,17 @@ def open_training(
 ) -> OpenedTraining:
     """Read the weights that the settings name, and open the images, with what is wrong with each in `checks`."""
     open_splits = partial(open_images, progress=progress, checks=checks, need_labels=need_labels, splits=splits)
-    sources = {} if config.data.spec is None else open_splits(config.data)
     weights = checks.run("encoder.weights", lambda: weights_name(config.encoder))
+    remote = weights is not None and must_download(weights)
+    sources = open_splits(config.data) if remote and config.data.spec is not None else {}
     checkpoint = architecture = data = None
-    if weights is not None and (checks.passed or not must_download(weights)):
+    if weights is not None and (checks.passed or not remote):
         checkpoint = checks.run("encoder.weights", lambda: read_checkpoint(weights, config.encoder, progress=progress))
     if checkpoint is not None:
         architecture = checks.run("encoder.arch", partial(architecture_to_train, config.encoder, checkpoint))
         data = checks.run("data.spec", partial(resolve_data, config.data, checkpoint.header))
-        # The header may name the images, or how they are decoded.
-        if data is not None and (config.data.spec is None or (sources and data != config.data)):
-            sources = open_splits(data)
+    # The header may name the images, or how they are decoded.
+    known = data or config.data
+    if not remote and known.spec is not None:
+        sources = open_splits(known)
     return OpenedTraining(checkpoint, architecture, data, sources)

@@ -65,6 +65,9 @@ class HeadsStageConfig(Section):
     """Positives are drawn uniformly from this many nearest neighbours."""
     weight_decay: float = Field(default=1e-5, ge=0)
     """Of the heads."""
+    knn_every_epochs: int = Field(default=0, ge=0)
+    """Epochs between k-NN checks of every head's first layer (Appendix E), on the subset of `monitor.knn_samples`; 0
+    never checks. Needs labels. One pass of the encoder over the subset each."""
 
 
 class EncoderStageConfig(Section):

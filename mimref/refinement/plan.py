@@ -17,7 +17,7 @@ from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, Checks, ConfigError
 from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.encode import columns_of
+from mimref.features.encode import Column, columns_of
 from mimref.features.header import eval_transform
 from mimref.features.opening import check_device, open_training
 from mimref.progress import LabelledProgress
@@ -48,6 +48,11 @@ class Plan:
     def temperature(self) -> list[float]:
         """Of every head."""
         return temperatures(self.config.heads.temperature, len(self.blocks))
+
+    @property
+    def columns(self) -> list[Column]:
+        """Features that every head reads, as an evaluation names them."""
+        return columns_of(self.blocks, self.config.heads.pool, True, self.architecture.depth)
 
     @property
     def notices(self) -> list[str]:

@@ -18,7 +18,7 @@ from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.compare import before_after, labelled_splits
 from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.encode import PassSettings, columns_of
+from mimref.features.encode import PassSettings
 from mimref.features.header import data_record
 from mimref.progress import Listener, optional
 from mimref.refinement.alignment import Queue
@@ -157,6 +157,7 @@ def _train(
     nn_accuracy: list[float] = []
     if plan.heads_steps and (state is None or state["stage"] == "heads"):
         heads = HeadsStage(run, plan, method)
+        heads.monitor = monitor
         run.train(heads, state)
         if own_rank() == 0:
             save_heads(run.folder.path / "heads.pt", plan, method)
@@ -173,8 +174,7 @@ def _train(
 def _rank_heads(
     run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, nn_accuracy: Sequence[float]
 ) -> list[Row]:
-    heads, columns = method.heads, columns_of(plan.blocks, plan.config.heads.pool, True, method.encoder.depth)
-    rows = rank_heads(method.encoder, heads, monitor, columns, plan.temperature, nn_accuracy)
+    rows = rank_heads(method.encoder, method.heads, monitor, plan.columns, plan.temperature, nn_accuracy)
     if not rows:
         run.listener.note(f"no ranking of the heads: {plan.source.name} has no labelled validation images")
     return rows

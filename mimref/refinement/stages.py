@@ -1,5 +1,6 @@
 """The two stages: heads on the frozen encoder, then encoder and heads together."""
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mimref.refinement.method import Method, StepValues, monitored_values
 from mimref.refinement.plan import Plan, base_encoder
 from mimref.refinement.schedule import StageName, head_weights
 from mimref.refinement.sizes import state_bytes
+from mimref.refinement.sweep import score_heads
 from mimref.training.ema import WeightAverage
 from mimref.training.optim import module_groups
 from mimref.training.run import Stage, TrainingRun
@@ -110,11 +112,28 @@ class HeadsStage(RefinementStage):
     """Stage 1: the heads learn on the frozen encoder, which stays bit-identical."""
 
     name: StageName = "heads"
+    monitor: KnnMonitor
 
     def __init__(self, run: TrainingRun, plan: Plan, method: Method) -> None:
         settings = plan.config.heads_stage
         groups = module_groups(method.heads, weight_decay=settings.weight_decay)
         super().__init__(run, plan, method, settings, groups, "stage 1: heads")
+        self.check_every = settings.knn_every_epochs
+
+    def start(self) -> None:
+        if self.check_every and self.monitor.test is None:
+            self.run.listener.note(f"no k-NN of the heads: {self.source.name} has no labelled validation images")
+            self.check_every = 0
+
+    def end_epoch(self, epoch: int) -> None:
+        """Score the heads if it is due, as their ranking at the end does."""
+        if not self.check_due(epoch, self.check_every):
+            return
+        scores = score_heads(self.method.encoder, self.method.heads, self.monitor, self.plan.columns)
+        if all(map(isfinite, scores)):
+            self.log({"head_knn_top1": scores})
+            listed = ", ".join(f"{score:.4g}" for score in scores)
+            self.run.listener.note(f"epoch {epoch}: k-NN top-1 of heads 1 to {len(scores)}: {listed}")
 
 
 class EncoderStage(RefinementStage):

@@ -32,19 +32,27 @@ def rank_heads(
     Empty without labels. columns, temperature: what every head reads, and its temperature. nn_accuracy: percent per
     head, from the end of training; empty when it was not measured.
     """
-    train, test = monitor.features(encoder, columns)
-    if test is None:
-        return []
-    train_x, test_x = _hidden(heads, train, columns), _hidden(heads, test, columns)
+    scores = score_heads(encoder, heads, monitor, columns)
     knn, swaps = list[Row](), list[Row]()
-    for head, (column, tau) in enumerate(zip(columns, temperature, strict=True)):
-        setting: Row = {"head": head + 1, "block": column.block, "temperature": tau}
-        score = monitor.knn_top1(train_x[:, head], train.y, test_x[:, head], test.y)
+    for head, score in enumerate(scores):
+        setting: Row = {"head": head + 1, "block": columns[head].block, "temperature": temperature[head]}
         knn.append({"metric": "head_knn_top1", "value": score, **setting})
         if nn_accuracy:
             swaps.append({"metric": "head_nn_accuracy", "value": nn_accuracy[head], **setting})
     best = sorted(range(len(knn)), key=lambda head: -np.nan_to_num(float(knn[head]["value"]), nan=-1.0))
     return [rows[head] for rows in (knn, swaps) if rows for head in best]
+
+
+def score_heads(encoder: Encoder, heads: Heads, monitor: KnnMonitor, columns: Sequence[Column]) -> list[float]:
+    """k-NN accuracy in percent of every head's first projector layer on its column of `columns`.
+
+    Empty without labels; NaN as from `KnnMonitor.knn_top1`. The heads end in training mode.
+    """
+    train, test = monitor.features(encoder, columns)
+    if test is None:
+        return []
+    train_x, test_x = _hidden(heads, train, columns), _hidden(heads, test, columns)
+    return [monitor.knn_top1(train_x[:, head], train.y, test_x[:, head], test.y) for head in range(len(columns))]
 
 
 @torch.inference_mode()

@@ -133,7 +133,9 @@ def test_analyze_blocks_of_two_encoders(folder: Path, tmp_path: Path, capsys: py
     assert "base.safetensors" in error and error.count("\n") == 1
 
 
-def test_analyze_blocks_with_decoders_and_without_labels(folder: Path, tmp_path: Path) -> None:
+def test_analyze_blocks_with_decoders_and_without_labels(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sets = {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "decoder.width": 16, "decoder.num_heads": 2}
     options = [part for key, value in sets.items() for part in ("--set", f"reconstruction.{key}={value}")]
     more = ["--data", str(folder / "unlabelled"), "--reconstruction", "--out", str(tmp_path / "out")]
@@ -141,6 +143,7 @@ def test_analyze_blocks_with_decoders_and_without_labels(folder: Path, tmp_path:
     rows = results(tmp_path / "out")["metrics"]
     assert [row["block"] for row in rows if row["metric"] == "block_reconstruction"] == [1, 2, 3, 4]
     assert not [row for row in rows if row["metric"] == "block_knn_top1"]
+    assert "reconstruction.batch_size is 16" in capsys.readouterr().err
 
 
 def test_compare(

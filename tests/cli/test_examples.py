@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 WORK = (
     "mimref.cli.evaluation.run_on_ranks",
     "mimref.cli.training.run_on_ranks",
+    "mimref.cli.transfer.run_on_ranks",
     "mimref.refinement.plan.make_plan",
     "mimref.evaluation.interpolate.interpolate",
     "mimref.encoders.export.read_encoder",

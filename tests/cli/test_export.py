@@ -41,7 +41,7 @@ def test_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     weights = write_weights(tmp_path / "encoder.safetensors", architecture=sizes)
     assert run(["export", str(weights), "--to", "timm", "--out", "t.safetensors"]) == 0
     captured = capsys.readouterr()
-    assert captured.err == "writing t.safetensors, reading it again and comparing features\n"
+    assert captured.err == "writing t.safetensors, reading it again and comparing outputs\n"
     call = "timm.create_model('vit_tiny_patch16_224', checkpoint_path='t.safetensors', num_classes=0)"
     file, name, read_with, difference = captured.out.splitlines()
     assert file.split() == ["file", "t.safetensors"]

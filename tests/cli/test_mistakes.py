@@ -30,6 +30,7 @@ from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.run import pretrain
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
+from mimref.transfer.finetune.config import FinetuneConfig, PredictConfig
 from tests.tiny import pretrain_config, write_labelled
 
 MODELS: dict[str, type[CommandConfig]] = {
@@ -37,6 +38,7 @@ MODELS: dict[str, type[CommandConfig]] = {
     for model in (
         *(RefineConfig, PretrainConfig, KnnConfig, LowshotConfig, ClusterConfig, ProbeConfig),
         *(BlocksConfig, CompareConfig, ExtractConfig, InterpolateConfig),
+        *(FinetuneConfig, PredictConfig),
     )
 }
 """By the name of their command."""

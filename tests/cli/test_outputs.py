@@ -8,7 +8,7 @@ import pytest
 from mimref.cli import run
 from mimref.errors import OutputError
 from mimref.results import check_folder
-from tests.tiny import REFINE, arguments, results
+from tests.tiny import REFINE, arguments, results, write_images
 
 CHEAP = ["--device", "cpu", "--workers", "0"]
 PROBE = ["--cached", "--epochs", "1", "--batch-size", "16", "--cache", "off"]
@@ -87,3 +87,29 @@ def test_a_cache_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.Captur
         assert run(["cache", command, "--cache", str(tmp_path / "file")]) == 2
         error = capsys.readouterr().err
         assert f"--cache {tmp_path / 'file'}" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["knn", "cluster"])
+def test_scores_that_cannot_be_written_are_printed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    assert run(line(command, folder, "--quiet", "--cache", "off")) == 0
+    expected = capsys.readouterr().out
+
+    def full(*_: object, **__: object) -> None:
+        raise OutputError("cannot write results.csv: No space left on device")
+
+    monkeypatch.setattr("mimref.results.write_bytes", full)
+    assert run(line(command, folder, "--quiet", "--cache", "off", "--out", str(tmp_path / "out"))) == 2
+    captured = capsys.readouterr()
+    assert captured.out == expected and "No space left" in captured.err
+
+
+def test_as_many_clusters_as_images_are_refused_before_the_encoder_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        write_images(tmp_path, per_class=1, classes="abc", split=split)
+    assert run(["cluster", "quickstart", "--data", str(tmp_path), *CHEAP, "--cache", "off"]) == 2
+    error = capsys.readouterr().err
+    assert "3 clusters" in error and "features of" not in error

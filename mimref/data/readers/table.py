@@ -78,7 +78,9 @@ def _read(file: str, data: DataConfig) -> tuple[pa.Table, Columns, list[str], li
     notices: list[str] = []
     try:
         if kind == ".parquet":
-            names = pa.parquet.read_schema(file).names
+            schema = pa.parquet.read_schema(file)
+            names = schema.names
+            _refuse_images(schema, data.image or "path")
             columns = _columns(names, data)
             table = pa.parquet.read_table(file, columns=[name for name in names if name in columns])
         else:
@@ -91,6 +93,20 @@ def _read(file: str, data: DataConfig) -> tuple[pa.Table, Columns, list[str], li
     if not table.num_rows:
         raise DataError("has no rows")
     return table, columns, [name for name in names if name not in columns], notices
+
+
+def _refuse_images(schema: pa.Schema, wanted: str) -> None:
+    """Raise DataError where there are images, not paths."""
+    holding = [field.name for field in schema if pa.types.is_struct(field.type) or _is_binary(field.type)]
+    if holding and wanted not in set(schema.names) - set(holding):
+        raise DataError(
+            f"holds images in column {printable(holding[0])!r}, not their paths; put it into a folder of its own, with "
+            "a name that starts with train or validation, and name that as hf:FOLDER"
+        )
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
 def _columns(names: Sequence[str], data: DataConfig) -> Columns:
@@ -125,6 +141,7 @@ def _paths(column: pa.ChunkedArray, name: str) -> PathList:
     column = column.cast(pa.string())
     for bad, what in (
         (pc.fill_null(pc.equal(column, ""), True), "has no path"),
+        (pc.starts_with(column, "file://"), "has a path that starts with file://; leave that out"),
         (pc.match_substring(column, "://"), "is an address, not a file; download the images first"),
         (pc.match_substring(column, "\0"), "has a path with a zero byte"),
     ):

@@ -16,8 +16,10 @@ class ReconstructionConfig(Section):
     """Passes over the training images."""
     warmup_epochs: float = Field(default=5, ge=0)
     """Epochs of linear warm-up."""
-    batch_size: int = Field(default=1024, gt=0)
-    """Images per update; all of them where there are fewer."""
+    batch_size: int = Field(default=4096, gt=0)
+    """Images per update, MAE's; all of them where there are fewer, at the rate of so many."""
+    micro_batch: int = Field(default=1024, gt=0)
+    """Most images per pass. Gradients are accumulated over the batch: the same result in less memory."""
     lr: float = Field(default=1.5e-4, gt=0)
     """Base learning rate, times (batch size / 256)."""
     weight_decay: float = Field(default=0.05, ge=0)

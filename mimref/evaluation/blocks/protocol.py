@@ -8,7 +8,7 @@ from math import isfinite
 from mimref.distributed.group import end_group
 from mimref.errors import Checks
 from mimref.evaluation.blocks.config import BlocksConfig
-from mimref.evaluation.blocks.reconstruction import check_maskable, reconstruct_blocks
+from mimref.evaluation.blocks.reconstruction import check_maskable, few_updates, reconstruct_blocks
 from mimref.evaluation.blocks.statistics import analyze_blocks, recommend_heads
 from mimref.evaluation.knn.protocol import check_neighbours
 from mimref.evaluation.metrics import check_labels
@@ -55,6 +55,9 @@ def evaluate_blocks(
             heads[inputs.name] = recommend_heads(accuracies)
         if config.reconstruct:
             with optional(f"no reconstruction loss of {inputs.name}", listener):
+                advice = few_updates(config.reconstruction, len(inputs.source("train")))
+                if advice and inputs is opened[0]:
+                    listener.note(advice)
                 reconstruction = reconstruct_blocks(
                     inputs.encoder,
                     inputs.source("train"),

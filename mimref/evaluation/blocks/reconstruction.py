@@ -2,8 +2,8 @@
 
 The encoder is frozen and sees a quarter of the patches, once per batch. A decoder per block learns to reconstruct the
 rest from that block's tokens (Appendix C.2). All decoders start from the same weights and see the same crops and masks,
-so that only the blocks differ. A decoder reads the raw output of its block, as k-NN does; the last block's reads the
-tokens after the final norm, if there is one, as the decoder in pre-training did.
+so that only the blocks differ. A decoder reads the raw output of its block, the last one's too, through a LayerNorm of
+its own: tokens grow from block to block, and without it the losses would show their size instead of their content.
 
 Shapes: B images, N patches, K visible patches, D encoder width, C pixel values of a patch.
 """
@@ -44,6 +44,9 @@ from mimref.training.job import GradientJob
 from mimref.training.job import train as run_job
 from mimref.training.optim import module_groups, warmup_cosine, warmup_updates
 
+# Per epoch; fewer are worth a note.
+FEWEST_UPDATES = 10
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -83,7 +86,7 @@ def reconstruct_blocks(
     encoder.eval()
     blocks = range(1, encoder.depth + 1)
     job = DecodersJob(encoder, reading, settings, blocks, seed, len(train))
-    total = job.total + -(-len(val) // settings.batch_size)
+    total = job.total + -(-len(val) // job.images_per_pass)
     run_job(job, job.batches(train), ProgressOnly(progress, total))
     losses = job.evaluate(val, lambda done: progress(job.total + done, total) if progress else None)
     rows: list[Row] = [
@@ -109,6 +112,7 @@ class DecodersJob(GradientJob):
         """images: of the training set."""
         self.encoder, self.reading, self.settings, self.blocks, self.seed = encoder, reading, settings, blocks, seed
         self.bad = BadImages(reading.max_bad)
+        self.images_per_pass = min(settings.batch_size, settings.micro_batch)
         # MAE augments by crop and flip only.
         self.views = ViewsConfig(color=False, blur=False, flip=settings.flip)
         mean, std = reading.transform.mean, reading.transform.std
@@ -140,7 +144,9 @@ class DecodersJob(GradientJob):
         pixels, prefix = 3 * encoder.patch_size**2, encoder.num_prefix_tokens
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            first = MAEDecoder(self.settings.decoder, encoder.embed_dim, grid, pixels, num_prefix=prefix)
+            first = MAEDecoder(
+                self.settings.decoder, encoder.embed_dim, grid, pixels, num_prefix=prefix, norm_input=True
+            )
             first.apply(init_linear)
             nn.init.normal_(first.mask_token, std=0.02)
         return [deepcopy(first).to(self.reading.device) for _ in self.blocks]
@@ -163,11 +169,16 @@ class DecodersJob(GradientJob):
             self.bad.add(path, reason)
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
-        views = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
-        for number, loss in enumerate(self._losses(views, self._mask(batch.epoch, batch.sample_B, 0))):
-            # Decoder by decoder: the gradients of the sum, with the memory of one.
-            loss.backward()
-            self.seen[number] += loss.detach()
+        count, most = len(batch.sample_B), self.images_per_pass
+        for start in range(0, count, most):
+            sample_B = batch.sample_B[start : start + most]
+            views = self.photometric(batch.crops[0][start : start + most], batch.epoch, sample_B, [0])[0]
+            # Every image has as many hidden patches, so the mean over images is that over patches.
+            share = len(sample_B) / count
+            for number, loss in enumerate(self._losses(views, self._mask(batch.epoch, sample_B, 0))):
+                # Decoder by decoder: the gradients of the sum, with the memory of one.
+                (share * loss).backward()
+                self.seen[number] += share * loss.detach()
         return self.seen.sum()
 
     def check(self) -> None:
@@ -183,7 +194,7 @@ class DecodersJob(GradientJob):
         """The loss of each decoder in turn, from one pass of the encoder without gradient."""
         target = normalize_patches(patchify(images, self.encoder.patch_size))
         with torch.no_grad(), autocast(self.device, self.reading.precision):
-            tokens = self.encoder.blocks(images, self.blocks, final_norm=True, visible_BK=mask.visible_BK)
+            tokens = self.encoder.blocks(images, self.blocks, visible_BK=mask.visible_BK)
         for decoder, tokens_BLD in zip(self.decoders, tokens, strict=True):
             with autocast(self.device, self.reading.precision):
                 loss = hidden_error(decoder(tokens_BLD, mask.restore_BN), target, mask.hidden_BN)
@@ -196,14 +207,13 @@ class DecodersJob(GradientJob):
             decoder.eval()
         total, count = torch.zeros(len(self.blocks), dtype=torch.float64), 0
         transform, workers = self.reading.transform, loader_workers(self.reading.workers, source)
-        batches = crop_batches(source, transform, batch_size=self.settings.batch_size, workers=workers)
+        batches = crop_batches(source, transform, batch_size=self.images_per_pass, workers=workers)
         for done, batch in enumerate(batches, 1):
             self.skip(batch.bad)
             if batch.indices:
                 images = transform.normalize(batch.crops.to(self.device, non_blocking=True))
                 # Training uses the masks of view 0.
                 mask = self._mask(0, torch.tensor(batch.indices), 1)
-                # Every image has as many hidden patches, so the mean over images is that over patches.
                 total += len(batch.indices) * torch.stack(list(self._losses(images, mask))).double().cpu()
                 count += len(batch.indices)
             report(done)
@@ -220,6 +230,18 @@ class DecodersJob(GradientJob):
                 f"the reconstruction loss of block {self.blocks[broken[0]]} is not finite {when}; lower "
                 "reconstruction.lr, use --precision fp32, or check the encoder"
             )
+
+
+def few_updates(settings: ReconstructionConfig, images: int) -> str | None:
+    """One line of advice when the decoders learn little because a batch holds a large part of the training images."""
+    per_epoch = max(1, images // settings.batch_size)
+    if per_epoch >= FEWEST_UPDATES:
+        return None
+    return (
+        f"the decoders get {per_epoch * settings.epochs} updates in {settings.epochs} epochs, since "
+        f"reconstruction.batch_size is {settings.batch_size} and there are {images} training images; set it to "
+        f"{max(2, images // 20)} or less, with a higher reconstruction.lr"
+    )
 
 
 def check_maskable(architecture: Architecture | BackboneArchitecture, image_size: int) -> None:

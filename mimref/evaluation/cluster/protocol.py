@@ -109,9 +109,18 @@ def _check_classes(
     found = checks.run("data.spec", lambda: number_classes(y, config.split, names)[0])
     if (asked := config.classes) is not None:
         found = checks.run("classes", lambda: choose_classes(asked, names, y))
+    if found is not None:
+        checks.run("data.spec", lambda: _check_clusters(len(found), int(np.isin(y, found).sum())))
     if embed and found is not None:
         checks.run("umap", lambda: check_count(int(np.isin(y, found).sum())))
     return found
+
+
+def _check_clusters(clusters: int, images: int) -> None:
+    if clusters >= images:
+        raise DataError(
+            f"{clusters} clusters (one per class) need more than {images} images; give several images per class"
+        )
 
 
 def cluster_accuracy(y: Labels, assignment: Labels) -> float:
@@ -179,10 +188,7 @@ def cluster(
             raise ConfigError(f"{option} = {number}: give at least 1")
     check_features(x, "features", y)
     classes, truth = number_classes(y, "features")
-    if len(classes) >= len(x):
-        raise DataError(
-            f"{len(classes)} clusters (one per class) need more than {len(x)} images; give several images per class"
-        )
+    _check_clusters(len(classes), len(x))
     points = unit_rows(x)
     of_clusters = [name for name in metrics if name in AGREEMENT]
     jobs = min(workers or own_cores(), runs) if float(runs) * points.size * len(classes) >= SERIAL_WORK else 1

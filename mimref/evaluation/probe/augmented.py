@@ -18,9 +18,9 @@ from mimref.devices import autocast
 from mimref.distributed.group import own_rank, world_size
 from mimref.distributed.turns import end_requests, request, requests, take_turns
 from mimref.encoders.backbones import TokenEncoder
-from mimref.errors import DataError
+from mimref.errors import ConfigError, DataError
 from mimref.evaluation.probe.config import ProbeTrainingConfig
-from mimref.evaluation.probe.ensemble import Batch
+from mimref.evaluation.probe.ensemble import Batch, Norm
 from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput, fingerprint
 from mimref.features.encode import Column, Features, PassSettings, encode_columns, pooled_tokens
 from mimref.progress import Progress
@@ -30,23 +30,39 @@ CROP_SCALE = (0.08, 1.0)
 """Range of a training crop's share of the image's area."""
 
 
-def probe_inputs(depth: int, has_cls_token: bool, *, final_norm: bool = True) -> dict[ProbeInput, list[Column]]:
+def probe_inputs(
+    depth: int,
+    has_cls_token: bool,
+    *,
+    norm: Norm = "none",
+    blocks: Literal["both", "last", "last4"] = "both",
+    final_norm: bool = True,
+    norm_any_block: bool = True,
+) -> dict[ProbeInput, list[Column]]:
     """The inputs of an encoder's classifiers, each with the columns that are concatenated for it, in this order.
 
-    An encoder of fewer than four blocks has no `last4`, one without a CLS token only `mean`. Where the sources differ:
-    final_norm applies to the last block, in `last` and in `last4` (DINOv2 norms all four blocks, the paper's released
-    code none), and CLS and mean are both taken of each of the four blocks, as in the released code (DINOv2 adds the
-    mean of the last block only).
+    An encoder of fewer than four blocks has no `last4`, one without a CLS token only `mean`. norm "none" is DINOv2's
+    protocol (dinov2/eval/linear.py; models/vision_transformer.py, `get_intermediate_layers`): the encoder's final norm
+    on all four blocks, and with their CLS tokens the mean of the last block only. "batch" is the paper's released code:
+    the final norm in `last` alone, and CLS and mean of each of the four raw blocks.
+    final_norm False: no block is normed. norm_any_block False: only the last one can be.
+    Raises ConfigError for `last4` of fewer than four blocks.
     """
+
+    def columns(numbers: list[int], pool: str) -> list[Column]:
+        first, *more = pool.split("+")
+        if norm == "batch":
+            normed = final_norm and numbers == [depth]
+            return [Column(block, part, normed) for block in numbers for part in (first, *more)]
+        cls = [Column(block, first, final_norm and (norm_any_block or block == depth)) for block in numbers]
+        return cls + [Column(depth, part, final_norm) for part in more]
+
     groups = {"last": [depth]} | ({"last4": list(range(depth - 3, depth + 1))} if depth >= 4 else {})
-    pools: list[tuple[Literal["cls", "mean"], ...]] = [("cls",), ("cls", "mean")] if has_cls_token else [("mean",)]
-    return {
-        ProbeInput(name, "+".join(pool)): [
-            Column(block, part, final_norm and block == depth) for block in blocks for part in pool
-        ]
-        for name, blocks in groups.items()
-        for pool in pools
-    }
+    wanted = {name: numbers for name, numbers in groups.items() if blocks in ("both", name)}
+    if not wanted:
+        raise ConfigError(f"probe.blocks 'last4': there are only {depth} blocks; use probe.blocks='last'")
+    pools = ["cls", "cls+mean"] if has_cls_token else ["mean"]
+    return {ProbeInput(name, pool): columns(numbers, pool) for name, numbers in wanted.items() for pool in pools}
 
 
 def probe_augmented(

@@ -135,7 +135,7 @@ def schedule(update: int, total: int, norm: Norm) -> tuple[float, float]:
     """
     if norm == "none":
         return learning_rate(update, peak=1.0, warmup_updates=0, total_updates=total, end=0.0), 0.0
-    warmup = round(0.1 * total)
+    warmup = total // 10  # cut, not rounded, as in the release
     # The schedule is linear in its peak and its end, so all classifiers share these two numbers.
     scale = learning_rate(update, peak=1.0, warmup_updates=warmup, total_updates=total, end=0.0)
     return scale, learning_rate(update, peak=0.0, warmup_updates=warmup, total_updates=total, end=1e-6)

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from mimref.distributed.group import end_group, own_rank
+from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError
 from mimref.evaluation.metrics import check_labels, number_classes
 from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
@@ -43,7 +44,7 @@ def evaluate_probe(
     inputs = opened.checked(checks)
     if fresh and state is not None:
         state.unlink(missing_ok=True)  # another process of this run may have been first
-    groups = input_columns(inputs, config.final_norm)
+    groups = input_columns(inputs, config.probe, config.final_norm)
     columns = [column for group in groups.values() for column in group]
     bad: list[tuple[str, str]] = []
     if config.cached:
@@ -63,11 +64,20 @@ def evaluate_probe(
     return EvaluationResult(named(found, inputs.name, {}), time.monotonic() - started, left_out, inputs.data)
 
 
-def input_columns(inputs: Inputs, final_norm: bool = True) -> dict[ProbeInput, list[Column]]:
-    """The inputs of the classifiers, each with its columns. Features from files are read as they are."""
+def input_columns(
+    inputs: Inputs, settings: ProbeTrainingConfig, final_norm: bool = True
+) -> dict[ProbeInput, list[Column]]:
+    """The inputs of the classifiers, each with its columns, see `probe_inputs`.
+
+    Features from files are read as they are. Only plain vision transformers can norm other blocks than the last.
+    """
+    norm, blocks = settings.norm, settings.blocks
     if isinstance(inputs, EncoderInputs):
-        return probe_inputs(inputs.depth, inputs.has_cls_token, final_norm=final_norm)
-    groups = probe_inputs(inputs.depth, True, final_norm=False)
+        plain = isinstance(inputs.architecture, Architecture)
+        return probe_inputs(
+            inputs.depth, inputs.has_cls_token, norm=norm, blocks=blocks, final_norm=final_norm, norm_any_block=plain
+        )
+    groups = probe_inputs(inputs.depth, True, norm=norm, blocks=blocks, final_norm=False)
     return {key: columns for key, columns in groups.items() if key.pool == "cls"}
 
 

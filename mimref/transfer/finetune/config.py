@@ -5,8 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
-from mimref.config.base import AreaRange, CommandConfig, Decay, Fraction, Section
-from mimref.config.run import OptimizerConfig, TrainingConfig, check_warmup
+from mimref.config.base import AreaRange, CommandConfig, Decay, Fraction, PositiveRange, Section
+from mimref.config.run import LogConfig, OptimizerConfig, TrainingConfig, check_warmup
 
 
 def _check_rand_augment(text: str) -> str:
@@ -32,6 +32,8 @@ class AugmentConfig(Section):
     """Pixels of the shorter side before the random crop. None: crops are cut from the image as it is."""
     crop_scale: AreaRange = (0.08, 1.0)
     """Area range of the random crop."""
+    aspect_ratio: PositiveRange = (3 / 4, 4 / 3)
+    """Width over height of the crop, drawn log-uniformly; the largest crop within this range where none fits."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     rand_augment: Annotated[str, AfterValidator(_check_rand_augment)] | None = "rand-m9-mstd0.5-inc1"
@@ -76,6 +78,13 @@ class ScheduleConfig(Section):
         return self
 
 
+class ValidationConfig(LogConfig):
+    """What a fine-tuning logs about itself."""
+
+    validate_every_epochs: int = Field(default=1, gt=0)
+    """Epochs between classifications of the validation images, which the last epoch always ends with."""
+
+
 class AdamConfig(OptimizerConfig):
     """AdamW as fine-tuning uses it."""
 
@@ -108,6 +117,7 @@ class FinetuneConfig(TrainingConfig):
     finetune: ScheduleConfig = ScheduleConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: AdamConfig = AdamConfig()
+    monitor: ValidationConfig = ValidationConfig()
 
     @model_validator(mode="after")
     def _check_splits(self) -> Self:

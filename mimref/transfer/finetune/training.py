@@ -64,7 +64,7 @@ class FineTuning(Stage):
             warmup_epochs=settings.warmup_epochs,
             epochs=settings.epochs,
             source=plan.images(split),
-            crops=[CropGroup(1, size, augment.crop_scale)],
+            crops=[CropGroup(1, size, augment.crop_scale, augment.aspect_ratio)],
             device=device,
         )
         # Every split has views of its own.
@@ -136,7 +136,9 @@ class FineTuning(Stage):
         return {"loss": loss, "lr": self.rate(self.step - 1)}
 
     def end_epoch(self, epoch: int) -> None:
-        """Classify the validation images."""
+        """Classify the validation images, if it is time to."""
+        if not self.check_due(epoch, self.config.monitor.validate_every_epochs):
+            return
         scores = self.validate()
         values = {"val_top1": scores.top1} | ({} if scores.top5 is None else {"val_top5": scores.top5})
         self.history[self.split].append({"epoch": epoch} | {name[4:]: value for name, value in values.items()})
