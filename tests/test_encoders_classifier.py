@@ -25,6 +25,7 @@ from mimref.encoders.classifier import (
     save_classifier,
     set_stochastic_depth,
 )
+from mimref.encoders.export import timm_name
 from mimref.encoders.export_classifier import export_classifier
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError
@@ -306,6 +307,13 @@ def test_timm_reads_the_export(name: str, pool: str, ending: str, tmp_path: Path
         images = images[:, :1]
     torch.testing.assert_close(model.eval()(images), classifier(images), rtol=1e-4, atol=1e-4)
     assert done.difference < 1e-3
+
+
+@pytest.mark.parametrize(("arch", "name"), [("vit_b16", "vit_base_patch16_224"), ("vit_l16", "vit_large_patch16_224")])
+def test_timms_names_of_the_papers_sizes(arch: str, name: str) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(Architecture.from_config(EncoderConfig(arch=arch)))
+    assert timm_name(encoder) == name
 
 
 def test_post_norm_classifiers_are_refused(tmp_path: Path) -> None:

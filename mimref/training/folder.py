@@ -32,7 +32,6 @@ _OUR_FILES = (
     "results.csv",
     "encoder.safetensors",
     "split[0-9]*.safetensors",
-    "curve.png",
     "config.toml",
     "metrics.jsonl",
     "heads.pt",
