@@ -14,6 +14,7 @@ _PUBLIC = {
     "KnnConfig": "mimref.evaluation.knn.config",
     "PretrainConfig": "mimref.pretraining.config",
     "RefineConfig": "mimref.refinement.config",
+    "SuiteConfig": "mimref.transfer.suite.config",
     "analyze_blocks": "mimref.evaluation.blocks.statistics",
     "cluster": "mimref.evaluation.cluster.protocol",
     "extract": "mimref.api",
@@ -25,6 +26,7 @@ _PUBLIC = {
     "pretrain": "mimref.pretraining.run",
     "probe_cached": "mimref.evaluation.probe.cached",
     "refine": "mimref.refinement.run",
+    "run_suite": "mimref.transfer.suite.run",
 }
 
 

@@ -14,6 +14,7 @@ from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.pretraining.config import PretrainConfig
 from mimref.refinement.config import RefineConfig
+from mimref.transfer.finetune.config import FinetuneConfig
 
 
 def load(*sets: str, **overrides: Any) -> RefineConfig:
@@ -150,6 +151,16 @@ def test_dumped_config_keeps_the_name_of_its_preset(tmp_path: Any) -> None:
     assert load_config(RefineConfig, str(path)) == config
 
 
+def test_a_dumped_config_unsets_what_is_set_by_default(tmp_path: Any) -> None:
+    config = load_config(FinetuneConfig, None, {"augment.rand_augment": "none", "augment.flip": 0.25})
+    assert config.augment.rand_augment is None
+    path = tmp_path / "config.toml"
+    for text in (dump_config(config), dump_config(config, defaults=False)):
+        path.write_text(text, encoding="utf-8")
+        assert load_config(FinetuneConfig, str(path)) == config.model_copy(update={"preset": str(path)})
+    assert text == '[augment]\nflip = 0.25\nrand_augment = "none"\n'
+
+
 def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
     kinds = [field.annotation for field in model.model_fields.values()]
     nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
@@ -158,7 +169,7 @@ def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
 
 @pytest.mark.parametrize("model", [RefineConfig, PretrainConfig, KnnConfig])
 def test_settings_that_may_be_unset_are_unset_by_default(model: type[CommandConfig]) -> None:
-    # dump_config leaves out what is unset, so a default other than None would come back.
+    # The dumped file then need not name what is unset.
     for section in sections(model):
         for name, field in section.model_fields.items():
             if types.NoneType in get_args(field.annotation):

@@ -50,6 +50,17 @@ def test_image_of_the_right_size_is_kept_and_the_crop_is_central() -> None:
     assert torch.equal(EvalTransform(28, 1.0).crop(wide), wide[:, :, 10:38])
 
 
+@pytest.mark.parametrize(("height", "width"), [(300, 500), (10, 37), (500, 301), (224, 224)])
+def test_a_direct_resize_is_torchvisions_to_a_square(height: int, width: int) -> None:
+    image, transform = noise(height, width), EvalTransform(28, 0.5, resize="direct")
+    reference = v2.Resize((28, 28), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(transform.crop(image), reference(image)) and transform.crop(image).is_contiguous()
+    assert EvalTransform.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
+    assert transform.to_dict() == EvalTransform(28, 0.5).to_dict() | {"resize": "direct"}
+    with pytest.raises(ConfigError, match="'both'"):
+        EvalTransform.from_dict(transform.to_dict() | {"resize": "both"})
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 200_000), (200_000, 1)])
 def test_a_strip_does_not_fill_the_memory(height: int, width: int) -> None:
     image = torch.zeros(3, height, width, dtype=torch.uint8)

@@ -234,6 +234,10 @@ def test_transform() -> None:
     assert eval_transform(architecture, DataConfig(crop_fraction=0.5), header).crop_fraction == 0.5
     assert eval_transform(architecture, DataConfig(), header, resolution=12).image_size == 12
     assert eval_transform(architecture, DataConfig(), {}) == EvalTransform(8)
+    direct = replace(recorded, resize="direct")
+    assert eval_transform(architecture, DataConfig(resize="direct"), header) == direct
+    assert eval_transform(architecture, DataConfig(), {"transform": direct.to_dict()}) == direct
+    assert eval_transform(architecture, DataConfig(resize="shorter"), {"transform": direct.to_dict()}) == recorded
     for damaged in (
         None,
         3,

@@ -1,5 +1,6 @@
 """Every shipped preset loads; the paper's agree with the paper; ablations change what they say and nothing else."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads, head_blocks
 from mimref.transfer.finetune.config import FinetuneConfig
+from mimref.transfer.suite.config import SuiteConfig
 
 MODELS: dict[str, type[CommandConfig]] = {
     "refine": RefineConfig,
@@ -26,6 +28,7 @@ MODELS: dict[str, type[CommandConfig]] = {
     "probe": ProbeConfig,
     "analyze-blocks": BlocksConfig,
     "finetune": FinetuneConfig,
+    "transfer": SuiteConfig,
 }
 
 
@@ -55,7 +58,8 @@ class TestEveryPreset:
         head = preset_text(name).split("\n\n")[0]
         command, _, short = name.partition("/")
         assert all(line.startswith("#") for line in head.splitlines()), "the preset must open with a comment"
-        named = f"mimref {command} --preset {short}" in head
+        option = "--suite" if command == "transfer" else "--preset"
+        named = re.search(rf"mimref {command} (CKPT\.\.\. )?{option} {re.escape(short)}\b", head) is not None
         assert named or (short == "quickstart" and f"mimref {command}" in head)
 
 

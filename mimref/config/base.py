@@ -78,8 +78,9 @@ class DataConfig(Section):
     """Which images."""
 
     spec: str | None = None
-    """A folder, `digits`, `fashion-mnist`, `torchvision:NAME`, `list:FILE` (a .csv or .parquet table of paths),
-    `hf:FOLDER` or `hf:NAME` (a Hugging Face data set, on disk or on the hub) or `wds:SHARDS` (webdataset tar files)."""
+    """A folder, `digits`, `fashion-mnist`, `torchvision:NAME`, `vtab:NAME`, `vtab1k:NAME`, `list:FILE` (a .csv or
+    .parquet table of paths), `hf:FOLDER` or `hf:NAME` (a Hugging Face data set, on disk or on the hub) or `wds:SHARDS`
+    (webdataset tar files)."""
     root: str | None = None
     """Folder of the data set's files, for a spec that is a name."""
     image: str | None = None
@@ -96,6 +97,9 @@ class DataConfig(Section):
     crop_fraction: float | None = Field(default=None, gt=0, le=1)
     """Evaluation: size of the centre crop over the resized shorter side. None: as in the checkpoint's header, else
     0.875 (224 / 256)."""
+    resize: Literal["shorter", "direct"] | None = None
+    """Evaluation: `shorter` resizes the shorter side and crops the centre, `direct` resizes the whole image to the
+    square, whatever its aspect (VTAB's). None: as in the checkpoint's header, else `shorter`."""
     orientation: Literal["file", "exif"] | None = None
     """Images whose EXIF data say how to turn them: `file` leaves their pixels as stored, `exif` turns them. None: as in
     the checkpoint's header, else `file`, as published numbers."""
@@ -128,6 +132,20 @@ class CommandConfig(Section):
     data: DataConfig = DataConfig()
 
 
-def dump_config(config: CommandConfig) -> str:
-    """The settings as TOML text that `load_config` reads back to an equal config; unset keys are omitted."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True))
+def dump_config(config: CommandConfig, *, defaults: bool = True) -> str:
+    """The settings as TOML text that `load_config` reads back to an equal config.
+
+    What is unset is omitted, or `none` where it is set by default. defaults: with the settings that nothing has set.
+    """
+    return tomli_w.dumps(_table(config, defaults))
+
+
+def _table(section: Section, defaults: bool) -> dict[str, Any]:
+    table = section.model_dump(exclude_none=True, exclude_unset=not defaults)
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section) and name in table:
+            table[name] = _table(value, defaults)
+        elif value is None and field.default is not None and (defaults or name in section.model_fields_set):
+            table[name] = "none"
+    return table

@@ -13,14 +13,20 @@ from mimref.data.readers.folder import open_folder
 from mimref.data.readers.hf import open_hugging_face
 from mimref.data.readers.named import open_digits, open_fashion_mnist, open_torchvision
 from mimref.data.readers.table import open_table
+from mimref.data.readers.vtab import open_vtab, open_vtab1k
 from mimref.data.readers.wds import open_shards
 from mimref.data.sources import ArraySource, EncodedSource, ImageSource, Split
 from mimref.errors import ConfigError, DataError, did_you_mean
 from mimref.progress import LabelledProgress
 
-ACCEPTED = "a folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER, hf:NAME or wds:SHARDS"
+ACCEPTED = (
+    "a folder, digits, fashion-mnist, torchvision:NAME, vtab:NAME, vtab1k:NAME, list:FILE, hf:FOLDER, hf:NAME or "
+    "wds:SHARDS"
+)
 NAMES = ("digits", "fashion-mnist")
 """Specs that are not paths, even where a folder has the same name."""
+_NAMED = ("torchvision:", "vtab:", "vtab1k:")
+"""Prefixes of names of data sets, whose files are below `data.root`."""
 _HOW_TO_LABEL = {
     "list:": "give the list the columns label and split (train, val)",
     "hf:": "give it a column label, and splits train and validation",
@@ -38,7 +44,7 @@ def is_hub_name(path: str) -> bool:
 
 def absolute_spec(spec: str) -> str:
     """The spec with an absolute path where it has one, so that it means the same images wherever it is read."""
-    if spec in NAMES or spec.startswith("torchvision:"):
+    if spec in NAMES or spec.startswith(_NAMED):
         return spec
     prefix = _prefix(spec)
     path = os.path.expanduser(spec.removeprefix(prefix))
@@ -91,6 +97,10 @@ def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress 
         return open_fashion_mnist(data, split)
     if spec.startswith("torchvision:"):
         return open_torchvision(data, split)
+    if spec.startswith("vtab:"):
+        return open_vtab(data, split)
+    if spec.startswith("vtab1k:"):
+        return open_vtab1k(data, split)
     if spec.startswith("list:"):
         return open_table(data, split)
     if spec.startswith("hf:"):
@@ -99,7 +109,7 @@ def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress 
         return open_shards(data, split, progress)
     root = os.path.expanduser(spec)
     if not os.path.isdir(root):
-        near = did_you_mean(spec, (*NAMES, "torchvision:"))
+        near = did_you_mean(spec, (*NAMES, *_NAMED))
         what = "is a file, not a folder" if os.path.exists(root) else f"no such folder or data set{near}"
         raise DataError(f"{what} (accepted: {ACCEPTED})")
     return open_folder(spec, split, progress)

@@ -36,6 +36,8 @@ class ImageSource(ABC):
     """Class of every image, (N,) int64, or None."""
     class_names: list[str] | None
     """Names of classes 0, 1, ..., or None without labels."""
+    lacks_classes: bool = False
+    """Whether some of `class_names` may have no training images, as published for this data set."""
     notices: Sequence[str] = ()
     """What of the data set is not used though it could be images or labels, and what had to be guessed: lines."""
     how_to_label: str = ""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as tvf
 from mimref.errors import ConfigError
 
 RGB = tuple[float, float, float]
+Resize = Literal["shorter", "direct"]
 
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
@@ -36,7 +37,7 @@ def middle(image: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize the shorter side, cut out the middle square, normalise by channel.
+    """Resize the shorter side, cut out the middle square, normalise by channel; or resize to a square directly.
 
     Defaults: shorter side 256 for crops of 224, bicubic, ImageNet's mean and standard deviation. Raises ConfigError for
     values out of range.
@@ -49,6 +50,8 @@ class EvalTransform:
     mean: RGB = IMAGENET_MEAN
     """Of red, green and blue, where pixels are 0..1."""
     std: RGB = IMAGENET_STD
+    resize: Resize = "shorter"
+    """`direct`: the whole image becomes the square, whatever its aspect; nothing is cut off."""
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -59,15 +62,18 @@ class EvalTransform:
             raise ConfigError(f"mean {self.mean} and std {self.std} must be three finite numbers each")
         if min(self.std) <= 0:
             raise ConfigError(f"std is {self.std}; every channel's must be above 0")
+        if self.resize not in ("shorter", "direct"):
+            raise ConfigError(f"resize is {self.resize!r}; it must be shorter or direct")
 
     def crop(self, image: Tensor) -> Tensor:
         """Resize and crop one image, uint8 (3, H, W) -> (3, S, S); as torchvision's Resize and CenterCrop do.
 
-        Of a very long image only the `middle` is resized, and the square shows no more of it.
+        With a shorter side, only the `middle` of a very long image is resized, and the square shows no more of it.
         """
-        resized = round(self.image_size / self.crop_fraction)
-        image = tvf.resize(middle(image), [resized], interpolation=InterpolationMode.BICUBIC, antialias=True)
-        cropped: Tensor = tvf.center_crop(image, [self.image_size, self.image_size])
+        if self.resize == "direct":
+            return _bicubic(image, [self.image_size, self.image_size]).contiguous()
+        resized = _bicubic(middle(image), [round(self.image_size / self.crop_fraction)])
+        cropped: Tensor = tvf.center_crop(resized, [self.image_size, self.image_size])
         return cropped.contiguous()
 
     def normalize(self, batch_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -78,16 +84,23 @@ class EvalTransform:
         return ((batch_BCHW.to(compute) / 255 - mean) / std).to(dtype)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON headers; `from_dict` reads it back."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """For JSON headers; `from_dict` reads it back. Without the usual `resize`, as headers had none before."""
+        saved = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in saved.items() if (key, value) != ("resize", "shorter")}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "EvalTransform":
         """Read what `to_dict` wrote. Raises ConfigError for other keys or values."""
         try:
-            return cls(int(saved["image_size"]), float(saved["crop_fraction"]), _rgb(saved["mean"]), _rgb(saved["std"]))
+            sizes = int(saved["image_size"]), float(saved["crop_fraction"])
+            return cls(*sizes, _rgb(saved["mean"]), _rgb(saved["std"]), saved.get("resize", "shorter"))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"recorded transform {dict(saved)} cannot be read: {error!r}") from error
+
+
+def _bicubic(image: Tensor, size: list[int]) -> Tensor:
+    resized: Tensor = tvf.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return resized
 
 
 def _rgb(values: Any) -> RGB:

@@ -62,9 +62,9 @@ def eval_transform(
 ) -> EvalTransform:
     """The evaluation transform of an encoder's images, at `resolution` or at the encoder's own.
 
-    Crop fraction: from the settings, else the header, else 0.875. Normalisation: from the header, else timm's record
-    for tagged weights (`vit_x.tag`), else ImageNet's; for gray encoders the mean of those of the three channels, as
-    timm's loader does. Raises CheckpointError when the header's record is not valid.
+    Crop fraction: from the settings, else the header, else 0.875; the way of resizing likewise. Normalisation: from the
+    header, else timm's record for tagged weights (`vit_x.tag`), else ImageNet's; for gray encoders the mean of those of
+    the three channels, as timm's loader does. Raises CheckpointError when the header's record is not valid.
     """
     image_size = architecture.image_size
     try:
@@ -81,7 +81,7 @@ def eval_transform(
     if isinstance(architecture, Architecture) and architecture.channels == 1:
         mean, std = _same(mean), _same(std)
     fraction = recorded.crop_fraction if data.crop_fraction is None else data.crop_fraction
-    return EvalTransform(resolution or image_size, fraction, mean, std)
+    return EvalTransform(resolution or image_size, fraction, mean, std, data.resize or recorded.resize)
 
 
 def _same(values: RGB) -> RGB:

@@ -251,14 +251,18 @@ def prepare_groups(groups: Groups, inputs: Inputs, splits: Sequence[Split] = ("t
 
 
 def give_distinct_names(opened: Sequence[EncoderInputs], checkpoints: Sequence[str]) -> None:
-    """Name models by their full paths where several share a name. Raises ConfigError for duplicates."""
-    names = [inputs.name for inputs in opened]
-    for inputs, checkpoint in zip(opened, checkpoints, strict=True):
-        if names.count(inputs.name) > 1:
-            inputs.name = checkpoint
+    """Name models as `distinct_names` does."""
+    for inputs, name in zip(opened, distinct_names(checkpoints), strict=True):
+        inputs.name = name
+
+
+def distinct_names(checkpoints: Sequence[str]) -> list[str]:
+    """Names of models: full paths where several share a name. Raises ConfigError for duplicates."""
     duplicates = [checkpoint for checkpoint in checkpoints if checkpoints.count(checkpoint) > 1]
     if duplicates:
         raise ConfigError(f"{duplicates[0]} is named twice; name each encoder once")
+    names = list(map(model_name, checkpoints))
+    return [checkpoint if names.count(name) > 1 else name for name, checkpoint in zip(names, checkpoints, strict=True)]
 
 
 def model_name(checkpoint: str) -> str:

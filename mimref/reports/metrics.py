@@ -28,9 +28,11 @@ LABELS = {
     "block_effective_rank": "effective rank of block {block}",
     "block_reconstruction": "reconstruction loss of block {block}",
     "block_reconstruction_delta": "reconstruction gained by block {block}",
+    "suite_average": "average",
+    "suite_rank": "average rank",
 }
 UNDEFINED = "undefined: the features do not vary, or classes have the same mean"
-LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction"}
+LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction", "suite_rank"}
 # Neither percentages nor of a known size.
 STATISTICS = {
     *("feature_variance", "effective_rank", "block_mean", "block_variance", "block_effective_rank"),
@@ -70,7 +72,7 @@ def sign(row: Row) -> int:
 
 def decimals(row: Row) -> int:
     """Digits that a table shows after the point."""
-    return 3 if row["metric"] in LOWER_IS_BETTER else 1
+    return 3 if row["metric"] in LOWER_IS_BETTER and row["metric"] != "suite_rank" else 1
 
 
 def shown_value(row: Row) -> float:

@@ -25,6 +25,7 @@ from mimref.errors import Checks
 ROOT = Path(__file__).parents[2]
 WORK = (
     "mimref.cli.evaluation.run_on_ranks",
+    "mimref.cli.suite.run_on_ranks",
     "mimref.cli.training.run_on_ranks",
     "mimref.cli.transfer.run_on_ranks",
     "mimref.refinement.plan.make_plan",
@@ -107,7 +108,7 @@ def runs(line: str) -> bool:
 
 
 def test_examples_are_found() -> None:
-    assert len(HELP) >= 2 * 21 - 6 and len(EXAMPLES) > len(HELP)
+    assert len(HELP) >= 2 * 24 - 6 and len(EXAMPLES) > len(HELP)
 
 
 @pytest.mark.parametrize("line", EXAMPLES)

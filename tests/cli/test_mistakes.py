@@ -31,6 +31,7 @@ from mimref.pretraining.run import pretrain
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
 from mimref.transfer.finetune.config import FinetuneConfig, PredictConfig
+from mimref.transfer.suite.config import SuiteConfig
 from tests.tiny import pretrain_config, write_labelled
 
 MODELS: dict[str, type[CommandConfig]] = {
@@ -38,7 +39,7 @@ MODELS: dict[str, type[CommandConfig]] = {
     for model in (
         *(RefineConfig, PretrainConfig, KnnConfig, LowshotConfig, ClusterConfig, ProbeConfig),
         *(BlocksConfig, CompareConfig, ExtractConfig, InterpolateConfig),
-        *(FinetuneConfig, PredictConfig),
+        *(FinetuneConfig, PredictConfig, SuiteConfig),
     )
 }
 """By the name of their command."""

@@ -3,6 +3,7 @@
 import gzip
 import os
 import zlib
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -96,44 +97,64 @@ def _read_idx(path: str, *, ndim: int) -> NDArray[np.uint8]:
 
 def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource:
     """A torchvision data set; its test images are the validation images."""
-    from torchvision import datasets
-
     asked = (data.spec or "").removeprefix("torchvision:")
-    known = {name.lower(): name for name in TORCHVISION_NAMES}
-    name = known.get(asked.lower())
-    if name is None:
-        near = did_you_mean(asked.lower(), known)
-        raise DataError(f"unknown data set{near} (known: {', '.join(TORCHVISION_NAMES)})")
-    if data.root is None:
-        raise DataError("needs the folder of its files: --set data.root=FOLDER")
-    root, train = os.path.expanduser(data.root), split == "train"
+    name = known_name(asked, TORCHVISION_NAMES)
+    train = split == "train"
     part: dict[str, Any] = {"split": "train" if train else "test"}
     if name in ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"):
         part = {"train": train}
     elif name == "OxfordIIITPet" and train:
         part = {"split": "trainval"}
-    try:
-        # torchvision unpacks under the files' final names, so another process would read incomplete ones.
-        with one_at_a_time(Path(root, name)) if data.download else nullcontext():
-            dataset = getattr(datasets, name)(root, download=data.download, **part)
-    except Exception as error:  # each class has its own: missing or corrupt files, no network, a missing package
-        advice = "" if data.download else "; --set data.download=true fetches it"
-        raise DataError(f"{root}: {reason_of(error)}{advice}") from error
-    source = _wrap_torchvision(f"torchvision:{name}", root, dataset, split)
+    source = torchvision_source(f"torchvision:{name}", data, name, [part], split)
     if name in _UNUSED_SPLITS:
         source.notices = [f"torchvision:{name}: the images of its split {_UNUSED_SPLITS[name]!r} are not used"]
     return source
 
 
-def _wrap_torchvision(name: str, root: str, dataset: Any, split: Split) -> ArraySource | FileSource:
-    """Use a data set's arrays, or its list of files, rather than calling it image by image."""
-    held = next(each for each in ("targets", "labels", "_labels") if hasattr(dataset, each))
-    labels = np.asarray(getattr(dataset, held), dtype=np.int64)
-    classes = [str(c) for c in getattr(dataset, "classes", range(int(labels.max()) + 1))]
-    if not hasattr(dataset, "data"):
-        files = dataset._image_files if hasattr(dataset, "_image_files") else dataset._images
+def known_name(asked: str, names: Sequence[str]) -> str:
+    """The name as it is written in `names`, whatever its case. Raises DataError for an unknown one."""
+    known = {name.lower(): name for name in names}
+    if asked.lower() not in known:
+        near = did_you_mean(asked.lower(), known)
+        raise DataError(f"unknown data set{near} (known: {', '.join(names)})")
+    return known[asked.lower()]
+
+
+def root_folder(data: DataConfig) -> str:
+    """`data.root`. Raises DataError where it is not set."""
+    if data.root is None:
+        raise DataError("needs the folder of its files: --set data.root=FOLDER")
+    return os.path.expanduser(data.root)
+
+
+def torchvision_source(
+    name: str, data: DataConfig, of_torchvision: str, parts: Sequence[Mapping[str, Any]], split: Split
+) -> ArraySource | FileSource:
+    """A torchvision data set's images as a source of this name; parts: arguments of its class, one after another.
+
+    Raises DataError when files are missing or damaged. Only data sets of files have several parts.
+    """
+    from torchvision import datasets
+
+    root = root_folder(data)
+    try:
+        # torchvision unpacks under the files' final names, so another process would read incomplete ones.
+        with one_at_a_time(Path(root, of_torchvision)) if data.download else nullcontext():
+            found = [getattr(datasets, of_torchvision)(root, download=data.download, **part) for part in parts]
+    except Exception as error:  # each class has its own: missing or corrupt files, no network, a missing package
+        advice = "" if data.download else "; --set data.download=true fetches it"
+        raise DataError(f"{root}: {reason_of(error)}{advice}") from error
+    first = found[0]
+    if any(getattr(each, "classes", None) != getattr(first, "classes", None) for each in found):
+        raise DataError(f"{root}: images of some classes are missing in one of its splits; get the files again")
+    held = next(each for each in ("targets", "labels", "_labels") if hasattr(first, each))
+    labels = np.concatenate([np.asarray(getattr(each, held), dtype=np.int64) for each in found])
+    classes = [str(c) for c in getattr(first, "classes", range(int(labels.max()) + 1))]
+    if not hasattr(first, "data"):
+        # Its list of files, rather than calling it image by image.
+        files = [file for each in found for file in getattr(each, "_image_files", None) or each._images]
         return FileSource(name, root, [str(Path(file).relative_to(root)) for file in files], labels, classes)
-    images = np.asarray(dataset.data)
+    images = np.asarray(first.data)
     if images.ndim == 4 and images.shape[-1] == 3:  # CIFAR alone is (N, H, W, 3)
         images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return ArraySource(name, images, labels, classes, split, np.arange(len(images), dtype=np.int64))

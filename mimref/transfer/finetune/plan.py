@@ -72,8 +72,7 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
     numbered = splits = None
     if len(sources) == 2:
         train, val = sources["train"], sources["val"]
-        assert train.labels is not None and val.labels is not None
-        numbered = checks.run("data.spec", partial(number_labels, train.labels, val.labels, train.class_names))
+        numbered = checks.run("data.spec", partial(_numbered, train, val))
         splits = checks.run("split_files" if config.split_files else "shots", partial(_splits, config, train))
         for count in {len(train) if rows is None else len(rows) for rows in splits or ()}:
             checks.run("batch_size", partial(check_batch_size, config.batch_size, count))
@@ -98,6 +97,14 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
         list(map(str, name_classes(classes, train.class_names))),
         splits,
     )
+
+
+def _numbered(train: ImageSource, val: ImageSource) -> tuple[Indices, Indices, Indices]:
+    """What `number_labels` returns; all classes of a data set that lacks training images of some, as published."""
+    assert train.labels is not None and val.labels is not None
+    if train.lacks_classes and train.class_names is not None:
+        return np.arange(len(train.class_names)), train.labels, val.labels
+    return number_labels(train.labels, val.labels, train.class_names)
 
 
 def _adapted(architecture: Architecture, config: FinetuneConfig) -> Architecture:

@@ -1,0 +1,66 @@
+"""`mimref transfer`: encoders on a list of data sets."""
+
+from functools import partial
+from pathlib import Path
+
+from mimref.cli.execution import figure, run_on_ranks
+from mimref.cli.options import CHECKPOINT, Resume, Seed, Text
+from mimref.cli.parser import argument, option
+from mimref.errors import UserErrors
+
+
+class SuiteOptions(Seed, Resume, panel="Data"):
+    checkpoints: list[str] | None = argument(
+        f"{CHECKPOINT}; several are compared. Default: the packaged tiny encoder.",
+        "CKPT",
+        "checkpoints",
+        required=False,
+    )
+    suite: Text = option("What to measure; `mimref presets list` shows the built-in ones.", "NAME|FILE.toml")
+    workers: Text = option("Processes that read images.", "N", "workers")
+
+    def settings_file(self) -> str | None:
+        """`--suite`; else the settings of the suite that `--resume --out DIR` continues."""
+        file = self.out / "suite.toml" if self.out and self.resume and self.suite is None else None
+        return str(file) if file and file.is_file() else self.suite
+
+
+def transfer(options: SuiteOptions) -> None:
+    """Measure encoders on several data sets.
+
+    A suite lists data sets with a protocol each. The entries run one after another; what is finished is never run
+    again. The table has their average and, for several encoders, the average rank.
+
+    Examples:
+      mimref transfer --suite quickstart
+      mimref transfer mae_l16 runs/mae_l16 --suite vtab-natural --set data.root=/data/vtab --out runs/vtab
+    """
+    from mimref.transfer.suite.config import SuiteConfig
+    from mimref.transfer.suite.plan import ask_for_suite
+
+    config = options.load(SuiteConfig, options.settings_file(), ask_for_suite)
+    name = Path(config.preset or "suite").stem
+    out = options.out = options.out or Path("runs") / f"{config.command}-{name}"
+
+    from mimref.transfer.suite.run import run_suite
+
+    work = partial(run_suite, out=out, resume=options.resume, force=options.force)
+    advice = "--resume runs what is not finished"
+    result = run_on_ranks(config, options, work, advice=advice)
+    if result is None:
+        return
+    if result.rows:
+        from mimref.files import write_bytes
+        from mimref.reports.figures import plot_comparison
+        from mimref.reports.suites import suite_lines
+        from mimref.reports.tables import markdown_table
+        from mimref.reports.terminal import print_comparison
+
+        lines = suite_lines(result.rows)
+        base = str(lines[0]["model"])
+        write_bytes(out / "results.md", markdown_table(lines, base).encode())
+        print_comparison(lines, base)
+        with figure(out / "suite.png", options):
+            plot_comparison(out / "suite.png", lines, base)
+    if result.failed:
+        raise UserErrors(result.failed)

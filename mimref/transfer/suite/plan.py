@@ -1,0 +1,118 @@
+"""From a suite's settings to checked entries: all mistakes in them are found together, before anything runs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+from mimref.config.base import CommandConfig
+from mimref.config.load import load_config, setting_fields, validated
+from mimref.config.presets import preset_names
+from mimref.errors import Checks, ConfigError, UserError, UserErrors
+from mimref.evaluation.cluster.config import ClusterConfig
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.evaluation.lowshot.config import LowshotConfig
+from mimref.evaluation.probe.config import ProbeConfig
+from mimref.features.config import EvaluationConfig
+from mimref.transfer.finetune.config import FinetuneConfig
+from mimref.transfer.suite.config import EntryConfig, SuiteConfig
+
+T = TypeVar("T")
+MODELS: dict[str, type[CommandConfig]] = {
+    model.command: model for model in (KnnConfig, LowshotConfig, ProbeConfig, ClusterConfig, FinetuneConfig)
+}
+# Settings of the suite itself.
+_OWN = ("preset", "checkpoints", "entries", "data.spec")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry with its checked settings, but for the checkpoint."""
+
+    given: EntryConfig
+    config: CommandConfig
+
+    @property
+    def name(self) -> str:
+        """In the table, and of its folder."""
+        return self.given.name
+
+
+def ask_for_suite() -> NoReturn:
+    """Raise ConfigError with the names of the built-in suites."""
+    known = ", ".join(name.partition("/")[2] for name in preset_names(SuiteConfig.command))
+    raise ConfigError(f"no suite: pass --suite NAME ({known}) or --suite FILE.toml")
+
+
+def plan_entries(config: SuiteConfig, checks: Checks) -> list[Entry]:
+    """The entries; `checks` collects what is wrong with any of them."""
+    if not config.entries and "entries" not in checks.unusable:
+        checks.add("suite", ConfigError(f"{config.preset or 'the suite'} has no entries; add [[entries]] tables"))
+    if config.data.spec is not None:
+        checks.add("suite", ConfigError(f"data.spec = {config.data.spec!r}: in a suite, each entry has its own data"))
+    entries: list[Entry] = []
+    for number, table in enumerate(config.entries, start=1):
+        label = f"entry {table.get('name', number)!r}"
+        entry = checks.run("suite", partial(labelled_errors, label, partial(_plan_entry, config, table)))
+        if entry is not None and any(entry.name == other.name for other in entries):
+            checks.add("suite", ConfigError(f"{label}: its name is that of another entry; give each its own"))
+        elif entry is not None:
+            entries.append(entry)
+    return entries
+
+
+def labelled_errors(label: str, work: Callable[[], T]) -> T:
+    """What `work` returns. The messages of the mistakes that it raises begin with `label`."""
+    try:
+        return work()
+    except UserErrors as several:
+        raise UserErrors([_labelled(label, error) for error in several.errors]) from several
+    except UserError as error:
+        raise _labelled(label, error) from error
+
+
+def _labelled(label: str, error: UserError) -> UserError:
+    return type(error)(f"{label}: {error}")
+
+
+def _plan_entry(config: SuiteConfig, table: Mapping[str, Any]) -> Entry:
+    entry = validated(EntryConfig, table)
+    model = MODELS[entry.protocol]
+    known = setting_fields(model)
+    given = flatten(config.model_dump(exclude_unset=True))
+    for key in ("arch", "source"):
+        if key in given and key not in known:
+            given[f"encoder.{key}"] = given.pop(key)
+    common = {key: value for key, value in given.items() if key in known and key not in _OWN}
+    found = load_config(model, entry.preset, common | flatten(entry.settings) | {"data.spec": entry.data})
+    for key in {"checkpoint", "encoder.weights", "data.spec"} & flatten(entry.settings).keys():
+        raise ConfigError(f"settings: {key} follows from the suite's checkpoints and the entry's data; leave it out")
+    if isinstance(found, EvaluationConfig):
+        _check_single(found)
+    return Entry(entry, found)
+
+
+def _check_single(config: EvaluationConfig) -> None:
+    """Raise ConfigError or UserErrors for settings that do not give one number."""
+    checks, several = Checks(), dict[str, object]()
+    if config.blocks == "all" or "," in config.blocks:
+        several["blocks"] = config.blocks
+    if isinstance(config, KnnConfig):
+        several |= {key: values for key in ("k", "tau") if len(values := getattr(config, key)) > 1}
+    if isinstance(config, LowshotConfig) and not config.split_files and len(config.shots) > 1:
+        several["shots"] = config.shots
+    for key, values in several.items():
+        checks.add(key, ConfigError(f"{key} = {values}: an entry has one result, and these give several; choose one"))
+    if isinstance(config, ClusterConfig) and "acc" not in config.metrics:
+        checks.add("metrics", ConfigError(f"metrics = {config.metrics}: acc is missing, which a suite shows; add it"))
+    if config.features is not None:
+        checks.add("features", ConfigError("features: a suite reads checkpoints; leave them out"))
+    checks.finish()
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat

@@ -1,0 +1,284 @@
+"""`mimref transfer`: every checkpoint on every entry of a suite, one after another, each in its own folder.
+
+`--out` holds `suite.toml`, the settings, and for every entry ENTRY/MODEL/results.json as the entry's own command writes
+it. What has such a file is finished, and is never run again.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mimref.config.base import CommandConfig, dump_config
+from mimref.distributed.group import world_size
+from mimref.encoders.checkpoints import choose_architecture, read_checkpoint
+from mimref.encoders.published import must_download
+from mimref.errors import Checks, ConfigError, LostRankError, OutputError, UserError
+from mimref.evaluation.cluster.config import ClusterConfig
+from mimref.evaluation.cluster.protocol import evaluate_cluster
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.evaluation.knn.protocol import evaluate_knn
+from mimref.evaluation.lowshot.config import LowshotConfig
+from mimref.evaluation.lowshot.protocol import evaluate_lowshot
+from mimref.evaluation.probe.config import ProbeConfig
+from mimref.evaluation.probe.protocol import evaluate_probe
+from mimref.features.inputs import distinct_names
+from mimref.features.opening import check_device, open_images
+from mimref.files import check_writable, write_bytes
+from mimref.locks import folder_lock
+from mimref.progress import Listener, Silent
+from mimref.results import EvaluationResult, Row, Tabular, main_rows, named, read_results, write_results
+from mimref.transfer.finetune.config import FinetuneConfig
+from mimref.transfer.suite.config import SuiteConfig
+from mimref.transfer.suite.plan import Entry, flatten, labelled_errors, plan_entries
+from mimref.transfer.suite.ranks import summary_rows
+from mimref.transfer.suite.tuning import METRIC as FINETUNE_METRIC
+from mimref.transfer.suite.tuning import finetune_entry
+
+METRICS = {
+    "knn": "knn_top1",
+    "lowshot": "lowshot_top1",
+    "probe": "probe_top1",
+    "cluster": "cluster_acc",
+    "finetune": FINETUNE_METRIC,
+}
+"""Of each protocol: what a suite shows."""
+# Settings that may differ from those of a finished entry.
+_FREE = ("preset", "device", "workers", "data.root", "data.download", "data.max_bad")
+_FREE_SECTIONS = ("cache.", "monitor.")
+_FREE_OF = {True: ("micro_batch", "activation_checkpointing"), False: ("batch_size",)}
+"""By whether the entry is a fine-tuning."""
+_PATHS = ("checkpoint", "encoder.weights")
+
+
+@dataclass(frozen=True)
+class SuiteResult(Tabular):
+    """What a suite found."""
+
+    rows: list[Row]
+    """One per entry and model, with `entry`, and the averages and ranks."""
+    elapsed_s: float
+    """Of all entries, in whichever run."""
+    failed: list[UserError]
+    """Why an entry has no result, one line each."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One checkpoint on one entry."""
+
+    entry: Entry
+    checkpoint: str
+    model: str
+    folder: Path
+
+    @property
+    def config(self) -> CommandConfig:
+        config = self.entry.config
+        if isinstance(config, FinetuneConfig):
+            encoder = config.encoder.model_copy(update={"weights": self.checkpoint})
+            return config.model_copy(update={"encoder": encoder})
+        return config.model_copy(update={"checkpoint": self.checkpoint})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For results.json: those of the command, and of a fine-tuning those of the entry."""
+        settings = self.config.model_dump(mode="json")
+        if isinstance(self.entry.config, FinetuneConfig):
+            settings |= self.entry.given.model_dump(include={"seeds", "learning_rates", "tune_data"})
+        return settings
+
+    @property
+    def label(self) -> str:
+        return f"entry {self.entry.name!r}, {self.model}"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "results.json").is_file()
+
+
+def run_suite(
+    config: SuiteConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    listener: Listener | None = None,
+    checks: Checks | None = None,
+) -> SuiteResult:
+    """Measure every checkpoint on every entry; write the results of each, and averages and ranks of all.
+
+    An entry that cannot be run, because its data is missing or too small, is left out and reported in `failed`; the
+    others run. Raises UserError subclasses, one error for all mistakes, for settings, checkpoints and a folder that
+    cannot be used, before anything runs. resume: run what is not finished yet; force: run everything again.
+    """
+    listener, checks = listener or Silent(), checks or Checks()
+    if world_size() > 1:
+        checks.add("suite", ConfigError("a suite runs in one process; start it without torchrun, or one on each GPU"))
+    check_device(config, checks)
+    entries = plan_entries(config, checks)
+    models = checks.run("checkpoints", lambda: distinct_names(config.checkpoints)) or []
+    parts = _parts(entries, config.checkpoints, models, out)
+    # Without a suite, the folder is none that the user has named.
+    checks.run("preset", lambda: _check_folder(out, parts, resume=resume, force=force))
+    for part in parts if resume and not force else ():
+        if part.finished:
+            checks.run("suite", partial(_check_same, part))
+    unfinished = [part for part in parts if force or not part.finished]
+    finished = {part.checkpoint for part in parts} - {part.checkpoint for part in unfinished}
+    for checkpoint in dict.fromkeys(config.checkpoints):
+        if checkpoint not in finished and (checks.passed or not must_download(checkpoint)):
+            checks.run("checkpoints", partial(_check_checkpoint, checkpoint, config, listener))
+    checks.finish()
+    with folder_lock(out):
+        _check_folder(out, parts, resume=resume, force=force)
+        _prepare(out, config, unfinished if force else [])
+        failed = _run_parts(unfinished, listener)
+        return _finish(out, config, parts, models, failed)
+
+
+def _parts(entries: Sequence[Entry], checkpoints: Sequence[str], models: Sequence[str], out: Path) -> list[_Part]:
+    """Entry by entry, all checkpoints."""
+    # A model's name may be a path.
+    folders = [re.sub(r"[^\w.+-]+", "-", model).strip("-.") for model in models]
+    if len(set(folders)) < len(folders) or "" in folders:
+        folders = [f"{number}-{name}" for number, name in enumerate(folders, start=1)]
+    return [
+        _Part(entry, checkpoint, model, out / entry.name / folder)
+        for entry in entries
+        for checkpoint, model, folder in zip(checkpoints, models, folders, strict=bool(models))
+    ]
+
+
+def _check_folder(out: Path, parts: Sequence[_Part], *, resume: bool, force: bool) -> None:
+    """Raise OutputError for a folder that must not be used. Without a suite, nothing in it may be used or replaced."""
+    if resume and force:
+        raise OutputError("--resume continues a suite and --force starts it over: choose one")
+    check_writable(out)
+    suite = (out / "suite.toml").is_file()
+    if resume and not suite:
+        raise OutputError(f"{out}: holds no suite to resume; omit --resume to start one")
+    if suite and not (resume or force):
+        raise OutputError(f"{out}: holds a suite; --resume runs what is missing, --force starts over")
+    ours = [out / "results.json", out / "metrics.jsonl", *(part.folder for part in parts)]
+    if not suite and (found := next(filter(os.path.lexists, ours), None)):
+        raise OutputError(f"{out}: already holds {found.relative_to(out)}, and no suite; choose another --out")
+
+
+def _check_same(part: _Part) -> None:
+    """Raise ConfigError where a finished entry was measured with other settings."""
+    file = part.folder / "results.json"
+    try:
+        then = flatten(json.loads(file.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{file} cannot be read ({error}); remove it, and --resume runs this entry again") from error
+    free = (*_FREE, *_FREE_OF[isinstance(part.entry.config, FinetuneConfig)])
+    for key, now in flatten(part.settings).items():
+        # What is not set may have been read from the checkpoint's header.
+        if key not in then or now is None or key in free or key.startswith(_FREE_SECTIONS):
+            continue
+        same = os.path.realpath(then[key] or "") == os.path.realpath(now) if key in _PATHS else then[key] == now
+        if not same:
+            raise ConfigError(
+                f"{part.label}: {key} was {then[key]!r} and is now {now!r}; restore it, remove {part.folder} to run it "
+                "again, or choose another --out"
+            )
+
+
+def _check_checkpoint(checkpoint: str, config: SuiteConfig, listener: Listener) -> None:
+    """Raise CheckpointError or ConfigError for a file that is no encoder of the architecture."""
+    found = read_checkpoint(checkpoint, config.encoder, progress=listener.progress)
+    choose_architecture(found, config.arch, config.source, config.resolution)
+
+
+def _prepare(out: Path, config: SuiteConfig, replaced: Sequence[_Part]) -> None:
+    """Write suite.toml, after removing what is replaced: without it, what is left of that cannot pass for finished."""
+    for name in ("suite.toml", "results.json", "results.csv", "results.md", "suite.png") if replaced else ():
+        (out / name).unlink(missing_ok=True)
+    for part in replaced:
+        shutil.rmtree(part.folder, ignore_errors=True)
+    write_bytes(out / "suite.toml", dump_config(config, defaults=False).encode())
+
+
+def _run_parts(parts: Sequence[_Part], listener: Listener) -> list[UserError]:
+    """Run what is not finished; why some could not be run."""
+    failed: list[UserError] = []
+    missing: dict[str, UserError] = {}
+    for entry in {part.entry.name: part.entry for part in parts}.values():
+        try:
+            labelled_errors(f"entry {entry.name!r}", partial(_check_data, entry, listener))
+        except UserError as error:
+            missing[entry.name] = error
+            failed.append(error)
+            listener.note(f"{error}; the others run")
+    for part in (part for part in parts if part.entry.name not in missing):
+        try:
+            labelled_errors(part.label, partial(_run_part, part, listener))
+        except (OutputError, LostRankError):
+            raise
+        except UserError as error:
+            failed.append(error)
+            listener.note(f"{error}; the others run")
+    return failed
+
+
+def _check_data(entry: Entry, listener: Listener) -> None:
+    """Raise DataError for images that are missing, before the first entry runs."""
+    checks = Checks()
+    for spec in filter(None, (entry.given.data, entry.given.tune_data)):
+        open_images(entry.config.data.model_copy(update={"spec": spec}), listener.progress, checks)
+    checks.finish()
+
+
+def _run_part(part: _Part, listener: Listener) -> None:
+    """Measure one checkpoint on one entry, and write its folder."""
+    result = _measure(part, listener)
+    settings = part.settings if result.data is None else part.settings | {"data": result.data.model_dump(mode="json")}
+    command, bad = part.config.command, result.bad_images
+    write_results(part.folder, command, settings, result.elapsed_s, result.rows, bad_images=bad)
+    shutil.rmtree(part.folder / "state", ignore_errors=True)
+    row = _main_row(part, result.rows)
+    listener.note(f"{part.entry.name}: {row['metric']} {float(row['value']):.1f} of {part.model}")
+
+
+def _measure(part: _Part, listener: Listener) -> EvaluationResult:
+    config = part.config
+    if isinstance(config, KnnConfig):
+        return evaluate_knn(config, listener=listener)
+    if isinstance(config, LowshotConfig):
+        return evaluate_lowshot(config, listener=listener)
+    if isinstance(config, ClusterConfig):
+        return evaluate_cluster(config, listener=listener)[0]
+    if isinstance(config, ProbeConfig):
+        return evaluate_probe(config, state=part.folder / "state" / "probe.pt", listener=listener)
+    assert isinstance(config, FinetuneConfig)
+    return finetune_entry(config, part.entry.given, part.folder, listener)
+
+
+def _main_row(part: _Part, rows: Sequence[Row]) -> Row:
+    """The one result that the suite shows."""
+    (row,) = (row for row in main_rows(rows) if row["metric"] == METRICS[part.entry.given.protocol])
+    return row
+
+
+def _finish(
+    out: Path, config: SuiteConfig, parts: Sequence[_Part], models: Sequence[str], failed: list[UserError]
+) -> SuiteResult:
+    """The results of all finished entries, which are written as those of the suite."""
+    rows: list[Row] = []
+    elapsed_s = 0.0
+    values: dict[str, dict[str, float]] = {}
+    for part in (part for part in parts if part.finished):
+        found, seconds = read_results(part.folder, part.entry.given.protocol)
+        row = _main_row(part, found) | {"model": part.model}
+        rows += named([row], part.model, {"entry": part.entry.name, "data": part.entry.given.data})
+        values.setdefault(part.entry.name, {})[part.model] = float(row["value"])
+        elapsed_s += seconds
+    rows += summary_rows(values, models)
+    write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows)
+    return SuiteResult(rows, elapsed_s, failed)

@@ -1,0 +1,58 @@
+"""Entries of fine-tuning: the learning rate chosen on images kept for that, then the mean over seeds (VTAB-1K)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mimref.evaluation.metrics import spread
+from mimref.progress import Listener
+from mimref.results import EvaluationResult, Row, main_rows
+from mimref.training.folder import RunFolder
+from mimref.transfer.finetune.config import FinetuneConfig
+from mimref.transfer.finetune.run import finetune
+from mimref.transfer.suite.config import EntryConfig
+
+METRIC = "finetune_top1"
+
+
+def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, listener: Listener) -> EvaluationResult:
+    """Fine-tune with every learning rate and seed on `tune_data`, then with the best rate and every seed on the data.
+
+    Scores are those of the last epoch. Each run has its own folder below `folder`, in which it continues, and loses its
+    weights once it is finished. Rows: `finetune_top1`, the mean over the seeds, with `lr`; `tune_top1` of every rate.
+    Of equal rates the first counts.
+    """
+    lr, rows, elapsed_s = config.finetune.lr, list[Row](), 0.0
+
+    def mean_score(metric: str, place: str, changes: Mapping[str, Any]) -> Row:
+        nonlocal elapsed_s
+        scores = []
+        for seed in range(config.seed, config.seed + entry.seeds):
+            changed = config.model_copy(update={"seed": seed, **changes})
+            listener.note(f"{entry.name}: {metric} with finetune.lr {changed.finetune.lr:g}, seed {seed}")
+            score, seconds = _score(changed, folder / place / f"seed{seed}", listener)
+            scores.append(score)
+            elapsed_s += seconds
+        mean, std = spread(scores)
+        return {"metric": metric, "value": mean, "mean": mean, "std": std, "seeds": len(scores)}
+
+    for rate in entry.learning_rates:
+        changes = {
+            "data": config.data.model_copy(update={"spec": entry.tune_data}),
+            "finetune": config.finetune.model_copy(update={"lr": rate}),
+        }
+        rows.append(mean_score("tune_top1", f"lr{rate:g}", changes) | {"lr": rate})
+    if rows:
+        lr = float(max(rows, key=lambda row: float(row["value"]))["lr"])
+    best = mean_score(METRIC, "final", {"finetune": config.finetune.model_copy(update={"lr": lr})})
+    return EvaluationResult([best | {"lr": lr}, *rows], elapsed_s)
+
+
+def _score(config: FinetuneConfig, out: Path, listener: Listener) -> tuple[float, float]:
+    """Accuracy after the last epoch of one run, which starts, continues or is finished, and its seconds."""
+    run = RunFolder(out)
+    result = finetune(config, out, resume=run.finished or run.unfinished, listener=listener)
+    for weights in out.glob("*.safetensors"):
+        weights.unlink()
+    (row,) = (row for row in main_rows(result.rows) if (row["metric"], row["selected"]) == (METRIC, "last epoch"))
+    return float(row["value"]), result.elapsed_s
