@@ -285,6 +285,14 @@ def test_evaluations_read_the_encoder(
     assert [row["label"] for row in table(tmp_path / "l.csv")] == [classes[number] for number in logits.argmax(1)]
 
 
+def test_averages_have_no_classifier(folder: Path, tuned: Path, tmp_path: Path) -> None:
+    """The base has none; so the average is exported as the encoder that it is."""
+    assert run(["interpolate", str(folder / "base.safetensors"), str(tuned), "--out", str(tmp_path), "--quiet"]) == 0
+    average = tmp_path / "alpha-0.5.safetensors"
+    assert "classifier" not in read_checkpoint(average).header
+    assert run(["export", str(average), "--to", "timm", "--out", str(tmp_path / "t.pth"), "--quiet"]) == 0
+
+
 def test_export_keeps_the_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = Architecture("custom", 224, width=192, depth=12, num_heads=3, patch_size=16)
     classifier = write_classifier(tmp_path / "c.safetensors", ["a", "b,c", "d"], sizes)
