@@ -327,6 +327,23 @@ def test_the_head_starts_almost_uniform(data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(x, stored[name]) for name, x in job.classifier.encoder.vit.state_dict().items())
 
 
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("kind", [{"channels": 1}, {"post_norm": True}, {"registers": 2, "layer_scale": True}], ids=str)
+def test_half_precision_is_close(kind: dict[str, Any], pool: str, data: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"finetune__pool": pool, "activation_checkpointing": True}
+    full, half = (
+        make_job(tmp_path, data, replace(ARCHITECTURE, **kind), precision=precision, **changes)
+        for precision in ("fp32", "bf16")
+    )
+    batch = next(full.batches())
+    (loss, expected), (half_loss, found) = gradients_of(full, batch), gradients_of(half, batch)
+    assert float(half_loss) == pytest.approx(float(loss), rel=0.05) and half_loss.dtype == torch.float32
+    whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() < 0.1 * whole and found[name].dtype == torch.float32, name
+
+
 # --- validation
 
 
