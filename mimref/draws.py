@@ -37,6 +37,7 @@ class Operation(enum.IntEnum):
     RAND_AUGMENT = 12
     ERASE = 13
     MIX = 14
+    CORRUPTION = 15
 
 
 def _shift_right(word: Tensor, bits: int) -> Tensor:

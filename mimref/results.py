@@ -134,8 +134,8 @@ def read_results(out: Path, command: str) -> tuple[list[Row], float]:
 
 
 def main_rows(rows: Sequence[Row]) -> list[Row]:
-    """All rows but those that detail another one: one draw, one classifier of a grid, one class."""
-    return [row for row in rows if row.keys().isdisjoint({"split", "classifier", "class"})]
+    """All rows but those that detail another one: one draw, one classifier of a grid, one class, one severity."""
+    return [row for row in rows if row.keys().isdisjoint({"split", "classifier", "class", "severity"})]
 
 
 def columns(rows: Sequence[Row]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mimref import __version__
-from mimref.cli import benchmark, evaluation, suite, tools, training, transfer, weights
+from mimref.cli import benchmark, evaluation, robustness, suite, tools, training, transfer, weights
 from mimref.cli.parser import Group, add_command
 from mimref.errors import Interrupted, UserError, UserErrors
 from mimref.files import DISK_FULL, ensure_caches
@@ -28,7 +28,7 @@ COMMANDS: Mapping[str, Sequence[Function]] = {
         evaluation.compare,
         evaluation.extract,
     ),
-    "Transfer": (transfer.finetune, transfer.predict, suite.transfer),
+    "Transfer": (transfer.finetune, transfer.predict, suite.transfer, robustness.robustness),
     "Weights": (weights.inspect, weights.export, weights.interpolate),
 }
 TOOLS: Mapping[str, tuple[str, Mapping[str, Function]]] = {

@@ -165,6 +165,39 @@ def plot_comparison(path: Path, rows: Sequence[Row], base: str) -> None:
     _save(figure, path)
 
 
+def plot_robustness(path: Path, rows: Sequence[Row]) -> None:
+    """Accuracy on shifted sets, and on corrupted ones at every severity, beside the clean accuracy.
+
+    rows: those of `evaluate_robustness`. A panel for the shifted sets, then one for each corrupted set: a line per
+    corruption with a dot per severity, darker for stronger ones. Raises OutputError if the file cannot be written.
+    """
+    panels: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row["metric"] == "robust_top1" and ("severity" in row or "corruption" not in row):
+            panel, line = (row["set"], row["corruption"]) if "severity" in row else ("shifted images", row["set"])
+            panels.setdefault(str(panel), {}).setdefault(str(line), []).append(row)
+    sizes = [len(lines) + 2 for lines in panels.values()]
+    figure = _figure(BLOCKS_WIDTH, 0.3 + 0.25 * sum(sizes))
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
+    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
+        for place, found in enumerate(lines.values()):
+            values = [float(row["value"]) for row in found]
+            shades = [0.2 + 0.16 * int(row.get("severity", 5)) for row in found]
+            ax.plot([min(values), max(values)], [place, place], color=FAINT, linewidth=2.4, zorder=1)
+            ax.scatter(values, [place] * len(values), s=26, color=[(0.0, 0.447, 0.698, shade) for shade in shades])
+        for row in rows:
+            if row["metric"] == "clean_top1":
+                ax.axvline(float(row["value"]), color=COLORS[1], linewidth=1, linestyle="--", zorder=0)
+        ax.set_yticks(range(len(lines)), [_text(line, NAME_LENGTH) for line in lines], fontsize=8)
+        ax.set_ylim(len(lines) - 0.4, -0.6)
+        ax.tick_params(labelsize=8, labelcolor=INK, color=FAINT)
+        ax.set_title(_text(title), fontsize=9, color=INK, loc="left")
+        _clean(ax, keep=("left", "bottom"))
+    dashed = ", dashed: clean" if any(row["metric"] == "clean_top1" for row in rows) else ""
+    axes[-1].set_xlabel(f"top-1 (%); darker: more severe{dashed}", fontsize=9, color=INK)
+    _save(figure, path)
+
+
 def _draw_curve(
     ax: Axes, blocks: list[int], values: list[float], number: int, heads: Sequence[int], metric: str
 ) -> None:

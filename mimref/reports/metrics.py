@@ -19,6 +19,11 @@ LABELS = {
     "cluster_ari": "k-means ARI",
     "silhouette": "silhouette",
     "davies_bouldin": "Davies-Bouldin",
+    "clean_top1": "clean top-1",
+    "robust_top1": "top-1",
+    "robust_mean_top1": "mean top-1 of {corruptions} corruptions",
+    "robust_mce": "mCE of {corruptions} corruptions",
+    "robust_drop": "relative drop, {corruptions} corruptions",
     "block_knn_top1": "k-NN top-1 of block {block}",
     "head_knn_top1": "k-NN top-1",
     "head_nn_accuracy": "neighbours of the same class",
@@ -32,7 +37,8 @@ LABELS = {
     "suite_rank": "average rank",
 }
 UNDEFINED = "undefined: the features do not vary, or classes have the same mean"
-LOWER_IS_BETTER = {"davies_bouldin", "block_reconstruction", "suite_rank"}
+_SMALL = {"davies_bouldin", "block_reconstruction"}
+LOWER_IS_BETTER = _SMALL | {"suite_rank", "robust_mce", "robust_drop"}
 # Neither percentages nor of a known size.
 STATISTICS = {
     *("feature_variance", "effective_rank", "block_mean", "block_variance", "block_effective_rank"),
@@ -72,7 +78,7 @@ def sign(row: Row) -> int:
 
 def decimals(row: Row) -> int:
     """Digits that a table shows after the point."""
-    return 3 if row["metric"] in LOWER_IS_BETTER and row["metric"] != "suite_rank" else 1
+    return 3 if row["metric"] in _SMALL else 1
 
 
 def shown_value(row: Row) -> float:

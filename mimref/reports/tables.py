@@ -24,12 +24,14 @@ _SETTINGS = {"select": "best one chosen on", "norm": "input norm", "batch_size":
 
 
 def best_table(rows: Sequence[Row]) -> RenderableType:
-    """The table that suits the rows: of a benchmark, of ranked heads, of models compared, or one line per row."""
+    """The table that suits the rows: of a benchmark, robustness, ranked heads, models compared, or one line per row."""
     metrics = {str(row["metric"]) for row in rows}
     if metrics == {"benchmark_views"}:
         return view_rates_table(rows)
     if any(metric.startswith("benchmark_") for metric in metrics):
         return benchmark_table(rows)
+    if any(metric.startswith("robust_") for metric in metrics):
+        return robustness_table(rows)
     main = main_rows(rows)
     if any(metric.startswith("head_") for metric in metrics):
         return heads_table(main)
@@ -180,6 +182,28 @@ def heads_table(rows: Sequence[Row]) -> Table:
         ]
         lines.append([*(format_setting(row[name]) for name in settings), *scores])
     return plain_table(names, lines, right=names)
+
+
+def robustness_table(rows: Sequence[Row]) -> Group:
+    """One line per mean and per shifted set; then for every corrupted set one line per corruption."""
+    found = [row for row in rows if "corruption" not in row]
+    names = ("", "set", "classes", "value")
+    lines = [
+        (metric_label(row), *(format_setting(row.get(key, "")) for key in names[1:3]), format_value(row))
+        for row in found
+    ]
+    tables = [plain_table(names, lines, right=names[2:])]
+    levels = [str(level) for level in sorted({int(row["severity"]) for row in rows if "severity" in row})]
+    for name in dict.fromkeys(str(row["set"]) for row in rows if "corruption" in row):
+        by_corruption: dict[str, dict[str, str]] = {}
+        for row in rows:
+            if row["set"] == name and "corruption" in row:
+                cells = by_corruption.setdefault(str(row["corruption"]), {})
+                cells[str(row.get("severity", "mean"))] = format_value(row)
+        columns = [*levels, "mean"]
+        lines = [(each, *(cells.get(column, "") for column in columns)) for each, cells in by_corruption.items()]
+        tables.append(plain_table((f"{name}, by severity", *columns), lines, right=columns))
+    return Group(Text(str(rows[0]["model"]), style="bold"), *tables)
 
 
 def results_table(rows: Sequence[Row], *, title: str | None = None) -> Group:

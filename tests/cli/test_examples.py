@@ -28,6 +28,7 @@ WORK = (
     "mimref.cli.suite.run_on_ranks",
     "mimref.cli.training.run_on_ranks",
     "mimref.cli.transfer.run_on_ranks",
+    "mimref.cli.robustness.run_on_ranks",
     "mimref.refinement.plan.make_plan",
     "mimref.evaluation.interpolate.interpolate",
     "mimref.encoders.export.read_encoder",

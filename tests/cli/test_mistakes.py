@@ -31,6 +31,7 @@ from mimref.pretraining.run import pretrain
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
 from mimref.transfer.finetune.config import FinetuneConfig, PredictConfig
+from mimref.transfer.robustness.config import RobustnessConfig
 from mimref.transfer.suite.config import SuiteConfig
 from tests.tiny import pretrain_config, write_labelled
 
@@ -39,7 +40,7 @@ MODELS: dict[str, type[CommandConfig]] = {
     for model in (
         *(RefineConfig, PretrainConfig, KnnConfig, LowshotConfig, ClusterConfig, ProbeConfig),
         *(BlocksConfig, CompareConfig, ExtractConfig, InterpolateConfig),
-        *(FinetuneConfig, PredictConfig, SuiteConfig),
+        *(FinetuneConfig, PredictConfig, SuiteConfig, RobustnessConfig),
     )
 }
 """By the name of their command."""

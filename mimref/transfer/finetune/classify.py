@@ -71,15 +71,19 @@ def accuracy(
     labels: Indices,
     settings: PassSettings,
     progress: Progress | None = None,
+    among: Indices | None = None,
 ) -> Scores:
-    """Accuracy on labelled images; the ranks share them, and all get the result. labels: (N,) numbers of classes.
+    """Accuracy on labelled images; the ranks share them, and all get the result.
 
-    Raises DataError if none of the images can be read.
+    labels: (N,) numbers of classes. among: the only classes that compete, by whose positions the labels then are. Raises
+    DataError if none of the images can be read.
     """
     ranks, hits, images, bad = world_size(), np.zeros(2, dtype=np.int64), 0, list[tuple[str, str]]()
+    competing = classifier.num_classes if among is None else len(among)
     for batch in classify(classifier, source, settings, own_rank() * settings.batch_size, ranks):
         truth_B1 = torch.from_numpy(labels[batch.indices])[:, None]
-        ranked_BK = batch.logits_BC.topk(min(5, classifier.num_classes)).indices
+        logits_BC = batch.logits_BC if among is None else batch.logits_BC[:, among]
+        ranked_BK = logits_BC.topk(min(5, competing)).indices
         right_BK = ranked_BK == truth_B1
         hits += [int(right_BK[:, 0].sum()), int(right_BK.sum())]
         images += len(batch.indices)
@@ -90,4 +94,4 @@ def accuracy(
     if not images:
         raise none_readable(source.name, bad)
     top1, top5 = (100.0 * total_over_ranks(int(count)) / images for count in hits)
-    return Scores(top1, top5 if classifier.num_classes > 5 else None, images, bad)
+    return Scores(top1, top5 if competing > 5 else None, images, bad)

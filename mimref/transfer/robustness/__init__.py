@@ -1,0 +1,1 @@
+"""Accuracy of a fine-tuned encoder on corrupted and shifted images."""
