@@ -94,7 +94,7 @@ def test_two_ranks_equal_one(name: str, folder: Path) -> None:
 def first_signals(folder: Path) -> None:
     with pytest.raises(Interrupted):
         config = finetune_config(folder / "encoder.safetensors", folder / "data", **SETTINGS)
-        finetune(config, folder / "handed on", listener=signal_at(3) if own_rank() == 0 else None)
+        finetune(config, folder / "handed on", listener=signal_at(3, what="fine-tuning") if own_rank() == 0 else None)
 
 
 def test_a_run_handed_from_two_processes_to_one(folder: Path) -> None:

@@ -26,7 +26,6 @@ from mimref.transfer.finetune.plan import make_plan
 from mimref.transfer.finetune.run import finetune
 from tests.tiny import (
     Killed,
-    Watcher,
     assert_same_run,
     finetune_config,
     header,
@@ -102,8 +101,9 @@ def test_a_run_leaves_what_it_promises(folder: Path, whole: Path) -> None:
 
 def test_interrupted_and_resumed_equals_uninterrupted(folder: Path, whole: Path, tmp_path: Path) -> None:
     """By signals within epochs and at their ends, and by a kill."""
-    stops = [signal_at(1), signal_at(4, signal.SIGINT), signal_at(6), kill_at("step", 11), signal_at(12)]
-    for attempt, watcher in enumerate(stops):
+    stops = [(1, signal.SIGTERM), (4, signal.SIGINT), (6, signal.SIGTERM), (11, None), (12, signal.SIGTERM)]
+    for attempt, (step, number) in enumerate(stops):
+        watcher = kill_at("fine-tuning", step) if number is None else signal_at(step, number, what="fine-tuning")
         with pytest.raises((Interrupted, Killed)):
             finetune(config_of(folder), tmp_path, resume=attempt > 0, listener=watcher)
         assert not (tmp_path / "results.json").exists()
@@ -121,15 +121,11 @@ def assert_same_splits(out: Path, other: Path) -> None:
     assert results(out)["metrics"] == results(other)["metrics"]
 
 
-def stop_at(label: str, step: int) -> Watcher:
-    return Watcher(lambda what, done: signal.raise_signal(signal.SIGTERM) if (what, done) == (label, step) else None)
-
-
 def test_a_run_of_several_splits_resumes_in_any_of_them(folder: Path, split: Path, tmp_path: Path) -> None:
     config = config_of(folder, **SHOTS)
     second = "fine-tuning, split 2 of 3"
     # In the middle of the second split, at its end, and killed in the third before its first state.
-    stops = [stop_at(second, 1), stop_at(second, 2), kill_at("fine-tuning, split 3 of 3", 1)]
+    stops = [signal_at(1, what=second), signal_at(2, what=second), kill_at("fine-tuning, split 3 of 3", 1)]
     for attempt, (watcher, step) in enumerate(zip(stops, (3, 4, 4), strict=True)):
         with pytest.raises((Interrupted, Killed)):
             finetune(config, tmp_path, resume=attempt > 0, listener=watcher)
@@ -201,7 +197,7 @@ def test_split_files_are_those_of_lowshot(folder: Path, tmp_path: Path, monkeypa
     for found, rows in zip(plan.splits, expected, strict=True):
         assert found is not None and np.array_equal(found, rows)
     with pytest.raises(Interrupted):
-        finetune(config, tmp_path / "out", listener=stop_at("fine-tuning, split 2 of 2", 1))
+        finetune(config, tmp_path / "out", listener=signal_at(1, what="fine-tuning, split 2 of 2"))
     assert saved_step(tmp_path / "out") == 5
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -216,9 +212,8 @@ def test_split_files_are_those_of_lowshot(folder: Path, tmp_path: Path, monkeypa
 
 
 def test_a_finished_run_returns_its_results_and_force_replaces_it(folder: Path, whole: Path, tmp_path: Path) -> None:
-    watcher = Watcher()
+    watcher = kill_at("fine-tuning", 1)
     assert finetune(config_of(folder), whole, resume=True, listener=watcher).rows == results(whole)["metrics"]
-    assert watcher.step == 0
     with pytest.raises(OutputError, match="--force"):
         finetune(config_of(folder), whole)
     finetune(config_of(folder, **SHOTS), tmp_path)

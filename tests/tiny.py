@@ -156,7 +156,7 @@ class Watcher:
         self.warnings: list[str] = []
 
     def progress(self, label: str, done: int, total: int) -> None:
-        if label.startswith(("stage", "pre-training")) or label == "fine-tuning":
+        if label.startswith(("stage", "pre-training")):
             self.step = done + (8 if label.startswith("stage 2") else 0)
             self.at("step", self.step)
         else:
@@ -170,8 +170,8 @@ class Watcher:
         self.warnings.append(message)
 
 
-def signal_at(step: int, number: int = signal.SIGTERM) -> Watcher:
-    return Watcher(lambda what, done: signal.raise_signal(number) if (what, done) == ("step", step) else None)
+def signal_at(step: int, number: int = signal.SIGTERM, *, what: str = "step") -> Watcher:
+    return Watcher(lambda label, done: signal.raise_signal(number) if (label, done) == (what, step) else None)
 
 
 def kill_at(what: str, step: int) -> Watcher:

@@ -75,8 +75,8 @@ def accuracy(
 ) -> Scores:
     """Accuracy on labelled images; the ranks share them, and all get the result.
 
-    labels: (N,) numbers of classes. among: the only classes that compete, by whose positions the labels then are. Raises
-    DataError if none of the images can be read.
+    labels: (N,) numbers of classes. among: the only classes that compete, by whose positions the labels then are.
+    Raises DataError if none of the images can be read.
     """
     ranks, hits, images, bad = world_size(), np.zeros(2, dtype=np.int64), 0, list[tuple[str, str]]()
     competing = classifier.num_classes if among is None else len(among)
