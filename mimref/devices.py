@@ -5,11 +5,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from mimref.errors import ConfigError
 
@@ -77,3 +79,13 @@ def autocast(device: torch.device, precision: torch.dtype) -> Iterator[None]:
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with attention, torch.autocast(device.type, dtype=torch.bfloat16):
         yield
+
+
+def recomputed(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, whose activations are not stored but computed again in the backward pass."""
+    options: dict[str, Any] = {}
+    if torch.is_autocast_enabled("cpu"):
+        # Computed outside of `autocast`, whose attention torch does not restore by itself.
+        options["context_fn"] = lambda: (nullcontext(), sdpa_kernel(SDPBackend.MATH))
+    found: Tensor = checkpoint(module, x, use_reentrant=False, **options)
+    return found

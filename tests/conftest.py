@@ -16,6 +16,7 @@ RANKS = (
     "test_distributed_collectives.py",
     "test_refinement_ranks.py",
     "test_pretraining_ranks.py",
+    "test_transfer_finetune_ranks.py",
     "test_evaluation_ranks.py",
     "test_training_lost_ranks.py",
     "test_data_ranks.py",

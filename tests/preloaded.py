@@ -7,6 +7,7 @@ import torch.distributed.tensor  # noqa: F401  # by the first DistributedDataPar
 import mimref.cli
 import mimref.evaluation.compare
 import mimref.pretraining.run
-import mimref.refinement.run  # noqa: F401
+import mimref.refinement.run
+import mimref.transfer.finetune.run  # noqa: F401
 import tests.ranks
 import tests.tiny  # noqa: F401

@@ -18,6 +18,7 @@ from mimref.encoders.vit import Architecture, build_encoder
 from mimref.pretraining.config import PretrainConfig
 from mimref.refinement.config import RefineConfig
 from mimref.training.folder import RunFolder
+from mimref.transfer.finetune.config import FinetuneConfig
 
 ARCHITECTURE = Architecture("custom", 16, width=32, depth=4, num_heads=2, patch_size=8)
 
@@ -96,6 +97,20 @@ PRETRAIN: dict[str, Any] = {
 }
 
 
+# 48 images in batches of 12 are 4 steps per epoch; mixup, CutMix, RandAugment, erasing and stochastic depth are on.
+FINETUNE: dict[str, Any] = {
+    "batch_size": 12,
+    "workers": 0,
+    "device": "cpu",
+    "finetune.epochs": 3,
+    "finetune.warmup_epochs": 1.0,
+    "finetune.lr": 1e-2,
+    "finetune.drop_path": 0.3,
+    "finetune.ema": 0.5,
+    "monitor.log_every": 3,
+}
+
+
 def refine_config(weights: Path, data: Path, **changes: Any) -> RefineConfig:
     """Settings of a tiny refinement; `changes` are named like `heads__blocks`."""
     return load_config(
@@ -106,6 +121,12 @@ def refine_config(weights: Path, data: Path, **changes: Any) -> RefineConfig:
 def pretrain_config(data: Path, **changes: Any) -> PretrainConfig:
     """Settings of a tiny pre-training; `changes` are named like `mae__epochs`."""
     return load_config(PretrainConfig, None, PRETRAIN | {"data.spec": str(data)} | _dotted(changes))
+
+
+def finetune_config(weights: Path, data: Path, **changes: Any) -> FinetuneConfig:
+    """Settings of a tiny fine-tuning; `changes` are named like `finetune__epochs`."""
+    named = {"encoder.weights": str(weights), "data.spec": str(data)}
+    return load_config(FinetuneConfig, None, FINETUNE | named | _dotted(changes))
 
 
 def arguments(command: str, out: Path, settings: dict[str, Any]) -> list[str]:
@@ -149,8 +170,8 @@ class Watcher:
         self.warnings.append(message)
 
 
-def signal_at(step: int, number: int = signal.SIGTERM) -> Watcher:
-    return Watcher(lambda what, done: signal.raise_signal(number) if (what, done) == ("step", step) else None)
+def signal_at(step: int, number: int = signal.SIGTERM, *, what: str = "step") -> Watcher:
+    return Watcher(lambda label, done: signal.raise_signal(number) if (label, done) == (what, step) else None)
 
 
 def kill_at(what: str, step: int) -> Watcher:

@@ -39,7 +39,7 @@ def finetune(options: FinetuneOptions) -> None:
     from mimref.config.presets import choose_finetune_preset
     from mimref.transfer.finetune.config import FinetuneConfig
 
-    preset = options.resumed_preset() or choose_finetune_preset(options.preset, options.weights)
+    preset = options.resumed_preset() or choose_finetune_preset(options.preset, options.arch, options.weights)
     config = options.load(FinetuneConfig, preset)
     folder = run_folder(config, options)
     if options.resume and options.checks.passed and print_finished(folder, config.command):

@@ -51,9 +51,10 @@ def choose_pretrain_preset(preset: str | None, arch: str | None) -> str:
     return name if name in preset_names("pretrain") else "pretrain/mae_l16"
 
 
-def choose_finetune_preset(preset: str | None, weights: str | None) -> str | None:
+def choose_finetune_preset(preset: str | None, arch: str | None, weights: str | None) -> str | None:
     """The given preset; else `quickstart` for the packaged encoder. None: the default settings."""
-    return preset or ("finetune/quickstart" if weights in (None, "quickstart") else None)
+    packaged = weights == "quickstart" or (weights is None and arch is None)
+    return preset or ("finetune/quickstart" if packaged else None)
 
 
 def _preset_folder() -> Path:

@@ -142,7 +142,7 @@ class TrainingConfig(CommandConfig):
     """Settings of every training command."""
 
     path_settings: ClassVar[tuple[str, ...]] = ()
-    """Settings besides those of data and encoder whose values are paths."""
+    """Settings besides those of data and encoder whose values are paths, or lists of them."""
 
     batch_size: int = Field(default=1024, gt=1)
     """Images per update, over all processes."""

@@ -4,6 +4,7 @@ A loader's item is a whole batch, read and cropped in one process, so that nothi
 copies training views to the GPU; `mimref.data.views` then changes their colours there.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +18,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from mimref.data.decode import Decoded
 from mimref.data.sources import ImageSource
-from mimref.data.transforms import EvalTransform
+from mimref.data.transforms import EvalTransform, middle
 from mimref.data.views import CropGroup, cut_group, reduction
 from mimref.data.workers import BatchDataset, load
 from mimref.devices import own_cores
@@ -103,6 +104,8 @@ class ViewBatch:
     """Path and reason of every image of the batch that could not be read."""
     traits: list[int] = field(default_factory=list)
     """Of the images that could be read, see `mimref.data.traits`."""
+    places: list[int] = field(default_factory=list)
+    """Of these images in the process's part of the batch, which are not consecutive where some could not be read."""
 
     def pin_memory(self) -> "ViewBatch":
         """The same batch in page-locked memory."""
@@ -122,7 +125,7 @@ class Preparation:
         """The image that crops are cut from."""
         if self.resize is None:
             return decoded
-        image = tvf.resize(decoded.image, [self.resize], InterpolationMode.BICUBIC, antialias=True)
+        image = tvf.resize(middle(decoded.image), [self.resize], InterpolationMode.BICUBIC, antialias=True)
         return decoded._replace(image=image, height=image.shape[1], width=image.shape[2])
 
     def after(self, crops: list[Tensor], epoch: int, sample_B: Tensor) -> None:
@@ -164,7 +167,9 @@ class _ViewDataset(BatchDataset[ViewBatch]):
         sample_B = torch.tensor(good, dtype=torch.int64)
         crops = [cut_group(decoded, group, self.seed, epoch, sample_B) for group in self.groups]
         self.preparation.after(crops, epoch, sample_B)
-        return ViewBatch(epoch, sample_B, crops, bad, [each.traits for each in decoded])
+        place_of = {index: place for place, index in enumerate(indices)}
+        places = [place_of[index] for index in good]
+        return ViewBatch(epoch, sample_B, crops, bad, [each.traits for each in decoded], places)
 
 
 def epoch_batches(
@@ -193,6 +198,7 @@ def view_batches(
     workers: int = 0,
     pin_memory: bool = False,
     preparation: Preparation | None = None,
+    together: int = 1,
     reduce_jpeg: bool = False,
 ) -> Iterator[ViewBatch]:
     """Batches of all `epochs`, one after another; the last partial batch of an epoch is dropped.
@@ -200,13 +206,15 @@ def view_batches(
     skip: batches of the first epoch that are already done. The batches are the same for every number of workers.
     every: return every n-th batch only; other processes take the others. With 1, each process takes its part of every
     batch.
+    together: so many neighbours of a batch are in the part of one process, counted from the batch's first image.
     reduce_jpeg: decode JPEG files smaller where no crop is enlarged by it. The crops show the same parts of the images
     with slightly different pixels, so protocols that compare with published numbers leave it off; so must those that
     resize images before.
     Raises DeadWorkerError when a loader process dies or hangs.
     """
     rank, world = (own_rank(), world_size()) if every == 1 else (0, 1)
-    part = share(batch_size, rank, world)
+    groups_of_rank = share(math.ceil(batch_size / together), rank, world)
+    part = slice(groups_of_rank.start * together, groups_of_rank.stop * together)
     batches = epoch_batches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every, part=part)
     dataset = _ViewDataset(source, groups, seed, preparation=preparation, reduce_jpeg=reduce_jpeg)
 

@@ -22,6 +22,19 @@ LONGEST_ASPECT = 16
 """Ratio of the sides beyond which only an image's middle is resized."""
 
 
+def middle(image: Tensor) -> Tensor:
+    """An image (3, H, W), or the middle of one that is more than 16 times as long as wide.
+
+    Resized to a usual shorter side, a strip of 1 x 100,000 pixels would fill the memory.
+    """
+    height, width = image.shape[-2:]
+    longest = LONGEST_ASPECT * min(height, width)
+    if max(height, width) <= longest:
+        return image
+    cropped: Tensor = tvf.center_crop(image, [min(height, longest), min(width, longest)])
+    return cropped
+
+
 @dataclass(frozen=True)
 class EvalTransform:
     """Resize the shorter side, cut out the middle square, normalise by channel; or resize to a square directly.
@@ -55,17 +68,12 @@ class EvalTransform:
     def crop(self, image: Tensor) -> Tensor:
         """Resize and crop one image, uint8 (3, H, W) -> (3, S, S); as torchvision's Resize and CenterCrop do.
 
-        With a shorter side, only the middle of an image more than 16 times as long as wide is resized: a strip of 1 x
-        100,000 pixels would otherwise fill the memory, though the square shows its middle only.
+        With a shorter side, only the `middle` of a very long image is resized, and the square shows no more of it.
         """
         if self.resize == "direct":
             return _bicubic(image, [self.image_size, self.image_size]).contiguous()
-        resized = round(self.image_size / self.crop_fraction)
-        height, width = image.shape[-2:]
-        longest = LONGEST_ASPECT * min(height, width)
-        if max(height, width) > longest:
-            image = tvf.center_crop(image, [min(height, longest), min(width, longest)])
-        cropped: Tensor = tvf.center_crop(_bicubic(image, [resized]), [self.image_size, self.image_size])
+        resized = _bicubic(middle(image), [round(self.image_size / self.crop_fraction)])
+        cropped: Tensor = tvf.center_crop(resized, [self.image_size, self.image_size])
         return cropped.contiguous()
 
     def normalize(self, batch_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

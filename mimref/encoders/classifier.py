@@ -109,11 +109,12 @@ class ClassifierRecord:
         if recorded is None:
             return None
         try:
-            pool, classes = recorded["pool"], list(map(str, recorded["classes"]))
-            if pool not in get_args(Pool) or len(classes) < 2:
-                raise ValueError(f"pool {pool!r}, {len(classes)} classes")
+            pool, classes = recorded["pool"], recorded["classes"]
+            if pool not in get_args(Pool) or not isinstance(classes, list) or len(classes) < 2:
+                raise ValueError(f"pool {pool!r}, classes {classes!r}"[:100])
+            classes = list(map(str, classes))
         except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint.path}: its record of a classifier is not valid ({error})") from error
+            raise CheckpointError(f"{checkpoint.path}: its record of a classifier is not valid ({error!r})") from error
         return cls(pool, classes)
 
 
@@ -138,26 +139,55 @@ def classifier_of(checkpoint: Checkpoint, encoder: Encoder) -> tuple[Classifier,
     record = ClassifierRecord.of(checkpoint)
     if record is None:
         return None
-    with torch.device("meta"):
-        classifier = Classifier(encoder, len(record.classes), record.pool)
-    wanted = classifier.head_state()
-    given = {name: checkpoint.tensors[name] for name in wanted if name in checkpoint.tensors}
-    if any(name not in given or given[name].shape != tensor.shape for name, tensor in wanted.items()):
+    classifier = _with_head(encoder, len(record.classes), record.pool, checkpoint.tensors)
+    if classifier is None:
         raise CheckpointError(f"{checkpoint.path}: lacks the classifier that its header describes")
+    return classifier, record.classes
+
+
+def _with_head(encoder: Encoder, num_classes: int, pool: Pool, tensors: Mapping[str, Tensor]) -> Classifier | None:
+    """A classifier with a file's tensors; None if one is missing or does not fit."""
+    with torch.device("meta"):
+        classifier = Classifier(encoder, num_classes, pool)
+    wanted = classifier.head_state()
+    if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in wanted.items()):
+        return None
     # The encoder's own tensors are there already.
+    given = {name: tensors[name].to(tensor.dtype) for name, tensor in wanted.items()}
     classifier.load_state_dict(given, strict=False, assign=True)
-    return classifier.eval(), record.classes
+    return classifier.eval()
+
+
+def _public_classifier(checkpoint: Checkpoint, encoder: Encoder) -> tuple[Classifier, list[str]] | None:
+    """The classifier of a foreign file under the names of timm, MAE or torchvision; its classes are called 0, 1, ...
+
+    A norm of pooled tokens is one of patches (MAE); otherwise the CLS token is classified.
+    """
+    if (found := checkpoint.recognised) is None:
+        return None
+    named = {name.removeprefix(found.prefix): tensor for name, tensor in checkpoint.named.items()}
+    tensors = {name.removeprefix("heads."): tensor for name, tensor in named.items()}
+    weight = tensors.get("head.weight")
+    if weight is None or weight.ndim != 2:
+        return None
+    pool: Pool = "mean" if "fc_norm.weight" in tensors else "cls"
+    classifier = _with_head(encoder, len(weight), pool, tensors)
+    return None if classifier is None else (classifier, [str(number) for number in range(len(weight))])
 
 
 def read_classifier(checkpoint: Checkpoint, resolution: int | None = None) -> tuple[Classifier, list[str]]:
     """A checkpoint's classifier on the CPU, for images of `resolution` pixels, and the names of its classes.
 
-    Raises CheckpointError for a file without a classifier, ConfigError for a resolution that patches do not divide.
+    Of public fine-tuned models, these are numbers. Raises CheckpointError for a file without a classifier, ConfigError
+    for a resolution that patches do not divide.
     """
+    if checkpoint.architecture is None:
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}")
     architecture = choose_architecture(checkpoint, resolution=resolution)
     if isinstance(architecture, Architecture):
         encoder = encoder_from(checkpoint, replace(architecture, image_size=resolution or architecture.image_size))
-        if isinstance(encoder, Encoder) and (found := classifier_of(checkpoint, encoder)):
+        assert isinstance(encoder, Encoder)
+        if found := classifier_of(checkpoint, encoder) or _public_classifier(checkpoint, encoder):
             return found
     raise CheckpointError(
         f"{checkpoint.path}: holds an encoder without a classifier; fine-tune it first (mimref finetune)"

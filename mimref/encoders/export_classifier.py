@@ -47,8 +47,12 @@ def export_classifier(
     if architecture.post_norm or architecture.swiglu or (name is None and architecture.from_timm):
         raise ConfigError(f"--to timm: timm has no classifier with the blocks of {architecture.name}")
     options: dict[str, Any] = {"num_classes": classifier.num_classes}
-    if classifier.pool == "mean":
-        options["global_pool"] = "avg"
+    if _pools_patches(classifier):
+        options |= {"global_pool": "avg", "fc_norm": not classifier.final_norm}
+        if getattr(encoder.vit, "pool_include_prefix", False):
+            options["pool_include_prefix"] = False
+    elif getattr(encoder.vit, "global_pool", "token") != "token":
+        options |= {"global_pool": "token", "fc_norm": False}
     state = _state(classifier)
 
     def write(file: Path) -> None:
@@ -78,12 +82,16 @@ def export_classifier(
     return Export(out, difference, reading_line(out, architecture, name, options), name)
 
 
+def _pools_patches(classifier: Classifier) -> bool:
+    return classifier.pool == "mean" or not classifier.encoder.has_cls_token
+
+
 def _state(classifier: Classifier) -> dict[str, Tensor]:
     """The tensors of timm's model: its norm is `norm` before a CLS token is chosen, `fc_norm` after a mean."""
     encoder, head = classifier.encoder, {name: x.float().clone() for name, x in classifier.head_state().items()}
-    body = plain_state(encoder)
-    if not classifier.final_norm:
-        body = {name: tensor for name, tensor in body.items() if not name.startswith(("norm.", "fc_norm."))}
-    if classifier.pool == "cls" and encoder.has_cls_token:
+    # Of the encoder's own pooling nothing is left.
+    unused = ("fc_norm.", "attn_pool.") if classifier.final_norm else ("norm.", "fc_norm.", "attn_pool.")
+    body = {name: tensor for name, tensor in plain_state(encoder).items() if not name.startswith(unused)}
+    if not _pools_patches(classifier):
         head = {name.replace("fc_norm.", "norm."): tensor for name, tensor in head.items()}
     return body | head

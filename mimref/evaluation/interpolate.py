@@ -61,7 +61,9 @@ def interpolate(
         checks.run("refined", lambda: _check_alike(config, left[1], right[1]))
     (base, base_encoder), (refined, refined_encoder) = checks.finished(left), checks.finished(right)
     warn_of_notices(sources, listener)
-    facts = {key: value for key, value in refined.header.items() if key not in ("architecture", "metrics")}
+    facts = {
+        key: value for key, value in refined.header.items() if key not in ("architecture", "classifier", "metrics")
+    }
     # Nobody needs the features of an average again.
     common = {name: getattr(config, name) for name in CommandConfig.model_fields} | {"cache": CacheConfig(folder="off")}
     neighbours = [k if train_y is None else min(k, len(train_y)) for k in KnnConfig().k]

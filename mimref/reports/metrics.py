@@ -11,6 +11,8 @@ LABELS = {
     "knn_top5": "k-NN top-5",
     "lowshot_top1": "{shots}-shot top-1",
     "probe_top1": "linear probe top-1",
+    "finetune_top1": "fine-tuned top-1",
+    "finetune_top5": "fine-tuned top-5",
     "cluster_acc": "k-means ACC",
     "cluster_nmi": "k-means NMI",
     "cluster_ami": "k-means AMI",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -128,6 +128,16 @@ def print_inspection(inspection: "Inspection") -> None:
     Console().print(plain_table(("tensor", "in the file", "shape and type"), by_block(inspection.tensors)))
 
 
+def _classifier_facts(recorded: Any) -> dict[str, str]:
+    """What a header records of a classifier; of a damaged record, nothing."""
+    if not isinstance(recorded, dict) or not isinstance(names := recorded.get("classes"), list):
+        return {}
+    from mimref.data.decode import first_of
+
+    pooled = "the mean of the patch tokens" if recorded.get("pool") == "mean" else "the CLS token"
+    return {"classifier": f"{len(names)} classes ({first_of(list(map(str, names)))}), reads {pooled}"}
+
+
 def _facts(inspection: "Inspection") -> dict[str, str]:
     from mimref.encoders.positions import RULES
 
@@ -156,6 +166,7 @@ def _facts(inspection: "Inspection") -> dict[str, str]:
         "interpolation": f"{architecture.interpolation} ({RULES[architecture.interpolation]})"
         f"{', a guess' if inspection.guesses_interpolation else ''}",
         "parameters": f"{inspection.parameters:,}",
+        **_classifier_facts(inspection.header.get("classifier")),
         **{key: value for key, value in inspection.header.items() if isinstance(value, str)},
         **{
             f"dropped, {group}": ", ".join(names[:3]) + (f", ... ({len(names)} tensors)" if len(names) > 3 else "")

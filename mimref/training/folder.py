@@ -220,7 +220,9 @@ def with_absolute_paths(config: C) -> C:
         "data": data.model_copy(update={"spec": spec, "root": _absolute(data.root)}),
         "encoder": config.encoder.model_copy(update={"weights": _absolute(config.encoder.weights)}),
     }
-    updates |= {name: _absolute(getattr(config, name)) for name in config.path_settings}
+    for name in config.path_settings:
+        value = getattr(config, name)
+        updates[name] = list(map(_absolute, value)) if isinstance(value, list) else _absolute(value)
     return config.model_copy(update=updates)
 
 

@@ -115,6 +115,8 @@ class Stage(GradientJob):
     """Number of the stage's first epoch. Later stages continue to count, so that their views are new ones."""
     preparation: Preparation | None = None
     """What is done to images before and after crops are cut, beside the stage's crops."""
+    together = 1
+    """So many neighbours of a batch are in one process."""
 
     def __init__(
         self,
@@ -162,6 +164,7 @@ class Stage(GradientJob):
             workers=loader_workers(config.workers, self.source),
             pin_memory=self.device.type == "cuda",
             preparation=self.preparation,
+            together=self.together,
             reduce_jpeg=self.preparation is None,
         )
         return device_batches(batches, self.device)

@@ -153,10 +153,12 @@ def lowshot(
 def draw_split(y: Labels, shots: int, *, split: int, seed: int) -> Labels:
     """Indices (C * shots,) of `shots` images per class, class by class, drawn without replacement.
 
-    y (N,): labels; every class has enough images. The draw is a function of (seed, split, shots) and the labels.
+    y (N,): labels; a class of fewer images gives all of them. The draw is a function of (seed, split, shots) and the
+    labels.
     """
     rng = np.random.default_rng([seed, split, shots])
-    return np.concatenate([rng.choice(np.flatnonzero(y == label), shots, replace=False) for label in np.unique(y)])
+    classes = [np.flatnonzero(y == label) for label in np.unique(y)]
+    return np.concatenate([rng.choice(rows, min(shots, len(rows)), replace=False) for rows in classes])
 
 
 def fit_logistic(x: NDArray[np.float64], y: Labels, classes: int) -> NDArray[np.float64]:

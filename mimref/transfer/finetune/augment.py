@@ -7,6 +7,7 @@ step, so that results do not depend on processes and a resumed run repeats them.
 Shapes: B images of S x S pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -92,7 +93,8 @@ class Mixed:
     """Place of each image's partner in the batch, on the device."""
 
     def loss(self, logits_BC: Tensor, label_B: Tensor, partner_label_B: Tensor, smoothing: float) -> Tensor:
-        """Sum over some images of the cross-entropy with mixed and smoothed labels."""
+        """Sum over some images of the cross-entropy with mixed and smoothed labels, computed in at least fp32."""
+        logits_BC = logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))
         own = F.cross_entropy(logits_BC, label_B, label_smoothing=smoothing, reduction="sum")
         if self.share == 1:
             return own
@@ -100,14 +102,22 @@ class Mixed:
         return self.share * own + (1 - self.share) * other
 
 
-def mix(images: Tensor, config: AugmentConfig, seed: int, epoch: int, step: int) -> Mixed:
+def partners(places: Sequence[int]) -> Tensor:
+    """Rows of the images at places 1, 0, 3, 2, 5, ... of a batch; an image without partner has its own row.
+
+    Neighbours in the batch, whose order is random, are partners, so that it can be divided among processes. timm
+    reverses the batch, which is the same to chance.
+    """
+    row_of = {place: row for row, place in enumerate(places)}
+    return torch.tensor([row_of.get(place ^ 1, row) for row, place in enumerate(places)], dtype=torch.int64)
+
+
+def mix(images: Tensor, places: Sequence[int], config: AugmentConfig, seed: int, epoch: int, step: int) -> Mixed:
     """Mix the images (B, 3, S, S) of a batch with their partners, by mixup or CutMix, with one share for the batch.
 
-    Neighbours in the batch, whose order is random, are partners, so that a batch can be divided among processes and
-    micro-batches of even sizes. timm reverses the batch, which is the same to chance.
+    places: of the images in the batch. An image whose partner could not be read stays as it is.
     """
-    batch = len(images)
-    partner_B = send((torch.arange(batch) ^ 1).clamp_max(max(0, batch - 1)), images.device)
+    partner_B = send(partners(places), images.device)
     if not config.mixup and not config.cutmix:
         return Mixed(images, 1.0, partner_B)
     with seeded(seed, epoch, Operation.MIX, step):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimref.data.decode import none_readable
 from mimref.data.labels import Indices
 from mimref.data.sources import ImageSource
 from mimref.distributed.collectives import gather_lists, total_over_ranks
@@ -75,6 +76,7 @@ def accuracy(
     """Accuracy on labelled images; the ranks share them, and all get the result.
 
     labels: (N,) numbers of classes. among: the only classes that compete, by whose positions the labels then are.
+    Raises DataError if none of the images can be read.
     """
     ranks, hits, images, bad = world_size(), np.zeros(2, dtype=np.int64), 0, list[tuple[str, str]]()
     competing = classifier.num_classes if among is None else len(among)
@@ -88,6 +90,8 @@ def accuracy(
         bad += batch.bad
         if progress is not None:
             progress(batch.end, len(source))
-    images = total_over_ranks(images)
+    images, bad = total_over_ranks(images), gather_lists(bad)
+    if not images:
+        raise none_readable(source.name, bad)
     top1, top5 = (100.0 * total_over_ranks(int(count)) / images for count in hits)
-    return Scores(top1, top5 if competing > 5 else None, images, gather_lists(bad))
+    return Scores(top1, top5 if competing > 5 else None, images, bad)

@@ -1,7 +1,8 @@
 """Settings of `mimref finetune` and `mimref predict`."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
 from mimref.config.base import AreaRange, CommandConfig, Decay, Fraction, PositiveRange, Section
@@ -11,10 +12,16 @@ from mimref.config.run import LogConfig, OptimizerConfig, TrainingConfig, check_
 def _check_rand_augment(text: str) -> str:
     from timm.data.auto_augment import rand_augment_transform  # slow to import
 
+    wrong = ValueError("a RandAugment of timm such as rand-m9-mstd0.5-inc1, or none")
     try:
-        rand_augment_transform(text)
+        # Older timm would change its defaults if it were given no options.
+        found: Any = rand_augment_transform(text, {"img_mean": (0, 0, 0)})
     except (AssertionError, ValueError, KeyError, TypeError, IndexError):
-        raise ValueError("a RandAugment of timm such as rand-m9-mstd0.5-inc1, or none") from None
+        raise wrong from None
+    # With weights, no operation is drawn twice.
+    most = float("inf") if found.choice_weights is None else np.count_nonzero(found.choice_weights)
+    if not 1 <= found.num_layers <= most:
+        raise wrong
     return text
 
 
@@ -59,9 +66,9 @@ class ScheduleConfig(Section):
     freeze_blocks: int = Field(default=0, ge=0)
     """First blocks that stay as they are, with the embeddings before them."""
     train_positions: bool = True
-    """Train the position embedding, also where pre-training has kept it fixed."""
+    """Train the position embedding, also where pre-training has kept it fixed. Frozen blocks freeze it."""
     pool: Literal["cls", "mean"] = "cls"
-    """What the classifier reads: the CLS token, or the mean of the patch tokens."""
+    """What the classifier reads: the CLS token, or the mean of the patch tokens (of encoders without CLS token too)."""
     ema: Decay | None = None
     """Decay of an average of the weights, which is then evaluated and written. None: the weights themselves."""
 
@@ -91,7 +98,7 @@ class FinetuneConfig(TrainingConfig):
     """All settings of `mimref finetune`."""
 
     command = "finetune"
-    path_settings: ClassVar[tuple[str, ...]] = ()
+    path_settings: ClassVar[tuple[str, ...]] = ("split_files",)
 
     micro_batch: int | None = Field(default=None, gt=0)
     """Images per pass of the model and process; gradients add up to those of the whole batch. None: all at once."""
@@ -103,6 +110,8 @@ class FinetuneConfig(TrainingConfig):
     """Train on so many images per class. None: on all."""
     splits: int = Field(default=3, gt=0)
     """Draws of the `shots`, each trained on its own."""
+    all_if_fewer: bool = False
+    """A class of fewer images than `shots` gives all that it has, as for iNat18. False: it is a mistake."""
     split_files: list[str] = []
     """Files with one image file name per line, each trained on its own."""
     finetune: ScheduleConfig = ScheduleConfig()

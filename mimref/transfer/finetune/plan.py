@@ -74,8 +74,7 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
         train, val = sources["train"], sources["val"]
         numbered = checks.run("data.spec", partial(_numbered, train, val))
         splits = checks.run("split_files" if config.split_files else "shots", partial(_splits, config, train))
-        for rows in splits or ():
-            count = len(train) if rows is None else len(rows)
+        for count in {len(train) if rows is None else len(rows) for rows in splits or ()}:
             checks.run("batch_size", partial(check_batch_size, config.batch_size, count))
     checks.finish()
     assert checkpoint and architecture and opened.data and numbered and splits
@@ -130,7 +129,8 @@ def _splits(config: FinetuneConfig, train: ImageSource) -> list[Indices | None]:
         return list(files)
     if config.shots is None:
         return [None]
-    check_shots([config.shots], labels, train.class_names)
+    if not config.all_if_fewer:
+        check_shots([config.shots], labels, train.class_names)
     return [draw_split(labels, config.shots, split=split, seed=config.seed) for split in range(config.splits)]
 
 

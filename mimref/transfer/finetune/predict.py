@@ -44,10 +44,13 @@ def predict(
     assert checkpoint is not None and data is not None
     if not end_group():
         return None
+    architecture = classifier.encoder.architecture
+    for notice in checkpoint.notices(architecture, [architecture.image_size]):
+        listener.note(notice)
     warn_of_notices(sources, listener)
     source, device = sources[config.split], resolve_device(config.device)
     settings = PassSettings(
-        eval_transform(classifier.encoder.architecture, data, checkpoint.header, resolution=config.resolution),
+        eval_transform(architecture, data, checkpoint.header, resolution=config.resolution),
         device,
         resolve_precision(config.precision, device),
         workers=config.workers,

@@ -68,10 +68,12 @@ class FineTuning(Stage):
             device=device,
         )
         # Every split has views of its own.
-        self.first_epoch, self.first_step = split * settings.epochs, split * self.total
+        self.first_epoch = split * settings.epochs
+        self.first_step = sum(len(plan.images(each)) // config.batch_size for each in range(split)) * settings.epochs
         mean, std = plan.transform.mean, plan.transform.std
         change = RandAugment(augment.rand_augment, config.seed, mean) if augment.rand_augment else None
         self.preparation = Preparation(augment.resize, change)
+        self.together = 2 if augment.mixup or augment.cutmix else 1
         plain = ViewsConfig(flip=augment.flip, color=False, blur=False)
         self.photometric = Photometric(plain, config.seed, device, mean=mean, std=std)
         self.erasing = Erasing(augment.erase, config.seed, device)
@@ -95,7 +97,7 @@ class FineTuning(Stage):
         augment, seed, epoch, sample_B = self.config.augment, self.config.seed, batch.epoch, batch.sample_B
         pixels = self.photometric(batch.crops[0], epoch, sample_B, [0])[0]
         self.erasing(pixels, epoch, sample_B)
-        mixed = mix(pixels, augment, seed, epoch, self.step)
+        mixed = mix(pixels, batch.places, augment, seed, epoch, self.step)
         label_B = send(self.label_N[sample_B], self.device)
         partner_B = label_B[mixed.partner_B]
         drop_PB = uniform(seed, epoch, Operation.DROP_PATH, send(sample_B, self.device), count=len(self.depths)).T
@@ -106,7 +108,7 @@ class FineTuning(Stage):
             with self._synchronised(is_last):
                 with autocast(self.device, self.precision):
                     logits_BC = self.trained_model(mixed.images[rows])
-                loss = mixed.loss(logits_BC.float(), label_B[rows], partner_B[rows], augment.smoothing)
+                loss = mixed.loss(logits_BC, label_B[rows], partner_B[rows], augment.smoothing)
                 loss = loss * (world_size() / images)
                 loss.backward()
             self._loss += loss.detach()
@@ -143,11 +145,9 @@ class FineTuning(Stage):
         self.report(f"{self.label}, epoch {epoch}", values)
 
     def validate(self) -> Scores:
-        """Accuracy on the validation images. Raises DataError if none can be read."""
+        """Accuracy on the validation images. Raises DataError if none of them can be read."""
         scores = accuracy(self.evaluated, self.plan.val, self.plan.val_labels, self.evaluation)
         self.run.skipped.add_evaluated(scores.bad)
-        if not scores.images:
-            raise DataError(f"{self.plan.val.name}: none of the validation images can be read")
         return scores
 
     def log(self, values: Any) -> None:
@@ -157,9 +157,15 @@ class FineTuning(Stage):
     def state(self) -> dict[str, Any]:
         averaged_state = {} if self.average is None else {"average": self.average.module.state_dict()}
         found = {"split": self.split, "history": self.history, "model": self.classifier.state_dict()}
-        return {**super().state(), **found, **averaged_state}
+        return {**super().state(), **found, **averaged_state, "split_images": len(self.label_N)}
 
     def resume(self, state: dict[str, Any]) -> None:
+        """See `Stage`. Raises DataError when a split file lists other images than before."""
+        if len(self.label_N) != state["split_images"]:
+            raise DataError(
+                f"cannot resume {self.label} with {len(self.label_N)} images, it was started with "
+                f"{state['split_images']}; restore the split file, or start over in another --out"
+            )
         super().resume(state)
         self.history[:] = state["history"]
         self.classifier.load_state_dict(state["model"])
@@ -176,5 +182,7 @@ def _build(plan: Plan, device: torch.device) -> Classifier:
     freeze_untrained(encoder, first=settings.freeze_blocks, last=encoder.depth)
     if not classifier.final_norm:
         encoder.vit.norm.requires_grad_(False)
+    if not settings.train_positions and encoder.vit.pos_embed is not None:
+        encoder.vit.pos_embed.requires_grad_(False)
     encoder.checkpointing = plan.config.activation_checkpointing
     return classifier.train()
