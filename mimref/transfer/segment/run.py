@@ -89,11 +89,7 @@ def evaluate_segment(
     work = _open(config, listener, checks)
     if fresh and state is not None:
         state.unlink(missing_ok=True)
-    found = _knn(work) if config.protocol == "knn" else _linear(work, state)
-    rows, best, samples, bad = found
-    for split, pairs in (("training", work.train), ("validation", work.test)):
-        for line in pairs.images.peculiarities(f"{split} images"):
-            listener.warn(line)
+    rows, best, samples, bad = _knn(work) if config.protocol == "knn" else _linear(work, state)
     if bad:
         listener.warn(f"{len(bad)} images cannot be read and are left out: {first_bad(bad)}")
     chosen = [sample._replace(predicted_K=sample.predicted_K[best : best + 1]) for sample in samples]
