@@ -117,6 +117,27 @@ MUTATIONS = (
         "gradient_WVBD[:, :, rows] * (rows.start > 0))",
         ("test_refinement_micro_batch.py",),
     ),
+    Mutation(
+        "mixup gives the share of an image to its partner",
+        "transfer/finetune/augment.py",
+        "return self.share * own + (1 - self.share) * other",
+        "return (1 - self.share) * own + self.share * other",
+        ("test_transfer_finetune_augment.py",),
+    ),
+    Mutation(
+        "stochastic depth does not scale what is left",
+        "encoders/classifier.py",
+        "keep_B = (self.uniform_B >= self.rate).to(branch_BLD.dtype) / (1 - self.rate)",
+        "keep_B = (self.uniform_B >= self.rate).to(branch_BLD.dtype)",
+        ("test_encoders_classifier.py",),
+    ),
+    Mutation(
+        "equal results do not share their rank",
+        "transfer/suite/ranks.py",
+        'method="average"',
+        'method="dense"',
+        ("test_transfer_ranks.py",),
+    ),
 )
 
 

@@ -108,7 +108,7 @@ def test_gray_data2vec(tmp_path: Path) -> None:
 
 def test_gray_exports(tmp_path: Path) -> None:
     gray_weights(tmp_path / "xray.pth")
-    encoder, facts = read_encoder(tmp_path / "xray.pth")
+    encoder, facts, _ = read_encoder(tmp_path / "xray.pth")
     assert "in_chans=1" in export_timm(encoder, tmp_path / "timm.safetensors", facts).read_with
     export_release(encoder, tmp_path / "release.th", facts)
     assert torch.load(tmp_path / "release.th")["ctor_kwargs"]["input_shape"] == (1, IMAGE, IMAGE)
