@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import figure, note, print_finished, report, run_on_ranks
+from mimref.cli.execution import drop_state, figure, note, print_finished, report, run_on_ranks
 from mimref.cli.options import (
     BATCH_SIZE,
     CHECKPOINT,
@@ -166,7 +166,7 @@ def probe(options: ProbeOptions) -> None:
     result = run_on_ranks(config, options, work, advice=advice)
     report(options, config, result)
     if result is not None and state is not None:
-        state.unlink(missing_ok=True)
+        drop_state(state)
 
 
 class BlocksOptions(EncoderPass, Pool, Preset, Seed, Output, panel="Protocol"):

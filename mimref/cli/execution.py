@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -96,6 +96,13 @@ def print_finished(out: Path, command: str) -> bool:
         # A run killed right after its end has left its state.
         shutil.rmtree(out / "state", ignore_errors=True)
     return True
+
+
+def drop_state(state: Path) -> None:
+    """Remove the state of a finished evaluation, and its folder."""
+    state.unlink(missing_ok=True)
+    with suppress(OSError):  # other files are there, or no folder
+        state.parent.rmdir()
 
 
 def print_facts(facts: Mapping[str, object]) -> None:

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import figure, print_finished, report, run_on_ranks
+from mimref.cli.execution import drop_state, figure, print_finished, report, run_on_ranks
 from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Images, Preset, Resume, Seed, Text
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError, OutputError
@@ -76,7 +76,7 @@ def segment(options: SegmentOptions) -> None:
 
         report(options, config, result, partial(print_blocks, heads={}))
     if state is not None:
-        state.unlink(missing_ok=True)
+        drop_state(state)
     if options.out is None:
         return
     with figure(options.out / "segments.png", options):
