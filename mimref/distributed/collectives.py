@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mimref.distributed.group import world_size
+from mimref.distributed.group import world_size, wrappers
 
 
 def averaged(module: nn.Module, device: torch.device) -> nn.Module:
@@ -28,7 +28,9 @@ def averaged(module: nn.Module, device: torch.device) -> nn.Module:
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {option: False}
     gpu = [torch.cuda.current_device()] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=gpu, gradient_as_bucket_view=True, **options)
+    wrapper = DistributedDataParallel(module, device_ids=gpu, gradient_as_bucket_view=True, **options)
+    wrappers.add(wrapper)
+    return wrapper
 
 
 def max_over_ranks(number: int) -> int:
