@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mimref.distributed.group import leave_process_group
+
 TIMEOUT_S = 120
 # Importing these takes seconds: one process does it, and every other is a fork of it.
 PRELOADED = ["tests.preloaded"]
@@ -78,5 +80,4 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
     except BaseException:
         Path(folder, f"{rank}.error").write_text(traceback.format_exc())
         raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_process_group()

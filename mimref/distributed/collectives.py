@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mimref.distributed.group import world_size, wrappers
+from mimref.distributed.group import world_size
 
 
 def averaged(module: nn.Module, device: torch.device) -> nn.Module:
@@ -28,9 +28,7 @@ def averaged(module: nn.Module, device: torch.device) -> nn.Module:
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {option: False}
     gpu = [torch.cuda.current_device()] if device.type == "cuda" else None
-    wrapper = DistributedDataParallel(module, device_ids=gpu, gradient_as_bucket_view=True, **options)
-    wrappers.add(wrapper)
-    return wrapper
+    return DistributedDataParallel(module, device_ids=gpu, gradient_as_bucket_view=True, **options)
 
 
 def max_over_ranks(number: int) -> int:

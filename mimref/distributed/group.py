@@ -6,12 +6,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 from mimref.errors import ConfigError, LostRankError
 
@@ -89,18 +87,18 @@ def restarted(run_id: str, node: str, process: int) -> bool:
     return run_id == own[0] and (process == own[2] if node == own[1] else run_id != "none")
 
 
-wrappers: WeakSet[DistributedDataParallel] = WeakSet()
-"""Modules that average gradients over the group, and are of no use without it."""
+_left: list[object] = []
+"""Groups that this process has left, which live as long as it does.
+
+With torch 2.6, the last reference to a group ends gloo's threads with Python's lock, for which one of them may still
+wait to free the tensors of the last collective.
+"""
 
 
 def leave_process_group() -> None:
     """Leave the group: what follows is this process's own work."""
     if dist.is_available() and dist.is_initialized():
-        # A reducer must not be the last to hold the group: with torch 2.6, it may end the group's threads with Python's
-        # lock, for which one of them waits.
-        for wrapper in wrappers:
-            del wrapper.reducer, wrapper.logger
-        wrappers.clear()
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
