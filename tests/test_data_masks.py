@@ -65,7 +65,7 @@ def test_folders_with_splits(layout: str, tmp_path: Path) -> None:
         for index in range(count):
             image, mask = pairs.read(index)
             path = Path(pairs.images.path(index))
-            assert torch.equal(image, torch.from_numpy(np.asarray(Image.open(path))).permute(2, 0, 1))
+            assert torch.equal(image, torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1))
             own = Path(pairs.masks.path(index))
             assert own.name == path.name and np.array_equal(np.asarray(Image.open(own)), mask)
     found, mistakes = checked(tmp_path)
