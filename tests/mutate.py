@@ -106,8 +106,8 @@ MUTATIONS = (
     Mutation(
         "far k-NN neighbours weigh more than near ones",
         "evaluation/knn/protocol.py",
-        "/ tau).exp()",
-        "/ -tau).exp()",
+        "/ tau_).exp()",
+        "/ -tau_).exp()",
         ("test_evaluation_knn.py",),
     ),
     Mutation(
