@@ -63,6 +63,7 @@ def export_classifier(
             torch.save(state, file)
 
     def read(file: Path) -> dict[str, Tensor]:
+        """Logits of the file, by timm's code alone."""
         size, channels = architecture.image_size, architecture.channels
         if name is not None:
             path = str(file)

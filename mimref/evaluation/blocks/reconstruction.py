@@ -169,6 +169,7 @@ class DecodersJob(GradientJob):
             self.bad.add(path, reason)
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
+        """The sum of the decoders' losses on a batch, whose gradients are accumulated pass by pass."""
         count, most = len(batch.sample_B), self.images_per_pass
         for start in range(0, count, most):
             sample_B = batch.sample_B[start : start + most]
