@@ -23,7 +23,6 @@ from mimref.cli.options import (
     Text,
 )
 from mimref.cli.parser import argument, option
-from mimref.errors import ConfigError, OutputError
 from mimref.files import check_new_file
 
 
@@ -131,15 +130,6 @@ class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol")
         "The encoder's final norm; default on.", sets="final_norm", flag="--final-norm/--no-final-norm"
     )
 
-    def state_file(self) -> Path | None:
-        """The state that an interrupted probe continues from."""
-        state = self.out / "state" / "probe.pt" if self.out else None
-        if state is None and self.resume:
-            raise ConfigError("--resume continues a probe in its folder; name it with --out DIR")
-        if state is not None and state.exists() and not self.resume and not self.force:
-            raise OutputError(f"{self.out}: holds an unfinished probe; --resume continues it, --force starts over")
-        return state
-
 
 def probe(options: ProbeOptions) -> None:
     """Train linear classifiers on the frozen encoder.
@@ -157,7 +147,7 @@ def probe(options: ProbeOptions) -> None:
     if options.resume and options.out and options.checks.passed and print_finished(options.out, config.command):
         return
     options.check_out()
-    state = options.checks.run("out", options.state_file)
+    state = options.checks.run("out", lambda: options.state_file("probe"))
 
     from mimref.evaluation.probe.protocol import evaluate_probe
 

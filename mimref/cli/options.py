@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mimref.cli.parser import Options, argument, option
+from mimref.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
@@ -45,6 +46,15 @@ class Output(Force, panel="Output"):
 
 class Resume(Output, panel="Output"):
     resume: bool = option("Continue the unfinished run in the output folder.")
+
+    def state_file(self, name: str) -> Path | None:
+        """The state that an interrupted evaluation continues from; None without an output folder."""
+        state = self.out / "state" / f"{name}.pt" if self.out else None
+        if state is None and self.resume:
+            raise ConfigError(f"--resume continues a {name} in its folder; name it with --out DIR")
+        if state is not None and state.exists() and not self.resume and not self.force:
+            raise OutputError(f"{self.out}: holds an unfinished {name}; --resume continues it, --force starts over")
+        return state
 
 
 class Configured(Device):

@@ -1,12 +1,10 @@
 """The command that segments images on frozen patch tokens."""
 
 from functools import partial
-from pathlib import Path
 
 from mimref.cli.execution import drop_state, figure, print_finished, report, run_on_ranks
 from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Images, Preset, Resume, Seed, Text
 from mimref.cli.parser import argument, option
-from mimref.errors import ConfigError, OutputError
 
 
 class SegmentEncoder(Images, panel="Encoder"):
@@ -32,15 +30,6 @@ class SegmentOptions(SegmentEncoder, Preset, Seed, Resume, panel="Protocol"):
         "The encoder's final norm; default: the protocol's.", sets="final_norm", flag="--final-norm/--no-final-norm"
     )
 
-    def state_file(self) -> Path | None:
-        """The state that interrupted training continues from."""
-        state = self.out / "state" / "segment.pt" if self.out else None
-        if state is None and self.resume:
-            raise ConfigError("--resume continues in an output folder; name it with --out DIR")
-        if state is not None and state.exists() and not self.resume and not self.force:
-            raise OutputError(f"{self.out}: holds unfinished heads; --resume continues them, --force starts over")
-        return state
-
 
 def segment(options: SegmentOptions) -> None:
     """Segment images on the frozen encoder's patch tokens.
@@ -61,7 +50,7 @@ def segment(options: SegmentOptions) -> None:
     if options.resume and options.out and options.checks.passed and print_finished(options.out, config.command):
         return
     options.check_out()
-    state = options.checks.run("out", options.state_file)
+    state = options.checks.run("out", lambda: options.state_file("segment"))
 
     from mimref.transfer.segment.run import evaluate_segment
 
