@@ -68,6 +68,6 @@ def predict(
     if not count:
         raise none_readable(source.name, bad)
     if bad:
-        listener.warn(f"{len(bad)} unreadable images are not in the table: {first_bad(bad)}")
+        listener.warn(f"images left out of the table, {len(bad)}: {first_bad(bad)}")
     write_bytes(out, table.getvalue().encode())
     return count
