@@ -78,4 +78,3 @@ def test_equal_settings_are_equal_wherever_they_come_from(tmp_path: Any) -> None
     path.write_text(dump_config(config), encoding="utf-8")
     assert load(str(path)) == config.model_copy(update={"preset": str(path)})
     assert config == load(None, "batch_size=64") != load(batch_size=32)
-    assert hash(load()) == hash(RefineConfig())
