@@ -105,7 +105,7 @@ def top_k(queue: int) -> int:
 
 
 def head_widths(width: int) -> tuple[int, int, int]:
-    """Hidden width of the projectors and predictors, and their output: the paper's from an encoder width of 384 on."""
+    """Hidden width of the projectors and predictors, and their output: the paper's for encoders wider than 256."""
     hidden = min(2048, max(256, power_of_two(4 * width - 1) * 2))
     return hidden, 2 * hidden, 256 if hidden == 2048 else 128
 
