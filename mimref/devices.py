@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,22 @@ def resolve_device(name: str) -> torch.device:
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise ConfigError(f"device {name!r} is not available on this machine; use --device cpu or --device auto")
     return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What settings are derived for."""
+
+    cuda: bool
+    memory_bytes: int | None = None
+    """Of the GPUs of all processes, used or not; None on other devices."""
+
+
+def machine_of(device: torch.device, processes: int = 1) -> Machine:
+    """What `device` offers to this many processes, each with a GPU of its own."""
+    if device.type != "cuda":
+        return Machine(False)
+    return Machine(True, processes * torch.cuda.get_device_properties(device).total_memory)
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:

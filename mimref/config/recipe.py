@@ -5,10 +5,11 @@ user gave as an option, with `--set` or in Python is never changed. `config.toml
 repeated exactly: nothing is derived from a preset.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from mimref.config.base import CommandConfig, Section
+from mimref.config.base import CommandConfig, DataConfig, Section
 from mimref.config.load import validated
 from mimref.config.presets import show_value
 from mimref.config.run import TrainingConfig
@@ -101,3 +102,31 @@ def _replaced(section: S, parts: list[str], value: Any) -> S:
     """A copy with another value, which is not checked."""
     name, *rest = parts
     return section.model_copy(update={name: _replaced(getattr(section, name), rest, value) if rest else value})
+
+
+def recipe_notices(derived: Sequence[Derived]) -> list[str]:
+    """What a run says of its derived settings: a line for each that was adapted, one for all the others."""
+    adapted = [f"adapted {each}" for each in derived if each.before is not None]
+    count = len(derived) - len(adapted)
+    advice = "--dry-run shows each with its rule, config.toml keeps them"
+    return adapted + ([f"no preset: {count} settings follow from the images; {advice}"] if count else [])
+
+
+# --- numbers and names that rules of several commands need
+
+_CHARACTERS = frozenset(["digits", "mnist", "qmnist", "emnist", "kmnist", "usps", "svhn", "omniglot"])
+
+
+def is_character(data: DataConfig) -> bool:
+    """Whether the data set is known as one of digits or letters."""
+    return (data.spec or "").rpartition(":")[2].lower().replace("-", "") in _CHARACTERS
+
+
+def power_of_two(number: float) -> int:
+    """The largest one up to this number, at least 1."""
+    return 1 << max(0, int(number).bit_length() - 1)
+
+
+def two_digits(number: float) -> float:
+    """Rounded to two significant digits."""
+    return float(f"{number:.1e}")

@@ -1,0 +1,65 @@
+"""A pre-training before anything is trained: its settings as they fit the images, the encoder and the images."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from mimref.config.recipe import Derived
+from mimref.data.loader import check_batch_size
+from mimref.data.sample import look_at
+from mimref.data.sources import ImageSource
+from mimref.devices import machine_of, resolve_device
+from mimref.distributed.group import world_size
+from mimref.encoders.vit import Architecture
+from mimref.errors import Checks, ConfigError
+from mimref.features.opening import check_device, open_images
+from mimref.pretraining.config import PretrainConfig
+from mimref.pretraining.recipe import fit
+from mimref.progress import Listener
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pre-training that can start."""
+
+    config: PretrainConfig
+    """The result of the recipe: settings that repeat the run."""
+    derived: list[Derived]
+    architecture: Architecture
+    source: ImageSource
+    """The training images."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates per epoch; the last partial batch is dropped."""
+        return len(self.source) // self.config.batch_size
+
+
+def make_plan(config: PretrainConfig, listener: Listener, checks: Checks) -> Plan:
+    """Open and check all that the settings name. Raises UserError subclasses, one error for all mistakes."""
+    check_device(config, checks)
+    source = open_images(config.data, listener.progress, checks, need_labels=False, splits=["train"]).get("train")
+    derived: list[Derived] = []
+    if source is not None and checks.passed:
+        config, derived = checks.run("preset", partial(_fitted, config, source)) or (config, derived)
+    architecture = checks.run("encoder.arch", partial(_architecture, config))
+    if source is not None:
+        checks.run("batch_size", partial(check_batch_size, config.batch_size, len(source)))
+    return Plan(config, derived, checks.finished(architecture), checks.finished(source))
+
+
+def _fitted(config: PretrainConfig, source: ImageSource) -> tuple[PretrainConfig, list[Derived]]:
+    machine = machine_of(resolve_device(config.device), world_size())
+    fitted, derived = fit(config, len(source), look_at(source), machine)
+    # What a run was started with fits its images: config.toml repeats it, and is never adapted.
+    return fitted.model_copy(update={"strict": True}), derived
+
+
+def _architecture(config: PretrainConfig) -> Architecture:
+    """The encoder to train. Raises ConfigError for one that a masked autoencoder cannot be made of."""
+    if config.encoder.weights is not None:
+        raise ConfigError(f"pretrain starts from random weights; omit encoder.weights {config.encoder.weights!r}")
+    architecture = Architecture.from_config(config.encoder)
+    if architecture.post_norm or architecture.from_timm:
+        raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
+    architecture.check_size(architecture.image_size, "encoder.image_size")
+    return architecture
