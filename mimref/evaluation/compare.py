@@ -1,7 +1,7 @@
 """Several encoders measured by the same protocols: `mimref compare`, and the before/after table of `mimref refine`."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from mimref.config.base import DataConfig
@@ -10,7 +10,7 @@ from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 from mimref.distributed.group import end_group
 from mimref.encoders.vit import Encoder
-from mimref.errors import Checks
+from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.cluster.protocol import check_metrics, cluster
 from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.knn.protocol import check_neighbours, knn
@@ -96,6 +96,8 @@ def _check(config: CompareConfig, opened: Opened, checks: Checks) -> None:
 
 # --- the before/after table of mimref refine
 
+_PROTOCOLS = {"knn": "k-NN", "lowshot": "low-shot accuracy", "cluster": "k-means"}
+
 
 def labelled_splits(
     data: DataConfig, train: ImageSource | None = None, test: ImageSource | None = None
@@ -121,10 +123,12 @@ def before_after(
     progress: LabelledProgress,
     *,
     protocols: Sequence[str] = ("knn", "lowshot", "cluster"),
+    note: Callable[[str], None] | None = None,
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """k-NN, low-shot and clustering of raw pixels, and of each encoder's last block (raw output, CLS token).
 
     images: from `labelled_splits`. encoders: with their names in the results; built one at a time if from a generator.
+    note: receives one line for each protocol that is left out because the images do not allow it.
     Returns rows, and path and reason of the images left out, once for every model.
     """
     evaluate = config.evaluate
@@ -140,12 +144,20 @@ def before_after(
     )
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
+    possible = list(protocols)
 
     def add(model: str, pair: list[Features], column: Column, where: Row) -> None:
         train, test = pair
         fitting = compare.model_copy(update={"k": min(evaluate.knn_k, len(train))})
-        for protocol in protocols:
-            found = main_rows(measure(protocol, model, (train, test), [column], fitting, progress))
+        for protocol in list(possible):
+            try:
+                found = main_rows(measure(protocol, model, (train, test), [column], fitting, progress))
+            except (ConfigError, DataError) as error:
+                # It is the same for the other models: they share images and settings.
+                possible.remove(protocol)
+                if note is not None:
+                    note(f"no {_PROTOCOLS[protocol]} in the before/after table: {error}")
+                continue
             rows.extend({"model": model, **row, **where} for row in found)
         bad.extend(train.bad + test.bad)
 

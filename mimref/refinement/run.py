@@ -74,8 +74,8 @@ def refine(
     with run.locked():
         plan = make_plan(config, run.listener.progress, checks)
         state = run.load_state(plan.source)
-        for notice in plan.notices:
-            run.listener.note(notice)
+        for notice in (*plan.notices, *plan.derived):
+            run.listener.note(str(notice))
         for warning in (*plan.warnings, *plan.source.notices):
             run.listener.warn(warning)
         method = build_method(plan, run.listener)
@@ -200,7 +200,8 @@ def _compare(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, 
         yield "base", base_encoder(plan, device)
         yield "refined", refined
 
-    rows, bad = before_after(config, images, encoders(), settings, run.listener.progress, protocols=protocols)
+    progress, note = run.listener.progress, run.listener.note
+    rows, bad = before_after(config, images, encoders(), settings, progress, protocols=protocols, note=note)
     run.skipped.add_evaluated(bad)
     for notice in images[1].peculiarities("validation images"):
         run.listener.warn(notice)
