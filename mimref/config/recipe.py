@@ -5,7 +5,6 @@ user gave as an option, with `--set` or in Python is never changed. `config.toml
 repeated exactly: nothing is derived from a preset.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -102,14 +101,6 @@ def _replaced(section: S, parts: list[str], value: Any) -> S:
     """A copy with another value, which is not checked."""
     name, *rest = parts
     return section.model_copy(update={name: _replaced(getattr(section, name), rest, value) if rest else value})
-
-
-def recipe_notices(derived: Sequence[Derived]) -> list[str]:
-    """What a run says of its derived settings: a line for each that was adapted, one for all the others."""
-    adapted = [f"adapted {each}" for each in derived if each.before is not None]
-    count = len(derived) - len(adapted)
-    advice = "--dry-run shows each with its rule, config.toml keeps them"
-    return adapted + ([f"no preset: {count} settings follow from the images; {advice}"] if count else [])
 
 
 # --- numbers and names that rules of several commands need

@@ -1,7 +1,7 @@
 """Settings of a pre-training that fit its images and the machine: the rules, see docs/recipes.md.
 
 For a million photographs on CUDA the rules give MAE's own settings (He et al. 2022). On a CPU they give an encoder and
-a number of epochs that one core trains in about half an hour, close to the presets of digits and Fashion-MNIST.
+a number of epochs that one core trains in about 20 minutes, close to the presets of digits and Fashion-MNIST.
 """
 
 from mimref.config.recipe import Derived, Recipe, is_character, power_of_two, two_digits
@@ -17,7 +17,7 @@ PAPER_BATCH, PAPER_LR, PAPER_WIDTH = 4096, 1.5e-4, 768
 PAPER_EPOCHS, PAPER_IMAGES = 800, 1_281_167
 LEAST_UPDATES = 8
 """Per epoch."""
-CPU_PATCHES = 32_000_000
+CPU_PATCHES = 16_000_000
 """In all the images that a run on a CPU sees."""
 _PATCH_SIZES = (4, 8, 16)
 _UNKNOWN_SIDE = 224
@@ -98,7 +98,7 @@ def base_rate(batch: int, width: int) -> float:
 
 
 def epochs(images: int, patches: int, cuda: bool) -> int:
-    """MAE's 800 of a million images, 1600 of few; on a CPU what takes half an hour, at most 400."""
+    """MAE's 800 of a million images, 1600 of few; on a CPU what takes 20 minutes, at most 400."""
     if not cuda:
         return min(400, max(10, round(CPU_PATCHES / patches / images)))
     most = PAPER_EPOCHS if images >= 100_000 else 2 * PAPER_EPOCHS
@@ -190,7 +190,7 @@ def _derive_schedule(recipe: Rules, images: int, machine: Machine) -> None:
     _, _, side = _sizes(recipe)
     rule = "as MAE's 800 of ImageNet, 1600 below 100,000 images"
     if not machine.cuda:
-        rule = f"{CPU_PATCHES // 10**6} million patches, {side**2} an image: half an hour on a core; at most 400"
+        rule = f"{CPU_PATCHES // 10**6} million patches, {side**2} an image: 20 minutes on a core; at most 400"
     recipe.derive("mae.epochs", epochs(images, side**2, machine.cuda), rule)
     chosen = recipe.config.mae.epochs
     recipe.derive("mae.warmup_epochs", two_digits(chosen / 20), f"5% of {chosen} epochs, as MAE's 40 of 800")

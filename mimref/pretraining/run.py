@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimref.config.recipe import recipe_notices
 from mimref.data.loader import ViewBatch
 from mimref.data.views import CropGroup, Photometric
 from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision
@@ -130,8 +129,8 @@ def pretrain(
         return PretrainResult(out, *found)
     plan = make_plan(config, run.listener, checks)
     config = run.config = plan.config
-    for notice in recipe_notices(plan.derived):
-        run.listener.note(notice)
+    for derived in plan.derived:
+        run.listener.note(str(derived))
     with run.locked():
         job = Pretraining(run, plan)
         state = run.load_state(job.source)
