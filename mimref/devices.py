@@ -33,14 +33,21 @@ class Machine:
 
     cuda: bool
     memory_bytes: int | None = None
-    """Of the GPUs of all processes, used or not; None on other devices."""
+    """Of a GPU, used or not; None on other devices."""
+    processes: int = 1
+    """On CUDA each has a GPU of its own."""
 
 
 def machine_of(device: torch.device, processes: int = 1) -> Machine:
-    """What `device` offers to this many processes, each with a GPU of its own."""
-    if device.type != "cuda":
-        return Machine(False)
-    return Machine(True, processes * torch.cuda.get_device_properties(device).total_memory)
+    """What `device` offers to this many processes."""
+    cuda = device.type == "cuda"
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory if cuda else None
+    return Machine(cuda, memory_bytes, processes)
+
+
+ACTIVATION_BYTES = 34
+"""That a transformer's block keeps of every token and channel for the backward pass, in 16-bit training with fused
+attention (Korthikanti et al. 2022, Eq. 1)."""
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mimref.config.recipe import Derived
+from mimref.config.run import refuse_warmup
 from mimref.data.loader import check_batch_size
 from mimref.data.sample import look_at
 from mimref.data.sources import ImageSource
@@ -11,7 +12,7 @@ from mimref.devices import machine_of, resolve_device
 from mimref.distributed.group import world_size
 from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError
-from mimref.features.opening import check_device, open_images
+from mimref.features.opening import check_device, open_images, without_limit
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.recipe import fit
 from mimref.progress import Listener
@@ -37,10 +38,12 @@ class Plan:
 def make_plan(config: PretrainConfig, listener: Listener, checks: Checks) -> Plan:
     """Open and check all that the settings name. Raises UserError subclasses, one error for all mistakes."""
     check_device(config, checks)
+    config, derived = without_limit(config, listener.progress)
     source = open_images(config.data, listener.progress, checks, need_labels=False, splits=["train"]).get("train")
-    derived: list[Derived] = []
-    if source is not None and checks.passed:
-        config, derived = checks.run("preset", partial(_fitted, config, source)) or (config, derived)
+    if source is not None and checks.passed and (fitted := checks.run("preset", partial(_fitted, config, source))):
+        config, derived = fitted[0], [*derived, *fitted[1]]
+    mae = config.mae
+    checks.run("mae.warmup_epochs", lambda: refuse_warmup("mae", mae.warmup_epochs, mae.epochs))
     architecture = checks.run("encoder.arch", partial(_architecture, config))
     if source is not None:
         checks.run("batch_size", partial(check_batch_size, config.batch_size, len(source)))

@@ -6,7 +6,7 @@ a number of epochs that one core trains in about 20 minutes, close to the preset
 
 from mimref.config.recipe import Derived, Recipe, is_character, power_of_two, two_digits
 from mimref.data.sample import Appearance
-from mimref.devices import Machine
+from mimref.devices import ACTIVATION_BYTES, Machine
 from mimref.encoders.vit import PAPER_SIZES
 from mimref.pretraining.config import PretrainConfig
 
@@ -82,11 +82,10 @@ def fitting_batch(
 ) -> int:
     """The largest power of two of images whose activations take half of the GPU's memory.
 
-    tokens: of an image. encoder, decoder: width and depth. A block keeps 34 bytes for every token and channel in 16-bit
-    training (Korthikanti et al. 2022, Eq. 1, without the attention's own term, which fused attention does not keep).
+    tokens: of an image. encoder, decoder: width and depth.
     """
     numbers = visible * encoder[0] * encoder[1] + tokens * decoder[0] * decoder[1]
-    return power_of_two(memory_bytes / 2 / (34 * numbers))
+    return power_of_two(memory_bytes / 2 / (ACTIVATION_BYTES * numbers))
 
 
 def base_rate(batch: int, width: int) -> float:
@@ -165,7 +164,7 @@ def _choose_batch(recipe: Rules, images: int, machine: Machine) -> None:
         (width, depth, side), decoder = _sizes(recipe), recipe.config.mae.decoder
         visible = round(side**2 * (1 - recipe.config.mae.mask_ratio))
         sizes = (width, depth), (decoder.width, decoder.depth)
-        fits = fitting_batch(machine.memory_bytes, side**2, visible, *sizes)
+        fits = machine.processes * fitting_batch(machine.memory_bytes, side**2, visible, *sizes)
         if fits < found:
             found, rule = fits, f"a power of two whose activations take half of {machine.memory_bytes / 2**30:.0f} GiB"
     recipe.derive("batch_size", max(2, found), rule)
@@ -193,7 +192,10 @@ def _derive_schedule(recipe: Rules, images: int, machine: Machine) -> None:
         rule = f"{CPU_PATCHES // 10**6} million patches, {side**2} an image: 20 minutes on a core; at most 400"
     recipe.derive("mae.epochs", epochs(images, side**2, machine.cuda), rule)
     chosen = recipe.config.mae.epochs
-    recipe.derive("mae.warmup_epochs", two_digits(chosen / 20), f"5% of {chosen} epochs, as MAE's 40 of 800")
+    rule = f"5% of {chosen} epochs, as MAE's 40 of 800"
+    recipe.derive("mae.warmup_epochs", two_digits(chosen / 20), rule)
+    if recipe.config.mae.warmup_epochs > chosen:
+        recipe.adapt("mae.warmup_epochs", two_digits(chosen / 20), rule)
     recipe.derive("monitor.knn_every_epochs", max(1, chosen // 20), "about 20 checks in the run")
     if not machine.cuda:
         recipe.derive("monitor.knn_samples", 2000, "a check is to take seconds on a CPU")

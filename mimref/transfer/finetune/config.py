@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
 from mimref.config.base import AreaRange, CommandConfig, Decay, Fraction, PositiveRange, Section
-from mimref.config.run import LogConfig, OptimizerConfig, TrainingConfig, check_warmup
+from mimref.config.run import LogConfig, OptimizerConfig, TrainingConfig
 
 
 def _check_rand_augment(text: str) -> str:
@@ -71,11 +71,6 @@ class ScheduleConfig(Section):
     """What the classifier reads: the CLS token, or the mean of the patch tokens (of encoders without CLS token too)."""
     ema: Decay | None = None
     """Decay of an average of the weights, which is then evaluated and written. None: the weights themselves."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        check_warmup("finetune", self.warmup_epochs, self.epochs)
-        return self
 
 
 class ValidationConfig(LogConfig):
