@@ -134,7 +134,7 @@ def pretrain(options: PretrainOptions) -> None:
         from mimref.pretraining.plan import make_plan
         from mimref.progress import Silent
 
-        plan = make_plan(config, Silent(), options.checks)
+        plan = make_plan(config, Silent(), checks=options.checks)
         print_plan(plan.derived, describe_pretraining(plan), config, options)
     elif not (options.resume and options.checks.passed and print_finished(run_folder(config, options), config.command)):
         from mimref.pretraining.run import pretrain as run_pretrain

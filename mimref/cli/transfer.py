@@ -57,7 +57,7 @@ def finetune(options: FinetuneOptions) -> None:
         from mimref.progress import Silent
         from mimref.transfer.finetune.plan import make_plan
 
-        plan = make_plan(config, Silent(), options.checks)
+        plan = make_plan(config, Silent(), checks=options.checks)
         print_plan(plan.derived, describe_finetuning(plan), config, options)
         return
     if options.resume and options.checks.passed and print_finished(folder, config.command):

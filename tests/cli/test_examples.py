@@ -31,6 +31,8 @@ WORK = (
     "mimref.cli.robustness.run_on_ranks",
     "mimref.cli.segment.run_on_ranks",
     "mimref.refinement.plan.make_plan",
+    "mimref.pretraining.plan.make_plan",
+    "mimref.transfer.finetune.plan.make_plan",
     "mimref.evaluation.interpolate.interpolate",
     "mimref.encoders.export.read_encoder",
     "mimref.benchmarks.evaluations.benchmark_evaluations",
