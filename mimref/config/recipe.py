@@ -32,7 +32,7 @@ class Derived:
     @property
     def change(self) -> str:
         """The value, or `before -> after`."""
-        value = show_value(self.value)
+        value = "none" if self.value is None else show_value(self.value)
         return value if self.before is None else f"{show_value(self.before)} -> {value}"
 
     def __str__(self) -> str:

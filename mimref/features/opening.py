@@ -221,4 +221,4 @@ def without_limit(config: T, progress: LabelledProgress | None) -> tuple[T, list
         return config, []
     if images >= limit:
         return config, []
-    return unlimited, [Derived(setting, "none", f"there are {images:,} training images", limit)]
+    return unlimited, [Derived(setting, None, f"there are {images:,} training images", limit)]

@@ -40,12 +40,14 @@ def make_plan(config: PretrainConfig, listener: Listener, checks: Checks) -> Pla
     check_device(config, checks)
     config, derived = without_limit(config, listener.progress)
     source = open_images(config.data, listener.progress, checks, need_labels=False, splits=["train"]).get("train")
+    known = config.preset is not None
     if source is not None and checks.passed and (fitted := checks.run("preset", partial(_fitted, config, source))):
-        config, derived = fitted[0], [*derived, *fitted[1]]
-    mae = config.mae
-    checks.run("mae.warmup_epochs", lambda: refuse_warmup("mae", mae.warmup_epochs, mae.epochs))
+        config, derived, known = fitted[0], [*derived, *fitted[1]], True
     architecture = checks.run("encoder.arch", partial(_architecture, config))
-    if source is not None:
+    # Defaults that the recipe would have replaced are nobody's mistakes.
+    if source is not None and known:
+        mae = config.mae
+        checks.run("mae.warmup_epochs", partial(refuse_warmup, "mae", mae.warmup_epochs, mae.epochs))
         checks.run("batch_size", partial(check_batch_size, config.batch_size, len(source)))
     return Plan(config, derived, checks.finished(architecture), checks.finished(source))
 

@@ -107,18 +107,18 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     config, limited = without_limit(config, progress)
     opened = open_training(config, progress, checks, need_labels=False, splits=["train"])
     checkpoint, architecture, sources = opened.checkpoint, opened.architecture, opened.sources
-    data, derived = opened.data, limited
+    data, derived, known = opened.data, limited, config.preset is not None
     if checkpoint is not None and architecture is not None and data is not None and sources:
-        known = config.model_copy(update={"data": data})
-        crop_known = "transform" in checkpoint.header
-        fitting = partial(fit, known, architecture, sources["train"], crop_known=crop_known)
+        complete, recorded = config.model_copy(update={"data": data}), "transform" in checkpoint.header
+        fitting = partial(fit, complete, architecture, sources["train"], crop_known=recorded)
         if (fitted := checks.run("preset", fitting)) is not None:
-            (config, found), data = fitted, fitted[0].data
+            (config, found), data, known = fitted, fitted[0].data, True
             derived = [*limited, *found]
-    if architecture is not None:
+    # Defaults that a recipe would have replaced are nobody's mistakes.
+    if architecture is not None and known:
         _check_heads(config, architecture, checks)
         checks.run("views.local_size", partial(check_sizes, config, architecture))
-    if sources:
+    if sources and known:
         _check_counts(config, len(sources["train"]), checks)
     if checkpoint is None or architecture is None or data is None or not checks.passed:
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mimref.config.load import load_config
 from mimref.config.recipe import Derived, Recipe, get, is_character, power_of_two
+from mimref.data.loader import check_batch_size
 from mimref.data.sample import Appearance, look_at
 from mimref.data.sources import ImageSource
 from mimref.devices import resolve_device
@@ -39,7 +40,8 @@ def fit(
     recipe = Recipe(config)
     if config.preset is not None:
         adapt(recipe, architecture, len(source))
-    elif len(source) > 1:
+    else:
+        check_batch_size(2, len(source))
         _derive(recipe, architecture, source, crop_known)
     return recipe.finish(), recipe.derived
 
@@ -84,7 +86,7 @@ def encoder_rate(width: int, batch: int) -> float:
 
 
 def _base_rate(peak: float, batch: int) -> float:
-    return float(f"{peak * 256 / batch:.2g}")
+    return float(f"{peak * 256 / batch:.3g}")
 
 
 def average_decay(updates: int) -> float:
@@ -101,7 +103,7 @@ def top_k(queue: int) -> int:
 
 
 def head_widths(width: int) -> tuple[int, int, int]:
-    """Hidden width of the projectors and predictors, and their output: the paper's from an encoder width of 384 on."""
+    """Hidden width of the projectors and predictors, and their output: the paper's for encoders wider than 256."""
     hidden = min(2048, max(256, power_of_two(4 * width - 1) * 2))
     return hidden, 2 * hidden, 256 if hidden == 2048 else 128
 
@@ -159,7 +161,8 @@ def _derive_sizes(recipe: Recipe[RefineConfig], images: int) -> None:
     if batch > 128:
         why = f"the square root of {images:,} images, as a power of two; at most the paper's 1,024"
     else:
-        why = "as in the small presets" if batch == 128 else f"at most half of {images} images, a power of two"
+        why = f"a power of two, at most half of {images} images" if images > 3 else "the least of a batch"
+        why = "as in the small presets" if batch == 128 else why
     recipe.derive("batch_size", batch, why)
     queue = queue_size(images)
     most = "the paper's" if queue == 65_536 else f"a power of two, at most half of {images:,} images"
@@ -179,8 +182,7 @@ def _derive_training(recipe: Recipe[RefineConfig], architecture: Architecture, i
     batch = recipe.config.batch_size
     steps = max(1, images // batch)
     for name, number in zip(("heads_stage", "encoder_stage"), epochs(images, batch), strict=True):
-        updates = f"{number * steps:,} updates of {batch} images"
-        recipe.derive(f"{name}.epochs", number, f"{updates}, a number that grows with the images")
+        recipe.derive(f"{name}.epochs", number, f"{number * steps:,} updates of {batch} images, see docs/recipes.md")
         chosen: int = get(recipe.config, f"{name}.epochs")
         warmup = warmup_epochs(chosen, steps)
         why = "a fifth of the epochs, at most 4" if warmup <= 4 else "a fifth of the epochs, at most 100 updates"

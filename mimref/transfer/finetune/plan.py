@@ -88,17 +88,15 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
         train, val = sources["train"], sources["val"]
         numbered = checks.run("data.spec", partial(_numbered, train, val))
         splits = checks.run("split_files" if config.split_files else "shots", partial(_splits, config, train))
-        counts = {len(train) if rows is None else len(rows) for rows in splits or ()}
-        if numbered and counts and architecture and checkpoint and checks.passed:
+        known, counts = config.preset is not None, [len(train) if rows is None else len(rows) for rows in splits or ()]
+        if checkpoint and architecture and numbered and counts and checks.passed:
             labelled = Labelled(min(counts), len(numbered[0]), len(val))
-            known = "transform" in checkpoint.header
-            fitting = partial(_fitted, config, labelled, train, architecture, crop_known=known)
+            recorded = "transform" in checkpoint.header
+            fitting = partial(_fitted, config, labelled, train, architecture, crop_known=recorded)
             if (fitted := checks.run("preset", fitting)) is not None:
-                config, derived = fitted[0], [*derived, *fitted[1]]
-        for count in counts:
-            checks.run("batch_size", partial(check_batch_size, config.batch_size, count))
-    schedule = config.finetune
-    checks.run("finetune.warmup_epochs", lambda: refuse_warmup("finetune", schedule.warmup_epochs, schedule.epochs))
+                config, derived, known = fitted[0], [*derived, *fitted[1]], True
+        if known:
+            _check_fitted(config, counts, checks)
     checks.finish()
     assert checkpoint and architecture and opened.data and numbered and splits
     for warning in ignored_settings(config.encoder, checkpoint):
@@ -108,20 +106,19 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
     warn_of_notices(sources, listener)
     encoder = resolved_settings(config.encoder, checkpoint, architecture)
     classes, labels, val_labels = numbered
-    return Plan(
-        # What a run was started with fits its images: config.toml repeats it, and is never adapted.
-        config.model_copy(update={"encoder": encoder, "strict": True}),
-        checkpoint,
-        architecture,
-        eval_transform(architecture, config.data, checkpoint.header, resolution=config.resolution),
-        train,
-        val,
-        labels,
-        val_labels,
-        list(map(str, name_classes(classes, train.class_names))),
-        splits,
-        derived,
-    )
+    names = list(map(str, name_classes(classes, train.class_names)))
+    # What a run was started with fits its images: config.toml repeats it, and is never adapted.
+    config = config.model_copy(update={"encoder": encoder, "strict": True})
+    transform = eval_transform(architecture, config.data, checkpoint.header, resolution=config.resolution)
+    return Plan(config, checkpoint, architecture, transform, train, val, labels, val_labels, names, splits, derived)
+
+
+def _check_fitted(config: FinetuneConfig, counts: Sequence[int], checks: Checks) -> None:
+    """Check what a recipe gives where the user does not, against the images of every training."""
+    schedule = config.finetune
+    checks.run("finetune.warmup_epochs", partial(refuse_warmup, "finetune", schedule.warmup_epochs, schedule.epochs))
+    for count in set(counts):
+        checks.run("batch_size", partial(check_batch_size, config.batch_size, count))
 
 
 def _choice_fitted(

@@ -189,9 +189,9 @@ def _derive_augmentation(recipe: Rules, labelled: Labelled, seen: Appearance, si
         recipe.derive("augment.flip", 0.0, "a mirrored character is another one")
     if seen.gray or min(size, side) < _ENOUGH_PIXELS:
         what = "gray images" if seen.gray else f"images of {min(size, side)} pixels"
-        recipe.derive("augment.rand_augment", "none", f"its operations are for colours and details; these are {what}")
+        recipe.derive("augment.rand_augment", None, f"its operations are for colours and details; these are {what}")
     elif images < SOME:
-        recipe.derive("augment.rand_augment", "none", f"below {SOME:,} images, as published")
+        recipe.derive("augment.rand_augment", None, f"below {SOME:,} images, as published")
     if images < MANY:
         for name in ("erase", "mixup", "cutmix"):
             recipe.derive(f"augment.{name}", 0.0, f"below {MANY:,} images, as published")
