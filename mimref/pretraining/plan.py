@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
-from mimref.config.recipe import Derived
+from mimref.config.recipe import Derived, is_set
 from mimref.config.run import refuse_warmup
 from mimref.data.loader import check_batch_size
 from mimref.data.sample import look_at
@@ -45,10 +45,11 @@ def make_plan(config: PretrainConfig, listener: Listener, checks: Checks) -> Pla
         config, derived, known = fitted[0], [*derived, *fitted[1]], True
     architecture = checks.run("encoder.arch", partial(_architecture, config))
     # Defaults that the recipe would have replaced are nobody's mistakes.
-    if source is not None and known:
+    if source is not None and (known or is_set(config, "batch_size")):
+        checks.run("batch_size", partial(check_batch_size, config.batch_size, len(source)))
+    if known:
         mae = config.mae
         checks.run("mae.warmup_epochs", partial(refuse_warmup, "mae", mae.warmup_epochs, mae.epochs))
-        checks.run("batch_size", partial(check_batch_size, config.batch_size, len(source)))
     return Plan(config, derived, checks.finished(architecture), checks.finished(source))
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from mimref.config.recipe import Derived
+from mimref.config.recipe import Derived, is_set
 from mimref.config.run import refuse_warmup
 from mimref.data.labels import Indices
 from mimref.data.loader import check_batch_size
@@ -95,8 +95,7 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
             fitting = partial(_fitted, config, labelled, train, architecture, crop_known=recorded)
             if (fitted := checks.run("preset", fitting)) is not None:
                 config, derived, known = fitted[0], [*derived, *fitted[1]], True
-        if known:
-            _check_fitted(config, counts, checks)
+        _check_fitted(config, counts, checks, known=known)
     checks.finish()
     assert checkpoint and architecture and opened.data and numbered and splits
     for warning in ignored_settings(config.encoder, checkpoint):
@@ -113,12 +112,17 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
     return Plan(config, checkpoint, architecture, transform, train, val, labels, val_labels, names, splits, derived)
 
 
-def _check_fitted(config: FinetuneConfig, counts: Sequence[int], checks: Checks) -> None:
-    """Check what a recipe gives where the user does not, against the images of every training."""
-    schedule = config.finetune
-    checks.run("finetune.warmup_epochs", partial(refuse_warmup, "finetune", schedule.warmup_epochs, schedule.epochs))
-    for count in set(counts):
+def _check_fitted(config: FinetuneConfig, counts: Sequence[int], checks: Checks, *, known: bool) -> None:
+    """Check the numbers of images and epochs; counts: images of every training.
+
+    known: whether a preset or the recipe has set what the user did not. Defaults are nobody's mistakes.
+    """
+    for count in set(counts) if known or is_set(config, "batch_size") else ():
         checks.run("batch_size", partial(check_batch_size, config.batch_size, count))
+    if known:
+        schedule = config.finetune
+        warmup = partial(refuse_warmup, "finetune", schedule.warmup_epochs, schedule.epochs)
+        checks.run("finetune.warmup_epochs", warmup)
 
 
 def _choice_fitted(
