@@ -63,8 +63,8 @@ LISTS = {
     ),
     "refine --preset quickstart --weights {base} --data {data} --heads 9 --strict": (
         "heads 9 does not fit: the encoder has blocks 1 to 4",
-        "views.local_size 12",
         "batch_size 128",
+        "views.local_size 12",
         "heads.queue_size 1024",
     ),
     # What a recipe would derive is nobody's mistake.
