@@ -9,7 +9,7 @@ from mimref.config.run import DecoderConfig, RunConfig
 
 
 class MAEConfig(Section):
-    """Masked-autoencoder objective and schedule."""
+    """Masked-autoencoder objective and schedule; the defaults, which a recipe replaces, are MAE's for ImageNet."""
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of patches hidden from the encoder."""

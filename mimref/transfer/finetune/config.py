@@ -26,7 +26,7 @@ def _check_rand_augment(text: str) -> str:
 
 
 class AugmentConfig(Section):
-    """Augmentation of training images; the defaults are MAE's for fine-tuning."""
+    """Augmentation of training images; the defaults, which a recipe replaces, are MAE's for fine-tuning."""
 
     resize: int | None = Field(default=None, gt=0)
     """Pixels of the shorter side before the random crop. None: crops are cut from the image as it is."""
@@ -49,7 +49,7 @@ class AugmentConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """What is trained, how long and how fast; the defaults are MAE's for ViT-L."""
+    """What is trained, how long and how fast; the defaults, which a recipe replaces, are MAE's for ViT-L."""
 
     epochs: int = Field(default=50, gt=0)
     """Passes over the training images."""
