@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, Sequence[Function]] = {
         evaluation.probe,
         evaluation.analyze_blocks,
         evaluation.compare,
+        evaluation.search,
         evaluation.extract,
     ),
     "Transfer": (transfer.finetune, transfer.predict, segment.segment, suite.transfer, robustness.robustness),

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import drop_state, figure, note, print_finished, report, run_on_ranks
+from mimref.cli.execution import drop_state, figure, gallery, note, print_finished, report, run_on_ranks
 from mimref.cli.options import (
     BATCH_SIZE,
     CHECKPOINT,
@@ -234,6 +234,49 @@ def compare(options: CompareOptions) -> None:
             from mimref.reports.figures import plot_comparison
 
             plot_comparison(options.out / "comparison.png", result.rows, first)
+
+
+class SearchOptions(EncoderPass, Blocks, Output, panel="Protocol"):
+    checkpoint: Text = argument(
+        f"{CHECKPOINT}; default: the packaged tiny encoder, on digits. Goes before --query.",
+        "CKPT",
+        "checkpoint",
+        required=False,
+    )
+    queries: list[str] | None = option(
+        "Image files, or images of the data by the name that results give them.", "IMAGE...", "queries", flag="--query"
+    )
+    k: Text = option("Nearest images of every query; default 12.", "K", "k")
+    split: Text = option("Images to search; default all.", "train|val|all", "split")
+    standardize: bool | None = option(
+        "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
+    )
+
+
+def search(options: SearchOptions) -> None:
+    """Find the images of a data set that are most similar to given ones.
+
+    Exact: every query is compared with every image by cosine. Images need no labels. With --out: a table as CSV and
+    JSON, and a gallery as PNG and HTML.
+
+    Examples:
+      mimref search --query digits/val/21 digits/val/24 --k 5
+      mimref search runs/mae_l16 --data /data/my_images --query cat.jpg dog.jpg --out runs/found
+    """
+    from mimref.evaluation.search.config import SearchConfig
+
+    config = options.load(SearchConfig)
+    options.check_out()
+
+    from mimref.evaluation.search.protocol import search as run_search
+    from mimref.reports.terminal import print_found
+
+    result = run_on_ranks(config, options, partial(run_search, pictures=options.out is not None))
+    report(options, config, result, print_found)
+    if result is not None and options.out is not None and result.pictures:
+        from mimref.reports.galleries import search_notes, search_strips
+
+        gallery(options.out, "Nearest images", search_strips(result), search_notes(result), options)
 
 
 class ExtractOptions(EncoderPass, Blocks, Split, Force, panel="Output"):
