@@ -120,7 +120,7 @@ def atomic_path(path: Path, option: str = "--out") -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         advice = "free some space and run again" if error.errno in DISK_FULL else f"choose another {option}"
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
@@ -133,6 +133,30 @@ def atomic_path(path: Path, option: str = "--out") -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: Path, option: str = "--out") -> Iterator[Path]:
+    """As `atomic_path`, for a library that writes a folder. An older folder is removed once the new one is complete."""
+    new = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    old = new.with_suffix(".old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        for file in filter(Path.is_file, new.rglob("*")):
+            _sync(file)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+        _sync(path.parent)
+    except OSError as error:
+        advice = "free some space and run again" if error.errno in DISK_FULL else f"choose another {option}"
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -162,10 +186,10 @@ def write_bytes(path: Path, data: bytes, option: str = "--out") -> None:
         file.write(data)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a new name survive a power cut."""
+def _sync(place: Path) -> None:
+    """Make a file, or the new names in a folder, survive a power cut."""
     with suppress(OSError):  # not every system can synchronise a folder
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(place, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

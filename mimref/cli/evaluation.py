@@ -33,6 +33,7 @@ class KnnOptions(Subject, EncoderPass, Blocks, Output, panel="Protocol"):
         "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
     )
     per_class: bool | None = option("Report every class as well.", sets="per_class")
+    retrieval: bool | None = option("Retrieval as well: mAP, MAP@R, and recall@1, 5 and 10.", sets="retrieval")
 
 
 def knn(options: KnnOptions) -> None:
@@ -43,6 +44,7 @@ def knn(options: KnnOptions) -> None:
     Examples:
       mimref knn
       mimref knn runs/mae_l16 --k 1,10,20 --tau 0.07 --blocks all --per-class
+      mimref knn runs/mae_l16 --retrieval --set recall_at=1,10,100
     """
     from mimref.evaluation.knn.config import KnnConfig
 
@@ -279,19 +281,21 @@ def search(options: SearchOptions) -> None:
         gallery(options.out, "Nearest images", search_strips(result), search_notes(result), options)
 
 
-class ExtractOptions(EncoderPass, Blocks, Split, Force, panel="Output"):
+class ExtractOptions(EncoderPass, Blocks, Force, panel="Output"):
     checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT", "checkpoint")
-    out: Path = option("File to write.", "FILE.npz|FILE.parquet", required=True)
+    split: Text = option("Images to use; default val.", "train|val|all", "split")
+    out: Path = option("File to write.", "FILE.npz|FILE.parquet|FILE.lance", required=True)
 
 
 def extract(options: ExtractOptions) -> None:
     """Write features to a file for other programs.
 
-    Arrays in the order of the images: x, paths, and y if the images have labels.
+    Arrays in the order of the images (.npz), or a table with one row per image, ready for a vector database (.parquet,
+    .lance): its path, split, label and vector.
 
     Examples:
       mimref extract quickstart --out features.npz
-      mimref extract runs/mae_l16 --blocks 18,24 --data /data/my_images --out features.parquet
+      mimref extract runs/mae_l16 --data /data/my_images --split all --out features.lance
     """
     from mimref.features.config import ExtractConfig
 

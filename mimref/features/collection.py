@@ -10,10 +10,8 @@ from mimref.features.encode import Column, Features
 from mimref.features.inputs import EncoderInputs
 from mimref.features.matrix import Matrix, OneAfterAnother
 
-SplitChoice = Literal["train", "val", "all"]
 
-
-def chosen_splits(choice: SplitChoice) -> tuple[Split, ...]:
+def chosen_splits(choice: Literal["train", "val", "all"]) -> tuple[Split, ...]:
     """The splits that `all` or a name stands for."""
     return ("train", "val") if choice == "all" else (choice,)
 

@@ -9,6 +9,9 @@ from mimref.results import Row
 LABELS = {
     "knn_top1": "k-NN top-1",
     "knn_top5": "k-NN top-5",
+    "retrieval_map": "retrieval mAP",
+    "retrieval_map_at_r": "retrieval MAP@R",
+    "retrieval_recall": "recall@{k}",
     "lowshot_top1": "{shots}-shot top-1",
     "probe_top1": "linear probe top-1",
     "finetune_top1": "fine-tuned top-1",

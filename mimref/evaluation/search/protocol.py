@@ -61,14 +61,14 @@ class SearchResult(EvaluationResult):
 
 def search(
     config: SearchConfig, *, pictures: bool = False, listener: Listener | None = None, checks: Checks | None = None
-) -> SearchResult | None:
+) -> SearchResult:
     """The k images of a data set whose features are most similar by cosine to those of every query.
 
     Every query is compared with every image. Features are standardised as those of `knn`, here by the images searched.
     A query that is itself an image of the data set, the same file or the same name, is not among its own results;
     copies of it are. Fewer images than k are all listed. pictures: also make thumbnails for a gallery.
-    In a process group the ranks share the encoder's pass, and all but rank 0 return None. Raises UserError subclasses
-    for a checkpoint, images or queries that cannot be used, before the encoder runs: one error for all mistakes.
+    In a process group the ranks share the encoder's pass, and only rank 0 returns rows. Raises UserError subclasses for
+    a checkpoint, images or queries that cannot be used, before the encoder runs: one error for all mistakes.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     opened = open_encoder(
@@ -89,7 +89,7 @@ def search(
     ((_, columns),) = groups
     prepare_groups(groups, inputs, list(opened.sources))
     if not end_group():
-        return None
+        return SearchResult([], time.monotonic() - started)
     images = Collection(inputs, list(opened.sources))
     positions = [images.position(query.split, query.index) for query in queries]
     nearest, similarity = _nearest(config, images, queries, positions, columns, inputs)
