@@ -82,18 +82,21 @@ def lowshot(options: LowshotOptions) -> None:
 
 
 class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Output, panel="Protocol"):
+    clusters: Text = option("Default: as many as classes. Images without labels need it.", "N", "clusters")
     classes: Text = option("Only these classes, or those named in a file.", "NAMES|FILE", "classes")
-    umap: Path | None = option("Draw the images as points, coloured by class.", "FILE.png")
+    umap: Path | None = option("Draw the images as points, coloured by class, or by cluster.", "FILE.png")
 
 
 def cluster(options: ClusterOptions) -> None:
-    """Cluster images and compare the clusters with the classes.
+    """Cluster images, with or without labels, and compare the clusters with the classes.
 
-    Mini-batch k-means: the run with the lowest inertia, and the mean of all runs.
+    Mini-batch k-means: the run with the lowest inertia, and the mean of all runs. With --out: the cluster of every
+    image, and a gallery of central and outlying images.
 
     Examples:
       mimref cluster --metrics acc,nmi
       mimref cluster runs/mae_l16 --classes food.txt --umap food.png
+      mimref cluster runs/mae_l16 --data /data/my_images --clusters 30 --out runs/clusters
     """
     from mimref.evaluation.cluster.config import ClusterConfig
 
@@ -110,6 +113,13 @@ def cluster(options: ClusterOptions) -> None:
         return
     result, last = found
     report(options, config, result)
+    if options.out is not None and result.assignment is not None:
+        from mimref.files import write_bytes
+        from mimref.reports.galleries import cluster_notes, cluster_strips
+
+        write_bytes(options.out / "assignments.csv", result.assignment.table())
+        strips, notes = cluster_strips(result.assignment), cluster_notes(result.assignment)
+        gallery(options.out, "Clusters", strips, notes, options)
     if last is None or umap is None:
         return
     with figure(umap, options) as terminal:

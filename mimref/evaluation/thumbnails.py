@@ -1,25 +1,24 @@
-"""Small pictures of images, for galleries."""
+"""Pictures of single images, for galleries."""
 
-import io
 from collections.abc import Iterable
-
-from PIL import Image
 
 from mimref.data.decode import BadImage
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import middle
 from mimref.evaluation.exhibits.contents import Thumbnail
+from mimref.evaluation.exhibits.thumbnails import encode
 
 GALLERY_SIDE = 112
 """Pixels of the longer side: twice what a gallery's pages show, for dense screens and prints."""
+MOST_PICTURES = 800
+"""In a gallery, which then stays below 5 MB."""
 _QUALITY = 75
 
 
 def thumbnail(source: ImageSource, index: int, label: str | None, side: int = GALLERY_SIDE) -> Thumbnail:
     """One image of a data set, uncropped, with a longer side of at most `side` pixels; 2 to 5 KB.
 
-    Smaller images keep their size, and of very long ones only the middle is shown. An image that cannot be read has
-    an empty picture.
+    Of very long images only the middle is shown. An image that cannot be read has an empty picture.
     """
 
     def reduce(height: int, width: int) -> int:
@@ -30,11 +29,7 @@ def thumbnail(source: ImageSource, index: int, label: str | None, side: int = GA
         pixels_3HW = middle(source.read_reduced(index, reduce).image)
     except BadImage:
         return Thumbnail(path, label, b"")
-    picture = Image.fromarray(pixels_3HW.permute(1, 2, 0).contiguous().numpy())
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=_QUALITY)
-    return Thumbnail(path, label, file.getvalue())
+    return Thumbnail(path, label, encode(pixels_3HW.permute(1, 2, 0).contiguous().numpy(), side, _QUALITY))
 
 
 def most_per_group(counts: Iterable[int], most: int) -> int:

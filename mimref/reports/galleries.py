@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from mimref.data.decode import printable
+from mimref.evaluation.cluster.assignment import Assignment
 from mimref.evaluation.exhibits.contents import Thumbnail
 from mimref.evaluation.search.protocol import SearchResult
 from mimref.files import write_bytes
@@ -34,7 +36,8 @@ class Tile:
     """One image with a caption."""
 
     picture: Thumbnail
-    caption: str
+    caption: Sequence[str] = ()
+    """Lines."""
     mark: Mark = ""
     """`lead`: the image that the others of its strip belong to."""
 
@@ -52,11 +55,11 @@ def search_strips(result: SearchResult) -> list[Strip]:
     """One strip per query: the query, then its nearest images, framed where the query's class is known."""
     strips = []
     for query, neighbours, similarity in result.pictures:
-        tiles = [Tile(query, "query" if query.label is None else f"query\n{query.label}", "lead")]
+        tiles = [Tile(query, ["query", *([query.label] if query.label is not None else [])], "lead")]
         for picture, score in zip(neighbours, similarity, strict=False):
             known = query.label is not None and picture.label is not None
             mark: Mark = "" if not known else "right" if picture.label == query.label else "wrong"
-            tiles.append(Tile(picture, "\n".join(filter(None, (f"{score:.3f}", picture.label))), mark))
+            tiles.append(Tile(picture, [f"{score:.3f}", *filter(None, [picture.label])], mark))
         strips.append(Strip(query.path, tiles))
     return strips
 
@@ -72,13 +75,46 @@ def search_notes(result: SearchResult) -> list[str]:
     return notes
 
 
+def cluster_strips(assignment: Assignment) -> list[Strip]:
+    """One strip per cluster, the largest first: its most central images, then its most outlying ones."""
+    strips = []
+    for cluster in assignment.clusters:
+        if not cluster.central or cluster.central[0] not in assignment.pictures:
+            break
+        tiles = []
+        for word, positions in (("central", cluster.central), ("outlying", cluster.outlying)):
+            for position in positions:
+                picture, distance = assignment.pictures[position], float(assignment.distance[position])
+                mark: Mark = "" if cluster.label is None else "right" if picture.label == cluster.label else "wrong"
+                tiles.append(Tile(picture, [f"{word} {distance:.2f}", *filter(None, [picture.label])], mark))
+        purity = "" if cluster.purity is None else f", {100 * cluster.purity:.0f}% {cluster.label}"
+        strips.append(Strip(f"Cluster {cluster.number}", tiles, f"{cluster.size} images{purity}"))
+    return strips
+
+
+def cluster_notes(assignment: Assignment) -> list[str]:
+    """What a clustering's gallery shows, and what not."""
+    shown = len(cluster_strips(assignment))
+    notes = ["The largest cluster first. The number is an image's distance from the centre, 0 to 2."]
+    if assignment.class_names is not None:
+        notes.append("A solid frame is an image of the cluster's most frequent class, a dashed one of another.")
+    if shown < len(assignment.clusters):
+        notes.append(f"The {shown} largest of {len(assignment.clusters)} clusters; assignments.csv has all.")
+    return notes
+
+
 def write_gallery(path: Path, title: str, strips: Sequence[Strip], notes: Sequence[str] = ()) -> None:
     """Write an HTML page that needs no other file and no network; all text is escaped.
 
     Raises OutputError if it cannot be written.
     """
     pages = Environment(
-        loader=PackageLoader("mimref.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("mimref.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        # Names on one line, without characters that could turn a line around.
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
     )
     pages.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
     text = pages.get_template("gallery.html").render(title=title, strips=strips, notes=notes)
@@ -116,7 +152,7 @@ def plot_gallery(path: Path, title: str, strips: Sequence[Strip]) -> None:
                 color = {"lead": INK, "right": COLORS[2], "wrong": COLORS[1]}[tile.mark]
                 dashed = "--" if tile.mark == "wrong" else "-"
                 ax.add_patch(Rectangle(at, 0.86, 0.9, fill=False, edgecolor=color, linewidth=1.6, linestyle=dashed))
-            caption = "\n".join(short_name(part, 16) for part in tile.caption.split("\n")[:2])
+            caption = "\n".join(short_name(part, 16) for part in tile.caption[:2])
             write(place + 0.5, top + _TITLE + 0.93, caption, 5.5, ha="center")
     save_figure(figure, path)
 

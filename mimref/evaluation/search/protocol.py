@@ -20,16 +20,13 @@ from mimref.evaluation.exhibits.contents import Thumbnail
 from mimref.evaluation.knn.protocol import find_neighbours
 from mimref.evaluation.metrics import check_features, vary
 from mimref.evaluation.search.config import SearchConfig
-from mimref.evaluation.thumbnails import most_per_group, thumbnail
+from mimref.evaluation.thumbnails import MOST_PICTURES, most_per_group, thumbnail
 from mimref.features.collection import Collection, chosen_splits
 from mimref.features.encode import Column, extract
 from mimref.features.inputs import EncoderInputs, Groups, column_groups, prepare_groups
 from mimref.features.opening import open_encoder
 from mimref.progress import Listener, Silent, optional
 from mimref.results import EvaluationResult, Row
-
-MOST_PICTURES = 800
-"""In a gallery, which stays below 5 MB."""
 
 
 @dataclass(frozen=True)
