@@ -87,7 +87,7 @@ def cluster_strips(assignment: Assignment) -> list[Strip]:
                 picture, distance = assignment.pictures[position], float(assignment.distance[position])
                 mark: Mark = "" if cluster.label is None else "right" if picture.label == cluster.label else "wrong"
                 tiles.append(Tile(picture, [f"{word} {distance:.2f}", *filter(None, [picture.label])], mark))
-        purity = "" if cluster.purity is None else f", {100 * cluster.purity:.0f}% {cluster.label}"
+        purity = "" if cluster.purity is None else f", {100 * cluster.purity:.0f}% of class {cluster.label}"
         strips.append(Strip(f"Cluster {cluster.number}", tiles, f"{cluster.size} images{purity}"))
     return strips
 
@@ -142,7 +142,7 @@ def plot_gallery(path: Path, title: str, strips: Sequence[Strip]) -> None:
     write(0.08, 0.08, short_name(title, 15 * columns) + left_out, 9, fontweight="bold")
     for number, strip in enumerate(shown):
         top = 0.4 + number * line
-        heading = f"{strip.title}   {strip.note}" if strip.note else strip.title
+        heading = f"{strip.title}: {strip.note}" if strip.note else strip.title
         write(0.08, top + 0.04, short_name(heading, 19 * columns), 7)
         for place, tile in enumerate(strip.tiles[:PNG_TILES]):
             at = (place + 0.07, top + _TITLE)
@@ -160,7 +160,7 @@ def plot_gallery(path: Path, title: str, strips: Sequence[Strip]) -> None:
 def _draw(ax: Any, jpeg: bytes, at: tuple[float, float]) -> None:
     """One picture in the square of 0.86 at a place, as large as fits."""
     with Image.open(io.BytesIO(jpeg)) as image:
-        pixels = np.asarray(image)
+        pixels = np.asarray(image.convert("RGB"))
     tall, wide = (side / max(pixels.shape[:2]) * 0.86 for side in pixels.shape[:2])
     left, top = at[0] + (0.86 - wide) / 2, at[1] + 0.02 + (0.86 - tall) / 2
     ax.imshow(pixels, extent=(left, left + wide, top + tall, top), aspect="auto", interpolation="nearest")

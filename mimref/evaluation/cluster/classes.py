@@ -36,7 +36,7 @@ def check_classes(config: ClusterConfig, opened: Opened, checks: Checks, embed: 
     elif source is None:
         return None  # the images could not be opened
     elif config.clusters is None:
-        checks.run("data.spec", lambda: _ask_for_clusters(config, opened, source))
+        checks.run("clusters", lambda: _ask_for_clusters(config, opened, source))
     elif config.classes is not None:
         wrong = f"--classes {config.classes}: the {config.split} images have no labels; leave it out"
         checks.add("classes", ConfigError(wrong))

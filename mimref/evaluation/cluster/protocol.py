@@ -81,8 +81,12 @@ def evaluate_cluster(
     opened = open_inputs(config, listener, checks, (config.split,), need_labels=False)
     groups = column_groups(config, opened.inputs, checks)
     classes = check_classes(config, opened, checks, embed)
-    _check_labels(config, opened, listener, checks)
+    checks.run("metrics", lambda: _check_labels(config, opened))
     inputs = opened.checked(checks)
+    if config.clusters is not None and opened.labels(config.split) is None:
+        missing = [name for name in config.metrics if name in AGREEMENT]
+        if missing:
+            listener.note(f"left out, since the images have no labels to compare with: {', '.join(missing)}")
     prepare_groups(groups, inputs, (config.split,))
     rows: list[Row] = []
     last = exhibition = assignment = None
@@ -118,16 +122,12 @@ def evaluate_cluster(
     return ClusterResult(rows, elapsed_s, inputs.bad, inputs.data, made, assignment), last
 
 
-def _check_labels(config: ClusterConfig, opened: Opened, listener: Listener, checks: Checks) -> None:
-    """Report the metrics that images without labels cannot have."""
-    if opened.inputs is None or config.clusters is None or opened.labels(config.split) is not None:
-        return
-    missing = ", ".join(name for name in config.metrics if name in AGREEMENT)
-    if missing and any(name in SEPARATION for name in config.metrics):
-        listener.note(f"the images have no labels: {missing} compare clusters with classes, and are left out")
-    elif missing:
+def _check_labels(config: ClusterConfig, opened: Opened) -> None:
+    """Raise ConfigError where images without labels have none of the metrics."""
+    unlabelled = opened.inputs is not None and opened.labels(config.split) is None
+    if unlabelled and config.clusters is not None and AGREEMENT.keys() >= set(config.metrics):
         wrong = f"metrics {','.join(config.metrics)}: the images have no labels to compare with; choose sil or dbs"
-        checks.add("metrics", ConfigError(wrong))
+        raise ConfigError(wrong)
 
 
 def _last_features(
