@@ -16,7 +16,7 @@ from mimref import files
 from mimref.errors import OutputError
 from mimref.features.cache.store import FeatureCache
 from mimref.features.encode import Batch, Column
-from mimref.files import atomic_path, atomic_write, cache_folder, ensure_caches, write_bytes
+from mimref.files import atomic_folder, atomic_path, atomic_write, cache_folder, ensure_caches, write_bytes
 from mimref.locks import folder_lock, one_at_a_time
 from tests.tiny import Watcher
 
@@ -43,6 +43,37 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path, error: type[Bas
         raise error
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder"
+    for content in ("one", "two"):
+        with atomic_folder(path) as temporary:
+            temporary.mkdir()
+            (temporary / content).write_text(content)
+        assert os.listdir(path) == [content] and os.listdir(path.parent) == ["folder"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("moment", ["writing", "replacing"])
+def test_an_interrupted_folder_keeps_the_old_one(
+    tmp_path: Path, error: type[BaseException], moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder"
+    (path / "old").mkdir(parents=True)
+    replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(target) == path and source.suffix == ".tmp":
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(error), atomic_folder(path) as temporary:
+        temporary.mkdir()
+        if moment == "writing":
+            raise error
+    assert os.listdir(path) == ["old"] and os.listdir(tmp_path) == ["folder"]
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
