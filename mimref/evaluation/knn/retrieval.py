@@ -15,14 +15,15 @@ from mimref.devices import resolve_device
 from mimref.distributed.collectives import gather_rows
 from mimref.distributed.group import own_rank, share_chunks
 from mimref.errors import ConfigError
-from mimref.evaluation.knn.top_k import largest, pack, unpack
+from mimref.evaluation.knn.top_k import largest, pack, unpack_columns
 from mimref.evaluation.metrics import check_splits, mean_and_std, percent, unit_tensor, vary
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Progress
 from mimref.results import Row
 
-# Similarities that are sorted at once: 128 MB as keys.
-SORTED_AT_ONCE = 1 << 24
+# Similarities that are sorted at once, 8 MB as keys, and the fewest rows of them, which one matrix product gives.
+SORTED_AT_ONCE = 1 << 20
+LEAST_ROWS = 16
 
 
 def retrieval(
@@ -59,7 +60,7 @@ def retrieval(
     train_ND = unit_tensor(train_x[:], mean, std).to(target)
     train_y_N = torch.from_numpy(labels).to(target)
     relevant_C = torch.bincount(train_y_N, minlength=len(classes))
-    step = max(1, SORTED_AT_ONCE // len(labels))
+    step = max(LEAST_ROWS, SORTED_AT_ONCE // len(labels))
     runs = share_chunks(len(test_x), step)
     mine, parts = runs[own_rank()], []
     for start in range(mine.start, mine.stop, step):
@@ -91,14 +92,18 @@ def _scores(similarity_MN: Tensor, train_y_N: Tensor, own_M: Tensor, relevant_M:
     """
     count = similarity_MN.shape[1]
     columns_N = torch.arange(count, device=similarity_MN.device)
-    ranked_MN = unpack(largest(pack(similarity_MN, columns_N.expand_as(similarity_MN)), count))[1]
-    hit_MN = train_y_N[ranked_MN] == own_M[:, None]
-    rank_N = columns_N + 1
-    precision_MN = torch.where(hit_MN, hit_MN.cumsum(dim=1) / rank_N.double(), 0.0)
-    up_to_R = rank_N <= relevant_M[:, None]
-    first_M = hit_MN.byte().argmax(dim=1) + 1
-    sums = [precision_MN.sum(dim=1), torch.where(up_to_R, precision_MN, 0.0).sum(dim=1)]
-    return torch.stack([*(total / relevant_M for total in sums), first_M.double()])
+    keys_MN = largest(pack(similarity_MN, columns_N.expand_as(similarity_MN)), count)
+    hit_MN = train_y_N[unpack_columns(keys_MN)] == own_M[:, None]
+    # All hits, row by row: R of them in each.
+    row, column = hit_MN.nonzero(as_tuple=True)
+    start_M = relevant_M.cumsum(dim=0) - relevant_M
+    nth = torch.arange(len(row), device=row.device) - start_M[row] + 1
+    precision = nth.double() / (column + 1)
+    at_r = torch.where(column < relevant_M[row], precision, 0.0)
+    sums = [torch.zeros(len(own_M), dtype=torch.float64, device=row.device) for _ in range(2)]
+    for total_M, values in zip(sums, (precision, at_r), strict=True):
+        total_M.index_add_(0, row, values)
+    return torch.stack([*(total_M / relevant_M for total_M in sums), (column[start_M] + 1).double()])
 
 
 def _rows(scores_3M: NDArray[np.float64], recall_at: Sequence[int]) -> list[Row]:
