@@ -250,7 +250,7 @@ def cluster_and_best(
         assigned = np.unique(fit_kmeans(points, count, best, seed)[0], return_inverse=True)[1]
         for name in [name for name in SEPARATION if name in metrics]:
             value = SEPARATION[name](points, assigned) if assigned.max() > 0 else math.nan
-            rows.append({"metric": f"cluster_{NAMES[name]}", "value": value})
+            rows.append({"metric": f"cluster_{NAMES[name]}", "value": value, "runs": runs})
     return rows, best
 
 
