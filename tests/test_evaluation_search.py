@@ -16,6 +16,7 @@ from mimref.errors import ConfigError, DataError, UserErrors
 from mimref.evaluation.search import protocol
 from mimref.evaluation.search.config import SearchConfig
 from mimref.evaluation.search.protocol import SearchResult, search
+from mimref.features.matrix import OneAfterAnother
 from mimref.progress import Listener
 from tests.tiny import write_images, write_labelled, write_unlabelled, write_weights
 
@@ -39,7 +40,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def find(here: Path, *queries: str | Path, data: str = "data", **changes: Any) -> SearchResult:
-    images = {"spec": str(here / data), "orientation": changes.pop("orientation", None)}
+    images = {"spec": data if ":" in data else str(here / data), "orientation": changes.pop("orientation", None)}
     options = {key: changes.pop(key) for key in ("listener", "pictures") if key in changes}
     table = {"checkpoint": str(here / "base.safetensors"), "data": images, "device": "cpu"}
     config = SearchConfig.model_validate(table | {"workers": 0, "queries": [str(each) for each in queries]} | changes)
@@ -107,6 +108,30 @@ def test_an_image_of_the_data_is_not_its_own_neighbour(
     rows = find(here, copy, k=6).rows
     assert rows[0]["path"] == str(image) and rows[0]["similarity"] == pytest.approx(1, abs=1e-5)
     assert [row["path"] for row in rows[1:]] == [path for path, _ in expected]
+
+
+def test_an_image_in_both_splits_is_the_same_image(here: Path, tmp_path: Path) -> None:
+    files = sorted((here / "plain").rglob("*.png"))[:9]
+    rows = [f"{files[number]},{split}" for split, most in (("train", 6), ("val", 9)) for number in range(most)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,split", *rows[:6], *rows[11:]]))
+    found = find(here, files[5], data=f"list:{tmp_path}/list.csv", k=20).rows
+    assert sorted(str(row["path"]) for row in found) == sorted(map(str, [*files[:5], *files[6:9]]))
+
+
+def test_a_limit_leaves_no_image_twice(here: Path) -> None:
+    """Without splits, the validation images are all images, of which a limit keeps some for training."""
+    images = {"spec": str(here / "plain"), "train_limit": 10}
+    table = {"checkpoint": str(here / "base.safetensors"), "data": images, "device": "cpu", "workers": 0, "k": 100}
+    rows = search(SearchConfig.model_validate(table | {"queries": [str(here / "queries" / "000.png")]})).rows
+    assert len({row["path"] for row in rows}) == len(rows) == 48
+
+
+def test_rows_of_several_matrices() -> None:
+    whole = np.arange(21.0).reshape(7, 3)
+    matrix = OneAfterAnother([whole[:2].astype(np.float32), whole[2:2], whole[2:]])
+    assert matrix.shape == (7, 3) and len(matrix) == 7 and matrix.dtype == np.float64
+    for rows in (slice(0, 3), slice(None), slice(5, 50), np.array([6, 0, 2, 2]), np.array([], dtype=np.int64)):
+        assert np.array_equal(matrix[rows], whole[rows])
 
 
 def test_a_name_of_an_image_in_memory(tmp_path: Path) -> None:

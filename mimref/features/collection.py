@@ -58,11 +58,11 @@ class Collection:
             position -= len(part.features)
         raise IndexError(position)
 
-    def position(self, split: Split | None, index: int | None) -> int | None:
+    def position(self, split: Split, index: int) -> int | None:
         """Of an image given by its place in its split; None if it could not be read."""
         start = 0
         for part in self.parts:
-            if part.split == split and index is not None:
+            if part.split == split:
                 row = int(part.features.indices.searchsorted(index))
                 known = row < len(part.features) and part.features.indices[row] == index
                 return start + row if known else None

@@ -35,9 +35,8 @@ class Query:
 
     name: str
     """As it was given."""
-    split: Split | None = None
-    index: int | None = None
-    """Where it is in the data set, if it is there."""
+    places: tuple[tuple[Split, int], ...] = ()
+    """Where it is in the data set: its position in every split that has it."""
 
 
 class Found(NamedTuple):
@@ -88,7 +87,7 @@ def search(
     if not end_group():
         return SearchResult([], time.monotonic() - started)
     images = Collection(inputs, list(opened.sources))
-    positions = [images.position(query.split, query.index) for query in queries]
+    positions = [_positions(query, images) for query in queries]
     nearest, similarity = _nearest(config, images, queries, positions, columns, inputs)
     rows = [
         row
@@ -114,16 +113,16 @@ def find_queries(names: Sequence[str], sources: dict[Split, ImageSource], listen
     twice = [name for name in distinct if names.count(name) > 1]
     if twice:
         listener.warn(f"named more than once, and searched for once: {first_of(twice)}")
-    place: dict[str, Query] = {}
+    places: dict[str, list[tuple[Split, int]]] = {name: [] for name in distinct}
     for split, source in sources.items():
-        expanded = [os.path.expanduser(name) for name in distinct]
-        for name, index in zip(distinct, source.find(expanded), strict=True):
+        for name, index in zip(distinct, source.find(list(map(os.path.expanduser, distinct))), strict=True):
             if index is not None:
-                place.setdefault(name, Query(name, split, index))
-    bad = [(printable(name), reason) for name in distinct if name not in place and (reason := _unusable(name, sources))]
+                places[name].append((split, index))
+    others = [name for name in distinct if not places[name]]
+    bad = [(printable(name), reason) for name in others if (reason := _unusable(name, sources))]
     if bad:
         raise DataError(f"--query {first_bad(bad)}; name image files, or images of the data as results name them")
-    return [place.get(name, Query(name)) for name in distinct]
+    return [Query(name, tuple(places[name])) for name in distinct]
 
 
 def _unusable(name: str, sources: dict[Split, ImageSource]) -> str | None:
@@ -148,6 +147,12 @@ def _decoding(sources: dict[Split, ImageSource]) -> Decoding:
     return next((source.decoding for source in sources.values()), USUAL)
 
 
+def _positions(query: Query, images: Collection) -> list[int]:
+    """Where a query is among the readable images."""
+    found = (images.position(*place) for place in query.places)
+    return [position for position in found if position is not None]
+
+
 def _check_group(blocks: str, groups: Groups) -> None:
     if len(groups) > 1:
         raise ConfigError(f"--blocks {blocks}: a search uses one group of blocks; choose last, last4 or one block")
@@ -157,7 +162,7 @@ def _nearest(
     config: SearchConfig,
     images: Collection,
     queries: Sequence[Query],
-    positions: Sequence[int | None],
+    positions: Sequence[list[int]],
     columns: Sequence[Column],
     inputs: EncoderInputs,
 ) -> tuple[list[list[int]], list[list[float]]]:
@@ -166,18 +171,17 @@ def _nearest(
     check_features(gallery, "images")
     x = _query_features(queries, positions, columns, inputs, images)
     check_features(x, "queries")
-    inside = any(position is not None for position in positions)
     found = find_neighbours(
         gallery,
         x,
-        k=min(len(images), config.k + inside),
+        k=min(len(images), config.k + max(map(len, positions))),
         standardize=config.standardize,
         device=config.device,
         progress=partial(inputs.listener.progress, "nearest images"),
     )
     nearest, similarity = [], []
     for own, *line in zip(positions, found.train_index.tolist(), found.similarity.tolist(), strict=True):
-        pairs = [(at, score) for at, score in zip(*line, strict=True) if at != own][: config.k]
+        pairs = [(at, score) for at, score in zip(*line, strict=True) if at not in own][: config.k]
         nearest.append([at for at, _ in pairs])
         similarity.append([score for _, score in pairs])
     return nearest, similarity
@@ -185,7 +189,7 @@ def _nearest(
 
 def _query_features(
     queries: Sequence[Query],
-    positions: Sequence[int | None],
+    positions: Sequence[list[int]],
     columns: Sequence[Column],
     inputs: EncoderInputs,
     images: Collection,
@@ -193,9 +197,9 @@ def _query_features(
     """(Q, D): of images of the data set as they are cached, of others from a pass of the encoder."""
     gallery = images.matrix(columns)
     out = np.empty((len(queries), gallery.shape[1]), np.float32)
-    own = [number for number, position in enumerate(positions) if position is not None]
-    out[own] = gallery[np.array([position for position in positions if position is not None], dtype=np.int64)]
-    others = [number for number, position in enumerate(positions) if position is None]
+    known = [number for number, own in enumerate(positions) if own]
+    out[known] = gallery[np.array([own[0] for own in positions if own], dtype=np.int64)]
+    others = [number for number, own in enumerate(positions) if not own]
     if others:
         files = FileSource("queries", "", [os.path.expanduser(queries[number].name) for number in others], None, None)
         files.decoding = _decoding(inputs.sources)
@@ -220,11 +224,11 @@ def _rows(model: str, query: Query, images: Collection, nearest: list[int], simi
 def _warn(
     config: SearchConfig,
     images: Collection,
-    positions: Sequence[int | None],
+    positions: Sequence[list[int]],
     columns: Sequence[Column],
     listener: Listener,
 ) -> None:
-    others = len(images) - any(position is not None for position in positions)
+    others = len(images) - max(map(len, positions))
     if config.k > others:
         listener.warn(f"k {config.k} is more than the {others} images there are to find; all of them are listed")
     if not vary(images.matrix(columns)):
@@ -234,7 +238,7 @@ def _warn(
 def _pictures(
     images: Collection,
     queries: Sequence[Query],
-    positions: Sequence[int | None],
+    positions: Sequence[list[int]],
     nearest: list[list[int]],
     similarity: list[list[float]],
     listener: Listener,
@@ -250,8 +254,8 @@ def _pictures(
         return thumbnail(part.source, int(part.features.indices[row]), part.class_name(row))
 
     found = []
-    for number, position in enumerate(positions[:shown]):
-        query = thumbnail(files, number, None) if position is None else of_image(position)
+    for number, own in enumerate(positions[:shown]):
+        query = of_image(own[0]) if own else thumbnail(files, number, None)
         found.append(Found(query, [of_image(at) for at in near[number]], similarity[number]))
         listener.progress("pictures", number + 1, shown)
     return found
