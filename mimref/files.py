@@ -105,6 +105,35 @@ def check_new_file(file: Path, endings: Sequence[str], force: bool, option: str 
 
 
 @contextmanager
+def atomic_folder(folder: Path, option: str = "--out") -> Iterator[Path]:
+    """A temporary folder beside `folder`; it replaces `folder`, which it removes, if the block ends without an error.
+
+    Whatever interrupts the write, no half-written folder has the name. Raises OutputError as `atomic_path` does.
+    """
+    ending = secrets.token_hex(4)
+    temporary, old = (folder.parent / f".{folder.name}.{ending}.{kind}" for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        advice = "free some space and run again" if error.errno in DISK_FULL else f"choose another {option}"
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}; {advice}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
 def atomic_path(path: Path, option: str = "--out") -> Iterator[Path]:
     """A temporary path beside `path`; the file written there replaces `path` if the block ends without an error.
 
@@ -133,30 +162,6 @@ def atomic_path(path: Path, option: str = "--out") -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-@contextmanager
-def atomic_folder(path: Path, option: str = "--out") -> Iterator[Path]:
-    """As `atomic_path`, for a library that writes a folder. An older folder is removed once the new one is complete."""
-    new = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    old = new.with_suffix(".old")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        for file in filter(Path.is_file, new.rglob("*")):
-            _sync(file)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(new, path)
-        _sync(path.parent)
-    except OSError as error:
-        advice = "free some space and run again" if error.errno in DISK_FULL else f"choose another {option}"
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
-    finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        for folder in (new, old):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
