@@ -21,7 +21,7 @@ LAYERS = (
     {"evaluation", "sharing"},
     {"refinement", "pretraining", "transfer"},
     {"benchmarks"},
-    {"api"},
+    {"api", "embedder"},
     {"reports"},
     {"cli"},
 )

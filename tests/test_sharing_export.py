@@ -285,7 +285,7 @@ def test_sides_are_rounded_down_by_timm() -> None:
 
 @pytest.mark.parametrize("library", ["transformers", "timm"])
 def test_mimref_reads_the_folder(library: Library, tmp_path: Path) -> None:
-    header = {"source": "mae", "licence": "CC-BY-NC-4.0", "preset": "p", "transform": TRANSFORM.to_dict()}
+    header = {"source": "mae", "licence": "CC-BY-NC-4.0", "preset": "/home/me/p", "transform": TRANSFORM.to_dict()}
     data = {"spec": str(tmp_path / "secret"), "root": "/home/me", "alpha": "white", "train_limit": 5}
     save_encoder(tmp_path / "e.safetensors", make(TINY), header | {"data": data})
     subject, _ = read_subject(tmp_path / "e.safetensors")

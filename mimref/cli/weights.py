@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from mimref.cli.execution import note, print_facts
-from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Debug, Force, Images, Output, Text
+from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Debug, Force, Images, Output, Quiet, Text
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError
 
@@ -180,6 +180,63 @@ def write_folder(
     files = folder_layout(subject, layout or "transformers")
     card = model_card(title, subject, files, read_record(checkpoint))
     return export_folder(subject, files, card, out, force=force, listener=listener)
+
+
+class PushOptions(Quiet, panel="Output"):
+    checkpoint: str = argument("Folder that `export --to hf` wrote, or a checkpoint to export.", "FOLDER|CKPT")
+    name: str = argument("Repository, OWNER/NAME; without OWNER, yours.", "NAME")
+    layout: Literal["transformers", "timm"] | None = LAYOUT
+    private: bool = option("Create a private repository.")
+    message: Text = option("Of the commit.", "TEXT")
+    force: bool = option("Replace the files of a repository that exists.")
+
+
+def push(options: PushOptions) -> None:
+    """Upload an encoder to the Hugging Face hub.
+
+    A checkpoint is exported first, as export --to hf does. The token is HF_TOKEN, or the one that hf auth login saves.
+
+    Examples:
+      mimref push refined_l16 me/refined-l16
+      mimref push runs/mae_l16 me/refined-l16 --private
+    """
+    from mimref.sharing.push import check_name, check_token, is_export, push_folder
+
+    source, checks = Path(options.checkpoint), options.checks
+    exported = is_export(source)
+    checks.run("name", lambda: check_name(options.name))
+    checks.run("token", check_token)
+    if exported and options.layout is not None:
+        wrong = f"--layout {options.layout}: {source} is exported already; export the checkpoint again"
+        checks.add("layout", ConfigError(wrong))
+    settings = {"private": options.private, "message": options.message, "force": options.force}
+    if exported:
+        checks.finish()
+        show_progress(options)
+        print_facts({"address": push_folder(source, options.name, **settings)})
+        return
+
+    from tempfile import TemporaryDirectory
+
+    from mimref.reports.terminal import Terminal
+    from mimref.sharing.export import read_subject
+
+    with Terminal(options.quiet) as terminal, TemporaryDirectory(prefix="mimref-") as temporary:
+        read = checks.run("checkpoint", lambda: read_subject(options.checkpoint, listener=terminal))
+        folder, title = Path(temporary) / "export", options.name.rpartition("/")[2]
+        write_folder(checks.finished(read), options.layout, folder, title, force=False, listener=terminal)
+        show_progress(options)
+        print_facts({"address": push_folder(folder, options.name, **settings)})
+
+
+def show_progress(options: Quiet) -> None:
+    """Leave progress bars of the hub's client to terminals."""
+    import sys
+
+    from huggingface_hub.utils import disable_progress_bars
+
+    if options.quiet or not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 class InterpolateOptions(Images, Output, panel="Encoder"):

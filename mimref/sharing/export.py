@@ -28,7 +28,7 @@ from mimref.features.header import eval_transform
 from mimref.files import atomic_folder, check_new_folder
 from mimref.progress import Listener, Silent
 from mimref.sharing.layout import CARD, CONFIG, PROCESSOR, WEIGHTS, Layout, Library, Subject
-from mimref.sharing.record import shareable_data
+from mimref.sharing.record import last_part, shareable_data
 from mimref.sharing.timm_layout import timm_layout
 from mimref.sharing.transformers_layout import transformers_layout
 
@@ -68,7 +68,7 @@ def read_subject(
         path, reading, arch=arch, source=source, resolution=resolution, listener=listener
     )
     transform = eval_transform(encoder.architecture, DataConfig(), checkpoint.header, resolution=resolution)
-    facts = {key: value for key, value in facts.items() if key not in ("data", "transform")}
+    facts = {key: last_part(value) for key, value in facts.items() if key not in ("data", "transform")}
     if data := shareable_data(checkpoint.header.get("data")):
         facts["data"] = data
     classifier, classes = classifier_of(checkpoint, encoder) or (None, [])

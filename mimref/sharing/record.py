@@ -67,8 +67,8 @@ def read_record(checkpoint: Checkpoint) -> Record:
         source=checkpoint.source,
         licence=checkpoint.licence,
         command=document.get("command"),
-        preset=_last_part(header.get("preset")),
-        data=None if not isinstance(spec, str) else spec if is_public(spec) else _last_part(spec),
+        preset=last_part(header.get("preset")),
+        data=None if not isinstance(spec, str) else spec if is_public(spec) else last_part(spec),
         data_is_public=isinstance(spec, str) and is_public(spec),
         base_model=_BASE_MODELS.get(weights) if isinstance(weights, str) else None,
         rows=main_rows([row for row in rows if isinstance(row, dict) and {"metric", "value"} <= row.keys()]),
@@ -116,13 +116,13 @@ def _shareable(table: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             found[key] = _shareable(value)
         elif isinstance(value, list):
-            found[key] = [_last_part(each) if isinstance(each, str) else each for each in value]
+            found[key] = [last_part(each) if isinstance(each, str) else each for each in value]
         else:
-            found[key] = _last_part(value) if isinstance(value, str) and not is_public(value) else value
+            found[key] = last_part(value) if isinstance(value, str) and not is_public(value) else value
     return {key: value for key, value in found.items() if value != {}}
 
 
-def _last_part(text: Any) -> Any:
+def last_part(text: Any) -> Any:
     """The name of what an absolute path leads to, behind a prefix such as `list:`; all else as it is."""
     if not isinstance(text, str) or find_published(text):
         return text
