@@ -2,8 +2,9 @@
 
 import warnings
 from collections.abc import Sequence
+from operator import index
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from mimref.features.inputs import EncoderInputs
 from mimref.progress import Listener
 
 
-class Embedder(TransformerMixin, BaseEstimator):
+class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Features of images for scikit-learn's pipelines: `make_pipeline(Embedder("runs/mae_l16"), LogisticRegression())`.
 
     X is a list of paths, PIL images, arrays or tensors, of any sizes, or one array: (N, H, W), (N, H, W, 3) or
@@ -110,7 +111,8 @@ class Embedder(TransformerMixin, BaseEstimator):
         return loaded[1], loaded[2]
 
     def _config(self) -> EncoderPassConfig:
-        folder = {None: "off", False: "off", True: None}[self.cache] if _is_flag(self.cache) else str(self.cache)
+        is_flag = self.cache is None or isinstance(self.cache, bool)
+        folder = (None if self.cache else "off") if is_flag else str(self.cache)
         return validated(
             EncoderPassConfig,
             {
@@ -165,14 +167,11 @@ def _blocks(blocks: str | int | Sequence[int]) -> str:
     """As `--blocks` takes them. Raises ConfigError for what is neither text nor numbers."""
     if isinstance(blocks, str):
         return blocks
+    numbers = [blocks] if isinstance(blocks, SupportsIndex) else blocks
     try:
-        return ",".join(str(int(block)) for block in ([blocks] if isinstance(blocks, int) else blocks))
-    except (TypeError, ValueError):
+        return ",".join(str(index(number)) for number in numbers)
+    except TypeError:
         raise ConfigError(f"blocks {blocks!r}: expected last, last4, all or blocks such as [1, 5, 12]") from None
-
-
-def _is_flag(cache: object) -> bool:
-    return cache is None or isinstance(cache, bool)
 
 
 def _decoding(inputs: EncoderInputs) -> Decoding:

@@ -103,7 +103,7 @@ def test_what_is_no_list_of_images(name: str) -> None:
     ("pixels", "words"),
     [
         (GRAY.astype(np.int64), "int64"),
-        (GRAY.astype(np.float32), "from .* to 25"),
+        (GRAY.astype(np.float32), "from .* to 248"),
         (np.full((2, 2), np.nan), "nan"),
         (np.full((2, 2), -0.5), "-0.5"),
     ],

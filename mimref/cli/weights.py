@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -209,11 +210,13 @@ def push(options: PushOptions) -> None:
     if exported and options.layout is not None:
         wrong = f"--layout {options.layout}: {source} is exported already; export the checkpoint again"
         checks.add("layout", ConfigError(wrong))
-    settings = {"private": options.private, "message": options.message, "force": options.force}
+    upload = partial(
+        push_folder, name=options.name, private=options.private, message=options.message, force=options.force
+    )
     if exported:
         checks.finish()
         show_progress(options)
-        print_facts({"address": push_folder(source, options.name, **settings)})
+        print_facts({"address": upload(source)})
         return
 
     from tempfile import TemporaryDirectory
@@ -226,7 +229,8 @@ def push(options: PushOptions) -> None:
         folder, title = Path(temporary) / "export", options.name.rpartition("/")[2]
         write_folder(checks.finished(read), options.layout, folder, title, force=False, listener=terminal)
         show_progress(options)
-        print_facts({"address": push_folder(folder, options.name, **settings)})
+        address = upload(folder)
+    print_facts({"address": address})
 
 
 def show_progress(options: Quiet) -> None:

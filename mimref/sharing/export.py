@@ -179,7 +179,6 @@ def _read_by_transformers(folder: Path, images: Tensor, *, layout: Layout) -> Ou
         if missing := loading["missing_keys"]:
             raise ConfigError(f"--layout transformers: its {layout.model} also needs {sorted(missing)[0]}")
         output = model.eval()(images, output_hidden_states=True)
-    # transformers before 5 ends the hidden states with the normed tokens for some of its classes.
     found = {f"block_{number}": tokens_BLD for number, tokens_BLD in enumerate(output.hidden_states[1:], start=1)}
     return found | ({"logits": output.logits} if has_classes else {"normed": output.last_hidden_state})
 
