@@ -201,12 +201,12 @@ def push(options: PushOptions) -> None:
       mimref push refined_l16 me/refined-l16
       mimref push runs/mae_l16 me/refined-l16 --private
     """
-    from mimref.sharing.push import check_name, check_token, is_export, push_folder
+    from mimref.sharing.push import check_access, check_name, is_export, push_folder
 
     source, checks = Path(options.checkpoint), options.checks
     exported = is_export(source)
     checks.run("name", lambda: check_name(options.name))
-    checks.run("token", check_token)
+    checks.run("token", check_access)
     if exported and options.layout is not None:
         wrong = f"--layout {options.layout}: {source} is exported already; export the checkpoint again"
         checks.add("layout", ConfigError(wrong))

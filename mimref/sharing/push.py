@@ -25,10 +25,12 @@ def check_name(name: str) -> None:
         raise ConfigError(f"{name}: no name of a repository, such as OWNER/NAME ({_one_line(error)})") from error
 
 
-def check_token() -> None:
-    """Raise ConfigError where no token of the hub is set."""
-    from huggingface_hub import get_token
+def check_access() -> None:
+    """Raise ConfigError where uploads are switched off, or no token of the hub is set."""
+    from huggingface_hub import constants, get_token
 
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it")
     if not get_token():
         raise ConfigError(
             "no token of the Hugging Face hub: set HF_TOKEN to one that may write, or log in with `hf auth login`"
@@ -48,7 +50,7 @@ def push_folder(
     from huggingface_hub import HfApi
 
     check_name(name)
-    check_token()
+    check_access()
     api = HfApi()
     created = False
     try:
@@ -65,10 +67,8 @@ def push_folder(
 
 def _refusal(name: str, endpoint: str, error: Exception, created: bool) -> str | None:
     """What went wrong and what to do; None for errors that are no matter of the server."""
-    from huggingface_hub.utils import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import HfHubHTTPError
 
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"{name}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it"
     response: Any = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if status is None or not isinstance(error, HfHubHTTPError):
