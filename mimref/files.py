@@ -143,6 +143,9 @@ def atomic_folder(folder: Path, option: str = "--out") -> Iterator[Path]:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; {advice}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
 
