@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 # Public name to its module.
 _PUBLIC = {
+    "Embedder": "mimref.embedder",
     "FinetuneConfig": "mimref.transfer.finetune.config",
     "KnnConfig": "mimref.evaluation.knn.config",
     "PretrainConfig": "mimref.pretraining.config",

@@ -104,6 +104,21 @@ def check_new_file(file: Path, endings: Sequence[str], force: bool, option: str 
     check_writable(file.parent, option)
 
 
+def check_new_folder(folder: Path, own: Sequence[str], force: bool, option: str = "--out") -> None:
+    """Raise OutputError for a folder that cannot be written, or holds files.
+
+    own: names of files that `force` may replace, by replacing the folder.
+    """
+    check_writable(folder, option)
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if others := [name for name in names if name not in own]:
+        raise OutputError(
+            f"{option} {folder}: holds {others[0]!r}, which is no part of an export; choose another folder"
+        )
+    if names and not force:
+        raise OutputError(f"{option} {folder}: exists; choose another name, or --force to replace it")
+
+
 @contextmanager
 def atomic_folder(folder: Path, option: str = "--out") -> Iterator[Path]:
     """A temporary folder beside `folder`; it replaces `folder`, which it removes, if the block ends without an error.
