@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import drop_state, figure, note, print_finished, report, run_on_ranks
+from mimref.cli.execution import drop_state, figure, note, print_finished, report, run_on_ranks, write_page
 from mimref.cli.options import (
     BATCH_SIZE,
     CHECKPOINT,
@@ -16,6 +16,7 @@ from mimref.cli.options import (
     Output,
     Pool,
     Preset,
+    Report,
     Resume,
     Seed,
     Split,
@@ -79,7 +80,7 @@ def lowshot(options: LowshotOptions) -> None:
     report(options, config, run_on_ranks(config, options, evaluate_lowshot))
 
 
-class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Output, panel="Protocol"):
+class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Report, panel="Protocol"):
     classes: Text = option("Only these classes, or those named in a file.", "NAMES|FILE", "classes")
     umap: Path | None = option("Draw the images as points, coloured by class.", "FILE.png")
 
@@ -107,6 +108,7 @@ def cluster(options: ClusterOptions) -> None:
         return
     result, last = found
     report(options, config, result)
+    write_page(options.out, options)
     if last is None or umap is None:
         return
     with figure(umap, options) as terminal:
@@ -159,7 +161,7 @@ def probe(options: ProbeOptions) -> None:
         drop_state(state)
 
 
-class BlocksOptions(EncoderPass, Pool, Preset, Seed, Output, panel="Protocol"):
+class BlocksOptions(EncoderPass, Pool, Preset, Seed, Report, panel="Protocol"):
     checkpoints: list[str] | None = argument(
         f"{CHECKPOINT}; several are compared.", "CKPT", "checkpoints", required=False
     )
@@ -195,9 +197,10 @@ def analyze_blocks(options: BlocksOptions) -> None:
             from mimref.reports.figures import plot_blocks
 
             plot_blocks(options.out / "blocks.png", result.rows, heads=result.heads)
+    write_page(options.out, options)
 
 
-class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Output, panel="Protocol"):
+class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Report, panel="Protocol"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: list[str] = argument("Weights to compare with BASE.", "REFINED", "refined")
     protocols: Text = option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols")
@@ -234,6 +237,7 @@ def compare(options: CompareOptions) -> None:
             from mimref.reports.figures import plot_comparison
 
             plot_comparison(options.out / "comparison.png", result.rows, first)
+    write_page(options.out, options)
 
 
 class ExtractOptions(EncoderPass, Blocks, Split, Force, panel="Output"):

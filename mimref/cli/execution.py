@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from mimref.cli.options import Output, Quiet
+from mimref.cli.options import Output, Quiet, Report
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
@@ -82,6 +82,22 @@ def figure(path: Path, options: Quiet) -> "Iterator[Terminal]":
     with Terminal(options.quiet) as terminal, optional(f"no figure in {path}", terminal):
         yield terminal
         terminal.note(f"figure in {path}")
+
+
+def write_page(folder: Path | None, options: Report) -> None:
+    """Write report.html about the finished run in `folder`, unless `--no-report`; a failure is a warning."""
+    if folder is None or options.no_report:
+        return
+    from mimref.progress import optional
+    from mimref.reports.terminal import Terminal
+
+    page = folder / "report.html"
+    with Terminal(options.quiet) as terminal, optional(f"no report in {page}", terminal):
+        from mimref.reports.html.page import write_report
+        from mimref.reports.html.runs import read_run
+
+        write_report(page, [read_run(folder)])
+        terminal.note(f"report in {page}")
 
 
 def print_finished(out: Path, command: str) -> bool:

@@ -44,6 +44,12 @@ class Output(Force, panel="Output"):
             self.checks.run("out", lambda: check_folder(out, self.force))
 
 
+class Report(Output, panel="Output"):
+    """Of commands that write a page about their results."""
+
+    no_report: bool = option("Write no report.html.")
+
+
 class Resume(Output, panel="Output"):
     resume: bool = option("Continue the unfinished run in the output folder.")
 

@@ -119,6 +119,13 @@ def format_setting(value: str | int | float) -> str:
     return f"{value:g}" if isinstance(value, float) else printable(str(value))
 
 
+def short_name(text: str, length: int) -> str:
+    """A name on one line: odd characters are escaped, and a long one loses its middle."""
+    text = printable(" ".join(text.split()))
+    half = length // 2
+    return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
+
+
 def scores_line(rows: Sequence[Row]) -> str:
     """`ACC 95.3   NMI 92.2`: the line under a clustering's figure, for the last blocks in the rows."""
     last = {template(row).removeprefix("k-means "): row for row in rows}
