@@ -48,7 +48,7 @@ def report(
     result: "EvaluationResult | None",
     show: "Callable[[Sequence[Row]], None] | None" = None,
 ) -> None:
-    """With `--out`, write results.csv and results.json; print the result, if this process has one.
+    """With `--out`, write results.csv, results.json and images; print the result, if this process has one.
 
     show: prints the rows; default: as a table.
     """
@@ -63,6 +63,7 @@ def report(
         if result.data is not None:
             config = config.model_copy(update={"data": result.data})
         settings, bad = config.model_dump(mode="json"), result.bad_images
+        save_exhibits(options.out, result, options)
         try:
             write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=bad)
         except OutputError:  # the disk is full, or the folder is gone: the result is finished all the same
@@ -71,6 +72,17 @@ def report(
     show(result.rows)
     if options.out is not None:
         note(f"results in {options.out}", options)
+
+
+def save_exhibits(out: Path, result: "EvaluationResult", options: Quiet) -> None:
+    """Write the images that show a result, if it has some, and remove those of an earlier one."""
+    from mimref.evaluation.exhibits.contents import save
+    from mimref.progress import optional
+    from mimref.reports.terminal import Terminal
+
+    with Terminal(options.quiet) as terminal, optional("no images for the report", terminal):
+        # Not asked for its type, whose module takes seconds to import.
+        save(getattr(result, "exhibits", None), out)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ _OUR_FILES = (
     "config.toml",
     "metrics.jsonl",
     "heads.pt",
+    "exhibits.json",
 )
 # Settings that do not change what is trained.
 _MAY_CHANGE = (

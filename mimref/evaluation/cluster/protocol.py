@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import suppress
@@ -14,8 +13,6 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import pdist
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import (
     adjusted_mutual_info_score,
     adjusted_rand_score,
@@ -24,7 +21,6 @@ from sklearn.metrics import (
     silhouette_score,
 )
 from sklearn.metrics.cluster import contingency_matrix
-from threadpoolctl import threadpool_limits
 
 from mimref.devices import own_cores
 from mimref.distributed.group import end_group
@@ -32,22 +28,23 @@ from mimref.errors import Checks, ConfigError, DataError, did_you_mean
 from mimref.evaluation.cluster.classes import choose_classes
 from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.cluster.embedding import check_count
+from mimref.evaluation.cluster.kmeans import fit_kmeans, inertia
+from mimref.evaluation.exhibits.collect import BestRun, Exhibition, IllustratedResult
 from mimref.evaluation.metrics import (
     check_features,
     labelled,
     number_classes,
     percent,
     progress_label,
-    row_blocks,
     spread,
     unit_rows,
     vary,
 )
-from mimref.features.inputs import column_groups, prepare_groups
+from mimref.features.inputs import SPLIT_NAMES, EncoderInputs, column_groups, prepare_groups
 from mimref.features.matrix import Labels, Matrix
 from mimref.features.opening import open_inputs
 from mimref.progress import Listener, Progress, Silent
-from mimref.results import EvaluationResult, Row, named
+from mimref.results import Row, named
 
 # runs * N * D * clusters below which starting processes takes as long as the runs themselves (1 to 2 s).
 SERIAL_WORK = 2e8
@@ -63,10 +60,16 @@ class LastFeatures(NamedTuple):
 
 
 def evaluate_cluster(
-    config: ClusterConfig, *, embed: bool = False, listener: Listener | None = None, checks: Checks | None = None
-) -> tuple[EvaluationResult, LastFeatures | None]:
+    config: ClusterConfig,
+    *,
+    embed: bool = False,
+    exhibits: bool = False,
+    listener: Listener | None = None,
+    checks: Checks | None = None,
+) -> tuple[IllustratedResult, LastFeatures | None]:
     """Clustering of one split's images; with `embed`, also the features to embed, which are enough for UMAP.
 
+    exhibits: also what a report shows of the images, by the features of the last of the chosen blocks.
     Rows as `cluster` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses, before the encoder
     runs where possible.
     """
@@ -80,14 +83,15 @@ def evaluate_cluster(
     classes = checks.finished(chosen_classes)
     prepare_groups(groups, inputs, (config.split,))
     rows: list[Row] = []
-    last = None
+    last = exhibition = None
     for where, columns in groups if end_group() else []:
         x, y = labelled(inputs.features(config.split), columns)
+        chosen = None
         if config.classes is not None:
             chosen = np.flatnonzero(np.isin(y, classes))
             x, y = x[chosen], y[chosen]
             where = where | {"classes": len(classes)}
-        found = cluster(
+        found, best = cluster_and_best(
             x,
             y,
             metrics=config.metrics,
@@ -97,7 +101,14 @@ def evaluate_cluster(
         )
         rows += named(found, inputs.name, where)
         last = LastFeatures(x, y, names) if embed else None
-    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data), last
+        if exhibits and isinstance(inputs, EncoderInputs) and columns == groups[-1][1]:
+            what = f"{SPLIT_NAMES[config.split]} images"
+            exhibition = Exhibition(inputs.source(config.split), inputs.settings, config.seed, listener, what)
+            run = None if best is None else BestRun(best, len(classes), config.seed, config.runs)
+            exhibition.add(inputs.name, inputs.features(config.split), columns, best=run, chosen=chosen)
+    elapsed_s = time.monotonic() - started
+    made = None if exhibition is None else exhibition.made()
+    return IllustratedResult(rows, elapsed_s, inputs.bad, inputs.data, made), last
 
 
 def _check_classes(
@@ -182,6 +193,20 @@ def cluster(
     images, in pieces of up to 1 GB: minutes for the 50,000 validation images of ImageNet.
     Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
     """
+    return cluster_and_best(x, y, metrics=metrics, runs=runs, seed=seed, workers=workers, progress=progress)[0]
+
+
+def cluster_and_best(
+    x: Matrix,
+    y: Labels,
+    *,
+    metrics: Sequence[str],
+    runs: int,
+    seed: int,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[Row], int | None]:
+    """Rows of `cluster`, and the number of the run with the lowest inertia; None for metrics that need no clusters."""
     check_metrics(metrics)
     for option, number in (("runs", runs), ("workers", workers)):
         if number is not None and number < 1:
@@ -197,15 +222,17 @@ def cluster(
         done.append(run)
         if progress is not None:
             progress(len(done), runs)
+    best = min(range(runs), key=lambda number: done[number].inertia) if done else None
     rows: list[Row] = []
     for name in dict.fromkeys(metrics):
         if name in SEPARATION:
             rows.append({"metric": NAMES[name], "value": SEPARATION[name](points, truth)})
-        else:
-            best = min(done, key=lambda run: run.inertia)
+        elif best is not None:
             mean, std = spread([run.scores[name] for run in done])
-            rows.append({"metric": NAMES[name], "value": best.scores[name], "mean": mean, "std": std, "runs": runs})
-    return rows
+            rows.append(
+                {"metric": NAMES[name], "value": done[best].scores[name], "mean": mean, "std": std, "runs": runs}
+            )
+    return rows, best
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
@@ -231,18 +258,8 @@ def kmeans_run(x: NDArray[np.float32], y: Labels, metrics: Sequence[str], cluste
 
     Its randomness is a function of (seed, number).
     """
-    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    model = MiniBatchKMeans(n_clusters=clusters, batch_size=1024, n_init=1, random_state=state)
-    # One thread: the order of sums, and so the result, must not depend on the process.
-    with threadpool_limits(limits=1), warnings.catch_warnings():
-        # Collapsed features have fewer distinct points than clusters; the scores show it.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(x)
-    labels = model.labels_
-    # In float64: scikit-learn sums in float32, which is too coarse to rank nearly equal runs.
-    centres = model.cluster_centers_.astype(np.float64)
-    inertia = float(sum(np.square(x[rows] - centres[labels[rows]]).sum() for rows in row_blocks(x)))
-    return Run(inertia, {name: AGREEMENT[name](y, labels) for name in metrics})
+    labels, centres = fit_kmeans(x, clusters, number, seed)
+    return Run(inertia(x, labels, centres), {name: AGREEMENT[name](y, labels) for name in metrics})
 
 
 def _all_runs(

@@ -139,13 +139,13 @@ class Exhibits:
         )
         if any(not image.jpeg.startswith(b"\xff\xd8") for image in images):
             raise ValueError("an image that is not a JPEG")
-        if any(number >= len(images) for number in found.numbers()):
+        if any(number >= len(images) for number in found._numbers()):
             raise ValueError(f"an image beyond the {len(images)} that it holds")
         if any(len(points) != len(found.map_images) for points in maps.values()):
             raise ValueError("a map without a position for every image")
         return found
 
-    def numbers(self) -> Iterator[int]:
+    def _numbers(self) -> Iterator[int]:
         """Every reference to an image, with repetitions."""
         yield from self.map_images
         for query in self.queries:
@@ -158,6 +158,14 @@ class Exhibits:
         for clusters in self.clusters.values():
             for cluster in clusters:
                 yield from (*cluster.central, *cluster.outlying)
+
+
+def save(exhibits: Exhibits | None, folder: Path) -> None:
+    """Write `exhibits.json`; without exhibits, remove that of earlier results. Raises OutputError as `write` does."""
+    if exhibits is not None:
+        exhibits.write(folder)
+    elif (folder / FILE).is_file():
+        (folder / FILE).unlink()
 
 
 @dataclass(frozen=True)

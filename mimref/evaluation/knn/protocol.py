@@ -39,6 +39,8 @@ from mimref.results import EvaluationResult, Row, named
 # Test and training rows whose similarities are computed at once.
 QUERY_CHUNK = 1024
 TRAIN_CHUNK = 16384
+# Pairs of neighbours whose classes are compared at once: 32 MB.
+PREDICTED_PAIRS = 1 << 22
 
 
 def evaluate_knn(
@@ -242,6 +244,24 @@ def label_ranks(
                 votes.scatter_add_(1, neighbour_y[:, counted:k_], weights[:, counted:k_])
                 ranks[k_, tau_][rows] = _rank(votes, own, classes).numpy()
     return ranks
+
+
+def predict_labels(neighbours: Neighbours, train_y: Labels, *, tau: float) -> Labels:
+    """(M,) label with the most votes for every test image, of equal votes the lowest. All neighbours vote.
+
+    neighbours (M, K). train_y (N,): labels, any whole numbers. Takes the memory of K votes for each neighbour.
+    """
+    labels, found = torch.from_numpy(train_y), np.empty(len(neighbours.train_index), dtype=np.int64)
+    step = max(1, PREDICTED_PAIRS // max(1, neighbours.train_index.shape[1]) ** 2)
+    for start in range(0, len(found), step):
+        rows = slice(start, start + step)
+        similarity, label_MK = neighbours.similarity[rows].double(), labels[neighbours.train_index[rows]]
+        weights = ((similarity - similarity[:, :1]) / tau).exp()
+        # Every neighbour gets the votes of its class.
+        votes = torch.where(label_MK[:, :, None] == label_MK[:, None, :], weights[:, None, :], 0.0).sum(dim=2)
+        most = votes == votes.amax(dim=1, keepdim=True)
+        found[rows] = torch.where(most, label_MK, torch.iinfo(torch.int64).max).amin(dim=1).numpy()
+    return found
 
 
 def _seen_classes(neighbour_y: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, int]:
