@@ -103,7 +103,7 @@ def cluster(options: ClusterOptions) -> None:
 
     from mimref.evaluation.cluster.protocol import evaluate_cluster
 
-    work = partial(evaluate_cluster, embed=umap is not None, exhibits=options.out is not None)
+    work = partial(evaluate_cluster, embed=umap is not None, exhibits=options.reports)
     found = run_on_ranks(config, options, work)
     if found is None:
         return
@@ -189,7 +189,7 @@ def analyze_blocks(options: BlocksOptions) -> None:
     from mimref.evaluation.blocks.protocol import evaluate_blocks
     from mimref.reports.terminal import print_blocks
 
-    result = run_on_ranks(config, options, partial(evaluate_blocks, exhibits=options.out is not None))
+    result = run_on_ranks(config, options, partial(evaluate_blocks, exhibits=options.reports))
     if result is None:
         return
     report(options, config, result, partial(print_blocks, heads=result.heads))
@@ -224,7 +224,7 @@ def compare(options: CompareOptions) -> None:
     from mimref.evaluation.compare import compare_encoders
     from mimref.reports.terminal import print_comparison
 
-    result = run_on_ranks(config, options, partial(compare_encoders, exhibits=options.out is not None))
+    result = run_on_ranks(config, options, partial(compare_encoders, exhibits=options.reports))
     if result is None:
         return
     first = str(result.rows[0]["model"])

@@ -49,6 +49,11 @@ class Report(Output, panel="Output"):
 
     no_report: bool = option("Write no report.html.")
 
+    @property
+    def reports(self) -> bool:
+        """Whether the command writes a report into its output folder."""
+        return self.out is not None and not self.no_report
+
 
 class Resume(Output, panel="Output"):
     resume: bool = option("Continue the unfinished run in the output folder.")

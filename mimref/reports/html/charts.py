@@ -44,7 +44,7 @@ class Chart:
 def _finish(chart: alt.Chart | alt.LayerChart | alt.FacetChart, title: str, height: int, note: str = "") -> Chart:
     ink = "currentColor"
     chart = (
-        chart.properties(width="container", height=height, description=f"{title}. {note}".strip())
+        chart.properties(width="container", height=height, description=f"{title}. {note}" if note else title)
         .configure(background="transparent", font="system-ui, sans-serif", autosize=alt.AutoSizeParams(type="fit-x"))
         .configure_view(stroke=None)
         .configure_axis(
@@ -58,11 +58,11 @@ def _finish(chart: alt.Chart | alt.LayerChart | alt.FacetChart, title: str, heig
     return Chart(title, spec, note)
 
 
-def _scale(count: int) -> Any:
-    """Colours of so many curves or classes."""
+def _scheme(count: int) -> Any:
+    """Vega's colours for so many curves or classes; our own for few."""
     if count <= len(COLORS):
         return alt.Undefined
-    return alt.Scale(scheme="tableau10" if count <= 10 else "tableau20" if count <= FEW_CLASSES else "sinebow")
+    return "tableau10" if count <= 10 else "tableau20" if count <= FEW_CLASSES else "sinebow"
 
 
 # --- what a run logs
@@ -160,7 +160,9 @@ def _log_chart(
     }
     if len(curves) > 1:
         legend = alt.Legend() if len(curves) <= FEW_CLASSES else None
-        encoding["color"] = alt.Color("curve:N", sort=list(curves), legend=legend, scale=_scale(len(curves)))
+        encoding["color"] = alt.Color(
+            "curve:N", sort=list(curves), legend=legend, scale=alt.Scale(scheme=_scheme(len(curves)))
+        )
         tooltip.insert(0, alt.Tooltip("curve:N", title="curve"))
     else:
         encoding["color"] = alt.value(COLORS[0])
@@ -287,11 +289,13 @@ def map_chart(exhibits: Exhibits) -> Chart:
     if labels:
         shown = [short_name(label, NAME_LENGTH) for label in labels]
         few = len(labels) <= FEW_CLASSES
-        colors = _scale(len(labels))
+        scheme = _scheme(len(labels))
         legend = alt.Legend(title=None, symbolOpacity=1) if few else None
-        encoding["color"] = alt.Color("label:N", sort=shown, scale=colors, legend=legend)
+        # The same domain, so that both share one legend.
+        scale = alt.Scale(domain=shown, scheme=scheme)
+        encoding["color"] = alt.Color("label:N", scale=scale, legend=legend)
         if few:
-            encoding["shape"] = alt.Shape("label:N", sort=shown, legend=legend)
+            encoding["shape"] = alt.Shape("label:N", scale=alt.Scale(domain=shown), legend=legend)
         tooltip.insert(1, alt.Tooltip("label:N", title="class"))
     axis = alt.Scale(zero=False, nice=False, padding=12)
     chart = (

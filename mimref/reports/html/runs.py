@@ -163,7 +163,8 @@ def _read_log(file: Path, *, finished: bool) -> tuple[list[LogLine], bool]:
     for number, line in enumerate(whole, start=1):
         try:
             values = json.loads(line)
-            if not isinstance(values, dict) or not isinstance(values.get("epoch"), int | float):
+            epoch = values.get("epoch") if isinstance(values, dict) else None
+            if not isinstance(epoch, int | float) or not math.isfinite(epoch):
                 raise ValueError("no epoch")
         except (ValueError, RecursionError) as error:
             reason = f"line {number}: {_first_problem(error)}"
