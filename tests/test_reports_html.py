@@ -294,9 +294,9 @@ def test_skipped_images_are_listed_with_reasons(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_page_of_the_largest_exhibits_is_small(tmp_path: Path) -> None:
-    names = [f"{number:05}" + "<" * 245 for number in range(4000)]
+    names = [f"{number:05}" + "<" * 245 for number in range(3500)]
     labels = [f"{number:03}" + "&" * 247 for number in range(100)]
-    exhibits = make_exhibits(4000, labels=labels, paths=names, side=48, quality=92)
+    exhibits = make_exhibits(3500, labels=labels, paths=names, side=48, quality=92)
     assert sum(len(image.jpeg) for image in exhibits.images) > MOST_BYTES
     exhibits.write(
         write_run(tmp_path, bad_images=[(name, name) for name in names], command="refine", config={"seed": 0})

@@ -22,7 +22,7 @@ SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 FEW_CLASSES = 20
 """So many classes have a legend."""
 NAME_LENGTH = 40
-PATH_LENGTH = 80
+PATH_LENGTH = 60
 MOST_POINTS = 20_000
 """Of all curves of a log together, and between these two of each."""
 POINTS_OF_CURVE = (40, 400)

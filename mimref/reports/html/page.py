@@ -23,8 +23,10 @@ MOST_BYTES = 5_000_000
 """Size of a page."""
 MOST_LISTED = 200
 """Skipped images that a page lists; results.json has all."""
-MOST_SHOWN = 60
-"""Confusions and clusters of a model that a page shows."""
+MOST_SHOWN = (60, 20, 5)
+"""Confusions and clusters of a model that a page shows: fewer where the page would leave no room for its images."""
+IMAGE_BYTES = 500
+"""So much room of its page suits an image."""
 
 
 def write_report(path: Path, runs: Sequence[Run]) -> None:
@@ -46,10 +48,15 @@ def make_page(runs: Sequence[Run]) -> str:
     environment.filters |= {"short": short, "right": _right}
     template = environment.get_template("page.html")
     content = _content(runs)
-    # All but the images, which get what is left.
-    page = template.render(**content, data=_data(content["charts"], Pool("", [])), images_note="")
-    exhibits = content["exhibits"]
-    pool = encode(exhibits.images if exhibits else [], MOST_BYTES - len(page.encode()) - 1000)
+    images = content["exhibits"].images if content["exhibits"] else []
+    for most_shown in MOST_SHOWN:
+        content["most_shown"] = most_shown
+        # All but the images, which get what is left.
+        page = template.render(**content, data=_data(content["charts"], Pool("", [])), images_note="")
+        room = MOST_BYTES - len(page.encode()) - 1000
+        if room >= IMAGE_BYTES * len(images):
+            break
+    pool = encode(images, room)
     return template.render(**content, data=_data(content["charts"], pool), images_note=pool.note)
 
 
@@ -79,7 +86,6 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         if exhibits
         else [],
         "most_listed": MOST_LISTED,
-        "most_shown": MOST_SHOWN,
         "styles": _text("style.css"),
         "library": library(),
         "script": _text("page.js"),
@@ -101,10 +107,7 @@ def _data(charts: dict[str, Chart], pool: Pool) -> Markup:
         "prefix": pool.prefix,
         "images": pool.encoded,
     }
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
+    return Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", r"\u003c"))
 
 
 # --- scripts and styles

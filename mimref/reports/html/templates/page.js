@@ -1,7 +1,10 @@
 "use strict";
 const page = JSON.parse(document.getElementById("data").textContent);
 const address = (number) => page.prefix + page.images[number];
-for (const image of document.querySelectorAll("img[data-image]")) image.src = address(image.dataset.image);
+for (const image of document.querySelectorAll("img[data-image]")) {
+  image.src = address(image.dataset.image);
+  image.title = image.alt;
+}
 const images = page.images.map((_, number) => ({ number, source: address(number) }));
 const options = { actions: false, renderer: "svg", defaultStyle: false, tooltip: { disableDefaultStyle: true } };
 const drawn = Object.entries(page.charts).map(([name, chart]) => {
