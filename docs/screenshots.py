@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
-COLORS = 128
+COLORS = 256
 """Of the pictures, which makes them a third as large."""
 
 
@@ -48,7 +48,7 @@ def take(report: Path) -> None:
         sandbox = ["--no-sandbox"] * (os.geteuid() == 0)
         browser = started.chromium.launch(executable_path=chromium, args=sandbox)
         for name, (show, scheme) in shots.items():
-            page = browser.new_page(viewport={"width": 1100, "height": 700}, color_scheme=scheme)  # type: ignore[arg-type]
+            page = browser.new_page(viewport={"width": 1100, "height": 760}, color_scheme=scheme)  # type: ignore[arg-type]
             page.goto(report.resolve().as_uri())
             page.wait_for_selector("html[data-drawn=yes]")
             show(page)

@@ -183,7 +183,8 @@ def _thinned(points: Points, most: int) -> Points:
 
 
 def _readable(name: str) -> str:
-    label = _NAMES.get(name) or LABELS.get(name, name.replace("_", " "))
+    label = _NAMES.get(name) or LABELS.get(name, "{")
+    label = name.replace("_", " ") if "{" in label else label
     return short_name(f"{label} (%)" if name.endswith(("top1", "top5", "accuracy")) else label, PATH_LENGTH)
 
 
