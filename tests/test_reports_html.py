@@ -116,10 +116,7 @@ def charts(page: Parsed) -> dict[str, list[dict[str, Any]]]:
     """The data of every chart by its title."""
     found = {}
     for name, spec in json.loads(page.data)["charts"].items():
-        values = [
-            dataset for dataset in spec["datasets"].values() if dataset and ("y" in dataset[0] or "at" in dataset[0])
-        ]
-        found["map" if name.startswith("map") else spec["description"].split(". ")[0]] = values[0]
+        found["map" if name.startswith("map") else spec["description"].split(". ")[0]] = spec["datasets"]["points"]
     return found
 
 

@@ -41,7 +41,17 @@ class Chart:
     note: str = ""
 
 
-def _finish(chart: alt.Chart | alt.LayerChart | alt.FacetChart, title: str, height: int, note: str = "") -> Chart:
+POINTS = alt.NamedData("points")
+
+
+def _finish(
+    chart: alt.Chart | alt.LayerChart | alt.FacetChart,
+    points: list[dict[str, Any]],
+    title: str,
+    height: int,
+    note: str = "",
+) -> Chart:
+    """points: the data set `POINTS`, which altair would copy many times."""
     ink = "currentColor"
     chart = (
         chart.properties(width="container", height=height, description=f"{title}. {note}" if note else title)
@@ -54,7 +64,9 @@ def _finish(chart: alt.Chart | alt.LayerChart | alt.FacetChart, title: str, heig
         .configure_legend(labelColor=ink, titleColor=ink, orient="bottom", columns=4, labelLimit=150, title=None)
         .configure_range(category=COLORS, symbol=SHAPES)
     )  # fmt: skip
-    spec: dict[str, Any] = chart.to_dict()
+    # Every part was checked when it was made.
+    spec: dict[str, Any] = chart.to_dict(validate=False)
+    spec["datasets"] = spec.get("datasets", {}) | {"points": points}
     return Chart(title, spec, note)
 
 
@@ -152,7 +164,7 @@ def _log_chart(
     values = [
         {"x": x, "y": y, "curve": curve} for curve, points in curves.items() for x, y in _thinned(sorted(points), most)
     ]
-    chart = alt.Chart(alt.InlineData(values))
+    chart = alt.Chart(POINTS)
     tooltip = [alt.Tooltip("x:Q", title="epoch"), alt.Tooltip("y:Q", title="value", format=".5~g")]
     encoding: dict[str, Any] = {
         "x": alt.X("x:Q", title="epoch", axis=alt.Axis(grid=False), scale=alt.Scale(domain=[0, end], nice=False)),
@@ -173,7 +185,7 @@ def _log_chart(
         rule = alt.Chart(alt.InlineData(borders)).mark_rule(strokeDash=[4, 4], color="currentColor", opacity=0.5)
         layers.append(rule.encode(x="x:Q", tooltip=alt.Tooltip("name:N", title="starts")))
     note = "One curve per head." if _per_head(curves) else "The mean over heads." if averaged else ""
-    return _finish(alt.layer(*layers), _readable(name), 190, note)
+    return _finish(alt.layer(*layers), values, _readable(name), 190, note)
 
 
 def _thinned(points: Points, most: int) -> Points:
@@ -246,7 +258,7 @@ def _block_chart(metric: str, curves: Mapping[str, Sequence[Row]], heads: Mappin
     last = max(value["x"] for value in values)
     ticks = list(range(1, last + 1)) if last <= 16 else list(range(0, last + 1, 4))
     color = alt.Color("curve:N", sort=list(curves), legend=alt.Legend() if len(curves) > 1 else None)
-    chart = alt.Chart(alt.InlineData(values)).encode(
+    chart = alt.Chart(POINTS).encode(
         x=alt.X("x:Q", title="block", axis=alt.Axis(grid=False, values=ticks, format="d"), scale=alt.Scale(nice=False)),
         y=alt.Y("y:Q", title=None, scale=alt.Scale(zero=False)),
         color=color,
@@ -262,7 +274,7 @@ def _block_chart(metric: str, curves: Mapping[str, Sequence[Row]], heads: Mappin
         tooltip=tooltip,
     )
     note = "Filled: recommended for heads." if any(heads.values()) else ""
-    return _finish(alt.layer(chart.mark_line(), points), title + unit, 240, note)
+    return _finish(alt.layer(chart.mark_line(), points), values, title + unit, 240, note)
 
 
 # --- the map
@@ -300,7 +312,7 @@ def map_chart(exhibits: Exhibits) -> Chart:
         tooltip.insert(1, alt.Tooltip("label:N", title="class"))
     axis = alt.Scale(zero=False, nice=False, padding=12)
     chart = (
-        alt.Chart(alt.InlineData(values))
+        alt.Chart(POINTS)
         .transform_lookup(
             lookup="number", from_=alt.LookupData(data=alt.NamedData("images"), key="number", fields=["source"])
         )
@@ -312,4 +324,4 @@ def map_chart(exhibits: Exhibits) -> Chart:
     )
     chart = chart.add_params(model)
     title = f"{len(values):,} images by {', '.join(names)}"
-    return _finish(chart, title, 460, f"{len(labels)} classes." if labels else "")
+    return _finish(chart, values, title, 460, f"{len(labels)} classes." if labels else "")
