@@ -139,6 +139,20 @@ def test_a_lower_davies_bouldin_is_a_gain(tmp_path: Path) -> None:
     assert '<small class="gain">(-0.750)' in make_page([read_run(write_run(tmp_path, rows))])
 
 
+def test_a_single_model_is_not_the_best(tmp_path: Path) -> None:
+    assert 'number best"' not in make_page([read_run(write_run(tmp_path, ROWS[:1]))])
+
+
+def test_an_entry_of_a_suite_is_a_line(tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {"model": "m", "metric": "suite_average", "value": 80.0, "entries": 2},
+        {"model": "m", "metric": "knn_top1", "value": 70.0, "entry": "flowers"},
+        {"model": "m", "metric": "probe_top1", "value": 90.0, "entry": "pets", "std": 1.25, "mean": 90.0},
+    ]
+    lines = parsed(write_run(tmp_path, rows, command="transfer", config={"seed": 0})).lines
+    assert lines[1:4] == [["flowers", "70.0"], ["pets± standard deviation", "90.0 ± 1.2"], ["average", "80.0"]]
+
+
 def test_runs_stand_side_by_side_under_their_names(tmp_path: Path) -> None:
     other: list[Row] = [{"model": "base", "metric": "knn_top1", "value": 70.0, "k": 20}]
     lines = parsed(write_run(tmp_path / "one"), write_run(tmp_path / "two", other)).lines

@@ -97,14 +97,20 @@ def figure(path: Path, options: Quiet) -> "Iterator[Terminal]":
 
 
 def write_page(folder: Path | None, options: Report) -> None:
-    """Write report.html about the finished run in `folder`, unless `--no-report`; a failure is a warning."""
-    if folder is None or options.no_report:
+    """Write report.html about the finished run in `folder`, unless `--no-report`; a failure is a warning.
+
+    A page about earlier results does not stay.
+    """
+    if folder is None:
         return
     from mimref.progress import optional
     from mimref.reports.terminal import Terminal
 
     page = folder / "report.html"
     with Terminal(options.quiet) as terminal, optional(f"no report in {page}", terminal):
+        page.unlink(missing_ok=True)
+        if options.no_report:
+            return
         from mimref.reports.html.page import write_report
         from mimref.reports.html.runs import read_run
 

@@ -91,6 +91,8 @@ def test_an_evaluation_writes_a_report_unless_told_not_to(
     assert run([*line, "--out", str(tmp_path / "without"), "--no-report"]) == 0
     assert {path.name for path in (tmp_path / "without").iterdir()}.isdisjoint({"report.html", "exhibits.json"})
     assert (tmp_path / "without" / "results.json").is_file()
+    assert run([*line, "--out", str(tmp_path / "with"), "--no-report", "--force"]) == 0
+    assert not (tmp_path / "with" / "report.html").exists()  # it was about the results replaced
 
 
 def test_a_training_writes_a_report(folder: Path, tmp_path: Path) -> None:

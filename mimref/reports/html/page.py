@@ -95,7 +95,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     if len(runs) == 1:
-        return [*runs[0].notes, *(runs[0].exhibits.notes if runs[0].exhibits else [])]
+        return runs[0].notes
     notes = [f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes if not run.finished]
     return [*notes, "Maps and galleries are in the report of each run."]
 

@@ -58,7 +58,8 @@ def results_table(runs: Sequence[Run]) -> Table | None:
         cells = []
         for number, group in enumerate(groups):
             by_model = {model: row for (run, model), row in found.items() if run == number}
-            cells += [compared_cell(by_model, model, group.base) for model in group.models]
+            compared = [compared_cell(by_model, model, group.base) for model in group.models]
+            cells += compared if len(compared) > 1 else [cell._replace(is_best=False) for cell in compared]
         lines.append((label, _spread(list(found.values())), cells))
     return Table(groups, lines, len(everything) - len(main))
 
@@ -121,7 +122,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         "encoder": ", ".join(weights) or setting(run, "encoder.arch"),
         **_encoder_facts(run),
         "seed": setting(run, "seed"),
-        "device": f"{setting(run, 'device')}, {setting(run, 'precision')}" if setting(run, "device") else "",
+        "device": setting(run, "device"),
+        "precision": setting(run, "precision"),
         "time": "" if run.elapsed_s is None else str(timedelta(seconds=round(run.elapsed_s))),
         "skipped images": len(run.bad_images) or "",
         "version": run.version and f"mimref {run.version}",
@@ -141,8 +143,8 @@ def _encoder_facts(run: Run) -> dict[str, str]:
     from mimref.encoders.inspection import inspect_file
 
     own = sorted(run.folder.glob("encoder.safetensors")) or sorted(run.folder.glob("split[0-9]*.safetensors"))
-    for file in (*own, *map(Path, checkpoints(run))):
-        if not file.exists():  # a published name, or weights that are gone
+    for file in (*own, *checkpoints(run)):
+        if file != "quickstart" and not Path(file).exists():  # a published name, or weights that are gone
             continue
         try:
             found = inspect_file(file)
