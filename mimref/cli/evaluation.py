@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import drop_state, figure, gallery, note, print_finished, report, run_on_ranks
+from mimref.cli.execution import drop_state, figure, gallery, note, print_finished, report, run_on_ranks, write_page
 from mimref.cli.options import (
     BATCH_SIZE,
     CHECKPOINT,
@@ -16,6 +16,7 @@ from mimref.cli.options import (
     Output,
     Pool,
     Preset,
+    Report,
     Resume,
     Seed,
     Split,
@@ -81,7 +82,7 @@ def lowshot(options: LowshotOptions) -> None:
     report(options, config, run_on_ranks(config, options, evaluate_lowshot))
 
 
-class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Output, panel="Protocol"):
+class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Report, panel="Protocol"):
     clusters: Text = option("Default: as many as classes. Images without labels need it.", "N", "clusters")
     classes: Text = option("Only these classes, or those named in a file.", "NAMES|FILE", "classes")
     umap: Path | None = option("Draw the images as points, coloured by class, or by cluster.", "FILE.png")
@@ -107,7 +108,7 @@ def cluster(options: ClusterOptions) -> None:
 
     from mimref.evaluation.cluster.protocol import evaluate_cluster
 
-    work = partial(evaluate_cluster, embed=umap is not None, exhibits=options.out is not None)
+    work = partial(evaluate_cluster, embed=umap is not None, exhibits=options.reports)
     found = run_on_ranks(config, options, work)
     if found is None:
         return
@@ -120,6 +121,7 @@ def cluster(options: ClusterOptions) -> None:
         write_bytes(options.out / "assignments.csv", result.assignment.table())
         strips, notes = cluster_strips(result.assignment), cluster_notes(result.assignment)
         gallery(options.out, "Clusters", strips, notes, options)
+    write_page(options.out, options)
     if last is None or umap is None:
         return
     with figure(umap, options) as terminal:
@@ -172,7 +174,7 @@ def probe(options: ProbeOptions) -> None:
         drop_state(state)
 
 
-class BlocksOptions(EncoderPass, Pool, Preset, Seed, Output, panel="Protocol"):
+class BlocksOptions(EncoderPass, Pool, Preset, Seed, Report, panel="Protocol"):
     checkpoints: list[str] | None = argument(
         f"{CHECKPOINT}; several are compared.", "CKPT", "checkpoints", required=False
     )
@@ -199,7 +201,7 @@ def analyze_blocks(options: BlocksOptions) -> None:
     from mimref.evaluation.blocks.protocol import evaluate_blocks
     from mimref.reports.terminal import print_blocks
 
-    result = run_on_ranks(config, options, partial(evaluate_blocks, exhibits=options.out is not None))
+    result = run_on_ranks(config, options, partial(evaluate_blocks, exhibits=options.reports))
     if result is None:
         return
     report(options, config, result, partial(print_blocks, heads=result.heads))
@@ -208,9 +210,10 @@ def analyze_blocks(options: BlocksOptions) -> None:
             from mimref.reports.figures import plot_blocks
 
             plot_blocks(options.out / "blocks.png", result.rows, heads=result.heads)
+    write_page(options.out, options)
 
 
-class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Output, panel="Protocol"):
+class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Report, panel="Protocol"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: list[str] = argument("Weights to compare with BASE.", "REFINED", "refined")
     protocols: Text = option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols")
@@ -233,7 +236,7 @@ def compare(options: CompareOptions) -> None:
     from mimref.evaluation.compare import compare_encoders
     from mimref.reports.terminal import print_comparison
 
-    result = run_on_ranks(config, options, partial(compare_encoders, exhibits=options.out is not None))
+    result = run_on_ranks(config, options, partial(compare_encoders, exhibits=options.reports))
     if result is None:
         return
     first = str(result.rows[0]["model"])
@@ -247,6 +250,7 @@ def compare(options: CompareOptions) -> None:
             from mimref.reports.figures import plot_comparison
 
             plot_comparison(options.out / "comparison.png", result.rows, first)
+    write_page(options.out, options)
 
 
 class SearchOptions(EncoderPass, Blocks, Output, panel="Protocol"):

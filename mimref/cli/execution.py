@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from mimref.cli.options import Output, Quiet
+from mimref.cli.options import Output, Quiet, Report
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
@@ -108,6 +108,28 @@ def gallery(out: Path, title: str, strips: "Sequence[Strip]", notes: Sequence[st
         write_gallery(out / "gallery.html", title, strips, notes)
         plot_gallery(out / "gallery.png", title, strips)
         terminal.note(f"gallery in {out / 'gallery.html'} and gallery.png")
+
+
+def write_page(folder: Path | None, options: Report) -> None:
+    """Write report.html about the finished run in `folder`, unless `--no-report`; a failure is a warning.
+
+    A page about earlier results does not stay.
+    """
+    if folder is None:
+        return
+    from mimref.progress import optional
+    from mimref.reports.terminal import Terminal
+
+    page = folder / "report.html"
+    with Terminal(options.quiet) as terminal, optional(f"no report in {page}", terminal):
+        page.unlink(missing_ok=True)
+        if options.no_report:
+            return
+        from mimref.reports.html.page import write_report
+        from mimref.reports.html.runs import read_run
+
+        write_report(page, [read_run(folder)])
+        terminal.note(f"report in {page}")
 
 
 def print_finished(out: Path, command: str) -> bool:

@@ -4,8 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimref.cli.execution import note, print_facts, print_finished, run_on_ranks
-from mimref.cli.options import Batch, Images, MicroBatch, Preset, Resume, Seed, Text, TrainedArch, TrainedEncoder
+from mimref.cli.execution import note, print_facts, print_finished, run_on_ranks, write_page
+from mimref.cli.options import (
+    Batch,
+    Images,
+    MicroBatch,
+    Preset,
+    Report,
+    Resume,
+    Seed,
+    Text,
+    TrainedArch,
+    TrainedEncoder,
+)
 from mimref.cli.parser import option
 from mimref.errors import Checks
 
@@ -19,7 +30,7 @@ if TYPE_CHECKING:
     TrainingResult = RefineResult | PretrainResult | FinetuneResult
 
 
-class TrainingOptions(Images, Batch, Preset, Seed, Resume):
+class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume):
     """Of commands that train in an output folder."""
 
     def resumed_preset(self) -> str | None:
@@ -134,4 +145,5 @@ def run_training(training: "Callable[..., TrainingResult]", config: "TrainingCon
     print_rows(result.rows)
     weights = ", ".join(map(str, sorted(out.glob("*.safetensors"))))
     note(f"encoder in {weights}, results in {out / 'results.json'}", options)
+    write_page(out, options)
     return True

@@ -20,9 +20,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mimref.data.decode import printable
 from mimref.files import atomic_path
-from mimref.reports.metrics import LOWER_IS_BETTER, STATISTICS, metric_label
+from mimref.reports.metrics import LOWER_IS_BETTER, STATISTICS, metric_label, short_name
 from mimref.results import Row, main_rows
 
 # Okabe and Ito's colours, with a darker yellow for white paper.
@@ -360,10 +359,7 @@ def _curve_style(number: int) -> tuple[str, str]:
 
 def _text(text: str, length: int = 3 * NAME_LENGTH) -> str:
     """Names on one line; long ones lose their middle, and dollar signs make no formula."""
-    text = printable(" ".join(text.split()))
-    half = length // 2
-    text = text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
-    return text.replace("$", r"\$")
+    return short_name(text, length).replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -81,7 +81,8 @@ def metric_label(row: Row, among: Sequence[Row] = ()) -> str:
         # A setting that a row lacks distinguishes nothing: raw pixels have no blocks.
         and any(other.get(key, value) != value for other in same)
     ]
-    label = name.format_map({"shots": "?", "block": "?"} | row)
+    unknown = {"shots": "?", "block": "?", "corruptions": "?"}
+    label = name.format_map(unknown | row) if row["metric"] in LABELS else name
     return f"{label} ({', '.join(varying)})" if varying else label
 
 

@@ -36,6 +36,7 @@ _OUR_FILES = (
     "metrics.jsonl",
     "heads.pt",
     "exhibits.json",
+    "report.html",
 )
 # Settings that do not change what is trained.
 _MAY_CHANGE = (
