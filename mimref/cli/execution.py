@@ -13,6 +13,7 @@ from mimref.cli.options import Output, Quiet, Report
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
+    from mimref.config.recipe import Derived
     from mimref.reports.galleries import Strip
     from mimref.reports.terminal import Terminal
     from mimref.results import EvaluationResult, Row
@@ -158,6 +159,14 @@ def print_facts(facts: Mapping[str, object]) -> None:
     width = max(map(len, facts), default=0)
     for label, value in facts.items():
         typer.echo(f"{label:{width}}  {value}")
+
+
+def print_derived(derived: "Sequence[Derived]") -> None:
+    """Print one line per derived setting: its key, its value and the rule, aligned."""
+    rows = [(each.setting, each.change, each.rule) for each in derived]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)] if rows else []
+    for setting, change, rule in rows:
+        typer.echo(f"  {setting:{widths[0]}}  {change:{widths[1]}}  {rule}")
 
 
 def note(line: str, options: Quiet) -> None:
