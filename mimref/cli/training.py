@@ -4,8 +4,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimref.cli.execution import note, print_derived, print_facts, print_finished, run_on_ranks
-from mimref.cli.options import Batch, Images, MicroBatch, Preset, Resume, Seed, Text, TrainedArch, TrainedEncoder
+from mimref.cli.execution import note, print_derived, print_facts, print_finished, run_on_ranks, write_page
+from mimref.cli.options import (
+    Batch,
+    Images,
+    MicroBatch,
+    Preset,
+    Report,
+    Resume,
+    Seed,
+    Text,
+    TrainedArch,
+    TrainedEncoder,
+)
 from mimref.cli.parser import option
 from mimref.errors import Checks
 
@@ -24,7 +35,7 @@ if TYPE_CHECKING:
 DRY_RUN = option("Print the settings with their reasons, sizes, steps and time; write nothing.")
 
 
-class TrainingOptions(Images, Batch, Preset, Seed, Resume, panel="Training"):
+class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume, panel="Training"):
     """Of commands that train in an output folder."""
 
     strict: bool | None = option("Refuse a preset that does not fit, instead of adapting it.", sets="strict")
@@ -181,4 +192,5 @@ def run_training(training: "Callable[..., TrainingResult]", config: "TrainingCon
     print_rows(result.rows)
     weights = ", ".join(map(str, sorted(out.glob("*.safetensors"))))
     note(f"encoder in {weights}, results in {out / 'results.json'}", options)
+    write_page(out, options)
     return True

@@ -145,6 +145,8 @@ class EvaluateConfig(Section):
     """Draws of the low-shot training images."""
     cluster_runs: int = Field(default=100, gt=0)
     """Mini-batch k-means runs; the one with the lowest inertia counts."""
+    exhibits: bool = True
+    """Save small images for the report: maps, nearest neighbours, confusions and clusters."""
 
 
 class TrainingConfig(CommandConfig):

@@ -182,7 +182,9 @@ def _derive_training(recipe: Recipe[RefineConfig], architecture: Architecture, i
     batch = recipe.config.batch_size
     steps = max(1, images // batch)
     for name, number in zip(("heads_stage", "encoder_stage"), epochs(images, batch), strict=True):
-        recipe.derive(f"{name}.epochs", number, f"{number * steps:,} updates of {batch} images, see docs/recipes.md")
+        recipe.derive(
+            f"{name}.epochs", number, f"{number * steps:,} updates of {batch} images; {_why_epochs(images, name)}"
+        )
         chosen: int = get(recipe.config, f"{name}.epochs")
         warmup = warmup_epochs(chosen, steps)
         why = "a fifth of the epochs, at most 4" if warmup <= 4 else "a fifth of the epochs, at most 100 updates"
@@ -199,6 +201,13 @@ def _derive_training(recipe: Recipe[RefineConfig], architecture: Architecture, i
     decay = average_decay(updates)
     why = f"averages over {1 / (1 - decay):,.0f} of {updates:,} updates; {100 * decay**updates:.1f}% of the base remain"
     recipe.derive("encoder_stage.ema", decay, why)
+
+
+def _why_epochs(images: int, name: str) -> str:
+    few, paper, least, most = (3, 20, 225, 40) if name == "heads_stage" else (8, 30, 600, 100)
+    if images > _FEW:
+        return f"from {few} for 10,000 images to the paper's {paper} for ImageNet"
+    return f"at least {least}, but at most {most} epochs"
 
 
 def _derive_views(recipe: Recipe[RefineConfig], architecture: Architecture, seen: Appearance) -> None:
