@@ -23,7 +23,6 @@ from mimref.sharing.layout import Layout, Subject, with_layer_scale
 
 _CLASSES = {"vit": "ViT", "ijepa": "IJepa", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
 """From `model_type` to the start of its classes' names."""
-_LAYER = "encoder.layer.{}"
 _BLOCK = {
     "attn.proj": "attention.output.dense",
     "norm1": "layernorm_before",
@@ -178,7 +177,7 @@ def _tensors(kind: str, architecture: Architecture, state: Mapping[str, Tensor])
         if match is None:
             tensors[_TOKENS[name]] = tensor
             continue
-        start, part, parameter = _LAYER.format(match[1]), match[2], match[3]
+        start, part, parameter = ".".join(["encoder", "layer", match[1]]), match[2], match[3]
         if part == "attn.qkv":
             for own, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 tensors[f"{start}.attention.attention.{own}.{parameter}"] = third
