@@ -130,14 +130,12 @@ def atomic_folder(folder: Path, option: str = "--out") -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-        _sync_folder(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
     except OSError as error:
         advice = "free some space and run again" if error.errno in DISK_FULL else f"choose another {option}"
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; {advice}") from error
@@ -166,7 +164,7 @@ def atomic_path(path: Path, option: str = "--out") -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         advice = "free some space and run again" if error.errno in DISK_FULL else f"choose another {option}"
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
@@ -208,10 +206,10 @@ def write_bytes(path: Path, data: bytes, option: str = "--out") -> None:
         file.write(data)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a new name survive a power cut."""
+def _sync(place: Path) -> None:
+    """Make a file, or the new names in a folder, survive a power cut."""
     with suppress(OSError):  # not every system can synchronise a folder
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(place, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

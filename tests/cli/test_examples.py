@@ -30,6 +30,8 @@ WORK = (
     "mimref.cli.transfer.run_on_ranks",
     "mimref.cli.robustness.run_on_ranks",
     "mimref.cli.segment.run_on_ranks",
+    "mimref.reports.html.runs.newest_run",
+    "mimref.reports.html.runs.read_run",
     "mimref.refinement.plan.make_plan",
     "mimref.evaluation.interpolate.interpolate",
     "mimref.encoders.export.read_encoder",
