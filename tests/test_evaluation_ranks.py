@@ -49,11 +49,15 @@ def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
     tasks = [
         lambda c: evaluate_knn(KnnConfig(checkpoint=base, k=[1, 5], blocks="all", **c)),
         lambda c: evaluate_lowshot(LowshotConfig(checkpoint=base, splits=2, shots=[1], **c)),
-        lambda c: evaluate_cluster(ClusterConfig(checkpoint=base, runs=2, metrics=["acc", "sil"], **c))[0],
+        lambda c: evaluate_cluster(ClusterConfig(checkpoint=base, runs=2, metrics=["acc", "sil"], **c), exhibits=True)[
+            0
+        ],
         lambda c: evaluate_probe(ProbeConfig(checkpoint=base, cached=True, probe=probe, **c)),
         lambda c: evaluate_probe(ProbeConfig(checkpoint=base, probe=augmented, **c)),
-        lambda c: evaluate_blocks(BlocksConfig(checkpoints=[base, other], k=5, **c)),
-        lambda c: compare_encoders(CompareConfig(base=base, refined=[other], splits=1, shots=[1], runs=2, **c)),
+        lambda c: evaluate_blocks(BlocksConfig(checkpoints=[base, other], k=5, **c), exhibits=True),
+        lambda c: compare_encoders(
+            CompareConfig(base=base, refined=[other], splits=1, shots=[1], runs=2, **c), exhibits=True
+        ),
     ]
     found = []
     for number, task in enumerate(tasks):

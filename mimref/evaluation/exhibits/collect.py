@@ -14,7 +14,14 @@ from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
 from mimref.evaluation.cluster.kmeans import fit_kmeans, inertia
 from mimref.evaluation.exhibits.contents import Cluster, Confusion, Exhibits
-from mimref.evaluation.exhibits.galleries import MOST_CLUSTERS, choose_queries, confusions, describe_clusters, nearest
+from mimref.evaluation.exhibits.galleries import (
+    MOST_CLUSTERS,
+    MOST_CONFUSIONS,
+    choose_queries,
+    confusions,
+    describe_clusters,
+    nearest,
+)
 from mimref.evaluation.exhibits.maps import MOST_IMAGES, map_rows
 from mimref.evaluation.exhibits.numbering import Models, Shown, number_images
 from mimref.evaluation.knn.protocol import find_neighbours, predict_labels
@@ -137,9 +144,7 @@ class Exhibition:
         found = None
         if self._models is not None and not self._failed:
             if self._left_out:
-                self._notes[f"Of more than {MOST_MODELS} models, these are left out: {', '.join(self._left_out)}."] = (
-                    None
-                )
+                self._note(f"Of more than {MOST_MODELS} models, these are left out: {', '.join(self._left_out)}.")
             with self._guarded():
                 found = number_images(self._models, self.source, self.settings, self.seed, self.listener, self._notes)
         return found
@@ -159,6 +164,10 @@ class Exhibition:
             done = True
         self._failed = self._failed or not done
 
+    def _note(self, line: str) -> None:
+        """Once, whatever the number of models."""
+        self._notes[line] = None
+
     def _of_images(self, positions: Indices, y: Labels | None, class_names: list[str] | None) -> Models:
         """The models of these images, which must be those of the models before."""
         if self._models is None:
@@ -166,9 +175,9 @@ class Exhibition:
             self._models = Models(positions, y, lambda label: show_class(label, class_names), rows, queries)
             some = "in equal shares of the classes" if y is not None else "evenly spread"
             if isinstance(source := self.source, Subset) and len(source) < len(source.source):
-                self._notes[f"Shown are {len(source)} of the {len(source.source)} {self.what}, {some}."] = None
+                self._note(f"Shown are {len(source)} of the {len(source.source)} {self.what}, {some}.")
             if 0 < len(rows) < len(positions):
-                self._notes[f"The maps show {len(rows)} of the {len(positions)} {self.what}, {some}."] = None
+                self._note(f"The maps show {len(rows)} of the {len(positions)} {self.what}, {some}.")
         elif not np.array_equal(self._models.positions, positions):
             raise DataError(f"{self.source.name}: the encoders could not read the same images; run again")
         return self._models
@@ -182,23 +191,27 @@ class Exhibition:
 
     def _confusions(self, models: Models, x: Matrix, y: Labels, voting: Voting) -> list[Confusion]:
         if not vary(voting.x):
+            self._note("No confusions are shown of features that do not vary.")
             return []
         rows = fixed_choice(len(x), y, most=MOST_PREDICTED)
         k = min(voting.k, len(voting.y))
         some = f"{len(rows)} of the {len(x)} {self.what}" if len(rows) < len(x) else f"the {len(x)} {self.what}"
-        self._notes[f"Confusions: k-NN with k = {k} and tau = {voting.tau:g} on {some}."] = None
+        self._note(f"Confusions: k-NN with k = {k} and tau = {voting.tau:g} on {some}.")
         neighbours = find_neighbours(voting.x, x[rows], k=k, device=str(self.settings.device))
-        return confusions(y[rows], predict_labels(neighbours, voting.y, tau=voting.tau), rows, models.name)
+        found = confusions(y[rows], predict_labels(neighbours, voting.y, tau=voting.tau), rows, models.name)
+        if len(found) > MOST_CONFUSIONS:
+            self._note(f"The {MOST_CONFUSIONS} confusions of the largest shares are shown.")
+        return found[:MOST_CONFUSIONS]
 
     def _clusters(self, models: Models, x: Matrix, best: BestRun) -> list[Cluster]:
         """Of the evaluation's own best run."""
-        self._notes[f"Clusters: the best of {best.runs} k-means runs on the {len(x)} {self.what}."] = None
+        self._note(f"Clusters: the best of {best.runs} k-means runs on the {len(x)} {self.what}.")
         points = unit_rows(x)
         found = describe_clusters(
             points, *fit_kmeans(points, best.clusters, best.number, best.seed), models.y, models.name
         )
         if len(found) > MOST_CLUSTERS:
-            self._notes[f"The {MOST_CLUSTERS} largest clusters are shown."] = None
+            self._note(f"The {MOST_CLUSTERS} largest clusters are shown.")
         return found[:MOST_CLUSTERS]
 
     def _own_clusters(self, models: Models, map_x: NDArray[np.float32]) -> list[Cluster]:
@@ -208,10 +221,11 @@ class Exhibition:
         wanted = round(np.sqrt(len(rows) / 2)) if y is None else len(np.unique(y))
         clusters = min(max(2, wanted), MOST_CLUSTERS)
         if len(rows) <= clusters:
+            self._note("No clusters: there are too few images.")
             return []
         runs = [fit_kmeans(points, clusters, number, self.seed) for number in range(OWN_RUNS)]
         best = min(runs, key=lambda run: inertia(points, *run))
-        self._notes[f"Clusters: the best of {OWN_RUNS} k-means runs on the {len(rows)} images of the maps."] = None
+        self._note(f"Clusters: the best of {OWN_RUNS} k-means runs on the {len(rows)} images of the maps.")
         found = describe_clusters(points, *best, y, models.name)
         return [
             replace(each, central=rows[each.central].tolist(), outlying=rows[each.outlying].tolist()) for each in found

@@ -60,7 +60,7 @@ def confusions(y: Labels, predicted: Labels, rows: Indices, name: Callable[[int]
         for other, count in zip(wrong[0][worst].tolist(), wrong[1][worst].tolist(), strict=True):
             images = rows[(y == label) & (predicted == other)][:EXAMPLES].tolist()
             found.append(Confusion(name(int(label)), name(other), count, count / total, images))
-    return sorted(found, key=lambda each: (-each.share, -each.count))[:MOST_CONFUSIONS]
+    return sorted(found, key=lambda each: (-each.share, -each.count))
 
 
 def describe_clusters(

@@ -40,5 +40,6 @@ def principal_components(x: NDArray[np.float32]) -> NDArray[np.float32]:
     scores[:, : min(2, len(values))] = (left * values)[:, :2]
     largest = np.take_along_axis(scores, np.abs(scores).argmax(axis=0)[None], axis=0)
     scores *= np.where(largest < 0, -1.0, 1.0)
-    scores *= 10 / max(float(np.abs(scores).max()), np.finfo(np.float64).tiny)
-    return scores.astype(np.float32)
+    # Equal images differ by rounding in float32 alone.
+    size = float(np.abs(scores).max())
+    return np.asarray(scores * (10 / size if size > 1e-6 else 0.0), dtype=np.float32)

@@ -17,6 +17,7 @@ SIDE = 48
 # Side and JPEG quality, the best first. A photograph takes 1,000 bytes at the first and 350 at the last, where most of
 # them are the file's header; noise takes 1,800 and 385.
 GRADES = ((SIDE, 80), (SIDE, 70), (SIDE, 60), (40, 55), (32, 50), (24, 45), (16, 40))
+SAMPLE = 100
 
 Crop = NDArray[np.uint8]
 """(S, S, 3)."""
@@ -40,12 +41,19 @@ def encode_within(crops: Sequence[Crop | None], most_bytes: int) -> list[bytes]:
 
     If no grade is small enough, in the last. A missing crop is a gray square.
     """
-    encoded: list[bytes] = []
-    for side, quality in GRADES:
-        encoded = [encode(np.full((8, 8, 3), 128, np.uint8) if crop is None else crop, side, quality) for crop in crops]
-        if sum(map(len, encoded)) <= most_bytes:
-            break
-    return encoded
+
+    def encoded(grade: tuple[int, int], some: Sequence[Crop | None]) -> list[bytes]:
+        missing = np.full((8, 8, 3), 128, np.uint8)
+        return [encode(missing if crop is None else crop, *grade) for crop in some]
+
+    sample = crops[:: max(1, len(crops) // SAMPLE)]
+    for grade in GRADES[:-1]:
+        # All are encoded only where a sample promises that they fit.
+        if sum(map(len, encoded(grade, sample))) * len(crops) <= most_bytes * len(sample):
+            found = encoded(grade, crops)
+            if sum(map(len, found)) <= most_bytes:
+                return found
+    return encoded(GRADES[-1], crops)
 
 
 def encode(crop: Crop, side: int, quality: int) -> bytes:
