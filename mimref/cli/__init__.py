@@ -26,11 +26,12 @@ COMMANDS: Mapping[str, Sequence[Function]] = {
         evaluation.probe,
         evaluation.analyze_blocks,
         evaluation.compare,
+        evaluation.search,
         evaluation.extract,
         report.report,
     ),
     "Transfer": (transfer.finetune, transfer.predict, segment.segment, suite.transfer, robustness.robustness),
-    "Weights": (weights.inspect, weights.export, weights.interpolate),
+    "Weights": (weights.inspect, weights.export, weights.push, weights.interpolate),
 }
 TOOLS: Mapping[str, tuple[str, Mapping[str, Function]]] = {
     "presets": ("Show the settings that ship with mimref.", {"list": tools.list_presets, "show": tools.show_preset}),

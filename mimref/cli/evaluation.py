@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import drop_state, figure, note, print_finished, report, run_on_ranks, write_page
+from mimref.cli.execution import drop_state, figure, gallery, note, print_finished, report, run_on_ranks, write_page
 from mimref.cli.options import (
     BATCH_SIZE,
     CHECKPOINT,
@@ -34,6 +34,7 @@ class KnnOptions(Subject, EncoderPass, Blocks, Output, panel="Protocol"):
         "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
     )
     per_class: bool | None = option("Report every class as well.", sets="per_class")
+    retrieval: bool | None = option("Retrieval as well: mAP, MAP@R, and recall@1, 5 and 10.", sets="retrieval")
 
 
 def knn(options: KnnOptions) -> None:
@@ -44,6 +45,7 @@ def knn(options: KnnOptions) -> None:
     Examples:
       mimref knn
       mimref knn runs/mae_l16 --k 1,10,20 --tau 0.07 --blocks all --per-class
+      mimref knn runs/mae_l16 --retrieval --set recall_at=1,10,100
     """
     from mimref.evaluation.knn.config import KnnConfig
 
@@ -81,18 +83,21 @@ def lowshot(options: LowshotOptions) -> None:
 
 
 class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Report, panel="Protocol"):
+    clusters: Text = option("Default: as many as classes. Images without labels need it.", "N", "clusters")
     classes: Text = option("Only these classes, or those named in a file.", "NAMES|FILE", "classes")
-    umap: Path | None = option("Draw the images as points, coloured by class.", "FILE.png")
+    umap: Path | None = option("Draw the images as points, coloured by class, or by cluster.", "FILE.png")
 
 
 def cluster(options: ClusterOptions) -> None:
-    """Cluster images and compare the clusters with the classes.
+    """Cluster images, with or without labels, and compare the clusters with the classes.
 
-    Mini-batch k-means: the run with the lowest inertia, and the mean of all runs.
+    Mini-batch k-means: the run with the lowest inertia, and the mean of all runs. With --out: the cluster of every
+    image, and a gallery of central and outlying images.
 
     Examples:
       mimref cluster --metrics acc,nmi
       mimref cluster runs/mae_l16 --classes food.txt --umap food.png
+      mimref cluster runs/mae_l16 --data /data/my_images --clusters 30 --out runs/clusters
     """
     from mimref.evaluation.cluster.config import ClusterConfig
 
@@ -110,6 +115,13 @@ def cluster(options: ClusterOptions) -> None:
     result, last = found
     report(options, config, result)
     write_page(options.out, options)
+    if options.out is not None and result.assignment is not None:
+        from mimref.files import write_bytes
+        from mimref.reports.galleries import cluster_notes, cluster_strips
+
+        write_bytes(options.out / "assignments.csv", result.assignment.table())
+        strips, notes = cluster_strips(result.assignment), cluster_notes(result.assignment)
+        gallery(options.out, "Clusters", strips, notes, options)
     if last is None or umap is None:
         return
     with figure(umap, options) as terminal:
@@ -241,19 +253,64 @@ def compare(options: CompareOptions) -> None:
     write_page(options.out, options)
 
 
-class ExtractOptions(EncoderPass, Blocks, Split, Force, panel="Output"):
+class SearchOptions(EncoderPass, Blocks, Output, panel="Protocol"):
+    checkpoint: Text = argument(
+        f"{CHECKPOINT}; default: the packaged tiny encoder, on digits. Goes before --query.",
+        "CKPT",
+        "checkpoint",
+        required=False,
+    )
+    queries: list[str] | None = option(
+        "Image files, or images of the data by the name that results give them.", "IMAGE...", "queries", flag="--query"
+    )
+    k: Text = option("Nearest images of every query; default 12.", "K", "k")
+    split: Text = option("Images to search; default all.", "train|val|all", "split")
+    standardize: bool | None = option(
+        "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
+    )
+
+
+def search(options: SearchOptions) -> None:
+    """Find the images of a data set that are most similar to given ones.
+
+    Exact: every query is compared with every image by cosine. Images need no labels. With --out: a table as CSV and
+    JSON, and a gallery as PNG and HTML.
+
+    Examples:
+      mimref search --query digits/val/21 digits/val/24 --k 5
+      mimref search runs/mae_l16 --data /data/my_images --query cat.jpg dog.jpg --out runs/found
+    """
+    from mimref.evaluation.search.config import SearchConfig
+
+    config = options.load(SearchConfig)
+    options.check_out()
+
+    from mimref.evaluation.search.protocol import search as run_search
+    from mimref.reports.terminal import print_found
+
+    result = run_on_ranks(config, options, partial(run_search, pictures=options.out is not None))
+    report(options, config, result, print_found)
+    if result is not None and options.out is not None and result.pictures:
+        from mimref.reports.galleries import search_notes, search_strips
+
+        gallery(options.out, "Nearest images", search_strips(result), search_notes(result), options)
+
+
+class ExtractOptions(EncoderPass, Blocks, Force, panel="Output"):
     checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT", "checkpoint")
-    out: Path = option("File to write.", "FILE.npz|FILE.parquet", required=True)
+    split: Text = option("Images to use; default val.", "train|val|all", "split")
+    out: Path = option("File to write.", "FILE.npz|FILE.parquet|FILE.lance", required=True)
 
 
 def extract(options: ExtractOptions) -> None:
     """Write features to a file for other programs.
 
-    Arrays in the order of the images: x, paths, and y if the images have labels.
+    Arrays in the order of the images (.npz), or a table with one row per image, ready for a vector database (.parquet,
+    .lance): its path, split, label and vector.
 
     Examples:
       mimref extract quickstart --out features.npz
-      mimref extract runs/mae_l16 --blocks 18,24 --data /data/my_images --out features.parquet
+      mimref extract runs/mae_l16 --data /data/my_images --split all --out features.lance
     """
     from mimref.features.config import ExtractConfig
 

@@ -13,6 +13,7 @@ from mimref.cli.options import Output, Quiet, Report
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
+    from mimref.reports.galleries import Strip
     from mimref.reports.terminal import Terminal
     from mimref.results import EvaluationResult, Row
 
@@ -116,6 +117,19 @@ def write_page(folder: Path | None, options: Report) -> None:
 
         write_report(page, [read_run(folder)])
         terminal.note(f"report in {page}")
+
+
+def gallery(out: Path, title: str, strips: "Sequence[Strip]", notes: Sequence[str], options: Quiet) -> None:
+    """Write gallery.html and gallery.png into a folder of results; a failure is a warning."""
+    from mimref.progress import optional
+    from mimref.reports.terminal import Terminal
+
+    with Terminal(options.quiet) as terminal, optional(f"no gallery in {out}", terminal):
+        from mimref.reports.galleries import plot_gallery, write_gallery
+
+        write_gallery(out / "gallery.html", title, strips, notes)
+        plot_gallery(out / "gallery.png", title, strips)
+        terminal.note(f"gallery in {out / 'gallery.html'} and gallery.png")
 
 
 def print_finished(out: Path, command: str) -> bool:

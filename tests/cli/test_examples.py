@@ -35,6 +35,8 @@ WORK = (
     "mimref.refinement.plan.make_plan",
     "mimref.evaluation.interpolate.interpolate",
     "mimref.encoders.export.read_encoder",
+    "mimref.sharing.export.read_subject",
+    "mimref.sharing.push.check_access",
     "mimref.benchmarks.evaluations.benchmark_evaluations",
     "mimref.benchmarks.views.benchmark_views",
     "mimref.benchmarks.step.benchmark_step",

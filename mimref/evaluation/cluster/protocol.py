@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -24,25 +25,17 @@ from sklearn.metrics.cluster import contingency_matrix
 
 from mimref.devices import own_cores
 from mimref.distributed.group import end_group
-from mimref.errors import Checks, ConfigError, DataError, did_you_mean
-from mimref.evaluation.cluster.classes import choose_classes
+from mimref.errors import Checks, ConfigError, did_you_mean
+from mimref.evaluation.cluster.assignment import Assignment, assign
+from mimref.evaluation.cluster.classes import check_classes, check_clusters
 from mimref.evaluation.cluster.config import ClusterConfig
-from mimref.evaluation.cluster.embedding import check_count
 from mimref.evaluation.cluster.kmeans import fit_kmeans, inertia
 from mimref.evaluation.exhibits.collect import BestRun, Exhibition, IllustratedResult
-from mimref.evaluation.metrics import (
-    check_features,
-    labelled,
-    number_classes,
-    percent,
-    progress_label,
-    spread,
-    unit_rows,
-    vary,
-)
+from mimref.evaluation.metrics import check_features, number_classes, percent, progress_label, spread, unit_rows, vary
+from mimref.features.collection import Part
 from mimref.features.inputs import SPLIT_NAMES, EncoderInputs, column_groups, prepare_groups
 from mimref.features.matrix import Labels, Matrix
-from mimref.features.opening import open_inputs
+from mimref.features.opening import Opened, open_inputs
 from mimref.progress import Listener, Progress, Silent
 from mimref.results import Row, named
 
@@ -56,7 +49,16 @@ class LastFeatures(NamedTuple):
     x: Matrix
     """(N, D)."""
     y: Labels
+    """Classes; clusters where the images have no labels."""
     class_names: list[str] | None
+
+
+@dataclass(frozen=True)
+class ClusterResult(IllustratedResult):
+    """Scores, and which image is in which cluster."""
+
+    assignment: Assignment | None = None
+    """By the features of the last of the chosen blocks."""
 
 
 def evaluate_cluster(
@@ -66,72 +68,75 @@ def evaluate_cluster(
     exhibits: bool = False,
     listener: Listener | None = None,
     checks: Checks | None = None,
-) -> tuple[IllustratedResult, LastFeatures | None]:
+) -> tuple[ClusterResult, LastFeatures | None]:
     """Clustering of one split's images; with `embed`, also the features to embed, which are enough for UMAP.
 
-    exhibits: also what a report shows of the images, by the features of the last of the chosen blocks.
+    exhibits: also what a report shows of the images, and the cluster of every image, by the features of the last of the
+    chosen blocks.
     Rows as `cluster` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses, before the encoder
     runs where possible.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     checks.run("metrics", lambda: check_metrics(config.metrics))
-    opened = open_inputs(config, listener, checks, (config.split,))
+    opened = open_inputs(config, listener, checks, (config.split,), need_labels=False)
     groups = column_groups(config, opened.inputs, checks)
-    names = opened.class_names(config.split)
-    chosen_classes = _check_classes(config, opened.labels(config.split), names, checks, embed)
+    classes = check_classes(config, opened, checks, embed)
+    checks.run("metrics", lambda: _check_labels(config, opened))
     inputs = opened.checked(checks)
-    classes = checks.finished(chosen_classes)
+    if config.clusters is not None and opened.labels(config.split) is None:
+        missing = [name for name in config.metrics if name in AGREEMENT]
+        if missing:
+            listener.note(f"left out, since the images have no labels to compare with: {', '.join(missing)}")
     prepare_groups(groups, inputs, (config.split,))
     rows: list[Row] = []
-    last = exhibition = None
+    last = exhibition = assignment = None
+    clusters = config.clusters or len([] if classes is None else classes)
     for where, columns in groups if end_group() else []:
-        x, y = labelled(inputs.features(config.split), columns)
-        chosen = None
-        if config.classes is not None:
+        features = inputs.features(config.split)
+        x, y, chosen = features.matrix(columns), features.y, None
+        if y is not None and classes is not None and config.classes is not None:
             chosen = np.flatnonzero(np.isin(y, classes))
             x, y = x[chosen], y[chosen]
             where = where | {"classes": len(classes)}
+        where = where if config.clusters is None else where | {"clusters": clusters}
+        report = partial(listener.progress, progress_label("k-means", where))
         found, best = cluster_and_best(
-            x,
-            y,
-            metrics=config.metrics,
-            runs=config.runs,
-            seed=config.seed,
-            progress=partial(listener.progress, progress_label("k-means", where)),
+            x, y, clusters=config.clusters, metrics=config.metrics, runs=config.runs, seed=config.seed, progress=report
         )
         rows += named(found, inputs.name, where)
-        last = LastFeatures(x, y, names) if embed else None
-        if exhibits and isinstance(inputs, EncoderInputs) and columns == groups[-1][1]:
+        if columns != groups[-1][1]:
+            continue
+        run = None if best is None else BestRun(best, clusters, config.seed, config.runs)
+        if isinstance(inputs, EncoderInputs) and run is not None and (exhibits or y is None):
+            part = Part(config.split, inputs.source(config.split), features)
+            own = np.arange(len(features)) if chosen is None else chosen
+            assignment = assign(unit_rows(x), run, part, own, pictures=exhibits)
+        if embed:
+            last = _last_features(x, y, features.class_names, assignment)
+        if exhibits and isinstance(inputs, EncoderInputs):
             what = f"{SPLIT_NAMES[config.split]} images"
             exhibition = Exhibition(inputs.source(config.split), inputs.settings, config.seed, listener, what)
-            run = None if best is None else BestRun(best, len(classes), config.seed, config.runs)
-            exhibition.add(inputs.name, inputs.features(config.split), columns, best=run, chosen=chosen)
+            exhibition.add(inputs.name, features, columns, best=run, chosen=chosen)
     elapsed_s = time.monotonic() - started
     made = None if exhibition is None else exhibition.made()
-    return IllustratedResult(rows, elapsed_s, inputs.bad, inputs.data, made), last
+    return ClusterResult(rows, elapsed_s, inputs.bad, inputs.data, made, assignment), last
 
 
-def _check_classes(
-    config: ClusterConfig, y: Labels | None, names: list[str] | None, checks: Checks, embed: bool
-) -> Labels | None:
-    """The labels of the classes to cluster. y: of the images, if they can be opened."""
-    if y is None:
-        return None
-    found = checks.run("data.spec", lambda: number_classes(y, config.split, names)[0])
-    if (asked := config.classes) is not None:
-        found = checks.run("classes", lambda: choose_classes(asked, names, y))
-    if found is not None:
-        checks.run("data.spec", lambda: _check_clusters(len(found), int(np.isin(y, found).sum())))
-    if embed and found is not None:
-        checks.run("umap", lambda: check_count(int(np.isin(y, found).sum())))
-    return found
+def _check_labels(config: ClusterConfig, opened: Opened) -> None:
+    """Raise ConfigError where images without labels have none of the metrics."""
+    unlabelled = opened.inputs is not None and opened.labels(config.split) is None
+    if unlabelled and config.clusters is not None and AGREEMENT.keys() >= set(config.metrics):
+        wrong = f"metrics {','.join(config.metrics)}: the images have no labels to compare with; choose sil or dbs"
+        raise ConfigError(wrong)
 
 
-def _check_clusters(clusters: int, images: int) -> None:
-    if clusters >= images:
-        raise DataError(
-            f"{clusters} clusters (one per class) need more than {images} images; give several images per class"
-        )
+def _last_features(
+    x: Matrix, y: Labels | None, class_names: list[str] | None, assignment: Assignment | None
+) -> LastFeatures:
+    if y is not None:
+        return LastFeatures(x, y, class_names)
+    assert assignment is not None  # images without labels are clustered
+    return LastFeatures(x, assignment.cluster, [f"cluster {n}" for n in range(int(assignment.cluster.max()) + 1)])
 
 
 def cluster_accuracy(y: Labels, assignment: Labels) -> float:
@@ -173,8 +178,9 @@ NAMES = {name: f"cluster_{name}" for name in AGREEMENT} | {"sil": "silhouette", 
 
 def cluster(
     x: Matrix,
-    y: Labels,
+    y: Labels | None,
     *,
+    clusters: int | None = None,
     metrics: Sequence[str] = ("acc", "nmi"),
     runs: int = 100,
     seed: int = 0,
@@ -183,23 +189,28 @@ def cluster(
 ) -> list[Row]:
     """Agreement of k-means clusters with the classes, and separation of the classes (Appendix C.12, Tables 3 and 9).
 
-    x (N, D): features, scaled to unit length here and held in memory as float32. y (N,): labels, any whole numbers;
-    there are as many clusters as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the run with the
-    lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and Davies-Bouldin of the
-    true classes, without clustering). In percent, except Davies-Bouldin. sil and dbs are NaN for features that do not
-    vary, dbs also where two classes have the same mean.
+    x (N, D): features, scaled to unit length here and held in memory as float32. y (N,): labels, any whole numbers, or
+    None. clusters: how many; None: as many as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the
+    run with the lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and
+    Davies-Bouldin of the true classes, without clustering). With `clusters`, sil and dbs are also of the clusters of
+    that run, as `cluster_silhouette` and `cluster_davies_bouldin`. Without labels, what needs them is left out. In
+    percent, except Davies-Bouldin. sil and dbs are NaN for features that do not vary, dbs also where two classes have
+    the same mean.
     A run is scikit-learn's MiniBatchKMeans with its defaults and n_init=1. Runs are spread over `workers` processes
     (None: all cores), or stay in this one where that is faster, with the same results. Silhouette compares all pairs of
     images, in pieces of up to 1 GB: minutes for the 50,000 validation images of ImageNet.
     Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
     """
-    return cluster_and_best(x, y, metrics=metrics, runs=runs, seed=seed, workers=workers, progress=progress)[0]
+    return cluster_and_best(
+        x, y, clusters=clusters, metrics=metrics, runs=runs, seed=seed, workers=workers, progress=progress
+    )[0]
 
 
 def cluster_and_best(
     x: Matrix,
-    y: Labels,
+    y: Labels | None,
     *,
+    clusters: int | None = None,
     metrics: Sequence[str],
     runs: int,
     seed: int,
@@ -212,26 +223,34 @@ def cluster_and_best(
         if number is not None and number < 1:
             raise ConfigError(f"{option} = {number}: give at least 1")
     check_features(x, "features", y)
-    classes, truth = number_classes(y, "features")
-    _check_clusters(len(classes), len(x))
+    truth = None if y is None else number_classes(y, "features")[1]
+    if clusters is None and truth is None:
+        raise ConfigError("without labels, give the number of clusters")
+    count = clusters or int(truth.max()) + 1 if truth is not None else int(clusters or 0)
+    check_clusters(count, len(x), given=clusters is not None)
     points = unit_rows(x)
-    of_clusters = [name for name in metrics if name in AGREEMENT]
-    jobs = min(workers or own_cores(), runs) if float(runs) * points.size * len(classes) >= SERIAL_WORK else 1
+    of_clusters = [name for name in metrics if name in AGREEMENT and truth is not None]
+    jobs = min(workers or own_cores(), runs) if float(runs) * points.size * count >= SERIAL_WORK else 1
     done: list[Run] = []
-    for run in _all_runs(points, truth, of_clusters, len(classes), runs, seed, jobs) if of_clusters else ():
+    for run in _all_runs(points, truth, of_clusters, count, runs, seed, jobs) if of_clusters or clusters else ():
         done.append(run)
         if progress is not None:
             progress(len(done), runs)
     best = min(range(runs), key=lambda number: done[number].inertia) if done else None
     rows: list[Row] = []
     for name in dict.fromkeys(metrics):
-        if name in SEPARATION:
+        if name in SEPARATION and truth is not None:
             rows.append({"metric": NAMES[name], "value": SEPARATION[name](points, truth)})
-        elif best is not None:
+        elif name in of_clusters and best is not None:
             mean, std = spread([run.scores[name] for run in done])
             rows.append(
                 {"metric": NAMES[name], "value": done[best].scores[name], "mean": mean, "std": std, "runs": runs}
             )
+    if clusters is not None and best is not None:
+        assigned = np.unique(fit_kmeans(points, count, best, seed)[0], return_inverse=True)[1]
+        for name in [name for name in SEPARATION if name in metrics]:
+            value = SEPARATION[name](points, assigned) if assigned.max() > 0 else math.nan
+            rows.append({"metric": f"cluster_{NAMES[name]}", "value": value, "runs": runs})
     return rows, best
 
 
@@ -253,17 +272,19 @@ class Run(NamedTuple):
     """Percent, by short name."""
 
 
-def kmeans_run(x: NDArray[np.float32], y: Labels, metrics: Sequence[str], clusters: int, number: int, seed: int) -> Run:
-    """Run `number` of mini-batch k-means on unit rows x (N, D), scored against classes y (N,).
+def kmeans_run(
+    x: NDArray[np.float32], y: Labels | None, metrics: Sequence[str], clusters: int, number: int, seed: int
+) -> Run:
+    """Run `number` of mini-batch k-means on unit rows x (N, D), scored against classes y (N,), if there are any.
 
     Its randomness is a function of (seed, number).
     """
     labels, centres = fit_kmeans(x, clusters, number, seed)
-    return Run(inertia(x, labels, centres), {name: AGREEMENT[name](y, labels) for name in metrics})
+    return Run(inertia(x, labels, centres), {name: AGREEMENT[name](y, labels) for name in metrics if y is not None})
 
 
 def _all_runs(
-    x: NDArray[np.float32], y: Labels, metrics: Sequence[str], clusters: int, runs: int, seed: int, jobs: int
+    x: NDArray[np.float32], y: Labels | None, metrics: Sequence[str], clusters: int, runs: int, seed: int, jobs: int
 ) -> Iterator[Run]:
     """`kmeans_run` of every number, in several processes if they can be started and do not die."""
     # Arrays above a megabyte are written once and memory-mapped by all processes.
