@@ -114,7 +114,6 @@ def cluster(options: ClusterOptions) -> None:
         return
     result, last = found
     report(options, config, result)
-    write_page(options.out, options)
     if options.out is not None and result.assignment is not None:
         from mimref.files import write_bytes
         from mimref.reports.galleries import cluster_notes, cluster_strips
@@ -122,6 +121,7 @@ def cluster(options: ClusterOptions) -> None:
         write_bytes(options.out / "assignments.csv", result.assignment.table())
         strips, notes = cluster_strips(result.assignment), cluster_notes(result.assignment)
         gallery(options.out, "Clusters", strips, notes, options)
+    write_page(options.out, options)
     if last is None or umap is None:
         return
     with figure(umap, options) as terminal:

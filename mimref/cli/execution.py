@@ -13,6 +13,7 @@ from mimref.cli.options import Output, Quiet, Report
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
+    from mimref.config.recipe import Derived
     from mimref.reports.galleries import Strip
     from mimref.reports.terminal import Terminal
     from mimref.results import EvaluationResult, Row
@@ -97,6 +98,19 @@ def figure(path: Path, options: Quiet) -> "Iterator[Terminal]":
         terminal.note(f"figure in {path}")
 
 
+def gallery(out: Path, title: str, strips: "Sequence[Strip]", notes: Sequence[str], options: Quiet) -> None:
+    """Write gallery.html and gallery.png into a folder of results; a failure is a warning."""
+    from mimref.progress import optional
+    from mimref.reports.terminal import Terminal
+
+    with Terminal(options.quiet) as terminal, optional(f"no gallery in {out}", terminal):
+        from mimref.reports.galleries import plot_gallery, write_gallery
+
+        write_gallery(out / "gallery.html", title, strips, notes)
+        plot_gallery(out / "gallery.png", title, strips)
+        terminal.note(f"gallery in {out / 'gallery.html'} and gallery.png")
+
+
 def write_page(folder: Path | None, options: Report) -> None:
     """Write report.html about the finished run in `folder`, unless `--no-report`; a failure is a warning.
 
@@ -117,19 +131,6 @@ def write_page(folder: Path | None, options: Report) -> None:
 
         write_report(page, [read_run(folder)])
         terminal.note(f"report in {page}")
-
-
-def gallery(out: Path, title: str, strips: "Sequence[Strip]", notes: Sequence[str], options: Quiet) -> None:
-    """Write gallery.html and gallery.png into a folder of results; a failure is a warning."""
-    from mimref.progress import optional
-    from mimref.reports.terminal import Terminal
-
-    with Terminal(options.quiet) as terminal, optional(f"no gallery in {out}", terminal):
-        from mimref.reports.galleries import plot_gallery, write_gallery
-
-        write_gallery(out / "gallery.html", title, strips, notes)
-        plot_gallery(out / "gallery.png", title, strips)
-        terminal.note(f"gallery in {out / 'gallery.html'} and gallery.png")
 
 
 def print_finished(out: Path, command: str) -> bool:
@@ -158,6 +159,14 @@ def print_facts(facts: Mapping[str, object]) -> None:
     width = max(map(len, facts), default=0)
     for label, value in facts.items():
         typer.echo(f"{label:{width}}  {value}")
+
+
+def print_derived(derived: "Sequence[Derived]") -> None:
+    """Print one line per derived setting: its key, its value and the rule, aligned."""
+    rows = [(each.setting, each.change, each.rule) for each in derived]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)] if rows else []
+    for setting, change, rule in rows:
+        typer.echo(f"  {setting:{widths[0]}}  {change:{widths[1]}}  {rule}")
 
 
 def note(line: str, options: Quiet) -> None:

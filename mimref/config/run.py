@@ -146,6 +146,8 @@ class TrainingConfig(CommandConfig):
     path_settings: ClassVar[tuple[str, ...]] = ()
     """Settings besides those of data and encoder whose values are paths, or lists of them."""
 
+    strict: bool = False
+    """Refuse a preset that cannot fit encoder or images. Otherwise it is adapted, with a notice for every value."""
     batch_size: int = Field(default=1024, gt=1)
     """Images per update, over all processes."""
     encoder: EncoderConfig = EncoderConfig()

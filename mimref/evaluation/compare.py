@@ -1,7 +1,7 @@
 """Several encoders measured by the same protocols: `mimref compare`, and the before/after table of `mimref refine`."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 from mimref.distributed.group import end_group
 from mimref.encoders.vit import Encoder
-from mimref.errors import Checks
+from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.cluster.protocol import check_metrics, cluster_and_best
 from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.exhibits.collect import BestRun, Exhibition, IllustratedResult, Voting
@@ -124,6 +124,8 @@ def _check(config: CompareConfig, opened: Opened, checks: Checks) -> None:
 
 # --- the before/after table of mimref refine
 
+_PROTOCOLS = {"knn": "k-NN", "lowshot": "low-shot accuracy", "cluster": "k-means"}
+
 
 def labelled_splits(
     data: DataConfig, train: ImageSource | None = None, test: ImageSource | None = None
@@ -150,11 +152,13 @@ def before_after(
     *,
     protocols: Sequence[str] = ("knn", "lowshot", "cluster"),
     exhibition: Exhibition | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """k-NN, low-shot and clustering of raw pixels, and of each encoder's last block (raw output, CLS token).
 
     images: from `labelled_splits`. encoders: with their names in the results; built one at a time if from a generator.
-    exhibition: shows the encoders. Returns rows, and path and reason of the images left out, once for every model.
+    note: receives one line for each protocol that is left out because the images do not allow it. exhibition: shows the
+    encoders. Returns rows, and path and reason of the images left out, once for every model.
     """
     evaluate = config.evaluate
     compare = CompareConfig(
@@ -169,13 +173,21 @@ def before_after(
     )
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
+    possible = list(protocols)
 
     def add(model: str, pair: list[Features], column: Column, where: Row) -> None:
         train, test = pair
         fitting = compare.model_copy(update={"k": min(evaluate.knn_k, len(train))})
         best = None
-        for protocol in protocols:
-            found, run = measure(protocol, model, (train, test), [column], fitting, progress)
+        for protocol in list(possible):
+            try:
+                found, run = measure(protocol, model, (train, test), [column], fitting, progress)
+            except (ConfigError, DataError) as error:
+                # It is the same for the other models: they share images and settings.
+                possible.remove(protocol)
+                if note is not None:
+                    note(f"no {_PROTOCOLS[protocol]} in the before/after table: {error}")
+                continue
             rows.extend({"model": model, **row, **where} for row in main_rows(found))
             best = run if protocol == "cluster" else best
         if exhibition is not None and column != PIXELS:

@@ -75,8 +75,8 @@ def refine(
     with run.locked():
         plan = make_plan(config, run.listener.progress, checks)
         state = run.load_state(plan.source)
-        for notice in plan.notices:
-            run.listener.note(notice)
+        for notice in (*plan.notices, *plan.derived):
+            run.listener.note(str(notice))
         for warning in (*plan.warnings, *plan.source.notices):
             run.listener.warn(warning)
         method = build_method(plan, run.listener)
@@ -202,8 +202,9 @@ def _compare(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, 
         load_solver()
         protocols.insert(1, "lowshot")
     exhibition = Exhibition(images[1], settings, config.seed, run.listener) if config.evaluate.exhibits else None
+    progress, note = run.listener.progress, run.listener.note
     rows, bad = before_after(
-        config, images, encoders(), settings, run.listener.progress, protocols=protocols, exhibition=exhibition
+        config, images, encoders(), settings, progress, protocols=protocols, note=note, exhibition=exhibition
     )
     run.skipped.add_evaluated(bad)
     for notice in images[1].peculiarities("validation images"):

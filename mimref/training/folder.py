@@ -41,6 +41,7 @@ _OUR_FILES = (
 # Settings that do not change what is trained.
 _MAY_CHANGE = (
     "preset",
+    "strict",
     "device",
     "workers",
     "micro_batch",

@@ -163,7 +163,7 @@ MISTAKES = {
     "refine --preset mae_l16 --seed=-1": ("--seed -1:", "at least 0"),
     "refine --preset mae_l16 --stage head": ("--stage head:", "'heads'"),
     "refine --preset mae_l16 --heads first3": ("--heads first3:", "last8"),
-    "refine --weights w.pth": ("--preset", "--arch"),
+    "refine --source mae": ("--source", "--preset", "--arch", "--weights"),
     "knn --k ten": ("--k ten: expected whole numbers separated by commas, such as 10,20",),
     "knn --set k=ten": ('k = ["ten"]:',),
     "knn --k 5 --set k=ten": ('k = ["ten"]:',),

@@ -49,12 +49,11 @@ MODELS: dict[str, type[CommandConfig]] = {
 
 # A line, and what the lines of its error say, in order. `{base}`, `{data}`: files that exist.
 LISTS = {
-    "refine --weights gone.pth": ("gone.pth: no such file", "--preset NAME"),
+    "refine --weights gone.pth": ("gone.pth: no such file",),
     "refine --weights gone.pth --data nowhere --batch-size x --set foo=1 --out done": (
         "gone.pth",
         "--data nowhere",
         "--batch-size x: expected a whole number",
-        "--preset NAME",
         "'foo'",
         "done: holds a finished run",
     ),
@@ -62,8 +61,16 @@ LISTS = {
         "gone",
         "heads 9 does not fit: the encoder has blocks 1 to 4",
         "--micro-batch 2000 exceeds batch_size",
-        "views.local_size 12",
     ),
+    "refine --preset quickstart --weights {base} --data {data} --heads 9 --strict": (
+        "heads 9 does not fit: the encoder has blocks 1 to 4",
+        "batch_size 128",
+        "views.local_size 12",
+        "heads.queue_size 1024",
+    ),
+    # What a recipe would derive is nobody's mistake.
+    "refine --weights {base} --data nowhere --source d2v2": ("--data nowhere",),
+    "refine --source mae": ("--source",),
     "refine --preset mae_l61 --weights gone.pth --data unreadable": (
         "gone.pth",
         "train/a/0.png (not an image)",
