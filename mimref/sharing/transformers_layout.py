@@ -177,7 +177,7 @@ def _tensors(kind: str, architecture: Architecture, state: Mapping[str, Tensor])
         if match is None:
             tensors[_TOKENS[name]] = tensor
             continue
-        start, part, parameter = f"encoder.layer.{match[1]}", match[2], match[3]
+        start, part, parameter = ".".join(["encoder", "layer", match[1]]), match[2], match[3]
         if part == "attn.qkv":
             for own, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 tensors[f"{start}.attention.attention.{own}.{parameter}"] = third

@@ -59,4 +59,4 @@ def test_features_from_files_have_no_images(folder: Path, tmp_path: Path) -> Non
     for split, file in zip(("train", "val"), files, strict=True):
         assert run(["extract", base, "--split", split, "--out", file, *CHEAP]) == 0
     assert run(["cluster", "--features", *files, "--runs", "2", "--out", str(tmp_path / "out")]) == 0
-    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["results.csv", "results.json"]
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["report.html", "results.csv", "results.json"]

@@ -143,7 +143,7 @@ def _encoder_facts(run: Run) -> dict[str, str]:
     from mimref.encoders.inspection import inspect_file
 
     own = sorted(run.folder.glob("encoder.safetensors")) or sorted(run.folder.glob("split[0-9]*.safetensors"))
-    for file in (*own, *checkpoints(run)):
+    for file in (*map(str, own), *checkpoints(run)):
         if file != "quickstart" and not Path(file).exists():  # a published name, or weights that are gone
             continue
         try:
