@@ -76,7 +76,8 @@ def interrupted(config: RefineConfig, out: Path, watchers: Iterable[Watcher]) ->
 
 
 def test_a_run_leaves_what_it_promises(whole: Path, config: RefineConfig) -> None:
-    files = {"config.toml", "encoder.safetensors", "heads.pt", "metrics.jsonl", "results.csv", "results.json"}
+    files = {"config.toml", "encoder.safetensors", "heads.pt", "metrics.jsonl", "exhibits.json"}
+    files |= {"results.csv", "results.json"}
     assert {path.name for path in whole.iterdir()} == files
     found = results(whole)
     assert found["command"] == "refine" and found["elapsed_s"] > 0 and found["bad_images"] == []

@@ -44,6 +44,17 @@ class Output(Force, panel="Output"):
             self.checks.run("out", lambda: check_folder(out, self.force))
 
 
+class Report(Output, panel="Output"):
+    """Of commands that write a page about their results."""
+
+    no_report: bool = option("Write no report.html.")
+
+    @property
+    def reports(self) -> bool:
+        """Whether the command writes a report into its output folder."""
+        return self.out is not None and not self.no_report
+
+
 class Resume(Output, panel="Output"):
     resume: bool = option("Continue the unfinished run in the output folder.")
 

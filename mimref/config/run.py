@@ -18,6 +18,7 @@ from mimref.config.base import (
     ReadingConfig,
     Section,
 )
+from mimref.errors import ConfigError
 
 
 class EncoderConfig(ReadingConfig):
@@ -92,6 +93,14 @@ def check_warmup(section: str, warmup_epochs: float | None, epochs: int) -> None
         raise ValueError(f"{section}.warmup_epochs {warmup_epochs:g} exceeds {section}.epochs {epochs}")
 
 
+def refuse_warmup(section: str, warmup_epochs: float, epochs: int) -> None:
+    """Raise ConfigError for a warm-up longer than the training, of settings that could have been adapted."""
+    try:
+        check_warmup(section, warmup_epochs, epochs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 class OptimizerConfig(Section):
     """AdamW."""
 
@@ -136,6 +145,8 @@ class EvaluateConfig(Section):
     """Draws of the low-shot training images."""
     cluster_runs: int = Field(default=100, gt=0)
     """Mini-batch k-means runs; the one with the lowest inertia counts."""
+    exhibits: bool = True
+    """Save small images for the report: maps, nearest neighbours, confusions and clusters."""
 
 
 class TrainingConfig(CommandConfig):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mimref.config.run import RunConfig
-from mimref.data.labels import first_images
+from mimref.data.labels import fixed_choice
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, NoSplitError, Subset
 from mimref.data.transforms import EvalTransform
@@ -22,10 +22,7 @@ from mimref.features.matrix import Labels, Matrix
 
 
 def _subset(source: ImageSource, most: int) -> Subset:
-    """A fixed choice of at most so many images: classes in turn; without labels, every n-th image."""
-    if source.labels is None:
-        return Subset(source, np.arange(0, len(source), max(1, -(-len(source) // most))))
-    return Subset(source, first_images(len(source), source.labels, limit=min(most, len(source))))
+    return Subset(source, fixed_choice(len(source), source.labels, most=most))
 
 
 def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], None]) -> ImageSource | None:

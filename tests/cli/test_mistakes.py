@@ -25,6 +25,7 @@ from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
 from mimref.evaluation.lowshot.config import LowshotConfig
 from mimref.evaluation.probe.config import ProbeConfig
+from mimref.evaluation.search.config import SearchConfig
 from mimref.features.config import ExtractConfig
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.run import pretrain
@@ -40,7 +41,7 @@ MODELS: dict[str, type[CommandConfig]] = {
     model.command: model
     for model in (
         *(RefineConfig, PretrainConfig, KnnConfig, LowshotConfig, ClusterConfig, ProbeConfig),
-        *(BlocksConfig, CompareConfig, ExtractConfig, InterpolateConfig),
+        *(BlocksConfig, CompareConfig, ExtractConfig, InterpolateConfig, SearchConfig),
         *(FinetuneConfig, PredictConfig, SuiteConfig, RobustnessConfig, SegmentConfig),
     )
 }
@@ -118,6 +119,16 @@ LISTS = {
         "probe.epochs = 0",
     ),
     "analyze-blocks gone.pth lost.pth --data {data} --k 49": ("gone.pth", "lost.pth", "--k 49"),
+    "search gone.pth --data nowhere --query a.png --k 0 --split test --out done": (
+        "gone.pth",
+        "nowhere",
+        "--k 0",
+        "--split test",
+        "done",
+    ),
+    "search {base} --data {data} --query a.png b.png --blocks all --out done": ("--blocks all", "a.png", "done"),
+    "cluster {base} --data {data} --clusters 16 --metrics nmj": ("--clusters 16", "'nmj'"),
+    "knn gone.pth --data {data} --retrieval --set recall_at=49": ("gone.pth", "recall_at 49"),
     "extract gone.pth --data nowhere --split test --out x.csv": ("gone.pth", "nowhere", "--split test", "--out x.csv"),
     "interpolate gone.pth lost.pth --data nowhere --alpha 3 --out done": (
         "gone.pth",
@@ -274,7 +285,7 @@ def test_messages_name_options_and_settings_that_exist() -> None:
             assert name in settings, (name, place)
 
 
-FILES = (".pkl", ".png", ".md", ".json", ".pt", ".pth", ".safetensors", ".npz")
+FILES = (".pkl", ".png", ".csv", ".html", ".md", ".json", ".pt", ".pth", ".safetensors", ".npz")
 
 
 @pytest.mark.parametrize("command", ["cluster", "probe --cached --set probe.select=val-split"])

@@ -40,7 +40,8 @@ def test_a_run_prints_a_table_and_leaves_its_files(
     for name in ("raw pixels", "base", "refined", "k-NN top-1", "1-shot top-1", "k-means ACC", "k-means NMI"):
         assert name in captured.out
     assert "stage 1: heads: 8/8" in captured.err and "epoch 3: k-NN top-1 " in captured.err
-    assert captured.err.endswith(f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}\n")
+    written = f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}\n"
+    assert captured.err.endswith(f"{written}report in {out / 'report.html'}\n")
     # Once more: refused; resumed: printed again; quietly: the table only.
     assert run(arguments("refine", out, settings)) == 2
     assert "--force" in capsys.readouterr().err
