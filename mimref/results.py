@@ -94,12 +94,14 @@ def write_results(
     rows: Sequence[Row],
     *,
     bad_images: Sequence[tuple[str, str]] = (),
+    derived: Sequence[Mapping[str, object]] = (),
 ) -> None:
     """Write results.csv (one line per row), then results.json into the folder `out`, each atomically.
 
-    config: the resolved settings. bad_images: path and reason of every image left out. JSON keys: command, version,
-    config, elapsed_s, metrics (the rows), bad_images and versions (of packages that can change a number). Values that
-    are not finite become null. Raises OutputError if the folder cannot be written.
+    config: the resolved settings. bad_images: path and reason of every image left out. derived: settings that a recipe
+    has derived, each with its rule. JSON keys: command, version, config, elapsed_s, metrics (the rows), bad_images,
+    derived (if any) and versions (of packages that can change a number). Values that are not finite become null.
+    Raises OutputError if the folder cannot be written.
     """
     write_bytes(out / "results.csv", frame(rows).to_csv(index=False, lineterminator="\n").encode())
     document = {
@@ -109,6 +111,7 @@ def write_results(
         "elapsed_s": round(elapsed_s, 3),
         "metrics": [{key: _finite(value) for key, value in row.items()} for row in rows],
         "bad_images": [{"path": path, "reason": reason} for path, reason in bad_images],
+        **({"derived": derived} if derived else {}),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
     }
     write_bytes(out / "results.json", (json.dumps(document, indent=2, default=str, allow_nan=False) + "\n").encode())

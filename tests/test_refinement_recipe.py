@@ -11,14 +11,14 @@ from mimref.config.load import load_config
 from mimref.config.recipe import Derived
 from mimref.data.sources import ArraySource
 from mimref.encoders.vit import Architecture
-from mimref.errors import ConfigError, UserErrors
+from mimref.errors import ConfigError, Interrupted, UserErrors
 from mimref.progress import Listener
 from mimref.refinement import recipe
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.plan import make_plan
 from mimref.refinement.recipe import fit
 from mimref.refinement.run import refine
-from tests.tiny import assert_same_run, results, write_weights
+from tests.tiny import assert_same_run, results, signal_at, write_weights
 
 VIT_L = Architecture("vit_l16", 224, width=1024, depth=24, num_heads=16, patch_size=16)
 TINY = Architecture("custom", 28, width=96, depth=8, num_heads=3, patch_size=4)
@@ -235,6 +235,14 @@ def test_config_toml_repeats_the_run_bit_for_bit(weights: Path, tmp_path: Path) 
     config = load_config(RefineConfig, str(first / "config.toml"))
     refine(config, again, listener=resumed)
     assert_same_run(first, again)
+    batch = next(each for each in results(first)["derived"] if each["setting"] == "batch_size")
+    assert batch["value"] == 8 and "17 images" in batch["rule"]
+    assert "derived" not in results(again)
+    stopped = tmp_path / "stopped"
+    with pytest.raises(Interrupted):
+        refine(bare(tmp_path, weights, **SHORT), stopped, listener=signal_at(1))
+    refine(load_config(RefineConfig, str(stopped / "config.toml")), stopped, resume=True)
+    assert results(stopped)["derived"] == results(first)["derived"]
     assert results(first)["config"] | {"preset": None} == results(again)["config"] | {"preset": None}
     assert not any(line.startswith("batch_size") for line in resumed.lines)
 

@@ -6,12 +6,14 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mimref.config.recipe import Derived
 from mimref.errors import OutputError
 from mimref.evaluation.config import CompareConfig
 from mimref.reports.html import page as pages
@@ -233,6 +235,16 @@ def test_settings_that_differ_are_marked(tmp_path: Path) -> None:
         "seed": "3",
     }
     assert {each.key: each.default for each in found}["k"] == "10"
+
+
+def test_derived_settings_are_listed_with_their_rules(tmp_path: Path) -> None:
+    derived = [
+        Derived("batch_size", 16, "half of 32 images"),
+        Derived("heads.queue_size", 8, "there are <b>17</b> images", before=65536),
+    ]
+    page = make_page([read_run(write_run(tmp_path, derived=[asdict(each) for each in derived]))])
+    assert "derived from encoder and images (2)" in page and "half of 32 images" in page
+    assert "65536 -&gt; 8" in page and "&lt;b&gt;17&lt;/b&gt;" in page
 
 
 def test_what_was_run_is_named(tmp_path: Path) -> None:

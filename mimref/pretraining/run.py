@@ -136,7 +136,7 @@ def pretrain(
     with run.locked():
         job = Pretraining(run, plan)
         state = run.load_state(job.source)
-        with run.writing(config, state):
+        with run.writing(config, plan.derived, state):
             run.train(job, state)
         if run.leave_group():
             _write_encoder(job, config, out)

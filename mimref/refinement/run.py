@@ -84,7 +84,7 @@ def refine(
         monitor = KnnMonitor(plan.config, plan.source, plan.transform, device, precision, note=note)
         if plan.config.heads_from is not None and state is None:
             load_heads(Path(plan.config.heads_from), plan, method, run.listener)
-        with run.writing(plan.config, state):
+        with run.writing(plan.config, plan.derived, state):
             refined, nn_accuracy = _train(run, plan, method, monitor, state)
         if not run.leave_group():
             return RefineResult(out, [], run.elapsed_s)

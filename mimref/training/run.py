@@ -7,12 +7,14 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mimref.config.recipe import Derived
 from mimref.config.run import TrainingConfig
 from mimref.data.decode import none_readable
 from mimref.data.loader import Preparation, ViewBatch, device_batches, loader_workers, view_batches
@@ -49,6 +51,8 @@ class TrainingRun:
         """Whether peculiar training images have been reported."""
         self.elapsed_s = 0.0
         """Of training."""
+        self.derived: list[dict[str, Any]] = []
+        """Settings that a recipe has derived, for the results."""
 
     def finished(self, checks: Checks) -> tuple[list[Row], float] | None:
         """Rows and seconds of a run to resume that is finished already; else None.
@@ -78,9 +82,16 @@ class TrainingRun:
         return state
 
     @contextmanager
-    def writing(self, config: TrainingConfig, state: Mapping[str, Any] | None) -> Iterator[None]:
-        """Write config.toml with the resolved settings, and keep the log open while jobs train."""
+    def writing(
+        self, config: TrainingConfig, derived: Sequence[Derived], state: Mapping[str, Any] | None
+    ) -> Iterator[None]:
+        """Write config.toml with the resolved settings, and keep the log open while jobs train.
+
+        derived: those that a recipe has derived; a resumed run reads them from its state.
+        """
         self.config = with_absolute_paths(config)
+        # States of older versions hold none.
+        self.derived = [asdict(each) for each in derived] if state is None else state.get("derived", [])
         self.folder.prepare(self.config, resume=self.resume, force=self.force)
         with closing(open_log(self.config, self.folder.path, state, self.listener)) as self.log:
             yield
@@ -102,7 +113,11 @@ class TrainingRun:
         """Report skipped images, write results, and drop the state."""
         self.skipped.report()
         settings, skipped = self.config.model_dump(mode="json"), self.skipped.items
-        write_results(self.folder.path, self.config.command, settings, self.elapsed_s, rows, bad_images=skipped)
+        write_results(
+            *(self.folder.path, self.config.command, settings, self.elapsed_s, rows),
+            bad_images=skipped,
+            derived=self.derived,
+        )
         self.folder.drop_state()
 
 
@@ -222,6 +237,7 @@ class Stage(GradientJob):
                 "elapsed_s": self.elapsed_s,
                 "log_lines": run.log.lines,
                 "skipped": run.skipped.items,
+                "derived": run.derived,
                 "images": (len(self.all_images), self.all_images.fingerprint),
                 **self.state(),
             }

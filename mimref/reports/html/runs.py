@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass as checked
 
 from mimref.config.base import CommandConfig, Section
 from mimref.config.load import setting_fields
+from mimref.config.recipe import Derived
 from mimref.errors import OutputError
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.cluster.config import ClusterConfig
@@ -59,6 +60,8 @@ class Run:
     elapsed_s: float | None = None
     version: str = ""
     versions: Mapping[str, str | None] = field(default_factory=dict)
+    derived: list[Derived] = field(default_factory=list)
+    """Settings that a recipe has derived or adapted."""
     exhibits: Exhibits | None = None
     notes: list[str] = field(default_factory=list)
     """What is missing in the folder."""
@@ -86,6 +89,7 @@ class _Results:
     version: str = ""
     bad_images: list[_BadImage] = field(default_factory=list)
     versions: dict[str, str | None] = field(default_factory=dict)
+    derived: list[Derived] = field(default_factory=list)
 
 
 _RESULTS = TypeAdapter(_Results)
@@ -131,7 +135,7 @@ def _finished(folder: Path) -> Run:
     bad = [(each.path, each.reason) for each in found.bad_images]
     return Run(
         *(folder, found.command, True, found.config, rows, log, bad, found.elapsed_s, found.version, found.versions),
-        *(exhibits, notes),
+        *(found.derived, exhibits, notes),
     )
 
 
