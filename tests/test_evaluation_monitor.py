@@ -13,7 +13,7 @@ import torch
 from mimref.config.base import DataConfig
 from mimref.config.run import EvaluateConfig, MonitorConfig, RunConfig
 from mimref.data.open import open_source
-from mimref.data.sources import ArraySource, ImageSource, Split
+from mimref.data.sources import ArraySource, ImageSource, Split, fixed_subset
 from mimref.data.transforms import EvalTransform
 from mimref.distributed.group import own_rank
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
@@ -21,7 +21,7 @@ from mimref.errors import DataError
 from mimref.evaluation import monitor as evaluation_monitor
 from mimref.evaluation.blocks.statistics import feature_statistics
 from mimref.evaluation.knn.protocol import knn_accuracy
-from mimref.evaluation.monitor import CollapseWatch, KnnMonitor, _subset
+from mimref.evaluation.monitor import CollapseWatch, KnnMonitor
 from mimref.features.encode import Column, PassSettings, extract
 from tests.tiny import write_images, write_labelled, write_unlabelled
 
@@ -136,16 +136,16 @@ def noise(count: int, labels: np.ndarray[Any, Any] | None) -> ArraySource:
 
 def test_subsets_meet_every_class() -> None:
     # In turns of ten, as scikit-learn's digits come: every tenth image would be of one class.
-    subset = _subset(noise(100, np.arange(100) % 10), 20)
+    subset = fixed_subset(noise(100, np.arange(100) % 10), 20)
     assert subset.labels is not None
     assert np.bincount(subset.labels).tolist() == [2] * 10 and len(subset) == 20
     assert [int(subset.read(at)[0, 0, 0]) for at in range(20)] == subset.rows.tolist()
     # Sorted by class, with a rare one.
-    rare = _subset(noise(100, np.array([0] * 90 + [1] * 9 + [2])), 12)
+    rare = fixed_subset(noise(100, np.array([0] * 90 + [1] * 9 + [2])), 12)
     assert rare.labels is not None and np.bincount(rare.labels).tolist() == [6, 5, 1]
-    whole = _subset(noise(100, None), 1000)
+    whole = fixed_subset(noise(100, None), 1000)
     assert whole.rows.tolist() == list(range(100)) and whole.labels is None
-    assert _subset(noise(100, None), 30).rows.tolist() == list(range(0, 100, 4))
+    assert fixed_subset(noise(100, None), 30).rows.tolist() == list(range(0, 100, 4))
 
 
 def test_more_classes_than_the_subset_holds(tmp_path: Path) -> None:

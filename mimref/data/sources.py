@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimref.data.decode import Decoded, Reduce, decode_file, printable
-from mimref.data.labels import Indices
+from mimref.data.labels import Indices, first_images
 from mimref.data.pixels import USUAL, Decoding
 from mimref.data.traits import READ
 from mimref.data.traits import notices as trait_notices
@@ -280,3 +280,10 @@ def fingerprint_files(folder: str, files: Iterable[bytes], *arrays: NDArray[Any]
         if array is not None:
             digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def fixed_subset(source: ImageSource, most: int) -> Subset:
+    """A fixed choice of at most so many images: classes in turn; without labels, every n-th image."""
+    if source.labels is None:
+        return Subset(source, np.arange(0, len(source), max(1, -(-len(source) // most))))
+    return Subset(source, first_images(len(source), source.labels, limit=min(most, len(source))))

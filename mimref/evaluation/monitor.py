@@ -7,9 +7,8 @@ import numpy as np
 import torch
 
 from mimref.config.run import RunConfig
-from mimref.data.labels import first_images
 from mimref.data.open import open_source
-from mimref.data.sources import ImageSource, NoSplitError, Subset
+from mimref.data.sources import ImageSource, NoSplitError, fixed_subset
 from mimref.data.transforms import EvalTransform
 from mimref.distributed.collectives import gather_lists
 from mimref.encoders.vit import Encoder
@@ -19,13 +18,6 @@ from mimref.evaluation.knn.protocol import knn_accuracy
 from mimref.evaluation.metrics import check_features
 from mimref.features.encode import Column, Features, PassSettings, extract
 from mimref.features.matrix import Labels, Matrix
-
-
-def _subset(source: ImageSource, most: int) -> Subset:
-    """A fixed choice of at most so many images: classes in turn; without labels, every n-th image."""
-    if source.labels is None:
-        return Subset(source, np.arange(0, len(source), max(1, -(-len(source) // most))))
-    return Subset(source, first_images(len(source), source.labels, limit=min(most, len(source))))
 
 
 def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], None]) -> ImageSource | None:
@@ -77,10 +69,10 @@ class KnnMonitor:
     ) -> None:
         self.settings = PassSettings(transform, device, precision, workers=config.workers, max_bad=config.data.max_bad)
         self.k = config.evaluate.knn_k
-        self.train = _subset(train, config.monitor.knn_samples)
+        self.train = fixed_subset(train, config.monitor.knn_samples)
         self.val = _validation(config, train, note)
         """All validation images, if they can be used for k-NN."""
-        self.test = None if self.val is None else _subset(self.val, -(-config.monitor.knn_samples // 4))
+        self.test = None if self.val is None else fixed_subset(self.val, -(-config.monitor.knn_samples // 4))
 
     def check(self, encoder: Encoder) -> dict[str, float]:
         """Feature statistics of the last block's raw output and, if there are labels, its `knn_top1` in percent.
