@@ -4,6 +4,7 @@ python docs/signs.py train runs/signs      # hours on one core; families that ar
 python docs/signs.py measure runs/signs    # the table of docs/results.md
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -117,5 +118,105 @@ def train(root: Path, only: Sequence[str]) -> None:
             print(f"{family.name} ends with {code}", flush=True)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Features that measures and k-NN put in an order each."""
+
+    name: str
+    kind: str
+    """Several groups of one kind are averaged."""
+    members: Sequence[tuple[str, str]]
+    """Checkpoint, relative to the root, and block."""
+
+
+def groups(root: Path) -> list[Group]:
+    """The groups of the checkpoints that are there."""
+
+    def saved(*names: str) -> list[str]:
+        files = [file for name in names for file in sorted((root / name / "snapshots").glob("*.safetensors"))]
+        return [file.relative_to(root).as_posix() for file in files]
+
+    found = []
+    for data, base in (("digits", "quickstart"), ("fashion", "")):
+        whole = [base or saved(f"{data}-pretrain")[-1], *saved(f"{data}-refine")[-1:]]
+        early = saved(f"{data}-pretrain")
+        others = [family.name for family in FAMILIES if family.name.startswith(data) and "-pretrain" not in family.name]
+        for model in dict.fromkeys([*whole, early[len(early) // 3]]):
+            members = [(model, str(block)) for block in range(1, 9)]
+            found.append(Group(f"blocks of {model}", "blocks", members))
+        last = {
+            "pre-training": early,
+            "refinement": [whole[0], *saved(f"{data}-refine")],
+            "settings": [whole[0], *(name for other in others for name in saved(other)[-1:])],
+        }
+        found += [Group(f"{data} {kind}", kind, [(name, "8") for name in names]) for kind, names in last.items()]
+    return [group for group in found if len(group.members) > 2]
+
+
+def score(root: Path, model: str, blocks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Every measure, and k-NN accuracy on the validation images, of some blocks of a checkpoint."""
+    from mimref.config.load import load_config
+    from mimref.evaluation.assess.config import AssessConfig
+    from mimref.evaluation.assess.protocol import assess
+    from mimref.evaluation.knn.config import KnnConfig
+    from mimref.evaluation.knn.protocol import evaluate_knn
+    from mimref.refinement.config import RefineConfig
+
+    digital = model.startswith(("digits", "quickstart"))
+    preset = load_config(RefineConfig, "quickstart" if digital else "fashion_mnist")
+    checkpoint = model if model == "quickstart" else str(root / model)
+    common: dict[str, Any] = {"blocks": ",".join(blocks), "device": "cpu", "data": preset.data}
+    if not digital:
+        common["data"] = preset.data.model_copy(update={"train_limit": 4000})
+    rows = evaluate_knn(KnnConfig(checkpoint=checkpoint, **common)).rows
+    rows += assess(AssessConfig(checkpoints=[checkpoint], views=preset.views, **common)).rows
+    found: dict[str, dict[str, float]] = {block: {} for block in blocks}
+    for row in rows:
+        found[str(row["blocks"])][str(row["metric"])] = float(row["value"])
+    return found
+
+
+def measure(root: Path) -> None:
+    """Measure what is not in `scores.json`, and print the table."""
+    import numpy as np
+    from scipy.stats import spearmanr
+
+    from mimref.evaluation.assess.measures import MEASURES, goodness
+    from mimref.evaluation.assess.verdicts import NAMES
+
+    file = root / "scores.json"
+    scores: dict[str, dict[str, dict[str, float]]] = json.loads(file.read_text()) if file.is_file() else {}
+    every = groups(root)
+    for group in every:
+        for model in dict.fromkeys(name for name, _ in group.members):
+            blocks = [block for name, block in group.members if name == model]
+            if missing := [block for block in blocks if block not in scores.get(model, {})]:
+                scores.setdefault(model, {}).update(score(root, model, missing))
+                file.write_text(json.dumps(scores, indent=1))
+    lines: dict[str, list[list[float]]] = {}
+    for group in every:
+        values = [scores[model][block] for model, block in group.members]
+        accuracy = [value["knn_top1"] for value in values]
+        good = {name: [goodness(name, value[name]) for value in values] for name in MEASURES}
+        found = [float(np.nan_to_num(spearmanr(good[name], accuracy).statistic)) for name in MEASURES]
+        lines.setdefault(group.kind, []).append(found)
+        best = [accuracy[int(np.argmax(good[name]))] - max(accuracy) for name in MEASURES]
+        spread = f"k-NN {min(accuracy):.1f} to {max(accuracy):.1f}"
+        print(
+            f"{group.name} ({len(values)}; {spread})", [round(each, 2) for each in found], [round(b, 1) for b in best]
+        )
+    kinds = list(lines)
+    counts = [sum(len(group.members) for group in every if group.kind == kind) for kind in kinds]
+    print("\n| measure |", " | ".join(f"{kind} ({n})" for kind, n in zip(kinds, counts, strict=True)), "| all |")
+    print("|---|" + "---|" * (len(kinds) + 1))
+    means = np.array([np.mean(lines[kind], axis=0) for kind in kinds])
+    for number in np.argsort(-means.mean(axis=0)):
+        cells = [*means[:, number], means[:, number].mean()]
+        print(f"| {NAMES[MEASURES[number]]} |", " | ".join(f"{cell:.2f}" for cell in cells), "|")
+
+
 if __name__ == "__main__":
-    train(Path(sys.argv[2]), sys.argv[3:])
+    if sys.argv[1] == "train":
+        train(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        measure(Path(sys.argv[2]))

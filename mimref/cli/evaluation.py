@@ -203,7 +203,7 @@ class AssessOptions(EncoderPass, Blocks, Preset, Seed, Output, panel="Protocol")
     )
     measure: Text = option(
         "What to rank by; default neighbour_consistency.",
-        "rankme|lidar|alpha_req|effective_rank|uniformity|neighbour_consistency|view_retrieval|hubness",
+        "rankme|lidar|alpha_req|effective_rank|correlation_rank|uniformity|neighbour_consistency|view_retrieval|hubness",
         "measure",
     )
     split: Text = option("Images to use; default train.", "train|val", "split")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +20,7 @@ COLUMNS = {
     "rankme": "RankMe",
     "lidar": "LiDAR",
     "effective_rank": "eff.",
+    "correlation_rank": "corr.",
     "alpha_req": "alpha",
     "uniformity": "unif.",
     "hubness": "hubs",
@@ -30,7 +32,7 @@ def print_assessment(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
     """Print all measures and what they say, best first; k-NN only where images have labels."""
     values = {(row["model"], row["blocks"], row["metric"]): float(row["value"]) for row in rows}
     metrics = [metric for metric in COLUMNS if any(row["metric"] == metric for row in rows)]
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = {"model": {each.model for each in verdicts}, "block": {each.blocks for each in verdicts}}
     named = [name for name, different in names.items() if len(different) > 1] or ["model"]
     for name in named:

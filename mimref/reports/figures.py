@@ -44,6 +44,7 @@ CURVES = {
     "block_rankme": "RankMe (dimensions)",
     "block_lidar": "LiDAR (dimensions)",
     "block_effective_rank": "effective rank (dimensions)",
+    "block_correlation_rank": "correlation rank (dimensions)",
     "block_alpha_req": "alpha-ReQ (best near 1)",
     "block_uniformity": "uniformity (lower is better)",
     "block_hubness": "hubness (lower is better)",

@@ -53,7 +53,7 @@ LOWER_IS_BETTER = _SMALL | {"suite_rank", "robust_mce", "robust_drop", "assessed
 STATISTICS = {
     *("feature_variance", "effective_rank", "block_mean", "block_variance", "block_effective_rank"),
     *("block_knn_delta", "block_reconstruction_delta"),
-    *("rankme", "lidar", "alpha_req", "uniformity", "hubness", "assessed_rank"),
+    *("rankme", "lidar", "alpha_req", "correlation_rank", "uniformity", "hubness", "assessed_rank"),
 }
 # Results of a measurement, as opposed to its settings.
 _MEASURED = ("model", "metric", "value", "mean", "std", "splits", "runs")

@@ -14,12 +14,20 @@ from mimref.evaluation.assess.neighbours import (
     uniformity,
     view_retrieval,
 )
-from mimref.evaluation.assess.spectra import alpha_req, effective_rank, lidar, moments, rankme, spectrum
+from mimref.evaluation.assess.spectra import alpha_req, correlation, effective_rank, lidar, moments, rankme, spectrum
 from mimref.evaluation.metrics import vary
 from mimref.features.matrix import Labels, Matrix
 
 Measure = Literal[
-    "rankme", "lidar", "alpha_req", "effective_rank", "uniformity", "neighbour_consistency", "view_retrieval", "hubness"
+    "rankme",
+    "lidar",
+    "alpha_req",
+    "effective_rank",
+    "correlation_rank",
+    "uniformity",
+    "neighbour_consistency",
+    "view_retrieval",
+    "hubness",
 ]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 DEFAULT: Measure = "neighbour_consistency"
@@ -44,7 +52,8 @@ def crop_measures(x: Matrix, *, k: int = 10, y: Labels | None = None, device: st
     """
     classes = 0 if y is None else len(np.unique(y))
     if not vary(x):
-        ranks = {"rankme": 1.0, "alpha_req": math.nan, "effective_rank": 1.0, "uniformity": 0.0, "hubness": math.nan}
+        ranks = dict.fromkeys(("rankme", "effective_rank", "correlation_rank"), 1.0)
+        ranks |= {"alpha_req": math.nan, "uniformity": 0.0, "hubness": math.nan}
         return ranks | ({"knn_leave_one_out": math.nan} if classes > 1 else {})
     found = moments(x)
     eigenvalues = spectrum(found.covariance)
@@ -53,6 +62,7 @@ def crop_measures(x: Matrix, *, k: int = 10, y: Labels | None = None, device: st
         "rankme": rankme(found),
         "alpha_req": alpha_req(eigenvalues),
         "effective_rank": effective_rank(eigenvalues),
+        "correlation_rank": effective_rank(spectrum(correlation(found))),
         "uniformity": uniformity(x),
         "hubness": hubness(neighbours),
     }

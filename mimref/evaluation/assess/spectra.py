@@ -53,12 +53,19 @@ def spectrum(covariance: Array) -> Array:
 def effective_rank(eigenvalues: Array) -> float:
     """exp of the entropy of normalised eigenvalues (Roy & Vetterli 2007): 1 to D; 1 where there are none above 0.
 
-    Of the eigenvalues of a covariance: shares of variance, which a few large features dominate. RankMe's are shares of
-    singular values, whose small ones count more.
+    Of the eigenvalues of a covariance: shares of variance, which a few large features dominate. Of those of
+    `correlation`, every feature counts alike. RankMe's are shares of singular values, whose small ones count more.
     """
     total = eigenvalues.sum()
     share = eigenvalues[eigenvalues > 0] / total if total > 0 else np.ones(1)
     return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def correlation(found: Moments) -> Array:
+    """(D, D) covariance of standardised features, as k-NN compares them; features that do not vary are left out."""
+    std = np.sqrt(np.diag(found.covariance))
+    varies = std > np.finfo(np.float32).eps * np.abs(found.mean)
+    return np.asarray(found.covariance[np.ix_(varies, varies)] / np.outer(std[varies], std[varies]))
 
 
 def rankme(found: Moments) -> float:

@@ -11,6 +11,7 @@ NAMES: dict[str, str] = {
     "lidar": "LiDAR",
     "alpha_req": "alpha-ReQ",
     "effective_rank": "effective rank",
+    "correlation_rank": "correlation rank",
     "uniformity": "uniformity",
     "neighbour_consistency": "neighbour consistency",
     "view_retrieval": "view retrieval",

@@ -11,14 +11,18 @@ LEAST_BLURRED = 64
 _LOOKED_AT = 32
 
 
-def fitting_views(views: ViewsConfig, source: ImageSource, image_size: int) -> ViewsConfig:
-    """The settings with `color` and `blur`, where they are not set, on for colour images and for large ones."""
-    fitting: dict[str, bool] = {}
+def fitting_views(views: ViewsConfig, source: ImageSource, image_size: int) -> tuple[ViewsConfig, list[str]]:
+    """The settings, with `color` off for gray images and `blur` off for small ones, unless they are set; with notes."""
+    changes: dict[str, bool] = {}
+    notes = []
     if views.color and "color" not in views.model_fields_set and _is_gray(source):
-        fitting["color"] = False
-    if views.blur and "blur" not in views.model_fields_set and (views.global_size or image_size) < LEAST_BLURRED:
-        fitting["blur"] = False
-    return views.model_copy(update=fitting)
+        changes["color"] = False
+        notes.append("the images are gray: the two views keep their colours (--set views.color=true changes them)")
+    side = views.global_size or image_size
+    if views.blur and "blur" not in views.model_fields_set and side < LEAST_BLURRED:
+        changes["blur"] = False
+        notes.append(f"the images have {side} pixels: the two views are not blurred (--set views.blur=true blurs them)")
+    return views.model_copy(update=changes), notes
 
 
 def _is_gray(source: ImageSource) -> bool:
