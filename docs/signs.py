@@ -51,6 +51,8 @@ DIGITS, CLOTHES = short("digits-refine"), short("fashion-refine")[:2]
 FAMILIES = [
     digits("digits-refine", epochs=(1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 20)),
     digits("digits-lr-x10", *DIGITS[:2], "encoder_stage.lr=8e-2", epochs=(1, 5, 10, 20)),
+    digits("digits-lr-x40", *DIGITS[:2], "encoder_stage.epochs=4", "encoder_stage.lr=3e-1", epochs=(4,)),
+    digits("digits-lr-x400", *DIGITS[:2], "encoder_stage.epochs=4", "encoder_stage.lr=3e0", epochs=(4,)),
     Family(
         "digits-pretrain",
         ["pretrain", "--preset", "quickstart", *QUIET, "--set", "mae.epochs=300"],
