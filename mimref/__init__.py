@@ -10,11 +10,13 @@ __version__ = "0.1.0"
 
 # Public name to its module.
 _PUBLIC = {
+    "Embedder": "mimref.embedder",
     "FinetuneConfig": "mimref.transfer.finetune.config",
     "KnnConfig": "mimref.evaluation.knn.config",
     "PretrainConfig": "mimref.pretraining.config",
     "RefineConfig": "mimref.refinement.config",
     "RobustnessConfig": "mimref.transfer.robustness.config",
+    "SearchConfig": "mimref.evaluation.search.config",
     "SuiteConfig": "mimref.transfer.suite.config",
     "analyze_blocks": "mimref.evaluation.blocks.statistics",
     "cluster": "mimref.evaluation.cluster.protocol",
@@ -29,6 +31,7 @@ _PUBLIC = {
     "probe_cached": "mimref.evaluation.probe.cached",
     "refine": "mimref.refinement.run",
     "run_suite": "mimref.transfer.suite.run",
+    "search": "mimref.evaluation.search.protocol",
 }
 
 

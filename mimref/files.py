@@ -104,6 +104,50 @@ def check_new_file(file: Path, endings: Sequence[str], force: bool, option: str 
     check_writable(file.parent, option)
 
 
+def check_new_folder(folder: Path, own: Sequence[str], force: bool, option: str = "--out") -> None:
+    """Raise OutputError for a folder that cannot be written, or holds files.
+
+    own: names of files that `force` may replace, by replacing the folder.
+    """
+    check_writable(folder, option)
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if others := [name for name in names if name not in own]:
+        raise OutputError(
+            f"{option} {folder}: holds {others[0]!r}, which is no part of an export; choose another folder"
+        )
+    if names and not force:
+        raise OutputError(f"{option} {folder}: exists; choose another name, or --force to replace it")
+
+
+@contextmanager
+def atomic_folder(folder: Path, option: str = "--out") -> Iterator[Path]:
+    """A temporary folder beside `folder`; it replaces `folder`, which it removes, if the block ends without an error.
+
+    Whatever interrupts the write, no half-written folder has the name. Raises OutputError as `atomic_path` does.
+    """
+    ending = secrets.token_hex(4)
+    temporary, old = (folder.parent / f".{folder.name}.{ending}.{kind}" for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        advice = "free some space and run again" if error.errno in DISK_FULL else f"choose another {option}"
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}; {advice}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def atomic_path(path: Path, option: str = "--out") -> Iterator[Path]:
     """A temporary path beside `path`; the file written there replaces `path` if the block ends without an error.
@@ -120,7 +164,7 @@ def atomic_path(path: Path, option: str = "--out") -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         advice = "free some space and run again" if error.errno in DISK_FULL else f"choose another {option}"
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
@@ -162,10 +206,10 @@ def write_bytes(path: Path, data: bytes, option: str = "--out") -> None:
         file.write(data)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a new name survive a power cut."""
+def _sync(place: Path) -> None:
+    """Make a file, or the new names in a folder, survive a power cut."""
     with suppress(OSError):  # not every system can synchronise a folder
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(place, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -180,22 +180,27 @@ def test_settings_that_may_be_unset_are_unset_by_default(model: type[CommandConf
     ("given", "expected"),
     [
         ((None, None, None, None), "refine/quickstart"),
-        ((None, None, None, "quickstart"), "refine/quickstart"),
+        ((None, None, None, "quickstart", "digits"), "refine/quickstart"),
         (("mine.toml", "vit_l16", None, "x.pth"), "mine.toml"),
         ((None, "vit_l16", None, "x.pth"), "refine/mae_l16"),
         ((None, "vit_h14", "d2v2", "x.pth"), "refine/d2v2_h14"),
         ((None, "vit_h14", "ijepa", "x.pth"), "refine/mae_h14"),
         ((None, "vit_small_patch16_224", "timm", None), "refine/mae_b16"),
+        # The digits' settings are for digits only.
+        ((None, None, None, "quickstart", "images"), None),
+        ((None, None, None, None, "images"), None),
+        ((None, None, None, "x.pth"), None),
+        ((None, None, "d2v2", "x.pth", "digits"), None),
+        (("recipe", "vit_l16", None, None, "digits"), None),
     ],
 )
-def test_choose_refine_preset(given: tuple[str | None, str | None, str | None, str | None], expected: str) -> None:
+def test_choose_refine_preset(given: tuple[str | None, ...], expected: str | None) -> None:
     assert choose_refine_preset(*given) == expected
 
 
-@pytest.mark.parametrize("given", [(None, None, None, "x.pth"), (None, None, "mae", None)])
-def test_weights_alone_do_not_choose_a_preset(given: tuple[None, None, str | None, str | None]) -> None:
-    with pytest.raises(ConfigError, match="--preset NAME"):
-        choose_refine_preset(*given)
+def test_a_source_alone_does_not_name_an_encoder() -> None:
+    with pytest.raises(ConfigError, match="--weights FILE or --preset NAME"):
+        choose_refine_preset(None, None, "mae", None)
 
 
 def test_choose_pretrain_preset() -> None:

@@ -59,6 +59,36 @@ def test_scores_are_those_of_the_run_with_least_inertia() -> None:
     assert rows["davies_bouldin"]["value"] == pytest.approx(reference.davies_bouldin_score(points, y))
 
 
+def test_other_numbers_of_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of the clusters themselves are those of scikit-learn for the labels of the best run."""
+    x, y = blobs()
+    points = unit(x)
+    models = []
+    for number in range(4):
+        state = int(np.random.SeedSequence([5, number]).generate_state(1)[0])
+        models.append(MiniBatchKMeans(n_clusters=7, n_init=1, random_state=state).fit(points))
+    best = min(models, key=lambda model: model.inertia_).labels_
+    rows = cluster(x, y, clusters=7, metrics=("acc", "sil", "dbs"), runs=4, seed=5, workers=1)
+    names = ["cluster_acc", "silhouette", "davies_bouldin", "cluster_silhouette", "cluster_davies_bouldin"]
+    assert [row["metric"] for row in rows] == names
+    found = {str(row["metric"]): row["value"] for row in rows}
+    assert found["cluster_acc"] == pytest.approx(cluster_accuracy(y, best))
+    assert found["silhouette"] == pytest.approx(100 * reference.silhouette_score(points, y), abs=1e-3)
+    assert found["cluster_silhouette"] == pytest.approx(100 * reference.silhouette_score(points, best), abs=1e-3)
+    assert found["cluster_davies_bouldin"] == pytest.approx(reference.davies_bouldin_score(points, best))
+    alone = cluster(x, None, clusters=7, metrics=("acc", "sil", "dbs"), runs=4, seed=5, workers=1)
+    assert alone == rows[3:]
+    with pytest.raises(ConfigError, match="number of clusters"):
+        cluster(x, None)
+    with pytest.raises(ConfigError, match="clusters 200 need more than the 200"):
+        cluster(x, None, clusters=200)
+
+
+def test_clusters_of_collapsed_features_are_not_scored() -> None:
+    rows = cluster(np.ones((60, 8), np.float32), None, clusters=3, metrics=("sil", "dbs"), runs=2)
+    assert [math.isnan(float(row["value"])) for row in rows] == [True, True]
+
+
 @pytest.fixture
 def forked_processes() -> Iterator[None]:
     """joblib's processes are forks of one that has imported the package, which takes seconds."""

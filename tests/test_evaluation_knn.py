@@ -15,8 +15,8 @@ from sklearn.preprocessing import StandardScaler
 
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.knn import protocol
-from mimref.evaluation.knn.protocol import Neighbours, find_neighbours, knn, knn_accuracy, label_ranks, mean_and_std
-from mimref.evaluation.metrics import vary
+from mimref.evaluation.knn.protocol import Neighbours, find_neighbours, knn, knn_accuracy, label_ranks
+from mimref.evaluation.metrics import mean_and_std, vary
 from mimref.features.matrix import SideBySide
 from mimref.results import main_rows
 

@@ -23,12 +23,15 @@ from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.cluster.protocol import evaluate_cluster
 from mimref.evaluation.compare import compare_encoders
 from mimref.evaluation.config import CompareConfig
+from mimref.evaluation.knn import retrieval
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
 from mimref.evaluation.lowshot.config import LowshotConfig
 from mimref.evaluation.lowshot.protocol import evaluate_lowshot
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
 from mimref.evaluation.probe.protocol import evaluate_probe
+from mimref.evaluation.search.config import SearchConfig
+from mimref.evaluation.search.protocol import search
 from mimref.features.config import CacheConfig
 from mimref.features.encode import Column
 from mimref.features.inputs import EncoderInputs
@@ -36,6 +39,7 @@ from mimref.progress import Silent
 from tests.ranks import run_ranks
 from tests.test_evaluation_knn import rank_results
 from tests.test_evaluation_monitor import check_on_rank
+from tests.test_evaluation_retrieval import clouds
 from tests.tiny import write_labelled, write_weights
 
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -50,14 +54,19 @@ def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
     # 43 images that train, in batches of 12: three epochs of three batches, by turns.
     augmented = ProbeTrainingConfig(epochs=3, batch_size=12, select="val-split")
     tasks = [
-        lambda c: evaluate_knn(KnnConfig(checkpoint=base, k=[1, 5], blocks="all", **c)),
+        lambda c: evaluate_knn(KnnConfig(checkpoint=base, k=[1, 5], blocks="all", retrieval=True, **c)),
         lambda c: evaluate_lowshot(LowshotConfig(checkpoint=base, splits=2, shots=[1], **c)),
-        lambda c: evaluate_cluster(ClusterConfig(checkpoint=base, runs=2, metrics=["acc", "sil"], **c))[0],
+        lambda c: evaluate_cluster(ClusterConfig(checkpoint=base, runs=2, metrics=["acc", "sil"], **c), exhibits=True)[
+            0
+        ],
         lambda c: evaluate_probe(ProbeConfig(checkpoint=base, cached=True, probe=probe, **c)),
         lambda c: evaluate_probe(ProbeConfig(checkpoint=base, probe=augmented, **c)),
-        lambda c: evaluate_blocks(BlocksConfig(checkpoints=[base, other], k=5, **c)),
+        lambda c: evaluate_blocks(BlocksConfig(checkpoints=[base, other], k=5, **c), exhibits=True),
+        lambda c: compare_encoders(
+            CompareConfig(base=base, refined=[other], splits=1, shots=[1], runs=2, **c), exhibits=True
+        ),
         lambda c: assess(AssessConfig(checkpoints=[base, other], blocks="all", images=20, **c)),
-        lambda c: compare_encoders(CompareConfig(base=base, refined=[other], splits=1, shots=[1], runs=2, **c)),
+        lambda c: search(SearchConfig(checkpoint=base, queries=[str(folder / "data/val/a/000.png")], **c)),
     ]
     found = []
     for number, task in enumerate(tasks):
@@ -133,6 +142,8 @@ def work(folder: Path) -> dict[str, Any]:
         patch.setattr(Encoder, "blocks", Encoder.blocks)
         found: dict[str, Any] = {"check": check_on_rank(folder / "differing")}
         found["neighbours"] = [tuple(each) for each in rank_results(2)]
+        patch.setattr(retrieval, "SORTED_AT_ONCE", 90 * 8)
+        found["retrieval"] = retrieval.retrieval(*clouds())
         found["fetched"] = fetch_together(folder, folder / "data")
         found["encoded"] = images_encoded(folder)
         found["rows"] = evaluate_all(folder, "ranks")
@@ -184,6 +195,11 @@ def test_ranks_share_the_search_for_neighbours(ranks: list[dict[str, Any]]) -> N
             assert torch.equal(alone.similarity, similarity) and torch.equal(alone.train_index, train_index)
 
 
+def test_ranks_share_the_queries_of_retrieval(ranks: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "SORTED_AT_ONCE", 90 * 8)
+    assert [rank["retrieval"] for rank in ranks] == [retrieval.retrieval(*clouds())] * 2
+
+
 def test_ranks_share_a_pass(ranks: list[dict[str, Any]], data: Path) -> None:
     alone = fetch_together(data / "alone", data / "data", data / "base.safetensors")
     assert alone["seen"] == 47 + 16
@@ -204,4 +220,5 @@ def test_two_ranks_give_the_numbers_of_one_process(ranks: list[dict[str, Any]], 
     assert first == alone
     assert len(first[4]) == 1 + 52
     # k-NN is everyone's; the rest is rank 0's.
-    assert second[0] == alone[0] and second[1:] == [[]] * 7
+    assert second[0] == alone[0] and second[1:] == [[]] * 8
+    assert len(first[8]) == 12

@@ -16,7 +16,15 @@ from mimref import files
 from mimref.errors import OutputError
 from mimref.features.cache.store import FeatureCache
 from mimref.features.encode import Batch, Column
-from mimref.files import atomic_path, atomic_write, cache_folder, ensure_caches, write_bytes
+from mimref.files import (
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    cache_folder,
+    check_new_folder,
+    ensure_caches,
+    write_bytes,
+)
 from mimref.locks import folder_lock, one_at_a_time
 from tests.tiny import Watcher
 
@@ -43,6 +51,50 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path, error: type[Bas
         raise error
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "new" / "folder"
+
+    def write(content: str, error: type[BaseException] | None = None) -> None:
+        with atomic_folder(folder) as temporary:
+            (temporary / content).write_text(content)
+            if error:
+                raise error
+
+    write("one")
+    write("two")
+    assert os.listdir(folder) == ["two"] and os.listdir(folder.parent) == ["folder"]
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error):
+            write("three", error)
+        assert os.listdir(folder) == ["two"] and os.listdir(folder.parent) == ["folder"]
+    replace = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        """Where the new folder would get its name."""
+        if str(source).endswith(".tmp"):
+            raise OSError(errno.EIO, "broken")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", fails)
+    with pytest.raises(OutputError, match=str(folder)):
+        write("four")
+    assert os.listdir(folder) == ["two"] and os.listdir(folder.parent) == ["folder"]
+
+
+def test_folders_for_new_files(tmp_path: Path) -> None:
+    check_new_folder(tmp_path / "new", ["a"], force=False)
+    check_new_folder(tmp_path, ["a"], force=False)
+    (tmp_path / "a").write_text("")
+    with pytest.raises(OutputError, match="--force"):
+        check_new_folder(tmp_path, ["a"], force=False)
+    check_new_folder(tmp_path, ["a"], force=True)
+    (tmp_path / "b").write_text("")
+    with pytest.raises(OutputError, match="'b'"):
+        check_new_folder(tmp_path, ["a"], force=True)
+    with pytest.raises(OutputError, match="is a file"):
+        check_new_folder(tmp_path / "b", ["a"], force=True)
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:

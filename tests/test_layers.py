@@ -18,17 +18,17 @@ LAYERS = (
     {"data", "encoders"},
     {"training"},
     {"features"},
-    {"evaluation"},
+    {"evaluation", "sharing"},
     {"refinement", "pretraining", "transfer"},
     {"benchmarks"},
-    {"api"},
+    {"api", "embedder"},
     {"reports"},
     {"cli"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # The version and the lazily imported API, and the entry of `python -m mimref`.
 ENTRIES = {"__init__", "__main__"}
-APART = ({"data", "encoders"}, {"refinement", "pretraining", "transfer"})
+APART = ({"data", "encoders"}, {"evaluation", "sharing"}, {"refinement", "pretraining", "transfer"})
 MOST_LINES = {"file": 400, "function": 60}
 
 

@@ -49,7 +49,7 @@ def whole(config: PretrainConfig, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_a_run_leaves_what_it_promises(whole: Path) -> None:
-    files = {"config.toml", "encoder.safetensors", "metrics.jsonl", "results.csv", "results.json"}
+    files = {"config.toml", "encoder.safetensors", "metrics.jsonl", "exhibits.json", "results.csv", "results.json"}
     assert {path.name for path in whole.iterdir()} == files
     found = results(whole)
     assert found["command"] == "pretrain" and found["elapsed_s"] > 0 and found["bad_images"] == []

@@ -55,7 +55,7 @@ def points(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Collects the figures instead of saving them, which takes most of the time."""
     found: list[Figure] = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: found.append(figure))
     return found
 
 

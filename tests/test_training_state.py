@@ -103,7 +103,7 @@ def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
 
 def test_force_removes_our_files_alone(tmp_path: Path) -> None:
     folder = started(tmp_path)
-    ours = ("results.json", "results.csv", "encoder.safetensors", "metrics.jsonl", "heads.pt")
+    ours = ("results.json", "results.csv", "encoder.safetensors", "metrics.jsonl", "heads.pt", "exhibits.json")
     for name in (*ours, "notes.txt", "encoder_old.safetensors"):
         (tmp_path / name).write_text("old")
     folder.prepare(CONFIG, resume=False, force=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mimref import __version__
-from mimref.cli import benchmark, evaluation, robustness, segment, suite, tools, training, transfer, weights
+from mimref.cli import benchmark, evaluation, report, robustness, segment, suite, tools, training, transfer, weights
 from mimref.cli.parser import Group, add_command
 from mimref.errors import Interrupted, UserError, UserErrors
 from mimref.files import DISK_FULL, ensure_caches
@@ -27,10 +27,12 @@ COMMANDS: Mapping[str, Sequence[Function]] = {
         evaluation.analyze_blocks,
         evaluation.assess,
         evaluation.compare,
+        evaluation.search,
         evaluation.extract,
+        report.report,
     ),
     "Transfer": (transfer.finetune, transfer.predict, segment.segment, suite.transfer, robustness.robustness),
-    "Weights": (weights.inspect, weights.export, weights.interpolate),
+    "Weights": (weights.inspect, weights.export, weights.push, weights.interpolate),
 }
 TOOLS: Mapping[str, tuple[str, Mapping[str, Function]]] = {
     "presets": ("Show the settings that ship with mimref.", {"list": tools.list_presets, "show": tools.show_preset}),

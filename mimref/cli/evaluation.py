@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import drop_state, figure, note, print_finished, report, run_on_ranks
+from mimref.cli.execution import drop_state, figure, gallery, note, print_finished, report, run_on_ranks, write_page
 from mimref.cli.options import (
     BATCH_SIZE,
     CHECKPOINT,
@@ -16,6 +16,7 @@ from mimref.cli.options import (
     Output,
     Pool,
     Preset,
+    Report,
     Resume,
     Seed,
     Split,
@@ -33,6 +34,7 @@ class KnnOptions(Subject, EncoderPass, Blocks, Output, panel="Protocol"):
         "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
     )
     per_class: bool | None = option("Report every class as well.", sets="per_class")
+    retrieval: bool | None = option("Retrieval as well: mAP, MAP@R, and recall@1, 5 and 10.", sets="retrieval")
 
 
 def knn(options: KnnOptions) -> None:
@@ -43,6 +45,7 @@ def knn(options: KnnOptions) -> None:
     Examples:
       mimref knn
       mimref knn runs/mae_l16 --k 1,10,20 --tau 0.07 --blocks all --per-class
+      mimref knn runs/mae_l16 --retrieval --set recall_at=1,10,100
     """
     from mimref.evaluation.knn.config import KnnConfig
 
@@ -79,19 +82,22 @@ def lowshot(options: LowshotOptions) -> None:
     report(options, config, run_on_ranks(config, options, evaluate_lowshot))
 
 
-class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Output, panel="Protocol"):
+class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Report, panel="Protocol"):
+    clusters: Text = option("Default: as many as classes. Images without labels need it.", "N", "clusters")
     classes: Text = option("Only these classes, or those named in a file.", "NAMES|FILE", "classes")
-    umap: Path | None = option("Draw the images as points, coloured by class.", "FILE.png")
+    umap: Path | None = option("Draw the images as points, coloured by class, or by cluster.", "FILE.png")
 
 
 def cluster(options: ClusterOptions) -> None:
-    """Cluster images and compare the clusters with the classes.
+    """Cluster images, with or without labels, and compare the clusters with the classes.
 
-    Mini-batch k-means: the run with the lowest inertia, and the mean of all runs.
+    Mini-batch k-means: the run with the lowest inertia, and the mean of all runs. With --out: the cluster of every
+    image, and a gallery of central and outlying images.
 
     Examples:
       mimref cluster --metrics acc,nmi
       mimref cluster runs/mae_l16 --classes food.txt --umap food.png
+      mimref cluster runs/mae_l16 --data /data/my_images --clusters 30 --out runs/clusters
     """
     from mimref.evaluation.cluster.config import ClusterConfig
 
@@ -102,11 +108,20 @@ def cluster(options: ClusterOptions) -> None:
 
     from mimref.evaluation.cluster.protocol import evaluate_cluster
 
-    found = run_on_ranks(config, options, partial(evaluate_cluster, embed=umap is not None))
+    work = partial(evaluate_cluster, embed=umap is not None, exhibits=options.reports)
+    found = run_on_ranks(config, options, work)
     if found is None:
         return
     result, last = found
     report(options, config, result)
+    if options.out is not None and result.assignment is not None:
+        from mimref.files import write_bytes
+        from mimref.reports.galleries import cluster_notes, cluster_strips
+
+        write_bytes(options.out / "assignments.csv", result.assignment.table())
+        strips, notes = cluster_strips(result.assignment), cluster_notes(result.assignment)
+        gallery(options.out, "Clusters", strips, notes, options)
+    write_page(options.out, options)
     if last is None or umap is None:
         return
     with figure(umap, options) as terminal:
@@ -159,7 +174,7 @@ def probe(options: ProbeOptions) -> None:
         drop_state(state)
 
 
-class BlocksOptions(EncoderPass, Pool, Preset, Seed, Output, panel="Protocol"):
+class BlocksOptions(EncoderPass, Pool, Preset, Seed, Report, panel="Protocol"):
     checkpoints: list[str] | None = argument(
         f"{CHECKPOINT}; several are compared.", "CKPT", "checkpoints", required=False
     )
@@ -186,7 +201,7 @@ def analyze_blocks(options: BlocksOptions) -> None:
     from mimref.evaluation.blocks.protocol import evaluate_blocks
     from mimref.reports.terminal import print_blocks
 
-    result = run_on_ranks(config, options, evaluate_blocks)
+    result = run_on_ranks(config, options, partial(evaluate_blocks, exhibits=options.reports))
     if result is None:
         return
     report(options, config, result, partial(print_blocks, heads=result.heads))
@@ -195,6 +210,7 @@ def analyze_blocks(options: BlocksOptions) -> None:
             from mimref.reports.figures import plot_blocks
 
             plot_blocks(options.out / "blocks.png", result.rows, heads=result.heads)
+    write_page(options.out, options)
 
 
 class AssessOptions(EncoderPass, Blocks, Preset, Seed, Output, panel="Protocol"):
@@ -238,7 +254,7 @@ def assess(options: AssessOptions) -> None:
             plot_assessment(options.out / "assessment.png", result.rows)
 
 
-class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Output, panel="Protocol"):
+class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Report, panel="Protocol"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: list[str] = argument("Weights to compare with BASE.", "REFINED", "refined")
     protocols: Text = option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols")
@@ -261,7 +277,7 @@ def compare(options: CompareOptions) -> None:
     from mimref.evaluation.compare import compare_encoders
     from mimref.reports.terminal import print_comparison
 
-    result = run_on_ranks(config, options, compare_encoders)
+    result = run_on_ranks(config, options, partial(compare_encoders, exhibits=options.reports))
     if result is None:
         return
     first = str(result.rows[0]["model"])
@@ -275,21 +291,67 @@ def compare(options: CompareOptions) -> None:
             from mimref.reports.figures import plot_comparison
 
             plot_comparison(options.out / "comparison.png", result.rows, first)
+    write_page(options.out, options)
 
 
-class ExtractOptions(EncoderPass, Blocks, Split, Force, panel="Output"):
+class SearchOptions(EncoderPass, Blocks, Output, panel="Protocol"):
+    checkpoint: Text = argument(
+        f"{CHECKPOINT}; default: the packaged tiny encoder, on digits. Goes before --query.",
+        "CKPT",
+        "checkpoint",
+        required=False,
+    )
+    queries: list[str] | None = option(
+        "Image files, or images of the data by the name that results give them.", "IMAGE...", "queries", flag="--query"
+    )
+    k: Text = option("Nearest images of every query; default 12.", "K", "k")
+    split: Text = option("Images to search; default all.", "train|val|all", "split")
+    standardize: bool | None = option(
+        "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
+    )
+
+
+def search(options: SearchOptions) -> None:
+    """Find the images of a data set that are most similar to given ones.
+
+    Exact: every query is compared with every image by cosine. Images need no labels. With --out: a table as CSV and
+    JSON, and a gallery as PNG and HTML.
+
+    Examples:
+      mimref search --query digits/val/21 digits/val/24 --k 5
+      mimref search runs/mae_l16 --data /data/my_images --query cat.jpg dog.jpg --out runs/found
+    """
+    from mimref.evaluation.search.config import SearchConfig
+
+    config = options.load(SearchConfig)
+    options.check_out()
+
+    from mimref.evaluation.search.protocol import search as run_search
+    from mimref.reports.terminal import print_found
+
+    result = run_on_ranks(config, options, partial(run_search, pictures=options.out is not None))
+    report(options, config, result, print_found)
+    if result is not None and options.out is not None and result.pictures:
+        from mimref.reports.galleries import search_notes, search_strips
+
+        gallery(options.out, "Nearest images", search_strips(result), search_notes(result), options)
+
+
+class ExtractOptions(EncoderPass, Blocks, Force, panel="Output"):
     checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT", "checkpoint")
-    out: Path = option("File to write.", "FILE.npz|FILE.parquet", required=True)
+    split: Text = option("Images to use; default val.", "train|val|all", "split")
+    out: Path = option("File to write.", "FILE.npz|FILE.parquet|FILE.lance", required=True)
 
 
 def extract(options: ExtractOptions) -> None:
     """Write features to a file for other programs.
 
-    Arrays in the order of the images: x, paths, and y if the images have labels.
+    Arrays in the order of the images (.npz), or a table with one row per image, ready for a vector database (.parquet,
+    .lance): its path, split, label and vector.
 
     Examples:
       mimref extract quickstart --out features.npz
-      mimref extract runs/mae_l16 --blocks 18,24 --data /data/my_images --out features.parquet
+      mimref extract runs/mae_l16 --data /data/my_images --split all --out features.lance
     """
     from mimref.features.config import ExtractConfig
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from mimref.cli.options import Output, Quiet
+from mimref.cli.options import Output, Quiet, Report
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
+    from mimref.config.recipe import Derived
+    from mimref.reports.galleries import Strip
     from mimref.reports.terminal import Terminal
     from mimref.results import EvaluationResult, Row
 
@@ -48,7 +50,7 @@ def report(
     result: "EvaluationResult | None",
     show: "Callable[[Sequence[Row]], None] | None" = None,
 ) -> None:
-    """With `--out`, write results.csv and results.json; print the result, if this process has one.
+    """With `--out`, write results.csv, results.json and images; print the result, if this process has one.
 
     show: prints the rows; default: as a table.
     """
@@ -63,6 +65,7 @@ def report(
         if result.data is not None:
             config = config.model_copy(update={"data": result.data})
         settings, bad = config.model_dump(mode="json"), result.bad_images
+        save_exhibits(options.out, result, options)
         try:
             write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=bad)
         except OutputError:  # the disk is full, or the folder is gone: the result is finished all the same
@@ -71,6 +74,17 @@ def report(
     show(result.rows)
     if options.out is not None:
         note(f"results in {options.out}", options)
+
+
+def save_exhibits(out: Path, result: "EvaluationResult", options: Quiet) -> None:
+    """Write the images that show a result, if it has some, and remove those of an earlier one."""
+    from mimref.evaluation.exhibits.contents import save
+    from mimref.progress import optional
+    from mimref.reports.terminal import Terminal
+
+    with Terminal(options.quiet) as terminal, optional("no images for the report", terminal):
+        # Not asked for its type, whose module takes seconds to import.
+        save(getattr(result, "exhibits", None), out)
 
 
 @contextmanager
@@ -82,6 +96,41 @@ def figure(path: Path, options: Quiet) -> "Iterator[Terminal]":
     with Terminal(options.quiet) as terminal, optional(f"no figure in {path}", terminal):
         yield terminal
         terminal.note(f"figure in {path}")
+
+
+def gallery(out: Path, title: str, strips: "Sequence[Strip]", notes: Sequence[str], options: Quiet) -> None:
+    """Write gallery.html and gallery.png into a folder of results; a failure is a warning."""
+    from mimref.progress import optional
+    from mimref.reports.terminal import Terminal
+
+    with Terminal(options.quiet) as terminal, optional(f"no gallery in {out}", terminal):
+        from mimref.reports.galleries import plot_gallery, write_gallery
+
+        write_gallery(out / "gallery.html", title, strips, notes)
+        plot_gallery(out / "gallery.png", title, strips)
+        terminal.note(f"gallery in {out / 'gallery.html'} and gallery.png")
+
+
+def write_page(folder: Path | None, options: Report) -> None:
+    """Write report.html about the finished run in `folder`, unless `--no-report`; a failure is a warning.
+
+    A page about earlier results does not stay.
+    """
+    if folder is None:
+        return
+    from mimref.progress import optional
+    from mimref.reports.terminal import Terminal
+
+    page = folder / "report.html"
+    with Terminal(options.quiet) as terminal, optional(f"no report in {page}", terminal):
+        page.unlink(missing_ok=True)
+        if options.no_report:
+            return
+        from mimref.reports.html.page import write_report
+        from mimref.reports.html.runs import read_run
+
+        write_report(page, [read_run(folder)])
+        terminal.note(f"report in {page}")
 
 
 def print_finished(out: Path, command: str) -> bool:
@@ -110,6 +159,14 @@ def print_facts(facts: Mapping[str, object]) -> None:
     width = max(map(len, facts), default=0)
     for label, value in facts.items():
         typer.echo(f"{label:{width}}  {value}")
+
+
+def print_derived(derived: "Sequence[Derived]") -> None:
+    """Print one line per derived setting: its key, its value and the rule, aligned."""
+    rows = [(each.setting, each.change, each.rule) for each in derived]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)] if rows else []
+    for setting, change, rule in rows:
+        typer.echo(f"  {setting:{widths[0]}}  {change:{widths[1]}}  {rule}")
 
 
 def note(line: str, options: Quiet) -> None:

@@ -44,6 +44,17 @@ class Output(Force, panel="Output"):
             self.checks.run("out", lambda: check_folder(out, self.force))
 
 
+class Report(Output, panel="Output"):
+    """Of commands that write a page about their results."""
+
+    no_report: bool = option("Write no report.html.")
+
+    @property
+    def reports(self) -> bool:
+        """Whether the command writes a report into its output folder."""
+        return self.out is not None and not self.no_report
+
+
 class Resume(Output, panel="Output"):
     resume: bool = option("Continue the unfinished run in the output folder.")
 
@@ -62,7 +73,7 @@ class Configured(Device):
     sets: list[str] | None = option("Any other setting; repeatable.", "KEY=VALUE", flag="--set")
 
     def load(
-        self, model: "type[Config]", preset: str | None = None, choose: Callable[[], str] | None = None
+        self, model: "type[Config]", preset: str | None = None, choose: Callable[[], str | None] | None = None
     ) -> "Config":
         """The config: the defaults, then `preset`, the options and `--set`, without what `checks` finds wrong.
 
@@ -70,8 +81,11 @@ class Configured(Device):
         """
         from mimref.config.load import load_config
 
-        if preset is None and choose is not None and (preset := self.checks.run("preset", choose)) is None:
-            self.checks.unusable.add("preset")
+        if preset is None and choose is not None:
+            if (chosen := self.checks.run("preset", lambda: [choose()])) is None:
+                self.checks.unusable.add("preset")
+            else:
+                (preset,) = chosen
         given = {option.sets: getattr(self, field) for field, (option, _) in self.declared().items() if option.sets}
         return load_config(model, preset, given, self.sets or (), self.checks)
 

@@ -140,7 +140,22 @@ class _Panels:
 
 
 class Command(_Panels, TyperCommand):
-    """A command."""
+    """A command. An option whose metavar ends in `...` takes all values up to the next option, as shells expand `*`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click's `Command`."""
+        many = {flag for each in self.params if str(each.metavar).endswith("...") for flag in each.opts}
+        spread: list[str] = []
+        flag = None
+        for position, word in enumerate(args):
+            if word == "--":
+                return super().parse_args(ctx, [*spread, *args[position:]])
+            if word.startswith("-") and word != "-":
+                flag = word if word in many else None
+            elif flag is not None and spread[-1] != flag:
+                spread.append(flag)
+            spread.append(word)
+        return super().parse_args(ctx, spread)
 
     def get_help_option(self, ctx: Any) -> Any:
         """`--help`, in the panel Run."""

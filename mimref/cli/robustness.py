@@ -1,11 +1,11 @@
 """`mimref robustness`."""
 
-from mimref.cli.execution import figure, report, run_on_ranks
-from mimref.cli.options import Images, Output, Seed, Text
+from mimref.cli.execution import figure, report, run_on_ranks, write_page
+from mimref.cli.options import Images, Report, Seed, Text
 from mimref.cli.parser import argument, option
 
 
-class RobustnessOptions(Images, Seed, Output, panel="Data"):
+class RobustnessOptions(Images, Seed, Report, panel="Data"):
     checkpoint: str = argument("Weights file or output folder of `finetune`.", "CKPT", "checkpoint")
     imagenet_c: Text = option("ImageNet-C: folders CORRUPTION/SEVERITY/CLASS.", "DIR", "imagenet_c")
     imagenet_a: Text = option("ImageNet-A, of 200 classes.", "DIR", "imagenet_a")
@@ -44,3 +44,4 @@ def robustness(options: RobustnessOptions) -> None:
             from mimref.reports.figures import plot_robustness
 
             plot_robustness(options.out / "robustness.png", result.rows)
+        write_page(options.out, options)

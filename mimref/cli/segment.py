@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from mimref.cli.execution import drop_state, figure, print_finished, report, run_on_ranks
-from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Images, Preset, Resume, Seed, Text
+from mimref.cli.execution import drop_state, figure, print_finished, report, run_on_ranks, write_page
+from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Images, Preset, Report, Resume, Seed, Text
 from mimref.cli.parser import argument, option
 
 
@@ -15,7 +15,7 @@ class SegmentEncoder(Images, panel="Encoder"):
     resolution: Text = option("Of crops and windows; default: the protocol's.", "PIXELS", "resolution")
 
 
-class SegmentOptions(SegmentEncoder, Preset, Seed, Resume, panel="Protocol"):
+class SegmentOptions(SegmentEncoder, Preset, Seed, Report, Resume, panel="Protocol"):
     checkpoint: Text = argument(
         f"{CHECKPOINT}; default: the packaged tiny encoder, on mosaics of digits.", "CKPT", "checkpoint", required=False
     )
@@ -78,3 +78,4 @@ def segment(options: SegmentOptions) -> None:
             from mimref.reports.figures import plot_blocks
 
             plot_blocks(options.out / "blocks.png", result.rows, heads={})
+    write_page(options.out, options)

@@ -3,13 +3,13 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import figure, run_on_ranks
-from mimref.cli.options import CHECKPOINT, Resume, Seed, Text
+from mimref.cli.execution import figure, run_on_ranks, write_page
+from mimref.cli.options import CHECKPOINT, Report, Resume, Seed, Text
 from mimref.cli.parser import argument, option
 from mimref.errors import UserErrors
 
 
-class SuiteOptions(Seed, Resume, panel="Data"):
+class SuiteOptions(Seed, Report, Resume, panel="Data"):
     checkpoints: list[str] | None = argument(
         f"{CHECKPOINT}; several are compared. Default: the packaged tiny encoder.",
         "CKPT",
@@ -62,5 +62,6 @@ def transfer(options: SuiteOptions) -> None:
         print_comparison(lines, base)
         with figure(out / "suite.png", options):
             plot_comparison(out / "suite.png", lines, base)
+        write_page(out, options)
     if result.failed:
         raise UserErrors(result.failed)

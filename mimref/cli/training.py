@@ -4,8 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimref.cli.execution import note, print_facts, print_finished, run_on_ranks
-from mimref.cli.options import Batch, Images, MicroBatch, Preset, Resume, Seed, Text, TrainedArch, TrainedEncoder
+from mimref.cli.execution import note, print_derived, print_facts, print_finished, run_on_ranks, write_page
+from mimref.cli.options import (
+    Batch,
+    Images,
+    MicroBatch,
+    Preset,
+    Report,
+    Resume,
+    Seed,
+    Text,
+    TrainedArch,
+    TrainedEncoder,
+)
 from mimref.cli.parser import option
 from mimref.errors import Checks
 
@@ -13,14 +24,17 @@ if TYPE_CHECKING:
     from mimref.config.run import TrainingConfig
     from mimref.pretraining.run import PretrainResult
     from mimref.progress import Listener
+    from mimref.refinement.config import RefineConfig
     from mimref.refinement.run import RefineResult
     from mimref.transfer.finetune.run import FinetuneResult
 
     TrainingResult = RefineResult | PretrainResult | FinetuneResult
 
 
-class TrainingOptions(Images, Batch, Preset, Seed, Resume):
+class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume, panel="Training"):
     """Of commands that train in an output folder."""
+
+    strict: bool | None = option("Refuse a preset that does not fit, instead of adapting it.", sets="strict")
 
     def resumed_preset(self) -> str | None:
         """The settings file of the run that `--resume --out DIR` continues, so that nothing need be repeated.
@@ -43,28 +57,29 @@ class RefineOptions(Weights, MicroBatch, TrainingOptions, panel="Training"):
     stage: Text = option("Which stages to run; default both.", "both|heads|encoder", "stage")
     heads_from: Text = option("Reuse another run's heads; runs stage 2 only.", "DIR", "heads_from")
     heads: Text = option("Blocks with a head: 17-24, 20,22,24, last8 or auto.", "BLOCKS", "heads.blocks")
-    dry_run: bool = option("Print the settings, sizes and steps; write nothing.")
+    dry_run: bool = option("Print the settings with their reasons, sizes, steps and time; write nothing.")
 
-    def chosen_preset(self) -> str:
-        """The preset that the options ask for; published weights determine architecture and source."""
+    def chosen_preset(self) -> str | None:
+        """The preset that the options ask for; None where a recipe derives the settings."""
         from mimref.config.presets import choose_refine_preset
-        from mimref.encoders.published import find_published
 
-        known = find_published(self.weights) if self.weights else None
-        arch, source = (known.arch, known.source) if known else (None, None)
-        return choose_refine_preset(self.preset, self.arch or arch, self.source or source, self.weights)
+        preset = choose_refine_preset(self.preset, self.arch, self.source, self.weights, self.data)
+        if preset is None and self.arch is None and self.weights is None:
+            self.weights = "quickstart"
+        return preset
 
 
 def refine(options: RefineOptions) -> None:
     """Refine an encoder with contrastive heads.
 
     Stage 1 trains the heads on the frozen encoder, stage 2 heads and encoder together; then a table compares the
-    encoder before and after. Without options: the packaged tiny encoder on scikit-learn's digits.
+    encoder before and after. Without a preset, settings are derived from encoder and images. Without options: the
+    packaged tiny encoder on scikit-learn's digits.
 
     Examples:
       mimref refine
-      mimref refine --arch vit_l16 --source mae --data /data/imagenet --dry-run
-      mimref refine --weights runs/my_mae --preset mae_b16 --data /data/my_images
+      mimref refine --weights my.pth --data /data/my_images --dry-run
+      mimref refine --arch vit_l16 --source mae --data /data/imagenet
     """
     from mimref.refinement.config import RefineConfig
 
@@ -72,14 +87,22 @@ def refine(options: RefineOptions) -> None:
         options.stage = "encoder"
     config = options.load(RefineConfig, options.resumed_preset(), options.chosen_preset)
     if options.dry_run:
-        from mimref.refinement.plan import make_plan
-        from mimref.refinement.sizes import describe
-
-        print_facts(describe(make_plan(config, checks=options.checks)) | {"output": str(run_folder(config, options))})
+        _print_plan(config, options)
     elif not (options.resume and options.checks.passed and print_finished(run_folder(config, options), config.command)):
         from mimref.refinement.run import refine as run_refine
 
         run_training(run_refine, config, options)
+
+
+def _print_plan(config: "RefineConfig", options: RefineOptions) -> None:
+    from mimref.benchmarks.duration import describe_duration, measure_duration
+    from mimref.refinement.plan import make_plan
+    from mimref.refinement.sizes import describe
+
+    plan = make_plan(config, checks=options.checks)
+    print_facts(describe(plan) | {"output": str(run_folder(config, options))})
+    print_derived(plan.derived)
+    print_facts({"time": describe_duration(measure_duration(plan))})
 
 
 class PretrainOptions(TrainedArch, TrainingOptions, panel="Training"):
@@ -107,8 +130,11 @@ def pretrain(options: PretrainOptions) -> None:
 
 
 def run_folder(config: "TrainingConfig", options: TrainingOptions) -> Path:
-    """`--out`; else `runs/refine-mae_l16` for the preset refine/mae_l16, `runs/refine-mine` for my/mine.toml."""
-    preset = config.preset or "default"
+    """`--out`; else `runs/refine-mae_l16` for the preset refine/mae_l16, `runs/refine-mine` for my/mine.toml.
+
+    Without a preset: `runs/refine-recipe`.
+    """
+    preset = config.preset or "recipe"
     name = preset.removeprefix(f"{config.command}/").replace("/", "-")
     name = Path(preset).stem if preset.endswith(".toml") else name
     return options.out or Path("runs") / f"{config.command}-{name}"
@@ -134,4 +160,5 @@ def run_training(training: "Callable[..., TrainingResult]", config: "TrainingCon
     print_rows(result.rows)
     weights = ", ".join(map(str, sorted(out.glob("*.safetensors"))))
     note(f"encoder in {weights}, results in {out / 'results.json'}", options)
+    write_page(out, options)
     return True

@@ -2,15 +2,23 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from mimref.cli.execution import note, print_facts
-from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Debug, Force, Images, Output, Text
+from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Debug, Force, Images, Output, Quiet, Text
 from mimref.cli.parser import argument, option
 from mimref.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mimref.config.base import ReadingConfig
+    from mimref.encoders.checkpoints import Checkpoint
+    from mimref.progress import Listener
+    from mimref.sharing.export import FolderExport
+    from mimref.sharing.layout import Library, Subject
 
 # Commands without settings read it themselves.
 GRID = option("Patches that positions are for, where they are no square.", "ROWS,COLUMNS")
@@ -24,6 +32,9 @@ def read_grid(text: str | None) -> tuple[int, int] | None:
     if not (rows.strip().isdecimal() and columns.strip().isdecimal()) or not int(rows) or not int(columns):
         raise ConfigError(f"--grid {text}: expected rows and columns, such as 4,8")
     return int(rows), int(columns)
+
+
+LAYOUT = option("Whose models the folder holds; default transformers. Requires --to hf.", "transformers|timm")
 
 
 class InspectOptions(Debug, panel="Output"):
@@ -56,8 +67,9 @@ def inspect(options: InspectOptions) -> None:
 
 class ExportOptions(Force, panel="Encoder"):
     checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT")
-    to: Literal["timm", "release", "onnx"] = option("Target format.", required=True)
-    out: Path = option("File to write; its extension must match --to.", "FILE", required=True)
+    to: Literal["timm", "release", "onnx", "hf"] = option("Target format.", required=True)
+    out: Path = option("File to write, whose extension must match --to; for hf a folder.", "FILE|DIR", required=True)
+    layout: Literal["transformers", "timm"] | None = LAYOUT
     blocks: Text = option("Outputs of the ONNX graph; default last. Requires --to onnx.", "last|all|1,5,12")
     resolution: int | None = option("Default: the encoder's own.", "PIXELS", min=1)
     arch: Text = ARCH
@@ -75,16 +87,20 @@ def export(options: ExportOptions) -> None:
     """Write an encoder in another format, read it back and compare.
 
     timm: for timm.create_model with checkpoint_path; a fine-tuned encoder keeps its classifier. release: the layout of
-    the MIM-Refiner releases. onnx: a graph whose outputs are the tokens of the chosen blocks.
+    the MIM-Refiner releases. onnx: a graph whose outputs are the tokens of the chosen blocks. hf: a folder that
+    AutoModel.from_pretrained or timm loads, with image processor, classifier and model card.
 
     Examples:
       mimref export runs/mae_l16 --to timm --out refined.pth
       mimref export runs/mae_l16 --to onnx --out refined.onnx --blocks 18,24
+      mimref export runs/mae_l16 --to hf --out refined_l16
     """
     to, out, force, checks = options.to, options.out, options.force, options.checks
     if options.blocks is not None and to != "onnx":
         wrong = f"--blocks {options.blocks}: requires --to onnx; --to {to} keeps every block"
         checks.add("blocks", ConfigError(wrong))
+    if options.layout is not None and to != "hf":
+        checks.add("layout", ConfigError(f"--layout {options.layout}: requires --to hf, not --to {to}"))
 
     from mimref.config.base import ReadingConfig
     from mimref.config.load import validated
@@ -100,6 +116,9 @@ def export(options: ExportOptions) -> None:
     of_file = {"num_heads": options.num_heads, "part": options.encoder, "grid": read_grid(options.grid)}
     of_file["interpolation"] = options.interpolation
     reading = checks.run("interpolation", lambda: validated(ReadingConfig, of_file))
+    if to == "hf":
+        export_to_hf(options, reading, hints)
+        return
     checks.run("out", lambda: check_new_file(out, ENDINGS[to], force))
     if to == "onnx":
         checks.run("to", check_packages)
@@ -112,7 +131,7 @@ def export(options: ExportOptions) -> None:
         encoder, facts, checkpoint = checks.finished(read)
         found = classifier_of(checkpoint, encoder)
         if found and to != "timm":
-            terminal.note(f"--to {to} leaves the classifier out; --to timm keeps it")
+            terminal.note(f"--to {to} leaves the classifier out; --to timm and --to hf keep it")
         if to == "timm" and found:
             done = export_classifier(*found, out, facts, force=force, listener=terminal)
         elif to == "timm":
@@ -124,6 +143,104 @@ def export(options: ExportOptions) -> None:
     name = {"timm name": done.timm_name or "none of these sizes"} if to == "timm" else {}
     difference = {"largest difference": f"{done.difference:.1e}"}
     print_facts({"file": str(done.path)} | name | {"read with": done.read_with} | difference)
+
+
+def export_to_hf(options: ExportOptions, reading: "ReadingConfig | None", hints: dict[str, Any]) -> None:
+    """`mimref export --to hf`."""
+    from mimref.files import check_new_folder
+    from mimref.reports.terminal import Terminal
+    from mimref.sharing.export import OWN_FILES, read_subject
+
+    out, checks = options.out, options.checks
+    checks.run("out", lambda: check_new_folder(out, OWN_FILES, options.force))
+    with Terminal(options.quiet) as terminal:
+        read = checks.run("checkpoint", lambda: read_subject(options.checkpoint, reading, **hints, listener=terminal))
+        done = write_folder(
+            checks.finished(read), options.layout, out, out.resolve().name, force=options.force, listener=terminal
+        )
+    facts = {"folder": str(done.path), "model": done.model, "read with": done.read_with}
+    compared = {"largest difference": f"{done.difference:.1e}, as read by {' and '.join(done.read_by)}"}
+    print_facts(facts | compared)
+
+
+def write_folder(
+    read: "tuple[Subject, Checkpoint]",
+    layout: "Library | None",
+    out: Path,
+    title: str,
+    *,
+    force: bool,
+    listener: "Listener",
+) -> "FolderExport":
+    """Write a folder for Hugging Face's libraries, with its model card. title: the model's name in the card."""
+    from mimref.reports.model_card import model_card
+    from mimref.sharing.export import export_folder, folder_layout
+    from mimref.sharing.record import read_record
+
+    subject, checkpoint = read
+    files = folder_layout(subject, layout or "transformers")
+    card = model_card(title, subject, files, read_record(checkpoint))
+    return export_folder(subject, files, card, out, force=force, listener=listener)
+
+
+class PushOptions(Quiet, panel="Output"):
+    checkpoint: str = argument("Folder that `export --to hf` wrote, or a checkpoint to export.", "FOLDER|CKPT")
+    name: str = argument("Repository, OWNER/NAME; without OWNER, yours.", "NAME")
+    layout: Literal["transformers", "timm"] | None = LAYOUT
+    private: bool = option("Create a private repository.")
+    message: Text = option("Of the commit.", "TEXT")
+    force: bool = option("Replace the files of a repository that exists.")
+
+
+def push(options: PushOptions) -> None:
+    """Upload an encoder to the Hugging Face hub.
+
+    A checkpoint is exported first, as export --to hf does. The token is HF_TOKEN, or the one that hf auth login saves.
+
+    Examples:
+      mimref push refined_l16 me/refined-l16
+      mimref push runs/mae_l16 me/refined-l16 --private
+    """
+    from mimref.sharing.push import check_access, check_name, is_export, push_folder
+
+    source, checks = Path(options.checkpoint), options.checks
+    exported = is_export(source)
+    checks.run("name", lambda: check_name(options.name))
+    checks.run("token", check_access)
+    if exported and options.layout is not None:
+        wrong = f"--layout {options.layout}: {source} is exported already; export the checkpoint again"
+        checks.add("layout", ConfigError(wrong))
+    upload = partial(
+        push_folder, name=options.name, private=options.private, message=options.message, force=options.force
+    )
+    if exported:
+        checks.finish()
+        show_progress(options)
+        print_facts({"address": upload(source)})
+        return
+
+    from tempfile import TemporaryDirectory
+
+    from mimref.reports.terminal import Terminal
+    from mimref.sharing.export import read_subject
+
+    with Terminal(options.quiet) as terminal, TemporaryDirectory(prefix="mimref-") as temporary:
+        read = checks.run("checkpoint", lambda: read_subject(options.checkpoint, listener=terminal))
+        folder, title = Path(temporary) / "export", options.name.rpartition("/")[2]
+        write_folder(checks.finished(read), options.layout, folder, title, force=False, listener=terminal)
+        show_progress(options)
+        address = upload(folder)
+    print_facts({"address": address})
+
+
+def show_progress(options: Quiet) -> None:
+    """Leave progress bars of the hub's client to terminals."""
+    import sys
+
+    from huggingface_hub.utils import disable_progress_bars
+
+    if options.quiet or not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 class InterpolateOptions(Images, Output, panel="Encoder"):

@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 
 def _check_ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -130,6 +130,16 @@ class CommandConfig(Section):
     """Loader processes. None: 0 for images in memory, else one per core that this process may use, at most 16;
     torchrun's processes on one machine share its cores."""
     data: DataConfig = DataConfig()
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Dotted keys that were given beside the preset: by options, `--set` or a caller in Python."""
+        return self._given
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all settings are equal, wherever they come from."""
+        return type(self) is type(other) and self.__dict__ == other.__dict__
 
 
 def dump_config(config: CommandConfig, *, defaults: bool = True) -> str:

@@ -52,6 +52,7 @@ def load_config(
         # The other settings are those of a preset that is unknown.
         collected.unusable |= setting_fields(model).keys() - given
     config = _usable(model, table, collected)
+    config._given = frozenset(given)
     if checks is None:
         collected.finish()
     return config

@@ -22,22 +22,29 @@ def preset_text(name: str) -> str:
     return (_preset_folder() / f"{_full_name(name)}.toml").read_text(encoding="utf-8")
 
 
-def choose_refine_preset(preset: str | None, arch: str | None, source: str | None, weights: str | None) -> str:
-    """The preset that the options of `mimref refine` ask for.
+RECIPE = "recipe"
+"""In place of a preset's name: settings are derived from encoder and images."""
 
-    The given one; else `quickstart` if nothing else is given; else that of `--arch` and `--source` (default mae), or
-    where the paper has none, MAE's of the same size, or of ViT-B. Raises ConfigError for `--weights` alone.
+
+def choose_refine_preset(
+    preset: str | None, arch: str | None, source: str | None, weights: str | None, data: str | None = None
+) -> str | None:
+    """The preset that the options of `mimref refine` ask for; None where a recipe derives the settings.
+
+    The given one; else that of `--arch` and `--source` (default mae), or where the paper has none, MAE's of the same
+    size, or of ViT-B; else `quickstart` for the packaged encoder on digits. Raises ConfigError for `--source` alone.
     """
     if preset is not None:
-        return preset
-    if arch is None:
-        if source is None and weights in (None, "quickstart"):
-            return "refine/quickstart"
-        raise ConfigError("Give --preset NAME (`mimref presets list` shows all) or --arch NAME")
-    size = arch.removeprefix("vit_")
-    candidates = [f"refine/{source or 'mae'}_{size}", f"refine/mae_{size}", "refine/mae_b16"]
-    known = preset_names("refine")
-    return next((name for name in candidates if name in known), candidates[-1])
+        return None if preset == RECIPE else preset
+    if arch is not None:
+        size = arch.removeprefix("vit_")
+        candidates = [f"refine/{source or 'mae'}_{size}", f"refine/mae_{size}", "refine/mae_b16"]
+        known = preset_names("refine")
+        return next((name for name in candidates if name in known), candidates[-1])
+    if source is not None and weights is None:
+        raise ConfigError("--source does not name an encoder: give --arch NAME, --weights FILE or --preset NAME")
+    packaged = source is None and weights in (None, "quickstart")
+    return "refine/quickstart" if packaged and data in (None, "digits") else None
 
 
 def choose_pretrain_preset(preset: str | None, arch: str | None) -> str:

@@ -138,6 +138,8 @@ class EvaluateConfig(Section):
     """Draws of the low-shot training images."""
     cluster_runs: int = Field(default=100, gt=0)
     """Mini-batch k-means runs; the one with the lowest inertia counts."""
+    exhibits: bool = True
+    """Save small images for the report: maps, nearest neighbours, confusions and clusters."""
 
 
 class TrainingConfig(CommandConfig):
@@ -146,6 +148,8 @@ class TrainingConfig(CommandConfig):
     path_settings: ClassVar[tuple[str, ...]] = ()
     """Settings besides those of data and encoder whose values are paths, or lists of them."""
 
+    strict: bool = False
+    """Refuse a preset that cannot fit encoder or images. Otherwise it is adapted, with a notice for every value."""
     batch_size: int = Field(default=1024, gt=1)
     """Images per update, over all processes."""
     encoder: EncoderConfig = EncoderConfig()

@@ -98,3 +98,10 @@ def first_images(count: int, labels: Indices | None, *, limit: int) -> Indices:
         return np.arange(limit, dtype=np.int64)
     turn = pd.Series(labels).groupby(labels).cumcount()
     return np.sort(np.lexsort((labels, turn))[:limit])
+
+
+def fixed_choice(count: int, labels: Indices | None, *, most: int) -> Indices:
+    """Indices, in data order, of at most so many of `count` images: classes in turn; without labels, every n-th one."""
+    if labels is None:
+        return np.arange(0, count, max(1, -(-count // most)), dtype=np.int64)
+    return first_images(count, labels, limit=min(most, count))

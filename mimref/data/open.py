@@ -73,14 +73,23 @@ def open_source(
     try:
         source = _open(spec, data, split, progress)
         if need_labels and source.labels is None:
-            how = source.how_to_label or _HOW_TO_LABEL[_prefix(spec)]
-            raise DataError(f"the {split} images have no labels, which this needs; {how}")
+            raise DataError(f"{no_labels(split)}; {how_to_label(source, spec)}")
     except DataError as error:
         raise type(error)(f"--data {printable(spec)}: {error}") from error
     source.decoding = Decoding(data.orientation or "file", data.alpha or "drop", data.range or "type")
     if split == "train" and data.train_limit is not None:
         source.select(first_images(len(source), source.labels, limit=data.train_limit))
     return source
+
+
+def no_labels(split: Split) -> str:
+    """What is wrong with images that need labels."""
+    return f"the {split} images have no labels, which this needs"
+
+
+def how_to_label(source: ImageSource, spec: str) -> str:
+    """What to do about it."""
+    return source.how_to_label or _HOW_TO_LABEL[_prefix(spec)]
 
 
 def _prefix(spec: str) -> str:

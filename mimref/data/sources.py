@@ -4,6 +4,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimref.data.decode import Decoded, Reduce, decode_file, printable
-from mimref.data.labels import Indices, first_images
+from mimref.data.labels import Indices, fixed_choice
 from mimref.data.pixels import USUAL, Decoding
 from mimref.data.traits import READ
 from mimref.data.traits import notices as trait_notices
@@ -63,6 +64,14 @@ class ImageSource(ABC):
     @abstractmethod
     def path(self, index: int) -> str:
         """A name of the image for messages and tables."""
+
+    def find(self, names: Sequence[str]) -> list[int | None]:
+        """For every name the first image that `path` calls so, or that is this file; None where there is none."""
+        wanted, found = set(names), dict[str, int]()
+        for index in range(len(self) if wanted else 0):
+            if (name := self.path(index)) in wanted:
+                found.setdefault(name, index)
+        return [found.get(name) for name in names]
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
@@ -217,6 +226,25 @@ class FileSource(EncodedSource):
         """The file's path, as far as the user gave it, with odd characters escaped."""
         return printable(os.path.join(self.folder, self.files[self.rows[index]]))
 
+    def find(self, names: Sequence[str]) -> list[int | None]:
+        """See `ImageSource`. A link to a file is the file where the link's name or the file's is that of an image."""
+        by_end: dict[bytes, list[tuple[str, os.stat_result]]] = {}
+        for name in set(names):
+            with suppress(OSError, ValueError):
+                status = os.stat(name)
+                for end in {os.path.basename(name), os.path.basename(os.path.realpath(name))}:
+                    by_end.setdefault(os.fsencode(end), []).append((name, status))
+        found, root = dict[str, int](), os.fsencode(self.folder)
+        for index, file in enumerate(self.files.encoded(self.rows) if by_end else ()):
+            for name, status in by_end.get(os.path.basename(file), ()):
+                with suppress(OSError):
+                    if name not in found and os.path.samestat(status, os.stat(os.path.join(root, file))):
+                        found[name] = index
+        # Escaped names are no files.
+        others = [name for name in names if not os.path.lexists(name)]
+        by_path = dict(zip(others, super().find(others), strict=True))
+        return [found.get(name, by_path.get(name)) for name in names]
+
     @cached_property
     def fingerprint(self) -> str:
         """Over relative paths, sizes, modification times and labels. Costs one stat call per file, at first use."""
@@ -283,7 +311,5 @@ def fingerprint_files(folder: str, files: Iterable[bytes], *arrays: NDArray[Any]
 
 
 def fixed_subset(source: ImageSource, most: int) -> Subset:
-    """A fixed choice of at most so many images: classes in turn; without labels, every n-th image."""
-    if source.labels is None:
-        return Subset(source, np.arange(0, len(source), max(1, -(-len(source) // most))))
-    return Subset(source, first_images(len(source), source.labels, limit=min(most, len(source))))
+    """The images of `fixed_choice`: classes in turn; without labels, every n-th image."""
+    return Subset(source, fixed_choice(len(source), source.labels, most=most))

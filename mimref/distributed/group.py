@@ -137,3 +137,10 @@ def own_rank() -> int:
 def share(count: int, rank: int, world: int) -> slice:
     """The contiguous part of `count` items that a rank works on; parts differ in size by at most one."""
     return slice(count * rank // world, count * (rank + 1) // world)
+
+
+def share_chunks(count: int, chunk: int) -> list[slice]:
+    """The part of `count` items that every rank works on, in order of rank: whole chunks, but for the last one."""
+    chunks, ranks = -(-count // chunk), world_size()
+    parts = [share(chunks, rank, ranks) for rank in range(ranks)]
+    return [slice(min(count, part.start * chunk), min(count, part.stop * chunk)) for part in parts]

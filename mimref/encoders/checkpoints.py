@@ -203,7 +203,7 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
     except Unrecognised as reason:
         hint = shard_hint(file)
         return replace(checkpoint, problem=f"{reason}{hint}", advice="" if hint else "; pass --arch (and --source)")
-    if normalisation := saved_normalisation(file):
+    if "transform" not in header and (normalisation := saved_normalisation(file)):
         found.notices.append("mean and deviation of the pixels are taken from preprocessor_config.json")
         sizes = {"image_size": found.architecture.image_size, "crop_fraction": 0.875}
         checkpoint = replace(checkpoint, header={"transform": sizes | normalisation})

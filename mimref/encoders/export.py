@@ -101,7 +101,7 @@ def write_verified(
     ):
         file = Path(folder) / out.name
         write(file)
-        difference = _largest_difference(out, outputs, read(file))
+        difference = largest_difference(out, outputs, read(file))
         if data_file(file).exists():
             with atomic_path(data_file(out)) as temporary_data:
                 os.replace(data_file(file), temporary_data)
@@ -143,7 +143,7 @@ def features_by_name(encoder: Encoder, names: Iterable[str]) -> dict[str, Tensor
     return encoder_features(encoder, [int(name.removeprefix("block_")) for name in names if name != "normed"])
 
 
-def _largest_difference(
+def largest_difference(
     out: Path, outputs: Callable[[Iterable[str]], Mapping[str, Tensor]], found: Mapping[str, Tensor]
 ) -> float:
     """Between a file's outputs and the model's. Raises OutputError for more than fp32 explains."""

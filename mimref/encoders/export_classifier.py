@@ -46,14 +46,7 @@ def export_classifier(
     name = timm_name(encoder)
     if architecture.post_norm or architecture.swiglu or (name is None and architecture.from_timm):
         raise ConfigError(f"--to timm: timm has no classifier with the blocks of {architecture.name}")
-    options: dict[str, Any] = {"num_classes": classifier.num_classes}
-    if _pools_patches(classifier):
-        options |= {"global_pool": "avg", "fc_norm": not classifier.final_norm}
-        if getattr(encoder.vit, "pool_include_prefix", False):
-            options["pool_include_prefix"] = False
-    elif getattr(encoder.vit, "global_pool", "token") != "token":
-        options |= {"global_pool": "token", "fc_norm": False}
-    state = _state(classifier)
+    options, state = classifier_options(classifier), classifier_state(classifier)
 
     def write(file: Path) -> None:
         if out.suffix == ".safetensors":
@@ -83,16 +76,30 @@ def export_classifier(
     return Export(out, difference, reading_line(out, architecture, name, options), name)
 
 
-def _pools_patches(classifier: Classifier) -> bool:
+def classifier_options(classifier: Classifier) -> dict[str, Any]:
+    """Options of timm's model that give it the classifier's head and pooling."""
+    vit = classifier.encoder.vit
+    options: dict[str, Any] = {"num_classes": classifier.num_classes}
+    if pools_patches(classifier):
+        options |= {"global_pool": "avg", "fc_norm": not classifier.final_norm}
+        if getattr(vit, "pool_include_prefix", False):
+            options["pool_include_prefix"] = False
+    elif getattr(vit, "global_pool", "token") != "token":
+        options |= {"global_pool": "token", "fc_norm": False}
+    return options
+
+
+def pools_patches(classifier: Classifier) -> bool:
+    """Whether it reads the mean of the patches."""
     return classifier.pool == "mean" or not classifier.encoder.has_cls_token
 
 
-def _state(classifier: Classifier) -> dict[str, Tensor]:
+def classifier_state(classifier: Classifier) -> dict[str, Tensor]:
     """The tensors of timm's model: its norm is `norm` before a CLS token is chosen, `fc_norm` after a mean."""
     encoder, head = classifier.encoder, {name: x.float().clone() for name, x in classifier.head_state().items()}
     # Of the encoder's own pooling nothing is left.
     unused = ("fc_norm.", "attn_pool.") if classifier.final_norm else ("norm.", "fc_norm.", "attn_pool.")
     body = {name: tensor for name, tensor in plain_state(encoder).items() if not name.startswith(unused)}
-    if not _pools_patches(classifier):
+    if not pools_patches(classifier):
         head = {name.replace("fc_norm.", "norm."): tensor for name, tensor in head.items()}
     return body | head

@@ -1,8 +1,10 @@
 """Several encoders measured by the same protocols: `mimref compare`, and the before/after table of `mimref refine`."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+
+import numpy as np
 
 from mimref.config.base import DataConfig
 from mimref.config.run import RunConfig
@@ -10,9 +12,10 @@ from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 from mimref.distributed.group import end_group
 from mimref.encoders.vit import Encoder
-from mimref.errors import Checks
-from mimref.evaluation.cluster.protocol import check_metrics, cluster
+from mimref.errors import Checks, ConfigError, DataError
+from mimref.evaluation.cluster.protocol import check_metrics, cluster_and_best
 from mimref.evaluation.config import CompareConfig
+from mimref.evaluation.exhibits.collect import BestRun, Exhibition, IllustratedResult, Voting
 from mimref.evaluation.knn.protocol import check_neighbours, knn
 from mimref.evaluation.lowshot.protocol import check_shots, default_splits, lowshot
 from mimref.evaluation.lowshot.solver import load_solver
@@ -22,7 +25,7 @@ from mimref.features.encode import PIXELS, Column, Features, PassSettings, colum
 from mimref.features.inputs import EncoderInputs
 from mimref.features.opening import Opened, open_encoders
 from mimref.progress import LabelledProgress, Listener, Silent
-from mimref.results import EvaluationResult, Row, main_rows, named
+from mimref.results import Row, main_rows, named
 
 
 def measure(
@@ -32,29 +35,48 @@ def measure(
     columns: list[Column],
     config: CompareConfig,
     progress: LabelledProgress,
-) -> list[Row]:
-    """Rows of one protocol, `knn`, `lowshot` or `cluster`, for the training and validation features of one model."""
+) -> tuple[list[Row], int | None]:
+    """Rows of one protocol, `knn`, `lowshot` or `cluster`, for the training and validation features of one model.
+
+    Also, of `cluster`, the number of its best run.
+    """
     train, test = (labelled(features, columns) for features in pair)
     if protocol == "cluster":
         report = partial(progress, f"k-means of {model}")
-        return cluster(*test, metrics=config.metrics, runs=config.runs, seed=config.seed, progress=report)
+        return cluster_and_best(*test, metrics=config.metrics, runs=config.runs, seed=config.seed, progress=report)
     if protocol == "knn":
         report = partial(progress, f"nearest neighbours of {model}")
-        return knn(*train, *test, k=[config.k], tau=[config.tau], device=config.device, progress=report)
+        return knn(*train, *test, k=[config.k], tau=[config.tau], device=config.device, progress=report), None
     report = partial(progress, f"low-shot of {model}")
     splits = config.splits or default_splits(len(train[0]))
-    return lowshot(*train, *test, shots=config.shots, splits=splits, seed=config.seed, progress=report)
+    return lowshot(*train, *test, shots=config.shots, splits=splits, seed=config.seed, progress=report), None
+
+
+def exhibit(
+    exhibition: Exhibition,
+    model: str,
+    pair: tuple[Features, Features],
+    columns: list[Column],
+    config: CompareConfig,
+    best: int | None,
+) -> None:
+    """Show a model in an exhibition as its table does: the same votes, and the best of the same k-means runs."""
+    (train_x, train_y), (_, test_y) = (labelled(features, columns) for features in pair)
+    voting = Voting(train_x, train_y, config.k, config.tau)
+    run = None if best is None else BestRun(best, len(np.unique(test_y)), config.seed, config.runs)
+    exhibition.add(model, pair[1], columns, voting=voting, best=run)
 
 
 # --- mimref compare
 
 
 def compare_encoders(
-    config: CompareConfig, *, listener: Listener | None = None, checks: Checks | None = None
-) -> EvaluationResult:
+    config: CompareConfig, *, exhibits: bool = False, listener: Listener | None = None, checks: Checks | None = None
+) -> IllustratedResult:
     """Rows of every protocol for the base and then the other encoders; one encoder pass per split and encoder.
 
-    All see the same draws, runs and images: those of `config.data`, else those of the base's header.
+    All see the same draws, runs and images: those of `config.data`, else those of the base's header. exhibits: also
+    what a report shows of the images.
     Raises UserError subclasses for checkpoints or images that do not fit, before any encoder runs.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
@@ -67,17 +89,23 @@ def compare_encoders(
         of_probe = input_columns(inputs, config.probe).values() if "probe" in config.protocols else ()
         inputs.prepare([*columns, *(column for group in of_probe for column in group)])
     rows: list[Row] = []
+    exhibition = Exhibition(opened[0].source("val"), opened[0].settings, config.seed, listener)
     for inputs, columns in zip(opened, last, strict=True) if end_group() else ():
+        best = None
         for protocol in config.protocols:
             if protocol == "probe":
                 found = probe_features(inputs, input_columns(inputs, config.probe), config.probe, config, listener)
                 rows += named(found, inputs.name, {})
             else:
                 pair = inputs.features("train"), inputs.features("val")
-                found = measure(protocol, inputs.name, pair, columns, config, listener.progress)
+                found, run = measure(protocol, inputs.name, pair, columns, config, listener.progress)
                 rows += named(found, inputs.name, {"blocks": "last", "pool": config.pool})
+                best = run if protocol == "cluster" else best
+        if exhibits:
+            pair = inputs.features("train"), inputs.features("val")
+            exhibit(exhibition, inputs.name, pair, columns, config, best)
     bad = [pair for inputs in opened for pair in inputs.bad]
-    return EvaluationResult(rows, time.monotonic() - started, bad, config.data)
+    return IllustratedResult(rows, time.monotonic() - started, bad, config.data, exhibition.made())
 
 
 def _check(config: CompareConfig, opened: Opened, checks: Checks) -> None:
@@ -95,6 +123,8 @@ def _check(config: CompareConfig, opened: Opened, checks: Checks) -> None:
 
 
 # --- the before/after table of mimref refine
+
+_PROTOCOLS = {"knn": "k-NN", "lowshot": "low-shot accuracy", "cluster": "k-means"}
 
 
 def labelled_splits(
@@ -121,11 +151,14 @@ def before_after(
     progress: LabelledProgress,
     *,
     protocols: Sequence[str] = ("knn", "lowshot", "cluster"),
+    exhibition: Exhibition | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """k-NN, low-shot and clustering of raw pixels, and of each encoder's last block (raw output, CLS token).
 
     images: from `labelled_splits`. encoders: with their names in the results; built one at a time if from a generator.
-    Returns rows, and path and reason of the images left out, once for every model.
+    note: receives one line for each protocol that is left out because the images do not allow it. exhibition: shows the
+    encoders. Returns rows, and path and reason of the images left out, once for every model.
     """
     evaluate = config.evaluate
     compare = CompareConfig(
@@ -140,13 +173,25 @@ def before_after(
     )
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
+    possible = list(protocols)
 
     def add(model: str, pair: list[Features], column: Column, where: Row) -> None:
         train, test = pair
         fitting = compare.model_copy(update={"k": min(evaluate.knn_k, len(train))})
-        for protocol in protocols:
-            found = main_rows(measure(protocol, model, (train, test), [column], fitting, progress))
-            rows.extend({"model": model, **row, **where} for row in found)
+        best = None
+        for protocol in list(possible):
+            try:
+                found, run = measure(protocol, model, (train, test), [column], fitting, progress)
+            except (ConfigError, DataError) as error:
+                # It is the same for the other models: they share images and settings.
+                possible.remove(protocol)
+                if note is not None:
+                    note(f"no {_PROTOCOLS[protocol]} in the before/after table: {error}")
+                continue
+            rows.extend({"model": model, **row, **where} for row in main_rows(found))
+            best = run if protocol == "cluster" else best
+        if exhibition is not None and column != PIXELS:
+            exhibit(exhibition, model, (train, test), [column], fitting, best)
         bad.extend(train.bad + test.bad)
 
     add("raw pixels", [raw_pixels(source, settings) for source in images], PIXELS, {})

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mimref.data.decode import printable
 from mimref.errors import Checks, DataError
@@ -41,6 +43,31 @@ def unit_rows(
         norm = np.linalg.norm(block, axis=1, keepdims=True)
         out[rows] = block / np.where(norm > 0, norm, 1.0)
     return out
+
+
+def unit_tensor(x: Matrix, mean: NDArray[np.float64] | None = None, std: NDArray[np.float64] | None = None) -> Tensor:
+    """`unit_rows` in torch's own memory: the rounding of small products depends on how their factors are aligned."""
+    return torch.from_numpy(unit_rows(x, mean, std)).clone()
+
+
+def mean_and_std(x: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation (D,) of every feature of x (N, D), in one float64 pass over blocks.
+
+    Blocks are combined by Chan's formula (sums of squares would lose precision). A feature that varies less than
+    float32 resolves gets the standard deviation 1, so that rounding errors are not amplified.
+    """
+    count = 0
+    mean, m2 = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    for rows in row_blocks(x):
+        block = x[rows].astype(np.float64)
+        block_mean = block.mean(axis=0)
+        delta = block_mean - mean
+        total = count + len(block)
+        m2 += np.square(block - block_mean).sum(axis=0) + np.square(delta) * (count * len(block) / total)
+        mean += delta * (len(block) / total)
+        count = total
+    std = np.sqrt(m2 / count)
+    return mean, np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 1.0)
 
 
 def check_features(x: Matrix, name: str, y: Labels | None = None) -> None:

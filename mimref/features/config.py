@@ -53,5 +53,5 @@ class ExtractConfig(EvaluationConfig):
     """All settings of `mimref extract`."""
 
     command = "extract"
-    split: Literal["train", "val"] = "val"
-    """Which images."""
+    split: Literal["train", "val", "all"] = "val"
+    """Which images; `all`: those of every split there is."""

@@ -4,6 +4,7 @@ In a process group all ranks share the passes of the encoder: rank 0 looks into 
 pass, and of which columns. The other ranks wait for its decision, and read what it has cached when they need it.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -100,6 +101,13 @@ class EncoderInputs:
         """Whether `cls` and `mean` differ."""
         architecture = self.architecture
         return architecture.class_token if isinstance(architecture, Architecture) else self.encoder.has_cls_token
+
+    def with_images(self, source: ImageSource) -> "EncoderInputs":
+        """The same encoder, read already, on other images, which are its validation images."""
+        _ = self.encoder
+        other = copy.copy(self)
+        other.sources, other._features, other._cached = {"val": source}, {}, {}
+        return other
 
     def source(self, split: Split) -> ImageSource:
         """The images. Raises DataError when labels are needed and absent."""

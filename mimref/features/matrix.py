@@ -1,4 +1,4 @@
-"""Feature arrays that are read by rows, so that several can stand side by side without a copy."""
+"""Feature arrays that are read by rows, so that several can be read as one without a copy."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ Labels = NDArray[np.int64]
 
 
 class Matrix(Protocol):
-    """Features (N, D): a numpy array, memory-mapped or not, or `SideBySide`."""
+    """Features (N, D): a numpy array, memory-mapped or not, or several as one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,3 +39,24 @@ class SideBySide:
 
     def __getitem__(self, rows: slice | NDArray[np.int64], /) -> NDArray[Any]:
         return np.concatenate([part[rows] for part in self.parts], axis=1)
+
+
+class OneAfterAnother:
+    """Several (N_i, D) matrices as one (sum of N_i, D). Reading rows copies only those rows."""
+
+    def __init__(self, parts: Sequence[Matrix]) -> None:
+        self.parts = list(parts)
+        self.shape = (sum(len(part) for part in parts), parts[0].shape[1])
+        self.dtype = np.result_type(*(part.dtype for part in parts))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | NDArray[np.int64], /) -> NDArray[Any]:
+        wanted = np.arange(len(self))[rows]
+        out, start = np.empty((len(wanted), self.shape[1]), self.dtype), 0
+        for part in self.parts:
+            here = (wanted >= start) & (wanted < start + len(part))
+            out[here] = part[wanted[here] - start]
+            start += len(part)
+        return out

@@ -8,7 +8,7 @@ from mimref.config.base import CommandConfig, DataConfig
 from mimref.config.run import TrainingConfig
 from mimref.data.open import open_source
 from mimref.data.readable import check_readable
-from mimref.data.sources import ImageSource, Split
+from mimref.data.sources import ImageSource, NoSplitError, Split
 from mimref.devices import resolve_device, resolve_precision
 from mimref.distributed.group import own_rank
 from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
@@ -60,17 +60,22 @@ def open_encoder(
     setting: str = "checkpoint",
     need_labels: bool = True,
     splits: Sequence[Split] = ("train", "val"),
+    existing: bool = False,
     sources: dict[Split, ImageSource] | None = None,
 ) -> Opened:
     """Open a checkpoint and its images, and check all that can be checked without a pass.
 
-    setting: that names the checkpoint. splits: the images to open. sources: what could be opened of them already.
+    setting: that names the checkpoint. splits: the images to open. existing: see `open_images`. sources: what could be
+    opened of them already.
     """
     check_device(config, checks)
     opened, progress = dict(sources or {}), listener.progress
+    open_splits = partial(
+        open_images, progress=progress, checks=checks, need_labels=need_labels, splits=splits, existing=existing
+    )
     known, remote = sources is not None, must_download(checkpoint)
     if remote and not known and config.data.spec is not None:
-        opened, known = open_images(config.data, progress, checks, need_labels=need_labels, splits=splits), True
+        opened, known = open_splits(config.data), True
     if remote and not checks.passed:
         return Opened(None, opened)
     inputs = checks.run(setting, lambda: EncoderInputs(config, checkpoint, listener, need_labels=need_labels))
@@ -78,7 +83,7 @@ def open_encoder(
     data = config.data if inputs is None else inputs.data
     changed = data != config.data and (config.data.spec is None or bool(opened))
     if data.spec is not None and (changed or not known):
-        opened = open_images(data, progress, checks, need_labels=need_labels, splits=splits)
+        opened = open_splits(data)
     if inputs is not None:
         inputs.sources = opened
         if config.arch is not None:
@@ -109,16 +114,44 @@ def open_images(
     *,
     need_labels: bool = True,
     splits: Sequence[Split] = ("train", "val"),
+    existing: bool = False,
 ) -> dict[Split, ImageSource]:
-    """Open the splits up to one that cannot be opened, and check that their images can be read."""
+    """Open the splits up to one that cannot be opened, and check that their images can be read.
+
+    existing: open only the splits that exist, and one alone where it has all images of the other.
+    """
     sources: dict[Split, ImageSource] = {}
+    missing: list[Split] = []
+
+    def find(split: Split) -> ImageSource | None:
+        try:
+            return open_source(data, split, need_labels=need_labels, progress=progress)
+        except NoSplitError:
+            missing.append(split)
+            if not existing or len(missing) == len(splits):
+                raise
+            return None
+
     for split in splits:
-        find = partial(open_source, data, split, need_labels=need_labels, progress=progress)
-        if (source := checks.run("data.spec", find)) is None:
+        source = checks.run("data.spec", partial(find, split))
+        if source is not None:
+            sources[split] = source
+            checks.run("data.spec", partial(check_readable, source, data.max_bad))
+        elif not existing or split not in missing:
             break  # the other split would fail for the same reason
-        sources[split] = source
-        checks.run("data.spec", partial(check_readable, source, data.max_bad))
-    return sources
+    return _distinct(sources) if existing else sources
+
+
+def _distinct(sources: dict[Split, ImageSource]) -> dict[Split, ImageSource]:
+    """Without a split whose images are all in another one: those of a folder without splits are the same."""
+    longest_first = sorted(sources.items(), key=lambda item: -len(item[1]))
+    if len(longest_first) < 2:
+        return sources
+    (kept, longer), (_, shorter) = longest_first
+    if longer.find([shorter.path(0)]) == [None]:
+        return sources
+    names = {longer.path(index) for index in range(len(longer))}
+    return {kept: longer} if all(shorter.path(index) in names for index in range(len(shorter))) else sources
 
 
 def open_encoders(
@@ -165,10 +198,14 @@ def open_inputs(
     checks: Checks,
     splits: Sequence[Split] = ("train", "val"),
     sources: dict[Split, ImageSource] | None = None,
+    *,
+    need_labels: bool = True,
 ) -> Opened:
     """Open the features that a config names, of an encoder or from files, as `open_encoder` does."""
     if config.features is None:
-        return open_encoder(config, config.checkpoint, listener, checks, splits=splits, sources=sources)
+        return open_encoder(
+            config, config.checkpoint, listener, checks, need_labels=need_labels, splits=splits, sources=sources
+        )
     if "checkpoint" in config.model_fields_set:
         wrong = f"--features replaces the encoder's features; leave {config.checkpoint} out"
         checks.add("features", ConfigError(wrong))

@@ -18,7 +18,9 @@ from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.parameters import encoder_groups
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import Checks, ConfigError
+from mimref.evaluation.exhibits.collect import Exhibition, encoder_model
 from mimref.evaluation.monitor import KnnMonitor
+from mimref.features.encode import PIXELS, raw_pixels
 from mimref.features.header import data_record, eval_transform
 from mimref.features.opening import check_device, open_images
 from mimref.pretraining.config import PretrainConfig
@@ -137,6 +139,7 @@ def pretrain(
             run.train(job, state)
         if run.leave_group():
             _write_encoder(job, config, out)
+            _exhibit(job, config, out)
             run.finish(job.rows)
     return PretrainResult(out, job.rows, run.elapsed_s)
 
@@ -160,6 +163,24 @@ def _architecture(config: PretrainConfig) -> Architecture:
         raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
     architecture.check_size(architecture.image_size, "encoder.image_size")
     return architecture
+
+
+def _exhibit(job: Pretraining, config: PretrainConfig, out: Path) -> None:
+    """Show images of the k-NN check by their pixels and by the encoder; without labels, some training images."""
+    if not (config.evaluate.enabled and config.evaluate.exhibits):
+        return
+    monitor, listener, encoder = job.monitor, job.run.listener, job.model.encoder
+    settings, votes = monitor.settings, monitor.test is not None
+    source, what = (monitor.test, "validation images") if monitor.test else (job.source, "training images")
+    exhibition = Exhibition.of_some(source, settings, config.seed, listener, what)
+    models = [
+        ("raw pixels", PIXELS, lambda images: raw_pixels(images, settings)),
+        encoder_model("encoder", encoder, settings),
+    ]
+    exhibition.add_passes(
+        models, monitor.train if votes else None, k=config.evaluate.knn_k, tau=config.evaluate.knn_tau
+    )
+    exhibition.save(out)
 
 
 def _write_encoder(job: Pretraining, config: PretrainConfig, out: Path) -> None:

@@ -132,6 +132,8 @@ class RefineConfig(RunConfig):
             raise ValueError(f"stage = {self.stage!r} trains its own heads; heads_from requires stage = 'encoder'")
         for name, stage in (("heads_stage", self.heads_stage), ("encoder_stage", self.encoder_stage)):
             check_warmup(name, stage.warmup_epochs, stage.epochs)
-            if stage.top_k > self.heads.queue_size:
+            # Without a preset, what nothing has set will be derived.
+            known = self.preset is not None or "top_k" in stage.model_fields_set
+            if known and stage.top_k > self.heads.queue_size:
                 raise ValueError(f"{name}.top_k {stage.top_k} exceeds heads.queue_size {self.heads.queue_size}")
         return self

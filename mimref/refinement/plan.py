@@ -1,12 +1,14 @@
 """A refinement before anything is trained: encoder, heads, sizes, steps, and whether they fit each other."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
+from mimref.config.recipe import Derived, is_adaptable
 from mimref.data.loader import check_batch_size
+from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup, multi_crop
@@ -14,7 +16,7 @@ from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.checkpoints import Checkpoint, load_weights
 from mimref.encoders.settings import ignored_settings, resolved_settings
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
-from mimref.errors import CheckpointError, Checks, ConfigError
+from mimref.errors import CheckpointError, Checks, ConfigError, DataError, UserError
 from mimref.evaluation.assess.measures import DEFAULT, goodness
 from mimref.evaluation.assess.verdicts import NAMES
 from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
@@ -25,10 +27,11 @@ from mimref.features.opening import check_device, open_training
 from mimref.progress import LabelledProgress
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
+from mimref.refinement.recipe import LEAST_QUEUE, fit, last_third
 
 # Whose views say where heads belong, where `monitor.view_samples` is 0.
 UNLABELLED_IMAGES = 1000
-_BY_KNN = "by k-NN accuracy"
+_WITHOUT_LABELS = f"by the {NAMES[DEFAULT]} of every block"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Plan:
     """The training images."""
     warnings: list[str]
     """About settings that have no effect."""
+    derived: list[Derived] = field(default_factory=list)
+    """Settings that were derived from encoder and images, or adapted from a preset."""
 
     @cached_property
     def blocks(self) -> list[int]:
@@ -96,10 +101,7 @@ def make_plan(config: RefineConfig, progress: LabelledProgress | None = None, ch
     checks = checks or Checks()
     plan = checks.finished(_open(config, progress, checks))
     if plan.config.heads.blocks == "auto":
-        blocks, why = _measured_blocks(plan, progress)
-        heads = plan.config.heads.model_copy(update={"blocks": blocks})
-        warnings = plan.warnings if why == _BY_KNN else [*plan.warnings, f"heads on blocks {blocks}: {why}"]
-        plan = replace(plan, config=plan.config.model_copy(update={"heads": heads}), warnings=warnings)
+        plan = _with_blocks(plan, progress)
         _check_heads(plan.config, plan.architecture, checks)
         checks.finish()
     return plan
@@ -109,20 +111,44 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     """Read the weights that the settings name, find the training images, and check what does not need the other."""
     check_device(config, checks)
     _check_epochs(config, checks)
+    config, limited = _without_limit(config, progress)
     opened = open_training(config, progress, checks, need_labels=False, splits=["train"])
     checkpoint, architecture, sources = opened.checkpoint, opened.architecture, opened.sources
-    if architecture is not None:
+    data, derived, known = opened.data, limited, config.preset is not None
+    if checkpoint is not None and architecture is not None and data is not None and sources:
+        complete, recorded = config.model_copy(update={"data": data}), "transform" in checkpoint.header
+        fitting = partial(fit, complete, architecture, sources["train"], crop_known=recorded)
+        if (fitted := checks.run("preset", fitting)) is not None:
+            (config, found), data, known = fitted, fitted[0].data, True
+            derived = [*limited, *found]
+    # Defaults that a recipe would have replaced are nobody's mistakes.
+    if architecture is not None and known:
         _check_heads(config, architecture, checks)
         checks.run("views.local_size", partial(check_sizes, config, architecture))
-    if sources:
+    if sources and known:
         _check_counts(config, len(sources["train"]), checks)
-    if checkpoint is None or architecture is None or opened.data is None or not checks.passed:
+    if checkpoint is None or architecture is None or data is None or not checks.passed:
         return None
     warnings = ignored_settings(config.encoder, checkpoint)
     encoder = resolved_settings(config.encoder, checkpoint, architecture)
-    config = config.model_copy(update={"data": opened.data, "encoder": encoder})
-    transform = eval_transform(architecture, opened.data, checkpoint.header)
-    return Plan(config, checkpoint, architecture, transform, sources["train"], warnings)
+    config = config.model_copy(update={"data": data, "encoder": encoder})
+    transform = eval_transform(architecture, data, checkpoint.header)
+    return Plan(config, checkpoint, architecture, transform, sources["train"], warnings, derived)
+
+
+def _without_limit(config: RefineConfig, progress: LabelledProgress | None) -> tuple[RefineConfig, list[Derived]]:
+    """The settings without a preset's `data.train_limit` that exceeds the images, and what was changed."""
+    limit, setting = config.data.train_limit, "data.train_limit"
+    if limit is None or not is_adaptable(config, setting):
+        return config, []
+    unlimited = config.model_copy(update={"data": config.data.model_copy(update={"train_limit": None})})
+    try:
+        images = len(open_source(unlimited.data, "train", progress=progress))
+    except UserError:  # is found again, and reported
+        return config, []
+    if images >= limit:
+        return config, []
+    return unlimited, [Derived(setting, None, f"there are {images:,} training images", limit)]
 
 
 def heads_file(path: str) -> Path:
@@ -131,6 +157,26 @@ def heads_file(path: str) -> Path:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; --heads-from needs the output folder of a run with stage 1")
     return file
+
+
+def _with_blocks(plan: Plan, progress: LabelledProgress | None) -> Plan:
+    """The plan with measured blocks of the heads; where a recipe asked and nothing can be measured, the last third."""
+    derived = [each for each in plan.derived if each.setting != "heads.blocks"]
+    chosen = len(derived) < len(plan.derived)
+    try:
+        blocks, why = _measured_blocks(plan, progress)
+    except (ConfigError, DataError):
+        if not chosen:
+            raise
+        blocks, why = last_third(plan.architecture.depth), "the last third of the blocks, as in the paper"
+    if chosen:
+        derived.insert(0, Derived("heads.blocks", blocks, why))
+    warnings = [*plan.warnings]
+    if why.startswith(_WITHOUT_LABELS) and not chosen:
+        warnings.append(f"heads on blocks {blocks}: {why}")
+    heads = plan.config.heads.model_copy(update={"blocks": blocks})
+    config = plan.config.model_copy(update={"heads": heads})
+    return replace(plan, config=config, derived=derived, warnings=warnings)
 
 
 def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str, str]:
@@ -149,7 +195,7 @@ def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str
         measured = monitor.view_measures(encoder, groups, config.monitor.view_samples or UNLABELLED_IMAGES)
         scores = [goodness(DEFAULT, values[DEFAULT]) for values in measured]
         missing = "".join(f"; {problem}" for problem in problems)
-        return blocks_text(recommend_heads(scores)), f"by {NAMES[DEFAULT]}, without labels to measure k-NN{missing}"
+        return blocks_text(recommend_heads(scores)), f"{_WITHOUT_LABELS}, without labels for k-NN{missing}"
     train, test = monitor.features(encoder, [column for columns in groups for column in columns])
     assert test is not None
     scores = []
@@ -157,7 +203,7 @@ def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str
         scores.append(monitor.knn_top1(train.matrix(columns), train.y, test.matrix(columns), test.y))
         if progress is not None:
             progress("k-NN of every block", done, depth)
-    return blocks_text(recommend_heads(scores)), _BY_KNN
+    return blocks_text(recommend_heads(scores)), "by the k-NN accuracy of every block"
 
 
 def base_encoder(plan: Plan, device: torch.device) -> Encoder:
@@ -239,7 +285,7 @@ def _check_counts(config: RefineConfig, images: int, checks: Checks) -> None:
 
 def _check_queue(config: RefineConfig, images: int) -> None:
     queue = config.heads.queue_size
-    if queue > max(images, config.batch_size):
+    if queue > max(images, config.batch_size, LEAST_QUEUE):
         raise ConfigError(
             f"heads.queue_size {queue} exceeds the {images} training images, so every image would be in the queue "
             f"several times; set heads.queue_size={images} or less"

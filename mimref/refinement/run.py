@@ -16,6 +16,7 @@ from mimref.encoders.parameters import freeze_untrained
 from mimref.encoders.vit import Encoder
 from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.compare import before_after, labelled_splits
+from mimref.evaluation.exhibits.collect import Exhibition, encoder_model
 from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import PassSettings
@@ -74,8 +75,8 @@ def refine(
     with run.locked():
         plan = make_plan(config, run.listener.progress, checks)
         state = run.load_state(plan.source)
-        for notice in plan.notices:
-            run.listener.note(notice)
+        for notice in (*plan.notices, *plan.derived):
+            run.listener.note(str(notice))
         for warning in (*plan.warnings, *plan.source.notices):
             run.listener.warn(warning)
         method = build_method(plan, run.listener)
@@ -181,30 +182,47 @@ def _rank_heads(
 
 
 def _compare(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, refined: Encoder) -> list[Row]:
-    config = plan.config
+    config, device, workers, max_bad = plan.config, method.device, plan.config.workers, plan.config.data.max_bad
     if not config.evaluate.enabled:
         return []
-    try:
-        images = labelled_splits(config.data, plan.source, monitor.val)
-    except DataError as error:
-        run.listener.note(f"no before/after table: {error}")
-        return []
-    protocols = ["knn", "cluster"]
-    with optional("no low-shot results", run.listener):
-        load_solver()
-        protocols.insert(1, "lowshot")
-    device, workers, max_bad = method.device, config.workers, config.data.max_bad
     settings = PassSettings(plan.transform, device, method.precision, workers=workers, max_bad=max_bad)
 
     def encoders() -> Iterator[tuple[str, Encoder]]:
         yield "base", base_encoder(plan, device)
         yield "refined", refined
 
-    rows, bad = before_after(config, images, encoders(), settings, run.listener.progress, protocols=protocols)
+    try:
+        images = labelled_splits(config.data, plan.source, monitor.val)
+    except DataError as error:
+        run.listener.note(f"no before/after table: {error}")
+        _exhibit_unlabelled(run, plan, settings, encoders())
+        return []
+    protocols = ["knn", "cluster"]
+    with optional("no low-shot results", run.listener):
+        load_solver()
+        protocols.insert(1, "lowshot")
+    exhibition = Exhibition(images[1], settings, config.seed, run.listener) if config.evaluate.exhibits else None
+    progress, note = run.listener.progress, run.listener.note
+    rows, bad = before_after(
+        config, images, encoders(), settings, progress, protocols=protocols, note=note, exhibition=exhibition
+    )
     run.skipped.add_evaluated(bad)
     for notice in images[1].peculiarities("validation images"):
         run.listener.warn(notice)
+    if exhibition is not None:
+        exhibition.save(run.folder.path)
     return rows
+
+
+def _exhibit_unlabelled(
+    run: TrainingRun, plan: Plan, settings: PassSettings, encoders: Iterator[tuple[str, Encoder]]
+) -> None:
+    """Show some training images instead of the before/after table."""
+    if not plan.config.evaluate.exhibits:
+        return
+    exhibition = Exhibition.of_some(plan.source, settings, plan.config.seed, run.listener, "training images")
+    exhibition.add_passes(encoder_model(name, encoder, settings) for name, encoder in encoders)
+    exhibition.save(run.folder.path)
 
 
 def _write_encoder(out: Path, plan: Plan, refined: Encoder, rows: Sequence[Row]) -> None:

@@ -20,9 +20,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mimref.data.decode import printable
 from mimref.files import atomic_path
-from mimref.reports.metrics import LOWER_IS_BETTER, STATISTICS, metric_label
+from mimref.reports.metrics import LOWER_IS_BETTER, STATISTICS, metric_label, short_name
 from mimref.results import Row, main_rows
 
 # Okabe and Ito's colours, with a darker yellow for white paper.
@@ -82,7 +81,7 @@ def plot_blocks(path: Path, rows: Sequence[Row], *, heads: Mapping[str, Sequence
     _legend(figure, entries, "-", {"loc": "outside lower center", "ncols": columns})
     if any(heads.values()):
         axes[0].set_title("filled: recommended head positions", fontsize=8, color=INK, loc="right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_embedding(
@@ -124,7 +123,7 @@ def plot_embedding(
     if named:
         entries = [(name, *style) for name, style in zip(names, styles, strict=True)]
         _legend(ax, entries, "", {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)})
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_learning_curve(path: Path, log: Path) -> None:
@@ -150,7 +149,7 @@ def plot_learning_curve(path: Path, log: Path) -> None:
     if len(splits) > 1:
         entries = [(f"split {split}", *_curve_style(number)) for number, split in enumerate(splits)]
         _legend(axes[-1], entries, "-", {"loc": "lower right"})
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_comparison(path: Path, rows: Sequence[Row], base: str) -> None:
@@ -176,7 +175,7 @@ def plot_comparison(path: Path, rows: Sequence[Row], base: str) -> None:
         ax.set_title(_text(label + unit), fontsize=9, color=INK, loc="left")
         names = [_text(model, NAME_LENGTH) for model in models] if number % columns == 0 else [""] * len(models)
         ax.set_yticks(range(len(models)), names, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_segments(path: Path, samples: Sequence[tuple[Tensor, Tensor, Tensor]], class_names: Sequence[str]) -> None:
@@ -206,7 +205,7 @@ def plot_segments(path: Path, samples: Sequence[tuple[Tensor, Tensor, Tensor]], 
     if named:
         entries = [(name, to_hex(colors[label]), "s") for name, label in zip(names, present, strict=True)]
         _legend(figure, entries, "", {"loc": "outside right center"})
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_robustness(path: Path, rows: Sequence[Row]) -> None:
@@ -239,7 +238,7 @@ def plot_robustness(path: Path, rows: Sequence[Row]) -> None:
         _clean(ax, keep=("left", "bottom"))
     dashed = ", dashed: clean" if any(row["metric"] == "clean_top1" for row in rows) else ""
     axes[-1].set_xlabel(f"top-1 (%); darker: more severe{dashed}", fontsize=9, color=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_curve(
@@ -369,10 +368,7 @@ def _curve_style(number: int) -> tuple[str, str]:
 
 def _text(text: str, length: int = 3 * NAME_LENGTH) -> str:
     """Names on one line; long ones lose their middle, and dollar signs make no formula."""
-    text = printable(" ".join(text.split()))
-    half = length // 2
-    text = text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
-    return text.replace("$", r"\$")
+    return short_name(text, length).replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -380,7 +376,8 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG in one step. Raises OutputError if the file cannot be written."""
     # Letters that the font lacks are drawn as boxes; matplotlib warns about each.
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")

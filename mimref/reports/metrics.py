@@ -10,6 +10,9 @@ from mimref.results import Row
 LABELS = NAMES | {
     "knn_top1": "k-NN top-1",
     "knn_top5": "k-NN top-5",
+    "retrieval_map": "retrieval mAP",
+    "retrieval_map_at_r": "retrieval MAP@R",
+    "retrieval_recall": "recall@{k}",
     "lowshot_top1": "{shots}-shot top-1",
     "probe_top1": "linear probe top-1",
     "finetune_top1": "fine-tuned top-1",
@@ -20,6 +23,8 @@ LABELS = NAMES | {
     "cluster_ari": "k-means ARI",
     "silhouette": "silhouette",
     "davies_bouldin": "Davies-Bouldin",
+    "cluster_silhouette": "silhouette of the clusters",
+    "cluster_davies_bouldin": "Davies-Bouldin of the clusters",
     "clean_top1": "clean top-1",
     "robust_top1": "top-1",
     "robust_mean_top1": "mean top-1 of {corruptions} corruptions",
@@ -47,7 +52,7 @@ LABELS = NAMES | {
     "block_segment_accuracy": "pixel accuracy of block {block}",
 }
 UNDEFINED = "undefined: the features do not vary, or classes have the same mean"
-_SMALL = {"davies_bouldin", "block_reconstruction"}
+_SMALL = {"davies_bouldin", "cluster_davies_bouldin", "block_reconstruction"}
 LOWER_IS_BETTER = _SMALL | {"suite_rank", "robust_mce", "robust_drop", "assessed_rank", "uniformity", "hubness"}
 # Neither percentages nor of a known size.
 STATISTICS = {
@@ -80,7 +85,8 @@ def metric_label(row: Row, among: Sequence[Row] = ()) -> str:
         # A setting that a row lacks distinguishes nothing: raw pixels have no blocks.
         and any(other.get(key, value) != value for other in same)
     ]
-    label = name.format_map({"shots": "?", "block": "?"} | row)
+    unknown = {"shots": "?", "block": "?", "corruptions": "?"}
+    label = name.format_map(unknown | row) if row["metric"] in LABELS else name
     return f"{label} ({', '.join(varying)})" if varying else label
 
 
@@ -121,6 +127,13 @@ def format_value(row: Row, *, spread: bool = True) -> str:
 def format_setting(value: str | int | float) -> str:
     """A setting's value, floats without trailing zeros; control characters of names are escaped."""
     return f"{value:g}" if isinstance(value, float) else printable(str(value))
+
+
+def short_name(text: str, length: int) -> str:
+    """A name on one line: odd characters are escaped, and a long one loses its middle."""
+    text = printable(" ".join(text.split()))
+    half = length // 2
+    return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def scores_line(rows: Sequence[Row]) -> str:

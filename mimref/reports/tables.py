@@ -1,6 +1,6 @@
 """Tables of results, for the terminal and in Markdown."""
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Group, RenderableType
@@ -80,15 +80,20 @@ def compare_rows(rows: Sequence[Row], base: str) -> tuple[list[str], dict[str, l
     for row in rows:
         by_metric.setdefault(metric_label(row, rows), {})[str(row["model"])] = row
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
-    return models, {label: [_cell(by_model, model, base) for model in models] for label, by_model in by_metric.items()}
+    cells = {
+        # Models side by side leave no room for the spread of a clustering's runs; results.csv has it.
+        label: [compared_cell(by_model, model, base, spread="runs" not in by_model.get(model, {})) for model in models]
+        for label, by_model in by_metric.items()
+    }
+    return models, cells
 
 
-def _cell(by_model: dict[str, Row], model: str, base: str) -> Cell:
+def compared_cell(by_model: Mapping[str, Row], model: str, base: str, *, spread: bool = True) -> Cell:
+    """The value of one model among those of all. spread: with the standard deviation over repetitions."""
     row = by_model.get(model)
     if row is None:
         return Cell()
-    # Models side by side leave no room for the spread of a clustering's runs; results.csv has it.
-    value = format_value(row, spread="runs" not in row)
+    value = format_value(row, spread=spread)
     best = max(sign(row) * shown_value(other) for other in by_model.values())
     is_best = sign(row) * shown_value(row) == best and not is_undefined(row)
     if model == base:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from mimref.progress import Listener
 from mimref.reports.metrics import UNDEFINED, is_undefined
@@ -82,6 +83,18 @@ def print_comparison(rows: Sequence[Row], base: str) -> None:
     """Print several models side by side, with their differences from `base`."""
     Console().print(differences_table(rows, base))
     _explain(rows)
+
+
+def print_found(rows: Sequence[Row]) -> None:
+    """Print the nearest images of every query."""
+    names = ["rank", "similarity", "path", *(["class"] if any("class" in row for row in rows) else [])]
+    for query in dict.fromkeys(str(row["query"]) for row in rows):
+        lines = (
+            (str(row["rank"]), f"{row['similarity']:.4f}", str(row["path"]), str(row.get("class", "")))[: len(names)]
+            for row in rows
+            if row["query"] == query
+        )
+        Console().print(Text(query, style="bold"), plain_table(names, lines, right=names[:2]), sep="\n")
 
 
 def _explain(rows: Sequence[Row]) -> None:

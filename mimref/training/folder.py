@@ -35,10 +35,13 @@ _OUR_FILES = (
     "config.toml",
     "metrics.jsonl",
     "heads.pt",
+    "exhibits.json",
+    "report.html",
 )
 # Settings that do not change what is trained.
 _MAY_CHANGE = (
     "preset",
+    "strict",
     "device",
     "workers",
     "micro_batch",

@@ -164,7 +164,7 @@ MISTAKES = {
     "refine --preset mae_l16 --seed=-1": ("--seed -1:", "at least 0"),
     "refine --preset mae_l16 --stage head": ("--stage head:", "'heads'"),
     "refine --preset mae_l16 --heads first3": ("--heads first3:", "last8"),
-    "refine --weights w.pth": ("--preset", "--arch"),
+    "refine --source mae": ("--source", "--preset", "--arch", "--weights"),
     "knn --k ten": ("--k ten: expected whole numbers separated by commas, such as 10,20",),
     "knn --set k=ten": ('k = ["ten"]:',),
     "knn --k 5 --set k=ten": ('k = ["ten"]:',),
@@ -240,7 +240,7 @@ def test_progress_and_notes_go_to_stderr_and_quiet_keeps_warnings(
     work.then = speak
     assert run(["refine", "--preset", "mae_l16"]) == 0
     loud = capsys.readouterr()
-    lines = [line for line in loud.err.splitlines() if not line.startswith("encoder in")]
+    lines = [line for line in loud.err.splitlines() if not line.startswith(("encoder in", "report in"))]
     assert [line.split(":")[0] for line in lines] == [
         "a note before",
         "stage 1",

@@ -87,7 +87,7 @@ def test_a_figure_that_fails_costs_no_scores(
     more = ["--split", "val", "--runs", "2", "--umap", str(figure), "--out", str(out)]
     assert run(line("cluster", folder, *more)) == 0
     told = capsys.readouterr()
-    (warning,) = [line for line in told.err.splitlines() if "warning" in line]
+    (warning,) = [line for line in told.err.splitlines() if "warning" in line and str(figure) in line]
     said = {"import": "umap", "fit": "no locator available", "disk": "No space left"}[broken]
     assert f"no figure in {figure}" in warning and said in warning and "Traceback" not in told.err
     assert "k-means ACC" in told.out and (out / "results.csv").exists() and not figure.exists()

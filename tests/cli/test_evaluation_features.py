@@ -1,10 +1,14 @@
 """Features of evaluations: one pass of a tiny encoder serves them all, from the cache or from files."""
 
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mimref.cli import run
@@ -104,12 +108,67 @@ def test_extract_unlabelled_images_as_a_table(folder: Path, tmp_path: Path, caps
     assert run(line("extract", folder, *more)) == 0
     assert "features 48 x 32 in" in capsys.readouterr().err
     table = pd.read_parquet(out)
-    assert list(table.columns) == ["path", "x"] and len(table) == 48 and len(table.x[0]) == 32
+    assert list(table.columns) == ["path", "split", "x"] and len(table) == 48 and len(table.x[0]) == 32
     assert run(line("extract", folder, *more)) == 2
     error = capsys.readouterr().err
     assert "features.parquet" in error and "--force" in error
     assert run(line("extract", folder, *more, "--force", "--blocks", "2,3")) == 0
-    assert list(pd.read_parquet(out).columns) == ["path", "block_2", "block_3"]
+    assert list(pd.read_parquet(out).columns) == ["path", "split", "block_2", "block_3"]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "lance"])
+def test_tables_for_vector_databases(
+    ending: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All images, in batches: the numbers of the arrays, as fixed-size lists."""
+    if ending == "lance":
+        pytest.importorskip("lance", reason="pylance is not installed: .lance is not tested")
+    arrays, out = tmp_path / "all.npz", tmp_path / f"all.{ending}"
+    more = ["--split", "all", "--blocks", "2,4", "--quiet"]
+    assert run(line("extract", folder, *more, "--out", str(arrays))) == 0
+    monkeypatch.setattr("mimref.features.extraction.BATCH_ELEMENTS", 64 * 7)
+    assert run(line("extract", folder, *more, "--out", str(out))) == 0, capsys.readouterr().err
+    table = read_table(out)
+    vector = pa.list_(pa.float32(), 32)
+    assert table.schema.names == ["path", "split", "label", "class", "block_2", "block_4"]
+    assert table.schema.field("label").type == pa.int64()
+    for name in ("block_2", "block_4"):
+        found = table.schema.field(name).type
+        assert (found.list_size, found.value_type) == (vector.list_size, vector.value_type)
+    with np.load(arrays) as file:
+        assert file.files == ["x", "y", "class_names", "splits", "paths"]
+        for number, name in enumerate(("block_2", "block_4")):
+            assert np.array_equal(np.stack(table[name].to_pylist()).astype(np.float32), file["x"][:, number])
+        assert table["path"].to_pylist() == file["paths"].tolist()
+        assert table["split"].to_pylist() == file["splits"].tolist() == ["train"] * 48 + ["val"] * 16
+        assert table["label"].to_pylist() == file["y"].tolist()
+    assert [{"a": 0, "b": 1}[name] for name in table["class"].to_pylist()] == table["label"].to_pylist()
+    assert run(line("extract", folder, *more, "--out", str(out))) == 2
+    assert "--force" in capsys.readouterr().err
+    assert run(line("extract", folder, "--quiet", "--out", str(out), "--force")) == 0
+    assert read_table(out).schema.names[-1] == "x" and len(read_table(out)) == 16
+    assert {path.name for path in tmp_path.iterdir()} == {"all.npz", out.name}
+
+
+def read_table(path: Path) -> pa.Table:
+    if path.suffix == ".parquet":
+        return pq.read_table(path)
+    import lance
+
+    return lance.dataset(path).to_table()
+
+
+def test_lance_is_refused_where_it_cannot_be_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lance", ModuleType("lance"))
+    (tmp_path / "mine.lance").mkdir()
+    assert run(line("extract", folder, "--out", str(tmp_path / "mine.lance"), "--force")) == 2
+    assert "mine.lance" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lance", None)
+    assert run(line("extract", folder, "--out", str(tmp_path / "x.lance"))) == 2
+    error = capsys.readouterr().err
+    assert "mimref[lance]" in error and error.count("\n") == 1
 
 
 def test_features_in_odd_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,6 +77,34 @@ def test_onnx(weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert asked == [[2], [1, 2], [1]] and "onnxruntime.InferenceSession('o.onnx')" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layout", ["transformers", "timm"])
+def test_hf(layout: str, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder itself is tested in `test_sharing_export.py`."""
+    pytest.importorskip("transformers")
+    assert run(["export", weights, "--to", "hf", "--layout", layout, "--out", "new/m", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    names = {"transformers": "ViTModel", "timm": "vit_base_patch16_224"}
+    reads = {
+        "transformers": "transformers.AutoModel.from_pretrained('new/m')",
+        "timm": "timm.create_model('local-dir:new/m', pretrained=True)",
+    }
+    assert captured.err == "" and names[layout] in captured.out and reads[layout] in captured.out
+    assert f"as read by mimref and {layout}" in captured.out
+    assert "# m\n" in Path("new/m/README.md").read_text()
+    assert run(["inspect", "new/m"]) == 0
+    assert run(["export", weights, "--to", "hf", "--layout", layout, "--out", "new/m", "--force", "--quiet"]) == 0
+
+
+def test_mimref_evaluates_the_folder(weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["export", weights, "--to", "hf", "--layout", "timm", "--out", "m", "--quiet"]) == 0
+    capsys.readouterr()
+    scores = []
+    for model in (weights, "m"):
+        assert run(["knn", model, "--data", "digits", "--quiet"]) == 0
+        scores.append([line for line in capsys.readouterr().out.splitlines() if "k-NN" in line])
+    assert scores[0] == scores[1] != []
+
+
 def test_a_file_that_exists_stays_without_force(weights: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("t.pth").write_text("old")
     line = refusal(capsys, weights, "--to", "timm", "--out", "t.pth")
@@ -97,6 +125,9 @@ MISTAKES = {
     "--to onnx --out t.onnx --blocks 3": ("block 3", "1 to 2"),
     "--to onnx --out t.onnx --blocks x": ("--blocks 'x'",),
     "--to jax --out t.onnx": ("'--to'", "'jax'"),
+    "--to timm --out t.pth --layout timm": ("--layout timm", "--to hf"),
+    "--to hf --out . --layout jax": ("'--layout'", "'jax'"),
+    "--to hf --out ..": ("encoder.safetensors", "choose another folder"),
     "--to timm": ("'--out'",),
     "--out t.pth": ("'--to'",),
 }
@@ -111,6 +142,7 @@ def test_options_that_do_not_fit(weights: str, capsys: pytest.CaptureFixture[str
 def test_encoders_that_do_not_fit(weights: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_weights(Path(weights), architecture=replace(TINY, post_norm=True))
     assert "--to release" in refusal(capsys, weights, "--to", "timm", "--out", "a.pth")
+    assert "--to release" in refusal(capsys, weights, "--to", "hf", "--out", "a")
     assert "nothing.pth" in refusal(capsys, "nothing.pth", "--to", "timm", "--out", "a.pth")
     torch.save({"transformer.wte.weight": torch.zeros(3, 2)}, "gpt.pt")
     assert "gpt.pt" in refusal(capsys, "gpt.pt", "--to", "timm", "--out", "a.pth")

@@ -26,6 +26,7 @@ from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
 from mimref.evaluation.lowshot.config import LowshotConfig
 from mimref.evaluation.probe.config import ProbeConfig
+from mimref.evaluation.search.config import SearchConfig
 from mimref.features.config import ExtractConfig
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.run import pretrain
@@ -41,7 +42,7 @@ MODELS: dict[str, type[CommandConfig]] = {
     model.command: model
     for model in (
         *(RefineConfig, PretrainConfig, KnnConfig, LowshotConfig, ClusterConfig, ProbeConfig),
-        *(BlocksConfig, AssessConfig, CompareConfig, ExtractConfig, InterpolateConfig),
+        *(BlocksConfig, AssessConfig, CompareConfig, ExtractConfig, InterpolateConfig, SearchConfig),
         *(FinetuneConfig, PredictConfig, SuiteConfig, RobustnessConfig, SegmentConfig),
     )
 }
@@ -49,12 +50,11 @@ MODELS: dict[str, type[CommandConfig]] = {
 
 # A line, and what the lines of its error say, in order. `{base}`, `{data}`: files that exist.
 LISTS = {
-    "refine --weights gone.pth": ("gone.pth: no such file", "--preset NAME"),
+    "refine --weights gone.pth": ("gone.pth: no such file",),
     "refine --weights gone.pth --data nowhere --batch-size x --set foo=1 --out done": (
         "gone.pth",
         "--data nowhere",
         "--batch-size x: expected a whole number",
-        "--preset NAME",
         "'foo'",
         "done: holds a finished run",
     ),
@@ -62,8 +62,16 @@ LISTS = {
         "gone",
         "heads 9 does not fit: the encoder has blocks 1 to 4",
         "--micro-batch 2000 exceeds batch_size",
-        "views.local_size 12",
     ),
+    "refine --preset quickstart --weights {base} --data {data} --heads 9 --strict": (
+        "heads 9 does not fit: the encoder has blocks 1 to 4",
+        "batch_size 128",
+        "views.local_size 12",
+        "heads.queue_size 1024",
+    ),
+    # What a recipe would derive is nobody's mistake.
+    "refine --weights {base} --data nowhere --source d2v2": ("--data nowhere",),
+    "refine --source mae": ("--source",),
     "refine --preset mae_l61 --weights gone.pth --data unreadable": (
         "gone.pth",
         "train/a/0.png (not an image)",
@@ -119,6 +127,16 @@ LISTS = {
         "--k 0",
     ),
     "analyze-blocks gone.pth lost.pth --data {data} --k 49": ("gone.pth", "lost.pth", "--k 49"),
+    "search gone.pth --data nowhere --query a.png --k 0 --split test --out done": (
+        "gone.pth",
+        "nowhere",
+        "--k 0",
+        "--split test",
+        "done",
+    ),
+    "search {base} --data {data} --query a.png b.png --blocks all --out done": ("--blocks all", "a.png", "done"),
+    "cluster {base} --data {data} --clusters 16 --metrics nmj": ("--clusters 16", "'nmj'"),
+    "knn gone.pth --data {data} --retrieval --set recall_at=49": ("gone.pth", "recall_at 49"),
     "extract gone.pth --data nowhere --split test --out x.csv": ("gone.pth", "nowhere", "--split test", "--out x.csv"),
     "interpolate gone.pth lost.pth --data nowhere --alpha 3 --out done": (
         "gone.pth",
@@ -275,7 +293,7 @@ def test_messages_name_options_and_settings_that_exist() -> None:
             assert name in settings, (name, place)
 
 
-FILES = (".pkl", ".png", ".md", ".json", ".pt", ".pth", ".safetensors", ".npz")
+FILES = (".pkl", ".png", ".csv", ".html", ".md", ".json", ".pt", ".pth", ".safetensors", ".npz")
 
 
 @pytest.mark.parametrize("command", ["cluster", "probe --cached --set probe.select=val-split"])

@@ -40,7 +40,8 @@ def test_a_run_prints_a_table_and_leaves_its_files(
     for name in ("raw pixels", "base", "refined", "k-NN top-1", "1-shot top-1", "k-means ACC", "k-means NMI"):
         assert name in captured.out
     assert "stage 1: heads: 8/8" in captured.err and "epoch 3: k-NN top-1 " in captured.err
-    assert captured.err.endswith(f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}\n")
+    written = f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}\n"
+    assert captured.err.endswith(f"{written}report in {out / 'report.html'}\n")
     # Once more: refused; resumed: printed again; quietly: the table only.
     assert run(arguments("refine", out, settings)) == 2
     assert "--force" in capsys.readouterr().err
@@ -82,7 +83,7 @@ def test_signals_save_and_resume_needs_no_more_options(
 def test_a_dry_run_writes_nothing(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*arguments("refine", tmp_path / "out", settings), "--dry-run"]) == 0
     captured = capsys.readouterr()
-    facts = dict(line.split(maxsplit=1) for line in captured.out.splitlines())
+    facts = dict(line.split(maxsplit=1) for line in captured.out.splitlines() if line[0] != " ")
     assert captured.err == "" and not (tmp_path / "out").exists()
     assert facts["encoder"].startswith("custom, 4 blocks of width 32, pre-norm, ")
     assert facts["heads"].startswith("2 at blocks 3, 4, ")
@@ -180,4 +181,6 @@ def test_heads_without_labels(
         chosen = results(tmp_path / name)["config"]["heads"]["blocks"]
         assert chosen.endswith("4")
         error = capsys.readouterr().err
-        assert f"warning: heads on blocks {chosen}: by neighbour consistency, without labels" in error
+        assert (
+            f"warning: heads on blocks {chosen}: by the neighbour consistency of every block, without labels" in error
+        )

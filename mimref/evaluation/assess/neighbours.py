@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mimref.evaluation.knn.protocol import Neighbours, find_neighbours, label_ranks, mean_and_std
-from mimref.evaluation.metrics import number_classes, percent, unit_rows
+from mimref.evaluation.knn.protocol import Neighbours, find_neighbours, label_ranks
+from mimref.evaluation.metrics import mean_and_std, number_classes, percent, unit_rows
 from mimref.features.matrix import Labels, Matrix
 
 UNIFORMITY_T = 2.0

@@ -5,23 +5,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 
+import numpy as np
+
 from mimref.distributed.group import end_group
 from mimref.errors import Checks
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.blocks.reconstruction import check_maskable, few_updates, reconstruct_blocks
 from mimref.evaluation.blocks.statistics import analyze_blocks, recommend_heads
+from mimref.evaluation.exhibits.collect import Exhibition, IllustratedResult, Voting
 from mimref.evaluation.knn.protocol import check_neighbours
-from mimref.evaluation.metrics import check_labels
+from mimref.evaluation.metrics import check_labels, labelled
 from mimref.features.encode import columns_of
 from mimref.features.inputs import EncoderInputs
 from mimref.features.matrix import Matrix
 from mimref.features.opening import Opened, open_encoders
 from mimref.progress import Listener, Silent, optional
-from mimref.results import EvaluationResult, Row, named
+from mimref.results import Row, named
 
 
 @dataclass(frozen=True)
-class BlocksResult(EvaluationResult):
+class BlocksResult(IllustratedResult):
     """Rows per block, and the blocks that need heads."""
 
     heads: dict[str, list[int]] = field(default_factory=dict)
@@ -29,12 +32,13 @@ class BlocksResult(EvaluationResult):
 
 
 def evaluate_blocks(
-    config: BlocksConfig, *, listener: Listener | None = None, checks: Checks | None = None
+    config: BlocksConfig, *, exhibits: bool = False, listener: Listener | None = None, checks: Checks | None = None
 ) -> BlocksResult:
     """k-NN, statistics and, if asked for, reconstruction loss of every block (Fig. 3b, Fig. 3d, Fig. 6, Table 14).
 
     Rows as `analyze_blocks` and `reconstruct_blocks` return them, with `model` and `pool`. Images without labels or
-    without validation images give statistics only. Raises UserError subclasses for checkpoints or images that do not
+    without validation images give statistics only. exhibits: also what a report shows of the images, by the last block
+    and the best one. Raises UserError subclasses for checkpoints or images that do not
     fit.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
@@ -48,11 +52,14 @@ def evaluate_blocks(
     rows: list[Row] = []
     bad = [pair for inputs in opened for pair in inputs.bad]
     heads: dict[str, list[int]] = {}
+    exhibition = Exhibition(opened[0].source("val"), opened[0].settings, config.seed, listener)
     for inputs in opened if end_group() else ():
         found = _rows(config, inputs)
         accuracies = [float(row["value"]) for row in found if row["metric"] == "block_knn_top1"]
         if any(map(isfinite, accuracies)):
             heads[inputs.name] = recommend_heads(accuracies)
+        if exhibits:
+            _exhibit(exhibition, config, inputs, accuracies)
         if config.reconstruct:
             with optional(f"no reconstruction loss of {inputs.name}", listener):
                 advice = few_updates(config.reconstruction, len(inputs.source("train")))
@@ -71,7 +78,22 @@ def evaluate_blocks(
                 found += reconstruction.rows
                 bad += reconstruction.bad
         rows += named(found, inputs.name, {"pool": config.pool})
-    return BlocksResult(rows, time.monotonic() - started, list(dict.fromkeys(bad)), config.data, heads)
+    bad = list(dict.fromkeys(bad))
+    return BlocksResult(rows, time.monotonic() - started, bad, config.data, exhibition.made(), heads)
+
+
+def _exhibit(exhibition: Exhibition, config: BlocksConfig, inputs: EncoderInputs, accuracies: list[float]) -> None:
+    """Show the best block, if k-NN tells, and the last one."""
+    blocks = {inputs.depth}
+    if any(map(isfinite, accuracies)):
+        blocks.add(1 + int(np.nanargmax(accuracies)))
+    for block in sorted(blocks):
+        columns = columns_of([block], config.pool, config.final_norm, inputs.depth)
+        voting = None
+        if _labelled(inputs):
+            train = inputs.features("train")
+            voting = Voting(*labelled(train, columns), config.k, config.tau)
+        exhibition.add(f"{inputs.name}, block {block}", inputs.features("val"), columns, voting=voting)
 
 
 def _labelled(inputs: EncoderInputs) -> bool:

@@ -3,11 +3,66 @@
 import os.path
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-from mimref.errors import ConfigError, did_you_mean
+from mimref.data.decode import printable
+from mimref.data.open import how_to_label, no_labels
+from mimref.data.sources import ImageSource
+from mimref.errors import Checks, ConfigError, DataError, did_you_mean
+from mimref.evaluation.cluster.config import ClusterConfig
+from mimref.evaluation.cluster.embedding import check_count
+from mimref.evaluation.metrics import number_classes
 from mimref.features.matrix import Labels
+from mimref.features.opening import Opened
+
+
+def check_classes(config: ClusterConfig, opened: Opened, checks: Checks, embed: bool) -> Labels | None:
+    """The labels of the classes to cluster; None without labels. Checks that there are enough images.
+
+    embed: for UMAP too.
+    """
+    y, names = opened.labels(config.split), opened.class_names(config.split)
+    source = opened.sources.get(config.split)
+    found, images = None, 0 if source is None else len(source)
+    if y is not None:
+        found = checks.run("data.spec", lambda: number_classes(y, config.split, names)[0])
+        if (asked := config.classes) is not None:
+            found = checks.run("classes", lambda: choose_classes(asked, names, y))
+        if found is None:
+            return None
+        images = int(np.isin(y, found).sum())
+    elif source is None:
+        return None  # the images could not be opened
+    elif config.clusters is None:
+        checks.run("clusters", lambda: _ask_for_clusters(config, opened, source))
+    elif config.classes is not None:
+        wrong = f"--classes {config.classes}: the {config.split} images have no labels; leave it out"
+        checks.add("classes", ConfigError(wrong))
+    count = config.clusters or (0 if found is None else len(found))
+    setting = "data.spec" if config.clusters is None else "clusters"
+    checks.run(setting, lambda: check_clusters(count, images, given=config.clusters is not None))
+    if embed:
+        checks.run("umap", lambda: check_count(images))
+    return found
+
+
+def _ask_for_clusters(config: ClusterConfig, opened: Opened, source: ImageSource) -> NoReturn:
+    spec = (config.data if opened.inputs is None or opened.inputs.data is None else opened.inputs.data).spec or ""
+    how = how_to_label(source, spec)
+    raise DataError(f"--data {printable(spec)}: {no_labels(config.split)} without --clusters N; give it, or {how}")
+
+
+def check_clusters(clusters: int, images: int, *, given: bool) -> None:
+    """Raise an error where there are not more images than clusters. given: whether the user chose the number."""
+    if clusters < images:
+        return
+    if given:
+        raise ConfigError(f"clusters {clusters} need more than the {images} images; choose fewer")
+    raise DataError(
+        f"{clusters} clusters (one per class) need more than {images} images; give several images per class"
+    )
 
 
 def choose_classes(asked: str, class_names: Sequence[str] | None, labels: Labels) -> Labels:

@@ -2,10 +2,10 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -14,8 +14,6 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import pdist
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import (
     adjusted_mutual_info_score,
     adjusted_rand_score,
@@ -24,30 +22,22 @@ from sklearn.metrics import (
     silhouette_score,
 )
 from sklearn.metrics.cluster import contingency_matrix
-from threadpoolctl import threadpool_limits
 
 from mimref.devices import own_cores
 from mimref.distributed.group import end_group
-from mimref.errors import Checks, ConfigError, DataError, did_you_mean
-from mimref.evaluation.cluster.classes import choose_classes
+from mimref.errors import Checks, ConfigError, did_you_mean
+from mimref.evaluation.cluster.assignment import Assignment, assign
+from mimref.evaluation.cluster.classes import check_classes, check_clusters
 from mimref.evaluation.cluster.config import ClusterConfig
-from mimref.evaluation.cluster.embedding import check_count
-from mimref.evaluation.metrics import (
-    check_features,
-    labelled,
-    number_classes,
-    percent,
-    progress_label,
-    row_blocks,
-    spread,
-    unit_rows,
-    vary,
-)
-from mimref.features.inputs import column_groups, prepare_groups
+from mimref.evaluation.cluster.kmeans import fit_kmeans, inertia
+from mimref.evaluation.exhibits.collect import BestRun, Exhibition, IllustratedResult
+from mimref.evaluation.metrics import check_features, number_classes, percent, progress_label, spread, unit_rows, vary
+from mimref.features.collection import Part
+from mimref.features.inputs import SPLIT_NAMES, EncoderInputs, column_groups, prepare_groups
 from mimref.features.matrix import Labels, Matrix
-from mimref.features.opening import open_inputs
+from mimref.features.opening import Opened, open_inputs
 from mimref.progress import Listener, Progress, Silent
-from mimref.results import EvaluationResult, Row, named
+from mimref.results import Row, named
 
 # runs * N * D * clusters below which starting processes takes as long as the runs themselves (1 to 2 s).
 SERIAL_WORK = 2e8
@@ -59,68 +49,94 @@ class LastFeatures(NamedTuple):
     x: Matrix
     """(N, D)."""
     y: Labels
+    """Classes; clusters where the images have no labels."""
     class_names: list[str] | None
 
 
+@dataclass(frozen=True)
+class ClusterResult(IllustratedResult):
+    """Scores, and which image is in which cluster."""
+
+    assignment: Assignment | None = None
+    """By the features of the last of the chosen blocks."""
+
+
 def evaluate_cluster(
-    config: ClusterConfig, *, embed: bool = False, listener: Listener | None = None, checks: Checks | None = None
-) -> tuple[EvaluationResult, LastFeatures | None]:
+    config: ClusterConfig,
+    *,
+    embed: bool = False,
+    exhibits: bool = False,
+    listener: Listener | None = None,
+    checks: Checks | None = None,
+) -> tuple[ClusterResult, LastFeatures | None]:
     """Clustering of one split's images; with `embed`, also the features to embed, which are enough for UMAP.
 
+    exhibits: also what a report shows of the images, and the cluster of every image, by the features of the last of the
+    chosen blocks.
     Rows as `cluster` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses, before the encoder
     runs where possible.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     checks.run("metrics", lambda: check_metrics(config.metrics))
-    opened = open_inputs(config, listener, checks, (config.split,))
+    opened = open_inputs(config, listener, checks, (config.split,), need_labels=False)
     groups = column_groups(config, opened.inputs, checks)
-    names = opened.class_names(config.split)
-    chosen_classes = _check_classes(config, opened.labels(config.split), names, checks, embed)
+    classes = check_classes(config, opened, checks, embed)
+    checks.run("metrics", lambda: _check_labels(config, opened))
     inputs = opened.checked(checks)
-    classes = checks.finished(chosen_classes)
+    if config.clusters is not None and opened.labels(config.split) is None:
+        missing = [name for name in config.metrics if name in AGREEMENT]
+        if missing:
+            listener.note(f"left out, since the images have no labels to compare with: {', '.join(missing)}")
     prepare_groups(groups, inputs, (config.split,))
     rows: list[Row] = []
-    last = None
+    last = exhibition = assignment = None
+    clusters = config.clusters or len([] if classes is None else classes)
     for where, columns in groups if end_group() else []:
-        x, y = labelled(inputs.features(config.split), columns)
-        if config.classes is not None:
+        features = inputs.features(config.split)
+        x, y, chosen = features.matrix(columns), features.y, None
+        if y is not None and classes is not None and config.classes is not None:
             chosen = np.flatnonzero(np.isin(y, classes))
             x, y = x[chosen], y[chosen]
             where = where | {"classes": len(classes)}
-        found = cluster(
-            x,
-            y,
-            metrics=config.metrics,
-            runs=config.runs,
-            seed=config.seed,
-            progress=partial(listener.progress, progress_label("k-means", where)),
+        where = where if config.clusters is None else where | {"clusters": clusters}
+        report = partial(listener.progress, progress_label("k-means", where))
+        found, best = cluster_and_best(
+            x, y, clusters=config.clusters, metrics=config.metrics, runs=config.runs, seed=config.seed, progress=report
         )
         rows += named(found, inputs.name, where)
-        last = LastFeatures(x, y, names) if embed else None
-    return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data), last
+        if columns != groups[-1][1]:
+            continue
+        run = None if best is None else BestRun(best, clusters, config.seed, config.runs)
+        if isinstance(inputs, EncoderInputs) and run is not None and (exhibits or y is None):
+            part = Part(config.split, inputs.source(config.split), features)
+            own = np.arange(len(features)) if chosen is None else chosen
+            assignment = assign(unit_rows(x), run, part, own, pictures=exhibits)
+        if embed:
+            last = _last_features(x, y, features.class_names, assignment)
+        if exhibits and isinstance(inputs, EncoderInputs):
+            what = f"{SPLIT_NAMES[config.split]} images"
+            exhibition = Exhibition(inputs.source(config.split), inputs.settings, config.seed, listener, what)
+            exhibition.add(inputs.name, features, columns, best=run, chosen=chosen)
+    elapsed_s = time.monotonic() - started
+    made = None if exhibition is None else exhibition.made()
+    return ClusterResult(rows, elapsed_s, inputs.bad, inputs.data, made, assignment), last
 
 
-def _check_classes(
-    config: ClusterConfig, y: Labels | None, names: list[str] | None, checks: Checks, embed: bool
-) -> Labels | None:
-    """The labels of the classes to cluster. y: of the images, if they can be opened."""
-    if y is None:
-        return None
-    found = checks.run("data.spec", lambda: number_classes(y, config.split, names)[0])
-    if (asked := config.classes) is not None:
-        found = checks.run("classes", lambda: choose_classes(asked, names, y))
-    if found is not None:
-        checks.run("data.spec", lambda: _check_clusters(len(found), int(np.isin(y, found).sum())))
-    if embed and found is not None:
-        checks.run("umap", lambda: check_count(int(np.isin(y, found).sum())))
-    return found
+def _check_labels(config: ClusterConfig, opened: Opened) -> None:
+    """Raise ConfigError where images without labels have none of the metrics."""
+    unlabelled = opened.inputs is not None and opened.labels(config.split) is None
+    if unlabelled and config.clusters is not None and AGREEMENT.keys() >= set(config.metrics):
+        wrong = f"metrics {','.join(config.metrics)}: the images have no labels to compare with; choose sil or dbs"
+        raise ConfigError(wrong)
 
 
-def _check_clusters(clusters: int, images: int) -> None:
-    if clusters >= images:
-        raise DataError(
-            f"{clusters} clusters (one per class) need more than {images} images; give several images per class"
-        )
+def _last_features(
+    x: Matrix, y: Labels | None, class_names: list[str] | None, assignment: Assignment | None
+) -> LastFeatures:
+    if y is not None:
+        return LastFeatures(x, y, class_names)
+    assert assignment is not None  # images without labels are clustered
+    return LastFeatures(x, assignment.cluster, [f"cluster {n}" for n in range(int(assignment.cluster.max()) + 1)])
 
 
 def cluster_accuracy(y: Labels, assignment: Labels) -> float:
@@ -162,8 +178,9 @@ NAMES = {name: f"cluster_{name}" for name in AGREEMENT} | {"sil": "silhouette", 
 
 def cluster(
     x: Matrix,
-    y: Labels,
+    y: Labels | None,
     *,
+    clusters: int | None = None,
     metrics: Sequence[str] = ("acc", "nmi"),
     runs: int = 100,
     seed: int = 0,
@@ -172,40 +189,69 @@ def cluster(
 ) -> list[Row]:
     """Agreement of k-means clusters with the classes, and separation of the classes (Appendix C.12, Tables 3 and 9).
 
-    x (N, D): features, scaled to unit length here and held in memory as float32. y (N,): labels, any whole numbers;
-    there are as many clusters as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the run with the
-    lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and Davies-Bouldin of the
-    true classes, without clustering). In percent, except Davies-Bouldin. sil and dbs are NaN for features that do not
-    vary, dbs also where two classes have the same mean.
+    x (N, D): features, scaled to unit length here and held in memory as float32. y (N,): labels, any whole numbers, or
+    None. clusters: how many; None: as many as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the
+    run with the lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and
+    Davies-Bouldin of the true classes, without clustering). With `clusters`, sil and dbs are also of the clusters of
+    that run, as `cluster_silhouette` and `cluster_davies_bouldin`. Without labels, what needs them is left out. In
+    percent, except Davies-Bouldin. sil and dbs are NaN for features that do not vary, dbs also where two classes have
+    the same mean.
     A run is scikit-learn's MiniBatchKMeans with its defaults and n_init=1. Runs are spread over `workers` processes
     (None: all cores), or stay in this one where that is faster, with the same results. Silhouette compares all pairs of
     images, in pieces of up to 1 GB: minutes for the 50,000 validation images of ImageNet.
     Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
     """
+    return cluster_and_best(
+        x, y, clusters=clusters, metrics=metrics, runs=runs, seed=seed, workers=workers, progress=progress
+    )[0]
+
+
+def cluster_and_best(
+    x: Matrix,
+    y: Labels | None,
+    *,
+    clusters: int | None = None,
+    metrics: Sequence[str],
+    runs: int,
+    seed: int,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[Row], int | None]:
+    """Rows of `cluster`, and the number of the run with the lowest inertia; None for metrics that need no clusters."""
     check_metrics(metrics)
     for option, number in (("runs", runs), ("workers", workers)):
         if number is not None and number < 1:
             raise ConfigError(f"{option} = {number}: give at least 1")
     check_features(x, "features", y)
-    classes, truth = number_classes(y, "features")
-    _check_clusters(len(classes), len(x))
+    truth = None if y is None else number_classes(y, "features")[1]
+    if clusters is None and truth is None:
+        raise ConfigError("without labels, give the number of clusters")
+    count = clusters or int(truth.max()) + 1 if truth is not None else int(clusters or 0)
+    check_clusters(count, len(x), given=clusters is not None)
     points = unit_rows(x)
-    of_clusters = [name for name in metrics if name in AGREEMENT]
-    jobs = min(workers or own_cores(), runs) if float(runs) * points.size * len(classes) >= SERIAL_WORK else 1
+    of_clusters = [name for name in metrics if name in AGREEMENT and truth is not None]
+    jobs = min(workers or own_cores(), runs) if float(runs) * points.size * count >= SERIAL_WORK else 1
     done: list[Run] = []
-    for run in _all_runs(points, truth, of_clusters, len(classes), runs, seed, jobs) if of_clusters else ():
+    for run in _all_runs(points, truth, of_clusters, count, runs, seed, jobs) if of_clusters or clusters else ():
         done.append(run)
         if progress is not None:
             progress(len(done), runs)
+    best = min(range(runs), key=lambda number: done[number].inertia) if done else None
     rows: list[Row] = []
     for name in dict.fromkeys(metrics):
-        if name in SEPARATION:
+        if name in SEPARATION and truth is not None:
             rows.append({"metric": NAMES[name], "value": SEPARATION[name](points, truth)})
-        else:
-            best = min(done, key=lambda run: run.inertia)
+        elif name in of_clusters and best is not None:
             mean, std = spread([run.scores[name] for run in done])
-            rows.append({"metric": NAMES[name], "value": best.scores[name], "mean": mean, "std": std, "runs": runs})
-    return rows
+            rows.append(
+                {"metric": NAMES[name], "value": done[best].scores[name], "mean": mean, "std": std, "runs": runs}
+            )
+    if clusters is not None and best is not None:
+        assigned = np.unique(fit_kmeans(points, count, best, seed)[0], return_inverse=True)[1]
+        for name in [name for name in SEPARATION if name in metrics]:
+            value = SEPARATION[name](points, assigned) if assigned.max() > 0 else math.nan
+            rows.append({"metric": f"cluster_{NAMES[name]}", "value": value, "runs": runs})
+    return rows, best
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
@@ -226,27 +272,19 @@ class Run(NamedTuple):
     """Percent, by short name."""
 
 
-def kmeans_run(x: NDArray[np.float32], y: Labels, metrics: Sequence[str], clusters: int, number: int, seed: int) -> Run:
-    """Run `number` of mini-batch k-means on unit rows x (N, D), scored against classes y (N,).
+def kmeans_run(
+    x: NDArray[np.float32], y: Labels | None, metrics: Sequence[str], clusters: int, number: int, seed: int
+) -> Run:
+    """Run `number` of mini-batch k-means on unit rows x (N, D), scored against classes y (N,), if there are any.
 
     Its randomness is a function of (seed, number).
     """
-    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    model = MiniBatchKMeans(n_clusters=clusters, batch_size=1024, n_init=1, random_state=state)
-    # One thread: the order of sums, and so the result, must not depend on the process.
-    with threadpool_limits(limits=1), warnings.catch_warnings():
-        # Collapsed features have fewer distinct points than clusters; the scores show it.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(x)
-    labels = model.labels_
-    # In float64: scikit-learn sums in float32, which is too coarse to rank nearly equal runs.
-    centres = model.cluster_centers_.astype(np.float64)
-    inertia = float(sum(np.square(x[rows] - centres[labels[rows]]).sum() for rows in row_blocks(x)))
-    return Run(inertia, {name: AGREEMENT[name](y, labels) for name in metrics})
+    labels, centres = fit_kmeans(x, clusters, number, seed)
+    return Run(inertia(x, labels, centres), {name: AGREEMENT[name](y, labels) for name in metrics if y is not None})
 
 
 def _all_runs(
-    x: NDArray[np.float32], y: Labels, metrics: Sequence[str], clusters: int, runs: int, seed: int, jobs: int
+    x: NDArray[np.float32], y: Labels | None, metrics: Sequence[str], clusters: int, runs: int, seed: int, jobs: int
 ) -> Iterator[Run]:
     """`kmeans_run` of every number, in several processes if they can be started and do not die."""
     # Arrays above a megabyte are written once and memory-mapped by all processes.

@@ -16,3 +16,7 @@ class KnnConfig(EvaluationConfig):
     """Scale every feature by the training images' mean and standard deviation first."""
     per_class: bool = False
     """One result per class as well."""
+    retrieval: bool = False
+    """Mean average precision and recall as well, of the validation images as queries among the training images."""
+    recall_at: Numbers = [1, 5, 10]
+    """Nearest images among which recall looks for one of the query's class."""

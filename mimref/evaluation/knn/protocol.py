@@ -9,25 +9,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mimref.data.sources import ImageSource, Split
 from mimref.devices import resolve_device
 from mimref.distributed.collectives import gather_rows
-from mimref.distributed.group import own_rank, share, world_size
+from mimref.distributed.group import own_rank, share_chunks
 from mimref.errors import Checks, ConfigError
 from mimref.evaluation.knn.config import KnnConfig
+from mimref.evaluation.knn.retrieval import check_recall, retrieval
 from mimref.evaluation.knn.top_k import merge_top_k, unpack
 from mimref.evaluation.metrics import (
     check_labels,
     check_splits,
     labelled,
+    mean_and_std,
     name_classes,
     percent,
     progress_label,
-    row_blocks,
-    unit_rows,
+    unit_tensor,
     vary,
 )
 from mimref.features.inputs import column_groups, prepare_groups
@@ -39,6 +39,8 @@ from mimref.results import EvaluationResult, Row, named
 # Test and training rows whose similarities are computed at once.
 QUERY_CHUNK = 1024
 TRAIN_CHUNK = 16384
+# Pairs of neighbours whose classes are compared at once: 32 MB.
+PREDICTED_PAIRS = 1 << 22
 
 
 def evaluate_knn(
@@ -50,22 +52,26 @@ def evaluate_knn(
 ) -> EvaluationResult:
     """k-NN accuracy of the chosen blocks, at every k, from one encoder pass per split.
 
-    Rows as `knn` returns them, with `model`, `blocks` and `pool`; in a process group all ranks share the search.
-    Raises UserError subclasses for a checkpoint, images, blocks or a k that do not fit, before the encoder runs: one
-    error for all mistakes. checks: what was found before. sources: the images, if they are open already.
+    Rows as `knn` and, with `config.retrieval`, `retrieval` return them, with `model`, `blocks` and `pool`. In a process
+    group all ranks share the search. Raises UserError subclasses for a checkpoint, images, blocks or a k
+    that do not fit, before the encoder runs: one error for all mistakes. checks: what was found before. sources: the
+    images, if they are open already.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     opened = open_inputs(config, listener, checks, sources=sources)
     groups = column_groups(config, opened.inputs, checks)
     if (train_y := check_labels(opened, checks)) is not None:
         checks.run("k", lambda: check_neighbours(max(config.k), train_y))
+        if config.retrieval:
+            checks.run("recall_at", lambda: check_recall(config.recall_at, len(train_y)))
     inputs = opened.checked(checks)
     prepare_groups(groups, inputs)
     rows: list[Row] = []
     for where, columns in groups:
+        train, test = (labelled(inputs.features(split), columns) for split in ("train", "val"))
         found = knn(
-            *labelled(inputs.features("train"), columns),
-            *labelled(inputs.features("val"), columns),
+            *train,
+            *test,
             k=config.k,
             tau=config.tau,
             standardize=config.standardize,
@@ -74,6 +80,15 @@ def evaluate_knn(
             device=config.device,
             progress=partial(listener.progress, progress_label("nearest neighbours", where)),
         )
+        if config.retrieval:
+            found += retrieval(
+                *train,
+                *test,
+                recall_at=config.recall_at,
+                standardize=config.standardize,
+                device=config.device,
+                progress=partial(listener.progress, progress_label("retrieval", where)),
+            )
         rows += named(found, inputs.name, where)
     return EvaluationResult(rows, time.monotonic() - started, inputs.bad, inputs.data)
 
@@ -177,11 +192,11 @@ def find_neighbours(
     progress: counts this rank's share of the work. Raises ConfigError for a missing device.
     """
     target = resolve_device(device)
-    runs = _query_runs(len(test_x))
+    runs = share_chunks(len(test_x), QUERY_CHUNK)
     mine = runs[own_rank()]
     mean, std = mean_and_std(train_x) if standardize else (None, None)
     queries = [
-        _unit_tensor(test_x[start : min(start + QUERY_CHUNK, mine.stop)], mean, std)
+        unit_tensor(test_x[start : min(start + QUERY_CHUNK, mine.stop)], mean, std)
         for start in range(mine.start, mine.stop, QUERY_CHUNK)
     ]
     keys = [slice(start, start + TRAIN_CHUNK) for start in range(0, len(train_x), TRAIN_CHUNK)]
@@ -189,7 +204,7 @@ def find_neighbours(
     # One buffer for all similarities: fresh memory for each chunk costs about a third of the product itself.
     buffer = torch.empty(max(map(len, queries), default=0) * min(TRAIN_CHUNK, len(train_x)), device=target)
     for step, rows in enumerate(keys if queries else []):
-        train = _unit_tensor(train_x[rows], mean, std).to(target)
+        train = unit_tensor(train_x[rows], mean, std).to(target)
         for number, query in enumerate(queries):
             query_x = query.to(target)
             similarity = buffer[: len(query_x) * len(train)].view(len(query_x), len(train))
@@ -203,18 +218,6 @@ def find_neighbours(
     packed = [chunk.cpu() for chunk in found if chunk is not None]
     own = torch.cat(packed) if packed else torch.empty(0, k, dtype=torch.int64)
     return Neighbours(*unpack(gather_rows(own, [run.stop - run.start for run in runs], dim=0)))
-
-
-def _unit_tensor(x: Matrix, mean: NDArray[np.float64] | None, std: NDArray[np.float64] | None) -> Tensor:
-    """`unit_rows` in torch's own memory: the rounding of small products depends on how their factors are aligned."""
-    return torch.from_numpy(unit_rows(x, mean, std)).clone()
-
-
-def _query_runs(count: int) -> list[slice]:
-    """The test rows 0..count-1 of every rank of the process group: whole chunks, in order of rank."""
-    chunks, ranks = -(-count // QUERY_CHUNK), world_size()
-    parts = [share(chunks, rank, ranks) for rank in range(ranks)]
-    return [slice(min(count, part.start * QUERY_CHUNK), min(count, part.stop * QUERY_CHUNK)) for part in parts]
 
 
 def label_ranks(
@@ -244,6 +247,24 @@ def label_ranks(
     return ranks
 
 
+def predict_labels(neighbours: Neighbours, train_y: Labels, *, tau: float) -> Labels:
+    """(M,) label with the most votes for every test image, of equal votes the lowest. All neighbours vote.
+
+    neighbours (M, K). train_y (N,): labels, any whole numbers. Takes the memory of K votes for each neighbour.
+    """
+    labels, found = torch.from_numpy(train_y), np.empty(len(neighbours.train_index), dtype=np.int64)
+    step = max(1, PREDICTED_PAIRS // max(1, neighbours.train_index.shape[1]) ** 2)
+    for start in range(0, len(found), step):
+        rows = slice(start, start + step)
+        similarity, label_MK = neighbours.similarity[rows].double(), labels[neighbours.train_index[rows]]
+        weights = ((similarity - similarity[:, :1]) / tau).exp()
+        # Every neighbour gets the votes of its class.
+        votes = torch.where(label_MK[:, :, None] == label_MK[:, None, :], weights[:, None, :], 0.0).sum(dim=2)
+        most = votes == votes.amax(dim=1, keepdim=True)
+        found[rows] = torch.where(most, label_MK, torch.iinfo(torch.int64).max).amin(dim=1).numpy()
+    return found
+
+
 def _seen_classes(neighbour_y: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, int]:
     """Number the classes among each test image's neighbours from 0, in the order of their labels.
 
@@ -268,23 +289,3 @@ def _rank(votes: Tensor, truth: Tensor, none: int) -> Tensor:
     lower_label = torch.arange(votes.shape[1]) < truth
     before = (votes > own) | ((votes == own) & lower_label)
     return torch.where(own[:, 0] > 0, before.count_nonzero(1), none)
-
-
-def mean_and_std(x: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation (D,) of every feature of x (N, D), in one float64 pass over blocks.
-
-    Blocks are combined by Chan's formula (sums of squares would lose precision). A feature that varies less than
-    float32 resolves gets the standard deviation 1, so that rounding errors are not amplified.
-    """
-    count = 0
-    mean, m2 = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    for rows in row_blocks(x):
-        block = x[rows].astype(np.float64)
-        block_mean = block.mean(axis=0)
-        delta = block_mean - mean
-        total = count + len(block)
-        m2 += np.square(block - block_mean).sum(axis=0) + np.square(delta) * (count * len(block) / total)
-        mean += delta * (len(block) / total)
-        count = total
-    std = np.sqrt(m2 / count)
-    return mean, np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 1.0)

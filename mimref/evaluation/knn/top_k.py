@@ -61,7 +61,12 @@ def pack(similarity: Tensor, column: Tensor) -> Tensor:
 def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Similarities (float32) and columns (int64) of keys."""
     ordered = (keys >> INDEX_BITS).to(torch.int32)
-    return _reverse_negative(ordered).view(torch.float32), INDEX_MASK - (keys & INDEX_MASK)
+    return _reverse_negative(ordered).view(torch.float32), unpack_columns(keys)
+
+
+def unpack_columns(keys: Tensor) -> Tensor:
+    """Columns (int64) of keys."""
+    return INDEX_MASK - (keys & INDEX_MASK)
 
 
 def _reverse_negative(bits: Tensor) -> Tensor:

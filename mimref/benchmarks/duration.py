@@ -1,0 +1,122 @@
+"""How long a planned refinement takes on this machine, from a few real steps of both stages on its own images."""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mimref.data.sources import Subset
+from mimref.evaluation.monitor import KnnMonitor
+from mimref.features.encode import Column, extract
+from mimref.progress import Silent
+from mimref.refinement.method import Method
+from mimref.refinement.plan import Plan
+from mimref.refinement.run import build_method
+from mimref.refinement.stages import EncoderStage, HeadsStage, RefinementStage
+from mimref.training.run import TrainingRun
+
+# Of each stage, after a first step, which starts the loader and makes the optimizer's moments.
+_STEPS = 10
+_SECONDS = 2.0
+_FEW_IMAGES, _MORE_IMAGES = 64, 192
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Seconds of a run, in parts."""
+
+    heads_step_s: float
+    encoder_step_s: float
+    heads_s: float
+    """Stage 1."""
+    encoder_s: float
+    """Stage 2."""
+    passes_s: float
+    """Passes of the encoder for checks during stage 2 and for the table, without the scores computed from them."""
+
+    @property
+    def total_s(self) -> float:
+        return self.heads_s + self.encoder_s + self.passes_s
+
+
+def measure_duration(plan: Plan) -> Duration:
+    """Time a few updates of each stage that the plan has, images included, and a pass over a few images.
+
+    Takes some seconds. Files are written into a temporary folder alone. Raises DivergenceError when a loss is not
+    finite, and ConfigError when a step does not fit the memory.
+    """
+    heads_step_s = encoder_step_s = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        run = TrainingRun(plan.config, Path(folder), None)
+        method = build_method(plan, Silent())
+        passes_s = _passes_seconds(plan, method)
+        if plan.heads_steps:
+            heads_step_s = _step_seconds(HeadsStage(run, plan, method))
+        if plan.encoder_steps:
+            encoder_step_s = _step_seconds(EncoderStage(run, plan, method))
+    heads_s, encoder_s = heads_step_s * plan.heads_steps, encoder_step_s * plan.encoder_steps
+    return Duration(heads_step_s, encoder_step_s, heads_s, encoder_s, passes_s)
+
+
+def _step_seconds(job: RefinementStage) -> float:
+    """Mean of a few updates; of the first one where there is no other."""
+    started, counted = time.perf_counter(), 0
+    for batch in job.batches():
+        job.update(batch)
+        job.step += 1
+        if job.step == 1:
+            job.check()
+            first_s = time.perf_counter() - started
+            started = time.perf_counter()
+            continue
+        counted += 1
+        if counted == _STEPS or time.perf_counter() - started > _SECONDS:
+            break
+    job.check()  # waits for the device
+    return (time.perf_counter() - started) / counted if counted else first_s
+
+
+def _passes_seconds(plan: Plan, method: Method) -> float:
+    config, images = plan.config, len(plan.source)
+    monitor = KnnMonitor(config, plan.source, plan.transform, method.device, method.precision, note=lambda _: None)
+    checked = len(monitor.train) + (len(monitor.test) if monitor.test else 0)
+    every = config.monitor.knn_every_epochs if plan.encoder_steps else 0
+    seen = checked * (1 + -(-config.encoder_stage.epochs // every)) if every else 0
+    if config.evaluate.enabled and monitor.val and plan.encoder_steps:
+        seen += 2 * (images + len(monitor.val))
+
+    def seconds(count: int) -> float:
+        started = time.perf_counter()
+        rows = np.arange(min(count, images))
+        extract(method.encoder, Subset(plan.source, rows), monitor.settings, [Column(method.encoder.depth, "cls")])
+        return time.perf_counter() - started
+
+    few_s, more_s = seconds(_FEW_IMAGES), seconds(_MORE_IMAGES)
+    # The difference leaves out what does not grow with the images, such as the start of loader processes.
+    apart = min(_MORE_IMAGES, images) - min(_FEW_IMAGES, images)
+    image_s = (more_s - few_s) / apart if apart and more_s > few_s else more_s / min(_MORE_IMAGES, images)
+    return image_s * seen
+
+
+def describe_duration(found: Duration) -> str:
+    """One line for people."""
+    steps = [
+        f"stage {number} {_readable(total_s)} ({1e3 * step_s:,.0f} ms per step)"
+        for number, total_s, step_s in (
+            (1, found.heads_s, found.heads_step_s),
+            (2, found.encoder_s, found.encoder_step_s),
+        )
+        if step_s
+    ]
+    parts = [*steps, f"checks and features of the table {_readable(found.passes_s)}"]
+    return f"about {_readable(found.total_s)} on this machine: {', '.join(parts)}"
+
+
+def _readable(seconds: float) -> str:
+    """`45 s`, `14 min`, `3.5 h` or `2.1 days`."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{0 if unit < 3600 else 1}f} {name}"
+    return f"{seconds / 86_400:.1f} days"

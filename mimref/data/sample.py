@@ -1,0 +1,55 @@
+"""What the images of a data set look like, from a few of them: whether they have colours, and how large they are."""
+
+import statistics
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from mimref.data.decode import BadImage, Decoded
+from mimref.data.sources import ImageSource
+
+SAMPLE = 64
+# JPEG leaves traces of colour in gray pictures: levels of 255 between the channels of a pixel, averaged over the image.
+_GRAY_LEVELS = 2.0
+# Single coloured pictures, such as a scanned stamp, do not make gray images coloured.
+_GRAY_SHARE = 0.05
+_ENOUGH_PIXELS = 64
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """Of a sample of images."""
+
+    images: int
+    """Read; 0 where none of the sample can be read."""
+    colored: int
+    """Of these, images with colours."""
+    side: int
+    """Median of their shorter sides, in pixels of the file."""
+
+    @property
+    def gray(self) -> bool:
+        """Whether the data set is one of gray images."""
+        return self.images > 0 and self.colored <= _GRAY_SHARE * self.images
+
+
+def look_at(source: ImageSource, most: int = SAMPLE) -> Appearance:
+    """Read at most so many images, evenly spread over the data set. Raises DataError when a server fails."""
+    rows = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(int)).tolist()
+    source.fetch(rows)
+    found: list[Decoded] = []
+    for row in rows:
+        with suppress(BadImage):
+            found.append(source.read_reduced(row, _reduction))
+    sides = [min(each.height, each.width) for each in found]
+    return Appearance(len(found), sum(map(_colored, found)), int(statistics.median(sides)) if sides else 0)
+
+
+def _colored(decoded: Decoded) -> bool:
+    pixels = decoded.image.short()
+    return float((pixels.amax(dim=0) - pixels.amin(dim=0)).float().mean()) > _GRAY_LEVELS
+
+
+def _reduction(height: int, width: int) -> int:
+    return next((factor for factor in (8, 4, 2) if min(height, width) >= factor * _ENOUGH_PIXELS), 1)

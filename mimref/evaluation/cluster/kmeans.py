@@ -1,0 +1,35 @@
+"""One run of mini-batch k-means (Appendix C.12)."""
+
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
+
+from mimref.evaluation.metrics import row_blocks
+from mimref.features.matrix import Labels
+
+
+def fit_kmeans(x: NDArray[np.float32], clusters: int, number: int, seed: int) -> tuple[Labels, NDArray[np.float64]]:
+    """The cluster of every row of x (N, D), (N,), and the centres (clusters, D).
+
+    number: of the run. Its randomness is a function of (seed, number).
+    """
+    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    model = MiniBatchKMeans(n_clusters=clusters, batch_size=1024, n_init=1, random_state=state)
+    # One thread: the order of sums, and so the result, must not depend on the process.
+    with threadpool_limits(limits=1), warnings.catch_warnings():
+        # Collapsed features have fewer distinct points than clusters; the scores show it.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x)
+    return model.labels_.astype(np.int64), model.cluster_centers_.astype(np.float64)
+
+
+def inertia(x: NDArray[np.float32], labels: Labels, centres: NDArray[np.float64]) -> float:
+    """Sum of squared distances of all points to their centres.
+
+    In float64: scikit-learn sums in float32, which is too coarse to rank nearly equal runs.
+    """
+    return float(sum(np.square(x[rows] - centres[labels[rows]]).sum() for rows in row_blocks(x)))

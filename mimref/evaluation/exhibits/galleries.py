@@ -1,0 +1,88 @@
+"""Which images a report shows side by side: neighbours of queries, confused classes, and members of clusters.
+
+Images are rows of the features here; they get their numbers when it is known which ones are shown.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimref.data.labels import Indices
+from mimref.evaluation.exhibits.contents import Cluster, Confusion
+from mimref.evaluation.knn.protocol import find_neighbours
+from mimref.evaluation.metrics import row_blocks
+from mimref.features.matrix import Labels, Matrix
+
+QUERIES = 12
+NEIGHBOURS = 12
+EXAMPLES = 6
+CONFUSIONS_PER_CLASS = 2
+MOST_CONFUSIONS = 20
+"""Of one model."""
+MOST_CLUSTERS = 20
+"""Of one model."""
+
+
+def choose_queries(images: int, y: Labels | None, seed: int) -> Indices:
+    """Rows of up to twelve images, drawn: of different classes while these last, then again one of each."""
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(images)
+    if y is None:
+        return order[:QUERIES]
+    classes = generator.permutation(np.unique(y))[:QUERIES]
+    members = {label: iter(order[y[order] == label].tolist()) for label in classes}
+    turns = [row for _ in range(QUERIES) for label in classes if (row := next(members[label], None)) is not None]
+    return np.array(turns[:QUERIES], dtype=np.int64)
+
+
+def nearest(x: Matrix, queries: Indices, *, device: str = "cpu") -> list[list[int]]:
+    """For every query, a row of x (N, D), the rows of highest cosine similarity, the highest first, without itself."""
+    if not len(queries):
+        return []
+    most = min(NEIGHBOURS + 1, len(x))
+    found = find_neighbours(x, x[queries], k=most, standardize=False, device=device).train_index.tolist()
+    return [
+        [row for row in rows if row != query][:NEIGHBOURS] for query, rows in zip(queries.tolist(), found, strict=True)
+    ]
+
+
+def confusions(y: Labels, predicted: Labels, rows: Indices, name: Callable[[int], str]) -> list[Confusion]:
+    """The most frequent wrong predictions of every class, the largest share of the class first.
+
+    y, predicted (M,): true and predicted labels, which `name` names. rows (M,): of these images.
+    """
+    found: list[Confusion] = []
+    for label in np.unique(y):
+        wrong = np.unique(predicted[(y == label) & (predicted != label)], return_counts=True)
+        total = int((y == label).sum())
+        worst = np.argsort(-wrong[1], kind="stable")[:CONFUSIONS_PER_CLASS]
+        for other, count in zip(wrong[0][worst].tolist(), wrong[1][worst].tolist(), strict=True):
+            images = rows[(y == label) & (predicted == other)][:EXAMPLES].tolist()
+            found.append(Confusion(name(int(label)), name(other), count, count / total, images))
+    return sorted(found, key=lambda each: (-each.share, -each.count))
+
+
+def describe_clusters(
+    x: Matrix, assigned: Labels, centres: NDArray[np.float64], y: Labels | None, name: Callable[[int], str]
+) -> list[Cluster]:
+    """What is in every cluster that has images, the largest first.
+
+    x (N, D): the features that were clustered. assigned (N,): their clusters, rows of `centres`. y (N,): labels, which
+    `name` names, or None. An image is central or outlying, not both.
+    """
+    distances = np.concatenate(
+        [np.linalg.norm(x[rows].astype(np.float64) - centres[assigned[rows]], axis=1) for rows in row_blocks(x)]
+    )
+    found: list[Cluster] = []
+    for number, size in zip(*np.unique(assigned, return_counts=True), strict=True):
+        members = np.flatnonzero(assigned == number)
+        members = members[np.argsort(distances[members], kind="stable")]
+        label = purity = None
+        if y is not None:
+            classes, counts = np.unique(y[members], return_counts=True)
+            label, purity = name(int(classes[counts.argmax()])), float(counts.max() / size)
+        outlying = members[EXAMPLES:][::-1][:EXAMPLES]
+        central = members[:EXAMPLES].tolist()
+        found.append(Cluster(int(number), int(size), label, purity, central, outlying.tolist()))
+    return sorted(found, key=lambda cluster: (-cluster.size, cluster.number))

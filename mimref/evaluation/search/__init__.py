@@ -1,0 +1,1 @@
+"""Search for the images most similar to given ones."""

@@ -1,0 +1,43 @@
+"""Pictures of single images, for galleries."""
+
+from collections.abc import Iterable
+
+from mimref.data.decode import BadImage
+from mimref.data.sources import ImageSource
+from mimref.data.transforms import middle
+from mimref.evaluation.exhibits.contents import Thumbnail
+from mimref.evaluation.exhibits.thumbnails import encode
+
+GALLERY_SIDE = 112
+"""Pixels of the longer side: twice what a gallery's pages show, for dense screens and prints."""
+MOST_PICTURES = 800
+"""In a gallery, which then stays below 5 MB."""
+_QUALITY = 75
+
+
+def thumbnail(source: ImageSource, index: int, label: str | None, side: int = GALLERY_SIDE) -> Thumbnail:
+    """One image of a data set, uncropped, with a longer side of at most `side` pixels; 2 to 5 KB.
+
+    Of very long images only the middle is shown. An image that cannot be read has an empty picture.
+    """
+
+    def reduce(height: int, width: int) -> int:
+        return next(factor for factor in (8, 4, 2, 1) if factor == 1 or max(height, width) // factor >= 2 * side)
+
+    path = source.path(index)
+    try:
+        pixels_3HW = middle(source.read_reduced(index, reduce).image)
+    except BadImage:
+        return Thumbnail(path, label, b"")
+    return Thumbnail(path, label, encode(pixels_3HW.permute(1, 2, 0).contiguous().numpy(), side, _QUALITY))
+
+
+def most_per_group(counts: Iterable[int], most: int) -> int:
+    """How many of the first groups have at most so many pictures together."""
+    total = groups = 0
+    for count in counts:
+        total += count
+        if total > most:
+            break
+        groups += 1
+    return groups

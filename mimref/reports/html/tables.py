@@ -1,0 +1,165 @@
+"""Tables of a report: results of one or several runs side by side, and what was run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from mimref.errors import UserError
+from mimref.reports.html.charts import NAME_LENGTH, block_title, rows_by_block, run_names
+from mimref.reports.html.runs import SETTINGS, Run, checkpoints, setting
+from mimref.reports.metrics import LABELS, format_value, metric_label, short_name
+from mimref.reports.suites import suite_lines
+from mimref.reports.tables import Cell, compared_cell
+from mimref.results import Row, main_rows
+
+
+@dataclass(frozen=True)
+class Group:
+    """The columns of one run."""
+
+    name: str
+    models: list[str]
+    base: str
+    """The model that the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Results: a line per metric, a group of columns per run, a column per model."""
+
+    groups: list[Group]
+    lines: list[tuple[str, str, list[Cell]]]
+    """The metric, over what its spread is taken, and a cell per column."""
+    left_out: int
+    """Rows that detail others: one draw, one class, one severity."""
+
+
+def results_table(runs: Sequence[Run]) -> Table | None:
+    """Every metric of every model of the runs, but those of single blocks; None if there is none."""
+    rows_of = [_rows(run, name) for run, name in zip(runs, run_names(runs), strict=True)]
+    everything = [row for rows in rows_of for row in rows]
+    main = main_rows(everything)
+    if not main:
+        return None
+    groups = []
+    for name, rows in zip(run_names(runs), rows_of, strict=True):
+        models = list(dict.fromkeys(str(row["model"]) for row in main_rows(rows)))
+        groups.append(Group(name, models, "base" if "base" in models else models[0] if models else ""))
+    # Labels name the settings in which any two rows differ, of whatever run.
+    by_label: dict[str, dict[tuple[int, str], Row]] = {}
+    for number, rows in enumerate(rows_of):
+        for row in main_rows(rows):
+            label = metric_label(row, main)
+            label = label if str(row["metric"]) in LABELS else label.replace("_", " ")
+            by_label.setdefault(label, {})[number, str(row["model"])] = row
+    lines = []
+    for label, found in by_label.items():
+        cells = []
+        for number, group in enumerate(groups):
+            by_model = {model: row for (run, model), row in found.items() if run == number}
+            compared = [compared_cell(by_model, model, group.base) for model in group.models]
+            cells += compared if len(compared) > 1 else [cell._replace(is_best=False) for cell in compared]
+        lines.append((label, _spread(list(found.values())), cells))
+    return Table(groups, lines, len(everything) - len(main))
+
+
+def _rows(run: Run, name: str) -> list[Row]:
+    """The run's rows but those of single blocks, each with a model."""
+    rows = suite_lines(run.rows) if run.command == "transfer" else run.rows
+    return [{"model": name, **row} for row in rows if not str(row["metric"]).startswith("block_")]
+
+
+def _spread(rows: Sequence[Row]) -> str:
+    counts = {
+        f"{row[key]} {word}" for row in rows for key, word in (("splits", "draws"), ("runs", "runs")) if key in row
+    }
+    deviates = any("std" in row for row in rows)
+    return (
+        f"± standard deviation of {', '.join(sorted(counts))}"
+        if counts and deviates
+        else "± standard deviation" * deviates
+    )
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """The numbers behind the curves over blocks, of one model: a line per block, a column per metric."""
+
+    title: str
+    metrics: list[str]
+    lines: list[tuple[int, list[str]]]
+
+
+def block_tables(runs: Sequence[Run]) -> list[BlockTable]:
+    """One table per model."""
+    tables = []
+    for title, rows in rows_by_block(runs).items():
+        metrics = list(dict.fromkeys(str(row["metric"]) for row in rows))
+        cells = {(int(row["block"]), str(row["metric"])): format_value(row) for row in rows}
+        lines = [
+            (block, [cells.get((block, metric), "-") for metric in metrics])
+            for block in sorted({block for block, _ in cells})
+        ]
+        tables.append(BlockTable(title, [block_title(metric) for metric in metrics], lines))
+    return tables
+
+
+# --- what was run
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What was run, as pairs of a word and its value."""
+    data = setting(run, "data.spec")
+    limit = setting(run, "data.train_limit")
+    weights = checkpoints(run)
+    found = {
+        "command": f"mimref {run.command}",
+        "state": "" if run.finished else "not finished",
+        "preset": setting(run, "preset"),
+        "repeat with": _repeat(run),
+        "images": f"{data}{f', {limit:,} for training' if isinstance(limit, int) else ''}" if data else "",
+        "encoder": ", ".join(weights) or setting(run, "encoder.arch"),
+        **_encoder_facts(run),
+        "seed": setting(run, "seed"),
+        "device": setting(run, "device"),
+        "precision": setting(run, "precision"),
+        "time": "" if run.elapsed_s is None else str(timedelta(seconds=round(run.elapsed_s))),
+        "skipped images": len(run.bad_images) or "",
+        "version": run.version and f"mimref {run.version}",
+        "with": ", ".join(f"{name} {version}" for name, version in run.versions.items() if version),
+    }
+    return [(name, str(value)) for name, value in found.items() if value not in ("", None)]
+
+
+def _repeat(run: Run) -> str:
+    """The line that runs a training again, for which its folder holds the settings."""
+    file = run.folder / SETTINGS
+    return f"mimref {run.command} --preset {file} --out DIR" if file.is_file() else ""
+
+
+def _encoder_facts(run: Run) -> dict[str, str]:
+    """Architecture, source and licence, as the weights say that the run wrote, or else the first that it read."""
+    from mimref.encoders.inspection import inspect_file
+
+    own = sorted(run.folder.glob("encoder.safetensors")) or sorted(run.folder.glob("split[0-9]*.safetensors"))
+    for file in (*map(str, own), *checkpoints(run)):
+        if file != "quickstart" and not Path(file).exists():  # a published name, or weights that are gone
+            continue
+        try:
+            found = inspect_file(file)
+        except UserError:
+            continue
+        shape = found.architecture
+        size = f"{shape.depth} blocks of width {shape.width}, patches of {shape.patch_size} pixels"
+        return {
+            "architecture": f"{shape.name}, {size}, {found.parameters:,} parameters",
+            "source": found.source or "unknown",
+            "licence of the weights": found.licence or "unknown",
+        }
+    return {}
+
+
+def short(text: object, length: int = NAME_LENGTH) -> str:
+    """A name for cells and captions; templates call it."""
+    return short_name(str(text), length)

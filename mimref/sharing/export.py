@@ -1,0 +1,198 @@
+"""Export to a folder that transformers or timm loads, with an image processor.
+
+As every export, the folder is read again, by mimref and by the library, and compared before it gets its name.
+
+Shapes: B images, L tokens, D width, C classes.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from mimref.config.base import DataConfig, ReadingConfig
+from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint
+from mimref.encoders.classifier import ClassifierRecord, classifier_of
+from mimref.encoders.export import comparison_images, largest_difference, named_features, read_encoder
+from mimref.encoders.vit import Encoder
+from mimref.errors import ConfigError
+from mimref.features.header import eval_transform
+from mimref.files import atomic_folder, check_new_folder
+from mimref.progress import Listener, Silent
+from mimref.sharing.layout import CARD, CONFIG, PROCESSOR, WEIGHTS, Layout, Library, Subject
+from mimref.sharing.record import last_part, shareable_data
+from mimref.sharing.timm_layout import timm_layout
+from mimref.sharing.transformers_layout import transformers_layout
+
+OWN_FILES = (CARD, CONFIG, PROCESSOR, WEIGHTS)
+Outputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FolderExport:
+    """A folder that reproduces the encoder's features when it is read."""
+
+    path: Path
+    model: str
+    """Class of transformers, or timm's model."""
+    read_with: str
+    """A line of Python that reads the folder."""
+    difference: float
+    """Largest absolute difference of any feature or logit, in fp32."""
+    read_by: list[str]
+    """Programs whose features were compared."""
+
+
+def read_subject(
+    path: str | Path,
+    reading: ReadingConfig | None = None,
+    *,
+    arch: str | None = None,
+    source: str | None = None,
+    resolution: int | None = None,
+    listener: Listener | None = None,
+) -> tuple[Subject, Checkpoint]:
+    """A checkpoint's encoder, classifier and transform, for `folder_layout`; arguments as in `read_encoder`.
+
+    Of the images it was trained on, what names a place on this machine is left out.
+    """
+    encoder, facts, checkpoint = read_encoder(
+        path, reading, arch=arch, source=source, resolution=resolution, listener=listener
+    )
+    transform = eval_transform(encoder.architecture, DataConfig(), checkpoint.header, resolution=resolution)
+    facts = {key: last_part(value) for key, value in facts.items() if key not in ("data", "transform")}
+    if data := shareable_data(checkpoint.header.get("data")):
+        facts["data"] = data
+    classifier, classes = classifier_of(checkpoint, encoder) or (None, [])
+    return Subject(encoder, transform, facts, classifier, classes), checkpoint
+
+
+def folder_layout(subject: Subject, library: Library) -> Layout:
+    """The files of a folder for one library. Raises ConfigError, naming an alternative, where it has no such model."""
+    rgb = subject.for_rgb()
+    return transformers_layout(rgb) if library == "transformers" else timm_layout(rgb)
+
+
+def export_folder(
+    subject: Subject, layout: Layout, card: str, out: Path, *, force: bool = False, listener: Listener | None = None
+) -> FolderExport:
+    """Write the files of a layout and a card, README.md, if what is read from them gives the subject's features.
+
+    Features of every block, or logits and features, are compared as read by mimref and by the layout's library; by
+    transformers only where it is installed. Raises OutputError for a folder that holds other files, exists (unless
+    `force`) or cannot be written, and for features that differ.
+    """
+    listener = listener or Silent()
+    check_new_folder(out, OWN_FILES, force)
+    listener.note(f"writing {out}, reading it again and comparing outputs")
+    images = comparison_images(subject.for_rgb().encoder)
+    read_by, difference = ["mimref"], 0.0
+    readers = [_read_by_mimref]
+    if layout.library == "timm":
+        readers.append(partial(_read_by_timm, layout=layout))
+        read_by.append("timm")
+    elif find_spec("transformers") is None:
+        listener.note(
+            "transformers is not installed: the folder was compared as mimref reads it; pip install transformers"
+        )
+    else:
+        readers.append(partial(_read_by_transformers, layout=layout))
+        read_by.append("transformers")
+    with atomic_folder(out) as folder:
+        for name, content in layout.files().items():
+            (folder / name).write_bytes(content)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        for read in readers:
+            found = read(folder, images)
+            difference = max(difference, largest_difference(out, lambda _: subject_outputs(subject, images), found))
+    return FolderExport(out, layout.model, _reading_line(out, layout), difference, read_by)
+
+
+def _reading_line(out: Path, layout: Layout) -> str:
+    if layout.library == "timm":
+        return f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
+    auto = "AutoModelForImageClassification" if "id2label" in layout.config else "AutoModel"
+    return f"transformers.{auto}.from_pretrained({str(out)!r})"
+
+
+@torch.inference_mode()
+def subject_outputs(subject: Subject, images: Tensor) -> Outputs:
+    """Tokens of every block and after the final norm, and logits, of images (B, 3, S, S)."""
+    found = encoder_outputs(subject.encoder, images)
+    if subject.classifier is not None:
+        found |= {"logits": subject.classifier.eval()(images)}
+    return found
+
+
+@torch.inference_mode()
+def encoder_outputs(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
+    """Tokens (B, L, D) of every block as `block_N`, and after the final norm as `normed`."""
+    every = list(range(1, encoder.depth + 1))
+    normed_flags = [*(False for _ in every), True]
+    *tokens, normed = encoder.eval().blocks(images, [*every, encoder.depth], final_norm=normed_flags)
+    return named_features(tokens, every, normed)
+
+
+@torch.inference_mode()
+def _read_by_mimref(folder: Path, images: Tensor) -> Outputs:
+    checkpoint = read_checkpoint(folder)
+    encoder = encoder_from(checkpoint, choose_architecture(checkpoint))
+    assert isinstance(encoder, Encoder)
+    found = encoder_outputs(encoder, images)
+    if ClassifierRecord.of(checkpoint) is not None and (read := classifier_of(checkpoint, encoder)):
+        found["logits"] = read[0](images)
+        del found["normed"]  # the classifier's norm may replace the encoder's
+    return found
+
+
+@torch.inference_mode()
+def _read_by_timm(folder: Path, images: Tensor, *, layout: Layout) -> Outputs:
+    """By what `timm.create_model("local-dir:FOLDER")` does, which timm has from 1.0.16 on."""
+    args, classes = layout.config.get("model_args", {}), layout.config["num_classes"]
+    path = str(folder / WEIGHTS)
+    vit: Any = timm.create_model(layout.model, checkpoint_path=path, num_classes=classes, **args).eval()
+    tokens = vit.forward_intermediates(
+        images, intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True, norm=False
+    )
+    tokens = [torch.cat([block[1], block[0]], dim=1) if isinstance(block, tuple) else block for block in tokens]
+    found = {f"block_{number}": block_BLD for number, block_BLD in enumerate(tokens, start=1)}
+    return found | ({"logits": vit(images)} if classes else {"normed": vit.forward_features(images)})
+
+
+@torch.inference_mode()
+def _read_by_transformers(folder: Path, images: Tensor, *, layout: Layout) -> Outputs:
+    import transformers  # optional, and slow
+
+    has_classes = "id2label" in layout.config
+    auto = transformers.AutoModelForImageClassification if has_classes else transformers.AutoModel
+    with _quiet(transformers), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, loading = auto.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+        if missing := loading["missing_keys"]:
+            raise ConfigError(f"--layout transformers: its {layout.model} also needs {sorted(missing)[0]}")
+        output = model.eval()(images, output_hidden_states=True)
+    found = {f"block_{number}": tokens_BLD for number, tokens_BLD in enumerate(output.hidden_states[1:], start=1)}
+    return found | ({"logits": output.logits} if has_classes else {"normed": output.last_hidden_state})
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without its progress bars and its advice."""
+    logging = transformers.utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

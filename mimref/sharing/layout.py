@@ -1,0 +1,91 @@
+"""What the folders of both libraries have in common."""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from mimref.data.transforms import EvalTransform
+from mimref.encoders.classifier import Classifier
+from mimref.encoders.vit import Encoder, build_encoder
+
+Library = Literal["transformers", "timm"]
+WEIGHTS, CONFIG, PROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
+LUMA = (0.299, 0.587, 0.114)
+"""Of red, green and blue, as `mimref.encoders.vit.gray`."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is exported, in fp32 on the CPU."""
+
+    encoder: Encoder
+    transform: EvalTransform
+    """Of its images."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of its header that stay true in any format."""
+    classifier: Classifier | None = None
+    """On top of the encoder."""
+    classes: Sequence[str] = ()
+    """Names in the order of the logits."""
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Of the weights file, whatever its layout."""
+        classes = {"classes": list(self.classes)} if self.classifier else {}
+        return {**self.facts, "transform": self.transform.to_dict(), **classes}
+
+    def for_rgb(self) -> "Subject":
+        """The same model of RGB images: the patch projection of a gray encoder also computes the luma."""
+        architecture = self.encoder.architecture
+        if architecture.channels == 3:
+            return self
+        encoder = build_encoder(replace(architecture, channels=3))
+        state = dict(self.encoder.vit.state_dict())
+        state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"] * torch.tensor(LUMA).view(1, 3, 1, 1)
+        encoder.vit.load_state_dict(state)
+        classifier = copy.deepcopy(self.classifier)
+        if classifier is not None:
+            classifier.encoder = encoder
+        return replace(self, encoder=encoder.eval(), classifier=classifier)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of a folder beside its card."""
+
+    library: Library
+    model: str
+    """Class of transformers, or name of timm's model."""
+    tensors: Mapping[str, Tensor]
+    """Under the library's names."""
+    config: Mapping[str, Any]
+    header: Mapping[str, Any]
+    """For mimref, in the metadata of the weights file."""
+    processor: Mapping[str, Any] | None = None
+    """None where the config says how images are prepared."""
+
+    def files(self) -> dict[str, bytes]:
+        """Content by name."""
+        tensors = {name: tensor.float().contiguous().clone() for name, tensor in self.tensors.items()}
+        found = {
+            WEIGHTS: save(tensors, metadata={"mimref": json.dumps(dict(self.header)), "format": "pt"}),
+            CONFIG: _json(self.config),
+        }
+        return found if self.processor is None else found | {PROCESSOR: _json(self.processor)}
+
+
+def with_layer_scale(state: Mapping[str, Tensor], depth: int, width: int) -> dict[str, Tensor]:
+    """A state whose blocks have LayerScale: factors of 1 where they had none."""
+    ones = {f"blocks.{block}.ls{part}.gamma": torch.ones(width) for block in range(depth) for part in (1, 2)}
+    return ones | dict(state)
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    # Names of classes may hold bytes that are no UTF-8; escaped, they survive.
+    return (json.dumps(dict(values), indent=2) + "\n").encode()

@@ -1,0 +1,105 @@
+"""Encoders as models of timm: `config.json` names one and replaces its sizes."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from mimref.data.transforms import EvalTransform
+from mimref.encoders.backbones import native_size
+from mimref.encoders.classifier import Classifier
+from mimref.encoders.export import plain_state, timm_name
+from mimref.encoders.export_classifier import classifier_options, classifier_state, pools_patches
+from mimref.encoders.vit import norm_option, timm_options
+from mimref.errors import ConfigError
+from mimref.sharing.layout import Layout, Subject, with_layer_scale
+
+_PLAIN, _SWIGLU = "vit_base_patch16_224", "vit_giant_patch14_dinov2"
+"""Models of timm whose sizes are replaced where timm has none of the encoder's sizes."""
+
+
+def timm_layout(subject: Subject) -> Layout:
+    """The folder's files. Raises ConfigError, naming an alternative, for what timm's models do not compute."""
+    encoder, architecture = subject.encoder, subject.encoder.architecture
+    if architecture.post_norm:
+        raise ConfigError(
+            f"--to hf: neither transformers nor timm has post-norm blocks (data2vec 2.0), which {architecture.name} "
+            "needs; use --to release or --to onnx"
+        )
+    if norm_option(architecture):
+        raise ConfigError(
+            f"--layout timm: config.json cannot store the LayerNorm's epsilon of {architecture.norm_eps:g}, which "
+            f"{architecture.name} needs; use --layout transformers or --to timm"
+        )
+    name = timm_name(encoder) if architecture.final_norm else None
+    args: dict[str, Any] = {}
+    state: Mapping[str, Tensor] = plain_state(encoder)
+    if name is not None:
+        if native_size(name) != architecture.image_size:
+            args["img_size"] = architecture.image_size
+    else:
+        name = _SWIGLU if architecture.swiglu else _PLAIN
+        described = replace(architecture, layer_scale=architecture.layer_scale or architecture.swiglu)
+        args = {key: value for key, value in timm_options(described).items() if key != "num_classes"}
+        if not architecture.final_norm:
+            args["final_norm"] = False
+        if architecture.swiglu:
+            state = with_layer_scale(state, architecture.depth, architecture.width)
+    header = {**subject.header, "architecture": architecture.to_dict()}
+    if state.keys() != encoder.vit.state_dict().keys():
+        header["architecture"]["layer_scale"] = True
+    if (classifier := subject.classifier) is not None:
+        args.pop("final_norm", None)  # the classifier has one, of pooled tokens
+        args |= {key: value for key, value in classifier_options(classifier).items() if key != "num_classes"}
+        added = {key: tensor for key, tensor in state.items() if key not in encoder.vit.state_dict()}
+        state = classifier_state(classifier) | added
+        header = _classifier_header(header, classifier, subject)
+    config = {
+        "architecture": name,
+        "num_classes": len(subject.classes),
+        "num_features": architecture.width,
+        "global_pool": args.get("global_pool", encoder.vit.global_pool),
+        "pretrained_cfg": _pretrained_cfg(subject),
+    }
+    if subject.classes:
+        config["label_names"] = list(subject.classes)
+    return Layout("timm", name, state, config | ({"model_args": args} if args else {}), header)
+
+
+def _classifier_header(header: dict[str, Any], classifier: Classifier, subject: Subject) -> dict[str, Any]:
+    """With what mimref needs to read the classifier again, where its own form has the same tensors."""
+    if not classifier.final_norm and classifier.encoder.architecture.from_timm:
+        return {key: value for key, value in header.items() if key != "architecture"}
+    # The classifier's own norm replaces the encoder's: as `fc_norm` of a mean, as `norm` before a CLS token is chosen.
+    header["architecture"]["final_norm"] = classifier.final_norm or not pools_patches(classifier)
+    return header | {"classifier": {"pool": classifier.pool, "classes": list(subject.classes)}}
+
+
+def _pretrained_cfg(subject: Subject) -> dict[str, Any]:
+    transform = subject.transform
+    size = transform.image_size
+    licence = subject.facts.get("licence")
+    return {
+        "tag": "",
+        "custom_load": False,
+        "input_size": [3, size, size],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0 if transform.resize == "direct" else crop_pct(transform),
+        "crop_mode": "squash" if transform.resize == "direct" else "center",
+        "mean": list(transform.mean),
+        "std": list(transform.std),
+        "num_classes": len(subject.classes),
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **({"license": licence} if isinstance(licence, str) else {}),
+    }
+
+
+def crop_pct(transform: EvalTransform) -> float:
+    """timm rounds the resized side down, mimref to the nearest pixel: the share that gives timm mimref's side."""
+    size = transform.image_size
+    side = round(size / transform.crop_fraction)
+    return transform.crop_fraction if int(size / transform.crop_fraction) == side else size / (side + 0.5)

@@ -1,0 +1,51 @@
+"""The time of a planned refinement: measured on its own steps, and counted right."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mimref.benchmarks import duration
+from mimref.benchmarks.duration import Duration, describe_duration, measure_duration
+from mimref.refinement.plan import make_plan
+from tests.tiny import refine_config, write_labelled, write_unlabelled, write_weights
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("duration")
+    return write_weights(folder / "weights.safetensors"), write_labelled(folder / "images")
+
+
+def test_parts_are_seconds_times_counts(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duration, "_step_seconds", lambda job: {"heads": 0.5, "encoder": 2.0}[job.name])
+    plan = make_plan(refine_config(*paths, evaluate__enabled=True, monitor__knn_every_epochs=2))
+    clock = iter([0.0, 1.0, 10.0, 12.0])
+    monkeypatch.setattr(duration, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    # 48 + 16 images at the start and after epochs 2 and 3, and twice for the table, from a pass of 48 in 2 seconds.
+    found = measure_duration(plan)
+    assert found == Duration(0.5, 2.0, 8 * 0.5, 12 * 2.0, pytest.approx((3 + 2) * 64 * 2 / 48))
+
+
+@pytest.mark.parametrize(("stage", "parts"), [("both", ("heads_s", "encoder_s")), ("heads", ("heads_s",))])
+def test_only_the_stages_of_the_plan_are_measured(
+    stage: str, parts: tuple[str, ...], paths: tuple[Path, Path], tmp_path: Path
+) -> None:
+    found = measure_duration(make_plan(refine_config(*paths, stage=stage)))
+    assert tuple(name for name in ("heads_s", "encoder_s") if getattr(found, name) > 0) == parts
+    assert found.total_s == found.heads_s + found.encoder_s + found.passes_s
+
+
+def test_without_labels_and_checks_there_are_no_passes(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    plan = make_plan(refine_config(paths[0], write_unlabelled(tmp_path), monitor__knn_every_epochs=0))
+    assert measure_duration(plan).passes_s == 0
+
+
+def test_times_are_in_readable_units() -> None:
+    text = describe_duration(Duration(0.25, 12.5, 89, 3_600, 90_000))
+    assert text == (
+        "about 26.0 h on this machine: stage 1 89 s (250 ms per step), stage 2 60 min (12,500 ms per step), "
+        "checks and features of the table 25.0 h"
+    )
+    assert "stage 1" not in describe_duration(Duration(0, 1, 0, 200_000, 0))
+    assert describe_duration(Duration(0, 1, 0, 200_000, 0)).startswith("about 2.3 days")
