@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,29 @@ def resolve_device(name: str) -> torch.device:
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise ConfigError(f"device {name!r} is not available on this machine; use --device cpu or --device auto")
     return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What settings are derived for."""
+
+    cuda: bool
+    memory_bytes: int | None = None
+    """Of a GPU, used or not; None on other devices."""
+    processes: int = 1
+    """On CUDA each has a GPU of its own."""
+
+
+def machine_of(device: torch.device, processes: int = 1) -> Machine:
+    """What `device` offers to this many processes."""
+    cuda = device.type == "cuda"
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory if cuda else None
+    return Machine(cuda, memory_bytes, processes)
+
+
+ACTIVATION_BYTES = 34
+"""That a transformer's block keeps of every token and channel for the backward pass, in 16-bit training with fused
+attention (Korthikanti et al. 2022, Eq. 1)."""
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:

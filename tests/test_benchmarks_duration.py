@@ -18,7 +18,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_parts_are_seconds_times_counts(paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duration, "_step_seconds", lambda job: {"heads": 0.5, "encoder": 2.0}[job.name])
+    monkeypatch.setattr(duration, "step_seconds", lambda job: {"heads": 0.5, "encoder": 2.0}[job.name])
     plan = make_plan(refine_config(*paths, evaluate__enabled=True, monitor__knn_every_epochs=2))
     clock = iter([0.0, 1.0, 10.0, 12.0])
     monkeypatch.setattr(duration, "time", SimpleNamespace(perf_counter=lambda: next(clock)))

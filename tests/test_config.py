@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from mimref.config.base import CommandConfig, dump_config
 from mimref.config.load import load_config
-from mimref.config.presets import choose_pretrain_preset, choose_refine_preset
+from mimref.config.presets import choose_finetune_preset, choose_pretrain_preset, choose_refine_preset
 from mimref.errors import ConfigError
 from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.knn.config import KnnConfig
@@ -208,3 +208,23 @@ def test_choose_pretrain_preset() -> None:
     assert choose_pretrain_preset("mine", "vit_b16") == "mine"
     assert choose_pretrain_preset(None, "vit_b16") == "pretrain/mae_b16"
     assert choose_pretrain_preset(None, "vit_h14") == "pretrain/mae_l16"
+    assert choose_pretrain_preset(None, None, "digits") == "pretrain/quickstart"
+    assert choose_pretrain_preset(None, None, "images") is None
+    assert choose_pretrain_preset("recipe", "vit_b16", "digits") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((None, None, None), "finetune/quickstart"),
+        ((None, None, "quickstart", "digits"), "finetune/quickstart"),
+        ((None, None, "quickstart", "images"), None),
+        ((None, None, None, "images"), None),
+        ((None, None, "x.pth"), None),
+        ((None, "vit_l16", None), None),
+        (("imagenet_l16", None, "x.pth", "images"), "imagenet_l16"),
+        (("recipe", None, None, "digits"), None),
+    ],
+)
+def test_choose_finetune_preset(given: tuple[str | None, ...], expected: str | None) -> None:
+    assert choose_finetune_preset(*given) == expected

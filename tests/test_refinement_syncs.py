@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from mimref.benchmarks.stage import ready_stage, synthetic_batch
 from mimref.data.loader import device_batches
 from mimref.errors import Checks
-from mimref.pretraining.run import Pretraining, check_settings
+from mimref.pretraining.plan import make_plan
+from mimref.pretraining.run import Pretraining
 from mimref.progress import Silent
 from mimref.refinement.schedule import StageName
 from mimref.refinement.stages import EncoderStage, RefinementStage
@@ -147,7 +148,8 @@ def test_steps_do_not_wait_for_the_device(
 
 def test_pretraining_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = pretrain_config(write_unlabelled(tmp_path))
-    job = Pretraining(TrainingRun(config, tmp_path, None), config, *check_settings(config, Silent(), Checks()))
+    plan = make_plan(config, Silent(), Checks())
+    job = Pretraining(TrainingRun(plan.config, tmp_path, None), plan)
     batch = next(job.batches())
     with watching([job.model], (job.photometric, job.loss_guard), monkeypatch) as watch:
         for _ in range(3):

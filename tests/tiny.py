@@ -107,6 +107,11 @@ FINETUNE: dict[str, Any] = {
     "finetune.lr": 1e-2,
     "finetune.drop_path": 0.3,
     "finetune.ema": 0.5,
+    "augment.crop_scale": [0.08, 1.0],
+    "augment.rand_augment": "rand-m9-mstd0.5-inc1",
+    "augment.erase": 0.25,
+    "augment.mixup": 0.8,
+    "augment.cutmix": 1.0,
     "monitor.log_every": 3,
 }
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mimref.data.sources import Subset
+from mimref.data.sources import ImageSource, Subset
+from mimref.encoders.backbones import TokenEncoder
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.encode import Column, extract
+from mimref.features.encode import Column, PassSettings, extract
 from mimref.progress import Silent
 from mimref.refinement.method import Method
 from mimref.refinement.plan import Plan
 from mimref.refinement.run import build_method
-from mimref.refinement.stages import EncoderStage, HeadsStage, RefinementStage
-from mimref.training.run import TrainingRun
+from mimref.refinement.stages import EncoderStage, HeadsStage
+from mimref.training.run import Stage, TrainingRun
 
 # Of each stage, after a first step, which starts the loader and makes the optimizer's moments.
 _STEPS = 10
@@ -53,14 +54,14 @@ def measure_duration(plan: Plan) -> Duration:
         method = build_method(plan, Silent())
         passes_s = _passes_seconds(plan, method)
         if plan.heads_steps:
-            heads_step_s = _step_seconds(HeadsStage(run, plan, method))
+            heads_step_s = step_seconds(HeadsStage(run, plan, method))
         if plan.encoder_steps:
-            encoder_step_s = _step_seconds(EncoderStage(run, plan, method))
+            encoder_step_s = step_seconds(EncoderStage(run, plan, method))
     heads_s, encoder_s = heads_step_s * plan.heads_steps, encoder_step_s * plan.encoder_steps
     return Duration(heads_step_s, encoder_step_s, heads_s, encoder_s, passes_s)
 
 
-def _step_seconds(job: RefinementStage) -> float:
+def step_seconds(job: Stage) -> float:
     """Mean of a few updates; of the first one where there is no other."""
     started, counted = time.perf_counter(), 0
     for batch in job.batches():
@@ -87,34 +88,39 @@ def _passes_seconds(plan: Plan, method: Method) -> float:
     if config.evaluate.enabled and monitor.val and plan.encoder_steps:
         seen += 2 * (images + len(monitor.val))
 
+    return image_seconds(method.encoder, plan.source, monitor.settings, method.encoder.depth) * seen
+
+
+def image_seconds(encoder: TokenEncoder, source: ImageSource, settings: PassSettings, block: int) -> float:
+    """Seconds per image of a pass of the encoder up to a block, from a few images."""
+
     def seconds(count: int) -> float:
         started = time.perf_counter()
-        rows = np.arange(min(count, images))
-        extract(method.encoder, Subset(plan.source, rows), monitor.settings, [Column(method.encoder.depth, "cls")])
+        rows = np.arange(min(count, len(source)))
+        extract(encoder, Subset(source, rows), settings, [Column(block, "cls")])
         return time.perf_counter() - started
 
     few_s, more_s = seconds(_FEW_IMAGES), seconds(_MORE_IMAGES)
     # The difference leaves out what does not grow with the images, such as the start of loader processes.
-    apart = min(_MORE_IMAGES, images) - min(_FEW_IMAGES, images)
-    image_s = (more_s - few_s) / apart if apart and more_s > few_s else more_s / min(_MORE_IMAGES, images)
-    return image_s * seen
+    apart = min(_MORE_IMAGES, len(source)) - min(_FEW_IMAGES, len(source))
+    return (more_s - few_s) / apart if apart and more_s > few_s else more_s / min(_MORE_IMAGES, len(source))
 
 
 def describe_duration(found: Duration) -> str:
     """One line for people."""
     steps = [
-        f"stage {number} {_readable(total_s)} ({1e3 * step_s:,.0f} ms per step)"
+        f"stage {number} {readable(total_s)} ({1e3 * step_s:,.0f} ms per step)"
         for number, total_s, step_s in (
             (1, found.heads_s, found.heads_step_s),
             (2, found.encoder_s, found.encoder_step_s),
         )
         if step_s
     ]
-    parts = [*steps, f"checks and features of the table {_readable(found.passes_s)}"]
-    return f"about {_readable(found.total_s)} on this machine: {', '.join(parts)}"
+    parts = [*steps, f"checks and features of the table {readable(found.passes_s)}"]
+    return f"about {readable(found.total_s)} on this machine: {', '.join(parts)}"
 
 
-def _readable(seconds: float) -> str:
+def readable(seconds: float) -> str:
     """`45 s`, `14 min`, `3.5 h` or `2.1 days`."""
     for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:

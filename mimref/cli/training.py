@@ -1,6 +1,6 @@
 """`mimref refine` and `mimref pretrain`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from mimref.cli.parser import option
 from mimref.errors import Checks
 
 if TYPE_CHECKING:
+    from mimref.config.recipe import Derived
     from mimref.config.run import TrainingConfig
     from mimref.pretraining.run import PretrainResult
     from mimref.progress import Listener
@@ -31,10 +32,23 @@ if TYPE_CHECKING:
     TrainingResult = RefineResult | PretrainResult | FinetuneResult
 
 
+DRY_RUN = option("Print the settings with their reasons, sizes, steps and time; write nothing.")
+
+
 class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume, panel="Training"):
     """Of commands that train in an output folder."""
 
     strict: bool | None = option("Refuse a preset that does not fit, instead of adapting it.", sets="strict")
+
+    @property
+    def named_data(self) -> str | None:
+        """What `--data` or `--set data.spec=` names."""
+        sets = [
+            value.strip()
+            for key, _, value in (each.partition("=") for each in self.sets or ())
+            if key.strip() == "data.spec"
+        ]
+        return sets[-1] if sets else self.data
 
     def resumed_preset(self) -> str | None:
         """The settings file of the run that `--resume --out DIR` continues, so that nothing need be repeated.
@@ -57,7 +71,7 @@ class RefineOptions(Weights, MicroBatch, TrainingOptions, panel="Training"):
     stage: Text = option("Which stages to run; default both.", "both|heads|encoder", "stage")
     heads_from: Text = option("Reuse another run's heads; runs stage 2 only.", "DIR", "heads_from")
     heads: Text = option("Blocks with a head: 17-24, 20,22,24, last8 or auto.", "BLOCKS", "heads.blocks")
-    dry_run: bool = option("Print the settings with their reasons, sizes, steps and time; write nothing.")
+    dry_run: bool = DRY_RUN
 
     def chosen_preset(self) -> str | None:
         """The preset that the options ask for; None where a recipe derives the settings."""
@@ -107,26 +121,44 @@ def _print_plan(config: "RefineConfig", options: RefineOptions) -> None:
 
 class PretrainOptions(TrainedArch, TrainingOptions, panel="Training"):
     epochs: Text = option("Passes over the images.", "N", "mae.epochs")
+    dry_run: bool = DRY_RUN
 
 
 def pretrain(options: PretrainOptions) -> None:
     """Train a masked autoencoder to start from.
 
-    For images or sizes without public weights. Without options, this recreates the packaged tiny encoder.
+    For images or sizes without public weights. Without a preset, encoder and settings are derived from the images and
+    the machine. Without options, this recreates the packaged tiny encoder.
 
     Examples:
-      mimref pretrain --preset quickstart
-      mimref pretrain --preset mae_b16 --data /data/my_images --out runs/my_mae
+      mimref pretrain
+      mimref pretrain --data /data/my_images --dry-run
+      mimref pretrain --arch vit_b16 --data /data/my_images --out runs/my_mae
     """
     from mimref.config.presets import choose_pretrain_preset
     from mimref.pretraining.config import PretrainConfig
 
-    preset = options.resumed_preset() or choose_pretrain_preset(options.preset, options.arch)
+    preset = options.resumed_preset() or choose_pretrain_preset(options.preset, options.arch, options.named_data)
     config = options.load(PretrainConfig, preset)
-    if not (options.resume and options.checks.passed and print_finished(run_folder(config, options), config.command)):
+    if options.dry_run:
+        from mimref.benchmarks.planned import describe_pretraining
+        from mimref.pretraining.plan import make_plan
+        from mimref.progress import Silent
+
+        plan = make_plan(config, Silent(), checks=options.checks)
+        print_plan(plan.derived, describe_pretraining(plan), config, options)
+    elif not (options.resume and options.checks.passed and print_finished(run_folder(config, options), config.command)):
         from mimref.pretraining.run import pretrain as run_pretrain
 
         run_training(run_pretrain, config, options)
+
+
+def print_plan(
+    derived: "Sequence[Derived]", facts: dict[str, str], config: "TrainingConfig", options: TrainingOptions
+) -> None:
+    """What a dry run shows: facts, and every derived setting with its rule."""
+    print_facts(facts | {"output": str(run_folder(config, options))})
+    print_derived(derived)
 
 
 def run_folder(config: "TrainingConfig", options: TrainingOptions) -> Path:

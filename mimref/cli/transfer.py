@@ -6,7 +6,7 @@ from pathlib import Path
 from mimref.cli.execution import figure, note, print_finished, run_on_ranks
 from mimref.cli.options import CHECKPOINT, WORKERS, Configured, Force, MicroBatch, Split, Text, TrainedEncoder
 from mimref.cli.parser import argument, option
-from mimref.cli.training import TrainingOptions, run_folder, run_training
+from mimref.cli.training import DRY_RUN, TrainingOptions, print_plan, run_folder, run_training
 from mimref.files import check_new_file
 
 
@@ -14,7 +14,7 @@ class FinetuneOptions(TrainedEncoder, MicroBatch, TrainingOptions, panel="Traini
     weights: Text = argument(
         f"{CHECKPOINT}; default: the packaged tiny encoder, on digits.", "CKPT", "encoder.weights", required=False
     )
-    epochs: Text = option("Passes over the images; default 50.", "N", "finetune.epochs")
+    epochs: Text = option("Passes over the images.", "N", "finetune.epochs")
     lr: Text = option("Base learning rate, for 256 images per update.", "RATE", "finetune.lr")
     pool: Text = option("What the classifier reads; default cls.", "cls|mean", "finetune.pool")
     resolution: Text = option("Default: the encoder's own.", "PIXELS", "resolution")
@@ -23,25 +23,43 @@ class FinetuneOptions(TrainedEncoder, MicroBatch, TrainingOptions, panel="Traini
     split_files: list[str] | None = option(
         "Names of the training images, one per line; repeatable.", "FILE", "split_files", flag="--split-file"
     )
+    dry_run: bool = DRY_RUN
+
+    def chosen_preset(self) -> str | None:
+        """The preset that the options ask for; None where a recipe derives the settings."""
+        from mimref.config.presets import choose_finetune_preset
+
+        preset = choose_finetune_preset(self.preset, self.arch, self.weights, self.named_data)
+        if preset is None and self.arch is None and self.weights is None:
+            self.weights = "quickstart"
+        return preset
 
 
 def finetune(options: FinetuneOptions) -> None:
     """Train an encoder and a classifier on labels.
 
     On all training images, or on a few per class. After every epoch the validation images are classified. The result is
-    read by predict, export and all evaluations. Without options: the packaged tiny encoder on scikit-learn's digits.
+    read by predict, export and all evaluations. Without a preset, settings are derived from the number of labels and
+    the encoder. Without options: the packaged tiny encoder on scikit-learn's digits.
 
     Examples:
       mimref finetune
+      mimref finetune runs/my_mae --data /data/my_images --dry-run
       mimref finetune runs/mae_l16 --preset imagenet_l16 --data /data/imagenet
       mimref finetune runs/mae_l16 --preset inat18_5shot --data /data/inat18 --shots 5 --splits 3
     """
-    from mimref.config.presets import choose_finetune_preset
     from mimref.transfer.finetune.config import FinetuneConfig
 
-    preset = options.resumed_preset() or choose_finetune_preset(options.preset, options.arch, options.weights)
-    config = options.load(FinetuneConfig, preset)
+    config = options.load(FinetuneConfig, options.resumed_preset(), options.chosen_preset)
     folder = run_folder(config, options)
+    if options.dry_run:
+        from mimref.benchmarks.planned import describe_finetuning
+        from mimref.progress import Silent
+        from mimref.transfer.finetune.plan import make_plan
+
+        plan = make_plan(config, Silent(), checks=options.checks)
+        print_plan(plan.derived, describe_finetuning(plan), config, options)
+        return
     if options.resume and options.checks.passed and print_finished(folder, config.command):
         return
     from mimref.transfer.finetune.run import finetune as run_finetune

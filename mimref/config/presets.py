@@ -47,21 +47,31 @@ def choose_refine_preset(
     return "refine/quickstart" if packaged and data in (None, "digits") else None
 
 
-def choose_pretrain_preset(preset: str | None, arch: str | None) -> str:
-    """The given preset; else `quickstart`, or MAE's recipe where `--arch` is given."""
+def choose_pretrain_preset(preset: str | None, arch: str | None, data: str | None = None) -> str | None:
+    """The preset that the options of `mimref pretrain` ask for; None where a recipe derives the settings.
+
+    The given one; else MAE's where `--arch` is given; else `quickstart` for digits.
+    """
     if preset is not None:
-        return preset
+        return None if preset == RECIPE else preset
     if arch is None:
-        return "pretrain/quickstart"
+        return "pretrain/quickstart" if data in (None, "digits") else None
     # MAE trains all sizes with one recipe.
     name = f"pretrain/mae_{arch.removeprefix('vit_')}"
     return name if name in preset_names("pretrain") else "pretrain/mae_l16"
 
 
-def choose_finetune_preset(preset: str | None, arch: str | None, weights: str | None) -> str | None:
-    """The given preset; else `quickstart` for the packaged encoder. None: the default settings."""
+def choose_finetune_preset(
+    preset: str | None, arch: str | None, weights: str | None, data: str | None = None
+) -> str | None:
+    """The preset that the options of `mimref finetune` ask for; None where a recipe derives the settings.
+
+    The given one; else `quickstart` for the packaged encoder on digits.
+    """
+    if preset is not None:
+        return None if preset == RECIPE else preset
     packaged = weights == "quickstart" or (weights is None and arch is None)
-    return preset or ("finetune/quickstart" if packaged else None)
+    return "finetune/quickstart" if packaged and data in (None, "digits") else None
 
 
 def _preset_folder() -> Path:

@@ -8,7 +8,7 @@ repeated exactly: nothing is derived from a preset.
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from mimref.config.base import CommandConfig, Section
+from mimref.config.base import CommandConfig, DataConfig, Section
 from mimref.config.load import validated
 from mimref.config.presets import show_value
 from mimref.config.run import TrainingConfig
@@ -101,3 +101,23 @@ def _replaced(section: S, parts: list[str], value: Any) -> S:
     """A copy with another value, which is not checked."""
     name, *rest = parts
     return section.model_copy(update={name: _replaced(getattr(section, name), rest, value) if rest else value})
+
+
+# --- numbers and names that rules of several commands need
+
+_CHARACTERS = frozenset(["digits", "mnist", "qmnist", "emnist", "kmnist", "usps", "svhn", "omniglot"])
+
+
+def is_character(data: DataConfig) -> bool:
+    """Whether the data set is known as one of digits or letters."""
+    return (data.spec or "").rpartition(":")[2].lower().replace("-", "") in _CHARACTERS
+
+
+def power_of_two(number: float) -> int:
+    """The largest one up to this number, at least 1."""
+    return 1 << max(0, int(number).bit_length() - 1)
+
+
+def two_digits(number: float) -> float:
+    """Rounded to two significant digits."""
+    return float(f"{number:.1e}")

@@ -18,6 +18,7 @@ from mimref.config.base import (
     ReadingConfig,
     Section,
 )
+from mimref.errors import ConfigError
 
 
 class EncoderConfig(ReadingConfig):
@@ -90,6 +91,14 @@ class ViewsConfig(Section):
 def check_warmup(section: str, warmup_epochs: float | None, epochs: int) -> None:
     if warmup_epochs is not None and 0 < epochs < warmup_epochs:
         raise ValueError(f"{section}.warmup_epochs {warmup_epochs:g} exceeds {section}.epochs {epochs}")
+
+
+def refuse_warmup(section: str, warmup_epochs: float, epochs: int) -> None:
+    """Raise ConfigError for a warm-up longer than the training, of settings that could have been adapted."""
+    try:
+        check_warmup(section, warmup_epochs, epochs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 class OptimizerConfig(Section):

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from mimref.config.base import CommandConfig, DataConfig
+from mimref.config.recipe import Derived, is_adaptable
 from mimref.config.run import TrainingConfig
 from mimref.data.open import open_source
 from mimref.data.readable import check_readable
@@ -15,13 +17,15 @@ from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
 from mimref.encoders.published import must_download
 from mimref.encoders.settings import architecture_to_train, weights_name
 from mimref.encoders.vit import Architecture
-from mimref.errors import Checks, ConfigError
+from mimref.errors import Checks, ConfigError, UserError
 from mimref.features.config import EncoderPassConfig, EvaluationConfig
 from mimref.features.files import FeatureFiles
 from mimref.features.header import resolve_data
 from mimref.features.inputs import EncoderInputs, Inputs, give_distinct_names
 from mimref.features.matrix import Labels
 from mimref.progress import LabelledProgress, Listener
+
+T = TypeVar("T", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -248,3 +252,18 @@ def open_training(
     if not remote and known.spec is not None:
         sources = open_splits(known)
     return OpenedTraining(checkpoint, architecture, data, sources)
+
+
+def without_limit(config: T, progress: LabelledProgress | None) -> tuple[T, list[Derived]]:
+    """The settings without a preset's `data.train_limit` that exceeds the images, and what was changed."""
+    limit, setting = config.data.train_limit, "data.train_limit"
+    if limit is None or not is_adaptable(config, setting):
+        return config, []
+    unlimited = config.model_copy(update={"data": config.data.model_copy(update={"train_limit": None})})
+    try:
+        images = len(open_source(unlimited.data, "train", progress=progress))
+    except UserError:  # is found again, and reported
+        return config, []
+    if images >= limit:
+        return config, []
+    return unlimited, [Derived(setting, None, f"there are {images:,} training images", limit)]

@@ -1,15 +1,15 @@
 """Settings of `mimref pretrain`."""
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mimref.config.base import AreaRange, Section
-from mimref.config.run import DecoderConfig, RunConfig, check_warmup
+from mimref.config.run import DecoderConfig, RunConfig
 
 
 class MAEConfig(Section):
-    """Masked-autoencoder objective and schedule."""
+    """Masked-autoencoder objective and schedule; the defaults, which a recipe replaces, are MAE's for ImageNet."""
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of patches hidden from the encoder."""
@@ -26,11 +26,6 @@ class MAEConfig(Section):
     decoder: DecoderConfig = DecoderConfig()
     save_dtype: Literal["fp32", "fp16"] = "fp32"
     """Number format of encoder.safetensors; fp16 halves the file."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        check_warmup("mae", self.warmup_epochs, self.epochs)
-        return self
 
 
 class PretrainConfig(RunConfig):

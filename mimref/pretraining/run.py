@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimref.data.loader import ViewBatch, check_batch_size
-from mimref.data.sources import ImageSource
+from mimref.data.loader import ViewBatch
 from mimref.data.views import CropGroup, Photometric
 from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision
 from mimref.distributed.collectives import averaged, sum_over_ranks
@@ -16,15 +15,15 @@ from mimref.distributed.group import world_size
 from mimref.draws import Operation, uniform
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.parameters import encoder_groups
-from mimref.encoders.vit import Architecture, build_encoder
-from mimref.errors import Checks, ConfigError
+from mimref.encoders.vit import build_encoder
+from mimref.errors import Checks
 from mimref.evaluation.exhibits.collect import Exhibition, encoder_model
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import PIXELS, raw_pixels
 from mimref.features.header import data_record, eval_transform
-from mimref.features.opening import check_device, open_images
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
+from mimref.pretraining.plan import Plan, make_plan
 from mimref.progress import Listener
 from mimref.results import Row, Tabular
 from mimref.training.optim import module_groups
@@ -46,9 +45,8 @@ class Pretraining(Stage):
 
     name = "pretrain"
 
-    def __init__(
-        self, run: TrainingRun, config: PretrainConfig, architecture: Architecture, source: ImageSource
-    ) -> None:
+    def __init__(self, run: TrainingRun, plan: Plan) -> None:
+        config, architecture, source = plan.config, plan.architecture, plan.source
         device = resolve_device(config.device)
         self.config, self.precision = config, resolve_precision(config.precision, device)
         if device.type == "cpu":
@@ -131,9 +129,12 @@ def pretrain(
     checks = checks or Checks()
     if (found := run.finished(checks)) is not None:
         return PretrainResult(out, *found)
-    architecture, source = check_settings(config, run.listener, checks)
+    plan = make_plan(config, run.listener, checks)
+    config = run.config = plan.config
+    for derived in plan.derived:
+        run.listener.note(str(derived))
     with run.locked():
-        job = Pretraining(run, config, architecture, source)
+        job = Pretraining(run, plan)
         state = run.load_state(job.source)
         with run.writing(config, state):
             run.train(job, state)
@@ -142,27 +143,6 @@ def pretrain(
             _exhibit(job, config, out)
             run.finish(job.rows)
     return PretrainResult(out, job.rows, run.elapsed_s)
-
-
-def check_settings(config: PretrainConfig, listener: Listener, checks: Checks) -> tuple[Architecture, ImageSource]:
-    """The encoder to train and the training images. Raises UserError subclasses for what does not fit."""
-    check_device(config, checks)
-    architecture = checks.run("encoder.arch", lambda: _architecture(config))
-    source = open_images(config.data, listener.progress, checks, need_labels=False, splits=["train"]).get("train")
-    if source is not None:
-        checks.run("batch_size", lambda: check_batch_size(config.batch_size, len(source)))
-    return checks.finished(architecture), checks.finished(source)
-
-
-def _architecture(config: PretrainConfig) -> Architecture:
-    """The encoder to train. Raises ConfigError for one that a masked autoencoder cannot be made of."""
-    if config.encoder.weights is not None:
-        raise ConfigError(f"pretrain starts from random weights; omit encoder.weights {config.encoder.weights!r}")
-    architecture = Architecture.from_config(config.encoder)
-    if architecture.post_norm or architecture.from_timm:
-        raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
-    architecture.check_size(architecture.image_size, "encoder.image_size")
-    return architecture
 
 
 def _exhibit(job: Pretraining, config: PretrainConfig, out: Path) -> None:

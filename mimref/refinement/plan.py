@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from mimref.config.recipe import Derived, is_adaptable
+from mimref.config.recipe import Derived
 from mimref.data.loader import check_batch_size
-from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup, multi_crop
@@ -16,14 +15,14 @@ from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.checkpoints import Checkpoint, load_weights
 from mimref.encoders.settings import ignored_settings, resolved_settings
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
-from mimref.errors import CheckpointError, Checks, ConfigError, DataError, UserError
+from mimref.errors import CheckpointError, Checks, ConfigError, DataError
 from mimref.evaluation.assess.measures import DEFAULT, goodness
 from mimref.evaluation.assess.verdicts import NAMES
 from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import Column, columns_of
 from mimref.features.header import eval_transform
-from mimref.features.opening import check_device, open_training
+from mimref.features.opening import check_device, open_training, without_limit
 from mimref.progress import LabelledProgress
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
@@ -111,7 +110,7 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     """Read the weights that the settings name, find the training images, and check what does not need the other."""
     check_device(config, checks)
     _check_epochs(config, checks)
-    config, limited = _without_limit(config, progress)
+    config, limited = without_limit(config, progress)
     opened = open_training(config, progress, checks, need_labels=False, splits=["train"])
     checkpoint, architecture, sources = opened.checkpoint, opened.architecture, opened.sources
     data, derived, known = opened.data, limited, config.preset is not None
@@ -134,21 +133,6 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     config = config.model_copy(update={"data": data, "encoder": encoder})
     transform = eval_transform(architecture, data, checkpoint.header)
     return Plan(config, checkpoint, architecture, transform, sources["train"], warnings, derived)
-
-
-def _without_limit(config: RefineConfig, progress: LabelledProgress | None) -> tuple[RefineConfig, list[Derived]]:
-    """The settings without a preset's `data.train_limit` that exceeds the images, and what was changed."""
-    limit, setting = config.data.train_limit, "data.train_limit"
-    if limit is None or not is_adaptable(config, setting):
-        return config, []
-    unlimited = config.model_copy(update={"data": config.data.model_copy(update={"train_limit": None})})
-    try:
-        images = len(open_source(unlimited.data, "train", progress=progress))
-    except UserError:  # is found again, and reported
-        return config, []
-    if images >= limit:
-        return config, []
-    return unlimited, [Derived(setting, None, f"there are {images:,} training images", limit)]
 
 
 def heads_file(path: str) -> Path:

@@ -7,9 +7,8 @@ small encoders (`quickstart`, `fashion_mnist`).
 import math
 from pathlib import Path
 
-from mimref.config.base import DataConfig
 from mimref.config.load import load_config
-from mimref.config.recipe import Derived, Recipe, get
+from mimref.config.recipe import Derived, Recipe, get, is_character, power_of_two
 from mimref.data.loader import check_batch_size
 from mimref.data.sample import Appearance, look_at
 from mimref.data.sources import ImageSource
@@ -28,7 +27,6 @@ _IMAGENET = 1_281_167
 _FEW = 10_000
 """Images from which on epochs are fixed by a number of updates, not by the paper."""
 _SHARED_HEADS = ("blocks", "pool", "projector_hidden", "predictor_hidden", "output", "queue_size")
-_CHARACTERS = frozenset(["digits", "mnist", "qmnist", "emnist", "kmnist", "usps", "svhn", "omniglot"])
 
 
 def fit(
@@ -113,11 +111,6 @@ def head_widths(width: int) -> tuple[int, int, int]:
 def local_size(size: int, patch: int, small: bool) -> int:
     """The least multiple of the patch from 3/7 of the global views on (the paper's 96 of 224); 4/7 of small ones."""
     return min(size, patch * -(-size * (4 if small else 3) // (7 * patch)))
-
-
-def power_of_two(number: int) -> int:
-    """The largest one up to this number, at least 1."""
-    return 1 << max(0, number.bit_length() - 1)
 
 
 # --- without a preset
@@ -241,11 +234,6 @@ def _derive_views(recipe: Recipe[RefineConfig], architecture: Architecture, seen
         recipe.derive("views.solarize_probability", (0.0, 0.0, 0.0), "gray images: measured without")
     else:
         recipe.derive("views.color", True, looked)
-
-
-def is_character(data: DataConfig) -> bool:
-    """Whether the data set is known as one of digits or letters."""
-    return (data.spec or "").rpartition(":")[2].lower().replace("-", "") in _CHARACTERS
 
 
 def _derive_evaluation(recipe: Recipe[RefineConfig], images: int, detail: int, crop_known: bool) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
 from mimref.config.base import AreaRange, CommandConfig, Decay, Fraction, PositiveRange, Section
-from mimref.config.run import LogConfig, OptimizerConfig, TrainingConfig, check_warmup
+from mimref.config.run import LogConfig, OptimizerConfig, TrainingConfig
 
 
 def _check_rand_augment(text: str) -> str:
@@ -26,7 +26,7 @@ def _check_rand_augment(text: str) -> str:
 
 
 class AugmentConfig(Section):
-    """Augmentation of training images; the defaults are MAE's for fine-tuning."""
+    """Augmentation of training images; the defaults, which a recipe replaces, are MAE's for fine-tuning."""
 
     resize: int | None = Field(default=None, gt=0)
     """Pixels of the shorter side before the random crop. None: crops are cut from the image as it is."""
@@ -49,7 +49,7 @@ class AugmentConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """What is trained, how long and how fast; the defaults are MAE's for ViT-L."""
+    """What is trained, how long and how fast; the defaults, which a recipe replaces, are MAE's for ViT-L."""
 
     epochs: int = Field(default=50, gt=0)
     """Passes over the training images."""
@@ -71,11 +71,6 @@ class ScheduleConfig(Section):
     """What the classifier reads: the CLS token, or the mean of the patch tokens (of encoders without CLS token too)."""
     ema: Decay | None = None
     """Decay of an average of the weights, which is then evaluated and written. None: the weights themselves."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        check_warmup("finetune", self.warmup_epochs, self.epochs)
-        return self
 
 
 class ValidationConfig(LogConfig):

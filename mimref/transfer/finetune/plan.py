@@ -1,16 +1,21 @@
 """What a fine-tuning starts from: encoder, images, labels and the choices of training images, all checked."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
 
+from mimref.config.recipe import Derived, is_set
+from mimref.config.run import refuse_warmup
 from mimref.data.labels import Indices
 from mimref.data.loader import check_batch_size
+from mimref.data.sample import look_at
 from mimref.data.sources import ImageSource, Subset
 from mimref.data.transforms import EvalTransform
+from mimref.devices import machine_of, resolve_device
+from mimref.distributed.group import world_size
 from mimref.encoders.checkpoints import Checkpoint, load_weights
 from mimref.encoders.settings import ignored_settings, resolved_settings
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
@@ -19,9 +24,10 @@ from mimref.evaluation.lowshot.protocol import check_shots, draw_split
 from mimref.evaluation.lowshot.split_files import read_split_files
 from mimref.evaluation.metrics import name_classes, number_labels
 from mimref.features.header import eval_transform
-from mimref.features.opening import check_device, open_training, warn_of_notices
+from mimref.features.opening import check_device, open_training, warn_of_notices, without_limit
 from mimref.progress import Listener
 from mimref.transfer.finetune.config import FinetuneConfig
+from mimref.transfer.finetune.recipe import Labelled, fit, fit_choice
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Plan:
     """Names, in the order of the labels."""
     splits: list[Indices | None]
     """Training images of every training; None for all of them."""
+    derived: list[Derived] = field(default_factory=list)
+    """Settings that were derived from encoder and images, or adapted from a preset."""
 
     def images(self, split: int) -> ImageSource:
         """The training images of a split."""
@@ -65,38 +73,70 @@ class Plan:
 def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Plan:
     """Open and check all that the settings name. Raises UserError subclasses, one for all mistakes."""
     check_device(config, checks)
+    config, derived = without_limit(config, listener.progress)
     opened = open_training(config, listener.progress, checks, need_labels=True, splits=["train", "val"])
     checkpoint, architecture, sources = opened.checkpoint, opened.architecture, opened.sources
+    numbered = splits = None
+    if opened.data is not None:
+        config = config.model_copy(update={"data": opened.data})
+    if architecture is not None and len(sources) == 2:
+        config, found = _choice_fitted(config, architecture, sources["train"], checks)
+        derived = [*derived, *found]
     if architecture is not None:
         architecture = checks.run("resolution", partial(_adapted, architecture, config))
-    numbered = splits = None
     if len(sources) == 2:
         train, val = sources["train"], sources["val"]
         numbered = checks.run("data.spec", partial(_numbered, train, val))
         splits = checks.run("split_files" if config.split_files else "shots", partial(_splits, config, train))
-        for count in {len(train) if rows is None else len(rows) for rows in splits or ()}:
-            checks.run("batch_size", partial(check_batch_size, config.batch_size, count))
+        known, counts = config.preset is not None, [len(train) if rows is None else len(rows) for rows in splits or ()]
+        if checkpoint and architecture and numbered and counts and checks.passed:
+            labelled = Labelled(min(counts), len(numbered[0]), len(val))
+            recorded = "transform" in checkpoint.header
+            fitting = partial(_fitted, config, labelled, train, architecture, crop_known=recorded)
+            if (fitted := checks.run("preset", fitting)) is not None:
+                config, derived, known = fitted[0], [*derived, *fitted[1]], True
+        _check_fitted(config, counts, checks, known=known)
     checks.finish()
     assert checkpoint and architecture and opened.data and numbered and splits
     for warning in ignored_settings(config.encoder, checkpoint):
         listener.warn(warning)
-    for notice in checkpoint.notices(architecture, [architecture.image_size]):
-        listener.note(notice)
+    for notice in (*checkpoint.notices(architecture, [architecture.image_size]), *derived):
+        listener.note(str(notice))
     warn_of_notices(sources, listener)
     encoder = resolved_settings(config.encoder, checkpoint, architecture)
     classes, labels, val_labels = numbered
-    return Plan(
-        config.model_copy(update={"data": opened.data, "encoder": encoder}),
-        checkpoint,
-        architecture,
-        eval_transform(architecture, opened.data, checkpoint.header, resolution=config.resolution),
-        train,
-        val,
-        labels,
-        val_labels,
-        list(map(str, name_classes(classes, train.class_names))),
-        splits,
-    )
+    names = list(map(str, name_classes(classes, train.class_names)))
+    # What a run was started with fits its images: config.toml repeats it, and is never adapted.
+    config = config.model_copy(update={"encoder": encoder, "strict": True})
+    transform = eval_transform(architecture, config.data, checkpoint.header, resolution=config.resolution)
+    return Plan(config, checkpoint, architecture, transform, train, val, labels, val_labels, names, splits, derived)
+
+
+def _check_fitted(config: FinetuneConfig, counts: Sequence[int], checks: Checks, *, known: bool) -> None:
+    """Check the numbers of images and epochs; counts: images of every training.
+
+    known: whether a preset or the recipe has set what the user did not. Defaults are nobody's mistakes.
+    """
+    for count in set(counts) if known or is_set(config, "batch_size") else ():
+        checks.run("batch_size", partial(check_batch_size, config.batch_size, count))
+    if known:
+        schedule = config.finetune
+        warmup = partial(refuse_warmup, "finetune", schedule.warmup_epochs, schedule.epochs)
+        checks.run("finetune.warmup_epochs", warmup)
+
+
+def _choice_fitted(
+    config: FinetuneConfig, architecture: Architecture, train: ImageSource, checks: Checks
+) -> tuple[FinetuneConfig, list[Derived]]:
+    least = int(np.unique(train.labels, return_counts=True)[1].min()) if train.labels is not None else 0
+    return checks.run("preset", partial(fit_choice, config, architecture.depth, least)) or (config, [])
+
+
+def _fitted(
+    config: FinetuneConfig, labelled: Labelled, train: ImageSource, architecture: Architecture, *, crop_known: bool
+) -> tuple[FinetuneConfig, list[Derived]]:
+    machine = machine_of(resolve_device(config.device), world_size())
+    return fit(config, labelled, look_at(train), architecture, machine, crop_known=crop_known)
 
 
 def _numbered(train: ImageSource, val: ImageSource) -> tuple[Indices, Indices, Indices]:

@@ -84,6 +84,8 @@ def _plan_entry(config: SuiteConfig, table: Mapping[str, Any]) -> Entry:
         if key in given and key not in known:
             given[f"encoder.{key}"] = given.pop(key)
     common = {key: value for key, value in given.items() if key in known and key not in _OWN}
+    # A suite's numbers are comparable only with the preset's exact settings.
+    common = {"strict": True} | common if "strict" in known else common
     found = load_config(model, entry.preset, common | flatten(entry.settings) | {"data.spec": entry.data})
     for key in {"checkpoint", "encoder.weights", "data.spec"} & flatten(entry.settings).keys():
         raise ConfigError(f"settings: {key} follows from the suite's checkpoints and the entry's data; leave it out")

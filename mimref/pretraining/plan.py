@@ -1,0 +1,71 @@
+"""A pre-training before anything is trained: its settings as they fit the images, the encoder and the images."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from mimref.config.recipe import Derived, is_set
+from mimref.config.run import refuse_warmup
+from mimref.data.loader import check_batch_size
+from mimref.data.sample import look_at
+from mimref.data.sources import ImageSource
+from mimref.devices import machine_of, resolve_device
+from mimref.distributed.group import world_size
+from mimref.encoders.vit import Architecture
+from mimref.errors import Checks, ConfigError
+from mimref.features.opening import check_device, open_images, without_limit
+from mimref.pretraining.config import PretrainConfig
+from mimref.pretraining.recipe import fit
+from mimref.progress import Listener
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pre-training that can start."""
+
+    config: PretrainConfig
+    """The result of the recipe: settings that repeat the run."""
+    derived: list[Derived]
+    architecture: Architecture
+    source: ImageSource
+    """The training images."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates per epoch; the last partial batch is dropped."""
+        return len(self.source) // self.config.batch_size
+
+
+def make_plan(config: PretrainConfig, listener: Listener, checks: Checks) -> Plan:
+    """Open and check all that the settings name. Raises UserError subclasses, one error for all mistakes."""
+    check_device(config, checks)
+    config, derived = without_limit(config, listener.progress)
+    source = open_images(config.data, listener.progress, checks, need_labels=False, splits=["train"]).get("train")
+    known = config.preset is not None
+    if source is not None and checks.passed and (fitted := checks.run("preset", partial(_fitted, config, source))):
+        config, derived, known = fitted[0], [*derived, *fitted[1]], True
+    architecture = checks.run("encoder.arch", partial(_architecture, config))
+    # Defaults that the recipe would have replaced are nobody's mistakes.
+    if source is not None and (known or is_set(config, "batch_size")):
+        checks.run("batch_size", partial(check_batch_size, config.batch_size, len(source)))
+    if known:
+        mae = config.mae
+        checks.run("mae.warmup_epochs", partial(refuse_warmup, "mae", mae.warmup_epochs, mae.epochs))
+    return Plan(config, derived, checks.finished(architecture), checks.finished(source))
+
+
+def _fitted(config: PretrainConfig, source: ImageSource) -> tuple[PretrainConfig, list[Derived]]:
+    machine = machine_of(resolve_device(config.device), world_size())
+    fitted, derived = fit(config, len(source), look_at(source), machine)
+    # What a run was started with fits its images: config.toml repeats it, and is never adapted.
+    return fitted.model_copy(update={"strict": True}), derived
+
+
+def _architecture(config: PretrainConfig) -> Architecture:
+    """The encoder to train. Raises ConfigError for one that a masked autoencoder cannot be made of."""
+    if config.encoder.weights is not None:
+        raise ConfigError(f"pretrain starts from random weights; omit encoder.weights {config.encoder.weights!r}")
+    architecture = Architecture.from_config(config.encoder)
+    if architecture.post_norm or architecture.from_timm:
+        raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
+    architecture.check_size(architecture.image_size, "encoder.image_size")
+    return architecture

@@ -1,0 +1,197 @@
+"""Settings of a fine-tuning that fit its labelled images and the encoder: the rules, see docs/recipes.md.
+
+They pass through what is published for ImageNet (all of it, 10% and 1%), iNaturalist's few shots and VTAB-1K, see
+`presets/finetune`, and lie close to the measured presets of two small encoders.
+"""
+
+from dataclasses import dataclass
+
+from mimref.config.recipe import Derived, Recipe, is_character, power_of_two, two_digits
+from mimref.data.sample import Appearance
+from mimref.devices import ACTIVATION_BYTES, Machine
+from mimref.encoders.vit import Architecture
+from mimref.transfer.finetune.config import FinetuneConfig
+
+Rules = Recipe[FinetuneConfig]
+
+MANY, SOME = 250_000, 100_000
+"""Images from which on the settings are those of all of ImageNet, and of 10% of it."""
+CPU_IMAGES = 100_000
+"""Seen in a whole run on a CPU."""
+LEAST_UPDATES = 200
+_PAPER_WIDTH = 768
+_ENOUGH_PIXELS = 96
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """How many images there are."""
+
+    images: int
+    """Of one training: all, or the chosen few."""
+    classes: int
+    validation: int
+
+    @property
+    def is_subset(self) -> bool:
+        """Whether images and images per class are as many as in 1% to 10% of ImageNet."""
+        return 10_000 <= self.images < MANY and 10 < self.images / self.classes <= 200
+
+
+def fit(
+    config: FinetuneConfig,
+    labelled: Labelled,
+    seen: Appearance,
+    architecture: Architecture,
+    machine: Machine,
+    *,
+    crop_known: bool = False,
+) -> tuple[FinetuneConfig, list[Derived]]:
+    """Derive what nothing has set, or adapt a preset; returns the settings and what was derived, in order.
+
+    architecture: at the resolution of the images. crop_known: whether the weights record the crop of evaluations.
+    Raises ConfigError for values of the user that do not fit the derived ones.
+    """
+    recipe: Rules = Recipe(config)
+    _choose_batch(recipe, labelled, architecture, machine)
+    _choose_rate(recipe, labelled, architecture.width)
+    _derive_schedule(recipe, labelled, architecture.width, machine)
+    _derive_augmentation(recipe, labelled, seen, architecture.image_size)
+    side = seen.side or architecture.image_size
+    if not crop_known and recipe.config.data.crop_fraction is None and 0.875 * side < architecture.image_size:
+        recipe.derive("data.crop_fraction", 1.0, f"{side} pixels: nothing to cut away")
+    return recipe.finish(), recipe.derived
+
+
+def fit_choice(config: FinetuneConfig, depth: int, least: int) -> tuple[FinetuneConfig, list[Derived]]:
+    """Adapt what a preset says about blocks and about the choice of images.
+
+    depth: blocks of the encoder. least: images of the smallest class.
+    """
+    recipe: Rules = Recipe(config)
+    if config.finetune.freeze_blocks > depth:
+        recipe.adapt("finetune.freeze_blocks", depth // 4, f"a quarter of the encoder's {depth} blocks")
+    if config.shots is not None and config.shots > least and not config.all_if_fewer:
+        recipe.adapt("all_if_fewer", True, f"the smallest class has {least} images")
+    return recipe.finish(), recipe.derived
+
+
+# --- the rules, as functions of numbers
+
+
+def batch_size(labelled: Labelled, cuda: bool) -> int:
+    """1024 for all of ImageNet, 512 for 1% and 10%, else at most 256, on a CPU 128; at least 15 updates an epoch."""
+    most = 1024 if labelled.images >= MANY else 512 if labelled.is_subset else 256
+    chosen = min(most if cuda else 128, power_of_two(labelled.images / 15))
+    return min(labelled.images, max(4, chosen))
+
+
+def base_rate(labelled: Labelled, batch: int, width: int) -> float:
+    """MAE's for many images, the release's 3e-5 for 1% and 10% of ImageNet, iNat18's and VTAB-1K's for others.
+
+    These two lie on one line: 1e-3 for batches of 256, whose product with the batch follows the root of smaller ones.
+    Encoders narrower than ViT-B take higher rates, by the exponent that leads to those of the small presets.
+    """
+    narrow = (_PAPER_WIDTH / min(width, _PAPER_WIDTH)) ** 0.4
+    if labelled.images >= MANY:
+        return 1e-3 if width > _PAPER_WIDTH else two_digits(5e-4 * narrow)
+    if labelled.is_subset and width > _PAPER_WIDTH:
+        return 3e-5
+    return two_digits(1e-3 * (256 / min(batch, 256)) ** 0.5 * narrow)
+
+
+def epochs(labelled: Labelled, batch: int, width: int, cuda: bool) -> int:
+    """50, or 100 for ViT-B on all of ImageNet; on a CPU fewer of many images; of few as many as 200 updates need."""
+    found = 100 if labelled.images >= MANY and width <= _PAPER_WIDTH else 50
+    if not cuda:
+        found = min(found, max(5, round(CPU_IMAGES / labelled.images)))
+    return max(found, min(200, -(-LEAST_UPDATES // max(1, labelled.images // batch))))
+
+
+def drop_path(images: int, width: int) -> float:
+    """MAE's for ViT-B, -L and -H with many images, else none."""
+    if images < MANY:
+        return 0.0
+    return 0.1 if width <= _PAPER_WIDTH else 0.2 if width <= 1024 else 0.3
+
+
+def least_crop(size: int, side: int) -> float:
+    """Least area of a crop: 0.08 of photographs of 375 pixels for an encoder of 224, 0.6 of images of its own size."""
+    return min(0.6, max(0.08, float(f"{0.6 * (size / side) ** 4:.1g}")))
+
+
+def validate_every(labelled: Labelled, epochs: int) -> int:
+    """Epochs between validations that take a tenth of the time, for at least five of them in the run."""
+    return max(1, min(epochs // 5, -(-10 * labelled.validation // (3 * labelled.images))))
+
+
+# --- which settings they give
+
+
+def _choose_batch(recipe: Rules, labelled: Labelled, architecture: Architecture, machine: Machine) -> None:
+    images, found = labelled.images, batch_size(labelled, machine.cuda)
+    recipe.derive("batch_size", max(2, found), f"a power of two that fits {images:,} labelled images")
+    if recipe.config.batch_size > images:
+        recipe.adapt("batch_size", found, f"there are {images:,} labelled images")
+    if machine.memory_bytes is not None:
+        tokens = (architecture.image_size // architecture.patch_size) ** 2 + 1
+        image_bytes = ACTIVATION_BYTES * tokens * architecture.width * architecture.depth
+        fits = power_of_two(machine.memory_bytes / 2 / image_bytes)
+        if fits < recipe.config.batch_size / machine.processes:
+            rule = (
+                f"its activations take half of the GPU's {machine.memory_bytes / 2**30:.0f} GiB; the result is the same"
+            )
+            recipe.derive("micro_batch", fits, rule)
+
+
+def _choose_rate(recipe: Rules, labelled: Labelled, width: int) -> None:
+    batch, setting = recipe.config.batch_size, "finetune.lr"
+    if labelled.images >= MANY:
+        rule = "MAE's for so many images"
+    elif labelled.is_subset and width > _PAPER_WIDTH:
+        rule = "the release's for 1% and 10% of ImageNet"
+    else:
+        rule = f"iNat18's and VTAB-1K's few labels, for batches of {batch} and a width of {width}"
+    recipe.derive(setting, base_rate(labelled, batch, width), rule)
+    before = next((each.before for each in recipe.derived if each.setting == "batch_size"), None)
+    if before is not None:
+        rate = two_digits(recipe.config.finetune.lr * (before / batch) ** 0.5)
+        recipe.adapt(setting, rate, "its product with the batch follows the root of the batch")
+
+
+def _derive_schedule(recipe: Rules, labelled: Labelled, width: int, machine: Machine) -> None:
+    batch, images = recipe.config.batch_size, labelled.images
+    found = epochs(labelled, batch, width, machine.cuda)
+    rule = "as published" if found in (50, 100) else f"{CPU_IMAGES:,} images on a CPU"
+    rule = f"for {LEAST_UPDATES} updates" if found * (images // batch) <= 2 * LEAST_UPDATES and found > 50 else rule
+    recipe.derive("finetune.epochs", found, rule)
+    chosen = recipe.config.finetune.epochs
+    warmup, rule = two_digits(min(5.0, chosen / 10)), f"a tenth of {chosen} epochs, at most 5"
+    recipe.derive("finetune.warmup_epochs", warmup, rule)
+    if recipe.config.finetune.warmup_epochs > chosen:
+        recipe.adapt("finetune.warmup_epochs", warmup, rule)
+    many = images >= MANY
+    decay = 0.65 if many and width <= _PAPER_WIDTH else 0.75
+    recipe.derive("finetune.layer_decay", decay, "MAE's for ViT-B" if decay == 0.65 else "in all published settings")
+    rule = f"MAE's for a width of {width}" if many else "none below 250,000 images, as published"
+    recipe.derive("finetune.drop_path", drop_path(images, width), rule)
+    every = validate_every(labelled, chosen)
+    if every > 1:
+        rule = f"{labelled.validation:,} validation images are many for {images:,} training images"
+        recipe.derive("monitor.validate_every_epochs", every, rule)
+
+
+def _derive_augmentation(recipe: Rules, labelled: Labelled, seen: Appearance, size: int) -> None:
+    images, side = labelled.images, seen.side or size
+    rule = f"images of {side} pixels for an encoder of {size}; 0.08 of photographs, as published"
+    recipe.derive("augment.crop_scale", (least_crop(size, side), 1.0), rule)
+    if is_character(recipe.config.data):
+        recipe.derive("augment.flip", 0.0, "a mirrored character is another one")
+    if seen.gray or min(size, side) < _ENOUGH_PIXELS:
+        what = "gray images" if seen.gray else f"images of {min(size, side)} pixels"
+        recipe.derive("augment.rand_augment", None, f"its operations are for colours and details; these are {what}")
+    elif images < SOME:
+        recipe.derive("augment.rand_augment", None, f"below {SOME:,} images, as published")
+    if images < MANY:
+        for name in ("erase", "mixup", "cutmix"):
+            recipe.derive(f"augment.{name}", 0.0, f"below {MANY:,} images, as published")
