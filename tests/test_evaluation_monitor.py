@@ -13,20 +13,22 @@ import torch
 from mimref.config.base import DataConfig
 from mimref.config.run import EvaluateConfig, MonitorConfig, RunConfig
 from mimref.data.open import open_source
-from mimref.data.sources import ArraySource, ImageSource, Split
+from mimref.data.sources import ArraySource, ImageSource, Split, fixed_subset
 from mimref.data.transforms import EvalTransform
 from mimref.distributed.group import own_rank
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import DataError
 from mimref.evaluation import monitor as evaluation_monitor
+from mimref.evaluation.assess.measures import MEASURES, crop_measures
 from mimref.evaluation.blocks.statistics import feature_statistics
 from mimref.evaluation.knn.protocol import knn_accuracy
-from mimref.evaluation.monitor import CollapseWatch, KnnMonitor, _subset
+from mimref.evaluation.monitor import CollapseWatch, KnnMonitor
 from mimref.features.encode import Column, PassSettings, extract
 from tests.tiny import write_images, write_labelled, write_unlabelled
 
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(16)
+UNLABELLED = {"feature_variance", *MEASURES}
 
 
 def encoder() -> Encoder:
@@ -38,11 +40,17 @@ def encoder() -> Encoder:
 
 
 def monitor(
-    spec: Path | str, *, knn_samples: int = 10_000, k: int = 10, note: Callable[[str], None] = pytest.fail, **data: Any
+    spec: Path | str,
+    *,
+    knn_samples: int = 10_000,
+    view_samples: int = 1000,
+    k: int = 10,
+    note: Callable[[str], None] = pytest.fail,
+    **data: Any,
 ) -> KnnMonitor:
     config = RunConfig(
         data=DataConfig(spec=str(spec), **data),
-        monitor=MonitorConfig(knn_samples=knn_samples),
+        monitor=MonitorConfig(knn_samples=knn_samples, view_samples=view_samples),
         evaluate=EvaluateConfig(knn_k=k),
         workers=0,
     )
@@ -59,20 +67,25 @@ def test_labelled_folders(tmp_path: Path) -> None:
     assert train.y is not None and test.y is not None
     x = train.columns[last][:]
     expected = knn_accuracy(x, train.y, test.columns[last], test.y, k=5)
+    assert watched.train.rows.tolist() == list(range(48))
     assert values == {
         "feature_variance": pytest.approx(x.var(axis=0, dtype=np.float64).mean(), rel=1e-9),
-        "effective_rank": feature_statistics(x).effective_rank,
+        **crop_measures(x),
+        **watched.view_measures(model, [[last]], 48)[0],
         "knn_top1": expected,
     }
+    assert values["effective_rank"] == feature_statistics(x).effective_rank
 
 
 def test_unlabelled_and_split_less_folders(tmp_path: Path) -> None:
     for folder in (write_unlabelled(tmp_path / "plain"), write_images(tmp_path / "classes", per_class=6)):
         watched = monitor(folder)
         assert watched.test is None
-        assert set(watched.check(encoder())) == {"feature_variance", "effective_rank"}
+        assert set(watched.check(encoder())) == UNLABELLED
     only_train = write_images(tmp_path / "half", per_class=6, split="train")
-    assert set(monitor(only_train).check(encoder())) == {"feature_variance", "effective_rank"}
+    assert set(monitor(only_train).check(encoder())) == UNLABELLED
+    plain = monitor(only_train, view_samples=0).check(encoder())
+    assert set(plain) == UNLABELLED - {"lidar", "neighbour_consistency", "view_retrieval"}
 
 
 def test_the_training_images_are_those_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,16 +149,16 @@ def noise(count: int, labels: np.ndarray[Any, Any] | None) -> ArraySource:
 
 def test_subsets_meet_every_class() -> None:
     # In turns of ten, as scikit-learn's digits come: every tenth image would be of one class.
-    subset = _subset(noise(100, np.arange(100) % 10), 20)
+    subset = fixed_subset(noise(100, np.arange(100) % 10), 20)
     assert subset.labels is not None
     assert np.bincount(subset.labels).tolist() == [2] * 10 and len(subset) == 20
     assert [int(subset.read(at)[0, 0, 0]) for at in range(20)] == subset.rows.tolist()
     # Sorted by class, with a rare one.
-    rare = _subset(noise(100, np.array([0] * 90 + [1] * 9 + [2])), 12)
+    rare = fixed_subset(noise(100, np.array([0] * 90 + [1] * 9 + [2])), 12)
     assert rare.labels is not None and np.bincount(rare.labels).tolist() == [6, 5, 1]
-    whole = _subset(noise(100, None), 1000)
+    whole = fixed_subset(noise(100, None), 1000)
     assert whole.rows.tolist() == list(range(100)) and whole.labels is None
-    assert _subset(noise(100, None), 30).rows.tolist() == list(range(0, 100, 4))
+    assert fixed_subset(noise(100, None), 30).rows.tolist() == list(range(0, 100, 4))
 
 
 def test_more_classes_than_the_subset_holds(tmp_path: Path) -> None:
@@ -173,22 +186,28 @@ def test_features_that_are_not_finite(tmp_path: Path) -> None:
         monitor(write_unlabelled(tmp_path)).check(broken)
 
 
+START = {"knn_top1": 90.0, "correlation_rank": 14.0, "neighbour_consistency": 9.0, "feature_variance": 3.0}
+
+
 @pytest.mark.parametrize(
     ("now", "named"),
     [
-        ({"knn_top1": 90.0, "feature_variance": 1.0}, []),
-        ({"knn_top1": 72.1, "feature_variance": 0.11}, []),
-        ({"knn_top1": 71.9, "feature_variance": 1.0}, ["knn_top1 fell from 90 to 71.9"]),
-        ({"knn_top1": 90.0, "feature_variance": 0.09}, ["feature_variance fell from 1 to 0.09"]),
+        ({}, []),
+        ({"knn_top1": 72.1, "correlation_rank": 7.1, "neighbour_consistency": 4.6}, []),
+        ({"knn_top1": 71.9}, ["knn_top1 fell from 90 to 71.9"]),
+        ({"correlation_rank": 6.9}, ["correlation_rank fell from 14 to 6.9"]),
+        ({"neighbour_consistency": 4.4}, ["neighbour_consistency fell from 9 to 4.4"]),
         (
-            {"knn_top1": 10.0, "feature_variance": 0.0},
-            ["knn_top1 fell from 90 to 10 and feature_variance fell from 1 to 0"],
+            {"knn_top1": 10.0, "correlation_rank": 1.0},
+            ["knn_top1 fell from 90 to 10 and correlation_rank fell from 14 to 1"],
         ),
-        ({"feature_variance": 0.0}, ["feature_variance fell from 1 to 0"]),
+        # The scale of features is free: a healthy run may shrink them, and a collapse may enlarge them.
+        ({"feature_variance": 0.01}, []),
+        ({"feature_variance": 300.0, "correlation_rank": 1.8}, ["correlation_rank fell from 14 to 1.8"]),
     ],
 )
 def test_collapse_warnings(now: dict[str, float], named: list[str]) -> None:
-    warning = CollapseWatch({"knn_top1": 90.0, "feature_variance": 1.0, "effective_rank": 9.0}).warning(now)
+    warning = CollapseWatch(START).warning({**START, **now})
     if not named:
         assert warning is None
         return
@@ -197,10 +216,13 @@ def test_collapse_warnings(now: dict[str, float], named: list[str]) -> None:
     assert "lower encoder_stage.lr" in warning
 
 
-def test_unlabelled_runs_watch_the_variance() -> None:
-    watch = CollapseWatch({"feature_variance": 1.0})
-    assert watch.warning({"feature_variance": 0.5}) is None
-    assert watch.warning({"feature_variance": 0.01}) is not None
+def test_runs_without_labels_are_watched() -> None:
+    unlabelled = {name: value for name, value in START.items() if name != "knn_top1"}
+    watch = CollapseWatch(unlabelled)
+    assert watch.warning(unlabelled) is None
+    assert watch.warning({**unlabelled, "correlation_rank": 2.0}) is not None
+    # A state that was saved before the measures were there.
+    assert CollapseWatch({"feature_variance": 1.0}).warning(unlabelled) is None
 
 
 def check_on_rank(folder: Path) -> tuple[dict[str, float], list[str]]:

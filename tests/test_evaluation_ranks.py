@@ -14,6 +14,9 @@ from torch import Tensor
 from mimref.config.base import DataConfig
 from mimref.data.sources import Split
 from mimref.encoders.vit import Encoder
+from mimref.evaluation.assess.config import AssessConfig
+from mimref.evaluation.assess.measures import MEASURES
+from mimref.evaluation.assess.protocol import assess
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.blocks.protocol import evaluate_blocks
 from mimref.evaluation.cluster.config import ClusterConfig
@@ -62,6 +65,7 @@ def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
         lambda c: compare_encoders(
             CompareConfig(base=base, refined=[other], splits=1, shots=[1], runs=2, **c), exhibits=True
         ),
+        lambda c: assess(AssessConfig(checkpoints=[base, other], blocks="all", images=20, **c)),
         lambda c: search(SearchConfig(checkpoint=base, queries=[str(folder / "data/val/a/000.png")], **c)),
     ]
     found = []
@@ -181,7 +185,7 @@ def test_a_rank_encodes_its_share_alone(ranks: list[dict[str, Any]]) -> None:
 def test_ranks_that_see_other_validation_images_search_none(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         values, notes = rank["check"]
-        assert values.keys() == {"feature_variance", "effective_rank"}
+        assert values.keys() == {"feature_variance", *MEASURES}
         assert len(notes) == 1 and "[15, 16]" in notes[0]
 
 
@@ -216,5 +220,5 @@ def test_two_ranks_give_the_numbers_of_one_process(ranks: list[dict[str, Any]], 
     assert first == alone
     assert len(first[4]) == 1 + 52
     # k-NN is everyone's; the rest is rank 0's.
-    assert second[0] == alone[0] and second[1:] == [[]] * 7
-    assert len(first[7]) == 12
+    assert second[0] == alone[0] and second[1:] == [[]] * 8
+    assert len(first[8]) == 12

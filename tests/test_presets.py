@@ -13,6 +13,7 @@ from mimref.config.load import load_config
 from mimref.config.presets import preset_names, preset_text
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError
+from mimref.evaluation.assess.config import AssessConfig
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.probe.config import LEARNING_RATES, ProbeConfig, ProbeTrainingConfig
 from mimref.pretraining.config import PretrainConfig
@@ -28,6 +29,7 @@ MODELS: dict[str, type[CommandConfig]] = {
     "pretrain": PretrainConfig,
     "probe": ProbeConfig,
     "analyze-blocks": BlocksConfig,
+    "assess": AssessConfig,
     "finetune": FinetuneConfig,
     "transfer": SuiteConfig,
     "segment": SegmentConfig,

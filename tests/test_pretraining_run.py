@@ -9,6 +9,7 @@ import torch
 
 from mimref.config.load import load_config
 from mimref.errors import ConfigError, DivergenceError, Interrupted
+from mimref.evaluation.assess.measures import MEASURES
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.pretraining.run import pretrain
@@ -52,7 +53,7 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert {path.name for path in whole.iterdir()} == files
     found = results(whole)
     assert found["command"] == "pretrain" and found["elapsed_s"] > 0 and found["bad_images"] == []
-    assert {row["metric"] for row in found["metrics"]} == {"feature_variance", "effective_rank", "knn_top1"}
+    assert {row["metric"] for row in found["metrics"]} == {"feature_variance", *MEASURES, "knn_top1"}
     assert header(whole)["metrics"] == found["metrics"] and header(whole)["source"] == "mae"
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12]
@@ -98,7 +99,7 @@ def test_unlabelled_images_and_bad_ones(tmp_path: Path) -> None:
     (data / "bad.png").write_bytes(b"no image")
     watcher = Watcher()
     result = pretrain(pretrain_config(data, mae__epochs=2), tmp_path / "out", listener=watcher)
-    assert {row["metric"] for row in result.rows} == {"feature_variance", "effective_rank"}
+    assert {row["metric"] for row in result.rows} == {"feature_variance", *MEASURES}
     assert results(tmp_path / "out")["bad_images"] == [{"path": str(data / "bad.png"), "reason": "not an image"}]
     (warning,) = [warning for warning in watcher.warnings if "unreadable" in warning]
     assert f"{data / 'bad.png'} (not an image)" in warning

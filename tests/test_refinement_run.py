@@ -288,3 +288,17 @@ def test_stage_1_leaves_the_encoder_bit_identical(weights: Path, data: Path, tmp
     base = load_file(weights)
     assert all(torch.equal(tensor, base[key]) for key, tensor in tensors(tmp_path).items())
     assert header(tmp_path)["source"] == "mae"
+
+
+def test_a_collapse_without_labels_draws_a_warning(weights: Path, tmp_path: Path) -> None:
+    data, warned = write_unlabelled(tmp_path / "data"), dict[float, list[str]]()
+    for lr in (1e-2, 10.0):
+        watcher = Watcher()
+        refine(refine_config(weights, data, encoder_stage__lr=lr), tmp_path / f"{lr}", listener=watcher)
+        warned[lr] = [line for line in watcher.warnings if "features collapse" in line]
+        lines = [json.loads(line) for line in (tmp_path / f"{lr}/metrics.jsonl").read_text().splitlines()]
+        variance = [line["feature_variance"] for line in lines if "feature_variance" in line]
+        assert len(variance) == 4
+    assert variance[-1] > variance[0]  # the scale of features is no sign of it
+    assert not warned[1e-2]
+    assert len(warned[10.0]) >= 2 and all("correlation_rank fell from" in line for line in warned[10.0])

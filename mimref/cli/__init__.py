@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, Sequence[Function]] = {
         evaluation.cluster,
         evaluation.probe,
         evaluation.analyze_blocks,
+        evaluation.assess,
         evaluation.compare,
         evaluation.search,
         evaluation.extract,

@@ -213,6 +213,47 @@ def analyze_blocks(options: BlocksOptions) -> None:
     write_page(options.out, options)
 
 
+class AssessOptions(EncoderPass, Blocks, Preset, Seed, Output, panel="Protocol"):
+    checkpoints: list[str] | None = argument(
+        f"{CHECKPOINT}; several are ranked together.", "CKPT", "checkpoints", required=False
+    )
+    measure: Text = option(
+        "What to rank by; default neighbour_consistency.",
+        "rankme|lidar|alpha_req|effective_rank|correlation_rank|uniformity|neighbour_consistency|view_retrieval|hubness",
+        "measure",
+    )
+    split: Text = option("Images to use; default train.", "train|val", "split")
+    images: Text = option("Most images to use; default 5000.", "N", "images")
+    k: Text = option("Neighbours of an image; default 10.", "K", "k")
+
+
+def assess(options: AssessOptions) -> None:
+    """Rank encoders or blocks without labels.
+
+    Measures of how features are spread, and of whether two augmented views of an image stay neighbours. Without CKPT:
+    the packaged tiny encoder on scikit-learn's digits.
+
+    Examples:
+      mimref assess --blocks all
+      mimref assess mae_l16 runs/mae_l16 --data /data/my_images --out runs/assessed
+    """
+    from mimref.evaluation.assess.config import AssessConfig
+
+    config = options.load(AssessConfig, options.preset or (None if options.checkpoints else "quickstart"))
+    options.check_out()
+
+    from mimref.evaluation.assess.protocol import assess as assess_encoders
+    from mimref.reports.assessment import plot_assessment, print_assessment
+
+    result = run_on_ranks(config, options, assess_encoders)
+    if result is None:
+        return
+    report(options, config, result, partial(print_assessment, verdicts=result.verdicts))
+    if options.out is not None and len(result.verdicts) > 1:
+        with figure(options.out / "assessment.png", options):
+            plot_assessment(options.out / "assessment.png", result.rows)
+
+
 class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Report, panel="Protocol"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: list[str] = argument("Weights to compare with BASE.", "REFINED", "refined")

@@ -128,6 +128,8 @@ class MonitorConfig(LogConfig):
     """Epochs between k-NN checks of the encoder on a fixed subset; 0 never checks."""
     knn_samples: int = Field(default=10_000, gt=0)
     """Maximum number of training images in the k-NN check; a quarter as many validation images are classified."""
+    view_samples: int = Field(default=1000, ge=0)
+    """Maximum number of these images of which two augmented views are compared in that check; 0 compares none."""
 
 
 class EvaluateConfig(Section):

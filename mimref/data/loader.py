@@ -45,7 +45,7 @@ class CropBatch(NamedTuple):
     end: int
     """Position in the data set after the last image of the batch."""
     crops: Tensor
-    """(B, 3, S, S) uint8, of the images that could be read."""
+    """(B, 3, S, S) uint8, of the images that could be read; (B, V, 3, S, S) of V views."""
     indices: list[int]
     """Their positions in the data set."""
     bad: list[tuple[str, str]]
@@ -223,6 +223,34 @@ def view_batches(
         return batch
 
     return map(recorded, load(dataset, batches, workers=workers, pin_memory=pin_memory))
+
+
+def view_crop_batches(
+    source: ImageSource,
+    group: CropGroup,
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    start: int = 0,
+    every: int = 1,
+) -> Iterator[CropBatch]:
+    """The views of one group of all images from position `start` on, in data order, as of training's first epoch.
+
+    every: as of `crop_batches`. Raises DeadWorkerError when a loader process dies or hangs.
+    """
+    size = len(source)
+    firsts = range(start, size, every * batch_size)
+    batches: list[_EpochBatch] = [(0, list(range(at, min(size, at + batch_size)))) for at in firsts]
+    dataset = _ViewDataset(source, [group], seed, preparation=None, reduce_jpeg=False)
+
+    def recorded(read: tuple[_EpochBatch, ViewBatch]) -> CropBatch:
+        (_, asked), batch = read
+        indices = batch.sample_B.tolist()
+        source.record(indices, batch.traits)
+        return CropBatch(asked[-1] + 1, batch.crops[0], indices, batch.bad, batch.traits)
+
+    return map(recorded, zip(batches, load(dataset, batches, workers=workers), strict=True))
 
 
 def check_batch_size(batch_size: int, images: int) -> None:

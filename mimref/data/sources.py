@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimref.data.decode import Decoded, Reduce, decode_file, printable
-from mimref.data.labels import Indices
+from mimref.data.labels import Indices, fixed_choice
 from mimref.data.pixels import USUAL, Decoding
 from mimref.data.traits import READ
 from mimref.data.traits import notices as trait_notices
@@ -308,3 +308,8 @@ def fingerprint_files(folder: str, files: Iterable[bytes], *arrays: NDArray[Any]
         if array is not None:
             digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def fixed_subset(source: ImageSource, most: int) -> Subset:
+    """The images of `fixed_choice`: classes in turn; without labels, every n-th image."""
+    return Subset(source, fixed_choice(len(source), source.labels, most=most))

@@ -1,4 +1,4 @@
-"""A cheap check of an encoder during training: k-NN and feature statistics on a fixed subset (Appendix E)."""
+"""A cheap check of an encoder during training: k-NN (Appendix E), and measures without labels, on a fixed subset."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,23 +6,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from mimref.config.run import RunConfig
-from mimref.data.labels import fixed_choice
+from mimref.config.run import RunConfig, ViewsConfig
 from mimref.data.open import open_source
-from mimref.data.sources import ImageSource, NoSplitError, Subset
+from mimref.data.sources import ImageSource, NoSplitError, fixed_subset
 from mimref.data.transforms import EvalTransform
 from mimref.distributed.collectives import gather_lists
 from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
+from mimref.evaluation.assess.measures import crop_measures, view_measures
 from mimref.evaluation.blocks.statistics import feature_statistics
 from mimref.evaluation.knn.protocol import knn_accuracy
 from mimref.evaluation.metrics import check_features
-from mimref.features.encode import Column, Features, PassSettings, extract
+from mimref.features.encode import Column, Features, PassSettings, encode_views, extract, gather
 from mimref.features.matrix import Labels, Matrix
-
-
-def _subset(source: ImageSource, most: int) -> Subset:
-    return Subset(source, fixed_choice(len(source), source.labels, most=most))
 
 
 def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], None]) -> ImageSource | None:
@@ -58,8 +54,8 @@ def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], Non
 class KnnMonitor:
     """Features of the last block on a fixed subset of training and validation images.
 
-    train: the training images of `config.data`. Without labels or a validation split, only the feature statistics are
-    measured; so too when the validation images cannot be opened, which `note` reports.
+    train: the training images of `config.data`. Without labels or a validation split there is no k-NN; so too when the
+    validation images cannot be opened, which `note` reports.
     """
 
     def __init__(
@@ -71,29 +67,47 @@ class KnnMonitor:
         precision: torch.dtype,
         *,
         note: Callable[[str], None],
+        views: ViewsConfig | None = None,
     ) -> None:
+        """views: whose global ones are compared; None: those of `config`."""
         self.settings = PassSettings(transform, device, precision, workers=config.workers, max_bad=config.data.max_bad)
         self.k = config.evaluate.knn_k
-        self.train = _subset(train, config.monitor.knn_samples)
+        self.train = fixed_subset(train, config.monitor.knn_samples)
         self.val = _validation(config, train, note)
         """All validation images, if they can be used for k-NN."""
-        self.test = None if self.val is None else _subset(self.val, -(-config.monitor.knn_samples // 4))
+        self.views, self.view_samples, self.seed = views or config.views, config.monitor.view_samples, config.seed
+        self.test = None if self.val is None else fixed_subset(self.val, -(-config.monitor.knn_samples // 4))
 
     def check(self, encoder: Encoder) -> dict[str, float]:
-        """Feature statistics of the last block's raw output and, if there are labels, its `knn_top1` in percent.
+        """What the last block's raw output is like, without values that are not finite.
 
-        Raises DataError when features are not finite.
+        `feature_variance`; the measures without labels of `crop_measures` and, with `monitor.view_samples`, of
+        `view_measures`; with labels `knn_top1` in percent. Raises DataError when features are not finite.
         """
         last = Column(encoder.depth, "cls")
         train, test = self.features(encoder, [last])
         x = train.matrix([last])
         check_features(x, "features of the k-NN check")
-        statistics = feature_statistics(x)
-        values = {"feature_variance": statistics.variance, "effective_rank": statistics.effective_rank}
+        values = {"feature_variance": feature_statistics(x).variance, **crop_measures(x)}
+        if self.view_samples:
+            values |= self.view_measures(encoder, [[last]], self.view_samples)[0]
         if test is not None:
-            accuracy = self.knn_top1(x, train.y, test.matrix([last]), test.y)
-            values |= {} if math.isnan(accuracy) else {"knn_top1": accuracy}
-        return values
+            values["knn_top1"] = self.knn_top1(x, train.y, test.matrix([last]), test.y)
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def view_measures(
+        self, encoder: Encoder, groups: Sequence[Sequence[Column]], images: int
+    ) -> list[dict[str, float]]:
+        """`view_measures` of groups of columns, from at most so many training images."""
+        source = fixed_subset(self.train, images)
+        pairs = [[column._replace(view=view) for column in columns] for columns in groups for view in (0, 1)]
+        columns = [column for pair in pairs for column in pair]
+        batches = encode_views(encoder, source, self.settings, columns, self.views, self.seed)
+        found = gather(batches, columns, len(source), source.name)
+        matrices = [found.matrix(pair) for pair in pairs]
+        for matrix in matrices:
+            check_features(matrix, "features of two views")
+        return [view_measures(*matrices[at : at + 2]) for at in range(0, len(matrices), 2)]
 
     def features(self, encoder: Encoder, columns: Sequence[Column]) -> tuple[Features, Features | None]:
         """Features of the training subset and, if there are labels, of the validation subset."""
@@ -112,8 +126,9 @@ class KnnMonitor:
         return knn_accuracy(train_x, train_y, test_x[known], test_y[known], k=min(self.k, len(train_y)))
 
 
-# Healthy refinement changes both far less; a collapsed encoder has a variance near 0 and a k-NN near chance.
-COLLAPSED_SHARES = {"knn_top1": 0.8, "feature_variance": 0.1}
+# Healthy refinement does not come near: neighbours become more alike and ranks hardly fall, while a collapse divides
+# either by many. The variance of features says nothing, since their scale is free.
+COLLAPSED_SHARES = {"knn_top1": 0.8, "correlation_rank": 0.5, "neighbour_consistency": 0.5}
 
 
 class CollapseWatch:
@@ -123,7 +138,7 @@ class CollapseWatch:
         self.start = start
 
     def warning(self, now: dict[str, float]) -> str | None:
-        """One line with advice when k-NN or feature variance have fallen sharply, else None."""
+        """One line with advice when k-NN, the rank of features or the consistency of neighbours has fallen sharply."""
         fallen = [
             f"{name} fell from {self.start[name]:.3g} to {now[name]:.3g}"
             for name, share in COLLAPSED_SHARES.items()

@@ -1,6 +1,7 @@
 """Features of a data set: one pass of an encoder over its images, batch by batch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,10 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimref.config.run import ViewsConfig
 from mimref.data.decode import BadImages, none_readable
-from mimref.data.loader import crop_batches, loader_workers
+from mimref.data.loader import CropBatch, crop_batches, loader_workers, view_crop_batches
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
+from mimref.data.views import Photometric, multi_crop
 from mimref.devices import autocast
 from mimref.encoders.backbones import TokenEncoder
 from mimref.errors import ConfigError
@@ -33,11 +36,14 @@ class Column(NamedTuple):
     """`cls`, `mean` or `pixels`."""
     final_norm: bool = False
     """After the encoder's final norm."""
+    view: int | None = None
+    """Of an augmented view, 0 or 1; None: of the evaluation crop."""
 
     @property
     def name(self) -> str:
-        """Such as `block-08-cls-normed`."""
-        return f"block-{self.block:02d}-{self.pool}{'-normed' if self.final_norm else ''}"
+        """Such as `block-08-cls-normed`, or `block-08-cls-view-1`."""
+        view = "" if self.view is None else f"-view-{self.view}"
+        return f"block-{self.block:02d}-{self.pool}{'-normed' if self.final_norm else ''}{view}"
 
 
 PIXELS = Column(0, "pixels")
@@ -142,24 +148,34 @@ class Batch(NamedTuple):
     """(B, D) each; empty where no image could be read."""
 
 
+def _crops(source: ImageSource, settings: PassSettings, start: int = 0, every: int = 1) -> Iterator[CropBatch]:
+    size, workers = settings.batch_size, loader_workers(settings.workers, source)
+    return crop_batches(source, settings.transform, batch_size=size, workers=workers, start=start, every=every)
+
+
 @torch.inference_mode()
 def _batches(
-    source: ImageSource,
-    settings: PassSettings,
-    encode: Callable[[Tensor], list[Tensor]],
-    start: int = 0,
-    every: int = 1,
+    crops: Iterator[CropBatch], settings: PassSettings, encode: Callable[[CropBatch], list[Tensor]]
 ) -> Iterator[Batch]:
     bad = BadImages(settings.max_bad)
     bad.some_readable = False
-    size, workers = settings.batch_size, loader_workers(settings.workers, source)
-    batches = crop_batches(source, settings.transform, batch_size=size, workers=workers, start=start, every=every)
-    for batch in batches:
+    for batch in crops:
         bad.some_readable |= bool(batch.indices)
         for path, reason in batch.bad:
             bad.add(path, reason)
-        columns = [column_BD.float().cpu().numpy() for column_BD in encode(batch.crops)] if batch.indices else []
+        columns = [column_BD.float().cpu().numpy() for column_BD in encode(batch)] if batch.indices else []
         yield Batch(batch.end, batch.indices, batch.bad, columns)
+
+
+@contextmanager
+def _evaluating(encoder: TokenEncoder) -> Iterator[None]:
+    """Evaluation mode, then the mode that was."""
+    training = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(training)
 
 
 def pooled_tokens(encoder: TokenEncoder, images: Tensor, columns: Sequence[Column]) -> list[Tensor]:
@@ -185,17 +201,48 @@ def encode_columns(
     in order. Raises ConfigError for blocks that do not exist, DataError for too many unreadable images.
     """
 
-    def encode(crops: Tensor) -> list[Tensor]:
-        images = settings.transform.normalize(crops.to(settings.device, non_blocking=True))
+    def encode(batch: CropBatch) -> list[Tensor]:
+        images = settings.transform.normalize(batch.crops.to(settings.device, non_blocking=True))
         with autocast(settings.device, settings.precision):
             return pooled_tokens(encoder, images, columns)
 
-    training = encoder.training
-    encoder.eval()
-    try:
-        yield from _batches(source, settings, encode, start, every)
-    finally:
-        encoder.train(training)
+    with _evaluating(encoder):
+        yield from _batches(_crops(source, settings, start, every), settings, encode)
+
+
+def encode_views(
+    encoder: TokenEncoder,
+    source: ImageSource,
+    settings: PassSettings,
+    columns: Sequence[Column],
+    views: ViewsConfig,
+    seed: int,
+    start: int = 0,
+    every: int = 1,
+) -> Iterator[Batch]:
+    """Features of the two global views of refinement of every image, as `encode_columns`; columns: with their `view`.
+
+    views, seed: of the crops and colours, which are those of a training's first epoch.
+    """
+    transform = settings.transform
+    photometric = Photometric(views, seed, settings.device, mean=transform.mean, std=transform.std)
+    group = multi_crop(views, transform.image_size)[0]
+    workers = loader_workers(settings.workers, source)
+    crops = view_crop_batches(
+        source, group, batch_size=settings.batch_size, seed=seed, workers=workers, start=start, every=every
+    )
+
+    def encode(batch: CropBatch) -> list[Tensor]:
+        pair = photometric(batch.crops, 0, torch.tensor(batch.indices, dtype=torch.int64), range(group.count))
+        found: dict[Column, Tensor] = {}
+        for view, images in enumerate(pair):
+            wanted = [column for column in columns if column.view == view]
+            with autocast(settings.device, settings.precision):
+                found |= zip(wanted, pooled_tokens(encoder, images, wanted), strict=True)
+        return [found[column] for column in columns]
+
+    with _evaluating(encoder):
+        yield from _batches(crops, settings, encode)
 
 
 def gather(
@@ -241,13 +288,15 @@ def raw_pixels(source: ImageSource, settings: PassSettings) -> Features:
     S is the crop's side, at most 32; larger crops are averaged down.
     """
 
-    def encode(crops: Tensor) -> list[Tensor]:
-        pixels = crops.float() / 255
+    def encode(batch: CropBatch) -> list[Tensor]:
+        pixels = batch.crops.float() / 255
         if pixels.shape[-1] > RAW_PIXELS_SIDE:
             pixels = F.adaptive_avg_pool2d(pixels, RAW_PIXELS_SIDE)
         return [pixels.flatten(1)]
 
-    return labelled(gather(_batches(source, settings, encode), [PIXELS], len(source), source.name), source)
+    return labelled(
+        gather(_batches(_crops(source, settings), settings, encode), [PIXELS], len(source), source.name), source
+    )
 
 
 def labelled(features: Features, source: ImageSource) -> Features:

@@ -5,7 +5,7 @@ pass, and of which columns. The other ranks wait for its decision, and read what
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mimref.config.run import ViewsConfig
 from mimref.data.decode import BadImages, first_bad
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, Split
@@ -34,7 +35,8 @@ from mimref.features.encode import (
     block_groups,
     columns_of,
     encode_columns,
-    extract,
+    encode_views,
+    gather,
     labelled,
 )
 from mimref.features.files import FeatureFiles
@@ -42,6 +44,8 @@ from mimref.features.header import eval_transform, resolve_data
 from mimref.progress import Listener
 from mimref.results import Row
 
+Encode = Callable[[list[Column], int, int], Iterator[Batch]]
+"""Runs the encoder for some columns, from a position in the data set on, on the first of so many batches."""
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation"}
 
 
@@ -77,6 +81,8 @@ class EncoderInputs:
         self._features: dict[Split, Features] = {}
         self._cached: dict[Split, list[Column]] = {}
         """On other ranks than 0: columns that rank 0 has cached, and this rank has not read."""
+        self.views: Features | None = None
+        """Of `prepare_views`, on rank 0."""
         if config.pool != "mean" and not self.has_cls_token:
             listener.note(f"{self.architecture.name} has no CLS token; the mean of its patch tokens replaces it")
 
@@ -122,10 +128,25 @@ class EncoderInputs:
             known = [*self._cached.get(split, []), *(self._features[split].columns if split in self._features else [])]
             missing = [column for column in dict.fromkeys(wanted) if column not in known]
             if missing and own_rank() > 0 and self._folder is not None:
-                self._follow(self.source(split))
+                self._follow(self._encode(split), len(self.source(split)))
                 self._cached[split] = [*self._cached.get(split, []), *missing]
             elif missing:
                 self._add(split, missing, tell=own_rank() == 0)
+
+    def prepare_views(self, wanted: Sequence[Column], split: Split, views: ViewsConfig) -> None:
+        """Get these columns of the two global views, as `prepare` does; `views` then holds them on rank 0."""
+        source = self.source(split)
+
+        def encode(columns: list[Column], start: int, every: int) -> Iterator[Batch]:
+            return encode_views(self.encoder, source, self.settings, columns, views, self.config.seed, start, every)
+
+        if own_rank() > 0 and self._folder is not None:
+            self._follow(encode, len(source))
+            return
+        # No local views are cut.
+        drawn = views.model_dump(mode="json", exclude={"local_views", "local_size", "local_scale"})
+        spec = {**self._spec(source), "views": drawn, "seed": self.config.seed}
+        self.views = self._run(split, encode, f"views of {SPLIT_NAMES[split]} images", spec, list(wanted), [])
 
     def features(self, split: Split) -> Features:
         """The prepared columns."""
@@ -162,39 +183,54 @@ class EncoderInputs:
     def _load(self, split: Split, wanted: list[Column]) -> Features:
         """Columns from the cache, or from a pass of the encoder."""
         source = self.source(split)
-        progress = partial(self.listener.progress, f"features of {SPLIT_NAMES[split]} images")
+        label, also = f"features of {SPLIT_NAMES[split]} images", self._everything(len(source))
+        return self._run(split, self._encode(split), label, self._spec(source), wanted, also)
+
+    def _run(
+        self, split: Split, encode: Encode, label: str, spec: dict[str, Any], wanted: list[Column], also: list[Column]
+    ) -> Features:
+        """Columns from the cache, or from a pass of the encoder that all ranks share. also: columns to cache with them.
+
+        label: of the progress. spec: what the numbers depend on.
+        """
+        source, progress = self.source(split), partial(self.listener.progress, label)
         notices = partial(source.peculiarities, f"{SPLIT_NAMES[split]} images")
         if self._folder is None:
-            features = extract(self.encoder, source, self.settings, wanted, progress=progress)
-            return replace(features, notices=notices())
+            batches = encode(wanted, 0, 1)
+            features = gather(batches, wanted, len(source), source.name, progress)
+            return replace(labelled(features, source), notices=notices())
         cache = FeatureCache(self._folder, self.listener, self.config.cache.dtype)
-        resolution, also = self.settings.transform.image_size, self._everything(len(source))
+        resolution = self.settings.transform.image_size
         about = {"model": self.name, "data": source.name, "split": split, "resolution": resolution}
-        run_pass = partial(self._lead, source)
-        found = cache.columns(
-            self._spec(source), wanted, run_pass, also=also, about=about, notices=notices, progress=progress
-        )
+        run_pass = partial(self._lead, encode, len(source))
+        found = cache.columns(spec, wanted, run_pass, also=also, about=about, notices=notices, progress=progress)
         if world_size() > 1:
             end_requests()
         return labelled(found, source)
 
-    def _lead(self, source: ImageSource, columns: list[Column], start: int) -> Iterator[Batch]:
+    def _encode(self, split: Split) -> Encode:
+        """The pass over the evaluation crops."""
+        source = self.source(split)
+        # The encoder is built when the pass runs.
+        return lambda columns, start, every: encode_columns(self.encoder, source, self.settings, columns, start, every)
+
+    def _lead(self, encode: Encode, images: int, columns: list[Column], start: int) -> Iterator[Batch]:
         """On rank 0: all batches from position `start` on. The other ranks must be in `_follow`."""
         if world_size() > 1:
             request((columns, start))
-        yield from self._by_turns(source, columns, start)
+        yield from self._by_turns(encode, images, columns, start)
 
-    def _follow(self, source: ImageSource) -> None:
+    def _follow(self, encode: Encode, images: int) -> None:
         """On the other ranks: encode what rank 0 asks for, until it ends."""
         for columns, start in requests():
-            for _ in self._by_turns(source, columns, start):
+            for _ in self._by_turns(encode, images, columns, start):
                 pass
 
-    def _by_turns(self, source: ImageSource, columns: list[Column], start: int) -> Iterator[Batch]:
+    def _by_turns(self, encode: Encode, images: int, columns: list[Column], start: int) -> Iterator[Batch]:
         """Each of R ranks encodes every R-th batch. The batches, and so the features, are those of one process."""
         size, ranks = self.settings.batch_size, world_size()
-        own = encode_columns(self.encoder, source, self.settings, columns, start + own_rank() * size, ranks)
-        return take_turns(own, -(-(len(source) - start) // size))
+        own = encode(columns, start + own_rank() * size, ranks)
+        return take_turns(own, -(-(images - start) // size))
 
     def _everything(self, images: int) -> list[Column]:
         """All columns that later commands may need, if they are small enough to be cached unasked."""

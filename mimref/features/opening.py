@@ -166,17 +166,25 @@ def open_encoders(
     setting: str,
     *,
     need_labels: bool = True,
+    splits: Sequence[Split] = ("train", "val"),
 ) -> list[Opened]:
     """Open several checkpoints on the same images: those of the settings, else those that the first one's header names.
 
-    setting: that names the checkpoints.
+    setting: that names the checkpoints. splits: the images to open.
     """
     found: list[Opened] = []
     for checkpoint in checkpoints:
         # The same images are opened, and reported on, once.
         sources = found[0].sources if found else None
         opened = open_encoder(
-            config, checkpoint, listener, checks, setting=setting, need_labels=need_labels, sources=sources
+            config,
+            checkpoint,
+            listener,
+            checks,
+            setting=setting,
+            need_labels=need_labels,
+            splits=splits,
+            sources=sources,
         )
         found.append(opened)
         if isinstance(first := found[0].inputs, EncoderInputs):

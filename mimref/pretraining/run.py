@@ -74,7 +74,7 @@ class Pretraining(Stage):
         plain = config.views.model_copy(update={"color": False, "blur": False})
         self.photometric = Photometric(plain, config.seed, device, mean=self.transform.mean, std=self.transform.std)
         note = run.listener.note
-        self.monitor = KnnMonitor(config, source, self.transform, device, self.precision, note=note)
+        self.monitor = KnnMonitor(config, source, self.transform, device, self.precision, note=note, views=plain)
         self.rows: list[Row] = []
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:

@@ -16,6 +16,8 @@ from mimref.encoders.checkpoints import Checkpoint, load_weights
 from mimref.encoders.settings import ignored_settings, resolved_settings
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, Checks, ConfigError, DataError
+from mimref.evaluation.assess.measures import DEFAULT, goodness
+from mimref.evaluation.assess.verdicts import NAMES
 from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import Column, columns_of
@@ -25,6 +27,10 @@ from mimref.progress import LabelledProgress
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
 from mimref.refinement.recipe import LEAST_QUEUE, fit, last_third
+
+# Whose views say where heads belong, where `monitor.view_samples` is 0.
+UNLABELLED_IMAGES = 1000
+_WITHOUT_LABELS = f"by the {NAMES[DEFAULT]} of every block"
 
 
 @dataclass(frozen=True)
@@ -142,41 +148,46 @@ def _with_blocks(plan: Plan, progress: LabelledProgress | None) -> Plan:
     derived = [each for each in plan.derived if each.setting != "heads.blocks"]
     chosen = len(derived) < len(plan.derived)
     try:
-        blocks, why = _measured_blocks(plan, progress), "by the k-NN accuracy of every block"
+        blocks, why = _measured_blocks(plan, progress)
     except (ConfigError, DataError):
         if not chosen:
             raise
         blocks, why = last_third(plan.architecture.depth), "the last third of the blocks, as in the paper"
     if chosen:
         derived.insert(0, Derived("heads.blocks", blocks, why))
+    warnings = [*plan.warnings]
+    if why.startswith(_WITHOUT_LABELS) and not chosen:
+        warnings.append(f"heads on blocks {blocks}: {why}")
     heads = plan.config.heads.model_copy(update={"blocks": blocks})
-    return replace(plan, config=plan.config.model_copy(update={"heads": heads}), derived=derived)
+    config = plan.config.model_copy(update={"heads": heads})
+    return replace(plan, config=config, derived=derived, warnings=warnings)
 
 
-def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> str:
-    """Blocks for `heads.blocks = "auto"`, from the k-NN accuracy of every block of the base encoder.
+def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str, str]:
+    """Blocks for `heads.blocks = "auto"`, from a score of every block of the base encoder, and which score it was.
 
-    Measured on the monitor's subset of the images (`monitor.knn_samples`), on the features that heads would read;
-    `mimref analyze-blocks` shows the curve. Raises ConfigError without labels.
+    Scores are k-NN accuracies on the monitor's subset of the images (`monitor.knn_samples`), on the features that heads
+    would read; without labelled training and validation images, the default measure of `mimref assess` on its views.
+    `mimref analyze-blocks` and `mimref assess --blocks all` show the curves.
     """
     config, device = plan.config, resolve_device(plan.config.device)
     precision, problems = resolve_precision(config.precision, device), list[str]()
     monitor = KnnMonitor(config, plan.source, plan.transform, device, precision, note=problems.append)
-    if monitor.test is None:
-        raise ConfigError(
-            "heads.blocks 'auto' measures k-NN and needs labelled training and validation images; name blocks, such as "
-            f"last8{''.join(f' ({problem})' for problem in problems)}"
-        )
-    depth = plan.architecture.depth
+    depth, encoder = plan.architecture.depth, base_encoder(plan, device)
     groups = [columns_of([block], config.heads.pool, True, depth) for block in range(1, depth + 1)]
-    train, test = monitor.features(base_encoder(plan, device), [column for columns in groups for column in columns])
+    if monitor.test is None:
+        measured = monitor.view_measures(encoder, groups, config.monitor.view_samples or UNLABELLED_IMAGES)
+        scores = [goodness(DEFAULT, values[DEFAULT]) for values in measured]
+        missing = "".join(f"; {problem}" for problem in problems)
+        return blocks_text(recommend_heads(scores)), f"{_WITHOUT_LABELS}, without labels for k-NN{missing}"
+    train, test = monitor.features(encoder, [column for columns in groups for column in columns])
     assert test is not None
-    accuracies = []
+    scores = []
     for done, columns in enumerate(groups, 1):
-        accuracies.append(monitor.knn_top1(train.matrix(columns), train.y, test.matrix(columns), test.y))
+        scores.append(monitor.knn_top1(train.matrix(columns), train.y, test.matrix(columns), test.y))
         if progress is not None:
             progress("k-NN of every block", done, depth)
-    return blocks_text(recommend_heads(accuracies))
+    return blocks_text(recommend_heads(scores)), "by the k-NN accuracy of every block"
 
 
 def base_encoder(plan: Plan, device: torch.device) -> Encoder:

@@ -33,11 +33,20 @@ LEGEND_CLASSES = 20
 NAME_LENGTH = 32
 BLOCKS_WIDTH = 8.0  # inches
 CURVES = {
+    "block_neighbour_consistency": "neighbour consistency\nof two views (%)",
+    "block_view_retrieval": "view retrieval (%)",
+    "block_knn_leave_one_out": "k-NN accuracy (%),\nleaving one out",
     "block_knn_top1": "k-NN accuracy (%)",
     "block_segment_miou": "mean IoU (%)",
     "block_segment_micro_iou": "micro IoU (%)",
     "block_reconstruction": "reconstruction loss\n(normalised pixels, lower is better)",
+    "block_rankme": "RankMe (dimensions)",
+    "block_lidar": "LiDAR (dimensions)",
     "block_effective_rank": "effective rank (dimensions)",
+    "block_correlation_rank": "correlation rank (dimensions)",
+    "block_alpha_req": "alpha-ReQ (best near 1)",
+    "block_uniformity": "uniformity (lower is better)",
+    "block_hubness": "hubness (lower is better)",
 }
 _LABELLED = ("block_knn_top1", "block_segment_miou")
 """Curves whose best block is labelled."""
@@ -47,9 +56,9 @@ DELTAS = {"block_knn_delta": "k-NN accuracy", "block_reconstruction_delta": "rec
 def plot_blocks(path: Path, rows: Sequence[Row], *, heads: Mapping[str, Sequence[int]]) -> None:
     """Scores of every block of one or several encoders (Fig. 3b, Fig. 3d and Fig. 6).
 
-    rows: those of `evaluate_blocks`. `block_knn_top1`, `block_reconstruction` and `block_effective_rank` get a panel
-    each, with a curve per model; `block_reconstruction_delta` adds a panel of normalised deltas per model. heads:
-    recommended head positions of a model, drawn as filled points. The best block is labelled.
+    rows: those of `evaluate_blocks`. Every metric of `CURVES` gets a panel with a curve per model;
+    `block_reconstruction_delta` adds a panel of normalised deltas per model. heads: recommended head positions of a
+    model, drawn as filled points. The best block is labelled.
     Raises OutputError if the file cannot be written.
     """
     rows = [row for row in rows if row["metric"] in CURVES or row["metric"] in DELTAS]

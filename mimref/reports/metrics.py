@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 
 from mimref.data.decode import printable
+from mimref.evaluation.assess.verdicts import NAMES
 from mimref.results import Row
 
-LABELS = {
+LABELS = NAMES | {
     "knn_top1": "k-NN top-1",
     "knn_top5": "k-NN top-5",
     "retrieval_map": "retrieval mAP",
@@ -40,6 +41,8 @@ LABELS = {
     "block_reconstruction_delta": "reconstruction gained by block {block}",
     "suite_average": "average",
     "suite_rank": "average rank",
+    "knn_leave_one_out": "k-NN, leaving one out",
+    "assessed_rank": "rank by {by}",
     "segment_miou": "mean IoU",
     "segment_micro_iou": "micro IoU",
     "segment_accuracy": "pixel accuracy",
@@ -50,11 +53,12 @@ LABELS = {
 }
 UNDEFINED = "undefined: the features do not vary, or classes have the same mean"
 _SMALL = {"davies_bouldin", "cluster_davies_bouldin", "block_reconstruction"}
-LOWER_IS_BETTER = _SMALL | {"suite_rank", "robust_mce", "robust_drop"}
+LOWER_IS_BETTER = _SMALL | {"suite_rank", "robust_mce", "robust_drop", "assessed_rank", "uniformity", "hubness"}
 # Neither percentages nor of a known size.
 STATISTICS = {
     *("feature_variance", "effective_rank", "block_mean", "block_variance", "block_effective_rank"),
     *("block_knn_delta", "block_reconstruction_delta"),
+    *("rankme", "lidar", "alpha_req", "correlation_rank", "uniformity", "hubness", "assessed_rank"),
 }
 # Results of a measurement, as opposed to its settings.
 _MEASURED = ("model", "metric", "value", "mean", "std", "splits", "runs")

@@ -13,11 +13,18 @@ from mimref.files import write_bytes
 from mimref.progress import Listener, Silent, optional
 from mimref.training.trackers import Tracker, open_tracker, scalars
 
+# What a line for people has room for, if it was measured.
+_SHOWN = {
+    "knn_top1": "k-NN top-1",
+    "neighbour_consistency": "neighbour consistency",
+    "effective_rank": "effective rank",
+    "feature_variance": "feature variance",
+}
+
 
 def readable(values: Mapping[str, float]) -> str:
-    """A monitor's values on one line, for people."""
-    names = {name: "k-NN top-1" if name == "knn_top1" else name.replace("_", " ") for name in values}
-    return ", ".join(f"{names[name]} {value:.4g}" for name, value in sorted(values.items(), reverse=True))
+    """The main ones of a monitor's values on one line, for people."""
+    return ", ".join(f"{label} {values[name]:.4g}" for name, label in _SHOWN.items() if name in values)
 
 
 class MetricsLog:

@@ -19,6 +19,7 @@ import mimref
 from mimref.cli import app, benchmark, evaluation, run, training, weights
 from mimref.config.load import setting_fields
 from mimref.errors import DataError, Interrupted
+from mimref.evaluation.assess.config import AssessConfig
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.config import CompareConfig, InterpolateConfig
@@ -325,6 +326,7 @@ def test_options_and_settings_agree() -> None:
         evaluation.ClusterOptions: ClusterConfig,
         evaluation.ProbeOptions: ProbeConfig,
         evaluation.BlocksOptions: BlocksConfig,
+        evaluation.AssessOptions: AssessConfig,
         evaluation.CompareOptions: CompareConfig,
         evaluation.ExtractOptions: ExtractConfig,
         weights.InterpolateOptions: InterpolateConfig,

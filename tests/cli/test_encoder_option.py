@@ -48,6 +48,7 @@ COMMANDS = [
     ["cluster", "FILE", "--data", "DATA"],
     ["probe", "FILE", "--data", "DATA", "--cached"],
     ["analyze-blocks", "FILE", "--data", "DATA"],
+    ["assess", "FILE", "--data", "DATA"],
     ["compare", "FILE", "quickstart", "--data", "DATA"],
     ["extract", "FILE", "--data", "DATA", "--out", "out.npz"],
     ["refine", "--weights", "FILE", "--data", "DATA", "--preset", "mae_b16", "--dry-run"],

@@ -133,6 +133,23 @@ def test_analyze_blocks_of_two_encoders(folder: Path, tmp_path: Path, capsys: py
     assert "base.safetensors" in error and error.count("\n") == 1
 
 
+def test_assess_writes_what_it_prints(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    both = line("assess", folder, str(folder / "refined.safetensors"), "--blocks", "all", "--out", str(out))
+    assert run(both) == 0
+    printed = capsys.readouterr()
+    assert "block 4" in printed.out and "of 8: neighbour consistency" in printed.out
+    assert (out / "assessment.png").read_bytes().startswith(b"\x89PNG") and "assessment.png" in printed.err
+    ranks = [row["value"] for row in results(out)["metrics"] if row["metric"] == "assessed_rank"]
+    assert len(ranks) == 8 and min(ranks) == 1
+    refined = str(folder / "refined.safetensors")
+    bars = line("assess", folder, refined, "--blocks", "last4", "--out", str(tmp_path / "bars"))
+    assert run(bars) == 0 and (tmp_path / "bars/assessment.png").is_file()
+    unlabelled = line("assess", folder, "--data", str(folder / "unlabelled"), "--out", str(tmp_path / "one"))
+    assert run(unlabelled) == 0 and "k-NN" not in capsys.readouterr().out.splitlines()[-3]
+    assert not (tmp_path / "one/assessment.png").exists()
+
+
 def test_analyze_blocks_with_decoders_and_without_labels(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from mimref.config.base import CommandConfig
 from mimref.config.load import setting_fields
 from mimref.encoders.vit import Encoder
 from mimref.errors import Checks, ConfigError, DataError, Typed, UserErrors
+from mimref.evaluation.assess.config import AssessConfig
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.config import CompareConfig, InterpolateConfig
@@ -41,7 +42,7 @@ MODELS: dict[str, type[CommandConfig]] = {
     model.command: model
     for model in (
         *(RefineConfig, PretrainConfig, KnnConfig, LowshotConfig, ClusterConfig, ProbeConfig),
-        *(BlocksConfig, CompareConfig, ExtractConfig, InterpolateConfig, SearchConfig),
+        *(BlocksConfig, AssessConfig, CompareConfig, ExtractConfig, InterpolateConfig, SearchConfig),
         *(FinetuneConfig, PredictConfig, SuiteConfig, RobustnessConfig, SegmentConfig),
     )
 }
@@ -117,6 +118,13 @@ LISTS = {
         "99 shots",
         "'nmj'",
         "probe.epochs = 0",
+    ),
+    "assess gone.pth {base} --data nowhere --blocks 9 --k 0 --measure rank": (
+        "gone.pth",
+        "block 9",
+        "--data nowhere",
+        "--measure rank",
+        "--k 0",
     ),
     "analyze-blocks gone.pth lost.pth --data {data} --k 49": ("gone.pth", "lost.pth", "--k 49"),
     "search gone.pth --data nowhere --query a.png --k 0 --split test --out done": (

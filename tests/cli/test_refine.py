@@ -169,5 +169,18 @@ def test_heads_where_the_base_is_best(
     weights, data = settings["encoder.weights"], settings["data.spec"]
     assert run(["analyze-blocks", str(weights), "--data", str(data), "--quiet"]) == 0
     assert f"recommended heads: --heads {chosen}" in capsys.readouterr().out
-    assert run(arguments("refine", tmp_path / "other", short | {"data.spec": folder / "unlabelled"})) == 2
-    assert "heads.blocks 'auto'" in capsys.readouterr().err
+
+
+def test_heads_without_labels(
+    settings: dict[str, Any], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = settings | {"heads.blocks": "auto", "evaluate.enabled": False, "stage": "heads", "heads_stage.epochs": 1}
+    for name, samples in (("default", 1000), ("zero", 0)):
+        unlabelled = short | {"data.spec": folder / "unlabelled", "monitor.view_samples": samples}
+        assert run(arguments("refine", tmp_path / name, unlabelled)) == 0
+        chosen = results(tmp_path / name)["config"]["heads"]["blocks"]
+        assert chosen.endswith("4")
+        error = capsys.readouterr().err
+        assert (
+            f"warning: heads on blocks {chosen}: by the neighbour consistency of every block, without labels" in error
+        )

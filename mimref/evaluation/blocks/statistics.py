@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mimref.errors import ConfigError, DataError
+from mimref.evaluation.assess.spectra import effective_rank, moments, spectrum
 from mimref.evaluation.knn.protocol import knn_accuracy
-from mimref.evaluation.metrics import check_features, row_blocks
+from mimref.evaluation.metrics import check_features
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Progress
 from mimref.results import Row
@@ -77,17 +78,10 @@ def feature_statistics(x: Matrix) -> FeatureStatistics:
 
     Features that are all constant have an effective rank of 1.
     """
-    slices = row_blocks(x)
-    mean = sum(x[rows].sum(axis=0, dtype=np.float64) for rows in slices) / len(x)
-    covariance = np.zeros((x.shape[1], x.shape[1]))
-    for rows in slices:
-        centred = x[rows] - mean
-        covariance += centred.T @ centred
-    eigenvalues = np.linalg.eigvalsh(covariance / len(x)).clip(min=0)
-    total = eigenvalues.sum()
-    share = eigenvalues[eigenvalues > 0] / total if total > 0 else np.ones(1)
-    rank = np.exp(-(share * np.log(share)).sum())
-    return FeatureStatistics(float(np.mean(mean)), float(total / x.shape[1]), float(rank))
+    found = moments(x)
+    eigenvalues = spectrum(found.covariance)
+    variance = float(eigenvalues.sum() / x.shape[1])
+    return FeatureStatistics(float(np.mean(found.mean)), variance, effective_rank(eigenvalues))
 
 
 def normalised_deltas(values: Sequence[float], *, falling_is_better: bool = False) -> list[float]:

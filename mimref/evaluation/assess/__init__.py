@@ -1,0 +1,1 @@
+"""Measures of features without labels, and what they say about encoders and blocks."""

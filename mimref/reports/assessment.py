@@ -1,0 +1,61 @@
+"""What `mimref assess` shows: a table with a line per encoder and block, a sentence each, and a figure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mimref.evaluation.assess.verdicts import Verdict, format_measure
+from mimref.reports.figures import plot_blocks, plot_comparison
+from mimref.results import Row
+
+# In the order of the table; short, for 80 columns.
+COLUMNS = {
+    "neighbour_consistency": "cons.",
+    "view_retrieval": "retr.",
+    "rankme": "RankMe",
+    "lidar": "LiDAR",
+    "effective_rank": "eff.",
+    "correlation_rank": "corr.",
+    "alpha_req": "alpha",
+    "uniformity": "unif.",
+    "hubness": "hubs",
+    "knn_leave_one_out": "k-NN",
+}
+
+
+def print_assessment(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
+    """Print all measures and what they say, best first; k-NN only where images have labels."""
+    values = {(row["model"], row["blocks"], row["metric"]): float(row["value"]) for row in rows}
+    metrics = [metric for metric in COLUMNS if any(row["metric"] == metric for row in rows)]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    names = {"model": {each.model for each in verdicts}, "block": {each.blocks for each in verdicts}}
+    named = [name for name, different in names.items() if len(different) > 1] or ["model"]
+    for name in named:
+        table.add_column(name, overflow="fold")
+    for metric in metrics:
+        table.add_column(COLUMNS[metric], justify="right", no_wrap=True)
+    for each in verdicts:
+        cells = [format_measure(metric, values[each.model, each.blocks, metric]).rstrip("%") for metric in metrics]
+        table.add_row(*(Text(each.model if name == "model" else each.blocks) for name in named), *cells)
+    Console().print(table)
+    for each in verdicts:
+        typer.echo(each.text)
+
+
+def plot_assessment(path: Path, rows: Sequence[Row]) -> None:
+    """Curves over the blocks; bars where blocks are not evaluated one by one, or only one is.
+
+    Raises OutputError if the file cannot be written.
+    """
+    rows = [row for row in rows if row["metric"] in COLUMNS]
+    blocks = {str(row["blocks"]) for row in rows}
+    if len(blocks) > 1 and all(map(str.isdigit, blocks)):
+        curves: list[Row] = [{**row, "metric": f"block_{row['metric']}", "block": int(row["blocks"])} for row in rows]
+        plot_blocks(path, curves, heads={})
+    else:
+        plot_comparison(path, rows, "")
