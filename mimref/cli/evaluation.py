@@ -213,7 +213,7 @@ def analyze_blocks(options: BlocksOptions) -> None:
     write_page(options.out, options)
 
 
-class AssessOptions(EncoderPass, Blocks, Preset, Seed, Output, panel="Protocol"):
+class AssessOptions(EncoderPass, Blocks, Preset, Seed, Report, panel="Protocol"):
     checkpoints: list[str] | None = argument(
         f"{CHECKPOINT}; several are ranked together.", "CKPT", "checkpoints", required=False
     )
@@ -252,6 +252,7 @@ def assess(options: AssessOptions) -> None:
     if options.out is not None and len(result.verdicts) > 1:
         with figure(options.out / "assessment.png", options):
             plot_assessment(options.out / "assessment.png", result.rows)
+    write_page(options.out, options)
 
 
 class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Report, panel="Protocol"):

@@ -52,10 +52,16 @@ def plot_assessment(path: Path, rows: Sequence[Row]) -> None:
 
     Raises OutputError if the file cannot be written.
     """
-    rows = [row for row in rows if row["metric"] in COLUMNS]
-    blocks = {str(row["blocks"]) for row in rows}
-    if len(blocks) > 1 and all(map(str.isdigit, blocks)):
-        curves: list[Row] = [{**row, "metric": f"block_{row['metric']}", "block": int(row["blocks"])} for row in rows]
+    if curves := block_rows(rows):
         plot_blocks(path, curves, heads={})
     else:
-        plot_comparison(path, rows, "")
+        plot_comparison(path, [row for row in rows if row["metric"] in COLUMNS], "")
+
+
+def block_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows of several single blocks, named as those of `evaluate_blocks`; none for other groups of blocks."""
+    rows = [row for row in rows if row["metric"] in COLUMNS]
+    blocks = {str(row["blocks"]) for row in rows}
+    if len(blocks) < 2 or not all(map(str.isdigit, blocks)):
+        return []
+    return [{**row, "metric": f"block_{row['metric']}", "block": int(row["blocks"])} for row in rows]

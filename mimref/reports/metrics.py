@@ -7,58 +7,68 @@ from mimref.data.decode import printable
 from mimref.evaluation.assess.verdicts import NAMES
 from mimref.results import Row
 
-LABELS = NAMES | {
-    "knn_top1": "k-NN top-1",
-    "knn_top5": "k-NN top-5",
-    "retrieval_map": "retrieval mAP",
-    "retrieval_map_at_r": "retrieval MAP@R",
-    "retrieval_recall": "recall@{k}",
-    "lowshot_top1": "{shots}-shot top-1",
-    "probe_top1": "linear probe top-1",
-    "finetune_top1": "fine-tuned top-1",
-    "finetune_top5": "fine-tuned top-5",
-    "cluster_acc": "k-means ACC",
-    "cluster_nmi": "k-means NMI",
-    "cluster_ami": "k-means AMI",
-    "cluster_ari": "k-means ARI",
-    "silhouette": "silhouette",
-    "davies_bouldin": "Davies-Bouldin",
-    "cluster_silhouette": "silhouette of the clusters",
-    "cluster_davies_bouldin": "Davies-Bouldin of the clusters",
-    "clean_top1": "clean top-1",
-    "robust_top1": "top-1",
-    "robust_mean_top1": "mean top-1 of {corruptions} corruptions",
-    "robust_mce": "mCE of {corruptions} corruptions",
-    "robust_drop": "relative drop, {corruptions} corruptions",
-    "block_knn_top1": "k-NN top-1 of block {block}",
-    "head_knn_top1": "k-NN top-1",
-    "head_nn_accuracy": "neighbours of the same class",
-    "block_knn_delta": "k-NN gained by block {block}",
-    "block_mean": "mean of block {block}",
-    "block_variance": "variance of block {block}",
-    "block_effective_rank": "effective rank of block {block}",
-    "block_reconstruction": "reconstruction loss of block {block}",
-    "block_reconstruction_delta": "reconstruction gained by block {block}",
-    "suite_average": "average",
-    "suite_rank": "average rank",
-    "knn_leave_one_out": "k-NN, leaving one out",
-    "assessed_rank": "rank by {by}",
-    "segment_miou": "mean IoU",
-    "segment_micro_iou": "micro IoU",
-    "segment_accuracy": "pixel accuracy",
-    "segment_iou": "IoU",
-    "block_segment_miou": "mean IoU of block {block}",
-    "block_segment_micro_iou": "micro IoU of block {block}",
-    "block_segment_accuracy": "pixel accuracy of block {block}",
-}
+# Measures without labels of single blocks are drawn as curves.
+_OF_BLOCKS = NAMES | {"knn_leave_one_out": "k-NN, leaving one out"}
+LABELS = (
+    NAMES
+    | {f"block_{name}": f"{label} of block {{block}}" for name, label in _OF_BLOCKS.items()}
+    | {
+        "knn_top1": "k-NN top-1",
+        "knn_top5": "k-NN top-5",
+        "retrieval_map": "retrieval mAP",
+        "retrieval_map_at_r": "retrieval MAP@R",
+        "retrieval_recall": "recall@{k}",
+        "lowshot_top1": "{shots}-shot top-1",
+        "probe_top1": "linear probe top-1",
+        "finetune_top1": "fine-tuned top-1",
+        "finetune_top5": "fine-tuned top-5",
+        "cluster_acc": "k-means ACC",
+        "cluster_nmi": "k-means NMI",
+        "cluster_ami": "k-means AMI",
+        "cluster_ari": "k-means ARI",
+        "silhouette": "silhouette",
+        "davies_bouldin": "Davies-Bouldin",
+        "cluster_silhouette": "silhouette of the clusters",
+        "cluster_davies_bouldin": "Davies-Bouldin of the clusters",
+        "clean_top1": "clean top-1",
+        "robust_top1": "top-1",
+        "robust_mean_top1": "mean top-1 of {corruptions} corruptions",
+        "robust_mce": "mCE of {corruptions} corruptions",
+        "robust_drop": "relative drop, {corruptions} corruptions",
+        "block_knn_top1": "k-NN top-1 of block {block}",
+        "head_knn_top1": "k-NN top-1",
+        "head_nn_accuracy": "neighbours of the same class",
+        "block_knn_delta": "k-NN gained by block {block}",
+        "block_mean": "mean of block {block}",
+        "block_variance": "variance of block {block}",
+        "block_effective_rank": "effective rank of block {block}",
+        "block_reconstruction": "reconstruction loss of block {block}",
+        "block_reconstruction_delta": "reconstruction gained by block {block}",
+        "suite_average": "average",
+        "suite_rank": "average rank",
+        "knn_leave_one_out": "k-NN, leaving one out",
+        "assessed_rank": "rank by {by}",
+        "segment_miou": "mean IoU",
+        "segment_micro_iou": "micro IoU",
+        "segment_accuracy": "pixel accuracy",
+        "segment_iou": "IoU",
+        "block_segment_miou": "mean IoU of block {block}",
+        "block_segment_micro_iou": "micro IoU of block {block}",
+        "block_segment_accuracy": "pixel accuracy of block {block}",
+    }
+)
 UNDEFINED = "undefined: the features do not vary, or classes have the same mean"
 _SMALL = {"davies_bouldin", "cluster_davies_bouldin", "block_reconstruction"}
-LOWER_IS_BETTER = _SMALL | {"suite_rank", "robust_mce", "robust_drop", "assessed_rank", "uniformity", "hubness"}
+LOWER_IS_BETTER = _SMALL | {
+    *("suite_rank", "robust_mce", "robust_drop", "assessed_rank"),
+    *("uniformity", "hubness", "block_uniformity", "block_hubness"),
+}
 # Neither percentages nor of a known size.
 STATISTICS = {
     *("feature_variance", "effective_rank", "block_mean", "block_variance", "block_effective_rank"),
     *("block_knn_delta", "block_reconstruction_delta"),
     *("rankme", "lidar", "alpha_req", "correlation_rank", "uniformity", "hubness", "assessed_rank"),
+    *("block_rankme", "block_lidar", "block_alpha_req", "block_correlation_rank", "block_uniformity", "block_hubness"),
 }
 # Results of a measurement, as opposed to its settings.
 _MEASURED = ("model", "metric", "value", "mean", "std", "splits", "runs")

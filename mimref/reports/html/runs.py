@@ -14,12 +14,14 @@ from mimref.config.base import CommandConfig, Section
 from mimref.config.load import setting_fields
 from mimref.config.recipe import Derived
 from mimref.errors import OutputError
+from mimref.evaluation.assess.config import AssessConfig
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.exhibits.contents import Exhibits
 from mimref.pretraining.config import PretrainConfig
 from mimref.refinement.config import RefineConfig
+from mimref.reports.assessment import block_rows
 from mimref.results import Row
 from mimref.transfer.finetune.config import FinetuneConfig
 from mimref.transfer.segment.config import SegmentConfig
@@ -29,7 +31,7 @@ RESULTS, LOG, SETTINGS = "results.json", "metrics.jsonl", "config.toml"
 _MODELS: Mapping[str, type[CommandConfig]] = {
     model.command: model
     for model in (
-        *(RefineConfig, PretrainConfig, CompareConfig, BlocksConfig, ClusterConfig),
+        *(RefineConfig, PretrainConfig, CompareConfig, BlocksConfig, AssessConfig, ClusterConfig),
         *(SuiteConfig, FinetuneConfig, SegmentConfig),
     )
 }
@@ -132,6 +134,8 @@ def _finished(folder: Path) -> Run:
     notes = [] if exhibits else ["The folder holds no images (exhibits.json): neither map nor galleries are shown."]
     log = _read_log(folder / LOG, finished=True)[0] if (folder / LOG).is_file() else []
     rows = [{key: math.nan if value is None else value for key, value in row.items()} for row in found.metrics]
+    if found.command == AssessConfig.command:
+        rows = block_rows(rows) or rows
     bad = [(each.path, each.reason) for each in found.bad_images]
     return Run(
         *(folder, found.command, True, found.config, rows, log, bad, found.elapsed_s, found.version, found.versions),
