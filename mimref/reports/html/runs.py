@@ -37,6 +37,8 @@ _MODELS: Mapping[str, type[CommandConfig]] = {
 }
 COMMANDS = (*_MODELS, "robustness")
 """Whose runs have a report."""
+WITH_IMAGES = ("refine", "pretrain", "compare", "analyze-blocks", "cluster")
+"""Commands that write exhibits.json."""
 # What a line of the log names its job, to the command: all that tells of an unfinished run's command.
 _COMMAND_OF_STAGE = {"heads": "refine", "encoder": "refine", "pretrain": "pretrain", "finetune": "finetune"}
 MOST_CHARACTERS = 1000
@@ -131,7 +133,11 @@ def _finished(folder: Path) -> Run:
     if found.command not in COMMANDS:
         raise OutputError(f"{file}: results of {found.command!r}; reports show those of {', '.join(COMMANDS)}")
     exhibits = Exhibits.read(folder)
-    notes = [] if exhibits else ["The folder holds no images (exhibits.json): neither map nor galleries are shown."]
+    notes = (
+        []
+        if exhibits or found.command not in WITH_IMAGES
+        else ["The folder holds no images (exhibits.json): neither map nor galleries are shown."]
+    )
     log = _read_log(folder / LOG, finished=True)[0] if (folder / LOG).is_file() else []
     rows = [{key: math.nan if value is None else value for key, value in row.items()} for row in found.metrics]
     if found.command == AssessConfig.command:
