@@ -13,18 +13,21 @@ from mimref.files import write_bytes
 from mimref.progress import Listener, Silent, optional
 from mimref.training.trackers import Tracker, open_tracker, scalars
 
-# What a line for people has room for, if it was measured.
-_SHOWN = {
+# The main measures of a check first; a line for people has no room for the others.
+_MAIN = {
     "knn_top1": "k-NN top-1",
     "neighbour_consistency": "neighbour consistency",
     "effective_rank": "effective rank",
     "feature_variance": "feature variance",
 }
+_DETAILS = {"rankme", "lidar", "alpha_req", "correlation_rank", "uniformity", "view_retrieval", "hubness"}
 
 
 def readable(values: Mapping[str, float]) -> str:
-    """The main ones of a monitor's values on one line, for people."""
-    return ", ".join(f"{label} {values[name]:.4g}" for name, label in _SHOWN.items() if name in values)
+    """A monitor's values on one line, for people; metrics.jsonl has them all."""
+    others = sorted(values.keys() - _MAIN.keys() - _DETAILS, reverse=True)
+    labels = _MAIN | {name: name.replace("_", " ") for name in others}
+    return ", ".join(f"{label} {values[name]:.4g}" for name, label in labels.items() if name in values)
 
 
 class MetricsLog:
