@@ -122,7 +122,7 @@ class Exhibits:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
-            reason = _first_problem(error)
+            reason = first_problem(error)
             raise OutputError(f"{file}: damaged ({reason}); remove it to do without its images") from error
 
     @classmethod
@@ -189,8 +189,8 @@ class _Document:
 _DOCUMENT = TypeAdapter(_Document)
 
 
-def _first_problem(error: OSError | ValueError | RecursionError) -> str:
-    """One line."""
+def first_problem(error: OSError | ValueError | RecursionError) -> str:
+    """What is wrong with a file of a run, on one line."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

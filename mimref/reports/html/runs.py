@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass as checked
 
 from mimref.config.base import CommandConfig, Section
@@ -18,7 +18,7 @@ from mimref.evaluation.assess.config import AssessConfig
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.config import CompareConfig
-from mimref.evaluation.exhibits.contents import Exhibits
+from mimref.evaluation.exhibits.contents import Exhibits, first_problem
 from mimref.pretraining.config import PretrainConfig
 from mimref.refinement.config import RefineConfig
 from mimref.reports.assessment import block_rows
@@ -129,7 +129,7 @@ def _finished(folder: Path) -> Run:
         if any("metric" not in row or isinstance(row.get("value", ""), str) for row in found.metrics):
             raise ValueError("a row of metrics without a metric or a value")
     except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(f"{file}: damaged ({_first_problem(error)}); run the command again") from error
+        raise OutputError(f"{file}: damaged ({first_problem(error)}); run the command again") from error
     if found.command not in COMMANDS:
         raise OutputError(f"{file}: results of {found.command!r}; reports show those of {', '.join(COMMANDS)}")
     exhibits = Exhibits.read(folder)
@@ -181,18 +181,10 @@ def _read_log(file: Path, *, finished: bool) -> tuple[list[LogLine], bool]:
             if not isinstance(epoch, int | float) or not math.isfinite(epoch):
                 raise ValueError("no epoch")
         except (ValueError, RecursionError) as error:
-            reason = f"line {number}: {_first_problem(error)}"
+            reason = f"line {number}: {first_problem(error)}"
             raise OutputError(f"{file}: damaged ({reason}); remove the file to do without it") from error
         lines.append(values)
     return lines, bool(rest)
-
-
-def _first_problem(error: OSError | ValueError | RecursionError) -> str:
-    """One line."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(error.strerror if isinstance(error, OSError) else error)
 
 
 # --- settings
