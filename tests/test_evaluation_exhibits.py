@@ -10,7 +10,7 @@ from PIL import Image
 
 from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
-from mimref.evaluation.cluster.kmeans import fit_kmeans, inertia
+from mimref.evaluation.cluster.kmeans import distances, fit_kmeans, inertia
 from mimref.evaluation.exhibits import maps, thumbnails
 from mimref.evaluation.exhibits.galleries import choose_queries, confusions, describe_clusters, nearest
 from mimref.evaluation.exhibits.maps import arrange, map_rows, principal_components
@@ -191,7 +191,7 @@ def test_clusters_are_those_of_a_plain_loop():
     x = rng.normal(size=(90, 3)).astype(np.float32)
     y = rng.integers(0, 3, 90)
     assigned, centres = fit_kmeans(x, 4, 0, seed=1)
-    found = describe_clusters(x, assigned, centres, y, lambda label: "abc"[label])
+    found = describe_clusters(assigned, distances(x, assigned, centres), y, lambda label: "abc"[label])
     assert sum(each.size for each in found) == 90
     assert [each.size for each in found] == sorted((each.size for each in found), reverse=True)
     for each in found:
@@ -212,7 +212,9 @@ def test_clusters_are_those_of_a_plain_loop():
 
 def test_clusters_without_labels_have_no_purity():
     x = np.array([[0.0], [0.1], [5.0]], dtype=np.float32)
-    found = describe_clusters(x, np.array([2, 2, 0]), np.array([[5.0], [9.0], [0.05]]), None, str)
+    assigned = np.array([2, 2, 0])
+    away = distances(x, assigned, np.array([[5.0], [9.0], [0.05]]))
+    found = describe_clusters(assigned, away, None, str)
     assert [(each.number, each.size, each.label, each.purity) for each in found] == [
         (2, 2, None, None),
         (0, 1, None, None),

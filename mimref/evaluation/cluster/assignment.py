@@ -7,11 +7,10 @@ from io import StringIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mimref.evaluation.cluster.kmeans import fit_kmeans
+from mimref.evaluation.cluster.kmeans import distances, fit_kmeans
 from mimref.evaluation.exhibits.collect import BestRun
 from mimref.evaluation.exhibits.contents import Cluster, Thumbnail
 from mimref.evaluation.exhibits.galleries import describe_clusters
-from mimref.evaluation.metrics import row_blocks
 from mimref.evaluation.thumbnails import MOST_PICTURES, most_per_group, thumbnail
 from mimref.features.collection import Part
 from mimref.features.matrix import Labels
@@ -57,17 +56,12 @@ class Assignment:
 def assign(points: NDArray[np.float32], run: BestRun, images: Part, rows: Labels, *, pictures: bool) -> Assignment:
     """The clusters of a run on unit rows (N, D), which are these rows of the images. pictures: make thumbnails too."""
     cluster, centres = fit_kmeans(points, run.clusters, run.number, run.seed)
-    distance = np.concatenate(
-        [
-            np.linalg.norm(points[part].astype(np.float64) - centres[cluster[part]], axis=1)
-            for part in row_blocks(points)
-        ]
-    )
+    distance = distances(points, cluster, centres)
     y, names = images.features.y, [images.class_name(int(row)) for row in rows]
     class_names = None if y is None else [str(name) for name in names]
     known = {} if y is None else {int(label): str(name) for label, name in zip(y[rows], names, strict=True)}
     labels = None if y is None else y[rows]
-    clusters = describe_clusters(points, cluster, centres, labels, lambda label: known[label])
+    clusters = describe_clusters(cluster, distance, labels, lambda label: known[label])
     shown = [[*each.central, *each.outlying] for each in clusters]
     shown = shown[: most_per_group(map(len, shown), MOST_PICTURES)] if pictures else []
     made = {

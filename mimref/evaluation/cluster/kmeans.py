@@ -9,7 +9,7 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from mimref.evaluation.metrics import row_blocks
-from mimref.features.matrix import Labels
+from mimref.features.matrix import Labels, Matrix
 
 
 def fit_kmeans(x: NDArray[np.float32], clusters: int, number: int, seed: int) -> tuple[Labels, NDArray[np.float64]]:
@@ -25,6 +25,11 @@ def fit_kmeans(x: NDArray[np.float32], clusters: int, number: int, seed: int) ->
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x)
     return model.labels_.astype(np.int64), model.cluster_centers_.astype(np.float64)
+
+
+def distances(x: Matrix, labels: Labels, centres: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,) Euclidean distance of every row of x (N, D) from the centre of its cluster."""
+    return np.concatenate([np.linalg.norm(x[rows] - centres[labels[rows]], axis=1) for rows in row_blocks(x)])
 
 
 def inertia(x: NDArray[np.float32], labels: Labels, centres: NDArray[np.float64]) -> float:

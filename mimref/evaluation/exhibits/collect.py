@@ -12,7 +12,7 @@ from mimref.data.labels import Indices, fixed_choice
 from mimref.data.sources import ImageSource, Subset
 from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
-from mimref.evaluation.cluster.kmeans import fit_kmeans, inertia
+from mimref.evaluation.cluster.kmeans import distances, fit_kmeans, inertia
 from mimref.evaluation.exhibits.contents import Cluster, Confusion, Exhibits
 from mimref.evaluation.exhibits.galleries import (
     MOST_CLUSTERS,
@@ -207,9 +207,8 @@ class Exhibition:
         """Of the evaluation's own best run."""
         self._note(f"Clusters: the best of {best.runs} k-means runs on the {len(x)} {self.what}.")
         points = unit_rows(x)
-        found = describe_clusters(
-            points, *fit_kmeans(points, best.clusters, best.number, best.seed), models.y, models.name
-        )
+        assigned, centres = fit_kmeans(points, best.clusters, best.number, best.seed)
+        found = describe_clusters(assigned, distances(points, assigned, centres), models.y, models.name)
         if len(found) > MOST_CLUSTERS:
             self._note(f"The {MOST_CLUSTERS} largest clusters are shown.")
         return found[:MOST_CLUSTERS]
@@ -224,9 +223,9 @@ class Exhibition:
             self._note("No clusters: there are too few images.")
             return []
         runs = [fit_kmeans(points, clusters, number, self.seed) for number in range(OWN_RUNS)]
-        best = min(runs, key=lambda run: inertia(points, *run))
+        assigned, centres = min(runs, key=lambda run: inertia(points, *run))
         self._note(f"Clusters: the best of {OWN_RUNS} k-means runs on the {len(rows)} images of the maps.")
-        found = describe_clusters(points, *best, y, models.name)
+        found = describe_clusters(assigned, distances(points, assigned, centres), y, models.name)
         return [
             replace(each, central=rows[each.central].tolist(), outlying=rows[each.outlying].tolist()) for each in found
         ]

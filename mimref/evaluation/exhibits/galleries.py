@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from mimref.data.labels import Indices
 from mimref.evaluation.exhibits.contents import Cluster, Confusion
 from mimref.evaluation.knn.protocol import find_neighbours
-from mimref.evaluation.metrics import row_blocks
 from mimref.features.matrix import Labels, Matrix
 
 QUERIES = 12
@@ -64,16 +63,13 @@ def confusions(y: Labels, predicted: Labels, rows: Indices, name: Callable[[int]
 
 
 def describe_clusters(
-    x: Matrix, assigned: Labels, centres: NDArray[np.float64], y: Labels | None, name: Callable[[int], str]
+    assigned: Labels, distances: NDArray[np.float64], y: Labels | None, name: Callable[[int], str]
 ) -> list[Cluster]:
     """What is in every cluster that has images, the largest first.
 
-    x (N, D): the features that were clustered. assigned (N,): their clusters, rows of `centres`. y (N,): labels, which
-    `name` names, or None. An image is central or outlying, not both.
+    assigned (N,): the images' clusters. distances (N,): from their centres. y (N,): labels, which `name` names, or
+    None. An image is central or outlying, not both.
     """
-    distances = np.concatenate(
-        [np.linalg.norm(x[rows].astype(np.float64) - centres[assigned[rows]], axis=1) for rows in row_blocks(x)]
-    )
     found: list[Cluster] = []
     for number, size in zip(*np.unique(assigned, return_counts=True), strict=True):
         members = np.flatnonzero(assigned == number)
