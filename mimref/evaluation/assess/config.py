@@ -27,4 +27,4 @@ class AssessConfig(EncoderPassConfig):
     """That checkpoints and blocks are ranked by."""
     views: ViewsConfig = ViewsConfig()
     """The two augmented views, those of refinement without its local ones. Colours that are not set are off for gray
-    images, and blur for images of fewer than 64 pixels."""
+    images, and blur for views of fewer than 64 pixels."""
