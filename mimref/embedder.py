@@ -66,14 +66,14 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         """Read the encoder. X is looked at no further than its types and shapes; y is ignored."""
         self.__dict__.pop("_loaded", None)
         inputs, _ = self._encoder(known=None)
-        GivenSource(X, _decoding(inputs))
+        GivenSource(X, Decoding.of(inputs.data))
         self.weights_: str = inputs.checkpoint.fingerprint
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Features (N, D) of the images, in their order."""
         inputs, columns = self._encoder(known=getattr(self, "weights_", None))
-        source = GivenSource(X, _decoding(inputs))
+        source = GivenSource(X, Decoding.of(inputs.data))
         own = inputs.with_images(source)
         own.prepare(columns, ["val"])
         return own.features("val").stacked([columns])
@@ -172,9 +172,3 @@ def _blocks(blocks: str | int | Sequence[int]) -> str:
         return ",".join(str(index(number)) for number in numbers)
     except TypeError:
         raise ConfigError(f"blocks {blocks!r}: expected last, last4, all or blocks such as [1, 5, 12]") from None
-
-
-def _decoding(inputs: EncoderInputs) -> Decoding:
-    """As the checkpoint's header records it."""
-    data = inputs.data
-    return Decoding(data.orientation or "file", data.alpha or "drop", data.range or "type")

@@ -76,7 +76,7 @@ def open_source(
             raise DataError(f"{no_labels(split)}; {how_to_label(source, spec)}")
     except DataError as error:
         raise type(error)(f"--data {printable(spec)}: {error}") from error
-    source.decoding = Decoding(data.orientation or "file", data.alpha or "drop", data.range or "type")
+    source.decoding = Decoding.of(data)
     if split == "train" and data.train_limit is not None:
         source.select(first_images(len(source), source.labels, limit=data.train_limit))
     return source

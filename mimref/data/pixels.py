@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from mimref.config.base import DataConfig
 from mimref.data.traits import FLAT, NARROW, TRANSPARENT, WIDE
 
 _ORIENTATION = 0x0112
@@ -32,13 +33,20 @@ class Decoding:
     alpha: str = "drop"
     range: str = "type"
 
+    @classmethod
+    def of(cls, data: DataConfig) -> "Decoding":
+        """Of the settings; where they choose nothing, the defaults."""
+        return cls(**{key: getattr(data, key) or value for key, value in asdict(USUAL).items()})
+
     def changes(self) -> dict[str, str]:
         """The choices that are not the default."""
-        usual = asdict(Decoding())
+        usual = asdict(USUAL)
         return {key: value for key, value in asdict(self).items() if value != usual[key]}
 
 
 USUAL = Decoding()
+DECODING = tuple(asdict(USUAL))
+"""Names of the settings."""
 
 
 def to_rgb(

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from mimref.config.base import DataConfig
 from mimref.data.open import ACCEPTED, absolute_spec
+from mimref.data.pixels import DECODING
 from mimref.data.transforms import RGB, EvalTransform
 from mimref.encoders.backbones import BackboneArchitecture, timm_record
 from mimref.encoders.vit import Architecture
@@ -15,7 +16,6 @@ from mimref.errors import CheckpointError, ConfigError
 
 _IMAGES = ("spec", "root", "train_limit")
 _COLUMNS = ("image", "label")
-_DECODING = ("orientation", "alpha", "range")
 
 
 def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
@@ -25,7 +25,7 @@ def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
     images, CheckpointError when the record cannot be read.
     """
     recorded = header.get("data") or {}
-    keys = _DECODING if data.spec is not None else (*_IMAGES, *_COLUMNS, *_DECODING)
+    keys = DECODING if data.spec is not None else (*_IMAGES, *_COLUMNS, *DECODING)
     missing = [key for key in keys if getattr(data, key) is None]
     if data.spec is not None and not (isinstance(recorded, Mapping) and recorded.keys() & missing):
         return data
@@ -44,7 +44,7 @@ def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
 def data_record(data: DataConfig) -> dict[str, Any]:
     """What a header records of the data, for `resolve_data`; folders as absolute paths."""
     recorded = {key: getattr(data, key) for key in _IMAGES}
-    optional = (*_COLUMNS, *_DECODING)
+    optional = (*_COLUMNS, *DECODING)
     recorded |= {key: value for key in optional if (value := getattr(data, key)) is not None}
     if data.root is not None:
         recorded["root"] = os.path.abspath(os.path.expanduser(data.root))

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mimref import __version__
 from mimref.data.decode import printable
+from mimref.data.pixels import DECODING
 from mimref.reports.metrics import format_value, is_undefined, metric_label
 from mimref.results import Row
 from mimref.sharing.layout import Layout, Subject
@@ -173,4 +174,4 @@ def _table(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
 
 def _decoding(facts: Mapping[str, Any]) -> dict[str, Any]:
     data = facts.get("data", {})
-    return {key: data[key] for key in ("orientation", "alpha", "range") if key in data}
+    return {key: data[key] for key in DECODING if key in data}

@@ -11,12 +11,12 @@ from typing import Any
 import tomli_w
 
 from mimref.data.open import NAMES, is_hub_name
+from mimref.data.pixels import DECODING
 from mimref.encoders.checkpoints import Checkpoint
 from mimref.encoders.published import find_published
 from mimref.results import Row, main_rows
 
 _NAMED = (*NAMES, "torchvision:", "vtab:", "vtab1k:")
-_DECODING = ("orientation", "alpha", "range")
 # On Hugging Face's hub, the same weights as the published files of these names.
 _BASE_MODELS = {
     "mae_b16": "facebook/vit-mae-base",
@@ -88,7 +88,7 @@ def shareable_data(recorded: object) -> dict[str, Any]:
         return {}
     spec = recorded.get("spec")
     keys = ("spec", "train_limit", "image", "label") if isinstance(spec, str) and is_public(spec) else ()
-    return {key: recorded[key] for key in (*keys, *_DECODING) if recorded.get(key) is not None}
+    return {key: recorded[key] for key in (*keys, *DECODING) if recorded.get(key) is not None}
 
 
 def _results(file: Path) -> dict[str, Any]:

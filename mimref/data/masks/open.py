@@ -49,7 +49,7 @@ def open_pairs(
             raise DataError(f"no such folder (accepted: {ACCEPTED})")
     except DataError as error:
         raise type(error)(f"--data {printable(spec)}: {error}") from error
-    pairs.images.decoding = Decoding(data.orientation or "file", data.alpha or "drop", data.range or "type")
+    pairs.images.decoding = Decoding.of(data)
     if split == "train" and data.train_limit is not None:
         pairs.select(first_images(len(pairs), None, limit=data.train_limit))
     return pairs
