@@ -53,7 +53,7 @@ class OneAfterAnother:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | NDArray[np.int64], /) -> NDArray[Any]:
-        wanted = np.arange(len(self))[rows]
+        wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.arange(len(self))[rows]
         out, start = np.empty((len(wanted), self.shape[1]), self.dtype), 0
         for part in self.parts:
             here = (wanted >= start) & (wanted < start + len(part))

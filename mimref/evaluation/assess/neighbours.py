@@ -16,8 +16,8 @@ from mimref.features.matrix import Labels, Matrix
 
 UNIFORMITY_T = 2.0
 """Of the Gaussian potential (Wang & Isola 2020)."""
-# Rows whose similarities to all images are computed at once.
-_CHUNK = 1024
+# Of pairs of images, computed at once: 32 MB.
+_SIMILARITIES = 1 << 23
 
 
 def fitting_k(k: int, images: int) -> int:
@@ -90,9 +90,10 @@ def uniformity(x: Matrix) -> float:
 
 def _log_potential(unit: NDArray[np.float32]) -> float:
     count, total = len(unit), 0.0
-    for start in range(0, count, _CHUNK):
+    step = max(1, _SIMILARITIES // count)
+    for start in range(0, count, step):
         # On the unit sphere, d^2 = 2 - 2 cos.
-        cosine: NDArray[Any] = unit[start : start + _CHUNK] @ unit.T
+        cosine: NDArray[Any] = unit[start : start + step] @ unit.T
         total += float(np.exp(2 * UNIFORMITY_T * (cosine - 1)).sum(dtype=np.float64))
     norms = np.square(unit, dtype=np.float64).sum(axis=1)
     total -= float(np.exp(2 * UNIFORMITY_T * (norms - 1)).sum())  # each image with itself

@@ -57,7 +57,7 @@ def retrieval(
     check_recall(recall_at, len(labels))
     target = resolve_device(device)
     mean, std = mean_and_std(train_x) if standardize else (None, None)
-    train_ND = unit_tensor(train_x[:], mean, std).to(target)
+    train_ND = unit_tensor(train_x, mean, std).to(target)
     train_y_N = torch.from_numpy(labels).to(target)
     relevant_C = torch.bincount(train_y_N, minlength=len(classes))
     step = max(LEAST_ROWS, SORTED_AT_ONCE // len(labels))
