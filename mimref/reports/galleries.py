@@ -1,6 +1,5 @@
 """Galleries of images, as a self-contained HTML page and as a PNG: what a search has found, what is in clusters."""
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from mimref.data.decode import printable
 from mimref.evaluation.cluster.assignment import Assignment
 from mimref.evaluation.exhibits.contents import Thumbnail
 from mimref.evaluation.search.protocol import SearchResult
 from mimref.files import write_bytes
 from mimref.reports.figures import COLORS, DPI, INK, save_figure
+from mimref.reports.html.environment import page_environment
 from mimref.reports.metrics import short_name
 
 PNG_STRIPS = 20
@@ -108,16 +106,7 @@ def write_gallery(path: Path, title: str, strips: Sequence[Strip], notes: Sequen
 
     Raises OutputError if it cannot be written.
     """
-    pages = Environment(
-        loader=PackageLoader("mimref.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        # Names on one line, without characters that could turn a line around.
-        finalize=lambda value: printable(value) if isinstance(value, str) else value,
-    )
-    pages.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
-    text = pages.get_template("gallery.html").render(title=title, strips=strips, notes=notes)
+    text = page_environment().get_template("gallery.html").render(title=title, strips=strips, notes=notes)
     write_bytes(path, text.encode())
 
 

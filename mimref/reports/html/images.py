@@ -1,6 +1,5 @@
 """The thumbnails of a page, as text, within what the page may still take."""
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from mimref.evaluation.exhibits.contents import Thumbnail
+from mimref.reports.html.environment import base64_text
 
 # Longest side and quality of WebP, whose files lack the 600 bytes of tables of a JPEG; tried in this order.
 SMALLER = ((48, 60), (48, 35), (40, 30), (32, 25), (24, 20), (16, 10))
@@ -44,7 +44,7 @@ def encode(images: Sequence[Thumbnail], most_bytes: int) -> Pool:
 
 
 def _encoded(files: Sequence[bytes]) -> list[str]:
-    return [base64.b64encode(file).decode("ascii") for file in files]
+    return [base64_text(file) for file in files]
 
 
 def _size(files: Sequence[bytes]) -> int:

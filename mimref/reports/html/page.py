@@ -1,6 +1,5 @@
 """One self-contained HTML page of one or several runs: `report.html`."""
 
-import base64
 import hashlib
 import json
 from collections.abc import Sequence
@@ -8,13 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mimref.data.decode import printable
 from mimref.evaluation.exhibits.contents import Thumbnail
 from mimref.files import write_bytes
 from mimref.reports.html.charts import Chart, block_charts, log_charts, map_chart, run_names
+from mimref.reports.html.environment import base64_text, page_environment
 from mimref.reports.html.images import Pool, encode
 from mimref.reports.html.runs import Run, settings
 from mimref.reports.html.tables import block_tables, facts, results_table, short
@@ -36,15 +34,7 @@ def write_report(path: Path, runs: Sequence[Run]) -> None:
 
 def make_page(runs: Sequence[Run]) -> str:
     """The page, of less than `MOST_BYTES`. Maps and galleries are shown of a single run only."""
-    environment = Environment(
-        loader=PackageLoader("mimref.reports.html"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Whatever users have named: on one line, without characters that could turn a line around.
-        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
+    environment = page_environment()
     environment.filters |= {"short": short, "right": _right}
     template = environment.get_template("page.html")
     content = _content(runs)
@@ -82,9 +72,6 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "block_tables": block_tables(runs),
         "charts": charts,
         "exhibits": exhibits,
-        "models": list(dict.fromkeys(model for query in exhibits.queries for model in query.neighbours))
-        if exhibits
-        else [],
         "most_listed": MOST_LISTED,
         "styles": _text("style.css"),
         "library": library(),
@@ -136,8 +123,7 @@ def _policy() -> str:
     Vega compiles its expressions, hence `unsafe-eval`; it and browsers set styles of elements.
     """
     hashes = [
-        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-        for script in (library(), _text("page.js"))
+        f"'sha256-{base64_text(hashlib.sha256(script.encode()).digest())}'" for script in (library(), _text("page.js"))
     ]
     scripts = " ".join([*hashes, "'unsafe-eval'"])
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {scripts}"
