@@ -25,7 +25,8 @@ def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned, "image_seconds", lambda *_: 0.5)
 
 
-def test_pretraining(data: Path, known_times: None) -> None:
+def test_pretraining(data: Path, known_times: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "image_seconds", lambda *_: 0.1)
     config = pretrain_config(data, monitor__knn_every_epochs=2)
     facts = describe_pretraining(pretraining_plan(config, Silent(), Checks()))
     # Patches 3 x 16 x 32 + 32, CLS 32, positions 17 x 32, two blocks of 12 x 32^2 + 13 x 32, norm 64.
@@ -35,8 +36,8 @@ def test_pretraining(data: Path, known_times: None) -> None:
         "images of 16 pixels in 16 patches of 4, 12 of them hidden"
     )
     assert facts["images"] == f"48 of {data}, batches of 12" and facts["steps"] == "12 in 3 epochs"
-    # 12 steps of 2 s; checks of 48 + 16 images after epochs 2 and 3.
-    assert facts["time"] == ("about 88 s on this machine: 24 s of training (2,000 ms per step) and 64 s of checks")
+    # 12 steps of 2 s; checks of 48 + 16 images, and of two views of 48, after epochs 2 and 3.
+    assert facts["time"] == ("about 56 s on this machine: 24 s of training (2,000 ms per step) and 32 s of checks")
 
 
 def test_finetuning_in_splits(data: Path, known_times: None, tmp_path: Path) -> None:

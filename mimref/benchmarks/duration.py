@@ -82,9 +82,8 @@ def step_seconds(job: Stage) -> float:
 def _passes_seconds(plan: Plan, method: Method) -> float:
     config, images = plan.config, len(plan.source)
     monitor = KnnMonitor(config, plan.source, plan.transform, method.device, method.precision, note=lambda _: None)
-    checked = len(monitor.train) + (len(monitor.test) if monitor.test else 0)
     every = config.monitor.knn_every_epochs if plan.encoder_steps else 0
-    seen = checked * (1 + -(-config.encoder_stage.epochs // every)) if every else 0
+    seen = monitor.images_per_check * (1 + -(-config.encoder_stage.epochs // every)) if every else 0
     if config.evaluate.enabled and monitor.val and plan.encoder_steps:
         seen += 2 * (images + len(monitor.val))
 

@@ -23,8 +23,7 @@ def describe_pretraining(plan: PretrainingPlan) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         job = Pretraining(TrainingRun(config, Path(folder), None), plan)
         every = config.monitor.knn_every_epochs
-        checked = len(job.monitor.train) + (len(job.monitor.test) if job.monitor.test else 0)
-        seen = checked * -(-config.mae.epochs // every) if every else 0
+        seen = job.monitor.images_per_check * -(-config.mae.epochs // every) if every else 0
         passes_s = seen * image_seconds(job.model.encoder, plan.source, job.monitor.settings, architecture.depth)
         encoder, decoder = (
             sum(weight.numel() for weight in part.parameters()) for part in (job.model.encoder, job.model.decoder)

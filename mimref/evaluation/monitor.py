@@ -78,6 +78,11 @@ class KnnMonitor:
         self.views, self.view_samples, self.seed = views or config.views, config.monitor.view_samples, config.seed
         self.test = None if self.val is None else fixed_subset(self.val, -(-config.monitor.knn_samples // 4))
 
+    @property
+    def images_per_check(self) -> int:
+        """That pass through the encoder in a check, two views of an image counted twice."""
+        return len(self.train) + (len(self.test) if self.test else 0) + 2 * min(self.view_samples, len(self.train))
+
     def check(self, encoder: Encoder) -> dict[str, float]:
         """What the last block's raw output is like, without values that are not finite.
 
