@@ -77,7 +77,7 @@ class RefineOptions(Weights, MicroBatch, TrainingOptions, panel="Training"):
         """The preset that the options ask for; None where a recipe derives the settings."""
         from mimref.config.presets import choose_refine_preset
 
-        preset = choose_refine_preset(self.preset, self.arch, self.source, self.weights, self.data)
+        preset = choose_refine_preset(self.preset, self.arch, self.source, self.weights, self.named_data)
         if preset is None and self.arch is None and self.weights is None:
             self.weights = "quickstart"
         return preset

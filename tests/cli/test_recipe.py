@@ -57,6 +57,8 @@ def test_a_preset_is_adapted_or_with_strict_refused(
 
 
 def test_images_of_ones_own_and_the_packaged_encoder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["refine", "--data", str(folder / "data"), "--dry-run", *SHORT]) == 0
-    text = capsys.readouterr().out
-    assert "8 blocks of width 96" in text and "views.flip" not in text and "  batch_size  " in text
+    data = str(folder / "data")
+    for named in (["--data", data], ["--set", f"data.spec={data}"]):
+        assert run(["refine", *named, "--dry-run", *SHORT]) == 0
+        text = capsys.readouterr().out
+        assert "8 blocks of width 96" in text and "views.flip" not in text and "  batch_size  " in text
