@@ -95,6 +95,11 @@ def test_patches_are_the_first_that_give_the_grid() -> None:
     assert [patch_size(side, 8) for side in sizes] == [4, 4, 8, 8, 8, 16, 16]
 
 
+@pytest.mark.parametrize(("width", "heads"), [(32, 1), (96, 3), (100, 2), (128, 2), (192, 3), (260, 5)])
+def test_heads_divide_any_width(width: int, heads: int) -> None:
+    assert fitted(7000, 75, CPU, encoder__width=width).encoder.num_heads == heads
+
+
 def test_what_the_user_sets_stays_and_leads() -> None:
     config = fitted(7000, 75, CPU, batch_size=32, mae__epochs=10, encoder__width=64, encoder__image_size=32)
     encoder = config.encoder

@@ -56,6 +56,10 @@ class Recipe(Generic[C]):
         if is_adaptable(self.config, setting) and get(self.config, setting) != value:
             self._put(Derived(setting, value, rule, get(self.config, setting)))
 
+    def before(self, setting: str) -> Any:
+        """The preset's value of a setting that was adapted; None for any other."""
+        return next((each.before for each in self.derived if each.setting == setting), None)
+
     def finish(self) -> C:
         """The checked settings. Raises ConfigError for values of the user that do not fit each other."""
         checked = validated(type(self.config), self.config.model_dump(exclude_unset=True))

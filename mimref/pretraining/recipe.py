@@ -132,8 +132,9 @@ def _derive_encoder(recipe: Rules, images: int, side: int, machine: Machine) -> 
     recipe.derive("encoder.width", width, rule)
     recipe.derive("encoder.depth", depth, rule)
     width = recipe.config.encoder.width or width
-    channels = 64 if width % 64 == 0 else 32
-    recipe.derive("encoder.num_heads", max(1, width // channels), f"{channels} channels each")
+    most = max(1, width // (64 if width % 64 == 0 else 32))
+    heads = next(number for number in range(most, 0, -1) if width % number == 0)
+    recipe.derive("encoder.num_heads", heads, f"{width // heads} channels each")
     encoder = recipe.config.encoder
     is_paper = (encoder.width, encoder.depth, encoder.num_heads, encoder.patch_size) == PAPER_SIZES["vit_b16"]
     recipe.derive("encoder.arch", "vit_b16" if is_paper else "custom", "the name of these sizes")
@@ -179,8 +180,7 @@ def _choose_rate(recipe: Rules) -> None:
     rule = f"MAE's, whose product with the batch follows the root of {batch} images"
     rule += f", and is higher for a width of {width}" if width < PAPER_WIDTH else ""
     recipe.derive("mae.lr", base_rate(batch, width), rule)
-    before = next((each.before for each in recipe.derived if each.setting == "batch_size"), None)
-    if before is not None:
+    if (before := recipe.before("batch_size")) is not None:
         rate = two_digits(recipe.config.mae.lr * (before / batch) ** 0.5)
         recipe.adapt("mae.lr", rate, "its product with the batch follows the root of the batch")
 

@@ -124,7 +124,7 @@ def _derive(recipe: Recipe[RefineConfig], architecture: Architecture, source: Im
     _derive_sizes(recipe, images)
     _derive_training(recipe, architecture, images)
     _derive_views(recipe, architecture, seen)
-    _derive_evaluation(recipe, images, min(architecture.image_size, seen.side or _IMAGENET), crop_known)
+    _derive_evaluation(recipe, images, min(architecture.image_size, seen.side or architecture.image_size), crop_known)
     if resolve_device(recipe.config.device).type == "cuda":
         recipe.derive("micro_batch", "auto", "the largest that fits the GPU's memory; the result is the same")
 
@@ -145,7 +145,7 @@ def _derive_heads(recipe: Recipe[RefineConfig], architecture: Architecture, sour
         recipe.derive("heads.blocks", last_third(architecture.depth), "the last third of the blocks, as in the paper")
     width = architecture.width
     hidden, predictor, output = head_widths(width)
-    why = "the paper's" if hidden == 2048 else f"4 times the encoder's width of {width}, as a power of two"
+    why = "the paper's" if hidden == 2048 else f"4 times the encoder's width of {width}, as a power of two from 256 on"
     recipe.derive("heads.projector_hidden", hidden, why)
     recipe.derive("heads.predictor_hidden", predictor, "twice the projector's width, as in the paper")
     recipe.derive("heads.output", output, "the paper's" if output == 256 else "half the paper's, for small heads")

@@ -153,8 +153,7 @@ def _choose_rate(recipe: Rules, labelled: Labelled, width: int) -> None:
     else:
         rule = f"iNat18's and VTAB-1K's few labels, for batches of {batch} and a width of {width}"
     recipe.derive(setting, base_rate(labelled, batch, width), rule)
-    before = next((each.before for each in recipe.derived if each.setting == "batch_size"), None)
-    if before is not None:
+    if (before := recipe.before("batch_size")) is not None:
         rate = two_digits(recipe.config.finetune.lr * (before / batch) ** 0.5)
         recipe.adapt(setting, rate, "its product with the batch follows the root of the batch")
 
