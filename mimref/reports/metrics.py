@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from mimref.data.decode import printable
+from mimref.evaluation.assess.measures import LOWER_IS_BETTER as MEASURES_LOWER
 from mimref.evaluation.assess.verdicts import NAMES
 from mimref.results import Row
 
@@ -41,7 +42,6 @@ LABELS = (
         "block_knn_delta": "k-NN gained by block {block}",
         "block_mean": "mean of block {block}",
         "block_variance": "variance of block {block}",
-        "block_effective_rank": "effective rank of block {block}",
         "block_reconstruction": "reconstruction loss of block {block}",
         "block_reconstruction_delta": "reconstruction gained by block {block}",
         "suite_average": "average",
@@ -61,7 +61,8 @@ UNDEFINED = "undefined: the features do not vary, or classes have the same mean"
 _SMALL = {"davies_bouldin", "cluster_davies_bouldin", "block_reconstruction"}
 LOWER_IS_BETTER = _SMALL | {
     *("suite_rank", "robust_mce", "robust_drop", "assessed_rank"),
-    *("uniformity", "hubness", "block_uniformity", "block_hubness"),
+    *MEASURES_LOWER,
+    *(f"block_{name}" for name in MEASURES_LOWER),
 }
 # Neither percentages nor of a known size.
 STATISTICS = {
