@@ -17,7 +17,7 @@ from torch import Tensor
 from mimref.api import load
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import read_checkpoint, save_encoder
-from mimref.encoders.classifier import Classifier, read_classifier, save_classifier
+from mimref.encoders.classifier import read_classifier, save_classifier
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, OutputError
 from mimref.sharing import export, layout, transformers_layout
@@ -25,28 +25,32 @@ from mimref.sharing.export import FolderExport, export_folder, folder_layout, re
 from mimref.sharing.layout import Library, Subject
 from mimref.sharing.timm_layout import crop_pct
 from tests.checkpoints import tokens
+from tests.subjects import (
+    CLASSES,
+    DINOV2,
+    EPS,
+    GRAY,
+    NO_CLS,
+    NO_CLS_REGISTERS,
+    NO_NORM,
+    PLAIN_SWIGLU,
+    POST_NORM,
+    REGISTERS,
+    SCALED,
+    SWIGLU,
+    TINY,
+    TRANSFORM,
+    WIDE,
+    make,
+    subject_of,
+    with_classifier,
+)
 
 transformers = pytest.importorskip("transformers")
 # Before, poolers apply a tanh, and timm's models have no sizes of their own.
 has_poolers = "pooler_act" in inspect.signature(transformers.ViTConfig).parameters
 has_sizes = "model_args" in inspect.signature(transformers.TimmWrapperConfig).parameters
 has_local_dir = pytest.mark.skipif(not hasattr(timm.models._hub, "load_model_config_from_path"), reason="timm 1.0.16")
-
-TINY = Architecture("custom", 16, width=48, depth=3, num_heads=3, patch_size=4)
-NO_CLS = replace(TINY, class_token=False)
-SCALED = replace(TINY, layer_scale=True, fixed_positions=False)
-SWIGLU = replace(SCALED, swiglu=True, mlp_width=256)
-REGISTERS = replace(SCALED, registers=4)
-DINOV2 = replace(SWIGLU, registers=2)
-PLAIN_SWIGLU = replace(SWIGLU, layer_scale=False)
-GRAY = replace(TINY, channels=1)
-WIDE = replace(TINY, mlp_width=100)
-EPS = replace(TINY, norm_eps=1e-12)
-NO_NORM = replace(TINY, final_norm=False)
-NO_CLS_REGISTERS = replace(NO_CLS, registers=2)
-POST_NORM = replace(TINY, post_norm=True)
-CLASSES = ["a", "b", "<b>"]
-TRANSFORM = EvalTransform(16, 0.8, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 CLASS_OF = {
     "ViT": (TINY, GRAY, WIDE, EPS),
@@ -56,29 +60,6 @@ CLASS_OF = {
 }
 EXACT = [pytest.param(name, each, id=f"{name}{n}") for name, found in CLASS_OF.items() for n, each in enumerate(found)]
 OF_TIMM = [*(TINY, GRAY, WIDE, NO_CLS, SCALED, SWIGLU, PLAIN_SWIGLU), *(REGISTERS, DINOV2, NO_NORM, NO_CLS_REGISTERS)]
-
-
-def make(architecture: Architecture) -> Encoder:
-    """Random weights, also where a new encoder has zeros and ones."""
-    torch.manual_seed(0)
-    encoder = build_encoder(architecture).eval()
-    for parameter in encoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return encoder
-
-
-def with_classifier(architecture: Architecture, pool: Any = "cls") -> Classifier:
-    classifier = Classifier(make(architecture), len(CLASSES), pool)
-    for parameter in classifier.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return classifier.eval()
-
-
-def subject_of(model: Encoder | Classifier, transform: EvalTransform = TRANSFORM) -> Subject:
-    facts = {"source": "mae refined"}
-    if isinstance(model, Classifier):
-        return Subject(model.encoder, transform, facts, model, CLASSES)
-    return Subject(model, transform, facts)
 
 
 def write(subject: Subject, out: Path, library: Library, **options: Any) -> FolderExport:

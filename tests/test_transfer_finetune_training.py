@@ -56,8 +56,7 @@ def make_job(
     if double:
         job.classifier.double()
         flip = ViewsConfig(flip=config.augment.flip, color=False, blur=False)
-        mean, std = plan.transform.mean, plan.transform.std
-        job.photometric = DoublePhotometric(flip, config.seed, CPU, mean=mean, std=std)
+        job.photometric = DoublePhotometric(flip, config.seed, CPU, mean=plan.transform.mean, std=plan.transform.std)
     if job.average is not None:
         job.average = WeightAverage(job.classifier, job.average.decay)
     return job
