@@ -32,7 +32,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     numbers such as `"1,5,12"`, 12 or [1, 5, 12]; 1-based. pool: `cls`, `mean` or `cls+mean`. final_norm: of the last
     block. resolution: pixels; None: the encoder's own. batch_size: images per pass. device, precision: as `--device`
     and `--precision`; None: the best available. workers: processes that read files. cache: a folder where features are
-    kept by weights, settings and images, True for the one that `mimref cache list` shows, None for no cache.
+    cached by weights, settings and images, True for the one that `mimref cache list` shows, None for no cache.
     Raises CheckpointError and ConfigError for an encoder and settings that do not fit, DataError for what is no image
     or cannot be read, with its path. Pickles hold the settings and a hash of the weights, not the weights.
     """

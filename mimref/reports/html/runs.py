@@ -39,7 +39,7 @@ COMMANDS = (*_MODELS, "robustness")
 """Whose runs have a report."""
 WITH_IMAGES = ("refine", "pretrain", "compare", "analyze-blocks", "cluster")
 """Commands that write exhibits.json."""
-# What a line of the log names its job, to the command: all that tells of an unfinished run's command.
+# From the stage in a line of the log to the command: nothing else says which one an unfinished run is of.
 _COMMAND_OF_STAGE = {"heads": "refine", "encoder": "refine", "pretrain": "pretrain", "finetune": "finetune"}
 MOST_CHARACTERS = 1000
 """Of a setting's value; suites are long lists."""

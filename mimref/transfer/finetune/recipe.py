@@ -17,7 +17,7 @@ Rules = Recipe[FinetuneConfig]
 MANY, SOME = 250_000, 100_000
 """Images from which on the settings are those of all of ImageNet, and of 10% of it."""
 CPU_IMAGES = 100_000
-"""Seen in a whole run on a CPU."""
+"""Seen in a run on a CPU."""
 LEAST_UPDATES = 200
 _PAPER_WIDTH = 768
 _ENOUGH_PIXELS = 96
