@@ -219,7 +219,7 @@ def test_recommended_heads_at_their_corners() -> None:
     holes[17] = math.nan
     assert blocks_text(recommend_heads(holes)) == "17-24"
     for nothing in ([], [math.nan] * 4):
-        with pytest.raises(DataError, match="no block has a k-NN accuracy"):
+        with pytest.raises(DataError, match="--heads"):
             recommend_heads(nothing)
 
 

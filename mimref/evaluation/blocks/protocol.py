@@ -38,8 +38,7 @@ def evaluate_blocks(
 
     Rows as `analyze_blocks` and `reconstruct_blocks` return them, with `model` and `pool`. Images without labels or
     without validation images give statistics only. exhibits: also what a report shows of the images, by the last block
-    and the best one. Raises UserError subclasses for checkpoints or images that do not
-    fit.
+    and the best one. Raises UserError subclasses for checkpoints or images that do not fit.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     found_inputs = open_encoders(config, config.checkpoints, listener, checks, "checkpoints", need_labels=False)

@@ -108,7 +108,7 @@ def recommend_heads(knn_by_block: Sequence[float]) -> list[int]:
     """
     accuracies = np.asarray(knn_by_block, dtype=np.float64)
     if not np.isfinite(accuracies).any():
-        raise DataError("no block has a k-NN accuracy; labelled images are needed to recommend head positions")
+        raise DataError("no block has a score to recommend heads by; check the encoder, or name blocks with --heads")
     depth = len(accuracies)
     third = 4 * -(-depth // 12)
     best = int(np.where(np.isfinite(accuracies), accuracies, -np.inf).argmax()) + 1
