@@ -42,7 +42,7 @@ def _line(weights: Path, data: Path, out: Path, **changes: Any) -> list[str]:
 
 def states(path: Path) -> list[str]:
     """Names of the states in a run's folder, oldest first."""
-    return sorted(file.name for file in (path / "state").iterdir())
+    return sorted(file.name for file in (path / "state").iterdir() if file.name != "origin.json")
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:

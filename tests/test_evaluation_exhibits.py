@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from PIL import Image
 
 from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
+from mimref.errors import OutputError
 from mimref.evaluation.cluster.kmeans import distances, fit_kmeans, inertia
 from mimref.evaluation.exhibits import maps, thumbnails
+from mimref.evaluation.exhibits.contents import Exhibits
 from mimref.evaluation.exhibits.galleries import choose_queries, confusions, describe_clusters, nearest
 from mimref.evaluation.exhibits.maps import arrange, map_rows, principal_components
 from mimref.evaluation.exhibits.thumbnails import encode, encode_within, read_crops
@@ -220,3 +223,9 @@ def test_clusters_without_labels_have_no_purity():
         (0, 1, None, None),
     ]
     assert found[0].central == [0, 1] and found[0].outlying == []
+
+
+def test_exhibits_that_are_no_table_are_one_plain_line(tmp_path: Path) -> None:
+    (tmp_path / "exhibits.json").write_text("[1]")
+    with pytest.raises(OutputError, match=r"exhibits\.json: damaged \([^:]"):
+        Exhibits.read(tmp_path)

@@ -18,7 +18,7 @@ from mimref.refinement.config import RefineConfig
 from mimref.refinement.plan import make_plan
 from mimref.refinement.recipe import fit
 from mimref.refinement.run import refine
-from tests.tiny import assert_same_run, results, signal_at, write_weights
+from tests.tiny import Killed, assert_same_run, header, kill_at, results, signal_at, write_weights
 
 VIT_L = Architecture("vit_l16", 224, width=1024, depth=24, num_heads=16, patch_size=16)
 TINY = Architecture("custom", 28, width=96, depth=8, num_heads=3, patch_size=4)
@@ -238,13 +238,27 @@ def test_config_toml_repeats_the_run_bit_for_bit(weights: Path, tmp_path: Path) 
     batch = next(each for each in results(first)["derived"] if each["setting"] == "batch_size")
     assert batch["value"] == 8 and "17 images" in batch["rule"]
     assert "derived" not in results(again)
-    stopped = tmp_path / "stopped"
-    with pytest.raises(Interrupted):
-        refine(bare(tmp_path, weights, **SHORT), stopped, listener=signal_at(1))
-    refine(load_config(RefineConfig, str(stopped / "config.toml")), stopped, resume=True)
-    assert results(stopped)["derived"] == results(first)["derived"]
     assert results(first)["config"] | {"preset": None} == results(again)["config"] | {"preset": None}
     assert not any(line.startswith("batch_size") for line in resumed.lines)
+
+
+@pytest.mark.parametrize("end", ["saved", "killed before the first state"])
+@pytest.mark.parametrize("preset", [None, "quickstart"])
+def test_a_resumed_run_has_the_preset_and_the_derived_settings_of_its_start(
+    preset: str | None, end: str, weights: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "images", 17)
+    config, out = bare(tmp_path, weights, preset, **SHORT, encoder_stage__warmup_epochs=1), tmp_path / "out"
+    how, watcher = (Interrupted, signal_at(1)) if end == "saved" else (Killed, kill_at("step", 1))
+    with pytest.raises(how):
+        refine(config, out, listener=watcher)
+    assert bool(list((out / "state").glob("step*.pt"))) == (end == "saved")
+    refine(load_config(RefineConfig, str(out / "config.toml")), out, resume=True)
+    refine(config, tmp_path / "whole")
+    found, expected = results(out), results(tmp_path / "whole")
+    assert found["derived"] == expected["derived"] and found["config"] == expected["config"]
+    assert header(out)["preset"] == header(tmp_path / "whole")["preset"] == config.preset
+    assert_same_run(out, tmp_path / "whole")
 
 
 def test_a_preset_that_cannot_fit_is_adapted(weights: Path, tmp_path: Path) -> None:

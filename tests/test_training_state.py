@@ -46,7 +46,7 @@ def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
     folder.check(resume=False, force=False)
     assert not (tmp_path / "runs").exists()
     folder.prepare(CONFIG, resume=False, force=False)
-    assert files(folder.path) == {"config.toml", "state"}
+    assert files(folder.path) == {"config.toml", "state", "state/origin.json"}
     assert folder.unfinished and not folder.finished
     loaded = load_config(RefineConfig, str(folder.path / "config.toml"))
     assert loaded.model_copy(update={"preset": None}) == CONFIG
@@ -107,7 +107,7 @@ def test_force_removes_our_files_alone(tmp_path: Path) -> None:
     for name in (*ours, "notes.txt", "encoder_old.safetensors"):
         (tmp_path / name).write_text("old")
     folder.prepare(CONFIG, resume=False, force=True)
-    assert files(tmp_path) == {"config.toml", "state", "notes.txt", "encoder_old.safetensors"}
+    assert files(tmp_path) == {"config.toml", "state", "state/origin.json", "notes.txt", "encoder_old.safetensors"}
 
 
 def test_halves_of_files_are_removed(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_halves_of_files_are_removed(tmp_path: Path) -> None:
     for name in ("state/.step0000000003.pt.0a1b.tmp", ".encoder.safetensors.0a1b.tmp", ".mine.tmp"):
         (tmp_path / name).write_text("half")
     folder.prepare(CONFIG, resume=True, force=False)
-    assert files(tmp_path) == {"config.toml", "state", "state/step0000000003.pt", ".mine.tmp"}
+    assert files(tmp_path) == {"config.toml", "state", "state/origin.json", "state/step0000000003.pt", ".mine.tmp"}
 
 
 # --- settings of a resumed run
@@ -221,7 +221,7 @@ def test_a_state_that_cannot_be_written_leaves_the_previous_one(
         with pytest.raises(OutputError, match=f"cannot write .*step0000000004.pt: {os.strerror(code)}"):
             folder.save_state(lambda: {"step": 4})
     assert (folder.load_state() or {})["step"] == 3
-    assert files(tmp_path) == {"config.toml", "state", "state/step0000000003.pt"}
+    assert files(tmp_path) == {"config.toml", "state", "state/origin.json", "state/step0000000003.pt"}
 
 
 @pytest.fixture

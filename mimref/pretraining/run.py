@@ -166,7 +166,7 @@ def _exhibit(job: Pretraining, config: PretrainConfig, out: Path) -> None:
 def _write_encoder(job: Pretraining, config: PretrainConfig, out: Path) -> None:
     header = {
         "source": "mae",
-        "preset": config.preset,
+        "preset": job.run.config.preset,
         "data": data_record(config.data),
         "transform": job.transform.to_dict(),
         "metrics": job.rows,

@@ -89,7 +89,7 @@ def refine(
         if not run.leave_group():
             return RefineResult(out, [], run.elapsed_s)
         # Written before the evaluation, which may fail or be interrupted, and again with its results.
-        _write_encoder(out, plan, refined, [])
+        _write_encoder(run, plan, refined, [])
         # What cannot be evaluated is reported and left out: it must not cost the training.
         try:
             if plan.config.stage == "heads":
@@ -99,7 +99,7 @@ def refine(
         except (ConfigError, DataError) as error:
             run.listener.warn(f"no results table: {error}")
             rows = []
-        _write_encoder(out, plan, refined, rows)
+        _write_encoder(run, plan, refined, rows)
         run.finish(rows)
     return RefineResult(out, rows, run.elapsed_s)
 
@@ -225,15 +225,15 @@ def _exhibit_unlabelled(
     exhibition.save(run.folder.path)
 
 
-def _write_encoder(out: Path, plan: Plan, refined: Encoder, rows: Sequence[Row]) -> None:
+def _write_encoder(run: TrainingRun, plan: Plan, refined: Encoder, rows: Sequence[Row]) -> None:
     source = plan.config.encoder.source
     header: dict[str, Any] = {"source": f"{source} refined" if plan.encoder_steps else source}
     if plan.checkpoint.licence:
         header["licence"] = plan.checkpoint.licence
     header |= {
-        "preset": plan.config.preset,
+        "preset": run.config.preset,
         "data": data_record(plan.config.data),
         "transform": plan.transform.to_dict(),
         "metrics": [row for row in rows if row.get("model") == "refined"],
     }
-    save_encoder(out / "encoder.safetensors", refined, header)
+    save_encoder(run.folder.path / "encoder.safetensors", refined, header)

@@ -7,7 +7,7 @@ states the newest two stay: a file can be damaged after it was written. In a pro
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -53,6 +53,15 @@ _MAY_CHANGE = (
     "data.download",
 )
 C = TypeVar("C", bound=TrainingConfig)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's settings come from. Written at its start, for one that is killed before its first state."""
+
+    preset: str | None
+    derived: list[dict[str, Any]]
+    """Settings that a recipe has derived or adapted."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +140,18 @@ class RunFolder:
                 )
             yield
 
-    def prepare(self, config: TrainingConfig, *, resume: bool, force: bool) -> None:
-        """Prepare the folder and write config.toml; for a resumed run, compare it with the old settings first.
+    def origin(self) -> Origin | None:
+        """What the run to resume has noted at its start; None if there is none intact, as of older versions."""
+        with suppress(OSError, ValueError, TypeError):
+            return Origin(**json.loads((self.path / "state" / "origin.json").read_text()))
+        return None
 
+    def prepare(
+        self, config: TrainingConfig, derived: Sequence[Mapping[str, Any]] = (), *, resume: bool, force: bool
+    ) -> None:
+        """Prepare the folder, write config.toml and what it comes from.
+
+        For a resumed run, the settings are compared with the old ones first.
         `force` removes an earlier run's own files and nothing else. Raises OutputError when the folder cannot be
         written, ConfigError when a setting that affects training has changed.
         """
@@ -141,6 +159,8 @@ class RunFolder:
             if resume and (self.path / "config.toml").is_file():
                 self._compare(config)
             self._make_ready(force)
+            origin = {"preset": config.preset, "derived": derived}
+            write_bytes(self.path / "state" / "origin.json", json.dumps(origin).encode())
             write_bytes(self.path / "config.toml", dump_config(config).encode())
             if launch := this_launch():
                 write_bytes(self.path / "state" / "launch.json", json.dumps(launch).encode())

@@ -87,12 +87,18 @@ class TrainingRun:
     ) -> Iterator[None]:
         """Write config.toml with the resolved settings, and keep the log open while jobs train.
 
-        derived: those that a recipe has derived; a resumed run reads them from its state.
+        derived: those that a recipe has derived. A resumed run reads them, and its preset, from what it has saved: its
+        own settings file, from which it continues, names no preset.
         """
+        origin = self.folder.origin() if self.resume else None
         self.config = with_absolute_paths(config)
-        # States of older versions hold none.
-        self.derived = [asdict(each) for each in derived] if state is None else state.get("derived", [])
-        self.folder.prepare(self.config, resume=self.resume, force=self.force)
+        self.derived = [asdict(each) for each in derived]
+        if origin is not None:
+            self.config = self.config.model_copy(update={"preset": origin.preset})
+            self.derived = origin.derived
+        elif state is not None:
+            self.derived = state.get("derived", [])  # states of older versions hold none
+        self.folder.prepare(self.config, self.derived, resume=self.resume, force=self.force)
         with closing(open_log(self.config, self.folder.path, state, self.listener)) as self.log:
             yield
 

@@ -193,5 +193,5 @@ def first_problem(error: OSError | ValueError | RecursionError) -> str:
     """What is wrong with a file of a run, on one line."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
     return str(error.strerror if isinstance(error, OSError) else error)

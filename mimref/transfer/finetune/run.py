@@ -72,7 +72,7 @@ def _write(run: TrainingRun, job: FineTuning, out: Path) -> None:
     header = {
         "source": plan.checkpoint.source or plan.config.encoder.source,
         "licence": plan.checkpoint.licence,
-        "preset": plan.config.preset,
+        "preset": run.config.preset,
         "data": data_record(run.config.data),
         "transform": plan.transform.to_dict(),
         "metrics": score_rows(plan, [job.history[job.split]]),
