@@ -5,7 +5,6 @@ From a file to an encoder: `read_checkpoint` reads and recognises it, `choose_ar
 """
 
 import hashlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from mimref.config.base import Interpolation, ReadingConfig
@@ -46,8 +44,8 @@ from mimref.encoders.positions import fit_positions
 from mimref.encoders.published import find_named
 from mimref.encoders.reading import first_line, named_tensors, read_file
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, RatesOnCpu, are_sincos, build_encoder, is_plain_vit
+from mimref.encoders.writing import write_safetensors
 from mimref.errors import CheckpointError, ConfigError
-from mimref.files import write_bytes
 from mimref.progress import LabelledProgress
 
 # Parts of timm's checkpoints that do not belong to the encoder.
@@ -379,4 +377,4 @@ def save_encoder(
     """Write an encoder atomically as safetensors under timm's names; the architecture is added to `header`."""
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in encoder.vit.state_dict().items()}
     described = {"architecture": encoder.architecture.to_dict(), **header}
-    write_bytes(path, save(tensors, metadata={"mimref": json.dumps(described), "format": "pt"}))
+    write_safetensors(path, tensors, described)

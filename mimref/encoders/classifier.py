@@ -3,20 +3,18 @@
 Shapes: B images, D width, C classes.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from
 from mimref.encoders.vit import Architecture, Encoder
+from mimref.encoders.writing import write_safetensors
 from mimref.errors import CheckpointError
-from mimref.files import write_bytes
 
 Pool = Literal["cls", "mean"]
 HEAD_STD = 2e-5
@@ -131,7 +129,7 @@ def save_classifier(path: Path, classifier: Classifier, classes: Sequence[str], 
         **header,
     }
     found = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(found, metadata={"mimref": json.dumps(described), "format": "pt"}))
+    write_safetensors(path, found, described)
 
 
 def classifier_of(checkpoint: Checkpoint, encoder: Encoder) -> tuple[Classifier, list[str]] | None:

@@ -1,13 +1,11 @@
 """Export of a fine-tuned encoder with its classifier to timm."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from mimref.encoders.classifier import Classifier
@@ -21,8 +19,9 @@ from mimref.encoders.export import (
     write_verified,
 )
 from mimref.encoders.vit import norm_option, timm_options
+from mimref.encoders.writing import write_safetensors
 from mimref.errors import ConfigError
-from mimref.files import check_new_file, write_bytes
+from mimref.files import check_new_file
 from mimref.progress import Listener
 
 
@@ -50,8 +49,7 @@ def export_classifier(
 
     def write(file: Path) -> None:
         if out.suffix == ".safetensors":
-            metadata = {"mimref": json.dumps({**facts, "classes": list(classes)}), "format": "pt"}
-            write_bytes(file, save(state, metadata=metadata))
+            write_safetensors(file, state, {**facts, "classes": list(classes)})
         else:
             torch.save(state, file)
 

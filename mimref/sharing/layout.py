@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.classifier import Classifier
 from mimref.encoders.vit import Encoder, build_encoder
+from mimref.encoders.writing import safetensors_parts
 
 Library = Literal["transformers", "timm"]
 WEIGHTS, CONFIG, PROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
@@ -73,10 +73,7 @@ class Layout:
     def files(self) -> dict[str, bytes]:
         """Content by name."""
         tensors = {name: tensor.float().contiguous().clone() for name, tensor in self.tensors.items()}
-        found = {
-            WEIGHTS: save(tensors, metadata={"mimref": json.dumps(dict(self.header)), "format": "pt"}),
-            CONFIG: _json(self.config),
-        }
+        found = {WEIGHTS: b"".join(safetensors_parts(tensors, self.header)), CONFIG: _json(self.config)}
         return found if self.processor is None else found | {PROCESSOR: _json(self.processor)}
 
 
