@@ -352,7 +352,7 @@ def test_a_crash_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.Monke
     subject, out = subject_of(make(TINY)), tmp_path / "m"
     write(subject, out, "timm")
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    monkeypatch.setattr(layout, "save", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(layout, "safetensors_parts", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(subject, out, "transformers", force=True)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

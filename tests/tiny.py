@@ -135,9 +135,10 @@ def finetune_config(weights: Path, data: Path, **changes: Any) -> FinetuneConfig
 
 
 def arguments(command: str, out: Path, settings: dict[str, Any]) -> list[str]:
-    """The command line for dotted settings."""
+    """The command line for dotted settings; the quickstart's complete those of a refinement."""
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={_toml(value)}")]
-    return [command, *sets, "--out", str(out)]
+    preset = ["--preset", "quickstart"] if command == "refine" else []
+    return [command, *preset, *sets, "--out", str(out)]
 
 
 def _dotted(changes: dict[str, Any]) -> dict[str, Any]:
