@@ -176,6 +176,7 @@ def before_after(
     possible = list(protocols)
 
     def add(model: str, pair: list[Features], column: Column, where: Row) -> None:
+        """Measure a model by every protocol that is possible so far; `where`: the settings that its rows name."""
         train, test = pair
         fitting = compare.model_copy(update={"k": min(evaluate.knn_k, len(train))})
         best = None
