@@ -6,7 +6,7 @@ from sklearn.cluster import MiniBatchKMeans
 
 from mimref.data.sources import ArraySource
 from mimref.evaluation.cluster.assignment import assign
-from mimref.evaluation.exhibits.collect import BestRun
+from mimref.evaluation.cluster.kmeans import BestRun
 from mimref.evaluation.metrics import unit_rows
 from mimref.features.collection import Part
 from mimref.features.encode import Column, Features
@@ -21,7 +21,7 @@ def test_assignment_of_some_images() -> None:
     features = Features({Column(1, "cls"): x}, np.arange(10, 70), y, ["a", "b", "c"])
     rows = np.flatnonzero(y != 1)
     points = unit_rows(x[rows])
-    found = assign(points, BestRun(2, 5, 7, 3), Part("val", source, features), rows, pictures=True)
+    found = assign(BestRun(points, 5, 2, 7, 3), Part("val", source, features), rows, pictures=True)
     state = int(np.random.SeedSequence([7, 2]).generate_state(1)[0])
     model = MiniBatchKMeans(n_clusters=5, n_init=1, random_state=state).fit(points)
     assert found.cluster.tolist() == model.labels_.tolist()

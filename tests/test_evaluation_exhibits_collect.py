@@ -12,10 +12,12 @@ from mimref.data.open import open_source
 from mimref.data.sources import ArraySource, Subset
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import build_encoder
+from mimref.evaluation.cluster.kmeans import BestRun
 from mimref.evaluation.exhibits import collect, maps
-from mimref.evaluation.exhibits.collect import BestRun, Exhibition, Voting, encoder_model
+from mimref.evaluation.exhibits.collect import Exhibition, Voting, encoder_model
 from mimref.evaluation.exhibits.contents import Exhibits
 from mimref.evaluation.exhibits.maps import principal_components
+from mimref.evaluation.metrics import unit_rows
 from mimref.features.encode import Column, Features, PassSettings, extract
 from tests.tiny import ARCHITECTURE, Watcher
 
@@ -51,7 +53,7 @@ def test_several_models_are_shown_by_the_same_images(tmp_path):
     for seed, name in enumerate(("base", "refined")):
         found = features(source, seed)
         x = found.matrix([COLUMN])
-        shown.add(name, found, [COLUMN], voting=Voting(x, y, 5, 0.07), best=BestRun(1, 3, 0, 4))
+        shown.add(name, found, [COLUMN], voting=Voting(x, y, 5, 0.07), best=BestRun(unit_rows(x), 3, 1, 0, 4))
     shown.save(tmp_path)
     made = Exhibits.read(tmp_path)
     assert made is not None
@@ -66,7 +68,8 @@ def test_several_models_are_shown_by_the_same_images(tmp_path):
         assert image.label == "abc"[row % 3]
         assert np.asarray(Image.open(io.BytesIO(image.jpeg))).shape == (48, 48, 3)
     again = exhibition(source)
-    again.add("base", features(source), [COLUMN], best=BestRun(1, 3, 0, 4))
+    found = features(source)
+    again.add("base", found, [COLUMN], best=BestRun(unit_rows(found.matrix([COLUMN])), 3, 1, 0, 4))
     repeated = again.made()
     assert repeated is not None
     assert repeated.clusters["base"] == made.clusters["base"]
@@ -262,7 +265,8 @@ def test_seven_thousand_images_fit(tmp_path):
     for seed in range(3):
         found = features(source, seed)
         voting = Voting(found.matrix([COLUMN])[:500], y[:500], 10, 0.07)
-        shown.add(f"model {seed}", found, [COLUMN], voting=voting, best=BestRun(0, 50, 0, 1))
+        best = BestRun(unit_rows(found.matrix([COLUMN])), 50, 0, 0, 1)
+        shown.add(f"model {seed}", found, [COLUMN], voting=voting, best=best)
     shown.save(tmp_path)
     assert 1_500_000 < (tmp_path / "exhibits.json").stat().st_size <= 3_000_000
     made = Exhibits.read(tmp_path)

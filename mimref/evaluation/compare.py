@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-import numpy as np
-
 from mimref.config.base import DataConfig
 from mimref.config.run import RunConfig
 from mimref.data.open import open_source
@@ -13,9 +11,10 @@ from mimref.data.sources import ImageSource
 from mimref.distributed.group import end_group
 from mimref.encoders.vit import Encoder
 from mimref.errors import Checks, ConfigError, DataError
+from mimref.evaluation.cluster.kmeans import BestRun
 from mimref.evaluation.cluster.protocol import check_metrics, cluster_and_best
 from mimref.evaluation.config import CompareConfig
-from mimref.evaluation.exhibits.collect import BestRun, Exhibition, IllustratedResult, Voting
+from mimref.evaluation.exhibits.collect import Exhibition, IllustratedResult, Voting
 from mimref.evaluation.knn.protocol import check_neighbours, knn
 from mimref.evaluation.lowshot.protocol import check_shots, default_splits, lowshot
 from mimref.evaluation.lowshot.solver import load_solver
@@ -35,10 +34,10 @@ def measure(
     columns: list[Column],
     config: CompareConfig,
     progress: LabelledProgress,
-) -> tuple[list[Row], int | None]:
+) -> tuple[list[Row], BestRun | None]:
     """Rows of one protocol, `knn`, `lowshot` or `cluster`, for the training and validation features of one model.
 
-    Also, of `cluster`, the number of its best run.
+    Also, of `cluster`, its best run.
     """
     train, test = (labelled(features, columns) for features in pair)
     if protocol == "cluster":
@@ -58,13 +57,11 @@ def exhibit(
     pair: tuple[Features, Features],
     columns: list[Column],
     config: CompareConfig,
-    best: int | None,
+    best: BestRun | None,
 ) -> None:
     """Show a model in an exhibition as its table does: the same votes, and the best of the same k-means runs."""
-    (train_x, train_y), (_, test_y) = (labelled(features, columns) for features in pair)
-    voting = Voting(train_x, train_y, config.k, config.tau)
-    run = None if best is None else BestRun(best, len(np.unique(test_y)), config.seed, config.runs)
-    exhibition.add(model, pair[1], columns, voting=voting, best=run)
+    voting = Voting(*labelled(pair[0], columns), config.k, config.tau)
+    exhibition.add(model, pair[1], columns, voting=voting, best=best)
 
 
 # --- mimref compare

@@ -7,8 +7,7 @@ from io import StringIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mimref.evaluation.cluster.kmeans import distances, fit_kmeans
-from mimref.evaluation.exhibits.collect import BestRun
+from mimref.evaluation.cluster.kmeans import BestRun
 from mimref.evaluation.exhibits.contents import Cluster, Thumbnail
 from mimref.evaluation.exhibits.galleries import describe_clusters
 from mimref.evaluation.thumbnails import MOST_PICTURES, most_per_group, thumbnail
@@ -53,10 +52,9 @@ class Assignment:
         return text.getvalue().encode()
 
 
-def assign(points: NDArray[np.float32], run: BestRun, images: Part, rows: Labels, *, pictures: bool) -> Assignment:
-    """The clusters of a run on unit rows (N, D), which are these rows of the images. pictures: make thumbnails too."""
-    cluster, centres = fit_kmeans(points, run.clusters, run.number, run.seed)
-    distance = distances(points, cluster, centres)
+def assign(run: BestRun, images: Part, rows: Labels, *, pictures: bool) -> Assignment:
+    """The clusters of a run, whose points are these rows of the images. pictures: make thumbnails too."""
+    (cluster, _), distance = run.fit, run.distances
     y, names = images.features.y, [images.class_name(int(row)) for row in rows]
     class_names = None if y is None else [str(name) for name in names]
     known = {} if y is None else {int(label): str(name) for label, name in zip(y[rows], names, strict=True)}

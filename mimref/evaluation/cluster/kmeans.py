@@ -1,6 +1,8 @@
 """One run of mini-batch k-means (Appendix C.12)."""
 
 import warnings
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +12,29 @@ from threadpoolctl import threadpool_limits
 
 from mimref.evaluation.metrics import row_blocks
 from mimref.features.matrix import Labels, Matrix
+
+
+@dataclass(frozen=True)
+class BestRun:
+    """The k-means run of an evaluation that has the lowest inertia."""
+
+    points: NDArray[np.float32]
+    """(N, D) unit rows."""
+    clusters: int
+    number: int
+    seed: int
+    runs: int
+    """Of which it is the best."""
+
+    @cached_property
+    def fit(self) -> tuple[Labels, NDArray[np.float64]]:
+        """The cluster of every point, (N,), and the centres (clusters, D). Made again when first asked for."""
+        return fit_kmeans(self.points, self.clusters, self.number, self.seed)
+
+    @cached_property
+    def distances(self) -> NDArray[np.float64]:
+        """(N,) of every point from the centre of its cluster."""
+        return distances(self.points, *self.fit)
 
 
 def fit_kmeans(x: NDArray[np.float32], clusters: int, number: int, seed: int) -> tuple[Labels, NDArray[np.float64]]:

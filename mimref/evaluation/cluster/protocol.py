@@ -29,8 +29,8 @@ from mimref.errors import Checks, ConfigError, did_you_mean
 from mimref.evaluation.cluster.assignment import Assignment, assign
 from mimref.evaluation.cluster.classes import check_classes, check_clusters
 from mimref.evaluation.cluster.config import ClusterConfig
-from mimref.evaluation.cluster.kmeans import fit_kmeans, inertia
-from mimref.evaluation.exhibits.collect import BestRun, Exhibition, IllustratedResult
+from mimref.evaluation.cluster.kmeans import BestRun, fit_kmeans, inertia
+from mimref.evaluation.exhibits.collect import Exhibition, IllustratedResult
 from mimref.evaluation.metrics import check_features, number_classes, percent, progress_label, spread, unit_rows, vary
 from mimref.features.collection import Part
 from mimref.features.inputs import SPLIT_NAMES, EncoderInputs, column_groups, prepare_groups
@@ -106,17 +106,16 @@ def evaluate_cluster(
         rows += named(found, inputs.name, where)
         if columns != groups[-1][1]:
             continue
-        run = None if best is None else BestRun(best, clusters, config.seed, config.runs)
-        if isinstance(inputs, EncoderInputs) and run is not None and (exhibits or y is None):
+        if isinstance(inputs, EncoderInputs) and best is not None and (exhibits or y is None):
             part = Part(config.split, inputs.source(config.split), features)
             own = np.arange(len(features)) if chosen is None else chosen
-            assignment = assign(unit_rows(x), run, part, own, pictures=exhibits)
+            assignment = assign(best, part, own, pictures=exhibits)
         if embed:
             last = _last_features(x, y, features.class_names, assignment)
         if exhibits and isinstance(inputs, EncoderInputs):
             what = f"{SPLIT_NAMES[config.split]} images"
             exhibition = Exhibition(inputs.source(config.split), inputs.settings, config.seed, listener, what)
-            exhibition.add(inputs.name, features, columns, best=run, chosen=chosen)
+            exhibition.add(inputs.name, features, columns, best=best, chosen=chosen)
     elapsed_s = time.monotonic() - started
     made = None if exhibition is None else exhibition.made()
     return ClusterResult(rows, elapsed_s, inputs.bad, inputs.data, made, assignment), last
@@ -216,8 +215,8 @@ def cluster_and_best(
     seed: int,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> tuple[list[Row], int | None]:
-    """Rows of `cluster`, and the number of the run with the lowest inertia; None for metrics that need no clusters."""
+) -> tuple[list[Row], BestRun | None]:
+    """Rows of `cluster`, and the run with the lowest inertia; None for metrics that need no clusters."""
     check_metrics(metrics)
     for option, number in (("runs", runs), ("workers", workers)):
         if number is not None and number < 1:
@@ -236,18 +235,19 @@ def cluster_and_best(
         done.append(run)
         if progress is not None:
             progress(len(done), runs)
-    best = min(range(runs), key=lambda number: done[number].inertia) if done else None
+    number = min(range(len(done)), key=lambda run: done[run].inertia, default=None)
+    best = None if number is None else BestRun(points, count, number, seed, runs)
     rows: list[Row] = []
     for name in dict.fromkeys(metrics):
         if name in SEPARATION and truth is not None:
             rows.append({"metric": NAMES[name], "value": SEPARATION[name](points, truth)})
-        elif name in of_clusters and best is not None:
+        elif name in of_clusters and number is not None:
             mean, std = spread([run.scores[name] for run in done])
             rows.append(
-                {"metric": NAMES[name], "value": done[best].scores[name], "mean": mean, "std": std, "runs": runs}
+                {"metric": NAMES[name], "value": done[number].scores[name], "mean": mean, "std": std, "runs": runs}
             )
     if clusters is not None and best is not None:
-        assigned = np.unique(fit_kmeans(points, count, best, seed)[0], return_inverse=True)[1]
+        assigned = np.unique(best.fit[0], return_inverse=True)[1]
         for name in [name for name in SEPARATION if name in metrics]:
             value = SEPARATION[name](points, assigned) if assigned.max() > 0 else math.nan
             rows.append({"metric": f"cluster_{NAMES[name]}", "value": value, "runs": runs})

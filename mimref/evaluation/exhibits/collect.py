@@ -12,7 +12,7 @@ from mimref.data.labels import Indices, fixed_choice
 from mimref.data.sources import ImageSource, Subset
 from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
-from mimref.evaluation.cluster.kmeans import distances, fit_kmeans, inertia
+from mimref.evaluation.cluster.kmeans import BestRun, distances, fit_kmeans, inertia
 from mimref.evaluation.exhibits.contents import Cluster, Confusion, Exhibits
 from mimref.evaluation.exhibits.galleries import (
     MOST_CLUSTERS,
@@ -53,17 +53,6 @@ class Voting:
     y: Labels
     k: int
     tau: float
-
-
-@dataclass(frozen=True)
-class BestRun:
-    """The k-means run of an evaluation that has the lowest inertia, see `fit_kmeans`."""
-
-    number: int
-    clusters: int
-    seed: int
-    runs: int
-    """Of which it is the best."""
 
 
 Model = tuple[str, Column, Callable[[ImageSource], Features]]
@@ -186,7 +175,7 @@ class Exhibition:
         map_x = x[models.map_rows].astype(np.float32)
         neighbours = nearest(x, models.queries, device=str(self.settings.device))
         wrong = [] if voting is None or models.y is None else self._confusions(models, x, models.y, voting)
-        clusters = self._own_clusters(models, map_x) if best is None else self._clusters(models, x, best)
+        clusters = self._own_clusters(models, map_x) if best is None else self._clusters(models, best)
         return Shown(map_x, neighbours, wrong, clusters)
 
     def _confusions(self, models: Models, x: Matrix, y: Labels, voting: Voting) -> list[Confusion]:
@@ -203,12 +192,10 @@ class Exhibition:
             self._note(f"The {MOST_CONFUSIONS} confusions of the largest shares are shown.")
         return found[:MOST_CONFUSIONS]
 
-    def _clusters(self, models: Models, x: Matrix, best: BestRun) -> list[Cluster]:
+    def _clusters(self, models: Models, best: BestRun) -> list[Cluster]:
         """Of the evaluation's own best run."""
-        self._note(f"Clusters: the best of {best.runs} k-means runs on the {len(x)} {self.what}.")
-        points = unit_rows(x)
-        assigned, centres = fit_kmeans(points, best.clusters, best.number, best.seed)
-        found = describe_clusters(assigned, distances(points, assigned, centres), models.y, models.name)
+        self._note(f"Clusters: the best of {best.runs} k-means runs on the {len(best.points)} {self.what}.")
+        found = describe_clusters(best.fit[0], best.distances, models.y, models.name)
         if len(found) > MOST_CLUSTERS:
             self._note(f"The {MOST_CLUSTERS} largest clusters are shown.")
         return found[:MOST_CLUSTERS]
