@@ -140,6 +140,11 @@ class Architecture:
         """Of every block."""
         return [self.width] * self.depth
 
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether features of the last block are called normed; without a norm they are raw all the same."""
+        return True
+
     def check_size(self, size: int, setting: str) -> None:
         """Raise ConfigError unless the patch size divides `size`, in pixels; `setting` names it in the message."""
         if size % self.patch_size:
