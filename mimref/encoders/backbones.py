@@ -328,6 +328,11 @@ def architecture_from(values: object) -> EncoderArchitecture:
     return kind.from_dict(values)
 
 
+def is_backbone(name: str) -> bool:
+    """Whether a name is of a timm model other than a plain vision transformer. Raises ConfigError if timm has none."""
+    return name != "custom" and name not in PAPER_SIZES and not is_plain_vit(name)
+
+
 def find_architecture(name: str, source: str | None, image_size: int | None) -> Architecture | BackboneArchitecture:
     """The architecture that an evaluation's `--arch` and `--source` name.
 
@@ -336,9 +341,8 @@ def find_architecture(name: str, source: str | None, image_size: int | None) -> 
     """
     if name == "custom":
         raise ConfigError("--arch custom: only files that mimref wrote record its sizes, and they need no --arch")
-    is_plain = name in PAPER_SIZES or is_plain_vit(name)
     size = image_size or (224 if name in PAPER_SIZES else native_size(name))
-    if is_plain:
+    if not is_backbone(name):
         return Architecture.from_config(EncoderConfig(arch=name, source=source or "mae", image_size=size))
     backbone = BackboneArchitecture(name, size)
     native = native_size(name)
