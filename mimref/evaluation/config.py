@@ -40,7 +40,7 @@ class CompareConfig(EncoderPassConfig):
     @model_validator(mode="after")
     def _check_probe(self) -> Self:
         if self.probe.kind != "linear":
-            raise ValueError(f"probe.kind = {self.probe.kind!r}: compare trains linear probes; run mimref probe per encoder")
+            raise ValueError("probe.kind = 'attentive': compare trains linear probes; run mimref probe per encoder")
         return self
 
 

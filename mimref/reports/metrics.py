@@ -78,9 +78,7 @@ _MEASURED = ("model", "metric", "value", "mean", "std", "splits", "runs")
 _CHOSEN = {
     "probe_top1": ("blocks", "pool", "lr", "held_out_top1"),
     "attentive_top1": ("blocks", "pool", "queries", "lr", "held_out_top1"),
-} | dict.fromkeys(
-    ("segment_miou", "segment_micro_iou", "segment_accuracy"), ("blocks", "pool", "lr")
-)
+} | dict.fromkeys(("segment_miou", "segment_micro_iou", "segment_accuracy"), ("blocks", "pool", "lr"))
 
 
 def template(row: Row) -> str:

@@ -1,8 +1,8 @@
 """Many attentive probes trained at once on the same patch tokens: efficient probing.
 
 Psomas et al., "Attention, Please! Revisiting Attentive Probing Through the Lens of Efficiency", ICLR 2026
-(billpsomas/efficient-probing, poolings/ep.py and probe_heads.py). Learned queries attend to the tokens themselves, which
-are neither projected to keys nor to a query space; each query pools its own share of one value projection.
+(billpsomas/efficient-probing, poolings/ep.py and probe_heads.py). Learned queries attend to the tokens themselves,
+without projections to keys and queries; each query pools its own share of the channels of one value projection.
 
 Shapes: B images, L tokens, D width of an input, Q queries of a probe, E = D / Q, C classes, R learning rates, M queries
 of all probes of an input, K probes: R for every number of queries, input by input.
@@ -47,9 +47,7 @@ class TokenShape(NamedTuple):
     def unflatten(self, rows_BX: Tensor) -> Tensor:
         """Rows (B, L * D) as tokens (B, L, D)."""
         blocks = rows_BX.split([self.tokens * width for width in self.widths], dim=1)
-        parts = [
-            block.unflatten(1, (self.tokens, width)) for block, width in zip(blocks, self.widths, strict=True)
-        ]
+        parts = [block.unflatten(1, (self.tokens, width)) for block, width in zip(blocks, self.widths, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -68,8 +66,10 @@ class AttentivePools(nn.Module):
 
         def drawn(*shape: int, std: float | None = None) -> nn.Parameter:
             values = torch.empty(shape)
-            values = values.uniform_(-bound, bound, generator=generator) if std is None else values.normal_(
-                0, std, generator=generator
+            values = (
+                values.uniform_(-bound, bound, generator=generator)
+                if std is None
+                else values.normal_(0, std, generator=generator)
             )
             return nn.Parameter(values)
 
@@ -94,7 +94,8 @@ class AttentivePools(nn.Module):
         rates, queries, share, width = self.value_RQED.shape
         value_MBE = pooled_BMD.transpose(0, 1) @ self.value_RQED.view(rates * queries, share, width).mT
         value_BX = value_MBE.transpose(0, 1).flatten(1)
-        normed_RBD = self.norm(value_BX).view(-1, rates, width).transpose(0, 1)
+        normed_BX: Tensor = self.norm(value_BX)
+        normed_RBD = normed_BX.view(-1, rates, width).transpose(0, 1)
         return torch.baddbmm(self.bias_RC[:, None], normed_RBD, self.weight_RCD.mT)
 
     @torch.no_grad()

@@ -76,7 +76,7 @@ class ProbeEnsemble(nn.Module):
     @property
     def elements(self) -> int:
         """Numbers that scoring an image holds: its features, or all logits."""
-        return max(len(self) * self.classes, sum(weight.shape[1] for weight in self.weights))
+        return max(len(self) * self.classes, sum(int(weight.shape[1]) for weight in self.weights))
 
     @torch.no_grad()
     def step(self, inputs: Sequence[Tensor], labels: Tensor, scale: float, offset: float = 0.0) -> None:

@@ -116,9 +116,7 @@ class ProbeGrid(Job[Batch]):
         if settings.kind == "linear":
             widths = list(self.widths.values())
             return ProbeEnsemble(widths, classes, rates, norm=settings.norm, seed=seed, device=device)
-        return AttentiveEnsemble(
-            shapes, settings.queries, classes, rates, norm=settings.norm, seed=seed, device=device
-        )
+        return AttentiveEnsemble(shapes, settings.queries, classes, rates, norm=settings.norm, seed=seed, device=device)
 
     def train(
         self, batches: Callable[[int], Iterator[Batch]], images: Callable[[], str], progress: Progress | None

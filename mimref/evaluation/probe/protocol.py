@@ -39,7 +39,7 @@ def evaluate_probe(
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     attentive = config.probe.kind == "attentive"
     if config.features is not None and attentive:
-        wrong = "--features holds pooled features; probe.kind 'attentive' needs patch tokens, so name an encoder instead"
+        wrong = "--features holds pooled features; probe.kind 'attentive' needs patch tokens: name an encoder"
         checks.add("features", ConfigError(wrong))
     elif config.features is not None and not config.cached:
         checks.add("features", ConfigError("--features holds no images to augment; add --cached"))

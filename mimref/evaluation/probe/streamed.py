@@ -1,4 +1,4 @@
-"""Probes whose training images the encoder reads in every epoch: augmented, or too many for their tokens to be cached."""
+"""Probes whose training images the encoder reads in every epoch: augmented, or with tokens too large to be cached."""
 
 import hashlib
 import json
@@ -46,9 +46,7 @@ class Examined(NamedTuple):
 class EncodedImages:
     """Features of images, from passes of the encoder (move it to the device first) in evaluation mode."""
 
-    def __init__(
-        self, encoder: TokenEncoder, groups: Mapping[ProbeInput, list[Column]], reading: PassSettings
-    ) -> None:
+    def __init__(self, encoder: TokenEncoder, groups: Mapping[ProbeInput, list[Column]], reading: PassSettings) -> None:
         self.encoder, self.groups, self.reading = encoder.eval(), groups, reading
         self.columns = list(dict.fromkeys(column for group in groups.values() for column in group))
         self.bad = BadImages(reading.max_bad)

@@ -51,7 +51,8 @@ def token_inputs(inputs: EncoderInputs, settings: ProbeTrainingConfig, final_nor
     pools = ["patch", "cls+patch"] if settings.tokens == "both" else [settings.tokens]
     if not inputs.has_cls_token:
         pools = ["patch"]
-    of_block = block_shapes(inputs.encoder, inputs.settings.transform.image_size, sorted({*sum(blocks.values(), [])}))
+    read = sorted({number for numbers in blocks.values() for number in numbers})
+    of_block = block_shapes(inputs.encoder, inputs.settings.transform.image_size, read)
     groups: dict[ProbeInput, list[Column]] = {}
     shapes: list[TokenShape] = []
     for name, numbers in blocks.items():
@@ -61,9 +62,11 @@ def token_inputs(inputs: EncoderInputs, settings: ProbeTrainingConfig, final_nor
             groups[key] = [Column(n, part, final_norm and n == depth) for n in numbers for part in parts]
             shapes.append(_joined(key, [of_block[n] for n in numbers], len(parts) - 1, settings.queries))
     found = TokenInputs(groups, shapes)
-    tokens = {"cls": dict.fromkeys(of_block, 1), PATCHES: {block: patches for block, (patches, _) in of_block.items()}}
-    numbers = sum(tokens[column.pool][column.block] * of_block[column.block][1] for column in found.columns)
-    return replace(found, numbers=numbers)
+    per_image = 0
+    for column in found.columns:
+        patches, width = of_block[column.block]
+        per_image += width * (patches if column.pool == PATCHES else 1)
+    return replace(found, numbers=per_image)
 
 
 def block_shapes(encoder: TokenEncoder, size: int, blocks: Sequence[int]) -> dict[int, tuple[int, int]]:
@@ -125,8 +128,8 @@ def cached_splits(inputs: EncoderInputs, numbers: int, config: ProbeConfig, list
         return ["train", "val"]
     if config.cached:
         listener.note(
-            f"patch tokens would take {val_gb + train_gb:.2g} GB ({dtype}), more than probe.tokens_gb={limit_gb:g}: the "
-            "encoder reads the training images in every epoch"
+            f"patch tokens would take {val_gb + train_gb:.2g} GB ({dtype}), more than probe.tokens_gb={limit_gb:g}: "
+            "the encoder reads the training images in every epoch"
         )
     if val_gb <= limit_gb:
         return ["val"]
