@@ -214,7 +214,8 @@ class AttentiveEnsemble(nn.Module):
 def attend(query_MD: Tensor, x_BLD: Tensor) -> Tensor:
     """Tokens pooled by every query, (B, M, D): softmax over the tokens of query . token / sqrt(D)."""
     attention_BLM = (x_BLD @ (query_MD * query_MD.shape[1] ** -0.5).T).softmax(dim=1)
-    return attention_BLM.mT @ x_BLD
+    pooled_BMD: Tensor = attention_BLM.mT @ x_BLD
+    return pooled_BMD
 
 
 def attentive_schedule(update: int, total: int) -> tuple[float, float]:
