@@ -158,7 +158,8 @@ def probe(options: ProbeOptions) -> None:
     Examples:
       mimref probe --cached
       mimref probe runs/mae_l16 --out runs/probe
-      mimref probe --kind attentive --cached --preset quickstart_attentive
+      mimref probe --preset attentive_quickstart
+      mimref probe runs/mae_l16 --kind attentive --set probe.tokens=cls+patch
     """
     from mimref.evaluation.probe.config import ProbeConfig
 

@@ -104,10 +104,10 @@ def _joined(key: ProbeInput, blocks: Sequence[tuple[int, int]], cls: int, querie
     for count in queries:
         if shape.width % count:
             fitting = [n for n in range(1, shape.width + 1) if shape.width % n == 0]
-            nearest = sorted(sorted(fitting, key=lambda n: abs(n - count))[:2])
+            nearest = [n for n in fitting if n < count][-1:] + [n for n in fitting if n > count][:1]
             raise ConfigError(
-                f"probe.queries {count} does not divide the width {shape.width} of {key}; the nearest that do are "
-                f"{' and '.join(map(str, nearest))}"
+                f"probe.queries {count} does not divide the width {shape.width} of {key}; choose "
+                f"{' or '.join(map(str, nearest))}"
             )
     return shape
 
