@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mimref.data.sources import Split
-from mimref.encoders.backbones import TokenEncoder
+from mimref.encoders.vit import Architecture
 from mimref.errors import ConfigError
 from mimref.evaluation.probe.attentive import TokenShape
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
@@ -52,7 +52,7 @@ def token_inputs(inputs: EncoderInputs, settings: ProbeTrainingConfig, final_nor
     if not inputs.has_cls_token:
         pools = ["patch"]
     read = sorted({number for numbers in blocks.values() for number in numbers})
-    of_block = block_shapes(inputs.encoder, inputs.settings.transform.image_size, read)
+    of_block = block_shapes(inputs, read)
     groups: dict[ProbeInput, list[Column]] = {}
     shapes: list[TokenShape] = []
     for name, numbers in blocks.items():
@@ -69,25 +69,27 @@ def token_inputs(inputs: EncoderInputs, settings: ProbeTrainingConfig, final_nor
     return replace(found, numbers=per_image)
 
 
-def block_shapes(encoder: TokenEncoder, size: int, blocks: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Number of patch tokens and width of some blocks on images of `size` pixels, from one pass of an empty image.
+def block_shapes(inputs: EncoderInputs, blocks: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Number of patch tokens and width of some blocks: computed, or of other models from a pass of an empty image.
 
     Raises ConfigError where there are no patch tokens to choose from.
     """
-    parameter = next(encoder.parameters())
-    channels = getattr(encoder.architecture, "channels", 3)
-    with torch.inference_mode():
-        tokens = encoder.blocks(parameter.new_zeros(1, channels, size, size), list(blocks))
-    shapes = {
-        block: (found.shape[1] - encoder.num_prefix_tokens, found.shape[2])
-        for block, found in zip(blocks, tokens, strict=True)
-    }
+    architecture, size = inputs.architecture, inputs.settings.transform.image_size
+    if isinstance(architecture, Architecture):
+        shapes = dict.fromkeys(blocks, ((size // architecture.patch_size) ** 2, architecture.width))
+    else:
+        encoder = inputs.encoder
+        parameter = next(encoder.parameters())
+        with torch.inference_mode():
+            tokens = encoder.blocks(parameter.new_zeros(1, 3, size, size), list(blocks))
+        counted = [(found.shape[1] - encoder.num_prefix_tokens, found.shape[2]) for found in tokens]
+        shapes = dict(zip(blocks, counted, strict=True))
     for block, (patches, _) in shapes.items():
         if patches < 2:
             number = f"{patches} patch token{'s' * (patches != 1)}"
             raise ConfigError(
-                f"probe.kind 'attentive' needs patch tokens: block {block} of {encoder.architecture.name} has {number} "
-                f"on images of {size} pixels; use probe.kind='linear', or a larger --resolution"
+                f"probe.kind 'attentive' needs patch tokens: block {block} of {architecture.name} has {number} on "
+                f"images of {size} pixels; use probe.kind='linear', or a larger --resolution"
             )
     return shapes
 
