@@ -46,8 +46,8 @@ class ProbeTrainingConfig(Section):
     """Attentive: tokens that the queries attend to. cls+patch: the CLS token as well, which the authors use for
     encoders that were trained on it. both: classifiers of each. Registers are left out."""
     tokens_gb: float = Field(default=10.0, ge=0)
-    """Attentive, with `cached`: tokens are cached if they fit in so many GB; otherwise the encoder reads the images
-    again in every epoch."""
+    """Attentive: tokens are cached if they fit in so many GB, in memory where `cache.folder` is `off`; otherwise the
+    encoder reads the images again in every epoch."""
 
     @model_validator(mode="before")
     @classmethod

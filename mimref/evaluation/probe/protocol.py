@@ -131,6 +131,8 @@ def _probe_tokens(
     )
     if own_rank() == 0:
         inputs.tell("train")
+        if "val" not in splits:
+            inputs.tell("val")
     return found, bad
 
 
