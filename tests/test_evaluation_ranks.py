@@ -232,4 +232,4 @@ def test_two_ranks_give_the_numbers_of_one_process(ranks: list[dict[str, Any]], 
     assert len(first[4]) == 1 + 52
     # k-NN is everyone's; the rest is rank 0's.
     assert second[0] == alone[0] and second[1:] == [[]] * 11
-    assert len(first[8]) == 12
+    assert len(first[11]) == 12
