@@ -53,6 +53,11 @@ def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
     probe = ProbeTrainingConfig(epochs=2, batch_size=16)
     # 43 images that train, in batches of 12: three epochs of three batches, by turns.
     augmented = ProbeTrainingConfig(epochs=3, batch_size=12, select="val-split")
+
+    def attentive(limit: float) -> ProbeTrainingConfig:
+        settings = {"kind": "attentive", "lr": [5.0, 50.0], "queries": [2, 4], "select": "val-split"}
+        return ProbeTrainingConfig.model_validate(settings | {"epochs": 3, "batch_size": 12, "tokens_gb": limit})
+
     tasks = [
         lambda c: evaluate_knn(KnnConfig(checkpoint=base, k=[1, 5], blocks="all", retrieval=True, **c)),
         lambda c: evaluate_lowshot(LowshotConfig(checkpoint=base, splits=2, shots=[1], **c)),
@@ -61,6 +66,12 @@ def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
         ],
         lambda c: evaluate_probe(ProbeConfig(checkpoint=base, cached=True, probe=probe, **c)),
         lambda c: evaluate_probe(ProbeConfig(checkpoint=base, probe=augmented, **c)),
+        *(
+            lambda c, cached=cached, limit=limit: evaluate_probe(
+                ProbeConfig(checkpoint=base, cached=cached, probe=attentive(limit), **c)
+            )
+            for cached, limit in ((True, 1.0), (True, 2e-5), (False, 1e-6))
+        ),
         lambda c: evaluate_blocks(BlocksConfig(checkpoints=[base, other], k=5, **c), exhibits=True),
         lambda c: compare_encoders(
             CompareConfig(base=base, refined=[other], splits=1, shots=[1], runs=2, **c), exhibits=True
@@ -220,5 +231,5 @@ def test_two_ranks_give_the_numbers_of_one_process(ranks: list[dict[str, Any]], 
     assert first == alone
     assert len(first[4]) == 1 + 52
     # k-NN is everyone's; the rest is rank 0's.
-    assert second[0] == alone[0] and second[1:] == [[]] * 8
-    assert len(first[8]) == 12
+    assert second[0] == alone[0] and second[1:] == [[]] * 11
+    assert len(first[11]) == 12

@@ -137,6 +137,9 @@ def cluster(options: ClusterOptions) -> None:
 
 
 class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol"):
+    kind: Text = option(
+        "attentive: learned queries pool the patch tokens; default linear.", "linear|attentive", "probe.kind"
+    )
     cached: bool | None = option("Train on cached features of centre crops: many times faster.", sets="cached")
     epochs: Text = option("Passes over the images.", "N", "probe.epochs")
     batch_size: Text = option(BATCH_SIZE, "N", "probe.batch_size")
@@ -147,14 +150,16 @@ class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol")
 
 
 def probe(options: ProbeOptions) -> None:
-    """Train linear classifiers on the frozen encoder.
+    """Train classifiers on the frozen encoder.
 
-    DINOv2's protocol: a grid of classifiers, of which the best counts. With --out, --resume continues an interrupted
-    probe.
+    Linear ones by DINOv2's protocol: a grid of classifiers, of which the best counts. Attentive ones pool the patch
+    tokens first. With --out, --resume continues an interrupted probe.
 
     Examples:
       mimref probe --cached
       mimref probe runs/mae_l16 --out runs/probe
+      mimref probe --preset attentive_quickstart
+      mimref probe runs/mae_l16 --kind attentive --set probe.tokens=cls+patch
     """
     from mimref.evaluation.probe.config import ProbeConfig
 

@@ -1,8 +1,8 @@
 """Settings that several protocols share, and those of `mimref compare` and `mimref interpolate`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mimref.config.base import CommandConfig, Numbers, ReadingConfig
 from mimref.evaluation.probe.config import ProbeTrainingConfig
@@ -36,6 +36,12 @@ class CompareConfig(EncoderPassConfig):
     runs: int = Field(default=100, gt=0)
     """Mini-batch k-means runs."""
     probe: ProbeTrainingConfig = ProbeTrainingConfig()
+
+    @model_validator(mode="after")
+    def _check_probe(self) -> Self:
+        if self.probe.kind != "linear":
+            raise ValueError("probe.kind = 'attentive': compare trains linear probes; run mimref probe per encoder")
+        return self
 
 
 class InterpolateConfig(CommandConfig):

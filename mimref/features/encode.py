@@ -25,6 +25,8 @@ from mimref.progress import Progress
 
 # Larger crops are no better as a baseline, and those of a large data set would fill the memory.
 RAW_PIXELS_SIDE = 32
+PATCHES = "patches"
+"""Pooling of a column that keeps every patch token."""
 
 
 class Column(NamedTuple):
@@ -33,7 +35,7 @@ class Column(NamedTuple):
     block: int
     """1-based; 0 for raw pixels."""
     pool: str
-    """`cls`, `mean` or `pixels`."""
+    """`cls`, `mean`, `pixels`, or `patches`: all patch tokens, one after another."""
     final_norm: bool = False
     """After the encoder's final norm."""
     view: int | None = None
@@ -183,7 +185,14 @@ def pooled_tokens(encoder: TokenEncoder, images: Tensor, columns: Sequence[Colum
     blocks = sorted({(column.block, column.final_norm) for column in columns})
     tokens = encoder.blocks(images, [block for block, _ in blocks], final_norm=[norm for _, norm in blocks])
     of_block = dict(zip(blocks, tokens, strict=True))
-    return [encoder.pool(of_block[column.block, column.final_norm], column.pool) for column in columns]
+
+    def pooled(column: Column) -> Tensor:
+        tokens_BLD = of_block[column.block, column.final_norm]
+        if column.pool == PATCHES:
+            return tokens_BLD[:, encoder.num_prefix_tokens :].flatten(1)
+        return encoder.pool(tokens_BLD, column.pool)
+
+    return [pooled(column) for column in columns]
 
 
 def encode_columns(

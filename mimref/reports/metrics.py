@@ -21,6 +21,7 @@ LABELS = (
         "retrieval_recall": "recall@{k}",
         "lowshot_top1": "{shots}-shot top-1",
         "probe_top1": "linear probe top-1",
+        "attentive_top1": "attentive probe top-1",
         "finetune_top1": "fine-tuned top-1",
         "finetune_top5": "fine-tuned top-5",
         "cluster_acc": "k-means ACC",
@@ -74,9 +75,10 @@ STATISTICS = {
 # Results of a measurement, as opposed to its settings.
 _MEASURED = ("model", "metric", "value", "mean", "std", "splits", "runs")
 # Settings that the measurement itself chose: the best classifier of a grid.
-_CHOSEN = {"probe_top1": ("blocks", "pool", "lr", "held_out_top1")} | dict.fromkeys(
-    ("segment_miou", "segment_micro_iou", "segment_accuracy"), ("blocks", "pool", "lr")
-)
+_CHOSEN = {
+    "probe_top1": ("blocks", "pool", "lr", "held_out_top1"),
+    "attentive_top1": ("blocks", "pool", "queries", "lr", "held_out_top1"),
+} | dict.fromkeys(("segment_miou", "segment_micro_iou", "segment_accuracy"), ("blocks", "pool", "lr"))
 
 
 def template(row: Row) -> str:

@@ -1,1 +1,1 @@
-"""Linear probing of frozen features."""
+"""Linear and attentive probing of frozen features."""

@@ -1,4 +1,4 @@
-"""The linear probe on cached features of centre crops."""
+"""Probes on cached features of centre crops."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +13,10 @@ from mimref.devices import resolve_device
 from mimref.draws import permutation
 from mimref.errors import DataError
 from mimref.evaluation.metrics import check_features, row_blocks
+from mimref.evaluation.probe.attentive import TokenShape
 from mimref.evaluation.probe.config import LEARNING_RATES, ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Batch, Norm
-from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput, described, fingerprint, to_tensor
+from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput, described, fingerprint, to_tensor, widths_of
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Progress
 from mimref.results import Row
@@ -56,17 +57,35 @@ def probe_cached(
     """
     values = {"lr": [float(lr) for lr in lrs], "epochs": epochs, "batch_size": batch_size}
     settings = validated(ProbeTrainingConfig, values | {"norm": norm, "select": select})
+    target = resolve_device(device)
+    return probe_matrices(train, train_y, test, test_y, settings, seed, target, state=state, progress=progress)
+
+
+def probe_matrices(
+    train: Mapping[ProbeInput, Matrix],
+    train_y: Labels,
+    test: Mapping[ProbeInput, Matrix],
+    test_y: Labels,
+    settings: ProbeTrainingConfig,
+    seed: int,
+    device: torch.device,
+    *,
+    shapes: Sequence[TokenShape] = (),
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """`probe_cached` of either kind. shapes: of the inputs of attentive probes, whose rows hold tokens."""
     for key, x in train.items():
         check_features(x, f"train ({key})", train_y)
-    ours, theirs = described(train), described(test)
+    ours, theirs = described(widths_of(train)), described(widths_of(test))
     if set(ours) != set(theirs):
         raise DataError(
             f"train features are of {', '.join(ours) or 'nothing'}, test features of {', '.join(theirs) or 'nothing'}; "
             "give both of the same inputs"
         )
-    target = resolve_device(device)
-    grid = ProbeGrid(settings, seed, train_y, {key: test[key] for key in train}, test_y, target, state=state)
-    readers = [_reader(x, target) for x in train.values()]
+    ordered = {key: test[key] for key in train}
+    grid = ProbeGrid(settings, seed, train_y, ordered, test_y, device, shapes=shapes, state=state)
+    readers = [_reader(x, device) for x in train.values()]
 
     def read(rows: Labels) -> Batch:
         return [reader(rows) for reader in readers], torch.from_numpy(grid.labels[rows])

@@ -4,7 +4,7 @@ Shapes: B images, D width of an input, C classes, R learning rates, K classifier
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -57,9 +57,9 @@ class ProbeEnsemble(nn.Module):
         ]
         bias_KC = torch.zeros(len(widths) * len(lrs), classes, dtype=dtype, device=device)
         self.rate_R = torch.tensor(lrs, dtype=dtype).to(device)
-        self.weights = _constants(weights)
-        self.momenta = _constants(map(torch.zeros_like, weights))
-        self.bias_KC, self.bias_momentum_KC = _constants([bias_KC, torch.zeros_like(bias_KC)])
+        self.weights = constants(weights)
+        self.momenta = constants(map(torch.zeros_like, weights))
+        self.bias_KC, self.bias_momentum_KC = constants([bias_KC, torch.zeros_like(bias_KC)])
         self.norms = nn.ModuleList(
             nn.BatchNorm1d(width, affine=False, device=device, dtype=dtype) if norm == "batch" else nn.Identity()
             for width in widths
@@ -67,6 +67,16 @@ class ProbeEnsemble(nn.Module):
 
     def __len__(self) -> int:
         return len(self.bias_KC)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.bias_KC.device
+
+    @property
+    def elements(self) -> int:
+        """Numbers that scoring an image holds: its features, or all logits."""
+        return max(len(self) * self.classes, sum(int(weight.shape[1]) for weight in self.weights))
 
     @torch.no_grad()
     def step(self, inputs: Sequence[Tensor], labels: Tensor, scale: float, offset: float = 0.0) -> None:
@@ -97,9 +107,7 @@ class ProbeEnsemble(nn.Module):
 
     def hits(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """(K,) int64: images whose largest logit is their label's. Logits that are not finite never count."""
-        logits_KCB = self.logits(inputs)
-        hit_KB = (logits_KCB.argmax(dim=1) == labels.to(logits_KCB.device)) & logits_KCB.isfinite().all(dim=1)
-        return hit_KB.sum(dim=1)
+        return count_hits(self.logits(inputs), labels)
 
     def finite(self) -> Tensor:
         """(K,) bool: classifiers that have not diverged."""
@@ -122,7 +130,13 @@ class ProbeEnsemble(nn.Module):
         return [norm(x_BD) for norm, x_BD in zip(self.norms, features, strict=True)]
 
 
-def _constants(tensors: Iterable[Tensor]) -> nn.ParameterList:
+def count_hits(logits_KCB: Tensor, labels: Tensor) -> Tensor:
+    """(K,) int64: images whose largest logit is their label's, (B,). Logits that are not finite never count."""
+    hit_KB = (logits_KCB.argmax(dim=1) == labels.to(logits_KCB.device)) & logits_KCB.isfinite().all(dim=1)
+    return hit_KB.sum(dim=1)
+
+
+def constants(tensors: Iterable[Tensor]) -> nn.ParameterList:
     """Tensors that `state_dict` holds, and that are updated without autograd."""
     return nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
 
@@ -141,12 +155,28 @@ def schedule(update: int, total: int, norm: Norm) -> tuple[float, float]:
     return scale, learning_rate(update, peak=0.0, warmup_updates=warmup, total_updates=total, end=1e-6)
 
 
-def score(ensemble: ProbeEnsemble, batches: Iterable[Batch], name: str) -> NDArray[np.float64]:
+class Classifiers(Protocol):
+    """What scoring needs of an ensemble."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+
+    def __len__(self) -> int: ...
+
+    def hits(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """(K,) images that are classified correctly."""
+
+    def finite(self) -> Tensor:
+        """(K,) classifiers that have not diverged."""
+
+
+def score(ensemble: Classifiers, batches: Iterable[Batch], name: str) -> NDArray[np.float64]:
     """Top-1 accuracy of every classifier in percent, (K,); that of a diverged one is 0.
 
     name: of the images, for the message. Raises DataError when there are none.
     """
-    hits = torch.zeros(len(ensemble), dtype=torch.int64, device=ensemble.bias_KC.device)
+    hits = torch.zeros(len(ensemble), dtype=torch.int64, device=ensemble.device)
     count = 0
     for inputs, labels in batches:
         hits += ensemble.hits(inputs, labels)

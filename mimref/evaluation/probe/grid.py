@@ -1,13 +1,15 @@
-"""A grid of linear classifiers, of which the best one counts, with a state file that an interrupted training resumes.
+"""A grid of classifiers, of which the best one counts, with a state file that an interrupted training resumes.
 
 By DINOv2's protocol (Appendix C.3), 13 learning rates x {last block, last four blocks concatenated} x {CLS, CLS and
-mean of the patch tokens} are 52 classifiers, trained at once: in `cached` on features of centre crops, which is many
-times faster; as published, on freshly augmented images, in `augmented`.
+mean of the patch tokens} are 52 linear classifiers, trained at once: in `cached` on features of centre crops, which is
+many times faster; as published, on freshly augmented images, in `augmented`. Attentive probes are a grid of learning
+rates x inputs x numbers of queries.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +22,8 @@ from mimref.data.labels import stratified_split
 from mimref.distributed.group import world_size
 from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.metrics import check_features, number_labels, show_class
-from mimref.evaluation.probe.config import ProbeTrainingConfig
+from mimref.evaluation.probe.attentive import AttentiveEnsemble, TokenShape, attentive_schedule
+from mimref.evaluation.probe.config import ATTENTIVE_ONLY, ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Batch, ProbeEnsemble, schedule, score
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Progress, ProgressOnly
@@ -42,37 +45,49 @@ class ProbeInput(NamedTuple):
     blocks: str
     """`last` or `last4`."""
     pool: str
-    """`cls`, `mean` or `cls+mean`."""
+    """`cls`, `mean` or `cls+mean`; of attentive probes `patch` or `cls+patch`."""
 
     def __str__(self) -> str:
         return f"{self.blocks} {self.pool}"
 
 
+@dataclass(frozen=True)
+class TestStream:
+    """Test images that the encoder reads for scoring, because their features are too large to be cached."""
+
+    widths: Mapping[ProbeInput, int]
+    """Numbers per image of every input."""
+    batches: Callable[[Labels], Iterator[Batch]]
+    """All images, given the labels (M,) as 0, 1, ..."""
+    fingerprint: str
+    """Of the encoder."""
+
+
 class ProbeGrid(Job[Batch]):
     """Trains classifiers and scores them; batches come from elsewhere."""
-
-    label = "linear probes"
 
     def __init__(
         self,
         settings: ProbeTrainingConfig,
         seed: int,
         train_y: Labels,
-        test: Mapping[ProbeInput, Matrix],
+        test: Mapping[ProbeInput, Matrix] | TestStream,
         test_y: Labels,
         device: torch.device,
         *,
+        shapes: Sequence[TokenShape] = (),
         state: Path | None = None,
     ) -> None:
         """test: features (M, D) of every input, which also define the inputs and their widths.
 
-        state: the file that an interrupted training continues from. Raises DataError for features, labels or classes
-        that cannot be used, ConfigError for too small a batch.
+        shapes: of the inputs of attentive probes. state: the file that an interrupted training continues from.
+        Raises DataError for features, labels or classes that cannot be used, ConfigError for too small a batch.
         """
         self.settings, self.seed, self.test, self.file = settings, seed, test, state
+        self.label = f"{settings.kind} probes"
         if not test:
             raise DataError("test: there are no features; give those of at least one input")
-        for key, x in test.items():
+        for key, x in () if isinstance(test, TestStream) else test.items():
             check_features(x, f"test ({key})", test_y)
         classes, self.labels, self._truth = number_labels(train_y, test_y)
         self.train_rows, self.held_rows = np.arange(len(train_y)), np.empty(0, dtype=np.int64)
@@ -88,11 +103,20 @@ class ProbeGrid(Job[Batch]):
         self.total = settings.epochs * self.steps_per_epoch
         # In a group, rank 0 trains while the others encode for it: a signal cannot stop all at the same step.
         self.saves_every_epoch = world_size() > 1
-        widths = [x.shape[1] for x in test.values()]
-        rates = [lr * self.batch / 256 for lr in settings.lr]
-        self.ensemble = ProbeEnsemble(widths, len(classes), rates, norm=settings.norm, seed=seed, device=device)
-        self.score_rows = max(1, SCORE_ELEMENTS // max(len(self.ensemble) * len(classes), sum(widths)))
+        self.widths = dict(test.widths) if isinstance(test, TestStream) else widths_of(test)
+        self.ensemble = self._build(len(classes), shapes, device)
+        self.score_rows = max(1, SCORE_ELEMENTS // self.ensemble.elements)
         """Images to score at once."""
+
+    def _build(
+        self, classes: int, shapes: Sequence[TokenShape], device: torch.device
+    ) -> ProbeEnsemble | AttentiveEnsemble:
+        settings, seed = self.settings, self.seed
+        rates = [lr * self.batch / 256 for lr in settings.lr]
+        if settings.kind == "linear":
+            widths = list(self.widths.values())
+            return ProbeEnsemble(widths, classes, rates, norm=settings.norm, seed=seed, device=device)
+        return AttentiveEnsemble(shapes, settings.queries, classes, rates, norm=settings.norm, seed=seed, device=device)
 
     def train(
         self, batches: Callable[[int], Iterator[Batch]], images: Callable[[], str], progress: Progress | None
@@ -104,8 +128,9 @@ class ProbeGrid(Job[Batch]):
         """
         if self.file is not None:
             # Everything that the result depends on.
-            self.identity = self.settings.model_dump() | {
-                "inputs": described(self.test),
+            unused = set(ATTENTIVE_ONLY) | {"kind"} if self.settings.kind == "linear" else None
+            self.identity = self.settings.model_dump(exclude=unused) | {
+                "inputs": described(self.widths),
                 "batch_size": self.batch,
                 "seed": self.seed,
                 "set of images or encoder": images(),
@@ -120,7 +145,12 @@ class ProbeGrid(Job[Batch]):
         """Train on one batch; skip one with fewer images than statistics need (unreadable ones are left out)."""
         inputs, labels = batch
         if len(labels) >= self.ensemble.smallest_batch:
-            self.ensemble.step(inputs, labels, *schedule(self.step, self.total, self.settings.norm))
+            settings = self.settings
+            if settings.kind == "linear":
+                rates = schedule(self.step, self.total, settings.norm)
+            else:
+                rates = attentive_schedule(self.step, self.total)
+            self.ensemble.step(inputs, labels, *rates)
 
     def save(self) -> None:
         """Write the state, if there is a file for it. The caller removes it once the results are written."""
@@ -142,7 +172,7 @@ class ProbeGrid(Job[Batch]):
             raise damaged_state(file, "probe") from error
         self.step = step
 
-    def rows(self, protocol: Literal["cached", "augmented"], held: Iterable[Batch]) -> list[Row]:
+    def rows(self, protocol: Literal["cached", "streamed", "augmented"], held: Iterable[Batch]) -> list[Row]:
         """The best classifier's row and one per classifier, see `probe_cached`. held: the held-out images.
 
         Raises DivergenceError when no classifier has finite weights.
@@ -152,7 +182,10 @@ class ProbeGrid(Job[Batch]):
             raise DivergenceError(
                 "every classifier of the probe has diverged; lower probe.lr, use probe.norm=batch or --precision fp32"
             )
-        settings, keys = self.settings, list(self.test)
+        settings = self.settings
+        attentive = settings.kind == "attentive"
+        counts = [{"queries": count} for count in settings.queries] if attentive else [Row()]
+        members = [(key, count, lr) for key in self.widths for count in counts for lr in settings.lr]
         honest = settings.select == "val-split"
         on_test = score(self.ensemble, self._test_batches(), "test")
         on_held = score(self.ensemble, held, "held-out part of train") if honest else on_test
@@ -160,15 +193,16 @@ class ProbeGrid(Job[Batch]):
 
         def row(number: int, more: Row) -> Row:
             """Accuracy and settings of one classifier, counted from 0."""
-            key = keys[number // len(settings.lr)]
+            key, count, lr = members[number]
             return {
-                "metric": "probe_top1",
+                "metric": "attentive_top1" if attentive else "probe_top1",
                 "value": float(on_test[number]),
                 **({"held_out_top1": float(on_held[number])} if honest else {}),
                 **more,
                 "blocks": key.blocks,
                 "pool": key.pool,
-                "lr": settings.lr[number % len(settings.lr)],
+                **count,
+                "lr": lr,
                 "epochs": settings.epochs,
                 "batch_size": self.batch,
                 "norm": settings.norm,
@@ -179,6 +213,9 @@ class ProbeGrid(Job[Batch]):
         return [row(best, {"select": settings.select}), *grid]
 
     def _test_batches(self) -> Iterator[Batch]:
+        if isinstance(self.test, TestStream):
+            yield from self.test.batches(self._truth)
+            return
         for start in range(0, len(self._truth), self.score_rows):
             rows = slice(start, start + self.score_rows)
             yield [to_tensor(x[rows]) for x in self.test.values()], torch.from_numpy(self._truth[rows])
@@ -189,9 +226,14 @@ def default_batch(images: int) -> int:
     return min(1024, 1 << max(images // 10, 1).bit_length() - 1)
 
 
-def described(features: Mapping[ProbeInput, Matrix]) -> list[str]:
+def widths_of(features: Mapping[ProbeInput, Matrix]) -> dict[ProbeInput, int]:
+    """Numbers per image of every input."""
+    return {key: x.shape[-1] for key, x in features.items()}
+
+
+def described(widths: Mapping[ProbeInput, int]) -> list[str]:
     """The inputs and their widths."""
-    return [f"{key} ({x.shape[-1]} wide)" for key, x in features.items()]
+    return [f"{key} ({width} wide)" for key, width in widths.items()]
 
 
 def fingerprint(features: Mapping[ProbeInput, Matrix], labels: Labels) -> str:

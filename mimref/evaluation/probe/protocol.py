@@ -9,9 +9,11 @@ from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError
 from mimref.evaluation.metrics import check_labels, number_classes
 from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
-from mimref.evaluation.probe.cached import probe_cached
+from mimref.evaluation.probe.cached import probe_cached, probe_matrices
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
 from mimref.evaluation.probe.grid import ProbeInput, check_held_out
+from mimref.evaluation.probe.streamed import EncodedImages, Examined, probe_encoded
+from mimref.evaluation.probe.tokens import TokenInputs, cached_splits, token_inputs
 from mimref.features.config import EncoderPassConfig
 from mimref.features.encode import Column
 from mimref.features.inputs import EncoderInputs, Inputs
@@ -28,40 +30,110 @@ def evaluate_probe(
     listener: Listener | None = None,
     checks: Checks | None = None,
 ) -> EvaluationResult:
-    """Linear probe (Appendix C.3) by DINOv2's protocol, on augmented images or on cached features.
+    """Linear probe (Appendix C.3) by DINOv2's protocol, or attentive one, on augmented images or on cached features.
 
     state: file from which an interrupted probe continues; fresh: start over instead. Rows as `probe_cached` returns
     them, with `model`.
     Raises UserError subclasses as `evaluate_knn` does.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
-    if config.features is not None and not config.cached:
+    attentive = config.probe.kind == "attentive"
+    if config.features is not None and attentive:
+        wrong = "--features holds pooled features; probe.kind 'attentive' needs patch tokens: name an encoder"
+        checks.add("features", ConfigError(wrong))
+    elif config.features is not None and not config.cached:
         checks.add("features", ConfigError("--features holds no images to augment; add --cached"))
     opened = open_inputs(config, listener, checks)
+    tokens = _tokens(opened.inputs, config, checks) if attentive else None
     train_y, names = check_labels(opened, checks), opened.class_names("train")
     if config.probe.select == "val-split" and train_y is not None:
         checks.run("probe.select", lambda: check_held_out(*number_classes(train_y, "train", names), names))
     inputs = opened.checked(checks)
     if fresh and state is not None:
         state.unlink(missing_ok=True)  # another process of this run may have been first
-    groups = input_columns(inputs, config.probe, config.final_norm)
-    columns = [column for group in groups.values() for column in group]
-    bad: list[tuple[str, str]] = []
-    if config.cached:
-        inputs.prepare(columns)
-        found = probe_features(inputs, groups, config.probe, config, listener, state) if end_group() else []
-    else:
+    if tokens is not None:
         assert isinstance(inputs, EncoderInputs)
-        inputs.prepare(columns, ["val"])
-        train, test = inputs.source("train"), inputs.features("val")
-        progress = partial(listener.progress, "linear probes")
-        found, bad = probe_augmented(
-            inputs.encoder, train, test, groups, config.probe, config.seed, inputs.settings, state, progress
-        )
-        if own_rank() == 0:
-            inputs.tell("train")
+        found, bad = _probe_tokens(inputs, tokens, config, listener, state)
+    else:
+        found, bad = _probe_linear(inputs, config, listener, state)
     left_out = list(dict.fromkeys([*inputs.bad, *bad]))
     return EvaluationResult(named(found, inputs.name, {}), time.monotonic() - started, left_out, inputs.data)
+
+
+def _probe_linear(
+    inputs: Inputs, config: ProbeConfig, listener: Listener, state: Path | None
+) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Rows, and path and reason of the training images left out."""
+    groups = input_columns(inputs, config.probe, config.final_norm)
+    columns = [column for group in groups.values() for column in group]
+    if config.cached:
+        inputs.prepare(columns)
+        return probe_features(inputs, groups, config.probe, config, listener, state) if end_group() else [], []
+    assert isinstance(inputs, EncoderInputs)
+    inputs.prepare(columns, ["val"])
+    train, test = inputs.source("train"), inputs.features("val")
+    progress = partial(listener.progress, "linear probes")
+    found, bad = probe_augmented(
+        inputs.encoder, train, test, groups, config.probe, config.seed, inputs.settings, state, progress
+    )
+    if own_rank() == 0:
+        inputs.tell("train")
+    return found, bad
+
+
+def _tokens(inputs: Inputs | None, config: ProbeConfig, checks: Checks) -> TokenInputs | None:
+    if not isinstance(inputs, EncoderInputs):
+        return None
+    return checks.run("probe.kind", lambda: token_inputs(inputs, config.probe, config.final_norm))
+
+
+def _probe_tokens(
+    inputs: EncoderInputs, tokens: TokenInputs, config: ProbeConfig, listener: Listener, state: Path | None
+) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Rows of attentive probes, and path and reason of the training images left out."""
+    progress = partial(listener.progress, "attentive probes")
+    splits = cached_splits(inputs, tokens.numbers, config, listener if own_rank() == 0 else Silent())
+    inputs.prepare(tokens.columns, splits)
+    settings, seed, device = config.probe, config.seed, inputs.settings.device
+    if "train" in splits:
+        if not end_group():
+            return [], []
+        (train_x, train_y), (test_x, test_y) = (
+            ({key: each.matrix(columns) for key, columns in tokens.groups.items()}, each.y)
+            for each in (inputs.features("train"), inputs.features("val"))
+        )
+        assert train_y is not None and test_y is not None  # the inputs were opened to have labels
+        return probe_matrices(
+            train_x,
+            train_y,
+            test_x,
+            test_y,
+            settings,
+            seed,
+            device,
+            shapes=tokens.shapes,
+            state=state,
+            progress=progress,
+        ), []
+    images = EncodedImages(inputs.encoder, tokens.groups, inputs.settings)
+    unread = Examined(inputs.source("val"), inputs.checkpoint.fingerprint)
+    test = inputs.features("val") if "val" in splits else unread
+    found, bad = probe_encoded(
+        images,
+        inputs.source("train"),
+        test,
+        settings,
+        seed,
+        augment=not config.cached,
+        shapes=tokens.shapes,
+        state=state,
+        progress=progress,
+    )
+    if own_rank() == 0:
+        inputs.tell("train")
+        if "val" not in splits:
+            inputs.tell("val")
+    return found, bad
 
 
 def input_columns(

@@ -262,7 +262,9 @@ def _measure(part: _Part, listener: Listener) -> EvaluationResult:
 
 def _main_row(part: _Part, rows: Sequence[Row]) -> Row:
     """The one result that the suite shows."""
-    (row,) = (row for row in main_rows(rows) if row["metric"] == METRICS[part.entry.given.protocol])
+    attentive = isinstance(part.config, ProbeConfig) and part.config.probe.kind == "attentive"
+    metric = "attentive_top1" if attentive else METRICS[part.entry.given.protocol]
+    (row,) = (row for row in main_rows(rows) if row["metric"] == metric)
     return row
 
 

@@ -1,0 +1,213 @@
+"""Probes whose training images the encoder reads in every epoch: augmented, or with tokens too large to be cached."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimref.config.run import ViewsConfig
+from mimref.data.decode import BadImages
+from mimref.data.loader import crop_batches, loader_workers, view_batches
+from mimref.data.sources import ImageSource, Subset
+from mimref.data.views import CropGroup, Photometric
+from mimref.devices import autocast
+from mimref.distributed.group import own_rank, world_size
+from mimref.distributed.turns import end_requests, request, requests, take_turns
+from mimref.draws import permutation
+from mimref.encoders.backbones import TokenEncoder
+from mimref.errors import DataError
+from mimref.evaluation.probe.attentive import TokenShape
+from mimref.evaluation.probe.config import ProbeTrainingConfig
+from mimref.evaluation.probe.ensemble import Batch
+from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput, TestStream, fingerprint
+from mimref.features.encode import Column, Features, PassSettings, encode_columns, pooled_tokens
+from mimref.features.matrix import Labels, Matrix
+from mimref.progress import Progress
+from mimref.results import Row
+
+CROP_SCALE = (0.08, 1.0)
+"""Range of a training crop's share of the image's area."""
+
+
+class Examined(NamedTuple):
+    """Test images that the encoder reads for scoring."""
+
+    source: ImageSource
+    fingerprint: str
+    """Of the encoder."""
+
+
+class EncodedImages:
+    """Features of images, from passes of the encoder (move it to the device first) in evaluation mode."""
+
+    def __init__(self, encoder: TokenEncoder, groups: Mapping[ProbeInput, list[Column]], reading: PassSettings) -> None:
+        self.encoder, self.groups, self.reading = encoder.eval(), groups, reading
+        self.columns = list(dict.fromkeys(column for group in groups.values() for column in group))
+        self.bad = BadImages(reading.max_bad)
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """The columns, (B, D) float32 each, of normalised images on the device."""
+        with torch.inference_mode(), autocast(self.reading.device, self.reading.precision):
+            return [column.float() for column in pooled_tokens(self.encoder, images, self.columns)]
+
+    @torch.inference_mode()
+    def inputs(self, columns: list[Tensor], bad: list[tuple[str, str]]) -> list[Tensor]:
+        """What the classifiers read of a batch's columns: nothing without readable images."""
+        for path, reason in bad:
+            self.bad.add(path, reason)
+        if not columns:
+            return []
+        of_column = {name: x.to(self.reading.device) for name, x in zip(self.columns, columns, strict=True)}
+        return [torch.cat([of_column[column] for column in group], dim=1) for group in self.groups.values()]
+
+    def centre_crops(self, source: ImageSource, labels: Labels) -> Iterator[Batch]:
+        """All images of a source, in order; labels: of each."""
+        numbers = torch.from_numpy(labels)
+        for batch in encode_columns(self.encoder, source, self.reading, self.columns):
+            inputs = self.inputs([torch.from_numpy(x) for x in batch.columns], batch.bad)
+            if inputs:
+                yield inputs, numbers[batch.indices]
+
+
+def probe_encoded(
+    images: EncodedImages,
+    train: ImageSource,
+    test: Features | Examined,
+    settings: ProbeTrainingConfig,
+    seed: int,
+    *,
+    augment: bool,
+    shapes: Sequence[TokenShape] = (),
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[Row], list[tuple[str, str]]]:
+    """As `probe_augmented`, of either kind and with or without augmentation.
+
+    Without, the batches are those of cached features, as long as every image can be read. shapes: of the inputs of
+    attentive probes. test: features, or images that are encoded for scoring.
+    """
+    test_y = test.y if isinstance(test, Features) else test.source.labels
+    if train.labels is None or test_y is None:
+        raise DataError(f"{train.name}: the training images have no labels, which a probe needs")
+    groups, device = images.groups, images.reading.device
+    examined: Mapping[ProbeInput, Matrix] | TestStream
+    if isinstance(test, Features):
+        examined = {key: test.matrix(columns) for key, columns in groups.items()}
+    else:
+        sizes = {key: shape.size for key, shape in zip(groups, shapes, strict=True)}
+        examined = TestStream(sizes, partial(images.centre_crops, test.source), test.fingerprint)
+    grid = ProbeGrid(settings, seed, train.labels, examined, test_y, device, shapes=shapes, state=state)
+    batches = _TrainingBatches(images, train, grid, augment=augment)
+    if own_rank() > 0:
+        batches.follow()
+        return [], []
+    grid.train(batches.all, batches.fingerprint, progress)
+    if world_size() > 1:
+        end_requests()
+    held = images.centre_crops(Subset(train, grid.held_rows), grid.labels[grid.held_rows])
+    return grid.rows("augmented" if augment else "streamed", held), images.bad.items
+
+
+class _Crops(NamedTuple):
+    """Normalised images (B, 3, S, S), None where none could be read; rows (B,); path and reason of the unreadable."""
+
+    images: Tensor | None
+    rows: Labels
+    bad: list[tuple[str, str]]
+
+
+# Columns, (B, D) each (none where no image could be read), labels (B,), and path and reason of every unreadable image.
+_Encoded = tuple[list[Tensor], Tensor, list[tuple[str, str]]]
+
+
+class _TrainingBatches:
+    """Batches of features of training images, augmented or not."""
+
+    def __init__(self, images: EncodedImages, source: ImageSource, grid: ProbeGrid, *, augment: bool) -> None:
+        self.images, self.source, self.grid, self.augment = images, source, grid, augment
+        self.workers = loader_workers(images.reading.workers, source)
+
+    def all(self, first: int) -> Iterator[Batch]:
+        """All batches from an update on, without unreadable images; ranks encode them in turns."""
+        if world_size() > 1:
+            request(first)
+        for columns, labels, bad in take_turns(self._encoded(first), self.grid.total - first):
+            yield self.images.inputs(columns, bad), labels
+
+    def follow(self) -> None:
+        """On other ranks than 0: encode batches for it, until it ends."""
+        for first in requests():
+            for _ in take_turns(self._encoded(first), self.grid.total - first):
+                pass
+
+    def _encoded(self, first: int) -> Iterator[_Encoded]:
+        """This rank's batches."""
+        first += own_rank()
+        labels = torch.from_numpy(self.grid.labels)
+        for crops in self._augmented(first) if self.augment else self._centred(first):
+            columns = [] if crops.images is None else self.images.encode(crops.images)
+            if world_size() > 1:
+                # Other ranks' features travel to rank 0 through the CPU's memory.
+                columns = [column.cpu() for column in columns]
+            yield columns, labels[crops.rows], crops.bad
+
+    def _augmented(self, first: int) -> Iterator[_Crops]:
+        grid, reading = self.grid, self.images.reading
+        transform = reading.transform
+        views = ViewsConfig(color=False, blur=False)
+        photometric = Photometric(views, grid.seed, reading.device, mean=transform.mean, std=transform.std)
+        loaded = view_batches(
+            Subset(self.source, grid.train_rows),
+            [CropGroup(1, transform.image_size, CROP_SCALE)],
+            batch_size=grid.batch,
+            seed=grid.seed,
+            epochs=range(first // grid.steps_per_epoch, grid.settings.epochs),
+            skip=first % grid.steps_per_epoch,
+            every=world_size(),
+            workers=self.workers,
+            pin_memory=reading.device.type == "cuda",
+        )
+        for batch in loaded:
+            images = None
+            if len(batch.sample_B):
+                images = photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
+            yield _Crops(images, grid.train_rows[batch.sample_B.numpy()], batch.bad)
+
+    def _centred(self, first: int) -> Iterator[_Crops]:
+        """In the order of cached features: a function of (seed, epoch), by position within a batch."""
+        grid, reading, steps = self.grid, self.images.reading, self.grid.steps_per_epoch
+        for epoch in range(first // steps, grid.settings.epochs):
+            order = grid.train_rows[permutation(grid.seed, epoch, len(grid.train_rows)).numpy()]
+            rows = np.sort(order[: steps * grid.batch].reshape(steps, grid.batch), axis=1).ravel()
+            own = range(first - epoch * steps, steps, world_size())
+            # Turns continue from one epoch to the next.
+            first += len(own) * world_size()
+            loaded = crop_batches(
+                Subset(self.source, rows),
+                reading.transform,
+                batch_size=grid.batch,
+                workers=self.workers,
+                start=own.start * grid.batch,
+                every=world_size(),
+            )
+            for batch in loaded:
+                images = None
+                if batch.indices:
+                    images = reading.transform.normalize(batch.crops.to(reading.device, non_blocking=True))
+                yield _Crops(images, rows[batch.indices], batch.bad)
+
+    def fingerprint(self) -> str:
+        """Of the training images, the transform and, through the features of the test images, the encoder."""
+        reading, grid = self.images.reading, self.grid
+        digest = hashlib.sha256(self.source.fingerprint.encode())
+        read = reading.transform.to_dict() | self.source.decoding.changes()
+        digest.update(json.dumps(read, sort_keys=True).encode())
+        tested = grid.test.fingerprint if isinstance(grid.test, TestStream) else fingerprint(grid.test, grid.labels)
+        digest.update(f"{reading.precision} {tested}{'' if self.augment else ' not augmented'}".encode())
+        return digest.hexdigest()[:16]

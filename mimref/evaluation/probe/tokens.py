@@ -1,0 +1,142 @@
+"""What attentive probes read: tokens of which blocks, and whether they fit in the feature cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mimref.data.sources import Split
+from mimref.encoders.vit import Architecture
+from mimref.errors import ConfigError
+from mimref.evaluation.probe.attentive import TokenShape
+from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
+from mimref.evaluation.probe.grid import ProbeInput
+from mimref.features.cache.partial import DTYPES
+from mimref.features.encode import PATCHES, Column
+from mimref.features.inputs import EncoderInputs
+from mimref.progress import Listener
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """The inputs of attentive probes."""
+
+    groups: dict[ProbeInput, list[Column]]
+    """Columns of every input, side by side: of each block its CLS token, if it is read, then its patches."""
+    shapes: list[TokenShape]
+
+    @property
+    def columns(self) -> list[Column]:
+        """All of them, once each."""
+        return list(dict.fromkeys(column for group in self.groups.values() for column in group))
+
+    numbers: int = 0
+    """Per image, in all columns."""
+
+
+def token_inputs(inputs: EncoderInputs, settings: ProbeTrainingConfig, final_norm: bool) -> TokenInputs:
+    """The inputs that the settings name; final_norm: of the last block.
+
+    Raises ConfigError for an encoder without patch tokens, or without the CLS token or the blocks that are named, and
+    for numbers of queries that do not divide the width.
+    """
+    depth = inputs.depth
+    if settings.tokens == "cls+patch" and not inputs.has_cls_token:
+        name = inputs.architecture.name
+        raise ConfigError(f"probe.tokens 'cls+patch': {name} has no CLS token; use probe.tokens='patch'")
+    if settings.blocks == "last4" and depth < 4:
+        raise ConfigError(f"probe.blocks 'last4': there are only {depth} blocks; use probe.blocks='last'")
+    chosen = {"last": [depth]} | ({"last4": list(range(depth - 3, depth + 1))} if depth >= 4 else {})
+    blocks = {name: numbers for name, numbers in chosen.items() if settings.blocks in ("both", name)}
+    pools = ["patch", "cls+patch"] if settings.tokens == "both" else [settings.tokens]
+    if not inputs.has_cls_token:
+        pools = ["patch"]
+    read = sorted({number for numbers in blocks.values() for number in numbers})
+    of_block = block_shapes(inputs, read)
+    groups: dict[ProbeInput, list[Column]] = {}
+    shapes: list[TokenShape] = []
+    for name, numbers in blocks.items():
+        for pool in pools:
+            key = ProbeInput(name, pool)
+            parts = ["cls", PATCHES] if pool == "cls+patch" else [PATCHES]
+            groups[key] = [Column(n, part, final_norm and n == depth) for n in numbers for part in parts]
+            shapes.append(_joined(key, [of_block[n] for n in numbers], len(parts) - 1, settings.queries))
+    found = TokenInputs(groups, shapes)
+    per_image = 0
+    for column in found.columns:
+        patches, width = of_block[column.block]
+        per_image += width * (patches if column.pool == PATCHES else 1)
+    return replace(found, numbers=per_image)
+
+
+def block_shapes(inputs: EncoderInputs, blocks: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Number of patch tokens and width of some blocks: computed, or of other models from a pass of an empty image.
+
+    Raises ConfigError where there are no patch tokens to choose from.
+    """
+    architecture, size = inputs.architecture, inputs.settings.transform.image_size
+    if isinstance(architecture, Architecture):
+        shapes = dict.fromkeys(blocks, ((size // architecture.patch_size) ** 2, architecture.width))
+    else:
+        encoder = inputs.encoder
+        parameter = next(encoder.parameters())
+        with torch.inference_mode():
+            tokens = encoder.blocks(parameter.new_zeros(1, 3, size, size), list(blocks))
+        counted = [(found.shape[1] - encoder.num_prefix_tokens, found.shape[2]) for found in tokens]
+        shapes = dict(zip(blocks, counted, strict=True))
+    for block, (patches, _) in shapes.items():
+        if patches < 2:
+            number = f"{patches} patch token{'s' * (patches != 1)}"
+            raise ConfigError(
+                f"probe.kind 'attentive' needs patch tokens: block {block} of {architecture.name} has {number} on "
+                f"images of {size} pixels; use probe.kind='linear', or a larger --resolution"
+            )
+    return shapes
+
+
+def _joined(key: ProbeInput, blocks: Sequence[tuple[int, int]], cls: int, queries: Sequence[int]) -> TokenShape:
+    """The shape of some blocks' tokens as one input; cls: CLS tokens per block."""
+    counts = sorted({patches for patches, _ in blocks})
+    if len(counts) > 1:
+        raise ConfigError(
+            f"probe.blocks {key.blocks!r}: the blocks have different numbers of patch tokens "
+            f"({', '.join(map(str, counts))}); use probe.blocks='last'"
+        )
+    shape = TokenShape(counts[0] + cls, tuple(width for _, width in blocks))
+    for count in queries:
+        if shape.width % count:
+            fitting = [n for n in range(1, shape.width + 1) if shape.width % n == 0]
+            nearest = [n for n in fitting if n < count][-1:] + [n for n in fitting if n > count][:1]
+            raise ConfigError(
+                f"probe.queries {count} does not divide the width {shape.width} of {key}; choose "
+                f"{' or '.join(map(str, nearest))}"
+            )
+    return shape
+
+
+def cached_splits(inputs: EncoderInputs, numbers: int, config: ProbeConfig, listener: Listener) -> list[Split]:
+    """The splits whose tokens are cached: those that the limit `probe.tokens_gb` has room for.
+
+    Training images are cached only along with the validation images, and not when they are augmented. numbers: per
+    image. Tells which images the encoder reads again.
+    """
+    dtype = "fp32" if config.cache.folder == "off" else config.cache.dtype
+    limit_gb = config.probe.tokens_gb
+    val_gb, train_gb = (
+        len(inputs.source(split)) * numbers * DTYPES[dtype].itemsize / 1e9 for split in ("val", "train")
+    )
+    if config.cached and val_gb + train_gb <= limit_gb:
+        listener.note(f"patch tokens take {val_gb + train_gb:.2g} GB ({dtype}), within probe.tokens_gb={limit_gb:g}")
+        return ["train", "val"]
+    if config.cached:
+        listener.note(
+            f"patch tokens would take {val_gb + train_gb:.2g} GB ({dtype}), more than probe.tokens_gb={limit_gb:g}: "
+            "the encoder reads the training images in every epoch"
+        )
+    if val_gb <= limit_gb:
+        return ["val"]
+    listener.note(
+        f"patch tokens of the validation images would take {val_gb:.2g} GB ({dtype}), more than "
+        f"probe.tokens_gb={limit_gb:g}: the encoder reads them for scoring"
+    )
+    return []
