@@ -86,7 +86,7 @@ def _print_suite(config: "AblationsConfig", out: Path, options: AblationsOptions
 
     with Terminal(options.quiet) as terminal:
         suite = make_suite(config, out, terminal.progress, options.checks)
-        check_earlier(suite, options.checks)
+        options.checks.run("sets", lambda: check_earlier(suite))
         options.checks.finish()
         # Neither the schedule of the loss nor a seed changes how long a step takes.
         measured: dict[str, tuple[float, float]] = {}

@@ -18,10 +18,14 @@ _METRICS = {"knn_top1": "k-NN", "lowshot_top1": "1-shot"}
 
 def print_ablations(rows: Sequence[Row]) -> None:
     """Print every table of `summarise`."""
-    names = ("setting", "the paper's", "metric", "ours", "paper", "difference", "paper's", "")
+    console = Console()
+    names = ("setting", "the paper's", "metric", "ours", "paper", "difference", "paper's")
     for table, lines in _by_table(rows).items():
-        cells = [(*_cells(row), str(row.get("verdict", ""))) for row in lines]
-        Console().print(plain_table(names, cells, right=names[3:7]), f"({table}) {TITLES[table]}\n", sep="")  # type: ignore[index]
+        console.print(f"({table}) {TITLES[table]}", style="bold", markup=False)  # type: ignore[index]
+        console.print(plain_table(names, [_cells(row) for row in lines], right=names[3:]))
+        for sentence in _sentences(lines):
+            console.print(sentence, markup=False, highlight=False)
+        console.print()
 
 
 def ablations_page(

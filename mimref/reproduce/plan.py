@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,18 +172,14 @@ def _curves(plan: Plan, default: RefineConfig, seeds: list[int], out: Path) -> l
     return curves
 
 
-def check_earlier(suite: Suite, checks: Checks) -> None:
-    """Check that earlier runs in the folder, which are kept, had the same settings."""
+def check_earlier(suite: Suite) -> None:
+    """Raise ConfigError where an earlier run in the folder, which would be kept, had other settings."""
     for run in suite.refinements:
         if isinstance(run.config, RefineConfig) and run.settings.is_file():
-            checks.run("sets", partial(_check_earlier, run, run.config))
-
-
-def _check_earlier(run: Run, config: RefineConfig) -> None:
-    then = load_config(RefineConfig, str(run.settings))
-    # The folder may have been moved.
-    then = then.model_copy(update={"heads_from": config.heads_from} if then.heads_from and config.heads_from else {})
-    check_same(then, config, f"run {run.name} in {run.out} cannot be kept")
+            then = load_config(RefineConfig, str(run.settings))
+            # The folder may have been moved.
+            moved = {"heads_from": run.config.heads_from} if then.heads_from and run.config.heads_from else {}
+            check_same(then.model_copy(update=moved), run.config, f"run {run.name} in {run.out} cannot be kept")
 
 
 def free_cores() -> int:

@@ -63,7 +63,7 @@ def run_ablations(
     checks.run("out", lambda: _check_folder(out, resume=resume, force=force))
     suite = make_suite(config, out, listener.progress, checks)
     if not force:
-        check_earlier(suite, checks)
+        checks.run("sets", lambda: check_earlier(suite))
     checks.finish()
     with stop_signal(), folder_lock(out):
         if force and (out / SETTINGS).is_file():
