@@ -87,7 +87,7 @@ def test_earlier_runs_are_kept_with_equal_settings_alone(folder: Path) -> None:
         write_bytes(run.settings, dump_config(run.config).encode())
     for changes in ({}, {"seeds": [0, 1], "tables": ["a", "e"]}, {"evaluate__cluster_runs": 3}):
         check_earlier(suite(folder, **changes))
-    with pytest.raises(ConfigError, match=r"run default-seed0 .*heads.temperature: it was 0.2 and is now 0.4"):
+    with pytest.raises(ConfigError, match=r"run default-seed0 .*heads.temperature: it was 0.3 and is now 0.4"):
         check_earlier(suite(folder, seeds=[0], tables=["e"], heads__temperature=0.4))
 
 

@@ -13,6 +13,12 @@ from mimref.reproduce.summary import BLOCK_METRIC
 from mimref.reproduce.table1 import TITLES
 from mimref.results import Row
 
+_COUNTED = {
+    "agrees": "agree with the paper's",
+    "disagrees": "disagree",
+    "undecided": "are within the seeds' spread, unlike the paper's",
+    "one seed": "are of one seed, without a spread",
+}
 _METRICS = {"knn_top1": "k-NN", "lowshot_top1": "1-shot"}
 
 
@@ -45,6 +51,7 @@ def ablations_page(
         "The paper's are of data2vec 2.0 ViT-L/16 on ImageNet-1K (Table 1), ours of "
         f"{config.encoder.weights or config.encoder.arch} on {config.data.spec}.",
         "",
+        *_agreement(rows),
         *_before_and_after(rows),
         *_curves(rows),
     ]
@@ -57,6 +64,14 @@ def ablations_page(
         text += [f"| {' | '.join(_cells(row))} |" for row in lines]
         text += ["", *_sentences(lines), ""]
     return "\n".join(text).rstrip() + "\n"
+
+
+def _agreement(rows: Sequence[Row]) -> list[str]:
+    """How many differences agree with the paper's."""
+    words = [str(row["verdict"]).partition(":")[0] for row in rows if "verdict" in row]
+    counts = {word: words.count(word) for word in ("agrees", "disagrees", "undecided", "one seed")}
+    shown = ", ".join(f"{count} {_COUNTED[word]}" for word, count in counts.items() if count)
+    return [f"Differences from the default: {shown}.", ""] if shown else []
 
 
 def _by_table(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -1,6 +1,5 @@
 """`mimref reproduce ablations`: the page, what is run again, failures; and a real suite that is killed."""
 
-import json
 import os
 import signal
 import subprocess
@@ -75,6 +74,7 @@ def test_a_suite(folder: Path, started: list[str], capsys: pytest.CaptureFixture
     page = (out / "ablations.md").read_text()
     assert "| swapped | swapped | k-NN | 75.0 (74.9 to 75.0) | 80.9 | -1.0 (-1.0 to -1.0) | -0.1 |" in page
     assert "agrees: worse with all 2 seeds, worse by 0.1 in the paper." in page
+    assert "Differences from the default: 4 agree with the paper's, 1 disagree." in page
     assert "The refined encoder is best at block 4." in page and "8 min of training" in page
     for theme in ("light", "dark"):
         assert f"blocks-{theme}.svg#only-{theme}" in page and (out / f"blocks-{theme}.svg").read_text().startswith(
