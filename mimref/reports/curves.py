@@ -40,7 +40,7 @@ def plot_curves(path: Path, rows: Sequence[Row], theme: str) -> None:
             best = max(range(len(values)), key=values.__getitem__)
             for place in {best, len(values) - 1}:
                 style: Any = {"ha": "center", "color": colours[model], "weight": "bold"}
-                offset = (0, 9) if model == "refined" or place == best else (0, -17)
+                offset = (0, 9) if model == "refined" else (0, -17)
                 axes.annotate(
                     f"{values[place]:.1f}", (blocks[place], values[place]), offset, textcoords="offset points", **style
                 )
