@@ -1,26 +1,21 @@
 """Table 1 for encoders of other depths: the paper's own settings come out for its own encoder."""
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mimref.config.load import load_config
 from mimref.config.presets import preset_names
-from mimref.encoders.vit import Architecture
 from mimref.errors import ConfigError
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
 from mimref.reproduce.table1 import Line, nearest, table_lines
 from tests.test_presets import flatten
 
-LARGE = Architecture("vit_l16", 224, width=1024, depth=24, num_heads=16, patch_size=16)
-
 
 def lines(depth: int, blocks: range | list[int], **changes: Any) -> list[Line]:
     config = load_config(RefineConfig, "d2v2_l16", changes)
-    return table_lines(config, replace(LARGE, depth=depth), list(blocks))
+    return table_lines(config, depth, list(blocks))
 
 
 def test_the_papers_encoder_gives_the_presets_of_its_ablations() -> None:
@@ -93,7 +88,7 @@ def test_heads_without_ablations(blocks: list[int]) -> None:
         lines(24, blocks)
 
 
-def test_a_warm_up_stays_as_long(tmp_path: Path) -> None:
+def test_a_warm_up_stays_as_long() -> None:
     changes = {"encoder_stage.epochs": 7, "encoder_stage.warmup_epochs": 3.5}
     (plain,) = (line for line in lines(24, range(17, 25), **changes) if line.name == "f-plain")
     assert plain.changes["encoder_stage.epochs"] == 3 and plain.changes["encoder_stage.warmup_epochs"] == 3.0

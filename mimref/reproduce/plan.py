@@ -89,7 +89,7 @@ def make_suite(
     checks = checks or Checks()
     plan = make_plan(config, progress, checks)
     checks.finish()
-    lines = table_lines(plan.config, plan.architecture, plan.blocks)
+    lines = table_lines(plan.config, plan.architecture.depth, plan.blocks)
     default = _default(plan, out)
     named, configs = {dump_config(default): DEFAULT}, {DEFAULT: default}
     names = []

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mimref.encoders.vit import Architecture
 from mimref.errors import ConfigError
 from mimref.evaluation.blocks.statistics import blocks_text
 from mimref.refinement.config import RefineConfig
@@ -52,8 +51,8 @@ class Line:
     """Why there is no such run."""
 
 
-def table_lines(config: RefineConfig, architecture: Architecture, blocks: Sequence[int]) -> list[Line]:
-    """All lines of Table 1 for a refinement whose heads are on `blocks`.
+def table_lines(config: RefineConfig, depth: int, blocks: Sequence[int]) -> list[Line]:
+    """All lines of Table 1 for a refinement whose heads are on `blocks` of an encoder of this depth.
 
     The paper's numbers of heads, and their distances from the last block, are in proportion to its eight heads; numbers
     of frozen blocks are in proportion to its 24 blocks; the crops of runs without local views are wider by the paper's
@@ -66,14 +65,14 @@ def table_lines(config: RefineConfig, architecture: Architecture, blocks: Sequen
         )
     default = blocks_text(blocks)
     return [
-        *_head_lines(architecture.depth, len(blocks), default),
-        *_spacing_lines(architecture.depth, len(blocks), default),
+        *_head_lines(depth, len(blocks), default),
+        *_spacing_lines(depth, len(blocks), default),
         Line("c", "constant", "constant", "default", _DEFAULT),
         *(
             Line("c", words(name), words(name), f"c-{name}", {"knn_top1": knn}, {"loss.schedule": name})
             for name, knn in _SCHEDULES.items()
         ),
-        *_frozen_lines(architecture.depth, max(blocks)),
+        *_frozen_lines(depth, max(blocks)),
         Line("e", "kept", "kept", "default", _DEFAULT),
         Line("e", "swapped", "swapped", "e-swapped", {"knn_top1": 80.9}, {"loss.swap_negatives": True}),
         *_augmentation_lines(config),
