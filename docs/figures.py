@@ -4,10 +4,13 @@ python docs/figures.py
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+from mimref.reports.curves import STYLE, THEMES
 
 HERE = Path(__file__).parent
 # Row of the table to its name in the picture.
@@ -16,11 +19,6 @@ SHOWN = {
     "1-shot (20 draws)": "1-shot",
     "k-means ACC, lowest inertia of 100 runs": "k-means ACC",
     "k-means NMI, lowest inertia of 100 runs": "k-means NMI",
-}
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "mimref", "font.family": "sans-serif", "font.size": 11}
-THEMES = {
-    "light": {"text": "#24292f", "grid": "#d0d7de", "raw": "#8c959f", "base": "#bf5b04", "refined": "#1f5fbf"},
-    "dark": {"text": "#e6edf3", "grid": "#30363d", "raw": "#7d8590", "base": "#f0954a", "refined": "#6cb6ff"},
 }
 
 
@@ -32,7 +30,7 @@ def read_scores(page: Path) -> dict[str, tuple[float, float, float]]:
     return {name: scores[row] for row, name in SHOWN.items()}  # type: ignore[misc]
 
 
-def draw(scores: dict[str, tuple[float, float, float]], colours: dict[str, str], file: Path) -> None:
+def draw(scores: dict[str, tuple[float, float, float]], colours: Mapping[str, str], file: Path) -> None:
     """A line from base to refined for every score, with raw pixels as a ring."""
     figure = Figure(figsize=(7.2, 2.6), layout="constrained")
     axes = figure.subplots()

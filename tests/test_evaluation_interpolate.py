@@ -5,19 +5,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from sklearn.model_selection import train_test_split
 
 import mimref
 from mimref.cli import run
 from mimref.config.base import DataConfig
+from mimref.data import sources
 from mimref.data.open import open_source
-from mimref.data.sources import ImageSource, Split
-from mimref.encoders.checkpoints import read_checkpoint
-from mimref.encoders.vit import Architecture
+from mimref.data.sources import ImageSource, Split, Subset
+from mimref.encoders.checkpoints import read_checkpoint, save_encoder
+from mimref.encoders.vit import Architecture, build_encoder
+from mimref.evaluation import interpolate as module
+from mimref.evaluation.assess.config import AssessConfig
+from mimref.evaluation.assess.protocol import assess
+from mimref.evaluation.config import InterpolateConfig
+from mimref.evaluation.knn.config import KnnConfig
+from mimref.evaluation.knn.protocol import evaluate_knn
 from mimref.features import opening
-from tests.tiny import ARCHITECTURE, write_labelled, write_weights
+from mimref.features.config import CacheConfig
+from tests.tiny import ARCHITECTURE, write_images, write_labelled, write_unlabelled, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +124,108 @@ def test_shares_that_are_none(
     assert run(["interpolate", *map(str, ends), f"--alpha={alpha}", "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert "alpha" in message and message.count("\n") == 1
+
+
+# --- --choose
+
+
+def chosen(out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows, and what the header says of the only encoder that was written."""
+    assert sorted(path.name for path in out.iterdir()) == ["encoder.safetensors", "results.csv", "results.json"]
+    rows = json.loads((out / "results.json").read_text())["metrics"]
+    return rows, read_checkpoint(out).header["interpolated"]
+
+
+def average_file(ends: tuple[Path, Path], file: Path, alpha: float) -> Path:
+    """An average by a plain loop."""
+    base, refined = (read_checkpoint(path) for path in ends)
+    encoder = build_encoder(ARCHITECTURE)
+    mixed = {key: torch.lerp(base.tensors[key], refined.tensors[key], alpha) for key in refined.tensors}
+    encoder.vit.load_state_dict(mixed)
+    save_encoder(file, encoder, {"source": "mae"})
+    return file
+
+
+def test_chosen_by_knn_on_held_out_images(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    images, out, alphas = write_labelled(tmp_path / "data"), tmp_path / "out", (0.0, 0.3, 0.6, 1.0)
+    line = ["interpolate", *map(str, ends), "--alpha", "0,0.3,0.6,1", "--data", str(images), "--out", str(out)]
+    assert run([*line, "--choose", "knn", "--device", "cpu", "--workers", "0", "--quiet"]) == 0
+    rows, facts = chosen(out)
+    train, val = (open_source(DataConfig(spec=str(images)), split, need_labels=True) for split in ("train", "val"))
+    assert train.labels is not None
+    kept, held = train_test_split(np.arange(48), test_size=0.2, stratify=train.labels, random_state=0)
+    expected, validation = [], []
+    for alpha in alphas:
+        file = average_file(ends, tmp_path / f"{alpha:g}.safetensors", alpha)
+        common = {"checkpoint": str(file), "device": "cpu", "workers": 0, "cache": CacheConfig(folder="off")}
+        for found, (first, second) in (
+            (expected, (Subset(train, np.sort(kept)), Subset(train, np.sort(held)))),
+            (validation, (train, val)),
+        ):
+            config = KnnConfig(**common, data=DataConfig(spec=str(images)))
+            found.append(evaluate_knn(config, sources={"train": first, "val": second}).rows[0]["value"])
+    best = int(np.argmax(expected))
+    assert [(row["alpha"], row["value"], row["images"]) for row in rows[:4]] == [
+        (alpha, value, "held out") for alpha, value in zip(alphas, expected, strict=True)
+    ]
+    assert facts["alpha"] == alphas[best] and facts["chosen_by"] == "knn"
+    (last,) = rows[4:]
+    assert (last["alpha"], last["value"], last["images"]) == (alphas[best], validation[best], "validation")
+
+
+def test_chosen_by_the_measure_of_assess(ends: tuple[Path, Path], tmp_path: Path) -> None:
+    images, out, alphas = write_unlabelled(tmp_path / "data"), tmp_path / "out", (0.0, 0.5, 1.0)
+    line = ["interpolate", *map(str, ends), "--alpha", "0,0.5,1", "--data", str(images), "--out", str(out)]
+    assert run([*line, "--choose", "assess", "--device", "cpu", "--workers", "0", "--quiet"]) == 0
+    rows, facts = chosen(out)
+    expected = []
+    for alpha in alphas:
+        file = average_file(ends, tmp_path / f"{alpha:g}.safetensors", alpha)
+        config = AssessConfig(
+            checkpoints=[str(file)],
+            device="cpu",
+            workers=0,
+            data=DataConfig(spec=str(images)),
+            cache=CacheConfig(folder="off"),
+        )
+        expected += [row["value"] for row in assess(config).rows if row["metric"] == "neighbour_consistency"]
+    assert [row["value"] for row in rows] == expected and {row["images"] for row in rows} == {"training"}
+    assert facts["alpha"] == alphas[int(np.argmax(expected))] and facts["chosen_by"] == "assess"
+
+
+@pytest.mark.parametrize("choose", ["knn", "assess"])
+def test_the_choice_does_not_read_validation_images(
+    choose: str, ends: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, reads, decode = write_labelled(tmp_path / "data"), list[str](), sources.decode_file
+
+    def watched(path: str, *args: Any) -> Any:
+        reads.append(path)
+        return decode(path, *args)
+
+    for validated in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(sources, "decode_file", watched)
+            patch.setattr(opening, "check_readable", lambda *_: None)  # which reads the first image
+            if not validated:
+                patch.setattr(module, "_validate", lambda *_: ([], []))
+            config = InterpolateConfig.model_validate(
+                {"base": str(ends[0]), "refined": str(ends[1]), "alpha": [0.0, 1.0], "choose": choose, "workers": 0}
+                | {"data": {"spec": str(images)}, "device": "cpu"}
+            )
+            module.interpolate(config, tmp_path / str(validated))
+        assert any("/train/" in path for path in reads)
+        assert any("/val/" in path for path in reads) == validated
+
+
+def test_mistakes_of_choices(ends: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["interpolate", *map(str, ends), "--out", str(tmp_path / "out"), "--choose"]
+    assert run([*line, "knn"]) == 2
+    assert "no images: pass --data" in capsys.readouterr().err
+    few = write_images(tmp_path / "few", per_class=1, split="train")
+    write_images(few, per_class=1, split="val")
+    assert run([*line, "knn", "--data", str(few)]) == 2
+    assert "--choose knn: " in capsys.readouterr().err
+    assert run([*line, "best", "--data", str(few)]) == 2
+    assert "--choose best: expected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

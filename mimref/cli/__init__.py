@@ -11,7 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from mimref import __version__
-from mimref.cli import benchmark, evaluation, report, robustness, segment, suite, tools, training, transfer, weights
+from mimref.cli import (
+    benchmark,
+    evaluation,
+    report,
+    reproduce,
+    robustness,
+    segment,
+    suite,
+    tools,
+    training,
+    transfer,
+    weights,
+)
 from mimref.cli.parser import Group, add_command
 from mimref.errors import Interrupted, UserError, UserErrors
 from mimref.files import DISK_FULL, ensure_caches
@@ -40,6 +52,7 @@ TOOLS: Mapping[str, tuple[str, Mapping[str, Function]]] = {
         "List, clear or verify cached features and listings of images.",
         {"list": tools.list_cache, "clear": tools.clear_cache, "verify": tools.verify_cache},
     ),
+    "reproduce": ("Reproduce tables of the paper by a suite of runs.", {"ablations": reproduce.ablations}),
     "benchmark": (
         "Measure speed and cost on this machine.",
         {"views": benchmark.views, "step": benchmark.step, "eval": benchmark.evaluations, "cost": benchmark.cost},

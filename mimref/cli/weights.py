@@ -271,15 +271,20 @@ class InterpolateOptions(Images, Output, panel="Encoder"):
     refined: str = argument("Weights after refining.", "REFINED", "refined")
     encoder: Text = PART
     alpha: Text = option("Shares of REFINED in the averages; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha")
+    choose: Text = option(
+        "Write only the best average: by k-NN on held-out training images, or without labels.", "knn|assess", "choose"
+    )
 
 
 def interpolate(options: InterpolateOptions) -> None:
     """Average the weights of two encoders.
 
-    With --data, this reports the k-NN accuracy of every average.
+    With --data, this reports the k-NN accuracy of every average. With --choose, training images choose one average,
+    which alone is written and measured on the validation images.
 
     Examples:
       mimref interpolate quickstart runs/refine-quickstart --data digits
+      mimref interpolate quickstart runs/refine-quickstart --choose knn
       mimref interpolate mae_l16 runs/mae_l16 --alpha 0,0.5,1 --out runs/averages
     """
     from mimref.evaluation.config import InterpolateConfig
@@ -293,4 +298,5 @@ def interpolate(options: InterpolateOptions) -> None:
     with Terminal(options.quiet) as terminal:
         result = average(config, out, force=options.force, listener=terminal, checks=options.checks)
     print_rows(result.rows)
-    note(f"{len(config.alpha)} encoders in {out}", options)
+    made = f"{len(config.alpha)} encoders in {out}" if config.choose is None else f"encoder in {out}"
+    note(made, options)

@@ -117,6 +117,8 @@ class CommandConfig(Section):
 
     command: ClassVar[str]
     """Name on the command line, and folder of the command's presets."""
+    presets_of: ClassVar[str | None] = None
+    """Another command, whose presets the settings start from."""
 
     preset: str | None = None
     """Name of the preset that the settings come from."""

@@ -36,7 +36,7 @@ def load_config(
     collected = checks or Checks()
     table: Table = {}
     if preset is not None:
-        table = collected.run("preset", lambda: _preset_table(preset, model.command)) or {}
+        table = collected.run("preset", lambda: _preset_table(preset, model.presets_of or model.command)) or {}
         if not table:
             collected.unusable.add("preset")
     given: set[str] = set()

@@ -55,3 +55,7 @@ class InterpolateConfig(CommandConfig):
     """Weights file, or a run's output folder, of the same architecture."""
     alpha: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
     """Shares of the refined weights; one average each."""
+    choose: Literal["knn", "assess"] | None = None
+    """What chooses one average, which alone is written: `knn`, the accuracy on a fifth of the training images, held out
+    from the others, or without labels `assess`, the measure by which that command ranks, on training images. Of equal
+    ones the first. None: all are written."""

@@ -1,10 +1,13 @@
 """Averages of a base and a refined encoder's weights, which trade off their strengths (the idea of WiSE-FT)."""
 
 import time
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -14,6 +17,7 @@ from mimref.encoders.backbones import TimmBackbone, TokenEncoder
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.published import must_download
 from mimref.errors import CheckpointError, Checks
+from mimref.evaluation.choice import Choice, check_held_out, choose_by_knn, choose_by_measure
 from mimref.evaluation.config import InterpolateConfig
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
@@ -23,6 +27,36 @@ from mimref.features.header import resolve_data
 from mimref.features.opening import Opened, check_device, open_images, warn_of_notices
 from mimref.progress import Listener, Silent
 from mimref.results import EvaluationResult, Row, check_folder, write_results
+
+CHOSEN = "encoder.safetensors"
+"""The average that was chosen, so that the folder is a checkpoint."""
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """What is averaged, and the images."""
+
+    config: InterpolateConfig
+    """With the images that the header of the refined weights records."""
+    base: Checkpoint
+    refined: Checkpoint
+    base_encoder: TokenEncoder
+    refined_encoder: TokenEncoder
+    sources: dict[Split, ImageSource]
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Settings of every evaluation. Nobody needs the features of an average again."""
+        own = {name: getattr(self.config, name) for name in CommandConfig.model_fields}
+        return own | {"cache": CacheConfig(folder="off")}
+
+    def write(self, file: Path, alpha: float, *, chosen_by: str | None = None) -> None:
+        """Write an average with what the header of the refined weights says."""
+        left_out = ("architecture", "classifier", "metrics")
+        facts = {key: value for key, value in self.refined.header.items() if key not in left_out}
+        origin: dict[str, Any] = {"base": str(self.base.path), "refined": str(self.refined.path), "alpha": alpha}
+        origin |= {"chosen_by": chosen_by} if chosen_by else {}
+        save_encoder(file, average(self.base_encoder, self.refined_encoder, alpha), {**facts, "interpolated": origin})
 
 
 def interpolate(
@@ -36,53 +70,106 @@ def interpolate(
     """Write `(1 - alpha) * base + alpha * refined` for every alpha into `out`, as `alpha-0.25.safetensors`.
 
     With images in `config.data`, the rows are the k-NN accuracy of each, with `alpha`; they are written there as well.
+    With `config.choose` only the best is written, as `encoder.safetensors`: rows are what it was chosen by, of every
+    alpha, then its k-NN accuracy on the validation images, if there are any; `images` says which images each is of. The
+    choice does not read the validation images.
     Raises CheckpointError for encoders of different shapes, OutputError for a folder that holds results.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     checks.run("out", lambda: check_folder(out, force))
     check_device(config, checks)
+    ends = _open(config, listener, checks)
+    config = ends.config
+    if config.choose is None:
+        rows, bad = _write_all(ends, out, listener)
+    else:
+        rows, bad = _write_chosen(ends, out, listener)
+    elapsed_s = time.monotonic() - started
+    write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows, bad_images=bad)
+    return EvaluationResult(rows, elapsed_s, bad)
+
+
+def _open(config: InterpolateConfig, listener: Listener, checks: Checks) -> _Ends:
+    """Read both checkpoints and open the images; raises what is wrong with any of them."""
+    need_labels = config.choose != "assess"
+    open_splits = partial(
+        open_images, progress=listener.progress, checks=checks, need_labels=need_labels, existing=not need_labels
+    )
     sources: dict[Split, ImageSource] = {}
     has_images, remote = config.data.spec is not None, must_download(config.base) or must_download(config.refined)
     if has_images and remote:
-        sources = open_images(config.data, listener.progress, checks)
+        sources = open_splits(config.data)
     ends: list[tuple[Checkpoint, TokenEncoder] | None] = []
     for setting, path in (("base", config.base), ("refined", config.refined)):
         fetch = checks.passed or not must_download(path)
         ends.append(checks.run(setting, partial(_read, path, config, listener)) if fetch else None)
     left, right = ends
-    if right is not None and has_images:
+    if right is not None and (has_images or config.choose):
         # The header records how images are decoded.
         data = checks.run("refined", partial(resolve_data, config.data, right[0].header)) or config.data
         config = config.model_copy(update={"data": data})
-    if has_images and not remote:
-        sources = open_images(config.data, listener.progress, checks)
-    train_y = check_labels(Opened(None, sources), checks)
+    if config.data.spec is not None and not sources:
+        sources = open_splits(config.data)
+    check_labels(Opened(None, sources), checks)
+    if config.choose == "knn" and "train" in sources:
+        checks.run("choose", lambda: check_held_out(sources["train"]))
     if left is not None and right is not None:
         checks.run("refined", lambda: _check_alike(config, left[1], right[1]))
     (base, base_encoder), (refined, refined_encoder) = checks.finished(left), checks.finished(right)
     warn_of_notices(sources, listener)
-    facts = {
-        key: value for key, value in refined.header.items() if key not in ("architecture", "classifier", "metrics")
-    }
-    # Nobody needs the features of an average again.
-    common = {name: getattr(config, name) for name in CommandConfig.model_fields} | {"cache": CacheConfig(folder="off")}
-    neighbours = [k if train_y is None else min(k, len(train_y)) for k in KnnConfig().k]
+    return _Ends(config, base, refined, base_encoder, refined_encoder, sources)
+
+
+def _write_all(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Write every average and, with images, measure it."""
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
-    for done, alpha in enumerate(config.alpha, 1):
+    alphas = ends.config.alpha
+    for done, alpha in enumerate(alphas, 1):
         file = out / f"alpha-{alpha:g}.safetensors"
-        origin = {"base": str(base.path), "refined": str(refined.path), "alpha": alpha}
-        save_encoder(file, average(base_encoder, refined_encoder, alpha), {**facts, "interpolated": origin})
-        if config.data.spec is not None:
-            averaged = KnnConfig(**common, checkpoint=str(file), k=neighbours)
-            found = evaluate_knn(averaged, listener=listener, sources=sources)
-            bad = found.bad_images  # the same for every average
-            # alpha replaces the model's name.
-            rows += [{"alpha": alpha, **{key: row[key] for key in row if key != "model"}} for row in found.rows]
-        listener.progress("averages", done, len(config.alpha))
-    elapsed_s = time.monotonic() - started
-    write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows, bad_images=bad)
-    return EvaluationResult(rows, elapsed_s, bad)
+        ends.write(file, alpha)
+        if ends.sources:
+            found, bad = _validate(ends, file, alpha, listener)  # bad images are the same for every average
+            rows += found
+        listener.progress("averages", done, len(alphas))
+    return rows, bad
+
+
+def _write_chosen(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Measure every average, write the best, and measure it on the validation images."""
+    alphas, by = ends.config.alpha, ends.config.choose
+    with TemporaryDirectory(prefix="mimref-") as folder:
+        files = [Path(folder, f"alpha-{alpha:g}.safetensors") for alpha in alphas]
+        for file, alpha in zip(files, alphas, strict=True):
+            ends.write(file, alpha)
+        choice = _choose(ends, files, listener)
+    alpha = alphas[choice.number]
+    rows: list[Row] = [{"alpha": alpha, **row} for alpha, row in zip(alphas, choice.rows, strict=True)]
+    listener.note(f"alpha {alpha:g} is chosen, by {rows[choice.number]['metric']} of {len(alphas)} averages")
+    ends.write(out / CHOSEN, alpha, chosen_by=by)
+    if any(source.labels is None for source in ends.sources.values()) or len(ends.sources) < 2:
+        listener.note("no validation result: there are no labelled training and validation images")
+        return rows, choice.bad
+    found, bad = _validate(ends, out / CHOSEN, alpha, listener)
+    return rows + [{**row, "images": "validation"} for row in found], list(dict.fromkeys([*choice.bad, *bad]))
+
+
+def _choose(ends: _Ends, files: Sequence[Path], listener: Listener) -> Choice:
+    if ends.config.choose == "knn":
+        return choose_by_knn(files, ends.common, ends.sources["train"], listener)
+    return choose_by_measure(files, ends.common, listener)
+
+
+def _validate(ends: _Ends, file: Path, alpha: float, listener: Listener) -> tuple[list[Row], list[tuple[str, str]]]:
+    """k-NN accuracy of an average on the validation images, and the images left out."""
+    train_y = ends.sources["train"].labels
+    assert train_y is not None
+    neighbours = [min(k, len(train_y)) for k in KnnConfig().k]
+    config = KnnConfig(**ends.common, checkpoint=str(file), k=neighbours)
+    found = evaluate_knn(config, listener=listener, sources=ends.sources)
+    # alpha replaces the model's name.
+    rows: list[Row] = [{"alpha": alpha, **{key: row[key] for key in row if key != "model"}} for row in found.rows]
+    return rows, found.bad_images
 
 
 @torch.no_grad()

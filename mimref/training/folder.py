@@ -184,14 +184,7 @@ class RunFolder:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
 
     def _compare(self, config: TrainingConfig) -> None:
-        saved = load_config(type(config), str(self.path / "config.toml"))
-        then, now = (_flat(each.model_dump()) for each in (saved, config))
-        for key in then:
-            if then[key] != now[key] and not any(fnmatchcase(key, free) for free in _MAY_CHANGE):
-                raise ConfigError(
-                    f"cannot resume {self.path} with another {key}: it was {_shown(then[key])} and is now "
-                    f"{_shown(now[key])}; restore it, or start over in another --out"
-                )
+        check_same(load_config(type(config), str(self.path / "config.toml")), config, f"cannot resume {self.path}")
 
     def save_state(self, state: Callable[[], dict[str, Any]]) -> None:
         """Save the training state atomically, and keep the one before it as a fallback.
@@ -233,6 +226,17 @@ class RunFolder:
     def drop_state(self) -> None:
         """Remove the states of a finished run."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
+
+
+def check_same(then: C, now: C, wrong: str) -> None:
+    """Raise ConfigError where a run's settings differ in what is trained. wrong: what is impossible then."""
+    before, after = (_flat(each.model_dump()) for each in (then, now))
+    for key in before:
+        if before[key] != after[key] and not any(fnmatchcase(key, free) for free in _MAY_CHANGE):
+            raise ConfigError(
+                f"{wrong} with another {key}: it was {_shown(before[key])} and is now {_shown(after[key])}; restore "
+                "it, or start over in another --out"
+            )
 
 
 def with_absolute_paths(config: C) -> C:

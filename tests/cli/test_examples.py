@@ -33,6 +33,8 @@ WORK = (
     "mimref.reports.html.runs.newest_run",
     "mimref.reports.html.runs.read_run",
     "mimref.refinement.plan.make_plan",
+    "mimref.reproduce.plan.make_suite",
+    "mimref.reproduce.run.run_ablations",
     "mimref.pretraining.plan.make_plan",
     "mimref.transfer.finetune.plan.make_plan",
     "mimref.evaluation.interpolate.interpolate",

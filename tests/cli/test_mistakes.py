@@ -32,6 +32,7 @@ from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.run import pretrain
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
+from mimref.reproduce.config import AblationsConfig
 from mimref.transfer.finetune.config import FinetuneConfig, PredictConfig
 from mimref.transfer.robustness.config import RobustnessConfig
 from mimref.transfer.segment.config import SegmentConfig
@@ -45,8 +46,8 @@ MODELS: dict[str, type[CommandConfig]] = {
         *(BlocksConfig, AssessConfig, CompareConfig, ExtractConfig, InterpolateConfig, SearchConfig),
         *(FinetuneConfig, PredictConfig, SuiteConfig, RobustnessConfig, SegmentConfig),
     )
-}
-"""By the name of their command."""
+} | {"ablations": AblationsConfig}
+"""By the name of their command, and that of a group by the command's own."""
 
 # A line, and what the lines of its error say, in order. `{base}`, `{data}`: files that exist.
 LISTS = {

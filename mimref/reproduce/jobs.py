@@ -1,0 +1,122 @@
+"""Runs in processes of their own, some at the same time."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from mimref.config.base import dump_config
+from mimref.errors import UserError
+from mimref.files import write_bytes
+from mimref.progress import Listener
+from mimref.reproduce.plan import Run
+from mimref.results import main_rows, read_results
+
+_LOOK_S = 0.2
+# A run saves its state before it ends; one that does not within this time is killed.
+_SAVING_S = 30.0
+_LAST_BYTES = 4096
+
+
+class RunFailed(UserError):
+    """A run that has no results; the message names it, the reason and its log."""
+
+
+def run_jobs(runs: Sequence[Run], jobs: int, listener: Listener) -> list[RunFailed]:
+    """Run all, in order, so many at the same time; why some failed, which keeps only those from running that need them.
+
+    Whatever ends this process ends its runs, which save what can be saved.
+    """
+    waiting, started = list(runs), list[tuple[Run, "subprocess.Popen[bytes]"]]()
+    failed: dict[str, RunFailed] = {}
+    done = -1
+    try:
+        while waiting or started:
+            for run, process in [each for each in started if each[1].poll() is not None]:
+                started.remove((run, process))
+                if process.returncode or not run.finished:
+                    failed[run.name] = RunFailed(f"run {run.name}: {_reason(run, process.returncode)}; see {run.log}")
+                    listener.note(f"{failed[run.name]}; the others run")
+                else:
+                    listener.note(_told(run))
+            for run in _hopeless(waiting, [run for run, _ in started]):
+                assert run.needs is not None
+                waiting.remove(run)
+                why = "which has failed" if run.needs[0] in failed else f"whose {run.needs[1].name} is missing"
+                failed[run.name] = RunFailed(f"run {run.name}: needs run {run.needs[0]}, {why}")
+            while len(started) < jobs and (ready := next(filter(_ready, waiting), None)):
+                waiting.remove(ready)
+                started.append((ready, _start(ready)))
+                listener.note(f"{ready.name}: started")
+            if done < (done := len(runs) - len(waiting) - len(started)):
+                listener.progress("runs", done, len(runs))
+            time.sleep(_LOOK_S if started else 0)
+    finally:
+        _end([process for _, process in started])
+    return list(failed.values())
+
+
+def command(run: Run) -> list[str]:
+    """The command line of a run's process."""
+    return [sys.executable, "-m", "mimref.reproduce.worker", run.config.command, str(run.settings), str(run.folder)]
+
+
+def environment() -> Mapping[str, str]:
+    """One thread per run, unless the user wants more: results then do not depend on how many run at the same time."""
+    return {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+def _ready(run: Run) -> bool:
+    return run.needs is None or run.needs[1].exists()
+
+
+def _hopeless(waiting: Sequence[Run], started: Sequence[Run]) -> list[Run]:
+    """Those that need a file of a run that neither waits nor runs."""
+    to_come = {run.name for run in (*waiting, *started)}
+    return [run for run in waiting if run.needs and run.needs[0] not in to_come and not run.needs[1].exists()]
+
+
+def _start(run: Run) -> subprocess.Popen[bytes]:
+    write_bytes(run.settings, dump_config(run.config).encode())
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(run.log, "ab") as log:
+        # The pipe closes with this process, however it ends, and tells the run.
+        return subprocess.Popen(command(run), stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment())
+
+
+def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_SAVING_S)
+        process.kill()
+        process.wait()
+
+
+def _told(run: Run) -> str:
+    """What a finished run has found, in a line."""
+    rows, elapsed_s = read_results(run.folder, run.config.command)
+    knn = [
+        float(row["value"]) for row in main_rows(rows) if (row.get("model"), row["metric"]) == ("refined", "knn_top1")
+    ]
+    found = f"k-NN {knn[0]:.1f}, " if knn else ""
+    return f"{run.name}: finished, {found}{elapsed_s:,.0f} s"
+
+
+def _reason(run: Run, code: int) -> str:
+    """The last line of a run's log, or how its process ended."""
+    if code < 0:
+        return f"its process was ended by signal {-code}"
+    lines = _last_lines(run.log)
+    return lines[-1].partition("error: ")[2] or lines[-1] if lines else f"its process ended with exit code {code}"
+
+
+def _last_lines(log: Path) -> list[str]:
+    with suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, os.path.getsize(log) - _LAST_BYTES))
+        return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return []

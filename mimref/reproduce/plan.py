@@ -1,0 +1,191 @@
+"""From the settings of a suite to its runs: equal ones run once, and what they share is trained once."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimref.config.base import ReadingConfig, dump_config
+from mimref.config.load import load_config
+from mimref.devices import own_cores
+from mimref.errors import Checks
+from mimref.evaluation.blocks.config import BlocksConfig
+from mimref.evaluation.blocks.statistics import blocks_text
+from mimref.features.config import CacheConfig
+from mimref.progress import LabelledProgress
+from mimref.refinement.config import RefineConfig
+from mimref.refinement.plan import Plan, make_plan
+from mimref.reproduce.config import AblationsConfig, refine_settings
+from mimref.reproduce.table1 import Line, table_lines
+from mimref.training.folder import check_same, with_absolute_paths
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One refinement, or the k-NN curve of one encoder over its blocks: a process with its own folder."""
+
+    name: str
+    config: RefineConfig | BlocksConfig
+    out: Path
+    """The suite's folder."""
+    needs: tuple[str, Path] | None = None
+    """Another run, and the file of its that must exist before this one starts."""
+
+    @property
+    def folder(self) -> Path:
+        return self.out / "runs" / self.name
+
+    @property
+    def settings(self) -> Path:
+        """The file from which its process reads its settings."""
+        return self.out / "settings" / f"{self.name}.toml"
+
+    @property
+    def log(self) -> Path:
+        """What its process reports."""
+        return self.out / "logs" / f"{self.name}.txt"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "results.json").is_file()
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All that a suite runs."""
+
+    plan: Plan
+    """Of the default refinement."""
+    lines: list[Line]
+    """Of the tables that are asked for."""
+    names: list[str]
+    """Of every line: its runs are NAME-seedS."""
+    seeds: list[int]
+    refinements: list[Run]
+    curves: list[Run]
+    """Of the base, then of the default refinement with every seed."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """In the order in which they start."""
+        return [*self.refinements, *self.curves]
+
+
+def run_name(name: str, seed: int) -> str:
+    """Of a line's run with this seed."""
+    return f"{name}-seed{seed}"
+
+
+def make_suite(
+    config: AblationsConfig, out: Path, progress: LabelledProgress | None = None, checks: Checks | None = None
+) -> Suite:
+    """Check the default refinement as `mimref refine` does, and plan the runs of the tables. Writes nothing.
+
+    Raises UserError subclasses, one error for all mistakes.
+    """
+    checks = checks or Checks()
+    plan = make_plan(config, progress, checks)
+    checks.finish()
+    lines = table_lines(plan.config, plan.architecture.depth, plan.blocks)
+    default = _default(plan, out)
+    named, configs = {dump_config(default): DEFAULT}, {DEFAULT: default}
+    names = []
+    for line in lines:
+        changed = _changed(default, line.changes)
+        names.append(named.setdefault(dump_config(changed), line.name))
+        configs[names[-1]] = changed
+    # Names do not depend on which tables are asked for.
+    chosen = [(line, name) for line, name in zip(lines, names, strict=True) if line.table in config.tables]
+    wanted = dict.fromkeys([DEFAULT, *(name for line, name in chosen if not line.missing)])
+    refinements = [_refinement(name, configs[name], default, seed, out) for name in wanted for seed in config.seeds]
+    return Suite(
+        plan, [line for line, _ in chosen], [name for _, name in chosen], config.seeds, refinements,
+        _curves(plan, default, config.seeds, out),
+    )  # fmt: skip
+
+
+def _default(plan: Plan, out: Path) -> RefineConfig:
+    """The settings of the default refinement as its process gets them."""
+    config = with_absolute_paths(refine_settings(plan.config))
+    heads = config.heads.model_copy(update={"blocks": blocks_text(plan.blocks)})
+    # Nobody looks at the images of dozens of runs.
+    evaluate = config.evaluate.model_copy(update={"exhibits": False})
+    # Each run has a core of its own.
+    workers = 1 if config.workers is None and not plan.source.in_memory else config.workers
+    return config.model_copy(update={"heads": heads, "evaluate": evaluate, "workers": workers})
+
+
+def _changed(config: RefineConfig, changes: Mapping[str, Any]) -> RefineConfig:
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        update = {section: getattr(config, section).model_copy(update={name: value})}
+        config = config.model_copy(update=update)
+    return config
+
+
+def _refinement(name: str, config: RefineConfig, default: RefineConfig, seed: int, out: Path) -> Run:
+    """A run; one whose stage 1 is the default's starts from the default's heads, which gives the same result."""
+    config, needs = config.model_copy(update={"seed": seed}), None
+    if name != DEFAULT and same_heads(config, default):
+        first = Run(run_name(DEFAULT, seed), default, out)
+        needs = first.name, first.folder / "heads.pt"
+        config = config.model_copy(update={"stage": "encoder", "heads_from": str(first.folder.absolute())})
+    return Run(run_name(name, seed), config, out, needs)
+
+
+def same_heads(config: RefineConfig, default: RefineConfig) -> bool:
+    """Whether stage 1 of two refinements with the same seed is the same: only settings of stage 2 differ."""
+    loss = config.loss.model_copy(update={"schedule": default.loss.schedule})
+    of_heads = {"loss": loss, "encoder_stage": default.encoder_stage, "seed": default.seed}
+    return config.heads_stage.epochs > 0 and config.model_copy(update=of_heads) == default
+
+
+def _curves(plan: Plan, default: RefineConfig, seeds: list[int], out: Path) -> list[Run]:
+    encoder, evaluate = default.encoder, default.evaluate
+    reading = ReadingConfig(**{name: getattr(encoder, name) for name in ReadingConfig.model_fields})
+    common = BlocksConfig(
+        data=default.data,
+        device=default.device,
+        precision=default.precision,
+        workers=default.workers,
+        cache=CacheConfig(folder="off"),
+        k=min(evaluate.knn_k, len(plan.source)),
+        tau=evaluate.knn_tau,
+    )
+    base = common.model_copy(
+        update={
+            "checkpoints": [encoder.weights or str(plan.checkpoint.path)],
+            "encoder": reading,
+            "arch": None if encoder.arch == "custom" else encoder.arch,
+            "source": encoder.source,
+        }
+    )
+    curves = [Run("blocks-base", base, out)]
+    for seed in seeds:
+        refined = Run(run_name(DEFAULT, seed), default, out)
+        needs = refined.name, refined.folder / "results.json"
+        config = common.model_copy(update={"checkpoints": [str(refined.folder.absolute())]})
+        curves.append(Run(f"blocks-{refined.name}", config, out, needs))
+    return curves
+
+
+def check_earlier(suite: Suite) -> None:
+    """Raise ConfigError where an earlier run in the folder, which would be kept, had other settings."""
+    for run in suite.refinements:
+        if isinstance(run.config, RefineConfig) and run.settings.is_file():
+            then = load_config(RefineConfig, str(run.settings))
+            # The folder may have been moved.
+            moved = {"heads_from": run.config.heads_from} if then.heads_from and run.config.heads_from else {}
+            check_same(then.model_copy(update=moved), run.config, f"run {run.name} in {run.out} cannot be kept")
+
+
+def free_cores() -> int:
+    """Cores that nothing has used in the last minute, at least 1."""
+    try:
+        busy = int(os.getloadavg()[0])
+    except OSError:
+        busy = 0
+    return max(1, own_cores() - busy)

@@ -1,0 +1,107 @@
+"""`mimref reproduce ablations`: the refinements of Table 1, each in a process and a folder of its own.
+
+`--out` holds `ablations.toml`, the settings; in runs/ the folders NAME-seedS of the refinements, and blocks-NAME of the
+k-NN curves over the blocks; and logs/. What has results is finished, and is never run again.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mimref.config.base import dump_config
+from mimref.devices import resolve_device
+from mimref.distributed.group import world_size
+from mimref.errors import Checks, ConfigError, OutputError
+from mimref.files import check_writable, write_bytes
+from mimref.locks import folder_lock
+from mimref.progress import Listener, Silent
+from mimref.reproduce.config import AblationsConfig
+from mimref.reproduce.jobs import RunFailed, run_jobs
+from mimref.reproduce.plan import Suite, check_earlier, free_cores, make_suite
+from mimref.reproduce.summary import summarise
+from mimref.results import Row, Tabular, write_results
+from mimref.training.signals import stop_signal
+
+COMMAND = "reproduce ablations"
+"""In results.json."""
+SETTINGS = "ablations.toml"
+_OUR_FOLDERS = ("runs", "settings", "logs")
+
+
+@dataclass(frozen=True)
+class AblationsResult(Tabular):
+    """What a suite found."""
+
+    rows: list[Row]
+    """As `summarise` returns them."""
+    elapsed_s: float
+    """Of training in all runs together."""
+    failed: list[RunFailed]
+    suite: Suite
+
+
+def run_ablations(
+    config: AblationsConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    listener: Listener | None = None,
+    checks: Checks | None = None,
+) -> AblationsResult:
+    """Run what the tables need and has no results yet, and write the results of all.
+
+    The same call continues what was interrupted; with more tables or seeds it adds their runs. A run that fails is
+    reported in `failed`; the others run. Raises UserError subclasses, one error for all mistakes, before anything
+    runs: for settings that no refinement can have, or that differ from those of earlier runs in `out`.
+    resume: `out` must hold a suite. force: run everything again.
+    """
+    listener, checks = listener or Silent(), checks or Checks()
+    if world_size() > 1:
+        checks.add("jobs", ConfigError("a suite starts its runs itself; start it without torchrun"))
+    checks.run("out", lambda: _check_folder(out, resume=resume, force=force))
+    suite = make_suite(config, out, listener.progress, checks)
+    if not force:
+        checks.run("sets", lambda: check_earlier(suite))
+    checks.finish()
+    with stop_signal(), folder_lock(out):
+        if force and (out / SETTINGS).is_file():
+            _clear(out)
+        write_bytes(out / SETTINGS, dump_config(config, defaults=False).encode())
+        for notice in (*suite.plan.notices, *suite.plan.derived):
+            listener.note(str(notice))
+        unfinished = [run for run in suite.runs if not run.finished]
+        listener.note(f"{len(suite.runs)} runs, of which {len(suite.runs) - len(unfinished)} are finished")
+        failed = run_jobs(unfinished, jobs_of(config), listener)
+        rows, elapsed_s = summarise(suite)
+        write_results(out, COMMAND, config.model_dump(mode="json"), elapsed_s, rows)
+    return AblationsResult(rows, elapsed_s, failed, suite)
+
+
+def jobs_of(config: AblationsConfig) -> int:
+    """Runs at the same time."""
+    if config.jobs is not None:
+        return config.jobs
+    return free_cores() if resolve_device(config.device).type == "cpu" else 1
+
+
+def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
+    """Raise OutputError for a folder that must not be used."""
+    if resume and force:
+        raise OutputError("--resume continues a suite and --force starts it over: choose one")
+    check_writable(out)
+    known = (out / SETTINGS).is_file()
+    if resume and not known:
+        raise OutputError(f"{out}: holds no suite to resume; omit --resume to start one")
+    ours = [out / name for name in ("results.json", "metrics.jsonl", *_OUR_FOLDERS)]
+    if not known and (found := next(filter(os.path.lexists, ours), None)):
+        raise OutputError(f"{out}: already holds {found.name}, and no suite; choose another --out")
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier suite, its results first: what is left of it must not pass for finished."""
+    for name in ("results.json", "results.csv", "ablations.md", SETTINGS):
+        (out / name).unlink(missing_ok=True)
+    for name in _OUR_FOLDERS:
+        shutil.rmtree(out / name, ignore_errors=True)
