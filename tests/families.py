@@ -3,10 +3,9 @@
 Every publisher's file is made from a tiny model of timm, whose tensors are renamed here by hand, word by word.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -51,9 +50,6 @@ class Published:
     container: str | None = None
     groups: tuple[str, ...] = ()
     """Of what is dropped."""
-    missing: tuple[str, ...] = ()
-    """timm's tensors that the file lacks."""
-    patch: int | None = None
 
 
 def dinov3_model(*, swiglu: bool) -> Any:
@@ -69,7 +65,9 @@ def dinov3_file(model: Any) -> State:
         if name.endswith("q_bias"):
             value = model.state_dict()[name.replace("q_bias", "v_bias")]
             state[name.replace("q_bias", "qkv.bias")] = torch.cat([tensor, torch.zeros(32), value])
-            state[name.replace("q_bias", "qkv.bias_mask")] = torch.cat([torch.ones(32), torch.zeros(32), torch.ones(32)])
+            state[name.replace("q_bias", "qkv.bias_mask")] = torch.cat(
+                [torch.ones(32), torch.zeros(32), torch.ones(32)]
+            )
         elif not name.endswith("v_bias"):
             state[name] = tensor
     exponents = 2 * torch.arange(2, dtype=torch.bfloat16) / 4
@@ -161,8 +159,11 @@ def hiera_file(model: Any, norm: str) -> State:
     return replaced(model.state_dict(), (r"head\.norm", norm))
 
 
-def convnext_model(name: str) -> Any:
-    return random_model(name, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
+def convnext_model(name: str, *, normed: bool = True) -> Any:
+    model = random_model(name, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
+    if not normed:
+        model.head.norm.reset_parameters()
+    return model
 
 
 def convnext_file(model: Any) -> State:
@@ -177,7 +178,12 @@ def convnext_file(model: Any) -> State:
         (r"mlp\.grn\.bias", "grn.beta"),
         (r"head\.norm", "norm"),
     )
-    return {name: tensor.reshape(1, 1, 1, -1) if ".grn." in name else tensor for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if ".grn." in name:
+            state[name] = tensor.reshape(1, 1, 1, -1)
+        elif re.search(r"pwconv\d\.weight", name):
+            state[name] = tensor.reshape(tensor.shape[:2])
+    return state
 
 
 def sparse_file(model: Any) -> State:
@@ -263,7 +269,12 @@ PUBLISHED = {
         groups=("mask token", "training state", "computed"),
     ),
     "dinov3_swiglu": Published(
-        lambda: dinov3_model(swiglu=True), dinov3_file, "DINOv3", "dinov3", prefix="teacher.backbone.", container="model"
+        lambda: dinov3_model(swiglu=True),
+        dinov3_file,
+        "DINOv3",
+        "dinov3",
+        prefix="teacher.backbone.",
+        container="model",
     ),
     "eva02_packed": Published(
         lambda: eva02_model(packed=True),
@@ -274,9 +285,7 @@ PUBLISHED = {
         container="model",
         groups=("mask token", "classifier", "computed"),
     ),
-    "eva02": Published(
-        lambda: eva02_model(packed=False, reference=4), eva02_file, "EVA-02", None, container="module"
-    ),
+    "eva02": Published(lambda: eva02_model(packed=False, reference=4), eva02_file, "EVA-02", None, container="module"),
     "beit": Published(
         lambda: beit_model(shared=True),
         beit_file,
@@ -356,6 +365,21 @@ PUBLISHED = {
     ),
     "convnextv2": Published(
         lambda: convnext_model("convnextv2_tiny"), convnext_file, "ConvNeXt V2", "fcmae", container="model"
+    ),
+    "convnextv2_sparse": Published(
+        lambda: convnext_model("convnextv2_tiny", normed=False),
+        sparse_file,
+        "ConvNeXt V2 (FCMAE)",
+        "fcmae",
+        lambda _: {
+            "^decoder.0.grn.gamma": torch.randn(1, 1, 1, 64),
+            "^mask_token": torch.randn(1, 16, 1, 1),
+            "^proj.weight": torch.randn(16, 32, 1, 1),
+            "^pred.weight": torch.randn(48, 16, 1, 1),
+        },
+        prefix="encoder.",
+        container="model",
+        groups=("decoder",),
     ),
     "convnextv2_small": Published(
         lambda: convnext_model("convnextv2_atto"),

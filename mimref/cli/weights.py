@@ -67,7 +67,7 @@ def inspect(options: InspectOptions) -> None:
 
 class ExportOptions(Force, panel="Encoder"):
     checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT")
-    to: Literal["timm", "release", "onnx", "hf"] = option("Target format.", required=True)
+    to: Literal["timm", "publisher", "release", "onnx", "hf"] = option("Target format.", required=True)
     out: Path = option("File to write, whose extension must match --to; for hf a folder.", "FILE|DIR", required=True)
     layout: Literal["transformers", "timm"] | None = LAYOUT
     blocks: Text = option("Outputs of the ONNX graph; default last. Requires --to onnx.", "last|all|1,5,12")
@@ -86,8 +86,9 @@ class ExportOptions(Force, panel="Encoder"):
 def export(options: ExportOptions) -> None:
     """Write an encoder in another format, read it back and compare.
 
-    timm: for timm.create_model with checkpoint_path; a fine-tuned encoder keeps its classifier. release: the layout of
-    the MIM-Refiner releases. onnx: a graph whose outputs are the tokens of the chosen blocks. hf: a folder that
+    timm: for timm.create_model with checkpoint_path; a fine-tuned encoder keeps its classifier. publisher: as
+    the code of DINOv3, EVA-02, BEiT, Swin, Hiera, ConvNeXt or AIMv2 loads it. release: the layout of the MIM-Refiner
+    releases. onnx: a graph whose outputs are the tokens of the chosen blocks. hf: a folder that
     AutoModel.from_pretrained or timm loads, with image processor, classifier and model card.
 
     Examples:
@@ -120,6 +121,9 @@ def export(options: ExportOptions) -> None:
         export_to_hf(options, reading, hints)
         return
     checks.run("out", lambda: check_new_file(out, ENDINGS[to], force))
+    if to == "publisher":
+        export_to_publisher(options, reading, hints)
+        return
     if to == "onnx":
         checks.run("to", check_packages)
     with Terminal(options.quiet) as terminal:
@@ -143,6 +147,20 @@ def export(options: ExportOptions) -> None:
     name = {"timm name": done.timm_name or "none of these sizes"} if to == "timm" else {}
     difference = {"largest difference": f"{done.difference:.1e}"}
     print_facts({"file": str(done.path)} | name | {"read with": done.read_with} | difference)
+
+
+def export_to_publisher(options: ExportOptions, reading: "ReadingConfig | None", hints: dict[str, Any]) -> None:
+    """`mimref export --to publisher`."""
+    from mimref.encoders.export_publisher import export_publisher, read_backbone
+    from mimref.reports.terminal import Terminal
+
+    checks = options.checks
+    with Terminal(options.quiet) as terminal:
+        read = checks.run("checkpoint", lambda: read_backbone(options.checkpoint, reading, **hints, listener=terminal))
+        encoder, facts, _ = checks.finished(read)
+        done = export_publisher(encoder, options.out, facts, force=options.force, listener=terminal)
+    difference = {"largest difference": f"{done.difference:.1e}"}
+    print_facts({"file": str(done.path), "read with": done.read_with} | difference)
 
 
 def export_to_hf(options: ExportOptions, reading: "ReadingConfig | None", hints: dict[str, Any]) -> None:

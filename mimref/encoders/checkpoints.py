@@ -113,6 +113,8 @@ class Checkpoint:
             return [f"{self.path}: contains one encoder; --encoder {self.part} has no effect"] if self.part else []
         notices = list(self.ignored)
         if isinstance(architecture, BackboneArchitecture):
+            if found := self.of_family(architecture):
+                return [f"{self.path}: {notice}" for notice in (*notices, *found.notices)]
             with torch.device("meta"):
                 model = architecture.build()
             notices += self.selection(model.state_dict())[1]
@@ -131,6 +133,14 @@ class Checkpoint:
                     "set encoder.interpolation if that is wrong"
                 )
         return [f"{self.path}: {notice}" for notice in notices]
+
+    def of_family(self, architecture: BackboneArchitecture) -> Recognised | None:
+        """The recognised weights if they are those of this timm model, for images of whatever size and channels."""
+        found = self.recognised
+        if found is None or not isinstance(found.architecture, BackboneArchitecture):
+            return None
+        size, channels = architecture.image_size, architecture.channels
+        return found if replace(found.architecture, image_size=size, channels=channels) == architecture else None
 
     def interpolates(self, architecture: Architecture, size: int) -> bool:
         """Whether images of `size` pixels need other positions than those in the file."""
@@ -205,14 +215,16 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
     except Unrecognised as reason:
         hint = shard_hint(file)
         return replace(checkpoint, problem=f"{reason}{hint}", advice="" if hint else "; pass --arch (and --source)")
-    if "transform" not in header and (normalisation := saved_normalisation(file)):
+    saved = {} if "transform" in header else saved_normalisation(file)
+    if saved:
         found.notices.append("mean and deviation of the pixels are taken from preprocessor_config.json")
+    if "transform" not in header and (normalisation := saved or found.normalisation):
         sizes = {"image_size": found.architecture.image_size, "crop_fraction": 0.875}
         checkpoint = replace(checkpoint, header={"transform": sizes | normalisation})
     architecture, source = found.architecture, found.source
     if published := find_named(path):
         source, licence = published.source, published.licence
-        if found.guesses_interpolation:
+        if found.guesses_interpolation and isinstance(architecture, Architecture):
             architecture = replace(architecture, interpolation=INTERPOLATIONS.get(source, "mae"))
     return replace(checkpoint, architecture=architecture, source=source, licence=licence, recognised=found)
 
@@ -249,9 +261,9 @@ def with_fixed_positions(architecture: Architecture, tensors: Mapping[str, Tenso
 
 def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
     """A timm model's architecture, with the channels and the LayerNorm's epsilon of the file's encoder."""
-    if checkpoint.recognised is None:
+    found = checkpoint.recognised and checkpoint.recognised.architecture
+    if not isinstance(found, Architecture):
         return architecture
-    found = checkpoint.recognised.architecture
     return replace(architecture, channels=found.channels, norm_eps=found.norm_eps)
 
 
@@ -289,7 +301,8 @@ def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture) -> T
         backbone = TimmBackbone(architecture)
         layers = timm_record(architecture.name).classifier or ()
         dropped = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
-        given = _timm_tensors(checkpoint, architecture.name, backbone.model, dropped)
+        found = checkpoint.of_family(architecture)
+        given = _timm_tensors(checkpoint, architecture.name, backbone.model, dropped, found)
         _load(backbone.model, architecture.name, given, checkpoint.path, share=True, dropped=dropped)
         return backbone
     with torch.device("meta"):
@@ -331,10 +344,17 @@ def _tensors_for(encoder: Encoder, checkpoint: Checkpoint) -> Mapping[str, Tenso
 
 
 def _timm_tensors(
-    checkpoint: Checkpoint, name: str, model: nn.Module, dropped: tuple[str, ...]
+    checkpoint: Checkpoint, name: str, model: nn.Module, dropped: tuple[str, ...], found: Recognised | None = None
 ) -> Mapping[str, Tensor]:
-    """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files."""
+    """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files.
+
+    found: the file's tensors, where they are recognised as this model's.
+    """
     wanted = model.state_dict()
+    if found:
+        # timm's filter also interpolates positions.
+        fits = all(found.tensors[key].shape == wanted[key].shape for key in wanted)
+        return found.tensors if fits else filter_names(name, found.tensors, model) or found.tensors
     selected, _ = checkpoint.selection(wanted)
     if selected.keys() >= wanted.keys():
         return selected

@@ -29,7 +29,12 @@ from mimref.progress import Listener, Silent
 
 # Entries of a header that stay true of the weights in any format; `transform` has the normalisation of the images.
 _FACTS = ("source", "licence", "preset", "data", "transform")
-ENDINGS = {"timm": (".safetensors", ".pth", ".pt"), "release": (".th", ".pth", ".pt"), "onnx": (".onnx",)}
+ENDINGS = {
+    "timm": (".safetensors", ".pth", ".pt"),
+    "publisher": (".safetensors", ".pth", ".pt"),
+    "release": (".th", ".pth", ".pt"),
+    "onnx": (".onnx",),
+}
 """Of the files in each format."""
 # Largest difference that passes, as a share of the features' largest magnitude.
 _TOLERANCE = 1e-4
@@ -75,11 +80,16 @@ def read_encoder(
         listener.note(notice)
     encoder = encoder_from(checkpoint, replace(architecture, image_size=size))
     assert isinstance(encoder, Encoder)
+    return encoder, kept_facts(checkpoint, source, size), checkpoint
+
+
+def kept_facts(checkpoint: Checkpoint, source: str | None, size: int) -> dict[str, Any]:
+    """What stays true of a checkpoint's weights in any format. size: pixels of the encoder's images."""
     facts = {key: checkpoint.header[key] for key in _FACTS if key in checkpoint.header}
     if isinstance(facts.get("transform"), dict):
         facts["transform"] = facts["transform"] | {"image_size": size}
     known = {"source": source or checkpoint.source, "licence": checkpoint.licence}
-    return encoder, facts | {key: value for key, value in known.items() if value}, checkpoint
+    return facts | {key: value for key, value in known.items() if value}
 
 
 def write_verified(
@@ -121,7 +131,11 @@ def plain_state(encoder: Encoder) -> dict[str, Tensor]:
 
 def comparison_images(encoder: Encoder) -> Tensor:
     """Noise (B, C, S, S) that exports are compared on."""
-    size, channels = encoder.architecture.image_size, encoder.architecture.channels
+    return comparison_noise(encoder.architecture.image_size, encoder.architecture.channels)
+
+
+def comparison_noise(size: int, channels: int) -> Tensor:
+    """Noise (B, C, S, S) of a size."""
     return torch.randn(_COMPARED_IMAGES, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 

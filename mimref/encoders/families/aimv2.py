@@ -51,9 +51,7 @@ _HF_NAMES = naming_by(
         r"patch_embed\.norm\.(.+)": r"embeddings.rms_norm.\1",
         "pos_embed": Origin(("embeddings.position_embedding.weight",), axes=2),
         rf"{_BLOCK}norm([12])\.(.+)": r"encoder.layers.\1.rms_norm\2.\3",
-        rf"{_BLOCK}attn\.qkv\.(.+)": Origin(
-            tuple(rf"encoder.layers.\1.attention.{part}_proj.\2" for part in "qkv")
-        ),
+        rf"{_BLOCK}attn\.qkv\.(.+)": Origin(tuple(rf"encoder.layers.\1.attention.{part}_proj.\2" for part in "qkv")),
         rf"{_BLOCK}attn\.proj\.(.+)": r"encoder.layers.\1.attention.out_proj.\2",
         rf"{_BLOCK}mlp\.fc1_g\.(.+)": r"encoder.layers.\1.ffn.gate_proj.\2",
         rf"{_BLOCK}mlp\.fc1_x\.(.+)": r"encoder.layers.\1.ffn.up_proj.\2",
@@ -113,9 +111,7 @@ def _family(
         options["mlp_ratio"] = mlp_ratio(options.pop("hidden"), width)
     options |= {"patch_size": patch_size} if patch_size != 14 else {}
     size = side * patch_size
-    return Family(
-        format_, "aimv2", model, options, size, layout, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, tuple(notices)
-    )
+    return Family(format_, "aimv2", model, options, size, layout, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, tuple(notices))
 
 
 _HEADS = {768: 6, **{own["embed_dim"]: own["num_heads"] for own in _MODELS.values()}}

@@ -6,11 +6,15 @@ values have biases, keys have none.
 
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from torch import Tensor, nn
 
 from mimref.encoders.families.family import (
-    HEADS,
     MASK_TOKEN,
     Family,
     Hints,
@@ -67,11 +71,11 @@ def _indices(model: nn.Module) -> dict[str, Tensor]:
 
 
 _UNUSED = {
-    "classifier": r"(head|fc_norm|lm_head|cls_pt_layers|cls_pt_head)\..*",
+    "classifier": r"(head|fc_norm|lm_head|classifier|pooler|cls_pt_layers)\..*",
     "computed": r"(.+\.)?relative_position_index",
 }
 PUBLISHER = Layout(naming_by({}), MASK_TOKEN | _UNUSED, _indices)
-HF = Layout(_HF_NAMES, MASK_TOKEN | HEADS | _UNUSED)
+HF = Layout(_HF_NAMES, MASK_TOKEN | _UNUSED)
 
 
 def describe(tensors: Tensors, hints: Hints) -> Family:
@@ -131,9 +135,7 @@ def _publisher(tensors: Tensors, hints: Hints, width: int) -> tuple[str, str | N
     return "layout of BEiT (also BEiT v2, data2vec 1.0)", None
 
 
-def _sizes(
-    tensors: Tensors, *, patches: str, table: str, hidden: str, blocks: str
-) -> tuple[dict[str, Any], int, int]:
+def _sizes(tensors: Tensors, *, patches: str, table: str, hidden: str, blocks: str) -> tuple[dict[str, Any], int, int]:
     """Sizes of the model, patch size, and rows of patches."""
     width, patch_size = patch_sizes(tensors, patches)
     distances, heads = shape_of(tensors, table, 2)

@@ -34,9 +34,7 @@ _MODELS_V2 = {
         ("huge", 352, (3, 3, 27, 3)),
     )
 }
-_MODELS = {
-    f"convnext_{name}": _MODELS_V2[f"convnextv2_{name}"] for name in ("tiny", "small", "base", "large")
-}
+_MODELS = {f"convnext_{name}": _MODELS_V2[f"convnextv2_{name}"] for name in ("tiny", "small", "base", "large")}
 
 _DENSE = naming_by(
     {
@@ -130,9 +128,7 @@ def describe_hf_dinov3(tensors: Tensors, hints: Hints) -> Family:
     stem = "stages.0.downsample_layers.0.weight"
     sizes = _sizes(tensors, stem, "stages.{stage}.layers.", "pointwise_conv1.weight")
     has_norm = "layer_norm.weight" in tensors
-    return _family(
-        "Hugging Face DINOv3 ConvNeXt", "dinov3", sizes, HF_DINOV3, tensors, has_norm=has_norm, is_v2=False
-    )
+    return _family("Hugging Face DINOv3 ConvNeXt", "dinov3", sizes, HF_DINOV3, tensors, has_norm=has_norm, is_v2=False)
 
 
 def _sizes(tensors: Tensors, stem: str, blocks: str, first: str) -> dict[str, Any]:

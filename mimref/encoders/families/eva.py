@@ -221,9 +221,7 @@ def _eva02_tables(channels: int, side: int, reference: int) -> dict[str, Tensor]
 
 
 EVA02 = Layout(
-    _EVA02_NAMES,
-    MASK_TOKEN | HEADS | {"computed": r"(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)"},
-    _eva02_buffers,
+    _EVA02_NAMES, MASK_TOKEN | HEADS | {"computed": r"(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)"}, _eva02_buffers
 )
 
 

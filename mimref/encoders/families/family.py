@@ -107,7 +107,7 @@ def shape_of(tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
 
 
 def patch_sizes(tensors: Tensors, name: str) -> tuple[int, int]:
-    """Width and patch size by the weight of a patch embedding. Raises Unrecognised unless patches are square and RGB."""
+    """Width and patch size by the weight of a patch embedding. Raises Unrecognised unless they are square and RGB."""
     width, channels, rows, columns = shape_of(tensors, name, 4)
     if rows != columns:
         raise Unrecognised(f"has patches of {rows} x {columns} pixels; square patches are needed")

@@ -4,6 +4,7 @@ Tokens are in the order of mask units throughout; timm's features are put back i
 does not pool; the published encoders for fine-tuning, and timm's, do, which needs no weights.
 """
 
+from itertools import pairwise
 from typing import Any
 
 from mimref.encoders.families.family import (
@@ -74,7 +75,7 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
     depth = count_blocks(tensors, "blocks.")
     # The first block of a stage, but for the first stage, changes the width.
     starts = [0, *(number for number in range(depth) if f"blocks.{number}.proj.weight" in tensors), depth]
-    stages = tuple(after - start for start, after in zip(starts, starts[1:], strict=False))
+    stages = tuple(after - start for start, after in pairwise(starts))
     pretrained = "encoder_norm.weight" in tensors
     pools = _count_heads(tensors, "multi_scale_fusion_heads.") if pretrained else None
     return _family(
@@ -140,4 +141,6 @@ def _family(
         notices.append(f"{pools} stages pool, as in pre-training; timm's {model} pools in 3")
     if not normed:
         notices.append("the file has no final norm")
-    return Family(format_, "mae" if pools == 2 else None, model, options, side * _STRIDE, found_layout, notices=tuple(notices))
+    return Family(
+        format_, "mae" if pools == 2 else None, model, options, side * _STRIDE, found_layout, notices=tuple(notices)
+    )

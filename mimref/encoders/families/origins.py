@@ -64,7 +64,9 @@ def read_tensor(origin: Origin, file: Mapping[str, Tensor], shape: torch.Size) -
         tensor = tensor.chunk(3)[origin.third]
     if origin.sparse:
         tensor = _dense_kernel(tensor, origin.names[0])
-    if tensor.ndim == origin.axes and [each for each in tensor.shape if each > 1] == [each for each in shape if each > 1]:
+    if tensor.ndim == origin.axes and [each for each in tensor.shape if each > 1] == [
+        each for each in shape if each > 1
+    ]:
         tensor = tensor.reshape(shape)
     return tensor
 

@@ -49,15 +49,13 @@ _CANDIDATES: tuple[tuple[tuple[str, ...], Callable[[Tensors, Hints], Family]], .
     (("layers.0.blocks.0.attn.relative_position_bias_table", "patch_embed.proj.weight"), swin.describe),
     (("layers.0.blocks.0.attn.logit_scale", "patch_embed.proj.weight"), swin.describe),
     (
-        (
-            "encoder.layers.0.blocks.0.attention.self.query.weight",
-            "embeddings.patch_embeddings.projection.weight",
-        ),
+        ("encoder.layers.0.blocks.0.attention.self.query.weight", "embeddings.patch_embeddings.projection.weight"),
         swin.describe_hf,
     ),
     (("encoder.stages.0.layers.0.attn.qkv.weight", "embeddings.position_embeddings"), hiera.describe_hf),
-    (("encoder_norm.weight", "blocks.0.attn.qkv.weight", "pos_embed"), hiera.describe),
-    (("head.projection.weight", "blocks.0.attn.qkv.weight", "pos_embed"), hiera.describe),
+    # The first block of the second stage, after one or two.
+    (("blocks.1.proj.weight", "blocks.0.attn.qkv.weight", "pos_embed"), hiera.describe),
+    (("blocks.2.proj.weight", "blocks.0.attn.qkv.weight", "pos_embed"), hiera.describe),
     (("encoder.stages.0.layers.0.grn.weight", "embeddings.patch_embeddings.weight"), convnext.describe_hf_v2),
     (("stages.0.layers.0.depthwise_conv.weight", "stages.0.downsample_layers.0.weight"), convnext.describe_hf_dinov3),
     (("downsample_layers.0.0.weight", "stages.0.0.grn.gamma"), convnext.describe),
@@ -90,10 +88,7 @@ class FamilyWeights:
 
 
 def recognise_family(
-    cleaned: Mapping[str, Tensor],
-    full_names: Mapping[str, str],
-    reading: ReadingConfig,
-    config: Mapping[str, Any],
+    cleaned: Mapping[str, Tensor], full_names: Mapping[str, str], reading: ReadingConfig, config: Mapping[str, Any]
 ) -> FamilyWeights | None:
     """A file's encoder if it is of a family that is no plain vision transformer; None otherwise.
 
@@ -103,12 +98,11 @@ def recognise_family(
     shortened = {_without_model(name): name for name in cleaned}
     if len(shortened) != len(cleaned):
         return None
-    for telltales, describe in _CANDIDATES:
-        prefixes = _prefixes(shortened, telltales)
-        if prefixes:
-            break
-    else:
+    candidates = ((_prefixes(shortened, telltales), describe) for telltales, describe in _CANDIDATES)
+    chosen = next((candidate for candidate in candidates if candidate[0]), None)
+    if chosen is None:
         return None
+    prefixes, describe = chosen
     named = {short: cleaned[name] for short, name in shortened.items()}
     full = {short: full_names[name] for short, name in shortened.items()}
     prefix = choose_part(named, prefixes, reading.part)
@@ -165,9 +159,7 @@ def _build(architecture: BackboneArchitecture) -> Any:
         raise Unrecognised(f"does not describe an encoder: {reason}") from error
 
 
-def _read(
-    family: Family, encoder: Tensors, wanted: Mapping[str, torch.Size]
-) -> tuple[dict[str, Tensor], set[str]]:
+def _read(family: Family, encoder: Tensors, wanted: Mapping[str, torch.Size]) -> tuple[dict[str, Tensor], set[str]]:
     """Tensors by timm's names, and the names in the file that were used. Raises Unrecognised."""
     tensors: dict[str, Tensor] = {}
     used: set[str] = set()

@@ -78,15 +78,15 @@ def _one_earlier(naming: Naming) -> Naming:
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Relative positions of tokens in a window, and which of them a shifted window separates."""
-    ends = ("relative_position_index", "relative_coords_table", "attn_mask")
+    """Relative positions of tokens in a window; the masks of shifted windows are the publisher's code's to compute."""
+    ends = ("relative_position_index", "relative_coords_table")
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith(ends)}
 
 
 _FARTHEST = math.log2(9) / 3
-_COMPUTED = {"computed": r".+\.(relative_position_index|relative_coords_table|attn_mask)"}
-PUBLISHER = Layout(_one_earlier(naming_by({})), MASK_TOKEN | HEADS | _COMPUTED, _buffers)
-HF = Layout(_one_earlier(naming_by(_HF_RULES)), MASK_TOKEN | HEADS | _COMPUTED)
+_UNUSED = {"decoder": r"decoder\..*", "computed": r".+\.(relative_position_index|relative_coords_table|attn_mask)"}
+PUBLISHER = Layout(_one_earlier(naming_by({})), MASK_TOKEN | HEADS | _UNUSED, _buffers)
+HF = Layout(_one_earlier(naming_by(_HF_RULES)), MASK_TOKEN | HEADS | _UNUSED)
 
 
 def describe(tensors: Tensors, hints: Hints) -> Family:
