@@ -51,7 +51,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str, str | None, Layout]] = {
     "dinov3_gated": (
         "DINOv3ViTModel",
         "DINOv3ViTConfig",
-        {**VIT, "num_register_tokens": 4, "use_gated_mlp": True, "query_bias": False, "value_bias": False},
+        {
+            **VIT,
+            "num_register_tokens": 4,
+            "use_gated_mlp": True,
+            "hidden_act": "silu",
+            "query_bias": False,
+            "value_bias": False,
+        },
         "DINOv3",
         "dinov3",
         eva.DINOV3_HF,
@@ -193,10 +200,14 @@ def assert_written_back(
 
 
 @torch.no_grad()
-def test_sizes_and_heads_come_from_the_configuration(tmp_path: Path) -> None:
+def test_what_only_the_configuration_says(tmp_path: Path) -> None:
     theirs("swinv2", tmp_path)
-    (tmp_path / "config.json").rename(tmp_path / "elsewhere.json")
-    assert "config.json" in read_checkpoint(tmp_path / "model.safetensors").problem
+    config = tmp_path / "config.json"
+    saved = config.read_text(encoding="utf-8")
+    config.write_text(saved.replace('"gelu"', '"relu"'), encoding="utf-8")
+    assert "relu" in read_checkpoint(tmp_path).problem
+    config.unlink()
+    assert "config.json" in read_checkpoint(tmp_path).problem
 
 
 def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from mimref.encoders.families.family import (
     Hints,
     Layout,
     Tensors,
+    check_activation,
     count_blocks,
     mlp_ratio,
     named_model,
@@ -81,6 +82,7 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
 
 def describe_hf(tensors: Tensors, hints: Hints) -> Family:
     """An AIMv2 image encoder as transformers saves it. Raises Unrecognised."""
+    check_activation(hints, "silu")
     if "embeddings.position_embedding.weight" not in tensors:
         raise Unrecognised("has no positions: AIMv2 for native resolutions, which timm lacks")
     patches = shape_of(tensors, "embeddings.position_embedding.weight", 2)[0]

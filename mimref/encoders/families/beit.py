@@ -20,6 +20,7 @@ from mimref.encoders.families.family import (
     Hints,
     Layout,
     Tensors,
+    check_activation,
     count_blocks,
     mlp_ratio,
     named_model,
@@ -102,6 +103,7 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
 
 def describe_hf(tensors: Tensors, hints: Hints) -> Family:
     """BEiT or data2vec 1.0 as transformers saves it. Raises Unrecognised."""
+    check_activation(hints, "gelu")
     own = "encoder.layer.0.attention.attention.relative_position_bias.relative_position_bias_table"
     shared = "encoder.relative_position_bias.relative_position_bias_table"
     sizes, patch_size, side = _sizes(

@@ -11,6 +11,7 @@ from mimref.encoders.families.family import (
     Hints,
     Layout,
     Tensors,
+    check_activation,
     count_blocks,
     named_model,
     patch_sizes,
@@ -118,6 +119,7 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
 
 def describe_hf_v2(tensors: Tensors, hints: Hints) -> Family:
     """ConvNeXt V2 as transformers saves it. Raises Unrecognised."""
+    check_activation(hints, "gelu")
     sizes = _sizes(tensors, "embeddings.patch_embeddings.weight", "encoder.stages.{stage}.layers.", "pwconv1.weight")
     has_norm = "layernorm.weight" in tensors
     return _family("Hugging Face ConvNeXt V2", None, sizes, HF_V2, tensors, has_norm=has_norm)
@@ -125,6 +127,7 @@ def describe_hf_v2(tensors: Tensors, hints: Hints) -> Family:
 
 def describe_hf_dinov3(tensors: Tensors, hints: Hints) -> Family:
     """DINOv3's ConvNeXt as transformers saves it. Raises Unrecognised."""
+    check_activation(hints, "gelu")
     stem = "stages.0.downsample_layers.0.weight"
     sizes = _sizes(tensors, stem, "stages.{stage}.layers.", "pointwise_conv1.weight")
     has_norm = "layer_norm.weight" in tensors

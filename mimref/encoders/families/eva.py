@@ -21,6 +21,7 @@ from mimref.encoders.families.family import (
     Hints,
     Layout,
     Tensors,
+    check_activation,
     count_blocks,
     mlp_ratio,
     named_model,
@@ -155,6 +156,7 @@ def describe_dinov3_hf(tensors: Tensors, hints: Hints) -> Family:
     """A DINOv3 vision transformer as transformers saves it. Raises Unrecognised."""
     width, patch_size = patch_sizes(tensors, "embeddings.patch_embeddings.weight")
     swiglu = "layer.0.mlp.gate_proj.weight" in tensors
+    check_activation(hints, "silu" if swiglu else "gelu")
     hidden = shape_of(tensors, "layer.0.mlp.up_proj.weight", 2)[0]
     notices: list[str] = []
     config = hints.config if hints.config.get("hidden_size") == width else {}

@@ -84,6 +84,13 @@ def named_model(
     return other, dict(sizes)
 
 
+def check_activation(hints: Hints, expected: str) -> None:
+    """Raise Unrecognised if `config.json` names another activation of the MLPs than timm's model has."""
+    found = hints.config.get("hidden_act", expected)
+    if found != expected:
+        raise Unrecognised(f"uses {found} in its MLPs, as config.json says, not {expected}")
+
+
 def mlp_ratio(hidden: int, width: int) -> float:
     """What timm's models multiply the width by, and round down, to get so many hidden units."""
     exact = hidden / width

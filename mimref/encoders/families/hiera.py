@@ -13,6 +13,7 @@ from mimref.encoders.families.family import (
     Hints,
     Layout,
     Tensors,
+    check_activation,
     count_blocks,
     named_model,
     patch_sizes,
@@ -35,6 +36,7 @@ _MODELS = {
         ("huge", 256, (2, 6, 36, 4), 4),
     )
 }
+_MAE_POOLS = 2
 _FIRST_HEADS = {96: 1, 112: 2, 144: 2, 256: 4}
 """From the width of the first stage to its heads."""
 
@@ -77,7 +79,8 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
     starts = [0, *(number for number in range(depth) if f"blocks.{number}.proj.weight" in tensors), depth]
     stages = tuple(after - start for start, after in pairwise(starts))
     pretrained = "encoder_norm.weight" in tensors
-    pools = _count_heads(tensors, "multi_scale_fusion_heads.") if pretrained else None
+    # Without the heads, as in every published model.
+    pools = _count_heads(tensors, "multi_scale_fusion_heads.") or _MAE_POOLS if pretrained else None
     return _family(
         "Hiera",
         tensors,
@@ -92,6 +95,7 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
 
 def describe_hf(tensors: Tensors, hints: Hints) -> Family:
     """A Hiera as transformers saves it. Raises Unrecognised."""
+    check_activation(hints, "gelu")
     count = count_blocks(tensors, "encoder.stages.")
     stages = tuple(count_blocks(tensors, f"encoder.stages.{stage}.layers.") for stage in range(count))
     pools = _count_heads(tensors, "multiscale_fusion.multi_scale_fusion_heads.") or None
@@ -142,5 +146,5 @@ def _family(
     if not normed:
         notices.append("the file has no final norm")
     return Family(
-        format_, "mae" if pools == 2 else None, model, options, side * _STRIDE, found_layout, notices=tuple(notices)
+        format_, "mae" if pools == _MAE_POOLS else None, model, options, side * _STRIDE, found_layout, notices=tuple(notices)
     )

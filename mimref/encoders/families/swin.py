@@ -19,6 +19,7 @@ from mimref.encoders.families.family import (
     Hints,
     Layout,
     Tensors,
+    check_activation,
     count_blocks,
     mlp_ratio,
     named_model,
@@ -108,6 +109,7 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
 
 def describe_hf(tensors: Tensors, hints: Hints) -> Family:
     """A Swin transformer as transformers saves it. Raises Unrecognised."""
+    check_activation(hints, "gelu")
     width, patch_size = patch_sizes(tensors, "embeddings.patch_embeddings.projection.weight")
     first = "encoder.layers.0.blocks.0."
     is_v2 = f"{first}attention.self.logit_scale" in tensors
