@@ -12,9 +12,9 @@ from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup, multi_crop
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.checkpoints import Checkpoint, load_weights
+from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder
+from mimref.encoders.checkpoints import Checkpoint, encoder_from
 from mimref.encoders.settings import ignored_settings, resolved_settings
-from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, Checks, ConfigError, DataError
 from mimref.evaluation.assess.measures import DEFAULT, goodness
 from mimref.evaluation.assess.verdicts import NAMES
@@ -40,7 +40,7 @@ class Plan:
     config: RefineConfig
     """With encoder and data filled in from the checkpoint's header."""
     checkpoint: Checkpoint
-    architecture: Architecture
+    architecture: EncoderArchitecture
     transform: EvalTransform
     source: ImageSource
     """The training images."""
@@ -198,12 +198,9 @@ def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str
     return blocks_text(recommend_heads(scores)), "by the k-NN accuracy of every block"
 
 
-def base_encoder(plan: Plan, device: torch.device) -> Encoder:
+def base_encoder(plan: Plan, device: torch.device) -> TokenEncoder:
     """The encoder with the weights to refine, in evaluation mode."""
-    with torch.device("meta"):
-        encoder = build_encoder(plan.architecture)
-    load_weights(encoder, plan.checkpoint, share=device.type != "cpu")
-    return encoder.to(device).eval()
+    return encoder_from(plan.checkpoint, plan.architecture, share=device.type != "cpu").to(device).eval()
 
 
 def temperatures(temperature: float | list[float], num_heads: int) -> list[float]:
@@ -215,8 +212,8 @@ def temperatures(temperature: float | list[float], num_heads: int) -> list[float
     return temperature
 
 
-def check_sizes(config: RefineConfig, architecture: Architecture) -> None:
-    """Raise ConfigError for views that cannot be cut into patches, and for local views larger than the global ones."""
+def check_sizes(config: RefineConfig, architecture: EncoderArchitecture) -> None:
+    """Raise ConfigError for views that the encoder cannot take, and for local views larger than the global ones."""
     views = config.views
     global_size = views.global_size or architecture.image_size
     architecture.check_size(global_size, "encoder.image_size" if views.global_size is None else "views.global_size")
@@ -229,7 +226,7 @@ def check_sizes(config: RefineConfig, architecture: Architecture) -> None:
             )
 
 
-def _check_heads(config: RefineConfig, architecture: Architecture, checks: Checks) -> None:
+def _check_heads(config: RefineConfig, architecture: EncoderArchitecture, checks: Checks) -> None:
     """Check what depends on the number of blocks."""
     if config.heads.blocks == "auto":
         return

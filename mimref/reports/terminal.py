@@ -18,7 +18,6 @@ from mimref.results import Row
 if TYPE_CHECKING:
     from mimref.encoders.backbones import BackboneArchitecture
     from mimref.encoders.inspection import Inspection
-    from mimref.encoders.vit import Architecture
     from mimref.features.cache.contents import CacheEntry, Listings
 
 
@@ -154,46 +153,12 @@ def _classifier_facts(recorded: Any) -> dict[str, str]:
 
 
 def _facts(inspection: "Inspection") -> dict[str, str]:
-    from mimref.encoders.backbones import BackboneArchitecture
+    from mimref.encoders.positions import RULES
+    from mimref.encoders.vit import Architecture
 
     architecture = inspection.architecture
-    if isinstance(architecture, BackboneArchitecture):
-        described = _backbone_facts(architecture)
-    else:
-        described = _plain_facts(inspection, architecture)
-    others = {"other encoders": ", ".join(inspection.others)} if inspection.others else {}
-    return {
-        "file": inspection.file,
-        "format": inspection.format,
-        "source": inspection.source or "cannot be inferred from the weights",
-        "licence": inspection.licence or "unknown",
-        "architecture": described.pop("architecture"),
-        **({} if inspection.prefix == "." else {"encoder": f"below {inspection.prefix}"}),
-        **others,
-        **described,
-        "parameters": f"{inspection.parameters:,}",
-        **_classifier_facts(inspection.header.get("classifier")),
-        **{key: value for key, value in inspection.header.items() if isinstance(value, str)},
-        **{
-            f"dropped, {group}": ", ".join(names[:3]) + (f", ... ({len(names)} tensors)" if len(names) > 3 else "")
-            for group, names in inspection.dropped.items()
-        },
-        "missing": "nothing",
-        **{f"notice {number}": notice for number, notice in enumerate(inspection.notices, start=1)},
-    }
-
-
-def _backbone_facts(architecture: "BackboneArchitecture") -> dict[str, str]:
-    widths = architecture.widths
-    width = f"width {widths[0]}" if len(set(widths)) == 1 else f"widths {', '.join(map(str, widths))}"
-    options = ", ".join(f"{key}={value!r}" for key, value in architecture.options)
-    sizes = f"timm's {architecture.name}, {architecture.depth} blocks of {width}, images of {architecture.image_size}"
-    return {"architecture": sizes} | ({"options": options} if options else {})
-
-
-def _plain_facts(inspection: "Inspection", architecture: "Architecture") -> dict[str, str]:
-    from mimref.encoders.positions import RULES
-
+    if not isinstance(architecture, Architecture):
+        return _backbone_facts(inspection, architecture)
     features = {
         "post-norm" if architecture.post_norm else "pre-norm": True,
         "no CLS token": not architecture.class_token,
@@ -204,11 +169,50 @@ def _plain_facts(inspection: "Inspection", architecture: "Architecture") -> dict
         "sin-cos positions" if architecture.fixed_positions else "learned positions": True,
     }
     return {
+        "file": inspection.file,
+        "format": inspection.format,
+        "source": inspection.source or "cannot be inferred from the weights",
+        "licence": inspection.licence or "unknown",
         "architecture": f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, "
         f"{architecture.num_heads} heads, patches of {architecture.patch_size} pixels, "
         f"{'gray ' if architecture.channels == 1 else ''}images of {architecture.image_size}",
+        **({} if inspection.prefix == "." else {"encoder": f"below {inspection.prefix}"}),
+        **({"other encoders": ", ".join(inspection.others)} if inspection.others else {}),
         "positions": f"of {inspection.grid[0]} x {inspection.grid[1]} patches",
         "features": ", ".join(name for name, present in features.items() if present),
         "interpolation": f"{architecture.interpolation} ({RULES[architecture.interpolation]})"
         f"{', a guess' if inspection.guesses_interpolation else ''}",
+        **_file_facts(inspection),
+    }
+
+
+def _backbone_facts(inspection: "Inspection", architecture: "BackboneArchitecture") -> dict[str, str]:
+    rule = architecture.sizes
+    limit = "" if rule.largest is None else f" up to {rule.largest}"
+    options = ", ".join(f"{key}={value}" for key, value in architecture.options)
+    return {
+        "file": inspection.file,
+        "format": inspection.format,
+        "source": inspection.source or "cannot be inferred from the weights",
+        "licence": inspection.licence or "unknown",
+        "architecture": f"{architecture.name} of timm, {architecture.depth} blocks or stages of width "
+        f"{', '.join(map(str, dict.fromkeys(architecture.widths)))}, images of {architecture.image_size}",
+        **({"options": options} if options else {}),
+        "image sizes": f"multiples of {rule.step} pixels{limit}",
+        **_file_facts(inspection),
+    }
+
+
+def _file_facts(inspection: "Inspection") -> dict[str, str]:
+    """What is said of any kind of encoder's file."""
+    return {
+        "parameters": f"{inspection.parameters:,}",
+        **_classifier_facts(inspection.header.get("classifier")),
+        **{key: value for key, value in inspection.header.items() if isinstance(value, str)},
+        **{
+            f"dropped, {group}": ", ".join(names[:3]) + (f", ... ({len(names)} tensors)" if len(names) > 3 else "")
+            for group, names in inspection.dropped.items()
+        },
+        "missing": "nothing",
+        **{f"notice {number}": notice for number, notice in enumerate(inspection.notices, start=1)},
     }

@@ -146,5 +146,11 @@ def _family(
     if not normed:
         notices.append("the file has no final norm")
     return Family(
-        format_, "mae" if pools == _MAE_POOLS else None, model, options, side * _STRIDE, found_layout, notices=tuple(notices)
+        format_,
+        "mae" if pools == _MAE_POOLS else None,
+        model,
+        options,
+        side * _STRIDE,
+        found_layout,
+        notices=tuple(notices),
     )
