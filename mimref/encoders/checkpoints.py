@@ -110,8 +110,8 @@ class Checkpoint:
         if "architecture" in self.header:
             return [f"{self.path}: contains one encoder; --encoder {self.part} has no effect"] if self.part else []
         notices = list(self.ignored)
-        if isinstance(architecture, BackboneArchitecture) and (found := self.of_family(architecture)):
-            notices += found.notices
+        if self.recognised and self.recognised.is_of(architecture):
+            notices += self.recognised.notices
         elif isinstance(architecture, BackboneArchitecture):
             with torch.device("meta"):
                 model = architecture.build()
@@ -131,14 +131,6 @@ class Checkpoint:
                     "set encoder.interpolation if that is wrong"
                 )
         return [f"{self.path}: {notice}" for notice in notices]
-
-    def of_family(self, architecture: BackboneArchitecture) -> Recognised | None:
-        """The recognised weights if they are those of this timm model, for images of whatever size and channels."""
-        found = self.recognised
-        if found is None or not isinstance(found.architecture, BackboneArchitecture):
-            return None
-        size, channels = architecture.image_size, architecture.channels
-        return found if replace(found.architecture, image_size=size, channels=channels) == architecture else None
 
     def interpolates(self, architecture: Architecture, size: int) -> bool:
         """Whether images of `size` pixels need other positions than those in the file."""
@@ -262,12 +254,13 @@ def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Arch
     return replace(architecture, channels=found.channels, norm_eps=found.norm_eps)
 
 
-def backbone_of(checkpoint: Checkpoint, name: str, size: int | None) -> EncoderArchitecture:
+def backbone_of(checkpoint: Checkpoint, name: str, size: int | None) -> BackboneArchitecture:
     """A timm model's architecture, with the channels of the file's first convolution.
 
     size: pixels of the images; None is timm's own. Raises ConfigError for a size that it cannot take.
     """
     found = find_architecture(name, None, size)
+    assert isinstance(found, BackboneArchitecture)
     convolution = timm_record(name).first_conv
     kernel = checkpoint.named.get(f"{convolution}.weight") if isinstance(convolution, str) else None
     return found if kernel is None or kernel.ndim != 4 else replace(found, channels=kernel.shape[1])
@@ -313,8 +306,7 @@ def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture, *, s
         backbone = TimmBackbone(architecture)
         layers = timm_record(architecture.name).classifier or ()
         dropped = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
-        found = checkpoint.of_family(architecture)
-        given = _timm_tensors(checkpoint, architecture.name, backbone.model, dropped, found)
+        given = _timm_tensors(checkpoint, architecture, backbone.model, dropped)
         _load(backbone.model, architecture.name, given, checkpoint.path, share=share, dropped=dropped)
         return backbone
     with torch.device("meta"):
@@ -351,23 +343,20 @@ def _tensors_for(encoder: Encoder, checkpoint: Checkpoint) -> Mapping[str, Tenso
     if checkpoint.recognised:
         return checkpoint.recognised.tensors
     if encoder.architecture.from_timm:
-        return _timm_tensors(checkpoint, encoder.architecture.name, encoder.vit, ())
+        return _timm_tensors(checkpoint, encoder.architecture, encoder.vit, ())
     return checkpoint.selection(wanted)[0]
 
 
 def _timm_tensors(
-    checkpoint: Checkpoint, name: str, model: nn.Module, dropped: tuple[str, ...], found: Recognised | None = None
+    checkpoint: Checkpoint, architecture: EncoderArchitecture, model: nn.Module, dropped: tuple[str, ...]
 ) -> Mapping[str, Tensor]:
-    """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files.
-
-    found: the file's tensors, where they are recognised as this model's.
-    """
-    if found:
-        return fitting(name, model, found.tensors, found.tensors, dropped)
-    selected = checkpoint.tensors
-    if "architecture" not in checkpoint.header:
+    """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files."""
+    selected, everything = checkpoint.tensors, checkpoint.tensors
+    if checkpoint.recognised and checkpoint.recognised.is_of(architecture):
+        selected = everything = checkpoint.recognised.tensors
+    elif "architecture" not in checkpoint.header:
         selected, _ = checkpoint.selection(model.state_dict())
-    return fitting(name, model, selected, checkpoint.tensors, dropped)
+    return fitting(architecture.name, model, selected, everything, dropped)
 
 
 def _load(

@@ -73,7 +73,14 @@ class Recognised:
     guesses_interpolation: bool
     """Families that interpolate positions in different ways share the layout."""
     normalisation: dict[str, list[float]] = field(default_factory=dict)
-    """Mean and deviation of every channel, where the family's differ from ImageNet's."""
+    """Mean and deviation of every channel; empty for plain vision transformers."""
+
+    def is_of(self, architecture: EncoderArchitecture) -> bool:
+        """Whether these are the weights of this timm model, for images of whatever size and number of channels."""
+        own = self.architecture
+        if isinstance(own, Architecture) or isinstance(architecture, Architecture):
+            return False
+        return replace(own, image_size=architecture.image_size, channels=architecture.channels) == architecture
 
 
 def recognise(

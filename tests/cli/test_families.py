@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mimref.cli import run
-from tests.families import PUBLISHED, content
+from tests.family_files import PUBLISHED, content
 
 
 @pytest.fixture
