@@ -69,7 +69,7 @@ def inspect(options: InspectOptions) -> None:
 
 class ExportOptions(Force, panel="Encoder"):
     checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT")
-    to: Literal["timm", "release", "onnx", "hf"] = option("Target format.", required=True)
+    to: Literal["timm", "publisher", "release", "onnx", "hf"] = option("Target format.", required=True)
     out: Path = option("File to write, whose extension must match --to; for hf a folder.", "FILE|DIR", required=True)
     layout: Literal["transformers", "timm"] | None = LAYOUT
     blocks: Text = option("Outputs of the ONNX graph; default last. Requires --to onnx.", "last|all|1,5,12")
@@ -88,8 +88,9 @@ class ExportOptions(Force, panel="Encoder"):
 def export(options: ExportOptions) -> None:
     """Write an encoder in another format, read it back and compare.
 
-    timm: for timm.create_model with checkpoint_path; a fine-tuned encoder keeps its classifier. release: the layout of
-    the MIM-Refiner releases. onnx: a graph whose outputs are the tokens of the chosen blocks. hf: a folder that
+    timm: for timm.create_model with checkpoint_path; a fine-tuned encoder keeps its classifier. publisher: as
+    the code of DINOv3, EVA-02, BEiT, Swin, Hiera, ConvNeXt or AIMv2 loads it. release: the layout of the MIM-Refiner
+    releases. onnx: a graph whose outputs are the tokens of the chosen blocks. hf: a folder that
     AutoModel.from_pretrained or timm loads, with image processor, classifier and model card.
 
     Examples:
@@ -130,7 +131,7 @@ def export(options: ExportOptions) -> None:
         if read is not None and to == "onnx":
             groups = checks.run("blocks", lambda: block_groups(options.blocks or "last", read[0].depth)) or {}
             blocks = [number for group in groups.values() for number in group]
-        if read is not None and to != "timm":
+        if read is not None and to not in ("timm", "publisher"):
             checks.run("to", lambda: plain(read[0], f"--to {to}"))
         done = write_export(options, checks.finished(read), blocks, terminal)
     name = {"timm name": done.timm_name or "none of these sizes"} if to == "timm" else {}
@@ -144,16 +145,19 @@ def write_export(
     blocks: list[int],
     listener: "Listener",
 ) -> "Export":
-    """Write a file for timm, the releases or ONNX."""
+    """Write a file for timm, a publisher's code, the releases or ONNX."""
     from mimref.encoders.backbones import TimmBackbone
     from mimref.encoders.classifier import classifier_of
     from mimref.encoders.export import export_release, export_timm
     from mimref.encoders.export_backbone import export_backbone
     from mimref.encoders.export_classifier import export_classifier
     from mimref.encoders.export_onnx import export_onnx
+    from mimref.encoders.export_publisher import export_publisher
 
     encoder, facts, checkpoint = read
     to, out, force = options.to, options.out, options.force
+    if to == "publisher":
+        return export_publisher(encoder, out, facts, force=force, listener=listener)
     if isinstance(encoder, TimmBackbone):
         return export_backbone(encoder, out, facts, force=force, listener=listener)
     found = classifier_of(checkpoint, encoder)

@@ -110,7 +110,9 @@ class Checkpoint:
         if "architecture" in self.header:
             return [f"{self.path}: contains one encoder; --encoder {self.part} has no effect"] if self.part else []
         notices = list(self.ignored)
-        if isinstance(architecture, BackboneArchitecture):
+        if self.recognised and self.recognised.is_of(architecture):
+            notices += self.recognised.notices
+        elif isinstance(architecture, BackboneArchitecture):
             with torch.device("meta"):
                 model = architecture.build()
             notices += self.selection(model.state_dict())[1]
@@ -203,14 +205,16 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
     except Unrecognised as reason:
         hint = shard_hint(file)
         return replace(checkpoint, problem=f"{reason}{hint}", advice="" if hint else "; pass --arch (and --source)")
-    if "transform" not in header and (normalisation := saved_normalisation(file)):
+    saved = {} if "transform" in header else saved_normalisation(file)
+    if saved:
         found.notices.append("mean and deviation of the pixels are taken from preprocessor_config.json")
+    if "transform" not in header and (normalisation := saved or found.normalisation):
         sizes = {"image_size": found.architecture.image_size, "crop_fraction": 0.875}
         checkpoint = replace(checkpoint, header={"transform": sizes | normalisation})
     architecture, source = found.architecture, found.source
     if published := find_named(path):
         source, licence = published.source, published.licence
-        if found.guesses_interpolation:
+        if found.guesses_interpolation and isinstance(architecture, Architecture):
             architecture = replace(architecture, interpolation=INTERPOLATIONS.get(source, "mae"))
     return replace(checkpoint, architecture=architecture, source=source, licence=licence, recognised=found)
 
@@ -244,9 +248,9 @@ def with_fixed_positions(architecture: Architecture, tensors: Mapping[str, Tenso
 
 def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
     """A timm model's architecture, with the channels and the LayerNorm's epsilon of the file's encoder."""
-    if checkpoint.recognised is None:
+    found = checkpoint.recognised and checkpoint.recognised.architecture
+    if not isinstance(found, Architecture):
         return architecture
-    found = checkpoint.recognised.architecture
     return replace(architecture, channels=found.channels, norm_eps=found.norm_eps)
 
 
@@ -302,7 +306,7 @@ def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture, *, s
         backbone = TimmBackbone(architecture)
         layers = timm_record(architecture.name).classifier or ()
         dropped = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
-        given = _timm_tensors(checkpoint, architecture.name, backbone.model, dropped)
+        given = _timm_tensors(checkpoint, architecture, backbone.model, dropped)
         _load(backbone.model, architecture.name, given, checkpoint.path, share=share, dropped=dropped)
         return backbone
     with torch.device("meta"):
@@ -339,18 +343,20 @@ def _tensors_for(encoder: Encoder, checkpoint: Checkpoint) -> Mapping[str, Tenso
     if checkpoint.recognised:
         return checkpoint.recognised.tensors
     if encoder.architecture.from_timm:
-        return _timm_tensors(checkpoint, encoder.architecture.name, encoder.vit, ())
+        return _timm_tensors(checkpoint, encoder.architecture, encoder.vit, ())
     return checkpoint.selection(wanted)[0]
 
 
 def _timm_tensors(
-    checkpoint: Checkpoint, name: str, model: nn.Module, dropped: tuple[str, ...]
+    checkpoint: Checkpoint, architecture: EncoderArchitecture, model: nn.Module, dropped: tuple[str, ...]
 ) -> Mapping[str, Tensor]:
     """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files."""
-    selected = checkpoint.tensors
-    if "architecture" not in checkpoint.header:
+    selected, everything = checkpoint.tensors, checkpoint.tensors
+    if checkpoint.recognised and checkpoint.recognised.is_of(architecture):
+        selected = everything = checkpoint.recognised.tensors
+    elif "architecture" not in checkpoint.header:
         selected, _ = checkpoint.selection(model.state_dict())
-    return fitting(name, model, selected, checkpoint.tensors, dropped)
+    return fitting(architecture.name, model, selected, everything, dropped)
 
 
 def _load(

@@ -31,7 +31,12 @@ from mimref.progress import Listener, Silent
 
 # Entries of a header that stay true of the weights in any format; `transform` has the normalisation of the images.
 _FACTS = ("source", "licence", "preset", "data", "transform")
-ENDINGS = {"timm": (".safetensors", ".pth", ".pt"), "release": (".th", ".pth", ".pt"), "onnx": (".onnx",)}
+ENDINGS = {
+    "timm": (".safetensors", ".pth", ".pt"),
+    "publisher": (".safetensors", ".pth", ".pt"),
+    "release": (".th", ".pth", ".pt"),
+    "onnx": (".onnx",),
+}
 """Of the files in each format."""
 # Largest difference that passes, as a share of the features' largest magnitude.
 _TOLERANCE = 1e-4

@@ -48,7 +48,7 @@ def export_backbone(
         model = timm.create_model(name, checkpoint_path=str(file), num_classes=0, **options)
         return _features(model, comparison_images(encoder))
 
-    difference = write_verified(out, partial(_own_features, encoder), write, read, listener)
+    difference = write_verified(out, partial(own_features, encoder), write, read, listener)
     chosen = "".join(f", {key}={value!r}" for key, value in ({"num_classes": 0} | options).items())
     return Export(out, difference, f"timm.create_model({name!r}, checkpoint_path={str(out)!r}{chosen})", name)
 
@@ -61,7 +61,8 @@ def _features(model: Any, images: Tensor) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def _own_features(encoder: TimmBackbone, names: Iterable[str]) -> dict[str, Tensor]:
+def own_features(encoder: TimmBackbone, names: Iterable[str]) -> dict[str, Tensor]:
+    """Of every block, by the names that a file's features have; the encoder is put in eval mode."""
     names = list(names)
     tokens = encoder.eval().blocks(comparison_images(encoder), range(1, encoder.depth + 1))
     return dict(zip(names, tokens, strict=True))

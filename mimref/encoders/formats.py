@@ -9,14 +9,17 @@ Shapes: N patches, D width, R registers.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mimref.config.base import ReadingConfig
+from mimref.encoders.backbones import EncoderArchitecture
+from mimref.encoders.families.recognise import FamilyWeights, recognise_family
 from mimref.encoders.grids import Grid, prepare_positions, unsaved_positions
+from mimref.encoders.heads import find_num_heads
 from mimref.encoders.layouts import (
     DROPPABLE,
     DROPPABLE_BESIDE,
@@ -39,11 +42,7 @@ from mimref.encoders.reading import first_line, named_tensors
 from mimref.encoders.vit import NORM_EPS, PAPER_SIZES, Architecture, are_sincos, build_encoder
 from mimref.errors import ConfigError
 
-# Width to attention heads of the published sizes (S, B, L, H, g, G, 2B, ...): weights do not show them.
-_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 2560: 32, 4096: 32}
-
 _TRAINING = "training state"
-_HOW_TO_SET = "--set encoder.num_heads=N gives it (export: --num-heads N)"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Recognised:
     """For display, such as `data2vec 2.0`."""
     source: str | None
     """Pre-training method as `--source` names it; None when several methods share the layout."""
-    architecture: Architecture
+    architecture: EncoderArchitecture
     tensors: dict[str, Tensor]
     """Under timm's names; tensors that did not change share the file's memory."""
     origins: dict[str, list[str]]
@@ -73,12 +72,21 @@ class Recognised:
     """Rows and columns of patches that the file has positions for."""
     guesses_interpolation: bool
     """Families that interpolate positions in different ways share the layout."""
+    normalisation: dict[str, list[float]] = field(default_factory=dict)
+    """Mean and deviation of every channel; empty for plain vision transformers."""
+
+    def is_of(self, architecture: EncoderArchitecture) -> bool:
+        """Whether these are the weights of this timm model, for images of whatever size and number of channels."""
+        own = self.architecture
+        if isinstance(own, Architecture) or isinstance(architecture, Architecture):
+            return False
+        return replace(own, image_size=architecture.image_size, channels=architecture.channels) == architecture
 
 
 def recognise(
     content: Mapping[Any, Any], reading: ReadingConfig | None = None, *, config: Mapping[str, Any] | None = None
 ) -> Recognised:
-    """Find the plain vision transformer in a file's content. Raises Unrecognised with the reason if there is none.
+    """Find the encoder of a known kind in a file's content. Raises Unrecognised with the reason if there is none.
 
     reading: what the file does not say. config: what Hugging Face saves beside the weights; its attention heads count
     where `reading` names none. Raises NoChoice for several encoders and no way to choose.
@@ -86,6 +94,8 @@ def recognise(
     reading = reading or ReadingConfig()
     part, grid = reading.part, reading.grid
     named, full_names = clean_names(content)
+    if weights := recognise_family(named, full_names, reading, config or {}):
+        return _of_family(weights)
     found = _find_encoders(named)
     prefix = choose_part(named, list(found), part)
     own = set(below(named, prefix, found))
@@ -128,6 +138,26 @@ def recognise(
         others,
         file_grid,
         guessed,
+    )
+
+
+def _of_family(weights: FamilyWeights) -> Recognised:
+    family, architecture = weights.family, weights.architecture
+    side = architecture.image_size // architecture.patch_size
+    return Recognised(
+        family.format,
+        family.source,
+        architecture,
+        weights.tensors,
+        weights.origins,
+        weights.dropped,
+        weights.notices,
+        weights.selection_notices,
+        weights.prefix,
+        weights.others,
+        (side, side),
+        guesses_interpolation=False,
+        normalisation={"mean": list(family.mean), "std": list(family.std)},
     )
 
 
@@ -293,7 +323,7 @@ def _read_architecture(
     config = config if config.get("hidden_size") == width else {}
     if config.get("hidden_act", "gelu") != "gelu":
         raise Unrecognised(f"uses {config['hidden_act']} in its MLPs, as config.json says, not gelu")
-    num_heads = _num_heads(width, num_heads, config, notices)
+    num_heads = find_num_heads(width, num_heads, config, notices)
     # CrossMAE has norms in the decoder instead, a classifier on mean tokens has its own (ln2 of OpenMMLab), and
     # MMSegmentation, told by its attention, has none. Otherwise it is missing.
     replaced = ("dec_norms.", "wfm.", "fc_norm.", "ln2.", "layers.0.attn.attn.")
@@ -327,18 +357,3 @@ def _norm_eps(config: Mapping[str, Any], notices: list[str]) -> float:
         return NORM_EPS
     notices.append(f"the LayerNorm's epsilon of {saved:g} is taken from config.json")
     return saved
-
-
-def _num_heads(width: int, asked: int | None, config: Mapping[str, Any], notices: list[str]) -> int:
-    if asked and width % asked:
-        raise Unrecognised(f"its width of {width} is not divisible by encoder.num_heads {asked}")
-    saved = config.get("num_attention_heads")
-    if not asked and type(saved) is int and saved > 0 and width % saved == 0:
-        notices.append(f"{saved} attention heads are taken from config.json")
-        return saved
-    if known := asked or _HEADS.get(width):
-        return known
-    if width % 64:
-        raise Unrecognised(f"its number of attention heads is unknown for a width of {width}; {_HOW_TO_SET}")
-    notices.append(f"{width // 64} attention heads are assumed, 64 channels each; if that is wrong, {_HOW_TO_SET}")
-    return width // 64

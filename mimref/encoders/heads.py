@@ -1,0 +1,39 @@
+"""Number of attention heads, which the weights of most encoders do not show."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mimref.encoders.parts import Unrecognised
+
+# Width to attention heads of the published sizes (S, B, L, H, g, G, 2B, ...).
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 2560: 32, 4096: 32}
+
+_HOW_TO_SET = "--set encoder.num_heads=N gives it (export: --num-heads N)"
+
+
+def find_num_heads(
+    width: int,
+    asked: int | None,
+    config: Mapping[str, Any],
+    notices: list[str],
+    *,
+    published: Mapping[int, int] = _HEADS,
+    channels: int = 64,
+) -> int:
+    """The heads asked for, else those of `config.json`, of a published size, or of so many `channels` each.
+
+    published: from width to heads. notices: receives what was assumed. Raises Unrecognised.
+    """
+    if asked and width % asked:
+        raise Unrecognised(f"its width of {width} is not divisible by encoder.num_heads {asked}")
+    saved = config.get("num_attention_heads")
+    if not asked and type(saved) is int and saved > 0 and width % saved == 0:
+        notices.append(f"{saved} attention heads are taken from config.json")
+        return saved
+    if known := asked or published.get(width):
+        return known
+    if width % channels:
+        raise Unrecognised(f"its number of attention heads is unknown for a width of {width}; {_HOW_TO_SET}")
+    heads = width // channels
+    notices.append(f"{heads} attention heads are assumed, {channels} channels each; if that is wrong, {_HOW_TO_SET}")
+    return heads

@@ -1,0 +1,113 @@
+"""Encoders that are no plain vision transformers: recognised by content, with the features of timm's own code."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mimref.config.base import ReadingConfig
+from mimref.encoders.backbones import TimmBackbone
+from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint
+from mimref.encoders.export import read_any_encoder
+from mimref.encoders.export_publisher import export_publisher
+from mimref.encoders.families.publishing import container_of
+from mimref.encoders.fitting import filter_names
+from tests.family_files import PUBLISHED, content, convnext_file, timm_features
+
+
+def reading_of(name: str) -> ReadingConfig:
+    """No weight shows the heads of the rotary families and of AIMv2."""
+    return ReadingConfig(num_heads=4 if name.startswith(("dinov3", "eva02", "aimv2")) else None)
+
+
+def assert_equal_features(checkpoint: Checkpoint, model: Any) -> None:
+    architecture = choose_architecture(checkpoint)
+    encoder = encoder_from(checkpoint, architecture).eval()
+    assert isinstance(encoder, TimmBackbone)
+    images = torch.randn(2, 3, architecture.image_size, architecture.image_size)
+    ours = encoder.blocks(images, range(1, encoder.depth + 1))
+    for one, other in zip(ours, timm_features(model, images), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def saved_size(model: Any) -> int | None:
+    """Pixels of a model's images; None for one that takes any."""
+    if hasattr(model, "tokens_spatial_shape"):
+        return int(4 * model.tokens_spatial_shape[0])
+    return int(model.patch_embed.img_size[0]) if hasattr(model, "patch_embed") else None
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.no_grad()
+def test_published_files_give_the_features_of_timms_model(name: str, tmp_path: Path) -> None:
+    case = PUBLISHED[name]
+    model = case.model()
+    saved, _ = content(case, model)
+    torch.save(saved, tmp_path / "file.pth")
+    checkpoint = read_checkpoint(tmp_path / "file.pth", reading_of(name))
+    found = checkpoint.recognised
+    assert found is not None, checkpoint.problem
+    assert found.format.startswith(case.format) and found.source == case.source
+    assert set(case.groups) <= set(found.dropped)
+    assert found.architecture.image_size == (224 if "dinov3" in name or "convnext" in name else saved_size(model))
+    assert_equal_features(checkpoint, model)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.no_grad()
+def test_publishers_files_are_written_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    case = PUBLISHED[name]
+    model = case.model()
+    saved, encoder_tensors = content(case, model)
+    torch.save(saved, tmp_path / "file.pth")
+    encoder, facts, checkpoint = read_any_encoder(tmp_path / "file.pth", reading_of(name))
+    assert checkpoint.recognised is not None and isinstance(encoder, TimmBackbone)
+    # Swin's own code computes the masks of shifted windows.
+    encoder_tensors = {key: tensor for key, tensor in encoder_tensors.items() if not key.endswith("attn_mask")}
+    if "sparse" in name:
+        # FCMAE's published files have dense kernels, and so has what is written.
+        encoder_tensors = {key: tensor for key, tensor in convnext_file(model).items() if not key.startswith("norm.")}
+    for out in (tmp_path / "back.pth", tmp_path / "back.safetensors"):
+        assert export_publisher(encoder, out, facts).difference == 0
+    written = torch.load(tmp_path / "back.pth", weights_only=True)
+    key = container_of(encoder.architecture)
+    written = written[key] if key else written
+    assert key in (None, case.container) or case.container == "module"
+    assert written.keys() == encoder_tensors.keys()
+    for tensor_name, tensor in encoder_tensors.items():
+        if ".freqs_" in tensor_name:  # the sum of two roundings
+            torch.testing.assert_close(written[tensor_name], tensor, rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(written[tensor_name], tensor), tensor_name
+            assert written[tensor_name].dtype == tensor.dtype
+    assert load_file(tmp_path / "back.safetensors").keys() == encoder_tensors.keys()
+
+
+TIMMS_OWN = (
+    "dinov3",
+    "eva02_packed",
+    "eva02",
+    "beit",
+    "beit_fine_tuned",
+    "simmim",
+    "swinv2",
+    "hiera",
+    "aimv2",
+    "convnextv2",
+)
+
+
+@pytest.mark.parametrize("name", TIMMS_OWN)
+def test_names_are_those_of_timms_filter_of_published_files(name: str, tmp_path: Path) -> None:
+    case = PUBLISHED[name]
+    model = case.model()
+    _, encoder_tensors = content(case, model)
+    torch.save(encoder_tensors, tmp_path / "file.pth")
+    found = read_checkpoint(tmp_path / "file.pth", reading_of(name)).recognised
+    assert found is not None
+    filtered = filter_names(found.architecture.name, encoder_tensors, model)
+    assert filtered is not None
+    for key in model.state_dict():
+        assert torch.equal(found.tensors[key], filtered[key]), key
