@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from mimref.config.run import ViewsConfig
 from mimref.data import views as module
-from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RGB
+from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PerChannel
 from mimref.data.views import Photometric, gaussian_blur, shift_hue
 from mimref.draws import Operation, uniform
 
@@ -313,7 +313,7 @@ def test_toggles_remove_exactly_their_operations(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("statistics", [{}, {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}])
-def test_layout_and_normalisation(statistics: dict[str, RGB]) -> None:
+def test_layout_and_normalisation(statistics: dict[str, PerChannel]) -> None:
     crops = torch.stack([photographs(5, 8), photographs(5, 8).flip(0)], dim=1)
     before = crops.clone()
     got = Photometric(OFF, 0, CPU, **statistics)(crops, 0, torch.arange(5), [4, 9])

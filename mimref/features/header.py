@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from mimref.config.base import DataConfig
 from mimref.data.open import ACCEPTED, absolute_spec
 from mimref.data.pixels import DECODING
-from mimref.data.transforms import RGB, EvalTransform
+from mimref.data.transforms import EvalTransform, PerChannel
 from mimref.encoders.backbones import BackboneArchitecture, timm_record
 from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError, ConfigError
@@ -84,7 +84,7 @@ def eval_transform(
     return EvalTransform(resolution or image_size, fraction, mean, std, data.resize or recorded.resize)
 
 
-def _same(values: RGB) -> RGB:
+def _same(values: PerChannel) -> PerChannel:
     """The mean of the three for each of them: gray encoders see the luma of pixels normalised alike."""
     if len(set(values)) == 1:
         return values

@@ -24,10 +24,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
+from numpy.typing import NDArray
 
 from mimref.config.base import DataConfig
-from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, decode_file, first_of, printable, reason_of
-from mimref.data.readers.hf_columns import Columns, choose_columns, is_list, is_text, read_labels
+from mimref.data.decode import (
+    BadImage,
+    Decoded,
+    Reduce,
+    decode_array,
+    decode_content,
+    decode_file,
+    first_of,
+    printable,
+    reason_of,
+)
+from mimref.data.readers.hf_columns import (
+    Columns,
+    choose_columns,
+    is_array,
+    is_list,
+    is_text,
+    read_cell,
+    read_labels,
+)
 from mimref.data.sources import EncodedSource, NoSplitError, Split, fingerprint_files
 from mimref.errors import DataError
 from mimref.files import cache_folder
@@ -52,14 +71,19 @@ class TableSource(EncodedSource):
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `ImageSource`."""
         content = self.content(index)
+        if isinstance(content, np.ndarray):
+            return decode_array(content, self.path(index), self.decoding)
         if isinstance(content, bytes):
             return decode_content(content, self.path(index), reduce, self.decoding)
         return decode_file(content, reduce, self.decoding)
 
-    def content(self, index: int) -> bytes | str:
-        """The content of an image's file, or its path. Raises BadImage where a cell has neither."""
+    def content(self, index: int) -> bytes | str | NDArray[Any]:
+        """The content of an image's file, its path, or its numbers. Raises BadImage where a cell has none of them."""
         try:
-            cell = self.cells[int(self.rows[index])].column(0)[0].as_py()
+            scalar = self.cells[int(self.rows[index])].column(0)[0]
+            if is_array(scalar.type) and scalar.is_valid:
+                return read_cell(scalar)
+            cell = scalar.as_py()
         except Exception as error:  # pyarrow's readers of damaged files raise many kinds
             raise BadImage(self.path(index), reason_of(error)) from error
         if isinstance(cell, list):
@@ -165,7 +189,7 @@ def open_hugging_face(
 def _check_lists(table: Any, image: str) -> None:
     """Raise DataError for a column of images whose lists hold more than one."""
     column = table.data.column(image)
-    if not is_list(column.type):
+    if not is_list(column.type) or is_array(column.type):
         return
     most = pc.max(pc.list_value_length(column)).as_py() or 0
     if most > 1:
