@@ -70,20 +70,32 @@ class TableSource(EncodedSource):
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `ImageSource`."""
+        if self.holds_arrays:
+            return decode_array(self._array(index), self.path(index), self.decoding)
         content = self.content(index)
-        if isinstance(content, np.ndarray):
-            return decode_array(content, self.path(index), self.decoding)
         if isinstance(content, bytes):
             return decode_content(content, self.path(index), reduce, self.decoding)
         return decode_file(content, reduce, self.decoding)
 
-    def content(self, index: int) -> bytes | str | NDArray[Any]:
-        """The content of an image's file, its path, or its numbers. Raises BadImage where a cell has none of them."""
+    @cached_property
+    def holds_arrays(self) -> bool:
+        """Whether cells are the numbers of images, not encoded files."""
+        return is_array(self.cells.data.column(self.cells.format["columns"][0]).type)
+
+    def _array(self, index: int) -> NDArray[Any]:
+        """The numbers of an image. Raises BadImage where they are no array."""
         try:
-            scalar = self.cells[int(self.rows[index])].column(0)[0]
-            if is_array(scalar.type) and scalar.is_valid:
-                return read_cell(scalar)
-            cell = scalar.as_py()
+            cell = self.cells[int(self.rows[index])].column(0)[0]
+            if not cell.is_valid:
+                raise ValueError("no image in this row")
+            return read_cell(cell)
+        except Exception as error:  # pyarrow's readers of damaged files raise many kinds
+            raise BadImage(self.path(index), reason_of(error)) from error
+
+    def content(self, index: int) -> bytes | str:
+        """The content of an image's file, or its path. Raises BadImage where a cell has neither."""
+        try:
+            cell = self.cells[int(self.rows[index])].column(0)[0].as_py()
         except Exception as error:  # pyarrow's readers of damaged files raise many kinds
             raise BadImage(self.path(index), reason_of(error)) from error
         if isinstance(cell, list):
