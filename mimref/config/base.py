@@ -74,6 +74,18 @@ class ReadingConfig(Section):
     """Rows and columns of patches that a file's positions are for. None: a square, else the shape nearest to one."""
     interpolation: Interpolation | None = None
     """Whose rule interpolates positions to other image sizes than the weights'. None: that of the weights' format."""
+    channel_init: Literal["repeat", "sum", "random"] | None = None
+    """Patch embedding for other `data.channels` than the weights': `repeat` repeats their channels in turn, scaled by
+    their number over the images' (of one channel, adds them), `sum` gives each channel the same share of their sum,
+    `random` keeps them for the first channels and draws the others. None: `repeat`."""
+    color_channels: Numbers | None = None
+    """For `random`: the images' channels, counted from 1, that take the weights' red, green and blue. None: 1, 2, 3."""
+
+    @model_validator(mode="after")
+    def _check_color_channels(self) -> Self:
+        if self.color_channels is not None and self.channel_init != "random":
+            raise ValueError("color_channels needs channel_init = 'random'")
+        return self
 
 
 class DataConfig(Section):

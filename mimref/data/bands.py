@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from mimref.data.pixels import check_16_bits, deep_colour, low_bytes, scaled
+from mimref.data.pixels import check_16_bits, deep_colour, low_bytes, raw_mode, scaled
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -152,7 +152,7 @@ def _pillow_keeps(file: str | io.BytesIO) -> bool:
 
 def loses_bits(image: Image.Image) -> bool:
     """Whether Pillow reads the 16 bits of an image's channels as 8, and `deep_bytes` cannot help."""
-    raw_modes = (str(tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3]) for tile in image.tile)
+    raw_modes = map(raw_mode, getattr(image, "tile", []))
     several = len(image.getbands()) > 1
     return several and not deep_colour(image) and any(";16" in mode for mode in raw_modes)
 

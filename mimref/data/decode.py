@@ -193,6 +193,7 @@ def _with_channels(file: str | io.BytesIO, reduce: Reduce | None, decoding: Deco
 
         return _decoded(opened, reduce, decoding, convert)
 
+
 def _decoded(
     image: Image.Image,
     reduce: Reduce | None,

@@ -84,20 +84,21 @@ def to_rgb(
 def deep_colour(image: Image.Image) -> bool:
     """Whether an image that is opened and not loaded has colours of 16 bits, of which Pillow keeps the upper 8."""
     tiles = getattr(image, "tile", [])
-    return bool(tiles) and image.mode in ("RGB", "RGBA") and all(_DEEP.fullmatch(_raw_mode(tile)) for tile in tiles)
+    return bool(tiles) and image.mode in ("RGB", "RGBA") and all(_DEEP.fullmatch(raw_mode(tile)) for tile in tiles)
 
 
 def low_bytes(image: Any) -> NDArray[np.uint8]:
     """The lower 8 bits of the colours of such an image: those that Pillow keeps of the other order of bytes."""
     other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
     for number, tile in enumerate(image.tile):
-        mode = _raw_mode(tile)[:-1] + other[_raw_mode(tile)[-1]]
+        mode = raw_mode(tile)[:-1] + other[raw_mode(tile)[-1]]
         args = mode if isinstance(tile[3], str) else (mode, *tile[3][1:])
         image.tile[number] = tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)
     return np.asarray(image)
 
 
-def _raw_mode(tile: Any) -> str:
+def raw_mode(tile: Any) -> str:
+    """How Pillow names the layout of what it decodes."""
     args = tile[3]
     return str(args[0] if isinstance(args, tuple) and args else args)
 

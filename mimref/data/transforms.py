@@ -69,7 +69,8 @@ class EvalTransform:
     def crop(self, image: Tensor) -> Tensor:
         """Resize and crop one image, (C, H, W) -> (C, S, S); as torchvision's Resize and CenterCrop do.
 
-        uint8 stays; float32 from 0 to 255 is cut off at both ends, as the rounding to uint8 does. With a shorter side, only the `middle` of a very long image is resized, and the square shows no more of it.
+        uint8 stays; float32 from 0 to 255 is cut off at both ends, as the rounding to uint8 does. With a shorter side,
+        only the `middle` of a very long image is resized, and the square shows no more of it.
         """
         if self.resize == "direct":
             return resize(image, [self.image_size, self.image_size]).contiguous()

@@ -27,6 +27,7 @@ from mimref.encoders.backbones import (
     filter_names,
     find_architecture,
 )
+from mimref.encoders.channels import ChannelRule, fit_channels, for_images
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
 from mimref.encoders.layouts import INTERPOLATIONS
@@ -84,6 +85,17 @@ class Checkpoint:
     """Which encoder of the file was asked for."""
     interpolation: Interpolation | None = None
     """Asked for, instead of the format's; None: see the architecture."""
+    channel_rule: ChannelRule = field(default_factory=ChannelRule)
+    """For images of other channels."""
+
+    @cached_property
+    def channels(self) -> int:
+        """Of the images that the weights are for."""
+        if self.architecture is not None:
+            return self.architecture.channels
+        # The first convolution sees the image. Positions may have four axes too, the first of length 1.
+        kernels = (each for each in self.tensors.values() if each.ndim == 4 and len(each) > 1)
+        return next((each.shape[1] for each in kernels if each.shape[2] == each.shape[3]), 3)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -109,6 +121,12 @@ class Checkpoint:
 
         sizes: pixels of the images that the encoder will see.
         """
+        if self.channels != architecture.channels:
+            adapted = f"for {architecture.channels} channels, not the {self.channels} of the weights"
+            return [
+                *self.notices(for_images(architecture, self.channels), sizes),
+                f"{self.path}: the patch embedding is made {adapted} (encoder.channel_init {self.channel_rule.how})",
+            ]
         if "architecture" in self.header:
             return [f"{self.path}: contains one encoder; --encoder {self.part} has no effect"] if self.part else []
         notices = list(self.ignored)
@@ -172,7 +190,9 @@ def read_checkpoint(
     Raises CheckpointError with one line for a missing or damaged file, and for a `part` that it does not have.
     """
     reading = reading or ReadingConfig()
-    checkpoint = _read(path, reading, progress)
+    colors = None if reading.color_channels is None else tuple(reading.color_channels)
+    rule = ChannelRule(reading.channel_init or "repeat", colors)
+    checkpoint = replace(_read(path, reading, progress), channel_rule=rule)
     if reading.interpolation is None:
         return checkpoint
     architecture = checkpoint.architecture
@@ -260,8 +280,9 @@ def choose_architecture(
 ) -> EncoderArchitecture:
     """The checkpoint's own architecture; the one of `--arch` and `--source` for timm models and unrecognised files.
 
-    resolution: pixels of the images it will see; None is its own size. Raises CheckpointError if the architecture is
-    unknown, ConfigError for an `arch` that contradicts the checkpoint or a resolution that patches do not divide.
+    Its channels are those of the weights. resolution: pixels of the images it will see; None is its own size. Raises
+    CheckpointError if the architecture is unknown, ConfigError for an `arch` that contradicts the checkpoint or a
+    resolution that patches do not divide.
     """
     recorded = checkpoint.architecture
     chosen: EncoderArchitecture
@@ -270,6 +291,7 @@ def choose_architecture(
         chosen = find_architecture(arch, source, resolution)
         if isinstance(chosen, Architecture):
             chosen = with_file_values(chosen, checkpoint)
+        chosen = for_images(chosen, checkpoint.channels)
     elif recorded is None:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     elif arch in (None, recorded.name):
@@ -290,6 +312,7 @@ def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture) -> T
         layers = timm_record(architecture.name).classifier or ()
         dropped = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
         given = _timm_tensors(checkpoint, architecture.name, backbone.model, dropped)
+        given = fit_channels(given, backbone.model.state_dict(), architecture.channels, checkpoint.channel_rule)
         _load(backbone.model, architecture.name, given, checkpoint.path, share=True, dropped=dropped)
         return backbone
     with torch.device("meta"):
@@ -310,6 +333,7 @@ def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = Fals
         side = encoder.architecture.image_size // encoder.patch_size
         fitting = fit_positions(positions, num_prefix, side, encoder.architecture.interpolation)
         given = {**given, "pos_embed": fitting}
+    given = fit_channels(given, encoder.vit.state_dict(), encoder.architecture.channels, checkpoint.channel_rule)
     _load(encoder.vit, encoder.architecture.name, given, checkpoint.path, share=share)
 
 

@@ -38,15 +38,7 @@ from mimref.data.decode import (
     printable,
     reason_of,
 )
-from mimref.data.readers.hf_columns import (
-    Columns,
-    choose_columns,
-    is_array,
-    is_list,
-    is_text,
-    read_cell,
-    read_labels,
-)
+from mimref.data.readers.hf_columns import Columns, choose_columns, is_array, is_list, is_text, read_cell, read_labels
 from mimref.data.sources import EncodedSource, NoSplitError, Split, fingerprint_files
 from mimref.errors import DataError
 from mimref.files import cache_folder

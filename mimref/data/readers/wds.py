@@ -128,11 +128,11 @@ def open_shards(data: DataConfig, split: Split, progress: LabelledProgress | Non
     spec, choice = data.spec or "", Choice(data.image, data.label)
     pattern = os.path.expanduser(spec.removeprefix("wds:"))
     shards, train_shards = _find_shards(pattern, split)
-    arrays = data.channels is not None
-    index = _index(shards, choice, progress, arrays)
+    as_arrays = data.channels is not None
+    index = _index(shards, choice, progress, as_arrays)
     labels, classes = None, None
     if index.labels is not None and (split == "train" or train_shards is not None):
-        train = _index(train_shards, choice, progress, arrays).labels if train_shards and split == "val" else None
+        train = _index(train_shards, choice, progress, as_arrays).labels if train_shards and split == "val" else None
         classes = (train or index.labels).classes()
         labels = index.labels.encode(classes)
     source = ShardSource(printable(spec), np.arange(len(index)), labels, classes, index)
@@ -221,10 +221,10 @@ def _expand(pattern: str, *, split: str = "") -> list[str]:
 # --- where their images are
 
 
-def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None, arrays: bool) -> ShardIndex:
+def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None, as_arrays: bool) -> ShardIndex:
     """The index of all images, from the cache if no shard has changed."""
     key = b"\0".join(os.fsencode(shard if remote.is_remote(shard) else os.path.abspath(shard)) for shard in shards)
-    key += repr((_FORMAT, choice, sorted(image_suffixes(arrays=arrays)))).encode()
+    key += repr((_FORMAT, choice, sorted(image_suffixes(arrays=as_arrays)))).encode()
     paths = PathList.pack(shards)
 
     def unpack(saved: Arrays) -> ShardIndex | None:
@@ -241,7 +241,7 @@ def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None,
     def scan(report: Progress) -> tuple[ShardIndex, Arrays]:
         """A new index, and what is saved of it."""
         states, scanned_ns = _states(shards), time.time_ns()
-        index = _scan(paths, states, choice, partial(list_samples, choice, arrays=arrays), report)
+        index = _scan(paths, states, choice, partial(list_samples, choice, arrays=as_arrays), report)
         arrays: Arrays = {
             "states": np.stack([states[:, 0], comparable_times(states[:, 1], scanned_ns)], axis=1),
             "shard": index.shard,

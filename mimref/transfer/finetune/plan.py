@@ -76,6 +76,7 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
     config, derived = without_limit(config, listener.progress)
     opened = open_training(config, listener.progress, checks, need_labels=True, splits=["train", "val"])
     checkpoint, architecture, sources = opened.checkpoint, opened.architecture, opened.sources
+    derived = [*derived, *opened.derived]
     numbered = splits = None
     if opened.data is not None:
         config = config.model_copy(update={"data": opened.data})
@@ -119,6 +120,9 @@ def _check_fitted(config: FinetuneConfig, counts: Sequence[int], checks: Checks,
     """
     for count in set(counts) if known or is_set(config, "batch_size") else ():
         checks.run("batch_size", partial(check_batch_size, config.batch_size, count))
+    if known and config.augment.rand_augment and config.data.channels is not None:
+        wrong = f"needs colour in 8 bits, and data.channels is {config.data.channels}; set augment.rand_augment=none"
+        checks.add("augment.rand_augment", ConfigError(f"augment.rand_augment {wrong}"))
     if known:
         schedule = config.finetune
         warmup = partial(refuse_warmup, "finetune", schedule.warmup_epochs, schedule.epochs)
