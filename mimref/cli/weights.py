@@ -16,6 +16,7 @@ from mimref.errors import ConfigError
 if TYPE_CHECKING:
     from mimref.config.base import ReadingConfig
     from mimref.encoders.checkpoints import Checkpoint
+    from mimref.encoders.export import Export
     from mimref.progress import Listener
     from mimref.sharing.export import FolderExport
     from mimref.sharing.layout import Library, Subject
@@ -104,8 +105,10 @@ def export(options: ExportOptions) -> None:
 
     from mimref.config.base import ReadingConfig
     from mimref.config.load import validated
+    from mimref.encoders.backbones import TimmBackbone
     from mimref.encoders.classifier import classifier_of
-    from mimref.encoders.export import ENDINGS, export_release, export_timm, read_encoder
+    from mimref.encoders.export import ENDINGS, export_release, export_timm, plain, read_any_encoder
+    from mimref.encoders.export_backbone import export_backbone
     from mimref.encoders.export_classifier import export_classifier
     from mimref.encoders.export_onnx import check_packages, export_onnx
     from mimref.features.encode import block_groups
@@ -123,12 +126,21 @@ def export(options: ExportOptions) -> None:
     if to == "onnx":
         checks.run("to", check_packages)
     with Terminal(options.quiet) as terminal:
-        read = checks.run("checkpoint", lambda: read_encoder(options.checkpoint, reading, **hints, listener=terminal))
+        read = checks.run(
+            "checkpoint", lambda: read_any_encoder(options.checkpoint, reading, **hints, listener=terminal)
+        )
         blocks: list[int] = []
         if read is not None and to == "onnx":
             groups = checks.run("blocks", lambda: block_groups(options.blocks or "last", read[0].depth)) or {}
             blocks = [number for group in groups.values() for number in group]
-        encoder, facts, checkpoint = checks.finished(read)
+        if read is not None and to != "timm":
+            checks.run("to", lambda: plain(read[0], f"--to {to}"))
+        any_encoder, facts, checkpoint = checks.finished(read)
+        if isinstance(any_encoder, TimmBackbone):
+            done = export_backbone(any_encoder, out, facts, force=force, listener=terminal)
+            print_export(done, to)
+            return
+        encoder = any_encoder
         found = classifier_of(checkpoint, encoder)
         if found and to != "timm":
             terminal.note(f"--to {to} leaves the classifier out; --to timm and --to hf keep it")
@@ -140,6 +152,11 @@ def export(options: ExportOptions) -> None:
             done = export_release(encoder, out, facts, force=force, listener=terminal)
         else:
             done = export_onnx(encoder, out, facts, blocks, force=force, listener=terminal)
+    print_export(done, to)
+
+
+def print_export(done: "Export", to: str) -> None:
+    """What was written."""
     name = {"timm name": done.timm_name or "none of these sizes"} if to == "timm" else {}
     difference = {"largest difference": f"{done.difference:.1e}"}
     print_facts({"file": str(done.path)} | name | {"read with": done.read_with} | difference)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from mimref.config.base import Interpolation, ReadingConfig
-from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import (
     BackboneArchitecture,
     EncoderArchitecture,
@@ -26,6 +25,7 @@ from mimref.encoders.backbones import (
     architecture_from,
     filter_names,
     find_architecture,
+    is_backbone,
 )
 from mimref.encoders.channels import ChannelRule, fit_channels, for_images
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
@@ -45,7 +45,7 @@ from mimref.encoders.parts import (
 from mimref.encoders.positions import fit_positions
 from mimref.encoders.published import find_named
 from mimref.encoders.reading import first_line, named_tensors, read_file
-from mimref.encoders.timm_models import native_size, timm_record
+from mimref.encoders.timm_models import timm_record
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, are_sincos, build_encoder, is_plain_vit
 from mimref.encoders.writing import write_safetensors
 from mimref.errors import CheckpointError, ConfigError
@@ -238,12 +238,9 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
 
 
 def _from_timm(path: str) -> Checkpoint:
-    """`timm:NAME`: a plain vision transformer with the weights that timm downloads for it."""
+    """`timm:NAME`: a model with the weights that timm downloads for it."""
     name = path.removeprefix(_TIMM)
-    if not is_plain_vit(name):
-        raise CheckpointError(
-            f"{path}: not a plain vision transformer, so it needs a file; evaluations read it with --arch {name}"
-        )
+    is_plain_vit(name)  # whether timm has it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -252,9 +249,9 @@ def _from_timm(path: str) -> Checkpoint:
         raise CheckpointError(
             f"{path}: timm cannot fetch it ({first_line(error)}); pass the weights as a file"
         ) from error
-    config = EncoderConfig(arch=name, image_size=native_size(name))
-    tensors = dict(model.state_dict())
-    architecture = with_fixed_positions(Architecture.from_config(config), tensors)
+    tensors, architecture = dict(model.state_dict()), find_architecture(name, None, None)
+    if isinstance(architecture, Architecture):
+        architecture = with_fixed_positions(architecture, tensors)
     header = {"architecture": architecture.to_dict(), "source": "timm"}
     return Checkpoint(Path(path), tensors, header, architecture, source="timm")
 
@@ -275,6 +272,17 @@ def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Arch
     return replace(architecture, channels=found.channels, norm_eps=found.norm_eps)
 
 
+def backbone_of(checkpoint: Checkpoint, name: str, size: int | None) -> EncoderArchitecture:
+    """A timm model's architecture, with the channels of the file's first convolution.
+
+    size: pixels of the images; None is timm's own. Raises ConfigError for a size that it cannot take.
+    """
+    found = find_architecture(name, None, size)
+    convolution = timm_record(name).first_conv
+    kernel = checkpoint.named.get(f"{convolution}.weight") if isinstance(convolution, str) else None
+    return found if kernel is None or kernel.ndim != 4 else replace(found, channels=kernel.shape[1])
+
+
 def choose_architecture(
     checkpoint: Checkpoint, arch: str | None = None, source: str | None = None, resolution: int | None = None
 ) -> EncoderArchitecture:
@@ -288,9 +296,12 @@ def choose_architecture(
     chosen: EncoderArchitecture
     # The file of a timm model may look like a plain vision transformer of another kind.
     if arch is not None and (recorded is None or (checkpoint.recognised and arch not in PAPER_SIZES)):
-        chosen = find_architecture(arch, source, resolution)
-        if isinstance(chosen, Architecture):
-            chosen = with_file_values(chosen, checkpoint)
+        if is_backbone(arch):
+            chosen = backbone_of(checkpoint, arch, resolution)
+        else:
+            plain = find_architecture(arch, source, resolution)
+            assert isinstance(plain, Architecture)
+            chosen = with_file_values(plain, checkpoint)
         chosen = for_images(chosen, checkpoint.channels)
     elif recorded is None:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
@@ -298,26 +309,29 @@ def choose_architecture(
         chosen = recorded
     else:
         raise ConfigError(f"--arch {arch}: {checkpoint.path} contains {recorded.name}; omit --arch")
-    if isinstance(chosen, Architecture):
-        if checkpoint.interpolation:
-            chosen = replace(chosen, interpolation=checkpoint.interpolation)
+    if isinstance(chosen, Architecture) and checkpoint.interpolation:
+        chosen = replace(chosen, interpolation=checkpoint.interpolation)
+    if isinstance(chosen, Architecture) or chosen is recorded:
         chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "image_size")
     return chosen
 
 
-def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture) -> TokenEncoder:
-    """An encoder with a checkpoint's weights, whose memory it may share. Raises CheckpointError if they do not fit."""
+def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture, *, share: bool = True) -> TokenEncoder:
+    """An encoder with a checkpoint's weights. Raises CheckpointError if they do not fit.
+
+    share: use the checkpoint's memory instead of a copy.
+    """
     if isinstance(architecture, BackboneArchitecture):
         backbone = TimmBackbone(architecture)
         layers = timm_record(architecture.name).classifier or ()
         dropped = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
         given = _timm_tensors(checkpoint, architecture.name, backbone.model, dropped)
         given = fit_channels(given, backbone.model.state_dict(), architecture.channels, checkpoint.channel_rule)
-        _load(backbone.model, architecture.name, given, checkpoint.path, share=True, dropped=dropped)
+        _load(backbone.model, architecture.name, given, checkpoint.path, share=share, dropped=dropped)
         return backbone
     with torch.device("meta"):
         encoder = build_encoder(architecture)
-    load_weights(encoder, checkpoint, share=True)
+    load_weights(encoder, checkpoint, share=share)
     return encoder
 
 
@@ -359,12 +373,23 @@ def _timm_tensors(
 ) -> Mapping[str, Tensor]:
     """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files."""
     wanted = model.state_dict()
-    selected, _ = checkpoint.selection(wanted)
-    if selected.keys() >= wanted.keys():
+    selected = checkpoint.tensors if "architecture" in checkpoint.header else checkpoint.selection(wanted)[0]
+    if _misfits(selected, wanted, dropped)[1:] == (0, 0):
         return selected
+    # timm's filters also interpolate positions, absolute and relative ones, to the model's grid.
     filtered = [filter_names(name, given, model) for given in (selected, checkpoint.tensors)]
     candidates = [selected, *(each for each in filtered if each)]
-    return min(candidates, key=lambda each: len(_without(each, wanted, dropped).keys() ^ wanted.keys()))
+    return min(candidates, key=lambda each: _misfits(each, wanted, dropped))
+
+
+def _misfits(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]
+) -> tuple[int, int, int]:
+    """How many names differ, how many are missing, and how many tensors have another shape."""
+    given = _without(tensors, wanted, dropped)
+    common = given.keys() & wanted.keys()
+    other_shapes = sum(given[key].shape != wanted[key].shape for key in common)
+    return len(given.keys() ^ wanted.keys()), len(wanted.keys() - common), other_shapes
 
 
 def _without(

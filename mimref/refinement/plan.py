@@ -12,9 +12,9 @@ from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup, check_colors, multi_crop
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.checkpoints import Checkpoint, load_weights
+from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder
+from mimref.encoders.checkpoints import Checkpoint, encoder_from
 from mimref.encoders.settings import ignored_settings, resolved_settings
-from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, Checks, ConfigError, DataError
 from mimref.evaluation.assess.measures import DEFAULT, goodness
 from mimref.evaluation.assess.verdicts import NAMES
@@ -40,7 +40,7 @@ class Plan:
     config: RefineConfig
     """With encoder and data filled in from the checkpoint's header."""
     checkpoint: Checkpoint
-    architecture: Architecture
+    architecture: EncoderArchitecture
     transform: EvalTransform
     source: ImageSource
     """The training images."""
@@ -54,6 +54,11 @@ class Plan:
         """Block of every head, 1-based."""
         return head_blocks(self.config.heads.blocks, self.architecture.depth)
 
+    @property
+    def widths(self) -> list[int]:
+        """Of the block that every head reads."""
+        return [self.architecture.widths[block - 1] for block in self.blocks]
+
     @cached_property
     def temperature(self) -> list[float]:
         """Of every head."""
@@ -62,7 +67,9 @@ class Plan:
     @property
     def columns(self) -> list[Column]:
         """Features that every head reads, as an evaluation names them."""
-        return columns_of(self.blocks, self.config.heads.pool, True, self.architecture.depth)
+        return columns_of(
+            self.blocks, self.config.heads.pool, self.architecture.has_final_norm, self.architecture.depth
+        )
 
     @property
     def notices(self) -> list[str]:
@@ -176,7 +183,8 @@ def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str
     precision, problems = resolve_precision(config.precision, device), list[str]()
     monitor = KnnMonitor(config, plan.source, plan.transform, device, precision, note=problems.append)
     depth, encoder = plan.architecture.depth, base_encoder(plan, device)
-    groups = [columns_of([block], config.heads.pool, True, depth) for block in range(1, depth + 1)]
+    final_norm = plan.architecture.has_final_norm
+    groups = [columns_of([block], config.heads.pool, final_norm, depth) for block in range(1, depth + 1)]
     if monitor.test is None:
         measured = monitor.view_measures(encoder, groups, config.monitor.view_samples or UNLABELLED_IMAGES)
         scores = [goodness(DEFAULT, values[DEFAULT]) for values in measured]
@@ -192,12 +200,9 @@ def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str
     return blocks_text(recommend_heads(scores)), "by the k-NN accuracy of every block"
 
 
-def base_encoder(plan: Plan, device: torch.device) -> Encoder:
+def base_encoder(plan: Plan, device: torch.device) -> TokenEncoder:
     """The encoder with the weights to refine, in evaluation mode."""
-    with torch.device("meta"):
-        encoder = build_encoder(plan.architecture)
-    load_weights(encoder, plan.checkpoint, share=device.type != "cpu")
-    return encoder.to(device).eval()
+    return encoder_from(plan.checkpoint, plan.architecture, share=device.type != "cpu").to(device).eval()
 
 
 def temperatures(temperature: float | list[float], num_heads: int) -> list[float]:
@@ -209,8 +214,8 @@ def temperatures(temperature: float | list[float], num_heads: int) -> list[float
     return temperature
 
 
-def check_sizes(config: RefineConfig, architecture: Architecture) -> None:
-    """Raise ConfigError for views that cannot be cut into patches, and for local views larger than the global ones."""
+def check_sizes(config: RefineConfig, architecture: EncoderArchitecture) -> None:
+    """Raise ConfigError for views that the encoder cannot take, and for local views larger than the global ones."""
     views = config.views
     global_size = views.global_size or architecture.image_size
     architecture.check_size(global_size, "encoder.image_size" if views.global_size is None else "views.global_size")
@@ -223,7 +228,7 @@ def check_sizes(config: RefineConfig, architecture: Architecture) -> None:
             )
 
 
-def _check_heads(config: RefineConfig, architecture: Architecture, checks: Checks) -> None:
+def _check_heads(config: RefineConfig, architecture: EncoderArchitecture, checks: Checks) -> None:
     """Check what depends on the number of blocks."""
     if config.heads.blocks == "auto":
         return

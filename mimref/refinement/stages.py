@@ -9,6 +9,7 @@ from torch import Tensor
 from mimref.data.loader import ViewBatch
 from mimref.distributed.collectives import averaged
 from mimref.distributed.group import world_size
+from mimref.encoders.backbones import TimmBackbone, TokenEncoder
 from mimref.encoders.parameters import encoder_groups
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
@@ -165,10 +166,10 @@ class EncoderStage(RefinementStage):
             )
 
     @property
-    def result(self) -> Encoder:
+    def result(self) -> TokenEncoder:
         """The averaged encoder."""
         averaged = self.average.module
-        assert isinstance(averaged, Encoder)
+        assert isinstance(averaged, Encoder | TimmBackbone)
         return averaged
 
     def head_weights(self) -> list[float]:
