@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,7 +146,8 @@ def _open(
         return data
     images = np.asarray(data)
     if encoder.channels is not None:
-        return GivenSource(images, Decoding(channels=encoder.channels))
+        recorded = Decoding.of(resolve_data(DataConfig(spec="images"), encoder.header))
+        return GivenSource(images, replace(recorded, channels=encoder.channels))
     colour = images.ndim == 4 and images.shape[1] == 3
     if images.dtype != np.uint8 or not len(images) or not (images.ndim == 3 or colour):
         raise DataError(f"images are {images.dtype} {images.shape}; they must be uint8 (N, H, W) or (N, 3, H, W)")

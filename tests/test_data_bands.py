@@ -121,7 +121,8 @@ def test_tiff_of_pages_planes_and_many_kinds(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "pages.tif", pixels.transpose(2, 0, 1), photometric="minisblack")
     planes = {"photometric": "minisblack", "planarconfig": "separate"}
     tifffile.imwrite(tmp_path / "planes.tif", pixels.transpose(2, 0, 1), **planes)
-    tifffile.imwrite(tmp_path / "deflate.tif", pixels, photometric="minisblack", compression="zlib")
+    zipped = {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"}
+    tifffile.imwrite(tmp_path / "deflate.tif", pixels, **zipped)
     for name in ("pages", "planes", "deflate"):
         found = decode_file(str(tmp_path / f"{name}.tif"), None, Decoding(channels=5)).image
         np.testing.assert_allclose(found.numpy(), expected(pixels), rtol=1e-6)
@@ -235,7 +236,9 @@ def test_channels_are_resized_as_single_ones_by_pillow(channels: int) -> None:
     for channel in range(channels):
         plain = Image.fromarray(pixels[:, :, channel]).resize((16, 16), Image.Resampling.BICUBIC)
         assert np.abs(found[channel].numpy().astype(int) - np.asarray(plain)).max() <= 1
-        assert np.abs(wide[channel].numpy() - np.asarray(plain)).max() <= 1
+        # Pillow rounds bytes between rows and columns, floats it does not.
+        floats = Image.fromarray(pixels[:, :, channel].astype(np.float32)).resize((16, 16), Image.Resampling.BICUBIC)
+        assert np.abs(wide[channel].numpy() - np.asarray(floats).clip(0, 255)).max() < 1e-2
 
 
 def test_statistics_equal_numpy(tmp_path: Path) -> None:

@@ -104,15 +104,15 @@ class Data(Configured, panel="Data"):
         "SPEC",
         "data.spec",
     )
-    channels: Text = option(
-        "Channels of every image, which keep their values; default: colour, or the encoder's.", "N", "data.channels"
-    )
 
 
 WORKERS = option("Processes that read images.", "N", "workers")
 
 
 class Images(Data, panel="Data"):
+    channels: Text = option(
+        "Channels of every image, which keep their values; default: colour, or the encoder's.", "N", "data.channels"
+    )
     workers: Text = WORKERS
 
 

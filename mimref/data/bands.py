@@ -5,6 +5,7 @@ those of 16 bits are divided by 257, and a window of `data.range` scales others.
 """
 
 import io
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from mimref.data.pixels import check_16_bits, deep_colour, low_bytes, raw_mode, scaled
+
+# Pillow reports what it cannot read as an error too, which Python would print for every image.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

@@ -124,7 +124,7 @@ class Checkpoint:
         if self.channels != architecture.channels:
             adapted = f"for {architecture.channels} channels, not the {self.channels} of the weights"
             return [
-                *self.notices(for_images(architecture, self.channels), sizes),
+                *self.notices(replace(architecture, channels=self.channels), sizes),
                 f"{self.path}: the patch embedding is made {adapted} (encoder.channel_init {self.channel_rule.how})",
             ]
         if "architecture" in self.header:

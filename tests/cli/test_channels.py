@@ -43,7 +43,8 @@ def write_images(folder: Path, channels: int, suffix: str) -> Path:
                 else:
                     pixels = (16 * pixels).astype(np.uint16)
                     pixels = pixels[:, :, 0] if channels == 1 else pixels
-                    tifffile.imwrite(place / f"{index:02}.tif", pixels, photometric="minisblack")
+                    planes = None if channels == 1 else "contig"
+                    tifffile.imwrite(place / f"{index:02}.tif", pixels, photometric="minisblack", planarconfig=planes)
     return folder
 
 
@@ -65,9 +66,8 @@ def test_from_images_to_features(
     settings = tomllib.loads((base / "config.toml").read_text())["data"]
     assert settings["channels"] == channels and settings["mean"] == transform["mean"]
     # The data and their channels are those of the header.
-    weights = REFINE | SHORT | {"encoder.weights": base}
-    line = [part for part in arguments("refine", refined, weights) if part not in ("--preset", "quickstart")]
-    assert run([*line, "--no-report"]) == 0, capsys.readouterr().err
+    line = [*_refine(refined, base, REFINE | SHORT), "--no-report"]
+    assert run(line) == 0, capsys.readouterr().err
     assert header(refined)["data"]["channels"] == channels and header(refined)["transform"]["mean"] == transform["mean"]
     metrics = json.loads((refined / "results.json").read_text())["metrics"]
     assert {"raw pixels", "base", "refined"} == {row["model"] for row in metrics}
@@ -92,6 +92,12 @@ def _check_python(refined: Path, data: Path, features: NDArray[Any]) -> None:
     assert len(embedder.get_feature_names_out()) == 32
 
 
+def _refine(out: Path, weights: Path, settings: dict[str, Any]) -> list[str]:
+    """The command line of a refinement without a preset."""
+    line = arguments("refine", out, settings)
+    return [*(part for part in line if part not in ("--preset", "quickstart")), "--weights", str(weights)]
+
+
 def _tiff(path: Path) -> NDArray[Any]:
     import tifffile
 
@@ -101,8 +107,8 @@ def _tiff(path: Path) -> NDArray[Any]:
 def test_weights_of_colour_are_adapted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_images(tmp_path / "data", 4, "npy")
     weights = write_weights(tmp_path / "base.safetensors")
-    changes = REFINE | SHORT | {"encoder.weights": weights, "evaluate.enabled": False, "encoder.channel_init": "sum"}
-    line = [part for part in arguments("refine", tmp_path / "out", changes) if part not in ("--preset", "quickstart")]
+    changes = REFINE | SHORT | {"evaluate.enabled": False, "encoder.channel_init": "sum"}
+    line = _refine(tmp_path / "out", weights, changes)
     assert run([*line, "--data", str(data), "--channels", "4", "--no-report"]) == 0
     told = capsys.readouterr().err
     assert "4 channels" in told and "encoder.channel_init sum" in told and "data.mean" in told
@@ -146,7 +152,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "11.npy has 3 channels, not 4" in told
     assert not (tmp_path / "out").exists()
     np.save(data / "train" / "c0" / "11.npy", np.zeros((16, 16, 4), np.uint8))
-    line = arguments("refine", tmp_path / "out", REFINE | {"encoder.weights": weights, "views.gray_probability": 0.2})
+    line = _refine(tmp_path / "out", weights, REFINE | {"views.gray_probability": 0.2})
     told = refused(*line, "--data", str(data), "--channels", "4")
     assert "views.gray_probability" in told and "4 channels" in told
     colour = write_labelled(tmp_path / "colour")
