@@ -23,11 +23,11 @@ from mimref.encoders.backbones import (
     TimmBackbone,
     TokenEncoder,
     architecture_from,
-    filter_names,
     find_architecture,
     is_backbone,
 )
 from mimref.encoders.channels import ChannelRule, fit_channels, for_images
+from mimref.encoders.fitting import fitting, without
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
 from mimref.encoders.layouts import INTERPOLATIONS
@@ -51,8 +51,6 @@ from mimref.encoders.writing import write_safetensors
 from mimref.errors import CheckpointError, ConfigError
 from mimref.progress import LabelledProgress
 
-# Parts of timm's checkpoints that do not belong to the encoder.
-_DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.", "fc_norm.", "multi_scale_fusion_heads.")
 _TIMM = "timm:"
 
 
@@ -93,9 +91,10 @@ class Checkpoint:
         """Of the images that the weights are for."""
         if self.architecture is not None:
             return self.architecture.channels
-        # The first convolution sees the image. Positions may have four axes too, the first of length 1.
-        kernels = (each for each in self.tensors.values() if each.ndim == 4 and len(each) > 1)
-        return next((each.shape[1] for each in kernels if each.shape[2] == each.shape[3]), 3)
+        # Of another family: its convolution that sees the image. Positions may have four axes too, the first of length 1.
+        named = (each for name, each in self.tensors.items() if "embed" in name or "stem" in name)
+        kernels = (each for each in named if each.ndim == 4 and len(each) > 1 and each.shape[2] == each.shape[3])
+        return next((kernel.shape[1] for kernel in kernels), 3)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -372,32 +371,10 @@ def _timm_tensors(
     checkpoint: Checkpoint, name: str, model: nn.Module, dropped: tuple[str, ...]
 ) -> Mapping[str, Tensor]:
     """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files."""
-    wanted = model.state_dict()
-    selected = checkpoint.tensors if "architecture" in checkpoint.header else checkpoint.selection(wanted)[0]
-    if _misfits(selected, wanted, dropped)[1:] == (0, 0):
-        return selected
-    # timm's filters also interpolate positions, absolute and relative ones, to the model's grid.
-    filtered = [filter_names(name, given, model) for given in (selected, checkpoint.tensors)]
-    candidates = [selected, *(each for each in filtered if each)]
-    return min(candidates, key=lambda each: _misfits(each, wanted, dropped))
-
-
-def _misfits(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]
-) -> tuple[int, int, int]:
-    """How many names differ, how many are missing, and how many tensors have another shape."""
-    given = _without(tensors, wanted, dropped)
-    common = given.keys() & wanted.keys()
-    other_shapes = sum(given[key].shape != wanted[key].shape for key in common)
-    return len(given.keys() ^ wanted.keys()), len(wanted.keys() - common), other_shapes
-
-
-def _without(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """Without what no model needs. What the model needs stays: some have a norm where others have a classifier."""
-    prefixes = _DROPPED_PREFIXES + dropped
-    return {key: tensors[key] for key in tensors if key in wanted or not key.startswith(prefixes)}
+    selected = checkpoint.tensors
+    if "architecture" not in checkpoint.header:
+        selected, _ = checkpoint.selection(model.state_dict())
+    return fitting(name, model, selected, checkpoint.tensors, dropped)
 
 
 def _load(
@@ -411,7 +388,7 @@ def _load(
 ) -> None:
     """dropped: prefixes of further tensors that may be left over."""
     wanted = module.state_dict()
-    given = _without(tensors, wanted, dropped)
+    given = without(tensors, wanted, dropped)
     if problems := mismatches(given, wanted):
         raise CheckpointError(f"{path}: does not fit {name}: {problems}")
     try:
@@ -428,6 +405,8 @@ def save_encoder(
     path: Path, encoder: TokenEncoder, header: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write an encoder atomically as safetensors under timm's names; the architecture is added to `header`."""
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in encoder.model.state_dict().items()}
+    state = encoder.model.state_dict()
+    # BatchNorm counts its batches in integers.
+    tensors = {name: (x.to(dtype) if x.is_floating_point() else x).contiguous() for name, x in state.items()}
     described = {"architecture": encoder.architecture.to_dict(), **header}
     write_safetensors(path, tensors, described)

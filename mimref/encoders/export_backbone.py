@@ -40,7 +40,7 @@ def export_backbone(
         if out.suffix == ".safetensors":
             save_encoder(file, encoder, facts)
             return
-        torch.save({key: tensor.float().clone() for key, tensor in encoder.model.state_dict().items()}, file)
+        torch.save({key: tensor.clone() for key, tensor in encoder.model.state_dict().items()}, file)
         if facts:
             (listener or Silent()).note(f"{out.suffix} cannot store {', '.join(facts)}; .safetensors can")
 

@@ -391,7 +391,7 @@ def is_plain_vit(name: str) -> bool:
 def _timm_vit(name: str, image_size: int, options: Mapping[str, Any] | None = None) -> VisionTransformer:
     if not is_plain_vit(name):
         raise ConfigError(
-            f"architecture {name!r} is not a plain timm VisionTransformer, which this needs; refine and evaluations do not"
+            f"architecture {name!r} is not a plain timm VisionTransformer, which only refine and evaluations do without"
         )
     vit = timm.create_model(
         name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True, **(options or {})
