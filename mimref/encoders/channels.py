@@ -73,6 +73,16 @@ def for_images(architecture: A, channels: int | None) -> A:
     return replace(architecture, channels=channels)
 
 
+def first_channels(tensors: Mapping[str, Tensor]) -> int:
+    """Channels of the images of a file that is no plain vision transformer: those of its patch embedding or stem, else 3.
+
+    Positions may have four axes too, the first of length 1.
+    """
+    named = (tensor for name, tensor in tensors.items() if "embed" in name or "stem" in name)
+    kernels = (each for each in named if each.ndim == 4 and len(each) > 1 and each.shape[2] == each.shape[3])
+    return next((kernel.shape[1] for kernel in kernels), 3)
+
+
 def fit_channels(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], channels: int, rule: ChannelRule
 ) -> Mapping[str, Tensor]:

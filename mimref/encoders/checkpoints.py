@@ -24,9 +24,8 @@ from mimref.encoders.backbones import (
     TokenEncoder,
     architecture_from,
     find_architecture,
-    is_backbone,
 )
-from mimref.encoders.channels import ChannelRule, fit_channels, for_images
+from mimref.encoders.channels import ChannelRule, first_channels, fit_channels, for_images
 from mimref.encoders.fitting import fitting, without
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
@@ -91,10 +90,7 @@ class Checkpoint:
         """Of the images that the weights are for."""
         if self.architecture is not None:
             return self.architecture.channels
-        # Of another family: its convolution that sees the image. Positions may have four axes too, the first of length 1.
-        named = (each for name, each in self.tensors.items() if "embed" in name or "stem" in name)
-        kernels = (each for each in named if each.ndim == 4 and len(each) > 1 and each.shape[2] == each.shape[3])
-        return next((kernel.shape[1] for kernel in kernels), 3)
+        return first_channels(self.tensors)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -271,17 +267,6 @@ def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Arch
     return replace(architecture, channels=found.channels, norm_eps=found.norm_eps)
 
 
-def backbone_of(checkpoint: Checkpoint, name: str, size: int | None) -> EncoderArchitecture:
-    """A timm model's architecture, with the channels of the file's first convolution.
-
-    size: pixels of the images; None is timm's own. Raises ConfigError for a size that it cannot take.
-    """
-    found = find_architecture(name, None, size)
-    convolution = timm_record(name).first_conv
-    kernel = checkpoint.named.get(f"{convolution}.weight") if isinstance(convolution, str) else None
-    return found if kernel is None or kernel.ndim != 4 else replace(found, channels=kernel.shape[1])
-
-
 def choose_architecture(
     checkpoint: Checkpoint, arch: str | None = None, source: str | None = None, resolution: int | None = None
 ) -> EncoderArchitecture:
@@ -295,12 +280,9 @@ def choose_architecture(
     chosen: EncoderArchitecture
     # The file of a timm model may look like a plain vision transformer of another kind.
     if arch is not None and (recorded is None or (checkpoint.recognised and arch not in PAPER_SIZES)):
-        if is_backbone(arch):
-            chosen = backbone_of(checkpoint, arch, resolution)
-        else:
-            plain = find_architecture(arch, source, resolution)
-            assert isinstance(plain, Architecture)
-            chosen = with_file_values(plain, checkpoint)
+        chosen = find_architecture(arch, source, resolution)
+        if isinstance(chosen, Architecture):
+            chosen = with_file_values(chosen, checkpoint)
         chosen = for_images(chosen, checkpoint.channels)
     elif recorded is None:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
