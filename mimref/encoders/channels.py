@@ -74,7 +74,7 @@ def for_images(architecture: A, channels: int | None) -> A:
 
 
 def first_channels(tensors: Mapping[str, Tensor]) -> int:
-    """Channels of the images of a file that is no plain vision transformer: those of its patch embedding or stem, else 3.
+    """Channels of the images that a foreign file is for: those of its patch embedding or stem, 3 if there is none.
 
     Positions may have four axes too, the first of length 1.
     """

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import EncoderArchitecture, find_architecture, is_backbone
-from mimref.encoders.checkpoints import Checkpoint, backbone_of, with_file_values, with_fixed_positions
+from mimref.encoders.channels import for_images
+from mimref.encoders.checkpoints import Checkpoint, with_file_values, with_fixed_positions
 from mimref.encoders.published import official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture
 from mimref.errors import CheckpointError
@@ -26,7 +27,8 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Enco
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     if recorded is None or _is_timm(config, checkpoint):
         if is_backbone(config.arch):
-            return backbone_of(checkpoint, config.arch, config.image_size if "image_size" in asked else None)
+            size = config.image_size if "image_size" in asked else None
+            return for_images(find_architecture(config.arch, None, size), checkpoint.channels)
         tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
         return with_file_values(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
     # A preset's image size belongs to the preset's architecture.
