@@ -66,6 +66,8 @@ def build_model(name: str, size: int, channels: int, options: Mapping[str, Any])
     if unknown:
         raise ConfigError(f"{name} has no option {unknown[0]!r} in timm {timm.__version__}")
     chosen = dict(options) | build_options(name, size)
+    if "drop_path_rate" in accepted:
+        chosen.setdefault("drop_path_rate", 0.0)  # refinement has no stochastic depth, and Swin has by default
     if "dynamic_img_size" in accepted:
         chosen["dynamic_img_size"] = True
     elif "strict_img_size" in accepted:
@@ -84,6 +86,12 @@ def build_model(name: str, size: int, channels: int, options: Mapping[str, Any])
 def build_options(name: str, size: int) -> dict[str, Any]:
     """What tells timm's constructor the size of the images, where it matters."""
     return {"img_size": size} if "img_size" in _arguments(name) else {}
+
+
+def is_built_for_sizes(name: str) -> bool:
+    """Whether timm builds the model for any size, with weights of another one that fit or can be interpolated."""
+    adapts = {"dynamic_img_size", "strict_img_size"} & _arguments(name)
+    return bool(adapts) or not timm_record(name).fixed_input_size
 
 
 @cache
