@@ -1,8 +1,8 @@
 """Encoders and features for scripts and notebooks."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +12,20 @@ from numpy.typing import NDArray
 
 from mimref.config.base import DataConfig, Interpolation, ReadingConfig
 from mimref.config.load import validated
+from mimref.data.given import GivenSource
 from mimref.data.open import open_source
+from mimref.data.pixels import Decoding
 from mimref.data.sources import ArraySource, ImageSource, Split
 from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.backbones import TimmBackbone
+from mimref.encoders.channels import ChannelInit, for_images
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Encoder
 from mimref.errors import DataError
 from mimref.features.encode import PassSettings, columns_of
 from mimref.features.encode import extract as extract_features
-from mimref.features.header import eval_transform, resolve_data
+from mimref.features.header import eval_transform, resolve_data, with_channels, with_statistics
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class LoadedEncoder:
     """Prepares images for the model: `transform.normalize(transform.crop(image)[None])`."""
     header: dict[str, Any]
     """Preset, source, licence and metrics of files that mimref wrote; empty for others."""
+    channels: int | None = None
+    """Of its images where they keep them, as `data.channels`; None: colour."""
 
 
 class ExtractedFeatures(NamedTuple):
@@ -58,6 +63,10 @@ def load(
     grid: tuple[int, int] | None = None,
     resolution: int | None = None,
     interpolation: Interpolation | None = None,
+    channels: int | None = None,
+    channel_init: ChannelInit | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> LoadedEncoder:
     """Load an encoder from a weights file of any known layout, a run's folder, a published name, or `quickstart`.
 
@@ -65,20 +74,28 @@ def load(
     a foreign file of an unusual width; without it, a warning says what is assumed. part: which of several encoders of
     a file, and grid: rows and columns of its patches, as `encoder.part` and `encoder.grid`. resolution: pixels of the
     images; None: the encoder's own. interpolation: of positions to another resolution, as `encoder.interpolation`.
+    channels, mean, std, channel_init: of images with other channels than the weights', as `data.channels`, `data.mean`,
+    `data.std` and `encoder.channel_init`; `channel_statistics` of `mimref.data.statistics` measures mean and std.
     Raises CheckpointError for a file that holds no encoder, ConfigError for names and sizes that do not fit.
     """
     hints = {"num_heads": num_heads, "part": part, "grid": grid, "interpolation": interpolation}
+    hints["channel_init"] = channel_init
     checkpoint = read_checkpoint(path, validated(ReadingConfig, hints))
     architecture = choose_architecture(checkpoint, arch, source, resolution)
-    transform = eval_transform(architecture, DataConfig(), checkpoint.header, resolution=resolution)
+    header = checkpoint.header
+    given = {"spec": "images", "channels": channels, "mean": mean, "std": std}
+    data = with_channels(resolve_data(validated(DataConfig, given), header), architecture)
+    architecture = for_images(architecture, data.channels)
+    known = with_statistics(data, header, checkpoint.channels, [])
+    transform = eval_transform(architecture, known, header, resolution=resolution)
     for notice in checkpoint.notices(architecture, [transform.image_size]):
         warnings.warn(notice, stacklevel=2)
-    return LoadedEncoder(encoder_from(checkpoint, architecture).eval(), transform, checkpoint.header)
+    return LoadedEncoder(encoder_from(checkpoint, architecture).eval(), transform, header, data.channels)
 
 
 def extract(
     encoder: LoadedEncoder,
-    data: str | Path | DataConfig | ImageSource | NDArray[np.uint8],
+    data: str | Path | DataConfig | ImageSource | NDArray[Any],
     *,
     split: Split = "val",
     blocks: Sequence[int] | None = None,
@@ -92,11 +109,11 @@ def extract(
 ) -> ExtractedFeatures:
     """Pooled features of all images of one split, from one pass of the encoder; writes nothing.
 
-    data: what `--data` takes, or uint8 images (N, H, W) or (N, 3, H, W). blocks: 1-based; None: the last. pool: `cls`,
-    `mean` or `cls+mean`. Raises DataError for unusable images, ConfigError for a block, device or precision that does
-    not exist.
+    data: what `--data` takes, or uint8 images (N, H, W) or (N, 3, H, W); of an encoder with `channels` C uint8, uint16,
+    or floats from 0 to 1, (N, C, H, W). blocks: 1-based; None: the last. pool: `cls`, `mean` or `cls+mean`.
+    Raises DataError for unusable images, ConfigError for a block, device or precision that does not exist.
     """
-    images = _open(data, split, encoder.header)
+    images = _open(data, split, encoder)
     target, home = resolve_device(device), next(encoder.model.parameters()).device
     max_bad = (data if isinstance(data, DataConfig) else DataConfig()).max_bad
     dtype = resolve_precision(precision, target)
@@ -114,17 +131,23 @@ def extract(
 
 
 def _open(
-    data: str | Path | DataConfig | ImageSource | NDArray[np.uint8], split: Split, header: Mapping[str, Any]
+    data: str | Path | DataConfig | ImageSource | NDArray[Any], split: Split, encoder: LoadedEncoder
 ) -> ImageSource:
     if isinstance(data, str | Path | DataConfig):
         config = data if isinstance(data, DataConfig) else DataConfig(spec=str(data))
-        source = open_source(resolve_data(config, header), split)
+        config = resolve_data(config, encoder.header)
+        if config.channels is None:
+            config = config.model_copy(update={"channels": encoder.channels})
+        source = open_source(config, split)
         for notice in source.notices:
             warnings.warn(notice, stacklevel=3)
         return source
     if not isinstance(data, np.ndarray | torch.Tensor):
         return data
     images = np.asarray(data)
+    if encoder.channels is not None:
+        recorded = Decoding.of(resolve_data(DataConfig(spec="images"), encoder.header))
+        return GivenSource(images, replace(recorded, channels=encoder.channels))
     colour = images.ndim == 4 and images.shape[1] == 3
     if images.dtype != np.uint8 or not len(images) or not (images.ndim == 3 or colour):
         raise DataError(f"images are {images.dtype} {images.shape}; they must be uint8 (N, H, W) or (N, 3, H, W)")

@@ -33,6 +33,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     block. resolution: pixels; None: the encoder's own. batch_size: images per pass. device, precision: as `--device`
     and `--precision`; None: the best available. workers: processes that read files. cache: a folder where features are
     cached by weights, settings and images, True for the one that `mimref cache list` shows, None for no cache.
+    channels: of images with other channels than colour's, as `--channels`; None: the encoder's. mean, std: of each, for
+    encoders whose file does not record them.
     Raises CheckpointError and ConfigError for an encoder and settings that do not fit, DataError for what is no image
     or cannot be read, with its path. Pickles hold the settings and a hash of the weights, not the weights.
     """
@@ -50,6 +52,9 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         precision: str | None = None,
         workers: int | None = 0,
         cache: str | PathLike[str] | bool | None = None,
+        channels: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.blocks = blocks
@@ -61,6 +66,9 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self.precision = precision
         self.workers = workers
         self.cache = cache
+        self.channels = channels
+        self.mean = mean
+        self.std = std
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Read the encoder. X is looked at no further than its types and shapes; y is ignored."""
@@ -81,9 +89,9 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
         """Names such as `block8_cls_0`. input_features: ignored."""
         inputs, columns = self._encoder(known=getattr(self, "weights_", None))
-        size = inputs.settings.transform.image_size
+        size = inputs.image_size
         with torch.inference_mode():
-            images = torch.zeros(1, 3, size, size, device=inputs.settings.device)
+            images = torch.zeros(1, inputs.data.channels or 3, size, size, device=inputs.device)
             widths = [pooled.shape[1] for pooled in pooled_tokens(inputs.encoder, images, columns)]
         names = [
             f"block{column.block}_{column.pool}{'_normed' if column.final_norm else ''}_{number}"
@@ -102,6 +110,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         if loaded is None or loaded[0] != settings:
             config = self._config()
             inputs = EncoderInputs(config, str(self.checkpoint), _Warnings(), need_labels=False)
+            _ = inputs.settings  # nothing is measured on X
             if known is not None and inputs.checkpoint.fingerprint != known:
                 raise CheckpointError(f"{self.checkpoint}: other weights than those that were fitted; fit again")
             groups = block_groups(_blocks(self.blocks), inputs.depth)
@@ -117,7 +126,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             EncoderPassConfig,
             {
                 # Of the images; none of them may be missing from the features.
-                "data": {"spec": "X", "max_bad": 0},
+                "data": {"spec": "X", "max_bad": 0, "channels": self.channels, "mean": self.mean, "std": self.std},
                 "cache": {"folder": folder, "keep_gb": 0.0},
                 "pool": self.pool,
                 "final_norm": self.final_norm,

@@ -272,7 +272,6 @@ OTHER = {name: tensor + 1 for name, tensor in PLAIN.items()}
             "blocks.1.attn.qkv.weight has shape (96, 32) instead",
         ),
         (PLAIN | {"norm.bias": torch.zeros(WIDTH, dtype=torch.int64)}, "norm.bias is of type torch.int64"),
-        (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 4, 4, 4)}, "expects 4-channel images"),
         (PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 3, 4, 2)}, "square patches are needed"),
         (PLAIN | {"blocks.0.attn.q_bias": torch.zeros(WIDTH)}, "relative positions (BEiT"),
         (PLAIN | {"blocks.0.attn.q_norm.weight": torch.zeros(2)}, "normalised queries and keys"),
@@ -282,7 +281,6 @@ OTHER = {name: tensor + 1 for name, tensor in PLAIN.items()}
             PLAIN | {"register_tokens": torch.zeros(1, 1, 2), "reg_token": torch.zeros(1, 1, 2)},
             "two names of one tensor",
         ),
-        (data2vec(channels=2), "expects 2-channel images"),
         (
             data2vec() | {"modality_encoders.AUDIO.decoder.proj.bias": torch.zeros(2)},
             "AUDIO.decoder.proj.bias is unexpected",
@@ -293,6 +291,14 @@ def test_other_models_are_refused_with_the_reason(content: Any, message: str) ->
     with pytest.raises(Unrecognised) as caught:
         recognise(content)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "channels"),
+    [(PLAIN | {"patch_embed.proj.weight": torch.zeros(WIDTH, 4, 4, 4)}, 4), (data2vec(channels=2), 2)],
+)
+def test_weights_of_any_channels_are_recognised(content: Any, channels: int) -> None:
+    assert recognise(content).architecture.channels == channels
 
 
 def test_changed_names_and_shapes_are_loaded_or_refused_in_one_line(tmp_path: Path) -> None:

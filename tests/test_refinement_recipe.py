@@ -1,5 +1,6 @@
 """The rules by which settings fit encoder and images: their values, and what they do with a run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from mimref.config.load import load_config
 from mimref.config.recipe import Derived
+from mimref.data.pixels import Decoding
 from mimref.data.sources import ArraySource
 from mimref.encoders.vit import Architecture
 from mimref.errors import ConfigError, Interrupted, UserErrors
@@ -178,6 +180,21 @@ def write(folder: Path, count: int, classes: int = 0, split: str = "") -> Path:
         pixels = rng.normal(50 + 60 * (number % max(1, classes)), 40, (*rng.integers(20, 60, 2), 3))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{number}.png")
     return folder
+
+
+def test_a_preset_for_colour_is_adapted_to_other_channels() -> None:
+    images = source(2000)
+    images.decoding = Decoding(channels=4)
+    images.images = np.broadcast_to(np.zeros((1, 1, 1, 1), np.uint8), (2000, 4, 500, 500))
+    preset = load_config(RefineConfig, "mae_l16", {"device": "cpu"})
+    config, derived = fit(preset, replace(VIT_L, channels=4), images)
+    assert config.views.jitter == (*preset.views.jitter[:2], 0, 0) and config.views.gray_probability == 0
+    assert config.views.solarize_probability == (0, 0, 0)
+    changed = {each.setting: str(each) for each in derived if each.setting.startswith("views.")}
+    assert changed.keys() == {"views.jitter", "views.gray_probability", "views.solarize_probability"}
+    assert all("4 channels" in line for line in changed.values())
+    free = fitted(images, replace(TINY, channels=4))
+    assert free.views.jitter == (0.4, 0.4, 0, 0) and free.views.gray_probability == 0
 
 
 def bare(folder: Path, weights: Path, preset: str | None = None, **settings: Any) -> RefineConfig:

@@ -110,6 +110,9 @@ WORKERS = option("Processes that read images.", "N", "workers")
 
 
 class Images(Data, panel="Data"):
+    channels: Text = option(
+        "Channels of every image, which keep their values; default: colour, or the encoder's.", "N", "data.channels"
+    )
     workers: Text = WORKERS
 
 

@@ -1,7 +1,7 @@
 """Strict models of settings: types of values, and the settings of all commands."""
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
@@ -36,6 +36,8 @@ PositiveRange = Annotated[tuple[Positive, Positive], Field(strict=False), AfterV
 PatchGrid = Annotated[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]], Field(strict=False)]
 Probabilities = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
 PixelRange = Annotated[str, AfterValidator(_check_range)]
+PerChannel = Annotated[tuple[float, ...], Field(strict=False, min_length=1)]
+PerChannelPositive = Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
 Numbers = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
 Temperatures = Annotated[list[Positive], Field(min_length=1)]
 Interpolation = Literal["mae", "dino", "dinov2", "dinov2_reg", "timm", "torchvision", "mae_pytorch"]
@@ -72,6 +74,18 @@ class ReadingConfig(Section):
     """Rows and columns of patches that a file's positions are for. None: a square, else the shape nearest to one."""
     interpolation: Interpolation | None = None
     """Whose rule interpolates positions to other image sizes than the weights'. None: that of the weights' format."""
+    channel_init: Literal["repeat", "sum", "random"] | None = None
+    """Patch embedding for other `data.channels` than the weights': `repeat` repeats their channels in turn, scaled by
+    their number over the images' (of one channel, adds them), `sum` gives each channel the same share of their sum,
+    `random` keeps them for the first channels and draws the others. None: `repeat`."""
+    color_channels: Numbers | None = None
+    """For `random`: the images' channels, counted from 1, that take the weights' red, green and blue. None: 1, 2, 3."""
+
+    @model_validator(mode="after")
+    def _check_color_channels(self) -> Self:
+        if self.color_channels is not None and self.channel_init != "random":
+            raise ValueError("color_channels needs channel_init = 'random'")
+        return self
 
 
 class DataConfig(Section):
@@ -110,6 +124,28 @@ class DataConfig(Section):
     """Images of more than 8 bits: the values that become black and white. `type`: 0 and 65535; `image`: each image's
     own least and largest; `percentile`: its percentiles 0.5 and 99.5; `A,B`: these two numbers. None: as in the
     checkpoint's header, else `type`."""
+    channels: int | None = Field(default=None, gt=0)
+    """Channels that every image has, and that keep their values: of TIFF, `.npy` and `.npz` files, arrays, and what
+    Pillow reads; of more than 8 bits or floats as 32-bit floats. None: as in the checkpoint's header or weights, else
+    colour in 8 bits, where gray is repeated for red, green and blue."""
+    mean: PerChannel | None = None
+    """Of every channel, where black is 0 and white 1. None: as in the checkpoint's header, else ImageNet's for colour;
+    with `channels`, measured on the training images where weights of as many channels do not know it."""
+    std: PerChannelPositive | None = None
+    """The same for the standard deviation."""
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("data.mean and data.std belong together; set both")
+        if self.mean is not None and self.std is not None:
+            wanted = self.channels or 3
+            for name, values in (("mean", self.mean), ("std", self.std)):
+                if len(values) != wanted:
+                    raise ValueError(f"data.{name} has {len(values)} values for images of {wanted} channels")
+        if self.channels is not None and self.alpha not in (None, "drop"):
+            raise ValueError(f"data.alpha {self.alpha} makes colour images; leave it out with data.channels")
+        return self
 
 
 class CommandConfig(Section):

@@ -1,12 +1,14 @@
-"""Decode image files to uint8 pixels, and count those that cannot be read."""
+"""Decode image files to pixels, and count those that cannot be read."""
 
 import io
+import math
 import os
 import stat
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +17,20 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
+from mimref.data.bands import (
+    WrongChannels,
+    as_pixels,
+    as_tensor,
+    channels_last,
+    check_channels,
+    deep_bytes,
+    is_array,
+    is_tiff,
+    loses_bits,
+    read_array,
+    read_pillow,
+    read_tiff,
+)
 from mimref.data.contents import HEAD, what_is
 from mimref.data.pixels import USUAL, Decoding, deep_colour, low_bytes, orientation_of, to_rgb, turned
 from mimref.data.traits import SEVERAL, TURNED
@@ -87,7 +103,8 @@ class Decoded(NamedTuple):
     """A decoded image, and its size in the file."""
 
     image: Tensor
-    """uint8 (3, H, W) with the channels of a pixel together in memory, as decoders write them."""
+    """uint8 (3, H, W) with the channels of a pixel together in memory, as decoders write them; with `data.channels`
+    (C, H, W), of more than 8 bits as float32 from 0 (black) to 255 (white)."""
     height: int
     """Pixels of the whole image; the tensor has `ceil(height / factor)` where it was reduced."""
     width: int
@@ -101,7 +118,9 @@ def decode_file(path: str, reduce: Reduce | None = None, decoding: Decoding = US
     By default, alpha is dropped, not composited, and EXIF orientation is not applied: both as in torchvision's
     ImageFolder and timm, which published numbers rely on. 16-bit gray is scaled to 8 bits. libjpeg reduces by skipping
     the high frequencies of each block of 8 x 8 pixels instead of computing pixels that a resize would average away.
-    reduce: called for JPEG only, with the size of the whole image; None decodes at full size.
+    reduce: called for JPEG only, with the size of the whole image; None decodes at full size. With `decoding.channels`
+    also TIFF of any kind and arrays are read, see `mimref.data.bands`, and images of another number of channels are a
+    DataError.
     Raises BadImage for files that are missing, unreadable, empty, truncated, not an image, or larger than
     `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb), and for pixels whose range is unknown.
     """
@@ -118,25 +137,70 @@ def decode_content(content: bytes, name: str, reduce: Reduce | None = None, deco
     return _decode(io.BytesIO(content), name, reduce, decoding)
 
 
+def decode_array(values: NDArray[Any], name: str, decoding: Decoding) -> Decoded:
+    """An image that a table holds as numbers, see `mimref.data.bands`. Raises as `decode_file`."""
+    try:
+        image = as_tensor(channels_last(values, decoding.channels or 3), decoding.range)
+    except WrongChannels as error:
+        raise DataError(f"{name} {error}") from error
+    except ValueError as error:
+        raise BadImage(name, reason_of(error)) from error
+    return Decoded(image, *image.shape[1:])
+
+
 def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None, decoding: Decoding) -> Decoded:
     try:
         with warnings.catch_warnings():
             # Pillow's other warnings (broken EXIF, odd TIFF tags) are nothing that a user could act on.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if decoding.channels is not None:
+                return _with_channels(file, reduce, decoding, decoding.channels)
             with Image.open(file) as image:
                 is_deep, low_HWC = deep_colour(image), None
                 if is_deep and decoding.range != "type":
                     with Image.open(file) as again:
                         low_HWC = low_bytes(again)
-                return _decoded(image, reduce, decoding, is_deep, low_HWC)
+                rgb = partial(to_rgb, decoding=decoding, is_deep=is_deep, low_HWC=low_HWC)
+                return _decoded(image, reduce, decoding, rgb)
+    except WrongChannels as error:
+        raise DataError(f"{name} {error}") from error
     except Exception as error:  # on corrupt files Pillow's decoders raise nearly anything
         raise BadImage(name, _reason(file, error)) from error
 
 
+def _with_channels(file: str | io.BytesIO, reduce: Reduce | None, decoding: Decoding, channels: int) -> Decoded:
+    """An image whose channels keep their values. Raises WrongChannels, and nearly anything for corrupt files."""
+    head, values_HWC = _head(file), None
+    if is_array(head):
+        values_HWC = channels_last(read_array(file), channels)
+    elif is_tiff(head):
+        values_HWC = read_tiff(file)
+    if values_HWC is not None:
+        if values_HWC.shape[0] * values_HWC.shape[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise Image.DecompressionBombError
+        image = as_tensor(check_channels(values_HWC, channels), decoding.range)
+        return Decoded(image, *image.shape[1:])
+    low_HWC = deep_bytes(file)
+    with Image.open(file) as opened:
+        if loses_bits(opened):
+            raise ValueError("Pillow would read its 16 bits as 8; save it as TIFF or .npy")
+
+        def convert(image: Image.Image) -> tuple[NDArray[Any], int]:
+            """Pixels and traits."""
+            stored_HWC = check_channels(read_pillow(image, low_HWC), channels)
+            return np.array(as_pixels(stored_HWC, decoding.range), order="C"), 0
+
+        return _decoded(opened, reduce, decoding, convert)
+
+
 def _decoded(
-    image: Image.Image, reduce: Reduce | None, decoding: Decoding, is_deep: bool, low_HWC: NDArray[np.uint8] | None
+    image: Image.Image,
+    reduce: Reduce | None,
+    decoding: Decoding,
+    convert: Callable[[Image.Image], tuple[NDArray[Any], int]],
 ) -> Decoded:
+    """An opened image. convert: gives pixels (H, W, C) and traits once it is loaded."""
     several = False
     if isinstance(image, JpegImageFile):
         size, orientation = image.size, orientation_of(image)
@@ -147,15 +211,15 @@ def _decoded(
         image.load()
         # Not before: TIFF files are turned as they are loaded.
         size, orientation = image.size, orientation_of(image)
-    rgb_HWC, traits = to_rgb(image, decoding, is_deep=is_deep, low_HWC=low_HWC)
+    pixels_HWC, traits = convert(image)
     width, height = size
     if orientation > 1 and decoding.orientation == "exif":
-        rgb_HWC = turned(rgb_HWC, orientation)
+        pixels_HWC = turned(pixels_HWC, orientation)
         width, height = size[::-1] if orientation >= 5 else size
     elif orientation > 1:
         traits |= TURNED
     traits |= SEVERAL * several
-    return Decoded(torch.from_numpy(rgb_HWC).permute(2, 0, 1), height, width, traits)
+    return Decoded(torch.from_numpy(pixels_HWC).permute(2, 0, 1), height, width, traits)
 
 
 def _has_several(image: Image.Image) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mimref.data.bands import WrongChannels, as_tensor, channels_last, check_channels, read_pillow
 from mimref.data.decode import BadImage, decode_file, printable
 from mimref.data.pixels import Decoding, to_rgb
 from mimref.data.sources import ImageSource, fingerprint_files
@@ -24,7 +25,8 @@ class GivenSource(ImageSource):
     """A list of images, each a path, a PIL image, an array or a tensor.
 
     Unlike in a data set, none can be left out: an image that cannot be read is an error. Arrays are uint8, or floats
-    from 0 to 1. Raises DataError for anything else.
+    from 0 to 1; with `data.channels` of any numbers that `data.range` scales, floats from 0 to 1 by default. Raises
+    DataError for anything else.
     """
 
     labels = None
@@ -32,7 +34,7 @@ class GivenSource(ImageSource):
     name = "X"
 
     def __init__(self, images: Any, decoding: Decoding) -> None:
-        self.items, self.decoding = _as_list(images), decoding
+        self.items, self.decoding = _as_list(images, decoding.channels), decoding
         self.in_memory = not any(isinstance(item, str | os.PathLike) for item in self.items)
 
     def __len__(self) -> int:
@@ -49,14 +51,32 @@ class GivenSource(ImageSource):
         try:
             if isinstance(item, str | os.PathLike):
                 return decode_file(os.fspath(item), None, self.decoding).image.contiguous()
+            if self.decoding.channels is not None:
+                return self._with_channels(item, self.decoding.channels)
             rgb_HWC = self._rgb(item)
         except BadImage as bad:
             raise DataError(
                 f"{bad.path}: cannot be read as an image ({bad.reason}); leave it out or repair it"
             ) from bad
+        except WrongChannels as error:
+            raise DataError(f"{self.path(index)} {error}") from error
         except ValueError as error:
             raise DataError(f"{self.path(index)}: {error}") from error
         return torch.from_numpy(rgb_HWC).permute(2, 0, 1).contiguous()
+
+    def _with_channels(self, item: Any, channels: int) -> Tensor:
+        """(C, H, W) as stored. Raises WrongChannels and ValueError."""
+        window = self.decoding.range
+        if isinstance(item, Image.Image):
+            values_HWC = check_channels(read_pillow(item, None), channels)
+        else:
+            is_tensor = isinstance(item, Tensor)
+            values = item.detach().cpu().numpy() if is_tensor else item
+            values_HWC = channels_last(values, channels, prefer_first=is_tensor)
+            if values.dtype.kind == "f" and window == "type":
+                _check_unit(values)
+                window = "0,1"
+        return as_tensor(values_HWC, window).contiguous()
 
     def _rgb(self, item: Any) -> NDArray[np.uint8]:
         """Writable (H, W, 3). Raises ValueError."""
@@ -80,7 +100,7 @@ class GivenSource(ImageSource):
         return digest.hexdigest()
 
 
-def _as_list(images: Any) -> Sequence[Any]:
+def _as_list(images: Any, channels: int | None) -> Sequence[Any]:
     """One item per image. Raises DataError for what is no list of images."""
     if isinstance(images, str | os.PathLike | Image.Image):
         raise DataError(f"X is one {'image' if isinstance(images, Image.Image) else 'path'}; put it into a list")
@@ -96,6 +116,8 @@ def _as_list(images: Any) -> Sequence[Any]:
             continue
         if not isinstance(item, np.ndarray | Tensor):
             raise DataError(f"X[{index}] is of type {type(item).__name__}; expected {_ACCEPTED}")
+        if channels is not None:
+            continue  # the shape is checked as the image is read
         try:
             _channels_last(item)
         except ValueError as error:
@@ -127,7 +149,12 @@ def _as_uint8(pixels: NDArray[Any]) -> NDArray[np.uint8]:
         return pixels.astype(np.uint8) * 255
     if pixels.dtype.kind != "f":
         raise ValueError(f"its pixels are {pixels.dtype}; expected uint8, or floats from 0 to 1")
+    _check_unit(pixels)
+    return np.rint(pixels.astype(np.float64) * 255).astype(np.uint8)
+
+
+def _check_unit(pixels: NDArray[Any]) -> None:
+    """Raise ValueError for floats outside of 0 to 1."""
     if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN fails too
         low, high = float(pixels.min()), float(pixels.max())
         raise ValueError(f"its pixels are from {low:g} to {high:g}; expected floats from 0 to 1, or uint8")
-    return np.rint(pixels.astype(np.float64) * 255).astype(np.uint8)

@@ -13,12 +13,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tvf
 
 from mimref.data.decode import Decoded
 from mimref.data.sources import ImageSource
-from mimref.data.transforms import EvalTransform, middle
+from mimref.data.transforms import EvalTransform, middle, resize, stacked
 from mimref.data.views import CropGroup, cut_group, reduction
 from mimref.data.workers import BatchDataset, load
 from mimref.devices import own_cores
@@ -45,7 +43,7 @@ class CropBatch(NamedTuple):
     end: int
     """Position in the data set after the last image of the batch."""
     crops: Tensor
-    """(B, 3, S, S) uint8, of the images that could be read; (B, V, 3, S, S) of V views."""
+    """(B, C, S, S), of the images that could be read; (B, V, C, S, S) of V views. uint8, or float32 from 0 to 255."""
     indices: list[int]
     """Their positions in the data set."""
     bad: list[tuple[str, str]]
@@ -62,8 +60,8 @@ class _CropDataset(BatchDataset[CropBatch]):
     def __getitem__(self, batch: range) -> CropBatch:
         read, good, bad = self.read(batch, self._crop)
         size = self.transform.image_size
-        stacked = torch.stack([crop for crop, _ in read]) if read else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return CropBatch(batch.stop, stacked, good, bad, [traits for _, traits in read])
+        crops = stacked([crop for crop, _ in read], (self.source.channels, size, size))
+        return CropBatch(batch.stop, crops, good, bad, [traits for _, traits in read])
 
     def _crop(self, index: int) -> tuple[Tensor, int]:
         decoded = self.source.read_reduced(index, None)
@@ -119,17 +117,17 @@ class Preparation:
     resize: int | None = None
     """Pixels of the shorter side to which an image is resized before it is cropped. None: it keeps its size."""
     augment: Callable[[Tensor, int, int], Tensor] | None = None
-    """Changes a crop (3, S, S) uint8 of an (epoch, sample)."""
+    """Changes a crop (C, S, S) of an (epoch, sample)."""
 
     def before(self, decoded: Decoded) -> Decoded:
         """The image that crops are cut from."""
         if self.resize is None:
             return decoded
-        image = tvf.resize(middle(decoded.image), [self.resize], InterpolationMode.BICUBIC, antialias=True)
+        image = resize(middle(decoded.image), [self.resize])
         return decoded._replace(image=image, height=image.shape[1], width=image.shape[2])
 
     def after(self, crops: list[Tensor], epoch: int, sample_B: Tensor) -> None:
-        """Change the crops (B, V, 3, S, S) in place."""
+        """Change the crops (B, V, C, S, S) in place."""
         if self.augment is None:
             return
         for group in crops:
@@ -165,7 +163,8 @@ class _ViewDataset(BatchDataset[ViewBatch]):
 
         decoded, good, bad = self.read(indices, decode)
         sample_B = torch.tensor(good, dtype=torch.int64)
-        crops = [cut_group(decoded, group, self.seed, epoch, sample_B) for group in self.groups]
+        channels = self.source.channels
+        crops = [cut_group(decoded, group, self.seed, epoch, sample_B, channels) for group in self.groups]
         self.preparation.after(crops, epoch, sample_B)
         place_of = {index: place for place, index in enumerate(indices)}
         places = [place_of[index] for index in good]

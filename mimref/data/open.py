@@ -121,4 +121,4 @@ def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress 
         near = did_you_mean(spec, (*NAMES, *_NAMED))
         what = "is a file, not a folder" if os.path.exists(root) else f"no such folder or data set{near}"
         raise DataError(f"{what} (accepted: {ACCEPTED})")
-    return open_folder(spec, split, progress)
+    return open_folder(spec, split, progress, arrays=data.channels is not None)

@@ -1,4 +1,7 @@
-"""From an image as Pillow opens it to RGB in 8 bits: high bit depths, alpha and EXIF orientation."""
+"""From an image as Pillow opens it to RGB in 8 bits: high bit depths, alpha and EXIF orientation.
+
+`bands` keeps other channels and more bits.
+"""
 
 import re
 import sys
@@ -27,18 +30,20 @@ _DEEP = re.compile("RGBA?;16[BLN]")
 
 @dataclass(frozen=True)
 class Decoding:
-    """What `data.orientation`, `data.alpha` and `data.range` choose."""
+    """What `data.orientation`, `data.alpha`, `data.range` and `data.channels` choose."""
 
     orientation: str = "file"
     alpha: str = "drop"
     range: str = "type"
+    channels: int | None = None
+    """Of every image, which keep their values; None: colour in 8 bits."""
 
     @classmethod
     def of(cls, data: DataConfig) -> "Decoding":
         """Of the settings; where they choose nothing, the defaults."""
         return cls(**{key: getattr(data, key) or value for key, value in asdict(USUAL).items()})
 
-    def changes(self) -> dict[str, str]:
+    def changes(self) -> dict[str, str | int]:
         """The choices that are not the default."""
         usual = asdict(USUAL)
         return {key: value for key, value in asdict(self).items() if value != usual[key]}
@@ -79,20 +84,21 @@ def to_rgb(
 def deep_colour(image: Image.Image) -> bool:
     """Whether an image that is opened and not loaded has colours of 16 bits, of which Pillow keeps the upper 8."""
     tiles = getattr(image, "tile", [])
-    return bool(tiles) and image.mode in ("RGB", "RGBA") and all(_DEEP.fullmatch(_raw_mode(tile)) for tile in tiles)
+    return bool(tiles) and image.mode in ("RGB", "RGBA") and all(_DEEP.fullmatch(raw_mode(tile)) for tile in tiles)
 
 
 def low_bytes(image: Any) -> NDArray[np.uint8]:
     """The lower 8 bits of the colours of such an image: those that Pillow keeps of the other order of bytes."""
     other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
     for number, tile in enumerate(image.tile):
-        mode = _raw_mode(tile)[:-1] + other[_raw_mode(tile)[-1]]
+        mode = raw_mode(tile)[:-1] + other[raw_mode(tile)[-1]]
         args = mode if isinstance(tile[3], str) else (mode, *tile[3][1:])
         image.tile[number] = tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)
     return np.asarray(image)
 
 
-def _raw_mode(tile: Any) -> str:
+def raw_mode(tile: Any) -> str:
+    """How Pillow names the layout of what it decodes."""
     args = tile[3]
     return str(args[0] if isinstance(args, tuple) and args else args)
 
@@ -101,18 +107,24 @@ def _gray(image: Image.Image, window: str) -> tuple[NDArray[np.uint8], int]:
     """uint8 (H, W) of gray in more than 8 bits, and its traits."""
     values_HW = np.asarray(image)
     if window == "type":
-        if image.mode == "F":
-            raise ValueError(
-                "floating-point pixels of unknown range; --set data.range=image, percentile or a window A,B scales them"
-            )
+        check_16_bits(values_HW)
         # 0..65535 scaled to 0..255, rounded; Pillow's own conversion clips at 255 instead.
         wide_HW = values_HW.astype(np.int64)
-        if wide_HW.min() < 0 or wide_HW.max() > 65535:
-            raise ValueError(
-                "32-bit pixels outside 0..65535; --set data.range=image, percentile or a window A,B scales them"
-            )
         return ((wide_HW + 128) // 257).astype(np.uint8), _wide_traits(wide_HW, 257)
     return _windowed(values_HW, window), 0
+
+
+def check_16_bits(values: NDArray[Any]) -> None:
+    """Raise ValueError for values whose type does not say what is black and white."""
+    if values.dtype.kind not in "iu":
+        raise ValueError(
+            "floating-point pixels of unknown range; --set data.range=image, percentile or a window A,B scales them"
+        )
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ValueError(
+            f"{8 * values.dtype.itemsize}-bit pixels outside 0..65535; --set data.range=image, percentile or a window "
+            "A,B scales them"
+        )
 
 
 def _wide_traits(values: NDArray[Any], step: int) -> int:
@@ -123,12 +135,18 @@ def _wide_traits(values: NDArray[Any], step: int) -> int:
 
 def _windowed(values: NDArray[Any], window: str) -> NDArray[np.uint8]:
     """Values of any shape, scaled to 0..255 by one window."""
+    return np.rint(scaled(values, window)).astype(np.uint8)
+
+
+def scaled(values: NDArray[Any], window: str) -> NDArray[np.float64]:
+    """The same before rounding. Raises ValueError without a finite number."""
     known = values if values.dtype.kind in "iu" else values[np.isfinite(values)]
     if not known.size:
         raise ValueError("no pixel is a finite number")
     low, high = _window(known, window)
     values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
-    return np.rint(255 * (values - low).clip(0, high - low) / (high - low or 1)).astype(np.uint8)
+    found: NDArray[np.float64] = 255 * (values - low).clip(0, high - low) / (high - low or 1)
+    return found
 
 
 def _window(values: NDArray[Any], window: str) -> tuple[float, float]:
@@ -200,9 +218,9 @@ def orientation_of(image: Image.Image) -> int:
     return found if found in range(1, 9) else 1
 
 
-def turned(rgb_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+def turned(pixels_HWC: NDArray[Any], orientation: int) -> NDArray[Any]:
     """The image as it is looked at."""
     if orientation >= 5:
-        rgb_HWC = rgb_HWC.transpose(1, 0, 2)
+        pixels_HWC = pixels_HWC.transpose(1, 0, 2)
     down, right = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
-    return np.ascontiguousarray(rgb_HWC[:: -1 if down else 1, :: -1 if right else 1])
+    return np.ascontiguousarray(pixels_HWC[:: -1 if down else 1, :: -1 if right else 1])

@@ -27,6 +27,8 @@ class Appearance:
     """Of these, images with colours."""
     side: int
     """Median of their shorter sides, in pixels of the file."""
+    channels: int = 3
+    """Of every image. Only those of 3 can have colours."""
 
     @property
     def gray(self) -> bool:
@@ -36,19 +38,28 @@ class Appearance:
 
 def look_at(source: ImageSource, most: int = SAMPLE) -> Appearance:
     """Read at most so many images, evenly spread over the data set. Raises DataError when a server fails."""
-    rows = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(int)).tolist()
+    rows = evenly(source, most)
     source.fetch(rows)
     found: list[Decoded] = []
     for row in rows:
         with suppress(BadImage):
             found.append(source.read_reduced(row, _reduction))
     sides = [min(each.height, each.width) for each in found]
-    return Appearance(len(found), sum(map(_colored, found)), int(statistics.median(sides)) if sides else 0)
+    side = int(statistics.median(sides)) if sides else 0
+    return Appearance(len(found), sum(map(_colored, found)), side, source.channels)
 
 
 def _colored(decoded: Decoded) -> bool:
-    pixels = decoded.image.short()
+    if len(decoded.image) != 3:
+        return False
+    # Differences of bytes may exceed a byte.
+    pixels = decoded.image if decoded.image.is_floating_point() else decoded.image.short()
     return float((pixels.amax(dim=0) - pixels.amin(dim=0)).float().mean()) > _GRAY_LEVELS
+
+
+def evenly(source: ImageSource, most: int) -> list[int]:
+    """At most so many positions, evenly spread over the data set."""
+    return [int(row) for row in np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).round())]
 
 
 def _reduction(height: int, width: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mimref.data.bands import WrongChannels, as_pixels, check_channels
 from mimref.data.decode import Decoded, Reduce, decode_file, printable
 from mimref.data.labels import Indices, fixed_choice
 from mimref.data.pixels import USUAL, Decoding
@@ -50,6 +51,11 @@ class ImageSource(ABC):
     _traits: NDArray[np.uint8] | None = None
 
     @property
+    def channels(self) -> int:
+        """Of every image as it is read."""
+        return self.decoding.channels or 3
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 in hex over what identifies the images and their labels."""
@@ -59,7 +65,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Tensor:
-        """One image, uint8 (3, H, W). Raises BadImage when it cannot be read."""
+        """One image, (C, H, W) as `Decoded.image`. Raises BadImage when it cannot be read."""
 
     @abstractmethod
     def path(self, index: int) -> str:
@@ -121,10 +127,10 @@ class EncodedSource(ImageSource):
 
 @dataclass(eq=False)
 class ArraySource(ImageSource):
-    """Images in memory: uint8 (N, H, W) gray or (N, 3, H, W)."""
+    """Images in memory: uint8 (N, H, W) gray or (N, 3, H, W); with `data.channels` (N, C, H, W) of any numbers."""
 
     name: str
-    images: NDArray[np.uint8]
+    images: NDArray[Any]
     labels: Indices | None
     class_names: list[str] | None
     split: str
@@ -137,8 +143,19 @@ class ArraySource(ImageSource):
         return len(self.images)
 
     def read(self, index: int) -> Tensor:
-        """One image, uint8 (3, H, W), a copy; gray is repeated for the three channels."""
-        image = torch.from_numpy(self.images[index])
+        """One image, a copy; gray is repeated for three channels unless `data.channels` asks for one.
+
+        Raises DataError for another number of channels than the images have.
+        """
+        stored = self.images[index]
+        if (channels := self.decoding.channels) is not None:
+            stored = stored[None] if stored.ndim == 2 else stored
+            try:
+                check_channels(stored.transpose(1, 2, 0), channels)
+                stored = as_pixels(stored, self.decoding.range)
+            except (WrongChannels, ValueError) as error:
+                raise DataError(f"{self.path(index)} {error}") from error
+        image = torch.from_numpy(stored)
         if image.ndim == 2:
             image = image.expand(3, -1, -1)
         return image.clone(memory_format=torch.contiguous_format)

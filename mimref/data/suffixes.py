@@ -22,9 +22,18 @@ _LONGEST_SUFFIX = 12
 _NAMED_KINDS = 5
 
 
+ARRAYS = frozenset([".npy", ".npz"])
+"""Images where `data.channels` says how many channels they have."""
+
+
 @cache
-def image_suffixes() -> frozenset[str]:
-    """Suffixes, in lower case with their dot, of the formats that this Pillow decodes to still images."""
+def image_suffixes(*, arrays: bool = False) -> frozenset[str]:
+    """Suffixes, in lower case with their dot, of the formats that this Pillow decodes to still images.
+
+    arrays: those of NumPy's files as well.
+    """
+    if arrays:
+        return image_suffixes() | ARRAYS
     Image.preinit()  # the common formats first, which is the order in which files are tried
     known = Image.registered_extensions()
     # Pillow registers .mpo for writing alone, and reads it as JPEG.
@@ -33,9 +42,9 @@ def image_suffixes() -> frozenset[str]:
     )
 
 
-def is_image(name: str) -> bool:
-    """Whether a file's name says that Pillow decodes it."""
-    return os.path.splitext(name)[1].lower() in image_suffixes()
+def is_image(name: str, *, arrays: bool = False) -> bool:
+    """Whether a file's name says that Pillow decodes it; with `arrays`, or that it is an array."""
+    return os.path.splitext(name)[1].lower() in image_suffixes(arrays=arrays)
 
 
 def unused_kind(name: str) -> str | None:

@@ -1,7 +1,7 @@
 """The evaluation transform; it is built here only."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,18 +12,18 @@ from torchvision.transforms.v2 import functional as tvf
 
 from mimref.errors import ConfigError
 
-RGB = tuple[float, float, float]
+PerChannel = tuple[float, ...]
 Resize = Literal["shorter", "direct"]
 
-IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
-IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
+IMAGENET_MEAN: PerChannel = (0.485, 0.456, 0.406)
+IMAGENET_STD: PerChannel = (0.229, 0.224, 0.225)
 
 LONGEST_ASPECT = 16
 """Ratio of the sides beyond which only an image's middle is resized."""
 
 
 def middle(image: Tensor) -> Tensor:
-    """An image (3, H, W), or the middle of one that is more than 16 times as long as wide.
+    """An image (C, H, W), or the middle of one that is more than 16 times as long as wide.
 
     Resized to a usual shorter side, a strip of 1 x 100,000 pixels would fill the memory.
     """
@@ -47,9 +47,9 @@ class EvalTransform:
     """Side of the square crop in pixels."""
     crop_fraction: float = 0.875
     """Crop side over resized shorter side, in (0, 1]."""
-    mean: RGB = IMAGENET_MEAN
-    """Of red, green and blue, where pixels are 0..1."""
-    std: RGB = IMAGENET_STD
+    mean: PerChannel = IMAGENET_MEAN
+    """Of every channel, where pixels are 0..1; a single value serves any number of them."""
+    std: PerChannel = IMAGENET_STD
     resize: Resize = "shorter"
     """`direct`: the whole image becomes the square, whatever its aspect; nothing is cut off."""
 
@@ -58,29 +58,31 @@ class EvalTransform:
             raise ConfigError(f"image size is {self.image_size}; it must be at least 1 pixel")
         if not 0 < self.crop_fraction <= 1:
             raise ConfigError(f"data.crop_fraction is {self.crop_fraction}; it must be above 0 and at most 1")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, (*self.mean, *self.std))):
-            raise ConfigError(f"mean {self.mean} and std {self.std} must be three finite numbers each")
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if not self.mean or len(self.mean) != len(self.std) or not finite:
+            raise ConfigError(f"mean {self.mean} and std {self.std} must be a finite number for each channel")
         if min(self.std) <= 0:
             raise ConfigError(f"std is {self.std}; every channel's must be above 0")
         if self.resize not in ("shorter", "direct"):
             raise ConfigError(f"resize is {self.resize!r}; it must be shorter or direct")
 
     def crop(self, image: Tensor) -> Tensor:
-        """Resize and crop one image, uint8 (3, H, W) -> (3, S, S); as torchvision's Resize and CenterCrop do.
+        """Resize and crop one image, (C, H, W) -> (C, S, S); as torchvision's Resize and CenterCrop do.
 
-        With a shorter side, only the `middle` of a very long image is resized, and the square shows no more of it.
+        uint8 stays; float32 from 0 to 255 is cut off at both ends, as the rounding to uint8 does. With a shorter side,
+        only the `middle` of a very long image is resized, and the square shows no more of it.
         """
         if self.resize == "direct":
-            return _bicubic(image, [self.image_size, self.image_size]).contiguous()
-        resized = _bicubic(middle(image), [round(self.image_size / self.crop_fraction)])
+            return resize(image, [self.image_size, self.image_size]).contiguous()
+        resized = resize(middle(image), [round(self.image_size / self.crop_fraction)])
         cropped: Tensor = tvf.center_crop(resized, [self.image_size, self.image_size])
         return cropped.contiguous()
 
     def normalize(self, batch_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 (B, 3, S, S) -> `dtype`, on the batch's device; computed in at least fp32, then rounded once."""
+        """Crops (B, C, S, S) -> `dtype`, on the batch's device; computed in at least fp32, then rounded once."""
         compute = torch.promote_types(dtype, torch.float32)
-        mean = torch.tensor(self.mean, dtype=compute, device=batch_BCHW.device).view(3, 1, 1)
-        std = torch.tensor(self.std, dtype=compute, device=batch_BCHW.device).view(3, 1, 1)
+        mean = torch.tensor(self.mean, dtype=compute, device=batch_BCHW.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=compute, device=batch_BCHW.device).view(-1, 1, 1)
         return ((batch_BCHW.to(compute) / 255 - mean) / std).to(dtype)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,16 +95,27 @@ class EvalTransform:
         """Read what `to_dict` wrote. Raises ConfigError for other keys or values."""
         try:
             sizes = int(saved["image_size"]), float(saved["crop_fraction"])
-            return cls(*sizes, _rgb(saved["mean"]), _rgb(saved["std"]), saved.get("resize", "shorter"))
+            mean, std = (tuple(map(float, saved[key])) for key in ("mean", "std"))
+            if len(mean) != len(std):
+                raise ValueError(f"{len(mean)} means and {len(std)} standard deviations")
+            return cls(*sizes, mean, std, saved.get("resize", "shorter"))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"recorded transform {dict(saved)} cannot be read: {error!r}") from error
 
 
-def _bicubic(image: Tensor, size: list[int]) -> Tensor:
-    resized: Tensor = tvf.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return resized
+def resize(image: Tensor, size: list[int]) -> Tensor:
+    """An image (C, H, W) of this height and width, or of this shorter side: bicubic, with antialiasing.
+
+    float32 is cut off at 0 and 255, where a cubic overshoots; torchvision does so for uint8.
+    """
+    resized: Tensor = tvf.resize_image(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return resized.clamp_(0, 255) if resized.is_floating_point() else resized
 
 
-def _rgb(values: Any) -> RGB:
-    red, green, blue = map(float, values)
-    return red, green, blue
+def stacked(crops: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Crops of one shape as a batch: float32 where one of them is; uint8 (0, *shape) without any."""
+    if not crops:
+        return torch.empty(0, *shape, dtype=torch.uint8)
+    if len({crop.dtype for crop in crops}) > 1:
+        crops = [crop.float() for crop in crops]
+    return torch.stack(list(crops))

@@ -18,14 +18,13 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tvf
 
 from mimref.config.run import ViewsConfig
 from mimref.data.decode import Decoded
-from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RGB
+from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PerChannel, resize
 from mimref.devices import send
 from mimref.draws import Operation, uniform
+from mimref.errors import ConfigError
 
 _BLUR_TAPS = 23  # BYOL's kernel for 224 pixels; reaches 5.5 standard deviations of its widest blur
 _GRAY = (0.2989, 0.587, 0.114)
@@ -108,8 +107,10 @@ def reduction(groups: Sequence[CropGroup], seed: int, epoch: int, sample: int, h
     return next(each for each in _REDUCTIONS if each <= factor)
 
 
-def cut_group(images: Sequence[Decoded], group: CropGroup, seed: int, epoch: int, sample_B: Tensor) -> Tensor:
-    """Cut one group's views from B decoded images: (B, V, 3, S, S) uint8.
+def cut_group(
+    images: Sequence[Decoded], group: CropGroup, seed: int, epoch: int, sample_B: Tensor, channels: int = 3
+) -> Tensor:
+    """Cut one group's views from B decoded images: (B, V, C, S, S) uint8, float32 where an image is.
 
     Crops are resized bicubically with antialiasing, twice as fast where the channels of a pixel are together in memory.
     """
@@ -120,11 +121,12 @@ def cut_group(images: Sequence[Decoded], group: CropGroup, seed: int, epoch: int
     size_N2 = size_B2.repeat_interleave(views, dim=0)
     boxes_N4 = draw_boxes(group, view_N, seed, epoch, sample_B.repeat_interleave(views), size_N2)
     boxes_N4 = _scale_boxes(boxes_N4, size_N2, decoded_B2.repeat_interleave(views, dim=0))
-    cut = torch.empty(len(images), views, 3, group.size, group.size, dtype=torch.uint8)
+    dtype = torch.float32 if any(each.image.is_floating_point() for each in images) else torch.uint8
+    cut = torch.empty(len(images), views, channels, group.size, group.size, dtype=dtype)
     for number, (top, left, height, width) in enumerate(boxes_N4.tolist()):
         row, view = divmod(number, views)
         crop = images[row].image[:, top : top + height, left : left + width]
-        cut[row, view] = tvf.resize_image(crop, [group.size, group.size], InterpolationMode.BICUBIC, antialias=True)
+        cut[row, view] = resize(crop, [group.size, group.size])
     return cut
 
 
@@ -143,42 +145,50 @@ def _scale_boxes(boxes_N4: Tensor, size_N2: Tensor, decoded_N2: Tensor) -> Tenso
 
 
 class Photometric:
-    """Turns uint8 crops into normalised float views, every sample with its own colours.
+    """Turns crops into normalised float views, every sample with its own colours.
 
-    mean, std: of red, green and blue, where pixels are 0..1.
+    Images of three channels are taken for colour. Others have brightness and contrast alone, see `check_colors`: one
+    factor for all channels, and contrast around each channel's own mean.
+    mean, std: of every channel, where pixels are 0..1.
     """
 
     def __init__(
-        self, config: ViewsConfig, seed: int, device: torch.device, mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD
+        self,
+        config: ViewsConfig,
+        seed: int,
+        device: torch.device,
+        mean: PerChannel = IMAGENET_MEAN,
+        std: PerChannel = IMAGENET_STD,
     ) -> None:
         self.config, self.seed, self.device = config, seed, device
-        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
+        self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self._std = torch.tensor(std, device=device).view(1, -1, 1, 1)
 
     def __call__(self, crops: Tensor, epoch: int, sample_B: Tensor, views: Sequence[int]) -> Tensor:
-        """Augment and normalise: crops (B, V, 3, S, S) uint8 -> (V, B, 3, S, S) float32.
+        """Augment and normalise: crops (B, V, C, S, S), uint8 or float32 up to 255 -> (V, B, C, S, S) float32.
 
         sample_B: int64 on the CPU. views: the V view numbers; 0 and 1 are global, all others local.
         """
         batch, count = crops.shape[:2]
         # A new tensor, which everything below changes in place.
-        image_N3SS = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1).float().div_(255)
+        pixels_NCSS = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+        image_NCSS = pixels_NCSS.to(torch.float32, copy=True).div_(255)
         sample_N = sample_B.repeat(count)
         view_N = torch.tensor(views).repeat_interleave(batch)
 
         def draw(operation: Operation, numbers: int = 1) -> Tensor:
             return uniform(self.seed, epoch, operation, sample_N, view_N, count=numbers)
 
-        self._change(image_N3SS, draw(Operation.FLIP)[:, 0] < self.config.flip, lambda part, _: part.flip(-1))
+        self._change(image_NCSS, draw(Operation.FLIP)[:, 0] < self.config.flip, lambda part, _: part.flip(-1))
         if self.config.color:
-            self._jitter(image_N3SS, draw(Operation.JITTER, 9))
+            self._jitter(image_NCSS, draw(Operation.JITTER, 9))
         if self.config.blur:
-            self._blur(image_N3SS, draw(Operation.BLUR, 2), view_N)
+            self._blur(image_NCSS, draw(Operation.BLUR, 2), view_N)
         if self.config.color:
             gray_N = draw(Operation.GRAY)[:, 0] < self.config.gray_probability
-            self._change(image_N3SS, gray_N, lambda part, _: _luminance(part).expand_as(part))
-            self._solarize(image_N3SS, draw(Operation.SOLARIZE), view_N)
-        normalised: Tensor = image_N3SS.sub_(self._mean).div_(self._std).unflatten(0, (count, batch))
+            self._change(image_NCSS, gray_N, lambda part, _: _luminance(part).expand_as(part))
+            self._solarize(image_NCSS, draw(Operation.SOLARIZE), view_N)
+        normalised: Tensor = image_NCSS.sub_(self._mean).div_(self._std).unflatten(0, (count, batch))
         return normalised
 
     def _change(self, image: Tensor, chosen_N: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -215,6 +225,30 @@ class Photometric:
         self._change(image, chosen, lambda part, _: torch.where(part >= _SOLARIZE_FROM, 1 - part, part))
 
 
+def colors_beyond(views: ViewsConfig) -> dict[str, float | tuple[float, ...]]:
+    """Settings of views that need colour and are not off, and their values without it."""
+    if not views.color:
+        return {}
+    changed: dict[str, float | tuple[float, ...]] = {
+        "jitter": (*views.jitter[:2], 0.0, 0.0),
+        "gray_probability": 0.0,
+        "solarize_probability": (0.0, 0.0, 0.0),
+    }
+    return {name: value for name, value in changed.items() if getattr(views, name) != value}
+
+
+def check_colors(views: ViewsConfig, channels: int) -> None:
+    """Raise ConfigError for views that change colours of images that have none."""
+    wrong = colors_beyond(views) if channels != 3 else {}
+    if wrong:
+        name, value = next(iter(wrong.items()))
+        shown = ",".join(f"{each:g}" for each in (value if isinstance(value, tuple) else (value,)))
+        raise ConfigError(
+            f"views.{name} needs colour, and images have {channels} channel{'s' if channels > 1 else ''}; "
+            f"--set views.{name}={shown}"
+        )
+
+
 def _by_view(values: tuple[float, float, float], view_N: Tensor) -> Tensor:
     """One value for every view, of those for view 0, view 1 and all local views."""
     return torch.tensor(values)[view_N.clamp_max(2)]
@@ -232,9 +266,11 @@ def _adjust(image: Tensor, rows: Tensor, *, operation: int, factor_N4111: Tensor
         return shift_hue(image, factor.squeeze(-1))
     if operation == 0:
         return image.mul_(factor).clamp_(0, 1)
-    base = _luminance(image)
-    if operation == 1:
-        base = base.mean(dim=(1, 2, 3), keepdim=True)
+    if operation == 1 and image.shape[1] != 3:
+        base = image.mean(dim=(2, 3), keepdim=True)
+    else:
+        base = _luminance(image)
+        base = base.mean(dim=(1, 2, 3), keepdim=True) if operation == 1 else base
     return torch.lerp(base, image, factor).clamp_(0, 1)
 
 
@@ -258,15 +294,15 @@ def shift_hue(image_N3SS: Tensor, turns_N11: Tensor) -> Tensor:
     return torch.stack([torch.addcmul(low, chroma, channel) for channel in share], dim=1)
 
 
-def gaussian_blur(image_N3SS: Tensor, sigma_N: Tensor) -> Tensor:
+def gaussian_blur(image_NCSS: Tensor, sigma_N: Tensor) -> Tensor:
     """Gaussian blur with one standard deviation (pixels) per image, reflecting at the edges."""
-    size = image_N3SS.shape[-1]
+    size = image_NCSS.shape[-1]
     taps = min(_BLUR_TAPS, 2 * ((size - 1) // 2) + 1)
     offset = torch.arange(taps, device=sigma_N.device) - taps // 2
     kernel_NT = torch.exp(-0.5 * (offset / sigma_N[:, None]) ** 2)
     kernel_NT = kernel_NT / kernel_NT.sum(dim=1, keepdim=True)
-    weight = kernel_NT.repeat_interleave(3, dim=0)[:, None]
-    channels = image_N3SS.reshape(1, -1, size, size)
+    weight = kernel_NT.repeat_interleave(image_NCSS.shape[1], dim=0)[:, None]
+    channels = image_NCSS.reshape(1, -1, size, size)
     padded = F.pad(channels, [taps // 2] * 4, mode="reflect")
     blurred = F.conv2d(padded, weight[:, :, :, None], groups=len(weight))
-    return F.conv2d(blurred, weight[:, :, None, :], groups=len(weight)).view_as(image_N3SS)
+    return F.conv2d(blurred, weight[:, :, None, :], groups=len(weight)).view_as(image_NCSS)

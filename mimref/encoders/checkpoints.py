@@ -24,8 +24,8 @@ from mimref.encoders.backbones import (
     TokenEncoder,
     architecture_from,
     find_architecture,
-    is_backbone,
 )
+from mimref.encoders.channels import ChannelRule, first_channels, fit_channels, for_images
 from mimref.encoders.fitting import fitting, without
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
@@ -82,6 +82,15 @@ class Checkpoint:
     """Which encoder of the file was asked for."""
     interpolation: Interpolation | None = None
     """Asked for, instead of the format's; None: see the architecture."""
+    channel_rule: ChannelRule = field(default_factory=ChannelRule)
+    """For images of other channels."""
+
+    @cached_property
+    def channels(self) -> int:
+        """Of the images that the weights are for."""
+        if self.architecture is not None:
+            return self.architecture.channels
+        return first_channels(self.tensors)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,6 +116,12 @@ class Checkpoint:
 
         sizes: pixels of the images that the encoder will see.
         """
+        if self.channels != architecture.channels:
+            adapted = f"for {architecture.channels} channels, not the {self.channels} of the weights"
+            return [
+                *self.notices(replace(architecture, channels=self.channels), sizes),
+                f"{self.path}: the patch embedding is made {adapted} (encoder.channel_init {self.channel_rule.how})",
+            ]
         if "architecture" in self.header:
             return [f"{self.path}: contains one encoder; --encoder {self.part} has no effect"] if self.part else []
         notices = list(self.ignored)
@@ -172,7 +187,9 @@ def read_checkpoint(
     Raises CheckpointError with one line for a missing or damaged file, and for a `part` that it does not have.
     """
     reading = reading or ReadingConfig()
-    checkpoint = _read(path, reading, progress)
+    colors = None if reading.color_channels is None else tuple(reading.color_channels)
+    rule = ChannelRule(reading.channel_init or "repeat", colors)
+    checkpoint = replace(_read(path, reading, progress), channel_rule=rule)
     if reading.interpolation is None:
         return checkpoint
     architecture = checkpoint.architecture
@@ -254,36 +271,23 @@ def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Arch
     return replace(architecture, channels=found.channels, norm_eps=found.norm_eps)
 
 
-def backbone_of(checkpoint: Checkpoint, name: str, size: int | None) -> BackboneArchitecture:
-    """A timm model's architecture, with the channels of the file's first convolution.
-
-    size: pixels of the images; None is timm's own. Raises ConfigError for a size that it cannot take.
-    """
-    found = find_architecture(name, None, size)
-    assert isinstance(found, BackboneArchitecture)
-    convolution = timm_record(name).first_conv
-    kernel = checkpoint.named.get(f"{convolution}.weight") if isinstance(convolution, str) else None
-    return found if kernel is None or kernel.ndim != 4 else replace(found, channels=kernel.shape[1])
-
-
 def choose_architecture(
     checkpoint: Checkpoint, arch: str | None = None, source: str | None = None, resolution: int | None = None
 ) -> EncoderArchitecture:
     """The checkpoint's own architecture; the one of `--arch` and `--source` for timm models and unrecognised files.
 
-    resolution: pixels of the images it will see; None is its own size. Raises CheckpointError if the architecture is
-    unknown, ConfigError for an `arch` that contradicts the checkpoint or a resolution that patches do not divide.
+    Its channels are those of the weights. resolution: pixels of the images it will see; None is its own size. Raises
+    CheckpointError if the architecture is unknown, ConfigError for an `arch` that contradicts the checkpoint or a
+    resolution that patches do not divide.
     """
     recorded = checkpoint.architecture
     chosen: EncoderArchitecture
     # The file of a timm model may look like a plain vision transformer of another kind.
     if arch is not None and (recorded is None or (checkpoint.recognised and arch not in PAPER_SIZES)):
-        if is_backbone(arch):
-            chosen = backbone_of(checkpoint, arch, resolution)
-        else:
-            plain = find_architecture(arch, source, resolution)
-            assert isinstance(plain, Architecture)
-            chosen = with_file_values(plain, checkpoint)
+        chosen = find_architecture(arch, source, resolution)
+        if isinstance(chosen, Architecture):
+            chosen = with_file_values(chosen, checkpoint)
+        chosen = for_images(chosen, checkpoint.channels)
     elif recorded is None:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     elif arch in (None, recorded.name):
@@ -307,6 +311,7 @@ def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture, *, s
         layers = timm_record(architecture.name).classifier or ()
         dropped = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
         given = _timm_tensors(checkpoint, architecture, backbone.model, dropped)
+        given = fit_channels(given, backbone.model.state_dict(), architecture.channels, checkpoint.channel_rule)
         _load(backbone.model, architecture.name, given, checkpoint.path, share=share, dropped=dropped)
         return backbone
     with torch.device("meta"):
@@ -327,6 +332,7 @@ def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = Fals
         side = encoder.architecture.image_size // encoder.patch_size
         fitting = fit_positions(positions, num_prefix, side, encoder.architecture.interpolation)
         given = {**given, "pos_embed": fitting}
+    given = fit_channels(given, encoder.vit.state_dict(), encoder.architecture.channels, checkpoint.channel_rule)
     _load(encoder.vit, encoder.architecture.name, given, checkpoint.path, share=share)
 
 

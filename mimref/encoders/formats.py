@@ -307,8 +307,6 @@ def _read_architecture(
     if projection.ndim != 4 or projection.shape[2] != projection.shape[3]:
         raise Unrecognised(f"has a patch embedding of shape {tuple(projection.shape)}; square patches are needed")
     width, channels, patch_size = projection.shape[:3]
-    if channels not in (1, 3):
-        raise Unrecognised(f"expects {channels}-channel images, neither RGB nor gray ones")
     depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=-1)
     first, second = (tensors.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
     if first is None or second is None or first.ndim != 2 or second.ndim != 2:

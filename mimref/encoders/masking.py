@@ -1,6 +1,6 @@
 """A masked autoencoder's parts around the encoder (He et al. 2022): masks, decoder and loss.
 
-Shapes: B images, N patches, K visible patches, D encoder width, C pixel values of a patch (3 * patch_size**2).
+Shapes: B images, N patches, K visible patches, D encoder width, C pixel values of a patch (channels * patch_size**2).
 """
 
 from functools import partial
@@ -92,7 +92,10 @@ def draw_mask(noise_BN: Tensor, num_visible: int) -> Mask:
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut (B, 3, S, S) into (B, N, C) patches in reading order; a patch's values are ordered row, column, channel."""
+    """Cut images (B, channels, S, S) into (B, N, C) patches in reading order.
+
+    A patch's values are ordered row, column, channel.
+    """
     batch, channels, side, _ = images.shape
     grid = side // patch_size
     cut = images.reshape(batch, channels, grid, patch_size, grid, patch_size)

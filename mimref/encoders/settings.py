@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture, at_size, find_architecture, is_backbone
-from mimref.encoders.checkpoints import Checkpoint, backbone_of, with_file_values, with_fixed_positions
+from mimref.encoders.channels import for_images
+from mimref.encoders.checkpoints import Checkpoint, with_file_values, with_fixed_positions
 from mimref.encoders.published import official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture
 from mimref.errors import CheckpointError
@@ -26,7 +27,8 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Enco
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     if recorded is None or _is_timm(config, checkpoint):
         if is_backbone(config.arch):
-            found = backbone_of(checkpoint, config.arch, None)
+            found = for_images(find_architecture(config.arch, None, None), checkpoint.channels)
+            assert isinstance(found, BackboneArchitecture)
             found = at_size(found, config.image_size, "encoder.image_size") if "image_size" in asked else found
             found.check_size(found.image_size, "encoder.image_size")  # a model without features fails here
             return found

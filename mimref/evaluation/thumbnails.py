@@ -6,7 +6,7 @@ from mimref.data.decode import BadImage
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import middle
 from mimref.evaluation.exhibits.contents import Thumbnail
-from mimref.evaluation.exhibits.thumbnails import encode
+from mimref.evaluation.exhibits.thumbnails import encode, shown
 
 GALLERY_SIDE = 112
 """Pixels of the longer side: twice what a gallery's pages show, for dense screens and prints."""
@@ -26,10 +26,10 @@ def thumbnail(source: ImageSource, index: int, label: str | None, side: int = GA
 
     path = source.path(index)
     try:
-        pixels_3HW = middle(source.read_reduced(index, reduce).image)
+        pixels_CHW = middle(source.read_reduced(index, reduce).image)
     except BadImage:
         return Thumbnail(path, label, b"")
-    return Thumbnail(path, label, encode(pixels_3HW.permute(1, 2, 0).contiguous().numpy(), side, _QUALITY))
+    return Thumbnail(path, label, encode(shown(pixels_CHW), side, _QUALITY))
 
 
 def most_per_group(counts: Iterable[int], most: int) -> int:

@@ -1,7 +1,7 @@
 """Data and transform that a checkpoint's header records, for what the user leaves open."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -9,7 +9,9 @@ from pydantic import ValidationError
 from mimref.config.base import DataConfig
 from mimref.data.open import ACCEPTED, absolute_spec
 from mimref.data.pixels import DECODING
-from mimref.data.transforms import RGB, EvalTransform
+from mimref.data.sources import ImageSource
+from mimref.data.statistics import channel_statistics
+from mimref.data.transforms import EvalTransform, PerChannel
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.encoders.timm_models import timm_record
 from mimref.errors import CheckpointError, ConfigError
@@ -41,6 +43,34 @@ def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
     return data.model_copy(update={key: getattr(known, key) for key in missing})
 
 
+def with_channels(data: DataConfig, architecture: EncoderArchitecture) -> DataConfig:
+    """The settings, with the channels of an encoder of neither colour nor gray images where nothing states them."""
+    if data.channels is not None or architecture.channels in (1, 3):
+        return data
+    return data.model_copy(update={"channels": architecture.channels})
+
+
+def with_statistics(
+    data: DataConfig, header: Mapping[str, Any], weights_channels: int | None, sources: Iterable[ImageSource]
+) -> DataConfig:
+    """The settings, with `mean` and `std` of `data.channels` where neither the user, the header nor the weights do.
+
+    weights_channels: of the images that the weights are for; None: random weights. sources: the first is measured, see
+    `channel_statistics`. Raises ConfigError without any, DataError for images that cannot be read.
+    """
+    if data.channels is None or data.mean is not None:
+        return data
+    recorded = header["transform"].get("mean", ()) if isinstance(header.get("transform"), Mapping) else ()
+    known = len(recorded) if recorded else (3 if weights_channels in (1, 3) else 0)
+    if known == data.channels or (weights_channels == 1 and data.channels in (1, 3)):
+        return data
+    source = next(iter(sources), None)
+    if source is None:
+        raise ConfigError(f"nothing records the mean and std of {data.channels} channels; set data.mean and data.std")
+    mean, std = channel_statistics(source)
+    return data.model_copy(update={"mean": mean, "std": std})
+
+
 def data_record(data: DataConfig) -> dict[str, Any]:
     """What a header records of the data, for `resolve_data`; folders as absolute paths."""
     recorded = {key: getattr(data, key) for key in _IMAGES}
@@ -59,10 +89,11 @@ def eval_transform(
     """The evaluation transform of an encoder's images, at `resolution` or at the encoder's own.
 
     Crop fraction: from the settings, else the header, else 0.875; the way of resizing likewise. Normalisation: from the
-    header, else timm's record for tagged weights (`vit_x.tag`), else ImageNet's; for gray encoders the mean of those of
-    the three channels, as timm's loader does. Raises CheckpointError when the header's record is not valid.
+    settings, else the header, else timm's record for tagged weights (`vit_x.tag`), else ImageNet's; for gray encoders
+    the mean of those of the three channels, as timm's loader does. Raises CheckpointError when the header's record is
+    not valid, ConfigError where the normalisation of `data.channels` is not known, see `with_statistics`.
     """
-    image_size = architecture.image_size
+    image_size, channels = architecture.image_size, with_channels(data, architecture).channels
     try:
         if "transform" in header:
             recorded = EvalTransform.from_dict(header["transform"])
@@ -74,15 +105,21 @@ def eval_transform(
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's record of its transform is not valid: {error}") from error
     mean, std = recorded.mean, recorded.std
-    if architecture.channels == 1:
-        mean, std = _same(mean), _same(std)
+    if data.mean is not None and data.std is not None:
+        mean, std = data.mean, data.std
+    elif architecture.channels == 1:
+        mean, std = _same(mean, channels), _same(std, channels)
+    if len(mean) not in (1, channels or 3):
+        raise ConfigError(
+            f"mean and std of {len(mean)} channels are known, and images have {channels or 3}; set data.mean and "
+            "data.std"
+        )
     fraction = recorded.crop_fraction if data.crop_fraction is None else data.crop_fraction
     return EvalTransform(resolution or image_size, fraction, mean, std, data.resize or recorded.resize)
 
 
-def _same(values: RGB) -> RGB:
+def _same(values: PerChannel, channels: int | None) -> PerChannel:
     """The mean of the three for each of them: gray encoders see the luma of pixels normalised alike."""
-    if len(set(values)) == 1:
-        return values
-    mean = sum(values) / 3
-    return mean, mean, mean
+    if len(set(values)) > 1:
+        values = (sum(values) / len(values),) * len(values)
+    return values[:1] if channels == 1 else values

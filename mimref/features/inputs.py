@@ -21,6 +21,7 @@ from mimref.devices import resolve_device, resolve_precision
 from mimref.distributed.group import own_rank, without_group, world_size
 from mimref.distributed.turns import end_requests, request, requests, take_turns
 from mimref.encoders.backbones import BackboneArchitecture, TokenEncoder
+from mimref.encoders.channels import for_images
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError
@@ -40,7 +41,7 @@ from mimref.features.encode import (
     labelled,
 )
 from mimref.features.files import FeatureFiles
-from mimref.features.header import eval_transform, resolve_data
+from mimref.features.header import eval_transform, resolve_data, with_channels, with_statistics
 from mimref.progress import Listener
 from mimref.results import Row
 
@@ -62,34 +63,51 @@ class EncoderInputs:
         self.config, self.listener, self.need_labels = config, listener, need_labels
         self.name = model_name(checkpoint)
         self.checkpoint = read_checkpoint(checkpoint, config.encoder, progress=listener.progress)
-        self.architecture = choose_architecture(self.checkpoint, config.arch, config.source, config.resolution)
-        header = self.checkpoint.header
-        device = resolve_device(config.device)
-        self.settings = PassSettings(
-            eval_transform(self.architecture, config.data, header, resolution=config.resolution),
-            device,
-            resolve_precision(config.precision, device),
-            config.batch_size,
-            config.workers,
-            config.data.max_bad,
-        )
-        for notice in self.checkpoint.notices(self.architecture, [self.settings.transform.image_size]):
+        architecture = choose_architecture(self.checkpoint, config.arch, config.source, config.resolution)
+        self.data = with_channels(resolve_data(config.data, self.checkpoint.header), architecture)
+        self.architecture = for_images(architecture, self.data.channels)
+        self.device = resolve_device(config.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        self.image_size = config.resolution or self.architecture.image_size
+        for notice in self.checkpoint.notices(self.architecture, [self.image_size]):
             listener.note(notice)
-        self.data = resolve_data(config.data, header)
         self._folder = None if config.cache.folder == "off" else feature_folder(config.cache.folder)
         self.sources: dict[Split, ImageSource] = {}
         self._features: dict[Split, Features] = {}
         self._cached: dict[Split, list[Column]] = {}
         """On other ranks than 0: columns that rank 0 has cached, and this rank has not read."""
+        if self.data.channels is None:
+            _ = self.settings  # a damaged record is found now; channels may have to be measured first
         self.views: Features | None = None
         """Of `prepare_views`, on rank 0."""
         if config.pool != "mean" and not self.has_cls_token:
             listener.note(f"{self.architecture.name} has no CLS token; the mean of its patch tokens replaces it")
 
     @cached_property
+    def settings(self) -> PassSettings:
+        """How images are read. Raises UserError subclasses for a transform that does not fit.
+
+        Mean and standard deviation of channels that nothing records are measured, on the training images if there are
+        any.
+        """
+        header, channels = self.checkpoint.header, self.checkpoint.channels
+        images = (self.sources[split] for split in ("train", "val") if split in self.sources)
+        data = with_statistics(self.data, header, channels, images)
+        if data != self.data:
+            self.listener.note(f"mean and std of {data.channels} channels are measured: {data.mean} and {data.std}")
+        return PassSettings(
+            eval_transform(self.architecture, data, header, resolution=self.config.resolution),
+            self.device,
+            self.precision,
+            self.config.batch_size,
+            self.config.workers,
+            self.config.data.max_bad,
+        )
+
+    @cached_property
     def encoder(self) -> TokenEncoder:
         """The network, on its device."""
-        return encoder_from(self.checkpoint, self.architecture).to(self.settings.device).eval()
+        return encoder_from(self.checkpoint, self.architecture).to(self.device).eval()
 
     @cached_property
     def depth(self) -> int:
@@ -199,7 +217,7 @@ class EncoderInputs:
             features = gather(batches, wanted, len(source), source.name, progress)
             return replace(labelled(features, source), notices=notices())
         cache = FeatureCache(self._folder, self.listener, self.config.cache.dtype)
-        resolution = self.settings.transform.image_size
+        resolution = self.image_size
         about = {"model": self.name, "data": source.name, "split": split, "resolution": resolution}
         run_pass = partial(self._lead, encode, len(source))
         found = cache.columns(spec, wanted, run_pass, also=also, about=about, notices=notices, progress=progress)
@@ -260,10 +278,13 @@ class EncoderInputs:
         }
 
     def _architecture_record(self) -> dict[str, Any]:
-        architecture, size = self.architecture, self.settings.transform.image_size
+        architecture, size = self.architecture, self.image_size
+        adapted = {}
+        if architecture.channels != self.checkpoint.channels:
+            adapted["channel_rule"] = self.checkpoint.channel_rule.key()
         if isinstance(architecture, BackboneArchitecture):
-            return architecture.key()
-        record = architecture.to_dict()
+            return architecture.key() | adapted
+        record = architecture.to_dict() | adapted
         if not self.checkpoint.interpolates(architecture, size):
             record.pop("interpolation", None)
         return record

@@ -1,9 +1,9 @@
 """Opens what an evaluation reads, and finds all that is wrong with it before any pass of an encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mimref.config.base import CommandConfig, DataConfig
 from mimref.config.recipe import Derived, is_adaptable
@@ -11,16 +11,18 @@ from mimref.config.run import TrainingConfig
 from mimref.data.open import open_source
 from mimref.data.readable import check_readable
 from mimref.data.sources import ImageSource, NoSplitError, Split
+from mimref.data.statistics import SAMPLE
 from mimref.devices import resolve_device, resolve_precision
 from mimref.distributed.group import own_rank
 from mimref.encoders.backbones import EncoderArchitecture
+from mimref.encoders.channels import for_images
 from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
 from mimref.encoders.published import must_download
 from mimref.encoders.settings import architecture_to_train, weights_name
 from mimref.errors import Checks, ConfigError, UserError
 from mimref.features.config import EncoderPassConfig, EvaluationConfig
 from mimref.features.files import FeatureFiles
-from mimref.features.header import resolve_data
+from mimref.features.header import resolve_data, with_channels, with_statistics
 from mimref.features.inputs import EncoderInputs, Inputs, give_distinct_names
 from mimref.features.matrix import Labels
 from mimref.progress import LabelledProgress, Listener
@@ -92,6 +94,8 @@ def open_encoder(
         inputs.sources = opened
         if config.arch is not None:
             checks.run("arch", lambda: inputs.encoder)  # whether the weights fit it
+        if opened and checks.passed:
+            checks.run("data.mean", lambda: inputs.settings)  # channels may have to be measured
     if sources is None:
         warn_of_notices(opened, listener)
     return Opened(inputs, opened)
@@ -226,6 +230,8 @@ class OpenedTraining:
     data: DataConfig | None
     """The images, which the settings may leave to the checkpoint's header."""
     sources: dict[Split, ImageSource]
+    derived: list[Derived]
+    """What was measured for the settings of the data."""
 
 
 def open_training(
@@ -247,11 +253,29 @@ def open_training(
     if checkpoint is not None:
         architecture = checks.run("encoder.arch", partial(architecture_to_train, config.encoder, checkpoint))
         data = checks.run("data.spec", partial(resolve_data, config.data, checkpoint.header))
+    if data is not None and architecture is not None:
+        data = with_channels(data, architecture)
+        architecture = for_images(architecture, data.channels)
     # The header may name the images, or how they are decoded.
     known = data or config.data
     if not remote and known.spec is not None:
         sources = open_splits(known)
-    return OpenedTraining(checkpoint, architecture, data, sources)
+    derived: list[Derived] = []
+    if checkpoint is not None and data is not None and sources and checks.passed:
+        data, derived = measure_channels(data, checkpoint.header, checkpoint.channels, sources.get("train"), checks)
+    return OpenedTraining(checkpoint, architecture, data, sources, derived)
+
+
+def measure_channels(
+    data: DataConfig, header: Mapping[str, Any], weights_channels: int | None, train: ImageSource | None, checks: Checks
+) -> tuple[DataConfig, list[Derived]]:
+    """As `with_statistics`, on training images; and what was measured."""
+    sources = [] if train is None else [train]
+    found = checks.run("data.mean", partial(with_statistics, data, header, weights_channels, sources))
+    if found is None or found == data:
+        return data, []
+    rule = f"measured on {min(SAMPLE, len(sources[0])):,} training images"
+    return found, [Derived("data.mean", found.mean, rule), Derived("data.std", found.std, rule)]
 
 
 def without_limit(config: T, progress: LabelledProgress | None) -> tuple[T, list[Derived]]:

@@ -29,7 +29,9 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         grid = encoder.architecture.image_size // encoder.patch_size
         self.encoder = encoder
-        self.decoder = MAEDecoder(decoder, encoder.embed_dim, grid, 3 * encoder.patch_size**2)
+        self.decoder = MAEDecoder(
+            decoder, encoder.embed_dim, grid, encoder.architecture.channels * encoder.patch_size**2
+        )
         self.num_patches = grid**2
         if self.num_patches == 1:
             size = encoder.patch_size
@@ -45,7 +47,7 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, images: Tensor, noise_BN: Tensor) -> Tensor:
         """Mean squared error over hidden patches, each normalised by its own mean and variance.
 
-        images: (B, 3, S, S) normalised. noise_BN: one random number per patch; the smallest stay visible.
+        images: (B, C, S, S) normalised. noise_BN: one random number per patch; the smallest stay visible.
         """
         mask = draw_mask(noise_BN, self.num_visible)
         visible = self.encode_visible(images, mask.visible_BK)

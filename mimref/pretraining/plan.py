@@ -10,9 +10,10 @@ from mimref.data.sample import look_at
 from mimref.data.sources import ImageSource
 from mimref.devices import machine_of, resolve_device
 from mimref.distributed.group import world_size
+from mimref.encoders.channels import for_images
 from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError
-from mimref.features.opening import check_device, open_images, without_limit
+from mimref.features.opening import check_device, measure_channels, open_images, without_limit
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.recipe import fit
 from mimref.progress import Listener
@@ -44,6 +45,9 @@ def make_plan(config: PretrainConfig, listener: Listener, checks: Checks) -> Pla
     if source is not None and checks.passed and (fitted := checks.run("preset", partial(_fitted, config, source))):
         config, derived, known = fitted[0], [*derived, *fitted[1]], True
     architecture = checks.run("encoder.arch", partial(_architecture, config))
+    if source is not None and checks.passed:
+        data, measured = measure_channels(config.data, {}, None, source, checks)
+        config, derived = config.model_copy(update={"data": data}), [*derived, *measured]
     # Defaults that the recipe would have replaced are nobody's mistakes.
     if source is not None and (known or is_set(config, "batch_size")):
         checks.run("batch_size", partial(check_batch_size, config.batch_size, len(source)))
@@ -64,7 +68,7 @@ def _architecture(config: PretrainConfig) -> Architecture:
     """The encoder to train. Raises ConfigError for one that a masked autoencoder cannot be made of."""
     if config.encoder.weights is not None:
         raise ConfigError(f"pretrain starts from random weights; omit encoder.weights {config.encoder.weights!r}")
-    architecture = Architecture.from_config(config.encoder)
+    architecture = for_images(Architecture.from_config(config.encoder), config.data.channels)
     if architecture.post_norm or architecture.from_timm:
         raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
     architecture.check_size(architecture.image_size, "encoder.image_size")

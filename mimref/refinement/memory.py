@@ -128,7 +128,10 @@ def try_step(
     try:
         held = [torch.empty(reserve, dtype=torch.uint8, device=method.device)]
         method.micro_batch = micro_batch
-        shapes = [(batch_size, group.count, 3, group.size, group.size) for group in groups]
+        # Encoders of gray images also take colour, which needs more.
+        own = method.encoder.architecture.channels
+        channels = 3 if own == 1 else own
+        shapes = [(batch_size, group.count, channels, group.size, group.size) for group in groups]
         crops, ahead = ([torch.zeros(s, dtype=torch.uint8, device=method.device) for s in shapes] for _ in range(2))
         held += ahead
         batch = ViewBatch(0, torch.arange(batch_size), crops, [])

@@ -10,7 +10,7 @@ from mimref.config.recipe import Derived
 from mimref.data.loader import check_batch_size
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
-from mimref.data.views import CropGroup, multi_crop
+from mimref.data.views import CropGroup, check_colors, multi_crop
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder
 from mimref.encoders.checkpoints import Checkpoint, encoder_from
@@ -120,6 +120,7 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     config, limited = without_limit(config, progress)
     opened = open_training(config, progress, checks, need_labels=False, splits=["train"])
     checkpoint, architecture, sources = opened.checkpoint, opened.architecture, opened.sources
+    limited = [*limited, *opened.derived]
     data, derived, known = opened.data, limited, config.preset is not None
     if checkpoint is not None and architecture is not None and data is not None and sources:
         complete, recorded = config.model_copy(update={"data": data}), "transform" in checkpoint.header
@@ -131,6 +132,7 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     if architecture is not None and known:
         _check_heads(config, architecture, checks)
         checks.run("views.local_size", partial(check_sizes, config, architecture))
+        checks.run("views.color", partial(check_colors, config.views, config.data.channels or 3))
     if sources and known:
         _check_counts(config, len(sources["train"]), checks)
     if checkpoint is None or architecture is None or data is None or not checks.passed:

@@ -12,6 +12,7 @@ from mimref.config.recipe import Derived, Recipe, get, is_character, power_of_tw
 from mimref.data.loader import check_batch_size
 from mimref.data.sample import Appearance, look_at
 from mimref.data.sources import ImageSource
+from mimref.data.views import colors_beyond
 from mimref.devices import resolve_device
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.errors import ConfigError
@@ -40,6 +41,8 @@ def fit(
     recipe = Recipe(config)
     if config.preset is not None:
         adapt(recipe, architecture, len(source))
+        if source.channels != 3:
+            _adapt_colours(recipe, source.channels)
     else:
         check_batch_size(2, len(source))
         _derive(recipe, architecture, source, crop_known)
@@ -229,14 +232,22 @@ def _derive_views(recipe: Recipe[RefineConfig], architecture: EncoderArchitectur
     recipe.derive("views.local_size", local, f"{'4/7' if small else '3/7'} of {size} pixels, {_steps(architecture)}")
     if is_character(recipe.config.data):
         recipe.derive("views.flip", 0.0, "a mirrored character is another one")
-    gray = seen.gray or architecture.channels == 1
     looked = f"{seen.colored} of {seen.images} images looked at have colours"
-    if gray:
+    if seen.channels not in (1, 3):
+        why = _without_colour(seen.channels)
+        recipe.derive("views.jitter", (0.4, 0.4, 0.0, 0.0), f"brightness and contrast alone: {why}")
+        recipe.derive("views.gray_probability", 0.0, why)
+        recipe.derive("views.solarize_probability", (0.0, 0.0, 0.0), why)
+    elif seen.gray or architecture.channels == 1:
         recipe.derive("views.jitter", (0.4, 0.4, 0.0, 0.0), f"brightness and contrast alone: {looked}")
         recipe.derive("views.gray_probability", 0.0, "the images are gray")
         recipe.derive("views.solarize_probability", (0.0, 0.0, 0.0), "gray images: measured without")
     else:
         recipe.derive("views.color", True, looked)
+
+
+def _without_colour(channels: int) -> str:
+    return f"images of {channels} channel{'s' if channels > 1 else ''} have no colours"
 
 
 def _derive_evaluation(recipe: Recipe[RefineConfig], images: int, detail: int, crop_known: bool) -> None:
@@ -296,6 +307,11 @@ def _adapt_sizes(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture
         recipe.adapt("views.local_size", local_size(size, rule.step, size < SMALL_PIXELS), larger)
     elif views.local_views and (nearest := rule.nearest(views.local_size)) != views.local_size:
         recipe.adapt("views.local_size", min(nearest, size), why)
+
+
+def _adapt_colours(recipe: Recipe[RefineConfig], channels: int) -> None:
+    for name, value in colors_beyond(recipe.config.views).items():
+        recipe.adapt(f"views.{name}", value, _without_colour(channels))
 
 
 def _adapt_heads(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture) -> None:

@@ -73,6 +73,10 @@ class Terminal(Listener):
                 typer.echo(line, err=True)
 
 
+_KINDS = {1: "gray ", 3: ""}
+"""Of images, by their channels."""
+
+
 def print_rows(rows: Sequence[Row]) -> None:
     """Print the table that suits a run's results; nothing if there are none."""
     if rows:
@@ -175,7 +179,7 @@ def _facts(inspection: "Inspection") -> dict[str, str]:
         "licence": inspection.licence or "unknown",
         "architecture": f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, "
         f"{architecture.num_heads} heads, patches of {architecture.patch_size} pixels, "
-        f"{'gray ' if architecture.channels == 1 else ''}images of {architecture.image_size}",
+        f"{_KINDS.get(architecture.channels, f'{architecture.channels}-channel ')}images of {architecture.image_size}",
         **({} if inspection.prefix == "." else {"encoder": f"below {inspection.prefix}"}),
         **({"other encoders": ", ".join(inspection.others)} if inspection.others else {}),
         "positions": f"of {inspection.grid[0]} x {inspection.grid[1]} patches",

@@ -43,7 +43,7 @@ class Subject:
     def for_rgb(self) -> "Subject":
         """The same model of RGB images: the patch projection of a gray encoder also computes the luma."""
         architecture = self.encoder.architecture
-        if architecture.channels == 3:
+        if architecture.channels != 1:
             return self
         encoder = build_encoder(replace(architecture, channels=3))
         state = dict(self.encoder.vit.state_dict())
@@ -52,7 +52,9 @@ class Subject:
         classifier = copy.deepcopy(self.classifier)
         if classifier is not None:
             classifier.encoder = encoder
-        return replace(self, encoder=encoder.eval(), classifier=classifier)
+        mean, std = (values * 3 if len(values) == 1 else values for values in (self.transform.mean, self.transform.std))
+        transform = replace(self.transform, mean=mean, std=std)
+        return replace(self, encoder=encoder.eval(), transform=transform, classifier=classifier)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _pretrained_cfg(subject: Subject) -> dict[str, Any]:
     return {
         "tag": "",
         "custom_load": False,
-        "input_size": [3, size, size],
+        "input_size": [subject.encoder.architecture.channels, size, size],
         "fixed_input_size": True,
         "interpolation": "bicubic",
         "crop_pct": 1.0 if transform.resize == "direct" else crop_pct(transform),

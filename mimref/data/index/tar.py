@@ -51,8 +51,10 @@ class Shard:
     """Members by kind that belong to images: what could be labels."""
 
 
-def list_samples(choice: Choice, shard: str) -> Shard:
+def list_samples(choice: Choice, shard: str, *, arrays: bool = False) -> Shard:
     """The samples of one shard that have an image, in the order of their first members.
+
+    arrays: `.npy` and `.npz` members are images too.
 
     Raises DataError for a shard that is truncated, damaged or not a tar file, for members that are links, come twice or
     whose names point outside it, and for samples of several images; UnreachableError for a server that does not answer.
@@ -60,14 +62,14 @@ def list_samples(choice: Choice, shard: str) -> Shard:
     shown = printable(shard)
     try:
         with open_sequential(shard) if is_remote(shard) else open(shard, "rb") as file:
-            return _read(file, shown, choice)
+            return _read(file, shown, choice, arrays)
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         raise DataError(
             f"{shown} is not an intact, uncompressed tar file ({reason_of(error)}); get it again, or leave it out"
         ) from error
 
 
-def _read(file: IO[bytes], shard: str, choice: Choice) -> Shard:
+def _read(file: IO[bytes], shard: str, choice: Choice, arrays: bool) -> Shard:
     """An open shard. The members of a sample share a name, wherever in the shard they are."""
     parts: dict[str, dict[str, tarfile.TarInfo]] = {}
     labels: dict[str, dict[str, str | DataError]] = {}
@@ -96,7 +98,7 @@ def _read(file: IO[bytes], shard: str, choice: Choice) -> Shard:
             raise tarfile.ReadError(f"data after its end mark, which follows {len(archive.getmembers())} members")
     for name, members in parts.items():
         of_sample = labels.get(name, {})
-        image = _image(members, choice, f"{shard}/{printable(name)}")
+        image = _image(members, choice, f"{shard}/{printable(name)}", arrays)
         if image is None:
             found.unused["label without an image"] += bool(of_sample)
         else:
@@ -107,18 +109,18 @@ def _read(file: IO[bytes], shard: str, choice: Choice) -> Shard:
             found.samples.append(Sample(chosen.name, chosen.offset_data, chosen.size, of_image))
             found.kinds.update(kind for kind in members if kind != image)
         for kind in members:
-            if kind not in (image, (choice.label or "").lower()) and (other := _unused(kind)):
+            if kind not in (image, (choice.label or "").lower()) and (other := _unused(kind, arrays)):
                 found.unused[other] += 1
     return found
 
 
-def _image(members: dict[str, tarfile.TarInfo], choice: Choice, sample: str) -> str | None:
+def _image(members: dict[str, tarfile.TarInfo], choice: Choice, sample: str, arrays: bool) -> str | None:
     """The kind of member that is a sample's image; None without any. Raises DataError where it is ambiguous."""
     if choice.image is not None:
         wanted = choice.image.lower()
         return wanted if wanted in members else None
     known = (kind for kind in IMAGES if kind in members)
-    images = [kind for kind in members if _is_image(kind)]
+    images = [kind for kind in members if is_image(f"x.{kind}", arrays=arrays)]
     plain = [kind for kind in images if "." not in kind]
     if (first := next(known, None)) is not None:
         return first
@@ -132,14 +134,10 @@ def _image(members: dict[str, tarfile.TarInfo], choice: Choice, sample: str) -> 
     return candidates[0] if candidates else None
 
 
-def _unused(kind: str) -> str | None:
+def _unused(kind: str, arrays: bool) -> str | None:
     """How a notice names a member that is not used; None for what is surely no image."""
     last = kind.rpartition(".")[2]
-    return f".{kind}" if _is_image(kind) else None if last in _WORDS else unused_kind(f"x.{last}")
-
-
-def _is_image(kind: str) -> bool:
-    return is_image(f"x.{kind}")
+    return f".{kind}" if is_image(f"x.{kind}", arrays=arrays) else None if last in _WORDS else unused_kind(f"x.{last}")
 
 
 def _members(archive: tarfile.TarFile, shard: str, unused: Counter[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:

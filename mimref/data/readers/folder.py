@@ -35,8 +35,13 @@ _SEARCHED_FOLDERS = 50
 """Looked into for an image, before a folder beside the splits counts as one without."""
 
 
-def open_folder(spec: str, split: Split, progress: LabelledProgress | None = None) -> FileSource:
-    """A folder of images, with or without splits and classes (see docs/data.md). Raises DataError without images."""
+def open_folder(
+    spec: str, split: Split, progress: LabelledProgress | None = None, *, arrays: bool = False
+) -> FileSource:
+    """A folder of images, with or without splits and classes (see docs/data.md). Raises DataError without images.
+
+    arrays: `.npy` and `.npz` files are images too.
+    """
     root = os.path.expanduser(spec)
     shown = printable(spec)
     train, held = (
@@ -44,19 +49,19 @@ def open_folder(spec: str, split: Split, progress: LabelledProgress | None = Non
         for names in (["train"], ["val", "test"])
     )
     if train is None and held is None:
-        listing = list_folder(root, progress)
+        listing = list_folder(root, progress, arrays=arrays)
         return _as_source(shown, root, listing, listing.classes() if split == "train" else [])
     part = train if split == "train" else held
-    beside, notices = _beside_splits(root)
+    beside, notices = _beside_splits(root, arrays)
     if part is None:
         present, missing = (f"{held}/", "train/") if split == "train" else ("train/", "val/ or test/")
         others = f" (it has {first_of(beside, 5)})" if beside else ""
         raise NoSplitError(f"has {present} but no {missing}{others}; create it, or name the folder of images itself")
     folder = os.path.join(root, part)
-    listing = list_folder(folder, progress)
+    listing = list_folder(folder, progress, arrays=arrays)
     own = classes = listing.classes()
     if train is not None and split == "val":
-        classes = list_folder(os.path.join(root, train), progress).classes()
+        classes = list_folder(os.path.join(root, train), progress, arrays=arrays).classes()
     if len(classes) < 2:
         classes = own  # the training images have no classes, so the validation images define their own, if any
     elif unknown := sorted(set(own) - set(classes)):
@@ -98,13 +103,14 @@ def _as_source(name: str, folder: str, listing: "Listing", classes: list[str]) -
     return source
 
 
-def _beside_splits(root: str) -> tuple[list[str], list[str]]:
+def _beside_splits(root: str, arrays: bool) -> tuple[list[str], list[str]]:
     """Folders with images beside train/, val/ and test/; and notices of all images beside these."""
     try:
-        images, folders, unused = _entries(root)
+        images, folders, unused = _entries(root, arrays)
     except OSError:  # the splits' own folders may be readable all the same
         return [], []
-    beside = [f"{name}/" for name in folders if name not in ("train", "val", "test") and _holds_images(root, name)]
+    others = (name for name in folders if name not in ("train", "val", "test"))
+    beside = [f"{name}/" for name in others if _holds_images(root, name, arrays)]
     where, notices = printable(root), []
     if images:
         what = "image beside its splits is" if len(images) == 1 else "images beside its splits are"
@@ -114,7 +120,7 @@ def _beside_splits(root: str) -> tuple[list[str], list[str]]:
     return beside, notices + unused_files(where, unused)
 
 
-def _holds_images(root: str, name: str) -> bool:
+def _holds_images(root: str, name: str, arrays: bool) -> bool:
     """Whether there is an image in the first folders below one."""
     pending = [os.path.join(root, name)]
     for _ in range(_SEARCHED_FOLDERS):
@@ -122,7 +128,7 @@ def _holds_images(root: str, name: str) -> bool:
             return False
         here = pending.pop()
         try:
-            images, below, _ = _entries(here)
+            images, below, _ = _entries(here, arrays)
         except OSError:
             continue
         if images:
@@ -156,7 +162,7 @@ class Listing:
         return [] if self.counts[0] else order_classes(map(class_name, self.subfolders()))
 
 
-def list_folder(root: str, progress: LabelledProgress | None = None) -> Listing:
+def list_folder(root: str, progress: LabelledProgress | None = None, *, arrays: bool = False) -> Listing:
     """The images below a folder, from the cache if no folder has changed since.
 
     Links to folders are followed, but no folder is entered twice: loops end. Raises DataError when one cannot be
@@ -171,16 +177,17 @@ def list_folder(root: str, progress: LabelledProgress | None = None) -> Listing:
         unused = dict(zip(saved["unused"].tolist(), saved["unused_counts"].tolist(), strict=True))
         return Listing(PathList(saved["content"], saved["ends"]), folders, saved["counts"], unused)
 
-    return load_or_scan("folder", listing_key(root), progress, unpack=unpack, scan=lambda report: _scan(root, report))
+    key = listing_key(root, arrays=arrays)
+    return load_or_scan("folder", key, progress, unpack=unpack, scan=lambda report: _scan(root, report, arrays))
 
 
-def listing_key(root: str) -> bytes:
+def listing_key(root: str, *, arrays: bool = False) -> bytes:
     """What identifies a folder's saved listing: its path, and the formats, which depend on the version of Pillow."""
-    formats = hashlib.sha256(" ".join(sorted(image_suffixes())).encode()).digest()
+    formats = hashlib.sha256(" ".join(sorted(image_suffixes(arrays=arrays))).encode()).digest()
     return os.fsencode(os.path.abspath(root)) + b"\0" + formats
 
 
-def _scan(root: str, report: Progress) -> tuple[Listing, Arrays]:
+def _scan(root: str, report: Progress, arrays: bool) -> tuple[Listing, Arrays]:
     """List a folder and all below it; reports the folders listed, of those known so far."""
     seen: set[tuple[int, int]] = set()
     # The bytes of all paths: the strings of one folder are freed before the next is listed.
@@ -197,7 +204,7 @@ def _scan(root: str, report: Progress) -> tuple[Listing, Arrays]:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            images, below, others = _entries(here)
+            images, below, others = _entries(here, arrays)
         except OSError as error:
             raise DataError(f"folder {printable(here)} cannot be listed: {error.strerror}") from error
         encoded = [os.fsencode(os.path.join(relative, name)) for name in images]
@@ -224,7 +231,7 @@ def _scan(root: str, report: Progress) -> tuple[Listing, Arrays]:
     }
 
 
-def _entries(folder: str) -> tuple[list[str], list[str], Counter[str]]:
+def _entries(folder: str, arrays: bool) -> tuple[list[str], list[str], Counter[str]]:
     """Names of a folder's images and of its subfolders, each sorted, and kinds of other files; none of them hidden.
 
     Broken links count as images, and are reported when read; pipes and devices do not, since opening one may hang.
@@ -243,7 +250,7 @@ def _entries(folder: str) -> tuple[list[str], list[str], Counter[str]]:
                 below.append(entry.name)
             elif not (is_file or (entry.is_symlink() and not os.path.exists(entry.path))):
                 unused["pipe or device"] += is_image(entry.name)
-            elif is_image(entry.name):
+            elif is_image(entry.name, arrays=arrays):
                 images.append(entry.name)
             elif kind := unused_kind(entry.name):
                 unused[kind] += 1

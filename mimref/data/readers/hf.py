@@ -24,10 +24,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
+from numpy.typing import NDArray
 
 from mimref.config.base import DataConfig
-from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, decode_file, first_of, printable, reason_of
-from mimref.data.readers.hf_columns import Columns, choose_columns, is_list, is_text, read_labels
+from mimref.data.decode import (
+    BadImage,
+    Decoded,
+    Reduce,
+    decode_array,
+    decode_content,
+    decode_file,
+    first_of,
+    printable,
+    reason_of,
+)
+from mimref.data.readers.hf_columns import Columns, choose_columns, is_array, is_list, is_text, read_cell, read_labels
 from mimref.data.sources import EncodedSource, NoSplitError, Split, fingerprint_files
 from mimref.errors import DataError
 from mimref.files import cache_folder
@@ -51,10 +62,27 @@ class TableSource(EncodedSource):
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `ImageSource`."""
+        if self.holds_arrays:
+            return decode_array(self._array(index), self.path(index), self.decoding)
         content = self.content(index)
         if isinstance(content, bytes):
             return decode_content(content, self.path(index), reduce, self.decoding)
         return decode_file(content, reduce, self.decoding)
+
+    @cached_property
+    def holds_arrays(self) -> bool:
+        """Whether cells are the numbers of images, not encoded files."""
+        return is_array(self.cells.data.column(self.cells.format["columns"][0]).type)
+
+    def _array(self, index: int) -> NDArray[Any]:
+        """The numbers of an image. Raises BadImage where they are no array."""
+        try:
+            cell = self.cells[int(self.rows[index])].column(0)[0]
+            if not cell.is_valid:
+                raise ValueError("no image in this row")
+            return read_cell(cell)
+        except Exception as error:  # pyarrow's readers of damaged files raise many kinds
+            raise BadImage(self.path(index), reason_of(error)) from error
 
     def content(self, index: int) -> bytes | str:
         """The content of an image's file, or its path. Raises BadImage where a cell has neither."""
@@ -165,7 +193,7 @@ def open_hugging_face(
 def _check_lists(table: Any, image: str) -> None:
     """Raise DataError for a column of images whose lists hold more than one."""
     column = table.data.column(image)
-    if not is_list(column.type):
+    if not is_list(column.type) or is_array(column.type):
         return
     most = pc.max(pc.list_value_length(column)).as_py() or 0
     if most > 1:

@@ -1,10 +1,13 @@
 """Which columns of a Hugging Face data set hold images and labels, by what users name, by usual names, and by types."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from mimref.config.base import DataConfig
 from mimref.data.decode import printable
@@ -38,6 +41,8 @@ def choose_columns(features: Any, data: DataConfig) -> Columns:
     schema = features.arrow_schema
     declared = [name for name, feature in features.items() if _declares_image(feature)]
     by_type = [name for name in features if _holds_files(schema.field(name).type, features[name])]
+    if data.channels is not None:
+        by_type += [name for name in features if is_array(schema.field(name).type)]
     image = data.image or ("image" if "image" in features else None)
     if image is None:
         candidates = declared or by_type
@@ -50,7 +55,7 @@ def choose_columns(features: Any, data: DataConfig) -> Columns:
             )
         (image,) = candidates
     held = cell_type(schema.field(image).type)
-    if not (is_binary(held) or is_text(held)):
+    if not (is_binary(held) or is_text(held) or (data.channels is not None and is_array(held))):
         raise DataError(f"column {image!r} holds {schema.field(image).type}, not the bytes or paths of image files")
     notices = []
     # Bare bytes may be anything.
@@ -95,6 +100,31 @@ def cell_type(kind: pa.DataType) -> pa.DataType:
 def is_list(kind: pa.DataType) -> bool:
     """Whether cells are lists."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def is_array(kind: pa.DataType) -> bool:
+    """Whether cells are numbers in rows and columns, and may be in channels."""
+    kind, depth = _storage(kind), 0
+    while is_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    return depth in (2, 3) and bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def read_cell(cell: pa.Scalar) -> NDArray[Any]:
+    """The numbers of such a cell. Raises ValueError for rows of unequal lengths, and for missing numbers."""
+    values, shape = (cell.value if isinstance(cell, pa.ExtensionScalar) else cell).values, list[int]()
+    while True:
+        shape.append(len(values) // math.prod(shape) if len(values) else 0)
+        if not is_list(values.type):
+            break
+        values = values.flatten()
+    if values.null_count:
+        raise ValueError("numbers are missing")
+    return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+def _storage(kind: pa.DataType) -> pa.DataType:
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
 def is_binary(kind: pa.DataType) -> bool:

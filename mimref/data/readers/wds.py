@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from glob import escape, glob, has_magic
@@ -24,7 +24,7 @@ from mimref.config.base import DataConfig
 from mimref.data.decode import BadImage, Decoded, Reduce, decode_content, first_of, printable, reason_of
 from mimref.data.index import remote
 from mimref.data.index.cache import Arrays, comparable_times, load_or_scan
-from mimref.data.index.tar import Choice, Sample, list_samples
+from mimref.data.index.tar import Choice, Sample, Shard, list_samples
 from mimref.data.labels import Indices, RawLabels
 from mimref.data.sources import EncodedSource, NoSplitError, PathList, Split
 from mimref.data.suffixes import count_kinds, image_suffixes, unused_files, unused_kind
@@ -128,10 +128,11 @@ def open_shards(data: DataConfig, split: Split, progress: LabelledProgress | Non
     spec, choice = data.spec or "", Choice(data.image, data.label)
     pattern = os.path.expanduser(spec.removeprefix("wds:"))
     shards, train_shards = _find_shards(pattern, split)
-    index = _index(shards, choice, progress)
+    as_arrays = data.channels is not None
+    index = _index(shards, choice, progress, as_arrays)
     labels, classes = None, None
     if index.labels is not None and (split == "train" or train_shards is not None):
-        train = _index(train_shards, choice, progress).labels if train_shards and split == "val" else None
+        train = _index(train_shards, choice, progress, as_arrays).labels if train_shards and split == "val" else None
         classes = (train or index.labels).classes()
         labels = index.labels.encode(classes)
     source = ShardSource(printable(spec), np.arange(len(index)), labels, classes, index)
@@ -220,10 +221,10 @@ def _expand(pattern: str, *, split: str = "") -> list[str]:
 # --- where their images are
 
 
-def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None) -> ShardIndex:
+def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None, as_arrays: bool) -> ShardIndex:
     """The index of all images, from the cache if no shard has changed."""
     key = b"\0".join(os.fsencode(shard if remote.is_remote(shard) else os.path.abspath(shard)) for shard in shards)
-    key += repr((_FORMAT, choice, sorted(image_suffixes()))).encode()
+    key += repr((_FORMAT, choice, sorted(image_suffixes(arrays=as_arrays)))).encode()
     paths = PathList.pack(shards)
 
     def unpack(saved: Arrays) -> ShardIndex | None:
@@ -240,7 +241,7 @@ def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None)
     def scan(report: Progress) -> tuple[ShardIndex, Arrays]:
         """A new index, and what is saved of it."""
         states, scanned_ns = _states(shards), time.time_ns()
-        index = _scan(paths, states, choice, report)
+        index = _scan(paths, states, choice, partial(list_samples, choice, arrays=as_arrays), report)
         arrays: Arrays = {
             "states": np.stack([states[:, 0], comparable_times(states[:, 1], scanned_ns)], axis=1),
             "shard": index.shard,
@@ -270,12 +271,14 @@ def _states(shards: Sequence[str]) -> Indices:
     return np.array(states, dtype=np.int64).reshape(-1, 2)
 
 
-def _scan(shards: PathList, states: Indices, choice: Choice, report: Progress) -> ShardIndex:
-    """Read the headers of all shards."""
+def _scan(
+    shards: PathList, states: Indices, choice: Choice, read: Callable[[str], Shard], report: Progress
+) -> ShardIndex:
+    """Read the headers of all shards by `read`."""
     shard: list[int] = []
     found: list[Sample] = []
     unused, kinds = Counter[str](), Counter[str]()
-    for number, each in enumerate(remote.map_concurrently(partial(list_samples, choice), shards)):
+    for number, each in enumerate(remote.map_concurrently(read, shards)):
         shard += [number] * len(each.samples)
         found += each.samples
         unused += each.unused

@@ -3,6 +3,7 @@
 from mimref.config.run import ViewsConfig
 from mimref.data.sample import look_at
 from mimref.data.sources import ImageSource
+from mimref.data.views import check_colors
 
 # Pixels per side; blur of BYOL's width destroys smaller views.
 LEAST_BLURRED = 64
@@ -14,9 +15,12 @@ def fitting_views(views: ViewsConfig, source: ImageSource, image_size: int) -> t
     notes = []
     if views.color and "color" not in views.model_fields_set and look_at(source).gray:
         changes["color"] = False
-        notes.append("the images are gray: the two views keep their colours (--set views.color=true changes them)")
+        kept = "the two views keep their colours (--set views.color=true changes them)"
+        notes.append(f"the images are gray: {kept}" if source.channels in (1, 3) else "the images are not in colour")
     side = views.global_size or image_size
     if views.blur and "blur" not in views.model_fields_set and side < LEAST_BLURRED:
         changes["blur"] = False
         notes.append(f"the two views have {side} pixels and are not blurred (--set views.blur=true blurs them)")
-    return views.model_copy(update=changes), notes
+    fitting = views.model_copy(update=changes)
+    check_colors(fitting, source.channels)
+    return fitting, notes

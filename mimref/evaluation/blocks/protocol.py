@@ -104,7 +104,7 @@ def _check(
 ) -> None:
     """Fail early; the images are the same for all encoders."""
     for inputs in encoders if config.reconstruct else ():
-        size = inputs.settings.transform.image_size
+        size = inputs.image_size
         checks.run("reconstruct", partial(check_maskable, inputs.architecture, size))
     train_y, test_y = first.labels("train"), first.labels("val")
     if train_y is not None and test_y is not None:

@@ -85,7 +85,7 @@ def reconstruct_blocks(
     check_batch_size(settings.batch_size, len(train))
     encoder.eval()
     blocks = range(1, encoder.depth + 1)
-    job = DecodersJob(encoder, reading, settings, blocks, seed, len(train))
+    job = DecodersJob(encoder, reading, settings, blocks, seed, len(train), train.channels)
     total = job.total + -(-len(val) // job.images_per_pass)
     run_job(job, job.batches(train), ProgressOnly(progress, total))
     losses = job.evaluate(val, lambda done: progress(job.total + done, total) if progress else None)
@@ -108,8 +108,9 @@ class DecodersJob(GradientJob):
         blocks: Sequence[int],
         seed: int,
         images: int,
+        channels: int = 3,
     ) -> None:
-        """images: of the training set."""
+        """images: of the training set. channels: of each."""
         self.encoder, self.reading, self.settings, self.blocks, self.seed = encoder, reading, settings, blocks, seed
         self.bad = BadImages(reading.max_bad)
         self.images_per_pass = min(settings.batch_size, settings.micro_batch)
@@ -117,7 +118,7 @@ class DecodersJob(GradientJob):
         self.views = ViewsConfig(color=False, blur=False, flip=settings.flip)
         mean, std = reading.transform.mean, reading.transform.std
         self.photometric = Photometric(self.views, seed, reading.device, mean=mean, std=std)
-        self.decoders = self._build_decoders()
+        self.decoders = self._build_decoders(channels)
         per_epoch = images // settings.batch_size
         decay = settings.weight_decay
         super().__init__(
@@ -136,12 +137,12 @@ class DecodersJob(GradientJob):
         )
         self.seen = torch.zeros(len(blocks), device=reading.device)
 
-    def _build_decoders(self) -> list[MAEDecoder]:
+    def _build_decoders(self, channels: int) -> list[MAEDecoder]:
         """One decoder per block, all with the same weights."""
         encoder, grid = self.encoder, self.reading.transform.image_size // self.encoder.patch_size
         self.num_patches = grid**2
         self.num_visible = count_visible(self.num_patches, self.settings.mask_ratio)
-        pixels, prefix = 3 * encoder.patch_size**2, encoder.num_prefix_tokens
+        pixels, prefix = channels * encoder.patch_size**2, encoder.num_prefix_tokens
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             first = MAEDecoder(

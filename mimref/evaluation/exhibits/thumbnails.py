@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from mimref.data.labels import Indices
 from mimref.data.loader import crop_batches, loader_workers
@@ -23,6 +24,20 @@ Crop = NDArray[np.uint8]
 """(S, S, 3)."""
 
 
+def shown(pixels_CHW: Tensor) -> Crop:
+    """An image as a picture, uint8 (H, W, 3): one of three channels in 8 bits as it is.
+
+    Of others the first three channels, of two the mean as gray, each picture stretched from its least to its largest
+    value.
+    """
+    channels = len(pixels_CHW)
+    if channels != 3 or pixels_CHW.is_floating_point():
+        chosen = (pixels_CHW[:3] if channels >= 3 else pixels_CHW.float().mean(dim=0, keepdim=True)).float()
+        low, high = chosen.min(), chosen.max()
+        pixels_CHW = (255 * (chosen - low) / (high - low).clamp_min(1e-6)).round().byte().expand(3, -1, -1)
+    return np.ascontiguousarray(pixels_CHW.permute(1, 2, 0).numpy())
+
+
 def read_crops(source: ImageSource, rows: Indices, settings: PassSettings) -> list[Crop | None]:
     """Evaluation crops of some images, averaged down to 48 pixels; None where an image cannot be read."""
     order = np.argsort(rows, kind="stable")  # archives are read from front to back
@@ -31,8 +46,7 @@ def read_crops(source: ImageSource, rows: Indices, settings: PassSettings) -> li
     workers = loader_workers(settings.workers, source)
     for batch in crop_batches(subset, settings.transform, batch_size=settings.batch_size, workers=workers):
         for place, crop in zip(batch.indices, batch.crops, strict=True):
-            pixels = crop.permute(1, 2, 0).contiguous().numpy()
-            found[order[place]] = np.asarray(_shrunk(Image.fromarray(pixels), SIDE))
+            found[order[place]] = np.asarray(_shrunk(Image.fromarray(shown(crop)), SIDE))
     return found
 
 

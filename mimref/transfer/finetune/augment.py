@@ -21,7 +21,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.data.transforms import RGB
+from mimref.data.transforms import PerChannel
 from mimref.devices import send
 from mimref.draws import Operation, seeded
 from mimref.transfer.finetune.config import AugmentConfig
@@ -39,7 +39,7 @@ class RandAugment:
     text: str
     """timm's name of it, such as `rand-m9-mstd0.5-inc1`."""
     seed: int
-    mean: RGB
+    mean: PerChannel
     """Fills what an operation moves in, where pixels are 0..1."""
 
     @cached_property

@@ -79,6 +79,7 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
     checkpoint, sources, architecture = opened.checkpoint, opened.sources, None
     if opened.architecture is not None:
         architecture = checks.run("encoder.arch", partial(plain_only, opened.architecture))
+    derived = [*derived, *opened.derived]
     numbered = splits = None
     if opened.data is not None:
         config = config.model_copy(update={"data": opened.data})
@@ -122,6 +123,9 @@ def _check_fitted(config: FinetuneConfig, counts: Sequence[int], checks: Checks,
     """
     for count in set(counts) if known or is_set(config, "batch_size") else ():
         checks.run("batch_size", partial(check_batch_size, config.batch_size, count))
+    if known and config.augment.rand_augment and config.data.channels is not None:
+        wrong = f"needs colour in 8 bits, and data.channels is {config.data.channels}; set augment.rand_augment=none"
+        checks.add("augment.rand_augment", ConfigError(f"augment.rand_augment {wrong}"))
     if known:
         schedule = config.finetune
         warmup = partial(refuse_warmup, "finetune", schedule.warmup_epochs, schedule.epochs)

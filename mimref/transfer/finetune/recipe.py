@@ -186,7 +186,11 @@ def _derive_augmentation(recipe: Rules, labelled: Labelled, seen: Appearance, si
     recipe.derive("augment.crop_scale", (least_crop(size, side), 1.0), rule)
     if is_character(recipe.config.data):
         recipe.derive("augment.flip", 0.0, "a mirrored character is another one")
-    if seen.gray or min(size, side) < _ENOUGH_PIXELS:
+    if (channels := recipe.config.data.channels) is not None:
+        rule = f"its operations are for colour in 8 bits; data.channels is {channels}"
+        recipe.derive("augment.rand_augment", None, rule)
+        recipe.adapt("augment.rand_augment", None, rule)
+    elif seen.gray or min(size, side) < _ENOUGH_PIXELS:
         what = "gray images" if seen.gray else f"images of {min(size, side)} pixels"
         recipe.derive("augment.rand_augment", None, f"its operations are for colours and details; these are {what}")
     elif images < SOME:

@@ -55,6 +55,9 @@ def evaluate_robustness(
     sets = _open_others(config, header, found, telling, checks)
     if found is not None and config.corrupt is not None:
         checks.run("corrupt", partial(_check_corruption, found[0]))
+        if data is not None and data.channels is not None:
+            wrong = f"corruptions are for colour in 8 bits, and data.channels is {data.channels}; omit --corrupt"
+            checks.add("corrupt", ConfigError(wrong))
     classifier, _ = checks.finished(found)
     device = resolve_device(config.device)
     settings = PassSettings(

@@ -1,0 +1,99 @@
+"""Patch embeddings for images of another number of channels than the weights were trained on.
+
+The patch embedding is the first convolution, whatever its name: its weight (D, M, p, p) of M channels becomes
+(D, N, p, p).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from mimref.encoders.backbones import BackboneArchitecture
+from mimref.encoders.vit import Architecture
+from mimref.errors import ConfigError
+
+A = TypeVar("A", bound=Architecture | BackboneArchitecture)
+ChannelInit = Literal["repeat", "sum", "random"]
+
+
+@dataclass(frozen=True)
+class ChannelRule:
+    """How weights of M channels become those of N.
+
+    repeat: channel n has the weights of channel n mod M, times M / N; a single channel has their sum. timm's rule,
+    which leaves the features of gray images as they are where M divides N, or N is 1. sum: every channel has the sum of
+    all weights over N, which always does. random: the first M channels, or those of `colors`, keep the weights; the
+    others are drawn with their standard deviation.
+    """
+
+    how: ChannelInit = "repeat"
+    colors: tuple[int, ...] | None = None
+    """For `random`: the channel, 1-based, that each of the weights' channels becomes."""
+
+    def adapt(self, weight_DMPP: Tensor, channels: int) -> Tensor:
+        """The weight (D, N, p, p). Raises ConfigError for `colors` that do not fit."""
+        stored = weight_DMPP.shape[1]
+        if self.how == "random":
+            return self._with_random(weight_DMPP, channels)
+        if self.how == "sum" or channels == 1:
+            return (weight_DMPP.sum(dim=1, keepdim=True) / channels).repeat(1, channels, 1, 1)
+        return weight_DMPP[:, torch.arange(channels) % stored] * (stored / channels)
+
+    def _with_random(self, weight_DMPP: Tensor, channels: int) -> Tensor:
+        stored = weight_DMPP.shape[1]
+        colors = self.colors or tuple(range(1, min(stored, channels) + 1))
+        if self.colors is not None and (len(set(colors)) != stored or len(colors) != stored or max(colors) > channels):
+            raise ConfigError(
+                f"encoder.color_channels {list(colors)} must name a channel of 1 to {channels}, each once, for every "
+                f"one of the {stored} that the weights are for"
+            )
+        shape = (len(weight_DMPP), channels, *weight_DMPP.shape[2:])
+        # Every command that adapts these weights must get the same ones.
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * weight_DMPP.float().std()
+        found = drawn.to(weight_DMPP)
+        found[:, [color - 1 for color in colors]] = weight_DMPP[:, : len(colors)]
+        return found
+
+    def key(self) -> dict[str, object]:
+        """For cache keys."""
+        return {"init": self.how, **({"colors": list(self.colors)} if self.how == "random" and self.colors else {})}
+
+
+def for_images(architecture: A, channels: int | None) -> A:
+    """The architecture for images of so many channels; None: its own.
+
+    Encoders of gray images also take colour, whose luma they see.
+    """
+    if channels in (None, architecture.channels) or (architecture.channels, channels) == (1, 3):
+        return architecture
+    assert channels is not None
+    return replace(architecture, channels=channels)
+
+
+def first_channels(tensors: Mapping[str, Tensor]) -> int:
+    """Channels of the images that a foreign file is for: those of its patch embedding or stem, 3 if there is none.
+
+    Positions may have four axes too, the first of length 1.
+    """
+    named = (tensor for name, tensor in tensors.items() if "embed" in name or "stem" in name)
+    kernels = (each for each in named if each.ndim == 4 and len(each) > 1 and each.shape[2] == each.shape[3])
+    return next((kernel.shape[1] for kernel in kernels), 3)
+
+
+def fit_channels(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], channels: int, rule: ChannelRule
+) -> Mapping[str, Tensor]:
+    """The tensors with a patch embedding of so many channels, where the wanted one differs in these alone."""
+
+    def differs(given: Tensor, other: Tensor | None) -> bool:
+        if other is None or given.ndim != 4 or other.ndim != 4 or given.shape == other.shape:
+            return False
+        return other.shape[1] == channels and (given.shape[0], *given.shape[2:]) == (other.shape[0], *other.shape[2:])
+
+    return {
+        name: rule.adapt(tensor, channels) if differs(tensor, wanted.get(name)) else tensor
+        for name, tensor in tensors.items()
+    }
