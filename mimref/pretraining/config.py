@@ -42,7 +42,7 @@ class SimMIMConfig(MaskingConfig):
     """Share of patches that the encoder sees as mask tokens."""
     crop_scale: AreaRange = (0.67, 1.0)
     """Area range of the random crop."""
-    warmup_epochs: float = Field(default=10, ge=0)
+    warmup_epochs: float = Field(default=10.0, ge=0)
     """Epochs of linear warm-up."""
     lr: float = Field(default=5e-5, gt=0)
     """Base learning rate, times (batch size / 256)."""
