@@ -56,7 +56,7 @@ def choose_pretrain_preset(
     """
     if preset is not None:
         return None if preset == RECIPE else preset
-    if objective not in (None, "mae"):
+    if objective == "simmim":
         return None
     if arch is None:
         return "pretrain/quickstart" if data in (None, "digits") else None

@@ -58,7 +58,7 @@ class Pretraining(Stage):
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture)
         settings = config.masking
-        self.model = _model(encoder, config).to(device)
+        self.model = build_model(encoder, config).to(device)
         self.trained_model = averaged(self.model, device)
         super().__init__(
             run,
@@ -110,7 +110,7 @@ class Pretraining(Stage):
         self.rows = state["rows"]
 
 
-def _model(encoder: Encoder, config: PretrainConfig) -> MaskedAutoencoder | SimMIM:
+def build_model(encoder: Encoder, config: PretrainConfig) -> MaskedAutoencoder | SimMIM:
     """The encoder and what the objective adds to it, with new weights."""
     if config.objective == "simmim":
         return SimMIM(encoder, config.simmim.mask_ratio)
