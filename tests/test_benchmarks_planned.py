@@ -10,7 +10,7 @@ from mimref.errors import Checks
 from mimref.pretraining.plan import make_plan as pretraining_plan
 from mimref.progress import Silent
 from mimref.transfer.finetune.plan import make_plan as finetuning_plan
-from tests.tiny import finetune_config, pretrain_config, write_labelled, write_weights
+from tests.tiny import finetune_config, pretrain_config, simmim_config, write_labelled, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,13 @@ def test_pretraining(data: Path, known_times: None, monkeypatch: pytest.MonkeyPa
     assert facts["images"] == f"48 of {data}, batches of 12" and facts["steps"] == "12 in 3 epochs"
     # 12 steps of 2 s; checks of 48 + 16 images, and of two views of 48, after epochs 2 and 3.
     assert facts["time"] == ("about 56 s on this machine: 24 s of training (2,000 ms per step) and 32 s of checks")
+
+
+def test_pretraining_with_mask_tokens_in_the_encoder(data: Path, known_times: None) -> None:
+    facts = describe_pretraining(pretraining_plan(simmim_config(data), Silent(), Checks()))
+    # The mask token, and a layer from 32 channels to 48 pixel values.
+    assert facts["decoder"] == f"one linear layer, {32 + 32 * 48 + 48:,} parameters"
+    assert facts["encoder"].endswith("16 patches of 4, 10 of them hidden") and facts["steps"] == "12 in 3 epochs"
 
 
 def test_finetuning_in_splits(data: Path, known_times: None, tmp_path: Path) -> None:

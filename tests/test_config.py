@@ -211,6 +211,9 @@ def test_choose_pretrain_preset() -> None:
     assert choose_pretrain_preset(None, None, "digits") == "pretrain/quickstart"
     assert choose_pretrain_preset(None, None, "images") is None
     assert choose_pretrain_preset("recipe", "vit_b16", "digits") is None
+    assert choose_pretrain_preset(None, "vit_b16", "digits", "mae") == "pretrain/mae_b16"
+    assert choose_pretrain_preset(None, "vit_b16", "digits", "simmim") is None
+    assert choose_pretrain_preset("mine", None, "digits", "simmim") == "mine"
 
 
 @pytest.mark.parametrize(

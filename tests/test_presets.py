@@ -17,7 +17,7 @@ from mimref.evaluation.assess.config import AssessConfig
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.probe.config import LEARNING_RATES, ProbeConfig, ProbeTrainingConfig
 from mimref.pretraining.config import PretrainConfig
-from mimref.pretraining.mae import MaskedAutoencoder
+from mimref.pretraining.run import build_model
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads, head_blocks
 from mimref.transfer.finetune.config import FinetuneConfig
@@ -357,7 +357,7 @@ def test_pretrain_presets_build(name: str) -> None:
     assert isinstance(config, PretrainConfig)
     encoder = encoder_without_memory(Architecture.from_config(config.encoder))
     with torch.device("meta"):
-        model = MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio)
+        model = build_model(encoder, config)
         size = encoder.architecture.image_size
         images, noise = torch.empty(2, 3, size, size), torch.empty(2, model.num_patches)
         loss = model(images, noise)

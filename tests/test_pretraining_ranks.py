@@ -16,9 +16,20 @@ from mimref.data.open import open_source
 from mimref.distributed.group import own_rank
 from mimref.draws import permutation
 from mimref.errors import DataError, Interrupted
+from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.run import Pretraining, pretrain
 from tests.ranks import run_ranks
-from tests.tiny import PRETRAIN, arguments, pretrain_config, results, signal_at, tensors, write_images, write_labelled
+from tests.tiny import (
+    PRETRAIN,
+    arguments,
+    pretrain_config,
+    results,
+    signal_at,
+    simmim_config,
+    tensors,
+    write_images,
+    write_labelled,
+)
 
 # A rate so small that AdamW's first updates, which are signs of gradients, cannot drive single precision apart.
 SETTINGS: dict[str, Any] = {"mae__lr": 1e-5, "mae__warmup_epochs": 0.0, "monitor__log_every": 1}
@@ -32,7 +43,7 @@ def write_data(folder: Path) -> None:
     (folder / "pairs" / "train" / "b" / "002.png").write_bytes(b"no image")
 
 
-def watched(folder: Path, name: str, **changes: Any) -> list[list[Tensor]]:
+def watched(folder: Path, name: str, config: PretrainConfig) -> list[list[Tensor]]:
     """Pre-train on the images `name`; the gradients of every update."""
     found: list[list[Tensor]] = []
     update = Pretraining.update
@@ -50,18 +61,24 @@ def watched(folder: Path, name: str, **changes: Any) -> list[list[Tensor]]:
 
     Pretraining.update = keeping  # type: ignore[method-assign]
     try:
-        pretrain(pretrain_config(folder / name, **changes), folder / f"{name} {os.environ.get('TEST_RANKS', 'alone')}")
+        pretrain(config, folder / f"{name} {os.environ.get('TEST_RANKS', 'alone')}")
     finally:
         Pretraining.update = update  # type: ignore[method-assign]
     return found[1:]
 
 
 def pretrain_pairs(folder: Path) -> list[list[Tensor]]:
-    return watched(folder, "pairs", **PAIRS)
+    return watched(folder, "pairs", pretrain_config(folder / "pairs", **PAIRS))
 
 
 def pretrain_whole(folder: Path) -> list[list[Tensor]]:
-    return watched(folder, "data", **SETTINGS)
+    return watched(folder, "data", pretrain_config(folder / "data", **SETTINGS))
+
+
+def pretrain_simmim(folder: Path) -> list[list[Tensor]]:
+    """A rank without images again."""
+    settings = {key.replace("mae__", "simmim__"): value for key, value in PAIRS.items()}
+    return watched(folder, "simmim", simmim_config(folder / "pairs", **settings))
 
 
 def interrupted(folder: Path, step: int, *, resume: bool) -> None:
@@ -81,13 +98,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "run"), [("data", pretrain_whole), ("pairs", pretrain_pairs)], ids=["whole", "a rank without images"]
+    ("name", "run"),
+    [("data", pretrain_whole), ("pairs", pretrain_pairs), ("simmim", pretrain_simmim)],
+    ids=["whole", "a rank without images", "mask tokens in the encoder"],
 )
 def test_two_ranks_equal_one(name: str, run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = run(folder)
     monkeypatch.setenv("TEST_RANKS", "together")
     ranks = run_ranks(run, 2, folder / f"{name} group", folder)
-    assert len(alone) == {"data": 12, "pairs": 6}[name]
+    assert len(alone) == {"data": 12, "pairs": 6, "simmim": 6}[name]
     for together in ranks:
         for expected, found in zip(alone, together, strict=True):
             whole = torch.cat([gradient.flatten() for gradient in expected]).norm()

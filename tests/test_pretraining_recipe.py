@@ -10,7 +10,7 @@ from mimref.config.load import load_config
 from mimref.data.sample import Appearance
 from mimref.devices import Machine
 from mimref.errors import Checks, ConfigError, UserError
-from mimref.pretraining.config import PretrainConfig
+from mimref.pretraining.config import MAEConfig, PretrainConfig, SimMIMConfig
 from mimref.pretraining.plan import make_plan
 from mimref.pretraining.recipe import fit, fitting_batch, patch_size
 from mimref.pretraining.run import pretrain
@@ -80,6 +80,24 @@ def test_the_measured_presets_are_met_but_for_their_length(preset: str, images: 
     assert found.mae.decoder == measured.mae.decoder and found.mae.crop_scale == measured.mae.crop_scale
     assert found.batch_size == measured.batch_size and found.data.crop_fraction == measured.data.crop_fraction
     assert found.mae.epochs < measured.mae.epochs
+
+
+def test_simmim_keeps_its_masks_and_crops_and_gets_its_own_rate_and_length() -> None:
+    found, simmim = fitted(10_000, 28, CPU, objective="simmim"), SimMIMConfig()
+    # 5e-5 x root of 2048 / 128 x 768 / 96; 5 million patches are 10 epochs of 49 patches.
+    assert (found.simmim.lr, found.simmim.epochs, found.simmim.warmup_epochs) == (1.6e-3, 10, 0.5)
+    assert found.simmim.mask_ratio == simmim.mask_ratio == 0.6 and found.simmim.crop_scale == (0.67, 1.0)
+    assert found.mae == MAEConfig() and found.encoder == fitted(10_000, 28, CPU).encoder
+    photographs = fitted(1_281_167, 375, MANY_GPUS, objective="simmim", batch_size=2048)
+    assert photographs.simmim == simmim.model_copy(update={"warmup_epochs": 40.0})
+    derived = fit(load(objective="simmim"), 10_000, Appearance(64, 64, 28), CPU)[1]
+    assert not [each.setting for each in derived if each.setting.startswith("mae.")]
+
+
+def test_mask_tokens_take_memory_too() -> None:
+    # 34 bytes of 196 x 768 x 12 numbers are 61 MB an image.
+    assert 34 * 196 * 768 * 12 * 1024 < 139 * 2**30 / 2 < 34 * 196 * 768 * 12 * 2048
+    assert fitted(1_281_167, 375, H200, objective="simmim").batch_size == 1024
 
 
 def test_the_memory_of_a_gpu_bounds_the_batch_and_the_rate_follows() -> None:

@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from mimref.config.load import load_config
-from mimref.errors import ConfigError, DivergenceError, Interrupted
+from mimref.encoders.vit import Architecture, build_encoder, sincos_positions
+from mimref.errors import Checks, ConfigError, DivergenceError, Interrupted
 from mimref.evaluation.assess.measures import MEASURES
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
+from mimref.pretraining.plan import make_plan
 from mimref.pretraining.run import pretrain
+from mimref.pretraining.simmim import SimMIM
+from mimref.progress import Silent
 from mimref.refinement.run import refine
 from tests.tiny import (
     Killed,
@@ -24,6 +28,7 @@ from tests.tiny import (
     refine_config,
     results,
     signal_at,
+    simmim_config,
     tensors,
     write_labelled,
     write_unlabelled,
@@ -35,9 +40,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_labelled(tmp_path_factory.mktemp("labelled"))
 
 
-@pytest.fixture(scope="module")
-def config(data: Path) -> PretrainConfig:
-    return pretrain_config(data)
+@pytest.fixture(scope="module", params=["mae", "simmim"])
+def config(request: pytest.FixtureRequest, data: Path) -> PretrainConfig:
+    return pretrain_config(data) if request.param == "mae" else simmim_config(data)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +53,18 @@ def whole(config: PretrainConfig, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def test_a_run_leaves_what_it_promises(whole: Path) -> None:
+def test_a_run_leaves_what_it_promises(config: PretrainConfig, whole: Path) -> None:
     files = {"config.toml", "encoder.safetensors", "metrics.jsonl", "exhibits.json", "results.csv", "results.json"}
     assert {path.name for path in whole.iterdir()} == files
     found = results(whole)
     assert found["command"] == "pretrain" and found["elapsed_s"] > 0 and found["bad_images"] == []
     assert {row["metric"] for row in found["metrics"]} == {"feature_variance", *MEASURES, "knn_top1"}
-    assert header(whole)["metrics"] == found["metrics"] and header(whole)["source"] == "mae"
+    assert header(whole)["metrics"] == found["metrics"] and header(whole)["source"] == config.objective
+    # The decoder and the mask token are no part of the encoder; SimMIM's encoder has learned its positions.
+    architecture = Architecture.from_dict(header(whole)["architecture"])
+    assert tensors(whole).keys() == build_encoder(architecture).vit.state_dict().keys()
+    fixed = torch.equal(tensors(whole)["pos_embed"], sincos_positions(32, 4))
+    assert fixed == architecture.fixed_positions == (config.objective == "mae")
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12]
     assert [line["step"] for line in lines if "knn_top1" in line] == [4, 8, 12]
@@ -83,8 +93,8 @@ def test_config_toml_and_workers_give_the_same_run(whole: Path, tmp_path: Path) 
     assert_same_run(tmp_path, whole)
 
 
-def test_another_seed_gives_other_weights(data: Path, whole: Path, tmp_path: Path) -> None:
-    pretrain(pretrain_config(data, seed=1, mae__epochs=1), tmp_path)
+def test_another_seed_gives_other_weights(config: PretrainConfig, whole: Path, tmp_path: Path) -> None:
+    pretrain(config.model_copy(update={"seed": 1}), tmp_path)
     assert not torch.equal(tensors(tmp_path)["blocks.0.attn.qkv.weight"], tensors(whole)["blocks.0.attn.qkv.weight"])
 
 
@@ -108,16 +118,17 @@ def test_unlabelled_images_and_bad_ones(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     config: PretrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, calls = MaskedAutoencoder.forward, 0
+    model = MaskedAutoencoder if config.objective == "mae" else SimMIM
+    forward, calls = model.forward, 0
 
-    def broken(self: MaskedAutoencoder, images: torch.Tensor, noise_BN: torch.Tensor) -> torch.Tensor:
+    def broken(self: torch.nn.Module, images: torch.Tensor, noise_BN: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        loss = forward(self, images, noise_BN)
+        loss: torch.Tensor = forward(self, images, noise_BN)  # type: ignore[arg-type]
         return loss * float("nan") if calls == 7 else loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(MaskedAutoencoder, "forward", broken)
+        patch.setattr(model, "forward", broken)
         with pytest.raises(DivergenceError, match="not finite at step 7"):
             pretrain(config, tmp_path)
     pretrain(config, tmp_path, resume=True)
@@ -139,8 +150,23 @@ def test_what_cannot_be_pretrained_is_named(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_of_the_other_objective_are_refused(data: Path) -> None:
+    for load, changes, names in (
+        (pretrain_config, {"objective": "simmim"}, "mae.epochs, mae.warmup_epochs, mae.decoder: "),
+        (pretrain_config, {"simmim__lr": 1e-3}, "simmim.lr: "),
+        (simmim_config, {"objective": "mae"}, "simmim.epochs, simmim.warmup_epochs, simmim.lr: "),
+        (simmim_config, {"mae__mask_ratio": 0.5}, "mae.mask_ratio: "),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(data, **changes)
+        assert str(caught.value).startswith(names)
+    with pytest.raises(ConfigError, match=r"simmim\.warmup_epochs 4 exceeds simmim.epochs 3"):
+        make_plan(simmim_config(data, preset="any", strict=True, simmim__warmup_epochs=4), Silent(), Checks())
+
+
 def test_half_precision_weights_are_the_rounded_ones(whole: Path, config: PretrainConfig, tmp_path: Path) -> None:
-    half = config.model_copy(update={"mae": config.mae.model_copy(update={"save_dtype": "fp16"})})
+    section = config.masking.model_copy(update={"save_dtype": "fp16"})
+    half = config.model_copy(update={config.objective: section})
     pretrain(half, tmp_path / "half")
     expected = {name: tensor.half() for name, tensor in tensors(whole).items()}
     found = tensors(tmp_path / "half")

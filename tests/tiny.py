@@ -95,6 +95,8 @@ PRETRAIN: dict[str, Any] = {
     "mae.decoder.num_heads": 2,
     "monitor.log_every": 3,
 }
+SIMMIM: dict[str, Any] = {"objective": "simmim", "simmim.epochs": 3, "simmim.warmup_epochs": 1, "simmim.lr": 1e-3}
+"""In place of `mae.*` in PRETRAIN."""
 
 
 # 48 images in batches of 12 are 4 steps per epoch; mixup, CutMix, RandAugment, erasing and stochastic depth are on.
@@ -126,6 +128,12 @@ def refine_config(weights: Path, data: Path, **changes: Any) -> RefineConfig:
 def pretrain_config(data: Path, **changes: Any) -> PretrainConfig:
     """Settings of a tiny pre-training; `changes` are named like `mae__epochs`."""
     return load_config(PretrainConfig, None, PRETRAIN | {"data.spec": str(data)} | _dotted(changes))
+
+
+def simmim_config(data: Path, **changes: Any) -> PretrainConfig:
+    """The same with the objective `simmim`; `changes` are named like `simmim__epochs`."""
+    settings = {key: value for key, value in PRETRAIN.items() if not key.startswith("mae.")} | SIMMIM
+    return load_config(PretrainConfig, None, settings | {"data.spec": str(data)} | _dotted(changes))
 
 
 def finetune_config(weights: Path, data: Path, **changes: Any) -> FinetuneConfig:

@@ -23,20 +23,21 @@ def describe_pretraining(plan: PretrainingPlan) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         job = Pretraining(TrainingRun(config, Path(folder), None), plan)
         every = config.monitor.knn_every_epochs
-        seen = job.monitor.images_per_check * -(-config.mae.epochs // every) if every else 0
+        seen = job.monitor.images_per_check * -(-config.masking.epochs // every) if every else 0
         passes_s = seen * image_seconds(job.model.encoder, plan.source, job.monitor.settings, architecture.depth)
         encoder, decoder = (
             sum(weight.numel() for weight in part.parameters()) for part in (job.model.encoder, job.model.decoder)
         )
         step_s = step_seconds(job)
-    steps, hidden = config.mae.epochs * plan.steps_per_epoch, job.model.num_patches - job.model.num_visible
+    steps, hidden = config.masking.epochs * plan.steps_per_epoch, job.model.num_patches - job.model.num_visible
     size, patch = architecture.image_size, architecture.patch_size
+    sizes = f"depth {config.mae.decoder.depth}, width {config.mae.decoder.width}"
     return {
         "encoder": f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, {encoder:,} "
         f"parameters; images of {size} pixels in {job.model.num_patches} patches of {patch}, {hidden} of them hidden",
-        "decoder": f"depth {config.mae.decoder.depth}, width {config.mae.decoder.width}, {decoder:,} parameters",
+        "decoder": f"{sizes if config.objective == 'mae' else 'one linear layer'}, {decoder:,} parameters",
         "images": f"{images:,} of {plan.source.name}, batches of {config.batch_size}",
-        "steps": f"{steps:,} in {config.mae.epochs} epochs",
+        "steps": f"{steps:,} in {config.masking.epochs} epochs",
         "memory": _state_memory(encoder + decoder),
         "time": f"about {readable(steps * step_s + passes_s)} on this machine: {readable(steps * step_s)} of training "
         f"({1e3 * step_s:,.0f} ms per step) and {readable(passes_s)} of checks",

@@ -120,25 +120,36 @@ def _print_plan(config: "RefineConfig", options: RefineOptions) -> None:
 
 
 class PretrainOptions(TrainedArch, TrainingOptions, panel="Training"):
+    objective: Text = option("Mask tokens in a decoder, or in the encoder; default mae.", "mae|simmim", "objective")
     epochs: Text = option("Passes over the images.", "N", "mae.epochs")
     dry_run: bool = DRY_RUN
 
 
 def pretrain(options: PretrainOptions) -> None:
-    """Train a masked autoencoder to start from.
+    """Train an encoder to start from, by masked image modelling.
 
     For images or sizes without public weights. Without a preset, encoder and settings are derived from the images and
-    the machine. Without options, this recreates the packaged tiny encoder.
+    the machine. Without options, this recreates the packaged tiny encoder, a masked autoencoder.
 
     Examples:
       mimref pretrain
       mimref pretrain --data /data/my_images --dry-run
       mimref pretrain --arch vit_b16 --data /data/my_images --out runs/my_mae
+      mimref pretrain --objective simmim --data /data/my_images --out runs/my_simmim
     """
+    from mimref.config.load import load_config
     from mimref.config.presets import choose_pretrain_preset
     from mimref.pretraining.config import PretrainConfig
 
-    preset = options.resumed_preset() or choose_pretrain_preset(options.preset, options.arch, options.named_data)
+    preset = options.resumed_preset() or choose_pretrain_preset(
+        options.preset, options.arch, options.named_data, options.objective
+    )
+    if options.epochs is not None:
+        # The option is for the objective's own section, and a preset may choose the objective.
+        chosen = load_config(PretrainConfig, preset, {"objective": options.objective}, options.sets or (), Checks())
+        if chosen.objective != "mae":
+            options.sets = [f"{chosen.objective}.epochs={options.epochs}", *(options.sets or ())]
+            options.epochs = None
     config = options.load(PretrainConfig, preset)
     if options.dry_run:
         from mimref.benchmarks.planned import describe_pretraining

@@ -47,13 +47,17 @@ def choose_refine_preset(
     return "refine/quickstart" if packaged and data in (None, "digits") else None
 
 
-def choose_pretrain_preset(preset: str | None, arch: str | None, data: str | None = None) -> str | None:
+def choose_pretrain_preset(
+    preset: str | None, arch: str | None, data: str | None = None, objective: str | None = None
+) -> str | None:
     """The preset that the options of `mimref pretrain` ask for; None where a recipe derives the settings.
 
-    The given one; else MAE's where `--arch` is given; else `quickstart` for digits.
+    The given one; else, for the objective `mae`, MAE's where `--arch` is given, and `quickstart` for digits.
     """
     if preset is not None:
         return None if preset == RECIPE else preset
+    if objective == "simmim":
+        return None
     if arch is None:
         return "pretrain/quickstart" if data in (None, "digits") else None
     # MAE trains all sizes with one recipe.

@@ -1,4 +1,4 @@
-"""A masked autoencoder's parts around the encoder (He et al. 2022): masks, decoder and loss.
+"""Masked image modelling around the encoder (He et al. 2022; Xie et al. 2022): masks, decoders and loss.
 
 Shapes: B images, N patches, K visible patches, D encoder width, C pixel values of a patch (channels * patch_size**2).
 """
@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mimref.config.run import DecoderConfig
-from mimref.encoders.vit import sincos_positions
+from mimref.encoders.vit import Encoder, sincos_positions
 from mimref.errors import ConfigError
 
 # MAE's epsilon is not torch's default. timm annotates a class here, but calls whatever it gets.
@@ -78,10 +78,34 @@ class MAEDecoder(nn.Module):
         return pixels
 
 
+class LinearDecoder(nn.Module):
+    """SimMIM's decoder, one linear layer, and the mask token, which the encoder sees in place of hidden patches."""
+
+    no_decay_names = frozenset({"mask_token"})
+
+    def __init__(self, encoder_width: int, patch_pixels: int) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(encoder_width))
+        self.predict = nn.Linear(encoder_width, patch_pixels)
+
+    def forward(self, patches_BND: Tensor) -> Tensor:
+        """Tokens of all patches in reading order to their pixels (B, N, C)."""
+        pixels: Tensor = self.predict(patches_BND)
+        return pixels
+
+
 def count_visible(num_patches: int, mask_ratio: float) -> int:
     """Patches that stay visible: at least one, and at least one is hidden (of two or more)."""
     # The tolerance keeps 20 of 100 patches at a ratio of 0.8, whose complement is a little below 0.2 in floats.
     return min(max(1, int(num_patches * (1 - mask_ratio) + 1e-6)), num_patches - 1)
+
+
+def count_patches(encoder: Encoder) -> int:
+    """Patches of an image. Raises ConfigError where it is a single one."""
+    size = encoder.patch_size
+    if encoder.architecture.image_size == size:
+        raise ConfigError(f"encoder.image_size {size} is one patch; masking needs at least two patches a side")
+    return (encoder.architecture.image_size // size) ** 2
 
 
 def draw_mask(noise_BN: Tensor, num_visible: int) -> Mask:
@@ -114,6 +138,16 @@ def hidden_error(pixels_BNC: Tensor, target_BNC: Tensor, hidden_BN: Tensor) -> T
     error_BN = (pixels_BNC.float() - target_BNC).square().mean(dim=2)
     loss: Tensor = (error_BN * hidden_BN).sum() / hidden_BN.sum().clamp_min(1)
     return loss
+
+
+def init_masked_model(model: nn.Module, encoder: Encoder, mask_token: nn.Parameter) -> None:
+    """MAE's initialisation of an encoder and what is around it in `model`."""
+    model.apply(init_linear)
+    projection = encoder.vit.patch_embed.proj.weight
+    nn.init.xavier_uniform_(projection.data.view(len(projection), -1))
+    assert encoder.vit.cls_token is not None
+    nn.init.normal_(encoder.vit.cls_token, std=0.02)
+    nn.init.normal_(mask_token, std=0.02)
 
 
 def init_linear(module: nn.Module) -> None:

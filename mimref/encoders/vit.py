@@ -218,6 +218,7 @@ class Encoder(nn.Module):
         *,
         final_norm: bool | Sequence[bool] = False,
         visible_BK: Tensor | None = None,
+        masked: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
         """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed), in one pass.
 
@@ -226,28 +227,30 @@ class Encoder(nn.Module):
         final_norm: True is the final LayerNorm on the last block's tokens; a flag for each index applies it to any
         block's. No effect on encoders without one (post-norm ones, and timm's that normalise after pooling).
         visible_BK: indices of the only patches that the encoder sees; their tokens have this order.
+        masked: hidden_BN, True where a patch is hidden, and token_D, which replaces its embedding.
         Raises ConfigError for a block outside 1..depth.
         """
         check_blocks(indices, self.depth)
-        tokens_BLD, outputs = self.embed(images, visible_BK), dict[int, Tensor]()
+        tokens_BLD, outputs = self.embed(images, visible_BK, masked), dict[int, Tensor]()
         recompute = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.vit.blocks[: max(indices)], start=1):
             tokens_BLD = recomputed(block, tokens_BLD) if recompute else block(tokens_BLD)
             if number in indices:
                 outputs[number] = tokens_BLD
-        normed = norm_flags(indices, final_norm, self.depth)
-        return [
-            self.vit.norm(outputs[index]) if norm else outputs[index]
-            for index, norm in zip(indices, normed, strict=True)
-        ]
+        flags = norm_flags(indices, final_norm, self.depth)
+        return [self.vit.norm(outputs[i]) if norm else outputs[i] for i, norm in zip(indices, flags, strict=True)]
 
-    def embed(self, images: Tensor, visible_BK: Tensor | None = None) -> Tensor:
+    def embed(
+        self, images: Tensor, visible_BK: Tensor | None = None, masked: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Input of block 1: CLS and register tokens, then (visible) patches, with positions, (B, L, D)."""
         vit = self.vit
         if self.architecture.channels == 1 and images.shape[1] == 3:
             images = gray(images)
         patches_BHWD = vit.patch_embed(images)
         grid, tokens_BLD = patches_BHWD.shape[1:3], patches_BHWD.flatten(1, 2)
+        if masked is not None:
+            tokens_BLD = torch.where(masked[0][:, :, None], masked[1].to(tokens_BLD.dtype), tokens_BLD)
         prefix_positions: Tensor | None = None
         if vit.pos_embed is not None:
             num_prefix = 0 if vit.no_embed_class else self.num_prefix_tokens

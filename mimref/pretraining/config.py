@@ -1,15 +1,17 @@
 """Settings of `mimref pretrain`."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mimref.config.base import AreaRange, Section
 from mimref.config.run import DecoderConfig, RunConfig
 
+Objective = Literal["mae", "simmim"]
 
-class MAEConfig(Section):
-    """Masked-autoencoder objective and schedule; the defaults, which a recipe replaces, are MAE's for ImageNet."""
+
+class MaskingConfig(Section):
+    """Masks, crops and schedule, which both objectives have."""
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of patches hidden from the encoder."""
@@ -23,13 +25,50 @@ class MAEConfig(Section):
     """Base learning rate, times (batch size / 256)."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Of encoder and decoder."""
-    decoder: DecoderConfig = DecoderConfig()
     save_dtype: Literal["fp32", "fp16"] = "fp32"
     """Number format of encoder.safetensors; fp16 halves the file."""
+
+
+class MAEConfig(MaskingConfig):
+    """Masked-autoencoder objective and schedule; the defaults, which a recipe replaces, are MAE's for ImageNet."""
+
+    decoder: DecoderConfig = DecoderConfig()
+
+
+class SimMIMConfig(MaskingConfig):
+    """Mask tokens in the encoder; the defaults, which a recipe replaces, are SimMIM's for ViT-B on ImageNet."""
+
+    mask_ratio: float = Field(default=0.6, gt=0, lt=1)
+    """Share of patches that the encoder sees as mask tokens."""
+    crop_scale: AreaRange = (0.67, 1.0)
+    """Area range of the random crop."""
+    warmup_epochs: float = Field(default=10.0, ge=0)
+    """Epochs of linear warm-up."""
+    lr: float = Field(default=5e-5, gt=0)
+    """Base learning rate, times (batch size / 256)."""
 
 
 class PretrainConfig(RunConfig):
     """All settings of `mimref pretrain`."""
 
     command = "pretrain"
+    objective: Objective = "mae"
+    """`mae`: the encoder sees the visible patches alone, and a decoder reconstructs the hidden ones. `simmim`: the
+    encoder sees mask tokens in their place, and one linear layer reconstructs them."""
     mae: MAEConfig = MAEConfig()
+    simmim: SimMIMConfig = SimMIMConfig()
+
+    @property
+    def masking(self) -> MaskingConfig:
+        """The section of the objective."""
+        return self.mae if self.objective == "mae" else self.simmim
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        other = "simmim" if self.objective == "mae" else "mae"
+        given, default = getattr(self, other), type(self).model_fields[other].default
+        idle = [name for name in type(given).model_fields if getattr(given, name) != getattr(default, name)]
+        if idle:
+            names = ", ".join(f"{other}.{name}" for name in idle)
+            raise ValueError(f"{names}: no effect with objective {self.objective!r}, whose section is {self.objective}")
+        return self

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from mimref.config.run import DecoderConfig
 from mimref.encoders.masking import (
     MAEDecoder,
+    count_patches,
     count_visible,
     draw_mask,
     hidden_error,
-    init_linear,
+    init_masked_model,
     normalize_patches,
     patchify,
 )
 from mimref.encoders.vit import Encoder
-from mimref.errors import ConfigError
 
 
 class MaskedAutoencoder(nn.Module):
@@ -27,22 +27,13 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, encoder: Encoder, decoder: DecoderConfig, mask_ratio: float) -> None:
         super().__init__()
-        grid = encoder.architecture.image_size // encoder.patch_size
+        architecture, size = encoder.architecture, encoder.patch_size
+        grid = architecture.image_size // size
         self.encoder = encoder
-        self.decoder = MAEDecoder(
-            decoder, encoder.embed_dim, grid, encoder.architecture.channels * encoder.patch_size**2
-        )
-        self.num_patches = grid**2
-        if self.num_patches == 1:
-            size = encoder.patch_size
-            raise ConfigError(f"encoder.image_size {size} is one patch; masking needs at least two patches a side")
+        self.decoder = MAEDecoder(decoder, encoder.embed_dim, grid, architecture.channels * size**2)
+        self.num_patches = count_patches(encoder)
         self.num_visible = count_visible(self.num_patches, mask_ratio)
-        self.apply(init_linear)
-        projection = encoder.vit.patch_embed.proj.weight
-        nn.init.xavier_uniform_(projection.data.view(len(projection), -1))
-        assert encoder.vit.cls_token is not None
-        nn.init.normal_(encoder.vit.cls_token, std=0.02)
-        nn.init.normal_(self.decoder.mask_token, std=0.02)
+        init_masked_model(self, encoder, self.decoder.mask_token)
 
     def forward(self, images: Tensor, noise_BN: Tensor) -> Tensor:
         """Mean squared error over hidden patches, each normalised by its own mean and variance.

@@ -1,6 +1,6 @@
 """A pre-training before anything is trained: its settings as they fit the images, the encoder and the images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mimref.config.recipe import Derived, is_set
@@ -52,8 +52,8 @@ def make_plan(config: PretrainConfig, listener: Listener, checks: Checks) -> Pla
     if source is not None and (known or is_set(config, "batch_size")):
         checks.run("batch_size", partial(check_batch_size, config.batch_size, len(source)))
     if known:
-        mae = config.mae
-        checks.run("mae.warmup_epochs", partial(refuse_warmup, "mae", mae.warmup_epochs, mae.epochs))
+        name, settings = config.objective, config.masking
+        checks.run(f"{name}.warmup_epochs", partial(refuse_warmup, name, settings.warmup_epochs, settings.epochs))
     return Plan(config, derived, checks.finished(architecture), checks.finished(source))
 
 
@@ -65,11 +65,12 @@ def _fitted(config: PretrainConfig, source: ImageSource) -> tuple[PretrainConfig
 
 
 def _architecture(config: PretrainConfig) -> Architecture:
-    """The encoder to train. Raises ConfigError for one that a masked autoencoder cannot be made of."""
+    """The encoder to train. Raises ConfigError for one that the objective cannot train."""
     if config.encoder.weights is not None:
         raise ConfigError(f"pretrain starts from random weights; omit encoder.weights {config.encoder.weights!r}")
     architecture = for_images(Architecture.from_config(config.encoder), config.data.channels)
     if architecture.post_norm or architecture.from_timm:
         raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
     architecture.check_size(architecture.image_size, "encoder.image_size")
-    return architecture
+    # SimMIM's encoders learn their positions; these start from MAE's.
+    return replace(architecture, fixed_positions=config.objective == "mae")

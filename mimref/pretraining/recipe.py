@@ -1,7 +1,8 @@
 """Settings of a pre-training that fit its images and the machine: the rules, see docs/recipes.md.
 
-For a million photographs on CUDA the rules give MAE's own settings (He et al. 2022). On a CPU they give an encoder and
-a number of epochs that one core trains in about 20 minutes, close to the presets of digits and Fashion-MNIST.
+For a million photographs on CUDA the rules give MAE's own settings (He et al. 2022), or SimMIM's masks, crops and rate
+(Xie et al. 2022). On a CPU they give an encoder and a number of epochs that one core trains in about 20 minutes, close
+to the presets of digits and Fashion-MNIST.
 """
 
 from mimref.config.recipe import Derived, Recipe, is_character, power_of_two, two_digits
@@ -14,11 +15,15 @@ Rules = Recipe[PretrainConfig]
 
 # He et al. (2022): settings for ImageNet-1K.
 PAPER_BATCH, PAPER_LR, PAPER_WIDTH = 4096, 1.5e-4, 768
+# Xie et al. (2022): of ViT-B, in the authors' settings file.
+SIMMIM_BATCH, SIMMIM_LR = 2048, 5e-5
 PAPER_EPOCHS, PAPER_IMAGES = 800, 1_281_167
 LEAST_UPDATES = 8
 """Per epoch."""
 CPU_PATCHES = 16_000_000
-"""In all the images that a run on a CPU sees."""
+"""In all the images that a masked autoencoder sees on a CPU; its encoder skips hidden patches."""
+SIMMIM_CPU_PATCHES = 5_000_000
+"""The same where the encoder sees mask tokens."""
 _PATCH_SIZES = (4, 8, 16)
 _UNKNOWN_SIDE = 224
 """Of images that cannot be read; the run then says so."""
@@ -36,7 +41,8 @@ def fit(
     side = seen.side or _UNKNOWN_SIDE
     if "arch" not in config.encoder.model_fields_set or config.encoder.arch == "custom":
         _derive_encoder(recipe, images, side, machine)
-    _derive_decoder(recipe)
+    if config.objective == "mae":
+        _derive_decoder(recipe)
     _derive_views(recipe, side)
     _choose_batch(recipe, images, machine)
     _choose_rate(recipe)
@@ -96,10 +102,15 @@ def base_rate(batch: int, width: int) -> float:
     return two_digits(PAPER_LR * (PAPER_BATCH / batch) ** 0.5 * (PAPER_WIDTH / min(width, PAPER_WIDTH)) ** 0.4)
 
 
-def epochs(images: int, patches: int, cuda: bool) -> int:
-    """MAE's 800 of a million images, 1600 of few; on a CPU what takes 20 minutes, at most 400."""
+def simmim_rate(batch: int, width: int) -> float:
+    """SimMIM's rate at its batch and width; the rate follows the root of the batch and the inverse of the width."""
+    return two_digits(SIMMIM_LR * (SIMMIM_BATCH / batch) ** 0.5 * PAPER_WIDTH / min(width, PAPER_WIDTH))
+
+
+def epochs(images: int, patches: int, cuda: bool, cpu_patches: int = CPU_PATCHES) -> int:
+    """800 of a million images, 1600 of few; on a CPU what takes 20 minutes, `cpu_patches` in all, at most 400."""
     if not cuda:
-        return min(400, max(10, round(CPU_PATCHES / patches / images)))
+        return min(400, max(10, round(cpu_patches / patches / images)))
     most = PAPER_EPOCHS if images >= 100_000 else 2 * PAPER_EPOCHS
     return min(most, max(50, round(PAPER_EPOCHS * PAPER_IMAGES / images)))
 
@@ -149,8 +160,9 @@ def _derive_decoder(recipe: Rules) -> None:
 
 def _derive_views(recipe: Rules, side: int) -> None:
     size = recipe.config.encoder.image_size
-    rule = f"0.6 times the square of {size} over {side} pixels, within 0.2 (MAE) and 0.6 (measured presets)"
-    recipe.derive("mae.crop_scale", (least_crop(size, side), 1.0), rule)
+    if recipe.config.objective == "mae":
+        rule = f"0.6 times the square of {size} over {side} pixels, within 0.2 (MAE) and 0.6 (measured presets)"
+        recipe.derive("mae.crop_scale", (least_crop(size, side), 1.0), rule)
     if is_character(recipe.config.data):
         recipe.derive("views.flip", 0.0, "a mirrored character is another one")
     if size / 0.875 > side:
@@ -162,10 +174,12 @@ def _choose_batch(recipe: Rules, images: int, machine: Machine) -> None:
     if found < 128:
         rule += f": about {LEAST_UPDATES} updates an epoch"
     if machine.memory_bytes is not None:
-        (width, depth, side), decoder = _sizes(recipe), recipe.config.mae.decoder
-        visible = round(side**2 * (1 - recipe.config.mae.mask_ratio))
-        sizes = (width, depth), (decoder.width, decoder.depth)
-        fits = machine.processes * fitting_batch(machine.memory_bytes, side**2, visible, *sizes)
+        (width, depth, side), mae = _sizes(recipe), recipe.config.mae
+        sizes, decoder = (width, depth), (mae.decoder.width, mae.decoder.depth)
+        visible = round(side**2 * (1 - mae.mask_ratio))
+        if recipe.config.objective == "simmim":
+            visible, decoder = side**2, (0, 0)
+        fits = machine.processes * fitting_batch(machine.memory_bytes, side**2, visible, sizes, decoder)
         if fits < found:
             found, rule = fits, f"a power of two whose activations take half of {machine.memory_bytes / 2**30:.0f} GiB"
     recipe.derive("batch_size", max(2, found), rule)
@@ -177,25 +191,27 @@ def _choose_batch(recipe: Rules, images: int, machine: Machine) -> None:
 
 def _choose_rate(recipe: Rules) -> None:
     batch, (width, _, _) = recipe.config.batch_size, _sizes(recipe)
-    rule = f"MAE's, whose product with the batch follows the root of {batch} images"
+    section, is_mae = recipe.config.objective, recipe.config.objective == "mae"
+    rule = f"{'MAE' if is_mae else 'SimMIM'}'s, whose product with the batch follows the root of {batch} images"
     rule += f", and is higher for a width of {width}" if width < PAPER_WIDTH else ""
-    recipe.derive("mae.lr", base_rate(batch, width), rule)
+    recipe.derive(f"{section}.lr", base_rate(batch, width) if is_mae else simmim_rate(batch, width), rule)
     if (before := recipe.before("batch_size")) is not None:
-        rate = two_digits(recipe.config.mae.lr * (before / batch) ** 0.5)
-        recipe.adapt("mae.lr", rate, "its product with the batch follows the root of the batch")
+        rate = two_digits(recipe.config.masking.lr * (before / batch) ** 0.5)
+        recipe.adapt(f"{section}.lr", rate, "its product with the batch follows the root of the batch")
 
 
 def _derive_schedule(recipe: Rules, images: int, machine: Machine) -> None:
-    _, _, side = _sizes(recipe)
-    rule = "as MAE's 800 of ImageNet, 1600 below 100,000 images"
+    (_, _, side), section = _sizes(recipe), recipe.config.objective
+    most = CPU_PATCHES if section == "mae" else SIMMIM_CPU_PATCHES
+    rule = f"as {'MAE' if section == 'mae' else 'SimMIM'}'s 800 of ImageNet, 1600 below 100,000 images"
     if not machine.cuda:
-        rule = f"{CPU_PATCHES // 10**6} million patches, {side**2} an image: 20 minutes on a core; at most 400"
-    recipe.derive("mae.epochs", epochs(images, side**2, machine.cuda), rule)
-    chosen = recipe.config.mae.epochs
+        rule = f"{most // 10**6} million patches, {side**2} an image: 20 minutes on a core; at most 400"
+    recipe.derive(f"{section}.epochs", epochs(images, side**2, machine.cuda, most), rule)
+    chosen = recipe.config.masking.epochs
     rule = f"5% of {chosen} epochs, as MAE's 40 of 800"
-    recipe.derive("mae.warmup_epochs", two_digits(chosen / 20), rule)
-    if recipe.config.mae.warmup_epochs > chosen:
-        recipe.adapt("mae.warmup_epochs", two_digits(chosen / 20), rule)
+    recipe.derive(f"{section}.warmup_epochs", two_digits(chosen / 20), rule)
+    if recipe.config.masking.warmup_epochs > chosen:
+        recipe.adapt(f"{section}.warmup_epochs", two_digits(chosen / 20), rule)
     recipe.derive("monitor.knn_every_epochs", max(1, chosen // 20), "about 20 checks in the run")
     if not machine.cuda:
         recipe.derive("monitor.knn_samples", 2000, "a check is to take seconds on a CPU")

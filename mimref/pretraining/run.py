@@ -1,4 +1,4 @@
-"""Pre-train a masked autoencoder on the user's images."""
+"""Pre-train an encoder on the user's images by masked image modelling."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from mimref.distributed.group import world_size
 from mimref.draws import Operation, uniform
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.parameters import encoder_groups
-from mimref.encoders.vit import build_encoder
+from mimref.encoders.vit import Encoder, build_encoder
 from mimref.errors import Checks
 from mimref.evaluation.exhibits.collect import Exhibition, encoder_model
 from mimref.evaluation.monitor import KnnMonitor
@@ -24,6 +24,7 @@ from mimref.features.header import data_record, eval_transform
 from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.pretraining.plan import Plan, make_plan
+from mimref.pretraining.simmim import SimMIM
 from mimref.progress import Listener
 from mimref.results import Row, Tabular
 from mimref.training.optim import module_groups
@@ -41,7 +42,7 @@ class PretrainResult(Tabular):
 
 
 class Pretraining(Stage):
-    """A masked autoencoder in training."""
+    """An encoder in pre-training, with what its objective adds to it."""
 
     name = "pretrain"
 
@@ -56,21 +57,22 @@ class Pretraining(Stage):
         self.transform = eval_transform(architecture, config.data, {})
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture)
-        self.model = MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio).to(device)
+        settings = config.masking
+        self.model = build_model(encoder, config).to(device)
         self.trained_model = averaged(self.model, device)
         super().__init__(
             run,
             "pre-training",
-            encoder_groups(encoder, weight_decay=config.mae.weight_decay, layer_decay=1.0)
-            + module_groups(self.model.decoder, weight_decay=config.mae.weight_decay),
-            lr=config.mae.lr,
-            warmup_epochs=config.mae.warmup_epochs,
-            epochs=config.mae.epochs,
+            encoder_groups(encoder, weight_decay=settings.weight_decay, layer_decay=1.0)
+            + module_groups(self.model.decoder, weight_decay=settings.weight_decay),
+            lr=settings.lr,
+            warmup_epochs=settings.warmup_epochs,
+            epochs=settings.epochs,
             source=source,
-            crops=[CropGroup(1, architecture.image_size, config.mae.crop_scale, config.views.aspect_ratio)],
+            crops=[CropGroup(1, architecture.image_size, settings.crop_scale, config.views.aspect_ratio)],
             device=device,
         )
-        # MAE augments by crop and flip alone.
+        # MAE and SimMIM augment by crop and flip alone.
         plain = config.views.model_copy(update={"color": False, "blur": False})
         self.photometric = Photometric(plain, config.seed, device, mean=self.transform.mean, std=self.transform.std)
         note = run.listener.note
@@ -108,6 +110,13 @@ class Pretraining(Stage):
         self.rows = state["rows"]
 
 
+def build_model(encoder: Encoder, config: PretrainConfig) -> MaskedAutoencoder | SimMIM:
+    """The encoder and what the objective adds to it, with new weights."""
+    if config.objective == "simmim":
+        return SimMIM(encoder, config.simmim.mask_ratio)
+    return MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio)
+
+
 def pretrain(
     config: PretrainConfig,
     out: Path,
@@ -117,7 +126,7 @@ def pretrain(
     listener: Listener | None = None,
     checks: Checks | None = None,
 ) -> PretrainResult:
-    """Train a masked autoencoder, and write `encoder.safetensors` with its header, log and results into `out`.
+    """Train an encoder by masked image modelling; write `encoder.safetensors` with header, log and results to `out`.
 
     Works on unlabelled images; labels, if any, serve the k-NN check alone. resume: continue the unfinished run in
     `out`; of a finished one, return its results. force: replace the files of an earlier run in `out`. Raises UserError
@@ -165,11 +174,11 @@ def _exhibit(job: Pretraining, config: PretrainConfig, out: Path) -> None:
 
 def _write_encoder(job: Pretraining, config: PretrainConfig, out: Path) -> None:
     header = {
-        "source": "mae",
+        "source": config.objective,
         "preset": job.run.config.preset,
         "data": data_record(config.data),
         "transform": job.transform.to_dict(),
         "metrics": job.rows,
     }
-    dtype = torch.float16 if config.mae.save_dtype == "fp16" else torch.float32
+    dtype = torch.float16 if config.masking.save_dtype == "fp16" else torch.float32
     save_encoder(out / "encoder.safetensors", job.model.encoder, header, dtype=dtype)

@@ -117,6 +117,17 @@ def test_pretrain_passes_its_options_on(work: Calls) -> None:
     assert work.out == Path("runs/pretrain-mae_b16")
 
 
+def test_epochs_of_pretrain_are_those_of_the_objective(work: Calls) -> None:
+    assert run(["pretrain", "--objective", "simmim", "--epochs", "7"]) == 0
+    assert (work.config.preset, work.config.objective, work.config.simmim.epochs) == (None, "simmim", 7)
+    assert run(["pretrain", "--data", "imgs", "--epochs", "7", "--set", "objective=simmim"]) == 0
+    assert (work.config.simmim.epochs, work.config.mae.epochs) == (7, 800)
+    assert run(["pretrain", "--preset", "peak", "--epochs", "7"]) == 0
+    assert (work.config.preset, work.config.simmim.epochs) == ("pretrain/peak", 7)
+    assert run(["pretrain", "--preset", "mae_b16", "--objective", "simmim"]) == 0
+    assert work.config.simmim.epochs == 800
+
+
 def test_knn_without_arguments_takes_the_digits(work: Calls) -> None:
     assert run(["knn"]) == 0
     # The packaged encoder's file names its images.

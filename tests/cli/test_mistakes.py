@@ -80,6 +80,7 @@ LISTS = {
     ),
     # Nothing is downloaded for a line that cannot run.
     "refine --arch vit_l16 --source mae --data nowhere": ("--data nowhere",),
+    "pretrain --objective simmin --set mae.lr=1 --set simmim.lr=0": ("--objective simmin", "simmim.lr = 0"),
     "pretrain --data nowhere --arch swin --epochs 0 --out done": ("'swin'", "--data nowhere", "--epochs 0", "done"),
     "knn gone.pth --data nowhere --k ten --precision bf17 --set foo.bar=1 --set seed --out done": (
         "gone.pth",
