@@ -44,7 +44,7 @@ def model_flops(config: RefineConfig, architecture: Architecture, blocks: list[i
     wanted = sorted(set(blocks))
 
     def step() -> None:
-        pooled_WVD = PooledBlocks(encoder, wanted, config.heads.pool)(views)
+        pooled_WVD, _ = PooledBlocks(encoder, wanted, config.heads.pool)(views)
         _, prediction_HNO = heads(torch.stack([pooled_WVD[wanted.index(block)] for block in blocks]))
         prediction_HNO.sum().backward()
 

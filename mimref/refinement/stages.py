@@ -14,6 +14,7 @@ from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
 from mimref.evaluation.monitor import CollapseWatch, KnnMonitor
 from mimref.refinement.config import EncoderStageConfig, HeadsStageConfig
+from mimref.refinement.dense import DenseTerm
 from mimref.refinement.memory import half, largest_micro_batch, release_memory
 from mimref.refinement.method import Method, StepValues, monitored_values
 from mimref.refinement.plan import Plan, base_encoder
@@ -151,6 +152,7 @@ class EncoderStage(RefinementStage):
         self.first_step, self.first_epoch = plan.heads_steps, plan.config.heads_stage.epochs
         method.encoder.train()
         method.trained_encoder = averaged(method.pooled_blocks, method.device)
+        method.dense = dense_term(plan, method.device)
         groups = encoder_groups(
             method.encoder, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
         ) + module_groups(method.heads, weight_decay=settings.heads_weight_decay)
@@ -211,3 +213,9 @@ class EncoderStage(RefinementStage):
         self.average.module.load_state_dict(state["average"])
         if state["collapse_start"] is not None:
             self.collapse = CollapseWatch(state["collapse_start"])
+
+
+def dense_term(plan: Plan, device: torch.device) -> DenseTerm | None:
+    """The dense term that the settings ask for, with a base of its own."""
+    kind = plan.config.loss.dense
+    return None if kind == "none" else DenseTerm(base_encoder(plan, device), max(plan.blocks), kind)
