@@ -35,8 +35,8 @@ def count_flops(work: Callable[[], object]) -> int:
 def model_flops(config: RefineConfig, architecture: Architecture, blocks: list[int], stage: StageName) -> int:
     """FLOPs of encoder and heads per image in one step, forward and backward, on any machine.
 
-    Counted on shapes alone. Frozen parts have no backward pass, and nothing is computed twice. Photometric
-    augmentation, queue and loss are not part of the model.
+    Counted on shapes alone. Frozen parts have no backward pass, and nothing is computed twice. The base's pass for a
+    dense term is part of it; photometric augmentation, queue and loss are not.
     """
     groups = multi_crop(config.views, architecture.image_size)
     encoder, heads = meta_modules(config, architecture, blocks, stage)
@@ -47,6 +47,9 @@ def model_flops(config: RefineConfig, architecture: Architecture, blocks: list[i
         pooled_WVD, _ = PooledBlocks(encoder, wanted, config.heads.pool)(views)
         _, prediction_HNO = heads(torch.stack([pooled_WVD[wanted.index(block)] for block in blocks]))
         prediction_HNO.sum().backward()
+        if stage == "encoder" and config.loss.dense != "none":
+            with torch.no_grad():
+                encoder.blocks(views[0], [max(blocks)], final_norm=True)
 
     with sdpa_kernel(SDPBackend.MATH):
         return count_flops(step)

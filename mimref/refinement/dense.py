@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.encoders.vit import Encoder
+from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.refinement.config import DenseKind
 
 
@@ -44,8 +44,8 @@ class DenseTerm:
     """The distance of an encoder's patches to those of the frozen base, at one block."""
 
     def __init__(self, base: Encoder, block: int, kind: DenseKind) -> None:
-        """base: in evaluation mode; its weights are frozen here. block: 1-based."""
-        self.base, self.block, self.kind = base.requires_grad_(False), block, kind
+        """base: in evaluation mode, and never trained. block: 1-based."""
+        self.base, self.block, self.kind = base, block, kind
 
     @torch.no_grad()
     def base_patches(self, images_N3SS: Tensor) -> Tensor:
@@ -57,6 +57,16 @@ class DenseTerm:
         compare = gram_difference if self.kind == "gram" else cka_distance
         precise = torch.promote_types(student_NPD.dtype, torch.float32)
         return compare(student_NPD.to(precise), base_NPD.to(precise))
+
+
+@torch.no_grad()
+def patch_shape(architecture: Architecture, block: int, size: int) -> tuple[int, int]:
+    """Number and width of the patch tokens of a block (1-based), for images of `size` pixels; on any machine."""
+    with torch.device("meta"):
+        encoder = build_encoder(architecture)
+        image = torch.empty(1, architecture.channels, size, size)
+    patches_NPD = patches_of(encoder, encoder.blocks(image, [block], final_norm=True)[0])
+    return patches_NPD.shape[1], patches_NPD.shape[2]
 
 
 def patches_of(encoder: Encoder, tokens_NLD: Tensor) -> Tensor:

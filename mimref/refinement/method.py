@@ -101,7 +101,7 @@ class Method:
 
         With `micro_batch` the encoder runs twice on parts of the batch: without gradient, so that heads and loss see
         the whole batch, and again to backpropagate the gradients of its features (GradCache, Gao et al. 2021). Memory
-        then follows the micro-batch, and the gradients are those of one pass. The dense term is a sum over images: it is
+        then follows the micro-batch, and the gradients are those of one pass. The dense term, a sum over images, is
         computed in the second pass alone, part by part.
         """
         # Ranks may have different numbers of images, but all must take the same branch.

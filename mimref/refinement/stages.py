@@ -218,4 +218,6 @@ class EncoderStage(RefinementStage):
 def dense_term(plan: Plan, device: torch.device) -> DenseTerm | None:
     """The dense term that the settings ask for, with a base of its own."""
     kind = plan.config.loss.dense
-    return None if kind == "none" else DenseTerm(base_encoder(plan, device), max(plan.blocks), kind)
+    if kind == "none":
+        return None
+    return DenseTerm(base_encoder(plan, device).requires_grad_(False), max(plan.blocks), kind)
