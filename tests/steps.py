@@ -52,7 +52,7 @@ def make_step(
         for parameter in encoder.parameters():
             if parameter.ndim == 1:  # norms and biases away from one and zero
                 parameter.add_(0.2 * torch.randn(parameter.shape))
-    heads = Heads(CONFIG, len(blocks), 32).double()
+    heads = Heads(CONFIG, [32] * len(blocks)).double()
     queue = Queue(len(blocks), QUEUE, CONFIG.output, generator=torch.Generator().manual_seed(1), device=CPU)
     queue.rows_HQO = F.normalize(queue.rows_HQO.double(), dim=2)
     step = Method(

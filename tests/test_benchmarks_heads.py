@@ -11,7 +11,7 @@ def test_separate_heads_compute_what_the_ensemble_does() -> None:
     """Outputs, gradients of inputs and weights, and running statistics, in float64."""
     torch.manual_seed(0)
     config = HeadsConfig(projector_hidden=7, predictor_hidden=9, output=5)
-    heads = Heads(config, 3, 6).double()
+    heads = Heads(config, [6] * 3).double()
     with torch.no_grad():
         for weight in heads.parameters():
             weight.normal_()

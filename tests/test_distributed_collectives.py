@@ -125,7 +125,7 @@ def collectives(number: int) -> list[str]:
 
         return call
 
-    heads = Heads(HeadsConfig(projector_hidden=8, predictor_hidden=8, output=4), number, 16)
+    heads = Heads(HeadsConfig(projector_hidden=8, predictor_hidden=8, output=4), [16] * number)
     gather, reduce = dist.all_gather, dist.all_reduce
     dist.all_gather, dist.all_reduce = counted("gather", gather), counted("reduce", reduce)
     _, prediction = heads(torch.randn(number, 6, 16))

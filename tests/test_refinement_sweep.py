@@ -47,7 +47,7 @@ class FakeMonitor:
 
 def make_heads() -> Heads:
     torch.manual_seed(0)
-    heads = Heads(HeadsConfig(projector_hidden=6, predictor_hidden=4, output=4), len(BLOCKS), DIM)
+    heads = Heads(HeadsConfig(projector_hidden=6, predictor_hidden=4, output=4), [DIM] * len(BLOCKS))
     norm = heads.projector[0].norm
     with torch.no_grad():
         norm.running_mean.normal_()

@@ -52,7 +52,7 @@ def benchmark_heads(
     sizes = sizes or HeadSizes.for_device(target)
     dtype = resolve_precision(precision, target)
     torch.manual_seed(0)
-    heads = Heads(sizes.config, sizes.heads, sizes.embed_dim).to(target)
+    heads = Heads(sizes.config, [sizes.embed_dim] * sizes.heads).to(target)
     separate = separate_heads(heads, sizes.config, sizes.embed_dim)
     tick = Ticks(progress, len(sizes.images))
     rows = []

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.encoders.vit import Architecture, Encoder, build_encoder
+from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture, TimmBackbone, TokenEncoder
+from mimref.encoders.vit import build_encoder
 from mimref.refinement.config import DenseKind
 
 
@@ -43,14 +44,14 @@ def _kernel(tokens_NPD: Tensor) -> Tensor:
 class DenseTerm:
     """The distance of an encoder's patches to those of the frozen base, at one block."""
 
-    def __init__(self, base: Encoder, block: int, kind: DenseKind) -> None:
+    def __init__(self, base: TokenEncoder, block: int, kind: DenseKind) -> None:
         """base: in evaluation mode, and never trained. block: 1-based."""
         self.base, self.block, self.kind = base, block, kind
 
     @torch.no_grad()
     def base_patches(self, images_N3SS: Tensor) -> Tensor:
         """The base's patch tokens at the block, (N, P, D), read as heads read them."""
-        return patches_of(self.base, self.base.blocks(images_N3SS, [self.block], final_norm=True)[0])
+        return _read_patches(self.base, images_N3SS, self.block)
 
     def distance(self, student_NPD: Tensor, base_NPD: Tensor) -> Tensor:
         """Distance of every image, (N,), in float32 at least."""
@@ -60,15 +61,24 @@ class DenseTerm:
 
 
 @torch.no_grad()
-def patch_shape(architecture: Architecture, block: int, size: int) -> tuple[int, int]:
+def patch_shape(architecture: EncoderArchitecture, block: int, size: int) -> tuple[int, int]:
     """Number and width of the patch tokens of a block (1-based), for images of `size` pixels; on any machine."""
     with torch.device("meta"):
-        encoder = build_encoder(architecture)
+        encoder = (
+            TimmBackbone(architecture)
+            if isinstance(architecture, BackboneArchitecture)
+            else build_encoder(architecture)
+        )
         image = torch.empty(1, architecture.channels, size, size)
-    patches_NPD = patches_of(encoder, encoder.blocks(image, [block], final_norm=True)[0])
+    patches_NPD = _read_patches(encoder.eval(), image, block)
     return patches_NPD.shape[1], patches_NPD.shape[2]
 
 
-def patches_of(encoder: Encoder, tokens_NLD: Tensor) -> Tensor:
+def patches_of(encoder: TokenEncoder, tokens_NLD: Tensor) -> Tensor:
     """Tokens without the prefix (CLS, registers), (N, P, D)."""
     return tokens_NLD[:, encoder.num_prefix_tokens :]
+
+
+def _read_patches(encoder: TokenEncoder, images_N3SS: Tensor, block: int) -> Tensor:
+    final_norm = encoder.architecture.has_final_norm
+    return patches_of(encoder, encoder.blocks(images_N3SS, [block], final_norm=final_norm)[0])

@@ -1,7 +1,7 @@
 """The method on one batch: views, encoder, heads, neighbours, loss, gradients.
 
-Shapes: B images (b of a micro-batch), V views (0 and 1 global), G = 2 global views, W blocks that heads read, H heads,
-D encoder width, O output width, N = V * B rows.
+Shapes: B images (b of a micro-batch), V views (0 and 1 global), G = 2 global views, H heads,
+D width of a block, O output width, N = V * B rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from mimref.devices import autocast
 from mimref.distributed.collectives import gather_rows, gather_rows_with_gradient, gather_samples, sum_over_ranks
 from mimref.distributed.group import own_rank, world_size
 from mimref.draws import Operation, uniform
-from mimref.encoders.vit import Encoder
+from mimref.encoders.backbones import TokenEncoder
 from mimref.refinement.alignment import Alignment, Neighbours, Queue, nna_loss
 from mimref.refinement.config import LossConfig
 from mimref.refinement.dense import DenseTerm, patches_of
@@ -44,23 +44,23 @@ class StepValues(NamedTuple):
 class PooledBlocks(nn.Module):
     """Pooled tokens of some blocks, as one module whose gradients ranks can average."""
 
-    def __init__(self, encoder: Encoder, wanted: Sequence[int], pool: str) -> None:
+    def __init__(self, encoder: TokenEncoder, wanted: Sequence[int], pool: str) -> None:
         super().__init__()
         self.encoder, self.wanted, self.pool = encoder, wanted, pool
 
-    def forward(self, images: list[Tensor], *, dense: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Images of several sizes, (N_i, 3, S_i, S_i) each -> (W, sum of N_i, D).
+    def forward(self, images: list[Tensor], *, dense: bool = False) -> tuple[list[Tensor], Tensor | None]:
+        """Images of several sizes, (N_i, 3, S_i, S_i) each -> (sum of N_i, D) of every block, with its own width D.
 
         dense: also the patch tokens of the last of the blocks, of images of the first size: (N_0, P, D).
         """
         parts, patches_NPD = [], None
         for sized in images:
             # The head at the last block reads the normed output, as users of the encoder do.
-            tokens = self.encoder.blocks(sized, self.wanted, final_norm=True)
-            parts.append(torch.stack([self.encoder.pool(block, self.pool) for block in tokens]))
+            tokens = self.encoder.blocks(sized, self.wanted, final_norm=self.encoder.architecture.has_final_norm)
+            parts.append([self.encoder.pool(block, self.pool) for block in tokens])
             if dense and sized is images[0]:
                 patches_NPD = patches_of(self.encoder, tokens[-1])
-        return torch.cat(parts, dim=1), patches_NPD
+        return [torch.cat(of_block) for of_block in zip(*parts, strict=True)], patches_NPD
 
 
 class Method:
@@ -68,7 +68,7 @@ class Method:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: TokenEncoder,
         heads: Heads,
         queue: Queue,
         photometric: Photometric,
@@ -112,18 +112,17 @@ class Method:
             return values
         dense = []
         with torch.no_grad():
-            features_WVBD = self._encode_in_parts(batch)
-        features_WVBD.requires_grad_()
-        values = self._align(self._of_heads(features_WVBD), batch, weight_H, top_k)
+            features_VBD = [x_VBD.requires_grad_() for x_VBD in self._encode_in_parts(batch)]
+        values = self._align(self._of_heads(features_VBD), batch, weight_H, top_k)
         values.loss.backward()
-        assert features_WVBD.grad is not None
-        gradient_WVBD, images = features_WVBD.grad, len(batch.sample_B)
+        gradients_VBD = [x_VBD.grad for x_VBD in features_VBD if x_VBD.grad is not None]
+        images = len(batch.sample_B)
         for rows, part in self._parts(batch):
             encoder, last = self.trained_encoder, rows.stop == images
             # Ranks exchange the gradients of all parts once, with the last part.
             with encoder.no_sync() if isinstance(encoder, DistributedDataParallel) and not last else nullcontext():
-                part_WVBD, distance_N = self._encode(part, encoder, self.dense)
-                outputs, gradients = [part_WVBD], [gradient_WVBD[:, :, rows]]
+                outputs, distance_N = self._encode(part, encoder, self.dense)
+                gradients = [x_VBD[:, rows] for x_VBD in gradients_VBD]
                 if distance_N is not None:
                     dense.append(self._share_of_mean(distance_N, values, images))
                     outputs.append(self.loss.dense_weight * dense[-1])
@@ -139,19 +138,19 @@ class Method:
             return values
         return self._with_dense(values, self._share_of_mean(distance_N, values, len(batch.sample_B)))
 
-    def features(self, batch: ViewBatch, *, train_encoder: bool) -> Tensor:
-        """What each head reads, pooled tokens (H, N, D), rows view by view."""
+    def features(self, batch: ViewBatch, *, train_encoder: bool) -> list[Tensor]:
+        """What the heads take, pooled tokens (H, N, D) of every distinct width, rows view by view."""
         return self._features(batch, train_encoder=train_encoder)[0]
 
-    def _features(self, batch: ViewBatch, *, train_encoder: bool) -> tuple[Tensor, Tensor | None]:
+    def _features(self, batch: ViewBatch, *, train_encoder: bool) -> tuple[list[Tensor], Tensor | None]:
         """The same, and where the encoder trains, the global views' distances of the dense term."""
         if train_encoder:
-            features_WVBD, distance_N = self._encode(batch, self.trained_encoder, self.dense)
-            return self._of_heads(features_WVBD), distance_N
+            features_VBD, distance_N = self._encode(batch, self.trained_encoder, self.dense)
+            return self._of_heads(features_VBD), distance_N
         with torch.inference_mode():
-            features_WVBD = self._encode_in_parts(batch)
+            features_VBD = self._encode_in_parts(batch)
         # Stacked outside of inference mode: autograd cannot use inference tensors.
-        return self._of_heads(features_WVBD), None
+        return self._of_heads(features_VBD), None
 
     def _share_of_mean(self, distance_N: Tensor, values: StepValues, images: int) -> Tensor:
         """What distances of this rank add to their mean over the batch, times the number of ranks, as in the loss.
@@ -163,10 +162,10 @@ class Method:
     def _with_dense(self, values: StepValues, dense: Tensor) -> StepValues:
         return values._replace(loss=values.loss + self.loss.dense_weight * dense, dense=dense)
 
-    def _align(self, features_HND: Tensor, batch: ViewBatch, weight_H: Tensor, top_k: int) -> StepValues:
+    def _align(self, features_HND: list[Tensor], batch: ViewBatch, weight_H: Tensor, top_k: int) -> StepValues:
         """Heads, neighbours and loss of a whole batch."""
         with autocast(self.device, self.precision):
-            projection_HNO, prediction_HNO = self.trained_heads(features_HND)
+            projection_HNO, prediction_HNO = self.trained_heads(*features_HND)
         images = len(batch.sample_B)
         samples = gather_samples(batch.sample_B, self.most_images)
         sample_B = batch.sample_B.to(self.device, non_blocking=True)
@@ -206,24 +205,25 @@ class Method:
 
     def _encode(
         self, batch: ViewBatch, pooled_blocks: nn.Module, dense: DenseTerm | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Pooled tokens of the blocks that heads read, (W, V, B, D), by one encoder pass per crop size.
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Pooled tokens of the blocks that heads read, (V, B, D) each, by one encoder pass per crop size.
 
         dense: also the distance of both global views of each image to the base, (2 * B,).
         """
-        images = [sized_vB3SS.flatten(0, 1) for sized_vB3SS in views_of(batch, self.photometric)]
+        views = views_of(batch, self.photometric)
+        images = [sized_vB3SS.flatten(0, 1) for sized_vB3SS in views]
         with autocast(self.device, self.precision):
             # Before the encoder's own pass, whose activations are kept.
             base_NPD = dense.base_patches(images[0]) if dense is not None else None
-            pooled_WND, student_NPD = pooled_blocks(images, dense=dense is not None)
-        views = sum(crops.shape[1] for crops in batch.crops)
-        pooled_WVBD: Tensor = pooled_WND.unflatten(1, (views, len(batch.sample_B)))
-        return pooled_WVBD, None if dense is None else dense.distance(student_NPD, base_NPD)
+            pooled_ND, student_NPD = pooled_blocks(images, dense=dense is not None)
+        shape = (sum(map(len, views)), len(batch.sample_B))
+        pooled_VBD = [x_ND.unflatten(0, shape) for x_ND in pooled_ND]
+        return pooled_VBD, None if dense is None else dense.distance(student_NPD, base_NPD)
 
-    def _encode_in_parts(self, batch: ViewBatch) -> Tensor:
+    def _encode_in_parts(self, batch: ViewBatch) -> list[Tensor]:
         """The first of these, micro-batch by micro-batch. Call it without gradient."""
         parts = [self._encode(part, self.pooled_blocks)[0] for _, part in self._parts(batch)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return parts[0] if len(parts) == 1 else [torch.cat(of_block, dim=1) for of_block in zip(*parts, strict=True)]
 
     def _parts(self, batch: ViewBatch) -> Iterator[tuple[slice, ViewBatch]]:
         """Micro-batches of a batch, and which of its images they hold. The last one may be smaller."""
@@ -234,9 +234,10 @@ class Method:
             rows = slice(start, min(start + size, images))
             yield rows, ViewBatch(batch.epoch, batch.sample_B[rows], [crops[rows] for crops in batch.crops], [])
 
-    def _of_heads(self, features_WVBD: Tensor) -> Tensor:
-        """What each head reads, (H, N, D)."""
-        return torch.stack([features_WVBD[index] for index in self.block_of_head]).flatten(1, 2)
+    def _of_heads(self, features_VBD: list[Tensor]) -> list[Tensor]:
+        """What the heads take, (H, N, D) of every distinct width."""
+        stacked = self.heads.stacked([features_VBD[index] for index in self.block_of_head])
+        return [x_HVBD.flatten(1, 2) for x_HVBD in stacked]
 
     def _choices(self, epoch: int, sample_B: Tensor) -> Tensor:
         """Uniform numbers (H, 2 * B) that pick one of the top-k neighbours."""
