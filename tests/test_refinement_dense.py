@@ -284,15 +284,6 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     assert first == 0 and all(value > 0 for value in later)
 
 
-def test_a_dense_term_keeps_patches_closer_to_the_base(paths: tuple[Path, Path], tmp_path: Path) -> None:
-    ends = {}
-    for weight in (1e-3, 100.0):
-        config = refine_config(*paths, loss__dense="gram", loss__dense_weight=weight, monitor__log_every=1)
-        refine(config, tmp_path / str(weight))
-        ends[weight] = [line["dense_loss"] for line in log(tmp_path / str(weight)) if "dense_loss" in line][-1]
-    assert ends[100.0] < 0.5 * ends[1e-3]
-
-
 # ---- Settings, sizes and cost.
 
 
