@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 from itertools import starmap
 from typing import Any, NamedTuple, Self
 
@@ -24,13 +24,14 @@ from mimref.encoders.timm_models import (
     as_tokens,
     build_model,
     intermediates,
+    layer_ids,
     native_size,
     norm_of,
     size_rule,
     timm_record,
 )
 from mimref.encoders.tokens import check_blocks, norm_flags, pool_tokens
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, gray, is_plain_vit
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder, gray, is_plain_vit
 from mimref.errors import ConfigError
 
 Option = bool | int | float | str | tuple["Option", ...]
@@ -212,6 +213,45 @@ class TimmBackbone(nn.Module):
         self.has_cls_token = architecture.class_token
         self.patch_size = architecture.patch_size
         self.model = architecture.build()
+        self._checkpointing = False
+
+    @property
+    def checkpointing(self) -> bool:
+        """Recompute blocks in the backward pass instead of storing their activations."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, enable: bool) -> None:
+        self._checkpointing = enable
+        if enable and not hasattr(self.model, "set_grad_checkpointing"):
+            raise ConfigError(f"activation_checkpointing: timm has none for {self.architecture.name}; set it to false")
+        if enable:
+            self.model.set_grad_checkpointing(True)
+
+    @property
+    def block_modules(self) -> list[nn.Module]:
+        """What torch can compile one by one: blocks or stages."""
+        found = (getattr(self.model, name, None) for name in ("blocks", "layers", "stages"))
+        return next((list(each) for each in found if isinstance(each, nn.ModuleList | nn.Sequential)), [])
+
+    @cached_property
+    def _layers(self) -> dict[str, int]:
+        """Layer of every parameter; the final norm's is one more than the last block's."""
+        layers, norm = layer_ids(self.model), norm_of(self.model)
+        in_norm = {id(parameter) for parameter in norm.parameters()} if norm is not None else set()
+        normed = [name for name, parameter in self.model.named_parameters() if id(parameter) in in_norm]
+        last = max(layers[name] for name in reached(self.architecture, self.depth) if name not in normed)
+        return layers | dict.fromkeys(normed, last + 1) | {"": last + 1}
+
+    @property
+    def last_layer(self) -> int:
+        """Of the final norm, one more than the last block's."""
+        return self._layers[""]
+
+    def layer_of(self, name: str) -> int:
+        """Layer of one of the model's parameters, as timm's groups count: transformer blocks also where stages are
+        read."""
+        return self._layers[name]
 
     def blocks(
         self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
@@ -261,6 +301,25 @@ EncoderArchitecture = Architecture | BackboneArchitecture
 """Of either kind of encoder: `depth`, `widths`, `patch_size`, `sizes`, `check_size` and more."""
 TokenEncoder = Encoder | TimmBackbone
 """Either kind of encoder."""
+
+
+def new_encoder(architecture: EncoderArchitecture) -> TokenEncoder:
+    """An encoder with random weights, on the current default device."""
+    return TimmBackbone(architecture) if isinstance(architecture, BackboneArchitecture) else build_encoder(architecture)
+
+
+@cache
+def reached(architecture: BackboneArchitecture, block: int) -> frozenset[str]:
+    """Parameters that a block's pooled tokens depend on, with the final norm after the last block.
+
+    Found by a backward pass without data: every one of them gets a gradient.
+    """
+    with torch.device("meta"):
+        backbone = TimmBackbone(architecture).eval()
+        images = torch.empty(1, architecture.channels, architecture.image_size, architecture.image_size)
+    (tokens_BLD,) = backbone.blocks(images, [block], final_norm=architecture.has_final_norm)
+    backbone.pool(tokens_BLD, "cls").sum().backward()
+    return frozenset(name for name, parameter in backbone.model.named_parameters() if parameter.grad is not None)
 
 
 def architecture_from(values: object) -> EncoderArchitecture:

@@ -1,13 +1,13 @@
 """An encoder's parameters: layer-wise learning rates, weight decay, freezing, and what identifies them."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mimref.encoders.backbones import TimmBackbone, TokenEncoder, reached
 from mimref.encoders.vit import Encoder
 
 # Parts of timm's models that the tokens of blocks do not pass through.
@@ -15,40 +15,38 @@ _POOLING = ("fc_norm.", "attn_pool.")
 _TOKENS = ("cls_token", "reg_token", "pos_embed")
 
 
-def _layer_of(name: str, depth: int) -> int:
-    """An encoder parameter's layer: embeddings 0, block i is i, final norm depth + 1 (as BEiT counts)."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    if block:
-        return int(block[1]) + 1
-    return depth + 1 if name.startswith(("norm.", "fc_norm.")) else 0
-
-
-def freeze_untrained(encoder: Encoder, *, first: int, last: int) -> None:
+def freeze_untrained(encoder: TokenEncoder, *, first: int, last: int) -> None:
     """Freeze what does not train if heads read blocks up to `last`, and the `first` blocks are frozen.
 
     Frozen blocks include what feeds them: patch embedding, CLS and register tokens, positions. Later blocks, the norm
     after the last one and pooling do not reach the heads.
     """
-    reached = encoder.depth + 1 if last == encoder.depth else last
-    for name, parameter in encoder.vit.named_parameters():
-        layer = _layer_of(name, encoder.depth)
-        if (first and layer <= first) or layer > reached or name.startswith(_POOLING):
+    if isinstance(encoder, TimmBackbone):
+        trained = reached(encoder.architecture, last) - (reached(encoder.architecture, first) if first else set())
+    else:
+        reach = encoder.last_layer if last == encoder.depth else last
+        layers = {name: encoder.layer_of(name) for name, _ in encoder.vit.named_parameters()}
+        lowest = first + 1 if first else 0
+        trained = {name for name, layer in layers.items() if lowest <= layer <= reach and not name.startswith(_POOLING)}
+    for name, parameter in encoder.model.named_parameters():
+        if name not in trained:
             parameter.requires_grad_(False)
 
 
-def encoder_groups(encoder: Encoder, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def encoder_groups(encoder: TokenEncoder, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """AdamW groups of an encoder's trainable parameters, one per layer with weight decay and one without.
 
-    Each group has `lr_scale` = layer_decay ** (depth + 1 - layer): 1 for the final norm, one decay for the last block.
-    Biases, norms, CLS and register tokens and positions have no weight decay.
+    Each group has `lr_scale` = layer_decay ** (last layer - layer): 1 for the final norm, one decay for the last block.
+    Biases, norms, CLS and register tokens, positions and what timm's model names have no weight decay.
     """
+    undecayed = set(encoder.model.no_weight_decay()) if isinstance(encoder, TimmBackbone) else set()
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in encoder.vit.named_parameters():
+    for name, parameter in encoder.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = _layer_of(name, encoder.depth)
-        decayed = parameter.ndim > 1 and not name.startswith(_TOKENS)
-        scale, decay = layer_decay ** (encoder.depth + 1 - layer), weight_decay if decayed else 0.0
+        layer = encoder.layer_of(name) if layer_decay != 1 or isinstance(encoder, Encoder) else 0
+        decayed = parameter.ndim > 1 and not name.startswith(_TOKENS) and name not in undecayed
+        scale, decay = layer_decay ** (encoder.last_layer - layer), weight_decay if decayed else 0.0
         new_group = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
         group = groups.setdefault((layer, decayed), new_group)
         group["params"].append(parameter)
@@ -56,9 +54,9 @@ def encoder_groups(encoder: Encoder, *, weight_decay: float, layer_decay: float)
     return list(groups.values())
 
 
-def weights_hash(encoder: Encoder) -> str:
+def weights_hash(encoder: TokenEncoder) -> str:
     """SHA-256 of an encoder's tensors, to see whether two runs start from the same weights."""
-    return tensors_hash(encoder.vit.state_dict())
+    return tensors_hash(encoder.model.state_dict())
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -18,7 +18,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mimref.encoders.vit import RatesOnCpu
+from mimref.encoders.meta import RatesOnCpu
+from mimref.encoders.resizing import ResizedHiera, take_other_sizes
 from mimref.errors import ConfigError
 
 # What no options set: other fields of an architecture do, or nothing does.
@@ -74,10 +75,12 @@ def build_model(name: str, size: int, channels: int, options: Mapping[str, Any])
     if channels != 3:
         chosen["in_chans"] = channels
     try:
-        return timm.create_model(name, pretrained=False, num_classes=0, **chosen)
+        model = timm.create_model(name, pretrained=False, num_classes=0, **chosen)
     except Exception as error:  # constructors fail in their own ways on values that they were not made for
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"timm cannot build {name} for images of {size} pixels ({reason})") from error
+    take_other_sizes(model)
+    return model
 
 
 @cache
@@ -92,10 +95,11 @@ def _arguments(name: str) -> frozenset[str]:
 
 def size_rule(model: Any, name: str, size: int) -> SizeRule:
     """Sizes of the images that a model built for images of `size` pixels takes."""
-    if isinstance(model, Beit):
-        # Relative positions of a smaller grid are among those of the whole one.
+    if isinstance(model, Beit) and model.pos_embed is None:
         return SizeRule(int(model.patch_embed.patch_size[0]), size)
-    if getattr(model, "dynamic_img_size", False) and not isinstance(model, SwinTransformer | SwinTransformerV2):
+    if isinstance(model, ResizedHiera):
+        return SizeRule(int(model.patch_stride[0] * model.mask_unit_size[0]))
+    if isinstance(model, VisionTransformer | Eva):
         return SizeRule(int(model.patch_embed.patch_size[0]))
     if not getattr(model, "dynamic_img_size", False) and timm_record(name).fixed_input_size:
         return SizeRule(size, size)

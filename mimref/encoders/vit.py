@@ -7,8 +7,8 @@ Shapes: B images, L tokens, D width, N patches.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ContextDecorator
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from typing import Any, Self, cast, get_args
@@ -19,11 +19,11 @@ from timm.layers.mlp import Mlp, SwiGLUPacked
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mimref.config.base import Interpolation
 from mimref.config.run import EncoderConfig
 from mimref.devices import recomputed
+from mimref.encoders.meta import RatesOnCpu
 from mimref.encoders.positions import resize_positions
 from mimref.encoders.tokens import check_blocks, norm_flags, pool_tokens
 from mimref.errors import ConfigError, did_you_mean
@@ -189,6 +189,22 @@ class Encoder(nn.Module):
         """Of every block."""
         return [self.embed_dim] * self.depth
 
+    @property
+    def block_modules(self) -> list[nn.Module]:
+        """What torch can compile one by one."""
+        return list(self.vit.blocks)
+
+    @property
+    def last_layer(self) -> int:
+        """Of the final norm, one more than the last block's."""
+        return self.depth + 1
+
+    def layer_of(self, name: str) -> int:
+        """Layer of one of the model's parameters: embeddings 0, block i is i, final norm depth + 1 (as BEiT counts)."""
+        if block := re.match(r"blocks\.(\d+)\.", name):
+            return int(block[1]) + 1
+        return self.last_layer if name.startswith(("norm.", "fc_norm.")) else 0
+
     def blocks(
         self,
         images: Tensor,
@@ -281,22 +297,6 @@ def are_sincos(positions: Tensor, *, num_prefix: int) -> bool:
     if width % 4 or side**2 + num_prefix != positions.shape[1]:
         return False
     return torch.allclose(positions.float(), sincos_positions(width, side, num_prefix=num_prefix), rtol=0, atol=2e-3)
-
-
-class RatesOnCpu(TorchFunctionMode, ContextDecorator):
-    """Lets timm before 1.0.22 build models on the meta device.
-
-    Its constructors read the rates of stochastic depth from a linspace, and values of meta tensors cannot be read.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # Where timm names a device, the linspace becomes part of a tensor on it.
-        if func is torch.linspace and "device" not in kwargs:
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
 
 
 @RatesOnCpu()
