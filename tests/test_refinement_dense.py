@@ -14,6 +14,7 @@ from mimref.benchmarks.flops import model_flops
 from mimref.benchmarks.stage import ready_stage, resolve_encoder, synthetic_batch
 from mimref.cli import run
 from mimref.data.views import CropGroup
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError, Interrupted
 from mimref.refinement.dense import DenseTerm, cka_distance, gram_difference, patch_shape
@@ -212,6 +213,22 @@ def test_only_patches_are_compared(class_token: bool, registers: int) -> None:
     tokens = term.base.blocks(images, [4], final_norm=True)[0]
     assert torch.equal(patches, tokens[:, class_token + registers :])
     assert patch_shape(architecture, 4, 8) == (4, 32) and patch_shape(architecture, 2, 4) == (1, 32)
+
+
+@pytest.mark.parametrize("name", ["hiera_tiny_224", "test_convnext", "eva02_tiny_patch14_224"])
+def test_positions_of_a_feature_map_are_patches(name: str) -> None:
+    size = 224 if name != "test_convnext" else 64
+    architecture = BackboneArchitecture(name, size)
+    backbone = TimmBackbone(architecture).eval()
+    images = torch.randn(2, 3, size, size)
+    for block in (1, backbone.depth):
+        term = DenseTerm(backbone, block, "cka")
+        patches = term.base_patches(images)
+        tokens = backbone.blocks(images, [block], final_norm=architecture.has_final_norm)[0].detach()
+        assert torch.equal(patches, tokens[:, backbone.num_prefix_tokens :])
+        assert patch_shape(architecture, block, size) == tuple(patches.shape[1:])
+        assert patches.shape[2] == backbone.widths[block - 1]
+        assert term.distance(patches + 1, patches).tolist() == pytest.approx([0, 0], abs=1e-5)
 
 
 def test_stage_1_has_no_dense_term() -> None:

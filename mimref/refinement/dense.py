@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture, TimmBackbone, TokenEncoder
-from mimref.encoders.vit import build_encoder
+from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder, new_encoder
 from mimref.refinement.config import DenseKind
 
 
@@ -64,13 +63,9 @@ class DenseTerm:
 def patch_shape(architecture: EncoderArchitecture, block: int, size: int) -> tuple[int, int]:
     """Number and width of the patch tokens of a block (1-based), for images of `size` pixels; on any machine."""
     with torch.device("meta"):
-        encoder = (
-            TimmBackbone(architecture)
-            if isinstance(architecture, BackboneArchitecture)
-            else build_encoder(architecture)
-        )
+        encoder = new_encoder(architecture).eval()
         image = torch.empty(1, architecture.channels, size, size)
-    patches_NPD = _read_patches(encoder.eval(), image, block)
+    patches_NPD = _read_patches(encoder, image, block)
     return patches_NPD.shape[1], patches_NPD.shape[2]
 
 
