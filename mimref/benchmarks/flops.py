@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mimref.data.views import multi_crop
-from mimref.encoders.vit import Architecture
+from mimref.encoders.backbones import EncoderArchitecture
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.method import PooledBlocks
 from mimref.refinement.schedule import StageName
@@ -32,7 +32,7 @@ def count_flops(work: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def model_flops(config: RefineConfig, architecture: Architecture, blocks: list[int], stage: StageName) -> int:
+def model_flops(config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName) -> int:
     """FLOPs of encoder and heads per image in one step, forward and backward, on any machine.
 
     Counted on shapes alone. Frozen parts have no backward pass, and nothing is computed twice. The base's pass for a

@@ -16,10 +16,10 @@ from mimref.data.loader import ViewBatch
 from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device
+from mimref.encoders.backbones import EncoderArchitecture, new_encoder
 from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
 from mimref.encoders.published import find_published
-from mimref.encoders.settings import architecture_to_train
-from mimref.encoders.vit import Architecture, build_encoder
+from mimref.encoders.settings import architecture_to_train, named_architecture
 from mimref.errors import ConfigError
 from mimref.progress import Silent
 from mimref.refinement.config import RefineConfig
@@ -45,7 +45,7 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Refine
     release_memory()
     memory = PeakMemory(device)
     with torch.device(device):
-        weights = dict(build_encoder(architecture).vit.state_dict())
+        weights = dict(new_encoder(architecture).model.state_dict())
     images = _image_list(IMAGENET_IMAGES)
     checkpoint, transform = Checkpoint(Path("random weights"), weights), EvalTransform(architecture.image_size)
     plan = Plan(_both_stages(config), checkpoint, architecture, transform, images, [])
@@ -54,14 +54,14 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Refine
         yield made(TrainingRun(plan.config, Path(folder), None), plan, build_method(plan, Silent())), memory
 
 
-def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
+def resolve_encoder(config: RefineConfig) -> tuple[EncoderArchitecture, list[int]]:
     """Architecture of the encoder and block of every head, without reading published weights.
 
     Raises ConfigError when settings do not fit the encoder, CheckpointError for weights that do not tell theirs.
     """
     weights = config.encoder.weights
     if weights is None or find_published(weights) is not None:
-        architecture = Architecture.from_config(config.encoder)
+        architecture = named_architecture(config.encoder)
     else:
         architecture = architecture_to_train(config.encoder, read_checkpoint(weights, config.encoder))
     check_sizes(config, architecture)
@@ -72,7 +72,7 @@ def resolve_encoder(config: RefineConfig) -> tuple[Architecture, list[int]]:
     return architecture, blocks
 
 
-def describe_encoder(architecture: Architecture) -> str:
+def describe_encoder(architecture: EncoderArchitecture) -> str:
     """Name and size, for results."""
     return f"{architecture.name} {architecture.depth}x{architecture.width}/{architecture.patch_size}"
 

@@ -15,7 +15,9 @@ from mimref.errors import ConfigError
 
 if TYPE_CHECKING:
     from mimref.config.base import ReadingConfig
+    from mimref.encoders.backbones import TokenEncoder
     from mimref.encoders.checkpoints import Checkpoint
+    from mimref.encoders.export import Export
     from mimref.progress import Listener
     from mimref.sharing.export import FolderExport
     from mimref.sharing.layout import Library, Subject
@@ -104,10 +106,8 @@ def export(options: ExportOptions) -> None:
 
     from mimref.config.base import ReadingConfig
     from mimref.config.load import validated
-    from mimref.encoders.classifier import classifier_of
-    from mimref.encoders.export import ENDINGS, export_release, export_timm, read_encoder
-    from mimref.encoders.export_classifier import export_classifier
-    from mimref.encoders.export_onnx import check_packages, export_onnx
+    from mimref.encoders.export import ENDINGS, plain, read_any_encoder
+    from mimref.encoders.export_onnx import check_packages
     from mimref.features.encode import block_groups
     from mimref.files import check_new_file
     from mimref.reports.terminal import Terminal
@@ -123,26 +123,49 @@ def export(options: ExportOptions) -> None:
     if to == "onnx":
         checks.run("to", check_packages)
     with Terminal(options.quiet) as terminal:
-        read = checks.run("checkpoint", lambda: read_encoder(options.checkpoint, reading, **hints, listener=terminal))
+        read = checks.run(
+            "checkpoint", lambda: read_any_encoder(options.checkpoint, reading, **hints, listener=terminal)
+        )
         blocks: list[int] = []
         if read is not None and to == "onnx":
             groups = checks.run("blocks", lambda: block_groups(options.blocks or "last", read[0].depth)) or {}
             blocks = [number for group in groups.values() for number in group]
-        encoder, facts, checkpoint = checks.finished(read)
-        found = classifier_of(checkpoint, encoder)
-        if found and to != "timm":
-            terminal.note(f"--to {to} leaves the classifier out; --to timm and --to hf keep it")
-        if to == "timm" and found:
-            done = export_classifier(*found, out, facts, force=force, listener=terminal)
-        elif to == "timm":
-            done = export_timm(encoder, out, facts, force=force, listener=terminal)
-        elif to == "release":
-            done = export_release(encoder, out, facts, force=force, listener=terminal)
-        else:
-            done = export_onnx(encoder, out, facts, blocks, force=force, listener=terminal)
+        if read is not None and to != "timm":
+            checks.run("to", lambda: plain(read[0], f"--to {to}"))
+        done = write_export(options, checks.finished(read), blocks, terminal)
     name = {"timm name": done.timm_name or "none of these sizes"} if to == "timm" else {}
     difference = {"largest difference": f"{done.difference:.1e}"}
     print_facts({"file": str(done.path)} | name | {"read with": done.read_with} | difference)
+
+
+def write_export(
+    options: ExportOptions,
+    read: "tuple[TokenEncoder, dict[str, Any], Checkpoint]",
+    blocks: list[int],
+    listener: "Listener",
+) -> "Export":
+    """Write a file for timm, the releases or ONNX."""
+    from mimref.encoders.backbones import TimmBackbone
+    from mimref.encoders.classifier import classifier_of
+    from mimref.encoders.export import export_release, export_timm
+    from mimref.encoders.export_backbone import export_backbone
+    from mimref.encoders.export_classifier import export_classifier
+    from mimref.encoders.export_onnx import export_onnx
+
+    encoder, facts, checkpoint = read
+    to, out, force = options.to, options.out, options.force
+    if isinstance(encoder, TimmBackbone):
+        return export_backbone(encoder, out, facts, force=force, listener=listener)
+    found = classifier_of(checkpoint, encoder)
+    if found and to != "timm":
+        listener.note(f"--to {to} leaves the classifier out; --to timm and --to hf keep it")
+    if to == "timm" and found:
+        return export_classifier(*found, out, facts, force=force, listener=listener)
+    if to == "timm":
+        return export_timm(encoder, out, facts, force=force, listener=listener)
+    if to == "release":
+        return export_release(encoder, out, facts, force=force, listener=listener)
+    return export_onnx(encoder, out, facts, blocks, force=force, listener=listener)
 
 
 def export_to_hf(options: ExportOptions, reading: "ReadingConfig | None", hints: dict[str, Any]) -> None:

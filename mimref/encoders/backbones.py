@@ -6,9 +6,7 @@ are 1-based. Plain vision transformers are `Encoder`s.
 Shapes: B images, L tokens, D width.
 """
 
-import inspect
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from itertools import starmap
@@ -328,6 +326,11 @@ def architecture_from(values: object) -> EncoderArchitecture:
     return kind.from_dict(values)
 
 
+def is_backbone(name: str) -> bool:
+    """Whether a name is of a timm model other than a plain vision transformer. Raises ConfigError if timm has none."""
+    return name != "custom" and name not in PAPER_SIZES and not is_plain_vit(name)
+
+
 def find_architecture(name: str, source: str | None, image_size: int | None) -> Architecture | BackboneArchitecture:
     """The architecture that an evaluation's `--arch` and `--source` name.
 
@@ -336,9 +339,8 @@ def find_architecture(name: str, source: str | None, image_size: int | None) -> 
     """
     if name == "custom":
         raise ConfigError("--arch custom: only files that mimref wrote record its sizes, and they need no --arch")
-    is_plain = name in PAPER_SIZES or is_plain_vit(name)
     size = image_size or (224 if name in PAPER_SIZES else native_size(name))
-    if is_plain:
+    if not is_backbone(name):
         return Architecture.from_config(EncoderConfig(arch=name, source=source or "mae", image_size=size))
     backbone = BackboneArchitecture(name, size)
     native = native_size(name)
@@ -350,20 +352,3 @@ def find_architecture(name: str, source: str | None, image_size: int | None) -> 
             )
         return whole
     return backbone
-
-
-def filter_names(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:
-    """The tensors of a published file as timm's own code renames them for its model; None if it cannot.
-
-    timm hands this function to the builder of each model; it is reachable only as a name of the model's module.
-    """
-    module = sys.modules[timm.model_entrypoint(name.partition(".")[0]).__module__]
-    rename = getattr(module, "checkpoint_filter_fn", None) or getattr(module, "_filter_fn", None)
-    if rename is None:
-        return None
-    try:
-        given = dict(tensors)
-        found = rename(given, model) if len(inspect.signature(rename).parameters) > 1 else rename(given)
-    except Exception:  # foreign names fail in every possible way
-        return None
-    return {key: value for key, value in found.items() if isinstance(value, Tensor)}

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from mimref.config.base import Interpolation, ReadingConfig
-from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import (
     BackboneArchitecture,
     EncoderArchitecture,
     TimmBackbone,
     TokenEncoder,
     architecture_from,
-    filter_names,
     find_architecture,
+    is_backbone,
 )
+from mimref.encoders.fitting import fitting, without
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
 from mimref.encoders.layouts import INTERPOLATIONS
@@ -44,14 +44,12 @@ from mimref.encoders.parts import (
 from mimref.encoders.positions import fit_positions
 from mimref.encoders.published import find_named
 from mimref.encoders.reading import first_line, named_tensors, read_file
-from mimref.encoders.timm_models import native_size, timm_record
+from mimref.encoders.timm_models import timm_record
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, are_sincos, build_encoder, is_plain_vit
 from mimref.encoders.writing import write_safetensors
 from mimref.errors import CheckpointError, ConfigError
 from mimref.progress import LabelledProgress
 
-# Parts of timm's checkpoints that do not belong to the encoder.
-_DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.", "fc_norm.", "multi_scale_fusion_heads.")
 _TIMM = "timm:"
 
 
@@ -218,12 +216,9 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
 
 
 def _from_timm(path: str) -> Checkpoint:
-    """`timm:NAME`: a plain vision transformer with the weights that timm downloads for it."""
+    """`timm:NAME`: a model with the weights that timm downloads for it."""
     name = path.removeprefix(_TIMM)
-    if not is_plain_vit(name):
-        raise CheckpointError(
-            f"{path}: not a plain vision transformer, so it needs a file; evaluations read it with --arch {name}"
-        )
+    is_plain_vit(name)  # whether timm has it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -232,9 +227,9 @@ def _from_timm(path: str) -> Checkpoint:
         raise CheckpointError(
             f"{path}: timm cannot fetch it ({first_line(error)}); pass the weights as a file"
         ) from error
-    config = EncoderConfig(arch=name, image_size=native_size(name))
-    tensors = dict(model.state_dict())
-    architecture = with_fixed_positions(Architecture.from_config(config), tensors)
+    tensors, architecture = dict(model.state_dict()), find_architecture(name, None, None)
+    if isinstance(architecture, Architecture):
+        architecture = with_fixed_positions(architecture, tensors)
     header = {"architecture": architecture.to_dict(), "source": "timm"}
     return Checkpoint(Path(path), tensors, header, architecture, source="timm")
 
@@ -255,6 +250,17 @@ def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Arch
     return replace(architecture, channels=found.channels, norm_eps=found.norm_eps)
 
 
+def backbone_of(checkpoint: Checkpoint, name: str, size: int | None) -> EncoderArchitecture:
+    """A timm model's architecture, with the channels of the file's first convolution.
+
+    size: pixels of the images; None is timm's own. Raises ConfigError for a size that it cannot take.
+    """
+    found = find_architecture(name, None, size)
+    convolution = timm_record(name).first_conv
+    kernel = checkpoint.named.get(f"{convolution}.weight") if isinstance(convolution, str) else None
+    return found if kernel is None or kernel.ndim != 4 else replace(found, channels=kernel.shape[1])
+
+
 def choose_architecture(
     checkpoint: Checkpoint, arch: str | None = None, source: str | None = None, resolution: int | None = None
 ) -> EncoderArchitecture:
@@ -267,34 +273,40 @@ def choose_architecture(
     chosen: EncoderArchitecture
     # The file of a timm model may look like a plain vision transformer of another kind.
     if arch is not None and (recorded is None or (checkpoint.recognised and arch not in PAPER_SIZES)):
-        chosen = find_architecture(arch, source, resolution)
-        if isinstance(chosen, Architecture):
-            chosen = with_file_values(chosen, checkpoint)
+        if is_backbone(arch):
+            chosen = backbone_of(checkpoint, arch, resolution)
+        else:
+            plain = find_architecture(arch, source, resolution)
+            assert isinstance(plain, Architecture)
+            chosen = with_file_values(plain, checkpoint)
     elif recorded is None:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     elif arch in (None, recorded.name):
         chosen = recorded
     else:
         raise ConfigError(f"--arch {arch}: {checkpoint.path} contains {recorded.name}; omit --arch")
-    if isinstance(chosen, Architecture):
-        if checkpoint.interpolation:
-            chosen = replace(chosen, interpolation=checkpoint.interpolation)
+    if isinstance(chosen, Architecture) and checkpoint.interpolation:
+        chosen = replace(chosen, interpolation=checkpoint.interpolation)
+    if isinstance(chosen, Architecture) or chosen is recorded:
         chosen.check_size(resolution or chosen.image_size, "--resolution" if resolution else "image_size")
     return chosen
 
 
-def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture) -> TokenEncoder:
-    """An encoder with a checkpoint's weights, whose memory it may share. Raises CheckpointError if they do not fit."""
+def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture, *, share: bool = True) -> TokenEncoder:
+    """An encoder with a checkpoint's weights. Raises CheckpointError if they do not fit.
+
+    share: use the checkpoint's memory instead of a copy.
+    """
     if isinstance(architecture, BackboneArchitecture):
         backbone = TimmBackbone(architecture)
         layers = timm_record(architecture.name).classifier or ()
         dropped = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
         given = _timm_tensors(checkpoint, architecture.name, backbone.model, dropped)
-        _load(backbone.model, architecture.name, given, checkpoint.path, share=True, dropped=dropped)
+        _load(backbone.model, architecture.name, given, checkpoint.path, share=share, dropped=dropped)
         return backbone
     with torch.device("meta"):
         encoder = build_encoder(architecture)
-    load_weights(encoder, checkpoint, share=True)
+    load_weights(encoder, checkpoint, share=share)
     return encoder
 
 
@@ -334,21 +346,10 @@ def _timm_tensors(
     checkpoint: Checkpoint, name: str, model: nn.Module, dropped: tuple[str, ...]
 ) -> Mapping[str, Tensor]:
     """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files."""
-    wanted = model.state_dict()
-    selected, _ = checkpoint.selection(wanted)
-    if selected.keys() >= wanted.keys():
-        return selected
-    filtered = [filter_names(name, given, model) for given in (selected, checkpoint.tensors)]
-    candidates = [selected, *(each for each in filtered if each)]
-    return min(candidates, key=lambda each: len(_without(each, wanted, dropped).keys() ^ wanted.keys()))
-
-
-def _without(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """Without what no model needs. What the model needs stays: some have a norm where others have a classifier."""
-    prefixes = _DROPPED_PREFIXES + dropped
-    return {key: tensors[key] for key in tensors if key in wanted or not key.startswith(prefixes)}
+    selected = checkpoint.tensors
+    if "architecture" not in checkpoint.header:
+        selected, _ = checkpoint.selection(model.state_dict())
+    return fitting(name, model, selected, checkpoint.tensors, dropped)
 
 
 def _load(
@@ -362,7 +363,7 @@ def _load(
 ) -> None:
     """dropped: prefixes of further tensors that may be left over."""
     wanted = module.state_dict()
-    given = _without(tensors, wanted, dropped)
+    given = without(tensors, wanted, dropped)
     if problems := mismatches(given, wanted):
         raise CheckpointError(f"{path}: does not fit {name}: {problems}")
     try:
@@ -379,6 +380,8 @@ def save_encoder(
     path: Path, encoder: TokenEncoder, header: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write an encoder atomically as safetensors under timm's names; the architecture is added to `header`."""
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in encoder.model.state_dict().items()}
+    state = encoder.model.state_dict()
+    # BatchNorm counts its batches in integers.
+    tensors = {name: (x.to(dtype) if x.is_floating_point() else x).contiguous() for name, x in state.items()}
     described = {"architecture": encoder.architecture.to_dict(), **header}
     write_safetensors(path, tensors, described)

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mimref.config.base import ReadingConfig
+from mimref.encoders.backbones import TokenEncoder
 from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.meta import RatesOnCpu
 from mimref.encoders.timm_models import native_size
@@ -60,22 +61,43 @@ def read_encoder(
     resolution: int | None = None,
     listener: Listener | None = None,
 ) -> tuple[Encoder, dict[str, Any], Checkpoint]:
+    """As `read_any_encoder`. Raises ConfigError for an encoder that is no plain vision transformer."""
+    encoder, facts, checkpoint = read_any_encoder(
+        path, reading, arch=arch, source=source, resolution=resolution, listener=listener
+    )
+    return plain(encoder, "this format"), facts, checkpoint
+
+
+def plain(encoder: TokenEncoder, what: str) -> Encoder:
+    """The encoder itself. Raises ConfigError, naming `what` asks for it, unless it is a plain vision transformer."""
+    if not isinstance(encoder, Encoder):
+        raise ConfigError(
+            f"{what} needs a plain vision transformer, which {encoder.architecture.name} is not; use --to timm"
+        )
+    return encoder
+
+
+def read_any_encoder(
+    path: str | Path,
+    reading: ReadingConfig | None = None,
+    *,
+    arch: str | None = None,
+    source: str | None = None,
+    resolution: int | None = None,
+    listener: Listener | None = None,
+) -> tuple[TokenEncoder, dict[str, Any], Checkpoint]:
     """A checkpoint's encoder in fp32 on the CPU, the facts about it that every export keeps, and the checkpoint.
 
     reading, arch, source: as in `read_checkpoint` and `choose_architecture`. resolution: pixels per side to interpolate
-    positions to. Raises CheckpointError for a file that is no plain vision transformer, ConfigError for values that do
-    not fit it.
+    positions to. Raises CheckpointError for a file that is no encoder, ConfigError for values that do not fit it.
     """
     listener = listener or Silent()
     checkpoint = read_checkpoint(path, reading, progress=listener.progress)
     architecture = choose_architecture(checkpoint, arch, source, resolution)
-    if not isinstance(architecture, Architecture):
-        raise ConfigError(f"--arch {arch}: only plain vision transformers can be exported")
     size = resolution or architecture.image_size
     for notice in checkpoint.notices(architecture, [size]):
         listener.note(notice)
     encoder = encoder_from(checkpoint, replace(architecture, image_size=size))
-    assert isinstance(encoder, Encoder)
     facts = {key: checkpoint.header[key] for key in _FACTS if key in checkpoint.header}
     if isinstance(facts.get("transform"), dict):
         facts["transform"] = facts["transform"] | {"image_size": size}
@@ -120,7 +142,7 @@ def plain_state(encoder: Encoder) -> dict[str, Tensor]:
     return {name: tensor.float().clone() for name, tensor in encoder.vit.state_dict().items()}
 
 
-def comparison_images(encoder: Encoder) -> Tensor:
+def comparison_images(encoder: TokenEncoder) -> Tensor:
     """Noise (B, C, S, S) that exports are compared on."""
     size, channels = encoder.architecture.image_size, encoder.architecture.channels
     return torch.randn(_COMPARED_IMAGES, channels, size, size, generator=torch.Generator().manual_seed(0))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mimref.config.base import ReadingConfig
+from mimref.encoders.backbones import EncoderArchitecture
 from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.grids import Grid
 from mimref.encoders.parts import show_part
-from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError
 
 
@@ -34,7 +34,7 @@ class Inspection:
     source: str | None
     """Pre-training method, if known."""
     licence: str | None
-    architecture: Architecture
+    architecture: EncoderArchitecture
     prefix: str
     """Of the encoder's names in the file; a dot if they have none."""
     others: list[str]

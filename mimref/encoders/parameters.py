@@ -1,7 +1,7 @@
 """An encoder's parameters: layer-wise learning rates, weight decay, freezing, and what identifies them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ def encoder_groups(encoder: TokenEncoder, *, weight_decay: float, layer_decay: f
     Each group has `lr_scale` = layer_decay ** (last layer - layer): 1 for the final norm, one decay for the last block.
     Biases, norms, CLS and register tokens, positions and what timm's model names have no weight decay.
     """
-    undecayed = set(encoder.model.no_weight_decay()) if isinstance(encoder, TimmBackbone) else set()
+    names: Callable[[], Iterable[str]] | None = getattr(encoder.model, "no_weight_decay", None)
+    undecayed = set(names()) if names and isinstance(encoder, TimmBackbone) else set[str]()
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in encoder.model.named_parameters():
         if not parameter.requires_grad:

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from mimref.config.run import EncoderConfig
-from mimref.encoders.checkpoints import Checkpoint, with_file_values, with_fixed_positions
+from mimref.encoders.backbones import EncoderArchitecture, find_architecture, is_backbone
+from mimref.encoders.checkpoints import Checkpoint, backbone_of, with_file_values, with_fixed_positions
 from mimref.encoders.published import official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture
 from mimref.errors import CheckpointError
@@ -14,7 +15,7 @@ def weights_name(config: EncoderConfig) -> str:
     return config.weights or official_name(config.arch, config.source)
 
 
-def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Architecture:
+def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> EncoderArchitecture:
     """The architecture of the weights at the image size of the settings; the settings' own where weights name none.
 
     Unlike an evaluation's `--arch`, settings that contradict the weights are ignored: presets serve any weights.
@@ -24,6 +25,8 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Arch
     if recorded is None and not ("arch" in asked and checkpoint.advice):
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     if recorded is None or _is_timm(config, checkpoint):
+        if is_backbone(config.arch):
+            return backbone_of(checkpoint, config.arch, config.image_size if "image_size" in asked else None)
         tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
         return with_file_values(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
     # A preset's image size belongs to the preset's architecture.
@@ -36,6 +39,15 @@ def _is_timm(config: EncoderConfig, checkpoint: Checkpoint) -> bool:
     """Whether weights without a header are read as the timm model that the settings name."""
     named = "arch" in config.model_fields_set and config.arch not in (*PAPER_SIZES, "custom")
     return named and checkpoint.recognised is not None
+
+
+def named_architecture(config: EncoderConfig) -> EncoderArchitecture:
+    """The architecture that settings name, of weights that are not read."""
+    if is_backbone(config.arch):
+        return find_architecture(
+            config.arch, None, config.image_size if "image_size" in config.model_fields_set else None
+        )
+    return Architecture.from_config(config)
 
 
 def ignored_settings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]:
@@ -54,7 +66,9 @@ def ignored_settings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]
     return warnings
 
 
-def resolved_settings(config: EncoderConfig, checkpoint: Checkpoint, architecture: Architecture) -> EncoderConfig:
+def resolved_settings(
+    config: EncoderConfig, checkpoint: Checkpoint, architecture: EncoderArchitecture
+) -> EncoderConfig:
     """Settings that name the encoder as it is, for config.toml."""
     custom = architecture.name == "custom"
     sizes = ("width", "depth", "num_heads", "patch_size")

@@ -65,9 +65,7 @@ def build_model(name: str, size: int, channels: int, options: Mapping[str, Any])
     unknown = sorted(options.keys() - accepted | options.keys() & _RESERVED)
     if unknown:
         raise ConfigError(f"{name} has no option {unknown[0]!r} in timm {timm.__version__}")
-    chosen = dict(options)
-    if "img_size" in accepted:
-        chosen["img_size"] = size
+    chosen = dict(options) | build_options(name, size)
     if "dynamic_img_size" in accepted:
         chosen["dynamic_img_size"] = True
     elif "strict_img_size" in accepted:
@@ -81,6 +79,11 @@ def build_model(name: str, size: int, channels: int, options: Mapping[str, Any])
         raise ConfigError(f"timm cannot build {name} for images of {size} pixels ({reason})") from error
     take_other_sizes(model)
     return model
+
+
+def build_options(name: str, size: int) -> dict[str, Any]:
+    """What tells timm's constructor the size of the images, where it matters."""
+    return {"img_size": size} if "img_size" in _arguments(name) else {}
 
 
 @cache

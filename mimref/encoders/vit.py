@@ -25,6 +25,7 @@ from mimref.config.run import EncoderConfig
 from mimref.devices import recomputed
 from mimref.encoders.meta import RatesOnCpu
 from mimref.encoders.positions import resize_positions
+from mimref.encoders.timm_models import SizeRule
 from mimref.encoders.tokens import check_blocks, norm_flags, pool_tokens
 from mimref.errors import ConfigError, did_you_mean
 
@@ -139,6 +140,11 @@ class Architecture:
     def widths(self) -> list[int]:
         """Of every block."""
         return [self.width] * self.depth
+
+    @property
+    def sizes(self) -> SizeRule:
+        """Sizes of the images that it takes."""
+        return SizeRule(self.patch_size)
 
     @property
     def has_final_norm(self) -> bool:
@@ -385,7 +391,7 @@ def is_plain_vit(name: str) -> bool:
 def _timm_vit(name: str, image_size: int, options: Mapping[str, Any] | None = None) -> VisionTransformer:
     if not is_plain_vit(name):
         raise ConfigError(
-            f"architecture {name!r} is not a plain timm VisionTransformer: it can be evaluated, not refined"
+            f"architecture {name!r} is not a plain timm VisionTransformer, which only refine and evaluations do without"
         )
     vit = timm.create_model(
         name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True, **(options or {})

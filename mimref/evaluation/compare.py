@@ -9,7 +9,7 @@ from mimref.config.run import RunConfig
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource
 from mimref.distributed.group import end_group
-from mimref.encoders.vit import Encoder
+from mimref.encoders.backbones import TokenEncoder
 from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.cluster.kmeans import BestRun
 from mimref.evaluation.cluster.protocol import check_metrics, cluster_and_best
@@ -143,7 +143,7 @@ def labelled_splits(
 def before_after(
     config: RunConfig,
     images: tuple[ImageSource, ImageSource],
-    encoders: Iterable[tuple[str, Encoder]],
+    encoders: Iterable[tuple[str, TokenEncoder]],
     settings: PassSettings,
     progress: LabelledProgress,
     *,

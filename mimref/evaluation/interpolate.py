@@ -10,9 +10,9 @@ import torch
 
 from mimref.config.base import CommandConfig
 from mimref.data.sources import ImageSource, Split
+from mimref.encoders.backbones import TimmBackbone, TokenEncoder
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.published import must_download
-from mimref.encoders.vit import Encoder
 from mimref.errors import CheckpointError, Checks
 from mimref.evaluation.config import InterpolateConfig
 from mimref.evaluation.knn.config import KnnConfig
@@ -45,7 +45,7 @@ def interpolate(
     has_images, remote = config.data.spec is not None, must_download(config.base) or must_download(config.refined)
     if has_images and remote:
         sources = open_images(config.data, listener.progress, checks)
-    ends: list[tuple[Checkpoint, Encoder] | None] = []
+    ends: list[tuple[Checkpoint, TokenEncoder] | None] = []
     for setting, path in (("base", config.base), ("refined", config.refined)):
         fetch = checks.passed or not must_download(path)
         ends.append(checks.run(setting, partial(_read, path, config, listener)) if fetch else None)
@@ -86,29 +86,31 @@ def interpolate(
 
 
 @torch.no_grad()
-def average(base: Encoder, refined: Encoder, alpha: float) -> Encoder:
+def average(base: TokenEncoder, refined: TokenEncoder, alpha: float) -> TokenEncoder:
     """An encoder with weights `(1 - alpha) * base + alpha * refined`; 0 and 1 give the two bit for bit."""
     mixed = deepcopy(refined)
-    start = base.vit.state_dict()
-    for name, tensor in mixed.vit.state_dict().items():
-        # torch's lerp is exact at both ends.
-        tensor.copy_(torch.lerp(start[name], tensor, alpha))
+    start = base.model.state_dict()
+    for name, tensor in mixed.model.state_dict().items():
+        # torch's lerp is exact at both ends. Counts of BatchNorm are the refined encoder's.
+        if tensor.is_floating_point():
+            tensor.copy_(torch.lerp(start[name], tensor, alpha))
     return mixed
 
 
-def _read(path: str, config: InterpolateConfig, listener: Listener) -> tuple[Checkpoint, Encoder]:
+def _read(path: str, config: InterpolateConfig, listener: Listener) -> tuple[Checkpoint, TokenEncoder]:
     checkpoint = read_checkpoint(path, config.encoder, progress=listener.progress)
     if checkpoint.architecture is None:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}")
     for notice in checkpoint.notices(checkpoint.architecture):
         listener.note(notice)
-    encoder = encoder_from(checkpoint, checkpoint.architecture)
-    assert isinstance(encoder, Encoder)
-    return checkpoint, encoder
+    return checkpoint, encoder_from(checkpoint, checkpoint.architecture)
 
 
-def _check_alike(config: InterpolateConfig, base: Encoder, refined: Encoder) -> None:
+def _check_alike(config: InterpolateConfig, base: TokenEncoder, refined: TokenEncoder) -> None:
     left, right = asdict(base.architecture), asdict(refined.architecture)
+    if left.keys() != right.keys() or (isinstance(base, TimmBackbone) and left != right):
+        names = f"{base.architecture.name} and {refined.architecture.name}"
+        raise CheckpointError(f"{config.base} and {config.refined} are encoders of different kinds: {names}")
     # The name and whether positions are trained do not change the function; other image sizes do not matter here.
     alike = ("name", "fixed_positions", "interpolation", "norm_eps")
     differing = [name for name in right if name not in alike and left[name] != right[name]]

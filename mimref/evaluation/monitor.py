@@ -11,7 +11,7 @@ from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, NoSplitError, fixed_subset
 from mimref.data.transforms import EvalTransform
 from mimref.distributed.collectives import gather_lists
-from mimref.encoders.vit import Encoder
+from mimref.encoders.backbones import TokenEncoder
 from mimref.errors import DataError
 from mimref.evaluation.assess.measures import crop_measures, view_measures
 from mimref.evaluation.blocks.statistics import feature_statistics
@@ -83,7 +83,7 @@ class KnnMonitor:
         """That pass through the encoder in a check, two views of an image counted twice."""
         return len(self.train) + (len(self.test) if self.test else 0) + 2 * min(self.view_samples, len(self.train))
 
-    def check(self, encoder: Encoder) -> dict[str, float]:
+    def check(self, encoder: TokenEncoder) -> dict[str, float]:
         """What the last block's raw output is like, without values that are not finite.
 
         `feature_variance`; the measures without labels of `crop_measures` and, with `monitor.view_samples`, of
@@ -101,7 +101,7 @@ class KnnMonitor:
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def view_measures(
-        self, encoder: Encoder, groups: Sequence[Sequence[Column]], images: int
+        self, encoder: TokenEncoder, groups: Sequence[Sequence[Column]], images: int
     ) -> list[dict[str, float]]:
         """`view_measures` of groups of columns, from at most so many training images."""
         source = fixed_subset(self.train, images)
@@ -114,7 +114,7 @@ class KnnMonitor:
             check_features(matrix, "features of two views")
         return [view_measures(*matrices[at : at + 2]) for at in range(0, len(matrices), 2)]
 
-    def features(self, encoder: Encoder, columns: Sequence[Column]) -> tuple[Features, Features | None]:
+    def features(self, encoder: TokenEncoder, columns: Sequence[Column]) -> tuple[Features, Features | None]:
         """Features of the training subset and, if there are labels, of the validation subset."""
         train = extract(encoder, self.train, self.settings, columns)
         return train, None if self.test is None else extract(encoder, self.test, self.settings, columns)

@@ -10,9 +10,8 @@ from mimref.config.base import DataConfig
 from mimref.data.open import ACCEPTED, absolute_spec
 from mimref.data.pixels import DECODING
 from mimref.data.transforms import RGB, EvalTransform
-from mimref.encoders.backbones import BackboneArchitecture
+from mimref.encoders.backbones import EncoderArchitecture
 from mimref.encoders.timm_models import timm_record
-from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError, ConfigError
 
 _IMAGES = ("spec", "root", "train_limit")
@@ -55,11 +54,7 @@ def data_record(data: DataConfig) -> dict[str, Any]:
 
 
 def eval_transform(
-    architecture: Architecture | BackboneArchitecture,
-    data: DataConfig,
-    header: Mapping[str, Any],
-    *,
-    resolution: int | None = None,
+    architecture: EncoderArchitecture, data: DataConfig, header: Mapping[str, Any], *, resolution: int | None = None
 ) -> EvalTransform:
     """The evaluation transform of an encoder's images, at `resolution` or at the encoder's own.
 
@@ -79,7 +74,7 @@ def eval_transform(
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's record of its transform is not valid: {error}") from error
     mean, std = recorded.mean, recorded.std
-    if isinstance(architecture, Architecture) and architecture.channels == 1:
+    if architecture.channels == 1:
         mean, std = _same(mean), _same(std)
     fraction = recorded.crop_fraction if data.crop_fraction is None else data.crop_fraction
     return EvalTransform(resolution or image_size, fraction, mean, std, data.resize or recorded.resize)

@@ -20,9 +20,9 @@ from mimref.data.sources import ImageSource, Split
 from mimref.devices import resolve_device, resolve_precision
 from mimref.distributed.group import own_rank, without_group, world_size
 from mimref.distributed.turns import end_requests, request, requests, take_turns
-from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
+from mimref.encoders.backbones import BackboneArchitecture, TokenEncoder
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
-from mimref.encoders.vit import Architecture, Encoder
+from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError
 from mimref.features.cache.contents import feature_folder
 from mimref.features.cache.store import FORMAT, FeatureCache
@@ -87,20 +87,19 @@ class EncoderInputs:
             listener.note(f"{self.architecture.name} has no CLS token; the mean of its patch tokens replaces it")
 
     @cached_property
-    def encoder(self) -> Encoder | TimmBackbone:
+    def encoder(self) -> TokenEncoder:
         """The network, on its device."""
         return encoder_from(self.checkpoint, self.architecture).to(self.settings.device).eval()
 
     @cached_property
     def depth(self) -> int:
         """Number of blocks."""
-        return self.architecture.depth if isinstance(self.architecture, Architecture) else self.encoder.depth
+        return self.architecture.depth
 
     @property
     def has_cls_token(self) -> bool:
         """Whether `cls` and `mean` differ."""
-        architecture = self.architecture
-        return architecture.class_token if isinstance(architecture, Architecture) else self.encoder.has_cls_token
+        return self.architecture.class_token
 
     def with_images(self, source: ImageSource) -> "EncoderInputs":
         """The same encoder, read already, on other images, which are its validation images."""

@@ -13,10 +13,10 @@ from mimref.data.readable import check_readable
 from mimref.data.sources import ImageSource, NoSplitError, Split
 from mimref.devices import resolve_device, resolve_precision
 from mimref.distributed.group import own_rank
+from mimref.encoders.backbones import EncoderArchitecture
 from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
 from mimref.encoders.published import must_download
 from mimref.encoders.settings import architecture_to_train, weights_name
-from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError, UserError
 from mimref.features.config import EncoderPassConfig, EvaluationConfig
 from mimref.features.files import FeatureFiles
@@ -222,7 +222,7 @@ class OpenedTraining:
     """What could be opened of what a training command starts from."""
 
     checkpoint: Checkpoint | None
-    architecture: Architecture | None
+    architecture: EncoderArchitecture | None
     data: DataConfig | None
     """The images, which the settings may leave to the checkpoint's header."""
     sources: dict[Split, ImageSource]

@@ -6,12 +6,13 @@ from copy import deepcopy
 from functools import partial
 
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 from mimref.data.loader import ViewBatch
 from mimref.data.views import CropGroup
 from mimref.distributed.collectives import max_over_ranks
-from mimref.distributed.group import without_group
+from mimref.distributed.group import without_group, world_size
 from mimref.errors import ConfigError
 from mimref.progress import Listener
 from mimref.refinement.dense import DenseTerm
@@ -52,6 +53,19 @@ def check_exact(encoder: nn.Module) -> None:
             )
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ConfigError("micro_batch: the encoder has dropout, which differs between passes; leave it unset")
+        if isinstance(module, DropPath) and module.drop_prob:
+            raise ConfigError(
+                "micro_batch: the encoder has stochastic depth, which differs between passes; leave it unset"
+            )
+
+
+def check_ranks(encoder: nn.Module) -> None:
+    """Raise ConfigError in a process group for an encoder whose result depends on how a batch is split among ranks."""
+    if world_size() > 1 and any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in encoder.modules()):
+        raise ConfigError(
+            "the encoder has BatchNorm layers, whose statistics would be those of each process's part of the batch; "
+            "train it in one process"
+        )
 
 
 def largest_micro_batch(method: Method, plan: Plan, most: int, *, reserve: int) -> int:

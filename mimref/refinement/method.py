@@ -95,6 +95,8 @@ class Method:
         self.trained_heads: nn.Module = heads
         self.dense: DenseTerm | None = None
         """Stage 2's optional term."""
+        self.compiled = False
+        """Whether encoder blocks and heads are compiled."""
 
     def forward_backward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
         """Loss of one batch; its gradients are added to the weights' own, and the queue takes in view 0.
@@ -244,6 +246,15 @@ class Method:
         seed, heads = self.photometric.seed, self.heads.num_heads
         view_M = torch.arange(2, device=self.device).repeat_interleave(len(sample_B))
         return uniform(seed, epoch, Operation.NEIGHBOUR, sample_B.repeat(2), view_M, count=heads).T
+
+
+def compile_blocks(encoder: TokenEncoder) -> None:
+    """Compile every block in place, so that weights keep their names.
+
+    One piece of code serves all blocks; with dynamic shapes, both sizes of views as well.
+    """
+    for block in encoder.block_modules:
+        block.compile(dynamic=True)
 
 
 def views_of(batch: ViewBatch, photometric: Photometric) -> list[Tensor]:

@@ -12,9 +12,9 @@ from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup, multi_crop
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.checkpoints import Checkpoint, load_weights
+from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder
+from mimref.encoders.checkpoints import Checkpoint, encoder_from
 from mimref.encoders.settings import ignored_settings, resolved_settings
-from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, Checks, ConfigError, DataError
 from mimref.evaluation.assess.measures import DEFAULT, goodness
 from mimref.evaluation.assess.verdicts import NAMES
@@ -41,7 +41,7 @@ class Plan:
     config: RefineConfig
     """With encoder and data filled in from the checkpoint's header."""
     checkpoint: Checkpoint
-    architecture: Architecture
+    architecture: EncoderArchitecture
     transform: EvalTransform
     source: ImageSource
     """The training images."""
@@ -199,12 +199,9 @@ def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str
     return blocks_text(recommend_heads(scores)), "by the k-NN accuracy of every block"
 
 
-def base_encoder(plan: Plan, device: torch.device) -> Encoder:
+def base_encoder(plan: Plan, device: torch.device) -> TokenEncoder:
     """The encoder with the weights to refine, in evaluation mode."""
-    with torch.device("meta"):
-        encoder = build_encoder(plan.architecture)
-    load_weights(encoder, plan.checkpoint, share=device.type != "cpu")
-    return encoder.to(device).eval()
+    return encoder_from(plan.checkpoint, plan.architecture, share=device.type != "cpu").to(device).eval()
 
 
 def temperatures(temperature: float | list[float], num_heads: int) -> list[float]:
@@ -216,11 +213,9 @@ def temperatures(temperature: float | list[float], num_heads: int) -> list[float
     return temperature
 
 
-def check_sizes(config: RefineConfig, architecture: Architecture) -> None:
-    """Raise ConfigError for views that cannot be cut into patches, and for local views larger than the global ones."""
-    views = config.views
-    global_size = views.global_size or architecture.image_size
-    architecture.check_size(global_size, "encoder.image_size" if views.global_size is None else "views.global_size")
+def check_sizes(config: RefineConfig, architecture: EncoderArchitecture) -> None:
+    """Raise ConfigError for views that the encoder cannot take, and for local views larger than the global ones."""
+    views, global_size = config.views, _global_size(config, architecture)
     if views.local_views:
         architecture.check_size(views.local_size, "views.local_size")
         if views.local_size > global_size:
@@ -230,7 +225,14 @@ def check_sizes(config: RefineConfig, architecture: Architecture) -> None:
             )
 
 
-def _check_heads(config: RefineConfig, architecture: Architecture, checks: Checks) -> None:
+def _global_size(config: RefineConfig, architecture: EncoderArchitecture) -> int:
+    """Pixels of the global views. Raises ConfigError for a size that the encoder cannot take."""
+    size = config.views.global_size or architecture.image_size
+    architecture.check_size(size, "encoder.image_size" if config.views.global_size is None else "views.global_size")
+    return size
+
+
+def _check_heads(config: RefineConfig, architecture: EncoderArchitecture, checks: Checks) -> None:
     """Check what depends on the number of blocks."""
     if config.heads.blocks == "auto":
         return
@@ -261,11 +263,11 @@ def _check_schedule(config: RefineConfig, blocks: list[int]) -> None:
         )
 
 
-def _check_dense(config: RefineConfig, architecture: Architecture, last: int) -> None:
-    """Raise ConfigError where the block of the dense term has no patches to compare. Sizes are checked elsewhere."""
-    size = config.views.global_size or architecture.image_size
-    if config.loss.dense == "none" or not config.epochs["encoder"] or size % architecture.patch_size:
+def _check_dense(config: RefineConfig, architecture: EncoderArchitecture, last: int) -> None:
+    """Raise ConfigError where the block of the dense term has no patches to compare."""
+    if config.loss.dense == "none" or not config.epochs["encoder"]:
         return
+    size = _global_size(config, architecture)
     count, _ = patch_shape(architecture, last, size)
     if count < 2:
         raise ConfigError(

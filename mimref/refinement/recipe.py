@@ -13,7 +13,7 @@ from mimref.data.loader import check_batch_size
 from mimref.data.sample import Appearance, look_at
 from mimref.data.sources import ImageSource
 from mimref.devices import resolve_device
-from mimref.encoders.vit import Architecture
+from mimref.encoders.backbones import EncoderArchitecture
 from mimref.errors import ConfigError
 from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
 from mimref.refinement.config import RefineConfig
@@ -30,7 +30,7 @@ _SHARED_HEADS = ("blocks", "pool", "projector_hidden", "predictor_hidden", "outp
 
 
 def fit(
-    config: RefineConfig, architecture: Architecture, source: ImageSource, *, crop_known: bool = False
+    config: RefineConfig, architecture: EncoderArchitecture, source: ImageSource, *, crop_known: bool = False
 ) -> tuple[RefineConfig, list[Derived]]:
     """Derive what nothing has set, or adapt a preset; returns the settings and what was derived.
 
@@ -109,14 +109,17 @@ def head_widths(width: int) -> tuple[int, int, int]:
 
 
 def local_size(size: int, patch: int, small: bool) -> int:
-    """The least multiple of the patch from 3/7 of the global views on (the paper's 96 of 224); 4/7 of small ones."""
+    """The least multiple of the patch, or of another step, from 3/7 of the global views on (96 of 224 pixels); 4/7 of
+    small ones."""
     return min(size, patch * -(-size * (4 if small else 3) // (7 * patch)))
 
 
 # --- without a preset
 
 
-def _derive(recipe: Recipe[RefineConfig], architecture: Architecture, source: ImageSource, crop_known: bool) -> None:
+def _derive(
+    recipe: Recipe[RefineConfig], architecture: EncoderArchitecture, source: ImageSource, crop_known: bool
+) -> None:
     if recipe.config.heads_from is not None:
         _share_heads(recipe, recipe.config.heads_from)
     images, seen = len(source), look_at(source)
@@ -138,7 +141,7 @@ def _share_heads(recipe: Recipe[RefineConfig], heads_from: str) -> None:
             recipe.derive(f"heads.{name}", getattr(other.heads, name), f"as the heads of {heads_from}")
 
 
-def _derive_heads(recipe: Recipe[RefineConfig], architecture: Architecture, source: ImageSource) -> None:
+def _derive_heads(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture, source: ImageSource) -> None:
     if source.labels is not None:
         recipe.derive("heads.blocks", "auto", "")  # measured by `make_plan`, which has the encoder
     else:
@@ -178,7 +181,7 @@ def _derive_sizes(recipe: Recipe[RefineConfig], images: int) -> None:
     recipe.derive("encoder_stage.top_k", nearest, why)
 
 
-def _derive_training(recipe: Recipe[RefineConfig], architecture: Architecture, images: int) -> None:
+def _derive_training(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture, images: int) -> None:
     batch = recipe.config.batch_size
     steps = max(1, images // batch)
     for name, number in zip(("heads_stage", "encoder_stage"), epochs(images, batch), strict=True):
@@ -210,7 +213,7 @@ def _why_epochs(images: int, name: str) -> str:
     return f"at least {least}, but at most {most} epochs"
 
 
-def _derive_views(recipe: Recipe[RefineConfig], architecture: Architecture, seen: Appearance) -> None:
+def _derive_views(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture, seen: Appearance) -> None:
     size = recipe.config.views.global_size or architecture.image_size
     detail = min(size, seen.side) if seen.images else size
     small = detail < SMALL_PIXELS
@@ -222,8 +225,8 @@ def _derive_views(recipe: Recipe[RefineConfig], architecture: Architecture, seen
         recipe.derive("views.blur", False, f"{detail} pixels have no detail to lose")
     elif size < 224:
         recipe.derive("views.blur_sigma", (0.1, round(2 * size / 224, 2)), f"the paper's, for {size} of 224 pixels")
-    local = local_size(size, architecture.patch_size, small)
-    recipe.derive("views.local_size", local, f"{'4/7' if small else '3/7'} of {size} pixels, in whole patches")
+    local = local_size(size, architecture.sizes.step, small)
+    recipe.derive("views.local_size", local, f"{'4/7' if small else '3/7'} of {size} pixels, {_steps(architecture)}")
     if is_character(recipe.config.data):
         recipe.derive("views.flip", 0.0, "a mirrored character is another one")
     gray = seen.gray or architecture.channels == 1
@@ -249,7 +252,7 @@ def _derive_evaluation(recipe: Recipe[RefineConfig], images: int, detail: int, c
 # --- with a preset
 
 
-def adapt(recipe: Recipe[RefineConfig], architecture: Architecture, images: int) -> None:
+def adapt(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture, images: int) -> None:
     """Replace the values of a preset that cannot fit encoder or images."""
     if images > 1:
         _adapt_counts(recipe, images)
@@ -272,23 +275,30 @@ def _adapt_counts(recipe: Recipe[RefineConfig], images: int) -> None:
             recipe.adapt(setting, top_k(queue), f"the queue has {queue} rows")
 
 
-def _adapt_sizes(recipe: Recipe[RefineConfig], architecture: Architecture) -> None:
-    patch = architecture.patch_size
-    views = recipe.config.views
-    if views.global_size is not None and views.global_size % patch:
-        nearest = max(1, (views.global_size + patch // 2) // patch) * patch
-        recipe.adapt("views.global_size", nearest, f"the encoder has patches of {patch} pixels")
+def _steps(architecture: EncoderArchitecture) -> str:
+    """What sizes of views are rounded to."""
+    rule = architecture.sizes
+    if rule.step == architecture.patch_size:
+        return "in whole patches"
+    return "the only size that the encoder takes" if rule.step == rule.largest else f"in steps of {rule.step} pixels"
+
+
+def _adapt_sizes(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture) -> None:
+    rule, views = architecture.sizes, recipe.config.views
+    patches = f"the encoder has patches of {rule.step} pixels"
+    why = patches if _steps(architecture) == "in whole patches" else f"sizes of views: {_steps(architecture)}"
+    if views.global_size is not None and (nearest := rule.nearest(views.global_size)) != views.global_size:
+        recipe.adapt("views.global_size", nearest, why)
     views = recipe.config.views
     size = views.global_size or architecture.image_size
     if views.local_views and views.local_size > size:
-        rule = f"the global views have {size} pixels"
-        recipe.adapt("views.local_size", local_size(size, patch, size < SMALL_PIXELS), rule)
-    elif views.local_views and views.local_size % patch:
-        nearest = max(1, (views.local_size + patch // 2) // patch) * patch
-        recipe.adapt("views.local_size", min(nearest, size), f"the encoder has patches of {patch} pixels")
+        larger = f"the global views have {size} pixels"
+        recipe.adapt("views.local_size", local_size(size, rule.step, size < SMALL_PIXELS), larger)
+    elif views.local_views and (nearest := rule.nearest(views.local_size)) != views.local_size:
+        recipe.adapt("views.local_size", min(nearest, size), why)
 
 
-def _adapt_heads(recipe: Recipe[RefineConfig], architecture: Architecture) -> None:
+def _adapt_heads(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture) -> None:
     depth = architecture.depth
     if recipe.config.heads.blocks == "auto":
         return

@@ -11,9 +11,9 @@ from mimref.data.views import Photometric
 from mimref.devices import keep_freed_memory, resolve_device, resolve_precision
 from mimref.distributed.collectives import averaged
 from mimref.distributed.group import own_rank, world_size
+from mimref.encoders.backbones import TokenEncoder
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.parameters import freeze_untrained
-from mimref.encoders.vit import Encoder
 from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.compare import before_after, labelled_splits
 from mimref.evaluation.exhibits.collect import Exhibition, encoder_model
@@ -25,8 +25,8 @@ from mimref.progress import Listener, optional
 from mimref.refinement.alignment import Queue
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads
-from mimref.refinement.memory import choose_micro_batch
-from mimref.refinement.method import Method
+from mimref.refinement.memory import check_ranks, choose_micro_batch
+from mimref.refinement.method import Method, compile_blocks
 from mimref.refinement.plan import Plan, base_encoder, heads_file, make_plan
 from mimref.refinement.reuse import load_heads, save_heads
 from mimref.refinement.stages import EncoderStage, HeadsStage
@@ -111,6 +111,7 @@ def build_method(plan: Plan, listener: Listener) -> Method:
         keep_freed_memory()
     encoder = base_encoder(plan, device)
     freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(plan.blocks))
+    check_ranks(encoder)
     encoder.checkpointing = config.activation_checkpointing
     torch.manual_seed(config.seed)
     heads = Heads(config.heads, plan.widths).to(device)
@@ -131,11 +132,9 @@ def build_method(plan: Plan, listener: Listener) -> Method:
     method.micro_batch = choose_micro_batch(method, plan, listener)
     method.trained_heads = averaged(heads, device)
     if config.compile and _compiles(device, listener):
-        # In place, so that weights keep their names. One piece of code for all blocks; with dynamic shapes, for both
-        # sizes of views as well.
-        for block in encoder.vit.blocks:
-            block.compile(dynamic=True)
+        compile_blocks(encoder)
         heads.compile(dynamic=True)
+        method.compiled = True
     return method
 
 
@@ -153,7 +152,7 @@ def _compiles(device: torch.device, listener: Listener) -> bool:
 
 def _train(
     run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, state: dict[str, Any] | None
-) -> tuple[Encoder, list[float]]:
+) -> tuple[TokenEncoder, list[float]]:
     """Train both stages, or what is left of them. Returns the result, and stage 1's last neighbour accuracy."""
     nn_accuracy: list[float] = []
     if plan.heads_steps and (state is None or state["stage"] == "heads"):
@@ -181,13 +180,13 @@ def _rank_heads(
     return rows
 
 
-def _compare(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, refined: Encoder) -> list[Row]:
+def _compare(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, refined: TokenEncoder) -> list[Row]:
     config, device, workers, max_bad = plan.config, method.device, plan.config.workers, plan.config.data.max_bad
     if not config.evaluate.enabled:
         return []
     settings = PassSettings(plan.transform, device, method.precision, workers=workers, max_bad=max_bad)
 
-    def encoders() -> Iterator[tuple[str, Encoder]]:
+    def encoders() -> Iterator[tuple[str, TokenEncoder]]:
         yield "base", base_encoder(plan, device)
         yield "refined", refined
 
@@ -215,7 +214,7 @@ def _compare(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, 
 
 
 def _exhibit_unlabelled(
-    run: TrainingRun, plan: Plan, settings: PassSettings, encoders: Iterator[tuple[str, Encoder]]
+    run: TrainingRun, plan: Plan, settings: PassSettings, encoders: Iterator[tuple[str, TokenEncoder]]
 ) -> None:
     """Show some training images instead of the before/after table."""
     if not plan.config.evaluate.exhibits:
@@ -225,7 +224,7 @@ def _exhibit_unlabelled(
     exhibition.save(run.folder.path)
 
 
-def _write_encoder(run: TrainingRun, plan: Plan, refined: Encoder, rows: Sequence[Row]) -> None:
+def _write_encoder(run: TrainingRun, plan: Plan, refined: TokenEncoder, rows: Sequence[Row]) -> None:
     source = plan.config.encoder.source
     header: dict[str, Any] = {"source": f"{source} refined" if plan.encoder_steps else source}
     if plan.checkpoint.licence:

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from mimref.distributed.group import world_size
+from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder, new_encoder
 from mimref.encoders.checkpoints import encoder_from
 from mimref.encoders.parameters import freeze_untrained
-from mimref.encoders.vit import Architecture, Encoder, build_encoder
+from mimref.encoders.vit import Architecture
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.dense import patch_shape
 from mimref.refinement.heads import Heads
@@ -40,11 +41,11 @@ class StateBytes:
 
 
 def meta_modules(
-    config: RefineConfig, architecture: Architecture, blocks: list[int], stage: StageName
-) -> tuple[Encoder, Heads]:
+    config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName
+) -> tuple[TokenEncoder, Heads]:
     """Encoder and heads on the meta device; what the stage does not train is frozen."""
     with torch.device("meta"):
-        encoder = build_encoder(architecture)
+        encoder = new_encoder(architecture)
         heads = Heads(config.heads, [architecture.widths[block - 1] for block in blocks])
     if stage == "heads":
         encoder.requires_grad_(False)
@@ -53,7 +54,9 @@ def meta_modules(
     return encoder, heads
 
 
-def state_bytes(config: RefineConfig, architecture: Architecture, blocks: list[int], stage: StageName) -> StateBytes:
+def state_bytes(
+    config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName
+) -> StateBytes:
     """Memory of a stage's weights, gradients, moments, average, queue, and of what its dense term needs."""
     encoder, heads = meta_modules(config, architecture, blocks, stage)
     encoder_count = sum(weight.numel() for weight in encoder.parameters())
@@ -71,11 +74,20 @@ def state_bytes(config: RefineConfig, architecture: Architecture, blocks: list[i
     )
 
 
-def _token_numbers(config: RefineConfig, architecture: Architecture, block: int) -> int:
+def _token_numbers(config: RefineConfig, architecture: EncoderArchitecture, block: int) -> int:
     """Numbers in the patch tokens of both global views of one encoder pass's images."""
     count, width = patch_shape(architecture, block, config.views.global_size or architecture.image_size)
     images = -(-config.batch_size // world_size())
     return 2 * (min(config.micro_batch, images) if isinstance(config.micro_batch, int) else images) * count * width
+
+
+def _describe(architecture: EncoderArchitecture) -> str:
+    """Name, blocks and widths."""
+    if isinstance(architecture, Architecture):
+        kind = "post" if architecture.post_norm else "pre"
+        return f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, {kind}-norm"
+    widths = ", ".join(map(str, architecture.widths if len(set(architecture.widths)) > 1 else [architecture.width]))
+    return f"{architecture.name}, {architecture.depth} blocks of width {widths}"
 
 
 def describe(plan: Plan) -> dict[str, str]:
@@ -95,8 +107,7 @@ def describe(plan: Plan) -> dict[str, str]:
     memory = f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
     views = 2 + config.views.local_views
     facts = {
-        "encoder": f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, "
-        f"{'post' if architecture.post_norm else 'pre'}-norm, {encoder_count:,} parameters",
+        "encoder": f"{_describe(architecture)}, {encoder_count:,} parameters",
         "weights": str(plan.checkpoint.path),
         "heads": f"{len(plan.blocks)} at blocks {', '.join(map(str, plan.blocks))}, {heads_count:,} parameters",
         "dense term": _dense_text(plan),

@@ -9,6 +9,7 @@ from torch import Tensor
 from mimref.data.loader import ViewBatch
 from mimref.distributed.collectives import averaged
 from mimref.distributed.group import world_size
+from mimref.encoders.backbones import TimmBackbone, TokenEncoder
 from mimref.encoders.parameters import encoder_groups
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
@@ -16,7 +17,7 @@ from mimref.evaluation.monitor import CollapseWatch, KnnMonitor
 from mimref.refinement.config import EncoderStageConfig, HeadsStageConfig
 from mimref.refinement.dense import DenseTerm
 from mimref.refinement.memory import half, largest_micro_batch, release_memory
-from mimref.refinement.method import Method, StepValues, monitored_values
+from mimref.refinement.method import Method, StepValues, compile_blocks, monitored_values
 from mimref.refinement.plan import Plan, base_encoder
 from mimref.refinement.recipe import average_decay
 from mimref.refinement.schedule import StageName, head_weights
@@ -152,7 +153,7 @@ class EncoderStage(RefinementStage):
         self.first_step, self.first_epoch = plan.heads_steps, plan.config.heads_stage.epochs
         method.encoder.train()
         method.trained_encoder = averaged(method.pooled_blocks, method.device)
-        method.dense = dense_term(plan, method.device)
+        method.dense = dense_term(plan, method)
         groups = encoder_groups(
             method.encoder, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
         ) + module_groups(method.heads, weight_decay=settings.heads_weight_decay)
@@ -167,10 +168,10 @@ class EncoderStage(RefinementStage):
             )
 
     @property
-    def result(self) -> Encoder:
+    def result(self) -> TokenEncoder:
         """The averaged encoder."""
         averaged = self.average.module
-        assert isinstance(averaged, Encoder)
+        assert isinstance(averaged, Encoder | TimmBackbone)
         return averaged
 
     def head_weights(self) -> list[float]:
@@ -215,9 +216,12 @@ class EncoderStage(RefinementStage):
             self.collapse = CollapseWatch(state["collapse_start"])
 
 
-def dense_term(plan: Plan, device: torch.device) -> DenseTerm | None:
+def dense_term(plan: Plan, method: Method) -> DenseTerm | None:
     """The dense term that the settings ask for, with a base of its own."""
     kind = plan.config.loss.dense
     if kind == "none":
         return None
-    return DenseTerm(base_encoder(plan, device).requires_grad_(False), max(plan.blocks), kind)
+    base = base_encoder(plan, method.device).requires_grad_(False)
+    if method.compiled:
+        compile_blocks(base)
+    return DenseTerm(base, max(plan.blocks), kind)

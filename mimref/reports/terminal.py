@@ -16,6 +16,7 @@ from mimref.reports.tables import best_table, differences_table, plain_table
 from mimref.results import Row
 
 if TYPE_CHECKING:
+    from mimref.encoders.backbones import BackboneArchitecture
     from mimref.encoders.inspection import Inspection
     from mimref.features.cache.contents import CacheEntry, Listings
 
@@ -153,8 +154,11 @@ def _classifier_facts(recorded: Any) -> dict[str, str]:
 
 def _facts(inspection: "Inspection") -> dict[str, str]:
     from mimref.encoders.positions import RULES
+    from mimref.encoders.vit import Architecture
 
     architecture = inspection.architecture
+    if not isinstance(architecture, Architecture):
+        return _backbone_facts(inspection, architecture)
     features = {
         "post-norm" if architecture.post_norm else "pre-norm": True,
         "no CLS token": not architecture.class_token,
@@ -178,6 +182,30 @@ def _facts(inspection: "Inspection") -> dict[str, str]:
         "features": ", ".join(name for name, present in features.items() if present),
         "interpolation": f"{architecture.interpolation} ({RULES[architecture.interpolation]})"
         f"{', a guess' if inspection.guesses_interpolation else ''}",
+        **_file_facts(inspection),
+    }
+
+
+def _backbone_facts(inspection: "Inspection", architecture: "BackboneArchitecture") -> dict[str, str]:
+    rule = architecture.sizes
+    limit = "" if rule.largest is None else f" up to {rule.largest}"
+    options = ", ".join(f"{key}={value}" for key, value in architecture.options)
+    return {
+        "file": inspection.file,
+        "format": inspection.format,
+        "source": inspection.source or "cannot be inferred from the weights",
+        "licence": inspection.licence or "unknown",
+        "architecture": f"{architecture.name} of timm, {architecture.depth} blocks or stages of width "
+        f"{', '.join(map(str, dict.fromkeys(architecture.widths)))}, images of {architecture.image_size}",
+        **({"options": options} if options else {}),
+        "image sizes": f"multiples of {rule.step} pixels{limit}",
+        **_file_facts(inspection),
+    }
+
+
+def _file_facts(inspection: "Inspection") -> dict[str, str]:
+    """What is said of any kind of encoder's file."""
+    return {
         "parameters": f"{inspection.parameters:,}",
         **_classifier_facts(inspection.header.get("classifier")),
         **{key: value for key, value in inspection.header.items() if isinstance(value, str)},

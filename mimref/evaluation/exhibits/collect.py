@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mimref.data.labels import Indices, fixed_choice
 from mimref.data.sources import ImageSource, Subset
-from mimref.encoders.vit import Encoder
+from mimref.encoders.backbones import TokenEncoder
 from mimref.errors import DataError
 from mimref.evaluation.cluster.kmeans import BestRun, distances, fit_kmeans, inertia
 from mimref.evaluation.exhibits.contents import Cluster, Confusion, Exhibits
@@ -59,7 +59,7 @@ Model = tuple[str, Column, Callable[[ImageSource], Features]]
 """A name, the column that shows it, and what gives this column of images."""
 
 
-def encoder_model(name: str, encoder: Encoder, settings: PassSettings) -> Model:
+def encoder_model(name: str, encoder: TokenEncoder, settings: PassSettings) -> Model:
     """A pass of an encoder, shown by its last block's class token."""
     last = Column(encoder.depth, "cls")
     return name, last, lambda images: extract(encoder, images, settings, [last])

@@ -16,6 +16,7 @@ from mimref.data.sources import ImageSource, Subset
 from mimref.data.transforms import EvalTransform
 from mimref.devices import machine_of, resolve_device
 from mimref.distributed.group import world_size
+from mimref.encoders.backbones import EncoderArchitecture
 from mimref.encoders.checkpoints import Checkpoint, load_weights
 from mimref.encoders.settings import ignored_settings, resolved_settings
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
@@ -75,7 +76,9 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
     check_device(config, checks)
     config, derived = without_limit(config, listener.progress)
     opened = open_training(config, listener.progress, checks, need_labels=True, splits=["train", "val"])
-    checkpoint, architecture, sources = opened.checkpoint, opened.architecture, opened.sources
+    checkpoint, sources, architecture = opened.checkpoint, opened.sources, None
+    if opened.architecture is not None:
+        architecture = checks.run("encoder.arch", partial(plain_only, opened.architecture))
     numbered = splits = None
     if opened.data is not None:
         config = config.model_copy(update={"data": opened.data})
@@ -145,6 +148,13 @@ def _numbered(train: ImageSource, val: ImageSource) -> tuple[Indices, Indices, I
     if train.lacks_classes and train.class_names is not None:
         return np.arange(len(train.class_names)), train.labels, val.labels
     return number_labels(train.labels, val.labels, train.class_names)
+
+
+def plain_only(architecture: EncoderArchitecture) -> Architecture:
+    """The architecture itself. Raises ConfigError unless it is a plain vision transformer's."""
+    if not isinstance(architecture, Architecture):
+        raise ConfigError(f"fine-tuning needs a plain vision transformer, which {architecture.name} is not")
+    return architecture
 
 
 def _adapted(architecture: Architecture, config: FinetuneConfig) -> Architecture:

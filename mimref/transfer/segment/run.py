@@ -168,9 +168,7 @@ def _open_data(config: SegmentConfig, listener: Listener, checks: Checks) -> dic
 
 def _inputs(config: SegmentConfig, architecture: Architecture | BackboneArchitecture) -> list[HeadInput]:
     if not isinstance(architecture, Architecture):
-        raise ConfigError(
-            f"{architecture.name} is no plain vision transformer, so it has no patch tokens to segment by"
-        )
+        raise ConfigError(f"{architecture.name} is no plain vision transformer, whose patch tokens segmentation needs")
     return head_inputs(config, architecture.depth, architecture.class_token)
 
 

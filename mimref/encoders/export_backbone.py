@@ -1,0 +1,67 @@
+"""Export of other timm models than plain vision transformers, to files that timm loads.
+
+Shapes: B images, L tokens, D width.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from mimref.encoders.backbones import TimmBackbone
+from mimref.encoders.checkpoints import save_encoder
+from mimref.encoders.export import ENDINGS, Export, comparison_images, write_verified
+from mimref.encoders.timm_models import as_tokens, build_options, intermediates, native_size
+from mimref.files import check_new_file
+from mimref.progress import Listener, Silent
+
+
+def export_backbone(
+    encoder: TimmBackbone, out: Path, facts: Mapping[str, Any], *, force: bool = False, listener: Listener | None = None
+) -> Export:
+    """Write what `timm.create_model(name, checkpoint_path=out)` loads, with the options of its sizes if it has any.
+
+    encoder: in fp32 on the CPU. out, facts and errors: as in `export_timm`.
+    """
+    check_new_file(out, ENDINGS["timm"], force)
+    architecture = encoder.architecture
+    name = architecture.name.partition(".")[0]
+    options = dict(architecture.options)
+    if architecture.image_size != native_size(name):
+        options |= build_options(name, architecture.image_size)
+    if architecture.channels != 3:
+        options["in_chans"] = architecture.channels
+
+    def write(file: Path) -> None:
+        if out.suffix == ".safetensors":
+            save_encoder(file, encoder, facts)
+            return
+        torch.save({key: tensor.clone() for key, tensor in encoder.model.state_dict().items()}, file)
+        if facts:
+            (listener or Silent()).note(f"{out.suffix} cannot store {', '.join(facts)}; .safetensors can")
+
+    def read(file: Path) -> dict[str, Tensor]:
+        model = timm.create_model(name, checkpoint_path=str(file), num_classes=0, **options)
+        return _features(model, comparison_images(encoder))
+
+    difference = write_verified(out, partial(_own_features, encoder), write, read, listener)
+    chosen = "".join(f", {key}={value!r}" for key, value in ({"num_classes": 0} | options).items())
+    return Export(out, difference, f"timm.create_model({name!r}, checkpoint_path={str(out)!r}{chosen})", name)
+
+
+@torch.inference_mode()
+def _features(model: Any, images: Tensor) -> dict[str, Tensor]:
+    """Tokens (B, L, D) of every block, as `block_N`, by timm's code alone."""
+    found = intermediates(model.eval(), images, None)
+    return {f"block_{block}": as_tokens(*each) for block, each in enumerate(found, 1)}
+
+
+@torch.inference_mode()
+def _own_features(encoder: TimmBackbone, names: Iterable[str]) -> dict[str, Tensor]:
+    names = list(names)
+    tokens = encoder.eval().blocks(comparison_images(encoder), range(1, encoder.depth + 1))
+    return dict(zip(names, tokens, strict=True))

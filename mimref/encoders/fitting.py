@@ -1,0 +1,59 @@
+"""A file's tensors under the names, and in the shapes, of a timm model."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+
+import timm
+from torch import Tensor, nn
+
+# Parts of timm's checkpoints that do not belong to the encoder.
+_DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.", "fc_norm.", "multi_scale_fusion_heads.")
+
+
+def fitting(
+    name: str, model: nn.Module, selected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], dropped: tuple[str, ...]
+) -> Mapping[str, Tensor]:
+    """The tensors as they are if they fit, else as timm's filter of published files renames and interpolates them.
+
+    selected: those of the file below the prefix of one encoder. tensors: all of them. dropped: see `without`.
+    """
+    wanted = model.state_dict()
+    if _misfits(selected, wanted, dropped)[1:] == (0, 0):
+        return selected
+    filtered = [filter_names(name, given, model) for given in (selected, tensors)]
+    candidates = [selected, *(each for each in filtered if each)]
+    return min(candidates, key=lambda each: _misfits(each, wanted, dropped))
+
+
+def _misfits(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]
+) -> tuple[int, int, int]:
+    """How many names differ, how many are missing, and how many tensors have another shape."""
+    given = without(tensors, wanted, dropped)
+    common = given.keys() & wanted.keys()
+    other_shapes = sum(given[key].shape != wanted[key].shape for key in common)
+    return len(given.keys() ^ wanted.keys()), len(wanted.keys() - common), other_shapes
+
+
+def without(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]) -> dict[str, Tensor]:
+    """Without what no model needs. What the model needs stays: some have a norm where others have a classifier."""
+    prefixes = _DROPPED_PREFIXES + dropped
+    return {key: tensors[key] for key in tensors if key in wanted or not key.startswith(prefixes)}
+
+
+def filter_names(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:
+    """The tensors of a published file as timm's own code renames them for its model; None if it cannot.
+
+    timm hands this function to the builder of each model; it is reachable only as a name of the model's module.
+    """
+    module = sys.modules[timm.model_entrypoint(name.partition(".")[0]).__module__]
+    rename = getattr(module, "checkpoint_filter_fn", None) or getattr(module, "_filter_fn", None)
+    if rename is None:
+        return None
+    try:
+        given = dict(tensors)
+        found = rename(given, model) if len(inspect.signature(rename).parameters) > 1 else rename(given)
+    except Exception:  # foreign names fail in every possible way
+        return None
+    return {key: value for key, value in found.items() if isinstance(value, Tensor)}
