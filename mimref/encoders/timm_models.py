@@ -66,6 +66,8 @@ def build_model(name: str, size: int, channels: int, options: Mapping[str, Any])
     if unknown:
         raise ConfigError(f"{name} has no option {unknown[0]!r} in timm {timm.__version__}")
     chosen = dict(options) | build_options(name, size)
+    if "drop_path_rate" in accepted:
+        chosen.setdefault("drop_path_rate", 0.0)  # refinement has no stochastic depth, and Swin has by default
     if "dynamic_img_size" in accepted:
         chosen["dynamic_img_size"] = True
     elif "strict_img_size" in accepted:
