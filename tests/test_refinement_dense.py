@@ -14,7 +14,6 @@ from mimref.benchmarks.flops import model_flops
 from mimref.benchmarks.stage import ready_stage, resolve_encoder, synthetic_batch
 from mimref.cli import run
 from mimref.data.views import CropGroup
-from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError, Interrupted
 from mimref.refinement.dense import DenseTerm, cka_distance, gram_difference, patch_shape
@@ -24,6 +23,7 @@ from mimref.refinement.plan import Plan, make_plan
 from mimref.refinement.run import refine
 from mimref.refinement.sizes import describe, state_bytes
 from mimref.refinement.stages import EncoderStage
+from tests.families import FAMILIES, backbone, write_backbone
 from tests.steps import DENSE_WEIGHT, IMAGES, make_batch, make_step, other_weights, weights
 from tests.test_benchmarks_step import DEPTH, IMAGE, PATCH, WIDTH, embedding, encoder_forward, tiny
 from tests.tiny import REFINE, arguments, assert_same_run, refine_config, signal_at, write_labelled, write_weights
@@ -215,20 +215,18 @@ def test_only_patches_are_compared(class_token: bool, registers: int) -> None:
     assert patch_shape(architecture, 4, 8) == (4, 32) and patch_shape(architecture, 2, 4) == (1, 32)
 
 
-@pytest.mark.parametrize("name", ["hiera_tiny_224", "test_convnext", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("name", ["swin", "hiera", "convnextv2", "eva", "gray"])
 def test_positions_of_a_feature_map_are_patches(name: str) -> None:
-    size = 224 if name != "test_convnext" else 64
-    architecture = BackboneArchitecture(name, size)
-    backbone = TimmBackbone(architecture).eval()
-    images = torch.randn(2, 3, size, size)
-    for block in (1, backbone.depth):
-        term = DenseTerm(backbone, block, "cka")
+    encoder = backbone(FAMILIES[name])
+    images = torch.randn(2, encoder.architecture.channels, 32, 32)
+    for block in (1, encoder.depth):
+        term = DenseTerm(encoder, block, "cka")
         patches = term.base_patches(images)
-        tokens = backbone.blocks(images, [block], final_norm=architecture.has_final_norm)[0].detach()
-        assert torch.equal(patches, tokens[:, backbone.num_prefix_tokens :])
-        assert patch_shape(architecture, block, size) == tuple(patches.shape[1:])
-        assert patches.shape[2] == backbone.widths[block - 1]
-        assert term.distance(patches + 1, patches).tolist() == pytest.approx([0, 0], abs=1e-5)
+        tokens = encoder.blocks(images, [block], final_norm=encoder.architecture.has_final_norm)[0].detach()
+        assert torch.equal(patches, tokens[:, encoder.num_prefix_tokens :])
+        assert patch_shape(encoder.architecture, block, 32) == tuple(patches.shape[1:])
+        assert patches.shape[2] == encoder.widths[block - 1] and math.isqrt(patches.shape[1]) ** 2 == patches.shape[1]
+        assert term.distance(2 * patches + 1, patches).tolist() == pytest.approx([0, 0], abs=1e-5)
 
 
 def test_stage_1_has_no_dense_term() -> None:
@@ -299,6 +297,23 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     first, *later = [line["dense_loss"] for line in steps if line["stage"] == "encoder"]
     # The first update starts from the base itself.
     assert first == 0 and all(value > 0 for value in later)
+
+
+def test_a_hierarchical_backbone_keeps_its_maps_in_parts_as_well(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    weights = write_backbone(tmp_path / "base.safetensors", FAMILIES["convnextv2"])
+    changes = {"heads__blocks": "3-4", "loss__dense": "cka", "heads_stage__epochs": 1, "encoder_stage__epochs": 1}
+    changes |= {"monitor__log_every": 1, "views__local_size": 16}
+    for name, micro_batch in (("whole", None), ("parts", 5)):
+        refine(refine_config(weights, paths[1], **changes, micro_batch=micro_batch), tmp_path / name)
+    whole, parts = (log(tmp_path / name) for name in ("whole", "parts"))
+    found = [(line["dense_loss"], other["dense_loss"]) for line, other in zip(whole, parts, strict=True)
+             if "dense_loss" in line]  # fmt: skip
+    assert len(found) == 4 and found[0] == (0, 0) and found[-1][0] > 0
+    for one, other in found:
+        assert other == pytest.approx(one, rel=1e-2, abs=1e-7)
+    # The last map has a single position at 8 pixels.
+    with pytest.raises(ConfigError, match=r"loss\.dense 'cka' .* block 4 has 1 at 8 pixels"):
+        make_plan(refine_config(weights, paths[1], **changes | {"views__global_size": 8, "views__local_size": 8}))
 
 
 # ---- Settings, sizes and cost.

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from mimref.data.views import multi_crop
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.refinement.config import RefineConfig
+from mimref.refinement.dense import read_patches
 from mimref.refinement.method import PooledBlocks
 from mimref.refinement.schedule import StageName
 from mimref.refinement.sizes import meta_modules
@@ -49,7 +50,7 @@ def model_flops(config: RefineConfig, architecture: EncoderArchitecture, blocks:
         prediction_HNO.sum().backward()
         if stage == "encoder" and config.loss.dense != "none":
             with torch.no_grad():
-                encoder.blocks(views[0], [max(blocks)], final_norm=True)
+                read_patches(encoder, views[0], max(blocks))
 
     with sdpa_kernel(SDPBackend.MATH):
         return count_flops(step)

@@ -49,8 +49,8 @@ class DenseTerm:
 
     @torch.no_grad()
     def base_patches(self, images_N3SS: Tensor) -> Tensor:
-        """The base's patch tokens at the block, (N, P, D), read as heads read them."""
-        return _read_patches(self.base, images_N3SS, self.block)
+        """The base's patch tokens at the block, (N, P, D)."""
+        return read_patches(self.base, images_N3SS, self.block)
 
     def distance(self, student_NPD: Tensor, base_NPD: Tensor) -> Tensor:
         """Distance of every image, (N,), in float32 at least."""
@@ -65,7 +65,7 @@ def patch_shape(architecture: EncoderArchitecture, block: int, size: int) -> tup
     with torch.device("meta"):
         encoder = new_encoder(architecture).eval()
         image = torch.empty(1, architecture.channels, size, size)
-    patches_NPD = _read_patches(encoder, image, block)
+    patches_NPD = read_patches(encoder, image, block)
     return patches_NPD.shape[1], patches_NPD.shape[2]
 
 
@@ -74,6 +74,7 @@ def patches_of(encoder: TokenEncoder, tokens_NLD: Tensor) -> Tensor:
     return tokens_NLD[:, encoder.num_prefix_tokens :]
 
 
-def _read_patches(encoder: TokenEncoder, images_N3SS: Tensor, block: int) -> Tensor:
+def read_patches(encoder: TokenEncoder, images_N3SS: Tensor, block: int) -> Tensor:
+    """Patch tokens of a block (1-based), (N, P, D), read as heads read them."""
     final_norm = encoder.architecture.has_final_norm
     return patches_of(encoder, encoder.blocks(images_N3SS, [block], final_norm=final_norm)[0])
