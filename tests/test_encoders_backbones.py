@@ -106,7 +106,7 @@ def test_blocks_after_the_last_one_are_not_run() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("hiera_tiny_224", 256, "^hiera_tiny_224 .* 256.*--resolution 224"),
+        ("hiera_tiny_224", 250, "^hiera_tiny_224 .* 250.*--resolution 256"),
         ("convnextv2_atto", 20, "^convnextv2_atto .* 20 .*--resolution"),
         ("vit_base_patch16_xyz", None, "'vit_base_patch16_xyz'; did you mean"),
         ("custom", None, "^--arch custom"),

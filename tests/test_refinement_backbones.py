@@ -40,7 +40,10 @@ def config_of(name: str, weights: Path, data: Path, **changes: Any) -> Any:
     return refine_config(weights, data, **{**SHORT, **blocks, **views, **changes})
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SLOW = ("abswin", "swinv2", "relpos", "gray")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES])
 def test_what_heads_reach_moves_and_nothing_else(name: str, data: Path, tmp_path: Path) -> None:
     weights = write_backbone(tmp_path / "base.safetensors", FAMILIES[name])
     refine(config_of(name, weights, data), tmp_path / "run")
@@ -98,7 +101,7 @@ def test_batch_norm_needs_one_process_and_whole_batches(data: Path, tmp_path: Pa
     weights = write_backbone(tmp_path / "base.safetensors", BATCH_NORM)
     said = run_ranks(refuse_ranks, 2, tmp_path / "group", weights, data, tmp_path / "ranks")
     assert all("BatchNorm" in line and "one process" in line for line in said)
-    with pytest.raises(ConfigError, match="^micro_batch: .* BatchNorm"):
+    with pytest.raises(ConfigError, match=r"^micro_batch: .* BatchNorm"):
         refine(refine_config(weights, data, heads__blocks="4-5", views__local_views=0, micro_batch=4), tmp_path / "a")
     refine(refine_config(weights, data, heads__blocks="4-5", views__local_views=0, **SHORT), tmp_path / "run")
     base, refined = read_checkpoint(weights).tensors, tensors(tmp_path / "run")
@@ -190,7 +193,7 @@ def test_heads_of_one_width_are_as_before() -> None:
     config = HeadsConfig(projector_hidden=16, predictor_hidden=10, output=6)
     torch.manual_seed(0)
     heads = Heads(config, [12] * 3)
-    assert list(heads.state_dict())[0] == "projector.0.linear.weight"
+    assert next(iter(heads.state_dict())) == "projector.0.linear.weight"
     torch.manual_seed(0)
     bound = (6 / (12 + 16)) ** 0.5
     assert torch.equal(heads.projector[0].linear.weight, torch.empty(3, 16, 12).uniform_(-bound, bound))
@@ -209,7 +212,7 @@ def test_a_plan_of_stages(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("swin", {"views__local_size": 20}, r"views\.local_size 20 .* multiple of 8 .* nearest is 24"),
+        ("swin", {"views__local_size": 20}, r"views\.local_size 20 .* multiple of 8, .* nearest is 24"),
         ("relpos", {"views__local_size": 16}, r"views\.local_size 16 .* one size .* nearest is 32"),
         ("swin", {"heads__blocks": "last8"}, r"heads\.blocks 'last8' .* blocks 1 to 3"),
         ("swin", {"encoder_stage__freeze_blocks": 3}, "freeze_blocks 3 leaves nothing"),

@@ -25,7 +25,7 @@ class EncoderConfig(ReadingConfig):
     """Which encoder, and where its weights come from."""
 
     arch: str = "vit_l16"
-    """`vit_b16`, `vit_l16`, `vit_h14`, `vit_2b14`, a timm name of a VisionTransformer, or `custom` (sizes below)."""
+    """`vit_b16`, `vit_l16`, `vit_h14`, `vit_2b14`, a timm name, or `custom` (sizes below)."""
     source: str = "mae"
     """Pre-training method of the weights; `d2v2` selects the post-norm transformer."""
     weights: str | None = None

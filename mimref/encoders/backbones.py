@@ -7,7 +7,7 @@ Shapes: B images, L tokens, D width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from itertools import starmap
 from typing import Any, NamedTuple, Self
@@ -22,11 +22,11 @@ from mimref.encoders.timm_models import (
     as_tokens,
     build_model,
     intermediates,
+    is_built_for_sizes,
     layer_ids,
     native_size,
     norm_of,
     size_rule,
-    timm_record,
 )
 from mimref.encoders.tokens import check_blocks, norm_flags, pool_tokens
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder, gray, is_plain_vit
@@ -339,16 +339,29 @@ def find_architecture(name: str, source: str | None, image_size: int | None) -> 
     """
     if name == "custom":
         raise ConfigError("--arch custom: only files that mimref wrote record its sizes, and they need no --arch")
-    size = image_size or (224 if name in PAPER_SIZES else native_size(name))
     if not is_backbone(name):
+        size = image_size or (224 if name in PAPER_SIZES else native_size(name))
         return Architecture.from_config(EncoderConfig(arch=name, source=source or "mae", image_size=size))
-    backbone = BackboneArchitecture(name, size)
-    native = native_size(name)
-    if size != native and timm_record(name).fixed_input_size and backbone.sizes.largest is not None:
-        whole = BackboneArchitecture(name, native)
-        if whole.sizes.nearest(size) != size:
-            raise ConfigError(
-                f"{name} does not take images of {size} pixels; use --resolution {whole.sizes.nearest(size)}"
-            )
-        return whole
-    return backbone
+    native = BackboneArchitecture(name, native_size(name))
+    if image_size is None or image_size == native.image_size:
+        return native
+    if is_built_for_sizes(name):
+        return BackboneArchitecture(name, image_size)
+    if (nearest := native.sizes.nearest(image_size)) != image_size:
+        raise ConfigError(f"{name} does not take images of {image_size} pixels; use --resolution {nearest}")
+    return native
+
+
+def at_size(architecture: BackboneArchitecture, size: int, setting: str) -> BackboneArchitecture:
+    """The architecture for images of `size` pixels, which `setting` asks for.
+
+    Raises ConfigError where weights of another size would not fit.
+    """
+    if size == architecture.image_size:
+        return architecture
+    if not is_built_for_sizes(architecture.name):
+        raise ConfigError(
+            f"{setting} {size}: these weights of {architecture.name} need {architecture.image_size} pixels; leave it "
+            "out (evaluations take other sizes by --resolution, refine by views.global_size)"
+        )
+    return replace(architecture, image_size=size)

@@ -250,12 +250,13 @@ def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Arch
     return replace(architecture, channels=found.channels, norm_eps=found.norm_eps)
 
 
-def backbone_of(checkpoint: Checkpoint, name: str, size: int | None) -> EncoderArchitecture:
+def backbone_of(checkpoint: Checkpoint, name: str, size: int | None) -> BackboneArchitecture:
     """A timm model's architecture, with the channels of the file's first convolution.
 
     size: pixels of the images; None is timm's own. Raises ConfigError for a size that it cannot take.
     """
     found = find_architecture(name, None, size)
+    assert isinstance(found, BackboneArchitecture)
     convolution = timm_record(name).first_conv
     kernel = checkpoint.named.get(f"{convolution}.weight") if isinstance(convolution, str) else None
     return found if kernel is None or kernel.ndim != 4 else replace(found, channels=kernel.shape[1])

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mimref.config.base import ReadingConfig
-from mimref.encoders.backbones import TokenEncoder
+from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture, TokenEncoder, at_size, is_backbone
 from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.meta import RatesOnCpu
 from mimref.encoders.timm_models import native_size
@@ -62,6 +62,8 @@ def read_encoder(
     listener: Listener | None = None,
 ) -> tuple[Encoder, dict[str, Any], Checkpoint]:
     """As `read_any_encoder`. Raises ConfigError for an encoder that is no plain vision transformer."""
+    if arch is not None and arch != "custom" and is_backbone(arch):
+        raise ConfigError(f"--arch {arch}: this format needs a plain vision transformer; use --to timm")
     encoder, facts, checkpoint = read_any_encoder(
         path, reading, arch=arch, source=source, resolution=resolution, listener=listener
     )
@@ -97,7 +99,11 @@ def read_any_encoder(
     size = resolution or architecture.image_size
     for notice in checkpoint.notices(architecture, [size]):
         listener.note(notice)
-    encoder = encoder_from(checkpoint, replace(architecture, image_size=size))
+    if isinstance(architecture, BackboneArchitecture):
+        resized: EncoderArchitecture = at_size(architecture, size, "--resolution")
+    else:
+        resized = replace(architecture, image_size=size)
+    encoder = encoder_from(checkpoint, resized)
     facts = {key: checkpoint.header[key] for key in _FACTS if key in checkpoint.header}
     if isinstance(facts.get("transform"), dict):
         facts["transform"] = facts["transform"] | {"image_size": size}

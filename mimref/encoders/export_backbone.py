@@ -30,7 +30,7 @@ def export_backbone(
     check_new_file(out, ENDINGS["timm"], force)
     architecture = encoder.architecture
     name = architecture.name.partition(".")[0]
-    options = dict(architecture.options)
+    options: dict[str, Any] = dict(architecture.options)
     if architecture.image_size != native_size(name):
         options |= build_options(name, architecture.image_size)
     if architecture.channels != 3:

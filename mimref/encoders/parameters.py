@@ -22,7 +22,8 @@ def freeze_untrained(encoder: TokenEncoder, *, first: int, last: int) -> None:
     after the last one and pooling do not reach the heads.
     """
     if isinstance(encoder, TimmBackbone):
-        trained = reached(encoder.architecture, last) - (reached(encoder.architecture, first) if first else set())
+        fed = reached(encoder.architecture, first) if first else set[str]()
+        trained = set(reached(encoder.architecture, last)) - fed
     else:
         reach = encoder.last_layer if last == encoder.depth else last
         layers = {name: encoder.layer_of(name) for name, _ in encoder.vit.named_parameters()}

@@ -22,13 +22,14 @@ def take_other_sizes(model: Any) -> None:
     if type(model) is Beit and model.pos_embed is None:
         model.patch_embed.strict_img_size = False
         for block in model.blocks:
-            block.attn.__class__ = SubgridAttention
-            block.attn.columns = model.patch_embed.grid_size[1]
+            attention: Any = block.attn
+            attention.__class__ = SubgridAttention
+            attention.columns = model.patch_embed.grid_size[1]
     elif type(model) is Hiera and model.pos_embed is not None:
         model.__class__ = ResizedHiera
 
 
-class SubgridAttention(Attention):  # type: ignore[misc]  # timm is not typed
+class SubgridAttention(Attention):
     """BEiT's attention on the tokens of an image that may be smaller than the model's."""
 
     columns: int
@@ -55,7 +56,7 @@ class SubgridAttention(Attention):  # type: ignore[misc]  # timm is not typed
         return bias_HLL[..., kept[:, None], kept]
 
 
-class ResizedHiera(Hiera):  # type: ignore[misc]  # timm is not typed
+class ResizedHiera(Hiera):
     """Hiera on images of any multiple of its windows."""
 
     def forward_intermediates(self, x: Tensor, *options: Any, **named: Any) -> Any:
@@ -75,7 +76,7 @@ class ResizedHiera(Hiera):  # type: ignore[misc]  # timm is not typed
             self.tokens_spatial_shape, self.mask_spatial_shape, self.unroll, self.reroll = own
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        if self.pos_embed_win is not None or x.shape[1] == self.pos_embed.shape[1]:
+        if self.pos_embed is None or self.pos_embed_win is not None or x.shape[1] == self.pos_embed.shape[1]:
             added: Tensor = super()._pos_embed(x)
             return added
         side = math.isqrt(self.pos_embed.shape[1])

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mimref.config.run import EncoderConfig
-from mimref.encoders.backbones import EncoderArchitecture, find_architecture, is_backbone
+from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture, at_size, find_architecture, is_backbone
 from mimref.encoders.checkpoints import Checkpoint, backbone_of, with_file_values, with_fixed_positions
 from mimref.encoders.published import official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture
@@ -26,11 +26,16 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Enco
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
     if recorded is None or _is_timm(config, checkpoint):
         if is_backbone(config.arch):
-            return backbone_of(checkpoint, config.arch, config.image_size if "image_size" in asked else None)
+            found = backbone_of(checkpoint, config.arch, None)
+            found = at_size(found, config.image_size, "encoder.image_size") if "image_size" in asked else found
+            found.check_size(found.image_size, "encoder.image_size")  # a model without features fails here
+            return found
         tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
         return with_file_values(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
     # A preset's image size belongs to the preset's architecture.
     if "image_size" in asked and ("arch" not in asked or config.arch == recorded.name):
+        if isinstance(recorded, BackboneArchitecture):
+            return at_size(recorded, config.image_size, "encoder.image_size")
         return replace(recorded, image_size=config.image_size)
     return recorded
 

@@ -88,6 +88,12 @@ def build_options(name: str, size: int) -> dict[str, Any]:
     return {"img_size": size} if "img_size" in _arguments(name) else {}
 
 
+def is_built_for_sizes(name: str) -> bool:
+    """Whether timm builds the model for any size, with weights of another one that fit or can be interpolated."""
+    adapts = {"dynamic_img_size", "strict_img_size"} & _arguments(name)
+    return bool(adapts) or not timm_record(name).fixed_input_size
+
+
 @cache
 def _arguments(name: str) -> frozenset[str]:
     """Of the constructor of timm's class."""

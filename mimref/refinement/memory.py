@@ -6,7 +6,7 @@ from copy import deepcopy
 from functools import partial
 
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import nn
 
 from mimref.data.loader import ViewBatch
