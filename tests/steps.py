@@ -1,6 +1,7 @@
 """A refinement step in float64 on an encoder of four blocks, and batches for it."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch.nn import functional as F
 from mimref.config.run import ViewsConfig
 from mimref.data.loader import ViewBatch
 from mimref.data.views import Photometric
-from mimref.encoders.vit import Architecture, build_encoder
+from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.refinement.alignment import Queue
 from mimref.refinement.config import HeadsConfig, LossConfig
+from mimref.refinement.dense import DenseTerm
 from mimref.refinement.heads import Heads
 from mimref.refinement.method import Method
 
@@ -22,6 +24,7 @@ CONFIG = HeadsConfig(projector_hidden=12, predictor_hidden=10, output=6)
 BLOCKS = [4, 2, 3]
 TEMPERATURE = [0.1, 0.2, 0.5]
 QUEUE, IMAGES, SEED = 16, 5, 3
+DENSE_WEIGHT = 30.0
 
 
 class DoublePhotometric(Photometric):
@@ -38,6 +41,7 @@ def make_step(
     direction: str = "projection",
     swap_negatives: bool = False,
     post_norm: bool = False,
+    dense: Any = "none",
     encoder: Any = None,
 ) -> Method:
     """A step whose objects are the same for the same arguments."""
@@ -51,7 +55,7 @@ def make_step(
     heads = Heads(CONFIG, [32] * len(blocks)).double()
     queue = Queue(len(blocks), QUEUE, CONFIG.output, generator=torch.Generator().manual_seed(1), device=CPU)
     queue.rows_HQO = F.normalize(queue.rows_HQO.double(), dim=2)
-    return Method(
+    step = Method(
         encoder.double().eval(),
         heads,
         queue,
@@ -59,9 +63,21 @@ def make_step(
         blocks=blocks,
         temperature=TEMPERATURE[: len(blocks)],
         pool=pool,
-        loss=LossConfig(direction=direction, swap_negatives=swap_negatives),
+        loss=LossConfig(direction=direction, swap_negatives=swap_negatives, dense=dense, dense_weight=DENSE_WEIGHT),
         precision=torch.float32,  # no autocast
     )
+    if dense != "none":
+        step.dense = DenseTerm(other_weights(step.encoder), max(blocks), dense)
+    return step
+
+
+def other_weights(encoder: Encoder) -> Encoder:
+    """A copy whose weights differ a little, as those of the base do from a refined encoder's."""
+    copy, generator = deepcopy(encoder), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return copy.requires_grad_(False)
 
 
 def make_batch(samples: Sequence[int] = range(IMAGES), *, local_views: int = 2, epoch: int = 0) -> ViewBatch:

@@ -217,6 +217,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one head": {"blocks": [4]},
     "prediction": {"direction": "prediction"},
     "swapped negatives": {"swap_negatives": True, "pool": "mean"},
+    "gram": {"dense": "gram"},
+    "cka": {"dense": "cka"},
 }
 
 

@@ -136,14 +136,14 @@ def test_gradients_in_parts_are_those_of_one_pass() -> None:
     wanted = [2, 3]
     pooled = PooledBlocks(encoder, wanted, "mean")
     images = [torch.randn(6, 3, size, size, dtype=torch.float64) for size in (32, 16)]
-    whole = pooled(images)
+    whole, _ = pooled(images)
     assert [tuple(x.shape) for x in whole] == [(12, 32), (12, 64)]
     directions = [torch.randn_like(x) for x in whole]
     torch.autograd.backward(whole, directions)
     expected = [weight.grad.clone() for weight in encoder.parameters() if weight.grad is not None]
     encoder.zero_grad()
     for rows in (slice(0, 4), slice(4, 6)):
-        parts = pooled([sized[rows] for sized in images])
+        parts, _ = pooled([sized[rows] for sized in images])
         of_part = [torch.cat([x[:6][rows], x[6:][rows]]) for x in directions]
         torch.autograd.backward(parts, of_part)
     found = [weight.grad for weight in encoder.parameters() if weight.grad is not None]

@@ -40,6 +40,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"blocks": [4, 2, 4]},
     {"direction": "prediction", "swap_negatives": True},
     {"pool": "mean", "post_norm": True},
+    {"dense": "gram"},
+    {"dense": "cka", "blocks": [2, 3, 1]},
 ]
 
 

@@ -127,7 +127,8 @@ def noted(watch: Watch, name: str) -> Any:
 
 
 @pytest.mark.parametrize("stage", ["heads", "encoder"])
-@pytest.mark.parametrize("changes", [{}, {"micro_batch": 5}, {"optimizer.clip_grad": 1.0}, {"heads.pool": "mean"}])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch": 5}, {"optimizer.clip_grad": 1.0}, {"heads.pool": "mean"},
+                                     {"loss.dense": "gram"}, {"loss.dense": "cka", "micro_batch": 5}])  # fmt: skip
 def test_steps_do_not_wait_for_the_device(
     stage: StageName, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from mimref.data.views import multi_crop
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.refinement.config import RefineConfig
+from mimref.refinement.dense import read_patches
 from mimref.refinement.method import PooledBlocks
 from mimref.refinement.schedule import StageName
 from mimref.refinement.sizes import meta_modules
@@ -35,8 +36,8 @@ def count_flops(work: Callable[[], object]) -> int:
 def model_flops(config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName) -> int:
     """FLOPs of encoder and heads per image in one step, forward and backward, on any machine.
 
-    Counted on shapes alone. Frozen parts have no backward pass, and nothing is computed twice. Photometric
-    augmentation, queue and loss are not part of the model.
+    Counted on shapes alone. Frozen parts have no backward pass, and nothing is computed twice. The base's pass for a
+    dense term is part of it; photometric augmentation, queue and loss are not.
     """
     groups = multi_crop(config.views, architecture.image_size)
     encoder, heads = meta_modules(config, architecture, blocks, stage)
@@ -44,9 +45,12 @@ def model_flops(config: RefineConfig, architecture: EncoderArchitecture, blocks:
     wanted = sorted(set(blocks))
 
     def step() -> None:
-        pooled_ND = PooledBlocks(encoder, wanted, config.heads.pool)(views)
+        pooled_ND, _ = PooledBlocks(encoder, wanted, config.heads.pool)(views)
         _, prediction_HNO = heads(*heads.stacked([pooled_ND[wanted.index(block)] for block in blocks]))
         prediction_HNO.sum().backward()
+        if stage == "encoder" and config.loss.dense != "none":
+            with torch.no_grad():
+                read_patches(encoder, views[0], max(blocks))
 
     with sdpa_kernel(SDPBackend.MATH):
         return count_flops(step)

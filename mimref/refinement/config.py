@@ -40,8 +40,11 @@ class HeadsConfig(Section):
     """Token the heads read; `mean` is the mean of the patch tokens, also used when there is no CLS token."""
 
 
+DenseKind = Literal["gram", "cka"]
+
+
 class LossConfig(Section):
-    """Nearest Neighbor Alignment, Eq. (1)."""
+    """Nearest Neighbor Alignment, Eq. (1), and what is added to it."""
 
     direction: Literal["projection", "prediction"] = "projection"
     """`projection`: softmax over stop-gradient projections for each prediction (Eq. 1). `prediction`: softmax over
@@ -50,6 +53,12 @@ class LossConfig(Section):
     """Also replace negatives by their nearest neighbours, as NNCLR does (Table 1e)."""
     schedule: Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"] = "constant"
     """Loss weight of intermediate heads over stage 2 (Table 1c)."""
+    dense: Literal["none"] | DenseKind = "none"
+    """Term of stage 2 that holds the patch tokens of the last block that heads read to the base's, on the global views.
+    `gram`: mean square difference of the patches' cosine similarities (Gram anchoring, DINOv3). `cka`: 1 - CKA of the
+    patches' centred linear kernels (Kornblith et al. 2019). Costs a pass of the base without gradient."""
+    dense_weight: float = Field(default=1.0, gt=0)
+    """Weight of the dense term, which is added to the loss."""
 
 
 class HeadsStageConfig(Section):

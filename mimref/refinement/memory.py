@@ -15,6 +15,7 @@ from mimref.distributed.collectives import max_over_ranks
 from mimref.distributed.group import without_group, world_size
 from mimref.errors import ConfigError
 from mimref.progress import Listener
+from mimref.refinement.dense import DenseTerm
 from mimref.refinement.method import Method
 from mimref.refinement.plan import Plan
 from mimref.refinement.schedule import StageName
@@ -35,7 +36,8 @@ def choose_micro_batch(method: Method, plan: Plan, listener: Listener) -> int | 
         return None
     stage: StageName = "heads" if plan.config.stage == "heads" else "encoder"
     to_come = state_bytes(plan.config, plan.architecture, plan.blocks, stage)
-    fits = largest_micro_batch(method, plan, method.most_images, reserve=to_come.moments + to_come.average)
+    reserve = to_come.moments + to_come.average + to_come.base
+    fits = largest_micro_batch(method, plan, method.most_images, reserve=reserve)
     found = -max_over_ranks(-fits)  # the smallest of any rank
     listener.note(f"micro_batch auto: {found} of {method.most_images} images per encoder pass")
     return found
@@ -71,10 +73,16 @@ def largest_micro_batch(method: Method, plan: Plan, most: int, *, reserve: int) 
 
     Call it before heads and encoder are distributed: they would wait for other ranks.
     """
-    train_encoder = plan.config.stage != "heads"
+    train_encoder, made = plan.config.stage != "heads", method.dense
+    if train_encoder and made is None and plan.config.loss.dense != "none":
+        # Stage 2 makes the base, of which `reserve` has the weights; here the encoder takes its place.
+        method.dense = DenseTerm(method.encoder, max(plan.blocks), plan.config.loss.dense)
     attempt = partial(try_step, method, plan.crops, method.most_images, reserve=reserve, train_encoder=train_encoder)
-    with without_group():
-        return largest_that_fits(attempt, most)
+    try:
+        with without_group():
+            return largest_that_fits(attempt, most)
+    finally:
+        method.dense = made
 
 
 def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:

@@ -21,6 +21,7 @@ from mimref.draws import Operation, uniform
 from mimref.encoders.backbones import TokenEncoder
 from mimref.refinement.alignment import Alignment, Neighbours, Queue, nna_loss
 from mimref.refinement.config import LossConfig
+from mimref.refinement.dense import DenseTerm, patches_of
 from mimref.refinement.heads import Heads
 
 
@@ -28,7 +29,7 @@ class StepValues(NamedTuple):
     """Values of a step, on the device; reading them costs a sync."""
 
     loss: Tensor
-    """Weighted sum over heads."""
+    """Weighted sum over heads, and the weighted dense term."""
     alignment: Alignment
     neighbours: Neighbours
     """Of both global views, (H, 2 * B) queries, view 0 first."""
@@ -36,6 +37,8 @@ class StepValues(NamedTuple):
     """Sample indices on the device."""
     share: float
     """This rank's share of the batch's images; 1 in a single process."""
+    dense: Tensor | None = None
+    """The dense term without its weight, scaled as `loss`: the mean over ranks is the mean over the batch."""
 
 
 class PooledBlocks(nn.Module):
@@ -45,14 +48,19 @@ class PooledBlocks(nn.Module):
         super().__init__()
         self.encoder, self.wanted, self.pool = encoder, wanted, pool
 
-    def forward(self, images: list[Tensor]) -> list[Tensor]:
-        """Images of several sizes, (N_i, 3, S_i, S_i) each -> (sum of N_i, D) of every block, with its own width D."""
-        parts = []
+    def forward(self, images: list[Tensor], *, dense: bool = False) -> tuple[list[Tensor], Tensor | None]:
+        """Images of several sizes, (N_i, 3, S_i, S_i) each -> (sum of N_i, D) of every block, with its own width D.
+
+        dense: also the patch tokens of the last of the blocks, of images of the first size: (N_0, P, D).
+        """
+        parts, patches_NPD = [], None
         for sized in images:
             # The head at the last block reads the normed output, as users of the encoder do.
             tokens = self.encoder.blocks(sized, self.wanted, final_norm=self.encoder.architecture.has_final_norm)
             parts.append([self.encoder.pool(block, self.pool) for block in tokens])
-        return [torch.cat(of_block) for of_block in zip(*parts, strict=True)]
+            if dense and sized is images[0]:
+                patches_NPD = patches_of(self.encoder, tokens[-1])
+        return [torch.cat(of_block) for of_block in zip(*parts, strict=True)], patches_NPD
 
 
 class Method:
@@ -85,13 +93,18 @@ class Method:
         # Those whose gradients ranks average, see `averaged`.
         self.trained_encoder: nn.Module = self.pooled_blocks
         self.trained_heads: nn.Module = heads
+        self.dense: DenseTerm | None = None
+        """Stage 2's optional term."""
+        self.compiled = False
+        """Whether encoder blocks and heads are compiled."""
 
     def forward_backward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
         """Loss of one batch; its gradients are added to the weights' own, and the queue takes in view 0.
 
         With `micro_batch` the encoder runs twice on parts of the batch: without gradient, so that heads and loss see
         the whole batch, and again to backpropagate the gradients of its features (GradCache, Gao et al. 2021). Memory
-        then follows the micro-batch, and the gradients are those of one pass.
+        then follows the micro-batch, and the gradients are those of one pass. The dense term, a sum over images, is
+        computed in the second pass alone, part by part.
         """
         # Ranks may have different numbers of images, but all must take the same branch.
         one_pass = self.micro_batch is None or self.micro_batch >= (self.most_images or len(batch.sample_B))
@@ -99,30 +112,57 @@ class Method:
             values = self.forward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)
             values.loss.backward()
             return values
+        dense = []
         with torch.no_grad():
             features_VBD = [x_VBD.requires_grad_() for x_VBD in self._encode_in_parts(batch)]
         values = self._align(self._of_heads(features_VBD), batch, weight_H, top_k)
         values.loss.backward()
         gradients_VBD = [x_VBD.grad for x_VBD in features_VBD if x_VBD.grad is not None]
+        images = len(batch.sample_B)
         for rows, part in self._parts(batch):
-            encoder, last = self.trained_encoder, rows.stop == len(batch.sample_B)
+            encoder, last = self.trained_encoder, rows.stop == images
             # Ranks exchange the gradients of all parts once, with the last part.
             with encoder.no_sync() if isinstance(encoder, DistributedDataParallel) and not last else nullcontext():
-                torch.autograd.backward(self._encode(part, encoder), [x_VBD[:, rows] for x_VBD in gradients_VBD])
-        return values
+                outputs, distance_N = self._encode(part, encoder, self.dense)
+                gradients = [x_VBD[:, rows] for x_VBD in gradients_VBD]
+                if distance_N is not None:
+                    dense.append(self._share_of_mean(distance_N, values, images))
+                    outputs.append(self.loss.dense_weight * dense[-1])
+                    gradients.append(torch.ones_like(outputs[-1]))
+                torch.autograd.backward(outputs, gradients)
+        return self._with_dense(values, torch.stack(dense).sum()) if dense else values
 
     def forward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
         """Loss of one batch in one pass; the queue takes in view 0. Call `loss.backward()` on the result."""
-        return self._align(self.features(batch, train_encoder=train_encoder), batch, weight_H, top_k)
+        features_HND, distance_N = self._features(batch, train_encoder=train_encoder)
+        values = self._align(features_HND, batch, weight_H, top_k)
+        if distance_N is None:
+            return values
+        return self._with_dense(values, self._share_of_mean(distance_N, values, len(batch.sample_B)))
 
     def features(self, batch: ViewBatch, *, train_encoder: bool) -> list[Tensor]:
         """What the heads take, pooled tokens (H, N, D) of every distinct width, rows view by view."""
+        return self._features(batch, train_encoder=train_encoder)[0]
+
+    def _features(self, batch: ViewBatch, *, train_encoder: bool) -> tuple[list[Tensor], Tensor | None]:
+        """The same, and where the encoder trains, the global views' distances of the dense term."""
         if train_encoder:
-            return self._of_heads(self._encode(batch, self.trained_encoder))
+            features_VBD, distance_N = self._encode(batch, self.trained_encoder, self.dense)
+            return self._of_heads(features_VBD), distance_N
         with torch.inference_mode():
             features_VBD = self._encode_in_parts(batch)
         # Stacked outside of inference mode: autograd cannot use inference tensors.
-        return self._of_heads(features_VBD)
+        return self._of_heads(features_VBD), None
+
+    def _share_of_mean(self, distance_N: Tensor, values: StepValues, images: int) -> Tensor:
+        """What distances of this rank add to their mean over the batch, times the number of ranks, as in the loss.
+
+        distance_N: of both global views of some or all of the rank's `images`.
+        """
+        return distance_N.sum() * (values.share * world_size() / max(1, 2 * images))
+
+    def _with_dense(self, values: StepValues, dense: Tensor) -> StepValues:
+        return values._replace(loss=values.loss + self.loss.dense_weight * dense, dense=dense)
 
     def _align(self, features_HND: list[Tensor], batch: ViewBatch, weight_H: Tensor, top_k: int) -> StepValues:
         """Heads, neighbours and loss of a whole batch."""
@@ -165,17 +205,26 @@ class Method:
         loss = (weight_H * loss_H).sum() * (share * len(counts))
         return StepValues(loss, alignment, neighbours, sample_B, share)
 
-    def _encode(self, batch: ViewBatch, pooled_blocks: nn.Module) -> list[Tensor]:
-        """Pooled tokens of the blocks that heads read, (V, B, D) each, by one encoder pass per crop size."""
+    def _encode(
+        self, batch: ViewBatch, pooled_blocks: nn.Module, dense: DenseTerm | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Pooled tokens of the blocks that heads read, (V, B, D) each, by one encoder pass per crop size.
+
+        dense: also the distance of both global views of each image to the base, (2 * B,).
+        """
         views = views_of(batch, self.photometric)
+        images = [sized_vB3SS.flatten(0, 1) for sized_vB3SS in views]
         with autocast(self.device, self.precision):
-            pooled_ND = pooled_blocks([sized_vB3SS.flatten(0, 1) for sized_vB3SS in views])
+            # Before the encoder's own pass, whose activations are kept.
+            base_NPD = dense.base_patches(images[0]) if dense is not None else None
+            pooled_ND, student_NPD = pooled_blocks(images, dense=dense is not None)
         shape = (sum(map(len, views)), len(batch.sample_B))
-        return [x_ND.unflatten(0, shape) for x_ND in pooled_ND]
+        pooled_VBD = [x_ND.unflatten(0, shape) for x_ND in pooled_ND]
+        return pooled_VBD, None if dense is None else dense.distance(student_NPD, base_NPD)
 
     def _encode_in_parts(self, batch: ViewBatch) -> list[Tensor]:
-        """The same, micro-batch by micro-batch. Call it without gradient."""
-        parts = [self._encode(part, self.pooled_blocks) for _, part in self._parts(batch)]
+        """The first of these, micro-batch by micro-batch. Call it without gradient."""
+        parts = [self._encode(part, self.pooled_blocks)[0] for _, part in self._parts(batch)]
         return parts[0] if len(parts) == 1 else [torch.cat(of_block, dim=1) for of_block in zip(*parts, strict=True)]
 
     def _parts(self, batch: ViewBatch) -> Iterator[tuple[slice, ViewBatch]]:
@@ -197,6 +246,15 @@ class Method:
         seed, heads = self.photometric.seed, self.heads.num_heads
         view_M = torch.arange(2, device=self.device).repeat_interleave(len(sample_B))
         return uniform(seed, epoch, Operation.NEIGHBOUR, sample_B.repeat(2), view_M, count=heads).T
+
+
+def compile_blocks(encoder: TokenEncoder) -> None:
+    """Compile every block in place, so that weights keep their names.
+
+    One piece of code serves all blocks; with dynamic shapes, both sizes of views as well.
+    """
+    for block in encoder.block_modules:
+        block.compile(dynamic=True)
 
 
 def views_of(batch: ViewBatch, photometric: Photometric) -> list[Tensor]:
@@ -224,21 +282,22 @@ def monitored_values(values: StepValues, labels: Tensor | None) -> dict[str, obj
     }
     if labels is not None:
         by_head["nn_accuracy"] = neighbour_accuracy(neighbours, values.sample_B, labels)
-    loss = values.loss.detach()
+    terms = torch.stack([term.detach() for term in (values.loss, values.dense) if term is not None])
     if world_size() > 1:
-        loss, by_head = _over_ranks(loss, by_head, values.share)
+        terms, by_head = _over_ranks(terms, by_head, values.share)
     if torch.isnan(by_head["alignment_local"]).any():
         del by_head["alignment_local"]  # there are no local views
-    return {"loss": float(loss)} | {name: value.tolist() for name, value in by_head.items()}
+    named = dict(zip(("loss", "dense_loss"), terms.tolist(), strict=False))
+    return named | {name: value.tolist() for name, value in by_head.items()}
 
 
-def _over_ranks(loss: Tensor, by_head: dict[str, Tensor], share: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and means of the whole batch from those of every rank's part of it."""
+def _over_ranks(terms: Tensor, by_head: dict[str, Tensor], share: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Terms of the loss and means of the whole batch from those of every rank's part of it."""
     means = torch.stack([value.double() for value in by_head.values()])
-    values = torch.cat([loss.double()[None] / world_size(), (means * share).flatten()])
+    values = torch.cat([terms.double() / world_size(), (means * share).flatten()])
     # The means of no images are NaN.
     values = sum_over_ranks(values if share else torch.zeros_like(values))
-    return values[0], dict(zip(by_head, values[1:].view_as(means), strict=True))
+    return values[: len(terms)], dict(zip(by_head, values[len(terms) :].view_as(means), strict=True))
 
 
 def neighbour_accuracy(neighbours: Neighbours, sample_B: Tensor, labels: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from mimref.features.encode import Column, columns_of
 from mimref.features.header import eval_transform
 from mimref.features.opening import check_device, open_training, without_limit
 from mimref.progress import LabelledProgress
-from mimref.refinement.config import RefineConfig
+from mimref.refinement.config import LossConfig, RefineConfig
+from mimref.refinement.dense import patch_shape
 from mimref.refinement.heads import head_blocks
 from mimref.refinement.recipe import LEAST_QUEUE, fit, last_third
 
@@ -137,7 +138,7 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
         _check_counts(config, len(sources["train"]), checks)
     if checkpoint is None or architecture is None or data is None or not checks.passed:
         return None
-    warnings = ignored_settings(config.encoder, checkpoint)
+    warnings = [*ignored_settings(config.encoder, checkpoint), *_ignored_dense(config)]
     encoder = resolved_settings(config.encoder, checkpoint, architecture)
     config = config.model_copy(update={"data": data, "encoder": encoder})
     transform = eval_transform(architecture, data, checkpoint.header)
@@ -216,9 +217,7 @@ def temperatures(temperature: float | list[float], num_heads: int) -> list[float
 
 def check_sizes(config: RefineConfig, architecture: EncoderArchitecture) -> None:
     """Raise ConfigError for views that the encoder cannot take, and for local views larger than the global ones."""
-    views = config.views
-    global_size = views.global_size or architecture.image_size
-    architecture.check_size(global_size, "encoder.image_size" if views.global_size is None else "views.global_size")
+    views, global_size = config.views, _global_size(config, architecture)
     if views.local_views:
         architecture.check_size(views.local_size, "views.local_size")
         if views.local_size > global_size:
@@ -226,6 +225,13 @@ def check_sizes(config: RefineConfig, architecture: EncoderArchitecture) -> None
                 f"views.local_size {views.local_size} is larger than the global views of {global_size} pixels; "
                 "local views show less of an image: set views.local_size, or views.local_views=0"
             )
+
+
+def _global_size(config: RefineConfig, architecture: EncoderArchitecture) -> int:
+    """Pixels of the global views. Raises ConfigError for a size that the encoder cannot take."""
+    size = config.views.global_size or architecture.image_size
+    architecture.check_size(size, "encoder.image_size" if config.views.global_size is None else "views.global_size")
+    return size
 
 
 def _check_heads(config: RefineConfig, architecture: EncoderArchitecture, checks: Checks) -> None:
@@ -237,6 +243,7 @@ def _check_heads(config: RefineConfig, architecture: EncoderArchitecture, checks
         checks.run("heads.temperature", lambda: temperatures(config.heads.temperature, len(blocks)))
         checks.run("encoder_stage.freeze_blocks", lambda: _check_frozen(config, blocks))
         checks.run("loss.schedule", lambda: _check_schedule(config, blocks))
+        checks.run("loss.dense", lambda: _check_dense(config, architecture, max(blocks)))
 
 
 def _check_frozen(config: RefineConfig, blocks: list[int]) -> None:
@@ -256,6 +263,30 @@ def _check_schedule(config: RefineConfig, blocks: list[int]) -> None:
             f"loss.schedule {schedule!r} runs from the earliest head to the last; "
             f"heads.blocks {config.heads.blocks!r} must name each block once, in ascending order"
         )
+
+
+def _check_dense(config: RefineConfig, architecture: EncoderArchitecture, last: int) -> None:
+    """Raise ConfigError where the block of the dense term has no patches to compare."""
+    if config.loss.dense == "none" or not config.epochs["encoder"]:
+        return
+    size = _global_size(config, architecture)
+    count, _ = patch_shape(architecture, last, size)
+    if count < 2:
+        raise ConfigError(
+            f"loss.dense {config.loss.dense!r} compares the patches of an image: block {last} has {count} at "
+            f"{size} pixels; set a larger views.global_size, earlier heads.blocks, or loss.dense=none"
+        )
+
+
+def _ignored_dense(config: RefineConfig) -> list[str]:
+    """Warnings about settings of the dense term that have no effect."""
+    loss = config.loss
+    if loss.dense == "none":
+        unused = loss.dense_weight != LossConfig().dense_weight
+        return [f"loss.dense_weight {loss.dense_weight:g} has no effect: loss.dense is none"] if unused else []
+    if config.epochs["encoder"]:
+        return []
+    return [f"loss.dense {loss.dense!r} has no effect: it is a term of stage 2, which this run does not train"]
 
 
 def _check_epochs(config: RefineConfig, checks: Checks) -> None:

@@ -26,7 +26,7 @@ from mimref.refinement.alignment import Queue
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads
 from mimref.refinement.memory import check_ranks, choose_micro_batch
-from mimref.refinement.method import Method
+from mimref.refinement.method import Method, compile_blocks
 from mimref.refinement.plan import Plan, base_encoder, heads_file, make_plan
 from mimref.refinement.reuse import load_heads, save_heads
 from mimref.refinement.stages import EncoderStage, HeadsStage
@@ -132,11 +132,9 @@ def build_method(plan: Plan, listener: Listener) -> Method:
     method.micro_batch = choose_micro_batch(method, plan, listener)
     method.trained_heads = averaged(heads, device)
     if config.compile and _compiles(device, listener):
-        # In place, so that weights keep their names. One piece of code for all blocks; with dynamic shapes, for both
-        # sizes of views as well.
-        for block in encoder.block_modules:
-            block.compile(dynamic=True)
+        compile_blocks(encoder)
         heads.compile(dynamic=True)
+        method.compiled = True
     return method
 
 

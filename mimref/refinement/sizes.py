@@ -1,14 +1,16 @@
 """What a refinement takes, from shapes alone: parameters, steps, and memory that does not depend on the batch."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from mimref.distributed.group import world_size
 from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder, new_encoder
 from mimref.encoders.checkpoints import encoder_from
 from mimref.encoders.parameters import freeze_untrained
 from mimref.encoders.vit import Architecture
 from mimref.refinement.config import RefineConfig
+from mimref.refinement.dense import patch_shape
 from mimref.refinement.heads import Heads
 from mimref.refinement.plan import Plan
 from mimref.refinement.schedule import StageName
@@ -18,7 +20,7 @@ _BYTES = 4  # training state is float32 whatever the precision of the computatio
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Memory of a stage that does not depend on the batch, in bytes."""
+    """Memory of a stage in bytes, without activations. All but `tokens` does not depend on the batch."""
 
     weights: int
     """Of encoder and heads, with their running statistics."""
@@ -28,10 +30,14 @@ class StateBytes:
     average: int
     """The averaged encoder of stage 2."""
     queue: int
+    base: int = 0
+    """The frozen base's weights, which a dense term needs."""
+    tokens: int = 0
+    """The base's patch tokens of one encoder pass, for a dense term."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.average + self.queue
+        return sum(asdict(self).values())
 
 
 def meta_modules(
@@ -51,18 +57,28 @@ def meta_modules(
 def state_bytes(
     config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName
 ) -> StateBytes:
-    """Memory of a stage's weights, gradients, moments, average and queue."""
+    """Memory of a stage's weights, gradients, moments, average, queue, and of what its dense term needs."""
     encoder, heads = meta_modules(config, architecture, blocks, stage)
     encoder_count = sum(weight.numel() for weight in encoder.parameters())
     heads_count = sum(tensor.numel() for tensor in heads.state_dict().values())
     trained = sum(weight.numel() for part in (encoder, heads) for weight in part.parameters() if weight.requires_grad)
+    dense = stage == "encoder" and config.loss.dense != "none"
     return StateBytes(
         weights=_BYTES * (encoder_count + heads_count),
         gradients=_BYTES * trained,
         moments=_BYTES * 2 * trained,
         average=_BYTES * encoder_count if stage == "encoder" else 0,
         queue=_BYTES * len(blocks) * config.heads.queue_size * config.heads.output,
+        base=_BYTES * encoder_count if dense else 0,
+        tokens=_BYTES * _token_numbers(config, architecture, max(blocks)) if dense else 0,
     )
+
+
+def _token_numbers(config: RefineConfig, architecture: EncoderArchitecture, block: int) -> int:
+    """Numbers in the patch tokens of both global views of one encoder pass's images."""
+    count, width = patch_shape(architecture, block, config.views.global_size or architecture.image_size)
+    images = -(-config.batch_size // world_size())
+    return 2 * (min(config.micro_batch, images) if isinstance(config.micro_batch, int) else images) * count * width
 
 
 def _describe(architecture: EncoderArchitecture) -> str:
@@ -86,17 +102,29 @@ def describe(plan: Plan) -> dict[str, str]:
         sum(parameter.numel() for parameter in module.parameters())
         for module in (encoder_from(plan.checkpoint, architecture), heads)
     )
-    mebibytes = state_bytes(config, architecture, plan.blocks, stage).total / 2**20
+    state = state_bytes(config, architecture, plan.blocks, stage)
+    mebibytes, parts = state.total / 2**20, "average, queue and base" if state.base else "average and queue"
     memory = f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
     views = 2 + config.views.local_views
     facts = {
         "encoder": f"{_describe(architecture)}, {encoder_count:,} parameters",
         "weights": str(plan.checkpoint.path),
         "heads": f"{len(plan.blocks)} at blocks {', '.join(map(str, plan.blocks))}, {heads_count:,} parameters",
+        "dense term": _dense_text(plan),
         "images": f"{len(plan.source):,} of {plan.source.name}, {views} views each, batches of {config.batch_size}",
         "steps": f"{plan.heads_steps:,} (heads), then {plan.encoder_steps:,} (encoder and heads)",
-        "memory": f"{memory} in float32 for weights, optimizer, average and queue, without activations",
+        "memory": f"{memory} in float32 for weights, optimizer, {parts}, without activations",
         "notice": "; ".join(plan.notices),
         "warning": "; ".join([*plan.warnings, *plan.source.notices]),
     }
     return {label: text for label, text in facts.items() if text}
+
+
+def _dense_text(plan: Plan) -> str:
+    """What the dense term of stage 2 compares; empty without one."""
+    config, last = plan.config, max(plan.blocks)
+    if config.loss.dense == "none" or not plan.encoder_steps:
+        return ""
+    count, _ = patch_shape(plan.architecture, last, plan.crops[0].size)
+    term = f"{config.loss.dense}, weight {config.loss.dense_weight:g}"
+    return f"{term}, on the {count} patches of block {last} in both global views"

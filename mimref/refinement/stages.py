@@ -15,8 +15,9 @@ from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
 from mimref.evaluation.monitor import CollapseWatch, KnnMonitor
 from mimref.refinement.config import EncoderStageConfig, HeadsStageConfig
+from mimref.refinement.dense import DenseTerm
 from mimref.refinement.memory import half, largest_micro_batch, release_memory
-from mimref.refinement.method import Method, StepValues, monitored_values
+from mimref.refinement.method import Method, StepValues, compile_blocks, monitored_values
 from mimref.refinement.plan import Plan, base_encoder
 from mimref.refinement.recipe import average_decay
 from mimref.refinement.schedule import StageName, head_weights
@@ -152,6 +153,7 @@ class EncoderStage(RefinementStage):
         self.first_step, self.first_epoch = plan.heads_steps, plan.config.heads_stage.epochs
         method.encoder.train()
         method.trained_encoder = averaged(method.pooled_blocks, method.device)
+        method.dense = dense_term(plan, method)
         groups = encoder_groups(
             method.encoder, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
         ) + module_groups(method.heads, weight_decay=settings.heads_weight_decay)
@@ -212,3 +214,14 @@ class EncoderStage(RefinementStage):
         self.average.module.load_state_dict(state["average"])
         if state["collapse_start"] is not None:
             self.collapse = CollapseWatch(state["collapse_start"])
+
+
+def dense_term(plan: Plan, method: Method) -> DenseTerm | None:
+    """The dense term that the settings ask for, with a base of its own."""
+    kind = plan.config.loss.dense
+    if kind == "none":
+        return None
+    base = base_encoder(plan, method.device).requires_grad_(False)
+    if method.compiled:
+        compile_blocks(base)
+    return DenseTerm(base, max(plan.blocks), kind)
