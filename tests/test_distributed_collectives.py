@@ -20,8 +20,9 @@ from mimref.distributed.collectives import (
 from mimref.distributed.group import own_rank, share, world_size
 from mimref.encoders.parameters import encoder_groups
 from mimref.refinement.config import HeadsConfig
-from mimref.refinement.heads import EnsembleBatchNorm, Heads
+from mimref.refinement.heads import Heads
 from mimref.refinement.method import Method, monitored_values
+from mimref.refinement.norms import EnsembleBatchNorm
 from mimref.training.optim import adamw, module_groups, set_learning_rate
 from tests.ranks import run_ranks
 from tests.steps import CPU, make_batch, make_step, weights

@@ -34,6 +34,9 @@ class HeadsConfig(Section):
     """Width of the hidden layer of a predictor."""
     output: int = Field(default=256, gt=0)
     """Width of projections, predictions and queue rows."""
+    norm: Literal["batch", "layer", "running"] = "batch"
+    """After every linear layer of the heads. `batch`: statistics of the whole batch (the paper's); in a process group
+    every layer waits for all ranks, in both passes."""
     queue_size: int = Field(default=65536, gt=0)
     """Rows of the nearest-neighbour queue."""
     pool: Literal["cls", "mean"] = "cls"

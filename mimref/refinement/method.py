@@ -22,6 +22,7 @@ from mimref.encoders.vit import Encoder
 from mimref.refinement.alignment import Alignment, Neighbours, Queue, nna_loss
 from mimref.refinement.config import LossConfig
 from mimref.refinement.heads import Heads
+from mimref.refinement.norms import update_statistics
 
 
 class StepValues(NamedTuple):
@@ -98,12 +99,14 @@ class Method:
         if one_pass or not train_encoder:
             values = self.forward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)
             values.loss.backward()
+            update_statistics(self.heads)
             return values
         with torch.no_grad():
             features_WVBD = self._encode_in_parts(batch)
         features_WVBD.requires_grad_()
         values = self._align(self._of_heads(features_WVBD), batch, weight_H, top_k)
         values.loss.backward()
+        update_statistics(self.heads)
         assert features_WVBD.grad is not None
         gradient_WVBD = features_WVBD.grad
         for rows, part in self._parts(batch):
