@@ -113,8 +113,8 @@ MUTATIONS = (
     Mutation(
         "micro-batches lose the gradients of the first images",
         "refinement/method.py",
-        "gradient_WVBD[:, :, rows])",
-        "gradient_WVBD[:, :, rows] * (rows.start > 0))",
+        "[x_VBD[:, rows] for x_VBD in gradients_VBD])",
+        "[x_VBD[:, rows] * (rows.start > 0) for x_VBD in gradients_VBD])",
         ("test_refinement_micro_batch.py",),
     ),
     Mutation(

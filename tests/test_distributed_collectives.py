@@ -22,7 +22,7 @@ from mimref.encoders.parameters import encoder_groups
 from mimref.refinement.config import HeadsConfig
 from mimref.refinement.heads import Heads
 from mimref.refinement.method import Method, monitored_values
-from mimref.refinement.norms import EnsembleBatchNorm
+from mimref.refinement.norms import NORMS, EnsembleBatchNorm, EnsembleRunningNorm, Norm, update_statistics
 from mimref.training.optim import adamw, module_groups, set_learning_rate
 from tests.ranks import run_ranks
 from tests.steps import CPU, make_batch, make_step, weights
@@ -55,7 +55,8 @@ ROWS = [8, 1, 2, 3, 7, 5, 6, 4, 0]
 def small_cases() -> dict[str, Any]:
     """All that takes no time but that of starting processes."""
     by_type = {str(dtype): normed(ROWS, dtype) for dtype in (torch.float64, torch.float32)}
-    return {"tell": tell(), "normed": by_type, "collectives": [collectives(1), collectives(5)]}
+    told = {norm: [collectives(norm, 1), collectives(norm, 5)] for norm in NORMS}
+    return {"tell": tell(), "normed": by_type, "followed": followed(), "collectives": told}
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +116,36 @@ def test_statistics_span_the_ranks(dtype: torch.dtype, tolerance: float, small: 
             torch.testing.assert_close(part[index], alone[index], **close)
 
 
-def collectives(number: int) -> list[str]:
-    """What the ranks tell each other in a forward and backward pass of so many heads."""
+def followed() -> tuple[Tensor, ...]:
+    """Output, gradient and statistics of a running norm after updates of which ranks saw uneven parts, or nothing."""
+    generator = torch.Generator().manual_seed(1)
+    norm = EnsembleRunningNorm(3, 4).double()
+    for parts in ([5, 4], [9, 0], [1, 8], [4, 5], [3, 6], [2, 7], [8, 1]):
+        x = 1000 + torch.randn(3, 4, 9, generator=generator, dtype=torch.float64)
+        mine = (x if world_size() == 1 else x.split(parts, dim=2)[own_rank()]).clone().requires_grad_()
+        found = norm(mine)
+        (found * mine.detach()).sum().backward()
+        update_statistics(norm)
+    assert mine.grad is not None and norm.weight.grad is not None and norm.bias.grad is not None
+    return found.detach(), mine.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var
+
+
+def test_running_statistics_span_the_ranks(small: list[dict[str, Any]]) -> None:
+    alone = followed()
+    parts = [rank["followed"] for rank in small]
+    for index in (0, 1):  # rows
+        torch.testing.assert_close(
+            torch.cat([part[index] for part in parts], dim=2), alone[index], rtol=1e-9, atol=1e-9
+        )
+    for index in (2, 3):  # gradients of weight and bias, which add up
+        torch.testing.assert_close(parts[0][index] + parts[1][index], alone[index], rtol=1e-9, atol=1e-9)
+    for index in (4, 5):
+        torch.testing.assert_close(parts[0][index], alone[index], rtol=1e-9, atol=1e-9)
+        assert torch.equal(parts[0][index], parts[1][index])
+
+
+def collectives(norm: Norm, number: int) -> dict[str, list[str]]:
+    """What the ranks tell each other in a forward pass, backward pass and update of so many heads."""
     calls: list[str] = []
 
     def counted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,19 +155,38 @@ def collectives(number: int) -> list[str]:
 
         return call
 
-    heads = Heads(HeadsConfig(projector_hidden=8, predictor_hidden=8, output=4), number, 16)
+    config = HeadsConfig(projector_hidden=8, predictor_hidden=8, output=4, norm=norm)
+    heads, found = Heads(config, [16] * number), {}
     gather, reduce = dist.all_gather, dist.all_reduce
     dist.all_gather, dist.all_reduce = counted("gather", gather), counted("reduce", reduce)
-    _, prediction = heads(torch.randn(number, 6, 16))
-    prediction.square().sum().backward()
-    dist.all_gather, dist.all_reduce = gather, reduce
-    return calls
+    try:
+        _, prediction = heads(torch.randn(number, 6, 16))
+        found["forward"] = calls.copy()
+        prediction.square().sum().backward()
+        found["backward"] = calls[len(found["forward"]) :]
+        calls.clear()
+        update_statistics(heads)
+        found["update"] = calls
+    finally:
+        dist.all_gather, dist.all_reduce = gather, reduce
+    return found
 
 
-def test_collectives_do_not_grow_with_the_heads(small: list[dict[str, Any]]) -> None:
-    for one, five in (rank["collectives"] for rank in small):
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [
         # Five layers, of which each has one BatchNorm.
-        assert one == five == ["gather"] * 5 + ["reduce"] * 5
+        ("batch", {"forward": ["gather"] * 5, "backward": ["reduce"] * 5, "update": []}),
+        ("layer", {"forward": [], "backward": [], "update": []}),
+        ("running", {"forward": [], "backward": [], "update": ["gather"]}),
+    ],
+)
+def test_collectives_do_not_grow_with_the_heads(
+    norm: Norm, expected: dict[str, list[str]], small: list[dict[str, Any]]
+) -> None:
+    for rank in small:
+        one, five = rank["collectives"][norm]
+        assert one == five == expected
 
 
 # --- steps
@@ -262,6 +310,12 @@ CASES: dict[str, tuple[Any, ...]] = {
 # One rank's part is smaller, or empty: images that could not be read.
 CASES |= {f"{lost} images lost": ({}, 2, 3, lost, torch.float64) for lost in (1, 3)}
 CASES |= {"3 images lost, prediction": ({"direction": "prediction"}, None, 3, 3, torch.float64)}
+# Updates of running statistics are not those of weights: they need not be many, but more than there are layers.
+CASES |= {
+    f"{norm} norm, {lost} images lost, micro-batch {micro}": ({"norm": norm}, micro, 8, lost, torch.float64)
+    for norm in ("layer", "running")
+    for lost, micro in ((0, None), (1, 2), (3, 2))
+}
 CASES |= {"stage 1": ({"train_encoder": False}, None, 20, 0, torch.float64)}
 CASES |= {"stage 1, micro-batch 2": ({"train_encoder": False}, 2, 4, 1, torch.float64)}
 CASES |= {"single precision": ({}, None, 5, 0, torch.float32)}

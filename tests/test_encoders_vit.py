@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from mimref.config.run import EncoderConfig
 from mimref.encoders.positions import resize_positions
-from mimref.encoders.vit import Architecture, build_encoder, is_plain_vit, pool_tokens, sincos_positions
+from mimref.encoders.tokens import pool_tokens
+from mimref.encoders.vit import Architecture, build_encoder, is_plain_vit, sincos_positions
 from mimref.errors import ConfigError
 
 TINY = Architecture("custom", 16, width=32, depth=3, num_heads=4, patch_size=4)

@@ -341,7 +341,7 @@ def test_refine_presets_build(name: str) -> None:
     blocks = head_blocks(config.heads.blocks, architecture.depth)
     encoder = encoder_without_memory(architecture)
     with torch.device("meta"):
-        heads = Heads(config.heads, len(blocks), encoder.embed_dim)
+        heads = Heads(config.heads, [encoder.embed_dim] * len(blocks))
         features = torch.empty(len(blocks), 6, encoder.embed_dim)
         projected, predicted = heads(features)
     assert projected.shape == predicted.shape == (len(blocks), 6, config.heads.output)

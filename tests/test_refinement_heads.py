@@ -19,7 +19,7 @@ HEADS, ROWS, DIM = 3, 9, 8
 def make_heads() -> Heads:
     """Heads in float64 whose norms are not the identity they start as."""
     torch.manual_seed(0)
-    heads = Heads(CONFIG, HEADS, DIM).double()
+    heads = Heads(CONFIG, [DIM] * HEADS).double()
     with torch.no_grad():
         for module in heads.modules():
             if isinstance(module, nn.BatchNorm1d):
@@ -153,7 +153,7 @@ def test_results_have_unit_length_and_heads_are_independent() -> None:
 
 def test_parameters_are_those_of_the_paper() -> None:
     with torch.device("meta"):
-        heads = Heads(HeadsConfig(), 8, 1024)
+        heads = Heads(HeadsConfig(), [1024] * 8)
     shapes = {name: tuple(parameter.shape) for name, parameter in heads.named_parameters()}
     widths = [
         ("projector.0", 1024, 2048),

@@ -193,6 +193,7 @@ def test_stage_1_leaves_the_encoder_to_the_bit() -> None:
 class LabelledEncoder(nn.Module):
     """Tokens that say which block, view and image they come from: block + mean pixel."""
 
+    architecture = ARCHITECTURE
     embed_dim = 32
 
     def blocks(self, images: Tensor, indices: Sequence[int], *, final_norm: bool = False) -> list[Tensor]:
@@ -207,7 +208,7 @@ class LabelledEncoder(nn.Module):
 def test_head_i_reads_block_i_and_rows_go_view_by_view(blocks: list[int]) -> None:
     step = make_step(blocks, encoder=LabelledEncoder())
     batch = make_batch(local_views=3)
-    features_HND = step.features(batch, train_encoder=False)
+    (features_HND,) = step.features(batch, train_encoder=False)
     assert features_HND.shape == (3, 5 * IMAGES, 32)
     rows = []
     view = 0
@@ -227,7 +228,7 @@ def test_the_last_block_is_read_through_the_final_norm_and_others_raw(post_norm:
     outputs: dict[int, list[Tensor]] = {}
     for number, block in enumerate(step.encoder.vit.blocks, start=1):
         block.register_forward_hook(lambda _m, _i, out, number=number: outputs.setdefault(number, []).append(out))
-    features_HND = step.features(make_batch(), train_encoder=False)
+    (features_HND,) = step.features(make_batch(), train_encoder=False)
     assert len(outputs[4]) == 2  # one pass per crop size
     with torch.inference_mode():  # as the hooks' outputs are of inference mode
         last = torch.cat([step.encoder.vit.norm(out)[:, 0] for out in outputs[4]])
@@ -239,8 +240,8 @@ def test_the_last_block_is_read_through_the_final_norm_and_others_raw(post_norm:
 
 def test_features_carry_a_gradient_only_when_the_encoder_trains() -> None:
     step = make_step()
-    assert not step.features(make_batch(), train_encoder=False).requires_grad
-    assert step.features(make_batch(), train_encoder=True).requires_grad
+    assert not step.features(make_batch(), train_encoder=False)[0].requires_grad
+    assert step.features(make_batch(), train_encoder=True)[0].requires_grad
 
 
 # ---- Neighbours and queue.
@@ -249,7 +250,7 @@ def test_features_carry_a_gradient_only_when_the_encoder_trains() -> None:
 def test_view_0_is_enqueued_after_the_lookup() -> None:
     step = make_step()
     batch = make_batch()
-    projection, _ = make_step().heads(make_step().features(batch, train_encoder=False))
+    projection, _ = make_step().heads(*make_step().features(batch, train_encoder=False))
     values = run(step, batch)
     assert bool((values.neighbours.sample_HM == -1).all())
     assert step.queue.sample_Q.tolist() == batch.sample_B.tolist() + [-1] * (QUEUE - IMAGES)
@@ -378,7 +379,7 @@ def test_bfloat16_autocast_keeps_loss_and_queue_in_float32() -> None:
     encoder: Encoder = build_encoder(ARCHITECTURE)
     step = Method(
         encoder,
-        Heads(CONFIG, 3, 32),
+        Heads(CONFIG, [32] * 3),
         Queue(3, QUEUE, CONFIG.output, generator=torch.Generator().manual_seed(1), device=CPU),
         Photometric(ViewsConfig(), SEED, CPU),
         blocks=BLOCKS,

@@ -23,7 +23,7 @@ def found_in(groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 
 
 def test_groups_of_heads() -> None:
-    heads = Heads(HeadsConfig(projector_hidden=4, predictor_hidden=4, output=4), 2, 8)
+    heads = Heads(HeadsConfig(projector_hidden=4, predictor_hidden=4, output=4), [8, 8])
     found = found_in(module_groups(heads, weight_decay=1e-5))
     assert found.keys() == dict(heads.named_parameters()).keys()
     for name, value in found.items():

@@ -44,8 +44,8 @@ def model_flops(config: RefineConfig, architecture: Architecture, blocks: list[i
     wanted = sorted(set(blocks))
 
     def step() -> None:
-        pooled_WVD = PooledBlocks(encoder, wanted, config.heads.pool)(views)
-        _, prediction_HNO = heads(torch.stack([pooled_WVD[wanted.index(block)] for block in blocks]))
+        pooled_ND = PooledBlocks(encoder, wanted, config.heads.pool)(views)
+        _, prediction_HNO = heads(*heads.stacked([pooled_ND[wanted.index(block)] for block in blocks]))
         prediction_HNO.sum().backward()
 
     with sdpa_kernel(SDPBackend.MATH):

@@ -1,7 +1,7 @@
-"""Other timm models with intermediate features (Hiera, ConvNeXt, Swin, EVA, ...), for evaluation.
+"""Other timm models with intermediate features: EVA-02, DINOv3, BEiT, Swin, Hiera, ConvNeXt and more.
 
 Blocks are those of timm's `forward_intermediates`: transformer blocks, or stages of a hierarchical model. Block numbers
-are 1-based. Plain vision transformers are `Encoder`s, which can also be refined.
+are 1-based. Plain vision transformers are `Encoder`s.
 
 Shapes: B images, L tokens, D width.
 """
@@ -9,26 +9,32 @@ Shapes: B images, L tokens, D width.
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from itertools import starmap
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from mimref.config.run import EncoderConfig
-from mimref.encoders.vit import (
-    PAPER_SIZES,
-    Architecture,
-    Encoder,
-    RatesOnCpu,
-    check_blocks,
-    is_plain_vit,
-    norm_flags,
-    pool_tokens,
+from mimref.encoders.timm_models import (
+    SizeRule,
+    as_tokens,
+    build_model,
+    intermediates,
+    native_size,
+    norm_of,
+    size_rule,
+    timm_record,
 )
+from mimref.encoders.tokens import check_blocks, norm_flags, pool_tokens
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, gray, is_plain_vit
 from mimref.errors import ConfigError
+
+Option = bool | int | float | str | tuple["Option", ...]
+"""Value of a constructor's argument."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,155 @@ class BackboneArchitecture:
     name: str
     """timm's name."""
     image_size: int
-    """Pixels per side of the images it will see."""
+    """Pixels per side of the images that it is built for."""
+    channels: int = 3
+    """Of its images."""
+    options: tuple[tuple[str, Option], ...] = ()
+    """Further arguments of timm's constructor, sorted by name: sizes that no name of timm's has."""
+
+    @classmethod
+    def from_dict(cls, values: object) -> Self:
+        """Read what `to_dict` wrote. Raises ConfigError for other keys, types or values."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"architecture {values!r} is not a table")
+        known = {field.name for field in fields(cls)} | {"backbone"}
+        for key, value in values.items():
+            if key not in known:
+                raise ConfigError(f"architecture has an unknown key {key!r}")
+            kind: type = {"name": str, "options": dict, "backbone": bool}.get(key, int)
+            if type(value) is not kind or (isinstance(value, int) and value < 1):
+                raise ConfigError(f"architecture has {key} = {value!r}")
+        for name in ("name", "image_size"):
+            if name not in values:
+                raise ConfigError(f"architecture lacks {name!r}")
+        options = tuple((key, _option(key, value)) for key, value in sorted(values.get("options", {}).items()))
+        is_plain_vit(values["name"])  # whether timm has it
+        return cls(values["name"], values["image_size"], values.get("channels", 3), options)
 
     def to_dict(self) -> dict[str, Any]:
-        """For cache keys."""
-        return asdict(self)
+        """For headers."""
+        return {"backbone": True, **self.key()}
+
+    def key(self) -> dict[str, Any]:
+        """For cache keys, without fields that older ones do not have."""
+        found: dict[str, Any] = {"name": self.name, "image_size": self.image_size}
+        if self.channels != 3:
+            found["channels"] = self.channels
+        if self.options:
+            found["options"] = {name: _plain(value) for name, value in self.options}
+        return found
+
+    @property
+    def widths(self) -> list[int]:
+        """Of every block."""
+        return list(_shapes(self).widths)
+
+    @property
+    def width(self) -> int:
+        """Of the last block."""
+        return _shapes(self).widths[-1]
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(_shapes(self).widths)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per side that a token of the last block stands for."""
+        return self.image_size // _shapes(self).rows
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """CLS, distillation and register tokens."""
+        return _shapes(self).num_prefix_tokens
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the first token is a CLS token."""
+        return _shapes(self).has_cls_token
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether a norm follows the last block; where timm's norm follows pooling, none does."""
+        return _shapes(self).has_final_norm
+
+    @property
+    def sizes(self) -> SizeRule:
+        """Sizes of the images that it takes."""
+        return _shapes(self).sizes
+
+    def check_size(self, size: int, setting: str) -> None:
+        """Raise ConfigError for images of a size that it cannot take, in pixels; `setting` names it in the message."""
+        rule = self.sizes
+        nearest = rule.nearest(size)
+        if size == nearest:
+            return
+        if rule.largest is None:
+            why = f"is not a multiple of {rule.step}, as {self.name} needs"
+        elif rule.step == rule.largest:
+            why = f"does not fit {self.name}, which takes images of one size only"
+        else:
+            why = f"does not fit {self.name}, which takes multiples of {rule.step} up to {rule.largest}"
+        raise ConfigError(f"{setting} {size} {why}; the nearest is {nearest}")
+
+    def build(self) -> Any:
+        """timm's model with random weights, on the current default device."""
+        return build_model(self.name, self.image_size, self.channels, dict(self.options))
+
+
+def _option(name: str, value: object) -> Option:
+    """As read from JSON, hashable. Raises ConfigError for another kind of value."""
+    if isinstance(value, list | tuple):
+        return tuple(_option(name, each) for each in value)
+    if isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(f"architecture has the option {name} = {value!r}")
+
+
+def _plain(value: Option) -> object:
+    """As in JSON."""
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+class _Shapes(NamedTuple):
+    """What a model's features show."""
+
+    widths: tuple[int, ...]
+    num_prefix_tokens: int
+    rows: int
+    """Of the last block's feature map."""
+    has_cls_token: bool
+    sizes: SizeRule
+    has_final_norm: bool
+
+
+@cache
+def _shapes(architecture: BackboneArchitecture) -> _Shapes:
+    """From a forward pass without data. Raises ConfigError for a model without intermediate features, or whose images
+    have another size."""
+    name, size = architecture.name, architecture.image_size
+    with torch.device("meta"):
+        model = architecture.build().eval()
+    if not hasattr(model, "forward_intermediates"):
+        raise ConfigError(f"{name} cannot be used: timm {timm.__version__} provides no intermediate features for it")
+    try:
+        found = intermediates(model, torch.empty(1, architecture.channels, size, size, device="meta"), None)
+    except Exception as error:  # models fail in their own ways on images they were not made for
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{name} cannot take images of {size} pixels ({reason}); try --resolution") from error
+    if not found[-1][0].numel():  # torch 2.6 lets a convolution return nothing
+        raise ConfigError(f"{name} cannot take images of {size} pixels (no token is left); try --resolution")
+    feature_map, prefix = found[-1]
+    num_prefix = 0 if prefix is None else prefix.shape[1]
+    return _Shapes(
+        tuple(each.shape[1] for each, _ in found),
+        num_prefix,
+        feature_map.shape[2],
+        num_prefix > 0 and getattr(model, "cls_token", None) is not None,
+        size_rule(model, name, size),
+        not isinstance(norm_of(model), nn.Identity | None),
+    )
 
 
 class TimmBackbone(nn.Module):
@@ -55,53 +205,68 @@ class TimmBackbone(nn.Module):
     def __init__(self, architecture: BackboneArchitecture) -> None:
         super().__init__()
         self.architecture = architecture
-        name, size = architecture.name, architecture.image_size
-        native = native_size(name)
-        if timm_record(name).fixed_input_size and size != native:
-            raise ConfigError(f"{name} takes images of {native} pixels only, not {size}; use --resolution {native}")
-        shapes = _token_shapes(name, size)
-        self.model = timm.create_model(name, pretrained=False, num_classes=0)
-        self.depth = len(shapes)
-        self.num_prefix_tokens, rows, self.embed_dim = shapes[-1]
-        self.has_cls_token: bool = self.num_prefix_tokens > 0 and getattr(self.model, "cls_token", None) is not None
-        self.patch_size = size // rows
+        self.widths = architecture.widths
+        self.embed_dim = self.widths[-1]
+        self.depth = len(self.widths)
+        self.num_prefix_tokens = architecture.num_prefix_tokens
+        self.has_cls_token = architecture.class_token
+        self.patch_size = architecture.patch_size
+        self.model = architecture.build()
 
     def blocks(
         self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
     ) -> list[Tensor]:
         """As `Encoder.blocks`; L and D are each block's own.
 
-        final_norm costs a second pass, unless only normed blocks are asked for. Raises ConfigError for a block outside
-        1..depth, and for final_norm if timm's model has no norm at its last block.
+        final_norm costs a second pass where the norm is not known to apply to tokens one by one, unless only normed
+        blocks are asked for. Raises ConfigError for a block outside 1..depth, and for final_norm if timm's model has no
+        norm at its last block.
         """
         check_blocks(indices, self.depth)
+        if self.architecture.channels == 1 and images.shape[1] == 3:
+            images = gray(images)
         normed = norm_flags(indices, final_norm, self.depth)
-        pairs = list(zip(indices, normed, strict=True))
+        pairs, norm_module = list(zip(indices, normed, strict=True)), norm_of(self.model)
+        if norm_module is not None:
+            raw = self._tokens(images, sorted(set(indices)), norm=False)
+            return [norm_module(raw[index]) if norm and self._has_norm(index) else raw[index] for index, norm in pairs]
         tokens = {
             norm: self._tokens(images, sorted({index for index, asked in pairs if asked == norm}), norm=norm)
             for norm in (False, True)
         }
         return [tokens[norm][index] for index, norm in pairs]
 
+    def _has_norm(self, index: int) -> bool:
+        """Whether the norm fits a block: that of a hierarchical model fits its last one."""
+        return index == self.depth or len(set(self.widths)) == 1
+
     def _tokens(self, images: Tensor, wanted: list[int], *, norm: bool) -> dict[int, Tensor]:
         if not wanted:
             return {}
         try:
-            found = _intermediates(self.model, images, [index - 1 for index in wanted], norm=norm)
+            found = intermediates(self.model, images, [index - 1 for index in wanted], norm=norm)
         except AssertionError as error:
             # timm reports a missing norm this way.
             if not norm:
                 raise
             raise ConfigError(f"--final-norm is not possible for {self.architecture.name}: {error}") from error
-        return dict(zip(wanted, starmap(_as_tokens, found), strict=True))
+        return dict(zip(wanted, starmap(as_tokens, found), strict=True))
 
     def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
         """One vector per image: `cls`, `mean` or `cls+mean`; see `Encoder.pool`."""
         return pool_tokens(tokens_BLD, how, self.num_prefix_tokens, self.has_cls_token)
 
 
+EncoderArchitecture = Architecture | BackboneArchitecture
+"""Of either kind of encoder: `depth`, `widths`, `patch_size`, `sizes`, `check_size` and more."""
 TokenEncoder = Encoder | TimmBackbone
-"""What feature extraction reads tokens from."""
+"""Either kind of encoder."""
+
+
+def architecture_from(values: object) -> EncoderArchitecture:
+    """What a header says. Raises ConfigError for a record that is not valid."""
+    kind = BackboneArchitecture if isinstance(values, dict) and values.get("backbone") else Architecture
+    return kind.from_dict(values)
 
 
 def find_architecture(name: str, source: str | None, image_size: int | None) -> Architecture | BackboneArchitecture:
@@ -116,20 +281,16 @@ def find_architecture(name: str, source: str | None, image_size: int | None) -> 
     size = image_size or (224 if name in PAPER_SIZES else native_size(name))
     if is_plain:
         return Architecture.from_config(EncoderConfig(arch=name, source=source or "mae", image_size=size))
-    return BackboneArchitecture(name, size)
-
-
-def native_size(name: str) -> int:
-    """Pixels per side that a timm model was made for."""
-    return int(timm_record(name).input_size[-1])
-
-
-def timm_record(name: str) -> Any:
-    """timm's record of a model or, for `model.tag`, of its weights: image size, normalisation, classifier."""
-    recorded = timm.get_pretrained_cfg(name)
-    if recorded is None:
-        raise ConfigError(f"timm has no record of {name!r}, so it cannot be evaluated")
-    return recorded
+    backbone = BackboneArchitecture(name, size)
+    native = native_size(name)
+    if size != native and timm_record(name).fixed_input_size and backbone.sizes.largest is not None:
+        whole = BackboneArchitecture(name, native)
+        if whole.sizes.nearest(size) != size:
+            raise ConfigError(
+                f"{name} does not take images of {size} pixels; use --resolution {whole.sizes.nearest(size)}"
+            )
+        return whole
+    return backbone
 
 
 def filter_names(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:
@@ -147,37 +308,3 @@ def filter_names(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> 
     except Exception:  # foreign names fail in every possible way
         return None
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}
-
-
-def _token_shapes(name: str, size: int) -> list[tuple[int, int, int]]:
-    """Number of prefix tokens, rows of the feature map, and width of every block."""
-    with torch.device("meta"), RatesOnCpu():
-        model: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
-    if not hasattr(model, "forward_intermediates"):
-        raise ConfigError(f"{name} cannot be evaluated: timm provides no intermediate features for it")
-    try:
-        found = _intermediates(model, torch.empty(1, 3, size, size, device="meta"), None, norm=False)
-    except Exception as error:  # models fail in their own ways on images they were not made for
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{name} cannot take images of {size} pixels ({reason}); try --resolution") from error
-    if not found[-1][0].numel():  # torch 2.6 lets a convolution return nothing
-        raise ConfigError(f"{name} cannot take images of {size} pixels (no token is left); try --resolution")
-    return [(0 if prefix is None else prefix.shape[1], image.shape[2], image.shape[1]) for image, prefix in found]
-
-
-def _intermediates(
-    model: Any, images: Tensor, indices: list[int] | None, *, norm: bool
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Feature map (B, D, rows, columns) and prefix tokens (B, P, D), if any, of the blocks (0-based; None: all)."""
-    accepted = inspect.signature(model.forward_intermediates).parameters
-    has_prefix = "return_prefix_tokens" in accepted and bool(getattr(model, "num_prefix_tokens", 0))
-    options = {"return_prefix_tokens": True} if has_prefix else {}
-    found = model.forward_intermediates(
-        images, indices=indices, norm=norm, stop_early=True, output_fmt="NCHW", intermediates_only=True, **options
-    )
-    return list(found) if has_prefix else [(feature_map, None) for feature_map in found]
-
-
-def _as_tokens(feature_map: Tensor, prefix: Tensor | None) -> Tensor:
-    tokens_BLD = feature_map.flatten(2).transpose(1, 2)
-    return tokens_BLD if prefix is None else torch.cat([prefix, tokens_BLD], dim=1)

@@ -20,11 +20,12 @@ from mimref.config.base import Interpolation, ReadingConfig
 from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import (
     BackboneArchitecture,
+    EncoderArchitecture,
     TimmBackbone,
+    TokenEncoder,
+    architecture_from,
     filter_names,
     find_architecture,
-    native_size,
-    timm_record,
 )
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
@@ -43,7 +44,8 @@ from mimref.encoders.parts import (
 from mimref.encoders.positions import fit_positions
 from mimref.encoders.published import find_named
 from mimref.encoders.reading import first_line, named_tensors, read_file
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, RatesOnCpu, are_sincos, build_encoder, is_plain_vit
+from mimref.encoders.timm_models import native_size, timm_record
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, are_sincos, build_encoder, is_plain_vit
 from mimref.encoders.writing import write_safetensors
 from mimref.errors import CheckpointError, ConfigError
 from mimref.progress import LabelledProgress
@@ -62,7 +64,7 @@ class Checkpoint:
     """In the file's own types, mapped into memory where the format allows it."""
     header: dict[str, Any] = field(default_factory=dict)
     """Of our own files; empty for foreign ones."""
-    architecture: Architecture | None = None
+    architecture: EncoderArchitecture | None = None
     """From the header, or as recognised; None when unknown."""
     source: str | None = None
     """Pre-training method: of published weights by name, as recognised, or from the header; None when unknown."""
@@ -102,7 +104,7 @@ class Checkpoint:
         found = self.recognised
         return bool(found and found.guesses_interpolation and self.source is None and self.interpolation is None)
 
-    def notices(self, architecture: Architecture | BackboneArchitecture, sizes: Sequence[int] = ()) -> list[str]:
+    def notices(self, architecture: EncoderArchitecture, sizes: Sequence[int] = ()) -> list[str]:
         """What was ignored, assumed or changed to read the file as this architecture, each with the file's name.
 
         sizes: pixels of the images that the encoder will see.
@@ -111,8 +113,8 @@ class Checkpoint:
             return [f"{self.path}: contains one encoder; --encoder {self.part} has no effect"] if self.part else []
         notices = list(self.ignored)
         if isinstance(architecture, BackboneArchitecture):
-            with torch.device("meta"), RatesOnCpu():
-                model = timm.create_model(architecture.name, pretrained=False, num_classes=0)
+            with torch.device("meta"):
+                model = architecture.build()
             notices += self.selection(model.state_dict())[1]
         elif self.recognised is None:
             with torch.device("meta"):
@@ -173,7 +175,9 @@ def read_checkpoint(
     checkpoint = _read(path, reading, progress)
     if reading.interpolation is None:
         return checkpoint
-    architecture = checkpoint.architecture and replace(checkpoint.architecture, interpolation=reading.interpolation)
+    architecture = checkpoint.architecture
+    if isinstance(architecture, Architecture):
+        architecture = replace(architecture, interpolation=reading.interpolation)
     return replace(checkpoint, architecture=architecture, interpolation=reading.interpolation)
 
 
@@ -190,7 +194,7 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
     checkpoint = Checkpoint(file, tensors, header, source=source, licence=licence, ignored=ignored, part=reading.part)
     if "architecture" in header:
         try:
-            return replace(checkpoint, architecture=Architecture.from_dict(header["architecture"]))
+            return replace(checkpoint, architecture=architecture_from(header["architecture"]))
         except ConfigError as error:
             raise CheckpointError(f"{file}: damaged header ({error})") from error
     try:
@@ -253,14 +257,14 @@ def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Arch
 
 def choose_architecture(
     checkpoint: Checkpoint, arch: str | None = None, source: str | None = None, resolution: int | None = None
-) -> Architecture | BackboneArchitecture:
+) -> EncoderArchitecture:
     """The checkpoint's own architecture; the one of `--arch` and `--source` for timm models and unrecognised files.
 
     resolution: pixels of the images it will see; None is its own size. Raises CheckpointError if the architecture is
     unknown, ConfigError for an `arch` that contradicts the checkpoint or a resolution that patches do not divide.
     """
     recorded = checkpoint.architecture
-    chosen: Architecture | BackboneArchitecture
+    chosen: EncoderArchitecture
     # The file of a timm model may look like a plain vision transformer of another kind.
     if arch is not None and (recorded is None or (checkpoint.recognised and arch not in PAPER_SIZES)):
         chosen = find_architecture(arch, source, resolution)
@@ -279,7 +283,7 @@ def choose_architecture(
     return chosen
 
 
-def encoder_from(checkpoint: Checkpoint, architecture: Architecture | BackboneArchitecture) -> Encoder | TimmBackbone:
+def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture) -> TokenEncoder:
     """An encoder with a checkpoint's weights, whose memory it may share. Raises CheckpointError if they do not fit."""
     if isinstance(architecture, BackboneArchitecture):
         backbone = TimmBackbone(architecture)
@@ -372,9 +376,9 @@ def _load(
 
 
 def save_encoder(
-    path: Path, encoder: Encoder, header: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
+    path: Path, encoder: TokenEncoder, header: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write an encoder atomically as safetensors under timm's names; the architecture is added to `header`."""
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in encoder.vit.state_dict().items()}
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in encoder.model.state_dict().items()}
     described = {"architecture": encoder.architecture.to_dict(), **header}
     write_safetensors(path, tensors, described)

@@ -20,8 +20,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mimref.config.base import ReadingConfig
-from mimref.encoders.backbones import native_size
 from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint, save_encoder
+from mimref.encoders.timm_models import native_size
 from mimref.encoders.vit import Architecture, Encoder, RatesOnCpu, build_encoder, norm_option, timm_options
 from mimref.errors import ConfigError, OutputError
 from mimref.files import atomic_path, check_new_file

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mimref.encoders.export import ENDINGS, Export, comparison_images, data_file, features_by_name, write_verified
-from mimref.encoders.vit import Encoder, check_blocks
+from mimref.encoders.tokens import check_blocks
+from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
 from mimref.files import check_new_file
 from mimref.progress import Listener

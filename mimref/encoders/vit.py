@@ -25,6 +25,7 @@ from mimref.config.base import Interpolation
 from mimref.config.run import EncoderConfig
 from mimref.devices import recomputed
 from mimref.encoders.positions import resize_positions
+from mimref.encoders.tokens import check_blocks, norm_flags, pool_tokens
 from mimref.errors import ConfigError, did_you_mean
 
 # Width, depth, attention heads, patch size (Appendix B.1; 2B: MAWS).
@@ -134,6 +135,16 @@ class Architecture:
         implied = (("channels", 3), ("interpolation", "mae"), ("norm_eps", NORM_EPS))
         return {key: value for key, value in asdict(self).items() if (key, value) not in implied}
 
+    @property
+    def widths(self) -> list[int]:
+        """Of every block."""
+        return [self.width] * self.depth
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether features of the last block are called normed; without a norm they are raw all the same."""
+        return True
+
     def check_size(self, size: int, setting: str) -> None:
         """Raise ConfigError unless the patch size divides `size`, in pixels; `setting` names it in the message."""
         if size % self.patch_size:
@@ -167,6 +178,16 @@ class Encoder(nn.Module):
         self.patch_size = architecture.patch_size
         self.checkpointing = False
         """Recompute each block in the backward pass instead of storing its activations."""
+
+    @property
+    def model(self) -> VisionTransformer:
+        """timm's model."""
+        return self.vit
+
+    @property
+    def widths(self) -> list[int]:
+        """Of every block."""
+        return [self.embed_dim] * self.depth
 
     def blocks(
         self,
@@ -236,29 +257,6 @@ def gray(images: Tensor) -> Tensor:
     """
     red, green, blue = images.unbind(1)
     return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
-
-
-def norm_flags(indices: Sequence[int], final_norm: bool | Sequence[bool], depth: int) -> list[bool]:
-    """For each index, whether its block's tokens should pass the final norm; see `Encoder.blocks`."""
-    return [final_norm and index == depth for index in indices] if isinstance(final_norm, bool) else list(final_norm)
-
-
-def check_blocks(indices: Sequence[int], depth: int) -> None:
-    """Raise ConfigError unless `indices` has blocks, all within 1..depth."""
-    outside = [index for index in indices if not 1 <= index <= depth]
-    if outside or not indices:
-        asked = f"block {outside[0]} does not exist" if outside else "no block is named"
-        raise ConfigError(f"{asked}: the encoder has blocks 1 to {depth}")
-
-
-def pool_tokens(tokens_BLD: Tensor, how: str, num_prefix_tokens: int, has_cls_token: bool) -> Tensor:
-    """One vector per image; see `Encoder.pool`."""
-    if how == "cls" and has_cls_token:
-        return tokens_BLD[:, 0]
-    mean_BD = tokens_BLD[:, num_prefix_tokens:].mean(dim=1)
-    if how != "cls+mean":
-        return mean_BD
-    return torch.cat([tokens_BLD[:, 0] if has_cls_token else mean_BD, mean_BD], dim=1)
 
 
 def sincos_positions(width: int, side: int, *, num_prefix: int = 1) -> Tensor:

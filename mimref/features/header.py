@@ -10,7 +10,8 @@ from mimref.config.base import DataConfig
 from mimref.data.open import ACCEPTED, absolute_spec
 from mimref.data.pixels import DECODING
 from mimref.data.transforms import RGB, EvalTransform
-from mimref.encoders.backbones import BackboneArchitecture, timm_record
+from mimref.encoders.backbones import BackboneArchitecture
+from mimref.encoders.timm_models import timm_record
 from mimref.encoders.vit import Architecture
 from mimref.errors import CheckpointError, ConfigError
 

@@ -20,7 +20,7 @@ from mimref.data.sources import ImageSource, Split
 from mimref.devices import resolve_device, resolve_precision
 from mimref.distributed.group import own_rank, without_group, world_size
 from mimref.distributed.turns import end_requests, request, requests, take_turns
-from mimref.encoders.backbones import TimmBackbone
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import Checks, ConfigError
@@ -262,8 +262,10 @@ class EncoderInputs:
 
     def _architecture_record(self) -> dict[str, Any]:
         architecture, size = self.architecture, self.settings.transform.image_size
+        if isinstance(architecture, BackboneArchitecture):
+            return architecture.key()
         record = architecture.to_dict()
-        if isinstance(architecture, Architecture) and not self.checkpoint.interpolates(architecture, size):
+        if not self.checkpoint.interpolates(architecture, size):
             record.pop("interpolation", None)
         return record
 

@@ -1,13 +1,14 @@
 """The ensemble of contrastive heads as one batched module (Appendix B.2).
 
-All heads' weights are stacked, one batched matrix product serves every head, and one BatchNorm over H * width features
-normalises them all. Activations are (H, width, N): this is BatchNorm's own (1, channels, N) layout, so that no copy
-lies between matrix product and normalisation.
+All heads' weights are stacked, one batched matrix product serves every head, and one norm over H * width features
+normalises them all (`norms.py`). Activations are (H, width, N): this is BatchNorm's own (1, channels, N) layout, so that
+no copy lies between matrix product and normalisation.
 
-Shapes: H heads, N rows (views times images), D encoder width, O output width.
+Shapes: H heads, N rows (views times images), D width of a block, O output width.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,51 +31,84 @@ class EnsembleLinear(nn.Module):
         return torch.bmm(self.weight, x_HIN)
 
 
+class EnsembleLinears(nn.Module):
+    """The first layer of heads that read blocks of several widths: one `EnsembleLinear` per width, ascending."""
+
+    def __init__(self, widths: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        distinct = sorted(set(widths))
+        self.linears = nn.ModuleList(EnsembleLinear(widths.count(width), width, outputs) for width in distinct)
+        grouped = [head for width in distinct for head, own in enumerate(widths) if own == width]
+        self.place = None if grouped == sorted(grouped) else [grouped.index(head) for head in range(len(widths))]
+
+    def forward(self, *x_HIN: Tensor) -> Tensor:
+        """One (H, in, N) per width, of the heads that read it -> (H, out, N) of all heads in their order."""
+        y_HON = torch.cat([linear(own_HIN) for linear, own_HIN in zip(self.linears, x_HIN, strict=True)])
+        return y_HON if self.place is None else y_HON[self.place]
+
+
 class _Layer(nn.Module):
     """Linear, norm and, except at the end of a projector or predictor, GELU."""
 
-    def __init__(self, heads: int, inputs: int, outputs: int, norm: Norm, *, last: bool = False) -> None:
+    def __init__(self, widths: Sequence[int], outputs: int, norm: Norm, *, last: bool = False) -> None:
+        """widths: of every head's input."""
         super().__init__()
-        self.linear = EnsembleLinear(heads, inputs, outputs)
-        self.norm = make_norm(norm, heads, outputs)
+        same = len(set(widths)) == 1
+        self.linear = EnsembleLinear(len(widths), widths[0], outputs) if same else EnsembleLinears(widths, outputs)
+        self.norm = make_norm(norm, len(widths), outputs)
         self.last = last
 
-    def forward(self, x_HIN: Tensor) -> Tensor:
-        normed_HON: Tensor = self.norm(self.linear(x_HIN))
+    def forward(self, *x_HIN: Tensor) -> Tensor:
+        normed_HON: Tensor = self.norm(self.linear(*x_HIN))
         return normed_HON if self.last else F.gelu(normed_HON)
 
 
 class Heads(nn.Module):
     """Projectors (three layers) and predictors (two layers) of all heads."""
 
-    def __init__(self, config: HeadsConfig, num_heads: int, embed_dim: int) -> None:
+    def __init__(self, config: HeadsConfig, widths: Sequence[int]) -> None:
+        """widths: of the block that each head reads."""
         super().__init__()
-        self.num_heads = num_heads
-        hidden, output, norm = config.projector_hidden, config.output, config.norm
+        self.widths, self.num_heads = list(widths), len(widths)
+        heads, hidden, output, norm = self.num_heads, config.projector_hidden, config.output, config.norm
         self.projector = nn.Sequential(
-            _Layer(num_heads, embed_dim, hidden, norm),
-            _Layer(num_heads, hidden, hidden, norm),
-            _Layer(num_heads, hidden, output, norm, last=True),
+            _Layer(self.widths, hidden, norm),
+            _Layer([hidden] * heads, hidden, norm),
+            _Layer([hidden] * heads, output, norm, last=True),
         )
         self.predictor = nn.Sequential(
-            _Layer(num_heads, output, config.predictor_hidden, norm),
-            _Layer(num_heads, config.predictor_hidden, output, norm, last=True),
+            _Layer([output] * heads, config.predictor_hidden, norm),
+            _Layer([config.predictor_hidden] * heads, output, norm, last=True),
         )
 
-    def forward(self, features_HND: Tensor) -> tuple[Tensor, Tensor]:
+    def stacked(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What every head reads, (..., D) each, as the heads take it: one (H, ..., D) per distinct width, ascending."""
+        return [
+            torch.stack([x for x, own in zip(features, self.widths, strict=True) if own == width])
+            for width in sorted(set(self.widths))
+        ]
+
+    def forward(self, *features_HND: Tensor) -> tuple[Tensor, Tensor]:
         """Projections and predictions of pooled tokens, both (H, N, O) and of unit length in float32.
 
-        features_HND: head h reads features_HND[h]. In training mode the statistics span all N rows jointly. Projections
-        carry no gradient, as queries, queue rows and negatives (SG in Eq. 1).
+        features_HND: as `stacked` gives them; of one width, head h reads features_HND[h]. In training mode the
+        statistics span all N rows jointly. Projections carry no gradient, as queries, queue rows and negatives (SG in
+        Eq. 1).
         """
-        projected_HON = self.projector(features_HND.transpose(1, 2))
+        projected_HON = self._first(features_HND)
+        for layer in list(self.projector)[1:]:
+            projected_HON = layer(projected_HON)
         predicted_HON = self.predictor(projected_HON)
         return _unit_rows(projected_HON.detach()), _unit_rows(predicted_HON)
 
-    def hidden(self, features_HND: Tensor) -> Tensor:
+    def hidden(self, *features_HND: Tensor) -> Tensor:
         """Output of every projector's first layer, (H, N, projector_hidden): what heads of a sweep are compared by."""
-        hidden_HWN: Tensor = self.projector[0](features_HND.transpose(1, 2))
-        return hidden_HWN.transpose(1, 2)
+        return self._first(features_HND).transpose(1, 2)
+
+    def _first(self, features_HND: Sequence[Tensor]) -> Tensor:
+        """Output of the projector's first layer, (H, hidden, N)."""
+        hidden_HWN: Tensor = self.projector[0](*(x_HND.transpose(1, 2) for x_HND in features_HND))
+        return hidden_HWN
 
 
 def _unit_rows(x_HON: Tensor) -> Tensor:

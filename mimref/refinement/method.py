@@ -1,7 +1,7 @@
 """The method on one batch: views, encoder, heads, neighbours, loss, gradients.
 
-Shapes: B images (b of a micro-batch), V views (0 and 1 global), G = 2 global views, W blocks that heads read, H heads,
-D encoder width, O output width, N = V * B rows.
+Shapes: B images (b of a micro-batch), V views (0 and 1 global), G = 2 global views, H heads,
+D width of a block, O output width, N = V * B rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from mimref.devices import autocast
 from mimref.distributed.collectives import gather_rows, gather_rows_with_gradient, gather_samples, sum_over_ranks
 from mimref.distributed.group import own_rank, world_size
 from mimref.draws import Operation, uniform
-from mimref.encoders.vit import Encoder
+from mimref.encoders.backbones import TokenEncoder
 from mimref.refinement.alignment import Alignment, Neighbours, Queue, nna_loss
 from mimref.refinement.config import LossConfig
 from mimref.refinement.heads import Heads
@@ -42,18 +42,18 @@ class StepValues(NamedTuple):
 class PooledBlocks(nn.Module):
     """Pooled tokens of some blocks, as one module whose gradients ranks can average."""
 
-    def __init__(self, encoder: Encoder, wanted: Sequence[int], pool: str) -> None:
+    def __init__(self, encoder: TokenEncoder, wanted: Sequence[int], pool: str) -> None:
         super().__init__()
         self.encoder, self.wanted, self.pool = encoder, wanted, pool
 
-    def forward(self, images: list[Tensor]) -> Tensor:
-        """Images of several sizes, (N_i, 3, S_i, S_i) each -> (W, sum of N_i, D)."""
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        """Images of several sizes, (N_i, 3, S_i, S_i) each -> (sum of N_i, D) of every block, with its own width D."""
         parts = []
         for sized in images:
             # The head at the last block reads the normed output, as users of the encoder do.
-            tokens = self.encoder.blocks(sized, self.wanted, final_norm=True)
-            parts.append(torch.stack([self.encoder.pool(block, self.pool) for block in tokens]))
-        return torch.cat(parts, dim=1)
+            tokens = self.encoder.blocks(sized, self.wanted, final_norm=self.encoder.architecture.has_final_norm)
+            parts.append([self.encoder.pool(block, self.pool) for block in tokens])
+        return [torch.cat(of_block) for of_block in zip(*parts, strict=True)]
 
 
 class Method:
@@ -61,7 +61,7 @@ class Method:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: TokenEncoder,
         heads: Heads,
         queue: Queue,
         photometric: Photometric,
@@ -102,37 +102,35 @@ class Method:
             update_statistics(self.heads)
             return values
         with torch.no_grad():
-            features_WVBD = self._encode_in_parts(batch)
-        features_WVBD.requires_grad_()
-        values = self._align(self._of_heads(features_WVBD), batch, weight_H, top_k)
+            features_VBD = [x_VBD.requires_grad_() for x_VBD in self._encode_in_parts(batch)]
+        values = self._align(self._of_heads(features_VBD), batch, weight_H, top_k)
         values.loss.backward()
         update_statistics(self.heads)
-        assert features_WVBD.grad is not None
-        gradient_WVBD = features_WVBD.grad
+        gradients_VBD = [x_VBD.grad for x_VBD in features_VBD if x_VBD.grad is not None]
         for rows, part in self._parts(batch):
             encoder, last = self.trained_encoder, rows.stop == len(batch.sample_B)
             # Ranks exchange the gradients of all parts once, with the last part.
             with encoder.no_sync() if isinstance(encoder, DistributedDataParallel) and not last else nullcontext():
-                torch.autograd.backward(self._encode(part, encoder), gradient_WVBD[:, :, rows])
+                torch.autograd.backward(self._encode(part, encoder), [x_VBD[:, rows] for x_VBD in gradients_VBD])
         return values
 
     def forward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
         """Loss of one batch in one pass; the queue takes in view 0. Call `loss.backward()` on the result."""
         return self._align(self.features(batch, train_encoder=train_encoder), batch, weight_H, top_k)
 
-    def features(self, batch: ViewBatch, *, train_encoder: bool) -> Tensor:
-        """What each head reads, pooled tokens (H, N, D), rows view by view."""
+    def features(self, batch: ViewBatch, *, train_encoder: bool) -> list[Tensor]:
+        """What the heads take, pooled tokens (H, N, D) of every distinct width, rows view by view."""
         if train_encoder:
             return self._of_heads(self._encode(batch, self.trained_encoder))
         with torch.inference_mode():
-            features_WVBD = self._encode_in_parts(batch)
+            features_VBD = self._encode_in_parts(batch)
         # Stacked outside of inference mode: autograd cannot use inference tensors.
-        return self._of_heads(features_WVBD)
+        return self._of_heads(features_VBD)
 
-    def _align(self, features_HND: Tensor, batch: ViewBatch, weight_H: Tensor, top_k: int) -> StepValues:
+    def _align(self, features_HND: list[Tensor], batch: ViewBatch, weight_H: Tensor, top_k: int) -> StepValues:
         """Heads, neighbours and loss of a whole batch."""
         with autocast(self.device, self.precision):
-            projection_HNO, prediction_HNO = self.trained_heads(features_HND)
+            projection_HNO, prediction_HNO = self.trained_heads(*features_HND)
         images = len(batch.sample_B)
         samples = gather_samples(batch.sample_B, self.most_images)
         sample_B = batch.sample_B.to(self.device, non_blocking=True)
@@ -170,18 +168,18 @@ class Method:
         loss = (weight_H * loss_H).sum() * (share * len(counts))
         return StepValues(loss, alignment, neighbours, sample_B, share)
 
-    def _encode(self, batch: ViewBatch, pooled_blocks: nn.Module) -> Tensor:
-        """Pooled tokens of the blocks that heads read, (W, V, B, D), by one encoder pass per crop size."""
+    def _encode(self, batch: ViewBatch, pooled_blocks: nn.Module) -> list[Tensor]:
+        """Pooled tokens of the blocks that heads read, (V, B, D) each, by one encoder pass per crop size."""
         views = views_of(batch, self.photometric)
         with autocast(self.device, self.precision):
-            pooled_WND = pooled_blocks([sized_vB3SS.flatten(0, 1) for sized_vB3SS in views])
-        pooled_WVBD: Tensor = pooled_WND.unflatten(1, (sum(map(len, views)), len(batch.sample_B)))
-        return pooled_WVBD
+            pooled_ND = pooled_blocks([sized_vB3SS.flatten(0, 1) for sized_vB3SS in views])
+        shape = (sum(map(len, views)), len(batch.sample_B))
+        return [x_ND.unflatten(0, shape) for x_ND in pooled_ND]
 
-    def _encode_in_parts(self, batch: ViewBatch) -> Tensor:
+    def _encode_in_parts(self, batch: ViewBatch) -> list[Tensor]:
         """The same, micro-batch by micro-batch. Call it without gradient."""
         parts = [self._encode(part, self.pooled_blocks) for _, part in self._parts(batch)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return parts[0] if len(parts) == 1 else [torch.cat(of_block, dim=1) for of_block in zip(*parts, strict=True)]
 
     def _parts(self, batch: ViewBatch) -> Iterator[tuple[slice, ViewBatch]]:
         """Micro-batches of a batch, and which of its images they hold. The last one may be smaller."""
@@ -192,9 +190,10 @@ class Method:
             rows = slice(start, min(start + size, images))
             yield rows, ViewBatch(batch.epoch, batch.sample_B[rows], [crops[rows] for crops in batch.crops], [])
 
-    def _of_heads(self, features_WVBD: Tensor) -> Tensor:
-        """What each head reads, (H, N, D)."""
-        return torch.stack([features_WVBD[index] for index in self.block_of_head]).flatten(1, 2)
+    def _of_heads(self, features_VBD: list[Tensor]) -> list[Tensor]:
+        """What the heads take, (H, N, D) of every distinct width."""
+        stacked = self.heads.stacked([features_VBD[index] for index in self.block_of_head])
+        return [x_HVBD.flatten(1, 2) for x_HVBD in stacked]
 
     def _choices(self, epoch: int, sample_B: Tensor) -> Tensor:
         """Uniform numbers (H, 2 * B) that pick one of the top-k neighbours."""

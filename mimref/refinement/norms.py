@@ -17,8 +17,9 @@ from mimref.distributed.collectives import gather_stack
 from mimref.distributed.group import world_size
 
 Norm = Literal["batch", "layer", "running"]
+NORMS: tuple[Norm, ...] = ("batch", "layer", "running")
 
-MOMENTUM = 0.1
+MOMENTUM = 0.02
 """Weight of an update's batch in running statistics, once they are settled."""
 DEPTH = 5
 """Layers of a head, projector and predictor: a layer has its inputs right when those before it have settled."""
@@ -160,7 +161,8 @@ class EnsembleRunningNorm(nn.Module):
         """Move the running statistics towards those of what all ranks have seen."""
         mean_C, deviation_C, total = _combined(seen_RS)
         # Statistics that a layer has seen behind others which were still to find theirs are forgotten.
-        momentum = (1 / (self.updates - (DEPTH - 2)).clamp_min(1)).clamp_min(MOMENTUM).to(mean_C.dtype)
+        settled = (self.updates - (DEPTH - 2)).clamp_min(1).to(mean_C.dtype)
+        momentum = settled.reciprocal().clamp_min(MOMENTUM)
         self.running_mean.lerp_(mean_C, momentum)
         self.running_var.lerp_(deviation_C / total, momentum)
         self.updates.add_(1)

@@ -54,6 +54,11 @@ class Plan:
         """Block of every head, 1-based."""
         return head_blocks(self.config.heads.blocks, self.architecture.depth)
 
+    @property
+    def widths(self) -> list[int]:
+        """Of the block that every head reads."""
+        return [self.architecture.widths[block - 1] for block in self.blocks]
+
     @cached_property
     def temperature(self) -> list[float]:
         """Of every head."""
@@ -62,7 +67,9 @@ class Plan:
     @property
     def columns(self) -> list[Column]:
         """Features that every head reads, as an evaluation names them."""
-        return columns_of(self.blocks, self.config.heads.pool, True, self.architecture.depth)
+        return columns_of(
+            self.blocks, self.config.heads.pool, self.architecture.has_final_norm, self.architecture.depth
+        )
 
     @property
     def notices(self) -> list[str]:
@@ -174,7 +181,8 @@ def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str
     precision, problems = resolve_precision(config.precision, device), list[str]()
     monitor = KnnMonitor(config, plan.source, plan.transform, device, precision, note=problems.append)
     depth, encoder = plan.architecture.depth, base_encoder(plan, device)
-    groups = [columns_of([block], config.heads.pool, True, depth) for block in range(1, depth + 1)]
+    final_norm = plan.architecture.has_final_norm
+    groups = [columns_of([block], config.heads.pool, final_norm, depth) for block in range(1, depth + 1)]
     if monitor.test is None:
         measured = monitor.view_measures(encoder, groups, config.monitor.view_samples or UNLABELLED_IMAGES)
         scores = [goodness(DEFAULT, values[DEFAULT]) for values in measured]

@@ -113,7 +113,7 @@ def build_method(plan: Plan, listener: Listener) -> Method:
     freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(plan.blocks))
     encoder.checkpointing = config.activation_checkpointing
     torch.manual_seed(config.seed)
-    heads = Heads(config.heads, len(plan.blocks), encoder.embed_dim).to(device)
+    heads = Heads(config.heads, plan.widths).to(device)
     generator = torch.Generator().manual_seed(config.seed)
     method = Method(
         encoder,

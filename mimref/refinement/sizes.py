@@ -39,7 +39,7 @@ def meta_modules(
     """Encoder and heads on the meta device; what the stage does not train is frozen."""
     with torch.device("meta"):
         encoder = build_encoder(architecture)
-        heads = Heads(config.heads, len(blocks), encoder.embed_dim)
+        heads = Heads(config.heads, [architecture.widths[block - 1] for block in blocks])
     if stage == "heads":
         encoder.requires_grad_(False)
     else:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mimref.encoders.vit import Encoder
+from mimref.encoders.backbones import TokenEncoder
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import Column, Features
 from mimref.refinement.heads import Heads
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 4096
 
 
 def rank_heads(
-    encoder: Encoder,
+    encoder: TokenEncoder,
     heads: Heads,
     monitor: KnnMonitor,
     columns: Sequence[Column],
@@ -43,7 +43,7 @@ def rank_heads(
     return [rows[head] for rows in (knn, swaps) if rows for head in best]
 
 
-def score_heads(encoder: Encoder, heads: Heads, monitor: KnnMonitor, columns: Sequence[Column]) -> list[float]:
+def score_heads(encoder: TokenEncoder, heads: Heads, monitor: KnnMonitor, columns: Sequence[Column]) -> list[float]:
     """k-NN accuracy in percent of every head's first projector layer on its column of `columns`.
 
     Empty without labels; NaN as from `KnnMonitor.knn_top1`. The heads end in training mode.
@@ -63,7 +63,7 @@ def _hidden(heads: Heads, features: Features, columns: Sequence[Column]) -> NDAr
     parts = []
     for start in range(0, len(features), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        x_BHD = torch.from_numpy(np.stack([features.columns[column][rows] for column in columns], axis=1))
-        parts.append(heads.hidden(x_BHD.to(device).transpose(0, 1)).transpose(0, 1).float().cpu().numpy())
+        of_head = [torch.from_numpy(np.asarray(features.columns[column][rows])).to(device) for column in columns]
+        parts.append(heads.hidden(*heads.stacked(of_head)).transpose(0, 1).float().cpu().numpy())
     heads.train()
     return np.concatenate(parts)

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from mimref.data.transforms import EvalTransform
-from mimref.encoders.backbones import native_size
 from mimref.encoders.classifier import Classifier
 from mimref.encoders.export import plain_state, timm_name
 from mimref.encoders.export_classifier import classifier_options, classifier_state, pools_patches
+from mimref.encoders.timm_models import native_size
 from mimref.encoders.vit import norm_option, timm_options
 from mimref.errors import ConfigError
 from mimref.sharing.layout import Layout, Subject, with_layer_scale

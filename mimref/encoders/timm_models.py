@@ -1,0 +1,145 @@
+"""What timm's models have in common: how they are built, intermediate features, sizes of images, layers.
+
+Shapes: B images, L tokens, P prefix tokens, D width.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models._manipulate import group_with_matcher
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mimref.encoders.vit import RatesOnCpu
+from mimref.errors import ConfigError
+
+# What no options set: other fields of an architecture do, or nothing does.
+_RESERVED = {"self", "args", "kwargs", "img_size", "in_chans", "num_classes", "device", "dtype"}
+# Named so that no regular expression of a model matches it.
+_UNMATCHED = "\0"
+
+
+class SizeRule(NamedTuple):
+    """Sizes of the images that a model takes, in pixels per side."""
+
+    step: int
+    """They are multiples of it."""
+    largest: int | None = None
+    """None: no limit."""
+
+    def nearest(self, size: int) -> int:
+        """The size that is nearest to `size`, the larger of two."""
+        found = max(1, (size + self.step // 2) // self.step) * self.step
+        return found if self.largest is None else min(found, self.largest)
+
+
+def timm_record(name: str) -> Any:
+    """timm's record of a model or, for `model.tag`, of its weights: image size, normalisation, classifier."""
+    recorded = timm.get_pretrained_cfg(name)
+    if recorded is None:
+        raise ConfigError(f"timm has no record of {name!r}, so it cannot be evaluated")
+    return recorded
+
+
+def native_size(name: str) -> int:
+    """Pixels per side that a timm model was made for."""
+    return int(timm_record(name).input_size[-1])
+
+
+@RatesOnCpu()
+def build_model(name: str, size: int, channels: int, options: Mapping[str, Any]) -> Any:
+    """timm's model without a classifier, on the current default device, that takes other sizes than `size` if it can.
+
+    options: further arguments of its constructor. Raises ConfigError for arguments that it does not have.
+    """
+    accepted = _arguments(name)
+    unknown = sorted(options.keys() - accepted | options.keys() & _RESERVED)
+    if unknown:
+        raise ConfigError(f"{name} has no option {unknown[0]!r} in timm {timm.__version__}")
+    chosen = dict(options)
+    if "img_size" in accepted:
+        chosen["img_size"] = size
+    if "dynamic_img_size" in accepted:
+        chosen["dynamic_img_size"] = True
+    elif "strict_img_size" in accepted:
+        chosen["strict_img_size"] = False
+    if channels != 3:
+        chosen["in_chans"] = channels
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, **chosen)
+    except Exception as error:  # constructors fail in their own ways on values that they were not made for
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"timm cannot build {name} for images of {size} pixels ({reason})") from error
+
+
+@cache
+def _arguments(name: str) -> frozenset[str]:
+    """Of the constructor of timm's class."""
+    with torch.device("meta"), RatesOnCpu():
+        made = type(timm.create_model(name, pretrained=False, num_classes=0))
+    # Of every class that has one of its own: some pass what they do not know on to the next.
+    bases = [vars(each)["__init__"] for each in made.__mro__ if each is not object and "__init__" in vars(each)]
+    return frozenset(key for each in bases for key in inspect.signature(each).parameters)
+
+
+def size_rule(model: Any, name: str, size: int) -> SizeRule:
+    """Sizes of the images that a model built for images of `size` pixels takes."""
+    if isinstance(model, Beit):
+        # Relative positions of a smaller grid are among those of the whole one.
+        return SizeRule(int(model.patch_embed.patch_size[0]), size)
+    if getattr(model, "dynamic_img_size", False) and not isinstance(model, SwinTransformer | SwinTransformerV2):
+        return SizeRule(int(model.patch_embed.patch_size[0]))
+    if not getattr(model, "dynamic_img_size", False) and timm_record(name).fixed_input_size:
+        return SizeRule(size, size)
+    # Windows are padded, stages are not. A recent timm records a function of the image size.
+    strides = [int(each["reduction"]) for each in model.feature_info if isinstance(each["reduction"], int | float)]
+    return SizeRule(max(strides, default=1))
+
+
+def intermediates(
+    model: Any, images: Tensor, indices: Sequence[int] | None, *, norm: bool = False
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Feature map (B, D, rows, columns) and prefix tokens (B, P, D), if any, of the blocks (0-based; None: all)."""
+    accepted = inspect.signature(model.forward_intermediates).parameters
+    has_prefix = "return_prefix_tokens" in accepted and bool(getattr(model, "num_prefix_tokens", 0))
+    options = {"return_prefix_tokens": True} if has_prefix else {}
+    found = model.forward_intermediates(
+        images, indices=indices, norm=norm, stop_early=True, output_fmt="NCHW", intermediates_only=True, **options
+    )
+    return list(found) if has_prefix else [(feature_map, None) for feature_map in found]
+
+
+def as_tokens(feature_map: Tensor, prefix: Tensor | None) -> Tensor:
+    """Prefix tokens, then those of the map in reading order, (B, L, D)."""
+    tokens_BLD = feature_map.flatten(2).transpose(1, 2)
+    return tokens_BLD if prefix is None else torch.cat([prefix, tokens_BLD], dim=1)
+
+
+def norm_of(model: Any) -> nn.Module | None:
+    """The norm after the last block, where it applies to tokens (B, L, D) one by one."""
+    if isinstance(model, VisionTransformer | Eva | Beit | SwinTransformer | SwinTransformerV2):
+        norm: nn.Module = model.norm
+        return norm
+    return None
+
+
+def layer_ids(model: Any) -> dict[str, int]:
+    """Layer of every parameter as timm counts: 0 feeds the first block, and some are outside of all blocks.
+
+    Raises ConfigError for a model that does not group its parameters.
+    """
+    if not hasattr(model, "group_matcher"):
+        raise ConfigError(f"timm does not say which layers {type(model).__name__} has; set encoder_stage.layer_decay=1")
+    named = [(name, None) for name, _ in model.named_parameters()] + [(_UNMATCHED, None)]
+    found: dict[str, int] = group_with_matcher(iter(named), model.group_matcher(), reverse=True)
+    outside = found.pop(_UNMATCHED)
+    # Such as rotary frequencies that learn; what follows the blocks is no part of an encoder.
+    return {name: 0 if layer == outside else layer for name, layer in found.items()}
