@@ -21,6 +21,8 @@ from mimref.refinement.norms import (
     update_statistics,
 )
 from mimref.refinement.run import refine
+from tests.steps import make_batch, make_step
+from tests.steps import weights as weights_of_heads
 from tests.tiny import assert_same_run, refine_config, signal_at, write_labelled, write_weights
 
 HEADS, WIDTH, ROWS = 2, 5, 7
@@ -165,6 +167,19 @@ def test_layers_settle_one_after_the_other() -> None:
         assert 0 < float(variance_HW.min()) <= float(variance_HW.max()) <= 1
 
 
+def test_training_begins_with_the_statistics_of_its_first_batch() -> None:
+    """So the first loss is that of batch norms, whose gradients alone differ."""
+    losses = []
+    for norm in NORMS:
+        step = make_step(norm=norm)
+        values = step.forward_backward(make_batch(), weights_of_heads(3), top_k=3, train_encoder=True)
+        losses.append(float(values.loss.detach()))
+        counts = [int(value) for name, value in step.heads.state_dict().items() if name.endswith(".updates")]
+        # Five for the layers to settle one after the other, and that of the step itself.
+        assert counts == ([6] * 5 if norm == "running" else [])
+    assert losses[2] == pytest.approx(losses[0], rel=1e-9) and abs(losses[1] - losses[0]) > 0.01
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_heads_hold_the_norm_asked_for(norm: Norm) -> None:
     heads = make_heads(norm)
@@ -224,8 +239,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(norm: Norm, given: tuple[P
             refine(config, tmp_path / "parts", resume=attempt > 0, listener=signal_at(step))
     refine(config, tmp_path / "parts", resume=True)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    # The heads of stage 1 have learnt with this norm: their statistics are those of 8 updates.
+    # The heads of stage 1 have learnt with this norm: their statistics are those of 8 updates, after five to settle.
     heads = torch.load(tmp_path / "whole" / "heads.pt", weights_only=True)
     assert heads["norm"] == norm
     counts = [int(value) for name, value in heads["heads"].items() if name.endswith(".updates")]
-    assert counts == ([8] * 5 if norm == "running" else [])
+    assert counts == ([13] * 5 if norm == "running" else [])

@@ -1,8 +1,8 @@
 """The ensemble of contrastive heads as one batched module (Appendix B.2).
 
 All heads' weights are stacked, one batched matrix product serves every head, and one norm over H * width features
-normalises them all (`norms.py`). Activations are (H, width, N), the layout of a BatchNorm over channels, so that no copy
-lies between matrix product and normalisation.
+normalises them all (`norms.py`). Activations are (H, width, N): this is BatchNorm's own (1, channels, N) layout, so
+that no copy lies between matrix product and normalisation.
 
 Shapes: H heads, N rows (views times images), D width of a block, O output width.
 """

@@ -6,7 +6,7 @@ D width of a block, O output width, N = V * B rows.
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from mimref.encoders.backbones import TokenEncoder
 from mimref.refinement.alignment import Alignment, Neighbours, Queue, nna_loss
 from mimref.refinement.config import LossConfig
 from mimref.refinement.heads import Heads
-from mimref.refinement.norms import update_statistics
+from mimref.refinement.norms import DEPTH, settled, update_statistics
 
 
 class StepValues(NamedTuple):
@@ -86,6 +86,8 @@ class Method:
         # Those whose gradients ranks average, see `averaged`.
         self.trained_encoder: nn.Module = self.pooled_blocks
         self.trained_heads: nn.Module = heads
+        self.settled = settled(heads)
+        """Whether the heads' norms have statistics to begin with."""
 
     def forward_backward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
         """Loss of one batch; its gradients are added to the weights' own, and the queue takes in view 0.
@@ -94,6 +96,8 @@ class Method:
         the whole batch, and again to backpropagate the gradients of its features (GradCache, Gao et al. 2021). Memory
         then follows the micro-batch, and the gradients are those of one pass.
         """
+        if not self.settled:
+            self._settle(batch)
         # Ranks may have different numbers of images, but all must take the same branch.
         one_pass = self.micro_batch is None or self.micro_batch >= (self.most_images or len(batch.sample_B))
         if one_pass or not train_encoder:
@@ -113,6 +117,21 @@ class Method:
             with encoder.no_sync() if isinstance(encoder, DistributedDataParallel) and not last else nullcontext():
                 torch.autograd.backward(self._encode(part, encoder), [x_VBD[:, rows] for x_VBD in gradients_VBD])
         return values
+
+    def load_heads(self, state: dict[str, Any]) -> None:
+        """Load saved heads of the same shapes."""
+        self.heads.load_state_dict(state)
+        self.settled = settled(self.heads)
+
+    def _settle(self, batch: ViewBatch) -> None:
+        """Find the statistics that running norms start from: a pass per layer, as each needs those before it."""
+        features_HND = self.features(batch, train_encoder=False)
+        for _ in range(DEPTH):
+            # With gradients, though nothing needs them: torch.compile would compile another version without.
+            with autocast(self.device, self.precision):
+                self.heads(*features_HND)
+            update_statistics(self.heads)
+        self.settled = True
 
     def forward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
         """Loss of one batch in one pass; the queue takes in view 0. Call `loss.backward()` on the result."""

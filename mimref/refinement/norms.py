@@ -22,7 +22,8 @@ NORMS: tuple[Norm, ...] = ("batch", "layer", "running")
 MOMENTUM = 0.02
 """Weight of an update's batch in running statistics, once they are settled."""
 DEPTH = 5
-"""Layers of a head, projector and predictor: a layer has its inputs right when those before it have settled."""
+"""Layers of a head, projector and predictor. As many updates replace the statistics: a layer's inputs are right when
+those before it have settled."""
 
 
 def make_norm(norm: Norm, heads: int, width: int) -> nn.Module:
@@ -160,12 +161,17 @@ class EnsembleRunningNorm(nn.Module):
     def follow(self, seen_RS: Tensor) -> None:
         """Move the running statistics towards those of what all ranks have seen."""
         mean_C, deviation_C, total = _combined(seen_RS)
-        # Statistics that a layer has seen behind others which were still to find theirs are forgotten.
+        # Statistics from behind layers that had not settled are forgotten.
         settled = (self.updates - (DEPTH - 2)).clamp_min(1).to(mean_C.dtype)
         momentum = settled.reciprocal().clamp_min(MOMENTUM)
         self.running_mean.lerp_(mean_C, momentum)
         self.running_var.lerp_(deviation_C / total, momentum)
         self.updates.add_(1)
+
+
+def settled(module: nn.Module) -> bool:
+    """Whether no running statistics still have to be found. Sync point."""
+    return all(int(norm.updates) for norm in module.modules() if isinstance(norm, EnsembleRunningNorm))
 
 
 def update_statistics(module: nn.Module) -> None:

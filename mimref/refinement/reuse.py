@@ -47,7 +47,7 @@ def load_heads(folder: Path, plan: Plan, method: Method, listener: Listener) -> 
     if size != config.queue_size:
         raise ConfigError(f"{path}: its queue holds {size} rows; set heads.queue_size={size}")
     try:
-        method.heads.load_state_dict(saved["heads"])
+        method.load_heads(saved["heads"])
         method.queue.load_state_dict(saved["queue"])
     except RuntimeError as error:
         raise ConfigError(
