@@ -1,6 +1,7 @@
 """Two processes equal one: statistics, loss, gradients, queue and weights."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -56,7 +57,8 @@ def small_cases() -> dict[str, Any]:
     """All that takes no time but that of starting processes."""
     by_type = {str(dtype): normed(ROWS, dtype) for dtype in (torch.float64, torch.float32)}
     told = {norm: [collectives(norm, 1), collectives(norm, 5)] for norm in NORMS}
-    return {"tell": tell(), "normed": by_type, "followed": followed(), "collectives": told}
+    sent = {direction: exchanged(direction) for direction in ("projection", "prediction")}
+    return {"tell": tell(), "normed": by_type, "followed": followed(), "collectives": told, "exchanged": sent}
 
 
 @pytest.fixture(scope="module")
@@ -144,32 +146,42 @@ def test_running_statistics_span_the_ranks(small: list[dict[str, Any]]) -> None:
         assert torch.equal(parts[0][index], parts[1][index])
 
 
+@contextmanager
+def counted_collectives() -> Iterator[list[tuple[str, int]]]:
+    """Kind, and bytes given by this rank, of every collective in the block."""
+    calls: list[tuple[str, int]] = []
+    gather, reduce = dist.all_gather, dist.all_reduce
+
+    def all_gather(parts: list[Tensor], own: Tensor) -> None:
+        calls.append(("gather", own.nbytes))
+        gather(parts, own)
+
+    def all_reduce(own: Tensor) -> None:
+        calls.append(("reduce", own.nbytes))
+        reduce(own)
+
+    dist.all_gather, dist.all_reduce = all_gather, all_reduce
+    try:
+        yield calls
+    finally:
+        dist.all_gather, dist.all_reduce = gather, reduce
+
+
 def collectives(norm: Norm, number: int) -> dict[str, list[str]]:
     """What the ranks tell each other in a forward pass, backward pass and update of so many heads."""
-    calls: list[str] = []
-
-    def counted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            calls.append(name)
-            return collective(*args, **options)
-
-        return call
-
     config = HeadsConfig(projector_hidden=8, predictor_hidden=8, output=4, norm=norm)
-    heads, found = Heads(config, [16] * number), {}
-    gather, reduce = dist.all_gather, dist.all_reduce
-    dist.all_gather, dist.all_reduce = counted("gather", gather), counted("reduce", reduce)
-    try:
+    heads = Heads(config, [16] * number)
+    found: dict[str, list[tuple[str, int]]] = {}
+    with counted_collectives() as calls:
         _, prediction = heads(torch.randn(number, 6, 16))
         found["forward"] = calls.copy()
+        calls.clear()
         prediction.square().sum().backward()
-        found["backward"] = calls[len(found["forward"]) :]
+        found["backward"] = calls.copy()
         calls.clear()
         update_statistics(heads)
         found["update"] = calls
-    finally:
-        dist.all_gather, dist.all_reduce = gather, reduce
-    return found
+    return {what: [kind for kind, _ in made] for what, made in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +199,26 @@ def test_collectives_do_not_grow_with_the_heads(
     for rank in small:
         one, five = rank["collectives"][norm]
         assert one == five == expected
+
+
+def exchanged(direction: str) -> list[tuple[str, int]]:
+    """The collectives of a step without those of norms."""
+    step = make_step(direction=direction, norm="layer")
+    step.most_images = 3
+    batch = part_of(make_batch(range(6)), 0)
+    with counted_collectives() as calls:
+        step.forward_backward(batch, weights(3), top_k=3, train_encoder=False)
+    return calls
+
+
+def test_only_the_direction_of_the_release_gathers_every_view(small: list[dict[str, Any]]) -> None:
+    """Eq. (1) needs the projections of two views and nothing in the backward pass."""
+    view = 3 * 3 * 6 * 8  # heads, images of a rank, output width, bytes of a float64
+    numbers, projections = ("gather", 3 * 8), ("gather", 2 * view)
+    for rank in small:
+        assert rank["exchanged"]["projection"] == [numbers, projections]
+        predictions, gradients = ("gather", 4 * view), ("reduce", 2 * 4 * view)  # of both ranks' parts
+        assert rank["exchanged"]["prediction"] == [numbers, projections, predictions, gradients]
 
 
 # --- steps
