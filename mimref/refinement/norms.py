@@ -20,7 +20,12 @@ Norm = Literal["batch", "layer", "running"]
 NORMS: tuple[Norm, ...] = ("batch", "layer", "running")
 
 MOMENTUM = 0.02
-"""Weight of an update's batch in running statistics, once they are settled."""
+"""Weight of an update's batch in running statistics, once they are settled.
+
+Statistics that follow quickly undo what the gradient, which does not know of them, has just done: weights grow without
+end (Ioffe 2017, Batch Renormalization), with a weight of 1 within tens of updates. His cure needs gradients through the
+statistics of a process's own rows, and so results that depend on the number of processes.
+"""
 DEPTH = 5
 """Layers of a head, projector and predictor. As many updates replace the statistics: a layer's inputs are right when
 those before it have settled."""
