@@ -167,8 +167,8 @@ class EnsembleRunningNorm(nn.Module):
         """Move the running statistics towards those of what all ranks have seen."""
         mean_C, deviation_C, total = _combined(seen_RS)
         # Statistics from behind layers that had not settled are forgotten.
-        settled = (self.updates - (DEPTH - 2)).clamp_min(1).to(mean_C.dtype)
-        momentum = settled.reciprocal().clamp_min(MOMENTUM)
+        since = (self.updates - (DEPTH - 2)).clamp_min(1).to(mean_C.dtype)
+        momentum = since.reciprocal().clamp_min(MOMENTUM)
         self.running_mean.lerp_(mean_C, momentum)
         self.running_var.lerp_(deviation_C / total, momentum)
         self.updates.add_(1)
