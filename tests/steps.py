@@ -17,6 +17,7 @@ from mimref.refinement.config import HeadsConfig, LossConfig
 from mimref.refinement.dense import DenseTerm
 from mimref.refinement.heads import Heads
 from mimref.refinement.method import Method
+from mimref.refinement.norms import Norm
 
 CPU = torch.device("cpu")
 ARCHITECTURE = Architecture("custom", image_size=8, width=32, depth=4, num_heads=2, patch_size=4)
@@ -40,6 +41,7 @@ def make_step(
     pool: str = "cls",
     direction: str = "projection",
     swap_negatives: bool = False,
+    norm: Norm = "batch",
     post_norm: bool = False,
     dense: Any = "none",
     encoder: Any = None,
@@ -52,7 +54,7 @@ def make_step(
         for parameter in encoder.parameters():
             if parameter.ndim == 1:  # norms and biases away from one and zero
                 parameter.add_(0.2 * torch.randn(parameter.shape))
-    heads = Heads(CONFIG, [32] * len(blocks)).double()
+    heads = Heads(CONFIG.model_copy(update={"norm": norm}), [32] * len(blocks)).double()
     queue = Queue(len(blocks), QUEUE, CONFIG.output, generator=torch.Generator().manual_seed(1), device=CPU)
     queue.rows_HQO = F.normalize(queue.rows_HQO.double(), dim=2)
     step = Method(

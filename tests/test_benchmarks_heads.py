@@ -1,16 +1,19 @@
 """The heads that the ensemble is compared with; how fast anything is, no test says."""
 
+import pytest
 import torch
 
 from mimref.benchmarks.heads import HeadSizes, benchmark_heads, heads_facts, separate_heads
 from mimref.refinement.config import HeadsConfig
 from mimref.refinement.heads import Heads
+from mimref.refinement.norms import NORMS, Norm
 
 
-def test_separate_heads_compute_what_the_ensemble_does() -> None:
+@pytest.mark.parametrize("norm", NORMS)
+def test_separate_heads_compute_what_the_ensemble_does(norm: Norm) -> None:
     """Outputs, gradients of inputs and weights, and running statistics, in float64."""
     torch.manual_seed(0)
-    config = HeadsConfig(projector_hidden=7, predictor_hidden=9, output=5)
+    config = HeadsConfig(projector_hidden=7, predictor_hidden=9, output=5, norm=norm)
     heads = Heads(config, [6] * 3).double()
     with torch.no_grad():
         for weight in heads.parameters():
@@ -43,7 +46,10 @@ def test_separate_heads_compute_what_the_ensemble_does() -> None:
 def test_rows_are_ratios_of_times_with_the_sizes_measured() -> None:
     small = HeadsConfig(projector_hidden=4, predictor_hidden=4, output=4)
     sizes = HeadSizes(heads=2, views=3, embed_dim=4, config=small, images=(5,), repeats=1)
-    (row,) = benchmark_heads(sizes, device="cpu")
-    assert row["value"] == float(row["separate_s"]) / float(row["together_s"])
-    assert (row["heads"], row["images"], row["rows"]) == (2, 5, 15)
-    assert f"{row['value']:.2f} x" in heads_facts([row])[0][1]
+    rows = benchmark_heads(sizes, device="cpu")
+    assert [row["norm"] for row in rows] == ["batch", "layer", "running"]
+    for row in rows:
+        assert row["value"] == float(row["separate_s"]) / float(row["together_s"])
+        assert (row["heads"], row["images"], row["rows"]) == (2, 5, 15)
+        ((what, much),) = heads_facts([row])
+        assert f"{row['norm']} norm" in what and f"{row['value']:.2f} x" in much

@@ -1,6 +1,7 @@
 """Two processes equal one: statistics, loss, gradients, queue and weights."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from mimref.distributed.collectives import (
 from mimref.distributed.group import own_rank, share, world_size
 from mimref.encoders.parameters import encoder_groups
 from mimref.refinement.config import HeadsConfig
-from mimref.refinement.heads import EnsembleBatchNorm, Heads
+from mimref.refinement.heads import Heads
 from mimref.refinement.method import Method, monitored_values
+from mimref.refinement.norms import NORMS, EnsembleBatchNorm, EnsembleRunningNorm, Norm, update_statistics
 from mimref.training.optim import adamw, module_groups, set_learning_rate
 from tests.ranks import run_ranks
 from tests.steps import CPU, make_batch, make_step, weights
@@ -54,7 +56,9 @@ ROWS = [8, 1, 2, 3, 7, 5, 6, 4, 0]
 def small_cases() -> dict[str, Any]:
     """All that takes no time but that of starting processes."""
     by_type = {str(dtype): normed(ROWS, dtype) for dtype in (torch.float64, torch.float32)}
-    return {"tell": tell(), "normed": by_type, "collectives": [collectives(1), collectives(5)]}
+    told = {norm: [collectives(norm, 1), collectives(norm, 5)] for norm in NORMS}
+    sent = {direction: exchanged(direction) for direction in ("projection", "prediction")}
+    return {"tell": tell(), "normed": by_type, "followed": followed(), "collectives": told, "exchanged": sent}
 
 
 @pytest.fixture(scope="module")
@@ -114,30 +118,107 @@ def test_statistics_span_the_ranks(dtype: torch.dtype, tolerance: float, small: 
             torch.testing.assert_close(part[index], alone[index], **close)
 
 
-def collectives(number: int) -> list[str]:
-    """What the ranks tell each other in a forward and backward pass of so many heads."""
-    calls: list[str] = []
+def followed() -> tuple[Tensor, ...]:
+    """Output, gradient and statistics of a running norm after updates of which ranks saw uneven parts, or nothing."""
+    generator = torch.Generator().manual_seed(1)
+    norm = EnsembleRunningNorm(3, 4).double()
+    for parts in ([5, 4], [9, 0], [1, 8], [4, 5], [3, 6], [2, 7], [8, 1]):
+        x = 1000 + torch.randn(3, 4, 9, generator=generator, dtype=torch.float64)
+        mine = (x if world_size() == 1 else x.split(parts, dim=2)[own_rank()]).clone().requires_grad_()
+        found = norm(mine)
+        (found * mine.detach()).sum().backward()
+        update_statistics(norm)
+    assert mine.grad is not None and norm.weight.grad is not None and norm.bias.grad is not None
+    return found.detach(), mine.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var
 
-    def counted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            calls.append(name)
-            return collective(*args, **options)
 
-        return call
+def test_running_statistics_span_the_ranks(small: list[dict[str, Any]]) -> None:
+    alone = followed()
+    parts = [rank["followed"] for rank in small]
+    for index in (0, 1):  # rows
+        torch.testing.assert_close(
+            torch.cat([part[index] for part in parts], dim=2), alone[index], rtol=1e-9, atol=1e-9
+        )
+    for index in (2, 3):  # gradients of weight and bias, which add up
+        torch.testing.assert_close(parts[0][index] + parts[1][index], alone[index], rtol=1e-9, atol=1e-9)
+    for index in (4, 5):
+        torch.testing.assert_close(parts[0][index], alone[index], rtol=1e-9, atol=1e-9)
+        assert torch.equal(parts[0][index], parts[1][index])
 
-    heads = Heads(HeadsConfig(projector_hidden=8, predictor_hidden=8, output=4), [16] * number)
+
+@contextmanager
+def counted_collectives() -> Iterator[list[tuple[str, int]]]:
+    """Kind, and bytes given by this rank, of every collective in the block."""
+    calls: list[tuple[str, int]] = []
     gather, reduce = dist.all_gather, dist.all_reduce
-    dist.all_gather, dist.all_reduce = counted("gather", gather), counted("reduce", reduce)
-    _, prediction = heads(torch.randn(number, 6, 16))
-    prediction.square().sum().backward()
-    dist.all_gather, dist.all_reduce = gather, reduce
+
+    def all_gather(parts: list[Tensor], own: Tensor) -> None:
+        calls.append(("gather", own.nbytes))
+        gather(parts, own)
+
+    def all_reduce(own: Tensor) -> None:
+        calls.append(("reduce", own.nbytes))
+        reduce(own)
+
+    dist.all_gather, dist.all_reduce = all_gather, all_reduce
+    try:
+        yield calls
+    finally:
+        dist.all_gather, dist.all_reduce = gather, reduce
+
+
+def collectives(norm: Norm, number: int) -> dict[str, list[str]]:
+    """What the ranks tell each other in a forward pass, backward pass and update of so many heads."""
+    config = HeadsConfig(projector_hidden=8, predictor_hidden=8, output=4, norm=norm)
+    heads = Heads(config, [16] * number)
+    found: dict[str, list[tuple[str, int]]] = {}
+    with counted_collectives() as calls:
+        _, prediction = heads(torch.randn(number, 6, 16))
+        found["forward"] = calls.copy()
+        calls.clear()
+        prediction.square().sum().backward()
+        found["backward"] = calls.copy()
+        calls.clear()
+        update_statistics(heads)
+        found["update"] = calls
+    return {what: [kind for kind, _ in made] for what, made in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [
+        # Five layers, of which each has one BatchNorm.
+        ("batch", {"forward": ["gather"] * 5, "backward": ["reduce"] * 5, "update": []}),
+        ("layer", {"forward": [], "backward": [], "update": []}),
+        ("running", {"forward": [], "backward": [], "update": ["gather"]}),
+    ],
+)
+def test_collectives_do_not_grow_with_the_heads(
+    norm: Norm, expected: dict[str, list[str]], small: list[dict[str, Any]]
+) -> None:
+    for rank in small:
+        one, five = rank["collectives"][norm]
+        assert one == five == expected
+
+
+def exchanged(direction: str) -> list[tuple[str, int]]:
+    """The collectives of a step without those of norms."""
+    step = make_step(direction=direction, norm="layer")
+    step.most_images = 3
+    batch = part_of(make_batch(range(6)), 0)
+    with counted_collectives() as calls:
+        step.forward_backward(batch, weights(3), top_k=3, train_encoder=False)
     return calls
 
 
-def test_collectives_do_not_grow_with_the_heads(small: list[dict[str, Any]]) -> None:
-    for one, five in (rank["collectives"] for rank in small):
-        # Five layers, of which each has one BatchNorm.
-        assert one == five == ["gather"] * 5 + ["reduce"] * 5
+def test_only_the_direction_of_the_release_gathers_every_view(small: list[dict[str, Any]]) -> None:
+    """Eq. (1) needs the projections of two views and nothing in the backward pass."""
+    view = 3 * 3 * 6 * 8  # heads, images of a rank, output width, bytes of a float64
+    numbers, projections = ("gather", 3 * 8), ("gather", 2 * view)
+    for rank in small:
+        assert rank["exchanged"]["projection"] == [numbers, projections]
+        predictions, gradients = ("gather", 4 * view), ("reduce", 2 * 4 * view)  # of both ranks' parts
+        assert rank["exchanged"]["prediction"] == [numbers, projections, predictions, gradients]
 
 
 # --- steps
@@ -263,6 +344,12 @@ CASES: dict[str, tuple[Any, ...]] = {
 # One rank's part is smaller, or empty: images that could not be read.
 CASES |= {f"{lost} images lost": ({}, 2, 3, lost, torch.float64) for lost in (1, 3)}
 CASES |= {"3 images lost, prediction": ({"direction": "prediction"}, None, 3, 3, torch.float64)}
+# Updates of running statistics are not those of weights: they need not be many, but more than there are layers.
+CASES |= {
+    f"{norm} norm, {lost} images lost, micro-batch {micro}": ({"norm": norm}, micro, 8, lost, torch.float64)
+    for norm in ("layer", "running")
+    for lost, micro in ((0, None), (1, 2), (3, 2))
+}
 CASES |= {"stage 1": ({"train_encoder": False}, None, 20, 0, torch.float64)}
 CASES |= {"stage 1, micro-batch 2": ({"train_encoder": False}, 2, 4, 1, torch.float64)}
 CASES |= {"single precision": ({}, None, 5, 0, torch.float32)}

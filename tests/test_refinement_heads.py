@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from mimref.errors import ConfigError
 from mimref.refinement.config import HeadsConfig
-from mimref.refinement.heads import EnsembleBatchNorm, EnsembleLinear, Heads, head_blocks
+from mimref.refinement.heads import EnsembleLinear, Heads, head_blocks
+from mimref.refinement.norms import EnsembleBatchNorm
 
 CONFIG = HeadsConfig(projector_hidden=12, predictor_hidden=10, output=6)
 HEADS, ROWS, DIM = 3, 9, 8

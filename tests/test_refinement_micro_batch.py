@@ -16,6 +16,7 @@ from mimref.errors import ConfigError
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.memory import check_exact, half, largest_that_fits, try_step
 from mimref.refinement.method import Method
+from mimref.refinement.norms import NORMS, Norm
 from mimref.refinement.run import refine
 from tests.steps import IMAGES, make_batch, make_step, weights
 from tests.tiny import REFINE, arguments, header, refine_config, results, tensors, write_labelled, write_weights
@@ -42,6 +43,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"pool": "mean", "post_norm": True},
     {"dense": "gram"},
     {"dense": "cka", "blocks": [2, 3, 1]},
+    {"norm": "layer"},
+    {"norm": "running"},
 ]
 
 
@@ -204,8 +207,9 @@ def test_the_largest_that_fits() -> None:
         half(1)
 
 
-def test_a_trial_leaves_nothing_behind() -> None:
-    step, untouched = make_step(), make_step()
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_trial_leaves_nothing_behind(norm: Norm) -> None:
+    step, untouched = make_step(norm=norm), make_step(norm=norm)
     try_step(step, [CropGroup(2, 8, (0.5, 1.0)), CropGroup(2, 4, (0.1, 0.5))], 6, 4)
     assert step.micro_batch is None and all(p.grad is None for p in step.encoder.parameters())
     assert learn(step) == learn(untouched)

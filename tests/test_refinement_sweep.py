@@ -14,6 +14,7 @@ from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import Column, Features, columns_of
 from mimref.refinement.config import HeadsConfig
 from mimref.refinement.heads import Heads
+from mimref.refinement.norms import Norm
 
 BLOCKS = [4, 2, 4]
 TEMPERATURE = [0.1, 0.2, 0.3]
@@ -45,13 +46,13 @@ class FakeMonitor:
         return self.scores[len(self.scored) - 1]
 
 
-def make_heads() -> Heads:
+def make_heads(norm: Norm = "batch") -> Heads:
     torch.manual_seed(0)
-    heads = Heads(HeadsConfig(projector_hidden=6, predictor_hidden=4, output=4), [DIM] * len(BLOCKS))
-    norm = heads.projector[0].norm
+    heads = Heads(HeadsConfig(projector_hidden=6, predictor_hidden=4, output=4, norm=norm), [DIM] * len(BLOCKS))
+    first = heads.projector[0].norm
     with torch.no_grad():
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2.0)
+        first.running_mean.normal_()
+        first.running_var.uniform_(0.5, 2.0)
     return heads
 
 
@@ -95,10 +96,13 @@ def test_without_labels_there_is_nothing_to_rank() -> None:
     assert rank(FakeMonitor([], labelled=False), make_heads(), []) == []
 
 
+@pytest.mark.parametrize("norm", ["batch", "running"])
 @pytest.mark.parametrize("rows_at_once", [3, 4096])
-def test_each_head_is_scored_on_its_own_hidden_layer(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_head_is_scored_on_its_own_hidden_layer(
+    norm: Norm, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sweep, "_ROWS_AT_ONCE", rows_at_once)
-    heads, monitor = make_heads(), FakeMonitor([1.0, 2.0, 3.0])
+    heads, monitor = make_heads(norm), FakeMonitor([1.0, 2.0, 3.0])
     before = {name: value.clone() for name, value in heads.state_dict().items()}
     rank(monitor, heads, [])
     layer = heads.projector[0]
@@ -107,11 +111,11 @@ def test_each_head_is_scored_on_its_own_hidden_layer(rows_at_once: int, monkeypa
             assert given is not None and np.array_equal(y, cast(Any, given.y))
             # A separate layer with the running statistics, not those of these rows.
             own = slice(head * 6, (head + 1) * 6)
-            norm = nn.BatchNorm1d(6).eval()
+            plain = nn.BatchNorm1d(6).eval()
             for name in ("weight", "bias", "running_mean", "running_var"):
-                getattr(norm, name).data.copy_(getattr(layer.norm, name)[own])
+                getattr(plain, name).data.copy_(getattr(layer.norm, name)[own])
             block: Tensor = torch.from_numpy(list(given.columns.values())[[1, 0, 1][head]])
-            expected = F.gelu(norm(block @ layer.linear.weight[head].T))
+            expected = F.gelu(plain(block @ layer.linear.weight[head].T))
             np.testing.assert_allclose(hidden, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
     # Training can continue: the running statistics have not moved, and new batches will move them.
     assert heads.training

@@ -127,8 +127,19 @@ def noted(watch: Watch, name: str) -> Any:
 
 
 @pytest.mark.parametrize("stage", ["heads", "encoder"])
-@pytest.mark.parametrize("changes", [{}, {"micro_batch": 5}, {"optimizer.clip_grad": 1.0}, {"heads.pool": "mean"},
-                                     {"loss.dense": "gram"}, {"loss.dense": "cka", "micro_batch": 5}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"micro_batch": 5},
+        {"optimizer.clip_grad": 1.0},
+        {"heads.pool": "mean"},
+        {"heads.norm": "layer"},
+        {"heads.norm": "running"},
+        {"loss.dense": "gram"},
+        {"loss.dense": "cka", "micro_batch": 5},
+    ],
+)
 def test_steps_do_not_wait_for_the_device(
     stage: StageName, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

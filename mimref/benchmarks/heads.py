@@ -1,9 +1,11 @@
-"""What batching the heads saves: `Heads` against a list of one plain module per head, forward and backward.
+"""What batching the heads saves, per norm: `Heads` against a list of one plain module per head, forward and backward.
 
 Shapes: H heads, N rows (views times images), D encoder width, O output width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_
 from mimref.progress import Progress
 from mimref.refinement.config import HeadsConfig
 from mimref.refinement.heads import Heads
+from mimref.refinement.norms import NORMS, Norm, update_statistics
 from mimref.results import Row
 
 
@@ -42,29 +45,37 @@ class HeadSizes:
 def benchmark_heads(
     sizes: HeadSizes | None = None, *, device: str = "auto", precision: str = "auto", progress: Progress | None = None
 ) -> list[Row]:
-    """Time of a forward and backward pass of separate modules, divided by that of the ensemble, per number of images.
+    """Time of a forward and backward pass of separate modules, divided by that of the ensemble, per images and norm.
 
     Both start from the pooled tokens of each head's block, whose gradients count too; the ensemble has to stack them.
+    All norms take turns with each other. The update of running statistics counts as well.
     """
     target = resolve_device(device)
     if target.type == "cpu":
         keep_freed_memory()  # as training does
     sizes = sizes or HeadSizes.for_device(target)
     dtype = resolve_precision(precision, target)
-    torch.manual_seed(0)
-    heads = Heads(sizes.config, [sizes.embed_dim] * sizes.heads).to(target)
-    separate = separate_heads(heads, sizes.config, sizes.embed_dim)
+    both = {norm: _both(sizes, norm, target) for norm in NORMS}
     tick = Ticks(progress, len(sizes.images))
     rows = []
     for images in sizes.images:
-        together_s, separate_s = _times(heads, separate, sizes, images * sizes.views, dtype)
-        row: Row = {"metric": "benchmark_heads_speedup", "value": separate_s / together_s}
-        row |= {"together_s": together_s, "separate_s": separate_s}
-        row |= {"heads": sizes.heads, "images": images, "rows": images * sizes.views, "width": sizes.embed_dim}
-        row |= {"projector_hidden": sizes.config.projector_hidden, "predictor_hidden": sizes.config.predictor_hidden}
-        rows.append(row | {"output": sizes.config.output, **device_setting(target, dtype)})
+        for norm, (together_s, separate_s) in _times(both, sizes, images * sizes.views, dtype).items():
+            row: Row = {"metric": "benchmark_heads_speedup", "value": separate_s / together_s, "norm": norm}
+            row |= {"together_s": together_s, "separate_s": separate_s}
+            row |= {"heads": sizes.heads, "images": images, "rows": images * sizes.views, "width": sizes.embed_dim}
+            row |= {"projector_hidden": sizes.config.projector_hidden}
+            row |= {"predictor_hidden": sizes.config.predictor_hidden, "output": sizes.config.output}
+            rows.append(row | device_setting(target, dtype))
         tick()
     return rows
+
+
+def _both(sizes: HeadSizes, norm: Norm, device: torch.device) -> tuple[Heads, nn.ModuleList]:
+    """The ensemble and the separate modules, with the same weights."""
+    torch.manual_seed(0)
+    config = sizes.config.model_copy(update={"norm": norm})
+    heads = Heads(config, [sizes.embed_dim] * sizes.heads).to(device)
+    return heads, separate_heads(heads, config, sizes.embed_dim)
 
 
 class _Head(nn.Module):
@@ -73,17 +84,22 @@ class _Head(nn.Module):
     def __init__(self, config: HeadsConfig, embed_dim: int) -> None:
         super().__init__()
         hidden, output, wide = config.projector_hidden, config.output, config.predictor_hidden
-        first, second, projected = _layer(embed_dim, hidden), _layer(hidden, hidden), _layer(hidden, output)
+        first, second = _layer(config.norm, embed_dim, hidden), _layer(config.norm, hidden, hidden)
+        projected = _layer(config.norm, hidden, output)
         self.projector = nn.Sequential(*first, nn.GELU(), *second, nn.GELU(), *projected)
-        self.predictor = nn.Sequential(*_layer(output, wide), nn.GELU(), *_layer(wide, output))
+        self.predictor = nn.Sequential(
+            *_layer(config.norm, output, wide), nn.GELU(), *_layer(config.norm, wide, output)
+        )
 
     def forward(self, features_ND: Tensor) -> tuple[Tensor, Tensor]:
         projected_NO = self.projector(features_ND)
         return _unit_rows(projected_NO.detach()), _unit_rows(self.predictor(projected_NO))
 
 
-def _layer(width: int, output: int) -> tuple[nn.Module, nn.Module]:
-    return nn.Linear(width, output, bias=False), nn.BatchNorm1d(output)
+def _layer(norm: Norm, width: int, output: int) -> tuple[nn.Module, nn.Module]:
+    normalise = nn.LayerNorm(output) if norm == "layer" else nn.BatchNorm1d(output)
+    # A BatchNorm in evaluation mode computes what a running norm does, without statistics of its own.
+    return nn.Linear(width, output, bias=False), normalise.train(norm != "running")
 
 
 def _unit_rows(x_NO: Tensor) -> Tensor:
@@ -93,42 +109,45 @@ def _unit_rows(x_NO: Tensor) -> Tensor:
 def separate_heads(heads: Heads, config: HeadsConfig, embed_dim: int) -> nn.ModuleList:
     """One plain module per head, with the ensemble's weights; each takes (N, D) and returns what `heads` does."""
     separate = nn.ModuleList(_Head(config, embed_dim) for _ in range(heads.num_heads)).to(next(heads.parameters()))
-    stacked = [tensor for name, tensor in heads.state_dict().items() if not name.endswith("num_batches_tracked")]
+    stacked = [tensor for tensor in heads.state_dict().values() if tensor.ndim]  # but for counts of updates
     for number, head in enumerate(separate):
-        plain = [tensor for name, tensor in head.state_dict().items() if not name.endswith("num_batches_tracked")]
+        plain = [tensor for tensor in head.state_dict().values() if tensor.ndim]
         for own, ours in zip(plain, stacked, strict=True):
             own.copy_(ours.unflatten(0, (heads.num_heads, -1))[number].view_as(own))
     return separate
 
 
 def _times(
-    heads: Heads, separate: nn.ModuleList, sizes: HeadSizes, rows: int, precision: torch.dtype
-) -> tuple[float, float]:
-    """Median seconds of the ensemble and of the separate modules."""
-    device = next(heads.parameters()).device
+    both: Mapping[Norm, tuple[Heads, nn.ModuleList]], sizes: HeadSizes, rows: int, precision: torch.dtype
+) -> dict[Norm, tuple[float, float]]:
+    """Median seconds of the ensemble and of the separate modules, for every norm."""
+    device = next(both["batch"][0].parameters()).device
     features = [torch.randn(rows, sizes.embed_dim, device=device, requires_grad=True) for _ in range(sizes.heads)]
     weight_HNO = torch.randn(sizes.heads, rows, sizes.config.output, device=device)
 
-    def drop_gradients() -> None:
-        for tensor in (*features, *heads.parameters(), *separate.parameters()):
+    def drop_gradients(module: nn.Module) -> None:
+        for tensor in (*features, *module.parameters()):
             tensor.grad = None
 
-    def run_ensemble() -> None:
+    def run_ensemble(heads: Heads) -> None:
         with autocast(device, precision):
             _, prediction_HNO = heads(torch.stack(features))
         (prediction_HNO * weight_HNO).sum().backward()
-        drop_gradients()
+        update_statistics(heads)
+        drop_gradients(heads)
 
-    def run_separate() -> None:
+    def run_separate(separate: nn.ModuleList) -> None:
         with autocast(device, precision):
             predictions = [head(own)[1] for head, own in zip(separate, features, strict=True)]
         torch.stack([(p * weight).sum() for p, weight in zip(predictions, weight_HNO, strict=True)]).sum().backward()
-        drop_gradients()
+        drop_gradients(separate)
 
+    ways = [
+        way for heads, plain in both.values() for way in (partial(run_ensemble, heads), partial(run_separate, plain))
+    ]
     calls = 5 if device.type == "cuda" else 1
-    ways = (run_ensemble, run_separate)
-    together_s, separate_s = median_seconds(ways, device, turns=sizes.repeats, warm_up=2, calls=calls)
-    return together_s, separate_s
+    seconds = median_seconds(ways, device, turns=sizes.repeats, warm_up=2, calls=calls)
+    return dict(zip(both, zip(seconds[::2], seconds[1::2], strict=True), strict=True))
 
 
 def heads_facts(rows: list[Row]) -> Facts:
@@ -138,5 +157,5 @@ def heads_facts(rows: list[Row]) -> Facts:
         heads = f"{row['heads']} heads of {row['projector_hidden']}/{row['predictor_hidden']}/{row['output']}"
         much = f"{1e3 * float(row['together_s']):,.1f} ms together, {1e3 * float(row['separate_s']):,.1f} ms as "
         much += f"separate modules: {float(row['value']):.2f} x as fast"
-        facts.append((f"{heads}, {row['images']} images", much))
+        facts.append((f"{heads}, {row['norm']} norm, {row['images']} images", much))
     return facts

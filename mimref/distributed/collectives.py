@@ -100,6 +100,8 @@ def gather_rows_with_gradient(x: Tensor, counts: Sequence[int], *, dim: int) -> 
 
 def gather_stack(x: Tensor) -> Tensor:
     """All ranks' equally shaped tensors, (R, ...), with gradient."""
+    if world_size() == 1:
+        return x[None]
     stacked: Tensor = _GatherWithGradient.apply(x)
     return stacked
 

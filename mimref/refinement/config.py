@@ -34,6 +34,10 @@ class HeadsConfig(Section):
     """Width of the hidden layer of a predictor."""
     output: int = Field(default=256, gt=0)
     """Width of projections, predictions and queue rows."""
+    norm: Literal["batch", "layer", "running"] = "batch"
+    """Normalisation after every linear layer. `batch`: by the whole batch, as in the paper; in a process group every
+    layer waits for all ranks in both passes. `running`: by statistics of earlier updates, which ranks exchange once per
+    update. `layer`: by the features of each row; ranks exchange nothing."""
     queue_size: int = Field(default=65536, gt=0)
     """Rows of the nearest-neighbour queue."""
     pool: Literal["cls", "mean"] = "cls"

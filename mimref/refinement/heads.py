@@ -1,8 +1,8 @@
 """The ensemble of contrastive heads as one batched module (Appendix B.2).
 
-All heads' weights are stacked, one batched matrix product serves every head, and one BatchNorm over H * width features
-normalises them all. Activations are (H, width, N): this is BatchNorm's own (1, channels, N) layout, so that no copy
-lies between matrix product and normalisation.
+All heads' weights are stacked, one batched matrix product serves every head, and one norm over H * width features
+normalises them all (`norms.py`). Activations are (H, width, N): this is BatchNorm's own (1, channels, N) layout, so
+that no copy lies between matrix product and normalisation.
 
 Shapes: H heads, N rows (views times images), D width of a block, O output width.
 """
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimref.distributed.collectives import gather_stack
-from mimref.distributed.group import world_size
 from mimref.errors import ConfigError
 from mimref.refinement.config import HeadsConfig
+from mimref.refinement.norms import Norm, make_norm
 
 
 class EnsembleLinear(nn.Module):
@@ -48,70 +47,15 @@ class EnsembleLinears(nn.Module):
         return y_HON if self.place is None else y_HON[self.place]
 
 
-class EnsembleBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the rows, of every feature of every head at once: (H, width, N) -> (H, width, N).
-
-    In a process group the statistics span the rows of all ranks, whose numbers may differ: means, sums of squared
-    deviations and counts are gathered in one collective for all heads, and combined by Chan's formula (sums of squares
-    lose precision). torch's SyncBatchNorm does the same for CUDA tensors alone.
-    """
-
-    def __init__(self, heads: int, width: int) -> None:
-        super().__init__(heads * width)
-
-    def forward(self, x_HWN: Tensor) -> Tensor:
-        if self.training and world_size() > 1:
-            return self._synchronised(x_HWN.reshape(self.num_features, x_HWN.shape[2])).view_as(x_HWN)
-        if self.training and x_HWN.device.type == "cpu" and x_HWN.shape[2] > 1:
-            return self._as_groups(x_HWN)
-        return super().forward(x_HWN.reshape(1, self.num_features, -1)).view_as(x_HWN)
-
-    def _as_groups(self, x_HWN: Tensor) -> Tensor:
-        """A group norm of one channel per group: the same, and on CPUs five times as fast in this layout."""
-        channels, rows = self.num_features, x_HWN.shape[2]
-        normed, mean, rstd = torch.native_group_norm(
-            x_HWN.reshape(1, channels, rows), self.weight, self.bias, 1, channels, rows, channels, self.eps
-        )
-        variance_C = rstd[0].detach().pow(-2) - self.eps
-        self._track(mean[0].detach(), variance_C * (rows / (rows - 1)))
-        return normed.view_as(x_HWN)
-
-    def _synchronised(self, x_CN: Tensor) -> Tensor:
-        exact_CN = x_CN.float() if x_CN.dtype in (torch.bfloat16, torch.float16) else x_CN
-        rows = exact_CN.shape[1]
-        mean_C = exact_CN.sum(dim=1) / max(rows, 1)
-        deviation_C = (exact_CN - mean_C[:, None]).square().sum(dim=1)
-        sent_S = torch.cat([mean_C, deviation_C, exact_CN.new_full((1,), rows)])
-        sent_RS = gather_stack(sent_S)
-        count_R1 = sent_RS[:, -1:].detach()
-        total = count_R1.sum()
-        mean_RC, deviation_RC = sent_RS[:, :-1].chunk(2, dim=1)
-        mean_C = (mean_RC * count_R1).sum(dim=0) / total
-        deviation_C = (deviation_RC + count_R1 * (mean_RC - mean_C).square()).sum(dim=0)
-        self._track(mean_C.detach(), (deviation_C / (total - 1)).detach())
-        scale_C = self.weight * torch.rsqrt(deviation_C / total + self.eps)
-        normed_CN: Tensor = (exact_CN - mean_C[:, None]) * scale_C[:, None] + self.bias[:, None]
-        return normed_CN.to(x_CN.dtype)
-
-    @torch.no_grad()
-    def _track(self, mean_C: Tensor, variance_C: Tensor) -> None:
-        """Running statistics as BatchNorm keeps them, with the unbiased variance."""
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        assert self.num_batches_tracked is not None
-        self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(variance_C.to(self.running_var.dtype), self.momentum)
-        self.num_batches_tracked.add_(1)
-
-
 class _Layer(nn.Module):
-    """Linear, BatchNorm and, except at the end of a projector or predictor, GELU."""
+    """Linear, norm and, except at the end of a projector or predictor, GELU."""
 
-    def __init__(self, widths: Sequence[int], outputs: int, *, last: bool = False) -> None:
+    def __init__(self, widths: Sequence[int], outputs: int, norm: Norm, *, last: bool = False) -> None:
         """widths: of every head's input."""
         super().__init__()
         same = len(set(widths)) == 1
         self.linear = EnsembleLinear(len(widths), widths[0], outputs) if same else EnsembleLinears(widths, outputs)
-        self.norm = EnsembleBatchNorm(len(widths), outputs)
+        self.norm = make_norm(norm, len(widths), outputs)
         self.last = last
 
     def forward(self, *x_HIN: Tensor) -> Tensor:
@@ -126,13 +70,15 @@ class Heads(nn.Module):
         """widths: of the block that each head reads."""
         super().__init__()
         self.widths, self.num_heads = list(widths), len(widths)
-        heads, hidden, output = self.num_heads, config.projector_hidden, config.output
+        heads, hidden, output, norm = self.num_heads, config.projector_hidden, config.output, config.norm
         self.projector = nn.Sequential(
-            _Layer(self.widths, hidden), _Layer([hidden] * heads, hidden), _Layer([hidden] * heads, output, last=True)
+            _Layer(self.widths, hidden, norm),
+            _Layer([hidden] * heads, hidden, norm),
+            _Layer([hidden] * heads, output, norm, last=True),
         )
         self.predictor = nn.Sequential(
-            _Layer([output] * heads, config.predictor_hidden),
-            _Layer([config.predictor_hidden] * heads, output, last=True),
+            _Layer([output] * heads, config.predictor_hidden, norm),
+            _Layer([config.predictor_hidden] * heads, output, norm, last=True),
         )
 
     def stacked(self, features: Sequence[Tensor]) -> list[Tensor]:

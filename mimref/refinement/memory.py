@@ -17,6 +17,7 @@ from mimref.errors import ConfigError
 from mimref.progress import Listener
 from mimref.refinement.dense import DenseTerm
 from mimref.refinement.method import Method
+from mimref.refinement.norms import settled
 from mimref.refinement.plan import Plan
 from mimref.refinement.schedule import StageName
 from mimref.refinement.sizes import state_bytes
@@ -151,5 +152,6 @@ def try_step(
         method.queue.load_state_dict(queue)
         for buffer, norm in zip(method.heads.buffers(), norms, strict=True):
             buffer.copy_(norm)
+        method.settled = settled(method.heads)
         for module in (method.encoder, method.heads):
             module.zero_grad(set_to_none=True)

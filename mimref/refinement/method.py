@@ -6,7 +6,7 @@ D width of a block, O output width, N = V * B rows.
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from mimref.refinement.alignment import Alignment, Neighbours, Queue, nna_loss
 from mimref.refinement.config import LossConfig
 from mimref.refinement.dense import DenseTerm, patches_of
 from mimref.refinement.heads import Heads
+from mimref.refinement.norms import DEPTH, settled, update_statistics
 
 
 class StepValues(NamedTuple):
@@ -97,6 +98,8 @@ class Method:
         """Stage 2's optional term."""
         self.compiled = False
         """Whether encoder blocks and heads are compiled."""
+        self.settled = settled(heads)
+        """Whether the heads' norms have statistics to begin with."""
 
     def forward_backward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
         """Loss of one batch; its gradients are added to the weights' own, and the queue takes in view 0.
@@ -106,17 +109,21 @@ class Method:
         then follows the micro-batch, and the gradients are those of one pass. The dense term, a sum over images, is
         computed in the second pass alone, part by part.
         """
+        if not self.settled:
+            self._settle(batch)
         # Ranks may have different numbers of images, but all must take the same branch.
         one_pass = self.micro_batch is None or self.micro_batch >= (self.most_images or len(batch.sample_B))
         if one_pass or not train_encoder:
             values = self.forward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)
             values.loss.backward()
+            update_statistics(self.heads)
             return values
         dense = []
         with torch.no_grad():
             features_VBD = [x_VBD.requires_grad_() for x_VBD in self._encode_in_parts(batch)]
         values = self._align(self._of_heads(features_VBD), batch, weight_H, top_k)
         values.loss.backward()
+        update_statistics(self.heads)
         gradients_VBD = [x_VBD.grad for x_VBD in features_VBD if x_VBD.grad is not None]
         images = len(batch.sample_B)
         for rows, part in self._parts(batch):
@@ -131,6 +138,21 @@ class Method:
                     gradients.append(torch.ones_like(outputs[-1]))
                 torch.autograd.backward(outputs, gradients)
         return self._with_dense(values, torch.stack(dense).sum()) if dense else values
+
+    def load_heads(self, state: dict[str, Any]) -> None:
+        """Load saved heads of the same shapes."""
+        self.heads.load_state_dict(state)
+        self.settled = settled(self.heads)
+
+    def _settle(self, batch: ViewBatch) -> None:
+        """Find the statistics that running norms start from: a pass per layer, as each needs those before it."""
+        features_HND = self.features(batch, train_encoder=False)
+        for _ in range(DEPTH):
+            # With gradients, though nothing needs them: torch.compile would compile another version without.
+            with autocast(self.device, self.precision):
+                self.heads(*features_HND)
+            update_statistics(self.heads)
+        self.settled = True
 
     def forward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
         """Loss of one batch in one pass; the queue takes in view 0. Call `loss.backward()` on the result."""

@@ -18,6 +18,7 @@ def save_heads(path: Path, plan: Plan, method: Method) -> None:
         "base": weights_hash(method.encoder),
         "blocks": plan.blocks,
         "pool": plan.config.heads.pool,
+        "norm": plan.config.heads.norm,
         "images": plan.source.fingerprint,
     }
     with atomic_write(path) as stream:
@@ -40,10 +41,13 @@ def load_heads(folder: Path, plan: Plan, method: Method, listener: Listener) -> 
     if pool != plan.config.heads.pool:
         raise ConfigError(f"{path}: its heads read {pool!r} tokens; set heads.pool={pool}")
     config, size = plan.config.heads, len(saved["queue"]["sample"])
+    norm = saved.get("norm", "batch")  # files of older versions
+    if norm != config.norm:
+        raise ConfigError(f"{path}: its heads have the {norm} norm; set heads.norm={norm}")
     if size != config.queue_size:
         raise ConfigError(f"{path}: its queue holds {size} rows; set heads.queue_size={size}")
     try:
-        method.heads.load_state_dict(saved["heads"])
+        method.load_heads(saved["heads"])
         method.queue.load_state_dict(saved["queue"])
     except RuntimeError as error:
         raise ConfigError(

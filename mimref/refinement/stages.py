@@ -110,7 +110,7 @@ class RefinementStage(Stage):
     def resume(self, state: dict[str, Any]) -> None:
         super().resume(state)
         self.nn_accuracy = state["nn_accuracy"]
-        self.method.heads.load_state_dict(state["heads"])
+        self.method.load_heads(state["heads"])
         self.method.queue.load_state_dict(state["queue"])
 
 

@@ -57,7 +57,7 @@ def score_heads(encoder: TokenEncoder, heads: Heads, monitor: KnnMonitor, column
 
 @torch.inference_mode()
 def _hidden(heads: Heads, features: Features, columns: Sequence[Column]) -> NDArray[np.float32]:
-    """First projector layer (N, H, hidden) of every head on its column, with the running BatchNorm statistics."""
+    """First projector layer (N, H, hidden) of every head on its column, with running statistics where there are any."""
     device = next(heads.parameters()).device
     heads.eval()
     parts = []
