@@ -361,7 +361,7 @@ def at_size(architecture: BackboneArchitecture, size: int, setting: str) -> Back
         return architecture
     if not is_built_for_sizes(architecture.name):
         raise ConfigError(
-            f"{setting} {size}: these weights of {architecture.name} are for images of {architecture.image_size} pixels; "
-            "leave it out (evaluations take other sizes by --resolution, refine by views.global_size)"
+            f"{setting} {size}: these weights of {architecture.name} need {architecture.image_size} pixels; leave it "
+            "out (evaluations take other sizes by --resolution, refine by views.global_size)"
         )
     return replace(architecture, image_size=size)

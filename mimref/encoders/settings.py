@@ -27,7 +27,9 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Enco
     if recorded is None or _is_timm(config, checkpoint):
         if is_backbone(config.arch):
             found = backbone_of(checkpoint, config.arch, None)
-            return at_size(found, config.image_size, "encoder.image_size") if "image_size" in asked else found
+            found = at_size(found, config.image_size, "encoder.image_size") if "image_size" in asked else found
+            found.check_size(found.image_size, "encoder.image_size")  # a model without features fails here
+            return found
         tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
         return with_file_values(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
     # A preset's image size belongs to the preset's architecture.
