@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from mimref.config.base import ReadingConfig
@@ -73,7 +74,7 @@ class Recognised:
     guesses_interpolation: bool
     """Families that interpolate positions in different ways share the layout."""
     normalisation: dict[str, list[float]] = field(default_factory=dict)
-    """Mean and deviation of every channel; empty for plain vision transformers."""
+    """Mean and deviation of every channel, where the family's are known and not ImageNet's."""
 
     def is_of(self, architecture: EncoderArchitecture) -> bool:
         """Whether these are the weights of this timm model, for images of whatever size and number of channels."""
@@ -144,6 +145,7 @@ def recognise(
 def _of_family(weights: FamilyWeights) -> Recognised:
     family, architecture = weights.family, weights.architecture
     side = architecture.image_size // architecture.patch_size
+    is_imagenet = (family.mean, family.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return Recognised(
         family.format,
         family.source,
@@ -157,7 +159,7 @@ def _of_family(weights: FamilyWeights) -> Recognised:
         weights.others,
         (side, side),
         guesses_interpolation=False,
-        normalisation={"mean": list(family.mean), "std": list(family.std)},
+        normalisation={} if is_imagenet else {"mean": list(family.mean), "std": list(family.std)},
     )
 
 

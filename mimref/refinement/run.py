@@ -25,7 +25,7 @@ from mimref.progress import Listener, optional
 from mimref.refinement.alignment import Queue
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads
-from mimref.refinement.memory import check_ranks, choose_micro_batch
+from mimref.refinement.memory import check_ranks, check_recomputing, choose_micro_batch
 from mimref.refinement.method import Method, compile_blocks
 from mimref.refinement.plan import Plan, base_encoder, heads_file, make_plan
 from mimref.refinement.reuse import load_heads, save_heads
@@ -112,6 +112,9 @@ def build_method(plan: Plan, listener: Listener) -> Method:
     encoder = base_encoder(plan, device)
     freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(plan.blocks))
     check_ranks(encoder)
+    precision = resolve_precision(config.precision, device)
+    if config.activation_checkpointing:
+        check_recomputing(encoder, device, precision)
     encoder.checkpointing = config.activation_checkpointing
     torch.manual_seed(config.seed)
     heads = Heads(config.heads, plan.widths).to(device)
@@ -125,7 +128,7 @@ def build_method(plan: Plan, listener: Listener) -> Method:
         temperature=plan.temperature,
         pool=config.heads.pool,
         loss=config.loss,
-        precision=resolve_precision(config.precision, device),
+        precision=precision,
         most_images=-(-config.batch_size // world_size()),
     )
     # Both call for all ranks, so the order matters.

@@ -120,6 +120,8 @@ def _plain(encoder: Encoder) -> tuple[Architecture, Mapping[str, Tensor]]:
         found = recognise(state, ReadingConfig(num_heads=architecture.num_heads), config=config)
     except Unrecognised as reason:
         raise _refusal(f"the parts of {architecture.name} ({reason})") from reason
+    if not isinstance(found.architecture, Architecture):
+        raise _refusal(f"the parts of {architecture.name} ({found.format})")
     return found.architecture, found.tensors
 
 

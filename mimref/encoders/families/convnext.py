@@ -111,10 +111,10 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
     if is_v2:
         # Only the fine-tuned models have a classifier.
         source = None if "head.weight" in tensors else "fcmae"
-        return _family("ConvNeXt V2" + " (FCMAE)" * is_sparse, source, sizes, found_layout, tensors, has_norm=has_norm)
+        return _family("ConvNeXt V2" + " (FCMAE)" * is_sparse, source, sizes, found_layout, has_norm=has_norm)
     source = "dinov3" if "norms.3.weight" in tensors else None
     format_ = "DINOv3 ConvNeXt" if source else "ConvNeXt"
-    return _family(format_, source, sizes, found_layout, tensors, has_norm=has_norm, is_v2=False)
+    return _family(format_, source, sizes, found_layout, has_norm=has_norm, is_v2=False)
 
 
 def describe_hf_v2(tensors: Tensors, hints: Hints) -> Family:
@@ -122,7 +122,7 @@ def describe_hf_v2(tensors: Tensors, hints: Hints) -> Family:
     check_activation(hints, "gelu")
     sizes = _sizes(tensors, "embeddings.patch_embeddings.weight", "encoder.stages.{stage}.layers.", "pwconv1.weight")
     has_norm = "layernorm.weight" in tensors
-    return _family("Hugging Face ConvNeXt V2", None, sizes, HF_V2, tensors, has_norm=has_norm)
+    return _family("Hugging Face ConvNeXt V2", None, sizes, HF_V2, has_norm=has_norm)
 
 
 def describe_hf_dinov3(tensors: Tensors, hints: Hints) -> Family:
@@ -131,7 +131,7 @@ def describe_hf_dinov3(tensors: Tensors, hints: Hints) -> Family:
     stem = "stages.0.downsample_layers.0.weight"
     sizes = _sizes(tensors, stem, "stages.{stage}.layers.", "pointwise_conv1.weight")
     has_norm = "layer_norm.weight" in tensors
-    return _family("Hugging Face DINOv3 ConvNeXt", "dinov3", sizes, HF_DINOV3, tensors, has_norm=has_norm, is_v2=False)
+    return _family("Hugging Face DINOv3 ConvNeXt", "dinov3", sizes, HF_DINOV3, has_norm=has_norm, is_v2=False)
 
 
 def _sizes(tensors: Tensors, stem: str, blocks: str, first: str) -> dict[str, Any]:
@@ -145,14 +145,7 @@ def _sizes(tensors: Tensors, stem: str, blocks: str, first: str) -> dict[str, An
 
 
 def _family(
-    format_: str,
-    source: str | None,
-    sizes: dict[str, Any],
-    layout: Layout,
-    tensors: Tensors,
-    *,
-    has_norm: bool,
-    is_v2: bool = True,
+    format_: str, source: str | None, sizes: dict[str, Any], layout: Layout, *, has_norm: bool, is_v2: bool = True
 ) -> Family:
     models, other = (_MODELS_V2, "convnextv2_tiny") if is_v2 else (_MODELS, "convnext_tiny")
     model, options = named_model(models, sizes, other)

@@ -46,9 +46,8 @@ _DECODER = {
 }
 
 
-def layout(*, pretrained: bool) -> Layout:
-    """Of facebookresearch/hiera. pretrained: the norm is that of the fused stages, not of the classifier."""
-    norm = "encoder_norm" if pretrained else "norm"
+def layout(norm: str) -> Layout:
+    """Of facebookresearch/hiera. norm: `encoder_norm`, of the fused stages, from pre-training; otherwise `norm`."""
     return Layout(naming_by({r"head\.norm\.(.+)": rf"{norm}.\1"}), _DECODER | {"classifier": r"head\..*"})
 
 
@@ -78,18 +77,19 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
     # The first block of a stage, but for the first stage, changes the width.
     starts = [0, *(number for number in range(depth) if f"blocks.{number}.proj.weight" in tensors), depth]
     stages = tuple(after - start for start, after in pairwise(starts))
-    pretrained = "encoder_norm.weight" in tensors
+    # The last is timm's own name.
+    norm = next((name for name in ("encoder_norm", "norm", "head.norm") if f"{name}.weight" in tensors), None)
     # Without the heads, as in every published model.
-    pools = _count_heads(tensors, "multi_scale_fusion_heads.") or _MAE_POOLS if pretrained else None
+    pools = _count_heads(tensors, "multi_scale_fusion_heads.") or _MAE_POOLS if norm == "encoder_norm" else None
     return _family(
         "Hiera",
         tensors,
         hints,
         ("patch_embed.proj.weight", "pos_embed"),
         stages,
-        layout(pretrained=pretrained),
+        layout(norm or "norm"),
         pools=pools,
-        normed=pretrained or "norm.weight" in tensors,
+        normed=norm is not None,
     )
 
 

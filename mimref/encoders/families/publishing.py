@@ -21,7 +21,7 @@ def publisher_layout(architecture: BackboneArchitecture, tensors: Mapping[str, T
     if "_dinov3" in name and name.startswith("vit_"):
         return eva.dinov3_layout(swiglu="blocks.0.mlp.fc1_g.weight" in tensors)
     if name.startswith("hiera_") and "abswin" not in name:
-        return hiera.layout(pretrained=options.get("q_pool", 3) == 2)
+        return hiera.layout("encoder_norm" if options.get("q_pool", 3) == 2 else "norm")
     layouts = {
         "eva02_": eva.EVA02,
         "beit": beit.PUBLISHER,
