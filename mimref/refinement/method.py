@@ -238,11 +238,13 @@ class Method:
         images = [sized_vB3SS.flatten(0, 1) for sized_vB3SS in views]
         with autocast(self.device, self.precision):
             # Before the encoder's own pass, whose activations are kept.
-            base_NPD = dense.base_patches(images[0]) if dense is not None else None
+            base_NPD = None if dense is None else dense.base_patches(images[0])
             pooled_ND, student_NPD = pooled_blocks(images, dense=dense is not None)
         shape = (sum(map(len, views)), len(batch.sample_B))
         pooled_VBD = [x_ND.unflatten(0, shape) for x_ND in pooled_ND]
-        return pooled_VBD, None if dense is None else dense.distance(student_NPD, base_NPD)
+        if dense is None or base_NPD is None:
+            return pooled_VBD, None
+        return pooled_VBD, dense.distance(student_NPD, base_NPD)
 
     def _encode_in_parts(self, batch: ViewBatch) -> list[Tensor]:
         """The first of these, micro-batch by micro-batch. Call it without gradient."""
