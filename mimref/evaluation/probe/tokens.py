@@ -1,7 +1,7 @@
 """What attentive probes read: tokens of which blocks, and whether they fit in the feature cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -24,13 +24,9 @@ class TokenInputs:
     groups: dict[ProbeInput, list[Column]]
     """Columns of every input, side by side: of each block its CLS token, if it is read, then its patches."""
     shapes: list[TokenShape]
-
-    @property
-    def columns(self) -> list[Column]:
-        """All of them, once each."""
-        return list(dict.fromkeys(column for group in self.groups.values() for column in group))
-
-    numbers: int = 0
+    columns: list[Column]
+    """Of all inputs, once each."""
+    numbers: int
     """Per image, in all columns."""
 
 
@@ -55,18 +51,18 @@ def token_inputs(inputs: EncoderInputs, settings: ProbeTrainingConfig, final_nor
     of_block = block_shapes(inputs, read)
     groups: dict[ProbeInput, list[Column]] = {}
     shapes: list[TokenShape] = []
-    for name, numbers in blocks.items():
+    for name, members in blocks.items():
         for pool in pools:
             key = ProbeInput(name, pool)
             parts = ["cls", PATCHES] if pool == "cls+patch" else [PATCHES]
-            groups[key] = [Column(n, part, final_norm and n == depth) for n in numbers for part in parts]
-            shapes.append(_joined(key, [of_block[n] for n in numbers], len(parts) - 1, settings.queries))
-    found = TokenInputs(groups, shapes)
-    per_image = 0
-    for column in found.columns:
+            groups[key] = [Column(n, part, final_norm and n == depth) for n in members for part in parts]
+            shapes.append(_joined(key, [of_block[n] for n in members], len(parts) - 1, settings.queries))
+    columns = list(dict.fromkeys(column for group in groups.values() for column in group))
+    numbers = 0
+    for column in columns:
         patches, width = of_block[column.block]
-        per_image += width * (patches if column.pool == PATCHES else 1)
-    return replace(found, numbers=per_image)
+        numbers += width * (patches if column.pool == PATCHES else 1)
+    return TokenInputs(groups, shapes, columns, numbers)
 
 
 def block_shapes(inputs: EncoderInputs, blocks: Sequence[int]) -> dict[int, tuple[int, int]]:
