@@ -77,7 +77,7 @@ def block_shapes(inputs: EncoderInputs, blocks: Sequence[int]) -> dict[int, tupl
         encoder = inputs.encoder
         parameter = next(encoder.parameters())
         with torch.inference_mode():
-            tokens = encoder.blocks(parameter.new_zeros(1, 3, size, size), list(blocks))
+            tokens = encoder.blocks(parameter.new_zeros(1, architecture.channels, size, size), list(blocks))
         counted = [(found.shape[1] - encoder.num_prefix_tokens, found.shape[2]) for found in tokens]
         shapes = dict(zip(blocks, counted, strict=True))
     for block, (patches, _) in shapes.items():
