@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -135,6 +136,8 @@ def test_hiera_interpolates_its_positions(name: str) -> None:
 )
 def test_sizes_that_do_not_fit(name: str, size: int, nearest: int) -> None:
     architecture = FAMILIES[name]
+    if not timm.is_model(architecture.name):
+        pytest.skip(f"timm {timm.__version__} has no {architecture.name}")
     with pytest.raises(ConfigError, match=rf"^views\.local_size {size} .*; the nearest is {nearest}$"):
         architecture.check_size(size, "views.local_size")
     architecture.check_size(nearest, "views.local_size")
@@ -240,6 +243,8 @@ def test_keys_of_caches_and_headers() -> None:
     assert plain.key() == {"name": "convnextv2_atto", "image_size": 224}
     assert plain.to_dict() == {"backbone": True, "name": "convnextv2_atto", "image_size": 224}
     for architecture in FAMILIES.values():
+        if not timm.is_model(architecture.name):
+            continue  # of a later timm
         assert architecture_from(architecture.to_dict()) == architecture
 
 

@@ -7,20 +7,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mimref.encoders.backbones import TimmBackbone, reached
+from mimref.config.load import load_config
+from mimref.encoders.backbones import TimmBackbone, find_architecture, reached
 from mimref.encoders.checkpoints import encoder_from, read_checkpoint
 from mimref.errors import ConfigError, Interrupted
-from mimref.refinement.config import HeadsConfig
+from mimref.refinement.config import HeadsConfig, RefineConfig
 from mimref.refinement.heads import Heads
 from mimref.refinement.memory import check_exact
 from mimref.refinement.method import PooledBlocks
 from mimref.refinement.plan import make_plan
+from mimref.refinement.recipe import fit
 from mimref.refinement.run import refine
 from mimref.refinement.sizes import describe
 from mimref.training.ema import WeightAverage
 from tests.families import BATCH_NORM, FAMILIES, backbone, write_backbone
 from tests.ranks import run_ranks
 from tests.test_refinement_ranks import SETTINGS
+from tests.test_refinement_recipe import fitted, source
 from tests.tiny import assert_same_run, header, refine_config, signal_at, tensors, write_labelled
 
 # Both stages in two epochs of four steps.
@@ -222,3 +225,19 @@ def test_plans_that_do_not_fit(name: str, changes: dict[str, Any], message: str,
     weights = write_backbone(tmp_path / "base.safetensors", FAMILIES[name])
     with pytest.raises(ConfigError, match=message):
         make_plan(config_of(name, weights, data, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("swin_tiny_patch4_window7_224", 96),
+        ("beit_base_patch16_224", 96),
+        ("hiera_tiny_224", 96),
+        ("test_vit_relpos", 160),
+    ],
+)
+def test_recipes_choose_sizes_that_fit(name: str, local: int) -> None:
+    architecture = find_architecture(name, None, None)
+    assert fitted(source(900), architecture).views.local_size == local
+    preset = load_config(RefineConfig, "mae_l16", {"device": "cpu"})
+    assert fit(preset, architecture, source(900))[0].views.local_size == local

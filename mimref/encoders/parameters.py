@@ -13,6 +13,8 @@ from mimref.encoders.vit import Encoder
 # Parts of timm's models that the tokens of blocks do not pass through.
 _POOLING = ("fc_norm.", "attn_pool.")
 _TOKENS = ("cls_token", "reg_token", "pos_embed")
+# Relative positions and scales of attention, which not every version of timm names.
+_OF_ATTENTION = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
 
 
 def freeze_untrained(encoder: TokenEncoder, *, first: int, last: int) -> None:
@@ -42,6 +44,7 @@ def encoder_groups(encoder: TokenEncoder, *, weight_decay: float, layer_decay: f
     """
     names: Callable[[], Iterable[str]] | None = getattr(encoder.model, "no_weight_decay", None)
     undecayed = set(names()) if names and isinstance(encoder, TimmBackbone) else set[str]()
+    undecayed |= {name for name, _ in encoder.model.named_parameters() if any(part in name for part in _OF_ATTENTION)}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in encoder.model.named_parameters():
         if not parameter.requires_grad:

@@ -112,7 +112,8 @@ def size_rule(model: Any, name: str, size: int) -> SizeRule:
         return SizeRule(int(model.patch_stride[0] * model.mask_unit_size[0]))
     if isinstance(model, VisionTransformer | Eva):
         return SizeRule(int(model.patch_embed.patch_size[0]))
-    if not getattr(model, "dynamic_img_size", False) and timm_record(name).fixed_input_size:
+    windowed = isinstance(model, SwinTransformer | SwinTransformerV2)
+    if not windowed and timm_record(name).fixed_input_size:
         return SizeRule(size, size)
     # Windows are padded, stages are not. A recent timm records a function of the image size.
     strides = [int(each["reduction"]) for each in model.feature_info if isinstance(each["reduction"], int | float)]
