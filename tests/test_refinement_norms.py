@@ -220,6 +220,23 @@ def test_half_precision_is_near_single(norm: Norm) -> None:
         assert float((exact - half).norm() / exact.norm()) < 0.02
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
+def test_compiled_heads_are_the_same(norm: Norm) -> None:
+    """In one graph, by a backend that needs no compiler of C++; gradients and statistics too."""
+    found = []
+    for compiled in (False, True):
+        heads = make_heads(norm).double()
+        run = torch.compile(heads, backend="aot_eager", dynamic=True, fullgraph=True) if compiled else heads
+        for seed in (1, 2):
+            prediction = run(rows(seed).transpose(1, 2))[1]
+            (prediction * torch.linspace(-1, 1, prediction.numel()).view_as(prediction)).sum().backward()
+            update_statistics(heads)
+        gradients = [parameter.grad for parameter in heads.parameters()]
+        found.append([*gradients, *heads.state_dict().values()])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
 # --- whole runs
 
 

@@ -19,6 +19,8 @@ from mimref.distributed.group import world_size
 Norm = Literal["batch", "layer", "running"]
 NORMS: tuple[Norm, ...] = ("batch", "layer", "running")
 
+EPS = 1e-5
+"""Added to variances, as BatchNorm does."""
 MOMENTUM = 0.02
 """Weight of an update's batch in running statistics, once they are settled.
 
@@ -87,8 +89,6 @@ class EnsembleBatchNorm(nn.BatchNorm1d):
 class EnsembleLayerNorm(nn.Module):
     """LayerNorm over the features of every row and head, with a scale and shift per feature of every head."""
 
-    eps = 1e-5
-
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(heads * width))
@@ -96,7 +96,12 @@ class EnsembleLayerNorm(nn.Module):
 
     def forward(self, x_HWN: Tensor) -> Tensor:
         weight_HW, bias_HW = (vector_C.view(x_HWN.shape[:2]) for vector_C in (self.weight, self.bias))
-        normed_HWN: Tensor = _LayerNorm.apply(x_HWN, weight_HW, bias_HW, self.eps)
+        if torch.compiler.is_compiling():  # which fuses the plain formula, and fails on the function below
+            exact_HWN = _exact(x_HWN)
+            centred_HWN = exact_HWN - exact_HWN.mean(dim=1, keepdim=True)
+            scale_H1N = torch.rsqrt(centred_HWN.square().mean(dim=1, keepdim=True) + EPS)
+            return (centred_HWN * scale_H1N * weight_HW[:, :, None] + bias_HW[:, :, None]).to(x_HWN.dtype)
+        normed_HWN: Tensor = _LayerNorm.apply(x_HWN, weight_HW, bias_HW)
         return normed_HWN
 
 
@@ -104,16 +109,16 @@ class _LayerNorm(torch.autograd.Function):
     """torch's layer_norm wants features last: the copies there and back take five times as long as this on CPUs."""
 
     @staticmethod
-    def forward(ctx: Any, x_HWN: Tensor, weight_HW: Tensor, bias_HW: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x_HWN: Tensor, weight_HW: Tensor, bias_HW: Tensor) -> Tensor:
         exact_HWN = _exact(x_HWN)
         normed_HWN = exact_HWN - exact_HWN.mean(dim=1, keepdim=True)
-        scale_H1N = normed_HWN.square().mean(dim=1, keepdim=True).add_(eps).rsqrt_()
+        scale_H1N = normed_HWN.square().mean(dim=1, keepdim=True).add_(EPS).rsqrt_()
         normed_HWN.mul_(scale_H1N)
         ctx.save_for_backward(normed_HWN.to(x_HWN.dtype), scale_H1N, weight_HW)
         return torch.addcmul(bias_HW[:, :, None], normed_HWN, weight_HW[:, :, None]).to(x_HWN.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         normed_HWN, scale_H1N, weight_HW = ctx.saved_tensors
         given_HWN = _exact(gradients[0])
         bias_HW = given_HWN.sum(dim=2)
@@ -124,7 +129,7 @@ class _LayerNorm(torch.autograd.Function):
         constant_H1N, along_H1N = (torch.bmm(weight_H1W, part_HWN) / width for part_HWN in (given_HWN, along_HWN))
         x_HWN = torch.addcmul(-constant_H1N, given_HWN, weight_HW[:, :, None])
         x_HWN.addcmul_(_exact(normed_HWN), along_H1N, value=-1).mul_(scale_H1N)
-        return x_HWN.to(gradients[0].dtype), own_HW, bias_HW, None
+        return x_HWN.to(gradients[0].dtype), own_HW, bias_HW
 
 
 class EnsembleRunningNorm(nn.Module):
@@ -135,7 +140,6 @@ class EnsembleRunningNorm(nn.Module):
     `update_statistics`.
     """
 
-    eps = 1e-5
     running_mean: Tensor
     running_var: Tensor
     updates: Tensor
@@ -158,7 +162,7 @@ class EnsembleRunningNorm(nn.Module):
         if self.training:
             self.seen_S.copy_(_summary(_exact(x_CN.detach())))
         normed_1CN = F.batch_norm(
-            x_CN[None], self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            x_CN[None], self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=EPS
         )
         return normed_1CN.view_as(x_HWN)
 
