@@ -147,7 +147,8 @@ def _open(
     images = np.asarray(data)
     if encoder.channels is not None:
         recorded = Decoding.of(resolve_data(DataConfig(spec="images"), encoder.header))
-        return GivenSource(images, replace(recorded, channels=encoder.channels))
+        # As tensors, whose channels are first wherever both orders fit.
+        return GivenSource(torch.from_numpy(images.copy()), replace(recorded, channels=encoder.channels))
     colour = images.ndim == 4 and images.shape[1] == 3
     if images.dtype != np.uint8 or not len(images) or not (images.ndim == 3 or colour):
         raise DataError(f"images are {images.dtype} {images.shape}; they must be uint8 (N, H, W) or (N, 3, H, W)")

@@ -110,7 +110,7 @@ def test_listings_are_saved_with_what_is_not_used(tmp_path: Path, monkeypatch: p
 
     fewer = frozenset([".png"])
     for module in (suffixes, reader):
-        monkeypatch.setattr(module, "image_suffixes", lambda: fewer)
+        monkeypatch.setattr(module, "image_suffixes", lambda **_: fewer)
     assert len(first) == 3 and len(opened(tmp_path)) == 2
     assert "2 files are not used" in opened(tmp_path).notices[0]
 

@@ -151,9 +151,9 @@ def test_shards_are_read_through_once(tmp_path: Path, monkeypatch: pytest.Monkey
     scans: list[str] = []
     scan = archive._read
 
-    def note(file: Any, where: str, choice: archive.Choice) -> Any:
+    def note(file: Any, where: str, choice: archive.Choice, arrays: bool) -> Any:
         scans.append(where)
-        return scan(file, where, choice)
+        return scan(file, where, choice, arrays)
 
     monkeypatch.setattr(archive, "_read", note)
     first = opened(tmp_path)
