@@ -1,7 +1,6 @@
 """Averages of a base and a refined encoder's weights, which trade off their strengths (the idea of WiSE-FT)."""
 
 import time
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from mimref.encoders.backbones import TimmBackbone, TokenEncoder
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.published import must_download
 from mimref.errors import CheckpointError, Checks
-from mimref.evaluation.choice import Choice, check_held_out, choose_by_knn, choose_by_measure
+from mimref.evaluation.choice import best, by_knn, by_measure, check_held_out
 from mimref.evaluation.config import InterpolateConfig
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
@@ -137,27 +136,27 @@ def _write_all(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row], l
 
 def _write_chosen(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row], list[tuple[str, str]]]:
     """Measure every average, write the best, and measure it on the validation images."""
-    alphas, by = ends.config.alpha, ends.config.choose
+    alphas, by, rows = ends.config.alpha, ends.config.choose, list[Row]()
     with TemporaryDirectory(prefix="mimref-") as folder:
-        files = [Path(folder, f"alpha-{alpha:g}.safetensors") for alpha in alphas]
-        for file, alpha in zip(files, alphas, strict=True):
+        for done, alpha in enumerate(alphas, 1):
+            file = Path(folder, f"alpha-{alpha:g}.safetensors")
             ends.write(file, alpha)
-        choice = _choose(ends, files, listener)
-    alpha = alphas[choice.number]
-    rows: list[Row] = [{"alpha": alpha, **row} for alpha, row in zip(alphas, choice.rows, strict=True)]
-    listener.note(f"alpha {alpha:g} is chosen, by {rows[choice.number]['metric']} of {len(alphas)} averages")
+            if by == "knn":
+                measured = by_knn(file, ends.common, ends.sources["train"], listener)
+            else:
+                measured = by_measure(file, ends.common, listener)
+            file.unlink()  # one at a time: they may be large
+            rows += [{"alpha": alpha, **row} for row in measured.rows]
+            listener.progress("averages", done, len(alphas))
+    chosen = rows[best(rows)]
+    alpha, bad = float(chosen["alpha"]), measured.bad_images  # the same for every average
+    listener.note(f"alpha {alpha:g} is chosen, by {chosen['metric']} of {len(alphas)} averages")
     ends.write(out / CHOSEN, alpha, chosen_by=by)
     if any(source.labels is None for source in ends.sources.values()) or len(ends.sources) < 2:
         listener.note("no validation result: there are no labelled training and validation images")
-        return rows, choice.bad
-    found, bad = _validate(ends, out / CHOSEN, alpha, listener)
-    return rows + [{**row, "images": "validation"} for row in found], list(dict.fromkeys([*choice.bad, *bad]))
-
-
-def _choose(ends: _Ends, files: Sequence[Path], listener: Listener) -> Choice:
-    if ends.config.choose == "knn":
-        return choose_by_knn(files, ends.common, ends.sources["train"], listener)
-    return choose_by_measure(files, ends.common, listener)
+        return rows, bad
+    found, also = _validate(ends, out / CHOSEN, alpha, listener)
+    return rows + [{**row, "images": "validation"} for row in found], list(dict.fromkeys([*bad, *also]))
 
 
 def _validate(ends: _Ends, file: Path, alpha: float, listener: Listener) -> tuple[list[Row], list[tuple[str, str]]]:
