@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
-from mimref.encoders.vit import Architecture, Encoder, sincos_positions
+from mimref.encoders.positions import sincos_positions
+from mimref.encoders.vit import Architecture, Encoder
 
 WIDTH, DEPTH, PATCH, IMAGE, SIDE = 128, 3, 4, 16, 4
 State = dict[str, Tensor]

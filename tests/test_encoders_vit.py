@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimref.config.run import EncoderConfig
-from mimref.encoders.positions import resize_positions
+from mimref.encoders.positions import resize_positions, sincos_positions
 from mimref.encoders.tokens import pool_tokens
-from mimref.encoders.vit import Architecture, build_encoder, is_plain_vit, sincos_positions
+from mimref.encoders.vit import Architecture, build_encoder, is_plain_vit
 from mimref.errors import ConfigError
 
 TINY = Architecture("custom", 16, width=32, depth=3, num_heads=4, patch_size=4)

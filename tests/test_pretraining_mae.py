@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from mimref.config.run import DecoderConfig
 from mimref.encoders.masking import normalize_patches, patchify
-from mimref.encoders.vit import Architecture, build_encoder, sincos_positions
+from mimref.encoders.positions import sincos_positions
+from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
 from mimref.pretraining.mae import MaskedAutoencoder
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mimref.config.load import load_config
-from mimref.encoders.vit import Architecture, build_encoder, sincos_positions
+from mimref.encoders.positions import sincos_positions
+from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import Checks, ConfigError, DivergenceError, Interrupted
 from mimref.evaluation.assess.measures import MEASURES
 from mimref.pretraining.config import PretrainConfig

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from mimref.encoders.vit import Architecture, build_encoder, sincos_positions
+from mimref.encoders.positions import sincos_positions
+from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
 from mimref.pretraining.simmim import SimMIM
 from tests.test_pretraining_mae import patches_by_loops

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from mimref.benchmarks.stage import resolve_encoder
 from mimref.encoders.checkpoints import encoder_from, save_encoder
-from mimref.encoders.vit import Encoder, sincos_positions
+from mimref.encoders.positions import sincos_positions
+from mimref.encoders.vit import Encoder
 from mimref.errors import CheckpointError, ConfigError
 from mimref.refinement.plan import make_plan
 from mimref.refinement.sizes import describe, state_bytes

@@ -41,11 +41,11 @@ from mimref.encoders.parts import (
     left_out_notice,
     matching_prefixes,
 )
-from mimref.encoders.positions import fit_positions
+from mimref.encoders.positions import are_sincos, fit_positions
 from mimref.encoders.published import find_named
 from mimref.encoders.reading import first_line, named_tensors, read_file
 from mimref.encoders.timm_models import timm_record
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, are_sincos, build_encoder, is_plain_vit
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder, is_plain_vit
 from mimref.encoders.writing import write_safetensors
 from mimref.errors import CheckpointError, ConfigError
 from mimref.progress import LabelledProgress

@@ -39,8 +39,9 @@ from mimref.encoders.parts import (
     find_encoders,
     left_out_notice,
 )
+from mimref.encoders.positions import are_sincos
 from mimref.encoders.reading import first_line, named_tensors
-from mimref.encoders.vit import NORM_EPS, PAPER_SIZES, Architecture, are_sincos, build_encoder
+from mimref.encoders.vit import NORM_EPS, PAPER_SIZES, Architecture, build_encoder
 from mimref.errors import ConfigError
 
 _TRAINING = "training state"

@@ -11,7 +11,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mimref.config.run import DecoderConfig
-from mimref.encoders.vit import Encoder, sincos_positions
+from mimref.encoders.positions import sincos_positions
+from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
 
 # MAE's epsilon is not torch's default. timm annotates a class here, but calls whatever it gets.

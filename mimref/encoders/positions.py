@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mimref.config.base import Interpolation
 from mimref.devices import send
+from mimref.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,27 @@ def flat_sincos_positions(width: int, patches: int) -> Tensor:
     channel_D = torch.arange(width, dtype=torch.float64)
     angle_ND = number_N1 / 10_000.0 ** (2 * (channel_D // 2) / width)
     return torch.where(channel_D % 2 == 0, angle_ND.sin(), angle_ND.cos())[None].float()
+
+
+def sincos_positions(width: int, side: int, *, num_prefix: int = 1) -> Tensor:
+    """MAE's fixed 2-D sin-cos position embedding, (1, num_prefix + side**2, width), zero for the prefix tokens.
+
+    The first half of the width encodes the column, the second the row; each half is sines, then cosines.
+    """
+    if width % 4:
+        raise ConfigError(f"encoder.width {width} is not divisible by 4, as sin-cos positions need")
+    frequency = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    column = axis[None, :, :].expand(side, -1, -1)
+    row = axis[:, None, :].expand(-1, side, -1)
+    patches = torch.cat([column, row], dim=2).flatten(0, 1)
+    return torch.cat([patches.new_zeros(num_prefix, width), patches])[None].float()
+
+
+def are_sincos(positions: Tensor, *, num_prefix: int) -> bool:
+    """Whether positions (1, num_prefix + side**2, width) equal the sin-cos ones in half precision."""
+    side, width = math.isqrt(positions.shape[1] - num_prefix), positions.shape[2]
+    if width % 4 or side**2 + num_prefix != positions.shape[1]:
+        return False
+    return torch.allclose(positions.float(), sincos_positions(width, side, num_prefix=num_prefix), rtol=0, atol=2e-3)

@@ -6,7 +6,6 @@ sizes) share one class. Block numbers are 1-based.
 Shapes: B images, L tokens, D width, N patches.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +23,7 @@ from mimref.config.base import Interpolation
 from mimref.config.run import EncoderConfig
 from mimref.devices import recomputed
 from mimref.encoders.meta import RatesOnCpu
-from mimref.encoders.positions import resize_positions
+from mimref.encoders.positions import resize_positions, sincos_positions
 from mimref.encoders.timm_models import SizeRule
 from mimref.encoders.tokens import check_blocks, norm_flags, pool_tokens
 from mimref.errors import ConfigError, did_you_mean
@@ -282,30 +281,6 @@ def gray(images: Tensor) -> Tensor:
     """
     red, green, blue = images.unbind(1)
     return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
-
-
-def sincos_positions(width: int, side: int, *, num_prefix: int = 1) -> Tensor:
-    """MAE's fixed 2-D sin-cos position embedding, (1, num_prefix + side**2, width), zero for the prefix tokens.
-
-    The first half of the width encodes the column, the second the row; each half is sines, then cosines.
-    """
-    if width % 4:
-        raise ConfigError(f"encoder.width {width} is not divisible by 4, as sin-cos positions need")
-    frequency = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
-    column = axis[None, :, :].expand(side, -1, -1)
-    row = axis[:, None, :].expand(-1, side, -1)
-    patches = torch.cat([column, row], dim=2).flatten(0, 1)
-    return torch.cat([patches.new_zeros(num_prefix, width), patches])[None].float()
-
-
-def are_sincos(positions: Tensor, *, num_prefix: int) -> bool:
-    """Whether positions (1, num_prefix + side**2, width) equal the sin-cos ones in half precision."""
-    side, width = math.isqrt(positions.shape[1] - num_prefix), positions.shape[2]
-    if width % 4 or side**2 + num_prefix != positions.shape[1]:
-        return False
-    return torch.allclose(positions.float(), sincos_positions(width, side, num_prefix=num_prefix), rtol=0, atol=2e-3)
 
 
 @RatesOnCpu()
