@@ -141,8 +141,8 @@ def test_weights_by_timms_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert header["source"] == "timm" and encoder.depth == 6
     with pytest.raises(CheckpointError, match=r"^timm:test_vit2: .*no network"):
         load_encoder("timm:test_vit2")
-    with pytest.raises(CheckpointError, match=r"^timm:resnet18: "):
-        load_encoder("timm:resnet18")
+    backbone, header = load_encoder("timm:resnet18")
+    assert header["source"] == "timm" and backbone.widths == [64, 64, 128, 256, 512]
 
 
 def test_refine_takes_published_weights_by_name(

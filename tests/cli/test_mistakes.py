@@ -260,14 +260,18 @@ def test_checks() -> None:
 
 
 def names_in_messages() -> Iterator[tuple[str, str]]:
-    """Options and dotted settings in the package's text, with where they are; not those in docstrings."""
+    """Options and dotted settings in the package's text, with where they are; not those in docstrings.
+
+    Names that a number or another part follows are those of tensors.
+    """
     for path in sorted(Path(mimref.__path__[0]).rglob("*.py")):
         tree = ast.parse(path.read_text())
         prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
                 for name in re.findall(
-                    r"(?<![\w-])--[a-z][a-z-]*|--set [a-z_.]+|(?<![\w./`'])[a-z_]+(?:\.[a-z_]+)+", node.value
+                    r"(?<![\w-])--[a-z][a-z-]*|--set [a-z_.]+|(?<![\w./`'])[a-z_]+(?:\.[a-z_]+)+(?![a-z_]|\.(?:\d|\\|$))",
+                    node.value,
                 ):
                     yield name, f"{path.relative_to(Path(mimref.__path__[0]))}:{node.lineno}"
 
