@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -15,14 +16,16 @@ from PIL import Image
 from mimref.config.base import DataConfig
 from mimref.config.load import validated
 from mimref.data.bands import WrongChannels, as_pixels, channels_last
-from mimref.data.decode import BadImage, decode_content, decode_file
+from mimref.data.decode import BadImage, decode_array, decode_content, decode_file
 from mimref.data.given import GivenSource
 from mimref.data.loader import crop_batches, view_batches
 from mimref.data.open import open_source
 from mimref.data.pixels import Decoding
 from mimref.data.readable import check_readable
+from mimref.data.readers.hf_columns import read_cell
 from mimref.data.sample import look_at
 from mimref.data.statistics import channel_statistics
+from mimref.data.traits import NARROW, WIDE
 from mimref.data.transforms import EvalTransform, resize
 from mimref.data.views import CropGroup
 from mimref.errors import ConfigError, DataError
@@ -321,6 +324,35 @@ def test_tables_hold_arrays_and_files(kind: str, tmp_path: Path) -> None:
     wrong = open_source(DataConfig(spec=f"hf:{tmp_path}", channels=5), "train")
     with pytest.raises(DataError, match=r"\[0\] has 4 channels, not 5"):
         wrong.read(0)
+
+
+@pytest.mark.parametrize(
+    ("lists", "words"),
+    [
+        ([[1, 2, 3], [4, 5, 6, 7, 8]], "different lengths: 3, 5"),  # as many numbers as two rows of 4 have
+        ([[1, 2], None], "missing"),
+        ([[1, 2], [3, None]], "missing"),
+    ],
+)
+def test_lists_that_are_no_rectangle_are_refused(lists: list[Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_cell(pa.scalar(lists, pa.list_(pa.list_(pa.int64()))))
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".npy", ".png"])
+def test_narrow_values_of_16_bits_are_reported(suffix: str, tmp_path: Path) -> None:
+    """Twelve bits of sixteen, unless `data.range` says what is white."""
+    pixels = values(1, np.uint16)
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".png":
+        Image.fromarray(pixels[:, :, 0]).save(path)
+    else:
+        write(path, pixels)
+    for window, traits in (("type", WIDE | NARROW), ("0,4095", 0)):
+        assert decode_file(str(path), None, Decoding(channels=1, range=window)).traits == traits
+    assert decode_array(pixels, "x", Decoding(channels=1)).traits == WIDE | NARROW
+    whole = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16, 1)
+    assert decode_array(whole, "x", Decoding(channels=1)).traits == WIDE
 
 
 def test_data_sets_in_memory_keep_gray() -> None:

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from mimref.data.pixels import check_16_bits, deep_colour, low_bytes, raw_mode, scaled
+from mimref.data.pixels import check_16_bits, deep_colour, low_bytes, raw_mode, scaled, wide_traits
 
 # Pillow reports what it cannot read as an error too, which Python would print for every image.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -56,6 +56,12 @@ def as_pixels(values: NDArray[Any], window: str) -> NDArray[np.uint8] | NDArray[
         return scaled(values, window).astype(np.float32)
     check_16_bits(values)
     return values.astype(np.float32) / np.float32(_WHITE_16 / _WHITE_8)
+
+
+def traits_of(values_HWC: NDArray[Any], window: str) -> int:
+    """What is peculiar about an image before `as_pixels`, see `mimref.data.traits`."""
+    scales = window == "type" and values_HWC.dtype.kind in "iu" and values_HWC.dtype.itemsize > 1
+    return wide_traits(values_HWC, _WHITE_16 // _WHITE_8) if scales else 0
 
 
 def channels_last(values: NDArray[Any], channels: int, *, prefer_first: bool = False) -> NDArray[Any]:
