@@ -116,7 +116,8 @@ def _probe_tokens(
             progress=progress,
         ), []
     images = EncodedImages(inputs.encoder, tokens.groups, inputs.settings)
-    unread = Examined(inputs.source("val"), inputs.checkpoint.fingerprint)
+    val = inputs.source("val")
+    unread = Examined(val, inputs.spec(val) | {"columns": tokens.columns})
     test = inputs.features("val") if "val" in splits else unread
     found, bad = probe_encoded(
         images,
