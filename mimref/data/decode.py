@@ -147,7 +147,7 @@ def decode_array(values: NDArray[Any], name: str, decoding: Decoding) -> Decoded
         raise DataError(f"{name} {error}") from error
     except ValueError as error:
         raise BadImage(name, reason_of(error)) from error
-    return Decoded(image, *image.shape[1:], traits_of(values_HWC, decoding.range))
+    return Decoded(image, image.shape[1], image.shape[2], traits_of(values_HWC, decoding.range))
 
 
 def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None, decoding: Decoding) -> Decoded:
@@ -182,7 +182,7 @@ def _with_channels(file: str | io.BytesIO, reduce: Reduce | None, decoding: Deco
         if values_HWC.shape[0] * values_HWC.shape[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise Image.DecompressionBombError
         image = as_tensor(check_channels(values_HWC, channels), decoding.range)
-        return Decoded(image, *image.shape[1:], traits_of(values_HWC, decoding.range))
+        return Decoded(image, image.shape[1], image.shape[2], traits_of(values_HWC, decoding.range))
     low_HWC = deep_bytes(file)
     with Image.open(file) as opened:
         if loses_bits(opened):

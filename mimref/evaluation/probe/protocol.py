@@ -94,7 +94,7 @@ def _probe_tokens(
     progress = partial(listener.progress, "attentive probes")
     splits = cached_splits(inputs, tokens.numbers, config, listener if own_rank() == 0 else Silent())
     inputs.prepare(tokens.columns, splits)
-    settings, seed, device = config.probe, config.seed, inputs.settings.device
+    settings, seed, device = config.probe, config.seed, inputs.device
     if "train" in splits:
         if not end_group():
             return [], []
