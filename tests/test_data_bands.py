@@ -351,6 +351,7 @@ def test_narrow_values_of_16_bits_are_reported(suffix: str, tmp_path: Path) -> N
     for window, traits in (("type", WIDE | NARROW), ("0,4095", 0)):
         assert decode_file(str(path), None, Decoding(channels=1, range=window)).traits == traits
     assert decode_array(pixels, "x", Decoding(channels=1)).traits == WIDE | NARROW
+    assert decode_array(values(4, np.uint16), "x", Decoding(channels=4)).traits == 0  # mean and deviation are measured
     whole = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16, 1)
     assert decode_array(whole, "x", Decoding(channels=1)).traits == WIDE
 

@@ -59,9 +59,14 @@ def as_pixels(values: NDArray[Any], window: str) -> NDArray[np.uint8] | NDArray[
 
 
 def traits_of(values_HWC: NDArray[Any], window: str) -> int:
-    """What is peculiar about an image before `as_pixels`, see `mimref.data.traits`."""
-    scales = window == "type" and values_HWC.dtype.kind in "iu" and values_HWC.dtype.itemsize > 1
-    return wide_traits(values_HWC, _WHITE_16 // _WHITE_8) if scales else 0
+    """What is peculiar about an image before `as_pixels`, see `mimref.data.traits`.
+
+    Values of one or three channels may be normalised as those of usual pictures, which narrow ones do not resemble. Of
+    other numbers of channels, mean and standard deviation are measured.
+    """
+    wide = values_HWC.dtype.kind in "iu" and values_HWC.dtype.itemsize > 1
+    usual = window == "type" and values_HWC.shape[2] in (1, 3)
+    return wide_traits(values_HWC, _WHITE_16 // _WHITE_8) if wide and usual else 0
 
 
 def channels_last(values: NDArray[Any], channels: int, *, prefer_first: bool = False) -> NDArray[Any]:
