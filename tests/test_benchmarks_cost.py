@@ -1,5 +1,8 @@
 """Extrapolations against arithmetic by hand."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from mimref.refinement.config import RefineConfig
 from mimref.refinement.schedule import StageName
 from mimref.refinement.sizes import state_bytes
 from tests.test_benchmarks_step import DEPTH, IMAGE, PATCH, WIDTH, measurement, tiny
+from tests.tiny import ARCHITECTURE, refine_config, write_weights
 
 # By hand: a block has 12 matrices of width ** 2 (biases 3 + 1 + 4 + 1 widths) and two norms, then the final norm.
 BLOCK = 12 * WIDTH**2 + 9 * WIDTH + 4 * WIDTH
@@ -118,3 +122,15 @@ def test_a_step_that_does_not_fit_is_reported_and_images_are_counted(monkeypatch
     assert cost.notes == ["time and peak memory: out of memory with a single image per encoder pass"]
     assert {row["metric"] for row in cost.rows} == {"cost_exaflop", "cost_state_gib"}
     assert {row["images"] for row in cost.rows} == {1437}
+
+
+def test_encoders_of_other_channels_cost_as_those_of_colour(tmp_path: Path) -> None:
+    """Benchmarks read no images, so that those of the weights may have any number of channels."""
+    found = []
+    for channels in (3, 13):
+        weights = write_weights(
+            tmp_path / f"{channels}.safetensors", architecture=replace(ARCHITECTURE, channels=channels)
+        )
+        config = refine_config(weights, tmp_path)
+        found.append((resolve_encoder(config), stage_flops(config)))
+    assert found[0] == found[1]

@@ -15,7 +15,7 @@ from PIL import Image
 from mimref.config.base import DataConfig
 from mimref.config.load import validated
 from mimref.data.bands import WrongChannels, as_pixels, channels_last
-from mimref.data.decode import BadImage, decode_content, decode_file
+from mimref.data.decode import BadImage, decode_array, decode_content, decode_file
 from mimref.data.given import GivenSource
 from mimref.data.loader import crop_batches, view_batches
 from mimref.data.open import open_source
@@ -23,6 +23,7 @@ from mimref.data.pixels import Decoding
 from mimref.data.readable import check_readable
 from mimref.data.sample import look_at
 from mimref.data.statistics import channel_statistics
+from mimref.data.traits import NARROW, WIDE
 from mimref.data.transforms import EvalTransform, resize
 from mimref.data.views import CropGroup
 from mimref.errors import ConfigError, DataError
@@ -136,6 +137,19 @@ def test_tiff_of_pages_planes_and_many_kinds(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "rgbx.tif", four, photometric="rgb", planarconfig="contig", extrasamples=[0])
     found = decode_file(str(tmp_path / "rgbx.tif"), None, Decoding(channels=4)).image
     np.testing.assert_allclose(found.numpy(), expected(four), rtol=1e-6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_is_turned_alike_by_both_readers(orientation: int, tmp_path: Path) -> None:
+    """One channel by Pillow, five of the same by tifffile. From memory: of paths, Pillow 13.0 scrambles 5 to 8."""
+    pixels, found = np.arange(6, dtype=np.uint8).reshape(2, 3), []
+    for channels in (1, 5):
+        stored = pixels if channels == 1 else np.stack([pixels] * channels, axis=2)
+        tags, path = [(274, "H", 1, orientation, True)], tmp_path / f"{channels}.tif"
+        layout = None if channels == 1 else "contig"
+        tifffile.imwrite(path, stored, photometric="minisblack", planarconfig=layout, extratags=tags)
+        found.append(decode_content(path.read_bytes(), "x", None, Decoding(channels=channels)).image)
+    assert torch.equal(found[0].expand(5, -1, -1), found[1])
 
 
 def test_what_pillow_reads_keeps_its_channels(tmp_path: Path) -> None:
@@ -321,6 +335,23 @@ def test_tables_hold_arrays_and_files(kind: str, tmp_path: Path) -> None:
     wrong = open_source(DataConfig(spec=f"hf:{tmp_path}", channels=5), "train")
     with pytest.raises(DataError, match=r"\[0\] has 4 channels, not 5"):
         wrong.read(0)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".npy", ".png"])
+def test_narrow_values_of_16_bits_are_reported(suffix: str, tmp_path: Path) -> None:
+    """Twelve bits of sixteen, unless `data.range` says what is white."""
+    pixels = values(1, np.uint16)
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".png":
+        Image.fromarray(pixels[:, :, 0]).save(path)
+    else:
+        write(path, pixels)
+    for window, traits in (("type", WIDE | NARROW), ("0,4095", 0)):
+        assert decode_file(str(path), None, Decoding(channels=1, range=window)).traits == traits
+    assert decode_array(pixels, "x", Decoding(channels=1)).traits == WIDE | NARROW
+    assert decode_array(values(4, np.uint16), "x", Decoding(channels=4)).traits == 0  # mean and deviation are measured
+    whole = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16, 1)
+    assert decode_array(whole, "x", Decoding(channels=1)).traits == WIDE
 
 
 def test_data_sets_in_memory_keep_gray() -> None:

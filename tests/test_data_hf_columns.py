@@ -10,6 +10,7 @@ import pytest
 from mimref.config.base import DataConfig
 from mimref.data.decode import BadImage
 from mimref.data.open import open_source
+from mimref.data.readers.hf_columns import read_cell
 from mimref.errors import DataError
 from tests.hf_tables import (
     CLASSES,
@@ -168,3 +169,16 @@ def test_class_lists_in_two_spellings(tmp_path: Path) -> None:
     write_as("parquet", tmp_path, [of("e\u0301", "a")], [of("a", "\u00e9")])
     assert opened(tmp_path).class_names == opened(tmp_path, "val").class_names == ["\u00e9", "a"]
     assert labels_of(opened(tmp_path)) == ["\u00e9", "a"] and labels_of(opened(tmp_path, "val")) == ["a", "\u00e9"]
+
+
+@pytest.mark.parametrize(
+    ("lists", "words"),
+    [
+        ([[1, 2, 3], [4, 5, 6, 7, 8]], "different lengths: 3, 5"),  # as many numbers as two rows of 4 have
+        ([[1, 2], None], "missing"),
+        ([[1, 2], [3, None]], "missing"),
+    ],
+)
+def test_lists_that_are_no_rectangle_are_refused(lists: list[Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_cell(pa.scalar(lists, pa.list_(pa.list_(pa.int64()))))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mimref.config.load import load_config
 from mimref.evaluation.probe.attentive import AttentiveEnsemble, TokenShape, attend, attentive_schedule
-from mimref.evaluation.probe.config import ATTENTIVE_LEARNING_RATES, LEARNING_RATES, ProbeTrainingConfig
+from mimref.evaluation.probe.config import ATTENTIVE_LEARNING_RATES, LEARNING_RATES, ProbeConfig, ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Batch, Norm, score
 from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput
 
@@ -266,3 +267,19 @@ def test_cuda_equals_cpu_without_a_sync(norm: Norm) -> None:
     for inputs, labels in batches:
         here.step(inputs, labels, 0.5)
     torch.testing.assert_close(there.logits(moved[0][0]).cpu(), here.logits(batches[0][0]), rtol=1e-3, atol=1e-3)
+
+
+def test_the_attentive_presets_follow_the_authors_code() -> None:
+    """billpsomas/efficient-probing: README.md (epochs, batch, optimizer), search_linprobe.py, probe_heads.py."""
+    paper, quick = (load_config(ProbeConfig, f"probe/{name}") for name in ("attentive", "attentive_quickstart"))
+    assert paper.probe == ProbeTrainingConfig(
+        kind="attentive",
+        lr=[0.1, 0.2, 0.5, 0.7, 1.0, 1.2, 1.5],
+        epochs=90,
+        batch_size=4096,
+        norm="batch",
+        blocks="last",
+        queries=[32],
+        tokens="patch",
+    )
+    assert not paper.final_norm and not paper.cached and quick.cached and quick.probe.kind == "attentive"

@@ -191,7 +191,7 @@ def test_half_precision_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch, tm
     assert file.stat().st_size in (48 * 128 * 2, 16 * 128 * 2)
 
 
-@pytest.mark.parametrize("limit", [1.0, 2e-5])
+@pytest.mark.parametrize("limit", [1.0, 2e-5, 1e-6])
 @pytest.mark.parametrize("cached", [True, False])
 def test_resumed_equals_uninterrupted(
     cached: bool, limit: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -212,6 +212,9 @@ def test_resumed_equals_uninterrupted(
     assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
     with pytest.raises(ConfigError, match="another queries"):
         probed(folder, cached=cached, tokens_gb=limit, state=tmp_path / "parts", queries=[2])
+    raw = config(folder, cached=cached, tokens_gb=limit).model_copy(update={"final_norm": False})
+    with pytest.raises(ConfigError, match="another set of images or encoder"):
+        evaluate_probe(raw, state=tmp_path / "parts")
 
 
 def test_rows(folder: Path) -> None:

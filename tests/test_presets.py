@@ -380,23 +380,6 @@ def test_the_probe_presets_are_the_published_protocols() -> None:
     )
 
 
-def test_the_attentive_presets_follow_the_authors_code() -> None:
-    """billpsomas/efficient-probing: README.md (epochs, batch, optimizer), search_linprobe.py, probe_heads.py."""
-    paper, quick = load("probe/attentive"), load("probe/attentive_quickstart")
-    assert isinstance(paper, ProbeConfig) and isinstance(quick, ProbeConfig)
-    assert paper.probe == ProbeTrainingConfig(
-        kind="attentive",
-        lr=[0.1, 0.2, 0.5, 0.7, 1.0, 1.2, 1.5],
-        epochs=90,
-        batch_size=4096,
-        norm="batch",
-        blocks="last",
-        queries=[32],
-        tokens="patch",
-    )
-    assert not paper.final_norm and not paper.cached and quick.cached and quick.probe.kind == "attentive"
-
-
 def test_the_segmentation_presets_are_the_published_protocols() -> None:
     """As transcribed from the release's grid dinov2-semseg-reduced and from DINOv2's configuration."""
     paper, dinov2 = load("segment/ade20k_paper"), load("segment/ade20k_dinov2")

@@ -85,10 +85,13 @@ def test_earlier_runs_are_kept_with_equal_settings_alone(folder: Path) -> None:
     made = suite(folder, seeds=[0], tables=["e"])
     for run in made.refinements:
         write_bytes(run.settings, dump_config(run.config).encode())
-    for changes in ({}, {"seeds": [0, 1], "tables": ["a", "e"]}, {"evaluate__cluster_runs": 3}):
+    for changes in ({}, {"seeds": [0, 1], "tables": ["a", "e"]}, {"monitor__knn_samples": 30}):
         check_earlier(suite(folder, **changes))
     with pytest.raises(ConfigError, match=r"run default-seed0 .*heads.temperature: it was 0.3 and is now 0.4"):
         check_earlier(suite(folder, seeds=[0], tables=["e"], heads__temperature=0.4))
+    # Runs that are judged in another way cannot stand in one table.
+    with pytest.raises(ConfigError, match=r"run default-seed0 .*evaluate.cluster_runs: it was \d+ and is now 3"):
+        check_earlier(suite(folder, evaluate__cluster_runs=3))
 
 
 @pytest.mark.parametrize(

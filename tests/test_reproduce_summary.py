@@ -74,6 +74,20 @@ def test_rows_equal_plain_loops(suite: Suite) -> None:
     assert math.isnan(float(never["value"])) and never["verdict"] == "the default has neither"
 
 
+def test_without_the_default_nothing_is_compared(suite: Suite) -> None:
+    """A default that has failed, with one seed or with all."""
+    for seed in SEEDS:
+        next(run for run in suite.refinements if run.name == f"default-seed{seed}").folder.joinpath(
+            "results.json"
+        ).unlink()
+        changed = next(row for row in summarise(suite)[0] if "table" in row)
+        assert changed["value"] == statistics.fmean(CHANGED.values())
+        pairs = [CHANGED[other] - DEFAULT[other] for other in SEEDS if other > seed]
+        if pairs:
+            assert changed["difference"] == pytest.approx(statistics.fmean(pairs), abs=1e-12)
+    assert "difference" not in changed and changed["verdict"] == "no results of the default with the same seed"
+
+
 def test_before_and_after_and_curves(suite: Suite) -> None:
     rows, _ = summarise(suite)
     found = {(row["model"], row["metric"]): row["value"] for row in rows if not {"table", "block"} & row.keys()}
@@ -98,7 +112,8 @@ def test_before_and_after_and_curves(suite: Suite) -> None:
         ([0.5, 0.3], 0.0, "disagrees: better"),
         ([0.5, -0.3], 0.0, "agrees: no difference"),
         ([0.5, -0.3], -0.8, "undecided: from -0.3 to +0.5"),
-        ([-0.02, -0.5], -0.8, "undecided"),  # no difference in a table of one decimal
+        ([-0.02, -0.5], -0.8, "undecided"),
+        ([0.04, 0.5], 0.1, "undecided"),  # no difference in a table of one decimal
         ([-0.5], -0.8, "one seed: the same sign"),
         ([0.5], -0.8, "one seed: not the sign"),
         ([0.04], 0.0, "one seed: the same sign"),

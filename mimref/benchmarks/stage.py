@@ -17,6 +17,7 @@ from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device
 from mimref.encoders.backbones import EncoderArchitecture, new_encoder
+from mimref.encoders.channels import for_images
 from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
 from mimref.encoders.published import find_published
 from mimref.encoders.settings import architecture_to_train, named_architecture
@@ -57,13 +58,15 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Refine
 def resolve_encoder(config: RefineConfig) -> tuple[EncoderArchitecture, list[int]]:
     """Architecture of the encoder and block of every head, without reading published weights.
 
-    Raises ConfigError when settings do not fit the encoder, CheckpointError for weights that do not tell theirs.
+    Encoders of other images than colour are taken as if they were for colour. Raises ConfigError when settings do not
+    fit the encoder, CheckpointError for weights that do not tell theirs.
     """
     weights = config.encoder.weights
     if weights is None or find_published(weights) is not None:
         architecture = named_architecture(config.encoder)
     else:
         architecture = architecture_to_train(config.encoder, read_checkpoint(weights, config.encoder))
+    architecture = for_images(architecture, 3)
     check_sizes(config, architecture)
     if config.heads.blocks == "auto":
         raise ConfigError("heads.blocks = 'auto' needs images, which a benchmark does not read; name the blocks")

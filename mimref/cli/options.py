@@ -109,11 +109,14 @@ class Data(Configured, panel="Data"):
 WORKERS = option("Processes that read images.", "N", "workers")
 
 
-class Images(Data, panel="Data"):
+class ColourImages(Data, panel="Data"):
+    workers: Text = WORKERS
+
+
+class Images(ColourImages, panel="Data"):
     channels: Text = option(
         "Channels of every image, which keep their values; default: colour, or the encoder's.", "N", "data.channels"
     )
-    workers: Text = WORKERS
 
 
 CHECKPOINT = "Weights file, or output folder of `refine`"

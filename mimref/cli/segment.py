@@ -3,11 +3,11 @@
 from functools import partial
 
 from mimref.cli.execution import drop_state, figure, print_finished, report, run_on_ranks, write_page
-from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Images, Preset, Report, Resume, Seed, Text
+from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, ColourImages, Preset, Report, Resume, Seed, Text
 from mimref.cli.parser import argument, option
 
 
-class SegmentEncoder(Images, panel="Encoder"):
+class SegmentEncoder(ColourImages, panel="Encoder"):
     arch: Text = ARCH
     source: Text = SOURCE
     encoder: Text = PART

@@ -142,7 +142,9 @@ class DataConfig(Section):
             wanted = self.channels or 3
             for name, values in (("mean", self.mean), ("std", self.std)):
                 if len(values) != wanted:
-                    raise ValueError(f"data.{name} has {len(values)} values for images of {wanted} channels")
+                    raise ValueError(
+                        f"data.{name} has {len(values)} values for images of {wanted} channels; set data.channels too"
+                    )
         if self.channels is not None and self.alpha not in (None, "drop"):
             raise ValueError(f"data.alpha {self.alpha} makes colour images; leave it out with data.channels")
         return self

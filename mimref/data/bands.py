@@ -15,14 +15,14 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from mimref.data.pixels import check_16_bits, deep_colour, low_bytes, raw_mode, scaled
+from mimref.data.pixels import check_16_bits, deep_colour, low_bytes, raw_mode, scaled, turned, wide_traits
 
 # Pillow reports what it cannot read as an error too, which Python would print for every image.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_SAMPLES_PER_PIXEL = 277
+_ORIENTATION, _SAMPLES_PER_PIXEL = 274, 277
 _WHITE_16, _WHITE_8 = 65535, 255
 
 
@@ -56,6 +56,17 @@ def as_pixels(values: NDArray[Any], window: str) -> NDArray[np.uint8] | NDArray[
         return scaled(values, window).astype(np.float32)
     check_16_bits(values)
     return values.astype(np.float32) / np.float32(_WHITE_16 / _WHITE_8)
+
+
+def traits_of(values_HWC: NDArray[Any], window: str) -> int:
+    """What is peculiar about an image before `as_pixels`, see `mimref.data.traits`.
+
+    Values of one or three channels may be normalised as those of usual pictures, which narrow ones do not resemble. Of
+    other numbers of channels, mean and standard deviation are measured.
+    """
+    wide = values_HWC.dtype.kind in "iu" and values_HWC.dtype.itemsize > 1
+    usual = window == "type" and values_HWC.shape[2] in (1, 3)
+    return wide_traits(values_HWC, _WHITE_16 // _WHITE_8) if wide and usual else 0
 
 
 def channels_last(values: NDArray[Any], channels: int, *, prefer_first: bool = False) -> NDArray[Any]:
@@ -116,8 +127,8 @@ def read_array(file: str | io.BytesIO) -> NDArray[Any]:
 def read_tiff(file: str | io.BytesIO) -> NDArray[Any] | None:
     """(H, W, C) of a TIFF file that Pillow would not read as it is; None for others.
 
-    The channels are the samples of a pixel, or pages or planes of one size. Raises ValueError for several such axes,
-    and where the package tifffile is missing.
+    The channels are the samples of a pixel, or pages or planes of one size. Images are turned as the file's tag says,
+    which Pillow always does. Raises ValueError for several such axes, and where the package tifffile is missing.
     """
     if _pillow_keeps(file):
         return None
@@ -130,13 +141,15 @@ def read_tiff(file: str | io.BytesIO) -> NDArray[Any] | None:
     with tifffile.TiffFile(file) as tiff:
         series = tiff.series[0]
         values, axes = np.asarray(series.asarray()), series.axes
+        orientation = tiff.pages.first.tags.valueof(_ORIENTATION, default=1)
     kept = [place for place, name in enumerate(axes) if name in "YX" or values.shape[place] > 1]
     names = "".join(axes[place] for place in kept)
     values = values.reshape([values.shape[place] for place in kept])
     others = [place for place, name in enumerate(names) if name not in "YX"]
     if len(others) > 1 or len(names) - len(others) != 2:
         raise ValueError(f"its axes {axes} of {series.shape} are more than rows, columns and channels")
-    return np.moveaxis(values, others[0], 2) if others else values[:, :, None]
+    values_HWC = np.moveaxis(values, others[0], 2) if others else values[:, :, None]
+    return turned(values_HWC, orientation) if orientation in range(2, 9) else values_HWC
 
 
 def _pillow_keeps(file: str | io.BytesIO) -> bool:

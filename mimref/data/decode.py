@@ -30,6 +30,7 @@ from mimref.data.bands import (
     read_array,
     read_pillow,
     read_tiff,
+    traits_of,
 )
 from mimref.data.contents import HEAD, what_is
 from mimref.data.pixels import USUAL, Decoding, deep_colour, low_bytes, orientation_of, to_rgb, turned
@@ -140,12 +141,13 @@ def decode_content(content: bytes, name: str, reduce: Reduce | None = None, deco
 def decode_array(values: NDArray[Any], name: str, decoding: Decoding) -> Decoded:
     """An image that a table holds as numbers, see `mimref.data.bands`. Raises as `decode_file`."""
     try:
-        image = as_tensor(channels_last(values, decoding.channels or 3), decoding.range)
+        values_HWC = channels_last(values, decoding.channels or 3)
+        image = as_tensor(values_HWC, decoding.range)
     except WrongChannels as error:
         raise DataError(f"{name} {error}") from error
     except ValueError as error:
         raise BadImage(name, reason_of(error)) from error
-    return Decoded(image, *image.shape[1:])
+    return Decoded(image, image.shape[1], image.shape[2], traits_of(values_HWC, decoding.range))
 
 
 def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None, decoding: Decoding) -> Decoded:
@@ -180,7 +182,7 @@ def _with_channels(file: str | io.BytesIO, reduce: Reduce | None, decoding: Deco
         if values_HWC.shape[0] * values_HWC.shape[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise Image.DecompressionBombError
         image = as_tensor(check_channels(values_HWC, channels), decoding.range)
-        return Decoded(image, *image.shape[1:])
+        return Decoded(image, image.shape[1], image.shape[2], traits_of(values_HWC, decoding.range))
     low_HWC = deep_bytes(file)
     with Image.open(file) as opened:
         if loses_bits(opened):
@@ -189,7 +191,8 @@ def _with_channels(file: str | io.BytesIO, reduce: Reduce | None, decoding: Deco
         def convert(image: Image.Image) -> tuple[NDArray[Any], int]:
             """Pixels and traits."""
             stored_HWC = check_channels(read_pillow(image, low_HWC), channels)
-            return np.array(as_pixels(stored_HWC, decoding.range), order="C"), 0
+            pixels_HWC = np.array(as_pixels(stored_HWC, decoding.range), order="C")
+            return pixels_HWC, traits_of(stored_HWC, decoding.range)
 
         return _decoded(opened, reduce, decoding, convert)
 

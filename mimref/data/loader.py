@@ -97,7 +97,7 @@ class ViewBatch:
     sample_B: Tensor
     """Sample indices, int64."""
     crops: list[Tensor]
-    """One tensor (B, V, 3, S, S) uint8 for each crop group."""
+    """One tensor (B, V, C, S, S) for each crop group, uint8 or float32 from 0 to 255."""
     bad: list[tuple[str, str]]
     """Path and reason of every image of the batch that could not be read."""
     traits: list[int] = field(default_factory=list)

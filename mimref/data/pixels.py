@@ -63,7 +63,7 @@ def to_rgb(
     """
     traits = 0
     if is_deep and low_HWC is None:
-        traits = _wide_traits(np.asarray(image)[:, :, :3], 1)
+        traits = wide_traits(np.asarray(image)[:, :, :3], 1)
     elif low_HWC is not None:
         deep_HWC = np.asarray(image).astype(np.uint16) * 256 + low_HWC
         deep_HWC[:, :, :3] = _windowed(deep_HWC[:, :, :3], decoding.range)
@@ -110,7 +110,7 @@ def _gray(image: Image.Image, window: str) -> tuple[NDArray[np.uint8], int]:
         check_16_bits(values_HW)
         # 0..65535 scaled to 0..255, rounded; Pillow's own conversion clips at 255 instead.
         wide_HW = values_HW.astype(np.int64)
-        return ((wide_HW + 128) // 257).astype(np.uint8), _wide_traits(wide_HW, 257)
+        return ((wide_HW + 128) // 257).astype(np.uint8), wide_traits(wide_HW, 257)
     return _windowed(values_HW, window), 0
 
 
@@ -127,7 +127,7 @@ def check_16_bits(values: NDArray[Any]) -> None:
         )
 
 
-def _wide_traits(values: NDArray[Any], step: int) -> int:
+def wide_traits(values: NDArray[Any], step: int) -> int:
     """Traits of an image whose values are scaled from their whole range. step: of values, for a level of 8 bits."""
     low, high = np.percentile(_look(values, 64), _PERCENTILES)
     return WIDE | NARROW * bool(high - low < step * _NARROW_LEVELS)

@@ -107,7 +107,7 @@ def _open(config: InterpolateConfig, listener: Listener, checks: Checks) -> _End
         # The header records how images are decoded.
         data = checks.run("refined", partial(resolve_data, config.data, right[0].header)) or config.data
         config = config.model_copy(update={"data": data})
-    if config.data.spec is not None and not sources:
+    if config.data.spec is not None and not (has_images and remote):
         sources = open_splits(config.data)
     check_labels(Opened(None, sources), checks)
     if config.choose == "knn" and "train" in sources:

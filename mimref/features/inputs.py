@@ -162,7 +162,7 @@ class EncoderInputs:
             return
         # No local views are cut.
         drawn = views.model_dump(mode="json", exclude={"local_views", "local_size", "local_scale"})
-        spec = {**self._spec(source), "views": drawn, "seed": self.config.seed}
+        spec = {**self.spec(source), "views": drawn, "seed": self.config.seed}
         self.views = self._run(split, encode, f"views of {SPLIT_NAMES[split]} images", spec, list(wanted), [])
 
     def features(self, split: Split) -> Features:
@@ -201,7 +201,7 @@ class EncoderInputs:
         """Columns from the cache, or from a pass of the encoder."""
         source = self.source(split)
         label, also = f"features of {SPLIT_NAMES[split]} images", self._everything(len(source))
-        return self._run(split, self._encode(split), label, self._spec(source), wanted, also)
+        return self._run(split, self._encode(split), label, self.spec(source), wanted, also)
 
     def _run(
         self, split: Split, encode: Encode, label: str, spec: dict[str, Any], wanted: list[Column], also: list[Column]
@@ -263,8 +263,8 @@ class EncoderInputs:
         needed = images * len(columns) * architecture.width * (4 if cache.dtype == "fp32" else 2)
         return columns if needed <= cache.keep_gb * 1e9 else []
 
-    def _spec(self, source: ImageSource) -> dict[str, Any]:
-        """What the numbers of a pass depend on."""
+    def spec(self, source: ImageSource) -> dict[str, Any]:
+        """What the numbers of a pass over the images depend on."""
         return {
             "format": FORMAT,
             "weights": self.checkpoint.fingerprint,

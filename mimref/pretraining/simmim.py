@@ -39,7 +39,7 @@ class SimMIM(nn.Module):
     def forward(self, images: Tensor, noise_BN: Tensor) -> Tensor:
         """Mean squared error over hidden patches, each normalised by its own mean and variance.
 
-        images: (B, 3, S, S) normalised. noise_BN: one random number per patch; the smallest stay visible.
+        images: (B, C, S, S) normalised. noise_BN: one random number per patch; the smallest stay visible.
         """
         hidden_BN = draw_mask(noise_BN, self.num_visible).hidden_BN
         pixels: Tensor = self.decoder(self.encode_masked(images, hidden_BN))

@@ -179,7 +179,8 @@ def check_earlier(suite: Suite) -> None:
             then = load_config(RefineConfig, str(run.settings))
             # The folder may have been moved.
             moved = {"heads_from": run.config.heads_from} if then.heads_from and run.config.heads_from else {}
-            check_same(then.model_copy(update=moved), run.config, f"run {run.name} in {run.out} cannot be kept")
+            wrong = f"run {run.name} in {run.out} cannot be kept"
+            check_same(then.model_copy(update=moved), run.config, wrong, evaluated=True)
 
 
 def free_cores() -> int:

@@ -103,7 +103,9 @@ def _line_rows(line: Line, scores: Scores, default: Scores) -> list[Row]:
         spread = Spread.of(list(values.values()))
         row: Row = {**common, "value": spread.mean, "seeds": spread.count, **spread.row(), **where}
         pairs = [value - default[seed][key] for seed, value in values.items() if key in default.get(seed, {})]
-        if line.changes and pairs:
+        if line.changes and not pairs:
+            row["verdict"] = "no results of the default with the same seed"
+        elif line.changes:
             difference, expected = Spread.of(pairs), round(paper - PUBLISHED[metric], 1)
             row |= {"difference": difference.mean, **difference.row("difference_"), "paper_difference": expected}
             row["verdict"] = verdict(difference, expected)
@@ -119,7 +121,7 @@ def verdict(ours: Spread, paper: float) -> str:
     Ours has a sign where the differences of all seeds have it, of two seeds or more; each is between runs with the same
     seed. paper: its difference, of one run, in percent.
     """
-    sign = 1 if ours.least > _SMALLEST / 2 else -1 if ours.most < -_SMALLEST / 2 else 0
+    sign = 1 if ours.least >= _SMALLEST else -1 if ours.most <= -_SMALLEST else 0
     of_paper = (
         "no difference" if abs(paper) < _SMALLEST else f"{'better' if paper > 0 else 'worse'} by {abs(paper):.1f}"
     )

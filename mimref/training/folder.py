@@ -38,6 +38,7 @@ _OUR_FILES = (
     "exhibits.json",
     "report.html",
 )
+_EVALUATION = "evaluate.*"
 # Settings that do not change what is trained.
 _MAY_CHANGE = (
     "preset",
@@ -48,7 +49,7 @@ _MAY_CHANGE = (
     "activation_checkpointing",
     "compile",
     "monitor.*",
-    "evaluate.*",
+    _EVALUATION,
     "data.max_bad",
     "data.download",
 )
@@ -228,11 +229,15 @@ class RunFolder:
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
 
-def check_same(then: C, now: C, wrong: str) -> None:
-    """Raise ConfigError where a run's settings differ in what is trained. wrong: what is impossible then."""
+def check_same(then: C, now: C, wrong: str, *, evaluated: bool = False) -> None:
+    """Raise ConfigError where a run's settings differ in what is trained, or with `evaluated` in how it is judged.
+
+    wrong: what is impossible then.
+    """
     before, after = (_flat(each.model_dump()) for each in (then, now))
+    may_change = [free for free in _MAY_CHANGE if not (evaluated and free == _EVALUATION)]
     for key in before:
-        if before[key] != after[key] and not any(fnmatchcase(key, free) for free in _MAY_CHANGE):
+        if before[key] != after[key] and not any(fnmatchcase(key, free) for free in may_change):
             raise ConfigError(
                 f"{wrong} with another {key}: it was {_shown(before[key])} and is now {_shown(after[key])}; restore "
                 "it, or start over in another --out"

@@ -158,3 +158,4 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     colour = write_labelled(tmp_path / "colour")
     assert "has 3 channels, not 4" in refused("knn", str(weights), "--data", str(colour), "--channels", "4")
     assert "--channels" in refused("knn", str(weights), "--data", "digits", "--channels", "many")
+    assert "data.channels" in refused("segment", "quickstart", "--data", "digits", "--set", "data.channels=3")

@@ -114,12 +114,15 @@ def read_cell(cell: pa.Scalar) -> NDArray[Any]:
     """The numbers of such a cell. Raises ValueError for rows of unequal lengths, and for missing numbers."""
     values, shape = (cell.value if isinstance(cell, pa.ExtensionScalar) else cell).values, list[int]()
     while True:
+        if values.null_count:
+            raise ValueError("numbers are missing")
         shape.append(len(values) // math.prod(shape) if len(values) else 0)
         if not is_list(values.type):
             break
+        lengths = pc.unique(pc.list_value_length(values)).to_pylist()
+        if len(lengths) > 1:
+            raise ValueError(f"its rows have different lengths: {', '.join(map(str, sorted(lengths)))}")
         values = values.flatten()
-    if values.null_count:
-        raise ValueError("numbers are missing")
     return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(shape)
 
 

@@ -82,10 +82,10 @@ def _prepare(config: AssessConfig, inputs: EncoderInputs, columns: Sequence[Colu
     source = inputs.source(config.split)
     if len(source) > config.images:
         inputs.sources[config.split] = source = fixed_subset(source, config.images)
-    inputs.prepare(columns, [config.split])
     views, notes = fitting_views(config.views, source, inputs.image_size)
     for line in notes:
         inputs.listener.note(line)
+    inputs.prepare(columns, [config.split])
     inputs.prepare_views([column._replace(view=view) for view in (0, 1) for column in columns], config.split, views)
 
 

@@ -15,8 +15,11 @@ def fitting_views(views: ViewsConfig, source: ImageSource, image_size: int) -> t
     notes = []
     if views.color and "color" not in views.model_fields_set and look_at(source).gray:
         changes["color"] = False
-        kept = "the two views keep their colours (--set views.color=true changes them)"
-        notes.append(f"the images are gray: {kept}" if source.channels in (1, 3) else "the images are not in colour")
+        kept = "the two views keep their colours"
+        if source.channels == 3:
+            notes.append(f"the images are gray: {kept} (--set views.color=true changes them)")
+        else:
+            notes.append(f"images of {source.channels} channel{'s' * (source.channels > 1)} are not in colour: {kept}")
     side = views.global_size or image_size
     if views.blur and "blur" not in views.model_fields_set and side < LEAST_BLURRED:
         changes["blur"] = False

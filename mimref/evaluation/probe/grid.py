@@ -59,8 +59,8 @@ class TestStream:
     """Numbers per image of every input."""
     batches: Callable[[Labels], Iterator[Batch]]
     """All images, given the labels (M,) as 0, 1, ..."""
-    fingerprint: str
-    """Of the encoder."""
+    identity: Mapping[str, Any]
+    """What their features depend on."""
 
 
 class ProbeGrid(Job[Batch]):

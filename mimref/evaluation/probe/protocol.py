@@ -94,7 +94,7 @@ def _probe_tokens(
     progress = partial(listener.progress, "attentive probes")
     splits = cached_splits(inputs, tokens.numbers, config, listener if own_rank() == 0 else Silent())
     inputs.prepare(tokens.columns, splits)
-    settings, seed, device = config.probe, config.seed, inputs.settings.device
+    settings, seed, device = config.probe, config.seed, inputs.device
     if "train" in splits:
         if not end_group():
             return [], []
@@ -116,7 +116,8 @@ def _probe_tokens(
             progress=progress,
         ), []
     images = EncodedImages(inputs.encoder, tokens.groups, inputs.settings)
-    unread = Examined(inputs.source("val"), inputs.checkpoint.fingerprint)
+    val = inputs.source("val")
+    unread = Examined(val, inputs.spec(val) | {"columns": tokens.columns})
     test = inputs.features("val") if "val" in splits else unread
     found, bad = probe_encoded(
         images,

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,8 +39,8 @@ class Examined(NamedTuple):
     """Test images that the encoder reads for scoring."""
 
     source: ImageSource
-    fingerprint: str
-    """Of the encoder."""
+    identity: Mapping[str, Any]
+    """What their features depend on."""
 
 
 class EncodedImages:
@@ -101,7 +101,7 @@ def probe_encoded(
         examined = {key: test.matrix(columns) for key, columns in groups.items()}
     else:
         sizes = {key: shape.size for key, shape in zip(groups, shapes, strict=True)}
-        examined = TestStream(sizes, partial(images.centre_crops, test.source), test.fingerprint)
+        examined = TestStream(sizes, partial(images.centre_crops, test.source), test.identity)
     grid = ProbeGrid(settings, seed, train.labels, examined, test_y, device, shapes=shapes, state=state)
     batches = _TrainingBatches(images, train, grid, augment=augment)
     if own_rank() > 0:
@@ -115,7 +115,7 @@ def probe_encoded(
 
 
 class _Crops(NamedTuple):
-    """Normalised images (B, 3, S, S), None where none could be read; rows (B,); path and reason of the unreadable."""
+    """Normalised images (B, C, S, S), None where none could be read; rows (B,); path and reason of the unreadable."""
 
     images: Tensor | None
     rows: Labels
@@ -203,11 +203,13 @@ class _TrainingBatches:
                 yield _Crops(images, rows[batch.indices], batch.bad)
 
     def fingerprint(self) -> str:
-        """Of the training images, the transform and, through the features of the test images, the encoder."""
+        """Of the training images, the transform and, through the test images or their features, the encoder."""
         reading, grid = self.images.reading, self.grid
         digest = hashlib.sha256(self.source.fingerprint.encode())
         read = reading.transform.to_dict() | self.source.decoding.changes()
         digest.update(json.dumps(read, sort_keys=True).encode())
-        tested = grid.test.fingerprint if isinstance(grid.test, TestStream) else fingerprint(grid.test, grid.labels)
+        if isinstance(grid.test, TestStream):
+            digest.update(json.dumps(dict(grid.test.identity), sort_keys=True).encode())
+        tested = fingerprint({} if isinstance(grid.test, TestStream) else grid.test, grid.labels)
         digest.update(f"{reading.precision} {tested}{'' if self.augment else ' not augmented'}".encode())
         return digest.hexdigest()[:16]

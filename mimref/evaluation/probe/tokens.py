@@ -70,7 +70,7 @@ def block_shapes(inputs: EncoderInputs, blocks: Sequence[int]) -> dict[int, tupl
 
     Raises ConfigError where there are no patch tokens to choose from.
     """
-    architecture, size = inputs.architecture, inputs.settings.transform.image_size
+    architecture, size = inputs.architecture, inputs.image_size
     if isinstance(architecture, Architecture):
         shapes = dict.fromkeys(blocks, ((size // architecture.patch_size) ** 2, architecture.width))
     else:

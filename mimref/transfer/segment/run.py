@@ -118,8 +118,9 @@ def _open(config: SegmentConfig, listener: Listener, checks: Checks) -> _Work:
     if checkpoint is not None:
         find = partial(choose_architecture, checkpoint, config.arch, config.source, config.resolution)
         architecture = checks.run("resolution" if config.resolution else "arch", find)
-    if config.data.channels not in (None, 3) or (architecture is not None and architecture.channels not in (1, 3)):
-        checks.add("data.channels", ConfigError("segment reads colour images; omit --channels, or use another encoder"))
+    if config.data.channels is not None or (architecture is not None and architecture.channels not in (1, 3)):
+        wrong = "segment reads images in colour and 8 bits; omit data.channels, or use an encoder of such images"
+        checks.add("data.channels", ConfigError(wrong))
     inputs = None
     if architecture is not None:
         inputs = checks.run("blocks", lambda: _inputs(config, architecture))
