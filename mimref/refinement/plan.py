@@ -14,6 +14,7 @@ from mimref.data.views import CropGroup, check_colors, multi_crop
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder
 from mimref.encoders.checkpoints import Checkpoint, encoder_from
+from mimref.encoders.parameters import check_layers
 from mimref.encoders.settings import ignored_settings, resolved_settings
 from mimref.errors import CheckpointError, Checks, ConfigError, DataError
 from mimref.evaluation.assess.measures import DEFAULT, goodness
@@ -134,6 +135,9 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
         _check_heads(config, architecture, checks)
         checks.run("views.local_size", partial(check_sizes, config, architecture))
         checks.run("views.color", partial(check_colors, config.views, config.data.channels or 3))
+        if config.epochs["encoder"]:
+            decay = config.encoder_stage.layer_decay
+            checks.run("encoder_stage.layer_decay", partial(check_layers, architecture, decay))
     if sources and known:
         _check_counts(config, len(sources["train"]), checks)
     if checkpoint is None or architecture is None or data is None or not checks.passed:
