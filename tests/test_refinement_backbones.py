@@ -144,7 +144,7 @@ def test_stochastic_depth_needs_whole_batches() -> None:
     from dataclasses import replace
 
     check_exact(backbone(FAMILIES["swin"]))
-    with pytest.raises(ConfigError, match="^out of memory: the encoder has BatchNorm layers, .* lower batch_size$"):
+    with pytest.raises(ConfigError, match=r"^out of memory: the encoder has BatchNorm layers, .* lower batch_size$"):
         check_exact(backbone(BATCH_NORM), "out of memory")
     with pytest.raises(ConfigError, match="stochastic depth"):
         check_exact(backbone(replace(FAMILIES["swin"], options=tuple(sorted(options.items())))))

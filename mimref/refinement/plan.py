@@ -16,6 +16,7 @@ from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder
 from mimref.encoders.checkpoints import Checkpoint, encoder_from
 from mimref.encoders.parameters import check_layers
 from mimref.encoders.settings import ignored_settings, resolved_settings
+from mimref.encoders.shapes import patch_shapes
 from mimref.errors import CheckpointError, Checks, ConfigError, DataError
 from mimref.evaluation.assess.measures import DEFAULT, goodness
 from mimref.evaluation.assess.verdicts import NAMES
@@ -26,7 +27,6 @@ from mimref.features.header import eval_transform
 from mimref.features.opening import check_device, open_training, without_limit
 from mimref.progress import LabelledProgress
 from mimref.refinement.config import LossConfig, RefineConfig
-from mimref.refinement.dense import patch_shape
 from mimref.refinement.heads import head_blocks
 from mimref.refinement.recipe import LEAST_QUEUE, fit, last_third
 
@@ -274,7 +274,7 @@ def _check_dense(config: RefineConfig, architecture: EncoderArchitecture, last: 
     if config.loss.dense == "none" or not config.epochs["encoder"]:
         return
     size = _global_size(config, architecture)
-    count, _ = patch_shape(architecture, last, size)
+    count, _ = patch_shapes(architecture, [last], size)[last]
     if count < 2:
         raise ConfigError(
             f"loss.dense {config.loss.dense!r} compares the patches of an image: block {last} has {count} at "
