@@ -9,7 +9,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch.nn import functional as F
 
 from mimref.config.load import load_config
-from mimref.encoders.backbones import TimmBackbone, find_architecture, reached
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture, reached
 from mimref.encoders.checkpoints import encoder_from, read_checkpoint
 from mimref.encoders.parameters import encoder_groups
 from mimref.errors import ConfigError, Interrupted
@@ -23,6 +23,7 @@ from mimref.refinement.run import refine
 from mimref.refinement.sizes import describe
 from mimref.training.ema import WeightAverage
 from tests.families import BATCH_NORM, FAMILIES, backbone, write_backbone
+from tests.family_files import PUBLISHED
 from tests.ranks import run_ranks
 from tests.test_refinement_ranks import SETTINGS
 from tests.test_refinement_recipe import fitted, source
@@ -137,6 +138,23 @@ def test_layers_that_timm_does_not_say_are_refused_before_training(
     make_plan(config_of("swin", weights, data, encoder_stage__layer_decay=0.8, stage="heads"))
     groups = encoder_groups(backbone(FAMILIES["swin"]), weight_decay=0.1, layer_decay=1)
     assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [(1, 0.1), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_heads"), [("hiera_mae", None), ("swinv2", None), ("beit", None), ("dinov3", 4), ("dinov3", 2)]
+)
+def test_settings_of_a_run_name_the_encoder_of_a_publishers_file(
+    name: str, num_heads: int | None, data: Path, tmp_path: Path
+) -> None:
+    case = PUBLISHED[name]
+    file = {key: tensor for key, tensor in case.file(case.model()).items() if "rope" not in key}
+    torch.save(file, tmp_path / "weights.pth")
+    changes = {"heads__blocks": "last1", "views__local_views": 0}
+    config = refine_config(tmp_path / "weights.pth", data, encoder__num_heads=num_heads, **changes)
+    plan = make_plan(config)
+    assert isinstance(plan.architecture, BackboneArchitecture) and plan.architecture.options
+    assert make_plan(plan.config).architecture == plan.architecture  # as resuming does
+    assert dict(plan.architecture.options).get("num_heads") == num_heads or num_heads is None
 
 
 def test_stochastic_depth_needs_whole_batches() -> None:
