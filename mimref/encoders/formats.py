@@ -20,9 +20,9 @@ from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.encoders.families.recognise import FamilyWeights, recognise_family
 from mimref.encoders.grids import Grid, prepare_positions, unsaved_positions
-from mimref.encoders.heads import find_num_heads
 from mimref.encoders.layouts import DROPPABLE, RELATIVES, RENAMES, WRAPPING, format_interpolation, format_name
 from mimref.encoders.leftovers import group_leftovers, join_problems
+from mimref.encoders.num_heads import find_num_heads
 from mimref.encoders.parts import Unrecognised, below, beside, choice_notice, choose_part, find_encoders
 from mimref.encoders.positions import are_sincos
 from mimref.encoders.reading import first_line, named_tensors
