@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch.nn import functional as F
 
 from mimref.config.load import load_config
-from mimref.encoders.backbones import TimmBackbone, find_architecture, reached
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture, reached
 from mimref.encoders.checkpoints import encoder_from, read_checkpoint
+from mimref.encoders.parameters import encoder_groups
 from mimref.errors import ConfigError, Interrupted
 from mimref.refinement.config import HeadsConfig, RefineConfig
 from mimref.refinement.heads import Heads
@@ -21,6 +23,7 @@ from mimref.refinement.run import refine
 from mimref.refinement.sizes import describe
 from mimref.training.ema import WeightAverage
 from tests.families import BATCH_NORM, FAMILIES, backbone, write_backbone
+from tests.family_files import PUBLISHED
 from tests.ranks import run_ranks
 from tests.test_refinement_ranks import SETTINGS
 from tests.test_refinement_recipe import fitted, source
@@ -112,11 +115,55 @@ def test_batch_norm_needs_one_process_and_whole_batches(data: Path, tmp_path: Pa
     assert refined["bn1.num_batches_tracked"] == 4
 
 
+def test_frozen_blocks_keep_the_statistics_of_batch_norm(data: Path, tmp_path: Path) -> None:
+    weights = write_backbone(tmp_path / "base.safetensors", BATCH_NORM)
+    changes = {"heads__blocks": "4-5", "views__local_views": 0, "encoder_stage__freeze_blocks": 2}
+    refine(refine_config(weights, data, **changes, **SHORT), tmp_path / "run")
+    base, refined = (encoder_from(read_checkpoint(file), BATCH_NORM) for file in (weights, tmp_path / "run"))
+    images = torch.randn(2, 3, 32, 32)
+    for block in (1, 2):
+        assert torch.equal(base.eval().blocks(images, [block])[0], refined.eval().blocks(images, [block])[0])
+    counted = {name: int(tensor) for name, tensor in tensors(tmp_path / "run").items() if "num_batches" in name}
+    trained = reached(BATCH_NORM, 5) - reached(BATCH_NORM, 2)
+    assert counted == {name: 4 * (name.replace("num_batches_tracked", "weight") in trained) for name in counted}
+
+
+def test_layers_that_timm_does_not_say_are_refused_before_training(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(SwinTransformer, "group_matcher")  # as of timm's MetaFormer
+    weights = write_backbone(tmp_path / "base.safetensors", FAMILIES["swin"])
+    with pytest.raises(ConfigError, match=r"^timm does not say which layers SwinTransformer has; .*layer_decay=1$"):
+        make_plan(config_of("swin", weights, data, encoder_stage__layer_decay=0.8))
+    make_plan(config_of("swin", weights, data, encoder_stage__layer_decay=0.8, stage="heads"))
+    groups = encoder_groups(backbone(FAMILIES["swin"]), weight_decay=0.1, layer_decay=1)
+    assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [(1, 0.1), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_heads"), [("hiera_mae", None), ("swinv2", None), ("beit", None), ("dinov3", 4), ("dinov3", 2)]
+)
+def test_settings_of_a_run_name_the_encoder_of_a_publishers_file(
+    name: str, num_heads: int | None, data: Path, tmp_path: Path
+) -> None:
+    case = PUBLISHED[name]
+    file = {key: tensor for key, tensor in case.file(case.model()).items() if "rope" not in key}
+    torch.save(file, tmp_path / "weights.pth")
+    changes = {"heads__blocks": "last1", "views__local_views": 0}
+    config = refine_config(tmp_path / "weights.pth", data, encoder__num_heads=num_heads, **changes)
+    plan = make_plan(config)
+    assert isinstance(plan.architecture, BackboneArchitecture) and plan.architecture.options
+    assert make_plan(plan.config).architecture == plan.architecture  # as resuming does
+    assert dict(plan.architecture.options).get("num_heads") == num_heads or num_heads is None
+
+
 def test_stochastic_depth_needs_whole_batches() -> None:
     options = {**dict(FAMILIES["swin"].options), "drop_path_rate": 0.1}
     from dataclasses import replace
 
     check_exact(backbone(FAMILIES["swin"]))
+    with pytest.raises(ConfigError, match=r"^out of memory: the encoder has BatchNorm layers, .* lower batch_size$"):
+        check_exact(backbone(BATCH_NORM), "out of memory")
     with pytest.raises(ConfigError, match="stochastic depth"):
         check_exact(backbone(replace(FAMILIES["swin"], options=tuple(sorted(options.items())))))
 

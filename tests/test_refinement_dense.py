@@ -14,9 +14,10 @@ from mimref.benchmarks.flops import model_flops
 from mimref.benchmarks.stage import ready_stage, resolve_encoder, synthetic_batch
 from mimref.cli import run
 from mimref.data.views import CropGroup
+from mimref.encoders.shapes import patch_shapes
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError, Interrupted
-from mimref.refinement.dense import DenseTerm, cka_distance, gram_difference, patch_shape
+from mimref.refinement.dense import DenseTerm, cka_distance, gram_difference
 from mimref.refinement.memory import largest_micro_batch
 from mimref.refinement.method import Method, monitored_values
 from mimref.refinement.plan import Plan, make_plan
@@ -212,7 +213,7 @@ def test_only_patches_are_compared(class_token: bool, registers: int) -> None:
     assert patches.shape == (3, 4, 32) and not patches.requires_grad
     tokens = term.base.blocks(images, [4], final_norm=True)[0]
     assert torch.equal(patches, tokens[:, class_token + registers :])
-    assert patch_shape(architecture, 4, 8) == (4, 32) and patch_shape(architecture, 2, 4) == (1, 32)
+    assert patch_shapes(architecture, [4], 8) == {4: (4, 32)} and patch_shapes(architecture, [2], 4) == {2: (1, 32)}
 
 
 @pytest.mark.parametrize("name", ["swin", "hiera", "convnextv2", "eva", "gray"])
@@ -224,7 +225,7 @@ def test_positions_of_a_feature_map_are_patches(name: str) -> None:
         patches = term.base_patches(images)
         tokens = encoder.blocks(images, [block], final_norm=encoder.architecture.has_final_norm)[0].detach()
         assert torch.equal(patches, tokens[:, encoder.num_prefix_tokens :])
-        assert patch_shape(encoder.architecture, block, 32) == tuple(patches.shape[1:])
+        assert patch_shapes(encoder.architecture, [block], 32) == {block: tuple(patches.shape[1:])}
         assert patches.shape[2] == encoder.widths[block - 1] and math.isqrt(patches.shape[1]) ** 2 == patches.shape[1]
         assert term.distance(2 * patches + 1, patches).tolist() == pytest.approx([0, 0], abs=1e-5)
 
@@ -372,7 +373,7 @@ def test_the_bases_pass_counts_as_work() -> None:
     expected = model_flops(tiny(), architecture, blocks, "encoder") + once
     assert model_flops(config, architecture, blocks, "encoder") == expected
     assert model_flops(config, architecture, blocks, "heads") == model_flops(tiny(), architecture, blocks, "heads")
-    assert patch_shape(architecture, 4, IMAGE) == ((IMAGE // PATCH) ** 2, WIDTH)
+    assert patch_shapes(architecture, [4], IMAGE) == {4: ((IMAGE // PATCH) ** 2, WIDTH)}
 
 
 def test_stage_2_has_a_base_of_its_own() -> None:

@@ -383,5 +383,8 @@ def test_processors_of_other_transforms() -> None:
     """The sizes that the folder's processor has."""
     wanted: Mapping[str, Any] = {"shortest_edge": 20}
     assert transformers_layout.processor_config(TRANSFORM)["size"] == wanted
+    assert transformers_layout.processor_config(TRANSFORM)["do_convert_rgb"]
+    bands = transformers_layout.processor_config(EvalTransform(16, mean=(0.5,) * 5, std=(0.2,) * 5))
+    assert not bands["do_convert_rgb"] and bands["image_mean"] == [0.5] * 5
     direct = transformers_layout.processor_config(EvalTransform(16, resize="direct"))
     assert direct["size"] == {"height": 16, "width": 16} and direct["do_center_crop"] is False

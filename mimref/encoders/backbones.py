@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mimref.config.run import EncoderConfig
 from mimref.encoders.timm_models import (
@@ -212,6 +213,15 @@ class TimmBackbone(nn.Module):
         self.patch_size = architecture.patch_size
         self.model = architecture.build()
         self._checkpointing = False
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's, but frozen BatchNorms keep their statistics: frozen blocks give what they gave before."""
+        super().train(mode)
+        for module in self.modules() if mode else ():
+            weights = list(module.parameters(recurse=False))
+            if isinstance(module, _BatchNorm) and weights and not any(weight.requires_grad for weight in weights):
+                module.eval()
+        return self
 
     @property
     def checkpointing(self) -> bool:

@@ -26,7 +26,7 @@ from mimref.encoders.backbones import (
     find_architecture,
 )
 from mimref.encoders.channels import ChannelRule, first_channels, fit_channels, for_images
-from mimref.encoders.fitting import fitting, without
+from mimref.encoders.fitting import tensors_of_model, without_unneeded
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
 from mimref.encoders.layouts import INTERPOLATIONS
@@ -362,7 +362,7 @@ def _timm_tensors(
         selected = everything = checkpoint.recognised.tensors
     elif "architecture" not in checkpoint.header:
         selected, _ = checkpoint.selection(model.state_dict())
-    return fitting(architecture.name, model, selected, everything, dropped)
+    return tensors_of_model(architecture.name, model, selected, everything, dropped)
 
 
 def _load(
@@ -376,7 +376,7 @@ def _load(
 ) -> None:
     """dropped: prefixes of further tensors that may be left over."""
     wanted = module.state_dict()
-    given = without(tensors, wanted, dropped)
+    given = without_unneeded(tensors, wanted, dropped)
     if problems := mismatches(given, wanted):
         raise CheckpointError(f"{path}: does not fit {name}: {problems}")
     try:

@@ -28,7 +28,7 @@ def export_publisher(
 
     encoder: in fp32 on the CPU. out: ends in .safetensors, whose metadata holds `facts`, or in .pth or .pt without it.
     Mask tokens, decoders and heads are not in the file: the encoder has none. Raises ConfigError for a plain vision
-    transformer and for a model of another family, OutputError as `export_timm`.
+    transformer, a model of another family and images of other channels, OutputError as `export_timm`.
     """
     check_new_file(out, ENDINGS["publisher"], force)
     if not isinstance(encoder, TimmBackbone):
@@ -39,6 +39,11 @@ def export_publisher(
     layout = publisher_layout(architecture, encoder.model.state_dict())
     if layout is None:
         raise ConfigError(f"--to publisher: the layout of {architecture.name}'s publisher is not known; use --to timm")
+    if architecture.channels != 3:
+        raise ConfigError(
+            f"--to publisher: publishers' code takes images of 3 channels, this encoder of {architecture.channels}; "
+            "use --to timm"
+        )
     state = published_state(layout, encoder.model)
     listener = listener or Silent()
     listener.note("mask tokens, decoders and heads, which the encoder does not have, are not in the file")
@@ -71,7 +76,6 @@ def _read(file: Path, encoder: TimmBackbone) -> dict[str, Tensor]:
     found = checkpoint.recognised
     if found is None or not isinstance(found.architecture, BackboneArchitecture):
         raise ConfigError(f"--to publisher: the layout does not fit {encoder.architecture.name} ({checkpoint.problem})")
-    size, channels = encoder.architecture.image_size, encoder.architecture.channels
-    read = encoder_from(checkpoint, replace(found.architecture, image_size=size, channels=channels))
+    read = encoder_from(checkpoint, replace(found.architecture, image_size=encoder.architecture.image_size))
     assert isinstance(read, TimmBackbone)
     return own_features(read, [f"block_{block}" for block in range(1, read.depth + 1)])

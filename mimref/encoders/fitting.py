@@ -11,12 +11,12 @@ from torch import Tensor, nn
 _DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.", "fc_norm.", "multi_scale_fusion_heads.")
 
 
-def fitting(
+def tensors_of_model(
     name: str, model: nn.Module, selected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], dropped: tuple[str, ...]
 ) -> Mapping[str, Tensor]:
     """The tensors as they are if they fit, else as timm's filter of published files renames and interpolates them.
 
-    selected: those of the file below the prefix of one encoder. tensors: all of them. dropped: see `without`.
+    selected: those of the file below the prefix of one encoder. tensors: all of them. dropped: see `without_unneeded`.
     """
     wanted = model.state_dict()
     if _misfits(selected, wanted, dropped)[1:] == (0, 0):
@@ -30,13 +30,15 @@ def _misfits(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]
 ) -> tuple[int, int, int]:
     """How many names differ, how many are missing, and how many tensors have another shape."""
-    given = without(tensors, wanted, dropped)
+    given = without_unneeded(tensors, wanted, dropped)
     common = given.keys() & wanted.keys()
     other_shapes = sum(given[key].shape != wanted[key].shape for key in common)
     return len(given.keys() ^ wanted.keys()), len(wanted.keys() - common), other_shapes
 
 
-def without(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]) -> dict[str, Tensor]:
+def without_unneeded(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]
+) -> dict[str, Tensor]:
     """Without what no model needs. What the model needs stays: some have a norm where others have a classifier."""
     prefixes = _DROPPED_PREFIXES + dropped
     return {key: tensors[key] for key in tensors if key in wanted or not key.startswith(prefixes)}

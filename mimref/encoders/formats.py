@@ -20,31 +20,14 @@ from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.encoders.families.recognise import FamilyWeights, recognise_family
 from mimref.encoders.grids import Grid, prepare_positions, unsaved_positions
-from mimref.encoders.heads import find_num_heads
-from mimref.encoders.layouts import (
-    DROPPABLE,
-    DROPPABLE_BESIDE,
-    RELATIVES,
-    RENAMES,
-    WRAPPING,
-    format_interpolation,
-    format_name,
-)
-from mimref.encoders.parts import (
-    Unrecognised,
-    below,
-    beside,
-    choice_notice,
-    choose_part,
-    find_encoders,
-    left_out_notice,
-)
+from mimref.encoders.layouts import DROPPABLE, RELATIVES, RENAMES, WRAPPING, format_interpolation, format_name
+from mimref.encoders.leftovers import group_leftovers, join_problems
+from mimref.encoders.num_heads import find_num_heads
+from mimref.encoders.parts import Unrecognised, below, beside, choice_notice, choose_part, find_encoders
 from mimref.encoders.positions import are_sincos
 from mimref.encoders.reading import first_line, named_tensors
 from mimref.encoders.vit import NORM_EPS, PAPER_SIZES, Architecture, build_encoder
 from mimref.errors import ConfigError
-
-_TRAINING = "training state"
 
 
 @dataclass(frozen=True)
@@ -112,7 +95,7 @@ def recognise(
     renamed = set().union(*parts.values())
     unused = {name: full_names[prefix + name] for name in encoder if name not in renamed}
     rest = [(short, full_names[name]) for short, name in outside if name not in of_others]
-    dropped = _drop(unused, rest, notices)
+    dropped = group_leftovers(unused, rest, DROPPABLE, notices)
     selection_notices = list(notices)
     if of_others:
         dropped["other encoder"] = [*dropped.get("other encoder", []), *of_others.values()]
@@ -251,36 +234,6 @@ def _join(parts: list[Tensor]) -> Tensor:
         raise Unrecognised(f"query, key and value do not match ({first_line(error)})") from error
 
 
-def _drop(unused: Mapping[str, str], outside: Iterable[tuple[str, str]], notices: list[str]) -> dict[str, list[str]]:
-    """Full names by group, from names without and with prefix. Raises Unrecognised for a tensor of no group.
-
-    unused: inside the encoder; outside: beside it, where other tensors are grouped by the first part of their names.
-    """
-    of_encoder, of_file = list(DROPPABLE.items()), [*DROPPABLE.items(), *DROPPABLE_BESIDE.items()]
-    dropped: dict[str, list[str]] = {}
-    unexpected = []
-    for name, full in unused.items():
-        group = _group(name, of_encoder)
-        if group is None:
-            unexpected.append(full)
-        else:
-            dropped.setdefault(group, []).append(full)
-    if unexpected:
-        raise Unrecognised(join_problems([f"{name} is unexpected" for name in unexpected]))
-    left_out: dict[str, list[str]] = {}
-    for name, full in outside:
-        group, first = _group(name, of_file), name.partition(".")[0]
-        dropped.setdefault(group or first, []).append(full)
-        if group != _TRAINING:
-            left_out.setdefault(first, []).append(full)
-    notices += left_out_notice(left_out)
-    return dropped
-
-
-def _group(name: str, groups: Iterable[tuple[str, str]]) -> str | None:
-    return next((group for group, pattern in groups if re.fullmatch(pattern, name)), None)
-
-
 def mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     """Names, shapes and types in which tensors differ from those that a model needs; empty if they fit."""
     problems = [f"{name} is missing" for name in wanted if name not in given]
@@ -294,12 +247,6 @@ def mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str
         elif tensor.is_floating_point() != model.is_floating_point():
             problems.append(f"{name} is of type {tensor.dtype} instead of {model.dtype}")
     return join_problems(problems)
-
-
-def join_problems(problems: list[str], most: int = 4) -> str:
-    """The first problems in one line, and how many more there are."""
-    more = f" and {len(problems) - most} more" if len(problems) > most else ""
-    return "; ".join(problems[:most]) + more
 
 
 def _read_architecture(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimref.encoders.backbones import TimmBackbone, TokenEncoder, reached
+from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture, TimmBackbone, TokenEncoder, reached
+from mimref.encoders.timm_models import layer_ids
 from mimref.encoders.vit import Encoder
 
 # Parts of timm's models that the tokens of blocks do not pass through.
@@ -49,14 +50,23 @@ def encoder_groups(encoder: TokenEncoder, *, weight_decay: float, layer_decay: f
     for name, parameter in encoder.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = encoder.layer_of(name) if layer_decay != 1 or isinstance(encoder, Encoder) else 0
+        # Without decay, models that do not group their parameters have no layers to ask for.
+        layered = layer_decay != 1 or isinstance(encoder, Encoder)
+        layer, last = (encoder.layer_of(name), encoder.last_layer) if layered else (0, 0)
         decayed = parameter.ndim > 1 and not name.startswith(_TOKENS) and name not in undecayed
-        scale, decay = layer_decay ** (encoder.last_layer - layer), weight_decay if decayed else 0.0
+        scale, decay = layer_decay ** (last - layer), weight_decay if decayed else 0.0
         new_group = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
         group = groups.setdefault((layer, decayed), new_group)
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def check_layers(architecture: EncoderArchitecture, layer_decay: float) -> None:
+    """Raise ConfigError for a decay by layer of a model whose layers timm does not say."""
+    if isinstance(architecture, BackboneArchitecture) and layer_decay != 1:
+        with torch.device("meta"):
+            layer_ids(architecture.build())
 
 
 def weights_hash(encoder: TokenEncoder) -> str:

@@ -43,9 +43,14 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Enco
 
 
 def _is_timm(config: EncoderConfig, checkpoint: Checkpoint) -> bool:
-    """Whether weights without a header are read as the timm model that the settings name."""
-    named = "arch" in config.model_fields_set and config.arch not in (*PAPER_SIZES, "custom")
-    return named and checkpoint.recognised is not None
+    """Whether weights without a header are read as the timm model that the settings name.
+
+    Not where they are recognised as that model: a resumed run names it too, and they may have sizes of their own.
+    """
+    recognised = checkpoint.recognised
+    if recognised is None or recognised.architecture.name == config.arch:
+        return False
+    return "arch" in config.model_fields_set and config.arch not in (*PAPER_SIZES, "custom")
 
 
 def named_architecture(config: EncoderConfig) -> EncoderArchitecture:
@@ -77,8 +82,9 @@ def resolved_settings(
     config: EncoderConfig, checkpoint: Checkpoint, architecture: EncoderArchitecture
 ) -> EncoderConfig:
     """Settings that name the encoder as it is, for config.toml."""
-    custom = architecture.name == "custom"
-    sizes = ("width", "depth", "num_heads", "patch_size")
+    custom, sizes = architecture.name == "custom", ["width", "depth", "patch_size"]
+    if isinstance(architecture, Architecture):  # of other encoders, whose weights are read again, the user's counts
+        sizes.append("num_heads")
     return config.model_copy(
         update={
             "arch": architecture.name,

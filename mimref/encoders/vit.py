@@ -153,10 +153,9 @@ class Architecture:
     def check_size(self, size: int, setting: str) -> None:
         """Raise ConfigError unless the patch size divides `size`, in pixels; `setting` names it in the message."""
         if size % self.patch_size:
-            nearest = max(1, (size + self.patch_size // 2) // self.patch_size) * self.patch_size
             raise ConfigError(
                 f"{setting} {size} is not divisible by the patch size {self.patch_size} of {self.name}; "
-                f"the nearest multiple is {nearest}"
+                f"the nearest multiple is {self.sizes.nearest(size)}"
             )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder, new_encoder
+from mimref.encoders.backbones import TokenEncoder
 from mimref.refinement.config import DenseKind
 
 
@@ -57,16 +57,6 @@ class DenseTerm:
         compare = gram_difference if self.kind == "gram" else cka_distance
         precise = torch.promote_types(student_NPD.dtype, torch.float32)
         return compare(student_NPD.to(precise), base_NPD.to(precise))
-
-
-@torch.no_grad()
-def patch_shape(architecture: EncoderArchitecture, block: int, size: int) -> tuple[int, int]:
-    """Number and width of the patch tokens of a block (1-based), for images of `size` pixels; on any machine."""
-    with torch.device("meta"):
-        encoder = new_encoder(architecture).eval()
-        image = torch.empty(1, architecture.channels, size, size)
-    patches_NPD = read_patches(encoder, image, block)
-    return patches_NPD.shape[1], patches_NPD.shape[2]
 
 
 def patches_of(encoder: TokenEncoder, tokens_NLD: Tensor) -> Tensor:

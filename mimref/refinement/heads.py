@@ -34,17 +34,22 @@ class EnsembleLinear(nn.Module):
 class EnsembleLinears(nn.Module):
     """The first layer of heads that read blocks of several widths: one `EnsembleLinear` per width, ascending."""
 
+    place_H: Tensor | None
+    """Where each head is in the order of widths; None: all are in order."""
+
     def __init__(self, widths: Sequence[int], outputs: int) -> None:
         super().__init__()
         distinct = sorted(set(widths))
         self.linears = nn.ModuleList(EnsembleLinear(widths.count(width), width, outputs) for width in distinct)
         grouped = [head for width in distinct for head, own in enumerate(widths) if own == width]
-        self.place = None if grouped == sorted(grouped) else [grouped.index(head) for head in range(len(widths))]
+        place = None if grouped == sorted(grouped) else torch.tensor(grouped).argsort()
+        # A buffer: an index on another device would be copied in every pass.
+        self.register_buffer("place_H", place, persistent=False)
 
     def forward(self, *x_HIN: Tensor) -> Tensor:
         """One (H, in, N) per width, of the heads that read it -> (H, out, N) of all heads in their order."""
         y_HON = torch.cat([linear(own_HIN) for linear, own_HIN in zip(self.linears, x_HIN, strict=True)])
-        return y_HON if self.place is None else y_HON[self.place]
+        return y_HON if self.place_H is None else y_HON.index_select(0, self.place_H)
 
 
 class _Layer(nn.Module):

@@ -45,20 +45,21 @@ def choose_micro_batch(method: Method, plan: Plan, listener: Listener) -> int | 
     return found
 
 
-def check_exact(encoder: nn.Module) -> None:
-    """Raise ConfigError for an encoder whose passes over parts of a batch differ from one pass over all of it."""
+def check_exact(encoder: nn.Module, subject: str = "micro_batch") -> None:
+    """Raise ConfigError for an encoder whose passes over parts of a batch differ from one pass over all of it.
+
+    subject: what the message begins with.
+    """
     for module in encoder.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ConfigError(
-                "micro_batch: the encoder has BatchNorm layers, whose statistics span the batch, so micro-batches "
-                "would change the result; leave micro_batch unset and lower batch_size"
-            )
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise ConfigError("micro_batch: the encoder has dropout, which differs between passes; leave it unset")
-        if isinstance(module, DropPath) and module.drop_prob:
-            raise ConfigError(
-                "micro_batch: the encoder has stochastic depth, which differs between passes; leave it unset"
-            )
+            what = "BatchNorm layers, whose statistics span the batch, so micro-batches would change the result"
+        elif isinstance(module, nn.Dropout) and module.p > 0:
+            what = "dropout, which differs between passes, so micro-batches would change the result"
+        elif isinstance(module, DropPath) and module.drop_prob:
+            what = "stochastic depth, which differs between passes, so micro-batches would change the result"
+        else:
+            continue
+        raise ConfigError(f"{subject}: the encoder has {what}; leave micro_batch unset and lower batch_size")
 
 
 def check_recomputing(encoder: nn.Module, device: torch.device, precision: torch.dtype) -> None:

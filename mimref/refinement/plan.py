@@ -14,7 +14,9 @@ from mimref.data.views import CropGroup, check_colors, multi_crop
 from mimref.devices import resolve_device, resolve_precision
 from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder
 from mimref.encoders.checkpoints import Checkpoint, encoder_from
+from mimref.encoders.parameters import check_layers
 from mimref.encoders.settings import ignored_settings, resolved_settings
+from mimref.encoders.shapes import patch_shapes
 from mimref.errors import CheckpointError, Checks, ConfigError, DataError
 from mimref.evaluation.assess.measures import DEFAULT, goodness
 from mimref.evaluation.assess.verdicts import NAMES
@@ -25,7 +27,6 @@ from mimref.features.header import eval_transform
 from mimref.features.opening import check_device, open_training, without_limit
 from mimref.progress import LabelledProgress
 from mimref.refinement.config import LossConfig, RefineConfig
-from mimref.refinement.dense import patch_shape
 from mimref.refinement.heads import head_blocks
 from mimref.refinement.recipe import LEAST_QUEUE, fit, last_third
 
@@ -134,6 +135,9 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
         _check_heads(config, architecture, checks)
         checks.run("views.local_size", partial(check_sizes, config, architecture))
         checks.run("views.color", partial(check_colors, config.views, config.data.channels or 3))
+        if config.epochs["encoder"]:
+            decay = config.encoder_stage.layer_decay
+            checks.run("encoder_stage.layer_decay", partial(check_layers, architecture, decay))
     if sources and known:
         _check_counts(config, len(sources["train"]), checks)
     if checkpoint is None or architecture is None or data is None or not checks.passed:
@@ -270,7 +274,7 @@ def _check_dense(config: RefineConfig, architecture: EncoderArchitecture, last: 
     if config.loss.dense == "none" or not config.epochs["encoder"]:
         return
     size = _global_size(config, architecture)
-    count, _ = patch_shape(architecture, last, size)
+    count, _ = patch_shapes(architecture, [last], size)[last]
     if count < 2:
         raise ConfigError(
             f"loss.dense {config.loss.dense!r} compares the patches of an image: block {last} has {count} at "

@@ -8,9 +8,9 @@ from mimref.distributed.group import world_size
 from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder, new_encoder
 from mimref.encoders.checkpoints import encoder_from
 from mimref.encoders.parameters import freeze_untrained
+from mimref.encoders.shapes import patch_shapes
 from mimref.encoders.vit import Architecture
 from mimref.refinement.config import RefineConfig
-from mimref.refinement.dense import patch_shape
 from mimref.refinement.heads import Heads
 from mimref.refinement.plan import Plan
 from mimref.refinement.schedule import StageName
@@ -76,7 +76,8 @@ def state_bytes(
 
 def _token_numbers(config: RefineConfig, architecture: EncoderArchitecture, block: int) -> int:
     """Numbers in the patch tokens of both global views of one encoder pass's images."""
-    count, width = patch_shape(architecture, block, config.views.global_size or architecture.image_size)
+    size = config.views.global_size or architecture.image_size
+    count, width = patch_shapes(architecture, [block], size)[block]
     images = -(-config.batch_size // world_size())
     return 2 * (min(config.micro_batch, images) if isinstance(config.micro_batch, int) else images) * count * width
 
@@ -125,6 +126,6 @@ def _dense_text(plan: Plan) -> str:
     config, last = plan.config, max(plan.blocks)
     if config.loss.dense == "none" or not plan.encoder_steps:
         return ""
-    count, _ = patch_shape(plan.architecture, last, plan.crops[0].size)
+    count, _ = patch_shapes(plan.architecture, [last], plan.crops[0].size)[last]
     term = f"{config.loss.dense}, weight {config.loss.dense_weight:g}"
     return f"{term}, on the {count} patches of block {last} in both global views"

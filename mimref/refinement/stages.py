@@ -16,7 +16,7 @@ from mimref.errors import ConfigError
 from mimref.evaluation.monitor import CollapseWatch, KnnMonitor
 from mimref.refinement.config import EncoderStageConfig, HeadsStageConfig
 from mimref.refinement.dense import DenseTerm
-from mimref.refinement.memory import half, largest_micro_batch, release_memory
+from mimref.refinement.memory import check_exact, half, largest_micro_batch, release_memory
 from mimref.refinement.method import Method, StepValues, compile_blocks, monitored_values
 from mimref.refinement.plan import Plan, base_encoder
 from mimref.refinement.recipe import average_decay
@@ -78,6 +78,7 @@ class RefinementStage(Stage):
         except torch.OutOfMemoryError:
             pass  # the exception holds on to the tensors: leave it before trying less
         release_memory()
+        check_exact(self.method.encoder, "out of memory")
         most = self.method.most_images
         tried = min(self.method.micro_batch or most, most)
         less = half(tried)

@@ -85,7 +85,7 @@ def processor_config(transform: EvalTransform) -> dict[str, Any]:
     direct = transform.resize == "direct"
     return {
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": len(transform.mean) == 3,
         "do_resize": True,
         "size": square if direct else {"shortest_edge": round(size / transform.crop_fraction)},
         "resample": _BICUBIC,

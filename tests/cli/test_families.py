@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mimref.cli import run
+from tests.families import FAMILIES, write_backbone
 from tests.family_files import PUBLISHED, content
 
 
@@ -46,6 +47,13 @@ def test_knn_and_export(beit: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     assert run(["export", "quickstart", "--to", "publisher", "--out", str(tmp_path / "q.pth"), "--quiet"]) == 2
     assert "--to publisher" in capsys.readouterr().err
+
+
+def test_publishers_layouts_are_of_colour_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = write_backbone(tmp_path / "gray.safetensors", FAMILIES["gray"])
+    assert run(["export", str(weights), "--to", "publisher", "--out", str(tmp_path / "out.pth"), "--quiet"]) == 2
+    assert "3 channels, this encoder of 1; use --to timm" in capsys.readouterr().err
+    assert not (tmp_path / "out.pth").exists()
 
 
 def test_capi_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ from mimref.encoders.families.family import (
     square_side,
 )
 from mimref.encoders.families.origins import Origin, naming_by
-from mimref.encoders.heads import find_num_heads
+from mimref.encoders.num_heads import find_num_heads
 from mimref.encoders.parts import Unrecognised
 
 _BLOCK = r"blocks\.(\d+)\."

@@ -21,7 +21,7 @@ from mimref.encoders.families.family import (
     square_side,
 )
 from mimref.encoders.families.origins import Naming, Origin, naming_by
-from mimref.encoders.heads import find_num_heads
+from mimref.encoders.num_heads import find_num_heads
 from mimref.encoders.parts import Unrecognised
 
 _STRIDE = 4

@@ -1,7 +1,6 @@
 """The family of a foreign file's encoder, by a few of its tensors' names, and its tensors under timm's names."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,12 @@ from mimref.encoders.backbones import BackboneArchitecture
 from mimref.encoders.families import aimv2, beit, convnext, eva, hiera, swin
 from mimref.encoders.families.family import OPTIONAL, Family, Hints, Tensors
 from mimref.encoders.families.origins import origin_names, read_tensor
-from mimref.encoders.layouts import DROPPABLE, DROPPABLE_BESIDE
-from mimref.encoders.parts import Unrecognised, below, beside, choice_notice, choose_part, left_out_notice
+from mimref.encoders.leftovers import group_leftovers, join_problems
+from mimref.encoders.parts import Unrecognised, below, beside, choice_notice, choose_part
 from mimref.errors import ConfigError
 
 # Names that transformers' models for a task put above those of the encoder.
 _HF_MODELS = frozenset({"beit", "data2vec_vision", "swin", "swinv2", "hiera", "convnextv2", "dinov3_vit"})
-_TRAINING = "training state"
 
 
 def _refuse_capi(tensors: Tensors, hints: Hints) -> Family:
@@ -116,7 +114,15 @@ def recognise_family(
     tensors, used = _read(family, encoder, wanted)
     others = [each for each in prefixes if each != prefix]
     notices = choice_notice(prefix, prefixes, reading.part)
-    dropped = _drop(family, [name for name in encoder if name not in used], outside, prefix, others, full, notices)
+    unused = {name: full[prefix + name] for name in encoder if name not in used}
+    of_others = [name for name in outside if name.startswith(tuple(others))]
+    rest = [(short, full[name]) for name, short in outside.items() if name not in of_others]
+    try:
+        dropped = group_leftovers(unused, rest, family.layout.dropped, notices)
+    except Unrecognised as reason:
+        raise Unrecognised(f"is of the family {family.format}, but {reason}") from None
+    if of_others:
+        dropped["other encoder"] = [full[name] for name in of_others]
     names = origin_names(family.layout.naming, wanted)
     return FamilyWeights(
         family,
@@ -180,50 +186,5 @@ def _read(family: Family, encoder: Tensors, wanted: Mapping[str, torch.Size]) ->
         elif not tensor.is_floating_point():
             problems.append(f"{' and '.join(origin.names)} is of type {tensor.dtype}")
     if problems:
-        raise Unrecognised(f"is of the family {family.format}, but {_joined(problems)}")
+        raise Unrecognised(f"is of the family {family.format}, but {join_problems(list(dict.fromkeys(problems)))}")
     return tensors, used
-
-
-def _joined(problems: list[str], most: int = 4) -> str:
-    distinct = list(dict.fromkeys(problems))
-    more = f" and {len(distinct) - most} more" if len(distinct) > most else ""
-    return "; ".join(distinct[:most]) + more
-
-
-def _drop(
-    family: Family,
-    unused: Iterable[str],
-    outside: Mapping[str, str],
-    prefix: str,
-    others: list[str],
-    full: Mapping[str, str],
-    notices: list[str],
-) -> dict[str, list[str]]:
-    """Names by group; what is beside the encoder and of no group is named in the notices. Raises Unrecognised."""
-    groups = list(family.layout.dropped.items())
-    dropped: dict[str, list[str]] = {}
-    unexpected = []
-    for name in unused:
-        group = _group(name, groups)
-        if group is None:
-            unexpected.append(f"{full[prefix + name]} is unexpected")
-        else:
-            dropped.setdefault(group, []).append(full[prefix + name])
-    if unexpected:
-        raise Unrecognised(f"is of the family {family.format}, but {_joined(unexpected)}")
-    left_out: dict[str, list[str]] = {}
-    for name, short in outside.items():
-        first = short.partition(".")[0]
-        if any(name.startswith(other) for other in others):
-            group = "other encoder"
-        else:
-            group = _group(short, [*groups, *DROPPABLE.items(), *DROPPABLE_BESIDE.items()]) or first
-            if group != _TRAINING:
-                left_out.setdefault(first, []).append(full[name])
-        dropped.setdefault(group, []).append(full[name])
-    notices += left_out_notice(left_out)
-    return dropped
-
-
-def _group(name: str, groups: Iterable[tuple[str, str]]) -> str | None:
-    return next((group for group, pattern in groups if re.fullmatch(pattern, name)), None)

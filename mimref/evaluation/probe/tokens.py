@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from mimref.data.sources import Split
-from mimref.encoders.vit import Architecture
+from mimref.encoders.shapes import patch_shapes
 from mimref.errors import ConfigError
 from mimref.evaluation.probe.attentive import TokenShape
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
@@ -66,20 +64,12 @@ def token_inputs(inputs: EncoderInputs, settings: ProbeTrainingConfig, final_nor
 
 
 def block_shapes(inputs: EncoderInputs, blocks: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Number of patch tokens and width of some blocks: computed, or of other models from a pass of an empty image.
+    """Number of patch tokens and width of some blocks.
 
     Raises ConfigError where there are no patch tokens to choose from.
     """
     architecture, size = inputs.architecture, inputs.image_size
-    if isinstance(architecture, Architecture):
-        shapes = dict.fromkeys(blocks, ((size // architecture.patch_size) ** 2, architecture.width))
-    else:
-        encoder = inputs.encoder
-        parameter = next(encoder.parameters())
-        with torch.inference_mode():
-            tokens = encoder.blocks(parameter.new_zeros(1, architecture.channels, size, size), list(blocks))
-        counted = [(found.shape[1] - encoder.num_prefix_tokens, found.shape[2]) for found in tokens]
-        shapes = dict(zip(blocks, counted, strict=True))
+    shapes = patch_shapes(architecture, blocks, size)
     for block, (patches, _) in shapes.items():
         if patches < 2:
             number = f"{patches} patch token{'s' * (patches != 1)}"
