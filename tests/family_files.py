@@ -301,7 +301,7 @@ PUBLISHED = {
     "beit_fine_tuned": Published(
         lambda: beit_model(shared=False),
         beit_file,
-        "layout of BEiT",
+        "BEiT (or BEiT v2, data2vec 1.0)",
         None,
         lambda _: {"head.weight": torch.randn(5, 32), "head.bias": torch.randn(5)},
         container="model",

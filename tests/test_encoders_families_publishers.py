@@ -111,3 +111,18 @@ def test_names_are_those_of_timms_filter_of_published_files(name: str, tmp_path:
     assert filtered is not None
     for key in model.state_dict():
         assert torch.equal(found.tensors[key], filtered[key]), key
+
+
+@torch.no_grad()
+def test_of_two_families_one_is_chosen(tmp_path: Path) -> None:
+    models = {name: PUBLISHED[name].model() for name in ("beit", "hiera")}
+    tensors = {
+        f"{part}.{key}": tensor
+        for part, name in (("a", "beit"), ("b", "hiera"))
+        for key, tensor in PUBLISHED[name].file(models[name]).items()
+    }
+    torch.save(tensors, tmp_path / "file.pth")
+    for part, name in (("a", "beit"), ("b", "hiera")):
+        checkpoint = read_checkpoint(tmp_path / "file.pth", ReadingConfig(part=part))
+        assert_equal_features(checkpoint, models[name])
+    assert "contains several encoders (a, b)" in read_checkpoint(tmp_path / "file.pth").problem

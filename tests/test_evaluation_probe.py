@@ -381,3 +381,9 @@ def test_bad_input(change: dict[str, Any], kind: type[UserError], words: str) ->
 def test_few_images_get_smaller_batches() -> None:
     expected = {1: 1, 2: 1, 40: 4, 1437: 128, 10_239: 512, 10_240: 1024, 1_281_167: 1024}
     assert {images: default_batch(images) for images in expected} == expected
+
+
+def test_few_images_have_batches_that_batchnorm_takes() -> None:
+    train, train_y = blobs(6)
+    run = ProbeGrid(ProbeTrainingConfig(norm="batch"), 0, train_y, train, train_y, CPU)
+    assert (run.batch, run.steps_per_epoch) == (2, 3)

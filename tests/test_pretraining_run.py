@@ -157,6 +157,7 @@ def test_settings_of_the_other_objective_are_refused(data: Path) -> None:
         (pretrain_config, {"simmim__lr": 1e-3}, "simmim.lr: "),
         (simmim_config, {"objective": "mae"}, "simmim.epochs, simmim.warmup_epochs, simmim.lr: "),
         (simmim_config, {"mae__mask_ratio": 0.5}, "mae.mask_ratio: "),
+        (pretrain_config, {"preset": "quickstart", "objective": "simmim"}, "preset quickstart does not fit objective"),
     ):
         with pytest.raises(ConfigError) as caught:
             load(data, **changes)

@@ -117,7 +117,7 @@ class Checkpoint:
         sizes: pixels of the images that the encoder will see.
         """
         if self.channels != architecture.channels:
-            adapted = f"for {architecture.channels} channels, not the {self.channels} of the weights"
+            adapted = f"for {architecture.channels} channel{'s' * (architecture.channels > 1)}, not the {self.channels} of the weights"
             return [
                 *self.notices(replace(architecture, channels=self.channels), sizes),
                 f"{self.path}: the patch embedding is made {adapted} (encoder.channel_init {self.channel_rule.how})",

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import warnings
 from collections.abc import Mapping
 
 import timm
@@ -55,7 +56,9 @@ def filter_names(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> 
         return None
     try:
         given = dict(tensors)
-        found = rename(given, model) if len(inspect.signature(rename).parameters) > 1 else rename(given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = rename(given, model) if len(inspect.signature(rename).parameters) > 1 else rename(given)
     except Exception:  # foreign names fail in every possible way
         return None
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}

@@ -94,7 +94,8 @@ class EncoderInputs:
         images = (self.sources[split] for split in ("train", "val") if split in self.sources)
         data = with_statistics(self.data, header, channels, images)
         if data != self.data:
-            self.listener.note(f"mean and std of {data.channels} channels are measured: {data.mean} and {data.std}")
+            mean, std = (", ".join(f"{value:g}" for value in values or ()) for values in (data.mean, data.std))
+            self.listener.note(f"measured for every channel: data.mean {mean}; data.std {std}")
         return PassSettings(
             eval_transform(self.architecture, data, header, resolution=self.config.resolution),
             self.device,

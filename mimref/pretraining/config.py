@@ -69,6 +69,11 @@ class PretrainConfig(RunConfig):
         given, default = getattr(self, other), type(self).model_fields[other].default
         idle = [name for name in type(given).model_fields if getattr(given, name) != getattr(default, name)]
         if idle:
+            if self.preset is not None:
+                raise ValueError(
+                    f"preset {self.preset} does not fit objective {self.objective!r}: it sets {other}.{idle[0]}; "
+                    "omit one of the two"
+                )
             names = ", ".join(f"{other}.{name}" for name in idle)
             raise ValueError(f"{names}: no effect with objective {self.objective!r}, whose section is {self.objective}")
         return self

@@ -162,10 +162,11 @@ class EncoderStage(RefinementStage):
         self.average = WeightAverage(method.encoder, settings.ema)
         self.collapse: CollapseWatch | None = None
         if settings.ema**self.total > KEPT_SHARE:
+            least = average_decay(self.total)
             run.listener.warn(
                 f"encoder_stage.ema {settings.ema} is slow for {self.total} updates: the result keeps "
-                f"{100 * settings.ema**self.total:.0f}% of the base's weights; use {average_decay(self.total):g} or "
-                "less"
+                f"{100 * settings.ema**self.total:.0f}% of the base's weights; use {least:g}"
+                + " or less" * (least > 0)
             )
 
     @property

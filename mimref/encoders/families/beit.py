@@ -134,7 +134,7 @@ def _publisher(tensors: Tensors, hints: Hints, width: int) -> tuple[str, str | N
     if head is not None and head.ndim == 2:
         # BEiT predicts one of 8192 visual tokens, data2vec the features themselves.
         return ("data2vec 1.0", "d2v1") if len(head) == width else ("BEiT", "beit")
-    return "layout of BEiT (also BEiT v2, data2vec 1.0)", None
+    return "BEiT (or BEiT v2, data2vec 1.0)", None
 
 
 def _sizes(tensors: Tensors, *, patches: str, table: str, hidden: str, blocks: str) -> tuple[dict[str, Any], int, int]:

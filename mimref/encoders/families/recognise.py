@@ -61,7 +61,8 @@ _CANDIDATES: tuple[tuple[tuple[str, ...], Callable[[Tensors, Hints], Family]], .
     (("trunk.blocks.0.mlp.fc3.weight", "preprocessor.patchifier.proj.weight"), aimv2.describe),
     (("encoder.layers.0.rms_norm1.weight", "embeddings.patch_embed.weight"), aimv2.describe_hf),
 )
-"""Names that an encoder has below its prefix, and what describes it; the first whose names are all there counts."""
+"""Names that an encoder has below its prefix, and what describes it; of each prefix, the first whose names are all there
+counts."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class FamilyWeights:
     """Of them, which encoder was chosen and what was left out."""
     prefix: str
     others: list[str]
-    """Prefixes of the file's other encoders of this family."""
+    """Prefixes of the file's other encoders of such families."""
 
 
 def recognise_family(
@@ -96,18 +97,20 @@ def recognise_family(
     shortened = {_without_model(name): name for name in cleaned}
     if len(shortened) != len(cleaned):
         return None
-    candidates = ((_prefixes(shortened, telltales), describe) for telltales, describe in _CANDIDATES)
-    chosen = next((candidate for candidate in candidates if candidate[0]), None)
-    if chosen is None:
+    describes: dict[str, Callable[[Tensors, Hints], Family]] = {}
+    for telltales, describe in _CANDIDATES:
+        for prefix in _prefixes(shortened, telltales):
+            describes.setdefault(prefix, describe)
+    if not describes:
         return None
-    prefixes, describe = chosen
+    prefixes = list(describes)
     named = {short: cleaned[name] for short, name in shortened.items()}
     full = {short: full_names[name] for short, name in shortened.items()}
     prefix = choose_part(named, prefixes, reading.part)
     own = set(below(named, prefix, prefixes))
     encoder = {name[len(prefix) :]: named[name] for name in named if name in own}
     outside = {name: beside(name, prefix) for name in named if name not in own}
-    family = describe(encoder, Hints(reading.num_heads, config, frozenset(outside.values())))
+    family = describes[prefix](encoder, Hints(reading.num_heads, config, frozenset(outside.values())))
     architecture = _architecture(family)
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in _build(architecture).state_dict().items()}

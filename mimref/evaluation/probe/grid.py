@@ -94,7 +94,8 @@ class ProbeGrid(Job[Batch]):
         if settings.select == "val-split":
             check_held_out(classes, self.labels)
             self.train_rows, self.held_rows = stratified_split(self.labels, held_out=HELD_OUT)
-        self.batch = min(settings.batch_size or default_batch(len(train_y)), len(self.train_rows))
+        derived = max(default_batch(len(train_y)), 2 if settings.norm == "batch" else 1)
+        self.batch = min(settings.batch_size or derived, len(self.train_rows))
         """Images per update; fewer training images than a batch are one smaller batch."""
         if settings.norm == "batch" and self.batch < 2:
             raise ConfigError("probe.norm 'batch' needs at least 2 images per update; raise probe.batch_size")
