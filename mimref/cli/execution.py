@@ -141,7 +141,9 @@ def print_finished(out: Path, command: str) -> bool:
         from mimref.reports.terminal import print_rows
         from mimref.results import read_results
 
-        print_rows(read_results(out, command)[0])
+        rows = read_results(out, command)[0]
+        typer.echo(f"mimref: {out} is finished; its results, with the settings that it had:", err=True)
+        print_rows(rows)
         # A run killed right after its end has left its state.
         shutil.rmtree(out / "state", ignore_errors=True)
     return True

@@ -165,8 +165,7 @@ class EncoderStage(RefinementStage):
             least = average_decay(self.total)
             run.listener.warn(
                 f"encoder_stage.ema {settings.ema} is slow for {self.total} updates: the result keeps "
-                f"{100 * settings.ema**self.total:.0f}% of the base's weights; use {least:g}"
-                + " or less" * (least > 0)
+                f"{100 * settings.ema**self.total:.0f}% of the base's weights; use {least:g}" + " or less" * (least > 0)
             )
 
     @property
