@@ -117,11 +117,10 @@ class Checkpoint:
         sizes: pixels of the images that the encoder will see.
         """
         if self.channels != architecture.channels:
-            adapted = f"for {architecture.channels} channel{'s' * (architecture.channels > 1)}, not the {self.channels} of the weights"
-            return [
-                *self.notices(replace(architecture, channels=self.channels), sizes),
-                f"{self.path}: the patch embedding is made {adapted} (encoder.channel_init {self.channel_rule.how})",
-            ]
+            wanted = f"{architecture.channels} channel{'s' * (architecture.channels > 1)}"
+            adapted = f"the patch embedding is made for {wanted}, not the {self.channels} of the weights"
+            own = self.notices(replace(architecture, channels=self.channels), sizes)
+            return [*own, f"{self.path}: {adapted} (encoder.channel_init {self.channel_rule.how})"]
         if "architecture" in self.header:
             return [f"{self.path}: contains one encoder; --encoder {self.part} has no effect"] if self.part else []
         notices = list(self.ignored)

@@ -61,8 +61,7 @@ _CANDIDATES: tuple[tuple[tuple[str, ...], Callable[[Tensors, Hints], Family]], .
     (("trunk.blocks.0.mlp.fc3.weight", "preprocessor.patchifier.proj.weight"), aimv2.describe),
     (("encoder.layers.0.rms_norm1.weight", "embeddings.patch_embed.weight"), aimv2.describe_hf),
 )
-"""Names that an encoder has below its prefix, and what describes it; of each prefix, the first whose names are all there
-counts."""
+"""Names that an encoder has below its prefix, and what describes it; the first with all its names counts."""
 
 
 @dataclass(frozen=True)
