@@ -120,7 +120,7 @@ def test_cache_keys_change_only_where_positions_are_interpolated(tmp_path: Path)
     def spec(file: str = "a.pth", **settings: Any) -> dict[str, Any]:
         config = KnnConfig.model_validate({"data": {"spec": "digits"}, "device": "cpu", **settings})
         inputs = EncoderInputs(config, str(tmp_path / file), Silent())
-        return inputs._spec(inputs.source("val"))["architecture"]  # type: ignore[no-any-return]
+        return inputs.spec(inputs.source("val"))["architecture"]  # type: ignore[no-any-return]
 
     assert "interpolation" not in spec() and spec() == spec(resolution=IMAGE, encoder={"interpolation": "timm"})
     assert spec(resolution=28)["interpolation"] == "dino"
