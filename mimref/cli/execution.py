@@ -133,7 +133,7 @@ def write_page(folder: Path | None, options: Report) -> None:
         terminal.note(f"report in {page}")
 
 
-def print_finished(out: Path, command: str) -> bool:
+def print_finished(out: Path, command: str, options: Quiet) -> bool:
     """Print the results of a finished run of this command; return False if it is not finished."""
     if not (out / "results.json").is_file():
         return False
@@ -142,7 +142,7 @@ def print_finished(out: Path, command: str) -> bool:
         from mimref.results import read_results
 
         rows = read_results(out, command)[0]
-        typer.echo(f"mimref: {out} is finished; its results, with the settings that it had:", err=True)
+        note(f"{out} is finished; its results, with the settings that it had:", options)
         print_rows(rows)
         # A run killed right after its end has left its state.
         shutil.rmtree(out / "state", ignore_errors=True)

@@ -102,7 +102,11 @@ def refine(options: RefineOptions) -> None:
     config = options.load(RefineConfig, options.resumed_preset(), options.chosen_preset)
     if options.dry_run:
         _print_plan(config, options)
-    elif not (options.resume and options.checks.passed and print_finished(run_folder(config, options), config.command)):
+    elif not (
+        options.resume
+        and options.checks.passed
+        and print_finished(run_folder(config, options), config.command, options)
+    ):
         from mimref.refinement.run import refine as run_refine
 
         run_training(run_refine, config, options)
@@ -158,7 +162,11 @@ def pretrain(options: PretrainOptions) -> None:
 
         plan = make_plan(config, Silent(), checks=options.checks)
         print_plan(plan.derived, describe_pretraining(plan), config, options)
-    elif not (options.resume and options.checks.passed and print_finished(run_folder(config, options), config.command)):
+    elif not (
+        options.resume
+        and options.checks.passed
+        and print_finished(run_folder(config, options), config.command, options)
+    ):
         from mimref.pretraining.run import pretrain as run_pretrain
 
         run_training(run_pretrain, config, options)

@@ -48,6 +48,8 @@ def test_a_run_prints_a_table_and_leaves_its_files(
     assert run(["refine", "--resume", "--out", str(out), "--quiet"]) == 0
     again = capsys.readouterr()
     assert (again.out, again.err) == (captured.out, "")
+    assert run(["refine", "--resume", "--out", str(out)]) == 0
+    assert f"{out} is finished" in capsys.readouterr().err
     # The folder's own settings, quietly, into another folder: the same run.
     line = ["refine", "--preset", str(out / "config.toml"), "--out", str(tmp_path / "again"), "--quiet"]
     assert run(line) == 0
