@@ -60,6 +60,7 @@ class ResizedHiera(Hiera):
     """Hiera on images of any multiple of its windows."""
 
     def forward_intermediates(self, x: Tensor, *options: Any, **named: Any) -> Any:
+        """timm's, on images (B, C, S, S) with S a multiple of a mask unit in pixels."""
         size = (int(x.shape[-2]), int(x.shape[-1]))
         grid = [pixels // stride for pixels, stride in zip(size, self.patch_stride, strict=True)]
         own = (self.tokens_spatial_shape, self.mask_spatial_shape, self.unroll, self.reroll)

@@ -95,6 +95,7 @@ class EnsembleLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads * width))
 
     def forward(self, x_HWN: Tensor) -> Tensor:
+        """(H, W, N) -> (H, W, N): H heads, W features, N rows."""
         weight_HW, bias_HW = (vector_C.view(x_HWN.shape[:2]) for vector_C in (self.weight, self.bias))
         if torch.compiler.is_compiling():  # which fuses the plain formula, and fails on the function below
             exact_HWN = _exact(x_HWN)
@@ -110,6 +111,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_HWN: Tensor, weight_HW: Tensor, bias_HW: Tensor) -> Tensor:
+        """Rows normalised over their W features, then scaled and shifted: (H, W, N), in the type of `x_HWN`."""
         exact_HWN = _exact(x_HWN)
         normed_HWN = exact_HWN - exact_HWN.mean(dim=1, keepdim=True)
         scale_H1N = normed_HWN.square().mean(dim=1, keepdim=True).add_(EPS).rsqrt_()
@@ -119,6 +121,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the input (H, W, N), and of scale and shift (H, W), from that of the output."""
         normed_HWN, scale_H1N, weight_HW = ctx.saved_tensors
         given_HWN = _exact(gradients[0])
         bias_HW = given_HWN.sum(dim=2)
