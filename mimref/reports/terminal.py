@@ -173,10 +173,7 @@ def _facts(inspection: "Inspection") -> dict[str, str]:
         "sin-cos positions" if architecture.fixed_positions else "learned positions": True,
     }
     return {
-        "file": inspection.file,
-        "format": inspection.format,
-        "source": inspection.source or "cannot be inferred from the weights",
-        "licence": inspection.licence or "unknown",
+        **_origin_facts(inspection),
         "architecture": f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, "
         f"{architecture.num_heads} heads, patches of {architecture.patch_size} pixels, "
         f"{_KINDS.get(architecture.channels, f'{architecture.channels}-channel ')}images of {architecture.image_size}",
@@ -190,15 +187,21 @@ def _facts(inspection: "Inspection") -> dict[str, str]:
     }
 
 
-def _backbone_facts(inspection: "Inspection", architecture: "BackboneArchitecture") -> dict[str, str]:
-    rule = architecture.sizes
-    limit = "" if rule.largest is None else f" up to {rule.largest}"
-    options = ", ".join(f"{key}={value}" for key, value in architecture.options)
+def _origin_facts(inspection: "Inspection") -> dict[str, str]:
     return {
         "file": inspection.file,
         "format": inspection.format,
         "source": inspection.source or "cannot be inferred from the weights",
         "licence": inspection.licence or "unknown",
+    }
+
+
+def _backbone_facts(inspection: "Inspection", architecture: "BackboneArchitecture") -> dict[str, str]:
+    rule = architecture.sizes
+    limit = "" if rule.largest is None else f" up to {rule.largest}"
+    options = ", ".join(f"{key}={value}" for key, value in architecture.options)
+    return {
+        **_origin_facts(inspection),
         "architecture": f"{architecture.name} of timm, {architecture.depth} blocks or stages of width "
         f"{', '.join(map(str, dict.fromkeys(architecture.widths)))}, images of {architecture.image_size}",
         **({"options": options} if options else {}),
