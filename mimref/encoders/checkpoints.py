@@ -30,6 +30,7 @@ from mimref.encoders.fitting import tensors_of_model, without_unneeded
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
 from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
 from mimref.encoders.layouts import INTERPOLATIONS
+from mimref.encoders.likely_models import unrecognised
 from mimref.encoders.parameters import tensors_hash
 from mimref.encoders.parts import (
     NoChoice,
@@ -288,7 +289,7 @@ def choose_architecture(
             chosen = with_file_values(chosen, checkpoint)
         chosen = for_images(chosen, checkpoint.channels)
     elif recorded is None:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
+        raise unrecognised(checkpoint.path, checkpoint.problem, checkpoint.advice, checkpoint.named)
     elif arch in (None, recorded.name):
         chosen = recorded
     else:

@@ -9,6 +9,7 @@ from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.grids import Grid
+from mimref.encoders.likely_models import named_models
 from mimref.encoders.parts import show_part
 from mimref.errors import CheckpointError
 
@@ -61,7 +62,8 @@ def inspect_file(path: str | Path, reading: ReadingConfig | None = None) -> Insp
     architecture = checkpoint.architecture
     if architecture is None:
         what = "not recognised: " if checkpoint.advice else ""
-        raise CheckpointError(f"{checkpoint.path}: {what}{checkpoint.problem}")
+        models = named_models(checkpoint.named) if checkpoint.advice else ""
+        raise CheckpointError(f"{checkpoint.path}: {what}{models or checkpoint.problem}")
     recognised = checkpoint.recognised
     side = architecture.image_size // architecture.patch_size
     tensors = recognised.tensors if recognised else checkpoint.tensors

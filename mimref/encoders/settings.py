@@ -6,9 +6,9 @@ from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture, at_size, find_architecture, is_backbone
 from mimref.encoders.channels import for_images
 from mimref.encoders.checkpoints import Checkpoint, with_file_values, with_fixed_positions
+from mimref.encoders.likely_models import unrecognised
 from mimref.encoders.published import official_name
 from mimref.encoders.vit import PAPER_SIZES, Architecture
-from mimref.errors import CheckpointError
 
 
 def weights_name(config: EncoderConfig) -> str:
@@ -24,7 +24,7 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Enco
     recorded, asked = checkpoint.architecture, config.model_fields_set
     # Without advice, no architecture helps: several encoders and no choice, or a part of the weights.
     if recorded is None and not ("arch" in asked and checkpoint.advice):
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}{checkpoint.advice}")
+        raise unrecognised(checkpoint.path, checkpoint.problem, checkpoint.advice, checkpoint.named)
     if recorded is None or _is_timm(config, checkpoint):
         if is_backbone(config.arch):
             found = for_images(find_architecture(config.arch, None, None), checkpoint.channels)

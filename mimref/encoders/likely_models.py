@@ -1,0 +1,69 @@
+"""Which of timm's models a file under timm's names may hold, for messages that ask for `--arch`.
+
+Such files are not recognised by their tensors: these show neither windows nor the sizes of images.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor
+
+from mimref.encoders.meta import RatesOnCpu
+from mimref.errors import CheckpointError
+
+# Names that only timm gives, to the module whose models have them.
+_TELLTALES = {
+    ("layers.3.downsample.norm.weight", "layers.0.blocks.0.attn.relative_position_bias_table"): "swin_transformer",
+    ("layers.3.downsample.norm.weight", "layers.0.blocks.0.attn.logit_scale"): "swin_transformer_v2",
+    ("stem.0.weight", "stages.0.blocks.0.conv_dw.weight"): "convnext",
+    ("patch_embed.proj.weight", "pos_embed_window"): "hieradet_sam2",
+    ("patch_embed.proj.weight", "pos_embed_win"): "hiera",
+}
+# What follows pooling, and what older versions of timm saved although it is computed.
+_BESIDE = re.compile(r"(head|fc_norm)\.|.*\.(attn_mask|relative_position_index|relative_coords_table)$")
+_MOST_NAMED = 4
+
+
+def likely_models(named: Mapping[str, Tensor]) -> list[str]:
+    """Names of the Swin transformers, ConvNeXts and Hieras of timm whose tensors a file holds; takes seconds.
+
+    named: the file's tensors; those outside the encoder, and those of a classifier, do not matter.
+    """
+    for telltales, module in _TELLTALES.items():
+        first = telltales[0]
+        for found in (name for name in named if name == first or name.endswith(f".{first}")):
+            prefix = found[: -len(first)]
+            if all(prefix + name in named for name in telltales):
+                return [model for model in timm.list_models(module=module) if _fits(model, named, prefix)]
+    return []
+
+
+def _fits(model: str, named: Mapping[str, Tensor], prefix: str) -> bool:
+    with torch.device("meta"), RatesOnCpu():
+        wanted = timm.create_model(model, pretrained=False, num_classes=0).state_dict()
+    shapes = {name: tensor.shape for name, tensor in wanted.items() if not _BESIDE.match(name)}
+    parts = {name.partition(".")[0] for name in shapes}
+    below = {name[len(prefix) :]: tensor.shape for name, tensor in named.items() if name.startswith(prefix)}
+    own = {name: shape for name, shape in below.items() if name.partition(".")[0] in parts}
+    return shapes == {name: shape for name, shape in own.items() if not _BESIDE.match(name)}
+
+
+def named_models(named: Mapping[str, Tensor]) -> str:
+    """What is said of a file of `likely_models`; empty if there are none."""
+    models = likely_models(named)
+    if not models:
+        return ""
+    others = models[1:_MOST_NAMED]
+    more = f" (or {', '.join(others)}{', ...' if len(models) > _MOST_NAMED else ''})" if others else ""
+    return f"has timm's names, which do not show the model; load it with --arch {models[0]}{more}"
+
+
+def unrecognised(path: Path, problem: str, advice: str, named: Mapping[str, Tensor]) -> CheckpointError:
+    """The error for a file that is not recognised, with the names that `--arch` may have where timm's models fit.
+
+    problem, advice, named: as of a `Checkpoint`.
+    """
+    return CheckpointError(f"{path}: {(advice and named_models(named)) or problem + advice}")
