@@ -23,8 +23,8 @@ _FILES_OF_A_PROCESS, _FILES_OF_A_WORKER = 128, 8
 """Libraries, weights and states; and the pipes to a loader process."""
 DISK_LEAST_BYTES = 2**30
 DISK_USUAL_BYTES = 20 * 2**30
-"""A state of ViT-L/16 is 7.2 GiB at most (`mimref benchmark cost --preset mae_l16`), and a new one is written beside the
-one before."""
+"""A state of ViT-L/16 has at most 7.2 GiB (`mimref benchmark cost --preset mae_l16`), and a new one is written beside
+the one before."""
 SHARED_MEMORY = Path("/dev/shm")
 
 

@@ -1,15 +1,12 @@
 """How fast this machine multiplies matrices and decodes images."""
 
-import io
 import time
 from collections.abc import Iterator
-from functools import cache
 
-import numpy as np
 import torch
-from PIL import Image
 
 from mimref.benchmarks.measure import MatrixProducts, median_seconds
+from mimref.benchmarks.photograph import HEIGHT, WIDTH, photograph
 from mimref.data.decode import decode_content
 from mimref.devices import own_cores, resolve_device
 from mimref.doctor.checks import Check
@@ -24,7 +21,6 @@ DECODED_PER_SECOND = 50.0
 """By one process, of 500 x 375 JPEGs: a tenth of what one slow core decodes and crops (docs/results.md, Speed of the
 views)."""
 _IMAGES = 16
-_SIZE = (500, 375)
 
 
 def rate_checks() -> Iterator[Check]:
@@ -57,24 +53,12 @@ def bf16_supported(device: torch.device) -> bool:
 
 def decode_rate() -> float:
     """Images per second of one process, as a loader process decodes them, at full size."""
-    content = _photograph()
+    content = photograph()
     decode_content(content, "photograph")
     started = time.perf_counter()
     for _ in range(_IMAGES):
         decode_content(content, "photograph")
     return _IMAGES / (time.perf_counter() - started)
-
-
-@cache
-def _photograph() -> bytes:
-    """A JPEG of smooth shapes and some noise."""
-    x, y = np.meshgrid(np.linspace(0, 9, _SIZE[0]), np.linspace(0, 7, _SIZE[1]))
-    waves_HWC = np.stack([np.sin(x) + np.cos(y), np.sin(x + y), np.cos(x - 2 * y)], axis=2)
-    noise_HWC = np.random.default_rng(0).normal(0, 8, waves_HWC.shape)
-    pixels_HWC = np.clip(128 + 50 * waves_HWC + noise_HWC, 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels_HWC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 def _matmul(device: torch.device, rate: float, error: float) -> Check:
@@ -107,7 +91,7 @@ def _bf16(device: torch.device, single: float, half: float, error: float) -> Che
 
 
 def _decoding(rate: float) -> Check:
-    value = f"{rate:,.0f} images/s of {_SIZE[0]} x {_SIZE[1]} per process, {rate * own_cores():,.0f} with all cores"
+    value = f"{rate:,.0f} images/s of {WIDTH} x {HEIGHT} per process, {rate * own_cores():,.0f} with all cores"
     if rate < DECODED_PER_SECOND:
         return Check("JPEG decoding", value, "advice", "slow: the cores are busy or throttled, and images will be late")
     return Check("JPEG decoding", value)
