@@ -6,8 +6,8 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,7 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _SMI_S = 20
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A CUDA device."""
 
     name: str
@@ -34,8 +33,7 @@ class Gpu:
     total_bytes: int
 
 
-@dataclass(frozen=True)
-class Build:
+class Build(NamedTuple):
     """What torch was built for."""
 
     version: str
@@ -126,16 +124,26 @@ def _nccl(build: Build, devices: int) -> Check:
 
 
 def _capability(name: str, gpu: Gpu, build: Build) -> Check:
-    """Code for a capability runs on devices of the same major and a later minor one; `compute_` on all later ones."""
-    own = 10 * gpu.capability[0] + gpu.capability[1]
     value = f"{gpu.capability[0]}.{gpu.capability[1]}"
-    for architecture in build.architectures:
-        if match := re.fullmatch(r"(sm|compute)_(\d+)[af]?", architecture):
-            kind, built = match[1], int(match[2])
-            if built <= own and (kind == "compute" or built // 10 == own // 10):
-                return Check(name, value, todo=gpu.name)
+    if any(_runs(architecture, gpu.capability) for architecture in build.architectures):
+        return Check(name, value, todo=gpu.name)
     todo = f"torch {build.version} has no code for {gpu.name}, only for {', '.join(build.architectures)}; "
     return Check(name, value, "problem", todo + "install another build of torch")
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture runs on a device.
+
+    Machine code runs on devices of the same major and no lower minor capability, of `sm_90a` on that alone; `compute_`
+    on all later ones.
+    """
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+    if match is None:
+        return False
+    built = int(match[2]), int(match[3])
+    if match[4] == "a":
+        return built == capability
+    return built <= capability and (match[1] == "compute" or built[0] == capability[0])
 
 
 def _memory(name: str, gpu: Gpu) -> Check:

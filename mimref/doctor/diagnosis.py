@@ -6,11 +6,13 @@ from mimref.doctor import machine
 from mimref.doctor.accelerator import accelerator_checks
 from mimref.doctor.checks import Check, attempt
 from mimref.doctor.rates import rate_checks
-from mimref.doctor.software import compile_check, software_checks
+from mimref.doctor.software import compile_check, extra_checks, package_checks, version_checks
 from mimref.progress import Progress
 
 GROUPS: Mapping[str, Callable[[], Iterable[Check]]] = {
-    "software": software_checks,
+    "versions": version_checks,
+    "packages": package_checks,
+    "extras": extra_checks,
     "device": accelerator_checks,
     "cores": lambda: [machine.cores_check()],
     "shared memory": lambda: [machine.shared_memory_check()],

@@ -43,6 +43,16 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def gpus() -> int:
+    """How many torch can use."""
+    return torch.cuda.device_count()
+
+
+def load() -> float:
+    """Processes that compute or wait for a disk, over the last minute."""
+    return os.getloadavg()[0]
+
+
 def shared_memory() -> tuple[int, int] | None:
     """Free and all bytes of /dev/shm; None where there is none."""
     if not SHARED_MEMORY.is_dir():
@@ -72,12 +82,11 @@ def cores_check() -> Check:
         todo = f"threads wait for each other: set OMP_NUM_THREADS={own}, or give the job more cores"
         # With a quota, threads that wait in turn make every operation slower by a multiple.
         return Check("cores", value, "problem" if used >= 4 * own else "advice", todo)
-    if used < own and not torch.cuda.is_available():
+    if used < own and not gpus():
         todo = f"on the CPU torch leaves cores idle; OMP_NUM_THREADS={own} uses them"
         return Check("cores", value, "advice", todo)
-    load = os.getloadavg()[0]
-    if load > own:
-        return Check("cores", f"{value}, load {load:.1f}", "advice", "other processes compute: times will be longer")
+    if (busy := load()) > own:
+        return Check("cores", f"{value}, load {busy:.1f}", "advice", "other processes compute: times will be longer")
     return Check("cores", value)
 
 
@@ -86,7 +95,7 @@ def shared_memory_check() -> Check:
     found = shared_memory()
     if found is None:
         return Check("shared memory", "no /dev/shm", todo="only NCCL needs it; loader processes use pipes")
-    value, devices = f"{gib(found[0])} free of {gib(found[1])}", torch.cuda.device_count()
+    value, devices = f"{gib(found[0])} free of {gib(found[1])}", gpus()
     if devices > 1 and found[0] < NCCL_SHARED_BYTES:
         todo = "NCCL may not start; start the container with --shm-size 1g, or set NCCL_SHM_DISABLE=1"
         return Check("shared memory", value, "problem" if found[0] < NCCL_LEAST_BYTES * devices else "advice", todo)

@@ -25,11 +25,16 @@ _IMAGES = 16
 
 def rate_checks() -> Iterator[Check]:
     """The matrix products in float32 and bfloat16, and a loader process's decoding."""
-    device = resolve_device("auto")
+    device = best_device()
     single, half = product_rate(device, torch.float32), product_rate(device, torch.bfloat16)
     yield _matmul(device, single, product_error(device, torch.float32))
     yield _bf16(device, single, half, product_error(device, torch.bfloat16))
     yield _decoding(decode_rate())
+
+
+def best_device() -> torch.device:
+    """That runs use without `--device`."""
+    return resolve_device("auto")
 
 
 def product_rate(device: torch.device, precision: torch.dtype) -> float:

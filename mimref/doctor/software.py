@@ -37,12 +37,21 @@ _FOR_DEVELOPERS = ("test", "dev", "docs")
 _COMPILE_S = 60
 
 
-def software_checks() -> Iterator[Check]:
-    """Python, mimref, its packages and its extras."""
-    yield _python(sys.version_info[:2])
-    yield Check("mimref", __version__, todo=str(Path(__file__).parents[1]))
-    yield from _packages()
-    yield from _extras()
+def version_checks() -> Iterator[Check]:
+    """Python and mimref."""
+    version = python_version()
+    if version < OLDEST_PYTHON:
+        yield Check("Python", platform.python_version(), "problem", "mimref needs Python 3.11 or newer")
+    elif version > NEWEST_PYTHON:
+        yield Check("Python", platform.python_version(), "advice", "mimref is tested with Python 3.11 to 3.13")
+    else:
+        yield Check("Python", platform.python_version())
+    yield Check("mimref", __version__)
+
+
+def python_version() -> tuple[int, int]:
+    """Major and minor."""
+    return sys.version_info[:2]
 
 
 def installed(package: str) -> str | None:
@@ -73,17 +82,8 @@ def extras() -> list[str]:
     return sorted(set(known) - set(_FOR_DEVELOPERS))
 
 
-def _python(version: tuple[int, int]) -> Check:
-    if version < OLDEST_PYTHON:
-        return Check("Python", platform.python_version(), "problem", "mimref needs Python 3.11 or newer")
-    if version > NEWEST_PYTHON:
-        return Check(
-            "Python", platform.python_version(), "advice", "newer than what mimref is tested with, 3.11 to 3.13"
-        )
-    return Check("Python", platform.python_version())
-
-
-def _packages() -> Iterator[Check]:
+def package_checks() -> Iterator[Check]:
+    """What mimref needs: the versions of some, and whether all others are there."""
     wanted = {each.name: each for each in requirements()}
     faults: list[str] = []
     for name, requirement in wanted.items():
@@ -104,7 +104,8 @@ def _packages() -> Iterator[Check]:
         yield Check("cyanure", "missing", "advice", "`mimref lowshot` needs it; for this Python it is built by hand")
 
 
-def _extras() -> Iterator[Check]:
+def extra_checks() -> Iterator[Check]:
+    """Which extras are there, and what each is for."""
     for extra in extras():
         wanted = requirements(extra)
         found = {each.name: installed(each.name) for each in wanted}
@@ -137,7 +138,7 @@ def compile_check() -> Iterator[Check]:
     elif error:
         yield Check("torch.compile", f"{where} cannot build an extension: {error}", "advice",
                     "compile=true is ignored; install Python's headers, such as python3-dev")  # fmt: skip
-    elif torch.cuda.is_available() and not has_triton():
+    elif on_cuda() and not has_triton():
         yield Check("torch.compile", "no Triton", "advice", "compile=true is ignored; pip install triton")
     else:
         yield Check("torch.compile", f"{where} and Python's headers found")
@@ -161,6 +162,11 @@ def build_error(compiler: str) -> str:
             return str(error)
     lines = [line for line in built.stderr.splitlines() if "error" in line] or [f"exit code {built.returncode}"]
     return lines[0].strip() if built.returncode else ""
+
+
+def on_cuda() -> bool:
+    """Whether runs use a GPU, for which Triton compiles."""
+    return torch.cuda.is_available()
 
 
 def has_triton() -> bool:

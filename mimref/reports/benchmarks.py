@@ -1,5 +1,6 @@
 """What `mimref benchmark all` shows: a table of findings, and the same as a page ready for docs/results.md."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import typer
@@ -18,7 +19,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
     lines = [
         (finding.line.name, _value(finding), Text(finding.verdict, style=_STYLES.get(finding.verdict, "dim")), *rest)
         for finding in findings
-        for rest in [(str(finding.line.bar or ""), finding.note)]
+        for rest in [(_bar(finding), finding.note)]
     ]
     Console().print(plain_table(_NAMES, lines, right=_NAMES[1:2]))
     typer.echo(_summary(findings))
@@ -27,7 +28,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
 def missed_lines(findings: Sequence[Finding]) -> list[str]:
     """One line for everything that misses its bar or has failed."""
     return [
-        f"{finding.line.name}: {finding.fault or f'{_value(finding)}, {finding.line.bar}'}"
+        f"{finding.line.name}: {finding.fault or f'{_value(finding)}, bar {_bar(finding)}'}"
         for finding in findings
         if finding.misses
     ]
@@ -42,14 +43,13 @@ def suite_page(
     """
     text = [f"```bash\n{command}\n```", "", *(f"- {name}: {value}" for name, value in facts.items())]
     text += [f"- {elapsed_s:,.0f} s in all" if finished else "- not finished: the command was stopped, or still runs"]
-    lines = [
-        (finding.line.name, _value(finding), finding.verdict, str(finding.line.bar or ""), finding.note)
-        for finding in findings
-    ]
+    lines = [(finding.line.name, _value(finding), finding.verdict, _bar(finding), finding.note) for finding in findings]
     text += ["", *markdown_lines(_NAMES, lines), "", _summary(findings), ""]
     if missed := missed_lines(findings):
         text += ["Missed:", "", *(f"- {line}" for line in missed), ""]
-    bars = {f"- {finding.line.name}: {bar}. {bar.reason}" for finding in findings if (bar := finding.line.bar)}
+    bars = {
+        f"- {finding.line.name}, {_bar(finding)}: {bar.reason}" for finding in findings if (bar := finding.line.bar)
+    }
     return "\n".join([*text, "Bars:", "", *sorted(bars)]) + "\n"
 
 
@@ -60,8 +60,11 @@ def _value(finding: Finding) -> str:
     return f"{value:,.0f} {finding.line.unit}" if abs(value) >= 1000 else f"{value:.4g} {finding.line.unit}"
 
 
+def _bar(finding: Finding) -> str:
+    return f"{bar} {finding.line.unit}" if (bar := finding.line.bar) else ""
+
+
 def _summary(findings: Sequence[Finding]) -> str:
-    count = {
-        verdict: sum(finding.verdict == verdict for finding in findings) for verdict in ("met", "missed", "failed")
-    }
-    return f"Bars met: {count['met']}, missed: {count['missed']}; failed: {count['failed']}."
+    counts = Counter(finding.verdict for finding in findings)
+    verdicts: tuple[Verdict, ...] = ("met", "missed", "failed", "no bar", "not measured")
+    return ", ".join(f"{verdict}: {counts[verdict]}" for verdict in verdicts)

@@ -14,7 +14,7 @@ _STYLES: dict[Verdict, str] = {"ok": "green", "advice": "yellow", "problem": "bo
 
 
 def print_checks(checks: Sequence[Check]) -> None:
-    """Print every check, and how many ask for something."""
+    """Print every check, and how many have each verdict."""
     lines = [
         (check.name, check.value, Text(check.verdict, style=_STYLES[check.verdict]), check.todo) for check in checks
     ]
@@ -29,8 +29,6 @@ def doctor_page(checks: Sequence[Check]) -> str:
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """How many problems there are, and how many pieces of advice."""
-    counts = {verdict: sum(check.verdict == verdict for check in checks) for verdict in ("problem", "advice")}
-    if not any(counts.values()):
-        return "No problems."
-    return f"Problems: {counts['problem']}. Advice: {counts['advice']}."
+    """How many checks have each verdict, the worst first."""
+    verdicts: tuple[Verdict, ...] = ("problem", "advice", "ok")
+    return ", ".join(f"{verdict}: {sum(check.verdict == verdict for check in checks)}" for verdict in verdicts)

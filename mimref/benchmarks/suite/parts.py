@@ -85,12 +85,12 @@ def _cpu_parts() -> list[Part]:
             (_gradient("quickstart", 32, 8, "fp64", EXACT), _gradient("quickstart", 32, 8, "fp32", SINGLE)),
         ),
         Part("memory", (_saved_memory(),)),
-        Part("heads", tuple(_heads(images, 5, bar) for images, bar in ((4, HEADS), (64, MANY_HEADS)))),
+        Part("heads", tuple(_heads(images, 3, bar) for images, bar in ((4, HEADS), (64, MANY_HEADS)))),
         Part("neighbours", _neighbours(10_000, 1_000, 128, on_gpu=False)),
         Part("probes", (_probes(96, 10, 10, PROBES_CPU),)),
         Part("views", (_views(8, 8, on_gpu=False),)),
         Part("extraction", (_extraction("quickstart", 256),)),
-        Part("steps of the quickstart's encoder", _steps("the quickstart's encoder", "quickstart", (16, 32, 64), 30)),
+        Part("steps of the quickstart's encoder", _steps("the quickstart's encoder", "quickstart", (8, 16, 32), 30)),
     ]
 
 

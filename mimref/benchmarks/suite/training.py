@@ -5,6 +5,7 @@ listed.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from itertools import repeat
@@ -56,7 +57,7 @@ def gradients(device: str, *, line: str, preset: str, batch: int, micro: int, pr
     # A long queue of random rows has near ties, of which rounding picks one.
     config = refinement(preset, device, batch, precision=autocast, heads__queue_size=1024)
     torch.manual_seed(0)
-    with torch.backends.cudnn.flags(allow_tf32=False), ready_stage(config, "encoder") as (job, _):
+    with _without_tf32(), ready_stage(config, "encoder") as (job, _):
         method = job.method
         if precision == "fp64":
             _make_double(method, job)
@@ -65,6 +66,16 @@ def gradients(device: str, *, line: str, preset: str, batch: int, micro: int, pr
         whole, parts = (_gradient(method, crops, queue, size) for size in (None, micro))
         difference = float((parts - whole).norm() / whole.norm())
     yield Found(line, difference, f"micro-batches of {micro} of {batch} images", {"preset": preset, "batch": batch})
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Convolutions use it by default, matrix products do not."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _make_double(method: Method, job: RefinementStage) -> None:
