@@ -114,7 +114,7 @@ def probe_speedup(sizes: Sizes, device: torch.device, tick: Ticks | None = None)
 
     medians = median_seconds((train_ensemble, train_separate), device, turns=sizes.repeats, tick=tick)
     together_s, separate_s = (seconds / sizes.probe_steps for seconds in medians)
-    row: Row = {"metric": "benchmarkprobe_speedup", "value": separate_s / together_s}
+    row: Row = {"metric": "benchmark_probe_speedup", "value": separate_s / together_s}
     row |= {"together_s": together_s, "separate_s": separate_s, "classifiers": len(separate)}
     return row | {"batch": sizes.probe_batch, "width": sizes.probe_width, "classes": sizes.probe_classes}
 
