@@ -95,9 +95,11 @@ def run_part(part: Part, device: str, deadline: float, logs: Path | None = None)
 def _findings(part: Part, task: Task, child: "_Child", deadline: float) -> Generator[Finding, None, bool]:
     """Findings of a task. Returns whether the process is lost."""
     lines = {line.name: line for line in task.lines}
-    limit_s = min(task.limit_s, deadline - time.monotonic())
-    ends, fault, lost = time.monotonic() + limit_s, "", False
-    while True:
+    fault = child.wait_for_start()
+    lost = bool(fault)
+    limit_s = max(0.0, min(task.limit_s, deadline - time.monotonic()))
+    ends = time.monotonic() + limit_s
+    while not lost:
         message = child.receive(ends)
         if isinstance(message, Found):
             if message.line in lines:
@@ -127,18 +129,18 @@ class _Child:
             self._process.start()
         self._started = False
 
+    def wait_for_start(self) -> str:
+        """Why the process does not start; nothing once it has, which takes as long as importing the package."""
+        if not self._started:
+            hello = self.receive(time.monotonic() + _START_S)
+            if not isinstance(hello, Done):
+                return str(hello or f"its process did not start within {_START_S:.0f} s")
+            self._started = True
+        return ""
+
     def receive(self, ends: float) -> Found | Done | str | None:
         """The next message; how the process ended, if it did; None when the time is over."""
-        if not self._started:
-            hello = self._next(time.monotonic() + _START_S)
-            if not isinstance(hello, Done):
-                return hello or f"its process did not start within {_START_S:.0f} s"
-            self._started = True
-        return self._next(ends)
-
-    def _next(self, ends: float) -> Found | Done | str | None:
-        ready = wait([self._pipe, self._process.sentinel], max(0.0, ends - time.monotonic()))
-        if not ready:
+        if not wait([self._pipe, self._process.sentinel], max(0.0, ends - time.monotonic())):
             return None
         try:
             if self._pipe.poll():
