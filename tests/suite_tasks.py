@@ -51,11 +51,12 @@ def exiting(_device: str) -> Iterator[Found]:
     os._exit(3)
 
 
-def hanging(_device: str, *, pids: str) -> Iterator[Found]:
-    """With a process of its own; both are named in a file."""
+def hanging(_device: str, *, pids: str, then: int = 0) -> Iterator[Found]:
+    """With a process of its own; both are named in a file. then: a signal that ends the first one at once."""
     yield from ()
     other = subprocess.Popen(["sleep", "600"])
     Path(pids).write_text(f"{os.getpid()} {other.pid}")
+    os.kill(os.getpid(), then)
     time.sleep(600)
 
 

@@ -115,6 +115,14 @@ def test_every_kind_of_fault_costs_its_own_lines(tmp_path: Path) -> None:
     assert not any(is_alive(int(pid)) for pid in pids.read_text().split())
 
 
+def test_what_a_crashed_process_has_started_is_ended(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    crashing = partial(tasks.hanging, pids=str(pids), then=signal.SIGSEGV)
+    found = found_of(tasks.part(tasks.task("crashing", crashing), tasks.good("a")))
+    assert "signal 11" in found["crashing"].fault and found["a"].value == 1
+    wait_for(lambda: not any(is_alive(int(pid)) for pid in pids.read_text().split()), "a process is left")
+
+
 def test_time_that_is_used_up_is_said(tmp_path: Path) -> None:
     hanging = tasks.task("hanging", partial(tasks.hanging, pids=str(tmp_path / "pids")))
     started = time.monotonic()

@@ -153,10 +153,11 @@ class _Child:
 
     def end(self) -> None:
         """Kill it, and the processes that it has started."""
-        with suppress(OSError):
-            if self._process.pid is not None and os.getpgid(self._process.pid) == self._process.pid:
-                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
+        if self._started and self._process.pid is not None:
+            # It leads a group, which outlives it.
+            with suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.join()
         self._pipe.close()
 
