@@ -367,7 +367,6 @@ def test_files_marked_gpu_are_those_of_this_checkout() -> None:
     assert "tests/test_refinement_syncs.py" in found and "tests/test_draws.py" not in found
 
 
-@pytest.mark.slow
 def test_the_tests_of_a_checkout_are_run(checked_out: Path) -> None:
     """By a real pytest: one passes, one fails, and marks are chosen."""
     (checked_out / "tests" / "test_a.py").write_text(
