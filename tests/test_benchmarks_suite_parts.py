@@ -280,9 +280,6 @@ def test_slow_probes_miss_their_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         assert judged(measure(), bar) == "missed"
 
 
-# --- images
-
-
 @pytest.mark.parametrize(("ratio", "verdict"), [(8.0, "met"), (3.0, "missed")])
 def test_slow_views_miss_their_bar(ratio: float, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(**_: object) -> list[dict[str, Any]]:
@@ -388,13 +385,6 @@ def test_a_real_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_float64_of_mps_is_not_asked_for() -> None:
     (found,) = training.gradients("mps", line="g", preset="x", batch=6, micro=2, precision="fp64")
     assert found.value is None
-
-
-def test_tf32_is_as_before() -> None:
-    before = torch.backends.cudnn.allow_tf32
-    with training._without_tf32():
-        assert torch.backends.cudnn.allow_tf32 is False
-    assert torch.backends.cudnn.allow_tf32 is before
 
 
 def test_a_double_view_has_the_values_of_a_single_one() -> None:
