@@ -190,7 +190,7 @@ def test_steps_give_time_memory_and_share_of_the_peak() -> None:
     found = list(training.steps("cpu", encoder="E", preset="x", batch=4, micro=1))
     assert [each.line for each in found] == training.step_lines("E", 4)
     for each in found:
-        assert each.value == 1e3 * 4 / float(each.setting["images_per_second"])
+        assert each.value == pytest.approx(1e3 * 4 / float(each.setting["images_per_second"]), rel=1e-12)
         assert "images/s" in each.note and "% of the" in each.note
     assert [each.setting["micro_batch"] for each in found] == [4, 1, 4]
 
