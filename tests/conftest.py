@@ -21,6 +21,8 @@ RANKS = (
     "test_training_lost_ranks.py",
     "test_data_ranks.py",
     "test_evaluation_cluster.py",
+    "test_benchmarks_suite.py",
+    "test_benchmark_all.py",
 )
 
 

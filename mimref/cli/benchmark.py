@@ -1,5 +1,7 @@
 """`mimref benchmark`: speed and cost, measured on this machine."""
 
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,6 +13,7 @@ from mimref.cli.execution import note
 from mimref.cli.options import Data, Device, MicroBatch, Output, Preset, TrainedEncoder
 
 if TYPE_CHECKING:
+    from mimref.benchmarks.suite.lines import Finding
     from mimref.refinement.config import RefineConfig
     from mimref.results import Row
 
@@ -126,6 +129,47 @@ def cost(options: CostOptions) -> None:
     with Terminal(options.quiet) as terminal:
         found = benchmark_cost(config, progress=partial(terminal.progress, "steps"))
     _write("benchmark cost", options, config.model_dump(mode="json"), started, found.rows, cost_facts(found))
+
+
+def everything(options: BenchmarkOptions) -> None:
+    """Measure everything that this machine can show, against bars.
+
+    At most 8 minutes on a GPU, about 2 on a CPU, which runs a small form. Each part has a process of its own, so that
+    one that fails costs only its own lines. With --out also a page in Markdown, as it grows. Exit code 1 names what
+    misses its bar.
+
+    Examples:
+      mimref benchmark all --out runs/benchmark
+    """
+    options.check_out()
+    options.checks.finish()
+
+    from mimref.benchmarks.suite.run import machine_facts, run_suite
+    from mimref.files import write_bytes
+    from mimref.reports.benchmarks import missed_lines, print_findings, suite_page
+    from mimref.reports.terminal import Terminal
+    from mimref.results import write_results
+
+    started, device, out = time.monotonic(), options.device or "auto", options.out
+    facts = machine_facts(device)
+    command = f"mimref {shlex.join(sys.argv[1:])}"
+
+    def save(findings: "Sequence[Finding]", finished: bool) -> None:
+        if out is not None:
+            page = suite_page(findings, facts, time.monotonic() - started, command, finished=finished)
+            write_bytes(out / "results.md", page.encode())
+
+    with Terminal(options.quiet) as terminal:
+        logs = None if out is None else out / "logs"
+        findings = run_suite(device, logs=logs, listener=terminal, save=save)
+    print_findings(findings)
+    if out is not None:
+        write_results(out, "benchmark all", facts, time.monotonic() - started, [finding.row() for finding in findings])
+        note(f"results in {out}", options)
+    for line in missed_lines(findings):
+        typer.echo(f"mimref: error: {line}", err=True)
+    if missed_lines(findings):
+        raise typer.Exit(1)
 
 
 def _write(

@@ -52,6 +52,12 @@ def plain_table(names: Iterable[str], lines: Iterable[Iterable[str | Text]], *, 
     return table
 
 
+def markdown_lines(names: Sequence[str], lines: Iterable[Iterable[str]]) -> list[str]:
+    """A table of text in Markdown, line by line."""
+    rows = [names, ["---"] * len(names), *lines]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+
+
 class Cell(NamedTuple):
     """One model's value of one metric, as a comparison shows it."""
 

@@ -279,8 +279,8 @@ def test_messages_name_options_and_settings_that_exist() -> None:
         for below in getattr(command, "commands", {}).values():
             yield from parameters(below)
 
-    # Of torchrun, of containers and of pip.
-    others = {"--max-restarts", "--shm-size", "--no-build-isolation"}
+    # Of torchrun, of containers, of pip and of pytest.
+    others = {"--max-restarts", "--shm-size", "--no-build-isolation", "--junitxml"}
     options = {*parameters(get_command(app)), "--help", *others}
     settings = {key for model in MODELS.values() for key in setting_fields(model)}
     sections = {key.partition(".")[0] for key in settings if "." in key}
