@@ -99,8 +99,8 @@ def _pipelines(source: FileSource, transform: EvalTransform, device: torch.devic
 
 
 def _timm(paths: list[str], transform: EvalTransform) -> _Way:
-    from timm.data import create_transform
     from timm.data.loader import fast_collate
+    from timm.data.transforms_factory import create_transform
 
     steps = create_transform(
         transform.image_size,
@@ -112,8 +112,8 @@ def _timm(paths: list[str], transform: EvalTransform) -> _Way:
     )
 
     def way() -> torch.Tensor:
-        crops, _ = fast_collate([(np.asarray(steps(pil_loader(path))), 0) for path in paths])
-        found: torch.Tensor = crops
-        return found
+        images = [(np.asarray(steps(pil_loader(path))), 0) for path in paths]
+        crops: torch.Tensor = fast_collate(images)[0]  # type: ignore[no-untyped-call]
+        return crops
 
     return way

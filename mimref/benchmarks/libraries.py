@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -141,7 +142,7 @@ def _dali(paths: Sequence[str], groups: Sequence[CropGroup], config: ViewsConfig
     pipeline.build()
 
     def way(_: int) -> list[Tensor]:
-        made = [torch.from_dlpack(batch.as_tensor()) for batch in pipeline.run()]  # memory that the next run overwrites
+        made = [from_dlpack(batch.as_tensor()) for batch in pipeline.run()]  # memory that the next run overwrites
         float(made[-1].sum())  # waits for the device
         return made
 

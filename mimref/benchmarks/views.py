@@ -106,7 +106,8 @@ def benchmark_views(
         row |= {"ratio": value / per_s[PIL], "ratio_pillow_blur": value / per_s[PIL_BLUR]}
         row |= {"views": 2 + sizes.local_views, "width": sizes.width, "height": sizes.height}
         row |= {"images": images[name], "repeats": sizes.repeats}
-        rows.append(row | apart if name == DECODED else row)
+        row |= apart if name == DECODED else {}
+        rows.append(row)
     return rows
 
 
@@ -117,12 +118,12 @@ def _ways(
     device: torch.device,
     device_images: int,
     note: Callable[[str], None],
-) -> tuple[dict[str, Way], dict[str, float]]:
+) -> tuple[dict[str, Way], Row]:
     """Everything that is measured, and how far DECODED's crops are from WORKER's."""
     ways = _pipelines(source, groups, config)
     others, missing = library_ways([source.path(index) for index in range(len(source))], groups, config, device)
     ways |= others
-    apart: dict[str, float] = {}
+    apart: Row = {}
     if device.type != "cpu":
         ways[DEVICE] = _on_device(_crops(source, groups, 0), config, device, device_images)
     if device.type == "cuda":
@@ -235,7 +236,7 @@ def _decoded(source: FileSource, groups: Sequence[CropGroup], config: ViewsConfi
     return way
 
 
-def _differences(usual: ViewBatch, decoded: ViewBatch) -> dict[str, float]:
+def _differences(usual: ViewBatch, decoded: ViewBatch) -> Row:
     """How far the crops of a batch are apart, in levels of 255."""
     pairs = zip(usual.crops, decoded.crops, strict=True)
     apart = torch.cat([(one.float() - other.cpu().float()).abs().flatten() for one, other in pairs])
