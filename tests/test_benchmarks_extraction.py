@@ -17,8 +17,9 @@ def test_rows_are_rates_and_ratios() -> None:
     calls: list[tuple[int, int]] = []
     threads = torch.get_num_threads()
     rows = benchmark_extraction(sizes=TINY, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(done, 8) for done in range(1, 9)] and torch.get_num_threads() == threads
-    assert [row["pipeline"] for row in rows] == [module.TORCHVISION, module.TIMM, module.WORKER, module.WHOLE]
+    assert calls == [(done, 10) for done in range(1, 11)] and torch.get_num_threads() == threads
+    pipelines = [module.TORCHVISION, module.TIMM, module.WORKER, module.WHOLE, module.READER]
+    assert [row["pipeline"] for row in rows] == pipelines
     for row in rows:
         assert row["metric"] == "benchmark_extraction" and row["value"] == pytest.approx(1000 / float(row["ms"]))
         assert row["ratio"] == float(row["value"]) / float(rows[0]["value"])
@@ -29,7 +30,8 @@ def test_rows_are_rates_and_ratios() -> None:
 def test_all_pipelines_make_the_same_crops(tmp_path: Path) -> None:
     transform = EvalTransform(TINY.global_size)
     ways = module._pipelines(photographs(str(tmp_path), TINY), transform, torch.device("cpu"))
-    expected = ways[module.WHOLE]()
+    expected, content = ways[module.WHOLE](), ways.pop(module.READER)()
+    assert len(content) == sum(path.stat().st_size for path in tmp_path.iterdir())
     assert expected.shape == (2, 3, 28, 28)
     for name, way in ways.items():
         crops = way()

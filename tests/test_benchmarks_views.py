@@ -16,7 +16,7 @@ from mimref.config.run import ViewsConfig
 from mimref.data.views import multi_crop
 
 TINY = ViewSizes(width=40, height=30, global_size=16, local_views=3, local_size=8, images=3, device_images=4, repeats=1)
-CPU_PIPELINES = [module.PIL, module.PIL_BLUR, module.TENSORS, module.WORKER, module.WHOLE]
+CPU_PIPELINES = [module.PIL, module.PIL_BLUR, module.TENSORS, module.WORKER, module.WHOLE, module.READER]
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_rows_are_rates_and_ratios_and_the_settings_of_torch_are_restored(
         assert torch.get_num_threads() == 2 and torch.equal(torch.get_rng_state(), state)
     finally:
         torch.set_num_threads(threads)
-    assert calls == [(done, 10) for done in range(1, 11)]
+    assert calls == [(done, 12) for done in range(1, 13)]
     assert [row["pipeline"] for row in rows] == CPU_PIPELINES
     for row in rows:
         assert row["metric"] == "benchmark_views" and row["value"] == pytest.approx(1000 / float(row["ms"]))
@@ -123,6 +123,8 @@ def test_all_pipelines_make_the_same_number_of_views_of_every_size(tmp_path: Pat
     groups = multi_crop(config, TINY.global_size)
     source = module.photographs(str(tmp_path), TINY)
     ways = module._pipelines(source, groups, config)
+    (content,) = ways.pop(module.READER)(0)
+    assert content.dtype == torch.uint8 and len(content) == sum(path.stat().st_size for path in tmp_path.iterdir())
     for name, way in ways.items():
         views = way(0)
         assert views_per_size(views) == {16: 6, 8: 9}, name

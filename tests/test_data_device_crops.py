@@ -121,6 +121,8 @@ def test_views_of_images_that_are_decoded_smaller_and_by_loader_processes(folder
 def test_parts_hold_images_of_similar_size_and_all_of_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [(50, 40), (10, 90), (50, 41), (10, 80), (200, 300), (9, 9)]
     monkeypatch.setattr(device_crops, "PART_PIXELS", 2 * 50 * 41)
+    assert list(device_crops._parts(sizes)) == [[number] for number in (5, 3, 1, 0, 2, 4)]
+    monkeypatch.setattr(device_crops, "LEAST_WIDTH", 1)
     assert list(device_crops._parts(sizes)) == [[5, 3, 1], [0, 2], [4]]
     check_views(source_of(folder), source_of(folder))
 

@@ -13,6 +13,7 @@ from mimref.benchmarks.measure import Ticks, median_seconds
 from mimref.benchmarks.views import ViewSizes, photographs
 from mimref.config.base import DataConfig
 from mimref.data.device_crops import decoding_device
+from mimref.data.jpegs import jpegs_of, pack, read_jpeg
 from mimref.data.loader import crop_batches
 from mimref.data.sources import FileSource
 from mimref.data.transforms import EvalTransform
@@ -25,10 +26,11 @@ TORCHVISION = "torchvision: float32 crops"
 TIMM = "timm: uint8 crops"
 WORKER = "mimref: uint8 crops"
 WHOLE = "mimref: float32 crops"
+READER = "mimref: bytes, for data.decode=device"
 DECODED = "mimref, JPEGs decoded on the device: float32 crops"
 
 _Way = Callable[[], torch.Tensor]
-"""Makes the crops of all images, (N, 3, S, S)."""
+"""Makes the crops of all images, (N, 3, S, S); READER gives bytes."""
 
 
 def benchmark_extraction(
@@ -39,8 +41,9 @@ def benchmark_extraction(
     TORCHVISION: Resize, CenterCrop, ToTensor and Normalize on PIL images, as users of ImageFolder have them. TIMM: the
     transform and the collation of timm's loader, which normalises on the device. WORKER: what a loader process does
     here, which leaves normalisation to the device too. WHOLE: that and the normalisation, for comparison with
-    TORCHVISION. DECODED, on CUDA: read here, and decoded, cropped and normalised there. `ratio`, `ratio_timm`: images
-    per second over those of TORCHVISION and of TIMM. The number of threads is restored.
+    TORCHVISION. READER: what a loader process does where a device decodes. DECODED, on CUDA: read here, and decoded,
+    cropped and normalised there. `ratio`, `ratio_timm`: images per second over those of TORCHVISION and of TIMM. The
+    number of threads is restored.
     """
     sizes = sizes or ViewSizes()
     target = resolve_device(device)
@@ -82,13 +85,17 @@ def _pipelines(source: FileSource, transform: EvalTransform, device: torch.devic
     def ours(decode_on: torch.device | None) -> torch.Tensor:
         return next(crop_batches(source, transform, batch_size=len(paths), decode_on=decode_on)).crops
 
+    def read() -> torch.Tensor:
+        rows, jpegs = jpegs_of([read_jpeg(source, index, None) for index in range(len(paths))])
+        return pack(jpegs, rows, [transform.windows([(each.height, each.width) for each in jpegs])]).content
+
     def decoded() -> torch.Tensor:
         crops = transform.normalize(ours(device))
         float(crops.sum())  # waits for the device
         return crops
 
     ways: dict[str, _Way] = {TORCHVISION: torchvision, TIMM: _timm(paths, transform)}
-    ways |= {WORKER: partial(ours, None), WHOLE: lambda: transform.normalize(ours(None))}
+    ways |= {WORKER: partial(ours, None), WHOLE: lambda: transform.normalize(ours(None)), READER: read}
     if device.type == "cuda":
         try:
             decoding_device(DataConfig(decode="device"), device)

@@ -21,10 +21,11 @@ from mimref.benchmarks.measure import Ticks, median_seconds
 from mimref.config.base import DataConfig
 from mimref.config.run import ViewsConfig
 from mimref.data.device_crops import decoding_device
+from mimref.data.jpegs import jpegs_of, pack, read_jpeg
 from mimref.data.loader import ViewBatch, view_batches
 from mimref.data.sources import FileSource
 from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from mimref.data.views import CropGroup, Photometric, multi_crop
+from mimref.data.views import CropGroup, Photometric, multi_crop, reduction, view_windows
 from mimref.devices import resolve_device
 from mimref.errors import ConfigError
 from mimref.progress import Progress
@@ -36,6 +37,7 @@ PIL_BLUR = "torchvision, PIL with Pillow's blur"
 TENSORS = "torchvision v2, uint8 tensors"
 WORKER = "mimref, worker's part"
 WHOLE = "mimref, all on the CPU"
+READER = "mimref, worker's part of data.decode=device"
 DEVICE = "mimref, photometric part"
 DECODED = "mimref, JPEGs decoded on the device"
 
@@ -72,7 +74,8 @@ def benchmark_views(
     PIL: torchvision's transforms on PIL images, from the file to normalised tensors. PIL_BLUR: the same with Pillow's
     faster blur, which approximates the Gaussian. TENSORS: torchvision's v2 transforms on decoded uint8 tensors. WORKER:
     what a loader process does here, from the file to a batch of uint8 crops. WHOLE: that and the photometric part, on
-    the CPU. KORNIA and DALI: from the file too, where they are installed; note: gets a line where they are not.
+    the CPU. READER: what a loader process does where a device decodes, from the file to its bytes and the boxes of its
+    crops. KORNIA and DALI: from the file too, where they are installed; note: gets a line where they are not.
     Unless `device` is the CPU, DEVICE: the photometric part there, of crops that have arrived. On CUDA, DECODED: all
     from the file on, decoded and cropped there, with `difference` and `largest_difference` of its crops from WORKER's,
     on average and at most, in levels of 255. Stacking the views of a batch does not count for torchvision. `ratio` and
@@ -172,6 +175,7 @@ def _pipelines(source: FileSource, groups: Sequence[CropGroup], config: ViewsCon
         TENSORS: tensors,
         WORKER: lambda epoch: _crops(source, groups, epoch).crops,
         WHOLE: lambda epoch: views_of(_crops(source, groups, epoch), photometric),
+        READER: lambda epoch: [_read(source, groups, epoch)],
     }
 
 
@@ -222,6 +226,14 @@ def _crops(
         decode_on=decode_on,
     )
     return next(batches)
+
+
+def _read(source: FileSource, groups: Sequence[CropGroup], epoch: int) -> Tensor:
+    """All files as bytes, (bytes,) uint8, once their crops are drawn."""
+    read = [read_jpeg(source, index, partial(reduction, groups, 0, epoch, index)) for index in range(len(source))]
+    rows, jpegs = jpegs_of(read)
+    sizes, sample_J = [(each.height, each.width) for each in jpegs], torch.tensor(rows)
+    return pack(jpegs, rows, [view_windows(sizes, group, 0, epoch, sample_J) for group in groups]).content
 
 
 def _decoded(source: FileSource, groups: Sequence[CropGroup], config: ViewsConfig, device: torch.device) -> Way:

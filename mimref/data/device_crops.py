@@ -23,8 +23,10 @@ from mimref.data.windows import resize_windows
 from mimref.errors import ConfigError
 
 PART_PIXELS = 4_000_000
-"""Of the images that are decoded together, each counted at the largest height and width among them: 12 bytes each, and
-for 12 views about as much again for rows and crops. One larger image is a part by itself."""
+"""Of the images that are decoded together, each counted at the largest height and width among them. One larger image is
+a part by itself."""
+LEAST_WIDTH = 500
+"""That images are counted with: resized across, the rows of narrow ones are as long as all their crops."""
 
 
 def decoding_device(data: DataConfig, device: torch.device) -> torch.device | None:
@@ -162,7 +164,7 @@ def _parts(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
     high = wide = 0
     for number in sorted(range(len(sizes)), key=lambda number: sizes[number]):
         height, width = max(high, sizes[number][0]), max(wide, sizes[number][1])
-        if part and (len(part) + 1) * height * width > PART_PIXELS:
+        if part and (len(part) + 1) * height * max(width, LEAST_WIDTH) > PART_PIXELS:
             yield part
             part, (height, width) = [], sizes[number]
         part.append(number)
