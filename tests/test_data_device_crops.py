@@ -1,5 +1,6 @@
 """Images decoded and cropped on a device, here the CPU by torchvision's decoder, against the loader processes' way."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mimref.benchmarks.views import ViewSizes, photographs
 from mimref.config.base import DataConfig
+from mimref.config.run import ViewsConfig
 from mimref.data import device_crops
 from mimref.data.decode import BadImage, BadImages, decode_content
 from mimref.data.device_crops import decode_jpegs, decoding_device
@@ -19,7 +22,7 @@ from mimref.data.pixels import Decoding
 from mimref.data.sources import FileSource, ImageSource, Subset
 from mimref.data.traits import FLAT, ON_CPU, READ, TURNED
 from mimref.data.transforms import EvalTransform
-from mimref.data.views import CropGroup
+from mimref.data.views import CropGroup, multi_crop
 from mimref.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -228,6 +231,37 @@ def test_limits_hold_for_the_device_too(folder: Path) -> None:
         for batch in crop_batches(source_of(folder), TRANSFORM, batch_size=99, decode_on=CPU):
             for path, reason in batch.bad:
                 bad.add(path, reason)
+
+
+def repeated_chroma(contents: list[Tensor], device: torch.device) -> list[Tensor]:
+    """4:2:0 JPEGs as nvJPEG decodes them: each sample of chroma stands for four pixels."""
+    found = []
+    for content in contents:
+        files = [Image.open(io.BytesIO(content.numpy().tobytes())) for _ in range(2)]
+        width, height = files[0].size
+        files[0].draft("YCbCr", (width, height))
+        # At half the size, libjpeg has no chroma to interpolate.
+        files[1].draft("YCbCr", (width // 2, height // 2))
+        small_HWC = np.asarray(files[1])
+        assert small_HWC.shape == (-(-height // 2), -(-width // 2), 3)
+        large_HWC = small_HWC.repeat(2, axis=0).repeat(2, axis=1)[:height, :width].astype(np.float64)
+        luma, blue, red = np.asarray(files[0])[:, :, 0], large_HWC[:, :, 1] - 128, large_HWC[:, :, 2] - 128
+        rgb_3HW = np.stack([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue])
+        found.append(torch.from_numpy(np.rint(rgb_3HW).clip(0, 255).astype(np.uint8)).to(device))
+    return found
+
+
+def test_how_much_repeated_chroma_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = photographs(str(tmp_path), ViewSizes(images=2))
+    settings: dict[str, Any] = {"batch_size": 2, "seed": 0, "epochs": range(3)}
+    groups = multi_crop(ViewsConfig(), 224)
+    usual = list(view_batches(source, groups, **settings))
+    monkeypatch.setattr(device_crops, "decode_jpegs", repeated_chroma)
+    found = list(view_batches(source, groups, decode_on=CPU, **settings))
+    for group in range(2):
+        pairs = zip(usual, found, strict=True)
+        apart = torch.stack([(one.crops[group].int() - two.crops[group].int()).abs() for one, two in pairs])
+        assert 0.5 < apart.double().mean() < 0.9 and 15 < apart.max() <= 31
 
 
 @pytest.mark.gpu
