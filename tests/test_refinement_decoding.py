@@ -108,10 +108,10 @@ def test_a_refinement_sees_the_same_views_within_rounding(
     usual, found = results(tmp_path / "cpu"), results(tmp_path / "device")
     assert usual["bad_images"] == found["bad_images"] and len(found["bad_images"]) == 1
     assert [row["metric"] for row in usual["metrics"]] == [row["metric"] for row in found["metrics"]]
-    # The same training but for rounding, which moves no weight far.
+    # The same training but for rounding, which may change a neighbour.
     base, one, two = load_file(weights), tensors(tmp_path / "cpu"), tensors(tmp_path / "device")
     moved, apart_by = (sum(float((one[key] - each[key]).square().sum()) for key in one) for each in (base, two))
-    assert apart_by < 0.05 * moved
+    assert apart_by < 0.2 * moved
     recorded = [header(tmp_path / decode)["data"].get("decode") for decode in ("cpu", "device")]
     assert recorded == [None, "device"]
 
