@@ -1,17 +1,23 @@
 """Which files a device decodes, and which the CPU."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mimref.data.decode import Decoded
+from mimref.data.decode import BadImage, Decoded, decode_content
 from mimref.data.jpegs import Jpeg, as_jpeg, read_jpeg
 from mimref.data.pixels import USUAL, Decoding
+from mimref.data.sources import FileSource, ImageSource, Subset
 from mimref.data.traits import ON_CPU, TURNED
+from mimref.data.transforms import EvalTransform
+from mimref.transfer.robustness.corruptions import CorruptedSource
+from tests import hf_tables, wds_shards
 from tests.sources import opened
 
 EXIF = Decoding(orientation="exif")
@@ -107,3 +113,49 @@ def test_sources_hand_over_files_or_pixels(tmp_path: Path) -> None:
     assert np.array_equal(png.image.permute(1, 2, 0).numpy(), np.asarray(picture()))
     digits = read_jpeg(opened("digits"), 0, None)
     assert isinstance(digits, Decoded) and digits.traits == ON_CPU
+
+
+def same_as_decoded(source: ImageSource, index: int) -> None:
+    """What `encoded` hands over is what `read_reduced` decodes, under the same name."""
+    found = source.encoded(index)
+    assert found is not None
+    decoded = decode_content(*found, None, source.decoding)
+    assert torch.equal(decoded.image, source.read_reduced(index, None).image) and found[1] == source.path(index)
+
+
+def test_files_of_shards_and_tables(tmp_path: Path) -> None:
+    shard = wds_shards.write_shard(
+        tmp_path / "a.tar", [("0.jpg", saved(picture())), ("1.png", saved(picture(), "PNG"))]
+    )
+    source = wds_shards.opened(shard)
+    for index, kind in enumerate((Jpeg, Decoded)):
+        same_as_decoded(source, index)
+        assert isinstance(read_jpeg(source, index, None), kind)
+        same_as_decoded(Subset(source, np.array([1, 0])), index)
+    shard.write_bytes(shard.read_bytes()[:600])
+    with pytest.raises(BadImage, match=r"a\.tar/0\.jpg \(its shard is shorter than when it was listed\)"):
+        read_jpeg(source, 0, None)
+    features = {"image": {"_type": "Image"}}
+    hf_tables.write_parquet(tmp_path / "t" / "train.parquet", hf_tables.table([saved(picture())], features=features))
+    table = opened(f"hf:{tmp_path / 't'}")
+    same_as_decoded(table, 0)
+    assert isinstance(read_jpeg(table, 0, None), Jpeg)
+
+
+@pytest.mark.parametrize("name", ["gone.jpg", "folder.jpg", "pipe.jpg", "empty.jpg"])
+def test_what_cannot_be_read_has_the_same_reason(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "empty.jpg").touch()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    source = FileSource("x", str(tmp_path), [name], None, None)
+    with pytest.raises(BadImage) as usual:
+        source.read_reduced(0, None)
+    with pytest.raises(BadImage) as found:
+        read_jpeg(source, 0, None)
+    assert str(found.value) == str(usual.value)
+
+
+def test_corrupted_images_are_in_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(saved(picture()))
+    source = CorruptedSource(opened(tmp_path), EvalTransform(16), "gaussian_noise", 1, 0)
+    assert source.encoded(0) is None

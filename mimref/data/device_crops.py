@@ -68,7 +68,9 @@ def decode_jpegs(contents: list[Tensor], device: torch.device) -> list[Tensor]:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     if device.type == "cuda":
-        # torchvision decodes on a stream of its own, into memory that the current one may still be reading.
+        # torchvision keeps a decoder, and would not notice that another GPU is the current one.
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        # It decodes on a stream of its own, into memory that the current one may still be reading.
         torch.cuda.current_stream(device).synchronize()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
