@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -58,9 +58,10 @@ def evaluations(options: BenchmarkOptions) -> None:
 
 
 def views(options: BenchmarkOptions) -> None:
-    """Time how fast images become views.
+    """Time how fast images become views, and evaluation crops.
 
-    Two global and ten local views of 500 x 375 JPEGs on one CPU thread, against torchvision's pipelines.
+    Two global and ten local views of 500 x 375 JPEGs on one CPU thread, against the pipelines of torchvision and, where
+    they are installed, Kornia and NVIDIA DALI. Evaluation crops, against torchvision's and timm's.
 
     Examples:
       mimref benchmark views --out runs/views
@@ -68,9 +69,17 @@ def views(options: BenchmarkOptions) -> None:
     options.check_out()
     options.checks.finish()
 
+    from mimref.benchmarks.extraction import benchmark_extraction
     from mimref.benchmarks.views import benchmark_views
 
-    _print_timings("benchmark views", options, benchmark_views)
+    notes: list[str] = []
+
+    def measure(**settings: Any) -> "Sequence[Row]":
+        return [*benchmark_views(**settings, note=notes.append), *benchmark_extraction(**settings)]
+
+    _print_timings("benchmark views", options, measure)
+    for line in notes:
+        note(line, options)
 
 
 def _print_timings(command: str, options: BenchmarkOptions, measure: "Callable[..., Sequence[Row]]") -> str:

@@ -169,6 +169,7 @@ class TrainingConfig(CommandConfig):
 class RunConfig(TrainingConfig):
     """Settings of training without labels."""
 
+    device_decoding = True
     views: ViewsConfig = ViewsConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

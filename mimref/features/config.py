@@ -22,6 +22,7 @@ class CacheConfig(Section):
 class EncoderPassConfig(CommandConfig):
     """Settings of every command that reads features of encoders."""
 
+    device_decoding = True
     encoder: ReadingConfig = ReadingConfig()
     cache: CacheConfig = CacheConfig()
     arch: str | None = None

@@ -184,10 +184,10 @@ def _rank_heads(
 
 
 def _compare(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, refined: TokenEncoder) -> list[Row]:
-    config, device, workers, max_bad = plan.config, method.device, plan.config.workers, plan.config.data.max_bad
+    config, device = plan.config, method.device
     if not config.evaluate.enabled:
         return []
-    settings = PassSettings(plan.transform, device, method.precision, workers=workers, max_bad=max_bad)
+    settings = monitor.settings
 
     def encoders() -> Iterator[tuple[str, TokenEncoder]]:
         yield "base", base_encoder(plan, device)

@@ -17,6 +17,7 @@ import torch
 from mimref.config.recipe import Derived
 from mimref.config.run import TrainingConfig
 from mimref.data.decode import none_readable
+from mimref.data.device_crops import decoding_device
 from mimref.data.loader import Preparation, ViewBatch, device_batches, loader_workers, view_batches
 from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup
@@ -187,6 +188,7 @@ class Stage(GradientJob):
             preparation=self.preparation,
             together=self.together,
             reduce_jpeg=self.preparation is None,
+            decode_on=decoding_device(config.data, self.device),
         )
         return device_batches(batches, self.device)
 

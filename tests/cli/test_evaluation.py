@@ -324,10 +324,15 @@ def test_the_views_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = {"width": 60, "height": 48, "global_size": 16, "local_views": 1, "local_size": 8, "images": 2, "repeats": 1}
-    monkeypatch.setattr("mimref.benchmarks.views.ViewSizes", partial(ViewSizes, **small))
+    for module in ("views", "extraction"):
+        monkeypatch.setattr(f"mimref.benchmarks.{module}.ViewSizes", partial(ViewSizes, **small))
+    monkeypatch.setattr("mimref.benchmarks.views.library_ways", lambda *_: ({}, ["not compared with X: pip install x"]))
     assert run(["benchmark", "views", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
-    assert "mimref, worker's part" in capsys.readouterr().out
-    assert {row["metric"] for row in results(tmp_path / "out")["metrics"]} == {"benchmark_views"}
+    printed = capsys.readouterr()
+    assert "mimref, worker's part" in printed.out and "timm: uint8 crops" in printed.out
+    assert "not compared with X: pip install x" in printed.err.splitlines()
+    metrics = {row["metric"] for row in results(tmp_path / "out")["metrics"]}
+    assert metrics == {"benchmark_views", "benchmark_extraction"}
 
 
 def test_step_and_cost(

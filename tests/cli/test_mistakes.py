@@ -121,6 +121,14 @@ LISTS = {
         "'nmj'",
         "probe.epochs = 0",
     ),
+    "knn gone.pth --data nowhere --device cpu --set data.decode=device": (
+        "gone.pth",
+        "--data nowhere",
+        "data.decode device needs CUDA",
+    ),
+    "refine --preset quickstart --weights {base} --data {data} --device cpu --set data.decode=device": (
+        "data.decode device needs CUDA",
+    ),
     "assess gone.pth {base} --data nowhere --blocks 9 --k 0 --measure rank": (
         "gone.pth",
         "block 9",
