@@ -55,7 +55,13 @@ TOOLS: Mapping[str, tuple[str, Mapping[str, Function]]] = {
     "reproduce": ("Reproduce tables of the paper by a suite of runs.", {"ablations": reproduce.ablations}),
     "benchmark": (
         "Measure speed and cost on this machine.",
-        {"views": benchmark.views, "step": benchmark.step, "eval": benchmark.evaluations, "cost": benchmark.cost},
+        {
+            "views": benchmark.views,
+            "step": benchmark.step,
+            "eval": benchmark.evaluations,
+            "cost": benchmark.cost,
+            "memory": benchmark.memory,
+        },
     ),
 }
 

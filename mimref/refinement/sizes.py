@@ -55,13 +55,18 @@ def meta_modules(
 
 
 def state_bytes(
-    config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName
+    config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName, *, shards: int = 1
 ) -> StateBytes:
-    """Memory of a stage's weights, gradients, moments, average, queue, and of what its dense term needs."""
+    """Memory of a stage's weights, gradients, moments, average, queue, and of what its dense term needs.
+
+    shards: processes that the encoder is divided among, with its gradients, moments, average and base; heads and queue
+    are not.
+    """
     encoder, heads = meta_modules(config, architecture, blocks, stage)
-    encoder_count = sum(weight.numel() for weight in encoder.parameters())
+    encoder_count = -(-sum(weight.numel() for weight in encoder.parameters()) // shards)
     heads_count = sum(tensor.numel() for tensor in heads.state_dict().values())
-    trained = sum(weight.numel() for part in (encoder, heads) for weight in part.parameters() if weight.requires_grad)
+    trained_parts = (sum(w.numel() for w in part.parameters() if w.requires_grad) for part in (encoder, heads))
+    trained = -(-next(trained_parts) // shards) + next(trained_parts)
     dense = stage == "encoder" and config.loss.dense != "none"
     return StateBytes(
         weights=_BYTES * (encoder_count + heads_count),

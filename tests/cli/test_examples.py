@@ -45,6 +45,7 @@ WORK = (
     "mimref.benchmarks.views.benchmark_views",
     "mimref.benchmarks.step.benchmark_step",
     "mimref.benchmarks.cost.benchmark_cost",
+    "mimref.benchmarks.memory.plan_memory",
 )
 
 
