@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
@@ -36,18 +36,17 @@ def predicted(config: RefineConfig, stage: StageName = "encoder", **options: Any
 class Tracked(MemTracker):
     """torch's tracker in place of ours; it counts weights, gradients and buffers too."""
 
-    found = 0
-
     def leave_out(self, tensor: Tensor) -> None:
         self.track_external(tensor)
 
     @property
     def peak(self) -> int:
-        Tracked.found = self.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-        return Tracked.found
+        return int(self.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
-    def restart(self) -> int:
-        raise AssertionError("the encoder runs once")
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
+        # Hooks only tell gradients from other tensors, and weights without gradients have none.
+        found: tuple[int, int] = super()._track_module_params_and_buffers(module, install_grad_hooks=False)
+        return found
 
 
 def tracked_bytes(
@@ -128,13 +127,13 @@ def test_a_step_takes_what_a_real_one_allocates(micro_batch: int | None, checkpo
 # --- a closed form
 
 
-@pytest.mark.parametrize("images", [4, 9])
+@pytest.mark.parametrize("images", [9, 30])
 def test_a_block_keeps_36_bytes_of_each_token_and_channel(images: int) -> None:
     """In bf16 with fused attention: 8 of two residual sums and 28 of bf16 tensors, in all widths together."""
     depths = []
     for depth in (6, 7):
         config = tiny(encoder__depth=depth, heads__blocks=f"{depth}", **SMALL)
-        depths.append(predicted(config, images=images).bytes)
+        depths.append(predicted(config, images=images, gradients_held=True).bytes)
     width, attention_heads, tokens = 64, 2, images * (2 * 17 + 5)
     # Input of both norms in fp32; of qkv, q, k, v, the output of attention, of both norms, of the MLP's layers in bf16.
     kept = (4 + 4) * width + 2 * width * (1 + 3 + 1 + 1 + 4 + 4)
@@ -158,7 +157,8 @@ def test_two_micro_batches_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> Non
         patch.delattr(peak._Brief, "_encode_in_parts")
         full = predicted(config, images=12, micro_batch=2)
     assert short.parts == pytest.approx(full.parts, rel=0.001)
-    assert short.whole == pytest.approx(full.whole, rel=0.01)
+    # While the encoder runs, features of one earlier part are held instead of those of all.
+    assert short.whole == pytest.approx(full.whole, rel=0.02)
 
 
 def test_held_gradients_are_left_out() -> None:
@@ -182,16 +182,16 @@ def saved_bytes(device: str, arch: str, size: int) -> int:
     storages = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
+        if not isinstance(tensor, nn.Parameter):
             storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True), peak._cuda_arithmetic():
         encoder._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         images = torch.empty(2, 3, size, size, device=device)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            with torch.autocast(device, dtype=torch.bfloat16):
-                encoder.blocks(images, [encoder.depth])
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast(device, dtype=torch.bfloat16):
+            encoder.blocks(images, [encoder.depth])
     return sum(storage.nbytes() for storage in storages.values())
 
 
