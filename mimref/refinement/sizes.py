@@ -59,14 +59,17 @@ def state_bytes(
 ) -> StateBytes:
     """Memory of a stage's weights, gradients, moments, average, queue, and of what its dense term needs.
 
-    shards: processes that the encoder is divided among, with its gradients, moments, average and base; heads and queue
-    are not.
+    shards: processes that encoder and heads are divided among, with gradients, moments, average and base; of the heads
+    a process has whole ones. The queue is not divided.
     """
     encoder, heads = meta_modules(config, architecture, blocks, stage)
+    own_heads = -(-len(blocks) // shards)
     encoder_count = -(-sum(weight.numel() for weight in encoder.parameters()) // shards)
-    heads_count = sum(tensor.numel() for tensor in heads.state_dict().values())
-    trained_parts = (sum(w.numel() for w in part.parameters() if w.requires_grad) for part in (encoder, heads))
-    trained = -(-next(trained_parts) // shards) + next(trained_parts)
+    heads_count = sum(tensor.numel() for tensor in heads.state_dict().values()) * own_heads // len(blocks)
+    trained_encoder, trained_heads = (
+        sum(weight.numel() for weight in part.parameters() if weight.requires_grad) for part in (encoder, heads)
+    )
+    trained = -(-trained_encoder // shards) + trained_heads * own_heads // len(blocks)
     dense = stage == "encoder" and config.loss.dense != "none"
     return StateBytes(
         weights=_BYTES * (encoder_count + heads_count),
