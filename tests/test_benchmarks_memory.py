@@ -88,9 +88,7 @@ def test_steps_of_other_micro_batches_lie_on_the_line(recompute: bool) -> None:
     architecture, blocks = resolve_encoder(config)
     line = memory._steps(config, architecture, blocks, 1, recompute)
     for micro in (4, 8):
-        step = step_peak(
-            config, architecture, blocks, "encoder", images=32, micro_batch=micro, checkpointing=recompute
-        )
+        step = step_peak(config, architecture, blocks, "encoder", images=32, micro_batch=micro, checkpointing=recompute)
         assert line.bytes(micro) == pytest.approx(step.bytes, rel=0.01)
 
 
