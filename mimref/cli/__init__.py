@@ -63,6 +63,7 @@ TOOLS: Mapping[str, tuple[str, Mapping[str, Function]]] = {
             "step": benchmark.step,
             "eval": benchmark.evaluations,
             "cost": benchmark.cost,
+            "memory": benchmark.memory,
         },
     ),
 }

@@ -1,5 +1,6 @@
 """`mimref benchmark`: speed and cost, measured on this machine."""
 
+import re
 import shlex
 import sys
 import time
@@ -11,6 +12,7 @@ import typer
 
 from mimref.cli.execution import note
 from mimref.cli.options import Data, Device, MicroBatch, Output, Preset, TrainedEncoder
+from mimref.cli.parser import option
 
 if TYPE_CHECKING:
     from mimref.benchmarks.suite.lines import Finding
@@ -36,6 +38,11 @@ class StepOptions(TrainedEncoder, MicroBatch, Preset, Output):
 
 class CostOptions(StepOptions, Data):
     pass
+
+
+class MemoryOptions(StepOptions, panel="Run"):
+    gpus: str | None = option("Numbers of GPUs; default 1,8,64.", "N,N,...")
+    memory: str | None = option("Memory of a GPU in GB; default 40,80.", "N,N,...")
 
 
 def evaluations(options: BenchmarkOptions) -> None:
@@ -179,6 +186,47 @@ def everything(options: BenchmarkOptions) -> None:
         typer.echo(f"mimref: error: {line}", err=True)
     if missed_lines(findings):
         raise typer.Exit(1)
+
+
+def memory(options: MemoryOptions) -> None:
+    """Predict which way of training fits the memory of GPUs.
+
+    One pass of the encoder or micro-batches, recomputed activations, sharded weights: the peak of each, on any machine,
+    from shapes alone. Takes a minute for a large encoder. Without options: the quickstart's small encoder.
+
+    Examples:
+      mimref benchmark memory --preset mae_2b14
+      mimref benchmark memory --arch vit_7b_patch16_dinov3 --gpus 8 --memory 80
+    """
+    gpus = options.checks.run("gpus", lambda: _sizes(options.gpus or "1,8,64", "--gpus"))
+    cards = options.checks.run("memory", lambda: _sizes(options.memory or "40,80", "--memory"))
+    config = options.load_refine()
+    assert gpus is not None and cards is not None  # or it has raised
+
+    from mimref.benchmarks.memory import memory_facts, memory_page, plan_memory
+    from mimref.files import write_bytes
+    from mimref.reports.terminal import Terminal
+    from mimref.results import write_results
+
+    started = time.monotonic()
+    with Terminal(options.quiet) as terminal:
+        rows = plan_memory(config, gpus, cards, progress=partial(terminal.progress, "steps on paper"))
+    for what, much in memory_facts(rows):
+        typer.echo(f"{what}: {much}")
+    if options.out is not None:
+        settings = config.model_dump(mode="json")
+        write_results(options.out, "benchmark memory", settings, time.monotonic() - started, rows)
+        write_bytes(options.out / "results.md", memory_page(rows).encode())
+        note(f"results in {options.out}", options)
+
+
+def _sizes(text: str, flag: str) -> list[int]:
+    """Of `1,8,64`, in ascending order."""
+    from mimref.errors import ConfigError
+
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
+        raise ConfigError(f"{flag} {text}: expected whole numbers such as 1,8,64")
+    return sorted(set(map(int, text.split(","))))
 
 
 def _write(

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mimref.data.loader import ViewBatch
 from mimref.data.views import Photometric
-from mimref.devices import autocast
+from mimref.devices import autocast, send
 from mimref.distributed.collectives import gather_rows, gather_rows_with_gradient, gather_samples, sum_over_ranks
 from mimref.distributed.group import own_rank, world_size
 from mimref.draws import Operation, uniform
@@ -192,7 +192,7 @@ class Method:
             projection_HNO, prediction_HNO = self.trained_heads(*features_HND)
         images = len(batch.sample_B)
         samples = gather_samples(batch.sample_B, self.most_images)
-        sample_B = batch.sample_B.to(self.device, non_blocking=True)
+        sample_B = send(batch.sample_B, self.device)
         global_HMO = projection_HNO[:, : 2 * images]
         choice_HM = self._choices(batch.epoch, sample_B)
         neighbours = self.queue.swap_neighbours(global_HMO, sample_B.repeat(2), choice_HM, top_k=top_k)
@@ -218,7 +218,7 @@ class Method:
             all_prediction_HVBO=anchor_HVBO,
         )
         # Enqueued after the lookup, so that no sample finds itself in this step.
-        every_B = sample_B if len(samples) == 1 else torch.cat(samples).to(self.device, non_blocking=True)
+        every_B = sample_B if len(samples) == 1 else send(torch.cat(samples), self.device)
         self.queue.enqueue(every_HGBO[:, 0], every_B)
         # Ranks' gradients are averaged: each counts by its share of the batch.
         share = images / sum(counts)

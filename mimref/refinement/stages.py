@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mimref.data.loader import ViewBatch
+from mimref.devices import send
 from mimref.distributed.collectives import averaged
 from mimref.distributed.group import world_size
 from mimref.encoders.backbones import TimmBackbone, TokenEncoder
@@ -70,7 +71,7 @@ class RefinementStage(Stage):
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
         """See `GradientJob`. Raises ConfigError, with what would fit, when the device runs out of memory."""
-        weight_H = torch.tensor(self.head_weights()).to(self.device, non_blocking=True)
+        weight_H = send(torch.tensor(self.head_weights()), self.device)
         top_k, train_encoder = self.settings.top_k, self.name == "encoder"
         try:
             self._values = self.method.forward_backward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)

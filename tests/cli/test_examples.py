@@ -47,6 +47,7 @@ WORK = (
     "mimref.benchmarks.cost.benchmark_cost",
     "mimref.benchmarks.suite.run.run_suite",
     "mimref.doctor.diagnosis.diagnose",
+    "mimref.benchmarks.memory.plan_memory",
 )
 
 
