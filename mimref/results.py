@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mimref import __version__
 from mimref.config.base import DataConfig
@@ -46,6 +46,15 @@ class EvaluationResult(Tabular):
     """Path and reason of every image left out."""
     data: DataConfig | None = None
     """The images, which the settings may leave to the checkpoint's header; None for features made elsewhere."""
+
+
+class Finished(NamedTuple):
+    """What results.json records."""
+
+    rows: list[Row]
+    elapsed_s: float
+    bad_images: list[tuple[str, str]]
+    """Path and reason of every image left out."""
 
 
 def frame(rows: Sequence[Row]) -> "DataFrame":
@@ -117,8 +126,8 @@ def write_results(
     write_bytes(out / "results.json", (json.dumps(document, indent=2, default=str, allow_nan=False) + "\n").encode())
 
 
-def read_results(out: Path, command: str) -> tuple[list[Row], float]:
-    """Rows and elapsed seconds of a finished run of `command`.
+def read_results(out: Path, command: str) -> Finished:
+    """The results of a finished run of `command`.
 
     Raises OutputError if its results.json is damaged or from another command.
     """
@@ -129,11 +138,12 @@ def read_results(out: Path, command: str) -> tuple[list[Row], float]:
             {key: math.nan if value is None else value for key, value in row.items()} for row in document["metrics"]
         ]
         elapsed_s, made_by = float(document["elapsed_s"]), document["command"]
+        bad_images = [(str(each["path"]), str(each["reason"])) for each in document.get("bad_images", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{file} cannot be read ({error}); --force instead of --resume runs again") from error
     if made_by != command:
         raise OutputError(f"{out}: holds results of {made_by}, not of {command}; choose another --out")
-    return rows, elapsed_s
+    return Finished(rows, elapsed_s, bad_images)
 
 
 def main_rows(rows: Sequence[Row]) -> list[Row]:

@@ -88,8 +88,10 @@ def test_write_results_into_a_file_is_one_line(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    write_results(tmp_path, "refine", {}, 2.5, [*rows(), {"metric": "odd", "value": float("inf")}])
-    read, elapsed_s = read_results(tmp_path, "refine")
+    bad = [("a.png", "empty file")]
+    write_results(tmp_path, "refine", {}, 2.5, [*rows(), {"metric": "odd", "value": float("inf")}], bad_images=bad)
+    read, elapsed_s, bad_images = read_results(tmp_path, "refine")
+    assert bad_images == bad
     assert read[:-1] == rows() and math.isnan(float(read[-1]["value"])) and elapsed_s == 2.5
 
 

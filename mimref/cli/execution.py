@@ -141,9 +141,13 @@ def print_finished(out: Path, command: str, options: Quiet) -> bool:
         from mimref.reports.terminal import print_rows
         from mimref.results import read_results
 
-        rows = read_results(out, command)[0]
+        found = read_results(out, command)
         note(f"{out} is finished; its results, with the settings that it had:", options)
-        print_rows(rows)
+        if found.bad_images:
+            from mimref.data.decode import skipped_line
+
+            typer.echo(f"warning: {skipped_line(found.bad_images)}", err=True)
+        print_rows(found.rows)
         # A run killed right after its end has left its state.
         shutil.rmtree(out / "state", ignore_errors=True)
     return True

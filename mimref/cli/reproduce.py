@@ -60,7 +60,7 @@ def ablations(options: AblationsOptions) -> None:
             config, out, resume=options.resume, force=options.force, listener=terminal, checks=options.checks
         )
     command = f"mimref {shlex.join(sys.argv[1:])}"
-    page = ablations_page(result.rows, result.suite.plan.config, config.seeds, result.elapsed_s, command)
+    page = ablations_page(result, config.seeds, command)
     write_bytes(out / "ablations.md", page.encode())
     print_ablations(result.rows)
     with figure(out / "blocks-light.svg", options):

@@ -84,6 +84,15 @@ def _preset_folder() -> Path:
     return package / "presets" if (package / "presets").is_dir() else package.parent / "presets"
 
 
+def maker_of(path: str | Path) -> str:
+    """The command that writes a folder which is no one's choice but a preset's, such as `runs/pretrain-peak`; else ''.
+    """
+    name = Path(path).name.removeprefix("pretrain-")
+    if Path(path) != Path("runs", f"pretrain-{name}") or f"pretrain/{name}" not in preset_names("pretrain"):
+        return ""
+    return f"mimref pretrain --preset {name} --out {Path(path).as_posix()}"
+
+
 def find_preset(name: str, command: str, folder: Path | None = None) -> tuple[str, Path]:
     """The full name and file of a preset; a path ending in .toml is relative to `folder` (default: the current one)."""
     if name.endswith(".toml"):

@@ -93,6 +93,13 @@ def first_bad(images: Sequence[tuple[str, str]]) -> str:
     return first_of([f"{path} ({reason})" for path, reason in images], NAMED_BAD_IMAGES)
 
 
+def skipped_line(images: Sequence[tuple[str, str]]) -> str:
+    """How many images were skipped, and the first few with their reasons, for a warning. results.json has them all."""
+    more = " (all are in results.json)" if len(images) > NAMED_BAD_IMAGES else ""
+    count = "1 unreadable image" if len(images) == 1 else f"{len(images)} unreadable images"
+    return f"{count} skipped: {first_bad(images)}{more}"
+
+
 def none_readable(name: str, images: Sequence[tuple[str, str]]) -> DataError:
     """The error for a data set of which every image is bad."""
     count = f" of {len(images)}" if len(images) > 1 else ""

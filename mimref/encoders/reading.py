@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mimref.config.presets import maker_of
 from mimref.encoders.contents import Content
 from mimref.encoders.folders import check_whole, find_in_folder, read_index
 from mimref.encoders.published import ADDRESSES, PACKAGED, fetch, find_named
@@ -75,8 +76,9 @@ def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
     if file.is_dir():
         return find_in_folder(file)
     if not file.is_file():
-        near = did_you_mean(str(path), [*PACKAGED, *ADDRESSES])
-        hint = near or "; pass a checkpoint or the name of published weights"
+        maker = maker_of(path)
+        hint = f"; make it: {maker}" if maker else did_you_mean(str(path), [*PACKAGED, *ADDRESSES])
+        hint = hint or "; pass a checkpoint or the name of published weights"
         raise CheckpointError(f"{file}: {'not a file' if file.exists() else 'no such file'}{hint}")
     return file
 

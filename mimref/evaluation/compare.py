@@ -102,6 +102,7 @@ def compare_encoders(
             pair = inputs.features("train"), inputs.features("val")
             exhibit(exhibition, inputs.name, pair, columns, config, best)
     bad = [pair for inputs in opened for pair in inputs.bad]
+    bad = list(dict.fromkeys(bad))  # the images are the same for all encoders
     return IllustratedResult(rows, time.monotonic() - started, bad, config.data, exhibition.made())
 
 

@@ -1,6 +1,6 @@
 """Pre-train an encoder on the user's images by masked image modelling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class PretrainResult(Tabular):
     rows: list[Row]
     """The monitor's values at the end."""
     elapsed_s: float
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+    """Path and reason of every image left out."""
 
 
 class Pretraining(Stage):
@@ -151,7 +153,7 @@ def pretrain(
             _write_encoder(job, config, out)
             _exhibit(job, config, out)
             run.finish(job.rows)
-    return PretrainResult(out, job.rows, run.elapsed_s)
+    return PretrainResult(out, job.rows, run.elapsed_s, run.skipped.items)
 
 
 def _exhibit(job: Pretraining, config: PretrainConfig, out: Path) -> None:

@@ -28,7 +28,7 @@ from mimref.features.opening import check_device, open_training, without_limit
 from mimref.progress import LabelledProgress
 from mimref.refinement.config import LossConfig, RefineConfig
 from mimref.refinement.heads import head_blocks
-from mimref.refinement.recipe import LEAST_QUEUE, fit, last_third
+from mimref.refinement.recipe import LEAST_QUEUE, fit, last_third, with_counts
 
 # Whose views say where heads belong, where `monitor.view_samples` is 0.
 UNLABELLED_IMAGES = 1000
@@ -130,7 +130,7 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
         if (fitted := checks.run("preset", fitting)) is not None:
             (config, found), data, known = fitted, fitted[0].data, True
             derived = [*limited, *found]
-    # Defaults that a recipe would have replaced are nobody's mistakes.
+    # Values that a recipe would have derived, or adapted, are nobody's mistakes.
     if architecture is not None and known:
         _check_heads(config, architecture, checks)
         checks.run("views.local_size", partial(check_sizes, config, architecture))
@@ -139,7 +139,8 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
             decay = config.encoder_stage.layer_decay
             checks.run("encoder_stage.layer_decay", partial(check_layers, architecture, decay))
     if sources and known:
-        _check_counts(config, len(sources["train"]), checks)
+        images = len(sources["train"])
+        _check_counts(with_counts(config, images), images, checks)
     if checkpoint is None or architecture is None or data is None or not checks.passed:
         return None
     warnings = [*ignored_settings(config.encoder, checkpoint), *_ignored_dense(config)]

@@ -49,6 +49,14 @@ def fit(
     return recipe.finish(), recipe.derived
 
 
+def with_counts(config: RefineConfig, images: int) -> RefineConfig:
+    """The settings, of a preset with values that fit so many images: what `fit` does where no encoder is known."""
+    recipe = Recipe(config)
+    if config.preset is not None and images > 1:
+        _adapt_counts(recipe, images)
+    return recipe.config
+
+
 # --- the rules, as functions of numbers
 
 

@@ -1,7 +1,7 @@
 """Refine an encoder: train the heads on the frozen encoder, then encoder and heads together."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class RefineResult(Tabular):
     """The before/after table, or a heads-only run's ranking of heads; empty without labels."""
     elapsed_s: float
     """Of training."""
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+    """Path and reason of every image left out."""
 
 
 def refine(
@@ -101,7 +103,7 @@ def refine(
             rows = []
         _write_encoder(run, plan, refined, rows)
         run.finish(rows)
-    return RefineResult(out, rows, run.elapsed_s)
+    return RefineResult(out, rows, run.elapsed_s, run.skipped.items)
 
 
 def build_method(plan: Plan, listener: Listener) -> Method:

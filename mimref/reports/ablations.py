@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from mimref.benchmarks.duration import readable
-from mimref.refinement.config import RefineConfig
 from mimref.reports.metrics import metric_label
 from mimref.reports.tables import plain_table
+from mimref.reports.html.page import MOST_LISTED
+from mimref.reproduce.run import AblationsResult
 from mimref.reproduce.summary import BLOCK_METRIC
 from mimref.reproduce.table1 import TITLES
 from mimref.results import Row
@@ -34,20 +35,16 @@ def print_ablations(rows: Sequence[Row]) -> None:
         console.print()
 
 
-def ablations_page(
-    rows: Sequence[Row], config: RefineConfig, seeds: Sequence[int], elapsed_s: float, command: str
-) -> str:
-    """A Markdown page: command, before and after, the curves, the tables, and what agrees.
-
-    rows: of `summarise`. config: of the default refinement. elapsed_s: of training in all runs.
-    """
+def ablations_page(result: AblationsResult, seeds: Sequence[int], command: str) -> str:
+    """A Markdown page: command, before and after, the curves, the tables, what agrees, and the images left out."""
+    rows, config = result.rows, result.suite.plan.config
     text = [
         "# Ablations",
         "",
         f"```bash\n{command}\n```",
         "",
-        f"Seeds {', '.join(map(str, seeds))}; {readable(elapsed_s)} of training in all runs together. Values are means "
-        "over the seeds, with the range; differences are between runs with the same seed.",
+        f"Seeds {', '.join(map(str, seeds))}; {readable(result.elapsed_s)} of training in all runs together. Values are "
+        "means over the seeds, with the range; differences are between runs with the same seed.",
         "The paper's are of data2vec 2.0 ViT-L/16 on ImageNet-1K (Table 1), ours of "
         f"{config.encoder.weights or config.encoder.arch} on {config.data.spec}.",
         "",
@@ -63,7 +60,19 @@ def ablations_page(
         ]
         text += [f"| {' | '.join(_cells(row))} |" for row in lines]
         text += ["", *_sentences(lines), ""]
+    text += _skipped(result.bad_images)
     return "\n".join(text).rstrip() + "\n"
+
+
+def _skipped(images: Sequence[tuple[str, str]]) -> list[str]:
+    """The images that the runs have left out."""
+    if not images:
+        return []
+    count = "1 image" if len(images) == 1 else f"{len(images)} images"
+    listed = f"; the first {MOST_LISTED} are listed, results.json has all" if len(images) > MOST_LISTED else ""
+    text = ["## Skipped images", "", f"{count} could not be read{listed}.", "", "| image | reason |", "|---|---|"]
+    cells = ((each.replace("|", "\\|") for each in pair) for pair in images[:MOST_LISTED])
+    return [*text, *(f"| {' | '.join(pair)} |" for pair in cells), ""]
 
 
 def _agreement(rows: Sequence[Row]) -> list[str]:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mimref.config.base import dump_config
+from mimref.data.decode import skipped_line
 from mimref.errors import UserError
 from mimref.files import write_bytes
 from mimref.progress import Listener
@@ -99,12 +100,12 @@ def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
 
 def _told(run: Run) -> str:
     """What a finished run has found, in a line."""
-    rows, elapsed_s = read_results(run.folder, run.config.command)
-    knn = [
-        float(row["value"]) for row in main_rows(rows) if (row.get("model"), row["metric"]) == ("refined", "knn_top1")
-    ]
+    result = read_results(run.folder, run.config.command)
+    refined = ("refined", "knn_top1")
+    knn = [float(row["value"]) for row in main_rows(result.rows) if (row.get("model"), row["metric"]) == refined]
     found = f"k-NN {knn[0]:.1f}, " if knn else ""
-    return f"{run.name}: finished, {found}{elapsed_s:,.0f} s"
+    skipped = f"; {skipped_line(result.bad_images)}" if result.bad_images else ""
+    return f"{run.name}: finished, {found}{result.elapsed_s:,.0f} s{skipped}"
 
 
 def _reason(run: Run, code: int) -> str:

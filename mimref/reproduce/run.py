@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimref.config.base import dump_config
+from mimref.data.decode import skipped_line
 from mimref.devices import resolve_device
 from mimref.distributed.group import world_size
 from mimref.errors import Checks, ConfigError, OutputError
@@ -19,7 +20,7 @@ from mimref.progress import Listener, Silent
 from mimref.reproduce.config import AblationsConfig
 from mimref.reproduce.jobs import RunFailed, run_jobs
 from mimref.reproduce.plan import Suite, check_earlier, free_cores, make_suite
-from mimref.reproduce.summary import summarise
+from mimref.reproduce.summary import skipped_images, summarise
 from mimref.results import Row, Tabular, write_results
 from mimref.training.signals import stop_signal
 
@@ -39,6 +40,8 @@ class AblationsResult(Tabular):
     """Of training in all runs together."""
     failed: list[RunFailed]
     suite: Suite
+    bad_images: list[tuple[str, str]]
+    """Path and reason of every image that a run left out."""
 
 
 def run_ablations(
@@ -75,8 +78,11 @@ def run_ablations(
         listener.note(f"{len(suite.runs)} runs, of which {len(suite.runs) - len(unfinished)} are finished")
         failed = run_jobs(unfinished, jobs_of(config), listener)
         rows, elapsed_s = summarise(suite)
-        write_results(out, COMMAND, config.model_dump(mode="json"), elapsed_s, rows)
-    return AblationsResult(rows, elapsed_s, failed, suite)
+        bad_images = skipped_images(suite)
+        if bad_images:
+            listener.warn(skipped_line(bad_images))
+        write_results(out, COMMAND, config.model_dump(mode="json"), elapsed_s, rows, bad_images=bad_images)
+    return AblationsResult(rows, elapsed_s, failed, suite, bad_images)
 
 
 def jobs_of(config: AblationsConfig) -> int:

@@ -49,17 +49,23 @@ def summarise(suite: Suite) -> tuple[list[Row], float]:
     elapsed_s = 0.0
     for run in suite.refinements:
         if run.finished:
-            rows, seconds = read_results(run.folder, run.config.command)
+            result = read_results(run.folder, run.config.command)
             name = run.name.rpartition("-seed")[0]
             scores.setdefault(name, {})[run.config.seed] = {
-                (str(row["model"]), str(row["metric"])): float(row["value"]) for row in main_rows(rows)
+                (str(row["model"]), str(row["metric"])): float(row["value"]) for row in main_rows(result.rows)
             }
-            elapsed_s += seconds
+            elapsed_s += result.elapsed_s
     default = scores.get(DEFAULT, {})
     found = _before_and_after(default) + _curve_rows(suite.curves)
     for line, name in zip(suite.lines, suite.names, strict=True):
         found += _line_rows(line, {} if line.missing else scores.get(name, {}), default)
     return found, elapsed_s
+
+
+def skipped_images(suite: Suite) -> list[tuple[str, str]]:
+    """Path and reason of every image that a finished run has left out."""
+    finished = (run for run in suite.runs if run.finished)
+    return sorted({pair for run in finished for pair in read_results(run.folder, run.config.command).bad_images})
 
 
 def _before_and_after(default: Scores) -> list[Row]:
@@ -79,7 +85,7 @@ def _curve_rows(curves: Sequence[Run]) -> list[Row]:
     for model, runs in (("base", curves[:1]), ("refined", curves[1:])):
         by_block: dict[int, list[float]] = {}
         for run in filter(lambda run: run.finished, runs):
-            for row in read_results(run.folder, run.config.command)[0]:
+            for row in read_results(run.folder, run.config.command).rows:
                 if row["metric"] == BLOCK_METRIC:
                     by_block.setdefault(int(row["block"]), []).append(float(row["value"]))
         for block, values in sorted(by_block.items()):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mimref.config.run import TrainingConfig
-from mimref.data.decode import NAMED_BAD_IMAGES, BadImages, first_bad
+from mimref.data.decode import BadImages, skipped_line
 from mimref.distributed.group import own_rank
 from mimref.errors import OutputError
 from mimref.files import write_bytes
@@ -119,6 +119,4 @@ class SkippedImages:
         if len(items) <= self._reported or (once and self._reported):
             return
         self._reported = len(items)
-        more = " (all are in results.json)" if len(items) > NAMED_BAD_IMAGES else ""
-        count = "1 unreadable image" if len(items) == 1 else f"{len(items)} unreadable images"
-        self._listener.warn(f"{count} skipped: {first_bad(items)}{more}")
+        self._listener.warn(skipped_line(items))

@@ -25,7 +25,7 @@ from mimref.distributed.collectives import barrier, gather_lists
 from mimref.distributed.group import end_group, own_rank
 from mimref.errors import Checks
 from mimref.progress import Listener, Silent
-from mimref.results import Row, read_results, write_results
+from mimref.results import Finished, Row, read_results, write_results
 from mimref.training.checkpoint import check_images, check_ranks
 from mimref.training.folder import RunFolder, with_absolute_paths
 from mimref.training.job import GradientJob, train
@@ -55,8 +55,8 @@ class TrainingRun:
         self.derived: list[dict[str, Any]] = []
         """Settings that a recipe has derived, for the results."""
 
-    def finished(self, checks: Checks) -> tuple[list[Row], float] | None:
-        """Rows and seconds of a run to resume that is finished already; else None.
+    def finished(self, checks: Checks) -> Finished | None:
+        """The results of a run to resume that is finished already; else None.
 
         Checks the folder, in which the run may not be allowed to start or resume, and the trackers.
         """

@@ -19,7 +19,8 @@ from mimref.reproduce import jobs
 from mimref.reproduce.plan import Run
 from tests.tiny import EVALUATED, REFINE, results, tensors, write_labelled, write_weights
 
-# Stands for the process of a run: its accuracy depends on its name alone; with BAD in the environment it fails.
+# Stands for the process of a run: its accuracy depends on its name alone; with BAD in the environment it fails. The second
+# seed's runs leave out an image.
 STAND_IN = """
 import json, os, pathlib, sys
 name, command, folder = sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3])
@@ -31,7 +32,9 @@ knn = 75.0 + ("default" in name) - name.endswith("1") / 10
 rows = [{"model": "refined", "metric": metric, "value": knn, "shots": 1} for metric in ("knn_top1", "lowshot_top1")]
 if command == "analyze-blocks":
     rows = [{"metric": "block_knn_top1", "block": block, "value": knn + block} for block in (1, 2, 3, 4)]
-(folder / "results.json").write_text(json.dumps({"command": command, "elapsed_s": 60.0, "metrics": rows}))
+bad = [{"path": "data/a|b.png", "reason": "empty file"}] if name.endswith("seed1") else []
+document = {"command": command, "elapsed_s": 60.0, "metrics": rows, "bad_images": bad}
+(folder / "results.json").write_text(json.dumps(document))
 """
 
 
@@ -69,7 +72,9 @@ def test_a_suite(folder: Path, started: list[str], capsys: pytest.CaptureFixture
     out = folder / "out"
     assert run(line(folder, "--seeds", "0,1", "--tables", "a,e", "--jobs", "3")) == 0
     assert len(started) == len(set(started)) == 2 * (1 + 2 + 1) + 3
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert told.count("data/a|b.png (empty file)") == 2 * (1 + 2 + 1) // 2 + 1 + 1  # of every run, and of all at the end
+    assert "warning: 1 unreadable image skipped: data/a|b.png (empty file)" in told
     assert "(a) Number of heads" in printed and "(e) Neighbours of negatives" in printed and "(b)" not in printed
     page = (out / "ablations.md").read_text()
     assert "| swapped | swapped | k-NN | 75.0 (74.9 to 75.0) | 80.9 | -1.0 (-1.0 to -1.0) | -0.1 |" in page
@@ -81,6 +86,8 @@ def test_a_suite(folder: Path, started: list[str], capsys: pytest.CaptureFixture
             "<?xml"
         )
     assert results(out)["command"] == "reproduce ablations" and (out / "results.csv").is_file()
+    assert "1 image could not be read." in page and "| data/a\\|b.png | empty file |" in page
+    assert results(out)["bad_images"] == [{"path": "data/a|b.png", "reason": "empty file"}]
     # The same command runs nothing again; another table adds its runs.
     written = (out / "runs" / "default-seed0" / "results.json").stat().st_mtime_ns
     del started[:]

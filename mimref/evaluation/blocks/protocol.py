@@ -7,6 +7,7 @@ from math import isfinite
 
 import numpy as np
 
+from mimref.data.decode import skipped_line
 from mimref.distributed.group import end_group
 from mimref.errors import Checks
 from mimref.evaluation.blocks.config import BlocksConfig
@@ -75,7 +76,9 @@ def evaluate_blocks(
                 )
                 inputs.tell("train")
                 found += reconstruction.rows
-                bad += reconstruction.bad
+                if unseen := [pair for pair in reconstruction.bad if pair not in bad]:
+                    listener.warn(skipped_line(unseen))
+                bad += unseen
         rows += named(found, inputs.name, {"pool": config.pool})
     bad = list(dict.fromkeys(bad))
     return BlocksResult(rows, time.monotonic() - started, bad, config.data, exhibition.made(), heads)

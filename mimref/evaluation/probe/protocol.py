@@ -4,6 +4,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from mimref.data.decode import skipped_line
 from mimref.distributed.group import end_group, own_rank
 from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError
@@ -56,7 +57,9 @@ def evaluate_probe(
         found, bad = _probe_tokens(inputs, tokens, config, listener, state)
     else:
         found, bad = _probe_linear(inputs, config, listener, state)
-    left_out = list(dict.fromkeys([*inputs.bad, *bad]))
+    if unseen := sorted(set(bad) - set(inputs.bad)):
+        listener.warn(skipped_line(unseen))
+    left_out = [*dict.fromkeys(inputs.bad), *unseen]
     return EvaluationResult(named(found, inputs.name, {}), time.monotonic() - started, left_out, inputs.data)
 
 

@@ -1,6 +1,6 @@
 """Fine-tune an encoder on labels: on all training images, or once for each choice of a few."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mimref.distributed.collectives import barrier
@@ -25,6 +25,8 @@ class FinetuneResult(Tabular):
     rows: list[Row]
     """Accuracy on the validation images after the last epoch, and after the best one."""
     elapsed_s: float
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+    """Path and reason of every image left out."""
 
 
 def finetune(
@@ -63,7 +65,7 @@ def finetune(
         rows = score_rows(plan, history)
         if run.leave_group():
             run.finish(rows)
-    return FinetuneResult(out, rows, run.elapsed_s)
+    return FinetuneResult(out, rows, run.elapsed_s, run.skipped.items)
 
 
 def _write(run: TrainingRun, job: FineTuning, out: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mimref.config.base import CommandConfig, dump_config
+from mimref.data.decode import skipped_line
 from mimref.distributed.group import world_size
 from mimref.encoders.checkpoints import choose_architecture, read_checkpoint
 from mimref.encoders.published import must_download
@@ -66,6 +67,8 @@ class SuiteResult(Tabular):
     """Of all entries, in whichever run."""
     failed: list[UserError]
     """Why an entry has no result, one line each."""
+    bad_images: list[tuple[str, str]]
+    """Path and reason of every image that an entry left out."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,10 @@ def run_suite(
         _check_folder(out, parts, resume=resume, force=force)
         _prepare(out, config, unfinished if force else [])
         failed = _run_parts(unfinished, listener)
-        return _finish(out, config, parts, models, failed)
+        result = _finish(out, config, parts, models, failed)
+    if result.bad_images:
+        listener.warn(skipped_line(result.bad_images))
+    return result
 
 
 def _parts(entries: Sequence[Entry], checkpoints: Sequence[str], models: Sequence[str], out: Path) -> list[_Part]:
@@ -272,15 +278,15 @@ def _finish(
     out: Path, config: SuiteConfig, parts: Sequence[_Part], models: Sequence[str], failed: list[UserError]
 ) -> SuiteResult:
     """The results of all finished entries, which are written as those of the suite."""
-    rows: list[Row] = []
-    elapsed_s = 0.0
+    rows, elapsed_s, bad = list[Row](), 0.0, set[tuple[str, str]]()
     values: dict[str, dict[str, float]] = {}
     for part in (part for part in parts if part.finished):
-        found, seconds = read_results(part.folder, part.entry.given.protocol)
-        row = _main_row(part, found) | {"model": part.model}
+        found = read_results(part.folder, part.entry.given.protocol)
+        row = _main_row(part, found.rows) | {"model": part.model}
         rows += named([row], part.model, {"entry": part.entry.name, "data": part.entry.given.data})
         values.setdefault(part.entry.name, {})[part.model] = float(row["value"])
-        elapsed_s += seconds
+        elapsed_s += found.elapsed_s
+        bad.update(found.bad_images)
     rows += summary_rows(values, models)
-    write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows)
-    return SuiteResult(rows, elapsed_s, failed)
+    write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows, bad_images=sorted(bad))
+    return SuiteResult(rows, elapsed_s, failed, sorted(bad))

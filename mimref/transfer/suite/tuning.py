@@ -9,7 +9,7 @@ from mimref.progress import Listener
 from mimref.results import EvaluationResult, Row, main_rows
 from mimref.training.folder import RunFolder
 from mimref.transfer.finetune.config import FinetuneConfig
-from mimref.transfer.finetune.run import finetune
+from mimref.transfer.finetune.run import FinetuneResult, finetune
 from mimref.transfer.suite.config import EntryConfig
 
 METRIC = "finetune_top1"
@@ -22,7 +22,7 @@ def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, lis
     weights once it is finished. Rows: `finetune_top1`, the mean over the seeds, with `lr`; `tune_top1` of every rate.
     Of equal rates the first counts.
     """
-    lr, rows, elapsed_s = config.finetune.lr, list[Row](), 0.0
+    lr, rows, elapsed_s, bad = config.finetune.lr, list[Row](), 0.0, list[tuple[str, str]]()
 
     def mean_score(metric: str, place: str, changes: Mapping[str, Any]) -> Row:
         """Mean and deviation over the seeds, in percent, of runs in `place` with these settings changed."""
@@ -31,9 +31,10 @@ def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, lis
         for seed in range(config.seed, config.seed + entry.seeds):
             changed = config.model_copy(update={"seed": seed, **changes})
             listener.note(f"{entry.name}: {metric} with finetune.lr {changed.finetune.lr:g}, seed {seed}")
-            score, seconds = _score(changed, folder / place / f"seed{seed}", listener)
-            scores.append(score)
-            elapsed_s += seconds
+            run = _run(changed, folder / place / f"seed{seed}", listener)
+            scores.append(_last_score(run))
+            elapsed_s += run.elapsed_s
+            bad.extend(run.bad_images)
         mean, std = spread(scores)
         return {"metric": metric, "value": mean, "mean": mean, "std": std, "seeds": len(scores)}
 
@@ -46,14 +47,19 @@ def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, lis
     if rows:
         lr = float(max(rows, key=lambda row: float(row["value"]))["lr"])
     best = mean_score(METRIC, "final", {"finetune": config.finetune.model_copy(update={"lr": lr})})
-    return EvaluationResult([best | {"lr": lr}, *rows], elapsed_s)
+    return EvaluationResult([best | {"lr": lr}, *rows], elapsed_s, list(dict.fromkeys(bad)))
 
 
-def _score(config: FinetuneConfig, out: Path, listener: Listener) -> tuple[float, float]:
-    """Accuracy after the last epoch of one run, which starts, continues or is finished, and its seconds."""
+def _run(config: FinetuneConfig, out: Path, listener: Listener) -> FinetuneResult:
+    """One run, which starts, continues or is finished, without its weights."""
     run = RunFolder(out)
     result = finetune(config, out, resume=run.finished or run.unfinished, listener=listener)
     for weights in out.glob("*.safetensors"):
         weights.unlink()
+    return result
+
+
+def _last_score(result: FinetuneResult) -> float:
+    """Accuracy after the last epoch."""
     (row,) = (row for row in main_rows(result.rows) if (row["metric"], row["selected"]) == (METRIC, "last epoch"))
-    return float(row["value"]), result.elapsed_s
+    return float(row["value"])
