@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -30,13 +31,15 @@ from mimref.training import shards
 from mimref.training.folder import RunFolder
 from mimref.training.saver import StateSaver
 from tests.faults import states
-from tests.ranks import run_ranks
+from tests.kill_many import _identity, _lines
+from tests.ranks import run_ranks, start_processes
 from tests.steps import CPU
 from tests.test_refinement_ranks import SETTINGS, _rejoin, interrupted, log
 from tests.tiny import (
     EVALUATED,
     Killed,
     Watcher,
+    assert_same_run,
     header,
     refine_config,
     results,
@@ -406,3 +409,78 @@ def test_a_disk_that_is_really_full(small_disk: Path, tmp_path: Path) -> None:
     for told in run_ranks(fill, 2, tmp_path / "ranks", small_disk / "out"):
         assert len(told) == 1 and "No space left on device; free some space" in told[0]
     assert states(small_disk / "out") == ["step0000000004"]
+
+
+# --- kills
+
+
+KILLED = {**SETTINGS, "heads_stage__epochs": 2, "encoder_stage__epochs": 18, "monitor__knn_every_epochs": 0}
+
+
+def rank_of_a_run(rank: int, world: int, store: str, weights: Path, data: Path, out: Path, resume: bool) -> None:
+    os.environ["TEST_RANK"] = str(rank)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    loop.SAVE_EVERY_S, loop.SAVE_COST = 0.2, 0.0  # so that many kills hit a state
+    with lost_ranks_reported("go on"):
+        refine(refine_config(weights, data, **KILLED, shard=True), out, resume=resume)
+
+
+def run_killed_ranks(folder: Path, out: Path, counts: list[int], kills: int, seed: int) -> list[str]:
+    """Run until it has finished, on so many processes in turn, and kill all of them or one; what the kills hit."""
+    draw, hits, given = random.Random(seed), list[str](), (folder / "base.safetensors", folder / "data", out)
+    for attempt in range(50):
+        world, log_file = counts[attempt % len(counts)], out / "metrics.jsonl"
+        begun = log_file.exists() or (out / "state").exists()
+        before = _identity(log_file)
+        store = str(out.with_name(f"{out.name} {attempt}.store"))
+        ranks = start_processes(rank_of_a_run, [(rank, world, store, *given, begun) for rank in range(world)])
+
+        def alive(ranks: list[Any] = ranks) -> bool:
+            return all(rank.is_alive() for rank in ranks)
+
+        kill = len(hits) < kills
+        steps, saving, one = draw.randrange(1, 7), draw.random() < 0.5, draw.random() < 0.3
+        while kill and alive() and _identity(log_file) == before:
+            time.sleep(0.002)
+        first = _lines(out)
+        while kill and alive() and _lines(out) < first + steps:
+            time.sleep(0.002)
+        while kill and saving and alive() and not list((out / "state").glob(".step*.tmp")):
+            time.sleep(0.0005)
+        if kill and alive():
+            for rank in ranks[draw.randrange(world) :][:1] if one else ranks:
+                rank.kill()
+            hits.append(
+                f"{'one' if one else 'all'} of {world}, {'saving' if saving else 'training'}, {_lines(out)} lines"
+            )
+        for rank in ranks:
+            rank.join(60)  # those that were left see that one is gone
+            assert not rank.is_alive(), "a rank hangs"
+        if all(rank.exitcode == 0 for rank in ranks):
+            return [*hits, f"finished on {world}"]
+        assert kill, [rank.exitcode for rank in ranks]
+    raise AssertionError(hits)
+
+
+@needs_fsdp
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [[2], [4, 2, 1, 2, 3]], ids=["equal counts", "changing counts"])
+def test_killed_ten_times_and_resumed(counts: list[int], runs: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_killed_ranks(runs, whole, counts[:1], 0, 0)
+    hits = run_killed_ranks(runs, killed, counts, 10, 1)
+    print(*hits, sep="\n")
+    assert len(hits) == 11
+    if len(counts) == 1:
+        assert_same_run(killed, whole)
+        return
+    base, found, expected = (
+        load_file(each) for each in (runs / "base.safetensors", *(o / "encoder.safetensors" for o in (killed, whole)))
+    )
+    moved, differ = (
+        torch.stack([(tensor - other[name]).norm() for name, tensor in expected.items()]).norm()
+        for other in (base, found)
+    )
+    print(f"differs by {differ / moved:.1e} of what the weights have moved")
+    assert differ < 1e-2 * moved and not (killed / "state").exists()
