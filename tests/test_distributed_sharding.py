@@ -15,6 +15,7 @@ from mimref.encoders.vit import Architecture, build_encoder
 from mimref.refinement.method import monitored_values
 from mimref.training.ema import ShardedAverage, WeightAverage
 from mimref.training.optim import adamw, module_groups, set_learning_rate
+from tests.families import FAMILIES, backbone
 from tests.ranks import run_ranks
 from tests.steps import ARCHITECTURE, CPU, make_batch, make_step, weights
 from tests.test_distributed_collectives import compare, part_of
@@ -283,3 +284,42 @@ def test_lean_copies_keep_norms_and_other_precisions() -> None:
     assert {weight.dtype for weight in lean(build_encoder(UNEVEN).double(), torch.float32).parameters()} == {
         torch.float64
     }
+
+
+def families(names: list[str]) -> dict[str, dict[str, Tensor]]:
+    """Gradients of backbones of several kinds, plain and sharded, and sharded with recomputed blocks."""
+    found = {}
+    for name in names:
+        kinds = ("plain", "sharded", "recomputed")
+        made = {kind: backbone(FAMILIES[name]).double() for kind in kinds}
+        for kind, encoder in made.items():
+            freeze_untrained(encoder, first=0, last=encoder.depth)
+            encoder.checkpointing = kind == "recomputed"
+            if kind != "plain":
+                Sharded(encoder, encoder.block_modules, CPU, method="blocks")
+            size = FAMILIES[name].image_size
+            images = torch.randn(2, FAMILIES[name].channels, size, size, dtype=torch.float64, generator=seeded())
+            wanted = [encoder.depth - 1, encoder.depth]
+            tokens = encoder.blocks(images, wanted, final_norm=FAMILIES[name].has_final_norm)
+            sum(each.square().mean() for each in tokens).backward()  # type: ignore[union-attr]
+            gradients = {n: gathered(w.grad) for n, w in encoder.model.named_parameters() if w.grad is not None}
+            plain = made["plain"].model.get_parameter
+            if kind != "plain":
+                found[f"{name} {kind}"] = {n: gradient - plain(n).grad for n, gradient in gradients.items()}
+                assert gradients.keys() == {n for n, w in made["plain"].model.named_parameters() if w.grad is not None}
+    return found
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gray"])
+def test_backbones_of_every_family(name: str, tmp_path: Path) -> None:
+    backbone(FAMILIES[name])  # or skip
+    for found in run_ranks(families, 2, tmp_path, [name]):
+        assert len(found) == 2
+        for kind, differences in found.items():
+            assert len(differences) > 10
+            assert all(difference.abs().max() < 1e-9 for difference in differences.values()), kind

@@ -517,4 +517,4 @@ def test_killed_ten_times_and_resumed(counts: list[int], runs: Path, tmp_path: P
         for other in (base, found)
     )
     print(f"differs by {differ / moved:.1e} of what the weights have moved")
-    assert differ < 1e-4 * moved and not (killed / "state").exists()
+    assert differ < 1e-6 * moved and not (killed / "state").exists()
