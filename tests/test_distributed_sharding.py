@@ -9,9 +9,20 @@ from torch import Tensor, nn
 
 from mimref.distributed.collectives import averaged
 from mimref.distributed.group import own_rank, world_size
-from mimref.distributed.sharding import Sharded, all_finite, clip_gradients, gathered, is_sharded, lean, like, local
+from mimref.distributed.sharding import (
+    Sharded,
+    all_finite,
+    check_sharding,
+    clip_gradients,
+    gathered,
+    is_sharded,
+    lean,
+    like,
+    local,
+)
 from mimref.encoders.parameters import encoder_groups, freeze_untrained, weights_hash
 from mimref.encoders.vit import Architecture, build_encoder
+from mimref.errors import ConfigError
 from mimref.refinement.method import monitored_values
 from mimref.training.ema import ShardedAverage, WeightAverage
 from mimref.training.optim import adamw, module_groups, set_learning_rate
@@ -275,6 +286,15 @@ def loaded() -> bool:
 
 def test_plain_states_load_into_sharded_weights(two: list[dict[str, Any]]) -> None:
     assert all(found["loaded"] for found in two)
+
+
+def test_sharding_is_refused_where_torch_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_sharding(CPU)
+    check_sharding(torch.device("cuda"))
+    for device in ("cpu", "mps"):
+        monkeypatch.setattr(torch.cpu, "Stream", object)
+        with pytest.raises(ConfigError, match=f"--shard does not work on {device} with torch"):
+            check_sharding(torch.device(device))
 
 
 def test_lean_copies_keep_norms_and_other_precisions() -> None:

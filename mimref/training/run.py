@@ -23,7 +23,7 @@ from mimref.data.views import CropGroup
 from mimref.devices import resolve_device
 from mimref.distributed.collectives import barrier, gather_lists
 from mimref.distributed.group import end_group, own_rank, world_size
-from mimref.distributed.sharding import device_mesh, like
+from mimref.distributed.sharding import check_sharding, device_mesh, like
 from mimref.errors import Checks
 from mimref.progress import Listener, Silent
 from mimref.results import Row, read_results, write_results
@@ -73,13 +73,15 @@ class TrainingRun:
     def finished(self, checks: Checks) -> tuple[list[Row], float] | None:
         """Rows and seconds of a run to resume that is finished already; else None.
 
-        Checks the folder, in which the run may not be allowed to start or resume, and the trackers.
+        Checks the folder, in which the run may not be allowed to start or resume, the trackers, and sharding.
         """
         holds_result = partial(self.folder.holds_result, resume=self.resume, force=self.force)
         if checks.run("out", holds_result) and checks.passed:
             found = read_results(self.folder.path, self.config.command)
             self.folder.drop_state()  # left by a run that was killed just before it did so
             return found
+        if self.sharded:
+            checks.run("shard", lambda: check_sharding(resolve_device(self.config.device)))
         checks.run("monitor.trackers", lambda: check_trackers(self.config.monitor.trackers))
         return None
 

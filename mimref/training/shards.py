@@ -132,7 +132,8 @@ def read_shards(folder: Path, mesh: "DeviceMesh | None") -> dict[Any, Any] | Non
         reader = _Reader(folder)
         tensors = {name: _target(entry, mesh) for name, entry in reader.read_metadata().state_dict_metadata.items()}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant, in a single process
+            # Which is meant, in a single process.
+            warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
             load(tensors, storage_reader=reader)
     except (Exception, CheckpointException) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
