@@ -139,7 +139,7 @@ SLOW: dict[str, dict[str, Any]] = {
     "gram, micro-batches": {"dense": "gram", "micro_batch": 3, "steps": 20, "lost": 1},
     "cka": {"dense": "cka", "steps": 20},
     "clipped": {"clip": 0.1, "steps": 20},
-    "prediction, mean": {"direction": "prediction", "pool": "mean", "steps": 20},
+    "prediction": {"direction": "prediction", "steps": 20},
     "post-norm": {"norm": "layer", "swap_negatives": True, "steps": 20},
 }
 
