@@ -113,7 +113,7 @@ def train(
 
 
 FAST: dict[str, dict[str, Any]] = {
-    "stage 2": {"steps": 6},
+    "stage 2": {"steps": 3},
     "micro-batches, recomputed, frozen, gram, clipped": {
         "micro_batch": 3,
         "checkpointing": True,

@@ -208,6 +208,17 @@ def test_a_damaged_shard_is_noticed_and_the_state_before_is_used(
             RunFolder(path).load_state()
 
 
+def test_a_folder_that_processes_do_not_share_is_refused(
+    written: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(written[0] / "state" / "step0000000008", tmp_path / "new")
+    own = {name: tuple(entry) for name, entry in json.loads((folder / "manifest.json").read_text()).items()}
+    shards.write_manifest(folder, [own])
+    (folder / "__1_0.distcp").unlink()
+    with pytest.raises(OutputError, match=r"lacks __1_0\.distcp, .* --out that all processes share"):
+        shards.write_manifest(folder, [own])
+
+
 def test_an_index_that_names_code_is_not_run(written: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     class Bad:
         def __reduce__(self) -> Any:

@@ -103,8 +103,17 @@ def _reason(error: CheckpointException) -> str:
 
 
 def write_manifest(folder: Path, checksums: Sequence[Checksums]) -> None:
-    """What all ranks have written: the folder is complete. Raises OutputError."""
+    """Write what all ranks have written: the folder is complete.
+
+    Raises OutputError, also where this rank does not see a file of another one.
+    """
     files = {name: entry for found in checksums for name, entry in found.items()}
+    for name, (size, _) in files.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise OutputError(
+                f"{folder}: lacks {name}, which another process has written; sharded runs need an --out that all "
+                "processes share"
+            )
     write_bytes(folder / MANIFEST, json.dumps(files).encode())
 
 
