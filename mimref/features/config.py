@@ -42,7 +42,7 @@ class EvaluationConfig(EncoderPassConfig):
     """Settings of every evaluation of one encoder."""
 
     checkpoint: str = "quickstart"
-    """Weights file, a refine output folder, published weights by name, or `quickstart` for the packaged encoder."""
+    """Weights file, a refine output folder, published weights by name, or packaged ones, `quickstart` or `peak`."""
     features: Annotated[tuple[str, str], Field(strict=False)] | None = None
     """Two .npz files of training and validation features (`x`, `y`) to evaluate instead of an encoder's."""
     blocks: str = "last"

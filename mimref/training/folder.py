@@ -21,6 +21,7 @@ from mimref.config.run import TrainingConfig
 from mimref.data.open import absolute_spec
 from mimref.distributed.collectives import barrier, gather_lists, max_over_ranks
 from mimref.distributed.group import own_rank, restarted, this_launch
+from mimref.encoders.published import PACKAGED
 from mimref.errors import ConfigError, DataError, OutputError
 from mimref.files import check_writable, remove_halves, replace_folder, write_bytes
 from mimref.locks import folder_lock
@@ -297,8 +298,8 @@ def with_absolute_paths(config: C) -> C:
 
 
 def _absolute(name: str | None) -> str | None:
-    """The absolute path of an existing file or folder; names of published weights and `quickstart` unchanged."""
-    if name is None or name == "quickstart":
+    """The absolute path of an existing file or folder; names of published and packaged weights unchanged."""
+    if name is None or name in PACKAGED:
         return name
     path = os.path.abspath(os.path.expanduser(name))
     return path if os.path.exists(path) else name
