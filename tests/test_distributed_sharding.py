@@ -23,7 +23,7 @@ from mimref.distributed.sharding import (
 from mimref.encoders.parameters import encoder_groups, freeze_untrained, weights_hash
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
-from mimref.refinement.method import monitored_values
+from mimref.refinement.method import Method, monitored_values
 from mimref.training.ema import ShardedAverage, WeightAverage
 from mimref.training.optim import adamw, module_groups, set_learning_rate
 from tests.families import FAMILIES, backbone
@@ -35,6 +35,20 @@ pytestmark = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), r
 SAMPLES = 8
 # 42 hidden units, 3 heads and single tokens do not divide by the ranks: parts differ, and some are empty.
 UNEVEN = Architecture(**{**ARCHITECTURE.to_dict(), "mlp_width": 42})
+
+
+def distribute(step: Method, how: str, train_encoder: bool) -> WeightAverage | ShardedAverage:
+    """Shard both modules, or average the gradients of what trains; returns the encoder's average."""
+    if how == "shard":
+        if step.dense is not None:
+            Sharded(step.dense.base, step.dense.base.block_modules, CPU, method="blocks")
+        step.shard()
+        assert step.sharded_encoder is not None
+        return ShardedAverage(step.sharded_encoder, 0.9)
+    step.trained_heads = averaged(step.heads, CPU)
+    if train_encoder:
+        step.trained_encoder = averaged(step.pooled_blocks, CPU)
+    return WeightAverage(step.encoder, 0.9)
 
 
 def train(
@@ -61,18 +75,7 @@ def train(
     assert step.encoder.vit.cls_token is not None
     step.encoder.vit.cls_token.data.copy_(torch.linspace(-1, 1, 32))
     step.micro_batch, step.most_images = micro_batch, -(-SAMPLES // world_size())
-    average: WeightAverage | ShardedAverage
-    if how == "shard":
-        if step.dense is not None:
-            Sharded(step.dense.base, step.dense.base.block_modules, CPU, method="blocks")
-        step.shard()
-        assert step.sharded_encoder is not None
-        average = ShardedAverage(step.sharded_encoder, 0.9)
-    else:
-        step.trained_heads = averaged(step.heads, CPU)
-        if train_encoder:
-            step.trained_encoder = averaged(step.pooled_blocks, CPU)
-        average = WeightAverage(step.encoder, 0.9)
+    average = distribute(step, how, train_encoder)
     groups = encoder_groups(step.encoder, weight_decay=0.05, layer_decay=0.9) if train_encoder else []
     optimizer = adamw(groups + module_groups(step.heads, weight_decay=1e-5), (0.9, 0.95))
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
