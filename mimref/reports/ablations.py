@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from mimref.benchmarks.duration import readable
+from mimref.reports.html.page import MOST_LISTED
 from mimref.reports.metrics import metric_label
 from mimref.reports.tables import plain_table
-from mimref.reports.html.page import MOST_LISTED
 from mimref.reproduce.run import AblationsResult
 from mimref.reproduce.summary import BLOCK_METRIC
 from mimref.reproduce.table1 import TITLES
@@ -43,8 +43,8 @@ def ablations_page(result: AblationsResult, seeds: Sequence[int], command: str) 
         "",
         f"```bash\n{command}\n```",
         "",
-        f"Seeds {', '.join(map(str, seeds))}; {readable(result.elapsed_s)} of training in all runs together. Values are "
-        "means over the seeds, with the range; differences are between runs with the same seed.",
+        f"Seeds {', '.join(map(str, seeds))}; {readable(result.elapsed_s)} of training in all runs together. Values "
+        "are means over the seeds, with the range; differences are between runs with the same seed.",
         "The paper's are of data2vec 2.0 ViT-L/16 on ImageNet-1K (Table 1), ours of "
         f"{config.encoder.weights or config.encoder.arch} on {config.data.spec}.",
         "",
