@@ -19,8 +19,8 @@ from mimref.reproduce import jobs
 from mimref.reproduce.plan import Run
 from tests.tiny import EVALUATED, REFINE, results, tensors, write_labelled, write_weights
 
-# Stands for the process of a run: its accuracy depends on its name alone; with BAD in the environment it fails. Runs of the
-# second seed leave out an image.
+# Stands for the process of a run: its accuracy depends on its name alone; with BAD in the environment it fails. Runs of
+# the second seed leave out an image.
 STAND_IN = """
 import json, os, pathlib, sys
 name, command, folder = sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3])
