@@ -16,6 +16,7 @@ RANKS = (
     "test_distributed_collectives.py",
     "test_distributed_sharding.py",
     "test_training_sharded.py",
+    "test_training_shards.py",
     "test_transfer_finetune_sharded.py",
     "test_refinement_ranks.py",
     "test_pretraining_ranks.py",

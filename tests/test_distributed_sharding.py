@@ -79,8 +79,7 @@ def train(
     groups = encoder_groups(step.encoder, weight_decay=0.05, layer_decay=0.9) if train_encoder else []
     optimizer = adamw(groups + module_groups(step.heads, weight_decay=1e-5), (0.9, 0.95))
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-    modules = (step.encoder, step.heads)
-    logs, gradients, noise = [], [], dict[str, Tensor]()
+    modules, logs, gradients, noise = (step.encoder, step.heads), [], [], dict[str, Tensor]()
     for number in range(steps):
         alone = world_size() == 1
         batch = make_batch(range(number, number + SAMPLES - lost * alone))
@@ -102,8 +101,7 @@ def train(
     assert all_finite(trained)
     encoder = {name: gathered(tensor) for name, tensor in step.encoder.state_dict().items()}
     means = {name: gathered(tensor) for name, tensor in average.state_dict().items()}
-    copied = {name: tensor for name, tensor in step.plain_encoder().state_dict().items()}
-    assert all(torch.equal(tensor, encoder[name]) for name, tensor in copied.items())
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in step.plain_encoder().state_dict().items())
     return {
         "logs": logs,
         "gradients": gradients,
