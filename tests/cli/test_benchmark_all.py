@@ -44,7 +44,7 @@ def test_the_page_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "Missed" not in page and "not finished" not in page
     for words in ("- device: device cpu", "- torch: ", "load ", " s in all"):
         assert words in page
-    rows, _ = read_results(tmp_path / "out", "benchmark all")
+    rows, *_ = read_results(tmp_path / "out", "benchmark all")
     assert [(row["line"], row["verdict"]) for row in rows] == [
         ("memory", "met"), ("rate", "no bar"), ("step of a ViT-L", "not measured")
     ]  # fmt: skip
@@ -69,7 +69,7 @@ def test_what_misses_is_named(
     missed = page[page.index("Missed:") :]
     assert all(f"- {name}: " in missed for name in ("crash", "memory", "raising", "hang"))
     # The folder is finished all the same: nothing is to be measured again.
-    rows, _ = read_results(tmp_path / "out", "benchmark all")
+    rows, *_ = read_results(tmp_path / "out", "benchmark all")
     assert [row["verdict"] for row in rows] == ["failed", "missed", "met", "no bar", "failed", "failed", "not measured"]
 
 
