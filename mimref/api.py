@@ -68,7 +68,7 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> LoadedEncoder:
-    """Load an encoder from a weights file of any known layout, a run's folder, a published name, or `quickstart`.
+    """Load an encoder from a weights file of any known layout, a run's folder, a published or packaged name.
 
     arch, source: needed only for files that are not recognised, as on the command line. num_heads: attention heads of
     a foreign file of an unusual width; without it, a warning says what is assumed. part: which of several encoders of

@@ -28,7 +28,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     (N, 3, H, W), uint8 or floats from 0 to 1. Nothing is learned: `fit` reads the encoder, and `transform` works
     without it. Features are those of `mimref extract`, float32 (N, D); of several blocks or poolings side by side.
 
-    checkpoint: a weights file, a run's folder, a published name, or `quickstart`. blocks: `last`, `last4`, `all`, or
+    checkpoint: a weights file, a run's folder, or a published or packaged name. blocks: `last`, `last4`, `all`, or
     numbers such as `"1,5,12"`, 12 or [1, 5, 12]; 1-based. pool: `cls`, `mean` or `cls+mean`. final_norm: of the last
     block. resolution: pixels; None: the encoder's own. batch_size: images per pass. device, precision: as `--device`
     and `--precision`; None: the best available. workers: processes that read files. cache: a folder where features are

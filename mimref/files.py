@@ -148,6 +148,17 @@ def atomic_folder(folder: Path, option: str = "--out") -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename a folder of files that are on disk, in place of an earlier one. A kill leaves one of them, or neither."""
+    old = folder.with_name(f".{folder.name}.old.tmp")
+    _sync(temporary)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def atomic_path(path: Path, option: str = "--out") -> Iterator[Path]:
     """A temporary path beside `path`; the file written there replaces `path` if the block ends without an error.
@@ -189,7 +200,10 @@ def atomic_write(path: Path, option: str = "--out") -> Iterator[BinaryIO]:
 def remove_halves(folder: Path, name: str) -> None:
     """Delete what killed processes left of writing `name`, which may be a pattern: up to gigabytes."""
     for half in folder.glob(f".{name}.*.tmp"):
-        half.unlink(missing_ok=True)
+        if half.is_dir():
+            shutil.rmtree(half)
+        else:
+            half.unlink(missing_ok=True)
 
 
 def is_whole(file: BinaryIO) -> bool:

@@ -14,6 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Files whose tests fork their processes from one (see tests/ranks.py): one worker runs them, before anything else.
 RANKS = (
     "test_distributed_collectives.py",
+    "test_distributed_sharding.py",
+    "test_training_sharded.py",
+    "test_training_shards.py",
+    "test_transfer_finetune_sharded.py",
     "test_refinement_ranks.py",
     "test_pretraining_ranks.py",
     "test_transfer_finetune_ranks.py",
@@ -21,6 +25,8 @@ RANKS = (
     "test_training_lost_ranks.py",
     "test_data_ranks.py",
     "test_evaluation_cluster.py",
+    "test_benchmarks_suite.py",
+    "test_benchmark_all.py",
 )
 
 

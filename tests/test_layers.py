@@ -21,7 +21,7 @@ LAYERS = (
     {"evaluation", "sharing"},
     {"refinement", "pretraining", "transfer"},
     {"benchmarks", "reproduce"},
-    {"api", "embedder"},
+    {"api", "doctor", "embedder"},
     {"reports"},
     {"cli"},
 )

@@ -46,12 +46,12 @@ def end(weights: Path, data: Path, out: Path) -> None:
     refine(refine_config(weights, data, **SETTINGS), out, resume=True)
 
 
-def _rejoin(folder: Path, name: str) -> None:
+def _rejoin(folder: Path, name: str, world: int = 2) -> None:
     """A run leaves its process group at the end; the next one needs another."""
     import torch.distributed as dist
 
     rank = int(os.environ["TEST_RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}.store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}.store", rank=rank, world_size=world)
 
 
 def interrupted(config: Any, out: Path, step: int, *, resume: bool) -> None:

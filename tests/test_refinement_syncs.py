@@ -1,11 +1,10 @@
 """No training step waits for the device: reading a value of it on the CPU is left to logging steps.
 
-Without a GPU nothing waits, so a stand-in watches: weights, queue and all that `Tensor.to(device)` returns count as on
-the device, and so does what is computed from them. The draws of augmentations, which are made on the CPU on purpose,
-become the device's only where the code sends them there.
+Without a GPU nothing waits; `tests/watch.py` has the stand-ins. Of each kind of step, one test watches it with values,
+another runs it on the meta device, where torch refuses to read them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
@@ -13,143 +12,59 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mimref.benchmarks.stage import ready_stage, synthetic_batch
-from mimref.data.loader import device_batches
+from mimref.data.loader import ViewBatch, device_batches
+from mimref.devices import send
 from mimref.errors import Checks
+from mimref.pretraining.config import PretrainConfig
 from mimref.pretraining.plan import make_plan
 from mimref.pretraining.run import Pretraining
 from mimref.progress import Silent
 from mimref.refinement.schedule import StageName
-from mimref.refinement.stages import EncoderStage, RefinementStage
+from mimref.refinement.stages import RefinementStage
+from mimref.training.job import GradientJob
 from mimref.training.run import TrainingRun
+from mimref.transfer.finetune.plan import make_plan as make_finetuning_plan
+from mimref.transfer.finetune.training import FineTuning
+from tests.ranks import run_ranks
 from tests.test_benchmarks_step import tiny
-from tests.tiny import pretrain_config, write_unlabelled
+from tests.tiny import finetune_config, pretrain_config, simmim_config, write_labelled, write_unlabelled, write_weights
+from tests.watch import META, Distant, distant, watched, watching
 
-# Operations whose result, or its shape, the CPU has to know.
-WAITING = {
-    "aten::_local_scalar_dense",  # item(), float(), bool(), int()
-    "aten::_unique2",
-    "aten::bincount",
-    "aten::equal",
-    "aten::is_nonzero",
-    "aten::masked_select",
-    "aten::nonzero",
-    "aten::unique_consecutive",
-    "aten::unique_dim",
-}
-INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
-# These read a CPU tensor without an operation that a dispatch mode would see.
-READING = ("tolist", "numpy", "cpu")
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"micro_batch": 7, "activation_checkpointing": True, "encoder_stage.freeze_blocks": 2},
+    {"optimizer.clip_grad": 1.0, "loss.direction": "prediction", "loss.swap_negatives": True},
+    {"heads.pool": "mean", "loss.schedule": "staggered_decay"},
+    {"heads.norm": "layer"},
+    {"heads.norm": "running"},
+    {"loss.dense": "gram"},
+    {"loss.dense": "cka", "micro_batch": 7},
+]
+DRAWS = {"data/views.py", "draws.py"}
+"""Draws of augmentations are made on the CPU, so that choosing images needs no sync."""
 
 
-class Watch(TorchDispatchMode):
-    """Notes every operation that would wait for the device."""
-
-    def __init__(self, on_device: list[Tensor]) -> None:
-        super().__init__()
-        # Storages are kept, so that no later one has the same address.
-        self.storages: dict[int, torch.UntypedStorage] = {}
-        self.syncs: list[str] = []
-        for tensor in on_device:
-            self.mark(tensor)
-
-    def mark(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.storages[storage._cdata] = storage
-
-    def holds(self, tensor: object) -> bool:
-        return isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self.storages
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = tree_leaves((args, kwargs))
-        result = func(*args, **(kwargs or {}))
-        if any(self.holds(leaf) for leaf in leaves):
-            name = func._schema.name
-            masks = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8)]
-            # Of the tensors given, those from the second on are the indices.
-            by_mask = name in INDEXING and any(leaf is not args[0] for leaf in masks)
-            if name in WAITING or by_mask:
-                self.syncs.append(name)
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    self.mark(leaf)
-        return result
+def settings(changes: dict[str, Any]) -> Any:
+    return tiny(**{key.replace(".", "__"): value for key, value in changes.items()})
 
 
-@contextmanager
-def watched(job: RefinementStage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    run = job.method
-    modules = [run.encoder, run.heads] + ([job.average.module] if isinstance(job, EncoderStage) else [])
-    with watching(modules, (run.queue, run, run.photometric, job.loss_guard), monkeypatch) as watch:
-        yield watch
-
-
-@contextmanager
-def watching(modules: list[nn.Module], parts: Sequence[object], monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    """What waits for a device that holds these modules, and the tensors of these objects."""
-    there = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    for part in parts:
-        there += [value for value in vars(part).values() if isinstance(value, Tensor)]
-    watch = Watch(there)
-    move = Tensor.to
-
-    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        moved = move(self, *args, **kwargs)
-        if any(isinstance(argument, torch.device) for argument in (*args, *kwargs.values())):
-            if not watch.holds(self):
-                # A copy that nothing says may go on beside the CPU's work is waited for.
-                watch.syncs += [] if kwargs.get("non_blocking") else ["to"]
-                moved = self.clone() if moved is self else moved
-            watch.mark(moved)
-        return moved
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Tensor, "to", to)
-        for name in READING:
-            patch.setattr(Tensor, name, noted(watch, name))
-        with watch:
-            yield watch
-
-
-def noted(watch: Watch, name: str) -> Any:
-    read = getattr(Tensor, name)
-
-    def reads(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if watch.holds(self):
-            watch.syncs.append(name)
-        return read(self, *args, **kwargs)
-
-    return reads
+def updates(job: GradientJob, batch: ViewBatch) -> None:
+    for _ in range(2):  # the first one makes what the optimizer keeps
+        job.update(batch)
+        job.step += 1
 
 
 @pytest.mark.parametrize("stage", ["heads", "encoder"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"micro_batch": 5},
-        {"optimizer.clip_grad": 1.0},
-        {"heads.pool": "mean"},
-        {"heads.norm": "layer"},
-        {"heads.norm": "running"},
-        {"loss.dense": "gram"},
-        {"loss.dense": "cka", "micro_batch": 5},
-    ],
-)
+@pytest.mark.parametrize("changes", CHANGES)
 def test_steps_do_not_wait_for_the_device(
     stage: StageName, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(**{key.replace(".", "__"): value for key, value in changes.items()})
-    with ready_stage(config, stage) as (job, _):
+    with ready_stage(settings(changes), stage) as (job, _):
         batch = synthetic_batch(job)
         with watched(job, monkeypatch) as watch:
-            for _ in range(3):
-                job.update(batch)
-                job.step += 1
+            updates(job, batch)
             assert watch.syncs == []
             # The stand-in notices what a logging step reads.
             job.loss_guard.check()
@@ -158,18 +73,139 @@ def test_steps_do_not_wait_for_the_device(
             assert {"aten::_local_scalar_dense", "tolist"} == set(watch.syncs)
 
 
-def test_pretraining_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = pretrain_config(write_unlabelled(tmp_path))
+def syncs_of_rank(stage: StageName, changes: dict[str, Any]) -> list[str]:
+    """What a step of one process of a group waits for, beside the others."""
+    with pytest.MonkeyPatch.context() as patch, ready_stage(settings(changes), stage) as (job, _):
+        whole, rows = synthetic_batch(job), slice(0, 6)
+        batch = ViewBatch(0, whole.sample_B[rows], [crops[rows] for crops in whole.crops], [])
+        with watched(job, patch) as watch:
+            updates(job, batch)
+        return watch.syncs
+
+
+def syncs_of_all() -> list[list[str]]:
+    all_parts: dict[str, Any] = {"micro_batch": 4, "loss.dense": "gram", "heads.norm": "running"}
+    return [syncs_of_rank("heads", {}), syncs_of_rank("encoder", {}), syncs_of_rank("encoder", all_parts)]
+
+
+def test_steps_of_a_group_do_not_wait_for_the_device(tmp_path: Path) -> None:
+    assert run_ranks(syncs_of_all, 2, tmp_path) == [[[]] * 3] * 2
+
+
+# --- the meta device
+
+
+@contextmanager
+def far_stage(changes: dict[str, Any], stage: StageName, monkeypatch: pytest.MonkeyPatch) -> Iterator[RefinementStage]:
+    """A stage on the meta device."""
+    monkeypatch.setattr("mimref.refinement.run.resolve_device", lambda _: META)
+    # Read once, when a run begins.
+    monkeypatch.setattr("mimref.refinement.method.settled", lambda _: True)
+    with ready_stage(settings(changes), stage) as (job, _):
+        yield job
+
+
+def on_meta(batch: ViewBatch) -> ViewBatch:
+    """As `device_batches` gives it: crops on the device, sample indices on the CPU."""
+    batch.crops = [crops.to(META) for crops in batch.crops]
+    return batch
+
+
+def check(noted: Distant, *made: str) -> None:
+    """Nothing but `send` copies to the device, and besides draws only `made` makes tensors on the CPU."""
+    assert set(noted.copied) == {"devices.py:send"}
+    assert not noted.waited and not noted.mixed
+    assert {name for name in noted.made if name.partition(":")[0] not in DRAWS} <= set(made)
+
+
+@pytest.mark.parametrize("stage", ["heads", "encoder"])
+@pytest.mark.parametrize("changes", CHANGES)
+def test_steps_exchange_nothing_unseen_with_the_cpu(
+    stage: StageName, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with far_stage(changes, stage, monkeypatch) as job:
+        batch = on_meta(synthetic_batch(job))
+        with distant() as noted:
+            updates(job, batch)
+            # Sample indices of micro-batches, and the heads' weights in the loss; old torch's state of random numbers.
+            made = "refinement/method.py:_parts", "refinement/stages.py:forward_backward", "devices.py:recomputed"
+            check(noted, *made)
+            with pytest.raises(RuntimeError, match=r"item\(\)"):
+                job.loss_guard.check()
+
+
+def test_fine_tuning_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, weights = write_labelled(tmp_path / "data"), write_weights(tmp_path / "encoder.safetensors")
+    plan = make_finetuning_plan(finetune_config(weights, data, micro_batch=5), Silent(), Checks())
+    run = TrainingRun(plan.config, tmp_path, None)
+    job = FineTuning(run, plan, 0, [[]])
+    assert job.average is not None
+    batch = next(job.batches())
+    with watching([job.classifier, job.average.module], (job.photometric, job.loss_guard), monkeypatch) as watch:
+        updates(job, batch)
+        assert watch.syncs == []
+        job.values()
+        assert watch.syncs == ["aten::_local_scalar_dense"]
+    monkeypatch.setattr("mimref.transfer.finetune.training.resolve_device", lambda _: META)
+    far = FineTuning(run, plan, 0, [[]])
+    batch = on_meta(batch)
+    with distant() as noted:
+        updates(far, batch)
+    check(noted, "transfer/finetune/augment.py:partners", "transfer/finetune/training.py:forward_backward")
+
+
+@pytest.mark.parametrize("make_config", [pretrain_config, simmim_config])
+def test_pretraining_does_not_wait_for_the_device(
+    tmp_path: Path, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config: PretrainConfig = make_config(write_unlabelled(tmp_path))
     plan = make_plan(config, Silent(), Checks())
-    job = Pretraining(TrainingRun(plan.config, tmp_path, None), plan)
+    run = TrainingRun(plan.config, tmp_path, None)
+    job = Pretraining(run, plan)
     batch = next(job.batches())
     with watching([job.model], (job.photometric, job.loss_guard), monkeypatch) as watch:
-        for _ in range(3):
-            job.update(batch)
-            job.step += 1
+        updates(job, batch)
         assert watch.syncs == []
         job.loss_guard.check()
         assert watch.syncs == ["aten::_local_scalar_dense"]
+    monkeypatch.setattr("mimref.pretraining.run.resolve_device", lambda _: META)
+    far = Pretraining(run, plan)
+    batch = on_meta(batch)
+    with distant() as noted:
+        updates(far, batch)
+    check(noted)
+
+
+# --- the stand-ins
+
+
+def test_send_copies_from_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA may wait before it copies from any other."""
+    done: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: done.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: done.append((args, kwargs)) or x)
+    cuda = torch.device("cuda")
+    send(torch.ones(2), cuda)
+    assert done == ["pinned", ((cuda,), {"non_blocking": True})]
+
+
+def test_the_meta_device_is_told_from_the_cpu() -> None:
+    with distant() as noted:
+        draws = torch.arange(4)
+        assert int((draws > 1).nonzero()[0]) == 2
+        assert set(noted.made) == {"?"} and not noted.copied
+        values = draws.to(META, non_blocking=True)
+        assert sum(noted.copied.values()) == 1 and not noted.waited
+        assert values[draws].is_meta and list(noted.mixed) == ["aten::index in ?"]
+        torch.tensor([1.0], device=META)
+        draws.to(META)
+        assert sum(noted.waited.values()) == 2 and not torch.arange(3, device=META).is_cpu
+        send(draws, META)
+        assert noted.copied["devices.py:send"] == 1
+        lazily = (lambda: values.sum().item(), lambda: values[values > 1])
+        for read in (*lazily, values.nonzero, values.cpu, values.tolist):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                read()
 
 
 def test_the_watch_tells_the_device_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,8 @@ def test_the_table_suits_the_rows() -> None:
     assert cells(best_table([speed]))[1] == ["knn sweep ratio", "1.23", "one 1, ten 1.23", "images 9"]
     views: Row = {"metric": "benchmark_views", "pipeline": "ours", "value": 50.0, "ms": 20.0, "ratio": 9.96}
     assert cells(best_table([views]))[1] == ["ours", "50.0", "20.0", "10.0", ""]
+    crops = views | {"metric": "benchmark_extraction", "ratio_timm": 3.0}
+    assert cells(best_table([views, crops]))[-1] == ["ours", "50.0", "20.0", "10.0", "3.0"]
     classes: list[Row] = [{"metric": "knn_top1", "value": 50.0 * n, "class": f"c{n}"} for n in (2, 1)]
     total: Row = {"metric": "knn_top1", "value": 75.0}
     assert cells(best_table([total, *classes]))[-2:] == [["k-NN top-1", "c1", "50.0"], ["k-NN top-1", "c2", "100.0"]]

@@ -294,7 +294,7 @@ def test_updates_in_a_plain_loop(images: int, data: Path, tmp_path: Path) -> Non
             average[key].mul_(0.5).add_(0.5 * weight)
     for key, parameter in job.classifier.named_parameters():
         torch.testing.assert_close(parameter.data, weights[key], rtol=1e-8, atol=1e-10, msg=key)
-    for key, parameter in job.evaluated.named_parameters():
+    for key, parameter in job.result().named_parameters():
         torch.testing.assert_close(parameter.data, average[key], rtol=1e-8, atol=1e-10, msg=key)
 
 
@@ -368,7 +368,7 @@ def test_accuracy_is_sklearns(tmp_path: Path) -> None:
     crops = torch.stack([plan.transform.crop(plan.val.read(row)) for row in rows])
     assert scores.images == 62 and [path for path, _ in scores.bad] == [str(tmp_path / "data/val/c/003.png")]
     with torch.inference_mode():
-        logits = job.evaluated.eval()(plan.transform.normalize(crops)).numpy()
+        logits = job.result().eval()(plan.transform.normalize(crops)).numpy()
     truth = plan.val_labels[rows]
     assert scores.top1 == pytest.approx(100 * accuracy_score(truth, logits.argmax(1)))
     assert scores.top5 == pytest.approx(100 * top_k_accuracy_score(truth, logits, k=5, labels=range(7)))
@@ -389,7 +389,7 @@ def test_training_goes_on_in_training_mode_after_validation(data: Path, tmp_path
     job = make_job(tmp_path, data, finetune__ema="none")
     job.validate()
     assert all(module.training for module in job.classifier.modules())
-    assert job.evaluated is job.classifier
+    assert job.result() is job.classifier
 
 
 def test_timms_own_model_trains_but_for_its_pooling(data: Path, tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def test_the_best_rate_on_the_tuning_data_is_run_on_the_data(folder: Path, monke
         rows = [{"metric": "finetune_top1", "value": last, "selected": "last epoch"}]
         rows += [{"metric": "finetune_top1", "value": 99.0, "selected": "best epoch"}]
         return SimpleNamespace(
-            rows=[*rows, {"metric": "finetune_top5", "value": 99.0, "selected": "last epoch"}], elapsed_s=1.0
+            rows=[*rows, {"metric": "finetune_top5", "value": 99.0, "selected": "last epoch"}],
+            elapsed_s=1.0,
+            bad_images=[],
         )
 
     monkeypatch.setattr(tuning, "finetune", fake)

@@ -1,7 +1,7 @@
 """What a refinement costs: a measured step extrapolated to all epochs (Appendix C.1), and memory by arithmetic.
 
-FLOPs and the memory of weights, gradients, moments, average and queue depend on shapes alone, so they are known of any
-preset on any machine. Time is known only of what the machine can run.
+FLOPs and memory depend on shapes alone, so they are known of any preset on any machine. Time is known only of what the
+machine can run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ import torch
 
 from mimref.benchmarks.flops import model_flops
 from mimref.benchmarks.measure import Facts, MatrixProducts, Ticks, median_seconds
+from mimref.benchmarks.memory import predict_peak
 from mimref.benchmarks.stage import IMAGENET_IMAGES, describe_encoder, largest_whole_batch, resolve_encoder
 from mimref.benchmarks.step import STAGE_NUMBER, StepMeasurement, measure_step
 from mimref.data.open import open_source
@@ -70,6 +71,11 @@ def benchmark_cost(config: RefineConfig, *, steps: int = 3, progress: Progress |
         notes.append(f"time and peak memory: {str(error).splitlines()[0]}")
         measured = []
     rows = estimate_cost(config, flops, measured[: len(flops)], images=images)
+    for stage in flops:
+        try:
+            rows.append(predicted_row(config, stage))
+        except ConfigError as error:  # of micro-batches, or of recomputing
+            notes.append(f"predicted peak memory: {error}")
     if len(measured) > len(flops):
         capacity = torch.cuda.get_device_properties(device).total_memory
         rows.append(largest_batch_row(*measured[len(flops) :], capacity=capacity))
@@ -147,6 +153,15 @@ def estimate_cost(
     return rows
 
 
+def predicted_row(config: RefineConfig, stage: StageName) -> Row:
+    """Peak memory of a stage's step in one process on CUDA, as `predict_peak` finds it on any machine."""
+    peak = predict_peak(config, stage)
+    micro = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size
+    row: Row = {"metric": "cost_predicted_gib", "value": peak.total / 2**30, "stage": stage}
+    row |= {"batch": config.batch_size, "micro_batch": micro, "recompute": config.activation_checkpointing}
+    return row | {"state_gib": peak.state / 2**30, "step_gib": peak.step / 2**30}
+
+
 def largest_batch_row(small: StepMeasurement, large: StepMeasurement, *, capacity: int) -> Row:
     """The largest batch of one pass that fits `capacity` bytes, by the straight line through two measured batches."""
     assert small.memory_bytes is not None and large.memory_bytes is not None
@@ -184,6 +199,11 @@ def _fact(row: Row) -> tuple[str, str]:
             return f"{stage}, time", f"{value:,.2f} device-hours{how}"
         case "cost_peak_gib":
             return f"{stage}, peak memory", f"{_gib(value)} with {measured}"
+        case "cost_predicted_gib":
+            how = f"batches of {row['batch']}"
+            how += f" in micro-batches of {row['micro_batch']}" * (row["micro_batch"] != row["batch"])
+            how += ", recomputing activations" * bool(row["recompute"])
+            return f"{stage}, predicted peak on one GPU", f"{_gib(value)} with {how}"
     largest = f"{value:.0f} images in {_gib(float(row['device_gib']))}"
     return "largest batch in one pass", f"{largest}, {row['per_image_mib']:,.0f} MiB each"
 

@@ -56,13 +56,13 @@ def benchmark_evaluations(
     sizes = sizes or Sizes()
     tick = Ticks(progress, 3 * 2 * (sizes.repeats + 1))
     target = resolve_device(device)
-    return [_knn_sweep_ratio(sizes, target, tick), _kmeans_speedup(sizes, tick), _probe_speedup(sizes, target, tick)]
+    return [_knn_sweep_ratio(sizes, target, tick), _kmeans_speedup(sizes, tick), probe_speedup(sizes, target, tick)]
 
 
 def _knn_sweep_ratio(sizes: Sizes, device: torch.device, tick: Ticks) -> Row:
     """Time of k-NN for ten values of k up to 200, divided by that for k = 10 alone; each with a search of its own."""
-    train = _blobs(sizes.knn_train, sizes.knn_width, sizes.knn_classes, seed=0)
-    test = _blobs(sizes.knn_test, sizes.knn_width, sizes.knn_classes, seed=1)
+    train = blobs(sizes.knn_train, sizes.knn_width, sizes.knn_classes, seed=0)
+    test = blobs(sizes.knn_test, sizes.knn_width, sizes.knn_classes, seed=1)
     ways = [partial(knn, *train, *test, k=k, device=str(device)) for k in ((ONE_K,), SWEEP)]
     one_s, ten_s = median_seconds(ways, device, turns=sizes.repeats, tick=tick)
     row: Row = {"metric": "benchmark_knn_sweep_ratio", "value": ten_s / one_s, "one_s": one_s, "ten_s": ten_s}
@@ -75,7 +75,7 @@ def _kmeans_speedup(sizes: Sizes, tick: Ticks) -> Row:
 
     Starting the processes, which happens once, does not count.
     """
-    x, y = _blobs(sizes.kmeans_images, sizes.kmeans_width, sizes.kmeans_classes, seed=0)
+    x, y = blobs(sizes.kmeans_images, sizes.kmeans_width, sizes.kmeans_classes, seed=0)
     ways = [partial(cluster, x, y, runs=sizes.kmeans_runs, workers=workers) for workers in (1, own_cores())]
     one_s, all_s = median_seconds(ways, torch.device("cpu"), turns=sizes.repeats, tick=tick)
     row: Row = {"metric": "benchmark_kmeans_speedup", "value": one_s / all_s, "one_s": one_s, "all_s": all_s}
@@ -83,7 +83,7 @@ def _kmeans_speedup(sizes: Sizes, tick: Ticks) -> Row:
     return row | {"width": sizes.kmeans_width, "classes": sizes.kmeans_classes}
 
 
-def _probe_speedup(sizes: Sizes, device: torch.device, tick: Ticks) -> Row:
+def probe_speedup(sizes: Sizes, device: torch.device, tick: Ticks | None = None) -> Row:
     """Time of a step of 52 separate `nn.Linear`, each with its own SGD, divided by that of all in one ensemble.
 
     The ensemble saves the cost of many small operations. Where few large ones take the time, as with many classes on a
@@ -119,7 +119,7 @@ def _probe_speedup(sizes: Sizes, device: torch.device, tick: Ticks) -> Row:
     return row | {"batch": sizes.probe_batch, "width": sizes.probe_width, "classes": sizes.probe_classes}
 
 
-def _blobs(images: int, width: int, classes: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def blobs(images: int, width: int, classes: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Overlapping classes around centres that do not depend on the seed."""
     centres = np.random.default_rng(0).standard_normal((classes, width), dtype=np.float32)
     rng = np.random.default_rng([1, seed])

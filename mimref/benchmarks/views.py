@@ -1,4 +1,4 @@
-"""How fast views are made, against torchvision's pipelines with the same views, measured in the same run."""
+"""How fast views are made, against the pipelines of other libraries with the same views, measured in the same run."""
 
 import os
 import tempfile
@@ -16,13 +16,18 @@ from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import v2
 
+from mimref.benchmarks.libraries import BLUR_TAPS, DALI, KORNIA, Way, library_ways
 from mimref.benchmarks.measure import Ticks, median_seconds
+from mimref.config.base import DataConfig
 from mimref.config.run import ViewsConfig
+from mimref.data.device_crops import decoding_device
+from mimref.data.jpegs import jpegs_of, pack, read_jpeg
 from mimref.data.loader import ViewBatch, view_batches
 from mimref.data.sources import FileSource
 from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from mimref.data.views import CropGroup, Photometric, multi_crop
+from mimref.data.views import CropGroup, Photometric, multi_crop, reduction, view_windows
 from mimref.devices import resolve_device
+from mimref.errors import ConfigError
 from mimref.progress import Progress
 from mimref.refinement.method import views_of
 from mimref.results import Row
@@ -32,13 +37,11 @@ PIL_BLUR = "torchvision, PIL with Pillow's blur"
 TENSORS = "torchvision v2, uint8 tensors"
 WORKER = "mimref, worker's part"
 WHOLE = "mimref, all on the CPU"
+READER = "mimref, worker's part of data.decode=device"
 DEVICE = "mimref, photometric part"
+DECODED = "mimref, JPEGs decoded on the device"
 
 _JPEG_QUALITY = 90
-_BLUR_TAPS = 23  # as in BYOL, and in `mimref.data.views`
-
-_Way = Callable[[int], list[Tensor]]
-"""Makes the views of an epoch, each (..., 3, S, S)."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,24 @@ class ViewSizes:
 
 
 def benchmark_views(
-    *, sizes: ViewSizes | None = None, device: str = "cpu", progress: Progress | None = None
+    *,
+    sizes: ViewSizes | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Images per second (`value`) and milliseconds per image (`ms`) of every pipeline, medians, on one CPU thread.
 
     PIL: torchvision's transforms on PIL images, from the file to normalised tensors. PIL_BLUR: the same with Pillow's
     faster blur, which approximates the Gaussian. TENSORS: torchvision's v2 transforms on decoded uint8 tensors. WORKER:
     what a loader process does here, from the file to a batch of uint8 crops. WHOLE: that and the photometric part, on
-    the CPU. DEVICE, unless `device` is the CPU: the photometric part there, of crops that have arrived. Stacking the
-    views of a batch counts here and not for torchvision. `ratio` and `ratio_pillow_blur`: images per second over those
-    of PIL and PIL_BLUR. The number of threads and the state of torch's generator are restored.
+    the CPU. READER: what a loader process does where a device decodes, from the file to its bytes and the boxes of its
+    crops. KORNIA and DALI: from the file too, where they are installed; note: gets a line where they are not.
+    Unless `device` is the CPU, DEVICE: the photometric part there, of crops that have arrived. On CUDA, DECODED: all
+    from the file on, decoded and cropped there, with `difference` and `largest_difference` of its crops from WORKER's,
+    on average and at most, in levels of 255. Stacking the views of a batch does not count for torchvision. `ratio` and
+    `ratio_pillow_blur`: images per second over those of PIL and PIL_BLUR. The number of threads and the state of
+    torch's generator are restored.
     """
     sizes = sizes or ViewSizes()
     target = resolve_device(device)
@@ -80,10 +91,8 @@ def benchmark_views(
         torch.manual_seed(0)
         torch.set_num_threads(1)  # as loader processes have
         try:
-            source = _photographs(folder, sizes)
-            ways = _pipelines(source, groups, config)
-            if target.type != "cpu":
-                ways[DEVICE] = _on_device(_crops(source, groups, 0), config, target, sizes.device_images)
+            source = photographs(folder, sizes)
+            ways, apart = _ways(source, groups, config, target, sizes.device_images, note)
             # Every call cuts other crops.
             calls = [partial(lambda way, epochs: way(next(epochs)), way, count()) for way in ways.values()]
             tick = Ticks(progress, len(calls) * (sizes.repeats + 1))
@@ -92,17 +101,48 @@ def benchmark_views(
             torch.set_num_threads(threads)
     images = {name: sizes.device_images if name == DEVICE else sizes.images for name in ways}
     per_s = {name: images[name] / seconds_each for name, seconds_each in zip(ways, seconds, strict=True)}
+    on_device = {DEVICE, DECODED, KORNIA} | ({DALI} if target.type == "cuda" else set())
     rows: list[Row] = []
     for name, value in per_s.items():
         row: Row = {"metric": "benchmark_views", "value": value, "pipeline": name}
-        row |= {"device": str(target) if name == DEVICE else "cpu", "ms": 1000 / value}
+        row |= {"device": str(target) if name in on_device else "cpu", "ms": 1000 / value}
         row |= {"ratio": value / per_s[PIL], "ratio_pillow_blur": value / per_s[PIL_BLUR]}
         row |= {"views": 2 + sizes.local_views, "width": sizes.width, "height": sizes.height}
-        rows.append(row | {"images": images[name], "repeats": sizes.repeats})
+        row |= {"images": images[name], "repeats": sizes.repeats}
+        row |= apart if name == DECODED else {}
+        rows.append(row)
     return rows
 
 
-def _photographs(folder: str, sizes: ViewSizes) -> FileSource:
+def _ways(
+    source: FileSource,
+    groups: Sequence[CropGroup],
+    config: ViewsConfig,
+    device: torch.device,
+    device_images: int,
+    note: Callable[[str], None],
+) -> tuple[dict[str, Way], Row]:
+    """Everything that is measured, and how far DECODED's crops are from WORKER's."""
+    ways = _pipelines(source, groups, config)
+    others, missing = library_ways([source.path(index) for index in range(len(source))], groups, config, device)
+    ways |= others
+    apart: Row = {}
+    if device.type != "cpu":
+        ways[DEVICE] = _on_device(_crops(source, groups, 0), config, device, device_images)
+    if device.type == "cuda":
+        try:
+            decoding_device(DataConfig(decode="device"), device)
+            ways[DECODED] = _decoded(source, groups, config, device)
+            apart = _differences(_crops(source, groups, 0), _crops(source, groups, 0, device))
+        except ConfigError as error:
+            missing.append(f"not measured: {DECODED}: {error}")
+    for line in missing:
+        note(line)
+    return ways, apart
+
+
+def photographs(folder: str, sizes: ViewSizes) -> FileSource:
+    """scikit-learn's two photographs as JPEG files of the size to measure."""
     from sklearn.datasets import load_sample_images
 
     photographs = [
@@ -115,12 +155,12 @@ def _photographs(folder: str, sizes: ViewSizes) -> FileSource:
     return FileSource("photographs", folder, files, None, None)
 
 
-def _pipelines(source: FileSource, groups: Sequence[CropGroup], config: ViewsConfig) -> dict[str, _Way]:
+def _pipelines(source: FileSource, groups: Sequence[CropGroup], config: ViewsConfig) -> dict[str, Way]:
     """Ways to the views of all images on the CPU, by name."""
     paths = [source.path(index) for index in range(len(source))]
     photometric = Photometric(config, 0, torch.device("cpu"))
 
-    def pil(blur: Callable[[Image.Image], Image.Image] | None) -> _Way:
+    def pil(blur: Callable[[Image.Image], Image.Image] | None) -> Way:
         views = _augmentations(groups, config, transforms, transforms.ToTensor(), blur)
         return lambda _: [view(image) for image in map(pil_loader, paths) for view in views]
 
@@ -135,6 +175,7 @@ def _pipelines(source: FileSource, groups: Sequence[CropGroup], config: ViewsCon
         TENSORS: tensors,
         WORKER: lambda epoch: _crops(source, groups, epoch).crops,
         WHOLE: lambda epoch: views_of(_crops(source, groups, epoch), photometric),
+        READER: lambda epoch: [_read(source, groups, epoch)],
     }
 
 
@@ -150,7 +191,7 @@ def _augmentations(
     bicubic = library.InterpolationMode.BICUBIC
     for view, group in enumerate(own for own in groups for _ in range(own.count)):
         kind = min(view, 2)
-        taps = min(_BLUR_TAPS, 2 * ((group.size - 1) // 2) + 1)
+        taps = min(BLUR_TAPS, 2 * ((group.size - 1) // 2) + 1)
         own_blur = blur or library.GaussianBlur(taps, config.blur_sigma)
         steps = [
             library.RandomResizedCrop(group.size, group.scale, config.aspect_ratio, interpolation=bicubic),
@@ -172,13 +213,49 @@ def _pillow_blur(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(low + (high - low) * float(torch.rand(()))))
 
 
-def _crops(source: FileSource, groups: Sequence[CropGroup], epoch: int) -> ViewBatch:
+def _crops(
+    source: FileSource, groups: Sequence[CropGroup], epoch: int, decode_on: torch.device | None = None
+) -> ViewBatch:
     """All images in one batch, as training reads them; every epoch has other crops."""
-    epochs = range(epoch, epoch + 1)
-    return next(view_batches(source, groups, batch_size=len(source), seed=0, epochs=epochs, reduce_jpeg=True))
+    batches = view_batches(
+        *(source, groups),
+        batch_size=len(source),
+        seed=0,
+        epochs=range(epoch, epoch + 1),
+        reduce_jpeg=True,
+        decode_on=decode_on,
+    )
+    return next(batches)
 
 
-def _on_device(batch: ViewBatch, config: ViewsConfig, device: torch.device, images: int) -> _Way:
+def _read(source: FileSource, groups: Sequence[CropGroup], epoch: int) -> Tensor:
+    """All files as bytes, (bytes,) uint8, once their crops are drawn."""
+    read = [read_jpeg(source, index, partial(reduction, groups, 0, epoch, index)) for index in range(len(source))]
+    rows, jpegs = jpegs_of(read)
+    sizes, sample_J = [(each.height, each.width) for each in jpegs], torch.tensor(rows)
+    return pack(jpegs, rows, [view_windows(sizes, group, 0, epoch, sample_J) for group in groups]).content
+
+
+def _decoded(source: FileSource, groups: Sequence[CropGroup], config: ViewsConfig, device: torch.device) -> Way:
+    """All views, from files that are decoded and cropped on the device."""
+    photometric = Photometric(config, 0, device)
+
+    def way(epoch: int) -> list[Tensor]:
+        views = views_of(_crops(source, groups, epoch, device), photometric)
+        float(views[-1].sum())  # waits for the device
+        return views
+
+    return way
+
+
+def _differences(usual: ViewBatch, decoded: ViewBatch) -> Row:
+    """How far the crops of a batch are apart, in levels of 255."""
+    pairs = zip(usual.crops, decoded.crops, strict=True)
+    apart = torch.cat([(one.float() - other.cpu().float()).abs().flatten() for one, other in pairs])
+    return {"difference": float(apart.mean()), "largest_difference": float(apart.max())}
+
+
+def _on_device(batch: ViewBatch, config: ViewsConfig, device: torch.device, images: int) -> Way:
     """The photometric part of `images` images whose crops, those of `batch`, are on the device already."""
     sample_B = torch.arange(images)
     crops = [of_size[sample_B % len(of_size)].to(device) for of_size in batch.crops]

@@ -13,6 +13,7 @@ import typer
 from mimref import __version__
 from mimref.cli import (
     benchmark,
+    doctor,
     evaluation,
     report,
     reproduce,
@@ -45,6 +46,7 @@ COMMANDS: Mapping[str, Sequence[Function]] = {
     ),
     "Transfer": (transfer.finetune, transfer.predict, segment.segment, suite.transfer, robustness.robustness),
     "Weights": (weights.inspect, weights.export, weights.push, weights.interpolate),
+    "Tools": (doctor.doctor,),
 }
 TOOLS: Mapping[str, tuple[str, Mapping[str, Function]]] = {
     "presets": ("Show the settings that ship with mimref.", {"list": tools.list_presets, "show": tools.show_preset}),
@@ -55,7 +57,14 @@ TOOLS: Mapping[str, tuple[str, Mapping[str, Function]]] = {
     "reproduce": ("Reproduce tables of the paper by a suite of runs.", {"ablations": reproduce.ablations}),
     "benchmark": (
         "Measure speed and cost on this machine.",
-        {"views": benchmark.views, "step": benchmark.step, "eval": benchmark.evaluations, "cost": benchmark.cost},
+        {
+            "all": benchmark.everything,
+            "views": benchmark.views,
+            "step": benchmark.step,
+            "eval": benchmark.evaluations,
+            "cost": benchmark.cost,
+            "memory": benchmark.memory,
+        },
     ),
 }
 

@@ -1,16 +1,21 @@
 """`mimref benchmark`: speed and cost, measured on this machine."""
 
+import re
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mimref.cli.execution import note
 from mimref.cli.options import Data, Device, MicroBatch, Output, Preset, TrainedEncoder
+from mimref.cli.parser import option
 
 if TYPE_CHECKING:
+    from mimref.benchmarks.suite.lines import Finding
     from mimref.refinement.config import RefineConfig
     from mimref.results import Row
 
@@ -35,6 +40,11 @@ class CostOptions(StepOptions, Data):
     pass
 
 
+class MemoryOptions(StepOptions, panel="Run"):
+    gpus: str | None = option("Numbers of GPUs; default 1,8,64.", "N,N,...")
+    memory: str | None = option("Memory of a GPU in GB; default 40,80.", "N,N,...")
+
+
 def evaluations(options: BenchmarkOptions) -> None:
     """Time the evaluations on synthetic features.
 
@@ -55,9 +65,10 @@ def evaluations(options: BenchmarkOptions) -> None:
 
 
 def views(options: BenchmarkOptions) -> None:
-    """Time how fast images become views.
+    """Time how fast images become views, and evaluation crops.
 
-    Two global and ten local views of 500 x 375 JPEGs on one CPU thread, against torchvision's pipelines.
+    Two global and ten local views of 500 x 375 JPEGs on one CPU thread, against the pipelines of torchvision and, where
+    they are installed, Kornia and NVIDIA DALI. Evaluation crops, against torchvision's and timm's.
 
     Examples:
       mimref benchmark views --out runs/views
@@ -65,9 +76,17 @@ def views(options: BenchmarkOptions) -> None:
     options.check_out()
     options.checks.finish()
 
+    from mimref.benchmarks.extraction import benchmark_extraction
     from mimref.benchmarks.views import benchmark_views
 
-    _print_timings("benchmark views", options, benchmark_views)
+    notes: list[str] = []
+
+    def measure(**settings: Any) -> "Sequence[Row]":
+        return [*benchmark_views(**settings, note=notes.append), *benchmark_extraction(**settings)]
+
+    _print_timings("benchmark views", options, measure)
+    for line in notes:
+        note(line, options)
 
 
 def _print_timings(command: str, options: BenchmarkOptions, measure: "Callable[..., Sequence[Row]]") -> str:
@@ -126,6 +145,88 @@ def cost(options: CostOptions) -> None:
     with Terminal(options.quiet) as terminal:
         found = benchmark_cost(config, progress=partial(terminal.progress, "steps"))
     _write("benchmark cost", options, config.model_dump(mode="json"), started, found.rows, cost_facts(found))
+
+
+def everything(options: BenchmarkOptions) -> None:
+    """Measure everything that this machine can show, against bars.
+
+    At most 8 minutes on a GPU, about 2 on a CPU, which runs a small form. Each part has a process of its own, so that
+    one that fails costs only its own lines. With --out also a page in Markdown, as it grows. Exit code 1 names what
+    misses its bar.
+
+    Examples:
+      mimref benchmark all --out runs/benchmark
+    """
+    options.check_out()
+    options.checks.finish()
+
+    from mimref.benchmarks.suite.run import machine_facts, run_suite
+    from mimref.files import write_bytes
+    from mimref.reports.benchmarks import missed_lines, print_findings, suite_page
+    from mimref.reports.terminal import Terminal
+    from mimref.results import write_results
+
+    started, device, out = time.monotonic(), options.device or "auto", options.out
+    facts = machine_facts(device)
+    command = f"mimref {shlex.join(sys.argv[1:])}"
+
+    def save(findings: "Sequence[Finding]", finished: bool) -> None:
+        if out is not None:
+            page = suite_page(findings, facts, time.monotonic() - started, command, finished=finished)
+            write_bytes(out / "results.md", page.encode())
+
+    with Terminal(options.quiet) as terminal:
+        logs = None if out is None else out / "logs"
+        findings = run_suite(device, logs=logs, listener=terminal, save=save)
+    print_findings(findings)
+    if out is not None:
+        write_results(out, "benchmark all", facts, time.monotonic() - started, [finding.row() for finding in findings])
+        note(f"results in {out}", options)
+    for line in missed_lines(findings):
+        typer.echo(f"mimref: error: {line}", err=True)
+    if missed_lines(findings):
+        raise typer.Exit(1)
+
+
+def memory(options: MemoryOptions) -> None:
+    """Predict which way of training fits the memory of GPUs.
+
+    One pass of the encoder or micro-batches, recomputed activations, sharded weights: the peak of each, on any machine,
+    from shapes alone. Takes a minute for a large encoder. Without options: the quickstart's small encoder.
+
+    Examples:
+      mimref benchmark memory --preset mae_2b14
+      mimref benchmark memory --arch vit_7b_patch16_dinov3 --gpus 8 --memory 80
+    """
+    gpus = options.checks.run("gpus", lambda: _sizes(options.gpus or "1,8,64", "--gpus"))
+    cards = options.checks.run("memory", lambda: _sizes(options.memory or "40,80", "--memory"))
+    config = options.load_refine()
+    assert gpus is not None and cards is not None  # or it has raised
+
+    from mimref.benchmarks.memory import memory_facts, memory_page, plan_memory
+    from mimref.files import write_bytes
+    from mimref.reports.terminal import Terminal
+    from mimref.results import write_results
+
+    started = time.monotonic()
+    with Terminal(options.quiet) as terminal:
+        rows = plan_memory(config, gpus, cards, progress=partial(terminal.progress, "steps on paper"))
+    for what, much in memory_facts(rows):
+        typer.echo(f"{what}: {much}")
+    if options.out is not None:
+        settings = config.model_dump(mode="json")
+        write_results(options.out, "benchmark memory", settings, time.monotonic() - started, rows)
+        write_bytes(options.out / "results.md", memory_page(rows).encode())
+        note(f"results in {options.out}", options)
+
+
+def _sizes(text: str, flag: str) -> list[int]:
+    """Of `1,8,64`, in ascending order."""
+    from mimref.errors import ConfigError
+
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
+        raise ConfigError(f"{flag} {text}: expected whole numbers such as 1,8,64")
+    return sorted(set(map(int, text.split(","))))
 
 
 def _write(

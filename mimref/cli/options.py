@@ -176,6 +176,10 @@ class MicroBatch(Batch, panel="Training"):
     micro_batch: Text = option("Images per encoder pass; same result, less memory.", "N|auto", "micro_batch")
 
 
+class Shard(Options, panel="Training"):
+    shard: bool | None = option("Divide a large encoder among all processes; same result.", sets="shard")
+
+
 class Split(Options, panel="Data"):
     split: Text = option("Images to use; default val.", "train|val", "split")
 

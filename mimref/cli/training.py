@@ -13,6 +13,7 @@ from mimref.cli.options import (
     Report,
     Resume,
     Seed,
+    Shard,
     Text,
     TrainedArch,
     TrainedEncoder,
@@ -65,7 +66,7 @@ class Weights(TrainedEncoder, panel="Encoder"):
     )
 
 
-class RefineOptions(Weights, MicroBatch, TrainingOptions, panel="Training"):
+class RefineOptions(Weights, MicroBatch, Shard, TrainingOptions, panel="Training"):
     epochs: Text = option("Epochs of stage 2.", "N", "encoder_stage.epochs")
     heads_epochs: Text = option("Epochs of stage 1.", "N", "heads_stage.epochs")
     stage: Text = option("Which stages to run; default both.", "both|heads|encoder", "stage")

@@ -124,6 +124,9 @@ class DataConfig(Section):
     """Images of more than 8 bits: the values that become black and white. `type`: 0 and 65535; `image`: each image's
     own least and largest; `percentile`: its percentiles 0.5 and 99.5; `A,B`: these two numbers. None: as in the
     checkpoint's header, else `type`."""
+    decode: Literal["auto", "cpu", "device"] = "auto"
+    """Where JPEGs become pixels: `cpu` decodes and crops them in the loader processes, `device` on the GPU (CUDA, by
+    nvJPEG), but for those that it cannot. `auto`: `cpu`."""
     channels: int | None = Field(default=None, gt=0)
     """Channels that every image has, and that keep their values: of TIFF, `.npy` and `.npz` files, arrays, and what
     Pillow reads; of more than 8 bits or floats as 32-bit floats. None: as in the checkpoint's header or weights, else
@@ -155,6 +158,8 @@ class CommandConfig(Section):
 
     command: ClassVar[str]
     """Name on the command line, and folder of the command's presets."""
+    device_decoding: ClassVar[bool] = False
+    """Whether the command can decode images on the device."""
     presets_of: ClassVar[str | None] = None
     """Another command, whose presets the settings start from."""
 
@@ -171,6 +176,12 @@ class CommandConfig(Section):
     torchrun's processes on one machine share its cores."""
     data: DataConfig = DataConfig()
     _given: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @model_validator(mode="after")
+    def _check_decoding(self) -> Self:
+        if self.data.decode == "device" and not self.device_decoding:
+            raise ValueError(f"data.decode device: {self.command} decodes images in its loader processes; set cpu")
+        return self
 
     @property
     def given(self) -> frozenset[str]:

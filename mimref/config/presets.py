@@ -85,7 +85,7 @@ def _preset_folder() -> Path:
 
 
 def maker_of(path: str | Path) -> str:
-    """The command of a shipped preset that writes this folder, such as `runs/pretrain-peak`; otherwise empty."""
+    """The command that writes a folder only presets name, such as `runs/pretrain-peak`; else an empty text."""
     name = Path(path).name.removeprefix("pretrain-")
     if Path(path) != Path("runs", f"pretrain-{name}") or f"pretrain/{name}" not in preset_names("pretrain"):
         return ""

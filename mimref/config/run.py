@@ -29,7 +29,7 @@ class EncoderConfig(ReadingConfig):
     source: str = "mae"
     """Pre-training method of the weights; `d2v2` selects the post-norm transformer."""
     weights: str | None = None
-    """Weights file, run folder, name of published weights, or `quickstart` for the packaged encoder. None: the
+    """Weights file, run folder, name of published weights, or `quickstart` or `peak`, the packaged ones. None: the
     published weights of `arch` and `source`, or random weights (`pretrain`)."""
     image_size: int = Field(default=224, gt=0)
     """Height and width in pixels of the images that the position embedding is for."""
@@ -169,6 +169,7 @@ class TrainingConfig(CommandConfig):
 class RunConfig(TrainingConfig):
     """Settings of training without labels."""
 
+    device_decoding = True
     views: ViewsConfig = ViewsConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

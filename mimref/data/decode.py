@@ -132,12 +132,26 @@ def decode_file(path: str, reduce: Reduce | None = None, decoding: Decoding = US
     Raises BadImage for files that are missing, unreadable, empty, truncated, not an image, or larger than
     `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb), and for pixels whose range is unknown.
     """
+    _check_regular(path)
+    return _decode(path, printable(path), reduce, decoding)
+
+
+def read_content(path: str) -> bytes:
+    """An image file as it is stored. Raises BadImage as `decode_file` does for files that cannot be read."""
+    _check_regular(path)
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise BadImage(printable(path), _reason(path, error)) from error
+
+
+def _check_regular(path: str) -> None:
     # A pipe or a terminal would be waited for.
     with suppress(OSError):
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise BadImage(printable(path), "not a regular file")
-    return _decode(path, printable(path), reduce, decoding)
 
 
 def decode_content(content: bytes, name: str, reduce: Reduce | None = None, decoding: Decoding = USUAL) -> Decoded:
@@ -243,12 +257,18 @@ def _has_several(image: Image.Image) -> bool:
 def _draft(image: JpegImageFile, reduce: Reduce, orientation: int) -> None:
     """Let libjpeg decode the image smaller."""
     width, height = image.size
+    factor = reduction_of(width, height, reduce, orientation)
+    # Pillow takes the strongest reduction that keeps this size: exactly `factor`.
+    image.draft(None, (width // factor, height // factor))
+
+
+def reduction_of(width: int, height: int, reduce: Reduce, orientation: int) -> int:
+    """The factor by which a JPEG of this size in the file is decoded smaller, before it is turned."""
     factor = reduce(width, height) if orientation >= 5 else reduce(height, width)
     while orientation > 1 and (width % factor or height % factor):
         # The last pixels of a side would stand for less than the others; turned, these might be the first.
         factor //= 2
-    # Pillow takes the strongest reduction that keeps this size: exactly `factor`.
-    image.draft(None, (width // factor, height // factor))
+    return factor
 
 
 def reason_of(error: BaseException) -> str:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from mimref.data.decode import Decoded
+from mimref.data.device_crops import complete
+from mimref.data.jpegs import Jpeg, Jpegs, jpegs_of, pack, read_jpeg
 from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform, middle, resize, stacked
-from mimref.data.views import CropGroup, cut_group, reduction
+from mimref.data.views import CropGroup, cut_group, reduction, view_windows
 from mimref.data.workers import BatchDataset, load
 from mimref.devices import own_cores
 from mimref.distributed.group import own_rank, share, world_size
@@ -50,40 +52,77 @@ class CropBatch(NamedTuple):
     """Path and reason of the others."""
     traits: list[int]
     """Of the images that could be read, see `mimref.data.traits`."""
+    jpegs: Jpegs | None = None
+    """From a loader process: images that a device decodes, whose crops are still missing."""
 
 
 class _CropDataset(BatchDataset[CropBatch]):
-    def __init__(self, source: ImageSource, transform: EvalTransform) -> None:
+    def __init__(self, source: ImageSource, transform: EvalTransform, decode_on: torch.device | None) -> None:
         super().__init__(source)
-        self.transform = transform
+        self.transform, self.decode_on = transform, decode_on
 
     def __getitem__(self, batch: range) -> CropBatch:
-        read, good, bad = self.read(batch, self._crop)
+        read, good, bad = self.read(batch, self._read)
         size = self.transform.image_size
-        crops = stacked([crop for crop, _ in read], (self.source.channels, size, size))
-        return CropBatch(batch.stop, crops, good, bad, [traits for _, traits in read])
+        crops = stacked([each.image for each in read if isinstance(each, Decoded)], (self.source.channels, size, size))
+        rows, files = jpegs_of(read)
+        windows = self.transform.windows([(each.height, each.width) for each in files])
+        jpegs = pack(files, rows, [windows]) if files else None
+        return CropBatch(batch.stop, crops, good, bad, [each.traits for each in read], jpegs)
 
-    def _crop(self, index: int) -> tuple[Tensor, int]:
-        decoded = self.source.read_reduced(index, None)
-        return self.transform.crop(decoded.image.contiguous()), decoded.traits
+    def _read(self, index: int) -> Decoded | Jpeg:
+        if self.decode_on is None:
+            return self._cropped(self.source.read_reduced(index, None))
+        read = read_jpeg(self.source, index, None)
+        return self._cropped(read) if isinstance(read, Decoded) else read
+
+    def _cropped(self, decoded: Decoded) -> Decoded:
+        return decoded._replace(image=self.transform.crop(decoded.image.contiguous()))
+
+    def complete(self, batch: CropBatch) -> CropBatch:
+        """The batch with all its crops, on the device if it has JPEGs for it. Not for loader processes."""
+        if batch.jpegs is None or self.decode_on is None:
+            return batch
+        done = complete(
+            *(batch.jpegs, [batch.crops[:, None]], self.decode_on, self.source.decoding),
+            cut=lambda _, decoded: [self._cropped(decoded).image[None]],
+        )
+        kept = [row for row in range(len(batch.traits)) if row not in done.bad]
+        return batch._replace(
+            crops=done.crops[0][:, 0],
+            indices=[batch.indices[row] for row in kept],
+            bad=[*batch.bad, *done.bad.values()],
+            traits=[batch.traits[row] | done.traits.get(row, 0) for row in kept],
+            jpegs=None,
+        )
 
 
 def crop_batches(
-    source: ImageSource, transform: EvalTransform, *, batch_size: int, workers: int = 0, start: int = 0, every: int = 1
+    source: ImageSource,
+    transform: EvalTransform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    start: int = 0,
+    every: int = 1,
+    decode_on: torch.device | None = None,
 ) -> Iterator[CropBatch]:
     """The evaluation crops of all images from position `start` on; those that cannot be read are listed as bad.
 
-    every: return every n-th batch only; other processes take the others.
-    Raises DeadWorkerError when a loader process dies or hangs.
+    every: return every n-th batch only; other processes take the others. decode_on: decode and crop JPEGs on this
+    device, where the crops then are. Raises DeadWorkerError when a loader process dies or hangs.
     """
     size = len(source)
     batches = [range(at, min(size, at + batch_size)) for at in range(start, size, every * batch_size)]
 
+    dataset = _CropDataset(source, transform, None if source.in_memory else decode_on)
+
     def recorded(batch: CropBatch) -> CropBatch:
+        batch = dataset.complete(batch)
         source.record(batch.indices, batch.traits)
         return batch
 
-    return map(recorded, load(_CropDataset(source, transform), batches, workers=workers))
+    return map(recorded, load(dataset, batches, workers=workers))
 
 
 # --- training views
@@ -104,6 +143,8 @@ class ViewBatch:
     """Of the images that could be read, see `mimref.data.traits`."""
     places: list[int] = field(default_factory=list)
     """Of these images in the process's part of the batch, which are not consecutive where some could not be read."""
+    jpegs: Jpegs | None = None
+    """From a loader process: images that a device decodes, whose crops are still missing."""
 
     def pin_memory(self) -> "ViewBatch":
         """The same batch in page-locked memory."""
@@ -149,26 +190,60 @@ class _ViewDataset(BatchDataset[ViewBatch]):
         *,
         preparation: Preparation | None,
         reduce_jpeg: bool,
+        decode_on: torch.device | None,
     ) -> None:
         super().__init__(source)
-        self.groups, self.seed = groups, seed
+        self.groups, self.seed, self.decode_on = groups, seed, decode_on
         self.preparation, self.reduce_jpeg = preparation or Preparation(), reduce_jpeg
 
     def __getitem__(self, batch: _EpochBatch) -> ViewBatch:
         epoch, indices = batch
 
-        def decode(index: int) -> Decoded:
+        def read(index: int) -> Decoded | Jpeg:
             reduce = partial(reduction, self.groups, self.seed, epoch, index) if self.reduce_jpeg else None
+            if self.decode_on is not None:
+                return read_jpeg(self.source, index, reduce)
             return self.preparation.before(self.source.read_reduced(index, reduce))
 
-        decoded, good, bad = self.read(indices, decode)
+        images, good, bad = self.read(indices, read)
         sample_B = torch.tensor(good, dtype=torch.int64)
-        channels = self.source.channels
-        crops = [cut_group(decoded, group, self.seed, epoch, sample_B, channels) for group in self.groups]
+        rows, files = jpegs_of(images)
+        decoded = [each for each in images if isinstance(each, Decoded)]
+        others = [row for row, each in enumerate(images) if isinstance(each, Decoded)]
+        crops = self._cut(decoded, epoch, sample_B[others])
         self.preparation.after(crops, epoch, sample_B)
+        jpegs = None
+        if files:
+            sizes = [(each.height, each.width) for each in files]
+            windows = [view_windows(sizes, group, self.seed, epoch, sample_B[rows]) for group in self.groups]
+            jpegs = pack(files, rows, windows)
         place_of = {index: place for place, index in enumerate(indices)}
         places = [place_of[index] for index in good]
-        return ViewBatch(epoch, sample_B, crops, bad, [each.traits for each in decoded], places)
+        return ViewBatch(epoch, sample_B, crops, bad, [each.traits for each in images], places, jpegs)
+
+    def _cut(self, decoded: Sequence[Decoded], epoch: int, sample_B: Tensor) -> list[Tensor]:
+        channels = self.source.channels
+        return [cut_group(decoded, group, self.seed, epoch, sample_B, channels) for group in self.groups]
+
+    def complete(self, batch: ViewBatch) -> ViewBatch:
+        """The batch with all its crops, on the device if it has JPEGs for it. Not for loader processes."""
+        if batch.jpegs is None or self.decode_on is None:
+            return batch
+
+        def cut(row: int, decoded: Decoded) -> list[Tensor]:
+            return [crops[0] for crops in self._cut([decoded], batch.epoch, batch.sample_B[row : row + 1])]
+
+        done = complete(batch.jpegs, batch.crops, self.decode_on, self.source.decoding, cut)
+        kept = [row for row in range(len(batch.traits)) if row not in done.bad]
+        return replace(
+            batch,
+            crops=done.crops,
+            sample_B=batch.sample_B[kept],
+            bad=[*batch.bad, *done.bad.values()],
+            traits=[batch.traits[row] | done.traits.get(row, 0) for row in kept],
+            places=[batch.places[row] for row in kept],
+            jpegs=None,
+        )
 
 
 def epoch_batches(
@@ -199,6 +274,7 @@ def view_batches(
     preparation: Preparation | None = None,
     together: int = 1,
     reduce_jpeg: bool = False,
+    decode_on: torch.device | None = None,
 ) -> Iterator[ViewBatch]:
     """Batches of all `epochs`, one after another; the last partial batch of an epoch is dropped.
 
@@ -209,15 +285,20 @@ def view_batches(
     reduce_jpeg: decode JPEG files smaller where no crop is enlarged by it. The crops show the same parts of the images
     with slightly different pixels, so protocols that compare with published numbers leave it off; so must those that
     resize images before.
+    decode_on: decode and crop JPEGs on this device, where the crops then are, on its current stream; not those that are
+    decoded smaller, and not with a preparation.
     Raises DeadWorkerError when a loader process dies or hangs.
     """
     rank, world = (own_rank(), world_size()) if every == 1 else (0, 1)
     groups_of_rank = share(math.ceil(batch_size / together), rank, world)
     part = slice(groups_of_rank.start * together, groups_of_rank.stop * together)
     batches = epoch_batches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every, part=part)
-    dataset = _ViewDataset(source, groups, seed, preparation=preparation, reduce_jpeg=reduce_jpeg)
+    assert preparation is None or decode_on is None
+    decode_on = None if source.in_memory else decode_on
+    dataset = _ViewDataset(source, groups, seed, preparation=preparation, reduce_jpeg=reduce_jpeg, decode_on=decode_on)
 
     def recorded(batch: ViewBatch) -> ViewBatch:
+        batch = dataset.complete(batch)
         source.record(batch.sample_B.tolist(), batch.traits)
         return batch
 
@@ -233,18 +314,20 @@ def view_crop_batches(
     workers: int = 0,
     start: int = 0,
     every: int = 1,
+    decode_on: torch.device | None = None,
 ) -> Iterator[CropBatch]:
     """The views of one group of all images from position `start` on, in data order, as of training's first epoch.
 
-    every: as of `crop_batches`. Raises DeadWorkerError when a loader process dies or hangs.
+    every, decode_on: as of `crop_batches`. Raises DeadWorkerError when a loader process dies or hangs.
     """
     size = len(source)
     firsts = range(start, size, every * batch_size)
     batches: list[_EpochBatch] = [(0, list(range(at, min(size, at + batch_size)))) for at in firsts]
-    dataset = _ViewDataset(source, [group], seed, preparation=None, reduce_jpeg=False)
+    decode_on = None if source.in_memory else decode_on
+    dataset = _ViewDataset(source, [group], seed, preparation=None, reduce_jpeg=False, decode_on=decode_on)
 
     def recorded(read: tuple[_EpochBatch, ViewBatch]) -> CropBatch:
-        (_, asked), batch = read
+        (_, asked), batch = read[0], dataset.complete(read[1])
         indices = batch.sample_B.tolist()
         source.record(indices, batch.traits)
         return CropBatch(asked[-1] + 1, batch.crops[0], indices, batch.bad, batch.traits)
@@ -281,21 +364,25 @@ def device_batches(batches: Iterator[ViewBatch], device: torch.device) -> Iterat
         return batches
     side = torch.cuda.Stream(device)
 
-    def copy(batch: ViewBatch) -> tuple[ViewBatch, torch.cuda.Event]:
-        with torch.cuda.stream(side):
-            crops = [crops.to(device, non_blocking=True) for crops in batch.crops]
-        return replace(batch, crops=crops), side.record_event()
+    def copied() -> Iterator[tuple[ViewBatch, torch.cuda.Event]]:
+        while True:
+            # Where JPEGs are decoded on the device, this is the stream that it happens on.
+            with torch.cuda.stream(side):
+                if (batch := next(batches, None)) is None:
+                    return
+                crops = [crops.to(device, non_blocking=True) for crops in batch.crops]
+            yield replace(batch, crops=crops), side.record_event()
 
-    def receive(batch: ViewBatch, copied: torch.cuda.Event) -> ViewBatch:
+    def receive(batch: ViewBatch, event: torch.cuda.Event) -> ViewBatch:
         """Make the current stream wait for the copy; the CPU does not."""
         current = torch.cuda.current_stream(device)
-        current.wait_event(copied)
+        current.wait_event(event)
         for crops in batch.crops:
             # The memory belongs to the side stream, which must not overwrite it while the current one still reads.
             crops.record_stream(current)
         return batch
 
-    return starmap(receive, _one_ahead(map(copy, batches)))
+    return starmap(receive, _one_ahead(copied()))
 
 
 def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:

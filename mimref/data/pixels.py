@@ -22,8 +22,10 @@ _CHECKS = (102, 153)
 _CHECK_SIDE = 8
 _GROUNDS = {"white": 255, "black": 0}
 _PERCENTILES = (0.5, 99.5)
-_FLAT_LEVELS = 2.0
+FLAT_LEVELS = 2.0
 """Standard deviation, of 255 levels, below which a channel shows nothing."""
+FLAT_LOOK = 16
+"""About so many rows and columns show that an image is not of one colour."""
 _NARROW_LEVELS = 32
 _DEEP = re.compile("RGBA?;16[BLN]")
 
@@ -78,7 +80,7 @@ def to_rgb(
     else:
         # Converting RGB to RGB would copy it.
         rgb_HWC = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    return rgb_HWC, traits | FLAT * _is_flat(rgb_HWC)
+    return rgb_HWC, traits | FLAT * is_flat(rgb_HWC)
 
 
 def deep_colour(image: Image.Image) -> bool:
@@ -188,16 +190,16 @@ def _look(pixels: NDArray[Any], samples: int) -> NDArray[Any]:
     return pixels[:: max(1, height // samples), :: max(1, width // samples)]
 
 
-def _is_flat(rgb_HWC: NDArray[np.uint8]) -> bool:
+def is_flat(rgb_HWC: NDArray[np.uint8]) -> bool:
     """Whether an image is nearly of one colour."""
     # A look at some pixels answers for most images, in 0.02 ms; np.std takes twice as long.
-    some_N3 = _look(rgb_HWC, 16).reshape(-1, 3).astype(np.float32)
+    some_N3 = _look(rgb_HWC, FLAT_LOOK).reshape(-1, 3).astype(np.float32)
     count, squares_3 = len(some_N3), (some_N3.T @ some_N3).diagonal()
     means_3 = np.ones(count, np.float32) @ some_N3 / count
-    if (squares_3 / count - means_3**2).max() >= _FLAT_LEVELS**2:
+    if (squares_3 / count - means_3**2).max() >= FLAT_LEVELS**2:
         return False
     # The look may have missed stripes; all pixels of a large image would take 24 bytes each.
-    return bool(_look(rgb_HWC, 512).reshape(-1, 3).std(axis=0).max() < _FLAT_LEVELS)
+    return bool(_look(rgb_HWC, 512).reshape(-1, 3).std(axis=0).max() < FLAT_LEVELS)
 
 
 def orientation_of(image: Image.Image) -> int:

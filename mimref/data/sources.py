@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimref.data.bands import WrongChannels, as_pixels, check_channels
-from mimref.data.decode import Decoded, Reduce, decode_file, printable
+from mimref.data.decode import Decoded, Reduce, decode_file, printable, read_content
 from mimref.data.labels import Indices, fixed_choice
 from mimref.data.pixels import USUAL, Decoding
 from mimref.data.traits import READ
@@ -83,6 +83,13 @@ class ImageSource(ABC):
         """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
         image = self.read(index)
         return Decoded(image[None].contiguous(memory_format=torch.channels_last)[0], *image.shape[1:])
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        """An image's file as it is stored, and its name as `decode_content` takes it. Raises BadImage as `read` does.
+
+        None where the image is not, or not only, what a file holds.
+        """
+        return None
 
     def record(self, indices: Sequence[int], traits: Sequence[int]) -> None:
         """Remember the traits of images that a loader has read, see `mimref.data.traits`."""
@@ -239,6 +246,10 @@ class FileSource(EncodedSource):
         """See `ImageSource`."""
         return decode_file(os.path.join(self.folder, self.files[self.rows[index]]), reduce, self.decoding)
 
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        """See `ImageSource`."""
+        return read_content(os.path.join(self.folder, self.files[self.rows[index]])), self.path(index)
+
     def path(self, index: int) -> str:
         """The file's path, as far as the user gave it, with odd characters escaped."""
         return printable(os.path.join(self.folder, self.files[self.rows[index]]))
@@ -296,6 +307,10 @@ class Subset(ImageSource):
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `ImageSource`."""
         return self.source.read_reduced(int(self.rows[index]), reduce)
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        """See `ImageSource`."""
+        return self.source.encoded(int(self.rows[index]))
 
     def record(self, indices: Sequence[int], traits: Sequence[int]) -> None:
         """See `ImageSource`."""

@@ -17,6 +17,8 @@ FLAT = 16
 """It is nearly of one colour once decoded."""
 SEVERAL = 32
 """It has several frames or pages, and the first is used."""
+ON_CPU = 64
+"""`data.decode` = `device`, and it was decoded by the CPU all the same."""
 READ = 128
 
 NAMED = 3
@@ -51,6 +53,11 @@ def notices(traits: NDArray[np.uint8], path: Callable[[int], str], what: str) ->
         "are partly transparent, and their alpha is dropped"
         + (f", which leaves {hidden:,} of one colour" if hidden else "")
         + " (--set data.alpha=white composites them on white; black and checker exist too)",
+    )
+    report(
+        has(ON_CPU),
+        "were decoded by the CPU although data.decode is device: only 8-bit JPEGs of gray or usual colour, whose crops "
+        "need them at full size, are decoded on the device",
     )
     report(has(SEVERAL), "have several frames or pages; the first is used")
     report(

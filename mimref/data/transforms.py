@@ -78,6 +78,26 @@ class EvalTransform:
         cropped: Tensor = tvf.center_crop(resized, [self.image_size, self.image_size])
         return cropped.contiguous()
 
+    def windows(self, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """What `crop` takes of images of these heights and widths: (J, 1, 2, 4) float64, see `mimref.data.windows`."""
+        found = torch.tensor([self._window(*size) for size in sizes], dtype=torch.float64)
+        return found.view(-1, 1, 2, 4)
+
+    def _window(self, height: int, width: int) -> list[tuple[float, float, float, float]]:
+        """Of one image, down and across."""
+        square = self.image_size
+        if self.resize == "direct":
+            return [(0, side / square, 0, side) for side in (height, width)]
+        sides = [min(side, LONGEST_ASPECT * min(height, width)) for side in (height, width)]
+        shorter = round(square / self.crop_fraction)
+        found: list[tuple[float, float, float, float]] = []
+        for whole, side in zip((height, width), sides, strict=True):
+            start = round((whole - side) / 2)
+            resized = int(shorter * side / min(sides))
+            step = side / resized
+            found.append((start + step * round((resized - square) / 2), step, start, start + side))
+        return found
+
     def normalize(self, batch_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Crops (B, C, S, S) -> `dtype`, on the batch's device; computed in at least fp32, then rounded once."""
         compute = torch.promote_types(dtype, torch.float32)

@@ -115,11 +115,8 @@ def cut_group(
     Crops are resized bicubically with antialiasing, twice as fast where the channels of a pixel are together in memory.
     """
     decoded_B2 = torch.tensor([each.image.shape[1:] for each in images], dtype=torch.int64).view(-1, 2)
-    size_B2 = torch.tensor([(each.height, each.width) for each in images], dtype=torch.int64).view(-1, 2)
     views = group.count
-    view_N = torch.arange(views).repeat(len(images))
-    size_N2 = size_B2.repeat_interleave(views, dim=0)
-    boxes_N4 = draw_boxes(group, view_N, seed, epoch, sample_B.repeat_interleave(views), size_N2)
+    boxes_N4, size_N2 = _boxes([(each.height, each.width) for each in images], group, seed, epoch, sample_B)
     boxes_N4 = _scale_boxes(boxes_N4, size_N2, decoded_B2.repeat_interleave(views, dim=0))
     dtype = torch.float32 if any(each.image.is_floating_point() for each in images) else torch.uint8
     cut = torch.empty(len(images), views, channels, group.size, group.size, dtype=dtype)
@@ -128,6 +125,24 @@ def cut_group(
         crop = images[row].image[:, top : top + height, left : left + width]
         cut[row, view] = resize(crop, [group.size, group.size])
     return cut
+
+
+def view_windows(sizes: Sequence[tuple[int, int]], group: CropGroup, seed: int, epoch: int, sample_B: Tensor) -> Tensor:
+    """The crops that `cut_group` cuts from images of these heights and widths: (B, V, 2, 4), see `windows`."""
+    boxes_N4, _ = _boxes(sizes, group, seed, epoch, sample_B)
+    start_N2, length_N2 = boxes_N4.double().split(2, dim=1)
+    windows_N24 = torch.stack([start_N2, length_N2 / group.size, start_N2, start_N2 + length_N2], dim=2)
+    return windows_N24.view(len(sizes), group.count, 2, 4)
+
+
+def _boxes(
+    sizes: Sequence[tuple[int, int]], group: CropGroup, seed: int, epoch: int, sample_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The boxes of all views of images, (N, 4), image by image, and the images' sizes, (N, 2)."""
+    views = group.count
+    view_N = torch.arange(views).repeat(len(sizes))
+    size_N2 = torch.tensor(sizes, dtype=torch.int64).view(-1, 2).repeat_interleave(views, dim=0)
+    return draw_boxes(group, view_N, seed, epoch, sample_B.repeat_interleave(views), size_N2), size_N2
 
 
 def _scale_boxes(boxes_N4: Tensor, size_N2: Tensor, decoded_N2: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class Checkpoint:
 def read_checkpoint(
     path: str | Path, reading: ReadingConfig | None = None, *, progress: LabelledProgress | None = None
 ) -> Checkpoint:
-    """Read a weights file, a run's or `save_pretrained`'s folder, published weights or `timm:NAME`, or `quickstart`.
+    """Read a weights file, a run's or `save_pretrained`'s folder, published or packaged weights, or `timm:NAME`.
 
     reading: what the file does not say; of our own files, only the interpolation counts. progress: of a download.
     Raises CheckpointError with one line for a missing or damaged file, and for a `part` that it does not have.

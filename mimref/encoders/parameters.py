@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimref.distributed.sharding import gathered
 from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture, TimmBackbone, TokenEncoder, reached
 from mimref.encoders.timm_models import layer_ids
 from mimref.encoders.vit import Encoder
@@ -75,9 +76,9 @@ def weights_hash(encoder: TokenEncoder) -> str:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors' names and bytes. Reads every tensor."""
+    """SHA-256 of tensors' names and bytes. Reads every tensor; of sharded ones, call it on all ranks."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(gathered(tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

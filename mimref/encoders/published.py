@@ -30,6 +30,8 @@ _LICENCES = {
     **dict.fromkeys(("dbot", "ibot", "dino", "dinov2", "mugs"), "Apache-2.0"),
 }
 
+PACKAGED = ("quickstart", "peak")
+"""Encoders that the package itself holds: a masked autoencoder of digits, and one whose middle blocks are best."""
 # The paper's released models end in `_refined_SIZE`; all others are named `SOURCE_SIZE`, as in --source and --arch.
 ADDRESSES = {
     "mae_b16": f"{_META}/mae/pretrain/mae_pretrain_vit_base.pth",

@@ -16,7 +16,7 @@ from torch import Tensor
 from mimref.config.presets import maker_of
 from mimref.encoders.contents import Content
 from mimref.encoders.folders import check_whole, find_in_folder, read_index
-from mimref.encoders.published import ADDRESSES, fetch, find_named
+from mimref.encoders.published import ADDRESSES, PACKAGED, fetch, find_named
 from mimref.encoders.torch_files import read_torch_file
 from mimref.errors import CheckpointError, did_you_mean
 from mimref.progress import LabelledProgress
@@ -28,7 +28,7 @@ def read_file(
     """The file's own path, its content, the JSON header of our own files (else empty), and notices of what was ignored.
 
     path: a file, an index of shards, the output folder of a run, a folder of `save_pretrained`, the name of published
-    weights, or `quickstart` for the packaged encoder.
+    weights, or that of a packaged encoder, `quickstart` or `peak`.
     progress: receives the progress of a download.
     Raises CheckpointError with one line for a missing, damaged or foreign file.
     """
@@ -68,8 +68,8 @@ def first_line(error: Exception) -> str:
 
 
 def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
-    if path == "quickstart":
-        return Path(str(resources.files("mimref") / "assets" / "quickstart.safetensors"))
+    if path in PACKAGED:
+        return Path(str(resources.files("mimref") / "assets" / f"{path}.safetensors"))
     if known := find_named(path):
         return fetch(known, progress)
     file = Path(path)
@@ -77,7 +77,7 @@ def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
         return find_in_folder(file)
     if not file.is_file():
         maker = maker_of(path)
-        hint = f"; make it: {maker}" if maker else did_you_mean(str(path), ADDRESSES)
+        hint = f"; make it: {maker}" if maker else did_you_mean(str(path), [*PACKAGED, *ADDRESSES])
         hint = hint or "; pass a checkpoint or the name of published weights"
         raise CheckpointError(f"{file}: {'not a file' if file.exists() else 'no such file'}{hint}")
     return file

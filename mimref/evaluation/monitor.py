@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from mimref.config.run import RunConfig, ViewsConfig
+from mimref.data.device_crops import decoding_device
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, NoSplitError, fixed_subset
 from mimref.data.transforms import EvalTransform
@@ -70,7 +71,13 @@ class KnnMonitor:
         views: ViewsConfig | None = None,
     ) -> None:
         """views: whose global ones are compared; None: those of `config`."""
-        self.settings = PassSettings(transform, device, precision, workers=config.workers, max_bad=config.data.max_bad)
+        data = config.data
+        self.settings = PassSettings(
+            *(transform, device, precision),
+            workers=config.workers,
+            max_bad=data.max_bad,
+            decode_on=decoding_device(data, device),
+        )
         self.k = config.evaluate.knn_k
         self.train = fixed_subset(train, config.monitor.knn_samples)
         self.val = _validation(config, train, note)

@@ -22,6 +22,7 @@ class CacheConfig(Section):
 class EncoderPassConfig(CommandConfig):
     """Settings of every command that reads features of encoders."""
 
+    device_decoding = True
     encoder: ReadingConfig = ReadingConfig()
     cache: CacheConfig = CacheConfig()
     arch: str | None = None
@@ -42,7 +43,7 @@ class EvaluationConfig(EncoderPassConfig):
     """Settings of every evaluation of one encoder."""
 
     checkpoint: str = "quickstart"
-    """Weights file, a refine output folder, published weights by name, or `quickstart` for the packaged encoder."""
+    """Weights file, a refine output folder, published weights by name, or packaged ones, `quickstart` or `peak`."""
     features: Annotated[tuple[str, str], Field(strict=False)] | None = None
     """Two .npz files of training and validation features (`x`, `y`) to evaluate instead of an encoder's."""
     blocks: str = "last"

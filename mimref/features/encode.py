@@ -135,6 +135,8 @@ class PassSettings:
     """Loader processes; None: one per core for images in files."""
     max_bad: int = 100
     """Unreadable images that are left out; one more is an error."""
+    decode_on: torch.device | None = None
+    """Where JPEGs are decoded, see `decoding_device`."""
 
 
 class Batch(NamedTuple):
@@ -152,7 +154,14 @@ class Batch(NamedTuple):
 
 def _crops(source: ImageSource, settings: PassSettings, start: int = 0, every: int = 1) -> Iterator[CropBatch]:
     size, workers = settings.batch_size, loader_workers(settings.workers, source)
-    return crop_batches(source, settings.transform, batch_size=size, workers=workers, start=start, every=every)
+    return crop_batches(
+        *(source, settings.transform),
+        batch_size=size,
+        workers=workers,
+        start=start,
+        every=every,
+        decode_on=settings.decode_on,
+    )
 
 
 @torch.inference_mode()
@@ -238,7 +247,13 @@ def encode_views(
     group = multi_crop(views, transform.image_size)[0]
     workers = loader_workers(settings.workers, source)
     crops = view_crop_batches(
-        source, group, batch_size=settings.batch_size, seed=seed, workers=workers, start=start, every=every
+        *(source, group),
+        batch_size=settings.batch_size,
+        seed=seed,
+        workers=workers,
+        start=start,
+        every=every,
+        decode_on=settings.decode_on,
     )
 
     def encode(batch: CropBatch) -> list[Tensor]:

@@ -76,6 +76,8 @@ def data_record(data: DataConfig) -> dict[str, Any]:
     recorded = {key: getattr(data, key) for key in _IMAGES}
     optional = (*_COLUMNS, *DECODING)
     recorded |= {key: value for key in optional if (value := getattr(data, key)) is not None}
+    if data.decode == "device":
+        recorded["decode"] = data.decode  # to be known; what reads the weights decodes as its own settings say
     if data.root is not None:
         recorded["root"] = os.path.abspath(os.path.expanduser(data.root))
     if data.spec is not None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mimref.config.run import ViewsConfig
 from mimref.data.decode import BadImages, first_bad
+from mimref.data.device_crops import decoding_device
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, Split
 from mimref.devices import resolve_device, resolve_precision
@@ -68,6 +69,7 @@ class EncoderInputs:
         self.architecture = for_images(architecture, self.data.channels)
         self.device = resolve_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)
+        self.decode_on = decoding_device(self.data, self.device)
         self.image_size = config.resolution or self.architecture.image_size
         for notice in self.checkpoint.notices(self.architecture, [self.image_size]):
             listener.note(notice)
@@ -103,6 +105,7 @@ class EncoderInputs:
             self.config.batch_size,
             self.config.workers,
             self.config.data.max_bad,
+            self.decode_on,
         )
 
     @cached_property
@@ -276,6 +279,7 @@ class EncoderInputs:
             "precision": str(self.settings.precision).removeprefix("torch."),
             # Only where it is not the default, so that features cached before are found.
             **({"decoding": changes} if (changes := source.decoding.changes()) and not source.in_memory else {}),
+            **({"decode": "device"} if self.decode_on is not None and not source.in_memory else {}),
         }
 
     def _architecture_record(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from mimref.config.base import CommandConfig, DataConfig
 from mimref.config.recipe import Derived, is_adaptable
 from mimref.config.run import TrainingConfig
+from mimref.data.device_crops import decoding_device
 from mimref.data.open import open_source
 from mimref.data.readable import check_readable
 from mimref.data.sources import ImageSource, NoSplitError, Split
@@ -109,10 +110,11 @@ def warn_of_notices(sources: dict[Split, ImageSource], listener: Listener) -> No
 
 
 def check_device(config: CommandConfig, checks: Checks) -> None:
-    """Check device and precision."""
+    """Check device, precision, and where images are decoded."""
     device = checks.run("device", lambda: resolve_device(config.device))
     if device is not None:
         checks.run("precision", lambda: resolve_precision(config.precision, device))
+        checks.run("data.decode", lambda: decoding_device(config.data, device))
 
 
 def open_images(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mimref.data.loader import ViewBatch
 from mimref.data.views import CropGroup, Photometric
-from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision
+from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision, send
 from mimref.distributed.collectives import averaged, sum_over_ranks
 from mimref.distributed.group import world_size
 from mimref.draws import Operation, uniform
@@ -84,7 +84,7 @@ class Pretraining(Stage):
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
         """This rank's share of the loss on hidden patches, times the number of ranks, which average gradients."""
         views = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
-        sample_B = batch.sample_B.to(self.device, non_blocking=True)
+        sample_B = send(batch.sample_B, self.device)
         noise = uniform(self.config.seed, batch.epoch, Operation.MASK, sample_B, count=self.model.num_patches)
         with autocast(self.device, self.precision):
             loss: Tensor = self.trained_model(views, noise)

@@ -116,6 +116,9 @@ class RefineConfig(RunConfig):
     largest that fits the GPU's memory. None: the whole batch."""
     activation_checkpointing: bool = False
     """Save only each block's input for the backward pass and recompute the rest: less memory, a third more time."""
+    shard: bool = False
+    """Divide weights, gradients, moments and averages among the processes (FSDP), for encoders that do not fit one GPU;
+    the result is the same."""
     compile: bool = False
     """Compile encoder blocks and heads with torch.compile: minutes at the start, then faster steps on CUDA."""
     stage: Literal["both", "heads", "encoder"] = "both"

@@ -26,7 +26,7 @@ from mimref.refinement.sizes import state_bytes
 
 def choose_micro_batch(method: Method, plan: Plan, listener: Listener) -> int | None:
     """Images per encoder pass as the settings say; `auto` tries what fits on a CUDA device."""
-    asked = plan.config.micro_batch
+    asked, sharded = plan.config.micro_batch, plan.config.shard and world_size() > 1
     if asked is None:
         return None
     check_exact(method.encoder)
@@ -35,6 +35,10 @@ def choose_micro_batch(method: Method, plan: Plan, listener: Listener) -> int | 
     if method.device.type != "cuda":
         # Other devices use the machine's memory, and nothing says when it is full.
         listener.note(f"micro_batch auto: whole batches on {method.device.type}")
+        return None
+    if sharded:
+        # Trials are made without other ranks, and the encoder may not fit one device.
+        listener.note("micro_batch auto: not measured for sharded weights, so whole batches; set --micro-batch N")
         return None
     stage: StageName = "heads" if plan.config.stage == "heads" else "encoder"
     to_come = state_bytes(plan.config, plan.architecture, plan.blocks, stage)

@@ -6,7 +6,7 @@ D width of a block, O output width, N = V * B rows.
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mimref.data.loader import ViewBatch
 from mimref.data.views import Photometric
-from mimref.devices import autocast
+from mimref.devices import autocast, send
 from mimref.distributed.collectives import gather_rows, gather_rows_with_gradient, gather_samples, sum_over_ranks
 from mimref.distributed.group import own_rank, world_size
+from mimref.distributed.sharding import Sharded, like
 from mimref.draws import Operation, uniform
 from mimref.encoders.backbones import TokenEncoder
 from mimref.refinement.alignment import Alignment, Neighbours, Queue, nna_loss
@@ -91,9 +92,11 @@ class Method:
         self.block_of_head = [self.wanted.index(block) for block in blocks]
         self.temperature_H = torch.tensor(temperature, device=self.device)
         self.pooled_blocks = PooledBlocks(encoder, self.wanted, pool)
-        # Those whose gradients ranks average, see `averaged`.
+        # Those whose gradients ranks average, see `averaged` and `shard`.
         self.trained_encoder: nn.Module = self.pooled_blocks
         self.trained_heads: nn.Module = heads
+        self.sharded_encoder: Sharded | None = None
+        self.sharded_heads: Sharded | None = None
         self.dense: DenseTerm | None = None
         """Stage 2's optional term."""
         self.compiled = False
@@ -101,13 +104,36 @@ class Method:
         self.settled = settled(heads)
         """Whether the heads' norms have statistics to begin with."""
 
+    def shard(self) -> None:
+        """Divide encoder and heads among the ranks, with their gradients: heads layer by layer along H.
+
+        The queue stays whole on every rank: to look up a part of it would take an exchange of all queries.
+        """
+        self.sharded_encoder = Sharded(self.encoder, self.encoder.block_modules, self.device, method="blocks")
+        layers = [*self.heads.projector, *self.heads.predictor]
+        self.sharded_heads = Sharded(self.heads, layers, self.device)
+
+    def plain_encoder(self) -> TokenEncoder:
+        """The encoder for passes of which ranks may run different numbers. Call it on all ranks."""
+        if self.sharded_encoder is None:
+            return self.encoder
+        weights = self.sharded_encoder.weights
+        return cast(TokenEncoder, self.sharded_encoder.plain(weights, self.device, precision=self.precision))
+
+    def plain_heads(self) -> Heads:
+        """The same of the heads."""
+        if self.sharded_heads is None:
+            return self.heads
+        return cast(Heads, self.sharded_heads.plain(self.sharded_heads.weights, self.device))
+
     def forward_backward(self, batch: ViewBatch, weight_H: Tensor, *, top_k: int, train_encoder: bool) -> StepValues:
         """Loss of one batch; its gradients are added to the weights' own, and the queue takes in view 0.
 
         With `micro_batch` the encoder runs twice on parts of the batch: without gradient, so that heads and loss see
         the whole batch, and again to backpropagate the gradients of its features (GradCache, Gao et al. 2021). Memory
         then follows the micro-batch, and the gradients are those of one pass. The dense term, a sum over images, is
-        computed in the second pass alone, part by part.
+        computed in the second pass alone, part by part. Ranks exchange the gradients of all parts once, with the last
+        one; of sharded weights, those of every part, since their sum would take the memory of a whole encoder.
         """
         if not self.settled:
             self._settle(batch)
@@ -128,7 +154,6 @@ class Method:
         images = len(batch.sample_B)
         for rows, part in self._parts(batch):
             encoder, last = self.trained_encoder, rows.stop == images
-            # Ranks exchange the gradients of all parts once, with the last part.
             with encoder.no_sync() if isinstance(encoder, DistributedDataParallel) and not last else nullcontext():
                 outputs, distance_N = self._encode(part, encoder, self.dense)
                 gradients = [x_VBD[:, rows] for x_VBD in gradients_VBD]
@@ -141,7 +166,7 @@ class Method:
 
     def load_heads(self, state: dict[str, Any]) -> None:
         """Load saved heads of the same shapes."""
-        self.heads.load_state_dict(state)
+        self.heads.load_state_dict(like(state, self.heads.state_dict()))
         self.settled = settled(self.heads)
 
     def _settle(self, batch: ViewBatch) -> None:
@@ -171,7 +196,8 @@ class Method:
         if train_encoder:
             features_VBD, distance_N = self._encode(batch, self.trained_encoder, self.dense)
             return self._of_heads(features_VBD), distance_N
-        with torch.inference_mode():
+        # FSDP keeps what it gathers for passes with gradients.
+        with torch.no_grad() if self.sharded_encoder is not None else torch.inference_mode():
             features_VBD = self._encode_in_parts(batch)
         # Stacked outside of inference mode: autograd cannot use inference tensors.
         return self._of_heads(features_VBD), None
@@ -192,7 +218,7 @@ class Method:
             projection_HNO, prediction_HNO = self.trained_heads(*features_HND)
         images = len(batch.sample_B)
         samples = gather_samples(batch.sample_B, self.most_images)
-        sample_B = batch.sample_B.to(self.device, non_blocking=True)
+        sample_B = send(batch.sample_B, self.device)
         global_HMO = projection_HNO[:, : 2 * images]
         choice_HM = self._choices(batch.epoch, sample_B)
         neighbours = self.queue.swap_neighbours(global_HMO, sample_B.repeat(2), choice_HM, top_k=top_k)
@@ -218,7 +244,7 @@ class Method:
             all_prediction_HVBO=anchor_HVBO,
         )
         # Enqueued after the lookup, so that no sample finds itself in this step.
-        every_B = sample_B if len(samples) == 1 else torch.cat(samples).to(self.device, non_blocking=True)
+        every_B = sample_B if len(samples) == 1 else send(torch.cat(samples), self.device)
         self.queue.enqueue(every_HGBO[:, 0], every_B)
         # Ranks' gradients are averaged: each counts by its share of the batch.
         share = images / sum(counts)
@@ -252,12 +278,16 @@ class Method:
         return parts[0] if len(parts) == 1 else [torch.cat(of_block, dim=1) for of_block in zip(*parts, strict=True)]
 
     def _parts(self, batch: ViewBatch) -> Iterator[tuple[slice, ViewBatch]]:
-        """Micro-batches of a batch, and which of its images they hold. The last one may be smaller."""
+        """Micro-batches of a batch, and which of its images they hold. The last ones may be smaller, or empty."""
         images = len(batch.sample_B)
         size = self.micro_batch or max(images, 1)
-        # A rank whose images are all unreadable still takes part in the collectives.
-        for start in range(0, max(images, 1), size):
-            rows = slice(start, min(start + size, images))
+        # A rank whose images are all unreadable still takes part in the collectives. Every pass of sharded weights has
+        # some, so all ranks have as many micro-batches.
+        most = max(images, 1)
+        if self.sharded_encoder is not None and self.micro_batch is not None:
+            most = max(most, self.most_images)
+        for start in range(0, most, size):
+            rows = slice(min(start, images), min(start + size, images))
             yield rows, ViewBatch(batch.epoch, batch.sample_B[rows], [crops[rows] for crops in batch.crops], [])
 
     def _of_heads(self, features_VBD: list[Tensor]) -> list[Tensor]:

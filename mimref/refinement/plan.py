@@ -206,9 +206,9 @@ def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str
     return blocks_text(recommend_heads(scores)), "by the k-NN accuracy of every block"
 
 
-def base_encoder(plan: Plan, device: torch.device) -> TokenEncoder:
-    """The encoder with the weights to refine, in evaluation mode."""
-    return encoder_from(plan.checkpoint, plan.architecture, share=device.type != "cpu").to(device).eval()
+def base_encoder(plan: Plan, device: torch.device, *, share: bool = False) -> TokenEncoder:
+    """The encoder with the weights to refine, in evaluation mode. share: do not copy them if they are on the device."""
+    return encoder_from(plan.checkpoint, plan.architecture, share=share or device.type != "cpu").to(device).eval()
 
 
 def temperatures(temperature: float | list[float], num_heads: int) -> list[float]:

@@ -14,6 +14,7 @@ from mimref.data.sample import Appearance, look_at
 from mimref.data.sources import ImageSource
 from mimref.data.views import colors_beyond
 from mimref.devices import resolve_device
+from mimref.distributed.group import world_size
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.errors import ConfigError
 from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
@@ -44,7 +45,7 @@ def fit(
         if source.channels != 3:
             _adapt_colours(recipe, source.channels)
     else:
-        check_batch_size(2, len(source))
+        check_batch_size(max(2, world_size()), len(source))
         _derive(recipe, architecture, source, crop_known)
     return recipe.finish(), recipe.derived
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from mimref.distributed.group import own_rank
+from mimref.distributed.sharding import gathered
 from mimref.encoders.parameters import weights_hash
 from mimref.errors import CheckpointError, ConfigError
 from mimref.files import atomic_write
@@ -13,7 +15,7 @@ from mimref.refinement.plan import Plan, heads_file
 
 
 def save_heads(path: Path, plan: Plan, method: Method) -> None:
-    """Write heads and queue, while the encoder is still the base."""
+    """Write heads and queue, while the encoder is still the base. Call it on all ranks if they are sharded."""
     fits = {
         "base": weights_hash(method.encoder),
         "blocks": plan.blocks,
@@ -21,8 +23,10 @@ def save_heads(path: Path, plan: Plan, method: Method) -> None:
         "norm": plan.config.heads.norm,
         "images": plan.source.fingerprint,
     }
-    with atomic_write(path) as stream:
-        torch.save({**fits, "heads": method.heads.state_dict(), "queue": method.queue.state_dict()}, stream)
+    heads = {name: gathered(tensor) for name, tensor in method.heads.state_dict().items()}
+    if own_rank() == 0:
+        with atomic_write(path) as stream:
+            torch.save({**fits, "heads": heads, "queue": method.queue.state_dict()}, stream)
 
 
 def load_heads(folder: Path, plan: Plan, method: Method, listener: Listener) -> None:

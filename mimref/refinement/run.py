@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -66,7 +66,7 @@ def refine(
     In a process group every rank calls this with the same arguments. Rank 0 alone writes, leaves the group at the end
     and evaluates; the other ranks' results have no rows.
     """
-    run = TrainingRun(config, out, listener, resume=resume, force=force)
+    run = TrainingRun(config, out, listener, resume=resume, force=force, shard=config.shard)
     checks = checks or Checks()
     if (heads_from := config.heads_from) is not None and not resume:  # a saved state holds the heads
         checks.run("heads_from", lambda: heads_file(heads_from))
@@ -87,31 +87,36 @@ def refine(
         if plan.config.heads_from is not None and state is None:
             load_heads(Path(plan.config.heads_from), plan, method, run.listener)
         with run.writing(plan.config, plan.derived, state):
-            refined, nn_accuracy = _train(run, plan, method, monitor, state)
+            trained = _train(run, plan, method, monitor, state)
+        del method  # on a device that must now hold whole encoders
         if not run.leave_group():
             return RefineResult(out, [], run.elapsed_s)
         # Written before the evaluation, which may fail or be interrupted, and again with its results.
-        _write_encoder(run, plan, refined, [])
+        _write_encoder(run, plan, trained.encoder, [])
         # What cannot be evaluated is reported and left out: it must not cost the training.
         try:
             if plan.config.stage == "heads":
-                rows = _rank_heads(run, plan, method, monitor, nn_accuracy)
+                rows = _rank_heads(run, plan, trained, monitor)
             else:
-                rows = _compare(run, plan, method, monitor, refined)
+                rows = _compare(run, plan, monitor, trained.encoder)
         except (ConfigError, DataError) as error:
             run.listener.warn(f"no results table: {error}")
             rows = []
-        _write_encoder(run, plan, refined, rows)
+        _write_encoder(run, plan, trained.encoder, rows)
         run.finish(rows)
     return RefineResult(out, rows, run.elapsed_s, run.skipped.items)
 
 
 def build_method(plan: Plan, listener: Listener) -> Method:
-    """Encoder, heads and queue of a plan, on its device; ranks average the gradients of heads, not yet of encoders."""
+    """Encoder, heads and queue of a plan, on its device; ranks average the gradients of heads, not yet of encoders.
+
+    With `shard` both are divided among several ranks, and the encoder comes to the device block by block.
+    """
     config, device = plan.config, resolve_device(plan.config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    encoder = base_encoder(plan, device)
+    sharded = config.shard and world_size() > 1
+    encoder = base_encoder(plan, torch.device("cpu"), share=True) if sharded else base_encoder(plan, device)
     freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(plan.blocks))
     check_ranks(encoder)
     precision = resolve_precision(config.precision, device)
@@ -135,7 +140,10 @@ def build_method(plan: Plan, listener: Listener) -> Method:
     )
     # Both call for all ranks, so the order matters.
     method.micro_batch = choose_micro_batch(method, plan, listener)
-    method.trained_heads = averaged(heads, device)
+    if sharded:
+        method.shard()
+    else:
+        method.trained_heads = averaged(heads, device)
     if config.compile and _compiles(device, listener):
         compile_blocks(encoder)
         heads.compile(dynamic=True)
@@ -155,45 +163,55 @@ def _compiles(device: torch.device, listener: Listener) -> bool:
     return works
 
 
-def _train(
-    run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, state: dict[str, Any] | None
-) -> tuple[TokenEncoder, list[float]]:
-    """Train both stages, or what is left of them. Returns the result, and stage 1's last neighbour accuracy."""
+class Trained(NamedTuple):
+    """What training leaves for rank 0, which evaluates alone."""
+
+    encoder: TokenEncoder
+    """The result."""
+    heads: Heads
+    nn_accuracy: list[float]
+    """The last of stage 1."""
+
+
+def _train(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, state: dict[str, Any] | None) -> Trained:
+    """Train both stages, or what is left of them."""
     nn_accuracy: list[float] = []
     if plan.heads_steps and (state is None or state["stage"] == "heads"):
         heads = HeadsStage(run, plan, method)
         heads.monitor = monitor
         run.train(heads, state)
-        if own_rank() == 0:
+        if run.sharded or own_rank() == 0:
             save_heads(run.folder.path / "heads.pt", plan, method)
         nn_accuracy = heads.nn_accuracy
         del heads  # and with it the moments of its optimizer
-    if not plan.encoder_steps:
-        return method.encoder, nn_accuracy
-    encoder = EncoderStage(run, plan, method)
-    encoder.monitor = monitor
-    run.train(encoder, state)
-    return encoder.result, nn_accuracy
+    if plan.encoder_steps:
+        stage = EncoderStage(run, plan, method)
+        stage.monitor = monitor
+        run.train(stage, state)
+        return Trained(stage.final_result(), method.heads, nn_accuracy)
+    sharded, encoder = method.sharded_encoder, method.encoder
+    if sharded is not None:
+        encoder = cast(TokenEncoder, sharded.plain_on_first(sharded.weights))
+    return Trained(encoder, method.plain_heads(), nn_accuracy)
 
 
-def _rank_heads(
-    run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, nn_accuracy: Sequence[float]
-) -> list[Row]:
-    rows = rank_heads(method.encoder, method.heads, monitor, plan.columns, plan.temperature, nn_accuracy)
+def _rank_heads(run: TrainingRun, plan: Plan, trained: Trained, monitor: KnnMonitor) -> list[Row]:
+    encoder, heads, accuracy = trained
+    encoder = encoder.to(monitor.settings.device)
+    rows = rank_heads(encoder, heads, monitor, plan.columns, plan.temperature, accuracy)
     if not rows:
         run.listener.note(f"no ranking of the heads: {plan.source.name} has no labelled validation images")
     return rows
 
 
-def _compare(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, refined: TokenEncoder) -> list[Row]:
-    config, device, workers, max_bad = plan.config, method.device, plan.config.workers, plan.config.data.max_bad
+def _compare(run: TrainingRun, plan: Plan, monitor: KnnMonitor, refined: TokenEncoder) -> list[Row]:
+    config, settings = plan.config, monitor.settings
     if not config.evaluate.enabled:
         return []
-    settings = PassSettings(plan.transform, device, method.precision, workers=workers, max_bad=max_bad)
 
     def encoders() -> Iterator[tuple[str, TokenEncoder]]:
-        yield "base", base_encoder(plan, device)
-        yield "refined", refined
+        yield "base", base_encoder(plan, settings.device)
+        yield "refined", refined.to(settings.device)  # where sharded weights are gathered on the CPU
 
     try:
         images = labelled_splits(config.data, plan.source, monitor.val)

@@ -55,13 +55,21 @@ def meta_modules(
 
 
 def state_bytes(
-    config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName
+    config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName, *, shards: int = 1
 ) -> StateBytes:
-    """Memory of a stage's weights, gradients, moments, average, queue, and of what its dense term needs."""
+    """Memory of a stage's weights, gradients, moments, average, queue, and of what its dense term needs.
+
+    shards: processes that encoder and heads are divided among, with gradients, moments, average and base; of the heads
+    a process has whole ones. The queue is not divided.
+    """
     encoder, heads = meta_modules(config, architecture, blocks, stage)
-    encoder_count = sum(weight.numel() for weight in encoder.parameters())
-    heads_count = sum(tensor.numel() for tensor in heads.state_dict().values())
-    trained = sum(weight.numel() for part in (encoder, heads) for weight in part.parameters() if weight.requires_grad)
+    own_heads = -(-len(blocks) // shards)
+    encoder_count = -(-sum(weight.numel() for weight in encoder.parameters()) // shards)
+    heads_count = sum(tensor.numel() for tensor in heads.state_dict().values()) * own_heads // len(blocks)
+    trained_encoder, trained_heads = (
+        sum(weight.numel() for weight in part.parameters() if weight.requires_grad) for part in (encoder, heads)
+    )
+    trained = -(-trained_encoder // shards) + trained_heads * own_heads // len(blocks)
     dense = stage == "encoder" and config.loss.dense != "none"
     return StateBytes(
         weights=_BYTES * (encoder_count + heads_count),

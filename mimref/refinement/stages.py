@@ -1,14 +1,16 @@
 """The two stages: heads on the frozen encoder, then encoder and heads together."""
 
 from math import isfinite
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mimref.data.loader import ViewBatch
+from mimref.devices import send
 from mimref.distributed.collectives import averaged
 from mimref.distributed.group import world_size
+from mimref.distributed.sharding import Sharded, lean, like
 from mimref.encoders.backbones import TimmBackbone, TokenEncoder
 from mimref.encoders.parameters import encoder_groups
 from mimref.encoders.vit import Encoder
@@ -23,7 +25,7 @@ from mimref.refinement.recipe import average_decay
 from mimref.refinement.schedule import StageName, head_weights
 from mimref.refinement.sizes import state_bytes
 from mimref.refinement.sweep import score_heads
-from mimref.training.ema import WeightAverage
+from mimref.training.ema import ShardedAverage, WeightAverage
 from mimref.training.optim import module_groups
 from mimref.training.run import Stage, TrainingRun
 
@@ -70,7 +72,7 @@ class RefinementStage(Stage):
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
         """See `GradientJob`. Raises ConfigError, with what would fit, when the device runs out of memory."""
-        weight_H = torch.tensor(self.head_weights()).to(self.device, non_blocking=True)
+        weight_H = send(torch.tensor(self.head_weights()), self.device)
         top_k, train_encoder = self.settings.top_k, self.name == "encoder"
         try:
             self._values = self.method.forward_backward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)
@@ -136,7 +138,8 @@ class HeadsStage(RefinementStage):
         """Score the heads if it is due, as their ranking at the end does."""
         if not self.check_due(epoch, self.check_every):
             return
-        scores = score_heads(self.method.encoder, self.method.heads, self.monitor, self.plan.columns)
+        method = self.method
+        scores = score_heads(method.plain_encoder(), method.plain_heads(), self.monitor, self.plan.columns)
         if all(map(isfinite, scores)):
             self.log({"head_knn_top1": scores})
             listed = ", ".join(f"{score:.4g}" for score in scores)
@@ -153,13 +156,19 @@ class EncoderStage(RefinementStage):
         settings = plan.config.encoder_stage
         self.first_step, self.first_epoch = plan.heads_steps, plan.config.heads_stage.epochs
         method.encoder.train()
-        method.trained_encoder = averaged(method.pooled_blocks, method.device)
+        sharded = method.sharded_encoder
+        if sharded is None:
+            method.trained_encoder = averaged(method.pooled_blocks, method.device)
         method.dense = dense_term(plan, method)
         groups = encoder_groups(
             method.encoder, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
         ) + module_groups(method.heads, weight_decay=settings.heads_weight_decay)
         super().__init__(run, plan, method, settings, groups, "stage 2: encoder and heads")
-        self.average = WeightAverage(method.encoder, settings.ema)
+        self.average: WeightAverage | ShardedAverage
+        if sharded is None:
+            self.average = WeightAverage(method.encoder, settings.ema)
+        else:
+            self.average = ShardedAverage(sharded, settings.ema)
         self.collapse: CollapseWatch | None = None
         if settings.ema**self.total > KEPT_SHARE:
             least = average_decay(self.total)
@@ -168,12 +177,20 @@ class EncoderStage(RefinementStage):
                 f"{100 * settings.ema**self.total:.0f}% of the base's weights; use {least:g}" + " or less" * (least > 0)
             )
 
-    @property
     def result(self) -> TokenEncoder:
-        """The averaged encoder."""
-        averaged = self.average.module
-        assert isinstance(averaged, Encoder | TimmBackbone)
-        return averaged
+        """The averaged encoder; of a sharded one, a plain copy: call it on all ranks."""
+        if isinstance(self.average, ShardedAverage):
+            found = self.average.sharded.plain(self.average.weights, self.device, precision=self.method.precision)
+        else:
+            found = self.average.module
+        assert isinstance(found, Encoder | TimmBackbone)
+        return found
+
+    def final_result(self) -> TokenEncoder:
+        """The same at the end, for rank 0 alone, with all digits; gathered on the CPU if it is sharded."""
+        if not isinstance(self.average, ShardedAverage):
+            return self.result()
+        return cast(TokenEncoder, self.average.sharded.plain_on_first(self.average.weights))
 
     def head_weights(self) -> list[float]:
         """By the loss schedule."""
@@ -187,15 +204,20 @@ class EncoderStage(RefinementStage):
         """Check the base, which `monitor` compares every epoch's encoder with; a resumed run has done so."""
         if self.plan.config.monitor.knn_every_epochs and self.collapse is None:
             # Monitoring may be turned on for a resumed run, whose encoder is no longer the base.
-            base = base_encoder(self.plan, self.device) if self.step else self.method.encoder
+            base = self._base() if self.step else self.method.plain_encoder()
             self.collapse = CollapseWatch(self.monitor.check(base))
             self.report("start", self.collapse.start)
+
+    def _base(self) -> TokenEncoder:
+        if not self.run.sharded:
+            return base_encoder(self.plan, self.device)
+        return lean(base_encoder(self.plan, torch.device("cpu")), self.method.precision).to(self.device)
 
     def end_epoch(self, epoch: int) -> None:
         """Check the result's features if it is due, and warn of a collapse."""
         if not self.check_due(epoch, self.plan.config.monitor.knn_every_epochs) or self.collapse is None:
             return
-        values = self.monitor.check(self.result)
+        values = self.monitor.check(self.result())
         self.report(f"epoch {epoch}", values)
         warning = self.collapse.warning(values)
         if warning:
@@ -205,14 +227,15 @@ class EncoderStage(RefinementStage):
         return {
             **super().state(),
             "encoder": self.method.encoder.state_dict(),
-            "average": self.average.module.state_dict(),
+            "average": self.average.state_dict(),
             "collapse_start": self.collapse.start if self.collapse else None,
         }
 
     def resume(self, state: dict[str, Any]) -> None:
         super().resume(state)
-        self.method.encoder.load_state_dict(state["encoder"])
-        self.average.module.load_state_dict(state["average"])
+        encoder = self.method.encoder
+        encoder.load_state_dict(like(state["encoder"], encoder.state_dict()))
+        self.average.load_state_dict(state["average"])
         if state["collapse_start"] is not None:
             self.collapse = CollapseWatch(state["collapse_start"])
 
@@ -222,7 +245,11 @@ def dense_term(plan: Plan, method: Method) -> DenseTerm | None:
     kind = plan.config.loss.dense
     if kind == "none":
         return None
-    base = base_encoder(plan, method.device).requires_grad_(False)
+    sharded = method.sharded_encoder is not None
+    base = base_encoder(plan, torch.device("cpu"), share=True) if sharded else base_encoder(plan, method.device)
+    base.requires_grad_(False)
+    if sharded:
+        Sharded(base, base.block_modules, method.device, method="blocks")
     if method.compiled:
         compile_blocks(base)
     return DenseTerm(base, max(plan.blocks), kind)

@@ -22,12 +22,18 @@ from mimref.results import Row, columns, main_rows
 # Settings whose name in the files says too little.
 _SETTINGS = {"select": "best one chosen on", "norm": "input norm", "batch_size": "batch size"}
 
+_RATES = {
+    "benchmark_views": ("views", {"ratio": "x PIL", "ratio_pillow_blur": "x PIL, Pillow's blur"}),
+    "benchmark_extraction": ("evaluation crops", {"ratio": "x torchvision", "ratio_timm": "x timm"}),
+}
+"""Of rates: what is made, and what it is compared with, by their names in rows."""
+
 
 def best_table(rows: Sequence[Row]) -> RenderableType:
     """The table that suits the rows: of a benchmark, robustness, ranked heads, models compared, or one line per row."""
     metrics = {str(row["metric"]) for row in rows}
-    if metrics == {"benchmark_views"}:
-        return view_rates_table(rows)
+    if metrics and metrics <= set(_RATES):
+        return Group(*(rates_table(rows, metric) for metric in _RATES if metric in metrics))
     if any(metric.startswith("benchmark_") for metric in metrics):
         return benchmark_table(rows)
     if any(metric.startswith("robust_") for metric in metrics):
@@ -50,6 +56,12 @@ def plain_table(names: Iterable[str], lines: Iterable[Iterable[str | Text]], *, 
     for line in lines:
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in line))
     return table
+
+
+def markdown_lines(names: Sequence[str], lines: Iterable[Iterable[str]]) -> list[str]:
+    """A table of text in Markdown, line by line."""
+    rows = [names, ["---"] * len(names), *lines]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
 
 
 class Cell(NamedTuple):
@@ -156,15 +168,16 @@ def benchmark_table(rows: Sequence[Row]) -> Table:
     return plain_table(("", "ratio", "seconds", "measured on"), lines, right=("ratio", "seconds"))
 
 
-def view_rates_table(rows: Sequence[Row]) -> Table:
-    """One line per pipeline: images per second, milliseconds per image, and how much faster it is than torchvision."""
-    ratios = {"ratio": "x PIL", "ratio_pillow_blur": "x PIL, Pillow's blur"}
+def rates_table(rows: Sequence[Row], metric: str) -> Table:
+    """One line per pipeline: images per second, milliseconds per image, and how much faster it is than others."""
+    what, ratios = _RATES[metric]
     names = ("images/s", "ms", *ratios.values())
     lines = (
         (str(row["pipeline"]), *(f"{float(row[key]):.1f}" if key in row else "" for key in ("value", "ms", *ratios)))
         for row in rows
+        if row["metric"] == metric
     )
-    return plain_table(("pipeline", *names), lines, right=names)
+    return plain_table((what, *names), lines, right=names)
 
 
 def heads_table(rows: Sequence[Row]) -> Table:

@@ -1,9 +1,13 @@
 """Exponential moving average of weights."""
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mimref.distributed.sharding import Sharded, like, local
 
 
 class WeightAverage:
@@ -23,12 +27,51 @@ class WeightAverage:
         statistics = zip(_statistics(self.module), _statistics(module), strict=True)
         self._statistics: list[tuple[Tensor, Tensor]] = list(statistics)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Of the averaged module."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state_dict`."""
+        self.module.load_state_dict(state)
+
     @torch.no_grad()
     def update(self) -> None:
         """Update the average with the current weights."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
         for average, current in self._statistics:
             average.copy_(current)
+
+
+class ShardedAverage:
+    """The same of a sharded module: every rank averages its parts. What does not train has no average of its own."""
+
+    def __init__(self, sharded: Sharded, decay: float) -> None:
+        self.sharded, self.decay = sharded, decay
+        trained = [(name, weight) for name, weight in sharded.module.named_parameters() if weight.requires_grad]
+        self._averages = {name: weight.detach().clone() for name, weight in trained}
+        self._weights = [weight for _, weight in trained]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Averages and, of what does not train, the weights themselves, by name."""
+        return self.sharded.weights | self._averages
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of the averaged module."""
+        return self.sharded.module.state_dict() | self._averages
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `state_dict`; also of runs without shards."""
+        for name, average in self._averages.items():
+            average.copy_(like(state[name], average))
+
+    def update(self) -> None:
+        """Update the averages with the current weights."""
+        # FSDP may replace the memory of a weight: the parts are taken from it every time.
+        averages = list(map(local, self._averages.values()))
+        torch._foreach_lerp_(averages, list(map(local, self._weights)), 1 - self.decay)
 
 
 def _statistics(module: nn.Module) -> list[Tensor]:

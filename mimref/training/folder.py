@@ -1,7 +1,8 @@
 """A run's output folder: who may write into it, and its saved states.
 
 A folder is finished when it holds results.json, unfinished when it holds state/ or a log without results. Of the saved
-states the newest two stay: a file can be damaged after it was written. In a process group rank 0 writes for all.
+states the newest two stay: a file can be damaged after it was written. In a process group rank 0 writes for all, but of
+sharded runs, whose states are folders: there every rank writes its part, in the background.
 """
 
 import json
@@ -12,19 +13,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mimref.config.base import dump_config
 from mimref.config.load import load_config
 from mimref.config.run import TrainingConfig
 from mimref.data.open import absolute_spec
-from mimref.distributed.collectives import barrier, max_over_ranks
+from mimref.distributed.collectives import barrier, gather_lists, max_over_ranks
 from mimref.distributed.group import own_rank, restarted, this_launch
-from mimref.errors import ConfigError, OutputError
-from mimref.files import check_writable, remove_halves, write_bytes
+from mimref.encoders.published import PACKAGED
+from mimref.errors import ConfigError, DataError, OutputError
+from mimref.files import check_writable, remove_halves, replace_folder, write_bytes
 from mimref.locks import folder_lock
 from mimref.progress import Listener
 from mimref.training.checkpoint import read_state, write_state
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # results.json is removed first: without it, what is left of a replaced run cannot pass for a finished one.
 _OUR_FILES = (
@@ -47,6 +52,7 @@ _MAY_CHANGE = (
     "workers",
     "micro_batch",
     "activation_checkpointing",
+    "shard",
     "compile",
     "monitor.*",
     _EVALUATION,
@@ -93,8 +99,9 @@ class RunFolder:
         return bool(max_over_ranks(int(found)))
 
     def _states(self) -> list[Path]:
-        """The saved states, the newest first."""
-        return sorted((self.path / "state").glob("step*.pt"), reverse=True)
+        """The saved states, the newest first: files, and folders of sharded ones."""
+        found = (self.path / "state").glob("step*")
+        return sorted((each for each in found if each.suffix == ".pt" or each.is_dir()), reverse=True)
 
     def holds_result(self, *, resume: bool, force: bool) -> bool:
         """Whether the run to resume has finished here; if not, `check` the folder. All ranks get what rank 0 sees."""
@@ -180,7 +187,7 @@ class RunFolder:
             # What a killed run has left half-written.
             for name in _OUR_FILES:
                 remove_halves(self.path, name)
-            remove_halves(state, "step*.pt")
+            remove_halves(state, "step*")
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
 
@@ -197,25 +204,49 @@ class RunFolder:
             saved = state()
             newest = self.path / "state" / f"step{saved['step']:010}.pt"
             write_state(newest, saved)
-            others = [file for file in self._states() if file != newest]
-            # Later ones are damaged: the run would have resumed from them.
-            fallback = next((file for file in others if file < newest), None)
-            for file in others:
-                if file != fallback:
-                    with suppress(OSError):  # it only takes up space
-                        file.unlink()
+            self._keep_two(newest)
         # torchrun stops all ranks when one has ended: none may before the state is on disk.
         barrier()
 
-    def load_state(self, listener: Listener | None = None) -> dict[str, Any] | None:
-        """The newest intact state on the CPU, or None when the run has saved none.
+    def publish(self, temporary: Path, step: int) -> None:
+        """Make a complete folder the state of a step, and keep the one before it. Raises OutputError."""
+        newest = self.path / "state" / f"step{step:010}"
+        try:
+            replace_folder(temporary, newest)
+        except OSError as error:
+            raise OutputError(f"cannot write {newest}: {error.strerror}") from error
+        self._keep_two(newest)
 
-        `listener` is warned when that is not the newest one. Raises OutputError when all are damaged, or one cannot be
-        read.
+    def _keep_two(self, newest: Path) -> None:
+        """Remove all states but the one just saved and the one before it."""
+        others = [file for file in self._states() if file != newest]
+        # Later ones are damaged: the run would have resumed from them.
+        fallback = next((file for file in others if file < newest), None)
+        for file in others:
+            if file != fallback:
+                with suppress(OSError):  # it only takes up space
+                    if file.is_dir():
+                        # Under a name that no state has: a kill may leave half of it.
+                        shutil.rmtree(file.rename(file.with_name(f".{file.name}.old.tmp")))
+                    else:
+                        file.unlink()
+
+    def load_state(self, listener: Listener | None = None, mesh: "DeviceMesh | None" = None) -> dict[str, Any] | None:
+        """The newest intact state, or None when the run has saved none; call it on all ranks.
+
+        `listener` is warned when that is not the newest one. mesh: of a sharded run's ranks, whose tensors are then
+        their own parts if they were saved as such; all others are complete, and on the CPU. Raises OutputError when all
+        are damaged, or one cannot be read, DataError when ranks see different ones.
         """
         files = self._states()
+        newest = set(gather_lists([files[0].name if files else ""]))
+        if len(newest) > 1 and any(name and not name.endswith(".pt") for name in newest):  # all ranks read a folder
+            listed = ", ".join(sorted(name or "none" for name in newest))
+            raise DataError(
+                f"the processes see different saved states: {listed}; --out must be the same for all of them"
+            )
         for file in files:
-            if (state := read_state(file)) is not None:
+            if (state := _read(file, mesh)) is not None:
                 if listener and file != files[0]:
                     listener.warn(f"{files[0]}: damaged state; continuing from the one before, of step {state['step']}")
                 return state
@@ -227,6 +258,14 @@ class RunFolder:
     def drop_state(self) -> None:
         """Remove the states of a finished run."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
+
+
+def _read(file: Path, mesh: "DeviceMesh | None") -> dict[str, Any] | None:
+    if file.suffix == ".pt":
+        return read_state(file)
+    from mimref.training.shards import read_shards  # imports much that other runs do not need
+
+    return read_shards(file, mesh)
 
 
 def check_same(then: C, now: C, wrong: str, *, evaluated: bool = False) -> None:
@@ -259,8 +298,8 @@ def with_absolute_paths(config: C) -> C:
 
 
 def _absolute(name: str | None) -> str | None:
-    """The absolute path of an existing file or folder; names of published weights and `quickstart` unchanged."""
-    if name is None or name == "quickstart":
+    """The absolute path of an existing file or folder; names of published and packaged weights unchanged."""
+    if name is None or name in PACKAGED:
         return name
     path = os.path.abspath(os.path.expanduser(name))
     return path if os.path.exists(path) else name

@@ -17,6 +17,7 @@ from mimref.data.loader import ViewBatch
 from mimref.data.workers import DeadWorkerError
 from mimref.distributed.collectives import max_over_ranks, total_over_ranks
 from mimref.distributed.group import world_size
+from mimref.distributed.sharding import all_finite, clip_gradients, is_sharded
 from mimref.errors import DataError, DivergenceError, Interrupted
 from mimref.progress import Listener
 from mimref.training.optim import adamw, set_learning_rate
@@ -63,7 +64,15 @@ class Job(ABC, Generic[Batch]):
         """Monitor what is trained; `epoch` epochs of this job are done."""
 
     def save(self) -> None:
-        """Write the state that `--resume` continues from."""
+        """Write the state that `--resume` continues from, or begin to write it in the background."""
+
+    def finish_saving(self) -> None:
+        """Wait until the last state is on disk."""
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether the last state could not be written; another `save` then raises the error on all ranks."""
+        return False
 
 
 def train(
@@ -84,10 +93,12 @@ def train(
     """
     if stop is None:
         _run(job, batches, listener, None, log_every)
+        job.finish_saving()
         return
     with stop.deferred():
         try:
             _run(job, batches, listener, stop, log_every)
+            job.finish_saving()
         except DeadWorkerError as error:
             raise DataError(
                 f"{error.death}; the last saved state is intact: continue with --resume; {error.advice}"
@@ -119,7 +130,7 @@ def _run(
         listener.progress(job.label, job.step, job.total)
         epoch_done = job.step % job.steps_per_epoch == 0
         # The signal that any rank has received, `_DUE` when a save is due, else 0.
-        request = _DUE if time.monotonic() >= due else 0
+        request = _DUE if time.monotonic() >= due or job.save_failed else 0
         if stop:
             request = max_over_ranks(stop.number or request)
         if not (request or job.step == job.total or (epoch_done and job.saves_every_epoch)):
@@ -229,7 +240,8 @@ class GradientJob(Job[ViewBatch]):
         loss = self.forward_backward(batch, images)
         self.loss_guard.watch(loss, self.first_step + self.step + 1)
         if self.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.clip_grad)
+            clip = clip_gradients if any(map(is_sharded, self.trained)) else torch.nn.utils.clip_grad_norm_
+            clip(self.trained, self.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.after_update()
@@ -238,8 +250,7 @@ class GradientJob(Job[ViewBatch]):
         self.loss_guard.check()
 
     def check_weights(self) -> None:
-        weights = [weight.detach() for weight in self.trained]
-        if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
+        if not all_finite(self.trained):
             raise _diverged(f"the weights are not finite after step {self.step} of {self.label}")
 
 

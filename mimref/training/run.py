@@ -10,18 +10,21 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mimref.config.recipe import Derived
 from mimref.config.run import TrainingConfig
 from mimref.data.decode import none_readable
+from mimref.data.device_crops import decoding_device
 from mimref.data.loader import Preparation, ViewBatch, device_batches, loader_workers, view_batches
 from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup
+from mimref.devices import resolve_device
 from mimref.distributed.collectives import barrier, gather_lists
-from mimref.distributed.group import end_group, own_rank
+from mimref.distributed.group import end_group, own_rank, world_size
+from mimref.distributed.sharding import check_sharding, device_mesh, like
 from mimref.errors import Checks
 from mimref.progress import Listener, Silent
 from mimref.results import Finished, Row, read_results, write_results
@@ -33,6 +36,9 @@ from mimref.training.optim import warmup_cosine, warmup_updates
 from mimref.training.signals import StopSignal, stop_signal
 from mimref.training.trackers import check_trackers
 
+if TYPE_CHECKING:
+    from mimref.training.saver import StateSaver
+
 
 class TrainingRun:
     """What all jobs of one training command share: folder, log, signals, skipped images."""
@@ -41,9 +47,20 @@ class TrainingRun:
     stop: StopSignal
 
     def __init__(
-        self, config: TrainingConfig, out: Path, listener: Listener | None, *, resume: bool = False, force: bool = False
+        self,
+        config: TrainingConfig,
+        out: Path,
+        listener: Listener | None,
+        *,
+        resume: bool = False,
+        force: bool = False,
+        shard: bool = False,
     ) -> None:
+        """shard: divide the weights among the ranks. A single process has nobody to share with, and trains as ever."""
         self.config, self.folder = config, RunFolder(out)
+        self.sharded = shard and world_size() > 1
+        self.saver: StateSaver | None = None
+        """Of a sharded run."""
         self.resume, self.force = resume, force
         self.listener = listener if listener and own_rank() == 0 else Silent()
         self.skipped = SkippedImages(config.data.max_bad, self.listener)
@@ -57,13 +74,15 @@ class TrainingRun:
     def finished(self, checks: Checks) -> Finished | None:
         """The results of a run to resume that is finished already; else None.
 
-        Checks the folder, in which the run may not be allowed to start or resume, and the trackers.
+        Checks the folder, in which the run may not be allowed to start or resume, the trackers, and sharding.
         """
         holds_result = partial(self.folder.holds_result, resume=self.resume, force=self.force)
         if checks.run("out", holds_result) and checks.passed:
             found = read_results(self.folder.path, self.config.command)
             self.folder.drop_state()  # left by a run that was killed just before it did so
             return found
+        if self.sharded:
+            checks.run("shard", lambda: check_sharding(resolve_device(self.config.device)))
         checks.run("monitor.trackers", lambda: check_trackers(self.config.monitor.trackers))
         return None
 
@@ -75,7 +94,8 @@ class TrainingRun:
 
     def load_state(self, source: ImageSource) -> dict[str, Any] | None:
         """The state to resume from, checked against other ranks and the training images; None for a new start."""
-        state = self.folder.load_state(self.listener) if self.resume else None
+        mesh = device_mesh(resolve_device(self.config.device)) if self.sharded and self.resume else None
+        state = self.folder.load_state(self.listener, mesh) if self.resume else None
         check_ranks(state, source)
         if state:
             check_images(state, source, self.listener)
@@ -99,6 +119,10 @@ class TrainingRun:
         elif state is not None:
             self.derived = state.get("derived", [])  # states of older versions hold none
         self.folder.prepare(self.config, self.derived, resume=self.resume, force=self.force)
+        if self.sharded:
+            from mimref.training.saver import StateSaver  # imports much that other runs do not need
+
+            self.saver = StateSaver(self.folder.path / "state", self.folder.publish)
         with closing(open_log(self.config, self.folder.path, state, self.listener)) as self.log:
             yield
 
@@ -108,7 +132,12 @@ class TrainingRun:
             job.resume(state)
             state.clear()  # as large as the run itself
         job.start()
-        train(job, job.batches(), self.listener, stop=self.stop, log_every=self.config.monitor.log_every)
+        try:
+            train(job, job.batches(), self.listener, stop=self.stop, log_every=self.config.monitor.log_every)
+        except Exception:
+            if self.saver is not None:
+                self.saver.settle()
+            raise
 
     def leave_group(self) -> bool:
         """Wait for all ranks and leave their group; True on rank 0, which evaluates and writes alone."""
@@ -187,6 +216,7 @@ class Stage(GradientJob):
             preparation=self.preparation,
             together=self.together,
             reduce_jpeg=self.preparation is None,
+            decode_on=decoding_device(config.data, self.device),
         )
         return device_batches(batches, self.device)
 
@@ -219,11 +249,14 @@ class Stage(GradientJob):
         self.run.listener.note(f"{when}: {readable(values)}")
 
     def state(self) -> dict[str, Any]:
-        """What the stage needs to resume, beside its position."""
+        """What the stage needs to resume, beside its position; of sharded tensors, every rank's part."""
         return {"optimizer": self.optimizer.state_dict()}
 
     def save(self) -> None:
-        """Write all that resuming needs to the run's folder, atomically. Called on all ranks; rank 0 writes."""
+        """Write all that resuming needs to the run's folder, atomically. Called on all ranks; rank 0 writes.
+
+        Of a sharded run, every rank begins to write its part.
+        """
         run = self.run
         run.elapsed_s = self.elapsed_s
         run.skipped.add(gather_lists(run.skipped.items))
@@ -235,23 +268,38 @@ class Stage(GradientJob):
             run.told = True
             for notice in self.source.peculiarities("training images"):
                 run.listener.warn(notice)
-        run.folder.save_state(
-            lambda: {
-                "step": self.first_step + self.step,
-                "stage": self.name,
-                "stage_step": self.step,
-                "elapsed_s": self.elapsed_s,
-                "log_lines": run.log.lines,
-                "skipped": run.skipped.items,
-                "derived": run.derived,
-                "images": (len(self.all_images), self.all_images.fingerprint),
-                **self.state(),
-            }
-        )
+        if run.saver is not None:
+            run.saver.save(self._whole_state())
+        else:
+            run.folder.save_state(self._whole_state)
+
+    def _whole_state(self) -> dict[str, Any]:
+        run = self.run
+        return {
+            "step": self.first_step + self.step,
+            "stage": self.name,
+            "stage_step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "log_lines": run.log.lines,
+            "skipped": run.skipped.items,
+            "derived": run.derived,
+            "images": (len(self.all_images), self.all_images.fingerprint),
+            **self.state(),
+        }
+
+    def finish_saving(self) -> None:
+        if self.run.saver is not None:
+            self.run.saver.wait()
+
+    @property
+    def save_failed(self) -> bool:
+        return self.run.saver is not None and self.run.saver.failed
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue from a state that this stage has saved."""
         self.step = state["stage_step"]
         self.elapsed_s = self.run.elapsed_s = state["elapsed_s"]
         self.run.skipped.add(state["skipped"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        live = {place: {"exp_avg": weight, "exp_avg_sq": weight} for place, weight in enumerate(self.trained)}
+        saved = state["optimizer"]
+        self.optimizer.load_state_dict({**saved, "state": like(saved["state"], live)})

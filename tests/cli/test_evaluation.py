@@ -324,10 +324,15 @@ def test_the_views_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = {"width": 60, "height": 48, "global_size": 16, "local_views": 1, "local_size": 8, "images": 2, "repeats": 1}
-    monkeypatch.setattr("mimref.benchmarks.views.ViewSizes", partial(ViewSizes, **small))
+    for module in ("views", "extraction"):
+        monkeypatch.setattr(f"mimref.benchmarks.{module}.ViewSizes", partial(ViewSizes, **small))
+    monkeypatch.setattr("mimref.benchmarks.views.library_ways", lambda *_: ({}, ["not compared with X: pip install x"]))
     assert run(["benchmark", "views", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
-    assert "mimref, worker's part" in capsys.readouterr().out
-    assert {row["metric"] for row in results(tmp_path / "out")["metrics"]} == {"benchmark_views"}
+    printed = capsys.readouterr()
+    assert "mimref, worker's part" in printed.out and "timm: uint8 crops" in printed.out
+    assert "not compared with X: pip install x" in printed.err.splitlines()
+    metrics = {row["metric"] for row in results(tmp_path / "out")["metrics"]}
+    assert metrics == {"benchmark_views", "benchmark_extraction"}
 
 
 def test_step_and_cost(
@@ -338,8 +343,8 @@ def test_step_and_cost(
     monkeypatch.setattr(measure, "_MATMUL_SIZE", {"cpu": 64})
     for module, name in ((step, "benchmark_step"), (cost, "benchmark_cost")):
         monkeypatch.setattr(module, name, partial(getattr(module, name), steps=1))
-        # Counting takes seconds, and is tested in `test_benchmarks_step.py`.
-        monkeypatch.setattr(module, "model_flops", lambda *_: 10**9)
+        # Counting takes seconds, and is tested in `test_benchmarks_step.py`. So few FLOPs are affordable at any load.
+        monkeypatch.setattr(module, "model_flops", lambda *_: 10**6)
     settings = REFINE | {"encoder.weights": folder / "base.safetensors", "data.spec": folder / "data"}
     sets = [part for part in arguments("x", tmp_path, settings)[1:-2]]
     for command in ("step", "cost"):

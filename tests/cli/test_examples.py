@@ -45,6 +45,9 @@ WORK = (
     "mimref.benchmarks.views.benchmark_views",
     "mimref.benchmarks.step.benchmark_step",
     "mimref.benchmarks.cost.benchmark_cost",
+    "mimref.benchmarks.suite.run.run_suite",
+    "mimref.doctor.diagnosis.diagnose",
+    "mimref.benchmarks.memory.plan_memory",
 )
 
 

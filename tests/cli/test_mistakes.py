@@ -121,6 +121,14 @@ LISTS = {
         "'nmj'",
         "probe.epochs = 0",
     ),
+    "knn gone.pth --data nowhere --device cpu --set data.decode=device": (
+        "gone.pth",
+        "--data nowhere",
+        "data.decode device needs CUDA",
+    ),
+    "refine --preset quickstart --weights {base} --data {data} --device cpu --set data.decode=device": (
+        "data.decode device needs CUDA",
+    ),
     "assess gone.pth {base} --data nowhere --blocks 9 --k 0 --measure rank": (
         "gone.pth",
         "block 9",
@@ -279,8 +287,8 @@ def test_messages_name_options_and_settings_that_exist() -> None:
         for below in getattr(command, "commands", {}).values():
             yield from parameters(below)
 
-    # Of torchrun, of containers and of pip.
-    others = {"--max-restarts", "--shm-size", "--no-build-isolation"}
+    # Of torchrun, of containers, of pip and of pytest.
+    others = {"--max-restarts", "--shm-size", "--no-build-isolation", "--junitxml"}
     options = {*parameters(get_command(app)), "--help", *others}
     settings = {key for model in MODELS.values() for key in setting_fields(model)}
     sections = {key.partition(".")[0] for key in settings if "." in key}

@@ -36,6 +36,7 @@ from mimref.data.decode import (
     decode_file,
     first_of,
     printable,
+    read_content,
     reason_of,
 )
 from mimref.data.readers.hf_columns import Columns, choose_columns, is_array, is_list, is_text, read_cell, read_labels
@@ -68,6 +69,14 @@ class TableSource(EncodedSource):
         if isinstance(content, bytes):
             return decode_content(content, self.path(index), reduce, self.decoding)
         return decode_file(content, reduce, self.decoding)
+
+    def encoded(self, index: int) -> tuple[bytes, str] | None:
+        """See `ImageSource`."""
+        if self.holds_arrays:
+            return None
+        if isinstance(content := self.content(index), bytes):
+            return content, self.path(index)
+        return read_content(content), printable(content)
 
     @cached_property
     def holds_arrays(self) -> bool:

@@ -79,6 +79,10 @@ class ShardSource(EncodedSource):
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `ImageSource`."""
+        return decode_content(*self.encoded(index), reduce, self.decoding)
+
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        """See `ImageSource`."""
         shard, start, size = self._place(index)
         try:
             if remote.is_remote(shard):
@@ -95,7 +99,7 @@ class ShardSource(EncodedSource):
             raise BadImage(self.path(index), reason_of(error).lower()) from error
         if len(content) < size:
             raise BadImage(self.path(index), "its shard is shorter than when it was listed")
-        return decode_content(content, self.path(index), reduce, self.decoding)
+        return content, self.path(index)
 
     def _place(self, index: int) -> tuple[str, int, int]:
         """Shard of an image, its first byte in the shard, and its number of bytes."""

@@ -163,6 +163,7 @@ class DecodersJob(GradientJob):
             epochs=range(self.settings.epochs),
             workers=loader_workers(self.reading.workers, source),
             pin_memory=self.device.type == "cuda",
+            decode_on=self.reading.decode_on,
         )
 
     def skip(self, images: Sequence[tuple[str, str]]) -> None:
@@ -209,7 +210,9 @@ class DecodersJob(GradientJob):
             decoder.eval()
         total, count = torch.zeros(len(self.blocks), dtype=torch.float64), 0
         transform, workers = self.reading.transform, loader_workers(self.reading.workers, source)
-        batches = crop_batches(source, transform, batch_size=self.images_per_pass, workers=workers)
+        batches = crop_batches(
+            source, transform, batch_size=self.images_per_pass, workers=workers, decode_on=self.reading.decode_on
+        )
         for done, batch in enumerate(batches, 1):
             self.skip(batch.bad)
             if batch.indices:

@@ -172,6 +172,7 @@ class _TrainingBatches:
             every=world_size(),
             workers=self.workers,
             pin_memory=reading.device.type == "cuda",
+            decode_on=reading.decode_on,
         )
         for batch in loaded:
             images = None
@@ -195,6 +196,7 @@ class _TrainingBatches:
                 workers=self.workers,
                 start=own.start * grid.batch,
                 every=world_size(),
+                decode_on=reading.decode_on,
             )
             for batch in loaded:
                 images = None
@@ -207,6 +209,8 @@ class _TrainingBatches:
         reading, grid = self.images.reading, self.grid
         digest = hashlib.sha256(self.source.fingerprint.encode())
         read = reading.transform.to_dict() | self.source.decoding.changes()
+        if reading.decode_on is not None:
+            read["decode"] = "device"
         digest.update(json.dumps(read, sort_keys=True).encode())
         if isinstance(grid.test, TestStream):
             digest.update(json.dumps(dict(grid.test.identity), sort_keys=True).encode())

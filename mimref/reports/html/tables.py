@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from mimref.encoders.published import PACKAGED
 from mimref.errors import UserError
 from mimref.reports.html.charts import NAME_LENGTH, block_title, rows_by_block, run_names
 from mimref.reports.html.runs import SETTINGS, Run, checkpoints, setting
@@ -144,7 +145,7 @@ def _encoder_facts(run: Run) -> dict[str, str]:
 
     own = sorted(run.folder.glob("encoder.safetensors")) or sorted(run.folder.glob("split[0-9]*.safetensors"))
     for file in (*map(str, own), *checkpoints(run)):
-        if file != "quickstart" and not Path(file).exists():  # a published name, or weights that are gone
+        if file not in PACKAGED and not Path(file).exists():  # a published name, or weights that are gone
             continue
         try:
             found = inspect_file(file)

@@ -99,6 +99,9 @@ class FinetuneConfig(TrainingConfig):
     """Images per pass of the model and process; gradients add up to those of the whole batch. None: all at once."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
+    shard: bool = False
+    """Divide weights, gradients, moments and averages among the processes (FSDP), for encoders that do not fit one GPU;
+    the result is the same."""
     resolution: int | None = Field(default=None, gt=0)
     """Pixels per side of the images. None: the encoder's own."""
     shots: int | None = Field(default=None, gt=0)

@@ -63,11 +63,11 @@ class Plan:
         rows = self.splits[split]
         return self.labels if rows is None else self.labels[rows]
 
-    def encoder(self, device: torch.device) -> Encoder:
-        """The encoder with the weights to start from."""
+    def encoder(self, device: torch.device, *, share: bool = False) -> Encoder:
+        """The encoder with the weights to start from. share: do not copy them if they are on the device."""
         with torch.device("meta"):
             encoder = build_encoder(self.architecture)
-        load_weights(encoder, self.checkpoint)
+        load_weights(encoder, self.checkpoint, share=share)
         return encoder.to(device)
 
 

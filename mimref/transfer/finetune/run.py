@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mimref.distributed.collectives import barrier
 from mimref.distributed.group import own_rank
-from mimref.encoders.classifier import save_classifier
+from mimref.encoders.classifier import Classifier, save_classifier
 from mimref.errors import Checks
 from mimref.evaluation.metrics import spread
 from mimref.features.header import data_record
@@ -47,7 +47,7 @@ def finetune(
     what was found before); Interrupted after saving on a signal.
     In a process group every rank calls this with the same arguments, and rank 0 alone writes.
     """
-    run = TrainingRun(config, out, listener, resume=resume, force=force)
+    run = TrainingRun(config, out, listener, resume=resume, force=force, shard=config.shard)
     checks = checks or Checks()
     if (found := run.finished(checks)) is not None:
         return FinetuneResult(out, *found)
@@ -59,8 +59,9 @@ def finetune(
             for split in range(state["split"] if state else 0, len(plan.splits)):
                 job = FineTuning(run, plan, split, history)
                 run.train(job, state)
+                classifier = job.final_result()
                 if own_rank() == 0:
-                    _write(run, job, out)
+                    _write(run, job, classifier, out)
                 barrier()
         rows = score_rows(plan, history)
         if run.leave_group():
@@ -68,7 +69,7 @@ def finetune(
     return FinetuneResult(out, rows, run.elapsed_s, run.skipped.items)
 
 
-def _write(run: TrainingRun, job: FineTuning, out: Path) -> None:
+def _write(run: TrainingRun, job: FineTuning, classifier: Classifier, out: Path) -> None:
     plan = job.plan
     name = "encoder" if len(plan.splits) == 1 else f"split{job.split + 1}"
     header = {
@@ -80,7 +81,7 @@ def _write(run: TrainingRun, job: FineTuning, out: Path) -> None:
         "metrics": score_rows(plan, [job.history[job.split]]),
     }
     header = {key: value for key, value in header.items() if value is not None}
-    save_classifier(out / f"{name}.safetensors", job.evaluated, plan.classes, header)
+    save_classifier(out / f"{name}.safetensors", classifier, plan.classes, header)
 
 
 def score_rows(plan: Plan, history: list[list[Epoch]]) -> list[Row]:

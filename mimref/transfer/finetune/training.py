@@ -5,7 +5,7 @@ Shapes: B images of a batch, C classes, P residual branches with stochastic dept
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,15 @@ from mimref.data.loader import Preparation, ViewBatch
 from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup, Photometric
 from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision, send
-from mimref.distributed.collectives import averaged, sum_over_ranks
+from mimref.distributed.collectives import averaged, max_over_ranks, sum_over_ranks
 from mimref.distributed.group import world_size
+from mimref.distributed.sharding import Sharded, like
 from mimref.draws import Operation, uniform
 from mimref.encoders.classifier import Classifier, set_stochastic_depth
 from mimref.encoders.parameters import encoder_groups, freeze_untrained
 from mimref.errors import DataError
 from mimref.features.encode import PassSettings
-from mimref.training.ema import WeightAverage
+from mimref.training.ema import ShardedAverage, WeightAverage
 from mimref.training.optim import module_groups
 from mimref.training.run import Stage, TrainingRun
 from mimref.transfer.finetune.augment import Erasing, RandAugment, mix
@@ -47,10 +48,19 @@ class FineTuning(Stage):
         if device.type == "cpu":
             keep_freed_memory()
         settings, augment = config.finetune, config.augment
-        self.classifier = _build(plan, device)
+        self.classifier = _build(plan, torch.device("cpu") if run.sharded else device, share=run.sharded)
         self.depths = set_stochastic_depth(self.classifier.encoder, settings.drop_path)
-        self.trained_model = averaged(self.classifier, device)
-        self.average = WeightAverage(self.classifier, settings.ema) if settings.ema is not None else None
+        self.sharded: Sharded | None = None
+        self.trained_model: nn.Module = self.classifier
+        if run.sharded:
+            self.sharded = Sharded(self.classifier, self.classifier.encoder.block_modules, device)
+        else:
+            self.trained_model = averaged(self.classifier, device)
+        self.average: WeightAverage | ShardedAverage | None = None
+        if settings.ema is not None and self.sharded is not None:
+            self.average = ShardedAverage(self.sharded, settings.ema)
+        elif settings.ema is not None:
+            self.average = WeightAverage(self.classifier, settings.ema)
         self.label_N = torch.from_numpy(plan.labels_of(split))
         head = nn.ModuleDict({"fc_norm": self.classifier.fc_norm, "head": self.classifier.head})
         decay, size = settings.weight_decay, plan.transform.image_size
@@ -85,12 +95,26 @@ class FineTuning(Stage):
         """See `Stage`."""
         return self.plan.train
 
-    @property
-    def evaluated(self) -> Classifier:
-        """What is evaluated and written: the average of the weights if there is one."""
-        found = self.classifier if self.average is None else self.average.module
+    def result(self) -> Classifier:
+        """What is evaluated: the average of the weights if there is one.
+
+        Of a sharded classifier, a plain copy: call it on all ranks.
+        """
+        if self.sharded is not None:
+            found = self.sharded.plain(self._weights(self.sharded), self.device, precision=self.precision)
+        else:
+            found = self.average.module if isinstance(self.average, WeightAverage) else self.classifier
         assert isinstance(found, Classifier)
         return found
+
+    def final_result(self) -> Classifier:
+        """The same for rank 0 to write, with all digits; call it on all ranks."""
+        if self.sharded is None:
+            return self.result()
+        return cast(Classifier, self.sharded.plain_on_first(self._weights(self.sharded)))
+
+    def _weights(self, sharded: Sharded) -> dict[str, Tensor]:
+        return self.average.weights if isinstance(self.average, ShardedAverage) else sharded.weights
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
         """This rank's share of the loss, times the number of ranks, which average gradients."""
@@ -115,13 +139,19 @@ class FineTuning(Stage):
         return self._loss
 
     def _parts(self, images: int) -> Iterator[tuple[slice, bool]]:
-        """Micro-batches, and whether each is the last. A rank without images has one of none, as DDP needs."""
-        size = self.config.micro_batch or max(images, 1)
-        for start in range(0, max(images, 1), size):
-            yield slice(start, min(start + size, images)), start + size >= images
+        """Micro-batches, and whether each is the last. A rank without images has one of none, as DDP needs.
+
+        With sharded weights every pass needs all ranks: they have as many micro-batches as the one with most images.
+        """
+        most = max(images, 1)
+        size = self.config.micro_batch or most
+        if self.sharded is not None and self.config.micro_batch:
+            most = max(most, max_over_ranks(images))
+        for start in range(0, most, size):
+            yield slice(min(start, images), min(start + size, images)), start + size >= most
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager[None]:
-        """Ranks average the gradients once per batch."""
+        """Ranks average the gradients once per batch; of sharded weights, after every pass, see `Method`."""
         if is_last or not isinstance(self.trained_model, DistributedDataParallel):
             return nullcontext()
         waiting: AbstractContextManager[None] = self.trained_model.no_sync()
@@ -146,7 +176,7 @@ class FineTuning(Stage):
 
     def validate(self) -> Scores:
         """Accuracy on the validation images. Raises DataError if none of them can be read."""
-        scores = accuracy(self.evaluated, self.plan.val, self.plan.val_labels, self.evaluation)
+        scores = accuracy(self.result(), self.plan.val, self.plan.val_labels, self.evaluation)
         self.run.skipped.add_evaluated(scores.bad)
         return scores
 
@@ -155,7 +185,7 @@ class FineTuning(Stage):
         super().log({"split": self.split + 1, **values} if len(self.plan.splits) > 1 else values)
 
     def state(self) -> dict[str, Any]:
-        averaged_state = {} if self.average is None else {"average": self.average.module.state_dict()}
+        averaged_state = {} if self.average is None else {"average": self.average.state_dict()}
         found = {"split": self.split, "history": self.history, "model": self.classifier.state_dict()}
         return {**super().state(), **found, **averaged_state, "split_images": len(self.label_N)}
 
@@ -168,15 +198,15 @@ class FineTuning(Stage):
             )
         super().resume(state)
         self.history[:] = state["history"]
-        self.classifier.load_state_dict(state["model"])
+        self.classifier.load_state_dict(like(state["model"], self.classifier.state_dict()))
         if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
+            self.average.load_state_dict(state["average"])
 
 
-def _build(plan: Plan, device: torch.device) -> Classifier:
-    """The classifier to train, with what does not train frozen."""
+def _build(plan: Plan, device: torch.device, *, share: bool) -> Classifier:
+    """The classifier to train, with what does not train frozen. share: see `Plan.encoder`."""
     settings = plan.config.finetune
-    encoder = plan.encoder(device)
+    encoder = plan.encoder(device, share=share)
     torch.manual_seed(plan.config.seed)
     classifier = Classifier(encoder, len(plan.classes), settings.pool).to(device)
     freeze_untrained(encoder, first=settings.freeze_blocks, last=encoder.depth)

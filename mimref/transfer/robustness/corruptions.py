@@ -116,3 +116,7 @@ class CorruptedSource(Subset):
         with seeded(self.seed, stream, Operation.CORRUPTION, index) as seed:
             image = corrupt(crop, self.corruption, self.severity, seed)
         return decoded._replace(image=image, height=image.shape[1], width=image.shape[2])
+
+    def encoded(self, index: int) -> None:
+        """See `ImageSource`: no file holds a corrupted image."""
+        return None

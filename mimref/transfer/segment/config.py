@@ -97,7 +97,7 @@ class SegmentConfig(CommandConfig):
 
     command = "segment"
     checkpoint: str = "quickstart"
-    """Weights file, a refine output folder, published weights by name, or `quickstart` for the packaged encoder."""
+    """Weights file, a refine output folder, published weights by name, or packaged ones, `quickstart` or `peak`."""
     encoder: ReadingConfig = ReadingConfig()
     arch: str | None = None
     """As `encoder.arch`; None: read from the checkpoint."""

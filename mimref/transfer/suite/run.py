@@ -52,7 +52,7 @@ METRICS = {
 # Settings that may differ from those of a finished entry.
 _FREE = ("preset", "device", "workers", "data.root", "data.download", "data.max_bad")
 _FREE_SECTIONS = ("cache.", "monitor.")
-_FREE_OF = {True: ("micro_batch", "activation_checkpointing"), False: ("batch_size",)}
+_FREE_OF = {True: ("micro_batch", "activation_checkpointing", "shard"), False: ("batch_size",)}
 """By whether the entry is a fine-tuning."""
 _PATHS = ("checkpoint", "encoder.weights")
 

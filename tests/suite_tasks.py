@@ -1,0 +1,85 @@
+"""Tasks of a benchmark suite that go well or wrong; processes import them by name."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mimref.benchmarks.suite.lines import Bar, Found, Line, Measure, Part, Task
+from mimref.errors import ConfigError
+
+
+def value(_device: str, *, line: str, value: float) -> Iterator[Found]:
+    yield Found(line, value, "with care", {"device": _device})
+
+
+def raising(_device: str, *, line: str) -> Iterator[Found]:
+    yield from ()
+    raise ValueError(f"no {line}\nat all")
+
+
+def refusing(_device: str) -> Iterator[Found]:
+    yield from ()
+    raise ConfigError("out of memory with 1 image; 0 fit")
+
+
+def out_of_memory(_device: str) -> Iterator[Found]:
+    yield from ()
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def silent(_device: str) -> Iterator[Found]:
+    yield from ()
+
+
+def lacking(_device: str, *, line: str) -> Iterator[Found]:
+    yield Found(line, None, "faiss is not installed")
+
+
+def crashing(_device: str, *, first: str, number: int) -> Iterator[Found]:
+    yield Found(first, 1.0)
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+
+
+def exiting(_device: str) -> Iterator[Found]:
+    yield from ()
+    os._exit(3)
+
+
+def hanging(_device: str, *, pids: str, then: int = 0) -> Iterator[Found]:
+    """With a process of its own; both are named in a file. then: a signal that ends the first one at once."""
+    yield from ()
+    other = subprocess.Popen(["sleep", "600"])
+    Path(pids).write_text(f"{os.getpid()} {other.pid}")
+    os.kill(os.getpid(), then)
+    time.sleep(600)
+
+
+def printing(_device: str, *, line: str) -> Iterator[Found]:
+    print("said in Python", flush=True)
+    os.write(2, b"said in C\n")
+    yield Found(line, 1.0)
+
+
+def stopping(_device: str, *, parent: int, number: int) -> Iterator[Found]:
+    """The user stops the suite."""
+    yield from ()
+    os.kill(parent, number)
+    time.sleep(600)
+
+
+def task(name: str, measure: Measure, *more: str, bar: Bar | None = None, limit_s: float = 30) -> Task:
+    return Task((Line(name, "s", bar), *(Line(other, "s") for other in more)), measure, limit_s)
+
+
+def good(name: str, found: float = 1.0, bar: Bar | None = None) -> Task:
+    return task(name, partial(value, line=name, value=found), bar=bar)
+
+
+def part(*tasks: Task, name: str = "a part") -> Part:
+    return Part(name, tasks)
