@@ -73,6 +73,16 @@ def test_what_misses_is_named(
     assert [row["verdict"] for row in rows] == ["failed", "missed", "met", "no bar", "failed", "failed", "not measured"]
 
 
+def test_logs_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, [GOOD])
+    (tmp_path / "logs").write_text("a file")
+    assert run(["benchmark", "all", "--out", str(tmp_path), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "logs: File exists; choose another --out" in error
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_was_measured_before_a_stop_is_on_the_page(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

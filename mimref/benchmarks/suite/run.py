@@ -18,7 +18,7 @@ from mimref.benchmarks.suite.child import Done, work
 from mimref.benchmarks.suite.lines import Finding, Found, Part, Task
 from mimref.benchmarks.suite.parts import GPU_ONLY, TOTAL_S, gpu_lines, parts_for
 from mimref.devices import own_cores, resolve_device, resolve_precision
-from mimref.errors import Interrupted
+from mimref.errors import Interrupted, OutputError
 from mimref.progress import Listener, Silent
 from mimref.training.signals import stop_signal
 
@@ -181,5 +181,8 @@ def _how_it_ended(code: int | None) -> str:
 def _log_of(part: Part, logs: Path | None) -> str | None:
     if logs is None:
         return None
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{logs}: {error.strerror}; choose another --out") from error
     return str(logs / f"{re.sub('[^A-Za-z0-9]+', '-', part.name)}.log")
