@@ -1,6 +1,8 @@
 """A run to disturb: what it is made of, how it is started, and what it comes to when nothing happens to it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from mimref.cli import run
 from mimref.config.load import load_config
 from mimref.refinement.config import RefineConfig
-from tests.tiny import REFINE, arguments, write_labelled, write_weights
+from tests.tiny import REFINE, Killed, arguments, write_labelled, write_weights
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,30 @@ def make_tiny_run(folder: Path) -> TinyRun:
 def _line(weights: Path, data: Path, out: Path, **changes: Any) -> list[str]:
     settings = REFINE | {"monitor.knn_every_epochs": 0, "encoder.weights": weights, "data.spec": data}
     return arguments("refine", out, settings | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+class Mortal:
+    """Counts the calls of functions, and dies before number `kill_after` of all of them together; None: never."""
+
+    def __init__(self, kill_after: int | None) -> None:
+        self.calls, self.kill_after = 0, kill_after
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            if self.calls == self.kill_after:
+                raise Killed
+            self.calls += 1
+            return function(*args, **options)
+
+        return call
+
+
+def write_damaged(folder: Path) -> None:
+    """Images in `folder`, of which four are none."""
+    write_labelled(folder)
+    for name in ("train/a/003", "train/a/020", "train/b/011", "val/b/002"):
+        (folder / f"{name}.png").write_bytes(b"no image")
 
 
 def states(path: Path) -> list[str]:

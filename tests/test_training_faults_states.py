@@ -18,7 +18,7 @@ from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
 from mimref.training import job as loop
 from mimref.training.folder import RunFolder
-from tests.faults import TinyRun, make_tiny_run, states
+from tests.faults import Mortal, TinyRun, make_tiny_run, states
 from tests.tiny import Killed, Watcher, assert_same_run, kill_at, pretrain_config, saved_step, signal_at
 
 CONFIG = RefineConfig()
@@ -153,25 +153,14 @@ def test_a_run_goes_on_from_the_state_before(stop: int, tiny: TinyRun, tmp_path:
 
 def calls_of_saving(path: Path, monkeypatch: pytest.MonkeyPatch, kill_after: int | None) -> int:
     """Save a state and die before call number `kill_after` to the file system; the number of calls."""
-    calls = 0
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            nonlocal calls
-            if calls == kill_after:
-                raise Killed
-            calls += 1
-            return function(*args, **options)
-
-        return call
-
+    counted = Mortal(kill_after)
     with monkeypatch.context() as patch:
         for name in ("fsync", "replace"):
             patch.setattr(files.os, name, counted(getattr(os, name)))
         patch.setattr(Path, "unlink", counted(Path.unlink))
         patch.setattr(torch, "save", counted(torch.save))
         RunFolder(path).save_state(lambda: state(12))
-    return calls
+    return counted.calls
 
 
 @pytest.mark.parametrize("damaged", [False, True])

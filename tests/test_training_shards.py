@@ -27,7 +27,7 @@ from mimref.training import saver as saving
 from mimref.training import shards
 from mimref.training.folder import RunFolder
 from mimref.training.saver import StateSaver
-from tests.faults import states
+from tests.faults import Mortal, states
 from tests.ranks import run_ranks
 from tests.steps import CPU
 from tests.tiny import Killed, Watcher
@@ -223,24 +223,13 @@ def test_a_kill_at_any_moment_of_publishing_leaves_a_good_state(
         return newest
 
     def publish(newest: Path, step: int, kill_after: int | None) -> int:
-        calls = 0
-
-        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **options: Any) -> Any:
-                nonlocal calls
-                if calls == kill_after:
-                    raise Killed
-                calls += 1
-                return function(*args, **options)
-
-            return call
-
+        counted = Mortal(kill_after)
         with monkeypatch.context() as patch:
             patch.setattr(files.os, "replace", counted(os.replace))
             patch.setattr(Path, "rename", counted(Path.rename))
             patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
             RunFolder(newest.parents[1]).publish(newest, step)
-        return calls
+        return counted.calls
 
     # The state of a step that was saved before as well takes its place.
     for step, expected in ((12, ["step0000000008", "step0000000012"]), (8, ["step0000000004", "step0000000008"])):

@@ -18,6 +18,7 @@ from mimref.transfer.finetune.config import PredictConfig
 from mimref.transfer.finetune.predict import predict
 from mimref.transfer.finetune.run import finetune
 from mimref.transfer.finetune.training import FineTuning
+from tests.faults import write_damaged
 from tests.ranks import run_ranks
 from tests.test_pretraining_ranks import assert_close_runs
 from tests.tiny import Watcher, finetune_config, results, signal_at, write_images, write_labelled, write_weights
@@ -65,9 +66,7 @@ def watched(folder: Path, name: str) -> list[list[Tensor]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     write_labelled(folder / "data")
-    write_labelled(folder / "damaged")
-    for name in ("train/a/003", "train/a/020", "train/b/011", "val/b/002"):
-        (folder / "damaged" / f"{name}.png").write_bytes(b"no image")
+    write_damaged(folder / "damaged")
     for split in ("train", "val"):
         write_images(folder / "pairs", per_class=6, split=split)
     write_weights(folder / "encoder.safetensors")

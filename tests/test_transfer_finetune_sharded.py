@@ -15,7 +15,7 @@ from mimref.errors import Interrupted
 from mimref.transfer.finetune import training
 from mimref.transfer.finetune.run import finetune
 from mimref.transfer.finetune.training import FineTuning
-from tests.faults import states
+from tests.faults import states, write_damaged
 from tests.ranks import run_ranks
 from tests.test_refinement_ranks import _rejoin
 from tests.test_training_sharded import needs_fsdp
@@ -106,9 +106,7 @@ def assert_equal_runs(folder: Path, cases: dict[str, dict[str, Any]], world: int
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     write_labelled(folder / "data")
-    write_labelled(folder / "damaged")
-    for name in ("train/a/003", "train/a/020", "train/b/011", "val/b/002"):
-        (folder / "damaged" / f"{name}.png").write_bytes(b"no image")
+    write_damaged(folder / "damaged")
     write_weights(folder / "encoder.safetensors")
     return folder
 

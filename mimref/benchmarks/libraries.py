@@ -65,6 +65,7 @@ def _kornia(paths: Sequence[str], groups: Sequence[CropGroup], config: ViewsConf
     mean, std = (torch.tensor(each, device=device) for each in (IMAGENET_MEAN, IMAGENET_STD))
 
     def view(group: CropGroup, kind: int) -> Any:
+        """Images (B, 3, H, W) from 0 to 1 -> one view of each (B, 3, S, S), normalised; kind: as in `_kinds`."""
         taps = min(BLUR_TAPS, 2 * ((group.size - 1) // 2) + 1)
         size, ratio = (group.size, group.size), config.aspect_ratio
         return augmentation.AugmentationSequential(
@@ -98,6 +99,7 @@ def _dali(paths: Sequence[str], groups: Sequence[CropGroup], config: ViewsConfig
 
     # DALI compiles the conditions of these functions into its pipeline.
     def view(images: Any, group: CropGroup, kind: int) -> Any:
+        """The same of DALI's images (H, W, 3) uint8."""
         pixels = fn.random_resized_crop(
             images,
             size=(group.size, group.size),

@@ -145,6 +145,7 @@ def _steps(
     images = -(-config.batch_size // processes)
 
     def step(micro: int | None) -> StepPeak:
+        """Bytes of a step with so many images per encoder pass; None: all of the process's part of the batch."""
         return step_peak(
             config,
             architecture,
