@@ -18,13 +18,16 @@ from mimref.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the best available: CUDA, then MPS, then CPU. Raises ConfigError for a device this machine lacks."""
+    """`auto` is the best available: CUDA, then MPS, then CPU. Raises ConfigError for a device that is none or missing."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise ConfigError(f"device {name!r} is not available on this machine; use --device cpu or --device auto")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is unknown; use auto, cpu, cuda or mps") from error
 
 
 @dataclass(frozen=True)

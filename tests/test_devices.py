@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from mimref.cli import run
 from mimref.devices import autocast, own_cores, resolve_device, resolve_precision
 from mimref.errors import ConfigError
 
@@ -36,6 +37,14 @@ def test_a_missing_device_is_refused() -> None:
     assert resolve_device("cpu") == CPU
     with pytest.raises(ConfigError, match="'cuda' is not available"):
         resolve_device("cuda")
+
+
+def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="'tpu' is unknown; use auto, cpu, cuda or mps"):
+        resolve_device("tpu")
+    for command in ("views", "eval", "all"):
+        assert run(["benchmark", command, "--device", "tpu"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_float32_changes_nothing() -> None:
