@@ -18,7 +18,7 @@ from mimref.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the best available: CUDA, then MPS, then CPU. Raises ConfigError for a device that is none or missing."""
+    """`auto` is the best available: CUDA, then MPS, then CPU. Raises ConfigError for one unknown or missing."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
