@@ -3,16 +3,13 @@
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from mimref.errors import ConfigError
 
@@ -65,6 +62,12 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if chosen else torch.float32
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a CPU has instructions for products of bfloat16 (AVX512-BF16 or AMX); False for other devices."""
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(supported() for supported in known if supported is not None)
+
+
 def send(x: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to the device without waiting for the copy."""
     # CUDA copies asynchronously only from page-locked memory.
@@ -95,24 +98,18 @@ def own_cores() -> int:
     return max(1, int(cpu_count()) // sharing)
 
 
-@contextmanager
-def autocast(device: torch.device, precision: torch.dtype) -> Iterator[None]:
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
     """Mixed precision for bfloat16; no change for float32."""
-    if precision is not torch.bfloat16:
-        yield
-        return
-    # On CPUs the backward pass of torch's fused attention is several times slower in bfloat16 than in float32; plain
-    # matrix products are faster than both.
-    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with attention, torch.autocast(device.type, dtype=torch.bfloat16):
-        yield
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision is torch.bfloat16 else nullcontext()
 
 
-def recomputed(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, whose activations are not stored but computed again in the backward pass."""
-    options: dict[str, Any] = {}
-    if torch.is_autocast_enabled("cpu"):
-        # Computed outside of `autocast`, whose attention torch does not restore by itself.
-        options["context_fn"] = lambda: (nullcontext(), sdpa_kernel(SDPBackend.MATH))
-    found: Tensor = checkpoint(module, x, use_reentrant=False, **options)
-    return found
+def choose_attention(module: nn.Module, device: torch.device, precision: torch.dtype) -> None:
+    """Let the attention of a module that will be trained be computed in the way that is fastest there.
+
+    Of torch's fused attention on CPUs, the backward pass in bfloat16 is several times slower than in float32; plain
+    matrix products are faster than both. Without gradients, and on CUDA, the fused one is.
+    """
+    if device.type == "cpu" and precision is torch.bfloat16:
+        for part in module.modules():
+            if hasattr(part, "fused_attn"):  # timm's name, in all of its families
+                setattr(part, "fused_attn", False)  # noqa: B010, of a module mypy knows tensors and modules only

@@ -1,18 +1,23 @@
 """Devices and precisions: refusals, and bfloat16 on the CPU close to float32."""
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import joblib
 import pytest
 import torch
 import torch.distributed as dist
+from timm.models.vision_transformer import Attention
+from torch import nn
 from torch.nn import functional as F
 
 from mimref.cli import run
-from mimref.devices import autocast, own_cores, resolve_device, resolve_precision
+from mimref.devices import autocast, choose_attention, own_cores, resolve_device, resolve_precision
 from mimref.errors import ConfigError
+from tests.families import FAMILIES, backbone
 
 CPU = torch.device("cpu")
 
@@ -53,25 +58,31 @@ def test_float32_changes_nothing() -> None:
         assert (x @ x).dtype is torch.float32
 
 
-def test_bfloat16_attention_and_its_gradient_are_close_to_float32() -> None:
-    query = torch.randn(2, 3, 17, 32, generator=torch.Generator().manual_seed(0))
-    found = []
-    for precision in (torch.float32, torch.bfloat16):
-        q = query.clone().requires_grad_()
+def test_attention_trained_in_bfloat16_on_the_cpu_is_plain_and_close_to_float32() -> None:
+    x, found = torch.randn(2, 17, 64, generator=torch.Generator().manual_seed(0)), []
+    torch.manual_seed(0)
+    first = Attention(64, num_heads=2)
+    for precision, fused in ((torch.float32, True), (torch.bfloat16, False)):
+        attention, tokens = copy.deepcopy(first), x.clone().requires_grad_()
+        choose_attention(nn.Sequential(attention), CPU, precision)
+        assert attention.fused_attn is fused
         with autocast(CPU, precision):
-            out = F.scaled_dot_product_attention(q.to(precision), q.to(precision), q.to(precision))
-            assert out.dtype is precision
-            out.float().square().sum().backward()
-        assert q.grad is not None
-        found.append((out.detach().float(), q.grad))
+            out = attention(tokens)
+        out.float().square().sum().backward()
+        assert tokens.grad is not None
+        found.append((out.detach().float(), tokens.grad))
     for full, half in zip(*found, strict=True):
         assert (half - full).norm() < 0.02 * full.norm()
 
 
-def test_bfloat16_on_the_cpu_uses_plain_attention() -> None:
-    with autocast(CPU, torch.bfloat16):
-        assert torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()
-    assert torch.backends.cuda.flash_sdp_enabled()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_of_timm_names_its_fused_attention(name: str) -> None:
+    encoder = backbone(FAMILIES[name])
+    choose_attention(encoder, CPU, torch.bfloat16)
+    calls: list[object] = []
+    with patch.object(F, "scaled_dot_product_attention", lambda *given, **_: calls.append(given)), torch.no_grad():
+        encoder.blocks(torch.randn(1, encoder.architecture.channels, 32, 32), [encoder.depth])
+    assert calls == []
 
 
 @contextmanager

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mimref.config.load import load_config
 from mimref.config.recipe import Derived
 from mimref.data.pixels import Decoding
 from mimref.data.sources import ArraySource
+from mimref.devices import multiplies_bf16
 from mimref.encoders.vit import Architecture
 from mimref.errors import ConfigError, Interrupted, UserErrors
 from mimref.progress import Listener
@@ -60,6 +62,19 @@ def test_numbers_grow_with_the_images(
     assert queue >= top_k + 3 and (queue <= images // 2 or queue == 4)
     # No rule may leave the ranges of the settings, or contradict another.
     load_config(RefineConfig, None, {"heads": config.heads.model_dump(), "batch_size": batch})
+
+
+@pytest.mark.parametrize(
+    ("has_instructions", "given", "expected"), [(True, "auto", "bf16"), (False, "auto", "auto"), (True, "fp32", "fp32")]
+)
+def test_bfloat16_where_the_cpu_has_instructions_for_it(
+    has_instructions: bool, given: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: has_instructions)
+    settings = {} if given == "auto" else {"precision": given}
+    assert fitted(source(900), **settings).precision == expected
+    assert not multiplies_bf16(torch.device("cuda"))
 
 
 def test_imagenet_and_vit_l_have_the_papers_settings() -> None:

@@ -128,7 +128,7 @@ def test_steps_exchange_nothing_unseen_with_the_cpu(
         with distant() as noted:
             updates(job, batch)
             # Sample indices of micro-batches, and the heads' weights in the loss; old torch's state of random numbers.
-            made = "refinement/method.py:_parts", "refinement/stages.py:forward_backward", "devices.py:recomputed"
+            made = "refinement/method.py:_parts", "refinement/stages.py:forward_backward", "encoders/vit.py:blocks"
             check(noted, *made)
             with pytest.raises(RuntimeError, match=r"item\(\)"):
                 job.loss_guard.check()

@@ -26,8 +26,8 @@ class EncoderConfig(ReadingConfig):
 
     arch: str = "vit_l16"
     """`vit_b16`, `vit_l16`, `vit_h14`, `vit_2b14`, a timm name, or `custom` (sizes below)."""
-    source: str = "mae"
-    """Pre-training method of the weights; `d2v2` selects the post-norm transformer."""
+    source: str | None = "mae"
+    """Pre-training method of the weights; `d2v2` selects the post-norm transformer. `none`: not known."""
     weights: str | None = None
     """Weights file, run folder, name of published weights, or `quickstart` or `peak`, the packaged ones. None: the
     published weights of `arch` and `source`, or random weights (`pretrain`)."""

@@ -78,6 +78,12 @@ def ignored_settings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]
     return warnings
 
 
+def known_source(config: EncoderConfig, checkpoint: Checkpoint) -> str | None:
+    """Pre-training method of the weights, as they or the settings say. None: the default says nothing of a file."""
+    named = config.weights is None or "source" in config.model_fields_set
+    return checkpoint.source or (config.source if named else None)
+
+
 def resolved_settings(
     config: EncoderConfig, checkpoint: Checkpoint, architecture: EncoderArchitecture
 ) -> EncoderConfig:
@@ -88,7 +94,7 @@ def resolved_settings(
     return config.model_copy(
         update={
             "arch": architecture.name,
-            "source": checkpoint.source or config.source,
+            "source": known_source(config, checkpoint),
             "image_size": architecture.image_size,
             **{name: getattr(architecture, name) if custom else None for name in sizes},
         }

@@ -18,10 +18,10 @@ from timm.layers.mlp import Mlp, SwiGLUPacked
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mimref.config.base import Interpolation
 from mimref.config.run import EncoderConfig
-from mimref.devices import recomputed
 from mimref.encoders.meta import RatesOnCpu
 from mimref.encoders.positions import resize_positions, sincos_positions
 from mimref.encoders.timm_models import SizeRule
@@ -232,7 +232,7 @@ class Encoder(nn.Module):
         tokens_BLD, outputs = self.embed(images, visible_BK, masked), dict[int, Tensor]()
         recompute = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.vit.blocks[: max(indices)], start=1):
-            tokens_BLD = recomputed(block, tokens_BLD) if recompute else block(tokens_BLD)
+            tokens_BLD = checkpoint(block, tokens_BLD, use_reentrant=False) if recompute else block(tokens_BLD)
             if number in indices:
                 outputs[number] = tokens_BLD
         flags = norm_flags(indices, final_norm, self.depth)

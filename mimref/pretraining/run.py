@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mimref.data.loader import ViewBatch
 from mimref.data.views import CropGroup, Photometric
-from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision, send
+from mimref.devices import autocast, choose_attention, keep_freed_memory, resolve_device, resolve_precision, send
 from mimref.distributed.collectives import averaged, sum_over_ranks
 from mimref.distributed.group import world_size
 from mimref.draws import Operation, uniform
@@ -61,6 +61,7 @@ class Pretraining(Stage):
         encoder = build_encoder(architecture)
         settings = config.masking
         self.model = build_model(encoder, config).to(device)
+        choose_attention(self.model, device, self.precision)
         self.trained_model = averaged(self.model, device)
         super().__init__(
             run,

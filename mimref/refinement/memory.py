@@ -13,7 +13,6 @@ from mimref.data.loader import ViewBatch
 from mimref.data.views import CropGroup
 from mimref.distributed.collectives import max_over_ranks
 from mimref.distributed.group import without_group, world_size
-from mimref.encoders.backbones import TimmBackbone
 from mimref.errors import ConfigError
 from mimref.progress import Listener
 from mimref.refinement.dense import DenseTerm
@@ -64,15 +63,6 @@ def check_exact(encoder: nn.Module, subject: str = "micro_batch") -> None:
         else:
             continue
         raise ConfigError(f"{subject}: the encoder has {what}; leave micro_batch unset and lower batch_size")
-
-
-def check_recomputing(encoder: nn.Module, device: torch.device, precision: torch.dtype) -> None:
-    """Raise ConfigError where recomputed activations would not be those of the forward pass."""
-    if isinstance(encoder, TimmBackbone) and device.type == "cpu" and precision is not torch.float32:
-        raise ConfigError(
-            "activation_checkpointing: timm's blocks cannot be recomputed in bf16 on the CPU, which may choose another "
-            "kernel of attention; use --precision fp32"
-        )
 
 
 def check_ranks(encoder: nn.Module) -> None:

@@ -13,7 +13,7 @@ from mimref.data.loader import check_batch_size
 from mimref.data.sample import Appearance, look_at
 from mimref.data.sources import ImageSource
 from mimref.data.views import colors_beyond
-from mimref.devices import resolve_device
+from mimref.devices import multiplies_bf16, resolve_device
 from mimref.distributed.group import world_size
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.errors import ConfigError
@@ -140,7 +140,10 @@ def _derive(
     _derive_training(recipe, architecture, images)
     _derive_views(recipe, architecture, seen)
     _derive_evaluation(recipe, images, min(architecture.image_size, seen.side or architecture.image_size), crop_known)
-    if resolve_device(recipe.config.device).type == "cuda":
+    device = resolve_device(recipe.config.device)
+    if multiplies_bf16(device):
+        recipe.derive("precision", "bf16", "faster: this CPU has instructions for it")
+    if device.type == "cuda":
         recipe.derive("micro_batch", "auto", "the largest that fits the GPU's memory; the result is the same")
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from mimref.data.views import Photometric
-from mimref.devices import keep_freed_memory, resolve_device, resolve_precision
+from mimref.devices import choose_attention, keep_freed_memory, resolve_device, resolve_precision
 from mimref.distributed.collectives import averaged
 from mimref.distributed.group import own_rank, world_size
 from mimref.encoders.backbones import TokenEncoder
@@ -25,7 +25,7 @@ from mimref.progress import Listener, optional
 from mimref.refinement.alignment import Queue
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads
-from mimref.refinement.memory import check_ranks, check_recomputing, choose_micro_batch
+from mimref.refinement.memory import check_ranks, choose_micro_batch
 from mimref.refinement.method import Method, compile_blocks
 from mimref.refinement.plan import Plan, base_encoder, heads_file, make_plan
 from mimref.refinement.reuse import load_heads, save_heads
@@ -120,8 +120,7 @@ def build_method(plan: Plan, listener: Listener) -> Method:
     freeze_untrained(encoder, first=config.encoder_stage.freeze_blocks, last=max(plan.blocks))
     check_ranks(encoder)
     precision = resolve_precision(config.precision, device)
-    if config.activation_checkpointing:
-        check_recomputing(encoder, device, precision)
+    choose_attention(encoder, device, precision)
     encoder.checkpointing = config.activation_checkpointing
     torch.manual_seed(config.seed)
     heads = Heads(config.heads, plan.widths).to(device)
@@ -248,8 +247,10 @@ def _exhibit_unlabelled(
 
 
 def _write_encoder(run: TrainingRun, plan: Plan, refined: TokenEncoder, rows: Sequence[Row]) -> None:
-    source = plan.config.encoder.source
-    header: dict[str, Any] = {"source": f"{source} refined" if plan.encoder_steps else source}
+    header: dict[str, Any] = {}
+    known, done = plan.config.encoder.source, "refined" if plan.encoder_steps else None
+    if known or done:
+        header["source"] = " ".join(filter(None, [known, done]))
     if plan.checkpoint.licence:
         header["licence"] = plan.checkpoint.licence
     header |= {

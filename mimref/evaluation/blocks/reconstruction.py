@@ -20,7 +20,7 @@ from mimref.data.decode import BadImages, none_readable
 from mimref.data.loader import ViewBatch, check_batch_size, crop_batches, loader_workers, view_batches
 from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup, Photometric
-from mimref.devices import autocast
+from mimref.devices import autocast, choose_attention
 from mimref.draws import Operation, uniform
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.masking import (
@@ -150,6 +150,7 @@ class DecodersJob(GradientJob):
             )
             first.apply(init_linear)
             nn.init.normal_(first.mask_token, std=0.02)
+        choose_attention(first, self.reading.device, self.reading.precision)
         return [deepcopy(first).to(self.reading.device) for _ in self.blocks]
 
     def batches(self, source: ImageSource) -> Iterator[ViewBatch]:

@@ -73,7 +73,7 @@ def _write(run: TrainingRun, job: FineTuning, classifier: Classifier, out: Path)
     plan = job.plan
     name = "encoder" if len(plan.splits) == 1 else f"split{job.split + 1}"
     header = {
-        "source": plan.checkpoint.source or plan.config.encoder.source,
+        "source": plan.config.encoder.source,
         "licence": plan.checkpoint.licence,
         "preset": run.config.preset,
         "data": data_record(run.config.data),

@@ -15,7 +15,7 @@ from mimref.config.run import ViewsConfig
 from mimref.data.loader import Preparation, ViewBatch
 from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup, Photometric
-from mimref.devices import autocast, keep_freed_memory, resolve_device, resolve_precision, send
+from mimref.devices import autocast, choose_attention, keep_freed_memory, resolve_device, resolve_precision, send
 from mimref.distributed.collectives import averaged, max_over_ranks, sum_over_ranks
 from mimref.distributed.group import world_size
 from mimref.distributed.sharding import Sharded, like
@@ -49,6 +49,7 @@ class FineTuning(Stage):
             keep_freed_memory()
         settings, augment = config.finetune, config.augment
         self.classifier = _build(plan, torch.device("cpu") if run.sharded else device, share=run.sharded)
+        choose_attention(self.classifier, device, self.precision)
         self.depths = set_stochastic_depth(self.classifier.encoder, settings.drop_path)
         self.sharded: Sharded | None = None
         self.trained_model: nn.Module = self.classifier
