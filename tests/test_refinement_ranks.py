@@ -28,6 +28,8 @@ SETTINGS: dict[str, Any] = {
     "heads_stage__knn_every_epochs": 1,
 }
 
+RUNNING: dict[str, Any] = {"heads__norm": "running", "micro_batch": 4}
+
 
 def log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -38,6 +40,8 @@ def refine_all(weights: Path, data: Path, folder: Path) -> None:
     refine(refine_config(weights, data, **SETTINGS), folder / "ranks")
     _rejoin(folder, "micro")
     refine(refine_config(weights, data, **SETTINGS, micro_batch=4), folder / "micro")
+    _rejoin(folder, "running")
+    refine(refine_config(weights, data, **SETTINGS, **RUNNING), folder / "running")
     _rejoin(folder, "beginning")
     interrupted(refine_config(weights, data, **SETTINGS), folder / "handed on", 5, resume=False)
 
@@ -82,6 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights, data = write_weights(folder / "base.safetensors"), write_labelled(folder / "data")
     config = refine_config(weights, data, **SETTINGS)
     refine(config, folder / "alone")
+    refine(refine_config(weights, data, **SETTINGS, **RUNNING), folder / "running alone")
     run_ranks(refine_all, 2, folder / "group", weights, data, folder)
     interrupted(config, folder / "handed on", 14, resume=True)
     shutil.copytree(folder / "handed on", folder / "before the end")
@@ -89,9 +94,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["ranks", "micro", "handed on"])
+@pytest.mark.parametrize("name", ["ranks", "micro", "handed on", "running"])
 def test_the_same_run(runs: Path, name: str) -> None:
-    expected, found = log(runs / "alone"), log(runs / name)
+    by_one = runs / ("running alone" if name == "running" else "alone")
+    expected, found = log(by_one), log(runs / name)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for wanted, line in zip(expected, found, strict=True):
         assert line.keys() == wanted.keys()
@@ -102,7 +108,7 @@ def test_the_same_run(runs: Path, name: str) -> None:
             assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4), line["step"]
             assert line["head_loss"] == pytest.approx(wanted["head_loss"], rel=1e-4)
             assert line["nn_accuracy"] == pytest.approx(wanted["nn_accuracy"], abs=9)  # a neighbour may flip
-    alone, other = tensors(runs / "alone"), tensors(runs / name)
+    alone, other = tensors(by_one), tensors(runs / name)
     for key, weight in alone.items():
         torch.testing.assert_close(other[key], weight, rtol=0, atol=1e-4)
     assert results(runs / name)["bad_images"] == [] and not (runs / name / "state").exists()

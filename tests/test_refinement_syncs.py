@@ -73,23 +73,43 @@ def test_steps_do_not_wait_for_the_device(
             assert {"aten::_local_scalar_dense", "tolist"} == set(watch.syncs)
 
 
-def syncs_of_rank(stage: StageName, changes: dict[str, Any]) -> list[str]:
-    """What a step of one process of a group waits for, beside the others."""
+def syncs_of_rank(stage: StageName, changes: dict[str, Any], *, reading: bool = False) -> list[str]:
+    """What a step of one process of a group waits for, beside the others. reading: a weight, which it should not."""
     with pytest.MonkeyPatch.context() as patch, ready_stage(settings(changes), stage) as (job, _):
         whole, rows = synthetic_batch(job), slice(0, 6)
         batch = ViewBatch(0, whole.sample_B[rows], [crops[rows] for crops in whole.crops], [])
+        if reading:
+            read = job.method.encoder.block_modules[-1]
+            read.register_forward_pre_hook(lambda block, _: print(float(next(block.parameters()).sum())))
         with watched(job, patch) as watch:
             updates(job, batch)
         return watch.syncs
 
 
+ALL_PARTS: dict[str, Any] = {"micro_batch": 4, "loss.dense": "gram", "heads.norm": "running"}
+
+
 def syncs_of_all() -> list[list[str]]:
-    all_parts: dict[str, Any] = {"micro_batch": 4, "loss.dense": "gram", "heads.norm": "running"}
-    return [syncs_of_rank("heads", {}), syncs_of_rank("encoder", {}), syncs_of_rank("encoder", all_parts)]
+    return [syncs_of_rank("heads", {}), syncs_of_rank("encoder", {}), syncs_of_rank("encoder", ALL_PARTS)]
 
 
 def test_steps_of_a_group_do_not_wait_for_the_device(tmp_path: Path) -> None:
     assert run_ranks(syncs_of_all, 2, tmp_path) == [[[]] * 3] * 2
+
+
+def syncs_of_shards() -> list[list[str]]:
+    every = ALL_PARTS | {"activation_checkpointing": True, "encoder_stage.freeze_blocks": 1, "optimizer.clip_grad": 1.0}
+    changes: list[tuple[StageName, dict[str, Any]]] = [("heads", {}), ("encoder", {}), ("encoder", every)]
+    found = [syncs_of_rank(stage, {"shard": True, **each}) for stage, each in changes]
+    return [*found, syncs_of_rank("encoder", {"shard": True}, reading=True)]
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch shards on CUDA alone")
+def test_sharded_steps_do_not_wait_for_the_device(tmp_path: Path) -> None:
+    for *found, reading in run_ranks(syncs_of_shards, 2, tmp_path):
+        assert found == [[], [], []]
+        # Of gathered weights, too, the stand-in notices what is read.
+        assert reading and set(reading) == {"aten::_local_scalar_dense"}
 
 
 # --- the meta device

@@ -23,7 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mimref.distributed.sharding import local
 from mimref.refinement.stages import EncoderStage, RefinementStage
+from mimref.training.ema import WeightAverage
 
 ROOT = Path(__file__).parents[1] / "mimref"
 
@@ -56,11 +58,11 @@ class Watch(TorchDispatchMode):
             self.mark(tensor)
 
     def mark(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         self.storages[storage._cdata] = storage
 
     def holds(self, tensor: object) -> bool:
-        return isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata in self.storages
+        return isinstance(tensor, Tensor) and local(tensor).untyped_storage()._cdata in self.storages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = tree_leaves((args, kwargs))
@@ -72,7 +74,10 @@ class Watch(TorchDispatchMode):
             by_mask = name in INDEXING and any(leaf is not args[0] for leaf in masks)
             if name in WAITING or by_mask:
                 self.syncs.append(name)
-            for leaf in tree_leaves(result):
+            # FSDP's gathers write into tensors that they are given.
+            written = [given for given, at in zip(args, func._schema.arguments, strict=False) if at.is_write]
+            named = [(kwargs or {}).get(at.name) for at in func._schema.arguments if at.is_write]
+            for leaf in tree_leaves((result, written, named)):
                 if isinstance(leaf, Tensor):
                     self.mark(leaf)
         return result
@@ -81,7 +86,9 @@ class Watch(TorchDispatchMode):
 @contextmanager
 def watched(job: RefinementStage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     run = job.method
-    modules = [run.encoder, run.heads] + ([job.average.module] if isinstance(job, EncoderStage) else [])
+    modules = [run.encoder, run.heads]
+    if isinstance(job, EncoderStage) and isinstance(job.average, WeightAverage):
+        modules.append(job.average.module)
     with watching(modules, (run.queue, run, run.photometric, job.loss_guard), monkeypatch) as watch:
         yield watch
 
