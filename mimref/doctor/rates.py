@@ -8,7 +8,7 @@ import torch
 from mimref.benchmarks.measure import MatrixProducts, median_seconds
 from mimref.benchmarks.photograph import HEIGHT, WIDTH, photograph
 from mimref.data.decode import decode_content
-from mimref.devices import own_cores, resolve_device
+from mimref.devices import multiplies_bf16, own_cores, resolve_device
 from mimref.doctor.checks import Check
 
 CPU_FLOPS = 5e9
@@ -88,8 +88,10 @@ def _bf16(device: torch.device, single: float, half: float, error: float) -> Che
     if not bf16_supported(device):
         return Check("bfloat16", f"not supported, {value}", "advice", "runs use fp32, in about twice the memory")
     if half > single:
-        default = "" if device.type == "cuda" else "--precision bf16 uses it; the default is fp32 here"
-        return Check("bfloat16", value, todo=default)
+        if device.type == "cuda":
+            return Check("bfloat16", value)
+        recipes = "recipes of refine and finetune use it, and " if multiplies_bf16(device) else ""
+        return Check("bfloat16", value, todo=f"{recipes}--precision bf16; the default is fp32 here")
     if device.type == "cuda":
         return Check("bfloat16", value, "advice", "slower than float32: use --precision fp32")
     return Check("bfloat16", value, todo="slower than float32: keep fp32, the default here")

@@ -22,6 +22,7 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Enco
     Unlike an evaluation's `--arch`, settings that contradict the weights are ignored: presets serve any weights.
     """
     recorded, asked = checkpoint.architecture, config.model_fields_set
+    is_backbone(config.arch)  # a name that nothing has is nobody's intention, whatever the weights say
     # Without advice, no architecture helps: several encoders and no choice, or a part of the weights.
     if recorded is None and not ("arch" in asked and checkpoint.advice):
         raise unrecognised(checkpoint.path, checkpoint.problem, checkpoint.advice, checkpoint.named)

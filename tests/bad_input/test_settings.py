@@ -47,6 +47,8 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"views.flip": 2}, ("views.flip = 2", "at most 1")),
     ({"heads.temprature": 1}, ("'heads.temprature'", "'heads.temperature'")),
     ({"encoder.weights": "nowhere.safetensors"}, ("nowhere.safetensors",)),
+    ({"encoder.weights": "runs/pretrain-peak"}, ("runs/pretrain-peak", "mimref pretrain --preset peak")),
+    ({"encoder.arch": "nonsense"}, ("unknown architecture 'nonsense'",)),
     ({"encoder.weights": "none", "encoder.source": "ijepa"}, ("vit_l16", "ijepa")),
     ({"data.spec": "none"}, ("--data",)),
     ({"device": "gpu"}, ('device = "gpu"', "'cuda'")),
