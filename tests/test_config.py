@@ -66,6 +66,9 @@ def test_lists_need_no_brackets() -> None:
         "k": [5],
         "tau": [0.1, 1.0],
     }
+    assert load("views.global_scale=0.5,1").views.global_scale == (0.5, 1.0)
+    assert load("heads.temperature=0.1, 0.2").heads.temperature == [0.1, 0.2]
+    assert load("heads.temperature=0.1").heads.temperature == 0.1
 
 
 def test_set_of_a_table_keeps_the_rest_of_it() -> None:

@@ -4,7 +4,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -130,15 +130,17 @@ def _nest(model: type[BaseModel], key: str, value: Any) -> Table:
 
 def _read(kind: Any, text: str) -> Any:
     """The value of a setting of this type; the text itself where it is not TOML, or where `20` must stay '20'."""
-    is_list = get_origin(kind) is list
-    if is_list and not text.startswith("["):
-        return [_read(get_args(kind)[0], part.strip()) for part in text.split(",")]
+    kinds = (kind,) if get_origin(kind) in (list, tuple) else (kind, *get_args(kind))
+    kinds = tuple(get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds)
+    takes_text, lists = str in kinds, [each for each in kinds if get_origin(each) in (list, tuple)]
+    # Where one value would do as well, or never does, only commas make a list.
+    if lists and not takes_text and not text.startswith("[") and (get_origin(kind) is list or "," in text):
+        return [_read(get_args(lists[0])[0], part.strip()) for part in text.split(",")]
     try:
         table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
     value = table["value"] if len(table) == 1 else text
-    takes_text = not is_list and str in (kind, *get_args(kind))
     return text if takes_text and not isinstance(value, str) else value
 
 

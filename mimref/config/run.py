@@ -26,8 +26,9 @@ class EncoderConfig(ReadingConfig):
 
     arch: str = "vit_l16"
     """`vit_b16`, `vit_l16`, `vit_h14`, `vit_2b14`, a timm name, or `custom` (sizes below)."""
-    source: str | None = "mae"
-    """Pre-training method of the weights; `d2v2` selects the post-norm transformer. `none`: not known."""
+    source: str | None = None
+    """Pre-training method of the weights; `d2v2` selects the post-norm transformer. None: what the file says; without
+    `weights`, the published ones of `mae`."""
     weights: str | None = None
     """Weights file, run folder, name of published weights, or `quickstart` or `peak`, the packaged ones. None: the
     published weights of `arch` and `source`, or random weights (`pretrain`)."""

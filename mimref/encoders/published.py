@@ -113,7 +113,7 @@ def must_download(name: str) -> bool:
     return name.startswith("timm:") or (known is not None and not known.file.is_file())
 
 
-def official_name(arch: str, source: str | None) -> str:
+def official_name(arch: str, source: str) -> str:
     """Name of the published weights of an `--arch` and a `--source`. Raises CheckpointError if there are none."""
     size = arch.removeprefix("vit_")
     if f"{source}_{size}" in ADDRESSES:
@@ -124,7 +124,7 @@ def official_name(arch: str, source: str | None) -> str:
     published = [f"{arch} is available from {sources}"] * bool(sources)
     published += [f"{source} is available as {archs}"] * bool(archs)
     raise CheckpointError(
-        f"no published weights of {arch} from {source or 'none'}: {'; '.join(published) or 'neither is known here'}; "
+        f"no published weights of {arch} from {source}: {'; '.join(published) or 'neither is known here'}; "
         "pass --weights FILE instead"
     )
 

@@ -13,7 +13,7 @@ from mimref.encoders.vit import PAPER_SIZES, Architecture
 
 def weights_name(config: EncoderConfig) -> str:
     """The weights to start from: those that are set, else the published ones of `arch` and `source`."""
-    return config.weights or official_name(config.arch, config.source)
+    return config.weights or official_name(config.arch, config.source or "mae")
 
 
 def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> EncoderArchitecture:
@@ -73,16 +73,9 @@ def ignored_settings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]
             f"encoder.arch {config.arch} is ignored: {path} holds {recorded.name} with {recorded.depth} blocks of "
             f"width {recorded.width} for images of {recorded.image_size} pixels"
         )
-    asked = "source" in config.model_fields_set and checkpoint.recognised
-    if asked and checkpoint.source not in (None, config.source):
+    if config.source and checkpoint.recognised and checkpoint.source not in (None, config.source):
         warnings.append(f"encoder.source {config.source} is ignored: {path} is of {checkpoint.source}")
     return warnings
-
-
-def known_source(config: EncoderConfig, checkpoint: Checkpoint) -> str | None:
-    """Pre-training method of the weights, as they or the settings say. None: the default says nothing of a file."""
-    named = config.weights is None or "source" in config.model_fields_set
-    return checkpoint.source or (config.source if named else None)
 
 
 def resolved_settings(
@@ -95,7 +88,7 @@ def resolved_settings(
     return config.model_copy(
         update={
             "arch": architecture.name,
-            "source": known_source(config, checkpoint),
+            "source": checkpoint.source or config.source,
             "image_size": architecture.image_size,
             **{name: getattr(architecture, name) if custom else None for name in sizes},
         }

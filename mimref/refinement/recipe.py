@@ -22,7 +22,9 @@ from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
 
 SMALL_PIXELS = 64
-"""Images or encoders of fewer pixels per side have the views of the small presets."""
+"""Views with fewer pixels of detail per side are neither blurred nor, in evaluations, cropped."""
+COARSE_PIXELS = 96
+"""Views with fewer pixels of detail per side are crops as large as the small presets'."""
 LEAST_QUEUE = 4
 """Rows that hold another image's, however few images there are: at most three of them are an image's own."""
 _IMAGENET = 1_281_167
@@ -120,10 +122,10 @@ def head_widths(width: int) -> tuple[int, int, int]:
     return hidden, 2 * hidden, 256 if hidden == 2048 else 128
 
 
-def local_size(size: int, patch: int, small: bool) -> int:
+def local_size(size: int, patch: int, coarse: bool) -> int:
     """The least multiple of the patch, or of another step, from 3/7 of the global views on (96 of 224 pixels); 4/7 of
-    small ones."""
-    return min(size, patch * -(-size * (4 if small else 3) // (7 * patch)))
+    coarse ones."""
+    return min(size, patch * -(-size * (4 if coarse else 3) // (7 * patch)))
 
 
 # --- without a preset
@@ -231,17 +233,18 @@ def _why_epochs(images: int, name: str) -> str:
 def _derive_views(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture, seen: Appearance) -> None:
     size = recipe.config.views.global_size or architecture.image_size
     detail = min(size, seen.side) if seen.images else size
-    small = detail < SMALL_PIXELS
-    if small:
+    coarse = detail < COARSE_PIXELS
+    if coarse:
         why = f"views of {detail} pixels: smaller crops show too little"
         recipe.derive("views.global_scale", (0.5, 1.0), why)
         recipe.derive("views.local_scale", (0.3, 0.7), why)
         recipe.derive("views.local_views", 4, "a local view costs a third of a global one, not a fifth as the paper's")
+    if detail < SMALL_PIXELS:
         recipe.derive("views.blur", False, f"{detail} pixels have no detail to lose")
     elif size < 224:
         recipe.derive("views.blur_sigma", (0.1, round(2 * size / 224, 2)), f"the paper's, for {size} of 224 pixels")
-    local = local_size(size, architecture.sizes.step, small)
-    recipe.derive("views.local_size", local, f"{'4/7' if small else '3/7'} of {size} pixels, {_steps(architecture)}")
+    local = local_size(size, architecture.sizes.step, coarse)
+    recipe.derive("views.local_size", local, f"{'4/7' if coarse else '3/7'} of {size} pixels, {_steps(architecture)}")
     if is_character(recipe.config.data):
         recipe.derive("views.flip", 0.0, "a mirrored character is another one")
     looked = f"{seen.colored} of {seen.images} images looked at have colours"
@@ -316,7 +319,7 @@ def _adapt_sizes(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture
     size = views.global_size or architecture.image_size
     if views.local_views and views.local_size > size:
         larger = f"the global views have {size} pixels"
-        recipe.adapt("views.local_size", local_size(size, rule.step, size < SMALL_PIXELS), larger)
+        recipe.adapt("views.local_size", local_size(size, rule.step, size < COARSE_PIXELS), larger)
     elif views.local_views and (nearest := rule.nearest(views.local_size)) != views.local_size:
         recipe.adapt("views.local_size", min(nearest, size), why)
 
