@@ -10,7 +10,7 @@ from mimref.config.run import EvaluateConfig, RunConfig
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import DataError
-from mimref.evaluation.compare import before_after, labelled_splits
+from mimref.evaluation.compare import before_after, labelled_splits, lost_accuracy
 from mimref.evaluation.knn.protocol import knn
 from mimref.features.encode import PIXELS, Column, PassSettings, extract, raw_pixels
 from mimref.results import Row
@@ -71,3 +71,26 @@ def test_data_that_cannot_be_scored(tmp_path: Path) -> None:
         write_images(many, per_class=2, classes=("a", "b", "c"), split=split)
     with pytest.raises(DataError, match="class c has no training image"):
         labelled_splits(DataConfig(spec=str(many), train_limit=2))
+
+
+@pytest.mark.parametrize(
+    ("base", "refined", "images", "warns"),
+    [
+        # Twice sqrt(0.67 * 0.33 / 180) are 7.0 points.
+        (67.2, 56.1, 180, True),
+        (67.2, 61.1, 180, False),
+        (67.2, 66.0, 10_000, True),
+        (67.2, 70.0, 10_000, False),
+        (100.0, 95.0, 20, False),
+        (100.0, 0.0, 3, False),
+    ],
+)
+def test_a_fall_that_chance_does_not_explain(base: float, refined: float, images: int, warns: bool) -> None:
+    rows: list[Row] = [
+        {"model": model, "metric": "knn_top1", "value": value}
+        for model, value in (("raw pixels", 99.0), ("base", base), ("refined", refined))
+    ]
+    found = lost_accuracy(rows, images)
+    assert (found is not None) == warns
+    assert found is None or f"k-NN fell from {base:.1f} to {refined:.1f}" in found
+    assert lost_accuracy(rows[:2], images) is None

@@ -17,6 +17,7 @@ from mimref.refinement.config import RefineConfig
 from mimref.refinement.method import Method, StepValues
 from mimref.refinement.plan import make_plan
 from mimref.refinement.run import build_method, refine
+from mimref.results import Row
 from tests.tiny import (
     ARCHITECTURE,
     EVALUATED,
@@ -186,6 +187,18 @@ def test_an_evaluation_that_fails_does_not_lose_the_training(
     result = refine(refine_config(weights, data, **EVALUATED), tmp_path, listener=watcher)
     assert result.rows == [] and tensors(tmp_path)
     assert "no results table: they are gone" in watcher.warnings
+
+
+def test_a_run_says_that_k_nn_fell(weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher, images = Watcher(), list[int]()
+
+    def lost(rows: list[Row], count: int) -> str:
+        images.append(count)
+        return f"k-NN of {len(rows)} rows fell"
+
+    monkeypatch.setattr("mimref.refinement.run.lost_accuracy", lost)
+    result = refine(refine_config(weights, data, **EVALUATED), tmp_path, listener=watcher)
+    assert f"k-NN of {len(result.rows)} rows fell" in watcher.warnings and images == [16]
 
 
 def test_a_protocol_that_the_images_do_not_allow_is_left_out(weights: Path, data: Path, tmp_path: Path) -> None:

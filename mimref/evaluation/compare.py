@@ -141,6 +141,25 @@ def labelled_splits(
     return train, test
 
 
+def lost_accuracy(rows: Sequence[Row], images: int) -> str | None:
+    """What to say of a before/after table whose k-NN fell by more than chance explains for so many test images.
+
+    That is twice the standard error of the base's accuracy. None: it did not, or there are fewer than 20 images.
+    """
+    found = {row["model"]: float(row["value"]) for row in rows if row.get("metric") == "knn_top1"}
+    if not {"base", "refined"} <= found.keys() or images < 20:
+        return None
+    base, refined = found["base"], found["refined"]
+    share = (base / 100 * images + 1) / (images + 2)  # Laplace's rule: an error of 0 would make one image a warning
+    if base - refined <= 200 * (share * (1 - share) / images) ** 0.5:
+        return None
+    return (
+        f"k-NN fell from {base:.1f} to {refined:.1f}, more than chance explains for {images:,} validation images: what "
+        "refinement aligns, views and nearest neighbours of an image, does not tell these classes apart. Compare "
+        "views.color=false and larger crops (views.local_scale), or keep the base"
+    )
+
+
 def before_after(
     config: RunConfig,
     images: tuple[ImageSource, ImageSource],

@@ -15,7 +15,7 @@ from mimref.encoders.backbones import TokenEncoder
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.parameters import freeze_untrained
 from mimref.errors import Checks, ConfigError, DataError
-from mimref.evaluation.compare import before_after, labelled_splits
+from mimref.evaluation.compare import before_after, labelled_splits, lost_accuracy
 from mimref.evaluation.exhibits.collect import Exhibition, encoder_model
 from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.monitor import KnnMonitor
@@ -228,6 +228,8 @@ def _compare(run: TrainingRun, plan: Plan, monitor: KnnMonitor, refined: TokenEn
         config, images, encoders(), settings, progress, protocols=protocols, note=note, exhibition=exhibition
     )
     run.skipped.add_evaluated(bad)
+    if plan.encoder_steps and (lost := lost_accuracy(rows, len(images[1]))) is not None:
+        run.listener.warn(lost)
     for notice in images[1].peculiarities("validation images"):
         run.listener.warn(notice)
     if exhibition is not None:
