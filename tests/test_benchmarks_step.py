@@ -17,6 +17,7 @@ from tests.tiny import REFINE
 
 WIDTH, DEPTH, PATCH, IMAGE = 32, 4, 8, 16
 TINY: dict[str, Any] = REFINE | {
+    "precision": "auto",
     "encoder.arch": "custom",
     "encoder.image_size": IMAGE,
     "encoder.width": WIDTH,

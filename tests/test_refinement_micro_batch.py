@@ -69,7 +69,7 @@ def test_gradients_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.steps.DoublePhotometric.__call__", _single)
     whole, parts = (_as_float(make_step()) for _ in range(2))
     parts.micro_batch = 2
-    assert learn(whole) == pytest.approx(learn(parts), rel=1e-6)
+    assert learn(whole) == pytest.approx(learn(parts), rel=5e-6)  # sums of other sizes round differently
     modules = zip([*whole.encoder.parameters(), *whole.heads.parameters()],
                   [*parts.encoder.parameters(), *parts.heads.parameters()], strict=True)  # fmt: skip
     total = gradients(whole).norm()
