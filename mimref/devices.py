@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,7 @@ def choose_attention(module: nn.Module, device: torch.device, precision: torch.d
     matrix products are faster than both. Without gradients, and on CUDA, the fused one is.
     """
     if device.type == "cpu" and precision is torch.bfloat16:
-        for part in module.modules():
+        parts: Iterable[Any] = module.modules()
+        for part in parts:
             if hasattr(part, "fused_attn"):  # timm's name, in all of its families
-                setattr(part, "fused_attn", False)  # noqa: B010, of a module mypy knows tensors and modules only
+                part.fused_attn = False

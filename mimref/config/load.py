@@ -133,7 +133,7 @@ def _read(kind: Any, text: str) -> Any:
     kinds = (kind,) if get_origin(kind) in (list, tuple) else (kind, *get_args(kind))
     kinds = tuple(get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds)
     takes_text, lists = str in kinds, [each for each in kinds if get_origin(each) in (list, tuple)]
-    # Where one value would do as well, or never does, only commas make a list.
+    # A pair never is, and some settings may be, a single value: there only commas make a list.
     if lists and not takes_text and not text.startswith("[") and (get_origin(kind) is list or "," in text):
         return [_read(get_args(lists[0])[0], part.strip()) for part in text.split(",")]
     try:

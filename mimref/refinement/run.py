@@ -249,10 +249,8 @@ def _exhibit_unlabelled(
 
 
 def _write_encoder(run: TrainingRun, plan: Plan, refined: TokenEncoder, rows: Sequence[Row]) -> None:
-    header: dict[str, Any] = {}
-    known, done = plan.config.encoder.source, "refined" if plan.encoder_steps else None
-    if known or done:
-        header["source"] = " ".join(filter(None, [known, done]))
+    source = " ".join(filter(None, [plan.config.encoder.source, "refined" if plan.encoder_steps else None]))
+    header: dict[str, Any] = {"source": source} if source else {}
     if plan.checkpoint.licence:
         header["licence"] = plan.checkpoint.licence
     header |= {
