@@ -188,7 +188,10 @@ def test_settings_that_may_be_unset_are_unset_by_default(model: type[CommandConf
         ((None, "vit_l16", None, "x.pth"), "refine/mae_l16"),
         ((None, "vit_h14", "d2v2", "x.pth"), "refine/d2v2_h14"),
         ((None, "vit_h14", "ijepa", "x.pth"), "refine/mae_h14"),
-        ((None, "vit_small_patch16_224", "timm", None), "refine/mae_b16"),
+        ((None, "vit_b16", "ibot", None), "refine/mae_b16"),
+        # The paper's settings are for its sizes.
+        ((None, "vit_small_patch16_224", "timm", None), None),
+        ((None, "convnext_tiny", None, "x.pth", "images"), None),
         # The digits' settings are for digits only.
         ((None, None, None, "quickstart", "images"), None),
         ((None, None, None, None, "images"), None),

@@ -362,4 +362,8 @@ def test_the_newest_finished_run(tmp_path: Path) -> None:
         write_run(tmp_path / name)
         os.utime(tmp_path / name / "results.json", (seconds, seconds))
     write_log(tmp_path / "d")
+    (tmp_path / "knn").mkdir()
+    (tmp_path / "knn" / "results.json").write_text('{"command": "knn"}')  # newer, but of a command without a report
     assert newest_run(tmp_path) == tmp_path / "b"
+    (tmp_path / "knn" / "results.json").write_text("{")
+    assert newest_run(tmp_path) == tmp_path / "knn"  # damaged: to be told, not passed over

@@ -69,7 +69,7 @@ class Resume(Output, panel="Output"):
 
 
 class Configured(Device):
-    precision: Text = option("Default: bf16 on CUDA, fp32 elsewhere.", "fp32|bf16", "precision")
+    precision: Text = option("Default: bf16 on CUDA, else fp32 or what a recipe chooses.", "fp32|bf16", "precision")
     sets: list[str] | None = option("Any other setting; repeatable.", "KEY=VALUE", flag="--set")
 
     def load(
@@ -100,7 +100,7 @@ class Seed(Configured):
 
 class Data(Configured, panel="Data"):
     data: Text = option(
-        "A folder, digits, fashion-mnist, torchvision:NAME, list:FILE, hf:FOLDER, hf:NAME, wds:SHARDS.",
+        "A folder, digits, fashion-mnist, torchvision:NAME, vtab:NAME, list:FILE, hf:FOLDER, hf:NAME, wds:SHARDS.",
         "SPEC",
         "data.spec",
     )
@@ -172,8 +172,11 @@ class Batch(Options, panel="Training"):
     batch_size: Text = option(BATCH_SIZE, "N", "batch_size")
 
 
+MICRO_BATCH = "Images per encoder pass; same result, less memory."
+
+
 class MicroBatch(Batch, panel="Training"):
-    micro_batch: Text = option("Images per encoder pass; same result, less memory.", "N|auto", "micro_batch")
+    micro_batch: Text = option(MICRO_BATCH, "N|auto", "micro_batch")
 
 
 class Shard(Options, panel="Training"):

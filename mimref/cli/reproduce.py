@@ -10,7 +10,6 @@ import typer
 from mimref.cli.execution import figure, note, print_facts
 from mimref.cli.options import Preset, Resume, Text
 from mimref.cli.parser import option
-from mimref.cli.training import DRY_RUN
 
 if TYPE_CHECKING:
     from mimref.reproduce.config import AblationsConfig
@@ -23,7 +22,7 @@ class AblationsOptions(Preset, Resume, panel="Training"):
     seeds: Text = option("Random seeds; default 0,1,2.", "N,N,...", "seeds")
     tables: Text = option("Parts of Table 1; default all.", "a,b,c,d,e,f", "tables")
     jobs: Text = option("Runs at the same time; default: as many as cores are free.", "N", "jobs")
-    dry_run: bool = DRY_RUN
+    dry_run: bool = option("Print every run with its estimated time; write nothing.")
 
     def chosen_preset(self) -> str:
         """`--preset`; else the settings of the suite that `--resume --out DIR` continues."""

@@ -4,16 +4,17 @@ from functools import partial
 from pathlib import Path
 
 from mimref.cli.execution import figure, note, print_finished, run_on_ranks
-from mimref.cli.options import CHECKPOINT, WORKERS, Configured, Force, MicroBatch, Shard, Split, Text, TrainedEncoder
+from mimref.cli.options import CHECKPOINT, MICRO_BATCH, WORKERS, Configured, Force, Shard, Split, Text, TrainedEncoder
 from mimref.cli.parser import argument, option
 from mimref.cli.training import DRY_RUN, TrainingOptions, print_plan, run_folder, run_training
 from mimref.files import check_new_file
 
 
-class FinetuneOptions(TrainedEncoder, MicroBatch, Shard, TrainingOptions, panel="Training"):
+class FinetuneOptions(TrainedEncoder, Shard, TrainingOptions, panel="Training"):
     weights: Text = argument(
         f"{CHECKPOINT}; default: the packaged tiny encoder, on digits.", "CKPT", "encoder.weights", required=False
     )
+    micro_batch: Text = option(MICRO_BATCH, "N", "micro_batch")
     epochs: Text = option("Passes over the images.", "N", "finetune.epochs")
     lr: Text = option("Base learning rate, for 256 images per update.", "RATE", "finetune.lr")
     pool: Text = option("What the classifier reads; default cls.", "cls|mean", "finetune.pool")

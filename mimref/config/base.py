@@ -92,9 +92,9 @@ class DataConfig(Section):
     """Which images."""
 
     spec: str | None = None
-    """A folder, `digits`, `fashion-mnist`, `torchvision:NAME`, `vtab:NAME`, `vtab1k:NAME`, `list:FILE` (a .csv or
-    .parquet table of paths), `hf:FOLDER` or `hf:NAME` (a Hugging Face data set, on disk or on the hub) or `wds:SHARDS`
-    (webdataset tar files)."""
+    """A folder, `digits`, `fashion-mnist`, `torchvision:NAME`, `vtab:NAME`, `vtab1k:NAME`, `list:FILE` (a .csv,
+    .tsv or .parquet table of paths), `hf:FOLDER` or `hf:NAME` (a Hugging Face data set, on disk or on the hub) or
+    `wds:SHARDS` (webdataset tar files)."""
     root: str | None = None
     """Folder of the data set's files, for a spec that is a name."""
     image: str | None = None
@@ -170,7 +170,7 @@ class CommandConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: the best available."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on CUDA, fp32 elsewhere."""
+    """auto: bf16 autocast on CUDA, fp32 elsewhere. A recipe may choose bf16 on a CPU that is fast in it."""
     workers: int | None = Field(default=None, ge=0)
     """Loader processes. None: 0 for images in memory, else one per core that this process may use, at most 16;
     torchrun's processes on one machine share its cores."""

@@ -32,15 +32,15 @@ def choose_refine_preset(
     """The preset that the options of `mimref refine` ask for; None where a recipe derives the settings.
 
     The given one; else that of `--arch` and `--source` (default mae), or where the paper has none, MAE's of the same
-    size, or of ViT-B; else `quickstart` for the packaged encoder on digits. Raises ConfigError for `--source` alone.
+    size; else `quickstart` for the packaged encoder on digits. Raises ConfigError for `--source` alone.
     """
     if preset is not None:
         return None if preset == RECIPE else preset
     if arch is not None:
         size = arch.removeprefix("vit_")
-        candidates = [f"refine/{source or 'mae'}_{size}", f"refine/mae_{size}", "refine/mae_b16"]
+        candidates = [f"refine/{source or 'mae'}_{size}", f"refine/mae_{size}"]
         known = preset_names("refine")
-        return next((name for name in candidates if name in known), candidates[-1])
+        return next((name for name in candidates if name in known), None)
     if source is not None and weights is None:
         raise ConfigError("--source does not name an encoder: give --arch NAME, --weights FILE or --preset NAME")
     packaged = source is None and weights in (None, "quickstart")

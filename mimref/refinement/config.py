@@ -25,7 +25,8 @@ class HeadsConfig(Section):
 
     blocks: Annotated[str, AfterValidator(_check_head_blocks)] = "last8"
     """Block of every head: `17-24`, `20,22,24` or `last8`. A block may appear several times (temperature sweeps).
-    `auto` measures the k-NN accuracy of every block first (needs labels)."""
+    `auto` scores every block first: by k-NN accuracy, without labelled training and validation images by neighbour
+    consistency."""
     temperature: Positive | Annotated[list[Positive], Field(min_length=1)] = 0.2
     """Temperature of the loss: one for all heads, or one per head."""
     projector_hidden: int = Field(default=2048, gt=0)

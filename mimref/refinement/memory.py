@@ -28,9 +28,12 @@ def choose_micro_batch(method: Method, plan: Plan, listener: Listener) -> int | 
     asked, sharded = plan.config.micro_batch, plan.config.shard and world_size() > 1
     if asked is None:
         return None
-    check_exact(method.encoder)
     if isinstance(asked, int):
+        check_exact(method.encoder)
         return asked
+    if reason := _inexact(method.encoder):
+        listener.note(f"micro_batch auto: whole batches, since the encoder has {reason}")
+        return None
     if method.device.type != "cuda":
         # Other devices use the machine's memory, and nothing says when it is full.
         listener.note(f"micro_batch auto: whole batches on {method.device.type}")
@@ -53,16 +56,21 @@ def check_exact(encoder: nn.Module, subject: str = "micro_batch") -> None:
 
     subject: what the message begins with.
     """
+    if reason := _inexact(encoder):
+        wrong = f"{reason}, so micro-batches would change the result"
+        raise ConfigError(f"{subject}: the encoder has {wrong}; leave micro_batch unset and lower batch_size")
+
+
+def _inexact(encoder: nn.Module) -> str:
+    """What the encoder has that makes passes over parts of a batch differ; empty where they do not."""
     for module in encoder.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            what = "BatchNorm layers, whose statistics span the batch, so micro-batches would change the result"
-        elif isinstance(module, nn.Dropout) and module.p > 0:
-            what = "dropout, which differs between passes, so micro-batches would change the result"
-        elif isinstance(module, DropPath) and module.drop_prob:
-            what = "stochastic depth, which differs between passes, so micro-batches would change the result"
-        else:
-            continue
-        raise ConfigError(f"{subject}: the encoder has {what}; leave micro_batch unset and lower batch_size")
+            return "BatchNorm layers, whose statistics span the batch"
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return "dropout, which differs between passes"
+        if isinstance(module, DropPath) and module.drop_prob:
+            return "stochastic depth, which differs between passes"
+    return ""
 
 
 def check_ranks(encoder: nn.Module) -> None:

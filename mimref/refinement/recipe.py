@@ -30,7 +30,7 @@ LEAST_QUEUE = 4
 _IMAGENET = 1_281_167
 _FEW = 10_000
 """Images from which on epochs are fixed by a number of updates, not by the paper."""
-_SHARED_HEADS = ("blocks", "pool", "projector_hidden", "predictor_hidden", "output", "queue_size")
+_SHARED_HEADS = ("blocks", "pool", "norm", "projector_hidden", "predictor_hidden", "output", "queue_size")
 
 
 def fit(

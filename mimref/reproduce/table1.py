@@ -9,6 +9,7 @@ from mimref.errors import ConfigError
 from mimref.evaluation.blocks.statistics import blocks_text
 from mimref.refinement.config import RefineConfig
 from mimref.reproduce.config import Table
+from mimref.training.optim import warmup_length
 
 TITLES: Mapping[Table, str] = {
     "a": "Number of heads",
@@ -130,9 +131,9 @@ def _augmentation_lines(config: RefineConfig) -> list[Line]:
     low, high = views.global_scale
     single = {"views.local_views": 0, "views.global_scale": (float(f"{_WIDER * low:.4g}"), high)}
     epochs = max(1, stage.epochs // 2)
-    plain: dict[str, Any] = {"views.color": False, "views.blur": False, "encoder_stage.epochs": epochs}
-    if stage.warmup_epochs is not None:
-        plain["encoder_stage.warmup_epochs"] = min(stage.warmup_epochs, float(epochs))
+    warmup = min(warmup_length(stage.warmup_epochs, stage.epochs), float(epochs))
+    plain: dict[str, Any] = {"views.color": False, "views.blur": False}
+    plain |= {"encoder_stage.epochs": epochs, "encoder_stage.warmup_epochs": warmup}
     varied, local = views.color or views.blur, views.local_views > 0
     names = [name for name, used in (("colour", views.color), ("blur", views.blur)) if used] or [
         "neither colour nor blur"

@@ -26,10 +26,14 @@ def warmup_cosine(*, peak: float, warmup_updates: int, total_updates: int, end: 
     return partial(learning_rate, peak=peak, warmup_updates=warmup_updates, total_updates=total_updates, end=end)
 
 
+def warmup_length(warmup_epochs: float | None, epochs: int) -> float:
+    """Epochs of warm-up: unless set, the paper's 4 (Table 10), or a fifth of shorter runs."""
+    return min(4.0, epochs / 5) if warmup_epochs is None else warmup_epochs
+
+
 def warmup_updates(warmup_epochs: float | None, epochs: int, updates_per_epoch: int) -> int:
-    """Length of the warm-up: 4 epochs in the paper (Table 10), a fifth of shorter runs unless set."""
-    chosen = min(4.0, epochs / 5) if warmup_epochs is None else warmup_epochs
-    return round(chosen * updates_per_epoch)
+    """Updates of warm-up, see `warmup_length`."""
+    return round(warmup_length(warmup_epochs, epochs) * updates_per_epoch)
 
 
 def module_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:

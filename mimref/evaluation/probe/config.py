@@ -70,7 +70,7 @@ class ProbeConfig(EvaluationConfig):
 
     command = "probe"
     final_norm: bool = True
-    """Apply the encoder's final norm to the last block's output."""
+    """Apply the encoder's final norm: to every block's output where `probe.norm` is `none`, else to the last one's."""
     cached: bool = False
     """Train on cached features of centre crops instead of augmented images."""
     probe: ProbeTrainingConfig = ProbeTrainingConfig()

@@ -114,11 +114,19 @@ def read_run(folder: Path) -> Run:
 
 
 def newest_run(below: Path) -> Path:
-    """The folder in `below` whose results are the newest. Raises OutputError if there is none."""
-    found = [(file.stat().st_mtime_ns, file.parent) for file in below.glob(f"*/{RESULTS}")]
-    if not found:
-        raise OutputError(f"{below}: holds no finished run; pass the output folder of a run")
-    return max(found)[1]
+    """The folder in `below` with the newest results that have a report. Raises OutputError if there is none."""
+    files = sorted(below.glob(f"*/{RESULTS}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    found = next(filter(_may_have_report, files), None)
+    if found is None:
+        raise OutputError(f"{below}: holds no finished run of {', '.join(COMMANDS)}; pass the output folder of a run")
+    return found.parent
+
+
+def _may_have_report(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_bytes())["command"] in COMMANDS)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return True  # damaged: `read_run` says how
 
 
 def _finished(folder: Path) -> Run:
