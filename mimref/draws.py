@@ -67,23 +67,32 @@ def uniform(
     return bits_NC.to(torch.float32) * 2.0**-24
 
 
-@contextmanager
-def seeded(seed: int, epoch: int, operation: Operation, sample: int) -> Iterator[int]:
-    """Inside the block, the global generators of `random` and NumPy, which timm draws from, depend on these alone.
-
-    Gives the number that they were seeded with.
-    """
+def seeds(seed: int, epoch: int, operation: Operation, sample_N: Tensor) -> list[int]:
+    """A number of 32 bits for every sample, to seed other generators with."""
     # 24 bits each: two numbers make the 32 bits that NumPy takes.
-    high, low = uniform(seed, epoch, operation, torch.tensor([sample]), count=2)[0].double().tolist()
-    number = int(high * 2**24) << 8 | int(low * 2**8)
+    drawn = uniform(seed, epoch, operation, sample_N, count=2).double().tolist()
+    return [int(high * 2**24) << 8 | int(low * 2**8) for high, low in drawn]
+
+
+@contextmanager
+def global_generators(number: int) -> Iterator[None]:
+    """Inside the block, the generators of `random` and NumPy, which timm draws from, depend on `number` alone."""
     states = random.getstate(), np.random.get_state()
     random.seed(number)
     np.random.seed(number)
     try:
-        yield number
+        yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+@contextmanager
+def seeded(seed: int, epoch: int, operation: Operation, sample: int) -> Iterator[int]:
+    """`global_generators` that depend on these alone. Gives the number that they are seeded with."""
+    (number,) = seeds(seed, epoch, operation, torch.tensor([sample]))
+    with global_generators(number):
+        yield number
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:

@@ -9,7 +9,7 @@ from mimref.benchmarks.memory import gathered_bytes, memory_facts, memory_page, 
 from mimref.benchmarks.peak import StepPeak, step_peak
 from mimref.benchmarks.stage import resolve_encoder
 from mimref.errors import ConfigError
-from mimref.refinement.sizes import state_bytes
+from mimref.refinement.sizes import exchanged_bytes, state_bytes
 from tests.test_benchmarks_cost import BLOCK, ENCODER, HEADS, POSITIONS, QUEUE
 from tests.test_benchmarks_step import tiny
 
@@ -78,8 +78,8 @@ def test_other_ranks_images_are_counted() -> None:
     # Of 12 images, 3 processes have 4 each; 2 heads, 3 views, projections of 8.
     others, pairs = 8, 2
     projections, logits = 2 * 2 * 2 * others * 8, 2 * 2 * 2 * pairs * 4 * others
-    assert memory.exchanged_bytes(tiny(), 2, 3) == 4 * (projections + logits)
-    assert memory.exchanged_bytes(tiny(), 2, 1) == 0
+    assert exchanged_bytes(tiny(), 2, 3) == 4 * (projections + logits)
+    assert exchanged_bytes(tiny(), 2, 1) == 0
 
 
 @pytest.mark.parametrize("recompute", [False, True])

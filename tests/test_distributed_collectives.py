@@ -150,21 +150,21 @@ def test_running_statistics_span_the_ranks(small: list[dict[str, Any]]) -> None:
 def counted_collectives() -> Iterator[list[tuple[str, int]]]:
     """Kind, and bytes given by this rank, of every collective in the block."""
     calls: list[tuple[str, int]] = []
-    gather, reduce = dist.all_gather, dist.all_reduce
+    gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
 
-    def all_gather(parts: list[Tensor], own: Tensor) -> None:
+    def all_gather(gathered: Tensor, own: Tensor) -> None:
         calls.append(("gather", own.nbytes))
-        gather(parts, own)
+        gather(gathered, own)
 
     def all_reduce(own: Tensor) -> None:
         calls.append(("reduce", own.nbytes))
         reduce(own)
 
-    dist.all_gather, dist.all_reduce = all_gather, all_reduce
+    dist.all_gather_into_tensor, dist.all_reduce = all_gather, all_reduce
     try:
         yield calls
     finally:
-        dist.all_gather, dist.all_reduce = gather, reduce
+        dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
 
 
 def collectives(norm: Norm, number: int) -> dict[str, list[str]]:

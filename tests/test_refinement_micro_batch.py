@@ -12,14 +12,28 @@ from mimref.cli import run
 from mimref.config.load import load_config
 from mimref.data.views import CropGroup
 from mimref.encoders.vit import Encoder
-from mimref.errors import ConfigError
+from mimref.errors import Checks, ConfigError
+from mimref.progress import Silent
 from mimref.refinement.config import RefineConfig
-from mimref.refinement.memory import check_exact, half, largest_that_fits, try_step
+from mimref.refinement.memory import check_exact, choose_micro_batch, half, largest_that_fits, try_step
 from mimref.refinement.method import Method
 from mimref.refinement.norms import NORMS, Norm
+from mimref.refinement.plan import make_plan
 from mimref.refinement.run import refine
 from tests.steps import IMAGES, make_batch, make_step, weights
 from tests.tiny import REFINE, arguments, header, refine_config, results, tensors, write_labelled, write_weights
+
+AUTO_WITH_BATCHNORM = (
+    "micro_batch auto: whole batches, since the encoder has BatchNorm layers, whose statistics span the batch"
+)
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def gradients(step: Method) -> Tensor:
@@ -281,6 +295,31 @@ def test_auto_takes_whole_batches_where_memory_is_the_machines(
     settings = REFINE | {"encoder.weights": given[0], "data.spec": given[1], "micro_batch": "auto"}
     assert run(arguments("refine", tmp_path, settings | {"encoder_stage.epochs": 1})) == 0
     assert "micro_batch auto: whole batches on cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [None, "auto", 2])
+def test_what_fits_a_gpu_is_measured_unless_it_is_set(
+    given: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, asked: int | str | None
+) -> None:
+    plan = make_plan(refine_config(*given, micro_batch=asked), Silent(), Checks())
+    method, trials, listener = make_step(), [], Notes()
+    method.device = torch.device("cuda")
+
+    def fits(*_: Any, reserve: int) -> int:
+        trials.append(reserve)
+        return 3
+
+    monkeypatch.setattr("mimref.refinement.memory.largest_micro_batch", fits)
+    measured = asked != 2
+    assert choose_micro_batch(method, plan, listener) == (3 if measured else 2)
+    assert listener.notes == ["micro_batch auto: 3 of 0 images per encoder pass"] * measured
+    method.encoder.add_module("norm_of_batches", nn.BatchNorm1d(2))
+    if not measured:
+        with pytest.raises(ConfigError, match="micro_batch: the encoder has BatchNorm"):
+            choose_micro_batch(method, plan, listener)
+        return
+    assert choose_micro_batch(method, plan, listener) is None and len(trials) == 1
+    assert listener.notes[1:] == [AUTO_WITH_BATCHNORM] * (asked == "auto")
 
 
 def test_without_a_compiler_the_run_is_not_compiled(

@@ -1,6 +1,7 @@
 """What a distributed run does when one of its processes dies or hangs."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,8 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from mimref.distributed.collectives import barrier
-from mimref.distributed.group import lost_ranks_reported
-from mimref.errors import ConfigError, LostRankError
+from mimref.distributed.group import lost_ranks_reported, process_group
+from mimref.errors import ConfigError, LostRankError, UserError
 from tests.ranks import start_processes
 from tests.tiny import REFINE, arguments, results, tensors, write_labelled, write_weights
 
@@ -71,6 +72,95 @@ def test_small_shared_memory_is_not_a_lost_rank(monkeypatch: pytest.MonkeyPatch)
             "Error while creating shared memory segment /dev/shm/nccl-8kmwB3 (size 9637888), error: No space "
             "left on device"
         )
+
+
+NCCL_ERROR = "NCCL error in: ProcessGroupNCCL.cpp:3690, {what} (run with NCCL_DEBUG=INFO for details)\n{last}"
+
+
+@pytest.mark.parametrize(
+    ("what", "last", "error", "told"),
+    [
+        (
+            "invalid usage, NCCL version 2.28.9",
+            "Last error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 50000",
+            ConfigError,
+            "^NCCL failed: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 50000; NCCL_DEBUG=INFO",
+        ),
+        (
+            "unhandled cuda error, NCCL version 2.28.9",
+            "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
+            ConfigError,
+            "^NCCL failed: Cuda failure 2 'out of memory';",
+        ),
+        ("unhandled system error", "Connection closed by remote peer", LostRankError, "has died"),
+        ("remote process exited or there was a network error", "", LostRankError, "has died"),
+        ("NCCL communicator was aborted on rank 0", "", LostRankError, "has died"),
+        ("Watchdog caught collective operation timeout", "", LostRankError, "has not answered for 10 minutes"),
+    ],
+)
+def test_errors_of_nccl(
+    monkeypatch: pytest.MonkeyPatch, what: str, last: str, error: type[UserError], told: str
+) -> None:
+    monkeypatch.setattr("mimref.distributed.group.world_size", lambda: 2)
+    with pytest.raises(error, match=told), lost_ranks_reported("go on"):
+        raise RuntimeError(NCCL_ERROR.format(what=what, last=last))
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])  # nobody listens there
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("mimref.distributed.group.TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(LostRankError, match=f"do not find each other at 127.0.0.1:{port} "), process_group("cpu"):
+        pass
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(LostRankError, match=r"at \(MASTER_ADDR is not set\):"), process_group("cpu"):
+        pass
+
+
+GPU_SCRIPT = """
+import atexit
+import sys
+import torch
+from mimref import __main__
+from mimref.distributed import group
+
+def command(_):
+    try:
+        with group.process_group("cuda"):
+            {failure}
+    except KeyError:
+        return 2
+    return 0
+
+def join(_):
+    group.dist.init_process_group("gloo", store=group.dist.HashStore(), rank=0, world_size=1)
+
+torch.cuda.device_count, torch.cuda.set_device = lambda: 1, lambda _: None
+__main__.run, group._join = command, join
+group.dist.destroy_process_group = lambda: print("waits for the others", flush=True)  # as NCCL's does
+atexit.register(lambda: print("Python has ended", flush=True))
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "output", "trace"),
+    [
+        ("pass", 0, ["waits for the others", "Python has ended"], False),
+        ("raise KeyError", 2, [], False),
+        ("raise ValueError('odd')", 1, [], True),
+    ],
+)
+def test_a_process_that_fails_on_its_gpu_ends_at_once(failure: str, code: int, output: list[str], trace: bool) -> None:
+    environment = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    line = [sys.executable, "-c", GPU_SCRIPT.format(failure=failure)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stdout.splitlines()) == (code, output), done.stderr
+    assert ("ValueError: odd" in done.stderr) == trace
 
 
 # Rank 1 kills itself once, after its 7th update.

@@ -15,7 +15,7 @@ from mimref.progress import Progress
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.memory import half
 from mimref.refinement.schedule import StageName
-from mimref.refinement.sizes import StateBytes, meta_modules, state_bytes
+from mimref.refinement.sizes import StateBytes, exchanged_bytes, meta_modules, state_bytes
 from mimref.results import Row
 
 USABLE = 0.9
@@ -172,15 +172,6 @@ def _largest(
         if peak.total <= room or micro == 1:
             return micro, peak
         micro = half(micro)
-
-
-def exchanged_bytes(config: RefineConfig, heads: int, processes: int) -> int:
-    """What a process has of the images of all others, at the peak: projections, and logits with their gradients."""
-    images = -(-config.batch_size // processes)
-    others, pairs = config.batch_size - images, 1 + config.views.local_views
-    # Projections as received and joined, of two views; logits of two views, as kept and as differentiated.
-    projections, logits = 2 * 2 * heads * others * config.heads.output, 2 * 2 * heads * pairs * images * others
-    return 4 * (projections + logits)
 
 
 def gathered_bytes(config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int]) -> int:

@@ -127,3 +127,17 @@ def run(args: Sequence[str]) -> int:
         for line in map(str, error.errors) if isinstance(error, UserErrors) else [message]:
             typer.echo(f"mimref: error: {' '.join(line.split())}", err=True)
         return 2
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        if debug:
+            traceback.print_exception(error)
+        # The rest of torch's message is about its allocator.
+        what = ". ".join(str(error).split(". ")[:2])
+        typer.echo(f"mimref: error: {what}; lower batch_size, or micro_batch of a training", err=True)
+        return 2
+
+
+def _out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # not imported for commands without it
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)

@@ -69,9 +69,9 @@ def gather_samples(sample_B: Tensor, most: int) -> list[Tensor]:
         return [sample_B]
     padded = torch.full((most,), -1, dtype=torch.int64)
     padded[: len(sample_B)] = sample_B
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return [part[part >= 0] for part in parts]
+    gathered = padded.new_empty(world_size() * most)
+    dist.all_gather_into_tensor(gathered, padded)
+    return [part[part >= 0] for part in gathered.view(world_size(), most)]
 
 
 def gather_lists(items: Sequence[Any]) -> list[Any]:
@@ -112,7 +112,7 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         gathered = x.new_empty(dist.get_world_size(), *x.shape)
-        dist.all_gather(list(gathered.unbind(0)), x.contiguous())
+        dist.all_gather_into_tensor(gathered.view(-1), x.reshape(-1))
         return gathered
 
     @staticmethod

@@ -15,6 +15,8 @@ from mimref.errors import ConfigError, LostRankError
 
 # In the messages of gloo and NCCL when another process is gone.
 _SIGNS_OF_A_LOST_RANK = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+# In those of NCCL. Without them, NCCL has failed in this process.
+_SIGNS_OF_ANOTHER = ("remote", "abort", "timed out", "timeout", "closed", "reset by peer")
 # A rank that does not answer for longer counts as dead. The longest normal wait is for rank 0 to save or to evaluate.
 TIMEOUT = timedelta(minutes=10)
 
@@ -24,8 +26,10 @@ def process_group(device: str, *, advice: str = "run again: cached features are 
     """Join the process group that torchrun's environment describes; yields this process's rank, 0 without torchrun.
 
     On CUDA every process uses the GPU of its local rank. device: `auto`, `cpu`, `cuda` or `mps`. Raises ConfigError
-    when a machine has more processes than GPUs, LostRankError with `advice` when another process is gone.
+    when a machine has more processes than GPUs or NCCL fails, LostRankError with `advice` when another process is gone
+    or cannot be reached.
     """
+    global _abandoned
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
         yield 0
         return
@@ -35,18 +39,38 @@ def process_group(device: str, *, advice: str = "run again: cached features are 
         if local >= gpus:
             raise ConfigError(f"process {local + 1} on this machine has no GPU; start at most {gpus} processes")
         torch.cuda.set_device(local)
-    # Messages between hosts use gloo, so that they never wait for the GPU.
-    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
-    # Restarted processes must not find the addresses of the ones they replace.
-    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # documented, but not exported for mypy
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    _join("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         with lost_ranks_reported(advice):
             yield dist.get_rank()
+    except BaseException:
+        _abandoned = cuda and dist.is_initialized()
+        raise
     finally:
         leave_process_group()
+
+
+def _join(backend: str) -> None:
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        # Restarted processes must not find the addresses of the ones they replace.
+        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # documented, but not exported for mypy
+        # Messages between hosts use gloo, so that they never wait for the GPU.
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        place = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = str(error).partition("\n")[0]
+        raise LostRankError(f"the processes of this run do not find each other at {place} ({reason})") from error
+
+
+_abandoned = False
+
+
+def abandoned() -> bool:
+    """Whether this process has failed in a group of GPUs. Then it must end at once: NCCL leaves a group, also when
+    Python ends, only together with the other processes, which may wait for this one."""
+    return _abandoned
 
 
 @contextmanager
@@ -64,6 +88,9 @@ def lost_ranks_reported(advice: str) -> Iterator[None]:
                 f"NCCL needs more shared memory than the {free / 1e6:.0f} MB that are free in /dev/shm; start the "
                 "container with a larger --shm-size, or set NCCL_SHM_DISABLE=1"
             ) from error
+        if "NCCL" in text and not any(sign in text.lower() for sign in _SIGNS_OF_ANOTHER):
+            reason = text.rpartition("Last error:")[2].strip().partition("\n")[0]
+            raise ConfigError(f"NCCL failed: {reason}; NCCL_DEBUG=INFO makes it say more") from error
         waited = "Timed out" in text or "timeout" in text.lower()
         what = f"has not answered for {TIMEOUT.total_seconds() / 60:g} minutes" if waited else "has died"
         raise LostRankError(f"another process of this run {what}; see its own message; {advice}") from error
@@ -99,7 +126,8 @@ def leave_process_group() -> None:
     """Leave the group: what follows is this process's own work."""
     if dist.is_available() and dist.is_initialized():
         _left.append(dist.group.WORLD)
-        dist.destroy_process_group()
+        if not _abandoned:
+            dist.destroy_process_group()
 
 
 _outside = False

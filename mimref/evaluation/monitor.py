@@ -100,7 +100,10 @@ class KnnMonitor:
         train, test = self.features(encoder, [last])
         x = train.matrix([last])
         check_features(x, "features of the k-NN check")
-        values = {"feature_variance": feature_statistics(x).variance, **crop_measures(x)}
+        values = {
+            "feature_variance": feature_statistics(x).variance,
+            **crop_measures(x, device=self.settings.device.type),
+        }
         if self.view_samples:
             values |= self.view_measures(encoder, [[last]], self.view_samples)[0]
         if test is not None:
@@ -119,7 +122,8 @@ class KnnMonitor:
         matrices = [found.matrix(pair) for pair in pairs]
         for matrix in matrices:
             check_features(matrix, "features of two views")
-        return [view_measures(*matrices[at : at + 2]) for at in range(0, len(matrices), 2)]
+        pairs_of_views = [matrices[at : at + 2] for at in range(0, len(matrices), 2)]
+        return [view_measures(*pair, device=self.settings.device.type) for pair in pairs_of_views]
 
     def features(self, encoder: TokenEncoder, columns: Sequence[Column]) -> tuple[Features, Features | None]:
         """Features of the training subset and, if there are labels, of the validation subset."""
@@ -135,7 +139,8 @@ class KnnMonitor:
         known = np.flatnonzero(np.isin(test_y, train_y))
         if not len(known) or len(np.unique(train_y)) < 2:
             return math.nan
-        return knn_accuracy(train_x, train_y, test_x[known], test_y[known], k=min(self.k, len(train_y)))
+        device, k = self.settings.device.type, min(self.k, len(train_y))
+        return knn_accuracy(train_x, train_y, test_x[known], test_y[known], k=k, device=device)
 
 
 # Healthy refinement does not come near: neighbours become more alike and ranks hardly fall, while a collapse divides

@@ -87,6 +87,9 @@ class Pretraining(Stage):
         views = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
         sample_B = send(batch.sample_B, self.device)
         noise = uniform(self.config.seed, batch.epoch, Operation.MASK, sample_B, count=self.model.num_patches)
+        if not len(sample_B):
+            # Not all kernels take no image: a black one is encoded, which counts for nothing.
+            views, noise = (each.new_zeros(1, *each.shape[1:]) for each in (views, noise))
         with autocast(self.device, self.precision):
             loss: Tensor = self.trained_model(views, noise)
         # Ranks' gradients are averaged: each counts by its share of the batch.

@@ -113,8 +113,8 @@ class RefineConfig(RunConfig):
     command = "refine"
     path_settings = ("heads_from",)
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
-    """Images per pass of the encoder. Heads and loss still see whole batches, so the result is the same. `auto`: the
-    largest that fits the GPU's memory. None: the whole batch."""
+    """Images per pass of the encoder. Heads and loss still see whole batches, so the result is the same. None, `auto`:
+    the largest part that fits a GPU; the whole batch on other devices, and of shards."""
     activation_checkpointing: bool = False
     """Save only each block's input for the backward pass and recompute the rest: less memory, a third more time."""
     shard: bool = False

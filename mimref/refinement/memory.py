@@ -20,35 +20,44 @@ from mimref.refinement.method import Method
 from mimref.refinement.norms import settled
 from mimref.refinement.plan import Plan
 from mimref.refinement.schedule import StageName
-from mimref.refinement.sizes import state_bytes
+from mimref.refinement.sizes import exchanged_bytes, state_bytes
 
 
 def choose_micro_batch(method: Method, plan: Plan, listener: Listener) -> int | None:
-    """Images per encoder pass as the settings say; `auto` tries what fits on a CUDA device."""
-    asked, sharded = plan.config.micro_batch, plan.config.shard and world_size() > 1
-    if asked is None:
-        return None
+    """Images per encoder pass as the settings say; None for whole batches.
+
+    `auto`, and where nothing is set: what fits on a CUDA device, see `largest_micro_batch`.
+    """
+    asked = plan.config.micro_batch
     if isinstance(asked, int):
         check_exact(method.encoder)
         return asked
-    if reason := _inexact(method.encoder):
-        listener.note(f"micro_batch auto: whole batches, since the encoder has {reason}")
-        return None
-    if method.device.type != "cuda":
-        # Other devices use the machine's memory, and nothing says when it is full.
-        listener.note(f"micro_batch auto: whole batches on {method.device.type}")
-        return None
-    if sharded:
-        # Trials are made without other ranks, and the encoder may not fit one device.
-        listener.note("micro_batch auto: not measured for sharded weights, so whole batches; set --micro-batch N")
+    if why := _whole_batches(method, plan):
+        if asked == "auto":
+            listener.note(f"micro_batch auto: {why}")
         return None
     stage: StageName = "heads" if plan.config.stage == "heads" else "encoder"
     to_come = state_bytes(plan.config, plan.architecture, plan.blocks, stage)
     reserve = to_come.moments + to_come.average + to_come.base
+    if world_size() > 1:  # the trial is made without other ranks
+        reserve += to_come.gradients + exchanged_bytes(plan.config, len(plan.blocks), world_size())
     fits = largest_micro_batch(method, plan, method.most_images, reserve=reserve)
     found = -max_over_ranks(-fits)  # the smallest of any rank
-    listener.note(f"micro_batch auto: {found} of {method.most_images} images per encoder pass")
+    listener.note(f"micro_batch {asked or 'auto'}: {found} of {method.most_images} images per encoder pass")
     return found
+
+
+def _whole_batches(method: Method, plan: Plan) -> str:
+    """Why micro-batches are not measured; empty where they are."""
+    if method.device.type != "cuda":
+        # Other devices use the machine's memory, and nothing says when it is full.
+        return f"whole batches on {method.device.type}"
+    if reason := _inexact(method.encoder):
+        return f"whole batches, since the encoder has {reason}"
+    if plan.config.shard and world_size() > 1:
+        # Trials are made without other ranks, and the encoder may not fit one device.
+        return "not measured for sharded weights, so whole batches; set --micro-batch N"
+    return ""
 
 
 def check_exact(encoder: nn.Module, subject: str = "micro_batch") -> None:
@@ -91,7 +100,11 @@ def largest_micro_batch(method: Method, plan: Plan, most: int, *, reserve: int) 
     if train_encoder and made is None and plan.config.loss.dense != "none":
         # Stage 2 makes the base, of which `reserve` has the weights; here the encoder takes its place.
         method.dense = DenseTerm(method.encoder, max(plan.blocks), plan.config.loss.dense)
-    attempt = partial(try_step, method, plan.crops, method.most_images, reserve=reserve, train_encoder=train_encoder)
+    # Bands may have more than 8 bits.
+    dtype = torch.uint8 if plan.config.data.channels is None else torch.float32
+    attempt = partial(
+        try_step, method, plan.crops, method.most_images, reserve=reserve, train_encoder=train_encoder, dtype=dtype
+    )
     try:
         with without_group():
             return largest_that_fits(attempt, most)
@@ -139,11 +152,12 @@ def try_step(
     *,
     reserve: int = 0,
     train_encoder: bool = True,
+    dtype: torch.dtype = torch.uint8,
 ) -> None:
     """One step, forward and backward, on black images; nothing changes but the memory that it needed.
 
-    reserve: bytes to hold beside it. Two batches of crops are held, as in training, where one is copied ahead. Raises
-    torch.OutOfMemoryError.
+    reserve: bytes to hold beside it. dtype: of the crops. Three batches of them are held, as in training: the last one
+    and one that is copied ahead. Raises torch.OutOfMemoryError.
     """
     before, queue = method.micro_batch, deepcopy(method.queue.state_dict())
     norms = [buffer.clone() for buffer in method.heads.buffers()]
@@ -154,12 +168,12 @@ def try_step(
         own = method.encoder.architecture.channels
         channels = 3 if own == 1 else own
         shapes = [(batch_size, group.count, channels, group.size, group.size) for group in groups]
-        crops, ahead = ([torch.zeros(s, dtype=torch.uint8, device=method.device) for s in shapes] for _ in range(2))
-        held += ahead
+        crops, *others = ([torch.zeros(s, dtype=dtype, device=method.device) for s in shapes] for _ in range(3))
+        held += [each for batch_of_crops in others for each in batch_of_crops]
         batch = ViewBatch(0, torch.arange(batch_size), crops, [])
         weight_H = torch.ones(method.heads.num_heads, device=method.device)
         method.forward_backward(batch, weight_H, top_k=1, train_encoder=train_encoder)
-        del held, ahead
+        del held, others
     finally:
         method.micro_batch = before
         method.queue.load_state_dict(queue)

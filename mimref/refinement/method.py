@@ -260,11 +260,19 @@ class Method:
 
         dense: also the distance of both global views of each image to the base, (2 * B,).
         """
+        if not len(batch.sample_B):
+            # Not all kernels and models take no image: a black one is encoded, and its features are left out.
+            black = [crops.new_zeros(1, *crops.shape[1:]) for crops in batch.crops]
+            one = ViewBatch(batch.epoch, batch.sample_B.new_zeros(1), black, [])
+            pooled_VBD, distance_N = self._encode(one, pooled_blocks, dense)
+            return [x_VBD[:, :0] for x_VBD in pooled_VBD], None if distance_N is None else distance_N[:0]
         views = views_of(batch, self.photometric)
         images = [sized_vB3SS.flatten(0, 1) for sized_vB3SS in views]
+        # Before the encoder's own pass, whose activations are kept; in a block of its own, since autocast keeps casts
+        # of weights until its end, and before torch 2.10 those made without gradient too.
         with autocast(self.device, self.precision):
-            # Before the encoder's own pass, whose activations are kept.
             base_NPD = None if dense is None else dense.base_patches(images[0])
+        with autocast(self.device, self.precision):
             pooled_ND, student_NPD = pooled_blocks(images, dense=dense is not None)
         shape = (sum(map(len, views)), len(batch.sample_B))
         pooled_VBD = [x_ND.unflatten(0, shape) for x_ND in pooled_ND]

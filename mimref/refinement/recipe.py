@@ -142,11 +142,8 @@ def _derive(
     _derive_training(recipe, architecture, images)
     _derive_views(recipe, architecture, seen)
     _derive_evaluation(recipe, images, min(architecture.image_size, seen.side or architecture.image_size), crop_known)
-    device = resolve_device(recipe.config.device)
-    if multiplies_bf16(device):
+    if multiplies_bf16(resolve_device(recipe.config.device)):
         recipe.derive("precision", "bf16", "faster: this CPU has instructions for it")
-    if device.type == "cuda":
-        recipe.derive("micro_batch", "auto", "the largest that fits the GPU's memory; the result is the same")
 
 
 def _share_heads(recipe: Recipe[RefineConfig], heads_from: str) -> None:

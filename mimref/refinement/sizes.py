@@ -82,6 +82,15 @@ def state_bytes(
     )
 
 
+def exchanged_bytes(config: RefineConfig, heads: int, processes: int) -> int:
+    """What a process has of the images of all others, at the peak: projections, and logits with their gradients."""
+    images = -(-config.batch_size // processes)
+    others, pairs = config.batch_size - images, 1 + config.views.local_views
+    # Projections as received and joined, of two views; logits of two views, as kept and as differentiated.
+    projections, logits = 2 * 2 * heads * others * config.heads.output, 2 * 2 * heads * pairs * images * others
+    return 4 * (projections + logits)
+
+
 def _token_numbers(config: RefineConfig, architecture: EncoderArchitecture, block: int) -> int:
     """Numbers in the patch tokens of both global views of one encoder pass's images."""
     size = config.views.global_size or architecture.image_size

@@ -8,7 +8,7 @@ from typing import Any
 
 from mimref.config.base import ReadingConfig, dump_config
 from mimref.config.load import load_config
-from mimref.devices import own_cores
+from mimref.devices import own_cores, resolve_device
 from mimref.errors import Checks
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.blocks.statistics import blocks_text
@@ -113,8 +113,9 @@ def _default(plan: Plan, out: Path) -> RefineConfig:
     heads = config.heads.model_copy(update={"blocks": blocks_text(plan.blocks)})
     # Nobody looks at the images of dozens of runs.
     evaluate = config.evaluate.model_copy(update={"exhibits": False})
-    # Each run has a core of its own.
-    workers = 1 if config.workers is None and not plan.source.in_memory else config.workers
+    # On a CPU each run has a core of its own.
+    one_core = config.workers is None and resolve_device(config.device).type == "cpu"
+    workers = 1 if one_core and not plan.source.in_memory else config.workers
     return config.model_copy(update={"heads": heads, "evaluate": evaluate, "workers": workers})
 
 

@@ -34,6 +34,8 @@ class StateSaver:
         self._group: Any = dist.new_group(backend="gloo", timeout=_SLOWEST)
         self._mesh = device_mesh(torch.device("cpu"))
         self._folder, self._publish = folder, publish
+        # Without it, the thread's copies would make a context on the first GPU for every process.
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -67,6 +69,8 @@ class StateSaver:
 
     def _run(self, step: int, parts: dict[str, Any], rest: Mapping[str, Any]) -> None:
         try:
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)
             self._write(step, parts, rest)
         except BaseException as error:
             self._error = error

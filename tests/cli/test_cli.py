@@ -98,6 +98,31 @@ def test_refine_passes_its_options_on(work: Calls, capsys: pytest.CaptureFixture
     assert "+2.5" in capsys.readouterr().out
 
 
+def test_a_gpu_without_memory_is_one_line(work: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    def fail(_: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.00 "
+            "GiB is free. See documentation for Memory Management\n  (https://pytorch.org/docs/stable/notes/cuda.html)"
+        )
+
+    work.then = fail
+    assert run(["knn", "--quiet"]) == 2
+    assert one_line(capsys) == (
+        "mimref: error: CUDA out of memory. Tried to allocate 20.00 GiB; lower batch_size, or micro_batch of a training"
+    )
+
+
+def test_other_errors_keep_their_traceback(work: Calls) -> None:
+    def fail(_: Any) -> None:
+        raise RuntimeError("odd")
+
+    work.then = fail
+    with pytest.raises(RuntimeError, match=r"^odd$"):
+        run(["knn", "--quiet"])
+
+
 def test_heads_from_runs_stage_2_alone(work: Calls) -> None:
     assert run(["refine", "--preset", "mae_l16", "--heads-from", "runs/a"]) == 0
     assert (work.config.stage, work.config.heads_from) == ("encoder", "runs/a")

@@ -7,6 +7,7 @@ step, so that results do not depend on processes and a resumed run repeats them.
 Shapes: B images of S x S pixels.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from mimref.data.transforms import PerChannel
 from mimref.devices import send
-from mimref.draws import Operation, seeded
+from mimref.draws import Operation, global_generators, seeded, seeds
 from mimref.transfer.finetune.config import AugmentConfig
 
 # timm does not annotate them.
@@ -76,8 +77,11 @@ class Erasing:
         """Erase in place."""
         if not self.erase.probability:
             return
-        for image, sample in zip(images, sample_B.tolist(), strict=True):
-            with seeded(self.seed, epoch, Operation.ERASE, sample) as number:
+        for image, number in zip(images, seeds(self.seed, epoch, Operation.ERASE, sample_B), strict=True):
+            # timm's first draw says whether it erases. To seed the generators of an image that stays would take longer.
+            if random.Random(number).random() > self.erase.probability:
+                continue
+            with global_generators(number):
                 torch.manual_seed(number)  # of the noise
                 self.erase(image)
 

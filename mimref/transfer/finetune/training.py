@@ -128,11 +128,17 @@ class FineTuning(Stage):
         drop_PB = uniform(seed, epoch, Operation.DROP_PATH, send(sample_B, self.device), count=len(self.depths)).T
         self._loss = torch.zeros((), device=self.device)
         for rows, is_last in self._parts(len(sample_B)):
-            for depth, drop_B in zip(self.depths, drop_PB, strict=True):
-                depth.uniform_B = drop_B[rows]
+            part, uniform_PB = mixed.images[rows], drop_PB[:, rows]
+            if not (images_here := len(part)):
+                # Not all kernels and models take no image: a black one is classified, and its logits are left out.
+                part, uniform_PB = part.new_zeros(1, *part.shape[1:]), drop_PB.new_zeros(len(drop_PB), 1)
+            for depth, uniform_B in zip(self.depths, uniform_PB, strict=True):
+                depth.uniform_B = uniform_B
             with self._synchronised(is_last):
                 with autocast(self.device, self.precision):
-                    logits_BC = self.trained_model(mixed.images[rows])
+                    logits_BC = self.trained_model(part)
+                if not images_here:
+                    logits_BC = logits_BC[:0]
                 loss = mixed.loss(logits_BC, label_B[rows], partner_B[rows], augment.smoothing)
                 loss = loss * (world_size() / images)
                 loss.backward()
