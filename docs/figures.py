@@ -1,4 +1,4 @@
-"""Draw the README's picture from the table of the digits in results.md, for light and for dark pages.
+"""Draw the pictures of the README and the first page from tables in results.md, for light and for dark pages.
 
 python docs/figures.py
 """
@@ -6,11 +6,13 @@ python docs/figures.py
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from mimref.reports.curves import STYLE, THEMES
+from mimref.reports.curves import STYLE, THEMES, plot_curves
+from mimref.results import Row
 
 HERE = Path(__file__).parent
 # Row of the table to its name in the picture.
@@ -22,10 +24,32 @@ SHOWN = {
 }
 
 
+def read_table(page: Path, heading: str) -> list[list[str]]:
+    """The cells of all tables in a section, row by row."""
+    section = page.read_text(encoding="utf-8").split(f"# {heading}\n")[1].split("\n#")[0]
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+
+
+def read_curves(page: Path) -> list[Row]:
+    """k-NN of every block of the base and, as the mean and range over seeds, of the refined encoder."""
+    rows = read_table(page, "The effect at small size")
+    models: dict[str, list[str]] = {
+        "base": ["k-NN, base"],
+        "refined": [f"k-NN, refined, seed {seed}" for seed in range(3)],
+    }
+    found: list[Row] = []
+    for model, names in models.items():
+        curves = [[float(cell) for cell in row[1:]] for row in rows if row[0] in names]
+        assert len(curves) == len(names), model
+        for block, values in enumerate(zip(*curves, strict=True), 1):
+            row: Row = {"model": model, "metric": "block_knn_top1", "block": block, "value": mean(values)}
+            found.append(row | {"least": min(values), "most": max(values)})
+    return found
+
+
 def read_scores(page: Path) -> dict[str, tuple[float, float, float]]:
     """Name in the picture to the scores of raw pixels, base and refined."""
-    section = page.read_text(encoding="utf-8").split("## Quickstart: digits")[1].split("\n## ")[0]
-    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    rows = read_table(page, "Quickstart: digits")
     scores = {row[0]: tuple(map(float, row[1:4])) for row in rows if re.fullmatch(r"\+?[\d.]+", row[-1])}
     return {name: scores[row] for row, name in SHOWN.items()}  # type: ignore[misc]
 
@@ -64,7 +88,8 @@ def draw(scores: dict[str, tuple[float, float, float]], colours: Mapping[str, st
 
 if __name__ == "__main__":
     (HERE / "images").mkdir(exist_ok=True)
-    found = read_scores(HERE / "results.md")
+    found, curves = read_scores(HERE / "results.md"), read_curves(HERE / "results.md")
     for theme, colours in THEMES.items():
+        plot_curves(HERE / "images" / f"blocks-{theme}.svg", curves, theme)
         with rc_context(STYLE):
             draw(found, colours, HERE / "images" / f"digits-{theme}.svg")

@@ -1,5 +1,6 @@
 """What stages hand on, which images a run leaves out, and how it stops when training breaks."""
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError, DivergenceError, Interrupted
+from mimref.evaluation.assess.measures import MEASURES
 from mimref.progress import Silent
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.method import Method, StepValues
@@ -149,9 +151,17 @@ def test_a_sweep_of_temperatures_is_one_run_with_a_ranking(weights: Path, data: 
 def test_unlabelled_images_work_throughout(weights: Path, unlabelled: Path, tmp_path: Path) -> None:
     watcher = Watcher()
     result = refine(refine_config(weights, unlabelled, **EVALUATED), tmp_path / "both", listener=watcher)
-    assert result.rows == [] and results(tmp_path / "both")["metrics"] == []
-    assert any(note.startswith("no before/after table: ") and "no labels" in note for note in watcher.notes)
-    assert (tmp_path / "both" / "results.csv").is_file()
+    assert any(note.startswith("measures without labels before and after: ") for note in watcher.notes)
+    assert results(tmp_path / "both")["metrics"] == result.rows and (tmp_path / "both" / "results.csv").is_file()
+    by_model = {
+        name: {row["metric"]: row["value"] for row in result.rows if row["model"] == name}
+        for name in ("base", "refined")
+    }
+    assert set(by_model["base"]) == set(by_model["refined"]) == set(MEASURES) - {"alpha_req"}
+    checks = [json.loads(line) for line in (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()]
+    checks = [check for check in checks if "neighbour_consistency" in check]
+    for model, check in zip(by_model, (checks[0], checks[-1]), strict=True):
+        assert {name: check[name] for name in by_model[model]} == pytest.approx(by_model[model], rel=1e-5)
     watcher = Watcher()
     refine(refine_config(weights, unlabelled, stage="heads"), tmp_path / "heads", listener=watcher)
     assert any(note.startswith("no ranking of the heads: ") for note in watcher.notes)

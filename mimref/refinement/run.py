@@ -1,6 +1,6 @@
 """Refine an encoder: train the heads on the frozen encoder, then encoder and heads together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -15,6 +15,7 @@ from mimref.encoders.backbones import TokenEncoder
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.parameters import freeze_untrained
 from mimref.errors import Checks, ConfigError, DataError
+from mimref.evaluation.assess.measures import MEASURES
 from mimref.evaluation.compare import before_after, labelled_splits, lost_accuracy
 from mimref.evaluation.exhibits.collect import Exhibition, encoder_model
 from mimref.evaluation.lowshot.solver import load_solver
@@ -41,7 +42,7 @@ class RefineResult(Tabular):
 
     out: Path
     rows: list[Row]
-    """The before/after table, or a heads-only run's ranking of heads; empty without labels."""
+    """The before/after table, without labels of the measures that need none; or a heads-only run's ranking of heads."""
     elapsed_s: float
     """Of training."""
     bad_images: list[tuple[str, str]] = field(default_factory=list)
@@ -215,9 +216,10 @@ def _compare(run: TrainingRun, plan: Plan, monitor: KnnMonitor, refined: TokenEn
     try:
         images = labelled_splits(config.data, plan.source, monitor.val)
     except DataError as error:
-        run.listener.note(f"no before/after table: {error}")
+        run.listener.note(f"measures without labels in place of k-NN, low-shot and clustering: {error}")
+        rows = [row for name, encoder in encoders() for row in _signs(name, monitor.check(encoder))]
         _exhibit_unlabelled(run, plan, settings, encoders())
-        return []
+        return rows
     protocols = ["knn", "cluster"]
     with optional("no low-shot results", run.listener):
         load_solver()
@@ -237,10 +239,16 @@ def _compare(run: TrainingRun, plan: Plan, monitor: KnnMonitor, refined: TokenEn
     return rows
 
 
+def _signs(model: str, values: Mapping[str, float]) -> list[Row]:
+    """Rows of the measures of which more, or less, is better."""
+    measures = [name for name in MEASURES if name in values and name != "alpha_req"]
+    return [{"model": model, "metric": name, "value": values[name]} for name in measures]
+
+
 def _exhibit_unlabelled(
     run: TrainingRun, plan: Plan, settings: PassSettings, encoders: Iterator[tuple[str, TokenEncoder]]
 ) -> None:
-    """Show some training images instead of the before/after table."""
+    """Show some training images."""
     if not plan.config.evaluate.exhibits:
         return
     exhibition = Exhibition.of_some(plan.source, settings, plan.config.seed, run.listener, "training images")
