@@ -33,10 +33,7 @@ def read_table(page: Path, heading: str) -> list[list[str]]:
 def read_curves(page: Path) -> list[Row]:
     """k-NN of every block of the base and, as the mean and range over seeds, of the refined encoder."""
     rows = read_table(page, "The effect at small size")
-    models: dict[str, list[str]] = {
-        "base": ["k-NN, base"],
-        "refined": [f"k-NN, refined, seed {seed}" for seed in range(3)],
-    }
+    models = {"base": ["k-NN, base"], "refined": [f"k-NN, refined, seed {seed}" for seed in range(3)]}
     found: list[Row] = []
     for model, names in models.items():
         curves = [[float(cell) for cell in row[1:]] for row in rows if row[0] in names]

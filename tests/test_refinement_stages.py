@@ -151,12 +151,11 @@ def test_a_sweep_of_temperatures_is_one_run_with_a_ranking(weights: Path, data: 
 def test_unlabelled_images_work_throughout(weights: Path, unlabelled: Path, tmp_path: Path) -> None:
     watcher = Watcher()
     result = refine(refine_config(weights, unlabelled, **EVALUATED), tmp_path / "both", listener=watcher)
-    assert any(note.startswith("measures without labels before and after: ") for note in watcher.notes)
+    assert any(note.startswith("measures without labels in place of ") for note in watcher.notes)
     assert results(tmp_path / "both")["metrics"] == result.rows and (tmp_path / "both" / "results.csv").is_file()
-    by_model = {
-        name: {row["metric"]: row["value"] for row in result.rows if row["model"] == name}
-        for name in ("base", "refined")
-    }
+    by_model: dict[str, dict[str, Any]] = {"base": {}, "refined": {}}
+    for row in result.rows:
+        by_model[str(row["model"])][str(row["metric"])] = row["value"]
     assert set(by_model["base"]) == set(by_model["refined"]) == set(MEASURES) - {"alpha_req"}
     checks = [json.loads(line) for line in (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()]
     checks = [check for check in checks if "neighbour_consistency" in check]
