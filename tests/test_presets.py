@@ -332,8 +332,8 @@ def test_refine_presets_build(name: str) -> None:
     config = load(name)
     assert isinstance(config, RefineConfig)
     if config.encoder.weights:
-        # The weights' header describes the encoder. The pretrain preset of the same name made it.
-        made_by = load(name.replace("refine/", "pretrain/"))
+        # The weights' header describes the encoder. The pretrain preset of the same name as the weights made it.
+        made_by = load("pretrain/" + Path(config.encoder.weights).name.removeprefix("pretrain-"))
         assert isinstance(made_by, PretrainConfig)
         architecture = Architecture.from_config(made_by.encoder)
     else:

@@ -14,8 +14,8 @@ from mimref.cli.parser import option
 if TYPE_CHECKING:
     from mimref.reproduce.config import AblationsConfig
 
-PRESET = "peak"
-"""A small base whose features peak in the middle, as those of the paper's."""
+PRESET = "peak_short"
+"""A small base whose features peak in the middle, as those of the paper's, and few updates."""
 
 
 class AblationsOptions(Preset, Resume, panel="Training"):
