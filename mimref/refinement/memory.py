@@ -43,7 +43,7 @@ def choose_micro_batch(method: Method, plan: Plan, listener: Listener) -> int | 
         reserve += to_come.gradients + exchanged_bytes(plan.config, len(plan.blocks), world_size())
     fits = largest_micro_batch(method, plan, method.most_images, reserve=reserve)
     found = -max_over_ranks(-fits)  # the smallest of any rank
-    listener.note(f"micro_batch {asked or 'auto'}: {found} of {method.most_images} images per encoder pass")
+    listener.note(f"micro_batch auto: {found} of {method.most_images} images per encoder pass")
     return found
 
 
