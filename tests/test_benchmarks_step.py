@@ -163,3 +163,12 @@ def test_the_encoder_is_known_without_images_and_published_weights() -> None:
         resolve_encoder(tiny(heads__blocks="auto"))
     architecture, blocks = resolve_encoder(load_config(RefineConfig, "refine/mae_l16", {"encoder.weights": "mae_l16"}))
     assert (architecture.width, blocks) == (1024, list(range(17, 25)))
+
+
+def test_a_benchmark_of_whole_batches_does_not_try_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[object] = []
+    monkeypatch.setattr("mimref.refinement.run.choose_micro_batch", lambda method, plan, _: chosen.append(plan))
+    with ready_stage(tiny(), "encoder") as (job, _):
+        assert job.method.micro_batch is None and not chosen
+    with ready_stage(tiny(micro_batch=2), "encoder"):
+        assert len(chosen) == 1

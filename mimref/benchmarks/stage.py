@@ -52,7 +52,8 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Refine
     plan = Plan(_both_stages(config), checkpoint, architecture, transform, images, [])
     made = HeadsStage if stage == "heads" else EncoderStage
     with tempfile.TemporaryDirectory() as folder:
-        yield made(TrainingRun(plan.config, Path(folder), None), plan, build_method(plan, Silent())), memory
+        method = build_method(plan, Silent(), try_memory=False)
+        yield made(TrainingRun(plan.config, Path(folder), None), plan, method), memory
 
 
 def resolve_encoder(config: RefineConfig) -> tuple[EncoderArchitecture, list[int]]:

@@ -108,10 +108,11 @@ def refine(
     return RefineResult(out, rows, run.elapsed_s, run.skipped.items)
 
 
-def build_method(plan: Plan, listener: Listener) -> Method:
+def build_method(plan: Plan, listener: Listener, *, try_memory: bool = True) -> Method:
     """Encoder, heads and queue of a plan, on its device; ranks average the gradients of heads, not yet of encoders.
 
     With `shard` both are divided among several ranks, and the encoder comes to the device block by block.
+    try_memory: where no micro-batch is set, try which one fits a GPU.
     """
     config, device = plan.config, resolve_device(plan.config.device)
     if device.type == "cpu":
@@ -139,7 +140,8 @@ def build_method(plan: Plan, listener: Listener) -> Method:
         most_images=-(-config.batch_size // world_size()),
     )
     # Both call for all ranks, so the order matters.
-    method.micro_batch = choose_micro_batch(method, plan, listener)
+    if try_memory or isinstance(config.micro_batch, int):
+        method.micro_batch = choose_micro_batch(method, plan, listener)
     if sharded:
         method.shard()
     else:
