@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 import mimref
 from mimref.config.base import Section
+from mimref.reports.curves import LABELS
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,15 +25,28 @@ def figures() -> ModuleType:
     return module
 
 
-def test_the_picture_shows_the_results() -> None:
-    drawing = figures()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, (_, base, refined) in drawing.read_scores(ROOT / "docs" / "results.md").items():
-        for theme in drawing.THEMES:
-            picture = (ROOT / "docs" / "images" / f"digits-{theme}.svg").read_text(encoding="utf-8")
-            texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
-            assert {name, str(base), str(refined)} <= set(texts), theme
-        assert f"{base} to {refined}" in readme, name
+def texts(picture: str) -> set[str]:
+    svg = (ROOT / "docs" / "images" / picture).read_text(encoding="utf-8")
+    return set(re.findall(r"<text[^>]*>([^<]*)</text>", svg))
+
+
+def test_the_pictures_show_the_results() -> None:
+    drawing, page = figures(), ROOT / "docs" / "results.md"
+    curves = {name: [r["value"] for r in drawing.read_curves(page) if r["model"] == name] for name in LABELS}
+    shown = {f"{value:.1f}" for curve in curves.values() for value in (max(curve), curve[-1])}
+    for theme in drawing.THEMES:
+        for name, (_, base, refined) in drawing.read_scores(page).items():
+            assert {name, str(base), str(refined)} <= texts(f"digits-{theme}.svg")
+        assert {*shown, *LABELS.values()} <= texts(f"blocks-{theme}.svg")
+
+
+def test_the_readme_tells_the_results() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = figures().read_table(ROOT / "docs" / "results.md", "The effect at small size")
+    for name, metric in (("k-NN", "k-NN"), ("1-shot", "1-shot"), ("k-means accuracy", "k-means ACC")):
+        cells = next(row[2:] for row in rows if row[0].startswith(metric) and len(row) == 4)
+        base, refined = (cell.split(" (")[0] for cell in cells)
+        assert re.search(rf"{name}[a-z ]* from {base} to {refined}\b", readme), name
 
 
 def test_the_readme_is_one_page() -> None:
