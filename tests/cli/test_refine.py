@@ -126,15 +126,16 @@ def test_a_temperature_sweep_prints_a_ranking(
     assert heads == {("1", "4", "0.1"), ("2", "4", "0.2"), ("3", "4", "0.3")}
 
 
-def test_unlabelled_images_have_no_table_but_a_note(
+def test_unlabelled_images_have_measures_without_labels_and_a_note(
     settings: dict[str, Any], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = {"data.spec": folder / "unlabelled", "encoder_stage.epochs": 1, "heads_stage.epochs": 1}
     assert run(arguments("refine", tmp_path / "out", settings | short)) == 0
     captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "labels" in captured.err
+    assert "neighbour consistency" in captured.out and "k-NN" not in captured.out
+    assert "the train images have no labels" in captured.err
     assert run(["refine", "--resume", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == captured.out
 
 
 def test_pretrain_prints_and_resumes(
