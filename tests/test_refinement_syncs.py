@@ -224,7 +224,7 @@ def test_the_meta_device_is_told_from_the_cpu() -> None:
         assert noted.copied["devices.py:send"] == 1
         lazily = (lambda: values.sum().item(), lambda: values[values > 1])
         for read in (*lazily, values.nonzero, values.cpu, values.tolist):
-            with pytest.raises((RuntimeError, NotImplementedError)):
+            with pytest.raises((RuntimeError, NotImplementedError)):  # torch's own, by operation
                 read()
 
 
