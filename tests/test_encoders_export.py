@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mimref.encoders import export, export_onnx
 from mimref.encoders.checkpoints import save_encoder
-from mimref.encoders.export import Export, read_encoder
+from mimref.encoders.export import Export, plain, read_encoder
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, OutputError
 from tests.checkpoints import data2vec_tokens, load_encoder, timm_vit, tokens
+from tests.families import FAMILIES, write_backbone
 
 # Files without a header need a published width, which implies the attention heads.
 TINY = Architecture("custom", 16, width=192, depth=3, num_heads=3, patch_size=4)
@@ -344,5 +345,5 @@ def test_foreign_files(tmp_path: Path) -> None:
         read_encoder(tmp_path / "b.pth")
     encoder, *_ = read_encoder(tmp_path / "b.pth", arch="test_vit3")
     assert encoder.architecture.from_timm
-    with pytest.raises(ConfigError, match="--arch resnet18"):
-        read_encoder(tmp_path / "b.pth", arch="resnet18")
+    with pytest.raises(ConfigError, match=r"swin.* --to timm"):
+        plain(read_encoder(write_backbone(tmp_path / "c.safetensors", FAMILIES["swin"]))[0], "--to onnx")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import TimmBackbone
 from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint
-from mimref.encoders.export import read_any_encoder
+from mimref.encoders.export import read_encoder
 from mimref.encoders.export_publisher import export_publisher
 from mimref.encoders.families.publishing import container_of
 from mimref.encoders.fitting import filter_names
@@ -62,7 +62,7 @@ def test_publishers_files_are_written_back_bit_for_bit(name: str, tmp_path: Path
     model = case.model()
     saved, encoder_tensors = content(case, model)
     torch.save(saved, tmp_path / "file.pth")
-    encoder, facts, checkpoint = read_any_encoder(tmp_path / "file.pth", reading_of(name))
+    encoder, facts, checkpoint = read_encoder(tmp_path / "file.pth", reading_of(name))
     assert checkpoint.recognised is not None and isinstance(encoder, TimmBackbone)
     # Swin's own code computes the masks of shifted windows.
     encoder_tensors = {key: tensor for key, tensor in encoder_tensors.items() if not key.endswith("attn_mask")}

@@ -49,12 +49,12 @@ COMMANDS: Mapping[str, Sequence[Function]] = {
     "Tools": (doctor.doctor,),
 }
 TOOLS: Mapping[str, tuple[str, Mapping[str, Function]]] = {
-    "presets": ("Show the settings that ship with mimref.", {"list": tools.list_presets, "show": tools.show_preset}),
+    "presets": ("Show the presets that ship with mimref.", {"list": tools.list_presets, "show": tools.show_preset}),
     "cache": (
-        "List, clear or verify cached features and listings of images.",
+        "List, clear or verify cached features and image listings.",
         {"list": tools.list_cache, "clear": tools.clear_cache, "verify": tools.verify_cache},
     ),
-    "reproduce": ("Reproduce tables of the paper by a suite of runs.", {"ablations": reproduce.ablations}),
+    "reproduce": ("Reproduce tables of the paper with a suite of runs.", {"ablations": reproduce.ablations}),
     "benchmark": (
         "Measure speed and cost on this machine.",
         {
@@ -71,7 +71,7 @@ TOOLS: Mapping[str, tuple[str, Mapping[str, Function]]] = {
 app = typer.Typer(
     name="mimref",
     cls=Group,
-    help="Refine vision transformers that were pre-trained by masked image modelling.",
+    help="Refine vision transformers pre-trained by masked image modelling.",
     epilog="Examples:\n  mimref refine\n  mimref knn runs/refine-quickstart",
     pretty_exceptions_enable=False,
 )

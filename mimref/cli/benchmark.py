@@ -42,14 +42,14 @@ class CostOptions(StepOptions, Data):
 
 class MemoryOptions(StepOptions, panel="Run"):
     gpus: str | None = option("Numbers of GPUs; default 1,8,64.", "N,N,...")
-    memory: str | None = option("Memory of a GPU in GB; default 40,80.", "N,N,...")
+    memory: str | None = option("Memory per GPU in GB; default 40,80.", "N,N,...")
 
 
 def evaluations(options: BenchmarkOptions) -> None:
     """Time the evaluations on synthetic features.
 
-    A sweep over ten values of k against one, k-means in all processes against one, and the classifiers of a linear
-    probe together against one by one.
+    Compares a sweep over ten values of k with a single value, k-means in all processes with k-means in one, and the
+    classifiers of a linear probe trained together with the same ones trained one by one.
 
     Examples:
       mimref benchmark eval
@@ -65,10 +65,10 @@ def evaluations(options: BenchmarkOptions) -> None:
 
 
 def views(options: BenchmarkOptions) -> None:
-    """Time how fast images become views, and evaluation crops.
+    """Time how fast images become views and evaluation crops.
 
-    Two global and ten local views of 500 x 375 JPEGs on one CPU thread, against the pipelines of torchvision and, where
-    they are installed, Kornia and NVIDIA DALI. Evaluation crops, against torchvision's and timm's.
+    Times two global and ten local views of 500 x 375 JPEGs on one CPU thread, and compares with the pipelines of
+    torchvision and, if installed, Kornia and NVIDIA DALI. Evaluation crops are compared with torchvision's and timm's.
 
     Examples:
       mimref benchmark views --out runs/views
@@ -105,8 +105,8 @@ def _print_timings(command: str, options: BenchmarkOptions, measure: "Callable[.
 def step(options: StepOptions) -> None:
     """Time a training step on synthetic images.
 
-    Time, memory, FLOPs and utilisation, in one pass of the encoder and in micro-batches; and the heads as one module
-    against separate ones. Without options: the quickstart's small encoder.
+    Measures time, memory, FLOPs and utilisation in one pass of the encoder and in micro-batches, and compares the heads
+    as one module with separate heads. Without options, measures the quickstart's small encoder.
 
     Examples:
       mimref benchmark step
@@ -130,7 +130,7 @@ def step(options: StepOptions) -> None:
 def cost(options: CostOptions) -> None:
     """Estimate the cost of a preset: hours, memory, largest batch.
 
-    Extrapolates a few measured steps to all epochs over the images of --data, else of ImageNet.
+    Extrapolates a few measured steps to all epochs over the images of --data or, without it, of ImageNet.
 
     Examples:
       mimref benchmark cost --preset mae_l16
@@ -148,11 +148,11 @@ def cost(options: CostOptions) -> None:
 
 
 def everything(options: BenchmarkOptions) -> None:
-    """Measure everything that this machine can show, against bars.
+    """Measure everything that this machine can run, and compare it with bars.
 
-    At most 8 minutes on a GPU, about 2 on a CPU, which runs a small form. Each part has a process of its own, so that
-    one that fails costs only its own lines. With --out also a page in Markdown, as it grows. Exit code 1 names what
-    misses its bar.
+    Takes at most 8 minutes on a GPU and about 2 on a CPU, which runs a smaller version. Each part runs in its own
+    process, so a part that fails loses only its own lines. With --out, also writes a Markdown page that grows as parts
+    finish. If a value misses its bar, an error names it and the exit code is 1.
 
     Examples:
       mimref benchmark all --out runs/benchmark
@@ -189,10 +189,11 @@ def everything(options: BenchmarkOptions) -> None:
 
 
 def memory(options: MemoryOptions) -> None:
-    """Predict which way of training fits the memory of GPUs.
+    """Predict which way of training fits into GPU memory.
 
-    One pass of the encoder or micro-batches, recomputed activations, sharded weights: the peak of each, on any machine,
-    from shapes alone. Takes a minute for a large encoder. Without options: the quickstart's small encoder.
+    Predicts the peak memory of one encoder pass, micro-batches, recomputed activations and sharded weights, on any
+    machine, from shapes alone. Takes a minute for a large encoder. Without options, predicts for the quickstart's small
+    encoder.
 
     Examples:
       mimref benchmark memory --preset mae_2b14

@@ -20,7 +20,8 @@ class DoctorOptions(Output, panel="Output"):
 def doctor(options: DoctorOptions) -> None:
     """Check this machine: versions, devices, disks, speed.
 
-    Takes seconds, and says what to do about each problem. Exit code 1 if something would stop or cripple a run.
+    Takes seconds, and suggests what to do about each problem. The exit code is 1 if a problem would stop or cripple a
+    run.
 
     Examples:
       mimref doctor

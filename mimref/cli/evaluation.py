@@ -33,8 +33,8 @@ class KnnOptions(Subject, EncoderPass, Blocks, Output, panel="Protocol"):
     standardize: bool | None = option(
         "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
     )
-    per_class: bool | None = option("Report every class as well.", sets="per_class")
-    retrieval: bool | None = option("Retrieval as well: mAP, MAP@R, and recall@1, 5 and 10.", sets="retrieval")
+    per_class: bool | None = option("Also report every class.", sets="per_class")
+    retrieval: bool | None = option("Also report retrieval: mAP, MAP@R, and recall@1, 5 and 10.", sets="retrieval")
 
 
 def knn(options: KnnOptions) -> None:
@@ -59,12 +59,12 @@ def knn(options: KnnOptions) -> None:
 
 class LowshotOptions(Subject, EncoderPass, Blocks, Draws, Seed, Output, panel="Protocol"):
     split_files: list[str] | None = option(
-        "Names of the training images, one per line; repeatable.", "FILE", "split_files", flag="--split-file"
+        "File that names training images, one per line; repeatable.", "FILE", "split_files", flag="--split-file"
     )
 
 
 def lowshot(options: LowshotOptions) -> None:
-    """Classify images from a few labelled ones per class.
+    """Classify images from a few labelled examples per class.
 
     Logistic regression on randomly drawn images, or on those named in files.
 
@@ -83,16 +83,16 @@ def lowshot(options: LowshotOptions) -> None:
 
 
 class ClusterOptions(Subject, EncoderPass, Blocks, Split, Clustering, Seed, Report, panel="Protocol"):
-    clusters: Text = option("Default: as many as classes. Images without labels need it.", "N", "clusters")
+    clusters: Text = option("Default: the number of classes. Required for images without labels.", "N", "clusters")
     classes: Text = option("Only these classes, or those named in a file.", "NAMES|FILE", "classes")
-    umap: Path | None = option("Draw the images as points, coloured by class, or by cluster.", "FILE.png")
+    umap: Path | None = option("Draw the images as points, coloured by class or by cluster.", "FILE.png")
 
 
 def cluster(options: ClusterOptions) -> None:
     """Cluster images, with or without labels, and compare the clusters with the classes.
 
-    Mini-batch k-means: the run with the lowest inertia, and the mean of all runs. With --out: the cluster of every
-    image, and a gallery of central and outlying images.
+    Runs mini-batch k-means and reports the run with the lowest inertia and the mean of all runs. With --out, writes the
+    cluster of every image and a gallery of central and outlying images.
 
     Examples:
       mimref cluster --metrics acc,nmi
@@ -140,20 +140,20 @@ class ProbeOptions(Subject, EncoderPass, Preset, Seed, Resume, panel="Protocol")
     kind: Text = option(
         "attentive: learned queries pool the patch tokens; default linear.", "linear|attentive", "probe.kind"
     )
-    cached: bool | None = option("Train on cached features of centre crops: many times faster.", sets="cached")
+    cached: bool | None = option("Train on cached features of centre crops, which is many times faster.", sets="cached")
     epochs: Text = option("Passes over the images.", "N", "probe.epochs")
     batch_size: Text = option(BATCH_SIZE, "N", "probe.batch_size")
-    select: Text = option("Images on which the best is chosen; default test.", "test|val-split", "probe.select")
+    select: Text = option("Images used to choose the best classifier; default test.", "test|val-split", "probe.select")
     final_norm: bool | None = option(
-        "The encoder's final norm; default on.", sets="final_norm", flag="--final-norm/--no-final-norm"
+        "Apply the encoder's final norm; default on.", sets="final_norm", flag="--final-norm/--no-final-norm"
     )
 
 
 def probe(options: ProbeOptions) -> None:
     """Train classifiers on the frozen encoder.
 
-    Linear ones by DINOv2's protocol: a grid of classifiers, of which the best counts. Attentive ones pool the patch
-    tokens first. With --out, --resume continues an interrupted probe.
+    Linear probes follow DINOv2's protocol: a grid of classifiers is trained, and the best one counts. Attentive probes
+    pool the patch tokens first. With --out, --resume continues an interrupted probe.
 
     Examples:
       mimref probe --cached
@@ -190,14 +190,14 @@ class BlocksOptions(EncoderPass, Pool, Preset, Seed, Report, panel="Protocol"):
     )
     k: Text = option("Neighbours that vote; default 10.", "K", "k")
     tau: Text = option("Temperature of the votes; default 0.07.", "T", "tau")
-    reconstruction: bool | None = option("Train a light decoder on every block as well (Fig. 6).", sets="reconstruct")
+    reconstruction: bool | None = option("Also train a light decoder on every block (Fig. 6).", sets="reconstruct")
 
 
 def analyze_blocks(options: BlocksOptions) -> None:
-    """Score every block, and recommend blocks for the heads.
+    """Score every block and recommend blocks for the heads.
 
-    k-NN accuracy and feature statistics per block, and with --out a figure. Without CKPT: the packaged tiny encoder on
-    scikit-learn's digits.
+    Reports k-NN accuracy and feature statistics per block; with --out, also draws a figure. Without CKPT, scores the
+    packaged tiny encoder on scikit-learn's digits.
 
     Examples:
       mimref analyze-blocks
@@ -228,20 +228,20 @@ class AssessOptions(EncoderPass, Blocks, Preset, Seed, Report, panel="Protocol")
         f"{CHECKPOINT}; several are ranked together.", "CKPT", "checkpoints", required=False
     )
     measure: Text = option(
-        "What to rank by; default neighbour_consistency.",
+        "Measure to rank by; default neighbour_consistency.",
         "rankme|lidar|alpha_req|effective_rank|correlation_rank|uniformity|neighbour_consistency|view_retrieval|hubness",
         "measure",
     )
     split: Text = option("Images to use; default train.", "train|val", "split")
-    images: Text = option("Most images to use; default 5000.", "N", "images")
-    k: Text = option("Neighbours of an image; default 10.", "K", "k")
+    images: Text = option("Maximum number of images to use; default 5000.", "N", "images")
+    k: Text = option("Neighbours per image; default 10.", "K", "k")
 
 
 def assess(options: AssessOptions) -> None:
     """Rank encoders or blocks without labels.
 
-    Measures of how features are spread, and of whether two augmented views of an image stay neighbours. Without CKPT:
-    the packaged tiny encoder on scikit-learn's digits.
+    Measures how features are spread, and whether two augmented views of an image stay neighbours. Without CKPT,
+    measures the packaged tiny encoder on scikit-learn's digits.
 
     Examples:
       mimref assess --blocks all
@@ -268,13 +268,13 @@ def assess(options: AssessOptions) -> None:
 class CompareOptions(EncoderPass, Pool, FinalNorm, Draws, Clustering, Seed, Report, panel="Protocol"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: list[str] = argument("Weights to compare with BASE.", "REFINED", "refined")
-    protocols: Text = option("Default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols")
+    protocols: Text = option("Protocols to run; default knn,lowshot,cluster.", "knn,lowshot,cluster,probe", "protocols")
 
 
 def compare(options: CompareOptions) -> None:
-    """Compare encoders by the same protocols.
+    """Compare encoders with the same protocols.
 
-    With --out: a table as CSV, JSON and Markdown, and a figure.
+    With --out, writes a table as CSV, JSON and Markdown, and a figure.
 
     Examples:
       mimref compare quickstart runs/refine-quickstart
@@ -307,15 +307,15 @@ def compare(options: CompareOptions) -> None:
 
 class SearchOptions(EncoderPass, Blocks, Output, panel="Protocol"):
     checkpoint: Text = argument(
-        f"{CHECKPOINT}; default: the packaged tiny encoder, on digits. Goes before --query.",
+        f"{CHECKPOINT}; default: the packaged tiny encoder, on digits. Must come before --query.",
         "CKPT",
         "checkpoint",
         required=False,
     )
     queries: list[str] | None = option(
-        "Image files, or images of the data by the name that results give them.", "IMAGE...", "queries", flag="--query"
+        "Image files, or names of images in the data, as results show them.", "IMAGE...", "queries", flag="--query"
     )
-    k: Text = option("Nearest images of every query; default 12.", "K", "k")
+    k: Text = option("Nearest images per query; default 12.", "K", "k")
     split: Text = option("Images to search; default all.", "train|val|all", "split")
     standardize: bool | None = option(
         "Scale every feature first; default on.", sets="standardize", flag="--standardize/--no-standardize"
@@ -323,10 +323,10 @@ class SearchOptions(EncoderPass, Blocks, Output, panel="Protocol"):
 
 
 def search(options: SearchOptions) -> None:
-    """Find the images of a data set that are most similar to given ones.
+    """Find the images of a data set that are most similar to query images.
 
-    Exact: every query is compared with every image by cosine. Images need no labels. With --out: a table as CSV and
-    JSON, and a gallery as PNG and HTML.
+    The search is exact: every query is compared with every image by cosine similarity. Images need no labels. With
+    --out, writes a table as CSV and JSON, and a gallery as PNG and HTML.
 
     Examples:
       mimref search --query digits/val/21 digits/val/24 --k 5
@@ -357,8 +357,8 @@ class ExtractOptions(EncoderPass, Blocks, Force, panel="Output"):
 def extract(options: ExtractOptions) -> None:
     """Write features to a file for other programs.
 
-    Arrays in the order of the images (.npz), or a table with one row per image, ready for a vector database (.parquet,
-    .lance): its path, split, label and vector.
+    An .npz file holds arrays in the order of the images. A .parquet or .lance table, ready for a vector database, has
+    one row per image with its path, split, label and vector.
 
     Examples:
       mimref extract quickstart --out features.npz

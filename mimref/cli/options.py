@@ -18,7 +18,7 @@ Text = str | None
 
 
 class Debug(Options):
-    debug: bool = option("Show the traceback of errors.")  # read by `mimref.cli.run`
+    debug: bool = option("Show the traceback of an error.")  # read by `mimref.cli.run`
 
 
 class Quiet(Debug):
@@ -47,7 +47,7 @@ class Output(Force, panel="Output"):
 class Report(Output, panel="Output"):
     """Of commands that write a page about their results."""
 
-    no_report: bool = option("Write no report.html.")
+    no_report: bool = option("Do not write report.html.")
 
     @property
     def reports(self) -> bool:
@@ -62,14 +62,14 @@ class Resume(Output, panel="Output"):
         """The state that an interrupted evaluation continues from; None without an output folder."""
         state = self.out / "state" / f"{name}.pt" if self.out else None
         if state is None and self.resume:
-            raise ConfigError(f"--resume continues a {name} in its folder; name it with --out DIR")
+            raise ConfigError(f"--resume continues the {name} in an output folder; name the folder with --out DIR")
         if state is not None and state.exists() and not self.resume and not self.force:
             raise OutputError(f"{self.out}: holds an unfinished {name}; --resume continues it, --force starts over")
         return state
 
 
 class Configured(Device):
-    precision: Text = option("Default: bf16 on CUDA, else fp32 or what a recipe chooses.", "fp32|bf16", "precision")
+    precision: Text = option("Default: bf16 on CUDA, elsewhere fp32 or a recipe's choice.", "fp32|bf16", "precision")
     sets: list[str] | None = option("Any other setting; repeatable.", "KEY=VALUE", flag="--set")
 
     def load(
@@ -91,7 +91,7 @@ class Configured(Device):
 
 
 class Preset(Configured):
-    preset: Text = option("Settings to start from; `mimref presets list` shows all.", "NAME|FILE.toml")
+    preset: Text = option("Preset to start from; `mimref presets list` shows all.", "NAME|FILE.toml")
 
 
 class Seed(Configured):
@@ -115,14 +115,14 @@ class ColourImages(Data, panel="Data"):
 
 class Images(ColourImages, panel="Data"):
     channels: Text = option(
-        "Channels of every image, which keep their values; default: colour, or the encoder's.", "N", "data.channels"
+        "Number of channels per image, whose values are kept; default: colour, or the encoder's.", "N", "data.channels"
     )
 
 
 CHECKPOINT = "Weights file, or output folder of `refine`"
 ARCH = option("vit_b16, vit_l16, vit_h14, vit_2b14 or a timm name.", "NAME", "arch")
 SOURCE = option("Pre-training method of the weights: mae, d2v2, timm, ...", "NAME", "source")
-PART = option("Which encoder of a file with several, such as teacher.", "NAME", "encoder.part")
+PART = option("Which encoder to read from a file that holds several, such as teacher.", "NAME", "encoder.part")
 
 
 class TrainedArch(Options, panel="Encoder"):
@@ -140,7 +140,7 @@ class EncoderPass(Images, panel="Encoder"):
     arch: Text = ARCH
     source: Text = SOURCE
     encoder: Text = PART
-    resolution: Text = option("Default: the encoder's own.", "PIXELS", "resolution")
+    resolution: Text = option("Image size; default: the encoder's own.", "PIXELS", "resolution")
     cache: Text = option("Where features are cached.", "DIR|off", "cache.folder")
 
 
@@ -161,11 +161,11 @@ class Subject(Options, panel="Data"):
         f"{CHECKPOINT}; default: the packaged tiny encoder, on digits.", "CKPT", "checkpoint", required=False
     )
     features: tuple[str, str] | None = option(
-        "Arrays x and y made elsewhere, instead of CKPT.", "TRAIN.npz VAL.npz", "features"
+        "Features made elsewhere, as arrays x and y, instead of CKPT.", "TRAIN.npz VAL.npz", "features"
     )
 
 
-BATCH_SIZE = "Images per update over all processes."
+BATCH_SIZE = "Images per update, over all processes."
 
 
 class Batch(Options, panel="Training"):
@@ -180,7 +180,7 @@ class MicroBatch(Batch, panel="Training"):
 
 
 class Shard(Options, panel="Training"):
-    shard: bool | None = option("Divide a large encoder among all processes; same result.", sets="shard")
+    shard: bool | None = option("Shard a large encoder across all processes; same result.", sets="shard")
 
 
 class Split(Options, panel="Data"):
@@ -189,12 +189,12 @@ class Split(Options, panel="Data"):
 
 class Draws(Options, panel="Protocol"):
     shots: Text = option("Training images per class; default 1,2,5.", "1,2,5", "shots")
-    splits: Text = option("Random draws of these; default 3, or 20 from fewer than 10,000 images.", "N", "splits")
+    splits: Text = option("Draws of the shots; default 3, or 20 with fewer than 10,000 training images.", "N", "splits")
 
 
 class Clustering(Options, panel="Protocol"):
     metrics: Text = option(
-        "Of the clusters: acc, nmi, ami, ari; of the classes: sil (silhouette), dbs (Davies-Bouldin).",
+        "For the clusters: acc, nmi, ami, ari; for the classes: sil (silhouette), dbs (Davies-Bouldin).",
         "acc,nmi,ami,ari,sil,dbs",
         "metrics",
     )

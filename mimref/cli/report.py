@@ -21,14 +21,15 @@ class ReportOptions(Force, panel="Output"):
         if self.out is not None:
             check_new_file(self.out, (".html",), self.force)
         elif len(folders) > 1:
-            raise ConfigError("--out FILE.html is needed: the page of several runs belongs to no run's folder")
+            raise ConfigError("--out FILE.html is required: the page of several runs belongs to no single run's folder")
         return self.out or folders[0] / "report.html"
 
 
 def report(options: ReportOptions) -> None:
     """Write a page about runs: numbers, curves, images.
 
-    One HTML file that needs no network. Several runs are overlaid. An unfinished run shows what it has logged so far.
+    The page is one HTML file that needs no network. Several runs are overlaid. An unfinished run shows what it has
+    logged so far.
 
     Examples:
       mimref report

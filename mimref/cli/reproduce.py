@@ -21,7 +21,7 @@ PRESET = "peak_short"
 class AblationsOptions(Preset, Resume, panel="Training"):
     seeds: Text = option("Random seeds; default 0,1,2.", "N,N,...", "seeds")
     tables: Text = option("Parts of Table 1; default all.", "a,b,c,d,e,f", "tables")
-    jobs: Text = option("Runs at the same time; default: as many as cores are free.", "N", "jobs")
+    jobs: Text = option("Concurrent runs; default: one per free core, or one on a GPU.", "N", "jobs")
     dry_run: bool = option("Print every run with its estimated time; write nothing.")
 
     def chosen_preset(self) -> str:
@@ -31,11 +31,11 @@ class AblationsOptions(Preset, Resume, panel="Training"):
 
 
 def ablations(options: AblationsOptions) -> None:
-    """Reproduce the ablations of Table 1 in small.
+    """Reproduce the ablations of Table 1 at a small scale.
 
     Refines one encoder with every setting of Table 1 (a) to (f), several runs at a time, and shows each result beside
-    the paper's. Runs that tables share run once. The same command continues after an interruption; more tables or seeds
-    add their runs. Settings of --set hold for all runs.
+    the paper's. A run that several tables share runs once. After an interruption, the same command continues; more
+    tables or seeds add their runs. Settings given with --set apply to all runs.
 
     Examples:
       mimref reproduce ablations --preset quickstart --seeds 0 --tables a,e --dry-run
@@ -110,7 +110,7 @@ def _print_suite(config: "AblationsConfig", out: Path, options: AblationsOptions
     print_facts(
         {
             "runs": f"{len(lines)}, {jobs} at the same time",
-            "time": f"about {readable(total_s / jobs)} on this machine, without the scores of the tables",
+            "time": f"about {readable(total_s / jobs)} on this machine, not counting the tables' scores",
             "output": str(out),
         }
     )

@@ -8,23 +8,23 @@ from mimref.cli.parser import argument, option
 class RobustnessOptions(Images, Seed, Report, panel="Data"):
     checkpoint: str = argument("Weights file or output folder of `finetune`.", "CKPT", "checkpoint")
     imagenet_c: Text = option("ImageNet-C: folders CORRUPTION/SEVERITY/CLASS.", "DIR", "imagenet_c")
-    imagenet_a: Text = option("ImageNet-A, of 200 classes.", "DIR", "imagenet_a")
-    imagenet_r: Text = option("ImageNet-R, of 200 classes.", "DIR", "imagenet_r")
+    imagenet_a: Text = option("ImageNet-A (200 classes).", "DIR", "imagenet_a")
+    imagenet_r: Text = option("ImageNet-R (200 classes).", "DIR", "imagenet_r")
     sketch: Text = option("ImageNet-Sketch.", "DIR", "sketch")
     shifted: list[str] | None = option("Any other test set of the classifier's classes; repeatable.", "SPEC", "shifted")
     subset: bool | None = option(
-        "Only the classes of a --shifted set compete; default on.", sets="subset", flag="--subset/--no-subset"
+        "Let only the classes of a --shifted set compete; default on.", sets="subset", flag="--subset/--no-subset"
     )
-    corrupt: Text = option("Corrupt the --data images in 15 or 19 ways, or in some of them.", "15|19|NAMES", "corrupt")
-    severities: Text = option("How strongly; default 1,2,3,4,5.", "1,3,5", "severities")
-    resolution: Text = option("Default: as in fine-tuning.", "PIXELS", "resolution")
+    corrupt: Text = option("Corrupt the --data images by 15, 19 or the named corruptions.", "15|19|NAMES", "corrupt")
+    severities: Text = option("Severities of the corruptions; default 1,2,3,4,5.", "1,3,5", "severities")
+    resolution: Text = option("Image size; default: as in fine-tuning.", "PIXELS", "resolution")
 
 
 def robustness(options: RobustnessOptions) -> None:
     """Classify corrupted and shifted images with a fine-tuned encoder.
 
-    ImageNet's robustness sets, any other folders of the same classes, or your own images, corrupted as they are read.
-    Clean accuracy is measured on --data; default: the images of the fine-tuning.
+    Evaluates on ImageNet's robustness sets, on other folders with the same classes, or on your own images, corrupted as
+    they are read. Clean accuracy is measured on --data; default: the images of the fine-tuning.
 
     Examples:
       mimref robustness runs/finetuned --imagenet-c /data/imagenet-c --imagenet-a /data/imagenet-a

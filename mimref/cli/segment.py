@@ -12,7 +12,7 @@ class SegmentEncoder(ColourImages, panel="Encoder"):
     source: Text = SOURCE
     encoder: Text = PART
     blocks: Text = option("Score blocks one by one instead; 0 is raw pixels.", "all|1,5,12|0,all", "blocks")
-    resolution: Text = option("Of crops and windows; default: the protocol's.", "PIXELS", "resolution")
+    resolution: Text = option("Size of crops and windows; default: the protocol's.", "PIXELS", "resolution")
 
 
 class SegmentOptions(SegmentEncoder, Preset, Seed, Report, Resume, panel="Protocol"):
@@ -21,21 +21,21 @@ class SegmentOptions(SegmentEncoder, Preset, Seed, Report, Resume, panel="Protoc
     )
     protocol: Text = option("Default paper.", "paper|dinov2|knn", "protocol")
     test: Text = option("Middle square, or sliding windows over resized or full images.", "crop|slide|full", "test")
-    upsampling: Text = option("Of classes to pixels; default bilinear.", "bilinear|nearest", "training.upsampling")
+    upsampling: Text = option("Upsampling to pixels; default bilinear.", "bilinear|nearest", "training.upsampling")
     epochs: Text = option("Passes over the training images.", "N", "training.epochs")
-    updates: Text = option("Updates instead of epochs.", "N", "training.updates")
+    updates: Text = option("Number of updates, instead of epochs.", "N", "training.updates")
     batch_size: Text = option("Images per update.", "N", "training.batch_size")
     k: Text = option("Patches that vote, with --protocol knn; default 30.", "K", "knn.k")
     final_norm: bool | None = option(
-        "The encoder's final norm; default: the protocol's.", sets="final_norm", flag="--final-norm/--no-final-norm"
+        "Apply the final norm; default: the protocol's.", sets="final_norm", flag="--final-norm/--no-final-norm"
     )
 
 
 def segment(options: SegmentOptions) -> None:
-    """Segment images on the frozen encoder's patch tokens.
+    """Segment images from the frozen encoder's patch tokens.
 
-    Linear heads by the paper's or DINOv2's protocol, or patch k-NN without training. With --out: a table per class, a
-    figure of predictions, and --resume continues interrupted training.
+    Trains linear heads by the paper's or DINOv2's protocol, or runs patch k-NN without training. With --out, writes a
+    table per class and a figure of predictions, and --resume continues interrupted training.
 
     Examples:
       mimref segment

@@ -16,7 +16,7 @@ class SuiteOptions(Seed, Report, Resume, panel="Data"):
         "checkpoints",
         required=False,
     )
-    suite: Text = option("What to measure; `mimref presets list` shows the built-in ones.", "NAME|FILE.toml")
+    suite: Text = option("Suite to run; `mimref presets list` shows the built-in ones.", "NAME|FILE.toml")
     workers: Text = option("Processes that read images.", "N", "workers")
 
     def settings_file(self) -> str | None:
@@ -28,8 +28,8 @@ class SuiteOptions(Seed, Report, Resume, panel="Data"):
 def transfer(options: SuiteOptions) -> None:
     """Measure encoders on several data sets.
 
-    A suite lists data sets with a protocol each. The entries run one after another; what is finished is never run
-    again. The table has their average and, for several encoders, the average rank.
+    A suite lists data sets, each with a protocol. Its entries run one after another; finished entries never run again.
+    The table includes their average and, for several encoders, the average rank.
 
     Examples:
       mimref transfer --suite quickstart

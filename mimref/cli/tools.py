@@ -22,7 +22,7 @@ def list_presets(options: Debug) -> None:
 
 
 class ShowOptions(Debug):
-    name: str = argument("Name in `mimref presets list`.", "NAME")
+    name: str = argument("Name, as `mimref presets list` shows it.", "NAME")
 
 
 def show_preset(options: ShowOptions) -> None:
@@ -50,7 +50,7 @@ class CacheOptions(Debug, panel="Data"):
 
 
 def list_cache(options: CacheOptions) -> None:
-    """List cached features, and the size of the listings of folders and shards.
+    """List cached features and the size of the listings of folders and shards.
 
     Examples:
       mimref cache list
@@ -65,12 +65,12 @@ def list_cache(options: CacheOptions) -> None:
 
 class ClearOptions(CacheOptions):
     keys: list[str] | None = argument(
-        "Keys in `mimref cache list`, or `listings`; default: all.", "KEY", required=False
+        "Keys, as `mimref cache list` shows them, or `listings`; default: all.", "KEY", required=False
     )
 
 
 def clear_cache(options: ClearOptions) -> None:
-    """Delete cached features, and listings of folders and shards.
+    """Delete cached features and listings of folders and shards.
 
     Examples:
       mimref cache clear

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     TrainingResult = RefineResult | PretrainResult | FinetuneResult
 
 
-DRY_RUN = option("Print the settings with their reasons, sizes, steps and time; write nothing.")
+DRY_RUN = option("Print the settings and the reasons for them, sizes, steps and time; write nothing.")
 
 
 class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume, panel="Training"):
@@ -70,7 +70,7 @@ class RefineOptions(Weights, MicroBatch, Shard, TrainingOptions, panel="Training
     epochs: Text = option("Epochs of stage 2.", "N", "encoder_stage.epochs")
     heads_epochs: Text = option("Epochs of stage 1.", "N", "heads_stage.epochs")
     stage: Text = option("Which stages to run; default both.", "both|heads|encoder", "stage")
-    heads_from: Text = option("Reuse another run's heads; runs stage 2 only.", "DIR", "heads_from")
+    heads_from: Text = option("Reuse another run's heads and run stage 2 only.", "DIR", "heads_from")
     heads: Text = option("Blocks with a head: 17-24, 20,22,24, last8 or auto.", "BLOCKS", "heads.blocks")
     dry_run: bool = DRY_RUN
 
@@ -87,9 +87,9 @@ class RefineOptions(Weights, MicroBatch, Shard, TrainingOptions, panel="Training
 def refine(options: RefineOptions) -> None:
     """Refine an encoder with contrastive heads.
 
-    Stage 1 trains the heads on the frozen encoder, stage 2 heads and encoder together; then a table compares the
-    encoder before and after. Without a preset, settings are derived from encoder and images. Without options: the
-    packaged tiny encoder on scikit-learn's digits.
+    Stage 1 trains the heads on the frozen encoder; stage 2 trains heads and encoder together. A table then compares the
+    encoder before and after. Without a preset, settings are derived from the encoder and the images. Without options,
+    this refines the packaged tiny encoder on scikit-learn's digits.
 
     Examples:
       mimref refine
@@ -125,16 +125,16 @@ def _print_plan(config: "RefineConfig", options: RefineOptions) -> None:
 
 
 class PretrainOptions(TrainedArch, TrainingOptions, panel="Training"):
-    objective: Text = option("Mask tokens in a decoder, or in the encoder; default mae.", "mae|simmim", "objective")
+    objective: Text = option("Mask tokens in a decoder or in the encoder; default mae.", "mae|simmim", "objective")
     epochs: Text = option("Passes over the images.", "N", "mae.epochs")
     dry_run: bool = DRY_RUN
 
 
 def pretrain(options: PretrainOptions) -> None:
-    """Train an encoder to start from, by masked image modelling.
+    """Pre-train an encoder by masked image modelling.
 
-    For images or sizes without public weights. Without a preset, encoder and settings are derived from the images and
-    the machine. Without options, this recreates the packaged tiny encoder, a masked autoencoder.
+    For images or encoder sizes without public weights. Without a preset, the encoder and the settings are derived from
+    the images and the machine. Without options, this recreates the packaged tiny encoder, a masked autoencoder.
 
     Examples:
       mimref pretrain
@@ -205,7 +205,7 @@ def run_training(training: "Callable[..., TrainingResult]", config: "TrainingCon
         resume, force = options.resume or again, options.force and not again
         return training(config, out, resume=resume, force=force, listener=listener, checks=checks)
 
-    advice = "the last saved state is kept: --resume continues, and torchrun --max-restarts does so by itself"
+    advice = "the last saved state is kept: --resume continues from it, and torchrun --max-restarts does so by itself"
     result = run_on_ranks(config, options, work, advice=advice)
     if result is None:
         return False

@@ -17,12 +17,12 @@ class FinetuneOptions(TrainedEncoder, Shard, TrainingOptions, panel="Training"):
     micro_batch: Text = option(MICRO_BATCH, "N", "micro_batch")
     epochs: Text = option("Passes over the images.", "N", "finetune.epochs")
     lr: Text = option("Base learning rate, for 256 images per update.", "RATE", "finetune.lr")
-    pool: Text = option("What the classifier reads; default cls.", "cls|mean", "finetune.pool")
-    resolution: Text = option("Default: the encoder's own.", "PIXELS", "resolution")
-    shots: Text = option("Train on so many images per class; default all.", "N", "shots")
-    splits: Text = option("Random draws of these, each trained on its own; default 3.", "N", "splits")
+    pool: Text = option("Token pooling for the classifier; default cls.", "cls|mean", "finetune.pool")
+    resolution: Text = option("Image size; default: the encoder's own.", "PIXELS", "resolution")
+    shots: Text = option("Train on this many images per class; default all.", "N", "shots")
+    splits: Text = option("Draws of the shots, each trained on separately; default 3.", "N", "splits")
     split_files: list[str] | None = option(
-        "Names of the training images, one per line; repeatable.", "FILE", "split_files", flag="--split-file"
+        "File that names training images, one per line; repeatable.", "FILE", "split_files", flag="--split-file"
     )
     dry_run: bool = DRY_RUN
 
@@ -37,11 +37,11 @@ class FinetuneOptions(TrainedEncoder, Shard, TrainingOptions, panel="Training"):
 
 
 def finetune(options: FinetuneOptions) -> None:
-    """Train an encoder and a classifier on labels.
+    """Fine-tune an encoder and a classifier on labelled images.
 
-    On all training images, or on a few per class. After every epoch the validation images are classified. The result is
-    read by predict, export and all evaluations. Without a preset, settings are derived from the number of labels and
-    the encoder. Without options: the packaged tiny encoder on scikit-learn's digits.
+    Trains on all training images, or on a few per class, and classifies the validation images after every epoch.
+    predict, export and all evaluations read the result. Without a preset, settings are derived from the number of
+    labels and the encoder. Without options, this fine-tunes the packaged tiny encoder on scikit-learn's digits.
 
     Examples:
       mimref finetune
@@ -76,7 +76,7 @@ class PredictOptions(Configured, Split, Force, panel="Data"):
     checkpoint: str = argument("Weights file or output folder of `finetune`.", "CKPT", "checkpoint")
     images: str = argument("Images to classify: a folder, or what --data accepts.", "IMAGES", "data.spec")
     out: Path = option("Table to write: path, label and probability of every image.", "FILE.csv", required=True)
-    resolution: Text = option("Default: as in fine-tuning.", "PIXELS", "resolution")
+    resolution: Text = option("Image size; default: as in fine-tuning.", "PIXELS", "resolution")
     workers: Text = WORKERS
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mimref.sharing.layout import Library, Subject
 
 # Commands without settings read it themselves.
-GRID = option("Patches that positions are for, where they are no square.", "ROWS,COLUMNS")
+GRID = option("Patch grid of the position embedding, if it is not square.", "ROWS,COLUMNS")
 
 
 def read_grid(text: str | None) -> tuple[int, int] | None:
@@ -36,7 +36,7 @@ def read_grid(text: str | None) -> tuple[int, int] | None:
     return int(rows), int(columns)
 
 
-LAYOUT = option("Whose models the folder holds; default transformers. Requires --to hf.", "transformers|timm")
+LAYOUT = "Library that loads the folder; default transformers, or timm where it has no such model."
 
 
 class InspectOptions(Debug, panel="Output"):
@@ -47,9 +47,9 @@ class InspectOptions(Debug, panel="Output"):
 
 
 def inspect(options: InspectOptions) -> None:
-    """Show what a weights file is.
+    """Describe a weights file.
 
-    Its format and architecture, how its tensors are mapped, and what is dropped.
+    Shows its format and architecture, how its tensors are mapped, and which are dropped.
 
     Examples:
       mimref inspect quickstart
@@ -70,27 +70,27 @@ def inspect(options: InspectOptions) -> None:
 class ExportOptions(Force, panel="Encoder"):
     checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT")
     to: Literal["timm", "publisher", "release", "onnx", "hf"] = option("Target format.", required=True)
-    out: Path = option("File to write, whose extension must match --to; for hf a folder.", "FILE|DIR", required=True)
-    layout: Literal["transformers", "timm"] | None = LAYOUT
-    blocks: Text = option("Outputs of the ONNX graph; default last. Requires --to onnx.", "last|all|1,5,12")
-    resolution: int | None = option("Default: the encoder's own.", "PIXELS", min=1)
+    out: Path = option("File to write, its extension matching --to; for hf, a folder.", "FILE|DIR", required=True)
+    layout: Literal["transformers", "timm"] | None = option(f"{LAYOUT} Requires --to hf.", "transformers|timm")
+    blocks: Text = option("Blocks that the ONNX graph outputs; default last. Requires --to onnx.", "last|all|1,5,12")
+    resolution: int | None = option("Image size; default: the encoder's own.", "PIXELS", min=1)
     arch: Text = ARCH
     source: Text = SOURCE
     encoder: Text = PART
     grid: Text = GRID
-    num_heads: int | None = option("Attention heads, where they cannot be inferred from the weights.", "N", min=1)
+    num_heads: int | None = option("Number of attention heads, if it cannot be inferred from the weights.", "N", min=1)
     interpolation: Text = option(
-        "Whose rule interpolates positions to another --resolution; default the weights' own.",
+        "Rule for interpolating positions to another --resolution; default: the weights' own.",
         "mae|dino|dinov2|dinov2_reg|timm|torchvision|mae_pytorch",
     )
 
 
 def export(options: ExportOptions) -> None:
-    """Write an encoder in another format, read it back and compare.
+    """Write an encoder in another format, read it back and compare the two.
 
-    timm: for timm.create_model with checkpoint_path; a fine-tuned encoder keeps its classifier. publisher: as
-    the code of DINOv3, EVA-02, BEiT, Swin, Hiera, ConvNeXt or AIMv2 loads it. release: the layout of the MIM-Refiner
-    releases. onnx: a graph whose outputs are the tokens of the chosen blocks. hf: a folder that
+    timm: a file for timm.create_model with checkpoint_path; a fine-tuned encoder keeps its classifier. publisher: a
+    file that the code of DINOv3, EVA-02, BEiT, Swin, Hiera, ConvNeXt or AIMv2 loads. release: the layout of the
+    MIM-Refiner releases. onnx: a graph that outputs the tokens of the chosen blocks. hf: a folder that
     AutoModel.from_pretrained or timm loads, with image processor, classifier and model card.
 
     Examples:
@@ -107,7 +107,7 @@ def export(options: ExportOptions) -> None:
 
     from mimref.config.base import ReadingConfig
     from mimref.config.load import validated
-    from mimref.encoders.export import ENDINGS, plain, read_any_encoder
+    from mimref.encoders.export import ENDINGS, plain, read_encoder
     from mimref.encoders.export_onnx import check_packages
     from mimref.features.encode import block_groups
     from mimref.files import check_new_file
@@ -124,9 +124,7 @@ def export(options: ExportOptions) -> None:
     if to == "onnx":
         checks.run("to", check_packages)
     with Terminal(options.quiet) as terminal:
-        read = checks.run(
-            "checkpoint", lambda: read_any_encoder(options.checkpoint, reading, **hints, listener=terminal)
-        )
+        read = checks.run("checkpoint", lambda: read_encoder(options.checkpoint, reading, **hints, listener=terminal))
         blocks: list[int] = []
         if read is not None and to == "onnx":
             groups = checks.run("blocks", lambda: block_groups(options.blocks or "last", read[0].depth)) or {}
@@ -205,24 +203,24 @@ def write_folder(
     from mimref.sharing.record import read_record
 
     subject, checkpoint = read
-    files = folder_layout(subject, layout or "transformers")
+    files = folder_layout(subject, layout, listener)
     card = model_card(title, subject, files, read_record(checkpoint))
     return export_folder(subject, files, card, out, force=force, listener=listener)
 
 
 class PushOptions(Quiet, panel="Output"):
     checkpoint: str = argument("Folder that `export --to hf` wrote, or a checkpoint to export.", "FOLDER|CKPT")
-    name: str = argument("Repository, OWNER/NAME; without OWNER, yours.", "NAME")
-    layout: Literal["transformers", "timm"] | None = LAYOUT
+    name: str = argument("Repository, as OWNER/NAME; without OWNER, under your account.", "NAME")
+    layout: Literal["transformers", "timm"] | None = option(LAYOUT, "transformers|timm")
     private: bool = option("Create a private repository.")
-    message: Text = option("Of the commit.", "TEXT")
-    force: bool = option("Replace the files of a repository that exists.")
+    message: Text = option("Commit message.", "TEXT")
+    force: bool = option("Replace the files of an existing repository.")
 
 
 def push(options: PushOptions) -> None:
     """Upload an encoder to the Hugging Face hub.
 
-    A checkpoint is exported first, as export --to hf does. The token is HF_TOKEN, or the one that hf auth login saves.
+    A checkpoint is exported first, as by export --to hf. The token is HF_TOKEN, or the one that hf auth login saved.
 
     Examples:
       mimref push refined_l16 me/refined-l16
@@ -276,15 +274,15 @@ class InterpolateOptions(Images, Output, panel="Encoder"):
     encoder: Text = PART
     alpha: Text = option("Shares of REFINED in the averages; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha")
     choose: Text = option(
-        "Write only the best average: by k-NN on held-out training images, or without labels.", "knn|assess", "choose"
+        "Write only the best average, by k-NN on held-out training images or without labels.", "knn|assess", "choose"
     )
 
 
 def interpolate(options: InterpolateOptions) -> None:
     """Average the weights of two encoders.
 
-    With --data, this reports the k-NN accuracy of every average. With --choose, training images choose one average,
-    which alone is written and measured on the validation images.
+    With --data, reports the k-NN accuracy of every average. With --choose, the best average on training images is
+    chosen; only this one is written and measured on the validation images.
 
     Examples:
       mimref interpolate quickstart runs/refine-quickstart --data digits

@@ -65,19 +65,22 @@ class ReadingConfig(Section):
     """What cannot be inferred from an encoder's weights."""
 
     num_heads: int | None = Field(default=None, gt=0)
-    """Attention heads, which a `custom` encoder needs. None: those of the published model of the weights' width, else
-    one per 64 channels."""
+    """Number of attention heads; a `custom` encoder needs it. None: as in the published model of the weights' width,
+    else one per 64 channels."""
     part: str | None = None
-    """Which encoder of a file that holds several, such as `teacher`: its prefix in the file, or a part of it that no
-    other has. None: the one that the authors of such files evaluate."""
+    """Which encoder to read from a file that holds several, such as `teacher`: its prefix in the file, or a part of the
+    prefix that no other encoder has. None: the encoder that the authors of such files evaluate."""
     grid: PatchGrid | None = None
-    """Rows and columns of patches that a file's positions are for. None: a square, else the shape nearest to one."""
+    """Rows and columns of the patch grid that a file's position embedding is for. None: a square, else the shape
+    nearest to one."""
     interpolation: Interpolation | None = None
-    """Whose rule interpolates positions to other image sizes than the weights'. None: that of the weights' format."""
+    """Rule for interpolating positions to image sizes other than the weights'. None: the rule of the weights'
+    format."""
     channel_init: Literal["repeat", "sum", "random"] | None = None
-    """Patch embedding for other `data.channels` than the weights': `repeat` repeats their channels in turn, scaled by
-    their number over the images' (of one channel, adds them), `sum` gives each channel the same share of their sum,
-    `random` keeps them for the first channels and draws the others. None: `repeat`."""
+    """Patch embedding if `data.channels` differs from the weights' channels. `repeat` repeats the weights' channels in
+    turn, scaled by their number divided by the images' (for one channel, it adds them). `sum` gives each channel the
+    same share of their sum. `random` keeps them for the first channels and draws the others at random. None:
+    `repeat`."""
     color_channels: Numbers | None = None
     """For `random`: the images' channels, counted from 1, that take the weights' red, green and blue. None: 1, 2, 3."""
 
@@ -89,53 +92,53 @@ class ReadingConfig(Section):
 
 
 class DataConfig(Section):
-    """Which images."""
+    """The images, and how they are read."""
 
     spec: str | None = None
     """A folder, `digits`, `fashion-mnist`, `torchvision:NAME`, `vtab:NAME`, `vtab1k:NAME`, `list:FILE` (a .csv,
     .tsv or .parquet table of paths), `hf:FOLDER` or `hf:NAME` (a Hugging Face data set, on disk or on the hub) or
     `wds:SHARDS` (webdataset tar files)."""
     root: str | None = None
-    """Folder of the data set's files, for a spec that is a name."""
+    """Folder of the data set's files, if the spec is a name."""
     image: str | None = None
-    """Column of `list:` that holds paths, column of `hf:` that holds images, or member of a sample of `wds:`, such as
+    """`list:`: column that holds paths. `hf:`: column that holds images. `wds:`: member of a sample, such as
     `left.jpg`. None: chosen by its usual name or its type."""
     label: str | None = None
-    """The same for labels: a column, or a member, such as `txt`, whose text is the label."""
+    """Like `data.image`, for labels: a column, or a member such as `txt` whose text is the label."""
     download: bool = False
     """Let torchvision download the data set."""
     max_bad: int = Field(default=100, ge=0)
-    """Unreadable images to skip and report; one more stops the run."""
+    """Maximum number of unreadable images to skip and report; one more stops the run."""
     train_limit: int | None = Field(default=None, gt=0)
     """Use only the first N training images, in a fixed order that is class-balanced for labelled data."""
     crop_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Evaluation: size of the centre crop over the resized shorter side. None: as in the checkpoint's header, else
-    0.875 (224 / 256)."""
+    """Evaluation: size of the centre crop divided by the resized shorter side. None: as in the checkpoint's header,
+    else 0.875 (224 / 256)."""
     resize: Literal["shorter", "direct"] | None = None
-    """Evaluation: `shorter` resizes the shorter side and crops the centre, `direct` resizes the whole image to the
-    square, whatever its aspect (VTAB's). None: as in the checkpoint's header, else `shorter`."""
+    """Evaluation: `shorter` resizes the shorter side and crops the centre; `direct` resizes the whole image to a
+    square, whatever its aspect ratio (as VTAB does). None: as in the checkpoint's header, else `shorter`."""
     orientation: Literal["file", "exif"] | None = None
-    """Images whose EXIF data say how to turn them: `file` leaves their pixels as stored, `exif` turns them. None: as in
-    the checkpoint's header, else `file`, as published numbers."""
+    """Images with an EXIF orientation: `file` leaves their pixels as stored, `exif` applies the orientation. None: as
+    in the checkpoint's header, else `file`, as for published numbers."""
     alpha: Literal["drop", "white", "black", "checker"] | None = None
-    """Transparent images: `drop` ignores transparency, the others composite on white, black, or squares of two grays.
-    None: as in the checkpoint's header, else `drop`, as published numbers."""
+    """Transparent images: `drop` ignores transparency; the others composite the image on white, black, or squares of
+    two grays. None: as in the checkpoint's header, else `drop`, as for published numbers."""
     range: PixelRange | None = None
     """Images of more than 8 bits: the values that become black and white. `type`: 0 and 65535; `image`: each image's
-    own least and largest; `percentile`: its percentiles 0.5 and 99.5; `A,B`: these two numbers. None: as in the
+    minimum and maximum; `percentile`: each image's percentiles 0.5 and 99.5; `A,B`: these two numbers. None: as in the
     checkpoint's header, else `type`."""
     decode: Literal["auto", "cpu", "device"] = "auto"
-    """Where JPEGs become pixels: `cpu` decodes and crops them in the loader processes, `device` on the GPU (CUDA, by
-    nvJPEG), but for those that it cannot. `auto`: `cpu`."""
+    """Where JPEGs are decoded: `cpu` decodes and crops them in the loader processes, `device` on the GPU (CUDA, with
+    nvJPEG), except for those that the GPU cannot decode. `auto`: `cpu`."""
     channels: int | None = Field(default=None, gt=0)
-    """Channels that every image has, and that keep their values: of TIFF, `.npy` and `.npz` files, arrays, and what
-    Pillow reads; of more than 8 bits or floats as 32-bit floats. None: as in the checkpoint's header or weights, else
-    colour in 8 bits, where gray is repeated for red, green and blue."""
+    """Number of channels that every image has; their values are kept. For TIFF, `.npy` and `.npz` files, arrays, and
+    what Pillow reads. Values of more than 8 bits, and floats, become 32-bit floats. None: as in the checkpoint's header
+    or weights, else 8-bit colour, with gray repeated for red, green and blue."""
     mean: PerChannel | None = None
-    """Of every channel, where black is 0 and white 1. None: as in the checkpoint's header, else ImageNet's for colour;
-    with `channels`, measured on the training images where weights of as many channels do not know it."""
+    """Mean of every channel, where black is 0 and white is 1. None: as in the checkpoint's header, else ImageNet's for
+    colour; with `channels`, measured on the training images unless weights with as many channels determine it."""
     std: PerChannelPositive | None = None
-    """The same for the standard deviation."""
+    """Standard deviation of every channel, as for `data.mean`."""
 
     @model_validator(mode="after")
     def _check_channels(self) -> Self:
@@ -170,7 +173,7 @@ class CommandConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: the best available."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on CUDA, fp32 elsewhere. A recipe may choose bf16 on a CPU that is fast in it."""
+    """auto: bf16 autocast on CUDA, fp32 elsewhere. A recipe may choose bf16 on a CPU where it is fast."""
     workers: int | None = Field(default=None, ge=0)
     """Loader processes. None: 0 for images in memory, else one per core that this process may use, at most 16;
     torchrun's processes on one machine share its cores."""

@@ -27,10 +27,10 @@ class EncoderConfig(ReadingConfig):
     arch: str = "vit_l16"
     """`vit_b16`, `vit_l16`, `vit_h14`, `vit_2b14`, a timm name, or `custom` (sizes below)."""
     source: str | None = None
-    """Pre-training method of the weights; `d2v2` selects the post-norm transformer. None: what the file says; without
-    `weights`, the published ones of `mae`."""
+    """Pre-training method of the weights; `d2v2` selects the post-norm transformer. None: read from the file; without
+    `weights`, the published weights of `mae`."""
     weights: str | None = None
-    """Weights file, run folder, name of published weights, or `quickstart` or `peak`, the packaged ones. None: the
+    """Weights file, run folder, name of published weights, or packaged weights (`quickstart` or `peak`). None: the
     published weights of `arch` and `source`, or random weights (`pretrain`)."""
     image_size: int = Field(default=224, gt=0)
     """Height and width in pixels of the images that the position embedding is for."""
@@ -106,9 +106,9 @@ class OptimizerConfig(Section):
     """AdamW."""
 
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
-    """Decay of the first and of the second moment."""
+    """Decay rates of the first and second moments."""
     clip_grad: float | None = Field(default=None, gt=0)
-    """Largest norm of the whole gradient. None: no clipping."""
+    """Maximum norm of the whole gradient. None: no clipping."""
     end_lr: float = Field(default=1e-6, ge=0)
     """Absolute learning rate at the end of the cosine, before layer-wise scales."""
 
@@ -119,18 +119,18 @@ class LogConfig(Section):
     log_every: int = Field(default=20, gt=0)
     """Steps between lines of metrics.jsonl."""
     trackers: list[Literal["tensorboard", "wandb"]] = []
-    """Where metrics go besides metrics.jsonl; each needs the extra of its name."""
+    """Where metrics go besides metrics.jsonl; each needs the extra of the same name."""
 
 
 class MonitorConfig(LogConfig):
     """What a run without a classifier logs about itself."""
 
     knn_every_epochs: int = Field(default=1, ge=0)
-    """Epochs between k-NN checks of the encoder on a fixed subset; 0 never checks."""
+    """Epochs between k-NN checks of the encoder on a fixed subset; 0 disables the checks."""
     knn_samples: int = Field(default=10_000, gt=0)
     """Maximum number of training images in the k-NN check; a quarter as many validation images are classified."""
     view_samples: int = Field(default=1000, ge=0)
-    """Maximum number of these images of which two augmented views are compared in that check; 0 compares none."""
+    """Maximum number of training images in the k-NN check whose two augmented views are compared; 0 compares none."""
 
 
 class EvaluateConfig(Section):
@@ -145,7 +145,7 @@ class EvaluateConfig(Section):
     shots: int = Field(default=1, gt=0)
     """Training images per class of the low-shot logistic regression."""
     splits: int = Field(default=3, gt=0)
-    """Draws of the low-shot training images."""
+    """Random draws of the low-shot training images."""
     cluster_runs: int = Field(default=100, gt=0)
     """Mini-batch k-means runs; the one with the lowest inertia counts."""
     exhibits: bool = True
@@ -159,7 +159,8 @@ class TrainingConfig(CommandConfig):
     """Settings besides those of data and encoder whose values are paths, or lists of them."""
 
     strict: bool = False
-    """Refuse a preset that cannot fit encoder or images. Otherwise it is adapted, with a notice for every value."""
+    """Refuse a preset that cannot fit the encoder or the images. Otherwise it is adapted, with a notice for every
+    changed value."""
     batch_size: int = Field(default=1024, gt=1)
     """Images per update, over all processes."""
     encoder: EncoderConfig = EncoderConfig()

@@ -20,10 +20,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mimref.config.base import ReadingConfig
-from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture, TokenEncoder, at_size, is_backbone
+from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture, TokenEncoder, at_size
 from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.meta import RatesOnCpu
-from mimref.encoders.timm_models import native_size
+from mimref.encoders.timm_models import features_of_blocks, native_size
 from mimref.encoders.vit import Architecture, Encoder, build_encoder, norm_option, timm_options
 from mimref.errors import ConfigError, OutputError
 from mimref.files import atomic_path, check_new_file
@@ -57,24 +57,6 @@ class Export:
     """The timm model that loads the file; None for other formats, and if timm has no model of these sizes."""
 
 
-def read_encoder(
-    path: str | Path,
-    reading: ReadingConfig | None = None,
-    *,
-    arch: str | None = None,
-    source: str | None = None,
-    resolution: int | None = None,
-    listener: Listener | None = None,
-) -> tuple[Encoder, dict[str, Any], Checkpoint]:
-    """As `read_any_encoder`. Raises ConfigError for an encoder that is no plain vision transformer."""
-    if arch is not None and arch != "custom" and is_backbone(arch):
-        raise ConfigError(f"--arch {arch}: this format needs a plain vision transformer; use --to timm")
-    encoder, facts, checkpoint = read_any_encoder(
-        path, reading, arch=arch, source=source, resolution=resolution, listener=listener
-    )
-    return plain(encoder, "this format"), facts, checkpoint
-
-
 def plain(encoder: TokenEncoder, what: str) -> Encoder:
     """The encoder itself. Raises ConfigError, naming `what` asks for it, unless it is a plain vision transformer."""
     if not isinstance(encoder, Encoder):
@@ -84,7 +66,7 @@ def plain(encoder: TokenEncoder, what: str) -> Encoder:
     return encoder
 
 
-def read_any_encoder(
+def read_encoder(
     path: str | Path,
     reading: ReadingConfig | None = None,
     *,
@@ -269,11 +251,8 @@ def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, T
         vit = timm.create_model(name, checkpoint_path=str(file), num_classes=0, **options)
     assert isinstance(vit, VisionTransformer)
     with torch.inference_mode():
-        found: Any = vit.eval().forward_intermediates(
-            comparison_images(encoder), intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True, norm=False
-        )
-        tokens = [torch.cat([block[1], block[0]], dim=1) if isinstance(block, tuple) else block for block in found]
-        return named_features(tokens, range(1, len(tokens) + 1), vit.norm(tokens[-1]))
+        found = features_of_blocks(vit, comparison_images(encoder))
+        return found | {"normed": vit.norm(found[f"block_{encoder.depth}"])}
 
 
 def reading_line(out: Path, architecture: Architecture, name: str | None, more: Mapping[str, Any] | None = None) -> str:

@@ -12,10 +12,10 @@ import timm
 import torch
 from torch import Tensor
 
-from mimref.encoders.backbones import TimmBackbone
+from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.export import ENDINGS, Export, comparison_images, write_verified
-from mimref.encoders.timm_models import as_tokens, build_options, intermediates, native_size
+from mimref.encoders.timm_models import build_options, features_of_blocks, native_size
 from mimref.files import check_new_file
 from mimref.progress import Listener, Silent
 
@@ -28,13 +28,7 @@ def export_backbone(
     encoder: in fp32 on the CPU. out, facts and errors: as in `export_timm`.
     """
     check_new_file(out, ENDINGS["timm"], force)
-    architecture = encoder.architecture
-    name = architecture.name.partition(".")[0]
-    options: dict[str, Any] = dict(architecture.options)
-    if architecture.image_size != native_size(name):
-        options |= build_options(name, architecture.image_size)
-    if architecture.channels != 3:
-        options["in_chans"] = architecture.channels
+    name, options = timm_model(encoder.architecture)
 
     def write(file: Path) -> None:
         if out.suffix == ".safetensors":
@@ -46,18 +40,23 @@ def export_backbone(
 
     def read(file: Path) -> dict[str, Tensor]:
         model = timm.create_model(name, checkpoint_path=str(file), num_classes=0, **options)
-        return _features(model, comparison_images(encoder))
+        with torch.inference_mode():
+            return features_of_blocks(model, comparison_images(encoder))
 
     difference = write_verified(out, partial(own_features, encoder), write, read, listener)
     chosen = "".join(f", {key}={value!r}" for key, value in ({"num_classes": 0} | options).items())
     return Export(out, difference, f"timm.create_model({name!r}, checkpoint_path={str(out)!r}{chosen})", name)
 
 
-@torch.inference_mode()
-def _features(model: Any, images: Tensor) -> dict[str, Tensor]:
-    """Tokens (B, L, D) of every block, as `block_N`, by timm's code alone."""
-    found = intermediates(model.eval(), images, None)
-    return {f"block_{block}": as_tokens(*each) for block, each in enumerate(found, 1)}
+def timm_model(architecture: BackboneArchitecture) -> tuple[str, dict[str, Any]]:
+    """timm's name, without a tag, and the options of `timm.create_model` that give the model its sizes."""
+    name = architecture.name.partition(".")[0]
+    options: dict[str, Any] = dict(architecture.options)
+    if architecture.image_size != native_size(name):
+        options |= build_options(name, architecture.image_size)
+    if architecture.channels != 3:
+        options["in_chans"] = architecture.channels
+    return name, options
 
 
 @torch.inference_mode()

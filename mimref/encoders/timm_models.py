@@ -88,6 +88,12 @@ def build_options(name: str, size: int) -> dict[str, Any]:
     return {"img_size": size} if "img_size" in _arguments(name) else {}
 
 
+def features_of_blocks(model: Any, images: Tensor) -> dict[str, Tensor]:
+    """Tokens (B, L, D) of every block or stage, as `block_N`, by timm's code alone; the model is put in eval mode."""
+    blocks = intermediates(model.eval(), images, None)
+    return {f"block_{number}": as_tokens(*block) for number, block in enumerate(blocks, start=1)}
+
+
 def is_built_for_sizes(name: str) -> bool:
     """Whether timm builds the model for any size, with weights of another one that fit or can be interpolated."""
     adapts = {"dynamic_img_size", "strict_img_size"} & _arguments(name)

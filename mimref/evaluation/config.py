@@ -16,13 +16,13 @@ class CompareConfig(EncoderPassConfig):
     base: str
     """Weights file, run folder or name of the encoder that the others are compared with."""
     refined: Annotated[list[str], Field(min_length=1)]
-    """The others."""
+    """Weights files, run folders or names of the encoders to compare with `base`."""
     protocols: Annotated[list[Literal["knn", "lowshot", "cluster", "probe"]], Field(min_length=1)] = [
         "knn",
         "lowshot",
         "cluster",
     ]
-    """What to measure; `probe` is the cached one."""
+    """Protocols to run; `probe` is the cached probe."""
     k: int = Field(default=10, gt=0)
     """Neighbours that vote."""
     tau: float = Field(default=0.07, gt=0)
@@ -30,9 +30,9 @@ class CompareConfig(EncoderPassConfig):
     shots: Numbers = [1, 2, 5]
     """Training images per class."""
     splits: int | None = Field(default=None, gt=0)
-    """As of `mimref lowshot`."""
+    """As in `mimref lowshot`."""
     metrics: Annotated[list[str], Field(min_length=1)] = ["acc", "nmi"]
-    """As of `mimref cluster`."""
+    """As in `mimref cluster`."""
     runs: int = Field(default=100, gt=0)
     """Mini-batch k-means runs."""
     probe: ProbeTrainingConfig = ProbeTrainingConfig()
@@ -56,6 +56,6 @@ class InterpolateConfig(CommandConfig):
     alpha: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)] = [0.0, 0.25, 0.5, 0.75, 1.0]
     """Shares of the refined weights; one average each."""
     choose: Literal["knn", "assess"] | None = None
-    """What chooses one average, which alone is written: `knn`, the accuracy on a fifth of the training images, held out
-    from the others, or without labels `assess`, the measure by which that command ranks, on training images. Of equal
-    ones the first. None: all are written."""
+    """Write only the best average. `knn`: by accuracy on a fifth of the training images, held out from the others.
+    `assess`: without labels, by the measure that `mimref assess` ranks by, on training images. Of equal averages, the
+    first is chosen. None: all averages are written."""

@@ -11,12 +11,13 @@ class CacheConfig(Section):
     """Where features are cached between commands."""
 
     folder: str | None = None
-    """None: `features` in `$MIMREF_CACHE`, else in the user's cache folder. `off` caches nothing."""
+    """Folder of cached features. None: `features` in `$MIMREF_CACHE`, else in the user's cache folder. `off` caches
+    nothing."""
     dtype: Literal["fp32", "fp16"] = "fp32"
-    """Number format on disk; fp16 halves it."""
+    """Number format on disk; fp16 halves the size."""
     keep_gb: float = Field(default=1.0, ge=0)
-    """A pass of the encoder caches every block and both poolings if they fit in this, so that later commands need no
-    pass; else only what the command needs."""
+    """A pass of the encoder caches every block and both poolings if they fit in this many GB, so that later commands
+    need no pass; otherwise it caches only what the command needs."""
 
 
 class EncoderPassConfig(CommandConfig):
@@ -43,9 +44,10 @@ class EvaluationConfig(EncoderPassConfig):
     """Settings of every evaluation of one encoder."""
 
     checkpoint: str = "quickstart"
-    """Weights file, a refine output folder, published weights by name, or packaged ones, `quickstart` or `peak`."""
+    """Weights file, output folder of `mimref refine`, name of published weights, or packaged weights (`quickstart` or
+    `peak`)."""
     features: Annotated[tuple[str, str], Field(strict=False)] | None = None
-    """Two .npz files of training and validation features (`x`, `y`) to evaluate instead of an encoder's."""
+    """Two .npz files of training and validation features (`x`, `y`) to evaluate instead of those of an encoder."""
     blocks: str = "last"
     """`last`, `last4` (concatenated), `all` (one by one), or blocks such as `1,5,12` (one by one)."""
 
@@ -55,4 +57,4 @@ class ExtractConfig(EvaluationConfig):
 
     command = "extract"
     split: Literal["train", "val", "all"] = "val"
-    """Which images; `all`: those of every split there is."""
+    """Images to use; `all`: those of every split."""

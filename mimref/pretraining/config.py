@@ -11,7 +11,7 @@ Objective = Literal["mae", "simmim"]
 
 
 class MaskingConfig(Section):
-    """Masks, crops and schedule, which both objectives have."""
+    """Masks, crops and schedule, which both objectives share."""
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of patches hidden from the encoder."""
@@ -24,7 +24,7 @@ class MaskingConfig(Section):
     lr: float = Field(default=1.5e-4, gt=0)
     """Base learning rate, times (batch size / 256)."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Of encoder and decoder."""
+    """Weight decay of encoder and decoder."""
     save_dtype: Literal["fp32", "fp16"] = "fp32"
     """Number format of encoder.safetensors; fp16 halves the file."""
 
@@ -53,8 +53,8 @@ class PretrainConfig(RunConfig):
 
     command = "pretrain"
     objective: Objective = "mae"
-    """`mae`: the encoder sees the visible patches alone, and a decoder reconstructs the hidden ones. `simmim`: the
-    encoder sees mask tokens in their place, and one linear layer reconstructs them."""
+    """`mae`: the encoder sees only the visible patches, and a decoder reconstructs the hidden ones. `simmim`: the
+    encoder sees mask tokens in place of the hidden patches, and one linear layer reconstructs them."""
     mae: MAEConfig = MAEConfig()
     simmim: SimMIMConfig = SimMIMConfig()
 

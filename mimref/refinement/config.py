@@ -25,7 +25,7 @@ class HeadsConfig(Section):
 
     blocks: Annotated[str, AfterValidator(_check_head_blocks)] = "last8"
     """Block of every head: `17-24`, `20,22,24` or `last8`. A block may appear several times (temperature sweeps).
-    `auto` scores every block first: by k-NN accuracy, without labelled training and validation images by neighbour
+    `auto` first scores every block by k-NN accuracy or, without labelled training and validation images, by neighbour
     consistency."""
     temperature: Positive | Annotated[list[Positive], Field(min_length=1)] = 0.2
     """Temperature of the loss: one for all heads, or one per head."""
@@ -36,20 +36,20 @@ class HeadsConfig(Section):
     output: int = Field(default=256, gt=0)
     """Width of projections, predictions and queue rows."""
     norm: Literal["batch", "layer", "running"] = "batch"
-    """Normalisation after every linear layer. `batch`: by the whole batch, as in the paper; in a process group every
-    layer waits for all ranks in both passes. `running`: by statistics of earlier updates, which ranks exchange once per
-    update. `layer`: by the features of each row; ranks exchange nothing."""
+    """Normalisation after every linear layer. `batch`: over the whole batch, as in the paper; in a process group every
+    layer waits for all ranks in the forward and backward pass. `running`: with statistics of earlier updates, which
+    ranks exchange once per update. `layer`: over the features of each row; ranks exchange nothing."""
     queue_size: int = Field(default=65536, gt=0)
     """Rows of the nearest-neighbour queue."""
     pool: Literal["cls", "mean"] = "cls"
-    """Token the heads read; `mean` is the mean of the patch tokens, also used when there is no CLS token."""
+    """Token that the heads read; `mean` is the mean of the patch tokens, also used when there is no CLS token."""
 
 
 DenseKind = Literal["gram", "cka"]
 
 
 class LossConfig(Section):
-    """Nearest Neighbor Alignment, Eq. (1), and what is added to it."""
+    """Nearest Neighbor Alignment, Eq. (1), and the term added to it."""
 
     direction: Literal["projection", "prediction"] = "projection"
     """`projection`: softmax over stop-gradient projections for each prediction (Eq. 1). `prediction`: softmax over
@@ -59,9 +59,9 @@ class LossConfig(Section):
     schedule: Literal["constant", "uniform_decay", "staggered_decay", "staggered_step", "one_hot"] = "constant"
     """Loss weight of intermediate heads over stage 2 (Table 1c)."""
     dense: Literal["none"] | DenseKind = "none"
-    """Term of stage 2 that holds the patch tokens of the last block that heads read to the base's, on the global views.
+    """Stage 2 term that keeps the patch tokens of the last block with a head close to the base's, on the global views.
     `gram`: mean square difference of the patches' cosine similarities (Gram anchoring, DINOv3). `cka`: 1 - CKA of the
-    patches' centred linear kernels (Kornblith et al. 2019). Costs a pass of the base without gradient."""
+    patches' centred linear kernels (Kornblith et al. 2019). Costs a pass of the base without gradients."""
     dense_weight: float = Field(default=1.0, gt=0)
     """Weight of the dense term, which is added to the loss."""
 
@@ -78,10 +78,10 @@ class HeadsStageConfig(Section):
     top_k: int = Field(default=1, gt=0)
     """Positives are drawn uniformly from this many nearest neighbours."""
     weight_decay: float = Field(default=1e-5, ge=0)
-    """Of the heads."""
+    """Weight decay of the heads."""
     knn_every_epochs: int = Field(default=0, ge=0)
     """Epochs between k-NN checks of every head's first layer (Appendix E), on the subset of `monitor.knn_samples`; 0
-    never checks. Needs labels. One pass of the encoder over the subset each."""
+    disables the checks. Needs labels. Each check costs one pass of the encoder over the subset."""
 
 
 class EncoderStageConfig(Section):
@@ -96,13 +96,13 @@ class EncoderStageConfig(Section):
     top_k: int = Field(default=20, gt=0)
     """Positives are drawn uniformly from this many nearest neighbours."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Of the encoder."""
+    """Weight decay of the encoder."""
     heads_weight_decay: float = Field(default=1e-5, ge=0)
-    """Of the heads."""
+    """Weight decay of the heads."""
     layer_decay: float = Field(default=0.65, gt=0, le=1)
     """Learning rate factor from one block to the block below (BEiT's counting)."""
     freeze_blocks: int = Field(default=0, ge=0)
-    """Freeze this many first blocks, and with them patch embedding, CLS token and position embedding."""
+    """Number of first blocks to freeze, together with the patch embedding, CLS token and position embedding."""
     ema: Decay = 0.9999
     """Decay per update of the averaged encoder, which becomes the result."""
 
@@ -114,18 +114,19 @@ class RefineConfig(RunConfig):
     path_settings = ("heads_from",)
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
     """Images per pass of the encoder. Heads and loss still see whole batches, so the result is the same. None, `auto`:
-    the largest part that fits a GPU; the whole batch on other devices, and of shards."""
+    the largest part that fits on a GPU; the whole batch on other devices and for sharded weights."""
     activation_checkpointing: bool = False
     """Save only each block's input for the backward pass and recompute the rest: less memory, a third more time."""
     shard: bool = False
-    """Divide weights, gradients, moments and averages among the processes (FSDP), for encoders that do not fit one GPU;
-    the result is the same."""
+    """Shard weights, gradients, moments and averages across the processes (FSDP), for encoders that do not fit on one
+    GPU; the result is the same."""
     compile: bool = False
-    """Compile encoder blocks and heads with torch.compile: minutes at the start, then faster steps on CUDA."""
+    """Compile encoder blocks and heads with torch.compile: takes minutes at the start, then makes steps faster on
+    CUDA."""
     stage: Literal["both", "heads", "encoder"] = "both"
     """Stages to run: `heads` is stage 1, `encoder` is stage 2 and needs `heads_from`."""
     heads_from: str | None = None
-    """Output folder of another run whose heads and queue stage 2 starts from."""
+    """Output folder of another run; stage 2 starts from its heads and queue."""
     heads: HeadsConfig = HeadsConfig()
     loss: LossConfig = LossConfig()
     heads_stage: HeadsStageConfig = HeadsStageConfig()

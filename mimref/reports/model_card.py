@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mimref import __version__
 from mimref.data.decode import printable
 from mimref.data.pixels import DECODING
+from mimref.encoders.vit import Architecture
 from mimref.reports.metrics import format_value, is_undefined, metric_label
 from mimref.results import Row
 from mimref.sharing.layout import Layout, Subject
@@ -55,6 +56,7 @@ def model_card(title: str, subject: Subject, layout: Layout, record: Record) -> 
     )
     header = yaml.safe_dump(card_header(title, subject, layout, record), sort_keys=False, allow_unicode=True)
     architecture = subject.encoder.architecture
+    rgb = architecture.channels in (1, 3)
     return environment.get_template("model_card.md.jinja").render(
         header=Raw(header),
         title=title,
@@ -63,7 +65,9 @@ def model_card(title: str, subject: Subject, layout: Layout, record: Record) -> 
         parameters=Raw(f"{sum(tensor.numel() for tensor in layout.tensors.values()) / 1e6:,.1f}"),
         layout=layout,
         transform=subject.transform,
+        plain=isinstance(architecture, Architecture),
         gray=architecture.channels == 1,
+        channels=Raw("red, green and blue" if rgb else f"the {architecture.channels} channels"),
         classes=subject.classes[:_SHOWN_CLASSES],
         num_classes=len(subject.classes),
         record=record,

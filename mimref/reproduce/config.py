@@ -11,18 +11,18 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class AblationsConfig(RefineConfig):
-    """All settings of `mimref reproduce ablations`: those of every refinement, which are the default of the tables,
-    and which of them run."""
+    """All settings of `mimref reproduce ablations`: those of every refinement, which are the tables' default, and those
+    that select the runs."""
 
     command = "reproduce"
     presets_of = "refine"
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
     """Random seeds: every refinement runs once with each."""
     tables: Annotated[list[Table], Field(min_length=1)] = ["a", "b", "c", "d", "e", "f"]
-    """Parts of Table 1: number of heads, their spacing, loss schedule, frozen blocks, neighbours of negatives,
+    """Parts of Table 1: number of heads, their spacing, loss schedule, frozen blocks, neighbour swap of negatives,
     augmentations."""
     jobs: int | None = Field(default=None, gt=0)
-    """Runs at the same time. None: one on a GPU, else one for every core that is free."""
+    """Concurrent runs. None: one on a GPU, else one per free core."""
 
     @model_validator(mode="after")
     def _check_ablations(self) -> Self:

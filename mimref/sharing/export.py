@@ -5,6 +5,7 @@ As every export, the folder is read again, by mimref and by the library, and com
 Shapes: B images, L tokens, D width, C classes.
 """
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from mimref.config.base import DataConfig, ReadingConfig
+from mimref.encoders.backbones import TokenEncoder, is_backbone
 from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.classifier import ClassifierRecord, classifier_of
 from mimref.encoders.export import comparison_images, largest_difference, named_features, read_encoder
+from mimref.encoders.timm_models import features_of_blocks
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
 from mimref.features.header import eval_transform
@@ -71,14 +74,27 @@ def read_subject(
     facts = {key: last_part(value) for key, value in facts.items() if key not in ("data", "transform")}
     if data := shareable_data(checkpoint.header.get("data")):
         facts["data"] = data
-    classifier, classes = classifier_of(checkpoint, encoder) or (None, [])
+    found = classifier_of(checkpoint, encoder) if isinstance(encoder, Encoder) else None
+    classifier, classes = found or (None, [])
     return Subject(encoder, transform, facts, classifier, classes), checkpoint
 
 
-def folder_layout(subject: Subject, library: Library) -> Layout:
-    """The files of a folder for one library. Raises ConfigError, naming an alternative, where it has no such model."""
+def folder_layout(subject: Subject, library: Library | None, listener: Listener | None = None) -> Layout:
+    """The files of a folder for one library; None: transformers, or timm where transformers has no such model.
+
+    Raises ConfigError, naming an alternative, where the library has no such model.
+    """
     rgb = subject.for_rgb()
-    return transformers_layout(rgb) if library == "transformers" else timm_layout(rgb)
+    if library == "timm":
+        return timm_layout(rgb)
+    try:
+        return transformers_layout(rgb)
+    except ConfigError as refused:
+        if library is not None:
+            raise
+        layout = timm_layout(rgb)
+        (listener or Silent()).note(f"written as a model of timm, which transformers loads too ({refused})")
+        return layout
 
 
 def export_folder(
@@ -133,9 +149,15 @@ def subject_outputs(subject: Subject, images: Tensor) -> Outputs:
 
 
 @torch.inference_mode()
-def encoder_outputs(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
-    """Tokens (B, L, D) of every block as `block_N`, and after the final norm as `normed`."""
+def encoder_outputs(encoder: TokenEncoder, images: Tensor) -> dict[str, Tensor]:
+    """Tokens (B, L, D) of every block as `block_N`, and of a plain vision transformer after the final norm as `normed`.
+
+    Others have their norm at other places, and none in the features of blocks.
+    """
     every = list(range(1, encoder.depth + 1))
+    if not isinstance(encoder, Encoder):
+        tokens = encoder.eval().blocks(images, every)
+        return {f"block_{number}": tokens_BLD for number, tokens_BLD in zip(every, tokens, strict=True)}
     normed_flags = [*(False for _ in every), True]
     *tokens, normed = encoder.eval().blocks(images, [*every, encoder.depth], final_norm=normed_flags)
     return named_features(tokens, every, normed)
@@ -145,8 +167,9 @@ def encoder_outputs(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
 def _read_by_mimref(folder: Path, images: Tensor) -> Outputs:
     checkpoint = read_checkpoint(folder)
     encoder = encoder_from(checkpoint, choose_architecture(checkpoint))
-    assert isinstance(encoder, Encoder)
     found = encoder_outputs(encoder, images)
+    if not isinstance(encoder, Encoder):
+        return found
     if ClassifierRecord.of(checkpoint) is not None and (read := classifier_of(checkpoint, encoder)):
         found["logits"] = read[0](images)
         del found["normed"]  # the classifier's norm may replace the encoder's
@@ -156,15 +179,14 @@ def _read_by_mimref(folder: Path, images: Tensor) -> Outputs:
 @torch.inference_mode()
 def _read_by_timm(folder: Path, images: Tensor, *, layout: Layout) -> Outputs:
     """By what `timm.create_model("local-dir:FOLDER")` does, which timm has from 1.0.16 on."""
-    args, classes = layout.config.get("model_args", {}), layout.config["num_classes"]
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    args, classes = config.get("model_args", {}), config["num_classes"]
     path = str(folder / WEIGHTS)
-    vit: Any = timm.create_model(layout.model, checkpoint_path=path, num_classes=classes, **args).eval()
-    tokens = vit.forward_intermediates(
-        images, intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True, norm=False
-    )
-    tokens = [torch.cat([block[1], block[0]], dim=1) if isinstance(block, tuple) else block for block in tokens]
-    found = {f"block_{number}": block_BLD for number, block_BLD in enumerate(tokens, start=1)}
-    return found | ({"logits": vit(images)} if classes else {"normed": vit.forward_features(images)})
+    model: Any = timm.create_model(config["architecture"], checkpoint_path=path, num_classes=classes, **args)
+    found = features_of_blocks(model, images)
+    if classes:
+        return found | {"logits": model(images)}
+    return found if is_backbone(layout.model) else found | {"normed": model.forward_features(images)}
 
 
 @torch.inference_mode()

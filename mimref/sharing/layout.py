@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mimref.data.transforms import EvalTransform
+from mimref.encoders.backbones import TokenEncoder, new_encoder
 from mimref.encoders.classifier import Classifier
-from mimref.encoders.vit import Encoder, build_encoder
+from mimref.encoders.vit import Encoder
 from mimref.encoders.writing import safetensors_parts
 
 Library = Literal["transformers", "timm"]
@@ -24,13 +25,13 @@ LUMA = (0.299, 0.587, 0.114)
 class Subject:
     """What is exported, in fp32 on the CPU."""
 
-    encoder: Encoder
+    encoder: TokenEncoder
     transform: EvalTransform
     """Of its images."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Entries of its header that stay true in any format."""
     classifier: Classifier | None = None
-    """On top of the encoder."""
+    """On top of the encoder, a plain vision transformer."""
     classes: Sequence[str] = ()
     """Names in the order of the logits."""
 
@@ -41,16 +42,18 @@ class Subject:
         return {**self.facts, "transform": self.transform.to_dict(), **classes}
 
     def for_rgb(self) -> "Subject":
-        """The same model of RGB images: the patch projection of a gray encoder also computes the luma."""
+        """The same model of RGB images: the projection of a gray encoder's pixels also computes the luma."""
         architecture = self.encoder.architecture
         if architecture.channels != 1:
             return self
-        encoder = build_encoder(replace(architecture, channels=3))
-        state = dict(self.encoder.vit.state_dict())
-        state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"] * torch.tensor(LUMA).view(1, 3, 1, 1)
-        encoder.vit.load_state_dict(state)
+        encoder = new_encoder(replace(architecture, channels=3))
+        luma, shapes = torch.tensor(LUMA).view(1, 3, 1, 1), {n: x.shape for n, x in encoder.model.state_dict().items()}
+        # Of all tensors, only the convolution of the pixels has another shape.
+        state = {n: x if x.shape == shapes[n] else x * luma for n, x in self.encoder.model.state_dict().items()}
+        encoder.model.load_state_dict(state)
         classifier = copy.deepcopy(self.classifier)
         if classifier is not None:
+            assert isinstance(encoder, Encoder)
             classifier.encoder = encoder
         mean, std = (values * 3 if len(values) == 1 else values for values in (self.transform.mean, self.transform.std))
         transform = replace(self.transform, mean=mean, std=std)
@@ -74,7 +77,9 @@ class Layout:
 
     def files(self) -> dict[str, bytes]:
         """Content by name."""
-        tensors = {name: tensor.float().contiguous().clone() for name, tensor in self.tensors.items()}
+        # BatchNorm counts its batches in integers.
+        floats = {name: x.float() if x.is_floating_point() else x for name, x in self.tensors.items()}
+        tensors = {name: x.contiguous().clone() for name, x in floats.items()}
         found = {WEIGHTS: b"".join(safetensors_parts(tensors, self.header)), CONFIG: _json(self.config)}
         return found if self.processor is None else found | {PROCESSOR: _json(self.processor)}
 

@@ -7,11 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from mimref.data.transforms import EvalTransform
+from mimref.encoders.backbones import TimmBackbone
 from mimref.encoders.classifier import Classifier
 from mimref.encoders.export import plain_state, timm_name
+from mimref.encoders.export_backbone import timm_model
 from mimref.encoders.export_classifier import classifier_options, classifier_state, pools_patches
-from mimref.encoders.timm_models import native_size
-from mimref.encoders.vit import norm_option, timm_options
+from mimref.encoders.timm_models import native_size, timm_record
+from mimref.encoders.vit import Encoder, norm_option, timm_options
 from mimref.errors import ConfigError
 from mimref.sharing.layout import Layout, Subject, with_layer_scale
 
@@ -21,7 +23,15 @@ _PLAIN, _SWIGLU = "vit_base_patch16_224", "vit_giant_patch14_dinov2"
 
 def timm_layout(subject: Subject) -> Layout:
     """The folder's files. Raises ConfigError, naming an alternative, for what timm's models do not compute."""
-    encoder, architecture = subject.encoder, subject.encoder.architecture
+    if isinstance(subject.encoder, TimmBackbone):
+        name, args = timm_model(subject.encoder.architecture)
+        header = {**subject.header, "architecture": subject.encoder.architecture.to_dict()}
+        return Layout("timm", name, subject.encoder.model.state_dict(), _config(subject, name, args), header)
+    return _plain_layout(subject, subject.encoder)
+
+
+def _plain_layout(subject: Subject, encoder: Encoder) -> Layout:
+    architecture = encoder.architecture
     if architecture.post_norm:
         raise ConfigError(
             f"--to hf: neither transformers nor timm has post-norm blocks (data2vec 2.0), which {architecture.name} "
@@ -38,6 +48,8 @@ def timm_layout(subject: Subject) -> Layout:
     if name is not None:
         if native_size(name) != architecture.image_size:
             args["img_size"] = architecture.image_size
+        if architecture.channels != 3:
+            args["in_chans"] = architecture.channels
     else:
         name = _SWIGLU if architecture.swiglu else _PLAIN
         described = replace(architecture, layer_scale=architecture.layer_scale or architecture.swiglu)
@@ -55,16 +67,22 @@ def timm_layout(subject: Subject) -> Layout:
         added = {key: tensor for key, tensor in state.items() if key not in encoder.vit.state_dict()}
         state = classifier_state(classifier) | added
         header = _classifier_header(header, classifier, subject)
-    config = {
+    return Layout("timm", name, state, _config(subject, name, args), header)
+
+
+def _config(subject: Subject, name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = {
         "architecture": name,
         "num_classes": len(subject.classes),
-        "num_features": architecture.width,
-        "global_pool": args.get("global_pool", encoder.vit.global_pool),
-        "pretrained_cfg": _pretrained_cfg(subject),
+        "num_features": subject.encoder.architecture.width,
     }
+    pool = args.get("global_pool", getattr(subject.encoder.model, "global_pool", None))
+    if isinstance(pool, str):  # as timm does
+        config["global_pool"] = pool
+    config["pretrained_cfg"] = _pretrained_cfg(subject, name)
     if subject.classes:
         config["label_names"] = list(subject.classes)
-    return Layout("timm", name, state, config | ({"model_args": args} if args else {}), header)
+    return config | ({"model_args": dict(args)} if args else {})
 
 
 def _classifier_header(header: dict[str, Any], classifier: Classifier, subject: Subject) -> dict[str, Any]:
@@ -76,15 +94,15 @@ def _classifier_header(header: dict[str, Any], classifier: Classifier, subject: 
     return header | {"classifier": {"pool": classifier.pool, "classes": list(subject.classes)}}
 
 
-def _pretrained_cfg(subject: Subject) -> dict[str, Any]:
-    transform = subject.transform
+def _pretrained_cfg(subject: Subject, name: str) -> dict[str, Any]:
+    transform, channels, record = subject.transform, subject.encoder.architecture.channels, timm_record(name)
     size = transform.image_size
     licence = subject.facts.get("licence")
     return {
         "tag": "",
         "custom_load": False,
-        "input_size": [subject.encoder.architecture.channels, size, size],
-        "fixed_input_size": True,
+        "input_size": [channels, size, size],
+        "fixed_input_size": record.fixed_input_size,
         "interpolation": "bicubic",
         "crop_pct": 1.0 if transform.resize == "direct" else crop_pct(transform),
         "crop_mode": "squash" if transform.resize == "direct" else "center",
@@ -92,8 +110,9 @@ def _pretrained_cfg(subject: Subject) -> dict[str, Any]:
         "std": list(transform.std),
         "num_classes": len(subject.classes),
         "pool_size": None,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
+        # Older versions of timm take the weights of this layer for those of 3 channels, and convert or drop them.
+        "first_conv": record.first_conv if channels == 3 else None,
+        "classifier": record.classifier,
         **({"license": licence} if isinstance(licence, str) else {}),
     }
 

@@ -55,6 +55,10 @@ _MOST_RATIO = 32
 def transformers_layout(subject: Subject) -> Layout:
     """The folder's files. Raises ConfigError, naming an alternative, for what no class of transformers computes."""
     encoder = subject.encoder
+    if not isinstance(encoder, Encoder):
+        raise ConfigError(
+            f"--layout transformers: {encoder.architecture.name} is no plain vision transformer; use --layout timm"
+        )
     architecture, state = _plain(encoder)
     kind = _kind(architecture)
     config = _config(kind, architecture, state)

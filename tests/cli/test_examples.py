@@ -38,7 +38,7 @@ WORK = (
     "mimref.pretraining.plan.make_plan",
     "mimref.transfer.finetune.plan.make_plan",
     "mimref.evaluation.interpolate.interpolate",
-    "mimref.encoders.export.read_any_encoder",
+    "mimref.encoders.export.read_encoder",
     "mimref.sharing.export.read_subject",
     "mimref.sharing.push.check_access",
     "mimref.benchmarks.evaluations.benchmark_evaluations",

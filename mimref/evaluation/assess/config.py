@@ -18,13 +18,14 @@ class AssessConfig(EncoderPassConfig):
     blocks: str = "last"
     """`last`, `last4` (concatenated), `all` (one by one), or blocks such as `1,5,12` (one by one)."""
     split: Literal["train", "val"] = "train"
-    """Which images. An unlabelled folder has one split."""
+    """Images to use. An unlabelled folder has one split."""
     images: int = Field(default=5000, ge=3)
-    """Most images to measure, a fixed choice: classes in turn; without labels, every n-th image."""
+    """Maximum number of images to measure. The choice is fixed: classes in turn or, without labels, every n-th
+    image."""
     k: int = Field(default=10, gt=0)
-    """Neighbours of an image; at most a quarter of the other images."""
+    """Neighbours per image; at most a quarter of the other images."""
     measure: Measure = DEFAULT
-    """That checkpoints and blocks are ranked by."""
+    """Measure that checkpoints and blocks are ranked by."""
     views: ViewsConfig = ViewsConfig()
-    """The two augmented views, those of refinement without its local ones. Colours that are not set are off for gray
-    images, and blur for views of fewer than 64 pixels."""
+    """The two augmented views: the global views of refinement. Unless set, colour augmentation is off for gray images,
+    and blur for views of fewer than 64 pixels."""

@@ -17,13 +17,14 @@ class ReconstructionConfig(Section):
     warmup_epochs: float = Field(default=5, ge=0)
     """Epochs of linear warm-up."""
     batch_size: int = Field(default=4096, gt=0)
-    """Images per update, MAE's; all of them where there are fewer, at the rate of so many."""
+    """Images per update, as in MAE. If there are fewer images, all of them, with the learning rate scaled to their
+    number."""
     micro_batch: int = Field(default=1024, gt=0)
-    """Most images per pass. Gradients are accumulated over the batch: the same result in less memory."""
+    """Maximum number of images per pass. Gradients are accumulated over the batch: the same result in less memory."""
     lr: float = Field(default=1.5e-4, gt=0)
     """Base learning rate, times (batch size / 256)."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Of the decoders."""
+    """Weight decay of the decoders."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of patches hidden from the encoder."""
     crop_scale: AreaRange = (0.2, 1.0)
@@ -49,5 +50,5 @@ class BlocksConfig(EncoderPassConfig):
     tau: float = Field(default=0.07, gt=0)
     """Temperature of the votes."""
     reconstruct: bool = False
-    """Train a decoder on every block as well."""
+    """Also train a decoder on every block."""
     reconstruction: ReconstructionConfig = ReconstructionConfig()

@@ -9,14 +9,15 @@ class KnnConfig(EvaluationConfig):
 
     command = "knn"
     k: Numbers = [10]
-    """Neighbours that vote; several give one result each."""
+    """Neighbours that vote; several values give one result each."""
     tau: Temperatures = [0.07]
-    """Temperatures of the votes; several give one result each."""
+    """Temperatures of the votes; several values give one result each."""
     standardize: bool = True
-    """Scale every feature by the training images' mean and standard deviation first."""
+    """First scale every feature by the training images' mean and standard deviation."""
     per_class: bool = False
-    """One result per class as well."""
+    """Also give one result per class."""
     retrieval: bool = False
-    """Mean average precision and recall as well, of the validation images as queries among the training images."""
+    """Also measure mean average precision and recall, with the validation images as queries among the training
+    images."""
     recall_at: Numbers = [1, 5, 10]
-    """Nearest images among which recall looks for one of the query's class."""
+    """Numbers of nearest images among which recall looks for one of the query's class."""

@@ -13,6 +13,6 @@ class LowshotConfig(EvaluationConfig):
     shots: Numbers = [1, 2, 5]
     """Training images per class."""
     splits: int | None = Field(default=None, gt=0)
-    """Draws of the training images; None: 3, or 20 from fewer than 10,000 images."""
+    """Random draws of the training images. None: 3, or 20 with fewer than 10,000 training images."""
     split_files: list[str] = []
     """Files with one image file name per line (the format of MSN's splits), instead of draws."""

@@ -19,34 +19,35 @@ _ATTENTIVE = {"lr": list(ATTENTIVE_LEARNING_RATES), "epochs": 90, "norm": "batch
 
 
 class ProbeTrainingConfig(Section):
-    """How classifiers of frozen features are trained (Appendix C.3; attentive ones: Psomas et al., ICLR 2026)."""
+    """How classifiers are trained on frozen features (Appendix C.3; attentive ones: Psomas et al., ICLR 2026)."""
 
     kind: Literal["linear", "attentive"] = "linear"
     """linear: a linear classifier on pooled tokens. attentive: learned queries pool the patch tokens first (efficient
     probing)."""
     lr: Temperatures = list(LEARNING_RATES)
-    """Base learning rates, times (batch size / 256), of one classifier each. Attentive: 0.1, 0.2, 0.5, 0.7, 1, 1.2 and
-    1.5 by default, of LARS."""
+    """Base learning rates, times (batch size / 256), with one classifier each. Attentive: 0.1, 0.2, 0.5, 0.7, 1, 1.2
+    and 1.5 by default, for LARS."""
     epochs: int = Field(default=50, gt=0)
     """Passes over the training images. Attentive: 90 by default."""
     batch_size: int | None = Field(default=None, gt=0)
-    """Images per update; None: the published 1024, or the power of two that gives few images ten updates per epoch."""
+    """Images per update. None: the published 1024 or, with few images, the power of two that gives ten updates per
+    epoch."""
     norm: Literal["none", "batch"] = "none"
-    """none: DINOv2's protocol, with the encoder's final norm on every block. batch: the MIM-Refiner release's, with raw
-    last four blocks, a BatchNorm on each input and a warm-up. Attentive: a BatchNorm between pooling and classifier,
-    by default, or none."""
+    """none: DINOv2's protocol, with the encoder's final norm on every block. batch: the MIM-Refiner release's protocol,
+    with the last four blocks raw, a BatchNorm on each input and a warm-up. Attentive: batch, the default, is a
+    BatchNorm between pooling and classifier."""
     blocks: Literal["both", "last", "last4"] = "both"
-    """What classifiers read: the last block, the last four concatenated, or both, with classifiers of their own.
+    """What classifiers read: the last block, the last four concatenated, or both, each with its own classifiers.
     Attentive: the last block by default."""
     select: Literal["test", "val-split"] = "test"
-    """Images on which the best classifier is chosen: the test images, as published, or a tenth of the training set."""
+    """Images used to choose the best classifier: the test images, as published, or a tenth of the training set."""
     queries: Numbers = [32]
-    """Attentive: numbers of queries, of one classifier each for every learning rate; they must divide the width."""
+    """Attentive: numbers of queries, each with one classifier per learning rate; each must divide the width."""
     tokens: Literal["patch", "cls+patch", "both"] = "patch"
     """Attentive: tokens that the queries attend to. cls+patch: the CLS token as well, which the authors use for
-    encoders that were trained on it. both: classifiers of each. Registers are left out."""
+    encoders that were trained on it. both: separate classifiers for each. Registers are left out."""
     tokens_gb: float = Field(default=10.0, ge=0)
-    """Attentive: tokens are cached if they fit in so many GB, in memory where `cache.folder` is `off`; otherwise the
+    """Attentive: tokens are cached if they fit in this many GB, in memory if `cache.folder` is `off`; otherwise the
     encoder reads the images again in every epoch."""
 
     @model_validator(mode="before")
@@ -70,7 +71,8 @@ class ProbeConfig(EvaluationConfig):
 
     command = "probe"
     final_norm: bool = True
-    """Apply the encoder's final norm: to every block's output where `probe.norm` is `none`, else to the last one's."""
+    """Apply the encoder's final norm: to every block's output if `probe.norm` is `none`, else only to the last
+    block's."""
     cached: bool = False
     """Train on cached features of centre crops instead of augmented images."""
     probe: ProbeTrainingConfig = ProbeTrainingConfig()

@@ -12,10 +12,10 @@ class SearchConfig(EvaluationConfig):
 
     command = "search"
     queries: list[str] = []
-    """Image files, or images of the data set by the names that results give them."""
+    """Image files, or names of images in the data set, as results show them."""
     k: int = Field(default=12, gt=0)
-    """Nearest images of every query."""
+    """Nearest images per query."""
     split: Literal["train", "val", "all"] = "all"
-    """Which images are searched; `all`: those of every split there is."""
+    """Images to search; `all`: those of every split."""
     standardize: bool = True
-    """Scale every feature by the mean and standard deviation over the searched images first, as `mimref knn` does."""
+    """First scale every feature by its mean and standard deviation over the searched images, as `mimref knn` does."""

@@ -33,7 +33,7 @@ class AugmentConfig(Section):
     crop_scale: AreaRange = (0.08, 1.0)
     """Area range of the random crop."""
     aspect_ratio: PositiveRange = (3 / 4, 4 / 3)
-    """Width over height of the crop, drawn log-uniformly; the largest crop within this range where none fits."""
+    """Width over height of the crop, drawn log-uniformly; if no crop fits, the largest one within this range."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     rand_augment: Annotated[str, AfterValidator(_check_rand_augment)] | None = "rand-m9-mstd0.5-inc1"
@@ -41,9 +41,9 @@ class AugmentConfig(Section):
     erase: Fraction = 0.25
     """Probability of filling a random rectangle with noise."""
     mixup: float = Field(default=0.8, ge=0)
-    """Of mixup's Beta distribution; 0 never mixes."""
+    """Parameter of mixup's Beta distribution; 0 disables mixup."""
     cutmix: float = Field(default=1.0, ge=0)
-    """Of CutMix's Beta distribution; 0 never mixes. With both above 0, each batch draws one of them."""
+    """Parameter of CutMix's Beta distribution; 0 disables CutMix. If both are above 0, each batch draws one of them."""
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Share of each label that is spread over all classes."""
 
@@ -58,33 +58,35 @@ class ScheduleConfig(Section):
     lr: float = Field(default=1e-3, gt=0)
     """Base learning rate, times (batch size / 256)."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Of matrices; vectors, tokens and positions have none."""
+    """Weight decay of matrices; vectors, tokens and positions have none."""
     layer_decay: float = Field(default=0.75, gt=0, le=1)
-    """Factor of the learning rate from one block to the one before it."""
+    """Learning rate factor from one block to the block before it."""
     drop_path: float = Field(default=0.2, ge=0, lt=1)
-    """Stochastic depth of the last block; it rises from 0 at the first."""
+    """Stochastic depth of the last block; it rises from 0 at the first block."""
     freeze_blocks: int = Field(default=0, ge=0)
-    """First blocks that stay as they are, with the embeddings before them."""
+    """Number of first blocks to freeze, together with the embeddings before them."""
     train_positions: bool = True
-    """Train the position embedding, also where pre-training has kept it fixed. Frozen blocks freeze it."""
+    """Train the position embedding, even if pre-training kept it fixed. Frozen blocks freeze it."""
     pool: Literal["cls", "mean"] = "cls"
-    """What the classifier reads: the CLS token, or the mean of the patch tokens (of encoders without CLS token too)."""
+    """What the classifier reads: the CLS token, or the mean of the patch tokens (also for encoders without a CLS
+    token)."""
     ema: Decay | None = None
-    """Decay of an average of the weights, which is then evaluated and written. None: the weights themselves."""
+    """Decay of an average of the weights; this average is then evaluated and written. None: the weights themselves
+    are."""
 
 
 class ValidationConfig(LogConfig):
     """What a fine-tuning logs about itself."""
 
     validate_every_epochs: int = Field(default=1, gt=0)
-    """Epochs between classifications of the validation images, which the last epoch always ends with."""
+    """Epochs between classifications of the validation images; the last epoch always ends with one."""
 
 
 class AdamConfig(OptimizerConfig):
     """AdamW as fine-tuning uses it."""
 
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
-    """Decay of the first and of the second moment."""
+    """Decay rates of the first and second moments."""
     end_lr: float = Field(default=0.0, ge=0)
     """Absolute learning rate at the end of the cosine, before layer-wise scales."""
 
@@ -96,22 +98,22 @@ class FinetuneConfig(TrainingConfig):
     path_settings: ClassVar[tuple[str, ...]] = ("split_files",)
 
     micro_batch: int | None = Field(default=None, gt=0)
-    """Images per pass of the model and process; gradients add up to those of the whole batch. None: all at once."""
+    """Images per pass of the model in each process; gradients add up to those of the whole batch. None: all at once."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
     shard: bool = False
-    """Divide weights, gradients, moments and averages among the processes (FSDP), for encoders that do not fit one GPU;
-    the result is the same."""
+    """Shard weights, gradients, moments and averages across the processes (FSDP), for encoders that do not fit on one
+    GPU; the result is the same."""
     resolution: int | None = Field(default=None, gt=0)
     """Pixels per side of the images. None: the encoder's own."""
     shots: int | None = Field(default=None, gt=0)
-    """Train on so many images per class. None: on all."""
+    """Train on this many images per class. None: on all."""
     splits: int = Field(default=3, gt=0)
-    """Draws of the `shots`, each trained on its own."""
+    """Random draws of the `shots`, each trained on separately."""
     all_if_fewer: bool = False
-    """A class of fewer images than `shots` gives all that it has, as for iNat18. False: it is a mistake."""
+    """Use all images of a class that has fewer than `shots`, as for iNat18. False: such a class is an error."""
     split_files: list[str] = []
-    """Files with one image file name per line, each trained on its own."""
+    """Files with one image file name per line, each trained on separately."""
     finetune: ScheduleConfig = ScheduleConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: AdamConfig = AdamConfig()
@@ -131,6 +133,6 @@ class PredictConfig(CommandConfig):
     checkpoint: str = ""
     """A file that `mimref finetune` wrote, or its folder."""
     split: Literal["train", "val"] = "val"
-    """Which images of a data set; a folder of images without classes has one split."""
+    """Images of a data set to classify; a folder of images without classes has one split."""
     resolution: int | None = Field(default=None, gt=0)
     """Pixels per side of the images. None: as in fine-tuning."""

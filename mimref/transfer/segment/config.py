@@ -18,13 +18,14 @@ class TrainingConfig(Section):
     """How linear heads are trained on patch tokens."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd: with momentum 0.9, its learning rates times (batch size / 256). adamw: the learning rates as they are."""
+    """sgd: with momentum 0.9 and learning rates times (batch size / 256). adamw: with the learning rates as they
+    are."""
     lr: Temperatures = list(LEARNING_RATES)
-    """Learning rates, of one head each on every input."""
+    """Learning rates, with one head each on every input."""
     block_lr: Positive = 0.1
-    """Learning rate of one head per block, with `blocks`."""
+    """Learning rate with `blocks`, where each block has one head."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Of all weights."""
+    """Weight decay of all weights."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """cosine: a linear warm-up, then a cosine to 1e-6. linear: a straight line to 0, times a linear warm-up."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
@@ -32,13 +33,13 @@ class TrainingConfig(Section):
     epochs: int = Field(default=50, gt=0)
     """Passes over the training images."""
     updates: int | None = Field(default=None, gt=0)
-    """Number of updates instead of epochs."""
+    """Number of updates, instead of `epochs`."""
     batch_size: int = Field(default=16, gt=0)
-    """Images per update; all of them where there are fewer."""
+    """Images per update; all of them if there are fewer."""
     affine: bool = False
     """Whether the heads' BatchNorm has a trained scale and shift."""
     upsampling: Upsampling = "bilinear"
-    """How classes of patches become classes of pixels. The release's code has nearest."""
+    """How classes of patches become classes of pixels. The release's code uses nearest."""
 
 
 class CropsConfig(Section):
@@ -57,16 +58,16 @@ class CropsConfig(Section):
 
 
 class InContextConfig(Section):
-    """k-NN of patches."""
+    """k-NN on patches."""
 
     k: int = Field(default=30, gt=0)
     """Patches of training images that vote."""
     tau: Positive = 0.02
     """Temperature of the votes."""
     memory: int = Field(default=500_000, gt=0)
-    """Most patches of training images to search, equally many of every image."""
+    """Maximum number of patches of training images to search, equally many from every image."""
     standardize: bool = False
-    """Scale every feature by the mean and standard deviation of the memory first."""
+    """First scale every feature by its mean and standard deviation over the memory."""
 
 
 DINOV2_SIZE = 512
@@ -97,7 +98,8 @@ class SegmentConfig(CommandConfig):
 
     command = "segment"
     checkpoint: str = "quickstart"
-    """Weights file, a refine output folder, published weights by name, or packaged ones, `quickstart` or `peak`."""
+    """Weights file, output folder of `mimref refine`, name of published weights, or packaged weights (`quickstart` or
+    `peak`)."""
     encoder: ReadingConfig = ReadingConfig()
     arch: str | None = None
     """As `encoder.arch`; None: read from the checkpoint."""
@@ -107,18 +109,19 @@ class SegmentConfig(CommandConfig):
     """paper: 18 linear heads on four blocks. dinov2: one linear head on the last block, at 512 pixels with sliding
     windows. knn: patches vote, without training."""
     blocks: str | None = None
-    """`all`, or blocks such as `1,5,12`: each by itself. A first block 0, as in `0,all`, is a baseline of raw pixels:
-    those of each patch and the eight around it. None: the protocol's blocks together."""
+    """`all`, or blocks such as `1,5,12`: each is scored by itself. A first block 0, as in `0,all`, is a baseline of raw
+    pixels: those of each patch and the eight around it. None: the protocol's blocks together."""
     final_norm: bool = False
     """Apply the encoder's final norm to the last block's output. dinov2 and knn: true."""
     resolution: int | None = Field(default=None, gt=0)
-    """Pixels of crops and windows. None: 512 for dinov2, else the encoder's image size, or for mosaics twice it;
+    """Pixels of crops and windows. None: 512 for dinov2, else the encoder's image size, or twice that for mosaics;
     rounded to a multiple of the patch size."""
     test: TestMode = "crop"
-    """crop: the shorter side resized to `resolution`, and the middle square. slide: the same resize, windows over all
-    of the image, scored at its own size (dinov2). full: windows over images of their own size (the release)."""
+    """crop: the middle square, after resizing the shorter side to `resolution`. slide: the same resize, then windows
+    over the whole image, scored at its own size (dinov2). full: windows over images at their own size (the release)."""
     stride: int | None = Field(default=None, gt=0)
-    """Pixels from window to window. None: two thirds of a window (341 of 512, as DINOv2; the release: 170 of 224)."""
+    """Pixels from window to window. None: two thirds of a window (341 of 512, as in DINOv2; the release: 170 of
+    224)."""
     batch_size: int = Field(default=64, gt=0)
     """Images or windows per pass of the encoder, where nothing is trained."""
     masks: MasksConfig = MasksConfig()

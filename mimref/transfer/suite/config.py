@@ -12,7 +12,7 @@ Protocol = Literal["knn", "lowshot", "probe", "cluster", "finetune"]
 
 def _check_name(text: str) -> str:
     if not text.isascii() or not text.replace("-", "").replace("_", "").isalnum():
-        raise ValueError("a name of letters, digits, - and _, which becomes a folder's")
+        raise ValueError("a name of letters, digits, - and _, which becomes a folder's name")
     return text
 
 
@@ -20,33 +20,35 @@ class EntryConfig(Section):
     """One entry of a suite: a data set and how encoders are measured on it."""
 
     name: Annotated[str, AfterValidator(_check_name)]
-    """In the table, and of the entry's folder."""
+    """Name in the table, and of the entry's folder."""
     data: str
     """As `data.spec`."""
     protocol: Protocol
-    """The command that measures."""
+    """Command that measures."""
     preset: str | None = None
-    """Of that command."""
+    """Preset of that command."""
     settings: dict[str, Any] = {}
-    """Of that command."""
+    """Settings of that command."""
     seeds: int = Field(default=1, gt=0)
-    """Fine-tuning: runs with the seeds S, S + 1, ..., where S is the setting; the result is their mean."""
+    """Fine-tuning: number of runs, with the seeds S, S + 1, ..., where S is the setting `seed`; the result is their
+    mean."""
     learning_rates: list[Annotated[float, Field(gt=0)]] = []
     """Fine-tuning: values of `finetune.lr` to choose from, by the mean over the seeds on `tune_data`."""
     tune_data: str | None = None
-    """Data on which the learning rate is chosen: it trains on the one part, and is scored on the other."""
+    """Data used to choose the learning rate: training uses one part, and the scores come from the other."""
 
     @model_validator(mode="after")
     def _check_tuning(self) -> Self:
         if self.protocol != "finetune" and {"seeds", "learning_rates", "tune_data"} & self.model_fields_set:
-            raise ValueError(f"seeds, learning_rates and tune_data are of fine-tunings, not of {self.protocol}")
+            raise ValueError(f"seeds, learning_rates and tune_data apply to finetune, not to {self.protocol}")
         if bool(self.learning_rates) != (self.tune_data is not None):
             raise ValueError("learning_rates and tune_data need each other; give both or none")
         return self
 
 
 class SuiteConfig(CommandConfig):
-    """All settings of `mimref transfer`; those that a protocol has hold for its entries, unless these set them."""
+    """All settings of `mimref transfer`; those that a protocol shares apply to its entries, unless an entry sets
+    them."""
 
     command = "transfer"
     checkpoints: Annotated[list[str], Field(min_length=1)] = ["quickstart"]
@@ -60,5 +62,5 @@ class SuiteConfig(CommandConfig):
     resolution: int | None = Field(default=None, gt=0)
     """Pixels per side of the images; None: the encoder's own."""
     entries: list[dict[str, Any]] = []
-    """What is measured, a table each: `name`, `data`, `protocol`, and optionally `preset`, `settings` and, for
-    fine-tunings, `seeds`, `learning_rates` and `tune_data`."""
+    """What to measure, one table per entry: `name`, `data`, `protocol`, and optionally `preset`, `settings` and, for
+    fine-tuning, `seeds`, `learning_rates` and `tune_data`."""
