@@ -19,6 +19,7 @@ from mimref.reports.model_card import card_header, escape_markdown, model_card
 from mimref.sharing.export import folder_layout, read_subject
 from mimref.sharing.layout import Library, Subject
 from mimref.sharing.record import Record, is_public, read_record, shareable_data
+from tests.families import FAMILIES, backbone
 
 TINY = Architecture("custom", 16, width=32, depth=2, num_heads=2, patch_size=4)
 ENCODER = Subject(build_encoder(TINY), EvalTransform(16))
@@ -86,6 +87,21 @@ def test_the_hub_parses_the_card(tmp_path: Path) -> None:
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.license == "cc-by-nc-4.0" and data.pipeline_tag == "image-classification"
     assert data.eval_results is not None and data.eval_results[0].metric_value == 84.14
+
+
+@pytest.mark.parametrize("family", ["swin", "gray"])
+def test_other_families(family: str) -> None:
+    subject = Subject(backbone(FAMILIES[family]), EvalTransform(32))
+    text = card(subject)
+    assert "timm calls swin_tiny_patch4_window7_224" in text and "attention heads" not in text
+    assert ("computes their luma itself" in text) == (family == "gray") and "red, green and blue" in text
+
+
+def test_other_channels() -> None:
+    encoder = build_encoder(replace(TINY, channels=5))
+    subject = Subject(encoder, EvalTransform(16, mean=(0.5,) * 5, std=(0.2,) * 5))
+    text = card(subject)
+    assert "the 5 channels" in text and "(B, 5, 16, 16)" in text and "PIL" not in text
 
 
 def test_what_is_not_known_is_left_out() -> None:

@@ -244,7 +244,7 @@ def test_without_a_choice_transformers_comes_first() -> None:
     for encoder in (make(NO_CLS_REGISTERS), backbone(FAMILIES["eva"])):
         subject = Subject(encoder, TRANSFORM)
         assert folder_layout(subject, None, notes).library == "timm"
-        assert "--layout timm" in notes.lines.pop()
+        assert "--layout transformers" in notes.lines.pop()
         with pytest.raises(ConfigError, match="--layout timm"):
             folder_layout(subject, "transformers")
 

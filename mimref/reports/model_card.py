@@ -66,6 +66,7 @@ def model_card(title: str, subject: Subject, layout: Layout, record: Record) -> 
         layout=layout,
         transform=subject.transform,
         plain=isinstance(architecture, Architecture),
+        rgb=rgb,
         gray=architecture.channels == 1,
         channels=Raw("red, green and blue" if rgb else f"the {architecture.channels} channels"),
         classes=subject.classes[:_SHOWN_CLASSES],

@@ -93,7 +93,8 @@ def folder_layout(subject: Subject, library: Library | None, listener: Listener 
         if library is not None:
             raise
         layout = timm_layout(rgb)
-        (listener or Silent()).note(f"written as a model of timm, which transformers loads too ({refused})")
+        reason = str(refused).partition("; use")[0]
+        (listener or Silent()).note(f"{reason}: written as a model of timm, which transformers loads too")
         return layout
 
 

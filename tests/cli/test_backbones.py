@@ -85,12 +85,22 @@ def test_inspect(refined: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["architecture"]["name"] == "swin_tiny_patch4_window7_224"
 
 
+def test_a_folder_with_a_card(refined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "folder"
+    assert run(["export", str(refined), "--to", "hf", "--out", str(out)]) == 0
+    assert f"timm.create_model('local-dir:{out}', pretrained=True)" in "".join(capsys.readouterr().out.split("\n"))
+    card = (out / "README.md").read_text()
+    assert "library_name: timm" in card and "swin_tiny_patch4_window7_224" in card
+    assert run(["inspect", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["architecture"]["name"] == "swin_tiny_patch4_window7_224"
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
         (["export", "--to", "onnx", "--out", "a.onnx"], "--to onnx"),
         (["export", "--to", "release", "--out", "a.pth"], "--to release"),
-        (["export", "--to", "hf", "--out", "folder"], "plain vision transformer"),
+        (["export", "--to", "hf", "--layout", "transformers", "--out", "folder"], "--layout timm"),
         (["finetune", "--data", "digits"], "plain vision transformer"),
         (["segment"], "plain vision transformer"),
         (["knn", "--resolution", "20", "--data", "digits"], "nearest is 24"),
