@@ -1,6 +1,6 @@
 """mimref refines vision transformers that were pre-trained by masked image modelling.
 
-The public Python API is imported when it is first used, so that `import mimref` costs nothing.
+Names of the public Python API are imported on first use, so that `import mimref` itself is fast.
 """
 
 from importlib import import_module
@@ -8,7 +8,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name to its module.
+# Public names and their modules.
 _PUBLIC = {
     "Embedder": "mimref.embedder",
     "FinetuneConfig": "mimref.transfer.finetune.config",

@@ -1,4 +1,4 @@
-"""`python -m mimref`, the `mimref` script and torchrun's entry."""
+"""Entry point of `python -m mimref`, the `mimref` script and torchrun."""
 
 import os
 import signal
@@ -22,14 +22,14 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(code)
     if code > 128:
-        # A signal stopped the run, and all is saved: another one would only change the exit code.
+        # A signal has stopped the run and everything is saved: another signal would only change the exit code.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
 def _abandoned() -> bool:
-    """See `distributed.group.abandoned`; that module is not imported for commands without it."""
+    """See `distributed.group.abandoned`; False for commands that have not imported that module."""
     group = sys.modules.get("mimref.distributed.group")
     return group is not None and bool(group.abandoned())
 

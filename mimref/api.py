@@ -1,4 +1,4 @@
-"""Encoders and features for scripts and notebooks."""
+"""Functions that load encoders and extract features, for scripts and notebooks."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,13 +33,13 @@ class LoadedEncoder:
     """An encoder ready for use, its transform and the header of its file."""
 
     model: Encoder | TimmBackbone
-    """A torch module in evaluation mode: `model.blocks(images, [6, 12])` gives the tokens of two blocks."""
+    """A torch module in evaluation mode: `model.blocks(images, [6, 12])` returns the tokens of two blocks."""
     transform: EvalTransform
     """Prepares images for the model: `transform.normalize(transform.crop(image)[None])`."""
     header: dict[str, Any]
     """Preset, source, licence and metrics of files that mimref wrote; empty for others."""
     channels: int | None = None
-    """Of its images where they keep them, as `data.channels`; None: colour."""
+    """Number of channels of its images, as `data.channels`; None: images are converted to colour."""
 
 
 class ExtractedFeatures(NamedTuple):
@@ -68,14 +68,15 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> LoadedEncoder:
-    """Load an encoder from a weights file of any known layout, a run's folder, a published or packaged name.
+    """Load an encoder from a weights file in any known layout, a run's folder, or a published or packaged name.
 
-    arch, source: needed only for files that are not recognised, as on the command line. num_heads: attention heads of
-    a foreign file of an unusual width; without it, a warning says what is assumed. part: which of several encoders of
-    a file, and grid: rows and columns of its patches, as `encoder.part` and `encoder.grid`. resolution: pixels of the
-    images; None: the encoder's own. interpolation: of positions to another resolution, as `encoder.interpolation`.
-    channels, mean, std, channel_init: of images with other channels than the weights', as `data.channels`, `data.mean`,
-    `data.std` and `encoder.channel_init`; `channel_statistics` of `mimref.data.statistics` measures mean and std.
+    arch, source: needed only if the file is not recognised, as on the command line. num_heads: number of attention
+    heads, for files from elsewhere with an unusual width; if it is missing, a warning names the assumed number.
+    part: which encoder to load if the file holds several, as `encoder.part`. grid: rows and columns of its patches, as
+    `encoder.grid`. resolution: image size in pixels; None: the encoder's own. interpolation: of the position embedding
+    for another resolution, as `encoder.interpolation`. channels, mean, std, channel_init: for images with channels
+    other than the weights', as `data.channels`, `data.mean`, `data.std` and `encoder.channel_init`;
+    `mimref.data.statistics.channel_statistics` measures mean and std.
     Raises CheckpointError for a file that holds no encoder, ConfigError for names and sizes that do not fit.
     """
     hints = {"num_heads": num_heads, "part": part, "grid": grid, "interpolation": interpolation}
@@ -107,11 +108,11 @@ def extract(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractedFeatures:
-    """Pooled features of all images of one split, from one pass of the encoder; writes nothing.
+    """Return pooled features of all images of a split, from one pass of the encoder; write nothing.
 
-    data: what `--data` takes, or uint8 images (N, H, W) or (N, 3, H, W); of an encoder with `channels` C uint8, uint16,
-    or floats from 0 to 1, (N, C, H, W). blocks: 1-based; None: the last. pool: `cls`, `mean` or `cls+mean`.
-    Raises DataError for unusable images, ConfigError for a block, device or precision that does not exist.
+    data: a value of `--data`, or uint8 images (N, H, W) or (N, 3, H, W); for an encoder with `channels` C, images
+    (N, C, H, W) as uint8, uint16, or floats from 0 to 1. blocks: 1-based; None: the last. pool: `cls`, `mean` or
+    `cls+mean`. Raises DataError for unusable images, ConfigError for a block, device or precision that does not exist.
     """
     images = _open(data, split, encoder)
     target, home = resolve_device(device), next(encoder.model.parameters()).device
@@ -147,7 +148,7 @@ def _open(
     images = np.asarray(data)
     if encoder.channels is not None:
         recorded = Decoding.of(resolve_data(DataConfig(spec="images"), encoder.header))
-        # As tensors, whose channels are first wherever both orders fit.
+        # As a tensor, whose channels come first if both orders are possible.
         return GivenSource(torch.from_numpy(images.copy()), replace(recorded, channels=encoder.channels))
     colour = images.ndim == 4 and images.shape[1] == 3
     if images.dtype != np.uint8 or not len(images) or not (images.ndim == 3 or colour):

@@ -16,7 +16,7 @@ from mimref.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the best available: CUDA, then MPS, then CPU. Raises ConfigError for one unknown or missing."""
+    """Return the device; `auto` is the best of CUDA, MPS and CPU. Raises ConfigError if it is unknown or missing."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
@@ -30,29 +30,29 @@ def resolve_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Machine:
-    """What settings are derived for."""
+    """The hardware for which settings are derived."""
 
     cuda: bool
     memory_bytes: int | None = None
-    """Of a GPU, used or not; None on other devices."""
+    """Total memory of a GPU, used or not; None on other devices."""
     processes: int = 1
-    """On CUDA each has a GPU of its own."""
+    """Number of processes; on CUDA each has its own GPU."""
 
 
 def machine_of(device: torch.device, processes: int = 1) -> Machine:
-    """What `device` offers to this many processes."""
+    """Describe the hardware that `device` offers to this many processes."""
     cuda = device.type == "cuda"
     memory_bytes = torch.cuda.get_device_properties(device).total_memory if cuda else None
     return Machine(cuda, memory_bytes, processes)
 
 
 ACTIVATION_BYTES = 34
-"""That a transformer's block keeps of every token and channel for the backward pass, in 16-bit training with fused
+"""Bytes per token and channel that a transformer block saves for the backward pass, in 16-bit training with fused
 attention (Korthikanti et al. 2022, Eq. 1)."""
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA, float32 elsewhere. Raises ConfigError if the device cannot compute in bfloat16."""
+    """Return the dtype; `auto` is bfloat16 on CUDA if supported, else float32. Raises ConfigError if unsupported."""
     if name not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"precision {name!r}: choose from auto, fp32, bf16")
     # Emulated bfloat16 is slower than float32.
@@ -64,7 +64,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a CPU has instructions for products of bfloat16 (AVX512-BF16 or AMX); False for other devices."""
+    """Return whether a CPU has instructions for bfloat16 products (AVX512-BF16 or AMX); False for other devices."""
     known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return device.type == "cpu" and any(supported() for supported in known if supported is not None)
 
@@ -76,7 +76,7 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the large buffers that it frees, if the C library is glibc.
+    """Make this process keep the large buffers that it frees, if the C library is glibc.
 
     Otherwise every large tensor is mapped and unmapped again, and on a CPU the page faults take up to a tenth of a
     training step.
@@ -88,9 +88,9 @@ def keep_freed_memory() -> None:
 
 
 def own_cores() -> int:
-    """How many cores this process may use, at least 1.
+    """Return how many cores this process may use, at least 1.
 
-    The processes of its group on this machine share evenly the cores that affinity and container allow.
+    The cores that affinity and container allow are shared evenly among the group's processes on this machine.
     """
     from joblib import cpu_count  # slow to import
 
@@ -100,15 +100,15 @@ def own_cores() -> int:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision for bfloat16; no change for float32."""
+    """Return a context for mixed precision in bfloat16; it changes nothing for float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision is torch.bfloat16 else nullcontext()
 
 
 def choose_attention(module: nn.Module, device: torch.device, precision: torch.dtype) -> None:
-    """Let the attention of a module that will be trained be computed in the way that is fastest there.
+    """Choose the fastest attention for a module that will be trained on this device.
 
-    Of torch's fused attention on CPUs, the backward pass in bfloat16 is several times slower than in float32; plain
-    matrix products are faster than both. Without gradients, and on CUDA, the fused one is.
+    On CPUs, the backward pass of torch's fused attention is several times slower in bfloat16 than in float32; plain
+    matrix products are faster than both. Without gradients, and on CUDA, fused attention is the fastest.
     """
     if device.type == "cpu" and precision is torch.bfloat16:
         parts: Iterable[Any] = module.modules()

@@ -1,4 +1,4 @@
-"""Random numbers as a function of what they are for, never of who draws them.
+"""Random numbers as a function of their purpose, never of the process that draws them.
 
 Every draw is a hash of (seed, epoch, operation, sample index, view), so augmentations and nearest-neighbour choices are
 the same on every device and for any number of workers, ranks and micro-batches, and a resumed run needs no saved
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# torch has no arithmetic of unsigned 64-bit integers: the hash's constants as signed ones.
+# torch has no arithmetic on unsigned 64-bit integers, so the hash's constants are written as signed ones.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 class Operation(enum.IntEnum):
-    """What a number is drawn for; each has a stream of its own."""
+    """Purpose of a random number; each has its own stream."""
 
     ORDER = 1
     CROP_SHAPE = 2
@@ -55,7 +55,7 @@ def _mix(word: Tensor) -> Tensor:
 def uniform(
     seed: int, epoch: int, operation: Operation, sample_N: Tensor, view_N: Tensor | int = 0, *, count: int = 1
 ) -> Tensor:
-    """`count` independent uniform numbers in [0, 1) for every (sample, view) pair.
+    """Draw `count` independent uniform numbers in [0, 1) for every (sample, view) pair.
 
     sample_N, view_N: int64, on any device. Returns (N, count) float32 with 24 random bits each.
     """
@@ -68,7 +68,7 @@ def uniform(
 
 
 def seeds(seed: int, epoch: int, operation: Operation, sample_N: Tensor) -> list[int]:
-    """A number of 32 bits for every sample, to seed other generators with."""
+    """Return a 32-bit number for every sample, to seed other generators."""
     # 24 bits each: two numbers make the 32 bits that NumPy takes.
     drawn = uniform(seed, epoch, operation, sample_N, count=2).double().tolist()
     return [int(high * 2**24) << 8 | int(low * 2**8) for high, low in drawn]
@@ -76,7 +76,7 @@ def seeds(seed: int, epoch: int, operation: Operation, sample_N: Tensor) -> list
 
 @contextmanager
 def global_generators(number: int) -> Iterator[None]:
-    """Inside the block, the generators of `random` and NumPy, which timm draws from, depend on `number` alone."""
+    """Inside the block, seed the generators of `random` and NumPy, which timm uses, with `number`."""
     states = random.getstate(), np.random.get_state()
     random.seed(number)
     np.random.seed(number)
@@ -89,14 +89,14 @@ def global_generators(number: int) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, epoch: int, operation: Operation, sample: int) -> Iterator[int]:
-    """`global_generators` that depend on these alone. Gives the number that they are seeded with."""
+    """Run `global_generators` with a seed that depends only on the arguments; yields the seed."""
     (number,) = seeds(seed, epoch, operation, torch.tensor([sample]))
     with global_generators(number):
         yield number
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """Order in which an epoch visits `size` samples: (size,) int64."""
+    """Return the order in which an epoch visits `size` samples: (size,) int64."""
     # Two words make ties, which argsort would break by position, all but impossible.
     bits = uniform(seed, epoch, Operation.ORDER, torch.arange(size), count=2).to(torch.float64)
     return torch.argsort(bits[:, 0] + bits[:, 1] * 2.0**-24, stable=True)

@@ -1,4 +1,4 @@
-"""Encoders in scikit-learn's way: a transformer from images to features."""
+"""An encoder with the interface of scikit-learn: a transformer from images to features."""
 
 import warnings
 from collections.abc import Sequence
@@ -25,18 +25,18 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     """Features of images for scikit-learn's pipelines: `make_pipeline(Embedder("runs/mae_l16"), LogisticRegression())`.
 
     X is a list of paths, PIL images, arrays or tensors, of any sizes, or one array: (N, H, W), (N, H, W, 3) or
-    (N, 3, H, W), uint8 or floats from 0 to 1. Nothing is learned: `fit` reads the encoder, and `transform` works
-    without it. Features are those of `mimref extract`, float32 (N, D); of several blocks or poolings side by side.
+    (N, 3, H, W), uint8 or floats from 0 to 1. Nothing is learned: `fit` only reads the encoder, and `transform` works
+    without `fit`. Features are those of `mimref extract`, float32 (N, D), with several blocks or poolings concatenated.
 
     checkpoint: a weights file, a run's folder, or a published or packaged name. blocks: `last`, `last4`, `all`, or
-    numbers such as `"1,5,12"`, 12 or [1, 5, 12]; 1-based. pool: `cls`, `mean` or `cls+mean`. final_norm: of the last
-    block. resolution: pixels; None: the encoder's own. batch_size: images per pass. device, precision: as `--device`
-    and `--precision`; None: the best available. workers: processes that read files. cache: a folder where features are
-    cached by weights, settings and images, True for the one that `mimref cache list` shows, None for no cache.
-    channels: of images with other channels than colour's, as `--channels`; None: the encoder's. mean, std: of each, for
-    encoders whose file does not record them.
-    Raises CheckpointError and ConfigError for an encoder and settings that do not fit, DataError for what is no image
-    or cannot be read, with its path. Pickles hold the settings and a hash of the weights, not the weights.
+    numbers such as `"1,5,12"`, 12 or [1, 5, 12]; 1-based. pool: `cls`, `mean` or `cls+mean`. final_norm: whether to
+    apply the final norm to the last block. resolution: image size in pixels; None: the encoder's own. batch_size:
+    images per pass. device, precision: as `--device` and `--precision`; None: the best available. workers: number of
+    processes that read files. cache: folder in which features are cached by weights, settings and images; True: the one
+    that `mimref cache list` shows; None: no cache. channels: number of channels of images that are not colour images,
+    as `--channels`; None: the encoder's. mean, std: per channel, for encoders whose file does not record them.
+    Raises CheckpointError or ConfigError if the encoder and the settings do not fit, DataError, with the path, for a
+    file that is no image or cannot be read. Pickles hold the settings and a hash of the weights, not the weights.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self.std = std
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Read the encoder. X is looked at no further than its types and shapes; y is ignored."""
+        """Read the encoder. Only the types and shapes of X are checked; y is ignored."""
         self.__dict__.pop("_loaded", None)
         inputs, _ = self._encoder(known=None)
         GivenSource(X, Decoding.of(inputs.data))
@@ -79,7 +79,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
-        """Features (N, D) of the images, in their order."""
+        """Return the features (N, D) of the images, in their order."""
         inputs, columns = self._encoder(known=getattr(self, "weights_", None))
         source = GivenSource(X, Decoding.of(inputs.data))
         own = inputs.with_images(source)
@@ -87,7 +87,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return own.features("val").stacked([columns])
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
-        """Names such as `block8_cls_0`. input_features: ignored."""
+        """Return feature names such as `block8_cls_0`. input_features: ignored."""
         inputs, columns = self._encoder(known=getattr(self, "weights_", None))
         size = inputs.image_size
         with torch.inference_mode():
@@ -101,9 +101,9 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return np.asarray(names, dtype=object)
 
     def _encoder(self, known: str | None) -> tuple[EncoderInputs, list[Column]]:
-        """The encoder as the settings say, read once, and what of its tokens is wanted.
+        """Return the encoder that the settings ask for, read once, and the columns of features to compute.
 
-        known: hash of the weights that it was fitted with.
+        known: hash of the weights with which it was fitted.
         """
         settings = repr(self.get_params(deep=False))
         loaded = self.__dict__.get("_loaded")
@@ -112,7 +112,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             inputs = EncoderInputs(config, str(self.checkpoint), _Warnings(), need_labels=False)
             _ = inputs.settings  # nothing is measured on X
             if known is not None and inputs.checkpoint.fingerprint != known:
-                raise CheckpointError(f"{self.checkpoint}: other weights than those that were fitted; fit again")
+                raise CheckpointError(f"{self.checkpoint}: these weights differ from the fitted ones; fit again")
             groups = block_groups(_blocks(self.blocks), inputs.depth)
             of_groups = (columns_of(group, self.pool, self.final_norm, inputs.depth) for group in groups.values())
             columns = list(dict.fromkeys(column for columns in of_groups for column in columns))
@@ -125,7 +125,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return validated(
             EncoderPassConfig,
             {
-                # Of the images; none of them may be missing from the features.
+                # The images in X; features must not lack any of them.
                 "data": {"spec": "X", "max_bad": 0, "channels": self.channels, "mean": self.mean, "std": self.std},
                 "cache": {"folder": folder, "keep_gb": 0.0},
                 "pool": self.pool,
@@ -156,12 +156,12 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return tags
 
     def _more_tags(self) -> dict[str, Any]:
-        """The same for scikit-learn before 1.6."""
+        """Return the tags for scikit-learn before 1.6."""
         return {"requires_fit": False, "stateless": True, "no_validation": True, "X_types": ["3darray", "string"]}
 
 
 class _Warnings(Listener):
-    """What is assumed, and what asks for attention, as Python's warnings."""
+    """Listener that issues notes and warnings as Python warnings."""
 
     def note(self, message: str) -> None:
         """See `Listener`."""
@@ -173,7 +173,7 @@ class _Warnings(Listener):
 
 
 def _blocks(blocks: str | int | Sequence[int]) -> str:
-    """As `--blocks` takes them. Raises ConfigError for what is neither text nor numbers."""
+    """Return blocks in the form of `--blocks`. Raises ConfigError for a value that is neither text nor integers."""
     if isinstance(blocks, str):
         return blocks
     numbers = [blocks] if isinstance(blocks, SupportsIndex) else blocks

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, one line each that names the value at fault and says what to do; and their collection."""
+"""Errors that a user can fix, and their collection; each message is one line with the value at fault and the remedy."""
 
 import difflib
 import re
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """A mistake in what the user gave; the command line prints its message alone and exits with code 2."""
+    """A mistake in the user's input; the command line prints only the message and exits with code 2."""
 
 
 class ConfigError(UserError):
@@ -29,7 +29,7 @@ class OutputError(UserError):
 
 
 class DivergenceError(UserError):
-    """Training produced a loss that is not finite."""
+    """Training produced a loss or weights that are not finite."""
 
 
 class LostRankError(UserError):
@@ -37,7 +37,7 @@ class LostRankError(UserError):
 
 
 class UserErrors(UserError):
-    """Several mistakes that were found together, one line each."""
+    """Several mistakes found together, one line each."""
 
     def __init__(self, errors: Sequence[UserError]) -> None:
         super().__init__("\n".join(map(str, errors)))
@@ -50,28 +50,28 @@ class Typed(NamedTuple):
     flag: str
     value: str
     example: str
-    """Of a value, from its help."""
+    """Example value from the option's help."""
 
     def __str__(self) -> str:
         return f"{self.flag} {self.value}"
 
 
 class Checks:
-    """Runs checks that do not need each other, and raises all the mistakes that they find as one error.
+    """Runs independent checks, and raises all mistakes that they find as one error.
 
-    order: settings and options in the order in which their mistakes are listed. typed: the settings that the user gave
-    as options, whose mistakes are reported under the option's name.
+    order: settings and options in the order in which their mistakes are listed. typed: settings that the user typed as
+    options; their mistakes are reported under the option's name.
     """
 
     def __init__(self, order: Iterable[str] = (), typed: Mapping[str, Typed] | None = None) -> None:
         self.typed = dict(typed or {})
         self.unusable: set[str] = set()
-        """Settings without a right value: nothing else is checked against them."""
+        """Settings without a valid value: nothing else is checked against them."""
         self._rank = {name: rank for rank, name in enumerate(order)}
         self._found: list[tuple[str, UserError]] = []
 
     def run(self, setting: str, check: Callable[[], T]) -> T | None:
-        """What `check` of a setting or option returns; None if it raises a UserError, or if the setting is unusable."""
+        """Return the result of a setting's `check`; None if it raises a UserError, or if the setting is unusable."""
         if setting in self.unusable:
             return None
         try:
@@ -81,7 +81,7 @@ class Checks:
             return None
 
     def add(self, setting: str, error: UserError) -> None:
-        """A mistake in a setting. One that is known is not added again: several checks may meet it."""
+        """Add a mistake in a setting, unless it is known already: several checks may find the same one."""
         known = {str(each) for _, each in self._found}
         for each in error.errors if isinstance(error, UserErrors) else [error]:
             if str(each) not in known:
@@ -93,25 +93,25 @@ class Checks:
         return not self._found
 
     def finish(self) -> None:
-        """Raise what was found, if anything: a single mistake as it is, several as UserErrors."""
+        """Raise the mistakes found, if any: a single one as it is, several as UserErrors."""
         if self._found:
             self.raise_found()
 
     def finished(self, value: T | None) -> T:
-        """What a check returned, after `finish`."""
+        """Call `finish`, then return what a check returned."""
         self.finish()
         assert value is not None  # only a check that found a mistake returns None
         return value
 
     def raise_found(self) -> NoReturn:
-        """`finish` where something was found."""
+        """Raise the mistakes found; there must be at least one."""
         other = self._rank.get("sets", len(self._rank))
         in_order = sorted(self._found, key=lambda found: self._rank.get(found[0], other))
         errors = [self._as_typed(error) for _, error in in_order]
         raise errors[0] if len(errors) == 1 else UserErrors(errors)
 
     def _as_typed(self, error: UserError) -> UserError:
-        """`--device cuda` for `device 'cuda'`, where that is what the user typed."""
+        """Rewrite a message as the user typed the setting, such as `--device cuda` for `device 'cuda'`."""
         message = str(error)
         for name, typed in self.typed.items():
             setting = rf"(?<![\w.-]){re.escape(name)}(?: =)? (['\"]?){re.escape(typed.value)}\1(?![\w.]\w)(?!\w)"
@@ -124,7 +124,7 @@ class Checks:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known word, or an empty string when none is near."""
+    """Return `; did you mean 'x'?` for the nearest known word, or an empty string if none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -132,7 +132,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 class Interrupted(BaseException):
     """Work stopped by a signal after saving what can be saved; the exit code is 128 + the signal's number.
 
-    Not an Exception, as KeyboardInterrupt is none: it may be raised anywhere, and must not pass for a damaged file.
+    Like KeyboardInterrupt, not an Exception: it may be raised anywhere, and must not be mistaken for a damaged file.
     """
 
     def __init__(self, signum: int, message: str) -> None:

@@ -17,27 +17,27 @@ from mimref.errors import OutputError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_DISK_BYTES = 1 << 20
-"""With less space free, a disk counts as full."""
+"""A disk with less free space counts as full."""
 
 
 def cache_folder() -> Path:
-    """The folder of cached downloads and features: `$MIMREF_CACHE`, else `mimref` in the user's cache folder."""
+    """Return the folder of cached downloads and features: `$MIMREF_CACHE`, else `mimref` in the user's cache folder."""
     ensure_caches()
     return Path(os.environ.get("MIMREF_CACHE") or Path(_user_caches(), "mimref"))
 
 
 def ensure_caches() -> Path | None:
-    """Give a user without a cache folder one below the temporary folder, as in containers with an unknown user.
+    """Provide a cache folder in the temporary folder if the user has none, as in containers with an unknown user.
 
-    Libraries that compile code fail without one, or write into a folder named `~`. Where there is no home, that folder
-    becomes the home of this process; where only caches cannot be written, those move that exist for no other purpose.
-    Returns the folder if this process uses it.
+    Without one, libraries that compile code fail or write into a folder named `~`. If there is no home, the new folder
+    becomes the home of this process. If only the caches cannot be written, just the folders that serve only as caches
+    move there. Returns the folder if this process uses it.
     """
     global _caches
     try:
         getpass.getuser()
     except (KeyError, OSError):
-        os.environ["USER"] = f"user{os.getuid()}"  # libraries name files by it
+        os.environ["USER"] = f"user{os.getuid()}"  # libraries use it in file names
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
@@ -46,7 +46,7 @@ def ensure_caches() -> Path | None:
     if (os.path.isabs(home) and _may_write(_user_caches())) or (folder := _private_folder()) is None:
         return _caches
     _caches = folder
-    if not os.path.isdir(home) or home == os.path.sep:  # which is the home of an unknown user
+    if not os.path.isdir(home) or home == os.path.sep:  # `/` is the home of an unknown user
         os.environ["HOME"] = str(folder)
         os.environ.pop("XDG_CACHE_HOME", None)
     else:
@@ -63,13 +63,13 @@ def _user_caches() -> Path:
 
 
 def _may_write(folder: Path) -> bool:
-    """Whether a folder can be written, or created."""
+    """Return whether a folder can be written, or created."""
     existing = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
     return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
 
 
 def _private_folder() -> Path | None:
-    """A folder below the temporary one that only this user can write: libraries run the code that they cache."""
+    """Return a folder in the temporary folder that only this user can write, since libraries run code they cache."""
     try:
         folder = Path(tempfile.gettempdir(), f"mimref-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -105,15 +105,15 @@ def check_new_file(file: Path, endings: Sequence[str], force: bool, option: str 
 
 
 def check_new_folder(folder: Path, own: Sequence[str], force: bool, option: str = "--out") -> None:
-    """Raise OutputError for a folder that cannot be written, or holds files.
+    """Raise OutputError for a folder that cannot be written or is not empty.
 
-    own: names of files that `force` may replace, by replacing the folder.
+    own: names of the files that `force` may replace, by replacing the folder.
     """
     check_writable(folder, option)
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if others := [name for name in names if name not in own]:
         raise OutputError(
-            f"{option} {folder}: holds {others[0]!r}, which is no part of an export; choose another folder"
+            f"{option} {folder}: holds {others[0]!r}, which is not part of an export; choose another folder"
         )
     if names and not force:
         raise OutputError(f"{option} {folder}: exists; choose another name, or --force to replace it")
@@ -121,9 +121,9 @@ def check_new_folder(folder: Path, own: Sequence[str], force: bool, option: str 
 
 @contextmanager
 def atomic_folder(folder: Path, option: str = "--out") -> Iterator[Path]:
-    """A temporary folder beside `folder`; it replaces `folder`, which it removes, if the block ends without an error.
+    """Yield a temporary folder beside `folder` that replaces it if the block ends without an error.
 
-    Whatever interrupts the write, no half-written folder has the name. Raises OutputError as `atomic_path` does.
+    Whatever interrupts the write, `folder` is never half-written. Raises OutputError like `atomic_path`.
     """
     ending = secrets.token_hex(4)
     temporary, old = (folder.parent / f".{folder.name}.{ending}.{kind}" for kind in ("tmp", "old"))
@@ -149,7 +149,7 @@ def atomic_folder(folder: Path, option: str = "--out") -> Iterator[Path]:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Rename a folder of files that are on disk, in place of an earlier one. A kill leaves one of them, or neither."""
+    """Replace `folder` by a folder of files that are on disk. A killed process leaves the old, the new, or neither."""
     old = folder.with_name(f".{folder.name}.old.tmp")
     _sync(temporary)
     if folder.exists():
@@ -161,11 +161,11 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path, option: str = "--out") -> Iterator[Path]:
-    """A temporary path beside `path`; the file written there replaces `path` if the block ends without an error.
+    """Yield a temporary path beside `path`; the file written there replaces `path` if the block ends without an error.
 
     For libraries that need a file name. Creates missing folders. Whatever interrupts the write, `path` holds the old
     content or the new: the data is on disk before the name changes. Removes the temporary file after an error.
-    option: that names the place.
+    option: name of the option that sets the path, for messages.
     Raises OutputError if the folder or the file cannot be written, or the disk is full.
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
@@ -192,13 +192,13 @@ def atomic_path(path: Path, option: str = "--out") -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: Path, option: str = "--out") -> Iterator[BinaryIO]:
-    """A binary file that replaces `path` if the block ends without an error; see `atomic_path`."""
+    """Open a binary file that replaces `path` if the block ends without an error; see `atomic_path`."""
     with atomic_path(path, option) as temporary, open(temporary, "wb") as file:
         yield file
 
 
 def remove_halves(folder: Path, name: str) -> None:
-    """Delete what killed processes left of writing `name`, which may be a pattern: up to gigabytes."""
+    """Delete what killed processes left half-written of `name`, which may be a pattern; it can take up gigabytes."""
     for half in folder.glob(f".{name}.*.tmp"):
         if half.is_dir():
             shutil.rmtree(half)
@@ -207,10 +207,10 @@ def remove_halves(folder: Path, name: str) -> None:
 
 
 def is_whole(file: BinaryIO) -> bool:
-    """Whether every member of a zip archive has the CRC-32 stored with it; `torch.load` checks none."""
+    """Return whether every member of a zip archive matches its stored CRC-32; `torch.load` checks none."""
     try:
         return zipfile.ZipFile(file).testzip() is None
-    except Exception:  # whatever damage makes zipfile raise
+    except Exception:  # zipfile raises many kinds of errors for damaged files
         return False
 
 
@@ -222,7 +222,7 @@ def write_bytes(path: Path, data: bytes, option: str = "--out") -> None:
 
 def _sync(place: Path) -> None:
     """Make a file, or the new names in a folder, survive a power cut."""
-    with suppress(OSError):  # not every system can synchronise a folder
+    with suppress(OSError):  # not every system can synchronise folders
         descriptor = os.open(place, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Lock files: one process at a time. The system releases a lock when its process dies."""
+"""Lock files, each held by one process at a time. The system releases a lock when its process dies."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from filelock import Timeout as Timeout
 from mimref.errors import OutputError
 
 WAITING_S = 1.0
-# Loader processes of a killed run keep its lock until they notice, which takes up to 5 s.
+# Loader processes of a killed run hold its lock until they notice, which takes up to 5 s.
 PATIENCE_S = 8.0
 
 
@@ -29,16 +29,16 @@ def acquire(file: Path, timeout_s: float) -> FileLock:
 def release(lock: FileLock, file: Path) -> None:
     """Release a lock and remove its file."""
     with suppress(OSError):
-        file.unlink()  # before releasing: others would acquire a file that no longer exists
+        file.unlink()  # before the release; otherwise another process could lock a file that is about to be removed
     lock.release()
 
 
 @contextmanager
 def one_at_a_time(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Create `path` while no other process does. The others wait, and should then check whether it exists.
+    """Hold a lock while creating `path`. Other processes wait, and should then check whether it exists.
 
     waiting: called every second while another process holds the lock, a file beside `path`. If that file cannot be
-    created, nobody waits. Folders created for it stay: other processes may be waiting in them.
+    created, no process waits. Folders created for it are kept: other processes may be waiting in them.
     """
     file = path.with_name(f".{path.name}.lock")
     lock = None
@@ -60,7 +60,7 @@ def one_at_a_time(path: Path, waiting: Callable[[], object] = lambda: None) -> I
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold `.lock` in the folder, which is created if missing; remove both afterwards if nothing else is in it.
+    """Hold `.lock` in the folder, which is created if missing; afterwards remove the lock and empty created folders.
 
     Raises OutputError if another process holds the lock, or the folder cannot be written.
     """

@@ -1,4 +1,4 @@
-"""How functions that compute report progress: they call a listener, and the command line shows it."""
+"""Progress reports: functions call a listener, and the command line displays what it receives."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,34 +6,34 @@ from contextlib import contextmanager
 from mimref.errors import UserError
 
 Progress = Callable[[int, int], None]
-"""Called with how much of one piece of work is done, and how much there is."""
+"""Called with the amount of work done and the total amount."""
 LabelledProgress = Callable[[str, int, int], None]
-"""The same for one of several pieces of work, which the label names."""
+"""The same for one of several pieces of work, with its label first."""
 
 
 class Listener:
-    """Receives the progress of a run; this one ignores it."""
+    """Receives the progress of a run; this base class ignores it."""
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """`done` of `total` steps or images of the work named `label`."""
+        """Receive the progress of the work `label`: `done` of `total` steps or images."""
 
     def note(self, message: str) -> None:
-        """One line of information."""
+        """Receive one line of information."""
 
     def warn(self, message: str) -> None:
-        """One line that asks for attention."""
+        """Receive a one-line warning."""
 
 
 @contextmanager
 def optional(missing: str, listener: Listener) -> Iterator[None]:
-    """A part of the work that takes nothing else with it when it fails: the failure is a warning.
+    """Run a part of the work that may fail: an exception becomes a warning, and the rest continues.
 
-    missing: what there is not then, such as `no figure`.
+    missing: what is missing after a failure, such as `no figure`.
     """
     try:
         yield
     except Exception as error:  # of any library
-        # Some libraries write pages, of which the first line says what is wrong.
+        # Some libraries raise pages of text, whose first line names the problem.
         reason = next(iter(str(error).strip().splitlines()), "")
         listener.warn(f"{missing}: {reason if isinstance(error, UserError) else f'{type(error).__name__}: {reason}'}")
 
@@ -43,7 +43,7 @@ class Silent(Listener):
 
 
 class ProgressOnly(Listener):
-    """A listener that passes progress on to a function. total: of the work that this is a part of."""
+    """A listener that passes progress on to a function. total: total of the whole work that this is a part of."""
 
     def __init__(self, report: Progress | None, total: int | None = None) -> None:
         self._report, self._total = report, total

@@ -1,4 +1,4 @@
-"""Rows of results, and the files results.csv and results.json; the latter marks a folder as finished."""
+"""Rows of results, and their files: results.csv and results.json, which marks a folder as finished."""
 
 import json
 import math
@@ -38,29 +38,29 @@ class Tabular:
 
 @dataclass(frozen=True)
 class EvaluationResult(Tabular):
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     rows: list[Row]
     elapsed_s: float
     bad_images: list[tuple[str, str]] = field(default_factory=list)
-    """Path and reason of every image left out."""
+    """Path and reason for each image that was skipped."""
     data: DataConfig | None = None
-    """The images, which the settings may leave to the checkpoint's header; None for features made elsewhere."""
+    """Settings of the images, completed from the checkpoint's header; None for features computed elsewhere."""
 
 
 class Finished(NamedTuple):
-    """What results.json records."""
+    """The contents of results.json."""
 
     rows: list[Row]
     elapsed_s: float
     bad_images: list[tuple[str, str]]
-    """Path and reason of every image left out."""
+    """Path and reason for each image that was skipped."""
 
 
 def frame(rows: Sequence[Row]) -> "DataFrame":
-    """Rows as a table with columns in the order of `columns`: Int64, Float64 or string, object if types are mixed.
+    """Return rows as a table with the columns of `columns`: Int64, Float64 or string; object if types are mixed.
 
-    A missing cell is `pandas.NA`; a NaN that was measured is not.
+    A missing cell is `pandas.NA`; a measured NaN stays NaN.
     """
     # Slow to import.
     import numpy as np
@@ -80,7 +80,7 @@ def frame(rows: Sequence[Row]) -> "DataFrame":
 
 
 def named(rows: Sequence[Row], model: str, where: Row) -> list[Row]:
-    """Rows with the model's name and the settings `where` it was evaluated."""
+    """Return rows with the model's name and the settings `where`, with which it was evaluated."""
     return [{"model": model, "metric": row["metric"], "value": row["value"], **where, **row} for row in rows]
 
 
@@ -91,7 +91,7 @@ def check_folder(out: Path, force: bool) -> None:
         if not force:
             raise OutputError(f"{out}: holds results; choose another --out, or --force to replace them")
     elif (out / "metrics.jsonl").exists():
-        # These results would look like those of that run.
+        # New results would look like those of that run.
         raise OutputError(f"{out}: holds an unfinished run of refine or pretrain; choose another --out")
 
 
@@ -107,7 +107,7 @@ def write_results(
 ) -> None:
     """Write results.csv (one line per row), then results.json into the folder `out`, each atomically.
 
-    config: the resolved settings. bad_images: path and reason of every image left out. derived: settings that a recipe
+    config: the resolved settings. bad_images: path and reason for each skipped image. derived: settings that a recipe
     has derived, each with its rule. JSON keys: command, version, config, elapsed_s, metrics (the rows), bad_images,
     derived (if any) and versions (of packages that can change a number). Values that are not finite become null.
     Raises OutputError if the folder cannot be written.
@@ -127,7 +127,7 @@ def write_results(
 
 
 def read_results(out: Path, command: str) -> Finished:
-    """The results of a finished run of `command`.
+    """Return the results of a finished run of `command`.
 
     Raises OutputError if its results.json is damaged or from another command.
     """
@@ -140,19 +140,19 @@ def read_results(out: Path, command: str) -> Finished:
         elapsed_s, made_by = float(document["elapsed_s"]), document["command"]
         bad_images = [(str(each["path"]), str(each["reason"])) for each in document.get("bad_images", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(f"{file} cannot be read ({error}); --force instead of --resume runs again") from error
+        raise OutputError(f"{file} cannot be read ({error}); use --force instead of --resume to run again") from error
     if made_by != command:
         raise OutputError(f"{out}: holds results of {made_by}, not of {command}; choose another --out")
     return Finished(rows, elapsed_s, bad_images)
 
 
 def main_rows(rows: Sequence[Row]) -> list[Row]:
-    """All rows but those that detail another one: one draw, one classifier of a grid, one class, one severity."""
+    """Return all rows except details of another row: a single draw, classifier of a grid, class or severity."""
     return [row for row in rows if row.keys().isdisjoint({"split", "classifier", "class", "severity"})]
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Every key of the rows: model, metric and value first, the others in order of appearance."""
+    """Return every key of the rows: model, metric and value first, the others in order of appearance."""
     keys = dict.fromkeys(key for row in rows for key in row)
     first = dict.fromkeys(key for key in ("model", "metric", "value") if key in keys)
     return list(first | keys)

@@ -1,7 +1,7 @@
-"""What a refinement costs: a measured step extrapolated to all epochs (Appendix C.1), and memory by arithmetic.
+"""Cost of a refinement: a measured step extrapolated to all epochs (Appendix C.1), and memory by arithmetic.
 
-FLOPs and memory depend on shapes alone, so they are known of any preset on any machine. Time is known only of what the
-machine can run.
+FLOPs and memory depend on shapes alone, so they can be computed for any preset on any machine. Time can be measured
+only for what the machine can run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,19 +23,19 @@ from mimref.refinement.schedule import StageName
 from mimref.refinement.sizes import state_bytes
 from mimref.results import Row
 
-# Where the preset's batch would take a CPU longer than these seconds, it measures smaller ones, down to this size.
+# If the preset's batch would take a CPU longer than `_CPU_SECONDS`, smaller ones are measured, down to this size.
 _CPU_SMALLEST_BATCH = 8
 _CPU_SECONDS = 20.0
-# A step on a CPU reaches roughly this share of a matrix product's rate; only to decide what to measure.
+# A step on a CPU reaches roughly this share of a matrix product's rate. Used only to decide what to measure.
 _CPU_SHARE = 0.3
 _PREFIXES = (("E", 1.0), ("P", 1e3), ("T", 1e6), ("G", 1e9))
-# On CUDA, the memory of two small batches gives the largest.
+# On CUDA, the largest batch is extrapolated from the memory of two small ones.
 _SMALL_BATCHES = (8, 16)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A preset's cost: rows for tables and files, and what could not be measured, in words."""
+    """Cost of a preset: rows for tables and files, and notes on what could not be measured."""
 
     rows: list[Row]
     notes: list[str]
@@ -44,9 +44,9 @@ class Cost:
 def benchmark_cost(config: RefineConfig, *, steps: int = 3, progress: Progress | None = None) -> Cost:
     """Measure a few steps of both stages on this machine and extrapolate them to all of `config`.
 
-    The images are those of `config.data`, or ImageNet's 1,281,167 where it names none. A CPU measures what it can in a
-    minute: smaller batches, and no time at all of large encoders. CUDA measures the batch as it is, in micro-batches
-    where one pass does not fit, and the largest batch in one pass.
+    The images are those of `config.data`, or ImageNet's 1,281,167 if it names none. A CPU measures what it can in a
+    minute: batches are smaller, and large encoders are not timed at all. CUDA measures the preset's batch, in
+    micro-batches if one pass does not fit, and also finds the largest batch that fits in one pass.
     Raises ConfigError or DataError for settings that do not fit the encoder or the images.
     """
     flops = stage_flops(config)
@@ -67,14 +67,14 @@ def benchmark_cost(config: RefineConfig, *, steps: int = 3, progress: Progress |
             measured += measure_step(config.model_copy(update={"batch_size": size}), stage, (micro,), steps=steps)
             tick()
     except (ConfigError, torch.OutOfMemoryError) as error:
-        # The settings fit the encoder, as `stage_flops` has checked: what is left is memory.
+        # `stage_flops` has checked that the settings fit the encoder, so the remaining cause is memory.
         notes.append(f"time and peak memory: {str(error).splitlines()[0]}")
         measured = []
     rows = estimate_cost(config, flops, measured[: len(flops)], images=images)
     for stage in flops:
         try:
             rows.append(predicted_row(config, stage))
-        except ConfigError as error:  # of micro-batches, or of recomputing
+        except ConfigError as error:  # the encoder does not support micro-batches or recomputing
             notes.append(f"predicted peak memory: {error}")
     if len(measured) > len(flops):
         capacity = torch.cuda.get_device_properties(device).total_memory
@@ -83,7 +83,7 @@ def benchmark_cost(config: RefineConfig, *, steps: int = 3, progress: Progress |
 
 
 def stage_flops(config: RefineConfig) -> dict[StageName, int]:
-    """FLOPs of the model per image in a step of each stage that the run trains.
+    """Count the model's FLOPs per image in a step of each stage that the run trains.
 
     Raises ConfigError for settings that do not fit the encoder.
     """
@@ -95,7 +95,7 @@ def stage_flops(config: RefineConfig) -> dict[StageName, int]:
 def _affordable_batch(
     config: RefineConfig, flops: Mapping[StageName, int], steps: int, device: torch.device, notes: list[str]
 ) -> int:
-    """The batch that all stages are measured with, at most the preset's; 0 where none would be done in time."""
+    """Return the batch size for measuring all stages, at most the preset's; 0 if none would finish in time."""
     # The warm-up steps and the one whose FLOPs are counted take time, too.
     image_s = (steps + 3) * sum(flops.values()) / _matmul_flops(device) / _CPU_SHARE
     batch = config.batch_size
@@ -114,7 +114,7 @@ def _affordable_batch(
 
 
 def _matmul_flops(device: torch.device) -> float:
-    """Per second."""
+    """Measure the FLOPs per second of a large matrix product."""
     products = MatrixProducts(device, torch.float32)
     return products.flops / median_seconds([products], device, turns=1, warm_up=0)[0]
 
@@ -122,10 +122,10 @@ def _matmul_flops(device: torch.device) -> float:
 def estimate_cost(
     config: RefineConfig, flops: Mapping[StageName, int], measured: Sequence[StepMeasurement] = (), *, images: int
 ) -> list[Row]:
-    """FLOPs and state memory of the trained stages, and hours and peak memory of those that were measured.
+    """Return FLOPs and state memory of the trained stages, and hours and peak memory of those that were measured.
 
-    flops: see `stage_flops`. images: in the training set. A measurement of another batch than the preset's counts by
-    its images per second.
+    flops: see `stage_flops`. images: size of the training set. Hours follow from images per second, so a measurement
+    may use a batch other than the preset's.
     """
     architecture, blocks = resolve_encoder(config)
     rows: list[Row] = []
@@ -154,7 +154,7 @@ def estimate_cost(
 
 
 def predicted_row(config: RefineConfig, stage: StageName) -> Row:
-    """Peak memory of a stage's step in one process on CUDA, as `predict_peak` finds it on any machine."""
+    """Predict the peak memory of a stage's step in one process on CUDA; needs no GPU (see `predict_peak`)."""
     peak = predict_peak(config, stage)
     micro = config.micro_batch if isinstance(config.micro_batch, int) else config.batch_size
     row: Row = {"metric": "cost_predicted_gib", "value": peak.total / 2**30, "stage": stage}
@@ -163,7 +163,7 @@ def predicted_row(config: RefineConfig, stage: StageName) -> Row:
 
 
 def largest_batch_row(small: StepMeasurement, large: StepMeasurement, *, capacity: int) -> Row:
-    """The largest batch of one pass that fits `capacity` bytes, by the straight line through two measured batches."""
+    """Extrapolate the largest batch of one pass that fits `capacity` bytes from two measured batches, linearly."""
     assert small.memory_bytes is not None and large.memory_bytes is not None
     per_image = (large.memory_bytes - small.memory_bytes) / (large.batch - small.batch)
     fixed = small.memory_bytes - per_image * small.batch
@@ -174,7 +174,7 @@ def largest_batch_row(small: StepMeasurement, large: StepMeasurement, *, capacit
 
 
 def cost_facts(cost: Cost) -> Facts:
-    """The cost, and what could not be measured."""
+    """Describe the cost in words, and list what could not be measured."""
     return [_fact(row) for row in cost.rows] + [("not measured", note) for note in cost.notes]
 
 
@@ -209,7 +209,7 @@ def _fact(row: Row) -> tuple[str, str]:
 
 
 def markdown(facts: Sequence[tuple[str, str]], command: str) -> str:
-    """A table in Markdown with the command that printed it."""
+    """Return a Markdown table of the facts, with the command that printed it."""
     lines = [f"`{command}`", "", "| | |", "|---|---|"]
     return "\n".join([*lines, *(f"| {what} | {much} |" for what, much in facts)]) + "\n"
 
@@ -219,6 +219,6 @@ def _gib(value: float) -> str:
 
 
 def _scaled(exaflop: float) -> str:
-    """With the prefix that leaves at least one digit before the point."""
+    """Format with the unit prefix that leaves at least one digit before the decimal point."""
     prefix, factor = next((each for each in _PREFIXES if exaflop * each[1] >= 1), _PREFIXES[-1])
     return f"{exaflop * factor:,.1f} {prefix}"

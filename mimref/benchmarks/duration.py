@@ -1,4 +1,4 @@
-"""How long a planned refinement takes on this machine, from a few real steps of both stages on its own images."""
+"""Duration of a planned refinement on this machine, estimated from a few real steps of both stages on its images."""
 
 import tempfile
 import time
@@ -18,7 +18,7 @@ from mimref.refinement.run import build_method
 from mimref.refinement.stages import EncoderStage, HeadsStage
 from mimref.training.run import Stage, TrainingRun
 
-# Of each stage, after a first step, which starts the loader and makes the optimizer's moments.
+# Timed per stage after a first step, which starts the loader and allocates the optimizer's moments.
 _STEPS = 10
 _SECONDS = 2.0
 _FEW_IMAGES, _MORE_IMAGES = 64, 192
@@ -26,16 +26,16 @@ _FEW_IMAGES, _MORE_IMAGES = 64, 192
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds of a run, in parts."""
+    """Duration of a run in seconds, by part."""
 
     heads_step_s: float
     encoder_step_s: float
     heads_s: float
-    """Stage 1."""
+    """All steps of stage 1."""
     encoder_s: float
-    """Stage 2."""
+    """All steps of stage 2."""
     passes_s: float
-    """Passes of the encoder for checks during stage 2 and for the table, without the scores computed from them."""
+    """Encoder passes for checks during stage 2 and for the table; the scores computed from them are not included."""
 
     @property
     def total_s(self) -> float:
@@ -43,9 +43,9 @@ class Duration:
 
 
 def measure_duration(plan: Plan) -> Duration:
-    """Time a few updates of each stage that the plan has, images included, and a pass over a few images.
+    """Time a few updates of each planned stage, including reading images, and an encoder pass over a few images.
 
-    Takes some seconds. Files are written into a temporary folder alone. Raises DivergenceError when a loss is not
+    Takes a few seconds. Files are written to a temporary folder only. Raises DivergenceError when a loss is not
     finite, and ConfigError when a step does not fit the memory.
     """
     heads_step_s = encoder_step_s = 0.0
@@ -62,7 +62,7 @@ def measure_duration(plan: Plan) -> Duration:
 
 
 def step_seconds(job: Stage) -> float:
-    """Mean of a few updates; of the first one where there is no other."""
+    """Return the mean seconds of a few updates after the first, or those of the first if there is no other."""
     started, counted = time.perf_counter(), 0
     for batch in job.batches():
         job.update(batch)
@@ -91,7 +91,7 @@ def _passes_seconds(plan: Plan, method: Method) -> float:
 
 
 def image_seconds(encoder: TokenEncoder, source: ImageSource, settings: PassSettings, block: int) -> float:
-    """Seconds per image of a pass of the encoder up to a block, from a few images."""
+    """Estimate the seconds per image of an encoder pass up to a block, from a few images."""
 
     def seconds(count: int) -> float:
         started = time.perf_counter()
@@ -100,13 +100,13 @@ def image_seconds(encoder: TokenEncoder, source: ImageSource, settings: PassSett
         return time.perf_counter() - started
 
     few_s, more_s = seconds(_FEW_IMAGES), seconds(_MORE_IMAGES)
-    # The difference leaves out what does not grow with the images, such as the start of loader processes.
+    # The difference excludes what does not grow with the images, such as starting loader processes.
     apart = min(_MORE_IMAGES, len(source)) - min(_FEW_IMAGES, len(source))
     return (more_s - few_s) / apart if apart and more_s > few_s else more_s / min(_MORE_IMAGES, len(source))
 
 
 def describe_duration(found: Duration) -> str:
-    """One line for people."""
+    """Describe a duration in one readable line."""
     steps = [
         f"stage {number} {readable(total_s)} ({1e3 * step_s:,.0f} ms per step)"
         for number, total_s, step_s in (
@@ -120,7 +120,7 @@ def describe_duration(found: Duration) -> str:
 
 
 def readable(seconds: float) -> str:
-    """`45 s`, `14 min`, `3.5 h` or `2.1 days`."""
+    """Format seconds as `45 s`, `14 min`, `3.5 h` or `2.1 days`."""
     for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
             return f"{seconds / unit:.{0 if unit < 3600 else 1}f} {name}"

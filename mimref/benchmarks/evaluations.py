@@ -1,4 +1,4 @@
-"""How fast the evaluations are, on synthetic features: each number compares two ways measured in the same run."""
+"""Speed of the evaluations on synthetic features; each number compares two methods measured in the same run."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from mimref.results import Row
 
 SWEEP = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200)
 ONE_K = 10
-# Widths of a probe's inputs, in widths of the encoder: last and last4, with CLS alone and with the mean of each block.
+# Input widths of the probes in multiples of the encoder's: last and last4, without and with the mean of each block.
 PROBE_WIDTHS = (1, 2, 4, 8)
 
 
@@ -38,20 +38,20 @@ class Sizes:
     kmeans_runs: int = 100
     probe_batch: int = 256
     probe_width: int = 96
-    """Of the encoder; the classifiers' inputs have up to 8 times this."""
+    """Width of the encoder; the classifiers' inputs are up to 8 times as wide."""
     probe_classes: int = 10
     probe_steps: int = 20
-    """Per measurement; a single step is too short to time."""
+    """Steps per measurement; a single step is too short to time."""
     repeats: int = 3
-    """Measurements of each way, taken in turns after one that does not count."""
+    """Measurements of each method, taken in turns after one warm-up."""
 
 
 def benchmark_evaluations(
     *, sizes: Sizes | None = None, device: str = "cpu", progress: Progress | None = None
 ) -> list[Row]:
-    """Measure what the evaluations save; the rows name the sizes measured.
+    """Measure how much time the evaluations save; the rows record the sizes measured.
 
-    device: of k-NN and of the probe; k-means runs on the CPU.
+    device: where k-NN and the probe run; k-means always runs on the CPU.
     """
     sizes = sizes or Sizes()
     tick = Ticks(progress, 3 * 2 * (sizes.repeats + 1))
@@ -60,7 +60,7 @@ def benchmark_evaluations(
 
 
 def _knn_sweep_ratio(sizes: Sizes, device: torch.device, tick: Ticks) -> Row:
-    """Time of k-NN for ten values of k up to 200, divided by that for k = 10 alone; each with a search of its own."""
+    """Time k-NN for ten values of k up to 200, relative to k = 10 alone; each runs its own search."""
     train = blobs(sizes.knn_train, sizes.knn_width, sizes.knn_classes, seed=0)
     test = blobs(sizes.knn_test, sizes.knn_width, sizes.knn_classes, seed=1)
     ways = [partial(knn, *train, *test, k=k, device=str(device)) for k in ((ONE_K,), SWEEP)]
@@ -71,9 +71,9 @@ def _knn_sweep_ratio(sizes: Sizes, device: torch.device, tick: Ticks) -> Row:
 
 
 def _kmeans_speedup(sizes: Sizes, tick: Ticks) -> Row:
-    """Time of many k-means runs in one process, divided by that in a process per core.
+    """Time many k-means runs in one process, relative to one process per core.
 
-    Starting the processes, which happens once, does not count.
+    Starting the processes, which happens once, is not counted.
     """
     x, y = blobs(sizes.kmeans_images, sizes.kmeans_width, sizes.kmeans_classes, seed=0)
     ways = [partial(cluster, x, y, runs=sizes.kmeans_runs, workers=workers) for workers in (1, own_cores())]
@@ -84,10 +84,10 @@ def _kmeans_speedup(sizes: Sizes, tick: Ticks) -> Row:
 
 
 def probe_speedup(sizes: Sizes, device: torch.device, tick: Ticks | None = None) -> Row:
-    """Time of a step of 52 separate `nn.Linear`, each with its own SGD, divided by that of all in one ensemble.
+    """Time a step of 52 separate `nn.Linear`, each with its own SGD, relative to one ensemble of all of them.
 
-    The ensemble saves the cost of many small operations. Where few large ones take the time, as with many classes on a
-    CPU, it saves little.
+    The ensemble saves the overhead of many small operations. It saves little where a few large ones take most of the
+    time, as with many classes on a CPU.
     """
     generator = torch.Generator().manual_seed(0)
     widths = [factor * sizes.probe_width for factor in PROBE_WIDTHS]
@@ -120,7 +120,7 @@ def probe_speedup(sizes: Sizes, device: torch.device, tick: Ticks | None = None)
 
 
 def blobs(images: int, width: int, classes: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Overlapping classes around centres that do not depend on the seed."""
+    """Draw overlapping classes around centres that do not depend on the seed."""
     centres = np.random.default_rng(0).standard_normal((classes, width), dtype=np.float32)
     rng = np.random.default_rng([1, seed])
     y = np.arange(images, dtype=np.int64) % classes

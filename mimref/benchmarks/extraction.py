@@ -1,4 +1,4 @@
-"""How fast a loader process makes evaluation crops, against torchvision's and timm's, measured in the same run."""
+"""Speed of a loader process making evaluation crops, compared with torchvision and timm in the same run."""
 
 import tempfile
 from collections.abc import Callable
@@ -30,20 +30,20 @@ READER = "mimref: bytes, for data.decode=device"
 DECODED = "mimref, JPEGs decoded on the device: float32 crops"
 
 _Way = Callable[[], torch.Tensor]
-"""Makes the crops of all images, (N, 3, S, S); READER gives bytes."""
+"""Returns the crops of all images, (N, 3, S, S); READER returns bytes."""
 
 
 def benchmark_extraction(
     *, sizes: ViewSizes | None = None, device: str = "cpu", progress: Progress | None = None
 ) -> list[Row]:
-    """Images per second (`value`) that one loader process reads for an encoder, medians, on one CPU thread.
+    """Measure the images per second (`value`, median) that a loader process prepares for an encoder on one CPU thread.
 
-    TORCHVISION: Resize, CenterCrop, ToTensor and Normalize on PIL images, as users of ImageFolder have them. TIMM: the
-    transform and the collation of timm's loader, which normalises on the device. WORKER: what a loader process does
-    here, which leaves normalisation to the device too. WHOLE: that and the normalisation, for comparison with
-    TORCHVISION. READER: what a loader process does where a device decodes. DECODED, on CUDA: read here, and decoded,
-    cropped and normalised there. `ratio`, `ratio_timm`: images per second over those of TORCHVISION and of TIMM. The
-    number of threads is restored.
+    TORCHVISION: Resize, CenterCrop, ToTensor and Normalize on PIL images, as is usual with ImageFolder. TIMM: the
+    transform and collation of timm's loader, which normalises on the device. WORKER: the work of a mimref loader
+    process, which also leaves normalisation to the device. WHOLE: WORKER with normalisation, for comparison with
+    TORCHVISION. READER: the work of a loader process when a device decodes. DECODED, on CUDA: files are read on the
+    CPU, then decoded, cropped and normalised on the device. `ratio`, `ratio_timm`: images per second relative to
+    TORCHVISION and to TIMM. The number of threads is restored.
     """
     sizes = sizes or ViewSizes()
     target = resolve_device(device)
@@ -100,7 +100,7 @@ def _pipelines(source: FileSource, transform: EvalTransform, device: torch.devic
         try:
             decoding_device(DataConfig(decode="device"), device)
             ways[DECODED] = decoded
-        except ConfigError:  # `benchmark_views` says why
+        except ConfigError:  # `benchmark_views` reports why
             pass
     return ways
 

@@ -14,7 +14,7 @@ from mimref.refinement.method import PooledBlocks
 from mimref.refinement.schedule import StageName
 from mimref.refinement.sizes import meta_modules
 
-# torch's counter knows the fused attention kernels of GPUs, but counts the CPU's as nothing.
+# torch's counter knows the fused attention kernels of GPUs but counts zero FLOPs for the CPU's.
 _CPU_ATTENTION: dict[object, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -24,9 +24,9 @@ _CPU_ATTENTION: dict[object, Callable[..., int]] = {
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """FLOPs of all products that `work` computes.
+    """Count the FLOPs of all products that `work` computes.
 
-    Backward, fused attention computes its scores again: five products, where the plain kernel has four.
+    In the backward pass, fused attention recomputes its scores: five products, where the plain kernel has four.
     """
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         work()
@@ -34,10 +34,10 @@ def count_flops(work: Callable[[], object]) -> int:
 
 
 def model_flops(config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName) -> int:
-    """FLOPs of encoder and heads per image in one step, forward and backward, on any machine.
+    """Count the FLOPs of encoder and heads per image in one step, forward and backward, on any machine.
 
-    Counted on shapes alone. Frozen parts have no backward pass, and nothing is computed twice. The base's pass for a
-    dense term is part of it; photometric augmentation, queue and loss are not.
+    Counted from shapes alone. Frozen parts have no backward pass, and nothing is recomputed. The base's pass for a
+    dense term is included; photometric augmentation, queue and loss are not.
     """
     groups = multi_crop(config.views, architecture.image_size)
     encoder, heads = meta_modules(config, architecture, blocks, stage)

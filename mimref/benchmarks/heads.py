@@ -1,4 +1,4 @@
-"""What batching the heads saves, per norm: `Heads` against a list of one plain module per head, forward and backward.
+"""Time saved by batching the heads, per norm: `Heads` against one plain module per head, forward and backward.
 
 Shapes: H heads, N rows (views times images), D encoder width, O output width.
 """
@@ -22,20 +22,20 @@ from mimref.results import Row
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """What is measured: the paper's heads; see `for_device`."""
+    """Sizes to measure; the defaults are the paper's heads (see `for_device`)."""
 
     heads: int = 12
     views: int = 12
     embed_dim: int = 1024
-    """Width of the encoder; a ViT-L's."""
+    """Width of the encoder; the default is a ViT-L's."""
     config: HeadsConfig = field(default_factory=HeadsConfig)
     images: tuple[int, ...] = (16, 32, 64, 1024)
     repeats: int = 10
-    """Measurements of each way, taken in turns after two that do not count."""
+    """Measurements of each implementation, taken in turns after two warm-ups."""
 
     @classmethod
     def for_device(cls, device: torch.device) -> "HeadSizes":
-        """The paper's sizes on GPUs; on CPUs those of the quickstart preset at twice its width, which take seconds."""
+        """Return the paper's sizes on GPUs; on CPUs, the quickstart preset's at twice its width, which take seconds."""
         if device.type == "cuda":
             return cls()
         small = HeadsConfig(projector_hidden=256, predictor_hidden=512, output=128)
@@ -45,10 +45,10 @@ class HeadSizes:
 def benchmark_heads(
     sizes: HeadSizes | None = None, *, device: str = "auto", precision: str = "auto", progress: Progress | None = None
 ) -> list[Row]:
-    """Time of a forward and backward pass of separate modules, divided by that of the ensemble, per images and norm.
+    """Time a forward and backward pass of separate modules relative to the ensemble's, per image count and norm.
 
-    Both start from the pooled tokens of each head's block, whose gradients count too; the ensemble has to stack them.
-    All norms take turns with each other. The update of running statistics counts as well.
+    Both start from the pooled tokens of each head's block and also compute the gradients of these tokens; the ensemble
+    has to stack them first. All norms take turns. Updating running statistics is included.
     """
     target = resolve_device(device)
     if target.type == "cpu":
@@ -71,7 +71,7 @@ def benchmark_heads(
 
 
 def _both(sizes: HeadSizes, norm: Norm, device: torch.device) -> tuple[Heads, nn.ModuleList]:
-    """The ensemble and the separate modules, with the same weights."""
+    """Build the ensemble and the separate modules with the same weights."""
     torch.manual_seed(0)
     config = sizes.config.model_copy(update={"norm": norm})
     heads = Heads(config, [sizes.embed_dim] * sizes.heads).to(device)
@@ -107,9 +107,9 @@ def _unit_rows(x_NO: Tensor) -> Tensor:
 
 
 def separate_heads(heads: Heads, config: HeadsConfig, embed_dim: int) -> nn.ModuleList:
-    """One plain module per head, with the ensemble's weights; each takes (N, D) and returns what `heads` does."""
+    """Build a plain module per head with the ensemble's weights; each takes (N, D) and returns what `heads` does."""
     separate = nn.ModuleList(_Head(config, embed_dim) for _ in range(heads.num_heads)).to(next(heads.parameters()))
-    stacked = [tensor for tensor in heads.state_dict().values() if tensor.ndim]  # but for counts of updates
+    stacked = [tensor for tensor in heads.state_dict().values() if tensor.ndim]  # all but update counters
     for number, head in enumerate(separate):
         plain = [tensor for tensor in head.state_dict().values() if tensor.ndim]
         for own, ours in zip(plain, stacked, strict=True):
@@ -120,7 +120,7 @@ def separate_heads(heads: Heads, config: HeadsConfig, embed_dim: int) -> nn.Modu
 def _times(
     both: Mapping[Norm, tuple[Heads, nn.ModuleList]], sizes: HeadSizes, rows: int, precision: torch.dtype
 ) -> dict[Norm, tuple[float, float]]:
-    """Median seconds of the ensemble and of the separate modules, for every norm."""
+    """Return the median seconds of the ensemble and of the separate modules, for every norm."""
     device = next(both["batch"][0].parameters()).device
     features = [torch.randn(rows, sizes.embed_dim, device=device, requires_grad=True) for _ in range(sizes.heads)]
     weight_HNO = torch.randn(sizes.heads, rows, sizes.config.output, device=device)
@@ -151,7 +151,7 @@ def _times(
 
 
 def heads_facts(rows: list[Row]) -> Facts:
-    """What `benchmark_heads` measured."""
+    """Describe what `benchmark_heads` measured."""
     facts: Facts = []
     for row in rows:
         heads = f"{row['heads']} heads of {row['projector_hidden']}/{row['predictor_hidden']}/{row['output']}"

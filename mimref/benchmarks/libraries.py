@@ -1,6 +1,6 @@
-"""The same views by Kornia and by NVIDIA DALI, where they are installed, for `mimref benchmark views`.
+"""The same views made by Kornia and NVIDIA DALI, if installed, for `mimref benchmark views`.
 
-Both differ in detail: Kornia resizes crops without antialiasing, and DALI changes colours always in the same order.
+Both differ in detail: Kornia resizes crops without antialiasing, and DALI always changes colours in the same order.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ DALI = "NVIDIA DALI"
 BLUR_TAPS = 23  # as in BYOL, and in `mimref.data.views`
 
 Way = Callable[[int], list[Tensor]]
-"""Makes the views of an epoch, each (..., 3, S, S)."""
+"""Returns the views of an epoch, each (..., 3, S, S)."""
 
 _INSTALL = {KORNIA: "kornia", DALI: "nvidia-dali-cuda120"}
 _MODULES = {KORNIA: "kornia", DALI: "nvidia.dali"}
@@ -32,9 +32,9 @@ _MODULES = {KORNIA: "kornia", DALI: "nvidia.dali"}
 def library_ways(
     paths: Sequence[str], groups: Sequence[CropGroup], config: ViewsConfig, device: torch.device
 ) -> tuple[dict[str, Way], list[str]]:
-    """Ways to the views of images of one size by the libraries that work here, and a line for each that does not.
+    """Return a pipeline for each library that works here, and a message for each that does not.
 
-    device: of Kornia's operations, and of DALI's on CUDA; DALI's are on the CPU elsewhere.
+    All images have the same size. device: where Kornia runs, and DALI if it is CUDA; otherwise DALI runs on the CPU.
     """
     ways: dict[str, Way] = {}
     missing: list[str] = []
@@ -44,7 +44,7 @@ def library_ways(
                 raise ImportError(f"pip install {_INSTALL[name]}")
             way = make(paths, groups, config, device)
             way(0)
-        except Exception as error:  # of any library
+        except Exception as error:  # a library may raise anything
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             missing.append(f"not compared with {name}: {reason}")
         else:
@@ -55,7 +55,7 @@ def library_ways(
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package above it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
@@ -65,7 +65,7 @@ def _kornia(paths: Sequence[str], groups: Sequence[CropGroup], config: ViewsConf
     mean, std = (torch.tensor(each, device=device) for each in (IMAGENET_MEAN, IMAGENET_STD))
 
     def view(group: CropGroup, kind: int) -> Any:
-        """Images (B, 3, H, W) from 0 to 1 -> one view of each (B, 3, S, S), normalised; kind: as in `_kinds`."""
+        """Build a map from images (B, 3, H, W) in [0, 1] to normalised views (B, 3, S, S); kind: see `_kinds`."""
         taps = min(BLUR_TAPS, 2 * ((group.size - 1) // 2) + 1)
         size, ratio = (group.size, group.size), config.aspect_ratio
         return augmentation.AugmentationSequential(
@@ -99,7 +99,7 @@ def _dali(paths: Sequence[str], groups: Sequence[CropGroup], config: ViewsConfig
 
     # DALI compiles the conditions of these functions into its pipeline.
     def view(images: Any, group: CropGroup, kind: int) -> Any:
-        """The same of DALI's images (H, W, 3) uint8."""
+        """Make the same view of DALI images, (H, W, 3) uint8."""
         pixels = fn.random_resized_crop(
             images,
             size=(group.size, group.size),
@@ -144,7 +144,7 @@ def _dali(paths: Sequence[str], groups: Sequence[CropGroup], config: ViewsConfig
     pipeline.build()
 
     def way(_: int) -> list[Tensor]:
-        made = [from_dlpack(batch.as_tensor()) for batch in pipeline.run()]  # memory that the next run overwrites
+        made = [from_dlpack(batch.as_tensor()) for batch in pipeline.run()]  # memory the next run overwrites
         float(made[-1].sum())  # waits for the device
         return made
 
@@ -152,5 +152,5 @@ def _dali(paths: Sequence[str], groups: Sequence[CropGroup], config: ViewsConfig
 
 
 def _kinds(groups: Sequence[CropGroup]) -> list[tuple[CropGroup, int]]:
-    """Group and kind of every view: 0 and 1 the global ones, 2 all others."""
+    """Return group and kind of every view; kinds 0 and 1 are the global views, 2 all others."""
     return [(group, min(view, 2)) for view, group in enumerate(own for own in groups for _ in range(own.count))]

@@ -1,4 +1,4 @@
-"""Time and memory of work on a device, and what several ways to the same result are compared by."""
+"""Measure time and memory of work on a device, and compare several ways to the same result."""
 
 import ctypes
 import re
@@ -15,9 +15,9 @@ from mimref.results import Row
 
 Work = Callable[[], object]
 Facts = list[tuple[str, str]]
-"""What was measured, in words: what, and how much."""
+"""Measurements in words: pairs of what was measured and the result."""
 
-# Rows and columns of the matrices whose product shows what the device can do.
+# Rows and columns of the square matrices whose product shows the rate that the device can reach.
 _MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 _MATMUL_REPEATS = 5
 
@@ -35,7 +35,7 @@ class Ticks:
 
 
 def seconds_of(work: Work, calls: int, device: torch.device) -> list[float]:
-    """Seconds of each call; on CUDA by events, so that the CPU may run ahead as it does in training."""
+    """Return the seconds of each call; on CUDA, events are timed, so that the CPU can run ahead as in training."""
     if device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
         marks[0].record()
@@ -62,10 +62,10 @@ def median_seconds(
     calls: int = 1,
     tick: Callable[[], None] | None = None,
 ) -> list[float]:
-    """Median seconds of a call of each way.
+    """Return the median seconds of a call of each way.
 
-    The ways take turns of `calls` calls, so that whatever else the machine does slows down all of them. The first
-    `warm_up` turns do not count, `turns` do. tick: called after each turn of each way.
+    The ways take turns of `calls` calls, so that other load on the machine slows all of them down. The first `warm_up`
+    turns are discarded; `turns` more are counted. tick: called after each turn of each way.
     """
     seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(warm_up + turns):
@@ -77,7 +77,7 @@ def median_seconds(
 
 
 class MatrixProducts:
-    """A few large square matrix products in one call; hardly anything reaches a higher rate."""
+    """A few large square matrix products in one call; hardly any other work reaches a higher rate."""
 
     def __init__(self, device: torch.device, precision: torch.dtype) -> None:
         self.flops = 2 * _MATMUL_SIZE[device.type] ** 3 * _MATMUL_REPEATS
@@ -92,7 +92,7 @@ class MatrixProducts:
 
 
 class PeakMemory:
-    """The most memory in use, beyond what was in use when this was made.
+    """Peak memory in use, beyond what was in use when the object was created.
 
     CUDA: torch's allocations. CPU: the process's resident memory, where Linux and glibc report it. Unknown elsewhere.
     """
@@ -102,14 +102,14 @@ class PeakMemory:
         self._before = self.restart()
 
     def restart(self) -> int | None:
-        """Forget the peak so far. Returns the bytes in use now, or None where they are unknown."""
+        """Reset the peak. Returns the bytes in use now, or None if unknown."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return torch.cuda.memory_allocated(self._device)
         return _reset_resident_peak() if self._device.type == "cpu" else None
 
     def growth(self) -> int | None:
-        """Peak in bytes beyond the start, or None where it is unknown."""
+        """Return the peak in bytes beyond the start, or None if unknown."""
         if self._before is None:
             return None
         if self._device.type == "cuda":
@@ -119,16 +119,16 @@ class PeakMemory:
 
 
 def device_setting(device: torch.device, precision: torch.dtype) -> Row:
-    """What a row says of the device: its name, the precision, and the threads of a CPU."""
+    """Return what a row records about the device: its name, the precision and, for a CPU, the threads."""
     setting: Row = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
     setting["precision"] = "bf16" if precision is torch.bfloat16 else "fp32"
     return setting | ({"threads": torch.get_num_threads()} if device.type == "cpu" else {})
 
 
 def _reset_resident_peak() -> int | None:
-    """Let Linux count the process's peak from now on; bytes resident now, or None where that is not possible."""
+    """Make Linux count the process's peak from now on. Returns the bytes resident now, or None if not supported."""
     try:
-        # Freed memory stays with the process otherwise, and using it again would not count.
+        # Otherwise the process keeps freed memory, and using it again would not count.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError, TypeError):

@@ -1,6 +1,6 @@
-"""Which way of training fits the memory of GPUs: one pass or micro-batches, recomputing, sharding.
+"""Find which ways of training fit the memory of GPUs: one pass or micro-batches, recomputing, sharding.
 
-Predicted from shapes, for a GPU of any size on any machine; see `peak`.
+Memory is predicted from shapes, on any machine and for GPUs of any size; see `peak`.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from mimref.refinement.sizes import StateBytes, exchanged_bytes, meta_modules, s
 from mimref.results import Row
 
 USABLE = 0.9
-"""Share of a card's memory that is planned with. The rest is for what is not predicted: CUDA's context, workspaces of
-its libraries, NCCL's buffers, and gaps between tensors."""
+"""Share of a card's memory that the plan uses. The rest is left for what is not predicted: the CUDA context, workspaces
+of its libraries, NCCL buffers, and gaps between tensors."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class PeakMemory:
     state: int
     """Weights, moments, average, queue and base, and gradients where they are held from step to step."""
     step: int
-    """What the step makes beside them: activations, gradients, similarities, logits, the batch itself."""
+    """What the step allocates in addition: activations, gradients, similarities, logits, the batch itself."""
     update: int
-    """All of the state, with gradients: what the update needs, when the activations are freed."""
+    """The whole state with gradients: what the update needs after the activations are freed."""
 
     @property
     def total(self) -> int:
-        """The larger of both."""
+        """The larger of the update's memory and the step's with the state."""
         return max(self.update, self.state + self.step)
 
 
 def predict_peak(config: RefineConfig, stage: StageName) -> PeakMemory:
-    """Peak of a step in one process on CUDA, with the batch, micro-batch and recomputing of the settings.
+    """Predict the peak of a step in one process on CUDA, with the settings' batch, micro-batch and recomputing.
 
     Raises ConfigError for settings that do not fit the encoder.
     """
@@ -72,21 +72,22 @@ class Way:
     recompute: bool
     """`activation_checkpointing`."""
     shard: bool
-    """`--shard`: every GPU has a part of the encoder."""
+    """`--shard`: every GPU holds a part of the encoder."""
 
 
 WAYS = tuple(Way(recompute, shard) for shard in (False, True) for recompute in (False, True))
-"""From the fastest to the one that takes the least memory."""
+"""Ordered from the fastest to the one that needs the least memory."""
 
 
 def plan_memory(
     config: RefineConfig, gpus: Sequence[int], cards: Sequence[int], *, progress: Progress | None = None
 ) -> list[Row]:
-    """Peak memory of every way, for each number of GPUs and each size of their memory in GiB, and whether it fits.
+    """Predict the peak memory of every way, per number of GPUs and card size in GiB, and whether it fits.
 
-    Each way has the largest micro-batch that fits: a GPU's whole part of the batch, half of it, a quarter ... down to
-    1, which is given where nothing fits. Stage 2 is planned, which needs more than stage 1. Micro-batch and recomputing
-    of the settings do not matter. Raises ConfigError for settings that do not fit the encoder or the numbers of GPUs.
+    Each way uses the largest micro-batch that fits: a GPU's whole share of the batch, half of it, a quarter, and so on
+    down to 1, which is reported if nothing fits. The plan is for stage 2, which needs more memory than stage 1. The
+    settings' micro-batch and recomputing are ignored. Raises ConfigError for settings that do not fit the encoder or
+    the numbers of GPUs.
     """
     architecture, blocks = resolve_encoder(config)
     if max(gpus) > config.batch_size:
@@ -120,38 +121,38 @@ def plan_memory(
 
 @dataclass(frozen=True)
 class _Steps:
-    """Steps of one process by their micro-batch, in bytes; see `StepPeak`."""
+    """Peak bytes of one process's steps, as a function of the micro-batch; see `StepPeak`."""
 
     images: int
-    """Of the process in every step."""
+    """Images of the process per step."""
     whole: int
-    """In one pass."""
+    """Peak of a step in one pass."""
     heads: int
-    """Heads and loss, after passes of the encoder without gradient."""
+    """Peak of heads and loss, after encoder passes without gradients."""
     one: int
-    """Parts of one image."""
+    """Peak of the encoder's second pass with micro-batches of one image."""
     each: int
-    """What every other image adds."""
+    """Added to `one` by each further image of a micro-batch."""
 
     def bytes(self, micro: int) -> int:
-        """Peak of a step beside the state."""
+        """Return the peak of a step, without the state."""
         return self.whole if micro == self.images else max(self.heads, self.one + self.each * (micro - 1))
 
 
 def _steps(
     config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], processes: int, recompute: bool
 ) -> _Steps:
-    """Of three micro-batches; those of others lie on the line through two."""
+    """Predict steps in one pass and in micro-batches of one and two images, from which all others follow linearly."""
     images = -(-config.batch_size // processes)
 
     def step(micro: int | None) -> StepPeak:
-        """Bytes of a step with so many images per encoder pass; None: all of the process's part of the batch."""
+        """Return the bytes of a step with `micro` images per encoder pass; None: the process's share of the batch."""
         return step_peak(
             config,
             architecture,
             blocks,
             "encoder",
-            # Two full parts, also where the process has fewer images.
+            # Two full micro-batches, even if the process has fewer images.
             images=images if micro is None else max(images, 2 * micro),
             micro_batch=micro,
             checkpointing=recompute,
@@ -165,7 +166,7 @@ def _steps(
 def _largest(
     steps: _Steps, state: StateBytes, beside: int, room: int, *, gradients_held: bool
 ) -> tuple[int, PeakMemory]:
-    """The largest micro-batch for which there is room, or 1, and its peak."""
+    """Return the largest micro-batch that fits in `room` bytes, or 1 if none does, and its peak."""
     micro = steps.images
     while True:
         peak = _peak(state, steps.bytes(micro) + beside, gradients_held=gradients_held)
@@ -175,14 +176,14 @@ def _largest(
 
 
 def gathered_bytes(config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int]) -> int:
-    """What a process has of other shards at the peak: two blocks, the second ahead of its use, with their gradients."""
+    """Return the bytes of other shards held at the peak: two blocks, one of them prefetched, and their gradients."""
     encoder, _ = meta_modules(config, architecture, blocks, "encoder")
     sizes = [sum(4 * weight.numel() for weight in block.parameters()) for block in encoder.block_modules]
     return 2 * sum(sorted(sizes)[-2:])
 
 
 def memory_facts(rows: Sequence[Row]) -> Facts:
-    """The plan in words, one line per way, number of GPUs and card."""
+    """Describe the plan in words, with one line per way, number of GPUs and card."""
     facts: Facts = []
     for row in rows:
         what = f"{row['gpus']} x {row['card_gib']} GB, {way_text(row)}"
@@ -193,14 +194,14 @@ def memory_facts(rows: Sequence[Row]) -> Facts:
 
 
 def memory_page(rows: Sequence[Row]) -> str:
-    """The plan in Markdown."""
+    """Return the plan in Markdown."""
     first = rows[0]
     setting = f"{first['model']}, {first['heads']} heads, {first['views']} views, batches of {first['batch']}"
     return f"{setting}, GiB per GPU:\n\n{memory_table(rows)}"
 
 
 def memory_table(rows: Sequence[Row]) -> str:
-    """The plan as a table in Markdown: a row per way, a column per number and size of GPUs."""
+    """Return the plan as a Markdown table: a row per way, a column per number and size of GPUs."""
     columns = list(dict.fromkeys((row["gpus"], row["card_gib"]) for row in rows))
     ways = list(dict.fromkeys(way_text(row) for row in rows))
     cell = {(way_text(row), row["gpus"], row["card_gib"]): _cell(row) for row in rows}
@@ -211,7 +212,7 @@ def memory_table(rows: Sequence[Row]) -> str:
 
 
 def way_text(row: Row) -> str:
-    """How the batch is trained."""
+    """Describe the way of training of a row."""
     parts = ["shards" if row["shard"] else "whole weights"] + ["recomputing"] * bool(row["recompute"])
     return ", ".join(parts)
 

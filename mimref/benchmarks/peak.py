@@ -1,11 +1,12 @@
-"""The memory that a step takes at its peak on a CUDA device, found without one: the step itself, run on fake tensors.
+"""Peak memory of a step on a CUDA device, predicted without one by running the step on fake tensors.
 
-Fake tensors have shapes and types, and no data. A step of them takes seconds whatever the batch, and every tensor that
-it makes is counted while it lives. Arithmetic by hand would have to know what every architecture, precision and way of
-recomputing keeps. torch's `MemTracker` counts the same, but runs each module once per step and no frozen weights, where
-micro-batches run the encoder many times. The tests compare with it, with real tensors, and with a closed form.
+Fake tensors have shapes and types but no data. A step on them takes seconds whatever the batch, and every tensor that
+it makes is counted while it lives. A formula would have to know what every architecture, precision and kind of
+recomputing keeps. torch's `MemTracker` counts the same, but supports only one call of each module per step, where
+micro-batches call the encoder many times, and no frozen weights. The tests compare with it, with real tensors, and with
+a closed form.
 
-Not counted: the CUDA context, workspaces of cuBLAS and cuDNN, buffers of NCCL, and what the allocator cannot use.
+Not counted: the CUDA context, workspaces of cuBLAS and cuDNN, NCCL buffers, and memory that the allocator cannot use.
 """
 
 import weakref
@@ -37,22 +38,22 @@ from mimref.refinement.schedule import StageName
 from mimref.refinement.sizes import meta_modules
 
 _DEVICE = torch.device("cpu")
-"""Of the fake tensors: those of CUDA have no backward pass on a machine without it."""
+"""Device of the fake tensors: fake CUDA tensors have no backward pass on a machine without CUDA."""
 _CROPS_HELD = 2
 """Batches of crops on the device: the next one is copied while the current one is in use."""
 
 
 class StepPeak(NamedTuple):
-    """Bytes beside weights, moments, average and queue at the peaks of a step's two parts."""
+    """Peak bytes of the two parts of a step, in addition to weights, moments, average and queue."""
 
     whole: int
-    """Heads and loss of the whole batch, with the encoder's pass where that is one."""
+    """Heads and loss of the whole batch, with the encoder's pass if there is only one."""
     parts: int = 0
     """The encoder's second pass, micro-batch by micro-batch; 0 without micro-batches."""
 
     @property
     def bytes(self) -> int:
-        """At the higher one."""
+        """The higher of the two peaks."""
         return max(self)
 
 
@@ -67,10 +68,10 @@ def step_peak(
     checkpointing: bool = False,
     gradients_held: bool = False,
 ) -> StepPeak:
-    """Peak of a step of `images` images in one process; its gradients count, unless they are held from step to step.
+    """Predict the peak of a step of `images` images in one process, including gradients unless they are already held.
 
-    gradients_held: they exist before the step, as those of DDP do, and are no part of the result. Raises ConfigError
-    for an encoder that cannot be run in micro-batches, or cannot recompute its activations.
+    gradients_held: gradients exist before the step, as with DDP, and are not part of the result. Raises ConfigError
+    for an encoder that cannot run in micro-batches or cannot recompute its activations.
     """
     encoder, heads = meta_modules(config, architecture, blocks, stage)
     encoder.train(stage == "encoder")
@@ -115,8 +116,8 @@ def step_peak(
 
 
 def _materialise(module: nn.Module, counted: "_Counted", *, gradients: bool) -> None:
-    """Fake tensors in place of a module's meta tensors, which do not count."""
-    # Norms that have statistics: a step does not begin by looking for them.
+    """Replace a module's meta tensors by fake tensors that are not counted."""
+    # Norms are marked as having statistics, so that the step does not begin by collecting them.
     settled = [each for each in module.modules() if isinstance(each, EnsembleRunningNorm)]
     module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=_DEVICE))
     for norm in settled:
@@ -130,20 +131,20 @@ def _materialise(module: nn.Module, counted: "_Counted", *, gradients: bool) -> 
 
 
 class _Counted(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside of it while they live."""
+    """Counts the bytes of all tensors made inside its context while they live."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        # Of each storage torch has one Python object, as long as the storage lives.
+        # torch keeps one Python object per storage for as long as the storage lives.
         self._storages: Any = WeakIdKeyDictionary()
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Do not count this one."""
+        """Exclude a tensor from the count."""
         self._storages[tensor.untyped_storage()] = True
 
     def restart(self) -> int:
-        """The peak so far; from now on, that of what follows."""
+        """Return the peak so far and start a new one."""
         peak, self.peak = self.peak, self.now
         return peak
 
@@ -163,13 +164,13 @@ class _Counted(TorchDispatchMode):
 
 @contextmanager
 def _cuda_arithmetic() -> Iterator[None]:
-    """Kernels and types of CUDA in place of the CPU's, where they take other memory: attention, and norms in bf16.
+    """Use CUDA's kernels and types where their memory differs from the CPU's: attention, and norms in bf16.
 
-    Functions are replaced, as a mode of torch would not be on where blocks are computed again in the backward pass.
+    Functions are replaced because a torch mode would not be active when blocks are recomputed in the backward pass.
     """
 
     def exact(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """What autocast computes in single precision on CUDA, and in that of its input on the CPU."""
+        """Wrap a function that autocast runs in single precision on CUDA but in its input's precision on the CPU."""
 
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return function(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
@@ -177,7 +178,7 @@ def _cuda_arithmetic() -> Iterator[None]:
         return call
 
     def norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The same, without a copy of the input."""
+        """Do the same without copying the input."""
         options = {"dtype": torch.float32} if torch.is_autocast_enabled("cpu") else {}
         return plain_norm(x, *args, **kwargs, **options)
 
@@ -201,7 +202,7 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's attention by the kernel that CUDA chooses: it stores no scores. FlashAttention has no masks, no fp32."""
+    """Run attention with the kernel of CUDA, which stores no scores; FlashAttention supports no masks and no fp32."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
     if attn_mask is None and query.dtype is not torch.float32:
@@ -216,14 +217,14 @@ def _fused_attention(
 
 
 class _Views(Photometric):
-    """Views whose colours nothing changes: what that takes is freed before the encoder begins."""
+    """Views without colour changes, whose memory is freed before the encoder starts."""
 
     def __call__(self, crops: Tensor, epoch: int, sample_B: Tensor, views: Sequence[int]) -> Tensor:
         return torch.empty(crops.shape[1], crops.shape[0], *crops.shape[2:])
 
 
 class _Brief(Method):
-    """A step that encodes two of its micro-batches: each of the others takes what the second does."""
+    """A step that encodes only two of its micro-batches: each of the others needs what the second does."""
 
     counted: _Counted
     before: int | None = None

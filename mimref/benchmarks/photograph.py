@@ -1,4 +1,4 @@
-"""A JPEG file like a photograph, made without a file: what reading of images is timed with."""
+"""A synthetic JPEG in memory that resembles a photograph, for timing the reading of images."""
 
 import io
 from functools import cache
@@ -7,13 +7,13 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 500, 375
-"""Usual in ImageNet."""
+"""A usual size in ImageNet."""
 _QUALITY = 90
 
 
 @cache
 def photograph() -> bytes:
-    """A JPEG of smooth shapes and some noise."""
+    """Return a JPEG of smooth shapes and some noise."""
     x, y = np.meshgrid(np.linspace(0, 9, WIDTH), np.linspace(0, 7, HEIGHT))
     waves_HWC = np.stack([np.sin(x) + np.cos(y), np.sin(x + y), np.cos(x - 2 * y)], axis=2)
     noise_HWC = np.random.default_rng(0).normal(0, 8, waves_HWC.shape)

@@ -1,4 +1,4 @@
-"""What a planned pre-training or fine-tuning is: sizes, steps, memory, and its time on this machine."""
+"""Describe a planned pre-training or fine-tuning: sizes, steps, memory, and time on this machine."""
 
 import tempfile
 from pathlib import Path
@@ -11,13 +11,13 @@ from mimref.transfer.finetune.plan import Plan as FineTuningPlan
 from mimref.transfer.finetune.training import FineTuning
 
 _STATE_BYTES = 16
-"""Of every weight: itself, its gradient and AdamW's two moments in float32."""
+"""Per trained weight: the weight, its gradient and AdamW's two moments in float32."""
 
 
 def describe_pretraining(plan: PretrainingPlan) -> dict[str, str]:
-    """What `mimref pretrain --dry-run` shows of a plan, label to text; times a few updates of the real run.
+    """Return what `mimref pretrain --dry-run` shows of a plan, label to text; times a few updates of the real run.
 
-    Files are written into a temporary folder alone. Raises DivergenceError when a loss is not finite.
+    Files are written to a temporary folder only. Raises DivergenceError when a loss is not finite.
     """
     config, architecture, images = plan.config, plan.architecture, len(plan.source)
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def describe_pretraining(plan: PretrainingPlan) -> dict[str, str]:
 
 
 def describe_finetuning(plan: FineTuningPlan) -> dict[str, str]:
-    """The same of `mimref finetune --dry-run`, for all splits together."""
+    """Return the same for `mimref finetune --dry-run`, for all splits together."""
     config, architecture, settings = plan.config, plan.architecture, plan.config.finetune
     with tempfile.TemporaryDirectory() as folder:
         job = FineTuning(TrainingRun(config, Path(folder), None), plan, 0, [[]])

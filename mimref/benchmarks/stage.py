@@ -1,7 +1,4 @@
-"""A stage of a real refinement with random weights, on synthetic images in memory: what the benchmarks of a step run.
-
-All uses of refinement's parts are here, but for FLOPs and heads.
-"""
+"""A stage of a real refinement with random weights and synthetic images in memory, for the benchmarks of a step."""
 
 import tempfile
 from collections.abc import Iterator
@@ -37,7 +34,7 @@ IMAGENET_IMAGES = 1_281_167
 
 @contextmanager
 def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[RefinementStage, PeakMemory]]:
-    """The stage, ready for its first update, and the memory it takes. It leaves nothing behind.
+    """Yield a stage ready for its first update, and the memory that it takes. Leaves no files behind.
 
     Raises ConfigError for settings that do not fit the encoder.
     """
@@ -57,10 +54,10 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Refine
 
 
 def resolve_encoder(config: RefineConfig) -> tuple[EncoderArchitecture, list[int]]:
-    """Architecture of the encoder and block of every head, without reading published weights.
+    """Return the encoder's architecture and the block of every head, without reading published weights.
 
-    Encoders of other images than colour are taken as if they were for colour. Raises ConfigError when settings do not
-    fit the encoder, CheckpointError for weights that do not tell theirs.
+    Encoders for images other than colour are treated as encoders for colour images. Raises ConfigError for settings
+    that do not fit the encoder, CheckpointError for weights from which the architecture cannot be inferred.
     """
     weights = config.encoder.weights
     if weights is None or find_published(weights) is not None:
@@ -77,12 +74,12 @@ def resolve_encoder(config: RefineConfig) -> tuple[EncoderArchitecture, list[int
 
 
 def describe_encoder(architecture: EncoderArchitecture) -> str:
-    """Name and size, for results."""
+    """Return the encoder's name and size, for results."""
     return f"{architecture.name} {architecture.depth}x{architecture.width}/{architecture.patch_size}"
 
 
 def largest_whole_batch(config: RefineConfig, device: torch.device) -> int:
-    """Images that stage 2 encodes in one pass: the whole batch, or on CUDA a half, a quarter, ..., whatever fits."""
+    """Return how many images stage 2 encodes in one pass: the batch or, on CUDA, the half, quarter, ... that fits."""
     if device.type != "cuda":
         return config.batch_size
     with ready_stage(config.model_copy(update={"micro_batch": None}), "encoder") as (job, _):
@@ -90,7 +87,7 @@ def largest_whole_batch(config: RefineConfig, device: torch.device) -> int:
 
 
 def synthetic_batch(job: RefinementStage) -> ViewBatch:
-    """Random pixels, in pinned memory where a GPU reads them."""
+    """Make a batch of random pixels, in pinned memory if a GPU reads them."""
     config, generator = job.plan.config, torch.Generator().manual_seed(0)
     crops = []
     for group in job.crops:
@@ -101,7 +98,7 @@ def synthetic_batch(job: RefinementStage) -> ViewBatch:
 
 
 def _both_stages(config: RefineConfig) -> RefineConfig:
-    """The settings for a run of both stages; one without epochs would have no learning-rate schedule."""
+    """Return the settings for a run of both stages; a stage without epochs has no learning-rate schedule."""
     update: dict[str, object] = {"stage": "both", "heads_from": None}
     for name, stage in (("heads_stage", config.heads_stage), ("encoder_stage", config.encoder_stage)):
         update[name] = stage.model_copy(update={"epochs": max(1, stage.epochs)})
@@ -109,6 +106,6 @@ def _both_stages(config: RefineConfig) -> RefineConfig:
 
 
 def _image_list(images: int) -> ArraySource:
-    """Only its length matters."""
+    """Make an image source of which only the length matters."""
     pixels = np.broadcast_to(np.zeros(1, np.uint8), (images, 1, 1))
     return ArraySource("synthetic", pixels, None, None, "train", np.broadcast_to(np.zeros(1, np.int64), (images,)))

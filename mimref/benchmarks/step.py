@@ -1,4 +1,4 @@
-"""How fast a refinement step is and what memory it needs.
+"""Speed and memory of a refinement step.
 
 A step is a real stage's `update`: augmentation on the device, encoder, heads, neighbours, loss, backward pass,
 optimizer and weight average. Only reading images is left out. Weights are random, which does not change the time.
@@ -20,15 +20,15 @@ from mimref.refinement.schedule import StageName
 from mimref.results import Row
 
 STAGE_NUMBER = {"heads": 1, "encoder": 2}
-# Steps before those that count: the first allocates the optimizer's moments, and compiling takes some more.
+# Warm-up steps: the first allocates the optimizer's moments, and compilation takes a few more.
 _WARM_UP, _WARM_UP_COMPILED = 2, 5
-# On CUDA several steps follow each other, as the CPU prepares one while the device computes the one before.
+# On CUDA several steps run in a row, as the CPU prepares one while the device computes the one before.
 _TURN_CUDA = 3
 
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """One stage's step as it was measured."""
+    """Measurement of one stage's step."""
 
     stage: StageName
     setting: Row
@@ -42,11 +42,11 @@ class StepMeasurement:
     memory_bytes: int | None
     """Peak beyond what was in use before the weights were made; None where the system does not report it."""
     flops: int
-    """Of the model in one step, forward and backward; what is computed twice counts once."""
+    """FLOPs of the model in one step, forward and backward; recomputed operations count once."""
     flops_run: int | None
-    """As counted on a real step, with views, queue, loss and whatever is computed twice; None when compiled."""
+    """FLOPs counted on a real step, with views, queue, loss and recomputed operations; None when compiled."""
     matmul_flops: float
-    """Per second, of a large matrix product in the step's precision on the same device."""
+    """FLOPs per second of a large matrix product in the step's precision on the same device."""
 
     @property
     def images_per_second(self) -> float:
@@ -58,7 +58,7 @@ class StepMeasurement:
         return 100 * self.flops / self.step_s / self.matmul_flops
 
     def row(self) -> Row:
-        """A row of the results: ms per step, 10**9 FLOPs, MiB, percent."""
+        """Return a row of the results in ms per step, 10**9 FLOPs, MiB and percent."""
         row: Row = {"metric": "benchmark_step_ms", "value": 1e3 * self.step_s, "stage": self.stage, **self.setting}
         row |= {"batch": self.batch, "micro_batch": self.micro_batch}
         row |= {"images_per_second": self.images_per_second, "utilisation": self.utilisation}
@@ -73,10 +73,10 @@ class StepMeasurement:
 def benchmark_step(config: RefineConfig, *, steps: int = 5, progress: Progress | None = None) -> list[Row]:
     """Measure a step of stage 2 in one pass of the encoder and in micro-batches, and one of stage 1.
 
-    Micro-batches are of `config.micro_batch` images, or of a quarter of the batch where that is no number. A batch that
-    no CUDA device holds in one pass is compared at the largest size that fits, and measured in micro-batches alone.
-    steps: measured ones, after a few that do not count. Of `config.encoder.weights` only the architecture matters.
-    Raises ConfigError for settings that do not fit the encoder or the memory.
+    Micro-batches have `config.micro_batch` images, or a quarter of the batch if that is not a number. If the CUDA
+    device cannot hold the batch in one pass, the two are compared at the largest size that fits, and the batch itself
+    is measured in micro-batches only. steps: measured steps, after a few warm-up steps. Only the architecture of
+    `config.encoder.weights` matters. Raises ConfigError for settings that do not fit the encoder or the memory.
     """
     whole = largest_whole_batch(config, resolve_device(config.device))
     micro = min(whole, config.micro_batch if isinstance(config.micro_batch, int) else -(-whole // 4))
@@ -95,10 +95,10 @@ def benchmark_step(config: RefineConfig, *, steps: int = 5, progress: Progress |
 def measure_step(
     config: RefineConfig, stage: StageName, micro_batches: Sequence[int | None], *, steps: int = 5
 ) -> list[StepMeasurement]:
-    """Measure one stage's steps of `config.batch_size` images for each micro-batch; None is one pass.
+    """Measure one stage's steps of `config.batch_size` images for each micro-batch; None means one pass.
 
-    They take turns with each other and with a large matrix product. Raises ConfigError for settings that do not fit the
-    encoder, and when a step does not fit the device's memory.
+    The steps take turns with each other and with a large matrix product. Raises ConfigError for settings that do not
+    fit the encoder, and when a step does not fit the device's memory.
     """
     device = resolve_device(config.device)
     with ready_stage(config.model_copy(update={"micro_batch": None}), stage) as (job, memory):
@@ -143,7 +143,7 @@ def measure_step(
 
 
 def step_facts(rows: list[Row]) -> Facts:
-    """What `benchmark_step` measured."""
+    """Describe what `benchmark_step` measured."""
     facts: Facts = []
     for row in rows:
         parts = f" in micro-batches of {row['micro_batch']}" if row["micro_batch"] != row["batch"] else ""
@@ -163,7 +163,7 @@ def step_facts(rows: list[Row]) -> Facts:
 
 
 def _micro_batch_rows(whole: StepMeasurement, parts: StepMeasurement) -> list[Row]:
-    """What micro-batches cost in time and save in memory."""
+    """Compare micro-batches with one pass: their cost in time and savings in memory."""
     sizes: Row = {"batch": whole.batch, "micro_batch": parts.micro_batch, **whole.setting}
     time: Row = {"value": parts.step_s / whole.step_s, "one_pass_s": whole.step_s, "micro_batches_s": parts.step_s}
     rows: list[Row] = [{"metric": "benchmark_micro_batch_time", **time, **sizes}]

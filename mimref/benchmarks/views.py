@@ -1,4 +1,4 @@
-"""How fast views are made, against the pipelines of other libraries with the same views, measured in the same run."""
+"""Speed of making views, compared in the same run with other libraries' pipelines for the same views."""
 
 import os
 import tempfile
@@ -46,20 +46,20 @@ _JPEG_QUALITY = 90
 
 @dataclass(frozen=True)
 class ViewSizes:
-    """What is measured; the defaults are the paper's 12 views, and take about 20 seconds on one CPU thread."""
+    """Sizes to measure; the defaults are the paper's 12 views and take about 20 seconds on one CPU thread."""
 
     width: int = 500
-    """Of the JPEG files in pixels, which are scikit-learn's two photographs; 500 x 375 is usual in ImageNet."""
+    """Width in pixels of the JPEG files, which are scikit-learn's two photographs; 500 x 375 is usual in ImageNet."""
     height: int = 375
     global_size: int = 224
     local_views: int = 10
     local_size: int = 96
     images: int = 32
-    """Per measurement of a CPU pipeline."""
+    """Images per measurement of a CPU pipeline."""
     device_images: int = 256
-    """Per measurement of the photometric part on a device."""
+    """Images per measurement of the photometric part on a device."""
     repeats: int = 5
-    """Measurements of each pipeline, taken in turns after one that does not count."""
+    """Measurements of each pipeline, taken in turns after one warm-up."""
 
 
 def benchmark_views(
@@ -69,18 +69,18 @@ def benchmark_views(
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """Images per second (`value`) and milliseconds per image (`ms`) of every pipeline, medians, on one CPU thread.
+    """Measure images per second (`value`) and ms per image (`ms`) of every pipeline, as medians, on one CPU thread.
 
     PIL: torchvision's transforms on PIL images, from the file to normalised tensors. PIL_BLUR: the same with Pillow's
     faster blur, which approximates the Gaussian. TENSORS: torchvision's v2 transforms on decoded uint8 tensors. WORKER:
-    what a loader process does here, from the file to a batch of uint8 crops. WHOLE: that and the photometric part, on
-    the CPU. READER: what a loader process does where a device decodes, from the file to its bytes and the boxes of its
-    crops. KORNIA and DALI: from the file too, where they are installed; note: gets a line where they are not.
-    Unless `device` is the CPU, DEVICE: the photometric part there, of crops that have arrived. On CUDA, DECODED: all
-    from the file on, decoded and cropped there, with `difference` and `largest_difference` of its crops from WORKER's,
-    on average and at most, in levels of 255. Stacking the views of a batch does not count for torchvision. `ratio` and
-    `ratio_pillow_blur`: images per second over those of PIL and PIL_BLUR. The number of threads and the state of
-    torch's generator are restored.
+    the work of a mimref loader process, from the file to a batch of uint8 crops. WHOLE: WORKER and the photometric
+    part, on the CPU. READER: the work of a loader process when a device decodes, from the file to its bytes and the
+    boxes of its crops. KORNIA and DALI: also from the file, if installed; if not, `note` is called with the reason.
+    DEVICE, unless `device` is the CPU: the photometric part on the device, of crops already there. DECODED, on CUDA:
+    everything from the file, decoded and cropped on the device; `difference` and `largest_difference` are the mean and
+    largest difference of its crops from WORKER's, in levels of 255. Stacking the views of a batch is not counted for
+    torchvision. `ratio` and `ratio_pillow_blur`: images per second relative to PIL and PIL_BLUR. The number of threads
+    and the state of torch's generator are restored.
     """
     sizes = sizes or ViewSizes()
     target = resolve_device(device)
@@ -93,7 +93,7 @@ def benchmark_views(
         try:
             source = photographs(folder, sizes)
             ways, apart = _ways(source, groups, config, target, sizes.device_images, note)
-            # Every call cuts other crops.
+            # Every call cuts different crops.
             calls = [partial(lambda way, epochs: way(next(epochs)), way, count()) for way in ways.values()]
             tick = Ticks(progress, len(calls) * (sizes.repeats + 1))
             seconds = median_seconds(calls, torch.device("cpu"), turns=sizes.repeats, tick=tick)
@@ -122,7 +122,7 @@ def _ways(
     device_images: int,
     note: Callable[[str], None],
 ) -> tuple[dict[str, Way], Row]:
-    """Everything that is measured, and how far DECODED's crops are from WORKER's."""
+    """Return all pipelines to measure, and how far DECODED's crops differ from WORKER's."""
     ways = _pipelines(source, groups, config)
     others, missing = library_ways([source.path(index) for index in range(len(source))], groups, config, device)
     ways |= others
@@ -142,7 +142,7 @@ def _ways(
 
 
 def photographs(folder: str, sizes: ViewSizes) -> FileSource:
-    """scikit-learn's two photographs as JPEG files of the size to measure."""
+    """Write scikit-learn's two photographs as JPEG files of the size to measure."""
     from sklearn.datasets import load_sample_images
 
     photographs = [
@@ -156,7 +156,7 @@ def photographs(folder: str, sizes: ViewSizes) -> FileSource:
 
 
 def _pipelines(source: FileSource, groups: Sequence[CropGroup], config: ViewsConfig) -> dict[str, Way]:
-    """Ways to the views of all images on the CPU, by name."""
+    """Return the CPU pipelines that make the views of all images, by name."""
     paths = [source.path(index) for index in range(len(source))]
     photometric = Photometric(config, 0, torch.device("cpu"))
 
@@ -186,7 +186,7 @@ def _augmentations(
     to_tensor: Callable[..., Tensor],
     blur: Callable[[Image.Image], Image.Image] | None = None,
 ) -> list[Callable[..., Tensor]]:
-    """BYOL's augmentations of every view by torchvision's transforms v1 or v2; blur: in place of the library's."""
+    """Build BYOL's augmentations of every view from torchvision's transforms v1 or v2; blur: replaces the library's."""
     views = []
     bicubic = library.InterpolationMode.BICUBIC
     for view, group in enumerate(own for own in groups for _ in range(own.count)):
@@ -208,7 +208,7 @@ def _augmentations(
 
 
 def _pillow_blur(image: Image.Image) -> Image.Image:
-    """As many self-supervised pipelines blur: three box filters, whose time does not depend on the width."""
+    """Blur as many self-supervised pipelines do: by three box filters, whose time does not depend on the width."""
     low, high = ViewsConfig().blur_sigma
     return image.filter(ImageFilter.GaussianBlur(low + (high - low) * float(torch.rand(()))))
 
@@ -216,7 +216,7 @@ def _pillow_blur(image: Image.Image) -> Image.Image:
 def _crops(
     source: FileSource, groups: Sequence[CropGroup], epoch: int, decode_on: torch.device | None = None
 ) -> ViewBatch:
-    """All images in one batch, as training reads them; every epoch has other crops."""
+    """Return all images in one batch, as training reads them; every epoch has different crops."""
     batches = view_batches(
         *(source, groups),
         batch_size=len(source),
@@ -229,7 +229,7 @@ def _crops(
 
 
 def _read(source: FileSource, groups: Sequence[CropGroup], epoch: int) -> Tensor:
-    """All files as bytes, (bytes,) uint8, once their crops are drawn."""
+    """Return all files as bytes, (bytes,) uint8, after drawing their crops."""
     read = [read_jpeg(source, index, partial(reduction, groups, 0, epoch, index)) for index in range(len(source))]
     rows, jpegs = jpegs_of(read)
     sizes, sample_J = [(each.height, each.width) for each in jpegs], torch.tensor(rows)
@@ -237,7 +237,7 @@ def _read(source: FileSource, groups: Sequence[CropGroup], epoch: int) -> Tensor
 
 
 def _decoded(source: FileSource, groups: Sequence[CropGroup], config: ViewsConfig, device: torch.device) -> Way:
-    """All views, from files that are decoded and cropped on the device."""
+    """Return the pipeline for all views that decodes and crops the files on the device."""
     photometric = Photometric(config, 0, device)
 
     def way(epoch: int) -> list[Tensor]:
@@ -249,14 +249,14 @@ def _decoded(source: FileSource, groups: Sequence[CropGroup], config: ViewsConfi
 
 
 def _differences(usual: ViewBatch, decoded: ViewBatch) -> Row:
-    """How far the crops of a batch are apart, in levels of 255."""
+    """Return how far the two versions of a batch's crops differ, in levels of 255."""
     pairs = zip(usual.crops, decoded.crops, strict=True)
     apart = torch.cat([(one.float() - other.cpu().float()).abs().flatten() for one, other in pairs])
     return {"difference": float(apart.mean()), "largest_difference": float(apart.max())}
 
 
 def _on_device(batch: ViewBatch, config: ViewsConfig, device: torch.device, images: int) -> Way:
-    """The photometric part of `images` images whose crops, those of `batch`, are on the device already."""
+    """Return the photometric part for `images` images whose crops, taken from `batch`, are already on the device."""
     sample_B = torch.arange(images)
     crops = [of_size[sample_B % len(of_size)].to(device) for of_size in batch.crops]
     photometric = Photometric(config, 0, device)

@@ -107,7 +107,7 @@ def run(args: Sequence[str]) -> int:
     # Rich draws help with boxes and colours, which only a terminal can use.
     app.rich_markup_mode = "rich" if sys.stdout.isatty() else None
     try:
-        # Typer turns Ctrl-C where nothing can be saved into exit code 130.
+        # If nothing can be saved, Typer turns Ctrl-C into exit code 130.
         code = app(args=list(args), prog_name="mimref", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except Interrupted as interruption:

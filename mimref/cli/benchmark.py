@@ -26,7 +26,7 @@ class BenchmarkOptions(Device, Output):
 
 class StepOptions(TrainedEncoder, MicroBatch, Preset, Output):
     def load_refine(self) -> "RefineConfig":
-        """The settings of the refinement to measure."""
+        """Load the settings of the refinement to measure."""
         from mimref.config.presets import choose_refine_preset
         from mimref.refinement.config import RefineConfig
 
@@ -202,7 +202,7 @@ def memory(options: MemoryOptions) -> None:
     gpus = options.checks.run("gpus", lambda: _sizes(options.gpus or "1,8,64", "--gpus"))
     cards = options.checks.run("memory", lambda: _sizes(options.memory or "40,80", "--memory"))
     config = options.load_refine()
-    assert gpus is not None and cards is not None  # or it has raised
+    assert gpus is not None and cards is not None  # otherwise it has raised
 
     from mimref.benchmarks.memory import memory_facts, memory_page, plan_memory
     from mimref.files import write_bytes
@@ -211,7 +211,7 @@ def memory(options: MemoryOptions) -> None:
 
     started = time.monotonic()
     with Terminal(options.quiet) as terminal:
-        rows = plan_memory(config, gpus, cards, progress=partial(terminal.progress, "steps on paper"))
+        rows = plan_memory(config, gpus, cards, progress=partial(terminal.progress, "simulated steps"))
     for what, much in memory_facts(rows):
         typer.echo(f"{what}: {much}")
     if options.out is not None:
@@ -222,7 +222,7 @@ def memory(options: MemoryOptions) -> None:
 
 
 def _sizes(text: str, flag: str) -> list[int]:
-    """Of `1,8,64`, in ascending order."""
+    """Parse numbers such as `1,8,64`, without duplicates and in ascending order."""
     from mimref.errors import ConfigError
 
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):

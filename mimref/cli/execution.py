@@ -1,4 +1,4 @@
-"""What commands do besides their work: join the processes, show progress, print and write results."""
+"""Tasks that commands share: join the processes, show progress, print and write results."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def run_on_ranks(
     caches = ensure_caches()
     with process_group(config.device, advice=advice) as rank, Terminal(options.quiet or rank > 0) as terminal:
         if caches is not None:
-            terminal.note(f"the user has no folder for caches: they are in {caches}; set MIMREF_CACHE to keep them")
+            terminal.note(f"the user has no cache folder: caches are in {caches}; set MIMREF_CACHE to keep them")
         result = work(config, listener=terminal, checks=options.checks)
     return result if rank == 0 else None
 
@@ -50,7 +50,7 @@ def report(
     result: "EvaluationResult | None",
     show: "Callable[[Sequence[Row]], None] | None" = None,
 ) -> None:
-    """With `--out`, write results.csv, results.json and images; print the result, if this process has one.
+    """Print the result, if this process has one; with `--out`, write results.csv, results.json and images.
 
     show: prints the rows; default: as a table.
     """
@@ -68,7 +68,7 @@ def report(
         save_exhibits(options.out, result, options)
         try:
             write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=bad)
-        except OutputError:  # the disk is full, or the folder is gone: the result is finished all the same
+        except OutputError:  # the disk is full, or the folder is gone; the result is complete nevertheless
             show(result.rows)
             raise
     show(result.rows)
@@ -77,13 +77,13 @@ def report(
 
 
 def save_exhibits(out: Path, result: "EvaluationResult", options: Quiet) -> None:
-    """Write the images that show a result, if it has some, and remove those of an earlier one."""
+    """Write the images that illustrate a result, if it has any, and remove those of an earlier one."""
     from mimref.evaluation.exhibits.contents import save
     from mimref.progress import optional
     from mimref.reports.terminal import Terminal
 
     with Terminal(options.quiet) as terminal, optional("no images for the report", terminal):
-        # Not asked for its type, whose module takes seconds to import.
+        # Its type is not checked, as that module takes seconds to import.
         save(getattr(result, "exhibits", None), out)
 
 
@@ -114,7 +114,7 @@ def gallery(out: Path, title: str, strips: "Sequence[Strip]", notes: Sequence[st
 def write_page(folder: Path | None, options: Report) -> None:
     """Write report.html about the finished run in `folder`, unless `--no-report`; a failure is a warning.
 
-    A page about earlier results does not stay.
+    A page about earlier results is removed.
     """
     if folder is None:
         return
@@ -142,13 +142,13 @@ def print_finished(out: Path, command: str, options: Quiet) -> bool:
         from mimref.results import read_results
 
         found = read_results(out, command)
-        note(f"{out} is finished; its results, with the settings that it had:", options)
+        note(f"{out} is finished; its results, with the settings it ran with:", options)
         if found.bad_images:
             from mimref.data.decode import skipped_line
 
             typer.echo(f"warning: {skipped_line(found.bad_images)}", err=True)
         print_rows(found.rows)
-        # A run killed right after its end has left its state.
+        # A run killed right after it finished may have left its state.
         shutil.rmtree(out / "state", ignore_errors=True)
     return True
 
@@ -156,7 +156,7 @@ def print_finished(out: Path, command: str, options: Quiet) -> bool:
 def drop_state(state: Path) -> None:
     """Remove the state of a finished evaluation, and its folder."""
     state.unlink(missing_ok=True)
-    with suppress(OSError):  # other files are there, or no folder
+    with suppress(OSError):  # the folder holds other files, or does not exist
         state.parent.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""The options that several commands have, one declaration each, in groups that commands inherit from."""
+"""Options that several commands share, each declared once, in groups that commands inherit from."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     Config = TypeVar("Config", bound=CommandConfig)
 
 Text = str | None
-"""Text that `load_config` turns into a value; None where the option is not given."""
+"""Text that `load_config` turns into a value; None if the option is not given."""
 
 
 class Debug(Options):
@@ -45,7 +45,7 @@ class Output(Force, panel="Output"):
 
 
 class Report(Output, panel="Output"):
-    """Of commands that write a page about their results."""
+    """Options of commands that write a page about their results."""
 
     no_report: bool = option("Do not write report.html.")
 
@@ -59,7 +59,7 @@ class Resume(Output, panel="Output"):
     resume: bool = option("Continue the unfinished run in the output folder.")
 
     def state_file(self, name: str) -> Path | None:
-        """The state that an interrupted evaluation continues from; None without an output folder."""
+        """Return the state file that an interrupted evaluation continues from; None without an output folder."""
         state = self.out / "state" / f"{name}.pt" if self.out else None
         if state is None and self.resume:
             raise ConfigError(f"--resume continues the {name} in an output folder; name the folder with --out DIR")
@@ -75,9 +75,9 @@ class Configured(Device):
     def load(
         self, model: "type[Config]", preset: str | None = None, choose: Callable[[], str | None] | None = None
     ) -> "Config":
-        """The config: the defaults, then `preset`, the options and `--set`, without what `checks` finds wrong.
+        """Build the config: the defaults, then `preset`, the options and `--set`, without what `checks` finds wrong.
 
-        choose: chooses the preset where none is given; it may raise ConfigError.
+        choose: chooses the preset if none is given; it may raise ConfigError.
         """
         from mimref.config.load import load_config
 
@@ -135,7 +135,7 @@ class TrainedEncoder(TrainedArch, panel="Encoder"):
 
 
 class EncoderPass(Images, panel="Encoder"):
-    """Of commands that read features of encoders."""
+    """Options of commands that read features of encoders."""
 
     arch: Text = ARCH
     source: Text = SOURCE

@@ -1,4 +1,4 @@
-"""From a class of options to a Typer command, and its help in panels."""
+"""Turn a class of options into a Typer command, with its help in panels."""
 
 import inspect
 import re
@@ -17,10 +17,10 @@ PANELS = ("Encoder", "Data", "Protocol", "Training", "Run", "Output")
 
 @dataclass(frozen=True)
 class Option:
-    """An option, `--batch-size` as the value of the field `batch_size` of an `Options` class.
+    """An option, such as `--batch-size` for the field `batch_size` of an `Options` class.
 
-    metavar: what its value looks like. sets: the dotted setting that it overrides. flag: its name, where the field's
-    differs. positional: whether it is an argument.
+    metavar: placeholder for its value. sets: the dotted setting that it overrides. flag: its name, if it differs from
+    the field's. positional: whether it is an argument.
     """
 
     help: str
@@ -33,11 +33,11 @@ class Option:
     positional: bool = False
 
     def name(self, field: str) -> str:
-        """Such as `--batch-size`."""
+        """Return the option's name, such as `--batch-size`."""
         return (self.flag or f"--{field.replace('_', '-')}").partition("/")[0]
 
     def parameter(self, field: str, kind: Any, panel: str) -> inspect.Parameter:
-        """The option as a parameter of a function that Typer understands."""
+        """Return the option as a function parameter that Typer understands."""
         if self.positional:
             info: Any = typer.Argument(metavar=self.metavar, help=self.help)
         else:
@@ -56,13 +56,13 @@ class Option:
         return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-# Any: for type checkers, a field has the type of what the user gives, as annotated.
+# Any: type checkers then take a field to have its annotated type, that of the user's value.
 option: Any = Option
 argument: Any = partial(Option, required=True, positional=True)
 
 
 class Options:
-    """The values that a command was given. Its class inherits from the groups of options that the command takes."""
+    """The values given to a command, whose class inherits from the groups of options that the command takes."""
 
     panel: ClassVar[str]
 
@@ -74,7 +74,7 @@ class Options:
 
     @cached_property
     def checks(self) -> Checks:
-        """Collects what is wrong with the command, in the order of its help."""
+        """Collects what is wrong with the command's options, in the order of its help."""
         declared = [(field, option) for field, (option, _) in self.declared().items()]
         typed = {
             option.sets: Typed(option.name(field), value, option.metavar or "")
@@ -85,7 +85,7 @@ class Options:
 
     @classmethod
     def declared(cls) -> dict[str, tuple[Option, str]]:
-        """Every field's option and panel: arguments first, then panel by panel."""
+        """Return every field's option and panel: arguments first, then panel by panel."""
         found: dict[str, tuple[Option, str]] = {}
         for group in cls.__mro__:
             for field, value in vars(group).items():
@@ -99,7 +99,8 @@ def add_command(
 ) -> None:
     """Make `function` a command that takes the options of its parameter's class.
 
-    Its docstring is the help; the lines below `Examples:` end it. panel: heads the command in the list of commands.
+    The function's docstring is the help, and the lines below `Examples:` its epilog. panel: the command's heading in
+    the list of commands.
     """
     (group,) = (parameter.annotation for parameter in inspect.signature(function).parameters.values())
     hints = get_type_hints(group)
@@ -119,7 +120,7 @@ def add_command(
 
 
 class _Panels:
-    """Help in panels even where rich does not draw it."""
+    """Help in panels even if rich does not draw it."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write options, arguments and commands, each under the heading of its panel."""
@@ -140,7 +141,7 @@ class _Panels:
 
 
 class Command(_Panels, TyperCommand):
-    """A command. An option whose metavar ends in `...` takes all values up to the next option, as shells expand `*`."""
+    """A command. An option whose metavar ends in `...` takes all values up to the next option, as `*` gives them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See click's `Command`."""
@@ -158,7 +159,7 @@ class Command(_Panels, TyperCommand):
         return super().parse_args(ctx, spread)
 
     def get_help_option(self, ctx: Any) -> Any:
-        """`--help`, in the panel Run."""
+        """Return `--help`, in the panel Run."""
         option = super().get_help_option(ctx)
         if option is not None:
             option.rich_help_panel = "Run"

@@ -17,7 +17,7 @@ class ReportOptions(Force, panel="Output"):
     out: Path | None = option("Page to write; default: report.html in the run's folder.", "FILE.html")
 
     def page(self, folders: list[Path]) -> Path:
-        """Where the page is written. Raises ConfigError if that is not clear, OutputError if it cannot be."""
+        """Return the page's path. Raises ConfigError if it is ambiguous, OutputError if it cannot be written."""
         if self.out is not None:
             check_new_file(self.out, (".html",), self.force)
         elif len(folders) > 1:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mimref.reproduce.config import AblationsConfig
 
 PRESET = "peak_short"
-"""A small base whose features peak in the middle, as those of the paper's, and few updates."""
+"""A small base whose features peak in middle blocks, as the paper's do, and few updates."""
 
 
 class AblationsOptions(Preset, Resume, panel="Training"):
@@ -25,7 +25,7 @@ class AblationsOptions(Preset, Resume, panel="Training"):
     dry_run: bool = option("Print every run with its estimated time; write nothing.")
 
     def chosen_preset(self) -> str:
-        """`--preset`; else the settings of the suite that `--resume --out DIR` continues."""
+        """Return `--preset`, else the settings of the suite that `--resume --out DIR` continues, else the default."""
         file = self.out / "ablations.toml" if self.out and self.resume and self.preset is None else None
         return str(file) if file and file.is_file() else self.preset or PRESET
 
@@ -75,7 +75,7 @@ def ablations(options: AblationsOptions) -> None:
 
 
 def _print_suite(config: "AblationsConfig", out: Path, options: AblationsOptions) -> None:
-    """What `--dry-run` shows: every run that is not finished, with its time from a few measured steps."""
+    """Print what `--dry-run` shows: every run, with `finished` or its time estimated from a few measured steps."""
     from mimref.benchmarks.duration import measure_duration, readable
     from mimref.refinement.config import RefineConfig
     from mimref.refinement.plan import make_plan

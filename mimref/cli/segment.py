@@ -1,4 +1,4 @@
-"""The command that segments images on frozen patch tokens."""
+"""`mimref segment`: segmentation from frozen patch tokens."""
 
 from functools import partial
 
@@ -44,7 +44,7 @@ def segment(options: SegmentOptions) -> None:
     from mimref.transfer.segment.config import SegmentConfig
 
     if options.epochs is not None and options.updates is None:
-        # Presets and dinov2 give a number of updates, which would win.
+        # Presets and the protocol dinov2 set a number of updates, which would take precedence.
         options.sets = ["training.updates=none", *(options.sets or ())]
     config = options.load(SegmentConfig, options.preset or (None if options.checkpoint else "quickstart"))
     if (

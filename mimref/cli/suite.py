@@ -20,7 +20,7 @@ class SuiteOptions(Seed, Report, Resume, panel="Data"):
     workers: Text = option("Processes that read images.", "N", "workers")
 
     def settings_file(self) -> str | None:
-        """`--suite`; else the settings of the suite that `--resume --out DIR` continues."""
+        """Return `--suite`, else the settings of the suite that `--resume --out DIR` continues."""
         file = self.out / "suite.toml" if self.out and self.resume and self.suite is None else None
         return str(file) if file and file.is_file() else self.suite
 

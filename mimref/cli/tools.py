@@ -1,4 +1,4 @@
-"""`mimref presets` and `mimref cache`: the settings that ship, and what is cached on disk."""
+"""`mimref presets` and `mimref cache`: the shipped presets, and what is cached on disk."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class CacheOptions(Debug, panel="Data"):
     cache: Text = option("Default: the user's cache folder.", "DIR")
 
     def folder(self) -> Path:
-        """The folder of cached features. Raises ConfigError for a file."""
+        """Return the folder of cached features. Raises ConfigError if it is a file."""
         from mimref.features.cache.contents import feature_folder
 
         folder = feature_folder(self.cache)

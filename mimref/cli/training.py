@@ -37,13 +37,13 @@ DRY_RUN = option("Print the settings and the reasons for them, sizes, steps and 
 
 
 class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume, panel="Training"):
-    """Of commands that train in an output folder."""
+    """Options of commands that train in an output folder."""
 
     strict: bool | None = option("Refuse a preset that does not fit, instead of adapting it.", sets="strict")
 
     @property
     def named_data(self) -> str | None:
-        """What `--data` or `--set data.spec=` names."""
+        """The images that `--data` or `--set data.spec=` names."""
         sets = [
             value.strip()
             for key, _, value in (each.partition("=") for each in self.sets or ())
@@ -52,9 +52,9 @@ class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume, panel="Traini
         return sets[-1] if sets else self.data
 
     def resumed_preset(self) -> str | None:
-        """The settings file of the run that `--resume --out DIR` continues, so that nothing need be repeated.
+        """Return the settings file of the run that `--resume --out DIR` continues, so that no option need be repeated.
 
-        None with `--preset`: the run itself compares its settings with those it started with.
+        None with `--preset`: the run itself then compares its settings with those it started with.
         """
         file = self.out / "config.toml" if self.out and self.resume and self.preset is None else None
         return str(file) if file and file.is_file() else None
@@ -75,7 +75,7 @@ class RefineOptions(Weights, MicroBatch, Shard, TrainingOptions, panel="Training
     dry_run: bool = DRY_RUN
 
     def chosen_preset(self) -> str | None:
-        """The preset that the options ask for; None where a recipe derives the settings."""
+        """Choose the preset for the options; None if a recipe derives the settings."""
         from mimref.config.presets import choose_refine_preset
 
         preset = choose_refine_preset(self.preset, self.arch, self.source, self.weights, self.named_data)
@@ -176,13 +176,13 @@ def pretrain(options: PretrainOptions) -> None:
 def print_plan(
     derived: "Sequence[Derived]", facts: dict[str, str], config: "TrainingConfig", options: TrainingOptions
 ) -> None:
-    """What a dry run shows: facts, and every derived setting with its rule."""
+    """Print what a dry run shows: facts, and every derived setting with its rule."""
     print_facts(facts | {"output": str(run_folder(config, options))})
     print_derived(derived)
 
 
 def run_folder(config: "TrainingConfig", options: TrainingOptions) -> Path:
-    """`--out`; else `runs/refine-mae_l16` for the preset refine/mae_l16, `runs/refine-mine` for my/mine.toml.
+    """Return `--out`, else `runs/refine-mae_l16` for the preset refine/mae_l16, `runs/refine-mine` for my/mine.toml.
 
     Without a preset: `runs/refine-recipe`.
     """
@@ -193,7 +193,7 @@ def run_folder(config: "TrainingConfig", options: TrainingOptions) -> Path:
 
 
 def run_training(training: "Callable[..., TrainingResult]", config: "TrainingConfig", options: TrainingOptions) -> bool:
-    """Train in the processes that torchrun has started; the first prints. Returns whether this is the first."""
+    """Train in all processes that torchrun has started; the first one prints. Returns whether this is the first."""
     from mimref.reports.terminal import print_rows
     from mimref.training.folder import RunFolder
 

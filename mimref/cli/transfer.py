@@ -27,7 +27,7 @@ class FinetuneOptions(TrainedEncoder, Shard, TrainingOptions, panel="Training"):
     dry_run: bool = DRY_RUN
 
     def chosen_preset(self) -> str | None:
-        """The preset that the options ask for; None where a recipe derives the settings."""
+        """Choose the preset for the options; None if a recipe derives the settings."""
         from mimref.config.presets import choose_finetune_preset
 
         preset = choose_finetune_preset(self.preset, self.arch, self.weights, self.named_data)

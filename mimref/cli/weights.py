@@ -1,4 +1,4 @@
-"""`mimref inspect`, `export` and `interpolate`: weights files."""
+"""`mimref inspect`, `export`, `push` and `interpolate`: weights files."""
 
 import json
 from dataclasses import asdict
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from mimref.sharing.export import FolderExport
     from mimref.sharing.layout import Library, Subject
 
-# Commands without settings read it themselves.
+# Commands without settings parse it themselves.
 GRID = option("Patch grid of the position embedding, if it is not square.", "ROWS,COLUMNS")
 
 
 def read_grid(text: str | None) -> tuple[int, int] | None:
-    """The value of `--grid`. Raises ConfigError unless it is two numbers above 0."""
+    """Parse the value of `--grid`. Raises ConfigError unless it is two numbers above 0."""
     if text is None:
         return None
     rows, _, columns = text.partition(",")
@@ -171,7 +171,7 @@ def write_export(
 
 
 def export_to_hf(options: ExportOptions, reading: "ReadingConfig | None", hints: dict[str, Any]) -> None:
-    """`mimref export --to hf`."""
+    """Run `mimref export --to hf`."""
     from mimref.files import check_new_folder
     from mimref.reports.terminal import Terminal
     from mimref.sharing.export import OWN_FILES, read_subject
@@ -259,7 +259,7 @@ def push(options: PushOptions) -> None:
 
 
 def show_progress(options: Quiet) -> None:
-    """Leave progress bars of the hub's client to terminals."""
+    """Disable the progress bars of the hub's client with `--quiet`, and outside a terminal."""
     import sys
 
     from huggingface_hub.utils import disable_progress_bars

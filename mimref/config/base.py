@@ -152,7 +152,7 @@ class DataConfig(Section):
                         f"data.{name} has {len(values)} values for images of {wanted} channels; set data.channels too"
                     )
         if self.channels is not None and self.alpha not in (None, "drop"):
-            raise ValueError(f"data.alpha {self.alpha} makes colour images; leave it out with data.channels")
+            raise ValueError(f"data.alpha {self.alpha} produces colour images; omit it with data.channels")
         return self
 
 
@@ -188,18 +188,19 @@ class CommandConfig(Section):
 
     @property
     def given(self) -> frozenset[str]:
-        """Dotted keys that were given beside the preset: by options, `--set` or a caller in Python."""
+        """Dotted keys that were given in addition to the preset: by options, `--set` or a caller in Python."""
         return self._given
 
     def __eq__(self, other: object) -> bool:
-        """Whether all settings are equal, wherever they come from."""
+        """Return whether all settings are equal, wherever they come from."""
         return type(self) is type(other) and self.__dict__ == other.__dict__
 
 
 def dump_config(config: CommandConfig, *, defaults: bool = True) -> str:
-    """The settings as TOML text that `load_config` reads back to an equal config.
+    """Return the settings as TOML text that `load_config` reads back to an equal config.
 
-    What is unset is omitted, or `none` where it is set by default. defaults: with the settings that nothing has set.
+    A setting of None is omitted, or written as `none` if its default is a value. defaults: include the settings that
+    nothing has set.
     """
     return tomli_w.dumps(_table(config, defaults))
 

@@ -1,4 +1,4 @@
-"""From presets and the command line to a checked config, with one line for every setting at fault."""
+"""Build a checked config from presets and the command line, with a one-line error for every setting at fault."""
 
 import re
 import tomllib
@@ -29,7 +29,7 @@ def load_config(
 
     preset: a name (`quickstart` or `refine/quickstart` for RefineConfig) or the path of a `.toml` file.
     overrides: dotted key to value; None does not override. sets: `a.b=value`.
-    Text is read as TOML where the setting takes more than text: bare words are strings, `none` unsets, and a list
+    Text is read as TOML if the setting accepts more than text: bare words are strings, `none` unsets, and a list
     needs no brackets (`1,2,5`). Raises ConfigError, or UserErrors for several mistakes, with one line that names the
     setting or preset at fault. checks: collects the mistakes instead; the config then lacks the settings at fault.
     """
@@ -49,7 +49,7 @@ def load_config(
         collected.typed.pop(pair[0], None)  # the option's value is replaced
         table = merge_tables(table, collected.run("sets", partial(_nest, model, *pair)) or {})
     if "preset" in collected.unusable:
-        # The other settings are those of a preset that is unknown.
+        # The other settings would come from the unknown preset.
         collected.unusable |= setting_fields(model).keys() - given
     config = _usable(model, table, collected)
     config._given = frozenset(given)
@@ -64,7 +64,7 @@ def _preset_table(preset: str, command: str) -> Table:
 
 
 def _usable(model: type[C], table: Table, checks: Checks) -> C:
-    """The settings without the wrong ones, which `checks` collects."""
+    """Return the settings without the invalid ones, whose errors `checks` collects."""
     while True:
         try:
             return model.model_validate(table)
@@ -78,7 +78,7 @@ def _usable(model: type[C], table: Table, checks: Checks) -> C:
             for key in keys:
                 less = _without(less, key)
                 if key.startswith("data."):
-                    checks.unusable.add("data.spec")  # the settings find images together
+                    checks.unusable.add("data.spec")  # these settings locate the images together
         if less == table:  # nothing can be left out
             for keys, message in mistakes:
                 checks.add(keys[0], ConfigError(message))
@@ -87,7 +87,7 @@ def _usable(model: type[C], table: Table, checks: Checks) -> C:
 
 
 def validated(model: type[M], table: Mapping[str, Any]) -> M:
-    """A table of settings as a checked model. Raises ConfigError, or UserErrors for several mistakes."""
+    """Validate a table of settings as a model. Raises ConfigError, or UserErrors for several mistakes."""
     try:
         return model.model_validate(table)
     except ValidationError as error:
@@ -98,7 +98,7 @@ def validated(model: type[M], table: Mapping[str, Any]) -> M:
 
 
 def _without(table: Table, key: str) -> Table:
-    """A copy of a table without a dotted key."""
+    """Return a copy of a table without a dotted key."""
     name, _, rest = key.partition(".")
     if name not in table or (rest and not isinstance(table[name], dict)):
         return table
@@ -117,7 +117,7 @@ def _split(assignment: str) -> tuple[str, str]:
 
 
 def _nest(model: type[BaseModel], key: str, value: Any) -> Table:
-    """`a.b` and a value as the table {a: {b: value}}."""
+    """Return the table {a: {b: value}} for a key `a.b`."""
     field = setting_fields(model).get(key)
     if field is None:
         raise ConfigError(_unknown_setting(model, key))
@@ -129,11 +129,11 @@ def _nest(model: type[BaseModel], key: str, value: Any) -> Table:
 
 
 def _read(kind: Any, text: str) -> Any:
-    """The value of a setting of this type; the text itself where it is not TOML, or where `20` must stay '20'."""
+    """Read the value of a setting of this type; text stays as it is if it is not TOML, or if `20` must stay '20'."""
     kinds = (kind,) if get_origin(kind) in (list, tuple) else (kind, *get_args(kind))
     kinds = tuple(get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds)
     takes_text, lists = str in kinds, [each for each in kinds if get_origin(each) in (list, tuple)]
-    # A pair never is, and some settings may be, a single value: there only commas make a list.
+    # A pair is never a single value, and some settings may be one: for these, only commas make a list.
     if lists and not takes_text and not text.startswith("[") and (get_origin(kind) is list or "," in text):
         return [_read(get_args(lists[0])[0], part.strip()) for part in text.split(",")]
     try:
@@ -150,7 +150,7 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def setting_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """The fields of a model and of its sections, by dotted key."""
+    """Return the fields of a model and of its sections, by dotted key."""
     found: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         found[prefix + name] = field
@@ -167,7 +167,7 @@ def _unknown_setting(model: type[BaseModel], key: str) -> str:
 def _mistakes(
     error: ValidationError, model: type[BaseModel], table: Mapping[str, Any], typed: Mapping[str, Typed]
 ) -> list[tuple[list[str], str]]:
-    """The settings of every mistake, and one line about it."""
+    """Return, for every mistake, the settings at fault and a one-line message."""
     of_key: dict[str, list[ErrorDetails]] = {}
     for each in error.errors():
         of_key.setdefault(_setting_key(model, each["loc"]), []).append(each)
@@ -177,7 +177,7 @@ def _mistakes(
 def _describe(
     key: str, errors: Sequence[ErrorDetails], model: type[BaseModel], table: Mapping[str, Any], typed: Typed | None
 ) -> tuple[list[str], str]:
-    """The settings at fault, and one line: setting or typed option, its value, what is expected."""
+    """Return the settings at fault and a one-line message: setting or typed option, its value, what is expected."""
     first, fields = errors[0], setting_fields(model)
     if first["type"] == "extra_forbidden":
         return [key], _unknown_setting(model, key)
@@ -192,7 +192,7 @@ def _describe(
         if part not in value:
             return [key], f"{key} is missing; it has no default"
         value = value[part]
-    # Of alternatives such as `number or list`, only the one that fits the value's type helps.
+    # Of alternatives such as `number or list`, only the one that matches the value's type is helpful.
     fitting = [error for error in errors if not error["type"].endswith("_type")]
     if all(error["type"] == "literal_error" for error in fitting):
         fitting = list(errors)
@@ -208,7 +208,7 @@ def _describe(
 
 
 def _setting_key(model: type[BaseModel], loc: Sequence[str | int]) -> str:
-    """The dotted key of an error's location, without list positions and the names of a union's members."""
+    """Return the dotted key of an error's location, without list indices and names of union members."""
     fields = setting_fields(model)
     for end in range(1, len(loc)):
         key = ".".join(map(str, loc[:end]))
@@ -227,7 +227,7 @@ _LISTED = {
     "int_from_float": "whole numbers separated by commas",
     "int_type": "whole numbers separated by commas",
 }
-"""Of a list that the user typed as an option."""
+"""Expectations for a list that the user typed as an option."""
 _EXPECTED = {
     "bool_type": "true or false",
     "finite_number": "a finite number",

@@ -5,7 +5,7 @@ from pydantic import Field
 from mimref.config.base import Fraction, Section
 
 MOST_CLASSES = 32767
-"""Labels travel as 16-bit numbers."""
+"""Labels are passed on as 16-bit integers."""
 
 
 class MasksConfig(Section):

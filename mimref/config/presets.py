@@ -11,27 +11,27 @@ Table = dict[str, Any]
 
 
 def preset_names(command: str | None = None) -> list[str]:
-    """Full names (`refine/quickstart`) of the shipped presets of one command, or of all."""
+    """Return the full names (`refine/quickstart`) of the shipped presets of one command, or of all."""
     folder = _preset_folder()
     names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.toml"))
     return sorted(name for name in names if command is None or name.startswith(f"{command}/"))
 
 
 def preset_text(name: str) -> str:
-    """The TOML text of a shipped preset, comments included; a short name works where only one command has it."""
+    """Return the TOML text of a shipped preset, with comments; a short name works if only one command has it."""
     return (_preset_folder() / f"{_full_name(name)}.toml").read_text(encoding="utf-8")
 
 
 RECIPE = "recipe"
-"""In place of a preset's name: settings are derived from encoder and images."""
+"""Given in place of a preset's name to derive the settings from encoder and images."""
 
 
 def choose_refine_preset(
     preset: str | None, arch: str | None, source: str | None, weights: str | None, data: str | None = None
 ) -> str | None:
-    """The preset that the options of `mimref refine` ask for; None where a recipe derives the settings.
+    """Choose the preset for the options of `mimref refine`; None if a recipe derives the settings.
 
-    The given one; else that of `--arch` and `--source` (default mae), or where the paper has none, MAE's of the same
+    The given preset; else that of `--arch` and `--source` (default mae) or, if the paper has none, MAE's of the same
     size; else `quickstart` for the packaged encoder on digits. Raises ConfigError for `--source` alone.
     """
     if preset is not None:
@@ -50,9 +50,9 @@ def choose_refine_preset(
 def choose_pretrain_preset(
     preset: str | None, arch: str | None, data: str | None = None, objective: str | None = None
 ) -> str | None:
-    """The preset that the options of `mimref pretrain` ask for; None where a recipe derives the settings.
+    """Choose the preset for the options of `mimref pretrain`; None if a recipe derives the settings.
 
-    The given one; else, for the objective `mae`, MAE's where `--arch` is given, and `quickstart` for digits.
+    The given preset; else, for the objective `mae`, MAE's if `--arch` is given, and `quickstart` for digits.
     """
     if preset is not None:
         return None if preset == RECIPE else preset
@@ -68,9 +68,9 @@ def choose_pretrain_preset(
 def choose_finetune_preset(
     preset: str | None, arch: str | None, weights: str | None, data: str | None = None
 ) -> str | None:
-    """The preset that the options of `mimref finetune` ask for; None where a recipe derives the settings.
+    """Choose the preset for the options of `mimref finetune`; None if a recipe derives the settings.
 
-    The given one; else `quickstart` for the packaged encoder on digits.
+    The given preset; else `quickstart` for the packaged encoder on digits.
     """
     if preset is not None:
         return None if preset == RECIPE else preset
@@ -85,7 +85,7 @@ def _preset_folder() -> Path:
 
 
 def maker_of(path: str | Path) -> str:
-    """The command that writes a folder only presets name, such as `runs/pretrain-peak`; else an empty text."""
+    """Return the command that creates a folder named by presets only, such as `runs/pretrain-peak`; else `""`."""
     name = Path(path).name.removeprefix("pretrain-")
     if Path(path) != Path("runs", f"pretrain-{name}") or f"pretrain/{name}" not in preset_names("pretrain"):
         return ""
@@ -93,7 +93,7 @@ def maker_of(path: str | Path) -> str:
 
 
 def find_preset(name: str, command: str, folder: Path | None = None) -> tuple[str, Path]:
-    """The full name and file of a preset; a path ending in .toml is relative to `folder` (default: the current one)."""
+    """Find name and file of a preset; a path ending in .toml is relative to `folder` (default: the current one)."""
     if name.endswith(".toml"):
         return name, (folder or Path()) / Path(name).expanduser()
     full = _full_name(name, command)
@@ -114,7 +114,7 @@ def _full_name(name: str, command: str | None = None) -> str:
 
 
 def read_preset(path: Path, command: str, above: tuple[Path, ...] = ()) -> Table:
-    """A preset file merged over its bases. above: the files that have it as a base."""
+    """Read a preset file and merge it over its bases. above: the files that have it as a base."""
     resolved = path.resolve()
     if resolved in above:
         chain = " -> ".join(file.stem for file in (*above, resolved))
@@ -135,7 +135,7 @@ def read_preset(path: Path, command: str, above: tuple[Path, ...] = ()) -> Table
 
 
 def merge_tables(below: Table, above: Table) -> Table:
-    """A new table with the keys of both; tables are merged key by key, everything else is replaced."""
+    """Return a new table with the keys of both; tables are merged key by key, everything else is replaced."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -144,5 +144,5 @@ def merge_tables(below: Table, above: Table) -> Table:
 
 
 def show_value(value: Any) -> str:
-    """A value as messages show it."""
+    """Format a value for messages."""
     return json.dumps(value, default=str, ensure_ascii=False)

@@ -1,8 +1,8 @@
-"""Settings derived from encoder and images, each with the rule that gave it.
+"""Settings derived from encoder and images, each with the rule behind it.
 
-Without a preset, a recipe derives what the user did not set. With one, its values that cannot fit are adapted; what the
-user gave as an option, with `--set` or in Python is never changed. `config.toml` holds the result, so that a run can be
-repeated exactly: nothing is derived from a preset.
+Without a preset, a recipe derives the settings that the user did not set. With a preset, its values that cannot fit are
+adapted; settings given as options, with `--set` or in Python are never changed. `config.toml` holds the result, so that
+a run can be repeated exactly: with a preset, nothing is derived.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Derived:
     rule: str
     """Why it has this value: a short phrase with the numbers that decide."""
     before: Any = None
-    """What the preset gives; None where nothing did."""
+    """The preset's value; None if there was none."""
 
     @property
     def change(self) -> str:
@@ -40,28 +40,28 @@ class Derived:
 
 
 class Recipe(Generic[C]):
-    """Settings in the making. Rules read `config`, which has what the user set and what was derived so far."""
+    """Settings under construction. Rules read `config`, which holds what the user set and what was derived so far."""
 
     def __init__(self, config: C) -> None:
         self.config = config
         self.derived: list[Derived] = []
 
     def derive(self, setting: str, value: Any, rule: str) -> None:
-        """Give a setting its value, unless the user did. Without effect when the settings come from a preset."""
+        """Set a derived value, unless the user set one. Has no effect if the settings come from a preset."""
         if self.config.preset is None and not is_set(self.config, setting):
             self._put(Derived(setting, value, rule))
 
     def adapt(self, setting: str, value: Any, rule: str) -> None:
-        """Replace a value that cannot fit, if it is the preset's; the user's own, or with `strict` any, stays."""
+        """Replace a preset's value that cannot fit. The user's own values stay and, with `strict`, all values do."""
         if is_adaptable(self.config, setting) and get(self.config, setting) != value:
             self._put(Derived(setting, value, rule, get(self.config, setting)))
 
     def before(self, setting: str) -> Any:
-        """The preset's value of a setting that was adapted; None for any other."""
+        """Return the preset's value of a setting that was adapted; None for any other."""
         return next((each.before for each in self.derived if each.setting == setting), None)
 
     def finish(self) -> C:
-        """The checked settings. Raises ConfigError for values of the user that do not fit each other."""
+        """Return the checked settings. Raises ConfigError for values of the user that do not fit together."""
         checked = validated(type(self.config), self.config.model_dump(exclude_unset=True))
         return with_given(checked, self.config.given)
 
@@ -71,7 +71,7 @@ class Recipe(Generic[C]):
 
 
 def is_set(config: CommandConfig, setting: str) -> bool:
-    """Whether a preset, an option, `--set`, a caller in Python or a recipe has set it."""
+    """Return whether a preset, an option, `--set`, a caller in Python or a recipe has set a setting."""
     section: Any = config
     for part in setting.split("."):
         if part not in section.model_fields_set:
@@ -81,14 +81,14 @@ def is_set(config: CommandConfig, setting: str) -> bool:
 
 
 def is_adaptable(config: TrainingConfig, setting: str) -> bool:
-    """Whether the value comes from a preset, or from the defaults that complete it, and may be adapted."""
+    """Return whether a value comes from a preset, or from the defaults that complete it, and may be adapted."""
     parts = setting.split(".")
     given = any(".".join(parts[:end]) in config.given for end in range(1, len(parts) + 1))
     return config.preset is not None and not config.strict and not given
 
 
 def get(config: CommandConfig, setting: str) -> Any:
-    """The value of a dotted key."""
+    """Return the value of a dotted key."""
     value: Any = config
     for part in setting.split("."):
         value = getattr(value, part)
@@ -96,13 +96,13 @@ def get(config: CommandConfig, setting: str) -> Any:
 
 
 def with_given(config: C, given: frozenset[str]) -> C:
-    """The settings, with the dotted keys that the user gave beside the preset."""
+    """Record in the settings the dotted keys that the user gave in addition to the preset, and return them."""
     config._given = given
     return config
 
 
 def _replaced(section: S, parts: list[str], value: Any) -> S:
-    """A copy with another value, which is not checked."""
+    """Return a copy with another value, without checking it."""
     name, *rest = parts
     return section.model_copy(update={name: _replaced(getattr(section, name), rest, value) if rest else value})
 
@@ -113,15 +113,15 @@ _CHARACTERS = frozenset(["digits", "mnist", "qmnist", "emnist", "kmnist", "usps"
 
 
 def is_character(data: DataConfig) -> bool:
-    """Whether the data set is known as one of digits or letters."""
+    """Return whether the data set is known to show digits or letters."""
     return (data.spec or "").rpartition(":")[2].lower().replace("-", "") in _CHARACTERS
 
 
 def power_of_two(number: float) -> int:
-    """The largest one up to this number, at least 1."""
+    """Return the largest power of two up to a number, at least 1."""
     return 1 << max(0, int(number).bit_length() - 1)
 
 
 def two_digits(number: float) -> float:
-    """Rounded to two significant digits."""
+    """Round to two significant digits."""
     return float(f"{number:.1e}")

@@ -1,7 +1,7 @@
-"""Images of a stated number of channels (`data.channels`), whose values are kept.
+"""Images with a stated number of channels (`data.channels`), which keep their values.
 
-uint8 stays. Wider values become float32 with black at 0 and white at 255, so that all that follows treats both alike:
-those of 16 bits are divided by 257, and a window of `data.range` scales others. No step rounds them to 8 bits.
+uint8 stays uint8. Wider values become float32 with black at 0 and white at 255, so that all later steps treat both
+alike: 16-bit values are divided by 257, and a window of `data.range` scales others. No step rounds them to 8 bits.
 """
 
 import io
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mimref.data.pixels import check_16_bits, deep_colour, low_bytes, raw_mode, scaled, turned, wide_traits
 
-# Pillow reports what it cannot read as an error too, which Python would print for every image.
+# Pillow also logs an error for what it cannot read, which Python would print for every image.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
@@ -42,9 +42,9 @@ class WrongChannels(Exception):
 
 
 def as_pixels(values: NDArray[Any], window: str) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """Values of any shape as uint8, or as float32 from 0 (black) to 255 (white). Raises ValueError.
+    """Return values of any shape as uint8, or as float32 from 0 (black) to 255 (white). Raises ValueError.
 
-    window: see `data.range`; not for values of 8 bits.
+    window: see `data.range`; ignored for 8-bit values.
     """
     if values.dtype == np.uint8:
         return values
@@ -59,10 +59,10 @@ def as_pixels(values: NDArray[Any], window: str) -> NDArray[np.uint8] | NDArray[
 
 
 def traits_of(values_HWC: NDArray[Any], window: str) -> int:
-    """What is peculiar about an image before `as_pixels`, see `mimref.data.traits`.
+    """Return the traits of an image before `as_pixels`, see `mimref.data.traits`.
 
-    Values of one or three channels may be normalised as those of usual pictures, which narrow ones do not resemble. Of
-    other numbers of channels, mean and standard deviation are measured.
+    Only images of one or three channels are checked: they may be normalised with the statistics of usual pictures,
+    which narrow values do not resemble. For other numbers of channels, mean and standard deviation are measured.
     """
     wide = values_HWC.dtype.kind in "iu" and values_HWC.dtype.itemsize > 1
     usual = window == "type" and values_HWC.shape[2] in (1, 3)
@@ -70,10 +70,10 @@ def traits_of(values_HWC: NDArray[Any], window: str) -> int:
 
 
 def channels_last(values: NDArray[Any], channels: int, *, prefer_first: bool = False) -> NDArray[Any]:
-    """(H, W, C) of an array (H, W), (H, W, C) or (C, H, W).
+    """Return an array (H, W), (H, W, C) or (C, H, W) as (H, W, C).
 
-    The channels are the last axis where that has so many entries, else the first; `prefer_first`: the other way round.
-    Raises WrongChannels, and ValueError for other shapes.
+    The channels are the last axis if it has `channels` entries, else the first; with `prefer_first`, the other way
+    round. Raises WrongChannels, and ValueError for other shapes.
     """
     if values.ndim not in (2, 3) or not values.size:
         raise ValueError(f"its shape is {values.shape}; expected (H, W), (H, W, C) or (C, H, W)")
@@ -87,14 +87,14 @@ def channels_last(values: NDArray[Any], channels: int, *, prefer_first: bool = F
 
 
 def check_channels(values_HWC: NDArray[Any], channels: int) -> NDArray[Any]:
-    """The array. Raises WrongChannels."""
+    """Return the array. Raises WrongChannels unless it has `channels` channels."""
     if values_HWC.shape[2] != channels:
         raise WrongChannels(values_HWC.shape[2], channels)
     return values_HWC
 
 
 def as_tensor(values_HWC: NDArray[Any], window: str) -> Tensor:
-    """uint8 or float32 (C, H, W) in memory of its own, with the channels of a pixel together."""
+    """Return a uint8 or float32 tensor (C, H, W) in memory of its own, with the channels of a pixel together."""
     pixels = as_pixels(values_HWC, window)
     return torch.from_numpy(np.array(pixels, order="C")).permute(2, 0, 1)
 
@@ -103,17 +103,17 @@ def as_tensor(values_HWC: NDArray[Any], window: str) -> Tensor:
 
 
 def is_array(head: bytes) -> bool:
-    """Whether a file that starts so is `.npy`, or a ZIP archive as `.npz` is."""
+    """Return whether a file that starts with `head` is `.npy`, or a ZIP archive, as `.npz` is."""
     return head.startswith((_NPY, _ZIP))
 
 
 def is_tiff(head: bytes) -> bool:
-    """Whether a file that starts so is TIFF."""
+    """Return whether a file that starts with `head` is TIFF."""
     return head.startswith(_TIFF)
 
 
 def read_array(file: str | io.BytesIO) -> NDArray[Any]:
-    """The array of a `.npy` file, or the only one, or `image`, of `.npz`. Raises ValueError, OSError and others."""
+    """Return the array of a `.npy` file; of `.npz`, `image` or the only one. Raises ValueError, OSError and others."""
     found = np.load(file, allow_pickle=False)
     if not isinstance(found, np.ndarray):
         with found:
@@ -125,10 +125,10 @@ def read_array(file: str | io.BytesIO) -> NDArray[Any]:
 
 
 def read_tiff(file: str | io.BytesIO) -> NDArray[Any] | None:
-    """(H, W, C) of a TIFF file that Pillow would not read as it is; None for others.
+    """Return the image (H, W, C) of a TIFF file that Pillow would not read unchanged; None for other files.
 
-    The channels are the samples of a pixel, or pages or planes of one size. Images are turned as the file's tag says,
-    which Pillow always does. Raises ValueError for several such axes, and where the package tifffile is missing.
+    The channels are the samples of a pixel, or pages or planes of one size. The file's orientation tag is applied, as
+    Pillow always does. Raises ValueError for several such axes, and if the package tifffile is missing.
     """
     if _pillow_keeps(file):
         return None
@@ -153,7 +153,7 @@ def read_tiff(file: str | io.BytesIO) -> NDArray[Any] | None:
 
 
 def _pillow_keeps(file: str | io.BytesIO) -> bool:
-    """Whether Pillow reads all channels of a TIFF file, which has one page."""
+    """Return whether Pillow reads all channels and bits of a TIFF file, which has one page."""
     try:
         with Image.open(file) as image:
             if not isinstance(image, TiffImageFile) or image.is_animated:
@@ -168,16 +168,16 @@ def _pillow_keeps(file: str | io.BytesIO) -> bool:
 
 
 def loses_bits(image: Image.Image) -> bool:
-    """Whether Pillow reads the 16 bits of an image's channels as 8, and `deep_bytes` cannot help."""
+    """Return whether Pillow reads an image's 16-bit channels as 8 bits, and `deep_bytes` cannot restore the others."""
     raw_modes = map(raw_mode, getattr(image, "tile", []))
     several = len(image.getbands()) > 1
     return several and not deep_colour(image) and any(";16" in mode for mode in raw_modes)
 
 
 def read_pillow(image: Image.Image, low_HWC: NDArray[np.uint8] | None) -> NDArray[Any]:
-    """(H, W, C) of an image that Pillow has opened, in the type of its values; palettes become colours.
+    """Return an image that Pillow has opened as (H, W, C), in the type of its values; palettes become colours.
 
-    low_HWC: of colours of 16 bits, of which Pillow keeps the upper 8, see `deep_bytes`.
+    low_HWC: lower 8 bits of 16-bit colours, of which Pillow keeps the upper 8; see `deep_bytes`.
     """
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -188,6 +188,6 @@ def read_pillow(image: Image.Image, low_HWC: NDArray[np.uint8] | None) -> NDArra
 
 
 def deep_bytes(file: str | io.BytesIO) -> NDArray[np.uint8] | None:
-    """The lower 8 bits of an image whose colours have 16; None for others. Raises what Pillow raises."""
+    """Return the lower 8 bits of an image with 16-bit colours; None for others. Raises what Pillow raises."""
     with Image.open(file) as image:
         return low_bytes(image) if deep_colour(image) else None

@@ -1,9 +1,9 @@
-"""What a file holds that is no image that can be read, by its first bytes."""
+"""Descriptions of files that cannot be read as images, by their first bytes."""
 
 import re
 
 HEAD = 1024
-"""Bytes that `what_is` needs."""
+"""Number of bytes that `what_is` needs."""
 _CONVERT = "convert it to JPEG or PNG"
 _FOREIGN = f"which Pillow cannot read; {_CONVERT}"
 _TIFF = f"TIFF of a kind that Pillow cannot read (many channels, a camera's raw file) or damaged; {_CONVERT}"
@@ -12,7 +12,7 @@ _BRANDS = {
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), f"HEIC, {_FOREIGN}"),
     b"crx ": f"a camera's raw file, {_FOREIGN}",
 }
-"""Of ISO media files: by the four bytes after `ftyp`."""
+"""Descriptions of ISO media files, by the four bytes after `ftyp`."""
 _IMAGES = {
     b"\xff\x0a": f"JPEG XL, {_FOREIGN}",
     b"\0\0\0\x0cJXL ": f"JPEG XL, {_FOREIGN}",
@@ -46,13 +46,13 @@ _OTHERS = {
     b"\x89HDF": "an HDF5 file",
     b"CDF": "a NetCDF file",
     b"\x93NUMPY": "a NumPy array; save it as an image",
-    b"\0\x05\x16\x07": "what macOS stores beside a file (AppleDouble); remove it",
+    b"\0\x05\x16\x07": "metadata that macOS stores beside a file (AppleDouble); remove it",
 }
 _AGAIN = "its download failed, so get it again"
 
 
 def what_is(head: bytes) -> str:
-    """Why a file that starts with `head` is not read as an image, and what to do."""
+    """Return why a file that starts with `head` cannot be read as an image, and what to do."""
     if not head:
         return "empty file"
     if image := _unreadable_image(head):
@@ -73,7 +73,7 @@ def _unreadable_image(head: bytes) -> str | None:
 
 
 def _container(head: bytes) -> str | None:
-    """Videos, archives, and what servers send in place of an image."""
+    """Describe videos, archives, and what servers send in place of an image; None for other files."""
     if head[4:8] == b"ftyp":
         return "a video (MP4 or QuickTime)"
     if head[:4] == b"RIFF":

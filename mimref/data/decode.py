@@ -40,14 +40,14 @@ from mimref.errors import DataError
 NAMED_BAD_IMAGES = 3
 
 Reduce = Callable[[int, int], int]
-"""From an image's height and width to the factor, 1, 2, 4 or 8, by which its decoded sides may be smaller."""
+"""Function of an image's height and width; returns the factor, 1, 2, 4 or 8, by which its sides may be reduced."""
 
 
 class BadImage(Exception):
     """An image that cannot be read; the caller decides whether to skip it (see `BadImages`)."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)  # both in args: the exception then crosses process borders
+        super().__init__(path, reason)  # both in args, so that the exception can be sent between processes
         self.path = path
         self.reason = reason
 
@@ -61,13 +61,13 @@ class BadImages:
     def __init__(self, max_bad: int) -> None:
         self.max_bad = max_bad
         self.some_readable = True
-        """Whether it may help to leave out more."""
+        """Whether a higher `max_bad` may help."""
         self._reasons: dict[str, str] = {}
 
     def add(self, path: str, reason: str) -> None:
-        """Count one bad image; a known path does not count again.
+        """Count one bad image; a path counts only once.
 
-        Raises DataError, naming count, limit and the first few files, when there are more than `max_bad`.
+        Raises DataError, with the count, the limit and the first few files, if there are more than `max_bad`.
         """
         if path in self._reasons:
             return
@@ -79,7 +79,7 @@ class BadImages:
         raise DataError(
             f"{images} could not be read, more than data.max_bad={self.max_bad}: "
             f"{first_bad(list(self._reasons.items()))}; fix or remove them"
-            + (", or raise data.max_bad" if self.some_readable else ": not one was readable so far")
+            + (", or raise data.max_bad" if self.some_readable else ": none has been readable so far")
         )
 
     @property
@@ -89,19 +89,19 @@ class BadImages:
 
 
 def first_bad(images: Sequence[tuple[str, str]]) -> str:
-    """The first few bad images with their reasons, for a message."""
+    """Return the first few bad images with their reasons, for a message."""
     return first_of([f"{path} ({reason})" for path, reason in images], NAMED_BAD_IMAGES)
 
 
 def skipped_line(images: Sequence[tuple[str, str]]) -> str:
-    """How many images were skipped, and the first few with their reasons, for a warning. results.json has them all."""
+    """Return a warning of skipped images: how many, and the first few with their reasons. results.json has them all."""
     more = " (all are in results.json)" if len(images) > NAMED_BAD_IMAGES else ""
     count = "1 unreadable image" if len(images) == 1 else f"{len(images)} unreadable images"
     return f"{count} skipped: {first_bad(images)}{more}"
 
 
 def none_readable(name: str, images: Sequence[tuple[str, str]]) -> DataError:
-    """The error for a data set of which every image is bad."""
+    """Return the error for a data set in which every image is bad."""
     count = f" of {len(images)}" if len(images) > 1 else ""
     found = f"{count}: {first_bad(images)}; fix, convert or replace them" if images else ""
     return DataError(f"{name}: no readable image{found}")
@@ -111,24 +111,24 @@ class Decoded(NamedTuple):
     """A decoded image, and its size in the file."""
 
     image: Tensor
-    """uint8 (3, H, W) with the channels of a pixel together in memory, as decoders write them; with `data.channels`
-    (C, H, W), of more than 8 bits as float32 from 0 (black) to 255 (white)."""
+    """uint8 (3, H, W) with the channels of a pixel together in memory, as decoders write them. With `data.channels`,
+    (C, H, W); values of more than 8 bits become float32 from 0 (black) to 255 (white)."""
     height: int
-    """Pixels of the whole image; the tensor has `ceil(height / factor)` where it was reduced."""
+    """Height of the whole image in pixels; the tensor has `ceil(height / factor)` rows if it was reduced."""
     width: int
     traits: int = 0
     """See `mimref.data.traits`."""
 
 
 def decode_file(path: str, reduce: Reduce | None = None, decoding: Decoding = USUAL) -> Decoded:
-    """Read an image file as RGB, a JPEG at a fraction of its size where `reduce` allows it; of frames, the first.
+    """Read an image file, or its first frame, as RGB; a JPEG at a fraction of its size if `reduce` allows it.
 
     By default, alpha is dropped, not composited, and EXIF orientation is not applied: both as in torchvision's
     ImageFolder and timm, which published numbers rely on. 16-bit gray is scaled to 8 bits. libjpeg reduces by skipping
     the high frequencies of each block of 8 x 8 pixels instead of computing pixels that a resize would average away.
-    reduce: called for JPEG only, with the size of the whole image; None decodes at full size. With `decoding.channels`
-    also TIFF of any kind and arrays are read, see `mimref.data.bands`, and images of another number of channels are a
-    DataError.
+    reduce: called for JPEG only, with the size of the whole image; None decodes at full size. With `decoding.channels`,
+    TIFF of any kind and arrays are read too (see `mimref.data.bands`), and an image with another number of channels
+    raises DataError.
     Raises BadImage for files that are missing, unreadable, empty, truncated, not an image, or larger than
     `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb), and for pixels whose range is unknown.
     """
@@ -137,7 +137,7 @@ def decode_file(path: str, reduce: Reduce | None = None, decoding: Decoding = US
 
 
 def read_content(path: str) -> bytes:
-    """An image file as it is stored. Raises BadImage as `decode_file` does for files that cannot be read."""
+    """Return the content of an image file. Raises BadImage, as `decode_file` does, for files that cannot be read."""
     _check_regular(path)
     try:
         with open(path, "rb") as file:
@@ -147,7 +147,7 @@ def read_content(path: str) -> bytes:
 
 
 def _check_regular(path: str) -> None:
-    # A pipe or a terminal would be waited for.
+    # Opening a pipe or reading from a terminal would wait for input.
     with suppress(OSError):
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -160,7 +160,7 @@ def decode_content(content: bytes, name: str, reduce: Reduce | None = None, deco
 
 
 def decode_array(values: NDArray[Any], name: str, decoding: Decoding) -> Decoded:
-    """An image that a table holds as numbers, see `mimref.data.bands`. Raises as `decode_file`."""
+    """Decode an image that a table holds as numbers, see `mimref.data.bands`. Raises as `decode_file` does."""
     try:
         values_HWC = channels_last(values, decoding.channels or 3)
         image = as_tensor(values_HWC, decoding.range)
@@ -174,7 +174,7 @@ def decode_array(values: NDArray[Any], name: str, decoding: Decoding) -> Decoded
 def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None, decoding: Decoding) -> Decoded:
     try:
         with warnings.catch_warnings():
-            # Pillow's other warnings (broken EXIF, odd TIFF tags) are nothing that a user could act on.
+            # A user cannot act on Pillow's other warnings (broken EXIF, odd TIFF tags).
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if decoding.channels is not None:
@@ -193,7 +193,7 @@ def _decode(file: str | io.BytesIO, name: str, reduce: Reduce | None, decoding: 
 
 
 def _with_channels(file: str | io.BytesIO, reduce: Reduce | None, decoding: Decoding, channels: int) -> Decoded:
-    """An image whose channels keep their values. Raises WrongChannels, and nearly anything for corrupt files."""
+    """Decode an image whose channels keep their values. Raises WrongChannels; for corrupt files, nearly anything."""
     head, values_HWC = _head(file), None
     if is_array(head):
         values_HWC = channels_last(read_array(file), channels)
@@ -210,7 +210,7 @@ def _with_channels(file: str | io.BytesIO, reduce: Reduce | None, decoding: Deco
             raise ValueError("Pillow would read its 16 bits as 8; save it as TIFF or .npy")
 
         def convert(image: Image.Image) -> tuple[NDArray[Any], int]:
-            """Pixels and traits."""
+            """Return pixels and traits."""
             stored_HWC = check_channels(read_pillow(image, low_HWC), channels)
             pixels_HWC = np.array(as_pixels(stored_HWC, decoding.range), order="C")
             return pixels_HWC, traits_of(stored_HWC, decoding.range)
@@ -224,7 +224,7 @@ def _decoded(
     decoding: Decoding,
     convert: Callable[[Image.Image], tuple[NDArray[Any], int]],
 ) -> Decoded:
-    """An opened image. convert: gives pixels (H, W, C) and traits once it is loaded."""
+    """Decode an opened image. convert: loads it, and returns its pixels (H, W, C) and traits."""
     several = False
     if isinstance(image, JpegImageFile):
         size, orientation = image.size, orientation_of(image)
@@ -233,7 +233,7 @@ def _decoded(
     else:
         several = _has_several(image)
         image.load()
-        # Not before: TIFF files are turned as they are loaded.
+        # Only now: Pillow applies the orientation of TIFF files when it loads them.
         size, orientation = image.size, orientation_of(image)
     pixels_HWC, traits = convert(image)
     width, height = size
@@ -247,51 +247,51 @@ def _decoded(
 
 
 def _has_several(image: Image.Image) -> bool:
-    """Whether an image that is opened and not loaded has several frames or pages; layers are one image."""
+    """Return whether an image, opened but not loaded, has several frames or pages; layers count as one image."""
     try:
         return image.format != "PSD" and bool(getattr(image, "is_animated", False))
-    except Exception:  # damage behind the first frame
+    except Exception:  # damage after the first frame
         return False
 
 
 def _draft(image: JpegImageFile, reduce: Reduce, orientation: int) -> None:
-    """Let libjpeg decode the image smaller."""
+    """Let libjpeg decode the image at a reduced size."""
     width, height = image.size
     factor = reduction_of(width, height, reduce, orientation)
-    # Pillow takes the strongest reduction that keeps this size: exactly `factor`.
+    # Pillow chooses the strongest reduction that keeps this size: exactly `factor`.
     image.draft(None, (width // factor, height // factor))
 
 
 def reduction_of(width: int, height: int, reduce: Reduce, orientation: int) -> int:
-    """The factor by which a JPEG of this size in the file is decoded smaller, before it is turned."""
+    """Return the factor by which decoding reduces a JPEG of this stored size, before its orientation is applied."""
     factor = reduce(width, height) if orientation >= 5 else reduce(height, width)
     while orientation > 1 and (width % factor or height % factor):
-        # The last pixels of a side would stand for less than the others; turned, these might be the first.
+        # The last pixels of a side would cover less than the others; once turned, they might be the first.
         factor //= 2
     return factor
 
 
 def reason_of(error: BaseException) -> str:
-    """What the system or an exception says, on one line; the exception's type where it says nothing."""
+    """Return the message of the system or of an exception on one line; the exception's type if it has no message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def printable(path: str) -> str:
-    """The path on one line, safe for any terminal and file format: odd bytes and control characters are escaped."""
+    """Return the path on one line, safe for any terminal and file format: odd bytes and control characters escaped."""
     if path.isprintable():
         return path
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in path)
 
 
 def first_of(names: Sequence[str], most: int = 3) -> str:
-    """The first few names, printable, for a message."""
+    """Return the first few names, printable, for a message."""
     return ", ".join(map(printable, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def _reason(file: str | io.BytesIO, error: Exception) -> str:
-    """A few words for the table of skipped images."""
+    """Return the reason in a few words, for the table of skipped images."""
     if isinstance(error, UnidentifiedImageError):
         return what_is(_head(file))
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):

@@ -1,7 +1,7 @@
-"""JPEGs decoded and cropped on a device, by nvJPEG where that is CUDA; what it cannot decode, the CPU decodes.
+"""JPEGs decoded and cropped on a device, with nvJPEG on CUDA; the CPU decodes those that the device cannot.
 
-Everything here runs in the process that trains or evaluates, on its current stream. In memory are the decoded images of
-a part of the batch at a time.
+Everything here runs in the process that trains or evaluates, on its current stream. Only the decoded images of one part
+of the batch are in memory at a time.
 """
 
 import io
@@ -23,25 +23,25 @@ from mimref.data.windows import resize_windows
 from mimref.errors import ConfigError
 
 PART_PIXELS = 4_000_000
-"""Of the images that are decoded together, each counted at the largest height and width among them. One larger image is
-a part by itself."""
+"""Most pixels that are decoded together, where each image counts with the largest height and width among them. A larger
+image is a part by itself."""
 LEAST_WIDTH = 500
-"""That images are counted with: resized across, the rows of narrow ones are as long as all their crops."""
+"""Least width that an image counts with: once resized across, a narrow image's rows are as long as all its crops."""
 
 
 def decoding_device(data: DataConfig, device: torch.device) -> torch.device | None:
-    """Where JPEGs are decoded: on the device, or, as None, by loader processes.
+    """Return the device that decodes JPEGs; None if loader processes decode them.
 
-    Raises ConfigError where `data.decode` asks for a device that cannot decode, or for channels it does not know.
+    Raises ConfigError if `data.decode` requests a device that cannot decode, or is combined with `data.channels`.
     """
-    # `auto` stays with the CPU until decoding on CUDA has been measured to be faster.
+    # `auto` means the CPU until decoding on CUDA has been measured to be faster.
     if data.decode != "device":
         return None
     advice = "set data.decode=cpu"
     if device.type != "cuda":
         raise ConfigError(f"data.decode device needs CUDA, and the device is {device.type}; {advice}")
     if data.channels is not None:
-        raise ConfigError(f"data.decode device gives colour in 8 bits; leave out data.channels, or {advice}")
+        raise ConfigError(f"data.decode device yields 8-bit colour; leave out data.channels, or {advice}")
     if (reason := _trial(device)) is not None:
         raise ConfigError(f"data.decode device does not work here ({reason}); {advice}")
     return device
@@ -49,7 +49,7 @@ def decoding_device(data: DataConfig, device: torch.device) -> torch.device | No
 
 @cache
 def _trial(device: torch.device) -> str | None:
-    """Why a small JPEG cannot be decoded on the device; None where it can."""
+    """Return why the device cannot decode a small JPEG; None if it can."""
     stream = io.BytesIO()
     Image.new("RGB", (16, 16), (200, 100, 50)).save(stream, "JPEG")
     try:
@@ -60,17 +60,17 @@ def _trial(device: torch.device) -> str | None:
 
 
 def decode_jpegs(contents: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Files as uint8 on the CPU -> RGB (3, H, W) uint8 on the device. Raises RuntimeError if it cannot decode one.
+    """Decode files, uint8 on the CPU, to RGB (3, H, W) uint8 on the device. Raises RuntimeError if one is undecodable.
 
     On CUDA the process waits for the current stream, then for the decoder.
     """
-    # torchvision warns that it will leave decoding to torchcodec, which needs torch 2.11 for it.
+    # torchvision warns that decoding will move to torchcodec, which needs torch 2.11 for it.
     from torchvision.io import ImageReadMode, decode_jpeg
 
     if device.type == "cuda":
-        # torchvision keeps a decoder, and would not notice that another GPU is the current one.
+        # torchvision reuses its decoder, and would not notice that another GPU is now the current one.
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        # It decodes on a stream of its own, into memory that the current one may still be reading.
+        # torchvision decodes on its own stream, into memory that the current stream may still be reading.
         torch.cuda.current_stream(device).synchronize()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,11 +83,11 @@ class Completed:
     """A batch whose JPEGs are decoded."""
 
     crops: list[Tensor]
-    """For each group (B, V, 3, S, S) uint8 on the device, of the images that could be decoded, in the batch's order."""
+    """For each group (B, V, 3, S, S) uint8 on the device: crops of the decoded images, in the batch's order."""
     traits: dict[int, int]
-    """By place in the batch: what decoding has shown of the JPEGs."""
+    """By place in the batch: traits that decoding has found in the JPEGs."""
     bad: dict[int, tuple[str, str]]
-    """By place: path and reason of the JPEGs that could not be decoded, and are left out."""
+    """By place in the batch: path and reason of the JPEGs that could not be decoded, and are left out."""
 
 
 def complete(
@@ -97,10 +97,10 @@ def complete(
     decoding: Decoding,
     cut: Callable[[int, Decoded], list[Tensor]],
 ) -> Completed:
-    """Decode a batch's JPEGs on the device, cut their crops, and put them between those of its other images.
+    """Decode a batch's JPEGs on the device, cut their crops, and merge them with the crops of its other images.
 
-    others: crops of the images that a loader process has decoded, for each group (B - J, V, 3, S, S). cut: the crops of
-    the image at a place in the batch, one (V, 3, S, S) for each group, where the device cannot decode it.
+    others: for each group (B - J, V, 3, S, S), crops of the images that a loader process has decoded. cut: returns the
+    crops of the image at a place in the batch, (V, 3, S, S) for each group; called if the device cannot decode it.
     """
     count = len(jpegs) + len(others[0])
     rest = torch.tensor(sorted({*range(count)} - {*jpegs.rows}), dtype=torch.int64, device=device)
@@ -122,7 +122,7 @@ def complete(
 def _cut_part(
     jpegs: Jpegs, contents: Sequence[Tensor], part: Sequence[int], device: torch.device, found: Completed
 ) -> list[int]:
-    """Decode some images together, and cut their crops. Returns the numbers of those that could be decoded."""
+    """Decode some images together, and cut their crops. Returns the numbers of those that were decoded."""
     images = [
         (number, image)
         for number, image in zip(part, _decoded([contents[number] for number in part], device), strict=True)
@@ -161,7 +161,7 @@ def _cut_alone(
 
 
 def _parts(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """Numbers of the images that are decoded together: of similar sizes, as smaller ones are padded."""
+    """Yield the numbers of images to decode together. Their sizes are similar, as smaller ones are padded."""
     part: list[int] = []
     high = wide = 0
     for number in sorted(range(len(sizes)), key=lambda number: sizes[number]):
@@ -176,31 +176,31 @@ def _parts(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
 
 
 def _decoded(contents: list[Tensor], device: torch.device) -> list[Tensor | None]:
-    """Images as they are stored; None for those that the device cannot decode."""
+    """Return the images as stored; None for those that the device cannot decode."""
     try:
         return [*decode_jpegs(contents, device)]
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
-        # torchvision gives none of a list's images, nor does it say which one is at fault.
+        # torchvision then returns none of the images in a list, and does not report which one is at fault.
         return [None] if len(contents) == 1 else [each for one in contents for each in _decoded([one], device)]
 
 
 def _shown_size(image: Tensor, orientation: int) -> tuple[int, int]:
-    """Height and width of an image once it is turned."""
+    """Return the height and width of an image after its orientation is applied."""
     _, height, width = image.shape
     return (width, height) if orientation >= 5 else (height, width)
 
 
 def _turned(image: Tensor, orientation: int) -> Tensor:
-    """The image as it is looked at."""
+    """Return the image with its orientation applied."""
     if orientation >= 5:
         image = image.transpose(1, 2)
     return image.flip([axis for axis, which in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in which])
 
 
 def _flat(images: Sequence[Tensor]) -> list[bool]:
-    """Whether each image is nearly of one colour. Waits for the current stream."""
+    """Return whether each image is nearly of one colour. Waits for the current stream."""
     steps = [[max(1, side // FLAT_LOOK) for side in image.shape[1:]] for image in images]
     looks = [
         image[:, ::down, ::across].flatten(1).float().var(dim=1, correction=0).amax()
@@ -211,7 +211,7 @@ def _flat(images: Sequence[Tensor]) -> list[bool]:
 
 
 def _stacked(images: Sequence[Tensor]) -> Tensor:
-    """Images (J, 3, H, W) float32, padded at the right and below."""
+    """Stack images into one batch (J, 3, H, W) float32, padded at the right and at the bottom."""
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     stacked = torch.zeros(len(images), 3, height, width, device=images[0].device)
     for row, image in zip(stacked, images, strict=True):

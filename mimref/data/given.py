@@ -1,4 +1,4 @@
-"""Images that a caller holds in Python: paths, PIL images, arrays and tensors."""
+"""Images passed from Python: paths, PIL images, arrays and tensors."""
 
 import hashlib
 import os
@@ -24,9 +24,9 @@ _ACCEPTED = "paths, PIL images, or uint8 arrays (H, W), (H, W, 1), (H, W, 3) or 
 class GivenSource(ImageSource):
     """A list of images, each a path, a PIL image, an array or a tensor.
 
-    Unlike in a data set, none can be left out: an image that cannot be read is an error. Arrays are uint8, or floats
-    from 0 to 1; with `data.channels` of any numbers that `data.range` scales, floats from 0 to 1 by default. Raises
-    DataError for anything else.
+    Unlike in a data set, no image is skipped: one that cannot be read is an error. Arrays are uint8, or floats from 0
+    to 1. With `data.channels` they hold any numbers that `data.range` scales; by default, floats must be from 0 to 1.
+    Raises DataError for anything else.
     """
 
     labels = None
@@ -41,7 +41,7 @@ class GivenSource(ImageSource):
         return len(self.items)
 
     def path(self, index: int) -> str:
-        """The path, or `X[3]`."""
+        """Return the path, or a name such as `X[3]`."""
         item = self.items[index]
         return printable(os.fspath(item)) if isinstance(item, str | os.PathLike) else f"X[{index}]"
 
@@ -65,7 +65,7 @@ class GivenSource(ImageSource):
         return torch.from_numpy(rgb_HWC).permute(2, 0, 1).contiguous()
 
     def _with_channels(self, item: Any, channels: int) -> Tensor:
-        """(C, H, W) as stored. Raises WrongChannels and ValueError."""
+        """Return an image (C, H, W) with the channels as stored. Raises WrongChannels and ValueError."""
         window = self.decoding.range
         if isinstance(item, Image.Image):
             values_HWC = check_channels(read_pillow(item, None), channels)
@@ -79,7 +79,7 @@ class GivenSource(ImageSource):
         return as_tensor(values_HWC, window).contiguous()
 
     def _rgb(self, item: Any) -> NDArray[np.uint8]:
-        """Writable (H, W, 3). Raises ValueError."""
+        """Return writable pixels (H, W, 3). Raises ValueError."""
         if isinstance(item, Image.Image):
             return to_rgb(item, self.decoding)[0]
         pixels = _as_uint8(_channels_last(item))
@@ -89,7 +89,7 @@ class GivenSource(ImageSource):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over the pixels; of files over names, sizes and modification times."""
+        """SHA-256 in hex over the pixels, or over names, sizes and modification times of files."""
         paths = [item for item in self.items if isinstance(item, str | os.PathLike)]
         digest = hashlib.sha256(fingerprint_files("", [os.fsencode(os.path.abspath(path)) for path in paths]).encode())
         for index, item in enumerate(self.items):
@@ -101,7 +101,7 @@ class GivenSource(ImageSource):
 
 
 def _as_list(images: Any, channels: int | None) -> Sequence[Any]:
-    """One item per image. Raises DataError for what is no list of images."""
+    """Return one item per image. Raises DataError for anything but a list of images."""
     if isinstance(images, str | os.PathLike | Image.Image):
         raise DataError(f"X is one {'image' if isinstance(images, Image.Image) else 'path'}; put it into a list")
     if isinstance(images, np.ndarray | Tensor) and images.ndim not in (1, 3, 4):
@@ -117,7 +117,7 @@ def _as_list(images: Any, channels: int | None) -> Sequence[Any]:
         if not isinstance(item, np.ndarray | Tensor):
             raise DataError(f"X[{index}] is of type {type(item).__name__}; expected {_ACCEPTED}")
         if channels is not None:
-            continue  # the shape is checked as the image is read
+            continue  # the shape is checked when the image is read
         try:
             _channels_last(item)
         except ValueError as error:
@@ -126,13 +126,13 @@ def _as_list(images: Any, channels: int | None) -> Sequence[Any]:
 
 
 def _channels_last(item: Any) -> NDArray[Any]:
-    """(H, W, 1), (H, W, 3) or (H, W, 4) of one image. Raises ValueError for other shapes."""
+    """Return one image as (H, W, 1), (H, W, 3) or (H, W, 4). Raises ValueError for other shapes."""
     is_tensor = isinstance(item, Tensor)
     pixels = item.detach().cpu().numpy() if is_tensor else item
     if pixels.ndim == 2 and pixels.size:
         return np.asarray(pixels[:, :, None])
     if pixels.ndim == 3 and pixels.size:
-        # Tensors have the channels first, arrays last, unless only the other order fits.
+        # Channels come first in tensors and last in arrays, unless only the other order fits.
         first, last = pixels.shape[0] in (1, 3, 4), pixels.shape[2] in (1, 3, 4)
         if first and (is_tensor or not last):
             return np.asarray(pixels.transpose(1, 2, 0))
@@ -142,19 +142,19 @@ def _channels_last(item: Any) -> NDArray[Any]:
 
 
 def _as_uint8(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Raises ValueError for pixels that are neither bytes nor between 0 and 1."""
+    """Return pixels as uint8. Raises ValueError unless they are uint8, booleans, or floats from 0 to 1."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint8) * 255
     if pixels.dtype.kind != "f":
-        raise ValueError(f"its pixels are {pixels.dtype}; expected uint8, or floats from 0 to 1")
+        raise ValueError(f"its pixels are of type {pixels.dtype}; expected uint8, or floats from 0 to 1")
     _check_unit(pixels)
     return np.rint(pixels.astype(np.float64) * 255).astype(np.uint8)
 
 
 def _check_unit(pixels: NDArray[Any]) -> None:
-    """Raise ValueError for floats outside of 0 to 1."""
+    """Raise ValueError for floats outside 0 to 1."""
     if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN fails too
         low, high = float(pixels.min()), float(pixels.max())
-        raise ValueError(f"its pixels are from {low:g} to {high:g}; expected floats from 0 to 1, or uint8")
+        raise ValueError(f"its pixels range from {low:g} to {high:g}; expected floats from 0 to 1, or uint8")

@@ -1,8 +1,9 @@
-"""JPEGs that a device decodes: what a loader process reads of them, and hands over instead of pixels.
+"""JPEGs for a device to decode: what a loader process reads of them, and passes on instead of pixels.
 
 A loader process reads files and headers and draws crops; `mimref.data.device_crops` does the rest. What nvJPEG cannot
-decode, or has other colours for, the loader process decodes itself: other formats, CMYK, pixels stored as RGB, unusual
-chroma sampling, files that do not end as a JPEG does, and photographs that libjpeg decodes at a fraction of their size.
+decode, or decodes to other colours, the loader process decodes itself: other formats, CMYK, pixels stored as RGB,
+unusual chroma sampling, and files that do not end like a JPEG. It also decodes photographs that libjpeg can decode at
+a fraction of their size.
 
 Shapes: J images, V crops of each.
 """
@@ -24,9 +25,9 @@ from mimref.data.sources import ImageSource
 from mimref.data.traits import ON_CPU, TURNED
 
 _SUBSAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1), (4, 2)}
-"""Luma samples per sample of chroma, across and down, of 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1 and 4:1:0: nvJPEG's."""
+"""Luma samples per chroma sample, across and down, in nvJPEG: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1 and 4:1:0."""
 _RGB_IDS = [ord(letter) for letter in "RGB"]
-"""Names of components by which libjpeg knows pixels that are stored as RGB."""
+"""Names of components by which libjpeg recognises pixels that are stored as RGB."""
 
 
 class Jpeg(NamedTuple):
@@ -34,14 +35,14 @@ class Jpeg(NamedTuple):
 
     content: bytes
     name: str
-    """For BadImage."""
+    """Name of the image in BadImage."""
     height: int
-    """Pixels of the image once it is turned."""
+    """Height of the image in pixels, after its orientation is applied."""
     width: int
     orientation: int
-    """EXIF's, by which the decoded pixels are turned; 1 leaves them."""
+    """EXIF orientation to apply to the decoded pixels; 1 leaves them unchanged."""
     traits: int
-    """See `mimref.data.traits`; `FLAT` is known once it is decoded."""
+    """See `mimref.data.traits`; `FLAT` is known only after decoding."""
 
 
 @dataclass
@@ -51,32 +52,32 @@ class Jpegs:
     content: Tensor
     """uint8: all files, one after another. A batch of usual photographs takes a fifth of the memory of its crops."""
     ends: list[int]
-    """Of each file in `content`."""
+    """End of each file in `content`."""
     names: list[str]
     orientations: list[int]
     sizes: list[tuple[int, int]]
-    """Height and width of each image once it is turned."""
+    """Height and width of each image, after its orientation is applied."""
     rows: list[int]
     """Places of these images in the batch."""
     windows: list[Tensor]
-    """For each group of crops (J, V, 2, 4) float64: see `mimref.data.windows`."""
+    """For each crop group (J, V, 2, 4) float64, see `mimref.data.windows`."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def contents(self) -> list[Tensor]:
-        """Each file as bytes, views into `content`."""
+        """Return the bytes of each file, as views into `content`."""
         return [self.content[start:end] for start, end in zip([0, *self.ends[:-1]], self.ends, strict=True)]
 
 
 def jpegs_of(images: Sequence[Decoded | Jpeg]) -> tuple[list[int], list[Jpeg]]:
-    """The JPEGs among a batch's images, and their places."""
+    """Return the places of the JPEGs among a batch's images, and the JPEGs."""
     found = [(row, image) for row, image in enumerate(images) if isinstance(image, Jpeg)]
     return [row for row, _ in found], [image for _, image in found]
 
 
 def pack(jpegs: Sequence[Jpeg], rows: Sequence[int], windows: list[Tensor]) -> Jpegs:
-    """JPEGs for the way to the main process, in one block."""
+    """Pack JPEGs into one block, for their way to the main process."""
     content = np.frombuffer(bytearray().join(each.content for each in jpegs), dtype=np.uint8)
     return Jpegs(
         torch.from_numpy(content),
@@ -90,7 +91,7 @@ def pack(jpegs: Sequence[Jpeg], rows: Sequence[int], windows: list[Tensor]) -> J
 
 
 def read_jpeg(source: ImageSource, index: int, reduce: Reduce | None) -> Jpeg | Decoded:
-    """An image for a device to decode, or decoded where that takes a CPU. Raises BadImage as `read_reduced` does."""
+    """Return an image for a device to decode, or decoded if only a CPU can. Raises BadImage as `read_reduced` does."""
     found = source.encoded(index) if source.decoding.channels is None else None
     if found is None:
         decoded = source.read_reduced(index, reduce)
@@ -103,8 +104,8 @@ def read_jpeg(source: ImageSource, index: int, reduce: Reduce | None) -> Jpeg | 
 
 
 def as_jpeg(content: bytes, name: str, reduce: Reduce | None, decoding: Decoding) -> Jpeg | None:
-    """A file that a device can decode at its full size; None for every other, damaged ones included."""
-    # A file without its end is cut short, or has something behind it; the CPU tells which.
+    """Return a file that a device can decode at full size; None for any other file, damaged ones included."""
+    # A file without an end mark at its end is cut short or has trailing data; decoding on the CPU shows which.
     if not (content.startswith(b"\xff\xd8\xff") and content.endswith(b"\xff\xd9")):
         return None
     try:
@@ -116,7 +117,7 @@ def as_jpeg(content: bytes, name: str, reduce: Reduce | None, decoding: Decoding
                     return None
                 orientation = orientation_of(image)
                 width, height = image.size
-    except Exception:  # on corrupt files Pillow raises nearly anything, and does so again on the CPU's way
+    except Exception:  # on corrupt files Pillow raises nearly anything, and raises it again when the CPU decodes
         return None
     turned = orientation > 1 and decoding.orientation == "exif"
     by = orientation if turned else 1
@@ -128,8 +129,8 @@ def as_jpeg(content: bytes, name: str, reduce: Reduce | None, decoding: Decoding
 
 
 def _is_usual(image: Any) -> bool:
-    """Whether an opened image is a JPEG of 8 bits that nvJPEG decodes to libjpeg's colours."""
-    # MPO, the same with more pictures behind it, is a format of its own to Pillow.
+    """Return whether an opened image is an 8-bit JPEG that nvJPEG decodes to libjpeg's colours."""
+    # Pillow treats MPO, a JPEG followed by more pictures, as a separate format.
     if image.format != "JPEG" or image.bits != 8 or image.mode not in ("L", "RGB"):
         return False
     if image.mode == "L":

@@ -1,4 +1,4 @@
-"""Labels: from what people write to classes 0, 1, ..., and choices of images with equal shares of the classes."""
+"""Labels: conversion of labels as written to classes 0, 1, ..., and choices of images with equal class shares."""
 
 import re
 import unicodedata
@@ -18,20 +18,20 @@ _WHOLE = re.compile("0|-?[1-9][0-9]*")
 
 
 def class_name(text: str) -> str:
-    """A label in composed Unicode (NFC): macOS writes folder names decomposed, which looks the same and differs."""
+    """Return a label in composed Unicode (NFC): macOS decomposes folder names, which then look the same but differ."""
     return unicodedata.normalize("NFC", text)
 
 
 def nearest_class(unknown: str, classes: Sequence[str]) -> str:
-    """`; did you mean 'x'?` for the nearest class, and letters that look like others by their numbers."""
+    """Return `; did you mean 'x'?` for the nearest class. Non-ASCII is escaped too, as letters can look alike."""
     near = did_you_mean(unknown, classes)
     return f"{near} (it is written {unknown!a})" if near and not unknown.isascii() else near
 
 
 def order_classes(names: Iterable[str]) -> list[str]:
-    """Distinct names in the order of their classes: by value if all are whole numbers, else by text.
+    """Return the distinct names in the order of their classes: by value if all are whole numbers, else by text.
 
-    So 2 comes before 10. 007 is a name: whole numbers are not written that way.
+    So 2 comes before 10. 007 counts as text: whole numbers are not written that way.
     """
     distinct = set(names)
     return sorted(distinct, key=int if all(map(_WHOLE.fullmatch, distinct)) else None)
@@ -39,30 +39,30 @@ def order_classes(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class RawLabels:
-    """Labels as they were found, before they become class numbers; each distinct one is stored once."""
+    """Labels as found, before they become class numbers; each distinct label is stored once."""
 
     names: list[str]
     codes: Indices
-    """(N,) index into `names` of every image."""
+    """(N,) index into `names` for every image."""
 
     @classmethod
     def from_strings(cls, labels: Any) -> "RawLabels":
-        """From one label per image, as a list or a pandas Series; spellings of one name are joined."""
+        """Build from one label per image, in a list or a pandas Series; spellings of the same name are merged."""
         codes, names = pd.factorize(pd.Series(labels, dtype=object))
         return cls.merged(list(names), codes)
 
     @classmethod
     def merged(cls, names: Sequence[str], codes: NDArray[Any]) -> "RawLabels":
-        """From names, some of which may be spellings of one, and the index of its name for every image."""
+        """Build from names, some of which may be spellings of the same name, and the index of every image's name."""
         merged, distinct = pd.factorize(pd.Series(list(map(class_name, names)), dtype=object))
         return cls(list(distinct), merged[codes].astype(np.int64))
 
     def classes(self) -> list[str]:
-        """The distinct labels in the order of their classes."""
+        """Return the distinct labels in the order of their classes."""
         return order_classes(self.names)
 
     def encode(self, classes: Sequence[str]) -> Indices:
-        """(N,) index into `classes` of every image. Raises DataError for any other label."""
+        """Return the index into `classes` for every image, (N,). Raises DataError for any other label."""
         if unknown := sorted(set(self.names) - set(classes)):
             raise DataError(
                 f"class {printable(unknown[0])!r} of the validation images is not in the training images"
@@ -75,7 +75,7 @@ class RawLabels:
 def stratified_split(labels: Indices, *, held_out: float) -> tuple[Indices, Indices]:
     """Split (N,) labels into training and held-out indices with equal class shares, each in data order.
 
-    The draw is fixed (scikit-learn's `train_test_split` with random_state 0), so that results compare across runs.
+    The draw is fixed (scikit-learn's `train_test_split` with random_state 0) to make results comparable across runs.
     """
     from sklearn.model_selection import train_test_split
 
@@ -85,10 +85,10 @@ def stratified_split(labels: Indices, *, held_out: float) -> tuple[Indices, Indi
 
 
 def first_images(count: int, labels: Indices | None, *, limit: int) -> Indices:
-    """Indices, in data order, of the training images that `data.train_limit` selects from `count`.
+    """Return the indices, in data order, of the training images that `data.train_limit` selects from `count`.
 
     With labels, classes take turns (first image of every class, then the second, ...), so class sizes differ by one at
-    most until a class runs out. Raises ConfigError when the limit exceeds `count`.
+    most until a class runs out. Raises ConfigError if the limit exceeds `count`.
     """
     if limit > count:
         raise ConfigError(
@@ -101,7 +101,7 @@ def first_images(count: int, labels: Indices | None, *, limit: int) -> Indices:
 
 
 def fixed_choice(count: int, labels: Indices | None, *, most: int) -> Indices:
-    """Indices, in data order, of at most so many of `count` images: classes in turn; without labels, every n-th one."""
+    """Return at most `most` of `count` indices, in data order: classes in turn; without labels, every n-th image."""
     if labels is None:
         return np.arange(0, count, max(1, -(-count // most)), dtype=np.int64)
     return first_images(count, labels, limit=min(most, count))

@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 
 def loader_workers(requested: int | None, source: ImageSource) -> int:
-    """Loader processes: as requested, else none for images in memory and one per own core (at most 16) for files."""
+    """Return how many loader processes to use. Default: 0 for images in memory, else one per own core, up to 16."""
     if requested is not None:
         return requested
     return 0 if source.in_memory else min(16, own_cores())
@@ -45,15 +45,15 @@ class CropBatch(NamedTuple):
     end: int
     """Position in the data set after the last image of the batch."""
     crops: Tensor
-    """(B, C, S, S), of the images that could be read; (B, V, C, S, S) of V views. uint8, or float32 from 0 to 255."""
+    """(B, C, S, S) for the readable images, or (B, V, C, S, S) for V views. uint8, or float32 from 0 to 255."""
     indices: list[int]
-    """Their positions in the data set."""
+    """Positions of these images in the data set."""
     bad: list[tuple[str, str]]
-    """Path and reason of the others."""
+    """Path and reason of every image of the batch that could not be read."""
     traits: list[int]
-    """Of the images that could be read, see `mimref.data.traits`."""
+    """Traits of the readable images, see `mimref.data.traits`."""
     jpegs: Jpegs | None = None
-    """From a loader process: images that a device decodes, whose crops are still missing."""
+    """Set by a loader process: images for a device to decode, whose crops are still missing."""
 
 
 class _CropDataset(BatchDataset[CropBatch]):
@@ -80,7 +80,7 @@ class _CropDataset(BatchDataset[CropBatch]):
         return decoded._replace(image=self.transform.crop(decoded.image.contiguous()))
 
     def complete(self, batch: CropBatch) -> CropBatch:
-        """The batch with all its crops, on the device if it has JPEGs for it. Not for loader processes."""
+        """Return the batch with all its crops, on the device if it has JPEGs for it. Not for loader processes."""
         if batch.jpegs is None or self.decode_on is None:
             return batch
         done = complete(
@@ -107,10 +107,10 @@ def crop_batches(
     every: int = 1,
     decode_on: torch.device | None = None,
 ) -> Iterator[CropBatch]:
-    """The evaluation crops of all images from position `start` on; those that cannot be read are listed as bad.
+    """Return batches of evaluation crops of all images from position `start` on; unreadable images are listed as bad.
 
-    every: return every n-th batch only; other processes take the others. decode_on: decode and crop JPEGs on this
-    device, where the crops then are. Raises DeadWorkerError when a loader process dies or hangs.
+    every: return only every n-th batch; other processes take the others. decode_on: decode and crop JPEGs on this
+    device, and return the crops there. Raises DeadWorkerError if a loader process dies or hangs.
     """
     size = len(source)
     batches = [range(at, min(size, at + batch_size)) for at in range(start, size, every * batch_size)]
@@ -140,28 +140,28 @@ class ViewBatch:
     bad: list[tuple[str, str]]
     """Path and reason of every image of the batch that could not be read."""
     traits: list[int] = field(default_factory=list)
-    """Of the images that could be read, see `mimref.data.traits`."""
+    """Traits of the readable images, see `mimref.data.traits`."""
     places: list[int] = field(default_factory=list)
-    """Of these images in the process's part of the batch, which are not consecutive where some could not be read."""
+    """Places of these images in the process's part of the batch; not consecutive if some images could not be read."""
     jpegs: Jpegs | None = None
-    """From a loader process: images that a device decodes, whose crops are still missing."""
+    """Set by a loader process: images for a device to decode, whose crops are still missing."""
 
     def pin_memory(self) -> "ViewBatch":
-        """The same batch in page-locked memory."""
+        """Return the same batch in page-locked memory."""
         return replace(self, crops=[crops.pin_memory() for crops in self.crops])
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What loader processes do to training images besides cutting crops."""
+    """Steps that loader processes apply to training images, besides cutting crops."""
 
     resize: int | None = None
-    """Pixels of the shorter side to which an image is resized before it is cropped. None: it keeps its size."""
+    """Shorter side in pixels to which an image is resized before it is cropped. None: the image keeps its size."""
     augment: Callable[[Tensor, int, int], Tensor] | None = None
-    """Changes a crop (C, S, S) of an (epoch, sample)."""
+    """Function of a crop (C, S, S), its epoch and its sample; returns the changed crop."""
 
     def before(self, decoded: Decoded) -> Decoded:
-        """The image that crops are cut from."""
+        """Return the image to cut crops from."""
         if self.resize is None:
             return decoded
         image = resize(middle(decoded.image), [self.resize])
@@ -226,7 +226,7 @@ class _ViewDataset(BatchDataset[ViewBatch]):
         return [cut_group(decoded, group, self.seed, epoch, sample_B, channels) for group in self.groups]
 
     def complete(self, batch: ViewBatch) -> ViewBatch:
-        """The batch with all its crops, on the device if it has JPEGs for it. Not for loader processes."""
+        """Return the batch with all its crops, on the device if it has JPEGs for it. Not for loader processes."""
         if batch.jpegs is None or self.decode_on is None:
             return batch
 
@@ -249,12 +249,12 @@ class _ViewDataset(BatchDataset[ViewBatch]):
 def epoch_batches(
     size: int, batch_size: int, seed: int, *, epochs: range, skip: int, every: int, part: slice
 ) -> Iterator[_EpochBatch]:
-    """A part of the shuffled full batches of consecutive epochs, from any position on."""
+    """Yield a part of every n-th (`every`) shuffled full batch of consecutive epochs, from any position (`skip`) on."""
     per_epoch, first = size // batch_size, skip
     for epoch in epochs:
         order = permutation(seed, epoch, size).tolist()
         batches = range(first, per_epoch, every)
-        # Turns continue from one epoch to the next.
+        # The count of `every` continues from one epoch to the next.
         first += len(batches) * every - per_epoch
         for batch in batches:
             yield epoch, order[batch * batch_size : (batch + 1) * batch_size][part]
@@ -276,18 +276,18 @@ def view_batches(
     reduce_jpeg: bool = False,
     decode_on: torch.device | None = None,
 ) -> Iterator[ViewBatch]:
-    """Batches of all `epochs`, one after another; the last partial batch of an epoch is dropped.
+    """Return the batches of all `epochs`, one after another; the last partial batch of an epoch is dropped.
 
-    skip: batches of the first epoch that are already done. The batches are the same for every number of workers.
-    every: return every n-th batch only; other processes take the others. With 1, each process takes its part of every
+    skip: number of batches of the first epoch that are already done. Batches do not depend on the number of workers.
+    every: return only every n-th batch; other processes take the others. With 1, each process takes its part of every
     batch.
-    together: so many neighbours of a batch are in the part of one process, counted from the batch's first image.
-    reduce_jpeg: decode JPEG files smaller where no crop is enlarged by it. The crops show the same parts of the images
-    with slightly different pixels, so protocols that compare with published numbers leave it off; so must those that
-    resize images before.
-    decode_on: decode and crop JPEGs on this device, where the crops then are, on its current stream; not those that are
-    decoded smaller, and not with a preparation.
-    Raises DeadWorkerError when a loader process dies or hangs.
+    together: number of neighbouring images of a batch that stay in one process, counted from the batch's first image.
+    reduce_jpeg: decode JPEG files at a reduced size unless a crop would need enlarging. The crops show the same parts
+    of the images with slightly different pixels, so protocols that compare with published numbers leave it off.
+    Protocols that resize images before cropping must leave it off too.
+    decode_on: decode and crop JPEGs on this device, on its current stream, and return the crops there. Excludes JPEGs
+    that are decoded at a reduced size; cannot be combined with a preparation.
+    Raises DeadWorkerError if a loader process dies or hangs.
     """
     rank, world = (own_rank(), world_size()) if every == 1 else (0, 1)
     groups_of_rank = share(math.ceil(batch_size / together), rank, world)
@@ -316,9 +316,10 @@ def view_crop_batches(
     every: int = 1,
     decode_on: torch.device | None = None,
 ) -> Iterator[CropBatch]:
-    """The views of one group of all images from position `start` on, in data order, as of training's first epoch.
+    """Return batches of one group's views of all images from position `start` on, in data order.
 
-    every, decode_on: as of `crop_batches`. Raises DeadWorkerError when a loader process dies or hangs.
+    The views are those of training's first epoch. every, decode_on: as in `crop_batches`. Raises DeadWorkerError if a
+    loader process dies or hangs.
     """
     size = len(source)
     firsts = range(start, size, every * batch_size)
@@ -336,7 +337,7 @@ def view_crop_batches(
 
 
 def check_batch_size(batch_size: int, images: int) -> None:
-    """Raise ConfigError when an epoch has no full batch, or a batch has fewer images than there are processes."""
+    """Raise ConfigError if an epoch has no full batch, or a batch has fewer images than there are processes."""
     if images < 2:
         raise ConfigError(f"there is only {images} training image; a batch needs two")
     if batch_size > images:
@@ -354,11 +355,11 @@ def check_batch_size(batch_size: int, images: int) -> None:
 
 
 def device_batches(batches: Iterator[ViewBatch], device: torch.device) -> Iterator[ViewBatch]:
-    """The same batches with their crops on the device, each copied while the one before is in use.
+    """Return the same batches with their crops on the device, each copied while the previous one is in use.
 
-    On CUDA a separate stream copies them from pinned memory (`view_batches(pin_memory=True)`) during computation. That
-    takes memory for the crops of one more batch, and of two when the caller still holds the last batch as it asks for
-    the next. `sample_B` stays on the CPU. On other devices the batches are returned as they are.
+    On CUDA a separate stream copies them from pinned memory (`view_batches(pin_memory=True)`) during computation. This
+    takes memory for the crops of one more batch, or of two if the caller still holds the last batch when it requests
+    the next. `sample_B` stays on the CPU. On other devices the batches are returned unchanged.
     """
     if device.type != "cuda":
         return batches
@@ -366,7 +367,7 @@ def device_batches(batches: Iterator[ViewBatch], device: torch.device) -> Iterat
 
     def copied() -> Iterator[tuple[ViewBatch, torch.cuda.Event]]:
         while True:
-            # Where JPEGs are decoded on the device, this is the stream that it happens on.
+            # JPEGs that are decoded on the device are decoded on this stream.
             with torch.cuda.stream(side):
                 if (batch := next(batches, None)) is None:
                     return
@@ -374,11 +375,11 @@ def device_batches(batches: Iterator[ViewBatch], device: torch.device) -> Iterat
             yield replace(batch, crops=crops), side.record_event()
 
     def receive(batch: ViewBatch, event: torch.cuda.Event) -> ViewBatch:
-        """Make the current stream wait for the copy; the CPU does not."""
+        """Make the current stream wait for the copy; the CPU does not wait."""
         current = torch.cuda.current_stream(device)
         current.wait_event(event)
         for crops in batch.crops:
-            # The memory belongs to the side stream, which must not overwrite it while the current one still reads.
+            # The memory belongs to the side stream, which must not overwrite it while the current stream reads it.
             crops.record_stream(current)
         return batch
 
@@ -386,7 +387,7 @@ def device_batches(batches: Iterator[ViewBatch], device: torch.device) -> Iterat
 
 
 def _one_ahead(items: Iterable[_T]) -> Iterator[_T]:
-    """The same items; each is returned once the next one has been taken."""
+    """Yield the same items, each once the next one has been taken."""
     waiting: list[_T] = []
     for item in items:
         waiting.append(item)

@@ -1,4 +1,4 @@
-"""What `--data SPEC` accepts (see docs/data.md), opened as a list of images."""
+"""Data sets that `--data SPEC` accepts (see docs/data.md), opened as lists of images."""
 
 import os
 import re
@@ -26,24 +26,24 @@ ACCEPTED = (
 NAMES = ("digits", "fashion-mnist")
 """Specs that are not paths, even where a folder has the same name."""
 _NAMED = ("torchvision:", "vtab:", "vtab1k:")
-"""Prefixes of names of data sets, whose files are below `data.root`."""
+"""Prefixes of named data sets, whose files are below `data.root`."""
 _HOW_TO_LABEL = {
     "list:": "give the list the columns label and split (train, val)",
     "hf:": "give it a column label, and splits train and validation",
     "wds:": "give every image a .cls, and keep shards of train and val apart (folders, or {split} in the pattern)",
     "": "make train/ and val/ in it, each with one folder per class (two or more)",
 }
-"""By the prefix of a spec that is not a name."""
+"""Advice by the prefix of a spec that is not a name."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,2}", re.ASCII)
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether what follows `hf:` is a data set of the hub: `[OWNER/]NAME` or `OWNER/NAME/CONFIG`, and no file."""
+    """Return whether the part after `hf:` names a hub data set, `[OWNER/]NAME` or `OWNER/NAME/CONFIG`, and no file."""
     return _HUB_NAME.fullmatch(path) is not None and not os.path.exists(path)
 
 
 def absolute_spec(spec: str) -> str:
-    """The spec with an absolute path where it has one, so that it means the same images wherever it is read."""
+    """Return the spec with its path, if it has one, made absolute, so that it means the same images from any folder."""
     if spec in NAMES or spec.startswith(_NAMED):
         return spec
     prefix = _prefix(spec)
@@ -52,7 +52,7 @@ def absolute_spec(spec: str) -> str:
         return spec
     absolute = os.path.abspath(path)
     if prefix == "wds:" and not os.path.isabs(path) and not os.path.isdir(path):
-        # A pattern: the current folder's name is not part of it.
+        # A pattern: the current folder's name is escaped, as it is not part of the pattern.
         absolute = os.path.normpath(os.path.join(escape(os.getcwd()), path))
     return prefix + absolute
 
@@ -62,10 +62,10 @@ def open_source(
 ) -> ImageSource:
     """Find the images of `data.spec`, and apply `data.train_limit` to its training images.
 
-    No image is decoded here; the source's `notices` name what is not used. progress: reports the first scan of a large
-    folder or of shards, which can take minutes.
-    Raises DataError when there are no images, when the spec is unknown, or when labels are needed and missing;
-    ConfigError when `data.train_limit` exceeds the number of images.
+    No image is decoded here; the source's `notices` report what is not used. progress: reports the first scan of a
+    large folder or of shards, which can take minutes.
+    Raises DataError if there are no images, if the spec is unknown, or if labels are needed and missing; ConfigError if
+    there is no spec, or `data.train_limit` exceeds the number of images.
     """
     spec = data.spec
     if spec is None:
@@ -83,12 +83,12 @@ def open_source(
 
 
 def no_labels(split: Split) -> str:
-    """What is wrong with images that need labels."""
+    """Return the error message for images without the labels that a command needs."""
     return f"the {split} images have no labels, which this needs"
 
 
 def how_to_label(source: ImageSource, spec: str) -> str:
-    """What to do about it."""
+    """Return advice on how to label the images."""
     return source.how_to_label or _HOW_TO_LABEL[_prefix(spec)]
 
 

@@ -1,6 +1,6 @@
-"""From an image as Pillow opens it to RGB in 8 bits: high bit depths, alpha and EXIF orientation.
+"""Conversion of images that Pillow has opened to 8-bit RGB: high bit depths, alpha and EXIF orientation.
 
-`bands` keeps other channels and more bits.
+`mimref.data.bands` keeps other channels and more bits.
 """
 
 import re
@@ -23,30 +23,30 @@ _CHECK_SIDE = 8
 _GROUNDS = {"white": 255, "black": 0}
 _PERCENTILES = (0.5, 99.5)
 FLAT_LEVELS = 2.0
-"""Standard deviation, of 255 levels, below which a channel shows nothing."""
+"""Standard deviation, in levels of 255, below which a channel shows nothing."""
 FLAT_LOOK = 16
-"""About so many rows and columns show that an image is not of one colour."""
+"""About this many rows and columns are enough to show that an image is not of one colour."""
 _NARROW_LEVELS = 32
 _DEEP = re.compile("RGBA?;16[BLN]")
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What `data.orientation`, `data.alpha`, `data.range` and `data.channels` choose."""
+    """Choices of `data.orientation`, `data.alpha`, `data.range` and `data.channels`."""
 
     orientation: str = "file"
     alpha: str = "drop"
     range: str = "type"
     channels: int | None = None
-    """Of every image, which keep their values; None: colour in 8 bits."""
+    """Number of channels of every image, which keep their values. None: 8-bit colour."""
 
     @classmethod
     def of(cls, data: DataConfig) -> "Decoding":
-        """Of the settings; where they choose nothing, the defaults."""
+        """Return the choices of the settings, with defaults for those that are not set."""
         return cls(**{key: getattr(data, key) or value for key, value in asdict(USUAL).items()})
 
     def changes(self) -> dict[str, str | int]:
-        """The choices that are not the default."""
+        """Return the choices that are not the default."""
         usual = asdict(USUAL)
         return {key: value for key, value in asdict(self).items() if value != usual[key]}
 
@@ -59,9 +59,9 @@ DECODING = tuple(asdict(USUAL))
 def to_rgb(
     image: Image.Image, decoding: Decoding, *, is_deep: bool = False, low_HWC: NDArray[np.uint8] | None = None
 ) -> tuple[NDArray[np.uint8], int]:
-    """Writable uint8 (H, W, 3), and the image's traits. Raises ValueError for pixels of unknown range.
+    """Return writable pixels, uint8 (H, W, 3), and the image's traits. Raises ValueError for pixels of unknown range.
 
-    is_deep, low_HWC: what `deep_colour` and `low_bytes` say.
+    is_deep, low_HWC: results of `deep_colour` and `low_bytes`.
     """
     traits = 0
     if is_deep and low_HWC is None:
@@ -84,13 +84,13 @@ def to_rgb(
 
 
 def deep_colour(image: Image.Image) -> bool:
-    """Whether an image that is opened and not loaded has colours of 16 bits, of which Pillow keeps the upper 8."""
+    """Return whether an image, opened but not loaded, has 16-bit colours, of which Pillow keeps the upper 8 bits."""
     tiles = getattr(image, "tile", [])
     return bool(tiles) and image.mode in ("RGB", "RGBA") and all(_DEEP.fullmatch(raw_mode(tile)) for tile in tiles)
 
 
 def low_bytes(image: Any) -> NDArray[np.uint8]:
-    """The lower 8 bits of the colours of such an image: those that Pillow keeps of the other order of bytes."""
+    """Return the lower 8 bits of such an image's colours: those that Pillow keeps if it swaps the byte order."""
     other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
     for number, tile in enumerate(image.tile):
         mode = raw_mode(tile)[:-1] + other[raw_mode(tile)[-1]]
@@ -100,13 +100,13 @@ def low_bytes(image: Any) -> NDArray[np.uint8]:
 
 
 def raw_mode(tile: Any) -> str:
-    """How Pillow names the layout of what it decodes."""
+    """Return Pillow's name for the layout of the data in a tile."""
     args = tile[3]
     return str(args[0] if isinstance(args, tuple) and args else args)
 
 
 def _gray(image: Image.Image, window: str) -> tuple[NDArray[np.uint8], int]:
-    """uint8 (H, W) of gray in more than 8 bits, and its traits."""
+    """Return gray of more than 8 bits as uint8 (H, W), and its traits."""
     values_HW = np.asarray(image)
     if window == "type":
         check_16_bits(values_HW)
@@ -117,7 +117,7 @@ def _gray(image: Image.Image, window: str) -> tuple[NDArray[np.uint8], int]:
 
 
 def check_16_bits(values: NDArray[Any]) -> None:
-    """Raise ValueError for values whose type does not say what is black and white."""
+    """Raise ValueError unless values are integers in 0..65535; otherwise black and white are unknown."""
     if values.dtype.kind not in "iu":
         raise ValueError(
             "floating-point pixels of unknown range; --set data.range=image, percentile or a window A,B scales them"
@@ -130,18 +130,18 @@ def check_16_bits(values: NDArray[Any]) -> None:
 
 
 def wide_traits(values: NDArray[Any], step: int) -> int:
-    """Traits of an image whose values are scaled from their whole range. step: of values, for a level of 8 bits."""
+    """Return the traits of an image whose values are scaled from their whole range. step: values per 8-bit level."""
     low, high = np.percentile(_look(values, 64), _PERCENTILES)
     return WIDE | NARROW * bool(high - low < step * _NARROW_LEVELS)
 
 
 def _windowed(values: NDArray[Any], window: str) -> NDArray[np.uint8]:
-    """Values of any shape, scaled to 0..255 by one window."""
+    """Scale values of any shape to 0..255 by one window."""
     return np.rint(scaled(values, window)).astype(np.uint8)
 
 
 def scaled(values: NDArray[Any], window: str) -> NDArray[np.float64]:
-    """The same before rounding. Raises ValueError without a finite number."""
+    """Scale values as `_windowed` does, without rounding. Raises ValueError if none is a finite number."""
     known = values if values.dtype.kind in "iu" else values[np.isfinite(values)]
     if not known.size:
         raise ValueError("no pixel is a finite number")
@@ -152,7 +152,7 @@ def scaled(values: NDArray[Any], window: str) -> NDArray[np.float64]:
 
 
 def _window(values: NDArray[Any], window: str) -> tuple[float, float]:
-    """The values that become black and white."""
+    """Return the values that become black and white."""
     if window == "image":
         return float(values.min()), float(values.max())
     if window == "percentile":
@@ -163,10 +163,10 @@ def _window(values: NDArray[Any], window: str) -> tuple[float, float]:
 
 
 def _without_alpha(image: Image.Image, ground: str) -> tuple[NDArray[np.uint8], int]:
-    """RGB (H, W, 3) on a ground, or as stored where it is `drop`, and its traits."""
+    """Return RGB (H, W, 3), composited on the background `ground` or as stored if that is `drop`, and its traits."""
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
     alpha = rgba.getchannel("A")
-    # Only by way of RGBA do transparent palette entries keep their colour.
+    # Transparent palette entries keep their colour only if converted by way of RGBA.
     colours = rgba.convert("RGB") if image.mode == "P" else image.convert("RGB")
     if alpha.getextrema()[0] == 255:
         return np.array(colours), 0
@@ -178,50 +178,50 @@ def _without_alpha(image: Image.Image, ground: str) -> tuple[NDArray[np.uint8], 
 
 
 def _checks(size: tuple[int, int]) -> Image.Image:
-    """Squares of two grays, the darker one at the top left."""
+    """Return a checkerboard of two grays, with the darker one at the top left."""
     width, height = (np.arange(side) // _CHECK_SIDE for side in size)
     light_HW = (height[:, None] + width) % 2
     return Image.fromarray(np.array(_CHECKS, np.uint8)[light_HW]).convert("RGB")
 
 
 def _look(pixels: NDArray[Any], samples: int) -> NDArray[Any]:
-    """About so many rows and columns of an image (H, W, ...)."""
+    """Return about `samples` rows and columns of an image (H, W, ...)."""
     height, width = pixels.shape[:2]
     return pixels[:: max(1, height // samples), :: max(1, width // samples)]
 
 
 def is_flat(rgb_HWC: NDArray[np.uint8]) -> bool:
-    """Whether an image is nearly of one colour."""
-    # A look at some pixels answers for most images, in 0.02 ms; np.std takes twice as long.
+    """Return whether an image is nearly of one colour."""
+    # Some pixels are enough for most images, in 0.02 ms; np.std takes twice as long.
     some_N3 = _look(rgb_HWC, FLAT_LOOK).reshape(-1, 3).astype(np.float32)
     count, squares_3 = len(some_N3), (some_N3.T @ some_N3).diagonal()
     means_3 = np.ones(count, np.float32) @ some_N3 / count
     if (squares_3 / count - means_3**2).max() >= FLAT_LEVELS**2:
         return False
-    # The look may have missed stripes; all pixels of a large image would take 24 bytes each.
+    # Those pixels may have missed stripes; all pixels of a large image would take 24 bytes each.
     return bool(_look(rgb_HWC, 512).reshape(-1, 3).std(axis=0).max() < FLAT_LEVELS)
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8: 1 where there is none, or where Pillow turns the image by itself, as TIFF.
+    """Return the EXIF orientation, 1 to 8: 1 if there is none, or if Pillow applies it by itself, as in TIFF.
 
-    The EXIF data of JPEG is known once the file is opened, that of other formats once it is loaded.
+    The EXIF data of a JPEG is known once the file is opened, that of other formats once it is loaded.
     """
     info = image.info
     exif, xmp = info.get("exif", b""), info.get("xmp", info.get("XML:com.adobe.xmp", ""))
-    # Most images have no such tag, and reading all tags takes longer than to look for its bytes.
+    # Most images have no such tag, and reading all tags takes longer than searching for its bytes.
     may_have = b"\x12\x01" in exif or b"\x01\x12" in exif or "Raw profile type exif" in info
     if isinstance(image, TiffImageFile) or not (may_have or "Orientation" in str(xmp)):
         return 1
     try:
         found = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged tags are no reason to lose the pixels, and Pillow raises many kinds
+    except Exception:  # damaged tags are no reason to lose the pixels, and Pillow raises many exceptions
         return 1
     return found if found in range(1, 9) else 1
 
 
 def turned(pixels_HWC: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """The image as it is looked at."""
+    """Return the image with its orientation applied."""
     if orientation >= 5:
         pixels_HWC = pixels_HWC.transpose(1, 0, 2)
     down, right = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)

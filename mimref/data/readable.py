@@ -1,4 +1,4 @@
-"""Whether the images of a data set can be read at all, and have the channels that they should."""
+"""Check that the images of a data set can be read and have the stated number of channels."""
 
 from mimref.data.decode import BadImage, BadImages, none_readable
 from mimref.data.index.remote import UnreachableError
@@ -7,10 +7,10 @@ from mimref.data.sources import ImageSource
 
 
 def check_readable(source: ImageSource, max_bad: int) -> None:
-    """Read images until one can be read, usually the first, so that no run starts on images that none of it can use.
+    """Read images until one succeeds, usually the first, so that no run starts on a data set that it cannot use at all.
 
-    Where `data.channels` states a number of channels, images all over the data set are looked at. Raises DataError for
-    one of another number, if none can be read, or if the first `max_bad` and one more cannot.
+    If `data.channels` states a number of channels, a sample of the whole data set is read too. Raises DataError for an
+    image with another number of channels, if no image can be read, or if the first `max_bad` + 1 images cannot.
     """
     if source.in_memory:
         if source.decoding.channels is not None:
@@ -22,7 +22,7 @@ def check_readable(source: ImageSource, max_bad: int) -> None:
             source.read(index)
         except BadImage as error:
             bad.add(error.path, error.reason)
-        except UnreachableError:  # the run tries again for longer, and reports it
+        except UnreachableError:  # the run retries for longer, and reports it
             return
         else:
             break

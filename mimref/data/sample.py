@@ -1,4 +1,4 @@
-"""What the images of a data set look like, from a few of them: whether they have colours, and how large they are."""
+"""Appearance of a data set's images, estimated from a sample: whether they have colours, and how large they are."""
 
 import statistics
 from contextlib import suppress
@@ -10,34 +10,34 @@ from mimref.data.decode import BadImage, Decoded
 from mimref.data.sources import ImageSource
 
 SAMPLE = 64
-# JPEG leaves traces of colour in gray pictures: levels of 255 between the channels of a pixel, averaged over the image.
+# Largest mean difference between the channels of gray pixels, in levels of 255: JPEG leaves traces of colour.
 _GRAY_LEVELS = 2.0
-# Single coloured pictures, such as a scanned stamp, do not make gray images coloured.
+# A few coloured images, such as scans with a stamp, do not make a gray data set coloured.
 _GRAY_SHARE = 0.05
 _ENOUGH_PIXELS = 64
 
 
 @dataclass(frozen=True)
 class Appearance:
-    """Of a sample of images."""
+    """Appearance of a sample of images."""
 
     images: int
-    """Read; 0 where none of the sample can be read."""
+    """Number of images read; 0 if none of the sample can be read."""
     colored: int
-    """Of these, images with colours."""
+    """Number of these images that have colours."""
     side: int
-    """Median of their shorter sides, in pixels of the file."""
+    """Median of their shorter sides, in pixels as stored in the file."""
     channels: int = 3
-    """Of every image. Only those of 3 can have colours."""
+    """Channels of every image. Only images with 3 channels can have colours."""
 
     @property
     def gray(self) -> bool:
-        """Whether the data set is one of gray images."""
+        """Whether the data set consists of gray images."""
         return self.images > 0 and self.colored <= _GRAY_SHARE * self.images
 
 
 def look_at(source: ImageSource, most: int = SAMPLE) -> Appearance:
-    """Read at most so many images, evenly spread over the data set. Raises DataError when a server fails."""
+    """Describe at most `most` images, evenly spread over the data set. Raises DataError if a server fails."""
     rows = evenly(source, most)
     source.fetch(rows)
     found: list[Decoded] = []
@@ -52,13 +52,13 @@ def look_at(source: ImageSource, most: int = SAMPLE) -> Appearance:
 def _colored(decoded: Decoded) -> bool:
     if len(decoded.image) != 3:
         return False
-    # Differences of bytes may exceed a byte.
+    # Differences of bytes may not fit into a byte.
     pixels = decoded.image if decoded.image.is_floating_point() else decoded.image.short()
     return float((pixels.amax(dim=0) - pixels.amin(dim=0)).float().mean()) > _GRAY_LEVELS
 
 
 def evenly(source: ImageSource, most: int) -> list[int]:
-    """At most so many positions, evenly spread over the data set."""
+    """Return at most `most` positions, evenly spread over the data set."""
     return [int(row) for row in np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).round())]
 
 

@@ -1,4 +1,4 @@
-"""Lists of images as the rest of the package sees them: in memory, or encoded in files and decoded when read."""
+"""Lists of images as the rest of the package uses them: in memory, or encoded in files and decoded when read."""
 
 import hashlib
 import os
@@ -26,7 +26,7 @@ Split = Literal["train", "val"]
 
 
 class NoSplitError(DataError):
-    """Images exist, but none of the requested split."""
+    """Images exist, but none in the requested split."""
 
 
 class ImageSource(ABC):
@@ -39,20 +39,20 @@ class ImageSource(ABC):
     class_names: list[str] | None
     """Names of classes 0, 1, ..., or None without labels."""
     lacks_classes: bool = False
-    """Whether some of `class_names` may have no training images, as published for this data set."""
+    """Whether some of `class_names` may lack training images, as in the data set's published splits."""
     notices: Sequence[str] = ()
-    """What of the data set is not used though it could be images or labels, and what had to be guessed: lines."""
+    """Lines on parts of the data set that are not used but could be images or labels, and on what had to be guessed."""
     how_to_label: str = ""
-    """What to do where there are no labels, if this is known better than by the kind of data set."""
+    """What to do if there are no labels, if more specific advice is known than for the kind of data set."""
     in_memory: bool = False
-    """Whether reading needs no decoding, so that loader processes would not pay off."""
+    """Whether images are read without decoding, so that loader processes would not pay off."""
     decoding: Decoding = USUAL
     """How encoded images become pixels."""
     _traits: NDArray[np.uint8] | None = None
 
     @property
     def channels(self) -> int:
-        """Of every image as it is read."""
+        """Number of channels of every image as it is read."""
         return self.decoding.channels or 3
 
     @property
@@ -65,14 +65,14 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Tensor:
-        """One image, (C, H, W) as `Decoded.image`. Raises BadImage when it cannot be read."""
+        """Return one image, (C, H, W) as in `Decoded.image`. Raises BadImage if it cannot be read."""
 
     @abstractmethod
     def path(self, index: int) -> str:
-        """A name of the image for messages and tables."""
+        """Return a name of the image for messages and tables."""
 
     def find(self, names: Sequence[str]) -> list[int | None]:
-        """For every name the first image that `path` calls so, or that is this file; None where there is none."""
+        """Return, for every name, the first image whose `path` or file it is; None if there is none."""
         wanted, found = set(names), dict[str, int]()
         for index in range(len(self) if wanted else 0):
             if (name := self.path(index)) in wanted:
@@ -80,38 +80,38 @@ class ImageSource(ABC):
         return [found.get(name) for name in names]
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
-        """One image, a JPEG at a fraction of its size where `reduce` allows it. Raises BadImage as `read` does."""
+        """Return one image, a JPEG at a fraction of its size if `reduce` allows it. Raises BadImage as `read` does."""
         image = self.read(index)
         return Decoded(image[None].contiguous(memory_format=torch.channels_last)[0], *image.shape[1:])
 
     def encoded(self, index: int) -> tuple[bytes, str] | None:
-        """An image's file as it is stored, and its name as `decode_content` takes it. Raises BadImage as `read` does.
+        """Return an image's file as stored, and its name for `decode_content`. Raises BadImage as `read` does.
 
-        None where the image is not, or not only, what a file holds.
+        Returns None if the image is not the content of a file, or not only that.
         """
         return None
 
     def record(self, indices: Sequence[int], traits: Sequence[int]) -> None:
-        """Remember the traits of images that a loader has read, see `mimref.data.traits`."""
+        """Record the traits of images that a loader has read, see `mimref.data.traits`."""
         if self._traits is None:
             self._traits = np.zeros(len(self), dtype=np.uint8)
         self._traits[indices] |= np.array(traits, dtype=np.uint8) | READ
 
     def peculiarities(self, what: str = "images") -> list[str]:
-        """What is peculiar about the images read so far, a line each. what: which images these are."""
+        """Return a line for each peculiarity of the images read so far. what: name of these images."""
         return [] if self._traits is None else trait_notices(self._traits, self.path, what)
 
     def fetch(self, indices: Sequence[int]) -> None:  # noqa: B027
-        """Request from a server, all at once, the images to be read next. Raises DataError when the server fails."""
+        """Request the images to be read next from a server, all at once. Raises DataError if the server fails."""
 
 
 @dataclass(eq=False)
 class EncodedSource(ImageSource):
-    """Images that are stored encoded, as JPEG, PNG and so on, and decoded when read: a base of sources."""
+    """Base class of sources whose images are stored encoded, as JPEG, PNG and so on, and decoded when read."""
 
     name: str
     rows: Indices
-    """(N,) position of every image in the list that the source was made from."""
+    """(N,) position of every image in the list from which the source was made."""
     labels: Indices | None
     class_names: list[str] | None
 
@@ -142,7 +142,7 @@ class ArraySource(ImageSource):
     class_names: list[str] | None
     split: str
     positions: Indices
-    """(N,) index of every image in the data set's own order, for its name."""
+    """(N,) index of every image in the data set's original order, used in its name."""
 
     in_memory = True
 
@@ -150,9 +150,9 @@ class ArraySource(ImageSource):
         return len(self.images)
 
     def read(self, index: int) -> Tensor:
-        """One image, a copy; gray is repeated for three channels unless `data.channels` asks for one.
+        """Return a copy of one image; gray is repeated for three channels unless `data.channels` is set.
 
-        Raises DataError for another number of channels than the images have.
+        Raises DataError if `data.channels` is not the images' number of channels.
         """
         stored = self.images[index]
         if (channels := self.decoding.channels) is not None:
@@ -168,7 +168,7 @@ class ArraySource(ImageSource):
         return image.clone(memory_format=torch.contiguous_format)
 
     def path(self, index: int) -> str:
-        """`NAME/SPLIT/POSITION`."""
+        """Return `NAME/SPLIT/POSITION`."""
         return f"{self.name}/{self.split}/{self.positions[index]}"
 
     def select(self, rows: Indices) -> None:
@@ -178,7 +178,7 @@ class ArraySource(ImageSource):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over pixels and labels."""
+        """SHA-256 in hex over pixels and labels."""
         digest = hashlib.sha256(repr(self.images.shape).encode())
         digest.update(np.ascontiguousarray(self.images).data)
         if self.labels is not None:
@@ -188,20 +188,20 @@ class ArraySource(ImageSource):
 
 @dataclass(frozen=True, eq=False)
 class PathList:
-    """Paths as one block of bytes: 8 bytes more than its length for each, where a list of strings takes 60 and more.
+    """Paths as one block of bytes: each takes 8 bytes more than its length, but 60 and more in a list of strings.
 
-    Loader processes share the block: reading a path writes nothing. Reading a list's strings would write their
+    Loader processes share the block, as reading a path writes nothing. Reading the strings of a list would write their
     reference counts, and so copy page after page of the main process's memory into each worker.
     """
 
     content: NDArray[np.uint8]
     """All paths without separators, in the file system's encoding."""
     ends: Indices
-    """(N + 1,) where each path starts, and the last one ends."""
+    """(N + 1,) start of each path, and the end of the last one."""
 
     @classmethod
     def pack(cls, paths: Iterable[str]) -> "PathList":
-        """The same paths; a PathList as it is."""
+        """Return the paths as a PathList; a PathList is returned unchanged."""
         if isinstance(paths, PathList):
             return paths
         encoded = [os.fsencode(path) for path in paths]
@@ -218,7 +218,7 @@ class PathList:
         return map(os.fsdecode, self.encoded(np.arange(len(self))))
 
     def encoded(self, rows: Indices) -> Iterator[bytes]:
-        """Some of the paths in the file system's encoding."""
+        """Iterate over some of the paths, in the file system's encoding."""
         content = self.content.data
         starts, ends = self.ends[rows].tolist(), self.ends[rows + 1].tolist()
         return (bytes(content[start:end]) for start, end in zip(starts, ends, strict=True))
@@ -251,11 +251,11 @@ class FileSource(EncodedSource):
         return read_content(os.path.join(self.folder, self.files[self.rows[index]])), self.path(index)
 
     def path(self, index: int) -> str:
-        """The file's path, as far as the user gave it, with odd characters escaped."""
+        """Return the file's path, below the folder as the user gave it, with unprintable characters escaped."""
         return printable(os.path.join(self.folder, self.files[self.rows[index]]))
 
     def find(self, names: Sequence[str]) -> list[int | None]:
-        """See `ImageSource`. A link to a file is the file where the link's name or the file's is that of an image."""
+        """See `ImageSource`. A link counts as its file if the link's or the file's name is that of an image."""
         by_end: dict[bytes, list[tuple[str, os.stat_result]]] = {}
         for name in set(names):
             with suppress(OSError, ValueError):
@@ -268,14 +268,17 @@ class FileSource(EncodedSource):
                 with suppress(OSError):
                     if name not in found and os.path.samestat(status, os.stat(os.path.join(root, file))):
                         found[name] = index
-        # Escaped names are no files.
+        # Names with escaped characters are not files.
         others = [name for name in names if not os.path.lexists(name)]
         by_path = dict(zip(others, super().find(others), strict=True))
         return [found.get(name, by_path.get(name)) for name in names]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over relative paths, sizes, modification times and labels. Costs one stat call per file, at first use."""
+        """SHA-256 in hex over relative paths, sizes, modification times and labels.
+
+        Costs one stat call per file, at first use.
+        """
         return fingerprint_files(self.folder, self.files.encoded(self.rows), self.labels)
 
 
@@ -290,7 +293,7 @@ class Subset(ImageSource):
 
     @property
     def fingerprint(self) -> str:
-        """Over the source's fingerprint and the positions."""
+        """SHA-256 in hex over the source's fingerprint and the positions."""
         return hashlib.sha256(self.source.fingerprint.encode() + self.rows.tobytes()).hexdigest()
 
     def __len__(self) -> int:
@@ -317,16 +320,16 @@ class Subset(ImageSource):
         self.source.record(self.rows[indices].tolist(), traits)
 
     def peculiarities(self, what: str = "images") -> list[str]:
-        """Of the whole source."""
+        """Return the peculiarities of the whole source."""
         return self.source.peculiarities(what)
 
     def path(self, index: int) -> str:
-        """Its name in the source."""
+        """Return the image's name in the source."""
         return self.source.path(int(self.rows[index]))
 
 
 def fingerprint_files(folder: str, files: Iterable[bytes], *arrays: NDArray[Any] | None) -> str:
-    """SHA-256 in hex over the files' names relative to `folder`, their sizes and times of modification, and arrays."""
+    """Return the SHA-256 in hex over names relative to `folder`, sizes and modification times of files, and arrays."""
     digest = hashlib.sha256()
     base = os.fsencode(folder)
     for file in files:
@@ -334,7 +337,7 @@ def fingerprint_files(folder: str, files: Iterable[bytes], *arrays: NDArray[Any]
             status = os.stat(os.path.join(base, file))
             size, modified_ns = status.st_size, status.st_mtime_ns
         except (OSError, ValueError):
-            size, modified_ns = -1, -1  # a broken link: bad when read, and part of the list all the same
+            size, modified_ns = -1, -1  # a broken link: unreadable, but still part of the list
         digest.update(b"%s\0%d\0%d\n" % (file, size, modified_ns))
     for array in arrays:
         if array is not None:
@@ -343,5 +346,5 @@ def fingerprint_files(folder: str, files: Iterable[bytes], *arrays: NDArray[Any]
 
 
 def fixed_subset(source: ImageSource, most: int) -> Subset:
-    """The images of `fixed_choice`: classes in turn; without labels, every n-th image."""
+    """Return the images that `fixed_choice` selects: classes in turn; without labels, every n-th image."""
     return Subset(source, fixed_choice(len(source), source.labels, most=most))

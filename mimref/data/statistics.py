@@ -11,18 +11,18 @@ from mimref.data.sources import ImageSource
 from mimref.errors import DataError
 
 SAMPLE = 512
-"""Images, evenly spread over the data set."""
+"""Number of images in the sample, evenly spread over the data set."""
 _AT_ONCE = 64
 _WHITE = 255
 _CONSTANT = 1e-6
-"""Standard deviation, of white, below which a channel shows nothing; it is then not divided by."""
+"""Standard deviation, as a share of white, below which a channel is constant and is not divided by it."""
 
 
 def channel_statistics(source: ImageSource, most: int = SAMPLE) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels over all pixels of the sample, where black is 0 and white 1.
+    """Return each channel's mean and standard deviation over all pixels of the sample, where black is 0 and white 1.
 
-    To six digits. The standard deviation of a constant channel is 1. Images that cannot be read are left out; raises
-    DataError where all are, and when a server fails.
+    Values have six significant digits. The standard deviation of a constant channel is 1. Unreadable images are left
+    out. Raises DataError if all are unreadable, and if a server fails.
     """
     rows = evenly(source, most)
     count, mean_C, squares_C = 0, np.zeros(source.channels), np.zeros(source.channels)
@@ -41,7 +41,7 @@ def channel_statistics(source: ImageSource, most: int = SAMPLE) -> tuple[tuple[f
             mean_C += (own_C - mean_C) * (size / (count + size))
             count += size
     if not count:
-        raise DataError(f"{source.name}: none of the {len(rows)} images looked at can be read, to measure mean and std")
+        raise DataError(f"{source.name}: cannot measure mean and std: none of {len(rows)} sampled images is readable")
     std_C = np.sqrt(squares_C / count)
     return _digits(mean_C), _digits(np.where(std_C < _CONSTANT, 1.0, std_C))
 

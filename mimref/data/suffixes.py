@@ -1,4 +1,4 @@
-"""Which files are images, by the suffixes of their names, and which of the others could be."""
+"""Recognition of image files by suffix, and of unused files that could be images."""
 
 import os
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from PIL import Image
 
 from mimref.data.decode import printable
 
-# What Pillow recognises and cannot decode alone: it needs Ghostscript, a handler or Windows, or finds no still image.
+# Formats that Pillow recognises but cannot decode: they need Ghostscript, a handler or Windows, or hold no still image.
 _NOT_DECODED = frozenset(["BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"])
 _NOTES = ".txt .md .rst .rtf .tex .bib .doc .docx .odt .csv .tsv .xls .xlsx .ods .json .jsonl .geojson .xml .cls"
 _CODE = ".yaml .yml .toml .ini .cfg .conf .log .html .htm .css .js .py .pyc .ipynb .r .sh .bat .mk"
@@ -23,32 +23,32 @@ _NAMED_KINDS = 5
 
 
 ARRAYS = frozenset([".npy", ".npz"])
-"""Images where `data.channels` says how many channels they have."""
+"""Suffixes of arrays, which are images if `data.channels` states their number of channels."""
 
 
 @cache
 def image_suffixes(*, arrays: bool = False) -> frozenset[str]:
-    """Suffixes, in lower case with their dot, of the formats that this Pillow decodes to still images.
+    """Return the suffixes (lower case, with the dot) of the formats that the installed Pillow decodes to still images.
 
-    arrays: those of NumPy's files as well.
+    arrays: include the suffixes of NumPy files.
     """
     if arrays:
         return image_suffixes() | ARRAYS
-    Image.preinit()  # the common formats first, which is the order in which files are tried
+    Image.preinit()  # the common formats first, as Pillow tries formats in this order
     known = Image.registered_extensions()
-    # Pillow registers .mpo for writing alone, and reads it as JPEG.
+    # Pillow registers .mpo for writing only, and reads it as JPEG.
     return frozenset(
         suffix for suffix, kind in known.items() if kind == "MPO" or (kind in Image.OPEN and kind not in _NOT_DECODED)
     )
 
 
 def is_image(name: str, *, arrays: bool = False) -> bool:
-    """Whether a file's name says that Pillow decodes it; with `arrays`, or that it is an array."""
+    """Return whether a file has the suffix of an image that Pillow decodes or, with `arrays`, of an array."""
     return os.path.splitext(name)[1].lower() in image_suffixes(arrays=arrays)
 
 
 def unused_kind(name: str) -> str | None:
-    """The kind of a file that is not used and could be an image; None for what is surely none, and hidden files."""
+    """Return the kind of an unused file that could be an image; None for hidden files and those that surely cannot."""
     stem, suffix = os.path.splitext(os.path.basename(name))
     suffix = suffix.lower()
     if suffix == ".icloud":
@@ -59,7 +59,7 @@ def unused_kind(name: str) -> str | None:
 
 
 def unused_files(where: str, kinds: Mapping[str, int]) -> list[str]:
-    """A notice of the files by kind, as a list of one line or none. where: printable."""
+    """Return a list with a notice that counts unused files by kind; empty if there are none. where: printable."""
     if not kinds:
         return []
     count = sum(kinds.values())
@@ -67,7 +67,7 @@ def unused_files(where: str, kinds: Mapping[str, int]) -> list[str]:
 
 
 def count_kinds(kinds: Mapping[str, int]) -> str:
-    """`8 .heic, 4 .svg`: the most frequent kinds."""
+    """Return the most frequent kinds with their counts, such as `8 .heic, 4 .svg`."""
     common = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     named = [f"{count} {printable(kind)}" for kind, count in common[:_NAMED_KINDS]]
     rest = sum(count for _, count in common[_NAMED_KINDS:])

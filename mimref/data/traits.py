@@ -1,4 +1,4 @@
-"""What is peculiar about images as they are decoded, one bit each; the loader counts it, and `notices` says it once."""
+"""Peculiarities of images as decoded, one bit each; the loader records them, and `notices` reports each one once."""
 
 from collections.abc import Callable
 
@@ -6,30 +6,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 TURNED = 1
-"""Its EXIF orientation is ignored."""
+"""The image has an EXIF orientation, which is ignored."""
 TRANSPARENT = 2
-"""Alpha that is not opaque everywhere is dropped."""
+"""The image is not opaque everywhere, and its alpha is dropped."""
 WIDE = 4
-"""It has more than 8 bits, scaled from their whole range."""
+"""The image has more than 8 bits, scaled from their whole range."""
 NARROW = 8
-"""It is `WIDE` and fills less than an eighth of that range."""
+"""The image is `WIDE` and fills less than an eighth of that range."""
 FLAT = 16
-"""It is nearly of one colour once decoded."""
+"""The image is nearly of one colour once decoded."""
 SEVERAL = 32
-"""It has several frames or pages, and the first is used."""
+"""The image has several frames or pages, of which the first is used."""
 ON_CPU = 64
-"""`data.decode` = `device`, and it was decoded by the CPU all the same."""
+"""The image was decoded by the CPU although `data.decode` = `device`."""
 READ = 128
 
 NAMED = 3
 MANY = 0.25
-"""Share of the images from which on something is worth a notice that single images may well be."""
+"""Share of the images above which a notice reports a peculiarity that is normal in single images."""
 
 
 def notices(traits: NDArray[np.uint8], path: Callable[[int], str], what: str) -> list[str]:
-    """A line for each peculiarity that matters: how many images have it, the first ones, and which setting changes it.
+    """Return a line for each peculiarity that matters: how many images have it, the first ones, and the setting for it.
 
-    traits (N,): of every image, with `READ` where it was read. path: gives names. what: such as `validation images`.
+    traits: (N,), one for every image, with `READ` if it was read. path: returns an image's name. what: name of the
+    images, such as `validation images`.
     """
     count = int(np.count_nonzero(traits & READ))
     found: list[str] = []
@@ -56,13 +57,13 @@ def notices(traits: NDArray[np.uint8], path: Callable[[int], str], what: str) ->
     )
     report(
         has(ON_CPU),
-        "were decoded by the CPU although data.decode is device: only 8-bit JPEGs of gray or usual colour, whose crops "
-        "need them at full size, are decoded on the device",
+        "were decoded by the CPU although data.decode is device: the device decodes only 8-bit JPEGs in gray or usual "
+        "colour whose crops need their full size",
     )
     report(has(SEVERAL), "have several frames or pages; the first is used")
     report(
         has(NARROW),
-        "of more than 8 bits (16-bit, as a rule) fill less than 32 of 256 levels of their type's range "
+        "have more than 8 bits (usually 16) and fill fewer than 32 of the 256 levels of their type's range "
         "(--set data.range=percentile spreads their values; image and a window A,B do too)",
         MANY * int(np.count_nonzero(has(WIDE))),
     )

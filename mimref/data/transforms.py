@@ -1,4 +1,4 @@
-"""The evaluation transform; it is built here only."""
+"""The evaluation transform, which is built only here."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ IMAGENET_MEAN: PerChannel = (0.485, 0.456, 0.406)
 IMAGENET_STD: PerChannel = (0.229, 0.224, 0.225)
 
 LONGEST_ASPECT = 16
-"""Ratio of the sides beyond which only an image's middle is resized."""
+"""Ratio of an image's sides beyond which only its middle is resized."""
 
 
 def middle(image: Tensor) -> Tensor:
-    """An image (C, H, W), or the middle of one that is more than 16 times as long as wide.
+    """Return an image (C, H, W), or its middle if it is more than 16 times as long as wide.
 
-    Resized to a usual shorter side, a strip of 1 x 100,000 pixels would fill the memory.
+    A strip of 1 x 100,000 pixels would fill the memory if its shorter side were resized as usual.
     """
     height, width = image.shape[-2:]
     longest = LONGEST_ASPECT * min(height, width)
@@ -37,7 +37,7 @@ def middle(image: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize the shorter side, cut out the middle square, normalise by channel; or resize to a square directly.
+    """Resize the shorter side, crop the centre square, normalise each channel; or resize to a square directly.
 
     Defaults: shorter side 256 for crops of 224, bicubic, ImageNet's mean and standard deviation. Raises ConfigError for
     values out of range.
@@ -48,10 +48,10 @@ class EvalTransform:
     crop_fraction: float = 0.875
     """Crop side over resized shorter side, in (0, 1]."""
     mean: PerChannel = IMAGENET_MEAN
-    """Of every channel, where pixels are 0..1; a single value serves any number of them."""
+    """Mean of each channel, for pixels in 0..1; a single value applies to any number of channels."""
     std: PerChannel = IMAGENET_STD
     resize: Resize = "shorter"
-    """`direct`: the whole image becomes the square, whatever its aspect; nothing is cut off."""
+    """`direct`: the whole image is resized to the square, whatever its aspect ratio; nothing is cropped."""
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -67,10 +67,10 @@ class EvalTransform:
             raise ConfigError(f"resize is {self.resize!r}; it must be shorter or direct")
 
     def crop(self, image: Tensor) -> Tensor:
-        """Resize and crop one image, (C, H, W) -> (C, S, S); as torchvision's Resize and CenterCrop do.
+        """Resize and crop one image, (C, H, W) -> (C, S, S), as torchvision's Resize and CenterCrop do.
 
-        uint8 stays; float32 from 0 to 255 is cut off at both ends, as the rounding to uint8 does. With a shorter side,
-        only the `middle` of a very long image is resized, and the square shows no more of it.
+        uint8 stays uint8; float32 is clipped to 0..255, as rounding to uint8 does. With resize `shorter`, only the
+        `middle` of a very long image is resized; the square would show no more of it anyway.
         """
         if self.resize == "direct":
             return resize(image, [self.image_size, self.image_size]).contiguous()
@@ -79,12 +79,12 @@ class EvalTransform:
         return cropped.contiguous()
 
     def windows(self, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """What `crop` takes of images of these heights and widths: (J, 1, 2, 4) float64, see `mimref.data.windows`."""
+        """Return `crop`'s windows on images of these sizes (H, W): (J, 1, 2, 4) float64, see `mimref.data.windows`."""
         found = torch.tensor([self._window(*size) for size in sizes], dtype=torch.float64)
         return found.view(-1, 1, 2, 4)
 
     def _window(self, height: int, width: int) -> list[tuple[float, float, float, float]]:
-        """Of one image, down and across."""
+        """Return the windows of one image, down and across."""
         square = self.image_size
         if self.resize == "direct":
             return [(0, side / square, 0, side) for side in (height, width)]
@@ -99,20 +99,20 @@ class EvalTransform:
         return found
 
     def normalize(self, batch_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Crops (B, C, S, S) -> `dtype`, on the batch's device; computed in at least fp32, then rounded once."""
+        """Normalise crops (B, C, S, S) to `dtype`, on their device; computed in at least fp32, then rounded once."""
         compute = torch.promote_types(dtype, torch.float32)
         mean = torch.tensor(self.mean, dtype=compute, device=batch_BCHW.device).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=compute, device=batch_BCHW.device).view(-1, 1, 1)
         return ((batch_BCHW.to(compute) / 255 - mean) / std).to(dtype)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON headers; `from_dict` reads it back. Without the usual `resize`, as headers had none before."""
+        """Return settings for a JSON header, for `from_dict`. The default `resize` is left out, as in older headers."""
         saved = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {key: value for key, value in saved.items() if (key, value) != ("resize", "shorter")}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "EvalTransform":
-        """Read what `to_dict` wrote. Raises ConfigError for other keys or values."""
+        """Read what `to_dict` wrote. Raises ConfigError for missing keys and invalid values."""
         try:
             sizes = int(saved["image_size"]), float(saved["crop_fraction"])
             mean, std = (tuple(map(float, saved[key])) for key in ("mean", "std"))
@@ -124,16 +124,16 @@ class EvalTransform:
 
 
 def resize(image: Tensor, size: list[int]) -> Tensor:
-    """An image (C, H, W) of this height and width, or of this shorter side: bicubic, with antialiasing.
+    """Resize an image (C, H, W) to this height and width, or to this shorter side: bicubic, with antialiasing.
 
-    float32 is cut off at 0 and 255, where a cubic overshoots; torchvision does so for uint8.
+    float32 is clipped to 0..255, as a cubic overshoots; torchvision clips uint8 itself.
     """
     resized: Tensor = tvf.resize_image(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return resized.clamp_(0, 255) if resized.is_floating_point() else resized
 
 
 def stacked(crops: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """Crops of one shape as a batch: float32 where one of them is; uint8 (0, *shape) without any."""
+    """Stack crops of one shape into a batch: float32 if any of them is; uint8 (0, *shape) if there are none."""
     if not crops:
         return torch.empty(0, *shape, dtype=torch.uint8)
     if len({crop.dtype for crop in crops}) > 1:

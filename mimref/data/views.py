@@ -1,13 +1,13 @@
-"""Multi-crop views: crops of fixed size, cut by the workers, and their colours, changed on the device.
+"""Multi-crop views: crops of fixed size that workers cut, and colour changes on the device.
 
 A worker decodes an image once and cuts every view from it. Crop boxes follow torchvision's RandomResizedCrop. They are
-drawn for a whole batch at once, and for the size of an image in its file, even where it was decoded smaller.
+drawn for a whole batch at once, and for an image's size in its file, even if it was decoded at a reduced size.
 
-Flip, colour jitter, blur, grayscale, solarize and normalisation (BYOL, Table 10) then run batched on the device,
-and equal torchvision's up to its rounding to uint8. An operation runs only on the samples it was drawn for; draws are
-made on the CPU, so that selecting samples needs no device sync.
+Flip, colour jitter, blur, grayscale, solarize and normalisation (BYOL, Table 10) then run batched on the device.
+They match torchvision's operations up to its rounding to uint8. An operation runs only on the samples it was drawn for;
+draws are made on the CPU, so that selecting samples needs no device sync.
 
-Shapes: B images, V views of one group, S pixels per side, N boxes, or views (images times views).
+Shapes: B images, V views of one group, S pixels per side, N boxes or views (images times views).
 """
 
 import math
@@ -31,7 +31,7 @@ _GRAY = (0.2989, 0.587, 0.114)
 _SOLARIZE_FROM = 128 / 255
 _CROP_TRIES = 10
 _REDUCTIONS = (8, 4, 2)
-"""Factors by which libjpeg can decode an image smaller."""
+"""Factors by which libjpeg can reduce an image as it decodes it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CropGroup:
 
 
 def multi_crop(config: ViewsConfig, image_size: int) -> list[CropGroup]:
-    """The groups of the two global views and of the local views, if any."""
+    """Return the groups of the two global views and of the local views, if any."""
     aspect = config.aspect_ratio
     groups = [CropGroup(2, config.global_size or image_size, config.global_scale, aspect)]
     if config.local_views:
@@ -59,7 +59,7 @@ def multi_crop(config: ViewsConfig, image_size: int) -> list[CropGroup]:
 def draw_boxes(
     group: CropGroup, view: int | Tensor, seed: int, epoch: int, sample_N: Tensor, size_N2: Tensor
 ) -> Tensor:
-    """Crop boxes (N, 4) int64 as top, left, height, width.
+    """Draw crop boxes, (N, 4) int64: top, left, height, width.
 
     view: number of the view within the group, one for all or (N,) int64. size_N2: int64 heights and widths of the
     images. The first of ten draws of (area, aspect ratio) that fits wins; if none fits, the largest central crop within
@@ -89,9 +89,9 @@ def draw_boxes(
 
 
 def reduction(groups: Sequence[CropGroup], seed: int, epoch: int, sample: int, height: int, width: int) -> int:
-    """The factor by which an image may be decoded smaller: 1, 2, 4 or 8.
+    """Return the factor by which an image may be reduced as it is decoded: 1, 2, 4 or 8.
 
-    It is the largest at which both sides of every crop still have at least the finished crop's pixels.
+    It is the largest factor at which both sides of every crop box still have at least the finished crop's pixels.
     """
     least = _REDUCTIONS[-1]
     if any(min(height, width) < least * group.size for group in groups):
@@ -110,9 +110,9 @@ def reduction(groups: Sequence[CropGroup], seed: int, epoch: int, sample: int, h
 def cut_group(
     images: Sequence[Decoded], group: CropGroup, seed: int, epoch: int, sample_B: Tensor, channels: int = 3
 ) -> Tensor:
-    """Cut one group's views from B decoded images: (B, V, C, S, S) uint8, float32 where an image is.
+    """Cut one group's views from B decoded images: (B, V, C, S, S) uint8, or float32 if any image is.
 
-    Crops are resized bicubically with antialiasing, twice as fast where the channels of a pixel are together in memory.
+    Crops are resized bicubically with antialiasing, twice as fast if the channels of a pixel are together in memory.
     """
     decoded_B2 = torch.tensor([each.image.shape[1:] for each in images], dtype=torch.int64).view(-1, 2)
     views = group.count
@@ -128,7 +128,7 @@ def cut_group(
 
 
 def view_windows(sizes: Sequence[tuple[int, int]], group: CropGroup, seed: int, epoch: int, sample_B: Tensor) -> Tensor:
-    """The crops that `cut_group` cuts from images of these heights and widths: (B, V, 2, 4), see `windows`."""
+    """Return the windows of `cut_group`'s crops on images of these sizes: (B, V, 2, 4), see `mimref.data.windows`."""
     boxes_N4, _ = _boxes(sizes, group, seed, epoch, sample_B)
     start_N2, length_N2 = boxes_N4.double().split(2, dim=1)
     windows_N24 = torch.stack([start_N2, length_N2 / group.size, start_N2, start_N2 + length_N2], dim=2)
@@ -138,7 +138,7 @@ def view_windows(sizes: Sequence[tuple[int, int]], group: CropGroup, seed: int, 
 def _boxes(
     sizes: Sequence[tuple[int, int]], group: CropGroup, seed: int, epoch: int, sample_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The boxes of all views of images, (N, 4), image by image, and the images' sizes, (N, 2)."""
+    """Draw the boxes of all views, (N, 4), image by image; returns them and the images' sizes, (N, 2)."""
     views = group.count
     view_N = torch.arange(views).repeat(len(sizes))
     size_N2 = torch.tensor(sizes, dtype=torch.int64).view(-1, 2).repeat_interleave(views, dim=0)
@@ -146,7 +146,7 @@ def _boxes(
 
 
 def _scale_boxes(boxes_N4: Tensor, size_N2: Tensor, decoded_N2: Tensor) -> Tensor:
-    """The same boxes on images of another size: each edge goes to the nearest border between pixels.
+    """Scale boxes to images of another size: each edge moves to the nearest border between pixels.
 
     Computed in integers, with halves rounded up: a box of at least f x n pixels keeps at least n after reduction by f.
     """
@@ -160,11 +160,11 @@ def _scale_boxes(boxes_N4: Tensor, size_N2: Tensor, decoded_N2: Tensor) -> Tenso
 
 
 class Photometric:
-    """Turns crops into normalised float views, every sample with its own colours.
+    """Turn crops into normalised float views, with separate colour changes for every sample.
 
-    Images of three channels are taken for colour. Others have brightness and contrast alone, see `check_colors`: one
-    factor for all channels, and contrast around each channel's own mean.
-    mean, std: of every channel, where pixels are 0..1.
+    Images with three channels are treated as colour. In others, only brightness and contrast change (see
+    `check_colors`), by one factor for all channels; contrast changes around each channel's own mean.
+    mean, std: of each channel, for pixels in 0..1.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class Photometric:
 
 
 def colors_beyond(views: ViewsConfig) -> dict[str, float | tuple[float, ...]]:
-    """Settings of views that need colour and are not off, and their values without it."""
+    """Return the settings of views that need colour and are not off, with the values that turn them off."""
     if not views.color:
         return {}
     changed: dict[str, float | tuple[float, ...]] = {
@@ -253,19 +253,19 @@ def colors_beyond(views: ViewsConfig) -> dict[str, float | tuple[float, ...]]:
 
 
 def check_colors(views: ViewsConfig, channels: int) -> None:
-    """Raise ConfigError for views that change colours of images that have none."""
+    """Raise ConfigError for views that change the colours of images without colour."""
     wrong = colors_beyond(views) if channels != 3 else {}
     if wrong:
         name, value = next(iter(wrong.items()))
         shown = ",".join(f"{each:g}" for each in (value if isinstance(value, tuple) else (value,)))
         raise ConfigError(
-            f"views.{name} needs colour, and images have {channels} channel{'s' if channels > 1 else ''}; "
+            f"views.{name} needs colour, but images have {channels} channel{'s' if channels > 1 else ''}; "
             f"--set views.{name}={shown}"
         )
 
 
 def _by_view(values: tuple[float, float, float], view_N: Tensor) -> Tensor:
-    """One value for every view, of those for view 0, view 1 and all local views."""
+    """Return a value for every view, chosen from those for view 0, view 1 and all local views."""
     return torch.tensor(values)[view_N.clamp_max(2)]
 
 
@@ -275,7 +275,7 @@ def _luminance(image: Tensor) -> Tensor:
 
 
 def _adjust(image: Tensor, rows: Tensor, *, operation: int, factor_N4111: Tensor) -> Tensor:
-    """Brightness (0), contrast (1), saturation (2) or hue (3) of images in [0, 1], which may be overwritten."""
+    """Change brightness (0), contrast (1), saturation (2) or hue (3) of images in [0, 1], which may be overwritten."""
     factor = factor_N4111[rows, operation]
     if operation == 3:
         return shift_hue(image, factor.squeeze(-1))
@@ -310,7 +310,7 @@ def shift_hue(image_N3SS: Tensor, turns_N11: Tensor) -> Tensor:
 
 
 def gaussian_blur(image_NCSS: Tensor, sigma_N: Tensor) -> Tensor:
-    """Gaussian blur with one standard deviation (pixels) per image, reflecting at the edges."""
+    """Apply Gaussian blur with one standard deviation (pixels) per image, reflecting at the edges."""
     size = image_NCSS.shape[-1]
     taps = min(_BLUR_TAPS, 2 * ((size - 1) // 2) + 1)
     offset = torch.arange(taps, device=sigma_N.device) - taps // 2

@@ -1,7 +1,7 @@
-"""Loader processes: what they read, how their batches travel, and how their deaths are reported, with their image.
+"""Loader processes: how they read and send batches, and how their death is reported, with the image they were reading.
 
-Batches come through pipes, not through shared memory: a container's /dev/shm is often too small for one batch, and a
-process that hits its end dies, or waits for good. A process is watched wherever the main process waits for it.
+Batches travel through pipes, not shared memory: a container's /dev/shm is often too small for one batch, and a process
+that exhausts it dies or waits forever. The main process watches a loader process whenever it waits for it.
 """
 
 import atexit
@@ -31,19 +31,20 @@ from mimref.data.sources import ImageSource
 from mimref.errors import DataError
 
 DYING_S = 5.0
-"""A pipe can break this long before the process behind it is dead."""
+"""A pipe can break this long before the process at its other end is dead."""
 CHECK_S = 1.0
-"""Between looks at a process that is waited for."""
+"""Interval between checks of a process during a wait for it."""
 STOPPED_CHECKS = 5
-"""A process that is stopped (SIGSTOP) at so many looks is given up; a shell stops and continues all of them at once."""
+"""Number of consecutive checks that find a process stopped (SIGSTOP) before it is given up. A shell stops and continues
+all processes at once."""
 STALLED_CHECKS = 300
-"""A process that reports nothing for so many looks, five minutes, is given up. It reports every image that it begins.
+"""Number of checks (five minutes) without a report before a process is given up. It reports every image that it begins.
 Other ranks wait for ten minutes."""
 
 _T = TypeVar("_T")
 _Batch = TypeVar("_Batch")
 
-# A message is its kind, a number and, but for _AT, as many bytes.
+# A message consists of its kind, a number and, except for _AT, that many bytes.
 _HEADER = struct.Struct("<cQ")
 _AT, _TASK, _BATCH, _ERROR = b"@", b"T", b"B", b"E"
 
@@ -54,11 +55,11 @@ class DeadWorkerError(DataError):
     def __init__(self, death: str, advice: str = "try fewer --workers if memory ran out") -> None:
         super().__init__(f"{death}; {advice}")
         self.death, self.advice = death, advice
-        """How, and at which image; and what to do."""
+        """How it died or hangs, and at which image; and what to do."""
 
 
 class BatchDataset(Dataset[_Batch]):
-    """A data set whose items are batches. Loader processes report which image they begin."""
+    """A data set whose items are batches. Loader processes report every image that they begin."""
 
     report: Callable[[int], None] | None = None
     """In a loader process: called with the index of every image before it is read."""
@@ -69,7 +70,7 @@ class BatchDataset(Dataset[_Batch]):
     def read(
         self, indices: Sequence[int], read: Callable[[int], _T]
     ) -> tuple[list[_T], list[int], list[tuple[str, str]]]:
-        """`read` of every readable image, the indices of these images, and path and reason of the others."""
+        """Return `read` of every readable image, the indices of these images, and path and reason of the others."""
         images, good, bad = [], [], []
         self.source.fetch(indices)
         for index in indices:
@@ -86,10 +87,10 @@ class BatchDataset(Dataset[_Batch]):
 def load(
     dataset: BatchDataset[_Batch], batches: Iterable[Any], *, workers: int, pin_memory: bool = False
 ) -> Iterator[_Batch]:
-    """The items of a data set that `batches` lists, in order.
+    """Yield the items of a data set that `batches` lists, in order.
 
     Raises DeadWorkerError for a loader process that has died or hangs, once its next batch is missing, and DataError
-    when they cannot be started.
+    if loader processes cannot be started.
     """
     pinned: Callable[[Any], _Batch] = (lambda batch: batch.pin_memory()) if pin_memory else lambda batch: batch
     if workers == 0:
@@ -102,7 +103,7 @@ def load(
         for worker in started:
             worker.end()
 
-    # Loader processes ignore the signals by which Python ends its children at exit, so it would wait for them.
+    # Loader processes ignore the signals with which Python ends its children at exit, so Python would wait for them.
     atexit.register(end)
     try:
         try:
@@ -113,8 +114,8 @@ def load(
                 f"cannot start {workers} loader processes ({reason_of(error)}); set fewer --workers, or --workers 0"
             ) from error
         asked: deque[_Worker[_Batch]] = deque()
-        for worker, batch in zip(cycle(started), batches):  # the one is endless
-            # It takes no task before its batch is out: both would wait if a list of images did not fit into the pipe.
+        for worker, batch in zip(cycle(started), batches):  # `cycle` is endless
+            # Receive a batch before the next task: both ends would wait if a list of images did not fit into the pipe.
             loaded = [asked.popleft().receive()] if len(asked) == workers else []
             worker.ask(batch)
             asked.append(worker)
@@ -123,18 +124,18 @@ def load(
         while asked:
             yield pinned(asked.popleft().receive())
     finally:
-        end()  # now: a traceback may hold the generator
+        end()  # now, as a traceback may keep the generator alive
         atexit.unregister(end)
 
 
 class _Worker(Generic[_Batch]):
-    """A loader process, as the main process sees it."""
+    """The main process's side of a loader process."""
 
     def __init__(self, dataset: BatchDataset[_Batch]) -> None:
-        """Raises OSError when the system refuses another process or pipe."""
+        """Start the process. Raises OSError if the system refuses another process or pipe."""
         self.source = dataset.source
         self.at: int | None = None
-        """Index of the image that it has reported last."""
+        """Index of the last image that the process has reported."""
         theirs, self.tasks = Pipe(duplex=False)
         self.results, answers = Pipe(duplex=False)
         with theirs, answers:
@@ -144,14 +145,14 @@ class _Worker(Generic[_Batch]):
             os.set_blocking(end.fileno(), False)
 
     def ask(self, batch: Any) -> None:
-        """Ask for a batch. Raises DeadWorkerError."""
+        """Request a batch. Raises DeadWorkerError."""
         try:
             _send(self.tasks, _TASK, [pickle.dumps(batch)], self._watch())
         except BrokenPipeError as error:
             raise self._dead() from error
 
     def receive(self) -> _Batch:
-        """The next batch that it was asked for. Raises DeadWorkerError, and what reading the batch has raised."""
+        """Return the next requested batch. Raises DeadWorkerError, and whatever reading the batch raised."""
         watch = self._watch()
         try:
             while True:
@@ -171,18 +172,18 @@ class _Worker(Generic[_Batch]):
             raise self._dead() from error
 
     def end(self) -> None:
-        """Kill it."""
+        """Kill the process, and close its pipes."""
         self.process.kill()
         self.process.join(DYING_S)
         self.tasks.close()
         self.results.close()
 
     def _watch(self) -> Callable[[], None]:
-        """A function to call every CHECK_S of waiting. It raises DeadWorkerError once the process is given up."""
+        """Return a function to call every CHECK_S of waiting. It raises DeadWorkerError if the process is given up."""
         looks = stopped = 0
 
         def look() -> None:
-            """Count one look at the process; raise once it is given up."""
+            """Count one check of the process; raise if the process is given up."""
             nonlocal looks, stopped
             looks, stopped = looks + 1, stopped + 1 if _is_stopped(self.process.pid) else 0
             if stopped == STOPPED_CHECKS:
@@ -200,7 +201,7 @@ class _Worker(Generic[_Batch]):
         return DeadWorkerError(f"a loader process died ({_how(self.process.exitcode)}){self._place()}")
 
     def _failed(self, error: BaseException, text: str) -> BaseException:
-        """What to raise for an exception of the process, with its traceback as the cause."""
+        """Return the exception to raise for one of the process, whose traceback becomes the cause."""
         if isinstance(error, MemoryError):
             error = DeadWorkerError(f"a loader process ran out of memory{self._place()}", "set fewer --workers")
         error.__cause__ = RuntimeError(f"in a loader process:\n{text}")
@@ -217,7 +218,7 @@ def _how(exit_code: int | None) -> str:
 
 
 def _is_stopped(pid: int | None) -> bool:
-    """Whether a process is stopped; False where the system does not tell."""
+    """Return whether a process is stopped; False if the system does not report it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
@@ -237,7 +238,7 @@ def _serve(dataset: BatchDataset[Any], tasks: Connection, results: Connection) -
     parent = os.getppid()
 
     def watch() -> None:
-        # Other loader processes hold copies of the main process's ends, so that the pipes do not break.
+        # Other loader processes hold copies of the main process's ends of the pipes, so the pipes do not break.
         if os.getppid() != parent:
             os._exit(1)
 
@@ -260,14 +261,14 @@ def _serve(dataset: BatchDataset[Any], tasks: Connection, results: Connection) -
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as arrays, whose content pickle can leave out; torch would put it into shared memory."""
+    """Pickle tensors as arrays, whose content pickle can pass separately; torch would put it into shared memory."""
 
     def reducer_override(self, item: Any) -> Any:
         return (torch.from_numpy, (item.numpy(),)) if isinstance(item, Tensor) else NotImplemented
 
 
 def _packed(batch: Any) -> list[Any]:
-    """The parts of a message: the batch without the content of its tensors, and their contents."""
+    """Return the parts of a message: the batch without the contents of its tensors, then these contents."""
     buffers: list[pickle.PickleBuffer] = []
     stream = io.BytesIO()
     _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(batch)
@@ -281,11 +282,11 @@ def _packed_error(error: BaseException) -> bytes:
         packed = pickle.dumps((error, text))
         pickle.loads(packed)
         return packed
-    except Exception:  # exceptions of any library, with anything in them
+    except Exception:  # exceptions of any library, which may hold anything
         return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text))
 
 
-# --- pipes whose ends do not block: `watch` is called every CHECK_S of waiting
+# --- non-blocking pipes: `watch` is called every CHECK_S of waiting
 
 
 def _send(pipe: Connection, kind: bytes, parts: Sequence[Any], watch: Callable[[], None]) -> None:
@@ -296,7 +297,7 @@ def _send(pipe: Connection, kind: bytes, parts: Sequence[Any], watch: Callable[[
 
 
 def _write(pipe: Connection, content: Any, watch: Callable[[], None]) -> None:
-    """Raises BrokenPipeError."""
+    """Write some bytes. Raises BrokenPipeError."""
     left = memoryview(content)
     while left:
         _wait(pipe, select.POLLOUT, watch)
@@ -304,7 +305,7 @@ def _write(pipe: Connection, content: Any, watch: Callable[[], None]) -> None:
 
 
 def _read(pipe: Connection, size: int, watch: Callable[[], None]) -> Any:
-    """Some bytes, in memory of their own. Raises EOFError when the other end is closed."""
+    """Return `size` bytes, in memory of their own. Raises EOFError if the other end is closed."""
     content: Any = np.empty(size, dtype=np.uint8)
     left = memoryview(content)
     while left:

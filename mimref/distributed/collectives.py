@@ -1,6 +1,6 @@
-"""What ranks exchange: sums, gathers with and without gradient, averaged gradients.
+"""Communication between ranks: sums, gathers with and without gradient, averaged gradients.
 
-Shapes: R ranks; B images of all ranks, of which rank r has a contiguous part of B_r.
+Shapes: R ranks; B images of all ranks, of which rank r holds a contiguous part of B_r.
 """
 
 import inspect
@@ -17,13 +17,13 @@ from mimref.distributed.group import world_size
 
 
 def averaged(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with rank 0's weights and gradients averaged over the ranks; in a single process, the module itself.
+    """Wrap a module to start from rank 0's weights and average gradients over ranks; a single process gets it as is.
 
     Buffers are not synchronised. Freeze parameters first; every other parameter must get a gradient.
     """
     if world_size() == 1:
         return module
-    # The option was renamed. Heads synchronise their own statistics.
+    # torch has renamed the option. Heads synchronise their own statistics.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {option: False}
@@ -32,12 +32,12 @@ def averaged(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def max_over_ranks(number: int) -> int:
-    """The largest of all ranks' numbers, on the host."""
+    """Return the largest of all ranks' numbers, on the host."""
     return _reduce(number, dist.ReduceOp.MAX)
 
 
 def total_over_ranks(number: int) -> int:
-    """The sum of all ranks' numbers, on the host."""
+    """Return the sum of all ranks' numbers, on the host."""
     return _reduce(number, dist.ReduceOp.SUM)
 
 
@@ -55,7 +55,7 @@ def _reduce(number: int, operation: dist.ReduceOp.RedOpType) -> int:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of all ranks' equally shaped tensors, without gradient."""
+    """Return the sum of all ranks' equally shaped tensors, without gradient."""
     x = x.detach()
     if world_size() > 1:
         x = x.clone()
@@ -64,7 +64,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def gather_samples(sample_B: Tensor, most: int) -> list[Tensor]:
-    """Sample indices of every rank, [(B_r,)], on the host. most: the largest B_r that any rank can have."""
+    """Return the sample indices of every rank, [(B_r,)], on the host. most: the largest B_r that a rank can have."""
     if world_size() == 1:
         return [sample_B]
     padded = torch.full((most,), -1, dtype=torch.int64)
@@ -75,7 +75,7 @@ def gather_samples(sample_B: Tensor, most: int) -> list[Tensor]:
 
 
 def gather_lists(items: Sequence[Any]) -> list[Any]:
-    """All ranks' items in order of rank, on the host."""
+    """Return all ranks' items in order of rank, on the host."""
     if world_size() == 1:
         return list(items)
     parts: list[list[Any]] = [[] for _ in range(world_size())]
@@ -84,12 +84,12 @@ def gather_lists(items: Sequence[Any]) -> list[Any]:
 
 
 def gather_rows(x: Tensor, counts: Sequence[int], *, dim: int) -> Tensor:
-    """All ranks' parts joined along `dim`, counts[r] rows from rank r, without gradient."""
+    """Concatenate all ranks' parts along `dim`, counts[r] rows from rank r, without gradient."""
     return gather_rows_with_gradient(x.detach(), counts, dim=dim)
 
 
 def gather_rows_with_gradient(x: Tensor, counts: Sequence[int], *, dim: int) -> Tensor:
-    """As `gather_rows`; each rank's part gets the gradients from all ranks."""
+    """Like `gather_rows`, but each rank's part gets the sum of its gradients on all ranks."""
     if len(counts) == 1:
         return x
     missing = max(counts) - x.shape[dim]
@@ -99,7 +99,7 @@ def gather_rows_with_gradient(x: Tensor, counts: Sequence[int], *, dim: int) -> 
 
 
 def gather_stack(x: Tensor) -> Tensor:
-    """All ranks' equally shaped tensors, (R, ...), with gradient."""
+    """Stack all ranks' equally shaped tensors, (R, ...), with gradient."""
     if world_size() == 1:
         return x[None]
     stacked: Tensor = _GatherWithGradient.apply(x)
@@ -107,7 +107,7 @@ def gather_stack(x: Tensor) -> Tensor:
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Backward sums all ranks' gradients of this rank's tensor."""
+    """All-gather; its backward pass sums all ranks' gradients of this rank's tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -13,20 +13,20 @@ from torch.distributed.rendezvous import rendezvous
 
 from mimref.errors import ConfigError, LostRankError
 
-# In the messages of gloo and NCCL when another process is gone.
+# Found in the messages of gloo and NCCL when another process is gone.
 _SIGNS_OF_A_LOST_RANK = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
-# In those of NCCL. Without them, NCCL has failed in this process.
+# Found in NCCL's messages when another process is at fault; without any of them, NCCL has failed in this process.
 _SIGNS_OF_ANOTHER = ("remote", "abort", "timed out", "timeout", "closed", "reset by peer")
-# A rank that does not answer for longer counts as dead. The longest normal wait is for rank 0 to save or to evaluate.
+# After this long without an answer, a rank counts as dead. The longest normal wait is for rank 0 to save or evaluate.
 TIMEOUT = timedelta(minutes=10)
 
 
 @contextmanager
 def process_group(device: str, *, advice: str = "run again: cached features are reused") -> Iterator[int]:
-    """Join the process group that torchrun's environment describes; yields this process's rank, 0 without torchrun.
+    """Join the process group that torchrun's environment describes; yield this process's rank, 0 without torchrun.
 
     On CUDA every process uses the GPU of its local rank. device: `auto`, `cpu`, `cuda` or `mps`. Raises ConfigError
-    when a machine has more processes than GPUs or NCCL fails, LostRankError with `advice` when another process is gone
+    if a machine has more processes than GPUs or NCCL fails, LostRankError with `advice` if another process is gone
     or cannot be reached.
     """
     global _abandoned
@@ -56,7 +56,7 @@ def _join(backend: str) -> None:
         # Restarted processes must not find the addresses of the ones they replace.
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # documented, but not exported for mypy
-        # Messages between hosts use gloo, so that they never wait for the GPU.
+        # CPU tensors are exchanged by gloo, so that they never wait for the GPU.
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         place = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
@@ -68,14 +68,16 @@ _abandoned = False
 
 
 def abandoned() -> bool:
-    """Whether this process has failed in a group of GPUs. Then it must end at once: NCCL leaves a group, also when
-    Python ends, only together with the other processes, which may wait for this one."""
+    """Return whether this process has failed in a group on GPUs and must exit at once.
+
+    Even when Python exits, NCCL leaves a group only together with the other processes, which may wait for this one.
+    """
     return _abandoned
 
 
 @contextmanager
 def lost_ranks_reported(advice: str) -> Iterator[None]:
-    """Raise LostRankError where collectives fail because another process is gone, ConfigError for lack of memory."""
+    """Raise LostRankError if a collective fails because another process is gone, ConfigError if NCCL itself fails."""
     try:
         yield
     except RuntimeError as error:
@@ -90,22 +92,22 @@ def lost_ranks_reported(advice: str) -> Iterator[None]:
             ) from error
         if "NCCL" in text and not any(sign in text.lower() for sign in _SIGNS_OF_ANOTHER):
             reason = text.rpartition("Last error:")[2].strip().partition("\n")[0]
-            raise ConfigError(f"NCCL failed: {reason}; NCCL_DEBUG=INFO makes it say more") from error
+            raise ConfigError(f"NCCL failed: {reason}; for details, set NCCL_DEBUG=INFO") from error
         waited = "Timed out" in text or "timeout" in text.lower()
         what = f"has not answered for {TIMEOUT.total_seconds() / 60:g} minutes" if waited else "has died"
         raise LostRankError(f"another process of this run {what}; see its own message; {advice}") from error
 
 
 def this_launch() -> tuple[str, str, int] | None:
-    """Identifies a launch of torchrun: its id, machine and process id; None without torchrun."""
+    """Return what identifies this launch of torchrun: its id, machine and process id; None without torchrun."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if run_id is None else (run_id, platform.node(), os.getppid())
 
 
 def restarted(run_id: str, node: str, process: int) -> bool:
-    """Whether torchrun has restarted this process in the launch that `this_launch` returned earlier.
+    """Return whether torchrun has restarted this process in the launch that `this_launch` returned earlier.
 
-    torchrun may since have moved rank 0 to another machine.
+    Since then, torchrun may have moved rank 0 to another machine.
     """
     own = this_launch()
     if own is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
@@ -115,15 +117,15 @@ def restarted(run_id: str, node: str, process: int) -> bool:
 
 
 _left: list[object] = []
-"""Groups that this process has left, which live as long as it does.
+"""Groups that this process has left, kept alive until it exits.
 
-With torch 2.6, the last reference to a group ends gloo's threads with Python's lock, for which one of them may still
-wait to free the tensors of the last collective.
+With torch 2.6, dropping the last reference to a group joins gloo's threads while holding Python's lock. One of these
+threads may still be waiting for that lock, to free the tensors of the last collective.
 """
 
 
 def leave_process_group() -> None:
-    """Leave the group: what follows is this process's own work."""
+    """Leave the group; from then on, this process works alone."""
     if dist.is_available() and dist.is_initialized():
         _left.append(dist.group.WORLD)
         if not _abandoned:
@@ -145,30 +147,30 @@ def without_group() -> Iterator[None]:
 
 
 def end_group() -> bool:
-    """End the collective work. True on rank 0, which continues by itself."""
+    """Leave the group and return whether this is rank 0, which continues alone."""
     first = own_rank() == 0
     leave_process_group()
     return first
 
 
 def world_size() -> int:
-    """Number of processes in the group, 1 without one."""
+    """Return the number of processes in the group, 1 without one."""
     joined = not _outside and dist.is_available() and dist.is_initialized()
     return dist.get_world_size() if joined else 1
 
 
 def own_rank() -> int:
-    """This process's rank, 0 without a process group."""
+    """Return this process's rank, 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def share(count: int, rank: int, world: int) -> slice:
-    """The contiguous part of `count` items that a rank works on; parts differ in size by at most one."""
+    """Return the contiguous part of `count` items that a rank works on; parts differ in size by at most one."""
     return slice(count * rank // world, count * (rank + 1) // world)
 
 
 def share_chunks(count: int, chunk: int) -> list[slice]:
-    """The part of `count` items that every rank works on, in order of rank: whole chunks, but for the last one."""
+    """Return each rank's part of `count` items, in order of rank; parts are whole chunks, except at the end."""
     chunks, ranks = -(-count // chunk), world_size()
     parts = [share(chunks, rank, ranks) for rank in range(ranks)]
     return [slice(min(count, part.start * chunk), min(count, part.stop * chunk)) for part in parts]

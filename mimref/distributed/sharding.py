@@ -1,7 +1,7 @@
-"""Weights, gradients, moments and averages divided among the ranks: torch's FSDP2, one block at a time.
+"""Weights, gradients, moments and averages divided among the ranks by torch's FSDP2, one block at a time.
 
-A weight is divided along its first dimension, and a rank's part of it may be empty. Where FSDP's own tensors would cost
-an import of seconds in runs without them, they are recognised by what they can do.
+A weight is divided along its first dimension, and a rank's part of it may be empty. FSDP's tensors are recognised by
+their methods where importing their class would cost seconds in runs that do not use them.
 """
 
 import warnings
@@ -25,7 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def check_sharding(device: torch.device) -> None:
-    """Raise ConfigError where torch cannot shard: on MPS, and on the CPU before its streams could record events."""
+    """Raise ConfigError where torch cannot shard: on MPS, or on the CPU if its streams cannot record events."""
     if device.type == "mps" or (device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event")):
         raise ConfigError(
             f"--shard does not work on {device.type} with torch {torch.__version__}; omit it, or use a newer torch"
@@ -33,7 +33,7 @@ def check_sharding(device: torch.device) -> None:
 
 
 def device_mesh(device: torch.device) -> "DeviceMesh":
-    """All ranks in one row."""
+    """Return a one-dimensional mesh of all ranks."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device.type, (world_size(),))
@@ -42,26 +42,26 @@ def device_mesh(device: torch.device) -> "DeviceMesh":
 class Sharded:
     """A module whose weights are divided among the ranks, and plain copies of it.
 
-    Every pass gathers the weights of one block after the other, and its backward pass does so again and leaves every
-    rank its part of the ranks' mean gradient. So all ranks must run the same passes, those without a gradient too.
+    Each forward pass gathers the weights block by block. The backward pass gathers them again and leaves each rank with
+    its part of the mean gradient. All ranks must therefore run the same passes, including those without gradient.
     """
 
     def __init__(
         self, module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, *, method: str = "forward"
     ) -> None:
-        """Shard a module in place, block by block, so that the device never holds more than one of them whole.
+        """Shard a module in place, block by block, so that the device never holds more than one complete block.
 
-        module: on the CPU or on `device`, with what does not train frozen. method: by which it is called.
+        module: on the CPU or on `device`, with untrained parameters frozen. method: name of the method that runs it.
         """
         from torch.distributed.fsdp import fully_shard
 
         self.module = module
         self._skeleton = _without_weights(module)
         mesh = device_mesh(device)
-        # Nothing here writes into what a block returns.
+        # Nothing here writes into a block's output.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         for block in blocks:
-            # Weights stay as they are and are cast in every use, as without shards: the results are the same.
+            # Weights keep their dtype and are cast at every use, as without shards, so the results are the same.
             fully_shard(block.to(device), mesh=mesh, reshard_after_forward=True)
         inside = {id(each) for block in blocks for each in block.modules()}
         for each in module.modules():
@@ -73,20 +73,20 @@ class Sharded:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """By name, without gradient; every rank holds its part."""
+        """The weights by name, without gradient; each rank holds its part."""
         return {name: weight.detach() for name, weight in self.module.named_parameters(remove_duplicate=False)}
 
     def plain(
         self, weights: Mapping[str, Tensor], device: torch.device, *, precision: torch.dtype = torch.float32
     ) -> nn.Module:
-        """An ordinary copy in evaluation mode, on every rank, with the module's buffers. Call it on all ranks.
+        """Return an ordinary copy in evaluation mode on every rank, with the module's buffers. Call it on all ranks.
 
-        weights: those of the module, or averages of them. precision: of the passes to come; the copy is `lean`.
+        weights: the module's own, or averages of them. precision: used by later passes; the copy is cast as by `lean`.
         """
         return self._copied(weights, device, precision, keep=True)
 
     def plain_on_first(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The same on the CPU of rank 0, weight by weight; on the other ranks, without values. Call it on all ranks."""
+        """Gather such a copy on the CPU of rank 0; on other ranks its weights have no values. Call it on all ranks."""
         return self._copied(weights, torch.device("cpu"), torch.float32, keep=own_rank() == 0)
 
     def _copied(
@@ -105,19 +105,19 @@ class Sharded:
 
 
 def _without_weights(module: M) -> M:
-    """A copy of a module whose weights have no values, which FSDP itself does not allow later."""
+    """Copy a module without the values of its weights; once FSDP manages a module, it cannot be copied."""
     memo = {id(weight): nn.Parameter(weight.detach().to("meta"), False) for weight in module.parameters()}
     return deepcopy(module, cast(dict[int, Any], memo))
 
 
 def _places(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Name, owner, and name in it, of every weight."""
+    """Return each weight's full name, the module that owns it, and its name in that module."""
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     return [(name, module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
 
 
 def _gather_in(module: nn.Module, method: str) -> None:
-    """Let a module's method gather what no block holds, as `forward` does."""
+    """Make a module's method gather the weights outside of blocks, as `forward` does."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     if method != "forward":
@@ -135,7 +135,7 @@ def _gather_in(module: nn.Module, method: str) -> None:
 
 
 def _forget_passes(module: nn.Module) -> None:
-    """FSDP notes the blocks of every pass for its backward pass, and clears the notes after it; here none follows."""
+    """Clear FSDP's record of a pass's blocks, which FSDP itself clears only after a backward pass."""
     for each in module.modules():
         state = getattr(each, "_get_fsdp_state", lambda: None)()
         group = None if state is None else state._fsdp_param_group
@@ -145,7 +145,7 @@ def _forget_passes(module: nn.Module) -> None:
 
 
 def lean(module: M, precision: torch.dtype) -> M:
-    """Cast, in place, what autocast to `precision` casts in every use: the results are the same in half the memory."""
+    """Cast in place what autocast to `precision` would cast at every use: the same results in half the memory."""
     for owner in module.modules():
         if _is_cast(owner, precision):
             owner.to(precision)
@@ -157,27 +157,27 @@ def _is_cast(owner: nn.Module, precision: torch.dtype) -> bool:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a rank holds only a part."""
+    """Return whether each rank holds only a part of the tensor."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part, which shares its memory; of a tensor that is not sharded, all of it."""
+    """Return this rank's part of a tensor, sharing its memory; if it is not sharded, all of it."""
     with torch.no_grad():
         return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor.detach()
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor, without gradient; of a sharded one, call it on all ranks."""
+    """Return the complete tensor, without gradient. Call this on all ranks if it is sharded."""
     with torch.no_grad():
         return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor.detach()
 
 
 def like(saved: Any, live: Any) -> Any:
-    """What was saved, sharded wherever the tensor in its place is: to load states of runs without shards.
+    """Return a saved state, sharded wherever the live one is; this loads states of runs without shards.
 
-    saved, live: nested tables; saved ones may hold what the live ones lack, and tensors of other shapes stay as they
-    are, for who loads them to complain of.
+    saved, live: nested tables. The saved one may hold entries that the live one lacks. Tensors whose shapes differ are
+    returned unchanged, so that loading them raises the error.
     """
     if isinstance(saved, Mapping):
         nested = live if isinstance(live, Mapping) else {}
@@ -201,9 +201,9 @@ def like(saved: Any, live: Any) -> Any:
 
 
 def clip_gradients(weights: Sequence[Tensor], most: float) -> None:
-    """Scale the gradients of sharded weights so that the norm of all of them together is at most `most`; no sync.
+    """Scale the gradients of sharded weights so that their total norm is at most `most`; no sync.
 
-    torch.nn.utils.clip_grad_norm_ gives the same by a chain of operations on FSDP's tensors.
+    torch.nn.utils.clip_grad_norm_ gives the same result, but by a chain of operations on FSDP's tensors.
     """
     parts = [local(weight.grad) for weight in weights if weight.grad is not None]
     square = torch.stack(torch._foreach_norm(parts)).square().sum()
@@ -211,13 +211,13 @@ def clip_gradients(weights: Sequence[Tensor], most: float) -> None:
 
 
 def all_finite(weights: Sequence[Tensor]) -> bool:
-    """Whether weights hold numbers alone; of sharded ones, on all ranks. Sync point."""
+    """Return whether all weights are finite, on all ranks if they are sharded. Sync point."""
     finite = bool(torch.stack(torch._foreach_norm([local(weight) for weight in weights])).isfinite().all())
     return not max_over_ranks(int(not finite)) if any(map(is_sharded, weights)) else finite
 
 
 def split(state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[tuple[Any, ...], Tensor]]:
-    """A nested state without its sharded tensors, and these by the keys that lead to them."""
+    """Split a nested state into the state without sharded tensors, and these tensors by their path of keys."""
     rest: dict[Any, Any] = {}
     sharded: dict[tuple[Any, ...], Tensor] = {}
     for key, value in state.items():
@@ -232,7 +232,7 @@ def split(state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[tuple[Any, ...
 
 
 def joined(rest: dict[Any, Any], sharded: Iterator[tuple[Sequence[Any], Tensor]]) -> dict[Any, Any]:
-    """The inverse of `split`, in place."""
+    """Invert `split`, in place."""
     for path, tensor in sharded:
         table = rest
         for key in path[:-1]:

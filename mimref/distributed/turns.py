@@ -1,4 +1,4 @@
-"""Work that all ranks do for rank 0, which decides what to do: requests, and results that ranks make by turns."""
+"""Work that all ranks do at the request of rank 0: requests, and results that ranks produce in turn."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ _DONE, _WAIT = "done", "wait"
 
 
 def request(what: Any) -> None:
-    """On rank 0: send the other ranks something to do."""
+    """On rank 0: send the other ranks a request."""
     _broadcast(what)
 
 
@@ -22,19 +22,19 @@ def end_requests() -> None:
 
 
 def keep_waiting() -> None:
-    """On rank 0: tell the other ranks, before they time out, that there is nothing to do yet."""
+    """On rank 0: let the other ranks know, before they time out, that there is nothing to do yet."""
     _broadcast(_WAIT)
 
 
 def requests() -> Iterator[Any]:
-    """On the other ranks: what rank 0 requests, until it ends the requests."""
+    """On the other ranks: yield the requests of rank 0 until it ends them."""
     while (received := _broadcast(None)) != _DONE:
         if received != _WAIT:
             yield received
 
 
 def take_turns(own: Iterator[_Item], count: int) -> Iterator[_Item]:
-    """On rank 0: `count` items that the ranks make by turns, in order. Other ranks get nothing, but must iterate too.
+    """On rank 0: yield `count` items that the ranks produce in turn. Other ranks get nothing, but must iterate too.
 
     own: the items of this rank r of R, numbers r, r + R, ...; tensors must be on the CPU.
     """
@@ -51,7 +51,7 @@ def take_turns(own: Iterator[_Item], count: int) -> Iterator[_Item]:
 
 
 def _broadcast(message: Any) -> Any:
-    """Rank 0's message, on every rank."""
+    """Return rank 0's message on every rank."""
     messages = [message]
     dist.broadcast_object_list(messages)
     return messages[0]

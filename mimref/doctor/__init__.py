@@ -1,1 +1,1 @@
-"""What this machine has and lacks for mimref, found out in seconds."""
+"""Diagnose in seconds what this machine has and lacks for mimref."""

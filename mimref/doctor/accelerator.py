@@ -19,7 +19,7 @@ STATE_BYTES = int(2.4 * 2**30)
 """Weights, gradients, moments, average and queue of the smallest encoder of the paper's presets, ViT-B/16, without
 activations (`mimref benchmark cost --preset mae_b16`)."""
 USED_SHARE = 0.1
-"""Of a GPU's memory: with more in use, another process is likely to compute there, too."""
+"""Share of a GPU's memory; if more is in use, another process is likely to compute there, too."""
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _SMI_S = 20
 
@@ -45,7 +45,7 @@ class Build(NamedTuple):
 
 
 def accelerator_checks() -> Iterator[Check]:
-    """Devices, driver, CUDA, cuDNN, NCCL, and of every GPU its capability and memory."""
+    """Check devices, driver, CUDA, cuDNN and NCCL, and the capability and memory of every GPU."""
     found, driver, build = gpus(), driver_version(), torch_build()
     yield _device(found, driver, build)
     yield Check("driver", driver or "no NVIDIA driver")
@@ -60,7 +60,7 @@ def accelerator_checks() -> Iterator[Check]:
 
 
 def gpus() -> list[Gpu]:
-    """Those that torch can use."""
+    """Return the GPUs that torch can use."""
     if not torch.cuda.is_available():
         return []
     found = []
@@ -72,7 +72,7 @@ def gpus() -> list[Gpu]:
 
 
 def driver_version() -> str | None:
-    """Version of the NVIDIA driver, whether torch can use it or not."""
+    """Return the version of the NVIDIA driver, whether torch can use it or not."""
     with suppress(OSError):
         if match := re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", _DRIVER_FILE.read_text()):
             return match[1]
@@ -86,7 +86,7 @@ def driver_version() -> str | None:
 
 
 def torch_build() -> Build:
-    """What this torch was built for."""
+    """Return what this torch was built for."""
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     nccl = None
     if torch.cuda.is_available() and dist.is_available() and dist.is_nccl_available():
@@ -132,10 +132,10 @@ def _capability(name: str, gpu: Gpu, build: Build) -> Check:
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether code for an architecture runs on a device.
+    """Return whether code for an architecture runs on a device.
 
-    Machine code runs on devices of the same major and no lower minor capability, of `sm_90a` on that alone; `compute_`
-    on all later ones.
+    Machine code runs on devices of the same major and an equal or higher minor capability, but code for `sm_90a` on
+    that one alone; `compute_` code also runs on all later devices.
     """
     match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
     if match is None:

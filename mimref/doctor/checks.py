@@ -1,4 +1,4 @@
-"""What a check of the machine says: a value, a verdict, and what to do."""
+"""Result of a check of the machine: a value, a verdict, and what to do."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Verdict = Literal["ok", "advice", "problem"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     name: str
     value: str
@@ -21,23 +21,23 @@ class Check:
     """What to do, or what the value means."""
 
     def row(self) -> Row:
-        """A row of the results."""
+        """Return a row of the results."""
         return {
             "metric": "doctor", "value": self.value, "check": self.name, "verdict": self.verdict, "todo": self.todo
         }  # fmt: skip
 
 
 def attempt(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
-    """The checks of a group; where looking fails, one that says so: nothing that is missing ends the diagnosis."""
+    """Run the checks of a group; an error becomes a check of its own, so that nothing missing ends the diagnosis."""
     found: list[Check] = []
     try:
         found.extend(check())
-    except Exception as error:  # of any library or driver
+    except Exception as error:  # a library or driver may raise anything
         reason = next(iter(str(error).strip().splitlines()), "")
         found.append(Check(name, f"could not be checked ({type(error).__name__}: {reason})", "advice"))
     return found
 
 
 def gib(size: float) -> str:
-    """Bytes in words; less than a GiB in MiB."""
+    """Format bytes in GiB, or in MiB below one GiB."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"

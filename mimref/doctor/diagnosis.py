@@ -26,7 +26,7 @@ GROUPS: Mapping[str, Callable[[], Iterable[Check]]] = {
 
 
 def diagnose(progress: Progress | None = None) -> list[Check]:
-    """Look at everything. Takes seconds; nothing that is missing or broken ends it, and nothing is changed."""
+    """Run all checks. Takes seconds, does not stop at anything missing or broken, and changes nothing."""
     found: list[Check] = []
     for done, (name, check) in enumerate(GROUPS.items(), start=1):
         found += attempt(name, check)

@@ -14,47 +14,47 @@ from mimref.errors import OutputError
 from mimref.files import cache_folder, check_writable
 
 NCCL_SHARED_BYTES = 2**30
-"""NVIDIA's containers are started with so much (`--shm-size=1g`)."""
+"""NVIDIA's containers are started with this much (`--shm-size=1g`)."""
 NCCL_LEAST_BYTES = 32 * 2**20
 """NCCL maps up to about 10 MB for each pair of GPUs that cannot read each other's memory; with less, it stops."""
 FILES_USUAL = 1024
-"""The limit of open files that Linux starts with."""
+"""Default limit of open files on Linux."""
 _FILES_OF_A_PROCESS, _FILES_OF_A_WORKER = 128, 8
-"""Libraries, weights and states; and the pipes to a loader process."""
+"""For libraries, weights and states, and for the pipes to a loader process."""
 DISK_LEAST_BYTES = 2**30
 DISK_USUAL_BYTES = 20 * 2**30
-"""A state of ViT-L/16 has at most 7.2 GiB (`mimref benchmark cost --preset mae_l16`), and a new one is written beside
-the one before."""
+"""A state of ViT-L/16 takes at most 7.2 GiB (`mimref benchmark cost --preset mae_l16`), and a new one is written while
+the previous one still exists."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
 def cores() -> int:
-    """Those that affinity and container allow this process."""
+    """Return the number of cores that affinity and container allow this process."""
     return own_cores()
 
 
 def all_cores() -> int:
-    """Of the machine."""
+    """Return the number of cores of the machine."""
     return os.cpu_count() or 1
 
 
 def threads() -> int:
-    """Of torch, for one operation."""
+    """Return torch's number of threads for one operation."""
     return torch.get_num_threads()
 
 
 def gpus() -> int:
-    """How many torch can use."""
+    """Return the number of GPUs that torch can use."""
     return torch.cuda.device_count()
 
 
 def load() -> float:
-    """Processes that compute or wait for a disk, over the last minute."""
+    """Return the mean number of processes that compute or wait for a disk, over the last minute."""
     return os.getloadavg()[0]
 
 
 def shared_memory() -> tuple[int, int] | None:
-    """Free and all bytes of /dev/shm; None where there is none."""
+    """Return the free and total bytes of /dev/shm; None if it does not exist."""
     if not SHARED_MEMORY.is_dir():
         return None
     usage = shutil.disk_usage(SHARED_MEMORY)
@@ -62,25 +62,25 @@ def shared_memory() -> tuple[int, int] | None:
 
 
 def open_files() -> int:
-    """How many files this process may open; very many where there is no limit."""
+    """Return how many files this process may open; 2**31 if there is no limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**31 if soft == resource.RLIM_INFINITY else soft
 
 
 def disk_free(folder: Path) -> int:
-    """Bytes free where a folder is or would be made. Raises OutputError where it cannot be written."""
+    """Return the bytes free where a folder is or would be made. Raises OutputError if it cannot be written."""
     check_writable(folder)
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     return shutil.disk_usage(existing).free
 
 
 def cores_check() -> Check:
-    """Cores against torch's threads."""
+    """Compare the cores with torch's threads."""
     own, used, there = cores(), threads(), all_cores()
     value = f"{own} of {there}, torch uses {used} thread{'s' * (used > 1)}"
     if used > own:
         todo = f"threads wait for each other: set OMP_NUM_THREADS={own}, or give the job more cores"
-        # With a quota, threads that wait in turn make every operation slower by a multiple.
+        # With a CPU quota, threads that wait for each other make every operation several times slower.
         return Check("cores", value, "problem" if used >= 4 * own else "advice", todo)
     if used < own and not gpus():
         todo = f"on the CPU torch leaves cores idle; OMP_NUM_THREADS={own} uses them"
@@ -91,7 +91,7 @@ def cores_check() -> Check:
 
 
 def shared_memory_check() -> Check:
-    """Loader processes need none, as their batches come through pipes; NCCL does between several GPUs."""
+    """Check shared memory: NCCL needs it between several GPUs; loader processes do not, as they use pipes."""
     found = shared_memory()
     if found is None:
         return Check("shared memory", "no /dev/shm", todo="only NCCL needs it; loader processes use pipes")
@@ -106,7 +106,7 @@ def shared_memory_check() -> Check:
 
 
 def open_files_check() -> Check:
-    """Against what loader processes need, one per core."""
+    """Compare the limit of open files with the needs of loader processes, one per core."""
     limit, least = open_files(), _FILES_OF_A_PROCESS + _FILES_OF_A_WORKER * cores()
     value = "no limit" if limit >= 2**31 else f"{limit:,}"
     if limit < least:
@@ -120,17 +120,17 @@ def open_files_check() -> Check:
 
 
 def cache_disk_check() -> Check:
-    """Space for cached features and downloaded weights."""
+    """Check the space for cached features and downloaded weights."""
     return _disk("disk of the cache", cache_folder(), "set MIMREF_CACHE to another folder")
 
 
 def temporary_disk_check() -> Check:
-    """Space for temporary files."""
+    """Check the space for temporary files."""
     return _disk("disk of temporary files", Path(tempfile.gettempdir()), "set TMPDIR to another folder")
 
 
 def current_disk_check() -> Check:
-    """Space for runs, whose folders are in the current one by default."""
+    """Check the space for runs, whose folders are in the current one by default."""
     return _disk("disk of this folder", Path.cwd(), "name another one with --out")
 
 

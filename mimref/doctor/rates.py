@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices and decodes images."""
+"""Rates at which this machine multiplies matrices and decodes images."""
 
 import time
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from mimref.devices import multiplies_bf16, own_cores, resolve_device
 from mimref.doctor.checks import Check
 
 CPU_FLOPS = 5e9
-"""Per second and thread in float32: a twelfth of what a core with AVX2 at 2 GHz can do."""
+"""Least FLOP per second and thread in float32: a twelfth of what a core with AVX2 at 2 GHz can do."""
 CUDA_FLOPS = 1e12
-"""Per second in float32; any GPU with units for bfloat16 has several times this."""
+"""Least FLOP per second in float32; any GPU with units for bfloat16 reaches several times this."""
 ERRORS = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
-"""Largest relative error of a product of random matrices; more is a fault of the device. TF32 has about 1e-3."""
+"""Largest relative error of a product of random matrices; a larger one is the device's fault. TF32: about 1e-3."""
 DECODED_PER_SECOND = 50.0
-"""By one process, of 500 x 375 JPEGs: a tenth of what one slow core decodes and crops (docs/results.md, Speed of the
-views)."""
+"""Least rate of one process for JPEGs of 500 x 375 pixels: a tenth of what one slow core decodes and crops
+(docs/results.md, Speed of the views)."""
 _IMAGES = 16
 
 
 def rate_checks() -> Iterator[Check]:
-    """The matrix products in float32 and bfloat16, and a loader process's decoding."""
+    """Check matrix products in float32 and bfloat16, and a loader process's decoding."""
     device = best_device()
     single, half = product_rate(device, torch.float32), product_rate(device, torch.bfloat16)
     yield _matmul(device, single, product_error(device, torch.float32))
@@ -33,18 +33,18 @@ def rate_checks() -> Iterator[Check]:
 
 
 def best_device() -> torch.device:
-    """That runs use without `--device`."""
+    """Return the device that runs use without `--device`."""
     return resolve_device("auto")
 
 
 def product_rate(device: torch.device, precision: torch.dtype) -> float:
-    """FLOP per second of a large matrix product."""
+    """Measure the FLOP per second of a large matrix product."""
     products = MatrixProducts(device, precision)
     return products.flops / median_seconds([products], device, turns=1, warm_up=0)[0]
 
 
 def product_error(device: torch.device, precision: torch.dtype) -> float:
-    """Of a product on the device, relative to the same in float64 on the CPU."""
+    """Return the relative error of a product on the device, compared with float64 on the CPU."""
     left, right = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0)).to(precision).unbind()
     exact = left.double() @ right.double()
     found = (left.to(device) @ right.to(device)).cpu().double()
@@ -52,12 +52,12 @@ def product_error(device: torch.device, precision: torch.dtype) -> float:
 
 
 def bf16_supported(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 itself."""
+    """Return whether the device computes in bfloat16 natively."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def decode_rate() -> float:
-    """Images per second of one process, as a loader process decodes them, at full size."""
+    """Measure the images per second that one process decodes at full size, as a loader process does."""
     content = photograph()
     decode_content(content, "photograph")
     started = time.perf_counter()

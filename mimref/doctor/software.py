@@ -1,4 +1,4 @@
-"""Versions of Python and the packages, the extras, and whether torch.compile finds what it needs."""
+"""Check the versions of Python and the packages, the extras, and whether torch.compile finds what it needs."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ from mimref.doctor.checks import Check
 SHOWN = ("torch", "torchvision", "timm", "numpy", "scikit-learn")
 """Packages with a line of their own; the others share one."""
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
-"""As tested."""
+"""Range of tested versions."""
 EXTRAS = {
     "bands": "compressed TIFF files of many channels",
     "corruptions": "the corrupted images of `mimref robustness`",
@@ -32,13 +32,13 @@ EXTRAS = {
     "tensorboard": "curves in TensorBoard",
     "wandb": "curves in Weights & Biases",
 }
-"""What each is for."""
+"""Purpose of each extra."""
 _FOR_DEVELOPERS = ("test", "dev", "docs")
 _COMPILE_S = 60
 
 
 def version_checks() -> Iterator[Check]:
-    """Python and mimref."""
+    """Check the versions of Python and mimref."""
     version = python_version()
     if version < OLDEST_PYTHON:
         yield Check("Python", platform.python_version(), "problem", "mimref needs Python 3.11 or newer")
@@ -50,12 +50,12 @@ def version_checks() -> Iterator[Check]:
 
 
 def python_version() -> tuple[int, int]:
-    """Major and minor."""
+    """Return the major and minor version of Python."""
     return sys.version_info[:2]
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, or None."""
+    """Return the version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -63,7 +63,7 @@ def installed(package: str) -> str | None:
 
 
 def requirements(extra: str = "") -> list[Requirement]:
-    """What mimref asks for on this Python, or what one of its extras adds."""
+    """Return the requirements of mimref on this Python, or those that one of its extras adds."""
     listed = map(Requirement, importlib.metadata.requires("mimref") or ())
     if not extra:
         return [each for each in listed if each.marker is None or each.marker.evaluate({"extra": ""})]
@@ -77,13 +77,13 @@ def requirements(extra: str = "") -> list[Requirement]:
 
 
 def extras() -> list[str]:
-    """Those of the installed package that users install."""
+    """Return the extras of the installed package that are meant for users."""
     known = importlib.metadata.metadata("mimref").get_all("Provides-Extra") or []
     return sorted(set(known) - set(_FOR_DEVELOPERS))
 
 
 def package_checks() -> Iterator[Check]:
-    """What mimref needs: the versions of some, and whether all others are there."""
+    """Check the required packages: the versions of some, and whether all others are installed."""
     wanted = {each.name: each for each in requirements()}
     faults: list[str] = []
     for name, requirement in wanted.items():
@@ -105,7 +105,7 @@ def package_checks() -> Iterator[Check]:
 
 
 def extra_checks() -> Iterator[Check]:
-    """Which extras are there, and what each is for."""
+    """Report which extras are installed, and what each is for."""
     for extra in extras():
         wanted = requirements(extra)
         found = {each.name: installed(each.name) for each in wanted}
@@ -128,7 +128,7 @@ def extra_checks() -> Iterator[Check]:
 
 
 def compile_check() -> Iterator[Check]:
-    """Whether torch.compile finds a compiler, Python's headers and on CUDA Triton; compiling itself takes a minute."""
+    """Check whether torch.compile finds a compiler, Python's headers and, on CUDA, Triton; compiling takes a minute."""
     where, error = compiler(), ""
     if where is not None:
         error = build_error(where)
@@ -145,13 +145,13 @@ def compile_check() -> Iterator[Check]:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that torch would take."""
+    """Return the C++ compiler that torch would use."""
     named = os.environ.get("CXX")
     return next((found for name in (named, "g++", "clang++") if name and (found := shutil.which(name))), None)
 
 
 def build_error(compiler: str) -> str:
-    """What the compiler says about a file that includes Python's headers; nothing where it builds it."""
+    """Return the compiler's error for a file that includes Python's headers; empty if it compiles."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "extension.cpp")
         source.write_text("#include <Python.h>\nint answer() { return 42; }\n")
@@ -165,10 +165,10 @@ def build_error(compiler: str) -> str:
 
 
 def on_cuda() -> bool:
-    """Whether runs use a GPU, for which Triton compiles."""
+    """Return whether runs use a GPU, for which torch.compile needs Triton."""
     return torch.cuda.is_available()
 
 
 def has_triton() -> bool:
-    """Whether Triton can be imported, which generates the code of GPUs."""
+    """Return whether Triton, which generates GPU code, can be imported."""
     return find_spec("triton") is not None

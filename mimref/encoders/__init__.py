@@ -1,1 +1,1 @@
-"""Encoders: tokens of any block of a vision transformer, and the files they come from."""
+"""Encoders: the tokens of any block of a vision transformer or another timm model, and the files of weights."""

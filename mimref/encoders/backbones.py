@@ -1,7 +1,7 @@
-"""Other timm models with intermediate features: EVA-02, DINOv3, BEiT, Swin, Hiera, ConvNeXt and more.
+"""timm models with intermediate features, such as EVA-02, DINOv3, BEiT, Swin, Hiera and ConvNeXt.
 
 Blocks are those of timm's `forward_intermediates`: transformer blocks, or stages of a hierarchical model. Block numbers
-are 1-based. Plain vision transformers are `Encoder`s.
+are 1-based. Plain vision transformers are `Encoder`s instead.
 
 Shapes: B images, L tokens, D width.
 """
@@ -34,7 +34,7 @@ from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encode
 from mimref.errors import ConfigError
 
 Option = bool | int | float | str | tuple["Option", ...]
-"""Value of a constructor's argument."""
+"""Value of a constructor argument."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class BackboneArchitecture:
     image_size: int
     """Pixels per side of the images that it is built for."""
     channels: int = 3
-    """Of its images."""
+    """Channels of its images."""
     options: tuple[tuple[str, Option], ...] = ()
-    """Further arguments of timm's constructor, sorted by name: sizes that no name of timm's has."""
+    """Further arguments of timm's constructor, sorted by name, for sizes that no timm name implies."""
 
     @classmethod
     def from_dict(cls, values: object) -> Self:
-        """Read what `to_dict` wrote. Raises ConfigError for other keys, types or values."""
+        """Read the output of `to_dict`. Raises ConfigError for missing or unknown keys, and invalid types or values."""
         if not isinstance(values, dict):
             raise ConfigError(f"architecture {values!r} is not a table")
         known = {field.name for field in fields(cls)} | {"backbone"}
@@ -66,15 +66,15 @@ class BackboneArchitecture:
             if name not in values:
                 raise ConfigError(f"architecture lacks {name!r}")
         options = tuple((key, _option(key, value)) for key, value in sorted(values.get("options", {}).items()))
-        is_plain_vit(values["name"])  # whether timm has it
+        is_plain_vit(values["name"])  # raises ConfigError if timm lacks it
         return cls(values["name"], values["image_size"], values.get("channels", 3), options)
 
     def to_dict(self) -> dict[str, Any]:
-        """For headers."""
+        """Return the fields for headers."""
         return {"backbone": True, **self.key()}
 
     def key(self) -> dict[str, Any]:
-        """For cache keys, without fields that older ones do not have."""
+        """Return the fields for cache keys, without later fields at the values that older keys imply."""
         found: dict[str, Any] = {"name": self.name, "image_size": self.image_size}
         if self.channels != 3:
             found["channels"] = self.channels
@@ -84,12 +84,12 @@ class BackboneArchitecture:
 
     @property
     def widths(self) -> list[int]:
-        """Of every block."""
+        """Width of every block."""
         return list(_shapes(self).widths)
 
     @property
     def width(self) -> int:
-        """Of the last block."""
+        """Width of the last block."""
         return _shapes(self).widths[-1]
 
     @property
@@ -99,12 +99,12 @@ class BackboneArchitecture:
 
     @property
     def patch_size(self) -> int:
-        """Pixels per side that a token of the last block stands for."""
+        """Pixels per side that a token of the last block covers."""
         return self.image_size // _shapes(self).rows
 
     @property
     def num_prefix_tokens(self) -> int:
-        """CLS, distillation and register tokens."""
+        """Number of CLS, distillation and register tokens."""
         return _shapes(self).num_prefix_tokens
 
     @property
@@ -114,16 +114,16 @@ class BackboneArchitecture:
 
     @property
     def has_final_norm(self) -> bool:
-        """Whether a norm follows the last block; where timm's norm follows pooling, none does."""
+        """Whether a norm follows the last block; false if timm's norm follows pooling."""
         return _shapes(self).has_final_norm
 
     @property
     def sizes(self) -> SizeRule:
-        """Sizes of the images that it takes."""
+        """Image sizes that the model accepts."""
         return _shapes(self).sizes
 
     def check_size(self, size: int, setting: str) -> None:
-        """Raise ConfigError for images of a size that it cannot take, in pixels; `setting` names it in the message."""
+        """Raise ConfigError if the model does not accept images of `size` pixels; the message names `setting`."""
         rule = self.sizes
         nearest = rule.nearest(size)
         if size == nearest:
@@ -137,12 +137,12 @@ class BackboneArchitecture:
         raise ConfigError(f"{setting} {size} {why}; the nearest is {nearest}")
 
     def build(self) -> Any:
-        """timm's model with random weights, on the current default device."""
+        """Build timm's model with random weights on the current default device."""
         return build_model(self.name, self.image_size, self.channels, dict(self.options))
 
 
 def _option(name: str, value: object) -> Option:
-    """As read from JSON, hashable. Raises ConfigError for another kind of value."""
+    """Return an option's value from JSON in hashable form. Raises ConfigError for another kind of value."""
     if isinstance(value, list | tuple):
         return tuple(_option(name, each) for each in value)
     if isinstance(value, bool | int | float | str):
@@ -151,17 +151,17 @@ def _option(name: str, value: object) -> Option:
 
 
 def _plain(value: Option) -> object:
-    """As in JSON."""
+    """Return an option's value as in JSON."""
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 class _Shapes(NamedTuple):
-    """What a model's features show."""
+    """What a model's features reveal about it."""
 
     widths: tuple[int, ...]
     num_prefix_tokens: int
     rows: int
-    """Of the last block's feature map."""
+    """Rows of the last block's feature map."""
     has_cls_token: bool
     sizes: SizeRule
     has_final_norm: bool
@@ -169,8 +169,7 @@ class _Shapes(NamedTuple):
 
 @cache
 def _shapes(architecture: BackboneArchitecture) -> _Shapes:
-    """From a forward pass without data. Raises ConfigError for a model without intermediate features, or whose images
-    have another size."""
+    """Run a forward pass without data. Raises ConfigError without intermediate features or for an unsuitable size."""
     name, size = architecture.name, architecture.image_size
     with torch.device("meta"):
         model = architecture.build().eval()
@@ -178,10 +177,10 @@ def _shapes(architecture: BackboneArchitecture) -> _Shapes:
         raise ConfigError(f"{name} cannot be used: timm {timm.__version__} provides no intermediate features for it")
     try:
         found = intermediates(model, torch.empty(1, architecture.channels, size, size, device="meta"), None)
-    except Exception as error:  # models fail in their own ways on images they were not made for
+    except Exception as error:  # each model raises its own errors for unsuitable images
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{name} cannot take images of {size} pixels ({reason}); try --resolution") from error
-    if not found[-1][0].numel():  # torch 2.6 lets a convolution return nothing
+    if not found[-1][0].numel():  # in torch 2.6, a convolution may return an empty tensor
         raise ConfigError(f"{name} cannot take images of {size} pixels (no token is left); try --resolution")
     feature_map, prefix = found[-1]
     num_prefix = 0 if prefix is None else prefix.shape[1]
@@ -196,10 +195,10 @@ def _shapes(architecture: BackboneArchitecture) -> _Shapes:
 
 
 class TimmBackbone(nn.Module):
-    """Tokens of any block or stage of a timm model; `model` keeps timm's parameter names.
+    """A timm model that returns the tokens of any block or stage; `model` keeps timm's parameter names.
 
     Feature maps become tokens in reading order. Blocks may differ in width.
-    Raises ConfigError for an image size it cannot take, and for a model without intermediate features.
+    Raises ConfigError for an image size that the model cannot take, and for a model without intermediate features.
     """
 
     def __init__(self, architecture: BackboneArchitecture) -> None:
@@ -215,7 +214,7 @@ class TimmBackbone(nn.Module):
         self._checkpointing = False
 
     def train(self, mode: bool = True) -> Self:
-        """As any module's, but frozen BatchNorms keep their statistics: frozen blocks give what they gave before."""
+        """Set the mode, but keep frozen BatchNorms' statistics, so that frozen blocks return the same outputs."""
         super().train(mode)
         for module in self.modules() if mode else ():
             weights = list(module.parameters(recurse=False))
@@ -225,7 +224,7 @@ class TimmBackbone(nn.Module):
 
     @property
     def checkpointing(self) -> bool:
-        """Recompute blocks in the backward pass instead of storing their activations."""
+        """Whether blocks are recomputed in the backward pass instead of storing their activations."""
         return self._checkpointing
 
     @checkpointing.setter
@@ -238,13 +237,13 @@ class TimmBackbone(nn.Module):
 
     @property
     def block_modules(self) -> list[nn.Module]:
-        """What torch can compile one by one: blocks or stages."""
+        """Modules that torch can compile one by one: blocks or stages."""
         found = (getattr(self.model, name, None) for name in ("blocks", "layers", "stages"))
         return next((list(each) for each in found if isinstance(each, nn.ModuleList | nn.Sequential)), [])
 
     @cached_property
     def _layers(self) -> dict[str, int]:
-        """Layer of every parameter; the final norm's is one more than the last block's."""
+        """Layer of every parameter; that of the final norm is one more than the last block's."""
         layers, norm = layer_ids(self.model), norm_of(self.model)
         in_norm = {id(parameter) for parameter in norm.parameters()} if norm is not None else set()
         normed = [name for name, parameter in self.model.named_parameters() if id(parameter) in in_norm]
@@ -253,22 +252,21 @@ class TimmBackbone(nn.Module):
 
     @property
     def last_layer(self) -> int:
-        """Of the final norm, one more than the last block's."""
+        """Layer of the final norm, one more than the last block's."""
         return self._layers[""]
 
     def layer_of(self, name: str) -> int:
-        """Layer of one of the model's parameters, as timm's groups count: transformer blocks also where stages are
-        read."""
+        """Return a parameter's layer as timm's groups count: by transformer block, even where stages are read."""
         return self._layers[name]
 
     def blocks(
         self, images: Tensor, indices: Sequence[int], *, final_norm: bool | Sequence[bool] = False
     ) -> list[Tensor]:
-        """As `Encoder.blocks`; L and D are each block's own.
+        """Return tokens as `Encoder.blocks` does; L and D may differ between blocks.
 
-        final_norm costs a second pass where the norm is not known to apply to tokens one by one, unless only normed
-        blocks are asked for. Raises ConfigError for a block outside 1..depth, and for final_norm if timm's model has no
-        norm at its last block.
+        final_norm costs a second pass if the norm is not known to apply to tokens one by one, unless only normed blocks
+        are asked for. Raises ConfigError for a block outside 1..depth, and for final_norm if timm's model has no norm
+        at its last block.
         """
         check_blocks(indices, self.depth)
         if self.architecture.channels == 1 and images.shape[1] == 3:
@@ -285,7 +283,7 @@ class TimmBackbone(nn.Module):
         return [tokens[norm][index] for index, norm in pairs]
 
     def _has_norm(self, index: int) -> bool:
-        """Whether the norm fits a block: that of a hierarchical model fits its last one."""
+        """Return whether the norm fits a block; in a hierarchical model, it fits only the last one."""
         return index == self.depth or len(set(self.widths)) == 1
 
     def _tokens(self, images: Tensor, wanted: list[int], *, norm: bool) -> dict[int, Tensor]:
@@ -301,26 +299,26 @@ class TimmBackbone(nn.Module):
         return dict(zip(wanted, starmap(as_tokens, found), strict=True))
 
     def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
-        """One vector per image: `cls`, `mean` or `cls+mean`; see `Encoder.pool`."""
+        """Pool tokens to one vector per image: `cls`, `mean` or `cls+mean`; see `Encoder.pool`."""
         return pool_tokens(tokens_BLD, how, self.num_prefix_tokens, self.has_cls_token)
 
 
 EncoderArchitecture = Architecture | BackboneArchitecture
-"""Of either kind of encoder: `depth`, `widths`, `patch_size`, `sizes`, `check_size` and more."""
+"""Architecture of either kind of encoder, with `depth`, `widths`, `patch_size`, `sizes`, `check_size` and more."""
 TokenEncoder = Encoder | TimmBackbone
 """Either kind of encoder."""
 
 
 def new_encoder(architecture: EncoderArchitecture) -> TokenEncoder:
-    """An encoder with random weights, on the current default device."""
+    """Build an encoder with random weights on the current default device."""
     return TimmBackbone(architecture) if isinstance(architecture, BackboneArchitecture) else build_encoder(architecture)
 
 
 @cache
 def reached(architecture: BackboneArchitecture, block: int) -> frozenset[str]:
-    """Parameters that a block's pooled tokens depend on, with the final norm after the last block.
+    """Return the parameters on which a block's pooled tokens depend, with the final norm after the last block.
 
-    Found by a backward pass without data: every one of them gets a gradient.
+    They are found by a backward pass without data: each of them receives a gradient.
     """
     with torch.device("meta"):
         backbone = TimmBackbone(architecture).eval()
@@ -331,21 +329,21 @@ def reached(architecture: BackboneArchitecture, block: int) -> frozenset[str]:
 
 
 def architecture_from(values: object) -> EncoderArchitecture:
-    """What a header says. Raises ConfigError for a record that is not valid."""
+    """Return the architecture recorded in a header. Raises ConfigError for an invalid record."""
     kind = BackboneArchitecture if isinstance(values, dict) and values.get("backbone") else Architecture
     return kind.from_dict(values)
 
 
 def is_backbone(name: str) -> bool:
-    """Whether a name is of a timm model other than a plain vision transformer. Raises ConfigError if timm has none."""
+    """Return whether a name is that of a timm model other than a plain ViT. Raises ConfigError for an unknown name."""
     return name != "custom" and name not in PAPER_SIZES and not is_plain_vit(name)
 
 
 def find_architecture(name: str, source: str | None, image_size: int | None) -> Architecture | BackboneArchitecture:
-    """The architecture that an evaluation's `--arch` and `--source` name.
+    """Return the architecture that an evaluation's `--arch` and `--source` name.
 
-    image_size: pixels of the images; None is the size of timm's model, or 224. Raises ConfigError for unknown names,
-    and for `custom`, whose sizes only the header of our own files holds.
+    image_size: pixels per side; None means the size of timm's model, or 224. Raises ConfigError for unknown names, and
+    for `custom`, whose sizes are only in the header of mimref's own files.
     """
     if name == "custom":
         raise ConfigError("--arch custom: only files that mimref wrote record its sizes, and they need no --arch")
@@ -363,9 +361,9 @@ def find_architecture(name: str, source: str | None, image_size: int | None) -> 
 
 
 def at_size(architecture: BackboneArchitecture, size: int, setting: str) -> BackboneArchitecture:
-    """The architecture for images of `size` pixels, which `setting` asks for.
+    """Return the architecture for images of `size` pixels, which `setting` asks for.
 
-    Raises ConfigError where weights of another size would not fit.
+    Raises ConfigError if weights of another size would not fit.
     """
     if size == architecture.image_size:
         return architecture

@@ -1,4 +1,4 @@
-"""Patch embeddings for images of another number of channels than the weights were trained on.
+"""Patch embeddings for images with another number of channels than those that the weights were trained on.
 
 The patch embedding is the first convolution, whatever its name: its weight (D, M, p, p) of M channels becomes
 (D, N, p, p).
@@ -21,20 +21,20 @@ ChannelInit = Literal["repeat", "sum", "random"]
 
 @dataclass(frozen=True)
 class ChannelRule:
-    """How weights of M channels become those of N.
+    """How weights of M channels become weights of N.
 
-    repeat: channel n has the weights of channel n mod M, times M / N; a single channel has their sum. timm's rule,
-    which leaves the features of gray images as they are where M divides N, or N is 1. sum: every channel has the sum of
-    all weights over N, which always does. random: the first M channels, or those of `colors`, keep the weights; the
-    others are drawn with their standard deviation.
+    repeat: channel n gets the weights of channel n mod M, times M / N; a single channel gets their sum. This is timm's
+    rule; it leaves the features of gray images unchanged if M divides N or N is 1. sum: every channel gets the sum of
+    all weights, divided by N, which always leaves them unchanged. random: the first M channels, or those in `colors`,
+    keep the weights; the others are drawn with the weights' standard deviation.
     """
 
     how: ChannelInit = "repeat"
     colors: tuple[int, ...] | None = None
-    """For `random`: the channel, 1-based, that each of the weights' channels becomes."""
+    """For `random`: the 1-based channel to which each channel of the weights moves."""
 
     def adapt(self, weight_DMPP: Tensor, channels: int) -> Tensor:
-        """The weight (D, N, p, p). Raises ConfigError for `colors` that do not fit."""
+        """Return the weight (D, N, p, p) for N `channels`. Raises ConfigError for `colors` that do not fit."""
         stored = weight_DMPP.shape[1]
         if self.how == "random":
             return self._with_random(weight_DMPP, channels)
@@ -47,25 +47,25 @@ class ChannelRule:
         colors = self.colors or tuple(range(1, min(stored, channels) + 1))
         if self.colors is not None and (len(set(colors)) != stored or len(colors) != stored or max(colors) > channels):
             raise ConfigError(
-                f"encoder.color_channels {list(colors)} must name a channel of 1 to {channels}, each once, for every "
-                f"one of the {stored} that the weights are for"
+                f"encoder.color_channels {list(colors)} must name different channels of 1 to {channels}, one for "
+                f"each of the {stored} channels of the weights"
             )
         shape = (len(weight_DMPP), channels, *weight_DMPP.shape[2:])
-        # Every command that adapts these weights must get the same ones.
+        # Every command that adapts these weights must draw the same values.
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * weight_DMPP.float().std()
         found = drawn.to(weight_DMPP)
         found[:, [color - 1 for color in colors]] = weight_DMPP[:, : len(colors)]
         return found
 
     def key(self) -> dict[str, object]:
-        """For cache keys."""
+        """Return the rule for cache keys."""
         return {"init": self.how, **({"colors": list(self.colors)} if self.how == "random" and self.colors else {})}
 
 
 def for_images(architecture: A, channels: int | None) -> A:
-    """The architecture for images of so many channels; None: its own.
+    """Return the architecture for images with this number of channels; None means its own.
 
-    Encoders of gray images also take colour, whose luma they see.
+    Encoders of gray images also take colour images, whose luma they see.
     """
     if channels in (None, architecture.channels) or (architecture.channels, channels) == (1, 3):
         return architecture
@@ -74,9 +74,9 @@ def for_images(architecture: A, channels: int | None) -> A:
 
 
 def first_channels(tensors: Mapping[str, Tensor]) -> int:
-    """Channels of the images that a foreign file is for: those of its patch embedding or stem, 3 if there is none.
+    """Return the number of image channels of a foreign file: that of its patch embedding or stem, 3 if it has none.
 
-    Positions may have four axes too, the first of length 1.
+    Position embeddings may have four axes too, but their first has length 1.
     """
     named = (tensor for name, tensor in tensors.items() if "embed" in name or "stem" in name)
     kernels = (each for each in named if each.ndim == 4 and len(each) > 1 and each.shape[2] == each.shape[3])
@@ -86,7 +86,7 @@ def first_channels(tensors: Mapping[str, Tensor]) -> int:
 def fit_channels(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], channels: int, rule: ChannelRule
 ) -> Mapping[str, Tensor]:
-    """The tensors with a patch embedding of so many channels, where the wanted one differs in these alone."""
+    """Adapt the patch embedding to `channels` channels if the wanted one differs only in their number."""
 
     def differs(given: Tensor, other: Tensor | None) -> bool:
         if other is None or given.ndim != 4 or other.ndim != 4 or given.shape == other.shape:

@@ -1,7 +1,7 @@
-"""Encoders from weights files, and the files that we write, which timm reads too.
+"""Encoders from weights files, and files of weights that mimref writes, which timm reads too.
 
-From a file to an encoder: `read_checkpoint` reads and recognises it, `choose_architecture` settles the sizes,
-`encoder_from` builds the encoder. `reading` opens files, `formats` recognises foreign ones.
+From a file to an encoder: `read_checkpoint` reads and recognises the file, `choose_architecture` determines the sizes,
+`encoder_from` builds the encoder. The module `reading` opens files, `formats` recognises foreign ones.
 """
 
 import hashlib
@@ -60,35 +60,35 @@ class Checkpoint:
 
     path: Path
     tensors: dict[str, Tensor]
-    """In the file's own types, mapped into memory where the format allows it."""
+    """Tensors in the file's own types, mapped into memory where the format allows it."""
     header: dict[str, Any] = field(default_factory=dict)
-    """Of our own files; empty for foreign ones."""
+    """Header of mimref's own files; for foreign ones empty, but for a `transform` if the normalisation is known."""
     architecture: EncoderArchitecture | None = None
-    """From the header, or as recognised; None when unknown."""
+    """Architecture from the header, or as recognised; None if unknown."""
     source: str | None = None
-    """Pre-training method: of published weights by name, as recognised, or from the header; None when unknown."""
+    """Pre-training method: of published weights by name, as recognised, or from the header; None if unknown."""
     licence: str | None = None
-    """Of published weights by name, or from the header: a layout does not reveal who trained the weights."""
+    """Licence of published weights by name, or from the header: a layout does not reveal who trained the weights."""
     recognised: Recognised | None = None
-    """A foreign file as a plain vision transformer."""
+    """A foreign file's encoder in the internal form; None if it is not recognised."""
     problem: str = ""
     """Why a foreign file is not recognised."""
     advice: str = ""
-    """What may help then, for commands with `--arch`."""
+    """What may help in that case, for commands with `--arch`."""
     ignored: list[str] = field(default_factory=list)
     """Notices of what was left out when the file was read."""
     named: dict[str, Tensor] = field(default_factory=dict)
-    """All tensors of a foreign file, under their names without what wrapping modules add."""
+    """All tensors of a foreign file, under their names without the parts that wrapping modules add."""
     part: str | None = None
     """Which encoder of the file was asked for."""
     interpolation: Interpolation | None = None
-    """Asked for, instead of the format's; None: see the architecture."""
+    """Interpolation asked for instead of the format's; None means that of the architecture."""
     channel_rule: ChannelRule = field(default_factory=ChannelRule)
-    """For images of other channels."""
+    """How the weights are adapted to images with another number of channels."""
 
     @cached_property
     def channels(self) -> int:
-        """Of the images that the weights are for."""
+        """Channels of the images that the weights are for."""
         if self.architecture is not None:
             return self.architecture.channels
         return first_channels(self.tensors)
@@ -97,7 +97,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 of the tensors' names and bytes, independent of the file's name. Reads every tensor.
 
-        Where the file holds several encoders, or its grid of patches is no square, it depends on the choice as well.
+        If the file holds several encoders, or its grid of patches is not square, it depends on the choice as well.
         """
         digest, found = tensors_hash(self.tensors), self.recognised
         chosen = [found.prefix] if found and found.others else []
@@ -108,12 +108,12 @@ class Checkpoint:
 
     @property
     def guesses_interpolation(self) -> bool:
-        """Whether nothing says which of several families' rules interpolates the positions."""
+        """Whether nothing shows which of several families' rules interpolates the positions."""
         found = self.recognised
         return bool(found and found.guesses_interpolation and self.source is None and self.interpolation is None)
 
     def notices(self, architecture: EncoderArchitecture, sizes: Sequence[int] = ()) -> list[str]:
-        """What was ignored, assumed or changed to read the file as this architecture, each with the file's name.
+        """Return what was ignored, assumed or changed to read the file as this architecture, with the file's name.
 
         sizes: pixels of the images that the encoder will see.
         """
@@ -148,7 +148,7 @@ class Checkpoint:
         return [f"{self.path}: {notice}" for notice in notices]
 
     def interpolates(self, architecture: Architecture, size: int) -> bool:
-        """Whether images of `size` pixels need other positions than those in the file."""
+        """Return whether images of `size` pixels need other positions than those in the file."""
         if self.recognised and self.recognised.grid[0] != self.recognised.grid[1]:
             return True
         tensors = (self.recognised or self).tensors
@@ -161,9 +161,9 @@ class Checkpoint:
         return positions.ndim != 3 or positions.shape[1] - patches not in (0, 1, extra, 1 + extra)
 
     def selection(self, wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """The tensors below the prefix where most names of a timm model are found, and what is said of the others.
+        """Return the tensors below the prefix where most names of a timm model are found, and notices of the others.
 
-        All tensors if there is no such prefix. Raises CheckpointError if there are several and no way to choose.
+        Returns all tensors if there is no such prefix. Raises CheckpointError for several and no way to choose.
         """
         prefixes = matching_prefixes(self.named, wanted)
         if not prefixes:
@@ -183,8 +183,8 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read a weights file, a run's or `save_pretrained`'s folder, published or packaged weights, or `timm:NAME`.
 
-    reading: what the file does not say; of our own files, only the interpolation counts. progress: of a download.
-    Raises CheckpointError with one line for a missing or damaged file, and for a `part` that it does not have.
+    reading: what the file does not record; for mimref's own files, only interpolation and channels apply. progress: of
+    a download. Raises CheckpointError with one line for a missing or damaged file; `problem` reports a missing `part`.
     """
     reading = reading or ReadingConfig()
     colors = None if reading.color_channels is None else tuple(reading.color_channels)
@@ -237,14 +237,14 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
 
 
 def _from_timm(path: str) -> Checkpoint:
-    """`timm:NAME`: a model with the weights that timm downloads for it."""
+    """Read `timm:NAME`, a model with the weights that timm downloads for it."""
     name = path.removeprefix(_TIMM)
-    is_plain_vit(name)  # whether timm has it
+    is_plain_vit(name)  # raises ConfigError if timm lacks it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # the hub's client fails in many ways
+    except Exception as error:  # the hub's client raises many kinds of errors
         raise CheckpointError(
             f"{path}: timm cannot fetch it ({first_line(error)}); pass the weights as a file"
         ) from error
@@ -256,7 +256,7 @@ def _from_timm(path: str) -> Checkpoint:
 
 
 def with_fixed_positions(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Architecture:
-    """The architecture of a timm model, with positions fixed when they are MAE's sin-cos ones, which never train."""
+    """Return a timm model's architecture, with positions fixed if they are MAE's sin-cos ones, which never train."""
     positions = tensors.get("pos_embed")
     if positions is None or positions.ndim != 3:
         return architecture
@@ -264,7 +264,7 @@ def with_fixed_positions(architecture: Architecture, tensors: Mapping[str, Tenso
 
 
 def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
-    """A timm model's architecture, with the channels and the LayerNorm's epsilon of the file's encoder."""
+    """Return a timm model's architecture with the channels and the LayerNorm epsilon of the file's encoder."""
     found = checkpoint.recognised and checkpoint.recognised.architecture
     if not isinstance(found, Architecture):
         return architecture
@@ -274,11 +274,11 @@ def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Arch
 def choose_architecture(
     checkpoint: Checkpoint, arch: str | None = None, source: str | None = None, resolution: int | None = None
 ) -> EncoderArchitecture:
-    """The checkpoint's own architecture; the one of `--arch` and `--source` for timm models and unrecognised files.
+    """Return the checkpoint's own architecture, or that of `--arch` and `--source` for timm models and unknown files.
 
-    Its channels are those of the weights. resolution: pixels of the images it will see; None is its own size. Raises
+    Its channels are those of the weights. resolution: image size in pixels per side; None means its own. Raises
     CheckpointError if the architecture is unknown, ConfigError for an `arch` that contradicts the checkpoint or a
-    resolution that patches do not divide.
+    resolution that is not divisible by the patch size.
     """
     recorded = checkpoint.architecture
     chosen: EncoderArchitecture
@@ -302,7 +302,7 @@ def choose_architecture(
 
 
 def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture, *, share: bool = True) -> TokenEncoder:
-    """An encoder with a checkpoint's weights. Raises CheckpointError if they do not fit.
+    """Build an encoder with a checkpoint's weights. Raises CheckpointError if they do not fit.
 
     share: use the checkpoint's memory instead of a copy.
     """
@@ -337,7 +337,7 @@ def load_weights(encoder: Encoder, checkpoint: Checkpoint, *, share: bool = Fals
 
 
 def _tensors_for(encoder: Encoder, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
-    """A file's tensors under the encoder's names."""
+    """Return a file's tensors under the encoder's names."""
     if "architecture" in checkpoint.header:
         return checkpoint.tensors
     wanted = encoder.vit.state_dict()
@@ -356,7 +356,7 @@ def _tensors_for(encoder: Encoder, checkpoint: Checkpoint) -> Mapping[str, Tenso
 def _timm_tensors(
     checkpoint: Checkpoint, architecture: EncoderArchitecture, model: nn.Module, dropped: tuple[str, ...]
 ) -> Mapping[str, Tensor]:
-    """A file's tensors under the names of a timm model, if necessary by way of timm's filter of published files."""
+    """Return a file's tensors under a timm model's names, if necessary through timm's filter of published files."""
     selected, everything = checkpoint.tensors, checkpoint.tensors
     if checkpoint.recognised and checkpoint.recognised.is_of(architecture):
         selected = everything = checkpoint.recognised.tensors
@@ -374,7 +374,7 @@ def _load(
     share: bool,
     dropped: tuple[str, ...] = (),
 ) -> None:
-    """dropped: prefixes of further tensors that may be left over."""
+    """Load tensors into a module. dropped: prefixes of further tensors that may be left over."""
     wanted = module.state_dict()
     given = without_unneeded(tensors, wanted, dropped)
     if problems := mismatches(given, wanted):

@@ -1,4 +1,4 @@
-"""Encoders with a linear classifier: how they compute, are trained with stochastic depth, and are stored.
+"""Encoders with a linear classifier: forward pass, stochastic depth during training, and storage.
 
 Shapes: B images, D width, C classes.
 """
@@ -18,14 +18,14 @@ from mimref.errors import CheckpointError
 
 Pool = Literal["cls", "mean"]
 HEAD_STD = 2e-5
-"""Of the head's first weights (MAE, BEiT): the first predictions are all but uniform."""
+"""Standard deviation of the head's initial weights (MAE, BEiT), which makes the first predictions almost uniform."""
 
 
 class StochasticDepth(nn.Module):
-    """In training, drops a residual branch of some samples, and scales those of the others to the same mean.
+    """Drops a residual branch of some samples in training, and scales those of the others to keep the mean.
 
-    The numbers that decide are set by `set_depths`, so that they depend on the samples and not on their places in a
-    batch.
+    The trainer sets the random numbers that decide, `uniform_B`, so that they depend on the samples and not on their
+    places in a batch.
     """
 
     def __init__(self, rate: float) -> None:
@@ -41,7 +41,7 @@ class StochasticDepth(nn.Module):
 
 
 def set_stochastic_depth(encoder: Encoder, rate: float) -> list[StochasticDepth]:
-    """Give the branches of block b of L the rate `rate * (b - 1) / (L - 1)`; returns those above 0, in order."""
+    """Set `rate * (b - 1) / (L - 1)` for the branches of block b of L; returns those with a rate above 0, in order."""
     found = []
     for number, block in enumerate(encoder.vit.blocks):
         own = rate * number / max(1, encoder.depth - 1)
@@ -56,10 +56,10 @@ def set_stochastic_depth(encoder: Encoder, rate: float) -> list[StochasticDepth]
 
 
 class Classifier(nn.Module):
-    """Logits from the pooled tokens of the last block, behind a LayerNorm.
+    """Logits from the pooled tokens of the last block, after a LayerNorm.
 
-    With CLS pooling that norm is the encoder's final one, if it has one; else it is new, as in MAE's fine-tuning of
-    mean-pooled patches.
+    With CLS pooling, that norm is the encoder's final one, if it has one; otherwise it is new, as in MAE's fine-tuning
+    of mean-pooled patches.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int, pool: Pool = "cls") -> None:
@@ -74,27 +74,27 @@ class Classifier(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Classes it distinguishes."""
+        """Number of classes."""
         return self.head.out_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of normalised images (B, 3, S, S)."""
+        """Return the logits (B, C) of normalised images (B, 3, S, S)."""
         tokens_BLD = self.encoder.blocks(images, [self.encoder.depth], final_norm=self.final_norm)[0]
         return self.logits(self.encoder.pool(tokens_BLD, self.pool))
 
     def logits(self, pooled_BD: Tensor) -> Tensor:
-        """Logits (B, C) of pooled tokens of the last block, after the final norm if `final_norm`."""
+        """Return the logits (B, C) of pooled tokens of the last block, after the final norm if `final_norm`."""
         logits_BC: Tensor = self.head(self.fc_norm(pooled_BD))
         return logits_BC
 
     def head_state(self) -> dict[str, Tensor]:
-        """The tensors beside the encoder's, under timm's names."""
+        """Return the tensors that are not the encoder's, under timm's names."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("encoder.")}
 
 
 @dataclass(frozen=True)
 class ClassifierRecord:
-    """What a header says about a classifier."""
+    """A header's record of a classifier."""
 
     pool: Pool
     classes: list[str]
@@ -102,7 +102,7 @@ class ClassifierRecord:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "ClassifierRecord | None":
-        """What a file's header records; None without a classifier. Raises CheckpointError for another record."""
+        """Return the record in a file's header; None without a classifier. Raises CheckpointError if it is invalid."""
         recorded = checkpoint.header.get("classifier")
         if recorded is None:
             return None
@@ -119,7 +119,7 @@ class ClassifierRecord:
 def save_classifier(path: Path, classifier: Classifier, classes: Sequence[str], header: Mapping[str, Any]) -> None:
     """Write an encoder and its classifier atomically as safetensors, under timm's names.
 
-    Commands that want an encoder read the file too. classes: names in the order of the logits.
+    Commands that need an encoder read the file too. classes: names in the order of the logits.
     """
     encoder = classifier.encoder
     tensors = {**encoder.vit.state_dict(), **classifier.head_state()}
@@ -133,7 +133,7 @@ def save_classifier(path: Path, classifier: Classifier, classes: Sequence[str], 
 
 
 def classifier_of(checkpoint: Checkpoint, encoder: Encoder) -> tuple[Classifier, list[str]] | None:
-    """A file's classifier on top of its encoder, and the names of its classes; None if the file has none."""
+    """Return a file's classifier on top of its encoder, and the names of its classes; None if the file has none."""
     record = ClassifierRecord.of(checkpoint)
     if record is None:
         return None
@@ -144,7 +144,7 @@ def classifier_of(checkpoint: Checkpoint, encoder: Encoder) -> tuple[Classifier,
 
 
 def _with_head(encoder: Encoder, num_classes: int, pool: Pool, tensors: Mapping[str, Tensor]) -> Classifier | None:
-    """A classifier with a file's tensors; None if one is missing or does not fit."""
+    """Build a classifier with a file's tensors; None if one is missing or does not fit."""
     with torch.device("meta"):
         classifier = Classifier(encoder, num_classes, pool)
     wanted = classifier.head_state()
@@ -157,9 +157,9 @@ def _with_head(encoder: Encoder, num_classes: int, pool: Pool, tensors: Mapping[
 
 
 def _public_classifier(checkpoint: Checkpoint, encoder: Encoder) -> tuple[Classifier, list[str]] | None:
-    """The classifier of a foreign file under the names of timm, MAE or torchvision; its classes are called 0, 1, ...
+    """Return a foreign file's classifier under the names of timm, MAE or torchvision; its classes are called 0, 1, ...
 
-    A norm of pooled tokens is one of patches (MAE); otherwise the CLS token is classified.
+    If the file has a norm of pooled tokens, the mean of the patches is classified (MAE); otherwise the CLS token.
     """
     if (found := checkpoint.recognised) is None:
         return None
@@ -174,10 +174,10 @@ def _public_classifier(checkpoint: Checkpoint, encoder: Encoder) -> tuple[Classi
 
 
 def read_classifier(checkpoint: Checkpoint, resolution: int | None = None) -> tuple[Classifier, list[str]]:
-    """A checkpoint's classifier on the CPU, for images of `resolution` pixels, and the names of its classes.
+    """Return a checkpoint's classifier on the CPU, for images of `resolution` pixels, and the names of its classes.
 
-    Of public fine-tuned models, these are numbers. Raises CheckpointError for a file without a classifier, ConfigError
-    for a resolution that patches do not divide.
+    The classes of public fine-tuned models are called by number. Raises CheckpointError for a file without a
+    classifier, ConfigError for a resolution that is not divisible by the patch size.
     """
     if checkpoint.architecture is None:
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}")

@@ -1,4 +1,4 @@
-"""The tensors of a pickle's value by their names: in dictionaries, in modules, and in modules of TorchScript.
+"""Named tensors in a pickle's value: in dictionaries, in modules, and in TorchScript modules.
 
 Modules are recognised by their structure, since their classes are not known.
 """
@@ -16,7 +16,7 @@ Content = Mapping[Any, Any]
 
 _MOST_LEVELS, _MOST_REPEATS, _LONGEST_NAME = 100, 100_000, 1000
 _SCRIPTED = ("__torch__ ", "__torch__.")
-# Settings and numbers that public checkpoints hold beside tensors; nobody misses them.
+# Settings and numbers that public checkpoints hold beside tensors; they are left out without a notice.
 _ARRAYS = frozenset(
     f"numpy{module} {name}"
     for module, name in (
@@ -43,9 +43,9 @@ _COMMON = frozenset(
 
 
 def find_tensors(value: object, module_tensors: Mapping[str, frozenset[str]]) -> tuple[Content, list[str]]:
-    """Nested dictionaries with string keys and tensors alone, and names of classes that gave none of them.
+    """Return nested dictionaries of tensors under string keys, and names of classes from which no tensors were taken.
 
-    module_tensors: the parameters and buffers of each class of TorchScript; of other classes, all tensors are taken.
+    module_tensors: the parameters and buffers of each TorchScript class; of other classes, all tensors are taken.
     """
     search = _Search(module_tensors)
     found = search.tree(value)
@@ -66,11 +66,11 @@ class _Search:
         self.arrays: dict[str, None] = {}
 
     def tree(self, value: object, level: int = 0) -> dict[str, Any] | Tensor | None:
-        """A tensor, or a dictionary that has some below it; None for all else, whose classes are noted."""
+        """Return a tensor, or a dictionary with tensors below it; None for all else, whose classes are noted."""
         if isinstance(value, str | int | float | None):
             return None
         items = self._items(value)
-        # A few dictionaries that hold each other twice have more names than memory has room for.
+        # A few dictionaries that hold each other twice can have more names than fit into memory.
         if id(value) in self._seen:
             self._repeats_left -= 1 + len(items or ()) // 64
         self._seen.add(id(value))
@@ -98,7 +98,7 @@ class _Search:
         return found or None
 
     def _items(self, value: object) -> dict[str, Any] | None:
-        """What has names: items of a dictionary, also of an unknown class, or the parts of a module."""
+        """Return named items: those of a dictionary, even one of an unknown class, or the parts of a module."""
         if type(value) is dict:
             return value
         if type(value) is not Inert:
@@ -132,7 +132,7 @@ class _Search:
         }
 
     def _note(self, value: object) -> None:
-        """Note the outermost classes in a value that holds no tensors with names."""
+        """Note the outermost classes in a value that holds no named tensors."""
         waiting = [value]
         while waiting:
             value = waiting.pop()
@@ -148,7 +148,7 @@ class _Search:
             elif self._is_module(value) or value.name in DTYPES:
                 continue
             elif value.name not in _COMMON:
-                # Whoever wrote the file chose the name.
+                # The name is whatever the file's author chose.
                 self.ignored[re.sub(r"[^\w.<>]", ".", value.name, flags=re.ASCII)[:80]] = None
             elif isinstance(value, Inert):
                 waiting += [value.items, value.state, value.args]

@@ -1,7 +1,7 @@
-"""Export to timm and to the layout of the MIM-Refiner releases, and what every export shares; see also `export_onnx`.
+"""Export to timm and to the layout of the MIM-Refiner releases, and what all exports share; see also `export_onnx`.
 
-An export is written elsewhere, read again with the code its users have, and compared with the encoder. Only then does
-it get its name.
+An export is written to a temporary folder, read back with the code that its users have, and compared with the encoder.
+Only then is it moved to its final path.
 
 Shapes: B images, L tokens, D width, S pixels per side.
 """
@@ -29,7 +29,7 @@ from mimref.errors import ConfigError, OutputError
 from mimref.files import atomic_path, check_new_file
 from mimref.progress import Listener, Silent
 
-# Entries of a header that stay true of the weights in any format; `transform` has the normalisation of the images.
+# Header entries that hold for the weights in any format; `transform` includes the normalisation of images.
 _FACTS = ("source", "licence", "preset", "data", "transform")
 ENDINGS = {
     "timm": (".safetensors", ".pth", ".pt"),
@@ -37,16 +37,16 @@ ENDINGS = {
     "release": (".th", ".pth", ".pt"),
     "onnx": (".onnx",),
 }
-"""Of the files in each format."""
-# Largest difference that passes, as a share of the features' largest magnitude.
+"""File endings of each format."""
+# Largest accepted difference, relative to the largest magnitude of the features.
 _TOLERANCE = 1e-4
-# Not the batch size that ONNX is traced with: a size traced as a constant would go unnoticed.
+# Differs from the batch size of the ONNX trace, so that a size traced as a constant is noticed.
 _COMPARED_IMAGES = 3
 
 
 @dataclass(frozen=True)
 class Export:
-    """A file that reproduces the encoder's features when it is read."""
+    """A written file that reproduces the encoder's features when it is read."""
 
     path: Path
     difference: float
@@ -54,11 +54,11 @@ class Export:
     read_with: str
     """A line of Python that reads the file."""
     timm_name: str | None = None
-    """The timm model that loads the file; None for other formats, and if timm has no model of these sizes."""
+    """Name of the timm model that loads the file; None for other formats, and if timm has no model of these sizes."""
 
 
 def plain(encoder: TokenEncoder, what: str) -> Encoder:
-    """The encoder itself. Raises ConfigError, naming `what` asks for it, unless it is a plain vision transformer."""
+    """Return the encoder if it is a plain vision transformer. Otherwise raises ConfigError; `what` asks for one."""
     if not isinstance(encoder, Encoder):
         raise ConfigError(
             f"{what} needs a plain vision transformer, which {encoder.architecture.name} is not; use --to timm"
@@ -75,10 +75,11 @@ def read_encoder(
     resolution: int | None = None,
     listener: Listener | None = None,
 ) -> tuple[TokenEncoder, dict[str, Any], Checkpoint]:
-    """A checkpoint's encoder in fp32 on the CPU, the facts about it that every export keeps, and the checkpoint.
+    """Return a checkpoint's encoder in fp32 on the CPU, the facts that every export keeps, and the checkpoint.
 
-    reading, arch, source: as in `read_checkpoint` and `choose_architecture`. resolution: pixels per side to interpolate
-    positions to. Raises CheckpointError for a file that is no encoder, ConfigError for values that do not fit it.
+    reading, arch, source: as in `read_checkpoint` and `choose_architecture`. resolution: image size in pixels per side
+    to which positions are interpolated. Raises CheckpointError for a file that holds no encoder, ConfigError for values
+    that do not fit it.
     """
     listener = listener or Silent()
     checkpoint = read_checkpoint(path, reading, progress=listener.progress)
@@ -105,10 +106,11 @@ def write_verified(
     read: Callable[[Path], Mapping[str, Tensor]],
     listener: Listener | None,
 ) -> float:
-    """Write `out` if the file reproduces the model's outputs on `comparison_images`. Returns their largest difference.
+    """Write `out` if the file reproduces the model's outputs on `comparison_images`. Returns the largest difference.
 
-    outputs: the model's own, by name. read: those of a file. The file first gets its name in a folder beside `out`:
-    readers choose the format by the ending, and ONNX files hold the name of the file of weights beside them.
+    outputs: returns the model's own by name. read: returns those of a file. The file is first written under its final
+    name in a temporary folder beside `out`: readers choose the format by the ending, and ONNX files record the name of
+    the weights file beside them.
     """
     (listener or Silent()).note(f"writing {out}, reading it again and comparing outputs")
     with (
@@ -126,43 +128,43 @@ def write_verified(
 
 
 def data_file(out: Path) -> Path:
-    """The file of weights beside a large ONNX file."""
+    """Return the path of the weights file beside a large ONNX file."""
     return out.with_name(f"{out.name}.data")
 
 
 def plain_state(encoder: Encoder) -> dict[str, Tensor]:
-    """The weights as copies: `torch.save` writes all of the memory that a tensor is a part of."""
+    """Return copies of the weights: `torch.save` writes all of the memory that a tensor is a part of."""
     return {name: tensor.float().clone() for name, tensor in encoder.vit.state_dict().items()}
 
 
 def comparison_images(encoder: TokenEncoder) -> Tensor:
-    """Noise (B, C, S, S) that exports are compared on."""
+    """Return the noise images (B, C, S, S) on which exports are compared."""
     size, channels = encoder.architecture.image_size, encoder.architecture.channels
     return torch.randn(_COMPARED_IMAGES, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def named_features(tokens: Sequence[Tensor], blocks: Sequence[int], normed: Tensor) -> dict[str, Tensor]:
-    """Tokens (B, L, D) as `block_N`, and those of the last block after the final norm as `normed`."""
+    """Return tokens (B, L, D) as `block_N`, and those of the last block after the final norm as `normed`."""
     return {f"block_{block}": tokens_BLD for block, tokens_BLD in zip(blocks, tokens, strict=True)} | {"normed": normed}
 
 
 @torch.inference_mode()
 def encoder_features(encoder: Encoder, blocks: Sequence[int]) -> dict[str, Tensor]:
-    """The encoder's own features; it is put in eval mode. Without a final norm, `normed` is the last block's tokens."""
+    """Return the encoder's own features; sets eval mode. Without a final norm, `normed` is the last block's tokens."""
     wanted, final_norm = [*blocks, encoder.depth], [*(False for _ in blocks), True]
     *tokens, normed = encoder.eval().blocks(comparison_images(encoder), wanted, final_norm=final_norm)
     return named_features(tokens, blocks, normed)
 
 
 def features_by_name(encoder: Encoder, names: Iterable[str]) -> dict[str, Tensor]:
-    """The encoder's own features, by the names that `named_features` gives them."""
+    """Return the encoder's own features under names that `named_features` assigns."""
     return encoder_features(encoder, [int(name.removeprefix("block_")) for name in names if name != "normed"])
 
 
 def largest_difference(
     out: Path, outputs: Callable[[Iterable[str]], Mapping[str, Tensor]], found: Mapping[str, Tensor]
 ) -> float:
-    """Between a file's outputs and the model's. Raises OutputError for more than fp32 explains."""
+    """Return a file's largest difference from the model's outputs. Raises OutputError for more than fp32 explains."""
     wanted = outputs(found)
     largest = 0.0
     for name, read in found.items():
@@ -183,7 +185,7 @@ def largest_difference(
 def export_timm(
     encoder: Encoder, out: Path, facts: Mapping[str, Any], *, force: bool = False, listener: Listener | None = None
 ) -> Export:
-    """Write what `timm.create_model(name, checkpoint_path=out)` or timm's VisionTransformer class loads.
+    """Write a file that `timm.create_model(name, checkpoint_path=out)` or timm's VisionTransformer class loads.
 
     encoder: in fp32 on the CPU. out: ends in .safetensors, whose metadata holds `facts`, or in .pth or .pt without it.
     Raises ConfigError for an encoder that timm has no model for, OutputError for another ending, a file that exists
@@ -217,7 +219,7 @@ def export_timm(
 
 
 def timm_name(encoder: Encoder) -> str | None:
-    """The timm model with the same tensors and attention heads, preferably one made for the encoder's image size."""
+    """Return the timm model with the same tensors and attention heads, preferably one made for the same image size."""
     architecture, size = encoder.architecture, encoder.architecture.image_size
     if architecture.from_timm:
         return architecture.name.partition(".")[0]
@@ -233,7 +235,7 @@ def timm_name(encoder: Encoder) -> str | None:
             vit = timm.create_model(name, num_classes=0, img_size=size, in_chans=channels, weight_init="skip")
         if type(vit) is not VisionTransformer or type(first := vit.blocks[0]) is not Block:
             continue
-        # No shape shows the number of heads.
+        # The number of heads does not show in any shape.
         same_heads = first.attn.num_heads == architecture.num_heads
         if same_heads and {key: tensor.shape for key, tensor in vit.state_dict().items()} == wanted:
             return str(name)
@@ -241,7 +243,7 @@ def timm_name(encoder: Encoder) -> str | None:
 
 
 def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, Tensor]:
-    """Features of the file, by timm's code alone."""
+    """Return the file's features, by timm's code alone."""
     if name is None:
         vit: nn.Module = build_encoder(encoder.architecture).vit
         timm.models.load_checkpoint(vit, str(file))
@@ -256,7 +258,7 @@ def _read_by_timm(file: Path, encoder: Encoder, name: str | None) -> dict[str, T
 
 
 def reading_line(out: Path, architecture: Architecture, name: str | None, more: Mapping[str, Any] | None = None) -> str:
-    """A line of Python by which timm reads the file. more: options of the model that replace others."""
+    """Return a line of Python with which timm reads the file. more: options of the model that replace others."""
     eps = f"functools.partial(torch.nn.LayerNorm, eps={architecture.norm_eps})"
     norm = f", norm_layer={eps}" if norm_option(architecture) else ""
     if name is None:
@@ -275,10 +277,10 @@ def reading_line(out: Path, architecture: Architecture, name: str | None, more: 
 def export_release(
     encoder: Encoder, out: Path, facts: Mapping[str, Any], *, force: bool = False, listener: Listener | None = None
 ) -> Export:
-    """Write what the MIM-Refiner repository's models load: `state_dict`, and `ctor_kwargs` for their constructors.
+    """Write a file that the MIM-Refiner repository's models load: `state_dict` and the constructor's `ctor_kwargs`.
 
     out: ends in .th, .pth or .pt. `facts` are saved as `mimref`, which other programs ignore.
-    Raises ConfigError for what the layout cannot store, OutputError as `export_timm`.
+    Raises ConfigError for an encoder that the layout cannot store, OutputError as in `export_timm`.
     """
     check_new_file(out, ENDINGS["release"], force)
     architecture = encoder.architecture
@@ -303,7 +305,7 @@ def export_release(
 
 
 def _release_state(encoder: Encoder) -> dict[str, Tensor]:
-    """Weights under the layout's names. Raises ConfigError for what it cannot store."""
+    """Return the weights under the layout's names. Raises ConfigError for an encoder that it cannot store."""
     state, architecture = plain_state(encoder), encoder.architecture
     unsupported = {
         "register tokens": "reg_token" in state,
@@ -328,7 +330,7 @@ def _release_state(encoder: Encoder) -> dict[str, Tensor]:
 
 
 def _read_release(file: Path, encoder: Encoder) -> dict[str, Tensor]:
-    """Features of the file, recognised as any foreign checkpoint. Raises ConfigError for tensors it should not have."""
+    """Return the file's features, read as any foreign checkpoint. Raises ConfigError if it is not recognised."""
     checkpoint = read_checkpoint(file, ReadingConfig(num_heads=encoder.architecture.num_heads))
     if checkpoint.recognised is None:
         name, problem = encoder.architecture.name, checkpoint.problem

@@ -1,4 +1,4 @@
-"""Export of other timm models than plain vision transformers, to files that timm loads.
+"""Export of timm models other than plain vision transformers, to files that timm loads.
 
 Shapes: B images, L tokens, D width.
 """
@@ -23,7 +23,7 @@ from mimref.progress import Listener, Silent
 def export_backbone(
     encoder: TimmBackbone, out: Path, facts: Mapping[str, Any], *, force: bool = False, listener: Listener | None = None
 ) -> Export:
-    """Write what `timm.create_model(name, checkpoint_path=out)` loads, with the options of its sizes if it has any.
+    """Write a file that `timm.create_model(name, checkpoint_path=out)` loads, with options for its sizes if it has any.
 
     encoder: in fp32 on the CPU. out, facts and errors: as in `export_timm`.
     """
@@ -49,7 +49,7 @@ def export_backbone(
 
 
 def timm_model(architecture: BackboneArchitecture) -> tuple[str, dict[str, Any]]:
-    """timm's name, without a tag, and the options of `timm.create_model` that give the model its sizes."""
+    """Return timm's name, without a tag, and the options of `timm.create_model` that set the model's sizes."""
     name = architecture.name.partition(".")[0]
     options: dict[str, Any] = dict(architecture.options)
     if architecture.image_size != native_size(name):
@@ -61,7 +61,7 @@ def timm_model(architecture: BackboneArchitecture) -> tuple[str, dict[str, Any]]
 
 @torch.inference_mode()
 def own_features(encoder: TimmBackbone, names: Iterable[str]) -> dict[str, Tensor]:
-    """Of every block, by the names that a file's features have; the encoder is put in eval mode."""
+    """Return the encoder's own features of every block, under the names of a file's features; sets eval mode."""
     names = list(names)
     tokens = encoder.eval().blocks(comparison_images(encoder), range(1, encoder.depth + 1))
     return dict(zip(names, tokens, strict=True))

@@ -34,10 +34,10 @@ def export_classifier(
     force: bool = False,
     listener: Listener | None = None,
 ) -> Export:
-    """Write what `timm.create_model(name, checkpoint_path=out, num_classes=C)` loads, and compare its logits.
+    """Write a file that `timm.create_model(name, checkpoint_path=out, num_classes=C)` loads, and compare its logits.
 
-    As `export_timm`; facts and the names of the classes are metadata of a .safetensors file. Raises ConfigError for an
-    encoder of which timm has no classifier.
+    As `export_timm`; the metadata of a .safetensors file holds `facts` and the class names. Raises ConfigError for an
+    encoder with blocks for which timm has no classifier.
     """
     check_new_file(out, ENDINGS["timm"], force)
     encoder = classifier.encoder
@@ -54,7 +54,7 @@ def export_classifier(
             torch.save(state, file)
 
     def read(file: Path) -> dict[str, Tensor]:
-        """Logits of the file, by timm's code alone."""
+        """Return the file's logits, by timm's code alone."""
         size, channels = architecture.image_size, architecture.channels
         if name is not None:
             path = str(file)
@@ -75,7 +75,7 @@ def export_classifier(
 
 
 def classifier_options(classifier: Classifier) -> dict[str, Any]:
-    """Options of timm's model that give it the classifier's head and pooling."""
+    """Return the options that give timm's model the classifier's head and pooling."""
     vit = classifier.encoder.vit
     options: dict[str, Any] = {"num_classes": classifier.num_classes}
     if pools_patches(classifier):
@@ -88,14 +88,14 @@ def classifier_options(classifier: Classifier) -> dict[str, Any]:
 
 
 def pools_patches(classifier: Classifier) -> bool:
-    """Whether it reads the mean of the patches."""
+    """Return whether the classifier reads the mean of the patches."""
     return classifier.pool == "mean" or not classifier.encoder.has_cls_token
 
 
 def classifier_state(classifier: Classifier) -> dict[str, Tensor]:
-    """The tensors of timm's model: its norm is `norm` before a CLS token is chosen, `fc_norm` after a mean."""
+    """Return the tensors of timm's model, whose norm is `norm` for CLS pooling and `fc_norm` after a mean."""
     encoder, head = classifier.encoder, {name: x.float().clone() for name, x in classifier.head_state().items()}
-    # Of the encoder's own pooling nothing is left.
+    # Nothing of the encoder's own pooling remains.
     unused = ("fc_norm.", "attn_pool.") if classifier.final_norm else ("norm.", "fc_norm.", "attn_pool.")
     body = {name: tensor for name, tensor in plain_state(encoder).items() if not name.startswith(unused)}
     if not pools_patches(classifier):

@@ -1,4 +1,4 @@
-"""Export to ONNX: a graph that gives the tokens of chosen blocks."""
+"""Export to ONNX: a graph that returns the tokens of chosen blocks."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from mimref.files import check_new_file
 from mimref.progress import Listener
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# A protobuf holds 2 GiB, and torch itself splits files somewhat below; above this, weights go to a second file.
+# A protobuf holds up to 2 GiB, and torch itself splits files somewhat below; larger weights go to a second file.
 _LARGEST_BYTES = 1_500_000_000
 
 
@@ -31,13 +31,13 @@ def export_onnx(
     force: bool = False,
     listener: Listener | None = None,
 ) -> Export:
-    """Write an ONNX graph that gives the tokens of `blocks` (1-based), for batches of any size.
+    """Write an ONNX graph that returns the tokens of `blocks` (1-based), for batches of any size.
 
-    out: ends in .onnx. Input: `images` (B, 3, S, S), of gray encoders (B, 1, S, S), normalised. Outputs: `block_N`
-    (B, L, D), prefix tokens first, and `normed` (B, L, D) if the last block is among them and the encoder has a final
-    norm. The metadata holds `facts` and the architecture. Weights above 1.5 GB go to a second file, `out` with
+    out: ends in .onnx. Input: normalised `images` (B, C, S, S) with the encoder's number of channels C. Outputs:
+    `block_N` (B, L, D), prefix tokens first, and `normed` (B, L, D) if the last block is among them and the encoder has
+    a final norm. The metadata holds `facts` and the architecture. Weights above 1.5 GB go to a second file, `out` with
     `.data` added.
-    Raises ConfigError for missing packages and for blocks outside 1..depth, OutputError as `export_timm`.
+    Raises ConfigError for missing packages and for blocks outside 1..depth, OutputError as in `export_timm`.
     """
     check_new_file(out, ENDINGS["onnx"], force)
     check_packages()
@@ -48,7 +48,7 @@ def export_onnx(
     graph = _Graph(encoder, blocks).eval()
 
     def write(file: Path) -> None:
-        """Trace the encoder and save the graph, whose batch size is free."""
+        """Trace the encoder and save the graph with a dynamic batch size."""
         program = torch.onnx.export(
             graph,
             (comparison_images(encoder)[:2],),
@@ -59,7 +59,7 @@ def export_onnx(
             verbose=False,
         )
         assert program is not None
-        # The tracer's notes on nodes hold folders' names.
+        # The tracer's notes on nodes contain folder names.
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()
         metadata = {"architecture": encoder.architecture.to_dict(), **facts, "blocks": list(blocks)}
@@ -80,7 +80,7 @@ def check_packages() -> None:
 
 
 class _Graph(nn.Module):
-    """What is traced: an encoder's chosen blocks, and the last one's tokens after the final norm."""
+    """The module to trace: an encoder's chosen blocks, and the last one's tokens after the final norm."""
 
     def __init__(self, encoder: Encoder, blocks: Sequence[int]) -> None:
         super().__init__()

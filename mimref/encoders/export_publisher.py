@@ -24,11 +24,11 @@ from mimref.progress import Listener, Silent
 def export_publisher(
     encoder: TokenEncoder, out: Path, facts: Mapping[str, Any], *, force: bool = False, listener: Listener | None = None
 ) -> Export:
-    """Write the file that the family's own code loads: its names and shapes, and the buffers that it saves.
+    """Write a file that the family's own code loads, with its names and shapes and the buffers that it saves.
 
     encoder: in fp32 on the CPU. out: ends in .safetensors, whose metadata holds `facts`, or in .pth or .pt without it.
     Mask tokens, decoders and heads are not in the file: the encoder has none. Raises ConfigError for a plain vision
-    transformer, a model of another family and images of other channels, OutputError as `export_timm`.
+    transformer, a model of another family and images without 3 channels, OutputError as in `export_timm`.
     """
     check_new_file(out, ENDINGS["publisher"], force)
     if not isinstance(encoder, TimmBackbone):
@@ -70,7 +70,7 @@ def _reading_line(out: Path, container: str | None) -> str:
 
 
 def _read(file: Path, encoder: TimmBackbone) -> dict[str, Tensor]:
-    """Features of the file, recognised as any foreign checkpoint. Raises ConfigError for one that is not."""
+    """Return the file's features, read as any foreign checkpoint. Raises ConfigError if it is not recognised."""
     heads = dict(encoder.architecture.options).get("num_heads")
     checkpoint = read_checkpoint(file, ReadingConfig(num_heads=heads if isinstance(heads, int) else None))
     found = checkpoint.recognised

@@ -1,4 +1,4 @@
-"""A file's tensors under the names, and in the shapes, of a timm model."""
+"""Fitting a file's tensors to the names and shapes of a timm model."""
 
 import inspect
 import sys
@@ -15,9 +15,9 @@ _DROPPED_PREFIXES = ("decoder_", "decoder.", "mask_token", "head.", "fc_norm.", 
 def tensors_of_model(
     name: str, model: nn.Module, selected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], dropped: tuple[str, ...]
 ) -> Mapping[str, Tensor]:
-    """The tensors as they are if they fit, else as timm's filter of published files renames and interpolates them.
+    """Return the tensors unchanged if they fit, otherwise as renamed and interpolated by timm's filter for such files.
 
-    selected: those of the file below the prefix of one encoder. tensors: all of them. dropped: see `without_unneeded`.
+    selected: the file's tensors below one encoder's prefix. tensors: all of them. dropped: see `without_unneeded`.
     """
     wanted = model.state_dict()
     if _misfits(selected, wanted, dropped)[1:] == (0, 0):
@@ -30,7 +30,7 @@ def tensors_of_model(
 def _misfits(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]
 ) -> tuple[int, int, int]:
-    """How many names differ, how many are missing, and how many tensors have another shape."""
+    """Return the number of names that differ, of names that are missing, and of tensors with another shape."""
     given = without_unneeded(tensors, wanted, dropped)
     common = given.keys() & wanted.keys()
     other_shapes = sum(given[key].shape != wanted[key].shape for key in common)
@@ -40,15 +40,18 @@ def _misfits(
 def without_unneeded(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dropped: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Without what no model needs. What the model needs stays: some have a norm where others have a classifier."""
+    """Drop tensors that no encoder needs, and those whose names begin with one of `dropped`.
+
+    `wanted` ones stay: some models have a norm where others have a classifier.
+    """
     prefixes = _DROPPED_PREFIXES + dropped
     return {key: tensors[key] for key in tensors if key in wanted or not key.startswith(prefixes)}
 
 
 def filter_names(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:
-    """The tensors of a published file as timm's own code renames them for its model; None if it cannot.
+    """Return the tensors of a published file as timm's own code renames them for its model; None if it cannot.
 
-    timm hands this function to the builder of each model; it is reachable only as a name of the model's module.
+    timm passes this function to the builder of each model; it is accessible only by its name in the model's module.
     """
     module = sys.modules[timm.model_entrypoint(name.partition(".")[0]).__module__]
     rename = getattr(module, "checkpoint_filter_fn", None) or getattr(module, "_filter_fn", None)
@@ -59,6 +62,6 @@ def filter_names(name: str, tensors: Mapping[str, Tensor], model: nn.Module) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = rename(given, model) if len(inspect.signature(rename).parameters) > 1 else rename(given)
-    except Exception:  # foreign names fail in every possible way
+    except Exception:  # foreign names can cause any error
         return None
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}

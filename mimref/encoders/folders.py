@@ -17,7 +17,7 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
 def find_in_folder(folder: Path) -> Path:
-    """The weights file or index in a run's folder or a `save_pretrained` folder. Raises CheckpointError."""
+    """Find the weights file or index in a run's folder or a `save_pretrained` folder. Raises CheckpointError."""
     for name in (_OWN, *_SAVED):
         if (folder / name).is_file():
             return folder / name
@@ -33,14 +33,14 @@ def find_in_folder(folder: Path) -> Path:
 
 
 def read_index(file: Path) -> dict[Path, list[str]]:
-    """From every shard that an index names to the names of its tensors. Raises CheckpointError."""
+    """Map every shard in an index to the names of its tensors. Raises CheckpointError."""
     try:
         if file.stat().st_size > _MOST_BYTES:
             raise ValueError("too large")
         weight_map = json.loads(file.read_bytes())["weight_map"]
         shards: dict[Path, list[str]] = {}
         for name, shard in weight_map.items():
-            # Names of files beside the index, never paths.
+            # Only names of files in the index's own folder are allowed, never paths.
             if not isinstance(shard, str) or not shard or Path(shard).name != shard:
                 raise ValueError(f"a shard is called {shard!r}")
             shards.setdefault(file.parent / shard, []).append(name)
@@ -57,7 +57,7 @@ def read_index(file: Path) -> dict[Path, list[str]]:
 
 
 def check_whole(file: Path) -> None:
-    """Raise CheckpointError for a single shard of several beside their index, which reads them all."""
+    """Raise CheckpointError for one of several shards whose index, through which all are read, lies beside it."""
     index = _index_of(file)
     if index is None or not index.is_file():
         return
@@ -70,7 +70,7 @@ def check_whole(file: Path) -> None:
 
 
 def shard_hint(file: Path) -> str:
-    """What a name such as model-00001-of-00002.safetensors says; empty for others."""
+    """Return a hint for a name such as model-00001-of-00002.safetensors; empty for other names."""
     index, match = _index_of(file), _SHARD.fullmatch(file.name)
     if index is None or match is None:
         return ""
@@ -79,13 +79,13 @@ def shard_hint(file: Path) -> str:
 
 
 def _index_of(file: Path) -> Path | None:
-    """The index of a file whose name says that it is one of several shards."""
+    """Return the path of the index of a file that is one of several shards by its name; None for other files."""
     match = _SHARD.fullmatch(file.name)
     return file.with_name(f"{match[1]}{match[4]}{_INDEX}") if match and int(match[3]) > 1 else None
 
 
 def saved_normalisation(file: Path) -> dict[str, list[float]]:
-    """Mean and deviation of every channel in `preprocessor_config.json` beside the file; empty if it gives none."""
+    """Return each channel's mean and deviation from `preprocessor_config.json` beside the file; empty without them."""
     found = _read_object(file.parent / "preprocessor_config.json")
     values: dict[str, Any] = {"mean": found.get("image_mean"), "std": found.get("image_std")}
     if found.get("do_normalize") is False or not all(map(_are_numbers, values.values())):
@@ -106,7 +106,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def saved_config(file: Path) -> Mapping[str, Any]:
-    """What `config.json` beside the file says of its vision model; empty if there is none."""
+    """Return the entries on the vision model from `config.json` beside the file; empty if there is no such file."""
     config = _read_object(file.parent / "config.json")
     vision = config.get("vision_config")
     return vision if isinstance(vision, dict) else config

@@ -1,7 +1,8 @@
 """Recognise public checkpoints by their tensors' names and shapes, and convert them to timm's names.
 
-The internal form is timm's VisionTransformer as `mimref.encoders.vit.build_encoder` makes it. Nothing is dropped
-silently: a tensor belongs to the encoder, belongs to a named group that no encoder needs, or is an error.
+The internal form is timm's VisionTransformer as `mimref.encoders.vit.build_encoder` builds it or, for encoders of
+`families`, another timm model. Nothing is dropped silently: a tensor belongs to the encoder, belongs to a named group
+that no encoder needs, or is an error.
 
 Shapes: N patches, D width, R registers.
 """
@@ -37,7 +38,7 @@ class Recognised:
     format: str
     """For display, such as `data2vec 2.0`."""
     source: str | None
-    """Pre-training method as `--source` names it; None when several methods share the layout."""
+    """Pre-training method, as `--source` names it; None if several methods share the layout."""
     architecture: EncoderArchitecture
     tensors: dict[str, Tensor]
     """Under timm's names; tensors that did not change share the file's memory."""
@@ -48,20 +49,20 @@ class Recognised:
     notices: list[str]
     """What was left out, assumed or changed."""
     selection_notices: list[str]
-    """Of them, which encoder was chosen and what was left out."""
+    """Those `notices` that report which encoder was chosen and what was left out."""
     prefix: str
-    """Of the encoder's names in the file, which may hold other networks as well."""
+    """Prefix of the encoder's names in the file, which may hold other networks as well."""
     others: list[str]
     """Prefixes of the file's other encoders."""
     grid: Grid
     """Rows and columns of patches that the file has positions for."""
     guesses_interpolation: bool
-    """Families that interpolate positions in different ways share the layout."""
+    """Whether the rule that interpolates positions is a guess: families with different rules share the layout."""
     normalisation: dict[str, list[float]] = field(default_factory=dict)
-    """Mean and deviation of every channel, where the family's are known and not ImageNet's."""
+    """Mean and deviation of every channel, if the family's are known and are not ImageNet's."""
 
     def is_of(self, architecture: EncoderArchitecture) -> bool:
-        """Whether these are the weights of this timm model, for images of whatever size and number of channels."""
+        """Return whether these are weights of this timm model, for images of any size and number of channels."""
         own = self.architecture
         if isinstance(own, Architecture) or isinstance(architecture, Architecture):
             return False
@@ -73,8 +74,9 @@ def recognise(
 ) -> Recognised:
     """Find the encoder of a known kind in a file's content. Raises Unrecognised with the reason if there is none.
 
-    reading: what the file does not say. config: what Hugging Face saves beside the weights; its attention heads count
-    where `reading` names none. Raises NoChoice for several encoders and no way to choose.
+    reading: what the file does not record. config: the `config.json` that Hugging Face saves beside the weights; its
+    number of attention heads applies if `reading` has none. Raises NoChoice if there are several encoders and no way to
+    choose.
     """
     reading = reading or ReadingConfig()
     part, grid = reading.part, reading.grid
@@ -109,7 +111,7 @@ def recognise(
     as_image, fixed = raw["pos_embed"].ndim == 4, architecture.fixed_positions
     usual, guessed = format_interpolation(*format_and_source, names, architecture, as_image=as_image, grid=file_grid)
     if file_grid[0] != file_grid[1]:
-        # Only now is it known whose rule makes the grid a square.
+        # Only now is it known which rule makes the grid square.
         prepare_positions(tensors := raw, grid, [], reading.interpolation or usual)
     return Recognised(
         *format_and_source,
@@ -148,7 +150,7 @@ def _of_family(weights: FamilyWeights) -> Recognised:
 
 
 def _find_encoders(named: Mapping[str, Tensor]) -> dict[str, str]:
-    """What `find_encoders` finds. Raises Unrecognised if that is nothing."""
+    """Call `find_encoders`. Raises Unrecognised if it finds none."""
     if found := find_encoders(named):
         return found
     some = ", ".join(list(named)[:3])
@@ -161,7 +163,7 @@ def _refuse_relatives(encoder: Mapping[str, Tensor]) -> None:
         if any(re.fullmatch(pattern, name) for name in encoder):
             raise Unrecognised(f"is no plain vision transformer: it has {feature}")
     if "blocks.0.attn.q_bias" in encoder and not _is_flat(encoder):
-        # Files of BEiT's relatives need not hold what makes them so: rotary positions have no tensors.
+        # Files of BEiT's relatives may lack the tensors that distinguish them: rotary positions have none.
         raise Unrecognised(
             "is no plain vision transformer: it has separate biases of queries and values, and so most likely "
             "relative positions (BEiT, data2vec 1.0, EVA)"
@@ -169,7 +171,7 @@ def _refuse_relatives(encoder: Mapping[str, Tensor]) -> None:
 
 
 def _is_flat(encoder: Mapping[str, Tensor]) -> bool:
-    """Whether this is MAE-pytorch's encoder, of BEiT's code with neither relative positions nor further tokens."""
+    """Return whether this is MAE-pytorch's encoder: BEiT's code without relative positions or further tokens."""
     foreign = ("cls_token", "reg_token", "pos_embed", "blocks.0.gamma_1", "blocks.0.ls1.gamma")
     return "blocks.0.attn.q_bias" in encoder and not any(name in encoder for name in foreign)
 
@@ -177,7 +179,7 @@ def _is_flat(encoder: Mapping[str, Tensor]) -> bool:
 def _complete_flat(
     encoder: Mapping[str, Tensor], tensors: dict[str, Tensor], grid: Grid | None, notices: list[str]
 ) -> bool:
-    """Give MAE-pytorch's encoder its positions, and its keys a bias of zero. Returns whether it is one."""
+    """Add positions and a key bias of zero to MAE-pytorch's encoder. Returns whether this is one."""
     if not _is_flat(encoder):
         return False
     for name in [name for name in tensors if name.endswith("attn.qkv.bias")]:
@@ -200,7 +202,7 @@ def _check(tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
 
 
 def clean_names(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by their names without the parts that wrapping modules add, and those names' full forms."""
+    """Return tensors by their names without the parts that wrapping modules add, and the full form of these names."""
     named: dict[str, Tensor] = {}
     full_names: dict[str, str] = {}
     for full, tensor in named_tensors(content):
@@ -212,7 +214,7 @@ def clean_names(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[str
 
 
 def _rename(names: Iterable[str]) -> dict[str, list[str]]:
-    """From timm's name to the names of its parts, in order; names that match no rule are left out."""
+    """Map timm's names to the file's names of their parts, in order; names that match no rule are left out."""
     numbered: dict[str, dict[int, str]] = {}
     for name in names:
         for pattern, replacement in RENAMES.items():
@@ -235,7 +237,7 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 
 def mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Names, shapes and types in which tensors differ from those that a model needs; empty if they fit."""
+    """Describe the names, shapes and types that differ from those that a model needs; empty if the tensors fit."""
     problems = [f"{name} is missing" for name in wanted if name not in given]
     problems += [f"{name} is unexpected" for name in given if name not in wanted]
     for name in [name for name in wanted if name in given]:
@@ -252,7 +254,7 @@ def mismatches(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str
 def _read_architecture(
     tensors: Mapping[str, Tensor], names: set[str], num_heads: int | None, config: Mapping[str, Any], notices: list[str]
 ) -> Architecture:
-    """names: of all tensors in the file, without prefixes."""
+    """Infer the architecture. names: those of all tensors in the file, without prefixes."""
     projection = tensors["patch_embed.proj.weight"]
     if projection.ndim != 4 or projection.shape[2] != projection.shape[3]:
         raise Unrecognised(f"has a patch embedding of shape {tuple(projection.shape)}; square patches are needed")
@@ -267,13 +269,13 @@ def _read_architecture(
     side = math.isqrt(tensors["pos_embed"].shape[1] - prefix)
     post_norm = "norm_pre.weight" in tensors
     if post_norm and "patch_embed.proj.bias" not in tensors:
-        raise Unrecognised("has a norm before its blocks and no bias in the patch embedding, as CLIP")
+        raise Unrecognised("has a norm before its blocks and no bias in the patch embedding, like CLIP")
     config = config if config.get("hidden_size") == width else {}
     if config.get("hidden_act", "gelu") != "gelu":
         raise Unrecognised(f"uses {config['hidden_act']} in its MLPs, as config.json says, not gelu")
     num_heads = find_num_heads(width, num_heads, config, notices)
-    # CrossMAE has norms in the decoder instead, a classifier on mean tokens has its own (ln2 of OpenMMLab), and
-    # MMSegmentation, told by its attention, has none. Otherwise it is missing.
+    # The final norm may be absent: CrossMAE has norms in the decoder instead, a classifier on mean tokens has its own
+    # (OpenMMLab's ln2), and MMSegmentation, recognised by its attention, has none. Otherwise its absence is an error.
     replaced = ("dec_norms.", "wfm.", "fc_norm.", "ln2.", "layers.0.attn.attn.")
     final_norm = post_norm or "norm.weight" in tensors or not any(name.startswith(replaced) for name in names)
     if not final_norm:

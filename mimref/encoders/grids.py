@@ -1,4 +1,4 @@
-"""Position embeddings of foreign files: their grid of patches, and the square one that encoders here have.
+"""Position embeddings of foreign files: finding their grid of patches, and making it square, as encoders here need.
 
 Shapes: N patches, D width, P prefix tokens.
 """
@@ -15,7 +15,7 @@ from mimref.encoders.positions import flat_sincos_positions, resize_positions
 Grid = tuple[int, int]
 """Rows and columns of patches."""
 
-# Pixels of the images that MAE-pytorch's models are made for, unless told otherwise.
+# Image size in pixels of MAE-pytorch's models, unless a grid is set.
 _FLAT_IMAGE_SIZE = 224
 
 
@@ -24,9 +24,9 @@ def prepare_positions(
 ) -> Grid:
     """Bring the position embedding to (1, 1 + N, D), or to (1, N, D) with registers or without a CLS token.
 
-    In the second form, the rows of CLS and register tokens are added to the tokens themselves: the same function. A
-    grid that is not square is interpolated to a square. Returns the file's grid.
-    asked: the grid, where it cannot be inferred.
+    In the second form, the positions of CLS and register tokens are added to the tokens themselves, which computes the
+    same function. A grid that is not square is interpolated to a square. Returns the file's grid.
+    asked: the grid, if it cannot be inferred.
     """
     positions = tensors.get("pos_embed")
     if positions is None:
@@ -64,9 +64,9 @@ def prepare_positions(
 
 
 def _find_grid(positions: Tensor, lengths: list[int], asked: Grid | None) -> tuple[int, Grid]:
-    """Number of prefix tokens with positions, and the grid: a square, else the one that is nearest to a square.
+    """Return the number of prefix tokens with positions, and the grid: a square, or the one nearest to a square.
 
-    lengths: numbers of CLS and of register tokens.
+    lengths: the number of CLS tokens and of register tokens.
     """
     shape = tuple(positions.shape)
     if positions.ndim == 4:
@@ -86,7 +86,7 @@ def _find_grid(positions: Tensor, lengths: list[int], asked: Grid | None) -> tup
     for count, (rows, columns) in grids.items():
         if rows == columns:
             return count, (rows, columns)
-    # A grid of one row is a prime number of patches: more likely another number of prefix tokens.
+    # A grid of one row means a prime number of patches: another number of prefix tokens is more likely.
     for count, (rows, columns) in grids.items():
         if rows > 1:
             return count, (rows, columns)
@@ -99,7 +99,7 @@ def _most_square(patches: int) -> Grid:
 
 
 def _square(patches_1ND: Tensor, grid: Grid, notices: list[str], interpolation: Interpolation) -> Tensor:
-    """Positions of a grid interpolated to a square of its longer side."""
+    """Interpolate the positions of a grid to a square of its longer side."""
     (rows, columns), side = grid, max(grid)
     if rows == columns:
         return patches_1ND
@@ -108,7 +108,7 @@ def _square(patches_1ND: Tensor, grid: Grid, notices: list[str], interpolation: 
 
 
 def unsaved_positions(patch_size: int, width: int, asked: Grid | None, notices: list[str]) -> Tensor:
-    """The positions of MAE-pytorch's model of 224 pixels, or of the grid asked for."""
+    """Return the positions of MAE-pytorch's models for 224 pixels, or for the grid asked for."""
     side = max(1, _FLAT_IMAGE_SIZE // patch_size)
     rows, columns = asked or (side, side)
     if not asked:

@@ -1,4 +1,4 @@
-"""What a weights file is, for display and as JSON."""
+"""Description of a weights file, for display and as JSON."""
 
 import re
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class TensorOrigin:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A file that holds an encoder."""
+    """Description of a file that holds an encoder."""
 
     file: str
     format: str
@@ -37,7 +37,7 @@ class Inspection:
     licence: str | None
     architecture: EncoderArchitecture
     prefix: str
-    """Of the encoder's names in the file; a dot if they have none."""
+    """Prefix of the encoder's names in the file; a dot if they have none."""
     others: list[str]
     """Prefixes of other encoders in the file."""
     grid: Grid
@@ -45,16 +45,16 @@ class Inspection:
     parameters: int
     tensors: list[TensorOrigin]
     dropped: dict[str, list[str]]
-    """From group to the names of tensors that no encoder needs."""
+    """Names of the tensors that no encoder needs, by group."""
     notices: list[str]
     guesses_interpolation: bool
-    """Families that interpolate positions in different ways share the layout."""
+    """Whether the rule that interpolates positions is a guess: families with different rules share the layout."""
     header: dict[str, Any]
-    """Of our own files, without the architecture."""
+    """Header of mimref's own files, without the architecture."""
 
 
 def inspect_file(path: str | Path, reading: ReadingConfig | None = None) -> Inspection:
-    """Recognise a file without loading its tensors. Raises CheckpointError with the reason if it is no encoder.
+    """Recognise a file without loading its tensors. Raises CheckpointError with the reason if it holds no encoder.
 
     reading: as in `read_checkpoint`.
     """
@@ -92,14 +92,14 @@ def inspect_file(path: str | Path, reading: ReadingConfig | None = None) -> Insp
 
 
 def _model_order(name: str) -> tuple[int, int, str]:
-    """As the model runs: tokens, embeddings, blocks by number, norm."""
+    """Return a sort key in the order of the model: tokens, embeddings, blocks by number, norm."""
     part, number, *_ = (*name.split("."), "")
     order = ("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre", "blocks", part)
     return order.index(part), int(number) if part == "blocks" else 0, name
 
 
 def by_block(tensors: list[TensorOrigin]) -> list[tuple[str, str, str]]:
-    """Name, origin, and shape with type; blocks that differ only in their number share a line."""
+    """Return lines of name, origin, and shape with type; blocks that differ only in their number share a line."""
     lines: dict[tuple[str, str, str], list[int]] = {}
     for tensor in tensors:
         number = re.match(r"blocks\.(\d+)\.", tensor.name)

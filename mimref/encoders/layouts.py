@@ -1,11 +1,11 @@
-"""Layouts of public checkpoints: what their tensors are called, and how to tell them apart. Used by `formats`."""
+"""Layouts of public checkpoints: the names of their tensors, and how to tell layouts apart. Used by `formats`."""
 
 import re
 
 from mimref.config.base import Interpolation
 from mimref.encoders.vit import Architecture
 
-# Which of two encoders the authors of a file evaluate, by the parts of their prefixes that differ: the first of a pair.
+# Which of two encoders a file's authors evaluate, by the parts in which their prefixes differ: (evaluated, other).
 EVALUATED = (
     # solo-learn's main_linear.py; lightly's benchmarks, where DINO's `backbone` is the teacher and BYOL's the student.
     (r"backbone", r"\w+_backbone|backbone_\w+"),
@@ -16,11 +16,11 @@ EVALUATED = (
     (r"online(_\w+)?", r"target(_\w+)?"),
     # mmengine's EMAHook swaps the two when it saves them.
     (r"state_dict", r"ema_state_dict\.module"),
-    # DINO's, iBOT's and DINOv2's teacher, MSN's and I-JEPA's target encoder, timm's averaged weights; and all others
-    # of which nothing else is known.
+    # The teacher of DINO, iBOT and DINOv2, the target encoder of MSN and I-JEPA, timm's averaged weights; also the
+    # default where nothing else is known.
     (r"(\w+_)?(teacher|target|ema|momentum|averaged?)(_\w+)?", r".+"),
 )
-# Names above an encoder's tensors. Of several in one file, the first of these otherwise.
+# Parts of prefixes, the preferred ones first, for files in which no pair above decides between the encoders.
 PREFERRED = ("state_dict", "model", "encoder", "student")
 # Parts of names that wrapping modules add: FSDP, activation checkpointing, torch.compile.
 WRAPPING = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
@@ -31,7 +31,7 @@ PATCHES = re.compile(
 )
 BLOCKS = re.compile(r"(blocks|layers|encoder\.layers?)\.(encoder_layer_)?\d+\.")
 
-# Groups of tensors that no encoder needs, by names without the encoder's prefix.
+# Groups of tensors that no encoder needs: patterns for names without the encoder's prefix.
 DROPPABLE = {
     "mask token": r"(embeddings\.)?mask_token|masked_embed",
     "decoder": r"decoder[_.].*|dec_norms\..*|wfm\..*|shared_decoder\..*|encoder_to_decoder\..*|"
@@ -63,12 +63,12 @@ RELATIVES = {
 }
 
 _PARAMETER = r"(weight|bias)"
-# Some number blocks within chunks as well.
+# Some layouts put the number of a chunk of blocks before the block's own number.
 _BLOCK = r"blocks\.(?:\d+\.)?(\d+)\."
 _MM_LAYER = r"layers\.(\d+)\."
 _TORCHVISION_LAYER = r"encoder\.layers\.encoder_layer_(\d+)\."
 _HF_LAYER = r"(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\."
-# From their names to timm's. `@0`, `@1`, ... number the parts of a tensor that timm stores as one.
+# From the layouts' names to timm's. `@0`, `@1`, ... number the parts of a tensor that timm stores as one.
 RENAMES = {
     rf"{_BLOCK}(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.{_PARAMETER}": r"blocks.\1.\2.\3",
     rf"{_BLOCK}(ls1|ls2)\.gamma": r"blocks.\1.\2.gamma",
@@ -129,9 +129,9 @@ RENAMES = {
 
 
 def format_name(root: str, patches: str, names: set[str], architecture: Architecture) -> tuple[str, str | None]:
-    """Format for display, and source (pre-training method) if it is known.
+    """Return the format for display, and the source (pre-training method) if it is known.
 
-    root: prefix of the encoder's names; patches: name of its patch embedding. names: all tensors, without prefixes.
+    root: the encoder's prefix. patches: name of its patch embedding. names: those of all tensors, without prefixes.
     """
     if patches.startswith("modality_encoders."):
         return "data2vec 2.0", "d2v2"
@@ -168,7 +168,7 @@ def format_name(root: str, patches: str, names: set[str], architecture: Architec
     return "layout of MAE (also dBOT, MAWS, MAE-CT)", None
 
 
-# Pre-training methods that do not interpolate positions as MAE does, as `--source` names them.
+# Pre-training methods, as `--source` names them, that do not interpolate positions as MAE does.
 INTERPOLATIONS: dict[str, Interpolation] = {"dino": "dino", "ibot": "dino", "mugs": "dino", "dinov2": "dinov2"}
 
 
@@ -181,10 +181,11 @@ def format_interpolation(
     as_image: bool,
     grid: tuple[int, int],
 ) -> tuple[Interpolation, bool]:
-    """Whose rule interpolates the positions of a recognised file, and whether that is a guess.
+    """Return the rule that interpolates a recognised file's positions, and whether it is a guess.
 
-    format_, source: what `format_name` gives. names: all tensors, without prefixes. as_image: the file has positions by
-    row and column, as KappaModules' encoders, to which the paper's released models belong. grid: of the file.
+    format_, source: as returned by `format_name`. names: those of all tensors, without prefixes. as_image: whether the
+    file stores positions by row and column, as KappaModules' encoders do, among them the paper's released models.
+    grid: the file's.
     """
     if format_.startswith(("Hugging Face", "DINOv2")) and architecture.registers:
         return "dinov2_reg", False
@@ -198,11 +199,11 @@ def format_interpolation(
         return INTERPOLATIONS.get(source, "mae"), False
     if any(name.startswith("head.last_layer") for name in names):
         return "dino", False
-    # DINO's, iBOT's and Mugs' backbones come without a classifier, those of timm with one; MAE's fine-tuned models have
-    # a norm before it.
+    # The backbones of DINO, iBOT and Mugs have no classifier, timm's have one; in MAE's fine-tuned models, a norm
+    # precedes it.
     if "fc_norm.weight" in names:
         return "mae", True
-    # Of them, only timm's code takes grids that are not square.
+    # Of these, only timm's code accepts grids that are not square.
     plain = (
         grid[0] == grid[1] and architecture.class_token and not architecture.layer_scale and not architecture.registers
     )

@@ -1,4 +1,4 @@
-"""What of a weights file belongs to no encoder that is read: which group it is of, and what is said of it."""
+"""Tensors of a weights file that the encoder read from it does not need: their groups, and notices about them."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,11 +12,11 @@ _TRAINING = "training state"
 def group_leftovers(
     unused: Mapping[str, str], outside: Iterable[tuple[str, str]], groups: Mapping[str, str], notices: list[str]
 ) -> dict[str, list[str]]:
-    """Full names by group, from names without and with prefix. Raises Unrecognised for a tensor of no group.
+    """Return full names by group. Raises Unrecognised for a tensor inside the encoder that belongs to no group.
 
-    unused: inside the encoder; outside: beside it, where other tensors are grouped by the first part of their names.
-    groups: from group to the pattern of its names, inside the encoder and beside it. notices: receives what lies beside
-    the encoder.
+    unused, outside: names without and with prefix, inside the encoder and outside it. Outside, tensors that belong to
+    no group are grouped by the first part of their names. groups: from group to the pattern of its names, which applies
+    inside and outside. notices: receives what lies outside the encoder.
     """
     of_encoder, of_file = list(groups.items()), [*groups.items(), *DROPPABLE.items(), *DROPPABLE_BESIDE.items()]
     dropped: dict[str, list[str]] = {}
@@ -44,6 +44,6 @@ def _group(name: str, groups: Iterable[tuple[str, str]]) -> str | None:
 
 
 def join_problems(problems: list[str], most: int = 4) -> str:
-    """The first problems in one line, and how many more there are."""
+    """Join the first `most` problems to one line, with the number of further ones."""
     more = f" and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more

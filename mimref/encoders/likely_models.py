@@ -1,6 +1,6 @@
-"""Which of timm's models a file under timm's names may hold, for messages that ask for `--arch`.
+"""The timm models that a file with timm's names may hold, for messages that ask for `--arch`.
 
-Such files are not recognised by their tensors: these show neither windows nor the sizes of images.
+Such files are not recognised by their tensors, which show neither window sizes nor image sizes.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor
 from mimref.encoders.meta import RatesOnCpu
 from mimref.errors import CheckpointError
 
-# Names that only timm gives, to the module whose models have them.
+# From names that only timm uses to the module whose models have them.
 _TELLTALES = {
     ("layers.3.downsample.norm.weight", "layers.0.blocks.0.attn.relative_position_bias_table"): "swin_transformer",
     ("layers.3.downsample.norm.weight", "layers.0.blocks.0.attn.logit_scale"): "swin_transformer_v2",
@@ -22,15 +22,15 @@ _TELLTALES = {
     ("patch_embed.proj.weight", "pos_embed_window"): "hieradet_sam2",
     ("patch_embed.proj.weight", "pos_embed_win"): "hiera",
 }
-# What follows pooling, and what older versions of timm saved although it is computed.
+# Tensors of layers after pooling, and computed ones that older versions of timm saved.
 _BESIDE = re.compile(r"(head|fc_norm)\.|.*\.(attn_mask|relative_position_index|relative_coords_table)$")
 _MOST_NAMED = 4
 
 
 def likely_models(named: Mapping[str, Tensor]) -> list[str]:
-    """Names of the Swin transformers, ConvNeXts and Hieras of timm whose tensors a file holds; takes seconds.
+    """Return the names of timm's Swin, ConvNeXt and Hiera models whose tensors a file holds; takes seconds.
 
-    named: the file's tensors; those outside the encoder, and those of a classifier, do not matter.
+    named: the file's tensors; those outside the encoder and those of a classifier are ignored.
     """
     for telltales, module in _TELLTALES.items():
         first = telltales[0]
@@ -52,7 +52,7 @@ def _fits(model: str, named: Mapping[str, Tensor], prefix: str) -> bool:
 
 
 def named_models(named: Mapping[str, Tensor]) -> str:
-    """What is said of a file of `likely_models`; empty if there are none."""
+    """Return the message that names a file's `likely_models`; empty if there are none."""
     models = likely_models(named)
     if not models:
         return ""
@@ -62,8 +62,8 @@ def named_models(named: Mapping[str, Tensor]) -> str:
 
 
 def unrecognised(path: Path, problem: str, advice: str, named: Mapping[str, Tensor]) -> CheckpointError:
-    """The error for a file that is not recognised, with the names that `--arch` may have where timm's models fit.
+    """Return the error for a file that is not recognised, with values for `--arch` if timm's models fit.
 
-    problem, advice, named: as of a `Checkpoint`.
+    problem, advice, named: as in `Checkpoint`.
     """
     return CheckpointError(f"{path}: {(advice and named_models(named)) or problem + advice}")

@@ -15,7 +15,7 @@ from mimref.encoders.positions import sincos_positions
 from mimref.encoders.vit import Encoder
 from mimref.errors import ConfigError
 
-# MAE's epsilon is not torch's default. timm annotates a class here, but calls whatever it gets.
+# MAE's epsilon is not torch's default. timm annotates this argument as a class, but accepts any callable.
 _layer_norm = cast(type[nn.LayerNorm], partial(nn.LayerNorm, eps=1e-6))
 
 
@@ -25,13 +25,13 @@ class Mask(NamedTuple):
     visible_BK: Tensor
     """Indices of the visible patches."""
     restore_BN: Tensor
-    """Every patch's place in the order that has the visible ones first."""
+    """Every patch's index in the order that puts the visible patches first."""
     hidden_BN: Tensor
     """1.0 where a patch is hidden, else 0.0."""
 
 
 class MAEDecoder(nn.Module):
-    """Reconstructs all patches from the visible ones' tokens. Raises ConfigError unless 4 divides the width."""
+    """MAE's decoder: all patches from the tokens of visible ones. Raises ConfigError unless 4 divides its width."""
 
     no_decay_names = frozenset({"mask_token"})
 
@@ -45,9 +45,10 @@ class MAEDecoder(nn.Module):
         num_prefix: int = 1,
         norm_input: bool = False,
     ) -> None:
-        """grid: patches per side. patch_pixels: values of a patch. num_prefix: tokens before those of the patches.
+        """Build the layers. grid: patches per side. patch_pixels: values per patch.
 
-        norm_input: a LayerNorm of the decoder's own in front of its embedding, for tokens that no norm has passed.
+        num_prefix: number of tokens before the patch tokens. norm_input: apply a LayerNorm before the decoder's
+        embedding, for tokens that have passed no norm.
         """
         super().__init__()
         if config.width % 4:
@@ -67,7 +68,7 @@ class MAEDecoder(nn.Module):
         self.predict = nn.Linear(config.width, patch_pixels)
 
     def forward(self, visible_BLD: Tensor, restore_BN: Tensor) -> Tensor:
-        """visible_BLD: prefix tokens first, then visible patches in shuffled order. Returns pixels (B, N, C)."""
+        """Return the pixels (B, N, C). visible_BLD: prefix tokens, then visible patches in shuffled order."""
         tokens = self.embed(self.input_norm(visible_BLD))
         batch, patches = restore_BN.shape
         prefix, shown = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
@@ -80,7 +81,7 @@ class MAEDecoder(nn.Module):
 
 
 class LinearDecoder(nn.Module):
-    """SimMIM's decoder, one linear layer, and the mask token, which the encoder sees in place of hidden patches."""
+    """SimMIM's decoder, one linear layer, and the mask token that replaces hidden patches in the encoder's input."""
 
     no_decay_names = frozenset({"mask_token"})
 
@@ -90,19 +91,19 @@ class LinearDecoder(nn.Module):
         self.predict = nn.Linear(encoder_width, patch_pixels)
 
     def forward(self, patches_BND: Tensor) -> Tensor:
-        """Tokens of all patches in reading order to their pixels (B, N, C)."""
+        """Return the pixels (B, N, C) from the tokens of all patches in reading order."""
         pixels: Tensor = self.predict(patches_BND)
         return pixels
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:
-    """Patches that stay visible: at least one, and at least one is hidden (of two or more)."""
-    # The tolerance keeps 20 of 100 patches at a ratio of 0.8, whose complement is a little below 0.2 in floats.
+    """Return the number of patches that stay visible: at least one, and at least one is hidden (of two or more)."""
+    # The tolerance keeps 20 of 100 patches at a ratio of 0.8, because 1 - 0.8 is slightly below 0.2 in floating point.
     return min(max(1, int(num_patches * (1 - mask_ratio) + 1e-6)), num_patches - 1)
 
 
 def count_patches(encoder: Encoder) -> int:
-    """Patches of an image. Raises ConfigError where it is a single one."""
+    """Return the number of patches of an image. Raises ConfigError if there is only one."""
     size = encoder.patch_size
     if encoder.architecture.image_size == size:
         raise ConfigError(f"encoder.image_size {size} is one patch; masking needs at least two patches a side")
@@ -110,7 +111,7 @@ def count_patches(encoder: Encoder) -> int:
 
 
 def draw_mask(noise_BN: Tensor, num_visible: int) -> Mask:
-    """The patches with the smallest noise stay visible."""
+    """Return the mask that leaves the `num_visible` patches with the smallest noise visible."""
     order_BN = noise_BN.argsort(dim=1)
     restore_BN = order_BN.argsort(dim=1)
     return Mask(order_BN[:, :num_visible], restore_BN, (restore_BN >= num_visible).float())
@@ -128,21 +129,21 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def normalize_patches(patches_BNC: Tensor) -> Tensor:
-    """Zero mean and unit (unbiased) variance for every patch."""
+    """Normalise every patch to zero mean and unit (unbiased) variance."""
     mean = patches_BNC.mean(dim=2, keepdim=True)
     variance = patches_BNC.var(dim=2, keepdim=True)
     return (patches_BNC - mean) / (variance + 1e-6).sqrt()
 
 
 def hidden_error(pixels_BNC: Tensor, target_BNC: Tensor, hidden_BN: Tensor) -> Tensor:
-    """Mean squared error over hidden patches, a scalar; zero if there are none."""
+    """Return the mean squared error over hidden patches, a scalar; zero if there are none."""
     error_BN = (pixels_BNC.float() - target_BNC).square().mean(dim=2)
     loss: Tensor = (error_BN * hidden_BN).sum() / hidden_BN.sum().clamp_min(1)
     return loss
 
 
 def init_masked_model(model: nn.Module, encoder: Encoder, mask_token: nn.Parameter) -> None:
-    """MAE's initialisation of an encoder and what is around it in `model`."""
+    """Initialise an encoder and the modules around it in `model` as MAE does."""
     model.apply(init_linear)
     projection = encoder.vit.patch_embed.proj.weight
     nn.init.xavier_uniform_(projection.data.view(len(projection), -1))
@@ -152,7 +153,7 @@ def init_masked_model(model: nn.Module, encoder: Encoder, mask_token: nn.Paramet
 
 
 def init_linear(module: nn.Module) -> None:
-    """MAE's initialisation of linear layers, for `Module.apply`."""
+    """Initialise a linear layer as MAE does; for `Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

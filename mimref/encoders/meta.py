@@ -9,16 +9,16 @@ from torch.overrides import TorchFunctionMode
 
 
 class RatesOnCpu(TorchFunctionMode, ContextDecorator):
-    """Lets timm before 1.0.22 build models on the meta device.
+    """Context manager and decorator that lets timm before 1.0.22 build models on the meta device.
 
-    Its constructors read the rates of stochastic depth from a linspace, and values of meta tensors cannot be read.
+    Its constructors read the stochastic-depth rates from a `linspace`, and the values of meta tensors cannot be read.
     """
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # Where timm names a device, the linspace becomes part of a tensor on it.
+        # Where timm names a device itself, the linspace becomes part of a tensor on that device.
         if func is torch.linspace and "device" not in kwargs:
             kwargs["device"] = "cpu"
         return func(*args, **kwargs)

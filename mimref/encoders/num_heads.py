@@ -5,7 +5,7 @@ from typing import Any
 
 from mimref.encoders.parts import Unrecognised
 
-# Width to attention heads of the published sizes (S, B, L, H, g, G, 2B, ...).
+# From width to attention heads in the published sizes (S, B, L, H, g, G, 2B, ...).
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16, 2560: 32, 4096: 32}
 
 _HOW_TO_SET = "--set encoder.num_heads=N gives it (export: --num-heads N)"
@@ -20,9 +20,9 @@ def find_num_heads(
     published: Mapping[int, int] = _HEADS,
     channels: int = 64,
 ) -> int:
-    """The heads asked for, else those of `config.json`, of a published size, or of so many `channels` each.
+    """Return the number of heads asked for, else that in `config.json`, of a published size, or width / `channels`.
 
-    published: from width to heads. notices: receives what was assumed. Raises Unrecognised.
+    published: from width to heads. notices: receives what was assumed. Raises Unrecognised if no number fits the width.
     """
     if asked and width % asked:
         raise Unrecognised(f"its width of {width} is not divisible by encoder.num_heads {asked}")

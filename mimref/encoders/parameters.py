@@ -1,4 +1,4 @@
-"""An encoder's parameters: layer-wise learning rates, weight decay, freezing, and what identifies them."""
+"""An encoder's parameters: layer-wise learning rates, weight decay, freezing and hashes."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -12,18 +12,18 @@ from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture,
 from mimref.encoders.timm_models import layer_ids
 from mimref.encoders.vit import Encoder
 
-# Parts of timm's models that the tokens of blocks do not pass through.
+# Parts of timm's models through which the tokens of blocks do not pass.
 _POOLING = ("fc_norm.", "attn_pool.")
 _TOKENS = ("cls_token", "reg_token", "pos_embed")
-# Relative positions and scales of attention, which not every version of timm names.
+# Relative positions and attention scales, which not every version of timm exempts from weight decay.
 _OF_ATTENTION = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
 
 
 def freeze_untrained(encoder: TokenEncoder, *, first: int, last: int) -> None:
-    """Freeze what does not train if heads read blocks up to `last`, and the `first` blocks are frozen.
+    """Freeze all parameters that do not train if heads read blocks up to `last` and the first `first` are frozen.
 
-    Frozen blocks include what feeds them: patch embedding, CLS and register tokens, positions. Later blocks, the norm
-    after the last one and pooling do not reach the heads.
+    Whatever feeds frozen blocks is frozen too: patch embedding, CLS and register tokens, positions. So is whatever does
+    not reach the heads: pooling, blocks after `last` and, unless `last` is the encoder's last block, the final norm.
     """
     if isinstance(encoder, TimmBackbone):
         fed = reached(encoder.architecture, first) if first else set[str]()
@@ -39,10 +39,10 @@ def freeze_untrained(encoder: TokenEncoder, *, first: int, last: int) -> None:
 
 
 def encoder_groups(encoder: TokenEncoder, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups of an encoder's trainable parameters, one per layer with weight decay and one without.
+    """Return AdamW groups of an encoder's trainable parameters: per layer, one with weight decay and one without.
 
-    Each group has `lr_scale` = layer_decay ** (last layer - layer): 1 for the final norm, one decay for the last block.
-    Biases, norms, CLS and register tokens, positions and what timm's model names have no weight decay.
+    Each group has `lr_scale` = layer_decay ** (last layer - layer): 1 for the final norm, layer_decay for the last
+    block. Biases, norms, CLS and register tokens, positions and what timm's model exempts have no weight decay.
     """
     names: Callable[[], Iterable[str]] | None = getattr(encoder.model, "no_weight_decay", None)
     undecayed = set(names()) if names and isinstance(encoder, TimmBackbone) else set[str]()
@@ -51,7 +51,7 @@ def encoder_groups(encoder: TokenEncoder, *, weight_decay: float, layer_decay: f
     for name, parameter in encoder.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # Without decay, models that do not group their parameters have no layers to ask for.
+        # Layers are looked up only if layer decay needs them: not every model groups its parameters.
         layered = layer_decay != 1 or isinstance(encoder, Encoder)
         layer, last = (encoder.layer_of(name), encoder.last_layer) if layered else (0, 0)
         decayed = parameter.ndim > 1 and not name.startswith(_TOKENS) and name not in undecayed
@@ -64,19 +64,19 @@ def encoder_groups(encoder: TokenEncoder, *, weight_decay: float, layer_decay: f
 
 
 def check_layers(architecture: EncoderArchitecture, layer_decay: float) -> None:
-    """Raise ConfigError for a decay by layer of a model whose layers timm does not say."""
+    """Raise ConfigError for layer decay on a model for which timm does not define layers."""
     if isinstance(architecture, BackboneArchitecture) and layer_decay != 1:
         with torch.device("meta"):
             layer_ids(architecture.build())
 
 
 def weights_hash(encoder: TokenEncoder) -> str:
-    """SHA-256 of an encoder's tensors, to see whether two runs start from the same weights."""
+    """Return the SHA-256 of an encoder's tensors, which shows whether two runs start from the same weights."""
     return tensors_hash(encoder.model.state_dict())
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors' names and bytes. Reads every tensor; of sharded ones, call it on all ranks."""
+    """Return the SHA-256 of tensors' names and bytes. Reads every tensor; for sharded ones, all ranks must call it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())

@@ -1,6 +1,6 @@
-"""Which encoder of a weights file is read: the prefixes below which its names hold one, and the choice among several.
+"""The encoders in a weights file, by the prefixes of their tensors' names, and the choice among several.
 
-A prefix is empty or ends with a dot. For display it has no dot at its end, and the empty one is a single dot.
+A prefix is empty or ends with a dot. For display, the final dot is dropped, and the empty prefix is a single dot.
 """
 
 import re
@@ -15,17 +15,17 @@ from mimref.encoders.layouts import BLOCKS, EVALUATED, PATCHES, PREFERRED
 
 
 class Unrecognised(Exception):
-    """Why a file is not recognised as a plain vision transformer, in one line without the file's name."""
+    """A file is not recognised as an encoder of a known kind; the message is one line without the file's name."""
 
 
 class NoChoice(Unrecognised):
-    """Why no encoder of a file with several is chosen."""
+    """The choice between a file's encoders is ambiguous, or the requested encoder does not exist."""
 
 
 def find_encoders(named: Mapping[str, Tensor]) -> dict[str, str]:
-    """From the prefix of every vision transformer to the name of its patch embedding below the prefix.
+    """Map the prefix of every vision transformer to the name of its patch embedding below that prefix.
 
-    A patch embedding without blocks counts only if there are no others.
+    A patch embedding without blocks counts only if none has blocks.
     """
     found = {match[1]: match[2] for name in named if (match := PATCHES.fullmatch(name))}
     with_blocks = [
@@ -35,7 +35,7 @@ def find_encoders(named: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def matching_prefixes(names: Iterable[str], wanted: Collection[str]) -> list[str]:
-    """The prefixes below which most of the `wanted` names are found; none if there are none."""
+    """Return the prefixes below which the largest number of `wanted` names is found; empty if none is found."""
     counts: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")
@@ -47,15 +47,15 @@ def matching_prefixes(names: Iterable[str], wanted: Collection[str]) -> list[str
 
 
 def below(named: Iterable[str], prefix: str, prefixes: Iterable[str] = ()) -> list[str]:
-    """Names that begin with `prefix`, but for those of other encoders inside."""
+    """Return the names that begin with `prefix`, except those of other encoders nested below it."""
     inside = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     return [name for name in named if name.startswith(prefix) and not name.startswith(inside)]
 
 
 def choose_part(named: Mapping[str, Tensor], prefixes: Sequence[str], asked: str | None) -> str:
-    """One of several encoders: the one asked for, else the one that the authors of such files evaluate.
+    """Choose one of several encoders: the one asked for, otherwise the one that the authors of such files evaluate.
 
-    asked: a prefix, or a part of it that only one has. Raises NoChoice.
+    Returns its prefix. asked: a prefix, or a part of one that no other prefix has. Raises NoChoice.
     """
     if asked is not None:
         return _asked_part(prefixes, asked)
@@ -66,7 +66,7 @@ def choose_part(named: Mapping[str, Tensor], prefixes: Sequence[str], asked: str
     if len(best) == 1:
         return best[0]
     raise NoChoice(
-        f"contains several encoders ({show_parts(prefixes)}), and their names do not say which one is evaluated; "
+        f"contains several encoders ({show_parts(prefixes)}), and their names do not show which one is evaluated; "
         f"choose one: --encoder {show_part(distinct[0])}"
     )
 
@@ -84,7 +84,7 @@ def _asked_part(prefixes: Sequence[str], asked: str) -> str:
 
 
 def _without_copies(named: Mapping[str, Tensor], prefixes: Sequence[str]) -> list[str]:
-    """The prefixes without those of modules that share all their tensors with an earlier one."""
+    """Drop the prefixes of modules that share all their tensors with an earlier module; short prefixes come first."""
     found: dict[frozenset[tuple[str, int]], str] = {}
     for prefix in sorted(prefixes, key=len):
         names = below(named, prefix, prefixes)
@@ -100,7 +100,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _is_preferred(one: str, other: str) -> bool:
-    """Whether the first rule that tells two prefixes apart prefers the first."""
+    """Return whether the first rule that distinguishes the two prefixes prefers `one`."""
     ours, theirs = _differing(one, other)
     for preferred, rejected in EVALUATED:
         both = _matches(ours, preferred), _matches(theirs, preferred)
@@ -112,7 +112,7 @@ def _is_preferred(one: str, other: str) -> bool:
 
 
 def _differing(one: str, other: str) -> tuple[list[str], list[str]]:
-    """The parts of two prefixes without those that they share at their beginning and their end."""
+    """Return the parts of two prefixes without those that they share at the beginning and at the end."""
     ours, theirs = one.split(".")[:-1], other.split(".")[:-1]
     shared = _shared(ours, theirs)
     ours, theirs = ours[shared:], theirs[shared:]
@@ -133,13 +133,13 @@ def _rank(prefix: str) -> list[int]:
 
 
 def beside(name: str, prefix: str) -> str:
-    """The name of a tensor outside the encoder, without what it shares with the encoder's prefix."""
+    """Return the name of a tensor outside the encoder, without the leading parts shared with the encoder's prefix."""
     parts = name.split(".")
     return ".".join(parts[_shared(parts[:-1], prefix.split(".")[:-1]) :])
 
 
 def group_beside(names: Iterable[str], prefix: str) -> dict[str, list[str]]:
-    """Names outside the encoder, by the first part that they do not share with its prefix."""
+    """Group names outside the encoder by the first part that they do not share with its prefix."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(beside(name, prefix).partition(".")[0], []).append(name)
@@ -147,17 +147,17 @@ def group_beside(names: Iterable[str], prefix: str) -> dict[str, list[str]]:
 
 
 def show_part(prefix: str) -> str:
-    """A prefix as users name it."""
+    """Return a prefix as users write it."""
     return prefix[:-1] or "."
 
 
 def show_parts(prefixes: Iterable[str]) -> str:
-    """Prefixes as users name them."""
+    """Return prefixes as users write them, separated by commas."""
     return ", ".join(sorted(map(show_part, prefixes)))
 
 
 def choice_notice(prefix: str, prefixes: Sequence[str], asked: str | None) -> list[str]:
-    """What is said of a choice that was left to us; nothing if there was none."""
+    """Return a notice about a choice that the user did not make; empty if there was nothing to choose."""
     if asked is not None or len(prefixes) < 2:
         return []
     others = show_parts(each for each in prefixes if each != prefix)
@@ -165,7 +165,7 @@ def choice_notice(prefix: str, prefixes: Sequence[str], asked: str | None) -> li
 
 
 def left_out_notice(groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """What is said of tensors beside the encoder, by group."""
+    """Return a notice about the tensors outside the encoder, by group; empty if there are none."""
     shown = [f"{group} ({len(names)} tensor{'s' * (len(names) > 1)})" for group, names in groups.items()]
     more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
     return [f"left out beside the encoder: {', '.join(shown[:6])}{more}"] if shown else []

@@ -1,8 +1,8 @@
-"""Pickles read as data: nothing that they name is imported, and nothing that they call runs.
+"""Pickles read as data: nothing that they name is imported, and nothing that they call is run.
 
 Python's own unpickler imports and calls whatever a pickle asks for. This one knows strings, numbers, tuples, lists and
-dictionaries with string keys; what a call gives is up to `values`. Nothing recurses, nothing but strings is hashed, and
-no operation costs more than the bytes that ask for it.
+dictionaries with string keys; `values` determines what a call returns. Nothing recurses, nothing but strings is hashed,
+and no operation costs more than the bytes that ask for it.
 """
 
 import pickletools
@@ -14,7 +14,7 @@ from mimref.encoders.values import Global, Inert, Unreadable, Values
 
 
 def unpickle(stream: RawIOBase, values: Values) -> Any:
-    """The value of one pickle; the stream stays behind its end.
+    """Return the value of one pickle, and leave the stream at the position after it.
 
     Raises Unreadable, and whatever Python's decoders raise for damaged numbers and strings.
     """
@@ -29,7 +29,7 @@ _ARGUMENTS = frozenset(
 )
 _BYTES = frozenset(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"))
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-# Sets are only iterated over, and a list hashes nothing.
+# Sets become lists: they are only iterated over, and a list hashes nothing.
 _CONTAINERS: dict[str, type] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
 _LONGEST_NAME = 10_000
 _WITHOUT_EFFECT = frozenset(("PROTO", "FRAME", "READONLY_BUFFER", "STOP"))
@@ -45,7 +45,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, stream: RawIOBase) -> Any:
-        """The pickle's value."""
+        """Return the pickle's value."""
         for opcode, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
             name = opcode.name
             self._values.spend_objects(1)
@@ -56,7 +56,7 @@ class _Machine:
             elif name in _CONTAINERS:
                 self._stack.append(_CONTAINERS[name]())
             elif name in _BYTES:
-                self._stack.append(b"")  # bytes never lead to a plain tensor
+                self._stack.append(b"")  # no plain tensor is built from bytes
             elif operation := _OPERATIONS.get(name):
                 operation(self, argument)
             elif name not in _WITHOUT_EFFECT:
@@ -145,9 +145,9 @@ class _Machine:
         self._set(self._pop_marked())
 
     def _set(self, values: list[Any]) -> None:
-        """Items given as key, value, key, value, ...
+        """Set items given as key, value, key, value, ...
 
-        Only strings name tensors. All other keys are left out: some cannot be hashed, and some are made to collide.
+        Only strings name tensors. All other keys are left out: some cannot be hashed, and some may be made to collide.
         """
         target = self._peek()
         if isinstance(target, Inert):
@@ -167,9 +167,9 @@ class _Machine:
     def _global_from_stack(self, _: object) -> None:
         name, module = self._pop(), self._pop()
         if type(name) is not str or type(module) is not str:
-            raise Unreadable("its pickle names a class by something else than a string")
+            raise Unreadable("its pickle names a class by something other than a string")
         if len(name) + len(module) > _LONGEST_NAME:  # short operations could join long strings again and again
-            raise Unreadable("its pickle names a class by a text without end")
+            raise Unreadable("its pickle names a class by an overlong text")
         self._stack.append(Global(f"{module} {name}"))
 
     def _extension(self, code: Any) -> None:

@@ -1,4 +1,4 @@
-"""Position embeddings on other grids, interpolated as the code of the weights' authors does it.
+"""Position embeddings for other grids, interpolated as in the code of the weights' authors.
 
 Shapes: N patches, D width.
 """
@@ -17,16 +17,16 @@ from mimref.errors import ConfigError
 
 @dataclass(frozen=True)
 class Rule:
-    """How one family gets the positions of another grid; always bicubic, unless recomputed."""
+    """How one family obtains the positions of another grid: by bicubic interpolation, unless recomputed."""
 
     offset: float = 0.0
     """Patches added to the new side in the scale factor, which then replaces the size; 0 interpolates by size."""
     antialias: bool = False
-    """Also when enlarging: torch's filter then has another shape."""
+    """Antialias also when enlarging: torch's filter then has another shape."""
     align_corners: bool = False
     """Corner patches keep their positions."""
     recomputed: bool = False
-    """`flat_sincos_positions` of the new grid."""
+    """Use the `flat_sincos_positions` of the new grid."""
 
     def __str__(self) -> str:
         if self.recomputed:
@@ -39,9 +39,9 @@ class Rule:
 RULES: dict[Interpolation, Rule] = {
     # facebookresearch/mae util/pos_embed.py, liuxingbin/dbot util/pos_embed.py (CrossMAE and MAWS have MAE's layout),
     # facebookresearch/msn src/deit.py, and BenediktAlkin/KappaModules functional/pos_embed.py, which the MIM-Refiner
-    # releases use for every base, data2vec 2.0 included: fairseq's own code has no other size. Neither has I-JEPA's:
-    # its function takes the first patch for a CLS token, and fails. Hugging Face's models have this rule since
-    # huggingface/transformers#33226 (2024; before, dinov2's), apart from Dinov2WithRegisters; so have OpenMMLab's.
+    # releases use for every base, data2vec 2.0 included: fairseq's own code supports no other size. Nor does I-JEPA's:
+    # its function mistakes the first patch for a CLS token, and fails. Hugging Face's models follow this rule since
+    # huggingface/transformers#33226 (2024; before, dinov2's), except Dinov2WithRegisters. OpenMMLab's follow it too.
     "mae": Rule(),
     # facebookresearch/dino, bytedance/ibot models/, sail-sg/mugs src/: vision_transformer.py
     "dino": Rule(offset=0.1),
@@ -65,9 +65,9 @@ def resize_positions(
     grid: tuple[int, int] | None = None,
     interpolation: Interpolation = "mae",
 ) -> Tensor:
-    """Interpolate a position embedding to `new_grid` (rows, columns), in float32; its own grid is returned as it is.
+    """Interpolate a position embedding to `new_grid` (rows, columns) in float32; unchanged if that is its own grid.
 
-    grid: its own rows and columns; None is a square.
+    grid: its own rows and columns; None means a square.
     """
     side = math.isqrt(positions_1ND.shape[1])
     rows, columns = grid or (side, side)
@@ -78,7 +78,7 @@ def resize_positions(
         recomputed = flat_sincos_positions(positions_1ND.shape[2], new_grid[0] * new_grid[1])
         return send(recomputed.to(positions_1ND.dtype), positions_1ND.device)
     image = positions_1ND.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).float()
-    # With a scale factor, torch samples at its multiples, although the output has a whole number of patches.
+    # With a scale factor, torch samples at multiples of it, although the output has a whole number of patches.
     factor = ((new_grid[0] + rule.offset) / rows, (new_grid[1] + rule.offset) / columns)
     resized = F.interpolate(
         image,
@@ -92,7 +92,7 @@ def resize_positions(
 
 
 def fit_positions(positions: Tensor, num_prefix: int, side: int, interpolation: Interpolation) -> Tensor:
-    """A file's positions, (1, num_prefix + N, D), for side x side patches; as they are where N is no square."""
+    """Interpolate a file's positions, (1, num_prefix + N, D), to side x side patches; unchanged if N is no square."""
     patches = positions.shape[1] - num_prefix if positions.ndim == 3 and len(positions) == 1 else 0
     if patches <= 0 or math.isqrt(patches) ** 2 != patches or not positions.is_floating_point():
         return positions
@@ -103,7 +103,7 @@ def fit_positions(positions: Tensor, num_prefix: int, side: int, interpolation: 
 
 
 def flat_sincos_positions(width: int, patches: int) -> Tensor:
-    """MAE-pytorch's fixed positions, (1, patches, width): a sine and a cosine of the patch's number by turns."""
+    """Return MAE-pytorch's fixed positions, (1, patches, width): alternating sines and cosines of the patch number."""
     number_N1 = torch.arange(patches, dtype=torch.float64)[:, None]
     channel_D = torch.arange(width, dtype=torch.float64)
     angle_ND = number_N1 / 10_000.0 ** (2 * (channel_D // 2) / width)
@@ -111,7 +111,7 @@ def flat_sincos_positions(width: int, patches: int) -> Tensor:
 
 
 def sincos_positions(width: int, side: int, *, num_prefix: int = 1) -> Tensor:
-    """MAE's fixed 2-D sin-cos position embedding, (1, num_prefix + side**2, width), zero for the prefix tokens.
+    """Return MAE's fixed 2-D sin-cos position embedding, (1, num_prefix + side**2, width), zero for prefix tokens.
 
     The first half of the width encodes the column, the second the row; each half is sines, then cosines.
     """
@@ -127,7 +127,7 @@ def sincos_positions(width: int, side: int, *, num_prefix: int = 1) -> Tensor:
 
 
 def are_sincos(positions: Tensor, *, num_prefix: int) -> bool:
-    """Whether positions (1, num_prefix + side**2, width) equal the sin-cos ones in half precision."""
+    """Return whether positions (1, num_prefix + side**2, width) equal the sin-cos ones in half precision."""
     side, width = math.isqrt(positions.shape[1] - num_prefix), positions.shape[2]
     if width % 4 or side**2 + num_prefix != positions.shape[1]:
         return False

@@ -1,7 +1,7 @@
-"""Published weights by name: their address, their licence, and the cached copy.
+"""Published weights by name: address, licence and cached copy.
 
-Addresses and licences are those on the authors' own pages. Only MAE's authors publish (part of) a hash; for all others
-the size that the server announces is checked, and the tensors themselves are recognised.
+Addresses and licences come from the authors' own pages. Only MAE's authors publish (part of) a hash; for all other
+files, the size that the server announces is checked, and the tensors themselves are recognised.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ _JKU = "https://ml.jku.at/research/mimrefiner/download"
 _CROSSMAE = "https://huggingface.co/longlian/CrossMAE/resolve/main"
 _MUGS = "https://huggingface.co/zhoupans/Mugs/resolve/main/pretrained%20models"
 
-# Method to the licence of its weights, if the authors state one.
+# From a method to the licence of its weights, if the authors state one.
 _LICENCES = {
     **dict.fromkeys(("mae", "maws", "d2v2", "crossmae", "ijepa"), "CC-BY-NC-4.0"),
     **dict.fromkeys(("dbot", "ibot", "dino", "dinov2", "mugs"), "Apache-2.0"),
 }
 
 PACKAGED = ("quickstart", "peak")
-"""Encoders that the package itself holds: a masked autoencoder of digits, and one whose middle blocks are best."""
+"""Encoders inside the package: a masked autoencoder of digits, and one whose middle blocks are best."""
 # The paper's released models end in `_refined_SIZE`; all others are named `SOURCE_SIZE`, as in --source and --arch.
 ADDRESSES = {
     "mae_b16": f"{_META}/mae/pretrain/mae_pretrain_vit_base.pth",
@@ -83,38 +83,38 @@ class PublishedWeights:
 
     @property
     def arch(self) -> str:
-        """As `--arch` names it."""
+        """Architecture, as `--arch` names it."""
         return f"vit_{self.name.rpartition('_')[2]}"
 
     @property
     def file(self) -> Path:
-        """The cached copy."""
+        """Path of the cached copy."""
         return cache_folder() / "weights" / f"{self.name}{Path(self.url).suffix}"
 
     @property
     def licence(self) -> str | None:
-        """Of the weights; None if the authors state none."""
+        """Licence of the weights; None if the authors state none."""
         return None if "_refined_" in self.name else _LICENCES.get(self.source)
 
 
 def find_published(name: str) -> PublishedWeights | None:
-    """The published weights of this name, if there are any."""
+    """Return the published weights of this name; None if there are none."""
     return PublishedWeights(name, ADDRESSES[name], name.split("_")[0]) if name in ADDRESSES else None
 
 
 def find_named(path: str | Path) -> PublishedWeights | None:
-    """The published weights that a path names, unless a file or folder has that name."""
+    """Return the published weights that a path names; None if there are none, or if the path exists."""
     return None if Path(path).exists() else find_published(str(path))
 
 
 def must_download(name: str) -> bool:
-    """Whether weights are fetched from a server: published ones that are not cached, or timm's."""
+    """Return whether weights come from a server: published ones that are not cached, or timm's."""
     known = find_named(name)
     return name.startswith("timm:") or (known is not None and not known.file.is_file())
 
 
 def official_name(arch: str, source: str) -> str:
-    """Name of the published weights of an `--arch` and a `--source`. Raises CheckpointError if there are none."""
+    """Name the published weights of an `--arch` and a `--source`. Raises CheckpointError if there are none."""
     size = arch.removeprefix("vit_")
     if f"{source}_{size}" in ADDRESSES:
         return f"{source}_{size}"
@@ -130,10 +130,10 @@ def official_name(arch: str, source: str) -> str:
 
 
 def fetch(known: PublishedWeights, progress: LabelledProgress | None = None) -> Path:
-    """The cached copy of published weights, downloaded if there is none; progress is in megabytes.
+    """Return the cached copy of published weights, downloaded if there is none; progress is in megabytes.
 
-    Raises CheckpointError, naming the address and the place for the file, if the download fails or is not what was
-    published.
+    Raises CheckpointError, with the address and the path at which to save the file, if the download fails or is not
+    what was published.
     """
     file = known.file
     if file.is_file():
@@ -145,7 +145,7 @@ def fetch(known: PublishedWeights, progress: LabelledProgress | None = None) -> 
         try:
             with atomic_path(file) as temporary:
                 _download(known, temporary, progress)
-        # http.client's errors are no OSErrors; atomic_path turns those into OutputErrors.
+        # http.client's errors are not OSErrors, which atomic_path turns into OutputErrors.
         except (HTTPException, OutputError) as error:
             reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
             raise CheckpointError(f"{known.name}: cannot be fetched ({reason}); save {known.url} as {file}") from error

@@ -1,6 +1,6 @@
-"""What a weights file holds: tensors by name, as saved, without running code and without copying them.
+"""The content of a weights file: tensors by name, as saved, read without running code and without copying them.
 
-The format comes from the content; file names are ignored.
+The format is detected from the content; file names are ignored.
 """
 
 import json
@@ -25,12 +25,13 @@ from mimref.progress import LabelledProgress
 def read_file(
     path: str | Path, progress: LabelledProgress | None = None
 ) -> tuple[Path, Content, dict[str, Any], list[str]]:
-    """The file's own path, its content, the JSON header of our own files (else empty), and notices of what was ignored.
+    """Return the file's own path, its content, the header of mimref's own files (else empty) and what was ignored.
 
+    The header is JSON; what was ignored is described by notices.
     path: a file, an index of shards, the output folder of a run, a folder of `save_pretrained`, the name of published
     weights, or that of a packaged encoder, `quickstart` or `peak`.
     progress: receives the progress of a download.
-    Raises CheckpointError with one line for a missing, damaged or foreign file.
+    Raises CheckpointError with a one-line reason for a missing, damaged or foreign file.
     """
     try:
         file = _find(path, progress)
@@ -48,7 +49,7 @@ def read_file(
 
 
 def named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested mappings, with dotted names; keys that are not strings are left out."""
+    """Yield the tensors in nested mappings under dotted names; keys that are not strings are left out."""
     if not isinstance(content, Mapping):
         return
     for name, value in content.items():
@@ -61,7 +62,7 @@ def named_tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tens
 
 
 def first_line(error: Exception) -> str:
-    """An exception's first sentence, or its type if that says nothing."""
+    """Return an exception's first sentence, or its type if the sentence is not informative."""
     sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
     informative = re.search("[a-z]", sentence) and not sentence.startswith("Weights only load failed")
     return sentence if informative else type(error).__name__
@@ -84,7 +85,7 @@ def _find(path: str | Path, progress: LabelledProgress | None) -> Path:
 
 
 def _read_start(file: Path) -> bytes:
-    """The bytes that tell the formats apart."""
+    """Read the bytes that distinguish the formats."""
     try:
         with file.open("rb") as stream:
             start = stream.read(9)
@@ -96,7 +97,7 @@ def _read_start(file: Path) -> bytes:
 
 
 def _read_tensors(file: Path, start: bytes) -> tuple[Content, dict[str, Any], str]:
-    """Content, JSON header of our own files (else empty), and classes of which objects are left out, for display."""
+    """Return the content, the JSON header of mimref's own files (else empty), and what was left out, for display."""
     # A safetensors file starts with 8 bytes, the length of its JSON header, and the header's brace.
     if start[8:] == b"{":
         return *_read_safetensors(file), ""
@@ -105,7 +106,7 @@ def _read_tensors(file: Path, start: bytes) -> tuple[Content, dict[str, Any], st
 
 
 def _read_shards(file: Path) -> Content:
-    """The tensors of all shards that an index names."""
+    """Read the tensors of all shards in an index."""
     tensors: dict[str, Tensor] = {}
     for shard, names in read_index(file).items():
         found = dict(named_tensors(_read_tensors(shard, _read_start(shard))[0]))
@@ -133,10 +134,10 @@ def _read_safetensors(file: Path) -> tuple[Content, dict[str, Any]]:
 
 
 def _read_pickle(file: Path) -> tuple[Content, str]:
-    """Content of a file of torch, and of which classes objects are left out, for display."""
+    """Return the content of a torch file, and the classes whose objects are left out, for display."""
     try:
         content, names = read_torch_file(file)
-    except Exception as error:  # damaged pickles fail in every possible way
+    except Exception as error:  # damaged pickles can cause any error
         raise CheckpointError(f"{file}: not a checkpoint, or a damaged one ({first_line(error)[:200]})") from error
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return content, f"objects of {', '.join(names[:3])}{more}" if names else ""

@@ -1,4 +1,4 @@
-"""timm's BEiT and Hiera, which take images of one size, made to take others.
+"""timm's BEiT and Hiera, which take images of one size, extended to other sizes.
 
 Shapes: B images, L tokens, D width, H heads.
 """
@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 
 def take_other_sizes(model: Any) -> None:
-    """Let a model take images of other sizes, with the same results at its own. Other classes stay as they are.
+    """Let a BEiT or Hiera take images of other sizes, with the same results at its own size.
 
     BEiT takes smaller images: the relative positions of a smaller grid are among its own. Hiera interpolates its
-    positions bicubically, as timm does where they have a part per window.
+    positions bicubically, as timm does where they have a part per window. Models of other classes are left unchanged.
     """
     if type(model) is Beit and model.pos_embed is None:
         model.patch_embed.strict_img_size = False
@@ -33,9 +33,9 @@ class SubgridAttention(Attention):
     """BEiT's attention on the tokens of an image that may be smaller than the model's."""
 
     columns: int
-    """Of the whole grid of patches."""
+    """Columns of the model's whole grid of patches."""
     tokens: int
-    """Of the images in the current pass."""
+    """Tokens per image in the current pass."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         self.tokens = x.shape[1]
@@ -47,7 +47,7 @@ class SubgridAttention(Attention):
         return self._below(super()._get_rel_pos_bias())
 
     def _below(self, bias_HLL: Tensor) -> Tensor:
-        """The rows and columns of the CLS token and of a square of patches in the corner of the whole grid."""
+        """Return the rows and columns of the CLS token and of a square of patches in the corner of the whole grid."""
         if self.tokens == bias_HLL.shape[-1]:
             return bias_HLL
         at = torch.arange(math.isqrt(self.tokens - 1), device=bias_HLL.device)
@@ -57,10 +57,10 @@ class SubgridAttention(Attention):
 
 
 class ResizedHiera(Hiera):
-    """Hiera on images of any multiple of its windows."""
+    """Hiera for images whose size is any multiple of a mask unit."""
 
     def forward_intermediates(self, x: Tensor, *options: Any, **named: Any) -> Any:
-        """timm's, on images (B, C, S, S) with S a multiple of a mask unit in pixels."""
+        """Call timm's method for images (B, C, S, S), where S is a multiple of a mask unit in pixels."""
         size = (int(x.shape[-2]), int(x.shape[-1]))
         grid = [pixels // stride for pixels, stride in zip(size, self.patch_stride, strict=True)]
         own = (self.tokens_spatial_shape, self.mask_spatial_shape, self.unroll, self.reroll)

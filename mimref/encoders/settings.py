@@ -1,4 +1,4 @@
-"""From the settings of an encoder to train, and its weights, to an architecture."""
+"""The architecture of an encoder to train, from its settings and its weights."""
 
 from dataclasses import replace
 
@@ -12,18 +12,18 @@ from mimref.encoders.vit import PAPER_SIZES, Architecture
 
 
 def weights_name(config: EncoderConfig) -> str:
-    """The weights to start from: those that are set, else the published ones of `arch` and `source`."""
+    """Return the weights to start from: those that are set, otherwise the published ones of `arch` and `source`."""
     return config.weights or official_name(config.arch, config.source or "mae")
 
 
 def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> EncoderArchitecture:
-    """The architecture of the weights at the image size of the settings; the settings' own where weights name none.
+    """Return the weights' architecture at the settings' image size, or the settings' own if the weights name none.
 
-    Unlike an evaluation's `--arch`, settings that contradict the weights are ignored: presets serve any weights.
+    Unlike an evaluation's `--arch`, settings that contradict the weights are ignored: presets work with any weights.
     """
     recorded, asked = checkpoint.architecture, config.model_fields_set
-    is_backbone(config.arch)  # a name that nothing has is nobody's intention, whatever the weights say
-    # Without advice, no architecture helps: several encoders and no choice, or a part of the weights.
+    is_backbone(config.arch)  # an unknown name is an error, whatever the weights are
+    # Without advice, no architecture helps: several encoders and no choice, or only a part of the weights.
     if recorded is None and not ("arch" in asked and checkpoint.advice):
         raise unrecognised(checkpoint.path, checkpoint.problem, checkpoint.advice, checkpoint.named)
     if recorded is None or _is_timm(config, checkpoint):
@@ -31,7 +31,7 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Enco
             found = for_images(find_architecture(config.arch, None, None), checkpoint.channels)
             assert isinstance(found, BackboneArchitecture)
             found = at_size(found, config.image_size, "encoder.image_size") if "image_size" in asked else found
-            found.check_size(found.image_size, "encoder.image_size")  # a model without features fails here
+            found.check_size(found.image_size, "encoder.image_size")  # a model without intermediate features fails here
             return found
         tensors = checkpoint.recognised.tensors if checkpoint.recognised else checkpoint.tensors
         return with_file_values(with_fixed_positions(Architecture.from_config(config), tensors), checkpoint)
@@ -44,9 +44,9 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Enco
 
 
 def _is_timm(config: EncoderConfig, checkpoint: Checkpoint) -> bool:
-    """Whether weights without a header are read as the timm model that the settings name.
+    """Return whether weights without a header are read as the timm model that the settings name.
 
-    Not where they are recognised as that model: a resumed run names it too, and they may have sizes of their own.
+    False if they are recognised as that model: a resumed run names it too, and the weights may have their own sizes.
     """
     recognised = checkpoint.recognised
     if recognised is None or recognised.architecture.name == config.arch:
@@ -55,7 +55,7 @@ def _is_timm(config: EncoderConfig, checkpoint: Checkpoint) -> bool:
 
 
 def named_architecture(config: EncoderConfig) -> EncoderArchitecture:
-    """The architecture that settings name, of weights that are not read."""
+    """Return the architecture that the settings name, without reading any weights."""
     if is_backbone(config.arch):
         return find_architecture(
             config.arch, None, config.image_size if "image_size" in config.model_fields_set else None
@@ -64,7 +64,7 @@ def named_architecture(config: EncoderConfig) -> EncoderArchitecture:
 
 
 def ignored_settings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]:
-    """Warnings of settings that the weights contradict."""
+    """Return warnings about settings that the weights contradict."""
     recorded, path, warnings = checkpoint.architecture, checkpoint.path, list[str]()
     if recorded is None or _is_timm(config, checkpoint):
         return warnings
@@ -81,9 +81,9 @@ def ignored_settings(config: EncoderConfig, checkpoint: Checkpoint) -> list[str]
 def resolved_settings(
     config: EncoderConfig, checkpoint: Checkpoint, architecture: EncoderArchitecture
 ) -> EncoderConfig:
-    """Settings that name the encoder as it is, for config.toml."""
+    """Return settings that describe the encoder as it is, for config.toml."""
     custom, sizes = architecture.name == "custom", ["width", "depth", "patch_size"]
-    if isinstance(architecture, Architecture):  # of other encoders, whose weights are read again, the user's counts
+    if isinstance(architecture, Architecture):  # others keep the user's value: their weights are read again
         sizes.append("num_heads")
     return config.model_copy(
         update={

@@ -9,7 +9,7 @@ from mimref.encoders.vit import Architecture
 
 
 def patch_shapes(architecture: EncoderArchitecture, blocks: Sequence[int], size: int) -> dict[int, tuple[int, int]]:
-    """Number and width of the patch tokens of some blocks (1-based), for images of `size` pixels that it can take."""
+    """Return the number and width of patch tokens by block (1-based), for images of an accepted `size` in pixels."""
     if isinstance(architecture, Architecture):
         return dict.fromkeys(blocks, ((size // architecture.patch_size) ** 2, architecture.width))
     with torch.device("meta"):

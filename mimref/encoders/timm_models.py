@@ -1,4 +1,4 @@
-"""What timm's models have in common: how they are built, intermediate features, sizes of images, layers.
+"""What timm's models have in common: construction, intermediate features, image sizes, layers.
 
 Shapes: B images, L tokens, P prefix tokens, D width.
 """
@@ -22,28 +22,28 @@ from mimref.encoders.meta import RatesOnCpu
 from mimref.encoders.resizing import ResizedHiera, take_other_sizes
 from mimref.errors import ConfigError
 
-# What no options set: other fields of an architecture do, or nothing does.
+# Arguments that options must not set: they are set by other fields of an architecture, or not at all.
 _RESERVED = {"self", "args", "kwargs", "img_size", "in_chans", "num_classes", "device", "dtype"}
-# Named so that no regular expression of a model matches it.
+# A name that no regular expression of a model matches.
 _UNMATCHED = "\0"
 
 
 class SizeRule(NamedTuple):
-    """Sizes of the images that a model takes, in pixels per side."""
+    """Image sizes that a model accepts, in pixels per side."""
 
     step: int
-    """They are multiples of it."""
+    """Sizes are multiples of this."""
     largest: int | None = None
-    """None: no limit."""
+    """The largest size; None means no limit."""
 
     def nearest(self, size: int) -> int:
-        """The size that is nearest to `size`, the larger of two."""
+        """Return the accepted size nearest to `size`, the larger one of two."""
         found = max(1, (size + self.step // 2) // self.step) * self.step
         return found if self.largest is None else min(found, self.largest)
 
 
 def timm_record(name: str) -> Any:
-    """timm's record of a model or, for `model.tag`, of its weights: image size, normalisation, classifier."""
+    """Return timm's record of a model or, for `model.tag`, its weights: image size, normalisation, classifier."""
     recorded = timm.get_pretrained_cfg(name)
     if recorded is None:
         raise ConfigError(f"timm has no record of {name!r}, so it cannot be evaluated")
@@ -51,15 +51,16 @@ def timm_record(name: str) -> Any:
 
 
 def native_size(name: str) -> int:
-    """Pixels per side that a timm model was made for."""
+    """Return the image size, in pixels per side, that a timm model was made for."""
     return int(timm_record(name).input_size[-1])
 
 
 @RatesOnCpu()
 def build_model(name: str, size: int, channels: int, options: Mapping[str, Any]) -> Any:
-    """timm's model without a classifier, on the current default device, that takes other sizes than `size` if it can.
+    """Build timm's model without a classifier on the current default device.
 
-    options: further arguments of its constructor. Raises ConfigError for arguments that it does not have.
+    It accepts image sizes other than `size` if it can. options: further arguments of timm's constructor. Raises
+    ConfigError for arguments that the constructor does not have, and if timm cannot build the model.
     """
     accepted = _arguments(name)
     unknown = sorted(options.keys() - accepted | options.keys() & _RESERVED)
@@ -67,7 +68,7 @@ def build_model(name: str, size: int, channels: int, options: Mapping[str, Any])
         raise ConfigError(f"{name} has no option {unknown[0]!r} in timm {timm.__version__}")
     chosen = dict(options) | build_options(name, size)
     if "drop_path_rate" in accepted:
-        chosen.setdefault("drop_path_rate", 0.0)  # refinement has no stochastic depth, and Swin has by default
+        chosen.setdefault("drop_path_rate", 0.0)  # refinement uses no stochastic depth; Swin has it by default
     if "dynamic_img_size" in accepted:
         chosen["dynamic_img_size"] = True
     elif "strict_img_size" in accepted:
@@ -76,7 +77,7 @@ def build_model(name: str, size: int, channels: int, options: Mapping[str, Any])
         chosen["in_chans"] = channels
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, **chosen)
-    except Exception as error:  # constructors fail in their own ways on values that they were not made for
+    except Exception as error:  # each constructor raises its own errors for unsuitable values
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"timm cannot build {name} for images of {size} pixels ({reason})") from error
     take_other_sizes(model)
@@ -84,34 +85,34 @@ def build_model(name: str, size: int, channels: int, options: Mapping[str, Any])
 
 
 def build_options(name: str, size: int) -> dict[str, Any]:
-    """What tells timm's constructor the size of the images, where it matters."""
+    """Return the image size as an option of timm's constructor; empty if the constructor does not take it."""
     return {"img_size": size} if "img_size" in _arguments(name) else {}
 
 
 def features_of_blocks(model: Any, images: Tensor) -> dict[str, Tensor]:
-    """Tokens (B, L, D) of every block or stage, as `block_N`, by timm's code alone; the model is put in eval mode."""
+    """Return every block's or stage's tokens (B, L, D), as `block_N`, by timm's code alone; sets eval mode."""
     blocks = intermediates(model.eval(), images, None)
     return {f"block_{number}": as_tokens(*block) for number, block in enumerate(blocks, start=1)}
 
 
 def is_built_for_sizes(name: str) -> bool:
-    """Whether timm builds the model for any size, with weights of another one that fit or can be interpolated."""
+    """Return whether timm builds the model for any image size, so that other sizes' weights fit or are interpolated."""
     adapts = {"dynamic_img_size", "strict_img_size"} & _arguments(name)
     return bool(adapts) or not timm_record(name).fixed_input_size
 
 
 @cache
 def _arguments(name: str) -> frozenset[str]:
-    """Of the constructor of timm's class."""
+    """Return the names of the arguments that the constructor of timm's class accepts."""
     with torch.device("meta"), RatesOnCpu():
         made = type(timm.create_model(name, pretrained=False, num_classes=0))
-    # Of every class that has one of its own: some pass what they do not know on to the next.
+    # Of every base class with its own constructor: some pass unknown arguments on to the next one.
     bases = [vars(each)["__init__"] for each in made.__mro__ if each is not object and "__init__" in vars(each)]
     return frozenset(key for each in bases for key in inspect.signature(each).parameters)
 
 
 def size_rule(model: Any, name: str, size: int) -> SizeRule:
-    """Sizes of the images that a model built for images of `size` pixels takes."""
+    """Return the image sizes that a model built for images of `size` pixels accepts."""
     if isinstance(model, Beit) and model.pos_embed is None:
         return SizeRule(int(model.patch_embed.patch_size[0]), size)
     if isinstance(model, ResizedHiera):
@@ -121,7 +122,7 @@ def size_rule(model: Any, name: str, size: int) -> SizeRule:
     windowed = isinstance(model, SwinTransformer | SwinTransformerV2)
     if not windowed and timm_record(name).fixed_input_size:
         return SizeRule(size, size)
-    # Windows are padded, stages are not. A recent timm records a function of the image size.
+    # Windows are padded, stages are not. Recent versions of timm record some reductions as functions of the image size.
     strides = [int(each["reduction"]) for each in model.feature_info if isinstance(each["reduction"], int | float)]
     return SizeRule(max(strides, default=1))
 
@@ -129,7 +130,7 @@ def size_rule(model: Any, name: str, size: int) -> SizeRule:
 def intermediates(
     model: Any, images: Tensor, indices: Sequence[int] | None, *, norm: bool = False
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Feature map (B, D, rows, columns) and prefix tokens (B, P, D), if any, of the blocks (0-based; None: all)."""
+    """Return the feature map (B, D, rows, columns) and any prefix tokens (B, P, D) of blocks (0-based; None: all)."""
     accepted = inspect.signature(model.forward_intermediates).parameters
     has_prefix = "return_prefix_tokens" in accepted and bool(getattr(model, "num_prefix_tokens", 0))
     options = {"return_prefix_tokens": True} if has_prefix else {}
@@ -140,13 +141,13 @@ def intermediates(
 
 
 def as_tokens(feature_map: Tensor, prefix: Tensor | None) -> Tensor:
-    """Prefix tokens, then those of the map in reading order, (B, L, D)."""
+    """Return tokens (B, L, D): the prefix tokens, then those of the feature map in reading order."""
     tokens_BLD = feature_map.flatten(2).transpose(1, 2)
     return tokens_BLD if prefix is None else torch.cat([prefix, tokens_BLD], dim=1)
 
 
 def norm_of(model: Any) -> nn.Module | None:
-    """The norm after the last block, where it applies to tokens (B, L, D) one by one."""
+    """Return the norm after the last block if it applies to tokens (B, L, D) one by one; otherwise None."""
     if isinstance(model, VisionTransformer | Eva | Beit | SwinTransformer | SwinTransformerV2):
         norm: nn.Module = model.norm
         return norm
@@ -154,7 +155,7 @@ def norm_of(model: Any) -> nn.Module | None:
 
 
 def layer_ids(model: Any) -> dict[str, int]:
-    """Layer of every parameter as timm counts: 0 feeds the first block, and some are outside of all blocks.
+    """Return the layer of every parameter as timm counts: 0 for those that feed the first block or lie outside blocks.
 
     Raises ConfigError for a model that does not group its parameters.
     """
@@ -163,5 +164,5 @@ def layer_ids(model: Any) -> dict[str, int]:
     named = [(name, None) for name, _ in model.named_parameters()] + [(_UNMATCHED, None)]
     found: dict[str, int] = group_with_matcher(iter(named), model.group_matcher(), reverse=True)
     outside = found.pop(_UNMATCHED)
-    # Such as rotary frequencies that learn; what follows the blocks is no part of an encoder.
+    # Outside: for example learned rotary frequencies. What follows the blocks is not part of an encoder.
     return {name: 0 if layer == outside else layer for name, layer in found.items()}

@@ -1,4 +1,4 @@
-"""Which tokens are asked for, and one vector per image of them.
+"""The choice of blocks and norms, and token pooling to one vector per image.
 
 Shapes: B images, L tokens, D width.
 """
@@ -12,12 +12,12 @@ from mimref.errors import ConfigError
 
 
 def norm_flags(indices: Sequence[int], final_norm: bool | Sequence[bool], depth: int) -> list[bool]:
-    """For each index, whether its block's tokens should pass the final norm; see `Encoder.blocks`."""
+    """Return for each index whether the final norm applies to its block's tokens; see `Encoder.blocks`."""
     return [final_norm and index == depth for index in indices] if isinstance(final_norm, bool) else list(final_norm)
 
 
 def check_blocks(indices: Sequence[int], depth: int) -> None:
-    """Raise ConfigError unless `indices` has blocks, all within 1..depth."""
+    """Raise ConfigError if `indices` is empty or holds a block outside 1..depth."""
     outside = [index for index in indices if not 1 <= index <= depth]
     if outside or not indices:
         asked = f"block {outside[0]} does not exist" if outside else "no block is named"
@@ -25,7 +25,7 @@ def check_blocks(indices: Sequence[int], depth: int) -> None:
 
 
 def pool_tokens(tokens_BLD: Tensor, how: str, num_prefix_tokens: int, has_cls_token: bool) -> Tensor:
-    """One vector per image; see `Encoder.pool`."""
+    """Pool tokens to one vector per image; see `Encoder.pool`."""
     if how == "cls" and has_cls_token:
         return tokens_BLD[:, 0]
     mean_BD = tokens_BLD[:, num_prefix_tokens:].mean(dim=1)

@@ -1,10 +1,10 @@
-"""Files of `torch.save`, in the formats of now and before torch 1.6, and of `torch.jit.save`: their plain tensors.
+"""Plain tensors from files of `torch.save`, in the current format and the one before torch 1.6, and `torch.jit.save`.
 
-Read by this module and not by `torch.load`, which runs what such a file asks for unless it refuses the file as a whole,
-and which hands TorchScript to a loader of its own.
+This module reads them instead of `torch.load`, which either runs what a file asks for or refuses the whole file, and
+which passes TorchScript on to a separate loader.
 
-A file is a zip archive with the pickle `data.pkl` and one member per storage, or before torch 1.6 several pickles and
-then the storages, one after the other. An archive of TorchScript has its code as text beside them.
+A file is a zip archive with the pickle `data.pkl` and one member per storage or, before torch 1.6, several pickles
+followed by the storages, one after the other. A TorchScript archive also holds its code as text.
 """
 
 import io
@@ -29,10 +29,10 @@ _FREE_BYTES = 2**28
 
 
 def read_torch_file(file: Path) -> tuple[Content, list[str]]:
-    """The tensors below their names, mapped into memory where the format allows it, and what was left out.
+    """Return the tensors by name, mapped into memory where the format allows it, and the names of what was left out.
 
-    The second part are names of classes and functions, of which no tensors were read. Raises Unreadable with the
-    reason, OSError, and whatever Python's decoders raise for damaged numbers and strings.
+    These are names of classes and functions of which no tensors were read. Raises Unreadable with the reason, OSError,
+    and whatever Python's decoders raise for damaged numbers and strings.
     """
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as memory:
         if memory[:2] == b"PK":
@@ -42,12 +42,12 @@ def read_torch_file(file: Path) -> tuple[Content, list[str]]:
 
 
 def _values(load_storage: LoadStorage, size: int) -> Values:
-    # Tied weights, views and expanded tensors show the same bytes several times.
+    # Tied weights, views and expanded tensors count the same bytes several times.
     return Values(load_storage, 8 * size + _FREE_BYTES)
 
 
 class _Window(io.RawIOBase):
-    """A part of the file as a stream, of which no more than `most` bytes are read at once."""
+    """A part of the file as a stream; reading more than `most` bytes at once raises Unreadable."""
 
     def __init__(self, memory: mmap.mmap, start: int, end: int, most: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Window(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         end = self._end if size < 0 else min(self._end, self._position + size)
         if end - self._position > self._most:
-            raise Unreadable(f"a part that is no tensor takes more than {self._most:,} bytes")
+            raise Unreadable(f"a part that is not a tensor takes more than {self._most:,} bytes")
         part = self._memory[self._position : end] if end > self._position else b""
         self._position += len(part)
         return part
@@ -84,13 +84,13 @@ class _Window(io.RawIOBase):
 
 
 class _Archive:
-    """A zip archive whose members are not compressed, so that tensors are parts of the mapped file."""
+    """A zip archive with uncompressed members, so that tensors are parts of the mapped file."""
 
     def __init__(self, file: Path, memory: mmap.mmap) -> None:
         self._memory, self._storages = memory, dict[str, torch.UntypedStorage]()
-        # Members may overlap, so that a small file could ask for many large copies.
+        # Members may overlap, so a small file could ask for many large copies.
         self._copies_left, self._text_left = len(memory), _MOST_TEXT
-        # A zip file's directory takes 20 times its size in memory.
+        # In memory, a zip file's directory takes 20 times its size.
         with ZipFile(_Window(memory, 0, len(memory), _MOST_DIRECTORY)) as archive:
             members = archive.infolist()
         folder = members[0].filename.partition("/")[0] if members else ""
@@ -101,13 +101,13 @@ class _Archive:
         self._swapped = self._text("byteorder", b"little").decode("ascii") != sys.byteorder
 
     def load(self) -> Any:
-        """The value of data.pkl."""
+        """Return the value of data.pkl."""
         start, end = self._find("data.pkl")
         window = _Window(self._memory, start, end, _MOST_ARGUMENT)
         return unpickle(window, _values(self._storage, len(self._memory)))
 
     def module_tensors(self) -> dict[str, frozenset[str]]:
-        """From the name of a class of TorchScript, as a pickle has it, to the names of its parameters and buffers."""
+        """Map the name of each TorchScript class, as in pickles, to the names of its parameters and buffers."""
         found: dict[str, frozenset[str]] = {}
         for path in self._members:
             if not path.startswith("code/") or not path.endswith(".py"):
@@ -136,7 +136,7 @@ class _Archive:
         return self._storages[key]
 
     def _find(self, name: str) -> tuple[int, int]:
-        """Where the bytes of a member are."""
+        """Return the start and the end of a member's bytes."""
         member = self._members.get(name)
         if member is None:
             raise Unreadable(f"its zip archive lacks {name[:80]!r}")
@@ -154,7 +154,7 @@ class _Archive:
         return start, end
 
     def _text(self, name: str, default: bytes = b"") -> bytes:
-        """A short member, which may be compressed."""
+        """Return a short member, which may be compressed."""
         if name not in self._members:
             return default
         start, end = self._span(self._members[name])
@@ -172,13 +172,13 @@ _MODULES = re.compile(r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n(?
 
 
 def _read_old(memory: mmap.mmap, stream: io.BufferedReader) -> Any:
-    """The value of a file from before torch 1.6, with its storages read into memory."""
+    """Return the value of a file from before torch 1.6, with its storages read into memory."""
     window = _Window(memory, 0, len(memory), _MOST_ARGUMENT)
     storages: dict[str, tuple[torch.UntypedStorage, torch.dtype]] = {}
     left = len(memory)
 
     def allocate(key: str, count: int, dtype: torch.dtype) -> torch.UntypedStorage:
-        """The memory of a storage, filled once the pickles have been read. Raises Unreadable beyond the file's size."""
+        """Allocate a storage, filled once the pickles have been read. Raises Unreadable beyond the file's size."""
         nonlocal left
         if key not in storages:
             left -= count * dtype.itemsize

@@ -1,7 +1,7 @@
-"""What a pickle may build: plain values and dense tensors, by functions of our own; all else is `Inert`.
+"""What a pickle may build: plain values and dense tensors, by functions of this module; all else is `Inert`.
 
-A pickle names its classes and functions, and gives them any arguments. Here, a name is only text. Whatever is built has
-a cost that the file pays for: tensors share its memory, and all that is counted has a limit.
+A pickle names classes and functions, and passes them any arguments. Here, a name is only text. What a file can build is
+bounded: tensors share its memory, and everything that is counted has a limit.
 """
 
 import math
@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_OBJECTS = 10_000_000  # an optimizer's state of a thousand tensors has 100,000
+_MOST_OBJECTS = 10_000_000  # the optimizer state of a thousand tensors has 100,000
 _MOST_DIMENSIONS = 64
 
 
 class Unreadable(Exception):
-    """Why a file cannot be read, in one line without the file's name."""
+    """A file cannot be read; the message is the reason, in one line without the file's name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
-    """A class or a function by its name, which is never looked up."""
+    """The name of a class or a function, which is never looked up."""
 
     name: str
     """Module and name, with a space between them."""
@@ -30,14 +30,14 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Inert:
-    """What a call of a class or function would have given, which is not called."""
+    """Stands in for the result of calling a class or function, which is never called."""
 
     name: str
-    """Of the class or function: module and name, with a space between them."""
+    """Module and name of the class or function, with a space between them."""
     args: Any = ()
     state: Any = None
     items: dict[str, Any] | None = None
-    """Under string keys, where the object is a mapping."""
+    """Items under string keys, if the object is a mapping."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +49,7 @@ class Storage:
 
 
 LoadStorage = Callable[[str, int, torch.dtype], torch.UntypedStorage]
-"""The storage of a key, which has so many numbers of a type. Raises Unreadable if the file does not hold so many."""
+"""Returns the storage of a key, for a count of numbers of a type. Raises Unreadable if the file holds fewer."""
 
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -72,9 +72,9 @@ DTYPES = {
 
 
 class Values:
-    """Builds the values of one file.
+    """Builder of the values of one file.
 
-    load_storage: where the tensors' numbers are. most_bytes: the limit for the sum of all tensors' logical sizes, as
+    load_storage: provides the tensors' numbers. most_bytes: the limit for the sum of all tensors' logical sizes, as
     expanded tensors may repeat a few numbers without end.
     """
 
@@ -83,13 +83,13 @@ class Values:
         self._bytes_left, self._objects_left = most_bytes, _MOST_OBJECTS
 
     def spend_objects(self, count: int) -> None:
-        """Count what is created or iterated over. Raises Unreadable when that is too much."""
+        """Count objects that are created or iterated over. Raises Unreadable above the limit."""
         self._objects_left -= count
         if self._objects_left < 0:
             raise Unreadable(f"its pickle holds more than {_MOST_OBJECTS:,} objects")
 
     def call(self, called: Any, args: Any) -> Any:
-        """What a class or function gives: a plain value of the few that are known, else an inert object."""
+        """Return the result of a call: a plain value for the few known functions, otherwise an inert object."""
         if type(called) is Global and type(args) is tuple and called.name in _BUILDERS:
             self.spend_objects(len(args))
             built = _BUILDERS[called.name](self, *args)
@@ -98,7 +98,7 @@ class Values:
         return Inert(name, args)
 
     def resolve(self, identity: Any) -> Any:
-        """A storage, or an old format's class that is saved with its source code."""
+        """Return a storage by its persistent identity, or a class that an old format saves with its source code."""
         if type(identity) is tuple and len(identity) >= 2 and identity[0] == "module":
             return identity[1]
         if type(identity) is not tuple or len(identity) < 5 or identity[0] != "storage":
@@ -117,7 +117,7 @@ class Values:
             memory = memory[view[1] * dtype.itemsize : (view[1] + view[2]) * dtype.itemsize]
         return Storage(memory, dtype)
 
-    # --- what is real; None where the arguments are not plain, so that the result is inert
+    # --- the known functions; they return None for arguments that are not plain, so that the result is inert
 
     def _build_dict(self, items: Any = (), *_: object) -> dict[str, Any] | None:
         if type(items) is dict:
@@ -152,7 +152,7 @@ class Values:
     def _build_attributed(
         self, build: Any = None, kind: Any = None, args: Any = None, *_: object
     ) -> Tensor | Inert | None:
-        """A tensor with attributes; of other classes than torch's own, it is inert."""
+        """Build a tensor with attributes; one of a class other than torch's own becomes inert."""
         if type(build) is not Global or type(kind) is not Global or type(args) is not tuple:
             return None
         if kind.name in _TENSOR_CLASSES and build.name in _TENSOR_BUILDERS:

@@ -1,4 +1,4 @@
-"""Vision transformers that give the tokens of any block, built on timm's `VisionTransformer`.
+"""Vision transformers that return the tokens of any block, built on timm's `VisionTransformer`.
 
 Pre-norm (MAE, dBOT, DINO, ...), post-norm (data2vec 2.0) and timm's own models (registers, LayerScale, unusual patch
 sizes) share one class. Block numbers are 1-based.
@@ -36,16 +36,16 @@ PAPER_SIZES = {
     "vit_2b14": (2560, 24, 32, 14),
 }
 NORM_EPS = 1e-6
-"""Of every family but Hugging Face's, whose config.json has its own."""
+"""Epsilon of LayerNorms in all families but Hugging Face's, whose config.json states its own."""
 _SIZE_KEYS = ("width", "depth", "num_heads", "patch_size")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that builds an encoder; saved in the header of every file we write."""
+    """Everything needed to build an encoder; saved in the header of every file that mimref writes."""
 
     name: str
-    """`vit_l16`, ..., `custom`, or a timm name, which implies all other sizes."""
+    """`vit_l16` and so on, `custom`, or a timm name, which implies all other sizes."""
     image_size: int
     """Pixels per side that the position embedding is made for."""
     width: int
@@ -59,28 +59,28 @@ class Architecture:
     from_timm: bool = False
     class_token: bool = True
     registers: int = 0
-    """Register tokens. With them, or without a CLS token, only patches have positions."""
+    """Number of register tokens. With registers, or without a CLS token, only patches have positions."""
     layer_scale: bool = False
     """A factor per channel after attention and MLP."""
     mlp_width: int = 0
-    """Outputs of the MLP's first layer; 0 is four times the width."""
+    """Outputs of the MLP's first layer; 0 means four times the width."""
     swiglu: bool = False
-    """The MLP multiplies the SiLU of its first layer's first half by the second half."""
+    """The MLP multiplies the SiLU of the first half of its first layer's outputs by the second half."""
     final_norm: bool = True
     """LayerNorm after the last block of a pre-norm encoder."""
     channels: int = 3
-    """Of its images: 3, or 1 for gray ones. Left out of headers where it is 3."""
+    """Channels of its images, such as 3 for colour and 1 for gray. Left out of headers if it is 3."""
     interpolation: Interpolation = "mae"
-    """How positions are interpolated to other image sizes. Left out of headers that need only the default."""
+    """How positions are interpolated to other image sizes. Left out of headers if it is the default."""
     norm_eps: float = NORM_EPS
-    """Added to the variance in every LayerNorm, where weights say another value. Left out of headers at its default."""
+    """Epsilon of every LayerNorm. The default is left out of headers, and leaves timm's own models with theirs."""
 
     @classmethod
     def from_config(cls, config: EncoderConfig) -> Self:
-        """The architecture that the settings name. Raises ConfigError for an unknown name."""
+        """Return the architecture that the settings name. Raises ConfigError for an unknown name."""
         name, size = config.arch, config.image_size
         if name == "custom" or name in PAPER_SIZES:
-            # The settings refuse a custom architecture that lacks one of them.
+            # The settings reject a custom architecture that lacks one of these sizes.
             sizes = PAPER_SIZES.get(name) or (int(getattr(config, key)) for key in _SIZE_KEYS)
             width, depth, num_heads, patch_size = sizes
             return cls(
@@ -101,7 +101,7 @@ class Architecture:
             size,
             width=vit.embed_dim,
             depth=len(vit.blocks),
-            # In parallel blocks the number is an attribute of several attentions, or of the block.
+            # In parallel blocks, the number is an attribute of several attention modules, or of the block.
             num_heads=next(int(part.num_heads) for part in first_parts if hasattr(part, "num_heads")),
             patch_size=vit.patch_embed.patch_size[0],
             fixed_positions=False,
@@ -112,7 +112,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: object) -> Self:
-        """Read what `to_dict` wrote. Raises ConfigError for other keys, types or sizes."""
+        """Read the output of `to_dict`. Raises ConfigError for missing or unknown keys, and invalid types or values."""
         if not isinstance(values, dict):
             raise ConfigError(f"architecture {values!r} is not a table")
         for name in ("name", "image_size", *_SIZE_KEYS):
@@ -131,27 +131,27 @@ class Architecture:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """For headers and cache keys, without later fields of the value that older files imply."""
+        """Return the fields for headers and cache keys, except newer fields at the values that older files imply."""
         implied = (("channels", 3), ("interpolation", "mae"), ("norm_eps", NORM_EPS))
         return {key: value for key, value in asdict(self).items() if (key, value) not in implied}
 
     @property
     def widths(self) -> list[int]:
-        """Of every block."""
+        """Width of every block."""
         return [self.width] * self.depth
 
     @property
     def sizes(self) -> SizeRule:
-        """Sizes of the images that it takes."""
+        """Image sizes that the encoder accepts."""
         return SizeRule(self.patch_size)
 
     @property
     def has_final_norm(self) -> bool:
-        """Whether features of the last block are called normed; without a norm they are raw all the same."""
+        """Whether features of the last block are called normed: always, although without a norm they are raw."""
         return True
 
     def check_size(self, size: int, setting: str) -> None:
-        """Raise ConfigError unless the patch size divides `size`, in pixels; `setting` names it in the message."""
+        """Raise ConfigError unless `size`, in pixels, is divisible by the patch size; the message names `setting`."""
         if size % self.patch_size:
             raise ConfigError(
                 f"{setting} {size} is not divisible by the patch size {self.patch_size} of {self.name}; "
@@ -169,7 +169,7 @@ class PostNormBlock(Block):
 
 
 class Encoder(nn.Module):
-    """Tokens of any block of a vision transformer; `vit` keeps timm's parameter names."""
+    """A vision transformer that returns the tokens of any block; `vit` keeps timm's parameter names."""
 
     def __init__(self, architecture: Architecture, vit: VisionTransformer) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Encoder(nn.Module):
         self.has_cls_token: bool = vit.cls_token is not None
         self.patch_size = architecture.patch_size
         self.checkpointing = False
-        """Recompute each block in the backward pass instead of storing its activations."""
+        """Whether each block is recomputed in the backward pass instead of storing its activations."""
 
     @property
     def model(self) -> VisionTransformer:
@@ -190,21 +190,21 @@ class Encoder(nn.Module):
 
     @property
     def widths(self) -> list[int]:
-        """Of every block."""
+        """Width of every block."""
         return [self.embed_dim] * self.depth
 
     @property
     def block_modules(self) -> list[nn.Module]:
-        """What torch can compile one by one."""
+        """Modules that torch can compile one by one: the blocks."""
         return list(self.vit.blocks)
 
     @property
     def last_layer(self) -> int:
-        """Of the final norm, one more than the last block's."""
+        """Layer of the final norm, one more than the last block's."""
         return self.depth + 1
 
     def layer_of(self, name: str) -> int:
-        """Layer of one of the model's parameters: embeddings 0, block i is i, final norm depth + 1 (as BEiT counts)."""
+        """Return a parameter's layer as BEiT counts: 0 for embeddings, i for block i, depth + 1 for the final norm."""
         if block := re.match(r"blocks\.(\d+)\.", name):
             return int(block[1]) + 1
         return self.last_layer if name.startswith(("norm.", "fc_norm.")) else 0
@@ -218,14 +218,14 @@ class Encoder(nn.Module):
         visible_BK: Tensor | None = None,
         masked: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """Output tokens of the blocks in `indices` (1-based, any order, repeats allowed), in one pass.
+        """Return the output tokens of the blocks in `indices` (1-based, any order, repeats allowed), in one pass.
 
-        images: (B, 3, S, S) normalised, S divisible by the patch size; a gray encoder also takes (B, 1, S, S). Returns
-        a list of (B, L, D), prefix first. Later blocks do not run.
-        final_norm: True is the final LayerNorm on the last block's tokens; a flag for each index applies it to any
+        images: normalised (B, C, S, S), with the encoder's number of channels C and S divisible by the patch size; a
+        gray encoder also takes C = 3. Returns a list of (B, L, D), prefix tokens first. Later blocks do not run.
+        final_norm: True applies the final LayerNorm to the last block's tokens; one flag per index applies it to any
         block's. No effect on encoders without one (post-norm ones, and timm's that normalise after pooling).
-        visible_BK: indices of the only patches that the encoder sees; their tokens have this order.
-        masked: hidden_BN, True where a patch is hidden, and token_D, which replaces its embedding.
+        visible_BK: indices of the only patches that the encoder sees; their tokens are returned in this order.
+        masked: hidden_BN, True where a patch is hidden, and token_D, which replaces the embedding of hidden patches.
         Raises ConfigError for a block outside 1..depth.
         """
         check_blocks(indices, self.depth)
@@ -241,7 +241,7 @@ class Encoder(nn.Module):
     def embed(
         self, images: Tensor, visible_BK: Tensor | None = None, masked: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Input of block 1: CLS and register tokens, then (visible) patches, with positions, (B, L, D)."""
+        """Return the input of block 1, (B, L, D): CLS and register tokens, then (visible) patches, with positions."""
         vit = self.vit
         if self.architecture.channels == 1 and images.shape[1] == 3:
             images = gray(images)
@@ -269,14 +269,14 @@ class Encoder(nn.Module):
         return normed
 
     def pool(self, tokens_BLD: Tensor, how: str) -> Tensor:
-        """One vector per image: `cls`, `mean` of the patch tokens (also if there is no CLS token), or `cls+mean`."""
+        """Pool to one vector per image: `cls`, `mean` of patches (also where a CLS token is missing) or `cls+mean`."""
         return pool_tokens(tokens_BLD, how, self.num_prefix_tokens, self.has_cls_token)
 
 
 def gray(images: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, 1, S, S): the luma of ITU-R BT.601, as Pillow's.
+    """Convert colour images (B, 3, S, S) to their luma (B, 1, S, S) by ITU-R BT.601, as Pillow does.
 
-    Of pixels normalised by the same mean and deviation in every channel, this is the luma normalised by them.
+    If every channel is normalised by the same mean and deviation, the result is the luma normalised by them.
     """
     red, green, blue = images.unbind(1)
     return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
@@ -284,7 +284,7 @@ def gray(images: Tensor) -> Tensor:
 
 @RatesOnCpu()
 def build_encoder(architecture: Architecture) -> Encoder:
-    """An encoder with random weights, on the current default device. Raises ConfigError for sizes that do not fit."""
+    """Build an encoder with random weights on the default device. Raises ConfigError for sizes that do not fit."""
     architecture.check_size(architecture.image_size, "encoder.image_size")
     if architecture.from_timm:
         options = {"in_chans": architecture.channels} | norm_option(architecture)
@@ -316,7 +316,7 @@ def build_encoder(architecture: Architecture) -> Encoder:
 
 
 def timm_options(architecture: Architecture) -> dict[str, Any]:
-    """Sizes and tokens as options of timm's VisionTransformer, without those that have timm's defaults."""
+    """Return sizes and tokens as options of timm's VisionTransformer, without those at timm's defaults."""
     options: dict[str, Any] = {
         "img_size": architecture.image_size,
         "patch_size": architecture.patch_size,
@@ -340,7 +340,7 @@ def timm_options(architecture: Architecture) -> dict[str, Any]:
 
 
 def norm_option(architecture: Architecture) -> dict[str, Any]:
-    """The LayerNorm as an option of timm's models, where it is not theirs."""
+    """Return the LayerNorm as an option of timm's models; empty for the default epsilon."""
     if architecture.norm_eps == NORM_EPS:
         return {}
     return {"norm_layer": partial(nn.LayerNorm, eps=architecture.norm_eps)}
@@ -348,9 +348,9 @@ def norm_option(architecture: Architecture) -> dict[str, Any]:
 
 @cache
 def is_plain_vit(name: str) -> bool:
-    """Whether timm's `name` is a VisionTransformer on plain patches.
+    """Return whether timm's model `name` is a VisionTransformer with a plain patch embedding.
 
-    Raises ConfigError, with the nearest known name, unless timm has a model and, after a dot, a tag of that name.
+    Raises ConfigError if timm has no such model (with the nearest known name) or, after a dot, no such tag.
     """
     if not timm.is_model(name):
         hint = did_you_mean(name, [*PAPER_SIZES, "custom", *timm.list_models()])
@@ -368,7 +368,7 @@ def is_plain_vit(name: str) -> bool:
 def _timm_vit(name: str, image_size: int, options: Mapping[str, Any] | None = None) -> VisionTransformer:
     if not is_plain_vit(name):
         raise ConfigError(
-            f"architecture {name!r} is not a plain timm VisionTransformer, which only refine and evaluations do without"
+            f"architecture {name!r} is not a plain timm VisionTransformer; only refine and evaluations accept others"
         )
     vit = timm.create_model(
         name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True, **(options or {})

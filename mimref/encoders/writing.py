@@ -1,4 +1,4 @@
-"""Writing weights as safetensors, so that the same weights give the same bytes."""
+"""Writing weights as safetensors, so that the same weights always produce the same bytes."""
 
 import json
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from torch import Tensor
 from mimref.files import atomic_write
 
 _LENGTH_BYTES = 8
-"""At the start of a file: the length of the header that follows, a multiple of 8."""
+"""Size of the field at the start of a file that holds the header's length, itself a multiple of 8."""
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write contiguous tensors atomically; `header` is their metadata `mimref`. Raises OutputError."""
+    """Write contiguous tensors atomically, with `header` as the metadata entry `mimref`. Raises OutputError."""
     start, rest = safetensors_parts(tensors, header)
     with atomic_write(path) as file:
         file.write(start)
@@ -23,9 +23,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
 
 
 def safetensors_parts(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[bytes, memoryview]:
-    """The two parts of a file: what describes the tensors, and their numbers.
+    """Return the two parts of a file: the header that describes the tensors, and their data.
 
-    safetensors puts the keys of the metadata in random order; here they are sorted.
+    safetensors writes the metadata keys in random order; here they are sorted.
     """
     content = save(dict(tensors), metadata={"format": "pt", "mimref": json.dumps(dict(header))})
     end = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")

@@ -1,4 +1,4 @@
-"""What chooses among averages of two encoders: measures on images that are not those the choice is judged on."""
+"""Scores that choose among averages of two encoders, on other images than those the choice is later judged on."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,25 +18,25 @@ from mimref.progress import Listener
 from mimref.results import EvaluationResult, Row
 
 HELD_OUT = 0.2
-"""Share of every class's training images on which k-NN accuracy chooses."""
+"""Share of each class's training images that is held out to choose by k-NN accuracy."""
 
 
 def check_held_out(source: ImageSource) -> None:
-    """Raise DataError for labels of which no part can be held out, before an encoder runs."""
+    """Raise DataError, before an encoder runs, if no part with every class can be held out."""
     assert source.labels is not None
     counts = np.unique_counts(source.labels).counts
     held = int(np.ceil(HELD_OUT * len(source)))
     if counts.min() < 2 or held < len(counts):
         raise DataError(
-            f"--choose knn: {source.name} has {len(source)} training images, of its smallest class {counts.min()}; no "
-            "fifth with every class can be held out; use --choose assess"
+            f"--choose knn: {source.name} has {len(source)} training images, and its smallest class has "
+            f"{counts.min()}; a fifth with every class cannot be held out; use --choose assess"
         )
 
 
 def by_knn(file: Path, common: dict[str, Any], train: ImageSource, listener: Listener) -> EvaluationResult:
-    """k-NN accuracy of an encoder on a fixed fifth of the training images, the others being neighbours: one row.
+    """Return one row: an encoder's k-NN accuracy on a fixed fifth of the training images, with the rest as neighbours.
 
-    common: settings of the encoder pass. The row has no model's name, but `images`, which these are.
+    common: settings of the encoder pass. The row has no model name; its `images` states which images it is measured on.
     """
     assert train.labels is not None
     kept, held = stratified_split(train.labels, held_out=HELD_OUT)
@@ -46,13 +46,13 @@ def by_knn(file: Path, common: dict[str, Any], train: ImageSource, listener: Lis
 
 
 def by_measure(file: Path, common: dict[str, Any], listener: Listener) -> EvaluationResult:
-    """The measure by which `mimref assess` ranks encoders, on training images: one row, as of `by_knn`."""
+    """Return one row, as `by_knn` does: the measure by which `mimref assess` ranks encoders, on training images."""
     found = assess(AssessConfig(**common, checkpoints=[str(file)]), listener=listener)
     return _shown(found, DEFAULT, "training")
 
 
 def best(rows: Sequence[Row]) -> int:
-    """The place of the best of these rows, the first of equal ones. Raises DataError where none has a value."""
+    """Return the position of the best row, the first of equal ones. Raises DataError if none has a value."""
     scores = [goodness(str(row["metric"]), float(row["value"])) for row in rows]
     if not np.isfinite(max(scores)):
         raise DataError(f"no average can be chosen: {rows[0]['metric']} has no value, since the features do not vary")
@@ -60,7 +60,7 @@ def best(rows: Sequence[Row]) -> int:
 
 
 def _shown(found: EvaluationResult, metric: str, images: str) -> EvaluationResult:
-    """The one row of a metric, without the model's name, which is that of a temporary file."""
+    """Return a metric's only row with `images`, but without the model's name, which is that of a temporary file."""
     (row,) = (row for row in found.rows if row["metric"] == metric)
     row = {key: value for key, value in row.items() if key not in ("model", "images")} | {"images": images}
     return EvaluationResult([row], found.elapsed_s, found.bad_images)

@@ -35,9 +35,9 @@ def measure(
     config: CompareConfig,
     progress: LabelledProgress,
 ) -> tuple[list[Row], BestRun | None]:
-    """Rows of one protocol, `knn`, `lowshot` or `cluster`, for the training and validation features of one model.
+    """Return one protocol's rows (`knn`, `lowshot` or `cluster`) for one model's training and validation features.
 
-    Also, of `cluster`, its best run.
+    For `cluster`, also return the best run.
     """
     train, test = (labelled(features, columns) for features in pair)
     if protocol == "cluster":
@@ -59,7 +59,7 @@ def exhibit(
     config: CompareConfig,
     best: BestRun | None,
 ) -> None:
-    """Show a model in an exhibition as its table does: the same votes, and the best of the same k-means runs."""
+    """Add a model to an exhibition, with the same votes as in its table and the best of the same k-means runs."""
     voting = Voting(*labelled(pair[0], columns), config.k, config.tau)
     exhibition.add(model, pair[1], columns, voting=voting, best=best)
 
@@ -70,11 +70,11 @@ def exhibit(
 def compare_encoders(
     config: CompareConfig, *, exhibits: bool = False, listener: Listener | None = None, checks: Checks | None = None
 ) -> IllustratedResult:
-    """Rows of every protocol for the base and then the other encoders; one encoder pass per split and encoder.
+    """Return rows of every protocol for the base, then the other encoders; one encoder pass per split and encoder.
 
-    All see the same draws, runs and images: those of `config.data`, else those of the base's header. exhibits: also
-    what a report shows of the images.
-    Raises UserError subclasses for checkpoints or images that do not fit, before any encoder runs.
+    All encoders are measured on the same draws, runs and images: those of `config.data`, else those that the base's
+    header records. exhibits: also collect the images that a report shows.
+    Raises UserError subclasses, before any encoder runs, for checkpoints or images that do not fit.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     found_inputs = open_encoders(config, [config.base, *config.refined], listener, checks, "base")
@@ -128,7 +128,7 @@ _PROTOCOLS = {"knn": "k-NN", "lowshot": "low-shot accuracy", "cluster": "k-means
 def labelled_splits(
     data: DataConfig, train: ImageSource | None = None, test: ImageSource | None = None
 ) -> tuple[ImageSource, ImageSource]:
-    """Training and validation images with labels. train, test: those that are open already.
+    """Return the training and validation images with labels. train, test: sources that are already open.
 
     Raises DataError when the images have no labels or no validation split, or when classes are missing.
     """
@@ -142,20 +142,20 @@ def labelled_splits(
 
 
 def lost_accuracy(rows: Sequence[Row], images: int) -> str | None:
-    """What to say of a before/after table whose k-NN fell by more than chance explains for so many test images.
+    """Return a warning if k-NN accuracy fell by more than chance explains for this number of test images, else None.
 
-    That is twice the standard error of the base's accuracy. None: it did not, or there are fewer than 20 images.
+    Chance explains a fall of up to twice the standard error of the base's accuracy. None with fewer than 20 images.
     """
     found = {row["model"]: float(row["value"]) for row in rows if row.get("metric") == "knn_top1"}
     if not {"base", "refined"} <= found.keys() or images < 20:
         return None
     base, refined = found["base"], found["refined"]
-    share = (base / 100 * images + 1) / (images + 2)  # Laplace's rule: an error of 0 would make one image a warning
+    share = (base / 100 * images + 1) / (images + 2)  # Laplace's rule: with an error of 0, one image triggers a warning
     if base - refined <= 200 * (share * (1 - share) / images) ** 0.5:
         return None
     return (
-        f"k-NN fell from {base:.1f} to {refined:.1f}, more than chance explains for {images:,} validation images: what "
-        "refinement aligns, views and nearest neighbours of an image, does not tell these classes apart. Compare "
+        f"k-NN fell from {base:.1f} to {refined:.1f}, more than chance explains for {images:,} validation images: "
+        "refinement aligns the views and nearest neighbours of an image, which does not separate these classes. Try "
         "views.color=false and larger crops (views.local_scale), or keep the base"
     )
 
@@ -171,11 +171,11 @@ def before_after(
     exhibition: Exhibition | None = None,
     note: Callable[[str], None] | None = None,
 ) -> tuple[list[Row], list[tuple[str, str]]]:
-    """k-NN, low-shot and clustering of raw pixels, and of each encoder's last block (raw output, CLS token).
+    """Run k-NN, low-shot and clustering on raw pixels and on each encoder's last block (raw output, CLS token).
 
-    images: from `labelled_splits`. encoders: with their names in the results; built one at a time if from a generator.
-    note: receives one line for each protocol that is left out because the images do not allow it. exhibition: shows the
-    encoders. Returns rows, and path and reason of the images left out, once for every model.
+    images: from `labelled_splits`. encoders: with their names in the results; a generator may build them one at a time.
+    note: receives one line for each protocol that is left out because the images do not allow it. exhibition: collects
+    the encoders' images. Returns the rows, and the path and reason of every image left out, once per model.
     """
     evaluate = config.evaluate
     compare = CompareConfig(
@@ -193,7 +193,7 @@ def before_after(
     possible = list(protocols)
 
     def add(model: str, pair: list[Features], column: Column, where: Row) -> None:
-        """Measure a model by every protocol that is possible so far; `where`: the settings that its rows name."""
+        """Measure a model by every protocol that is still possible. where: settings that its rows record."""
         train, test = pair
         fitting = compare.model_copy(update={"k": min(evaluate.knn_k, len(train))})
         best = None
@@ -201,7 +201,7 @@ def before_after(
             try:
                 found, run = measure(protocol, model, (train, test), [column], fitting, progress)
             except (ConfigError, DataError) as error:
-                # It is the same for the other models: they share images and settings.
+                # The other models would fail as well: they share images and settings.
                 possible.remove(protocol)
                 if note is not None:
                     note(f"no {_PROTOCOLS[protocol]} in the before/after table: {error}")

@@ -28,15 +28,15 @@ from mimref.progress import Listener, Silent
 from mimref.results import EvaluationResult, Row, check_folder, write_results
 
 CHOSEN = "encoder.safetensors"
-"""The average that was chosen, so that the folder is a checkpoint."""
+"""File name of the chosen average, which makes its folder usable as a checkpoint."""
 
 
 @dataclass(frozen=True)
 class _Ends:
-    """What is averaged, and the images."""
+    """The two encoders to average, and the images."""
 
     config: InterpolateConfig
-    """With the images that the header of the refined weights records."""
+    """Settings, with the images that the refined weights' header records."""
     base: Checkpoint
     refined: Checkpoint
     base_encoder: TokenEncoder
@@ -45,12 +45,12 @@ class _Ends:
 
     @property
     def common(self) -> dict[str, Any]:
-        """Settings of every evaluation. Nobody needs the features of an average again."""
+        """Settings of every evaluation. Features are not cached: those of an average are not needed again."""
         own = {name: getattr(self.config, name) for name in CommandConfig.model_fields}
         return own | {"cache": CacheConfig(folder="off")}
 
     def write(self, file: Path, alpha: float, *, chosen_by: str | None = None) -> None:
-        """Write an average with what the header of the refined weights says."""
+        """Write an average, with its origin and the facts that the refined weights' header records."""
         left_out = ("architecture", "classifier", "metrics")
         facts = {key: value for key, value in self.refined.header.items() if key not in left_out}
         origin: dict[str, Any] = {"base": str(self.base.path), "refined": str(self.refined.path), "alpha": alpha}
@@ -68,10 +68,10 @@ def interpolate(
 ) -> EvaluationResult:
     """Write `(1 - alpha) * base + alpha * refined` for every alpha into `out`, as `alpha-0.25.safetensors`.
 
-    With images in `config.data`, the rows are the k-NN accuracy of each, with `alpha`; they are written there as well.
-    With `config.choose` only the best is written, as `encoder.safetensors`: rows are what it was chosen by, of every
-    alpha, then its k-NN accuracy on the validation images, if there are any; `images` says which images each is of. The
-    choice does not read the validation images.
+    With images in `config.data`, the rows hold the k-NN accuracy for every `alpha`; `out` receives them as well.
+    With `config.choose`, only the best average is written, as `encoder.safetensors`. The rows then hold, for every
+    alpha, the score that decides, followed by the chosen average's k-NN accuracy on the validation images, if there are
+    any; `images` names the images of each row. The choice does not read the validation images.
     Raises CheckpointError for encoders of different shapes, OutputError for a folder that holds results.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
@@ -89,7 +89,7 @@ def interpolate(
 
 
 def _open(config: InterpolateConfig, listener: Listener, checks: Checks) -> _Ends:
-    """Read both checkpoints and open the images; raises what is wrong with any of them."""
+    """Read both checkpoints and open the images; raise everything that is wrong with any of them."""
     need_labels = config.choose != "assess"
     open_splits = partial(
         open_images, progress=listener.progress, checks=checks, need_labels=need_labels, existing=not need_labels
@@ -150,7 +150,7 @@ def _write_chosen(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row]
             listener.progress("averages", done, len(alphas))
     chosen = rows[best(rows)]
     alpha, bad = float(chosen["alpha"]), measured.bad_images  # the same for every average
-    listener.note(f"alpha {alpha:g} is chosen, by {chosen['metric']} of {len(alphas)} averages")
+    listener.note(f"alpha {alpha:g} is chosen by {chosen['metric']}, from {len(alphas)} averages")
     ends.write(out / CHOSEN, alpha, chosen_by=by)
     if any(source.labels is None for source in ends.sources.values()) or len(ends.sources) < 2:
         listener.note("no validation result: there are no labelled training and validation images")
@@ -160,7 +160,7 @@ def _write_chosen(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row]
 
 
 def _validate(ends: _Ends, file: Path, alpha: float, listener: Listener) -> tuple[list[Row], list[tuple[str, str]]]:
-    """k-NN accuracy of an average on the validation images, and the images left out."""
+    """Return an average's k-NN accuracy on the validation images, and the images left out."""
     train_y = ends.sources["train"].labels
     assert train_y is not None
     neighbours = [min(k, len(train_y)) for k in KnnConfig().k]
@@ -173,11 +173,11 @@ def _validate(ends: _Ends, file: Path, alpha: float, listener: Listener) -> tupl
 
 @torch.no_grad()
 def average(base: TokenEncoder, refined: TokenEncoder, alpha: float) -> TokenEncoder:
-    """An encoder with weights `(1 - alpha) * base + alpha * refined`; 0 and 1 give the two bit for bit."""
+    """Return an encoder with weights `(1 - alpha) * base + alpha * refined`; 0 and 1 reproduce the two bit for bit."""
     mixed = deepcopy(refined)
     start = base.model.state_dict()
     for name, tensor in mixed.model.state_dict().items():
-        # torch's lerp is exact at both ends. Counts of BatchNorm are the refined encoder's.
+        # torch's lerp is exact at both ends. BatchNorm's counts remain those of the refined encoder.
         if tensor.is_floating_point():
             tensor.copy_(torch.lerp(start[name], tensor, alpha))
     return mixed

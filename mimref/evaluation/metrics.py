@@ -1,4 +1,4 @@
-"""Checks of features and labels, and what several protocols share."""
+"""Checks of features and labels, and functions that several protocols share."""
 
 from collections.abc import Sequence
 
@@ -16,12 +16,12 @@ from mimref.results import Row
 
 # Values per block when an array is read in pieces: 32 MB in float64.
 BLOCK_ELEMENTS = 1 << 22
-# Of the features of equal images, relative to their size: an encoder's products add up many roundings.
+# Relative rounding error of the features of equal images: an encoder's products accumulate many roundings.
 _ROUNDING = 1e-6
 
 
 def row_blocks(x: Matrix) -> list[slice]:
-    """Slices of rows that cover x (N, D), with at most about BLOCK_ELEMENTS values each."""
+    """Return slices of rows that cover x (N, D), with at most about BLOCK_ELEMENTS values each."""
     rows = max(1, BLOCK_ELEMENTS // max(1, x.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
@@ -29,9 +29,9 @@ def row_blocks(x: Matrix) -> list[slice]:
 def unit_rows(
     x: Matrix, mean: NDArray[np.float64] | None = None, std: NDArray[np.float64] | None = None
 ) -> NDArray[np.float32]:
-    """Rows of x (N, D) scaled to unit length, as a new float32 array; a row of zeros stays zero.
+    """Return the rows of x (N, D) scaled to unit length, as a new float32 array; a row of zeros stays zero.
 
-    mean, std (D,): subtract and divide by these first. Computed in float64, block by block.
+    mean, std (D,): if given, subtract `mean` first and divide by `std`. Computed in float64, block by block.
     """
     out = np.empty(x.shape, dtype=np.float32)
     for rows in row_blocks(x):
@@ -46,15 +46,15 @@ def unit_rows(
 
 
 def unit_tensor(x: Matrix, mean: NDArray[np.float64] | None = None, std: NDArray[np.float64] | None = None) -> Tensor:
-    """`unit_rows` in torch's own memory: the rounding of small products depends on how their factors are aligned."""
+    """Return `unit_rows` in memory from torch: the rounding of small products depends on their factors' alignment."""
     return torch.from_numpy(unit_rows(x, mean, std)).clone()
 
 
 def mean_and_std(x: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation (D,) of every feature of x (N, D), in one float64 pass over blocks.
+    """Return the mean and standard deviation (D,) of every feature of x (N, D), in one float64 pass over blocks.
 
-    Blocks are combined by Chan's formula (sums of squares would lose precision). A feature that varies less than
-    float32 resolves gets the standard deviation 1, so that rounding errors are not amplified.
+    Blocks are combined by Chan's formula (sums of squares would lose precision). A feature that varies by less than
+    float32 resolves gets a standard deviation of 1, so that rounding errors are not amplified.
     """
     count = 0
     mean, m2 = np.zeros(x.shape[1]), np.zeros(x.shape[1])
@@ -71,9 +71,9 @@ def mean_and_std(x: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def check_features(x: Matrix, name: str, y: Labels | None = None) -> None:
-    """Raise DataError unless x is (N, D) and finite, and y, if given, (N,) whole numbers.
+    """Raise DataError unless x is (N, D) and finite, and y, if given, holds (N,) whole numbers.
 
-    x is read in blocks, so that a memory-mapped array never has to fit in memory. name: of the array, for the message.
+    x is read in blocks, so that a memory-mapped array never has to fit in memory. name: the array's name in messages.
     """
     if len(x.shape) != 2 or 0 in x.shape or x.dtype.kind not in "fiu":
         raise DataError(f"{name}: features have shape {x.shape} and type {x.dtype}; give (images, width) real numbers")
@@ -88,14 +88,14 @@ def check_features(x: Matrix, name: str, y: Labels | None = None) -> None:
 
 
 def vary(x: Matrix) -> bool:
-    """Whether the rows of x (N, D) differ by more than rounding in float32; only then are distances worth anything."""
+    """Return whether the rows of x (N, D) differ by more than float32 rounding; only then are distances meaningful."""
     first = x[:1].astype(np.float64)
     tolerance = _ROUNDING * np.sqrt(np.mean(np.square(first)))
     return any(bool((np.abs(x[rows] - first) > tolerance).any()) for rows in row_blocks(x))
 
 
 def check_splits(train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Labels) -> tuple[Labels, Labels, Labels]:
-    """What `number_labels` returns. Raises DataError for features and labels that cannot be used."""
+    """Check both splits and return the result of `number_labels`. Raises DataError for unusable features or labels."""
     check_features(train_x, "train", train_y)
     check_features(test_x, "test", test_y)
     if train_x.shape[1] != test_x.shape[1]:
@@ -104,7 +104,7 @@ def check_splits(train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Label
 
 
 def number_labels(train_y: Labels, test_y: Labels, names: Sequence[str] | None = None) -> tuple[Labels, Labels, Labels]:
-    """The training classes in ascending order (C,), and the labels of both splits as positions in them, 0 to C-1.
+    """Return the training classes (C,), ascending, and the labels of both splits as positions in them, 0 to C-1.
 
     names: see `name_classes`. Raises DataError for a single class, and for a test class without training images.
     """
@@ -116,9 +116,9 @@ def number_labels(train_y: Labels, test_y: Labels, names: Sequence[str] | None =
 
 
 def number_classes(y: Labels, name: str, names: Sequence[str] | None = None) -> tuple[Labels, Labels]:
-    """The classes of y (N,) in ascending order (C,), and y as positions in them. Raises DataError for a single class.
+    """Return the classes (C,) of y (N,), ascending, and y as positions in them. Raises DataError for a single class.
 
-    name: of the images, for the message. names: see `name_classes`.
+    name: the images' name, for the message. names: see `name_classes`.
     """
     classes, numbers = np.unique(y, return_inverse=True)
     if len(classes) < 2:
@@ -128,7 +128,7 @@ def number_classes(y: Labels, name: str, names: Sequence[str] | None = None) -> 
 
 
 def check_labels(opened: Opened, checks: Checks) -> Labels | None:
-    """Check the labels of training and validation images as `number_labels` does; returns those of training images."""
+    """Check the training and validation labels as `number_labels` does, and return the training labels."""
     train_y, test_y = opened.labels("train"), opened.labels("val")
     if train_y is not None and test_y is not None:
         checks.run("data.spec", lambda: number_labels(train_y, test_y, opened.class_names("train")))
@@ -136,41 +136,41 @@ def check_labels(opened: Opened, checks: Checks) -> Labels | None:
 
 
 def name_classes(labels: Labels, names: Sequence[str] | None) -> list[str] | list[int]:
-    """What results call these classes: their names, or their labels where these are the names or there are none.
+    """Return the classes as results name them: by name, or by label if names are missing or equal to the labels.
 
-    names: of classes 0, 1, ..., or None.
+    names: names of classes 0, 1, ..., or None.
     """
     numbers = [int(label) for label in labels]
     found = [names[label] if names and 0 <= label < len(names) else str(label) for label in numbers]
     if found == list(map(str, numbers)):
         return numbers
-    # Names of folders may hold bytes that no text file can, and csv writers leave \r without quotes.
+    # Folder names may hold bytes that no text file can, and csv writers do not quote \r.
     sound = (name.encode(errors="replace").decode() == name and not {"\r", "\0"} & set(name) for name in found)
     return [name if fits else printable(name) for name, fits in zip(found, sound, strict=True)]
 
 
 def show_class(label: int | np.integer, names: Sequence[str] | None) -> str:
-    """A class in a message."""
+    """Return a class as messages show it."""
     return printable(str(name_classes(np.array([label]), names)[0]))
 
 
 def labelled(features: Features, columns: Sequence[Column]) -> tuple[Matrix, Labels]:
-    """Features (N, D) of images that have labels, and these (N,)."""
+    """Return the features (N, D) of labelled images, and the labels (N,)."""
     assert features.y is not None
     return features.matrix(columns), features.y
 
 
 def progress_label(work: str, where: Row) -> str:
-    """The work's name, with its block when blocks are evaluated one by one."""
+    """Return the work's name, followed by the block if blocks are evaluated one by one."""
     blocks = str(where.get("blocks", "last"))
     return f"{work} of block {blocks}" if blocks.isdigit() else work
 
 
 def percent(fraction: float | np.floating) -> float:
-    """A fraction as a percentage."""
+    """Return a fraction as a percentage."""
     return 100.0 * float(fraction)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (ddof 1) of repeated measurements; the latter is 0 for a single one."""
+    """Return mean and sample standard deviation (ddof 1) of repeated measurements; the latter is 0 for a single one."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

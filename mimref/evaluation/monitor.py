@@ -1,4 +1,4 @@
-"""A cheap check of an encoder during training: k-NN (Appendix E), and measures without labels, on a fixed subset."""
+"""A cheap check of an encoder during training: k-NN (Appendix E) and measures without labels on a fixed subset."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ from mimref.features.matrix import Labels, Matrix
 
 
 def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], None]) -> ImageSource | None:
-    """The validation images if they can be used for k-NN, else None, with a note of the reason.
+    """Return the validation images if they can be used for k-NN; otherwise note the reason and return None.
 
-    Images without labels or without splits need no note. In a process group, whose ranks share the search, all must see
-    the same number of images.
+    Training images without labels and data without splits need no note. In a process group, whose ranks share the
+    search, all ranks must see the same number of images.
     """
     val, problem = None, ""
     if train.labels is not None:
@@ -46,16 +46,16 @@ def _validation(config: RunConfig, train: ImageSource, note: Callable[[str], Non
         val = None
     counts = set(gather_lists([0 if val is None else len(val)]))
     if len(counts) > 1:
-        val, problem = None, problem or f"processes see {sorted(counts)} of them"
+        val, problem = None, problem or f"the processes see different numbers ({sorted(counts)}) of them"
     if problem:
         note(f"no k-NN on the validation images: {problem}")
     return val
 
 
 class KnnMonitor:
-    """Features of the last block on a fixed subset of training and validation images.
+    """Checks an encoder by features of its last block on a fixed subset of training and validation images.
 
-    train: the training images of `config.data`. Without labels or a validation split there is no k-NN; so too when the
+    train: the training images of `config.data`. There is no k-NN without labels or a validation split, nor if the
     validation images cannot be opened, which `note` reports.
     """
 
@@ -70,7 +70,7 @@ class KnnMonitor:
         note: Callable[[str], None],
         views: ViewsConfig | None = None,
     ) -> None:
-        """views: whose global ones are compared; None: those of `config`."""
+        """views: settings whose global views are compared; None: those of `config`."""
         data = config.data
         self.settings = PassSettings(
             *(transform, device, precision),
@@ -87,14 +87,14 @@ class KnnMonitor:
 
     @property
     def images_per_check(self) -> int:
-        """That pass through the encoder in a check, two views of an image counted twice."""
+        """Number of images that pass through the encoder in one check; two views of an image count twice."""
         return len(self.train) + (len(self.test) if self.test else 0) + 2 * min(self.view_samples, len(self.train))
 
     def check(self, encoder: TokenEncoder) -> dict[str, float]:
-        """What the last block's raw output is like, without values that are not finite.
+        """Return measures of the last block's raw output, leaving out values that are not finite.
 
-        `feature_variance`; the measures without labels of `crop_measures` and, with `monitor.view_samples`, of
-        `view_measures`; with labels `knn_top1` in percent. Raises DataError when features are not finite.
+        These are `feature_variance`; the measures without labels of `crop_measures` and, with `monitor.view_samples`,
+        of `view_measures`; and, with labels, `knn_top1` in percent. Raises DataError if features are not finite.
         """
         last = Column(encoder.depth, "cls")
         train, test = self.features(encoder, [last])
@@ -113,7 +113,7 @@ class KnnMonitor:
     def view_measures(
         self, encoder: TokenEncoder, groups: Sequence[Sequence[Column]], images: int
     ) -> list[dict[str, float]]:
-        """`view_measures` of groups of columns, from at most so many training images."""
+        """Return the `view_measures` of each group of columns, from at most `images` training images."""
         source = fixed_subset(self.train, images)
         pairs = [[column._replace(view=view) for column in columns] for columns in groups for view in (0, 1)]
         columns = [column for pair in pairs for column in pair]
@@ -126,14 +126,14 @@ class KnnMonitor:
         return [view_measures(*pair, device=self.settings.device.type) for pair in pairs_of_views]
 
     def features(self, encoder: TokenEncoder, columns: Sequence[Column]) -> tuple[Features, Features | None]:
-        """Features of the training subset and, if there are labels, of the validation subset."""
+        """Return the features of the training subset and, if there are labels, of the validation subset."""
         train = extract(encoder, self.train, self.settings, columns)
         return train, None if self.test is None else extract(encoder, self.test, self.settings, columns)
 
     def knn_top1(self, train_x: Matrix, train_y: Labels | None, test_x: Matrix, test_y: Labels | None) -> float:
-        """k-NN accuracy in percent of features (N, D) from `features`; NaN with fewer than two classes.
+        """Return the k-NN accuracy in percent of features (N, D) from `features`; NaN with fewer than two classes.
 
-        Validation images of classes that the training subset lacks (rare ones of many) are left out.
+        Validation images whose class is missing from the training subset (a rare one of many) are left out.
         """
         assert train_y is not None and test_y is not None  # `features` gives test features only with labels
         known = np.flatnonzero(np.isin(test_y, train_y))
@@ -143,19 +143,20 @@ class KnnMonitor:
         return knn_accuracy(train_x, train_y, test_x[known], test_y[known], k=k, device=device)
 
 
-# Healthy refinement does not come near: neighbours become more alike and ranks hardly fall, while a collapse divides
-# either by many. The variance of features says nothing, since their scale is free.
+# Shares of the starting values below which features count as collapsed. Healthy refinement stays far above: neighbours
+# become more alike and ranks hardly fall, while a collapse divides both by a large factor. The variance of features is
+# no sign of collapse, since their scale is arbitrary.
 COLLAPSED_SHARES = {"knn_top1": 0.8, "correlation_rank": 0.5, "neighbour_consistency": 0.5}
 
 
 class CollapseWatch:
-    """Compares an encoder in training with its start."""
+    """Compares an encoder during training with its starting point."""
 
     def __init__(self, start: dict[str, float]) -> None:
         self.start = start
 
     def warning(self, now: dict[str, float]) -> str | None:
-        """One line with advice when k-NN, the rank of features or the consistency of neighbours has fallen sharply."""
+        """Return one line of advice if k-NN accuracy, feature rank or neighbour consistency has fallen sharply."""
         fallen = [
             f"{name} fell from {self.start[name]:.3g} to {now[name]:.3g}"
             for name, share in COLLAPSED_SHARES.items()

@@ -9,16 +9,16 @@ from mimref.evaluation.exhibits.contents import Thumbnail
 from mimref.evaluation.exhibits.thumbnails import encode, shown
 
 GALLERY_SIDE = 112
-"""Pixels of the longer side: twice what a gallery's pages show, for dense screens and prints."""
+"""Pixels of the longer side: twice the size shown in a gallery, for high-density screens and prints."""
 MOST_PICTURES = 800
-"""In a gallery, which then stays below 5 MB."""
+"""Most pictures in a gallery, which then stays below 5 MB."""
 _QUALITY = 75
 
 
 def thumbnail(source: ImageSource, index: int, label: str | None, side: int = GALLERY_SIDE) -> Thumbnail:
-    """One image of a data set, uncropped, with a longer side of at most `side` pixels; 2 to 5 KB.
+    """Return one image of a data set, uncropped, with a longer side of at most `side` pixels; 2 to 5 KB.
 
-    Of very long images only the middle is shown. An image that cannot be read has an empty picture.
+    Only the middle of very long images is shown. The picture of an image that cannot be read is empty.
     """
 
     def reduce(height: int, width: int) -> int:
@@ -33,7 +33,7 @@ def thumbnail(source: ImageSource, index: int, label: str | None, side: int = GA
 
 
 def most_per_group(counts: Iterable[int], most: int) -> int:
-    """How many of the first groups have at most so many pictures together."""
+    """Return how many groups, counted from the first, hold at most `most` pictures in total."""
     total = groups = 0
     for count in counts:
         total += count

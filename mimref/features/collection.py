@@ -1,4 +1,4 @@
-"""The images of one or both splits with their features, as one list."""
+"""Images of one or both splits with their features, as one list."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mimref.features.matrix import Matrix, OneAfterAnother
 
 
 def chosen_splits(choice: Literal["train", "val", "all"]) -> tuple[Split, ...]:
-    """The splits that `all` or a name stands for."""
+    """Return the splits that `all` or the name of a split stands for."""
     return ("train", "val") if choice == "all" else (choice,)
 
 
@@ -25,11 +25,11 @@ class Part:
     features: Features
 
     def path(self, row: int) -> str:
-        """Name of the image of a row of the features."""
+        """Return the name of the image in a row of the features."""
         return self.source.path(int(self.features.indices[row]))
 
     def class_name(self, row: int) -> str | None:
-        """Name of its class, or the label where classes have no names; None without labels."""
+        """Return the name of a row's class, or the label if classes have no names; None without labels."""
         y, names = self.features.y, self.features.class_names
         if y is None:
             return None
@@ -37,21 +37,21 @@ class Part:
 
 
 class Collection:
-    """N readable images: those of the first split, then those of the second one."""
+    """N readable images: those of the first split, followed by those of the second."""
 
     def __init__(self, inputs: EncoderInputs, splits: Sequence[Split]) -> None:
-        """Of prepared splits; in a process group every rank may have its own."""
+        """Collect prepared splits; in a process group every rank may have its own collection."""
         self.parts = [Part(split, inputs.source(split), inputs.features(split)) for split in splits]
 
     def __len__(self) -> int:
         return sum(len(part.features) for part in self.parts)
 
     def matrix(self, columns: Sequence[Column]) -> Matrix:
-        """(N, D) of some columns side by side."""
+        """Return some columns side by side, (N, D)."""
         return OneAfterAnother([part.features.matrix(columns) for part in self.parts])
 
     def locate(self, position: int) -> tuple[Part, int]:
-        """The part that holds an image, and its row there."""
+        """Return the part that contains an image, and its row there."""
         for part in self.parts:
             if position < len(part.features):
                 return part, position
@@ -59,7 +59,7 @@ class Collection:
         raise IndexError(position)
 
     def position(self, split: Split, index: int) -> int | None:
-        """Of an image given by its place in its split; None if it could not be read."""
+        """Return the position of an image given by its index in its split; None if it could not be read."""
         start = 0
         for part in self.parts:
             if part.split == split:

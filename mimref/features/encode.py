@@ -1,4 +1,4 @@
-"""Features of a data set: one pass of an encoder over its images, batch by batch."""
+"""Compute the features of a data set in one pass of an encoder over its images, batch by batch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from mimref.errors import ConfigError
 from mimref.features.matrix import Labels, Matrix, SideBySide
 from mimref.progress import Progress
 
-# Larger crops are no better as a baseline, and those of a large data set would fill the memory.
+# Larger crops are no better as a baseline, and for a large data set they would fill the memory.
 RAW_PIXELS_SIDE = 32
 PATCHES = "patches"
 """Pooling of a column that keeps every patch token."""
@@ -37,13 +37,13 @@ class Column(NamedTuple):
     pool: str
     """`cls`, `mean`, `pixels`, or `patches`: all patch tokens, one after another."""
     final_norm: bool = False
-    """After the encoder's final norm."""
+    """Whether the encoder's final norm is applied."""
     view: int | None = None
-    """Of an augmented view, 0 or 1; None: of the evaluation crop."""
+    """Number of the augmented view, 0 or 1; None: the evaluation crop."""
 
     @property
     def name(self) -> str:
-        """Such as `block-08-cls-normed`, or `block-08-cls-view-1`."""
+        """Name of the column, such as `block-08-cls-normed` or `block-08-cls-view-1`."""
         view = "" if self.view is None else f"-view-{self.view}"
         return f"block-{self.block:02d}-{self.pool}{'-normed' if self.final_norm else ''}{view}"
 
@@ -57,28 +57,28 @@ class Features:
     """Vectors of a data set's readable images in data order: in memory, memory-mapped or from files."""
 
     columns: Mapping[Column, Matrix]
-    """(N, D) each, with a width of its own."""
+    """(N, D) each; widths may differ."""
     indices: Labels
     """(N,) position of every row in the data set."""
     y: Labels | None = None
     """(N,) labels; None for unlabelled images."""
     class_names: list[str] | None = None
-    """Of labels 0, 1, ..., if they have names."""
+    """Names of labels 0, 1, ..., if they have any."""
     bad: list[tuple[str, str]] = field(default_factory=list)
-    """Path and reason of every image left out."""
+    """Path and reason for every image left out."""
     notices: list[str] = field(default_factory=list)
-    """What is peculiar about the images, a line each."""
+    """Peculiarities of the images, one line each."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def matrix(self, columns: Sequence[Column]) -> Matrix:
-        """(N, D) of some columns side by side."""
+        """Return some columns side by side, (N, D)."""
         parts = [self.columns[column] for column in columns]
         return parts[0] if len(parts) == 1 else SideBySide(parts)
 
     def stacked(self, groups: Sequence[Sequence[Column]]) -> NDArray[np.float32]:
-        """In memory: (N, D) of one group of columns, (N, groups, D) of several.
+        """Return groups of columns in memory: (N, D) for one group, (N, groups, D) for several.
 
         Raises ConfigError for groups of different widths.
         """
@@ -90,7 +90,7 @@ class Features:
 
 
 def block_groups(blocks: str, depth: int) -> dict[str, list[int]]:
-    """Blocks whose features are evaluated together: name in the results to block numbers.
+    """Return the blocks whose features are evaluated together: name in the results to block numbers.
 
     blocks: `last`, `last4` (concatenated), `all` or `1,5,12` (one by one, named by their number).
     Raises ConfigError for anything else, and for blocks outside 1..depth.
@@ -114,7 +114,7 @@ def block_groups(blocks: str, depth: int) -> dict[str, list[int]]:
 
 
 def columns_of(blocks: Sequence[int], pool: str, final_norm: bool, depth: int) -> list[Column]:
-    """The columns that make up the features of some blocks. The final norm applies to the last block only.
+    """Return the columns that make up the features of some blocks. The final norm applies to the last block only.
 
     Raises ConfigError for a pooling other than `cls`, `mean` and `cls+mean`.
     """
@@ -134,7 +134,7 @@ class PassSettings:
     workers: int | None = 0
     """Loader processes; None: one per core for images in files."""
     max_bad: int = 100
-    """Unreadable images that are left out; one more is an error."""
+    """Number of unreadable images that may be left out; one more is an error."""
     decode_on: torch.device | None = None
     """Where JPEGs are decoded, see `decoding_device`."""
 
@@ -147,9 +147,9 @@ class Batch(NamedTuple):
     indices: list[int]
     """Positions of the images that could be read."""
     bad: list[tuple[str, str]]
-    """Path and reason of the others."""
+    """Path and reason for each of the others."""
     columns: list[NDArray[np.float32]]
-    """(B, D) each; empty where no image could be read."""
+    """(B, D) each; empty if no image could be read."""
 
 
 def _crops(source: ImageSource, settings: PassSettings, start: int = 0, every: int = 1) -> Iterator[CropBatch]:
@@ -180,7 +180,7 @@ def _batches(
 
 @contextmanager
 def _evaluating(encoder: TokenEncoder) -> Iterator[None]:
-    """Evaluation mode, then the mode that was."""
+    """Set evaluation mode, then restore the previous mode."""
     training = encoder.training
     encoder.eval()
     try:
@@ -190,7 +190,7 @@ def _evaluating(encoder: TokenEncoder) -> Iterator[None]:
 
 
 def pooled_tokens(encoder: TokenEncoder, images: Tensor, columns: Sequence[Column]) -> list[Tensor]:
-    """The columns, (B, D) each, of a batch of normalised images, from one forward pass."""
+    """Compute the columns, (B, D) each, of a batch of normalised images in one forward pass."""
     blocks = sorted({(column.block, column.final_norm) for column in columns})
     tokens = encoder.blocks(images, [block for block, _ in blocks], final_norm=[norm for _, norm in blocks])
     of_block = dict(zip(blocks, tokens, strict=True))
@@ -212,10 +212,10 @@ def encode_columns(
     start: int = 0,
     every: int = 1,
 ) -> Iterator[Batch]:
-    """Features of every image from position `start` on, batch by batch, from one pass of the encoder.
+    """Yield the features of all images from position `start`, batch by batch, in one pass of the encoder.
 
-    every: encode only the first of so many batches; other processes encode the rest. The encoder (move it to the
-    device first) runs in evaluation mode and without gradient; its mode is restored at the end. Batches hold `columns`
+    every: encode only the first of every so many batches; other processes encode the rest. The encoder (move it to the
+    device first) runs in evaluation mode and without gradients; its mode is restored at the end. Batches hold `columns`
     in order. Raises ConfigError for blocks that do not exist, DataError for too many unreadable images.
     """
 
@@ -238,9 +238,9 @@ def encode_views(
     start: int = 0,
     every: int = 1,
 ) -> Iterator[Batch]:
-    """Features of the two global views of refinement of every image, as `encode_columns`; columns: with their `view`.
+    """Yield features of refinement's two global views of every image, as `encode_columns`; columns must set `view`.
 
-    views, seed: of the crops and colours, which are those of a training's first epoch.
+    views, seed: determine crops and colours, which are those of the first epoch of training.
     """
     transform = settings.transform
     photometric = Photometric(views, seed, settings.device, mean=transform.mean, std=transform.std)
@@ -272,14 +272,14 @@ def encode_views(
 def gather(
     batches: Iterator[Batch], columns: Sequence[Column], images: int, name: str, progress: Progress | None = None
 ) -> Features:
-    """All batches of a data set of so many images in memory, without labels. Raises DataError if none is readable."""
+    """Gather all batches of a data set of `images` images, without labels. Raises DataError if none is readable."""
     arrays: list[NDArray[np.float32]] = []
     indices: list[int] = []
     bad: list[tuple[str, str]] = []
     for batch in batches:
         bad += [(path, reason) for path, reason in batch.bad]
         if batch.indices:
-            # Allocated once at full size: concatenating batches at the end would hold everything twice.
+            # Allocated once at full size: concatenating batches at the end would need the memory twice.
             arrays = arrays or [np.empty((images, x.shape[1]), dtype=np.float32) for x in batch.columns]
             for array, x in zip(arrays, batch.columns, strict=True):
                 array[len(indices) : len(indices) + len(x)] = x
@@ -300,16 +300,16 @@ def extract(
     *,
     progress: Progress | None = None,
 ) -> Features:
-    """Columns of every readable image in memory, float32; see `encode_columns`."""
+    """Compute columns of every readable image in memory, in float32; see `encode_columns`."""
     columns = list(dict.fromkeys(columns))
     batches = encode_columns(encoder, source, settings, columns)
     return labelled(gather(batches, columns, len(source), source.name, progress), source)
 
 
 def raw_pixels(source: ImageSource, settings: PassSettings) -> Features:
-    """The evaluation crops themselves, (N, 3 * S * S) in [0, 1], as the column `PIXELS`: the baseline to beat.
+    """Return the evaluation crops themselves, (N, 3 * S * S) in [0, 1], as the column `PIXELS`: the baseline to beat.
 
-    S is the crop's side, at most 32; larger crops are averaged down.
+    S is the side of the crop, at most 32; larger crops are downsampled by averaging.
     """
 
     def encode(batch: CropBatch) -> list[Tensor]:
@@ -324,7 +324,7 @@ def raw_pixels(source: ImageSource, settings: PassSettings) -> Features:
 
 
 def labelled(features: Features, source: ImageSource) -> Features:
-    """The features with the labels of their images, if there are any."""
+    """Add the labels of the images to the features, if there are any."""
     features.y = None if source.labels is None else source.labels[features.indices]
     features.class_names = source.class_names
     return features

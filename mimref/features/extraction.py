@@ -17,7 +17,7 @@ from mimref.files import atomic_folder, atomic_path, atomic_write, check_new_fil
 from mimref.progress import Listener, Silent
 
 ENDINGS = (".npz", ".parquet", ".lance")
-# Numbers per batch of rows that is written to a table: 16 MB.
+# Numbers per batch of rows written to a table: 16 MB.
 BATCH_ELEMENTS = 1 << 22
 
 Vectors = Mapping[str, Sequence[Column]]
@@ -32,16 +32,16 @@ def extract_to_file(
     listener: Listener | None = None,
     checks: Checks | None = None,
 ) -> tuple[int, ...]:
-    """Write the features of the images, in their order: as arrays (.npz) or as a table (.parquet, .lance).
+    """Write the features of the images, in data order, as arrays (.npz) or as a table (.parquet, .lance).
 
     Arrays: `x` (N, D) fp32, or (N, blocks, D), `y` (N,) if labelled and `paths` (N,). Labelled images also have
-    `class_names` (C,), those of labels 0, 1, ... Both splits together also have `splits` (N,).
+    `class_names` (C,), the names of labels 0, 1, ... With both splits, there is also `splits` (N,).
     Tables have one row per image: `path`, `split`, `label` and `class` (its name) if labelled, and `x` (or `block_1`,
-    ...), fixed-size lists of fp32 as vector databases read them. They are written in batches: memory does not grow
-    with the number of images.
-    Returns the shape of x; in a process group only rank 0 writes, and the others return (). Raises OutputError for a
-    file that exists or another ending, ConfigError for arrays of blocks of different widths, and for .lance without its
-    package.
+    ...), fixed-size lists of fp32 as vector databases read them. They are written in batches, so memory does not
+    grow with the number of images.
+    Returns the shape of x; in a process group only rank 0 writes, and the others return (). Raises OutputError for an
+    existing file or an unknown ending, ConfigError for arrays of blocks of different widths and for .lance if its
+    package is missing.
     """
     checks, listener = checks or Checks(), listener or Silent()
     checks.run("out", lambda: _check_out(out, force))
@@ -71,13 +71,13 @@ def _check_out(out: Path, force: bool) -> None:
     if not out.is_dir():
         check_new_file(out, ENDINGS, force)
     elif not (out / "_versions").is_dir():
-        raise OutputError(f"--out {out}: is a folder, but not of Lance's; choose another name")
+        raise OutputError(f"--out {out}: is a folder but not a Lance dataset; choose another name")
     elif not force:
         raise OutputError(f"--out {out}: exists; choose another name, or --force to replace it")
 
 
 def import_lance() -> Any:
-    """The package of Lance's format. Raises ConfigError if it is not installed."""
+    """Import the package for the Lance format. Raises ConfigError if it is not installed."""
     try:
         import lance
     except ImportError:
@@ -127,7 +127,7 @@ def _write_table(out: Path, images: Collection, vectors: Vectors, listener: List
 
 
 def _batches(images: Collection, vectors: Vectors, listener: Listener) -> Iterator[Any]:
-    """The table's rows, as record batches of one schema."""
+    """Yield the table's rows as record batches with the same schema."""
     width = sum(images.matrix(columns).shape[1] for columns in vectors.values())
     step, done = max(1, BATCH_ELEMENTS // width), 0
     labelled = any(part.features.y is not None for part in images.parts)

@@ -17,7 +17,7 @@ from mimref.features.encode import Column, Features
 
 
 class FeatureFiles:
-    """Features from two .npz files with `x`, (N, D) or (N, blocks, D), `y`, (N,), and perhaps `class_names`."""
+    """Features from two .npz files with `x`, (N, D) or (N, blocks, D), `y`, (N,), and optionally `class_names`."""
 
     data: DataConfig | None = None
 
@@ -36,23 +36,23 @@ class FeatureFiles:
         self.bad: list[tuple[str, str]] = []
 
     def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
-        """Does nothing: everything is in memory."""
+        """Do nothing, as everything is in memory."""
 
     def features(self, split: Split) -> Features:
-        """All features of a split: columns `cls` of blocks 1, 2, ..."""
+        """Return all features of a split: columns `cls` of blocks 1, 2, ..."""
         return self._features[split]
 
     def labels(self, split: Split) -> NDArray[np.int64] | None:
-        """`y`."""
+        """Return the labels, `y`."""
         return self._features[split].y
 
     def class_names(self, split: Split) -> list[str] | None:
-        """`class_names`, if the file has them."""
+        """Return `class_names`, if the file has them."""
         return self._features[split].class_names
 
 
 def read_features(path: str) -> Features:
-    """The content of one file. Raises DataError for a file that is damaged or holds something else."""
+    """Read one file. Raises DataError for a file that is damaged or has other content."""
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile) or not {"x", "y"} <= set(file.files):
@@ -69,7 +69,7 @@ def read_features(path: str) -> Features:
         )
     if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
         raise DataError(
-            f"{path}: class_names has shape {names.shape} and type {names.dtype}; give one text per class, or none"
+            f"{path}: class_names has shape {names.shape} and type {names.dtype}; give one string per class, or none"
         )
     x = x if x.dtype in (np.float16, np.float32) else x.astype(np.float32)
     blocks: list[NDArray[Any]] = [x] if x.ndim == 2 else list(x.swapaxes(0, 1))

@@ -1,4 +1,4 @@
-"""Data and transform that a checkpoint's header records, for what the user leaves open."""
+"""Data and transform recorded in a checkpoint's header, for settings that the user leaves open."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -21,10 +21,10 @@ _COLUMNS = ("image", "label")
 
 
 def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
-    """`data` if it names images, else the images that the header records; decoded as the header records.
+    """Return `data` if it names images, else the images that the header records, with the recorded decoding.
 
-    Single values that the user sets override the recorded ones. Raises ConfigError asking for --data when neither names
-    images, CheckpointError when the record cannot be read.
+    Individual values set by the user override the recorded ones. Raises ConfigError asking for --data when neither
+    names images, CheckpointError when the record is not valid.
     """
     recorded = header.get("data") or {}
     keys = DECODING if data.spec is not None else (*_IMAGES, *_COLUMNS, *DECODING)
@@ -44,7 +44,7 @@ def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
 
 
 def with_channels(data: DataConfig, architecture: EncoderArchitecture) -> DataConfig:
-    """The settings, with the channels of an encoder of neither colour nor gray images where nothing states them."""
+    """Return the settings, with the encoder's number of channels if that is not 1 or 3 and they do not set any."""
     if data.channels is not None or architecture.channels in (1, 3):
         return data
     return data.model_copy(update={"channels": architecture.channels})
@@ -53,10 +53,11 @@ def with_channels(data: DataConfig, architecture: EncoderArchitecture) -> DataCo
 def with_statistics(
     data: DataConfig, header: Mapping[str, Any], weights_channels: int | None, sources: Iterable[ImageSource]
 ) -> DataConfig:
-    """The settings, with `mean` and `std` of `data.channels` where neither the user, the header nor the weights do.
+    """Return the settings, with measured `mean` and `std` of `data.channels` if nothing else provides them.
 
-    weights_channels: of the images that the weights are for; None: random weights. sources: the first is measured, see
-    `channel_statistics`. Raises ConfigError without any, DataError for images that cannot be read.
+    They may be provided by the user, the header or the weights. weights_channels: channels of the images that the
+    weights are for; None: random weights. sources: the first is measured, see `channel_statistics`. Raises ConfigError
+    if there is none, DataError for images that cannot be read.
     """
     if data.channels is None or data.mean is not None:
         return data
@@ -72,12 +73,12 @@ def with_statistics(
 
 
 def data_record(data: DataConfig) -> dict[str, Any]:
-    """What a header records of the data, for `resolve_data`; folders as absolute paths."""
+    """Return what a header records of the data, for `resolve_data`; folders are absolute paths."""
     recorded = {key: getattr(data, key) for key in _IMAGES}
     optional = (*_COLUMNS, *DECODING)
     recorded |= {key: value for key in optional if (value := getattr(data, key)) is not None}
     if data.decode == "device":
-        recorded["decode"] = data.decode  # to be known; what reads the weights decodes as its own settings say
+        recorded["decode"] = data.decode  # for information; readers of the weights follow their own settings
     if data.root is not None:
         recorded["root"] = os.path.abspath(os.path.expanduser(data.root))
     if data.spec is not None:
@@ -88,12 +89,12 @@ def data_record(data: DataConfig) -> dict[str, Any]:
 def eval_transform(
     architecture: EncoderArchitecture, data: DataConfig, header: Mapping[str, Any], *, resolution: int | None = None
 ) -> EvalTransform:
-    """The evaluation transform of an encoder's images, at `resolution` or at the encoder's own.
+    """Return the evaluation transform of an encoder's images, at `resolution` or at the encoder's own.
 
-    Crop fraction: from the settings, else the header, else 0.875; the way of resizing likewise. Normalisation: from the
-    settings, else the header, else timm's record for tagged weights (`vit_x.tag`), else ImageNet's; for gray encoders
-    the mean of those of the three channels, as timm's loader does. Raises CheckpointError when the header's record is
-    not valid, ConfigError where the normalisation of `data.channels` is not known, see `with_statistics`.
+    Crop fraction: from the settings, else the header, else 0.875; the resizing method likewise. Normalisation: from the
+    settings, else the header, else timm's record for tagged weights (`vit_x.tag`), else ImageNet's; for gray encoders,
+    its mean over the three channels, as in timm's loader. Raises CheckpointError when the header's record is not
+    valid, ConfigError when the normalisation of `data.channels` is unknown (see `with_statistics`).
     """
     image_size, channels = architecture.image_size, with_channels(data, architecture).channels
     try:
@@ -113,7 +114,7 @@ def eval_transform(
         mean, std = _same(mean, channels), _same(std, channels)
     if len(mean) not in (1, channels or 3):
         raise ConfigError(
-            f"mean and std of {len(mean)} channels are known, and images have {channels or 3}; set data.mean and "
+            f"mean and std of {len(mean)} channels are known, but images have {channels or 3}; set data.mean and "
             "data.std"
         )
     fraction = recorded.crop_fraction if data.crop_fraction is None else data.crop_fraction
@@ -121,7 +122,7 @@ def eval_transform(
 
 
 def _same(values: PerChannel, channels: int | None) -> PerChannel:
-    """The mean of the three for each of them: gray encoders see the luma of pixels normalised alike."""
+    """Replace the channels' values by their mean: gray encoders see the luma of equally normalised pixels."""
     if len(set(values)) > 1:
         values = (sum(values) / len(values),) * len(values)
     return values[:1] if channels == 1 else values

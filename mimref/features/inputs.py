@@ -1,7 +1,7 @@
-"""What an evaluation reads: features of one encoder on one data set, cached or from one pass, or features from files.
+"""Inputs of an evaluation: features of one encoder on one data set, cached or from one pass, or features from files.
 
-In a process group all ranks share the passes of the encoder: rank 0 looks into the cache and decides whether there is a
-pass, and of which columns. The other ranks wait for its decision, and read what it has cached when they need it.
+In a process group all ranks share the passes of the encoder: rank 0 looks into the cache and decides whether a pass is
+needed, and for which columns. The other ranks wait for its decision, and read what it has cached when they need it.
 """
 
 import copy
@@ -47,15 +47,15 @@ from mimref.progress import Listener
 from mimref.results import Row
 
 Encode = Callable[[list[Column], int, int], Iterator[Batch]]
-"""Runs the encoder for some columns, from a position in the data set on, on the first of so many batches."""
+"""Runs the encoder for some columns, from a position in the data set, on the first of every so many batches."""
 SPLIT_NAMES: dict[Split, str] = {"train": "training", "val": "validation"}
 
 
 class EncoderInputs:
     """A checkpoint's encoder on a data set: features from the cache or from one pass per split.
 
-    The network is built at first use. Raises UserError subclasses for a checkpoint or images that do not fit, before
-    any work.
+    The network is built on first use. A checkpoint or images that do not fit raise subclasses of UserError before any
+    work starts.
     """
 
     def __init__(
@@ -77,20 +77,20 @@ class EncoderInputs:
         self.sources: dict[Split, ImageSource] = {}
         self._features: dict[Split, Features] = {}
         self._cached: dict[Split, list[Column]] = {}
-        """On other ranks than 0: columns that rank 0 has cached, and this rank has not read."""
+        """On ranks other than 0: columns that rank 0 has cached and this rank has not read yet."""
         if self.data.channels is None:
-            _ = self.settings  # a damaged record is found now; channels may have to be measured first
+            _ = self.settings  # finds a damaged record now; other channels may have to be measured first
         self.views: Features | None = None
-        """Of `prepare_views`, on rank 0."""
+        """Result of `prepare_views`, on rank 0."""
         if config.pool != "mean" and not self.has_cls_token:
             listener.note(f"{self.architecture.name} has no CLS token; the mean of its patch tokens replaces it")
 
     @cached_property
     def settings(self) -> PassSettings:
-        """How images are read. Raises UserError subclasses for a transform that does not fit.
+        """How images are read. Raises subclasses of UserError for a transform that does not fit.
 
-        Mean and standard deviation of channels that nothing records are measured, on the training images if there are
-        any.
+        If nothing records the channels' mean and standard deviation, they are measured, on the training images if
+        there are any.
         """
         header, channels = self.checkpoint.header, self.checkpoint.channels
         images = (self.sources[split] for split in ("train", "val") if split in self.sources)
@@ -124,14 +124,14 @@ class EncoderInputs:
         return self.architecture.class_token
 
     def with_images(self, source: ImageSource) -> "EncoderInputs":
-        """The same encoder, read already, on other images, which are its validation images."""
+        """Return a copy with the same encoder, already read, and other images as validation images."""
         _ = self.encoder
         other = copy.copy(self)
         other.sources, other._features, other._cached = {"val": source}, {}, {}
         return other
 
     def source(self, split: Split) -> ImageSource:
-        """The images. Raises DataError when labels are needed and absent."""
+        """Open the images of a split. Raises DataError if labels are needed but missing."""
         if split not in self.sources:
             self.sources[split] = open_source(
                 self.data, split, need_labels=self.need_labels, progress=self.listener.progress
@@ -140,7 +140,7 @@ class EncoderInputs:
 
     @property
     def bad(self) -> list[tuple[str, str]]:
-        """Path and reason of every image left out so far."""
+        """Path and reason for every image left out so far."""
         return [pair for features in self._features.values() for pair in features.bad]
 
     def prepare(self, wanted: Sequence[Column], splits: Sequence[Split] = ("train", "val")) -> None:
@@ -170,18 +170,18 @@ class EncoderInputs:
         self.views = self._run(split, encode, f"views of {SPLIT_NAMES[split]} images", spec, list(wanted), [])
 
     def features(self, split: Split) -> Features:
-        """The prepared columns."""
+        """Return the prepared columns."""
         if split in self._cached:
             with without_group():
                 self._add(split, self._cached.pop(split), tell=False)  # rank 0 has
         return self._features[split]
 
     def class_names(self, split: Split) -> list[str] | None:
-        """Names of classes 0, 1, ..."""
+        """Return the names of classes 0, 1, ..."""
         return self.source(split).class_names
 
     def tell(self, split: Split, lines: Sequence[str] | None = None) -> None:
-        """Warn about what is peculiar about the images; lines: of their cached features."""
+        """Warn about peculiarities of the images; lines: those cached with their features."""
         for line in self.source(split).peculiarities(f"{SPLIT_NAMES[split]} images") if lines is None else lines:
             self.listener.warn(line)
 
@@ -202,7 +202,7 @@ class EncoderInputs:
             self.tell(split, found.notices)
 
     def _load(self, split: Split, wanted: list[Column]) -> Features:
-        """Columns from the cache, or from a pass of the encoder."""
+        """Return columns from the cache, or from a pass of the encoder."""
         source = self.source(split)
         label, also = f"features of {SPLIT_NAMES[split]} images", self._everything(len(source))
         return self._run(split, self._encode(split), label, self.spec(source), wanted, also)
@@ -210,9 +210,9 @@ class EncoderInputs:
     def _run(
         self, split: Split, encode: Encode, label: str, spec: dict[str, Any], wanted: list[Column], also: list[Column]
     ) -> Features:
-        """Columns from the cache, or from a pass of the encoder that all ranks share. also: columns to cache with them.
+        """Return columns from the cache, or from a pass of the encoder that all ranks share.
 
-        label: of the progress. spec: what the numbers depend on.
+        label: shown with the progress. spec: what the numbers depend on. also: columns to cache with the wanted ones.
         """
         source, progress = self.source(split), partial(self.listener.progress, label)
         notices = partial(source.peculiarities, f"{SPLIT_NAMES[split]} images")
@@ -230,31 +230,31 @@ class EncoderInputs:
         return labelled(found, source)
 
     def _encode(self, split: Split) -> Encode:
-        """The pass over the evaluation crops."""
+        """Return the function that runs the pass over the evaluation crops."""
         source = self.source(split)
         # The encoder is built when the pass runs.
         return lambda columns, start, every: encode_columns(self.encoder, source, self.settings, columns, start, every)
 
     def _lead(self, encode: Encode, images: int, columns: list[Column], start: int) -> Iterator[Batch]:
-        """On rank 0: all batches from position `start` on. The other ranks must be in `_follow`."""
+        """Yield all batches from position `start`, on rank 0. The other ranks must be in `_follow`."""
         if world_size() > 1:
             request((columns, start))
         yield from self._by_turns(encode, images, columns, start)
 
     def _follow(self, encode: Encode, images: int) -> None:
-        """On the other ranks: encode what rank 0 asks for, until it ends."""
+        """Encode what rank 0 requests until it finishes, on the other ranks."""
         for columns, start in requests():
             for _ in self._by_turns(encode, images, columns, start):
                 pass
 
     def _by_turns(self, encode: Encode, images: int, columns: list[Column], start: int) -> Iterator[Batch]:
-        """Each of R ranks encodes every R-th batch. The batches, and so the features, are those of one process."""
+        """Encode every R-th batch on each of R ranks. The batches, and so the features, equal those of one process."""
         size, ranks = self.settings.batch_size, world_size()
         own = encode(columns, start + own_rank() * size, ranks)
         return take_turns(own, -(-(images - start) // size))
 
     def _everything(self, images: int) -> list[Column]:
-        """All columns that later commands may need, if they are small enough to be cached unasked."""
+        """Return all columns that later commands may need, if they are small enough to be cached in advance."""
         architecture, cache = self.architecture, self.config.cache
         if not isinstance(architecture, Architecture):
             return []
@@ -268,7 +268,7 @@ class EncoderInputs:
         return columns if needed <= cache.keep_gb * 1e9 else []
 
     def spec(self, source: ImageSource) -> dict[str, Any]:
-        """What the numbers of a pass over the images depend on."""
+        """Return everything that the numbers of a pass over the images depend on."""
         return {
             "format": FORMAT,
             "weights": self.checkpoint.fingerprint,
@@ -277,7 +277,7 @@ class EncoderInputs:
             "images": len(source),
             "transform": self.settings.transform.to_dict(),
             "precision": str(self.settings.precision).removeprefix("torch."),
-            # Only where it is not the default, so that features cached before are found.
+            # Recorded only if it is not the default, so that features cached by earlier versions are found.
             **({"decoding": changes} if (changes := source.decoding.changes()) and not source.in_memory else {}),
             **({"decode": "device"} if self.decode_on is not None and not source.in_memory else {}),
         }
@@ -298,17 +298,17 @@ class EncoderInputs:
 Inputs = EncoderInputs | FeatureFiles
 """Features and labels of both splits, through `name`, `data`, `depth`, `bad`, `prepare` and `features`."""
 Groups = list[tuple[Row, list[Column]]]
-"""Blocks that are evaluated together: how rows name them, and their columns."""
+"""Blocks that are evaluated together: their names in the rows, and their columns."""
 
 
 def column_groups(config: EvaluationConfig, inputs: Inputs | None, checks: Checks) -> Groups:
-    """The groups of blocks that are evaluated."""
+    """Return the groups of blocks to evaluate."""
     if inputs is None:
         return []
     groups: Groups = []
     for name, blocks in (checks.run("blocks", lambda: block_groups(config.blocks, inputs.depth)) or {}).items():
         if isinstance(inputs, FeatureFiles):
-            # A file does not say which block or pooling its single column is.
+            # A file does not record the block or pooling of its single column.
             groups.append(({"blocks": name} if inputs.depth > 1 else {}, [Column(block, "cls") for block in blocks]))
         else:
             columns = columns_of(blocks, config.pool, config.final_norm, inputs.depth)
@@ -317,18 +317,18 @@ def column_groups(config: EvaluationConfig, inputs: Inputs | None, checks: Check
 
 
 def prepare_groups(groups: Groups, inputs: Inputs, splits: Sequence[Split] = ("train", "val")) -> None:
-    """Prepare the columns of some groups."""
+    """Prepare the columns of all groups."""
     inputs.prepare([column for _, columns in groups for column in columns], splits)
 
 
 def give_distinct_names(opened: Sequence[EncoderInputs], checkpoints: Sequence[str]) -> None:
-    """Name models as `distinct_names` does."""
+    """Set the names of models to those of `distinct_names`."""
     for inputs, name in zip(opened, distinct_names(checkpoints), strict=True):
         inputs.name = name
 
 
 def distinct_names(checkpoints: Sequence[str]) -> list[str]:
-    """Names of models: full paths where several share a name. Raises ConfigError for duplicates."""
+    """Return names of models, with full paths if several share a name. Raises ConfigError for duplicates."""
     duplicates = [checkpoint for checkpoint in checkpoints if checkpoints.count(checkpoint) > 1]
     if duplicates:
         raise ConfigError(f"{duplicates[0]} is named twice; name each encoder once")
@@ -337,7 +337,7 @@ def distinct_names(checkpoints: Sequence[str]) -> list[str]:
 
 
 def model_name(checkpoint: str) -> str:
-    """A checkpoint's name in results: that of the file or run folder, without the folders above."""
+    """Return a checkpoint's name in results: that of the file or run folder, without parent folders."""
     path = Path(checkpoint)
-    # `..` and `.` have no name of their own.
+    # `..` and `.` are not names themselves.
     return path.resolve().name if path.is_dir() else path.name

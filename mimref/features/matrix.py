@@ -1,4 +1,4 @@
-"""Feature arrays that are read by rows, so that several can be read as one without a copy."""
+"""Feature arrays that are read by rows, so that several can be combined into one without copying."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ class Matrix(Protocol):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the rows."""
+        """Type of the numbers."""
 
     def __len__(self) -> int: ...
 

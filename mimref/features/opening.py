@@ -1,4 +1,4 @@
-"""Opens what an evaluation reads, and finds all that is wrong with it before any pass of an encoder."""
+"""Open the inputs of an evaluation, and report everything that is wrong with them before any encoder pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,26 +33,26 @@ T = TypeVar("T", bound=TrainingConfig)
 
 @dataclass(frozen=True)
 class Opened:
-    """What could be opened."""
+    """Inputs and images, as far as they could be opened."""
 
     inputs: Inputs | None
     sources: dict[Split, ImageSource]
     """The images, even without an encoder to read them."""
 
     def checked(self, checks: Checks) -> Inputs:
-        """The inputs, after all checks."""
+        """Finish all checks and return the inputs."""
         checks.finish()
         assert self.inputs is not None
         return self.inputs
 
     def labels(self, split: Split) -> Labels | None:
-        """Of all images."""
+        """Return the labels of all images, if they are known."""
         if isinstance(self.inputs, FeatureFiles):
             return self.inputs.labels(split)
         return self.sources[split].labels if split in self.sources else None
 
     def class_names(self, split: Split) -> list[str] | None:
-        """Names of classes 0, 1, ..., if they are known."""
+        """Return the names of classes 0, 1, ..., if they are known."""
         if isinstance(self.inputs, FeatureFiles):
             return self.inputs.class_names(split)
         return self.sources[split].class_names if split in self.sources else None
@@ -70,10 +70,10 @@ def open_encoder(
     existing: bool = False,
     sources: dict[Split, ImageSource] | None = None,
 ) -> Opened:
-    """Open a checkpoint and its images, and check all that can be checked without a pass.
+    """Open a checkpoint and its images, and check everything that can be checked without a pass.
 
-    setting: that names the checkpoint. splits: the images to open. existing: see `open_images`. sources: what could be
-    opened of them already.
+    setting: the setting that names the checkpoint. splits: the splits to open. existing: see `open_images`. sources:
+    images that have been opened already.
     """
     check_device(config, checks)
     opened, progress = dict(sources or {}), listener.progress
@@ -103,7 +103,7 @@ def open_encoder(
 
 
 def warn_of_notices(sources: dict[Split, ImageSource], listener: Listener) -> None:
-    """Report what of the data set is not used, and what had to be guessed."""
+    """Report which parts of the data set are not used, and what had to be guessed."""
     notices = [notice for source in sources.values() for notice in source.notices]
     for notice in dict.fromkeys(notices) if own_rank() == 0 else ():
         listener.warn(notice)
@@ -126,9 +126,9 @@ def open_images(
     splits: Sequence[Split] = ("train", "val"),
     existing: bool = False,
 ) -> dict[Split, ImageSource]:
-    """Open the splits up to one that cannot be opened, and check that their images can be read.
+    """Open the splits until one cannot be opened, and check that their images can be read.
 
-    existing: open only the splits that exist, and one alone where it has all images of the other.
+    existing: open only the splits that exist, and only one of them if it contains all images of the other.
     """
     sources: dict[Split, ImageSource] = {}
     missing: list[Split] = []
@@ -153,7 +153,7 @@ def open_images(
 
 
 def _distinct(sources: dict[Split, ImageSource]) -> dict[Split, ImageSource]:
-    """Without a split whose images are all in another one: those of a folder without splits are the same."""
+    """Drop a split whose images are all in the other one; both splits of a folder without splits are the same."""
     longest_first = sorted(sources.items(), key=lambda item: -len(item[1]))
     if len(longest_first) < 2:
         return sources
@@ -174,9 +174,9 @@ def open_encoders(
     need_labels: bool = True,
     splits: Sequence[Split] = ("train", "val"),
 ) -> list[Opened]:
-    """Open several checkpoints on the same images: those of the settings, else those that the first one's header names.
+    """Open several checkpoints on the same images: those of the settings, else those in the first one's header.
 
-    setting: that names the checkpoints. splits: the images to open.
+    setting: the setting that names the checkpoints. splits: the splits to open.
     """
     found: list[Opened] = []
     for checkpoint in checkpoints:
@@ -211,7 +211,7 @@ def open_inputs(
     *,
     need_labels: bool = True,
 ) -> Opened:
-    """Open the features that a config names, of an encoder or from files, as `open_encoder` does."""
+    """Open the features that the settings name, from an encoder or from files, as `open_encoder` does."""
     if config.features is None:
         return open_encoder(
             config, config.checkpoint, listener, checks, need_labels=need_labels, splits=splits, sources=sources
@@ -225,15 +225,15 @@ def open_inputs(
 
 @dataclass(frozen=True)
 class OpenedTraining:
-    """What could be opened of what a training command starts from."""
+    """Weights and images that a training command starts from, as far as they could be opened."""
 
     checkpoint: Checkpoint | None
     architecture: EncoderArchitecture | None
     data: DataConfig | None
-    """The images, which the settings may leave to the checkpoint's header."""
+    """Settings of the images; what they leave open comes from the checkpoint's header."""
     sources: dict[Split, ImageSource]
     derived: list[Derived]
-    """What was measured for the settings of the data."""
+    """Settings of the data that were measured."""
 
 
 def open_training(
@@ -244,7 +244,7 @@ def open_training(
     need_labels: bool,
     splits: Sequence[Split],
 ) -> OpenedTraining:
-    """Read the weights that the settings name, and open the images, with what is wrong with each in `checks`."""
+    """Read the weights that the settings name and open the images; `checks` collects what is wrong with either."""
     open_splits = partial(open_images, progress=progress, checks=checks, need_labels=need_labels, splits=splits)
     weights = checks.run("encoder.weights", lambda: weights_name(config.encoder))
     remote = weights is not None and must_download(weights)
@@ -271,7 +271,7 @@ def open_training(
 def measure_channels(
     data: DataConfig, header: Mapping[str, Any], weights_channels: int | None, train: ImageSource | None, checks: Checks
 ) -> tuple[DataConfig, list[Derived]]:
-    """As `with_statistics`, on training images; and what was measured."""
+    """Apply `with_statistics` to training images. Returns the settings, and what was measured."""
     sources = [] if train is None else [train]
     found = checks.run("data.mean", partial(with_statistics, data, header, weights_channels, sources))
     if found is None or found == data:
@@ -281,14 +281,14 @@ def measure_channels(
 
 
 def without_limit(config: T, progress: LabelledProgress | None) -> tuple[T, list[Derived]]:
-    """The settings without a preset's `data.train_limit` that exceeds the images, and what was changed."""
+    """Remove a preset's `data.train_limit` that exceeds the images. Returns the settings, and what was changed."""
     limit, setting = config.data.train_limit, "data.train_limit"
     if limit is None or not is_adaptable(config, setting):
         return config, []
     unlimited = config.model_copy(update={"data": config.data.model_copy(update={"train_limit": None})})
     try:
         images = len(open_source(unlimited.data, "train", progress=progress))
-    except UserError:  # is found again, and reported
+    except UserError:  # occurs again, and is reported then
         return config, []
     if images >= limit:
         return config, []

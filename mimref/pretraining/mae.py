@@ -1,4 +1,4 @@
-"""A masked autoencoder (He et al. 2022): the encoder sees a quarter of the patches, a light decoder paints the rest.
+"""A masked autoencoder (He et al. 2022): the encoder sees a quarter of the patches, a light decoder predicts the rest.
 
 Shapes: B images, N patches, K visible patches, D encoder width.
 """
@@ -22,7 +22,7 @@ from mimref.encoders.vit import Encoder
 class MaskedAutoencoder(nn.Module):
     """Encoder and decoder with MAE's initialisation and its loss on normalised pixels of hidden patches.
 
-    At least one patch stays visible and one hidden; raises ConfigError for images of a single patch.
+    At least one patch stays visible and at least one is hidden. Raises ConfigError for images of a single patch.
     """
 
     def __init__(self, encoder: Encoder, decoder: DecoderConfig, mask_ratio: float) -> None:
@@ -36,9 +36,9 @@ class MaskedAutoencoder(nn.Module):
         init_masked_model(self, encoder, self.decoder.mask_token)
 
     def forward(self, images: Tensor, noise_BN: Tensor) -> Tensor:
-        """Mean squared error over hidden patches, each normalised by its own mean and variance.
+        """Return the mean squared error over hidden patches, each normalised by its own mean and variance.
 
-        images: (B, C, S, S) normalised. noise_BN: one random number per patch; the smallest stay visible.
+        images: (B, C, S, S), normalised. noise_BN: one random number per patch; those with the smallest stay visible.
         """
         mask = draw_mask(noise_BN, self.num_visible)
         visible = self.encode_visible(images, mask.visible_BK)
@@ -46,5 +46,5 @@ class MaskedAutoencoder(nn.Module):
         return hidden_error(pixels, normalize_patches(patchify(images, self.encoder.patch_size)), mask.hidden_BN)
 
     def encode_visible(self, images: Tensor, visible_BK: Tensor) -> Tensor:
-        """Normed tokens of the visible patches alone, CLS first: (B, 1 + K, D)."""
+        """Return the tokens of the visible patches only, after the final norm, CLS first: (B, 1 + K, D)."""
         return self.encoder.blocks(images, [self.encoder.depth], final_norm=True, visible_BK=visible_BK)[0]

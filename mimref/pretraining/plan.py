@@ -1,4 +1,4 @@
-"""A pre-training before anything is trained: its settings as they fit the images, the encoder and the images."""
+"""Planning a pre-training before anything is trained: settings that fit the images, the encoder, and the images."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,10 +21,10 @@ from mimref.progress import Listener
 
 @dataclass(frozen=True)
 class Plan:
-    """A pre-training that can start."""
+    """A pre-training that is ready to start."""
 
     config: PretrainConfig
-    """The result of the recipe: settings that repeat the run."""
+    """The settings after the recipe; they reproduce the run."""
     derived: list[Derived]
     architecture: Architecture
     source: ImageSource
@@ -37,7 +37,7 @@ class Plan:
 
 
 def make_plan(config: PretrainConfig, listener: Listener, checks: Checks) -> Plan:
-    """Open and check all that the settings name. Raises UserError subclasses, one error for all mistakes."""
+    """Open and check everything that the settings name. Raises UserError subclasses, one error for all mistakes."""
     check_device(config, checks)
     config, derived = without_limit(config, listener.progress)
     source = open_images(config.data, listener.progress, checks, need_labels=False, splits=["train"]).get("train")
@@ -48,7 +48,7 @@ def make_plan(config: PretrainConfig, listener: Listener, checks: Checks) -> Pla
     if source is not None and checks.passed:
         data, measured = measure_channels(config.data, {}, None, source, checks)
         config, derived = config.model_copy(update={"data": data}), [*derived, *measured]
-    # Defaults that the recipe would have replaced are nobody's mistakes.
+    # Defaults that the recipe would have replaced are not the user's mistakes.
     if source is not None and (known or is_set(config, "batch_size")):
         checks.run("batch_size", partial(check_batch_size, config.batch_size, len(source)))
     if known:
@@ -60,17 +60,17 @@ def make_plan(config: PretrainConfig, listener: Listener, checks: Checks) -> Pla
 def _fitted(config: PretrainConfig, source: ImageSource) -> tuple[PretrainConfig, list[Derived]]:
     machine = machine_of(resolve_device(config.device), world_size())
     fitted, derived = fit(config, len(source), look_at(source), machine)
-    # What a run was started with fits its images: config.toml repeats it, and is never adapted.
+    # These settings fit the run's images: config.toml reproduces the run and is never adapted.
     return fitted.model_copy(update={"strict": True}), derived
 
 
 def _architecture(config: PretrainConfig) -> Architecture:
-    """The encoder to train. Raises ConfigError for one that the objective cannot train."""
+    """Return the architecture to train. Raises ConfigError for one that the objective cannot train."""
     if config.encoder.weights is not None:
         raise ConfigError(f"pretrain starts from random weights; omit encoder.weights {config.encoder.weights!r}")
     architecture = for_images(Architecture.from_config(config.encoder), config.data.channels)
     if architecture.post_norm or architecture.from_timm:
         raise ConfigError(f"pretrain builds MAE's own encoders; encoder.arch {architecture.name!r} is not one")
     architecture.check_size(architecture.image_size, "encoder.image_size")
-    # SimMIM's encoders learn their positions; these start from MAE's.
+    # SimMIM learns the position embedding, which starts from MAE's.
     return replace(architecture, fixed_positions=config.objective == "mae")

@@ -1,8 +1,8 @@
-"""Settings of a pre-training that fit its images and the machine: the rules, see docs/recipes.md.
+"""Rules that derive pre-training settings from the images and the machine; see docs/recipes.md.
 
-For a million photographs on CUDA the rules give MAE's own settings (He et al. 2022), or SimMIM's masks, crops and rate
-(Xie et al. 2022). On a CPU they give an encoder and a number of epochs that one core trains in about 20 minutes, close
-to the presets of digits and Fashion-MNIST.
+For a million photographs on CUDA the rules give MAE's own settings (He et al. 2022), or SimMIM's masks, crops and
+learning rate (Xie et al. 2022). On a CPU they give an encoder and a number of epochs that one core trains in about 20
+minutes, close to the presets for digits and Fashion-MNIST.
 """
 
 from mimref.config.recipe import Derived, Recipe, is_character, power_of_two, two_digits
@@ -15,27 +15,27 @@ Rules = Recipe[PretrainConfig]
 
 # He et al. (2022): settings for ImageNet-1K.
 PAPER_BATCH, PAPER_LR, PAPER_WIDTH = 4096, 1.5e-4, 768
-# Xie et al. (2022): of ViT-B, in the authors' settings file.
+# Xie et al. (2022): settings for ViT-B, from the authors' settings file.
 SIMMIM_BATCH, SIMMIM_LR = 2048, 5e-5
 PAPER_EPOCHS, PAPER_IMAGES = 800, 1_281_167
 LEAST_UPDATES = 8
-"""Per epoch."""
+"""Least number of updates per epoch."""
 CPU_PATCHES = 16_000_000
-"""In all the images that a masked autoencoder sees on a CPU; its encoder skips hidden patches."""
+"""Patches that a masked autoencoder is trained on in total on a CPU; its encoder skips the hidden ones."""
 SIMMIM_CPU_PATCHES = 5_000_000
-"""The same where the encoder sees mask tokens."""
+"""The same for SimMIM, whose encoder processes all patches."""
 _PATCH_SIZES = (4, 8, 16)
 _UNKNOWN_SIDE = 224
-"""Of images that cannot be read; the run then says so."""
+"""Assumed side of images that cannot be read, in pixels; the run then reports them."""
 
 
 def fit(
     config: PretrainConfig, images: int, seen: Appearance, machine: Machine
 ) -> tuple[PretrainConfig, list[Derived]]:
-    """Derive what nothing has set, or adapt a preset; returns the settings and what was derived, in order.
+    """Derive all settings that are not set, or adapt a preset; return the settings and a list of what was derived.
 
-    images: number of training images. seen: a sample of them. Raises ConfigError for values of the user that do not fit
-    the derived ones.
+    images: number of training images. seen: a sample of them. Raises ConfigError if values that the user has set do not
+    fit the derived ones.
     """
     recipe: Rules = Recipe(config)
     side = seen.side or _UNKNOWN_SIDE
@@ -54,30 +54,30 @@ def fit(
 
 
 def patch_size(side: int, grid: int) -> int:
-    """Of 4, 8 and 16 pixels the first that gives images of this side about `grid` patches a side, or fewer."""
+    """Return the first of 4, 8 and 16 pixels that gives images of this side about `grid` patches a side, or fewer."""
     return next((size for size in _PATCH_SIZES if size * grid >= 0.8 * side), _PATCH_SIZES[-1])
 
 
 def encoder_size(images: int, cuda: bool) -> tuple[int, int]:
-    """Width and depth: on CUDA those of ViT-Ti, from 50,000 images of ViT-S, from 500,000 of ViT-B; else 96 x 8."""
+    """Return width and depth: on CUDA ViT-Ti, from 50,000 images ViT-S, from 500,000 ViT-B; otherwise 96 x 8."""
     if not cuda:
         return 96, 8
     return (768, 12) if images >= 500_000 else (384, 12) if images >= 50_000 else (192, 12)
 
 
 def decoder_size(width: int) -> tuple[int, int, int]:
-    """Width, depth and heads: MAE's for encoders from 768 wide on, the small presets' below 192, others between."""
+    """Return width, depth and heads: MAE's for widths from 768, the small presets' below 192, others in between."""
     sizes = ((768, (512, 8, 16)), (384, (256, 4, 8)), (192, (128, 2, 4)), (0, (48, 1, 3)))
     return next(size for least, size in sizes if width >= least)
 
 
 def least_crop(size: int, side: int) -> float:
-    """Least area of a crop: MAE's 0.2 of large photographs, 0.6 of images as small as the encoder's."""
+    """Return the least area of a crop: MAE's 0.2 for large photographs, 0.6 for images as small as the encoder's."""
     return min(0.6, max(0.2, round(0.6 * (size / side) ** 2, 1)))
 
 
 def batch_size(images: int, cuda: bool) -> int:
-    """A 256th of the images, at least 128, at most MAE's 4096 on CUDA and 128 elsewhere; of few images an eighth."""
+    """Return 1/256 of the images, at least 128, at most MAE's 4096 on CUDA and 128 elsewhere; of few images, 1/8."""
     if images < 128 * LEAST_UPDATES:
         return min(images, max(4, power_of_two(images / LEAST_UPDATES)))
     return max(128, min(PAPER_BATCH if cuda else 128, power_of_two(images / 256)))
@@ -86,40 +86,41 @@ def batch_size(images: int, cuda: bool) -> int:
 def fitting_batch(
     memory_bytes: int, tokens: int, visible: int, encoder: tuple[int, int], decoder: tuple[int, int]
 ) -> int:
-    """The largest power of two of images whose activations take half of the GPU's memory.
+    """Return the largest power of two of images whose activations take at most half of the GPU's memory.
 
-    tokens: of an image. encoder, decoder: width and depth.
+    tokens: tokens per image. visible: those that the encoder processes. encoder, decoder: width and depth.
     """
     numbers = visible * encoder[0] * encoder[1] + tokens * decoder[0] * decoder[1]
     return power_of_two(memory_bytes / 2 / (ACTIVATION_BYTES * numbers))
 
 
 def base_rate(batch: int, width: int) -> float:
-    """MAE's rate at its batch and width; the rate follows the root of the batch, and narrow encoders take a higher one.
+    """Return MAE's base rate, scaled so that rate times batch follows the square root of the batch.
 
-    The exponent 0.4 of the width leads to the 2e-3 of the presets with 96 channels and batches of 128.
+    Narrower encoders get a higher rate: the exponent 0.4 of the width reproduces the 2e-3 of the presets with width 96
+    and batches of 128.
     """
     return two_digits(PAPER_LR * (PAPER_BATCH / batch) ** 0.5 * (PAPER_WIDTH / min(width, PAPER_WIDTH)) ** 0.4)
 
 
 def simmim_rate(batch: int, width: int) -> float:
-    """SimMIM's rate at its batch and width; the rate follows the root of the batch and the inverse of the width."""
+    """Return SimMIM's base rate: rate times batch follows the batch's square root and the inverse of the width."""
     return two_digits(SIMMIM_LR * (SIMMIM_BATCH / batch) ** 0.5 * PAPER_WIDTH / min(width, PAPER_WIDTH))
 
 
 def epochs(images: int, patches: int, cuda: bool, cpu_patches: int = CPU_PATCHES) -> int:
-    """800 of a million images, 1600 of few; on a CPU what takes 20 minutes, `cpu_patches` in all, at most 400."""
+    """Return 800 for a million images, 1600 for few; on a CPU what `cpu_patches` (20 minutes) allow, at most 400."""
     if not cuda:
         return min(400, max(10, round(cpu_patches / patches / images)))
     most = PAPER_EPOCHS if images >= 100_000 else 2 * PAPER_EPOCHS
     return min(most, max(50, round(PAPER_EPOCHS * PAPER_IMAGES / images)))
 
 
-# --- which settings they give
+# --- the settings that the rules give
 
 
 def _sizes(recipe: Rules) -> tuple[int, int, int]:
-    """Width, depth and patches a side of the encoder."""
+    """Return the encoder's width, depth and patches per side."""
     encoder = recipe.config.encoder
     width, depth, _, patch = PAPER_SIZES.get(
         encoder.arch, (encoder.width or PAPER_WIDTH, encoder.depth or 12, 0, encoder.patch_size or 16)
@@ -128,18 +129,18 @@ def _sizes(recipe: Rules) -> tuple[int, int, int]:
 
 
 def _derive_encoder(recipe: Rules, images: int, side: int, machine: Machine) -> None:
-    """Image and patch size, width, depth and heads of an encoder that the user has not named."""
+    """Derive image size, patch size, width, depth and heads if the user has not named an encoder."""
     most, grid, device = (224, 14, "CUDA") if machine.cuda else (64, 8, "a CPU")
     given = recipe.config.encoder
     wanted = given.image_size if "image_size" in given.model_fields_set else max(16, min(side, most))
-    rule = f"of 4, 8 and 16 the first that gives about {grid} patches a side or fewer, on {device}"
+    rule = f"the first of 4, 8 and 16 that gives about {grid} patches a side or fewer, on {device}"
     recipe.derive("encoder.patch_size", patch_size(wanted, grid), rule)
     patch = recipe.config.encoder.patch_size or 16
     rule = f"whole patches in the images' median shorter side of {side} pixels, at most {most} on {device}"
     recipe.derive("encoder.image_size", max(2, min(wanted // patch, grid)) * patch, rule)
     width, depth = encoder_size(images, machine.cuda)
     rule = f"ViT-Ti, -S from 50,000 or -B from 500,000, for {images:,} images on CUDA"
-    rule = rule if machine.cuda else "as the measured presets: one CPU core can train it"
+    rule = rule if machine.cuda else "as in the measured presets: one CPU core can train it"
     recipe.derive("encoder.width", width, rule)
     recipe.derive("encoder.depth", depth, rule)
     width = recipe.config.encoder.width or width
@@ -161,7 +162,7 @@ def _derive_decoder(recipe: Rules) -> None:
 def _derive_views(recipe: Rules, side: int) -> None:
     size = recipe.config.encoder.image_size
     if recipe.config.objective == "mae":
-        rule = f"0.6 times the square of {size} over {side} pixels, within 0.2 (MAE) and 0.6 (measured presets)"
+        rule = f"0.6 times the square of {size} over {side} pixels, between 0.2 (MAE) and 0.6 (measured presets)"
         recipe.derive("mae.crop_scale", (least_crop(size, side), 1.0), rule)
     if is_character(recipe.config.data):
         recipe.derive("views.flip", 0.0, "a mirrored character is another one")
@@ -192,7 +193,7 @@ def _choose_batch(recipe: Rules, images: int, machine: Machine) -> None:
 def _choose_rate(recipe: Rules) -> None:
     batch, (width, _, _) = recipe.config.batch_size, _sizes(recipe)
     section, is_mae = recipe.config.objective, recipe.config.objective == "mae"
-    rule = f"{'MAE' if is_mae else 'SimMIM'}'s, whose product with the batch follows the root of {batch} images"
+    rule = f"{'MAE' if is_mae else 'SimMIM'}'s, scaled so its product with the batch follows the root of {batch} images"
     rule += f", and is higher for a width of {width}" if width < PAPER_WIDTH else ""
     recipe.derive(f"{section}.lr", base_rate(batch, width) if is_mae else simmim_rate(batch, width), rule)
     if (before := recipe.before("batch_size")) is not None:
@@ -203,9 +204,9 @@ def _choose_rate(recipe: Rules) -> None:
 def _derive_schedule(recipe: Rules, images: int, machine: Machine) -> None:
     (_, _, side), section = _sizes(recipe), recipe.config.objective
     most = CPU_PATCHES if section == "mae" else SIMMIM_CPU_PATCHES
-    rule = f"as {'MAE' if section == 'mae' else 'SimMIM'}'s 800 of ImageNet, 1600 below 100,000 images"
+    rule = f"as {'MAE' if section == 'mae' else 'SimMIM'}'s 800 for ImageNet, 1600 below 100,000 images"
     if not machine.cuda:
-        rule = f"{most // 10**6} million patches, {side**2} an image: 20 minutes on a core; at most 400"
+        rule = f"{most // 10**6} million patches, {side**2} per image: 20 minutes on a core; at most 400"
     recipe.derive(f"{section}.epochs", epochs(images, side**2, machine.cuda, most), rule)
     chosen = recipe.config.masking.epochs
     rule = f"5% of {chosen} epochs, as MAE's 40 of 800"
@@ -214,4 +215,4 @@ def _derive_schedule(recipe: Rules, images: int, machine: Machine) -> None:
         recipe.adapt(f"{section}.warmup_epochs", two_digits(chosen / 20), rule)
     recipe.derive("monitor.knn_every_epochs", max(1, chosen // 20), "about 20 checks in the run")
     if not machine.cuda:
-        recipe.derive("monitor.knn_samples", 2000, "a check is to take seconds on a CPU")
+        recipe.derive("monitor.knn_samples", 2000, "a check should take seconds on a CPU")

@@ -33,18 +33,18 @@ from mimref.training.run import Stage, TrainingRun
 
 @dataclass(frozen=True)
 class PretrainResult(Tabular):
-    """What a pre-training run produced."""
+    """The result of a pre-training run."""
 
     out: Path
     rows: list[Row]
-    """The monitor's values at the end."""
+    """The monitor's final values."""
     elapsed_s: float
     bad_images: list[tuple[str, str]] = field(default_factory=list)
-    """Path and reason of every image left out."""
+    """Path and reason for each image that was skipped."""
 
 
 class Pretraining(Stage):
-    """An encoder in pre-training, with what its objective adds to it."""
+    """The pre-training of an encoder together with the modules that its objective adds."""
 
     name = "pretrain"
 
@@ -75,7 +75,7 @@ class Pretraining(Stage):
             crops=[CropGroup(1, architecture.image_size, settings.crop_scale, config.views.aspect_ratio)],
             device=device,
         )
-        # MAE and SimMIM augment by crop and flip alone.
+        # MAE and SimMIM augment by crops and flips only.
         plain = config.views.model_copy(update={"color": False, "blur": False})
         self.photometric = Photometric(plain, config.seed, device, mean=self.transform.mean, std=self.transform.std)
         note = run.listener.note
@@ -83,16 +83,16 @@ class Pretraining(Stage):
         self.rows: list[Row] = []
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
-        """This rank's share of the loss on hidden patches, times the number of ranks, which average gradients."""
+        """Compute this rank's share of the loss, times the number of ranks since they average gradients."""
         views = self.photometric(batch.crops[0], batch.epoch, batch.sample_B, [0])[0]
         sample_B = send(batch.sample_B, self.device)
         noise = uniform(self.config.seed, batch.epoch, Operation.MASK, sample_B, count=self.model.num_patches)
         if not len(sample_B):
-            # Not all kernels take no image: a black one is encoded, which counts for nothing.
+            # Not all kernels accept an empty batch: encode a black image, whose loss has weight zero.
             views, noise = (each.new_zeros(1, *each.shape[1:]) for each in (views, noise))
         with autocast(self.device, self.precision):
             loss: Tensor = self.trained_model(views, noise)
-        # Ranks' gradients are averaged: each counts by its share of the batch.
+        # Gradients are averaged over ranks: weight each rank by its share of the batch.
         loss = loss * (len(batch.sample_B) * world_size() / images)
         loss.backward()
         self._loss = loss.detach()
@@ -117,7 +117,7 @@ class Pretraining(Stage):
 
 
 def build_model(encoder: Encoder, config: PretrainConfig) -> MaskedAutoencoder | SimMIM:
-    """The encoder and what the objective adds to it, with new weights."""
+    """Return the encoder with the modules that the objective adds, with newly initialised weights."""
     if config.objective == "simmim":
         return SimMIM(encoder, config.simmim.mask_ratio)
     return MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio)
@@ -134,11 +134,11 @@ def pretrain(
 ) -> PretrainResult:
     """Train an encoder by masked image modelling; write `encoder.safetensors` with header, log and results to `out`.
 
-    Works on unlabelled images; labels, if any, serve the k-NN check alone. resume: continue the unfinished run in
-    `out`; of a finished one, return its results. force: replace the files of an earlier run in `out`. Raises UserError
-    subclasses for settings, images or folders that do not fit, one error for all mistakes (checks: what was found
-    before); Interrupted after saving on a signal.
-    In a process group every rank calls this with the same arguments, and rank 0 alone writes.
+    Needs no labels; if there are any, only the k-NN check uses them. resume: continue the unfinished run in `out`, or
+    return the results of a finished one. force: replace the files of an earlier run in `out`. checks: mistakes found
+    earlier. Raises UserError subclasses for settings, images or folders that do not fit, a single error for all
+    mistakes; Interrupted after saving on a signal.
+    In a process group every rank calls this with the same arguments; only rank 0 writes.
     """
     run = TrainingRun(config, out, listener, resume=resume, force=force)
     checks = checks or Checks()
@@ -161,7 +161,7 @@ def pretrain(
 
 
 def _exhibit(job: Pretraining, config: PretrainConfig, out: Path) -> None:
-    """Show images of the k-NN check by their pixels and by the encoder; without labels, some training images."""
+    """Save exhibits of the k-NN check's images, by pixels and by the encoder; without labels, of training images."""
     if not (config.evaluate.enabled and config.evaluate.exhibits):
         return
     monitor, listener, encoder = job.monitor, job.run.listener, job.model.encoder

@@ -1,6 +1,6 @@
-"""SimMIM (Xie et al. 2022): the encoder sees mask tokens in place of hidden patches, a linear layer predicts pixels.
+"""SimMIM (Xie et al. 2022): the encoder sees mask tokens in place of hidden patches; a linear layer predicts pixels.
 
-Its last blocks do what a masked autoencoder's decoder does, so that its features peak before them.
+The encoder's last blocks act like a masked autoencoder's decoder, so the best features come from earlier blocks.
 
 Shapes: B images, N patches, D encoder width.
 """
@@ -23,8 +23,9 @@ from mimref.encoders.vit import Encoder
 class SimMIM(nn.Module):
     """Encoder and linear decoder with MAE's initialisation, masks and loss on normalised pixels of hidden patches.
 
-    The authors' code hides squares of 32 pixels, and takes the mean absolute error of pixels that are not normalised by
-    patch. At least one patch stays visible and one hidden; raises ConfigError for images of a single patch.
+    The authors' code instead hides squares of 32 pixels, and its loss is the mean absolute error of pixels that are not
+    normalised by patch. At least one patch stays visible and at least one is hidden. Raises ConfigError for images of a
+    single patch.
     """
 
     def __init__(self, encoder: Encoder, mask_ratio: float) -> None:
@@ -37,16 +38,16 @@ class SimMIM(nn.Module):
         init_masked_model(self, encoder, self.decoder.mask_token)
 
     def forward(self, images: Tensor, noise_BN: Tensor) -> Tensor:
-        """Mean squared error over hidden patches, each normalised by its own mean and variance.
+        """Return the mean squared error over hidden patches, each normalised by its own mean and variance.
 
-        images: (B, C, S, S) normalised. noise_BN: one random number per patch; the smallest stay visible.
+        images: (B, C, S, S), normalised. noise_BN: one random number per patch; those with the smallest stay visible.
         """
         hidden_BN = draw_mask(noise_BN, self.num_visible).hidden_BN
         pixels: Tensor = self.decoder(self.encode_masked(images, hidden_BN))
         return hidden_error(pixels, normalize_patches(patchify(images, self.encoder.patch_size)), hidden_BN)
 
     def encode_masked(self, images: Tensor, hidden_BN: Tensor) -> Tensor:
-        """Normed tokens of all patches, of which the encoder does not see the hidden ones: (B, N, D)."""
+        """Return the tokens of all patches after the final norm, with the hidden ones masked: (B, N, D)."""
         masked = hidden_BN.bool(), self.decoder.mask_token
         tokens = self.encoder.blocks(images, [self.encoder.depth], final_norm=True, masked=masked)[0]
         return tokens[:, self.encoder.num_prefix_tokens :]

@@ -20,13 +20,13 @@ class Neighbours(NamedTuple):
     rows_HMO: Tensor
     similarity_HM: Tensor
     sample_HM: Tensor
-    """Sample index of the row; -1 for a random row from the queue's start."""
+    """Sample index of the row; -1 for one of the queue's initial random rows."""
     age_HM: Tensor
     """Updates since the row was enqueued."""
 
 
 class Queue:
-    """One (H, Q, O) buffer whose heads share one position, one list of sample indices and one list of ages.
+    """One (H, Q, O) buffer; all heads share the position, the sample indices and the ages of rows.
 
     Rows start as random unit vectors with sample index -1.
     """
@@ -44,7 +44,7 @@ class Queue:
 
     @torch.no_grad()
     def enqueue(self, rows_HMO: Tensor, sample_M: Tensor) -> None:
-        """Overwrite the oldest M rows of every head. Of more rows than the queue holds, the last ones stay."""
+        """Overwrite the oldest M rows of every head. If M exceeds the queue's size, only the last rows are kept."""
         count = min(rows_HMO.shape[1], len(self))
         rows_HMO, sample_M = rows_HMO[:, -count:], sample_M[-count:]
         where = (torch.arange(count, device=self.sample_Q.device) + self.position) % len(self)
@@ -56,7 +56,7 @@ class Queue:
 
     @torch.no_grad()
     def swap_neighbours(self, query_HMO: Tensor, sample_M: Tensor, choice_HM: Tensor, *, top_k: int) -> Neighbours:
-        """One of the `top_k` most similar rows for every query, chosen by `choice_HM` in [0, 1) (Eq. 2).
+        """Return, for every query, one of the `top_k` most similar rows, chosen by `choice_HM` in [0, 1) (Eq. 2).
 
         query_HMO: unit length. sample_M: sample index of each query. A sample's own rows are excluded: they would be
         perfect but useless neighbours. Results carry no gradient.
@@ -79,7 +79,7 @@ class Queue:
         return top_HMK.gather(2, chosen).squeeze(2), index_HMK.gather(2, chosen).squeeze(2)
 
     def state_dict(self) -> dict[str, Any]:
-        """For saved states."""
+        """Return the queue's contents and position, for saved states."""
         tensors = {"rows": self.rows_HQO, "sample": self.sample_Q, "update": self.update_Q}
         return {**tensors, "position": self.position, "updates": self.updates}
 
@@ -97,9 +97,9 @@ class Alignment(NamedTuple):
     loss_H: Tensor
     """Mean of Eq. (1) over samples and view pairs."""
     global_H: Tensor
-    """Mean probability of the positive among the pairs of global views, without gradient."""
+    """Mean probability of the positive over pairs of global views, without gradient."""
     local_H: Tensor
-    """The same for pairs with a local view; NaN without local views."""
+    """The same over pairs with a local view; NaN without local views."""
 
 
 def nna_loss(
@@ -112,14 +112,14 @@ def nna_loss(
     first: int = 0,
     all_prediction_HVBO: Tensor | None = None,
 ) -> Alignment:
-    """Align every prediction with the neighbour of its image's global view, repel it from the other images.
+    """Align every prediction with the neighbour of its image's global view, and repel it from the other images.
 
     All inputs have unit length. For each global view g and each other view v, anchor i is prediction (v, i), its
-    positive neighbour (g, i), its negatives rows (g, j) of the other images: their projections, or with NNCLR's swapped
-    negatives (Table 1e) the neighbours of these. Negatives get no gradient.
+    positive is neighbour (g, i), and its negatives are rows (g, j) of the other images: their projections or, with
+    NNCLR's swapped negatives (Table 1e), the neighbours of their projections. Negatives get no gradient.
     direction: `projection` is Eq. (1), a softmax over negatives for each prediction; `prediction` is a softmax over
-    predictions for each negative. Where other ranks hold the rest of the batch, `first` is the number of images before
-    this rank's, and what the softmax is over has the images of the whole batch: negative_HGBO, or for `prediction`
+    predictions for each negative. If other ranks hold the rest of the batch, `first` is the number of images before
+    this rank's, and the softmax runs over the images of the whole batch, held by negative_HGBO or, for `prediction`, by
     all_prediction_HVBO. The result is then the mean over this rank's images.
     """
     by_prediction = direction == "projection"
@@ -132,7 +132,7 @@ def nna_loss(
         logit_HPBB = torch.bmm(other_HPBO.flatten(1, 2), negative_HGBO[:, g].detach().transpose(1, 2))
         logit_HPBB = logit_HPBB.unflatten(1, other_HPBO.shape[1:3])
         positive_HPB = (own_HPBO * neighbour_HGBO[:, g, None].detach()).sum(dim=-1)
-        # The diagonal would repel an image from itself; Eq. (1) has the positive in its place.
+        # The diagonal would repel an image from itself; in Eq. (1) the positive takes its place.
         offset = first if by_prediction else -first
         logit_HPBB.diagonal(offset, dim1=-2, dim2=-1).copy_(positive_HPB)
         loss_HPB = logit_HPBB.logsumexp(dim=-1 if by_prediction else -2) - positive_HPB
@@ -148,5 +148,5 @@ def nna_loss(
 
 
 def _other_views(x_HVBO: Tensor, g: int) -> Tensor:
-    """All views but global view g: the other global one, then the local ones."""
+    """Return all views except global view g: the other global view first, then the local views."""
     return torch.cat([x_HVBO[:, 1 - g : 2 - g], x_HVBO[:, 2:]], dim=1)

@@ -1,8 +1,8 @@
 """The ensemble of contrastive heads as one batched module (Appendix B.2).
 
-All heads' weights are stacked, one batched matrix product serves every head, and one norm over H * width features
-normalises them all (`norms.py`). Activations are (H, width, N): this is BatchNorm's own (1, channels, N) layout, so
-that no copy lies between matrix product and normalisation.
+The weights of all heads are stacked: one batched matrix product computes every head, and one norm over H * width
+features normalises them all (`norms.py`). Activations are (H, width, N). This matches BatchNorm's (1, channels, N)
+layout, so no copy is needed between matrix product and normalisation.
 
 Shapes: H heads, N rows (views times images), D width of a block, O output width.
 """
@@ -20,7 +20,7 @@ from mimref.refinement.norms import Norm, make_norm
 
 
 class EnsembleLinear(nn.Module):
-    """H linear maps without bias, Xavier-uniform: (H, in, N) -> (H, out, N). `weight[h]` is an nn.Linear's weight."""
+    """H linear maps without bias, Xavier-uniform: (H, in, N) -> (H, out, N). `weight[h]` is as in nn.Linear."""
 
     def __init__(self, heads: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class EnsembleLinears(nn.Module):
     """The first layer of heads that read blocks of several widths: one `EnsembleLinear` per width, ascending."""
 
     place_H: Tensor | None
-    """Where each head is in the order of widths; None: all are in order."""
+    """Position of each head when sorted by width; None if they are already in that order."""
 
     def __init__(self, widths: Sequence[int], outputs: int) -> None:
         super().__init__()
@@ -43,11 +43,11 @@ class EnsembleLinears(nn.Module):
         self.linears = nn.ModuleList(EnsembleLinear(widths.count(width), width, outputs) for width in distinct)
         grouped = [head for width in distinct for head, own in enumerate(widths) if own == width]
         place = None if grouped == sorted(grouped) else torch.tensor(grouped).argsort()
-        # A buffer: an index on another device would be copied in every pass.
+        # A buffer, because an index on another device would be copied in every pass.
         self.register_buffer("place_H", place, persistent=False)
 
     def forward(self, *x_HIN: Tensor) -> Tensor:
-        """One (H, in, N) per width, of the heads that read it -> (H, out, N) of all heads in their order."""
+        """Map one (H, in, N) per width, for the heads that read it -> (H, out, N) for all heads in their order."""
         y_HON = torch.cat([linear(own_HIN) for linear, own_HIN in zip(self.linears, x_HIN, strict=True)])
         return y_HON if self.place_H is None else y_HON.index_select(0, self.place_H)
 
@@ -56,7 +56,7 @@ class _Layer(nn.Module):
     """Linear, norm and, except at the end of a projector or predictor, GELU."""
 
     def __init__(self, widths: Sequence[int], outputs: int, norm: Norm, *, last: bool = False) -> None:
-        """widths: of every head's input."""
+        """widths: input width of each head."""
         super().__init__()
         same = len(set(widths)) == 1
         self.linear = EnsembleLinear(len(widths), widths[0], outputs) if same else EnsembleLinears(widths, outputs)
@@ -72,7 +72,7 @@ class Heads(nn.Module):
     """Projectors (three layers) and predictors (two layers) of all heads."""
 
     def __init__(self, config: HeadsConfig, widths: Sequence[int]) -> None:
-        """widths: of the block that each head reads."""
+        """widths: width of the block that each head reads."""
         super().__init__()
         self.widths, self.num_heads = list(widths), len(widths)
         heads, hidden, output, norm = self.num_heads, config.projector_hidden, config.output, config.norm
@@ -87,18 +87,18 @@ class Heads(nn.Module):
         )
 
     def stacked(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """What every head reads, (..., D) each, as the heads take it: one (H, ..., D) per distinct width, ascending."""
+        """Stack each head's features, (..., D) each, as `forward` expects: one (H, ..., D) per width D, ascending."""
         return [
             torch.stack([x for x, own in zip(features, self.widths, strict=True) if own == width])
             for width in sorted(set(self.widths))
         ]
 
     def forward(self, *features_HND: Tensor) -> tuple[Tensor, Tensor]:
-        """Projections and predictions of pooled tokens, both (H, N, O) and of unit length in float32.
+        """Return projections and predictions of pooled tokens, both (H, N, O) and of unit length in float32.
 
-        features_HND: as `stacked` gives them; of one width, head h reads features_HND[h]. In training mode the
-        statistics span all N rows jointly. Projections carry no gradient, as queries, queue rows and negatives (SG in
-        Eq. 1).
+        features_HND: as `stacked` returns them; with a single width, head h reads features_HND[h]. In training mode the
+        statistics span all N rows jointly. Projections carry no gradient, because they serve as queries, queue rows and
+        negatives (SG in Eq. 1).
         """
         projected_HON = self._first(features_HND)
         for layer in list(self.projector)[1:]:
@@ -107,23 +107,23 @@ class Heads(nn.Module):
         return _unit_rows(projected_HON.detach()), _unit_rows(predicted_HON)
 
     def hidden(self, *features_HND: Tensor) -> Tensor:
-        """Output of every projector's first layer, (H, N, projector_hidden): what heads of a sweep are compared by."""
+        """Return each projector's first-layer output, (H, N, projector_hidden), by which a sweep compares heads."""
         return self._first(features_HND).transpose(1, 2)
 
     def _first(self, features_HND: Sequence[Tensor]) -> Tensor:
-        """Output of the projector's first layer, (H, hidden, N)."""
+        """Return the output of the projectors' first layer, (H, hidden, N)."""
         hidden_HWN: Tensor = self.projector[0](*(x_HND.transpose(1, 2) for x_HND in features_HND))
         return hidden_HWN
 
 
 def _unit_rows(x_HON: Tensor) -> Tensor:
     x_HON = x_HON.float() if x_HON.dtype is torch.bfloat16 else x_HON
-    # As F.normalize, which divides where this multiplies.
+    # Like F.normalize, which divides where this multiplies.
     return (x_HON * x_HON.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt()).transpose(1, 2)
 
 
 def head_blocks(blocks: str, depth: int) -> list[int]:
-    """Block of every head from `17-24`, `20,22,24` or `last8` (also mixed: `17-20,24`); blocks may repeat.
+    """Parse the block of each head from `17-24`, `20,22,24` or `last8` (also mixed: `17-20,24`); blocks may repeat.
 
     Raises ConfigError for a block outside 1..depth and for a range whose start exceeds its end.
     """

@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits the device's memory."""
+"""Choosing the largest micro-batch that fits in the device's memory."""
 
 import gc
 from collections.abc import Callable
@@ -24,9 +24,9 @@ from mimref.refinement.sizes import exchanged_bytes, state_bytes
 
 
 def choose_micro_batch(method: Method, plan: Plan, listener: Listener) -> int | None:
-    """Images per encoder pass as the settings say; None for whole batches.
+    """Return the images per encoder pass that the settings ask for; None for whole batches.
 
-    `auto`, and where nothing is set: what fits on a CUDA device, see `largest_micro_batch`.
+    If the setting is `auto` or unset, measure what fits on a CUDA device, see `largest_micro_batch`.
     """
     asked = plan.config.micro_batch
     if isinstance(asked, int):
@@ -39,31 +39,31 @@ def choose_micro_batch(method: Method, plan: Plan, listener: Listener) -> int | 
     stage: StageName = "heads" if plan.config.stage == "heads" else "encoder"
     to_come = state_bytes(plan.config, plan.architecture, plan.blocks, stage)
     reserve = to_come.moments + to_come.average + to_come.base
-    if world_size() > 1:  # the trial is made without other ranks
+    if world_size() > 1:  # trials run without other ranks
         reserve += to_come.gradients + exchanged_bytes(plan.config, len(plan.blocks), world_size())
     fits = largest_micro_batch(method, plan, method.most_images, reserve=reserve)
-    found = -max_over_ranks(-fits)  # the smallest of any rank
+    found = -max_over_ranks(-fits)  # the smallest on any rank
     listener.note(f"micro_batch auto: {found} of {method.most_images} images per encoder pass")
     return found
 
 
 def _whole_batches(method: Method, plan: Plan) -> str:
-    """Why micro-batches are not measured; empty where they are."""
+    """Return why micro-batches are not measured; empty if they are."""
     if method.device.type != "cuda":
-        # Other devices use the machine's memory, and nothing says when it is full.
+        # Other devices use the machine's memory, and nothing reports when it is full.
         return f"whole batches on {method.device.type}"
     if reason := _inexact(method.encoder):
         return f"whole batches, since the encoder has {reason}"
     if plan.config.shard and world_size() > 1:
-        # Trials are made without other ranks, and the encoder may not fit one device.
+        # Trials run without other ranks, and the encoder may not fit on one device.
         return "not measured for sharded weights, so whole batches; set --micro-batch N"
     return ""
 
 
 def check_exact(encoder: nn.Module, subject: str = "micro_batch") -> None:
-    """Raise ConfigError for an encoder whose passes over parts of a batch differ from one pass over all of it.
+    """Raise ConfigError for an encoder for which passes over parts of a batch differ from one pass over all of it.
 
-    subject: what the message begins with.
+    subject: how the message begins.
     """
     if reason := _inexact(encoder):
         wrong = f"{reason}, so micro-batches would change the result"
@@ -71,7 +71,7 @@ def check_exact(encoder: nn.Module, subject: str = "micro_batch") -> None:
 
 
 def _inexact(encoder: nn.Module) -> str:
-    """What the encoder has that makes passes over parts of a batch differ; empty where they do not."""
+    """Return which modules make passes over parts of a batch differ from one pass; empty if none do."""
     for module in encoder.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return "BatchNorm layers, whose statistics span the batch"
@@ -92,15 +92,15 @@ def check_ranks(encoder: nn.Module) -> None:
 
 
 def largest_micro_batch(method: Method, plan: Plan, most: int, *, reserve: int) -> int:
-    """The largest micro-batch up to `most` for which the device has memory beside `reserve` bytes.
+    """Return the largest micro-batch up to `most` that fits in the device's memory beside `reserve` bytes.
 
-    Call it before heads and encoder are distributed: they would wait for other ranks.
+    Call this before heads and encoder are distributed: their passes would wait for other ranks.
     """
     train_encoder, made = plan.config.stage != "heads", method.dense
     if train_encoder and made is None and plan.config.loss.dense != "none":
-        # Stage 2 makes the base, of which `reserve` has the weights; here the encoder takes its place.
+        # Stage 2 creates the base, whose weights `reserve` includes; in the trials the encoder takes its place.
         method.dense = DenseTerm(method.encoder, max(plan.blocks), plan.config.loss.dense)
-    # Bands may have more than 8 bits.
+    # Bands (other channels than colour) may have more than 8 bits.
     dtype = torch.uint8 if plan.config.data.channels is None else torch.float32
     attempt = partial(
         try_step, method, plan.crops, method.most_images, reserve=reserve, train_encoder=train_encoder, dtype=dtype
@@ -113,9 +113,9 @@ def largest_micro_batch(method: Method, plan: Plan, most: int, *, reserve: int) 
 
 
 def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
-    """The largest of most, most / 2, most / 4, ... (rounded up) for which `attempt` does not run out of memory.
+    """Return the largest of most, most / 2, most / 4, ... (rounded up) with which `attempt` has enough memory.
 
-    Raises ConfigError when not even 1 fits.
+    Raises ConfigError if not even 1 fits.
     """
     size = most
     while True:
@@ -123,13 +123,13 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
             attempt(size)
             return size
         except torch.OutOfMemoryError:
-            pass  # the exception holds on to the tensors: leave it before trying again
+            pass  # the exception keeps the tensors alive: leave this block before trying again
         release_memory()
         size = half(size)
 
 
 def half(size: int) -> int:
-    """The size to try after `size` did not fit. Raises ConfigError after 1."""
+    """Return the size to try after `size` did not fit. Raises ConfigError if `size` is 1."""
     if size == 1:
         raise ConfigError(
             "out of memory with a single image per encoder pass; lower batch_size, the number of local views or "
@@ -139,7 +139,7 @@ def half(size: int) -> int:
 
 
 def release_memory() -> None:
-    """Free what failed attempts have left."""
+    """Free the memory that failed attempts have left allocated."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -154,17 +154,17 @@ def try_step(
     train_encoder: bool = True,
     dtype: torch.dtype = torch.uint8,
 ) -> None:
-    """One step, forward and backward, on black images; nothing changes but the memory that it needed.
+    """Run one step, forward and backward, on black images, and restore everything that it has changed.
 
-    reserve: bytes to hold beside it. dtype: of the crops. Three batches of them are held, as in training: the last one
-    and one that is copied ahead. Raises torch.OutOfMemoryError.
+    reserve: bytes to hold at the same time. dtype: of the crops. Three batches of crops are held, as in training: the
+    current one, the previous one, and one that is copied ahead. Raises torch.OutOfMemoryError.
     """
     before, queue = method.micro_batch, deepcopy(method.queue.state_dict())
     norms = [buffer.clone() for buffer in method.heads.buffers()]
     try:
         held = [torch.empty(reserve, dtype=torch.uint8, device=method.device)]
         method.micro_batch = micro_batch
-        # Encoders of gray images also take colour, which needs more.
+        # Encoders for gray images also accept colour images, which need more memory.
         own = method.encoder.architecture.channels
         channels = 3 if own == 1 else own
         shapes = [(batch_size, group.count, channels, group.size, group.size) for group in groups]

@@ -1,8 +1,8 @@
-"""Normalisation inside the heads: of every feature of every head at once, on activations (H, width, N).
+"""Normalisation inside the heads: every feature of every head at once, on activations (H, width, N).
 
-`batch` is the paper's: statistics of the whole batch, of all ranks, which takes a collective per layer and pass.
-`running` takes the statistics of earlier updates, which ranks exchange once per update, after the backward pass.
-`layer` takes those of every row and head, which no rank shares.
+`batch` is the paper's: statistics of the whole batch over all ranks, which cost a collective per layer and pass.
+`running` uses the statistics of earlier updates, which ranks exchange once per update, after the backward pass.
+`layer` uses the statistics of each row and head, so ranks exchange nothing.
 
 Shapes: H heads, W width, N rows (views times images), C = H * W channels, R ranks, S values sent.
 """
@@ -20,32 +20,32 @@ Norm = Literal["batch", "layer", "running"]
 NORMS: tuple[Norm, ...] = ("batch", "layer", "running")
 
 EPS = 1e-5
-"""Added to variances, as BatchNorm does."""
+"""Added to variances, as in BatchNorm."""
 MOMENTUM = 0.02
 """Weight of an update's batch in running statistics, once they are settled.
 
-Statistics that follow quickly undo what the gradient, which does not know of them, has just done: weights grow without
-end (Ioffe 2017, Batch Renormalization), with a weight of 1 within tens of updates. His cure needs gradients through the
-statistics of a process's own rows, and so results that depend on the number of processes.
+No gradient flows through the statistics. If they change quickly, they undo the gradient's last update, and weights grow
+without bound (Ioffe 2017, Batch Renormalization): with a weight of 1, within tens of updates. Ioffe's remedy needs
+gradients through the statistics of a process's own rows, so results would depend on the number of processes.
 """
 DEPTH = 5
-"""Layers of a head, projector and predictor. As many updates replace the statistics: a layer's inputs are right when
-those before it have settled."""
+"""Layers of a head, in projector and predictor. The first `DEPTH` updates replace the statistics, since a layer's
+inputs are right only once the layers before it have settled."""
 
 
 def make_norm(norm: Norm, heads: int, width: int) -> nn.Module:
-    """A layer that normalises (H, W, N)."""
+    """Return a layer that normalises (H, W, N)."""
     if norm == "layer":
         return EnsembleLayerNorm(heads, width)
     return EnsembleRunningNorm(heads, width) if norm == "running" else EnsembleBatchNorm(heads, width)
 
 
 class EnsembleBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the rows, of every feature of every head at once: (H, width, N) -> (H, width, N).
+    """BatchNorm over the rows, for every feature of every head at once: (H, width, N) -> (H, width, N).
 
-    In a process group the statistics span the rows of all ranks, whose numbers may differ: means, sums of squared
+    In a process group the statistics span the rows of all ranks, which may differ in number: means, sums of squared
     deviations and counts are gathered in one collective for all heads, and combined by Chan's formula (sums of squares
-    lose precision). torch's SyncBatchNorm does the same for CUDA tensors alone.
+    lose precision). torch's SyncBatchNorm does the same, but only for CUDA tensors.
     """
 
     def __init__(self, heads: int, width: int) -> None:
@@ -59,7 +59,7 @@ class EnsembleBatchNorm(nn.BatchNorm1d):
         return super().forward(x_HWN.reshape(1, self.num_features, -1)).view_as(x_HWN)
 
     def _as_groups(self, x_HWN: Tensor) -> Tensor:
-        """A group norm of one channel per group: the same, and on CPUs five times as fast in this layout."""
+        """Normalise as a group norm of single channels: equivalent, and five times as fast on CPUs in this layout."""
         channels, rows = self.num_features, x_HWN.shape[2]
         normed, mean, rstd = torch.native_group_norm(
             x_HWN.reshape(1, channels, rows), self.weight, self.bias, 1, channels, rows, channels, self.eps
@@ -78,7 +78,7 @@ class EnsembleBatchNorm(nn.BatchNorm1d):
 
     @torch.no_grad()
     def _track(self, mean_C: Tensor, variance_C: Tensor) -> None:
-        """Running statistics as BatchNorm keeps them, with the unbiased variance."""
+        """Update the running statistics as BatchNorm does, with the unbiased variance."""
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
@@ -97,7 +97,7 @@ class EnsembleLayerNorm(nn.Module):
     def forward(self, x_HWN: Tensor) -> Tensor:
         """(H, W, N) -> (H, W, N): H heads, W features, N rows."""
         weight_HW, bias_HW = (vector_C.view(x_HWN.shape[:2]) for vector_C in (self.weight, self.bias))
-        if torch.compiler.is_compiling():  # which fuses the plain formula, and fails on the function below
+        if torch.compiler.is_compiling():  # the compiler fuses the plain formula, and fails on the function below
             exact_HWN = _exact(x_HWN)
             centred_HWN = exact_HWN - exact_HWN.mean(dim=1, keepdim=True)
             scale_H1N = torch.rsqrt(centred_HWN.square().mean(dim=1, keepdim=True) + EPS)
@@ -107,11 +107,11 @@ class EnsembleLayerNorm(nn.Module):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """torch's layer_norm wants features last: the copies there and back take five times as long as this on CPUs."""
+    """LayerNorm over dimension 1: torch's needs features last, and the copies take five times as long on CPUs."""
 
     @staticmethod
     def forward(ctx: Any, x_HWN: Tensor, weight_HW: Tensor, bias_HW: Tensor) -> Tensor:
-        """Rows normalised over their W features, then scaled and shifted: (H, W, N), in the type of `x_HWN`."""
+        """Normalise rows over their W features, then scale and shift them: (H, W, N), in the dtype of `x_HWN`."""
         exact_HWN = _exact(x_HWN)
         normed_HWN = exact_HWN - exact_HWN.mean(dim=1, keepdim=True)
         scale_H1N = normed_HWN.square().mean(dim=1, keepdim=True).add_(EPS).rsqrt_()
@@ -121,14 +121,14 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the input (H, W, N), and of scale and shift (H, W), from that of the output."""
+        """Return the gradients of the input (H, W, N) and of scale and shift (H, W), from the output's gradient."""
         normed_HWN, scale_H1N, weight_HW = ctx.saved_tensors
         given_HWN = _exact(gradients[0])
         bias_HW = given_HWN.sum(dim=2)
         along_HWN = given_HWN * normed_HWN
         own_HW = along_HWN.sum(dim=2)
         weight_H1W, width = weight_HW[:, None], weight_HW.shape[1]
-        # The gradient of a normed row has no part along ones and none along the row itself.
+        # The input's gradient has no component along ones, and none along the normalised row itself.
         constant_H1N, along_H1N = (torch.bmm(weight_H1W, part_HWN) / width for part_HWN in (given_HWN, along_HWN))
         x_HWN = torch.addcmul(-constant_H1N, given_HWN, weight_HW[:, :, None])
         x_HWN.addcmul_(_exact(normed_HWN), along_H1N, value=-1).mul_(scale_H1N)
@@ -139,16 +139,16 @@ class EnsembleRunningNorm(nn.Module):
     """Normalisation of every feature of every head by the statistics of earlier updates: (H, W, N) -> (H, W, N).
 
     A row's output depends on no other row, and no gradient flows through the statistics; both passes are those of a
-    BatchNorm in evaluation mode. In training mode a pass leaves the statistics of its rows in `seen_S`, for
+    BatchNorm in evaluation mode. In training mode a pass stores the statistics of its rows in `seen_S`, for
     `update_statistics`.
     """
 
     running_mean: Tensor
     running_var: Tensor
     updates: Tensor
-    """How often the statistics were updated, ()."""
+    """Number of updates of the statistics, ()."""
     seen_S: Tensor
-    """Of the last pass in training mode: means, sums of squared deviations, and number of rows."""
+    """Summary of the last pass in training mode: means, sums of squared deviations, and number of rows."""
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
@@ -171,9 +171,9 @@ class EnsembleRunningNorm(nn.Module):
 
     @torch.no_grad()
     def follow(self, seen_RS: Tensor) -> None:
-        """Move the running statistics towards those of what all ranks have seen."""
+        """Move the running statistics towards those of the rows that all ranks have seen."""
         mean_C, deviation_C, total = _combined(seen_RS)
-        # Statistics from behind layers that had not settled are forgotten.
+        # Statistics computed from the outputs of layers that had not settled are forgotten.
         since = (self.updates - (DEPTH - 2)).clamp_min(1).to(mean_C.dtype)
         momentum = since.reciprocal().clamp_min(MOMENTUM)
         self.running_mean.lerp_(mean_C, momentum)
@@ -182,14 +182,14 @@ class EnsembleRunningNorm(nn.Module):
 
 
 def settled(module: nn.Module) -> bool:
-    """Whether no running statistics still have to be found. Sync point."""
+    """Return whether all running statistics have initial values. Sync point."""
     return all(int(norm.updates) for norm in module.modules() if isinstance(norm, EnsembleRunningNorm))
 
 
 def update_statistics(module: nn.Module) -> None:
-    """Update all running statistics of a module from the rows that all ranks' last passes have seen: one collective.
+    """Update all running statistics of a module from the rows in all ranks' last passes, in one collective.
 
-    Call it on all ranks after the backward pass, which needs the statistics of the forward pass.
+    Call this on all ranks after the backward pass, which needs the statistics of the forward pass.
     """
     norms = [norm for norm in module.modules() if isinstance(norm, EnsembleRunningNorm)]
     if norms:
@@ -200,12 +200,12 @@ def update_statistics(module: nn.Module) -> None:
 
 
 def _exact(x: Tensor) -> Tensor:
-    """In single precision at least."""
+    """Convert half precision to single precision; leave other types."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _summary(x_CN: Tensor) -> Tensor:
-    """Mean and sum of squared deviations of every channel, and number of rows, (2 * C + 1,); zeros without rows."""
+    """Return each channel's mean and sum of squared deviations, and the row count: (2 * C + 1,); zeros without rows."""
     rows = x_CN.shape[1]
     mean_C = x_CN.sum(dim=1) / max(rows, 1)
     deviation_C = (x_CN - mean_C[:, None]).square().sum(dim=1)
@@ -213,7 +213,7 @@ def _summary(x_CN: Tensor) -> Tensor:
 
 
 def _combined(sent_RS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, sum of squared deviations and number of all ranks' rows from their summaries, by Chan's formula."""
+    """Combine the ranks' summaries into mean, sum of squared deviations and count of all rows, by Chan's formula."""
     count_R1 = sent_RS[:, -1:].detach()
     total = count_R1.sum()
     mean_RC, deviation_RC = sent_RS[:, :-1].chunk(2, dim=1)

@@ -1,4 +1,4 @@
-"""A refinement before anything is trained: encoder, heads, sizes, steps, and whether they fit each other."""
+"""Planning a refinement before anything is trained: encoder, heads, sizes, steps, and whether they fit together."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -30,7 +30,7 @@ from mimref.refinement.config import LossConfig, RefineConfig
 from mimref.refinement.heads import head_blocks
 from mimref.refinement.recipe import LEAST_QUEUE, fit, last_third, with_counts
 
-# Whose views say where heads belong, where `monitor.view_samples` is 0.
+# Images whose views choose the blocks of heads if there are no labels and `monitor.view_samples` is 0.
 UNLABELLED_IMAGES = 1000
 _WITHOUT_LABELS = f"by the {NAMES[DEFAULT]} of every block"
 
@@ -40,14 +40,14 @@ class Plan:
     """A refinement: settings, the weights to refine and the images. `make_plan` checks that they fit."""
 
     config: RefineConfig
-    """With encoder and data filled in from the checkpoint's header."""
+    """The settings, with encoder and data filled in from the checkpoint's header."""
     checkpoint: Checkpoint
     architecture: EncoderArchitecture
     transform: EvalTransform
     source: ImageSource
     """The training images."""
     warnings: list[str]
-    """About settings that have no effect."""
+    """Warnings about settings that have no effect."""
     derived: list[Derived] = field(default_factory=list)
     """Settings that were derived from encoder and images, or adapted from a preset."""
 
@@ -58,24 +58,24 @@ class Plan:
 
     @property
     def widths(self) -> list[int]:
-        """Of the block that every head reads."""
+        """Width of the block that each head reads."""
         return [self.architecture.widths[block - 1] for block in self.blocks]
 
     @cached_property
     def temperature(self) -> list[float]:
-        """Of every head."""
+        """Temperature of each head."""
         return temperatures(self.config.heads.temperature, len(self.blocks))
 
     @property
     def columns(self) -> list[Column]:
-        """Features that every head reads, as an evaluation names them."""
+        """The features that each head reads, as columns of an evaluation."""
         return columns_of(
             self.blocks, self.config.heads.pool, self.architecture.has_final_norm, self.architecture.depth
         )
 
     @property
     def notices(self) -> list[str]:
-        """What was assumed or changed to read the weights, one line each."""
+        """Assumptions and changes made to read the weights, one line each."""
         sizes = [self.architecture.image_size, *(group.size for group in self.crops)]
         return self.checkpoint.notices(self.architecture, sizes)
 
@@ -101,10 +101,10 @@ class Plan:
 
 
 def make_plan(config: RefineConfig, progress: LabelledProgress | None = None, checks: Checks | None = None) -> Plan:
-    """Check the settings against the weights and the images. Raises UserError subclasses, one error for all mistakes.
+    """Check the settings against the weights and the images, and return the plan.
 
-    Nothing is written but a copy of published weights, whose download is reported to `progress`. checks: what was found
-    before.
+    Writes nothing except a copy of published weights, whose download is reported to `progress`. checks: mistakes found
+    earlier. Raises UserError subclasses, a single error for all mistakes.
     """
     checks = checks or Checks()
     plan = checks.finished(_open(config, progress, checks))
@@ -116,7 +116,7 @@ def make_plan(config: RefineConfig, progress: LabelledProgress | None = None, ch
 
 
 def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Checks) -> Plan | None:
-    """Read the weights that the settings name, find the training images, and check what does not need the other."""
+    """Read the weights, find the training images, and check as much as possible, even if one of them is missing."""
     check_device(config, checks)
     _check_epochs(config, checks)
     config, limited = without_limit(config, progress)
@@ -130,7 +130,7 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
         if (fitted := checks.run("preset", fitting)) is not None:
             (config, found), data, known = fitted, fitted[0].data, True
             derived = [*limited, *found]
-    # Values that a recipe would have derived, or adapted, are nobody's mistakes.
+    # Values that a recipe would have derived or adapted are not the user's mistakes.
     if architecture is not None and known:
         _check_heads(config, architecture, checks)
         checks.run("views.local_size", partial(check_sizes, config, architecture))
@@ -151,7 +151,7 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
 
 
 def heads_file(path: str) -> Path:
-    """The heads of another run, in its folder. Raises CheckpointError if there are none."""
+    """Return the file of another run's heads. path: the file or the run's folder. Raises CheckpointError if missing."""
     file = Path(path, "heads.pt") if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; --heads-from needs the output folder of a run with stage 1")
@@ -159,7 +159,7 @@ def heads_file(path: str) -> Path:
 
 
 def _with_blocks(plan: Plan, progress: LabelledProgress | None) -> Plan:
-    """The plan with measured blocks of the heads; where a recipe asked and nothing can be measured, the last third."""
+    """Return the plan with measured blocks for the heads; if a recipe asked and measuring fails, the last third."""
     derived = [each for each in plan.derived if each.setting != "heads.blocks"]
     chosen = len(derived) < len(plan.derived)
     try:
@@ -179,11 +179,11 @@ def _with_blocks(plan: Plan, progress: LabelledProgress | None) -> Plan:
 
 
 def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str, str]:
-    """Blocks for `heads.blocks = "auto"`, from a score of every block of the base encoder, and which score it was.
+    """Score every block of the base encoder; return the blocks for `heads.blocks = "auto"` and the reason for them.
 
     Scores are k-NN accuracies on the monitor's subset of the images (`monitor.knn_samples`), on the features that heads
-    would read; without labelled training and validation images, the default measure of `mimref assess` on its views.
-    `mimref analyze-blocks` and `mimref assess --blocks all` show the curves.
+    would read. Without labelled training and validation images, they are the default measure of `mimref assess`, from
+    views of training images. `mimref analyze-blocks` and `mimref assess --blocks all` show the curves.
     """
     config, device = plan.config, resolve_device(plan.config.device)
     precision, problems = resolve_precision(config.precision, device), list[str]()
@@ -207,12 +207,12 @@ def _measured_blocks(plan: Plan, progress: LabelledProgress | None) -> tuple[str
 
 
 def base_encoder(plan: Plan, device: torch.device, *, share: bool = False) -> TokenEncoder:
-    """The encoder with the weights to refine, in evaluation mode. share: do not copy them if they are on the device."""
+    """Return the encoder to refine, in evaluation mode. share: do not copy the weights if they are on the device."""
     return encoder_from(plan.checkpoint, plan.architecture, share=share or device.type != "cpu").to(device).eval()
 
 
 def temperatures(temperature: float | list[float], num_heads: int) -> list[float]:
-    """The temperature of every head. Raises ConfigError for a list of another length."""
+    """Return the temperature of each head. Raises ConfigError for a list of another length."""
     if not isinstance(temperature, list):
         return [temperature] * num_heads
     if len(temperature) != num_heads:
@@ -233,14 +233,14 @@ def check_sizes(config: RefineConfig, architecture: EncoderArchitecture) -> None
 
 
 def _global_size(config: RefineConfig, architecture: EncoderArchitecture) -> int:
-    """Pixels of the global views. Raises ConfigError for a size that the encoder cannot take."""
+    """Return the size of global views in pixels. Raises ConfigError for a size that the encoder cannot take."""
     size = config.views.global_size or architecture.image_size
     architecture.check_size(size, "encoder.image_size" if config.views.global_size is None else "views.global_size")
     return size
 
 
 def _check_heads(config: RefineConfig, architecture: EncoderArchitecture, checks: Checks) -> None:
-    """Check what depends on the number of blocks."""
+    """Check the settings that depend on the number of blocks."""
     if config.heads.blocks == "auto":
         return
     blocks = checks.run("heads.blocks", lambda: head_blocks(config.heads.blocks, architecture.depth))
@@ -271,7 +271,7 @@ def _check_schedule(config: RefineConfig, blocks: list[int]) -> None:
 
 
 def _check_dense(config: RefineConfig, architecture: EncoderArchitecture, last: int) -> None:
-    """Raise ConfigError where the block of the dense term has no patches to compare."""
+    """Raise ConfigError if the dense term's block has fewer than two patches to compare."""
     if config.loss.dense == "none" or not config.epochs["encoder"]:
         return
     size = _global_size(config, architecture)
@@ -284,7 +284,7 @@ def _check_dense(config: RefineConfig, architecture: EncoderArchitecture, last: 
 
 
 def _ignored_dense(config: RefineConfig) -> list[str]:
-    """Warnings about settings of the dense term that have no effect."""
+    """Return warnings about settings of the dense term that have no effect."""
     loss = config.loss
     if loss.dense == "none":
         unused = loss.dense_weight != LossConfig().dense_weight
@@ -304,7 +304,7 @@ def _check_epochs(config: RefineConfig, checks: Checks) -> None:
 
 
 def _check_counts(config: RefineConfig, images: int, checks: Checks) -> None:
-    """Check what depends on the number of images."""
+    """Check the settings that depend on the number of images."""
     checks.run("batch_size", lambda: check_batch_size(config.batch_size, images))
     if images > 1:
         checks.run("heads.queue_size", lambda: _check_queue(config, images))
@@ -322,5 +322,5 @@ def _check_queue(config: RefineConfig, images: int) -> None:
     if most > queue - 3:
         raise ConfigError(
             f"top_k {most} needs a heads.queue_size of at least {most + 3}, not {queue}: "
-            "an image's own entries are not among its neighbours"
+            "an image's own rows are excluded from its neighbours"
         )

@@ -1,6 +1,6 @@
-"""Settings of a refinement that fit encoder and images: the rules, see docs/recipes.md.
+"""Rules that derive refinement settings from the encoder and the images; see docs/recipes.md.
 
-Each rule passes through what is known: the paper's settings (ImageNet, ViT-L) and those of the two measured presets of
+Each rule reproduces the known points: the paper's settings (ImageNet, ViT-L) and those of the two measured presets for
 small encoders (`quickstart`, `fashion_mnist`).
 """
 
@@ -24,22 +24,22 @@ from mimref.refinement.heads import head_blocks
 SMALL_PIXELS = 64
 """Views with fewer pixels of detail per side are neither blurred nor, in evaluations, cropped."""
 COARSE_PIXELS = 96
-"""Views with fewer pixels of detail per side are crops as large as the small presets'."""
+"""Views with fewer pixels of detail per side use the larger crops of the small presets."""
 LEAST_QUEUE = 4
-"""Rows that hold another image's, however few images there are: at most three of them are an image's own."""
+"""Smallest queue that always has a row of another image: at most three of its rows belong to the same image."""
 _IMAGENET = 1_281_167
 _FEW = 10_000
-"""Images from which on epochs are fixed by a number of updates, not by the paper."""
+"""Number of images up to which a number of updates sets the epochs; above, they rise to the paper's."""
 _SHARED_HEADS = ("blocks", "pool", "norm", "projector_hidden", "predictor_hidden", "output", "queue_size")
 
 
 def fit(
     config: RefineConfig, architecture: EncoderArchitecture, source: ImageSource, *, crop_known: bool = False
 ) -> tuple[RefineConfig, list[Derived]]:
-    """Derive what nothing has set, or adapt a preset; returns the settings and what was derived.
+    """Derive all settings that are not set, or adapt a preset; return the settings and a list of what was derived.
 
-    source: the training images. crop_known: whether the weights record the crop of evaluations. Raises ConfigError for
-    values of the user that do not fit the derived ones, DataError when images cannot be fetched.
+    source: the training images. crop_known: whether the weights record the crop of evaluations. Raises ConfigError if
+    values that the user has set do not fit the derived ones, DataError if images cannot be fetched.
     """
     recipe = Recipe(config)
     if config.preset is not None:
@@ -53,7 +53,7 @@ def fit(
 
 
 def with_counts(config: RefineConfig, images: int) -> RefineConfig:
-    """The settings, of a preset with values that fit so many images: what `fit` does where no encoder is known."""
+    """Return the settings, with a preset's values adapted to the number of images: `fit` without an encoder."""
     recipe = Recipe(config)
     if config.preset is not None and images > 1:
         _adapt_counts(recipe, images)
@@ -64,19 +64,19 @@ def with_counts(config: RefineConfig, images: int) -> RefineConfig:
 
 
 def batch_size(images: int) -> int:
-    """128, or half of fewer than 256 images; from 65,536 images on their square root: powers of two, up to 1024."""
+    """Return 128, half the images if fewer than 256, or their square root from 65,536: powers of two, at most 1024."""
     return min(1024, max(2, power_of_two(min(128, images // 2)), power_of_two(math.isqrt(images))))
 
 
 def queue_size(images: int) -> int:
-    """At most half of the images, a power of two, from 4 to 65,536 rows."""
+    """Return the largest power of two that is at most half the number of images, limited to 4..65,536 rows."""
     return min(65_536, max(LEAST_QUEUE, power_of_two(images // 2)))
 
 
 def epochs(images: int, batch: int) -> tuple[int, int]:
-    """Epochs of both stages: 3 + 8 for 10,000 images, the paper's 20 + 30 for ImageNet, and between them by a power.
+    """Return the epochs of both stages: 3 + 8 for 10,000 images, 20 + 30 for ImageNet (the paper), a power law between.
 
-    With fewer images, or a larger batch, as many as 225 + 600 updates need, up to 40 + 100.
+    Fewer images or larger batches get as many epochs as 225 + 600 updates need, at most 40 + 100.
     """
     place = min(1.0, max(0.0, math.log(images / _FEW) / math.log(_IMAGENET / _FEW)))
     steps = max(1, images // batch)
@@ -85,17 +85,17 @@ def epochs(images: int, batch: int) -> tuple[int, int]:
 
 
 def warmup_epochs(epochs: int, steps: int) -> float:
-    """A fifth of the epochs, at most 4 of them, or 100 updates where 4 epochs are fewer."""
+    """Return a fifth of the epochs, but at most 4 epochs or 100 updates, whichever is longer."""
     return float(f"{min(epochs / 5, max(4.0, 100 / steps)):.4g}")
 
 
 def heads_rate(hidden: int, batch: int) -> float:
-    """Base rate of stage 1 for projectors of this width."""
+    """Return the base learning rate of stage 1 for projectors with this hidden width."""
     return _base_rate(min(1.5e-3, 8e-4 * 2048 / min(hidden, 2048) * math.sqrt(batch / 1024)), batch)
 
 
 def encoder_rate(width: int, batch: int) -> float:
-    """Base rate of stage 2 for an encoder of this width."""
+    """Return the base learning rate of stage 2 for an encoder of this width."""
     return _base_rate(min(4e-3, 1.6e-3 * 1024 / min(width, 1024) * math.sqrt(batch / 1024)), batch)
 
 
@@ -104,7 +104,7 @@ def _base_rate(peak: float, batch: int) -> float:
 
 
 def average_decay(updates: int) -> float:
-    """EMA over 1, 2 or 5 times 10^n updates: at most the paper's 10,000, and its share of the run, 1 / 3.75."""
+    """Return the EMA decay for 1, 2 or 5 times 10^n updates, at most 10,000 and 1 / 3.75 of the run (the paper's)."""
     longest = max(1.0, min(10_000.0, updates / 3.75))
     power: int = 10 ** int(math.log10(longest))
     window = max(step * power for step in (1, 2, 5) if step * power <= longest)
@@ -112,19 +112,18 @@ def average_decay(updates: int) -> float:
 
 
 def top_k(queue: int) -> int:
-    """20 of 65,536 rows, in a smaller queue by the square root; at least 5, but at most an eighth of the queue."""
+    """Return 20 for 65,536 rows, falling with the square root; at least 5, but at most an eighth of the queue."""
     return max(1, min(queue // 8, max(5, min(20, round(20 * math.sqrt(queue / 65_536))))))
 
 
 def head_widths(width: int) -> tuple[int, int, int]:
-    """Hidden width of the projectors and predictors, and their output: the paper's for encoders wider than 256."""
+    """Return hidden widths of projectors and predictors, and the output width: the paper's for encoders above 256."""
     hidden = min(2048, max(256, power_of_two(4 * width - 1) * 2))
     return hidden, 2 * hidden, 256 if hidden == 2048 else 128
 
 
 def local_size(size: int, patch: int, coarse: bool) -> int:
-    """The least multiple of the patch, or of another step, from 3/7 of the global views on (96 of 224 pixels); 4/7 of
-    coarse ones."""
+    """Return the least multiple of the patch (or step) that is at least 3/7 of `size` (96 of 224), 4/7 if coarse."""
     return min(size, patch * -(-size * (4 if coarse else 3) // (7 * patch)))
 
 
@@ -147,12 +146,12 @@ def _derive(
 
 
 def _share_heads(recipe: Recipe[RefineConfig], heads_from: str) -> None:
-    """The heads of another run fit only settings like its own."""
+    """Derive the settings that must match those of the run whose heads are reused."""
     folder = Path(heads_from) if Path(heads_from).is_dir() else Path(heads_from).parent
     if (file := folder / "config.toml").is_file():
         other = load_config(RefineConfig, str(file))
         for name in _SHARED_HEADS:
-            recipe.derive(f"heads.{name}", getattr(other.heads, name), f"as the heads of {heads_from}")
+            recipe.derive(f"heads.{name}", getattr(other.heads, name), f"the same as in {heads_from}")
 
 
 def _derive_heads(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture, source: ImageSource) -> None:
@@ -169,7 +168,7 @@ def _derive_heads(recipe: Recipe[RefineConfig], architecture: EncoderArchitectur
 
 
 def last_third(depth: int) -> str:
-    """Heads without a measured curve: those of one that rises to the last block."""
+    """Return the blocks for heads when no curve was measured: those recommended for one that rises to the end."""
     return blocks_text(recommend_heads(range(1, depth + 1)))
 
 
@@ -178,12 +177,12 @@ def _derive_sizes(recipe: Recipe[RefineConfig], images: int) -> None:
     if batch > 128:
         why = f"the square root of {images:,} images, as a power of two; at most the paper's 1,024"
     else:
-        why = f"a power of two, at most half of {images} images" if images > 3 else "the least of a batch"
+        why = f"a power of two, at most half of {images} images" if images > 3 else "the smallest batch"
         why = "as in the small presets" if batch == 128 else why
     recipe.derive("batch_size", batch, why)
     queue = queue_size(images)
     most = "the paper's" if queue == 65_536 else f"a power of two, at most half of {images:,} images"
-    recipe.derive("heads.queue_size", queue, most if images > 7 else "the least that holds other images' rows")
+    recipe.derive("heads.queue_size", queue, most if images > 7 else "the smallest queue with rows of other images")
     config = recipe.config
     if config.batch_size < 512:
         recipe.derive("heads.temperature", 0.3, "measured with batches of 128")
@@ -235,7 +234,7 @@ def _derive_views(recipe: Recipe[RefineConfig], architecture: EncoderArchitectur
         why = f"views of {detail} pixels: smaller crops show too little"
         recipe.derive("views.global_scale", (0.5, 1.0), why)
         recipe.derive("views.local_scale", (0.3, 0.7), why)
-        recipe.derive("views.local_views", 4, "a local view costs a third of a global one, not a fifth as the paper's")
+        recipe.derive("views.local_views", 4, "a local view costs a third of a global one, not a fifth as in the paper")
     if detail < SMALL_PIXELS:
         recipe.derive("views.blur", False, f"{detail} pixels have no detail to lose")
     elif size < 224:
@@ -244,7 +243,7 @@ def _derive_views(recipe: Recipe[RefineConfig], architecture: EncoderArchitectur
     recipe.derive("views.local_size", local, f"{'4/7' if coarse else '3/7'} of {size} pixels, {_steps(architecture)}")
     if is_character(recipe.config.data):
         recipe.derive("views.flip", 0.0, "a mirrored character is another one")
-    looked = f"{seen.colored} of {seen.images} images looked at have colours"
+    looked = f"{seen.colored} of {seen.images} sampled images have colours"
     if seen.channels not in (1, 3):
         why = _without_colour(seen.channels)
         recipe.derive("views.jitter", (0.4, 0.4, 0.0, 0.0), f"brightness and contrast alone: {why}")
@@ -253,7 +252,7 @@ def _derive_views(recipe: Recipe[RefineConfig], architecture: EncoderArchitectur
     elif seen.gray or architecture.channels == 1:
         recipe.derive("views.jitter", (0.4, 0.4, 0.0, 0.0), f"brightness and contrast alone: {looked}")
         recipe.derive("views.gray_probability", 0.0, "the images are gray")
-        recipe.derive("views.solarize_probability", (0.0, 0.0, 0.0), "gray images: measured without")
+        recipe.derive("views.solarize_probability", (0.0, 0.0, 0.0), "gray images: measured without solarization")
     else:
         recipe.derive("views.color", True, looked)
 
@@ -276,7 +275,7 @@ def _derive_evaluation(recipe: Recipe[RefineConfig], images: int, detail: int, c
 
 
 def adapt(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture, images: int) -> None:
-    """Replace the values of a preset that cannot fit encoder or images."""
+    """Replace the values of a preset that do not fit the encoder or the images."""
     if images > 1:
         _adapt_counts(recipe, images)
     _adapt_sizes(recipe, architecture)
@@ -299,7 +298,7 @@ def _adapt_counts(recipe: Recipe[RefineConfig], images: int) -> None:
 
 
 def _steps(architecture: EncoderArchitecture) -> str:
-    """What sizes of views are rounded to."""
+    """Say what the sizes of views are rounded to."""
     rule = architecture.sizes
     if rule.step == architecture.patch_size:
         return "in whole patches"

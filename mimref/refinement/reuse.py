@@ -1,4 +1,4 @@
-"""Stage 1's result as a file, for `--heads-from`: heads and queue, and which encoder, blocks and images they fit."""
+"""The file with stage 1's result for `--heads-from`: heads, queue, and the encoder, blocks and images they fit."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mimref.refinement.plan import Plan, heads_file
 
 
 def save_heads(path: Path, plan: Plan, method: Method) -> None:
-    """Write heads and queue, while the encoder is still the base. Call it on all ranks if they are sharded."""
+    """Write heads and queue; the encoder must still be the base. Call this on all ranks if the heads are sharded."""
     fits = {
         "base": weights_hash(method.encoder),
         "blocks": plan.blocks,
@@ -30,7 +30,7 @@ def save_heads(path: Path, plan: Plan, method: Method) -> None:
 
 
 def load_heads(folder: Path, plan: Plan, method: Method, listener: Listener) -> None:
-    """Load another run's heads and queue. Raises CheckpointError or ConfigError when they do not fit this run."""
+    """Load another run's heads and queue. Raises CheckpointError or ConfigError if they do not fit this run."""
     path = heads_file(str(folder))
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -45,9 +45,9 @@ def load_heads(folder: Path, plan: Plan, method: Method, listener: Listener) -> 
     if pool != plan.config.heads.pool:
         raise ConfigError(f"{path}: its heads read {pool!r} tokens; set heads.pool={pool}")
     config, size = plan.config.heads, len(saved["queue"]["sample"])
-    norm = saved.get("norm", "batch")  # files of older versions
+    norm = saved.get("norm", "batch")  # missing in files of older versions
     if norm != config.norm:
-        raise ConfigError(f"{path}: its heads have the {norm} norm; set heads.norm={norm}")
+        raise ConfigError(f"{path}: its heads use the {norm} norm; set heads.norm={norm}")
     if size != config.queue_size:
         raise ConfigError(f"{path}: its queue holds {size} rows; set heads.queue_size={size}")
     try:

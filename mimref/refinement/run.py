@@ -38,15 +38,15 @@ from mimref.training.run import TrainingRun
 
 @dataclass(frozen=True)
 class RefineResult(Tabular):
-    """What a refinement produced."""
+    """The result of a refinement."""
 
     out: Path
     rows: list[Row]
-    """The before/after table, without labels of the measures that need none; or a heads-only run's ranking of heads."""
+    """The before/after table (without labels: measures that need none), or the ranking of heads of a heads-only run."""
     elapsed_s: float
-    """Of training."""
+    """Training time."""
     bad_images: list[tuple[str, str]] = field(default_factory=list)
-    """Path and reason of every image left out."""
+    """Path and reason for each image that was skipped."""
 
 
 def refine(
@@ -60,12 +60,12 @@ def refine(
 ) -> RefineResult:
     """Run the stages that `config` asks for, and write the refined encoder, its log and the results into `out`.
 
-    resume: continue the unfinished run in `out`; of a finished one, return its results. force: replace the files of an
-    earlier run in `out`. Raises UserError subclasses for settings, images, weights or folders that do not fit, one
-    error for all mistakes (checks: what was found before), before anything is written; DivergenceError when the loss
+    resume: continue the unfinished run in `out`, or return the results of a finished one. force: replace the files of
+    an earlier run in `out`. checks: mistakes found earlier. Raises UserError subclasses for settings, images, weights
+    or folders that do not fit, a single error for all mistakes, before anything is written; DivergenceError if the loss
     is no longer finite; Interrupted after saving on a signal.
-    In a process group every rank calls this with the same arguments. Rank 0 alone writes, leaves the group at the end
-    and evaluates; the other ranks' results have no rows.
+    In a process group every rank calls this with the same arguments. Only rank 0 writes; at the end it leaves the group
+    and evaluates. The results of the other ranks have no rows.
     """
     run = TrainingRun(config, out, listener, resume=resume, force=force, shard=config.shard)
     checks = checks or Checks()
@@ -89,12 +89,12 @@ def refine(
             load_heads(Path(plan.config.heads_from), plan, method, run.listener)
         with run.writing(plan.config, plan.derived, state):
             trained = _train(run, plan, method, monitor, state)
-        del method  # on a device that must now hold whole encoders
+        del method  # its device must now hold whole encoders
         if not run.leave_group():
             return RefineResult(out, [], run.elapsed_s)
         # Written before the evaluation, which may fail or be interrupted, and again with its results.
         _write_encoder(run, plan, trained.encoder, [])
-        # What cannot be evaluated is reported and left out: it must not cost the training.
+        # A failed evaluation is reported and skipped: the trained encoder must not be lost.
         try:
             if plan.config.stage == "heads":
                 rows = _rank_heads(run, plan, trained, monitor)
@@ -109,10 +109,10 @@ def refine(
 
 
 def build_method(plan: Plan, listener: Listener, *, try_memory: bool = True) -> Method:
-    """Encoder, heads and queue of a plan, on its device; ranks average the gradients of heads, not yet of encoders.
+    """Build a plan's encoder, heads and queue on its device; ranks average the heads' gradients, not yet the encoder's.
 
-    With `shard` both are divided among several ranks, and the encoder comes to the device block by block.
-    try_memory: where no micro-batch is set, try which one fits a GPU.
+    With `shard`, encoder and heads are divided among the ranks, and the encoder is moved to the device block by block.
+    try_memory: if no micro-batch is set, find out which one fits on a GPU.
     """
     config, device = plan.config, resolve_device(plan.config.device)
     if device.type == "cpu":
@@ -139,7 +139,7 @@ def build_method(plan: Plan, listener: Listener, *, try_memory: bool = True) -> 
         precision=precision,
         most_images=-(-config.batch_size // world_size()),
     )
-    # Both call for all ranks, so the order matters.
+    # Both steps below involve all ranks, so their order matters.
     if try_memory or isinstance(config.micro_batch, int):
         method.micro_batch = choose_micro_batch(method, plan, listener)
     if sharded:
@@ -154,9 +154,9 @@ def build_method(plan: Plan, listener: Listener, *, try_memory: bool = True) -> 
 
 
 def _compiles(device: torch.device, listener: Listener) -> bool:
-    """Whether torch.compile works here: found out at the start, not in the middle of the training.
+    """Return whether torch.compile works here, so that it fails at the start rather than during training.
 
-    It needs a compiler for C++, on CUDA also Triton, and a folder for what it compiles.
+    It needs a C++ compiler, on CUDA also Triton, and a folder for compiled code.
     """
     works = False
     with optional("compile=true is ignored: torch.compile does not work here", listener):
@@ -166,17 +166,17 @@ def _compiles(device: torch.device, listener: Listener) -> bool:
 
 
 class Trained(NamedTuple):
-    """What training leaves for rank 0, which evaluates alone."""
+    """The result of training, which rank 0 alone evaluates."""
 
     encoder: TokenEncoder
-    """The result."""
+    """The refined encoder; the base after a heads-only run."""
     heads: Heads
     nn_accuracy: list[float]
-    """The last of stage 1."""
+    """Each head's last nearest-neighbour accuracy in stage 1, in percent."""
 
 
 def _train(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, state: dict[str, Any] | None) -> Trained:
-    """Train both stages, or what is left of them."""
+    """Train both stages, or the rest of them after resuming."""
     nn_accuracy: list[float] = []
     if plan.heads_steps and (state is None or state["stage"] == "heads"):
         heads = HeadsStage(run, plan, method)
@@ -185,7 +185,7 @@ def _train(run: TrainingRun, plan: Plan, method: Method, monitor: KnnMonitor, st
         if run.sharded or own_rank() == 0:
             save_heads(run.folder.path / "heads.pt", plan, method)
         nn_accuracy = heads.nn_accuracy
-        del heads  # and with it the moments of its optimizer
+        del heads  # frees the moments of its optimizer
     if plan.encoder_steps:
         stage = EncoderStage(run, plan, method)
         stage.monitor = monitor
@@ -213,7 +213,7 @@ def _compare(run: TrainingRun, plan: Plan, monitor: KnnMonitor, refined: TokenEn
 
     def encoders() -> Iterator[tuple[str, TokenEncoder]]:
         yield "base", base_encoder(plan, settings.device)
-        yield "refined", refined.to(settings.device)  # where sharded weights are gathered on the CPU
+        yield "refined", refined.to(settings.device)  # sharded weights are gathered on the CPU
 
     try:
         images = labelled_splits(config.data, plan.source, monitor.val)
@@ -242,7 +242,7 @@ def _compare(run: TrainingRun, plan: Plan, monitor: KnnMonitor, refined: TokenEn
 
 
 def _signs(model: str, values: Mapping[str, float]) -> list[Row]:
-    """Rows of the measures of which more, or less, is better."""
+    """Return the rows of all measures for which higher or lower is better."""
     measures = [name for name in MEASURES if name in values and name != "alpha_req"]
     return [{"model": model, "metric": name, "value": values[name]} for name in measures]
 

@@ -1,4 +1,4 @@
-"""The stages, and loss weights of the heads over stage 2 (Table 1c, Fig. 7)."""
+"""Names of the stages, and the heads' loss weights over stage 2 (Table 1c, Fig. 7)."""
 
 import math
 from typing import Literal
@@ -7,16 +7,17 @@ StageName = Literal["heads", "encoder"]
 
 
 def head_weights(schedule: str, progress: float, num_heads: int) -> list[float]:
-    """Weight of every head, earliest first, when `progress` (0..1) of stage 2 is done; the last head always has 1.
+    """Return each head's loss weight, earliest head first; the last head always has weight 1.
 
-    `constant`, `uniform_decay`, `staggered_decay`, `staggered_step` or `one_hot`, see LossConfig.
+    schedule: `constant`, `uniform_decay`, `staggered_decay`, `staggered_step` or `one_hot`, see LossConfig. progress:
+    completed share of stage 2, 0..1.
     """
     intermediate = num_heads - 1
     return [_weight(schedule, progress, head, intermediate) for head in range(intermediate)] + [1.0]
 
 
 def turning_point(head: int, intermediate: int) -> float:
-    """Share of stage 2 at which an intermediate head's weight turns: evenly spread from 0.2 to 0.8."""
+    """Return the share of stage 2 after which an intermediate head's weight falls: evenly spread from 0.2 to 0.8."""
     return 0.2 + 0.6 * head / (intermediate - 1) if intermediate > 1 else 0.2
 
 

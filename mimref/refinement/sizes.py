@@ -1,4 +1,4 @@
-"""What a refinement takes, from shapes alone: parameters, steps, and memory that does not depend on the batch."""
+"""What a refinement needs, computed from shapes alone: parameters, steps, and memory apart from activations."""
 
 from dataclasses import asdict, dataclass
 
@@ -20,20 +20,20 @@ _BYTES = 4  # training state is float32 whatever the precision of the computatio
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Memory of a stage in bytes, without activations. All but `tokens` does not depend on the batch."""
+    """Memory of a stage in bytes, without activations. Only `tokens` depends on the batch."""
 
     weights: int
-    """Of encoder and heads, with their running statistics."""
+    """Weights of encoder and heads, with the heads' running statistics."""
     gradients: int
     moments: int
-    """AdamW's two."""
+    """The two moments of AdamW."""
     average: int
     """The averaged encoder of stage 2."""
     queue: int
     base: int = 0
     """The frozen base's weights, which a dense term needs."""
     tokens: int = 0
-    """The base's patch tokens of one encoder pass, for a dense term."""
+    """The base's patch tokens in one encoder pass, which a dense term needs."""
 
     @property
     def total(self) -> int:
@@ -43,7 +43,7 @@ class StateBytes:
 def meta_modules(
     config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName
 ) -> tuple[TokenEncoder, Heads]:
-    """Encoder and heads on the meta device; what the stage does not train is frozen."""
+    """Build encoder and heads on the meta device, with all parameters frozen that the stage does not train."""
     with torch.device("meta"):
         encoder = new_encoder(architecture)
         heads = Heads(config.heads, [architecture.widths[block - 1] for block in blocks])
@@ -57,10 +57,10 @@ def meta_modules(
 def state_bytes(
     config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], stage: StageName, *, shards: int = 1
 ) -> StateBytes:
-    """Memory of a stage's weights, gradients, moments, average, queue, and of what its dense term needs.
+    """Return the memory of a stage's weights, gradients, moments, average, queue and dense term.
 
-    shards: processes that encoder and heads are divided among, with gradients, moments, average and base; of the heads
-    a process has whole ones. The queue is not divided.
+    shards: number of processes among which encoder and heads are divided, with their gradients, moments, average and
+    base; a head is never split. The queue is not divided.
     """
     encoder, heads = meta_modules(config, architecture, blocks, stage)
     own_heads = -(-len(blocks) // shards)
@@ -83,16 +83,16 @@ def state_bytes(
 
 
 def exchanged_bytes(config: RefineConfig, heads: int, processes: int) -> int:
-    """What a process has of the images of all others, at the peak: projections, and logits with their gradients."""
+    """Return the peak bytes in a process for other processes' images: projections, and logits with gradients."""
     images = -(-config.batch_size // processes)
     others, pairs = config.batch_size - images, 1 + config.views.local_views
-    # Projections as received and joined, of two views; logits of two views, as kept and as differentiated.
+    # Projections of two views, once as received and once concatenated; logits of two views, and their gradients.
     projections, logits = 2 * 2 * heads * others * config.heads.output, 2 * 2 * heads * pairs * images * others
     return 4 * (projections + logits)
 
 
 def _token_numbers(config: RefineConfig, architecture: EncoderArchitecture, block: int) -> int:
-    """Numbers in the patch tokens of both global views of one encoder pass's images."""
+    """Return how many numbers the patch tokens of one encoder pass hold, for both global views of its images."""
     size = config.views.global_size or architecture.image_size
     count, width = patch_shapes(architecture, [block], size)[block]
     images = -(-config.batch_size // world_size())
@@ -100,7 +100,7 @@ def _token_numbers(config: RefineConfig, architecture: EncoderArchitecture, bloc
 
 
 def _describe(architecture: EncoderArchitecture) -> str:
-    """Name, blocks and widths."""
+    """Describe an encoder by name, blocks and widths."""
     if isinstance(architecture, Architecture):
         kind = "post" if architecture.post_norm else "pre"
         return f"{architecture.name}, {architecture.depth} blocks of width {architecture.width}, {kind}-norm"
@@ -109,9 +109,9 @@ def _describe(architecture: EncoderArchitecture) -> str:
 
 
 def describe(plan: Plan) -> dict[str, str]:
-    """What `mimref refine --dry-run` shows of a plan, label to text.
+    """Return what `mimref refine --dry-run` shows for a plan, as text by label.
 
-    Raises CheckpointError when the weights do not fit.
+    Raises CheckpointError if the weights do not fit.
     """
     config, architecture = plan.config, plan.architecture
     stage: StageName = "encoder" if plan.encoder_steps else "heads"
@@ -139,7 +139,7 @@ def describe(plan: Plan) -> dict[str, str]:
 
 
 def _dense_text(plan: Plan) -> str:
-    """What the dense term of stage 2 compares; empty without one."""
+    """Describe the dense term of stage 2 and what it compares; empty without one."""
     config, last = plan.config, max(plan.blocks)
     if config.loss.dense == "none" or not plan.encoder_steps:
         return ""

@@ -30,11 +30,11 @@ from mimref.training.optim import module_groups
 from mimref.training.run import Stage, TrainingRun
 
 KEPT_SHARE = 0.05
-"""Share of the base's weights in the result from which on a slow average draws a warning; the paper's keep 2.3%."""
+"""Share of the base's weights in the result above which a run warns of a slow average; 2.3% in the paper."""
 
 
 class RefinementStage(Stage):
-    """What both stages have in common."""
+    """Base class of the two stages."""
 
     name: StageName
     smallest_batch = 2  # BatchNorm and the negatives need more than one image
@@ -63,28 +63,28 @@ class RefinementStage(Stage):
         labels = plan.source.labels
         self.labels = None if labels is None else torch.from_numpy(labels).to(method.device)
         self.nn_accuracy: list[float] = []
-        """Of every head in percent, when it was logged last."""
+        """Last logged nearest-neighbour accuracy of each head, in percent."""
         self._values: StepValues
 
     def head_weights(self) -> list[float]:
-        """Loss weight of every head in the next update."""
+        """Return each head's loss weight in the next update."""
         return [1.0] * len(self.plan.blocks)
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
-        """See `GradientJob`. Raises ConfigError, with what would fit, when the device runs out of memory."""
+        """See `GradientJob`. Raises ConfigError, naming a smaller micro-batch, when the device runs out of memory."""
         weight_H = send(torch.tensor(self.head_weights()), self.device)
         top_k, train_encoder = self.settings.top_k, self.name == "encoder"
         try:
             self._values = self.method.forward_backward(batch, weight_H, top_k=top_k, train_encoder=train_encoder)
             return self._values.loss
         except torch.OutOfMemoryError:
-            pass  # the exception holds on to the tensors: leave it before trying less
+            pass  # the exception keeps the tensors alive: leave this block before trying a smaller micro-batch
         release_memory()
         check_exact(self.method.encoder, "out of memory")
         most = self.method.most_images
         tried = min(self.method.micro_batch or most, most)
         less = half(tried)
-        # Other ranks are in the middle of a step and would not take part in trying less.
+        # Other ranks are in the middle of a step and would not take part in the trials.
         alone = world_size() == 1
         fits = largest_micro_batch(self.method, self.plan, less, reserve=self.moments_to_come()) if alone else less
         raise ConfigError(
@@ -93,7 +93,7 @@ class RefinementStage(Stage):
         )
 
     def moments_to_come(self) -> int:
-        """Bytes that AdamW's moments will take from the first update on."""
+        """Return how many bytes AdamW's moments will take; 0 once they are allocated, at the first update."""
         if self.optimizer.state:
             return 0
         plan = self.plan
@@ -135,7 +135,7 @@ class HeadsStage(RefinementStage):
             self.check_every = 0
 
     def end_epoch(self, epoch: int) -> None:
-        """Score the heads if it is due, as their ranking at the end does."""
+        """When a check is due, score the heads in the same way as for their final ranking."""
         if not self.check_due(epoch, self.check_every):
             return
         method = self.method
@@ -178,7 +178,7 @@ class EncoderStage(RefinementStage):
             )
 
     def result(self) -> TokenEncoder:
-        """The averaged encoder; of a sharded one, a plain copy: call it on all ranks."""
+        """Return the averaged encoder, or a plain copy of it if it is sharded; call this on all ranks."""
         if isinstance(self.average, ShardedAverage):
             found = self.average.sharded.plain(self.average.weights, self.device, precision=self.method.precision)
         else:
@@ -187,13 +187,13 @@ class EncoderStage(RefinementStage):
         return found
 
     def final_result(self) -> TokenEncoder:
-        """The same at the end, for rank 0 alone, with all digits; gathered on the CPU if it is sharded."""
+        """Return the averaged encoder in full precision, for rank 0 only; gathered on the CPU if it is sharded."""
         if not isinstance(self.average, ShardedAverage):
             return self.result()
         return cast(TokenEncoder, self.average.sharded.plain_on_first(self.average.weights))
 
     def head_weights(self) -> list[float]:
-        """By the loss schedule."""
+        """Return each head's loss weight at the current step of the loss schedule."""
         schedule = self.plan.config.loss.schedule
         return head_weights(schedule, self.step / self.total, len(self.plan.blocks))
 
@@ -201,9 +201,9 @@ class EncoderStage(RefinementStage):
         self.average.update()
 
     def start(self) -> None:
-        """Check the base, which `monitor` compares every epoch's encoder with; a resumed run has done so."""
+        """Check the base, with which later checks are compared; skipped if the saved state contains this check."""
         if self.plan.config.monitor.knn_every_epochs and self.collapse is None:
-            # Monitoring may be turned on for a resumed run, whose encoder is no longer the base.
+            # Monitoring may be switched on when a run is resumed: its encoder is no longer the base.
             base = self._base() if self.step else self.method.plain_encoder()
             self.collapse = CollapseWatch(self.monitor.check(base))
             self.report("start", self.collapse.start)
@@ -214,7 +214,7 @@ class EncoderStage(RefinementStage):
         return lean(base_encoder(self.plan, torch.device("cpu")), self.method.precision).to(self.device)
 
     def end_epoch(self, epoch: int) -> None:
-        """Check the result's features if it is due, and warn of a collapse."""
+        """When a check is due, check the features of the result and warn of a collapse."""
         if not self.check_due(epoch, self.plan.config.monitor.knn_every_epochs) or self.collapse is None:
             return
         values = self.monitor.check(self.result())
@@ -241,7 +241,7 @@ class EncoderStage(RefinementStage):
 
 
 def dense_term(plan: Plan, method: Method) -> DenseTerm | None:
-    """The dense term that the settings ask for, with a base of its own."""
+    """Return the dense term that the settings ask for, with its own copy of the base, or None."""
     kind = plan.config.loss.dense
     if kind == "none":
         return None

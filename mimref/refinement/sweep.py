@@ -1,7 +1,7 @@
 """Ranking the heads of a sweep on a frozen encoder (the paper's practitioner's guide, Appendix E).
 
-The block's own features are the same for all heads on it, and losses at different temperatures do not compare. So
-heads are compared by the k-NN accuracy of their projector's first layer and by the accuracy of their neighbour swap.
+All heads on a block read the same features, and losses at different temperatures are not comparable. Heads are
+therefore compared by the k-NN accuracy of their projector's first layer and by the accuracy of their neighbour swap.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ def rank_heads(
     temperature: Sequence[float],
     nn_accuracy: Sequence[float],
 ) -> list[Row]:
-    """Rows `head_knn_top1` and `head_nn_accuracy` with `head`, `block` and `temperature`, best first.
+    """Return rows `head_knn_top1` and `head_nn_accuracy` with `head`, `block` and `temperature`, best head first.
 
-    Empty without labels. columns, temperature: what every head reads, and its temperature. nn_accuracy: percent per
-    head, from the end of training; empty when it was not measured.
+    Without labels, return no rows. columns: the features that each head reads. temperature: one per head. nn_accuracy:
+    percent per head, from the end of training; empty if it was not measured.
     """
     scores = score_heads(encoder, heads, monitor, columns)
     knn, swaps = list[Row](), list[Row]()
@@ -44,9 +44,10 @@ def rank_heads(
 
 
 def score_heads(encoder: TokenEncoder, heads: Heads, monitor: KnnMonitor, columns: Sequence[Column]) -> list[float]:
-    """k-NN accuracy in percent of every head's first projector layer on its column of `columns`.
+    """Return the k-NN accuracy, in percent, of each head's first projector layer on its column of `columns`.
 
-    Empty without labels; NaN as from `KnnMonitor.knn_top1`. The heads end in training mode.
+    The list is empty without labels; values are NaN where `KnnMonitor.knn_top1` returns NaN. Leaves the heads in
+    training mode.
     """
     train, test = monitor.features(encoder, columns)
     if test is None:
@@ -57,7 +58,7 @@ def score_heads(encoder: TokenEncoder, heads: Heads, monitor: KnnMonitor, column
 
 @torch.inference_mode()
 def _hidden(heads: Heads, features: Features, columns: Sequence[Column]) -> NDArray[np.float32]:
-    """First projector layer (N, H, hidden) of every head on its column, with running statistics where there are any."""
+    """Return each head's first projector layer on its column, (N, H, hidden), with running statistics if any."""
     device = next(heads.parameters()).device
     heads.eval()
     parts = []

@@ -1,1 +1,1 @@
-"""What users see: tables, figures, progress."""
+"""Output for users: tables, figures, reports and progress."""

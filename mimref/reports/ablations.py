@@ -1,4 +1,4 @@
-"""Tables of `mimref reproduce ablations`: our column beside the paper's, on the terminal and as a Markdown page."""
+"""Tables of `mimref reproduce ablations`: our results beside the paper's, on the terminal and as a Markdown page."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _COUNTED = {
     "agrees": "agree with the paper's",
     "disagrees": "disagree",
     "undecided": "are within the seeds' spread, unlike the paper's",
-    "one seed": "are of one seed, without a spread",
+    "one seed": "are from one seed, without a spread",
 }
 _METRICS = {"knn_top1": "k-NN", "lowshot_top1": "1-shot"}
 
@@ -36,7 +36,7 @@ def print_ablations(rows: Sequence[Row]) -> None:
 
 
 def ablations_page(result: AblationsResult, seeds: Sequence[int], command: str) -> str:
-    """A Markdown page: command, before and after, the curves, the tables, what agrees, and the images left out."""
+    """Return a Markdown page: command, agreement, before and after, curves, tables, and the images left out."""
     rows, config = result.rows, result.suite.plan.config
     text = [
         "# Ablations",
@@ -45,7 +45,7 @@ def ablations_page(result: AblationsResult, seeds: Sequence[int], command: str) 
         "",
         f"Seeds {', '.join(map(str, seeds))}; {readable(result.elapsed_s)} of training in all runs together. Values "
         "are means over the seeds, with the range; differences are between runs with the same seed.",
-        "The paper's are of data2vec 2.0 ViT-L/16 on ImageNet-1K (Table 1), ours of "
+        "The paper's results are for data2vec 2.0 ViT-L/16 on ImageNet-1K (Table 1), ours for "
         f"{config.encoder.weights or config.encoder.arch} on {config.data.spec}.",
         "",
         *_agreement(rows),
@@ -65,7 +65,7 @@ def ablations_page(result: AblationsResult, seeds: Sequence[int], command: str) 
 
 
 def _skipped(images: Sequence[tuple[str, str]]) -> list[str]:
-    """The images that the runs have left out."""
+    """Return the section that lists the images left out in the runs."""
     if not images:
         return []
     count = "1 image" if len(images) == 1 else f"{len(images)} images"
@@ -76,7 +76,7 @@ def _skipped(images: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _agreement(rows: Sequence[Row]) -> list[str]:
-    """How many differences agree with the paper's."""
+    """Return a sentence with the number of differences that agree with the paper's."""
     words = [str(row["verdict"]).partition(":")[0] for row in rows if "verdict" in row]
     counts = {word: words.count(word) for word in ("agrees", "disagrees", "undecided", "one seed")}
     shown = ", ".join(f"{count} {_COUNTED[word]}" for word, count in counts.items() if count)
@@ -92,7 +92,7 @@ def _by_table(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    """Of a line of a table."""
+    """Return the cells of one line of a table."""
     known = not math.isnan(float(row["value"]))
     ours = _ranged(row, "", ".1f") if known else "-"
     difference = _ranged(row, "difference_", "+.1f") if "difference" in row else ""
@@ -102,7 +102,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _ranged(row: Row, prefix: str, form: str) -> str:
-    """The value, and with several seeds its range."""
+    """Format the value, with its range if there are several seeds."""
     value, least, most = (float(row[key]) for key in (prefix.rstrip("_") or "value", f"{prefix}least", f"{prefix}most"))
     ranged = f" ({least:{form}} to {most:{form}})" if int(row["seeds"]) > 1 else ""
     return f"{value:{form}}{ranged}"
@@ -118,7 +118,7 @@ def _sentences(lines: Sequence[Row]) -> list[str]:
 
 
 def _before_and_after(rows: Sequence[Row]) -> list[str]:
-    """The default refinement's table."""
+    """Return the section with the default refinement's results."""
     models = ("raw pixels", "base", "refined")
     found = [row for row in rows if row["model"] in models and "table" not in row and row["metric"] != BLOCK_METRIC]
     if not found:
@@ -133,7 +133,7 @@ def _before_and_after(rows: Sequence[Row]) -> list[str]:
 
 
 def _curves(rows: Sequence[Row]) -> list[str]:
-    """Figure and numbers of k-NN over the blocks, and where each curve has its best block."""
+    """Return the section with figure and numbers of k-NN over the blocks, and the best block of each curve."""
     curves = {
         model: {
             int(row["block"]): float(row["value"])

@@ -1,4 +1,4 @@
-"""What `mimref assess` shows: a table with a line per encoder and block, a sentence each, and a figure."""
+"""Output of `mimref assess`: a table with a line per encoder and block, one sentence for each, and a figure."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from mimref.evaluation.assess.verdicts import Verdict, format_measure
 from mimref.reports.figures import plot_blocks, plot_comparison
 from mimref.results import Row
 
-# In the order of the table; short, for 80 columns.
+# Column titles in the order of the table; short, to fit 80 columns.
 COLUMNS = {
     "neighbour_consistency": "cons.",
     "view_retrieval": "retr.",
@@ -29,7 +29,7 @@ COLUMNS = {
 
 
 def print_assessment(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
-    """Print all measures and what they say, best first; k-NN only where images have labels."""
+    """Print all measures and verdicts, best first; k-NN only if the images have labels."""
     values = {(row["model"], row["blocks"], row["metric"]): float(row["value"]) for row in rows}
     metrics = [metric for metric in COLUMNS if any(row["metric"] == metric for row in rows)]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -48,7 +48,7 @@ def print_assessment(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
 
 
 def plot_assessment(path: Path, rows: Sequence[Row]) -> None:
-    """Curves over the blocks; bars where blocks are not evaluated one by one, or only one is.
+    """Plot curves over the blocks; bars if fewer than two blocks were evaluated one by one.
 
     Raises OutputError if the file cannot be written.
     """
@@ -59,7 +59,7 @@ def plot_assessment(path: Path, rows: Sequence[Row]) -> None:
 
 
 def block_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows of several single blocks, named as those of `evaluate_blocks`; none for other groups of blocks."""
+    """Return the rows of two or more single blocks, named as in `evaluate_blocks`; none for groups of blocks."""
     rows = [row for row in rows if row["metric"] in COLUMNS]
     blocks = {str(row["blocks"]) for row in rows}
     if len(blocks) < 2 or not all(map(str.isdigit, blocks)):

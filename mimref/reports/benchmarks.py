@@ -1,4 +1,4 @@
-"""What `mimref benchmark all` shows: a table of findings, and the same as a page ready for docs/results.md."""
+"""Output of `mimref benchmark all`: a table of findings, on the terminal and as a page ready for docs/results.md."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _STYLES: dict[Verdict, str] = {"met": "green", "missed": "bold red", "failed": "
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print every line, and how many bars are met."""
+    """Print every finding, and the number of findings with each verdict."""
     lines = [
         (finding.line.name, _value(finding), Text(finding.verdict, style=_STYLES.get(finding.verdict, "dim")), *rest)
         for finding in findings
@@ -26,7 +26,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 def missed_lines(findings: Sequence[Finding]) -> list[str]:
-    """One line for everything that misses its bar or has failed."""
+    """Return one line for every finding that misses its bar or has failed."""
     return [
         f"{finding.line.name}: {finding.fault or f'{_value(finding)}, bar {_bar(finding)}'}"
         for finding in findings
@@ -37,9 +37,9 @@ def missed_lines(findings: Sequence[Finding]) -> list[str]:
 def suite_page(
     findings: Sequence[Finding], facts: Mapping[str, str], elapsed_s: float, command: str, *, finished: bool
 ) -> str:
-    """A Markdown page: the command, the machine, every line, why each bar is where it is, and what misses one.
+    """Return a Markdown page: the command, the machine, every finding, the missed bars, and the reason for each bar.
 
-    finished: whether the findings are all.
+    finished: whether the findings are complete.
     """
     text = [f"```bash\n{command}\n```", "", *(f"- {name}: {value}" for name, value in facts.items())]
     text += [f"- {elapsed_s:,.0f} s in all" if finished else "- not finished: the command was stopped, or still runs"]

@@ -1,4 +1,4 @@
-"""Curves for the terminal, as tables of horizontal bars."""
+"""Curves on the terminal, as tables of horizontal bars."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -13,7 +13,7 @@ from mimref.reports.metrics import sign
 from mimref.results import Row
 
 BAR_WIDTH = 16
-# Column title and number format of a block's metrics; the first available one is drawn. Short, for 80 columns.
+# Column title and number format of every metric; the first available one is drawn. Short, to fit 80 columns.
 METRICS = {
     "block_knn_top1": ("k-NN", ".1f"),
     "block_segment_miou": ("mIoU", ".1f"),
@@ -27,7 +27,7 @@ METRICS = {
 
 
 class Bar:
-    """A bar that fills `share` (0 to 1) of its width, in eighths of a cell; in whole cells if output is ASCII."""
+    """A bar that fills `share` (0 to 1) of its width, in eighths of a cell; in whole cells on ASCII terminals."""
 
     def __init__(self, share: float, *, style: str) -> None:
         self.share, self.style = share, style
@@ -43,10 +43,10 @@ class Bar:
 
 
 def block_chart(rows: Sequence[Row], *, heads: Sequence[int], title: str) -> Table:
-    """One line per block of one model: a bar, its metrics, and a mark if a head is recommended.
+    """Return a table with one line per block of one model: a bar, the metrics, and a mark if a head is recommended.
 
     rows: those of `analyze_blocks`. The bar shows the first metric of `METRICS` that the rows have, from a tenth of the
-    width for the worst block to all of it for the best: a curve's shape, not its height. The best block is bold.
+    width for the worst block to all of it for the best: the curve's shape, not its height. The best block is bold.
     """
     metrics = [metric for metric in METRICS if any(row["metric"] == metric for row in rows)]
     values = {(int(row["block"]), str(row["metric"])): float(row["value"]) for row in rows if row["metric"] in METRICS}
@@ -58,7 +58,7 @@ def block_chart(rows: Sequence[Row], *, heads: Sequence[int], title: str) -> Tab
         table.add_column("" if number == 0 else METRICS[metric][0], justify="right", no_wrap=True)
     if heads:
         table.add_column("head", justify="center")
-    # Signed so that more is better.
+    # Signed, so that larger is better.
     better = sign({"metric": metrics[0]})
     curve = {block: better * value for (block, name), value in values.items() if name == metrics[0] and isfinite(value)}
     best = max(curve, key=lambda block: (curve[block], -block)) if curve else None

@@ -1,4 +1,4 @@
-"""k-NN over the blocks before and after refining, as SVG for light and for dark pages."""
+"""k-NN accuracy over the blocks before and after refinement, as SVG for light and dark pages."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ LABELS = {"base": "base encoder", "refined": "refined"}
 
 
 def plot_curves(path: Path, rows: Sequence[Row], theme: str) -> None:
-    """A line per model over its blocks, with the range over seeds as a band; the last block's value is labelled.
+    """Plot a line per model over its blocks, with the range over seeds as a band; label the best and the last block.
 
     rows: `block_knn_top1` of `base` and `refined`, with `least` and `most`, as `summarise` returns them. Raises
     OutputError if the file cannot be written.

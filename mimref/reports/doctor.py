@@ -1,4 +1,4 @@
-"""What `mimref doctor` shows: a table of checks, and the same as a Markdown page."""
+"""Output of `mimref doctor`: a table of checks, on the terminal and as a Markdown page."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _STYLES: dict[Verdict, str] = {"ok": "green", "advice": "yellow", "problem": "bo
 
 
 def print_checks(checks: Sequence[Check]) -> None:
-    """Print every check, and how many have each verdict."""
+    """Print every check, and the number of checks with each verdict."""
     lines = [
         (check.name, check.value, Text(check.verdict, style=_STYLES[check.verdict]), check.todo) for check in checks
     ]
@@ -23,12 +23,12 @@ def print_checks(checks: Sequence[Check]) -> None:
 
 
 def doctor_page(checks: Sequence[Check]) -> str:
-    """The checks in Markdown."""
+    """Return the checks as a Markdown page."""
     lines = [(check.name, check.value, check.verdict, check.todo) for check in checks]
     return "\n".join(["`mimref doctor`", "", *markdown_lines(_NAMES, lines), "", summary(checks)]) + "\n"
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """How many checks have each verdict, the worst first."""
+    """Return the number of checks with each verdict, worst verdict first."""
     verdicts: tuple[Verdict, ...] = ("problem", "advice", "ok")
     return ", ".join(f"{verdict}: {sum(check.verdict == verdict for check in checks)}" for verdict in verdicts)

@@ -1,7 +1,7 @@
 """Figures of results as PNG files: each function takes rows or arrays and a path, and writes one file.
 
-They do not use pyplot, so a program's own figures, backend and settings stay as they are. The same input gives the same
-bytes. Colours suit colour-blind readers; where there are many, markers help.
+They do not use pyplot, so a program's own figures, backend and settings stay unchanged. The same input produces the
+same bytes. Colours suit colour-blind readers; markers tell many curves or classes apart.
 """
 
 import json
@@ -54,11 +54,11 @@ DELTAS = {"block_knn_delta": "k-NN accuracy", "block_reconstruction_delta": "rec
 
 
 def plot_blocks(path: Path, rows: Sequence[Row], *, heads: Mapping[str, Sequence[int]]) -> None:
-    """Scores of every block of one or several encoders (Fig. 3b, Fig. 3d and Fig. 6).
+    """Plot the scores of every block of one or several encoders (Fig. 3b, Fig. 3d and Fig. 6).
 
     rows: those of `evaluate_blocks`. Every metric of `CURVES` gets a panel with a curve per model;
-    `block_reconstruction_delta` adds a panel of normalised deltas per model. heads: recommended head positions of a
-    model, drawn as filled points. The best block is labelled.
+    `block_reconstruction_delta` adds a panel of normalised deltas per model. heads: recommended head positions of each
+    model, drawn as filled points. The best block by k-NN and by mean IoU is labelled.
     Raises OutputError if the file cannot be written.
     """
     rows = [row for row in rows if row["metric"] in CURVES or row["metric"] in DELTAS]
@@ -93,10 +93,10 @@ def plot_embedding(
     title: str = "",
     caption: str = "",
 ) -> None:
-    """Points in the plane, coloured by class (Fig. 5).
+    """Plot points in the plane, coloured by class (Fig. 5).
 
-    points (N, 2); points that are not finite are left out. y (N,): any integers; class_names: names of the classes 0,
-    1, ..., if they have any. A legend names up to 20 classes. caption: a line under the points, such as
+    points: (N, 2); points that are not finite are left out. y: (N,) integers of any value. class_names: names of the
+    classes 0, 1, ..., if known. A legend names up to 20 classes. caption: a line under the points, such as
     "ACC 95.3  NMI 92.2". Raises OutputError if the file cannot be written.
     """
     classes = np.unique(y)
@@ -107,7 +107,7 @@ def plot_embedding(
     ax = figure.add_subplot()
     finite = np.isfinite(points).all(axis=1)
     styles = _class_styles(len(classes))
-    # In square points: 16 for a few hundred images, 1 for tens of thousands, so that dots neither vanish nor merge.
+    # Area in square points: 16 for hundreds of images, 1 for tens of thousands, so that dots neither vanish nor merge.
     size = float(np.clip(9000 / max(1, len(points)), 1.0, 16.0))
     for label, (color, marker) in zip(classes, styles, strict=True):
         x, z = points[finite & (y == label)].astype(np.float64).T
@@ -127,7 +127,7 @@ def plot_embedding(
 
 
 def plot_learning_curve(path: Path, log: Path) -> None:
-    """Loss and validation accuracy over the epochs of a fine-tuning, with a curve for each split.
+    """Plot loss and validation accuracy over the epochs of a fine-tuning, with a curve for each split.
 
     log: the run's metrics.jsonl. Raises OutputError if the file cannot be written.
     """
@@ -153,10 +153,10 @@ def plot_learning_curve(path: Path, log: Path) -> None:
 
 
 def plot_comparison(path: Path, rows: Sequence[Row], base: str) -> None:
-    """Bars of several models, one panel per metric, with the difference to the model named `base`.
+    """Plot bars of several models, one panel per metric, with the difference from the model named `base`.
 
-    rows: results with `model`; details of other rows (`split`, `classifier`, `class`) are left out. Panels and bars
-    are in the order of the rows. Whiskers are one standard deviation of a mean over repetitions.
+    rows: results with `model`; rows that detail others (`split`, `classifier`, `class`) are left out. Panels and bars
+    are in the order of the rows. Whiskers show one standard deviation over repetitions around a mean.
     Raises OutputError if the file cannot be written.
     """
     rows = main_rows(rows)
@@ -179,10 +179,10 @@ def plot_comparison(path: Path, rows: Sequence[Row], base: str) -> None:
 
 
 def plot_segments(path: Path, samples: Sequence[tuple[Tensor, Tensor, Tensor]], class_names: Sequence[str]) -> None:
-    """Images with the true and the predicted classes of their pixels, a line each.
+    """Plot images with the true and the predicted classes of their pixels, one line per image.
 
-    samples: image uint8 (3, H, W), truth and prediction (H', W') of classes 0, 1, ...; negative ones have no class and
-    are white. A legend names up to 20 classes. Raises OutputError if the file cannot be written.
+    samples: image, uint8 (3, H, W), and truth and prediction, (H', W') of classes 0, 1, ...; pixels with a negative
+    class are white. A legend names up to 20 classes. Raises OutputError if the file cannot be written.
     """
     present = sorted({int(label) for _, *maps in samples for each in maps for label in each.unique() if label >= 0})
     named = len(present) <= LEGEND_CLASSES
@@ -209,10 +209,10 @@ def plot_segments(path: Path, samples: Sequence[tuple[Tensor, Tensor, Tensor]], 
 
 
 def plot_robustness(path: Path, rows: Sequence[Row]) -> None:
-    """Accuracy on shifted sets, and on corrupted ones at every severity, beside the clean accuracy.
+    """Plot accuracy on shifted sets, and on corrupted sets at every severity, with the clean accuracy as a dashed line.
 
-    rows: those of `evaluate_robustness`. A panel for the shifted sets, then one for each corrupted set: a line per
-    corruption with a dot per severity, darker for stronger ones. Raises OutputError if the file cannot be written.
+    rows: those of `evaluate_robustness`. Shifted sets share one panel; every corrupted set has its own, with a line per
+    corruption and a dot per severity, darker for more severe ones. Raises OutputError if the file cannot be written.
     """
     panels: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
@@ -244,7 +244,7 @@ def plot_robustness(path: Path, rows: Sequence[Row]) -> None:
 def _draw_curve(
     ax: Axes, blocks: list[int], values: list[float], number: int, heads: Sequence[int], metric: str
 ) -> None:
-    """One model's values over its blocks; the best one of `_LABELLED` is labelled."""
+    """Draw one model's values over its blocks; for metrics in `_LABELLED`, label the best block."""
     color, marker = _curve_style(number)
     ax.plot(blocks, values, color=color, linewidth=1.6)
     fill = [color if block in heads else "white" for block in blocks]
@@ -258,7 +258,7 @@ def _draw_curve(
 
 
 def _draw_deltas(ax: Axes, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
-    """Improvement from one block to the next, two bars per block."""
+    """Draw the improvement from one block to the next, two bars per block."""
     ax.axhline(0, color=INK, linewidth=0.8)
     for number, (metric, (blocks, values)) in enumerate(curves.items()):
         place = np.asarray(blocks, dtype=np.float64) + (0.4 * number - 0.2)
@@ -269,7 +269,7 @@ def _draw_deltas(ax: Axes, curves: Mapping[str, tuple[list[int], list[float]]]) 
 
 
 def _draw_bars(ax: Axes, models: Sequence[str], by_model: Mapping[str, Row], base: str) -> None:
-    """One horizontal bar per model, the first one on top."""
+    """Draw one horizontal bar per model, the first on top."""
     values = np.array([float(by_model[model]["value"]) if model in by_model else math.nan for model in models])
     known = np.where(np.isfinite(values), values, 0.0)
     others = [model for model in models if model != base]
@@ -278,7 +278,7 @@ def _draw_bars(ax: Axes, models: Sequence[str], by_model: Mapping[str, Row], bas
     for place, model in enumerate(models):
         color = BASE if model == base else COLORS[others.index(model) % len(COLORS)]
         row = by_model.get(model, {})
-        # A clustering's value is its best run's; the deviation belongs to the mean.
+        # The value of a clustering is that of its best run; the deviation belongs to the mean.
         around = "std" in row and row.get("mean", row["value"]) == row["value"]
         whisker = float(row["std"]) if around else None
         ax.barh(place, known[place], xerr=whisker, height=0.7, color=color, error_kw={"elinewidth": 1, "ecolor": INK})
@@ -287,7 +287,7 @@ def _draw_bars(ax: Axes, models: Sequence[str], by_model: Mapping[str, Row], bas
         text = f"{values[place]:.{digits}f}{shown}" if math.isfinite(values[place]) else "-"
         at = (max(0.0, known[place] + (whisker or 0.0)), place)
         ax.annotate(text, at, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
-    # Room for the numbers to the right of the bars.
+    # Leave room for the numbers to the right of the bars.
     low, high = min(0.0, float(known.min())), max(0.0, float(known.max()))
     ax.set_xlim(low * 1.05, low + (high - low or 1.0) * 1.5)
     ax.axvline(0, color=BASE, linewidth=0.8)
@@ -298,14 +298,14 @@ def _draw_bars(ax: Axes, models: Sequence[str], by_model: Mapping[str, Row], bas
 
 
 def _panels(count: int, *, legend_lines: int) -> tuple[Figure, list[Axes]]:
-    """A wide panel above two columns of panels; a last one alone in its line is wide too."""
+    """Return a wide panel above two columns of panels; a last panel alone in its line is wide too."""
     lines: list[Any] = [[0, 0], *([number, min(number + 1, count - 1)] for number in range(1, count, 2))]
     figure = _figure(BLOCKS_WIDTH, 0.4 + 0.2 * legend_lines + 3.0 * len(lines))
     return figure, list(figure.subplot_mosaic(lines).values())
 
 
 def _block_axis(ax: Axes, first: int, last: int) -> None:
-    """first: 1, or 0 where that stands for raw pixels."""
+    """Format the axis of blocks. first: 1, or 0 if block 0 stands for raw pixels."""
     step = next((step for step in (1, 2, 4, 5, 10) if last <= 12 * step), 20)
     ax.set_xticks(range(first * step, last + 1, step))
     ax.set_xlim(first - 0.6, last + 0.6)
@@ -327,7 +327,7 @@ def _clean(ax: Axes, *, keep: Sequence[str]) -> None:
 def _legend(
     owner: Axes | Figure, entries: Sequence[tuple[str, str, str]], line: Literal["-", ""], place: dict[str, Any]
 ) -> None:
-    """entries: name, colour, marker. line: style of the samples' lines."""
+    """Draw a legend. entries: name, colour and marker of each. line: line style of the samples."""
     handles = [
         Line2D([], [], color=color, marker=marker, linestyle=line, markersize=5, label="name")
         for _, color, marker in entries
@@ -339,22 +339,22 @@ def _legend(
 
 
 def _name_inches(names: Sequence[str]) -> float:
-    """Approximate width of a legend's column."""
+    """Return the approximate width of a legend's column in inches."""
     return 0.45 + 0.085 * min(NAME_LENGTH, max(map(len, names), default=0))
 
 
 def _class_styles(count: int, *, markers: bool = True) -> list[tuple[str, str]]:
-    """Colour and marker of every class: all colours with one marker, then with the next. Without markers, colours
-    differ."""
+    """Return colour and marker of every class: all colours with one marker, then with the next. Without markers, all
+    colours differ."""
     if count <= (LEGEND_CLASSES if markers else len(COLORS)):
         return [(COLORS[n % len(COLORS)], MARKERS[n // len(COLORS)]) for n in range(count)]
-    # Too many to name: neighbouring classes are a golden ratio of the colour circle apart, and differ in value.
+    # Too many to name: hues of successive classes are a golden ratio of the circle apart, HSV values differ.
     colors = [hsv_to_rgb(number * 0.618034 % 1.0, 0.75, (0.95, 0.6, 0.8)[number % 3]) for number in range(count)]
     return [(to_hex(color), "o") for color in colors]
 
 
 def _curve(rows: Sequence[Row], model: str, metric: str) -> tuple[list[int], list[float]]:
-    """Blocks in ascending order and their values."""
+    """Return the blocks in ascending order, and their values."""
     chosen = sorted(
         (int(row["block"]), float(row["value"])) for row in rows if (row["model"], row["metric"]) == (model, metric)
     )
@@ -362,24 +362,24 @@ def _curve(rows: Sequence[Row], model: str, metric: str) -> tuple[list[int], lis
 
 
 def _curve_style(number: int) -> tuple[str, str]:
-    """Colour and marker, which repeat at different numbers."""
+    """Return colour and marker of a curve; they repeat with different periods, so that few curves look the same."""
     return COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
 
 
 def _text(text: str, length: int = 3 * NAME_LENGTH) -> str:
-    """Names on one line; long ones lose their middle, and dollar signs make no formula."""
+    """Return a text on one line, shortened in its middle if long; dollar signs, which start formulas, are escaped."""
     return short_name(text, length).replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure; sizes in inches."""
+    """Return an empty figure. width, height: in inches."""
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG in one step. Raises OutputError if the file cannot be written."""
-    # Letters that the font lacks are drawn as boxes; matplotlib warns about each.
+    """Write a figure as PNG, atomically. Raises OutputError if the file cannot be written."""
+    # Letters missing from the font are drawn as boxes; matplotlib warns about each.
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        # matplotlib's version, which it would save in the file, is no part of the result.
+        # matplotlib would save its version in the file, which is not part of the result.
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""Galleries of images, as a self-contained HTML page and as a PNG: what a search has found, what is in clusters."""
+"""Galleries of images as a self-contained HTML page and as a PNG: results of a search, and contents of clusters."""
 
 import io
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from mimref.reports.metrics import short_name
 PNG_STRIPS = 20
 PNG_TILES = 13
 _TITLE, _CAPTION, _GAP = 0.24, 0.3, 0.1
-"""Heights in tiles: of a strip's title and note, a tile's caption, and the space between strips."""
+"""Heights, in tiles, of a strip's title and note, of a tile's caption, and of the space between strips."""
 _TILE_INCHES = 0.85
 
 
@@ -35,9 +35,9 @@ class Tile:
 
     picture: Thumbnail
     caption: Sequence[str] = ()
-    """Lines."""
+    """Lines of the caption."""
     mark: Mark = ""
-    """`lead`: the image that the others of its strip belong to."""
+    """`lead`: the image to which the others of its strip belong. `right`, `wrong`: of the expected class or not."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Strip:
 
 
 def search_strips(result: SearchResult) -> list[Strip]:
-    """One strip per query: the query, then its nearest images, framed where the query's class is known."""
+    """Return a strip per query: the query, then its nearest images, framed if both classes are known."""
     strips = []
     for query, neighbours, similarity in result.pictures:
         tiles = [Tile(query, ["query", *([query.label] if query.label is not None else [])], "lead")]
@@ -63,18 +63,18 @@ def search_strips(result: SearchResult) -> list[Strip]:
 
 
 def search_notes(result: SearchResult) -> list[str]:
-    """What a search's gallery shows, and what not."""
+    """Return notes on what a search's gallery shows, and what it leaves out."""
     queries = len({row["query"] for row in result.rows})
     notes = ["Nearest first; the number is the cosine similarity."]
     if any(found.query.label is not None for found in result.pictures):
-        notes.append("Of queries with a class: a solid frame is an image of the same class, a dashed one of another.")
+        notes.append("For queries with a class, a solid frame marks the same class, a dashed frame another class.")
     if len(result.pictures) < queries:
         notes.append(f"The first {len(result.pictures)} of {queries} queries; results.csv has all.")
     return notes
 
 
 def cluster_strips(assignment: Assignment) -> list[Strip]:
-    """One strip per cluster, the largest first: its most central images, then its most outlying ones."""
+    """Return a strip per cluster, largest first: its most central images, then its most outlying ones."""
     strips = []
     for cluster in assignment.clusters:
         if not cluster.central or cluster.central[0] not in assignment.pictures:
@@ -91,11 +91,11 @@ def cluster_strips(assignment: Assignment) -> list[Strip]:
 
 
 def cluster_notes(assignment: Assignment) -> list[str]:
-    """What a clustering's gallery shows, and what not."""
+    """Return notes on what a clustering's gallery shows, and what it leaves out."""
     shown = len(cluster_strips(assignment))
-    notes = ["The largest cluster first. The number is an image's distance from the centre, 0 to 2."]
+    notes = ["Largest cluster first. The number is the image's distance from the centre, 0 to 2."]
     if assignment.class_names is not None:
-        notes.append("A solid frame is an image of the cluster's most frequent class, a dashed one of another.")
+        notes.append("A solid frame marks the cluster's most frequent class, a dashed frame another class.")
     if shown < len(assignment.clusters):
         notes.append(f"The {shown} largest of {len(assignment.clusters)} clusters; assignments.csv has all.")
     return notes
@@ -104,16 +104,16 @@ def cluster_notes(assignment: Assignment) -> list[str]:
 def write_gallery(path: Path, title: str, strips: Sequence[Strip], notes: Sequence[str] = ()) -> None:
     """Write an HTML page that needs no other file and no network; all text is escaped.
 
-    Raises OutputError if it cannot be written.
+    Raises OutputError if the file cannot be written.
     """
     text = page_environment().get_template("gallery.html").render(title=title, strips=strips, notes=notes)
     write_bytes(path, text.encode())
 
 
 def plot_gallery(path: Path, title: str, strips: Sequence[Strip]) -> None:
-    """Draw the first strips, and the first images of each: at most 20 times 13.
+    """Draw at most the first 20 strips, and of each at most the first 13 images.
 
-    Right images have a solid frame, wrong ones a dashed one. Raises OutputError if the file cannot be written.
+    Images of the expected class have a solid frame, others a dashed one. Raises OutputError if writing fails.
     """
     shown = strips[:PNG_STRIPS]
     columns = max((len(strip.tiles[:PNG_TILES]) for strip in shown), default=1)
@@ -147,7 +147,7 @@ def plot_gallery(path: Path, title: str, strips: Sequence[Strip]) -> None:
 
 
 def _draw(ax: Any, jpeg: bytes, at: tuple[float, float]) -> None:
-    """One picture in the square of 0.86 at a place, as large as fits."""
+    """Draw a picture as large as fits into a square of side 0.86 at a place."""
     with Image.open(io.BytesIO(jpeg)) as image:
         pixels = np.asarray(image.convert("RGB"))
     tall, wide = (side / max(pixels.shape[:2]) * 0.86 for side in pixels.shape[:2])

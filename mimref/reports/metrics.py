@@ -1,4 +1,4 @@
-"""How results read: names of metrics, digits of their values, and which values are better."""
+"""Presentation of results: names of metrics, digits of their values, and which values are better."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from mimref.evaluation.assess.measures import LOWER_IS_BETTER as MEASURES_LOWER
 from mimref.evaluation.assess.verdicts import NAMES
 from mimref.results import Row
 
-# Measures without labels of single blocks are drawn as curves.
+# Label-free measures of single blocks; drawn as curves.
 _OF_BLOCKS = NAMES | {"knn_leave_one_out": "k-NN, leaving one out"}
 LABELS = (
     NAMES
@@ -65,16 +65,16 @@ LOWER_IS_BETTER = _SMALL | {
     *MEASURES_LOWER,
     *(f"block_{name}" for name in MEASURES_LOWER),
 }
-# Neither percentages nor of a known size.
+# Metrics that are not percentages and have no fixed scale.
 STATISTICS = {
     *("feature_variance", "effective_rank", "block_mean", "block_variance", "block_effective_rank"),
     *("block_knn_delta", "block_reconstruction_delta"),
     *("rankme", "lidar", "alpha_req", "correlation_rank", "uniformity", "hubness", "assessed_rank"),
     *("block_rankme", "block_lidar", "block_alpha_req", "block_correlation_rank", "block_uniformity", "block_hubness"),
 }
-# Results of a measurement, as opposed to its settings.
+# Columns that hold results, as opposed to settings.
 _MEASURED = ("model", "metric", "value", "mean", "std", "splits", "runs")
-# Settings that the measurement itself chose: the best classifier of a grid.
+# Settings chosen by the measurement itself: those of the best classifier in a grid.
 _CHOSEN = {
     "probe_top1": ("blocks", "pool", "lr", "held_out_top1"),
     "attentive_top1": ("blocks", "pool", "queries", "lr", "held_out_top1"),
@@ -82,12 +82,12 @@ _CHOSEN = {
 
 
 def template(row: Row) -> str:
-    """A metric's name, with settings that it mentions in braces."""
+    """Return a metric's name, with placeholders in braces for the settings that it mentions."""
     return LABELS.get(str(row["metric"]), str(row["metric"]))
 
 
 def metric_label(row: Row, among: Sequence[Row] = ()) -> str:
-    """A metric's name, with the settings that distinguish it from the same metric's rows in `among`."""
+    """Return a metric's name, with the settings that distinguish the row from rows of the same metric in `among`."""
     name = template(row)
     same = [other for other in among if other["metric"] == row["metric"]]
     varying = [
@@ -95,7 +95,7 @@ def metric_label(row: Row, among: Sequence[Row] = ()) -> str:
         for key, value in row.items()
         if key not in (*_MEASURED, *_CHOSEN.get(str(row["metric"]), ()))
         and f"{{{key}}}" not in name
-        # A setting that a row lacks distinguishes nothing: raw pixels have no blocks.
+        # A setting that the other row lacks distinguishes nothing: raw pixels have no blocks.
         and any(other.get(key, value) != value for other in same)
     ]
     unknown = {"shots": "?", "block": "?", "corruptions": "?"}
@@ -104,27 +104,27 @@ def metric_label(row: Row, among: Sequence[Row] = ()) -> str:
 
 
 def sign(row: Row) -> int:
-    """1 for a metric whose larger values are better, else -1."""
+    """Return 1 if larger values of the metric are better, else -1."""
     return -1 if row["metric"] in LOWER_IS_BETTER else 1
 
 
 def decimals(row: Row) -> int:
-    """Digits that a table shows after the point."""
+    """Return the number of decimals that a table shows."""
     return 3 if row["metric"] in _SMALL else 1
 
 
 def shown_value(row: Row) -> float:
-    """The value as a table shows it: what looks equal is treated as equal. An undefined one is the worst."""
+    """Return the value rounded as in tables, so that equal-looking values are equal. Undefined values are the worst."""
     return -sign(row) * math.inf if is_undefined(row) else round(float(row["value"]), decimals(row))
 
 
 def is_undefined(row: Row) -> bool:
-    """Whether the metric has no value on these features."""
+    """Return whether the metric is undefined on these features."""
     return math.isnan(float(row["value"]))
 
 
 def format_value(row: Row, *, spread: bool = True) -> str:
-    """The value, with its standard deviation over repetitions if it has one."""
+    """Format the value, with its standard deviation over repetitions if it has one."""
     if is_undefined(row):
         return "undefined"
     digits = decimals(row)
@@ -132,24 +132,24 @@ def format_value(row: Row, *, spread: bool = True) -> str:
     if "std" not in row or not spread:
         return text
     deviation = f"± {float(row['std']):.{digits}f}"
-    # A clustering's value is its best run's; the deviation belongs to the mean.
+    # The value of a clustering is that of its best run; the deviation belongs to the mean.
     is_mean = row.get("mean", row["value"]) == row["value"]
     return f"{text} {deviation}" if is_mean else f"{text} (mean {float(row['mean']):.{digits}f} {deviation})"
 
 
 def format_setting(value: str | int | float) -> str:
-    """A setting's value, floats without trailing zeros; control characters of names are escaped."""
+    """Format a setting's value: floats without trailing zeros, names with escaped control characters."""
     return f"{value:g}" if isinstance(value, float) else printable(str(value))
 
 
 def short_name(text: str, length: int) -> str:
-    """A name on one line: odd characters are escaped, and a long one loses its middle."""
+    """Return a name on one line, with odd characters escaped and its middle omitted if it is too long."""
     text = printable(" ".join(text.split()))
     half = length // 2
     return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def scores_line(rows: Sequence[Row]) -> str:
-    """`ACC 95.3   NMI 92.2`: the line under a clustering's figure, for the last blocks in the rows."""
+    """Return `ACC 95.3   NMI 92.2`, the line under a clustering's figure, for the last blocks in the rows."""
     last = {template(row).removeprefix("k-means "): row for row in rows}
     return "   ".join(f"{name} {format_value(row, spread=False)}" for name, row in last.items())

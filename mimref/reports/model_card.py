@@ -1,4 +1,4 @@
-"""The model card of an exported folder: README.md with the header that Hugging Face's hub reads."""
+"""The model card of an exported folder: README.md with the header that the Hugging Face Hub reads."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from mimref.results import Row
 from mimref.sharing.layout import Layout, Subject
 from mimref.sharing.record import Record
 
-# Identifiers that the hub knows; others are named beside `other`.
+# Licence identifiers that the hub knows; others become `other` with a `license_name`.
 _LICENCES = {
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "unlicense"),
     *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),
 }
-# Data sets on the hub, by the names of specs; those of `hf:` have their own.
+# Names of data sets on the hub, by spec; `hf:` specs contain the name.
 _DATASETS = {
     "fashion-mnist": "zalando-datasets/fashion_mnist",
     "torchvision:FashionMNIST": "zalando-datasets/fashion_mnist",
@@ -30,19 +30,19 @@ _DATASETS = {
     "torchvision:CIFAR100": "uoft-cs/cifar100",
 }
 _MODELS = ("raw pixels", "base", "refined")
-# All but letters, digits, and signs that mean nothing to Markdown: underscores within words, points within numbers, ...
+# All but letters, digits, and characters without a meaning in Markdown: underscores in words, points in numbers, ...
 _SPECIAL = re.compile(r"(?<![^\W_])_|_(?![^\W_])|\.(?!\w)|(?<!\w)-|:(?=/)|[^\w\s,;:/%=()'\"?.-]")
 _SHOWN_CLASSES = 100
 
 
 class Raw(str):
-    """Markdown of our own, which is not escaped."""
+    """Markdown written by mimref, which is not escaped."""
 
 
 def model_card(title: str, subject: Subject, layout: Layout, record: Record) -> str:
-    """Markdown with a YAML header: what the model is, how to load it, how it was made, its numbers and its licence.
+    """Return Markdown with a YAML header: what the model is, how to load it, how it was made, its results and licence.
 
-    title: name of the folder or of the repository. Names of classes, data and settings may hold any characters: they
+    title: name of the folder or of the repository. Names of classes, data and settings may contain any characters, and
     are escaped.
     """
     environment = Environment(
@@ -87,7 +87,7 @@ def model_card(title: str, subject: Subject, layout: Layout, record: Record) -> 
 
 
 def card_header(title: str, subject: Subject, layout: Layout, record: Record) -> dict[str, Any]:
-    """The card's metadata, as Hugging Face's hub defines them; what is not known is left out."""
+    """Return the card's metadata, as the Hugging Face Hub defines them; unknown values are left out."""
     classifies = subject.classifier is not None
     task = "image-classification" if classifies else "image-feature-extraction"
     dataset = _dataset(record)
@@ -111,7 +111,7 @@ def card_header(title: str, subject: Subject, layout: Layout, record: Record) ->
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown and HTML show as it is, on one line."""
+    """Escape text so that Markdown and HTML show it unchanged, on one line."""
     line = printable(text.encode("utf-8", "backslashreplace").decode())
     return _SPECIAL.sub(lambda match: _escape(match[0]), line)
 
@@ -123,7 +123,7 @@ def _escape(character: str) -> str:
 
 
 def _fenced(text: str) -> str:
-    """A code block, whose fence is longer than any in the text."""
+    """Return a code block with a fence longer than any in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}toml\n{text}{fence}"
@@ -137,7 +137,7 @@ def _licence(licence: str | None) -> dict[str, str]:
 
 
 def _dataset(record: Record) -> str | None:
-    """The data set's name on the hub, if it has one."""
+    """Return the data set's name on the hub, if it has one."""
     if record.data is None or not record.data_is_public:
         return None
     if record.data.startswith("hf:"):
@@ -146,7 +146,7 @@ def _dataset(record: Record) -> str | None:
 
 
 def _metrics(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Of the model itself, with a value."""
+    """Return the metrics of the model itself that have a value."""
     own = [row for row in rows if row.get("model", "refined") == "refined" and _has_value(row)]
     return [
         {"type": str(row["metric"]), "name": metric_label(row, own), "value": round(float(row["value"]), 4)}
@@ -168,7 +168,7 @@ def _models(rows: Sequence[Row]) -> list[str]:
 
 
 def _table(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """A line for each metric: its name, and its values by model."""
+    """Return a line for each metric: its name, and its value for every model."""
     models, lines = _models(rows), dict[str, dict[str, str]]()
     for row in rows:
         if isinstance(row["value"], int | float):

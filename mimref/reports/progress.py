@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-# Seconds between two lines of progress if the output is not a terminal.
+# Seconds between two progress lines if the output is not a terminal.
 LINE_INTERVAL_S = 10.0
 
 
 class ProgressDisplay(NamedTuple):
-    """Shows one piece of work."""
+    """Shows the progress of one piece of work."""
 
     update: Callable[[int, int], None]
-    """Takes the steps done and the steps in total."""
+    """Takes the number of steps done and the total number of steps."""
     log: Callable[[str], None]
     """Prints a line."""
 
@@ -27,9 +27,9 @@ class ProgressDisplay(NamedTuple):
 def show_progress(description: str, console: Console | None = None) -> Iterator[ProgressDisplay]:
     """Show the progress of one piece of work on standard error.
 
-    On a terminal: a bar with rate and time left, and a line at the end of work that took more than ten seconds.
-    Elsewhere: a plain line every ten seconds and at the end. The rate counts from the first update, so that a resumed
-    run does not look faster than it is.
+    On a terminal: a bar with rate and time left, and a final line if the work took at least ten seconds. Elsewhere: a
+    plain line every ten seconds and at the end. The rate counts from the first update, so that a resumed run does not
+    look faster than it is.
     """
     console = console or _Console(stderr=True)
     if not console.is_terminal or console.is_dumb_terminal:
@@ -51,12 +51,12 @@ def show_progress(description: str, console: Console | None = None) -> Iterator[
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Where rich would end the process, do without progress."""
+        """Continue without progress, where rich would end the process."""
         self.quiet = True
 
 
 class _RateColumn(ProgressColumn):
-    """Steps per second, or seconds per step if those are long."""
+    """Steps per second, or seconds per step if steps take longer than a second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -64,7 +64,7 @@ class _RateColumn(ProgressColumn):
 
 
 class _PlainLines:
-    """Prints a line when LINE_INTERVAL_S have passed, and one at the end."""
+    """Prints a line every LINE_INTERVAL_S seconds, and one at the end."""
 
     def __init__(self, description: str, console: Console) -> None:
         self.description, self.console = description, console

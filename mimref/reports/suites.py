@@ -1,4 +1,4 @@
-"""Results of suites: entries as lines, models as columns, averages and ranks below."""
+"""Results of suites: one line per entry, one column per model, averages and ranks below."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ _SUMMARIES = ("suite_average", "suite_rank")
 
 
 def suite_lines(rows: Sequence[Row]) -> list[Row]:
-    """The rows of `run_suite` as tables and figures of comparisons show them: every entry as a metric of its name."""
+    """Return the rows of `run_suite` for comparison tables and figures: every entry becomes a metric of its name."""
     kept = ("model", "value", "mean", "std")
     return [
         {key: row[key] for key in kept if key in row} | {"metric": row.get("entry", row["metric"])}

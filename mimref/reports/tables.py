@@ -19,18 +19,18 @@ from mimref.reports.metrics import (
 )
 from mimref.results import Row, columns, main_rows
 
-# Settings whose name in the files says too little.
+# Names for settings whose key in the result files is not clear enough.
 _SETTINGS = {"select": "best one chosen on", "norm": "input norm", "batch_size": "batch size"}
 
 _RATES = {
     "benchmark_views": ("views", {"ratio": "x PIL", "ratio_pillow_blur": "x PIL, Pillow's blur"}),
     "benchmark_extraction": ("evaluation crops", {"ratio": "x torchvision", "ratio_timm": "x timm"}),
 }
-"""Of rates: what is made, and what it is compared with, by their names in rows."""
+"""For each benchmark of rates: what is produced, and column titles of the ratios in its rows."""
 
 
 def best_table(rows: Sequence[Row]) -> RenderableType:
-    """The table that suits the rows: of a benchmark, robustness, ranked heads, models compared, or one line per row."""
+    """Return the table that fits the rows: benchmark, robustness, ranked heads, several models, or a line per row."""
     metrics = {str(row["metric"]) for row in rows}
     if metrics and metrics <= set(_RATES):
         return Group(*(rates_table(rows, metric) for metric in _RATES if metric in metrics))
@@ -49,7 +49,7 @@ def best_table(rows: Sequence[Row]) -> RenderableType:
 
 
 def plain_table(names: Iterable[str], lines: Iterable[Iterable[str | Text]], *, right: Container[str] = ()) -> Table:
-    """A table of text; long cells wrap. right: names of the columns with numbers."""
+    """Return a table of text; long cells wrap. right: names of right-aligned columns."""
     table = Table()
     for name in names:
         table.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
@@ -59,41 +59,41 @@ def plain_table(names: Iterable[str], lines: Iterable[Iterable[str | Text]], *, 
 
 
 def markdown_lines(names: Sequence[str], lines: Iterable[Iterable[str]]) -> list[str]:
-    """A table of text in Markdown, line by line."""
+    """Return the lines of a table of text in Markdown."""
     rows = [names, ["---"] * len(names), *lines]
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
 
 
 class Cell(NamedTuple):
-    """One model's value of one metric, as a comparison shows it."""
+    """One model's value of one metric, formatted for a comparison."""
 
     value: str = "-"
     is_best: bool = False
     difference: str = ""
-    """From the base model; empty for the base itself and for a model without a value."""
+    """Difference from the base model; empty for the base itself and for a model without a value."""
     is_gain: bool | None = None
-    """Whether the difference is an improvement; None for no difference."""
+    """Whether the difference is an improvement; None without a difference."""
 
     @property
     def value_text(self) -> Text:
-        """Bold if it is the best."""
+        """The value, bold if it is the best."""
         return Text(self.value, style="bold" if self.is_best else "")
 
     @property
     def difference_text(self) -> Text:
-        """Green for an improvement, red for a regression."""
+        """The difference, green for an improvement, red for a regression."""
         return Text(self.difference or "-", style="" if self.is_gain is None else "green" if self.is_gain else "red")
 
 
 def compare_rows(rows: Sequence[Row], base: str) -> tuple[list[str], dict[str, list[Cell]]]:
-    """The models, and for every metric's label a cell per model, in the order of the rows; details are left out."""
+    """Return the models, and a cell per model for every metric's label, in the order of the rows, without details."""
     rows = main_rows(rows)
     by_metric: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_metric.setdefault(metric_label(row, rows), {})[str(row["model"])] = row
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
     cells = {
-        # Models side by side leave no room for the spread of a clustering's runs; results.csv has it.
+        # Side by side, there is no room for the spread over a clustering's runs; results.csv has it.
         label: [compared_cell(by_model, model, base, spread="runs" not in by_model.get(model, {})) for model in models]
         for label, by_model in by_metric.items()
     }
@@ -101,7 +101,7 @@ def compare_rows(rows: Sequence[Row], base: str) -> tuple[list[str], dict[str, l
 
 
 def compared_cell(by_model: Mapping[str, Row], model: str, base: str, *, spread: bool = True) -> Cell:
-    """The value of one model among those of all. spread: with the standard deviation over repetitions."""
+    """Return the cell of one model among all. spread: add the standard deviation over repetitions."""
     row = by_model.get(model)
     if row is None:
         return Cell()
@@ -118,7 +118,7 @@ def compared_cell(by_model: Mapping[str, Row], model: str, base: str, *, spread:
 
 
 def comparison_table(rows: Sequence[Row]) -> Table:
-    """One line per metric, one column per model, and the difference of `refined` from `base`, where both exist."""
+    """Return a table with a line per metric, a column per model and, if both exist, `refined` minus `base`."""
     models, lines = compare_rows(rows, "base")
     compared = [models.index("refined")] if {"base", "refined"} <= set(models) else []
     table = Table("")
@@ -130,7 +130,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
 
 
 def differences_table(rows: Sequence[Row], base: str) -> Table:
-    """One line per metric, one column per model, each value with its difference from the model `base`."""
+    """Return a table with a line per metric and a column per model; values with their difference from `base`."""
     models, lines = compare_rows(rows, base)
     table = Table("")
     for model in models:
@@ -145,7 +145,7 @@ def differences_table(rows: Sequence[Row], base: str) -> Table:
 
 
 def markdown_table(rows: Sequence[Row], base: str) -> str:
-    """`differences_table` in Markdown, for a paper's appendix or a README."""
+    """Return `differences_table` in Markdown, for a paper's appendix or a README."""
     models, lines = compare_rows(rows, base)
     text = [f"| | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
     for label, cells in lines.items():
@@ -158,7 +158,7 @@ def markdown_table(rows: Sequence[Row], base: str) -> str:
 
 
 def benchmark_table(rows: Sequence[Row]) -> Table:
-    """One line per comparison: its ratio, the times of both ways, and what it was measured on."""
+    """Return a table with a line per comparison: its ratio, the times of both variants, and the sizes measured."""
     lines = []
     for row in rows:
         times = [f"{key.removesuffix('_s')} {float(row[key]):.3g}" for key in row if key.endswith("_s")]
@@ -169,7 +169,7 @@ def benchmark_table(rows: Sequence[Row]) -> Table:
 
 
 def rates_table(rows: Sequence[Row], metric: str) -> Table:
-    """One line per pipeline: images per second, milliseconds per image, and how much faster it is than others."""
+    """Return a table with a line per pipeline: images/s, ms per image, and ratios to other pipelines' speeds."""
     what, ratios = _RATES[metric]
     names = ("images/s", "ms", *ratios.values())
     lines = (
@@ -181,7 +181,7 @@ def rates_table(rows: Sequence[Row], metric: str) -> Table:
 
 
 def heads_table(rows: Sequence[Row]) -> Table:
-    """One line per head of a sweep, in the order of the rows (best first): its settings and every metric."""
+    """Return a table with a line per head of a sweep, in the order of the rows (best first): settings and metrics."""
     settings, metrics = ("head", "block", "temperature"), list(dict.fromkeys(str(row["metric"]) for row in rows))
     heads: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -203,7 +203,7 @@ def heads_table(rows: Sequence[Row]) -> Table:
 
 
 def robustness_table(rows: Sequence[Row]) -> Group:
-    """One line per mean and per shifted set; then for every corrupted set one line per corruption."""
+    """Return a table with a line per mean and per shifted set, then for every corrupted set one per corruption."""
     found = [row for row in rows if "corruption" not in row]
     names = ("", "set", "classes", "value")
     lines = [
@@ -225,14 +225,14 @@ def robustness_table(rows: Sequence[Row]) -> Group:
 
 
 def results_table(rows: Sequence[Row], *, title: str | None = None) -> Group:
-    """One line per row: metric, the settings in which rows differ, value; common settings stand below.
+    """Return a table with a line per row: metric, settings in which rows differ, and value; common settings are below.
 
-    The title is the model's name, if there is one model.
+    Without `title`, the title is the model's name if there is only one model.
     """
     keys = [key for key in columns(rows) if key not in ("metric", "value", "mean", "std")]
     values = {key: {row[key] for row in rows if key in row} for key in keys}
     common = {key: next(iter(found)) for key, found in values.items() if len(found) == 1}
-    # Labels already name some settings.
+    # Settings that the labels already name.
     named = {key: [f"{{{key}}}" in template(row) for row in rows] for key in keys}
     varying = [key for key in keys if key not in common and not all(named[key])]
     model = common.pop("model", None)

@@ -1,4 +1,4 @@
-"""What a command shows: a run's progress, notes and warnings on standard error, its results on standard output."""
+"""Terminal output of a command: progress, notes and warnings on standard error, results on standard output."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Terminal(Listener):
     """A listener that prints to standard error; if `quiet`, only warnings.
 
-    It falls silent where nothing can be printed, because the terminal is closed or a disk is full: the work continues.
+    If printing fails, because the terminal is closed or a disk is full, it prints nothing and the work continues.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -42,7 +42,7 @@ class Terminal(Listener):
             self._open.close()
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """Advance the bar of `label`; another label ends the previous bar."""
+        """Advance the bar of `label`; a new label ends the previous bar."""
         if self._quiet:
             return
         try:
@@ -54,18 +54,18 @@ class Terminal(Listener):
             self._quiet = True
 
     def note(self, message: str) -> None:
-        """Print a line worth reading."""
+        """Print a line of information."""
         if not self._quiet:
             self._print(message)
 
     def warn(self, message: str) -> None:
-        """Print a line that asks for attention, once: several encoders may read the same images."""
+        """Print a warning, each only once: several encoders may read the same images."""
         if message not in self._warned:
             self._warned.add(message)
             self._print(f"warning: {message}")
 
     def _print(self, line: str) -> None:
-        # A line printed past a live bar would tear it.
+        # Printing directly would break a live bar: print through it.
         with suppress(OSError):
             if self._bar is not None:
                 self._bar.log(line)
@@ -74,18 +74,18 @@ class Terminal(Listener):
 
 
 _KINDS = {1: "gray ", 3: ""}
-"""Of images, by their channels."""
+"""Kinds of images by number of channels."""
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Print the table that suits a run's results; nothing if there are none."""
+    """Print the table that suits the rows; nothing if there are none."""
     if rows:
         Console().print(best_table(rows))
         _explain(rows)
 
 
 def print_comparison(rows: Sequence[Row], base: str) -> None:
-    """Print several models side by side, with their differences from `base`."""
+    """Print several models side by side, with their differences from the model `base`."""
     Console().print(differences_table(rows, base))
     _explain(rows)
 
@@ -108,7 +108,7 @@ def _explain(rows: Sequence[Row]) -> None:
 
 
 def print_blocks(rows: Sequence[Row], heads: Mapping[str, Sequence[int]]) -> None:
-    """Print a curve over the blocks of every model, and the blocks where heads are recommended."""
+    """Print a curve over the blocks for every model, and the blocks recommended for heads."""
     from mimref.evaluation.blocks.statistics import blocks_text
     from mimref.reports.charts import block_chart
 
@@ -121,7 +121,7 @@ def print_blocks(rows: Sequence[Row], heads: Mapping[str, Sequence[int]]) -> Non
 
 
 def print_cache(entries: Sequence["CacheEntry"], folder: Path, listings: "Listings | None" = None) -> None:
-    """Print what a cache folder holds, the newest last, and the total size of the listings."""
+    """Print the entries of a cache folder, newest last, and the total size of the listings."""
     names = ("key", "model", "data", "images", "columns", "MB", "written")
     lines = [
         (each.key, each.model, each.data, f"{each.rows:,}", each.columns, f"{each.bytes / 1e6:,.1f}", each.written)
@@ -136,7 +136,7 @@ def print_cache(entries: Sequence["CacheEntry"], folder: Path, listings: "Listin
 
 
 def print_inspection(inspection: "Inspection") -> None:
-    """Print what a weights file is: facts, and where every tensor comes from."""
+    """Print facts about a weights file, and the origin, shape and type of its tensors."""
     from mimref.encoders.inspection import by_block
 
     facts = _facts(inspection)
@@ -147,7 +147,7 @@ def print_inspection(inspection: "Inspection") -> None:
 
 
 def _classifier_facts(recorded: Any) -> dict[str, str]:
-    """What a header records of a classifier; of a damaged record, nothing."""
+    """Return the header's facts about a classifier; none if the record is missing or damaged."""
     if not isinstance(recorded, dict) or not isinstance(names := recorded.get("classes"), list):
         return {}
     from mimref.data.decode import first_of
@@ -211,7 +211,7 @@ def _backbone_facts(inspection: "Inspection", architecture: "BackboneArchitectur
 
 
 def _file_facts(inspection: "Inspection") -> dict[str, str]:
-    """What is said of any kind of encoder's file."""
+    """Return the facts that are printed for every kind of encoder."""
     return {
         "parameters": f"{inspection.parameters:,}",
         **_classifier_facts(inspection.header.get("classifier")),

@@ -1,1 +1,1 @@
-"""Suites of runs that reproduce what the paper measured, at a size that a few cores can show."""
+"""Suites of runs that reproduce the paper's measurements at a size that a few cores can handle."""

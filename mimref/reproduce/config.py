@@ -11,8 +11,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class AblationsConfig(RefineConfig):
-    """All settings of `mimref reproduce ablations`: those of every refinement, which are the tables' default, and those
-    that select the runs."""
+    """All settings of `mimref reproduce ablations`: those of the tables' default refinement, and the choice of runs."""
 
     command = "reproduce"
     presets_of = "refine"
@@ -42,5 +41,5 @@ class AblationsConfig(RefineConfig):
 
 
 def refine_settings(config: RefineConfig) -> RefineConfig:
-    """The settings of `mimref refine` among those of a suite."""
+    """Return the settings of `mimref refine` among those of a suite."""
     return RefineConfig.model_validate({name: getattr(config, name) for name in RefineConfig.model_fields})

@@ -17,19 +17,19 @@ from mimref.reproduce.plan import Run
 from mimref.results import main_rows, read_results
 
 _LOOK_S = 0.2
-# A run saves its state before it ends; one that does not within this time is killed.
+# A run saves its state before it ends; it is killed if that takes longer.
 _SAVING_S = 30.0
 _LAST_BYTES = 4096
 
 
 class RunFailed(UserError):
-    """A run that has no results; the message names it, the reason and its log."""
+    """A run without results; the message gives its name, the reason and its log."""
 
 
 def run_jobs(runs: Sequence[Run], jobs: int, listener: Listener) -> list[RunFailed]:
-    """Run all, in order, so many at the same time; why some failed, which keeps only those from running that need them.
+    """Run all runs in order, `jobs` at a time. Returns the failures; only the runs that need a failed one are left out.
 
-    Whatever ends this process ends its runs, which save what can be saved.
+    If this process ends, for whatever reason, so do its runs, after saving what can be saved.
     """
     waiting, started = list(runs), list[tuple[Run, "subprocess.Popen[bytes]"]]()
     failed: dict[str, RunFailed] = {}
@@ -61,12 +61,12 @@ def run_jobs(runs: Sequence[Run], jobs: int, listener: Listener) -> list[RunFail
 
 
 def command(run: Run) -> list[str]:
-    """The command line of a run's process."""
+    """Return the command line of a run's process."""
     return [sys.executable, "-m", "mimref.reproduce.worker", run.config.command, str(run.settings), str(run.folder)]
 
 
 def environment() -> Mapping[str, str]:
-    """One thread per run, unless the user wants more: results then do not depend on how many run at the same time."""
+    """Return a run's environment: one thread unless the user sets more, so that results do not depend on `jobs`."""
     return {"OMP_NUM_THREADS": "1", **os.environ}
 
 
@@ -75,7 +75,7 @@ def _ready(run: Run) -> bool:
 
 
 def _hopeless(waiting: Sequence[Run], started: Sequence[Run]) -> list[Run]:
-    """Those that need a file of a run that neither waits nor runs."""
+    """Return the waiting runs that need a missing file of a run that is neither waiting nor running."""
     to_come = {run.name for run in (*waiting, *started)}
     return [run for run in waiting if run.needs and run.needs[0] not in to_come and not run.needs[1].exists()]
 
@@ -84,7 +84,7 @@ def _start(run: Run) -> subprocess.Popen[bytes]:
     write_bytes(run.settings, dump_config(run.config).encode())
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with open(run.log, "ab") as log:
-        # The pipe closes with this process, however it ends, and tells the run.
+        # The pipe closes when this process ends, for whatever reason, which stops the run.
         return subprocess.Popen(command(run), stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment())
 
 
@@ -99,7 +99,7 @@ def _end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
 
 
 def _told(run: Run) -> str:
-    """What a finished run has found, in a line."""
+    """Describe the result of a finished run in one line."""
     result = read_results(run.folder, run.config.command)
     refined = ("refined", "knn_top1")
     knn = [float(row["value"]) for row in main_rows(result.rows) if (row.get("model"), row["metric"]) == refined]
@@ -109,7 +109,7 @@ def _told(run: Run) -> str:
 
 
 def _reason(run: Run, code: int) -> str:
-    """The last line of a run's log, or how its process ended."""
+    """Return the last line of a run's log, or how its process ended."""
     if code < 0:
         return f"its process was ended by signal {-code}"
     lines = _last_lines(run.log)

@@ -1,4 +1,4 @@
-"""From the settings of a suite to its runs: equal ones run once, and what they share is trained once."""
+"""Derive the runs of a suite from its settings: equal ones run once, and what they share is trained once."""
 
 import os
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class Run:
     out: Path
     """The suite's folder."""
     needs: tuple[str, Path] | None = None
-    """Another run, and the file of its that must exist before this one starts."""
+    """Another run, and the file that it must have written before this one starts."""
 
     @property
     def folder(self) -> Path:
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What its process reports."""
+        """The file with the output of its process."""
         return self.out / "logs" / f"{self.name}.txt"
 
     @property
@@ -55,27 +55,27 @@ class Run:
 
 @dataclass(frozen=True)
 class Suite:
-    """All that a suite runs."""
+    """Everything that a suite runs."""
 
     plan: Plan
-    """Of the default refinement."""
+    """Plan of the default refinement."""
     lines: list[Line]
-    """Of the tables that are asked for."""
+    """Lines of the requested tables."""
     names: list[str]
-    """Of every line: its runs are NAME-seedS."""
+    """Name of every line, whose runs are NAME-seedS."""
     seeds: list[int]
     refinements: list[Run]
     curves: list[Run]
-    """Of the base, then of the default refinement with every seed."""
+    """k-NN curves of the base, then of the default refinement with every seed."""
 
     @property
     def runs(self) -> list[Run]:
-        """In the order in which they start."""
+        """All runs, in the order in which they start."""
         return [*self.refinements, *self.curves]
 
 
 def run_name(name: str, seed: int) -> str:
-    """Of a line's run with this seed."""
+    """Return the name of a line's run with this seed."""
     return f"{name}-seed{seed}"
 
 
@@ -97,7 +97,7 @@ def make_suite(
         changed = _changed(default, line.changes)
         names.append(named.setdefault(dump_config(changed), line.name))
         configs[names[-1]] = changed
-    # Names do not depend on which tables are asked for.
+    # Names do not depend on which tables are requested.
     chosen = [(line, name) for line, name in zip(lines, names, strict=True) if line.table in config.tables]
     wanted = dict.fromkeys([DEFAULT, *(name for line, name in chosen if not line.missing)])
     refinements = [_refinement(name, configs[name], default, seed, out) for name in wanted for seed in config.seeds]
@@ -108,10 +108,10 @@ def make_suite(
 
 
 def _default(plan: Plan, out: Path) -> RefineConfig:
-    """The settings of the default refinement as its process gets them."""
+    """Return the settings that the process of the default refinement receives."""
     config = with_absolute_paths(refine_settings(plan.config))
     heads = config.heads.model_copy(update={"blocks": blocks_text(plan.blocks)})
-    # Nobody looks at the images of dozens of runs.
+    # The report's images are not needed for dozens of runs.
     evaluate = config.evaluate.model_copy(update={"exhibits": False})
     # On a CPU each run has a core of its own.
     one_core = config.workers is None and resolve_device(config.device).type == "cpu"
@@ -128,7 +128,7 @@ def _changed(config: RefineConfig, changes: Mapping[str, Any]) -> RefineConfig:
 
 
 def _refinement(name: str, config: RefineConfig, default: RefineConfig, seed: int, out: Path) -> Run:
-    """A run; one whose stage 1 is the default's starts from the default's heads, which gives the same result."""
+    """Plan a run; if its stage 1 equals the default's, it starts from the default's heads, with the same result."""
     config, needs = config.model_copy(update={"seed": seed}), None
     if name != DEFAULT and same_heads(config, default):
         first = Run(run_name(DEFAULT, seed), default, out)
@@ -138,7 +138,7 @@ def _refinement(name: str, config: RefineConfig, default: RefineConfig, seed: in
 
 
 def same_heads(config: RefineConfig, default: RefineConfig) -> bool:
-    """Whether stage 1 of two refinements with the same seed is the same: only settings of stage 2 differ."""
+    """Return whether two refinements with the same seed share stage 1, as only settings of stage 2 differ."""
     loss = config.loss.model_copy(update={"schedule": default.loss.schedule})
     of_heads = {"loss": loss, "encoder_stage": default.encoder_stage, "seed": default.seed}
     return config.heads_stage.epochs > 0 and config.model_copy(update=of_heads) == default
@@ -174,7 +174,7 @@ def _curves(plan: Plan, default: RefineConfig, seeds: list[int], out: Path) -> l
 
 
 def check_earlier(suite: Suite) -> None:
-    """Raise ConfigError where an earlier run in the folder, which would be kept, had other settings."""
+    """Raise ConfigError if an earlier run in the folder, which would be kept, had other settings."""
     for run in suite.refinements:
         if isinstance(run.config, RefineConfig) and run.settings.is_file():
             then = load_config(RefineConfig, str(run.settings))
@@ -185,7 +185,7 @@ def check_earlier(suite: Suite) -> None:
 
 
 def free_cores() -> int:
-    """Cores that nothing has used in the last minute, at least 1."""
+    """Return the number of cores that were idle over the last minute, at least 1."""
     try:
         busy = int(os.getloadavg()[0])
     except OSError:

@@ -1,7 +1,7 @@
 """`mimref reproduce ablations`: the refinements of Table 1, each in a process and a folder of its own.
 
-`--out` holds `ablations.toml`, the settings; in runs/ the folders NAME-seedS of the refinements, and blocks-NAME of the
-k-NN curves over the blocks; and logs/. What has results is finished, and is never run again.
+`--out` holds the settings in `ablations.toml`; in runs/, the folders NAME-seedS of the refinements and blocks-NAME of
+the k-NN curves over the blocks; and settings/ and logs/. A run with results is finished and is not run again.
 """
 
 import os
@@ -25,23 +25,23 @@ from mimref.results import Row, Tabular, write_results
 from mimref.training.signals import stop_signal
 
 COMMAND = "reproduce ablations"
-"""In results.json."""
+"""Name of the command in results.json."""
 SETTINGS = "ablations.toml"
 _OUR_FOLDERS = ("runs", "settings", "logs")
 
 
 @dataclass(frozen=True)
 class AblationsResult(Tabular):
-    """What a suite found."""
+    """Results of a suite."""
 
     rows: list[Row]
     """As `summarise` returns them."""
     elapsed_s: float
-    """Of training in all runs together."""
+    """Seconds of training in all runs together."""
     failed: list[RunFailed]
     suite: Suite
     bad_images: list[tuple[str, str]]
-    """Path and reason of every image that a run left out."""
+    """Path and reason for every image that a run left out."""
 
 
 def run_ablations(
@@ -53,11 +53,11 @@ def run_ablations(
     listener: Listener | None = None,
     checks: Checks | None = None,
 ) -> AblationsResult:
-    """Run what the tables need and has no results yet, and write the results of all.
+    """Run everything that the tables need and that has no results yet, and write the results of all runs.
 
-    The same call continues what was interrupted; with more tables or seeds it adds their runs. A run that fails is
-    reported in `failed`; the others run. Raises UserError subclasses, one error for all mistakes, before anything
-    runs: for settings that no refinement can have, or that differ from those of earlier runs in `out`.
+    The same call continues an interrupted suite; with more tables or seeds, it adds their runs. A run that fails is
+    reported in `failed`, and the others still run. Raises subclasses of UserError before anything runs, with one error
+    for all mistakes: for settings that no refinement can have, or that differ from those of earlier runs in `out`.
     resume: `out` must hold a suite. force: run everything again.
     """
     listener, checks = listener or Silent(), checks or Checks()
@@ -86,7 +86,7 @@ def run_ablations(
 
 
 def jobs_of(config: AblationsConfig) -> int:
-    """Runs at the same time."""
+    """Return the number of concurrent runs."""
     if config.jobs is not None:
         return config.jobs
     return free_cores() if resolve_device(config.device).type == "cpu" else 1
@@ -106,7 +106,7 @@ def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove an earlier suite, its results first: what is left of it must not pass for finished."""
+    """Remove an earlier suite, its results first, so that its remains cannot pass for a finished one."""
     for name in ("results.json", "results.csv", "ablations.md", SETTINGS):
         (out / name).unlink(missing_ok=True)
     for name in _OUR_FOLDERS:

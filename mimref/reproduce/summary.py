@@ -1,4 +1,4 @@
-"""What the runs of a suite found: means over the seeds, beside the paper's numbers."""
+"""Summarise the runs of a suite: means over the seeds, next to the paper's numbers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from mimref.reproduce.table1 import PUBLISHED, Line
 from mimref.results import Row, main_rows, read_results
 
 METRICS = ("knn_top1", "lowshot_top1", "cluster_acc", "cluster_nmi")
-"""Of the default refinement; tables have those that the paper has."""
+"""Metrics of the default refinement; the tables have those that the paper reports."""
 BLOCK_METRIC = "block_knn_top1"
 Scores = Mapping[int, Mapping[tuple[str, str], float]]
-"""Of one refinement: seed to scores by model and metric."""
+"""Results of one refinement: seed to scores by model and metric."""
 _SMALLEST = 0.05
-"""In percent: a smaller difference is none, in a table of one decimal."""
+"""Smallest difference in percent that counts as one, as tables have one decimal."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,22 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """At least one value."""
+        """Summarise one value or more."""
         return cls(float(np.mean(values)), min(values), max(values), len(values))
 
     def row(self, prefix: str = "") -> Row:
-        """As columns of a row."""
+        """Return the range as columns of a row."""
         return {f"{prefix}least": self.least, f"{prefix}most": self.most}
 
 
 def summarise(suite: Suite) -> tuple[list[Row], float]:
-    """Rows of all finished runs, and the seconds that these have trained.
+    """Return rows for all finished runs, and the seconds of their training.
 
-    Each row has a mean over seeds as `value`, its range `least` to `most`, and the number of `seeds`. First
+    Each row has a mean over seeds as `value`, its range `least` to `most`, and the number of `seeds`. First come
     `raw pixels`, `base` and the default refinement, `refined`, by every metric; then `block_knn_top1` of every `block`;
-    then the lines of the tables: `table`, `setting` and the paper's `paper_setting`, its value `paper`, `difference` to
-    the default and `paper_difference`, both with the same seed, with range, and `verdict`, see `verdict`.
+    then the lines of the tables, with `table`, `setting`, the paper's `paper_setting` and its value `paper`, the
+    `difference` from the default with the same seed and its range, the paper's `paper_difference`, and `verdict` (see
+    `verdict`).
     """
     scores: dict[str, dict[int, dict[tuple[str, str], float]]] = {}
     elapsed_s = 0.0
@@ -63,7 +64,7 @@ def summarise(suite: Suite) -> tuple[list[Row], float]:
 
 
 def skipped_images(suite: Suite) -> list[tuple[str, str]]:
-    """Path and reason of every image that a finished run has left out."""
+    """Return path and reason for every image that a finished run has left out."""
     finished = (run for run in suite.runs if run.finished)
     return sorted({pair for run in finished for pair in read_results(run.folder, run.config.command).bad_images})
 
@@ -103,7 +104,7 @@ def _line_rows(line: Line, scores: Scores, default: Scores) -> list[Row]:
         key = ("refined", metric)
         values = {seed: found[key] for seed, found in scores.items() if key in found}
         if not values:
-            # No value, but the line shows that there is none.
+            # The line has no value, but shows why.
             rows.append({**common, "value": float("nan"), **where, "verdict": line.missing or "no results"})
             continue
         spread = Spread.of(list(values.values()))
@@ -122,10 +123,10 @@ def _line_rows(line: Line, scores: Scores, default: Scores) -> list[Row]:
 
 
 def verdict(ours: Spread, paper: float) -> str:
-    """A plain sentence: whether our difference from the default has the sign of the paper's.
+    """State in words whether our difference from the default has the sign of the paper's.
 
-    Ours has a sign where the differences of all seeds have it, of two seeds or more; each is between runs with the same
-    seed. paper: its difference, of one run, in percent.
+    Ours has a sign if the differences of all seeds have it, with two seeds or more; each is between runs with the same
+    seed. paper: the paper's difference, from one run, in percent.
     """
     sign = 1 if ours.least >= _SMALLEST else -1 if ours.most <= -_SMALLEST else 0
     of_paper = (

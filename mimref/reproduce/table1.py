@@ -21,43 +21,43 @@ TITLES: Mapping[Table, str] = {
 }
 # The paper's encoder and default: data2vec 2.0 ViT-L/16 with heads on blocks 17-24.
 _DEPTH, _HEADS = 24, 8
-# k-NN accuracy; the default is what differences are measured from.
+# k-NN accuracy; differences are measured from the default.
 _HEADS_COUNT = {1: 80.2, 2: 80.2, 4: 80.9, 8: 81.0, 12: 81.0}
 _SPACING = {(20, 24): 80.9, (16, 20, 24): 81.1, (15, 18, 21, 24): 81.1, (18, 20, 22, 24): 81.0}
 _SCHEDULES = {"uniform_decay": 80.9, "staggered_decay": 81.0, "staggered_step": 80.9, "one_hot": 80.7}
 _FROZEN = {6: 80.9, 12: 80.6}
 PUBLISHED: Mapping[str, float] = {"knn_top1": 81.0, "lowshot_top1": 61.7}
-"""Of the paper's default."""
+"""Results of the paper's default."""
 _DEFAULT = {"knn_top1": PUBLISHED["knn_top1"]}
-# The least area of a global crop without local views (0.08), as a share of that with them (0.25).
+# Minimum area of a global crop without local views (0.08), as a share of that with them (0.25).
 _WIDER = 0.08 / 0.25
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: a setting of the paper's, and ours."""
+    """One line of the table: the paper's setting, and ours."""
 
     table: Table
     paper: str
     """The paper's setting."""
     setting: str
-    """Ours."""
+    """Our setting."""
     name: str
-    """Of the runs, unless an earlier line has the same settings."""
+    """Name of its runs, unless an earlier line has the same settings."""
     published: Mapping[str, float]
     """The paper's results by metric."""
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """What differs from the default: dotted key to value; nothing in the default's own lines."""
+    """Changes from the default: dotted key to value; empty in the default's own lines."""
     missing: str = ""
     """Why there is no such run."""
 
 
 def table_lines(config: RefineConfig, depth: int, blocks: Sequence[int]) -> list[Line]:
-    """All lines of Table 1 for a refinement whose heads are on `blocks` of an encoder of this depth.
+    """Return all lines of Table 1 for a refinement whose heads are on `blocks` of an encoder of this depth.
 
-    The paper's numbers of heads, and their distances from the last block, are in proportion to its eight heads; numbers
-    of frozen blocks are in proportion to its 24 blocks; the crops of runs without local views are wider by the paper's
-    factor. Raises ConfigError where a table has no meaning for these settings.
+    The numbers of heads, and their distances from the last block, are scaled from the paper's eight heads; the numbers
+    of frozen blocks are scaled from its 24 blocks; the crops of runs without local views are wider by the paper's
+    factor. Raises ConfigError if a table has no meaning for these settings.
     """
     if list(blocks) != sorted(set(blocks)) or len(blocks) < 2:
         raise ConfigError(
@@ -81,12 +81,12 @@ def table_lines(config: RefineConfig, depth: int, blocks: Sequence[int]) -> list
 
 
 def words(name: str) -> str:
-    """A setting's value as text."""
+    """Return a setting's value as text."""
     return name.replace("_", " ")
 
 
 def nearest(share: float) -> int:
-    """The nearest whole number, the larger of two."""
+    """Round to the nearest whole number, and halves up."""
     return math.floor(share + 0.5)
 
 
@@ -126,7 +126,7 @@ def _frozen_lines(depth: int, last: int) -> list[Line]:
 
 
 def _augmentation_lines(config: RefineConfig) -> list[Line]:
-    """Without local views; the default; without colour and blur, in both stages, and with half of stage 2's epochs."""
+    """Return lines without local views; of the default; and without colour and blur, with half of stage 2's epochs."""
     views, stage = config.views, config.encoder_stage
     low, high = views.global_scale
     single = {"views.local_views": 0, "views.global_scale": (float(f"{_WIDER * low:.4g}"), high)}

@@ -1,6 +1,6 @@
 """The process of one run: `python -m mimref.reproduce.worker COMMAND SETTINGS.toml FOLDER`.
 
-It ends, after saving, when the suite's process is gone. What it reports goes to standard error, the run's log.
+It saves its state and ends when the suite's process is gone. Its output goes to standard error, which is the run's log.
 """
 
 import os
@@ -35,7 +35,7 @@ class Log(Listener):
 
 
 def work(command: str, settings: Path, folder: Path) -> None:
-    """Start the run, or continue what a killed process has left of it."""
+    """Start the run, or resume what a killed process has left of it."""
     listener = Log()
     if command == RefineConfig.command:
         refine(load_config(RefineConfig, str(settings)), folder, resume=RunFolder(folder).unfinished, listener=listener)
@@ -46,14 +46,14 @@ def work(command: str, settings: Path, folder: Path) -> None:
 
 
 def _stop_when_left() -> None:
-    """Wait until the suite's process is gone, which holds the other end of standard input."""
+    """Stop this process when the suite's process, which holds the other end of standard input, is gone."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main(command: str, settings: str, folder: str) -> int:
-    """Exit code as that of the command."""
+    """Carry out the run. Returns the exit code that its command would."""
     threading.Thread(target=_stop_when_left, daemon=True).start()
     try:
         work(command, Path(settings), Path(folder))

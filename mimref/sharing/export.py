@@ -1,6 +1,6 @@
 """Export to a folder that transformers or timm loads, with an image processor.
 
-As every export, the folder is read again, by mimref and by the library, and compared before it gets its name.
+As with every export, the folder is read back by mimref and by the library, and compared, before it gets its name.
 
 Shapes: B images, L tokens, D width, C classes.
 """
@@ -45,7 +45,7 @@ class FolderExport:
 
     path: Path
     model: str
-    """Class of transformers, or timm's model."""
+    """Class of transformers, or name of a timm model."""
     read_with: str
     """A line of Python that reads the folder."""
     difference: float
@@ -63,9 +63,9 @@ def read_subject(
     resolution: int | None = None,
     listener: Listener | None = None,
 ) -> tuple[Subject, Checkpoint]:
-    """A checkpoint's encoder, classifier and transform, for `folder_layout`; arguments as in `read_encoder`.
+    """Read a checkpoint's encoder, classifier and transform for `folder_layout`; arguments as in `read_encoder`.
 
-    Of the images it was trained on, what names a place on this machine is left out.
+    The record of its training images omits everything that names a place on this machine.
     """
     encoder, facts, checkpoint = read_encoder(
         path, reading, arch=arch, source=source, resolution=resolution, listener=listener
@@ -80,9 +80,9 @@ def read_subject(
 
 
 def folder_layout(subject: Subject, library: Library | None, listener: Listener | None = None) -> Layout:
-    """The files of a folder for one library; None: transformers, or timm where transformers has no such model.
+    """Lay out the files of a folder for one library; None: transformers, or timm if transformers has no such model.
 
-    Raises ConfigError, naming an alternative, where the library has no such model.
+    Raises ConfigError, naming an alternative, if the library has no such model.
     """
     rgb = subject.for_rgb()
     if library == "timm":
@@ -94,17 +94,17 @@ def folder_layout(subject: Subject, library: Library | None, listener: Listener 
             raise
         layout = timm_layout(rgb)
         reason = str(refused).partition("; use")[0]
-        (listener or Silent()).note(f"{reason}: written as a model of timm, which transformers loads too")
+        (listener or Silent()).note(f"{reason}: written as a timm model, which transformers also loads")
         return layout
 
 
 def export_folder(
     subject: Subject, layout: Layout, card: str, out: Path, *, force: bool = False, listener: Listener | None = None
 ) -> FolderExport:
-    """Write the files of a layout and a card, README.md, if what is read from them gives the subject's features.
+    """Write the files of a layout and a card, README.md, if the model read from them reproduces the subject's features.
 
     Features of every block, or logits and features, are compared as read by mimref and by the layout's library; by
-    transformers only where it is installed. Raises OutputError for a folder that holds other files, exists (unless
+    transformers only if it is installed. Raises OutputError for a folder that holds other files, exists (unless
     `force`) or cannot be written, and for features that differ.
     """
     listener = listener or Silent()
@@ -118,7 +118,7 @@ def export_folder(
         read_by.append("timm")
     elif find_spec("transformers") is None:
         listener.note(
-            "transformers is not installed: the folder was compared as mimref reads it; pip install transformers"
+            "transformers is not installed: the folder was compared as read by mimref only; pip install transformers"
         )
     else:
         readers.append(partial(_read_by_transformers, layout=layout))
@@ -142,7 +142,7 @@ def _reading_line(out: Path, layout: Layout) -> str:
 
 @torch.inference_mode()
 def subject_outputs(subject: Subject, images: Tensor) -> Outputs:
-    """Tokens of every block and after the final norm, and logits, of images (B, 3, S, S)."""
+    """Return the tokens of every block and after the final norm, and logits, for images (B, 3, S, S)."""
     found = encoder_outputs(subject.encoder, images)
     if subject.classifier is not None:
         found |= {"logits": subject.classifier.eval()(images)}
@@ -151,9 +151,9 @@ def subject_outputs(subject: Subject, images: Tensor) -> Outputs:
 
 @torch.inference_mode()
 def encoder_outputs(encoder: TokenEncoder, images: Tensor) -> dict[str, Tensor]:
-    """Tokens (B, L, D) of every block as `block_N`, and of a plain vision transformer after the final norm as `normed`.
+    """Return tokens (B, L, D) of every block as `block_N`; of a plain ViT also those after the final norm, as `normed`.
 
-    Others have their norm at other places, and none in the features of blocks.
+    Other encoders have their norm elsewhere, and none in the features of blocks.
     """
     every = list(range(1, encoder.depth + 1))
     if not isinstance(encoder, Encoder):
@@ -179,7 +179,7 @@ def _read_by_mimref(folder: Path, images: Tensor) -> Outputs:
 
 @torch.inference_mode()
 def _read_by_timm(folder: Path, images: Tensor, *, layout: Layout) -> Outputs:
-    """By what `timm.create_model("local-dir:FOLDER")` does, which timm has from 1.0.16 on."""
+    """Read the folder as `timm.create_model("local-dir:FOLDER")` does, which timm supports from version 1.0.16."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     args, classes = config.get("model_args", {}), config["num_classes"]
     path = str(folder / WEIGHTS)
@@ -208,7 +208,7 @@ def _read_by_transformers(folder: Path, images: Tensor, *, layout: Layout) -> Ou
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without its progress bars and its advice."""
+    """Silence the progress bars and warnings of transformers."""
     logging = transformers.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

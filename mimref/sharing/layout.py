@@ -1,4 +1,4 @@
-"""What the folders of both libraries have in common."""
+"""Parts that the folders of both libraries have in common."""
 
 import copy
 import json
@@ -18,37 +18,37 @@ from mimref.encoders.writing import safetensors_parts
 Library = Literal["transformers", "timm"]
 WEIGHTS, CONFIG, PROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
 LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue, as `mimref.encoders.vit.gray`."""
+"""Weights of red, green and blue, as in `mimref.encoders.vit.gray`."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is exported, in fp32 on the CPU."""
+    """Model to export, in fp32 on the CPU."""
 
     encoder: TokenEncoder
     transform: EvalTransform
-    """Of its images."""
+    """Transform of its images."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Entries of its header that stay true in any format."""
+    """Entries of its header that hold in any format."""
     classifier: Classifier | None = None
-    """On top of the encoder, a plain vision transformer."""
+    """Classifier on top of the encoder, which is then a plain vision transformer."""
     classes: Sequence[str] = ()
-    """Names in the order of the logits."""
+    """Names of classes in the order of the logits."""
 
     @property
     def header(self) -> dict[str, Any]:
-        """Of the weights file, whatever its layout."""
+        """Header of the weights file, whatever its layout."""
         classes = {"classes": list(self.classes)} if self.classifier else {}
         return {**self.facts, "transform": self.transform.to_dict(), **classes}
 
     def for_rgb(self) -> "Subject":
-        """The same model of RGB images: the projection of a gray encoder's pixels also computes the luma."""
+        """Return the same model for RGB images: a gray encoder's projection of pixels then also computes the luma."""
         architecture = self.encoder.architecture
         if architecture.channels != 1:
             return self
         encoder = new_encoder(replace(architecture, channels=3))
         luma, shapes = torch.tensor(LUMA).view(1, 3, 1, 1), {n: x.shape for n, x in encoder.model.state_dict().items()}
-        # Of all tensors, only the convolution of the pixels has another shape.
+        # Only the convolution on the pixels has a different shape.
         state = {n: x if x.shape == shapes[n] else x * luma for n, x in self.encoder.model.state_dict().items()}
         encoder.model.load_state_dict(state)
         classifier = copy.deepcopy(self.classifier)
@@ -62,21 +62,21 @@ class Subject:
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of a folder beside its card."""
+    """Files of a folder, without its card."""
 
     library: Library
     model: str
-    """Class of transformers, or name of timm's model."""
+    """Class of transformers, or name of a timm model."""
     tensors: Mapping[str, Tensor]
-    """Under the library's names."""
+    """Tensors under the library's names."""
     config: Mapping[str, Any]
     header: Mapping[str, Any]
-    """For mimref, in the metadata of the weights file."""
+    """Header for mimref, in the metadata of the weights file."""
     processor: Mapping[str, Any] | None = None
-    """None where the config says how images are prepared."""
+    """None if the config describes how images are prepared."""
 
     def files(self) -> dict[str, bytes]:
-        """Content by name."""
+        """Return the content of every file by name."""
         # BatchNorm counts its batches in integers.
         floats = {name: x.float() if x.is_floating_point() else x for name, x in self.tensors.items()}
         tensors = {name: x.contiguous().clone() for name, x in floats.items()}
@@ -85,11 +85,11 @@ class Layout:
 
 
 def with_layer_scale(state: Mapping[str, Tensor], depth: int, width: int) -> dict[str, Tensor]:
-    """A state whose blocks have LayerScale: factors of 1 where they had none."""
+    """Return a state whose blocks have LayerScale, with factors of 1 where they had none."""
     ones = {f"blocks.{block}.ls{part}.gamma": torch.ones(width) for block in range(depth) for part in (1, 2)}
     return ones | dict(state)
 
 
 def _json(values: Mapping[str, Any]) -> bytes:
-    # Names of classes may hold bytes that are no UTF-8; escaped, they survive.
+    # Names of classes may contain bytes that are not UTF-8; escaping preserves them.
     return (json.dumps(dict(values), indent=2) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Uploads of exported folders to Hugging Face's hub, by its own client."""
+"""Upload exported folders to the Hugging Face hub, with its own client."""
 
 from pathlib import Path
 from typing import Any
@@ -6,46 +6,46 @@ from typing import Any
 from mimref.errors import ConfigError, OutputError
 from mimref.sharing.layout import CARD, CONFIG, WEIGHTS
 
-# Of the libraries that the hub's client has used to reach servers.
+# HTTP libraries that versions of the hub's client use to reach servers.
 _CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder holds what `mimref export --to hf` writes."""
+    """Return whether a folder holds what `mimref export --to hf` writes."""
     return all((folder / name).is_file() for name in (CARD, CONFIG, WEIGHTS))
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError for what cannot be a repository's name."""
+    """Raise ConfigError for a name that a repository cannot have."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id  # slow
 
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(f"{name}: no name of a repository, such as OWNER/NAME ({_one_line(error)})") from error
+        raise ConfigError(f"{name}: not a repository name, such as OWNER/NAME ({_one_line(error)})") from error
 
 
 def check_access() -> None:
-    """Raise ConfigError where uploads are switched off, or no token of the hub is set."""
+    """Raise ConfigError if uploads are switched off or no token for the hub is set."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         raise ConfigError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it")
     if not get_token():
         raise ConfigError(
-            "no token of the Hugging Face hub: set HF_TOKEN to one that may write, or log in with `hf auth login`"
+            "no token for the Hugging Face hub: set HF_TOKEN to one with write access, or log in with `hf auth login`"
         )
 
 
 def push_folder(
     folder: Path, name: str, *, private: bool = False, message: str | None = None, force: bool = False
 ) -> str:
-    """Create the repository of a model, and upload all files of a folder in one commit. Returns its address.
+    """Create a model repository, and upload all files of a folder in one commit. Returns its address.
 
-    name: OWNER/NAME, or NAME for the user's own. private: of a new repository. message: of the commit. force: commit to
-    a repository that exists. The server is the hub, or `$HF_ENDPOINT`; the token is `$HF_TOKEN`, or the saved one, and
-    is never part of a message. Raises ConfigError without a token or for a wrong name, OutputError when the server
-    refuses or cannot be reached.
+    name: OWNER/NAME, or NAME in the user's own account. private: make a new repository private. message: of the commit.
+    force: commit to an existing repository. The server is the hub, or `$HF_ENDPOINT`; the token is `$HF_TOKEN`, or the
+    saved one, and is never part of a message. Raises ConfigError without a token or for a wrong name, OutputError when
+    the server refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -57,16 +57,16 @@ def push_folder(
         repository = api.create_repo(name, private=private, exist_ok=force).repo_id
         created = True
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message or "Upload from mimref")
-    except Exception as error:  # of the client, and of whatever library it reaches servers with
+    except Exception as error:  # from the client, or from whichever HTTP library it uses
         wrong = _refusal(name, str(api.endpoint), error, created)
         if wrong is None:
             raise
-        raise OutputError(_without_token(wrong)) from None  # whose chain holds requests with their headers
+        raise OutputError(_without_token(wrong)) from None  # the chain holds requests with their headers
     return f"{api.endpoint}/{repository}"
 
 
 def _refusal(name: str, endpoint: str, error: Exception, created: bool) -> str | None:
-    """What went wrong and what to do; None for errors that are no matter of the server."""
+    """Return what went wrong and what to do; None for errors unrelated to the server."""
     from huggingface_hub.utils import HfHubHTTPError
 
     response: Any = getattr(error, "response", None)
@@ -86,7 +86,7 @@ def _refusal(name: str, endpoint: str, error: Exception, created: bool) -> str |
     if status == 409 and not created:
         return f"{name}: exists; choose another name, or --force to replace its files"
     if status == 404:
-        return f"{name}: {endpoint} knows no such owner or repository{said}; check the name"
+        return f"{name}: {endpoint} has no such owner or repository{said}; check the name"
     return f"{name}: {endpoint} refuses with status {status}{said or f' ({_one_line(error)})'}; try again later"
 
 

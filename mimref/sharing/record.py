@@ -1,4 +1,4 @@
-"""What is known about how a checkpoint was made, without what names a place on this machine."""
+"""Record of how a checkpoint was made, without anything that names a place on this machine."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from mimref.encoders.published import find_published
 from mimref.results import Row, main_rows
 
 _NAMED = (*NAMES, "torchvision:", "vtab:", "vtab1k:")
-# On Hugging Face's hub, the same weights as the published files of these names.
+# Repositories on the Hugging Face hub with the same weights as the published files of these names.
 _BASE_MODELS = {
     "mae_b16": "facebook/vit-mae-base",
     "mae_l16": "facebook/vit-mae-large",
@@ -33,29 +33,29 @@ _BASE_MODELS = {
 
 @dataclass(frozen=True)
 class Record:
-    """How a checkpoint was made, as far as its file and its run's folder say."""
+    """How a checkpoint was made, as far as its file and run folder record it."""
 
     source: str | None = None
     """Pre-training method, such as `mae refined`."""
     licence: str | None = None
-    """Of the weights."""
+    """Licence of the weights."""
     command: str | None = None
-    """That trained it: refine, pretrain or finetune."""
+    """Command that trained it: refine, pretrain or finetune."""
     preset: str | None = None
     data: str | None = None
     """The images: a name, or the last part of a folder's path."""
     data_is_public: bool = False
     """Whether others know the images by this name."""
     base_model: str | None = None
-    """On Hugging Face's hub."""
+    """Repository of the weights it started from, on the Hugging Face hub."""
     rows: list[Row] = field(default_factory=list)
-    """Results, of other models beside it where the run compared them."""
+    """Results, including those of other models that the run compared."""
     settings: str = ""
     """The run's settings as TOML."""
 
 
 def read_record(checkpoint: Checkpoint) -> Record:
-    """From a checkpoint's header, and from config.toml and results.json beside it where they are of the same run."""
+    """Read a checkpoint's header, and the config.toml and results.json next to it if they are of the same run."""
     header = checkpoint.header
     document = _results(checkpoint.path)
     config = _config(checkpoint.path) if document else {}
@@ -77,13 +77,13 @@ def read_record(checkpoint: Checkpoint) -> Record:
 
 
 def is_public(spec: str) -> bool:
-    """Whether a data spec means the same on every machine."""
+    """Return whether a data spec means the same on every machine."""
     hub = spec.startswith("hf:") and is_hub_name(spec.removeprefix("hf:"))
     return spec.startswith(_NAMED) or hub
 
 
 def shareable_data(recorded: object) -> dict[str, Any]:
-    """A header's record of its images without places: named data sets, and how images are decoded."""
+    """Return a header's record of its images without paths: named data sets, and how images are decoded."""
     if not isinstance(recorded, Mapping):
         return {}
     spec = recorded.get("spec")
@@ -92,7 +92,7 @@ def shareable_data(recorded: object) -> dict[str, Any]:
 
 
 def _results(file: Path) -> dict[str, Any]:
-    """results.json of the run that wrote the file; empty without one."""
+    """Read results.json of the run that wrote the file; empty if there is none."""
     found = _read(file.with_name("results.json"), json.loads) if file.name == "encoder.safetensors" else {}
     return found if found.get("command") in ("refine", "pretrain", "finetune") else {}
 
@@ -110,7 +110,7 @@ def _read(file: Path, parse: Any) -> dict[str, Any]:
 
 
 def _shareable(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without paths, of which the last part stays."""
+    """Return the settings with paths reduced to their last part."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -123,7 +123,7 @@ def _shareable(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def last_part(text: Any) -> Any:
-    """The name of what an absolute path leads to, behind a prefix such as `list:`; all else as it is."""
+    """Reduce an absolute path, also after a prefix such as `list:`, to its last part; return all else unchanged."""
     if not isinstance(text, str) or find_published(text):
         return text
     prefix, colon, path = text.partition(":")

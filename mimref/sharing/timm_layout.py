@@ -1,4 +1,4 @@
-"""Encoders as models of timm: `config.json` names one and replaces its sizes."""
+"""Encoders as timm models: `config.json` names a model and overrides its sizes."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,11 +18,11 @@ from mimref.errors import ConfigError
 from mimref.sharing.layout import Layout, Subject, with_layer_scale
 
 _PLAIN, _SWIGLU = "vit_base_patch16_224", "vit_giant_patch14_dinov2"
-"""Models of timm whose sizes are replaced where timm has none of the encoder's sizes."""
+"""timm models whose sizes are overridden if timm has no model of the encoder's sizes."""
 
 
 def timm_layout(subject: Subject) -> Layout:
-    """The folder's files. Raises ConfigError, naming an alternative, for what timm's models do not compute."""
+    """Lay out the folder's files. Raises ConfigError, naming an alternative, for what no timm model computes."""
     if isinstance(subject.encoder, TimmBackbone):
         name, args = timm_model(subject.encoder.architecture)
         header = {**subject.header, "architecture": subject.encoder.architecture.to_dict()}
@@ -62,7 +62,7 @@ def _plain_layout(subject: Subject, encoder: Encoder) -> Layout:
     if state.keys() != encoder.vit.state_dict().keys():
         header["architecture"]["layer_scale"] = True
     if (classifier := subject.classifier) is not None:
-        args.pop("final_norm", None)  # the classifier has one, of pooled tokens
+        args.pop("final_norm", None)  # the classifier has its own, for pooled tokens
         args |= {key: value for key, value in classifier_options(classifier).items() if key != "num_classes"}
         added = {key: tensor for key, tensor in state.items() if key not in encoder.vit.state_dict()}
         state = classifier_state(classifier) | added
@@ -86,10 +86,10 @@ def _config(subject: Subject, name: str, args: Mapping[str, Any]) -> dict[str, A
 
 
 def _classifier_header(header: dict[str, Any], classifier: Classifier, subject: Subject) -> dict[str, Any]:
-    """With what mimref needs to read the classifier again, where its own form has the same tensors."""
+    """Add what mimref needs to read the classifier again, if its own form has the same tensors."""
     if not classifier.final_norm and classifier.encoder.architecture.from_timm:
         return {key: value for key, value in header.items() if key != "architecture"}
-    # The classifier's own norm replaces the encoder's: as `fc_norm` of a mean, as `norm` before a CLS token is chosen.
+    # The classifier's own norm replaces the encoder's: `fc_norm` after a mean, `norm` before taking the CLS token.
     header["architecture"]["final_norm"] = classifier.final_norm or not pools_patches(classifier)
     return header | {"classifier": {"pool": classifier.pool, "classes": list(subject.classes)}}
 
@@ -110,7 +110,7 @@ def _pretrained_cfg(subject: Subject, name: str) -> dict[str, Any]:
         "std": list(transform.std),
         "num_classes": len(subject.classes),
         "pool_size": None,
-        # Older versions of timm take the weights of this layer for those of 3 channels, and convert or drop them.
+        # Older versions of timm assume that this layer's weights are for 3 channels, and convert or drop them.
         "first_conv": record.first_conv if channels == 3 else None,
         "classifier": record.classifier,
         **({"license": licence} if isinstance(licence, str) else {}),
@@ -118,7 +118,7 @@ def _pretrained_cfg(subject: Subject, name: str) -> dict[str, Any]:
 
 
 def crop_pct(transform: EvalTransform) -> float:
-    """timm rounds the resized side down, mimref to the nearest pixel: the share that gives timm mimref's side."""
+    """Return the share with which timm, which rounds the resized side down, gets mimref's side, which is rounded."""
     size = transform.image_size
     side = round(size / transform.crop_fraction)
     return transform.crop_fraction if int(size / transform.crop_fraction) == side else size / (side + 0.5)

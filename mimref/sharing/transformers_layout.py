@@ -22,7 +22,7 @@ from mimref.errors import ConfigError
 from mimref.sharing.layout import Layout, Subject, with_layer_scale
 
 _CLASSES = {"vit": "ViT", "ijepa": "IJepa", "dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
-"""From `model_type` to the start of its classes' names."""
+"""Maps `model_type` to the start of its classes' names."""
 _BLOCK = {
     "attn.proj": "attention.output.dense",
     "norm1": "layernorm_before",
@@ -53,7 +53,7 @@ _MOST_RATIO = 32
 
 
 def transformers_layout(subject: Subject) -> Layout:
-    """The folder's files. Raises ConfigError, naming an alternative, for what no class of transformers computes."""
+    """Lay out the files. Raises ConfigError, naming an alternative, for what no class of transformers computes."""
     encoder = subject.encoder
     if not isinstance(encoder, Encoder):
         raise ConfigError(
@@ -83,7 +83,7 @@ def transformers_layout(subject: Subject) -> Layout:
 
 
 def processor_config(transform: EvalTransform) -> dict[str, Any]:
-    """`preprocessor_config.json` of an evaluation transform."""
+    """Return the `preprocessor_config.json` for an evaluation transform."""
     size = transform.image_size
     square = {"height": size, "width": size}
     direct = transform.resize == "direct"
@@ -108,7 +108,7 @@ def _refusal(what: str) -> ConfigError:
 
 
 def _plain(encoder: Encoder) -> tuple[Architecture, Mapping[str, Tensor]]:
-    """Sizes and tensors in mimref's own form, which models of timm by name may differ from."""
+    """Return sizes and tensors in mimref's own form, from which named timm models may differ."""
     architecture, state = encoder.architecture, encoder.vit.state_dict()
     if architecture.post_norm:
         raise ConfigError(
@@ -130,7 +130,7 @@ def _plain(encoder: Encoder) -> tuple[Architecture, Mapping[str, Tensor]]:
 
 
 def _kind(architecture: Architecture) -> str:
-    """`model_type` of the class that computes the same."""
+    """Return the `model_type` of the class that computes the same."""
     if not architecture.final_norm:
         raise _refusal(f"blocks without a norm after the last one, as {architecture.name}")
     special = architecture.registers or architecture.layer_scale or architecture.swiglu
@@ -159,14 +159,14 @@ def _config(kind: str, architecture: Architecture, state: Mapping[str, Tensor]) 
         "qkv_bias": True,
     }
     if not kind.startswith("dinov2"):
-        # transformers before 4.50 knows no other activation of the pooler than tanh.
+        # transformers before 4.50 supports no pooler activation other than tanh.
         return config | {"intermediate_size": hidden} | ({"pooler_act": "linear"} if kind == "vit" else {})
     config |= {"mlp_ratio": _mlp_ratio(architecture, hidden), "use_swiglu_ffn": architecture.swiglu}
     return config | ({"num_register_tokens": architecture.registers} if architecture.registers else {})
 
 
 def _mlp_ratio(architecture: Architecture, hidden: int) -> int:
-    """DINOv2's classes know the MLP's width as a whole multiple of the token's, reduced by a third for SwiGLU."""
+    """Return the MLP's width as DINOv2's classes state it: a multiple of the token's, less a third for SwiGLU."""
     for ratio in range(1, _MOST_RATIO):
         full = architecture.width * ratio
         if hidden == ((int(full * 2 / 3) + 7) // 8 * 8 if architecture.swiglu else full):
@@ -175,7 +175,7 @@ def _mlp_ratio(architecture: Architecture, hidden: int) -> int:
 
 
 def _tensors(kind: str, architecture: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of the class without a head."""
+    """Rename the tensors to those of the class without a head."""
     names = _BLOCK if not kind.startswith("dinov2") else _DINOV2_BLOCK | (_SWIGLU if architecture.swiglu else {})
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -192,7 +192,7 @@ def _tensors(kind: str, architecture: Architecture, state: Mapping[str, Tensor])
     if kind.startswith("dinov2"):
         tensors["embeddings.mask_token"] = torch.zeros(1, architecture.width)
     if architecture.registers:
-        # Ours gives positions to patches alone.
+        # With registers, mimref's encoder has positions for patches only.
         of_patches = tensors[_TOKENS["pos_embed"]]
         tensors[_TOKENS["pos_embed"]] = torch.cat([torch.zeros_like(of_patches[:, :1]), of_patches], dim=1)
     return tensors
@@ -203,11 +203,11 @@ def _passing_pooler(width: int) -> dict[str, Tensor]:
 
 
 def _classifier(kind: str, classifier: Classifier) -> dict[str, Tensor]:
-    """The head. Raises ConfigError for pooling that the class does not have."""
+    """Return the head's tensors. Raises ConfigError for pooling that the class does not support."""
     if not classifier.final_norm:
         raise _refusal("a classifier that norms pooled tokens, as one trained with finetune.pool = mean")
     weight, bias = classifier.head.weight.detach(), classifier.head.bias.detach()
     if kind.startswith("dinov2"):
-        # Its classifier reads the mean of the patches beside the CLS token.
+        # Its classifier reads the mean of the patches in addition to the CLS token.
         weight = torch.cat([weight, torch.zeros_like(weight)], dim=1)
     return {"classifier.weight": weight, "classifier.bias": bias}

@@ -14,15 +14,15 @@ from mimref.progress import Listener
 
 
 def write_state(file: Path, state: Mapping[str, Any]) -> None:
-    """Write a state atomically. Raises OutputError when it cannot be written."""
+    """Write a state atomically. Raises OutputError if it cannot be written."""
     with atomic_write(file) as stream:
         torch.save(dict(state), stream)
 
 
 def read_state(file: Path) -> dict[str, Any] | None:
-    """A state on the CPU; None when the file is damaged.
+    """Return a state on the CPU, or None if the file is damaged.
 
-    Reads the file twice, because torch verifies no checksums. Raises OutputError when it cannot be read.
+    Reads the file twice, because torch verifies no checksums. Raises OutputError if it cannot be read.
     """
     try:
         with open(file, "rb") as opened:
@@ -34,17 +34,17 @@ def read_state(file: Path) -> dict[str, Any] | None:
     except Exception as error:
         if "PytorchStreamReader" in str(error):
             return None
-        # Not damaged: memory ran out, or the file was written by a torch that this one does not understand.
+        # Not damaged: memory ran out, or the file was written by a version of torch that this one cannot read.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise OutputError(f"{file}: cannot be read ({reason})") from error
     return state
 
 
 def matching_state(file: Path, identity: Mapping[str, Any], what: str) -> dict[str, Any] | None:
-    """The state of a file, whose `settings` must equal `identity`; None if the file does not exist.
+    """Return the state in a file, whose `settings` must equal `identity`; None if the file does not exist.
 
-    what: is being continued, such as `probe`. Raises ConfigError for a file of other settings or images, OutputError
-    for a damaged one.
+    what: name of what is continued, such as `probe`. Raises ConfigError for a file with other settings or images,
+    OutputError for a damaged one.
     """
     remove_halves(file.parent, file.name)
     if not file.exists():
@@ -63,7 +63,7 @@ def matching_state(file: Path, identity: Mapping[str, Any], what: str) -> dict[s
 
 
 def damaged_state(file: Path, what: str) -> OutputError:
-    """The error for a state that does not hold what it should."""
+    """Return the error for a state whose contents are not as expected."""
     return OutputError(f"{file}: damaged state of a {what}; remove the file to start from scratch")
 
 
@@ -77,10 +77,10 @@ def check_ranks(state: Mapping[str, Any] | None, source: ImageSource) -> None:
 
 
 def check_images(state: Mapping[str, Any], source: ImageSource, listener: Listener) -> None:
-    """Compare the images with those the run was started with.
+    """Compare the images with those with which the run was started.
 
-    state["images"]: their number and fingerprint. Raises DataError when the number differs, since order and schedules
-    depend on it; warns when the fingerprint does.
+    state["images"]: their number and fingerprint. Raises DataError if the number differs, since order and schedules
+    depend on it; warns if the fingerprint differs.
     """
     count, fingerprint = state["images"]
     if count != len(source):

@@ -11,9 +11,10 @@ from mimref.distributed.sharding import Sharded, like, local
 
 
 class WeightAverage:
-    """Average of a module's parameters, `average = decay * average + (1 - decay) * weights` per update.
+    """Average of a module's parameters: `average = decay * average + (1 - decay) * weights` per update.
 
-    Frozen parameters are copied once; all others are updated by one fused operation. BatchNorm's statistics are copied.
+    Frozen parameters are copied once; all others are updated in one fused operation. Every update copies BatchNorm's
+    statistics.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -28,11 +29,11 @@ class WeightAverage:
         self._statistics: list[tuple[Tensor, Tensor]] = list(statistics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the averaged module."""
+        """Return the state of the averaged module."""
         return self.module.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `state_dict`."""
+        """Load a state from `state_dict`."""
         self.module.load_state_dict(state)
 
     @torch.no_grad()
@@ -44,7 +45,7 @@ class WeightAverage:
 
 
 class ShardedAverage:
-    """The same of a sharded module: every rank averages its parts. What does not train has no average of its own."""
+    """Average of a sharded module: each rank averages its parts. Untrained parameters have no average of their own."""
 
     def __init__(self, sharded: Sharded, decay: float) -> None:
         self.sharded, self.decay = sharded, decay
@@ -54,27 +55,27 @@ class ShardedAverage:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Averages and, of what does not train, the weights themselves, by name."""
+        """The averages and, for untrained parameters, the weights themselves, by name."""
         return self.sharded.weights | self._averages
 
     def state_dict(self) -> dict[str, Any]:
-        """As that of the averaged module."""
+        """Return the state that the averaged module would have."""
         return self.sharded.module.state_dict() | self._averages
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `state_dict`; also of runs without shards."""
+        """Load a state from `state_dict`, or from a run without shards."""
         for name, average in self._averages.items():
             average.copy_(like(state[name], average))
 
     def update(self) -> None:
         """Update the averages with the current weights."""
-        # FSDP may replace the memory of a weight: the parts are taken from it every time.
+        # FSDP may replace the memory of a weight, so its part is looked up each time.
         averages = list(map(local, self._averages.values()))
         torch._foreach_lerp_(averages, list(map(local, self._weights)), 1 - self.decay)
 
 
 def _statistics(module: nn.Module) -> list[Tensor]:
-    """BatchNorm's running ones, which are averages already."""
+    """Return BatchNorm's running statistics, which are already averages."""
     norms = (each for each in module.modules() if isinstance(each, nn.modules.batchnorm._NormBase))
     return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]

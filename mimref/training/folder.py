@@ -1,8 +1,8 @@
 """A run's output folder: who may write into it, and its saved states.
 
-A folder is finished when it holds results.json, unfinished when it holds state/ or a log without results. Of the saved
-states the newest two stay: a file can be damaged after it was written. In a process group rank 0 writes for all, but of
-sharded runs, whose states are folders: there every rank writes its part, in the background.
+A folder is finished if it holds results.json, and unfinished if it holds state/ or a log without results. The newest
+two states are kept, because a file can be damaged after it was written. In a process group rank 0 writes for all.
+States of sharded runs are an exception: each is a folder into which every rank writes its part, in the background.
 """
 
 import json
@@ -31,7 +31,7 @@ from mimref.training.checkpoint import read_state, write_state
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# results.json is removed first: without it, what is left of a replaced run cannot pass for a finished one.
+# results.json is removed first: without it, the remains of a replaced run cannot pass for a finished run.
 _OUR_FILES = (
     "results.json",
     "results.csv",
@@ -44,7 +44,7 @@ _OUR_FILES = (
     "report.html",
 )
 _EVALUATION = "evaluate.*"
-# Settings that do not change what is trained.
+# Settings that do not affect training.
 _MAY_CHANGE = (
     "preset",
     "strict",
@@ -64,7 +64,7 @@ C = TypeVar("C", bound=TrainingConfig)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run's settings come from. Written at its start, for one that is killed before its first state."""
+    """Where a run's settings come from; written at its start, in case it is killed before it saves a state."""
 
     preset: str | None
     derived: list[dict[str, Any]]
@@ -84,11 +84,11 @@ class RunFolder:
 
     @property
     def unfinished(self) -> bool:
-        """Whether a run was started here and not finished."""
+        """Whether a run was started here but has not finished."""
         return not self.finished and any(os.path.exists(self.path / name) for name in ("state", "metrics.jsonl"))
 
     def continues_launch(self) -> bool:
-        """Whether torchrun has restarted this process on a run that the same launch started or resumed here.
+        """Return whether torchrun has restarted this process on a run that the same launch started or resumed here.
 
         Rank 0 decides for all.
         """
@@ -99,12 +99,12 @@ class RunFolder:
         return bool(max_over_ranks(int(found)))
 
     def _states(self) -> list[Path]:
-        """The saved states, the newest first: files, and folders of sharded ones."""
+        """Return the saved states, newest first: files, or folders for sharded states."""
         found = (self.path / "state").glob("step*")
         return sorted((each for each in found if each.suffix == ".pt" or each.is_dir()), reverse=True)
 
     def holds_result(self, *, resume: bool, force: bool) -> bool:
-        """Whether the run to resume has finished here; if not, `check` the folder. All ranks get what rank 0 sees."""
+        """Return whether the run to resume has finished here; if not, `check` the folder. Rank 0 decides for all."""
         found = False
         # Other ranks must not look before rank 0 has checked, nor after it has begun to write.
         if own_rank() == 0:
@@ -114,7 +114,7 @@ class RunFolder:
         return bool(max_over_ranks(int(found)))
 
     def check(self, *, resume: bool, force: bool) -> None:
-        """Raise OutputError when a run must not start or resume here. Writes nothing."""
+        """Raise OutputError if a run must not start or resume here. Writes nothing."""
         if resume and force:
             raise OutputError("--resume continues a run and --force replaces it: choose one")
         check_writable(self.path)
@@ -135,7 +135,7 @@ class RunFolder:
     def locked(self, *, resume: bool, force: bool) -> Iterator[None]:
         """Keep other runs out of the folder, from the first check to the last file.
 
-        Raises OutputError when another run is using it, or has used it since `check` and left files in the way.
+        Raises OutputError if another run is using it, or has used it since `check` and left files behind.
         """
         if own_rank() > 0:
             yield
@@ -149,7 +149,7 @@ class RunFolder:
             yield
 
     def origin(self) -> Origin | None:
-        """What the run to resume has noted at its start; None if there is none intact, as of older versions."""
+        """Return what the run to resume recorded at its start; None if missing (as in older versions) or damaged."""
         with suppress(OSError, ValueError, TypeError):
             return Origin(**json.loads((self.path / "state" / "origin.json").read_text()))
         return None
@@ -157,11 +157,11 @@ class RunFolder:
     def prepare(
         self, config: TrainingConfig, derived: Sequence[Mapping[str, Any]] = (), *, resume: bool, force: bool
     ) -> None:
-        """Prepare the folder, write config.toml and what it comes from.
+        """Prepare the folder; write config.toml and the origin of its settings.
 
-        For a resumed run, the settings are compared with the old ones first.
-        `force` removes an earlier run's own files and nothing else. Raises OutputError when the folder cannot be
-        written, ConfigError when a setting that affects training has changed.
+        For a resumed run, the settings are first compared with the old ones. force: remove an earlier run's own files
+        and nothing else. Raises OutputError if the folder cannot be written, ConfigError if a setting that affects
+        training has changed.
         """
         if own_rank() == 0:
             if resume and (self.path / "config.toml").is_file():
@@ -184,7 +184,7 @@ class RunFolder:
                 if state.is_dir():
                     shutil.rmtree(state)
             state.mkdir(parents=True, exist_ok=True)
-            # What a killed run has left half-written.
+            # Remove files that a killed run has left half-written.
             for name in _OUR_FILES:
                 remove_halves(self.path, name)
             remove_halves(state, "step*")
@@ -195,21 +195,21 @@ class RunFolder:
         check_same(load_config(type(config), str(self.path / "config.toml")), config, f"cannot resume {self.path}")
 
     def save_state(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Save the training state atomically, and keep the one before it as a fallback.
+        """Save the training state atomically, and keep the previous one as a fallback.
 
-        Rank 0 alone calls `state` and writes. Takes the disk space of two states, of three while one is written. Raises
-        OutputError when the state cannot be written; the earlier ones are then untouched.
+        Only rank 0 calls `state` and writes. Needs disk space for two states, and for three while one is written.
+        Raises OutputError if the state cannot be written; the earlier ones are then untouched.
         """
         if own_rank() == 0:
             saved = state()
             newest = self.path / "state" / f"step{saved['step']:010}.pt"
             write_state(newest, saved)
             self._keep_two(newest)
-        # torchrun stops all ranks when one has ended: none may before the state is on disk.
+        # torchrun stops all ranks when one has exited, so none may exit before the state is on disk.
         barrier()
 
     def publish(self, temporary: Path, step: int) -> None:
-        """Make a complete folder the state of a step, and keep the one before it. Raises OutputError."""
+        """Rename a complete folder to the state of a step, and keep the previous state. Raises OutputError."""
         newest = self.path / "state" / f"step{step:010}"
         try:
             replace_folder(temporary, newest)
@@ -218,7 +218,7 @@ class RunFolder:
         self._keep_two(newest)
 
     def _keep_two(self, newest: Path) -> None:
-        """Remove all states but the one just saved and the one before it."""
+        """Remove all states except the one just saved and the one before it."""
         others = [file for file in self._states() if file != newest]
         # Later ones are damaged: the run would have resumed from them.
         fallback = next((file for file in others if file < newest), None)
@@ -226,17 +226,17 @@ class RunFolder:
             if file != fallback:
                 with suppress(OSError):  # it only takes up space
                     if file.is_dir():
-                        # Under a name that no state has: a kill may leave half of it.
+                        # Rename it first to a name that no state has: a killed process may leave half of it.
                         shutil.rmtree(file.rename(file.with_name(f".{file.name}.old.tmp")))
                     else:
                         file.unlink()
 
     def load_state(self, listener: Listener | None = None, mesh: "DeviceMesh | None" = None) -> dict[str, Any] | None:
-        """The newest intact state, or None when the run has saved none; call it on all ranks.
+        """Return the newest intact state, or None if the run has saved none; call this on all ranks.
 
-        `listener` is warned when that is not the newest one. mesh: of a sharded run's ranks, whose tensors are then
-        their own parts if they were saved as such; all others are complete, and on the CPU. Raises OutputError when all
-        are damaged, or one cannot be read, DataError when ranks see different ones.
+        listener: warned if a newer state is damaged. mesh: mesh of a sharded run's ranks, which then get their own
+        parts of tensors that were saved sharded; all other tensors are complete, and on the CPU. Raises OutputError if
+        all states are damaged or one cannot be read, DataError if ranks see different states.
         """
         files = self._states()
         newest = set(gather_lists([files[0].name if files else ""]))
@@ -269,9 +269,9 @@ def _read(file: Path, mesh: "DeviceMesh | None") -> dict[str, Any] | None:
 
 
 def check_same(then: C, now: C, wrong: str, *, evaluated: bool = False) -> None:
-    """Raise ConfigError where a run's settings differ in what is trained, or with `evaluated` in how it is judged.
+    """Raise ConfigError if two settings differ in what is trained or, with `evaluated`, in how it is evaluated.
 
-    wrong: what is impossible then.
+    wrong: what cannot be done then; the message begins with it.
     """
     before, after = (_flat(each.model_dump()) for each in (then, now))
     may_change = [free for free in _MAY_CHANGE if not (evaluated and free == _EVALUATION)]
@@ -284,7 +284,7 @@ def check_same(then: C, now: C, wrong: str, *, evaluated: bool = False) -> None:
 
 
 def with_absolute_paths(config: C) -> C:
-    """The settings with absolute paths, so that config.toml means the same wherever it is read from."""
+    """Return the settings with absolute paths, so that config.toml means the same wherever it is read."""
     data = config.data
     spec = None if data.spec is None else absolute_spec(data.spec)
     updates: dict[str, Any] = {
@@ -298,7 +298,7 @@ def with_absolute_paths(config: C) -> C:
 
 
 def _absolute(name: str | None) -> str | None:
-    """The absolute path of an existing file or folder; names of published and packaged weights unchanged."""
+    """Return the absolute path of an existing file or folder; leave names of published and packaged weights."""
     if name is None or name in PACKAGED:
         return name
     path = os.path.abspath(os.path.expanduser(name))

@@ -1,7 +1,7 @@
-"""One resumable training job: the loop, and the update of whatever is trained by gradient descent.
+"""A resumable training job: the loop, and the update step of jobs trained by gradient descent.
 
-Heads, encoders, masked autoencoders, probes and decoders all train in `train`, which fixes the order of updating,
-logging, checking, saving and stopping.
+`train` trains heads, encoders, masked autoencoders, probes and decoders alike. It fixes the order of updating, logging,
+checking, saving and stopping.
 """
 
 import time
@@ -26,7 +26,7 @@ from mimref.training.signals import StopSignal
 # Epochs can take hours. Saving takes at most about 5% of the time.
 SAVE_EVERY_S = 600.0
 SAVE_COST = 20.0
-# Sent between ranks in place of a signal's number when a save is due; no signal that is caught has this number.
+# Exchanged between ranks in place of a signal's number when a save is due; no caught signal has this number.
 _DUE = 1
 _STOPPING = "stopping: saving the state first; a second signal stops at once"
 
@@ -34,15 +34,15 @@ Batch = TypeVar("Batch")
 
 
 class Job(ABC, Generic[Batch]):
-    """Something that is trained batch by batch, and what to do on each occasion; `train` runs it."""
+    """Something that is trained batch by batch, with hooks for every event of the loop; `train` runs it."""
 
     label: str
-    """Names the job in progress bars."""
+    """Name of the job in progress bars."""
     total: int
-    """Updates of the whole job."""
+    """Number of updates in the whole job."""
     steps_per_epoch: int
     saves_every_epoch = True
-    """False where epochs are shorter than a save."""
+    """False if epochs are shorter than a save."""
     step = 0
     """Updates done."""
     elapsed_s = 0.0
@@ -52,19 +52,19 @@ class Job(ABC, Generic[Batch]):
         """Train on one batch, without a device sync."""
 
     def check(self) -> None:
-        """Raise DivergenceError when the loss has not been finite. Sync point."""
+        """Raise DivergenceError if the loss was not finite. Sync point."""
 
     def check_weights(self) -> None:
-        """Raise DivergenceError when the last update broke the weights, which no loss shows yet. Sync point."""
+        """Raise DivergenceError if the last update broke the weights, which no loss has shown yet. Sync point."""
 
     def write_log(self) -> None:
         """Log the last update."""
 
     def end_epoch(self, epoch: int) -> None:
-        """Monitor what is trained; `epoch` epochs of this job are done."""
+        """Monitor the trained model after `epoch` epochs of this job."""
 
     def save(self) -> None:
-        """Write the state that `--resume` continues from, or begin to write it in the background."""
+        """Write the state from which `--resume` continues, or begin to write it in the background."""
 
     def finish_saving(self) -> None:
         """Wait until the last state is on disk."""
@@ -85,11 +85,11 @@ def train(
 ) -> None:
     """Run a job's remaining batches.
 
-    The state is saved after every epoch, every ten minutes and on a signal, but never after a loss or with weights that
-    are not finite. A process without others also saves when a loader process dies or hangs. stop: catches signals, and
-    makes all ranks save and stop at the same step; without it, signals end the work where they arrive and other ranks
-    take no part. Raises DivergenceError, DataError when a loader process dies or hangs, and Interrupted after saving on
-    a signal.
+    The state is saved after every epoch, every ten minutes and on a signal, but never if the loss or the weights are
+    not finite. A single process also saves when a loader process dies or hangs. stop: catches signals, and makes all
+    ranks save and stop at the same step; without it, signals stop the work where they arrive, and no other rank is
+    involved. Raises DivergenceError, DataError if a loader process dies or hangs, and Interrupted after saving on a
+    signal.
     """
     if stop is None:
         _run(job, batches, listener, None, log_every)
@@ -105,14 +105,14 @@ def train(
             ) from error
     if stop.number is not None:
         stop.ignored = True
-        del batches  # ends the loader processes
+        del batches  # stops the loader processes
         raise Interrupted(stop.number, f"saved at step {job.step} of {job.total} ({job.label}); --resume continues")
 
 
 def _run(
     job: Job[Batch], batches: Iterable[Batch], listener: Listener, stop: StopSignal | None, log_every: int | None
 ) -> None:
-    """The loop, until all updates are done or a signal has arrived."""
+    """Run the loop until all updates are done or a signal arrives."""
     started = time.monotonic() - job.elapsed_s
     due = time.monotonic() + SAVE_EVERY_S
 
@@ -153,10 +153,10 @@ def _run(
 def _next_batch(
     job: Job[Batch], coming: Iterator[Batch], listener: Listener, stop: StopSignal | None, save: Callable[[], None]
 ) -> Batch | None:
-    """The next batch; None at the end, and when a signal has ended the wait for it.
+    """Return the next batch; None at the end, or if a signal has ended the wait for it.
 
-    Waiting changes nothing, and may take long: a process without other ranks saves at once when a signal arrives or a
-    loader process is lost. Otherwise the ranks agree after the next update.
+    The wait may be long, and it changes no state: a single process saves at once when a signal arrives or a loader
+    process is lost. Several ranks agree after the next update instead.
     """
     if stop is None or world_size() > 1:
         return next(coming, None)
@@ -184,16 +184,16 @@ def _diverged(what: str) -> DivergenceError:
 
 
 class GradientJob(Job[ViewBatch]):
-    """A job that trains by AdamW on batches of views."""
+    """A job that trains with AdamW on batches of views."""
 
     smallest_batch = 1
-    """A batch of fewer readable images, over all ranks, is skipped."""
+    """Smallest number of readable images in a batch, over all ranks; smaller batches are skipped."""
     first_step = 0
-    """Updates of earlier jobs of the same run."""
+    """Number of updates in earlier jobs of the same run."""
     updated = False
-    """Whether the last batch was not skipped."""
+    """Whether the last batch was used rather than skipped."""
     images_read = 0
-    """Readable images so far, over all ranks."""
+    """Number of readable images so far, over all ranks."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class GradientJob(Job[ViewBatch]):
         steps_per_epoch: int,
         device: torch.device,
     ) -> None:
-        """groups: AdamW's, each with `lr_scale`. rate: learning rate of an update (0-based)."""
+        """groups: AdamW groups, each with `lr_scale`. rate: learning rate of an update (0-based)."""
         self.label, self.rate, self.clip_grad = label, rate, optimizer.clip_grad
         self.steps_per_epoch, self.total = steps_per_epoch, epochs * steps_per_epoch
         self.optimizer = adamw(groups, optimizer.betas)
@@ -219,17 +219,17 @@ class GradientJob(Job[ViewBatch]):
 
     @abstractmethod
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
-        """Loss of a batch, whose gradients are added to the weights' own; images: of the batch, over all ranks."""
+        """Compute the loss of a batch and add its gradients to the weights'. images: batch size over all ranks."""
 
     @abstractmethod
     def skip(self, images: Sequence[tuple[str, str]]) -> None:
-        """Record unreadable images, path and reason. Raises DataError when there are too many."""
+        """Record unreadable images by path and reason. Raises DataError if there are too many."""
 
     def after_update(self) -> None:
-        """Called after every optimizer step."""
+        """Hook called after every optimizer step."""
 
     def update(self, batch: ViewBatch) -> None:
-        """One optimizer step, without a device sync. A batch that unreadable images leave too small is skipped."""
+        """Run one optimizer step without a device sync; skip a batch with too few readable images."""
         self.skip(batch.bad)
         images = total_over_ranks(len(batch.sample_B))
         self.images_read += images
@@ -255,15 +255,15 @@ class GradientJob(Job[ViewBatch]):
 
 
 class FiniteLoss:
-    """Remembers, on the device and without a sync, the first step whose loss was not finite."""
+    """Record of the first step whose loss was not finite, kept on the device without a sync."""
 
     def __init__(self, device: torch.device) -> None:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     def watch(self, loss: Tensor, step: int) -> None:
-        """Note the loss of a step; no sync."""
+        """Check the loss of a step on the device; no sync."""
         newly_bad = ~torch.isfinite(loss.detach()) & (self._first_bad < 0)
-        # torch.where would copy the Python number to the device, and wait for it.
+        # torch.where would copy the Python number to the device and wait for the copy.
         self._first_bad.masked_fill_(newly_bad, step)
 
     def check(self) -> None:

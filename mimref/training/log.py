@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl for programs, skipped images for people."""
+"""What a run reports during training: metrics.jsonl for programs, skipped images for people."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +13,7 @@ from mimref.files import write_bytes
 from mimref.progress import Listener, Silent, optional
 from mimref.training.trackers import Tracker, open_tracker, scalars
 
-# The main measures of a check first; a line for people has no room for the others.
+# The main measures of a check come first; those in `_DETAILS` are left out of the line for people.
 _MAIN = {
     "knn_top1": "k-NN top-1",
     "neighbour_consistency": "neighbour consistency",
@@ -24,7 +24,7 @@ _DETAILS = {"rankme", "lidar", "alpha_req", "correlation_rank", "uniformity", "v
 
 
 def readable(values: Mapping[str, float]) -> str:
-    """A monitor's values on one line, for people; metrics.jsonl has them all."""
+    """Format a monitor's main values as one line for people; metrics.jsonl contains all values."""
     others = sorted(values.keys() - _MAIN.keys() - _DETAILS, reverse=True)
     labels = _MAIN | {name: name.replace("_", " ") for name in others}
     return ", ".join(f"{label} {values[name]:.4g}" for name, label in labels.items() if name in values)
@@ -43,11 +43,11 @@ class MetricsLog:
     ) -> None:
         """Open the log and truncate it to `keep_lines` lines: a resumed run writes the later ones again.
 
-        Without a path, as on ranks other than 0, nothing is written. A tracker that fails is reported and left out.
+        Without a path, as on ranks other than 0, nothing is written. A tracker that fails is reported and dropped.
         """
         self._path, self._trackers, self._listener = path, dict(trackers or {}), listener or Silent()
         self.lines = 0
-        """Number of lines, which saved states record."""
+        """Number of lines; saved states record it."""
         if path is not None:
             kept = path.read_bytes().splitlines(keepends=True)[:keep_lines] if keep_lines and path.is_file() else []
             self.lines = len(kept)
@@ -68,7 +68,7 @@ class MetricsLog:
         self._tell(lambda tracker: tracker.log(scalars(values), step if isinstance(step, int) else 0))
 
     def close(self) -> None:
-        """Let the trackers flush."""
+        """Close the trackers, which flushes them."""
         self._tell(lambda tracker: tracker.close())
 
     def _tell(self, what: Callable[[Tracker], None]) -> None:
@@ -80,7 +80,7 @@ class MetricsLog:
 
 
 def open_log(config: TrainingConfig, out: Path, state: Mapping[str, Any] | None, listener: Listener) -> MetricsLog:
-    """The log of the run in folder `out`, truncated to the lines of `state`; None starts a new log. Rank 0 writes."""
+    """Open the log of the run in `out`, truncated to the lines in `state` (None: a new log). Only rank 0 writes."""
     if own_rank() > 0:
         return MetricsLog(None)
     lines, step = (state["log_lines"], state["step"]) if state else (0, 0)
@@ -92,7 +92,7 @@ def open_log(config: TrainingConfig, out: Path, state: Mapping[str, Any] | None,
 
 
 class SkippedImages:
-    """Images that a run skips because they cannot be read: a warning early on, and one at the end if there are more."""
+    """Images that a run skips because they cannot be read; warns early on, and again at the end if there are more."""
 
     def __init__(self, max_bad: int, listener: Listener) -> None:
         self._bad, self._listener = BadImages(max_bad), listener
@@ -101,20 +101,20 @@ class SkippedImages:
 
     @property
     def items(self) -> list[tuple[str, str]]:
-        """Path and reason of every image, sorted by path."""
+        """Path and reason for each image, sorted by path."""
         return sorted({**dict(self._bad.items), **self._evaluated}.items())
 
     def add(self, images: Iterable[tuple[str, str]]) -> None:
-        """Record images by path and reason. Raises DataError when there are more than `data.max_bad`."""
+        """Record images by path and reason. Raises DataError if there are more than `data.max_bad`."""
         for path, reason in images:
             self._bad.add(path, reason)
 
     def add_evaluated(self, images: Iterable[tuple[str, str]]) -> None:
-        """Record images that an evaluation skipped; it has counted them against `data.max_bad` itself."""
+        """Record images that an evaluation has skipped and already counted against `data.max_bad`."""
         self._evaluated |= dict(images)
 
     def report(self, *, once: bool = False) -> None:
-        """Warn about all images if there are more than in the last warning; `once` warns only if there was none."""
+        """Warn about all images if there are more than in the last warning. once: only if there was no warning yet."""
         items = self.items
         if len(items) <= self._reported or (once and self._reported):
             return

@@ -1,7 +1,7 @@
-"""A training command at work in its output folder: from the checks before the first update to results.json.
+"""A training command in its output folder, from the checks before the first update to results.json.
 
-`refine` and `pretrain` follow the same order: `finished`, `locked`, `load_state`, `writing`, `train`, `leave_group`,
-`finish`. In a process group every rank does; rank 0 alone writes.
+`refine` and `pretrain` call the same methods in order: `finished`, `locked`, `load_state`, `writing`, `train`,
+`leave_group`, `finish`. In a process group every rank does so; only rank 0 writes.
 """
 
 from abc import abstractmethod
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class TrainingRun:
-    """What all jobs of one training command share: folder, log, signals, skipped images."""
+    """Resources shared by all jobs of a training command: folder, log, signals, skipped images."""
 
     log: MetricsLog
     stop: StopSignal
@@ -56,30 +56,30 @@ class TrainingRun:
         force: bool = False,
         shard: bool = False,
     ) -> None:
-        """shard: divide the weights among the ranks. A single process has nobody to share with, and trains as ever."""
+        """shard: divide the weights among the ranks; ignored in a single process."""
         self.config, self.folder = config, RunFolder(out)
         self.sharded = shard and world_size() > 1
         self.saver: StateSaver | None = None
-        """Of a sharded run."""
+        """Saves the states of a sharded run."""
         self.resume, self.force = resume, force
         self.listener = listener if listener and own_rank() == 0 else Silent()
         self.skipped = SkippedImages(config.data.max_bad, self.listener)
         self.told = False
         """Whether peculiar training images have been reported."""
         self.elapsed_s = 0.0
-        """Of training."""
+        """Training time."""
         self.derived: list[dict[str, Any]] = []
         """Settings that a recipe has derived, for the results."""
 
     def finished(self, checks: Checks) -> Finished | None:
-        """The results of a run to resume that is finished already; else None.
+        """Return the results if the run to resume has already finished, else None.
 
-        Checks the folder, in which the run may not be allowed to start or resume, the trackers, and sharding.
+        Checks whether the run may start or resume in the folder, and whether trackers and sharding are available.
         """
         holds_result = partial(self.folder.holds_result, resume=self.resume, force=self.force)
         if checks.run("out", holds_result) and checks.passed:
             found = read_results(self.folder.path, self.config.command)
-            self.folder.drop_state()  # left by a run that was killed just before it did so
+            self.folder.drop_state()  # left by a run that was killed just before it dropped its state
             return found
         if self.sharded:
             checks.run("shard", lambda: check_sharding(resolve_device(self.config.device)))
@@ -93,7 +93,7 @@ class TrainingRun:
             yield
 
     def load_state(self, source: ImageSource) -> dict[str, Any] | None:
-        """The state to resume from, checked against other ranks and the training images; None for a new start."""
+        """Return the state to resume from, checked against other ranks and the training images; None for a new run."""
         mesh = device_mesh(resolve_device(self.config.device)) if self.sharded and self.resume else None
         state = self.folder.load_state(self.listener, mesh) if self.resume else None
         check_ranks(state, source)
@@ -107,8 +107,8 @@ class TrainingRun:
     ) -> Iterator[None]:
         """Write config.toml with the resolved settings, and keep the log open while jobs train.
 
-        derived: those that a recipe has derived. A resumed run reads them, and its preset, from what it has saved: its
-        own settings file, from which it continues, names no preset.
+        derived: settings that a recipe has derived. A resumed run reads them and the preset from its saved files: the
+        config.toml from which it continues names no preset.
         """
         origin = self.folder.origin() if self.resume else None
         self.config = with_absolute_paths(config)
@@ -117,7 +117,7 @@ class TrainingRun:
             self.config = self.config.model_copy(update={"preset": origin.preset})
             self.derived = origin.derived
         elif state is not None:
-            self.derived = state.get("derived", [])  # states of older versions hold none
+            self.derived = state.get("derived", [])  # missing in states of older versions
         self.folder.prepare(self.config, self.derived, resume=self.resume, force=self.force)
         if self.sharded:
             from mimref.training.saver import StateSaver  # imports much that other runs do not need
@@ -140,12 +140,12 @@ class TrainingRun:
             raise
 
     def leave_group(self) -> bool:
-        """Wait for all ranks and leave their group; True on rank 0, which evaluates and writes alone."""
+        """Wait for all ranks and leave the group; return True on rank 0, which evaluates and writes alone."""
         barrier()
         return end_group()
 
     def finish(self, rows: Sequence[Row]) -> None:
-        """Report skipped images, write results, and drop the state."""
+        """Report skipped images, write the results and remove the state."""
         self.skipped.report()
         settings, skipped = self.config.model_dump(mode="json"), self.skipped.items
         write_results(
@@ -157,16 +157,16 @@ class TrainingRun:
 
 
 class Stage(GradientJob):
-    """A gradient job of a training run: batches of the run's images, the run's log and its saved state."""
+    """A gradient job of a training run, with batches of the run's images, the run's log and its saved state."""
 
     name: str
-    """In the log and in saved states."""
+    """Name in the log and in saved states."""
     first_epoch = 0
-    """Number of the stage's first epoch. Later stages continue to count, so that their views are new ones."""
+    """Number of the stage's first epoch. Later stages continue the count, so that their views are new."""
     preparation: Preparation | None = None
-    """What is done to images before and after crops are cut, beside the stage's crops."""
+    """How images are prepared before and after crops are cut."""
     together = 1
-    """So many neighbours of a batch are in one process."""
+    """Number of neighbouring images of a batch that are kept in one process."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class Stage(GradientJob):
         crops: Sequence[CropGroup],
         device: torch.device,
     ) -> None:
-        """groups: AdamW's, each with `lr_scale`. lr: base learning rate, for a batch of 256 images."""
+        """groups: AdamW groups, each with `lr_scale`. lr: base learning rate, for a batch of 256 images."""
         optimizer, batch = run.config.optimizer, run.config.batch_size
         steps = len(source) // batch
         rate = warmup_cosine(
@@ -196,11 +196,11 @@ class Stage(GradientJob):
 
     @property
     def all_images(self) -> ImageSource:
-        """The training images of the run, of which a stage may use some."""
+        """The training images of the run; a stage may use only some of them."""
         return self.source
 
     def batches(self) -> Iterator[ViewBatch]:
-        """The stage's remaining batches, on the device."""
+        """Return the stage's remaining batches, on the device."""
         if self.step == self.total:
             return iter(())
         config, (epoch, skip) = self.run.config, divmod(self.step, self.steps_per_epoch)
@@ -224,43 +224,43 @@ class Stage(GradientJob):
         self.run.skipped.add(images)
 
     def start(self) -> None:
-        """Called once, before the first batch or after `resume`."""
+        """Hook called once, before the first batch or after `resume`."""
 
     @abstractmethod
     def values(self) -> dict[str, object]:
-        """What to log about the last update. Sync point, for ranks too."""
+        """Return what to log about the last update. Sync point, also between ranks."""
 
     def write_log(self) -> None:
         if self.updated:
             self.log(self.values())
 
     def log(self, values: Mapping[str, object]) -> None:
-        """Write a line about the stage's current step."""
+        """Write a log line for the stage's current step."""
         position = {"step": self.first_step + self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
         self.run.log.write({**position, "stage": self.name, **values})
 
     def check_due(self, epoch: int, every: int) -> bool:
-        """Whether the encoder is checked after this epoch: every so many epochs (0: never) and at the end."""
+        """Return whether to check the encoder after this epoch: every `every` epochs (0: never) and at the end."""
         return every > 0 and (epoch % every == 0 or self.step == self.total)
 
     def report(self, when: str, values: Mapping[str, float]) -> None:
-        """Log a check of the encoder, and note it for people."""
+        """Log a check of the encoder, and pass its main values to the listener."""
         self.log(values)
         self.run.listener.note(f"{when}: {readable(values)}")
 
     def state(self) -> dict[str, Any]:
-        """What the stage needs to resume, beside its position; of sharded tensors, every rank's part."""
+        """Return what the stage needs to resume, apart from its position; sharded tensors stay divided."""
         return {"optimizer": self.optimizer.state_dict()}
 
     def save(self) -> None:
-        """Write all that resuming needs to the run's folder, atomically. Called on all ranks; rank 0 writes.
+        """Write everything needed to resume to the run's folder, atomically. Called on all ranks; rank 0 writes.
 
-        Of a sharded run, every rank begins to write its part.
+        In a sharded run, every rank begins to write its part.
         """
         run = self.run
         run.elapsed_s = self.elapsed_s
         run.skipped.add(gather_lists(run.skipped.items))
-        # An epoch of nothing but unreadable images, on all ranks.
+        # A whole epoch of unreadable images, on all ranks.
         if not self.images_read and len(run.skipped.items) >= self.steps_per_epoch * run.config.batch_size:
             raise none_readable(self.source.name, run.skipped.items)
         run.skipped.report(once=True)
@@ -296,7 +296,7 @@ class Stage(GradientJob):
         return self.run.saver is not None and self.run.saver.failed
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continue from a state that this stage has saved."""
+        """Continue from a state saved by this stage."""
         self.step = state["stage_step"]
         self.elapsed_s = self.run.elapsed_s = state["elapsed_s"]
         self.run.skipped.add(state["skipped"])

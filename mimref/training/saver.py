@@ -1,4 +1,4 @@
-"""Writing the states of a sharded run in the background, while the training goes on."""
+"""Writing the states of a sharded run in the background while training continues."""
 
 import shutil
 import threading
@@ -16,36 +16,36 @@ from mimref.errors import OutputError
 from mimref.training.shards import staged, write_manifest, write_shards
 
 _SLOWEST = timedelta(hours=2)
-"""Of any rank's writing: the others wait for it, in the background."""
+"""Longest time that a rank may take to write; the others wait for it in the background."""
 
 
 class StateSaver:
-    """Saves states of which every rank holds a part: copies it to the CPU, and writes it in a thread of its own.
+    """Saves states that are divided among the ranks: each copies its part to the CPU and writes it in a thread.
 
-    What one rank cannot write fails on all of them, the next time that they save or wait.
+    If one rank cannot write, all ranks raise the error the next time they save or wait.
     """
 
     def __init__(self, folder: Path, publish: Callable[[Path, int], None]) -> None:
-        """folder: of the states. publish: gives a complete folder, on rank 0, the name of the state of a step.
+        """folder: contains the states. publish: on rank 0, renames a complete folder to that of the state of a step.
 
-        Call it on all ranks.
+        Call this on all ranks.
         """
-        # Collectives of two threads must not meet in one group.
+        # Collectives from two threads must not share a group.
         self._group: Any = dist.new_group(backend="gloo", timeout=_SLOWEST)
         self._mesh = device_mesh(torch.device("cpu"))
         self._folder, self._publish = folder, publish
-        # Without it, the thread's copies would make a context on the first GPU for every process.
+        # Otherwise the thread's copies would create a context on the first GPU for every process.
         self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether the last state could not be written, as far as this rank knows by now."""
+        """Whether the last state could not be written, as far as this rank knows yet."""
         return self._error is not None
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Begin to save a state, when the one before is on disk. Call it on all ranks; raises as `wait` does."""
+        """Begin to save a state once the previous one is on disk. Call this on all ranks; raises like `wait`."""
         self.wait()
         rest, sharded = split(state)
         parts = staged(sharded, self._mesh)
@@ -63,7 +63,7 @@ class StateSaver:
             raise error
 
     def settle(self) -> None:
-        """Wait as long as for a rank that does not answer, and tell of no failure: another one ends the run."""
+        """Wait up to `TIMEOUT` for the last state; ignore its failure, as another error already ends the run."""
         if self._thread is not None:
             self._thread.join(TIMEOUT.total_seconds())
 
@@ -101,7 +101,7 @@ class StateSaver:
 
 
 def _on_cpu(state: Any) -> Any:
-    """A copy that the training no longer changes."""
+    """Copy a state, so that training no longer changes it."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):

@@ -1,8 +1,8 @@
-"""Saved states of sharded runs: a folder per state, whose tensors all ranks write by torch.distributed.checkpoint.
+"""Saved states of sharded runs: one folder per state, whose tensors all ranks write by torch.distributed.checkpoint.
 
 A folder holds a file of tensors per rank, torch's index of them (`.metadata`), everything else as a plain state
-(`rest.pt`), and `manifest.json`, with size and CRC-32 of every file, since torch verifies none. Any number of ranks
-reads it.
+(`rest.pt`), and `manifest.json` with the size and CRC-32 of every file, since torch verifies none. Any number of ranks
+can read it.
 """
 
 import errno
@@ -45,11 +45,11 @@ MANIFEST = "manifest.json"
 _REST, _INDEX = "rest.pt", ".metadata"
 _CHUNK_BYTES = 1 << 24
 Checksums = dict[str, tuple[int, int]]
-"""Size and CRC-32 of files."""
+"""Size and CRC-32 of files by name."""
 
 
 def staged(sharded: Mapping[tuple[Any, ...], Tensor], mesh: "DeviceMesh") -> dict[str, Tensor]:
-    """Copies of this rank's parts on the CPU, by what names them in files. mesh: of CPUs."""
+    """Copy this rank's parts to the CPU, by their names in the files. mesh: a mesh of CPUs."""
     return {json.dumps(path): _on_cpu(tensor, mesh) for path, tensor in sharded.items()}
 
 
@@ -61,7 +61,7 @@ def _on_cpu(tensor: Tensor, mesh: "DeviceMesh") -> Tensor:
 
 
 class _Writer(FileSystemWriter):
-    """torch's, which reports a full disk in many ways."""
+    """torch's writer, but with a full disk always raised as OSError: torch reports it in many ways."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
@@ -75,10 +75,10 @@ class _Writer(FileSystemWriter):
 def write_shards(
     folder: Path, sharded: dict[str, Tensor], rest: Mapping[str, Any], group: dist.ProcessGroup
 ) -> Checksums:
-    """Write a state's files into a folder of its own; every rank returns the checksums of those that it has written.
+    """Write a state's files into its folder; return the checksums of the files that this rank has written.
 
-    Call it on all ranks. Nothing but the group's collectives is shared with what the ranks do meanwhile. Raises
-    OutputError when the files cannot be written, on all ranks or, where rank 0 fails at the rest, on it alone.
+    Call this on all ranks. Only the group's collectives are shared with what the ranks do meanwhile. Raises OutputError
+    if the files cannot be written: on all ranks, or on rank 0 alone if it fails to write `rest.pt`.
     """
     rank = dist.get_rank(group)
     try:
@@ -93,7 +93,7 @@ def write_shards(
 
 
 def _reason(error: CheckpointException) -> str:
-    """What went wrong on the first rank where something did, for people."""
+    """Describe what failed, for people: the first rank's OSError, else the first rank's error."""
     causes = [cause for _, (cause, _) in sorted(error.failures.items())]
     first = next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
     if not isinstance(first, OSError):
@@ -103,9 +103,9 @@ def _reason(error: CheckpointException) -> str:
 
 
 def write_manifest(folder: Path, checksums: Sequence[Checksums]) -> None:
-    """Write what all ranks have written: the folder is complete.
+    """Write the manifest of the files of all ranks, which makes the folder complete.
 
-    Raises OutputError, also where this rank does not see a file of another one.
+    Raises OutputError if it cannot be written, or if this rank does not see another rank's file.
     """
     files = {name: entry for found in checksums for name, entry in found.items()}
     for name, (size, _) in files.items():
@@ -126,10 +126,10 @@ def _checksum(file: Path) -> tuple[int, int]:
 
 
 def read_shards(folder: Path, mesh: "DeviceMesh | None") -> dict[Any, Any] | None:
-    """A state; None when one of its files is damaged. Call it on all ranks, which share the check of the files.
+    """Return a state; None if one of its files is damaged. Call this on all ranks, which share the check of the files.
 
-    mesh: of a sharded run's ranks, which then read their own parts; None: all of every tensor, on the CPU. Raises
-    OutputError when it cannot be read.
+    mesh: mesh of a sharded run's ranks, which then read their own parts; None: read all tensors completely, on the CPU.
+    Raises OutputError if the state cannot be read.
     """
     verdict = max_over_ranks(_damage(folder))
     if verdict == _UNREADABLE:
@@ -141,7 +141,7 @@ def read_shards(folder: Path, mesh: "DeviceMesh | None") -> dict[Any, Any] | Non
         reader = _Reader(folder)
         tensors = {name: _target(entry, mesh) for name, entry in reader.read_metadata().state_dict_metadata.items()}
         with warnings.catch_warnings():
-            # Which is meant, in a single process.
+            # In a single process this is intended.
             warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
             load(tensors, storage_reader=reader)
     except (Exception, CheckpointException) as error:
@@ -162,7 +162,7 @@ _UNREADABLE = 2
 
 
 def _damage(folder: Path) -> int:
-    """Whether this rank's share of the files is damaged, 1, or cannot be read, 2."""
+    """Return whether this rank's share of the files is intact (0), damaged (1) or unreadable (2)."""
     try:
         files = json.loads((folder / MANIFEST).read_bytes())
         for name in sorted(files)[own_rank() :: world_size()]:
@@ -176,7 +176,7 @@ def _damage(folder: Path) -> int:
 
 
 class _Reader(FileSystemReader):
-    """torch's, which would run whatever code its index names."""
+    """torch's reader, but with a safe unpickler: torch would run whatever code its index names."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         with open(Path(self.path) / _INDEX, "rb") as file:
@@ -187,7 +187,7 @@ class _Reader(FileSystemReader):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes what torch's index consists of, and nothing else."""
+    """Unpickler that allows only the types found in torch's index."""
 
     def find_class(self, module: str, name: str) -> Any:
         plain = (module, name) in _PLAIN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))

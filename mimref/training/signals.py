@@ -13,14 +13,14 @@ _Mode = Literal["at once", "deferred", "waiting"]
 
 
 class StopSignal:
-    """What SIGTERM and Ctrl-C do to a run: training saves first; any other work ends at once."""
+    """The response of a run to SIGTERM and Ctrl-C: training saves first; any other work stops at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.raised: Interrupted | None = None
-        """What ended the work at once."""
+        """The exception that stopped the work at once."""
         self.ignored = False
-        """Once the work is saved, further signals would only disturb the clean-up."""
+        """Whether signals are ignored: once the work is saved, they would only disturb the clean-up."""
         self._mode: _Mode = "at once"
 
     def deferred(self) -> AbstractContextManager[None]:
@@ -28,7 +28,7 @@ class StopSignal:
         return self._in("deferred")
 
     def waiting(self) -> AbstractContextManager[None]:
-        """As `deferred`, and the first signal also ends the wait: it raises Interrupted."""
+        """Like `deferred`, but the first signal also ends the wait by raising Interrupted."""
         return self._in("waiting")
 
     @contextmanager
@@ -40,7 +40,7 @@ class StopSignal:
             self._mode = before
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
-        """The signal handler."""
+        """Handle a signal."""
         if self.ignored:
             return
         if self._mode != "at once" and self.number is None:
@@ -54,7 +54,7 @@ class StopSignal:
 
 @contextmanager
 def stop_signal() -> Iterator[StopSignal]:
-    """Catch SIGTERM and Ctrl-C during a run. Outside the main thread, where Python cannot, nothing is caught."""
+    """Catch SIGTERM and Ctrl-C during a run. Outside the main thread, where Python cannot do so, catch nothing."""
     stop = StopSignal()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -69,5 +69,5 @@ def stop_signal() -> Iterator[StopSignal]:
         raise
     finally:
         for number, handler in previous.items():
-            with suppress(TypeError):  # a handler that was not installed from Python cannot be put back
+            with suppress(TypeError):  # a handler that was not installed from Python cannot be restored
                 signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases as optional receivers of the metrics."""
+"""TensorBoard and Weights & Biases as optional trackers of the metrics."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -37,23 +37,23 @@ class _WandB:
 
 
 Tracker = _TensorBoard | _WandB
-"""Receives the numbers of a log line and the step of the whole run; `close` flushes."""
+"""Receives the numbers of a log line and the step in the whole run; `close` flushes."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise ConfigError when the package of a tracker is not installed."""
+    """Raise ConfigError if the package of a tracker is not installed."""
     for name in names:
         if find_spec(name) is None:
             raise ConfigError(f"monitor.trackers {name!r} is not installed: pip install 'mimref[{name}]'")
 
 
 def open_tracker(name: str, out: Path, config: Mapping[str, Any], *, first_step: int) -> Tracker:
-    """A tracker of `monitor.trackers`; call `check_trackers` first. Raises whatever its library does."""
+    """Open a tracker of `monitor.trackers`; call `check_trackers` first. Raises whatever its library raises."""
     return _TensorBoard(out, first_step) if name == "tensorboard" else _WandB(out, config)
 
 
 def scalars(values: Mapping[str, object]) -> dict[str, float]:
-    """The numbers of a log line under `stage/name`; values per head become `stage/name/head_1`, ..."""
+    """Return the numbers of a log line as `stage/name`; values per head become `stage/name/head_1`, ..."""
     stage = values.get("stage", "run")
     flat: dict[str, float] = {}
     for name, value in values.items():

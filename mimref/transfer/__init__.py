@@ -1,1 +1,1 @@
-"""Judging encoders by transfer: fine-tuning, segmentation, suites of data sets, robustness."""
+"""Evaluation of encoders by transfer: fine-tuning, segmentation, robustness, and suites of data sets."""

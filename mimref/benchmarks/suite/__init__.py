@@ -1,1 +1,1 @@
-"""Everything that a GPU can show, in one command, part by part in processes of their own."""
+"""All measurements for a GPU in one command, each part in a process of its own."""

@@ -1,4 +1,4 @@
-"""Tests of the checkout that this package runs from, in a process of their own."""
+"""Run the tests of the checkout that this package belongs to, in a process of their own."""
 
 import os
 import re
@@ -18,9 +18,9 @@ _NAMED = 3
 
 
 def tests(_device: str, *, line: str, mark: str, files: tuple[str, ...] = ()) -> Iterator[Found]:
-    """How many tests fail, of those in some files, or in all that have the mark.
+    """Count the failing tests with a mark, in some files or in all files that use the mark.
 
-    Raises RuntimeError where none is run.
+    Raises RuntimeError if no test is run.
     """
     chosen = [*files] or marked_files(ROOT / "tests", mark)
     if not chosen or not all((ROOT / file).is_file() for file in chosen):
@@ -48,7 +48,7 @@ def tests(_device: str, *, line: str, mark: str, files: tuple[str, ...] = ()) ->
 
 
 def marked_files(folder: Path, mark: str) -> list[str]:
-    """Files of tests with a mark, relative to the checkout: reading all others takes pytest a minute."""
+    """Return the test files that use a mark, relative to the checkout; reading the others takes pytest a minute."""
     used = re.compile(rf"\bmark\.{re.escape(mark)}\b")
     return [
         str(path.relative_to(ROOT))
@@ -58,7 +58,7 @@ def marked_files(folder: Path, mark: str) -> list[str]:
 
 
 def counted(report: str) -> tuple[int, list[str], int]:
-    """Tests passed, names of those that failed or could not begin, and tests skipped, of a JUnit report."""
+    """Read a JUnit report: number of tests passed, names of those failed or not started, and number skipped."""
     passed, failed, skipped = 0, list[str](), 0
     for case in ElementTree.fromstring(report).iter("testcase"):
         kinds = {child.tag for child in case}

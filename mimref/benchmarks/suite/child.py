@@ -1,4 +1,4 @@
-"""The process of a part: it measures one task after another, and reports what it finds as soon as it has it."""
+"""Process of a part: it measures one task after another and reports each result at once."""
 
 import faulthandler
 import multiprocessing
@@ -16,22 +16,22 @@ from mimref.errors import UserError
 
 
 class Done(NamedTuple):
-    """The end of a task, and what went wrong; the first one says that the process has started."""
+    """End of a task, with what went wrong; the first one reports that the process has started."""
 
     fault: str = ""
 
 
 def work(tasks: Sequence[Task], device: str, pipe: Connection, log: str | None, environment: Mapping[str, str]) -> None:
-    """Measure all tasks; what libraries print goes to the end of the file `log`.
+    """Measure all tasks; the output of libraries is appended to the file `log`.
 
-    The process leads a group of its own, so that whoever ends it ends its processes, too. It ends with the process at
-    the other end of the pipe.
+    The process leads its own process group, so that killing the group also ends the processes that it starts. It ends
+    when the process at the other end of the pipe does.
     """
     os.setsid()
     threading.Thread(target=_end_when_left, args=(pipe,), daemon=True).start()
-    os.environ.clear()  # a fork server's is that of its first use
+    os.environ.clear()  # a fork server keeps that of its first use
     os.environ.update(environment)
-    # Loader processes start as those of any command do.
+    # Loader processes start as in any other command.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -44,7 +44,7 @@ def work(tasks: Sequence[Task], device: str, pipe: Connection, log: str | None, 
         try:
             for found in task.measure(device):
                 pipe.send(found)
-        except Exception as error:  # of any library or driver
+        except Exception as error:  # a library or driver may raise anything
             traceback.print_exc()
             fault = _in_words(error)
         sys.stderr.flush()
@@ -52,12 +52,12 @@ def work(tasks: Sequence[Task], device: str, pipe: Connection, log: str | None, 
 
 
 def _in_words(error: Exception) -> str:
-    """The first line of an error, with its type where it is not meant for users."""
+    """Return the first line of an error, with its type unless it is meant for users."""
     text = next(iter(str(error).strip().splitlines()), "")
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def _end_when_left(pipe: Connection) -> None:
-    """Wait for the other end of the pipe to close; nothing ever comes through it."""
+    """Kill the process group when the other end of the pipe closes; nothing is ever sent through it."""
     pipe.poll(None)
     os.killpg(0, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The evaluations: neighbour search against other ways, and the probe's classifiers."""
+"""Benchmarks of the evaluations: neighbour search against alternatives, and the probe's classifiers."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +21,7 @@ _CLASSES = 100
 
 
 def knn_exact(device: str, *, line: str, train: int, test: int, width: int) -> Iterator[Found]:
-    """Points of accuracy by which k-NN on the device differs from a search by NumPy in float64."""
+    """Measure by how many points of accuracy k-NN on the device differs from a NumPy search in float64."""
     (train_x, train_y), (test_x, test_y) = (
         blobs(images, width, _CLASSES, seed=seed) for seed, images in enumerate((train, test))
     )
@@ -46,7 +46,7 @@ def _plain_accuracy(
 
 
 def knn_speedup(device: str, *, line: str, train: int, test: int, width: int) -> Iterator[Found]:
-    """How many times as fast the search is on the device as on the CPU."""
+    """Measure how many times as fast the search is on the device as on the CPU."""
     ways, target = _searches(train, test, width, ("cpu", device)), resolve_device(device)
     on_cpu_s, on_device_s = median_seconds(ways, torch.device("cpu"), turns=2)
     note = f"{on_device_s:.2f} s on {target.type}, {on_cpu_s:.2f} s on the CPU with {torch.get_num_threads()} threads"
@@ -54,7 +54,7 @@ def knn_speedup(device: str, *, line: str, train: int, test: int, width: int) ->
 
 
 def knn_faiss(device: str, *, line: str, train: int, test: int, width: int) -> Iterator[Found]:
-    """How many times as fast the search is as faiss's exact one on the same device, where faiss is installed."""
+    """Measure how many times as fast the search is as faiss's exact one on the same device, if installed."""
     if find_spec("faiss") is None:
         yield Found(line, None, "faiss is not installed (pip install faiss-cpu, or faiss-gpu-cu12)")
         return
@@ -77,7 +77,7 @@ def knn_faiss(device: str, *, line: str, train: int, test: int, width: int) -> I
 
 
 def _searches(train: int, test: int, width: int, devices: tuple[str, ...]) -> list["partial[Neighbours]"]:
-    """A search for K neighbours on each device, without standardising; all wait for their result."""
+    """Return a search for K neighbours on each device, without standardising; each waits for its result."""
     keys, queries = (blobs(images, width, _CLASSES, seed=seed)[0] for seed, images in enumerate((train, test)))
     return [partial(find_neighbours, keys, queries, k=K, standardize=False, device=device) for device in devices]
 
@@ -87,7 +87,7 @@ def _setting(train: int, test: int, width: int) -> dict[str, str | int | float]:
 
 
 def probes(device: str, *, line: str, width: int, classes: int, steps: int) -> Iterator[Found]:
-    """How many times as fast 52 classifiers are in one module, against 52 modules."""
+    """Measure how many times as fast 52 classifiers are in one module as in 52 modules."""
     sizes = replace(Sizes(), probe_width=width, probe_classes=classes, probe_steps=steps)
     row = probe_speedup(sizes, resolve_device(device))
     note = f"{1e3 * float(row['together_s']):.2f} ms together, {1e3 * float(row['separate_s']):.2f} ms one by one"

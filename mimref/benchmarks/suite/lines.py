@@ -1,4 +1,4 @@
-"""What the suite measures: parts of tasks, each with the lines of the page that it gives; and what was found."""
+"""Types of the suite: parts, their tasks with the lines of the page that each produces, and findings."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Verdict = Literal["met", "missed", "failed", "no bar", "not measured"]
 
 @dataclass(frozen=True)
 class Bar:
-    """What a value must reach."""
+    """Bound that a value must meet."""
 
     kind: Literal["at most", "at least"]
     limit: float
@@ -19,7 +19,7 @@ class Bar:
     """Where the number comes from."""
 
     def met_by(self, value: float) -> bool:
-        """Whether a value reaches it; NaN never does."""
+        """Return whether a value meets the bar; NaN never does."""
         return value <= self.limit if self.kind == "at most" else value >= self.limit
 
     def __str__(self) -> str:
@@ -36,19 +36,19 @@ class Line:
 
 
 class Found(NamedTuple):
-    """What was measured for a line."""
+    """Result measured for a line."""
 
     line: str
     value: float | None
-    """None where this machine cannot measure it, and nothing is wrong; `note` says why."""
+    """None if this machine cannot measure it although nothing is wrong; `note` gives the reason."""
     note: str = ""
-    """What belongs to the value, such as memory beside time."""
+    """Further information on the value, such as memory in addition to time."""
     setting: Row = {}  # noqa: RUF012  # never changed
-    """What it was measured with."""
+    """Settings of the measurement."""
 
 
 Measure = Callable[[str], Iterator[Found]]
-"""Measures on a device, `cpu` or `cuda`. Whatever it raises is a fault of the lines that it has not given yet."""
+"""Measures on a device, `cpu` or `cuda`. If it raises, the lines not yet yielded count as failed."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Task:
     lines: tuple[Line, ...]
     measure: Measure
     limit_s: float
-    """It is killed when it takes longer."""
+    """The task is killed if it takes longer."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tasks that share a process, until one kills it."""
+    """Tasks that share a process, until one of them brings it down."""
 
     name: str
     tasks: tuple[Task, ...]
@@ -71,17 +71,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Finding:
-    """A line and what became of it."""
+    """A line and its outcome."""
 
     part: str
     line: Line
     found: Found | None = None
     fault: str = ""
-    """Why nothing was found though it should."""
+    """Why there is no result although there should be."""
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the bar is met; `failed` where there is nothing to compare with it though it should be."""
+        """Whether the bar is met; `failed` if there is no result although there should be."""
         if self.found is None:
             return "failed"
         if self.found.value is None:
@@ -92,21 +92,21 @@ class Finding:
 
     @property
     def misses(self) -> bool:
-        """Whether it counts against the machine."""
+        """Whether the finding counts against the machine."""
         return self.verdict in ("missed", "failed")
 
     @property
     def value(self) -> float | None:
-        """In the line's unit."""
+        """Measured value in the line's unit, or None."""
         return None if self.found is None else self.found.value
 
     @property
     def note(self) -> str:
-        """What to say beside the value, or in its place."""
+        """Text to show beside the value, or in its place."""
         return self.fault if self.found is None else self.found.note
 
     def row(self) -> Row:
-        """A row of the results; a value that was not measured is NaN."""
+        """Return a row of the results; a value that was not measured is NaN."""
         bar = self.line.bar
         row: Row = {"metric": "benchmark_all", "value": float("nan") if self.value is None else self.value}
         row |= {"part": self.part, "line": self.line.name, "unit": self.line.unit, "verdict": self.verdict}

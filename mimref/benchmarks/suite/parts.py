@@ -1,7 +1,7 @@
-"""The parts of `mimref benchmark all` on a GPU, and their small form on a CPU, which runs the same code.
+"""Parts of `mimref benchmark all` on a GPU, and their small versions on a CPU, which run the same code.
 
-Every bar is a number from the issue's promises, the tests or docs/results.md; where there is none, the line says so. A
-part for another topic, such as decoding on the device or sharded training, is one more function of `_cuda_parts` and
+Every bar is a number from a feature's promise, the tests or docs/results.md; a line without one has no bar. To add a
+part on another topic, such as decoding on the device or sharded training, add a function call to `_cuda_parts` and
 `_cpu_parts`.
 """
 
@@ -12,9 +12,9 @@ from mimref.benchmarks.suite import checkout, judging, reading, training
 from mimref.benchmarks.suite.lines import Bar, Line, Part, Task
 
 TOTAL_S = {"cuda": 470.0, "cpu": 180.0}
-"""For everything; what has not begun by then is not measured."""
+"""Time limit in seconds for all parts; what has not started by then is not measured."""
 GPU_ONLY = "needs CUDA"
-"""What is said of lines that a CPU has no form of."""
+"""Note for lines that a CPU cannot measure."""
 
 EXACT = Bar("at most", 1e-9, "float64, as CONTRIBUTING.md asks of changes that keep results")
 SINGLE = Bar("at most", 1e-4, "float32, as in tests/test_refinement_micro_batch.py")
@@ -35,12 +35,12 @@ SAVED = Bar("at most", 0.5, "0.36 in docs/results.md (Speed of a step), and what
 
 
 def parts_for(device: str) -> list[Part]:
-    """What is measured on a device, in order: what matters most comes first, the longest last."""
+    """Return the parts to measure on a device, in order: the most important first, the longest last."""
     return _cuda_parts() if device == "cuda" else _cpu_parts()
 
 
 def gpu_lines(device: str) -> list[tuple[str, Line]]:
-    """Part and line of everything that only a GPU shows, if the device is none."""
+    """Return part and line of everything that only a GPU can measure; nothing if `device` is CUDA."""
     if device == "cuda":
         return []
     own = {line.name for part in parts_for(device) for task in part.tasks for line in task.lines}
@@ -164,7 +164,7 @@ def _extraction(preset: str, images: int) -> Task:
 
 
 def _steps(encoder: str, preset: str, batches: Sequence[int], limit_s: float) -> tuple[Task, ...]:
-    """Micro-batches are a quarter of the batch."""
+    """Return one task per batch; micro-batches are a quarter of the batch."""
     return tuple(
         Task(
             tuple(Line(name, "ms") for name in training.step_lines(encoder, batch)),

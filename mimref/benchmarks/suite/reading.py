@@ -1,4 +1,4 @@
-"""Images: views, and the input path of an extraction."""
+"""Benchmarks of reading images: views, and the input path of an extraction."""
 
 import tempfile
 import time
@@ -24,9 +24,9 @@ from mimref.results import Row
 
 
 def views(device: str, *, worker: str, photometric: str, images: int, device_images: int) -> Iterator[Found]:
-    """Ratio of a loader process's views to torchvision's on one thread; images/s of the colours on the device.
+    """Compare a loader process's views with torchvision's on one thread, and time the photometric part on the device.
 
-    worker, photometric: the lines; the second one is of other devices than the CPU.
+    worker, photometric: names of the lines; the second is measured only on devices other than the CPU.
     """
     sizes = ViewSizes(images=images, device_images=device_images, repeats=2)
     by_pipeline = {row["pipeline"]: row for row in benchmark_views(sizes=sizes, device=device)}
@@ -40,9 +40,9 @@ def views(device: str, *, worker: str, photometric: str, images: int, device_ima
 
 
 def extraction(device: str, *, files: str, memory: str, preset: str, images: int) -> Iterator[Found]:
-    """Images/s of an extraction from JPEG files of 500 x 375, and from decoded images in memory.
+    """Measure images/s of an extraction from JPEG files of 500 x 375 pixels, and from decoded images in memory.
 
-    files, memory: the lines. preset: whose encoder, with random weights.
+    files, memory: names of the lines. preset: names the encoder, which has random weights.
     """
     target = resolve_device(device)
     architecture, _ = resolve_encoder(refinement(preset, device, 2))
@@ -63,7 +63,7 @@ def extraction(device: str, *, files: str, memory: str, preset: str, images: int
 
 
 def _rate(encoder: TokenEncoder, source: ImageSource, settings: PassSettings) -> float:
-    """Images/s of a pass up to the last block; the start of loader processes counts, that of the device does not."""
+    """Return images/s of a pass up to the last block, with the start of loader processes but not of the device."""
     column = [Column(encoder.depth, "cls")]
     extract(encoder, Subset(source, np.arange(min(len(source), settings.batch_size))), settings, column)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Runs the parts of the suite, each in a process of its own with a limit of time, and judges what they find."""
+"""Run the parts of the suite, each in a process of its own with a time limit, and judge the results."""
 
 import multiprocessing
 import os
@@ -23,21 +23,21 @@ from mimref.progress import Listener, Silent
 from mimref.training.signals import stop_signal
 
 _START_S = 90.0
-"""A process may take so long to import the package."""
+"""Seconds that a process may take to import the package."""
 Save = Callable[[Sequence[Finding], bool], None]
-"""Called with all findings after each one, and whether they are all."""
+"""Called after each finding with all findings so far, and with whether they are complete."""
 
 
 def run_suite(
     device: str = "auto", *, logs: Path | None = None, listener: Listener | None = None, save: Save | None = None
 ) -> list[Finding]:
-    """Measure everything that this device can show; no fault of a part ends the others.
+    """Measure everything that this device supports; a fault in one part does not stop the others.
 
-    logs: folder of what the parts print. Raises ConfigError for a device that is missing, Interrupted when it is
-    stopped: `save` then has what was found before.
+    logs: folder for the output of the parts. Raises ConfigError if the device is missing, and Interrupted when
+    stopped; `save` has then received everything found before.
     """
     listener, kind = listener or Silent(), resolve_device(device).type
-    # On MPS nothing has been measured yet: its sizes are those of a CPU.
+    # Nothing has been measured on MPS yet, so it uses the sizes of a CPU.
     sizes = "cuda" if kind == "cuda" else "cpu"
     parts = parts_for(sizes)
     total = sum(len(task.lines) for part in parts for task in part.tasks)
@@ -60,7 +60,7 @@ def run_suite(
 
 
 def machine_facts(device: str) -> dict[str, str]:
-    """What everything is measured on, and what else the machine does."""
+    """Describe the machine that is measured, and its other load."""
     target = resolve_device(device)
     setting = device_setting(target, resolve_precision("auto", target))
     busy = os.getloadavg()[0]
@@ -72,9 +72,9 @@ def machine_facts(device: str) -> dict[str, str]:
 
 
 def run_part(part: Part, device: str, deadline: float, logs: Path | None = None) -> Iterator[Finding]:
-    """Findings of a part, one for every line. A process that dies or hangs costs the task that it was at.
+    """Yield the findings of a part, one per line. A process that dies or hangs loses only its current task.
 
-    deadline: of `time.monotonic`. Tasks that have not begun by then are faults, too.
+    deadline: a time of `time.monotonic`. Tasks that have not started by then are faults, too.
     """
     left = list(part.tasks)
     while left and time.monotonic() < deadline:
@@ -93,7 +93,7 @@ def run_part(part: Part, device: str, deadline: float, logs: Path | None = None)
 
 
 def _findings(part: Part, task: Task, child: "_Child", deadline: float) -> Generator[Finding, None, bool]:
-    """Findings of a task. Returns whether the process is lost."""
+    """Yield the findings of a task. Returns whether the process is lost."""
     lines = {line.name: line for line in task.lines}
     fault = child.wait_for_start()
     lost = bool(fault)
@@ -118,7 +118,7 @@ def _findings(part: Part, task: Task, child: "_Child", deadline: float) -> Gener
 
 
 class _Child:
-    """The process of some tasks, as the suite sees it."""
+    """The suite's handle on the process that runs some tasks."""
 
     def __init__(self, tasks: Sequence[Task], device: str, log: str | None) -> None:
         context = _context(device)
@@ -130,7 +130,7 @@ class _Child:
         self._started = False
 
     def wait_for_start(self) -> str:
-        """Why the process does not start; nothing once it has, which takes as long as importing the package."""
+        """Wait until the process has imported the package. Returns why it did not start, or an empty string."""
         if not self._started:
             hello = self.receive(time.monotonic() + _START_S)
             if not isinstance(hello, Done):
@@ -139,7 +139,7 @@ class _Child:
         return ""
 
     def receive(self, ends: float) -> Found | Done | str | None:
-        """The next message; how the process ended, if it did; None when the time is over."""
+        """Return the next message, or how the process ended if it did, or None when the time is up."""
         if not wait([self._pipe, self._process.sentinel], max(0.0, ends - time.monotonic())):
             return None
         try:
@@ -152,10 +152,10 @@ class _Child:
         return _how_it_ended(self._process.exitcode)
 
     def end(self) -> None:
-        """Kill it, and the processes that it has started."""
+        """Kill the process and those that it has started."""
         self._process.kill()
         if self._started and self._process.pid is not None:
-            # It leads a group, which outlives it.
+            # The process leads a group, which outlives it.
             with suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.join()
@@ -163,7 +163,7 @@ class _Child:
 
 
 def _context(device: str) -> ForkServerContext | SpawnContext:
-    """Forks of one process that has imported everything save seconds; CUDA may not be used in a fork of any process."""
+    """Return a start method: a preloaded fork server saves seconds, but CUDA cannot be used in a forked process."""
     if device != "cpu":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -1,7 +1,7 @@
-"""Steps of a refinement: gradients, time, memory, compilation, and the heads alone.
+"""Benchmarks of refinement steps: gradients, time, memory, compilation, and the heads alone.
 
-Every function measures on a device and gives the lines that it names; all but the device is bound when the parts are
-listed.
+Every function measures on a device and yields the lines named in its arguments; all arguments except the device are
+bound where the parts are listed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ WAYS = ("one pass", "micro-batches", "activation checkpointing")
 
 
 def refinement(preset: str, device: str, batch: int, **changes: object) -> RefineConfig:
-    """A preset's settings with another batch; changes are named like `heads__queue_size`."""
+    """Return a preset's settings with another batch size; changes are named like `heads__queue_size`."""
     named = {key.replace("__", "."): value for key, value in changes.items()}
     return load_config(RefineConfig, f"refine/{preset}", {"device": device, "batch_size": batch, **named})
 
@@ -46,7 +46,7 @@ class _DoubleViews(Photometric):
 
 
 def gradients(device: str, *, line: str, preset: str, batch: int, micro: int, precision: str) -> Iterator[Found]:
-    """Relative difference between the gradients of micro-batches and of one pass, of all weights together.
+    """Measure the relative difference between gradients of micro-batches and of one pass, over all weights together.
 
     precision: fp64, fp32 or bf16. TF32 is off.
     """
@@ -54,7 +54,7 @@ def gradients(device: str, *, line: str, preset: str, batch: int, micro: int, pr
         yield Found(line, None, "MPS has no float64")
         return
     autocast = "bf16" if precision == "bf16" else "fp32"
-    # A long queue of random rows has near ties, of which rounding picks one.
+    # A long queue of random rows has near ties, which rounding would decide.
     config = refinement(preset, device, batch, precision=autocast, heads__queue_size=1024)
     torch.manual_seed(0)
     with _without_tf32(), ready_stage(config, "encoder") as (job, _):
@@ -70,7 +70,7 @@ def gradients(device: str, *, line: str, preset: str, batch: int, micro: int, pr
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Convolutions use it by default, matrix products do not."""
+    """Turn TF32 off for convolutions, which use it by default; matrix products do not."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
@@ -88,7 +88,7 @@ def _make_double(method: Method, job: RefinementStage) -> None:
 
 
 def _gradient(method: Method, batch: ViewBatch, queue: dict[str, object], micro: int | None) -> Tensor:
-    """Of encoder and heads, as one vector in float64."""
+    """Return the gradient of encoder and heads as one vector in float64."""
     modules: list[nn.Module] = [method.encoder, method.heads]
     for module in modules:
         module.zero_grad(set_to_none=True)
@@ -104,14 +104,14 @@ def _gradient(method: Method, batch: ViewBatch, queue: dict[str, object], micro:
 
 
 def step_lines(encoder: str, batch: int) -> list[str]:
-    """Names of the lines that `steps` gives."""
+    """Return the names of the lines that `steps` yields."""
     return [f"step of {encoder}, {batch} images, {way}" for way in WAYS]
 
 
 def steps(device: str, *, encoder: str, preset: str, batch: int, micro: int) -> Iterator[Found]:
-    """Milliseconds of a step of stage 2 in one pass, in micro-batches, and in one pass with activation checkpointing.
+    """Time a step of stage 2 in ms: in one pass, in micro-batches, and in one pass with activation checkpointing.
 
-    What does not fit the memory is no fault of the others, and of none that has no bar.
+    A way that does not fit the memory counts as not measured and does not affect the others.
     """
     lines, config = step_lines(encoder, batch), refinement(preset, device, batch)
     measured: list[StepMeasurement | str] = []
@@ -127,7 +127,7 @@ def steps(device: str, *, encoder: str, preset: str, batch: int, micro: int) -> 
 
 
 def _step(config: RefineConfig, micro: int | None) -> list[StepMeasurement | str]:
-    """A measured step, or why there is none."""
+    """Measure a step, or return why it does not fit."""
     try:
         return [*measure_step(config, "encoder", (micro,), steps=1)]
     except ConfigError as error:
@@ -135,7 +135,7 @@ def _step(config: RefineConfig, micro: int | None) -> list[StepMeasurement | str
 
 
 def _does_not_fit(error: ConfigError) -> str:
-    """The reason, in words. Raises the error if it is another one."""
+    """Return the reason in words if memory ran out; otherwise raise the error."""
     if "out of memory" not in str(error):
         raise error
     return f"does not fit: {error}"
@@ -152,7 +152,7 @@ def _step_found(line: str, found: StepMeasurement | str) -> Found:
 
 
 def compiled(device: str, *, line: str, preset: str, batch: int) -> Iterator[Found]:
-    """How many times as fast a compiled step is. Raises ConfigError where torch.compile does not work."""
+    """Measure how many times as fast a compiled step is. Raises ConfigError if torch.compile does not work."""
     config = refinement(preset, device, batch)
     (plain,) = measure_step(config, "encoder", (None,), steps=2)
     with ready_stage(config.model_copy(update={"compile": True}), "encoder") as (job, _):
@@ -168,12 +168,12 @@ def compiled(device: str, *, line: str, preset: str, batch: int) -> Iterator[Fou
 
 
 def peak_memory(device: str, *, line: str, preset: str, batch: int, micro: int) -> Iterator[Found]:
-    """Peak of two updates of stage 2 in micro-batches, in GB of 10**9 bytes, weights and moments included."""
+    """Measure the peak of two updates of stage 2 in micro-batches, in 10**9 bytes, including weights and moments."""
     config = refinement(preset, device, batch)
     with ready_stage(config.model_copy(update={"micro_batch": None}), "encoder") as (job, memory):
         job.method.micro_batch = micro
         batches = device_batches(repeat(synthetic_batch(job)), resolve_device(device))
-        for _ in range(2):  # the first makes the optimizer's moments
+        for _ in range(2):  # the first allocates the optimizer's moments
             job.update(next(batches))
             job.step += 1
         used = memory.growth()
@@ -185,7 +185,7 @@ def peak_memory(device: str, *, line: str, preset: str, batch: int, micro: int) 
 
 
 def memory_ratio(device: str, *, line: str, preset: str, batch: int, micro: int) -> Iterator[Found]:
-    """Peak memory of a step in micro-batches, over that of one pass."""
+    """Measure the peak memory of a step in micro-batches, relative to that of one pass."""
     whole, parts = measure_step(refinement(preset, device, batch), "encoder", (None, micro), steps=1)
     if not whole.memory_bytes or not parts.memory_bytes:
         yield Found(line, None, "this system does not report it")
@@ -198,7 +198,7 @@ def memory_ratio(device: str, *, line: str, preset: str, batch: int, micro: int)
 
 
 def heads(device: str, *, line: str, images: int, repeats: int) -> Iterator[Found]:
-    """How many times as fast twelve heads are as one module, against twelve modules; with the paper's norms."""
+    """Measure how many times as fast twelve heads are in one module as in twelve, with the paper's norms."""
     sizes = replace(HeadSizes.for_device(resolve_device(device)), images=(images,), repeats=repeats)
     (row,) = [each for each in benchmark_heads(sizes, device=device) if each["norm"] == "batch"]
     together_s, separate_s = float(row["together_s"]), float(row["separate_s"])

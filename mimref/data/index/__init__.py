@@ -1,1 +1,1 @@
-"""Where the images of a large data set are: listings and shard indices, cached on disk."""
+"""Listings and shard indices, which locate the images of large data sets, cached on disk."""

@@ -21,17 +21,17 @@ Arrays = dict[str, NDArray[Any]]
 _T = TypeVar("_T", bound=Sized)
 
 CLOCK_TICK_NS = 2_000_000_000
-"""Of the coarsest file system. A file that changed less than this before a scan may change again within one tick, which
-its modification time would not show."""
+"""Clock tick of the coarsest file system. A file that changed less than this before a scan may change again within the
+same tick, which its modification time would not show."""
 
 SAVE_FROM_IMAGES = 10_000
 LONG_SCAN_S = 1.0
-"""A scan is saved when it found at least this many images, or took at least this long: other processes may be waiting
-for it. A long one reports its progress."""
+"""A scan is saved if it finds at least `SAVE_FROM_IMAGES` images or takes longer than this: other processes may be
+waiting for it. A long scan reports its progress."""
 
 
 def comparable_times(modified_ns: Indices, scanned_ns: Indices | int) -> Indices:
-    """Modification times to compare with later ones; -1, which equals none, where a time might hide a change."""
+    """Return modification times to compare with later ones; -1, which equals none, if a time might hide a change."""
     return np.where(modified_ns < scanned_ns - CLOCK_TICK_NS, modified_ns, -1)
 
 
@@ -43,11 +43,11 @@ def load_or_scan(
     unpack: Callable[[Arrays], _T | None],
     scan: Callable[[Progress], tuple[_T, Arrays]],
 ) -> _T:
-    """The index of a data set: from the cache, else by a scan, in one process at a time; the others wait and load it.
+    """Return the index of a data set from the cache, else by a scan. One process scans at a time; others wait and load.
 
     kind: `folder` or `shards`. key: identifies the data set. scan: returns the index, whose length is the number of
-    images, and its arrays. unpack: turns the arrays into the index; None if the data set has changed since.
-    Where the cache cannot be written, the next start scans again.
+    images, and its arrays. unpack: turns the arrays into the index; returns None if the data set has changed since.
+    If the cache cannot be written, the next start scans again.
     """
     file = _file(kind, key)
     label = f"listing images, {'folder by folder' if kind == 'folder' else 'shard by shard'}"
@@ -76,13 +76,13 @@ def load_or_scan(
         index, arrays = scan(report)
         if len(index) >= SAVE_FROM_IMAGES or time.monotonic() - started > LONG_SCAN_S:
             with suppress(OutputError), atomic_write(file) as opened:
-                # numpy types its one option as if it could be among the arrays.
+                # numpy's type hints treat its one option as if it could be among the arrays.
                 np.savez(opened, of=np.frombuffer(key, dtype=np.uint8), **arrays)  # type: ignore[arg-type]
     return index
 
 
 def listings_folder() -> Path:
-    """The folder of all saved scans."""
+    """Return the folder of all saved scans."""
     return cache_folder() / "listings"
 
 

@@ -1,4 +1,4 @@
-"""Files on servers, read in parts: any URL that fsspec has a file system for.
+"""Files on servers, read in parts, from any URL for which fsspec has a file system.
 
 http(s) needs the extra `mimref[remote]`; s3, gs and others need fsspec's own packages for them (s3fs, gcsfs), and
 credentials where those packages look for them.
@@ -22,17 +22,17 @@ from mimref.data.decode import printable, reason_of
 from mimref.errors import DataError, UserError
 
 THREADS = 16
-"""Shards to read or look up at a time."""
+"""Number of shards to read or look up at a time."""
 PART_THREADS = 64
-"""Images to read at a time: small parts, whose cost is the wait for the answer."""
+"""Number of images to read at a time: these are small parts, whose cost is the wait for the server."""
 ATTEMPTS = 5
 FIRST_WAIT_S = 1.0
-"""Before the second attempt; each further wait is twice as long."""
+"""Wait before the second attempt; each further wait is twice as long."""
 
 MISSING = (-2, -2)
 """State of a file that does not exist."""
 
-# Parts of the names under which file systems list what changes with a file's content; times of access do not.
+# Parts of the names of the file attributes that change with a file's content, unlike access times.
 _OF_CONTENT = re.compile("etag|md5|crc|sha|digest|checksum|generation|version|mtime|modified|commit")
 
 _Question = TypeVar("_Question")
@@ -40,20 +40,20 @@ _Answer = TypeVar("_Answer")
 
 
 class UnreachableError(DataError):
-    """A server that does not answer, or not with the requested bytes."""
+    """A server does not answer, or not with the requested bytes."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL."""
+    """Return whether a path is a URL."""
     return "://" in path
 
 
 def map_concurrently(
     ask: Callable[[_Question], _Answer], questions: Iterable[_Question], *, threads: int = THREADS
 ) -> Iterator[_Answer]:
-    """`ask` of every question, in order, on several threads. UnreachableError is retried.
+    """Yield `ask` of every question, in order, on several threads; it is retried if it raises UnreachableError.
 
-    A caller that stops iterating, or is interrupted, does not wait for requests under way.
+    A caller that stops iterating, or is interrupted, does not wait for pending requests.
     """
     stop = threading.Event()
     retry = tenacity.retry(
@@ -72,9 +72,9 @@ def map_concurrently(
 
 
 def file_state(url: str) -> tuple[int, int]:
-    """Size in bytes, and a number that changes with the content, as far as the server tells; MISSING without a file.
+    """Return a file's size in bytes, and a number that changes with its content; MISSING if there is no file.
 
-    The number of a local file is its modification time, in nanoseconds.
+    The number is a hash of what the server reports, or a local file's modification time in nanoseconds.
     Raises UnreachableError, and DataError for a file system that is not installed.
     """
     if not is_remote(url):
@@ -93,7 +93,7 @@ def file_state(url: str) -> tuple[int, int]:
 
 
 def expand_stars(pattern: str) -> list[str]:
-    """URLs of the files that match a pattern with stars, sorted. Raises as `file_state` does."""
+    """Return the URLs of the files that match a pattern with stars, sorted. Raises as `file_state` does."""
     try:
         with _client(pattern) as (system, path):
             return sorted(system.unstrip_protocol(found) for found in system.glob(path))
@@ -103,10 +103,10 @@ def expand_stars(pattern: str) -> list[str]:
 
 @contextmanager
 def open_sequential(url: str) -> Iterator[IO[bytes]]:
-    """A file to read from end to end; seeking skips what is already on its way.
+    """Open a file to be read from start to end; seeking skips data that is already on its way.
 
-    Raises FileNotFoundError, UnreachableError, and DataError for a server that does not serve parts of files, when the
-    file is opened and when it is read.
+    Raises FileNotFoundError, UnreachableError, and DataError for a server that does not serve parts of files, both on
+    opening and on reading.
     """
     with _client(url) as (system, path):
         try:
@@ -119,8 +119,9 @@ def open_sequential(url: str) -> Iterator[IO[bytes]]:
 
 
 def read_part(place: tuple[str, int, int]) -> bytes | FileNotFoundError:
-    """Some bytes of a file: place is its URL, the first byte and their number. The error if it no longer exists.
+    """Read part of a file; returns the error if the file no longer exists.
 
+    place: the file's URL, the first byte and the number of bytes.
     Raises UnreachableError, and DataError for a server that does not serve parts of files.
     """
     url, start, size = place
@@ -138,7 +139,7 @@ def read_part(place: tuple[str, int, int]) -> bytes | FileNotFoundError:
 
 @contextmanager
 def _client(url: str) -> Iterator[tuple[Any, str]]:
-    """The file system of a URL, one per process, and the URL in its own form; translates whatever its client raises.
+    """Yield a URL's file system, one per process, and the URL in its form; translate whatever its client raises.
 
     Raises FileNotFoundError, UnreachableError, and DataError for a file system that is not installed.
     """
@@ -151,7 +152,7 @@ def _client(url: str) -> Iterator[tuple[Any, str]]:
         ) from error
     try:
         yield system, str(path)
-    except (UserError, tarfile.TarError, EOFError):  # of the content
+    except (UserError, tarfile.TarError, EOFError):  # raised by the content, not the client
         raise
     except Exception as error:
         # fsspec's http reports every failure as a missing file.

@@ -1,4 +1,4 @@
-"""The images of one webdataset shard, a tar file, read from its headers."""
+"""Lists of the images in one webdataset shard, a tar file, read from its headers."""
 
 import json
 import re
@@ -14,16 +14,16 @@ from mimref.data.suffixes import is_image, unused_kind
 from mimref.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-"""Members that come before other images of a sample, in this order."""
+"""Kinds of members that are preferred to other images of a sample, in this order."""
 # As in webdataset, a sample's name ends at the first dot of its last part, and a leading dot hides a member.
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
-# Members of samples that describe an image and are no image.
+# Kinds of members that describe an image and are not images.
 _DESCRIBING = "caption class cls height id idx index key label text transcript url width"
 _WORDS = frozenset(_DESCRIBING.split())
 
 
 class Choice(NamedTuple):
-    """The members of a sample that users name; None: by their usual names."""
+    """The members of a sample that the user names. None: those with the usual names."""
 
     image: str | None = None
     label: str | None = None
@@ -36,28 +36,29 @@ class Sample(NamedTuple):
     offset: int
     """Byte of the shard at which the image begins."""
     size: int
-    """Bytes."""
+    """Number of bytes."""
     label: str | None
 
 
 @dataclass
 class Shard:
-    """What one shard holds."""
+    """Contents of one shard."""
 
     samples: list[Sample] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)
-    """Members by kind that are not used and could be images, and labels of no image."""
+    """Number of unused members by kind: those that could be images, and labels without an image."""
     kinds: Counter[str] = field(default_factory=Counter)
-    """Members by kind that belong to images: what could be labels."""
+    """Number of other members of the samples by kind, which could be labels."""
 
 
 def list_samples(choice: Choice, shard: str, *, arrays: bool = False) -> Shard:
-    """The samples of one shard that have an image, in the order of their first members.
+    """List the samples of one shard that have an image, in the order of their first members.
 
     arrays: `.npy` and `.npz` members are images too.
 
-    Raises DataError for a shard that is truncated, damaged or not a tar file, for members that are links, come twice or
-    whose names point outside it, and for samples of several images; UnreachableError for a server that does not answer.
+    Raises DataError for a shard that is truncated, damaged or not a tar file, for members that are links, occur
+    twice or have names that point outside it, and for samples with several images; UnreachableError for a server that
+    does not answer.
     """
     shown = printable(shard)
     try:
@@ -70,7 +71,7 @@ def list_samples(choice: Choice, shard: str, *, arrays: bool = False) -> Shard:
 
 
 def _read(file: IO[bytes], shard: str, choice: Choice, arrays: bool) -> Shard:
-    """An open shard. The members of a sample share a name, wherever in the shard they are."""
+    """List the contents of an open shard. The members of a sample share a name, wherever in the shard they are."""
     parts: dict[str, dict[str, tarfile.TarInfo]] = {}
     labels: dict[str, dict[str, str | DataError]] = {}
     found = Shard()
@@ -80,7 +81,7 @@ def _read(file: IO[bytes], shard: str, choice: Choice, arrays: bool) -> Shard:
             if kind in parts.setdefault(name, {}):
                 raise DataError(f"{shard} holds {shown} twice; every sample needs a name of its own")
             parts[name][kind] = member
-            # Read while its bytes pass by.
+            # A label is read while its bytes pass by.
             is_label = kind in ("cls", "json") if choice.label is None else kind == choice.label.lower()
             if is_label and "cls" not in labels.get(name, {}):
                 try:
@@ -89,7 +90,7 @@ def _read(file: IO[bytes], shard: str, choice: Choice, arrays: bool) -> Shard:
                     label = error
                 if label is not None:
                     labels.setdefault(name, {})[kind] = label
-        # tarfile takes anything but a header for the end of the archive.
+        # tarfile treats anything but a header as the end of the archive.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no end mark after {len(archive.getmembers())} members")
@@ -115,7 +116,7 @@ def _read(file: IO[bytes], shard: str, choice: Choice, arrays: bool) -> Shard:
 
 
 def _image(members: dict[str, tarfile.TarInfo], choice: Choice, sample: str, arrays: bool) -> str | None:
-    """The kind of member that is a sample's image; None without any. Raises DataError where it is ambiguous."""
+    """Return the kind of a sample's member that is its image; None if there is none. Raises DataError if ambiguous."""
     if choice.image is not None:
         wanted = choice.image.lower()
         return wanted if wanted in members else None
@@ -135,15 +136,15 @@ def _image(members: dict[str, tarfile.TarInfo], choice: Choice, sample: str, arr
 
 
 def _unused(kind: str, arrays: bool) -> str | None:
-    """How a notice names a member that is not used; None for what is surely no image."""
+    """Return the kind of an unused member, for a notice; None for one that is surely not an image."""
     last = kind.rpartition(".")[2]
     return f".{kind}" if is_image(f"x.{kind}", arrays=arrays) else None if last in _WORDS else unused_kind(f"x.{last}")
 
 
 def _members(archive: tarfile.TarFile, shard: str, unused: Counter[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Sample, suffix in lower case, and header of every file that belongs to a sample; others are counted as unused.
+    """Yield sample, lower-case suffix and header of every file that belongs to a sample; count others as unused.
 
-    Refuses members that a data set does not need, and that an attack would use.
+    Raises DataError for members that a data set does not need but an attack would use.
     """
     for member in archive:
         name = printable(member.name)
@@ -161,7 +162,7 @@ def _members(archive: tarfile.TarFile, shard: str, unused: Counter[str]) -> Iter
 
 
 def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str, which: str) -> str | None:
-    """The label in a member; None where a .json has none."""
+    """Return the label in a member; None for a .json without one."""
     file = archive.extractfile(member)
     content = b"" if file is None else file.read()
     if len(content) < member.size:

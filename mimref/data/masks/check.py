@@ -1,4 +1,4 @@
-"""What is wrong with images and masks, found before an encoder runs; and how many classes the masks have."""
+"""Check of images and masks before an encoder runs, which also finds the number of classes in the masks."""
 
 import io
 import os
@@ -14,17 +14,17 @@ from mimref.errors import Checks, DataError
 from mimref.progress import LabelledProgress
 
 MOST_CHECKED = 2000
-"""Pairs of a split that are read before the work begins, evenly spread; the others are checked as they are read."""
+"""Most pairs of a split, evenly spread, that are read before the work begins; others are checked when they are read."""
 _MOST_LISTED = 5
-"""Of one split's mistakes, whose lines are listed."""
+"""Most mistakes of one split that are listed one by one."""
 
 
 def check_pairs(pairs: dict[Split, Pairs], checks: Checks, progress: LabelledProgress | None = None) -> None:
-    """Read masks, and compare their sizes with their images'; names the classes where that is left to the masks.
+    """Read masks, and compare their sizes with their images'; name the classes if only the masks show their number.
 
-    Masks that cannot be read, of another size than their image, or with classes out of range become mistakes of
-    `data.spec`, as does a split without any labelled pixel. Where the number of classes is unknown, all training masks
-    are read.
+    Masks that cannot be read, differ in size from their image, or have classes out of range become mistakes of
+    `data.spec`, as does a split without any labelled pixel. If the number of classes is unknown, all training masks are
+    read.
     """
     for split, of_split in pairs.items():
         if isinstance(of_split.masks, ArrayMasks):
@@ -35,7 +35,7 @@ def check_pairs(pairs: dict[Split, Pairs], checks: Checks, progress: LabelledPro
             continue
         if largest < 1:
             only = "have one class" if largest == 0 else "have no class"
-            advice = "masks hold the number of every pixel's class, counted from masks.first; masks.ignore has none"
+            advice = "mask values are class numbers, counted from masks.first; masks.ignore marks unlabelled pixels"
             checks.add("data.spec", DataError(f"{of_split.name}: the training masks {only}; {advice}"))
             return
         for each in pairs.values():
@@ -43,7 +43,7 @@ def check_pairs(pairs: dict[Split, Pairs], checks: Checks, progress: LabelledPro
 
 
 def _check_split(pairs: Pairs, checks: Checks, label: str, read_all: bool, progress: LabelledProgress | None) -> int:
-    """The largest label in the masks that were read; -1 without any."""
+    """Check a split. Returns the largest label in the masks that were read; -1 if there is none."""
     count = len(pairs) if read_all else min(len(pairs), MOST_CHECKED)
     rows = np.linspace(0, len(pairs) - 1, count).round().astype(np.int64).tolist()
     largest, wrong = -1, 0
@@ -66,7 +66,7 @@ def _check_split(pairs: Pairs, checks: Checks, label: str, read_all: bool, progr
 
 
 def _image_size(pairs: Pairs, row: int) -> tuple[int, int] | None:
-    """Width and height from the header of an image's file; None where it cannot be read, which is found later."""
+    """Return width and height from an image file's header; None if it cannot be read, which is reported later."""
     source = pairs.images
     try:
         if isinstance(source, TableSource):

@@ -16,7 +16,7 @@ from mimref.errors import DataError
 from mimref.progress import LabelledProgress
 
 HELD_OUT = 5
-"""Of pairs without splits, one in so many is held out for validation."""
+"""If there are no splits, one pair in this many is held out for validation."""
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -31,7 +31,7 @@ _LAYOUTS = (
 
 
 class _Folders(NamedTuple):
-    """Where a split's images and masks are."""
+    """Folders of a split's images and masks."""
 
     images: str
     masks: str
@@ -40,9 +40,9 @@ class _Folders(NamedTuple):
 
 
 def open_folder_pairs(spec: str, masks: MasksConfig, split: Split, progress: LabelledProgress | None = None) -> Pairs:
-    """The images and masks of a split of a folder (see docs/segment.md); an image and its mask share their path.
+    """Open the images and masks of a folder's split (see docs/segment.md); an image and its mask share a relative path.
 
-    Raises DataError for a folder of another layout, and for images without masks.
+    Raises DataError for a folder with another layout, and for images without masks.
     """
     root, shown = os.path.expanduser(spec), printable(spec)
     if os.path.isdir(os.path.join(root, "JPEGImages")) and os.path.isdir(os.path.join(root, "SegmentationClass")):
@@ -58,7 +58,7 @@ def open_folder_pairs(spec: str, masks: MasksConfig, split: Split, progress: Lab
 
 
 def hold_out(pairs: Pairs, split: Split) -> None:
-    """Of pairs without splits, keep those of one: a fixed fifth is held out for validation. Raises DataError."""
+    """Split pairs that have no splits, and keep one: a fixed fifth is held out for validation. Raises DataError."""
     if len(pairs) < 2:
         raise DataError("there are no splits, and one pair cannot be divided; add pairs, or train/ and val/")
     order, held = permutation(0, 0, len(pairs)).numpy(), max(1, len(pairs) // HELD_OUT)
@@ -68,7 +68,7 @@ def hold_out(pairs: Pairs, split: Split) -> None:
 
 
 def _find(root: str, split: Split) -> _Folders:
-    """The layout. Raises DataError for another one, NoSplitError for one without this split."""
+    """Return the folders of a split. Raises DataError for an unknown layout, NoSplitError if the split is missing."""
 
     def folder(*parts: str) -> str | None:
         path = os.path.join(root, *parts)
@@ -94,7 +94,7 @@ def _find(root: str, split: Split) -> _Folders:
 
 
 def _paired(folders: _Folders, progress: LabelledProgress | None) -> tuple[list[str], list[str], list[str]]:
-    """Files of images and of their masks, relative to their folders, and notices."""
+    """Return the files of images and of their masks, each relative to their folder, and notices."""
     images, masks = (list(list_folder(path, progress).files) for path in (folders.images, folders.masks))
     where = printable(folders.masks)
     if not images:
@@ -119,7 +119,7 @@ def _without_masks(lacking: Sequence[str], images: int, where: str) -> str:
 
 
 def _names(root: str, masks: MasksConfig, folders: _Folders) -> list[str]:
-    """Names of the classes; empty where only the masks can tell their number."""
+    """Return the names of the classes; empty if their number is known only from the masks."""
     if masks.classes is not None:
         return read_names(root, masks.classes) or list(map(str, range(masks.classes)))
     if folders.is_ade20k:
@@ -128,7 +128,7 @@ def _names(root: str, masks: MasksConfig, folders: _Folders) -> list[str]:
 
 
 def read_names(root: str, classes: int | None = None) -> list[str]:
-    """The lines of `classes.txt` in a folder; empty without one. Raises DataError unless they are `classes`."""
+    """Return the lines of a folder's `classes.txt`, if it exists. Raises DataError unless their number is `classes`."""
     path = os.path.join(root, "classes.txt")
     if not os.path.isfile(path):
         return []
@@ -140,7 +140,7 @@ def read_names(root: str, classes: int | None = None) -> list[str]:
 
 
 def _ade20k_names(root: str) -> list[str]:
-    """The first name of every class in `objectInfo150.txt`, in the order of its numbers."""
+    """Return the first name of every class in `objectInfo150.txt`, in the order of the class numbers."""
     path = os.path.join(root, "objectInfo150.txt")
     if not os.path.isfile(path):
         return []
@@ -151,7 +151,7 @@ def _ade20k_names(root: str) -> list[str]:
 
 
 def _open_voc(root: str, shown: str, masks: MasksConfig, split: Split) -> Pairs:
-    """Pascal VOC: the images that `ImageSets/Segmentation/{train,val}.txt` lists; 255 has no label."""
+    """Open Pascal VOC: the images that `ImageSets/Segmentation/{train,val}.txt` lists; 255 means no label."""
     listed = os.path.join(root, "ImageSets", "Segmentation", f"{split}.txt")
     try:
         with open(listed, encoding="utf-8") as file:

@@ -1,7 +1,7 @@
-"""Mosaics: small gray objects of known data sets on textured ground, with the class of every pixel.
+"""Mosaics: small gray objects of known data sets on a textured ground, with a class for every pixel.
 
-Objects of scikit-learn's digits or Fashion-MNIST lie in a grid of 2 x 2 cells, of random size and place, so that they
-overlap now and then. Every number is drawn for (split, mosaic, cell), so mosaics are the same on every machine.
+Objects of scikit-learn's digits or Fashion-MNIST lie in a grid of 2 x 2 cells. Their size and place are random, so some
+overlap. Every number is drawn for (split, mosaic, cell), so mosaics are the same on every machine.
 """
 
 import numpy as np
@@ -19,17 +19,17 @@ SIDE = 2
 """Cells per side."""
 SMALLEST_CELL = 16
 _SIZES = (0.8, 1.2)
-"""Range of an object's side over the cell's."""
+"""Range of an object's side, relative to the cell's."""
 _INK = {"digits": 48, "fashion-mnist": 16}
-"""Values of an object's pixels above which they cover the ground."""
+"""Value above which an object's pixels cover the ground."""
 _GROUND = 110
-"""Brightest value of the smooth part of the ground, and a third of it for the grain."""
+"""Brightest value of the ground's smooth part; that of the grain is a third of it."""
 _WAVES = 6
-"""Values per side from which the smooth part is interpolated."""
+"""Number of values per side from which the smooth part is interpolated."""
 
 
 def make_mosaics(objects: ArraySource, split: Split, settings: MosaicsConfig) -> Pairs:
-    """Mosaics of gray images (N, S, S) with labels; their classes, and the ground as the last one."""
+    """Make mosaics of labelled gray images (N, S, S). The classes are those of the images, then the ground."""
     assert objects.labels is not None and objects.class_names is not None
     count = settings.train if split == "train" else settings.val
     cell = max(SMALLEST_CELL, objects.images.shape[-1])
@@ -46,7 +46,7 @@ def make_mosaics(objects: ArraySource, split: Split, settings: MosaicsConfig) ->
 
 
 def _mosaic(objects: ArraySource, number: int, epoch: int, cell: int, filled: float) -> tuple[Tensor, Tensor]:
-    """One mosaic: pixels and classes, (S, S) each. epoch: keeps the draws of the splits apart."""
+    """Make one mosaic: pixels and classes, (S, S) each. epoch: separates the draws of the splits."""
     assert objects.labels is not None and objects.class_names is not None
     side, cells = SIDE * cell, SIDE**2
     sample = torch.full((cells,), number)
@@ -61,7 +61,7 @@ def _mosaic(objects: ArraySource, number: int, epoch: int, cell: int, filled: fl
         length = round(cell * (_SIZES[0] + (_SIZES[1] - _SIZES[0]) * size))
         pixels = torch.from_numpy(objects.images[row])[None]
         pixels = tvf.resize(pixels, [length, length], interpolation=InterpolationMode.BICUBIC, antialias=True)[0]
-        # Up to an eighth of a cell away from its middle, and within the mosaic.
+        # Up to an eighth of a cell away from the cell's middle, and within the mosaic.
         top, left = (
             int(min(max(at * cell + (cell - length) / 2 + (shift - 0.5) * cell / 4, 0), side - length))
             for at, shift in ((place // SIDE, down), (place % SIDE, right))
@@ -74,7 +74,7 @@ def _mosaic(objects: ArraySource, number: int, epoch: int, cell: int, filled: fl
 
 
 def _ground(number: int, epoch: int, side: int) -> Tensor:
-    """Smooth waves and grain, uint8 (side, side)."""
+    """Draw smooth waves and grain, uint8 (side, side)."""
     sample = torch.tensor([number])
     waves, grain = (
         uniform(0, epoch, Operation.MOSAIC, sample, SIDE**2 + part, count=count)[0]

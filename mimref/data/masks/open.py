@@ -1,4 +1,4 @@
-"""What `--data SPEC` of `mimref segment` accepts (see docs/segment.md), opened as pairs of images and masks."""
+"""Data sets that `mimref segment --data SPEC` accepts (see docs/segment.md), opened as pairs of images and masks."""
 
 import os
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from mimref.progress import LabelledProgress
 ACCEPTED = "a folder of images/ and masks/, ADE20K, Pascal VOC, hf:FOLDER, hf:NAME, digits or fashion-mnist (mosaics)"
 MOSAICS = ("digits", "fashion-mnist")
 _MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "semantic_mask")
-"""Usual names of columns of masks."""
+"""Usual names of mask columns."""
 
 
 def open_pairs(
@@ -31,8 +31,8 @@ def open_pairs(
 ) -> Pairs:
     """Find the images and masks of `data.spec`, and apply `data.train_limit`; no image or mask is decoded here.
 
-    `class_names` is empty where only the masks tell how many classes there are. Raises DataError when there are none
-    or the spec is unknown, ConfigError for settings that do not fit.
+    `class_names` is empty if only the masks show how many classes there are. Raises DataError if there are no pairs or
+    the spec is unknown, ConfigError for settings that do not fit.
     """
     spec = data.spec
     if spec is None:
@@ -56,7 +56,7 @@ def open_pairs(
 
 
 def _open_hugging_face(data: DataConfig, masks: MasksConfig, split: Split, progress: LabelledProgress | None) -> Pairs:
-    """The column of masks is the one that `data.label` names, else the first with a usual name."""
+    """Open a Hugging Face data set. `data.label` names its mask column; by default the first with a usual name."""
     on_hub = is_hub_name((data.spec or "").removeprefix("hf:"))
 
     def column(name: str | None, part: Split) -> TableSource:
@@ -73,7 +73,7 @@ def _open_hugging_face(data: DataConfig, masks: MasksConfig, split: Split, progr
 
 
 def _usual_masks(column: Callable[[str, Split], TableSource], split: Split) -> TableSource:
-    """The first column with a usual name. Raises DataError if there is none."""
+    """Return the first column with a usual name. Raises DataError if there is none."""
     for name in _MASK_COLUMNS:
         with suppress(NoColumnError):
             return column(name, split)

@@ -1,4 +1,4 @@
-"""Pairs of an image and its mask, a class for every pixel: in files, in cells of a table, or in memory.
+"""Pairs of an image and its mask, a class for every pixel, in files, in the cells of a table, or in memory.
 
 Masks are images of one channel whose values are class numbers; a palette only colours them.
 """
@@ -23,25 +23,25 @@ from mimref.data.sources import ArraySource, FileSource, PathList, fingerprint_f
 from mimref.errors import DataError
 
 UNLABELLED = -1
-"""Of a pixel that has no class, and counts nowhere."""
+"""Class of a pixel without a label, which counts nowhere."""
 _MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 
 
 @dataclass(frozen=True)
 class Coding:
-    """Which values of a mask are which classes."""
+    """Mapping from the values of a mask to classes."""
 
     first: int = 0
     """Value of class 0; lower values have no label."""
     ignore: int = 255
-    """Value without a label."""
+    """Value of pixels without a label."""
 
     def labels(self, values_HW: NDArray[np.integer | np.bool_], name: str) -> Tensor:
-        """Classes (H, W) int16, `UNLABELLED` where there is none. Raises DataError for values beyond 16 bits."""
+        """Return classes (H, W) int16, `UNLABELLED` where there is none. Raises DataError for values beyond 16 bits."""
         whole = values_HW.astype(np.int64)
         labels = np.where((whole < self.first) | (whole == self.ignore), UNLABELLED, whole - self.first)
         if labels.max(initial=0) > np.iinfo(np.int16).max:
-            raise DataError(f"{name}: value {whole.max()} is no class number")
+            raise DataError(f"{name}: value {whole.max()} is not a class number")
         return torch.from_numpy(labels.astype(np.int16))
 
 
@@ -52,11 +52,11 @@ class MaskSource(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Tensor:
-        """Classes (H, W) int16 of one image. Raises DataError for a mask that cannot be used."""
+        """Return the classes (H, W) int16 of one image. Raises DataError for a mask that cannot be used."""
 
     @abstractmethod
     def path(self, index: int) -> str:
-        """A name of the mask for messages."""
+        """Return a name of the mask for messages."""
 
     @abstractmethod
     def select(self, rows: Indices) -> None:
@@ -69,7 +69,7 @@ class MaskSource(ABC):
 
 
 class FileMasks(MaskSource):
-    """Mask files below one folder; files: paths relative to it."""
+    """Mask files below one folder. files: paths relative to it."""
 
     def __init__(self, folder: str, files: Iterable[str], coding: Coding) -> None:
         self.folder, self.files, self.coding = folder, PathList.pack(files), coding
@@ -81,7 +81,7 @@ class FileMasks(MaskSource):
         return self.coding.labels(decode_mask(file, self.path(index)), self.path(index))
 
     def path(self, index: int) -> str:
-        """The file's path, with odd characters escaped."""
+        """Return the file's path, with unprintable characters escaped."""
         return printable(os.path.join(self.folder, self.files[self.rows[index]]))
 
     def select(self, rows: Indices) -> None:
@@ -90,7 +90,7 @@ class FileMasks(MaskSource):
 
     @property
     def fingerprint(self) -> str:
-        """Over relative paths, sizes and modification times."""
+        """SHA-256 in hex over relative paths, sizes and modification times."""
         return fingerprint_files(self.folder, self.files.encoded(self.rows))
 
 
@@ -110,7 +110,7 @@ class TableMasks(MaskSource):
         return self.coding.labels(values, self.path(index))
 
     def path(self, index: int) -> str:
-        """`FOLDER/SPLIT[ROW]`."""
+        """Return `FOLDER/SPLIT[ROW]`."""
         return self.table.path(index)
 
     def select(self, rows: Indices) -> None:
@@ -119,7 +119,7 @@ class TableMasks(MaskSource):
 
     @property
     def fingerprint(self) -> str:
-        """Of the table."""
+        """The table's fingerprint."""
         return self.table.fingerprint
 
 
@@ -136,7 +136,7 @@ class ArrayMasks(MaskSource):
         return torch.from_numpy(self.masks[index].copy())
 
     def path(self, index: int) -> str:
-        """`NAME/INDEX`."""
+        """Return `NAME/INDEX`."""
         return f"{self.name}/{index}"
 
     def select(self, rows: Indices) -> None:
@@ -145,12 +145,12 @@ class ArrayMasks(MaskSource):
 
     @property
     def fingerprint(self) -> str:
-        """Over all classes."""
+        """SHA-256 in hex over the classes of all pixels."""
         return hashlib.sha256(np.ascontiguousarray(self.masks).data).hexdigest()
 
 
 def decode_mask(file: str | io.BytesIO, name: str) -> NDArray[np.integer | np.bool_]:
-    """The values (H, W) of a mask. Raises DataError for a file that cannot be read or is no map of class numbers."""
+    """Read the values (H, W) of a mask. Raises DataError for a file that is unreadable or no map of class numbers."""
     try:
         with Image.open(file) as image:
             kind, mode = image.format, image.mode
@@ -170,9 +170,9 @@ class Pairs:
     images: ArraySource | FileSource | TableSource
     masks: MaskSource
     class_names: list[str]
-    """Of classes 0, 1, ...; empty until their number is known."""
+    """Names of classes 0, 1, ...; empty until their number is known."""
     notices: Sequence[str] = field(default=())
-    """What of the data set is not used, and what was decided: lines."""
+    """Lines on parts of the data set that are not used, and on what was decided."""
     are_mosaics: bool = False
 
     def __len__(self) -> int:
@@ -190,7 +190,7 @@ class Pairs:
 
     @property
     def fingerprint(self) -> str:
-        """Of images and masks."""
+        """SHA-256 in hex over the fingerprints of images and masks."""
         return hashlib.sha256(f"{self.images.fingerprint} {self.masks.fingerprint}".encode()).hexdigest()
 
     def select(self, rows: Indices) -> None:
@@ -199,15 +199,15 @@ class Pairs:
         self.masks.select(rows)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """An image, uint8 (3, H, W), and its classes, int16 (H, W).
+        """Return an image, uint8 (3, H, W), and its classes, int16 (H, W).
 
-        Raises BadImage for an image that cannot be read, DataError for a mask that cannot be used or does not fit.
+        Raises BadImage for an image that cannot be read, DataError for a mask that cannot be used or does not fit it.
         """
         image = self.images.read(index)
         return image, self.mask(index, (image.shape[2], image.shape[1]))
 
     def mask(self, index: int, size: tuple[int, int] | None) -> Tensor:
-        """The classes of an image, int16 (H, W). size: its width and height, if known. Raises DataError."""
+        """Return the classes of an image, int16 (H, W). size: its width and height, if known. Raises DataError."""
         labels, path = self.masks.read(index), self.masks.path(index)
         height, width = labels.shape
         if size is not None and size != (width, height):
@@ -217,6 +217,6 @@ class Pairs:
         if self.class_names and largest >= self.classes:
             raise DataError(
                 f"mask {path}: value {largest + self.masks.coding.first} is beyond the {self.classes} classes; fix it, "
-                "set masks.classes, or name the value of pixels without a label by masks.ignore"
+                "set masks.classes, or set masks.ignore to the value of pixels without a label"
             )
         return labels

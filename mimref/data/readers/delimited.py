@@ -1,4 +1,4 @@
-"""Tables of text as people save them: any usual encoding, separator and spacing."""
+"""Text tables as people save them, with any usual encoding, separator and spacing."""
 
 import codecs
 import csv
@@ -15,7 +15,7 @@ from mimref.errors import DataError
 _SEPARATORS = (",", ";", "\t", "|")
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before the mark of UTF-16, which it begins with
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, as it begins with that mark
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -24,21 +24,21 @@ _SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 
 
 def read_text_table(file: str, known: str) -> tuple[pa.Table, list[str]]:
-    """A table whose cells are text, empty ones null; and notices. Names of columns have no blanks around them.
+    """Return a table of text cells, with empty ones as null, and notices. Column names are stripped of blanks.
 
-    known: a column that should exist, by which the separator is recognised. Raises DataError for what is no table,
-    OSError, and pyarrow's errors for rows of uneven length.
+    known: a column that should exist, by which the separator is recognised. Raises DataError for a spreadsheet,
+    OSError, and pyarrow's errors for rows of unequal length.
     """
     with open(file, "rb") as opened:
         content = opened.read()
     if content.startswith(_SPREADSHEETS):
         raise DataError("is a spreadsheet in spite of its name; save it as CSV (UTF-8)")
     text, notices = _decode(content, printable(file))
-    if stated := re.match(r"sep=(.)\r?\n", text):  # Excel's own way to state it
+    if stated := re.match(r"sep=(.)\r?\n", text):  # Excel's way of stating the separator
         text = text[stated.end() :]
     separator = stated[1] if stated else _separator(text, known, tabs=file.lower().endswith(".tsv"))
     if '"' in text and re.search(rf'(^|{re.escape(separator)})[^\S\t\r\n]+"', text, re.MULTILINE):
-        # A quote after a blank is a plain character to pyarrow.
+        # pyarrow treats a quote after a blank as a plain character.
         rewritten = io.StringIO()
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
         csv.writer(rewritten, delimiter=separator).writerows(row for row in rows if row)
@@ -48,7 +48,7 @@ def read_text_table(file: str, known: str) -> tuple[pa.Table, list[str]]:
 
 
 def without_blanks(table: pa.Table) -> pa.Table:
-    """Text cells without blanks around them, null where nothing is left, up to the last row that is not empty.
+    """Strip blanks from text cells, make empty ones null, and drop empty rows at the end.
 
     Spreadsheets end a table with rows of separators.
     """
@@ -63,10 +63,10 @@ def without_blanks(table: pa.Table) -> pa.Table:
 
 
 def _decode(content: bytes, shown: str) -> tuple[str, list[str]]:
-    """The text of a table, and a notice where its encoding had to be guessed."""
+    """Return the text of a table, and a notice if it is taken for Windows-1252."""
     for mark, encoding in _MARKS:
         if content.startswith(mark):
-            # A file that was cut within a character keeps what comes before it.
+            # Of a file that is cut off within a character, what comes before that is kept.
             return content.removeprefix(mark).decode(encoding, "ignore" if "16" in encoding else "strict"), []
     zeros = [content[start:1000:2].count(0) for start in (0, 1)]
     if 4 * max(zeros) > len(content[:1000]):
@@ -80,7 +80,7 @@ def _decode(content: bytes, shown: str) -> tuple[str, list[str]]:
 
 
 def _separator(text: str, known: str, *, tabs: bool) -> str:
-    """The one that makes a column `known` of the first line, else the one that makes most columns."""
+    """Return the separator that yields a column `known` in the first line, else the one that yields most columns."""
     first = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
 
     def columns(separator: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""Folders of images: which files, in which order, of which class.
+"""Folders of images: their files, the order of these, and their classes.
 
 Large folders are listed once. The listing is saved in the cache folder, with the modification time of every folder in
-it: those change when an entry is added, removed or renamed, so that a later start checks folders only.
+it. These times change when an entry is added, removed or renamed, so a later start checks only the folders.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ _LEFTOVERS = (
     "lost+found",
     "__pycache__",
 )
-"""Folders in which systems keep thumbnails, deleted files and what else belongs to no data set."""
+"""Folders in which systems keep thumbnails, deleted files and other things that belong to no data set."""
 _SEARCHED_FOLDERS = 50
-"""Looked into for an image, before a folder beside the splits counts as one without."""
+"""Number of folders searched for an image before a folder beside the splits counts as one without images."""
 
 
 def open_folder(
     spec: str, split: Split, progress: LabelledProgress | None = None, *, arrays: bool = False
 ) -> FileSource:
-    """A folder of images, with or without splits and classes (see docs/data.md). Raises DataError without images.
+    """Open a folder of images, with or without splits and classes (see docs/data.md). Raises DataError without images.
 
     arrays: `.npy` and `.npz` files are images too.
     """
@@ -74,7 +74,7 @@ def open_folder(
 
 
 def _as_source(name: str, folder: str, listing: "Listing", classes: list[str]) -> FileSource:
-    """All images below a folder; with two or more classes, the first part of a path is the class."""
+    """Return all images below a folder as a source; with two or more classes, the first part of a path is the class."""
     where = printable(folder)
     if not len(listing):
         unused = f"; it holds {count_kinds(listing.unused)}; convert images to a format that Pillow reads"
@@ -96,7 +96,7 @@ def _as_source(name: str, folder: str, listing: "Listing", classes: list[str]) -
             notices.append(f"{where}: {named} are taken for classes; splits are named train/ and val/ (or test/)")
         spellings = Counter(map(class_name, below))
         if twice := [name for name, count in spellings.items() if count > 1]:
-            alone = "folders whose names differ in Unicode's spelling alone are one class"
+            alone = "folders whose names differ only in Unicode spelling are one class"
             notices.append(f"{where}: {alone}: {first_of(twice)}")
     source = FileSource(name, folder, listing.files, labels, classes if labels is not None else None)
     source.notices, source.how_to_label = notices, how_to_label
@@ -104,10 +104,10 @@ def _as_source(name: str, folder: str, listing: "Listing", classes: list[str]) -
 
 
 def _beside_splits(root: str, arrays: bool) -> tuple[list[str], list[str]]:
-    """Folders with images beside train/, val/ and test/; and notices of all images beside these."""
+    """Return the folders with images beside train/, val/ and test/, and notices of all images beside the splits."""
     try:
         images, folders, unused = _entries(root, arrays)
-    except OSError:  # the splits' own folders may be readable all the same
+    except OSError:  # the splits' own folders may still be readable
         return [], []
     others = (name for name in folders if name not in ("train", "val", "test"))
     beside = [f"{name}/" for name in others if _holds_images(root, name, arrays)]
@@ -121,7 +121,7 @@ def _beside_splits(root: str, arrays: bool) -> tuple[list[str], list[str]]:
 
 
 def _holds_images(root: str, name: str, arrays: bool) -> bool:
-    """Whether there is an image in the first folders below one."""
+    """Return whether there is an image in a folder or the first folders below it."""
     pending = [os.path.join(root, name)]
     for _ in range(_SEARCHED_FOLDERS):
         if not pending:
@@ -139,33 +139,33 @@ def _holds_images(root: str, name: str, arrays: bool) -> bool:
 
 @dataclass(eq=False)
 class Listing:
-    """The images below a folder: sorted, and those of a folder before those of its subfolders."""
+    """The images below a folder, sorted, with those of a folder before those of its subfolders."""
 
     files: PathList
     """Relative paths, folder by folder, in the order of `folders`."""
     folders: PathList
     """Relative paths of all folders listed; the first is the folder itself, as an empty path."""
     counts: Indices
-    """(folders,) images directly in each."""
+    """(folders,) number of images directly in each."""
     unused: dict[str, int]
-    """Number of files by kind, in all folders, that are not used and could be images."""
+    """Number of unused files by kind, in all folders, that could be images."""
 
     def __len__(self) -> int:
         return len(self.files)
 
     def subfolders(self) -> list[str]:
-        """Sorted names of the folders directly below that hold images, at any depth."""
+        """Return the sorted names of the direct subfolders that hold images, at any depth."""
         return sorted({self.folders[int(row)].split(os.sep, 1)[0] for row in np.flatnonzero(self.counts)} - {""})
 
     def classes(self) -> list[str]:
-        """Names of the classes, in their order: those of the subfolders; none when images lie beside them."""
+        """Return the names of the classes in order: those of the subfolders; none if images lie beside them."""
         return [] if self.counts[0] else order_classes(map(class_name, self.subfolders()))
 
 
 def list_folder(root: str, progress: LabelledProgress | None = None, *, arrays: bool = False) -> Listing:
-    """The images below a folder, from the cache if no folder has changed since.
+    """Return the images below a folder, from the cache if no folder has changed since.
 
-    Links to folders are followed, but no folder is entered twice: loops end. Raises DataError when one cannot be
+    Links to folders are followed, but no folder is entered twice, so loops end. Raises DataError if a folder cannot be
     listed.
     """
 
@@ -182,15 +182,15 @@ def list_folder(root: str, progress: LabelledProgress | None = None, *, arrays: 
 
 
 def listing_key(root: str, *, arrays: bool = False) -> bytes:
-    """What identifies a folder's saved listing: its path, and the formats, which depend on the version of Pillow."""
+    """Return what identifies a folder's saved listing: its path, and the formats, which depend on Pillow's version."""
     formats = hashlib.sha256(" ".join(sorted(image_suffixes(arrays=arrays))).encode()).digest()
     return os.fsencode(os.path.abspath(root)) + b"\0" + formats
 
 
 def _scan(root: str, report: Progress, arrays: bool) -> tuple[Listing, Arrays]:
-    """List a folder and all below it; reports the folders listed, of those known so far."""
+    """List a folder and all folders below it; report the number listed, out of those known so far."""
     seen: set[tuple[int, int]] = set()
-    # The bytes of all paths: the strings of one folder are freed before the next is listed.
+    # Paths are collected as bytes: the strings of one folder are freed before the next is listed.
     content, lengths = bytearray(), [0]
     folders, counts, modified_ns, scanned_ns = [], [], [], []
     unused: Counter[str] = Counter()
@@ -232,10 +232,10 @@ def _scan(root: str, report: Progress, arrays: bool) -> tuple[Listing, Arrays]:
 
 
 def _entries(folder: str, arrays: bool) -> tuple[list[str], list[str], Counter[str]]:
-    """Names of a folder's images and of its subfolders, each sorted, and kinds of other files; none of them hidden.
+    """Return the names of a folder's images and of its subfolders, each sorted, and kinds of unused files.
 
-    Broken links count as images, and are reported when read; pipes and devices do not, since opening one may hang.
-    Raises OSError.
+    Hidden entries are ignored, except for files that iCloud has not downloaded. Broken links count as images, and are
+    reported when read; pipes and devices do not, since opening one may hang. Raises OSError.
     """
     images, below, unused = [], [], Counter[str]()
     with os.scandir(folder) as entries:

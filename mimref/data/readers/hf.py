@@ -1,8 +1,8 @@
 """Hugging Face data sets, `hf:FOLDER` and `hf:NAME` (see docs/data.md), read with the library `datasets`.
 
-Splits other than train, validation and test are reported and not used. Files without a split serve both, and the
-validation images are then unlabelled. Image cells hold encoded files, bare or with a path beside them, or paths of
-files in the folder.
+Splits other than train, validation and test are reported but not used. Files without a split serve both training and
+validation, which is then unlabelled. Image cells hold encoded files, bare or with a path beside them, or paths of files
+in the folder.
 
 Images stay encoded in memory-mapped arrow files, which loader processes share, and are decoded when read. Parquet
 cannot be read row by row, so the library first writes its images and labels to arrow files in the cache folder.
@@ -56,10 +56,10 @@ class TableSource(EncodedSource):
     cells: Any
     """The image column, a `datasets.Dataset` in arrow format."""
     place: str
-    """`FOLDER/SPLIT` or `NAME/SPLIT`, for names of images."""
+    """`FOLDER/SPLIT` or `NAME/SPLIT`, used in the names of images."""
     folder: str
     files: list[str]
-    """What the table was read from, relative to `folder`."""
+    """Files from which the table was read, relative to `folder`."""
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `ImageSource`."""
@@ -80,11 +80,11 @@ class TableSource(EncodedSource):
 
     @cached_property
     def holds_arrays(self) -> bool:
-        """Whether cells are the numbers of images, not encoded files."""
+        """Whether cells hold images as numbers, not as encoded files."""
         return is_array(self.cells.data.column(self.cells.format["columns"][0]).type)
 
     def _array(self, index: int) -> NDArray[Any]:
-        """The numbers of an image. Raises BadImage where they are no array."""
+        """Return the numbers of an image. Raises BadImage if they are not an array."""
         try:
             cell = self.cells[int(self.rows[index])].column(0)[0]
             if not cell.is_valid:
@@ -94,7 +94,7 @@ class TableSource(EncodedSource):
             raise BadImage(self.path(index), reason_of(error)) from error
 
     def content(self, index: int) -> bytes | str:
-        """The content of an image's file, or its path. Raises BadImage where a cell has neither."""
+        """Return the content of an image's file, or its path. Raises BadImage if a cell has neither."""
         try:
             cell = self.cells[int(self.rows[index])].column(0)[0].as_py()
         except Exception as error:  # pyarrow's readers of damaged files raise many kinds
@@ -114,8 +114,8 @@ class TableSource(EncodedSource):
         raise BadImage(self.path(index), f"not in the table {table}, which names {printable(path)} instead")
 
     def _file(self, path: str) -> str | None:
-        """The file that a cell names: absolute, or inside the folder and relative to it or to the table's own."""
-        if os.path.isabs(path):  # how the library refers to files that it has downloaded one by one
+        """Return the file that a cell names: absolute, or in the folder and relative to it or to a table's folder."""
+        if os.path.isabs(path):  # the library refers in this way to files that it has downloaded one by one
             return path
         inside = os.path.join(os.path.realpath(self.folder), "")
         for below in dict.fromkeys(["", *map(os.path.dirname, self.files)]):
@@ -125,17 +125,17 @@ class TableSource(EncodedSource):
         return None
 
     def path(self, index: int) -> str:
-        """`FOLDER/SPLIT[ROW]`, with rows counted from 0 and odd characters escaped."""
+        """Return `FOLDER/SPLIT[ROW]`, with rows counted from 0 and unprintable characters escaped."""
         return printable(f"{self.place}[{self.rows[index]}]")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over names, sizes and modification times of the files, the rows used, and their labels."""
+        """SHA-256 in hex over names, sizes and modification times of the files, the rows used, and their labels."""
         files = [*self.files, *(file for path in self._named_paths() if (file := self._file(path)))]
         return fingerprint_files(self.folder, map(os.fsencode, files), self.rows, self.labels)
 
     def _named_paths(self) -> list[str]:
-        """The paths in cells without the bytes of an image."""
+        """Return the paths in cells without the bytes of an image."""
         (name,) = self.cells.format["columns"]
         column = self.cells.data.column(name)
         if is_text(column.type):
@@ -159,10 +159,10 @@ class _Part(NamedTuple):
 def open_hugging_face(
     data: DataConfig, split: Split, *, on_hub: bool, progress: LabelledProgress | None = None
 ) -> TableSource:
-    """The images of a split, in the order of the files' names and then of their rows.
+    """Open the images of a split, in the order of the files' names and then of their rows.
 
-    Raises DataError when there are none, when files are missing or damaged, when a split is only partly labelled, when
-    columns are ambiguous, and when the `datasets` package is missing.
+    Raises DataError if there are none, if files are missing or damaged, if a split is only partly labelled, if columns
+    are ambiguous, and if the `datasets` package is missing.
     """
     spec = data.spec or ""
     place = os.path.expanduser(spec.removeprefix("hf:"))
@@ -200,7 +200,7 @@ def open_hugging_face(
 
 
 def _check_lists(table: Any, image: str) -> None:
-    """Raise DataError for a column of images whose lists hold more than one."""
+    """Raise DataError for a column of images whose lists hold more than one image."""
     column = table.data.column(image)
     if not is_list(column.type) or is_array(column.type):
         return
@@ -214,7 +214,7 @@ def _check_lists(table: Any, image: str) -> None:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Import `datasets`, and silence it and its downloads meanwhile: progress bars, and a warning per retry."""
+    """Import `datasets`, and silence it and its downloads in the context: progress bars, and a warning per retry."""
     try:
         import datasets
         import huggingface_hub.utils as hub
@@ -248,7 +248,7 @@ def _reading(path: str, what: str = "cannot be read; get it again") -> Iterator[
 
 
 def _hub_parts(name: str) -> tuple[dict[str, _Part], list[str]]:
-    """The splits of a data set of the hub, by their role: train, val and test; and a notice of the others.
+    """Return the splits of a hub data set by role, train, val or test, and a notice of the others.
 
     name: `NAME`, `OWNER/NAME` or `OWNER/NAME/CONFIG`.
     """
@@ -269,7 +269,7 @@ def _hub_parts(name: str) -> tuple[dict[str, _Part], list[str]]:
 
 
 def _folder_parts(folder: str) -> tuple[dict[str, _Part], list[str]]:
-    """The splits of a folder, by their role: train, val and test, or "" for a single split that serves all."""
+    """Return a folder's splits by role, train, val, test or "" (one split that serves all), and a notice of others."""
     if not os.path.isdir(folder):
         raise DataError("is a file, not a folder" if os.path.exists(folder) else "no such folder")
     if os.path.isfile(path := os.path.join(folder, "dataset_dict.json")):
@@ -285,7 +285,7 @@ def _folder_parts(folder: str) -> tuple[dict[str, _Part], list[str]]:
 def _by_role(
     names: Iterable[str], load: Callable[[str], Callable[[DataConfig], tuple[Any, Columns]]]
 ) -> tuple[dict[str, _Part], list[str]]:
-    """Splits by their role, and a notice of those that have none."""
+    """Return splits by role, and a notice of those that have none."""
     used = {SPLITS[name]: name for name in names if name in SPLITS}
     others = [printable(name) for name in names if name not in used.values()]
     notices = [f"splits that are not used: {', '.join(others)}"] if others else []
@@ -298,7 +298,7 @@ def _with_columns(load: Callable[[], Any], data: DataConfig) -> tuple[Any, Colum
 
 
 def _saved(folder: str, split: str) -> Any:
-    """A split that `save_to_disk` wrote."""
+    """Load a split that `save_to_disk` wrote."""
     from datasets import load_from_disk
 
     folder = os.path.join(folder, split)
@@ -312,10 +312,10 @@ def _saved(folder: str, split: str) -> Any:
 
 
 def _parquet_files(folder: str) -> tuple[dict[str, list[str]], list[str]]:
-    """Parquet files by split, relative to the folder, and a notice of others.
+    """Return parquet files by split, relative to the folder, and a notice of others.
 
-    Those in the folder's `data/`, else in itself, and in their folders of splits; else those of its only configuration,
-    a folder that holds the same.
+    They lie in the folder's `data/`, else in the folder itself, directly or in subfolders named after splits. Else they
+    are those of the folder's only configuration, a subfolder with the same layout.
     """
     parts: dict[str, list[str]] = {}
     for base in (os.path.join(folder, "data"), folder):
@@ -342,7 +342,7 @@ def _parquet_files(folder: str) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def _only_configuration(folder: str) -> str:
-    """The folder below with parquet files. Raises DataError if there is none, or more than one."""
+    """Return the name of the only subfolder with parquet files. Raises DataError if there is none, or more than one."""
     found = (path for stars in ("*", "*/*") for path in glob(f"{stars}/*.parquet", root_dir=folder))
     names = sorted({path.split(os.sep)[0] for path in found})
     if len(names) == 1:
@@ -353,7 +353,7 @@ def _only_configuration(folder: str) -> str:
 
 
 def _check_complete(files: Sequence[str]) -> None:
-    """Raise DataError where names such as `train-00000-of-00003.parquet` state more files than exist."""
+    """Raise DataError if names such as `train-00000-of-00003.parquet` state another number of files than exist."""
     stated = (re.fullmatch(r"(.*)-\d+-of-(\d+)(?:-\w+)?\.parquet", file) for file in files)
     for (name, total), found in Counter(match.groups() for match in stated if match).items():
         if found != int(total):
@@ -361,7 +361,7 @@ def _check_complete(files: Sequence[str]) -> None:
 
 
 def _parquet(folder: str, files: Sequence[str], data: DataConfig) -> tuple[Any, Columns]:
-    """The image and label columns of parquet files, as arrow files in the cache folder."""
+    """Load the image and label columns of parquet files, as arrow files in the cache folder."""
     from datasets import Dataset, Features
 
     paths = [os.path.join(folder, file) for file in files]

@@ -1,4 +1,4 @@
-"""Which columns of a Hugging Face data set hold images and labels, by what users name, by usual names, and by types."""
+"""Choice of the image and label columns of a Hugging Face data set, by settings, usual names and types."""
 
 import math
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from mimref.data.labels import RawLabels, class_name
 from mimref.errors import DataError, did_you_mean
 
 _OTHER_MEDIA = ("Audio", "Video", "Pdf", "Nifti")
-"""Features whose cells are files as well."""
+"""Other features whose cells are files."""
 
 
 class NoColumnError(DataError):
-    """A column that a setting names and that does not exist."""
+    """A setting names a column that does not exist."""
 
 
 class Columns(NamedTuple):
@@ -28,12 +28,12 @@ class Columns(NamedTuple):
     image: str
     label: str | None
     how_to_label: str
-    """What to do where `label` is None."""
+    """What to do if `label` is None."""
     notices: list[str]
 
 
 def choose_columns(features: Any, data: DataConfig) -> Columns:
-    """The columns of images and labels among a data set's `features`. Raises DataError where images are ambiguous."""
+    """Choose the image and label columns among a data set's `features`. Raises DataError if images are ambiguous."""
     for setting, wanted in (("data.image", data.image), ("data.label", data.label)):
         if wanted is not None and wanted not in features:
             near = did_you_mean(wanted, features)
@@ -67,7 +67,7 @@ def choose_columns(features: Any, data: DataConfig) -> Columns:
 
 
 def _choose_label(features: Any, data: DataConfig, image: str) -> tuple[str | None, str, list[str]]:
-    """The column of labels; else what to do; and notices."""
+    """Return the label column or None, what to do if it is None, and notices."""
     from datasets import ClassLabel
 
     if data.label is not None:
@@ -89,7 +89,7 @@ def _choose_label(features: Any, data: DataConfig, image: str) -> tuple[str | No
 
 
 def cell_type(kind: pa.DataType) -> pa.DataType:
-    """Of what is decoded: the bytes within a struct, within a list."""
+    """Return the type of what is decoded: the bytes within a struct, within a list."""
     if is_list(kind):
         kind = kind.value_type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -98,12 +98,12 @@ def cell_type(kind: pa.DataType) -> pa.DataType:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether cells are lists."""
+    """Return whether cells are lists."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def is_array(kind: pa.DataType) -> bool:
-    """Whether cells are numbers in rows and columns, and may be in channels."""
+    """Return whether cells are numbers in rows and columns, with or without channels."""
     kind, depth = _storage(kind), 0
     while is_list(kind):
         kind, depth = kind.value_type, depth + 1
@@ -111,7 +111,7 @@ def is_array(kind: pa.DataType) -> bool:
 
 
 def read_cell(cell: pa.Scalar) -> NDArray[Any]:
-    """The numbers of such a cell. Raises ValueError for rows of unequal lengths, and for missing numbers."""
+    """Return the numbers of such a cell. Raises ValueError for rows of unequal length and for missing numbers."""
     values, shape = (cell.value if isinstance(cell, pa.ExtensionScalar) else cell).values, list[int]()
     while True:
         if values.null_count:
@@ -131,17 +131,17 @@ def _storage(kind: pa.DataType) -> pa.DataType:
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Whether cells are bytes."""
+    """Return whether cells are bytes."""
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether cells are text."""
+    """Return whether cells are text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def read_labels(table: Any, name: str) -> tuple[RawLabels | None, list[str] | None]:
-    """Labels of all rows of a data set, and the names of all classes; None and None if no row has a label."""
+    """Return the labels of a data set's rows, and the names of all classes; None and None if no row has a label."""
     column = table.with_format("arrow", columns=[name])[:].column(name)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -164,7 +164,7 @@ def read_labels(table: Any, name: str) -> tuple[RawLabels | None, list[str] | No
 
 
 def _declares_image(feature: Any) -> bool:
-    """Whether a feature is an image, or a list of them."""
+    """Return whether a feature is an image, or a list of images."""
     from datasets import Image
 
     inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
@@ -172,7 +172,7 @@ def _declares_image(feature: Any) -> bool:
 
 
 def _holds_files(kind: pa.DataType, feature: Any) -> bool:
-    """Whether cells hold bytes, which are then taken for images where nothing else says so."""
+    """Return whether cells hold bytes, which are taken for images if no column is declared to hold images."""
     inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
     return type(inner).__name__ not in _OTHER_MEDIA and is_binary(cell_type(kind))
 

@@ -18,13 +18,13 @@ from mimref.data.sources import ArraySource, FileSource, Split
 from mimref.errors import DataError, did_you_mean
 from mimref.locks import one_at_a_time
 
-# Images that serve neither training nor validation.
+# Splits whose images serve neither training nor validation.
 _UNUSED_SPLITS = {"STL10": "unlabeled", "SVHN": "extra", "Flowers102": "val"}
 TORCHVISION_NAMES = ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "STL10", "SVHN", "Flowers102", "OxfordIIITPet")
 
 
 def open_digits(split: Split) -> ArraySource:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels, 0..16 spread over 0..255; 1,437 for training, 360 held out."""
+    """Open scikit-learn's 1,797 digits of 8 x 8 pixels, 0..16 scaled to 0..255; 1,437 for training, 360 held out."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -45,7 +45,7 @@ FASHION_MNIST_FOLDERS = (
 
 
 def open_fashion_mnist(data: DataConfig, split: Split) -> ArraySource:
-    """60,000 training and 10,000 test images of 28 x 28 pixels (Xiao et al. 2017), from idx or idx.gz files."""
+    """Open 60,000 training or 10,000 test images of 28 x 28 pixels (Xiao et al. 2017), from idx or idx.gz files."""
     if data.root is not None:
         folders = [os.path.join(os.path.expanduser(data.root), below) for below in ("", "FashionMNIST/raw")]
     else:
@@ -78,7 +78,7 @@ def _either(path: str) -> str:
 def _read_idx(path: str, *, ndim: int) -> NDArray[np.uint8]:
     """Read a (gzipped) idx file of unsigned bytes with `ndim` dimensions; the array is writable.
 
-    Raises DataError when the file is damaged, or its header or size is another.
+    Raises DataError if the file is damaged, or its header or size is not as expected.
     """
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
@@ -91,12 +91,12 @@ def _read_idx(path: str, *, ndim: int) -> NDArray[np.uint8]:
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
     expected = start + int(np.prod(shape, dtype=object))
     if len(content) != expected or shape[0] == 0:
-        raise DataError(f"{path} holds {len(content)} bytes where its header says {expected}; get the file again")
+        raise DataError(f"{path} holds {len(content)} bytes, but its header states {expected}; get the file again")
     return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
 
 
 def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource:
-    """A torchvision data set; its test images are the validation images."""
+    """Open a torchvision data set; its test images are the validation images."""
     asked = (data.spec or "").removeprefix("torchvision:")
     name = known_name(asked, TORCHVISION_NAMES)
     train = split == "train"
@@ -112,7 +112,7 @@ def open_torchvision(data: DataConfig, split: Split) -> ArraySource | FileSource
 
 
 def known_name(asked: str, names: Sequence[str]) -> str:
-    """The name as it is written in `names`, whatever its case. Raises DataError for an unknown one."""
+    """Return the name as written in `names`, whatever the case of `asked`. Raises DataError for an unknown name."""
     known = {name.lower(): name for name in names}
     if asked.lower() not in known:
         near = did_you_mean(asked.lower(), known)
@@ -121,7 +121,7 @@ def known_name(asked: str, names: Sequence[str]) -> str:
 
 
 def root_folder(data: DataConfig) -> str:
-    """`data.root`. Raises DataError where it is not set."""
+    """Return `data.root` with `~` expanded. Raises DataError if it is not set."""
     if data.root is None:
         raise DataError("needs the folder of its files: --set data.root=FOLDER")
     return os.path.expanduser(data.root)
@@ -130,9 +130,9 @@ def root_folder(data: DataConfig) -> str:
 def torchvision_source(
     name: str, data: DataConfig, of_torchvision: str, parts: Sequence[Mapping[str, Any]], split: Split
 ) -> ArraySource | FileSource:
-    """A torchvision data set's images as a source of this name; parts: arguments of its class, one after another.
+    """Open a torchvision data set as a source with this name; parts: arguments of its class, one part after another.
 
-    Raises DataError when files are missing or damaged. Only data sets of files have several parts.
+    Raises DataError if files are missing or damaged. Only data sets of files have several parts.
     """
     from torchvision import datasets
 
@@ -141,7 +141,7 @@ def torchvision_source(
         # torchvision unpacks under the files' final names, so another process would read incomplete ones.
         with one_at_a_time(Path(root, of_torchvision)) if data.download else nullcontext():
             found = [getattr(datasets, of_torchvision)(root, download=data.download, **part) for part in parts]
-    except Exception as error:  # each class has its own: missing or corrupt files, no network, a missing package
+    except Exception as error:  # each class raises its own: missing or corrupt files, no network, a missing package
         advice = "" if data.download else "; --set data.download=true fetches it"
         raise DataError(f"{root}: {reason_of(error)}{advice}") from error
     first = found[0]
@@ -151,10 +151,10 @@ def torchvision_source(
     labels = np.concatenate([np.asarray(getattr(each, held), dtype=np.int64) for each in found])
     classes = [str(c) for c in getattr(first, "classes", range(int(labels.max()) + 1))]
     if not hasattr(first, "data"):
-        # Its list of files, rather than calling it image by image.
+        # Take its list of files rather than load it image by image.
         files = [file for each in found for file in getattr(each, "_image_files", None) or each._images]
         return FileSource(name, root, [str(Path(file).relative_to(root)) for file in files], labels, classes)
     images = np.asarray(first.data)
-    if images.ndim == 4 and images.shape[-1] == 3:  # CIFAR alone is (N, H, W, 3)
+    if images.ndim == 4 and images.shape[-1] == 3:  # only CIFAR is (N, H, W, 3)
         images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return ArraySource(name, images, labels, classes, split, np.arange(len(images), dtype=np.int64))

@@ -26,7 +26,7 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 class Columns(NamedTuple):
-    """Names of a table's columns; of a role that no column has, None."""
+    """Names of a table's columns by role; None for a role that no column has."""
 
     path: str
     label: str | None
@@ -34,11 +34,11 @@ class Columns(NamedTuple):
 
 
 def open_table(data: DataConfig, split: Split) -> FileSource:
-    """The images of a split, in the table's order.
+    """Open the images of a split, in the table's order.
 
     Classes are the distinct labels of the training rows, in the order of `RawLabels.classes`; without any, those of the
     validation rows. No image file is opened. Raises DataError for a table that is unreadable, incomplete or without an
-    image of the split, and when its files do not exist.
+    image of the split, and if none of its files exists.
     """
     spec = data.spec or ""
     file = os.path.expanduser(spec.removeprefix("list:"))
@@ -66,9 +66,9 @@ def open_table(data: DataConfig, split: Split) -> FileSource:
 
 
 def _read(file: str, data: DataConfig) -> tuple[pa.Table, Columns, list[str], list[str]]:
-    """The columns in use, as a table, and their roles; names of the others; and notices.
+    """Return the columns in use as a table, their roles, the names of the other columns, and notices.
 
-    Those of a text table are text, so that a class 007 keeps its name.
+    The columns of a text table stay text, so that a class 007 keeps its name.
     """
     kind = os.path.splitext(file)[1].lower()
     if kind in (".xlsx", ".xlsm", ".xls", ".ods"):
@@ -96,7 +96,7 @@ def _read(file: str, data: DataConfig) -> tuple[pa.Table, Columns, list[str], li
 
 
 def _refuse_images(schema: pa.Schema, wanted: str) -> None:
-    """Raise DataError where there are images, not paths."""
+    """Raise DataError for a table that holds images, not paths."""
     holding = [field.name for field in schema if pa.types.is_struct(field.type) or _is_binary(field.type)]
     if holding and wanted not in set(schema.names) - set(holding):
         raise DataError(
@@ -110,7 +110,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _columns(names: Sequence[str], data: DataConfig) -> Columns:
-    """Which column has which role; names may differ in case. Raises DataError without paths, and for duplicates."""
+    """Return the columns by role; names may differ in case. Raises DataError without paths, and for duplicates."""
 
     def find(wanted: str) -> str | None:
         near = [name for name in names if name == wanted] or [name for name in names if name.lower() == wanted.lower()]
@@ -135,7 +135,7 @@ def _columns(names: Sequence[str], data: DataConfig) -> Columns:
 
 
 def _paths(column: pa.ChunkedArray, name: str) -> PathList:
-    """Raises DataError for rows without a path, and for addresses."""
+    """Return the paths. Raises DataError for rows without a path, and for URLs."""
     if not _is_text(column.type):
         raise DataError(f"column {printable(name)!r} holds {column.type}, not text")
     column = column.cast(pa.string())
@@ -156,7 +156,7 @@ def _paths(column: pa.ChunkedArray, name: str) -> PathList:
 
 
 def _rows_of(column: pa.ChunkedArray, split: Split) -> tuple[Indices, Indices]:
-    """Rows of a split, and those of train."""
+    """Return the rows of a split, and those of train."""
     if not _is_text(column.type):
         raise DataError(f"column 'split' holds {column.type}, not {', '.join(SPLITS)}")
     names = pc.utf8_lower(pc.fill_null(column.cast(pa.string()), ""))
@@ -172,7 +172,7 @@ def _rows_of(column: pa.ChunkedArray, split: Split) -> tuple[Indices, Indices]:
 
 
 def _labels(column: pa.ChunkedArray, rows: Indices, name: str) -> RawLabels | None:
-    """Labels of some rows; None if no row has any. Raises DataError if only some have."""
+    """Return the labels of some rows; None if no row has one. Raises DataError if only some rows have one."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise DataError(f"column {printable(name)!r} holds {kind}; labels are class names or whole numbers")
@@ -191,7 +191,7 @@ def _labels(column: pa.ChunkedArray, rows: Indices, name: str) -> RawLabels | No
 
 
 def _as_spelled(folder: str, paths: PathList, rows: Indices) -> PathList:
-    """The paths, those of `rows` in the spelling of Unicode, composed or decomposed, in which their files exist."""
+    """Return the paths; those of `rows` in the Unicode spelling, composed or decomposed, in which their files exist."""
     if not (paths.content >= 0x80).any():
         return paths
     respelled: dict[int, str] = {}
@@ -204,8 +204,8 @@ def _as_spelled(folder: str, paths: PathList, rows: Indices) -> PathList:
 
 
 def _check_files(source: FileSource) -> None:
-    """Raise DataError when no file of the split exists: paths of another folder or machine."""
-    # Usually ends at the first.
+    """Raise DataError if no file of the split exists, as for paths of another folder or machine."""
+    # Usually the first file exists.
     if any(os.path.lexists(os.path.join(source.folder, source.files[int(row)])) for row in source.rows):
         return
     first = [source.files[int(row)] for row in source.rows[:3]]

@@ -1,7 +1,7 @@
-"""The natural sets of VTAB with the splits of the paper's Table 8, `vtab:NAME`, and VTAB-1K's lists, `vtab1k:NAME`.
+"""VTAB's natural data sets with the splits of the paper's Table 8, `vtab:NAME`, and VTAB-1K's lists, `vtab1k:NAME`.
 
-The full training sets serve training. Where torchvision has the same splits, its readers are used; the others are read
-from the original folders.
+`vtab:NAME` trains on the full training set. torchvision's readers are used for data sets with the same splits there;
+the others are read from the original folders.
 """
 
 import os
@@ -17,7 +17,7 @@ from mimref.data.readers.named import known_name, root_folder, torchvision_sourc
 from mimref.data.sources import ArraySource, FileSource, Split
 from mimref.errors import DataError
 
-# Name to torchvision's, and the arguments of its splits.
+# Name to torchvision's class, and the arguments of its splits.
 _TORCHVISION: dict[str, tuple[str, Mapping[Split, list[dict[str, Any]]]]] = {
     "cifar100": ("CIFAR100", {"train": [{"train": True}], "val": [{"train": False}]}),
     "dtd": ("DTD", {"train": [{"split": "train"}, {"split": "val"}], "val": [{"split": "test"}]}),
@@ -31,17 +31,17 @@ VTAB_1K_NAMES = (
     *("patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy"),
     *("clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori", "smallnorb_azi", "smallnorb_ele"),
 )
-"""Folders of VTAB-1K as it is passed on: 7 natural, 4 specialised and 8 structured sets."""
+"""Folders of VTAB-1K as it is distributed: 7 natural, 4 specialised and 8 structured data sets."""
 CALTECH_SHOTS = 30
 SUN_SHARE = 0.8
 
 
 def open_vtab(data: DataConfig, split: Split) -> ArraySource | FileSource:
-    """One of VTAB's natural sets: all its training images, and its test images as validation images.
+    """Open one of VTAB's natural data sets: all its training images, and its test images for validation.
 
-    The files are below `data.root`, where torchvision expects them: Caltech101 in `101_ObjectCategories` or that folder
-    in `caltech101` or `caltech-101`, Sun397 in `SUN397`. Raises DataError for an unknown name, and for files that are
-    missing or damaged.
+    The files are below `data.root`, where torchvision expects them: Caltech101 in `101_ObjectCategories`, which may lie
+    in `caltech101` or `caltech-101`, and Sun397 in `SUN397`. Raises DataError for an unknown name, and for files that
+    are missing or damaged.
     """
     name = known_name((data.spec or "").removeprefix("vtab:"), VTAB_NAMES)
     if name in _TORCHVISION:
@@ -51,7 +51,7 @@ def open_vtab(data: DataConfig, split: Split) -> ArraySource | FileSource:
 
 
 def _open_caltech(data: DataConfig, split: Split) -> FileSource:
-    """30 images per class, the class of background among them, for training."""
+    """Open Caltech101: 30 images per class for training, including the background class."""
     places = [os.path.join(place, "101_ObjectCategories") for place in ("", "caltech101", "caltech-101")]
     folder = _find(data, [*places, ""], "BACKGROUND_Google")
     try:
@@ -64,7 +64,7 @@ def _open_caltech(data: DataConfig, split: Split) -> FileSource:
 
 
 def _open_sun(data: DataConfig, split: Split) -> FileSource:
-    """Four fifths of every class's images for training; classes in the order of ClassName.txt."""
+    """Open Sun397: four fifths of every class's images for training; classes in the order of ClassName.txt."""
     folder = _find(data, ["SUN397", ""], "ClassName.txt")
     try:
         with open(os.path.join(folder, "ClassName.txt"), encoding="utf-8", errors="surrogateescape") as lines:
@@ -78,7 +78,7 @@ def _open_sun(data: DataConfig, split: Split) -> FileSource:
 
 
 def _find(data: DataConfig, places: Sequence[str], mark: str) -> str:
-    """The first of some places below `data.root` that holds `mark`."""
+    """Return the first of some places below `data.root` that holds `mark`. Raises DataError if none does."""
     folders = [os.path.normpath(os.path.join(root_folder(data), place)) for place in places]
     folder = next((each for each in folders if os.path.exists(os.path.join(each, mark))), None)
     if folder is None:
@@ -87,7 +87,7 @@ def _find(data: DataConfig, places: Sequence[str], mark: str) -> str:
 
 
 def _images(folder: str, classes: Sequence[str]) -> dict[str, list[str]]:
-    """Class to its JPEGs, relative to `folder`, in the order of their names."""
+    """Return each class's JPEGs, relative to `folder` and in the order of their names."""
     found = {}
     for name in classes:
         try:
@@ -103,7 +103,7 @@ def _unreadable(folder: str, error: OSError) -> DataError:
 
 
 def _seeded(name: str, folder: str, images: Mapping[str, list[str]], counts: Sequence[int], split: Split) -> FileSource:
-    """A split drawn class by class, by one generator with the seed 0: the first `counts` of a permutation train."""
+    """Draw a split class by class with one generator of seed 0; training takes the first `counts` of a permutation."""
     draw = torch.Generator().manual_seed(0)
     files, labels = [], []
     for label, (of_class, count) in enumerate(zip(images.values(), counts, strict=True)):
@@ -117,7 +117,7 @@ def _seeded(name: str, folder: str, images: Mapping[str, list[str]], counts: Seq
 
 
 def _check_size(source: FileSource, images: Mapping[str, list[str]], original: str) -> FileSource:
-    """Warn of a folder that is not the original: other files give another split."""
+    """Add a notice if a folder is not the original: other files lead to another split."""
     found = f"{sum(map(len, images.values())):,} of {len(images)}"
     if found != original:
         size = f"images and classes: {found} where the original has {original}"
@@ -126,17 +126,17 @@ def _check_size(source: FileSource, images: Mapping[str, list[str]], original: s
 
 
 def open_vtab1k(data: DataConfig, split: Split) -> FileSource:
-    """A set of VTAB-1K in its usual layout: `NAME` has 1,000 training images and the test images for validation.
+    """Open a VTAB-1K data set in its usual layout: `NAME` has 1,000 training images, and test images for validation.
 
-    `NAME/tune` has 800 and 200 of the 1,000, to choose settings on. Below `data.root`, or `vtab-1k` in it, the folder
-    NAME holds the lists `train800val200.txt`, `test.txt`, `train800.txt` and `val200.txt`, whose lines are a file's
-    path in the folder and its label, a whole number from 0. Raises DataError for an unknown name, and for lists that
-    are missing or damaged.
+    `NAME/tune` splits the 1,000 into 800 and 200, to choose settings. Below `data.root`, or `vtab-1k` in it, the folder
+    NAME holds the lists `train800val200.txt`, `test.txt`, `train800.txt` and `val200.txt`. Each line is a file's path
+    in the folder and its label, a whole number from 0. Raises DataError for an unknown name, and for lists that are
+    missing or damaged.
     """
     asked, slash, part = (data.spec or "").removeprefix("vtab1k:").partition("/")
     name, root = known_name(asked, VTAB_1K_NAMES), root_folder(data)
     if slash and part != "tune":
-        raise DataError(f"{printable(part)!r} is no part of {name}; write vtab1k:{name} or vtab1k:{name}/tune")
+        raise DataError(f"{printable(part)!r} is not a part of {name}; write vtab1k:{name} or vtab1k:{name}/tune")
     lists = ("train800.txt", "val200.txt") if part else ("train800val200.txt", "test.txt")
     folders = [os.path.join(root, place) for place in (name, f"vtab-1k/{name}")]
     folder = next((each for each in folders if os.path.isfile(os.path.join(each, lists[0]))), None)
@@ -152,7 +152,7 @@ def open_vtab1k(data: DataConfig, split: Split) -> FileSource:
 
 
 def _read_list(file: str) -> tuple[list[str], list[int]]:
-    """Paths and labels."""
+    """Read paths and labels."""
     try:
         with open(file, encoding="utf-8", errors="surrogateescape") as lines:
             return _parsed(file, lines)
@@ -167,7 +167,7 @@ def _parsed(file: str, lines: Iterable[str]) -> tuple[list[str], list[int]]:
             continue
         path, _, label = line.strip().rpartition(" ")
         if not path or not label.isdecimal() or len(label) > 6:
-            raise DataError(f"{printable(file)}: line {number} is no path and label: {printable(line.strip())!r}")
+            raise DataError(f"{printable(file)}: line {number} is not a path and a label: {printable(line.strip())!r}")
         paths.append(path.rstrip())
         labels.append(int(label))
     if not paths:

@@ -1,11 +1,11 @@
 """Webdataset shards, `wds:SHARDS` (see docs/data.md): tar files whose members are samples.
 
-A sample is the members of a shard that share a name up to the first dot of its last part; those without an image are
-not used. Folders and patterns without splits serve training and validation; the latter stays unlabelled.
+A sample consists of the members of a shard that share a name up to the first dot of its last part; samples without an
+image are not used. Folders and patterns without splits serve both training and validation, which is then unlabelled.
 
-Each shard is read once from end to end to index its images. Every image can then be read by itself, so shards behave
-like single files: shuffled across all shards, every image exactly once per epoch, resumable at any step. Streams
-(`pipe:`) allow none of that exactly, and are not supported.
+Each shard is read once from start to end to index its images. Every image can then be read by itself, so shards behave
+like single files: images are shuffled across all shards, read exactly once per epoch, and training is resumable at any
+step. Streams (`pipe:`) allow none of that exactly, and are not supported.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from mimref.progress import LabelledProgress, Progress
 HELD_OUT = ("val", "validation", "test")
 _NO_IMAGES = "no images in these shards (*.jpg, *.png and others that Pillow reads)"
 _FORMAT = 2
-"""Of the cached index: 2 joins members that are apart, and takes all formats that Pillow reads."""
+"""Version of the cached index: 2 joins a sample's separated members, and accepts all formats that Pillow reads."""
 
 
 @dataclass(eq=False)
@@ -47,17 +47,17 @@ class ShardIndex:
     offsets: Indices
     """(N,) byte of the shard at which the image begins."""
     sizes: Indices
-    """(N,) bytes."""
+    """(N,) size in bytes."""
     members: PathList
     """(N,) name in the shard."""
     labels: RawLabels | None
-    """As the shards have them."""
+    """Labels as stored in the shards."""
     states: Indices
-    """(number of shards, 2): size and time of modification when they were opened."""
+    """(number of shards, 2): their `remote.file_state` when they were opened."""
     unused: dict[str, int]
-    """Members by kind that are not used and could be images."""
+    """Number of unused members by kind that could be images, and of labels without an image."""
     kinds: list[str]
-    """Kinds of the images' other members."""
+    """Most frequent kinds of the samples' other members."""
 
     def __len__(self) -> int:
         return len(self.members)
@@ -91,7 +91,7 @@ class ShardSource(EncodedSource):
                 if isinstance(content := self._fetched.pop(index), FileNotFoundError):
                     raise content
             else:
-                # Opened for every image: there may be more shards than a process may keep open.
+                # The shard is opened for every image: there may be more shards than a process may keep open.
                 with open(shard, "rb") as file:
                     file.seek(start)
                     content = file.read(size)
@@ -102,17 +102,17 @@ class ShardSource(EncodedSource):
         return content, self.path(index)
 
     def _place(self, index: int) -> tuple[str, int, int]:
-        """Shard of an image, its first byte in the shard, and its number of bytes."""
+        """Return the shard of an image, its first byte in the shard, and its number of bytes."""
         row = self.rows[index]
         return self.index.shards[self.index.shard[row]], int(self.index.offsets[row]), int(self.index.sizes[row])
 
     def path(self, index: int) -> str:
-        """`SHARD/MEMBER`, with odd characters escaped."""
+        """Return `SHARD/MEMBER`, with unprintable characters escaped."""
         return printable(os.path.join(self._place(index)[0], self.index.members[self.rows[index]]))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over the shards' names, sizes and modification times, the positions of the images in them, and labels."""
+        """SHA-256 in hex over the shards' names, sizes and modification times, the images' positions, and labels."""
         digest = hashlib.sha256()
         for shard, (size, modified_ns) in zip(self.index.shards, self.index.states.tolist(), strict=True):
             digest.update(os.fsencode(os.path.basename(shard)) + f"\0{size}\0{modified_ns}\n".encode())
@@ -124,10 +124,10 @@ class ShardSource(EncodedSource):
 
 
 def open_shards(data: DataConfig, split: Split, progress: LabelledProgress | None = None) -> ShardSource:
-    """The images of a split, in the order of the shards' names and then of their members.
+    """Open the images of a split, in the order of the shards and then of their members.
 
     Raises DataError for shards that are missing, truncated or damaged, for members that are links or whose names point
-    outside the archive, when there is no image, and when a split is only partly labelled.
+    outside the archive, if there is no image, and if a split is only partly labelled.
     """
     spec, choice = data.spec or "", Choice(data.image, data.label)
     pattern = os.path.expanduser(spec.removeprefix("wds:"))
@@ -153,7 +153,7 @@ def _shown(shards: list[str]) -> str:
 
 
 def _not_shards(folder: str, split: Split) -> list[str]:
-    """Notices of what lies beside the shards in a folder and could be images."""
+    """Return notices of files beside the shards in a folder that could be images, and of unused shards."""
     if not os.path.isdir(folder):
         return []
     splits = [name for name in ("train", *HELD_OUT) if os.path.isdir(os.path.join(folder, name))]
@@ -175,7 +175,7 @@ def _not_shards(folder: str, split: Split) -> list[str]:
 
 
 def _find_shards(pattern: str, split: Split) -> tuple[list[str], list[str] | None]:
-    """Shards of a split; and those of the training images where the splits are separate."""
+    """Return the shards of a split, and those of the training images if the splits are separate."""
     if pattern.startswith("pipe:"):
         raise DataError("shards from a pipe can only be read in sequence; give their URLs")
     if remote.is_remote(pattern) and not has_magic(pattern) and not pattern.endswith(".tar") and "{" not in pattern:
@@ -197,10 +197,10 @@ def _find_shards(pattern: str, split: Split) -> tuple[list[str], list[str] | Non
 
 
 def _expand(pattern: str, *, split: str = "") -> list[str]:
-    """Paths of a split that match a pattern: in the order of its braces, and sorted where it has stars.
+    """Return the paths of a split that match a pattern: in the order of its braces, and sorted where it has stars.
 
-    Raises DataError for a path that braces name and that does not exist. A split may have no shard at all, and a
-    held-out one, which is smaller, may lack the last ones.
+    Raises DataError for a path that the braces name but that does not exist. A split may have no shard at all, and a
+    held-out split, which is smaller, may lack the last ones.
     """
     pattern = pattern.replace("{split}", split)
     try:
@@ -226,13 +226,13 @@ def _expand(pattern: str, *, split: str = "") -> list[str]:
 
 
 def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None, as_arrays: bool) -> ShardIndex:
-    """The index of all images, from the cache if no shard has changed."""
+    """Return the index of all images, from the cache if no shard has changed."""
     key = b"\0".join(os.fsencode(shard if remote.is_remote(shard) else os.path.abspath(shard)) for shard in shards)
     key += repr((_FORMAT, choice, sorted(image_suffixes(arrays=as_arrays)))).encode()
     paths = PathList.pack(shards)
 
     def unpack(saved: Arrays) -> ShardIndex | None:
-        """The saved index; None if a shard has changed."""
+        """Return the saved index; None if a shard has changed."""
         states = _states(shards)
         if not np.array_equal(saved["states"], states):
             return None
@@ -243,7 +243,7 @@ def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None,
         return ShardIndex(paths, *places, members, labels, states, unused, saved["kinds"].tolist())
 
     def scan(report: Progress) -> tuple[ShardIndex, Arrays]:
-        """A new index, and what is saved of it."""
+        """Return a new index, and the arrays to save."""
         states, scanned_ns = _states(shards), time.time_ns()
         index = _scan(paths, states, choice, partial(list_samples, choice, arrays=as_arrays), report)
         arrays: Arrays = {
@@ -270,7 +270,7 @@ def _index(shards: list[str], choice: Choice, progress: LabelledProgress | None,
 
 
 def _states(shards: Sequence[str]) -> Indices:
-    """(number of shards, 2): size and time of modification of each, or `MISSING`."""
+    """Return the `remote.file_state` of each shard, (number of shards, 2)."""
     states = list(remote.map_concurrently(remote.file_state, shards))
     return np.array(states, dtype=np.int64).reshape(-1, 2)
 
@@ -278,7 +278,7 @@ def _states(shards: Sequence[str]) -> Indices:
 def _scan(
     shards: PathList, states: Indices, choice: Choice, read: Callable[[str], Shard], report: Progress
 ) -> ShardIndex:
-    """Read the headers of all shards by `read`."""
+    """Build the index of all shards, whose headers `read` lists."""
     shard: list[int] = []
     found: list[Sample] = []
     unused, kinds = Counter[str](), Counter[str]()

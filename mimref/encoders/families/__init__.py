@@ -1,5 +1,5 @@
-"""Foreign weights of encoders that are no plain vision transformers, as their publishers and transformers save them.
+"""Foreign weights of encoders other than plain vision transformers, as saved by their publishers and by transformers.
 
-A module per family or group of like ones. Each says whether tensors are of its family, which model of timm they are,
-and where in the file each of timm's tensors comes from: the same answer reads a file and writes it back.
+There is one module per family or group of similar families. It determines the timm model of a file's tensors and where
+in the file each of timm's tensors comes from: the same mapping reads a file and writes it back.
 """

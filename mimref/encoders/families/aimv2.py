@@ -23,7 +23,7 @@ from mimref.encoders.num_heads import find_num_heads
 from mimref.encoders.parts import Unrecognised
 
 _CHANNELS = 128
-"""Of a head, in every published size."""
+"""Channels per head in every published size."""
 _BLOCK = r"blocks\.(\d+)\."
 _MODELS = {
     f"aimv2_{name}_patch14_224": {"embed_dim": width, "depth": 24, "num_heads": heads, "hidden": hidden}
@@ -66,9 +66,9 @@ HF = Layout(_HF_NAMES, MASK_TOKEN | _UNUSED)
 
 
 def describe(tensors: Tensors, hints: Hints) -> Family:
-    """An AIMv2 image encoder in the layout of apple/ml-aim. Raises Unrecognised."""
+    """Describe an AIMv2 image encoder in the layout of apple/ml-aim. Raises Unrecognised."""
     if "preprocessor.pos_embed" not in tensors:
-        raise Unrecognised("has no positions: AIMv2 for native resolutions, which timm lacks")
+        raise Unrecognised("has no positions: it is AIMv2 for native resolutions, which timm lacks")
     patches = shape_of(tensors, "preprocessor.pos_embed", 3)[1]
     return _family(
         "AIMv2",
@@ -81,10 +81,10 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
 
 
 def describe_hf(tensors: Tensors, hints: Hints) -> Family:
-    """An AIMv2 image encoder as transformers saves it. Raises Unrecognised."""
+    """Describe an AIMv2 image encoder as saved by transformers. Raises Unrecognised."""
     check_activation(hints, "silu")
     if "embeddings.position_embedding.weight" not in tensors:
-        raise Unrecognised("has no positions: AIMv2 for native resolutions, which timm lacks")
+        raise Unrecognised("has no positions: it is AIMv2 for native resolutions, which timm lacks")
     patches = shape_of(tensors, "embeddings.position_embedding.weight", 2)[0]
     return _family(
         "Hugging Face AIMv2",
@@ -99,7 +99,7 @@ def describe_hf(tensors: Tensors, hints: Hints) -> Family:
 def _family(
     format_: str, tensors: Tensors, hints: Hints, names: tuple[str, str, str], patches: int, layout: Layout
 ) -> Family:
-    """names: of the patch embedding's weight, as those of blocks begin, and of the first layer of an MLP."""
+    """Describe AIMv2. names: the patch embedding's weight, how blocks' names begin, and the first layer of an MLP."""
     width, patch_size = patch_sizes(tensors, names[0])
     side = square_side(patches, "has positions")
     notices: list[str] = []

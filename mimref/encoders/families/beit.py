@@ -1,4 +1,4 @@
-"""BEiT, BEiT v2, data2vec 1.0 for images, and SimMIM's vision transformers: one layout, of BEiT's code.
+"""BEiT, BEiT v2, data2vec 1.0 for images, and SimMIM's vision transformers, which share the layout of BEiT's code.
 
 Positions are relative: one table for all blocks during pre-training, one table per block after fine-tuning. Queries and
 values have biases, keys have none.
@@ -66,7 +66,7 @@ _HF_NAMES = naming_by(
 
 
 def _indices(model: nn.Module) -> dict[str, Tensor]:
-    """Which row of the table every pair of tokens has."""
+    """Return the buffers that hold the table's row for every pair of tokens."""
     buffers = model.named_buffers()
     return {name: buffer for name, buffer in buffers if name.endswith("relative_position_index")}
 
@@ -80,7 +80,7 @@ HF = Layout(_HF_NAMES, MASK_TOKEN | _UNUSED)
 
 
 def describe(tensors: Tensors, hints: Hints) -> Family:
-    """An encoder of BEiT's code in the layout of microsoft/unilm. Raises Unrecognised."""
+    """Describe an encoder of BEiT's code in the layout of microsoft/unilm. Raises Unrecognised."""
     table = next(
         (name for name in ("rel_pos_bias", "blocks.0.attn") if f"{name}.relative_position_bias_table" in tensors), ""
     )
@@ -102,7 +102,7 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
 
 
 def describe_hf(tensors: Tensors, hints: Hints) -> Family:
-    """BEiT or data2vec 1.0 as transformers saves it. Raises Unrecognised."""
+    """Describe a BEiT or data2vec 1.0 as saved by transformers. Raises Unrecognised."""
     check_activation(hints, "gelu")
     own = "encoder.layer.0.attention.attention.relative_position_bias.relative_position_bias_table"
     shared = "encoder.relative_position_bias.relative_position_bias_table"
@@ -125,7 +125,7 @@ def describe_hf(tensors: Tensors, hints: Hints) -> Family:
 
 
 def _publisher(tensors: Tensors, hints: Hints, width: int) -> tuple[str, str | None]:
-    """Format and source."""
+    """Return the format and the source."""
     if any(name.startswith("cls_pt_layers.") for name in tensors):
         return "BEiT v2", "beitv2"
     if "decoder.0.weight" in hints.beside:
@@ -138,10 +138,10 @@ def _publisher(tensors: Tensors, hints: Hints, width: int) -> tuple[str, str | N
 
 
 def _sizes(tensors: Tensors, *, patches: str, table: str, hidden: str, blocks: str) -> tuple[dict[str, Any], int, int]:
-    """Sizes of the model, patch size, and rows of patches."""
+    """Return the sizes of the model, the patch size, and the rows of patches."""
     width, patch_size = patch_sizes(tensors, patches)
     distances, heads = shape_of(tensors, table, 2)
-    # Of 2 * side - 1 in each direction, and three with the CLS token.
+    # There are 2 * side - 1 distances in each direction, and three more with the CLS token.
     side, odd = divmod(square_side(distances - 3, "has a table of relative positions") + 1, 2)
     if odd or width % heads:
         raise Unrecognised(f"{table} of shape {(distances, heads)} does not fit a width of {width}")
@@ -150,11 +150,11 @@ def _sizes(tensors: Tensors, *, patches: str, table: str, hidden: str, blocks: s
 
 
 def _options(*, shared: bool, own: bool, absolute: bool, normed: bool) -> dict[str, Any]:
-    """Of timm's Beit, where they are not those of its named models."""
+    """Return the options of timm's Beit that differ from those of its named models."""
     options: dict[str, Any] = {"use_shared_rel_pos_bias": True} if shared else {}
     options |= {} if own else {"use_rel_pos_bias": False}
     options |= {"use_abs_pos_emb": True} if absolute else {}
-    # timm's models otherwise have a norm of the pooled token only.
+    # Otherwise, timm's models normalise only the pooled token.
     return options | ({"global_pool": "token"} if normed else {})
 
 
@@ -175,7 +175,7 @@ def _family(
     more |= {"patch_size": patch_size} if patch_size != 16 else {}
     notices = []
     if source is None:
-        notices.append("BEiT's normalisation of pixels (0.5) is assumed; BEiT v2 has ImageNet's")
+        notices.append("BEiT's normalisation of pixels (0.5) is assumed; BEiT v2 uses ImageNet's")
     imagenet = is_v2 or source == "simmim"
     mean = IMAGENET_DEFAULT_MEAN if imagenet else IMAGENET_INCEPTION_MEAN
     std = IMAGENET_DEFAULT_STD if imagenet else IMAGENET_INCEPTION_STD

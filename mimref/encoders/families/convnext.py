@@ -1,6 +1,6 @@
 """ConvNeXt V2, pre-trained by FCMAE or fine-tuned, and DINOv3's ConvNeXt.
 
-Files of FCMAE's own training have kernels of sparse convolutions; published ones have dense kernels.
+Files from FCMAE's own training have kernels of sparse convolutions; published ones have dense kernels.
 """
 
 from typing import Any
@@ -101,7 +101,7 @@ HF_DINOV3 = Layout(_HF_DINOV3, HEADS)
 
 
 def describe(tensors: Tensors, hints: Hints) -> Family:
-    """ConvNeXt V2, or DINOv3's ConvNeXt, in the publishers' layout. Raises Unrecognised."""
+    """Describe a ConvNeXt V2, or DINOv3's ConvNeXt, in the publishers' layout. Raises Unrecognised."""
     is_sparse = "stages.0.0.dwconv.kernel" in tensors
     is_v2 = "stages.0.0.grn.gamma" in tensors
     first = "pwconv1.linear.weight" if is_sparse else "pwconv1.weight"
@@ -118,7 +118,7 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
 
 
 def describe_hf_v2(tensors: Tensors, hints: Hints) -> Family:
-    """ConvNeXt V2 as transformers saves it. Raises Unrecognised."""
+    """Describe a ConvNeXt V2 as saved by transformers. Raises Unrecognised."""
     check_activation(hints, "gelu")
     sizes = _sizes(tensors, "embeddings.patch_embeddings.weight", "encoder.stages.{stage}.layers.", "pwconv1.weight")
     has_norm = "layernorm.weight" in tensors
@@ -126,7 +126,7 @@ def describe_hf_v2(tensors: Tensors, hints: Hints) -> Family:
 
 
 def describe_hf_dinov3(tensors: Tensors, hints: Hints) -> Family:
-    """DINOv3's ConvNeXt as transformers saves it. Raises Unrecognised."""
+    """Describe DINOv3's ConvNeXt as saved by transformers. Raises Unrecognised."""
     check_activation(hints, "gelu")
     stem = "stages.0.downsample_layers.0.weight"
     sizes = _sizes(tensors, stem, "stages.{stage}.layers.", "pointwise_conv1.weight")
@@ -135,7 +135,7 @@ def describe_hf_dinov3(tensors: Tensors, hints: Hints) -> Family:
 
 
 def _sizes(tensors: Tensors, stem: str, blocks: str, first: str) -> dict[str, Any]:
-    """blocks: how names of a stage's blocks begin; first: name of a block's first pointwise convolution."""
+    """Return the sizes. blocks: how names of a stage's blocks begin. first: a block's first pointwise convolution."""
     width, patch_size = patch_sizes(tensors, stem)
     starts = [blocks.format(stage=stage) for stage in range(4)]
     depths = tuple(count_blocks(tensors, start) for start in starts)

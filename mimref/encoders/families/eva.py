@@ -1,7 +1,8 @@
-"""DINOv3's vision transformers and EVA-02: rotary positions, as timm's Eva class has them.
+"""DINOv3's vision transformers and EVA-02, with rotary positions as in timm's Eva class.
 
-Both turn patches only, not CLS and register tokens. DINOv3: coordinates of patch centres from -1 to 1, periods of base
-100, halves of channels in pairs. EVA-02: coordinates in units of the 16 x 16 grid of pre-training, neighbours in pairs.
+Both rotate patches only, not CLS and register tokens. DINOv3: coordinates of patch centres from -1 to 1, periods of
+base 100, channels paired across the two halves. EVA-02: coordinates in units of the 16 x 16 grid of pre-training,
+neighbouring channels paired.
 
 Shapes: N patches, D width, H heads.
 """
@@ -35,8 +36,8 @@ from mimref.encoders.parts import Unrecognised
 
 _BLOCK = r"blocks\.(\d+)\."
 _BASE = 100.0
-"""Of DINOv3's periods."""
-# The size that DINOv3's models are evaluated at; the weights fit any.
+"""Base of DINOv3's periods."""
+# The image size at which DINOv3's models are evaluated; the weights fit any size.
 _DINOV3_IMAGE_SIZE = 224
 _EVA02_GRID = 16
 
@@ -101,7 +102,7 @@ _EVA02_NAMES = naming_by(
 
 
 def _dinov3_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The rotary periods, in bfloat16 as DINOv3 computes them, and the masks that keep the biases of keys at zero."""
+    """Return the rotary periods, in bfloat16 as DINOv3 computes them, and the masks that keep key biases at zero."""
     vit: Any = model
     channels = vit.embed_dim // vit.blocks[0].attn.num_heads
     buffers = {"rope_embed.periods": _periods(channels, torch.bfloat16)}
@@ -118,7 +119,7 @@ def _periods(channels: int, dtype: torch.dtype) -> Tensor:
 
 
 def dinov3_layout(*, swiglu: bool) -> Layout:
-    """Of the published DINOv3 files."""
+    """Return the layout of the published DINOv3 files."""
     unused = {
         "classifier": r"head\..*",
         "training state": r"local_cls_norm\..*",
@@ -132,7 +133,7 @@ DINOV3_HF = Layout(_DINOV3_HF_NAMES, MASK_TOKEN | HEADS)
 
 
 def describe_dinov3(tensors: Tensors, hints: Hints) -> Family:
-    """A DINOv3 vision transformer in the layout of facebookresearch/dinov3. Raises Unrecognised."""
+    """Describe a DINOv3 vision transformer in the layout of facebookresearch/dinov3. Raises Unrecognised."""
     width, patch_size = patch_sizes(tensors, "patch_embed.proj.weight")
     swiglu = "blocks.0.mlp.w1.weight" in tensors
     hidden = shape_of(tensors, "blocks.0.mlp.w1.weight" if swiglu else "blocks.0.mlp.fc1.weight", 2)[0]
@@ -153,7 +154,7 @@ def describe_dinov3(tensors: Tensors, hints: Hints) -> Family:
 
 
 def describe_dinov3_hf(tensors: Tensors, hints: Hints) -> Family:
-    """A DINOv3 vision transformer as transformers saves it. Raises Unrecognised."""
+    """Describe a DINOv3 vision transformer as saved by transformers. Raises Unrecognised."""
     width, patch_size = patch_sizes(tensors, "embeddings.patch_embeddings.weight")
     swiglu = "layer.0.mlp.gate_proj.weight" in tensors
     check_activation(hints, "silu" if swiglu else "gelu")
@@ -162,7 +163,7 @@ def describe_dinov3_hf(tensors: Tensors, hints: Hints) -> Family:
     config = hints.config if hints.config.get("hidden_size") == width else {}
     heads = find_num_heads(width, hints.num_heads, config, notices, published=_DINOV3_HEADS)
     if "layer.0.attention.k_proj.bias" in tensors:
-        raise Unrecognised("has biases of keys, which timm's DINOv3 lacks")
+        raise Unrecognised("has key biases, which timm's DINOv3 lacks")
     registers = shape_of(tensors, "embeddings.register_tokens", 3)[1]
     sizes = _dinov3_sizes(width, count_blocks(tensors, "layer."), heads, hidden, swiglu)
     biased = "layer.0.attention.q_proj.bias" in tensors
@@ -202,7 +203,7 @@ def _dinov3(
 
 
 def _eva02_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Cosines and sines of the rotary positions, which every block saves."""
+    """Return the cosines and sines of the rotary positions, which the model and every block save."""
     vit: Any = model
     channels = vit.embed_dim // vit.blocks[0].attn.num_heads
     side = vit.patch_embed.grid_size[0]
@@ -212,7 +213,7 @@ def _eva02_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _eva02_tables(channels: int, side: int, reference: int) -> dict[str, Tensor]:
-    """Tables (N, D / H) for a grid of `side` patches in the coordinates of one of `reference` patches."""
+    """Return tables (N, D / H) for a grid with `side` patches per side, in the coordinates of one with `reference`."""
     half = channels // 2
     bands = 1.0 / (10000 ** (torch.arange(0, half, 2)[: half // 2].float() / half))
     angles = (torch.arange(side) / side * reference)[:, None] * bands
@@ -228,7 +229,7 @@ EVA02 = Layout(
 
 
 def describe_eva02(tensors: Tensors, hints: Hints) -> Family:
-    """An EVA-02 encoder, pre-trained or fine-tuned, in the layout of baaivision/EVA. Raises Unrecognised."""
+    """Describe an EVA-02 encoder, pre-trained or fine-tuned, in the layout of baaivision/EVA. Raises Unrecognised."""
     width, patch_size = patch_sizes(tensors, "patch_embed.proj.weight")
     packed = "blocks.0.mlp.w12.weight" in tensors
     hidden = shape_of(tensors, "blocks.0.mlp.w12.weight" if packed else "blocks.0.mlp.w1.weight", 2)[0]
@@ -248,7 +249,7 @@ def describe_eva02(tensors: Tensors, hints: Hints) -> Family:
     options |= {"scale_attn_inner": True} if "blocks.0.attn.inner_attn_ln.weight" in tensors else {}
     options |= _reference(tensors, width // heads, side)
     if "norm.weight" in tensors:
-        options["global_pool"] = "token"  # otherwise timm's model has a norm of the pooled token only
+        options["global_pool"] = "token"  # otherwise, timm's model normalises only the pooled token
     source = "eva02" if "mask_token" in tensors else None
     return Family(
         "EVA-02", source, model, options, side * patch_size, EVA02, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, tuple(notices)
@@ -256,7 +257,7 @@ def describe_eva02(tensors: Tensors, hints: Hints) -> Family:
 
 
 def _reference(tensors: Tensors, channels: int, side: int) -> Mapping[str, Any]:
-    """The grid whose coordinates the rotary positions have, by their table. Raises Unrecognised for unknown ones."""
+    """Return the option for the grid whose coordinates the rotary table uses. Raises Unrecognised for unknown grids."""
     table = tensors.get("rope.freqs_cos", tensors.get("blocks.0.attn.rope.freqs_cos"))
     if table is None:
         return {}

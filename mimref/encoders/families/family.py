@@ -1,4 +1,4 @@
-"""What is known of a file's encoder when its family is recognised, and what the families' modules share."""
+"""The description of a file's encoder once its family is recognised, and what the families' modules share."""
 
 import math
 import re
@@ -15,15 +15,15 @@ from mimref.encoders.parts import Unrecognised
 Tensors = Mapping[str, Tensor]
 
 OPTIONAL = re.compile(r"(fc_norm|head\.norm)\.(weight|bias)")
-"""Norms that timm's models have, files may lack, and no block passes through: the identity stands in for them."""
+"""Norms of timm's models that files may lack and no block passes through: the identity replaces missing ones."""
 
 MASK_TOKEN = {"mask token": r"(\w+\.)*mask_token"}
 HEADS = {"classifier": r"(head|fc_norm|classifier|pooler|lm_head)\..*"}
-"""Groups of tensors that no encoder needs, by names without the encoder's prefix."""
+"""Groups of tensors that no encoder needs: patterns for names without the encoder's prefix."""
 
 
 def no_buffers(_: nn.Module) -> dict[str, Tensor]:
-    """Of layouts whose files hold parameters only."""
+    """Return no buffers, for layouts whose files hold parameters only."""
     return {}
 
 
@@ -33,19 +33,19 @@ class Layout:
 
     naming: Naming
     dropped: Mapping[str, str] = field(default_factory=dict)
-    """From group to the names, as a pattern, of what the file holds besides."""
+    """From group to a pattern for the names of other tensors in the file."""
     buffers: Callable[[nn.Module], dict[str, Tensor]] = no_buffers
-    """Tensors that a file of the layout holds and timm's model computes, by their names in the file."""
+    """Returns tensors that files of the layout hold and timm's model computes, by their names in the file."""
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What is known of a file besides the tensors of one encoder."""
+    """What is known about a file besides the tensors of one encoder."""
 
     num_heads: int | None = None
-    """As the user gives it."""
+    """Number of attention heads, as set by the user."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Of Hugging Face's `config.json` beside the file."""
+    """Content of Hugging Face's `config.json` beside the file."""
     beside: frozenset[str] = frozenset()
     """Names of tensors outside the encoder, without what they share with its prefix."""
 
@@ -57,11 +57,11 @@ class Family:
     format: str
     """For display, such as `BEiT v2`."""
     source: str | None
-    """Pre-training method as `--source` names it; None where the file does not show it."""
+    """Pre-training method, as `--source` names it; None if the file does not show it."""
     model: str
     """timm's name."""
     options: Mapping[str, Any]
-    """Of timm's constructor, where the file's sizes differ from the model's."""
+    """Options of timm's constructor, where the file's sizes differ from the model's."""
     image_size: int
     """Pixels per side."""
     layout: Layout
@@ -74,9 +74,9 @@ class Family:
 def named_model(
     published: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, Any], other: str
 ) -> tuple[str, dict[str, Any]]:
-    """The published model of all these sizes and no options; otherwise the `other` one with the sizes as options.
+    """Return the published model of these sizes, otherwise `other`, and the sizes that it does not imply as options.
 
-    published: from timm's name to the sizes of its model, each of which is one of `sizes`.
+    published: from timm's name to the sizes of its model, each of which is one of `sizes`. `other` implies none.
     """
     for name, own in published.items():
         if all(sizes[key] == value for key, value in own.items()):
@@ -85,26 +85,26 @@ def named_model(
 
 
 def check_activation(hints: Hints, expected: str) -> None:
-    """Raise Unrecognised if `config.json` names another activation of the MLPs than timm's model has."""
+    """Raise Unrecognised if `config.json` names another MLP activation than timm's model has."""
     found = hints.config.get("hidden_act", expected)
     if found != expected:
         raise Unrecognised(f"uses {found} in its MLPs, as config.json says, not {expected}")
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """What timm's models multiply the width by, and round down, to get so many hidden units."""
+    """Return the ratio for `hidden` units; timm's models multiply the width by it and round down."""
     exact = hidden / width
     return exact if int(width * exact) == hidden else (hidden + 0.5) / width
 
 
 def count_blocks(tensors: Tensors, blocks: str) -> int:
-    """Number of blocks, of which the names begin with `blocks`, a number and a dot."""
+    """Count the blocks, whose names begin with `blocks`, a number and a dot."""
     found = [int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(blocks)}(\d+)\.", name))]
     return 1 + max(found, default=-1)
 
 
 def shape_of(tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
-    """A tensor's shape. Raises Unrecognised if it is missing or has another number of axes."""
+    """Return a tensor's shape. Raises Unrecognised if it is missing, empty or has another number of axes."""
     if name not in tensors:
         raise Unrecognised(f"{name} is missing")
     shape = tuple(tensors[name].shape)
@@ -114,7 +114,7 @@ def shape_of(tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
 
 
 def patch_sizes(tensors: Tensors, name: str) -> tuple[int, int]:
-    """Width and patch size by the weight of a patch embedding. Raises Unrecognised unless they are square and RGB."""
+    """Return the width and patch size of a patch embedding. Raises Unrecognised unless patches are square and RGB."""
     width, channels, rows, columns = shape_of(tensors, name, 4)
     if rows != columns:
         raise Unrecognised(f"has patches of {rows} x {columns} pixels; square patches are needed")
@@ -124,8 +124,8 @@ def patch_sizes(tensors: Tensors, name: str) -> tuple[int, int]:
 
 
 def square_side(count: int, what: str) -> int:
-    """Rows of a square grid. Raises Unrecognised for a number that is no square."""
+    """Return the rows of a square grid. Raises Unrecognised if `count` is not a square number."""
     side = math.isqrt(count)
     if side * side != count or not side:
-        raise Unrecognised(f"{what} of {count} patches, which are no square")
+        raise Unrecognised(f"{what} of {count} patches, which do not form a square")
     return side

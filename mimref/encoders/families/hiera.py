@@ -1,7 +1,7 @@
-"""Hiera, as masked autoencoders pre-train it (MAE) and after fine-tuning.
+"""Hiera, pre-trained as a masked autoencoder (MAE) or fine-tuned.
 
-Tokens are in the order of mask units throughout; timm's features are put back into rows. In pre-training the last stage
-does not pool; the published encoders for fine-tuning, and timm's, do, which needs no weights.
+Tokens are in the order of mask units throughout; timm's features are put back into rows. In pre-training, the last
+stage does not pool; in the published encoders for fine-tuning and in timm's it does, which needs no weights.
 """
 
 from itertools import pairwise
@@ -47,12 +47,12 @@ _DECODER = {
 
 
 def layout(norm: str) -> Layout:
-    """Of facebookresearch/hiera. norm: `encoder_norm`, of the fused stages, from pre-training; otherwise `norm`."""
+    """Return facebookresearch/hiera's layout. norm: `encoder_norm`, of pre-training's fused stages, or `norm`."""
     return Layout(naming_by({r"head\.norm\.(.+)": rf"{norm}.\1"}), _DECODER | {"classifier": r"head\..*"})
 
 
 def hf_layout(stages: tuple[int, ...], *, pretrained: bool) -> Layout:
-    """Of transformers."""
+    """Return the layout of transformers."""
     return Layout(_hf_names(stages, "encoder_norm" if pretrained else "pooler.layernorm"), _DECODER | HEADS)
 
 
@@ -72,14 +72,14 @@ def _hf_names(stages: tuple[int, ...], norm: str) -> Naming:
 
 
 def describe(tensors: Tensors, hints: Hints) -> Family:
-    """A Hiera in the layout of facebookresearch/hiera. Raises Unrecognised."""
+    """Describe a Hiera in the layout of facebookresearch/hiera. Raises Unrecognised."""
     depth = count_blocks(tensors, "blocks.")
-    # The first block of a stage, but for the first stage, changes the width.
+    # The first block of every stage but the first changes the width.
     starts = [0, *(number for number in range(depth) if f"blocks.{number}.proj.weight" in tensors), depth]
     stages = tuple(after - start for start, after in pairwise(starts))
     # The last is timm's own name.
     norm = next((name for name in ("encoder_norm", "norm", "head.norm") if f"{name}.weight" in tensors), None)
-    # Without the heads, as in every published model.
+    # A file without these heads is taken to pool as every published model does.
     pools = _count_heads(tensors, "multi_scale_fusion_heads.") or _MAE_POOLS if norm == "encoder_norm" else None
     return _family(
         "Hiera",
@@ -94,7 +94,7 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
 
 
 def describe_hf(tensors: Tensors, hints: Hints) -> Family:
-    """A Hiera as transformers saves it. Raises Unrecognised."""
+    """Describe a Hiera as saved by transformers. Raises Unrecognised."""
     check_activation(hints, "gelu")
     count = count_blocks(tensors, "encoder.stages.")
     stages = tuple(count_blocks(tensors, f"encoder.stages.{stage}.layers.") for stage in range(count))
@@ -127,7 +127,7 @@ def _family(
     pools: int | None,
     normed: bool,
 ) -> Family:
-    """names: of the patch embedding's weight and of the positions. pools: stages that pool, where the file shows it."""
+    """Describe a Hiera. names: the patch embedding's weight and the positions. pools: pooling stages, if known."""
     width, kernel = patch_sizes(tensors, names[0])
     side = square_side(shape_of(tensors, names[1], 3)[1], "has positions")
     if kernel != 7 or len(stages) != 4 or not all(stages) or side % 8:

@@ -1,4 +1,4 @@
-"""Where in a foreign file the tensors of a timm model come from, and back.
+"""Where in a foreign file the tensors of a timm model come from, and how they are written back.
 
 Shapes: K kernel size (rows = columns), I and O input and output channels.
 """
@@ -16,26 +16,26 @@ from mimref.encoders.parts import Unrecognised
 
 @dataclass(frozen=True)
 class Origin:
-    """The tensors of a file that make one of timm's, and how."""
+    """The tensors of a file that form one of timm's, and how they are converted."""
 
     names: tuple[str, ...]
-    """Joined along their first axis, in this order."""
+    """Names of the file's tensors, which are joined along their first axis in this order."""
     third: int | None = None
-    """Of a file's tensor for queries, keys and values: which of them."""
+    """Index of the third that is used, of a file's joint tensor for queries, keys and values."""
     axes: int | None = None
-    """In the file, where it has more or fewer axes of one element."""
+    """Number of axes in the file, if it has more or fewer axes of length 1."""
     sparse: bool = False
-    """A kernel of MinkowskiEngine: (K * K, I, O), or (K * K, O) if depthwise, columns first."""
+    """Whether this is a kernel of MinkowskiEngine: (K * K, I, O), or (K * K, O) if depthwise, columns first."""
 
 
 Naming = Callable[[str], Origin]
-"""From timm's name of a tensor to its origin."""
+"""Maps timm's name of a tensor to its origin."""
 
 
 def naming_by(rules: Mapping[str, Origin | str]) -> Naming:
-    """By the first rule whose pattern matches timm's name; names that match none stay as they are.
+    """Return a naming by the first rule whose pattern matches timm's name; names that match none stay unchanged.
 
-    The names of an origin are templates of the match; a string is an origin of one tensor.
+    The names of an origin are templates, expanded from the match; a string is an origin of one tensor.
     """
     origins = {pattern: Origin((rule,)) if isinstance(rule, str) else rule for pattern, rule in rules.items()}
 
@@ -49,9 +49,9 @@ def naming_by(rules: Mapping[str, Origin | str]) -> Naming:
 
 
 def read_tensor(origin: Origin, file: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-    """One of timm's tensors, in the file's memory where it is one of the file's. Raises Unrecognised.
+    """Read one of timm's tensors, in the file's memory if it is one of the file's. Raises Unrecognised.
 
-    shape: what timm's model needs; a tensor of another one is returned as it is, for the check of all shapes.
+    shape: the one that timm's model needs; a tensor of another shape is returned as it is, for the check of all shapes.
     """
     parts = [file[name] for name in origin.names]
     if any(part.layout is not torch.strided or part.is_meta for part in parts):
@@ -72,9 +72,9 @@ def read_tensor(origin: Origin, file: Mapping[str, Tensor], shape: torch.Size) -
 
 
 def written_tensors(naming: Naming, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors under the names and in the shapes of a layout; the inverse of `read_tensor`.
+    """Return a model's tensors under the names and in the shapes of a layout; the inverse of `read_tensor`.
 
-    Of queries, keys and values in one tensor, those that the model lacks are zero: no model here has biases of keys.
+    In a joint tensor of queries, keys and values, those that the model lacks are zero: no model here has key biases.
     """
     written: dict[str, Tensor] = {}
     thirds: dict[str, dict[int, Tensor]] = {}
@@ -95,7 +95,7 @@ def written_tensors(naming: Naming, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def origin_names(naming: Naming, wanted: Iterable[str]) -> dict[str, list[str]]:
-    """From timm's names to those of the file."""
+    """Map timm's names to those of the file."""
     return {name: list(naming(name).names) for name in wanted}
 
 

@@ -1,4 +1,4 @@
-"""The publishers' layouts, to write an encoder back as its family's own code reads it."""
+"""The publishers' layouts, for writing an encoder in the form that its family's own code reads."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ _CONTAINERS = {"eva02": "model", "beit": "model", "swin": "model", "convnextv2":
 
 
 def publisher_layout(architecture: BackboneArchitecture, tensors: Mapping[str, Tensor]) -> Layout | None:
-    """Of the publisher of an encoder's family; None for models of other families. tensors: timm's."""
+    """Return the layout of the publisher of an encoder's family; None for other families. tensors: timm's."""
     name, options = architecture.name, dict(architecture.options)
     if "_dinov3" in name and name.startswith("vit_"):
         return eva.dinov3_layout(swiglu="blocks.0.mlp.fc1_g.weight" in tensors)
@@ -34,9 +34,9 @@ def publisher_layout(architecture: BackboneArchitecture, tensors: Mapping[str, T
 
 
 def published_state(layout: Layout, model: Any) -> dict[str, Tensor]:
-    """A timm model's tensors, and what the publisher's code saves besides, as contiguous copies under its names.
+    """Return a timm model's tensors, and what else the publisher's code saves, as contiguous copies under its names.
 
-    A norm that no block passes through is left out where it is the identity: the file it came from had none.
+    A norm that no block passes through is left out if it is the identity: the file it came from had none.
     """
     state = model.state_dict()
     unneeded = {name for name in state if OPTIONAL.fullmatch(name) and _is_identity(name, state[name])}
@@ -46,7 +46,7 @@ def published_state(layout: Layout, model: Any) -> dict[str, Tensor]:
 
 
 def container_of(architecture: BackboneArchitecture) -> str | None:
-    """The key under which the publisher's pickled files hold the tensors; None for files that hold nothing else."""
+    """Return the key of the tensors in the publisher's pickled files; None for files that hold nothing else."""
     return next((key for start, key in _CONTAINERS.items() if architecture.name.startswith(start)), None)
 
 

@@ -1,4 +1,4 @@
-"""The family of a foreign file's encoder, by a few of its tensors' names, and its tensors under timm's names."""
+"""Recognising the family of a foreign file's encoder by a few tensor names, and reading it under timm's names."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from mimref.encoders.leftovers import group_leftovers, join_problems
 from mimref.encoders.parts import Unrecognised, below, beside, choice_notice, choose_part
 from mimref.errors import ConfigError
 
-# Names that transformers' models for a task put above those of the encoder.
+# Parts of names that transformers' task-specific models put before those of the encoder.
 _HF_MODELS = frozenset({"beit", "data2vec_vision", "swin", "swinv2", "hiera", "convnextv2", "dinov3_vit"})
 
 
 def _refuse_capi(tensors: Tensors, hints: Hints) -> Family:
     raise Unrecognised(
-        "is CAPI's encoder, which no timm model expresses: its registers have rotary positions, and rotary positions "
-        "turn pairs of channels by two different angles"
+        "is CAPI's encoder, which no timm model can represent: its registers have rotary positions, and rotary "
+        "positions turn pairs of channels by two different angles"
     )
 
 
@@ -51,7 +51,7 @@ _CANDIDATES: tuple[tuple[tuple[str, ...], Callable[[Tensors, Hints], Family]], .
         swin.describe_hf,
     ),
     (("encoder.stages.0.layers.0.attn.qkv.weight", "embeddings.position_embeddings"), hiera.describe_hf),
-    # The first block of the second stage, after one or two.
+    # The first block of the second stage, after a first stage of one or two blocks.
     (("blocks.1.proj.weight", "blocks.0.attn.qkv.weight", "pos_embed"), hiera.describe),
     (("blocks.2.proj.weight", "blocks.0.attn.qkv.weight", "pos_embed"), hiera.describe),
     (("encoder.stages.0.layers.0.grn.weight", "embeddings.patch_embeddings.weight"), convnext.describe_hf_v2),
@@ -61,7 +61,7 @@ _CANDIDATES: tuple[tuple[tuple[str, ...], Callable[[Tensors, Hints], Family]], .
     (("trunk.blocks.0.mlp.fc3.weight", "preprocessor.patchifier.proj.weight"), aimv2.describe),
     (("encoder.layers.0.rms_norm1.weight", "embeddings.patch_embed.weight"), aimv2.describe_hf),
 )
-"""Names that an encoder has below its prefix, and what describes it; the first with all its names counts."""
+"""Names that an encoder has below its prefix, and the function that describes it; the first full match applies."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class FamilyWeights:
     family: Family
     architecture: BackboneArchitecture
     tensors: dict[str, Tensor]
-    """In the file's memory where they did not change."""
+    """Tensors that did not change share the file's memory."""
     origins: dict[str, list[str]]
     """From timm's name to the file's names; empty for a norm that the file lacks."""
     dropped: dict[str, list[str]]
@@ -79,7 +79,7 @@ class FamilyWeights:
     notices: list[str]
     """What was left out or assumed."""
     selection_notices: list[str]
-    """Of them, which encoder was chosen and what was left out."""
+    """Those `notices` that report which encoder was chosen and what was left out."""
     prefix: str
     others: list[str]
     """Prefixes of the file's other encoders of such families."""
@@ -88,10 +88,10 @@ class FamilyWeights:
 def recognise_family(
     cleaned: Mapping[str, Tensor], full_names: Mapping[str, str], reading: ReadingConfig, config: Mapping[str, Any]
 ) -> FamilyWeights | None:
-    """A file's encoder if it is of a family that is no plain vision transformer; None otherwise.
+    """Read a file's encoder if it belongs to a family other than plain vision transformers; return None otherwise.
 
-    cleaned, full_names: what `clean_names` gives. config: of Hugging Face's `config.json`. Raises Unrecognised for an
-    encoder of a family that cannot be read, NoChoice for several and no way to choose.
+    cleaned, full_names: as returned by `clean_names`. config: content of Hugging Face's `config.json`. Raises
+    Unrecognised for an encoder of such a family that cannot be read, NoChoice for several and no way to choose.
     """
     shortened = {_without_model(name): name for name in cleaned}
     if len(shortened) != len(cleaned):
@@ -144,7 +144,7 @@ def _without_model(name: str) -> str:
 
 
 def _prefixes(names: Mapping[str, str], telltales: tuple[str, ...]) -> list[str]:
-    """Prefixes below which all the telltale names are found."""
+    """Return the prefixes below which all the telltale names are found."""
     first = telltales[0]
     found = [name[: -len(first)] for name in names if name == first or name.endswith(f".{first}")]
     return [prefix for prefix in found if all(prefix + telltale in names for telltale in telltales)]
@@ -168,7 +168,7 @@ def _build(architecture: BackboneArchitecture) -> Any:
 
 
 def _read(family: Family, encoder: Tensors, wanted: Mapping[str, torch.Size]) -> tuple[dict[str, Tensor], set[str]]:
-    """Tensors by timm's names, and the names in the file that were used. Raises Unrecognised."""
+    """Return the tensors under timm's names, and the names in the file that were used. Raises Unrecognised."""
     tensors: dict[str, Tensor] = {}
     used: set[str] = set()
     problems = []

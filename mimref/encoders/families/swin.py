@@ -1,8 +1,8 @@
 """Swin transformers, versions 1 and 2, as SimMIM pre-trains them.
 
 The published code merges patches at the end of a stage, timm at the start of the next one: the same weights under
-another number. The images' size is in no weight: a window covers a fifth of SimMIM's own 192 pixels, as of the 224 of
-Swin's, after five halvings.
+another number. The weights do not show the image size: after five halvings, one window covers SimMIM's own images of
+192 pixels, as it does Swin's of 224.
 """
 
 import math
@@ -41,7 +41,7 @@ _MODELS = {
     f"swin_{name}_patch4_window7_224": {"embed_dim": width, "depths": depths, "num_heads": heads, "window_size": 7}
     for name, width, depths, heads in _SIZES
 }
-# Of SwinV2, timm has a large model for another window.
+# timm has a large SwinV2 only for another window size.
 _MODELS_V2 = {
     f"swinv2_{name}_window8_256": {"embed_dim": width, "depths": depths, "num_heads": heads, "window_size": 8}
     for name, width, depths, heads in _SIZES[:3]
@@ -69,7 +69,7 @@ _HF_RULES: dict[str, Origin | str] = {
 
 
 def _one_earlier(naming: Naming) -> Naming:
-    """The naming with patch merging numbered by the stage that it ends."""
+    """Return the naming with patch merging numbered by the stage that it ends."""
 
     def earlier(name: str) -> Origin:
         merging = re.fullmatch(r"layers\.(\d+)\.(downsample\..+)", name)
@@ -79,7 +79,7 @@ def _one_earlier(naming: Naming) -> Naming:
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Relative positions of tokens in a window; the masks of shifted windows are the publisher's code's to compute."""
+    """Return the relative positions of tokens in a window; the publisher's code computes shifted windows' masks."""
     ends = ("relative_position_index", "relative_coords_table")
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith(ends)}
 
@@ -91,7 +91,7 @@ HF = Layout(_one_earlier(naming_by(_HF_RULES)), MASK_TOKEN | HEADS | _UNUSED)
 
 
 def describe(tensors: Tensors, hints: Hints) -> Family:
-    """A Swin transformer in the layout of microsoft/SimMIM and microsoft/Swin-Transformer. Raises Unrecognised."""
+    """Describe a Swin in the layout of microsoft/SimMIM and microsoft/Swin-Transformer. Raises Unrecognised."""
     width, patch_size = patch_sizes(tensors, "patch_embed.proj.weight")
     is_v2 = "layers.0.blocks.0.attn.logit_scale" in tensors
     depths = _depths(tensors, "layers.")
@@ -108,7 +108,7 @@ def describe(tensors: Tensors, hints: Hints) -> Family:
 
 
 def describe_hf(tensors: Tensors, hints: Hints) -> Family:
-    """A Swin transformer as transformers saves it. Raises Unrecognised."""
+    """Describe a Swin transformer as saved by transformers. Raises Unrecognised."""
     check_activation(hints, "gelu")
     width, patch_size = patch_sizes(tensors, "embeddings.patch_embeddings.projection.weight")
     first = "encoder.layers.0.blocks.0."
@@ -120,7 +120,7 @@ def describe_hf(tensors: Tensors, hints: Hints) -> Family:
     saved_window, saved_size = (value if type(value := config.get(key)) is int else None for key in _SAVED)
     window = _window(tensors, f"{first}attention.self.", is_v2=is_v2) or saved_window
     if not window:
-        raise Unrecognised("is a Swin transformer, version 2, whose windows only its config.json shows")
+        raise Unrecognised("is a Swin transformer, version 2, whose window size is only in its config.json")
     hidden = shape_of(tensors, f"{first}intermediate.dense.weight", 2)[0]
     sizes = {"embed_dim": width, "depths": depths, "num_heads": heads, "window_size": window}
     is_simmim = "embeddings.mask_token" in tensors or "decoder.0.weight" in hints.beside
@@ -143,15 +143,15 @@ def _heads(tensors: Tensors, starts: Sequence[str], *, is_v2: bool) -> tuple[int
 
 
 def _window(tensors: Tensors, start: str, *, is_v2: bool) -> int | None:
-    """Tokens per side of a window; None where only the configuration shows it."""
+    """Return the tokens per side of a window; None if only the configuration shows them."""
     if not is_v2:
         name = f"{start}relative_position_bias_table"
         distances = shape_of(tensors, name, 2)[0]
     elif (name := f"{start}relative_coords_table") in tensors:
         distances = math.prod(shape_of(tensors, name, 4)[1:3])
-        # log2(1 + 8) / log2(8), unless coordinates are those of a smaller window.
+        # The farthest is log2(1 + 8) / log2(8), unless coordinates are those of a smaller window.
         if abs(float(tensors[name].float().max()) - _FARTHEST) > 0.01:
-            raise Unrecognised("has relative positions of windows of another size, from which it was fine-tuned")
+            raise Unrecognised("has relative positions for another window size, from which it was fine-tuned")
     else:
         return None
     window, odd = divmod(math.isqrt(distances) + 1, 2)
@@ -161,13 +161,13 @@ def _window(tensors: Tensors, start: str, *, is_v2: bool) -> int | None:
 
 
 def _mask_size(tensors: Tensors, window: int, patch_size: int) -> int | None:
-    """Pixels of the images by the mask of the first stage's shifted windows; None where there is none."""
+    """Return the image size in pixels by the mask of the first stage's shifted windows; None without a mask."""
     mask = tensors.get("layers.0.blocks.1.attn_mask")
     return math.isqrt(len(mask)) * window * patch_size if mask is not None and mask.ndim == 3 else None
 
 
 def _image_size(known: int | None, window: int, patch_size: int, stages: int) -> tuple[int, list[str]]:
-    """Pixels of the images, and what is said where that is not known: one window for the last stage."""
+    """Return the image size in pixels and, if it is not known, a notice that assumes one window in the last stage."""
     if known:
         return known, []
     size: int = window * patch_size * 2 ** (stages - 1)

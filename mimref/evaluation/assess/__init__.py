@@ -1,1 +1,1 @@
-"""Measures of features without labels, and what they say about encoders and blocks."""
+"""Measures of features without labels, and verdicts on encoders and blocks based on them."""

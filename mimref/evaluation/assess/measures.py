@@ -1,4 +1,4 @@
-"""All measures of one set of features, by name, and which of their values are better."""
+"""All measures of one set of features, by name, and the direction in which each improves."""
 
 import math
 from typing import Literal, get_args
@@ -31,12 +31,12 @@ Measure = Literal[
 ]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 DEFAULT: Measure = "neighbour_consistency"
-"""The one that follows k-NN accuracy best, see `docs/results.md`."""
+"""The measure that follows k-NN accuracy best, see `docs/results.md`."""
 LOWER_IS_BETTER = {"uniformity", "hubness"}
 
 
 def goodness(measure: str, value: float) -> float:
-    """The value so that more is better; NaN is worst. alpha-ReQ is best at 1."""
+    """Return the value, mapped so that higher is better; NaN is worst. alpha-ReQ is best at 1."""
     if math.isnan(value):
         return -math.inf
     if measure == "alpha_req":
@@ -45,10 +45,10 @@ def goodness(measure: str, value: float) -> float:
 
 
 def crop_measures(x: Matrix, *, k: int = 10, y: Labels | None = None, device: str = "cpu") -> dict[str, float]:
-    """Measures of one feature per image, x (N, D), N >= 3; with labels y (N,) also `knn_leave_one_out` in percent.
+    """Return measures of features x (N, D), N >= 3; with labels y (N,) also `knn_leave_one_out` in percent.
 
-    y: of two classes or more; of a single one they are ignored. k: neighbours, see `fitting_k`. NaN where features that
-    do not vary have no value. In a process group every rank must call this with the same arguments.
+    x: one feature per image. y: labels of a single class are ignored. k: neighbours, see `fitting_k`. Measures are NaN
+    if undefined for features that do not vary. In a process group every rank must call this with the same arguments.
     """
     classes = 0 if y is None else len(np.unique(y))
     if not vary(x):
@@ -72,7 +72,7 @@ def crop_measures(x: Matrix, *, k: int = 10, y: Labels | None = None, device: st
 
 
 def view_measures(first: Matrix, second: Matrix, *, k: int = 10, device: str = "cpu") -> dict[str, float]:
-    """Measures of two augmented views of every image, (N, D) each, N >= 3; otherwise as `crop_measures`."""
+    """Return measures of two augmented views of every image, (N, D) each, N >= 3; otherwise as `crop_measures`."""
     if not (vary(first) and vary(second)):
         return {"lidar": 1.0, "neighbour_consistency": math.nan, "view_retrieval": math.nan}
     k = fitting_k(k, len(first))

@@ -1,4 +1,4 @@
-"""`mimref assess`: measures without labels of encoders and their blocks, and which of them these say are best."""
+"""`mimref assess`: measures without labels of encoders and their blocks, and a ranking by one of the measures."""
 
 import time
 from collections.abc import Sequence
@@ -21,26 +21,26 @@ from mimref.progress import Listener, Silent
 from mimref.results import EvaluationResult, Row, named
 
 FEWEST_IMAGES = 3
-# Measures of neighbours, whose number their rows name.
+# Measures of neighbours, whose rows record the number of neighbours.
 _OF_NEIGHBOURS = ("neighbour_consistency", "hubness", "knn_leave_one_out")
 
 
 @dataclass(frozen=True)
 class AssessResult(EvaluationResult):
-    """Rows per encoder and group of blocks, and what they say."""
+    """Rows per encoder and group of blocks, and a verdict on each."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     """Best first."""
 
 
 def assess(config: AssessConfig, *, listener: Listener | None = None, checks: Checks | None = None) -> AssessResult:
-    """All measures of `MEASURES` for every encoder and group of blocks, ranked by one of them.
+    """Compute all measures of `MEASURES` for every encoder and group of blocks, and rank these by one measure.
 
-    Rows as `crop_measures` and `view_measures` name them, with `model`, `blocks`, `pool` and `dimensions`, and
-    `assessed_rank`, 1 for the best, with the measure it is `by`. Labels are not needed: where there are some,
-    `knn_leave_one_out` is a row as well. In a process group all ranks share the encoders' passes, and rank 0 alone
-    measures. Raises UserError subclasses for checkpoints, images or blocks that do not fit, before an encoder runs: one
-    error for all mistakes. checks: what was found before.
+    Rows are named as in `crop_measures` and `view_measures`, with `model`, `blocks`, `pool` and `dimensions`; rows
+    `assessed_rank`, 1 for the best, record the measure in `by`. Labels are not needed; if there are some,
+    `knn_leave_one_out` is a row as well. In a process group all ranks share the encoder passes, and only rank 0
+    measures. checks: mistakes found before. Raises UserError subclasses, before an encoder runs, for checkpoints,
+    images or blocks that do not fit: one error for all mistakes.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     opened = open_encoders(
@@ -78,7 +78,7 @@ def assess(config: AssessConfig, *, listener: Listener | None = None, checks: Ch
 
 
 def _prepare(config: AssessConfig, inputs: EncoderInputs, columns: Sequence[Column]) -> None:
-    """Get the features of the crops and of both views of the chosen images."""
+    """Prepare the features of the crops and of both views of the chosen images."""
     source = inputs.source(config.split)
     if len(source) > config.images:
         inputs.sources[config.split] = source = fixed_subset(source, config.images)
@@ -92,7 +92,7 @@ def _prepare(config: AssessConfig, inputs: EncoderInputs, columns: Sequence[Colu
 def _measure(
     config: AssessConfig, inputs: EncoderInputs, columns: Sequence[Column], blocks: str
 ) -> tuple[dict[str, float], int, int]:
-    """Values of every measure, the number of features, and that of images."""
+    """Return the value of every measure, the number of features per image, and the number of images."""
     features, views = inputs.features(config.split), inputs.views
     assert views is not None  # on rank 0, which measures
     x = features.matrix(columns)

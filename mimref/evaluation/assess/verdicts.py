@@ -1,4 +1,4 @@
-"""What measures say about encoders and blocks: an order, and a plain sentence each."""
+"""Verdicts on encoders and blocks, based on their measures: a ranking, and a plain sentence for each."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ NAMES: dict[str, str] = {
     "view_retrieval": "view retrieval",
     "hubness": "hubness",
 }
-# Share of all dimensions below which features have hardly any.
+# Share of all dimensions below which features use few of them.
 FEW_DIMENSIONS = 0.05
-# A skewness that a third of the images as the neighbours of all others would have to show; no healthy encoder did.
+# About the skewness if a twentieth of the images filled all neighbour places; no healthy encoder reached it.
 MANY_HUBS = 4.0
 
 
@@ -32,12 +32,12 @@ class Assessed:
     width: int
     """Features per image."""
     values: Mapping[str, float]
-    """Of every measure."""
+    """Value of every measure."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the measures say about it."""
+    """Verdict on one encoder's group of blocks, based on its measures."""
 
     model: str
     blocks: str
@@ -47,7 +47,7 @@ class Verdict:
 
 
 def verdicts(found: Sequence[Assessed], measure: Measure) -> list[Verdict]:
-    """One for each of `found`, the best by `measure` first; those of equal value stay in order."""
+    """Return a verdict for each of `found`, the best by `measure` first; those of equal value stay in order."""
     scores = [goodness(measure, each.values[measure]) for each in found]
     order = sorted(range(len(found)), key=lambda number: -scores[number])
     several_models = len({each.model for each in found}) > 1
@@ -80,7 +80,7 @@ def _standing(name: str, each: Assessed, rank: int, count: int, best: Assessed, 
 
 
 def _spread(each: Assessed) -> str:
-    """What is worth saying whatever the rank."""
+    """Describe what matters whatever the rank: the dimensions that features use, and hubs."""
     rank, hubs = each.values["effective_rank"], each.values["hubness"]
     text = f"features are spread over {rank:.0f} of {each.width} dimensions"
     if rank < max(1.5, FEW_DIMENSIONS * each.width):
@@ -89,7 +89,7 @@ def _spread(each: Assessed) -> str:
 
 
 def format_measure(measure: str, value: float) -> str:
-    """The value with its unit."""
+    """Return the value with its unit."""
     if measure in ("neighbour_consistency", "view_retrieval", "knn_leave_one_out"):
         return f"{value:.1f}%"
     return f"{value:.2f}" if measure in ("alpha_req", "uniformity", "hubness") else f"{value:.1f}"

@@ -1,16 +1,16 @@
-"""The two views of an image that measures compare: the global ones of refinement, as they suit the images."""
+"""The two views of an image that measures compare: the global views of refinement, adapted to the images."""
 
 from mimref.config.run import ViewsConfig
 from mimref.data.sample import look_at
 from mimref.data.sources import ImageSource
 from mimref.data.views import check_colors
 
-# Pixels per side; blur of BYOL's width destroys smaller views.
+# Pixels per side; a blur of BYOL's width destroys smaller views.
 LEAST_BLURRED = 64
 
 
 def fitting_views(views: ViewsConfig, source: ImageSource, image_size: int) -> tuple[ViewsConfig, list[str]]:
-    """The settings, with `color` off for gray images and `blur` off for small views unless they are set, and notes."""
+    """Return the settings and notes; unless set, `color` is off for gray images, and `blur` is off for small views."""
     changes: dict[str, bool] = {}
     notes = []
     if views.color and "color" not in views.model_fields_set and look_at(source).gray:

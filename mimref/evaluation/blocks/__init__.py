@@ -1,1 +1,1 @@
-"""Every block of an encoder: k-NN, feature statistics, reconstruction loss."""
+"""Scores of every block of an encoder: k-NN, feature statistics, reconstruction loss."""

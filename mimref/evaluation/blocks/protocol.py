@@ -1,4 +1,4 @@
-"""`mimref analyze-blocks`: every block of one or several encoders, on the same images."""
+"""`mimref analyze-blocks`: scores of every block of one or several encoders, on the same images."""
 
 import time
 from dataclasses import dataclass, field
@@ -35,11 +35,11 @@ class BlocksResult(IllustratedResult):
 def evaluate_blocks(
     config: BlocksConfig, *, exhibits: bool = False, listener: Listener | None = None, checks: Checks | None = None
 ) -> BlocksResult:
-    """k-NN, statistics and, if asked for, reconstruction loss of every block (Fig. 3b, Fig. 3d, Fig. 6, Table 14).
+    """Compute k-NN, statistics and, if requested, reconstruction loss of blocks (Fig. 3b, Fig. 3d, Fig. 6, Table 14).
 
-    Rows as `analyze_blocks` and `reconstruct_blocks` return them, with `model` and `pool`. Images without labels or
-    without validation images give statistics only. exhibits: also what a report shows of the images, by the last block
-    and the best one. Raises UserError subclasses for checkpoints or images that do not fit.
+    Rows are those of `analyze_blocks` and `reconstruct_blocks`, with `model` and `pool`. Without labels or validation
+    images, there are statistics only. exhibits: also collect the images that a report shows, by the last block and the
+    best one. Raises UserError subclasses for checkpoints or images that do not fit.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     found_inputs = open_encoders(config, config.checkpoints, listener, checks, "checkpoints", need_labels=False)
@@ -85,7 +85,7 @@ def evaluate_blocks(
 
 
 def _exhibit(exhibition: Exhibition, config: BlocksConfig, inputs: EncoderInputs, accuracies: list[float]) -> None:
-    """Show the best block, if k-NN tells, and the last one."""
+    """Add the last block to an exhibition and, if k-NN accuracy is known, the best one."""
     blocks = {inputs.depth}
     if any(map(isfinite, accuracies)):
         blocks.add(1 + int(np.nanargmax(accuracies)))
@@ -119,7 +119,7 @@ def _check(
 
 
 def _rows(config: BlocksConfig, inputs: EncoderInputs) -> list[Row]:
-    """Rows of `analyze_blocks` on prepared features."""
+    """Return the rows of `analyze_blocks` on prepared features."""
     depth, test = inputs.depth, inputs.features("val")
     groups = [columns_of([block], config.pool, config.final_norm, depth) for block in range(1, depth + 1)]
     train_x: list[Matrix] = []

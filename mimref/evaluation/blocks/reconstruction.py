@@ -1,9 +1,9 @@
-"""How well each block's features are suited for reconstruction: a light MAE decoder on every block (Fig. 6).
+"""Suitability of each block's features for reconstruction: a light MAE decoder on every block (Fig. 6).
 
 The encoder is frozen and sees a quarter of the patches, once per batch. A decoder per block learns to reconstruct the
 rest from that block's tokens (Appendix C.2). All decoders start from the same weights and see the same crops and masks,
-so that only the blocks differ. A decoder reads the raw output of its block, the last one's too, through a LayerNorm of
-its own: tokens grow from block to block, and without it the losses would show their size instead of their content.
+so that only the blocks differ. A decoder reads its block's raw output, also that of the last block, through a LayerNorm
+of its own: tokens grow from block to block, and without it the losses would reflect their size, not their content.
 
 Shapes: B images, N patches, K visible patches, D encoder width, C pixel values of a patch.
 """
@@ -44,7 +44,7 @@ from mimref.training.job import GradientJob
 from mimref.training.job import train as run_job
 from mimref.training.optim import module_groups, warmup_cosine, warmup_updates
 
-# Per epoch; fewer are worth a note.
+# Updates per epoch below which a note is given.
 FEWEST_UPDATES = 10
 
 
@@ -74,8 +74,8 @@ def reconstruct_blocks(
     Needs no labels. The encoder (move it to the device first) is put into evaluation mode, and does not change. Rows,
     each with `block` and `epochs`: `block_reconstruction`, the mean squared error of normalised pixels of hidden
     patches (lower is better), where every validation image has its own mask, a function of seed and image; and
-    `block_reconstruction_delta`, the improvement over the block before, see `normalised_deltas`. progress: updates,
-    then batches of validation images.
+    `block_reconstruction_delta`, the improvement over the previous block, see `normalised_deltas`. progress: counts
+    updates, then batches of validation images.
     Raises ConfigError for an encoder without patch tokens or settings that do not fit, DataError for images that cannot
     be read, DivergenceError when a loss is not finite.
     """
@@ -110,7 +110,7 @@ class DecodersJob(GradientJob):
         images: int,
         channels: int = 3,
     ) -> None:
-        """images: of the training set. channels: of each."""
+        """images: number of training images. channels: channels of each image."""
         self.encoder, self.reading, self.settings, self.blocks, self.seed = encoder, reading, settings, blocks, seed
         self.bad = BadImages(reading.max_bad)
         self.images_per_pass = min(settings.batch_size, settings.micro_batch)
@@ -138,7 +138,7 @@ class DecodersJob(GradientJob):
         self.seen = torch.zeros(len(blocks), device=reading.device)
 
     def _build_decoders(self, channels: int) -> list[MAEDecoder]:
-        """One decoder per block, all with the same weights."""
+        """Return one decoder per block, all with the same weights."""
         encoder, grid = self.encoder, self.reading.transform.image_size // self.encoder.patch_size
         self.num_patches = grid**2
         self.num_visible = count_visible(self.num_patches, self.settings.mask_ratio)
@@ -154,7 +154,7 @@ class DecodersJob(GradientJob):
         return [deepcopy(first).to(self.reading.device) for _ in self.blocks]
 
     def batches(self, source: ImageSource) -> Iterator[ViewBatch]:
-        """Random crops of the training images."""
+        """Return batches of random crops of the training images."""
         size = self.reading.transform.image_size
         return view_batches(
             source,
@@ -172,15 +172,15 @@ class DecodersJob(GradientJob):
             self.bad.add(path, reason)
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
-        """The sum of the decoders' losses on a batch, whose gradients are accumulated pass by pass."""
+        """Return the sum of the decoders' losses on a batch; gradients are accumulated pass by pass."""
         count, most = len(batch.sample_B), self.images_per_pass
         for start in range(0, count, most):
             sample_B = batch.sample_B[start : start + most]
             views = self.photometric(batch.crops[0][start : start + most], batch.epoch, sample_B, [0])[0]
-            # Every image has as many hidden patches, so the mean over images is that over patches.
+            # All images have equally many hidden patches, so the mean over images is that over patches.
             share = len(sample_B) / count
             for number, loss in enumerate(self._losses(views, self._mask(batch.epoch, sample_B, 0))):
-                # Decoder by decoder: the gradients of the sum, with the memory of one.
+                # Decoder by decoder: this yields the gradients of the sum, with the memory of one.
                 (share * loss).backward()
                 self.seen[number] += share * loss.detach()
         return self.seen.sum()
@@ -189,13 +189,13 @@ class DecodersJob(GradientJob):
         self._check_finite(self.seen, f"in epoch {-(-self.step // self.steps_per_epoch)}")
 
     def _mask(self, epoch: int, sample_B: Tensor, view: int) -> Mask:
-        """A mask per image, a function of seed, epoch, image and view."""
+        """Draw a mask per image, a function of seed, epoch, image and view."""
         sample_B = sample_B.to(self.device, non_blocking=True)
         noise = uniform(self.seed, epoch, Operation.MASK, sample_B, view, count=self.num_patches)
         return draw_mask(noise, self.num_visible)
 
     def _losses(self, images: Tensor, mask: Mask) -> Iterator[Tensor]:
-        """The loss of each decoder in turn, from one pass of the encoder without gradient."""
+        """Yield the loss of each decoder in turn, from one encoder pass without gradient."""
         target = normalize_patches(patchify(images, self.encoder.patch_size))
         with torch.no_grad(), autocast(self.device, self.reading.precision):
             tokens = self.encoder.blocks(images, self.blocks, visible_BK=mask.visible_BK)
@@ -206,7 +206,7 @@ class DecodersJob(GradientJob):
 
     @torch.no_grad()
     def evaluate(self, source: ImageSource, report: Callable[[int], None]) -> list[float]:
-        """Loss of every block over all images. report: batches done."""
+        """Return the loss of every block over all images. report: receives the number of batches done."""
         for decoder in self.decoders:
             decoder.eval()
         total, count = torch.zeros(len(self.blocks), dtype=torch.float64), 0
@@ -229,7 +229,7 @@ class DecodersJob(GradientJob):
         return [float(loss) for loss in total / count]
 
     def _check_finite(self, losses_K: Tensor, when: str) -> None:
-        """Sync point: once per epoch."""
+        """Raise DivergenceError if a loss is not finite. This is a sync point, once per epoch."""
         broken = (~losses_K.isfinite()).nonzero().flatten().tolist()
         if broken:
             raise DivergenceError(
@@ -239,7 +239,7 @@ class DecodersJob(GradientJob):
 
 
 def few_updates(settings: ReconstructionConfig, images: int) -> str | None:
-    """One line of advice when the decoders learn little because a batch holds a large part of the training images."""
+    """Return one line of advice if decoders learn little because a batch holds a large part of the training images."""
     per_epoch = max(1, images // settings.batch_size)
     if per_epoch >= FEWEST_UPDATES:
         return None
@@ -251,7 +251,7 @@ def few_updates(settings: ReconstructionConfig, images: int) -> str | None:
 
 
 def check_maskable(architecture: Architecture | BackboneArchitecture, image_size: int) -> None:
-    """Raise ConfigError for an encoder or images whose patches cannot be hidden."""
+    """Raise ConfigError for an encoder or an image size with which patches cannot be hidden."""
     if not isinstance(architecture, Architecture):
         raise ConfigError(
             f"{architecture.name} is no plain vision transformer: patches cannot be hidden from it, so there is no "

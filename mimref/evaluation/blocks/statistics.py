@@ -16,12 +16,12 @@ from mimref.results import Row
 
 
 class FeatureStatistics(NamedTuple):
-    """How the features of a set of images are spread."""
+    """Statistics of the features of a set of images."""
 
     mean: float
-    """Average over features of each one's mean (Table 14)."""
+    """Mean of each feature, averaged over features (Table 14)."""
     variance: float
-    """Average over features of each one's variance (Table 14), ddof 0."""
+    """Variance of each feature, ddof 0, averaged over features (Table 14)."""
     effective_rank: float
     """exp of the entropy of the covariance's normalised eigenvalues (Roy & Vetterli 2007), between 1 and D."""
 
@@ -38,13 +38,13 @@ def analyze_blocks(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Row]:
-    """k-NN accuracy and feature statistics of every block, and what each block adds (Fig. 3b, Fig. 3d, Table 14).
+    """Return k-NN accuracy and feature statistics of every block, and what each adds (Fig. 3b, Fig. 3d, Table 14).
 
     train, test: features of the blocks in ascending order, (N, D) and (M, D) each; blocks: their 1-based numbers, by
-    default 1, 2, ... Without labels (None) train is not read, and there are statistics only. Rows, each with `block`:
+    default 1, 2, ... Without labels (None), train is not read and there are statistics only. Rows, each with `block`:
     `block_knn_top1` in percent, as from `knn`, with `k` and `tau`; `block_mean`, `block_variance` and
-    `block_effective_rank` of the test images; `block_knn_delta`, the gain over the block before, from the second block
-    on, see `normalised_deltas`.
+    `block_effective_rank` of the test images; `block_knn_delta`, the gain over the previous block, from the second
+    block on, see `normalised_deltas`.
     Raises ConfigError for k beyond the training set, DataError for features or labels that cannot be used.
     """
     numbers = list(range(1, len(test) + 1)) if blocks is None else list(blocks)
@@ -67,14 +67,14 @@ def analyze_blocks(
 def delta_rows(
     metric: str, blocks: Sequence[int], values: Sequence[float], *, falling_is_better: bool = False
 ) -> list[Row]:
-    """Rows of what each block adds, from the second of `blocks` on, see `normalised_deltas`."""
+    """Return rows of what each block adds, from the second of `blocks` on; see `normalised_deltas`."""
     deltas = normalised_deltas(values, falling_is_better=falling_is_better)
     pairs = zip(blocks[1:], deltas, strict=False)  # no deltas without labels
     return [{"metric": metric, "value": delta, "block": block} for block, delta in pairs]
 
 
 def feature_statistics(x: Matrix) -> FeatureStatistics:
-    """Spread of the features x (N, D), in float64, read twice in blocks of rows; memory is D x D.
+    """Return the spread of features x (N, D), in float64; x is read twice, in blocks of rows; memory use is D x D.
 
     Features that are all constant have an effective rank of 1.
     """
@@ -85,11 +85,11 @@ def feature_statistics(x: Matrix) -> FeatureStatistics:
 
 
 def normalised_deltas(values: Sequence[float], *, falling_is_better: bool = False) -> list[float]:
-    """Improvement from each value to the next, divided by the largest improvement (Fig. 3d, Appendix C.2).
+    """Return the improvement from each value to the next, divided by the largest improvement (Fig. 3d, Appendix C.2).
 
-    falling_is_better: for a loss, an improvement is a decrease. Returns one value less than there are, at most 1. If
-    nothing improves, the largest worsening is -1 (dividing by the largest delta would flip the signs); without any
-    change all are 0. Those of a value that is NaN are NaN.
+    falling_is_better: for a loss, where a decrease is an improvement. There is one delta fewer than values; each is at
+    most 1. If nothing improves, the largest worsening is -1 (dividing by the largest delta would flip the signs);
+    without any change, all are 0. The deltas of a NaN value are NaN.
     """
     deltas = np.diff(values) * (-1.0 if falling_is_better else 1.0)
     known = deltas[np.isfinite(deltas)]
@@ -98,13 +98,13 @@ def normalised_deltas(values: Sequence[float], *, falling_is_better: bool = Fals
 
 
 def recommend_heads(knn_by_block: Sequence[float]) -> list[int]:
-    """Blocks (1-based) for contrastive heads, from the k-NN accuracy of every block, first to last.
+    """Return the blocks (1-based) for contrastive heads, from the k-NN accuracy of every block, first to last.
 
     The paper uses the last 8 of 24 and the last 12 of 32 blocks: the last third, rounded up to a multiple of four (4 of
     12, where the paper has no model). Heads belong on all later blocks, including the best one; earlier ones cost time
-    and add nothing (Table 1a). So they start at the first block of the last third, or at the best block if that comes
-    before (the first of equals), but never in the first half: a best block there only shows a flat curve. They end at
-    the last block. Raises DataError when no accuracy is finite.
+    and add nothing (Table 1a). So heads start at the first block of the last third, or at the best block (the first of
+    equals) if it comes earlier, but never in the first half: a best block there only indicates a flat curve. They end
+    at the last block. Raises DataError if no accuracy is finite.
     """
     accuracies = np.asarray(knn_by_block, dtype=np.float64)
     if not np.isfinite(accuracies).any():
@@ -117,8 +117,8 @@ def recommend_heads(knn_by_block: Sequence[float]) -> list[int]:
 
 
 def blocks_text(blocks: Sequence[int]) -> str:
-    """Blocks as `--heads` accepts them: `17-24`, `20,22,24` or `17-20,24`."""
-    # Blocks of a run have the same distance from their places.
+    """Return blocks as `--heads` accepts them: `17-24`, `20,22,24` or `17-20,24`."""
+    # Blocks of a consecutive run have the same difference between number and position.
     runs = [list(run) for _, run in groupby(enumerate(blocks), key=lambda pair: pair[1] - pair[0])]
     return ",".join(str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs)
 

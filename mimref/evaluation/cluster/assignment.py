@@ -1,4 +1,4 @@
-"""Which image is in which cluster, and how far from its centre."""
+"""Assignment of images to clusters, with their distances from the centres."""
 
 import csv
 from dataclasses import dataclass, field
@@ -21,18 +21,18 @@ class Assignment:
 
     paths: list[str]
     class_names: list[str] | None
-    """Of every image; None without labels."""
+    """Class of every image; None without labels."""
     cluster: Labels
     """(N,) numbers from 0; a cluster without images has no number here."""
     distance: NDArray[np.float64]
-    """(N,) from the centre, between unit vectors: 0 to 2."""
+    """(N,) distance of each unit vector from its cluster's centre: 0 to 2."""
     clusters: list[Cluster] = field(default_factory=list)
-    """The largest first; their images are positions in `paths`."""
+    """Largest first; their images are positions in `paths`."""
     pictures: dict[int, Thumbnail] = field(default_factory=dict)
-    """If asked for: central and outlying images of the first clusters, by position."""
+    """If requested: central and outlying images of the first clusters, by position."""
 
     def rank(self) -> Labels:
-        """(N,) 1 for the image nearest to its cluster's centre, and so on."""
+        """Return ranks (N,): 1 for the image nearest to its cluster's centre, and so on."""
         order = np.lexsort((self.distance, self.cluster))
         grouped = self.cluster[order]
         start = np.searchsorted(grouped, grouped)
@@ -41,7 +41,7 @@ class Assignment:
         return ranks
 
     def table(self) -> bytes:
-        """A CSV with a line per image, in data order: path, cluster, distance, rank and, with labels, class."""
+        """Return a CSV, one line per image, in data order: path, cluster, distance, rank and, with labels, class."""
         text = StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["path", "cluster", "distance", "rank", *(["class"] if self.class_names else [])])
@@ -53,7 +53,7 @@ class Assignment:
 
 
 def assign(run: BestRun, images: Part, rows: Labels, *, pictures: bool) -> Assignment:
-    """The clusters of a run, whose points are these rows of the images. pictures: make thumbnails too."""
+    """Return the clusters of a run, whose points are these rows of the images. pictures: also make thumbnails."""
     (cluster, _), distance = run.fit, run.distances
     y, names = images.features.y, [images.class_name(int(row)) for row in rows]
     class_names = None if y is None else [str(name) for name in names]

@@ -1,4 +1,4 @@
-"""Which classes are clustered."""
+"""Choice of the classes to cluster."""
 
 import os.path
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from mimref.features.opening import Opened
 
 
 def check_classes(config: ClusterConfig, opened: Opened, checks: Checks, embed: bool) -> Labels | None:
-    """The labels of the classes to cluster; None without labels. Checks that there are enough images.
+    """Return the labels of the classes to cluster, None without labels, and check that there are enough images.
 
-    embed: for UMAP too.
+    embed: check that there are enough for UMAP, too.
     """
     y, names = opened.labels(config.split), opened.class_names(config.split)
     source = opened.sources.get(config.split)
@@ -55,7 +55,7 @@ def _ask_for_clusters(config: ClusterConfig, opened: Opened, source: ImageSource
 
 
 def check_clusters(clusters: int, images: int, *, given: bool) -> None:
-    """Raise an error where there are not more images than clusters. given: whether the user chose the number."""
+    """Raise an error unless there are more images than clusters. given: whether the user chose the number."""
     if clusters < images:
         return
     if given:
@@ -66,11 +66,11 @@ def check_clusters(clusters: int, images: int, *, given: bool) -> None:
 
 
 def choose_classes(asked: str, class_names: Sequence[str] | None, labels: Labels) -> Labels:
-    """Labels of the classes asked for, ascending.
+    """Return the labels of the requested classes, ascending.
 
     asked: names or numbers separated by commas, or a text file with one per line, where `#` begins a comment. Names are
-    those of class folders; unless a class has exactly this name, case is ignored. A number that is no class's name is a
-    label. class_names: names of classes 0, 1, ..., or None where only labels are known. labels (N,): of the images.
+    those of class folders; case is ignored unless a class has exactly this name. A number that is not a class name is a
+    label. class_names: names of classes 0, 1, ..., or None if only labels are known. labels (N,): those of the images.
     Raises ConfigError for an unknown class or one without images, for fewer than two classes, and for a file that
     cannot be read.
     """
@@ -88,7 +88,7 @@ def choose_classes(asked: str, class_names: Sequence[str] | None, labels: Labels
 
 
 def _asked(asked: str, names: Sequence[str]) -> list[str]:
-    """The single names of a list or of a file; a class name is never taken for a file."""
+    """Return the single names of a list or of a file; a class name is never taken for a file."""
     if asked in names or not os.path.isfile(asked):
         parts = asked.split(",")
     else:

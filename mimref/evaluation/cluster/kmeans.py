@@ -24,23 +24,23 @@ class BestRun:
     number: int
     seed: int
     runs: int
-    """Of which it is the best."""
+    """Number of runs of which it is the best."""
 
     @cached_property
     def fit(self) -> tuple[Labels, NDArray[np.float64]]:
-        """The cluster of every point, (N,), and the centres (clusters, D). Made again when first asked for."""
+        """The cluster of every point, (N,), and the centres (clusters, D). Computed again at first use."""
         return fit_kmeans(self.points, self.clusters, self.number, self.seed)
 
     @cached_property
     def distances(self) -> NDArray[np.float64]:
-        """(N,) of every point from the centre of its cluster."""
+        """(N,) distance of every point from the centre of its cluster."""
         return distances(self.points, *self.fit)
 
 
 def fit_kmeans(x: NDArray[np.float32], clusters: int, number: int, seed: int) -> tuple[Labels, NDArray[np.float64]]:
-    """The cluster of every row of x (N, D), (N,), and the centres (clusters, D).
+    """Return the cluster of every row of x (N, D), (N,), and the centres (clusters, D).
 
-    number: of the run. Its randomness is a function of (seed, number).
+    number: number of the run, whose randomness is a function of (seed, number).
     """
     state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     model = MiniBatchKMeans(n_clusters=clusters, batch_size=1024, n_init=1, random_state=state)
@@ -53,13 +53,13 @@ def fit_kmeans(x: NDArray[np.float32], clusters: int, number: int, seed: int) ->
 
 
 def distances(x: Matrix, labels: Labels, centres: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N,) Euclidean distance of every row of x (N, D) from the centre of its cluster."""
+    """Return the Euclidean distance (N,) of every row of x (N, D) from the centre of its cluster."""
     return np.concatenate([np.linalg.norm(x[rows] - centres[labels[rows]], axis=1) for rows in row_blocks(x)])
 
 
 def inertia(x: NDArray[np.float32], labels: Labels, centres: NDArray[np.float64]) -> float:
-    """Sum of squared distances of all points to their centres.
+    """Return the sum of squared distances of all points to their centres.
 
-    In float64: scikit-learn sums in float32, which is too coarse to rank nearly equal runs.
+    Computed in float64: scikit-learn sums in float32, which is too coarse to rank nearly equal runs.
     """
     return float(sum(np.square(x[rows] - centres[labels[rows]]).sum() for rows in row_blocks(x)))

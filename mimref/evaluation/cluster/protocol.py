@@ -1,4 +1,4 @@
-"""Clustering of frozen features by mini-batch k-means, compared with the classes (Appendix C.12), `mimref cluster`."""
+"""Clustering of frozen features by mini-batch k-means, compared with the classes (Appendix C.12): `mimref cluster`."""
 
 import math
 import time
@@ -44,21 +44,21 @@ SERIAL_WORK = 2e8
 
 
 class LastFeatures(NamedTuple):
-    """What a figure shows: the features of the last of the chosen blocks."""
+    """Features that a figure shows: those of the last of the chosen blocks."""
 
     x: Matrix
-    """(N, D)."""
+    """Features (N, D)."""
     y: Labels
-    """Classes; clusters where the images have no labels."""
+    """(N,) classes, or clusters if the images have no labels."""
     class_names: list[str] | None
 
 
 @dataclass(frozen=True)
 class ClusterResult(IllustratedResult):
-    """Scores, and which image is in which cluster."""
+    """Scores, and the cluster of every image."""
 
     assignment: Assignment | None = None
-    """By the features of the last of the chosen blocks."""
+    """Clusters by the features of the last of the chosen blocks."""
 
 
 def evaluate_cluster(
@@ -69,12 +69,12 @@ def evaluate_cluster(
     listener: Listener | None = None,
     checks: Checks | None = None,
 ) -> tuple[ClusterResult, LastFeatures | None]:
-    """Clustering of one split's images; with `embed`, also the features to embed, which are enough for UMAP.
+    """Cluster one split's images; with `embed`, also return the features to embed, once checked to be enough for UMAP.
 
-    exhibits: also what a report shows of the images, and the cluster of every image, by the features of the last of the
-    chosen blocks.
-    Rows as `cluster` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses, before the encoder
-    runs where possible.
+    exhibits: also collect the images that a report shows and the cluster of every image, by the features of the last of
+    the chosen blocks.
+    Rows are those of `cluster`, with `model`, `blocks` and `pool`. Raises UserError subclasses, where possible before
+    the encoder runs.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     checks.run("metrics", lambda: check_metrics(config.metrics))
@@ -122,7 +122,7 @@ def evaluate_cluster(
 
 
 def _check_labels(config: ClusterConfig, opened: Opened) -> None:
-    """Raise ConfigError where images without labels have none of the metrics."""
+    """Raise ConfigError if the images have no labels and every metric needs them."""
     unlabelled = opened.inputs is not None and opened.labels(config.split) is None
     if unlabelled and config.clusters is not None and AGREEMENT.keys() >= set(config.metrics):
         wrong = f"metrics {','.join(config.metrics)}: the images have no labels to compare with; choose sil or dbs"
@@ -139,7 +139,7 @@ def _last_features(
 
 
 def cluster_accuracy(y: Labels, assignment: Labels) -> float:
-    """Clustering accuracy in percent: images explained by the best one-to-one map of clusters to classes.
+    """Return the clustering accuracy in percent: images explained by the best one-to-one map of clusters to classes.
 
     y (N,): classes. assignment (N,): clusters. The Hungarian method finds the map on the contingency matrix. Surplus
     clusters or classes stay unmapped, and their images count as errors.
@@ -148,7 +148,7 @@ def cluster_accuracy(y: Labels, assignment: Labels) -> float:
     return percent(counts[linear_sum_assignment(counts, maximize=True)].sum() / len(y))
 
 
-# Percent from classes and clusters, both (N,).
+# Scores in percent from classes and clusters, both (N,).
 AGREEMENT: dict[str, Callable[[Labels, Labels], float]] = {
     "acc": cluster_accuracy,
     "nmi": lambda y, assignment: percent(normalized_mutual_info_score(y, assignment)),
@@ -158,18 +158,18 @@ AGREEMENT: dict[str, Callable[[Labels, Labels], float]] = {
 
 
 def _silhouette(x: NDArray[np.float32], y: Labels) -> float:
-    """In percent; NaN for points that are all the same, for which scikit-learn gives 0."""
+    """Return the silhouette in percent; NaN if all points are the same, for which scikit-learn returns 0."""
     return percent(silhouette_score(x, y)) if vary(x) else math.nan
 
 
 def _davies_bouldin(x: NDArray[np.float32], y: Labels) -> float:
-    """NaN where classes have the same centre: scikit-learn then leaves out the pair, or gives 0, the best score."""
+    """Return Davies-Bouldin; NaN if centres coincide: scikit-learn then omits the pair or returns 0, the best score."""
     centres = np.stack([x[y == label].mean(axis=0, dtype=np.float64) for label in range(int(y.max()) + 1)])
-    # Of unit rows: far below what separates any two classes.
+    # For unit rows, this is far below what separates any two classes.
     return float(davies_bouldin_score(x, y)) if pdist(centres).min() > 1e-6 else math.nan
 
 
-# From unit rows (N, D) and classes 0, 1, ... (N,): how far the classes are apart, without clustering.
+# Scores from unit rows (N, D) and classes 0, 1, ... (N,): how far apart the classes are, without clustering.
 SEPARATION: dict[str, Callable[[NDArray[np.float32], Labels], float]] = {"sil": _silhouette, "dbs": _davies_bouldin}
 # Names in results.
 NAMES = {name: f"cluster_{name}" for name in AGREEMENT} | {"sil": "silhouette", "dbs": "davies_bouldin"}
@@ -186,18 +186,18 @@ def cluster(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Agreement of k-means clusters with the classes, and separation of the classes (Appendix C.12, Tables 3 and 9).
+    """Score k-means clusters against the classes, and the classes' separation (Appendix C.12, Tables 3 and 9).
 
     x (N, D): features, scaled to unit length here and held in memory as float32. y (N,): labels, any whole numbers, or
-    None. clusters: how many; None: as many as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from the
-    run with the lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and
-    Davies-Bouldin of the true classes, without clustering). With `clusters`, sil and dbs are also of the clusters of
-    that run, as `cluster_silhouette` and `cluster_davies_bouldin`. Without labels, what needs them is left out. In
-    percent, except Davies-Bouldin. sil and dbs are NaN for features that do not vary, dbs also where two classes have
-    the same mean.
+    None. clusters: their number; None: as many as classes. metrics: acc, nmi, ami, ari (of clusters: `value` is from
+    the run with the lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and
+    Davies-Bouldin of the true classes, without clustering). With `clusters`, sil and dbs are also measured on the
+    clusters of that run, as `cluster_silhouette` and `cluster_davies_bouldin`. Without labels, metrics that need them
+    are left out. Values are in percent, except Davies-Bouldin. sil and dbs are NaN for features that do not vary, dbs
+    also if two classes have the same mean.
     A run is scikit-learn's MiniBatchKMeans with its defaults and n_init=1. Runs are spread over `workers` processes
-    (None: all cores), or stay in this one where that is faster, with the same results. Silhouette compares all pairs of
-    images, in pieces of up to 1 GB: minutes for the 50,000 validation images of ImageNet.
+    (None: all cores), or stay in this one if that is faster, with the same results. Silhouette compares all pairs of
+    images, in pieces of up to 1 GB; this takes minutes for the 50,000 validation images of ImageNet.
     Raises ConfigError for an unknown metric, DataError for features or labels that cannot be used.
     """
     return cluster_and_best(
@@ -216,7 +216,7 @@ def cluster_and_best(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Row], BestRun | None]:
-    """Rows of `cluster`, and the run with the lowest inertia; None for metrics that need no clusters."""
+    """Return the rows of `cluster`, and the run with the lowest inertia, or None if no metric needs clusters."""
     check_metrics(metrics)
     for option, number in (("runs", runs), ("workers", workers)):
         if number is not None and number < 1:
@@ -255,7 +255,7 @@ def cluster_and_best(
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """Raise ConfigError for an unknown metric, and for none."""
+    """Raise ConfigError for an unknown metric, and if none is given."""
     for name in metrics:
         if name not in NAMES:
             raise ConfigError(f"unknown metric {name!r}; choose from {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
@@ -269,13 +269,13 @@ class Run(NamedTuple):
     inertia: float
     """Sum of squared distances of all points to their centres, float64."""
     scores: dict[str, float]
-    """Percent, by short name."""
+    """Scores in percent, by short name."""
 
 
 def kmeans_run(
     x: NDArray[np.float32], y: Labels | None, metrics: Sequence[str], clusters: int, number: int, seed: int
 ) -> Run:
-    """Run `number` of mini-batch k-means on unit rows x (N, D), scored against classes y (N,), if there are any.
+    """Do run `number` of mini-batch k-means on unit rows x (N, D), and score it against classes y (N,), if any.
 
     Its randomness is a function of (seed, number).
     """
@@ -286,7 +286,7 @@ def kmeans_run(
 def _all_runs(
     x: NDArray[np.float32], y: Labels | None, metrics: Sequence[str], clusters: int, runs: int, seed: int, jobs: int
 ) -> Iterator[Run]:
-    """`kmeans_run` of every number, in several processes if they can be started and do not die."""
+    """Yield `kmeans_run` of every number, from several processes if they can be started and do not die."""
     # Arrays above a megabyte are written once and memory-mapped by all processes.
     parallel = Parallel(n_jobs=jobs, max_nbytes="1M", return_as="generator")
     done = 0

@@ -1,1 +1,1 @@
-"""What a report shows of the images themselves."""
+"""The images that a report shows."""

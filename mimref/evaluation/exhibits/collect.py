@@ -1,4 +1,4 @@
-"""Collects, model by model, what a report shows of the images, while an evaluation has their features in memory."""
+"""Collection, model by model, of the images that a report shows, while an evaluation holds their features in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,21 +33,21 @@ from mimref.results import EvaluationResult
 
 MOST_MODELS = 4
 MOST_PREDICTED = 10_000
-"""Images whose classes k-NN predicts for the confusions."""
+"""Most images whose classes k-NN predicts for the confusions."""
 OWN_RUNS = 10
-"""k-means runs where no evaluation has clustered the images."""
+"""k-means runs if no evaluation has clustered the images."""
 
 
 @dataclass(frozen=True)
 class IllustratedResult(EvaluationResult):
-    """What an evaluation found, and images that show it."""
+    """Results of an evaluation, and images that illustrate them."""
 
     exhibits: Exhibits | None = None
 
 
 @dataclass(frozen=True)
 class Voting:
-    """The k-NN of an evaluation: training features (N, D) and labels (N,), neighbours and temperature."""
+    """The k-NN of an evaluation: training features (N, D), labels (N,), number of neighbours, and temperature."""
 
     x: Matrix
     y: Labels
@@ -56,20 +56,20 @@ class Voting:
 
 
 Model = tuple[str, Column, Callable[[ImageSource], Features]]
-"""A name, the column that shows it, and what gives this column of images."""
+"""A name, the column by which the model is shown, and a function that returns this column for images."""
 
 
 def encoder_model(name: str, encoder: TokenEncoder, settings: PassSettings) -> Model:
-    """A pass of an encoder, shown by its last block's class token."""
+    """Return a model that is shown by the CLS token of an encoder's last block, from passes of the encoder."""
     last = Column(encoder.depth, "cls")
     return name, last, lambda images: extract(encoder, images, settings, [last])
 
 
 @dataclass
 class Exhibition:
-    """Collects what `exhibits.json` holds. A failure is a warning, and leaves out all of it.
+    """Collects the content of `exhibits.json`. A failure becomes a warning, and all of the content is left out.
 
-    source: the images. settings: of the passes that gave the features. what: the images' name in the notes.
+    source: the images. settings: those of the passes that computed the features. what: the images' name in the notes.
     """
 
     source: ImageSource
@@ -86,7 +86,7 @@ class Exhibition:
     def of_some(
         cls, source: ImageSource, settings: PassSettings, seed: int, listener: Listener, what: str
     ) -> "Exhibition":
-        """Of a fixed choice of images, as many as a map shows."""
+        """Create an exhibition of a fixed choice of images, as many as a map shows."""
         rows = fixed_choice(len(source), source.labels, most=MOST_IMAGES)
         return cls(Subset(source, rows), settings, seed, listener, what)
 
@@ -100,10 +100,10 @@ class Exhibition:
         best: BestRun | None = None,
         chosen: Indices | None = None,
     ) -> None:
-        """Show a model by its features of the images.
+        """Add a model, shown by its features of the images.
 
-        chosen: rows of `images` that are shown; None: all. voting: predicts the classes of images with labels. best:
-        on these rows; None: the best of ten runs on the images of the map.
+        chosen: rows of `images` that are shown; None: all. voting: k-NN that predicts the classes of labelled images.
+        best: k-means run on these rows; None: the best of ten runs on the images of the map.
         """
         if self._failed:
             return
@@ -121,7 +121,7 @@ class Exhibition:
     def add_passes(
         self, models: Iterable[Model], train: ImageSource | None = None, *, k: int = 10, tau: float = 0.07
     ) -> None:
-        """Show models by passes of their own over the images; train: labelled ones that vote on the classes."""
+        """Add models, each by its own pass over the images. train: labelled images that vote on the classes."""
         with self._guarded():
             for name, column, features in models:
                 if not self._failed:
@@ -129,24 +129,24 @@ class Exhibition:
                     self.add(name, features(self.source), [column], voting=voting)
 
     def made(self) -> Exhibits | None:
-        """Everything that was added, with its images; None if something failed, or nothing was added."""
+        """Return everything that was added, with its images; None if something failed or nothing was added."""
         found = None
         if self._models is not None and not self._failed:
             if self._left_out:
-                self._note(f"Of more than {MOST_MODELS} models, these are left out: {', '.join(self._left_out)}.")
+                self._note(f"At most {MOST_MODELS} models are shown; these are left out: {', '.join(self._left_out)}.")
             with self._guarded():
                 found = number_images(self._models, self.source, self.settings, self.seed, self.listener, self._notes)
         return found
 
     def save(self, folder: Path) -> None:
-        """Write what was made into `folder`."""
+        """Write the exhibits into `folder`, if any were made."""
         if (made := self.made()) is not None:
             with self._guarded():
                 made.write(folder)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """A failure is a warning, and what has been collected is not used."""
+        """Turn a failure into a warning, and discard what has been collected."""
         done = False
         with optional("no images for the report", self.listener):
             yield
@@ -154,21 +154,21 @@ class Exhibition:
         self._failed = self._failed or not done
 
     def _note(self, line: str) -> None:
-        """Once, whatever the number of models."""
+        """Add a note once, whatever the number of models."""
         self._notes[line] = None
 
     def _of_images(self, positions: Indices, y: Labels | None, class_names: list[str] | None) -> Models:
-        """The models of these images, which must be those of the models before."""
+        """Return the models of these images, which must be the same images for every model."""
         if self._models is None:
             rows, queries = map_rows(len(positions), y), choose_queries(len(positions), y, self.seed)
             self._models = Models(positions, y, lambda label: show_class(label, class_names), rows, queries)
-            some = "in equal shares of the classes" if y is not None else "evenly spread"
+            some = "in equal shares per class" if y is not None else "evenly spread"
             if isinstance(source := self.source, Subset) and len(source) < len(source.source):
                 self._note(f"Shown are {len(source)} of the {len(source.source)} {self.what}, {some}.")
             if 0 < len(rows) < len(positions):
                 self._note(f"The maps show {len(rows)} of the {len(positions)} {self.what}, {some}.")
         elif not np.array_equal(self._models.positions, positions):
-            raise DataError(f"{self.source.name}: the encoders could not read the same images; run again")
+            raise DataError(f"{self.source.name}: the encoders have not read the same images; run again")
         return self._models
 
     def _show(self, models: Models, x: Matrix, voting: Voting | None, best: BestRun | None) -> Shown:
@@ -180,7 +180,7 @@ class Exhibition:
 
     def _confusions(self, models: Models, x: Matrix, y: Labels, voting: Voting) -> list[Confusion]:
         if not vary(voting.x):
-            self._note("No confusions are shown of features that do not vary.")
+            self._note("Confusions are not shown, because the features do not vary.")
             return []
         rows = fixed_choice(len(x), y, most=MOST_PREDICTED)
         k = min(voting.k, len(voting.y))
@@ -189,11 +189,11 @@ class Exhibition:
         neighbours = find_neighbours(voting.x, x[rows], k=k, device=str(self.settings.device))
         found = confusions(y[rows], predict_labels(neighbours, voting.y, tau=voting.tau), rows, models.name)
         if len(found) > MOST_CONFUSIONS:
-            self._note(f"The {MOST_CONFUSIONS} confusions of the largest shares are shown.")
+            self._note(f"The {MOST_CONFUSIONS} confusions with the largest shares are shown.")
         return found[:MOST_CONFUSIONS]
 
     def _clusters(self, models: Models, best: BestRun) -> list[Cluster]:
-        """Of the evaluation's own best run."""
+        """Return the clusters of the evaluation's own best run."""
         self._note(f"Clusters: the best of {best.runs} k-means runs on the {len(best.points)} {self.what}.")
         found = describe_clusters(best.fit[0], best.distances, models.y, models.name)
         if len(found) > MOST_CLUSTERS:
@@ -201,7 +201,7 @@ class Exhibition:
         return found[:MOST_CLUSTERS]
 
     def _own_clusters(self, models: Models, map_x: NDArray[np.float32]) -> list[Cluster]:
-        """Of the best of ten runs on the images of the map; none of too few images."""
+        """Return the clusters of the best of ten runs on the images of the map; none for too few images."""
         rows, points = models.map_rows, unit_rows(map_x)
         y = None if models.y is None else models.y[rows]
         wanted = round(np.sqrt(len(rows) / 2)) if y is None else len(np.unique(y))

@@ -1,6 +1,6 @@
-"""What a report shows of the images: the file `exhibits.json` of a finished folder.
+"""The images that a report shows: the file `exhibits.json` of a finished folder.
 
-Images are numbered by their place in `Exhibits.images`; every number in the other parts is such a place.
+Images are numbered by their position in `Exhibits.images`; the other parts refer to them by this number.
 """
 
 import base64
@@ -18,41 +18,41 @@ from mimref.files import write_bytes
 
 FILE = "exhibits.json"
 MAP_DECIMALS = 3
-"""Of coordinates in the file; a map is some ten units wide and less than a thousand pixels."""
+"""Decimals of coordinates in the file; a map is about ten units and less than a thousand pixels wide."""
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One image, as the evaluation sees it."""
+    """One image, as a report or a gallery shows it."""
 
     path: str
-    """As the data set names it; may hold any characters."""
+    """Path as the data set names it; may hold any characters."""
     label: str | None
     """Class name; None without labels."""
     jpeg: bytes
-    """Longest side at most 48 pixels."""
+    """JPEG file, with a longest side of at most 48 pixels in a report and 112 in a gallery."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """An image and what each model finds most similar to it."""
+    """An image, and the images that each model finds most similar to it."""
 
     image: NonNegativeInt
     neighbours: dict[str, list[NonNegativeInt]]
-    """By model: the most similar images by cosine, the nearest first, without the image itself."""
+    """By model: the most similar images by cosine, nearest first, without the image itself."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Validation images of one class that k-NN takes for another."""
+    """Validation images of one class that k-NN assigns to another."""
 
     label: str
     predicted: str
     count: NonNegativeInt
     share: FiniteFloat
-    """Of the class's validation images, 0 to 1."""
+    """Share of the class's validation images, 0 to 1."""
     images: list[NonNegativeInt]
-    """Examples."""
+    """Example images."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Cluster:
     purity: FiniteFloat | None
     """Share of that class in the cluster, 0 to 1; None without labels."""
     central: list[NonNegativeInt]
-    """Nearest to the centre, the nearest first."""
+    """Images nearest to the centre, nearest first."""
     outlying: list[NonNegativeInt]
-    """Farthest from the centre, the farthest first."""
+    """Images farthest from the centre, farthest first."""
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,21 @@ class Exhibits:
     map_images: list[int]
     """The M images on the maps."""
     maps: dict[str, NDArray[np.float32]]
-    """By model: (M, 2) positions of `map_images`."""
+    """Positions (M, 2) of `map_images`, by model."""
     queries: list[Query]
     confusions: dict[str, list[Confusion]]
-    """By model: the largest share first; empty without labels."""
+    """Confusions by model, largest share first; empty without labels."""
     clusters: dict[str, list[Cluster]]
-    """By model: the largest first."""
+    """Clusters by model, largest first."""
     notes: list[str]
-    """How it was made, and what was left out and why: sentences."""
+    """Sentences on how the exhibits were made, and on what was left out and why."""
 
     def write(self, folder: Path) -> None:
         """Write `exhibits.json` into `folder` in one step. Raises OutputError if it cannot be written."""
         write_bytes(folder / FILE, self.to_json())
 
     def to_json(self) -> bytes:
-        """The content of the file."""
+        """Return the content of the file."""
         images = [
             {"path": each.path, "label": each.label, "jpeg": base64.b64encode(each.jpeg).decode("ascii")}
             for each in self.images
@@ -110,12 +110,12 @@ class Exhibits:
             "clusters": {name: [asdict(each) for each in found] for name, found in self.clusters.items()},
             "notes": self.notes,
         }
-        # Only ASCII: paths may hold halves of surrogate pairs, which no encoding writes.
+        # Only ASCII: paths may hold lone surrogates, which no encoding can write.
         return (json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n").encode("ascii")
 
     @classmethod
     def read(cls, folder: Path) -> "Exhibits | None":
-        """The exhibits in `folder`; None if it holds none. Raises OutputError for a damaged file."""
+        """Return the exhibits in `folder`; None if it holds none. Raises OutputError for a damaged file."""
         file = folder / FILE
         try:
             return cls.from_json(file.read_bytes())
@@ -127,8 +127,8 @@ class Exhibits:
 
     @classmethod
     def from_json(cls, content: bytes) -> "Exhibits":
-        """From the content of the file. Raises ValueError for a damaged one."""
-        # pydantic's own parser refuses halves of surrogate pairs.
+        """Return the exhibits from the content of the file. Raises ValueError if it is damaged."""
+        # pydantic's own parser rejects lone surrogates.
         document = _DOCUMENT.validate_python(json.loads(content))
         images = [
             Thumbnail(each.path, each.label, base64.b64decode(each.jpeg, validate=True)) for each in document.images
@@ -146,7 +146,7 @@ class Exhibits:
         return found
 
     def _numbers(self) -> Iterator[int]:
-        """Every reference to an image, with repetitions."""
+        """Yield every reference to an image, with repetitions."""
         yield from self.map_images
         for query in self.queries:
             yield query.image
@@ -161,7 +161,7 @@ class Exhibits:
 
 
 def save(exhibits: Exhibits | None, folder: Path) -> None:
-    """Write `exhibits.json`; without exhibits, remove that of earlier results. Raises OutputError as `write` does."""
+    """Write `exhibits.json`; without exhibits, remove that of earlier ones. Raises OutputError as `write` does."""
     if exhibits is not None:
         exhibits.write(folder)
     elif (folder / FILE).is_file():
@@ -190,7 +190,7 @@ _DOCUMENT = TypeAdapter(_Document)
 
 
 def first_problem(error: OSError | ValueError | RecursionError) -> str:
-    """What is wrong with a file of a run, on one line."""
+    """Return what is wrong with a run's file, on one line."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
         return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))

@@ -1,6 +1,6 @@
-"""Which images a report shows side by side: neighbours of queries, confused classes, and members of clusters.
+"""Choice of the images that a report shows side by side: neighbours of queries, confused classes, cluster members.
 
-Images are rows of the features here; they get their numbers when it is known which ones are shown.
+Images are rows of the features here; they are numbered once it is known which ones are shown.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ NEIGHBOURS = 12
 EXAMPLES = 6
 CONFUSIONS_PER_CLASS = 2
 MOST_CONFUSIONS = 20
-"""Of one model."""
+"""Largest number shown for one model."""
 MOST_CLUSTERS = 20
-"""Of one model."""
+"""Largest number shown for one model."""
 
 
 def choose_queries(images: int, y: Labels | None, seed: int) -> Indices:
-    """Rows of up to twelve images, drawn: of different classes while these last, then again one of each."""
+    """Draw the rows of up to twelve images: one of each class in turn, for as many turns as needed."""
     generator = np.random.default_rng(seed)
     order = generator.permutation(images)
     if y is None:
@@ -36,7 +36,7 @@ def choose_queries(images: int, y: Labels | None, seed: int) -> Indices:
 
 
 def nearest(x: Matrix, queries: Indices, *, device: str = "cpu") -> list[list[int]]:
-    """For every query, a row of x (N, D), the rows of highest cosine similarity, the highest first, without itself."""
+    """Return, for every query (a row of x, (N, D)), the rows nearest by cosine, nearest first, without itself."""
     if not len(queries):
         return []
     most = min(NEIGHBOURS + 1, len(x))
@@ -47,9 +47,9 @@ def nearest(x: Matrix, queries: Indices, *, device: str = "cpu") -> list[list[in
 
 
 def confusions(y: Labels, predicted: Labels, rows: Indices, name: Callable[[int], str]) -> list[Confusion]:
-    """The most frequent wrong predictions of every class, the largest share of the class first.
+    """Return the most frequent wrong predictions of every class, largest share of the class first.
 
-    y, predicted (M,): true and predicted labels, which `name` names. rows (M,): of these images.
+    y, predicted (M,): true and predicted labels; `name` returns a label's name. rows (M,): those of the images.
     """
     found: list[Confusion] = []
     for label in np.unique(y):
@@ -65,10 +65,10 @@ def confusions(y: Labels, predicted: Labels, rows: Indices, name: Callable[[int]
 def describe_clusters(
     assigned: Labels, distances: NDArray[np.float64], y: Labels | None, name: Callable[[int], str]
 ) -> list[Cluster]:
-    """What is in every cluster that has images, the largest first.
+    """Return the content of every cluster that has images, largest first.
 
-    assigned (N,): the images' clusters. distances (N,): from their centres. y (N,): labels, which `name` names, or
-    None. An image is central or outlying, not both.
+    assigned (N,): the images' clusters. distances (N,): those from the centres. y (N,): labels or None; `name` returns
+    a label's name. An image is central or outlying, not both.
     """
     found: list[Cluster] = []
     for number, size in zip(*np.unique(assigned, return_counts=True), strict=True):

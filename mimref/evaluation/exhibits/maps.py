@@ -1,4 +1,4 @@
-"""Images as points of a plane in which similar ones are near each other."""
+"""Maps of images: points in a plane, with similar images near each other."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,28 +10,28 @@ from mimref.evaluation.metrics import unit_rows
 from mimref.features.matrix import Labels
 
 MOST_IMAGES = 2000
-"""On a map. UMAP takes 5 s for so many."""
+"""Most images on a map. UMAP takes 5 s for this many."""
 UMAP_IMAGES = 100
-"""Fewer are arranged by their principal components: UMAP's import and compilation alone take 10 s."""
+"""Fewest images for UMAP, whose import and compilation alone take 10 s; fewer are arranged by principal components."""
 FEWEST_IMAGES = 3
-"""Two points have no arrangement."""
+"""Fewest images on a map: two points have no arrangement."""
 
 
 def map_rows(images: int, y: Labels | None) -> Indices:
-    """The images on the maps: all, or a fixed choice with equal shares of the classes y (N,); none of too few."""
+    """Return the images on the maps: all, a fixed choice with equal shares of classes y (N,), or none if too few."""
     return fixed_choice(images, y, most=MOST_IMAGES) if images >= FEWEST_IMAGES else np.empty(0, dtype=np.int64)
 
 
 def arrange(x: NDArray[np.float32], *, seed: int) -> NDArray[np.float32]:
-    """Positions (M, 2) of images with features x (M, D), scaled to unit length here; rounded as they are saved."""
+    """Return the positions (M, 2) of images with features x (M, D), scaled to unit length here; rounded as saved."""
     points = umap_embedding(x, seed=seed) if len(x) >= UMAP_IMAGES else principal_components(x)
     return np.asarray(np.round(points.astype(np.float64), MAP_DECIMALS), dtype=np.float32)
 
 
 def principal_components(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(M, 2) scores of x (M, D), scaled to unit length, on its two principal components; the largest becomes 10.
+    """Return the scores (M, 2) of x (M, D), scaled to unit length, on two principal components; the largest becomes 10.
 
-    Signs are such that the largest score of each component is positive.
+    Signs are chosen so that the largest score of each component is positive.
     """
     centred = unit_rows(x).astype(np.float64)
     centred -= centred.mean(axis=0)
@@ -40,6 +40,6 @@ def principal_components(x: NDArray[np.float32]) -> NDArray[np.float32]:
     scores[:, : min(2, len(values))] = (left * values)[:, :2]
     largest = np.take_along_axis(scores, np.abs(scores).argmax(axis=0)[None], axis=0)
     scores *= np.where(largest < 0, -1.0, 1.0)
-    # Equal images differ by rounding in float32 alone.
+    # Equal images differ only by float32 rounding.
     size = float(np.abs(scores).max())
     return np.asarray(scores * (10 / size if size > 1e-6 else 0.0), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""From rows of features to numbered images: the last step before the file."""
+"""Conversion of rows of features to numbered images: the last step before the file is written."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -18,42 +18,42 @@ from mimref.features.matrix import Labels
 from mimref.progress import Listener
 
 MOST_BYTES = 3_000_000
-"""Of exhibits.json, so that a page with its images and a chart library stays below 5 MB."""
+"""Largest size of exhibits.json, so that a page with its images and a chart library stays below 5 MB."""
 MOST_PATH_BYTES = 800_000
-"""Of all paths in it; longer ones lose their beginning."""
+"""Largest size of all paths in the file; beyond it, long paths lose their beginning."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What one model makes of the images, which are rows of its features."""
+    """What is shown of one model; images are rows of its features."""
 
     map_x: NDArray[np.float32]
     """(M, D) features of the images on the map."""
     neighbours: list[list[int]]
-    """Of every query."""
+    """Nearest images of every query."""
     confusions: list[Confusion]
     clusters: list[Cluster]
 
 
 @dataclass(frozen=True)
 class Models:
-    """The N images that several models were shown, and what these make of them."""
+    """The N images that several models have in common, and what is shown of each model."""
 
     positions: Indices
-    """(N,) in their source."""
+    """(N,) positions in their source."""
     y: Labels | None
-    """(N,)."""
+    """(N,) labels, if there are any."""
     name: Callable[[int], str]
-    """Of a label."""
+    """Returns the name of a label."""
     map_rows: Indices
-    """(M,)."""
+    """(M,) rows of the images on the maps."""
     queries: Indices
-    """Rows."""
+    """Rows of the queries."""
     shown: dict[str, Shown] = field(default_factory=dict)
 
 
 class _Numbers:
-    """Numbers rows in the order in which they are first asked for."""
+    """Numbers rows in the order in which they are first requested."""
 
     def __init__(self) -> None:
         self._of_row: dict[int, int] = {}
@@ -63,16 +63,16 @@ class _Numbers:
 
     @property
     def rows(self) -> Indices:
-        """(images,) in order of their numbers."""
+        """(images,) rows in order of their numbers."""
         return np.array(list(self._of_row), dtype=np.int64)
 
 
 def number_images(
     models: Models, source: ImageSource, settings: PassSettings, seed: int, listener: Listener, notes: Iterable[str]
 ) -> Exhibits:
-    """Exhibits of all models, with maps and thumbnails.
+    """Return the exhibits of all models, with maps and thumbnails.
 
-    Raises whatever UMAP, and DataError what reading images raises.
+    Raises whatever UMAP raises, and DataError where reading images does.
     """
     numbers, shown = _Numbers(), models.shown
     map_images = numbers.of(models.map_rows)
@@ -99,7 +99,7 @@ def number_images(
         maps[name] = arrange(each.map_x, seed=seed)
     how = f"principal components, as there are fewer than {UMAP_IMAGES} images for UMAP"
     if not map_images:
-        how = "none, of so few images"
+        how = "none, as there are too few images"
     elif len(map_images) >= UMAP_IMAGES:
         how = "UMAP of the features"
     all_notes = [f"Maps: {how}.", *notes]
@@ -116,12 +116,12 @@ def number_images(
 
 
 def _named(models: Models, source: ImageSource, rows: Indices, notes: list[str]) -> list[Thumbnail]:
-    """Paths and labels of images, without pixels."""
+    """Return thumbnails with the paths and labels of images, but without pixels."""
     paths = [printable(source.path(int(position))) for position in models.positions[rows]]
     for longest in (400, 200, 100, 50):
         if len(json.dumps(paths)) <= MOST_PATH_BYTES:
             break
         paths = [path if len(path) <= longest else f"...{path[3 - longest :]}" for path in paths]
-        notes.append(f"Of long paths, the last {longest} characters are shown.")
+        notes.append(f"Long paths are cut to their last {longest} characters.")
     labels = [None] * len(rows) if models.y is None else [models.name(int(label)) for label in models.y[rows]]
     return [Thumbnail(path, label, b"") for path, label in zip(paths, labels, strict=True)]

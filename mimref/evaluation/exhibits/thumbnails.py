@@ -1,4 +1,4 @@
-"""Small JPEGs of images as the evaluation sees them, within a number of bytes."""
+"""Small JPEGs of images as the evaluation sees them, within a given number of bytes."""
 
 import io
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ from mimref.data.sources import ImageSource, Subset
 from mimref.features.encode import PassSettings
 
 SIDE = 48
-"""Pixels of the longest side."""
-# Side and JPEG quality, the best first. A photograph takes 1,000 bytes at the first and 350 at the last, where most of
-# them are the file's header; noise takes 1,800 and 385.
+"""Length of the longest side in pixels."""
+# Side and JPEG quality, best first. A photograph takes 1,000 bytes at the first and 350 at the last, which are mostly
+# the file's header; noise takes 1,800 and 385.
 GRADES = ((SIDE, 80), (SIDE, 70), (SIDE, 60), (40, 55), (32, 50), (24, 45), (16, 40))
 SAMPLE = 100
 
 Crop = NDArray[np.uint8]
-"""(S, S, 3)."""
+"""Pixels (S, S, 3)."""
 
 
 def shown(pixels_CHW: Tensor) -> Crop:
-    """An image as a picture, uint8 (H, W, 3): one of three channels in 8 bits as it is.
+    """Return an image as a picture, uint8 (H, W, 3); an image of three channels in 8 bits is unchanged.
 
-    Of others the first three channels, of two the mean as gray, each picture stretched from its least to its largest
-    value.
+    Other images show their first three channels or, with fewer, the mean as gray; each picture is stretched from its
+    smallest to its largest value.
     """
     channels = len(pixels_CHW)
     if channels != 3 or pixels_CHW.is_floating_point():
@@ -39,7 +39,7 @@ def shown(pixels_CHW: Tensor) -> Crop:
 
 
 def read_crops(source: ImageSource, rows: Indices, settings: PassSettings) -> list[Crop | None]:
-    """Evaluation crops of some images, averaged down to 48 pixels; None where an image cannot be read."""
+    """Return evaluation crops of some images, reduced to 48 pixels; None where an image cannot be read."""
     order = np.argsort(rows, kind="stable")  # archives are read from front to back
     found: list[Crop | None] = [None] * len(rows)
     subset = Subset(source, rows[order])
@@ -51,9 +51,9 @@ def read_crops(source: ImageSource, rows: Indices, settings: PassSettings) -> li
 
 
 def encode_within(crops: Sequence[Crop | None], most_bytes: int) -> list[bytes]:
-    """JPEGs of the crops, in the best grade in which all of them together take at most so many bytes.
+    """Return JPEGs of the crops, in the best grade in which all of them together take at most `most_bytes`.
 
-    If no grade is small enough, in the last. A missing crop is a gray square.
+    If no grade is small enough, the last one is used. A missing crop becomes a gray square.
     """
 
     def encoded(grade: tuple[int, int], some: Sequence[Crop | None]) -> list[bytes]:
@@ -62,7 +62,7 @@ def encode_within(crops: Sequence[Crop | None], most_bytes: int) -> list[bytes]:
 
     sample = crops[:: max(1, len(crops) // SAMPLE)]
     for grade in GRADES[:-1]:
-        # All are encoded only where a sample promises that they fit.
+        # All are encoded only if a sample suggests that they fit.
         if sum(map(len, encoded(grade, sample))) * len(crops) <= most_bytes * len(sample):
             found = encoded(grade, crops)
             if sum(map(len, found)) <= most_bytes:
@@ -71,13 +71,13 @@ def encode_within(crops: Sequence[Crop | None], most_bytes: int) -> list[bytes]:
 
 
 def encode(crop: Crop, side: int, quality: int) -> bytes:
-    """A JPEG of a crop whose longest side is `side` at most; a smaller crop is enlarged by a whole number.
+    """Return a JPEG of a crop, with a longest side of at most `side`; a smaller crop is enlarged by a whole number.
 
-    Gray pixels are stored as such.
+    A crop of gray pixels is stored as grayscale.
     """
     image = _shrunk(Image.fromarray(crop), side)
     if (times := side // max(image.size)) > 1:
-        # Enlarged pixels stay squares, so that images of 8 pixels are what they are.
+        # Enlarged pixels stay squares, so that images of 8 pixels look like what they are.
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     if (crop == crop[..., :1]).all():
         image = image.convert("L")

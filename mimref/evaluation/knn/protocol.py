@@ -50,12 +50,12 @@ def evaluate_knn(
     checks: Checks | None = None,
     sources: dict[Split, ImageSource] | None = None,
 ) -> EvaluationResult:
-    """k-NN accuracy of the chosen blocks, at every k, from one encoder pass per split.
+    """Return the k-NN accuracy of the chosen blocks at every k and temperature, from one encoder pass per split.
 
-    Rows as `knn` and, with `config.retrieval`, `retrieval` return them, with `model`, `blocks` and `pool`. In a process
-    group all ranks share the search. Raises UserError subclasses for a checkpoint, images, blocks or a k
-    that do not fit, before the encoder runs: one error for all mistakes. checks: what was found before. sources: the
-    images, if they are open already.
+    Rows are those of `knn` and, with `config.retrieval`, of `retrieval`, with `model`, `blocks` and `pool`. In a
+    process group all ranks share the search. checks: mistakes found before. sources: the images, if already open.
+    Raises UserError subclasses, before the encoder runs, for a checkpoint, images, blocks or a k that do not fit: one
+    error for all mistakes.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     opened = open_inputs(config, listener, checks, sources=sources)
@@ -94,7 +94,7 @@ def evaluate_knn(
 
 
 def check_neighbours(k: int, y: Labels) -> None:
-    """Raise ConfigError for more neighbours than training images, before the encoder runs."""
+    """Raise ConfigError, before the encoder runs, for more neighbours than training images."""
     if k > len(y):
         raise ConfigError(f"k {k} is more than the {len(y)} training images; choose a smaller k")
 
@@ -122,16 +122,16 @@ def knn(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Accuracy of weighted k-NN for every k and temperature, from one neighbour search (Appendix C.4).
+    """Return the accuracy of weighted k-NN for every k and temperature, from one neighbour search (Appendix C.4).
 
     train_x (N, D), test_x (M, D); labels are any whole numbers. Features are standardised with the training mean and
     standard deviation, then scaled to unit length. Each of the k most cosine-similar training images votes for its
-    class with weight exp(similarity / tau). Rows `knn_top1` and, from five classes on, `knn_top5` (the class has votes,
-    and fewer than five classes have more), in percent, with `k` and `tau`. per_class: for every setting also one
-    `knn_top1` per class of the test images (its recall), with `class` (its name in `class_names`, those of labels 0, 1,
-    ..., else the label) and `images`; `main_rows` leaves these out. Training features that do not vary have no nearest
-    ones: all values are NaN. In a process group all ranks pass the same features and labels, see `find_neighbours`.
-    Raises ConfigError for k beyond the training set, DataError for features or labels that cannot be used.
+    class with weight exp(similarity / tau). Rows: `knn_top1` and, for five or more classes, `knn_top5` (the true class
+    has votes, and fewer than five classes have more), in percent, with `k` and `tau`. per_class: for every setting,
+    also one `knn_top1` per test class (its recall), with `class` (its name in `class_names`, indexed by label, else its
+    label) and `images`; `main_rows` leaves these out. If the training features do not vary, there are no nearest images
+    and all values are NaN. In a process group all ranks pass the same features and labels, see `find_neighbours`.
+    Raises ConfigError for a k above the number of training images, DataError for unusable features or labels.
     """
     classes, labels, truth = check_splits(train_x, train_y, test_x, test_y)
     if not len(k) or min(k) < 1 or max(k) > len(labels):
@@ -155,12 +155,12 @@ def knn(
 def knn_accuracy(
     train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Labels, *, k: int, tau: float = 0.07, device: str = "cpu"
 ) -> float:
-    """Top-1 accuracy in percent of `knn` at one k and temperature."""
+    """Return the top-1 accuracy of `knn` in percent at one k and temperature."""
     return float(knn(train_x, train_y, test_x, test_y, k=(k,), tau=(tau,), device=device)[0]["value"])
 
 
 def _class_rows(classes: Sequence[str | int], truth: Labels, rank: Labels, setting: Row) -> list[Row]:
-    """Recall of every class that has test images. classes: how to call them; truth, rank (M,), see `label_ranks`."""
+    """Return the recall of every class with test images. classes: their names; truth, rank (M,): see `label_ranks`."""
     images = np.bincount(truth, minlength=len(classes))
     hits = np.bincount(truth[rank < 1], minlength=len(classes))
     return [
@@ -179,17 +179,17 @@ def find_neighbours(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Neighbours:
-    """The k training rows of highest cosine similarity for every test row.
+    """Find the k training rows of highest cosine similarity for every test row.
 
-    train_x (N, D) may be memory-mapped; it is read twice, in blocks. Rows of equal similarity come in order of their
-    index, so results depend on chunk sizes only where the matmul itself rounds differently.
+    train_x (N, D) may be memory-mapped; it is read in blocks, twice with `standardize`. Rows of equal similarity are in
+    order of their index, so results depend on chunk sizes only where the matmul itself rounds differently.
 
     In a process group this is a collective operation: every rank must call it with the same arguments. Each rank reads
-    all training rows and searches for a contiguous run of whole chunks of test rows. Every rank knows every run, so no
-    sizes are exchanged: the runs are padded to the longest, gathered by all ranks, and cut again. Whole chunks make
-    this exact: all matrix products have the shapes, and so the rounding, of a single process with as many threads.
+    all training rows and takes a contiguous run of whole chunks of test rows. Every rank knows every run, so no sizes
+    are exchanged: the runs are padded to the longest, gathered by all ranks, and cut back. Whole chunks make the result
+    exact: all matrix products have the shapes, and so the rounding, of a single process with as many threads.
 
-    progress: counts this rank's share of the work. Raises ConfigError for a missing device.
+    progress: counts this rank's share of the work. Raises ConfigError for an unavailable device.
     """
     target = resolve_device(device)
     runs = share_chunks(len(test_x), QUERY_CHUNK)
@@ -201,7 +201,7 @@ def find_neighbours(
     ]
     keys = [slice(start, start + TRAIN_CHUNK) for start in range(0, len(train_x), TRAIN_CHUNK)]
     found: list[Tensor | None] = [None] * len(queries)
-    # One buffer for all similarities: fresh memory for each chunk costs about a third of the product itself.
+    # One buffer for all similarities: new memory for each chunk would cost about a third of the product itself.
     buffer = torch.empty(max(map(len, queries), default=0) * min(TRAIN_CHUNK, len(train_x)), device=target)
     for step, rows in enumerate(keys if queries else []):
         train = unit_tensor(train_x[rows], mean, std).to(target)
@@ -223,11 +223,11 @@ def find_neighbours(
 def label_ranks(
     neighbours: Neighbours, train_y: Labels, test_y: Labels, classes: int, *, k: Sequence[int], tau: Sequence[float]
 ) -> dict[tuple[int, float], Labels]:
-    """Rank of every test image's own class among the votes: 0 is a correct prediction, below 5 a top-5 hit.
+    """Return the rank of each test image's own class among the votes: 0 is a correct prediction, below 5 a top-5 hit.
 
-    neighbours: as many as the largest k. train_y (N,), test_y (M,): labels 0..classes-1. Returns (M,) ranks for every
-    (k, tau), in the order given. A class without votes has rank `classes`. Of classes with equal votes the lower label
-    comes first.
+    neighbours: as many per image as the largest k. train_y (N,), test_y (M,): labels 0..classes-1. Returns ranks (M,)
+    for every (k, tau), in the order given. A class without votes has rank `classes`. Of classes with equal votes, the
+    one with the lower label comes first.
     """
     labels, truth = torch.from_numpy(train_y), torch.from_numpy(test_y)[:, None]
     ranks = {(k_, tau_): np.empty(len(test_y), dtype=np.int64) for k_ in k for tau_ in tau}
@@ -238,7 +238,7 @@ def label_ranks(
         if classes > neighbour_y.shape[1]:
             neighbour_y, own, width = _seen_classes(neighbour_y, own)
         for tau_ in tau:
-            # Relative to the nearest neighbour's: comparisons stay the same, and small temperatures do not overflow.
+            # Relative to the nearest neighbour's: votes compare the same, and small temperatures do not overflow.
             weights = ((similarity - similarity[:, :1]) / tau_).exp()
             votes = weights.new_zeros(len(weights), width)
             for counted, k_ in pairwise([0, *sorted(set(k))]):
@@ -248,9 +248,9 @@ def label_ranks(
 
 
 def predict_labels(neighbours: Neighbours, train_y: Labels, *, tau: float) -> Labels:
-    """(M,) label with the most votes for every test image, of equal votes the lowest. All neighbours vote.
+    """Return the label with the most votes for every test image (M,), the lowest of equal ones. All neighbours vote.
 
-    neighbours (M, K). train_y (N,): labels, any whole numbers. Takes the memory of K votes for each neighbour.
+    neighbours (M, K). train_y (N,): labels, any whole numbers. Needs memory for K votes per neighbour.
     """
     labels, found = torch.from_numpy(train_y), np.empty(len(neighbours.train_index), dtype=np.int64)
     step = max(1, PREDICTED_PAIRS // max(1, neighbours.train_index.shape[1]) ** 2)
@@ -268,9 +268,9 @@ def predict_labels(neighbours: Neighbours, train_y: Labels, *, tau: float) -> La
 def _seen_classes(neighbour_y: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, int]:
     """Number the classes among each test image's neighbours from 0, in the order of their labels.
 
-    There are at most K, so that votes cost the same with 1000 classes as with 100. neighbour_y (M, K), truth (M, 1):
+    There are at most K, so votes cost the same with 1000 classes as with 100. neighbour_y (M, K), truth (M, 1):
     labels. Returns both renumbered, and the number of classes. A true class that is not among the neighbours' gets the
-    last number, which nothing votes for.
+    last number, for which no neighbour votes.
     """
     ordered, order = neighbour_y.sort(dim=1)
     first = torch.zeros_like(ordered)
@@ -284,7 +284,7 @@ def _seen_classes(neighbour_y: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, i
 
 
 def _rank(votes: Tensor, truth: Tensor, none: int) -> Tensor:
-    """(M,) number of classes that come before the true one; `none` where that has no votes."""
+    """Return the number of classes ranked before the true one, (M,); `none` where the true class has no votes."""
     own = votes.gather(1, truth)
     lower_label = torch.arange(votes.shape[1]) < truth
     before = (votes > own) | ((votes == own) & lower_label)

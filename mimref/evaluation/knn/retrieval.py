@@ -1,4 +1,4 @@
-"""How well the nearest images of a query are of its class: mean average precision and recall.
+"""Retrieval of images of a query's class: mean average precision and recall.
 
 Shapes: M queries, N images that are searched.
 """
@@ -21,7 +21,7 @@ from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Progress
 from mimref.results import Row
 
-# Similarities that are sorted at once, 8 MB as keys, and the fewest rows of them, which one matrix product gives.
+# Similarities that are sorted at once, 8 MB as keys, and the fewest rows (queries) per matrix product.
 SORTED_AT_ONCE = 1 << 20
 LEAST_ROWS = 16
 
@@ -37,21 +37,21 @@ def retrieval(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Mean average precision and recall@k of every test image as a query among the training images.
+    """Return mean average precision and recall@k, with every test image as a query among the training images.
 
-    train_x (N, D), test_x (M, D), features as of `knn`; labels are any whole numbers. Relevant to a query are the R
-    training images of its class. All training images are ranked by cosine similarity, equal ones by their index, and
-    precision at rank i is the share of relevant images among the first i. Rows, in percent:
+    train_x (N, D), test_x (M, D): features as for `knn`; labels are any whole numbers. The R training images of a
+    query's class are relevant to it. All training images are ranked by cosine similarity, equal ones by their index.
+    Precision at rank i is the share of relevant images among the first i. Rows, in percent:
 
-    - `retrieval_map`: precision at the rank of every relevant image, averaged over these, then over queries.
-    - `retrieval_map_at_r`: the same over ranks 1 to R only, where an irrelevant image counts 0 (MAP@R; Musgrave,
+    - `retrieval_map`: precision at the rank of every relevant image, averaged over these images, then over queries.
+    - `retrieval_map_at_r`: the same over ranks 1 to R only, where an irrelevant image counts as 0 (MAP@R; Musgrave,
       Belongie & Lim 2020, section 3.2).
-    - `retrieval_recall` with `k`: queries with a relevant image among the first k (recall@k of Jegou, Douze & Schmid
-      2011, and of Oh Song et al. 2016).
+    - `retrieval_recall` with `k`: share of queries with a relevant image among the first k (recall@k of Jegou, Douze &
+      Schmid 2011, and of Oh Song et al. 2016).
 
     Training features are held in memory as float32, and every row of similarities is sorted. In a process group all
-    ranks pass the same features and labels, and share the queries. All values are NaN where training features do not
-    vary. Raises ConfigError for k beyond the training images, DataError for features or labels that cannot be used.
+    ranks pass the same features and labels, and share the queries. All values are NaN if the training features do not
+    vary. Raises ConfigError for a k above the number of training images, DataError for unusable features or labels.
     """
     classes, labels, truth = check_splits(train_x, train_y, test_x, test_y)
     check_recall(recall_at, len(labels))
@@ -79,14 +79,14 @@ def retrieval(
 
 
 def check_recall(recall_at: Sequence[int], images: int) -> None:
-    """Raise ConfigError for k below 1 or beyond the training images."""
+    """Raise ConfigError for a k below 1 or above the number of training images."""
     for k in recall_at:
         if not 1 <= k <= images:
             raise ConfigError(f"recall_at {k}: give numbers from 1 to {images}, the number of training images")
 
 
 def _scores(similarity_MN: Tensor, train_y_N: Tensor, own_M: Tensor, relevant_M: Tensor) -> Tensor:
-    """(3, M) float64: average precision, that up to rank R, and the rank of the first relevant image.
+    """Return (3, M) float64: average precision, average precision up to rank R, rank of the first relevant image.
 
     own_M: class of every query. relevant_M: R of every query.
     """
@@ -94,7 +94,7 @@ def _scores(similarity_MN: Tensor, train_y_N: Tensor, own_M: Tensor, relevant_M:
     columns_N = torch.arange(count, device=similarity_MN.device)
     keys_MN = largest(pack(similarity_MN, columns_N.expand_as(similarity_MN)), count)
     hit_MN = train_y_N[unpack_columns(keys_MN)] == own_M[:, None]
-    # All hits, row by row: R of them in each.
+    # All hits, row by row; each row has R of them.
     row, column = hit_MN.nonzero(as_tuple=True)
     start_M = relevant_M.cumsum(dim=0) - relevant_M
     nth = torch.arange(len(row), device=row.device) - start_M[row] + 1

@@ -45,10 +45,10 @@ METRIC = "lowshot_top1"
 def evaluate_lowshot(
     config: LowshotConfig, *, listener: Listener | None = None, checks: Checks | None = None
 ) -> EvaluationResult:
-    """Low-shot logistic regression of the chosen blocks.
+    """Evaluate the chosen blocks by low-shot logistic regression.
 
-    Rows as `lowshot` returns them, with `model`, `blocks` and `pool`. Raises UserError subclasses as `evaluate_knn`
-    does, also for more shots than a class has images and split files that do not fit.
+    Rows are those of `lowshot`, with `model`, `blocks` and `pool`. Raises UserError subclasses as `evaluate_knn` does,
+    and also for more shots than a class has images and for split files that do not fit.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     opened = open_inputs(config, listener, checks)
@@ -83,19 +83,19 @@ def evaluate_lowshot(
 
 
 def _listed(config: LowshotConfig, source: ImageSource | None, images: Labels) -> list[Labels]:
-    """Which of the training images (positions in the data set) each split file lists."""
+    """Return which of the training images (positions in the data set) each split file lists."""
     if source is None:
-        raise ConfigError("--split-file names images, but --features gives none; leave one of them out")
+        raise ConfigError("--split-file names images, but --features contains none; leave one of them out")
     return read_split_files(config.split_files, [source.path(int(index)) for index in images])
 
 
 def default_splits(images: int) -> int:
-    """Number of draws from so many training images: with few, the result depends on the draw, and 20 are as in DINO."""
+    """Return the number of draws: 3, or 20 as in DINO below 10,000 images, where results depend on the draw."""
     return 3 if images >= 10_000 else 20
 
 
 def check_shots(shots: Sequence[int], y: Labels, names: Sequence[str] | None = None) -> None:
-    """Raise DataError for a class of fewer images than shots. names: of labels 0, 1, ..., for the message."""
+    """Raise DataError if a class has fewer images than shots. names: class names by label, for the message."""
     classes, counts = np.unique(y, return_counts=True)
     if counts.min() < max(shots):
         raise DataError(
@@ -116,15 +116,15 @@ def lowshot(
     class_names: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Top-1 accuracy in percent of logistic regression on `shots` training images per class (Appendix C.5).
+    """Return the top-1 accuracy in percent of logistic regression on `shots` training images per class (Appendix C.5).
 
-    train_x (N, D), test_x (M, D); labels are any whole numbers. splits: draws per number of shots, which depend on
-    `seed`, the split's number, the shots and the labels only, so that different encoders see the same images; or lists
-    of training indices (see `read_split_files`), for which `shots` becomes the rounded mean number of images per class.
-    The test rows are read in blocks, once per split. Rows, all `lowshot_top1` with `protocol` (the low-shot results of
-    MIM models in Table 2 are fine-tuned, and not comparable): per number of shots first one with `value` = `mean`,
-    `std` (ddof 1; 0 for one split) and `splits` (see `main_rows`), then one per `split`.
-    class_names: of labels 0, 1, ..., for messages.
+    train_x (N, D), test_x (M, D); labels are any whole numbers. splits: number of draws per number of shots, which
+    depend only on `seed`, the split's number, the shots and the labels, so that different encoders see the same images;
+    or lists of training indices (see `read_split_files`), whose rounded mean number of images per class then replaces
+    `shots`. The test rows are read in blocks, once per split. Rows, all `lowshot_top1` with `protocol` (the low-shot
+    results of MIM models in Table 2 are fine-tuned, and not comparable): for each number of shots, first one with
+    `value` = `mean`, `std` (ddof 1; 0 for one split) and `splits` (see `main_rows`), then one per `split`.
+    class_names: names of labels 0, 1, ..., for messages.
     Raises DataError for a class with too few images and for features or labels that cannot be used.
     """
     classes, labels, truth = check_splits(train_x, train_y, test_x, test_y)
@@ -151,9 +151,9 @@ def lowshot(
 
 
 def draw_split(y: Labels, shots: int, *, split: int, seed: int) -> Labels:
-    """Indices (C * shots,) of `shots` images per class, class by class, drawn without replacement.
+    """Draw the indices (C * shots,) of `shots` images per class, class by class, without replacement.
 
-    y (N,): labels; a class of fewer images gives all of them. The draw is a function of (seed, split, shots) and the
+    y (N,): labels; of a class with fewer images, all are drawn. The draw is a function of (seed, split, shots) and the
     labels.
     """
     rng = np.random.default_rng([seed, split, shots])
@@ -162,16 +162,16 @@ def draw_split(y: Labels, shots: int, *, split: int, seed: int) -> Labels:
 
 
 def fit_logistic(x: NDArray[np.float64], y: Labels, classes: int) -> NDArray[np.float64]:
-    """Weights (D, classes) of multinomial logistic regression without intercept, by cyanure.
+    """Return the weights (D, classes) of multinomial logistic regression without intercept, fitted by cyanure.
 
     x (n, D): normalised rows. y (n,): labels 0..classes-1, all present. The objective is
     mean cross-entropy + LAMBDA / (2 n) * |W|^2, solved to a relative duality gap of TOLERANCE or for 300 epochs.
-    Two classes use the binary logistic loss with one weight vector w, returned as (-w, w) / 2. Raises ConfigError
-    without cyanure.
+    Two classes use the binary logistic loss with one weight vector w, returned as (-w, w) / 2. Raises ConfigError if
+    cyanure cannot be imported.
     """
     binary = classes == 2
     model = load_solver()(
-        # On two classes cyanure replaces `multiclass-logistic` by the square loss, with only a printed line.
+        # For two classes, cyanure replaces `multiclass-logistic` by the square loss, and only prints a line about it.
         loss="logistic" if binary else "multiclass-logistic",
         penalty="l2",
         lambda_1=LAMBDA / len(x),
@@ -188,22 +188,22 @@ def fit_logistic(x: NDArray[np.float64], y: Labels, classes: int) -> NDArray[np.
     with warnings.catch_warnings(), _silent_stderr(), ThreadPoolExecutor(1) as pool:
         # Reaching the last epoch is part of the protocol.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        # In its own thread: cyanure leaves OpenMP's dynamic teams on, and one thread, in the thread that calls it, and
-        # torch's matrix products there become wrong, up to NaN.
+        # In its own thread: cyanure leaves OpenMP with dynamic teams and a single thread in the thread that calls it,
+        # where torch's matrix products then become wrong, up to NaN.
         pool.submit(model.fit, x, 2 * y - 1 if binary else y).result()
     coef = np.asarray(model.coef_, dtype=np.float64).reshape(x.shape[1], -1)
     return np.concatenate([-coef, coef], axis=1) / 2 if binary else coef
 
 
 def _predict(x: Matrix, weights: NDArray[np.float64]) -> Labels:
-    """Classes (M,) of x (M, D). Normalising rows again for every split costs less than holding all in float64."""
+    """Predict classes (M,) of x (M, D). Normalising again for every split costs less than holding all in float64."""
     return np.concatenate([(_unit_rows(x[rows]) @ weights).argmax(axis=1) for rows in row_blocks(x)])
 
 
 def _unit_rows(x: NDArray[np.number]) -> NDArray[np.float64]:
-    """Rows centred to mean 0 and scaled to unit length, in float64; a constant row becomes zero.
+    """Return the rows centred to mean 0 and scaled to unit length, in float64; a constant row becomes zero.
 
-    cyanure stops early, with a warning of numerical instability, on float32.
+    On float32, cyanure stops early with a warning of numerical instability.
     """
     rows = x.astype(np.float64)
     rows -= rows.mean(axis=1, keepdims=True)

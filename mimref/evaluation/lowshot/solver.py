@@ -1,4 +1,4 @@
-"""The package that fits low-shot classifiers, which pip does not install everywhere."""
+"""Import of the package that fits low-shot classifiers, which pip cannot install everywhere."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from mimref.errors import ConfigError
 
 
 def load_solver() -> type[Any]:
-    """cyanure's `Classifier`, imported late: the other protocols do not need it.
+    """Return cyanure's `Classifier`, imported late because the other protocols do not need it.
 
-    Raises ConfigError where it cannot be imported: on Python 3.13 cyanure has no wheel, and must be built.
+    Raises ConfigError if it cannot be imported: on Python 3.13, cyanure has no wheel and must be built.
     """
     try:
         from cyanure.estimators import Classifier

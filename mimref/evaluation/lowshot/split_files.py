@@ -10,12 +10,12 @@ from mimref.features.matrix import Labels
 
 
 def read_split_files(paths: Sequence[str | Path], names: Sequence[str]) -> list[Labels]:
-    """Training indices of the images that each file lists, in its order.
+    """Return the training indices of the images that each file lists, in the file's order.
 
     names (N,): paths of the training images. A line with a folder (`n01440764/n01440764_10026.JPEG`) means the image
-    whose path ends in it, a bare file name the image of that name. Empty lines are ignored. All files are read first,
-    so that one pass over the names is enough. Raises DataError for a file that cannot be read or lists nothing, and for
-    a line that names no training image, several of them, or one that an earlier line names.
+    whose path ends with it; a bare file name means the image of that name. Empty lines are ignored. All files are read
+    first, so that one pass over the names is enough. Raises DataError for a file that cannot be read or lists nothing,
+    and for a line that names no training image, several of them, or one that an earlier line names.
     """
     files = [(path, _lines(Path(path))) for path in paths]
     places: dict[str, list[int]] = {_base(line): [] for _, lines in files for line in lines.values()}
@@ -27,7 +27,7 @@ def read_split_files(paths: Sequence[str | Path], names: Sequence[str]) -> list[
 
 
 def _lines(path: Path) -> dict[int, str]:
-    """Lines that are not empty, by their number, counted from 1."""
+    """Return the lines that are not empty, by their number, counted from 1."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -60,7 +60,7 @@ def _indices(path: str | Path, lines: dict[int, str], names: Sequence[str], plac
 
 
 def _matches(name: str, names: Sequence[str], candidates: list[int]) -> list[int]:
-    """Candidates (images of the right base name) in the folder that the line names, if any."""
+    """Return the candidates (images with the right base name) in the folder that the line names, if any."""
     if "/" not in name:
         return candidates
     name = name.removeprefix("./")

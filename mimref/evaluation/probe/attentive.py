@@ -20,32 +20,32 @@ from mimref.training.optim import learning_rate
 
 QUERY_STD = 0.02
 TRUST = 0.001
-"""LARS: length of an update before the learning rate, relative to the length of the weights."""
+"""LARS: norm of an update, before the learning rate, relative to the norm of the weights."""
 WARMUP = 10 / 90
-"""Share of the updates with rising learning rates: 10 of the paper's 90 epochs."""
+"""Share of the updates that warm up the learning rates: 10 of the paper's 90 epochs."""
 _NORM_EPS = 1e-6
 
 
 class TokenShape(NamedTuple):
-    """Tokens of one input, which travel as one row per image: block by block, token by token."""
+    """Shape of the tokens of one input, which form one row per image: block by block, token by token."""
 
     tokens: int
-    """Of every block."""
+    """Number of tokens of every block."""
     widths: tuple[int, ...]
-    """Of the blocks, which are joined."""
+    """Widths of the blocks, whose tokens are concatenated."""
 
     @property
     def width(self) -> int:
-        """D."""
+        """Width D of a concatenated token."""
         return sum(self.widths)
 
     @property
     def size(self) -> int:
-        """Numbers per image, L * D."""
+        """Values per image, L * D."""
         return self.tokens * self.width
 
     def unflatten(self, rows_BX: Tensor) -> Tensor:
-        """Rows (B, L * D) as tokens (B, L, D)."""
+        """Return rows (B, L * D) as tokens (B, L, D)."""
         blocks = rows_BX.split([self.tokens * width for width in self.widths], dim=1)
         parts = [block.unflatten(1, (self.tokens, width)) for block, width in zip(blocks, self.widths, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -54,7 +54,7 @@ class TokenShape(NamedTuple):
 class AttentivePools(nn.Module):
     """R probes of Q queries each on one input: attention, value projection, BatchNorm, linear classifier.
 
-    Starts as the authors' code does: queries N(0, 0.02), the other weights and the bias uniform in +-1 / sqrt(D).
+    Initialised as in the authors' code: queries N(0, 0.02), the other weights and the bias uniform in +-1 / sqrt(D).
     """
 
     def __init__(
@@ -78,18 +78,18 @@ class AttentivePools(nn.Module):
         self.weight_RCD = drawn(rates, classes, width)
         self.bias_RC = drawn(rates, classes)
         self.momenta = constants(map(torch.zeros_like, self.trained))
-        # The statistics of all R * D pooled features at once.
+        # One norm computes the statistics of all R * D pooled features.
         self.norm = nn.BatchNorm1d(rates * width, eps=_NORM_EPS, affine=False) if norm == "batch" else nn.Identity()
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """The weights, in the order of `momenta`."""
+        """Trained weights, in the order of `momenta`."""
         return [self.query_RQD, self.value_RQED, self.weight_RCD, self.bias_RC]
 
     def forward(self, pooled_BMD: Tensor) -> Tensor:
-        """Logits (R, B, C) of tokens pooled by every query, M = R * Q.
+        """Return logits (R, B, C) of tokens pooled by every query, M = R * Q.
 
-        A value projection of pooled tokens is the pooled projection of the tokens, without an (L, D) product per probe.
+        Projecting the pooled tokens equals pooling the projected tokens, but needs no (L, D) product per probe.
         """
         rates, queries, share, width = self.value_RQED.shape
         value_MBE = pooled_BMD.transpose(0, 1) @ self.value_RQED.view(rates * queries, share, width).mT
@@ -100,7 +100,7 @@ class AttentivePools(nn.Module):
 
     @torch.no_grad()
     def update(self, gradients: Sequence[Tensor], rate_R: Tensor) -> None:
-        """One step of LARS without weight decay; as in MAE's code (util/lars.py), biases have plain momentum."""
+        """Take one step of LARS without weight decay; as in MAE's code (util/lars.py), biases use plain momentum."""
         for weight, momentum, gradient in zip(self.trained, self.momenta, gradients, strict=True):
             ones = (1,) * (weight.ndim - 1)
             if weight.ndim > 2:
@@ -115,10 +115,10 @@ class AttentivePools(nn.Module):
 class AttentiveEnsemble(nn.Module):
     """Attentive probes on several inputs: R learning rates for every number of queries, trained together by LARS.
 
-    shapes: of the inputs' tokens; every number of queries must divide their widths. lrs: R learning rates, already
-    scaled to the batch. norm "batch": pooled features pass a BatchNorm1d without affine parameters, with the batch's
-    statistics in training and the running ones in `logits`. Weights are a function of `seed`. Probes are independent:
-    one that diverges does not affect the others. The interface is that of `ProbeEnsemble`.
+    shapes: token shapes of the inputs; every number of queries must divide their widths. lrs: R learning rates,
+    already scaled to the batch. norm "batch": pooled features pass through a BatchNorm1d without affine parameters,
+    with the batch's statistics in training and the running ones in `logits`. Initial weights are a function of `seed`.
+    Probes are independent: one that diverges does not affect the others. The interface is that of `ProbeEnsemble`.
     """
 
     def __init__(
@@ -152,12 +152,12 @@ class AttentiveEnsemble(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return self.rate_R.device
 
     @property
     def elements(self) -> int:
-        """Numbers that scoring an image holds: its tokens, or what all probes of an input pool."""
+        """Most values per image held at once while scoring: all tokens, the pooling of one input, or all logits."""
         held = [
             shape.size + sum(pools.queries for pools in own) * len(self.rate_R) * (shape.tokens + 2 * shape.width)
             for shape, own in zip(self.shapes, self.of_input, strict=True)
@@ -172,7 +172,7 @@ class AttentiveEnsemble(nn.Module):
         with torch.enable_grad():
             logits_KBC = self._logits(inputs, training=True)
             label_X = labels.to(self.device, non_blocking=True).repeat(len(self))
-            # Each probe's mean cross-entropy; their sum has every probe's own gradient.
+            # The sum of all probes' mean cross-entropies: each probe's gradient is that of its own loss.
             loss = F.cross_entropy(logits_KBC.flatten(0, 1), label_X, reduction="sum") / len(labels)
             gradients = iter(torch.autograd.grad(loss, [weight for pools in self.pools for weight in pools.trained]))
         rate_R = self.rate_R * scale + offset
@@ -181,16 +181,16 @@ class AttentiveEnsemble(nn.Module):
 
     @torch.no_grad()
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
-        """(K, C, B) for one (B, L * D) per input."""
+        """Return logits (K, C, B) for one (B, L * D) tensor per input."""
         return self._logits(inputs, training=False).mT
 
     def hits(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """(K,) int64: images whose largest logit is their label's. Logits that are not finite never count."""
+        """Return (K,) int64: images whose largest logit is their label's. Logits that are not finite never count."""
         return count_hits(self.logits(inputs), labels)
 
     @torch.no_grad()
     def finite(self) -> Tensor:
-        """(K,) bool: probes that have not diverged."""
+        """Return (K,) bool: probes that have not diverged."""
         of_pools = [
             torch.stack([weight.flatten(1).isfinite().all(dim=1) for weight in pools.trained]).all(dim=0)
             for pools in self.pools
@@ -198,12 +198,12 @@ class AttentiveEnsemble(nn.Module):
         return torch.cat(of_pools)
 
     def _logits(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
-        """(K, B, C)."""
+        """Return logits (K, B, C)."""
         self.train(training)
         found: list[Tensor] = []
         for rows_BX, shape, own in zip(inputs, self.shapes, self.of_input, strict=True):
             x_BLD = shape.unflatten(rows_BX.to(self.device, self.dtype, non_blocking=True))
-            if x_BLD.is_inference():  # autograd does not keep such tensors
+            if x_BLD.is_inference():  # autograd cannot save inference tensors
                 x_BLD = x_BLD.clone()
             pooled_BMD = attend(torch.cat([pools.query_RQD.flatten(0, 1) for pools in own]), x_BLD)
             parts = pooled_BMD.split([pools.query_RQD.shape[0] * pools.queries for pools in own], dim=1)
@@ -212,14 +212,14 @@ class AttentiveEnsemble(nn.Module):
 
 
 def attend(query_MD: Tensor, x_BLD: Tensor) -> Tensor:
-    """Tokens pooled by every query, (B, M, D): softmax over the tokens of query . token / sqrt(D)."""
+    """Return tokens pooled by every query, (B, M, D): softmax over the tokens of query . token / sqrt(D)."""
     attention_BLM = (x_BLD @ (query_MD * query_MD.shape[1] ** -0.5).T).softmax(dim=1)
     pooled_BMD: Tensor = attention_BLM.mT @ x_BLD
     return pooled_BMD
 
 
 def attentive_schedule(update: int, total: int) -> tuple[float, float]:
-    """The learning rates of an update (0-based) of `total`, as `scale` and `offset` of `AttentiveEnsemble.step`.
+    """Return the learning rates of an update (0-based) of `total`, as `scale` and `offset` of the ensemble's `step`.
 
     A linear warm-up over a ninth of the updates, then a cosine to 0.
     """

@@ -25,14 +25,14 @@ def probe_inputs(
     final_norm: bool = True,
     norm_any_block: bool = True,
 ) -> dict[ProbeInput, list[Column]]:
-    """The inputs of an encoder's classifiers, each with the columns that are concatenated for it, in this order.
+    """Return the inputs of an encoder's classifiers, each with the columns that are concatenated for it, in this order.
 
-    An encoder of fewer than four blocks has no `last4`, one without a CLS token only `mean`. norm "none" is DINOv2's
-    protocol (dinov2/eval/linear.py; models/vision_transformer.py, `get_intermediate_layers`): the encoder's final norm
-    on all four blocks, and with their CLS tokens the mean of the last block only. "batch" is the paper's released code:
-    the final norm in `last` alone, and CLS and mean of each of the four raw blocks.
+    An encoder with fewer than four blocks has no `last4`; one without a CLS token has only `mean`. norm "none" is
+    DINOv2's protocol (dinov2/eval/linear.py; models/vision_transformer.py, `get_intermediate_layers`): the encoder's
+    final norm on all four blocks, whose CLS tokens are joined by the mean of the last block only. "batch" is the
+    paper's released code: the final norm in `last` alone, and CLS and mean of each of the four raw blocks.
     final_norm False: no block is normed. norm_any_block False: only the last one can be.
-    Raises ConfigError for `last4` of fewer than four blocks.
+    Raises ConfigError for `last4` with fewer than four blocks.
     """
 
     def columns(numbers: list[int], pool: str) -> list[Column]:
@@ -62,14 +62,14 @@ def probe_augmented(
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Row], list[tuple[str, str]]]:
-    """As `probe_cached`, on freshly augmented images: random crops of 8% to 100% of the area, bicubic, and flips.
+    """Run `probe_cached` on freshly augmented images: bicubic random crops of 8% to 100% of the area, and flips.
 
-    The encoder (move it to the device first) is put into evaluation mode, and runs without gradient; one pass per batch
-    gives all inputs. Augmentations are a function of (seed, epoch, image). test: features of centre crops, with the
+    The encoder (move it to the device first) is put into evaluation mode and runs without gradient; one pass per batch
+    computes all inputs. Augmentations are a function of (seed, epoch, image). test: features of centre crops, with the
     columns of `groups` (see `probe_inputs`); centre crops of held-out training images are encoded at the end. Returns
-    rows, and path and reason of the training images left out. In a process group all ranks call this: they encode the
-    batches in turns, and rank 0 trains on them; the others return nothing. Raises what `probe_cached` does, and
-    DataError for images without labels or too many unreadable ones.
+    the rows, and the path and reason of every training image left out. In a process group all ranks call this: they
+    encode the batches in turns, and rank 0 trains on them; the others return empty lists. Raises what `probe_cached`
+    does, and DataError for images without labels or too many unreadable ones.
     """
     images = EncodedImages(encoder, groups, reading)
     return probe_encoded(images, train, test, settings, seed, augment=True, state=state, progress=progress)

@@ -41,19 +41,19 @@ def probe_cached(
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Top-1 accuracy in percent of the best of all classifiers, trained on features of unchanged images.
+    """Train linear classifiers on features of unchanged images; return their top-1 accuracy in percent, the best first.
 
-    train, test: (N, D) and (M, D) of every input, D its own; read by rows, and kept on the device if smaller than 2 GB.
-    Labels are any whole numbers. lrs are scaled by batch / 256. The last, partial batch of an epoch is left out, and
-    fewer images than a batch are one smaller batch; batch_size None: see `default_batch`. norm: "none" is DINOv2's
-    probe, "batch" the paper's released code (see `schedule`). select: "test" is the published choice; "val-split" holds
-    out a fixed, stratified tenth of the training images, chooses on them and trains on the rest.
-    Rows, all `probe_top1`: first the best one's, with `select`; then one per classifier, numbered by `classifier` from
-    1 (inputs in the order of `train`, lrs for each). Under "val-split" all have `held_out_top1`. Of equal classifiers
-    the first counts; one that has diverged scores 0 and is never chosen.
-    state: a file from which an interrupted probe continues, bit for bit on the CPU. The caller removes it at the end.
-    Raises ConfigError for settings, and for a state of other ones; DataError for features and labels that cannot be
-    used; OutputError for a state that is damaged or cannot be written; DivergenceError when no classifier is left.
+    train, test: (N, D) and (M, D) of every input, each with its own D; read by rows. A training matrix of up to 2 GB is
+    kept on the device. Labels are any whole numbers. lrs are scaled by batch / 256. The last, partial batch of an epoch
+    is left out; fewer images than a batch form one smaller batch. batch_size None: see `default_batch`. norm: "none" is
+    DINOv2's probe, "batch" the paper's released code (see `schedule`). select: "test" is the published choice;
+    "val-split" holds out a fixed, stratified tenth of the training images, chooses on them and trains on the rest.
+    Rows, all `probe_top1`: first that of the best classifier, with `select`; then one per classifier, numbered from 1
+    in `classifier` (inputs in the order of `train`, lrs for each). With "val-split", all rows have `held_out_top1`. Of
+    equal classifiers the first is chosen; one that has diverged scores 0 and is never chosen.
+    state: a file from which an interrupted probe resumes, bit for bit on the CPU. The caller removes it at the end.
+    Raises ConfigError for invalid settings or a state saved with others; DataError for unusable features or labels;
+    OutputError for a state that is damaged or cannot be written; DivergenceError if every classifier has diverged.
     """
     values = {"lr": [float(lr) for lr in lrs], "epochs": epochs, "batch_size": batch_size}
     settings = validated(ProbeTrainingConfig, values | {"norm": norm, "select": select})
@@ -74,14 +74,14 @@ def probe_matrices(
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """`probe_cached` of either kind. shapes: of the inputs of attentive probes, whose rows hold tokens."""
+    """Run `probe_cached` for either kind. shapes: token shapes of attentive probes' inputs, whose rows hold tokens."""
     for key, x in train.items():
         check_features(x, f"train ({key})", train_y)
     ours, theirs = described(widths_of(train)), described(widths_of(test))
     if set(ours) != set(theirs):
         raise DataError(
             f"train features are of {', '.join(ours) or 'nothing'}, test features of {', '.join(theirs) or 'nothing'}; "
-            "give both of the same inputs"
+            "use the same inputs for both"
         )
     ordered = {key: test[key] for key in train}
     grid = ProbeGrid(settings, seed, train_y, ordered, test_y, device, shapes=shapes, state=state)
@@ -91,12 +91,12 @@ def probe_matrices(
         return [reader(rows) for reader in readers], torch.from_numpy(grid.labels[rows])
 
     def batches(first: int) -> Iterator[Batch]:
-        """In an order that depends on (seed, epoch) only."""
+        """Yield batches in an order that depends only on (seed, epoch)."""
         for update in range(first, grid.total):
             epoch, number = divmod(update, grid.steps_per_epoch)
             if number == 0 or update == first:
                 order = grid.train_rows[permutation(seed, epoch, len(grid.train_rows)).numpy()]
-            # Sorted, because a file is read faster in its own order.
+            # Sorted, because a file is read faster in order.
             yield read(np.sort(order[number * grid.batch : (number + 1) * grid.batch]))
 
     grid.train(batches, lambda: fingerprint(train, grid.labels), progress)
@@ -105,7 +105,7 @@ def probe_matrices(
 
 
 def _reader(x: Matrix, device: torch.device) -> Callable[[Labels], Tensor]:
-    """Reads rows of a matrix, from a copy on the device if that is small enough."""
+    """Return a function that reads rows of a matrix, from a copy on the device if that is small enough."""
     first = to_tensor(x[:1])
     if len(x) * first.nbytes > HELD_BYTES:
         return lambda rows: to_tensor(x[rows])

@@ -1,4 +1,4 @@
-"""Many linear classifiers trained at once on the same features, with a learning rate each (Appendix C.3).
+"""Many linear classifiers trained at once on the same features, each with its own learning rate (Appendix C.3).
 
 Shapes: B images, D width of an input, C classes, R learning rates, K classifiers: R on each input, input by input.
 """
@@ -22,12 +22,12 @@ Batch = tuple[Sequence[Tensor], Tensor]
 
 
 class ProbeEnsemble(nn.Module):
-    """R linear classifiers on each of several inputs, trained together by SGD with momentum 0.9, no weight decay.
+    """R linear classifiers on each of several inputs, trained together by SGD with momentum 0.9 and no weight decay.
 
-    widths: D of every input. lrs: R learning rates, already scaled to the batch. Weights start as N(0, 0.01), a
-    function of `seed`; biases as 0. norm "batch": every input passes a BatchNorm1d without affine parameters, with the
-    batch's statistics in training and the running ones in `logits`. Classifiers are independent: one that diverges does
-    not affect the others. Inputs are converted to `dtype` and moved to `device`.
+    widths: D of every input. lrs: R learning rates, already scaled to the batch. Weights start from N(0, 0.01), as a
+    function of `seed`; biases start at 0. norm "batch": every input passes through a BatchNorm1d without affine
+    parameters, with the batch's statistics in training and the running ones in `logits`. Classifiers are independent:
+    one that diverges does not affect the others. Inputs are converted to `dtype` and moved to `device`.
     """
 
     bias_KC: Tensor
@@ -47,10 +47,10 @@ class ProbeEnsemble(nn.Module):
         super().__init__()
         self.classes = classes
         self.smallest_batch = 2 if norm == "batch" else 1
-        """Fewest images that can be trained on: statistics of a batch need two."""
+        """Fewest images that an update can train on: batch statistics need two."""
         # Drawn on the CPU, so that every device starts from the same weights.
         generator = torch.Generator().manual_seed(seed)
-        # All classifiers of an input, (R * C, D): one matrix product serves them.
+        # All classifiers of an input, (R * C, D), so that one matrix product serves them.
         weights = [
             torch.empty(len(lrs) * classes, width, dtype=dtype).normal_(0, 0.01, generator=generator).to(device)
             for width in widths
@@ -70,12 +70,12 @@ class ProbeEnsemble(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return self.bias_KC.device
 
     @property
     def elements(self) -> int:
-        """Numbers that scoring an image holds: its features, or all logits."""
+        """Values per image held while scoring: its features or all logits, whichever are more."""
         return max(len(self) * self.classes, sum(int(weight.shape[1]) for weight in self.weights))
 
     @torch.no_grad()
@@ -102,20 +102,20 @@ class ProbeEnsemble(nn.Module):
 
     @torch.no_grad()
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
-        """(K, C, B) for one (B, D) per input."""
+        """Return logits (K, C, B) for one (B, D) tensor per input."""
         return self._logits(self._normalised(inputs, training=False))
 
     def hits(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """(K,) int64: images whose largest logit is their label's. Logits that are not finite never count."""
+        """Return (K,) int64: images whose largest logit is their label's. Logits that are not finite never count."""
         return count_hits(self.logits(inputs), labels)
 
     def finite(self) -> Tensor:
-        """(K,) bool: classifiers that have not diverged."""
+        """Return (K,) bool: classifiers that have not diverged."""
         weights = [weight.view(len(self.rate_R), -1).isfinite().all(dim=1) for weight in self.weights]
         return torch.cat(weights) & self.bias_KC.isfinite().all(dim=1)
 
     def _logits(self, features: Sequence[Tensor]) -> Tensor:
-        """(K, C, B). With images last, softmax over the classes runs over whole vectors of images."""
+        """Return logits (K, C, B). With images last, softmax over the classes runs on whole vectors of images."""
         logits_KCB = self.bias_KC.new_empty(len(self), self.classes, len(features[0]))
         rates = len(self.rate_R)
         for out, bias, weight, x_BD in zip(
@@ -131,50 +131,50 @@ class ProbeEnsemble(nn.Module):
 
 
 def count_hits(logits_KCB: Tensor, labels: Tensor) -> Tensor:
-    """(K,) int64: images whose largest logit is their label's, (B,). Logits that are not finite never count."""
+    """Return (K,) int64: images whose largest logit is that of their label (B,). Non-finite logits never count."""
     hit_KB = (logits_KCB.argmax(dim=1) == labels.to(logits_KCB.device)) & logits_KCB.isfinite().all(dim=1)
     return hit_KB.sum(dim=1)
 
 
 def constants(tensors: Iterable[Tensor]) -> nn.ParameterList:
-    """Tensors that `state_dict` holds, and that are updated without autograd."""
+    """Return the tensors as parameters that `state_dict` holds, but that are updated without autograd."""
     return nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
 
 
 def schedule(update: int, total: int, norm: Norm) -> tuple[float, float]:
-    """The learning rates of an update (0-based) of `total`, as `scale` and `offset` of `ProbeEnsemble.step`.
+    """Return the learning rates of an update (0-based) of `total`, as `scale` and `offset` of `ProbeEnsemble.step`.
 
     norm "none" is DINOv2's schedule, a cosine from lr to 0. norm "batch" is that of the paper's released code: a linear
     warm-up over the first 10% of the updates, then a cosine to 1e-6 for every learning rate.
     """
     if norm == "none":
         return learning_rate(update, peak=1.0, warmup_updates=0, total_updates=total, end=0.0), 0.0
-    warmup = total // 10  # cut, not rounded, as in the release
+    warmup = total // 10  # truncated, not rounded, as in the release
     # The schedule is linear in its peak and its end, so all classifiers share these two numbers.
     scale = learning_rate(update, peak=1.0, warmup_updates=warmup, total_updates=total, end=0.0)
     return scale, learning_rate(update, peak=0.0, warmup_updates=warmup, total_updates=total, end=1e-6)
 
 
 class Classifiers(Protocol):
-    """What scoring needs of an ensemble."""
+    """Interface of an ensemble that scoring needs."""
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
 
     def __len__(self) -> int: ...
 
     def hits(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """(K,) images that are classified correctly."""
+        """Return (K,) int64: images that are classified correctly."""
 
     def finite(self) -> Tensor:
-        """(K,) classifiers that have not diverged."""
+        """Return (K,) bool: classifiers that have not diverged."""
 
 
 def score(ensemble: Classifiers, batches: Iterable[Batch], name: str) -> NDArray[np.float64]:
-    """Top-1 accuracy of every classifier in percent, (K,); that of a diverged one is 0.
+    """Return the top-1 accuracy of every classifier in percent, (K,); that of a diverged one is 0.
 
-    name: of the images, for the message. Raises DataError when there are none.
+    name: the images' name, for the message. Raises DataError if there are no images.
     """
     hits = torch.zeros(len(ensemble), dtype=torch.int64, device=ensemble.device)
     count = 0

@@ -1,9 +1,9 @@
-"""A grid of classifiers, of which the best one counts, with a state file that an interrupted training resumes.
+"""A grid of classifiers, of which the best one counts, with a state file from which interrupted training resumes.
 
-By DINOv2's protocol (Appendix C.3), 13 learning rates x {last block, last four blocks concatenated} x {CLS, CLS and
-mean of the patch tokens} are 52 linear classifiers, trained at once: in `cached` on features of centre crops, which is
-many times faster; as published, on freshly augmented images, in `augmented`. Attentive probes are a grid of learning
-rates x inputs x numbers of queries.
+In DINOv2's protocol (Appendix C.3), 13 learning rates x {last block, last four blocks concatenated} x {CLS, CLS and
+mean of the patch tokens} make 52 linear classifiers, trained at once: as published, on freshly augmented images, in
+`augmented`; or on features of centre crops, which is many times faster, in `cached`. Attentive probes are a grid of
+learning rates x inputs x numbers of queries.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ from mimref.training.job import train as run_job
 from mimref.training.signals import stop_signal
 
 HELD_OUT = 0.1
-"""Share of the training images that `val-split` chooses the classifier on."""
-# Most logits or input values that scoring holds at once: 128 MB in float32.
+"""Share of the training images on which `val-split` chooses the classifier."""
+# Most logits or input values held at once while scoring: 128 MB in float32.
 SCORE_ELEMENTS = 1 << 25
 
 
@@ -45,7 +45,7 @@ class ProbeInput(NamedTuple):
     blocks: str
     """`last` or `last4`."""
     pool: str
-    """`cls`, `mean` or `cls+mean`; of attentive probes `patch` or `cls+patch`."""
+    """`cls`, `mean` or `cls+mean`; for attentive probes `patch` or `cls+patch`."""
 
     def __str__(self) -> str:
         return f"{self.blocks} {self.pool}"
@@ -53,18 +53,18 @@ class ProbeInput(NamedTuple):
 
 @dataclass(frozen=True)
 class TestStream:
-    """Test images that the encoder reads for scoring, because their features are too large to be cached."""
+    """Test images that the encoder reads for scoring, because their features are too large to cache."""
 
     widths: Mapping[ProbeInput, int]
-    """Numbers per image of every input."""
+    """Values per image of every input."""
     batches: Callable[[Labels], Iterator[Batch]]
-    """All images, given the labels (M,) as 0, 1, ..."""
+    """Returns batches of all images, given their labels (M,) as 0, 1, ..."""
     identity: Mapping[str, Any]
-    """What their features depend on."""
+    """Everything that their features depend on."""
 
 
 class ProbeGrid(Job[Batch]):
-    """Trains classifiers and scores them; batches come from elsewhere."""
+    """Trains classifiers and scores them, on batches that the caller supplies."""
 
     def __init__(
         self,
@@ -78,9 +78,9 @@ class ProbeGrid(Job[Batch]):
         shapes: Sequence[TokenShape] = (),
         state: Path | None = None,
     ) -> None:
-        """test: features (M, D) of every input, which also define the inputs and their widths.
+        """test: features (M, D) of every input, or a stream of them, which also define the inputs and their widths.
 
-        shapes: of the inputs of attentive probes. state: the file that an interrupted training continues from.
+        shapes: token shapes of the inputs of attentive probes. state: file from which interrupted training resumes.
         Raises DataError for features, labels or classes that cannot be used, ConfigError for too small a batch.
         """
         self.settings, self.seed, self.test, self.file = settings, seed, test, state
@@ -96,18 +96,18 @@ class ProbeGrid(Job[Batch]):
             self.train_rows, self.held_rows = stratified_split(self.labels, held_out=HELD_OUT)
         derived = max(default_batch(len(train_y)), 2 if settings.norm == "batch" else 1)
         self.batch = min(settings.batch_size or derived, len(self.train_rows))
-        """Images per update; fewer training images than a batch are one smaller batch."""
+        """Images per update; fewer training images than a batch form one smaller batch."""
         if settings.norm == "batch" and self.batch < 2:
             raise ConfigError("probe.norm 'batch' needs at least 2 images per update; raise probe.batch_size")
         # The last, partial batch of an epoch is left out.
         self.steps_per_epoch = len(self.train_rows) // self.batch
         self.total = settings.epochs * self.steps_per_epoch
-        # In a group, rank 0 trains while the others encode for it: a signal cannot stop all at the same step.
+        # In a group, rank 0 trains while the others encode for it: a signal cannot stop all of them at the same step.
         self.saves_every_epoch = world_size() > 1
         self.widths = dict(test.widths) if isinstance(test, TestStream) else widths_of(test)
         self.ensemble = self._build(len(classes), shapes, device)
         self.score_rows = max(1, SCORE_ELEMENTS // self.ensemble.elements)
-        """Images to score at once."""
+        """Images scored at once."""
 
     def _build(
         self, classes: int, shapes: Sequence[TokenShape], device: torch.device
@@ -122,10 +122,10 @@ class ProbeGrid(Job[Batch]):
     def train(
         self, batches: Callable[[int], Iterator[Batch]], images: Callable[[], str], progress: Progress | None
     ) -> None:
-        """Train on all batches, or from where an earlier run stopped, with the same result bit for bit.
+        """Train on all batches, or resume where an earlier run stopped, with the same result bit for bit.
 
-        batches: gives all batches from an update (0-based) on. images: gives the fingerprint of the training images,
-        which identifies the state file. progress: updates done, total.
+        batches: returns all batches from an update (0-based) on. images: returns the fingerprint of the training
+        images, which identifies the state file. progress: receives the updates done and their total.
         """
         if self.file is not None:
             # Everything that the result depends on.
@@ -143,7 +143,7 @@ class ProbeGrid(Job[Batch]):
             run_job(self, batches(self.step), ProgressOnly(progress), stop=stop)
 
     def update(self, batch: Batch) -> None:
-        """Train on one batch; skip one with fewer images than statistics need (unreadable ones are left out)."""
+        """Train on one batch; skip it if unreadable images leave fewer than batch statistics need."""
         inputs, labels = batch
         if len(labels) >= self.ensemble.smallest_batch:
             settings = self.settings
@@ -154,15 +154,15 @@ class ProbeGrid(Job[Batch]):
             self.ensemble.step(inputs, labels, *rates)
 
     def save(self) -> None:
-        """Write the state, if there is a file for it. The caller removes it once the results are written."""
+        """Write the state, if there is a file for it. The caller removes the file once the results are written."""
         if self.file is not None:
             tensors = self.ensemble.state_dict()
             write_state(self.file, {"settings": self.identity, "step": self.step, "ensemble": tensors})
 
     def load(self, file: Path) -> None:
-        """Continue from a state file, if it exists.
+        """Resume from a state file, if it exists.
 
-        Raises ConfigError for a file of other settings or images, OutputError for a damaged one.
+        Raises ConfigError for a file from other settings or images, OutputError for a damaged one.
         """
         try:
             if (saved := matching_state(file, self.identity, "probe")) is None:
@@ -174,9 +174,9 @@ class ProbeGrid(Job[Batch]):
         self.step = step
 
     def rows(self, protocol: Literal["cached", "streamed", "augmented"], held: Iterable[Batch]) -> list[Row]:
-        """The best classifier's row and one per classifier, see `probe_cached`. held: the held-out images.
+        """Return the best classifier's row, then one per classifier; see `probe_cached`. held: the held-out images.
 
-        Raises DivergenceError when no classifier has finite weights.
+        Raises DivergenceError if no classifier has finite weights.
         """
         finite = self.ensemble.finite().cpu().numpy()
         if not finite.any():
@@ -193,7 +193,7 @@ class ProbeGrid(Job[Batch]):
         best = int(np.where(finite, on_held, -1.0).argmax())
 
         def row(number: int, more: Row) -> Row:
-            """Accuracy and settings of one classifier, counted from 0."""
+            """Return the accuracy and settings of one classifier, counted from 0."""
             key, count, lr = members[number]
             return {
                 "metric": "attentive_top1" if attentive else "probe_top1",
@@ -223,22 +223,22 @@ class ProbeGrid(Job[Batch]):
 
 
 def default_batch(images: int) -> int:
-    """The published 1024 images per update; for fewer than 10,240 a power of two that gives ten updates per epoch."""
+    """Return 1024 images per update, as published; below 10,240, a power of two with ten or more updates per epoch."""
     return min(1024, 1 << max(images // 10, 1).bit_length() - 1)
 
 
 def widths_of(features: Mapping[ProbeInput, Matrix]) -> dict[ProbeInput, int]:
-    """Numbers per image of every input."""
+    """Return the number of values per image of every input."""
     return {key: x.shape[-1] for key, x in features.items()}
 
 
 def described(widths: Mapping[ProbeInput, int]) -> list[str]:
-    """The inputs and their widths."""
+    """Return descriptions of the inputs with their widths."""
     return [f"{key} ({width} wide)" for key, width in widths.items()]
 
 
 def fingerprint(features: Mapping[ProbeInput, Matrix], labels: Labels) -> str:
-    """A short hash over labels (N,) and 256 rows of every matrix, which identifies a saved state."""
+    """Return a short hash of labels (N,) and 256 rows of every matrix, which identifies a saved state."""
     digest = hashlib.sha256(np.ascontiguousarray(labels).data)
     for x in features.values():
         rows = np.unique(np.linspace(0, len(x) - 1, 256).astype(np.int64))
@@ -248,13 +248,13 @@ def fingerprint(features: Mapping[ProbeInput, Matrix], labels: Labels) -> str:
 
 
 def to_tensor(rows: NDArray[Any]) -> Tensor:
-    """Rows of a matrix as a floating-point tensor; those of a read-only array are copied."""
+    """Return rows of a matrix as a floating-point tensor; rows of a read-only array are copied."""
     dtype = rows.dtype if rows.dtype.kind == "f" else np.dtype(np.float32)
     return torch.from_numpy(rows.astype(dtype, order="C", copy=not rows.flags.writeable))
 
 
 def check_held_out(classes: Labels, labels: Labels, names: Sequence[str] | None = None) -> None:
-    """Raise DataError when no stratified tenth can be held out. names: of labels 0, 1, ..., for the message."""
+    """Raise DataError if no stratified tenth can be held out. names: class names by label, for the message."""
     counts = np.bincount(labels)
     if counts.min() < 2:
         rare = show_class(classes[counts.argmin()], names)

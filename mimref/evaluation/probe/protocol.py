@@ -31,10 +31,10 @@ def evaluate_probe(
     listener: Listener | None = None,
     checks: Checks | None = None,
 ) -> EvaluationResult:
-    """Linear probe (Appendix C.3) by DINOv2's protocol, or attentive one, on augmented images or on cached features.
+    """Train linear (Appendix C.3, DINOv2's protocol) or attentive probes, on augmented images or cached features.
 
-    state: file from which an interrupted probe continues; fresh: start over instead. Rows as `probe_cached` returns
-    them, with `model`.
+    state: file from which an interrupted probe resumes; fresh: start over instead. Rows are those of `probe_cached`,
+    with `model`.
     Raises UserError subclasses as `evaluate_knn` does.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
@@ -51,7 +51,7 @@ def evaluate_probe(
         checks.run("probe.select", lambda: check_held_out(*number_classes(train_y, "train", names), names))
     inputs = opened.checked(checks)
     if fresh and state is not None:
-        state.unlink(missing_ok=True)  # another process of this run may have been first
+        state.unlink(missing_ok=True)  # another process of this run may have removed it
     if tokens is not None:
         assert isinstance(inputs, EncoderInputs)
         found, bad = _probe_tokens(inputs, tokens, config, listener, state)
@@ -66,7 +66,7 @@ def evaluate_probe(
 def _probe_linear(
     inputs: Inputs, config: ProbeConfig, listener: Listener, state: Path | None
 ) -> tuple[list[Row], list[tuple[str, str]]]:
-    """Rows, and path and reason of the training images left out."""
+    """Return the rows, and the path and reason of every training image left out."""
     groups = input_columns(inputs, config.probe, config.final_norm)
     columns = [column for group in groups.values() for column in group]
     if config.cached:
@@ -93,7 +93,7 @@ def _tokens(inputs: Inputs | None, config: ProbeConfig, checks: Checks) -> Token
 def _probe_tokens(
     inputs: EncoderInputs, tokens: TokenInputs, config: ProbeConfig, listener: Listener, state: Path | None
 ) -> tuple[list[Row], list[tuple[str, str]]]:
-    """Rows of attentive probes, and path and reason of the training images left out."""
+    """Return the rows of attentive probes, and the path and reason of every training image left out."""
     progress = partial(listener.progress, "attentive probes")
     splits = cached_splits(inputs, tokens.numbers, config, listener if own_rank() == 0 else Silent())
     inputs.prepare(tokens.columns, splits)
@@ -105,7 +105,7 @@ def _probe_tokens(
             ({key: each.matrix(columns) for key, columns in tokens.groups.items()}, each.y)
             for each in (inputs.features("train"), inputs.features("val"))
         )
-        assert train_y is not None and test_y is not None  # the inputs were opened to have labels
+        assert train_y is not None and test_y is not None  # the inputs were opened with labels required
         return probe_matrices(
             train_x,
             train_y,
@@ -143,9 +143,9 @@ def _probe_tokens(
 def input_columns(
     inputs: Inputs, settings: ProbeTrainingConfig, final_norm: bool = True
 ) -> dict[ProbeInput, list[Column]]:
-    """The inputs of the classifiers, each with its columns, see `probe_inputs`.
+    """Return the inputs of the classifiers, each with its columns; see `probe_inputs`.
 
-    Features from files are read as they are. Only plain vision transformers can norm other blocks than the last.
+    Features from files are read as they are. Only plain vision transformers can norm blocks other than the last.
     """
     norm, blocks = settings.norm, settings.blocks
     if isinstance(inputs, EncoderInputs):
@@ -165,9 +165,9 @@ def probe_features(
     listener: Listener,
     state: Path | None = None,
 ) -> list[Row]:
-    """Rows of `probe_cached` on prepared columns. config: seed and device."""
+    """Return the rows of `probe_cached` on prepared columns. config: supplies seed and device."""
     train, test = inputs.features("train"), inputs.features("val")
-    assert train.y is not None and test.y is not None  # the inputs were opened to have labels
+    assert train.y is not None and test.y is not None  # the inputs were opened with labels required
     return probe_cached(
         {key: train.matrix(columns) for key, columns in groups.items()},
         train.y,

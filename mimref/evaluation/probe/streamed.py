@@ -1,4 +1,4 @@
-"""Probes whose training images the encoder reads in every epoch: augmented, or with tokens too large to be cached."""
+"""Probes whose training images the encoder reads in every epoch: augmented, or with tokens too large to cache."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ from mimref.progress import Progress
 from mimref.results import Row
 
 CROP_SCALE = (0.08, 1.0)
-"""Range of a training crop's share of the image's area."""
+"""Range of a training crop's area, as a share of the image's."""
 
 
 class Examined(NamedTuple):
@@ -40,11 +40,11 @@ class Examined(NamedTuple):
 
     source: ImageSource
     identity: Mapping[str, Any]
-    """What their features depend on."""
+    """Everything that their features depend on."""
 
 
 class EncodedImages:
-    """Features of images, from passes of the encoder (move it to the device first) in evaluation mode."""
+    """Features of images, from encoder passes in evaluation mode (move the encoder to the device first)."""
 
     def __init__(self, encoder: TokenEncoder, groups: Mapping[ProbeInput, list[Column]], reading: PassSettings) -> None:
         self.encoder, self.groups, self.reading = encoder.eval(), groups, reading
@@ -52,13 +52,13 @@ class EncodedImages:
         self.bad = BadImages(reading.max_bad)
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """The columns, (B, D) float32 each, of normalised images on the device."""
+        """Return the columns, (B, D) float32 each, of normalised images on the device."""
         with torch.inference_mode(), autocast(self.reading.device, self.reading.precision):
             return [column.float() for column in pooled_tokens(self.encoder, images, self.columns)]
 
     @torch.inference_mode()
     def inputs(self, columns: list[Tensor], bad: list[tuple[str, str]]) -> list[Tensor]:
-        """What the classifiers read of a batch's columns: nothing without readable images."""
+        """Record unreadable images, and return a batch's classifier inputs: none if no image could be read."""
         for path, reason in bad:
             self.bad.add(path, reason)
         if not columns:
@@ -67,7 +67,7 @@ class EncodedImages:
         return [torch.cat([of_column[column] for column in group], dim=1) for group in self.groups.values()]
 
     def centre_crops(self, source: ImageSource, labels: Labels) -> Iterator[Batch]:
-        """All images of a source, in order; labels: of each."""
+        """Yield batches of all images of a source, in order. labels: one per image."""
         numbers = torch.from_numpy(labels)
         for batch in encode_columns(self.encoder, source, self.reading, self.columns):
             inputs = self.inputs([torch.from_numpy(x) for x in batch.columns], batch.bad)
@@ -87,10 +87,10 @@ def probe_encoded(
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Row], list[tuple[str, str]]]:
-    """As `probe_augmented`, of either kind and with or without augmentation.
+    """Run `probe_augmented` for either kind of probe, with or without augmentation.
 
-    Without, the batches are those of cached features, as long as every image can be read. shapes: of the inputs of
-    attentive probes. test: features, or images that are encoded for scoring.
+    Without augmentation, the batches are those of cached features, as long as every image can be read. shapes: token
+    shapes of the inputs of attentive probes. test: features, or images that are encoded for scoring.
     """
     test_y = test.y if isinstance(test, Features) else test.source.labels
     if train.labels is None or test_y is None:
@@ -115,7 +115,7 @@ def probe_encoded(
 
 
 class _Crops(NamedTuple):
-    """Normalised images (B, C, S, S), None where none could be read; rows (B,); path and reason of the unreadable."""
+    """Normalised images (B, C, S, S) or None if none could be read, rows (B,), path and reason of unreadable images."""
 
     images: Tensor | None
     rows: Labels
@@ -134,26 +134,26 @@ class _TrainingBatches:
         self.workers = loader_workers(images.reading.workers, source)
 
     def all(self, first: int) -> Iterator[Batch]:
-        """All batches from an update on, without unreadable images; ranks encode them in turns."""
+        """Yield all batches from update `first` on, without unreadable images; ranks encode them in turns."""
         if world_size() > 1:
             request(first)
         for columns, labels, bad in take_turns(self._encoded(first), self.grid.total - first):
             yield self.images.inputs(columns, bad), labels
 
     def follow(self) -> None:
-        """On other ranks than 0: encode batches for it, until it ends."""
+        """Encode batches for rank 0 until it ends; called on all other ranks."""
         for first in requests():
             for _ in take_turns(self._encoded(first), self.grid.total - first):
                 pass
 
     def _encoded(self, first: int) -> Iterator[_Encoded]:
-        """This rank's batches."""
+        """Yield this rank's batches."""
         first += own_rank()
         labels = torch.from_numpy(self.grid.labels)
         for crops in self._augmented(first) if self.augment else self._centred(first):
             columns = [] if crops.images is None else self.images.encode(crops.images)
             if world_size() > 1:
-                # Other ranks' features travel to rank 0 through the CPU's memory.
+                # Features of other ranks reach rank 0 through CPU memory.
                 columns = [column.cpu() for column in columns]
             yield columns, labels[crops.rows], crops.bad
 
@@ -181,7 +181,7 @@ class _TrainingBatches:
             yield _Crops(images, grid.train_rows[batch.sample_B.numpy()], batch.bad)
 
     def _centred(self, first: int) -> Iterator[_Crops]:
-        """In the order of cached features: a function of (seed, epoch), by position within a batch."""
+        """Yield crops in the order of cached features: a function of (seed, epoch), by position within a batch."""
         grid, reading, steps = self.grid, self.images.reading, self.grid.steps_per_epoch
         for epoch in range(first // steps, grid.settings.epochs):
             order = grid.train_rows[permutation(grid.seed, epoch, len(grid.train_rows)).numpy()]
@@ -205,7 +205,7 @@ class _TrainingBatches:
                 yield _Crops(images, rows[batch.indices], batch.bad)
 
     def fingerprint(self) -> str:
-        """Of the training images, the transform and, through the test images or their features, the encoder."""
+        """Hash the training images, the transform and, through the test images or their features, the encoder."""
         reading, grid = self.images.reading, self.grid
         digest = hashlib.sha256(self.source.fingerprint.encode())
         read = reading.transform.to_dict() | self.source.decoding.changes()

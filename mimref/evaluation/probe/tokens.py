@@ -1,4 +1,4 @@
-"""What attentive probes read: tokens of which blocks, and whether they fit in the feature cache."""
+"""Inputs of attentive probes: which tokens of which blocks they read, and whether these fit in the feature cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ class TokenInputs:
     """The inputs of attentive probes."""
 
     groups: dict[ProbeInput, list[Column]]
-    """Columns of every input, side by side: of each block its CLS token, if it is read, then its patches."""
+    """Columns of every input, side by side: for each block its CLS token, if it is read, then its patches."""
     shapes: list[TokenShape]
     columns: list[Column]
-    """Of all inputs, once each."""
+    """Columns of all inputs, once each."""
     numbers: int
-    """Per image, in all columns."""
+    """Values per image in all columns."""
 
 
 def token_inputs(inputs: EncoderInputs, settings: ProbeTrainingConfig, final_norm: bool) -> TokenInputs:
-    """The inputs that the settings name; final_norm: of the last block.
+    """Return the inputs that the settings name. final_norm: apply the encoder's final norm to the last block.
 
     Raises ConfigError for an encoder without patch tokens, or without the CLS token or the blocks that are named, and
     for numbers of queries that do not divide the width.
@@ -64,9 +64,9 @@ def token_inputs(inputs: EncoderInputs, settings: ProbeTrainingConfig, final_nor
 
 
 def block_shapes(inputs: EncoderInputs, blocks: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Number of patch tokens and width of some blocks.
+    """Return the number of patch tokens and the width of each of these blocks.
 
-    Raises ConfigError where there are no patch tokens to choose from.
+    Raises ConfigError for a block with fewer than two patch tokens.
     """
     architecture, size = inputs.architecture, inputs.image_size
     shapes = patch_shapes(architecture, blocks, size)
@@ -81,7 +81,7 @@ def block_shapes(inputs: EncoderInputs, blocks: Sequence[int]) -> dict[int, tupl
 
 
 def _joined(key: ProbeInput, blocks: Sequence[tuple[int, int]], cls: int, queries: Sequence[int]) -> TokenShape:
-    """The shape of some blocks' tokens as one input; cls: CLS tokens per block."""
+    """Return the shape of several blocks' tokens as one input. cls: CLS tokens per block."""
     counts = sorted({patches for patches, _ in blocks})
     if len(counts) > 1:
         raise ConfigError(
@@ -101,10 +101,10 @@ def _joined(key: ProbeInput, blocks: Sequence[tuple[int, int]], cls: int, querie
 
 
 def cached_splits(inputs: EncoderInputs, numbers: int, config: ProbeConfig, listener: Listener) -> list[Split]:
-    """The splits whose tokens are cached: those that the limit `probe.tokens_gb` has room for.
+    """Return the splits whose tokens are cached: those that fit within the limit `probe.tokens_gb`.
 
-    Training images are cached only along with the validation images, and not when they are augmented. numbers: per
-    image. Tells which images the encoder reads again.
+    Training images are cached only along with the validation images, and not when they are augmented. numbers: values
+    per image. Notes which images the encoder reads again.
     """
     dtype = "fp32" if config.cache.folder == "off" else config.cache.dtype
     limit_gb = config.probe.tokens_gb

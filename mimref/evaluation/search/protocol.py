@@ -1,4 +1,4 @@
-"""`mimref search`: the most similar images of a data set to given ones, exactly."""
+"""`mimref search`: exact search of a data set for the images most similar to given ones."""
 
 import os
 import time
@@ -34,9 +34,9 @@ class Query:
     """An image to search for."""
 
     name: str
-    """As it was given."""
+    """Name as the user gave it."""
     places: tuple[tuple[Split, int], ...] = ()
-    """Where it is in the data set: its position in every split that has it."""
+    """Its position in every split of the data set that contains it."""
 
 
 class Found(NamedTuple):
@@ -52,19 +52,19 @@ class SearchResult(EvaluationResult):
     """Rows, nearest images first: `model`, `query`, `rank`, `path`, `similarity`, `split` and, with labels, `class`."""
 
     pictures: list[Found] = field(default_factory=list)
-    """If asked for: of the first queries, and at most `MOST_PICTURES` in all."""
+    """If requested: pictures for the first queries, at most `MOST_PICTURES` in all."""
 
 
 def search(
     config: SearchConfig, *, pictures: bool = False, listener: Listener | None = None, checks: Checks | None = None
 ) -> SearchResult:
-    """The k images of a data set whose features are most similar by cosine to those of every query.
+    """Find the k images of a data set whose features have the highest cosine similarity to those of each query.
 
-    Every query is compared with every image. Features are standardised as those of `knn`, here by the images searched.
-    A query that is itself an image of the data set, the same file or the same name, is not among its own results;
-    copies of it are. Fewer images than k are all listed. pictures: also make thumbnails for a gallery.
-    In a process group the ranks share the encoder's pass, and only rank 0 returns rows. Raises UserError subclasses for
-    a checkpoint, images or queries that cannot be used, before the encoder runs: one error for all mistakes.
+    Every query is compared with every image. Features are standardised as for `knn`, here by the images searched. A
+    query that is itself an image of the data set (the same file or the same name) is not among its own results; copies
+    of it are. If there are fewer images than k, all are listed. pictures: also make thumbnails for a gallery.
+    In a process group the ranks share the encoder pass, and only rank 0 returns rows. Raises UserError subclasses,
+    before the encoder runs, for a checkpoint, images or queries that cannot be used: one error for all mistakes.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     opened = open_encoder(
@@ -103,7 +103,7 @@ def search(
 
 
 def find_queries(names: Sequence[str], sources: dict[Split, ImageSource], listener: Listener) -> list[Query]:
-    """Every query once. Raises ConfigError for none, DataError for those that are neither files nor images of the data.
+    """Return each query once. Raises ConfigError for none, DataError for any that is neither a file nor in the data.
 
     sources: the images searched; empty where they could not be opened.
     """
@@ -112,7 +112,7 @@ def find_queries(names: Sequence[str], sources: dict[Split, ImageSource], listen
     distinct = list(dict.fromkeys(names))
     twice = [name for name in distinct if names.count(name) > 1]
     if twice:
-        listener.warn(f"named more than once, and searched for once: {first_of(twice)}")
+        listener.warn(f"named more than once, but searched for only once: {first_of(twice)}")
     places: dict[str, list[tuple[Split, int]]] = {name: [] for name in distinct}
     for split, source in sources.items():
         for name, index in zip(distinct, source.find(list(map(os.path.expanduser, distinct))), strict=True):
@@ -126,14 +126,14 @@ def find_queries(names: Sequence[str], sources: dict[Split, ImageSource], listen
 
 
 def _unusable(name: str, sources: dict[Split, ImageSource]) -> str | None:
-    """Why a query cannot be read, if so."""
+    """Return why a query cannot be read; None if it can."""
     path = os.path.expanduser(name)
     if is_remote(name):
         return "on a server; download it first"
     if os.path.isdir(path):
         return "a folder"
     if not os.path.exists(path):
-        # Images that could not be opened may have this name.
+        # If the images could not be opened, one of them may have this name.
         return "neither a file nor one of the images searched" if sources else None
     try:
         decode_file(path, None, _decoding(sources))
@@ -143,12 +143,12 @@ def _unusable(name: str, sources: dict[Split, ImageSource]) -> str | None:
 
 
 def _decoding(sources: dict[Split, ImageSource]) -> Decoding:
-    """Queries become pixels as the images searched do."""
+    """Return how queries are decoded: like the images searched."""
     return next((source.decoding for source in sources.values()), USUAL)
 
 
 def _positions(query: Query, images: Collection) -> list[int]:
-    """Where a query is among the readable images."""
+    """Return the positions of a query among the readable images."""
     found = (images.position(*place) for place in query.places)
     return [position for position in found if position is not None]
 
@@ -166,7 +166,7 @@ def _nearest(
     columns: Sequence[Column],
     inputs: EncoderInputs,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Positions and similarities of every query's nearest images, nearest first, without the query itself."""
+    """Return positions and similarities of every query's nearest images, nearest first, without the query itself."""
     gallery = images.matrix(columns)
     check_features(gallery, "images")
     x = _query_features(queries, positions, columns, inputs, images)
@@ -194,7 +194,7 @@ def _query_features(
     inputs: EncoderInputs,
     images: Collection,
 ) -> NDArray[np.float32]:
-    """(Q, D): of images of the data set as they are cached, of others from a pass of the encoder."""
+    """Return query features (Q, D): cached ones for images of the data set, others from an encoder pass."""
     gallery = images.matrix(columns)
     out = np.empty((len(queries), gallery.shape[1]), np.float32)
     known = [number for number, own in enumerate(positions) if own]
@@ -203,7 +203,7 @@ def _query_features(
     if others:
         files = FileSource("queries", "", [os.path.expanduser(queries[number].name) for number in others], None, None)
         files.decoding = _decoding(inputs.sources)
-        # Processes pay off from the second batch on.
+        # Worker processes pay off from the second batch on.
         workers = inputs.settings.workers if len(files) > inputs.settings.batch_size else 0
         settings = replace(inputs.settings, workers=workers, max_bad=0)
         out[others] = extract(inputs.encoder, files, settings, columns).matrix(columns)[:]
@@ -230,7 +230,7 @@ def _warn(
 ) -> None:
     others = len(images) - max(map(len, positions))
     if config.k > others:
-        listener.warn(f"k {config.k} is more than the {others} images there are to find; all of them are listed")
+        listener.warn(f"k {config.k} is more than the {others} images that can be found; all of them are listed")
     if not vary(images.matrix(columns)):
         listener.warn("all images have the same features: their order means nothing; check the encoder")
 
@@ -243,7 +243,7 @@ def _pictures(
     similarity: list[list[float]],
     listener: Listener,
 ) -> list[Found]:
-    """Thumbnails of the first queries and of their nearest images, as many as a gallery holds."""
+    """Return thumbnails of the first queries and of their nearest images, as many as a gallery holds."""
     near = [line[: MOST_PICTURES - 1] for line in nearest]
     shown = most_per_group((len(line) + 1 for line in near), MOST_PICTURES)
     files = FileSource("queries", "", [os.path.expanduser(query.name) for query in queries[:shown]], None, None)

@@ -1,4 +1,4 @@
-"""The contents of the cache, features and listings of images: list, verify and delete them."""
+"""List, verify and delete the contents of the cache: features and listings of images."""
 
 import os
 import shutil
@@ -20,9 +20,9 @@ class CacheEntry:
     key: str
     model: str
     data: str
-    """With its split."""
+    """Name of the data set, with its split."""
     rows: int
-    """Images."""
+    """Number of images."""
     columns: str
     bytes: int
     written: str
@@ -30,17 +30,17 @@ class CacheEntry:
 
 
 def feature_folder(chosen: str | None = None) -> Path:
-    """The folder of the feature cache: the chosen one, else the user's."""
+    """Return the folder of the feature cache: the chosen one, else the user's."""
     return Path(chosen).expanduser() if chosen else cache_folder() / "features"
 
 
 def list_entries(folder: Path) -> list[CacheEntry]:
-    """All passes in the cache, unfinished and damaged ones included, in order of writing."""
+    """List all passes in the cache, including unfinished and damaged ones, in the order they were written."""
     return sorted((_describe(path) for path in _folders(folder)), key=lambda entry: entry.written)
 
 
 def clear(folder: Path, keys: Sequence[str] = ()) -> tuple[int, list[str]]:
-    """Delete the passes with these keys (or beginnings of keys), or all. Returns bytes freed, and passes in use.
+    """Delete the passes with these keys (or key prefixes), or all. Returns the bytes freed, and the passes in use.
 
     Raises ConfigError for a key that does not exist, OutputError for files that cannot be deleted.
     """
@@ -74,12 +74,12 @@ class Listings:
 
     folder: Path
     count: int
-    """Folders and sets of shards."""
+    """Number of folders and sets of shards."""
     bytes: int
 
 
 def listings() -> Listings:
-    """The user's cached listings; they have one place, wherever features are cached."""
+    """Find the user's cached listings; they are always in the same folder, wherever features are cached."""
     folder = listings_folder()
     sizes = [path.stat().st_size for path in folder.glob("*.npz")]
     return Listings(folder, len(sizes), sum(sizes))
@@ -97,7 +97,7 @@ def clear_listings() -> int:
 
 
 def damaged_files(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Key and names of damaged files, pass by pass."""
+    """Yield the key of each pass with the names of its damaged files."""
     for path in _folders(folder):
         yield path.name, Entry(path).damaged()
 
@@ -116,7 +116,7 @@ def _describe(path: Path) -> CacheEntry:
         return CacheEntry(path.name, "", "", 0, state, size, "")
     about = {key: str(value) for key, value in facts["about"].items()}
     data = f"{about.get('data', '')} {about.get('split', '')}".strip()
-    more = ", more under way" if (path / "partial").is_dir() else ""
+    more = ", more in progress" if (path / "partial").is_dir() else ""
     columns = f"{len(facts['columns'])} x {facts['dtype']}{more}"
     rows = int(facts["rows"])
     return CacheEntry(path.name, about.get("model", ""), data, rows, columns, size, about.get("written", ""))

@@ -31,10 +31,10 @@ class UnusableFolder(Exception):
 
 @dataclass(frozen=True)
 class _Reached:
-    """How far a pass has come. Replaced, never changed, so that it is consistent at any interruption."""
+    """Progress of a pass. Replaced, never modified, so that it stays consistent at any interruption."""
 
     done: int
-    """Position in the data set."""
+    """Position reached in the data set."""
     rows: int
     width: dict[str, int]
     crc: dict[str, int]
@@ -42,7 +42,7 @@ class _Reached:
 
 
 class PartialPass:
-    """The files of a running pass; `progress.json` says how far they are valid."""
+    """The files of a running pass; `progress.json` records how far they are valid."""
 
     def __init__(self, folder: Path, columns: Sequence[Column], dtype: str, total: int) -> None:
         self.folder, self.total = folder, total
@@ -72,7 +72,7 @@ class PartialPass:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the files open. However the block ends, `resume` finds what was appended."""
+        """Keep the files open. However the block ends, `resume` finds what was appended."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._files = {name: open(self.folder / name, "ab", buffering=0) for name in self.names}  # noqa: SIM115
@@ -149,7 +149,7 @@ class PartialPass:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+    """Return the CRC-32 of a file."""
     crc = 0
     with open(path, "rb", buffering=0) as file:
         while data := file.read(_CHUNK):

@@ -1,4 +1,4 @@
-"""Features on disk: an encoder's pass over a data set runs once, and every later evaluation reads it.
+"""Features on disk: an encoder's pass over a data set runs once, and every later evaluation reads its result.
 
 `pass_key` identifies a pass by everything that its numbers depend on. Its folder holds one file of raw numbers per
 column, memory-mapped when read, and `entry.json`, which is written last and lists the complete files with checksums.
@@ -31,18 +31,18 @@ from mimref.files import write_bytes
 from mimref.locks import Timeout, acquire
 from mimref.progress import Listener, Progress
 
-# How often rank 0 lets the other ranks know that it is still waiting for another process.
+# Interval at which rank 0 signals to the other ranks that it is still waiting for another process.
 WAITING_EVERY_S = 60.0
-# To be raised when the same settings give other numbers than before.
+# Increase this when the same settings produce different numbers than before.
 FORMAT = 1
 _KEYS = {"spec", "about", "dtype", "rows", "bad", "indices", "columns"}
 
 Pass = Callable[[list[Column], int], Iterator[Batch]]
-"""Runs the encoder for some columns, from a position in the data set on."""
+"""Runs the encoder for some columns, starting at a position in the data set."""
 
 
 class DamagedFile(Exception):
-    """A file that differs from what `entry.json` says, by name."""
+    """Name of a file that differs from its record in `entry.json`."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class FeatureCache:
         notices: Callable[[], list[str]] = list,
         progress: Progress | None = None,
     ) -> Features:
-        """The wanted columns of a pass, without labels: from disk, else from one run of the encoder.
+        """Return the wanted columns of a pass, without labels, from disk or else from one run of the encoder.
 
-        spec: what the numbers depend on, for JSON, with `images`, their number. That run caches `also` as well. about:
-        what `mimref cache list` shows. notices: asked for after a pass, and cached with it. A folder that cannot
-        be written is reported, and the features stay in memory.
-        Raises OutputError when the disk is full (the next run resumes), ConfigError for features beyond fp16, DataError
-        without any readable image.
+        spec: everything that the numbers depend on, ready for JSON, with the number of `images`. also: columns that
+        the same run caches as well. about: shown by `mimref cache list`. notices: called after a pass; its result is
+        cached, too. If the folder cannot be written, this is reported and the features stay in memory.
+        Raises OutputError when the disk is full (the next run resumes), ConfigError for features beyond the range of
+        fp16, DataError if no image is readable.
         """
         about = about or {}
         entry = Entry(self.folder / pass_key(spec, self.dtype))
@@ -97,7 +97,7 @@ class FeatureCache:
         return found
 
     def _read_intact(self, entry: "Entry", wanted: Sequence[Column]) -> Features | None:
-        """What can be read once damaged files are dropped; the caller holds the lock."""
+        """Return what can be read after dropping damaged files; the caller holds the lock."""
         try:
             return entry.read(wanted)
         except DamagedFile as damage:
@@ -138,7 +138,7 @@ class FeatureCache:
 
 
 def pass_key(spec: Mapping[str, Any], dtype: str) -> str:
-    """Name of a pass's folder."""
+    """Return the name of a pass's folder."""
     return sha256(json.dumps([spec, dtype], sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
@@ -150,7 +150,7 @@ class Entry:
         self.lock_file = folder.parent / f"{folder.name}.lock"
 
     def read(self, wanted: Sequence[Column]) -> Features | None:
-        """The columns, or None when one is missing. Raises DamagedFile for a file that is not what was written."""
+        """Return the columns, or None if one is missing. Raises DamagedFile for a file that differs from its record."""
         facts = self.facts()
         if facts is None or any(column.name not in facts["columns"] for column in wanted):
             return None
@@ -164,7 +164,7 @@ class Entry:
         return Features(columns, np.asarray(indices), bad=bad, notices=[str(line) for line in facts.get("notices", [])])
 
     def facts(self) -> dict[str, Any] | None:
-        """The content of `entry.json`, None without one. Raises DamagedFile when it is not valid."""
+        """Return the content of `entry.json`, or None if there is none. Raises DamagedFile if it is not valid."""
         try:
             facts: dict[str, Any] = json.loads((self.folder / "entry.json").read_text())
             if facts["rows"] > 0 and facts["dtype"] in DTYPES and facts.keys() >= _KEYS and facts["columns"].keys():
@@ -176,7 +176,7 @@ class Entry:
             raise DamagedFile("entry.json") from error
 
     def damaged(self) -> list[str]:
-        """Names of the files that differ from what was written."""
+        """Return the names of the files that differ from what was written."""
         try:
             facts = self.facts()
         except DamagedFile as damage:
@@ -185,7 +185,7 @@ class Entry:
         return [name for name, written in files.items() if not self._is_intact(name, written)]
 
     def drop(self, name: str) -> None:
-        """Forget a damaged file, and all others if they depend on it; the caller holds the lock."""
+        """Remove a damaged file from the entry, and all others if they depend on it; the caller holds the lock."""
         facts = None if name in ("entry.json", INDICES) else self.facts()
         if facts:
             del facts["columns"][name]
@@ -207,7 +207,7 @@ class Entry:
             raise none_readable(str(about.get("data", "the data set")), found.bad)
         old = self.facts()
         indices = {"crc32": found.crc[INDICES]}
-        # An image that has become unreadable since shifts all rows; the older columns no longer fit the new ones.
+        # An image that has since become unreadable shifts all rows; the older columns then do not match the new ones.
         columns = dict(old["columns"]) if old and old["indices"] == indices and old["rows"] == found.rows else {}
         for name in partial.names:
             os.replace(partial.folder / name, self.folder / name)

@@ -1,7 +1,7 @@
-"""Charts of a report, as Vega-Lite specifications for the page to draw.
+"""Charts of a report, as Vega-Lite specifications that the page draws.
 
 Text, axes and grids have the colour of the page's text, so that one chart suits light pages, dark pages and paper. Data
-are long tables with field names of our own: names of the user's are only ever values.
+are long tables with fixed field names: names given by users are only ever values.
 """
 
 import math
@@ -16,18 +16,18 @@ from mimref.reports.html.runs import LogLine, Run
 from mimref.reports.metrics import LABELS, LOWER_IS_BETTER, STATISTICS, short_name
 from mimref.results import Row
 
-# Okabe and Ito's colours, those that are too light or dark for both kinds of page replaced.
+# Okabe and Ito's colours; those too light or too dark for one kind of page are replaced.
 COLORS = ["#2f86d1", "#e0691f", "#12a07a", "#cc79a7", "#56b4e9", "#d99a00", "#8c7ae6", "#8f8f8f"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left"]
 FEW_CLASSES = 20
-"""So many classes have a legend."""
+"""Up to this many classes or curves have a legend."""
 NAME_LENGTH = 40
 PATH_LENGTH = 60
 MOST_POINTS = 20_000
-"""Of all curves of a log together, and between these two of each."""
+"""Maximum number of points of all log curves together, within the limits per curve in `POINTS_OF_CURVE`."""
 POINTS_OF_CURVE = (40, 400)
 _NAMES = {"lr": "learning rate", "nn_age": "neighbour age"}
-# Numbers of a log's line that are no measurements.
+# Entries of a log line that are not measurements.
 _POSITIONS = ("step", "epoch", "stage", "split")
 
 
@@ -36,7 +36,7 @@ class Chart:
     """One chart."""
 
     title: str
-    """What it shows; also its text alternative."""
+    """What the chart shows; also its text alternative."""
     spec: dict[str, Any]
     note: str = ""
 
@@ -51,7 +51,7 @@ def _finish(
     height: int,
     note: str = "",
 ) -> Chart:
-    """points: the data set `POINTS`, which altair would copy many times."""
+    """Style a chart and build its specification. points: the data set `POINTS`, which altair would copy many times."""
     ink = "currentColor"
     chart = (
         chart.properties(width="container", height=height, description=f"{title}. {note}" if note else title)
@@ -64,27 +64,27 @@ def _finish(
         .configure_legend(labelColor=ink, titleColor=ink, orient="bottom", columns=4, labelLimit=150, title=None)
         .configure_range(category=COLORS, symbol=SHAPES)
     )  # fmt: skip
-    # Every part was checked when it was made.
+    # Skip validation: every part was validated when it was created.
     spec: dict[str, Any] = chart.to_dict(validate=False)
     spec["datasets"] = spec.get("datasets", {}) | {"points": points}
     return Chart(title, spec, note)
 
 
 def _scheme(count: int) -> Any:
-    """Vega's colours for so many curves or classes; our own for few."""
+    """Return Vega's colour scheme for `count` curves or classes; for few, undefined, so that `COLORS` applies."""
     if count <= len(COLORS):
         return alt.Undefined
     return "tableau10" if count <= 10 else "tableau20" if count <= FEW_CLASSES else "sinebow"
 
 
-# --- what a run logs
+# --- logs
 
 
 def log_charts(runs: Sequence[Run]) -> list[Chart]:
-    """A chart for every quantity in the runs' logs, over the epochs of all stages.
+    """Return a chart for every quantity in the runs' logs, over the epochs of all stages.
 
-    Of one run, quantities with a value per head have a curve per head, and fine-tunings a curve per split. Of several,
-    each has a curve, the mean over heads. Long curves are thinned out, keeping the first and the last point.
+    For one run, quantities with a value per head have a curve per head, and fine-tuning a curve per split. For several
+    runs, curves are means over the heads. Long curves are thinned out, keeping the first and the last point.
     """
     names = list(dict.fromkeys(key for run in runs for line in run.log for key in line if key not in _POSITIONS))
     labels = run_names(runs)
@@ -94,7 +94,7 @@ def log_charts(runs: Sequence[Run]) -> list[Chart]:
     most = min(max(MOST_POINTS // count, POINTS_OF_CURVE[0]), POINTS_OF_CURVE[1])
     borders = _borders(runs[0].log) if len(runs) == 1 else []
     end = max((x for curves in found.values() for points in curves.values() for x, _ in points), default=0)
-    # Single curves first, learning rates last.
+    # Quantities without a curve per head come first, and learning rates last.
     found = dict(sorted(found.items(), key=lambda item: (_per_head(item[1]), item[0] == "lr")))
     averaged = {key for run in runs for line in run.log for key, value in line.items() if isinstance(value, list)}
     averaged = averaged if len(runs) > 1 else set()
@@ -102,7 +102,7 @@ def log_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """The folders' names; the whole paths if two have the same."""
+    """Return the folders' names, or numbered paths if two folders have the same name."""
     names = [short_name(run.name, NAME_LENGTH) for run in runs]
     if len(set(names)) == len(names):
         return names
@@ -113,7 +113,7 @@ Points = list[tuple[float, float]]
 
 
 def _curves(name: str, runs: Sequence[Run], labels: Sequence[str]) -> dict[str, Points]:
-    """By the curve's name: epoch and value."""
+    """Return epochs and values by the curve's name."""
     curves: dict[str, Points] = {}
     for run, label in zip(runs, labels, strict=True):
         starts = _starts(run.log)
@@ -139,7 +139,7 @@ def _stage(line: LogLine) -> str:
 
 
 def _starts(log: Sequence[LogLine]) -> dict[str, float]:
-    """By stage: the epochs of the stages before it. Epochs count from the start of their stage."""
+    """Return, by stage, the total epochs of the stages before it. Logged epochs count from the start of their stage."""
     ends: dict[str, float] = {}
     for line in log:
         ends[_stage(line)] = max(ends.get(_stage(line), 0.0), float(line["epoch"]))
@@ -204,7 +204,7 @@ def _readable(name: str) -> str:
 
 
 def rows_by_block(runs: Sequence[Run]) -> dict[str, list[Row]]:
-    """Results of single blocks, by model; after the run's name if several runs have some."""
+    """Return results of single blocks by model; keys include the run's name if several runs have such results."""
     found = {
         name: [row for row in run.rows if "block" in row and str(row["metric"]).startswith("block_")]
         for name, run in zip(run_names(runs), runs, strict=True)
@@ -219,7 +219,7 @@ def rows_by_block(runs: Sequence[Run]) -> dict[str, list[Row]]:
 
 
 def block_charts(runs: Sequence[Run]) -> list[Chart]:
-    """A chart for every metric with a value per block: a curve per model, filled where k-NN recommends heads."""
+    """Return a chart for every metric with a value per block: a curve per model, filled at recommended heads."""
     curves: dict[str, dict[str, list[Row]]] = {}
     for model, rows in rows_by_block(runs).items():
         for row in rows:
@@ -230,7 +230,7 @@ def block_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def block_title(metric: str) -> str:
-    """`k-NN top-1` for block_knn_top1."""
+    """Return the metric's name without its block: `k-NN top-1` for block_knn_top1."""
     label = LABELS.get(metric, metric.replace("_", " "))
     return label.replace(" of block {block}", "").replace(" by block {block}", " by the block")
 
@@ -281,9 +281,9 @@ def _block_chart(metric: str, curves: Mapping[str, Sequence[Row]], heads: Mappin
 
 
 def map_chart(exhibits: Exhibits) -> Chart:
-    """Images as points, similar ones together, with a switch between models; a point shows its image when hovered.
+    """Return a map of the images as points, similar ones close together, with a switch between models.
 
-    The page adds a data set `images` with `number` and `source` of every image.
+    Hovering over a point shows its image. The page adds a data set `images` with `number` and `source` of every image.
     """
     models = list(exhibits.maps)
     positions = [exhibits.maps[model] for model in models]
@@ -304,7 +304,7 @@ def map_chart(exhibits: Exhibits) -> Chart:
         few = len(labels) <= FEW_CLASSES
         scheme = _scheme(len(labels))
         legend = alt.Legend(title=None, symbolOpacity=1) if few else None
-        # The same domain, so that both share one legend.
+        # Use the same domain for both, so that they share one legend.
         scale = alt.Scale(domain=shown, scheme=scheme)
         encoding["color"] = alt.Color("label:N", scale=scale, legend=legend)
         if few:

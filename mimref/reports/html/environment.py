@@ -1,4 +1,4 @@
-"""How pages are made of templates: whatever users have named stays text, and a page loads nothing."""
+"""Rendering of pages from templates: names given by users stay plain text, and pages load nothing."""
 
 import base64
 
@@ -9,14 +9,14 @@ from mimref.data.decode import printable
 
 
 def page_environment() -> Environment:
-    """Of the templates in this folder; all values are escaped."""
+    """Return the environment of the templates in this folder; all values are escaped."""
     environment = Environment(
         loader=PackageLoader("mimref.reports.html"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Whatever users have named: on one line, without characters that could turn a line around.
+        # Put names given by users on one line, without characters that could reverse the text direction.
         finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     environment.filters["base64"] = base64_text
@@ -24,5 +24,5 @@ def page_environment() -> Environment:
 
 
 def base64_text(content: bytes) -> str:
-    """As addresses of images hold it."""
+    """Encode bytes in base64, as data addresses of images need it."""
     return base64.b64encode(content).decode("ascii")

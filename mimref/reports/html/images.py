@@ -1,4 +1,4 @@
-"""The thumbnails of a page, as text, within what the page may still take."""
+"""Thumbnails of a page in base64, compressed to the space that is left on the page."""
 
 import io
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from PIL import Image
 from mimref.evaluation.exhibits.contents import Thumbnail
 from mimref.reports.html.environment import base64_text
 
-# Longest side and quality of WebP, whose files lack the 600 bytes of tables of a JPEG; tried in this order.
+# Longest side and quality of WebP, tried in this order. WebP saves the 600 bytes of tables in a JPEG.
 SMALLER = ((48, 60), (48, 35), (40, 30), (32, 25), (24, 20), (16, 10))
 
 SAMPLE = 50
@@ -17,22 +17,22 @@ SAMPLE = 50
 
 @dataclass(frozen=True)
 class Pool:
-    """Every image once: galleries and maps refer to it by its number."""
+    """All images of a page, each once; galleries and maps refer to them by number."""
 
     prefix: str
-    """Of the address of each."""
+    """Prefix of every image's address."""
     encoded: list[str]
     note: str = ""
 
 
 def encode(images: Sequence[Thumbnail], most_bytes: int) -> Pool:
-    """The images in base64; compressed further where they would take more than `most_bytes`."""
+    """Encode the images in base64, compressed further if they would take more than `most_bytes`."""
     files = [image.jpeg for image in images]
     if _size(files) <= most_bytes:
         return Pool("data:image/jpeg;base64,", _encoded(files))
     sample = images[:: max(1, len(images) // SAMPLE)]
     for side, quality in SMALLER:
-        # Most of the time goes into sizes that are too large: a few images tell.
+        # Sizes that are too large would take most of the time: estimate them from a few images.
         estimate = _size([_smaller(image.jpeg, side, quality) for image in sample]) * len(images) / len(sample)
         if estimate > 1.1 * most_bytes and (side, quality) != SMALLER[-1]:
             continue
@@ -48,7 +48,7 @@ def _encoded(files: Sequence[bytes]) -> list[str]:
 
 
 def _size(files: Sequence[bytes]) -> int:
-    """With quotes and commas."""
+    """Return the size of the files in base64, with quotes and commas."""
     return sum(4 * -(-len(file) // 3) + 3 for file in files)
 
 

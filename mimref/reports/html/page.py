@@ -1,4 +1,4 @@
-"""One self-contained HTML page of one or several runs: `report.html`."""
+"""`report.html`: one self-contained HTML page about one or several runs."""
 
 import hashlib
 import json
@@ -18,22 +18,22 @@ from mimref.reports.html.runs import Run, settings
 from mimref.reports.html.tables import block_tables, facts, results_table, short
 
 MOST_BYTES = 5_000_000
-"""Size of a page."""
+"""Maximum size of a page."""
 MOST_LISTED = 200
-"""Skipped images that a page lists; results.json has all."""
+"""Maximum number of skipped images that a page lists; results.json has all."""
 MOST_SHOWN = (60, 20, 5)
-"""Confusions and clusters of a model that a page shows: fewer where the page would leave no room for its images."""
+"""Maximum confusions and clusters per model on a page: the first number that leaves room for the page's images."""
 IMAGE_BYTES = 500
-"""So much room of its page suits an image."""
+"""Space on the page that is enough for one image."""
 
 
 def write_report(path: Path, runs: Sequence[Run]) -> None:
-    """Write the page of the runs. Raises OutputError if it cannot be written."""
+    """Write the report of the runs. Raises OutputError if the file cannot be written."""
     write_bytes(path, make_page(runs).encode())
 
 
 def make_page(runs: Sequence[Run]) -> str:
-    """The page, of less than `MOST_BYTES`. Maps and galleries are shown of a single run only."""
+    """Return the page, of less than `MOST_BYTES`. Only pages of a single run show maps and galleries."""
     environment = page_environment()
     environment.filters |= {"short": short, "right": _right}
     template = environment.get_template("page.html")
@@ -41,7 +41,7 @@ def make_page(runs: Sequence[Run]) -> str:
     images = content["exhibits"].images if content["exhibits"] else []
     for most_shown in MOST_SHOWN:
         content["most_shown"] = most_shown
-        # All but the images, which get what is left.
+        # Everything but the images, which get the remaining space.
         page = template.render(**content, data=_data(content["charts"], Pool("", [])), images_note="")
         room = MOST_BYTES - len(page.encode()) - 1000
         if room >= IMAGE_BYTES * len(images):
@@ -51,12 +51,12 @@ def make_page(runs: Sequence[Run]) -> str:
 
 
 def _right(numbers: Sequence[int], images: Sequence[Thumbnail], label: str) -> int:
-    """How many of the images have the label."""
+    """Return how many of the images have the label."""
     return sum(images[number].label == label for number in numbers)
 
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:
-    """What the template shows."""
+    """Return the variables of the template."""
     single = runs[0] if len(runs) == 1 else None
     exhibits = single.exhibits if single else None
     logs, blocks = log_charts(runs), block_charts(runs)
@@ -88,7 +88,7 @@ def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
 
 
 def _data(charts: dict[str, Chart], pool: Pool) -> Markup:
-    """Charts and images for the page's script, as JSON that neither ends the script element nor starts another."""
+    """Return charts and images for the page's script, as JSON that cannot end its script element or start another."""
     data = {
         "charts": {name: chart.spec for name, chart in charts.items()},
         "prefix": pool.prefix,
@@ -102,7 +102,7 @@ def _data(charts: dict[str, Chart], pool: Pool) -> Markup:
 
 @lru_cache(maxsize=1)
 def library() -> Markup:
-    """Vega, Vega-Lite and Vega-Embed, as one script."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script."""
     import altair
     import vl_convert
 
@@ -112,15 +112,15 @@ def library() -> Markup:
 
 
 def _text(name: str) -> Markup:
-    """A file of our own beside the template."""
+    """Return a file from the templates' folder, unescaped."""
     return Markup((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=1)
 def _policy() -> str:
-    """What the page may do: run its own two scripts and show images that it holds; fetch nothing.
+    """Return the content security policy: run the page's own two scripts, show embedded images, fetch nothing.
 
-    Vega compiles its expressions, hence `unsafe-eval`; it and browsers set styles of elements.
+    Vega compiles its expressions, hence `unsafe-eval`; Vega and browsers set styles of elements.
     """
     hashes = [
         f"'sha256-{base64_text(hashlib.sha256(script.encode()).digest())}'" for script in (library(), _text("page.js"))

@@ -1,4 +1,4 @@
-"""Reading what a run has left in its folder, as a report shows it."""
+"""The contents of a run's folder, read for a report."""
 
 import json
 import math
@@ -36,13 +36,13 @@ _MODELS: Mapping[str, type[CommandConfig]] = {
     )
 }
 COMMANDS = (*_MODELS, "robustness")
-"""Whose runs have a report."""
+"""Commands whose runs have a report."""
 WITH_IMAGES = ("refine", "pretrain", "compare", "analyze-blocks", "cluster")
 """Commands that write exhibits.json."""
-# From the stage in a line of the log to the command: nothing else says which one an unfinished run is of.
+# Command of each stage in the log: nothing else identifies the command of an unfinished run.
 _COMMAND_OF_STAGE = {"heads": "refine", "encoder": "refine", "pretrain": "pretrain", "finetune": "finetune"}
 MOST_CHARACTERS = 1000
-"""Of a setting's value; suites are long lists."""
+"""Maximum length of a setting's value; suites are long lists."""
 
 LogLine = dict[str, Any]
 """One line of metrics.jsonl: `step`, `epoch`, `stage`, and numbers or lists with one number per head."""
@@ -50,7 +50,7 @@ LogLine = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder."""
+    """A finished or unfinished run, as read from its folder."""
 
     folder: Path
     command: str
@@ -60,19 +60,19 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     log: list[LogLine] = field(default_factory=list)
     bad_images: list[tuple[str, str]] = field(default_factory=list)
-    """Path and reason."""
+    """Path and reason of every skipped image."""
     elapsed_s: float | None = None
     version: str = ""
     versions: Mapping[str, str | None] = field(default_factory=dict)
     derived: list[Derived] = field(default_factory=list)
-    """Settings that a recipe has derived or adapted."""
+    """Settings that a recipe derived or adapted."""
     exhibits: Exhibits | None = None
     notes: list[str] = field(default_factory=list)
-    """What is missing in the folder."""
+    """Notes on what the folder lacks."""
 
     @property
     def name(self) -> str:
-        """The folder's."""
+        """Name of the folder."""
         return self.folder.resolve().name or str(self.folder)
 
 
@@ -84,7 +84,7 @@ class _BadImage:
 
 @checked(frozen=True)
 class _Results:
-    """results.json."""
+    """Contents of results.json."""
 
     command: str
     config: dict[str, Any]
@@ -100,9 +100,9 @@ _RESULTS = TypeAdapter(_Results)
 
 
 def read_run(folder: Path) -> Run:
-    """A finished run, or an unfinished one's settings and log so far.
+    """Read a finished run, or the settings and the log so far of an unfinished one.
 
-    Raises OutputError, which names the file, for a folder without a run, a damaged file, or results without a report.
+    Raises OutputError, which names the file, for a folder without a run, a damaged file, or a command without a report.
     """
     if not folder.is_dir():
         raise OutputError(f"{folder}: no such folder; pass the output folder of a run")
@@ -114,7 +114,7 @@ def read_run(folder: Path) -> Run:
 
 
 def newest_run(below: Path) -> Path:
-    """The folder in `below` with the newest results that have a report. Raises OutputError if there is none."""
+    """Return the folder in `below` with the newest results that have a report. Raises OutputError if there is none."""
     files = sorted(below.glob(f"*/{RESULTS}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
     found = next(filter(_may_have_report, files), None)
     if found is None:
@@ -126,13 +126,13 @@ def _may_have_report(file: Path) -> bool:
     try:
         return bool(json.loads(file.read_bytes())["command"] in COMMANDS)
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
-        return True  # damaged: `read_run` says how
+        return True  # damaged: `read_run` reports how
 
 
 def _finished(folder: Path) -> Run:
     file = folder / RESULTS
     try:
-        # pydantic's own parser refuses halves of surrogate pairs, which paths may hold.
+        # pydantic's own parser rejects halves of surrogate pairs, which paths may contain.
         found = _RESULTS.validate_python(json.loads(file.read_bytes()))
         if any("metric" not in row or isinstance(row.get("value", ""), str) for row in found.metrics):
             raise ValueError("a row of metrics without a metric or a value")
@@ -144,7 +144,7 @@ def _finished(folder: Path) -> Run:
     notes = (
         []
         if exhibits or found.command not in WITH_IMAGES
-        else ["The folder holds no images (exhibits.json): neither map nor galleries are shown."]
+        else ["The folder holds no images (exhibits.json): maps and galleries are not shown."]
     )
     log = _read_log(folder / LOG, finished=True)[0] if (folder / LOG).is_file() else []
     rows = [{key: math.nan if value is None else value for key, value in row.items()} for row in found.metrics]
@@ -164,16 +164,16 @@ def _unfinished(folder: Path) -> Run:
     stages = [str(line.get("stage", "")) for line in log]
     command = next((_COMMAND_OF_STAGE[stage] for stage in stages if stage in _COMMAND_OF_STAGE), None)
     if command is None:
-        raise OutputError(f"{folder / LOG}: no line of a training so far; wait for one, or pass another run's folder")
+        raise OutputError(f"{folder / LOG}: holds no training log so far; wait for one, or pass another run's folder")
     config = read_preset(folder / SETTINGS, command) if (folder / SETTINGS).is_file() else {}
     notes = ["The run is not finished: these are its measurements so far."]
     if cut:
-        notes.append(f"The last line of {LOG} is incomplete and left out.")
+        notes.append(f"The last line of {LOG} is incomplete, and left out.")
     return Run(folder, command, False, config, log=log, notes=notes)
 
 
 def _read_log(file: Path, *, finished: bool) -> tuple[list[LogLine], bool]:
-    """The lines, and whether one is left out: the last one of a run that may be writing it."""
+    """Return the lines, and whether an incomplete last line, which the run may be writing, is left out."""
     lines: list[LogLine] = []
     try:
         content = file.read_bytes()
@@ -209,12 +209,12 @@ class Setting:
 
 
 def settings(run: Run) -> list[Setting]:
-    """Every setting of a run by its dotted key, with the default; a required one has none and counts as changed."""
+    """Return every setting by its dotted key, with its default; required settings have none and count as changed."""
     defaults: dict[str, Any] = {}
     for key, known in setting_fields(_model(run.command)).items():
         if not known.is_required():
             value = known.get_default(call_default_factory=True)
-            # A section's default may differ from those of its own fields, which come after it.
+            # A section's default may differ from the defaults of its own fields, which come later.
             defaults = _flat({key: value.model_dump(mode="json") if isinstance(value, Section) else value}) | defaults
     found = []
     for key, value in _flat(run.config).items():
@@ -246,7 +246,7 @@ def _shown(value: object) -> str:
 
 
 def setting(run: Run, key: str) -> Any:
-    """The value of a dotted key; None if the run has none."""
+    """Return the value of a dotted key; None if the run does not have it."""
     value: Any = run.config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -254,6 +254,6 @@ def setting(run: Run, key: str) -> Any:
 
 
 def checkpoints(run: Run) -> Sequence[str]:
-    """The weights that a run read."""
+    """Return the weights that a run read."""
     named = (setting(run, key) for key in ("encoder.weights", "base", "refined", "checkpoint", "checkpoints"))
     return [str(each) for value in named if value for each in (value if isinstance(value, list) else [value])]

@@ -1,4 +1,4 @@
-"""Tables of a report: results of one or several runs side by side, and what was run."""
+"""Tables of a report: results of one or several runs side by side, and facts about the runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,22 +22,22 @@ class Group:
     name: str
     models: list[str]
     base: str
-    """The model that the others are compared with."""
+    """The model with which the others are compared."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Results: a line per metric, a group of columns per run, a column per model."""
+    """Table of results: a line per metric, a group of columns per run, a column per model."""
 
     groups: list[Group]
     lines: list[tuple[str, str, list[Cell]]]
-    """The metric, over what its spread is taken, and a cell per column."""
+    """The metric, what its spread is taken over, and a cell per column."""
     left_out: int
-    """Rows that detail others: one draw, one class, one severity."""
+    """Number of rows left out because they detail others: one draw, one class, one severity."""
 
 
 def results_table(runs: Sequence[Run]) -> Table | None:
-    """Every metric of every model of the runs, but those of single blocks; None if there is none."""
+    """Return the table of all metrics and models, except metrics of single blocks; None without any."""
     rows_of = [_rows(run, name) for run, name in zip(runs, run_names(runs), strict=True)]
     everything = [row for rows in rows_of for row in rows]
     main = main_rows(everything)
@@ -47,7 +47,7 @@ def results_table(runs: Sequence[Run]) -> Table | None:
     for name, rows in zip(run_names(runs), rows_of, strict=True):
         models = list(dict.fromkeys(str(row["model"]) for row in main_rows(rows)))
         groups.append(Group(name, models, "base" if "base" in models else models[0] if models else ""))
-    # Labels name the settings in which any two rows differ, of whatever run.
+    # Labels name the settings in which any two rows differ, also rows of different runs.
     by_label: dict[str, dict[tuple[int, str], Row]] = {}
     for number, rows in enumerate(rows_of):
         for row in main_rows(rows):
@@ -66,7 +66,7 @@ def results_table(runs: Sequence[Run]) -> Table | None:
 
 
 def _rows(run: Run, name: str) -> list[Row]:
-    """The run's rows but those of single blocks, each with a model."""
+    """Return the run's rows, except those of single blocks, each with a model."""
     rows = suite_lines(run.rows) if run.command == "transfer" else run.rows
     return [{"model": name, **row} for row in rows if not str(row["metric"]).startswith("block_")]
 
@@ -85,7 +85,7 @@ def _spread(rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class BlockTable:
-    """The numbers behind the curves over blocks, of one model: a line per block, a column per metric."""
+    """The numbers behind one model's curves over the blocks: a line per block, a column per metric."""
 
     title: str
     metrics: list[str]
@@ -93,7 +93,7 @@ class BlockTable:
 
 
 def block_tables(runs: Sequence[Run]) -> list[BlockTable]:
-    """One table per model."""
+    """Return one table per model."""
     tables = []
     for title, rows in rows_by_block(runs).items():
         metrics = list(dict.fromkeys(str(row["metric"]) for row in rows))
@@ -106,11 +106,11 @@ def block_tables(runs: Sequence[Run]) -> list[BlockTable]:
     return tables
 
 
-# --- what was run
+# --- facts about a run
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """What was run, as pairs of a word and its value."""
+    """Return facts about a run, as pairs of name and value."""
     data = setting(run, "data.spec")
     limit = setting(run, "data.train_limit")
     weights = checkpoints(run)
@@ -134,18 +134,18 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _repeat(run: Run) -> str:
-    """The line that runs a training again, for which its folder holds the settings."""
+    """Return the command line that repeats a training run, if its folder holds the settings; else an empty string."""
     file = run.folder / SETTINGS
     return f"mimref {run.command} --preset {file} --out DIR" if file.is_file() else ""
 
 
 def _encoder_facts(run: Run) -> dict[str, str]:
-    """Architecture, source and licence, as the weights say that the run wrote, or else the first that it read."""
+    """Return architecture, source and licence from the weights that the run wrote, or else from the first it read."""
     from mimref.encoders.inspection import inspect_file
 
     own = sorted(run.folder.glob("encoder.safetensors")) or sorted(run.folder.glob("split[0-9]*.safetensors"))
     for file in (*map(str, own), *checkpoints(run)):
-        if file not in PACKAGED and not Path(file).exists():  # a published name, or weights that are gone
+        if file not in PACKAGED and not Path(file).exists():  # a published name, or weights that no longer exist
             continue
         try:
             found = inspect_file(file)
@@ -162,5 +162,5 @@ def _encoder_facts(run: Run) -> dict[str, str]:
 
 
 def short(text: object, length: int = NAME_LENGTH) -> str:
-    """A name for cells and captions; templates call it."""
+    """Shorten a name for cells and captions; a filter of the templates."""
     return short_name(str(text), length)

@@ -1,1 +1,1 @@
-"""Fine-tuning on labels, and classification by what was fine-tuned."""
+"""Fine-tuning on labels, and classification with the fine-tuned encoder."""

@@ -1,8 +1,8 @@
-"""What fine-tuning does to training images beside cropping and flipping: timm's RandAugment in the loader's processes,
+"""Augmentation in fine-tuning, in addition to cropping and flipping: timm's RandAugment in the loader's processes, and
 timm's random erasing, mixup and CutMix on the device.
 
-timm draws from global generators. Here every image's draws depend on (seed, epoch, sample), those of a batch on its
-step, so that results do not depend on processes and a resumed run repeats them.
+timm draws from global generators. Here the draws for an image depend on (seed, epoch, sample), and those for a batch on
+its step, so that results do not depend on the number of processes and a resumed run repeats them.
 
 Shapes: B images of S x S pixels.
 """
@@ -27,7 +27,7 @@ from mimref.devices import send
 from mimref.draws import Operation, global_generators, seeded, seeds
 from mimref.transfer.finetune.config import AugmentConfig
 
-# timm does not annotate them.
+# timm has no annotations for these.
 _POSTERIZE: Any = posterize
 _RANDOM_ERASING: Any = RandomErasing
 _CUTMIX_BOX: Any = cutmix_bbox_and_lam
@@ -35,13 +35,13 @@ _CUTMIX_BOX: Any = cutmix_bbox_and_lam
 
 @dataclass(frozen=True)
 class RandAugment:
-    """timm's RandAugment, on crops."""
+    """timm's RandAugment, applied to crops."""
 
     text: str
-    """timm's name of it, such as `rand-m9-mstd0.5-inc1`."""
+    """timm's configuration string, such as `rand-m9-mstd0.5-inc1`."""
     seed: int
     mean: PerChannel
-    """Fills what an operation moves in, where pixels are 0..1."""
+    """Fill colour, from 0 to 1, of pixels that shears, shifts and rotations uncover."""
 
     @cached_property
     def _change(self) -> Any:
@@ -53,7 +53,7 @@ class RandAugment:
         return found
 
     def __call__(self, crop: Tensor, epoch: int, sample: int) -> Tensor:
-        """A crop (3, S, S) uint8 of this sample in this epoch, changed."""
+        """Return the augmented copy of a uint8 (3, S, S) crop of this sample in this epoch."""
         image = Image.fromarray(crop.permute(1, 2, 0).numpy())
         with seeded(self.seed, epoch, Operation.RAND_AUGMENT, sample):
             changed = self._change(image)
@@ -61,28 +61,28 @@ class RandAugment:
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's operation for any number of bits: at the largest magnitude it keeps none, which newer Pillow refuses."""
+    """Posterize like timm, also to 0 bits: the largest magnitude keeps no bits, which newer Pillow rejects."""
     kept: Image.Image = _POSTERIZE(image, bits, **options) if bits else Image.new(image.mode, image.size)
     return kept
 
 
 class Erasing:
-    """timm's random erasing of one rectangle per image by noise, after normalisation."""
+    """timm's random erasing: fills one rectangle per image with noise, after normalisation."""
 
     def __init__(self, probability: float, seed: int, device: torch.device) -> None:
         self.seed = seed
         self.erase: Any = _RANDOM_ERASING(probability, mode="pixel", max_count=1, device=str(device))
 
     def __call__(self, images: Tensor, epoch: int, sample_B: Tensor) -> None:
-        """Erase in place."""
+        """Erase rectangles in place."""
         if not self.erase.probability:
             return
         for image, number in zip(images, seeds(self.seed, epoch, Operation.ERASE, sample_B), strict=True):
-            # timm's first draw says whether it erases. To seed the generators of an image that stays would take longer.
+            # timm's first draw decides whether it erases; seeding its generators for every image would take longer.
             if random.Random(number).random() > self.erase.probability:
                 continue
             with global_generators(number):
-                torch.manual_seed(number)  # of the noise
+                torch.manual_seed(number)  # for the noise
                 self.erase(image)
 
 
@@ -92,12 +92,12 @@ class Mixed:
 
     images: Tensor
     share: float
-    """Of an image's own label; the rest is its partner's."""
+    """Weight of an image's own label; the rest is the weight of its partner's."""
     partner_B: Tensor
-    """Place of each image's partner in the batch, on the device."""
+    """Row of each image's partner in the batch, on the device."""
 
     def loss(self, logits_BC: Tensor, label_B: Tensor, partner_label_B: Tensor, smoothing: float) -> Tensor:
-        """Sum over some images of the cross-entropy with mixed and smoothed labels, computed in at least fp32."""
+        """Return the cross-entropy with mixed and smoothed labels, summed over some images, in at least fp32."""
         logits_BC = logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))
         own = F.cross_entropy(logits_BC, label_B, label_smoothing=smoothing, reduction="sum")
         if self.share == 1:
@@ -107,19 +107,19 @@ class Mixed:
 
 
 def partners(places: Sequence[int]) -> Tensor:
-    """Rows of the images at places 1, 0, 3, 2, 5, ... of a batch; an image without partner has its own row.
+    """Return the rows of the images at places 1, 0, 3, 2, 5, ... of a batch; an image without a partner gets its own.
 
-    Neighbours in the batch, whose order is random, are partners, so that it can be divided among processes. timm
-    reverses the batch, which is the same to chance.
+    Partners are neighbours in the batch, so that it can be divided among processes. timm pairs the batch with its
+    reverse; as the order of the batch is random, both have the same distribution.
     """
     row_of = {place: row for row, place in enumerate(places)}
     return torch.tensor([row_of.get(place ^ 1, row) for row, place in enumerate(places)], dtype=torch.int64)
 
 
 def mix(images: Tensor, places: Sequence[int], config: AugmentConfig, seed: int, epoch: int, step: int) -> Mixed:
-    """Mix the images (B, 3, S, S) of a batch with their partners, by mixup or CutMix, with one share for the batch.
+    """Mix the images (B, 3, S, S) of a batch with their partners by mixup or CutMix, with one share for all.
 
-    places: of the images in the batch. An image whose partner could not be read stays as it is.
+    places: places of the images in the batch. An image whose partner could not be read stays as it is.
     """
     partner_B = send(partners(places), images.device)
     if not config.mixup and not config.cutmix:

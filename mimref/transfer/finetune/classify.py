@@ -1,4 +1,4 @@
-"""Classification of a data set's images by a fine-tuned encoder.
+"""Classification of the images of a data set with a fine-tuned encoder.
 
 Shapes: B images, C classes.
 """
@@ -22,26 +22,26 @@ from mimref.progress import Progress
 
 
 class LogitBatch(NamedTuple):
-    """Logits of consecutive images of a data set."""
+    """Logits of consecutive images in a data set."""
 
     end: int
     """Position in the data set after the last image of the batch."""
     indices: list[int]
-    """Positions of the images that could be read."""
+    """Positions in the data set of the images that could be read."""
     logits_BC: Tensor
-    """In float32 on the CPU."""
+    """Their logits, float32 on the CPU."""
     bad: list[tuple[str, str]]
-    """Path and reason of the others."""
+    """Path and reason of every image that could not be read."""
 
 
 @torch.inference_mode()
 def classify(
     classifier: Classifier, source: ImageSource, settings: PassSettings, start: int = 0, every: int = 1
 ) -> Iterator[LogitBatch]:
-    """Logits of every image from position `start` on, from one pass of the encoder in evaluation mode.
+    """Yield the logits of all images from position `start` on, from one pass of the encoder in evaluation mode.
 
-    every: classify only the first of so many batches; other processes classify the rest. Raises DataError for too many
-    unreadable images.
+    every: classify every n-th batch only; other processes classify the others. Raises DataError if too many images are
+    unreadable.
     """
     column = Column(classifier.encoder.depth, classifier.pool, classifier.final_norm)
     for batch in encode_columns(classifier.encoder, source, settings, [column], start, every):
@@ -54,12 +54,12 @@ def classify(
 
 @dataclass(frozen=True)
 class Scores:
-    """How well images were classified."""
+    """Accuracy of a classification."""
 
     top1: float
-    """Percent."""
+    """Top-1 accuracy in percent."""
     top5: float | None
-    """Percent; None for up to five classes."""
+    """Top-5 accuracy in percent; None for up to five classes."""
     images: int
     bad: list[tuple[str, str]] = field(default_factory=list)
     """Path and reason of every image left out."""
@@ -73,10 +73,10 @@ def accuracy(
     progress: Progress | None = None,
     among: Indices | None = None,
 ) -> Scores:
-    """Accuracy on labelled images; the ranks share them, and all get the result.
+    """Return the accuracy on labelled images. The ranks share the images, and all of them get the result.
 
-    labels: (N,) numbers of classes. among: the only classes that compete, by whose positions the labels then are.
-    Raises DataError if none of the images can be read.
+    labels: (N,) class numbers. among: the only classes that compete; the labels are then positions in `among`. Raises
+    DataError if none of the images can be read.
     """
     ranks, hits, images, bad = world_size(), np.zeros(2, dtype=np.int64), 0, list[tuple[str, str]]()
     competing = classifier.num_classes if among is None else len(among)

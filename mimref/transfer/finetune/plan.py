@@ -1,4 +1,4 @@
-"""What a fine-tuning starts from: encoder, images, labels and the choices of training images, all checked."""
+"""The checked inputs of a fine-tuning run: encoder, images, labels and the chosen training images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,38 +33,38 @@ from mimref.transfer.finetune.recipe import Labelled, fit, fit_choice
 
 @dataclass(frozen=True)
 class Plan:
-    """A fine-tuning that can start."""
+    """A fine-tuning run, checked and ready to start."""
 
     config: FinetuneConfig
-    """With the encoder as it is and the images that are used."""
+    """With resolved encoder settings, and the images that the run uses."""
     checkpoint: Checkpoint
     architecture: Architecture
-    """At the resolution of the images, with trained positions if they are."""
+    """At the resolution of the images; its position embedding is fixed only if the run does not train it."""
     transform: EvalTransform
     train: ImageSource
     val: ImageSource
     labels: Indices
-    """(N,) of the training images, 0..C-1."""
+    """(N,) labels of the training images, 0..C-1."""
     val_labels: Indices
     classes: list[str]
-    """Names, in the order of the labels."""
+    """Class names, in the order of the labels."""
     splits: list[Indices | None]
-    """Training images of every training; None for all of them."""
+    """Training images of each split; None for all of them."""
     derived: list[Derived] = field(default_factory=list)
-    """Settings that were derived from encoder and images, or adapted from a preset."""
+    """Settings derived from encoder and images, or adapted from a preset."""
 
     def images(self, split: int) -> ImageSource:
-        """The training images of a split."""
+        """Return the training images of a split."""
         rows = self.splits[split]
         return self.train if rows is None else Subset(self.train, rows)
 
     def labels_of(self, split: int) -> Indices:
-        """Their labels."""
+        """Return the labels of a split's training images."""
         rows = self.splits[split]
         return self.labels if rows is None else self.labels[rows]
 
     def encoder(self, device: torch.device, *, share: bool = False) -> Encoder:
-        """The encoder with the weights to start from. share: do not copy them if they are on the device."""
+        """Return the encoder with its initial weights. share: do not copy weights that are already on the device."""
         with torch.device("meta"):
             encoder = build_encoder(self.architecture)
         load_weights(encoder, self.checkpoint, share=share)
@@ -72,7 +72,7 @@ class Plan:
 
 
 def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Plan:
-    """Open and check all that the settings name. Raises UserError subclasses, one for all mistakes."""
+    """Open and check everything that the settings name. Raises UserError subclasses, one error for all mistakes."""
     check_device(config, checks)
     config, derived = without_limit(config, listener.progress)
     opened = open_training(config, listener.progress, checks, need_labels=True, splits=["train", "val"])
@@ -110,21 +110,22 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
     encoder = resolved_settings(config.encoder, checkpoint, architecture)
     classes, labels, val_labels = numbered
     names = list(map(str, name_classes(classes, train.class_names)))
-    # What a run was started with fits its images: config.toml repeats it, and is never adapted.
+    # The resolved settings fit the images: a run from the written config.toml repeats them, and never adapts them.
     config = config.model_copy(update={"encoder": encoder, "strict": True})
     transform = eval_transform(architecture, config.data, checkpoint.header, resolution=config.resolution)
     return Plan(config, checkpoint, architecture, transform, train, val, labels, val_labels, names, splits, derived)
 
 
 def _check_fitted(config: FinetuneConfig, counts: Sequence[int], checks: Checks, *, known: bool) -> None:
-    """Check the numbers of images and epochs; counts: images of every training.
+    """Check the numbers of images and epochs.
 
-    known: whether a preset or the recipe has set what the user did not. Defaults are nobody's mistakes.
+    counts: number of training images of each split. known: whether a preset or the recipe has set what the user did
+    not. Defaults that do not fit are not reported as mistakes.
     """
     for count in set(counts) if known or is_set(config, "batch_size") else ():
         checks.run("batch_size", partial(check_batch_size, config.batch_size, count))
     if known and config.augment.rand_augment and config.data.channels is not None:
-        wrong = f"needs colour in 8 bits, and data.channels is {config.data.channels}; set augment.rand_augment=none"
+        wrong = f"needs 8-bit colour, but data.channels is {config.data.channels}; set augment.rand_augment=none"
         checks.add("augment.rand_augment", ConfigError(f"augment.rand_augment {wrong}"))
     if known:
         schedule = config.finetune
@@ -147,7 +148,7 @@ def _fitted(
 
 
 def _numbered(train: ImageSource, val: ImageSource) -> tuple[Indices, Indices, Indices]:
-    """What `number_labels` returns; all classes of a data set that lacks training images of some, as published."""
+    """Number classes like `number_labels`, or all if the data set is published without training images of some."""
     assert train.labels is not None and val.labels is not None
     if train.lacks_classes and train.class_names is not None:
         return np.arange(len(train.class_names)), train.labels, val.labels
@@ -155,14 +156,14 @@ def _numbered(train: ImageSource, val: ImageSource) -> tuple[Indices, Indices, I
 
 
 def plain_only(architecture: EncoderArchitecture) -> Architecture:
-    """The architecture itself. Raises ConfigError unless it is a plain vision transformer's."""
+    """Return the architecture unchanged. Raises ConfigError unless it is a plain vision transformer."""
     if not isinstance(architecture, Architecture):
         raise ConfigError(f"fine-tuning needs a plain vision transformer, which {architecture.name} is not")
     return architecture
 
 
 def _adapted(architecture: Architecture, config: FinetuneConfig) -> Architecture:
-    """The architecture at the resolution of the settings. Raises ConfigError for what does not fit it."""
+    """Return the architecture at the resolution of the settings. Raises ConfigError for settings that do not fit it."""
     frozen, depth = config.finetune.freeze_blocks, architecture.depth
     if frozen > depth:
         raise ConfigError(f"finetune.freeze_blocks {frozen}: the encoder has only {depth} blocks")
@@ -173,7 +174,7 @@ def _adapted(architecture: Architecture, config: FinetuneConfig) -> Architecture
 
 
 def _splits(config: FinetuneConfig, train: ImageSource) -> list[Indices | None]:
-    """The training images of every training. Raises DataError for shots and files that do not fit the images."""
+    """Return the training images of each split. Raises UserError subclasses for shots or files that do not fit."""
     labels = train.labels
     assert labels is not None
     if config.split_files:

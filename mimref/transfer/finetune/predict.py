@@ -23,10 +23,10 @@ from mimref.transfer.finetune.config import PredictConfig
 def predict(
     config: PredictConfig, *, out: Path, listener: Listener | None = None, checks: Checks | None = None
 ) -> int | None:
-    """Write a row for every readable image into `out`: its path, its most probable class, and that probability.
+    """Write one row per readable image to `out`: its path, its most probable class and the probability of that class.
 
-    Returns the number of images; in a process group rank 0 does the work, and the others return None. Raises
-    UserError subclasses for a file without a classifier and images that cannot be opened, one error for all mistakes.
+    Returns the number of rows; in a process group rank 0 does the work, and the other ranks return None. Raises
+    UserError subclasses for a file without a classifier or images that cannot be opened, one error for all mistakes.
     """
     listener, checks = listener or Silent(), checks or Checks()
     check_device(config, checks)
@@ -68,6 +68,6 @@ def predict(
     if not count:
         raise none_readable(source.name, bad)
     if bad:
-        listener.warn(f"images left out of the table, {len(bad)}: {first_bad(bad)}")
+        listener.warn(f"unreadable images left out of the table ({len(bad)}): {first_bad(bad)}")
     write_bytes(out, table.getvalue().encode())
     return count

@@ -1,7 +1,7 @@
-"""Settings of a fine-tuning that fit its labelled images and the encoder: the rules, see docs/recipes.md.
+"""Rules that derive fine-tuning settings from the labelled images and the encoder, see docs/recipes.md.
 
-They pass through what is published for ImageNet (all of it, 10% and 1%), iNaturalist's few shots and VTAB-1K, see
-`presets/finetune`, and lie close to the measured presets of two small encoders.
+They reproduce the published settings for ImageNet (all of it, 10% and 1%), few-shot iNaturalist and VTAB-1K, see
+`presets/finetune`, and come close to the measured presets of two small encoders.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from mimref.transfer.finetune.config import FinetuneConfig
 Rules = Recipe[FinetuneConfig]
 
 MANY, SOME = 250_000, 100_000
-"""Images from which on the settings are those of all of ImageNet, and of 10% of it."""
+"""From these numbers of images on, settings are as for all of ImageNet, and as for 10% of it."""
 CPU_IMAGES = 100_000
-"""Seen in a run on a CPU."""
+"""Upper limit of the images seen in a run on a CPU, except that a run has at least 5 epochs."""
 LEAST_UPDATES = 200
 _PAPER_WIDTH = 768
 _ENOUGH_PIXELS = 96
@@ -25,16 +25,16 @@ _ENOUGH_PIXELS = 96
 
 @dataclass(frozen=True)
 class Labelled:
-    """How many images there are."""
+    """Numbers of images and classes."""
 
     images: int
-    """Of one training: all, or the chosen few."""
+    """Images of one training: all of them, or those chosen."""
     classes: int
     validation: int
 
     @property
     def is_subset(self) -> bool:
-        """Whether images and images per class are as many as in 1% to 10% of ImageNet."""
+        """Whether the numbers of images and of images per class are like those of 1% to 10% of ImageNet."""
         return 10_000 <= self.images < MANY and 10 < self.images / self.classes <= 200
 
 
@@ -47,10 +47,10 @@ def fit(
     *,
     crop_known: bool = False,
 ) -> tuple[FinetuneConfig, list[Derived]]:
-    """Derive what nothing has set, or adapt a preset; returns the settings and what was derived, in order.
+    """Derive all settings that are not set, or adapt a preset; return the settings and what was derived, in order.
 
-    architecture: at the resolution of the images. crop_known: whether the weights record the crop of evaluations.
-    Raises ConfigError for values of the user that do not fit the derived ones.
+    architecture: at the resolution of the images. crop_known: whether the weights record the evaluation crop. Raises
+    ConfigError if values that the user set do not fit the derived ones.
     """
     recipe: Rules = Recipe(config)
     _choose_batch(recipe, labelled, architecture, machine)
@@ -66,9 +66,9 @@ def fit(
 
 
 def fit_choice(config: FinetuneConfig, depth: int, least: int) -> tuple[FinetuneConfig, list[Derived]]:
-    """Adapt what a preset says about blocks and about the choice of images.
+    """Adapt a preset's frozen blocks and its choice of images.
 
-    depth: blocks of the encoder. least: images of the smallest class.
+    depth: number of blocks of the encoder. least: number of images of the smallest class.
     """
     recipe: Rules = Recipe(config)
     if config.finetune.freeze_blocks > depth:
@@ -82,17 +82,17 @@ def fit_choice(config: FinetuneConfig, depth: int, least: int) -> tuple[Finetune
 
 
 def batch_size(labelled: Labelled, cuda: bool) -> int:
-    """1024 for all of ImageNet, 512 for 1% and 10%, else at most 256, on a CPU 128; at least 15 updates an epoch."""
+    """Batch size: at most 1024 for ImageNet, 512 for 1% or 10% of it, else 256 (CPU: 128); 15+ updates an epoch."""
     most = 1024 if labelled.images >= MANY else 512 if labelled.is_subset else 256
     chosen = min(most if cuda else 128, power_of_two(labelled.images / 15))
     return min(labelled.images, max(4, chosen))
 
 
 def base_rate(labelled: Labelled, batch: int, width: int) -> float:
-    """MAE's for many images, the release's 3e-5 for 1% and 10% of ImageNet, iNat18's and VTAB-1K's for others.
+    """Base learning rate: MAE's for many images, the release's 3e-5 for 1% and 10% of ImageNet, a fit for all others.
 
-    These two lie on one line: 1e-3 for batches of 256, whose product with the batch follows the root of smaller ones.
-    Encoders narrower than ViT-B take higher rates, by the exponent that leads to those of the small presets.
+    The fit meets iNat18 and VTAB-1K: 1e-3 for batches of 256; for smaller ones, rate x batch is proportional to the
+    square root of the batch. Encoders narrower than ViT-B get higher rates; the exponent matches the small presets.
     """
     narrow = (_PAPER_WIDTH / min(width, _PAPER_WIDTH)) ** 0.4
     if labelled.images >= MANY:
@@ -103,7 +103,7 @@ def base_rate(labelled: Labelled, batch: int, width: int) -> float:
 
 
 def epochs(labelled: Labelled, batch: int, width: int, cuda: bool) -> int:
-    """50, or 100 for ViT-B on all of ImageNet; on a CPU fewer of many images; of few as many as 200 updates need."""
+    """Epochs: 50, or 100 for ViT-B on all of ImageNet; fewer for many images on a CPU, more to reach 200 updates."""
     found = 100 if labelled.images >= MANY and width <= _PAPER_WIDTH else 50
     if not cuda:
         found = min(found, max(5, round(CPU_IMAGES / labelled.images)))
@@ -111,23 +111,23 @@ def epochs(labelled: Labelled, batch: int, width: int, cuda: bool) -> int:
 
 
 def drop_path(images: int, width: int) -> float:
-    """MAE's for ViT-B, -L and -H with many images, else none."""
+    """Stochastic depth rate: MAE's for ViT-B, ViT-L and ViT-H with many images, else 0."""
     if images < MANY:
         return 0.0
     return 0.1 if width <= _PAPER_WIDTH else 0.2 if width <= 1024 else 0.3
 
 
 def least_crop(size: int, side: int) -> float:
-    """Least area of a crop: 0.08 of photographs of 375 pixels for an encoder of 224, 0.6 of images of its own size."""
+    """Smallest area share of a crop: 0.08 for photographs of 375 pixels and encoders of 224, 0.6 for equal sizes."""
     return min(0.6, max(0.08, float(f"{0.6 * (size / side) ** 4:.1g}")))
 
 
 def validate_every(labelled: Labelled, epochs: int) -> int:
-    """Epochs between validations that take a tenth of the time, for at least five of them in the run."""
+    """Epochs between validations, so that they take about a tenth of the time; at least five validations per run."""
     return max(1, min(epochs // 5, -(-10 * labelled.validation // (3 * labelled.images))))
 
 
-# --- which settings they give
+# --- the settings that the rules derive
 
 
 def _choose_batch(recipe: Rules, labelled: Labelled, architecture: Architecture, machine: Machine) -> None:
@@ -153,7 +153,7 @@ def _choose_rate(recipe: Rules, labelled: Labelled, width: int) -> None:
     elif labelled.is_subset and width > _PAPER_WIDTH:
         rule = "the release's for 1% and 10% of ImageNet"
     else:
-        rule = f"iNat18's and VTAB-1K's few labels, for batches of {batch} and a width of {width}"
+        rule = f"as for iNat18's and VTAB-1K's few labels, at batches of {batch} and a width of {width}"
     recipe.derive(setting, base_rate(labelled, batch, width), rule)
     if (before := recipe.before("batch_size")) is not None:
         rate = two_digits(recipe.config.finetune.lr * (before / batch) ** 0.5)
@@ -184,12 +184,12 @@ def _derive_schedule(recipe: Rules, labelled: Labelled, width: int, machine: Mac
 
 def _derive_augmentation(recipe: Rules, labelled: Labelled, seen: Appearance, size: int) -> None:
     images, side = labelled.images, seen.side or size
-    rule = f"images of {side} pixels for an encoder of {size}; 0.08 of photographs, as published"
+    rule = f"images of {side} pixels for an encoder of {size}; 0.08 for photographs, as published"
     recipe.derive("augment.crop_scale", (least_crop(size, side), 1.0), rule)
     if is_character(recipe.config.data):
         recipe.derive("augment.flip", 0.0, "a mirrored character is another one")
     if (channels := recipe.config.data.channels) is not None:
-        rule = f"its operations are for colour in 8 bits; data.channels is {channels}"
+        rule = f"its operations need 8-bit colour, but data.channels is {channels}"
         recipe.derive("augment.rand_augment", None, rule)
         recipe.adapt("augment.rand_augment", None, rule)
     elif seen.gray or min(size, side) < _ENOUGH_PIXELS:

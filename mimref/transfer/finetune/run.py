@@ -1,4 +1,4 @@
-"""Fine-tune an encoder on labels: on all training images, or once for each choice of a few."""
+"""Fine-tuning of an encoder on labels: on all training images, or once per split of a few."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,11 @@ from mimref.transfer.finetune.training import Epoch, FineTuning
 
 @dataclass(frozen=True)
 class FinetuneResult(Tabular):
-    """What a fine-tuning produced."""
+    """Result of a fine-tuning run."""
 
     out: Path
     rows: list[Row]
-    """Accuracy on the validation images after the last epoch, and after the best one."""
+    """Accuracy on the validation images after the last epoch and after the best epoch."""
     elapsed_s: float
     bad_images: list[tuple[str, str]] = field(default_factory=list)
     """Path and reason of every image left out."""
@@ -38,14 +38,14 @@ def finetune(
     listener: Listener | None = None,
     checks: Checks | None = None,
 ) -> FinetuneResult:
-    """Train an encoder and a linear classifier on labels, and write them, with log and results, into `out`.
+    """Train an encoder and a linear classifier on labels, and write them, with log and results, to `out`.
 
-    After every epoch the validation images are classified. The classifier is `encoder.safetensors`, which other
-    commands read as an encoder; of several splits, each is `splitN.safetensors`. It is the one after the last epoch.
-    resume: continue the unfinished run in `out`; of a finished one, return its results. force: replace an earlier run.
-    Raises UserError subclasses for settings, images or folders that do not fit, one error for all mistakes (checks:
-    what was found before); Interrupted after saving on a signal.
-    In a process group every rank calls this with the same arguments, and rank 0 alone writes.
+    The validation images are classified every `monitor.validate_every_epochs` epochs and at the end. The last epoch's
+    classifier is written as `encoder.safetensors`, which other commands read as an encoder; with several splits, as one
+    `splitN.safetensors` each. resume: continue the unfinished run in `out`, or return the results of a finished one.
+    force: replace an earlier run. checks: mistakes found before. Raises UserError subclasses for settings, images or
+    folders that do not fit, one error for all mistakes; Interrupted after saving on a signal.
+    In a process group every rank calls this with the same arguments, and only rank 0 writes.
     """
     run = TrainingRun(config, out, listener, resume=resume, force=force, shard=config.shard)
     checks = checks or Checks()
@@ -85,9 +85,9 @@ def _write(run: TrainingRun, job: FineTuning, classifier: Classifier, out: Path)
 
 
 def score_rows(plan: Plan, history: list[list[Epoch]]) -> list[Row]:
-    """Accuracy of the last epoch, and of the best: of one training, or the mean over several and then each.
+    """Return the accuracy after the last and after the best epoch; with several splits, the mean, then each split's.
 
-    The best epoch is chosen on the images that it is measured on, as published tables do.
+    The best epoch is chosen on the images on which it is measured, as in published tables.
     """
     rows: list[Row] = []
     shots: Row = {} if plan.config.shots is None else {"shots": plan.config.shots}

@@ -1,6 +1,6 @@
-"""One training of an encoder and its classifier on labels.
+"""One training run of an encoder and its classifier on labels.
 
-Shapes: B images of a batch, C classes, P residual branches with stochastic depth.
+Shapes: B images of a batch, N images of the split, C classes, P residual branches with stochastic depth.
 """
 
 from collections.abc import Iterator
@@ -32,16 +32,16 @@ from mimref.transfer.finetune.classify import Scores, accuracy
 from mimref.transfer.finetune.plan import Plan
 
 Epoch = dict[str, float]
-"""Number of an epoch, `epoch`, and the accuracy on the validation images after it, `top1` and `top5`."""
+"""Number of an epoch (`epoch`), and the accuracy on the validation images after it (`top1` and `top5`)."""
 
 
 class FineTuning(Stage):
-    """A classifier in training, on the images of one split."""
+    """Training of a classifier on the images of one split."""
 
     name = "finetune"
 
     def __init__(self, run: TrainingRun, plan: Plan, split: int, history: list[list[Epoch]]) -> None:
-        """history: epochs of every split so far, to which this one appends its own."""
+        """history: the epochs of every split so far; this training appends to those of its own split."""
         config, device = plan.config, resolve_device(plan.config.device)
         self.plan, self.split, self.history = plan, split, history
         self.config, self.precision = config, resolve_precision(config.precision, device)
@@ -78,7 +78,7 @@ class FineTuning(Stage):
             crops=[CropGroup(1, size, augment.crop_scale, augment.aspect_ratio)],
             device=device,
         )
-        # Every split has views of its own.
+        # Epochs count on from split to split, so that each split has its own random views.
         self.first_epoch = split * settings.epochs
         self.first_step = sum(len(plan.images(each)) // config.batch_size for each in range(split)) * settings.epochs
         mean, std = plan.transform.mean, plan.transform.std
@@ -97,9 +97,9 @@ class FineTuning(Stage):
         return self.plan.train
 
     def result(self) -> Classifier:
-        """What is evaluated: the average of the weights if there is one.
+        """Return the classifier to evaluate, with the averaged weights if an average is kept.
 
-        Of a sharded classifier, a plain copy: call it on all ranks.
+        If the classifier is sharded, this is an unsharded copy: call it on all ranks.
         """
         if self.sharded is not None:
             found = self.sharded.plain(self._weights(self.sharded), self.device, precision=self.precision)
@@ -109,7 +109,7 @@ class FineTuning(Stage):
         return found
 
     def final_result(self) -> Classifier:
-        """The same for rank 0 to write, with all digits; call it on all ranks."""
+        """Return the same for rank 0 to write, in full precision; call it on all ranks."""
         if self.sharded is None:
             return self.result()
         return cast(Classifier, self.sharded.plain_on_first(self._weights(self.sharded)))
@@ -118,7 +118,7 @@ class FineTuning(Stage):
         return self.average.weights if isinstance(self.average, ShardedAverage) else sharded.weights
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
-        """This rank's share of the loss, times the number of ranks, which average gradients."""
+        """Return this rank's share of the loss, times the number of ranks, because the ranks average gradients."""
         augment, seed, epoch, sample_B = self.config.augment, self.config.seed, batch.epoch, batch.sample_B
         pixels = self.photometric(batch.crops[0], epoch, sample_B, [0])[0]
         self.erasing(pixels, epoch, sample_B)
@@ -130,7 +130,7 @@ class FineTuning(Stage):
         for rows, is_last in self._parts(len(sample_B)):
             part, uniform_PB = mixed.images[rows], drop_PB[:, rows]
             if not (images_here := len(part)):
-                # Not all kernels and models take no image: a black one is classified, and its logits are left out.
+                # Not every kernel and model accepts an empty batch: classify a black image and drop its logits.
                 part, uniform_PB = part.new_zeros(1, *part.shape[1:]), drop_PB.new_zeros(len(drop_PB), 1)
             for depth, uniform_B in zip(self.depths, uniform_PB, strict=True):
                 depth.uniform_B = uniform_B
@@ -146,9 +146,9 @@ class FineTuning(Stage):
         return self._loss
 
     def _parts(self, images: int) -> Iterator[tuple[slice, bool]]:
-        """Micro-batches, and whether each is the last. A rank without images has one of none, as DDP needs.
+        """Yield the micro-batches, and whether each is the last. A rank without images gets an empty one, as DDP needs.
 
-        With sharded weights every pass needs all ranks: they have as many micro-batches as the one with most images.
+        With sharded weights every pass needs all ranks: all get as many micro-batches as the rank with the most images.
         """
         most = max(images, 1)
         size = self.config.micro_batch or most
@@ -158,7 +158,7 @@ class FineTuning(Stage):
             yield slice(min(start, images), min(start + size, images)), start + size >= most
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager[None]:
-        """Ranks average the gradients once per batch; of sharded weights, after every pass, see `Method`."""
+        """Make ranks average the gradients once per batch; with sharded weights, after every pass, see `Method`."""
         if is_last or not isinstance(self.trained_model, DistributedDataParallel):
             return nullcontext()
         waiting: AbstractContextManager[None] = self.trained_model.no_sync()
@@ -173,7 +173,7 @@ class FineTuning(Stage):
         return {"loss": loss, "lr": self.rate(self.step - 1)}
 
     def end_epoch(self, epoch: int) -> None:
-        """Classify the validation images, if it is time to."""
+        """Classify the validation images, if a validation is due after this epoch."""
         if not self.check_due(epoch, self.config.monitor.validate_every_epochs):
             return
         scores = self.validate()
@@ -182,13 +182,13 @@ class FineTuning(Stage):
         self.report(f"{self.label}, epoch {epoch}", values)
 
     def validate(self) -> Scores:
-        """Accuracy on the validation images. Raises DataError if none of them can be read."""
+        """Return the accuracy on the validation images. Raises DataError if none of them can be read."""
         scores = accuracy(self.result(), self.plan.val, self.plan.val_labels, self.evaluation)
         self.run.skipped.add_evaluated(scores.bad)
         return scores
 
     def log(self, values: Any) -> None:
-        """See `Stage`; with the split's number, where there are several."""
+        """See `Stage`; adds the split's number if there are several."""
         super().log({"split": self.split + 1, **values} if len(self.plan.splits) > 1 else values)
 
     def state(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class FineTuning(Stage):
         return {**super().state(), **found, **averaged_state, "split_images": len(self.label_N)}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """See `Stage`. Raises DataError when a split file lists other images than before."""
+        """See `Stage`. Raises DataError if a split file lists a different number of images than before."""
         if len(self.label_N) != state["split_images"]:
             raise DataError(
                 f"cannot resume {self.label} with {len(self.label_N)} images, it was started with "
@@ -211,7 +211,7 @@ class FineTuning(Stage):
 
 
 def _build(plan: Plan, device: torch.device, *, share: bool) -> Classifier:
-    """The classifier to train, with what does not train frozen. share: see `Plan.encoder`."""
+    """Build the classifier to train, with all untrained parameters frozen. share: see `Plan.encoder`."""
     settings = plan.config.finetune
     encoder = plan.encoder(device, share=share)
     torch.manual_seed(plan.config.seed)

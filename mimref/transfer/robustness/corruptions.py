@@ -1,7 +1,6 @@
-"""The corruptions of ImageNet-C: their names, AlexNet's errors, and corruption of any images as they are read.
+"""The corruptions of ImageNet-C: their names, AlexNet's errors, and corruption of any images while they are read.
 
-ImageNet-C is by Hendrycks and Dietterich (2019). The images themselves are corrupted by the package
-`imagecorruptions-imaug`.
+ImageNet-C is by Hendrycks and Dietterich (2019). The package `imagecorruptions-imaug` corrupts the images.
 """
 
 from functools import cache
@@ -39,23 +38,24 @@ ALEXNET_ERRORS = {
     "spatter": 71.7512,
     "saturate": 65.8248,
 }
-"""Percent, mean over the five severities, by which the mCE divides. The first 15: google-research/augmix, `imagenet.py`
-(from hendrycks/robustness). All 19, by severity: facebookresearch/dinov3, `dinov3/eval/metrics/imagenet_c.py`."""
+"""Errors in percent, means over the five severities, by which the mCE divides. The first 15: google-research/augmix,
+`imagenet.py` (from hendrycks/robustness). All 19, by severity: facebookresearch/dinov3,
+`dinov3/eval/metrics/imagenet_c.py`."""
 CORRUPTIONS = tuple(ALEXNET_ERRORS)
 """The 15 of the published mean, then the 4 that the authors set apart for validation."""
 COUNTS = (15, 19)
-"""How many of them are averaged: the standard ones, or all."""
+"""Numbers of corruptions that published means cover: the standard ones, or all."""
 SEVERITIES = (1, 2, 3, 4, 5)
 IMAGENET_C = "imagenet-c"
-"""Its name in results."""
+"""Name of ImageNet-C in results."""
 SMALLEST_SIDE = 32
-"""Pixels; smaller images are refused by the package."""
+"""Smallest side in pixels; the package rejects smaller images."""
 _OWN_GENERATORS = ("impulse_noise", "glass_blur")
-"""Corruptions that draw from a generator of their own, for which they take a seed."""
+"""Corruptions that draw from their own generator and take a seed for it."""
 
 
 def corruption_names(text: str) -> list[str]:
-    """The corruptions that `15`, `19` or `fog,snow` stand for, in their usual order. Raises ValueError for others."""
+    """Return the corruptions that `15`, `19` or `fog,snow` stands for, in order. Raises ValueError for other names."""
     if text in map(str, COUNTS):
         return list(CORRUPTIONS[: int(text)])
     chosen = [name.strip() for name in text.split(",")]
@@ -67,25 +67,25 @@ def corruption_names(text: str) -> list[str]:
 
 @cache
 def corruption_package() -> ModuleType:
-    """The package that corrupts. Raises ConfigError if it is not installed."""
+    """Import the package that corrupts images. Raises ConfigError if it is not installed."""
     try:
-        version("imagecorruptions-imaug")  # the package that it is a fork of has the same modules, and no seeds
+        version("imagecorruptions-imaug")  # the package that it was forked from has the same modules, but no seeds
         import cv2
         import imagecorruptions
     except ImportError as error:
         missing = "the package imagecorruptions-imaug is missing" if isinstance(error, ModuleNotFoundError) else error
         raise ConfigError(f"images cannot be corrupted: {missing}; pip install 'mimref[corruptions]'") from error
-    # Loader processes are forks, in which OpenCV would wait for threads that they do not have.
+    # Loader processes are forked: OpenCV would wait in them for threads that do not exist there.
     cv2.setNumThreads(0)
     module: ModuleType = imagecorruptions
     return module
 
 
 def corrupt(crop: Tensor, corruption: str, severity: int, seed: int) -> Tensor:
-    """One image, uint8 (3, S, S), corrupted; draws from NumPy's global generator, or from one with this seed."""
+    """Corrupt one image, uint8 (3, S, S). Draws from NumPy's global generator, or from a generator with this seed."""
     package, options = corruption_package(), {"seed": seed} if corruption in _OWN_GENERATORS else {}
     try:
-        # Spatter without a drop, which happens on small images, divides 0 by 0.
+        # Spatter divides 0 by 0 if it draws no drop, as happens on small images.
         with np.errstate(invalid="raise" if corruption == "spatter" else "ignore"):
             image_HWC = package.corrupt(crop.permute(1, 2, 0).numpy(), severity, corruption, **options)
     except FloatingPointError:
@@ -94,9 +94,9 @@ def corrupt(crop: Tensor, corruption: str, severity: int, seed: int) -> Tensor:
 
 
 class CorruptedSource(Subset):
-    """The evaluation crops of another source's images, corrupted as they are read.
+    """Evaluation crops of another source's images, corrupted while they are read.
 
-    Draws are a function of (seed, image, corruption, severity). Read it with a transform that cuts nothing off.
+    Draws are a function of (seed, image, corruption, severity). Read it with a transform that does not crop.
     """
 
     def __init__(self, source: ImageSource, transform: EvalTransform, corruption: str, severity: int, seed: int):
@@ -105,7 +105,7 @@ class CorruptedSource(Subset):
         self.in_memory = False  # corruption takes longer than decoding
 
     def read(self, index: int) -> Tensor:
-        """One corrupted crop, uint8 (3, S, S)."""
+        """Return one corrupted crop, uint8 (3, S, S)."""
         return self.read_reduced(index, None).image.contiguous()
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:

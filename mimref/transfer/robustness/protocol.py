@@ -37,11 +37,11 @@ from mimref.transfer.robustness.sets import LabelledSet, Place, corrupted_places
 def evaluate_robustness(
     config: RobustnessConfig, *, listener: Listener | None = None, checks: Checks | None = None
 ) -> EvaluationResult:
-    """Accuracy of a classifier on the images of the settings, one pass of its encoder for each set.
+    """Evaluate a classifier on the test sets in the settings, with one pass of its encoder over each set.
 
-    Rows as `score_rows` returns them, with `model`. In a process group the ranks share the images. Raises UserError
-    subclasses for a file without a classifier, images that cannot be opened and classes that are not the classifier's,
-    one error for all mistakes. checks: what was found before.
+    Returns the rows of `score_rows`, with `model`. In a process group the ranks share the images. Raises UserError
+    subclasses for a file without a classifier, images that cannot be opened and classes that the classifier does not
+    have, one error for all mistakes. checks: mistakes found before.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     check_device(config, checks)
@@ -56,7 +56,7 @@ def evaluate_robustness(
     if found is not None and config.corrupt is not None:
         checks.run("corrupt", partial(_check_corruption, found[0]))
         if data is not None and data.channels is not None:
-            wrong = f"corruptions are for colour in 8 bits, and data.channels is {data.channels}; omit --corrupt"
+            wrong = f"corruptions need 8-bit colour, but data.channels is {data.channels}; omit --corrupt"
             checks.add("corrupt", ConfigError(wrong))
     classifier, _ = checks.finished(found)
     device = resolve_device(config.device)
@@ -81,7 +81,7 @@ def _check_corruption(classifier: Classifier) -> None:
     side = classifier.encoder.architecture.image_size
     if side < SMALLEST_SIDE:
         raise ConfigError(
-            f"--corrupt needs images of {SMALLEST_SIDE} pixels per side or more, and the classifier's have {side}; "
+            f"--corrupt needs images of at least {SMALLEST_SIDE} pixels per side, but the classifier's have {side}; "
             f"fine-tune with --resolution {SMALLEST_SIDE}"
         )
     corruption_package()
@@ -94,10 +94,10 @@ def _open_clean(
     listener: Listener,
     checks: Checks,
 ) -> tuple[list[LabelledSet], DataConfig | None]:
-    """The clean images, or none if only the header names them, they are not there, and nothing needs them."""
+    """Open the clean images; none if only the header names them, they cannot be opened and nothing needs them."""
     optional = config.data.spec is None and config.corrupt is None
     if found is None and config.data.spec is None:
-        return [], None  # the header would have named them
+        return [], None  # only the missing header could name them
     try:
         data = resolve_data(config.data, header)
         assert data.spec is not None
@@ -118,7 +118,7 @@ def _open_others(
     listener: Listener,
     checks: Checks,
 ) -> list[LabelledSet]:
-    """The shifted and corrupted sets of the settings."""
+    """Open the shifted and corrupted sets in the settings."""
     places: list[Place] = []
     if (root := config.imagenet_c) is not None:
         places += checks.run("imagenet_c", lambda: corrupted_places(root, listener)) or []
@@ -134,19 +134,19 @@ def _open_others(
     if not places and not asked:
         what = "--imagenet-c, --imagenet-a, --imagenet-r, --sketch, --shifted or --corrupt"
         checks.add("imagenet_c", ConfigError(f"no test set: pass one or more of {what}"))
-    # How images are read is the same for all of them, where each is its own.
+    # All sets share the settings for reading images; each has its own location.
     own = config.data.model_copy(update=dict.fromkeys(("root", "image", "label")) | {"spec": "."})
     reading = checks.run("data.spec", partial(resolve_data, own, header))
     return open_sets(places, reading or own, found[1] if found else None, listener, checks)
 
 
 def _corrupted(config: RobustnessConfig, clean: Sequence[LabelledSet], settings: PassSettings) -> list[LabelledSet]:
-    """The clean images, corrupted in every way of the settings."""
+    """Return the clean images with every corruption and severity in the settings."""
     if config.corrupt is None:
         return []
     names, size = corruption_names(config.corrupt), settings.transform.image_size
     if "glass_blur" in names:
-        # It is compiled at first use: here once, not in every loader process.
+        # Glass blur is compiled at first use: compile it once here, not in every loader process.
         corrupt(torch.zeros(3, size, size, dtype=torch.uint8), "glass_blur", 1, 0)
     return [
         LabelledSet(
@@ -171,7 +171,7 @@ def _classify(
 ) -> list[tuple[LabelledSet, Scores]]:
     scored: list[tuple[LabelledSet, Scores]] = []
     before, total = 0, sum(len(each.source) for each in sets)
-    # These images are crops already.
+    # Corrupted images are already cropped.
     uncut = replace(settings, transform=replace(settings.transform, crop_fraction=1.0))
 
     def report(done: int, _: int) -> None:

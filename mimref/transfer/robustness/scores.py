@@ -1,4 +1,4 @@
-"""From the accuracy on every set to rows: means over corruptions, mCE, and the drop from clean images."""
+"""Result rows from the accuracy on every set: means over corruptions, mCE, and the drop from clean images."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -9,12 +9,13 @@ from mimref.transfer.robustness.corruptions import ALEXNET_ERRORS, CORRUPTIONS, 
 
 
 def score_rows(scored: Sequence[tuple[Row, Scores]]) -> list[Row]:
-    """Rows in percent, means first.
+    """Return rows in percent, means first.
 
-    scored: what names each set, and its accuracy. `clean_top1`; for every corrupted `set` a `robust_mean_top1` with the
-    number of `corruptions` that it is the plain mean of, each the mean over its severities; `robust_mce` (ImageNet-C)
-    or `robust_drop` (others: the share of the clean accuracy that is lost); then `robust_top1` of every other `set`, of
-    every `corruption`, and of every `severity` of it. Severities other than all five are in `severities`.
+    scored: the columns that identify each set, and its accuracy. Rows, in this order: `clean_top1`; for every corrupted
+    `set`, `robust_mean_top1`, the plain mean over `corruptions` corruptions, each averaged over its severities, and
+    `robust_mce` (ImageNet-C) or `robust_drop` (others: the share of the clean accuracy that is lost); `robust_top1` of
+    every other `set`, of every `corruption`, and of every `severity`. If not all five severities were measured,
+    `severities` lists them.
     """
     rows: list[Row] = [{**where, "value": scores.top1, "images": scores.images} for where, scores in scored]
     clean = [row for row in rows if row["metric"] == "clean_top1"]
@@ -35,7 +36,7 @@ def score_rows(scored: Sequence[tuple[Row, Scores]]) -> list[Row]:
 
 
 def _means(name: str, top1: Mapping[str, float], clean: float, chosen: Row) -> list[Row]:
-    """Means of one set over its corruptions: ImageNet-C's are over all of 15 or 19, or of an incomplete set."""
+    """Return the means of one set over its corruptions; ImageNet-C's are over all 15 or 19, or marked incomplete."""
     is_official = name == IMAGENET_C
     groups = [CORRUPTIONS[:count] for count in COUNTS if top1.keys() >= set(CORRUPTIONS[:count])]
     if is_official and not groups:

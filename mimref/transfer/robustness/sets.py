@@ -1,4 +1,4 @@
-"""Test sets of a classifier: clean, shifted and corrupted ones, opened and with the classifier's classes."""
+"""Test sets of a classifier, clean, shifted and corrupted: opened, with labels that number the classifier's classes."""
 
 import os
 from collections.abc import Sequence
@@ -20,26 +20,26 @@ from mimref.results import Row
 from mimref.transfer.robustness.corruptions import CORRUPTIONS, IMAGENET_C, SEVERITIES
 
 SUBSET_CLASSES = 200
-"""Of ImageNet-A, and as many others of ImageNet-R."""
+"""Number of classes of ImageNet-A; ImageNet-R has as many, but different ones."""
 
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Images of the classifier's classes."""
+    """Images with labels among the classifier's classes."""
 
     where: Row
-    """What names it in the results: `metric`, `set`, of corrupted images `corruption` and `severity`, and the number of
-    `classes` that compete."""
+    """Columns that identify the set in the results: `metric`, `set`, for corrupted images `corruption` and `severity`,
+    and the number of `classes` that compete."""
     source: ImageSource
     labels: Indices
-    """(N,) numbers of classes, by their position in `among` if that is given."""
+    """(N,) class numbers, or positions in `among` if that is given."""
     among: Indices | None = None
     """The classes that compete; None: all."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the images of a set are, and what the user calls that."""
+    """Location of a test set, with the setting and the option that name it."""
 
     setting: str
     flag: str
@@ -52,8 +52,8 @@ class Place:
 def open_labelled(place: Place, data: DataConfig, classes: Sequence[str] | None, listener: Listener) -> LabelledSet:
     """Open the validation images of a set, or all images of a folder of classes.
 
-    data: how images are read. classes: of the classifier; None where it is unknown, so that nothing is compared. Raises
-    DataError for images that cannot be opened, and for classes that are not the classifier's.
+    data: settings for reading images. classes: the classifier's; None if unknown, then nothing is compared. Raises
+    DataError for images that cannot be opened, and for classes that the classifier does not have.
     """
     data = data.model_copy(update={"spec": place.spec, "train_limit": None})
     try:
@@ -63,7 +63,7 @@ def open_labelled(place: Place, data: DataConfig, classes: Sequence[str] | None,
             raise DataError("its images have no labels; it needs a folder for each class, two or more")
         numbers = np.arange(len(source.class_names))
         if classes is not None:
-            # A list of classes may name some that none of the images has.
+            # A list of classes may name classes without images.
             present = np.unique(source.labels)
             numbers[present] = match_classes([source.class_names[n] for n in present.tolist()], classes)
     except DataError as error:
@@ -80,15 +80,15 @@ def open_labelled(place: Place, data: DataConfig, classes: Sequence[str] | None,
 def _open(data: DataConfig, listener: Listener) -> ImageSource:
     source = open_source(data, "val", progress=listener.progress)
     if isinstance(source, FileSource) and source.folder == os.path.expanduser(data.spec or ""):
-        # A folder without splits, whose own folders are classes as training images only.
+        # A folder without splits: its class folders are found as training images only.
         return open_source(data, "train", progress=listener.progress)
     return source
 
 
 def match_classes(names: Sequence[str], classes: Sequence[str]) -> Indices:
-    """The number among `classes` of every name. Raises DataError for names that are not among them.
+    """Return the position of every name in `classes`. Raises DataError for names that `classes` does not have.
 
-    ImageNet's classes may be named differently by the classifier: `0` to `999`, or by their words.
+    The classifier may name ImageNet's classes differently: by numbers from `0` to `999`, or in words.
     """
     number = {class_name(name): index for index, name in enumerate(classes)}
     unknown = [name for name in names if name not in number]
@@ -108,7 +108,7 @@ def match_classes(names: Sequence[str], classes: Sequence[str]) -> Indices:
 
 
 def _wnid_numbers(number: dict[str, int]) -> dict[str, int]:
-    """Numbers of ImageNet's wnids, such as n01440764, for a classifier of 1,000 classes."""
+    """Map ImageNet's wnids, such as n01440764, to class numbers of a classifier of 1,000 classes; else empty."""
     if len(number) != 1000:
         return {}
     from timm.data.imagenet_info import ImageNetInfo
@@ -120,9 +120,9 @@ def _wnid_numbers(number: dict[str, int]) -> dict[str, int]:
 
 
 def corrupted_places(root: str, listener: Listener) -> list[Place]:
-    """The folders of ImageNet-C, `CORRUPTION/SEVERITY` or `GROUP/CORRUPTION/SEVERITY`.
+    """Find the folders of ImageNet-C, `CORRUPTION/SEVERITY` or `GROUP/CORRUPTION/SEVERITY`.
 
-    Warns of corruptions that are missing. Raises DataError where none is found, or one lacks a severity.
+    Warns of missing corruptions. Raises DataError if none is found, or if one lacks a severity.
     """
     shown, root = printable(root), os.path.expanduser(root)
     try:
@@ -133,7 +133,7 @@ def corrupted_places(root: str, listener: Listener) -> list[Place]:
     found = {name: next(filter(os.path.isdir, paths), "") for name, paths in candidates.items()}
     missing = [name for name, folder in found.items() if not folder]
     if len(missing) == len(CORRUPTIONS):
-        raise DataError(f"--imagenet-c {shown}: holds no folder of a corruption ({first_of(CORRUPTIONS)})")
+        raise DataError(f"--imagenet-c {shown}: holds no folder named after a corruption ({first_of(CORRUPTIONS)})")
     places = []
     for name, folder in found.items():
         if not folder:
@@ -145,14 +145,14 @@ def corrupted_places(root: str, listener: Listener) -> list[Place]:
             where: Row = {"metric": "robust_top1", "set": IMAGENET_C, "corruption": name, "severity": level}
             places.append(Place("imagenet_c", "--imagenet-c", os.path.join(folder, str(level)), where))
     if missing:
-        listener.warn(f"--imagenet-c {shown}: lacks {', '.join(missing)}, which no mean includes")
+        listener.warn(f"--imagenet-c {shown}: lacks {', '.join(missing)}; means leave these corruptions out")
     return places
 
 
 def open_sets(
     places: Sequence[Place], data: DataConfig, classes: Sequence[str] | None, listener: Listener, checks: Checks
 ) -> list[LabelledSet]:
-    """Open several sets, with what is wrong with each in `checks`; warns of published ones that look incomplete."""
+    """Open several sets; mistakes are added to `checks`. Warns of published sets that look incomplete."""
     opened: dict[str, list[tuple[Place, LabelledSet]]] = {}
     for place in places:
         found = checks.run(place.setting, partial(open_labelled, place, data, classes, listener))
@@ -167,5 +167,5 @@ def open_sets(
             listener.warn(f"{place.flag} {printable(place.spec)}: images of {min(counts)} of {usual} classes; {few}")
         sizes = [len(each.source) for _, each in several]
         if setting == "imagenet_c" and min(sizes) < max(sizes):
-            listener.warn(f"--imagenet-c: a folder has {min(sizes)} images, and another {max(sizes)}")
+            listener.warn(f"--imagenet-c: one folder has {min(sizes)} images, another {max(sizes)}")
     return [each for several in opened.values() for _, each in several]

@@ -1,8 +1,8 @@
-"""Many linear heads on patch tokens, trained at once on the same images, each with a learning rate of its own.
+"""Many linear heads on patch tokens, trained together on the same images, each with its own learning rate.
 
-A head is a BatchNorm over all tokens and a 1 x 1 convolution, whose scores are upsampled to pixels. Heads of one input
-share its BatchNorm's statistics and one matrix product; the loss is computed for a few heads at a time, so that memory
-does not grow with their number. Heads are independent: each trains as it would alone.
+A head is a BatchNorm over all tokens and a 1 x 1 convolution, whose scores are upsampled to pixels. The heads of one
+input share BatchNorm statistics and one matrix product; the loss is computed for a few heads at a time, so that memory
+does not grow with the number of heads. Heads are independent: each trains as it would alone.
 
 Shapes: B images, M tokens (all of a batch), D width of an input, C classes, R heads of an input, h x w patches,
 S pixels per side, K heads: R on each input, input by input.
@@ -21,23 +21,23 @@ from mimref.evaluation.probe.ensemble import MOMENTUM
 from mimref.transfer.segment.config import Upsampling
 
 INIT_STD = 0.01
-# Scores of pixels that a loss holds at once: 128 MB in float32, several times over.
+# Number of pixel scores that a loss holds at once: 128 MB in float32, several times over.
 PIXEL_ELEMENTS = 1 << 25
 
 
 class HeadInput(NamedTuple):
-    """Tokens that heads read."""
+    """The tokens that a group of heads reads."""
 
     blocks: tuple[int, ...]
-    """1-based; concatenated."""
+    """Block numbers, 1-based (0: raw pixels); their tokens are concatenated."""
     pool: Literal["patch", "patch+cls"] = "patch"
-    """Patch tokens alone, or with the CLS token of the same block beside each."""
+    """Patch tokens alone, or each concatenated with the CLS token of the same block."""
 
     def __str__(self) -> str:
         return f"blocks {','.join(map(str, self.blocks))} {self.pool}"
 
     def tokens(self, of_block: dict[int, Tensor], num_prefix: int) -> Tensor:
-        """(B, N, D) from the output (B, L, D') of every block."""
+        """Return (B, N, D) from the output (B, L, D') of every block. num_prefix: number of prefix tokens."""
         parts: list[Tensor] = []
         for block in self.blocks:
             patches_BND = of_block[block][:, num_prefix:]
@@ -50,9 +50,9 @@ class HeadInput(NamedTuple):
 class SegmentationHeads(nn.Module):
     """R linear heads on each of several inputs.
 
-    widths: D of every input. Weights start as N(0, 0.01), biases as 0: a function of `seed` and the width, the same for
-    all heads of an input. affine: the
-    BatchNorm of every head has a scale and a shift of its own.
+    widths: D of every input. Weights start as normal draws with a standard deviation of 0.01, biases as 0. The draws
+    depend on `seed`, the width and the number of classes, and are the same for all heads of an input. affine: the
+    BatchNorm of every head has its own scale and shift.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class SegmentationHeads(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         self.scales, self.shifts = nn.ParameterList(), nn.ParameterList()
         for width in widths:
-            # Drawn on the CPU, so that every device starts from the same weights.
+            # Draw on the CPU, so that training starts from the same weights on every device.
             generator = torch.Generator().manual_seed(seed)
             weight_CD = torch.empty(classes, width, dtype=torch.float64)
             nn.init.trunc_normal_(weight_CD, std=INIT_STD, generator=generator)
@@ -90,14 +90,14 @@ class SegmentationHeads(nn.Module):
         return len(self.weights) * self.heads
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Scores (R, C, B, N) of every input (B, N, D), with the batch's statistics in training mode."""
+        """Return scores (R, C, B, N) for every input (B, N, D); in training mode, BatchNorm uses batch statistics."""
         found: list[Tensor] = []
         for number, x_BND in enumerate(inputs):
             weight_RCD = self.weights[number]
             x_MD = self.norms[number](x_BND.flatten(0, 1).to(weight_RCD.dtype))
             bias_RC = self.biases[number]
             if self.affine:
-                # A scale and a shift of the inputs, moved into the weights: one product serves all heads.
+                # Fold scale and shift into weights and biases, so that one product serves all heads.
                 bias_RC = bias_RC + torch.einsum("rcd,rd->rc", weight_RCD, self.shifts[number])
                 weight_RCD = weight_RCD * self.scales[number][:, None]
             scores = torch.addmm(bias_RC.reshape(-1, 1), weight_RCD.flatten(0, 1), x_MD.T)
@@ -105,17 +105,17 @@ class SegmentationHeads(nn.Module):
         return found
 
     def parameters_of(self, head: int) -> list[nn.Parameter]:
-        """The parameters of one head, 0 to K-1: views of the stacked ones."""
+        """Return the parameters of one head, 0 to K-1: views of the stacked parameters."""
         number, row = divmod(head, self.heads)
         return [nn.Parameter(stack.detach()[row]) for stack in self._stacks(number)]
 
     def gradients_of(self, head: int) -> list[Tensor]:
-        """Their gradients, after a backward pass."""
+        """Return the gradients of one head's parameters, after a backward pass."""
         number, row = divmod(head, self.heads)
         return [stack.grad[row] for stack in self._stacks(number) if stack.grad is not None]
 
     def finite(self) -> Tensor:
-        """(K,) bool: heads that have not diverged."""
+        """Return which heads have not diverged, (K,) bool."""
         of_input = [
             torch.stack([stack.isfinite().flatten(1).all(dim=1) for stack in self._stacks(number)]).all(dim=0)
             for number in range(len(self.weights))
@@ -123,13 +123,13 @@ class SegmentationHeads(nn.Module):
         return torch.cat(of_input)
 
     def _stacks(self, number: int) -> list[nn.Parameter]:
-        """All parameters of an input's heads."""
+        """Return the stacked parameters of an input's heads."""
         lists = (self.weights, self.biases, *((self.scales, self.shifts) if self.affine else ()))
         return [stacks[number] for stacks in lists]
 
 
 class HeadsTrainer:
-    """Updates every head on the same batch, by torch's own SGD or AdamW."""
+    """Updates every head on the same batch, with PyTorch's SGD or AdamW."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class HeadsTrainer:
         weight_decay: float = 0.0,
         upsampling: Upsampling = "bilinear",
     ) -> None:
-        """rates: R learning rates, already scaled to the batch; those of every input's heads."""
+        """rates: R learning rates, already scaled to the batch size; the same for the heads of every input."""
         self.heads, self.upsampling = heads, upsampling
         self.rates = list(rates) * len(heads.weights)
         groups: list[dict[str, Any]] = [{"params": heads.parameters_of(head)} for head in range(len(heads))]
@@ -152,9 +152,9 @@ class HeadsTrainer:
             self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, foreach=True)
 
     def step(self, inputs: Sequence[Tensor], mask_BSS: Tensor, scale: float, offset: float = 0.0) -> None:
-        """Update all heads at the learning rates `scale` * rate + `offset`. No device sync.
+        """Update all heads, each at the learning rate `scale` * rate + `offset`. No device sync.
 
-        inputs: (B, N, D) each, of square images. mask_BSS: classes, on the heads' device.
+        inputs: one tensor (B, N, D) per input, of square images. mask_BSS: classes, on the heads' device.
         """
         self.heads.train()
         scores = self.heads(inputs)
@@ -169,9 +169,9 @@ class HeadsTrainer:
 
 
 def pixel_gradients(scores_RCBN: Tensor, mask_BSS: Tensor, upsampling: Upsampling) -> Tensor:
-    """The gradient, for the scores of patches, of every head's mean cross-entropy over labelled pixels.
+    """Return the gradient of every head's mean cross-entropy over labelled pixels, with respect to its patch scores.
 
-    A batch without labelled pixels has a gradient of zero.
+    Without labelled pixels, the gradient is zero.
     """
     target_BSS = mask_BSS.long()
     labelled = (target_BSS != UNLABELLED).sum().clamp_min(1)
@@ -188,13 +188,13 @@ def pixel_gradients(scores_RCBN: Tensor, mask_BSS: Tensor, upsampling: Upsamplin
 
 
 def grid(scores_BCN: Tensor) -> Tensor:
-    """Scores (B, C, h, w) of the N patches of square images."""
+    """Arrange the scores of the N patches of square images as (B, C, h, w)."""
     side = math.isqrt(scores_BCN.shape[2])
     return scores_BCN.reshape(*scores_BCN.shape[:2], side, side)
 
 
 def to_pixels(scores_BChw: Tensor, size: Sequence[int], upsampling: Upsampling) -> Tensor:
-    """Scores (B, C, H, W) at pixels."""
+    """Upsample patch scores to pixels, (B, C, H, W)."""
     if upsampling == "nearest":
         return F.interpolate(scores_BChw, size=tuple(size), mode="nearest")
     return F.interpolate(scores_BChw, size=tuple(size), mode="bilinear", align_corners=False)

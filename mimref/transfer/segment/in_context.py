@@ -1,9 +1,9 @@
-"""Patch k-NN without training: patches of training images vote on every patch (as HummingBird and NeCo evaluate).
+"""Patch k-NN without training: patches of training images vote on every patch, as in HummingBird and NeCo.
 
-The memory holds patch tokens of training images with the classes of their pixels, as shares. The k most similar patches
-by cosine vote with weights softmax(similarity / tau); the votes are upsampled to pixels.
+The memory holds patch tokens of training images, each with the shares of the classes among its pixels. The k patches
+with the highest cosine similarity vote with weights softmax(similarity / tau); the votes are upsampled to pixels.
 
-Shapes: n windows of N patches each, P patches of an image, M of a batch, D width, C classes, K neighbours.
+Shapes: n windows of N patches each, P patches of an image, M patches of a batch, D width, C classes, K neighbours.
 """
 
 import math
@@ -26,12 +26,12 @@ from mimref.transfer.segment.tokens import PatchTokens
 from mimref.transfer.segment.transforms import view_batches
 from mimref.transfer.segment.windows import Viewing, cut_windows, mask_windows
 
-# Shares of neighbours gathered at once: 64 MB.
+# Number of neighbours' shares gathered at once: 64 MB.
 _GATHERED = 1 << 24
 
 
 class Memory:
-    """Patches of training images and the classes of their pixels."""
+    """Patch tokens of training images and the classes of their pixels."""
 
     def __init__(
         self,
@@ -42,17 +42,17 @@ class Memory:
         viewing: Viewing,
         seed: int,
     ) -> None:
-        """tokens: of a single input. The same patches of an image are drawn for every block and encoder."""
+        """tokens: with a single input. The draws of an image's patches are the same for every block and encoder."""
         self.tokens, self.pairs, self.settings, self.seed = tokens, pairs, settings, seed
         self.reading, self.viewing = reading, viewing
         self.bad = BadImages(reading.max_bad)
         self.x = np.empty((0, 0), dtype=np.float32)
-        """(N, D)."""
+        """Patch tokens in memory, (N, D)."""
         self.shares = torch.empty(0, 0)
-        """(N, C) float32, of labelled pixels."""
+        """Shares of the classes among their labelled pixels, (N, C) float32."""
 
     def fill(self, progress: Progress | None = None) -> None:
-        """Encode all training images, as test images are. Raises DataError for too many unreadable ones."""
+        """Encode all training images in the same way as test images. Raises DataError if too many are unreadable."""
         size, workers, done = self.reading.transform.image_size, self.reading.workers, 0
         each = max(1, self.settings.memory // len(self.pairs))
         found: list[tuple[Tensor, Tensor]] = []
@@ -85,13 +85,13 @@ class Memory:
             raise ConfigError(f"knn.k {self.settings.k} is more than the {len(self.x)} patches of training images")
 
     def _chosen(self, index: int, labelled_P: Tensor, most: int) -> Tensor:
-        """Positions of at most so many labelled patches of an image, drawn for (seed, image, patch), in order."""
+        """Return positions of up to `most` labelled patches of an image, drawn by (seed, image, patch), in order."""
         draw_P = uniform(self.seed, 0, Operation.NEIGHBOUR, torch.tensor([index]), count=len(labelled_P))[0]
         rows = labelled_P.nonzero().flatten()
         return rows[draw_P[rows].argsort(stable=True)[:most]].sort().values
 
     def scores(self, images_n3SS: Tensor) -> Tensor:
-        """Votes (1, n, C, h, w) of normalised images."""
+        """Return the votes (1, n, C, h, w) on normalised images."""
         (x_BND,) = self.tokens(images_n3SS)
         neighbours = find_neighbours(
             self.x,
@@ -106,7 +106,7 @@ class Memory:
 
 
 def vote(similarity_MK: Tensor, index_MK: Tensor, shares_NC: Tensor, tau: float) -> Tensor:
-    """(M, C) mean shares of the neighbours, weighted by softmax(similarity / tau)."""
+    """Return the mean shares (M, C) of the neighbours, weighted by softmax(similarity / tau)."""
     weights_MK = (similarity_MK / tau).softmax(dim=1)
     step = max(1, _GATHERED // (index_MK.shape[1] * shares_NC.shape[1]))
     parts = zip(weights_MK.split(step), index_MK.split(step), strict=True)
@@ -114,13 +114,13 @@ def vote(similarity_MK: Tensor, index_MK: Tensor, shares_NC: Tensor, tau: float)
 
 
 def patch_shares(masks_BSS: Tensor, side: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Shares (B, N, C) of the classes among the labelled pixels of every patch, and which patches have any, (B, N).
+    """Return each patch's class shares (B, N, C) among its labelled pixels, and whether it has any, (B, N).
 
-    side: patches per side, which divide S.
+    side: patches per side; a divisor of S.
     """
     length = masks_BSS.shape[1] // side
     pixels_BNP = masks_BSS.unfold(1, length, length).unfold(2, length, length).flatten(1, 2).flatten(2).long()
-    # Unlabelled pixels are counted as one more class, which is then dropped.
+    # Unlabelled pixels are counted as an additional class, which is then dropped.
     counts = torch.zeros(*pixels_BNP.shape[:2], classes + 1)
     place = torch.where(pixels_BNP >= 0, pixels_BNP, classes)
     counts.scatter_add_(2, place, torch.ones((), dtype=counts.dtype).expand_as(place))

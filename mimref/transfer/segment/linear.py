@@ -1,4 +1,4 @@
-"""Linear segmentation of frozen patch tokens: heads trained on random crops, resumable like a probe."""
+"""Linear segmentation on frozen patch tokens: heads trained on random crops, resumable like a probe."""
 
 import json
 from collections.abc import Iterator
@@ -28,18 +28,18 @@ from mimref.transfer.segment.transforms import CropBatch, crop_batches
 
 END_RATE = 1e-6
 _WARMUP_FROM = 1e-6
-"""Share of the learning rate at the start of mmsegmentation's warm-up."""
+"""Factor of the learning rate at the start of mmsegmentation's warm-up."""
 
 
 def schedule(update: int, total: int, settings: TrainingConfig) -> tuple[float, float]:
-    """The learning rates of an update (0-based), as `scale` and `offset` of `HeadsTrainer.step`.
+    """Return the learning rates of an update (0-based), as `scale` and `offset` of `HeadsTrainer.step`.
 
-    cosine: the release's, with a warm-up of 10% and an end at 1e-6. linear: mmsegmentation's polynomial of power 1,
-    whose warm-up multiplies the falling rate.
+    cosine: the release's schedule, a linear warm-up (10% by default), then a cosine to 1e-6. linear: mmsegmentation's
+    polynomial of power 1; its warm-up multiplies the decaying rate.
     """
     warmup = int(settings.warmup * total)
     if settings.schedule == "cosine":
-        # The schedule is linear in its peak and its end, so all heads share these two numbers.
+        # The schedule is linear in its peak and end rates, so all heads share these two numbers.
         rate = partial(learning_rate, update, warmup_updates=warmup, total_updates=total)
         return rate(peak=1.0, end=0.0), rate(peak=0.0, end=END_RATE)
     scale = 1 - update / total
@@ -57,11 +57,11 @@ class HeadsJob(Job[CropBatch]):
     def __init__(
         self, config: SegmentConfig, pairs: Pairs, tokens: PatchTokens, reading: PassSettings, *, state: Path | None
     ) -> None:
-        """state: the file that an interrupted training continues from."""
+        """state: the file from which interrupted training continues."""
         self.config, self.pairs, self.tokens, self.reading, self.file = config, pairs, tokens, reading, state
         settings = config.training
         self.batch = min(settings.batch_size, len(pairs))
-        # The last, partial batch of an epoch is left out.
+        # The last, partial batch of an epoch is dropped.
         self.steps_per_epoch = len(pairs) // self.batch
         self.total = settings.updates or settings.epochs * self.steps_per_epoch
         self.lrs = list(settings.lr) if config.blocks is None else [settings.block_lr]
@@ -79,7 +79,7 @@ class HeadsJob(Job[CropBatch]):
         self.bad = BadImages(reading.max_bad)
 
     def run(self, fingerprint: str, progress: Progress | None) -> None:
-        """Train, or continue where an earlier run stopped. fingerprint: of the encoder's weights."""
+        """Train, or continue where an earlier run stopped. fingerprint: that of the encoder's weights."""
         if self.file is not None:
             self.load(self.file, fingerprint)
         if self.step < self.total:
@@ -87,7 +87,7 @@ class HeadsJob(Job[CropBatch]):
                 run_job(self, self.batches(), ProgressOnly(progress), stop=stop)
 
     def batches(self) -> Iterator[CropBatch]:
-        """All batches from the current update on."""
+        """Yield all batches from the current update on."""
         epoch, skip = divmod(self.step, self.steps_per_epoch)
         found = crop_batches(
             self.pairs,
@@ -104,7 +104,7 @@ class HeadsJob(Job[CropBatch]):
             yield batch
 
     def update(self, batch: CropBatch) -> None:
-        """Train on one batch; skip one without readable images."""
+        """Train on one batch, unless none of its images can be read."""
         for path, reason in batch.bad:
             self.bad.add(path, reason)
         if len(batch.sample_B):
@@ -113,7 +113,7 @@ class HeadsJob(Job[CropBatch]):
             self.trainer.step(inputs, mask, *schedule(self.step, self.total, self.config.training))
 
     def images(self, batch: CropBatch) -> Tensor:
-        """Normalised crops on the device; their padding has the mean colour."""
+        """Return normalised crops on the device; their padding has the mean colour."""
         crops = batch.images.to(self.reading.device, non_blocking=True)
         if self.config.crops.distort_color:
             crops = 255 * distort(crops.float() / 255, self.config.seed, batch.epoch, batch.sample_B)
@@ -124,13 +124,13 @@ class HeadsJob(Job[CropBatch]):
         return images
 
     def scores(self, images_n3SS: Tensor) -> Tensor:
-        """Scores (K, n, C, h, w) of normalised images, with the running statistics."""
+        """Return the scores (K, n, C, h, w) of normalised images, with BatchNorm's running statistics."""
         self.heads.eval()
         found = [grid(each.transpose(1, 2).flatten(0, 1)) for each in self.heads(self.tokens(images_n3SS))]
         return torch.cat([each.unflatten(0, (self.heads.heads, -1)) for each in found])
 
     def identity(self, fingerprint: str) -> dict[str, object]:
-        """Everything that the result depends on."""
+        """Return everything on which the result depends."""
         read = self.reading.transform.to_dict() | self.pairs.images.decoding.changes()
         about = f"{self.pairs.fingerprint} {fingerprint} {json.dumps(read, sort_keys=True)} {self.reading.precision}"
         return {
@@ -142,13 +142,13 @@ class HeadsJob(Job[CropBatch]):
         }
 
     def save(self) -> None:
-        """Write the state, if there is a file for it."""
+        """Write the state, if a file was given."""
         if self.file is not None:
             state = {"heads": self.heads.state_dict(), "optimizer": self.trainer.optimizer.state_dict()}
             write_state(self.file, {"settings": self.settings, "step": self.step, "bad": self.bad.items, **state})
 
     def load(self, file: Path, fingerprint: str) -> None:
-        """Continue from a state file, if it exists. Raises as `matching_state`."""
+        """Continue from a state file, if it exists. Raises the same errors as `matching_state`."""
         self.settings = self.identity(fingerprint)
         try:
             if (saved := matching_state(file, self.settings, "segmentation")) is None:

@@ -1,4 +1,4 @@
-"""Exact confusion of classes over the pixels of a whole data set, and the scores that follow from it."""
+"""Exact confusion matrices over all pixels of a data set, and the scores computed from them."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from mimref.data.masks.sources import UNLABELLED
 from mimref.results import Row
 
 Confusion = NDArray[np.int64]
-"""(C, C) pixels, by true class and by predicted class."""
+"""Pixel counts (C, C), by true class (rows) and predicted class (columns)."""
 
 
 def confusions(truth: Tensor, predicted_K: Tensor, classes: int) -> Tensor:
-    """(K, C, C) int64 pixels of K predictions, by true class (rows) and predicted class; unlabelled ones do not count.
+    """Return the pixel counts (K, C, C) of K predictions, int64; unlabelled pixels are not counted.
 
-    truth: any shape, whole numbers. predicted_K: (K, ...), 0..C-1.
+    truth: integers of any shape. predicted_K: (K, *truth.shape), 0..C-1.
     """
     heads, labelled = len(predicted_K), truth != UNLABELLED
     cell_P = truth[labelled].long() * classes
@@ -27,16 +27,16 @@ def confusions(truth: Tensor, predicted_K: Tensor, classes: int) -> Tensor:
 
 
 def class_ious(found: Confusion) -> NDArray[np.float64]:
-    """IoU of every class, (C,); NaN for one that neither the truth nor the prediction has."""
+    """Return the IoU of every class, (C,); NaN for a class that occurs neither in the truth nor in the prediction."""
     hits, union = _hits_and_unions(found)
     ious: NDArray[np.float64] = np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
     return ious
 
 
 def scores(found: Confusion) -> dict[str, float]:
-    """`miou` (the mean over classes), `micro_iou` (of all classes' pixels together) and `accuracy`, in percent.
+    """Return `miou` (mean over classes), `micro_iou` (all classes' pixels together) and `accuracy`, in percent.
 
-    Sums of intersections and unions of the whole data set. A classification that nothing is labelled for is NaN.
+    Intersections and unions are summed over the whole data set. Without labelled pixels, all scores are NaN.
     """
     hits, union = _hits_and_unions(found)
     ious, total = class_ious(found), found.sum()
@@ -50,12 +50,12 @@ def scores(found: Confusion) -> dict[str, float]:
 
 
 def score_rows(found: Confusion, where: Row, prefix: str = "segment_") -> list[Row]:
-    """One row per score."""
+    """Return one row per score."""
     return [{"metric": f"{prefix}{name}", "value": value, **where} for name, value in scores(found).items()]
 
 
 def class_rows(found: Confusion, names: Sequence[str | int], where: Row) -> list[Row]:
-    """The IoU of every class that the truth has, with its pixels."""
+    """Return the IoU of every class that occurs in the truth, with its number of pixels."""
     pixels = found.sum(axis=1)
     return [
         {"metric": "segment_iou", "value": 100 * float(iou), **where, "class": name, "pixels": int(count)}

@@ -1,7 +1,7 @@
-"""mmsegmentation's photometric distortion on the device, drawn for every image by itself.
+"""mmsegmentation's photometric distortion on the device, drawn independently for every image.
 
-Brightness (a shift of up to 32 of 255), contrast, saturation (factors from 0.5 to 1.5) and hue (a shift of up to a
-tenth of the colour circle), each for every second image; contrast comes before saturation and hue, or after them.
+It changes brightness (by up to 32 of 255), contrast and saturation (by factors from 0.5 to 1.5) and hue (by up to a
+tenth of the colour circle), each with probability 0.5; contrast comes before or after saturation and hue at random.
 """
 
 import torch
@@ -18,7 +18,7 @@ _DRAWS = 9
 
 
 def distort(image_B3SS: Tensor, seed: int, epoch: int, sample_B: Tensor) -> Tensor:
-    """Distorted copies of float images in [0, 1]; sample_B: int64 on the CPU."""
+    """Return distorted copies of float images in [0, 1]. sample_B: sample indices, int64 on the CPU."""
     draw_BN = uniform(seed, epoch, Operation.JITTER, sample_B, count=_DRAWS)
     chosen_B4 = draw_BN[:, :4] < 0.5
     low, high = _FACTORS
@@ -34,15 +34,15 @@ def distort(image_B3SS: Tensor, seed: int, epoch: int, sample_B: Tensor) -> Tens
     image = (image_B3SS + each(shift_B)).clamp_(0, 1)
     image = (image * each(torch.where(early_B, contrast_B, one))).clamp_(0, 1)
     image = saturate(image, each(saturation_B))
-    # Hues of unchanged images would be rounded.
+    # Where the hue does not change, keep the image as it is: a shift by 0 would round its values.
     image = torch.where(each(turns_B) != 0, shift_hue(image, each(turns_B).squeeze(-1)), image)
     return (image * each(torch.where(early_B, one, contrast_B))).clamp_(0, 1)
 
 
 def saturate(image_B3SS: Tensor, factor_B111: Tensor) -> Tensor:
-    """Multiply the saturation (of HSV) of images in [0, 1], at most to 1; hue and value stay."""
+    """Multiply the HSV saturation of images in [0, 1], clipped at 1; hue and value stay the same."""
     top, low = image_B3SS.amax(1, keepdim=True), image_B3SS.amin(1, keepdim=True)
     chroma = top - low
-    # At a factor of value / chroma the saturation is 1.
+    # With a factor of value / chroma, the saturation is 1.
     factor = torch.minimum(factor_B111, top / torch.where(chroma > 0, chroma, 1).clamp_min(1e-12))
     return top - (top - image_B3SS) * factor

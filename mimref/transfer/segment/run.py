@@ -1,4 +1,4 @@
-"""`mimref segment`: from a config to rows."""
+"""`mimref segment`: evaluates a config and returns rows of results."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -43,16 +43,16 @@ from mimref.transfer.segment.windows import Found, Sample, Scores, Viewing, eval
 
 @dataclass(frozen=True)
 class SegmentResult(EvaluationResult):
-    """Rows, and what a figure shows."""
+    """Rows of results, and the samples for a figure."""
 
     samples: list[Sample] = field(default_factory=list)
-    """Some test images, predicted by the best head or block alone."""
+    """Some test images with the predictions of the best head or block."""
     class_names: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What could be opened: all that a protocol needs."""
+    """Opened and checked inputs of a protocol."""
 
     config: SegmentConfig
     checkpoint: Checkpoint
@@ -65,7 +65,7 @@ class _Work:
 
     @property
     def viewing(self) -> Viewing:
-        """How images are seen in a test."""
+        """Settings for testing images."""
         return Viewing(self.config.test, self.config.training.upsampling, self.config.stride)
 
 
@@ -77,13 +77,13 @@ def evaluate_segment(
     listener: Listener | None = None,
     checks: Checks | None = None,
 ) -> SegmentResult:
-    """Segmentation on frozen patch tokens: `segment_miou`, `segment_micro_iou` and `segment_accuracy`, in percent.
+    """Score segmentation on frozen patch tokens: `segment_miou`, `segment_micro_iou`, `segment_accuracy`, in percent.
 
-    Of the best of all heads, chosen on the test images, as published, after the last update; then its `segment_iou` per
-    `class`, and the scores of every head, numbered by `classifier`. With `config.blocks` the scores of every block, as
-    `block_segment_miou` and so on, with `block`. state: file from which interrupted training continues; fresh: start
-    over instead. Raises UserError subclasses for a checkpoint, images, masks or settings that do not fit, before the
-    encoder runs: one error for all mistakes.
+    These are the scores of the best head after the last update, chosen on the test images, as published. Its
+    `segment_iou` per `class` and the scores of all heads, numbered by `classifier`, follow. With `config.blocks`, the
+    rows are the scores of every block: `block_segment_miou` and so on, with `block`. state: file from which interrupted
+    training continues. fresh: start over instead. Raises UserError subclasses for a checkpoint, images, masks or
+    settings that do not fit, before the encoder runs, one error for all mistakes.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     work = _open(config, listener, checks)
@@ -103,7 +103,7 @@ def evaluate_segment(
 
 
 def _open(config: SegmentConfig, listener: Listener, checks: Checks) -> _Work:
-    """Open checkpoint and data, and find all that is wrong with them together."""
+    """Open checkpoint and data, and report all mistakes in them together."""
     if world_size() > 1:
         checks.add("device", ConfigError("segment runs in one process; start it without torchrun"))
     check_device(config, checks)
@@ -119,7 +119,7 @@ def _open(config: SegmentConfig, listener: Listener, checks: Checks) -> _Work:
         find = partial(choose_architecture, checkpoint, config.arch, config.source, config.resolution)
         architecture = checks.run("resolution" if config.resolution else "arch", find)
     if config.data.channels is not None or (architecture is not None and architecture.channels not in (1, 3)):
-        wrong = "segment reads images in colour and 8 bits; omit data.channels, or use an encoder of such images"
+        wrong = "segment reads 8-bit colour images; omit data.channels, or use an encoder of such images"
         checks.add("data.channels", ConfigError(wrong))
     inputs = None
     if architecture is not None:
@@ -142,7 +142,7 @@ def _open(config: SegmentConfig, listener: Listener, checks: Checks) -> _Work:
 
 
 def _data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
-    """The images: those of the settings, else mosaics of the objects that the encoder was trained on."""
+    """Return the data of the settings, else mosaics of the objects on which the encoder was trained."""
     if data.spec is not None:
         return data
     recorded = header.get("data")
@@ -154,7 +154,7 @@ def _data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
 
 
 def _open_data(config: SegmentConfig, listener: Listener, checks: Checks) -> dict[Split, Pairs]:
-    """Both splits, checked."""
+    """Open and check both splits; empty if one cannot be opened."""
     pairs: dict[Split, Pairs] = {}
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:
@@ -178,7 +178,7 @@ def _inputs(config: SegmentConfig, architecture: Architecture | BackboneArchitec
 def _reading(
     config: SegmentConfig, architecture: Architecture, header: Mapping[str, Any], *, mosaics: bool
 ) -> PassSettings:
-    """How images are read, at the resolution of the settings or of the protocol."""
+    """Return the settings for reading images, at the resolution of the config or of the protocol."""
     recorded = eval_transform(architecture, config.data, header)
     own, patch = architecture.image_size, architecture.patch_size
     wanted = SIDE * own if mosaics else DINOV2_SIZE if config.protocol == "dinov2" else own
@@ -197,11 +197,11 @@ def _reading(
 # --- protocols
 
 _Result = tuple[list[Row], int, list[Sample], list[tuple[str, str]]]
-"""Rows, which of the samples' predictions is the best one, the samples, and the images left out."""
+"""Rows, the index of the best prediction in each sample, the samples, and the images left out."""
 
 
 def _linear(work: _Work, state: Path | None) -> _Result:
-    """Train the heads, and test them all."""
+    """Train all heads, then test them."""
     config, listener = work.config, work.listener
     tokens = PatchTokens(work.encoder, work.inputs, work.reading, final_norm=config.final_norm)
     job = HeadsJob(config, work.train, tokens, work.reading, state=state)
@@ -210,7 +210,7 @@ def _linear(work: _Work, state: Path | None) -> _Result:
     if not any(finite):
         raise DivergenceError("every head has diverged; lower training.lr or use --precision fp32")
     found = _test(work, job.scores, len(job.heads), "segmentation of validation images")
-    # A head that has diverged scores 0.
+    # Diverged heads score 0.
     mious = [scores(each)["miou"] if good else 0.0 for each, good in zip(found.confusions, finite, strict=True)]
     best = max(range(len(mious)), key=lambda head: mious[head])
     bad = list(dict.fromkeys([*job.bad.items, *found.bad]))
@@ -227,7 +227,7 @@ def _linear(work: _Work, state: Path | None) -> _Result:
 
 
 def _knn(work: _Work) -> _Result:
-    """Search the neighbours of every input's patches in turn."""
+    """Search neighbours of the patches of each input in turn."""
     config, all_found, bad = work.config, list[Found](), list[tuple[str, str]]()
     for each in work.inputs:
         about = f" of block {each.blocks[0]}" if config.blocks is not None else ""
@@ -253,7 +253,7 @@ def _test(work: _Work, score: Scores, heads: int, label: str) -> Found:
 
 
 def _where(work: _Work, read: HeadInput, more: Row) -> Row:
-    """The settings that a row was measured with."""
+    """Return the settings with which a row was measured."""
     config = work.config
     return {
         "protocol": config.protocol,
@@ -266,12 +266,12 @@ def _where(work: _Work, read: HeadInput, more: Row) -> Row:
 
 
 def _rows(work: _Work, found: Confusion, where: Row) -> list[Row]:
-    """The scores, and every class's IoU."""
+    """Return the scores, and the IoU of every class."""
     return score_rows(found, where) + class_rows(found, _class_names(work.test), where)
 
 
 def _block_rows(work: _Work, found: Sequence[Confusion], settings: Sequence[Row]) -> list[Row]:
-    """The scores of every block and head, then the IoU of every class at every block."""
+    """Return the scores of every block, then the IoU of every class at every block."""
     rows: list[Row] = []
     details: list[Row] = []
     for each, where in zip(found, settings, strict=True):
@@ -282,5 +282,5 @@ def _block_rows(work: _Work, found: Sequence[Confusion], settings: Sequence[Row]
 
 
 def _class_names(pairs: Pairs) -> list[str] | list[int]:
-    """What results call the classes."""
+    """Return the classes' names in results."""
     return name_classes(np.arange(pairs.classes), pairs.class_names)

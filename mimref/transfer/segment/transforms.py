@@ -1,7 +1,7 @@
 """Batches of images with a class for every pixel: random crops for training, and whole images for testing.
 
-A training image is resized at random, its aspect kept, and cropped, flipped and padded (as mmsegmentation does). All
-draws are functions of (seed, epoch, image).
+A training image is resized by a random factor, which keeps its aspect ratio, then cropped, flipped and padded, as in
+mmsegmentation. All draws are functions of (seed, epoch, image).
 
 Shapes: B images, S pixels per side of a crop.
 """
@@ -25,13 +25,13 @@ _CROP_TRIES = 10
 
 
 def resize(image: Tensor, mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """An image (3, H, W) resized bicubically with antialiasing, and its classes (H, W) by the nearest pixel."""
+    """Resize an image (3, H, W) bicubically with antialiasing, and its classes (H, W) by nearest neighbour."""
     resized = tvf.resize(image, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True)
     return resized, nearest(mask, height, width)
 
 
 def nearest(mask_HW: Tensor, height: int, width: int) -> Tensor:
-    """Classes at the nearest pixels' centres; exact for any type."""
+    """Resize classes by taking those at the nearest pixel centre; exact for any dtype."""
     rows, columns = (
         ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new)).long()
         for old, new in zip(mask_HW.shape, (height, width), strict=True)
@@ -43,7 +43,7 @@ def nearest(mask_HW: Tensor, height: int, width: int) -> Tensor:
 
 
 def resized_size(height: int, width: int, size: int, crops: CropsConfig, draw: float) -> tuple[int, int]:
-    """Height and width after the random resize; draw: in [0, 1)."""
+    """Return height and width after the random resize. draw: in [0, 1)."""
     low, high = crops.scale
     ratio = low + (high - low) * draw
     longest, shortest = crops.longest * size * ratio, size * ratio
@@ -52,10 +52,10 @@ def resized_size(height: int, width: int, size: int, crops: CropsConfig, draw: f
 
 
 def crop_box(mask_HW: Tensor, size: int, most: float, draw_2T: Tensor) -> tuple[int, int]:
-    """Top and left of the first of 10 crops in which no class has a share of `most`, else of the eleventh.
+    """Return top and left of the first of 10 crops in which every class has a share below `most`, else of the eleventh.
 
-    draw_2T: numbers in [0, 1), a row for the tops and one for the lefts. Crops of one class, or without any, are drawn
-    again as well.
+    draw_2T: numbers in [0, 1), one row for the tops and one for the lefts. Crops with a single class or without labels
+    are drawn again as well.
     """
     top_T, left_T = (
         (draw_T.double() * (max(length - size, 0) + 1)).long().tolist()
@@ -77,14 +77,15 @@ class Crop(NamedTuple):
     mask: Tensor
     """int16 (S, S); `UNLABELLED` in the padding."""
     height: int
-    """Without padding."""
+    """Height without padding."""
     width: int
+    """Width without padding."""
 
 
 def training_crop(
     image: Tensor, mask: Tensor, size: int, crops: CropsConfig, seed: int, epoch: int, sample: int
 ) -> Crop:
-    """Random resize, crop, flip and padding of one image, a function of (seed, epoch, sample)."""
+    """Resize, crop, flip and pad one image at random, as a function of (seed, epoch, sample)."""
 
     def draw(operation: Operation, count: int = 1) -> Tensor:
         return uniform(seed, epoch, operation, torch.tensor([sample]), count=count)[0]
@@ -114,7 +115,7 @@ class CropBatch:
     masks: Tensor
     """int16 (B, S, S)."""
     sizes: list[tuple[int, int]]
-    """Height and width without padding."""
+    """Height and width of every crop without padding."""
     bad: list[tuple[str, str]]
     """Path and reason of every image that could not be read."""
 
@@ -154,7 +155,7 @@ def crop_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[CropBatch]:
-    """Shuffled batches of random crops of all `epochs`; the last partial batch of an epoch is dropped.
+    """Yield shuffled batches of random crops for all `epochs`; the last partial batch of an epoch is dropped.
 
     skip: batches of the first epoch that are already done. The batches are the same for every number of workers.
     """
@@ -166,26 +167,26 @@ def crop_batches(
 
 
 class View(NamedTuple):
-    """What the heads see of an image, and its classes, which may have another size."""
+    """An image as passed to the heads, and its classes, whose size may differ."""
 
     number: int
     """Position in the data set."""
     image: Tensor
     """uint8 (3, H, W)."""
     mask: Tensor
-    """int16."""
+    """int16 (H', W')."""
 
 
 class Views(NamedTuple):
-    """Some consecutive images of a data set, without those that could not be read."""
+    """Some consecutive images of a data set, except unreadable ones."""
 
     images: list[View]
     bad: list[tuple[str, str]]
-    """Path and reason."""
+    """Path and reason of every image that could not be read."""
 
 
 def view_of(index: int, image: Tensor, mask: Tensor, size: int, mode: TestMode) -> View:
-    """An image as a test sees it, see `SegmentConfig.test`."""
+    """Return an image as it is tested, see `SegmentConfig.test`."""
     if mode == "full":
         return View(index, image, mask)
     height, width = shorter_side_to(mask.shape[0], mask.shape[1], size)
@@ -198,7 +199,7 @@ def view_of(index: int, image: Tensor, mask: Tensor, size: int, mode: TestMode) 
 
 
 def shorter_side_to(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width with a shorter side of `size` and the same aspect, cut as torchvision's Resize does."""
+    """Return height and width for a shorter side of `size`; the longer one is rounded down, as torchvision does."""
     if height <= width:
         return size, max(size, int(size * width / height))
     return max(size, int(size * height / width)), size
@@ -218,7 +219,7 @@ class _ViewDataset(BatchDataset[Views]):
 
 
 def view_batches(pairs: Pairs, size: int, mode: TestMode, *, batch_size: int, workers: int = 0) -> Iterator[Views]:
-    """All images in data order, as a test sees them."""
+    """Yield all images in data order, as they are tested."""
     at_once = batch_size if mode == "crop" else 1
     batches = [range(at, min(len(pairs), at + at_once)) for at in range(0, len(pairs), at_once)]
     return load(_ViewDataset(pairs, size, mode), batches, workers=workers)

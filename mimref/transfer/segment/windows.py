@@ -1,7 +1,7 @@
-"""Scores of whole images from windows of the size that the heads see, and the confusion of their classes.
+"""Scores of whole images from windows of the size that the heads see, and confusion matrices of the classes.
 
-An image is covered by windows from its upper left corner on, the last ones moved inwards so that none leaves it; scores
-of pixels in several windows are averaged (mmsegmentation's sliding window). An image of a window's size is one window.
+Windows cover an image from its upper left corner on; the last ones are moved inwards so that none extends beyond it.
+Where windows overlap, scores are averaged (mmsegmentation's sliding window). An image of a window's size is one window.
 
 Shapes: K heads, n windows, C classes, h x w patches, S pixels per side of a window.
 """
@@ -24,48 +24,48 @@ from mimref.transfer.segment.metrics import Confusion, confusions
 from mimref.transfer.segment.transforms import View, nearest, view_batches
 
 SAMPLES = 4
-"""Images whose predictions are kept, for a figure."""
+"""Number of images whose predictions are saved for a figure."""
 _DEFAULT_STRIDE = 2 / 3
 
 Scores = Callable[[Tensor], Tensor]
-"""From normalised windows (n, 3, S, S) to scores of their patches, (K, n, C, h, w)."""
+"""Maps normalised windows (n, 3, S, S) to scores of their patches, (K, n, C, h, w)."""
 
 
 class Sample(NamedTuple):
-    """An image with the classes of its pixels, on the CPU."""
+    """An image with the true and predicted classes of its pixels, on the CPU."""
 
     image: Tensor
-    """uint8 (3, H, W), as the heads saw it."""
+    """uint8 (3, H, W), as passed to the heads."""
     truth: Tensor
-    """int16, perhaps of another size."""
+    """int16 (H', W'); the size may differ from the image's."""
     predicted_K: Tensor
-    """int16, by every head; of the truth's size."""
+    """int16 (K, H', W'): the prediction of every head."""
 
 
 class Found(NamedTuple):
-    """What a test found."""
+    """Result of a test."""
 
     confusions: list[Confusion]
-    """(C, C) of every head."""
+    """Confusion matrix (C, C) of every head."""
     samples: list[Sample]
-    """The first few images."""
+    """The first `SAMPLES` readable images."""
     bad: list[tuple[str, str]]
     """Path and reason of every image that could not be read."""
 
 
 class Viewing(NamedTuple):
-    """How images are tested."""
+    """Settings for testing images."""
 
     mode: TestMode
     upsampling: Upsampling
     stride: int | None = None
-    """Pixels; None: two thirds of a window."""
+    """Pixels from window to window; None: two thirds of a window."""
 
 
 def evaluate_images(
     pairs: Pairs, scores: Scores, heads: int, reading: PassSettings, viewing: Viewing, progress: Progress | None = None
 ) -> Found:
-    """The confusion of every head over all images. Raises DataError for too many unreadable ones."""
+    """Return every head's confusion matrix over all images. Raises DataError if too many images are unreadable."""
     size = reading.transform.image_size
     total = torch.zeros(heads, pairs.classes, pairs.classes, dtype=torch.int64, device=reading.device)
     bad, samples, done = BadImages(reading.max_bad), list[Sample](), 0
@@ -91,7 +91,7 @@ def evaluate_images(
 def score_views(
     views: list[View], scores: Scores, reading: PassSettings, viewing: Viewing
 ) -> Iterator[Iterator[Tensor]]:
-    """For every image scores of its mask's pixels, (heads, C, H, W) for some heads after others."""
+    """Yield, for every image, the scores of its mask's pixels: parts (heads, C, H, W), a few heads at a time."""
     size, cut = reading.transform.image_size, [cut_windows(view, reading, viewing.stride) for view in views]
     windows = torch.cat([each.images for each in cut]) if cut else torch.empty(0)
     of_patches = [scores(part) for part in windows.split(reading.batch_size)] if cut else []
@@ -101,16 +101,16 @@ def score_views(
 
 
 class Windows(NamedTuple):
-    """An image in windows."""
+    """The windows of an image."""
 
     images: Tensor
     """(n, 3, S, S), normalised, on the device; zero beyond a small image's lower and right edges."""
     corners: list[tuple[int, int]]
-    """Top and left of each."""
+    """Top and left of each window."""
 
 
 def cut_windows(view: View, reading: PassSettings, stride: int | None) -> Windows:
-    """The windows of an image. stride: None is two thirds of a window."""
+    """Cut an image into windows. stride: None is two thirds of a window."""
     size = reading.transform.image_size
     image = reading.transform.normalize(view.image[None].to(reading.device, non_blocking=True))[0]
     padded = F.pad(image, (0, max(0, size - image.shape[2]), 0, max(0, size - image.shape[1])))
@@ -119,14 +119,14 @@ def cut_windows(view: View, reading: PassSettings, stride: int | None) -> Window
 
 
 def mask_windows(view: View, size: int, corners: list[tuple[int, int]]) -> Tensor:
-    """The classes of an image's windows, (n, S, S); unlabelled beyond its edges."""
+    """Return the classes (n, S, S) in an image's windows; unlabelled beyond its edges."""
     mask = nearest(view.mask, *view.image.shape[1:])
     padded = F.pad(mask, (0, max(0, size - mask.shape[1]), 0, max(0, size - mask.shape[0])), value=UNLABELLED)
     return torch.stack([padded[top : top + size, left : left + size] for top, left in corners])
 
 
 def window_corners(height: int, width: int, size: int, stride: int) -> list[tuple[int, int]]:
-    """Top and left of all windows of an image that is at least as large as one."""
+    """Return top and left of all windows of an image that is at least as large as one window."""
     tops, lefts = (
         [min(number * stride, length - size) for number in range(max(length - size + stride - 1, 0) // stride + 1)]
         for length in (height, width)
@@ -142,9 +142,9 @@ def assemble(
     size: int,
     upsampling: Upsampling,
 ) -> Iterator[Tensor]:
-    """Scores (heads, C, H, W) of one image from those of its windows, for some heads after others.
+    """Yield the scores (heads, C, H, W) of one image from those of its windows, a few heads at a time.
 
-    seen: height and width of the image that the windows cover; shape: those of the result.
+    seen: height and width of the image that the windows cover. shape: height and width of the result.
     """
     height, width = (max(length, size) for length in seen)
     step = max(1, PIXEL_ELEMENTS // (scores_KnChw.shape[2] * max(height * width, shape[0] * shape[1])))

@@ -1,1 +1,1 @@
-"""Suites: encoders on a list of data sets, by a protocol each, with averages and ranks."""
+"""Suites: encoders evaluated on several data sets, each by its own protocol, with averages and ranks."""

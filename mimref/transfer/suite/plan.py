@@ -1,4 +1,4 @@
-"""From a suite's settings to checked entries: all mistakes in them are found together, before anything runs."""
+"""Checked entries from a suite's settings: all mistakes in them are reported together, before anything runs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ T = TypeVar("T")
 MODELS: dict[str, type[CommandConfig]] = {
     model.command: model for model in (KnnConfig, LowshotConfig, ProbeConfig, ClusterConfig, FinetuneConfig)
 }
-# Settings of the suite itself.
+# Settings that belong to the suite itself and are not passed on to its entries.
 _OWN = ("preset", "checkpoints", "entries", "data.spec")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry with its checked settings, but for the checkpoint."""
+    """An entry with its checked settings, except the checkpoint."""
 
     given: EntryConfig
     config: CommandConfig
 
     @property
     def name(self) -> str:
-        """In the table, and of its folder."""
+        """Name in the table, and of the entry's folder."""
         return self.given.name
 
 
@@ -45,24 +45,24 @@ def ask_for_suite() -> NoReturn:
 
 
 def plan_entries(config: SuiteConfig, checks: Checks) -> list[Entry]:
-    """The entries; `checks` collects what is wrong with any of them."""
+    """Return the valid entries; mistakes in the others are added to `checks`."""
     if not config.entries and "entries" not in checks.unusable:
         checks.add("suite", ConfigError(f"{config.preset or 'the suite'} has no entries; add [[entries]] tables"))
     if config.data.spec is not None:
-        checks.add("suite", ConfigError(f"data.spec = {config.data.spec!r}: in a suite, each entry has its own data"))
+        checks.add("suite", ConfigError(f"data.spec = {config.data.spec!r}: omit it; each entry has its own data"))
     entries: list[Entry] = []
     for number, table in enumerate(config.entries, start=1):
         label = f"entry {table.get('name', number)!r}"
         entry = checks.run("suite", partial(labelled_errors, label, partial(_plan_entry, config, table)))
         if entry is not None and any(entry.name == other.name for other in entries):
-            checks.add("suite", ConfigError(f"{label}: its name is that of another entry; give each its own"))
+            checks.add("suite", ConfigError(f"{label}: another entry has the same name; rename one of them"))
         elif entry is not None:
             entries.append(entry)
     return entries
 
 
 def labelled_errors(label: str, work: Callable[[], T]) -> T:
-    """What `work` returns. The messages of the mistakes that it raises begin with `label`."""
+    """Return what `work` returns; the messages of the UserErrors that it raises get `label` as a prefix."""
     try:
         return work()
     except UserErrors as several:
@@ -88,14 +88,14 @@ def _plan_entry(config: SuiteConfig, table: Mapping[str, Any]) -> Entry:
     common = {"strict": True} | common if "strict" in known else common
     found = load_config(model, entry.preset, common | flatten(entry.settings) | {"data.spec": entry.data})
     for key in {"checkpoint", "encoder.weights", "data.spec"} & flatten(entry.settings).keys():
-        raise ConfigError(f"settings: {key} follows from the suite's checkpoints and the entry's data; leave it out")
+        raise ConfigError(f"settings: {key} is set by the suite's checkpoints and the entry's data; leave it out")
     if isinstance(found, EvaluationConfig):
         _check_single(found)
     return Entry(entry, found)
 
 
 def _check_single(config: EvaluationConfig) -> None:
-    """Raise ConfigError or UserErrors for settings that do not give one number."""
+    """Raise ConfigError or UserErrors for settings that do not give exactly one result."""
     checks, several = Checks(), dict[str, object]()
     if config.blocks == "all" or "," in config.blocks:
         several["blocks"] = config.blocks
@@ -104,16 +104,16 @@ def _check_single(config: EvaluationConfig) -> None:
     if isinstance(config, LowshotConfig) and not config.split_files and len(config.shots) > 1:
         several["shots"] = config.shots
     for key, values in several.items():
-        checks.add(key, ConfigError(f"{key} = {values}: an entry has one result, and these give several; choose one"))
+        checks.add(key, ConfigError(f"{key} = {values}: an entry needs a single result; choose one value"))
     if isinstance(config, ClusterConfig) and "acc" not in config.metrics:
-        checks.add("metrics", ConfigError(f"metrics = {config.metrics}: acc is missing, which a suite shows; add it"))
+        checks.add("metrics", ConfigError(f"metrics = {config.metrics}: a suite shows acc, which is missing; add it"))
     if config.features is not None:
-        checks.add("features", ConfigError("features: a suite reads checkpoints; leave them out"))
+        checks.add("features", ConfigError("features: a suite evaluates checkpoints; leave it out"))
     checks.finish()
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value."""
+    """Return a nested table as a flat one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}

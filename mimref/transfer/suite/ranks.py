@@ -9,9 +9,9 @@ from mimref.results import Row
 
 
 def average_ranks(values: Sequence[Sequence[float]]) -> list[float]:
-    """The mean rank of every column over the rows: 1 is the largest of a row, equal values share their mean rank.
+    """Return every column's mean rank over the rows: rank 1 is the largest value of a row, ties share their mean rank.
 
-    values: scores, one row per data set, one column per model; undefined ones (NaN) are the worst.
+    values: scores, one row per data set and one column per model; undefined scores (NaN) rank last.
     """
     scores = np.nan_to_num(np.asarray(values, dtype=np.float64), nan=-np.inf)
     ranks: list[float] = rankdata(-scores, method="average", axis=1).mean(axis=0).tolist()
@@ -19,9 +19,10 @@ def average_ranks(values: Sequence[Sequence[float]]) -> list[float]:
 
 
 def summary_rows(values: Mapping[str, Mapping[str, float]], models: Sequence[str]) -> list[Row]:
-    """`suite_average` of every model and, of several, `suite_rank`, over the entries that all of them have.
+    """Return `suite_average` of every model and, for several models, `suite_rank`, over entries that all models have.
 
-    values: by entry and model. `entries` says over how many; without any there are no rows.
+    values: scores by entry and model. The column `entries` holds the number of these entries; without any, there are
+    no rows.
     """
     common = [list(map(of_model.__getitem__, models)) for of_model in values.values() if of_model.keys() >= set(models)]
     if not common:

@@ -1,7 +1,7 @@
-"""`mimref transfer`: every checkpoint on every entry of a suite, one after another, each in its own folder.
+"""`mimref transfer`: evaluates every checkpoint on every entry of a suite, one after another, each in its own folder.
 
-`--out` holds `suite.toml`, the settings, and for every entry ENTRY/MODEL/results.json as the entry's own command writes
-it. What has such a file is finished, and is never run again.
+`--out` holds the settings in `suite.toml` and, for every entry and model, ENTRY/MODEL/results.json as the entry's own
+command writes it. If this file exists, the evaluation is finished, and runs again only with `--force`.
 """
 
 import json
@@ -48,27 +48,27 @@ METRICS = {
     "cluster": "cluster_acc",
     "finetune": FINETUNE_METRIC,
 }
-"""Of each protocol: what a suite shows."""
-# Settings that may differ from those of a finished entry.
+"""Metric that a suite shows for each protocol."""
+# On resuming, these settings may differ from those of a finished entry.
 _FREE = ("preset", "device", "workers", "data.root", "data.download", "data.max_bad")
 _FREE_SECTIONS = ("cache.", "monitor.")
 _FREE_OF = {True: ("micro_batch", "activation_checkpointing", "shard"), False: ("batch_size",)}
-"""By whether the entry is a fine-tuning."""
+"""More such settings; keys: whether the entry is a fine-tuning."""
 _PATHS = ("checkpoint", "encoder.weights")
 
 
 @dataclass(frozen=True)
 class SuiteResult(Tabular):
-    """What a suite found."""
+    """Result of a suite."""
 
     rows: list[Row]
-    """One per entry and model, with `entry`, and the averages and ranks."""
+    """One row per entry and model, with `entry`; then the averages and ranks."""
     elapsed_s: float
-    """Of all entries, in whichever run."""
+    """Total time of all finished entries, also of those from earlier runs."""
     failed: list[UserError]
-    """Why an entry has no result, one line each."""
+    """Reasons why entries have no result, one line each."""
     bad_images: list[tuple[str, str]]
-    """Path and reason of every image that an entry left out."""
+    """Path and reason of every image left out in any entry."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class _Part:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For results.json: those of the command, and of a fine-tuning those of the entry."""
+        """Settings for results.json: the command's, and for a fine-tuning also the entry's."""
         settings = self.config.model_dump(mode="json")
         if isinstance(self.entry.config, FinetuneConfig):
             settings |= self.entry.given.model_dump(include={"seeds", "learning_rates", "tune_data"})
@@ -114,11 +114,11 @@ def run_suite(
     listener: Listener | None = None,
     checks: Checks | None = None,
 ) -> SuiteResult:
-    """Measure every checkpoint on every entry; write the results of each, and averages and ranks of all.
+    """Evaluate every checkpoint on every entry; write the results of each, and averages and ranks over all.
 
-    An entry that cannot be run, because its data is missing or too small, is left out and reported in `failed`; the
-    others run. Raises UserError subclasses, one error for all mistakes, for settings, checkpoints and a folder that
-    cannot be used, before anything runs. resume: run what is not finished yet; force: run everything again.
+    An entry that cannot be run, for example because its data is missing or too small, is left out and reported in
+    `failed`; the others run. Raises UserError subclasses, one error for all mistakes, for settings, checkpoints and a
+    folder that cannot be used, before anything runs. resume: run only what is unfinished; force: run everything again.
     """
     listener, checks = listener or Silent(), checks or Checks()
     if world_size() > 1:
@@ -127,7 +127,7 @@ def run_suite(
     entries = plan_entries(config, checks)
     models = checks.run("checkpoints", lambda: distinct_names(config.checkpoints)) or []
     parts = _parts(entries, config.checkpoints, models, out)
-    # Without a suite, the folder is none that the user has named.
+    # Skipped if the suite is unusable: the folder is then not one that the user named.
     checks.run("preset", lambda: _check_folder(out, parts, resume=resume, force=force))
     for part in parts if resume and not force else ():
         if part.finished:
@@ -149,7 +149,7 @@ def run_suite(
 
 
 def _parts(entries: Sequence[Entry], checkpoints: Sequence[str], models: Sequence[str], out: Path) -> list[_Part]:
-    """Entry by entry, all checkpoints."""
+    """Return one part per entry and checkpoint, entry by entry."""
     # A model's name may be a path.
     folders = [re.sub(r"[^\w.+-]+", "-", model).strip("-.") for model in models]
     if len(set(folders)) < len(folders) or "" in folders:
@@ -162,7 +162,7 @@ def _parts(entries: Sequence[Entry], checkpoints: Sequence[str], models: Sequenc
 
 
 def _check_folder(out: Path, parts: Sequence[_Part], *, resume: bool, force: bool) -> None:
-    """Raise OutputError for a folder that must not be used. Without a suite, nothing in it may be used or replaced."""
+    """Raise OutputError for a folder that must not be used: without a suite in it, nothing there may be replaced."""
     if resume and force:
         raise OutputError("--resume continues a suite and --force starts it over: choose one")
     check_writable(out)
@@ -177,7 +177,7 @@ def _check_folder(out: Path, parts: Sequence[_Part], *, resume: bool, force: boo
 
 
 def _check_same(part: _Part) -> None:
-    """Raise ConfigError where a finished entry was measured with other settings."""
+    """Raise ConfigError if a finished entry was measured with other settings, OutputError if they cannot be read."""
     file = part.folder / "results.json"
     try:
         then = flatten(json.loads(file.read_text(encoding="utf-8"))["config"])
@@ -185,7 +185,7 @@ def _check_same(part: _Part) -> None:
         raise OutputError(f"{file} cannot be read ({error}); remove it, and --resume runs this entry again") from error
     free = (*_FREE, *_FREE_OF[isinstance(part.entry.config, FinetuneConfig)])
     for key, now in flatten(part.settings).items():
-        # What is not set may have been read from the checkpoint's header.
+        # Settings that are not set may have been read from the checkpoint's header.
         if key not in then or now is None or key in free or key.startswith(_FREE_SECTIONS):
             continue
         same = os.path.realpath(then[key] or "") == os.path.realpath(now) if key in _PATHS else then[key] == now
@@ -197,13 +197,13 @@ def _check_same(part: _Part) -> None:
 
 
 def _check_checkpoint(checkpoint: str, config: SuiteConfig, listener: Listener) -> None:
-    """Raise CheckpointError or ConfigError for a file that is no encoder of the architecture."""
+    """Raise CheckpointError or ConfigError for a file without an encoder of the expected architecture."""
     found = read_checkpoint(checkpoint, config.encoder, progress=listener.progress)
     choose_architecture(found, config.arch, config.source, config.resolution)
 
 
 def _prepare(out: Path, config: SuiteConfig, replaced: Sequence[_Part]) -> None:
-    """Write suite.toml, after removing what is replaced: without it, what is left of that cannot pass for finished."""
+    """Remove what is replaced, suite.toml first, so that remains never look finished; then write suite.toml."""
     for name in ("suite.toml", "results.json", "results.csv", "results.md", "suite.png") if replaced else ():
         (out / name).unlink(missing_ok=True)
     for part in replaced:
@@ -212,7 +212,7 @@ def _prepare(out: Path, config: SuiteConfig, replaced: Sequence[_Part]) -> None:
 
 
 def _run_parts(parts: Sequence[_Part], listener: Listener) -> list[UserError]:
-    """Run what is not finished; why some could not be run."""
+    """Run the parts, and return the errors of those that could not be run."""
     failed: list[UserError] = []
     missing: dict[str, UserError] = {}
     for entry in {part.entry.name: part.entry for part in parts}.values():
@@ -234,7 +234,7 @@ def _run_parts(parts: Sequence[_Part], listener: Listener) -> list[UserError]:
 
 
 def _check_data(entry: Entry, listener: Listener) -> None:
-    """Raise DataError for images that are missing, before the first entry runs."""
+    """Raise UserError subclasses for missing images, before the first entry runs."""
     checks = Checks()
     for spec in filter(None, (entry.given.data, entry.given.tune_data)):
         open_images(entry.config.data.model_copy(update={"spec": spec}), listener.progress, checks)
@@ -242,7 +242,7 @@ def _check_data(entry: Entry, listener: Listener) -> None:
 
 
 def _run_part(part: _Part, listener: Listener) -> None:
-    """Measure one checkpoint on one entry, and write its folder."""
+    """Evaluate one checkpoint on one entry, and write the results to its folder."""
     result = _measure(part, listener)
     settings = part.settings if result.data is None else part.settings | {"data": result.data.model_dump(mode="json")}
     command, bad = part.config.command, result.bad_images
@@ -267,7 +267,7 @@ def _measure(part: _Part, listener: Listener) -> EvaluationResult:
 
 
 def _main_row(part: _Part, rows: Sequence[Row]) -> Row:
-    """The one result that the suite shows."""
+    """Return the one row that the suite shows."""
     attentive = isinstance(part.config, ProbeConfig) and part.config.probe.kind == "attentive"
     metric = "attentive_top1" if attentive else METRICS[part.entry.given.protocol]
     (row,) = (row for row in main_rows(rows) if row["metric"] == metric)
@@ -277,7 +277,7 @@ def _main_row(part: _Part, rows: Sequence[Row]) -> Row:
 def _finish(
     out: Path, config: SuiteConfig, parts: Sequence[_Part], models: Sequence[str], failed: list[UserError]
 ) -> SuiteResult:
-    """The results of all finished entries, which are written as those of the suite."""
+    """Collect the results of all finished entries, write them as the suite's results, and return them."""
     rows, elapsed_s, bad = list[Row](), 0.0, set[tuple[str, str]]()
     values: dict[str, dict[str, float]] = {}
     for part in (part for part in parts if part.finished):

@@ -1,4 +1,4 @@
-"""Entries of fine-tuning: the learning rate chosen on images kept for that, then the mean over seeds (VTAB-1K)."""
+"""Fine-tuning entries: choose the learning rate on held-out images, then take the mean over seeds (VTAB-1K)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +18,14 @@ METRIC = "finetune_top1"
 def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, listener: Listener) -> EvaluationResult:
     """Fine-tune with every learning rate and seed on `tune_data`, then with the best rate and every seed on the data.
 
-    Scores are those of the last epoch. Each run has its own folder below `folder`, in which it continues, and loses its
-    weights once it is finished. Rows: `finetune_top1`, the mean over the seeds, with `lr`; `tune_top1` of every rate.
-    Of equal rates the first counts.
+    Scores are those of the last epoch; of equally good rates, the first is chosen. Each run has its own folder below
+    `folder`, where it can be resumed; its weights are deleted once it is finished. Rows: `finetune_top1`, the mean over
+    the seeds, with `lr`; then `tune_top1` of every rate.
     """
     lr, rows, elapsed_s, bad = config.finetune.lr, list[Row](), 0.0, list[tuple[str, str]]()
 
     def mean_score(metric: str, place: str, changes: Mapping[str, Any]) -> Row:
-        """Mean and deviation over the seeds, in percent, of runs in `place` with these settings changed."""
+        """Return mean and standard deviation over the seeds, in percent, of runs in `place` with these changes."""
         nonlocal elapsed_s
         scores = []
         for seed in range(config.seed, config.seed + entry.seeds):
@@ -51,7 +51,7 @@ def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, lis
 
 
 def _run(config: FinetuneConfig, out: Path, listener: Listener) -> FinetuneResult:
-    """One run, which starts, continues or is finished, without its weights."""
+    """Start or continue a run, or read a finished one; delete its weights."""
     run = RunFolder(out)
     result = finetune(config, out, resume=run.finished or run.unfinished, listener=listener)
     for weights in out.glob("*.safetensors"):
@@ -60,6 +60,6 @@ def _run(config: FinetuneConfig, out: Path, listener: Listener) -> FinetuneResul
 
 
 def _last_score(result: FinetuneResult) -> float:
-    """Accuracy after the last epoch."""
+    """Return the accuracy after the last epoch."""
     (row,) = (row for row in main_rows(result.rows) if (row["metric"], row["selected"]) == (METRIC, "last epoch"))
     return float(row["value"])
