@@ -1,4 +1,4 @@
-"""Checkpoints of encoders that are no plain vision transformers, with their publishers' and transformers' names.
+"""Checkpoints of encoders that are not plain vision transformers, with their publishers' and transformers' names.
 
 Every publisher's file is made from a tiny model of timm, whose tensors are renamed here by hand, word by word.
 """

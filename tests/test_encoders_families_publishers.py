@@ -1,4 +1,4 @@
-"""Encoders that are no plain vision transformers: recognised by content, with the features of timm's own code."""
+"""Encoders that are not plain vision transformers: recognised by content, with the features of timm's own code."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Encoders that are no plain vision transformers, as transformers saves them: the hidden states of its own models."""
+"""Encoders that are not plain vision transformers, as transformers saves them: the hidden states of its own models."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -265,7 +265,7 @@ OTHER = {name: tensor + 1 for name, tensor in PLAIN.items()}
         ),
         ({name: PLAIN[name] for name in PLAIN if "blocks.1." not in name}, "blocks.1.norm1.weight is missing"),
         ({name: PLAIN[name] for name in PLAIN if name != "pos_embed"}, "has no position embedding"),
-        (PLAIN | {"pos_embed": torch.zeros(1, 3, WIDTH)}, "(1, 3, 128), which is no grid"),
+        (PLAIN | {"pos_embed": torch.zeros(1, 3, WIDTH)}, "(1, 3, 128), which is not a grid"),
         (PLAIN | {"pos_embed": torch.zeros(1, 17, 64)}, "pos_embed has shape (1, 17, 64) instead of (1, 17, 128)"),
         (
             PLAIN | {"blocks.1.attn.qkv.weight": torch.zeros(96, 32)},

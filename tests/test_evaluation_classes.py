@@ -60,9 +60,9 @@ def test_labels_without_names() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("aple,Cake", r"'aple' is no class here; did you mean 'apple'\?"),
-        ("xyzzy,Cake", "'xyzzy' is no class here; classes have names like 'apple'"),
-        ("lists/food.txt", "'lists/food.txt' is no class and no file here"),
+        ("aple,Cake", r"'aple' is not a class here; did you mean 'apple'\?"),
+        ("xyzzy,Cake", "'xyzzy' is not a class here; classes have names like 'apple'"),
+        ("lists/food.txt", "'lists/food.txt' is not a class and no file here"),
         ("BREAD,Cake", "'BREAD' may be any of Bread, bread"),
         ("empty,Cake", "'empty' has no images here"),
         ("9,Cake", "no class 9"),

@@ -347,7 +347,7 @@ def test_other_resolutions_than_the_encoders_own() -> None:
 
 def test_encoders_without_patch_tokens_are_refused() -> None:
     backbone = TimmBackbone(BackboneArchitecture("test_convnext", 64))
-    with pytest.raises(ConfigError, match="test_convnext is no plain vision transformer"):
+    with pytest.raises(ConfigError, match="test_convnext is not a plain vision transformer"):
         reconstruct_blocks(backbone, TRAIN, VAL, replace(READING, transform=EvalTransform(64)), SETTINGS)
 
 

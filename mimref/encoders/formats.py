@@ -161,11 +161,11 @@ def _refuse_relatives(encoder: Mapping[str, Tensor]) -> None:
     """Raise Unrecognised for a vision transformer that is not plain."""
     for pattern, feature in RELATIVES.items():
         if any(re.fullmatch(pattern, name) for name in encoder):
-            raise Unrecognised(f"is no plain vision transformer: it has {feature}")
+            raise Unrecognised(f"is not a plain vision transformer: it has {feature}")
     if "blocks.0.attn.q_bias" in encoder and not _is_flat(encoder):
         # Files of BEiT's relatives may lack the tensors that distinguish them: rotary positions have none.
         raise Unrecognised(
-            "is no plain vision transformer: it has separate biases of queries and values, and so most likely "
+            "is not a plain vision transformer: it has separate biases of queries and values, and so most likely "
             "relative positions (BEiT, data2vec 1.0, EVA)"
         )
 

@@ -90,7 +90,7 @@ def _find_grid(positions: Tensor, lengths: list[int], asked: Grid | None) -> tup
     for count, (rows, columns) in grids.items():
         if rows > 1:
             return count, (rows, columns)
-    raise Unrecognised(f"has positions of shape {shape}, which is no grid of patches of several rows")
+    raise Unrecognised(f"has positions of shape {shape}, which is not a grid of patches of several rows")
 
 
 def _most_square(patches: int) -> Grid:

@@ -219,7 +219,7 @@ def _compare(run: TrainingRun, plan: Plan, monitor: KnnMonitor, refined: TokenEn
         images = labelled_splits(config.data, plan.source, monitor.val)
     except DataError as error:
         run.listener.note(f"measures without labels in place of k-NN, low-shot and clustering: {error}")
-        rows = [row for name, encoder in encoders() for row in _signs(name, monitor.check(encoder))]
+        rows = [row for name, encoder in encoders() for row in _unlabelled_rows(name, monitor.check(encoder))]
         _exhibit_unlabelled(run, plan, settings, encoders())
         return rows
     protocols = ["knn", "cluster"]
@@ -241,7 +241,7 @@ def _compare(run: TrainingRun, plan: Plan, monitor: KnnMonitor, refined: TokenEn
     return rows
 
 
-def _signs(model: str, values: Mapping[str, float]) -> list[Row]:
+def _unlabelled_rows(model: str, values: Mapping[str, float]) -> list[Row]:
     """Return the rows of all measures for which higher or lower is better."""
     measures = [name for name in MEASURES if name in values and name != "alpha_req"]
     return [{"model": model, "metric": name, "value": values[name]} for name in measures]

@@ -57,7 +57,7 @@ def transformers_layout(subject: Subject) -> Layout:
     encoder = subject.encoder
     if not isinstance(encoder, Encoder):
         raise ConfigError(
-            f"--layout transformers: {encoder.architecture.name} is no plain vision transformer; use --layout timm"
+            f"--layout transformers: {encoder.architecture.name} is not a plain vision transformer; use --layout timm"
         )
     architecture, state = _plain(encoder)
     kind = _kind(architecture)

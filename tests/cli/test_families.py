@@ -1,4 +1,4 @@
-"""Encoders that are no plain vision transformers on the command line, without `--arch`."""
+"""Encoders that are not plain vision transformers on the command line, without `--arch`."""
 
 import json
 from pathlib import Path

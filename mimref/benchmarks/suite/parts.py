@@ -1,8 +1,8 @@
 """Parts of `mimref benchmark all` on a GPU, and their small versions on a CPU, which run the same code.
 
-Every bar is a number from a feature's promise, the tests or docs/results.md; a line without one has no bar. To add a
-part on another topic, such as decoding on the device or sharded training, add a function call to `_cuda_parts` and
-`_cpu_parts`.
+Every bar is a number that the documentation promises, or comes from the tests or docs/results.md; a line without such a
+number has no bar. To add a part on another topic, such as decoding on the device or sharded training, add a function
+call to `_cuda_parts` and `_cpu_parts`.
 """
 
 from collections.abc import Sequence

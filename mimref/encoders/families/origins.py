@@ -109,7 +109,7 @@ def _with_axes(tensor: Tensor, axes: int) -> Tensor:
 
 def _dense_kernel(kernel: Tensor, name: str) -> Tensor:
     if kernel.ndim not in (2, 3) or math.isqrt(kernel.shape[0]) ** 2 != kernel.shape[0]:
-        raise Unrecognised(f"{name} has shape {tuple(kernel.shape)}, which is no kernel of a sparse convolution")
+        raise Unrecognised(f"{name} has shape {tuple(kernel.shape)}, which is not a kernel of a sparse convolution")
     side = math.isqrt(kernel.shape[0])
     if kernel.ndim == 2:
         kernel = kernel[:, None]

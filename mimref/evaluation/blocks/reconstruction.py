@@ -254,7 +254,7 @@ def check_maskable(architecture: Architecture | BackboneArchitecture, image_size
     """Raise ConfigError for an encoder or an image size with which patches cannot be hidden."""
     if not isinstance(architecture, Architecture):
         raise ConfigError(
-            f"{architecture.name} is no plain vision transformer: patches cannot be hidden from it, so there is no "
+            f"{architecture.name} is not a plain vision transformer: patches cannot be hidden from it, so there is no "
             "reconstruction loss; leave --reconstruction out"
         )
     architecture.check_size(image_size, "the image size")

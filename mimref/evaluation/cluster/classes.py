@@ -119,4 +119,4 @@ def _label(name: str, names: Sequence[str], available: Labels) -> int:
         raise ConfigError(f"--classes: these features have no class names, so {name!r} is unknown; give numbers")
     advice = did_you_mean(name, names) or f"; classes have names like {names[0]!r}"
     missing_file = " and no file" if "/" in name or "." in name else ""
-    raise ConfigError(f"--classes: {name!r} is no class{missing_file} here{advice}")
+    raise ConfigError(f"--classes: {name!r} is not a class{missing_file} here{advice}")

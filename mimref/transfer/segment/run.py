@@ -171,7 +171,9 @@ def _open_data(config: SegmentConfig, listener: Listener, checks: Checks) -> dic
 
 def _inputs(config: SegmentConfig, architecture: Architecture | BackboneArchitecture) -> list[HeadInput]:
     if not isinstance(architecture, Architecture):
-        raise ConfigError(f"{architecture.name} is no plain vision transformer, whose patch tokens segmentation needs")
+        raise ConfigError(
+            f"{architecture.name} is not a plain vision transformer, whose patch tokens segmentation needs"
+        )
     return head_inputs(config, architecture.depth, architecture.class_token)
 
 
