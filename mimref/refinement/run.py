@@ -1,6 +1,6 @@
 """Refine an encoder: train the heads on the frozen encoder, then encoder and heads together."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,7 +20,6 @@ from mimref.evaluation.compare import before_after, labelled_splits, lost_accura
 from mimref.evaluation.exhibits.collect import Exhibition, encoder_model
 from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.monitor import KnnMonitor
-from mimref.features.encode import PassSettings
 from mimref.features.header import data_record
 from mimref.progress import Listener, optional
 from mimref.refinement.alignment import Queue
@@ -219,9 +218,7 @@ def _compare(run: TrainingRun, plan: Plan, monitor: KnnMonitor, refined: TokenEn
         images = labelled_splits(config.data, plan.source, monitor.val)
     except DataError as error:
         run.listener.note(f"measures without labels in place of k-NN, low-shot and clustering: {error}")
-        rows = [row for name, encoder in encoders() for row in _unlabelled_rows(name, monitor.check(encoder))]
-        _exhibit_unlabelled(run, plan, settings, encoders())
-        return rows
+        return _measure_unlabelled(run, plan, monitor, encoders())
     protocols = ["knn", "cluster"]
     with optional("no low-shot results", run.listener):
         load_solver()
@@ -241,21 +238,20 @@ def _compare(run: TrainingRun, plan: Plan, monitor: KnnMonitor, refined: TokenEn
     return rows
 
 
-def _unlabelled_rows(model: str, values: Mapping[str, float]) -> list[Row]:
-    """Return the rows of all measures for which higher or lower is better."""
-    measures = [name for name in MEASURES if name in values and name != "alpha_req"]
-    return [{"model": model, "metric": name, "value": values[name]} for name in measures]
-
-
-def _exhibit_unlabelled(
-    run: TrainingRun, plan: Plan, settings: PassSettings, encoders: Iterator[tuple[str, TokenEncoder]]
-) -> None:
-    """Show some training images."""
-    if not plan.config.evaluate.exhibits:
-        return
-    exhibition = Exhibition.of_some(plan.source, settings, plan.config.seed, run.listener, "training images")
-    exhibition.add_passes(encoder_model(name, encoder, settings) for name, encoder in encoders)
+def _measure_unlabelled(
+    run: TrainingRun, plan: Plan, monitor: KnnMonitor, encoders: Iterator[tuple[str, TokenEncoder]]
+) -> list[Row]:
+    """Return the rows of all measures for which higher or lower is better, and save some training images to show."""
+    rows: list[Row] = []
+    exhibition = Exhibition.of_some(plan.source, monitor.settings, plan.config.seed, run.listener, "training images")
+    for model, encoder in encoders:
+        values = monitor.check(encoder)
+        measures = [name for name in MEASURES if name in values and name != "alpha_req"]
+        rows += [{"model": model, "metric": name, "value": values[name]} for name in measures]
+        if plan.config.evaluate.exhibits:
+            exhibition.add_passes([encoder_model(model, encoder, monitor.settings)])
     exhibition.save(run.folder.path)
+    return rows
 
 
 def _write_encoder(run: TrainingRun, plan: Plan, refined: TokenEncoder, rows: Sequence[Row]) -> None:
