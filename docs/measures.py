@@ -1,7 +1,7 @@
 """How well measures without labels follow k-NN accuracy: trains families of checkpoints, measures all, prints a table.
 
-python docs/signs.py train runs/signs      # hours on one core; families that are there are left alone
-python docs/signs.py measure runs/signs    # the table of docs/results.md
+python docs/measures.py train runs/measures      # hours on one core; families that are there are left alone
+python docs/measures.py measure runs/measures    # the table of docs/results.md
 """
 
 import json
