@@ -1,4 +1,4 @@
-"""Draw the pictures of the README and the first page from tables in results.md, for light and for dark pages.
+"""Draw the pictures of the README and the first page from the tables in results.md, for light and dark pages.
 
 python docs/figures.py
 """
@@ -15,7 +15,7 @@ from mimref.reports.curves import STYLE, THEMES, plot_curves
 from mimref.results import Row
 
 HERE = Path(__file__).parent
-# Row of the table to its name in the picture.
+# Row of the table -> its name in the picture.
 SHOWN = {
     "k-NN": "k-NN",
     "1-shot (20 draws)": "1-shot",
@@ -25,13 +25,13 @@ SHOWN = {
 
 
 def read_table(page: Path, heading: str) -> list[list[str]]:
-    """The cells of all tables in a section, row by row."""
+    """Return the cells of all tables in a section, row by row."""
     section = page.read_text(encoding="utf-8").split(f"# {heading}\n")[1].split("\n#")[0]
     return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
 
 
 def read_curves(page: Path) -> list[Row]:
-    """k-NN of every block of the base and, as the mean and range over seeds, of the refined encoder."""
+    """Return the k-NN accuracy of every block: of the base, and of the refined encoder as mean and range over seeds."""
     rows = read_table(page, "The effect at small size")
     models = {"base": ["k-NN, base"], "refined": [f"k-NN, refined, seed {seed}" for seed in range(3)]}
     found: list[Row] = []
@@ -45,14 +45,14 @@ def read_curves(page: Path) -> list[Row]:
 
 
 def read_scores(page: Path) -> dict[str, tuple[float, float, float]]:
-    """Name in the picture to the scores of raw pixels, base and refined."""
+    """Return name in the picture -> the scores of raw pixels, base and refined encoder."""
     rows = read_table(page, "Quickstart: digits")
     scores = {row[0]: tuple(map(float, row[1:4])) for row in rows if re.fullmatch(r"\+?[\d.]+", row[-1])}
     return {name: scores[row] for row, name in SHOWN.items()}  # type: ignore[misc]
 
 
 def draw(scores: dict[str, tuple[float, float, float]], colours: Mapping[str, str], file: Path) -> None:
-    """A line from base to refined for every score, with raw pixels as a ring."""
+    """Draw a line from base to refined for every score, with raw pixels as a ring."""
     figure = Figure(figsize=(7.2, 2.6), layout="constrained")
     axes = figure.subplots()
     for place, (raw, base, refined) in enumerate(reversed(scores.values())):

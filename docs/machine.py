@@ -1,4 +1,4 @@
-"""Make the pages of this machine that docs/gpu.md shows: `python docs/machine.py` (about 3 minutes on two cores)."""
+"""Generate this machine's pages, which docs/gpu.md includes: `python docs/machine.py` (about 3 min on two cores)."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ COMMANDS = {"doctor": ("doctor",), "benchmark": ("benchmark", "all")}
 
 
 def main() -> int:
-    """Run both commands in a temporary folder and copy their pages. Returns the higher exit code."""
+    """Run both commands in a temporary folder, copy their pages, and return the higher exit code."""
     codes = []
     with tempfile.TemporaryDirectory() as folder:
         for name, command in COMMANDS.items():

@@ -1,6 +1,6 @@
-"""How well measures without labels follow k-NN accuracy: trains families of checkpoints, measures all, prints a table.
+"""Test how well measures without labels follow k-NN accuracy: train checkpoints, measure them and print a table.
 
-python docs/measures.py train runs/measures      # hours on one core; families that are there are left alone
+python docs/measures.py train runs/measures      # hours on one core; skips families that have results
 python docs/measures.py measure runs/measures    # the table of docs/results.md
 """
 
@@ -20,21 +20,21 @@ UNEVALUATED = [*QUIET, "--set", "evaluate.enabled=false"]
 
 @dataclass(frozen=True)
 class Family:
-    """Runs of one command; every run saves its encoder after some epochs."""
+    """Checkpoints of one training run, which saves its encoder after some epochs."""
 
     name: str
     args: Sequence[str]
     epochs: Sequence[int]
-    """After which the encoder is saved."""
+    """Epochs after which the encoder is saved."""
 
 
 def digits(name: str, *settings: str, epochs: Sequence[int]) -> Family:
-    """A refinement of the packaged encoder."""
+    """Return the family of a refinement of the packaged encoder."""
     sets = [part for setting in settings for part in ("--set", setting)]
     return Family(name, ["refine", "--preset", "quickstart", *UNEVALUATED, *sets], epochs)
 
 
-# Ten times the preset's rate and more, with the heads of the first family: healthy, then two collapses.
+# Ten or more times the preset's learning rate, with the heads of the first family: one healthy run, two collapses.
 HIGH = ('stage="encoder"', 'heads_from="{root}/digits-refine"')
 FAMILIES = [
     digits("digits-refine", epochs=(1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 18, 20)),
@@ -54,13 +54,13 @@ FAMILIES = [
 ]
 
 
-# Pre-training of which all blocks are measured, hardly begun: a twelfth and a sixth of it.
+# Early checkpoints of pre-training whose blocks are all measured: after a twelfth and about a sixth of the epochs.
 EARLY = ("digits-pretrain/snapshots/epoch-025.safetensors", "fashion-pretrain/snapshots/epoch-007.safetensors")
 
 
 @contextmanager
 def saving(folder: Path, epochs: Sequence[int]) -> Iterator[None]:
-    """Save the encoder in training after these epochs."""
+    """Save the encoder being trained after each of these epochs."""
     from mimref.encoders.checkpoints import save_encoder
     from mimref.features.header import data_record
     from mimref.pretraining.run import Pretraining
@@ -87,7 +87,7 @@ def saving(folder: Path, epochs: Sequence[int]) -> Iterator[None]:
 
 
 def train(root: Path, only: Sequence[str]) -> None:
-    """Train the families that are not there."""
+    """Train the families that have no results yet."""
     from mimref.cli import run
 
     for family in FAMILIES:
@@ -104,17 +104,17 @@ def train(root: Path, only: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """Features that measures and k-NN put in an order each."""
+    """Features to rank, once by every measure and once by k-NN accuracy."""
 
     name: str
     kind: str
-    """Several groups of one kind are averaged."""
+    """Groups of one kind are averaged."""
     members: Sequence[tuple[str, str]]
-    """Checkpoint, relative to the root, and block."""
+    """Checkpoint, relative to the root, and block of every member."""
 
 
 def groups(root: Path) -> list[Group]:
-    """The groups of the checkpoints that are there."""
+    """Return the groups of the checkpoints that exist."""
 
     def saved(*names: str) -> list[str]:
         files = [file for name in names for file in sorted((root / name / "snapshots").glob("*.safetensors"))]
@@ -138,7 +138,7 @@ def groups(root: Path) -> list[Group]:
 
 
 def score(root: Path, model: str, blocks: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Every measure, and k-NN accuracy on the validation images, of some blocks of a checkpoint."""
+    """Return every measure and the k-NN accuracy on the validation images, for some blocks of a checkpoint."""
     from mimref.config.load import load_config
     from mimref.evaluation.assess.config import AssessConfig
     from mimref.evaluation.assess.protocol import assess
@@ -161,7 +161,7 @@ def score(root: Path, model: str, blocks: Sequence[str]) -> dict[str, dict[str, 
 
 
 def measure(root: Path) -> None:
-    """Measure what is not in `scores.json`, and print the table."""
+    """Measure what `scores.json` lacks, and print the table."""
     import numpy as np
     from scipy.stats import spearmanr
 

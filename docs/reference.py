@@ -37,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put the API reference where its mark stands."""
+    """Replace the mark with the API reference."""
     return markdown.replace(API_MARK, api_reference())
 
 
@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def commands_page() -> str:
-    """Every command with its options, in the order and panels of the help."""
+    """Return the page of all commands with their options, in the order and panels of the help."""
     root = get_command(app)
     lines = ["# Commands", "", "Generated from the command line itself; `mimref COMMAND --help` prints the same.", ""]
     for panel, members in by_panel(root.commands.values(), "Commands").items():  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ def commands_page() -> str:
 
 
 def walk(command: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Every command that does something, with its full name."""
+    """Yield every visible command that is not a group, with its full name."""
     members = getattr(command, "commands", None)
     if members is None:
         yield path, command
@@ -73,7 +73,7 @@ def walk(command: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def by_panel(items: Iterable[Any], default: str) -> dict[str, list[Any]]:
-    """Commands or parameters that the help shows, by their panel in it."""
+    """Group the commands or parameters that the help shows by their panel."""
     found: dict[str, list[Any]] = {}
     for each in items:
         panel = each.rich_help_panel
@@ -93,7 +93,7 @@ def usage(path: str, command: Any) -> str:
 
 
 def help_text(command: Any) -> list[str]:
-    """Help as Markdown: runs of lines that are commands become code."""
+    """Return the help as Markdown; consecutive lines that are commands become a code block."""
     lines: list[str] = []
     code = False
     for part in filter(None, (command.help, command.epilog)):
@@ -128,7 +128,7 @@ def meaning(parameter: Any) -> str:
 
 
 def settings_page() -> str:
-    """Every setting of every command: key, values, default, meaning."""
+    """Return the page of every command's settings: key, values, default, meaning."""
     lines = [
         "# Settings",
         "",
@@ -155,7 +155,7 @@ def settings_page() -> str:
 
 
 def command_models() -> list[type[CommandConfig]]:
-    """The settings of every command, in the order of the command line."""
+    """Return the settings class of every command, in the order of the command line."""
     for module in pkgutil.walk_packages(mimref.__path__, "mimref."):
         if ".config" in module.name:
             importlib.import_module(module.name)
@@ -174,7 +174,7 @@ def command_models() -> list[type[CommandConfig]]:
 def sections(
     model: type[BaseModel], schema: dict[str, Any], root: dict[str, Any] | None = None, prefix: str = ""
 ) -> Iterator[tuple[type[BaseModel], str, dict[str, Any]]]:
-    """A model and its sections, each with its prefix and the schemas of its plain settings."""
+    """Yield a model and its sections, each with its prefix and the schemas of its plain settings."""
     root = root or schema
     inner = {key: field.annotation for key, field in model.model_fields.items()
              if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)}  # fmt: skip
@@ -184,7 +184,7 @@ def sections(
 
 
 def values(schema: dict[str, Any]) -> str:
-    """What a setting accepts, in words."""
+    """Describe which values a setting accepts."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(values(each) for each in schema["anyOf"]))
     if "const" in schema or "enum" in schema:
@@ -214,7 +214,7 @@ def as_toml(value: Any) -> str:
 
 
 def api_reference() -> str:
-    """mkdocstrings' directives for every public name, and for the classes that they return."""
+    """Return mkdocstrings directives for every public name, and for the classes that public functions return."""
     lines: list[str] = []
     functions, configs, results = [], [], {}
     for name in sorted(mimref._PUBLIC):
@@ -237,7 +237,7 @@ def api_reference() -> str:
 
 
 def classes(hint: Any) -> Iterator[type]:
-    """The package's own classes in a return annotation."""
+    """Yield the package's own classes in a return annotation, except command settings."""
     if isinstance(hint, type) and hint.__module__.startswith("mimref.") and not issubclass(hint, CommandConfig):
         yield hint
     for part in typing.get_args(hint):
@@ -245,7 +245,7 @@ def classes(hint: Any) -> Iterator[type]:
 
 
 def table(header: str, rows: list[tuple[str, ...]]) -> list[str]:
-    """A Markdown table; no rows, no table."""
+    """Return a Markdown table, or nothing if there are no rows."""
     if not rows:
         return []
     rule = "|" + "---|" * (header.count("|") - 1)

@@ -1,4 +1,4 @@
-"""Take the pictures of reports.md from the report of a finished refinement, in a Chromium that is installed.
+"""Take the screenshots of reports.md from the report of a finished refinement, with an installed Chromium.
 
 mimref refine --out runs/digits
 python docs/screenshots.py runs/digits
@@ -15,16 +15,16 @@ from playwright.sync_api import Page, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
 COLORS = 256
-"""Of the pictures, which makes them a third as large."""
+"""Number of colours in the pictures; so few make them a third as large."""
 
 
 def results(page: Page) -> None:
-    """The table, and the first curves."""
+    """Scroll to the table and the first curves."""
     page.locator("#results").evaluate("section => scrollTo(0, section.offsetTop)")
 
 
 def points(page: Page) -> None:
-    """The map, with the mouse at a point in the middle of the list."""
+    """Scroll to the map, with the mouse at a point in the middle of the list."""
     page.locator("#map").evaluate("section => scrollTo(0, section.offsetTop)")
     marks = page.locator("#map-1 .mark-symbol.role-mark path")
     marks.nth(marks.count() // 2).hover(force=True)
@@ -32,7 +32,7 @@ def points(page: Page) -> None:
 
 
 def neighbours(page: Page) -> None:
-    """The first galleries."""
+    """Scroll to the first galleries."""
     page.locator("#neighbours").evaluate("section => scrollTo(0, section.offsetTop)")
 
 

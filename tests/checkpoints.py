@@ -1,6 +1,6 @@
-"""Synthetic checkpoints in the layouts of public ones, and what their own models make of images.
+"""Synthetic checkpoints in the layouts of public ones, and the tokens that their own models compute.
 
-A layout is a function from the state dict of a timm model to the content of a file, as the named project writes it.
+A layout is a function that turns the state dict of a timm model into file content as the named project writes it.
 """
 
 import argparse
@@ -26,13 +26,13 @@ State = dict[str, Tensor]
 def load_encoder(
     path: str | Path, architecture: Architecture | BackboneArchitecture | None = None
 ) -> tuple[Encoder | TimmBackbone, dict[str, Any]]:
-    """An encoder with a file's weights, and the file's header; the architecture is the file's own by default."""
+    """Return an encoder with a file's weights and the file's header; the architecture is by default the file's own."""
     checkpoint = read_checkpoint(path)
     return encoder_from(checkpoint, architecture or choose_architecture(checkpoint)), checkpoint.header
 
 
 def timm_vit(**options: Any) -> VisionTransformer:
-    """timm's own model with random weights, of which the checkpoints are made."""
+    """Return timm's own model with random weights, from which the checkpoints are made."""
     torch.manual_seed(0)
     settings = {
         "img_size": IMAGE, "patch_size": PATCH, "num_classes": 0, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2,
@@ -44,7 +44,7 @@ def timm_vit(**options: Any) -> VisionTransformer:
 
 
 def mae_vit() -> VisionTransformer:
-    """timm's model with MAE's fixed sine-cosine positions."""
+    """Return timm's model with MAE's fixed sine-cosine positions."""
     vit = timm_vit()
     assert vit.pos_embed is not None
     vit.pos_embed.data.copy_(sincos_positions(WIDTH, SIDE))
@@ -52,7 +52,7 @@ def mae_vit() -> VisionTransformer:
 
 
 def tokens(vit: VisionTransformer, images: Tensor) -> list[Tensor]:
-    """Every block's tokens by timm, prefix first."""
+    """Return every block's tokens as timm computes them, prefix tokens first."""
     found: list[Any] = vit.forward_intermediates(
         images, intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True, norm=False
     )
@@ -60,12 +60,12 @@ def tokens(vit: VisionTransformer, images: Tensor) -> list[Tensor]:
 
 
 def rows(count: int, name: str) -> State:
-    """A weight and a bias of `count` outputs, as a stand-in for a layer that is dropped."""
+    """Return a weight and a bias of `count` outputs, to stand in for a layer that is dropped."""
     return {f"{name}.weight": torch.zeros(count, 2), f"{name}.bias": torch.zeros(count)}
 
 
 def prefixed(prefix: str, state: State) -> State:
-    """The same tensors, each name with a prefix."""
+    """Return the same tensors with a prefix added to every name."""
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
@@ -80,12 +80,12 @@ DINO_HEAD = rows(4, "head.mlp.0") | {"head.last_layer.weight_g": torch.ones(4, 1
 
 
 def mae(state: State) -> Any:
-    """As MAE publishes its encoders."""
+    """MAE's published encoders."""
     return {"model": state}
 
 
 def mae_with_decoder(state: State) -> Any:
-    """As MAE's training saves it: with decoder, optimizer, scaler and arguments."""
+    """MAE's training checkpoints, with decoder, optimizer, scaler and arguments."""
     training = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}, "epoch": 799, "scaler": {"scale": 65536.0}}
     args = argparse.Namespace(lr=1e-3, output=None, best=np.float64(0.5), ids=np.arange(3))
     return {"model": state | MAE_DECODER | rows(48, "decoder_pred"), **training, "args": args}
@@ -103,7 +103,7 @@ def crossmae(state: State) -> Any:
 
 
 def mae_ct(state: State) -> Any:
-    """MAE-CT: positions of the patches alone."""
+    """MAE-CT: positions of the patches only."""
     return state | {"pos_embed": state["pos_embed"][:, 1:]}
 
 
@@ -112,13 +112,13 @@ def release(state: State) -> Any:
     positions = state["pos_embed"]
     kept = {name: tensor for name, tensor in state.items() if name not in ("pos_embed", "cls_token")}
     kept["pos_embed.embed"] = positions[:, 1:].reshape(1, SIDE, SIDE, WIDTH)
-    # The CLS token's position is part of the token.
+    # The CLS token includes its position.
     kept["cls_tokens.tokens"] = state["cls_token"] + positions[:, :1]
     return {"state_dict": kept, "ctor_kwargs": {"kind": "vit", "dim": WIDTH}, "abs_ckpt": {"epoch": 20}}
 
 
 def release_with_flat_names(state: State) -> Any:
-    """A release whose positions and token have the common names."""
+    """A release whose positions and CLS token have the usual names."""
     kept = release(state)["state_dict"]
     return {"state_dict": kept | {"pos_embed": kept.pop("pos_embed.embed"), "cls_token": kept.pop("cls_tokens.tokens")}}
 
@@ -134,7 +134,7 @@ def maws(state: State) -> Any:
 
 
 def dino_full(state: State) -> Any:
-    """DINO's training: the teacher is the encoder, the student, heads and optimizer are dropped."""
+    """DINO's training checkpoints: the teacher is the encoder; student, heads and optimizer are dropped."""
     student = prefixed("module.backbone.", {name: tensor + 1 for name, tensor in state.items()})
     teacher = prefixed("backbone.", state) | DINO_HEAD
     training = {"optimizer": {"param_groups": []}, "epoch": 3, "args": argparse.Namespace(arch="vit_base")}
@@ -142,7 +142,7 @@ def dino_full(state: State) -> Any:
 
 
 def ibot(state: State) -> Any:
-    """iBOT's training: two heads, and a masked embedding in the student."""
+    """iBOT's training checkpoints: two heads, and a masked embedding in the student."""
     head = DINO_HEAD | {"head.last_layer2.weight_g": torch.ones(4, 1)}
     student = prefixed("module.", prefixed("backbone.", state | {"masked_embed": torch.zeros(1, WIDTH)}) | head)
     teacher = prefixed("backbone.", state) | head
@@ -166,7 +166,7 @@ def dinov2(state: State) -> Any:
 
 
 def dinov2_in_chunks(state: State) -> Any:
-    """DINOv2's training: a teacher whose blocks are numbered within chunks as well."""
+    """DINOv2's training checkpoints: a teacher whose block names also contain the number of a chunk."""
     parts = {name: name.split(".") for name in state}
     chunked = {
         f"blocks.{int(part[1]) // 2}.{'.'.join(part[1:])}" if part[0] == "blocks" else name: state[name]
@@ -182,7 +182,7 @@ def dinov2_registers(state: State) -> Any:
     kept = {name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): state[name] for name in state}
     cls_position = torch.full((1, 1, WIDTH), 0.25)
     kept["register_tokens"] = kept.pop("reg_token")
-    # What timm adds to the token once stands in the positions here.
+    # DINOv2 stores the CLS position with the positions; timm adds it to the token once.
     kept["cls_token"] = state["cls_token"] - cls_position
     kept["pos_embed"] = torch.cat([cls_position, state["pos_embed"]], dim=1)
     return dinov2(kept)
@@ -203,12 +203,12 @@ def timm_training(state: State) -> Any:
 
 
 def gamma_names(state: State) -> Any:
-    """Layer scales named as BEiT names them."""
+    """Layer scales with BEiT's names."""
     return {name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): state[name] for name in state}
 
 
 def wrapped_modules(state: State) -> Any:
-    """Prefixes of DDP, FSDP, activation checkpointing and `torch.compile`."""
+    """Names with the prefixes of DDP, FSDP, activation checkpointing and `torch.compile`."""
     inside = {
         name.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module."): state[name]
         for name in state
@@ -217,14 +217,14 @@ def wrapped_modules(state: State) -> Any:
 
 
 def clip_tower(state: State) -> Any:
-    """The vision tower of a model of images and text."""
+    """The vision tower of an image-text model."""
     return prefixed("vision_encoder.", state) | rows(8, "text_encoder.ln") | {"logit_scale": torch.zeros(())}
 
 
 LEARNED: Callable[[], VisionTransformer] = timm_vit
 SWIGLU = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU, "mlp_ratio": 5.0}
 REGISTERS = {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5, **SWIGLU}
-# Layout, the model it is made of, format and source as recognised.
+# Layout, the model from which it is made, and the format and source that must be recognised.
 LAYOUTS: list[tuple[Callable[[State], Any], Callable[[], VisionTransformer], str, str | None]] = [
     (mae, mae_vit, "layout of MAE", None),
     (mae_with_decoder, mae_vit, "MAE", "mae"),
@@ -250,11 +250,11 @@ LAYOUTS: list[tuple[Callable[[State], Any], Callable[[], VisionTransformer], str
 ]
 
 
-# --- data2vec 2.0, whose own model is written down here in plain tensor code
+# --- data2vec 2.0, with its own model in plain tensor code
 
 
 def data2vec(*, prefix: str = "", width: int = WIDTH, channels: int = 3) -> State:
-    """Random weights under data2vec 2.0's names, with the decoder that is dropped."""
+    """Return random weights under data2vec 2.0's names, with the decoder, which is dropped."""
     torch.manual_seed(0)
     image = "modality_encoders.IMAGE."
     shapes = {
@@ -278,7 +278,7 @@ def data2vec(*, prefix: str = "", width: int = WIDTH, channels: int = 3) -> Stat
 
 
 def data2vec_tokens(state: State, images: Tensor, heads: int) -> list[Tensor]:
-    """Every block's tokens of `data2vec` weights without prefix, CLS token first."""
+    """Return every block's tokens for `data2vec` weights without a prefix, CLS token first."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
@@ -311,11 +311,11 @@ def data2vec_tokens(state: State, images: Tensor, heads: int) -> list[Tensor]:
     return found
 
 
-# --- shapes alone
+# --- shapes only
 
 
 def outline(width: int, depth: int, patch: int, *, grid: int, mlp: int | None = None) -> State:
-    """A state dict of true shapes that takes no memory."""
+    """Return a state dict with true shapes that takes no memory."""
     shapes = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, 1 + grid**2, width),

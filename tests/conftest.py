@@ -1,4 +1,4 @@
-"""Set before libraries are imported: tiny tensors gain nothing from threads, and tests have no screen or network."""
+"""Environment, set before imports: tiny tensors gain nothing from threads, and tests have no screen or network."""
 
 import gc
 import os
@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Files whose tests fork their processes from one (see tests/ranks.py): one worker runs them, before anything else.
+# Files whose tests fork their processes from one (see tests/ranks.py); one worker runs them, before all others.
 RANKS = (
     "test_distributed_collectives.py",
     "test_distributed_sharding.py",
@@ -35,7 +35,7 @@ _number = count()
 
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test has a cache of its own, and never the user's."""
+    """Give every test a cache of its own, never the user's."""
     monkeypatch.setenv("MIMREF_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{next(_number)}"))
 
 
@@ -44,23 +44,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what has been imported stays: no collection needs to look through it again
+    gc.freeze()  # imported objects stay alive: no collection has to scan them again
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Of `-n auto`: none for a single file, nor for slow tests, which measure, or those of a GPU, which share it."""
+    """Return 0 for `-n auto` with a single file, slow tests, which measure, or GPU tests, which share the GPU."""
     single = len(config.args) == 1 and ".py" in config.args[0]
     if single or "not slow" not in config.option.markexpr:
         return 0
-    from joblib import cpu_count  # which knows of a container's limit
+    from joblib import cpu_count  # respects a container's limit
 
     return min(4, cpu_count())
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests of a file share fixtures, and run in one worker; so do all that start ranks."""
+    """Run the tests of a file in one worker, since they share fixtures; likewise all files that start ranks."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

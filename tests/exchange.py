@@ -1,8 +1,8 @@
-"""What processes exchange in an update, for both directions of the loss, as table rows: `python tests/exchange.py`.
+"""Print what processes exchange per update, for both directions of the loss: `python tests/exchange.py` (table rows).
 
-Counts what the loopback device carries, so nothing else may use it meanwhile: on Linux, as root,
+Counts what the loopback device carries, so nothing else may use it meanwhile. On Linux, as root, run
 `unshare -n sh -c "ip link set lo up; python tests/exchange.py"`. Heads are replaced by random projections and
-predictions: no norm has a say, and the time is that of lookup, loss and exchange.
+predictions, so norms have no influence, and the time is that of lookup, loss and exchange.
 """
 
 import tempfile
@@ -25,20 +25,20 @@ FLOAT_BYTES = 4
 
 
 def expected_bytes(direction: str, world: int) -> int:
-    """Received per update and rank: an all-gather brings R - 1 parts, a ring's all-reduce twice R - 1 of R parts."""
+    """Return bytes received per update and rank: all-gather, R - 1 parts; ring all-reduce, 2 (R - 1) of R parts."""
     view = HEADS * (IMAGES // world) * OUTPUT * FLOAT_BYTES
     gathered = (world - 1) * view
     return 2 * gathered if direction == "projection" else (2 + VIEWS + 2 * VIEWS) * gathered
 
 
 def received() -> int:
-    """Bytes that the loopback device has carried."""
+    """Return the number of bytes that the loopback device has carried."""
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))
 
 
 def exchange(direction: str) -> tuple[float, float]:
-    """Bytes and seconds per update and rank."""
+    """Return bytes per update and rank, and seconds per update."""
     step, generator = make_step(direction=direction, norm="layer"), torch.Generator().manual_seed(own_rank())
     images = IMAGES // world_size()
     step.queue, step.most_images = Queue(HEADS, 1024, OUTPUT, generator=generator, device=CPU), images
@@ -60,7 +60,7 @@ def exchange(direction: str) -> tuple[float, float]:
 
     update()
     dist.barrier()
-    time.sleep(0.5)  # whatever the others have yet to receive
+    time.sleep(0.5)  # lets the others receive what is still on its way
     before, started = received(), time.perf_counter()
     for _ in range(UPDATES):
         update()

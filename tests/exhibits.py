@@ -1,4 +1,4 @@
-"""Exhibits made by hand: noisy thumbnails of any number, on random maps, with galleries of random images."""
+"""Synthetic exhibits: any number of noisy thumbnails, random maps, and galleries of random images."""
 
 import io
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def make_exhibits(
     map_images: int | None = None,
     noise: float = 40.0,
 ) -> Exhibits:
-    """`count` images of the classes in turn; the first ones are called by `paths`, the others `val/7.png`."""
+    """Make exhibits of `count` images, classes in turn; the first are named by `paths`, the others `val/7.png`."""
     rng = np.random.default_rng(0)
     classes = [labels[number % len(labels)] if labels else None for number in range(count)]
     names = [*paths, *(f"val/{number}.png" for number in range(len(paths), count))]

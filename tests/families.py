@@ -1,4 +1,4 @@
-"""Tiny models of every family of timm backbones, at sizes that none of timm's names has."""
+"""Tiny models of every family of timm backbones, at sizes that no timm model has."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ BATCH_NORM = BackboneArchitecture("test_efficientnet", 32)
 
 
 def backbone(architecture: BackboneArchitecture, seed: int = 0) -> TimmBackbone:
-    """With random weights, none of which are zeros or ones. Skips what this timm does not have."""
+    """Return a backbone with random weights, none of which are zeros or ones. Skips models that this timm lacks."""
     if not timm.is_model(architecture.name):
         pytest.skip(f"timm {timm.__version__} has no {architecture.name}")
     torch.manual_seed(seed)
@@ -59,13 +59,13 @@ def backbone(architecture: BackboneArchitecture, seed: int = 0) -> TimmBackbone:
 
 
 def write_backbone(path: Path, architecture: BackboneArchitecture, seed: int = 0) -> Path:
-    """A file with a header; returns `path`."""
+    """Write weights with a header; return `path`."""
     save_encoder(path, backbone(architecture, seed), {"source": "mae"})
     return path
 
 
 def timms_own(encoder: TimmBackbone, size: int | None = None, **options: Any) -> Any:
-    """The same model, built by timm alone."""
+    """Return the same model, built by timm alone."""
     architecture = encoder.architecture
     chosen: dict[str, Any] = dict(architecture.options) | options
     if architecture.channels != 3:

@@ -1,6 +1,6 @@
-"""Checkpoints of encoders that are not plain vision transformers, with their publishers' and transformers' names.
+"""Checkpoints of encoders that are not plain vision transformers, with the tensor names of publishers and transformers.
 
-Every publisher's file is made from a tiny model of timm, whose tensors are renamed here by hand, word by word.
+Every publisher's file is made from a tiny timm model, whose tensors are renamed here by hand, word by word.
 """
 
 import re
@@ -17,7 +17,7 @@ State = dict[str, Tensor]
 
 
 def random_model(name: str, **options: Any) -> Any:
-    """timm's model with every parameter drawn, so that none is at its initial value; skips where timm lacks it."""
+    """Return timm's model with all parameters drawn, so that none has its initial value; skip if timm lacks it."""
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def random_model(name: str, **options: Any) -> Any:
 
 
 def replaced(state: Mapping[str, Tensor], *words: tuple[str, str]) -> State:
-    """Tensors with words of their names replaced, in order; a word is a regular expression."""
+    """Return tensors with words of their names replaced, in order; a word is a regular expression."""
     renamed = {}
     for name, tensor in state.items():
         for word, other in words:
@@ -40,7 +40,7 @@ def replaced(state: Mapping[str, Tensor], *words: tuple[str, str]) -> State:
 
 @dataclass(frozen=True)
 class Published:
-    """A publisher's file, and the model of timm that it is."""
+    """A publisher's file, and the timm model that it contains."""
 
     model: Callable[[], Any]
     file: Callable[[Any], State]
@@ -52,7 +52,7 @@ class Published:
     prefix: str = ""
     container: str | None = None
     groups: tuple[str, ...] = ()
-    """Of what is dropped."""
+    """Groups among the dropped tensors."""
 
 
 def dinov3_model(*, swiglu: bool) -> Any:
@@ -127,7 +127,7 @@ def beit_file(model: Any) -> State:
 
 
 def beit_indices(model: Any) -> State:
-    """Distances of patches, and three more for the CLS token, by the rows of a square grid."""
+    """Return the relative position indices of a square grid, by its rows, with three more for the CLS token."""
     side = model.patch_embed.grid_size[0]
     count = (2 * side - 1) ** 2 + 3
     index = torch.zeros(side * side + 1, side * side + 1, dtype=torch.int64)
@@ -190,7 +190,7 @@ def convnext_file(model: Any) -> State:
 
 
 def sparse_file(model: Any) -> State:
-    """Kernels of MinkowskiEngine: places of the kernel column by column, then input and output channels."""
+    """Return kernels as MinkowskiEngine stores them: positions column by column, then input and output channels."""
     state: State = {}
     for name, tensor in convnext_file(model).items():
         module = name.rpartition(".")[0]
@@ -241,7 +241,7 @@ def mask_and_head(outputs: int) -> Callable[[State], State]:
 
 
 def cls_layers(state: State) -> State:
-    """BEiT v2's further blocks for its CLS token, copies of the encoder's."""
+    """Return mask token, head and BEiT v2's further blocks for its CLS token, here copies of the encoder's first."""
     return mask_and_head(50)(state) | {
         name.replace("blocks.", "cls_pt_layers."): tensor.clone()
         for name, tensor in state.items()
@@ -406,7 +406,7 @@ PUBLISHED = {
 
 
 def content(case: Published, model: Any) -> tuple[Any, State]:
-    """What the file holds, and the encoder's tensors in it under the publisher's names without prefix."""
+    """Return the file's content, and the encoder's tensors in it under the publisher's names without prefix."""
     encoder = case.file(model)
     besides = case.besides(encoder)
     whole = {f"{case.prefix}{name}": tensor for name, tensor in encoder.items()}
@@ -415,7 +415,7 @@ def content(case: Published, model: Any) -> tuple[Any, State]:
 
 
 def timm_features(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Tokens of every block by timm's own code: prefix tokens, then those of the map in reading order."""
+    """Return every block's tokens from timm's own code: prefix tokens, then those of the map in reading order."""
     forward: Any = model.forward_intermediates
     options = {"return_prefix_tokens": True} if getattr(model, "num_prefix_tokens", 0) else {}
     found = forward(images, intermediates_only=True, **options)

@@ -1,4 +1,4 @@
-"""A run to disturb: what it is made of, how it is started, and what it comes to when nothing happens to it."""
+"""A run to disturb: its inputs, its command line, and its uninterrupted result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from tests.tiny import REFINE, Killed, arguments, write_labelled, write_weights
 
 @dataclass(frozen=True)
 class TinyRun:
-    """A refinement of 8 steps of stage 1 and 12 of stage 2, 4 to an epoch."""
+    """A refinement with 8 steps of stage 1 and 12 of stage 2, 4 per epoch."""
 
     weights: Path
     data: Path
     whole: Path
-    """The folder of the run, uninterrupted."""
+    """The folder of the uninterrupted run."""
     config: RefineConfig
     """Its settings."""
 
     def line(self, out: Path, **changes: Any) -> list[str]:
-        """The command line of the same run in another folder; `changes` are named like `encoder_stage__epochs`."""
+        """Return the command line of this run in another folder; `changes` are named like `encoder_stage__epochs`."""
         return _line(self.weights, self.data, out, **changes)
 
 
@@ -43,7 +43,7 @@ def _line(weights: Path, data: Path, out: Path, **changes: Any) -> list[str]:
 
 
 class Mortal:
-    """Counts the calls of functions, and dies before number `kill_after` of all of them together; None: never."""
+    """Counts the calls of all functions that it wraps, and raises Killed after `kill_after` of them; None: never."""
 
     def __init__(self, kill_after: int | None) -> None:
         self.calls, self.kill_after = 0, kill_after
@@ -60,17 +60,17 @@ class Mortal:
 
 
 def write_damaged(folder: Path) -> None:
-    """Images in `folder`, of which four are none."""
+    """Write image files to `folder`; four of them are not images."""
     write_labelled(folder)
     for name in ("train/a/003", "train/a/020", "train/b/011", "val/b/002"):
         (folder / f"{name}.png").write_bytes(b"no image")
 
 
 def states(path: Path) -> list[str]:
-    """Names of the states in a run's folder, oldest first."""
+    """Return the names of the states in a run's folder, oldest first."""
     return sorted(file.name for file in (path / "state").iterdir() if file.name != "origin.json")
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The last line that was told on standard error."""
+    """Return the last line on standard error."""
     return capsys.readouterr().err.splitlines()[-1]

@@ -2,9 +2,9 @@
 
     python tests/fuzz_pickles.py --files 10000 --seed 0
 
-Files are made of tiny checkpoints in every format of torch, by changes of their pickles: flipped bytes, exchanged and
-repeated operations, truncation, and fragments that import, call, allocate or recurse. Anything else than an encoder or
-a CheckpointError fails, as do 5 seconds or 500 MB for one file, and every import, call of a program or file written.
+The files are tiny checkpoints in every format of torch with changed pickles: flipped bytes, swapped and repeated
+operations, truncation, and fragments that import, call, allocate or recurse. Anything but an encoder or a
+CheckpointError is a failure, as are 5 seconds or 500 MB for one file, and every import, program call or written file.
 """
 
 import argparse
@@ -156,7 +156,7 @@ FRAGMENTS = {
 
 
 class _Settings:
-    """Stands for a class that the reader does not know."""
+    """Stands in for a class that the reader does not know."""
 
     def __init__(self) -> None:
         self.path, self.lr, self.history = pathlib.PurePosixPath("/runs"), np.float64(0.1), np.arange(3)
@@ -174,14 +174,14 @@ class _Model(nn.Module):
 
 
 def save(content: object, **options: bool) -> bytes:
-    """A file of torch.save."""
+    """Return the bytes that torch.save writes."""
     stream = io.BytesIO()
     torch.save(content, stream, **options)
     return stream.getvalue()
 
 
 def seeds() -> list[bytes]:
-    """Intact files in every format."""
+    """Return intact files in every format."""
     torch.manual_seed(0)
     vit = build_encoder(Architecture("custom", 8, width=64, depth=1, num_heads=1, patch_size=4)).vit
     training = {
@@ -199,7 +199,7 @@ def seeds() -> list[bytes]:
 
 
 def with_pickle(archive: bytes, pickle: bytes) -> bytes:
-    """A zip archive with another data.pkl."""
+    """Return a zip archive with another data.pkl."""
     changed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(changed, "w") as target:
         for member in source.infolist():
@@ -209,7 +209,7 @@ def with_pickle(archive: bytes, pickle: bytes) -> bytes:
 
 
 def split(file: bytes) -> tuple[bytes, bytes, Callable[[bytes], bytes]]:
-    """The header before the main pickle, the pickle, and what makes a file of a changed pickle."""
+    """Return the header before the main pickle, the pickle, and a function that makes a file from a changed pickle."""
     if file.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(file)) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -224,13 +224,13 @@ def split(file: bytes) -> tuple[bytes, bytes, Callable[[bytes], bytes]]:
 
 
 def operations(pickle: bytes) -> list[bytes]:
-    """The pickle's operations, each with its argument."""
+    """Return the pickle's operations, each with its argument."""
     starts = [position for _, _, position in pickletools.genops(pickle)]
     return [pickle[start:end] for start, end in itertools.pairwise([*starts, len(pickle)])]
 
 
 def mutations(draw: random.Random) -> Iterator[tuple[str, bytes]]:
-    """Changed files without end, each with what was changed."""
+    """Yield changed files endlessly, each with the kind of change."""
     files = [(file, *split(file)) for file in seeds()]
     parts = [operations(pickle) for _, _, pickle, _ in files]
     while True:
@@ -253,7 +253,7 @@ def mutations(draw: random.Random) -> Iterator[tuple[str, bytes]]:
 
 
 def flip(content: bytes, draw: random.Random) -> bytes:
-    """A few bytes changed."""
+    """Change a few bytes."""
     changed = bytearray(content)
     for _ in range(draw.choice((1, 1, 2, 8))):
         changed[draw.randrange(len(changed))] = draw.randrange(256)
@@ -261,7 +261,7 @@ def flip(content: bytes, draw: random.Random) -> bytes:
 
 
 def shuffle(parts: list[bytes], draw: random.Random) -> list[bytes]:
-    """Operations exchanged, repeated, left out, or with another code."""
+    """Swap, repeat or drop operations, or change their codes."""
     changed = list(parts)
     for _ in range(draw.choice((1, 1, 2, 5))):
         left, right = draw.randrange(len(changed)), draw.randrange(len(changed))
@@ -278,7 +278,7 @@ def shuffle(parts: list[bytes], draw: random.Random) -> list[bytes]:
 
 
 def insert(parts: list[bytes], draw: random.Random, count: int) -> tuple[str, bytes]:
-    """Fragments between operations, with or without their value, or as an item of the content."""
+    """Insert fragments between operations, with or without keeping their value, or as an item of the content."""
     changed, names = list(parts), []
     for _ in range(count):
         name = draw.choice(list(FRAGMENTS))
@@ -294,7 +294,7 @@ def insert(parts: list[bytes], draw: random.Random, count: int) -> tuple[str, by
 
 
 class Watch:
-    """Events while a file is read that a reader of plain data has no reason for."""
+    """Records audit events during a read that a reader of plain data has no reason to cause."""
 
     def __init__(self) -> None:
         self.active, self.seen = False, list[str]()
@@ -313,7 +313,7 @@ class Watch:
 
 
 class Hang(BaseException):
-    """A file takes too long."""
+    """Raised when a file takes too long."""
 
     @classmethod
     def start(cls, *_: object) -> None:
@@ -321,11 +321,11 @@ class Hang(BaseException):
 
 
 def read(path: pathlib.Path) -> str:
-    """`read` or `refused`. Anything else is an exception."""
+    """Return `read` or `refused`; every other outcome is an exception."""
     try:
         checkpoint = read_checkpoint(path)
         for tensor in checkpoint.tensors.values():
-            tensor.reshape(-1)[-1:].clone()  # no part of the memory is missing
+            tensor.reshape(-1)[-1:].clone()  # fails if part of the memory is missing
         return "read"
     except CheckpointError as error:
         cause = error.__cause__
@@ -335,7 +335,7 @@ def read(path: pathlib.Path) -> str:
 
 
 def watched(path: pathlib.Path, watch: Watch) -> str:
-    """The outcome of reading a file, or what went wrong."""
+    """Return the outcome of reading a file, or what went wrong."""
     signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
     watch.active = True
     try:
@@ -348,12 +348,12 @@ def watched(path: pathlib.Path, watch: Watch) -> str:
 
 
 def peak_mb() -> float:
-    """Of this process."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def run(files: Iterator[tuple[str, bytes]], path: pathlib.Path, watch: Watch) -> tuple[collections.Counter[str], int]:
-    """How many files were read and refused, and how many did something else; each of those is printed."""
+    """Return how many files were read and refused, and how many had another outcome; each of those is printed."""
     counts: collections.Counter[str] = collections.Counter()
     failures, modules, peak = 0, set(sys.modules), peak_mb()
     for number, (kind, content) in enumerate(files):
@@ -380,7 +380,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, Hang.start)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "weights.pth"
-        for intact in seeds():  # what libraries import late, they import here
+        for intact in seeds():  # libraries do their late imports here
             path.write_bytes(intact)
             assert read(path) == "read"
         for late in ("cp437", "raw_unicode_escape"):

@@ -29,7 +29,7 @@ def png(number: int) -> bytes:
 def table(
     numbers: Any, *, labels: Any = None, features: Any = FEATURES, image: str = "image", struct: bool = True
 ) -> pa.Table:
-    """Images whose colour is their number."""
+    """Return a table of images whose colour is their number."""
     contents = [number if isinstance(number, bytes | None) else png(number) for number in numbers]
     if struct:
         cells = pa.array([{"bytes": content, "path": f"{i}.png"} for i, content in enumerate(contents)], STRUCT)
@@ -52,7 +52,7 @@ def write_parquet(path: Path, content: pa.Table, rows: int = 4) -> None:
 
 
 def write_saved(folder: Path, *contents: pa.Table, split: str = "train") -> None:
-    """One split as `save_to_disk` writes it, in several files."""
+    """Write one split as `save_to_disk` does, in several files."""
     from datasets import Dataset, concatenate_datasets
 
     whole = concatenate_datasets([Dataset(content) for content in contents])

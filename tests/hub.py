@@ -1,7 +1,7 @@
 """A stand-in for Hugging Face's hub: the part of its HTTP interface that creates repositories and takes commits.
 
 Paths and bodies as `huggingface_hub` sends them: `/api/repos/create`, `/api/validate-yaml`, `preupload`, the batch
-interface of Git LFS, and `commit` with its lines of JSON. The other protocol of uploads, Xet, has to be disabled.
+interface of Git LFS, and `commit` with its lines of JSON. The other upload protocol, Xet, has to be disabled.
 """
 
 import base64
@@ -25,14 +25,14 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server holds, and how it fails."""
+    """The server's content, and the failures that it simulates."""
 
     address: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
-    """Of LFS, by SHA-256."""
+    """LFS objects by SHA-256."""
     fails: dict[str, int] = field(default_factory=dict)
-    """Status by part of a path."""
+    """HTTP status to answer with, by part of a path."""
     requests: list[str] = field(default_factory=list)
 
 
@@ -62,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        with suppress(ConnectionError):  # the client may leave when it has failed
+        with suppress(ConnectionError):  # a client that has failed may disconnect
             super().handle()
 
     def body(self) -> bytes:

@@ -1,10 +1,10 @@
-"""Kill a run by SIGKILL again and again, resume it every time, and compare it with one that was left alone.
+"""Kill a run with SIGKILL again and again, resume it each time, and compare it with an uninterrupted one.
 
     OMP_NUM_THREADS=1 python tests/kill_many.py FOLDER --kills 20 --seed 0
 
-runs a short quickstart in FOLDER/whole and FOLDER/killed and prints what it did. Takes about a quarter of a minute per
-kill, most of it for the imports of every start. The kills fall, drawn by the seed, while the program starts, anywhere
-in training, and while a state is being written.
+runs a short quickstart in FOLDER/whole and FOLDER/killed and prints what it did. A kill takes about 15 seconds, most of
+them for the imports of the next start. The moments of the kills are drawn by the seed: while the program starts,
+anywhere in training, and while a state is being written.
 """
 
 import argparse
@@ -33,23 +33,23 @@ POLL_S = 0.0005
 
 
 class Killer:
-    """Decides when an attempt is killed; one kill per attempt, its phase and moment drawn by the seed."""
+    """Decides when an attempt is killed: once per attempt, in a phase and at a moment drawn by the seed."""
 
     def __init__(self, out: Path, seed: int, *, start_s: float, training_s: float, phases: Sequence[str]) -> None:
-        """start_s: what the program takes until it trains. training_s: the longest it may train before a kill."""
+        """start_s: how long the program takes until it trains. training_s: the longest it may train before a kill."""
         self.out, self.phases = out, phases
         self.start_s, self.training_s = start_s, training_s
         self._random = random.Random(seed)
 
     def kill(self, process: subprocess.Popen[str]) -> str | None:
-        """Wait for the moment and kill; what was hit, or None when the process came to its end before."""
+        """Wait for the moment and kill. Returns what was hit, or None if the process ended before."""
         phase = self._random.choice(self.phases)
         share = self._random.random()
         log = _identity(self.out / "metrics.jsonl")
         if phase == "start":
             reached = _wait(process, lambda: False, share * self.start_s)
         elif phase == "training":
-            # A run opens its log anew when it begins to train.
+            # A run creates a new log when it begins to train.
             reached = _wait(process, lambda: _identity(self.out / "metrics.jsonl") != log)
             reached = reached and _wait(process, lambda: False, share * self.training_s)
         else:
@@ -65,12 +65,12 @@ class Killer:
         return f"{phase}, {_lines(self.out)} lines logged, {', '.join(left) or 'no state'}"
 
     def _half(self) -> bool:
-        """Whether a state is being written."""
+        """Return whether a state is being written."""
         return any(name.endswith(".tmp") for name in _names(self.out / "state"))
 
 
 def run_killed(line: Sequence[str], killer: Killer, kills: int) -> int:
-    """Run a command line until it has finished, and kill it up to `kills` times; the number of kills."""
+    """Run a command line until it has finished, killing it up to `kills` times. Returns the number of kills."""
     done = 0
     while True:
         begun = any((killer.out / name).exists() for name in ("state", "metrics.jsonl", "results.json"))
@@ -88,14 +88,14 @@ def run_killed(line: Sequence[str], killer: Killer, kills: int) -> int:
 
 
 def start(line: Sequence[str]) -> subprocess.Popen[str]:
-    """The command line in a process of its own."""
+    """Start the command line in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "mimref", *line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
 def differences(out: Path, other: Path) -> list[str]:
-    """What two runs differ in: names of tensors, and the log."""
+    """Return what differs between two runs: names of tensors, and the log."""
     found, expected = (load_file(folder / "encoder.safetensors") for folder in (out, other))
     names = sorted(found.keys() | expected.keys())
     differing = [name for name in names if name not in found or name not in expected]
@@ -106,7 +106,7 @@ def differences(out: Path, other: Path) -> list[str]:
 
 
 def _wait(process: subprocess.Popen[str], happened: Callable[[], bool], timeout_s: float | None = None) -> bool:
-    """Wait until something has happened or the time is over; False when the process ends before."""
+    """Wait until something has happened or the time is up. Returns False if the process ends before."""
     end = None if timeout_s is None else time.monotonic() + timeout_s
     while not happened() and (end is None or time.monotonic() < end):
         if process.poll() is not None:
@@ -132,12 +132,12 @@ def _lines(out: Path) -> int:
 
 
 def say(line: str) -> None:
-    """Print a line at once, for who follows a log."""
+    """Print a line at once, for readers who follow a log."""
     print(line, flush=True)
 
 
 def main() -> None:
-    """See the head of this file."""
+    """Run as the module's docstring describes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=20)
@@ -156,7 +156,7 @@ def main() -> None:
     total_s = time.monotonic() - began
     say(f"uninterrupted: {total_s:.1f} s, of which {start_s:.1f} s to start; {_lines(whole)} lines logged")
 
-    # Two of three kills come in training; together they must not outlast it.
+    # Two of three kills fall in training; together they must not take longer than it does.
     killer = Killer(
         killed, given.seed, start_s=start_s, training_s=2 * (total_s - start_s) / given.kills, phases=PHASES
     )

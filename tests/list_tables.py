@@ -1,4 +1,4 @@
-"""What tests of tables of files share: empty files to name, and what mimref reads from a table."""
+"""Shared by tests of tables of files: empty files to name, and what mimref reads from a table."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from mimref.data.sources import FileSource
 
 
 def touch(folder: Path, *names: str) -> None:
-    """Files to name; none of them is read."""
+    """Create empty files for tables to name; none of them is read."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():  # which would change its time of modification
+        if not (folder / name).exists():  # touching it would change its modification time
             (folder / name).touch()
 
 

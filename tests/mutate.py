@@ -1,10 +1,10 @@
-"""Does the suite notice? Changes one line of the method at a time and runs the tests that must then fail.
+"""Check that the suite notices faults: change one line of the method at a time and run the tests that must then fail.
 
     python tests/mutate.py               # all mutations: a few minutes on two cores
     python tests/mutate.py ema queue     # those whose name contains one of the words
 
-Works on a copy of the package and its tests in a temporary folder. Exits with 1 when the tests pass in spite of a
-mutation, when they fail without one, or when a line to change is not there (once) any more: then adapt `MUTATIONS`.
+Works on a copy of the package and its tests in a temporary folder. Exits with 1 if the tests pass in spite of a
+mutation, if they fail without one, or if a line to change does not occur exactly once any more: adapt `MUTATIONS`.
 """
 
 import os
@@ -31,7 +31,7 @@ class Mutation:
     tests: tuple[str, ...]
 
     def apply(self, root: Path) -> None:
-        """Plant the fault below `root`. Raises ValueError unless `old` is there exactly once."""
+        """Plant the fault below `root`. Raises ValueError unless `old` occurs exactly once."""
         path = root / "mimref" / self.file
         text = path.read_text("utf-8") if path.exists() else ""
         if text.count(self.old) != 1:
@@ -142,7 +142,7 @@ MUTATIONS = (
 
 
 def copy_project(folder: Path) -> Path:
-    """A copy of what the tests need below `folder`."""
+    """Copy what the tests need to `folder`, and return it."""
     for name in ("mimref", "tests", "presets"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -150,7 +150,7 @@ def copy_project(folder: Path) -> Path:
 
 
 def run_tests(root: Path, tests: list[str]) -> tuple[int, str]:
-    """pytest's exit code and output for test files of the copy, up to the first failure."""
+    """Run test files of the copy up to the first failure; return pytest's exit code and output."""
     command = [
         sys.executable,
         "-m",
@@ -168,7 +168,7 @@ def run_tests(root: Path, tests: list[str]) -> tuple[int, str]:
 
 
 def notices(mutation: Mutation) -> bool:
-    """Whether the tests fail with the fault planted. Raises ValueError when it cannot be planted or tested."""
+    """Return whether the tests fail with the fault planted. Raises ValueError if it cannot be planted or tested."""
     with tempfile.TemporaryDirectory() as folder:
         root = copy_project(Path(folder))
         mutation.apply(root)

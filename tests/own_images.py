@@ -1,10 +1,10 @@
-"""Writes a folder of made-up photographs, as a user's own: colour images of mixed sizes, in up to ten classes.
+"""Write a folder of made-up photographs like a user's own: colour images of mixed sizes, in up to ten classes.
 
     python tests/own_images.py FOLDER --images 900             images in one folder
     python tests/own_images.py FOLDER --images 900 --labelled  class folders in train/ and val/, a fifth of each for val
 
 A class is a shape or a texture. Place, size, rotation, colours, background and noise are drawn for every image, so that
-pixels tell the class only in part. The same arguments write the same images; the first N of two numbers are the same.
+pixels reveal the class only in part. The same arguments write the same images; with more images, the first ones stay.
 
 Shapes: H x W pixels, coordinates x and y (H, W) in units of the object's radius.
 """
@@ -22,7 +22,7 @@ from PIL import Image
 Plane = NDArray[np.float64]
 
 SIZES = (40, 160)
-"""Pixels of the longer side."""
+"""Range of the longer side, in pixels."""
 VAL_EVERY = 5
 HUE_SPREAD = 0.13
 """Standard deviation of an object's hue around that of its class, in turns."""
@@ -89,7 +89,7 @@ CLASSES: dict[str, tuple[Callable[[Plane, Plane], Plane], Callable[[Plane, Plane
     "target": (_disc, _rings),
     "square": (_polygon(4), _plain),
 }
-"""Outline, negative inside, and texture, 0 to 1, of the object of every class."""
+"""Outline (negative inside) and texture (0 to 1) of every class's object."""
 
 
 def _color(rng: np.random.Generator, hue: float, saturation: tuple[float, float], value: tuple[float, float]) -> Plane:
@@ -97,7 +97,7 @@ def _color(rng: np.random.Generator, hue: float, saturation: tuple[float, float]
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> Plane:
-    """Clouds between two colours, (H, W, 3)."""
+    """Draw clouds of two colours, (H, W, 3)."""
     clouds = np.zeros((height, width))
     for cells in (2, 4, 9):
         small = Image.fromarray(rng.uniform(0, 1, (cells, cells)).astype(np.float32))
@@ -108,7 +108,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> Plane:
 
 
 def draw(label: int, seed: int, number: int) -> Image.Image:
-    """Image `number` of a class."""
+    """Draw image `number` of a class."""
     rng = np.random.default_rng((seed, number))
     longer, shorter = rng.integers(SIZES[0], SIZES[1] + 1), rng.uniform(0.6, 1.0)
     sides = sorted((int(longer), max(SIZES[0] // 2, round(longer * shorter))))
@@ -131,7 +131,7 @@ def draw(label: int, seed: int, number: int) -> Image.Image:
 
 
 def write(folder: Path, images: int, *, labelled: bool = False, seed: int = 0, classes: int | None = None) -> None:
-    """Write the images. classes: how many; default: ten, or fewer for fewer than 50 images."""
+    """Write the images. classes: their number; by default ten, or fewer for fewer than 50 images."""
     classes = classes or max(2, min(len(CLASSES), images // VAL_EVERY))
     names = list(CLASSES)
     for number in range(images):
@@ -144,7 +144,7 @@ def write(folder: Path, images: int, *, labelled: bool = False, seed: int = 0, c
 
 
 def main() -> None:
-    """Read the arguments and write."""
+    """Read the arguments and write the images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, required=True)

@@ -1,4 +1,4 @@
-"""Runs' folders with made-up results, and what is on their pages."""
+"""Run folders with made-up results, and the content of their pages."""
 
 import json
 import math
@@ -26,7 +26,7 @@ ROWS: list[Row] = [
 
 
 class Parsed(HTMLParser):
-    """Elements and attributes of a page, cells of its tables by line, and its text."""
+    """Elements and attributes of a page, cells of its tables by row, and its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def write_run(
 
 
 def write_log(folder: Path) -> list[dict[str, Any]]:
-    """Of two stages: 2 epochs of heads, 3 of the encoder."""
+    """Write and return the log of two stages: 2 epochs of heads, 3 of the encoder."""
     lines: list[dict[str, Any]] = []
     for stage, epochs in (("heads", 2), ("encoder", 3)):
         for epoch in range(1, epochs + 1):
@@ -95,7 +95,7 @@ def parsed(*folders: Path) -> Parsed:
 
 
 def charts(page: Parsed) -> dict[str, list[dict[str, Any]]]:
-    """The data of every chart by its title."""
+    """Return the data of every chart by its title."""
     found = {}
     for name, spec in json.loads(page.data)["charts"].items():
         found["map" if name.startswith("map") else spec["description"].split(". ")[0]] = spec["datasets"]["points"]

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def write_pair(images: Path, masks: Path, name: str, *, classes: int = 3, size: tuple[int, int] = (20, 16)) -> None:
-    """A noisy image whose colour is that of its pixels' classes, as PNG, and its mask. size: width and height."""
+    """Write a noisy image, coloured by the classes of its pixels, and its mask, as PNG. size: width and height."""
     rng = np.random.default_rng(sum(map(ord, name)))
     labels = rng.integers(classes, size=(2, 2)).repeat(size[1] // 2, 0).repeat(size[0] // 2, 1).astype(np.uint8)
     pixels = np.clip(80 * labels[..., None] + rng.normal(40, 15, (*labels.shape, 3)), 0, 255).astype(np.uint8)
@@ -18,7 +18,7 @@ def write_pair(images: Path, masks: Path, name: str, *, classes: int = 3, size: 
 
 
 def write_pairs(root: Path, *, train: int = 12, val: int = 4, classes: int = 3) -> Path:
-    """`root/train/{images,masks}` and `root/val/{images,masks}`; returns `root`."""
+    """Write `root/train/{images,masks}` and `root/val/{images,masks}`; return `root`."""
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
             write_pair(root / split / "images", root / split / "masks", f"{split}{number:02}", classes=classes)

@@ -1,4 +1,4 @@
-"""What processes of the tests need, and what these import later: for a process that others are forks of."""
+"""What the tests' processes need, now or later: imported by the process from which the others are forked."""
 
 import pytest  # noqa: F401
 import torch._dynamo  # by the first optimizer

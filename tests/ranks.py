@@ -16,21 +16,21 @@ import torch.distributed as dist
 from mimref.distributed.group import leave_process_group
 
 TIMEOUT_S = 120
-# Importing these takes seconds: one process does it, and every other is a fork of it.
+# Importing these takes seconds: one process does it, and all others are forked from it.
 PRELOADED = ["tests.preloaded"]
 
 
 def fork_server() -> ForkServerContext:
-    """Start processes with it, and they have imported the package."""
+    """Return the context whose processes start with the package imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
 
 
 def start_processes(function: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[ForkServerProcess]:
-    """New processes that have imported the package, one that calls `function(*args)` for each of `arguments`.
+    """Start a process that calls `function(*args)` for each of `arguments`, with the package already imported.
 
-    Nothing else of this process is in them but its environment. `function` must be importable by its name.
+    They get nothing of this process but its environment. `function` must be importable by its name.
     """
     context = fork_server()
     environment = dict(os.environ)
@@ -41,17 +41,17 @@ def start_processes(function: Callable[..., None], arguments: list[tuple[Any, ..
 
 
 def _call(environment: dict[str, str], function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    # A fork has the environment that the first one was started with.
+    # A fork has the environment with which the first process was started.
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    # torchrun's processes start their loaders as any process does; those of one by a fork server would go there too.
+    # Loaders start by the default method, as under torchrun; otherwise they would be forked from the fork server, too.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     function(*args)
 
 
 def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any) -> list[Any]:
-    """What `function(*args)` returns on each of `world` ranks of a gloo group; it must be importable by its name."""
+    """Return what `function(*args)` returns on each of `world` ranks of a gloo group; `function` must be importable."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks = start_processes(_rank, [(rank, world, str(folder), function, args) for rank in range(world)])
     deadline = time.monotonic() + TIMEOUT_S

@@ -15,28 +15,28 @@ from mimref.data.sources import ImageSource
 
 
 def opened(spec: object, split: Any = "train", *, need_labels: bool = False, **settings: Any) -> ImageSource:
-    """The images of a spec; `settings` are those of `DataConfig`."""
+    """Open the images of a spec; `settings` are those of `DataConfig`."""
     return open_source(DataConfig(spec=str(spec), **settings), split, need_labels=need_labels)
 
 
 def decode_image(path: str) -> Tensor:
-    """An image file at full size, as sources read it."""
+    """Return an image file at full size, as sources read it."""
     return decode_file(path).image.contiguous()
 
 
 def names(source: ImageSource, root: Path) -> list[str]:
-    """Paths of all images below `root`, in the source's order."""
+    """Return the paths of all images below `root`, in the source's order."""
     return [Path(source.path(index)).relative_to(root).as_posix() for index in range(len(source))]
 
 
 def classes_of(source: ImageSource) -> list[str]:
-    """The class name of every image."""
+    """Return the class name of every image."""
     assert source.labels is not None and source.class_names is not None
     return [source.class_names[label] for label in source.labels]
 
 
 def write_images(folder: Path, *names: str, shade: int = 0) -> None:
-    """Images of 4 x 3 pixels, each of one colour, whose red is `shade` and counts up; the suffix says the format."""
+    """Write images of 4 x 3 pixels of one colour, whose red counts up from `shade`; the suffix sets the format."""
     for offset, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,13 +44,13 @@ def write_images(folder: Path, *names: str, shade: int = 0) -> None:
 
 
 def private_kib() -> int:
-    """Memory of this process that no other shares."""
+    """Return the memory of this process that it shares with no other."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean")))
 
 
 def growth_in_a_child(read: Callable[[int], object], count: int) -> int:
-    """KiB by which a forked process grows when it reads all of something that its parent holds."""
+    """Return by how many KiB a forked process grows when it reads `count` items that its parent holds."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:

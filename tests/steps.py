@@ -29,7 +29,7 @@ DENSE_WEIGHT = 30.0
 
 
 class DoublePhotometric(Photometric):
-    """Float64 views."""
+    """Makes views in float64."""
 
     def __call__(self, crops: Tensor, epoch: int, sample_B: Tensor, views: Sequence[int]) -> Tensor:
         return super().__call__(crops, epoch, sample_B, views).double()
@@ -46,13 +46,13 @@ def make_step(
     dense: Any = "none",
     encoder: Any = None,
 ) -> Method:
-    """A step whose objects are the same for the same arguments."""
+    """Return a step; the same arguments give an identical one."""
     torch.manual_seed(0)
     architecture = Architecture(**{**ARCHITECTURE.to_dict(), "post_norm": post_norm})
     encoder = encoder or build_encoder(architecture)
     with torch.no_grad():
         for parameter in encoder.parameters():
-            if parameter.ndim == 1:  # norms and biases away from one and zero
+            if parameter.ndim == 1:  # moves norms and biases away from one and zero
                 parameter.add_(0.2 * torch.randn(parameter.shape))
     heads = Heads(CONFIG.model_copy(update={"norm": norm}), [32] * len(blocks)).double()
     queue = Queue(len(blocks), QUEUE, CONFIG.output, generator=torch.Generator().manual_seed(1), device=CPU)
@@ -74,7 +74,7 @@ def make_step(
 
 
 def other_weights(encoder: Encoder) -> Encoder:
-    """A copy whose weights differ a little, as those of the base do from a refined encoder's."""
+    """Return a copy with slightly different weights, as those of the base differ from a refined encoder's."""
     copy, generator = deepcopy(encoder), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in copy.parameters():
@@ -83,7 +83,7 @@ def other_weights(encoder: Encoder) -> Encoder:
 
 
 def make_batch(samples: Sequence[int] = range(IMAGES), *, local_views: int = 2, epoch: int = 0) -> ViewBatch:
-    """Random crops that belong to their sample, whatever batch it is in."""
+    """Return random crops that depend on sample and epoch, whatever batch they are in."""
 
     def crops(count: int, size: int, salt: int) -> Tensor:
         parts = [
@@ -103,5 +103,5 @@ def make_batch(samples: Sequence[int] = range(IMAGES), *, local_views: int = 2, 
 
 
 def weights(heads: int) -> Tensor:
-    """A weight for every head, (H,), each different."""
+    """Return a weight for every head, (H,), each different."""
     return torch.tensor([1.0, 0.4, 2.0], dtype=torch.float64)[:heads]

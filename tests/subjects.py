@@ -28,7 +28,7 @@ TRANSFORM = EvalTransform(16, 0.8, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
 def make(architecture: Architecture) -> Encoder:
-    """Random weights, also where a new encoder has zeros and ones."""
+    """Return an encoder with random weights, also where a new one has zeros and ones."""
     torch.manual_seed(0)
     encoder = build_encoder(architecture).eval()
     for parameter in encoder.parameters():

@@ -1,4 +1,4 @@
-"""Tasks of a benchmark suite that go well or wrong; processes import them by name."""
+"""Tasks of a benchmark suite that succeed or fail; processes import them by name."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ def exiting(_device: str) -> Iterator[Found]:
 
 
 def hanging(_device: str, *, pids: str, then: int = 0) -> Iterator[Found]:
-    """With a process of its own; both are named in a file. then: a signal that ends the first one at once."""
+    """Hang, with a child process; the file `pids` names both. then: a signal that ends the first one at once."""
     yield from ()
     other = subprocess.Popen(["sleep", "600"])
     Path(pids).write_text(f"{os.getpid()} {other.pid}")
@@ -67,7 +67,7 @@ def printing(_device: str, *, line: str) -> Iterator[Found]:
 
 
 def stopping(_device: str, *, parent: int, number: int) -> Iterator[Found]:
-    """The user stops the suite."""
+    """Stop the suite as its user would."""
     yield from ()
     os.kill(parent, number)
     time.sleep(600)

@@ -1,4 +1,4 @@
-"""The Python interface against the rooms it stands for."""
+"""The Python interface against the rooms behind it."""
 
 from pathlib import Path
 

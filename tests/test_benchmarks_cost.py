@@ -17,12 +17,12 @@ from mimref.refinement.sizes import state_bytes
 from tests.test_benchmarks_step import DEPTH, IMAGE, PATCH, WIDTH, measurement, tiny
 from tests.tiny import ARCHITECTURE, refine_config, write_weights
 
-# By hand: a block has 12 matrices of width ** 2 (biases 3 + 1 + 4 + 1 widths) and two norms, then the final norm.
+# By hand: a block has 12 * width ** 2 weights, biases of 3 + 1 + 4 + 1 widths and two norms; the final norm is extra.
 BLOCK = 12 * WIDTH**2 + 9 * WIDTH + 4 * WIDTH
 POSITIONS = ((IMAGE // PATCH) ** 2 + 1) * WIDTH  # fixed, never trained
 EMBEDDINGS = 3 * PATCH**2 * WIDTH + WIDTH + WIDTH  # patches with a bias, CLS
 ENCODER = DEPTH * BLOCK + 2 * WIDTH + EMBEDDINGS + POSITIONS
-# Two heads of 16/16/8, 16/8: five matrices, and weight and bias of five norms.
+# Two heads of 16/16/8, 16/8: five matrices, and weights and biases of five norms.
 FEATURES = 16 + 16 + 8 + 16 + 8
 HEADS = 2 * (WIDTH * 16 + 16 * 16 + 16 * 8 + 8 * 16 + 16 * 8 + 2 * FEATURES)
 # Running mean and variance, and one count per layer.
@@ -52,7 +52,7 @@ def test_state_memory_equals_a_count_by_hand() -> None:
 
 
 def test_hours_are_the_images_of_all_epochs_by_the_measured_rate() -> None:
-    # 125 images in batches of 12 are 10 steps per epoch, the rest of 5 is dropped: 2 and 3 epochs of 120 images.
+    # 125 images in batches of 12 are 10 steps per epoch; the last 5 images are dropped: 2 and 3 epochs of 120 images.
     measured = [
         measurement(stage="heads", batch=12, step_s=0.5, memory_bytes=1 << 30),
         measurement(stage="encoder", batch=6, micro_batch=3, step_s=2.0, memory_bytes=None),
@@ -60,7 +60,7 @@ def test_hours_are_the_images_of_all_epochs_by_the_measured_rate() -> None:
     rows = estimate_cost(tiny(), {"heads": 1000, "encoder": 3000}, measured, images=125)
     hours = {row["stage"]: row for row in rows if row["metric"] == "cost_hours"}
     assert hours["heads"]["value"] == pytest.approx(2 * 120 / 24 / 3600)
-    # At 3 images/s, in whatever batches they were measured.
+    # At 3 images/s, whatever batches were measured.
     assert hours["encoder"]["value"] == pytest.approx(3 * 120 / 3 / 3600)
     assert hours["both"]["value"] == pytest.approx((10 + 120) / 3600)
     assert (hours["encoder"]["steps"], hours["encoder"]["measured_batch"]) == (30, 6)
@@ -80,7 +80,7 @@ def test_a_stage_that_is_not_trained_costs_nothing(monkeypatch: pytest.MonkeyPat
 
 
 def test_largest_batch_lies_on_the_line_through_two() -> None:
-    # 2 MiB and 1 MiB per image.
+    # 2 MiB in any case, and 1 MiB per image.
     small, large = measurement(batch=8, memory_bytes=10 << 20), measurement(batch=16, memory_bytes=18 << 20)
     for capacity, images in ((66 << 20, 64), ((67 << 20) - 1, 64), (1 << 20, 0)):
         row = largest_batch_row(small, large, capacity=capacity)
@@ -97,7 +97,7 @@ def test_a_small_model_is_measured_on_a_cpu_and_a_large_one_is_not() -> None:
     cost = benchmark_cost(load_config(RefineConfig, "refine/mae_2b14", {"device": "cpu"}))
     assert {row["metric"] for row in cost.rows} == {"cost_exaflop", "cost_state_gib", "cost_predicted_gib"}
     assert "vit_2b14" in cost.notes[0] and "no CUDA device" in cost.notes[0]
-    # ImageNet stands for images that are not named; 99 and 248 EFLOP are what the preset says of the encoder alone.
+    # Images that are not named count as ImageNet; the preset states 99 and 248 EFLOP for the encoder alone.
     work = {row["stage"]: row for row in cost.rows if row["metric"] == "cost_exaflop"}
     assert work["encoder"]["images"] == 1_281_167 and work["encoder"]["steps"] == 50_040
     assert [float(work[stage]["value"]) for stage in ("heads", "encoder")] == pytest.approx([99, 248], rel=0.01)
@@ -105,7 +105,7 @@ def test_a_small_model_is_measured_on_a_cpu_and_a_large_one_is_not() -> None:
 
 def test_a_cpu_measures_the_batch_it_can_afford(monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    # Five steps in twenty seconds at 30 percent of the rate; a bit more than of 16 images.
+    # Enough in 20 seconds, at 30 percent of the rate, for five steps of a little more than 16 images.
     monkeypatch.setattr(cost_module, "_matmul_flops", lambda device: 5 * 1000 * 17 / 20 / 0.3)
     flops: dict[StageName, int] = {"heads": 400, "encoder": 600}
     assert cost_module._affordable_batch(tiny(batch_size=64), flops, 2, torch.device("cpu"), notes) == 16
@@ -125,7 +125,7 @@ def test_a_step_that_does_not_fit_is_reported_and_images_are_counted(monkeypatch
 
 
 def test_encoders_of_other_channels_cost_as_those_of_colour(tmp_path: Path) -> None:
-    """Benchmarks read no images, so that those of the weights may have any number of channels."""
+    """Benchmarks read no images, so the weights may be for any number of channels."""
     found = []
     for channels in (3, 13):
         weights = write_weights(

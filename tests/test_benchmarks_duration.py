@@ -1,4 +1,4 @@
-"""The time of a planned refinement: measured on its own steps, and counted right."""
+"""The time of a planned refinement: measured on its own steps, and added up correctly."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +22,8 @@ def test_parts_are_seconds_times_counts(paths: tuple[Path, Path], monkeypatch: p
     plan = make_plan(refine_config(*paths, evaluate__enabled=True, monitor__knn_every_epochs=2))
     clock = iter([0.0, 1.0, 10.0, 12.0])
     monkeypatch.setattr(duration, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    # 48 + 16 images and two views of 48 at the start and after epochs 2 and 3, and 48 + 16 twice for the table, from a
-    # pass of 48 in 2 seconds.
+    # Checks at the start and after epochs 2 and 3 encode 48 + 16 images and two views of 48; the table encodes 48 + 16
+    # twice. A pass of 48 images takes 2 seconds.
     found = measure_duration(plan)
     assert found == Duration(0.5, 2.0, 8 * 0.5, 12 * 2.0, pytest.approx((3 * 160 + 2 * 64) * 2 / 48))
 

@@ -1,4 +1,4 @@
-"""The benchmark's rows at tiny sizes; how fast anything is, no test says."""
+"""The benchmark's rows at tiny sizes; no test checks speed."""
 
 from mimref.benchmarks.evaluations import Sizes, benchmark_evaluations
 

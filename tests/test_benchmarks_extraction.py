@@ -1,4 +1,4 @@
-"""The pipelines to evaluation crops at tiny sizes; how fast anything is, no test says."""
+"""The pipelines that make evaluation crops, at tiny sizes; no test checks speed."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_all_pipelines_make_the_same_crops(tmp_path: Path) -> None:
     for name, way in ways.items():
         crops = way()
         crops = transform.normalize(crops) if crops.dtype == torch.uint8 else crops
-        # Pillow's resize and torch's differ by a level now and then, which is 0.02 once normalised.
+        # Pillow's and torch's resizing sometimes differ by one level, which is 0.02 once normalised.
         assert (crops - expected).abs().max() < 0.05, name
 
 

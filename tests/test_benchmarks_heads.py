@@ -1,4 +1,4 @@
-"""The heads that the ensemble is compared with; how fast anything is, no test says."""
+"""The heads that the ensemble is compared with; no test checks speed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How time and memory are measured; how fast anything is, no test says."""
+"""How time and memory are measured; no test checks speed."""
 
 import pytest
 import torch

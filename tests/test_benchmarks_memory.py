@@ -1,4 +1,4 @@
-"""The plan of memory: arithmetic by hand on steps that are given, and the line that steps lie on."""
+"""The memory plan: arithmetic by hand for given steps, and the line on which real steps lie."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ GIB = 2**30
 
 @pytest.fixture
 def given_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Steps of 1 GiB per image of a pass, a quarter of it recomputed, and 3 GiB for heads of micro-batches."""
+    """Steps of 1 GiB per image in a pass, a quarter of it if recomputed, and 3 GiB for heads with micro-batches."""
     asked: list[dict[str, Any]] = []
 
     def step(*_: object, **options: Any) -> StepPeak:
@@ -36,15 +36,15 @@ def test_the_largest_micro_batch_that_fits_is_found(given_steps: list[dict[str, 
     rows = plan_memory(tiny(batch_size=48), [1, 4], [8, 16, 80])
     found = {(row["gpus"], row["card_gib"], row["recompute"], row["shard"]): row for row in rows}
     assert len(found) == 3 * 2 + 3 * 4
-    # One GPU: 48 GiB in one pass; of 90% of 8 and 16 GiB, 6 and 12 images are the next halves that fit.
+    # One GPU: 48 images take 48 GiB in one pass. Halved until they fit into 90% of 8 and 16 GiB, they are 6 and 12.
     assert [found[1, card, False, False]["micro_batch"] for card in (8, 16, 80)] == [6, 12, 48]
     assert [found[1, card, True, False]["micro_batch"] for card in (8, 16, 80)] == [24, 48, 48]
-    # Each of four has 12 images. Heads of micro-batches need 3 GiB, whatever their size.
+    # Each of four GPUs has 12 images. With micro-batches, the heads need 3 GiB, whatever the micro-batch size.
     assert [found[4, card, False, False]["micro_batch"] for card in (8, 16, 80)] == [6, 12, 12]
     assert found[4, 8, True, True]["micro_batch"] == 12
     assert found[4, 8, True, True]["value"] == pytest.approx(3, abs=0.01)
     assert all(row["fits"] for row in rows)
-    # Gradients are buckets of DDP or shards on several GPUs, so that they exist all the time.
+    # On several GPUs, gradients are buckets of DDP or shards, so they exist all the time.
     assert {options["gradients_held"] for options in given_steps} == {False, True}
     (row,) = [each for each in plan_memory(tiny(batch_size=48), [1], [2]) if not each["recompute"]]
     assert (row["fits"], row["micro_batch"]) == (False, 1) and row["value"] == pytest.approx(3, abs=0.01)
@@ -66,16 +66,16 @@ def test_a_shard_is_a_part_of_everything_but_the_queue() -> None:
     architecture, blocks = resolve_encoder(config)
     whole, part = (state_bytes(config, architecture, blocks, "encoder", shards=shards) for shards in (1, 8))
     encoder, trained = -(-ENCODER // 8), -(-(ENCODER - POSITIONS) // 8)
-    # Of two heads, a process has one.
+    # A process has one of the two heads.
     assert part.gradients == 4 * (trained + HEADS // 2) and part.moments == 2 * part.gradients
     assert part.average == part.base == 4 * encoder and part.queue == whole.queue == 4 * QUEUE
     assert whole.average == 4 * ENCODER
-    # Two blocks, and the gradients of two.
+    # The weights of two blocks, and their gradients.
     assert gathered_bytes(config, architecture, blocks) == 4 * 4 * BLOCK
 
 
 def test_other_ranks_images_are_counted() -> None:
-    # Of 12 images, 3 processes have 4 each; 2 heads, 3 views, projections of 8.
+    # Each of 3 processes has 4 of 12 images; 2 heads, 3 views, projections of width 8.
     others, pairs = 8, 2
     projections, logits = 2 * 2 * 2 * others * 8, 2 * 2 * 2 * pairs * 4 * others
     assert exchanged_bytes(tiny(), 2, 3) == 4 * (projections + logits)
@@ -110,7 +110,7 @@ def test_more_gpus_than_images_are_refused() -> None:
 
 @pytest.mark.gpu
 def test_a_whole_update_takes_what_is_predicted() -> None:
-    """Weights, moments, average and queue, too."""
+    """The prediction includes weights, moments, average and queue."""
     from mimref.benchmarks.step import measure_step
     from mimref.config.load import load_config
     from mimref.refinement.config import RefineConfig

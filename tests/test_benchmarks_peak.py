@@ -1,4 +1,4 @@
-"""Predicted memory against torch's tracker, real allocations, a closed form, and on a GPU its own count."""
+"""Predicted memory against torch's tracker, real allocations, a closed form and, on a GPU, the GPU's own count."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def predicted(config: RefineConfig, stage: StageName = "encoder", **options: Any
 
 
 class Tracked(MemTracker):
-    """torch's tracker in place of ours; it counts weights, gradients and buffers too."""
+    """torch's tracker in place of ours; it counts weights, gradients and buffers as well."""
 
     def leave_out(self, tensor: Tensor) -> None:
         self.track_external(tensor)
@@ -45,7 +45,7 @@ class Tracked(MemTracker):
         return int(self.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
     def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
-        # Hooks only tell gradients from other tensors, and weights without gradients have none.
+        # Hooks only tell gradients from other tensors; weights that get no gradient cannot have hooks.
         found: tuple[int, int] = super()._track_module_params_and_buffers(module, install_grad_hooks=False)
         return found
 
@@ -53,7 +53,7 @@ class Tracked(MemTracker):
 def tracked_bytes(
     monkeypatch: pytest.MonkeyPatch, config: RefineConfig, stage: StageName, **options: Any
 ) -> tuple[int, int]:
-    """Peak of a step with weights and queue: ours, and that of torch's tracker."""
+    """Return the peak of a step, with weights and queue, by our count and by torch's tracker."""
     architecture, blocks = resolve_encoder(config)
     state = state_bytes(config, architecture, blocks, stage)
     ours = predicted(config, stage, **options).bytes + state.weights + state.queue + state.base
@@ -99,7 +99,7 @@ def test_large_encoders_take_what_the_tracker_of_torch_finds(
 
 
 def allocated_bytes(work: Callable[[], object]) -> int:
-    """The most that the CPU's allocator holds of what `work` makes."""
+    """Return the most bytes that `work` has allocated on the CPU at any time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     held = most = 0
@@ -130,15 +130,15 @@ def test_a_step_takes_what_a_real_one_allocates(micro_batch: int | None, checkpo
 
 @pytest.mark.parametrize("images", [9, 30])
 def test_a_block_keeps_36_bytes_of_each_token_and_channel(images: int) -> None:
-    """In bf16 with fused attention: 8 of two residual sums and 28 of bf16 tensors, in all widths together."""
+    """In bf16 with fused attention: 8 bytes for two residual sums and 28 for bf16 tensors of all widths together."""
     depths = []
     for depth in (6, 7):
         config = tiny(encoder__depth=depth, heads__blocks=f"{depth}", **SMALL)
         depths.append(predicted(config, images=images, gradients_held=True).bytes)
     width, attention_heads, tokens = 64, 2, images * (2 * 17 + 5)
-    # Input of both norms in fp32; of qkv, q, k, v, the output of attention, of both norms, of the MLP's layers in bf16.
+    # fp32: inputs of both norms. bf16: qkv input, q, k, v, attention output, input and both inner tensors of the MLP.
     kept = (4 + 4) * width + 2 * width * (1 + 3 + 1 + 1 + 4 + 4)
-    # Mean and deviation of both norms, and the sum of every query's exponentials.
+    # Mean and deviation of both norms, and the sum of every query's exponentials for each attention head.
     statistics = 4 * (2 + 2 + attention_heads)
     # Autocast keeps bf16 copies of matrices and biases.
     copies = 2 * (12 * width**2 + (3 + 1 + 4 + 1) * width)
@@ -150,7 +150,7 @@ def test_a_block_keeps_36_bytes_of_each_token_and_channel(images: int) -> None:
 
 
 def test_two_micro_batches_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step is cut short; a full one of as many micro-batches as there are has the same peak."""
+    """The predicted step stops after two micro-batches; a full step has the same peak."""
     config = tiny(**SMALL)
     short = predicted(config, images=12, micro_batch=2)
     with monkeypatch.context() as patch:
@@ -158,7 +158,7 @@ def test_two_micro_batches_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> Non
         patch.delattr(peak._Brief, "_encode_in_parts")
         full = predicted(config, images=12, micro_batch=2)
     assert short.parts == pytest.approx(full.parts, rel=0.001)
-    # While the encoder runs, features of one earlier part are held instead of those of all.
+    # While the encoder runs, the short step holds the features of one earlier part instead of all.
     assert short.whole == pytest.approx(full.whole, rel=0.02)
 
 
@@ -166,16 +166,16 @@ def test_held_gradients_are_left_out() -> None:
     config = tiny(**SMALL)
     architecture, blocks = resolve_encoder(config)
     gradients = state_bytes(config, architecture, blocks, "encoder").gradients
-    # From the second part on they exist in both cases.
+    # From the second part on, gradients exist in both cases.
     made, held = (predicted(config, images=8, micro_batch=2, gradients_held=flag).parts for flag in (False, True))
     assert made - held == pytest.approx(gradients, rel=0.05)
 
 
-# --- types of CUDA
+# --- CUDA's types
 
 
 def saved_bytes(device: str, arch: str, size: int) -> int:
-    """What one pass of an encoder in bf16 keeps for the backward pass, on fake tensors of a device."""
+    """Return the bytes that an encoder pass in bf16 saves for the backward pass, with fake tensors of a device."""
     from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 
     with torch.device("meta"):
@@ -196,7 +196,7 @@ def saved_bytes(device: str, arch: str, size: int) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-# torch 2.6 aborts the process: it looks for a driver as soon as a fake tensor of CUDA is differentiated.
+# torch 2.6 aborts the process: it looks for a driver as soon as a fake CUDA tensor is differentiated.
 @pytest.mark.skipif(TorchVersion(torch.__version__) < "2.14", reason="known to work from torch 2.14 on")
 @pytest.mark.parametrize(
     ("arch", "size"),
@@ -209,7 +209,7 @@ def saved_bytes(device: str, arch: str, size: int) -> int:
     ],
 )
 def test_types_are_those_of_cuda(monkeypatch: pytest.MonkeyPatch, arch: str, size: int) -> None:
-    """A forward pass of fake CUDA tensors needs no GPU; torch's autocast only has to believe in one."""
+    """A forward pass of fake CUDA tensors needs no GPU; torch's autocast only has to assume that there is one."""
     ours = saved_bytes("cpu", arch, size)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
@@ -237,7 +237,7 @@ def test_a_gpu_allocates_what_is_predicted(stage: StageName, micro_batch: int | 
         torch.cuda.synchronize()
         real = memory.growth()
     assert real is not None
-    # Crops were there before.
+    # The crops exist before the count begins.
     crops = 2 * sum(32 * group.count * 3 * group.size**2 for group in job.crops)
     ours = predicted(config, stage, images=32, micro_batch=micro_batch, checkpointing=checkpointing).bytes - crops
     assert ours == pytest.approx(real, rel=0.1)

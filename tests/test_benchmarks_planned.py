@@ -1,4 +1,4 @@
-"""What a dry run of pretrain and finetune says: counts by hand, times from steps that are given here."""
+"""What a dry run of pretrain and finetune prints: counts by hand, and times for given seconds per step and image."""
 
 from pathlib import Path
 

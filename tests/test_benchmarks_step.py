@@ -1,4 +1,4 @@
-"""What the benchmarks of a step count and divide; how fast anything is, no test says."""
+"""What the benchmarks of a step count and divide; no test checks speed."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ TINY: dict[str, Any] = REFINE | {
 
 
 def tiny(**changes: Any) -> RefineConfig:
-    """Settings of a tiny step without weights and images; changes are named like `heads__blocks`."""
+    """Return settings of a tiny step without weights and images; changes are named like `heads__blocks`."""
     return load_config(RefineConfig, None, TINY | {key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -36,16 +36,16 @@ def tiny(**changes: Any) -> RefineConfig:
 
 
 def tokens(config: RefineConfig) -> list[int]:
-    """Of each view, with CLS."""
+    """Return the number of tokens of each view, with CLS."""
     local = (config.views.local_size // PATCH) ** 2 + 1
     return [(IMAGE // PATCH) ** 2 + 1] * 2 + [local] * config.views.local_views
 
 
 def encoder_forward(config: RefineConfig, blocks: int = DEPTH) -> int:
-    """FLOPs per image of `blocks` blocks for two global views and the local ones: 2 per multiply-add."""
+    """Return the FLOPs per image of `blocks` blocks for two global views and the local ones: 2 per multiply-add."""
     # Queries, keys, values (3), projection (1) and the two layers of the MLP (4 each) are 12 matrices of width ** 2.
     linear = sum(2 * 12 * WIDTH**2 * count for count in tokens(config))
-    # Scores and weighted sum; the heads of attention share the width.
+    # Scores and weighted sum; attention heads share the width.
     attention = sum(2 * 2 * count**2 * WIDTH for count in tokens(config))
     return blocks * (linear + attention)
 
@@ -56,7 +56,7 @@ def embedding(config: RefineConfig) -> int:
 
 
 def heads_forward(config: RefineConfig) -> tuple[int, int]:
-    """FLOPs per image of both heads, and of their first layers alone."""
+    """Return the FLOPs per image of both heads, and of their first layers alone."""
     hidden, output, wide = config.heads.projector_hidden, config.heads.output, config.heads.predictor_hidden
     rows = 2 * (2 + config.views.local_views)
     first = 2 * rows * WIDTH * hidden
@@ -67,17 +67,17 @@ def test_flops_of_a_step_equal_a_count_by_hand() -> None:
     config = tiny()
     architecture, blocks = resolve_encoder(config)
     heads, first = heads_forward(config)
-    # Backward, every product has two gradients, but nobody asks for that of the pixels.
+    # In the backward pass, every product has two gradients, but that of the pixels is not computed.
     expected = 3 * encoder_forward(config) + 2 * embedding(config) + 3 * heads
     assert model_flops(config, architecture, blocks, "encoder") == expected
     # Stage 1: the encoder has no backward pass, and the heads' inputs no gradient.
     expected = encoder_forward(config) + embedding(config) + 3 * heads - first
     assert model_flops(config, architecture, blocks, "heads") == expected
-    # Frozen blocks have none either; the first one that learns still asks for its input's gradient, for its norm.
+    # Frozen blocks have no backward pass either; the first trained one still needs its input's gradient, for its norm.
     frozen = tiny(encoder_stage__freeze_blocks=2)
     expected = 3 * encoder_forward(config, 2) + encoder_forward(config, 2) + embedding(config) + 3 * heads
     assert model_flops(frozen, architecture, blocks, "encoder") == expected
-    # Blocks behind the last head are not run.
+    # Blocks after the last head are not run.
     early = tiny(heads__blocks="2,3")
     expected = 3 * encoder_forward(config, 3) + 2 * embedding(config) + 3 * heads
     assert model_flops(early, architecture, [2, 3], "encoder") == expected
@@ -95,7 +95,7 @@ def test_flops_counted_on_a_real_step_equal_a_count_by_hand(kernel: SDPBackend, 
     # Fused attention computes its scores again in the backward pass.
     scores = recomputed * batch * DEPTH * sum(2 * count**2 * WIDTH for count in tokens(config))
     assert whole.flops_run == whole.flops + queue + loss + scores
-    # In micro-batches the encoder runs forward twice, which does not count as the model's.
+    # With micro-batches, the encoder runs forward twice, which does not count as FLOPs of the model.
     assert parts.flops == whole.flops
     assert parts.flops_run == whole.flops_run + batch * (encoder_forward(config) + embedding(config))
 
@@ -120,7 +120,7 @@ def measurement(**changes: Any) -> StepMeasurement:
 
 def test_utilisation_is_flops_by_time_by_rate() -> None:
     row = measurement().row()
-    # 4 GFLOP in half a second, of 32 GFLOP/s.
+    # 4 GFLOP in half a second are a quarter of 32 GFLOP/s.
     assert row["utilisation"] == 25
     assert (row["value"], row["images_per_second"], row["memory_mib"]) == (500, 16, 3)
     assert (row["gflop"], row["gflop_run"], row["matmul_gflops"]) == (4, 5, 32)

@@ -1,4 +1,4 @@
-"""The suite of a GPU's first hour: bars, and processes whose faults cost their own lines alone."""
+"""The suite for a GPU's first hour: bars, and processes whose faults cost only their own lines."""
 
 import math
 import multiprocessing
@@ -23,7 +23,7 @@ AT_MOST, AT_LEAST = Bar("at most", 2.0, "a reason"), Bar("at least", 2.0, "a rea
 
 @pytest.fixture(autouse=True)
 def forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes are forks of the one that other tests use, too."""
+    """Fork processes from the one that other tests use as well."""
     monkeypatch.setattr(run, "_context", lambda _: fork_server())
 
 
@@ -35,7 +35,7 @@ def found_of(part: Part, *, seconds: float = 60.0, logs: Path | None = None) -> 
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has asked for does not."""
+    """Return whether a process runs; one that has ended but has not been waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -111,7 +111,7 @@ def test_every_kind_of_fault_costs_its_own_lines(tmp_path: Path) -> None:
     assert "exit code 3" in faults.pop("exiting")
     assert faults.pop("hanging") == "not finished within 1 s"
     assert not faults
-    # Nothing of the process that hung is left.
+    # No process of the task that hung is left.
     assert not any(is_alive(int(pid)) for pid in pids.read_text().split())
 
 
@@ -142,7 +142,7 @@ def test_what_a_part_prints_is_in_its_log(tmp_path: Path, capfd: pytest.CaptureF
 
 
 def suite_of_one(pids: str) -> None:
-    """A suite whose only task hangs."""
+    """Run a suite whose only task hangs."""
     run._context = lambda _: fork_server()  # type: ignore[assignment,return-value]
     hanging = tasks.task("hanging", partial(tasks.hanging, pids=pids))
     list(run_part(tasks.part(hanging), "cpu", time.monotonic() + 60))
@@ -174,7 +174,7 @@ def test_a_process_that_does_not_start_is_a_fault(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_processes_that_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA may be used in no fork: there every process starts from scratch."""
+    """CUDA cannot be used in a fork: for CUDA, every process starts from scratch."""
     monkeypatch.undo()
     assert isinstance(run._context("cuda"), multiprocessing.context.SpawnContext)
     monkeypatch.setattr(run, "_context", lambda _: multiprocessing.get_context("spawn"))

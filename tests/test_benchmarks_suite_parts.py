@@ -1,4 +1,4 @@
-"""What the suite measures: a fault in the thing measured makes its line miss the bar, at tiny sizes on the CPU."""
+"""What the suite measures: a fault in what is measured makes its line miss the bar, at tiny sizes on the CPU."""
 
 import inspect
 import subprocess
@@ -49,7 +49,7 @@ def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def judged(found: Iterator[Found], bar: Bar | None) -> str:
-    """Verdict of the first line."""
+    """Return the verdict of the first line."""
     first = next(found)
     return Finding("part", Line(first.line, "", bar), first).verdict
 
@@ -81,7 +81,7 @@ def test_every_bar_can_be_missed(task: Task) -> None:
 
 
 def test_functions_take_what_is_bound() -> None:
-    """Those of GPUs have never been run: at least their arguments are right."""
+    """Functions for GPUs do not run without one: at least their arguments are right."""
     for _, _, task in EVERY:
         assert isinstance(task.measure, partial)
         inspect.signature(task.measure.func).bind("cuda", **task.measure.keywords)
@@ -116,7 +116,7 @@ def test_a_wrong_gradient_misses_its_bar(precision: str, bar: Bar, monkeypatch: 
     measure = partial(training.gradients, "cpu", line="g", preset="x", batch=6, micro=2, precision=precision)
     (right,) = measure()
     assert right.value is not None and 0 <= right.value <= bar.limit and judged(iter([right]), bar) == "met"
-    # float64 is float64: float32 would differ by more.
+    # float64 is really used: float32 would differ by more.
     assert precision == "fp32" or right.value < 1e-12
     whole = Method.forward_backward
 
@@ -133,7 +133,7 @@ def test_a_wrong_gradient_misses_its_bar(precision: str, bar: Bar, monkeypatch: 
 
 
 def test_the_gradient_is_that_of_the_same_batch_and_queue() -> None:
-    """Twice the same way: no difference at all."""
+    """Computed twice in the same way, it does not differ at all."""
     (same,) = training.gradients("cpu", line="g", preset="x", batch=6, micro=6, precision="fp32")
     assert same.value == 0
 
@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_no_fault_of_the_others(
 
     monkeypatch.setattr(training, "measure_step", measure)
     found = list(training.steps("cpu", encoder="E", preset="x", batch=4, micro=1))
-    # Without both ways at once, one pass counts as too large.
+    # If both ways cannot be measured together, one pass counts as too large.
     assert [each.value and each.value / 1e3 for each in found] == measured
     assert all("does not fit" in each.note for each in found if each.value is None)
 
@@ -252,7 +252,7 @@ def test_without_faiss_nothing_is_missed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class FakeIndex:
-    """Stands for faiss's exact index."""
+    """Stands in for faiss's exact index."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -317,7 +317,7 @@ def checked_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pytest_gives(report: str | None, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """pytest itself is not run; returns its command lines."""
+    """Replace pytest by a given report; return the command lines that would have run it."""
     commands: list[list[str]] = []
 
     def run(command: list[str], **_: object) -> Any:
@@ -336,7 +336,7 @@ def test_tests_that_fail_miss_their_bar(checked_out: Path, monkeypatch: pytest.M
     (found,) = checkout.tests("cuda", line="t", mark="gpu")
     assert judged(iter([found]), parts.PASSES) == "missed"
     assert (found.value, found.note) == (2, "1 passed, 2 failed, 1 skipped: b, c")
-    # Only files with the mark are read.
+    # Only files with the mark are passed to pytest.
     assert commands[0][-1] == "tests/test_a.py" and "gpu" in commands[0]
     pytest_gives('<testsuite><testcase name="a"/></testsuite>', monkeypatch)
     assert judged(checkout.tests("cuda", line="t", mark="gpu"), parts.PASSES) == "met"
@@ -365,7 +365,7 @@ def test_files_marked_gpu_are_those_of_this_checkout() -> None:
 
 
 def test_the_tests_of_a_checkout_are_run(checked_out: Path) -> None:
-    """By a real pytest: one passes, one fails, and marks are chosen."""
+    """A real pytest runs: one test passes, one fails, and the mark selects both."""
     (checked_out / "tests" / "test_a.py").write_text(
         "import pytest\n"
         "@pytest.mark.gpu\ndef test_x(): ...\n"

@@ -1,4 +1,4 @@
-"""The benchmark's pipelines and rows at tiny sizes; how fast anything is, no test says."""
+"""The benchmark's pipelines and rows at tiny sizes; no test checks speed."""
 
 from collections import Counter
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_a_device_has_rows_of_its_own(no_libraries: None) -> None:
 
 
 def test_decoding_on_the_device_is_measured_and_compared(no_libraries: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA as users have it; here the CPU stands for it."""
+    """Users decode on CUDA; here the CPU stands in for it."""
     monkeypatch.setattr(module, "resolve_device", lambda _: StandIn("cpu"))
     monkeypatch.setattr(module, "decoding_device", lambda *_: None)
     for name in ("_decoded", "_crops"):
@@ -70,7 +70,7 @@ def test_decoding_on_the_device_is_measured_and_compared(no_libraries: None, mon
 
 
 class StandIn:
-    """A device that says that it is CUDA."""
+    """A device that claims to be CUDA."""
 
     type = "cuda"
 
@@ -129,7 +129,7 @@ def test_all_pipelines_make_the_same_number_of_views_of_every_size(tmp_path: Pat
         views = way(0)
         assert views_per_size(views) == {16: 6, 8: 9}, name
         assert {view.dtype for view in views} == {torch.uint8 if name == module.WORKER else torch.float32}
-    assert not torch.equal(ways[module.WORKER](0)[0], ways[module.WORKER](1)[0])  # every measurement cuts other crops
+    assert not torch.equal(ways[module.WORKER](0)[0], ways[module.WORKER](1)[0])  # each measurement has its own crops
     on_device = module._on_device(module._crops(source, groups, 0), config, torch.device("cpu"), TINY.device_images)
     assert views_per_size(on_device(0)) == {16: 8, 8: 12}
 

@@ -1,4 +1,4 @@
-"""Settings: what is accepted, and the one line that says what is wrong."""
+"""Settings: what is accepted, and the one-line error for what is not."""
 
 import types
 from typing import Any, get_args
@@ -172,7 +172,7 @@ def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
 
 @pytest.mark.parametrize("model", [RefineConfig, PretrainConfig, KnnConfig])
 def test_settings_that_may_be_unset_are_unset_by_default(model: type[CommandConfig]) -> None:
-    # The dumped file then need not name what is unset.
+    # A dumped file then need not name settings that are unset.
     for section in sections(model):
         for name, field in section.model_fields.items():
             if types.NoneType in get_args(field.annotation):
@@ -189,10 +189,10 @@ def test_settings_that_may_be_unset_are_unset_by_default(model: type[CommandConf
         ((None, "vit_h14", "d2v2", "x.pth"), "refine/d2v2_h14"),
         ((None, "vit_h14", "ijepa", "x.pth"), "refine/mae_h14"),
         ((None, "vit_b16", "ibot", None), "refine/mae_b16"),
-        # The paper's settings are for its sizes.
+        # The paper's presets are for its sizes only.
         ((None, "vit_small_patch16_224", "timm", None), None),
         ((None, "convnext_tiny", None, "x.pth", "images"), None),
-        # The digits' settings are for digits only.
+        # The digits preset is for digits only.
         ((None, None, None, "quickstart", "images"), None),
         ((None, None, None, None, "images"), None),
         ((None, None, None, "x.pth"), None),

@@ -23,7 +23,7 @@ from tests.tiny import write_images
         ("fashion-mnist", "fashion-mnist"),
         ("torchvision:MNIST", "torchvision:MNIST"),
         ("list:a/b.csv", "list:{here}/a/b.csv"),
-        ("hf:sets/birds", "hf:sets/birds"),  # a name of the hub
+        ("hf:sets/birds", "hf:sets/birds"),  # a name on the hub
         ("hf:./sets/birds", "hf:{here}/sets/birds"),
         ("hf:/sets/birds", "hf:/sets/birds"),
         ("list:~/b.csv", "list:{home}/b.csv"),
@@ -38,7 +38,7 @@ def test_absolute(spec: str, absolute: str, tmp_path: Path, monkeypatch: pytest.
     spec, absolute = spec.format_map(places), absolute.format_map(places)
     assert absolute_spec(spec) == absolute
     assert absolute_spec(absolute) == absolute
-    # What config.toml and the result's header say.
+    # The spec in config.toml and in the result's header.
     config = load_config(RefineConfig, None, {"data.spec": spec})
     assert with_absolute_paths(config).data.spec == absolute
     assert data_record(config.data)["spec"] == absolute

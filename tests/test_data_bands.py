@@ -1,4 +1,4 @@
-"""Images of any number of channels: values of files of every kind, the rule of axes, ranges, and refusals."""
+"""Images of any number of channels: values from every kind of file, the rule for axes, ranges, and refusals."""
 
 import io
 import os
@@ -32,13 +32,13 @@ tifffile = pytest.importorskip("tifffile")
 
 
 def values(channels: int, dtype: Any = np.uint8, height: int = 11, width: int = 9) -> NDArray[Any]:
-    """Numbers (H, W, C) over the whole range of a type, or twelve bits of 16."""
+    """Random pixels (H, W, C): the whole range of 8 bits, or 12 bits of 16."""
     top = {np.uint8: 256, np.uint16: 4096}[dtype]
     return np.random.default_rng(channels).integers(0, top, (height, width, channels)).astype(dtype)
 
 
 def write(path: Path, pixels: NDArray[Any]) -> Path:
-    """TIFF, `.npy` with the channels first, or `.npz`, by the suffix."""
+    """Write a TIFF, an `.npy` with the channels first or an `.npz`, depending on the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, pixels.transpose(2, 0, 1))
@@ -52,7 +52,7 @@ def write(path: Path, pixels: NDArray[Any]) -> Path:
 
 
 def expected(pixels: NDArray[Any]) -> NDArray[Any]:
-    """(C, H, W): bytes as they are, 16 bits from 0 to 255."""
+    """Expected pixels (C, H, W): 8 bits unchanged, 16 bits scaled to the range from 0 to 255."""
     found = pixels.transpose(2, 0, 1)
     return found if pixels.dtype == np.uint8 else (found.astype(np.float64) / 65535 * 255).astype(np.float32)
 
@@ -130,7 +130,7 @@ def test_tiff_of_pages_planes_and_many_kinds(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "4d.tif", np.zeros((2, 3, 8, 8), np.uint8), photometric="minisblack")
     with pytest.raises(BadImage, match="axes"):
         decode_file(str(tmp_path / "4d.tif"), None, Decoding(channels=3))
-    # Pillow would drop the fifth byte of each pixel, and the lower halves of these 16 bits.
+    # Pillow would drop the fifth byte of each pixel, and the lower byte of each 16-bit value.
     tifffile.imwrite(tmp_path / "rgb+1.tif", values(5), photometric="rgb", planarconfig="contig")
     assert decode_file(str(tmp_path / "rgb+1.tif"), None, Decoding(channels=5)).image.shape == (5, 11, 9)
     four = values(4, np.uint16)
@@ -141,7 +141,7 @@ def test_tiff_of_pages_planes_and_many_kinds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_tiff_is_turned_alike_by_both_readers(orientation: int, tmp_path: Path) -> None:
-    """One channel by Pillow, five of the same by tifffile. From memory: of paths, Pillow 13.0 scrambles 5 to 8."""
+    """Pillow reads one channel, tifffile five copies of it. From bytes: by path, Pillow 13.0 scrambles 5 to 8."""
     pixels, found = np.arange(6, dtype=np.uint8).reshape(2, 3), []
     for channels in (1, 5):
         stored = pixels if channels == 1 else np.stack([pixels] * channels, axis=2)
@@ -214,7 +214,7 @@ def folder_of(root: Path, channels: int, dtype: Any, suffix: str = ".npy", count
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_crops_equal_numpy(dtype: Any, tmp_path: Path) -> None:
-    """Crops without resizing are the middle of the image; of half the side the mean of its sixteenths."""
+    """Crops without resizing are the middle of the image, and each channel has its own mean and standard deviation."""
     data = folder_of(tmp_path, 4, dtype)
     source = open_source(data, "train")
     assert source.channels == 4 and source.labels is not None and len(source) == 6
@@ -250,7 +250,7 @@ def test_channels_are_resized_as_single_ones_by_pillow(channels: int) -> None:
     for channel in range(channels):
         plain = Image.fromarray(pixels[:, :, channel]).resize((16, 16), Image.Resampling.BICUBIC)
         assert np.abs(found[channel].numpy().astype(int) - np.asarray(plain)).max() <= 1
-        # Pillow rounds bytes between rows and columns, floats it does not.
+        # Pillow rounds between its row and column passes for bytes, but not for floats.
         floats = Image.fromarray(pixels[:, :, channel].astype(np.float32)).resize((16, 16), Image.Resampling.BICUBIC)
         assert np.abs(wide[channel].numpy() - np.asarray(floats).clip(0, 255)).max() < 1e-2
 
@@ -339,7 +339,7 @@ def test_tables_hold_arrays_and_files(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".tif", ".npy", ".png"])
 def test_narrow_values_of_16_bits_are_reported(suffix: str, tmp_path: Path) -> None:
-    """Twelve bits of sixteen, unless `data.range` says what is white."""
+    """12 bits stored in 16 are reported, unless `data.range` defines white."""
     pixels = values(1, np.uint16)
     path = tmp_path / f"x{suffix}"
     if suffix == ".png":

@@ -1,4 +1,4 @@
-"""Some of a source's images as a source of their own."""
+"""Subsets of a source's images as sources of their own."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from mimref.data.sources import ArraySource, ImageSource, Subset
 
 
 def numbered(labels: np.ndarray[Any, Any] | None) -> ArraySource:
-    """100 images of 2 x 2 pixels that hold their number."""
+    """A source of 100 images of 2 x 2 pixels, each filled with its own number."""
     images = np.arange(100, dtype=np.uint8)[:, None, None].repeat(2, 1).repeat(2, 2)
     names = None if labels is None else [f"class{number}" for number in range(10)]
     return ArraySource("set", images, labels, names, "train", np.arange(100))

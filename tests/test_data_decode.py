@@ -1,4 +1,4 @@
-"""JPEG files decoded at a fraction of their size; what else `decode_image` does is in bad_input/test_images.py."""
+"""JPEG files decoded at a fraction of their size; bad_input/test_images.py tests the rest of `decode_image`."""
 
 import os
 import warnings
@@ -13,7 +13,7 @@ from PIL import Image
 from mimref.data.decode import BadImage, decode_file
 from tests.sources import decode_image
 
-SIZE = (61, 90)  # height and width; no multiple of 2 and 61 of none
+SIZE = (61, 90)  # height and width: 61 is not divisible by 2, 90 not by 4 or 8
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def no_warnings() -> object:
 
 
 def photograph(mode: str = "RGB") -> Image.Image:
-    """Smooth colours and some texture."""
+    """An image with smooth colours and some texture."""
     down, right = np.mgrid[: SIZE[0], : SIZE[1]]
     waves = [128 + 90 * np.sin(down / a + right / b) for a, b in ((9, 14), (17, -8), (25, 5))]
     noise = np.random.default_rng(0).normal(0, 6, (*SIZE, 3))
@@ -32,7 +32,7 @@ def photograph(mode: str = "RGB") -> Image.Image:
 
 
 def means(image: torch.Tensor, factor: int) -> torch.Tensor:
-    """Means of squares of factor x factor pixels; those beyond the edge do not count."""
+    """Means of squares of factor x factor pixels; pixels beyond the edge are ignored."""
     return torch.nn.functional.avg_pool2d(image.float(), factor, ceil_mode=True)
 
 
@@ -72,7 +72,7 @@ def test_jpeg_is_reduced_by_the_factor(tmp_path: Path, mode: str, options: dict[
     assert decoded.image.shape == (3, -(-SIZE[0] // factor), -(-SIZE[1] // factor))
     whole = decode_image(path)
     assert whole.shape == (3, *SIZE)
-    # The last row and column may hold pixels that the encoder made up.
+    # The last row and column may contain padding from the JPEG encoder.
     apart = (decoded.image - means(whole, factor)).abs()[:, :-1, :-1]
     assert apart.mean() < 2
     decoded.image[0, 0, 0] = 1  # writable
@@ -117,7 +117,7 @@ def test_bad_files_have_the_same_reason_at_every_size(tmp_path: Path, monkeypatc
     photograph().save(path, quality=95)
     content = path.read_bytes()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert reasons(path) == {"more than 1000 pixels"}  # counted in the file, not as decoded
+    assert reasons(path) == {"more than 1000 pixels"}  # the pixels of the file, not of the decoded image
     monkeypatch.undo()
     path.write_bytes(content[: len(content) // 2])
     (truncated,) = reasons(path)
@@ -129,7 +129,7 @@ def test_bad_files_have_the_same_reason_at_every_size(tmp_path: Path, monkeypatc
 
 
 def reasons(path: Path) -> set[str]:
-    """What is said of a bad file, in full and reduced."""
+    """The reasons given for a bad file at full and at reduced size."""
     said = set()
     for factor in (1, 8):
         with pytest.raises(BadImage) as caught:

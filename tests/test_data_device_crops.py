@@ -1,4 +1,4 @@
-"""Images decoded and cropped on a device, here the CPU by torchvision's decoder, against the loader processes' way."""
+"""Decoding and cropping on a device, here torchvision's decoder on the CPU, against the loader processes."""
 
 import io
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def save(folder: Path, name: str, image: Image.Image, orientation: int = 1, **op
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """scikit-learn's photographs in many ways, and files that cannot be read."""
+    """scikit-learn's photographs in many encodings, and files that cannot be read."""
     from sklearn.datasets import load_sample_images
 
     made = tmp_path_factory.mktemp("photographs")
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     usual = (made / "444.jpg").read_bytes()
     (made / "cut.jpg").write_bytes(usual[:-100])
     (made / "empty.jpg").write_bytes(b"")
-    # As if torn in transfer, with an end.
+    # As if damaged in transfer, but with an end marker.
     header = usual.index(b"\xff\xc4")
     (made / "torn.jpg").write_bytes(usual[: header + 2] + b"\0\0" + usual[header + 4 :])
     return made
@@ -78,7 +78,7 @@ def traits_of(source: ImageSource) -> dict[str, int]:
 
 
 def check_close(one: Tensor, other: Tensor) -> None:
-    """Within rounding: two levels at most, and seldom any."""
+    """Check equality within rounding: at most two levels apart, and seldom any."""
     assert one.shape == other.shape and one.dtype == other.dtype == torch.uint8
     apart = (one.int() - other.int()).abs()
     assert apart.max() <= 2 and apart.double().mean() < 0.02
@@ -92,7 +92,7 @@ def views(source: ImageSource, decode_on: torch.device | None, **settings: Any) 
 
 
 def check_views(source: ImageSource, other: ImageSource, **settings: Any) -> None:
-    """The same views of the same samples in the same order, and the same unreadable images."""
+    """Check for the same views of the same samples in the same order, and for the same unreadable images."""
     usual, found = views(source, None, **settings), views(other, CPU, **settings)
     assert len(usual) == len(found) > 1
     for one, two in zip(usual, found, strict=True):
@@ -186,7 +186,7 @@ def test_images_that_only_decoding_shows_to_be_broken_are_left_out(
     assert bad - known == {"422.jpg", "tiny.jpg"} and known < bad
     kept = [row for row, index in enumerate(usual.indices) if index in batch.indices]
     assert batch.indices == [usual.indices[row] for row in kept] and len(batch.traits) == len(kept)
-    assert torch.equal(batch.crops, usual.crops[kept])  # all of them by the CPU
+    assert torch.equal(batch.crops, usual.crops[kept])  # all decoded by the CPU
 
 
 def test_running_out_of_memory_is_no_broken_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,7 @@ def test_limits_hold_for_the_device_too(folder: Path) -> None:
 
 
 def repeated_chroma(contents: list[Tensor], device: torch.device) -> list[Tensor]:
-    """4:2:0 JPEGs as nvJPEG decodes them: each sample of chroma stands for four pixels."""
+    """Decode 4:2:0 JPEGs as nvJPEG does: each chroma sample covers four pixels."""
     found = []
     for content in contents:
         files = [Image.open(io.BytesIO(content.numpy().tobytes())) for _ in range(2)]
@@ -266,10 +266,10 @@ def test_how_much_repeated_chroma_changes(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.gpu
 def test_a_gpu_decodes_nearly_the_same(folder: Path) -> None:
-    """nvJPEG repeats chroma where libjpeg interpolates it: at edges, colours of subsampled files differ by more."""
+    """nvJPEG repeats chroma where libjpeg interpolates it, so colours of subsampled files differ more at edges."""
     cuda = torch.device("cuda")
     assert decoding_device(DataConfig(decode="device"), cuda) == cuda
-    files = [name for name in source_of(folder).files if name != "torn.jpg"]  # nvJPEG may make something of it
+    files = [name for name in source_of(folder).files if name != "torn.jpg"]  # nvJPEG may be able to decode it
     usual, source = (FileSource("photographs", str(folder), files, None, None) for _ in range(2))
     settings: dict[str, Any] = {"batch_size": 5, "seed": 3, "epochs": range(4)}
     batches = view_batches(source, GROUPS, decode_on=cuda, pin_memory=True, workers=2, **settings)

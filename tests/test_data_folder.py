@@ -44,7 +44,7 @@ def test_folder_with_splits_and_classes(tmp_path: Path, held: str) -> None:
     ]
     assert train.class_names == val.class_names == ["cat", "cat-big", "dog"]
     assert classes_of(train) == ["cat", "cat", "cat-big", "dog"]
-    assert classes_of(val) == ["cat", "dog"]  # in train's numbers: cat-big has no validation image
+    assert classes_of(val) == ["cat", "dog"]  # numbered as in train: cat-big has no validation image
     assert val.labels is not None and val.labels.tolist() == [0, 2]
     assert names(val, tmp_path) == [f"{held}/cat/y.tiff", f"{held}/dog/z.bmp"]
     assert train.name == str(tmp_path) and not train.in_memory
@@ -70,7 +70,7 @@ def test_val_comes_before_test(tmp_path: Path) -> None:
 
 def test_folder_with_splits_and_no_classes(tmp_path: Path) -> None:
     write_images(tmp_path / "train", "b.png", "a.png", "more/c.png")
-    write_images(tmp_path / "val", "images/d.png")  # a single subfolder is no set of classes
+    write_images(tmp_path / "val", "images/d.png")  # a single subfolder does not define classes
     train, val = opened(tmp_path), opened(tmp_path, "val")
     assert names(train, tmp_path) == ["train/a.png", "train/b.png", "train/more/c.png"]
     assert names(val, tmp_path) == ["val/images/d.png"]
@@ -208,7 +208,7 @@ def settle(root: Path) -> None:
 
 
 def plain_listing(root: str, below: str = "") -> list[str]:
-    """Image files in the order of a folder's own first, by recursion; for folders without links."""
+    """Image files by recursion, a folder's own files first; for folders without links."""
     names = sorted(name for name in os.listdir(os.path.join(root, below)) if not name.startswith("."))
     paths = [os.path.join(below, name) for name in names]
     files = [
@@ -348,11 +348,11 @@ def test_large_folders_are_listed_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(index_cache, "SAVE_FROM_IMAGES", 1000)
     scans = Scans(monkeypatch)
     data = DataConfig(spec=str(root))
-    # The folder itself is looked at every time, for images beside the splits.
+    # The folder itself is listed every time, to find images beside the splits.
     assert scans.during(lambda: open_source(data, "train")) == 1 + 11
     first = open_source(data, "train")
     assert scans.during(lambda: open_source(data, "train")) == 1
-    assert scans.during(lambda: open_source(data, "val")) == 1 + 11  # few enough to be listed every time; train/ is not
+    assert scans.during(lambda: open_source(data, "val")) == 1 + 11  # val/ is small and always listed; train/ is not
     assert first.labels is not None and np.bincount(first.labels).tolist() == [180] * 10
     assert isinstance(first, FileSource)
     assert all(int(path.split("/")[0]) == label for path, label in zip(first.files, first.labels, strict=True))

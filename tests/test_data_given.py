@@ -1,4 +1,4 @@
-"""Images that a caller holds: every form of one image gives the same pixels, and what is no image is named."""
+"""Images passed by a caller: every form of an image gives the same pixels, and errors name what is not an image."""
 
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint(tmp_path: Path) -> None:
-    """Depends on pixels and their order, and not on the form."""
+    """The fingerprint depends on the pixels and their order, not on the form of the images."""
     same = {source([FORMS[form], GRAY]).fingerprint for form in ("array", "floats", "tensor", "PIL", "RGBA")}
     assert len(same) == 1
     others = [[GRAY, RGB], [RGB], [RGB, GRAY, GRAY], [RGB, GRAY.T], [RGB, 255 - GRAY]]

@@ -124,7 +124,7 @@ def test_every_row_once_per_epoch(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])
 def test_images_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
-    none = [None] if kind == "parquet" else []  # which save_to_disk refuses
+    none = [None] if kind == "parquet" else []  # save_to_disk refuses None
     write_as(kind, tmp_path, [table([b"", b"text", png(1)[:50], 5, *none])], [table([0])])
     source = opened(tmp_path)
     assert int(source.read(3)[0, 0, 0]) == 5
@@ -135,7 +135,7 @@ def test_images_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
             assert caught.value.path == source.path(index) and "\n" not in str(caught.value)
 
 
-# --- data sets of the hub
+# --- data sets on the hub
 
 
 def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +157,11 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert numbers(val) == [9] and labels_of(val) == ["dog"]
     assert (train.path(2), val.path(0)) == ("owner/cifar10/train[2]", "owner/cifar10/test[0]")
     assert train.fingerprint == opened("owner/cifar10").fingerprint != val.fingerprint
-    # Files that the library has downloaded one by one.
+    # Cells that hold the paths of files that the library has downloaded one by one.
     cells = pa.array([{"bytes": None, "path": str(tmp_path / "downloaded.png")}], STRUCT)
     write_saved(tmp_path / "cache" / "train", pa.table({"image": cells}))
     assert numbers(opened("cifar10")) == [5]
-    # Names stay as they are, unless a folder has that name.
+    # Names stay unchanged, unless a folder of that name exists.
     assert absolute_spec("hf:owner/cifar10") == "hf:owner/cifar10"
     assert absolute_spec("hf:cache") == f"hf:{tmp_path}/cache"
     assert len(opened("cache")) == 1 and asked[-1] == "cifar10"

@@ -72,7 +72,7 @@ def cells(numbers: Any) -> list[dict[str, Any]]:
 
 
 def declared(content: pa.Table, **features: Any) -> pa.Table:
-    """With the notes of the library for some of the columns."""
+    """The table with the library's metadata: `features` declares some columns, all others are int64."""
     types = {name: {"dtype": "int64", "_type": "Value"} for name in content.column_names} | features
     return content.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": types}})})
 
@@ -174,7 +174,7 @@ def test_class_lists_in_two_spellings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lists", "words"),
     [
-        ([[1, 2, 3], [4, 5, 6, 7, 8]], "different lengths: 3, 5"),  # as many numbers as two rows of 4 have
+        ([[1, 2, 3], [4, 5, 6, 7, 8]], "different lengths: 3, 5"),  # 8 numbers, as in two rows of 4
         ([[1, 2], None], "missing"),
         ([[1, 2], [3, None]], "missing"),
     ],

@@ -1,4 +1,4 @@
-"""Which files a device decodes, and which the CPU."""
+"""Which files a device decodes, and which ones the CPU."""
 
 import io
 import os
@@ -36,7 +36,7 @@ def saved(image: Image.Image, form: str = "JPEG", orientation: int = 1, **option
 
 
 def header_changed(content: bytes, offset: int, value: int) -> bytes:
-    """With another byte behind the marker of the frame's header (FF C0)."""
+    """Replace the byte at an offset from the frame header's marker (FF C0)."""
     changed = bytearray(content)
     changed[content.index(b"\xff\xc0") + offset] = value
     return bytes(changed)
@@ -72,7 +72,7 @@ def test_what_the_cpu_decodes() -> None:
         "cut short": usual[:-30],
         "no picture": b"\xff\xd8\xff\xd9",
         "empty": b"",
-        # In the frame's header: bits, and samples of the second component.
+        # In the frame header: bits per sample, sampling factors and names of components.
         "12 bits": header_changed(usual, 4, 12),
         "odd sampling": header_changed(usual, 14, 0x21),
         "odd luma": header_changed(usual, 11, 0x31),
@@ -98,7 +98,7 @@ def test_a_jpeg_that_is_decoded_smaller_is_the_cpus() -> None:
     assert as_jpeg(content, "a", reduce, USUAL) is None and as_jpeg(content, "a", reduce, EXIF) is None
     assert as_jpeg(content, "a", lambda *_: 1, USUAL) is not None
     assert asked == [(40, 64), (64, 40)]
-    # As the CPU does not reduce a turned image whose sides would be cut.
+    # As on the CPU, a turned image whose sides would be cut is not reduced.
     odd = saved(picture(height=41, width=64), orientation=6)
     assert as_jpeg(odd, "a", reduce, EXIF) is not None and as_jpeg(odd, "a", reduce, USUAL) is None
 
@@ -116,7 +116,7 @@ def test_sources_hand_over_files_or_pixels(tmp_path: Path) -> None:
 
 
 def same_as_decoded(source: ImageSource, index: int) -> None:
-    """What `encoded` hands over is what `read_reduced` decodes, under the same name."""
+    """Check that `encoded` returns the file that `read_reduced` decodes, under the same name."""
     found = source.encoded(index)
     assert found is not None
     decoded = decode_content(*found, None, source.decoding)

@@ -10,7 +10,7 @@ from tests.sources import names, opened, write_images
 
 
 def take_turns(labels: list[int], limit: int) -> list[int]:
-    """One image of every class in turn, in data order: a plain loop."""
+    """Take one image of every class in turn, in data order, by a plain loop."""
     waiting = {label: [i for i, each in enumerate(labels) if each == label] for label in sorted(set(labels))}
     taken: list[int] = []
     while len(taken) < limit:

@@ -26,7 +26,7 @@ GROUPS = [CropGroup(2, 12, (0.25, 1.0)), CropGroup(3, 8, (0.05, 0.25), first_vie
 
 @dataclass(eq=False)
 class Images(ImageSource):
-    """Noise of many shapes; the samples in `bad` cannot be read."""
+    """Noise images of many shapes; the samples in `bad` cannot be read."""
 
     count: int
     bad: frozenset[int] = frozenset()
@@ -121,7 +121,7 @@ def test_skip_resumes_within_an_epoch(skip: int) -> None:
     source = Images(13)
     whole = batches_of(source, epochs=range(2))
     assert len(whole) == 6
-    # As training resumes: whole epochs through `epochs`, the rest through `skip`.
+    # As when training resumes: `epochs` leaves out whole epochs, `skip` the rest.
     rest = batches_of(source, epochs=range(skip // 3, 2), skip=skip % 3)
     assert_same(rest, whole[skip:])
 
@@ -204,7 +204,7 @@ def test_every_process_needs_an_image_of_a_batch(monkeypatch: pytest.MonkeyPatch
     loader.check_batch_size(4, 100)
     with pytest.raises(ConfigError, match="batch_size 3 leaves some of the 4 processes without"):
         loader.check_batch_size(3, 100)
-    # What the check is for: batches of which every process has a part.
+    # The purpose of the check: every process has a part of every batch.
     for rank in range(4):
         monkeypatch.setattr(loader, "own_rank", lambda rank=rank: rank)
         assert [len(batch.sample_B) for batch in batches_of(Images(9), batch_size=4)] == [1, 1]
@@ -243,7 +243,7 @@ def test_batches_arrive_pinned() -> None:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
-    """scikit-learn's two photographs, 640 x 427, and the same twice and four times as large."""
+    """scikit-learn's two photographs at 640 x 427, and at two and four times that size."""
     from sklearn.datasets import load_sample_images
 
     folder = tmp_path_factory.mktemp("photographs")
@@ -277,7 +277,7 @@ def test_crops_of_reduced_jpegs_are_close_to_those_of_whole_ones(
         apart = (left - right).abs().mean(dim=(2, 3, 4))
         assert 0 < apart.mean() < 3
         assert apart.max() < 15
-        # Neither lighter nor darker: what differs is texture.
+        # Brightness and colours stay the same: only texture differs.
         assert (left.mean(dim=(3, 4)) - right.mean(dim=(3, 4))).abs().max() < 4
 
 
@@ -333,7 +333,7 @@ def test_the_next_item_is_taken_before_one_is_given_out(count: int) -> None:
 @pytest.mark.gpu
 def test_batches_reach_the_device_whole_and_in_order() -> None:
     device = torch.device("cuda")
-    # Batches of 40 MB, whose copies take their time.
+    # Batches of 40 MB, which take a while to copy.
     groups = [CropGroup(4, 320, (0.25, 1.0)), CropGroup(2, 64, (0.05, 0.25), first_view=4)]
     settings: dict[str, Any] = {"batch_size": 32, "seed": 3, "epochs": range(2), "pin_memory": True}
     expected = batches_of(Images(128), batch_size=32, epochs=range(2), groups=groups)
@@ -346,7 +346,7 @@ def test_batches_reach_the_device_whole_and_in_order() -> None:
         assert torch.equal(batch.sample_B, reference.sample_B)
         assert batch.sample_B.device.type == "cpu"
         assert all(crops.device.type == "cuda" for crops in batch.crops)
-        # Long work before the crops are read: memory given back too early would be overwritten by later copies.
+        # Long work before the crops are read: memory released too early would be overwritten by later copies.
         for _ in range(20):
             matrix = (matrix @ matrix).clamp_(-1, 1)
         sums.append([crops.long().sum() + 0 * matrix[0, 0].long() for crops in batch.crops])

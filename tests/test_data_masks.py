@@ -1,4 +1,4 @@
-"""Pairs of images and masks: layouts of folders, Hugging Face tables, mosaics, codings, and what is wrong with them."""
+"""Pairs of images and masks: folder layouts, Hugging Face tables, mosaics, codings, and mistakes in the data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ def pairs_of(spec: str | Path, split: Split = "train", *, limit: int | None = No
 
 
 def checked(root: Path | str, **masks: int) -> tuple[dict[Split, Pairs], list[str]]:
-    """Both splits, and the mistakes that a check finds in them."""
+    """The pairs of both splits, and the mistakes that a check finds in them."""
     pairs: dict[Split, Pairs] = {split: pairs_of(root, split, **masks) for split in SPLITS}
     checks = Checks()
     check_pairs(pairs, checks)
@@ -44,7 +44,7 @@ def checked(root: Path | str, **masks: int) -> tuple[dict[Split, Pairs], list[st
 
 
 def arrange(root: Path, layout: str) -> Path:
-    """12 training and 4 validation pairs in a layout."""
+    """Write 12 training and 4 validation pairs in a layout."""
     for word, count in (("train", 12), ("val", 4)):
         folders = {
             "split first": (root / word / "images", root / word / "masks"),
@@ -259,7 +259,7 @@ def test_mosaics_are_fixed_and_apart() -> None:
     image, mask = train.read(0)
     assert image.shape == (3, 32, 32) and mask.shape == (32, 32)
     assert torch.equal(image[0], image[1]) and 0 <= int(mask.min()) <= int(mask.max()) == 10
-    # Objects cover the ground by pixels brighter than their threshold.
+    # Objects cover the ground only with pixels brighter than their threshold.
     assert int(image[0][mask < 10].min()) > 48 and int(image[0][mask == 10].max()) < 160
     more = open_pairs(DataConfig(spec="digits"), MasksConfig(), MosaicsConfig(train=8), "train")
     assert torch.equal(more.read(4)[0], train.read(4)[0])

@@ -196,7 +196,7 @@ def test_torchvision_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
     scipy.io.savemat(tmp_path / "test_32x32.mat", {"X": images, "y": np.array([[10], [1], [2], [9]])})
     source = opened("torchvision:svhn", "val", root=str(tmp_path))
-    assert source.labels is not None and source.labels.tolist() == [0, 1, 2, 9]  # the files say 10 for the digit 0
+    assert source.labels is not None and source.labels.tolist() == [0, 1, 2, 9]  # the files label the digit 0 as 10
     assert source.class_names == [str(digit) for digit in range(10)]
     assert torch.equal(source.read(1), torch.from_numpy(images[..., 1]).permute(2, 0, 1))
 

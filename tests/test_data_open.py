@@ -1,4 +1,4 @@
-"""Specs that are missing or wrong; what specs open is tested with the module that opens it."""
+"""Missing or wrong specs; valid ones are tested with the module that opens them."""
 
 import pytest
 

@@ -27,7 +27,7 @@ OFF = ViewsConfig(
 )
 NEVER, ALWAYS = 0.999, 0.0
 NO_CHANGE = 0.5
-# Fixed seeds, so a test that passes once passes always; a wrong distribution misses this by orders of magnitude.
+# Seeds are fixed: a test that passes once always passes, and a wrong distribution misses this by orders of magnitude.
 PLAUSIBLE = 1e-3
 
 Values = Sequence[float]
@@ -76,7 +76,7 @@ def jitter_draw(factors: Values = (NO_CHANGE,) * 4, order: Values = (0.1, 0.2, 0
 def test_each_jitter_operation_is_torchvisions(monkeypatch: pytest.MonkeyPatch, which: int, draw: float) -> None:
     strength = 0.5 if which == 3 else 0.7
     jitter = tuple(strength if operation == which else 0.0 for operation in range(4))
-    factors = [0.9] * 4  # of no effect where the strength is zero
+    factors = [0.9] * 4  # no effect where the strength is zero
     factors[which] = draw
     pin(monkeypatch, {Operation.JITTER: jitter_draw(factors)})
     shift = (2 * draw - 1) * strength
@@ -382,9 +382,6 @@ def test_cuda_equals_cpu() -> None:
     for views in ([0, 1], [3, 8]):
         on_cpu = Photometric(ViewsConfig(), 0, CPU)(crops, 0, sample_B, views)
         on_cuda = Photometric(ViewsConfig(), 0, torch.device("cuda"))(crops, 0, sample_B, views).cpu()
-        # Solarize inverts what rounds to the other side of its threshold.
+        # Solarize inverts values that round to the other side of its threshold.
         far = (on_cpu - on_cuda).abs() > 1e-4
         assert far.double().mean() < 1e-4
-
-
-# --- other channels than colour's

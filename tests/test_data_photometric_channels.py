@@ -1,4 +1,4 @@
-"""Changes of colour in images of any number of channels: against float64, channel by channel, and refusals."""
+"""Photometric changes to images of any number of channels: against float64, channel by channel, and refusals."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_brightness_and_contrast_of_any_channels(
     before = crops.clone()
     mean, std = tuple(0.1 + 0.01 * n for n in range(channels)), tuple(0.2 + 0.01 * n for n in range(channels))
     config = OFF.model_copy(update={"jitter": (0.4, 0.4, 0.0, 0.0), "jitter_probability": 1.0})
-    # Whether, four strengths (brightness 1.2, contrast 0.7), and the order: brightness first.
+    # The draws: whether to jitter, four strengths (brightness 1.2, contrast 0.7), and the order (brightness first).
     pin(monkeypatch, {Operation.JITTER: [ALWAYS, 0.75, 0.125, 0.5, 0.5, 0.1, 0.2, 0.3, 0.4]})
     found = Photometric(config, 0, CPU, mean, std)(crops, 0, torch.arange(3), [0])[0]
     assert torch.equal(crops, before)

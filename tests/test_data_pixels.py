@@ -1,4 +1,4 @@
-"""Choices of how stored images become RGB in 8 bits: orientation, alpha, range."""
+"""Settings for the conversion of stored images to 8-bit RGB: orientation, alpha, range."""
 
 import io
 import struct
@@ -36,7 +36,7 @@ def no_warnings() -> object:
 
 
 def colours(height: int = 16, width: int = 24) -> NDArray[np.uint8]:
-    """Smooth, with a different colour in every corner."""
+    """Smooth pixels, with a different colour in every corner."""
     down, right = np.mgrid[:height, :width]
     channels = (255 * down / height, 255 * right / width, 120 + 120 * np.sin((down + 2 * right) / 25))
     return np.stack(channels, axis=2).astype(np.uint8)
@@ -59,7 +59,7 @@ def decoded(image: Image.Image, kind: str = "png", decoding: Decoding = USUAL, *
 
 
 def gray_of(values: NDArray[Any], window: str, kind: str = "tiff") -> list[Any]:
-    if kind == "pgm":  # which not every version of Pillow writes
+    if kind == "pgm":  # not every version of Pillow writes it
         data = b"P5 %d %d 65535\n" % values.shape[::-1] + values.astype(">u2").tobytes()
     else:
         data = content(Image.fromarray(values), kind)
@@ -171,7 +171,7 @@ def test_checker_shows_black_and_white_shapes() -> None:
 
 
 def palette(mode: str) -> tuple[Image.Image, dict[str, Any]]:
-    """An image of 2 x 1 pixels whose first one is transparent."""
+    """An image of 2 x 1 pixels, the first of which is transparent."""
     if mode == "P":
         image = Image.new("P", (2, 1))
         image.putpalette([10, 20, 30, 40, 50, 60])
@@ -246,7 +246,7 @@ def test_eight_bits_keep_their_range() -> None:
 
 
 def deep_png(values: NDArray[np.uint16]) -> bytes:
-    """Colours of 16 bits, which Pillow cannot write."""
+    """A PNG of 16-bit colours, which Pillow cannot write."""
     height, width, channels = values.shape
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -258,7 +258,7 @@ def deep_png(values: NDArray[np.uint16]) -> bytes:
 
 
 def deep_tiff(values: NDArray[np.uint16], order: str = "<") -> bytes:
-    """Uncompressed RGB of 16 bits in one strip."""
+    """A TIFF of uncompressed 16-bit RGB in one strip."""
     height, width, channels = values.shape
     pixels, count = values.astype(f"{order}u2").tobytes(), 10
     place = 8 + 2 + 12 * count + 4
@@ -321,7 +321,7 @@ def test_traits_of_wide_pixels() -> None:
 def test_flat_images(size: tuple[int, int]) -> None:
     red = Image.new("RGB", size, (255, 0, 0))
     assert decoded(red).traits == FLAT
-    # A stripe of every other pixel column is missed by no look at some pixels only.
+    # Stripes in every other pixel column are not flat, even if a look at some of the pixels misses them.
     width, height = size
     if width > 1:
         stripes = np.repeat((np.arange(width) % 2 * 255).astype(np.uint8)[None], height, axis=0)

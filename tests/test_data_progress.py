@@ -32,7 +32,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if everything took its time."""
+    """Make every scan count as a long one."""
     monkeypatch.setattr(index_cache, "LONG_SCAN_S", -1.0)
 
 
@@ -59,7 +59,7 @@ def test_folders(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (images / "b/deeper").mkdir()
     assert reports(images) == []
     monkeypatch.setattr(index_cache, "LONG_SCAN_S", -1.0)
-    # The folder itself, then its subfolders as they are found.
+    # The folder itself first, then its subfolders as they are found.
     assert reports(images) == [(FOLDERS, done, total) for done, total in ((1, 4), (2, 4), (3, 5), (4, 5), (5, 5))]
     monkeypatch.setattr(index_cache, "CLOCK_TICK_NS", 0)
     reports(images)

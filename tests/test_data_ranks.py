@@ -1,4 +1,4 @@
-"""Two processes with two loader processes each: every sample of shards once per epoch, whatever happens in between."""
+"""Two processes with two loader processes each deliver every sample of shards once per epoch, with interruptions."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,11 +10,11 @@ from mimref.data.views import CropGroup
 from tests.ranks import run_ranks
 from tests.wds_shards import samples, write_shard
 
-BATCH, IMAGES = 10, 37  # 7 a shard, 2 in the last one; the last 7 of an epoch are no full batch
+BATCH, IMAGES = 10, 37  # 7 per shard, 2 in the last one; the last 7 of an epoch do not fill a batch
 
 
 def delivered(spec: str, skip: int, stop: int) -> list[tuple[int, list[int]]]:
-    """Epoch, and colour of every image, of the batches from `skip` to `stop` of two epochs."""
+    """The epoch and the colours of all images, for the batches from `skip` to `stop` of two epochs."""
     per_epoch = IMAGES // BATCH
     batches = view_batches(
         open_source(DataConfig(spec=spec), "train"),
@@ -27,13 +27,13 @@ def delivered(spec: str, skip: int, stop: int) -> list[tuple[int, list[int]]]:
     )
     found = []
     for _, batch in zip(range(skip, stop), batches, strict=False):
-        # What arrives is told by its pixels.
+        # The pixels show which images arrive.
         found.append((batch.epoch, batch.crops[0][:, 0, 0, 0, 0].tolist()))
     return found
 
 
 def delivered_in_parts(spec: str) -> list[tuple[int, list[int]]]:
-    """By loaders that are killed within the first epoch, and within the second."""
+    """The same from loaders that are stopped within the first epoch, and within the second."""
     return [batch for skip, stop in ((0, 2), (2, 5), (5, 6)) for batch in delivered(spec, skip, stop)]
 
 

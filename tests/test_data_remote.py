@@ -1,4 +1,4 @@
-"""Shards on a server: the images, order and labels of local ones; what a server may do wrong."""
+"""Shards on a server: the same images, order and labels as local shards, and faults of servers."""
 
 import http.server
 import re
@@ -28,13 +28,13 @@ from tests.wds_shards import labels_of, numbers, samples, write_shard
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Gives parts of files, as servers of large files do; misbehaves as `faults` says."""
+    """Serves parts of files, as servers of large files do, and misbehaves as `faults` specifies."""
 
     faults: dict[str, int]
     asked: list[tuple[str, str]]
 
     def fails(self) -> bool:
-        """Whether this question is answered by an error."""
+        """Whether this request is answered with an error."""
         left = self.faults.get("errors", 0)
         self.faults["errors"] = max(0, left - 1)
         if left:
@@ -92,7 +92,7 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """Four shards of 13, 1, 8 and 11 labelled images, and four of 4 for validation."""
+    """Four training shards of 13, 1, 8 and 11 labelled images, and four validation shards of 4 each."""
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(remote, "ATTEMPTS", 3)
     for number, count in enumerate((13, 1, 8, 11)):
@@ -127,16 +127,16 @@ def test_a_batch_is_asked_for_at_once_and_shards_are_read_through_once(
     assert {name for name, _ in server.asked} == {f"{number:03}.tar" for number in range(4)}
     server.asked.clear()
     again = opened(spec)
-    # The shards of one split are asked for twice, whether they are there and whether they have changed.
+    # Each shard of the split gets two requests: whether it exists, and whether it has changed.
     assert sorted(server.asked) == sorted([(f"{number:03}.tar", "HEAD") for number in range(4)] * 2)
     assert again.fingerprint == source.fingerprint
     server.asked.clear()
     batches = view_batches(again, [CropGroup(1, 8, (0.9, 1.0))], batch_size=11, seed=0, epochs=range(1), workers=2)
     seen = [int(low) for batch in batches for low in batch.crops[0][:, 0, 0, 0, 0]]
     assert sorted(seen) == sorted(number % 256 for number in numbers(source))
-    # One question per image, for its bytes alone.
+    # One request per image, for its bytes alone.
     assert len(server.asked) >= 33 and all(re.fullmatch(r"bytes=\d+-\d+", part) for _, part in server.asked)
-    # A shard that has changed is looked through again.
+    # A shard that has changed is scanned again.
     server.faults["version"] = 1
     server.asked.clear()
     assert opened(spec).fingerprint != source.fingerprint and server.asked
@@ -144,7 +144,7 @@ def test_a_batch_is_asked_for_at_once_and_shards_are_read_through_once(
 
 def test_a_server_that_fails_for_a_while_is_asked_again(server: Server) -> None:
     expected = opened(f"{server.url}/{{split}}/{{000..003}}.tar", "val")
-    # At most two tries of a file fail here, of which fsspec makes two questions each.
+    # At most two attempts at a file fail here, and fsspec sends two requests per attempt.
     for errors in (1, 4):
         server.faults["errors"] = errors
         source = opened(f"{server.url}/{{split}}/{{000..003}}.tar", "val")

@@ -1,4 +1,4 @@
-"""What a sample of images says about a data set."""
+"""What a sample of images reveals about a data set."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Image sources: copies, names, fingerprints, and what they cost and mean in another process."""
+"""Image sources: copies, names, fingerprints, and sources in other processes: equality and memory."""
 
 import multiprocessing
 import os

@@ -224,7 +224,7 @@ def test_many_rows(tmp_path: Path) -> None:
     assert os.path.basename(source.path(rows - 1)) == f"{rows - 1}.jpg"
 
 
-# --- columns that settings name, files that exist
+# --- columns named by settings, files that exist
 
 
 def test_columns_that_settings_name(file: Path) -> None:

@@ -42,9 +42,9 @@ def test_byte_order_marks_are_no_part_of_a_name(tmp_path: Path) -> None:
         b"\xfe\xff" + LINES.encode("utf-16-be"),
         LINES.encode("utf-16") + b"\0",  # cut within a character
         LINES.encode("utf-32"),
-        LINES.replace("\n", "\r").encode(),  # of old Macs
+        LINES.replace("\n", "\r").encode(),  # from old Macs
         LINES.replace(",", ";").encode(),
-        LINES.replace(",", "\t").encode("utf-16"),  # "Unicode text" of Excel
+        LINES.replace(",", "\t").encode("utf-16"),  # Excel's "Unicode text"
         LINES.replace(",", "|").encode(),
         ("sep=;\r\n" + LINES.replace(",", ";")).encode(),
         LINES.replace(",", ", ").encode(),
@@ -132,7 +132,7 @@ def test_images_in_place_of_paths(tmp_path: Path, kind: str) -> None:
     for chosen in (None, "image"):
         with pytest.raises(DataError, match=r"holds images in column 'image', .*hf:FOLDER"):
             opened(f"list:{tmp_path / 't.parquet'}", image=chosen)
-    # The advice works.
+    # Following the advice works.
     (tmp_path / "own").mkdir()
     (tmp_path / "t.parquet").rename(tmp_path / "own" / "train.parquet")
     source = opened(f"hf:{tmp_path / 'own'}")

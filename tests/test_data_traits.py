@@ -1,4 +1,4 @@
-"""What is said once about peculiar images."""
+"""Notices about peculiar images, given once."""
 
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def test_only_the_first_of_several_frames_is_used_and_told(ending: str, tmp_path
     list(crop_batches(source, EvalTransform(4), batch_size=2))
     (line,) = source.peculiarities()
     assert line.startswith("1 of 2 images have several frames or pages") and line.endswith(f"three.{ending}")
-    # What is wrong with later frames is no reason to lose the first.
+    # A fault in a later frame is no reason to lose the first one.
     content = (tmp_path / f"three.{ending}").read_bytes()
     if ending == "gif":
         cut = content.index(b"\x21\xf9", content.index(b"\x21\xf9") + 1)

@@ -1,6 +1,6 @@
 """Several processes that start at once on the same data and weights: one scans or fetches, the others reuse its result.
 
-Locks are between open files, so that threads with files of their own stand for processes here.
+Locks apply between open files, so threads with open files of their own can stand in for processes here.
 """
 
 import os
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def at_once(work: Callable[[], T], count: int = 4) -> list[T]:
-    """What each of several threads gets that begin together."""
+    """The results of several threads that start at the same time."""
     begin, found = threading.Barrier(count), []
 
     def run() -> None:
@@ -65,7 +65,7 @@ class Counted:
 
 
 def age(folder: Path) -> None:
-    """As if all had been written a minute ago: what has just changed is scanned again."""
+    """Date everything back a minute, because what has just changed is scanned again."""
     for path in [folder, *folder.rglob("*")]:
         os.utime(path, (time.time() - 60, time.time() - 60))
 
@@ -167,7 +167,7 @@ def test_torchvision_downloads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from torchvision.datasets import MNIST
 
     def download(self: MNIST) -> None:
-        """As torchvision does it: the files have their names before they are whole."""
+        """Download as torchvision does: files have their final names before they are complete."""
         if self._check_exists():
             return
         folder = Path(self.raw_folder)
@@ -185,6 +185,6 @@ def test_torchvision_downloads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = at_once(lambda: opened("torchvision:MNIST", root=str(tmp_path / "root"), download=True))
     assert [len(source) for source in found] == [5] * 4
     assert counted.most == 1
-    # Where no lock can be made, as for a folder of someone else that holds all files.
+    # No lock can be made, as in someone else's folder that already holds all files.
     (tmp_path / "root/.MNIST.lock").mkdir()
     assert len(opened("torchvision:MNIST", root=str(tmp_path / "root"), download=True)) == 5

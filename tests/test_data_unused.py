@@ -1,4 +1,4 @@
-"""Nothing is dropped without a word: formats, leftovers, folders beside the splits, spellings of classes."""
+"""Nothing is dropped silently: formats, leftovers, folders beside the splits, spellings of classes."""
 
 import os
 import shutil
@@ -104,7 +104,7 @@ def test_listings_are_saved_with_what_is_not_used(tmp_path: Path, monkeypatch: p
         os.utime(folder, (978_307_200, 978_307_200))
     first = opened(tmp_path)
     assert opened(tmp_path).notices == first.notices != []
-    # Another Pillow, which reads fewer formats, lists again.
+    # With another Pillow, which reads fewer formats, the folder is listed again.
     from mimref.data import suffixes
     from mimref.data.readers import folder as reader
 
@@ -142,7 +142,7 @@ def test_odd_suffixes_are_escaped(tmp_path: Path) -> None:
     assert "\x1b" not in notice and notice.isprintable()
 
 
-# --- what lies beside
+# --- images beside splits and classes
 
 
 def test_images_beside_the_splits(tmp_path: Path) -> None:

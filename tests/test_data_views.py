@@ -16,7 +16,7 @@ from mimref.data.views import CropGroup, cut_group, draw_boxes, multi_crop, redu
 GLOBAL = CropGroup(2, 32, (0.25, 1.0))
 LOCAL = CropGroup(3, 16, (0.05, 0.25), first_view=2)
 
-# Fixed seeds, so a test that passes once passes always; a wrong distribution misses this by orders of magnitude.
+# Seeds are fixed: a test that passes once always passes, and a wrong distribution misses this by orders of magnitude.
 PLAUSIBLE = 1e-3
 
 
@@ -33,7 +33,7 @@ def boxes_of(group: CropGroup, height: int, width: int, count: int, *, view: int
 def torchvision_boxes(group: CropGroup, height: int, width: int, count: int) -> NDArray[np.int64]:
     torch.manual_seed(0)
     crop = RandomResizedCrop(group.size, scale=group.scale, ratio=group.aspect_ratio)
-    # A view of one pixel: only its size counts.
+    # An expanded view of one value: only its size matters.
     image = torch.empty(1).expand(3, height, width)
     drawn = (crop.make_params([image]) for _ in range(count))
     return np.array([[box["top"], box["left"], box["height"], box["width"]] for box in drawn])
@@ -89,7 +89,7 @@ def test_boxes_lie_inside_and_hold_a_pixel(height: int, width: int, aspect: tupl
 
 @pytest.mark.parametrize(("height", "width"), [(10, 97), (10, 98), (97, 10), (1, 50), (51, 1)])
 def test_fallback_is_torchvisions_central_crop(height: int, width: int) -> None:
-    # No crop of the whole area fits, so every draw ends in the fallback; odd margins tell floor from rounding.
+    # No crop of the whole area fits, so every draw ends in the fallback; odd margins distinguish floor from rounding.
     group = CropGroup(1, 16, (1.0, 1.0))
     expected = torchvision_boxes(group, height, width, 1)[0]
     assert (boxes_of(group, height, width, 20) == expected).all()
@@ -123,7 +123,7 @@ def test_views_epochs_seeds_and_samples_have_their_own_boxes() -> None:
     ]
     for other in others:
         assert (other != base).any(dim=1).all()
-    # View 0 of the locals is view 2 of the image.
+    # View 0 of the local crops is view 2 of the image.
     shifted = CropGroup(1, 16, LOCAL.scale)
     assert torch.equal(draw_boxes(shifted, 2, 0, 0, sample_B, size_B2), base)
     assert not torch.equal(draw_boxes(shifted, 0, 0, 0, sample_B, size_B2), base)
@@ -160,7 +160,7 @@ def test_boxes_of_many_views_are_those_of_one_after_the_other() -> None:
 
 
 def largest_factor(groups: list[CropGroup], sample: int, height: int, width: int) -> int:
-    """By plain loops: every factor against both sides of every crop."""
+    """The largest allowed factor by plain loops: every factor against both sides of every crop."""
     size_12, allowed = torch.tensor([[height, width]]), [1]
     for factor in (2, 4, 8):
         sides = [
@@ -183,7 +183,7 @@ def test_images_are_reduced_as_far_as_no_crop_is_enlarged() -> None:
         found.append(reduction(groups, 4, 2, sample, height, width))
         assert found[-1] == largest_factor(groups, sample, height, width), (height, width)
     assert set(found) == {1, 2, 4, 8}
-    # The sides' last pixel decides.
+    # A single pixel of the side decides.
     whole = [CropGroup(1, 24, (1.0, 1.0), (1.0, 1.0))]
     assert [reduction(whole, 0, 0, 0, side, side) for side in (1, 47, 48, 95, 96, 191, 192, 5000)] == [
         1, 1, 2, 2, 4, 4, 8, 8,

@@ -1,4 +1,4 @@
-"""VTAB's splits and VTAB-1K's lists: folders of the original layouts, against plain loops of their own."""
+"""VTAB's splits and VTAB-1K's lists: folders in the original layouts, against independent plain loops."""
 
 import pickle
 from pathlib import Path
@@ -17,7 +17,7 @@ SPLITS = ("train", "val")
 
 
 def drawn(folder: Path, classes: list[str], count: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Training and test files with their labels, as the splits are specified."""
+    """Training and test files with their labels, drawn as the splits are specified."""
     generator = torch.Generator()
     generator.manual_seed(0)
     train, test = [], []
@@ -59,7 +59,7 @@ def test_caltech101(tmp_path: Path, place: str) -> None:
 
 def test_sun397(tmp_path: Path) -> None:
     folder = tmp_path / "SUN397"
-    listed = ["/b/balcony/exterior", "/a/abbey", "/b/balcony/interior"]  # the order counts, not the alphabet
+    listed = ["/b/balcony/exterior", "/a/abbey", "/b/balcony/interior"]  # file order counts, not the alphabet
     for number, name in enumerate(listed):
         write_images(folder / name[1:], *(f"sun_{file:03}.jpg" for file in range((7, 10, 13)[number])))
     (folder / "ClassName.txt").write_text("\n".join(listed) + "\n")

@@ -1,4 +1,4 @@
-"""Shards of WebDataset: which are read, every sample once, and what is refused."""
+"""WebDataset shards: which ones are read, every sample once, and what is refused."""
 
 import io
 import os
@@ -120,7 +120,7 @@ def test_every_sample_exactly_once_over_ranks_and_workers(
     monkeypatch.setattr(loader, "world_size", lambda: world)
 
     def delivered(*, skip: int = 0, workers: int = 2) -> list[list[int]]:
-        """Numbers of the samples of every batch, over all ranks, read from the crops' pixels."""
+        """The sample numbers of every batch over all ranks, read from the crops' pixels."""
         parts = []
         for rank in range(world):
             monkeypatch.setattr(loader, "own_rank", lambda rank=rank: rank)
@@ -136,11 +136,11 @@ def test_every_sample_exactly_once_over_ranks_and_workers(
         seen = [number for each in whole[epoch * steps : (epoch + 1) * steps] for number in each]
         assert len(set(seen)) == len(seen) == steps * batch
         assert set(seen) <= set(everyone) and len(everyone) - len(seen) == len(everyone) % batch
-    # Killed after four steps, and resumed with another number of workers: what is left, in the same order.
+    # Resumed after four steps with another number of workers: the remaining batches arrive in the same order.
     assert delivered(skip=4, workers=1) == whole[4:]
 
 
-# --- the places in the cache
+# --- cached scans
 
 
 def test_shards_are_read_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_shards_are_read_through_once(tmp_path: Path, monkeypatch: pytest.Monkey
     changed = opened(tmp_path)
     assert numbers(changed) == [*range(10), 50, 51, 52, *range(20, 30)]
     assert changed.fingerprint != first.fingerprint
-    # Too fresh to be trusted: it is looked at again.
+    # The changed shard is too fresh to be trusted, so the shards are scanned again.
     scans.clear()
     opened(tmp_path)
     assert len(scans) == 3
@@ -186,13 +186,13 @@ def test_limit_and_processes(tmp_path: Path) -> None:
 
 def test_shards_that_are_cut_off(tmp_path: Path) -> None:
     whole = write_shard(tmp_path / "a.tar", samples(0, 5, classes=2)).read_bytes()
-    end = 10 * 1024  # ten members of a header and a block each
+    end = 10 * 1024  # ten members, each a header and a block
     for length in (0, 100, 512, 700, 1024, 5 * 1024, end - 1, end, end + 100):
         (tmp_path / "a.tar").write_bytes(whole[:length])
         refused(tmp_path, r"a\.tar is not an intact, uncompressed tar file \(.*\); get it again, or leave it out")
     (tmp_path / "a.tar").write_bytes(whole[: end + 512])
     assert len(opened(tmp_path)) == 5
-    # Joined by `cat`: readers of tar files see the first part alone.
+    # Joined by `cat`: tar readers see only the first part.
     (tmp_path / "a.tar").write_bytes(whole + whole)
     refused(tmp_path, r"a\.tar is not an intact, .* \(.* 10 members\)")
 

@@ -16,7 +16,7 @@ from tests.wds_shards import Members, labels_of, numbers, opened, png, refused, 
 
 def test_samples_are_named_as_webdataset_names_them(tmp_path: Path) -> None:
     members = [
-        ("./dir.v2/one.seg.png", png(1)),  # not the image: its ending is seg.png
+        ("./dir.v2/one.seg.png", png(1)),  # not the image: its suffix is seg.png
         ("./dir.v2/one.JPG", png(2, kind="jpeg")),
         ("./dir.v2/one.png", png(3)),  # .jpg comes before .png
         ("._one.png", b"the hidden duplicate that some systems write"),
@@ -27,7 +27,7 @@ def test_samples_are_named_as_webdataset_names_them(tmp_path: Path) -> None:
         ("four.cls", b"1\n"),
         ("four.json", json.dumps({"label": 8}).encode()),
     ]
-    # Wherever in the shard a member is, it belongs to the sample of its name.
+    # A member belongs to the sample of its name, wherever it is in the shard.
     shard = write_shard(tmp_path / "a.tar", [*members, ("./dir.v2/one.cls", b"3")])
     source = opened(shard)
     assert [source.path(index).removeprefix(f"{shard}/") for index in range(3)] == [
@@ -59,7 +59,7 @@ def test_parts_apart_are_joined(tmp_path: Path) -> None:
         found = dict(zip(numbers(source), labels_of(source), strict=True))
         assert found == dict(zip(numbers(adjacent), labels_of(adjacent), strict=True)) and not source.notices
     assert numbers(opened(write_shard(tmp_path / "b.tar", pairs[1::2] + pairs[::2]))) == list(range(8))
-    # The same names in another shard are other samples.
+    # The same names in another shard denote other samples.
     write_shard(tmp_path / "c.tar", samples(0, 2, classes=3))
     assert len(opened(tmp_path / "{b,c}.tar")) == 10
     write_shard(tmp_path / "b.tar", [*pairs, ("00000.png", png())])

@@ -19,7 +19,7 @@ def window(start: int, length: int, size: int) -> list[float]:
 
 
 def keys(distance: float) -> float:
-    """Keys's kernel of sharpness -0.5, from its definition."""
+    """Keys's cubic kernel with a = -0.5, from its definition."""
     d = abs(distance)
     if d < 1:
         return 1.5 * d**3 - 2.5 * d**2 + 1
@@ -55,7 +55,7 @@ def test_boxes_of_padded_images_are_resized_as_torchvision_does(size: int) -> No
         for (top, left, high, wide), crop in zip(own, found, strict=True):
             expected = resize(image[:, top : top + high, left : left + wide], [size, size])
             apart = (crop.int() - expected.int()).abs()
-            assert apart.max() <= 2 and apart.double().mean() < 0.2  # a crop may have 75 numbers
+            assert apart.max() <= 2 and apart.double().mean() < 0.2  # a crop may have only 75 values
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Loader processes that die: reported with their image by every loader, and never in the middle of something else."""
+"""Loader processes that die: every loader reports them with their image, and never in the middle of other work."""
 
 import atexit
 import errno
@@ -35,7 +35,7 @@ COUNT = 24
 
 
 class Deadly(ArraySource):
-    """Images of which one ends the process that reads it, unless that is the main process."""
+    """A source with an image that kills the process that reads it, unless that is the main process."""
 
     def __init__(self, last: int | None = None, number: int = signal.SIGKILL) -> None:
         super().__init__("set", np.zeros((COUNT, 8, 8), np.uint8), None, None, "train", np.arange(COUNT))
@@ -43,7 +43,7 @@ class Deadly(ArraySource):
 
     def read(self, index: int) -> torch.Tensor:
         if multiprocessing.parent_process() is not None and index == self.last:
-            faulthandler.disable()  # else a segmentation fault fills the terminal
+            faulthandler.disable()  # otherwise a segmentation fault fills the terminal
             os.kill(os.getpid(), self.number)
             time.sleep(10)
         return super().read(index)
@@ -107,14 +107,14 @@ def test_other_errors_are_not_dead_workers() -> None:
 
     with pytest.raises(OSError, match="Input/output error") as caught:
         list(crop_batches(Broken(), EvalTransform(8), batch_size=2, workers=1))
-    # Although the traceback still holds the loader.
+    # The process has ended, although the traceback still holds the loader.
     assert caught.tb is not None and multiprocessing.active_children() == []
 
 
 def test_a_process_ends_although_it_has_not_finished_reading() -> None:
     child = os.fork()
     if child == 0:
-        signal.alarm(30)  # which would be the exit status
+        signal.alarm(30)  # the alarm would show in the exit status
         atexit._clear()
         atexit.register(multiprocessing.util._exit_function)  # what Python does at exit
         batches = crops(processes=2)
@@ -183,7 +183,7 @@ def test_a_stalled_process_is_given_up(stuck: str, monkeypatch: pytest.MonkeyPat
         parent = os.getpid()
         monkeypatch.setattr(workers, "_send", lambda *message: (half_a_message, send)[os.getpid() == parent](*message))
     else:
-        # Batches whose lists do not fit into the pipe.
+        # The batches have lists that do not fit into the pipe.
         monkeypatch.setattr(workers, "_serve", forever)
     groups = [CropGroup(1, 8, (0.5, 1.0))]
     started = time.monotonic()
@@ -197,7 +197,7 @@ def test_a_stalled_process_is_given_up(stuck: str, monkeypatch: pytest.MonkeyPat
     assert multiprocessing.active_children() == []
 
 
-# --- what batches travel through
+# --- how batches travel
 
 
 def test_no_shared_memory_is_needed(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_no_shared_memory_is_needed(tmp_path: Path) -> None:
 
 
 def test_batches_arrive_as_they_are() -> None:
-    """Of every type and shape, also empty, and in memory that may be written."""
+    """Tensors of every type and shape, even empty ones, arrive in writable memory."""
     tensors = [torch.arange(6).view(2, 3), torch.empty(0, 3, 8, 8), torch.ones((), dtype=torch.bool)]
     tensors.append(torch.rand(4, 5, dtype=torch.float64).t())
     parts = workers._packed((tensors, [("path", "reason")], 7))

@@ -87,7 +87,7 @@ def test_every_family_of_timm_names_its_fused_attention(name: str) -> None:
 
 @contextmanager
 def group() -> Iterator[None]:
-    """A process group of this process."""
+    """A process group with only this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -109,7 +109,7 @@ def test_own_cores_are_those_of_the_affinity() -> None:
 def test_processes_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joblib, "cpu_count", lambda: 12)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert own_cores() == 12  # once the others have ended
+    assert own_cores() == 12  # without a process group, the others have ended
     with group():
         assert own_cores() == 1
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")

@@ -31,14 +31,14 @@ from tests.steps import CPU, make_batch, make_step, weights
 SAMPLES = {torch.float64: 6, torch.float32: 8}
 
 
-# --- what ranks tell each other
+# --- what ranks exchange
 
 
 def tell() -> dict[str, Any]:
     rank = own_rank()
     part = torch.arange(3.0 + rank).view(1, -1) + 10 * rank
     x = part.clone().requires_grad_()
-    # Every rank weighs all rows in its own way.
+    # Every rank weights all rows in its own way.
     (gather_rows_with_gradient(x, [3, 4], dim=1) * (torch.arange(7.0) + 100 * rank)).sum().backward()
     return {
         "rows": gather_rows(part, [3, 4], dim=1),
@@ -54,7 +54,7 @@ ROWS = [8, 1, 2, 3, 7, 5, 6, 4, 0]
 
 
 def small_cases() -> dict[str, Any]:
-    """All that takes no time but that of starting processes."""
+    """Run all that takes no time beyond starting the processes."""
     by_type = {str(dtype): normed(ROWS, dtype) for dtype in (torch.float64, torch.float32)}
     told = {norm: [collectives(norm, 1), collectives(norm, 5)] for norm in NORMS}
     sent = {direction: exchanged(direction) for direction in ("projection", "prediction")}
@@ -63,7 +63,7 @@ def small_cases() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks finds."""
+    """The results of each of two ranks."""
     return run_ranks(small_cases, 2, tmp_path_factory.mktemp("small"))
 
 
@@ -87,10 +87,10 @@ def test_shares_cover_everything_once(count: int, world: int) -> None:
 
 
 def normed(rows: list[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Output, gradients and running statistics of a BatchNorm on this rank's rows of a fixed input."""
+    """Return output, gradients and running statistics of a BatchNorm on this rank's rows of a fixed input."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(3, 4, 9, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    # A mean far from zero shows what sums of squares would lose.
+    # With a mean far from zero, sums of squares would lose precision.
     x = x + 1000
     mine = torch.tensor(rows) if world_size() == 1 else torch.tensor(rows).split([5, 4])[own_rank()]
     norm = EnsembleBatchNorm(3, 4).to(dtype)
@@ -119,7 +119,7 @@ def test_statistics_span_the_ranks(dtype: torch.dtype, tolerance: float, small: 
 
 
 def followed() -> tuple[Tensor, ...]:
-    """Output, gradient and statistics of a running norm after updates of which ranks saw uneven parts, or nothing."""
+    """Return output, gradients and statistics of a running norm after updates on uneven or empty parts per rank."""
     generator = torch.Generator().manual_seed(1)
     norm = EnsembleRunningNorm(3, 4).double()
     for parts in ([5, 4], [9, 0], [1, 8], [4, 5], [3, 6], [2, 7], [8, 1]):
@@ -148,7 +148,7 @@ def test_running_statistics_span_the_ranks(small: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def counted_collectives() -> Iterator[list[tuple[str, int]]]:
-    """Kind, and bytes given by this rank, of every collective in the block."""
+    """Record the kind of every collective in the block, and the bytes that this rank contributes."""
     calls: list[tuple[str, int]] = []
     gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
 
@@ -168,7 +168,7 @@ def counted_collectives() -> Iterator[list[tuple[str, int]]]:
 
 
 def collectives(norm: Norm, number: int) -> dict[str, list[str]]:
-    """What the ranks tell each other in a forward pass, backward pass and update of so many heads."""
+    """Return the collectives in a forward pass, a backward pass and an update of `number` heads."""
     config = HeadsConfig(projector_hidden=8, predictor_hidden=8, output=4, norm=norm)
     heads = Heads(config, [16] * number)
     found: dict[str, list[tuple[str, int]]] = {}
@@ -187,7 +187,7 @@ def collectives(norm: Norm, number: int) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("norm", "expected"),
     [
-        # Five layers, of which each has one BatchNorm.
+        # Five layers with one BatchNorm each.
         ("batch", {"forward": ["gather"] * 5, "backward": ["reduce"] * 5, "update": []}),
         ("layer", {"forward": [], "backward": [], "update": []}),
         ("running", {"forward": [], "backward": [], "update": ["gather"]}),
@@ -202,7 +202,7 @@ def test_collectives_do_not_grow_with_the_heads(
 
 
 def exchanged(direction: str) -> list[tuple[str, int]]:
-    """The collectives of a step without those of norms."""
+    """Return the collectives of a step, without those of norms."""
     step = make_step(direction=direction, norm="layer")
     step.most_images = 3
     batch = part_of(make_batch(range(6)), 0)
@@ -225,7 +225,7 @@ def test_only_the_direction_of_the_release_gathers_every_view(small: list[dict[s
 
 
 def part_of(batch: ViewBatch, lost: int) -> ViewBatch:
-    """This rank's images; `lost` of the last rank's could not be read."""
+    """Return this rank's images; `lost` images of the last rank could not be read."""
     images = len(batch.sample_B)
     rows = share(images, own_rank(), world_size())
     if own_rank() == world_size() - 1:
@@ -236,7 +236,7 @@ def part_of(batch: ViewBatch, lost: int) -> ViewBatch:
 def train(
     variant: dict[str, Any], micro_batch: int | None, steps: int, lost: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """A few updates of both modules by AdamW; what there is to compare afterwards."""
+    """Train both modules with AdamW for a few updates; return all that is compared afterwards."""
     variant = dict(variant)
     train_encoder = variant.pop("train_encoder", True)
     blocks = variant.get("blocks", [4, 2, 3])
@@ -247,7 +247,7 @@ def train(
         step.queue.rows_HQO = step.queue.rows_HQO.float()
         step.photometric.__class__ = step.photometric.__class__.__bases__[0]
     samples = SAMPLES[dtype]
-    # The LayerNorm of a new CLS token, which is all but zero, would blow up what single precision rounds.
+    # A new CLS token is almost zero, so its LayerNorm would amplify the rounding errors of single precision.
     step.encoder.vit.cls_token.data.copy_(torch.linspace(-1, 1, 32))
     if dtype == torch.float32:
         step.temperature_H.fill_(1.0)
@@ -263,7 +263,7 @@ def train(
     for number in range(steps):
         batch = make_batch(range(number, number + samples - (0 if world_size() > 1 else lost)))
         batch = part_of(make_batch(range(number, number + samples)), lost) if world_size() > 1 else batch
-        # AdamW's first updates are the signs of gradients, which rounding may turn where they are small.
+        # AdamW's first updates are the signs of gradients, which rounding may flip where gradients are small.
         set_learning_rate(optimizer, 1e-4 if dtype == torch.float64 else 1e-7)
         values = step.forward_backward(batch, weights(len(blocks)).to(dtype), top_k=3, train_encoder=train_encoder)
         logs.append(monitored_values(values, torch.arange(40) % 3))
@@ -283,7 +283,7 @@ def train(
 
 
 def tiny_gradients(step: Method, total: float) -> dict[str, Tensor]:
-    """Which elements of every weight have a gradient that may be what rounding leaves."""
+    """Mark the elements of every weight whose gradient may be nothing but rounding error."""
     named = [pair for module in (step.encoder, step.heads) for pair in module.named_parameters()]
     return {name: p.grad.abs() < 1e-7 * total for name, p in named if p.grad is not None}
 
@@ -316,8 +316,8 @@ def compare(alone: dict[str, Any], found: dict[str, Any], tolerance: float) -> N
             torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
         else:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected))
-    # Where the true gradient is zero (keys' biases, a shift before a BatchNorm) AdamW makes updates of what rounding
-    # leaves; running means follow such shifts.
+    # Where the true gradient is zero (keys' biases, a shift before a BatchNorm), AdamW turns rounding errors into
+    # updates; running means follow such shifts.
     noise = alone["noise"]
     assert sum(int(tiny.sum()) for tiny in noise.values()) < 0.1 * len(alone["gradients"][0])
     for module in ("encoder", "heads"):
@@ -341,10 +341,10 @@ CASES: dict[str, tuple[Any, ...]] = {
     for name, variant in VARIANTS.items()
     for micro in (None, 2)
 }
-# One rank's part is smaller, or empty: images that could not be read.
+# One rank's part is smaller or empty, because images could not be read.
 CASES |= {f"{lost} images lost": ({}, 2, 3, lost, torch.float64) for lost in (1, 3)}
 CASES |= {"3 images lost, prediction": ({"direction": "prediction"}, None, 3, 3, torch.float64)}
-# Updates of running statistics are not those of weights: they need not be many, but more than there are layers.
+# Running statistics have updates of their own: a few are enough, but there must be more of them than layers.
 CASES |= {
     f"{norm} norm, {lost} images lost, micro-batch {micro}": ({"norm": norm}, micro, 8, lost, torch.float64)
     for norm in ("layer", "running")
@@ -354,7 +354,7 @@ CASES |= {"stage 1": ({"train_encoder": False}, None, 20, 0, torch.float64)}
 CASES |= {"stage 1, micro-batch 2": ({"train_encoder": False}, 2, 4, 1, torch.float64)}
 CASES |= {"single precision": ({}, None, 5, 0, torch.float32)}
 CASES |= {"single precision, micro-batch 2": ({}, 2, 5, 0, torch.float32)}
-# Class tokens of a new encoder are all but equal, and BatchNorm blows up what single precision rounds of them.
+# Class tokens of a new encoder are almost equal, so BatchNorm amplifies their rounding errors in single precision.
 CASES |= {"single precision, stage 1": ({"train_encoder": False, "pool": "mean"}, None, 5, 0, torch.float32)}
 
 

@@ -1,4 +1,4 @@
-"""Weights divided among processes: the same steps as by DDP and by one process, and what a rank then holds."""
+"""Weights divided among processes: the same steps as with DDP and with one process, and what each rank then holds."""
 
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,12 @@ from tests.test_distributed_collectives import compare, part_of
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch shards on CUDA alone")
 SAMPLES = 8
-# 42 hidden units, 3 heads and single tokens do not divide by the ranks: parts differ, and some are empty.
+# 42 hidden units, 3 heads and single tokens are not divisible by the ranks: parts differ, and some are empty.
 UNEVEN = Architecture(**{**ARCHITECTURE.to_dict(), "mlp_width": 42})
 
 
 def distribute(step: Method, how: str, train_encoder: bool) -> WeightAverage | ShardedAverage:
-    """Shard both modules, or average the gradients of what trains; returns the encoder's average."""
+    """Shard both modules, or average the gradients of what is trained; return the encoder's average."""
     if how == "shard":
         if step.dense is not None:
             Sharded(step.dense.base, step.dense.base.block_modules, CPU, method="blocks")
@@ -63,9 +63,9 @@ def train(
     clip: float | None = None,
     **variant: Any,
 ) -> dict[str, Any]:
-    """Updates of both modules, or of the heads, and all that there is to compare afterwards.
+    """Train both modules, or the heads alone; return all that is compared afterwards.
 
-    how: `shard` or `ddp`, in a single process the same.
+    how: `shard` or `ddp`, which are the same in a single process.
     """
     torch.manual_seed(1)
     step = make_step(encoder=build_encoder(UNEVEN), **variant)
@@ -159,7 +159,7 @@ def check_all(cases: dict[str, dict[str, Any]], ranks: list[dict[str, dict[str, 
 
 
 def fast() -> dict[str, Any]:
-    """All that two ranks do in the default suite: starting them takes seconds."""
+    """Run all that two ranks do in the default suite: starting them takes seconds."""
     return {"trained": train_all(FAST), "held": held(), "passes": passes(), "clipped": clipped(), "loaded": loaded()}
 
 
@@ -187,7 +187,7 @@ def tiny_sharded(dtype: torch.dtype = torch.float32) -> tuple[Any, Sharded]:
 
 
 def held() -> dict[str, Any]:
-    """Elements of every weight, and of its gradient and moments, on this rank."""
+    """Count the elements of every weight, its gradient and its moments on this rank."""
     encoder, _ = tiny_sharded()
     whole = {name: weight.numel() for name, weight in encoder.named_parameters()}
     optimizer = adamw(encoder_groups(encoder, weight_decay=0.0, layer_decay=1.0), (0.9, 0.95))
@@ -213,7 +213,7 @@ def test_every_rank_holds_its_part_of_weights_gradients_and_moments(two: list[di
 
 
 def passes() -> dict[str, Any]:
-    """What passes without gradient leave behind, and plain copies."""
+    """Return what passes without gradient leave behind, and the properties of plain copies."""
     encoder, sharded = tiny_sharded()
     images, left = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), []
     for _ in range(3):
@@ -241,13 +241,13 @@ def test_passes_without_gradient_leave_nothing_and_copies_are_plain(two: list[di
     for rank, found in enumerate(two):
         seen = found["passes"]
         assert seen["left"] == [0, 0, 0] and seen["sharded"] and seen["plain"] and not seen["trains"]
-        # Every rank takes part, and one keeps what it gets.
+        # Every rank takes part, but only one keeps the result.
         assert seen["on first"] == {rank > 0}
         assert seen["types"] == {"torch.float32", "torch.bfloat16"} and seen["same"]
 
 
 def clipped() -> list[Tensor]:
-    """Gradients after clipping; a weight without gradient is ignored. And whether NaN on one rank is seen by all."""
+    """Return gradients after clipping, which ignores a weight without one; check that all ranks see the NaN of one."""
     encoder, _ = tiny_sharded()
     trained = list(encoder.parameters())
     for place, weight in enumerate(trained[1:]):
@@ -272,7 +272,7 @@ def test_clipping_and_the_search_for_numbers_that_are_not(two: list[dict[str, An
 
 
 def loaded() -> bool:
-    """Load a plain state into sharded weights, and sharded tensors into others."""
+    """Load a plain state into sharded weights, and sharded tensors into others; return whether all are equal."""
     torch.manual_seed(5)
     other = build_encoder(UNEVEN)
     encoder, _ = tiny_sharded()
@@ -308,7 +308,7 @@ def test_lean_copies_keep_norms_and_other_precisions() -> None:
 
 
 def families(names: list[str]) -> dict[str, dict[str, Tensor]]:
-    """Gradients of backbones of several kinds, plain and sharded, and sharded with recomputed blocks."""
+    """Return how gradients of sharded backbones, with or without recomputed blocks, differ from plain ones'."""
     found = {}
     for name in names:
         kinds = ("plain", "sharded", "recomputed")
@@ -338,7 +338,7 @@ def seeded() -> torch.Generator:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gray"])
 def test_backbones_of_every_family(name: str, tmp_path: Path) -> None:
-    backbone(FAMILIES[name])  # or skip
+    backbone(FAMILIES[name])  # skips if this timm lacks it
     for found in run_ranks(families, 2, tmp_path, [name]):
         assert len(found) == 2
         for kind, differences in found.items():

@@ -1,4 +1,4 @@
-"""Every check of the machine says so when what it looks at is wrong: the probe is replaced, never the verdict."""
+"""Every check of the machine reports what is wrong with it: the probe is replaced, never the verdict."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ def raising(error: Exception) -> Callable[..., Any]:
     return probe
 
 
-# A machine on which nothing is wrong, with two GPUs.
+# A healthy machine with two GPUs.
 HEALTHY: Probes = {
     "software.python_version": constant((3, 12)),
     "software.compiler": constant("/usr/bin/g++"),
@@ -60,18 +60,18 @@ MODULES = {"software": software, "accelerator": accelerator, "machine": machine,
 
 
 def version_of(**others: str | None) -> Callable[[str], str | None]:
-    """As installed here, but for some."""
+    """Return a probe of the versions installed here, with some of them replaced."""
     real = software.installed
     return lambda package: others[package] if package in others else real(package)
 
 
 def disk(name: str, free: int) -> Callable[[Path], int]:
-    """So much is free in one of the folders."""
+    """Return a probe that finds so many bytes free in one of the folders."""
     wanted = {"cache": machine.cache_folder, "temporary": lambda: Path(machine.tempfile.gettempdir()), "cwd": Path.cwd}
     return lambda folder: free if folder == wanted[name]() else 100 * GIB
 
 
-# Name of the check, what its probes say, its verdict, and a part of what to do.
+# Name of the check, its probes, the expected verdict, and a part of the advice.
 FAULTS: list[tuple[str, Probes, str, str]] = [
     ("Python", {"software.python_version": constant((3, 10))}, "problem", "3.11"),
     ("Python", {"software.python_version": constant((3, 14))}, "advice", "3.13"),
@@ -128,7 +128,7 @@ FAULTS: list[tuple[str, Probes, str, str]] = [
     ("bfloat16", {"rates.bf16_supported": constant(False)}, "advice", "fp32"),
     ("JPEG decoding", {"rates.decode_rate": constant(20.0)}, "advice", "slow"),
 ]
-# They only tell; what is wrong with them, `device` says.
+# These only inform; `device` reports what is wrong with them.
 FACTS = {"mimref", "driver", "CUDA of torch"}
 
 
@@ -150,7 +150,7 @@ def test_a_fault_is_reported(
 def test_nothing_is_reported_of_a_healthy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = checks(monkeypatch)
     assert [check for check in found.values() if check.verdict != "ok"] == []
-    # Every check has a fault above, each GPU's and each extra's as one of its kind.
+    # Every check has a fault above; all GPUs count as one kind, and so do all extras.
     kinds = lambda name: name.replace("GPU 1", "GPU 0").partition(" ")[0 if name.startswith("extra") else slice(None)]  # noqa: E731
     faulty = {kinds(name) for name, *_ in FAULTS}
     assert {kinds(name) for name in found.keys() - FACTS} == faulty
@@ -170,7 +170,7 @@ def test_a_probe_that_raises_ends_nothing(probe: str, monkeypatch: pytest.Monkey
     unknown = [check for check in found.values() if "RuntimeError: driver)" in check.value]
     assert len(unknown) == {"machine.disk_free": 3, "machine.cores": 2}.get(probe, 1)
     assert {check.verdict for check in unknown} == {"advice"}
-    # All checks of the other groups are there.
+    # All checks of the other groups are still present.
     assert sum(not names <= found.keys() for names in groups) <= len(unknown)
 
 

@@ -35,7 +35,7 @@ def weights(tmp_path: Path) -> str:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Images in every pass of an encoder."""
+    """The number of images in every pass of an encoder."""
     found: list[int] = []
     blocks = Encoder.blocks
 
@@ -99,14 +99,14 @@ def test_names_and_tables(weights: str) -> None:
 
 
 def test_a_pipeline_and_a_search(weights: str, tmp_path: Path, passes: list[int]) -> None:
-    """Images of a fold are encoded once: the cache serves the other settings of the classifier."""
+    """The images of a fold are encoded once: the cache serves the other settings of the classifier."""
     train, labels = DIGITS.images[:60], DIGITS.labels[:60]  # type: ignore[index]
     embedder = mimref.Embedder(weights, cache=tmp_path / "cache", device="cpu")
     pipeline = make_pipeline(embedder, LogisticRegression(tol=0.1))
     grid = {"logisticregression__C": [0.1, 1.0], "embedder__pool": ["cls", "mean"]}
     search = GridSearchCV(pipeline, grid, cv=2, n_jobs=1).fit(train, labels)
     assert search.best_estimator_.predict(train[:5]).shape == (5,)
-    # Two poolings of two folds' 30 images, then the best one of all 60, and of the 5.
+    # 30 images of each of two folds with each of two poolings; all 60 with the best pooling; 5 to predict.
     assert sorted(passes) == [5, 30, 30, 30, 30, 60]
 
 
@@ -150,7 +150,7 @@ def test_clones_and_pickles(weights: str) -> None:
     stored = pickle.dumps(embedder)
     assert len(stored) < 5_000  # without the weights
     np.testing.assert_array_equal(pickle.loads(stored).transform(DIGITS.images[:2]), features)
-    # Other weights under the same name would give other features without a word.
+    # Other weights under the same name would silently give other features.
     save_encoder(Path(weights), build_encoder(ARCHITECTURE), {"source": "mae"})
     torch.manual_seed(5)
     write_weights(Path(weights), seed=5)
@@ -167,7 +167,7 @@ def test_nothing_has_to_be_fitted(weights: str) -> None:
     assert {key: value for key, value in vars(embedder).items() if key != "_loaded"} == before
 
 
-# Of scikit-learn's `check_estimator`, those that need no X: the others call `fit` with tables of numbers.
+# The checks of scikit-learn's `check_estimator` that need no X: the others call `fit` with tables of numbers.
 CHECKS = (
     "check_no_attributes_set_in_init",
     "check_parameters_default_constructible",

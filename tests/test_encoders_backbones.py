@@ -10,7 +10,7 @@ from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_a
 from mimref.encoders.vit import Architecture
 from mimref.errors import ConfigError
 
-# Name: blocks, width of the first and the last one, prefix tokens, CLS token, pixels per token of the last block.
+# Name: blocks, widths of the first and the last one, prefix tokens, CLS token, pixels per token of the last block.
 BACKBONES = {
     "hiera_tiny_224": (4, 96, 768, 0, False, 32),
     "convnextv2_atto": (4, 40, 320, 0, False, 32),
@@ -21,7 +21,7 @@ BACKBONES = {
     "test_efficientnet": (5, 16, 64, 0, False, 32),
 }
 
-# The first block of ConvNeXts is their stem before timm 1.0.16.
+# Before timm 1.0.16, the first block of a ConvNeXt is its stem.
 STEMS = int(timm.__version__ == "1.0.15")
 
 

@@ -1,4 +1,4 @@
-"""Patch embeddings for other numbers of channels: the rules by value, against timm's, and on whole encoders."""
+"""Patch embeddings for other numbers of channels: the rules by value, against timm's rule, and on whole encoders."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_random_keeps_the_first_or_the_named_channels() -> None:
     ("how", "channels"), [("sum", 1), ("sum", 2), ("sum", 4), ("sum", 13), ("repeat", 1), ("repeat", 6)]
 )
 def test_gray_images_keep_their_features(how: str, channels: int, tmp_path: Path) -> None:
-    """An image whose channels are all the same one has the features that it has as a colour image."""
+    """With identical channels, an image has the same features in the adapted encoder as in the colour encoder."""
     path = write_weights(tmp_path / "x.safetensors")
     checkpoint = read_checkpoint(path, ReadingConfig(channel_init=how))
     colour = encoder_from(checkpoint, ARCHITECTURE)

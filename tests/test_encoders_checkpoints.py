@@ -1,4 +1,4 @@
-"""Weights in and out: our own files, MAE's layout, timm's state dicts."""
+"""Reading and writing weights: our own files, MAE's layout, timm's state dicts."""
 
 import json
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_pickles_in_maes_layout(tmp_path: Path, wrapper: str | None, zipped: boo
         "head.weight": torch.zeros(10, 32),
     }
     content: dict[str, Any] = {wrapper: state, "epoch": 3} if wrapper else state
-    # The name does not matter.
+    # The file name does not matter.
     torch.save(content, tmp_path / "weights.bin", _use_new_zipfile_serialization=zipped)
     loaded, header = load_encoder(tmp_path / "weights.bin", TINY)
     assert same(weights_of(loaded), weights_of(encoder)) and header == {}
@@ -129,7 +129,7 @@ def test_timm_loads_our_pre_norm_files(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_backbones_load_timms_state_dicts(tmp_path: Path, name: str, suffix: str) -> None:
     torch.manual_seed(0)
-    # With its classifier, as timm's files come.
+    # With the classifier, as in timm's files.
     model: Any = timm.create_model(name, num_classes=10).eval()
     path = tmp_path / f"weights.{suffix}"
     save_file(model.state_dict(), path) if suffix == "safetensors" else torch.save(model.state_dict(), path)
@@ -144,7 +144,7 @@ def test_backbones_load_timms_state_dicts(tmp_path: Path, name: str, suffix: str
 
 
 def test_tensors_that_the_model_needs_are_not_dropped(tmp_path: Path) -> None:
-    # ConvNeXt's last norm is called head.norm, and stays without the classifier.
+    # ConvNeXt's last norm is called head.norm and must be kept when the classifier is dropped.
     model: Any = timm.create_model("test_convnext", num_classes=10)
     torch.nn.init.normal_(model.head.norm.weight)
     torch.save(model.state_dict(), tmp_path / "a.pth")

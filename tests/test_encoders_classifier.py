@@ -1,4 +1,4 @@
-"""Classifiers: what they compute, stochastic depth against a plain loop, and files, ours and public ones."""
+"""Classifiers: their outputs, stochastic depth against a plain loop, and files, both our own and public ones."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError
 
 TINY = Architecture("custom", 16, width=32, depth=4, num_heads=2, patch_size=8)
-# CrossMAE's, data2vec 2.0's, I-JEPA's, and timm's with registers, LayerScale or parallel branches.
+# Like CrossMAE (no final norm), data2vec 2.0 (post-norm), I-JEPA (no CLS token), timm with registers and LayerScale.
 ARCHITECTURES = {
     "plain": TINY,
     "no final norm": replace(TINY, final_norm=False),
@@ -120,13 +120,13 @@ def test_parallel_blocks_drop() -> None:
     architecture = Architecture.from_config(EncoderConfig(arch="vit_small_patch16_18x2_224", image_size=32))
     with torch.device("meta"):
         encoder = build_encoder(architecture)
-    # Two attentions and two MLPs, each with a branch of its own.
+    # Two attentions and two MLPs, each in a branch of its own.
     assert len(set_stochastic_depth(encoder, 0.1)) == 4 * (encoder.depth - 1)
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_blocks_against_a_plain_loop(post_norm: bool) -> None:
-    """In float64, sample by sample and branch by branch, with the numbers that decide."""
+    """In float64, sample by sample and branch by branch, with the random numbers that decide what is dropped."""
     encoder = random_encoder(replace(TINY, post_norm=post_norm)).double().train()
     depths = set_stochastic_depth(encoder, 0.6)
     images, samples = images_of(TINY, 6).double(), torch.tensor([5, 9, 2, 77, 3, 4])
@@ -230,7 +230,7 @@ def test_an_encoder_alone_is_no_classifier(tmp_path: Path) -> None:
     torch.save({"transformer.wte.weight": torch.zeros(3, 2)}, tmp_path / "none.pth")
     with pytest.raises(CheckpointError) as caught:
         read_classifier(read_checkpoint(tmp_path / "none.pth"))
-    assert "--arch" not in str(caught.value)  # which commands that read classifiers lack
+    assert "--arch" not in str(caught.value)  # commands that read classifiers lack this option
 
 
 # --- public fine-tuned models

@@ -1,4 +1,4 @@
-"""Exports: each is read by what others read it with, and gives the encoder's features."""
+"""Exports: each file is read with the code that its users have, and gives the encoder's features."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ FACTS = {"source": "mae refined", "licence": "CC-BY-NC 4.0", "preset": "refine/m
 
 
 def make(architecture: Architecture) -> Encoder:
-    """Random weights, also where a new encoder has zeros and ones."""
+    """An encoder with random weights, even where a new one has zeros and ones."""
     torch.manual_seed(0)
     encoder = build_encoder(architecture).eval()
     for parameter in encoder.parameters():
@@ -151,7 +151,7 @@ def test_a_post_norm_release_by_plain_names(tmp_path: Path) -> None:
     encoder = make(POST_NORM)
     content = torch.load(export.export_release(encoder, tmp_path / "a.pth", FACTS).path, weights_only=True)
     state = content["state_dict"]
-    # Every name is taken once, and put where the plain code has it.
+    # Each name is used once and mapped to the plain code's name.
     image = "modality_encoders.IMAGE."
     places = {
         "pos_embed.embed": f"{image}fixed_positional_encoder.positions",
@@ -224,7 +224,7 @@ def test_onnx(tmp_path: Path, architecture: Architecture) -> None:
     assert (metadata["source"], metadata["licence"], metadata["blocks"]) == ("mae refined", "CC-BY-NC 4.0", "[2, 1]")
     assert json.loads(metadata["architecture"]) == architecture.to_dict()
     assert list(tmp_path.iterdir()) == [done.path]
-    assert str(Path(export.__file__).parent).encode() not in done.path.read_bytes()  # no folders' names
+    assert str(Path(export.__file__).parent).encode() not in done.path.read_bytes()  # no folder names
 
 
 @torch.no_grad()

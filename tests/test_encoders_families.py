@@ -1,4 +1,4 @@
-"""Backbones of every family: tokens against timm's own code, sizes of images, layers, gradients, headers."""
+"""Backbones of every family: tokens against timm's own code, image sizes, layers, gradients, headers."""
 
 import copy
 from dataclasses import replace
@@ -18,7 +18,7 @@ from mimref.errors import CheckpointError, ConfigError
 from tests.families import BATCH_NORM, FAMILIES, backbone, timms_own, write_backbone
 
 NORMED = {"dinov3", "swin", "swinv2", "gray"}
-"""Whose norm comes before pooling."""
+"""Families whose norm comes before pooling."""
 NAMES = [*FAMILIES]
 
 
@@ -95,7 +95,7 @@ def test_beit_reads_a_part_of_its_relative_positions() -> None:
     state = dict(encoder.model.state_dict())
     for key in state:
         if key.endswith("relative_position_bias_table"):
-            # Rows by (difference of rows, of columns) of two patches of a grid of 4 x 4, for one of 2 x 2.
+            # Table rows are offsets (rows, columns) between two patches: keep those within a 2 x 2 grid, out of 4 x 4.
             kept = [(down + 3) * 7 + right + 3 for down in (-1, 0, 1) for right in (-1, 0, 1)]
             state[key] = state[key][[*kept, 49, 50, 51]]
     small.load_state_dict(state)
@@ -118,7 +118,7 @@ def test_hiera_interpolates_its_positions(name: str) -> None:
     x = images(encoder.architecture, 16)
     for found, wanted in zip(encoder.blocks(x, [1, 2, 3]), timms_tokens(small, x), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    # Nothing of a pass is left behind.
+    # A pass at another size has no lasting effect.
     assert encoder.blocks(images(encoder.architecture), [1])[0].shape[1] == 256
 
 
@@ -190,7 +190,7 @@ def test_layers_of_stages_are_their_blocks() -> None:
     found = scales(FAMILIES["swin"])
     blocks = ("layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.1", "layers.2.blocks.0")
     assert [found[f"{name}.attn.qkv.weight"] for name in blocks] == [(0.5**left, 0.05) for left in (4, 3, 2, 1)]
-    # Relative positions are not decayed, whatever their number of dimensions.
+    # Relative positions have no weight decay, whatever their number of dimensions.
     assert found["layers.1.blocks.1.attn.relative_position_bias_table"] == (0.25, 0.0)
     assert found["norm.weight"] == (1.0, 0.0) and found["patch_embed.proj.weight"] == (0.5**5, 0.05)
     of_v2 = scales(FAMILIES["swinv2"])
@@ -208,7 +208,7 @@ def test_recomputed_blocks_have_the_same_gradients(name: str) -> None:
     gradients = []
     for encoder in (plain, saving):
         encoder.train()
-        # Two sizes before the backward pass, which recomputes both.
+        # Two image sizes before the backward pass, which recomputes both.
         outputs = [encoder.blocks(images(plain.architecture, size), [1, 2])[-1] for size in (32, 16)]
         sum(tokens.square().mean() for tokens in outputs).backward()  # type: ignore[union-attr]
         gradients.append([weight.grad for weight in encoder.parameters() if weight.grad is not None])
@@ -244,7 +244,7 @@ def test_keys_of_caches_and_headers() -> None:
     assert plain.to_dict() == {"backbone": True, "name": "convnextv2_atto", "image_size": 224}
     for architecture in FAMILIES.values():
         if not timm.is_model(architecture.name):
-            continue  # of a later timm
+            continue  # added by a later timm
         assert architecture_from(architecture.to_dict()) == architecture
 
 

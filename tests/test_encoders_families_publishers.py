@@ -18,7 +18,7 @@ from tests.family_files import PUBLISHED, content, convnext_file, timm_features
 
 
 def reading_of(name: str) -> ReadingConfig:
-    """No weight shows the heads of the rotary families and of AIMv2."""
+    """Settings with the number of heads, which no weight shows for the rotary families and AIMv2."""
     return ReadingConfig(num_heads=4 if name.startswith(("dinov3", "eva02", "aimv2")) else None)
 
 
@@ -33,7 +33,7 @@ def assert_equal_features(checkpoint: Checkpoint, model: Any) -> None:
 
 
 def saved_size(model: Any) -> int | None:
-    """Pixels of a model's images; None for one that takes any."""
+    """A model's image size in pixels; None if it takes any size."""
     if hasattr(model, "tokens_spatial_shape"):
         return int(4 * model.tokens_spatial_shape[0])
     return int(model.patch_embed.img_size[0]) if hasattr(model, "patch_embed") else None
@@ -67,7 +67,7 @@ def test_publishers_files_are_written_back_bit_for_bit(name: str, tmp_path: Path
     # Swin's own code computes the masks of shifted windows.
     encoder_tensors = {key: tensor for key, tensor in encoder_tensors.items() if not key.endswith("attn_mask")}
     if "sparse" in name:
-        # FCMAE's published files have dense kernels, and so has what is written.
+        # FCMAE's published files have dense kernels, and so has the written file.
         encoder_tensors = {key: tensor for key, tensor in convnext_file(model).items() if not key.startswith("norm.")}
     for out in (tmp_path / "back.pth", tmp_path / "back.safetensors"):
         assert export_publisher(encoder, out, facts).difference == 0

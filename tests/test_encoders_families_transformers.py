@@ -1,4 +1,4 @@
-"""Encoders that are not plain vision transformers, as transformers saves them: the hidden states of its own models."""
+"""Non-plain vision transformers as saved by transformers, against the hidden states of its own models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ HIERA = {
 }
 STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
 
-# Name: class and configuration, format, source, and layout to write.
+# Name: model class, configuration class, its options, format, source, and layout to write.
 CASES: dict[str, tuple[str, str, dict[str, Any], str, str | None, Layout]] = {
     "dinov3": (
         "DINOv3ViTModel",
@@ -119,7 +119,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str, str | None, Layout]] = {
 
 
 def theirs(name: str, folder: Path) -> Any:
-    """The model with every parameter drawn, saved in a folder."""
+    """The transformers model with random values in every parameter, saved in a folder."""
     kind, config, options, *_ = CASES[name]
     if not hasattr(transformers, kind):
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
@@ -133,7 +133,7 @@ def theirs(name: str, folder: Path) -> Any:
 
 
 def stage_outputs(model: nn.Module, images: Tensor, modules: list[Any]) -> list[Tensor]:
-    """What modules give, as tokens (B, L, D) or maps (B, D, rows, columns)."""
+    """Outputs of modules, as tokens (B, L, D) or maps (B, D, rows, columns)."""
     found: list[Tensor] = []
     hooks = [
         module.register_forward_hook(lambda _, __, given: found.append(given[0] if isinstance(given, tuple) else given))
@@ -150,7 +150,7 @@ def hidden(name: str, model: Any, images: Tensor) -> list[Tensor]:
     inner = getattr(model, model.base_model_prefix, model) if "For" in type(model).__name__ else model
     if name in ("simmim", "swinv2"):
         return stage_outputs(inner, images, [layer.blocks[-1] for layer in inner.encoder.layers])
-    if name == "hiera_mae":  # whose own model masks patches
+    if name == "hiera_mae":  # its own model masks patches
         inner = transformers.HieraModel(model.config).eval()
         inner.load_state_dict(model.hiera.state_dict(), strict=False)
     if name == "dinov3_convnext":
@@ -188,14 +188,14 @@ def test_hidden_states_of_transformers(name: str, tmp_path: Path) -> None:
 def assert_written_back(
     file: dict[str, Tensor], tensors: dict[str, Tensor], dropped: dict[str, list[str]], layout: Layout
 ) -> None:
-    """Every tensor of the file is among those written, bit for bit, or in a group that is dropped."""
+    """Every tensor of the file is written back bit for bit or belongs to a dropped group."""
     inner = ("beit.", "swin.", "swinv2.", "hiera.")
     names = {name: next((name[len(each) :] for each in inner if name.startswith(each)), name) for name in file}
     written = written_tensors(layout.naming, tensors)
     left = {name for group in dropped.values() for name in group}
     for name, tensor in file.items():
         assert name in left or torch.equal(written.pop(names[name]), tensor), name
-    # Norms that the file lacks.
+    # What remains are norms that the file lacks.
     assert all("norm" in name for name in written)
 
 

@@ -48,7 +48,7 @@ def assert_reads(path: Path, model: Any) -> None:
 
 
 def write_shards(folder: Path, state: State, ending: str, name: str = "model") -> Path:
-    """Two shards and their index, as `save_pretrained` names them."""
+    """Write two shards and their index, named as by `save_pretrained`; return the index."""
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(state)
     halves = names[: len(names) // 2], names[len(names) // 2 :]
@@ -75,7 +75,7 @@ def test_folders_of_the_library(tmp_path: Path) -> None:
         tmp_path / "shards" / "model.safetensors.index.json",
     ):
         assert_reads(path, model)
-        # Weights of width 64 look like those of one head.
+        # A width of 64 alone suggests one head.
         (notice,) = read_checkpoint(path).notices(choose_architecture(read_checkpoint(path)))
         assert "4 attention heads are taken from config.json" in notice
     assert choose_architecture(read_checkpoint(tmp_path / "one", ReadingConfig(num_heads=2))).num_heads == 2  # type: ignore[union-attr]
@@ -91,7 +91,7 @@ def test_the_epsilon_of_every_norm(tmp_path: Path) -> None:
     assert any("LayerNorm's epsilon of 0.125" in notice for notice in checkpoint.notices(architecture))
     encoder = encoder_from(checkpoint, architecture)
     assert isinstance(encoder, Encoder)
-    # It stays in files of ours, and in those for others.
+    # The epsilon is kept in our own files and in exports.
     save_encoder(tmp_path / "ours.safetensors", encoder, {})
     assert_reads(tmp_path / "ours.safetensors", model)
     line = export_timm(encoder, tmp_path / "timm.pth", {}).read_with

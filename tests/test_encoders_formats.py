@@ -1,4 +1,4 @@
-"""Public checkpoints' layouts: recognised by content, and with the features that their own models give."""
+"""Layouts of public checkpoints: recognised by content, with the features of their own models."""
 
 import subprocess
 import sys
@@ -155,7 +155,7 @@ def hugging_face(kind: str, *, with_head: bool) -> Any:
 def test_hugging_face(kind: str, with_head: bool, saved_by_library: bool, tmp_path: Path) -> None:
     model = hugging_face(kind, with_head=with_head)
     if saved_by_library:
-        # The names of the files on their hub, which differ from those in memory.
+        # Files on their hub have other names than the model in memory.
         model.save_pretrained(tmp_path)
         path = tmp_path / "model.safetensors"
     else:
@@ -166,7 +166,7 @@ def test_hugging_face(kind: str, with_head: bool, saved_by_library: bool, tmp_pa
     images = torch.randn(2, 3, IMAGE, IMAGE)
     options: dict[str, Any] = {"output_hidden_states": True}
     if kind == "ViTMAE":
-        # Its forward pass hides and shuffles patches by this noise.
+        # Its forward pass masks and shuffles patches by this noise.
         model.config.mask_ratio = 0.0
         options["noise"] = torch.arange(SIDE**2).expand(2, -1)
     expected = model(images, **options).hidden_states
@@ -318,7 +318,7 @@ def test_changed_names_and_shapes_are_loaded_or_refused_in_one_line(tmp_path: Pa
 
 
 def mutated(content: Any, random: np.random.Generator) -> Any:
-    """The content with one tensor, somewhere in its mappings, renamed, left out, reshaped or of another type."""
+    """The content with one tensor, at any depth, renamed, left out, reshaped or of another type."""
     names = [name for name, value in content.items() if isinstance(value, dict | Tensor)]
     if not names:
         return content
@@ -377,7 +377,7 @@ def test_a_huge_file_is_inspected_and_loaded_without_a_copy(suffix: str, tmp_pat
     size_mb = path.stat().st_size / 2**20
 
     def measure(job: str) -> tuple[float, float]:
-        """Seconds and megabytes beyond those of importing torch."""
+        """Seconds and megabytes in addition to those for importing torch."""
         line = [sys.executable, "-c", _MEASURE, job, str(path)]
         printed = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()
         return float(printed[-2]), float(printed[-1])

@@ -146,7 +146,7 @@ def test_gray_encoders_are_refined(tmp_path: Path) -> None:
 def interpolated(patches_1ND: Tensor, rows: int, columns: int) -> Tensor:
     side = max(rows, columns)
     image = patches_1ND.reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
-    # As timm, whose code is the only one with such grids among those of this layout.
+    # As in timm, the only code for this layout that has such grids.
     resized = F.interpolate(image, size=(side, side), mode="bicubic", antialias=True)
     return resized.permute(0, 2, 3, 1).flatten(1, 2)
 

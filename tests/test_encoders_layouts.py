@@ -49,7 +49,7 @@ def renamed(state: State, *pairs: tuple[str, str]) -> State:
 
 
 def outline(model: torch.nn.Module) -> State:
-    """A state dict of true shapes that takes no memory."""
+    """A state dict with the real shapes that takes no memory."""
     return {name: torch.zeros(1, device="cpu").expand(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -93,7 +93,7 @@ def test_torchvisions_published_sizes() -> None:
 
 
 def openmmlab(state: State) -> State:
-    """mmpretrain's names."""
+    """The state dict under mmpretrain's names."""
     return renamed(
         state,
         (r"^norm\.", "ln1."),
@@ -142,7 +142,7 @@ def test_mmsegmentation(tmp_path: Path) -> None:
     )
 
 
-# --- MAE-pytorch, whose model is written down here in plain tensor code
+# --- MAE-pytorch, whose model is rewritten here in plain tensor code
 
 
 def mae_pytorch(vit: VisionTransformer) -> State:
@@ -180,7 +180,7 @@ def test_mae_pytorch(pretraining: bool, tmp_path: Path) -> None:
     rest |= rows(8, "decoder.blocks.0.norm1") | {"decoder.blocks.0.attn.q_bias": torch.zeros(8)}
     content = {"model": prefixed("encoder.", state) | rest if pretraining else state | rows(5, "head")}
     encoder = loaded(content, tmp_path / "checkpoint-1599.pth", grid=(4, 4))
-    # The original adds zeros for the bias of the keys, and a table of sines and cosines of the patches' numbers.
+    # In the original, the bias of the keys is zero, and positions are a sine-cosine table over patch numbers.
     for block in vit.blocks:
         block.attn.qkv.bias[WIDTH : 2 * WIDTH] = 0
     assert vit.pos_embed is not None
@@ -194,14 +194,14 @@ def test_mae_pytorch(pretraining: bool, tmp_path: Path) -> None:
 
 
 def test_timms_models_without_positions_are_not_taken_for_it() -> None:
-    """BEiT's relatives in timm, whose rotary positions have no tensors; BEiT itself is recognised."""
-    # Of this width all their forms exist.
+    """BEiT's relatives in timm have rotary positions without tensors and are refused; BEiT itself is recognised."""
+    # All variants exist in this width.
     for name in timm.list_models("*_base_*", module="beit"):
         with torch.device("meta"):
             state = outline(timm.create_model(name, num_classes=0))
         assert recognise(state).format == "BEiT (or BEiT v2, data2vec 1.0)"
     for name in timm.list_models("*_base_*", module="eva"):
-        if "rope_ape" in name:  # has all tensors of a plain vision transformer
+        if "rope_ape" in name:  # has all the tensors of a plain vision transformer
             continue
         with torch.device("meta"):
             state = outline(timm.create_model(name, num_classes=0))
@@ -238,7 +238,7 @@ def test_hiera_as_published(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_other_published_names_by_timms_filters(tmp_path: Path) -> None:
-    """ConvNeXt as its authors publish it: stages numbered without `blocks`, and other names of every layer."""
+    """ConvNeXt as its authors publish it: no `blocks` in the names of stages, and other names for every layer."""
     torch.manual_seed(0)
     model: Any = timm.create_model("test_convnext", num_classes=0).eval()
     published = {}

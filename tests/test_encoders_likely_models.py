@@ -1,4 +1,4 @@
-"""Files under timm's names: the message of a refusal names the models that fit, and no others."""
+"""Files with timm's tensor names: the refusal names the models that fit, and no others."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ LISTED = {
 
 @pytest.fixture(autouse=True)
 def few_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Building all models of a module takes seconds."""
+    """List few models, because building all models of a module takes seconds."""
     monkeypatch.setattr(timm, "list_models", lambda module: LISTED[module])
 
 
@@ -41,7 +41,7 @@ def test_the_model_is_found(name: str, prefix: str) -> None:
 
 def test_windows_that_no_tensor_shows() -> None:
     found = state("swinv2_tiny_window8_256", 0)
-    found["layers.0.blocks.1.attn_mask"] = torch.empty(4)  # older files have it
+    found["layers.0.blocks.1.attn_mask"] = torch.empty(4)  # older files have this mask
     assert likely_models(found) == ["swinv2_tiny_window16_256", "swinv2_tiny_window8_256"]
     assert named_models(found).endswith("--arch swinv2_tiny_window16_256 (or swinv2_tiny_window8_256)")
 

@@ -9,7 +9,7 @@ from mimref.config.run import EncoderConfig
 from mimref.encoders.parameters import encoder_groups, freeze_untrained
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 
-# Of a block's parameters, those that are matrices and decay; all others are vectors.
+# A block's parameters: matrices have weight decay, vectors have none.
 MATRICES = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
 VECTORS = (
     *("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"),
@@ -26,7 +26,7 @@ def on_meta(**encoder: Any) -> Encoder:
 
 
 def found_in(groups: list[dict[str, Any]]) -> Expected:
-    """Learning-rate scale and weight decay by name; every parameter in exactly one group."""
+    """Learning-rate scale and weight decay by name; every parameter must be in exactly one group."""
     names = [name for group in groups for name in group["names"]]
     assert len(names) == len(set(names)) == len({id(p) for group in groups for p in group["params"]})
     assert all(len(group["names"]) == len(group["params"]) for group in groups)
@@ -34,7 +34,7 @@ def found_in(groups: list[dict[str, Any]]) -> Expected:
 
 
 def block_parameters(depth: int, *, extra_vectors: tuple[str, ...] = ()) -> Expected:
-    """Blocks with a layer decay of 0.65, applied once to the last one."""
+    """Expected values for blocks with a layer decay of 0.65, applied once to the last block."""
     expected: Expected = {}
     for number in range(1, depth + 1):
         scale = 0.65 ** (depth + 1 - number)

@@ -1,4 +1,4 @@
-"""The encoder among other networks of a file, and the choice among several encoders."""
+"""An encoder beside other networks in a file, and the choice among several encoders."""
 
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,12 @@ BESIDE: dict[str, Any] = {
 
 
 def shifted(state: State) -> State:
-    """The weights of another encoder."""
+    """The weights of another encoder under the same names."""
     return {name: tensor + 1 for name, tensor in state.items()}
 
 
 def origins(content: Any, part: str | None = None) -> str:
-    """Where the patch embedding comes from."""
+    """The prefix under which the patch embedding is found in the file."""
     found = recognise(content, ReadingConfig(part=part))
     return found.origins["patch_embed.proj.weight"][0].removesuffix("patch_embed.proj.weight")
 
@@ -61,7 +61,7 @@ def test_an_encoder_beside_other_networks(prefix: str, others: str, tmp_path: Pa
     left_out = {f"state_dict.{name}" for name in BESIDE[others]}
     assert {name for names in found.dropped.values() for name in names} == left_out
     (notice,) = (notice for notice in found.notices if notice.startswith("left out"))
-    # Losses and the like are the training's state, as optimizers are: `inspect` names them, notices do not.
+    # Losses and the like, as optimizers, are training state: `inspect` lists them, notices do not.
     assert all(name.partition(".")[0] in notice for name in BESIDE[others] if not name.endswith(".center"))
 
 
@@ -80,7 +80,7 @@ def test_left_out_networks_are_counted() -> None:
 # --- several encoders
 
 FAMILIES = [
-    # By the project's own evaluation.
+    # The encoder that the project itself evaluates, then the other one.
     ("backbone.", "momentum_backbone."),  # solo-learn
     ("backbone.", "backbone_momentum."),  # lightly's examples
     ("backbone.vit.", "student_backbone.vit."),  # lightly's benchmark of DINO
@@ -129,7 +129,7 @@ def test_encoders_are_chosen_by_name() -> None:
     for name in ("teachr", "backbone", ""):
         with pytest.raises(NoChoice, match=r"student\.module\.backbone, teacher\.backbone"):
             recognise(content, ReadingConfig(part=name))
-    # A whole part of a name comes before a piece of one.
+    # A complete component of a prefix takes precedence over a substring.
     pair = prefixed("backbone.", state) | prefixed("momentum_backbone.", shifted(state))
     assert origins(pair, "backbone") == "backbone."
     assert origins(pair, "momentum") == "momentum_backbone."
@@ -172,7 +172,7 @@ def test_features_of_two_encoders_have_two_keys(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "two.pth", ReadingConfig(part=part)) for part in ("teacher", "student")
     )
     assert teacher.fingerprint == read_checkpoint(tmp_path / "two.pth").fingerprint != student.fingerprint
-    # Of a file with one encoder the key is that of its tensors alone, as ever.
+    # For a file with one encoder, the key still depends on its tensors alone.
     one = read_checkpoint(tmp_path / "one.pth")
     assert one.fingerprint == read_checkpoint(tmp_path / "one.pth", ReadingConfig(part="model")).fingerprint
     assert one.fingerprint not in (teacher.fingerprint, student.fingerprint)

@@ -1,4 +1,4 @@
-"""The packaged encoder whose middle blocks are best: small enough to ship, described, and what its name says."""
+"""The packaged encoder `peak`: small enough to ship, documented, and best in its middle blocks."""
 
 import os
 

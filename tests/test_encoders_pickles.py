@@ -1,4 +1,4 @@
-"""Files of torch are read as data: plain tensors are found beside anything, and nothing that a pickle names runs."""
+"""torch files are read as data: plain tensors are found beside any object, and nothing that a pickle names runs."""
 
 import argparse
 import collections
@@ -23,11 +23,11 @@ from tests import fuzz_pickles
 from tests.checkpoints import LAYOUTS, timm_vit
 
 PATHS = pathlib.PurePosixPath.__module__
-"""Where Python has its paths: in 3.13, this is `pathlib._local`."""
+"""The module of Python's path classes: in 3.13, it is `pathlib._local`."""
 
 
 def read(path: Path, content: Any = None, *, zipped: bool = True) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file and its notice; of `content`, which is saved first, if it is given."""
+    """The tensors of a file and its notice; if `content` is given, it is saved to the file first."""
     if content is not None:
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
     _, found, header, notices = read_file(path)
@@ -44,7 +44,7 @@ def refusal(path: Path, content: Any = None) -> str:
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """The same names in the same order, values bit for bit, types and strides."""
+    """Whether both have the same names in the same order, with equal values (bit for bit), types and strides."""
     return list(found) == list(expected) and all(
         left.dtype == right.dtype and left.stride() == right.stride() and torch.equal(left, right.detach())
         for left, right in zip(found.values(), expected.values(), strict=True)
@@ -52,7 +52,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 def foreign(name: str, **attributes: Any) -> Any:
-    """An object of a class that is not there when the file is read."""
+    """An object of a made-up class, whose module exists only in `sys.modules`."""
     module, _, title = name.rpartition(".")
     kind = type(title, (), {"__module__": module})
     parts = module.split(".")
@@ -146,7 +146,7 @@ def plain(folder: Path) -> Path:
 
 
 class Model(nn.Module):
-    """Parts of every kind; only parameters and persistent buffers are weights."""
+    """A module with parts of every kind; only parameters and persistent buffers are weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ def test_every_protocol_of_pickle(protocol: int, zipped: bool, tmp_path: Path) -
 
 
 class Attention(nn.Module):
-    """A block of CLIP: the mask is no buffer."""
+    """A CLIP block, whose mask is not a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Attention(nn.Module):
 
 
 class Clip(nn.Module):
-    """As OpenAI's archives: parameters of the module itself, numbers as buffers, blocks with masks."""
+    """A model like OpenAI's archives: parameters of the module itself, numbers as buffers, blocks with masks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,11 +227,11 @@ def test_torchscript(make: Any, side: int, tmp_path: Path) -> None:
 
 
 class Marked(Tensor):
-    """A subclass, whose values may mean anything."""
+    """A tensor subclass, whose values may mean anything."""
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # torch may give them up
+    warnings.simplefilter("ignore")  # torch may deprecate quantised tensors
     QUANTISED = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
 
 

@@ -23,9 +23,9 @@ from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from tests.checkpoints import LAYOUTS, PATCH, SIDE, WIDTH, State, dino, load_encoder, timm_vit, tokens
 from tests.test_encoders_formats import hugging_face
 
-# Larger, smaller, and one where the scale factor alone would give a side too few: 61 / 14 * 14 < 61 in floats.
+# Smaller, larger, and one where the scale factor alone would give one row too few: 61 / 14 * 14 < 61 in floats.
 SIDES = [(4, 3), (4, 7), (14, 61)]
-# What `resize_positions` is compared with: offset, antialiasing, aligned corners.
+# Reference for `resize_positions`: offset, antialiasing, aligned corners.
 FORMULAS: dict[Interpolation, tuple[float, bool, bool]] = {
     "mae": (0.0, False, False),
     "dino": (0.1, False, False),
@@ -45,10 +45,10 @@ def cubic(distance: float, a: float) -> float:
 
 
 def weights_of_a_side(old: int, new: int, offset: float, antialias: bool, align_corners: bool) -> np.ndarray:
-    """Row i: how much of each old position is in the new position i."""
+    """A (new, old) matrix: row i holds the weight of each old position in the new position i."""
     found = np.zeros((new, old))
     step = (old - 1) / (new - 1) if align_corners else old / (new + offset)
-    # Antialiasing has Catmull-Rom's kernel, wider when shrinking, and leaves out what is outside; else borders repeat.
+    # Antialiasing uses the Catmull-Rom kernel, wider when shrinking, and ignores what is outside; else borders repeat.
     width = max(step, 1.0) if antialias else 1.0
     for i in range(new):
         centre = i * step if align_corners else (i + 0.5) * step - 0.5
@@ -189,7 +189,7 @@ def test_hugging_faces_models_at_other_resolutions(kind: str, tmp_path: Path) ->
     for side in (3, 7):
         images = torch.randn(2, 3, side * PATCH, side * PATCH)
         options: dict[str, Any] = {"output_hidden_states": True}
-        if not kind.startswith("Dinov2"):  # which always interpolate
+        if not kind.startswith("Dinov2"):  # these always interpolate
             options["interpolate_pos_encoding"] = True
         if kind == "ViTMAE":
             model.config.mask_ratio = 0.0
@@ -210,7 +210,7 @@ def test_timms_models_at_other_resolutions(name: str, tmp_path: Path) -> None:
     for size in (128, 224):
         images = torch.randn(1, 3, size, size)
         expected = tokens(model, images)
-        # Interpolated for each batch, and once when the file is read.
+        # Positions interpolated for each batch, then once when the file is read.
         for architecture in (native, choose_architecture(checkpoint, arch=name, resolution=size)):
             assert isinstance(architecture, Architecture) and architecture.interpolation == "timm"
             assert checkpoint.interpolates(architecture, size) and not checkpoint.interpolates(architecture, 160)
@@ -234,7 +234,7 @@ def test_gradients_pass_through() -> None:
         assert positions is not None
         images = torch.randn(1, 3, 12, 12)
         encoder.embed(images)[0, 1:, 0].sum().backward()
-        # The sum's gradient is how much of each position is in all new ones.
+        # The gradient of the sum is each old position's total weight in the new ones.
         share = weights_of_a_side(4, 3, *FORMULAS[name]).sum(0)
         assert positions.grad is not None
         expected = torch.from_numpy(np.outer(share, share)).flatten().float()
@@ -249,7 +249,7 @@ def test_exports_for_another_resolution_have_the_rules_positions(to: str, tmp_pa
     expected = reference(LEARNED["pos_embed"][:, 1:], 7, "dino")
     assert encoder.vit.pos_embed is not None
     torch.testing.assert_close(encoder.vit.pos_embed[:, 1:].detach(), expected, rtol=0, atol=1e-5)
-    # Both read what they wrote with other code, and compare.
+    # Both exports read the written file back with other code and compare.
     if to == "timm":
         export_timm(encoder, tmp_path / "b.pth", facts)
         positions = torch.load(tmp_path / "b.pth")["pos_embed"][:, 1:]

@@ -1,4 +1,4 @@
-"""By which rule positions are interpolated: of a file's layout, of a name, of a setting; where it is kept and told."""
+"""The rule that interpolates positions: from a file's layout, a name or a setting; where it is saved and reported."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ LEARNED = dict(timm_vit().state_dict())
 
 
 def about_positions(checkpoint: Checkpoint, *sizes: int) -> list[str]:
-    """The notices, for images of these sizes, that say how to choose the rule."""
+    """The notices for images of these sizes that explain how to choose the rule."""
     assert checkpoint.architecture is not None
     notices = checkpoint.notices(checkpoint.architecture, sizes)
     return [notice for notice in notices if "encoder.interpolation" in notice]
@@ -101,7 +101,7 @@ def test_headers_keep_the_rule_and_those_without_one_keep_theirs(tmp_path: Path)
     save_encoder(tmp_path / "own.safetensors", encoder, {})
     checkpoint = read_checkpoint(tmp_path / "own.safetensors")
     assert checkpoint.architecture == encoder.architecture and encoder.architecture.interpolation == "dino"
-    # As before there was a choice.
+    # A header from before the rule could be chosen.
     older = encoder.architecture.to_dict()
     del older["interpolation"]
     assert Architecture.from_dict(older) == replace(encoder.architecture, interpolation="mae")
@@ -126,11 +126,11 @@ def test_cache_keys_change_only_where_positions_are_interpolated(tmp_path: Path)
     assert spec(resolution=28)["interpolation"] == "dino"
     assert spec(resolution=28, encoder={"interpolation": "timm"})["interpolation"] == "timm"
     assert "interpolation" not in spec(resolution=28, encoder={"interpolation": "mae"})
-    # A grid that is no square is interpolated for images of every size.
+    # A grid that is not square is interpolated for images of every size.
     torch.save(LEARNED | {"pos_embed": torch.randn(1, 1 + 32, WIDTH)}, tmp_path / "wide.pth")
     assert spec("wide.pth")["interpolation"] == "timm"
     assert spec("wide.pth", encoder={"interpolation": "dino"})["interpolation"] == "dino"
-    # A file that mimref wrote with the rule, too.
+    # The same holds for a file that mimref wrote with the rule.
     encoder, _ = load_encoder(tmp_path / "a.pth")
     assert isinstance(encoder, Encoder)
     save_encoder(tmp_path / "a.pth", encoder, {})

@@ -1,4 +1,4 @@
-"""Published weights by name: cached copies, failed downloads, and pairs that do not exist."""
+"""Published weights by name: cached copies, failed downloads, and unknown pairs of architecture and source."""
 
 import hashlib
 import re
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, md5: str | None = None) -> bytes:
-    """Let `mae_l16` stand for a small file of this machine; returns its content."""
+    """Make `mae_l16` refer to a small local file; return its content."""
     torch.save({"model": dict(mae_vit().state_dict())}, tmp_path / "published.pth")
     content = (tmp_path / "published.pth").read_bytes()
     monkeypatch.setitem(ADDRESSES, "mae_l16", (tmp_path / "published.pth").as_uri())
@@ -43,7 +43,7 @@ def test_weights_are_downloaded_once_and_cached(cache: Path, tmp_path: Path, mon
     assert (checkpoint.source, checkpoint.licence) == ("mae", "CC-BY-NC-4.0")
     (tmp_path / "published.pth").unlink()
     assert read_checkpoint("mae_l16").path == cache / "mae_l16.pth"
-    # The same file under another name is not known to be anyone's.
+    # Under another name, the source of the same file is unknown.
     (cache / "mae_l16.pth").rename(tmp_path / "mine.pth")
     mine = read_checkpoint(tmp_path / "mine.pth")
     assert (mine.source, mine.licence) == (None, None)

@@ -1,4 +1,4 @@
-"""Encoders against timm's own features, and the post-norm one and both position formulas against plain code."""
+"""Encoders against timm's own features; the post-norm encoder and both position formulas against plain code."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ TINY = Architecture("custom", 16, width=32, depth=3, num_heads=4, patch_size=4)
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> None:
-    """Values that make every parameter count: timm starts norms at one, biases and LayerScale near zero."""
+    """Set values that make every parameter matter: timm initialises norms to one, biases and LayerScale near zero."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         spread = 0.3 if parameter.ndim < 2 else 0.5 / math.sqrt(parameter[0].numel())
@@ -34,13 +34,13 @@ def timm_tokens(model: Any, images: Tensor, *, norm: bool = False) -> list[Tenso
     return [torch.cat(pair[::-1], dim=1) if isinstance(pair, tuple) else pair for pair in found]
 
 
-# Name and the image size it is built for.
+# Name, and the image size that it is built for.
 TIMM_MODELS = {
     "test_vit": 64,
     "test_vit2": 64,  # no CLS, a register, LayerScale, norm after pooling
     "test_vit3": 64,  # attention pooling
     "test_vit4": 64,  # RMSNorm
-    "deit3_small_patch16_224": 32,  # position embedding without the CLS token's, LayerScale
+    "deit3_small_patch16_224": 32,  # no position for the CLS token, LayerScale
     "vit_small_patch14_reg4_dinov2": 42,
     "vit_pwee_patch16_reg1_gap_256": 48,  # attention and MLP in parallel
 }
@@ -191,7 +191,7 @@ def test_pooling() -> None:
     assert torch.equal(pool_tokens(tokens, "cls", 3, True), tokens[:, 0])
     assert torch.equal(pool_tokens(tokens, "mean", 3, True), tokens[:, 3:].mean(1))
     assert torch.equal(pool_tokens(tokens, "cls+mean", 3, True), torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], 1))
-    # Without a CLS token the mean stands in for it, and registers do not count.
+    # Without a CLS token, the mean stands in for it, and registers are ignored.
     assert torch.equal(pool_tokens(tokens, "cls", 2, False), tokens[:, 2:].mean(1))
     assert torch.equal(pool_tokens(tokens, "mean", 0, False), tokens.mean(1))
     assert torch.equal(pool_tokens(tokens, "cls+mean", 0, False), tokens.mean(1).repeat(1, 2))

@@ -1,4 +1,4 @@
-"""Writing weights."""
+"""Writing weights: the same bytes every time, and their alignment."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Measures without labels: against plain loops in float64, other implementations, and closed forms."""
+"""Measures without labels, against plain loops in float64, other implementations and closed forms."""
 
 import math
 from typing import Any
@@ -37,7 +37,7 @@ Array = NDArray[np.float64]
 
 
 def features(count: int = 40, width: int = 6, seed: int = 0) -> Array:
-    """Correlated features of unequal size, away from the origin."""
+    """Correlated features of unequal scale, away from the origin."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) * np.arange(1, width + 1) + 3
 
@@ -52,7 +52,7 @@ def standardised(x: Array) -> Array:
 
 
 def nearest(x: Array, y: Array, k: int, *, others: bool) -> list[list[int]]:
-    """The k nearest rows of y for every row of x, by loops; standardised by y's statistics."""
+    """The k nearest rows of y for every row of x, by loops; both are standardised by y's statistics."""
     mean, std = y.mean(axis=0), y.std(axis=0)
     unit = [(v - mean) / std / np.linalg.norm((v - mean) / std) for v in (*x, *y)]
     queries, keys = unit[: len(x)], unit[len(x) :]
@@ -88,7 +88,7 @@ def test_alpha_req_of_power_laws() -> None:
     number = np.arange(1, 41)
     for alpha in (0.0, 0.5, 1.0, 2.5):
         assert alpha_req(7.0 * number**-alpha) == pytest.approx(alpha, abs=1e-9)
-    # Weighted least squares by the normal equations; rounding errors are left out.
+    # Weighted least squares by the normal equations; eigenvalues that are rounding errors are ignored.
     eigenvalues = np.sort(np.random.default_rng(0).random(12))[::-1]
     x, y, w = np.log(np.arange(1, 13)), np.log(eigenvalues), 1 / np.arange(1, 13)
     mean_x, mean_y = (w * x).sum() / w.sum(), (w * y).sum() / w.sum()
@@ -134,7 +134,7 @@ def test_lidar_needs_views_of_the_same_images() -> None:
 def test_neighbours_of_other_images() -> None:
     x = features(60)
     assert other_neighbours(x, k=7).train_index.tolist() == nearest(x, x, 7, others=True)
-    # More duplicates than places: an image is still not its own neighbour.
+    # With more duplicates than neighbours, an image is still not its own neighbour.
     same = np.repeat(features(4), 10, axis=0)
     found = other_neighbours(same, k=5).train_index.numpy()
     assert found.shape == (40, 5) and not (found == np.arange(40)[:, None]).any()
@@ -150,7 +150,7 @@ def test_hubness_is_the_skewness_of_occurrences() -> None:
     assert hubness(other_neighbours(x, k=5)) == pytest.approx(scipy.stats.skew(counts), rel=1e-9)
     angles = np.linspace(0, 2 * math.pi, 12, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    assert hubness(other_neighbours(circle, k=2)) == 0  # everyone is the neighbour of two
+    assert hubness(other_neighbours(circle, k=2)) == 0  # every point is a neighbour of two others
 
 
 def test_consistency_and_retrieval_by_loops() -> None:

@@ -1,4 +1,4 @@
-"""`mimref assess` from a checkpoint to rows and sentences, and the features of two views that it reads."""
+"""`mimref assess` from a checkpoint to rows and sentences, and the features of two views that it uses."""
 
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def test_features_of_views_are_cached(made: Path, monkeypatch: pytest.MonkeyPatc
     again = assessed(made, seed=11, data="plain")
     assert (passes.images, passes.built) == (3 * 48, 1) and again.rows == first.rows
     other = assessed(made, seed=12, data="plain")
-    assert passes.images == 5 * 48  # other views, the same crops
+    assert passes.images == 5 * 48  # new views, but the same crops
     assert values(other)["rankme"] == values(first)["rankme"] and values(other)["lidar"] != values(first)["lidar"]
     unkept = assessed(made, seed=11, data="plain", cache=CacheConfig(folder="off"))
     assert values(unkept) == pytest.approx(values(first), rel=1e-9)

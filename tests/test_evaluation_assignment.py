@@ -1,4 +1,4 @@
-"""Clusters of images, their distances and their pictures, against loops over a k-means run of scikit-learn."""
+"""Clusters of images, their distances and pictures, against loops over a k-means run of scikit-learn."""
 
 import numpy as np
 import pytest

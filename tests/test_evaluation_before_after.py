@@ -1,4 +1,4 @@
-"""The before/after table's rows."""
+"""Rows of the before/after table."""
 
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def test_data_that_cannot_be_scored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "refined", "images", "warns"),
     [
-        # Twice sqrt(0.67 * 0.33 / 180) are 7.0 points.
+        # Twice the standard error, sqrt(0.67 * 0.33 / 180), is 7.0 points.
         (67.2, 56.1, 180, True),
         (67.2, 61.1, 180, False),
         (67.2, 66.0, 10_000, True),

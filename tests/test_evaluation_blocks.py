@@ -1,4 +1,4 @@
-"""Blocks against k-NN called alone, plain loops and numpy, and the head positions against the paper's."""
+"""Scores of blocks against k-NN called alone, plain loops and numpy; head positions against the paper's."""
 
 import io
 import math
@@ -28,7 +28,7 @@ FloatArray = NDArray[np.float32]
 def features(
     depth: int = 5, width: int = 6
 ) -> tuple[list[FloatArray], NDArray[np.int64], list[FloatArray], NDArray[np.int64]]:
-    """Classes that come apart more and more, up to the block before the last."""
+    """Features whose classes move apart from block to block, up to the last block but one."""
     rng = np.random.default_rng(0)
     train_y, test_y = rng.permutation(np.arange(60) % 3), rng.permutation(np.arange(30) % 3)
     centres = rng.normal(size=(3, width))
@@ -176,7 +176,7 @@ def test_deltas_where_nothing_improves() -> None:
 
 
 def curve(depth: int, peak: int) -> list[float]:
-    """Rises to one block and falls again, as those of masked image models do."""
+    """Scores that rise to a peak block and then fall, as in masked image models."""
     return [60 - 40 * ((block - peak) / depth) ** 2 for block in range(1, depth + 1)]
 
 
@@ -191,11 +191,11 @@ def curve(depth: int, peak: int) -> list[float]:
         (32, 28, "21-32"),
         (12, 10, "9-12"),
         (8, 8, "5-8"),
-        # The best block comes before the third, and is taken in.
+        # The best block comes before the last third, and is included.
         (24, 14, "14-24"),
         (32, 18, "18-32"),
         (12, 7, "7-12"),
-        # A best block in the first half counts for nothing.
+        # A best block in the first half is ignored.
         (24, 3, "13-24"),
         (24, 12, "13-24"),
         (6, 5, "4-6"),
@@ -233,7 +233,7 @@ def test_blocks_as_text(blocks: list[int], text: str) -> None:
 
 
 def shown(rows: list[Row], *, heads: list[int], encoding: str = "utf-8") -> list[str]:
-    """Lines of the chart as a terminal with this encoding gets them."""
+    """Lines of the chart as printed to a terminal with this encoding."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     Console(width=100, file=stream).print(block_chart(rows, heads=heads, title="model"))
     stream.seek(0)

@@ -1,4 +1,4 @@
-"""Which classes are asked for, and their rows."""
+"""Classes selected by name or number, and their rows."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ LABELS = np.array([0, 1, 2, 3, 4, 0, 3])
     ("asked", "classes"),
     [
         ("apple,Cake", [0, 3]),
-        (" cake , APPLE,apple ", [0, 3]),  # case matters only where it must
+        (" cake , APPLE,apple ", [0, 3]),  # case matters only if two names differ in nothing else
         ("bread,Bread", [1, 2]),
         ("3,0", [0, 3]),
-        ("7,1", [1, 4]),  # a class of that name comes before a number
+        ("7,1", [1, 4]),  # a class name takes precedence over a number
     ],
 )
 def test_names_and_numbers(asked: str, classes: list[int]) -> None:

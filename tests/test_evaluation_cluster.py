@@ -1,4 +1,4 @@
-"""k-means clustering against scikit-learn used directly, and the same results in one process or several."""
+"""k-means clustering against scikit-learn used directly; results do not depend on the number of processes."""
 
 import math
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def test_scores_are_those_of_the_run_with_least_inertia() -> None:
 
 
 def test_other_numbers_of_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores of the clusters themselves are those of scikit-learn for the labels of the best run."""
+    """Scores of the clusters equal those of scikit-learn for the labels of the best run."""
     x, y = blobs()
     points = unit(x)
     models = []
@@ -91,7 +91,7 @@ def test_clusters_of_collapsed_features_are_not_scored() -> None:
 
 @pytest.fixture
 def forked_processes() -> Iterator[None]:
-    """joblib's processes are forks of one that has imported the package, which takes seconds."""
+    """Fork joblib's processes from one that has already imported the package; the import takes seconds."""
     fork_server()
     set_start_method("forkserver", force=True)
     yield
@@ -166,17 +166,17 @@ def test_refuses_what_cannot_be_evaluated() -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 1e-8])
 def test_collapsed_features_have_no_separation(noise: float) -> None:
-    """scikit-learn gives them Davies-Bouldin 0, the best there is, and silhouette 0."""
+    """scikit-learn scores them with Davies-Bouldin 0, the best possible value, and silhouette 0."""
     y = np.arange(60) % 6
     x = (np.full((60, 16), 0.7) * (1 + noise * np.random.default_rng(0).normal(size=(60, 16)))).astype(np.float32)
     rows = {row["metric"]: float(row["value"]) for row in cluster(x, y, metrics=ALL, runs=2)}
     assert math.isnan(rows["davies_bouldin"]) and math.isnan(rows["silhouette"])
-    # k-means finds what chance does, which is a value.
+    # k-means is at chance level, which is still a defined score.
     assert rows["cluster_acc"] < 50 and math.isfinite(rows["cluster_nmi"])
 
 
 def test_classes_with_one_centre_have_no_davies_bouldin() -> None:
-    """scikit-learn leaves their distance out, and gives less, which is better, than without the class."""
+    """scikit-learn ignores their zero distance, so its score is lower (better) than without the class."""
     x, y = blobs(classes=3)
     doubled, also = np.concatenate([x, x[y == 0]]), np.concatenate([y, np.full((y == 0).sum(), 3)])
     rows = {row["metric"]: float(row["value"]) for row in cluster(doubled, also, metrics=("sil", "dbs"))}

@@ -1,4 +1,4 @@
-"""UMAP on unit rows: a function of the seed, and silent."""
+"""UMAP on unit rows: determined by the seed, and silent."""
 
 import sys
 import threading
@@ -15,13 +15,13 @@ from mimref.evaluation.cluster.embedding import umap_embedding
 
 
 class StandIn:
-    """umap-learn's class without its compilation: its points are the first two columns, and it warns as that does."""
+    """Stand-in for umap-learn's class, without compilation: returns the first two columns and warns as UMAP does."""
 
     def __init__(self, made: list[dict[str, Any]], options: dict[str, Any]) -> None:
         made.append(options)
 
     def fit_transform(self, x: np.ndarray) -> np.ndarray:
-        # numba changes the threads of the thread that calls it.
+        # numba changes the number of threads of the thread that calls it.
         assert threading.current_thread() is not threading.main_thread()
         assert x.dtype == np.float32
         warnings.warn("n_jobs value 1 overridden to 1 by setting random_state", stacklevel=1)
@@ -37,7 +37,7 @@ def test_umap_gets_directions_and_the_seed_in_a_thread_of_its_own(
     x = rng.normal(size=(20, 8)).astype(np.float32)
     wide = x.astype(np.float64)
     expected = (wide / np.linalg.norm(wide, axis=1, keepdims=True))[:, :2]
-    # Powers of two scale without rounding: lengths do not matter.
+    # Scaling by powers of two does not round: lengths do not matter.
     lengths = 2.0 ** rng.integers(-3, 3, (20, 1))
     first, second = umap_embedding(x, seed=1), umap_embedding((x * lengths).astype(np.float16), seed=2)
     assert first.dtype == second.dtype == np.float32
@@ -48,7 +48,7 @@ def test_umap_gets_directions_and_the_seed_in_a_thread_of_its_own(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.slow  # compiling umap-learn's code takes most of it
+@pytest.mark.slow  # most of the time is spent on compiling umap-learn
 def test_embedding_is_a_function_of_directions_and_seed(capfd: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     rng = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def test_embedding_is_a_function_of_directions_and_seed(capfd: pytest.CaptureFix
     first = umap_embedding(x, seed=1)
     assert first.shape == (60, 2)
     assert first.dtype == np.float32
-    # Powers of two scale without rounding: lengths do not matter.
+    # Scaling by powers of two does not round: lengths do not matter.
     lengths = 2.0 ** rng.integers(-3, 3, (60, 1))
     assert np.array_equal(umap_embedding((x * lengths).astype(np.float32), seed=1), first)
     assert not np.array_equal(umap_embedding(x, seed=2), first)
@@ -64,7 +64,7 @@ def test_embedding_is_a_function_of_directions_and_seed(capfd: pytest.CaptureFix
     centres = np.stack([first[start::3].mean(axis=0) for start in range(3)])
     nearest = np.linalg.norm(first[:, None] - centres, axis=2).argmin(axis=1)
     assert np.array_equal(nearest, np.arange(60) % 3)
-    # The fewest images, and images that are all alike.
+    # The minimum number of images, and identical images.
     assert np.isfinite(umap_embedding(x[:16], seed=0)).all()
     assert np.isfinite(umap_embedding(np.ones((20, 4), dtype=np.float16), seed=0)).all()
     assert capfd.readouterr() == ("", "")

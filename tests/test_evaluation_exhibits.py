@@ -1,4 +1,4 @@
-"""Which images a report shows, and how: thumbnails, maps, neighbours, confusions and clusters."""
+"""The images that a report shows, and how: thumbnails, maps, neighbours, confusions and clusters."""
 
 import io
 from collections import Counter
@@ -121,7 +121,7 @@ def test_queries_come_from_different_classes():
 def test_neighbours_are_those_of_a_plain_loop():
     rng = np.random.default_rng(4)
     x = rng.normal(size=(60, 5)).astype(np.float32)
-    x[7] = x[3]  # the same image twice: each is the other's neighbour, and not its own
+    x[7] = x[3]  # the same image twice: each is a neighbour of the other, but not of itself
     queries = np.array([3, 7, 20])
     for query, found in zip(queries, nearest(x, queries), strict=True):
         cosine = {}

@@ -1,4 +1,4 @@
-"""From the features of an evaluation to exhibits.json: what is shown, what is left out, and how large it gets."""
+"""From the features of an evaluation to exhibits.json: its contents, what is left out, and its size."""
 
 import io
 
@@ -227,7 +227,7 @@ def test_hostile_names_and_unreadable_images(tmp_path):
     assert made is not None and len(made.images) == 5
     assert any("<script>" in image.path for image in made.images)
     assert all(image.path.isprintable() for image in made.images)
-    next(data.glob("y*")).unlink()  # after the features were made
+    next(data.glob("y*")).unlink()  # after the features were computed
     again = exhibition(source)
     found = extract(encoder, open_source(DataConfig(spec=str(data)), "train"), SETTINGS, [Column(4, "cls")])
     found.indices = np.arange(6)[~np.array(["broken" in source.path(row) for row in range(6)])]

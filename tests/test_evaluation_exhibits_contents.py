@@ -1,4 +1,4 @@
-"""exhibits.json: written, read again, and refused when damaged."""
+"""exhibits.json: written, read back, and refused when damaged."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""exhibits.json of training runs and evaluations: written with their results, and never at their expense."""
+"""exhibits.json of training runs and evaluations: written with the results, and never at their expense."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Peculiar images, unreadable ones and names of classes, from a data set to rows, files and notices."""
+"""Peculiar images, unreadable images and class names, from a data set to rows, files and warnings."""
 
 import csv
 import json
@@ -50,7 +50,7 @@ def stripes(label: int, side: int = 32) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def write(folder: Path, image: Any, suffix: str = "png", **options: Any) -> DataConfig:
-    """Four classes of two images in train and val; image: makes one from the stripes of a class."""
+    """Four classes of two images each in train and val; `image` makes an image from the stripes of a class."""
     for split in ("train", "val"):
         for label, name in enumerate(CLASSES):
             (folder / split / name).mkdir(parents=True)
@@ -72,7 +72,7 @@ def shape_in_alpha(gray: Any) -> Image.Image:
     return Image.fromarray(rgba)
 
 
-# --- what settings are for
+# --- images that need a setting
 
 
 def test_shapes_in_the_alpha_channel(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_cached_features_depend_on_settings_that_are_not_the_default(tmp_path: P
         told.append(len(listener.warnings))
     entries = [json.loads(path.read_text())["spec"] for path in (tmp_path / "cache").glob("*/entry.json")]
     assert sorted(str(entry.get("decoding")) for entry in entries) == ["None"] * 2 + ["{'alpha': 'white'}"] * 2
-    assert told == [2, 2, 0, 0]  # a notice belongs to cached features too
+    assert told == [2, 2, 0, 0]  # cached features give the warnings, too
 
 
 def test_what_headers_record_is_known_before_images_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_pretraining_without_a_readable_image(tmp_path: Path) -> None:
         pretrain(config, tmp_path / "run")
 
 
-# --- names of classes
+# --- class names
 
 
 def knn_of(folder: Path, names: list[str], tmp_path: Path) -> EvaluationResult:

@@ -130,14 +130,14 @@ def test_shares_that_are_none(
 
 
 def chosen(out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows, and what the header says of the only encoder that was written."""
+    """The rows, and the `interpolated` entry in the header of the only encoder written."""
     assert sorted(path.name for path in out.iterdir()) == ["encoder.safetensors", "results.csv", "results.json"]
     rows = json.loads((out / "results.json").read_text())["metrics"]
     return rows, read_checkpoint(out).header["interpolated"]
 
 
 def average_file(ends: tuple[Path, Path], file: Path, alpha: float) -> Path:
-    """An average by a plain loop."""
+    """Write an average computed by a plain loop."""
     base, refined = (read_checkpoint(path) for path in ends)
     encoder = build_encoder(ARCHITECTURE)
     mixed = {key: torch.lerp(base.tensors[key], refined.tensors[key], alpha) for key in refined.tensors}
@@ -206,7 +206,7 @@ def test_the_choice_does_not_read_validation_images(
     for validated in (False, True):
         with monkeypatch.context() as patch:
             patch.setattr(sources, "decode_file", watched)
-            patch.setattr(opening, "check_readable", lambda *_: None)  # which reads the first image
+            patch.setattr(opening, "check_readable", lambda *_: None)  # it reads the first image
             if not validated:
                 patch.setattr(module, "_validate", lambda *_: ([], []))
             config = InterpolateConfig.model_validate(

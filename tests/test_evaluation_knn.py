@@ -37,7 +37,7 @@ def blobs(train: int = 120, test: int = 50, classes: int = 7, width: int = 6, se
 
 
 def loop_votes(arrays: Arrays, k: int, tau: float, standardize: bool = True) -> list[dict[int, float]]:
-    """Votes per class of every test image, one image and one neighbour at a time, in float64."""
+    """Votes per class for every test image, one image and one neighbour at a time, in float64."""
     train_x, train_y, test_x, _ = arrays
     train, test = train_x.astype(np.float64), test_x.astype(np.float64)
     if standardize:
@@ -108,7 +108,7 @@ def test_chunks_and_order_of_settings_change_nothing(monkeypatch: pytest.MonkeyP
 
 
 def test_equal_similarities_come_in_order_of_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signs of axes: products of zeros and ones are exact, so every tie is a true one."""
+    """Features are unit axes: products of zeros and ones are exact, so every tie is a true one."""
     rng = np.random.default_rng(0)
     train = np.eye(4, dtype=np.float32)[rng.integers(0, 4, 60)]
     test = np.eye(4, dtype=np.float32)
@@ -126,7 +126,7 @@ def test_labels_with_gaps_and_equal_votes() -> None:
     assert knn(train_x, train_y * 10 - 5, test_x, test_y * 10 - 5) == plain
     found = find_neighbours(np.eye(3, dtype=np.float32), np.ones((3, 3), dtype=np.float32), k=2, standardize=False)
     ranks = label_ranks(found, np.array([2, 1, 0]), np.array([0, 1, 2]), 3, k=(2,), tau=(0.07,))
-    # Neighbours are rows 0 and 1, classes 2 and 1: the lower label wins, class 0 has no votes.
+    # The neighbours are rows 0 and 1, of classes 2 and 1: the lower label wins, and class 0 has no votes.
     assert ranks[2, 0.07].tolist() == [3, 0, 1]
 
 
@@ -187,7 +187,7 @@ def test_refuses_what_cannot_be_evaluated() -> None:
 
 
 def test_votes_of_many_classes_equal_float64_loops() -> None:
-    """More classes than neighbours: only the classes seen get votes, and many a true class has none."""
+    """With more classes than neighbours, only the neighbours' classes get votes, and many true classes get none."""
     arrays = blobs(train=200, test=150, classes=60)
     ks, taus = (2, 12), (0.07, 1.0)
     rows = {(row["metric"], row["k"], row["tau"]): row["value"] for row in knn(*arrays, k=ks, tau=taus)}
@@ -238,7 +238,7 @@ def test_recall_of_every_class() -> None:
             of_class = arrays[3] == label
             assert row["images"] == of_class.sum()
             k, tau = int(main["k"]), float(main["tau"])
-            # The class's images on their own, with the same training images.
+            # The images of the class alone, with the same training images.
             assert row["value"] == knn_accuracy(*arrays[:2], arrays[2][of_class], arrays[3][of_class], k=k, tau=tau)
         mean = sum(float(row["value"]) * int(row["images"]) for row in own.values()) / int(kept.sum())
         assert main["value"] == pytest.approx(mean)
@@ -254,12 +254,12 @@ def test_parts_side_by_side_are_one_matrix(tmp_path: Path) -> None:
     assert knn(train, train_y, test, test_y, k=(1, 9)) == knn(joined, train_y, test_x, test_y, k=(1, 9))
 
 
-# Test rows and query chunk: runs of 3 and 4 chunks, the last one shorter; one chunk for two ranks; one row.
+# (test rows, query chunk): runs of 3 and 4 chunks, the last chunk shorter; one chunk for two ranks; one row.
 RANK_CASES = ((50, 8), (10, 16), (1, 4))
 
 
 def rank_results(process_group_of: int) -> list[Neighbours]:
-    """Neighbours of every case as one rank, or one process alone, finds them; see test_evaluation_ranks."""
+    """Neighbours in every case, as found by one rank or by one process alone; see test_evaluation_ranks."""
     train_x, train_y, test_x, test_y = blobs(train=130, test=50)
     found = []
     for count, chunk in RANK_CASES:
@@ -306,7 +306,7 @@ def test_memory_does_not_grow_with_the_training_images(tmp_path: Path, dtype: ty
     rng = np.random.default_rng(0)
     block = rng.standard_normal((10_000, 768), dtype=np.float32)
     train = np.lib.format.open_memmap(tmp_path / "train.npy", mode="w+", dtype=dtype, shape=(300_000, 768))
-    for number in range(30):  # other columns to every block, so that no two rows are alike
+    for number in range(30):  # columns are shifted differently in every block, so that no two rows are alike
         train[number * 10_000 : (number + 1) * 10_000] = np.roll(block, number, axis=1)
     train.flush()
     del train
@@ -328,7 +328,7 @@ def test_training_features_that_do_not_vary_have_no_neighbours(standardize: bool
     rows = knn(flat, y, test_x, test_y, k=(1, 5), standardize=standardize, per_class=True)
     assert {row["metric"] for row in rows} == {"knn_top1", "knn_top5"}
     assert all(math.isnan(float(row["value"])) for row in rows)
-    # One row that differs is enough; so is any feature, however large the others are.
+    # One row that differs is enough; so is one feature that varies, however large the others are.
     flat[-1, 0] = 3.5
     assert all(math.isfinite(float(row["value"])) for row in knn(flat, y, test_x, test_y, standardize=standardize))
     assert not vary(np.ones((3, 2), dtype=np.float32)) and vary(np.array([[1e6, 0], [1e6, 3], [1e6, 1]], np.float32))

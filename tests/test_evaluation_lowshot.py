@@ -1,4 +1,4 @@
-"""Low-shot logistic regression against scikit-learn, and the draws of splits."""
+"""Low-shot logistic regression against scikit-learn, and the drawing of splits."""
 
 import ctypes
 import sys
@@ -131,7 +131,7 @@ def test_splits_from_files(tmp_path: Path) -> None:
 
 
 class Reads:
-    """A matrix that remembers how many rows each read asked for."""
+    """A matrix that remembers the largest number of rows read at once."""
 
     ndim = 2
 
@@ -151,7 +151,7 @@ class Reads:
 def test_half_precision_parts_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_x, train_y, test_x, test_y = digits()
     expected = lowshot(train_x, train_y, test_x, test_y, shots=(2,))
-    # Pixels are whole numbers up to 16: half precision holds them exactly.
+    # Pixels are integers up to 16, which half precision represents exactly.
     np.save(tmp_path / "train.npy", train_x[:, :30].astype(np.float16))
     train = SideBySide([np.load(tmp_path / "train.npy", mmap_mode="r"), train_x[:, 30:].astype(np.float16)])
     reads = Reads(test_x.astype(np.float16))
@@ -196,7 +196,7 @@ def test_refuses_what_cannot_be_evaluated() -> None:
 
 
 def test_openmp_of_the_calling_thread_is_left_as_it_was() -> None:
-    # With OpenMP's dynamic teams on, as cyanure leaves them, torch's products on several threads are wrong, up to NaN.
+    # With OpenMP's dynamic teams on, as cyanure leaves them, torch's multi-threaded products are wrong, even NaN.
     train_x, _, _, _ = digits()
     rows = normalised(train_x[:10])
     fit_logistic(rows, np.arange(10), 10)  # cyanure's runtime is loaded now

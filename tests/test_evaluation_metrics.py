@@ -1,4 +1,4 @@
-"""Scores and checks that several protocols share."""
+"""Scores and checks shared by several protocols."""
 
 import itertools
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_half_precision_and_joined_parts_are_read_as_one_array(tmp_path: Path, m
     x = (300 * np.random.default_rng(0).normal(size=(50, 5))).astype(np.float16)
     np.save(tmp_path / "x.npy", x)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    # Squares of such values overflow in half precision.
+    # The squares of such values overflow in half precision.
     expected = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
     for matrix in (mapped, SideBySide([mapped[:, :2], x[:, 2:].astype(np.float32)])):
         check_features(matrix, "train", np.arange(50))

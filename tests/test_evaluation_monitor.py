@@ -108,7 +108,7 @@ def test_damaged_validation_images_are_reported(tmp_path: Path) -> None:
     table = tmp_path / "half.csv"
     rows = [f"{split}/{name}/000.png,{label},{split}" for split in ("train", "val") for name, label in ("aa", "bb")]
     table.write_text("path,label,split\n" + "\n".join(rows) + "\nval/a/001.png,,val\n")
-    for name in ("train/a/000.png", "val/a/000.png", "a", "c"):  # tables of missing files are refused
+    for name in ("train/a/000.png", "val/a/000.png", "a", "c"):  # tables that list missing files are refused
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     unlabelled = tmp_path / "unlabelled.csv"
@@ -148,12 +148,12 @@ def noise(count: int, labels: np.ndarray[Any, Any] | None) -> ArraySource:
 
 
 def test_subsets_meet_every_class() -> None:
-    # In turns of ten, as scikit-learn's digits come: every tenth image would be of one class.
+    # Labels repeat every ten images, as in scikit-learn's digits: every tenth image would be of the same class.
     subset = fixed_subset(noise(100, np.arange(100) % 10), 20)
     assert subset.labels is not None
     assert np.bincount(subset.labels).tolist() == [2] * 10 and len(subset) == 20
     assert [int(subset.read(at)[0, 0, 0]) for at in range(20)] == subset.rows.tolist()
-    # Sorted by class, with a rare one.
+    # Labels sorted by class, with a rare class.
     rare = fixed_subset(noise(100, np.array([0] * 90 + [1] * 9 + [2])), 12)
     assert rare.labels is not None and np.bincount(rare.labels).tolist() == [6, 5, 1]
     whole = fixed_subset(noise(100, None), 1000)
@@ -167,7 +167,7 @@ def test_more_classes_than_the_subset_holds(tmp_path: Path) -> None:
         write_images(tmp_path, per_class=2, classes=names, split=split)
     # 6 classes in memory, 2 images to classify.
     assert "knn_top1" in monitor(tmp_path, knn_samples=6, k=3).check(encoder())
-    # A single class in memory tells nothing.
+    # With a single class in memory, the score would be meaningless.
     assert "knn_top1" not in monitor(tmp_path, knn_samples=1).check(encoder())
 
 
@@ -201,7 +201,7 @@ START = {"knn_top1": 90.0, "correlation_rank": 14.0, "neighbour_consistency": 9.
             {"knn_top1": 10.0, "correlation_rank": 1.0},
             ["knn_top1 fell from 90 to 10 and correlation_rank fell from 14 to 1"],
         ),
-        # The scale of features is free: a healthy run may shrink them, and a collapse may enlarge them.
+        # The scale of features is arbitrary: a healthy run may shrink them, and a collapse may enlarge them.
         ({"feature_variance": 0.01}, []),
         ({"feature_variance": 300.0, "correlation_rank": 1.8}, ["correlation_rank fell from 14 to 1.8"]),
     ],
@@ -221,11 +221,11 @@ def test_runs_without_labels_are_watched() -> None:
     watch = CollapseWatch(unlabelled)
     assert watch.warning(unlabelled) is None
     assert watch.warning({**unlabelled, "correlation_rank": 2.0}) is not None
-    # A state that was saved before the measures were there.
+    # A state saved before the measures existed.
     assert CollapseWatch({"feature_variance": 1.0}).warning(unlabelled) is None
 
 
 def check_on_rank(folder: Path) -> tuple[dict[str, float], list[str]]:
-    """The check of a rank whose machine has its own validation images, and its notes; see test_evaluation_ranks."""
+    """Check results and notes of a rank whose machine has its own validation images; see test_evaluation_ranks."""
     notes: list[str] = []
     return monitor(f"{folder}/{own_rank()}", k=5, note=notes.append).check(encoder()), notes

@@ -33,11 +33,11 @@ NORMS: tuple[Norm, ...] = ("none", "batch")
 
 
 class Stopped(Exception):
-    """Stands for a kill."""
+    """Stands in for a kill."""
 
 
 def blobs(count: int, *, classes: int = 3, seed: int = 0, noise: float = 1.0) -> tuple[Features, Indices]:
-    """Two inputs, 5 and 8 wide, of Gaussian classes whose labels have gaps."""
+    """Two inputs, 5 and 8 features wide, of Gaussian classes whose labels have gaps."""
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(count) % classes)
     centre = np.random.default_rng(99).normal(size=(classes, 13))
@@ -46,7 +46,7 @@ def blobs(count: int, *, classes: int = 3, seed: int = 0, noise: float = 1.0) ->
 
 
 def probed(**changes: Any) -> list[Row]:
-    """A small probe of `blobs`."""
+    """Rows of a small probe of `blobs`."""
     train, train_y = blobs(90)
     test, test_y = blobs(40, seed=1)
     options: dict[str, Any] = {"lrs": (0.01, 0.1, 1.0), "epochs": 4, "batch_size": 16} | changes
@@ -95,7 +95,7 @@ def test_a_diverged_classifier_is_never_chosen() -> None:
         split: {key: 1e3 * x[:] for key, x in blobs(count, seed=seed)[0].items()}
         for split, count, seed in (("train", 90, 0), ("test", 40, 1))
     }
-    # Wrong labels, so that the one with finite weights scores little itself.
+    # The labels are wrong, so that the classifier with finite weights scores low, too.
     rows = probed(lrs=(1e38, 1e-3), test_y=np.roll(blobs(40, seed=1)[1], 1), **large)
     assert [row["value"] for row in rows[1:]][::2] == [0.0, 0.0] and rows[0]["lr"] == 1e-3
     with pytest.raises(DivergenceError, match=r"^every classifier of the probe has diverged"):
@@ -233,7 +233,7 @@ def test_resumed_equals_uninterrupted(
     whole, parts = (torch.load(tmp_path / name)["ensemble"] for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
-    # A finished one is only scored again.
+    # A finished probe is only scored again.
     assert probed(norm=norm, state=tmp_path / "parts", progress=stop_at(1)) == expected
 
 

@@ -1,4 +1,4 @@
-"""Attentive probes trained at once against plain loops, and against modules trained one by one by LARS."""
+"""Attentive probes trained together, against plain loops and against modules trained one by one by LARS."""
 
 import math
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def loops(query_QD: Tensor, value_QED: Tensor, x_LD: Tensor) -> list[float]:
-    """Efficient probing of one image, by its definition: every token is projected, then weighted."""
+    """Efficient probing of one image, by definition: every token is projected, then weighted."""
     queries, share, width = value_QED.shape
     out: list[float] = []
     for q in range(queries):
@@ -42,7 +42,7 @@ def test_pooling_and_its_gradients_against_plain_loops() -> None:
     weights = [pools.query_RQD, pools.value_RQED, pools.weight_RCD, pools.bias_RC]
 
     def total() -> float:
-        """A plain sum over the logits, so that every output has a gradient."""
+        """A weighted sum of the sines of all logits, so that every output has a gradient."""
         found = 0.0
         for image in x_BLD:
             pooled = loops(query_QD, value_QED, image)
@@ -70,7 +70,7 @@ def test_pooling_and_its_gradients_against_plain_loops() -> None:
 
 
 class Alone(nn.Module):
-    """One probe as the authors' modules compute it: a value projection of all tokens, whose channels queries share."""
+    """One probe as in the authors' modules: a value projection of all tokens, its channels split among the queries."""
 
     def __init__(self, query: Tensor, value: Tensor, weight: Tensor, bias: Tensor, norm: Norm) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def test_equals_modules_trained_alone(norm: Norm) -> None:
 
 
 def tokens(rows: Tensor, shape: TokenShape) -> Tensor:
-    """Of every image, block by block."""
+    """Tokens of every image, read block by block and concatenated."""
     images = []
     for row in rows:
         blocks, start = [], 0
@@ -149,7 +149,7 @@ def tokens(rows: Tensor, shape: TokenShape) -> Tensor:
 
 
 def schedule(update: int, total: int) -> float:
-    """10 of 90 epochs of warm-up, then a cosine to 0."""
+    """Warm-up for 10 of 90 epochs, then a cosine to 0."""
     warmup = round(total * 10 / 90)
     if update < warmup:
         return (update + 1) / (warmup + 1)
@@ -223,13 +223,13 @@ def test_small_batches_change_nothing() -> None:
 
 
 def test_scoring_holds_a_bounded_number_of_values() -> None:
-    """The limit covers what all probes pool of an image, not its tokens alone."""
+    """The limit counts what all probes pool from an image, not only its tokens."""
     key, y = ProbeInput("last", "patch"), np.arange(6) % 2
     settings = ProbeTrainingConfig.model_validate(
         {"kind": "attentive", "queries": [2, 4], "lr": [0.1, 0.2, 0.3], "batch_size": 4}
     )
     grid = ProbeGrid(settings, 0, y, {key: np.ones((6, 32))}, y, torch.device("cpu"), shapes=[TokenShape(8, (4,))])
-    # 18 queries weigh 8 tokens and pool 4 numbers, which are projected once more.
+    # Each of 18 queries has 8 weights and pools 4 values, which are counted again for their projection.
     assert grid.ensemble.elements == 32 + 18 * (8 + 2 * 4) and grid.score_rows == (1 << 25) // grid.ensemble.elements
 
 
@@ -238,7 +238,7 @@ def test_settings() -> None:
     assert (tuple(ours.lr), ours.epochs, ours.norm, ours.blocks) == (ATTENTIVE_LEARNING_RATES, 90, "batch", "last")
     assert (tuple(linear.lr), linear.epochs, linear.norm, linear.blocks) == (LEARNING_RATES, 50, "none", "both")
     assert ProbeTrainingConfig.model_validate({"kind": "attentive", "epochs": 3}).epochs == 3
-    # What is written is read back.
+    # Settings are the same when written and read back.
     assert ProbeTrainingConfig.model_validate(ours.model_dump()) == ours
     assert ProbeTrainingConfig.model_validate(linear.model_dump()) == linear
     for change in ({"queries": [4]}, {"tokens": "both"}, {"tokens_gb": 1.0}):

@@ -1,4 +1,4 @@
-"""The augmented probe on a tiny encoder: what it feeds its classifiers, what it leaves alone, what repeats."""
+"""The augmented probe on a tiny encoder: inputs of the classifiers, the unchanged encoder, reproducibility."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ NORMS: tuple[Norm, ...] = ("none", "batch")
 
 
 class Broken(ArraySource):
-    """Images of which some cannot be read."""
+    """Images, some of which cannot be read."""
 
     unreadable: tuple[int, ...] = ()
 
@@ -84,7 +84,7 @@ def probe(
     progress: Progress | None = None,
     **settings: Any,
 ) -> tuple[list[Row], list[tuple[str, str]]]:
-    """40 training images in batches of 10, for two epochs."""
+    """Probe with 40 training images in batches of 10, for two epochs."""
     return probe_augmented(
         encoder,
         train or source("train", 40),
@@ -99,7 +99,7 @@ def probe(
 
 
 class Seen:
-    """What the encoder and the classifiers were given in training."""
+    """Records the inputs of the encoder and of the classifiers in training."""
 
     def __init__(self, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images: list[Tensor] = []
@@ -131,7 +131,7 @@ def test_inputs() -> None:
         ("last4", "cls+mean"),
     ]
     assert four[ProbeInput("last", "cls+mean")] == [Column(12, "cls", True), Column(12, "mean", True)]
-    # DINOv2: all four normed, and the mean of the last one.
+    # DINOv2: the normed CLS tokens of four blocks, and the mean of the last block.
     cls = [Column(block, "cls", True) for block in (9, 10, 11, 12)]
     assert four[ProbeInput("last4", "cls")] == cls
     assert four[ProbeInput("last4", "cls+mean")] == [*cls, Column(12, "mean", True)]
@@ -164,7 +164,7 @@ def test_one_pass_per_batch_feeds_all_inputs(norm: Norm, encoder: Encoder, monke
     test = features(encoder, source("val", 20))
     seen = Seen(encoder, monkeypatch)
     rows = probed(encoder, test=test, norm=norm)
-    # Two epochs of four batches, all four inputs, in evaluation and inference mode.
+    # Two epochs of four batches; each pass feeds all four inputs, in evaluation and inference mode.
     assert len(seen.images) == len(seen.inputs) == 8 and set(seen.modes) == {(False, True)}
     assert not encoder.training and all(parameter.grad is None for parameter in encoder.parameters())
     after = encoder.state_dict()
@@ -200,10 +200,10 @@ def test_augmentations_follow_seed_epoch_and_image(encoder: Encoder, monkeypatch
     assert again == rows and torch.equal(first, second)
     _, other = images(seed=1)
     assert not torch.equal(first, other)
-    # No view of the second epoch is one of the first.
+    # No view of the second epoch equals one of the first.
     one, two = first[:4].flatten(0, 1), first[4:].flatten(0, 1)
     assert not (one[:, None] == two[None]).flatten(2).all(2).any()
-    # Crops and flips alone: every pixel is within the range that bicubic resizing can give, normalised.
+    # Only crops and flips: every pixel is in the range [0, 1] of resized images, normalised.
     assert first.shape == (8, 10, 3, 16, 16)
     assert (
         float(first[:, :, 0].min()) >= (0 - 0.4) / 0.2 - 1e-5 and float(first[:, :, 0].max()) <= (1 - 0.4) / 0.2 + 1e-5
@@ -250,7 +250,7 @@ def test_the_honest_choice(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patch:
         seen = Seen(encoder, patch)
         rows, bad = probe(encoder, train, test=test, select="val-split", max_bad=5)
-    # 36 images in six batches of ten, and the four others once.
+    # 36 images in six batches of ten over two epochs, and the four held-out images once.
     assert len(seen.images) == 7 and 3 <= len(seen.images[-1]) <= 4
     held = [float(row["held_out_top1"]) for row in rows[1:]]
     winner = rows[1:][held.index(max(held))]

@@ -1,4 +1,4 @@
-"""Classifiers trained at once against classifiers trained one by one with autograd."""
+"""Classifiers trained together, against classifiers trained one by one with autograd."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def cosine(update: int, total: int, lr: float, norm: Norm) -> float:
-    """The learning rate, as the definitions have it."""
+    """The learning rate, by definition."""
     if norm == "none":
         return lr * (1 + math.cos(math.pi * update / total)) / 2
     warmup = int(0.1 * total)
@@ -77,7 +77,7 @@ def test_schedules() -> None:
     rates = [0.3 * scale + offset for scale, offset in (schedule(update, 50, "batch") for update in range(51))]
     assert rates[:6] == pytest.approx([0.3 * share / 6 for share in range(1, 7)])
     assert rates[5] == max(rates) and rates[50] == pytest.approx(1e-6)
-    # The length of the warm-up is cut: 5 of 58 updates, where rounding would give 6.
+    # The length of the warm-up is truncated: 5 of 58 updates, where rounding would give 6.
     rates = [sum(schedule(update, 58, "batch")) for update in range(58)]
     assert rates[:6] == pytest.approx([*(share / 6 for share in range(1, 6)), 1.0])
 

@@ -1,4 +1,4 @@
-"""Attentive probes of a tiny encoder: the tokens they read, cached and streamed, and what cannot be probed."""
+"""Attentive probes of a tiny encoder: their tokens, cached and streamed, and what cannot be probed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {"kind": "attentive", "lr": [5.0, 50.0], "queries": [2, 
 
 
 class Notes(Silent):
-    """Keeps what it is told."""
+    """A listener that records notes."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -95,17 +95,17 @@ def test_tokens_of_the_blocks(folder: Path) -> None:
         *((4, (32,)), (5, (32,))),
         *((4, (32,) * 4), (5, (32,) * 4)),
     ]
-    # What is read of every image: five tokens of four blocks.
+    # Values read per image: five tokens of width 32 from four blocks.
     assert found.numbers == 4 * 5 * 32
     raw = token_inputs(inputs, config(folder).probe, final_norm=False)
     assert raw.groups == {ProbeInput("last", "patch"): [Column(4, "patches")]} and raw.numbers == 4 * 32
-    # Without a CLS token there are patches alone; registers are left out.
+    # Without a CLS token, only patches are read; registers are left out.
     headless = token_inputs(opened(folder, "headless"), config(folder, tokens="both").probe, final_norm=True)
     assert list(headless.groups) == [ProbeInput("last", "patch")] and headless.shapes[0].tokens == 4
 
 
 def test_the_probes_read_the_encoders_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In inputs and test alike: CLS and patches of the last block, without the registers."""
+    """The tokens are the CLS token, if asked for, and the patches of the last block, without registers."""
     seen: list[torch.Tensor] = []
     logits = AttentiveEnsemble.logits
 
@@ -129,7 +129,7 @@ def test_the_probes_read_the_encoders_tokens(folder: Path, monkeypatch: pytest.M
 
 
 def test_streamed_tokens_equal_cached_ones(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The same images in the same batches, the same scores, and weights that agree to rounding."""
+    """Images, batches and scores are the same, and weights agree to rounding."""
     monkeypatch.setenv("MIMREF_CACHE", str(tmp_path))
     trained: list[AttentiveEnsemble] = []
     built = AttentiveEnsemble.__init__
@@ -141,7 +141,7 @@ def test_streamed_tokens_equal_cached_ones(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(AttentiveEnsemble, "__init__", watch)
     for select in ("test", "val-split"):
         told = [Notes(), Notes(), Notes()]
-        # Of 48 and 16 images, 128 numbers of 4 bytes each: 25 kB and 8 kB.
+        # 48 and 16 images with 128 values of 4 bytes each: 25 kB and 8 kB.
         rows = [
             probed(folder, listener, select=select, tokens_gb=limit)
             for listener, limit in zip(told, (1.0, 2e-5, 1e-6), strict=True)

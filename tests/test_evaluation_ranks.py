@@ -1,4 +1,4 @@
-"""Every evaluation by two processes gives the numbers of one."""
+"""Every evaluation gives the same numbers with two processes as with one."""
 
 import os
 from collections.abc import Iterator
@@ -46,12 +46,12 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
-    """Rows of every protocol, each with features of its own; between them the ranks join a group anew."""
+    """Rows of every protocol, each with its own features; the ranks rejoin a group between protocols."""
     base, other = (str(folder / f"{name}.safetensors") for name in ("base", "other"))
     common: dict[str, Any] = {"data": DataConfig(spec=str(folder / "data")), "device": "cpu", "workers": 0}
     common |= {"batch_size": 7}
     probe = ProbeTrainingConfig(epochs=2, batch_size=16)
-    # 43 images that train, in batches of 12: three epochs of three batches, by turns.
+    # 43 training images in batches of 12: three epochs of three batches, which the ranks take in turns.
     augmented = ProbeTrainingConfig(epochs=3, batch_size=12, select="val-split")
 
     def attentive(limit: float) -> ProbeTrainingConfig:
@@ -90,7 +90,7 @@ def evaluate_all(folder: Path, cache: str) -> list[list[Any]]:
 
 
 def fetch_together(folder: Path, data: Path, weights: Path | None = None) -> dict[str, Any]:
-    """What a rank reads when all share a pass, and how many images it encodes."""
+    """The features that a rank reads when all ranks share a pass, and how many images it encodes."""
     seen = 0
     blocks = Encoder.blocks
 
@@ -123,7 +123,7 @@ def fetch_together(folder: Path, data: Path, weights: Path | None = None) -> dic
 
 
 def images_encoded(folder: Path) -> int:
-    """Images that this rank sees of a clustering of 16, where no features can be kept."""
+    """Images that this rank encodes in a clustering of 16 images whose features cannot be cached."""
     (folder / "a file").touch()
     blocks, seen = Encoder.blocks, 0
 
@@ -148,7 +148,7 @@ def images_encoded(folder: Path) -> int:
 
 
 def work(folder: Path) -> dict[str, Any]:
-    """Everything that the tests below look at, from one start of the processes."""
+    """Results for all tests below, from a single start of the processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Encoder, "blocks", Encoder.blocks)
         found: dict[str, Any] = {"check": check_on_rank(folder / "differing")}
@@ -176,13 +176,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(data: Path) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.ranks.TIMEOUT_S", 300)  # this is the work of many tests
+        patch.setattr("tests.ranks.TIMEOUT_S", 300)  # this does the work of many tests
         return run_ranks(work, 2, data / "group", data)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in every rank: more threads split sums by the size of the batch, which changes their last bits."""
+    """Use one thread, as in every rank: several threads split sums by batch size, which changes the last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -214,7 +214,7 @@ def test_ranks_share_the_queries_of_retrieval(ranks: list[dict[str, Any]], monke
 def test_ranks_share_a_pass(ranks: list[dict[str, Any]], data: Path) -> None:
     alone = fetch_together(data / "alone", data / "data", data / "base.safetensors")
     assert alone["seen"] == 47 + 16
-    # 10 and 4 batches of 5, by turns; nothing is encoded twice.
+    # 10 and 4 batches of 5, in turns; nothing is encoded twice.
     assert [rank["fetched"]["seen"] for rank in ranks] == [25 - 1 + 10, 23 + 6]
     for rank in ranks:
         fetched = rank["fetched"]
@@ -230,6 +230,6 @@ def test_two_ranks_give_the_numbers_of_one_process(ranks: list[dict[str, Any]], 
     first, second = (rank["rows"] for rank in ranks)
     assert first == alone
     assert len(first[4]) == 1 + 52
-    # k-NN is everyone's; the rest is rank 0's.
+    # All ranks return the rows of k-NN; only rank 0 returns the others.
     assert second[0] == alone[0] and second[1:] == [[]] * 11
     assert len(first[11]) == 12

@@ -1,4 +1,4 @@
-"""Decoders trained together against decoders trained alone and a plain loop; the encoder stays as it is."""
+"""Decoders trained together, against decoders trained alone and a plain loop; the encoder does not change."""
 
 import hashlib
 import math
@@ -74,7 +74,7 @@ def digest(encoder: Encoder) -> str:
 
 @pytest.fixture(scope="module")
 def reference() -> Reconstruction:
-    """All blocks with the default settings."""
+    """All blocks, with `SETTINGS` unchanged."""
     return run(build())
 
 
@@ -115,7 +115,7 @@ def test_one_pass_of_the_encoder_per_batch() -> None:
         block.register_forward_hook(count(number))
     seen: list[tuple[int, int]] = []
     run(encoder.train(), progress=lambda done, total: seen.append((done, total)))
-    assert passes == [9 + 2] * 3  # 3 epochs of 3 batches, 2 batches of validation images
+    assert passes == [9 + 2] * 3  # 3 epochs of 3 batches, and 2 batches of validation images
     assert seen == [(done, 11) for done in range(1, 12)]
 
 
@@ -130,7 +130,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_tokens_of_every_block(kind: str) -> None:
-    """The visible patches go through the encoder's own blocks, one after the other."""
+    """The visible patches pass through the encoder's own blocks, one after the other."""
     encoder = build(**ENCODERS[kind]).eval()
     for parameter in encoder.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
@@ -199,7 +199,7 @@ def plain_decoder(decoder: MAEDecoder, tokens_LD: Tensor, restore_N: Tensor) -> 
 
 @pytest.mark.parametrize("micro_batch", [100, 3])
 def test_losses_and_gradients_equal_a_plain_loop(micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of decoders that each have a LayerNorm of their own on the raw output of their block, the last one's too."""
+    """Each decoder has its own LayerNorm on the raw output of its block, including the last block."""
     encoder = build().double().eval()
     for parameter in encoder.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -243,7 +243,7 @@ def test_losses_and_gradients_equal_a_plain_loop(micro_batch: int, monkeypatch: 
 
 
 def test_larger_tokens_give_the_same_loss(reference: Reconstruction) -> None:
-    """A block whose output is the one before, ten times as large, loses and adds nothing."""
+    """A block that multiplies its input by ten does not change the loss."""
     encoder = build()
 
     def enlarge(module: object, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def test_micro_batches_change_nothing_but_rounding(reference: Reconstruction) ->
 
 
 def test_advice_for_few_updates() -> None:
-    """The paper's batch is MAE's (Appendix C.2), at the rate of 1.5e-4 for 256 images."""
+    """The paper uses MAE's batch size (Appendix C.2) and a learning rate of 1.5e-4 per 256 images."""
     paper = ReconstructionConfig()
     assert (paper.batch_size, paper.lr, paper.epochs, paper.warmup_epochs) == (4096, 1.5e-4, 20, 5)
     assert few_updates(paper, 1_281_167) is None and few_updates(paper, 10 * 4096) is None
@@ -281,7 +281,7 @@ def test_deterministic_in_the_seed_alone(reference: Reconstruction) -> None:
     encoder = build()
     torch.manual_seed(1)
     assert run(encoder).rows == reference.rows
-    assert torch.initial_seed() == 1  # the program's own generator is left alone
+    assert torch.initial_seed() == 1  # the program's own generator is not touched
     assert run(encoder, seed=1).rows != reference.rows
 
 

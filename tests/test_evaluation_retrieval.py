@@ -67,7 +67,7 @@ def test_scikit_learn_agrees() -> None:
 
 
 def test_closed_forms() -> None:
-    """Two relevant of four images, at the ranks 1 and 4; equal similarities come in order of their index."""
+    """Two of four images are relevant, at ranks 1 and 4, or 2 and 4 where ties are in order of index."""
     x = np.array([[1, 0], [0.9, 0.1], [0.8, 0.2], [0, 1]], np.float32)
     y, z, t = np.array([0, 1, 1, 0]), np.array([[1, 0]], np.float32), np.array([0])
     rows = retrieval(x, y, z, t, recall_at=(1,), standardize=False)

@@ -1,4 +1,4 @@
-"""`mimref knn` from a checkpoint to rows: own files, MAE's layout, timm's state dicts."""
+"""`mimref knn` from a checkpoint to rows: mimref's own files, MAE's layout, timm's state dicts."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ TINY = Architecture("custom", 8, width=16, depth=5, num_heads=2, patch_size=4)
 
 
 class Recorder:
-    """A listener that remembers."""
+    """A listener that records progress, notes and warnings."""
 
     def __init__(self) -> None:
         self.labels: dict[str, tuple[int, int]] = {}
@@ -53,7 +53,7 @@ def make() -> Encoder:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a run on the digits, with a transform of its own."""
+    """The output folder of a run on the digits, with its own transform."""
     folder = tmp_path_factory.mktemp("runs") / "refine-digits"
     header = {"data": {"spec": "digits", "train_limit": 300}, "transform": EvalTransform(8, 1.0).to_dict()}
     save_encoder(folder / "encoder.safetensors", make(), header)
@@ -146,7 +146,7 @@ def test_the_command_line(own: Path, images: Path, tmp_path: Path, capsys: pytes
 
 
 def test_foreign_mae_files(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # In MAE's layout, of a size that timm knows: the paper's own take hundreds of megabytes.
+    # In MAE's layout and a small size that timm knows: the paper's own files take hundreds of megabytes.
     torch.manual_seed(0)
     model: Any = timm.create_model("test_vit", num_classes=10)
     state = model.state_dict() | {"mask_token": torch.zeros(1, 1, 8), "decoder_pred.bias": torch.zeros(8)}
@@ -157,7 +157,7 @@ def test_foreign_mae_files(images: Path, tmp_path: Path, capsys: pytest.CaptureF
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     assert [(row["model"], row["blocks"], row["k"]) for row in rows] == [("mae_pretrain.pth", "last", 3)]
     assert capsys.readouterr().err == ""
-    # Recognised by its content, without --arch.
+    # The file is recognised by its content, without --arch.
     assert run(["knn", str(tmp_path / "mae_pretrain.pth"), *line[4:]]) == 0
     torch.save({"model": state | {"extra": torch.zeros(2)}}, tmp_path / "other.pth")
     assert run(["knn", str(tmp_path / "other.pth"), "--data", str(images)]) == 2
@@ -252,7 +252,7 @@ def test_data_that_do_not_fit(own: Path, tmp_path: Path) -> None:
     unlabelled = write_unlabelled(tmp_path / "plain")
     with pytest.raises(DataError, match="the train images have no labels"):
         evaluate_knn(config(own, data=DataConfig(spec=str(unlabelled))))
-    # A class that is cut off by the limit.
+    # The limit leaves a class without training images.
     many = tmp_path / "many"
     for split in ("train", "val"):
         write_images(many, per_class=2, classes=("a", "b", "c"), split=split)

@@ -1,4 +1,4 @@
-"""Search against loops in float64 over all pairs, and which images are the queries themselves."""
+"""Search against loops in float64 over all pairs, and the exclusion of the queries themselves."""
 
 import os
 import shutil
@@ -95,7 +95,7 @@ def test_a_folder_with_one_split_alone(here: Path, tmp_path: Path) -> None:
 def test_an_image_of_the_data_is_not_its_own_neighbour(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its path, another path to it, a link to it, and its name in results; a copy elsewhere is another image."""
+    """An image is recognised by its path in results, another path, or a link; a copy elsewhere is another image."""
     image = here / "data" / "val" / "a" / "003.png"
     link = tmp_path / "link.png"
     link.symlink_to(image)
@@ -119,7 +119,7 @@ def test_an_image_in_both_splits_is_the_same_image(here: Path, tmp_path: Path) -
 
 
 def test_a_limit_leaves_no_image_twice(here: Path) -> None:
-    """Without splits, the validation images are all images, of which a limit keeps some for training."""
+    """Without splits, all images are validation images, and a limit keeps some of them for training."""
     images = {"spec": str(here / "plain"), "train_limit": 10}
     table = {"checkpoint": str(here / "base.safetensors"), "data": images, "device": "cpu", "workers": 0, "k": 100}
     rows = search(SearchConfig.model_validate(table | {"queries": [str(here / "queries" / "000.png")]})).rows
@@ -143,7 +143,7 @@ def test_a_name_of_an_image_in_memory(tmp_path: Path) -> None:
 
 
 def test_queries_are_decoded_as_the_images_are(here: Path, tmp_path: Path) -> None:
-    """Turned by EXIF data only where these images are."""
+    """A query is rotated by its EXIF data only if the images are."""
     image = Image.open(here / "data" / "val" / "a" / "000.png")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -218,7 +218,7 @@ def test_pictures_are_of_the_rows(here: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [len(found.neighbours) for found in find(here, inside, k=20, pictures=True).pictures] == [8]
 
 
-# --- which image of the data a name is
+# --- images found by name
 
 
 def test_find(tmp_path: Path) -> None:

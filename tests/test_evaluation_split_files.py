@@ -28,7 +28,7 @@ def test_names_and_paths_in_the_order_of_the_file(tmp_path: Path) -> None:
     rows = read_split_files([write(tmp_path, "\r\n".join(lines))], NAMES)[0]
     assert rows.dtype == np.int64
     assert rows.tolist() == [2, 0, 3, 1]
-    # A whole path comes before one that ends alike.
+    # An exact path takes precedence over a path with the same ending.
     assert read_split_files([write(tmp_path, NAMES[5])], [*NAMES, "/x/" + NAMES[5]])[0].tolist() == [5]
     assert read_split_files([write(tmp_path, "./n01443537/same.JPEG\n")], NAMES)[0].tolist() == [3]
 

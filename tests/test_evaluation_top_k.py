@@ -1,4 +1,4 @@
-"""The running top-k against a stable sort of everything."""
+"""The running top-k against a stable sort of all columns."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def in_chunks(similarity: Tensor, edges: list[int], k: int) -> tuple[Tensor, Ten
 def test_equals_a_stable_sort(k: int, edges: list[int], levels: int) -> None:
     generator = torch.Generator().manual_seed(k)
     similarity = 2 * torch.rand(9, 2000, generator=generator) - 1
-    if levels:  # few distinct values make many ties; negative zeros are among them
+    if levels:  # few distinct values make many ties; some are negative zeros
         similarity = (similarity * levels).trunc() / levels
     similarity[3] = 0.25
     similarity[4] = similarity[4].sort().values

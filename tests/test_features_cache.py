@@ -1,4 +1,4 @@
-"""The feature cache: what is read is what was computed, whatever happens to the process or the disk in between."""
+"""The feature cache: features are read as they were computed, whatever happens to the process or disk in between."""
 
 import errno
 import json
@@ -28,12 +28,12 @@ BAD = {5, 6}
 
 
 def value(column: Column, index: int) -> list[float]:
-    """What the encoder says of an image."""
+    """The feature of an image."""
     return [index + 0.25, 100.0 * column.block + (column.pool == "mean"), -index / 3]
 
 
 class Notes(Silent):
-    """A listener that remembers notes."""
+    """A listener that records notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -47,7 +47,7 @@ def cached(tmp_path: Path, listener: Listener | None = None, dtype: str = "fp32"
 
 
 class Pass:
-    """An encoder's pass that counts what it is asked to do, and may break off."""
+    """An encoder pass that records its calls, counts its images, and may be interrupted."""
 
     def __init__(self, stop_at: int | None = None, error: BaseException | None = None) -> None:
         self.calls: list[tuple[list[Column], int]] = []
@@ -100,7 +100,7 @@ def test_a_pass_is_done_once(tmp_path: Path) -> None:
     stored = cache.columns(spec(), [MEAN, CLS], again)
     check(stored, [MEAN, CLS])
     assert again.calls == [] and isinstance(stored.columns[CLS], np.memmap)
-    # What is missing is added; what is there stays.
+    # Missing columns are added; existing ones are kept.
     more = Pass()
     check(cache.columns(spec(), [OTHER, CLS], more, also=[MEAN]), [OTHER, CLS])
     assert more.calls == [([OTHER], 0)]
@@ -214,7 +214,7 @@ def test_another_process_waits_and_reads(tmp_path: Path) -> None:
         process = multiprocessing.get_context("fork").Process(target=other)
         process.start()
         assert "waiting for another process" in queue.get(timeout=30)
-        # The holder of the lock finishes the pass by itself.
+        # Meanwhile the holder of the lock finishes the pass.
         FeatureCache(tmp_path / "made", Silent()).columns(spec(), [CLS], Pass())
         shutil.copytree(tmp_path / "made" / entry.folder.name, entry.folder, dirs_exist_ok=True)
     assert queue.get(timeout=30) == 0
@@ -245,7 +245,7 @@ def test_damaged_files_are_noticed_and_computed_again(damage: str, tmp_path: Pat
     assert [bad for _, bad in damaged_files(folder(tmp_path))] == [[file.name]]
     again = Pass()
     check(cache.columns(spec(), [CLS, MEAN], again), [CLS, MEAN])
-    # Only what is damaged is lost, where the rest does not depend on it.
+    # Only the damaged file is lost, unless the other files depend on it.
     assert again.calls == [([CLS] if damage in ("flip", "cut", "gone") else [CLS, MEAN], 0)]
     assert any(f"damaged ({file.name})" in note for note in listener.notes)
     assert [bad for _, bad in damaged_files(folder(tmp_path))] == [[]]
@@ -297,7 +297,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Full:
-    """A file on a full disk, which takes one more byte."""
+    """A file on a disk that has room for only one more byte."""
 
     def __init__(self, path: Path) -> None:
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
@@ -364,7 +364,7 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path: Path) -> None:
         for begin in range(start, images, batch):
             yield Batch(begin + batch, list(range(begin, begin + batch)), [], [rows])
 
-    # The process's own memory depends on what earlier tests left to its allocator; numpy tells tracemalloc of arrays.
+    # The memory of the process depends on what its allocator kept from earlier tests; numpy reports to tracemalloc.
     tracemalloc.start()
     try:
         stored = cached(tmp_path).columns(spec(images=images), [CLS], large)

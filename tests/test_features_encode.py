@@ -1,4 +1,4 @@
-"""Features of whole data sets against one image at a time."""
+"""Features of whole data sets against those of one image at a time."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ FIRST, LAST = Column(1, "cls"), Column(3, "cls")
 
 
 class Broken(ArraySource):
-    """Images of which some cannot be read."""
+    """Images, some of which cannot be read."""
 
     unreadable: tuple[int, ...] = ()
 
@@ -185,14 +185,14 @@ def test_raw_pixels() -> None:
     np.testing.assert_allclose(large.columns[PIXELS][:1][0], expected.numpy(), atol=1e-6)
 
 
-# --- what a header says
+# --- header entries
 
 
 def test_data_named_by_the_user_come_first() -> None:
     header = {"data": {"spec": "digits", "root": None, "train_limit": 100}}
     assert resolve_data(DataConfig(spec="imgs"), header) == DataConfig(spec="imgs")
     assert resolve_data(DataConfig(), header) == DataConfig(spec="digits", train_limit=100)
-    # Single values on top of the recorded ones.
+    # Single values are set on top of the recorded ones.
     asked = DataConfig(train_limit=50, max_bad=3, root="here")
     assert resolve_data(asked, header) == DataConfig(spec="digits", train_limit=50, max_bad=3, root="here")
     for empty in ({}, {"data": None}, {"data": {}}, {"data": {"spec": None}}):
@@ -254,7 +254,7 @@ def test_transform() -> None:
 def test_normalization_that_timm_records_for_weights() -> None:
     clip = replace(ARCHITECTURE, name="vit_base_patch16_clip_224.openai")
     transform = eval_transform(clip, DataConfig(), {})
-    # OpenAI's own preprocessing of CLIP.
+    # OpenAI's own preprocessing for CLIP.
     assert transform.mean == (0.48145466, 0.4578275, 0.40821073)
     assert transform.std == (0.26862954, 0.26130258, 0.27577711)
     recorded = EvalTransform(8, 1.0, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

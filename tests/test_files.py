@@ -1,4 +1,4 @@
-"""Files are complete or not there."""
+"""Files are complete or do not exist."""
 
 import errno
 import getpass
@@ -72,7 +72,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
     replace = os.replace
 
     def fails(source: Path, target: Path) -> None:
-        """Where the new folder would get its name."""
+        """Fail where the new folder would get its name."""
         if str(source).endswith(".tmp"):
             raise OSError(errno.EIO, "broken")
         replace(source, target)
@@ -154,12 +154,12 @@ def test_a_library_error_on_a_full_disk_is_recognised(tmp_path: Path, monkeypatc
 
 def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        # What filelock itself raises there.
+        # What filelock itself raises on such file systems.
         raise NotImplementedError("FileSystem does not appear to support flock")
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
     with one_at_a_time(tmp_path / "a"):
-        pass  # nobody waits
+        pass  # without a lock, nobody waits
     with pytest.raises(OutputError, match="cannot be written"), folder_lock(tmp_path / "run"):
         pytest.fail("a folder that cannot be locked is not to be used")
     listener = Watcher()
@@ -175,10 +175,10 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """A user without any of the variables that name folders; his temporary folder is `tmp_path`."""
+    """A user without any of the variables that name folders; the temporary folder is `tmp_path`."""
     names = ("HOME", "XDG_CACHE_HOME", "MIMREF_CACHE", "NUMBA_CACHE_DIR", "MPLCONFIGDIR", "TRITON_CACHE_DIR")
     for name in (*names, "USER", "LOGNAME", "LNAME", "USERNAME"):
-        monkeypatch.setenv(name, "of the test")  # what is set meanwhile is taken back
+        monkeypatch.setenv(name, "of the test")  # so that changes made meanwhile are undone
         monkeypatch.delenv(name)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(files, "_caches", None)
@@ -195,7 +195,7 @@ def test_an_unknown_user_gets_a_private_home(user: pytest.MonkeyPatch, tmp_path:
     assert folder.stat().st_mode & 0o777 == 0o700
     assert cache_folder() == folder / ".cache" / "mimref"
     assert getpass.getuser() == f"user{os.getuid()}"
-    assert ensure_caches() == folder  # as often as asked
+    assert ensure_caches() == folder  # the same however often it is called
 
 
 @pytest.mark.parametrize("home", ["missing", "of root", "cache of root"])
@@ -211,7 +211,7 @@ def test_a_home_that_cannot_be_written(home: str, user: pytest.MonkeyPatch, tmp_
     if home == "missing":
         assert Path.home() == folder
     else:
-        # Whatever else is in the home stays where it is.
+        # The home folder stays in use for everything else.
         assert Path.home() == place
         assert cache_folder().is_relative_to(folder) and os.environ["NUMBA_CACHE_DIR"].startswith(str(folder))
 

@@ -1,4 +1,4 @@
-"""The rooms of the house: imports run down only, and files and functions stay short."""
+"""The rooms of the package: they import from lower layers only, and files and functions stay short."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 import mimref
 
 PACKAGE = Path(mimref.__file__).parent
-# Lowest first. A room may import from the layers below its own, and from its own layer unless that is of `APART`.
+# Lowest first. A room may import from the layers below its own, and from its own layer unless `APART` forbids it.
 LAYERS = (
     {"errors"},
     {"config", "files", "locks", "draws", "results", "progress"},
@@ -26,7 +26,7 @@ LAYERS = (
     {"cli"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-# The version and the lazily imported API, and the entry of `python -m mimref`.
+# The version and the lazily imported API, and the entry point of `python -m mimref`.
 ENTRIES = {"__init__", "__main__"}
 APART = (
     {"data", "encoders"},
@@ -38,7 +38,7 @@ MOST_LINES = {"file": 400, "function": 60}
 
 
 def modules() -> dict[str, str]:
-    """Path below the package -> source."""
+    """Return path within the package -> source."""
     return {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -47,7 +47,7 @@ def room_of(path: str) -> str:
 
 
 def imported_rooms(source: str) -> Iterator[tuple[int, str]]:
-    """Line and room of every import of mimref, in functions and under TYPE_CHECKING too."""
+    """Yield line and room of every import of mimref, also in functions and under TYPE_CHECKING."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -63,7 +63,7 @@ def imported_rooms(source: str) -> Iterator[tuple[int, str]]:
 
 
 def wrong_imports(sources: dict[str, str]) -> list[str]:
-    """Every import that does not run down, as `path:line room -> room`."""
+    """Return every import that is not allowed, as `path:line room -> room`."""
     wrong = []
     for path, source in sources.items():
         room = room_of(path)
@@ -78,7 +78,7 @@ def wrong_imports(sources: dict[str, str]) -> list[str]:
 
 
 def too_long(sources: dict[str, str]) -> list[str]:
-    """Every file and function with too many lines, as `path lines` and `path:name lines`."""
+    """Return every file and function with too many lines, as `path lines` and `path:name lines`."""
     long = []
     for path, source in sources.items():
         if (lines := len(source.splitlines())) > MOST_LINES["file"]:

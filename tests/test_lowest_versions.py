@@ -1,4 +1,4 @@
-"""tests/lowest-versions.txt has the minimum of every package that pyproject.toml asks for."""
+"""tests/lowest-versions.txt contains the minimum version of every package that pyproject.toml requires."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""Every shipped preset loads; the paper's agree with the paper; ablations change what they say and nothing else."""
+"""Every shipped preset loads; the paper's presets agree with the paper; ablations change only what they state."""
 
 import re
 from functools import cache
@@ -37,7 +37,7 @@ MODELS: dict[str, type[CommandConfig]] = {
 
 
 def flatten(config: CommandConfig) -> dict[str, Any]:
-    """Dotted key to value."""
+    """Return dotted key -> value."""
 
     def walk(table: dict[str, Any], prefix: str) -> dict[str, Any]:
         flat: dict[str, Any] = {}
@@ -52,7 +52,7 @@ def load(name: str) -> CommandConfig:
     return load_config(MODELS[name.partition("/")[0]], name)
 
 
-# Everything that must hold for each preset by itself.
+# What must hold for each preset by itself.
 @pytest.mark.parametrize("name", preset_names())
 class TestEveryPreset:
     def test_loads_under_its_own_name(self, name: str) -> None:
@@ -86,7 +86,7 @@ TABLE_10_SAME: dict[str, Any] = {
     "views.local_scale": (0.05, 0.25),
     "views.color": True,
     "views.blur": True,
-    # Appendix B.3: stage 1 has the same settings but for these.
+    # Appendix B.3: stage 1 has the same settings except for these.
     "heads_stage.epochs": 20,
     "heads_stage.lr": 2e-4,
     "heads_stage.top_k": 1,
@@ -97,7 +97,7 @@ TABLE_10_SAME: dict[str, Any] = {
     "heads.output": 256,
     "heads.queue_size": 65536,
     "encoder.image_size": 224,
-    # Section 5.1: all head losses are summed, and none of Eq. (1) is changed.
+    # Section 5.1: all head losses are summed, and Eq. (1) is not changed.
     "loss.schedule": "constant",
     "loss.direction": "projection",
 }
@@ -171,7 +171,7 @@ def test_fine_tunings_equal_the_release(name: str) -> None:
     drawn = (augment.resize, augment.crop_scale, augment.flip, augment.rand_augment, augment.erase)
     assert (*drawn, augment.mixup, augment.cutmix, augment.smoothing) == AUGMENTATIONS[expected[-2]]
     assert config.optimizer.betas == (0.9, 0.999) and config.optimizer.end_lr == 0 and config.splits == 3
-    # Some classes of iNat18 have two images; the release's splits then have both.
+    # Some classes of iNat18 have only two images; the release's splits then contain both.
     assert config.all_if_fewer == (name.startswith("inat18") and config.shots is not None)
 
 
@@ -191,7 +191,7 @@ def test_paper_presets_warm_up_for_4_epochs(name: str) -> None:
         assert stage.epochs / 5 >= 4
 
 
-# A preset, what it is based on, and all that it may change.
+# A preset, its base, and all that it may change.
 CHANGES: list[tuple[str, str, dict[str, Any]]] = [
     ("refine/mae_b16", MAE_L, {"encoder.arch": "vit_b16", "heads.blocks": "last4"}),
     (
@@ -332,7 +332,7 @@ def test_refine_presets_build(name: str) -> None:
     config = load(name)
     assert isinstance(config, RefineConfig)
     if config.encoder.weights:
-        # The weights' header describes the encoder. The pretrain preset of the same name as the weights made it.
+        # The weights' header describes the encoder; the pretrain preset of the same name made the weights.
         made_by = load("pretrain/" + Path(config.encoder.weights).name.removeprefix("pretrain-"))
         assert isinstance(made_by, PretrainConfig)
         architecture = Architecture.from_config(made_by.encoder)

@@ -71,7 +71,7 @@ def test_patchify(side: int, patch: int) -> None:
 
 def test_normalize_patches() -> None:
     patches = torch.randn(2, 5, 12, dtype=torch.float64) * 3 + 7
-    patches[0, 0] = 0.25  # flat: nothing but the mean to take away
+    patches[0, 0] = 0.25  # flat: only the mean to subtract
     values = patches.numpy()
     mean = values.mean(axis=2, keepdims=True)
     expected = (values - mean) / np.sqrt(values.var(axis=2, ddof=1, keepdims=True) + 1e-6)
@@ -80,7 +80,7 @@ def test_normalize_patches() -> None:
 
 
 def decode_by_hand(model: MaskedAutoencoder, visible: Tensor, shown: list[int]) -> Tensor:
-    """Pixels (N, P) for one image; visible: (1, 1 + K, D), whose tokens belong to the patches `shown`."""
+    """Return the pixels (N, P) of one image; visible: (1, 1 + K, D), CLS and the tokens of the patches `shown`."""
     decoder = model.decoder
     embedded = decoder.embed(visible)[0]
     rows = [embedded[0]]
@@ -114,7 +114,7 @@ def test_loss_is_the_mean_over_hidden_patches() -> None:
                 total += float(((pixels[patch] - target) ** 2).mean())
                 count += 1
     assert count == 3 * 12
-    # The model takes pixels to float32 before it subtracts them.
+    # The model converts pixels to float32 before it subtracts them.
     assert got == pytest.approx(total / count, rel=1e-6)
 
 

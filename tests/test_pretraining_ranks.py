@@ -1,4 +1,4 @@
-"""Whole pre-trainings by two processes: the same as by one, whoever begins and whoever goes on."""
+"""Whole pre-training runs by two processes equal those by one, whichever starts and whichever continues them."""
 
 import json
 import os
@@ -31,9 +31,9 @@ from tests.tiny import (
     write_labelled,
 )
 
-# A rate so small that AdamW's first updates, which are signs of gradients, cannot drive single precision apart.
+# A rate so small that AdamW's first updates, which are signs of gradients, cannot drive runs in float32 apart.
 SETTINGS: dict[str, Any] = {"mae__lr": 1e-5, "mae__warmup_epochs": 0.0, "monitor__log_every": 1}
-# Each of two ranks has one image of a batch; one that cannot be read leaves a rank without any.
+# Each of two ranks has one image of a batch; an unreadable one leaves a rank without images.
 PAIRS: dict[str, Any] = SETTINGS | {"batch_size": 2, "mae__epochs": 1, "data__max_bad": 1}
 
 
@@ -44,7 +44,7 @@ def write_data(folder: Path) -> None:
 
 
 def watched(folder: Path, name: str, config: PretrainConfig) -> list[list[Tensor]]:
-    """Pre-train on the images `name`; the gradients of every update."""
+    """Pre-train on the images `name`; return the gradients of every update."""
     found: list[list[Tensor]] = []
     update = Pretraining.update
 
@@ -76,13 +76,13 @@ def pretrain_whole(folder: Path) -> list[list[Tensor]]:
 
 
 def pretrain_simmim(folder: Path) -> list[list[Tensor]]:
-    """A rank without images again."""
+    """Pre-train with mask tokens in the encoder, again with a rank without images."""
     settings = {key.replace("mae__", "simmim__"): value for key, value in PAIRS.items()}
     return watched(folder, "simmim", simmim_config(folder / "pairs", **settings))
 
 
 def interrupted(folder: Path, step: int, *, resume: bool) -> None:
-    """Pre-train until a signal comes after `step` updates; with several ranks, to rank 0 alone."""
+    """Pre-train until a signal after `step` updates; with several ranks, only rank 0 receives it."""
     with pytest.raises(Interrupted):
         pretrain(
             pretrain_config(folder / "data", **SETTINGS), folder / "handed on", resume=resume, listener=signal_at(step)
@@ -153,7 +153,7 @@ def interrupt_second_step(folder: Path) -> None:
 def test_images_that_other_ranks_could_not_read_are_kept(folder: Path) -> None:
     write_images(folder / "lost", per_class=6, split="train")
     source = open_source(DataConfig(spec=str(folder / "lost")), "train")
-    # What the second rank reads first, and nobody afterwards.
+    # The second rank reads this image first, and no rank reads it afterwards.
     bad = Path(source.path(int(permutation(0, 0, len(source))[1])))
     bad.write_bytes(b"no image")
     run_ranks(interrupt_second_step, 2, folder / "lost group", folder)
@@ -162,7 +162,7 @@ def test_images_that_other_ranks_could_not_read_are_kept(folder: Path) -> None:
 
 
 def resume_apart(folder: Path) -> str:
-    """What is told when each rank has an output folder of its own, and one of them another saved step."""
+    """Return the error if each rank has an output folder of its own and one of them has another saved step."""
     out = folder / f"apart {own_rank()}"
     with pytest.raises(DataError) as caught:
         pretrain(pretrain_config(folder / "data", **SETTINGS), out, resume=True)
@@ -185,5 +185,5 @@ def test_torchrun_runs_the_command_line(folder: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*torchrun, *line], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("encoder in ") == 1  # rank 0 alone speaks
+    assert done.stderr.count("encoder in ") == 1  # only rank 0 prints
     assert {row["metric"] for row in results(tmp_path / "out")["metrics"]} >= {"knn_top1"}

@@ -1,4 +1,4 @@
-"""The rules of a pre-training's settings, by value, and what they leave alone."""
+"""The rules for a pre-training's settings: their values, and what they leave alone."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def fitted(images: int, side: int, machine: Machine, preset: str | None = None, 
     return fit(load(preset, **given), images, Appearance(64, 64, side), machine)[0]
 
 
-# Images and their side; image and patch size, width x depth, batch, epochs, warm-up, least crop.
+# Images, their side, machine -> image and patch size, width, depth, batch, epochs, warm-up, least crop.
 CASES = {
     (17, 75, CPU): (64, 8, 96, 8, 4, 400, 20.0, 0.4),
     (900, 75, CPU): (64, 8, 96, 8, 64, 278, 14.0, 0.4),
@@ -84,7 +84,7 @@ def test_the_measured_presets_are_met_but_for_their_length(preset: str, images: 
 
 def test_simmim_keeps_its_masks_and_crops_and_gets_its_own_rate_and_length() -> None:
     found, simmim = fitted(10_000, 28, CPU, objective="simmim"), SimMIMConfig()
-    # 5e-5 x root of 2048 / 128 x 768 / 96; 5 million patches are 10 epochs of 49 patches.
+    # 5e-5 x sqrt(2048 / 128) x 768 / 96; 5 million patches are 10 epochs of 10,000 images of 49 patches.
     assert (found.simmim.lr, found.simmim.epochs, found.simmim.warmup_epochs) == (1.6e-3, 10, 0.5)
     assert found.simmim.mask_ratio == simmim.mask_ratio == 0.6 and found.simmim.crop_scale == (0.67, 1.0)
     assert found.mae == MAEConfig() and found.encoder == fitted(10_000, 28, CPU).encoder
@@ -95,13 +95,13 @@ def test_simmim_keeps_its_masks_and_crops_and_gets_its_own_rate_and_length() -> 
 
 
 def test_mask_tokens_take_memory_too() -> None:
-    # 34 bytes of 196 x 768 x 12 numbers are 61 MB an image.
+    # 34 bytes for each of 196 x 768 x 12 numbers are 61 MB per image.
     assert 34 * 196 * 768 * 12 * 1024 < 139 * 2**30 / 2 < 34 * 196 * 768 * 12 * 2048
     assert fitted(1_281_167, 375, H200, objective="simmim").batch_size == 1024
 
 
 def test_the_memory_of_a_gpu_bounds_the_batch_and_the_rate_follows() -> None:
-    # 34 bytes of 49 x 768 x 12 and 196 x 512 x 8 numbers are 42.7 MB an image.
+    # 34 bytes for each of 49 x 768 x 12 and 196 x 512 x 8 numbers are 42.7 MB per image.
     assert fitting_batch(139 * 2**30, 196, 49, (768, 12), (512, 8)) == 1024
     assert 34 * (49 * 768 * 12 + 196 * 512 * 8) * 1024 < 139 * 2**30 / 2 < 34 * (49 * 768 * 12 + 196 * 512 * 8) * 2048
     config = fitted(1_281_167, 375, H200)
@@ -125,7 +125,7 @@ def test_what_the_user_sets_stays_and_leads() -> None:
         ("custom", 64, 1, 32, 4)
     )
     assert (config.batch_size, config.mae.epochs, config.mae.warmup_epochs) == (32, 10, 0.5)
-    # 1.5e-4 x root of 4096 / 32, and (768 / 64)^0.4.
+    # 1.5e-4 x sqrt(4096 / 32) x (768 / 64)^0.4.
     assert config.mae.lr == 0.0046
 
 

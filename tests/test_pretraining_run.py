@@ -48,7 +48,7 @@ def config(request: pytest.FixtureRequest, data: Path) -> PretrainConfig:
 
 @pytest.fixture(scope="module")
 def whole(config: PretrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of 12 steps, 4 to an epoch."""
+    """An uninterrupted run of 12 steps, 4 per epoch."""
     out = tmp_path_factory.mktemp("whole")
     pretrain(config, out)
     return out
@@ -61,7 +61,7 @@ def test_a_run_leaves_what_it_promises(config: PretrainConfig, whole: Path) -> N
     assert found["command"] == "pretrain" and found["elapsed_s"] > 0 and found["bad_images"] == []
     assert {row["metric"] for row in found["metrics"]} == {"feature_variance", *MEASURES, "knn_top1"}
     assert header(whole)["metrics"] == found["metrics"] and header(whole)["source"] == config.objective
-    # The decoder and the mask token are no part of the encoder; SimMIM's encoder has learned its positions.
+    # Decoder and mask token are not part of the encoder; SimMIM's encoder has learned its positions.
     architecture = Architecture.from_dict(header(whole)["architecture"])
     assert tensors(whole).keys() == build_encoder(architecture).vit.state_dict().keys()
     fixed = torch.equal(tensors(whole)["pos_embed"], sincos_positions(32, 4))

@@ -31,9 +31,9 @@ def images_and_noise(count: int = 3, *, channels: int = 3) -> tuple[Tensor, Tens
 
 
 def predict_by_hand(model: SimMIM, patches_NC: NDArray[np.float64], hidden: list[int]) -> Tensor:
-    """Pixels (N, C) of one image, from the weights alone: no call of the encoder's modules but its LayerNorms."""
+    """Return the pixels (N, C) of one image; of the encoder's modules, only linear layers and LayerNorms are called."""
     vit, decoder = model.encoder.vit, model.decoder
-    # The patches' values are ordered row, column, channel; those of the projection channel, row, column.
+    # Values of patches are ordered row, column, channel; weights of the projection channel, row, column.
     channels = patches_NC.shape[1] // PATCH**2
     ordered = torch.from_numpy(patches_NC).reshape(PATCHES, PATCH, PATCH, channels).permute(0, 3, 1, 2).flatten(1)
     weight = vit.patch_embed.proj.weight.flatten(1)
@@ -75,7 +75,7 @@ def test_loss_and_gradient_equal_plain_loops(channels: int) -> None:
         model.decoder.mask_token.normal_()
     loss = model(images, noise)
     expected = loss_by_hand(model, images, noise, num_hidden=10)
-    # The model takes pixels to float32 before it subtracts them.
+    # The model converts pixels to float32 before it subtracts them.
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     parameters = list(model.parameters())
     found = torch.cat([each.flatten() for each in torch.autograd.grad(loss, parameters)])
@@ -85,7 +85,7 @@ def test_loss_and_gradient_equal_plain_loops(channels: int) -> None:
 
 
 def hide(images: Tensor, hidden_BN: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The images with changed pixels in hidden patches."""
+    """Return the images with changed pixels in hidden patches."""
     pixels = hidden_BN.reshape(-1, 1, SIDE // PATCH, SIDE // PATCH)
     pixels = pixels.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
     return torch.where(pixels, change(images), images)
@@ -100,11 +100,11 @@ def test_the_encoder_does_not_see_hidden_pixels() -> None:
         tokens = model.encode_masked(images, hidden_BN)
         assert tokens.shape == (3, PATCHES, WIDTH)
         assert torch.equal(model.encode_masked(changed, hidden_BN), tokens)
-        # Only the target changes, and by a scale and a shift of every patch nothing at all.
+        # Only the target changes; scaling and shifting the hidden patches changes nothing.
         assert model(changed, noise) != model(images, noise)
         scaled = hide(images, hidden_BN, lambda images: 3 * images + 1)
         torch.testing.assert_close(model(scaled, noise), model(images, noise), rtol=1e-5, atol=0)
-        # Every visible patch matters, and every position of a hidden one.
+        # Every visible patch matters, and no hidden one.
         for patch in range(PATCHES):
             other = images.clone()
             other[0, 0, patch // 4 * PATCH, patch % 4 * PATCH] += 1

@@ -1,4 +1,4 @@
-"""Refining timm backbones: what moves, blocks of several widths, resumed, in parts, on two ranks."""
+"""Refining timm backbones: which weights change, blocks of several widths, resuming, micro-batches, two ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from tests.test_refinement_ranks import SETTINGS
 from tests.test_refinement_recipe import fitted, source
 from tests.tiny import assert_same_run, header, refine_config, signal_at, tensors, write_labelled
 
-# Both stages in two epochs of four steps.
+# One epoch of four steps in each stage.
 SHORT: dict[str, Any] = {"heads_stage__epochs": 1, "encoder_stage__epochs": 1}
 
 
@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(name: str, weights: Path, data: Path, **changes: Any) -> Any:
-    """Heads on the last two blocks, and a small local view where the model takes it."""
+    """Return settings with heads on the last two blocks, and a local view of the nearest possible size to 16 pixels."""
     architecture = FAMILIES[name]
     blocks = {"heads__blocks": f"{architecture.depth - 1}-{architecture.depth}"}
     views = {"views__local_size": architecture.sizes.nearest(16)}
@@ -75,7 +75,7 @@ def test_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> None:
     config = config_of("hiera", weights, data, micro_batch=5, activation_checkpointing=True)
     refine(config, tmp_path / "whole")
     for resume, step in ((False, 3), (True, 10)):
-        # Watchers count stage 2 from eight steps on, whose first four do not exist here.
+        # Watchers count the steps of stage 2 from eight on, although stage 1 has only four here.
         with pytest.raises(Interrupted):
             refine(config, tmp_path / "parts", resume=resume, listener=signal_at(step))
     refine(config, tmp_path / "parts", resume=True)
@@ -131,7 +131,7 @@ def test_frozen_blocks_keep_the_statistics_of_batch_norm(data: Path, tmp_path: P
 def test_layers_that_timm_does_not_say_are_refused_before_training(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(SwinTransformer, "group_matcher")  # as of timm's MetaFormer
+    monkeypatch.delattr(SwinTransformer, "group_matcher")  # timm's MetaFormer has none
     weights = write_backbone(tmp_path / "base.safetensors", FAMILIES["swin"])
     with pytest.raises(ConfigError, match=r"^timm does not say which layers SwinTransformer has; .*layer_decay=1$"):
         make_plan(config_of("swin", weights, data, encoder_stage__layer_decay=0.8))
@@ -202,7 +202,7 @@ def test_gradients_in_parts_are_those_of_one_pass() -> None:
 
 
 def plain_head(heads: Heads, head: int, first: torch.Tensor, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Head `head` by plain modules; first: its first weight."""
+    """Compute head `head` with plain functions; first: its first weight."""
     layers = [*heads.projector, *heads.predictor]
     projected = x_ND
     outputs = []

@@ -1,4 +1,4 @@
-"""Blocks and heads compile as whole graphs, and few versions of them."""
+"""Blocks and heads compile as whole graphs, in few versions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +21,7 @@ POST_NORM = Architecture("custom", 32, width=32, depth=3, num_heads=2, patch_siz
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """What torch.compile makes: whole graphs, or it raises. They run as they are, without a compiler for C++."""
+    """The graphs that torch.compile makes: whole ones, or it raises. They run as they are, without a C++ compiler."""
     found: list[Any] = []
     compile_any = torch.compile
 
@@ -40,7 +40,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 def test_one_graph_with_and_one_without_gradient_serve_all_blocks(
     architecture: EncoderArchitecture, checkpointing: bool, graphs: list[Any]
 ) -> None:
-    """Of plain and of rotary vision transformers, for both sizes of views."""
+    """For plain and for rotary vision transformers, and for both view sizes."""
     encoder = new_encoder(architecture).train()
     encoder.checkpointing = checkpointing
     compile_blocks(encoder)

@@ -1,4 +1,4 @@
-"""Whole runs whose images are decoded on a device, here the CPU, which users cannot choose for it."""
+"""Whole runs whose images are decoded on a device: here the CPU, which users cannot choose for it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +46,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts of scikit-learn's two photographs, a class each; one training image is not readable, one is a PNG."""
+    """Crops of scikit-learn's two photographs, one class each; one training image is unreadable, one is a PNG."""
     from sklearn.datasets import load_sample_images
 
     folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
@@ -66,7 +66,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def decode_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
-    """Lets `data.decode` = `device` mean torchvision's decoder on the CPU."""
+    """Let `data.decode` = `device` mean torchvision's decoder on the CPU."""
 
     def chosen(settings: DataConfig, device: torch.device) -> torch.device | None:
         return device if settings.decode == "device" else None
@@ -77,7 +77,7 @@ def decode_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[ViewBatch]:
-    """All training batches of the runs of a test."""
+    """All training batches of a test's runs."""
     found: list[ViewBatch] = []
 
     def noting(*given: Any, **settings: Any) -> Iterator[ViewBatch]:
@@ -108,7 +108,7 @@ def test_a_refinement_sees_the_same_views_within_rounding(
     usual, found = results(tmp_path / "cpu"), results(tmp_path / "device")
     assert usual["bad_images"] == found["bad_images"] and len(found["bad_images"]) == 1
     assert [row["metric"] for row in usual["metrics"]] == [row["metric"] for row in found["metrics"]]
-    # The same training but for rounding, which may change a neighbour.
+    # The same training up to rounding, which may change a neighbour.
     base, one, two = load_file(weights), tensors(tmp_path / "cpu"), tensors(tmp_path / "device")
     moved, apart_by = (sum(float((one[key] - each[key]).square().sum()) for key in one) for each in (base, two))
     assert apart_by < 0.2 * moved

@@ -47,7 +47,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def plain_gram(student: Tensor, base: Tensor) -> Tensor:
-    """Of one image: tokens (P, D) and (P, E)."""
+    """Return the distance `gram` of one image with tokens (P, D) and (P, E)."""
 
     def cosine(tokens: Tensor, i: int, j: int) -> Tensor:
         return dot(tokens[i], tokens[j]) / (dot(tokens[i], tokens[i]).sqrt() * dot(tokens[j], tokens[j]).sqrt())
@@ -58,7 +58,7 @@ def plain_gram(student: Tensor, base: Tensor) -> Tensor:
 
 
 def plain_cka(student: Tensor, base: Tensor) -> Tensor:
-    """The same, by HSIC and the centring matrix H (Kornblith et al. 2019, Eq. 3 and 4)."""
+    """Return the distance `cka`, by HSIC and the centring matrix H (Kornblith et al. 2019, Eq. 3 and 4)."""
     count = len(student)
     centring = torch.eye(count, dtype=torch.float64) - 1 / count
 
@@ -111,7 +111,7 @@ def test_gram_ignores_rotations_and_the_length_of_every_token() -> None:
     lengths = random_tokens(3, 5, 1, seed=3).abs() + 0.1
     for changed in (student @ rotation, student * lengths):
         torch.testing.assert_close(gram_difference(changed, base), gram_difference(student, base))
-    # Patches that point the other way are as far as they can be: the kernels differ by 2 outside of two squares.
+    # Opposite patches are as far apart as possible: the kernels differ by 2 outside two squares.
     base = torch.ones(1, 4, 2, dtype=torch.float64)
     opposite = base * torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)[:, None]
     assert float(gram_difference(opposite, base)) == pytest.approx(4 * 8 / 16)
@@ -152,7 +152,7 @@ def test_half_precision_is_compared_in_single() -> None:
 
 
 def plain_dense(step: Method, kind: str, *, local_views: int) -> tuple[Tensor, Tensor]:
-    """The mean over images and global views, and its gradients, view by view and image by image."""
+    """Return the mean over images and global views, and its gradients, computed view by view and image by image."""
     assert step.dense is not None
     batch, terms = make_batch(local_views=local_views), []
     for view in (0, 1):
@@ -330,7 +330,7 @@ def test_settings_that_cannot_be(paths: tuple[Path, Path], tmp_path: Path, capsy
         assert run(arguments("refine", tmp_path / "out", given | changes)) == 2
         error = capsys.readouterr().err
         assert named in error and len(error.splitlines()) == 1
-    # One patch of 8 pixels has nothing to be compared with.
+    # A single patch of 8 pixels cannot be compared with any other.
     single = refine_config(*paths, loss__dense="cka", views__global_size=8)
     with pytest.raises(ConfigError, match=r"loss\.dense 'cka' .* block 4 has 1 at 8 pixels.*global_size"):
         make_plan(single)

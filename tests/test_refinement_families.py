@@ -24,11 +24,11 @@ from tests.test_encoders_families_publishers import reading_of
 from tests.tiny import assert_same_run, header, refine_config, tensors
 
 PLAIN = {"mae": lambda: mae_with_decoder(mae_vit().state_dict()), "d2v2": data2vec}
-# Files that show no image size are otherwise taken for one of 224 pixels.
+# Files that do not reveal an image size would otherwise be read as those of 224 pixels.
 SIZES = {"dinov3": 32, "dinov3_swiglu": 32} | dict.fromkeys(
     ("convnextv2", "convnextv2_sparse", "convnextv2_small", "dinov3_convnext"), 64
 )
-# 256 digits in batches of 32: two epochs of each stage are 16 steps.
+# 256 digits in batches of 32: two epochs of each stage have 16 steps.
 STEPS: dict[str, Any] = {
     "data__train_limit": 256,
     "batch_size": 32,
@@ -42,7 +42,7 @@ STEPS: dict[str, Any] = {
 
 
 class StopAt(Listener):
-    """Asks the run to save its state and end in a step of a stage."""
+    """Asks the run to save its state and to stop in a step of a stage."""
 
     def __init__(self, stage: str, step: int) -> None:
         self.stage, self.step = stage, step
@@ -53,7 +53,7 @@ class StopAt(Listener):
 
 
 def write_file(name: str, path: Path) -> Path:
-    """What the publisher would save; returns `path`."""
+    """Write what the publisher would save; return `path`."""
     if name in PLAIN:
         torch.save(PLAIN[name](), path)
     else:
@@ -62,7 +62,7 @@ def write_file(name: str, path: Path) -> Path:
 
 
 def config_of(name: str, file: Path) -> tuple[RefineConfig, EncoderArchitecture]:
-    """A head on the last block but one, of three or more blocks the first is frozen, one small local view."""
+    """Return settings and architecture: head on the last block but one, first of 3+ blocks frozen, small local view."""
     reading = {"encoder__num_heads": reading_of(name).num_heads, "encoder__image_size": SIZES.get(name)}
     changes = STEPS | {key: value for key, value in reading.items() if value is not None}
     first = refine_config(file, Path("digits"), **changes)
@@ -77,7 +77,7 @@ def config_of(name: str, file: Path) -> tuple[RefineConfig, EncoderArchitecture]
 
 
 def trained(config: RefineConfig, architecture: EncoderArchitecture, names: Iterable[str]) -> set[str]:
-    """Those of the tensors that lie between what is frozen and the head."""
+    """Return the names of the tensors between the frozen blocks and the head."""
     frozen, read = config.encoder_stage.freeze_blocks, architecture.depth - 1
     if isinstance(architecture, BackboneArchitecture):
         return set(reached(architecture, read)) - set(reached(architecture, frozen) if frozen else ())
@@ -126,7 +126,7 @@ def test_refined_resumed_and_exported(name: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def read_back(out: Path, layout: str, architecture: EncoderArchitecture, name: str) -> list[torch.Tensor]:
-    """Tokens of every block: of other models than plain ones in timm's layout by timm alone, else by content."""
+    """Return every block's tokens: by timm alone for a backbone in timm's layout, else from the file's content."""
     if layout == "timm" and isinstance(architecture, BackboneArchitecture):
         model = timms_own(TimmBackbone(architecture), checkpoint_path=str(out))
         return timm_features(model, some_images(architecture.image_size))
@@ -136,5 +136,5 @@ def read_back(out: Path, layout: str, architecture: EncoderArchitecture, name: s
 
 
 def layouts_of(name: str) -> list[str]:
-    """The formats of `export` for the family: timm has no post-norm blocks, and the release's code no other family."""
+    """Return the family's `export` formats: timm has no post-norm blocks; the release has only MAE and data2vec 2.0."""
     return {"mae": ["timm", "release"], "d2v2": ["release"]}.get(name, ["publisher", "timm"])

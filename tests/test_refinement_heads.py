@@ -17,7 +17,7 @@ HEADS, ROWS, DIM = 3, 9, 8
 
 
 def make_heads() -> Heads:
-    """Heads in float64 whose norms are not the identity they start as."""
+    """Return heads in float64 whose norms differ from the identity that they start as."""
     torch.manual_seed(0)
     heads = Heads(CONFIG, [DIM] * HEADS).double()
     with torch.no_grad():
@@ -32,7 +32,7 @@ def make_heads() -> Heads:
 
 
 def separate(heads: Heads, head: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """Projector and predictor of one head, built from torch's own layers as Appendix B.2 lists them."""
+    """Return projector and predictor of one head, built from torch's own layers as Appendix B.2 lists them."""
 
     def block(layer: nn.Module, inputs: int, outputs: int, *, gelu: bool) -> list[nn.Module]:
         linear, norm = nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs)
@@ -55,7 +55,7 @@ def features() -> Tensor:
 
 
 def ensemble_parameters(heads: Heads, head: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Gradients of one head's linear weight, norm weight and norm bias, layer by layer."""
+    """Return the gradients of one head's linear weight, norm weight and norm bias, layer by layer."""
     found = []
     for layer in [*heads.projector, *heads.predictor]:
         linear, norm = layer.linear, layer.norm
@@ -96,7 +96,7 @@ def test_each_head_equals_its_own_sequential(training: bool) -> None:
             torch.testing.assert_close(linear_grad, linear.weight.grad, rtol=1e-9, atol=1e-10)
             torch.testing.assert_close(norm_weight_grad, norm.weight.grad, rtol=1e-9, atol=1e-10)
             torch.testing.assert_close(norm_bias_grad, norm.bias.grad, rtol=1e-9, atol=1e-10)
-        # Training mode has moved the running statistics of both alike, evaluation mode of neither.
+        # Training mode has changed the running statistics of both in the same way, evaluation mode those of neither.
         after = separate(heads, head)
         for moved, expected in zip([*after[0], *after[1]], [*projector, *predictor], strict=True):
             for name, buffer in expected.named_buffers():
@@ -164,7 +164,7 @@ def test_parameters_are_those_of_the_paper() -> None:
     ]
     expected: dict[str, tuple[int, ...]] = {}
     for name, inputs, outputs in widths:
-        # No bias: the norm's shift would undo it.
+        # No bias: the norm would cancel it.
         expected[f"{name}.linear.weight"] = (8, outputs, inputs)
         expected[f"{name}.norm.weight"] = expected[f"{name}.norm.bias"] = (8 * outputs,)
     assert shapes == expected
@@ -178,7 +178,7 @@ def test_weights_start_xavier_uniform(inputs: int, outputs: int) -> None:
     assert weight.shape == (4, outputs, inputs)
     assert 0.99 * bound < float(weight.max()) <= bound and -bound <= float(weight.min()) < -0.99 * bound
     assert float(weight.var()) == pytest.approx(bound**2 / 3, rel=0.05)
-    # Heads start apart from each other.
+    # Heads start with different weights.
     assert weight.flatten(1).unique(dim=0).shape[0] == 4
 
 

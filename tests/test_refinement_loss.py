@@ -14,7 +14,7 @@ IMAGES, WIDTH = 4, 5
 
 
 def inputs(heads: int, views: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit predictions (H, V, B, O), projections and neighbours (H, 2, B, O), and temperatures (H,)."""
+    """Draw unit predictions (H, V, B, O), projections and neighbours (H, 2, B, O), and temperatures (H,)."""
     generator = torch.Generator().manual_seed(seed)
 
     def unit(count: int) -> Tensor:
@@ -34,7 +34,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def loop_loss(
     p: Tensor, negative: Tensor, nn_z: Tensor, temperature: Tensor, direction: str
 ) -> tuple[list[Tensor], list[float], list[float]]:
-    """Loss, and positive's probability over global and over local pairs, per head: one anchor at a time."""
+    """Return each head's loss and the positive's mean probability in global and local pairs, one anchor at a time."""
     losses, global_means, local_means = [], [], []
     for h in range(len(p)):
         tau = float(temperature[h])

@@ -43,7 +43,7 @@ def run(step: Method, batch: ViewBatch, *, top_k: int = 3, train_encoder: bool =
 
 
 def plain_view_features(step: Method, batch: ViewBatch, block: int, pool: str) -> list[Tensor]:
-    """Pooled tokens (B, D) of every view, from the encoder's own layers."""
+    """Return the pooled tokens (B, D) of every view, computed with the encoder's own layers."""
     vit, found, view = step.encoder.vit, [], 0
     for crops in batch.crops:
         for column in range(crops.shape[1]):
@@ -59,7 +59,7 @@ def plain_view_features(step: Method, batch: ViewBatch, block: int, pool: str) -
 
 
 def plain_layers(layers: nn.Sequential, head: int, x: Tensor) -> Tensor:
-    """One head's projector or predictor with batch statistics, in formulas."""
+    """Compute one head's projector or predictor with batch statistics, as formulas."""
     for number, layer in enumerate(layers, start=1):
         width = layer.linear.weight.shape[1]
         own = slice(head * width, (head + 1) * width)
@@ -85,7 +85,7 @@ def plain_neighbour(queue: Queue, head: int, query: Tensor, sample: int, choice:
 
 
 def plain_step(step: Method, batch: ViewBatch, top_k: int, pool: str) -> tuple[Tensor, list[Tensor]]:
-    """Weighted loss of Eq. (1), and every head's projections of view 0. Uses and leaves the queue as it is."""
+    """Return the weighted loss of Eq. (1) and every head's projections of view 0. The queue is read, not changed."""
     samples = batch.sample_B.tolist()
     total = torch.zeros((), dtype=torch.float64)
     to_enqueue = []
@@ -131,7 +131,7 @@ def gradients(step: Method) -> dict[str, Tensor | None]:
 @pytest.mark.parametrize(("pool", "local_views"), [("cls", 2), ("mean", 1), ("cls", 0)])
 def test_step_equals_a_plain_step_in_loss_gradients_and_queue(pool: str, local_views: int) -> None:
     ours, plain = make_step(pool=pool), make_step(pool=pool)
-    # The second batch meets entries of the first, its own among them, and trained-mode statistics throughout.
+    # The second batch meets entries of the first, including its own; all statistics are those of training mode.
     for epoch, samples in enumerate([range(IMAGES), range(2, 2 + IMAGES)]):
         batch = make_batch(samples, local_views=local_views, epoch=epoch)
         for step in (ours, plain):
@@ -140,7 +140,7 @@ def test_step_equals_a_plain_step_in_loss_gradients_and_queue(pool: str, local_v
         values = run(ours, batch)
         values.loss.backward()
         loss, to_enqueue = plain_step(plain, batch, 3, pool)
-        # Candidates carry no gradient in the plain step: all that flows, flows through the anchor.
+        # Candidates carry no gradient in the plain step: all gradient flows through the anchor.
         loss.backward()
         torch.testing.assert_close(values.loss, loss, rtol=1e-10, atol=1e-12)
 
@@ -191,7 +191,7 @@ def test_stage_1_leaves_the_encoder_to_the_bit() -> None:
 
 
 class LabelledEncoder(nn.Module):
-    """Tokens that say which block, view and image they come from: block + mean pixel."""
+    """An encoder whose tokens identify their block, view and image: 100 * block + mean pixel."""
 
     architecture = ARCHITECTURE
     embed_dim = 32
@@ -230,7 +230,7 @@ def test_the_last_block_is_read_through_the_final_norm_and_others_raw(post_norm:
         block.register_forward_hook(lambda _m, _i, out, number=number: outputs.setdefault(number, []).append(out))
     (features_HND,) = step.features(make_batch(), train_encoder=False)
     assert len(outputs[4]) == 2  # one pass per crop size
-    with torch.inference_mode():  # as the hooks' outputs are of inference mode
+    with torch.inference_mode():  # because the hooks' outputs are inference tensors
         last = torch.cat([step.encoder.vit.norm(out)[:, 0] for out in outputs[4]])
     raw = torch.cat([out[:, 0] for out in outputs[4]])
     assert torch.equal(last, raw) == post_norm  # post-norm encoders have no final norm
@@ -262,7 +262,7 @@ def test_view_0_is_enqueued_after_the_lookup() -> None:
 
 
 def recorded_choices(step: Method, batch: ViewBatch, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
-    """What the lookup is told to choose, by (sample, view)."""
+    """Return the choices that the lookup receives, by (sample, view)."""
     seen: dict[Any, Any] = {}
     search = step.queue.swap_neighbours
 
@@ -329,7 +329,7 @@ def test_the_loss_weights_the_heads() -> None:
     assert float(values.loss.detach()) == pytest.approx(expected)
 
 
-# ---- What is told.
+# ---- What is logged.
 
 
 def test_neighbour_accuracy_equals_a_loop() -> None:

@@ -37,7 +37,7 @@ class Notes(Silent):
 
 
 def gradients(step: Method) -> Tensor:
-    """All of them in one vector."""
+    """Return all gradients in one vector."""
     modules: list[nn.Module] = [step.encoder, step.heads]
     parts = [p.grad.flatten() for module in modules for p in module.parameters() if p.grad is not None]
     return torch.cat(parts)
@@ -68,7 +68,7 @@ VARIANTS: list[dict[str, Any]] = [
 def test_gradients_are_those_of_one_pass(micro_batch: int, variant: dict[str, Any], local_views: int) -> None:
     whole, parts = make_step(**variant), make_step(**variant)
     parts.micro_batch = micro_batch
-    for _ in range(2):  # gradients add up, and the queue goes on
+    for _ in range(2):  # gradients add up, and the queue moves on
         expected, found = learn(whole, local_views=local_views), learn(parts, local_views=local_views)
         assert found == pytest.approx(expected, rel=1e-12)
     difference = (gradients(parts) - gradients(whole)).norm() / gradients(whole).norm()
@@ -89,7 +89,7 @@ def test_gradients_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     total = gradients(whole).norm()
     for expected, found in modules:
         if expected.grad is not None and found.grad is not None:
-            # With two threads 1.2e-5 was seen: sums are split by the size of the batch.
+            # 1.2e-5 has been seen with two threads: sums are split by the batch size.
             assert (found.grad - expected.grad).norm() / total < 1e-4
 
 
@@ -142,7 +142,7 @@ def test_no_pass_holds_more_than_a_micro_batch(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Saved:
-    """Bytes that autograd keeps for the backward pass beside the weights, and the most of them at any time."""
+    """Counts the bytes that autograd keeps for the backward pass besides the weights: currently, and at most."""
 
     def __init__(self, step: Method) -> None:
         self.now = self.most = 0
@@ -192,7 +192,7 @@ def test_activation_checkpointing(micro_batch: int | None) -> None:
     again.encoder.vit.blocks[0].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     assert learn(plain) == pytest.approx(learn(again), rel=1e-12)
     assert (gradients(again) - gradients(plain)).norm() / gradients(plain).norm() < 1e-12
-    # Two view sizes, forward and again backward; without gradient nothing is done twice.
+    # Two view sizes, forward and again in the backward pass; without gradient nothing is computed twice.
     assert len(calls) == (4 if micro_batch is None else 3 * (2 + 4))
     assert saved_bytes(again, 8) < saved_bytes(make_step(), 8)
 

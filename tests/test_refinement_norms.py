@@ -42,7 +42,7 @@ def make_heads(norm: Norm) -> Heads:
 
 
 def weights(layer: nn.Module) -> tuple[list[list[float]], list[list[float]]]:
-    """Scale and shift of every head and feature."""
+    """Return scale and shift of every head and feature."""
     shape = (HEADS, WIDTH)
     assert isinstance(layer.weight, Tensor) and isinstance(layer.bias, Tensor)
     return layer.weight.view(shape).tolist(), layer.bias.view(shape).tolist()
@@ -62,7 +62,7 @@ def mean_of(values: list[float]) -> float:
 
 
 def variance_of(values: list[float]) -> float:
-    """The biased one."""
+    """Return the biased variance."""
     return mean_of([(value - mean_of(values)) ** 2 for value in values])
 
 
@@ -82,7 +82,7 @@ def test_layer_norm_equals_loops(training: bool) -> None:
 
 @pytest.mark.parametrize("norm", ["layer", "running"])
 def test_gradients_equal_those_by_differences(norm: Norm) -> None:
-    """Of rows, scales and shifts; torch evaluates the function on both sides of every number."""
+    """Gradients of rows, scales and shifts; torch evaluates the function on both sides of every number."""
     layer = random_norm(norm).eval()
     if isinstance(layer, EnsembleRunningNorm):
         layer.running_mean.normal_()
@@ -97,14 +97,14 @@ def test_gradients_equal_those_by_differences(norm: Norm) -> None:
 
 
 def loop_running(updates: list[Tensor], x: Tensor, scale: list[list[float]], shift: list[list[float]]) -> Tensor:
-    """Rows normalised after these updates' whole batches, feature by feature."""
+    """Return rows normalised by the statistics of these whole batches, feature by feature."""
     found = torch.empty_like(x)
     for head in range(HEADS):
         for feature in range(WIDTH):
             mean, variance = 0.0, 1.0
             for number, batch in enumerate(updates):
                 values = batch[head, feature].tolist()
-                # Replaced by each of the first five batches, then the mean of these, then a moving average.
+                # The first five batches each replace both; then comes the mean since the fifth, then a moving average.
                 momentum = 1.0 if number < 5 else max(0.02, 1 / (number - 3))
                 mean += momentum * (mean_of(values) - mean)
                 variance += momentum * (variance_of(values) - variance)
@@ -118,7 +118,7 @@ def test_running_norm_equals_loops_before_and_after_every_update() -> None:
     layer = random_norm("running")
     scale, shift = weights(layer)
     updates: list[Tensor] = []
-    # So many that the momentum has stopped falling.
+    # Enough updates for the momentum to stop falling.
     for number in range(60):
         x = rows(number, count=ROWS + number % 3)
         expected = loop_running(updates, x, scale, shift)
@@ -133,7 +133,7 @@ def test_running_norm_equals_loops_before_and_after_every_update() -> None:
 
 
 def test_no_gradient_flows_through_running_statistics() -> None:
-    """A row's gradient is the same whatever the other rows are, and its output too."""
+    """A row's output and gradient are the same whatever the other rows are."""
     layer = random_norm("running").train()
     found = []
     for other in (2, 3):
@@ -162,20 +162,20 @@ def test_layers_settle_one_after_the_other() -> None:
     assert len(outputs) == 5
     for output in outputs:
         torch.testing.assert_close(output.mean(dim=2), torch.zeros_like(output[:, :, 0]), rtol=0, atol=1e-9)
-        # Epsilon counts beside the small variance of the first layer.
+        # Epsilon is not negligible beside the small variance of the first layer.
         variance_HW = output.var(dim=2, correction=0)
         assert 0 < float(variance_HW.min()) <= float(variance_HW.max()) <= 1
 
 
 def test_training_begins_with_the_statistics_of_its_first_batch() -> None:
-    """So the first loss is that of batch norms, whose gradients alone differ."""
+    """So the first loss equals that of batch norms, and only the gradients differ."""
     losses = []
     for norm in NORMS:
         step = make_step(norm=norm)
         values = step.forward_backward(make_batch(), weights_of_heads(3), top_k=3, train_encoder=True)
         losses.append(float(values.loss.detach()))
         counts = [int(value) for name, value in step.heads.state_dict().items() if name.endswith(".updates")]
-        # Five for the layers to settle one after the other, and that of the step itself.
+        # Five updates for the layers to settle one after the other, and that of the step itself.
         assert counts == ([6] * 5 if norm == "running" else [])
     assert losses[2] == pytest.approx(losses[0], rel=1e-9) and abs(losses[1] - losses[0]) > 0.01
 
@@ -188,7 +188,7 @@ def test_heads_hold_the_norm_asked_for(norm: Norm) -> None:
     assert len(held) == 5 and {type(module) for module in held} == {kinds[norm]}
     torch.manual_seed(0)
     paper = Heads(CONFIG, [WIDTH] * HEADS)
-    # Weights and their start are the same for all three.
+    # Parameters and their initial values are the same for all three norms.
     named = dict(heads.named_parameters())
     assert named.keys() == dict(paper.named_parameters()).keys()
     assert all(torch.equal(named[name], weight) for name, weight in paper.named_parameters())
@@ -223,7 +223,7 @@ def test_half_precision_is_near_single(norm: Norm) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_compiled_heads_are_the_same(norm: Norm) -> None:
-    """In one graph, by a backend that needs no compiler of C++; gradients and statistics too."""
+    """In one graph, by a backend that needs no C++ compiler; gradients and statistics too."""
     found = []
     for compiled in (False, True):
         heads = make_heads(norm).double()

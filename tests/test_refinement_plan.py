@@ -62,7 +62,7 @@ def test_foreign_weights_are_what_they_say(paths: tuple[Path, Path], tmp_path: P
 
 
 def test_training_images_are_decoded_as_the_weights_record(paths: tuple[Path, Path], tmp_path: Path) -> None:
-    """Also where the settings name the images: validation images are decoded so too."""
+    """Also if the settings name the images; validation images are decoded in the same way."""
     made = make_plan(refine_config(*paths))
     encoder = encoder_from(made.checkpoint, made.architecture)
     save_encoder(tmp_path / "turned.safetensors", encoder, {"source": "mae", "data": {"orientation": "exif"}})

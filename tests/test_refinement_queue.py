@@ -15,7 +15,7 @@ HEADS, WIDTH = 2, 4
 
 
 def make_queue(size: int, heads: int = HEADS, seed: int = 0) -> Queue:
-    """A queue in float64."""
+    """Return a queue in float64."""
     queue = Queue(heads, size, WIDTH, generator=torch.Generator().manual_seed(seed), device=torch.device("cpu"))
     queue.rows_HQO = F.normalize(queue.rows_HQO.double(), dim=2)
     return queue
@@ -27,7 +27,7 @@ def unit_rows(count: int, seed: int, heads: int = HEADS) -> Tensor:
 
 
 class Entry(NamedTuple):
-    """One row per head."""
+    """An entry of the queue, with one row per head."""
 
     rows: list[list[float]]
     sample: int
@@ -91,7 +91,7 @@ def test_initial_rows_are_unit_vectors_without_a_sample() -> None:
     "sizes", [[5, 5, 5, 5], [3] * 9, [10] * 3, [4, 1, 7, 2, 9, 3], [23, 4, 11, 10], [1] * 25, [35, 7]]
 )
 def test_rows_leave_in_the_order_they_came(sizes: list[int]) -> None:
-    # 10 rows: batches that divide it, do not, fill it, and overrun it.
+    # 10 rows: batches that divide the queue, do not divide it, fill it, and overrun it.
     queue = make_queue(10)
     plain = PlainQueue(queue)
     first = 0
@@ -110,7 +110,7 @@ def test_lookup_equals_plain_loops(top_k: int) -> None:
     plain = PlainQueue(queue)
     generator = torch.Generator().manual_seed(top_k)
     for number in range(5):
-        # Every sample comes again after two batches, so that own entries stand in the queue.
+        # Every sample returns after two batches, so that the queue contains entries of the query's own sample.
         samples = torch.arange(5) + 5 * (number % 2)
         query = unit_rows(5, seed=100 + number)
         rank = torch.randint(0, top_k, (HEADS, 5), generator=generator)
@@ -124,7 +124,7 @@ def test_lookup_equals_plain_loops(top_k: int) -> None:
 def test_own_entries_are_never_returned() -> None:
     queue = make_queue(9)
     own = unit_rows(1, seed=3)
-    # Sample 7 stands in the queue twice with the very row that is asked for; sample 8 has the same row.
+    # Sample 7 is in the queue twice with exactly the row of the query; sample 8 has the same row.
     rows = torch.cat([own, unit_rows(3, seed=4), own, own], dim=1)
     queue.enqueue(rows, torch.tensor([7, 1, 2, 3, 7, 8]))
     for rank in range(7):
@@ -144,7 +144,7 @@ def test_the_draw_is_uniform_over_the_best_rows(top_k: int) -> None:
     queue = make_queue(30)
     plain = PlainQueue(queue)
     query = unit_rows(1, seed=9)
-    # Equal shares of [0, 1) go to the ranks, and the largest float32 below 1 still to the last one.
+    # The ranks get equal shares of [0, 1); the largest float32 below 1 still belongs to the last one.
     shares = [(rank / top_k + 1e-6, rank) for rank in range(top_k)]
     shares += [((rank + 1) / top_k - 1e-6, rank) for rank in range(top_k)]
     shares += [(0.0, 0), (1 - 2**-24, top_k - 1)]

@@ -1,4 +1,4 @@
-"""Whole refinements by two processes: the same as by one, whoever begins and whoever goes on."""
+"""Whole refinements by two processes equal those by one, whichever starts and whichever continues them."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from mimref.refinement.run import refine
 from tests.ranks import run_ranks
 from tests.tiny import arguments, refine_config, results, tensors, write_labelled, write_weights
 
-# Rates so small that AdamW's first updates, which are signs of gradients, cannot drive single precision apart.
+# Rates so small that AdamW's first updates, which are signs of gradients, cannot drive runs in float32 apart.
 SETTINGS: dict[str, Any] = {
     "heads_stage__lr": 1e-6,
     "encoder_stage__lr": 1e-6,
@@ -36,7 +36,7 @@ def log(out: Path) -> list[dict[str, Any]]:
 
 
 def refine_all(weights: Path, data: Path, folder: Path) -> None:
-    """Runs that two ranks do: as a whole, in micro-batches, and the beginning of one that others go on with."""
+    """Run on two ranks: whole batches, micro-batches, a running norm, and the start of a run that others continue."""
     refine(refine_config(weights, data, **SETTINGS), folder / "ranks")
     _rejoin(folder, "micro")
     refine(refine_config(weights, data, **SETTINGS, micro_batch=4), folder / "micro")
@@ -51,7 +51,7 @@ def end(weights: Path, data: Path, out: Path) -> None:
 
 
 def _rejoin(folder: Path, name: str, world: int = 2) -> None:
-    """A run leaves its process group at the end; the next one needs another."""
+    """Join another process group, since a run leaves its own at the end."""
     import torch.distributed as dist
 
     rank = int(os.environ["TEST_RANK"])
@@ -59,7 +59,7 @@ def _rejoin(folder: Path, name: str, world: int = 2) -> None:
 
 
 def interrupted(config: Any, out: Path, step: int, *, resume: bool) -> None:
-    """Refine until a signal comes after `step` updates in all; in a process group, to the last rank alone."""
+    """Refine until a signal after `step` updates in total; in a process group, only the last rank receives it."""
     from mimref.training import run as stages
 
     write_log = stages.Stage.write_log
@@ -81,7 +81,7 @@ def interrupted(config: Any, out: Path, step: int, *, resume: bool) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of runs by one process, by two, and by two, one and two again."""
+    """Folders of runs by one process, by two, and by two, one and two in turn."""
     folder = tmp_path_factory.mktemp("runs")
     weights, data = write_weights(folder / "base.safetensors"), write_labelled(folder / "data")
     config = refine_config(weights, data, **SETTINGS)
@@ -122,7 +122,7 @@ def test_four_ranks_end_what_two_have_begun(runs: Path) -> None:
 
 
 def run_out_of_memory(weights: Path, data: Path, out: Path) -> str:
-    """What is told when the memory of rank 0 is full in its third step."""
+    """Return the error if rank 0 runs out of memory in its third step."""
     from mimref.refinement.method import Method
 
     forward_backward, steps = Method.forward_backward, 0
@@ -161,7 +161,7 @@ def test_torchrun_runs_the_command_line(runs: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*torchrun, *line], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    # Rank 0 alone speaks.
+    # Only rank 0 prints.
     assert done.stdout.count("k-NN top-1") == 1 and done.stderr.count("encoder in ") == 1
     assert {row["model"] for row in results(tmp_path / "out")["metrics"]} == {"raw pixels", "base", "refined"}
     again = subprocess.run([*torchrun, *line], capture_output=True, text=True, timeout=300, env=environment)

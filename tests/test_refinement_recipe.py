@@ -1,4 +1,4 @@
-"""The rules by which settings fit encoder and images: their values, and what they do with a run."""
+"""The rules by which settings fit encoder and images: their values, and their effect on a run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ TINY = Architecture("custom", 28, width=96, depth=8, num_heads=3, patch_size=4)
 
 
 def source(images: int, *, side: int = 500, gray: bool = False, labels: bool = False) -> ArraySource:
-    """Images that take no memory."""
+    """Return images that take no memory."""
     pixel = np.array([9, 9, 9] if gray else [200, 9, 9], dtype=np.uint8)[None, :, None, None]
     pixels = np.broadcast_to(pixel, (images, 3, side, side))
     return ArraySource("images", pixels, np.arange(images) % 2 if labels else None, None, "train", np.arange(images))
@@ -172,7 +172,7 @@ def test_characters_are_not_mirrored(spec: str, flip: float) -> None:
 def test_rules_follow_what_the_user_sets() -> None:
     config = fitted(source(7_000), batch_size=512, encoder_stage__epochs=4, heads__queue_size=128)
     assert (config.batch_size, config.heads.queue_size, config.encoder_stage.epochs) == (512, 128, 4)
-    # 13 updates per epoch: 225 need 18 epochs; 52 updates; 5 neighbours of 128 rows; 0.2 from batches of 512 on.
+    # 13 updates per epoch: 225 need 18 epochs, 4 epochs are 52; 5 neighbours of 128 rows; 0.2 from batches of 512 on.
     assert (config.heads_stage.epochs, config.encoder_stage.ema, config.encoder_stage.top_k) == (18, 0.9, 5)
     assert (config.heads.temperature, config.encoder_stage.warmup_epochs) == (0.2, 0.8)
 
@@ -187,7 +187,7 @@ def test_a_single_image_is_refused(tmp_path: Path) -> None:
 
 
 def write(folder: Path, count: int, classes: int = 0, split: str = "") -> Path:
-    """Colour images of mixed sizes, in class folders if asked for."""
+    """Write colour images of mixed sizes, in class folders if there are classes."""
     rng = np.random.default_rng(count)
     for number in range(count):
         place = folder / split / (f"class{number % classes}" if classes else "")
@@ -218,7 +218,7 @@ def bare(folder: Path, weights: Path, preset: str | None = None, **settings: Any
 
 
 class Heard(Listener):
-    """Remembers what it is told."""
+    """Remembers all notes and warnings."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -250,7 +250,7 @@ def test_17_images_are_refined(split: str, weights: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "encoder.safetensors").is_file()
     metrics = {row["metric"] for row in result.rows}
     if split == "labelled":
-        # As many clusters as images cannot be.
+        # There cannot be as many clusters as images.
         assert metrics == {"knn_top1", "lowshot_top1"}
         assert sum("no k-means in the before/after table" in line for line in heard.lines) == 1
         assert any(line.startswith("heads.blocks") and "k-NN accuracy" in line for line in heard.lines)

@@ -64,7 +64,7 @@ def whole(config: RefineConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def interrupted(config: RefineConfig, out: Path, watchers: Iterable[Watcher]) -> RefineResult:
-    """A run that stops as often as there are watchers, and is resumed every time."""
+    """Do a run that is stopped once by every watcher and resumed every time."""
     for attempt, watcher in enumerate(watchers):
         with pytest.raises((Interrupted, Killed)):
             refine(config, out, resume=attempt > 0, listener=watcher)
@@ -114,7 +114,7 @@ def test_heads_are_scored_every_epoch_as_they_are_ranked_at_the_end(weights: Pat
     )
     watcher = Watcher()
     result, expected = refine(checked, tmp_path / "a", listener=watcher), refine(plain, tmp_path / "b").rows
-    # Scoring leaves the training alone.
+    # Scoring does not change the training.
     assert result.rows == expected
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     scored = [line for line in lines if "head_knn_top1" in line]
@@ -299,6 +299,6 @@ def test_a_collapse_without_labels_draws_a_warning(weights: Path, tmp_path: Path
         lines = [json.loads(line) for line in (tmp_path / f"{lr}/metrics.jsonl").read_text().splitlines()]
         variance = [line["feature_variance"] for line in lines if "feature_variance" in line]
         assert len(variance) == 4
-    assert variance[-1] > variance[0]  # the scale of features is no sign of it
+    assert variance[-1] > variance[0]  # the scale of the features does not reveal it
     assert not warned[1e-2]
     assert len(warned[10.0]) >= 2 and all("correlation_rank fell from" in line for line in warned[10.0])

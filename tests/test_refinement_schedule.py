@@ -1,4 +1,4 @@
-"""Loss-weight schedules at their corners (Table 1c, Fig. 7), read off the description, not off the formula."""
+"""Loss-weight schedules at their corners (Table 1c, Fig. 7), taken from the description, not from the formula."""
 
 import math
 

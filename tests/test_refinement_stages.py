@@ -1,4 +1,4 @@
-"""What stages hand on, which images a run leaves out, and how it stops when training breaks."""
+"""What stages hand over, which images a run leaves out, and how it stops when training breaks."""
 
 import json
 import signal
@@ -82,7 +82,7 @@ def test_heads_from_equals_a_run_with_both_stages(
     config = refine_config(weights, data, stage="encoder", heads_from=str(stage_1))
     refine(config, tmp_path / "a")
     assert all(torch.equal(tensor, tensors(whole)[key]) for key, tensor in tensors(tmp_path / "a").items())
-    # Another stage 2 on the same heads; and heads.pt is not needed any more once the run has a state of its own.
+    # Another stage 2 on the same heads; and heads.pt is no longer needed once the run has a state of its own.
     refine(
         refine_config(weights, data, stage="encoder", heads_from=str(stage_1), encoder_stage__lr=1e-3), tmp_path / "b"
     )
@@ -234,7 +234,7 @@ def test_without_cyanure_only_the_low_shot_results_are_missing(
 def test_an_average_that_keeps_the_base_draws_a_warning(
     decay: float, told: str, weights: Path, data: Path, tmp_path: Path
 ) -> None:
-    """12 updates: 0.7**12 is 1%, as little as in runs that work; the paper's keep 2.3%."""
+    """After 12 updates, 0.7**12 leaves 1% of the base, as little as in runs that work; the paper's runs leave 2.3%."""
     watcher = Watcher()
     refine(refine_config(weights, data, encoder_stage__ema=decay), tmp_path, listener=watcher)
     about = [warning for warning in watcher.warnings if "encoder_stage.ema" in warning]
@@ -247,7 +247,7 @@ def test_an_average_that_keeps_the_base_draws_a_warning(
 def test_weights_know_their_architecture_and_settings_their_image_size(
     weights: Path, data: Path, tmp_path: Path
 ) -> None:
-    # A preset of another architecture: the weights' own counts, also for the image size, and a warning says so.
+    # With a preset of another architecture, the weights' own applies, image size included, and a warning says so.
     watcher = Watcher()
     config = refine_config(weights, data, encoder__arch="vit_b16", encoder__image_size=224, stage="heads")
     refine(config, tmp_path / "a", listener=watcher)
@@ -255,7 +255,7 @@ def test_weights_know_their_architecture_and_settings_their_image_size(
     assert header(tmp_path / "a")["architecture"] == ARCHITECTURE.to_dict()
     encoder = results(tmp_path / "a")["config"]["encoder"]
     assert (encoder["arch"], encoder["image_size"], encoder["width"], encoder["depth"]) == ("custom", 16, 32, 4)
-    # An image size alone is meant: positions are interpolated.
+    # An image size alone is intended: positions are interpolated.
     watcher = Watcher()
     refine(refine_config(weights, data, encoder__image_size=24, stage="heads"), tmp_path / "b", listener=watcher)
     assert header(tmp_path / "b")["architecture"]["image_size"] == 24 and watcher.warnings == []

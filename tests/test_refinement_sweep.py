@@ -22,14 +22,14 @@ DIM = 8
 
 
 def features(rows: int, seed: int) -> Features:
-    """Of blocks 2 and 4."""
+    """Return random features of blocks 2 and 4."""
     rng = np.random.default_rng(seed)
     columns = {Column(block, "mean", block == 4): rng.normal(size=(rows, DIM)).astype(np.float32) for block in (2, 4)}
     return Features(columns, np.arange(rows), rng.integers(0, 3, rows))
 
 
 class FakeMonitor:
-    """Hands out given features, notes what it is asked to score, and answers with given scores."""
+    """Returns given features, records what it is asked to score, and answers with given scores."""
 
     def __init__(self, scores: list[float], *, labelled: bool = True) -> None:
         self.train, self.test = features(11, seed=0), features(7, seed=1) if labelled else None

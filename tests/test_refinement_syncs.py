@@ -1,7 +1,7 @@
-"""No training step waits for the device: reading a value of it on the CPU is left to logging steps.
+"""No training step waits for the device: only logging steps read its values on the CPU.
 
-Without a GPU nothing waits; `tests/watch.py` has the stand-ins. Of each kind of step, one test watches it with values,
-another runs it on the meta device, where torch refuses to read them.
+Without a GPU nothing waits, so `tests/watch.py` has stand-ins. For each kind of step, one test watches it with values,
+and another runs it on the meta device, where torch refuses to read them.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ CHANGES: list[dict[str, Any]] = [
     {"loss.dense": "cka", "micro_batch": 7},
 ]
 DRAWS = {"data/views.py", "draws.py"}
-"""Draws of augmentations are made on the CPU, so that choosing images needs no sync."""
+"""Augmentations are drawn on the CPU, so that choosing images needs no sync."""
 
 
 def settings(changes: dict[str, Any]) -> Any:
@@ -51,7 +51,7 @@ def settings(changes: dict[str, Any]) -> Any:
 
 
 def updates(job: GradientJob, batch: ViewBatch) -> None:
-    for _ in range(2):  # the first one makes what the optimizer keeps
+    for _ in range(2):  # the first one creates the optimizer's state
         job.update(batch)
         job.step += 1
 
@@ -74,7 +74,7 @@ def test_steps_do_not_wait_for_the_device(
 
 
 def syncs_of_rank(stage: StageName, changes: dict[str, Any], *, reading: bool = False) -> list[str]:
-    """What a step of one process of a group waits for, beside the others. reading: a weight, which it should not."""
+    """Return what a step of one process in a group waits for besides the others. reading: wrongly read a weight."""
     with pytest.MonkeyPatch.context() as patch, ready_stage(settings(changes), stage) as (job, _):
         whole, rows = synthetic_batch(job), slice(0, 6)
         batch = ViewBatch(0, whole.sample_B[rows], [crops[rows] for crops in whole.crops], [])
@@ -108,7 +108,7 @@ def syncs_of_shards() -> list[list[str]]:
 def test_sharded_steps_do_not_wait_for_the_device(tmp_path: Path) -> None:
     for *found, reading in run_ranks(syncs_of_shards, 2, tmp_path):
         assert found == [[], [], []]
-        # Of gathered weights, too, the stand-in notices what is read.
+        # The stand-in also notices reads of gathered weights.
         assert reading and set(reading) == {"aten::_local_scalar_dense"}
 
 
@@ -117,22 +117,22 @@ def test_sharded_steps_do_not_wait_for_the_device(tmp_path: Path) -> None:
 
 @contextmanager
 def far_stage(changes: dict[str, Any], stage: StageName, monkeypatch: pytest.MonkeyPatch) -> Iterator[RefinementStage]:
-    """A stage on the meta device."""
+    """Yield a stage on the meta device."""
     monkeypatch.setattr("mimref.refinement.run.resolve_device", lambda _: META)
-    # Read once, when a run begins.
+    # `settled` reads values, but only once, when a run begins.
     monkeypatch.setattr("mimref.refinement.method.settled", lambda _: True)
     with ready_stage(settings(changes), stage) as (job, _):
         yield job
 
 
 def on_meta(batch: ViewBatch) -> ViewBatch:
-    """As `device_batches` gives it: crops on the device, sample indices on the CPU."""
+    """Move a batch as `device_batches` does: crops to the device, sample indices on the CPU."""
     batch.crops = [crops.to(META) for crops in batch.crops]
     return batch
 
 
 def check(noted: Distant, *made: str) -> None:
-    """Nothing but `send` copies to the device, and besides draws only `made` makes tensors on the CPU."""
+    """Check that only `send` copies to the device and that, besides draws, only `made` makes tensors on the CPU."""
     assert set(noted.copied) == {"devices.py:send"}
     assert not noted.waited and not noted.mixed
     assert {name for name in noted.made if name.partition(":")[0] not in DRAWS} <= set(made)
@@ -147,7 +147,7 @@ def test_steps_exchange_nothing_unseen_with_the_cpu(
         batch = on_meta(synthetic_batch(job))
         with distant() as noted:
             updates(job, batch)
-            # Sample indices of micro-batches, and the heads' weights in the loss; old torch's state of random numbers.
+            # Sample indices of micro-batches, the heads' weights in the loss and, in old torch, the random state.
             made = "refinement/method.py:_parts", "refinement/stages.py:forward_backward", "encoders/vit.py:blocks"
             check(noted, *made)
             with pytest.raises(RuntimeError, match=r"item\(\)"):
@@ -200,7 +200,7 @@ def test_pretraining_does_not_wait_for_the_device(
 
 
 def test_send_copies_from_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA may wait before it copies from any other."""
+    """CUDA may wait before it copies from other memory."""
     done: list[Any] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: done.append("pinned") or x)
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: done.append((args, kwargs)) or x)
@@ -224,7 +224,7 @@ def test_the_meta_device_is_told_from_the_cpu() -> None:
         assert noted.copied["devices.py:send"] == 1
         lazily = (lambda: values.sum().item(), lambda: values[values > 1])
         for read in (*lazily, values.nonzero, values.cpu, values.tolist):
-            with pytest.raises((RuntimeError, NotImplementedError)):  # torch's own, by operation
+            with pytest.raises((RuntimeError, NotImplementedError)):  # torch's own, which depend on the operation
                 read()
 
 
@@ -250,7 +250,7 @@ def test_steps_do_not_wait_for_cuda(stage: StageName, micro_batch: str | int) ->
     config = tiny(device="cuda", micro_batch=micro_batch)
     with ready_stage(config, stage) as (job, _):
         batches = device_batches(repeat(synthetic_batch(job)), job.device)
-        # The first steps allocate, and choose algorithms.
+        # The first steps allocate memory and choose algorithms.
         for _ in range(3):
             job.update(next(batches))
             job.step += 1

@@ -1,4 +1,4 @@
-"""Reports in a real browser: nothing fails, nothing is fetched, points of the map show their images when hovered."""
+"""Reports in a real browser: nothing fails, nothing is fetched, and points of the map show their images on hover."""
 
 import json
 import os
@@ -33,7 +33,7 @@ LOCAL = ("file:", "data:", "blob:")
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
-        # A container's root has no sandbox, and often a small /dev/shm.
+        # Root in a container has no sandbox, and often only a small /dev/shm.
         options = ["--disable-dev-shm-usage", *["--no-sandbox"] * (os.geteuid() == 0)]
         launched = started.chromium.launch(executable_path=CHROMIUM, args=options)
         yield launched
@@ -42,7 +42,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a run with all that a report can show, and hostile names everywhere."""
+    """The report of a run with everything that a report can show, and hostile names everywhere."""
     folder = tmp_path_factory.mktemp("run")
     rows: list[Row] = [
         {"model": model, "metric": metric, "value": 50.0 + number, **where}
@@ -59,7 +59,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Opened:
-    """The report in a page of the browser, and what the page has said and asked for."""
+    """The report in a page of the browser, with its console messages, errors and requests."""
 
     def __init__(self, browser: Any, report: Path, **context: Any) -> None:
         self.said: list[str] = []
@@ -72,7 +72,7 @@ class Opened:
         self.page.wait_for_selector(DRAWN)
 
     def check(self) -> None:
-        """Nothing has gone wrong, nothing hostile has run, nothing was fetched."""
+        """Assert that nothing failed, nothing hostile ran and nothing was fetched, and close the page."""
         assert self.said == []
         assert self.page.evaluate("window.hostile") is None
         assert [url for url in self.requests if not url.startswith(LOCAL)] == []
@@ -91,7 +91,7 @@ def test_hovering_a_point_shows_its_image(browser: Any, report: Path) -> None:
         tooltip = opened.page.locator("#vg-tooltip-element.visible")
         tooltip.wait_for()
         image, shown = tooltip.locator("img"), tooltip.inner_text()
-        # Points may overlap: the one hovered is the one that the last line names.
+        # Points may overlap: the last line names the point that is hovered.
         path = tooltip.locator("td.value").last.inner_text()
         thumbnail = next(each for each in exhibits.images if each.path == path)
         assert thumbnail.label in shown
@@ -122,7 +122,7 @@ def test_every_image_and_chart_is_drawn(browser: Any, report: Path) -> None:
     assert opened.page.evaluate(f"{images}.length") > 300
     assert opened.page.evaluate(f"Promise.all({images}.map(image => image.decode())).then(() => true)")
     charts = opened.page.locator(".chart")
-    assert charts.count() == opened.page.locator(".chart svg").count() == 4  # two of the log, blocks, map
+    assert charts.count() == opened.page.locator(".chart svg").count() == 4  # 2 x log, blocks, map
     assert (
         opened.page.locator(".chart svg[aria-label]").count() + opened.page.locator(".chart [aria-label]").count() >= 4
     )
@@ -156,7 +156,7 @@ def test_light_and_dark(browser: Any, report: Path) -> None:
 
 
 def _lightness(colour: str) -> float:
-    """Of `rgb(255, 255, 255)`: 1."""
+    """Lightness of an `rgb(...)` colour, from 0 for black to 1 for white."""
     return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(","))) / 765
 
 
@@ -170,7 +170,7 @@ def test_printing(browser: Any, report: Path) -> None:
 
 
 def test_a_page_that_fetches_is_noticed(browser: Any, tmp_path: Path) -> None:
-    """The checks above see a request and an error; and the report's own policy stops the request."""
+    """`Opened.check` would report the request and the error of a page without a policy."""
     (tmp_path / "x.html").write_text(
         "<html data-drawn=yes><body><img src='https://example.invalid/a.png'><script>throw 1</script></body></html>"
     )

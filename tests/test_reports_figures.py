@@ -1,4 +1,4 @@
-"""Figures: what stands on the axes, files of a readable size, the same bytes for the same input, unusual values."""
+"""Figures: contents of the axes, files of a readable size, the same bytes for the same input, unusual values."""
 
 import math
 import sys
@@ -53,7 +53,7 @@ def points(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Collects the figures instead of saving them, which takes most of the time."""
+    """Figures, collected instead of saved: saving takes most of the time."""
     found: list[Figure] = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: found.append(figure))
     return found
@@ -98,7 +98,7 @@ def test_files(name: str, tmp_path: Path) -> None:
         assert 600 <= image.width <= 2000 and 350 <= image.height <= 2500
         assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 100
     assert sorted(file.name for file in first.parent.iterdir()) == ["a.png", "b.png"]
-    # The program's own matplotlib stays as it is.
+    # The program's own matplotlib settings do not change, and pyplot is not imported.
     assert dict(matplotlib.rcParams) == before and ("matplotlib.pyplot" in sys.modules) == had_pyplot
 
 
@@ -124,7 +124,7 @@ def test_curves_and_deltas_of_blocks(drawn: list[Figure]) -> None:
     assert (first.get_title("left"), second.get_title("left")) == ("a", "b")
     deltas = [row["value"] for row in block_rows("a") if str(row["metric"]).endswith("delta")]
     assert [bar.get_height() for bar in first.patches] == deltas  # type: ignore[attr-defined]
-    # Filled points are recommended heads.
+    # Filled points mark recommended heads.
     unmarked, marked = (collection.get_facecolor() for collection in curves[0].collections)  # type: ignore[attr-defined]
     assert {to_hex(color) for color in unmarked} == {"#ffffff"}
     assert [n for n, color in enumerate(marked, start=1) if to_hex(color) != "#ffffff"] == [7, 8]
@@ -175,7 +175,7 @@ def test_bars_whiskers_and_differences(drawn: list[Figure]) -> None:
     assert widths(silhouette) == [-3.0, 2.0, 7.0]
     assert texts(davies) == ["2.00", "1.70  (-0.30)", "1.40  (-0.60)"] and "lower is better" in davies.get_title("left")
     assert whiskers(shots) == [[56.0, 64.0]] * 3
-    # The spread of a clustering's runs is not around the best run.
+    # The spread of clustering runs is not centred on the best run, which the bar shows.
     assert widths(cluster) == [79.0, 0.0, 0.0] and texts(cluster)[1:] == ["-", "-"]
     assert whiskers(cluster) == []
 

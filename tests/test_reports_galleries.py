@@ -1,4 +1,4 @@
-"""Galleries: what is on a page and in a picture, whatever the images are called."""
+"""Galleries: contents of pages and pictures, whatever the names of the images."""
 
 import base64
 import io

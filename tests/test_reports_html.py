@@ -1,4 +1,4 @@
-"""Reports as HTML pages: numbers, curves and images are those of the run's files, and names of users stay text."""
+"""Reports as HTML pages: numbers, curves and images match the run's files, and user-supplied names stay text."""
 
 import base64
 import json
@@ -92,7 +92,7 @@ def test_curves_are_the_log_with_the_stages_one_after_another(tmp_path: Path) ->
             (x, pytest.approx(line["head_loss"][head], rel=1e-5)) for (x, _), line in zip(expected, losses, strict=True)
         ]
     assert [(point["x"], point["y"]) for point in page["k-NN top-1 (%)"]] == [(2, 52.0), (5, 53.0)]
-    assert "rankme" not in page  # never finite
+    assert "rankme" not in page  # its values are never finite
 
 
 def test_runs_are_overlaid_by_the_mean_of_their_heads(tmp_path: Path) -> None:
@@ -244,14 +244,14 @@ def test_a_page_of_the_largest_exhibits_is_small(tmp_path: Path) -> None:
     assert data["prefix"] == "data:image/webp;base64," and all(data["images"]) and "compressed further" in text
 
 
-# --- names of users
+# --- user-supplied names
 
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
     """A run with hostile names everywhere."""
     rows: list[Row] = []
-    # results.csv is UTF-8, which has no halves of surrogate pairs.
+    # results.csv is in UTF-8, which cannot encode half of a surrogate pair.
     for number, name in enumerate(name.replace("\udcff", "") for name in HOSTILE):
         rows += [
             {"model": name, "metric": "knn_top1", "value": 50.0 + number, "data": name},
@@ -299,7 +299,7 @@ def test_only_the_two_scripts_of_the_page_may_run(tmp_path: Path) -> None:
 def test_the_page_names_no_other_address(hostile: Path) -> None:
     text = make_page([read_run(hostile)])
     addresses = set(re.findall(r"https?://[\w./-]+", text))
-    # Of XML and of JSON schemas, which nothing fetches, and in messages.
+    # Identifiers of XML and of JSON schemas, which nothing fetches, and addresses in messages.
     assert {address.split("/")[2] for address in addresses} <= {"www.w3.org", "vega.github.io", "github.com"}
 
 
@@ -366,4 +366,4 @@ def test_the_newest_finished_run(tmp_path: Path) -> None:
     (tmp_path / "knn" / "results.json").write_text('{"command": "knn"}')  # newer, but of a command without a report
     assert newest_run(tmp_path) == tmp_path / "b"
     (tmp_path / "knn" / "results.json").write_text("{")
-    assert newest_run(tmp_path) == tmp_path / "knn"  # damaged: to be told, not passed over
+    assert newest_run(tmp_path) == tmp_path / "knn"  # damaged: must be reported, not ignored

@@ -1,4 +1,4 @@
-"""Model cards: the header that the hub reads, and text that is shown as it is."""
+"""Model cards: the header that the hub reads, and text that is shown verbatim."""
 
 import json
 from dataclasses import replace
@@ -82,7 +82,7 @@ def test_the_header() -> None:
 
 
 def test_the_hub_parses_the_card(tmp_path: Path) -> None:
-    """By its own client, model-index included."""
+    """The hub's own client reads the card, including its model-index."""
     (tmp_path / "README.md").write_text(card(with_classes(HOSTILE)), encoding="utf-8")
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.license == "cc-by-nc-4.0" and data.pipeline_tag == "image-classification"
@@ -140,7 +140,7 @@ def test_the_code_names_the_library(library: Library) -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_is_shown_as_it_is(text: str) -> None:
-    """By a Markdown renderer: no element but a paragraph, list item or cell, and the same characters."""
+    """A Markdown renderer shows the same characters and adds only a paragraph, list item or cell."""
     escaped = escape_markdown(text)
     assert "\n" not in escaped
     shown = text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
@@ -167,7 +167,7 @@ def test_many_classes_are_cut() -> None:
     assert "and 50 more" in card(with_classes([f"c{number}" for number in range(150)]))
 
 
-# --- what is known of a run
+# --- what is known about a run
 
 
 def run_folder(folder: Path, **config: Any) -> Path:

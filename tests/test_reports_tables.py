@@ -1,4 +1,4 @@
-"""Tables: the right values, differences, best marks and labels."""
+"""Tables: values, differences, marks of the best value and labels."""
 
 import io
 import math
@@ -32,7 +32,7 @@ def printed(table: RenderableType, *, color: bool = False) -> str:
 
 
 def cells(table: RenderableType) -> list[list[str]]:
-    """Text of every line of a table, its header first."""
+    """Text of the cells of every line of a table, header first."""
     lines = [re.split("[┃│]", line)[1:-1] for line in printed(table).splitlines()]
     return [[cell.strip() for cell in line] for line in lines if line]
 
@@ -48,7 +48,7 @@ def test_comparison_shows_every_model_and_the_difference() -> None:
 
 def test_best_is_bold_and_regressions_are_red() -> None:
     text = printed(comparison_table(rows()), color=True)
-    # A style opens before the padding of its cell; for Davies-Bouldin lower is better.
+    # A style starts before the padding of its cell; for Davies-Bouldin, lower is better.
     for style, shown in ((1, "97.5"), (31, "-0.3"), (1, "80.5"), (32, "+3.5"), (1, "1.100"), (32, "-0.100")):
         assert re.search(rf"\x1b\[{style}m *{re.escape(shown)}", text)
     assert not re.search(r"\x1b\[1m *97\.2", text)
@@ -65,7 +65,7 @@ def test_differences_from_any_base() -> None:
     tied = [
         row | {"value": 97.501} if row["metric"] == "knn_top1" and row["model"] != "base" else row for row in rows()
     ]
-    # What looks equal is treated as equal.
+    # Values that look equal are treated as equal.
     assert [(cell.is_best, cell.is_gain) for cell in compare_rows(tied, "base")[1]["k-NN top-1"]] == [(True, None)] * 3
     assert markdown_table(rows(), "base").splitlines()[2:] == [
         "| k-NN top-1 | 97.0 (-0.5) | **97.5** | 97.2 (-0.3) |",

@@ -1,5 +1,5 @@
-"""Runs in processes: order, what they need, failures, and that none survives the suite's process. No run imports torch:
-their processes are stand-ins, but for the slow test."""
+"""Runs in processes: order, dependencies, failures, and that none survives the suite's process. No run imports torch:
+the processes are stand-ins, except in the slow test."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from mimref.reproduce.jobs import run_jobs
 from mimref.reproduce.plan import Run
 from tests.tiny import Watcher
 
-# Writes its results after `seconds`; a name with `bad` fails, one with `heads` writes its heads at once.
+# Writes its results after 0.6 s; a name with `bad` fails, one with `heads` writes its heads at once.
 STAND_IN = """
 import json, os, pathlib, sys, time
 name, folder = sys.argv[1], pathlib.Path(sys.argv[2])
@@ -113,7 +113,7 @@ def test_runs_end_when_the_suite_is_interrupted(tmp_path: Path) -> None:
 
 
 def test_a_process_stops_when_the_suites_process_is_killed(tmp_path: Path) -> None:
-    # The worker's own thread, without its imports of torch.
+    # The worker's own thread, without the worker's imports of torch.
     source = (Path(jobs.__file__).parent / "worker.py").read_text()
     function = source[source.index("def _stop_when_left") : source.index("\n\ndef main")]
     child = f"import os, signal, threading, time\n{function}\n"
@@ -135,7 +135,7 @@ def test_a_process_stops_when_the_suites_process_is_killed(tmp_path: Path) -> No
 
 
 def running(pid: int) -> bool:
-    """Whether a process exists, and is no zombie that nobody has waited for."""
+    """Return whether a process exists and is not a zombie, which nobody has waited for."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -26,14 +26,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def suite(folder: Path, **changes: Any) -> Suite:
-    """`changes` are named like `heads__blocks`."""
+    """Make a suite; `changes` are named like `heads__blocks`."""
     dotted = {key.replace("__", "."): value for key, value in (EVALUATED | changes).items()}
     files = {"encoder.weights": str(folder / "base.safetensors"), "data.spec": str(folder / "data")}
     return make_suite(load_config(AblationsConfig, None, REFINE | files | dotted), folder / "out")
 
 
 def test_equal_settings_run_once_with_every_seed(folder: Path) -> None:
-    # With heads on blocks 3-4 of 4, the lines of one and of two heads are the same run, and so is a line of (b).
+    # With heads on blocks 3-4 of 4, the paper's 1, 2 and 4 heads are one run, and the lines of (b) need no others.
     made = suite(folder, seeds=[3, 5])
     names = [run.name for run in made.refinements]
     assert len(set(names)) == len(names) and names[:2] == ["default-seed3", "default-seed5"]
@@ -89,7 +89,7 @@ def test_earlier_runs_are_kept_with_equal_settings_alone(folder: Path) -> None:
         check_earlier(suite(folder, **changes))
     with pytest.raises(ConfigError, match=r"run default-seed0 .*heads.temperature: it was 0.3 and is now 0.4"):
         check_earlier(suite(folder, seeds=[0], tables=["e"], heads__temperature=0.4))
-    # Runs that are judged in another way cannot stand in one table.
+    # Runs that are evaluated in different ways cannot be in one table.
     with pytest.raises(ConfigError, match=r"run default-seed0 .*evaluate.cluster_runs: it was \d+ and is now 3"):
         check_earlier(suite(folder, evaluate__cluster_runs=3))
 

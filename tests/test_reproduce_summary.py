@@ -1,4 +1,4 @@
-"""Means over seeds beside the paper's numbers: by plain loops, and what the sentences say."""
+"""Means over seeds beside the paper's numbers: compared with plain loops, and the wording of verdicts."""
 
 import math
 import statistics
@@ -75,7 +75,7 @@ def test_rows_equal_plain_loops(suite: Suite) -> None:
 
 
 def test_without_the_default_nothing_is_compared(suite: Suite) -> None:
-    """A default that has failed, with one seed or with all."""
+    """The default has failed with one seed, with several, or with all."""
     for seed in SEEDS:
         next(run for run in suite.refinements if run.name == f"default-seed{seed}").folder.joinpath(
             "results.json"
@@ -113,7 +113,7 @@ def test_before_and_after_and_curves(suite: Suite) -> None:
         ([0.5, -0.3], 0.0, "agrees: no difference"),
         ([0.5, -0.3], -0.8, "undecided: from -0.3 to +0.5"),
         ([-0.02, -0.5], -0.8, "undecided"),
-        ([0.04, 0.5], 0.1, "undecided"),  # no difference in a table of one decimal
+        ([0.04, 0.5], 0.1, "undecided"),  # 0.04 is no difference in a table with one decimal
         ([-0.5], -0.8, "one seed: the same sign"),
         ([0.5], -0.8, "one seed: not the sign"),
         ([0.04], 0.0, "one seed: the same sign"),

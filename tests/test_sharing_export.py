@@ -1,4 +1,4 @@
-"""Folders for Hugging Face's libraries: each loads them by its public way, and gives the encoder's features."""
+"""Folders for Hugging Face's libraries: each loads them in its public way, and gives the encoder's features."""
 
 import inspect
 import json
@@ -51,7 +51,7 @@ from tests.subjects import (
 )
 
 transformers = pytest.importorskip("transformers")
-# Before, poolers apply a tanh, and timm's models have no sizes of their own.
+# In older versions, poolers apply a tanh, and timm's models have no sizes of their own.
 has_poolers = "pooler_act" in inspect.signature(transformers.ViTConfig).parameters
 has_sizes = "model_args" in inspect.signature(transformers.TimmWrapperConfig).parameters
 has_local_dir = pytest.mark.skipif(not hasattr(timm.models._hub, "load_model_config_from_path"), reason="timm 1.0.16")
@@ -93,7 +93,7 @@ def close(found: Any, expected: Any) -> None:
 
 
 def assert_same_blocks(found: Any, encoder: Encoder) -> None:
-    """found: tokens of every block."""
+    """Check `found`, the tokens of every block."""
     every = range(1, encoder.depth + 1)
     for theirs, ours in zip(found, encoder.blocks(images(), every), strict=True):
         close(theirs, ours)
@@ -128,7 +128,7 @@ def test_transformers_loads_the_classifier(architecture: Architecture, tmp_path:
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "m").eval()
     close(model(images()).logits, classifier(images()))
     assert model.config.id2label == dict(enumerate(CLASSES))
-    # The encoder alone, too.
+    # The encoder alone can be loaded, too.
     base = transformers.AutoModel.from_pretrained(tmp_path / "m").eval()
     assert_same_blocks(base(images(), output_hidden_states=True).hidden_states[1:], classifier.encoder)
 
@@ -292,7 +292,7 @@ SIZES = [(50, 40), (40, 61), (20, 20), (33, 90), (16, 16), (19, 18), (23, 47)]
 
 
 def photograph(width: int, height: int) -> Image.Image:
-    """Smooth colours and edges, so that a crop that is off by a pixel shows."""
+    """Return smooth colours and edges, so that a crop that is off by a pixel shows."""
     rng = np.random.default_rng(width)
     small = Image.fromarray(rng.integers(0, 256, (1 + height // 5, 1 + width // 5, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
@@ -304,7 +304,7 @@ def ours(transform: EvalTransform, image: Image.Image) -> Tensor:
 
 
 def levels_apart(found: Tensor, expected: Tensor, transform: EvalTransform) -> float:
-    """The largest difference, in steps of 8-bit pixels."""
+    """Return the largest difference, in steps of 8-bit pixels."""
     return float(((found - expected) * torch.tensor(transform.std).view(3, 1, 1)).abs().max() * 255)
 
 
@@ -392,7 +392,7 @@ def test_a_feature_that_differs_refuses_the_folder(
 
 
 def test_a_part_that_the_class_lacks_is_noticed(tmp_path: Path) -> None:
-    """mimref would read the folder, transformers would fill in random weights."""
+    """mimref would read the folder, but transformers would fill in random weights."""
     subject = subject_of(make(TINY))
     files = folder_layout(subject, "transformers")
     fewer = {name: tensor for name, tensor in files.tensors.items() if not name.startswith("pooler")}
@@ -451,7 +451,7 @@ def test_finetuned_results(tmp_path: Path) -> None:
 
 
 def test_processors_of_other_transforms() -> None:
-    """The sizes that the folder's processor has."""
+    """The folder's processor has the sizes and channels of the transform."""
     wanted: Mapping[str, Any] = {"shortest_edge": 20}
     assert transformers_layout.processor_config(TRANSFORM)["size"] == wanted
     assert transformers_layout.processor_config(TRANSFORM)["do_convert_rgb"]

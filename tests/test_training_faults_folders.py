@@ -48,7 +48,7 @@ with folder_lock(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process at work in `tmp_path`, which has a child."""
+    """A process that holds `tmp_path`, and has a child."""
     line = [sys.executable, "-c", HOLDER, str(tmp_path), "3"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "held\n"

@@ -65,7 +65,7 @@ def test_a_second_signal_while_saving_stops_at_once(
         if saves < 3:
             save(content, stream)
             return
-        # The third epoch's state: Ctrl-C, and once more while it is written.
+        # The third epoch's state: a first signal, and another one while it is written.
         signal.raise_signal(number)
         if how == "within":
             stream.write(b"half of it")
@@ -118,7 +118,7 @@ def test_a_dead_loader_process_is_reported_with_its_image(
         if multiprocessing.parent_process() is not None:
             reads += self.files[index] == "b/003.png"
             if reads == 2:  # in the second epoch
-                faulthandler.disable()  # else a segmentation fault fills the terminal
+                faulthandler.disable()  # otherwise a segmentation fault fills the terminal
                 os.kill(os.getpid(), number)
                 time.sleep(10)
         return read(self, index, reduce)
@@ -164,13 +164,13 @@ def test_a_signal_ends_the_wait_for_a_batch(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It arrives while an image is read, by a loader process or by this one, that would take another minute."""
+    """It arrives while a loader process, or this one, reads an image that would take another minute."""
     read, reads, main = FileSource.read_reduced, 0, os.getpid()
 
     def slow(self: FileSource, index: int, reduce: Any) -> Decoded:
         nonlocal reads
         reads += 1
-        # Batches have 12 images. The main process has everything before this batch behind it, or is just about to.
+        # Batches have 12 images. The main process has finished everything before this batch, or is about to.
         if reads == 12 * step + 5:
             time.sleep(0.5 if count else 0)
             os.kill(main, number)
@@ -247,7 +247,7 @@ def test_two_signals_to_a_process(number: int, code: int, tiny: TinyRun, tmp_pat
     finally:
         if process.poll() is None:
             process.kill()
-    # The second may come after the last handler is gone; for a shell the code is the same.
+    # The second signal may come after the last handler is gone; a shell sees the same code.
     assert process.returncode in (code, -number), errors
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith(("mimref: stopped at once; ", "mimref: saved at step "))
@@ -257,7 +257,7 @@ def test_two_signals_to_a_process(number: int, code: int, tiny: TinyRun, tmp_pat
 
 
 def anonymous_mb() -> float:
-    """Memory of this process that belongs to no file."""
+    """Return the memory of this process that belongs to no file, in MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024

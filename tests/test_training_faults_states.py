@@ -42,7 +42,7 @@ def state(step: int) -> dict[str, Any]:
 
 
 def saved(path: Path, *steps: int) -> RunFolder:
-    """A folder in which a run has saved at these steps."""
+    """Return a folder in which a run has saved states at these steps."""
     folder = RunFolder(path)
     folder.prepare(CONFIG, resume=False, force=False)
     for step in steps:
@@ -55,14 +55,14 @@ def cut(file: Path, share: float) -> None:
 
 
 def flip(file: Path, at: int, bit: int = 0) -> None:
-    """Change one bit of the file's byte `at`; from the end if negative."""
+    """Change one bit of byte `at` of the file; a negative `at` counts from the end."""
     content = bytearray(file.read_bytes())
     content[at] ^= 1 << bit
     file.write_bytes(content)
 
 
 def weights_at(file: Path) -> int:
-    """Where the weights of a state lie in its file."""
+    """Return the offset at which the weights of a state of step 8 begin in its file."""
     return file.read_bytes().index(torch.arange(20.0).add(8).numpy().tobytes())
 
 
@@ -133,7 +133,7 @@ def test_a_state_that_cannot_be_read_is_not_called_damaged(tmp_path: Path, monke
         folder.load_state()
 
 
-@pytest.mark.parametrize("stop", [9, 11])  # either side: the state before is one of stage 1, of stage 2
+@pytest.mark.parametrize("stop", [9, 11])  # the damaged state lies within an epoch, or at its end
 def test_a_run_goes_on_from_the_state_before(stop: int, tiny: TinyRun, tmp_path: Path) -> None:
     for attempt in (False, True):
         with pytest.raises(Interrupted):
@@ -152,7 +152,7 @@ def test_a_run_goes_on_from_the_state_before(stop: int, tiny: TinyRun, tmp_path:
 
 
 def calls_of_saving(path: Path, monkeypatch: pytest.MonkeyPatch, kill_after: int | None) -> int:
-    """Save a state and die before call number `kill_after` to the file system; the number of calls."""
+    """Save a state and die after `kill_after` calls to the file system; return the number of calls."""
     counted = Mortal(kill_after)
     with monkeypatch.context() as patch:
         for name in ("fsync", "replace"):
@@ -168,7 +168,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_good_state(
     damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prepared(name: str) -> Path:
-        # The newest is damaged and the run goes on from step 4; or it goes on from step 8.
+        # Either the newest state is damaged and the run continues from step 4, or it continues from step 8.
         saved(tmp_path / name, 4, 14 if damaged else 8)
         if damaged:
             cut(tmp_path / name / "state" / "step0000000014.pt", 0.5)

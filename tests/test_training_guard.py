@@ -52,6 +52,6 @@ def test_watching_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_meta_device_has_no_values_to_read() -> None:
-    # Any operation that needs a value fails on the meta device, however it gets at it.
+    # Any operation that needs a value fails on the meta device, however it reads the value.
     guard = FiniteLoss(torch.device("meta"))
     guard.watch(torch.empty((), device="meta"), 1)

@@ -1,4 +1,4 @@
-"""Learning rates at their corners, and what AdamW makes of parameter groups."""
+"""Learning rates at their corners, and what AdamW does with parameter groups."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ TINY = Architecture("custom", image_size=8, width=8, depth=3, num_heads=2, patch
 
 
 def found_in(groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Learning-rate scale and weight decay by name."""
+    """Return learning-rate scale and weight decay by parameter name."""
     assert all(len(group["names"]) == len(group["params"]) for group in groups)
     return {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
 

@@ -1,4 +1,4 @@
-"""Sharded runs: handed from some processes to others, killed, and out of disk space."""
+"""Sharded runs: continued by another number of processes, killed, and out of disk space."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ needs_fsdp = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), r
 
 
 def whole_runs(weights: Path, data: Path, folder: Path) -> None:
-    """Sharded runs of two ranks: a whole one, one in micro-batches, and the beginning of one that others go on with."""
+    """Run sharded on two ranks: whole batches, micro-batches, and the beginning of a run that others continue."""
     refine(refine_config(weights, data, **SETTINGS, **EVALUATED, shard=True), folder / "sharded")
     _rejoin(folder, "micro")
     changes = {**SETTINGS, "micro_batch": 4, "activation_checkpointing": True, "shard": True}
@@ -56,13 +56,13 @@ def end(weights: Path, data: Path, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs by one process, by two with sharded weights, and by two, one and two again."""
+    """Runs by one process, by two with sharded weights, and by two, one and two in turn."""
     folder = tmp_path_factory.mktemp("runs")
     weights, data = write_weights(folder / "base.safetensors"), write_labelled(folder / "data")
     config = refine_config(weights, data, **SETTINGS, **EVALUATED)
     refine(config, folder / "alone")
     run_ranks(whole_runs, 2, folder / "group", weights, data, folder)
-    # A single process has nobody to share with: it reads shards, and writes plain states.
+    # A single process cannot shard: it reads shards, and writes plain states.
     interrupted(refine_config(weights, data, **SETTINGS, shard=True), folder / "handed on", 14, resume=True)
     assert states(folder / "handed on") == ["step0000000012.pt", "step0000000014.pt"]
     run_ranks(end, 2, folder / "end", weights, data, folder / "handed on")
@@ -104,7 +104,7 @@ def test_sharded_runs_are_judged_and_written_as_others(runs: Path) -> None:
 
 
 def fail_in_the_background(weights: Path, data: Path, out: Path) -> tuple[str, int]:
-    """What is told when the disk of rank 1 is full in the second epoch, and after how many updates."""
+    """Return the error if the disk of rank 1 is full in the second epoch, and the number of updates until then."""
     steps, write_data = 0, FileSystemWriter.write_data
 
     class Counted(Watcher):
@@ -190,7 +190,7 @@ def rank_of_a_run(
 
 
 def run_killed_ranks(folder: Path, out: Path, counts: list[int], kills: int, *, double: bool) -> list[str]:
-    """Run until it has finished, on so many processes in turn, and kill all of them or one; what the kills hit."""
+    """Run to the end, on each number of processes in turn, killing all of them or one; return what the kills hit."""
     draw, hits, given = random.Random(1), list[str](), (folder / "base.safetensors", folder / "data", out)
     for attempt in range(50):
         world, log_file = counts[attempt % len(counts)], out / "metrics.jsonl"
@@ -218,7 +218,7 @@ def run_killed_ranks(folder: Path, out: Path, counts: list[int], kills: int, *, 
                 f"{'one' if one else 'all'} of {world}, {'saving' if saving else 'training'}, {_lines(out)} lines"
             )
         for rank in ranks:
-            rank.join(60 if kill else 300)  # those that were left see that one is gone
+            rank.join(60 if kill else 300)  # the remaining ones notice that one is gone
         hung = [rank for rank in ranks if rank.is_alive()]
         for rank in hung:
             rank.kill()

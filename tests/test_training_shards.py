@@ -36,7 +36,7 @@ CONFIG = RefineConfig()
 
 
 def weights_of(step: int) -> dict[str, Tensor]:
-    """Whose rows do not divide by the ranks: some ranks have fewer, or none."""
+    """Return weights whose rows are not divisible by the ranks: some ranks have fewer, or none."""
     return {
         "five": torch.arange(20.0).view(5, 4) + step,
         "one": torch.full((1, 3), float(step), dtype=torch.float64),
@@ -53,7 +53,7 @@ def state(step: int) -> dict[str, Any]:
 
 
 def assert_state(found: dict[str, Any] | None, step: int) -> None:
-    """A state as ranks or a single process have read it."""
+    """Check a state that ranks or a single process have read."""
     assert found is not None and (found["step"], found["rows"]) == (step, [("a", 1.5)])
     assert torch.equal(found["queue"]["rows"], torch.arange(3.0) + step)
     assert found["optimizer"]["param_groups"] == [{"lr": 0.5}]
@@ -65,7 +65,7 @@ def assert_state(found: dict[str, Any] | None, step: int) -> None:
 
 
 def failing(error: Exception, where: Any, name: str) -> Callable[[], None]:
-    """Let a function fail on this rank; returns what undoes it."""
+    """Let a function fail on this rank; return a function that undoes it."""
     before = getattr(where, name)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -76,13 +76,13 @@ def failing(error: Exception, where: Any, name: str) -> Callable[[], None]:
 
 
 def save_and_fail(path: Path) -> dict[str, Any]:
-    """States of steps 4 and 8; those of 9 to 12, which fail on one rank alone, or on rank 0; and one of step 13."""
+    """Save states of steps 4, 8 and 13; in between, those of 9 to 12 fail, each on one rank alone."""
     folder = RunFolder(path)
     folder.prepare(CONFIG, resume=False, force=False)
     saver = StateSaver(path / "state", folder.publish)
     live = state(4)
     saver.save(live)
-    local(live["encoder"]["five"]).zero_()  # the training goes on
+    local(live["encoder"]["five"]).zero_()  # training continues
     live["queue"]["rows"].zero_()
     saver.save(state(8))
     saver.wait()
@@ -120,7 +120,7 @@ def save_and_fail(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """A folder with the states of steps 4 and 8, and what two ranks found that went on from there."""
+    """A folder with the states of steps 4 and 8, and the results of two ranks that continued from there."""
     folder = tmp_path_factory.mktemp("states")
     return folder / "copied", run_ranks(save_and_fail, 2, folder / "ranks", folder / "run")
 
@@ -231,7 +231,7 @@ def test_a_kill_at_any_moment_of_publishing_leaves_a_good_state(
             RunFolder(newest.parents[1]).publish(newest, step)
         return counted.calls
 
-    # The state of a step that was saved before as well takes its place.
+    # A state of a step that was saved before replaces the earlier one.
     for step, expected in ((12, ["step0000000008", "step0000000012"]), (8, ["step0000000004", "step0000000008"])):
         whole = prepared(f"whole {step}", step)
         calls = publish(whole, step, None)
@@ -249,7 +249,7 @@ def test_a_kill_at_any_moment_of_publishing_leaves_a_good_state(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB, where the tests may mount one."""
+    """A file system of 2 MB; skips where the tests may not mount one."""
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True).returncode:
@@ -259,7 +259,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(path: Path) -> list[str]:
-    """States that grow until the disk is full."""
+    """Save growing states until the disk is full; return the errors."""
     folder, told = RunFolder(path), list[str]()
     folder.prepare(CONFIG, resume=False, force=False)
     saver = StateSaver(path / "state", folder.publish)

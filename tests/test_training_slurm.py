@@ -15,7 +15,7 @@ import torch
 from tests.tiny import REFINE, arguments, tensors, write_labelled, write_weights
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
-# Two nodes on this machine; a signal goes to the tasks of both.
+# Runs the tasks of two nodes on this machine; a signal goes to both.
 SRUN = """#!/bin/bash
 "$@" & first=$!
 "$@" & second=$!
@@ -27,7 +27,7 @@ exit $code
 SCONTROL = """#!/bin/bash
 if [ "$1" = requeue ]; then echo "$2" > "$REQUEUED"; else echo localhost; fi
 """
-# Stops for long enough in its ninth step to be signalled there.
+# Pauses in its ninth step for long enough to be signalled there.
 SLOW = """
 import os, sys, time
 from mimref.cli import run

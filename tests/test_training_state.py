@@ -31,7 +31,7 @@ def files(folder: Path) -> set[str]:
 
 
 def started(path: Path) -> RunFolder:
-    """A run that has saved a state."""
+    """Return the folder of a run that has saved a state."""
     folder = RunFolder(path)
     folder.prepare(CONFIG, resume=False, force=False)
     folder.save_state(lambda: {"step": 3, "weights": torch.arange(4.0)})
@@ -164,7 +164,7 @@ def test_with_absolute_paths_settings_have_absolute_paths(tmp_path: Path, monkey
     assert (config.data.spec, config.data.root) == (str(tmp_path / "images"), str(tmp_path / "root"))
     assert (config.encoder.weights, config.heads_from) == (str(tmp_path / "w.pt"), str(tmp_path / "heads"))
     assert with_absolute_paths(config) == config
-    # Words with a meaning of their own stay words, whatever lies beside them.
+    # Words with a special meaning stay words, whatever files lie beside them.
     words = with_absolute_paths(
         load_config(RefineConfig, None, {"data.spec": "digits", "encoder.weights": "quickstart"})
     )
@@ -226,7 +226,7 @@ def test_a_state_that_cannot_be_written_leaves_the_previous_one(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB, where the tests may mount one."""
+    """A file system of 2 MB; skips where the tests may not mount one."""
     place = tmp_path / "disk"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]

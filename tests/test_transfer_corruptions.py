@@ -1,4 +1,4 @@
-"""Images corrupted as they are read: the package's corruptions, the same whoever reads them."""
+"""Images corrupted as they are read: the package's corruptions, the same in every process."""
 
 import sys
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_the_cheap_ones_are_their_formulas(package: Any) -> None:
 
 @pytest.mark.parametrize("severity", [1, 2, 3, 4, 5])
 def test_compiled_glass_blur_is_the_loop_of_imagenet_c(severity: int, package: Any) -> None:
-    """hendrycks/robustness, ImageNet-C/create_c/make_imagenet_c.py."""
+    """Source of the loop: hendrycks/robustness, ImageNet-C/create_c/make_imagenet_c.py."""
     from skimage.filters import gaussian
 
     crop = TRANSFORM.crop(source().read(1))
@@ -82,7 +82,7 @@ def test_compiled_glass_blur_is_the_loop_of_imagenet_c(severity: int, package: A
         for row in range(SIDE - reach, reach, -1):
             for column in range(SIDE - reach, reach, -1):
                 right, down = draws.randint(-reach, reach, size=2)
-                # The reference means to swap them; what it swaps are views of one array.
+                # The reference intends a swap, but its pixels are views of one array: one overwrites the other.
                 image[row, column] = image[row + down, column + right]
     expected = np.uint8(np.clip(gaussian(image / 255.0, sigma=sigma, channel_axis=-1), 0, 1) * 255)
     assert np.array_equal(corrupt(crop, "glass_blur", severity, 17).permute(1, 2, 0).numpy(), expected)
@@ -110,7 +110,7 @@ def test_spatter_without_a_drop_leaves_the_image(package: Any) -> None:
         np.random.seed(seed)
         made.append(corrupt(crop, "spatter", 1, 0))
     assert any(torch.equal(each, crop) for each in made) and not all(torch.equal(each, crop) for each in made)
-    assert all(int(each.min()) >= 90 for each in made)  # water is brighter, and never black
+    assert all(int(each.min()) >= 90 for each in made)  # water only brightens an image, and is never black
 
 
 def test_own_images_are_corrupted_and_compared_with_the_clean_ones(package: Any, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ MEAN = (0.485, 0.456, 0.406)
 
 @pytest.fixture(autouse=True)
 def generators_stay() -> Iterator[None]:
-    """Nobody's global draws change but torch's."""
+    """The global state of `random` and NumPy does not change; only that of torch may."""
     random.seed(1)
     np.random.seed(2)
     yield
@@ -43,7 +43,7 @@ def generators_stay() -> Iterator[None]:
 
 
 def seed_timm(operation: Operation, number: int) -> None:
-    """Seed the generators that timm draws from as for this image or step."""
+    """Seed the generators that timm draws from with our seed of this image or step."""
     with seeded(SEED, EPOCH, operation, number) as found:
         pass
     random.seed(found)
@@ -79,7 +79,7 @@ def test_rand_augment_is_timms(text: str) -> None:
 
 
 def test_posterizing_to_no_bits_is_black() -> None:
-    """Which newer Pillow refuses."""
+    """Newer versions of Pillow refuse to posterize to no bits."""
     change = RandAugment("rand-m10-n8-p1-inc1", SEED, MEAN)
     crop = torch.full((3, 8, 8), 200, dtype=torch.uint8)
     for sample in range(20):
@@ -102,7 +102,7 @@ def test_erasing_is_timms_image_by_image() -> None:
     assert torch.equal(found, expected)
     erased = (found != images).flatten(1).any(dim=1)
     assert 3 <= int(erased.sum()) <= 18
-    # Of a part of the batch, the same.
+    # A part of the batch is erased in the same way.
     part = images[10:13].clone()
     Erasing(0.25, SEED, CPU)(part, EPOCH, samples[10:13])
     assert torch.equal(part, expected[10:13])
@@ -114,7 +114,7 @@ def test_erasing_is_timms_image_by_image() -> None:
 
 
 class TimmMixup(Mixup):  # type: ignore[misc]
-    """timm's, without the draw of whether to mix at all, which is always yes."""
+    """timm's mixup without the draw that decides whether to mix: it always mixes."""
 
     def _params_per_batch(self) -> tuple[float, bool]:
         cut = self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or np.random.rand() < self.switch_prob)
@@ -127,7 +127,7 @@ ALPHAS = [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)]
 
 @pytest.mark.parametrize(("mixup", "cutmix"), ALPHAS)
 def test_a_mixed_batch_and_its_loss_are_timms(mixup: float, cutmix: float) -> None:
-    """timm pairs the first image with the last: in the order 0, 2, 4, ..., 5, 3, 1 these are our neighbours."""
+    """timm pairs the first image with the last; in the order 0, 2, 4, ..., 5, 3, 1, its pairs are our neighbours."""
     images = torch.randn(10, 3, 16, 16, dtype=torch.float64)
     labels, logits = torch.randint(0, 6, (10,)), torch.randn(10, 6, dtype=torch.float64)
     order = [*range(0, 10, 2), *range(9, 0, -2)]
@@ -142,7 +142,7 @@ def test_a_mixed_batch_and_its_loss_are_timms(mixup: float, cutmix: float) -> No
         assert found.partner_B.tolist() == [1, 0, 3, 2, 5, 4, 7, 6, 9, 8]
         target = mixup_target(labels[order].clone(), 6, found.share, 0.1).double()
         loss = found.loss(logits, labels, labels[found.partner_B], 0.1) / 10
-        # timm's targets are single precision.
+        # timm's targets are in single precision.
         torch.testing.assert_close(loss, SoftTargetCrossEntropy()(logits[order], target), rtol=1e-6, atol=0)
         shares.append(found.share)
         cuts += bool((found.images == images).any())

@@ -1,4 +1,4 @@
-"""Whole fine-tunings by two processes: the same as by one, with mixed images and stochastic depth."""
+"""Complete fine-tunings by two processes equal those by one, with mixed images and stochastic depth."""
 
 import os
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from tests.ranks import run_ranks
 from tests.test_pretraining_ranks import assert_close_runs
 from tests.tiny import Watcher, finetune_config, results, signal_at, write_images, write_labelled, write_weights
 
-# A rate so small that AdamW's first updates, which are signs of gradients, cannot drive single precision apart.
+# At a rate this small, AdamW's first updates, which are signs of gradients, cannot make fp32 runs diverge.
 SETTINGS: dict[str, Any] = {"finetune__lr": 1e-5, "finetune__epochs": 2, "monitor__log_every": 1, "data__max_bad": 9}
 RUNS: dict[str, dict[str, Any]] = {
     # The ranks have 6 and 5 of 11 images, in micro-batches of 4; some of the images cannot be read.
     "odd": {"batch_size": 11, "micro_batch": 4, "data": "damaged"},
-    # A pair of images stays together: the first rank has none.
+    # Pairs of images stay together: with a single pair, the first rank has no image.
     "pairs": {"batch_size": 2, "finetune__epochs": 1, "data": "pairs"},
     "plain": {"batch_size": 3, "augment__mixup": 0.0, "augment__cutmix": 0.0, "finetune__epochs": 1, "data": "pairs"},
     "shots": {"shots": 6, "splits": 2, "finetune__epochs": 1, "finetune__ema": "none", "data": "data"},
@@ -40,7 +40,7 @@ def together() -> str:
 
 
 def watched(folder: Path, name: str) -> list[list[Tensor]]:
-    """Fine-tune; the gradients of every update."""
+    """Fine-tune and return the gradients of every update."""
     found: list[list[Tensor]] = []
     changes = SETTINGS | RUNS[name]
     data = folder / changes.pop("data")

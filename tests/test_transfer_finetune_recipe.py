@@ -1,4 +1,4 @@
-"""The rules of a fine-tuning's settings: published ones in their regimes, and values between them."""
+"""Rules for fine-tuning settings: published values in their regimes, and values in between."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def load(preset: str | None = None, **given: Any) -> FinetuneConfig:
     return load_config(FinetuneConfig, preset, {key.replace("__", "."): value for key, value in given.items()})
 
 
-# Images of a training, classes and validation images; what the recipe leaves to the preset.
+# Training images, classes, validation images, and what the recipe leaves to the preset.
 REGIMES = {
     ("imagenet_l16", "vit_l16"): (1_281_167, 1000, 50_000, set()),
     ("imagenet_b16", "vit_b16"): (1_281_167, 1000, 50_000, set()),
@@ -66,7 +66,7 @@ def test_the_measured_presets_are_met_closely() -> None:
     assert (digits.batch_size, digits.finetune.epochs, digits.monitor.validate_every_epochs) == (64, 50, 1)
 
 
-# Images, classes: batch, epochs, warm-up and peak learning rate x 10^5 on a CPU.
+# (images, classes): batch size, epochs, warm-up epochs and peak learning rate x 10^5 on a CPU.
 FEW = {
     (2, 2): (2, 200, 5.0, 20),
     (17, 3): (4, 50, 5.0, 28),
@@ -86,7 +86,7 @@ def test_few_images(count: tuple[int, int]) -> None:
 
 def test_micro_batches_on_a_gpu_and_no_randaugment_of_gray_images() -> None:
     config, _ = fit(load(), Labelled(1_281_167, 1000, 9), Appearance(64, 0, 375), paper("vit_l16"), GPU)
-    # 34 bytes of 197 x 1024 x 24 numbers are 165 MB an image, of which half of the memory holds 453.
+    # 34 bytes for each of 197 x 1024 x 24 values are 165 MB per image; half of the memory holds 453 images.
     assert config.micro_batch == 256 and config.augment.rand_augment is None and config.augment.mixup == 0.8
 
 

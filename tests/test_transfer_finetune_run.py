@@ -1,4 +1,4 @@
-"""Whole fine-tunings: interrupted ones equal uninterrupted ones, splits, results, what cannot be fine-tuned."""
+"""Complete fine-tunings: resumption equals an uninterrupted run; splits, results, and what cannot be fine-tuned."""
 
 import json
 import signal
@@ -57,7 +57,7 @@ def config_of(folder: Path, **changes: Any) -> FinetuneConfig:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    """An uninterrupted run of 12 steps, 4 to an epoch."""
+    """An uninterrupted run of 12 steps, 4 per epoch."""
     finetune(config_of(folder), folder / "whole")
     return folder / "whole"
 
@@ -90,7 +90,7 @@ def test_a_run_leaves_what_it_promises(folder: Path, whole: Path) -> None:
     assert last == {"metric": "finetune_top1", "value": scores[-1], "selected": "last epoch", "epoch": 3}
     best_epoch = scores.index(max(scores)) + 1
     assert best == {"metric": "finetune_top1", "value": max(scores), "selected": "best epoch", "epoch": best_epoch}
-    # What was written is what was evaluated.
+    # The classifier written is the one evaluated.
     classifier, _ = read_classifier(read_checkpoint(whole))
     val = open_source(DataConfig(spec=str(folder / "data")), "val")
     plan = make_plan(config_of(folder), Silent(), Checks())
@@ -100,7 +100,7 @@ def test_a_run_leaves_what_it_promises(folder: Path, whole: Path) -> None:
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(folder: Path, whole: Path, tmp_path: Path) -> None:
-    """By signals within epochs and at their ends, and by a kill."""
+    """The run is interrupted by signals within and at the end of epochs, and by a kill."""
     stops = [(1, signal.SIGTERM), (4, signal.SIGINT), (6, signal.SIGTERM), (11, None), (12, signal.SIGTERM)]
     for attempt, (step, number) in enumerate(stops):
         watcher = kill_at("fine-tuning", step) if number is None else signal_at(step, number, what="fine-tuning")
@@ -124,7 +124,7 @@ def assert_same_splits(out: Path, other: Path) -> None:
 def test_a_run_of_several_splits_resumes_in_any_of_them(folder: Path, split: Path, tmp_path: Path) -> None:
     config = config_of(folder, **SHOTS)
     second = "fine-tuning, split 2 of 3"
-    # In the middle of the second split, at its end, and killed in the third before its first state.
+    # Stopped in the middle of the second split and at its end, and killed in the third before its first state.
     stops = [signal_at(1, what=second), signal_at(2, what=second), kill_at("fine-tuning, split 3 of 3", 1)]
     for attempt, (watcher, step) in enumerate(zip(stops, (3, 4, 4), strict=True)):
         with pytest.raises((Interrupted, Killed)):
@@ -183,7 +183,7 @@ def test_classes_of_fewer_images_give_all_if_asked_to(folder: Path, tmp_path: Pa
 
 
 def test_split_files_are_those_of_lowshot(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of different lengths; the run resumes from another folder, and steps count up."""
+    """The files differ in length; the run resumes from another folder, and its steps keep counting up."""
     monkeypatch.chdir(tmp_path)
     names = [
         [f"{name}/{number:03}.png" for name in "ab" for number in numbers] for numbers in (range(12), range(4, 10))

@@ -1,4 +1,4 @@
-"""Fine-tunings with sharded weights: the same as by DDP and by one process, in double precision."""
+"""Fine-tunings with sharded weights equal those by DDP and by one process, in double precision."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -34,7 +34,7 @@ SLOW: dict[str, dict[str, Any]] = {
     "frozen": {"batch_size": 12, "data": "data", "finetune__epochs": 5, "finetune__freeze_blocks": 2},
     "mean": {"batch_size": 12, "data": "data", "finetune__epochs": 5, "finetune__pool": "mean"},
     "weights": {"batch_size": 12, "data": "data", "finetune__epochs": 5, "finetune__ema": "none"},
-    # A pair of images stays together: some ranks have none.
+    # Pairs of images stay together, so some ranks have none.
     "pairs": {"batch_size": 4, "micro_batch": 1, "data": "data", "finetune__epochs": 2},
     "a pair": {"batch_size": 2, "micro_batch": 1, "data": "data", "finetune__epochs": 1},
     "clipped": {"batch_size": 12, "data": "data", "finetune__epochs": 5, "optimizer__clip_grad": 0.1},
@@ -43,7 +43,7 @@ SLOW: dict[str, dict[str, Any]] = {
 
 
 def watched(folder: Path, name: str, changes: dict[str, Any], how: str) -> list[list[Tensor]]:
-    """Fine-tune in double precision; the gradients of every update."""
+    """Fine-tune in double precision and return the gradients of every update."""
     found: list[list[Tensor]] = []
     settings = SETTINGS | changes | {"shard": how == "shard"}
     data = folder / settings.pop("data")

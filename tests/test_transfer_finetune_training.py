@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_job(
     folder: Path, data: Path, architecture: Architecture = ARCHITECTURE, *, double: bool = False, **changes: Any
 ) -> FineTuning:
-    """A training of a random encoder, with a head that is not as small as at first."""
+    """A fine-tuning of a random encoder, with all weights perturbed so that the head is not close to zero."""
     weights = write_weights(folder / "encoder.safetensors", architecture=architecture)
     config = finetune_config(weights, data, **changes)
     plan = make_plan(config, Silent(), Checks())
@@ -63,7 +63,7 @@ def make_job(
 
 
 def run_updates(job: FineTuning, most: int | None = None) -> list[dict[str, tuple[float, float]]]:
-    """Train; learning rate and weight decay of every parameter at every update."""
+    """Train and return the learning rate and weight decay of every parameter at every update."""
     found: list[dict[str, tuple[float, float]]] = []
     names = {id(parameter): name for name, parameter in job.classifier.named_parameters()}
 
@@ -82,7 +82,7 @@ def run_updates(job: FineTuning, most: int | None = None) -> list[dict[str, tupl
 
 
 def expected_scales(depth: int, *, extra: tuple[str, ...] = (), vectors: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Layer and whether it decays, by name: embeddings are layer 0, the head and the norm before it depth + 1."""
+    """(layer, decays) by parameter name; embeddings are layer 0. Tests add the head and its norm, layer depth + 1."""
     scales: dict[str, Any] = {"patch_embed.proj.weight": (0, True), "patch_embed.proj.bias": (0, False)}
     scales |= {name: (0, False) for name in extra}
     for block in range(depth):
@@ -126,19 +126,19 @@ def test_groups_and_rates_at_every_update(name: str, data: Path, tmp_path: Path)
     scales |= {"head.weight": (5, True), "head.bias": (5, False)}
     for update, rates in enumerate(found):
         peak = 1e-2 * 12 / 256
-        # Four updates of warm-up, whose first is above 0; then four of a cosine to 0.
+        # Four updates of warm-up, the first with a rate above 0, then four of a cosine to 0.
         rate = peak * (update + 1) / 5 if update < 4 else peak * (1 + math.cos(math.pi * (update - 4) / 4)) / 2
         assert rates.keys() == scales.keys()
         for key, (layer, decays) in scales.items():
             wanted = (rate * 0.6 ** (5 - layer), 0.05 if decays else 0.0)
             assert rates[key] == pytest.approx(wanted, rel=1e-9), (key, update)
     for key, parameter in job.classifier.named_parameters():
-        # The encoder's own norm stays where it is not used; all else trains.
+        # The encoder's own norm does not change if it is not used; all other parameters train.
         assert torch.equal(parameter, before[key]) == (key not in scales), key
 
 
 def test_groups_are_timms(data: Path, tmp_path: Path) -> None:
-    """But for the final norm, which timm counts to the last block; MAE and BEiT give it the head's rate."""
+    """The final norm is an exception: timm assigns it to the last block, while MAE and BEiT give it the head's rate."""
     job = make_job(tmp_path, data, finetune__layer_decay=0.6)
     vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=2)
     groups: Any = param_groups_layer_decay(
@@ -178,7 +178,7 @@ def test_positions_train_if_they_should(learned: bool, train: bool, data: Path, 
 
 
 def plain_logits(job: FineTuning, weights: dict[str, Tensor], images: Tensor, samples: Tensor, epoch: int) -> Tensor:
-    """Of a pre-norm encoder with CLS token, image by image and head by head, with stochastic depth."""
+    """Logits of a pre-norm encoder with a CLS token and stochastic depth, image by image and head by head."""
 
     def layer(x: Tensor, name: str) -> Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -216,15 +216,15 @@ def plain_logits(job: FineTuning, weights: dict[str, Tensor], images: Tensor, sa
 
 
 def _cuts_odd_sides() -> bool:
-    """Whether timm's CutMix cuts a box of one pixel out of two by two (share 3/4)."""
+    """Whether timm's CutMix cuts a one-pixel box from an image of two by two pixels (share 3/4)."""
     (top, bottom, _, _), _ = cutmix_bbox_and_lam((1, 3, 2, 2), 0.75)  # type: ignore[no-untyped-call]
     return bool(bottom > top)
 
 
 def plain_loss(job: FineTuning, weights: dict[str, Tensor], batch: ViewBatch) -> Tensor:
-    """Flip, normalise, erase, mix, classify, and the cross-entropy with soft targets."""
+    """Cross-entropy with soft targets after flipping, normalising, erasing, mixing and classifying."""
     seed, epoch, augment = job.config.seed, batch.epoch, job.config.augment
-    # Normalised in single precision.
+    # The images are normalised in single precision.
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     flips = uniform(seed, epoch, Operation.FLIP, batch.sample_B, torch.zeros_like(batch.sample_B))[:, 0]
     erase: Any = RandomErasing(augment.erase, mode="pixel", device="cpu")
@@ -241,7 +241,7 @@ def plain_loss(job: FineTuning, weights: dict[str, Tensor], batch: ViewBatch) ->
         share = float(np.random.beta(*([augment.cutmix if cut else augment.mixup] * 2)))
         side = int(16 * np.sqrt(1 - share))
         at = [int(np.random.randint(0, 16)) for _ in range(2)] if cut else [0, 0]
-    # Older versions of timm cut odd sides short by a pixel.
+    # Older versions of timm make boxes with odd sides a pixel too short.
     after = side - side // 2 if _cuts_odd_sides() else side // 2
     (top, left), (bottom, right) = ([max(0, c - side // 2) for c in at], [min(16, c + after) for c in at])
     if cut:
@@ -264,7 +264,7 @@ def plain_loss(job: FineTuning, weights: dict[str, Tensor], batch: ViewBatch) ->
 
 @pytest.mark.parametrize("images", [12, 7])
 def test_updates_in_a_plain_loop(images: int, data: Path, tmp_path: Path) -> None:
-    """Loss, weights and their average after three updates by AdamW; the rates and decays are tested above."""
+    """Loss, weights and averaged weights after three AdamW updates; rates and decays are tested above."""
     job = make_job(tmp_path, data, double=True, batch_size=images, finetune__epochs=1, finetune__layer_decay=0.6)
     weights = {key: x.detach().clone() for key, x in job.classifier.named_parameters()}
     average = {key: x.clone() for key, x in weights.items()}

@@ -1,4 +1,4 @@
-"""Average ranks, against the rank column of the paper's Table 8 and a plain loop."""
+"""Average ranks against the rank column of the paper's Table 8 and a plain loop."""
 
 import math
 
@@ -53,6 +53,6 @@ def test_summaries_are_over_what_all_models_have() -> None:
     values = {"a": {"x": 10.0, "y": 20.0}, "b": {"x": 99.0}, "c": {"x": 30.0, "y": math.nan}}
     found = {(row["model"], row["metric"]): (row["value"], row["entries"]) for row in summary_rows(values, ["x", "y"])}
     assert found["x", "suite_average"] == (20.0, 2) and math.isnan(float(found["y", "suite_average"][0]))
-    assert found["x", "suite_rank"] == (1.5, 2) == found["y", "suite_rank"]  # no value is the worst one
+    assert found["x", "suite_rank"] == (1.5, 2) == found["y", "suite_rank"]  # a missing value ranks last
     assert [row["metric"] for row in summary_rows({"a": {"x": 1.0}}, ["x"])] == ["suite_average"]
     assert summary_rows({"a": {"x": 1.0}}, ["x", "y"]) == []

@@ -53,13 +53,13 @@ ALEXNET = {
 def write_classifier(
     folder: Path, *, classes: tuple[str, ...] = CLASSES, architecture: Architecture = ARCHITECTURE, seed: int = 0
 ) -> Path:
-    """A random classifier whose predictions vary, and which names `folder`/clean as its images."""
+    """A random classifier whose predictions vary and whose header records `folder`/clean as its images."""
     torch.manual_seed(seed)
     classifier = Classifier(build_encoder(architecture), len(classes))
     for parameter in classifier.parameters():
         parameter.data.normal_(std=0.3)
     with torch.inference_mode():
-        # Otherwise one class would win on all images.
+        # Otherwise one class would be predicted for all images.
         classifier.head.bias -= classifier(
             2 * torch.randn(64, 3, 1, 1).expand(-1, -1, *[architecture.image_size] * 2)
         ).mean(0)
@@ -68,7 +68,7 @@ def write_classifier(
 
 
 def write_noise(folder: Path, seed: int, *, per_class: int = 2, classes: tuple[str, ...] = CLASSES) -> None:
-    """PNGs of any colour below `folder`/class: a classifier's predictions on them differ."""
+    """PNGs of random colours in `folder`/class, so that a classifier's predictions differ."""
     rng = np.random.default_rng(seed)
     for name in classes:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def write_imagenet_c(root: Path, names: tuple[str, ...] = CORRUPTIONS) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier of six classes, its clean images, ImageNet-C of noise, and a set of three of the classes."""
+    """A classifier of six classes, its clean images, an ImageNet-C made of noise, and a set of three of the classes."""
     made = tmp_path_factory.mktemp("robustness")
     write_classifier(made)
     write_noise(made / "clean", 1000, per_class=3)
@@ -121,7 +121,7 @@ def top1(folder: Path, images: Path, among: tuple[str, ...] = CLASSES) -> float:
 
 
 def values(rows: list[Row], metric: str, **where: str | int) -> list[float]:
-    """Of the rows with exactly these settings, besides the model and what is counted."""
+    """Values of the rows with exactly these settings, whatever the model and the numbers of images and classes."""
     found = []
     for row in rows:
         ignored = {"model", "metric", "value", "images", "classes"} - where.keys()
@@ -134,7 +134,7 @@ def test_imagenet_c_is_as_forward_passes_and_plain_loops(folder: Path) -> None:
     result = evaluate_robustness(config(folder, imagenet_c=str(folder / "c")))
     assert values(result.rows, "clean_top1", set=str(folder / "clean")) == [top1(folder, folder / "clean")]
     expected = {name: [top1(folder, folder / "c" / name / str(level)) for level in range(1, 6)] for name in CORRUPTIONS}
-    assert len({value for found in expected.values() for value in found}) > 3  # they differ
+    assert len({value for found in expected.values() for value in found}) > 3  # the expected values differ
     for name, found in expected.items():
         for level, value in enumerate(found, 1):
             where: Row = {"set": "imagenet-c", "corruption": name, "severity": level}

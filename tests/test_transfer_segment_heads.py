@@ -1,4 +1,4 @@
-"""Heads trained together against heads trained alone by torch's own modules; schedules, losses and states."""
+"""Heads trained together against heads trained alone with torch's own modules; schedules, losses and states."""
 
 import math
 from pathlib import Path
@@ -41,7 +41,7 @@ def batches(count: int = 6) -> list[tuple[list[Tensor], Tensor]]:
 
 
 class Alone(nn.Module):
-    """One head as it is written in papers: BatchNorm, a 1 x 1 convolution, upsampling."""
+    """One head as described in papers: BatchNorm, a 1 x 1 convolution, upsampling."""
 
     def __init__(self, weight_CD: Tensor, *, affine: bool) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def test_heads_learn_colours(tmp_path: Path) -> None:
     image, mask = (part[..., :16, :16] for part in pairs.read(0))
     scores = trained.scores(trained.reading.transform.normalize(image[None].contiguous()))
     assert scores.shape == (2, 1, 3, 2, 2)
-    # A class of the four patches is that of most of their pixels.
+    # The class of each of the four patches is that of most of its pixels.
     truth = mask.unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).mode(dim=2).values
     assert (scores[0, 0].argmax(0) == truth).float().mean() >= 0.75
 

@@ -28,7 +28,7 @@ def draw(seed: int, epoch: int, operation: Operation, sample: int, count: int) -
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30), (9, 80), (16, 16)])
 def test_training_crop(shape: tuple[int, int]) -> None:
-    """Every step of mmsegmentation's pipeline in plain Python."""
+    """Crops equal those of mmsegmentation's pipeline, step by step in plain Python."""
     image, mask = pair(*shape)
     crops, size = CropsConfig(), 16
     for sample in range(20):
@@ -103,7 +103,7 @@ def test_nearest_keeps_every_value() -> None:
 
 
 def test_photometric_distortion() -> None:
-    """Pixel by pixel, with Python's own HSV."""
+    """Images equal those of a loop over pixels with Python's own HSV conversion."""
     torch.manual_seed(0)
     images = torch.rand(40, 3, 3, 3, dtype=torch.float64)
     sample = torch.arange(40)

@@ -32,7 +32,7 @@ READING = PassSettings(EvalTransform(SIZE, 1.0), torch.device("cpu"), batch_size
 
 
 def patch_scores(images_n3SS: Tensor) -> Tensor:
-    """Two heads whose scores depend on every pixel of a patch and on its place in the window."""
+    """Scores of two heads that depend on every pixel of a patch and on its place in the window."""
     patches = F.avg_pool2d(images_n3SS.double(), 4)
     place = torch.arange(16.0).view(4, 4) / 16
     return torch.stack([patches.sin() + place, (patches * 2).cos() - place])
@@ -119,7 +119,7 @@ def test_scores_equal_scikit_learns() -> None:
         y, z = truth[labelled], predicted[head][labelled]
         assert np.array_equal(found[head], confusion_matrix(y, z, labels=range(7)))
         own = scores(found[head].numpy())
-        # Class 5 is predicted alone, and counts with 0; class 6 does not exist.
+        # Class 5 is predicted but never true, and counts as 0; class 6 does not occur.
         assert own["miou"] == pytest.approx(100 * jaccard_score(y, z, average="macro", labels=range(6)), abs=1e-10)
         assert own["micro_iou"] == pytest.approx(100 * jaccard_score(y, z, average="micro"), abs=1e-10)
         assert own["accuracy"] == pytest.approx(100 * np.mean(y == z), abs=1e-10)
@@ -224,7 +224,7 @@ def test_memory_and_votes_equal_loops(mode: TestMode, tmp_path: Path) -> None:
 
 
 def test_heads_and_windows_work_together(tmp_path: Path) -> None:
-    """The scores of a job, of several inputs, have the order of its heads."""
+    """With several inputs, the scores of a job are in the order of its heads."""
     pairs = checked(write_pairs(tmp_path))[0]["train"]
     torch.manual_seed(0)
     inputs = [HeadInput((4,)), HeadInput((2, 4), "patch+cls")]

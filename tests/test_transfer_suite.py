@@ -49,7 +49,7 @@ def suite(folder: Path, listed: list[dict[str, Any]] | None = None, **changes: A
 
 
 class Runs:
-    """Counts what is measured: which checkpoint on which images, by which protocol."""
+    """Records every evaluation: its protocol, checkpoint and images."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[tuple[str, str, str]] = []
@@ -103,7 +103,7 @@ def test_a_killed_suite_resumes_and_runs_nothing_twice(folder: Path, monkeypatch
     expected = [("knn", model, data) for data in ("one", "two") for model in ("base", "refined")]
     assert runs.done == [*expected, ("probe", "base", "two"), ("probe", "refined", "two")]
     assert values(found) == values(whole)
-    # Finished: nothing runs, and the results are the same. One more checkpoint runs alone.
+    # Finished: nothing runs, and the results are the same. Of more checkpoints, only the new one runs.
     assert run_suite(suite(folder), folder / "out", resume=True).rows == found.rows and len(runs.done) == 6
     write_weights(folder / "third.safetensors", seed=2)
     more = [*suite(folder).checkpoints, str(folder / "third.safetensors")]
@@ -135,7 +135,7 @@ def test_an_interrupted_probe_continues(folder: Path, monkeypatch: pytest.Monkey
 def test_an_entry_without_data_stops_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = entries(folder)
     listed[0]["data"] = str(folder / "nowhere")
-    listed[1]["settings"]["k"] = [49]  # more than there are training images, known once they are open
+    listed[1]["settings"]["k"] = [49]  # more than there are training images, which is known once they are opened
     runs = Runs(monkeypatch)
     found = run_suite(suite(folder, listed), folder / "out")
     assert [each[0] for each in runs.done] == ["probe", "probe"]
@@ -221,7 +221,7 @@ def test_folders_that_must_not_be_used(folder: Path) -> None:
     assert len(lines) == 2 and all("k was [3] and is now [4]" in line for line in lines)
     (out / "first" / "base.safetensors" / "results.json").write_text("{")
     assert "cannot be read" in refused(config, out, resume=True)[0]
-    # Another encoder of the same name is not taken for the one that was measured.
+    # Another encoder of the same name is not mistaken for the one evaluated.
     (folder / "else").mkdir()
     write_weights(folder / "else" / "base.safetensors", seed=5)
     other = folder / "other"

@@ -1,4 +1,4 @@
-"""Entries of fine-tuning: the chosen learning rate, the mean over seeds, and what a killed suite runs again."""
+"""Fine-tuning entries: the chosen learning rate, the mean over seeds, and what a killed suite runs again."""
 
 import statistics
 from pathlib import Path
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_best_rate_on_the_tuning_data_is_run_on_the_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = {1e-3: [50.0, 60.0], 1e-2: [80.0, 70.0], 1e-1: [75.0, 75.0]}  # the second and third are equal
+    scores = {1e-3: [50.0, 60.0], 1e-2: [80.0, 70.0], 1e-1: [75.0, 75.0]}  # the second and third have equal means
     asked: list[tuple[str, float, int]] = []
 
     def fake(config: FinetuneConfig, out: Path, **_: Any) -> SimpleNamespace:
@@ -95,7 +95,7 @@ def test_a_killed_fine_tuning_continues_and_nothing_runs_twice(folder: Path, mon
     def kill(label: str, done: int) -> None:
         if label == "fine-tuning":
             steps.append(done)
-            if len(steps) == 9:  # in the second run
+            if len(steps) == 9:  # during the second run
                 raise Killed
 
     monkeypatch.setattr(tuning, "finetune", counted)
@@ -108,7 +108,7 @@ def test_a_killed_fine_tuning_continues_and_nothing_runs_twice(folder: Path, mon
     assert list(place.rglob("*.safetensors")) == [] and not list(place.rglob("*.pt"))
     best = finished[2]
     assert results(place / "final" / "seed4")["config"]["finetune"]["lr"] == best
-    # The number is that of the command alone.
+    # The score equals that of the command run alone.
     alone = load_config(
         FinetuneConfig,
         None,
@@ -157,7 +157,7 @@ def test_vtab_1k_is_the_published_procedure() -> None:
         given, config = entry.given, entry.config
         assert (given.data, given.tune_data) == (f"vtab1k:{entry.name}", f"vtab1k:{entry.name}/tune")
         assert isinstance(config, FinetuneConfig) and given.seeds == 5
-        # Rates for 64 images; settings are for 256.
+        # The rates are for batches of 64 images, the settings for 256.
         real = [lr * config.batch_size / 256 for lr in given.learning_rates]
         assert real == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-4]) and config.batch_size == 64
         schedule = config.finetune

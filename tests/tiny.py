@@ -1,4 +1,4 @@
-"""An encoder, images and settings so small that a whole run takes a second, and what whole runs are compared by."""
+"""An encoder, images and settings so small that a whole run takes a second, and comparisons of whole runs."""
 
 import json
 import signal
@@ -26,7 +26,7 @@ ARCHITECTURE = Architecture("custom", 16, width=32, depth=4, num_heads=2, patch_
 def write_images(
     folder: Path, *, per_class: int, classes: Sequence[str] = ("a", "b"), split: str | None = None
 ) -> Path:
-    """PNGs of 16 x 16 noise, one mean colour per class, below `folder`/`split`/class; returns `folder`."""
+    """Write PNGs of 16 x 16 noise, one mean colour per class, to `folder`/`split`/class; return `folder`."""
     rng = np.random.default_rng(len(split or "") + per_class)
     for number, name in enumerate(classes):
         place = folder / (split or "") / name
@@ -38,18 +38,18 @@ def write_images(
 
 
 def write_labelled(folder: Path) -> Path:
-    """48 training and 16 validation images of two classes."""
+    """Write 48 training and 16 validation images of two classes."""
     write_images(folder, per_class=24, split="train")
     return write_images(folder, per_class=8, split="val")
 
 
 def write_unlabelled(folder: Path) -> Path:
-    """48 images without classes."""
+    """Write 48 images without classes."""
     return write_images(folder, per_class=48, classes=("",))
 
 
 def write_weights(path: Path, *, seed: int = 0, architecture: Architecture = ARCHITECTURE) -> Path:
-    """A random encoder with a header, as `pretrain` writes it; returns `path`."""
+    """Write a random encoder with a header, as `pretrain` writes it; return `path`."""
     torch.manual_seed(seed)
     save_encoder(path, build_encoder(architecture), {"source": "mae"})
     return path
@@ -78,7 +78,7 @@ REFINE: dict[str, Any] = {
     "evaluate.enabled": False,
 }
 EVALUATED: dict[str, Any] = {"evaluate__enabled": True, "evaluate__cluster_runs": 2, "evaluate__splits": 1}
-"""Changes of `refine_config` for a run with a before/after table."""
+"""Changes for `refine_config` that add a before/after table to a run."""
 PRETRAIN: dict[str, Any] = {
     "batch_size": 12,
     "workers": 0,
@@ -98,7 +98,7 @@ PRETRAIN: dict[str, Any] = {
     "monitor.log_every": 3,
 }
 SIMMIM: dict[str, Any] = {"objective": "simmim", "simmim.epochs": 3, "simmim.warmup_epochs": 1, "simmim.lr": 1e-3}
-"""In place of `mae.*` in PRETRAIN."""
+"""Replaces `mae.*` in PRETRAIN."""
 
 
 # 48 images in batches of 12 are 4 steps per epoch; mixup, CutMix, RandAugment, erasing and stochastic depth are on.
@@ -122,31 +122,31 @@ FINETUNE: dict[str, Any] = {
 
 
 def refine_config(weights: Path, data: Path, **changes: Any) -> RefineConfig:
-    """Settings of a tiny refinement; `changes` are named like `heads__blocks`."""
+    """Return settings of a tiny refinement; `changes` are named like `heads__blocks`."""
     return load_config(
         RefineConfig, None, REFINE | {"encoder.weights": str(weights), "data.spec": str(data)} | _dotted(changes)
     )
 
 
 def pretrain_config(data: Path, **changes: Any) -> PretrainConfig:
-    """Settings of a tiny pre-training; `changes` are named like `mae__epochs`."""
+    """Return settings of a tiny pre-training; `changes` are named like `mae__epochs`."""
     return load_config(PretrainConfig, None, PRETRAIN | {"data.spec": str(data)} | _dotted(changes))
 
 
 def simmim_config(data: Path, **changes: Any) -> PretrainConfig:
-    """The same with the objective `simmim`; `changes` are named like `simmim__epochs`."""
+    """Return the same with the objective `simmim`; `changes` are named like `simmim__epochs`."""
     settings = {key: value for key, value in PRETRAIN.items() if not key.startswith("mae.")} | SIMMIM
     return load_config(PretrainConfig, None, settings | {"data.spec": str(data)} | _dotted(changes))
 
 
 def finetune_config(weights: Path, data: Path, **changes: Any) -> FinetuneConfig:
-    """Settings of a tiny fine-tuning; `changes` are named like `finetune__epochs`."""
+    """Return settings of a tiny fine-tuning; `changes` are named like `finetune__epochs`."""
     named = {"encoder.weights": str(weights), "data.spec": str(data)}
     return load_config(FinetuneConfig, None, FINETUNE | named | _dotted(changes))
 
 
 def arguments(command: str, out: Path, settings: dict[str, Any]) -> list[str]:
-    """The command line for dotted settings; the quickstart's complete those of a refinement."""
+    """Return the command line for dotted settings; a refinement takes all others from the preset `quickstart`."""
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={_toml(value)}")]
     preset = ["--preset", "quickstart"] if command == "refine" else []
     return [command, *preset, *sets, "--out", str(out)]
@@ -161,11 +161,11 @@ def _toml(value: object) -> str:
 
 
 class Killed(Exception):
-    """Stands for SIGKILL: nothing is saved, nothing is tidied up."""
+    """Stands in for SIGKILL: nothing is saved, nothing is tidied up."""
 
 
 class Watcher:
-    """A listener that keeps what it hears and acts when training or evaluation has come somewhere."""
+    """A listener that keeps notes and warnings, and calls `at` with every step that training or evaluation reaches."""
 
     def __init__(self, at: Callable[[str, int], None] = lambda label, step: None) -> None:
         self.at, self.step = at, 0
@@ -204,7 +204,7 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(out: Path, other: Path) -> None:
-    """The same weights and the same log, bit for bit, and the same results."""
+    """Check that weights and log are the same, bit for bit, and that the results are the same."""
     found, expected = tensors(out), tensors(other)
     assert found.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
@@ -213,7 +213,7 @@ def assert_same_run(out: Path, other: Path) -> None:
 
 
 def saved_step(out: Path) -> int:
-    """The step that `--resume` would go on from."""
+    """Return the step from which `--resume` would continue."""
     state = RunFolder(out).load_state()
     assert state is not None
     return int(state["step"])

@@ -1,12 +1,12 @@
-"""What a training step exchanges with the CPU: two stand-ins for a GPU, which nothing waits for on a CPU.
+"""What a training step exchanges with the CPU: two stand-ins for a GPU, since nothing waits for a CPU.
 
 `watching` runs a step on the CPU with its values: weights, queue and all that `Tensor.to(device)` returns count as on
-the device, and so does what is computed from them. The draws of augmentations, which are made on the CPU on purpose,
-become the device's only where the code sends them there.
+the device, and so does all that is computed from them. Augmentations are drawn on the CPU on purpose; the draws count
+as on the device only once the code sends them there.
 
 `distant` runs a step on the meta device, whose values torch itself refuses to read: it raises for `item`, `nonzero`,
-masks as indices and copies to the CPU. What the step copies to the device and what it makes on the CPU is noted, with
-who did it.
+masks as indices and copies to the CPU. What the step copies to the device and what it makes on the CPU is recorded,
+with the function that did it.
 """
 
 import sys
@@ -29,7 +29,7 @@ from mimref.training.ema import WeightAverage
 
 ROOT = Path(__file__).parents[1] / "mimref"
 
-# Operations whose result, or its shape, the CPU has to know.
+# Operations for which the CPU has to know the result or its shape.
 WAITING = {
     "aten::_local_scalar_dense",  # item(), float(), bool(), int()
     "aten::_unique2",
@@ -47,7 +47,7 @@ READING = ("tolist", "numpy", "cpu")
 
 
 class Watch(TorchDispatchMode):
-    """Notes every operation that would wait for the device."""
+    """Records every operation that would wait for the device."""
 
     def __init__(self, on_device: list[Tensor]) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ class Watch(TorchDispatchMode):
         if any(self.holds(leaf) for leaf in leaves):
             name = func._schema.name
             masks = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8)]
-            # Of the tensors given, those from the second on are the indices.
+            # All tensors after the first are indices.
             by_mask = name in INDEXING and any(leaf is not args[0] for leaf in masks)
             if name in WAITING or by_mask:
                 self.syncs.append(name)
-            # FSDP's gathers write into tensors that they are given.
+            # FSDP's gathers write into tensors that are passed to them.
             written = [given for given, at in zip(args, func._schema.arguments, strict=False) if at.is_write]
             named = [(kwargs or {}).get(at.name) for at in func._schema.arguments if at.is_write]
             for leaf in tree_leaves((result, written, named)):
@@ -95,7 +95,7 @@ def watched(job: RefinementStage, monkeypatch: pytest.MonkeyPatch) -> Iterator[W
 
 @contextmanager
 def watching(modules: list[nn.Module], parts: Sequence[object], monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    """What waits for a device that holds these modules, and the tensors of these objects."""
+    """Record what waits for a device that holds these modules and the tensors of these objects."""
     there = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     for part in parts:
         there += [value for value in vars(part).values() if isinstance(value, Tensor)]
@@ -106,7 +106,7 @@ def watching(modules: list[nn.Module], parts: Sequence[object], monkeypatch: pyt
         moved = move(self, *args, **kwargs)
         if any(isinstance(argument, torch.device) for argument in (*args, *kwargs.values())):
             if not watch.holds(self):
-                # A copy that nothing says may go on beside the CPU's work is waited for.
+                # The CPU waits for a copy unless the copy is declared non-blocking.
                 watch.syncs += [] if kwargs.get("non_blocking") else ["to"]
                 moved = self.clone() if moved is self else moved
             watch.mark(moved)
@@ -138,15 +138,15 @@ COPIES = {"aten::_to_copy", "aten::copy_", "aten::to"}
 
 
 class Distant(TorchDispatchMode):
-    """Notes what passes between the CPU and the meta device, and tensors made on the CPU, by who did it."""
+    """Counts what passes between CPU and meta device, and tensors made on the CPU, by the function that did it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.copied: Counter[str] = Counter()
-        """Copies to the device; those that wait, too, are in `waited`."""
+        """Copies to the device; those that also wait are in `waited`, too."""
         self.waited: Counter[str] = Counter()
         self.mixed: Counter[str] = Counter()
-        """Operations of the device that also take tensors of the CPU: a copy that nobody wrote down."""
+        """Operations on the device that also take tensors of the CPU: implicit copies."""
         self.made: Counter[str] = Counter()
         """Tensors made on the CPU."""
 
@@ -171,7 +171,7 @@ class Distant(TorchDispatchMode):
 
 
 class _Literals(TorchFunctionMode):
-    """Notes tensors made of Python's numbers on the device: they are made on the CPU, and copied from there."""
+    """Counts tensors made from Python's numbers on the device: they are made on the CPU and copied from there."""
 
     def __init__(self, distant: Distant) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class _Literals(TorchFunctionMode):
 
 
 def caller() -> str:
-    """File and function of the package that is at work, or the name of torch's part that is called by it."""
+    """Return file and function of the package that is running, `torch.optim` if the optimizer is, or `?`."""
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -199,7 +199,7 @@ def caller() -> str:
 
 @contextmanager
 def distant() -> Iterator[Distant]:
-    """What a step on the meta device does that it should not; torch raises for what it cannot do."""
+    """Record what a step on the meta device does that it should not; torch itself raises for reads of values."""
     noted = Distant()
     with _Literals(noted), noted:
         yield noted

@@ -33,7 +33,7 @@ def write_shard(path: Path, members: Members) -> Path:
 
 
 def samples(first: int, count: int, *, classes: int | None = None) -> Members:
-    """Images whose colour is their number, with labels that go round."""
+    """Return images whose colour is their number, with labels that cycle through the classes."""
     members: Members = []
     for number in range(first, first + count):
         members.append((f"{number:05}.png", png(number)))
@@ -49,7 +49,7 @@ def opened(spec: object, split: Any = "train", **settings: Any) -> ShardSource:
 
 
 def numbers(source: ShardSource) -> list[int]:
-    """The number each image was made with, from its pixels."""
+    """Return the number with which each image was made, from its pixels."""
     return [int(image[0, 0, 0]) + 256 * int(image[1, 0, 0]) for image in map(source.read, range(len(source)))]
 
 

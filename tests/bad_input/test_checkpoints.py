@@ -1,4 +1,4 @@
-"""Files that are no checkpoints, damaged ones, and ones that do not fit: one line that names file and fault."""
+"""Files that are not checkpoints, are damaged or do not fit: one line names the file and the fault."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TINY = Architecture("custom", 16, width=32, depth=2, num_heads=4, patch_size=4)
 
 
 def refusal(path: str | Path, architecture: Architecture | None = TINY) -> str:
-    """The message of the refusal, which is one line."""
+    """The message of the refusal, which must be one line."""
     with pytest.raises(CheckpointError) as caught:
         load_encoder(path, architecture)
     message = str(caught.value)
@@ -114,7 +114,7 @@ def test_truncated(tmp_path: Path, kind: str, keep: float) -> None:
 
 
 def test_single_bytes_changed(tmp_path: Path) -> None:
-    """Whatever a flipped byte of the structure does, the outcome is a load or a refusal."""
+    """Whichever byte of the structure changes, the file is either loaded or refused."""
     good = write_safetensors(tmp_path / "good.safetensors", mimref=json.dumps({"architecture": TINY.to_dict()}))
     torch.save(state(), tmp_path / "good.pth")
     path = tmp_path / "bad"
@@ -179,7 +179,7 @@ def test_headers_that_do_not_fit_the_tensors(tmp_path: Path, changes: dict[str, 
 
 
 class Malicious:
-    """Writes a file when it is unpickled."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -190,7 +190,7 @@ class Malicious:
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
 def test_code_in_pickles_does_not_run(tmp_path: Path, kind: str) -> None:
-    """Weights beside it are read, with a notice."""
+    """Weights beside the code are read, with a notice."""
     path = tmp_path / "weights.pth"
     if kind == "pickle":
         path.write_bytes(pickle.dumps(OrderedDict(args=Malicious(tmp_path / "ran"))))
@@ -242,7 +242,7 @@ def test_mixed_and_other_widths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("positions", "shape"),
     [
-        (torch.zeros(1, 16, 32), "(1, 16, 32)"),  # no square
+        (torch.zeros(1, 16, 32), "(1, 16, 32)"),  # not a square grid
         (torch.zeros(1, 1, 32), "(1, 1, 32)"),
         (torch.zeros(17, 32), "(17, 32)"),
         (torch.zeros(1, 26, 48), "(1, 17, 48)"),

@@ -1,4 +1,4 @@
-"""Files that are named like images and hold something else: what is said of them."""
+"""Files that are named like images but hold something else: the reasons given for them."""
 
 import gzip
 import io
@@ -29,7 +29,7 @@ def tarred() -> bytes:
 
 
 def many_channels() -> bytes:
-    """A TIFF of 1 x 1 pixel in five channels of 8 bits."""
+    """A TIFF of 1 x 1 pixel with five channels of 8 bits."""
     entries = ((256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 8), (277, 5), (278, 1), (279, 5))
     listed = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + listed + bytes(4)

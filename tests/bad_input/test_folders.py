@@ -1,4 +1,4 @@
-"""Folders of images that training cannot use, or only in part: one line and exit code 2, or a warning."""
+"""Folders of images that training cannot use, or can use only in part: one line and exit code 2, or a warning."""
 
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,6 @@ def test_validation_classes_that_training_lacks(
 ) -> None:
     data = write_images(tmp_path / "data", per_class=12, split="train")
     write_images(data, per_class=2, classes=("a", "zebra"), split="val")
-    # Training needs no validation images: a note says why there is no k-NN.
+    # Training needs no validation images: a note explains why there is no k-NN.
     assert run(line("refine", weights, data, tmp_path / "out", **{"evaluate.enabled": True})) == 0
     assert "'zebra'" in capsys.readouterr().err

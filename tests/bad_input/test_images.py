@@ -20,7 +20,7 @@ from tests.sources import decode_image
 
 @pytest.fixture(autouse=True)
 def no_warnings() -> object:
-    """Reading says what it has to say by BadImage alone."""
+    """Reading reports faults only by BadImage, never by warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -188,7 +188,7 @@ def test_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "image.png"
     colours().save(path)
     path.chmod(0)
-    if os.access(path, os.R_OK):  # the superuser reads everything
+    if os.access(path, os.R_OK):  # the superuser can read everything
 
         def refuse(*_: object) -> None:
             raise PermissionError(13, "Permission denied", str(path))
@@ -214,14 +214,14 @@ def test_bad_images_cross_process_borders() -> None:
     assert (error.path, error.reason, str(error)) == ("a.png", "empty file", "a.png (empty file)")
 
 
-# --- the account of bad images
+# --- the record of bad images
 
 
 def test_more_than_max_bad_is_an_error_that_names_them() -> None:
     bad = BadImages(max_bad=3)
     for name in ("b.png", "a.png", "c.png"):
         bad.add(name, "empty file")
-        bad.add(name, "empty file")  # the next epoch meets it again
+        bad.add(name, "empty file")  # the next epoch encounters it again
     assert bad.items == [("a.png", "empty file"), ("b.png", "empty file"), ("c.png", "empty file")]
     with pytest.raises(DataError) as caught:
         bad.add("d.png", "not an image")

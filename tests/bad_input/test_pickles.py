@@ -1,4 +1,4 @@
-"""Hostile and damaged files of torch: weights beside inert objects are read, all else is one line, nothing runs."""
+"""Hostile and damaged torch files: weights beside inert objects are read, all else is one error line, nothing runs."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def refusal(path: Path) -> str:
-    """The message of the refusal, which is one line."""
+    """The message of the refusal, which must be one line."""
     with pytest.raises(CheckpointError) as caught:
         read(path)
     message = str(caught.value)
@@ -41,7 +41,7 @@ SEED = save({"w": torch.ones(4), "x": torch.zeros(2)})
 
 
 def write(folder: Path, content: bytes) -> Path:
-    """A zip archive with this pickle, and a storage 0 of 4 numbers."""
+    """Write a zip archive with this pickle and a storage 0 of 4 numbers; return its path."""
     (folder / "a.pth").write_bytes(with_pickle(SEED, content))
     return folder / "a.pth"
 
@@ -66,7 +66,7 @@ def test_the_fragments_are_hostile() -> None:
 
 @pytest.mark.parametrize("name", FRAGMENTS)
 def test_fragments_run_nothing(name: str, tmp_path: Path) -> None:
-    """As an item of a good file, before its tensors, and alone."""
+    """Neither as an item of a good file, nor before its tensors, nor alone."""
     modules = set(sys.modules)
     for seed in fuzz_pickles.seeds():
         _, good, join = split(seed)
@@ -132,7 +132,7 @@ def test_damage_is_refused_with_the_reason(name: str, reason: str, tmp_path: Pat
 
 @pytest.mark.parametrize(("items", "call"), [(b"l", b"(h\x01tR0"), (b"t", b"h\x01R0")])
 def test_too_many_objects(items: bytes, call: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls that go through the same list or arguments again and again are counted, too."""
+    """Calls that iterate over the same list or arguments again and again count, too."""
     monkeypatch.setattr("mimref.encoders.values._MOST_OBJECTS", 3000)
     start = b"\x80\x02(" + b"N" * 300 + items + b"q\x010"
     call = b"ccollections\nOrderedDict\n" + call
@@ -159,7 +159,7 @@ def test_archives_of_other_programs(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     with zipfile.ZipFile(io.BytesIO(SEED)) as source:
         members = {name: source.read(name) for name in source.namelist()}
-    with zipfile.ZipFile(path, "w") as target:  # storages are not aligned
+    with zipfile.ZipFile(path, "w") as target:  # leaves storages unaligned
         for name, content in members.items():
             target.writestr(name, content)
     assert read(path)[0]["w"].tolist() == [1, 1, 1, 1]
@@ -179,7 +179,7 @@ def test_archives_of_other_programs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("order", "place"), [(b"little", 0), (b"little", 1), (b"big", 0)])
 def test_overlapping_storages_are_not_copied_without_end(order: bytes, place: int, tmp_path: Path) -> None:
-    """A hundred members of one place. Copied is what is not aligned, or has its bytes in another order."""
+    """A hundred members share one place. Unaligned or byte-swapped ones need copies and are refused."""
     items = [b"S'w%d'\n" % key + TENSOR.replace(b"S'0'", b"S'%d'" % key) for key in range(100)]
     pickled = b"\x80\x02}(" + b"".join(items) + b"u."
     start = 3 * 30 + len("a/data.pkl") + len(pickled) + len("a/byteorder") + len(order) + len("a/data/0")
@@ -208,7 +208,7 @@ def test_old_files_with_lists_of_other_storages(tmp_path: Path) -> None:
 
 
 def test_a_tar_archive_is_no_checkpoint(tmp_path: Path) -> None:
-    """The format before torch 0.2, which torch.load unpacks."""
+    """The format from before torch 0.2, which torch.load unpacks."""
     import tarfile
 
     (tmp_path / "storages").symlink_to("/etc/passwd")
@@ -242,7 +242,7 @@ def test_the_watch_notices_a_reader_that_runs_code(tmp_path: Path) -> None:
 
 
 def test_300_changed_files() -> None:
-    """In a process of its own, which watches for every event of Python's audit."""
+    """Runs in a process of its own that watches every Python audit event."""
     script = Path(fuzz_pickles.__file__)
     line = [sys.executable, str(script), "--files", "300", "--seed", "1"]
     done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})

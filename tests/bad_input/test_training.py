@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run: one line, exit code 2, and the last good state survives."""
+"""Failures in the middle of a run: one line, exit code 2, and the last good state survives."""
 
 import errno
 import os
@@ -53,7 +53,7 @@ def test_a_disk_that_fills_up_while_the_state_is_saved(
     def fill(descriptor: int) -> None:
         nonlocal calls
         calls += 1
-        # Each file written, and its folder: origin.json, config.toml, metrics.jsonl and the states of two epochs.
+        # One call per file, one for its folder: origin.json, config.toml, metrics.jsonl and the states of two epochs.
         if calls > 10:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         synced(descriptor)

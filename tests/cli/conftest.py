@@ -1,4 +1,4 @@
-"""What several tests of the command line share: two tiny encoders and images."""
+"""Shared by tests of the command line: two tiny encoders and images."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.tiny import ARCHITECTURE, write_labelled, write_unlabelled
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base.safetensors`, `refined.safetensors`, `data` with two classes and `unlabelled` images; read only."""
+    """Read-only: `base.safetensors`, `refined.safetensors`, `data` with two classes, and `unlabelled` images."""
     made = tmp_path_factory.mktemp("suite")
     write_labelled(made / "data")
     write_unlabelled(made / "unlabelled")

@@ -1,4 +1,4 @@
-"""What tests of evaluations on the command line share: short command lines, and a count of passes."""
+"""Shared by tests of evaluations on the command line: short command lines, and a count of encoder passes."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def line(command: str, folder: Path, *more: str) -> list[str]:
 
 
 class Passes:
-    """Images that encoders have seen, and encoders that were built."""
+    """Counts the images that encoders have seen and the encoders that were built."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images = self.built = 0

@@ -1,4 +1,4 @@
-"""A timm backbone the whole way: refined, evaluated, inspected, exported, and refused where a plain ViT is needed."""
+"""A timm backbone from end to end: refined, evaluated, inspected, exported, and refused where a plain ViT is needed."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ DIGITS: dict[str, Any] = REFINE | {
 
 @pytest.fixture(scope="module")
 def refined(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a refinement on digits, beside its base."""
+    """The folder of a refinement on digits; its base is next to it."""
     folder = tmp_path_factory.mktemp("backbone")
     base = write_backbone(folder / "base.safetensors", FAMILIES["swin"])
     assert run(arguments("refine", folder / "run", DIGITS | {"encoder.weights": str(base)})) == 0

@@ -68,7 +68,7 @@ def test_what_misses_is_named(
     page = (tmp_path / "out" / "results.md").read_text()
     missed = page[page.index("Missed:") :]
     assert all(f"- {name}: " in missed for name in ("crash", "memory", "raising", "hang"))
-    # The folder is finished all the same: nothing is to be measured again.
+    # The folder is finished nevertheless: nothing has to be measured again.
     rows, *_ = read_results(tmp_path / "out", "benchmark all")
     assert [row["verdict"] for row in rows] == ["failed", "missed", "met", "no bar", "failed", "failed", "not measured"]
 
@@ -95,7 +95,7 @@ def test_what_was_measured_before_a_stop_is_on_the_page(
     page = (out / "results.md").read_text()
     assert "| memory | 20 s | met |" in page and "not finished" in page and "late" not in page
     assert not (out / "results.json").exists()
-    # The same command may be given again.
+    # The same command can be run again.
     use(monkeypatch, [GOOD])
     assert run(["benchmark", "all", "--out", str(out)]) == 0
     assert "not finished" not in (out / "results.md").read_text()
@@ -112,7 +112,7 @@ def test_results_are_not_replaced(
 
 @pytest.mark.slow
 def test_the_small_form_on_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything runs; what times are, no test says."""
+    """Everything runs; no test checks how long it takes."""
     monkeypatch.undo()
     assert run(["benchmark", "all", "--out", str(tmp_path), "--device", "cpu"]) in (0, 1)
     document = json.loads((tmp_path / "results.json").read_text())

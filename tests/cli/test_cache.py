@@ -14,7 +14,7 @@ from tests.tiny import write_images
 
 @pytest.fixture
 def two_listings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of two listings, beside a (damaged) pass of an encoder."""
+    """The folder of two listings; the cache also holds a (damaged) encoder pass."""
     monkeypatch.setattr(index_cache, "SAVE_FROM_IMAGES", 1)
     for name in ("one", "two"):
         open_source(DataConfig(spec=str(write_images(tmp_path / name, per_class=2))), "train")
@@ -37,7 +37,7 @@ def test_listings_are_counted(two_listings: Path, capsys: pytest.CaptureFixture[
         f"5.0 MB in {two_listings} (listings of folders and shards: 3)",
     ]
     assert any("0123abcd" in line for line in lines)
-    # A folder of one's own has features alone.
+    # A folder chosen with --cache contains only features.
     assert printed(capsys, "list", "--cache", str(two_listings.parent / "other")) == [
         f"0.0 MB in {two_listings.parent}/other"
     ]

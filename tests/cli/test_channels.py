@@ -1,4 +1,4 @@
-"""Images of other channels than colour's from the command line: pre-training, refinement, evaluation, extraction."""
+"""Images with other than three channels on the command line: pre-training, refinement, evaluation, extraction."""
 
 import json
 import tomllib
@@ -29,7 +29,7 @@ SHORT = {
 
 
 def write_images(folder: Path, channels: int, suffix: str) -> Path:
-    """24 training and 12 validation images of 16 x 16 pixels: TIFF of 12 bits in 16, or `.npy` of bytes."""
+    """Write 24 training and 12 validation images of 16 x 16 pixels: 12-bit values in 16-bit TIFF or `.npy` of bytes."""
     tifffile = pytest.importorskip("tifffile")
     rng = np.random.default_rng(channels)
     for split, count in (("train", 12), ("val", 6)):
@@ -65,7 +65,7 @@ def test_from_images_to_features(
     assert header(base)["architecture"].get("channels", 3) == channels
     settings = tomllib.loads((base / "config.toml").read_text())["data"]
     assert settings["channels"] == channels and settings["mean"] == transform["mean"]
-    # The data and their channels are those of the header.
+    # Data and channels come from the header.
     line = [*_refine(refined, base, REFINE | SHORT), "--no-report"]
     assert run(line) == 0, capsys.readouterr().err
     assert header(refined)["data"]["channels"] == channels and header(refined)["transform"]["mean"] == transform["mean"]
@@ -81,7 +81,7 @@ def test_from_images_to_features(
 
 
 def _check_python(refined: Path, data: Path, features: NDArray[Any]) -> None:
-    """The Python API and the Embedder give the same features, of a folder and of arrays."""
+    """Check that the Python API and the Embedder give the same features, for a folder and for arrays."""
     encoder = mimref.load(refined)
     assert encoder.channels == 4 and len(encoder.transform.mean) == 4
     arrays = np.stack([_tiff(path) for path in sorted((data / "val").glob("*/*"))]).transpose(0, 3, 1, 2)
@@ -93,7 +93,7 @@ def _check_python(refined: Path, data: Path, features: NDArray[Any]) -> None:
 
 
 def _refine(out: Path, weights: Path, settings: dict[str, Any]) -> list[str]:
-    """The command line of a refinement without a preset."""
+    """Return the command line of a refinement without a preset."""
     line = arguments("refine", out, settings)
     return [*(part for part in line if part not in ("--preset", "quickstart")), "--weights", str(weights)]
 

@@ -39,7 +39,7 @@ ROWS: list[Row] = [
 
 @dataclass
 class Calls:
-    """What the fake work was called with; `then` runs inside of it."""
+    """The arguments of the last call of the fake work; `then` runs inside it."""
 
     config: Any = None
     out: Path | None = None
@@ -53,14 +53,14 @@ class Calls:
         self.config, self.out, self.count = config, out, self.count + 1
         self.options = options
         self.then(listener)
-        if out is not None:  # training commands write their folder by themselves
+        if out is not None:  # training commands write their folder themselves
             write_results(out, config.command, config.model_dump(mode="json"), 1.5, ROWS)
         return types.SimpleNamespace(rows=ROWS, elapsed_s=1.5, out=out, bad_images=[], data=None)
 
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
-    """Fakes in place of everything that would import torch; the current folder is an empty one."""
+    """Fakes in place of everything that would import torch; the current folder is empty."""
     calls = Calls()
     for module, name in (
         ("mimref.refinement.run", "refine"),
@@ -155,7 +155,7 @@ def test_epochs_of_pretrain_are_those_of_the_objective(work: Calls) -> None:
 
 def test_knn_without_arguments_takes_the_digits(work: Calls) -> None:
     assert run(["knn"]) == 0
-    # The packaged encoder's file names its images.
+    # No data: the packaged encoder's header names its images.
     assert (work.config.checkpoint, work.config.data.spec, work.config.k) == ("quickstart", None, [10])
 
 
@@ -178,14 +178,14 @@ def test_resume_takes_the_settings_of_the_run(work: Calls, capsys: pytest.Captur
     assert (work.config.seed, work.config.encoder.weights, work.config.preset) == (7, "w.pth", "refine/x")
     assert work.options == {"resume": True, "force": False}
     first = capsys.readouterr().out
-    # Finished now: nothing runs, the results are printed again.
+    # The run is finished now: nothing runs, and the results are printed again.
     assert run(["refine", "--resume", "--out", "mine"]) == 0
     assert work.count == 1
     assert capsys.readouterr().out == first
     (out / "results.json").write_text("{")
     assert run(["refine", "--resume", "--out", "mine"]) == 2
     assert "results.json cannot be read" in one_line(capsys)
-    # A preset given all the same is passed on: the run itself compares its settings with those it was started with.
+    # A preset given with --resume is passed on: the run itself compares its settings with those it was started with.
     (out / "results.json").unlink()
     assert run(["refine", "--preset", "mae_l16", "--resume", "--out", "mine"]) == 0
     assert work.config.preset == "refine/mae_l16"
@@ -207,7 +207,7 @@ MISTAKES = {
     "knn --k 0": ("--k 0:", "greater than 0"),
     "knn --tau 1,x": ("--tau 1,x:", "numbers separated by commas"),
     "presets show nothing": ("'nothing'", "`mimref presets list`"),
-    # The parser's own.
+    # Mistakes that the parser itself finds.
     "refine --bacth-size 3": ("--bacth-size", "--batch-size"),
     "refine --epochs": ("--epochs",),
     "refine extra": ("extra",),
@@ -312,7 +312,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command below a group, with its words."""
+    """Yield every command below a group, with the words that call it."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, (*path, name))
@@ -326,7 +326,7 @@ def test_every_help_has_panels_and_examples(capsys: pytest.CaptureFixture[str]) 
     for words, command in found.items():
         assert run([*words, "--help"]) == 0
         printed = capsys.readouterr().out
-        # Options without a panel would be listed below Options; all of them can show a traceback.
+        # Options without a panel would be listed under Options. Every command can show a traceback.
         assert "\nRun:\n" in printed and "\nOptions:\n" not in printed and "--debug" in printed
         assert f"\nExamples:\n  mimref {' '.join(words)}" in printed and "\x1b" not in printed
         assert [param.opts for param in command.params if not param.help] == []
@@ -355,7 +355,7 @@ def test_completion(
 
 
 def test_options_and_settings_agree() -> None:
-    """Every option that overrides a setting names one that its command's config has."""
+    """Every option that overrides a setting names a setting of its command's config."""
     configs = {
         evaluation.KnnOptions: KnnConfig,
         evaluation.LowshotOptions: LowshotConfig,
@@ -388,6 +388,6 @@ def test_the_api_is_lazy_and_complete() -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys; from mimref.cli import run; run(['refine', '--help']); print(*sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    # Typer itself imports the light half of pydantic.
+    # Not pydantic: Typer itself imports the light half of it.
     loaded = set(printed.splitlines()[-1].split())
     assert not loaded & {"torch", "timm", "numpy", "sklearn", "rich", "matplotlib", "pandas", "mimref.config.base"}

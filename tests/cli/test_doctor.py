@@ -50,7 +50,7 @@ def test_results_are_written(found: list[Check], tmp_path: Path, capsys: pytest.
     assert [row["verdict"] for row in document["metrics"]] == ["ok", "advice", "problem"]
     assert (out / "results.csv").read_text().splitlines()[1] == "doctor,2.9.0,torch,ok,"
     page = (out / "results.md").read_text()
-    # A bar in a cell would end it.
+    # An unescaped bar would end the cell.
     assert "| disk of this folder | 0.5 GiB free \\| full | problem | free some space |" in page
     assert run(["doctor", "--out", str(out)]) == 2
     assert "--force" in capsys.readouterr().err

@@ -18,7 +18,7 @@ CHEAP = ["--device", "cpu", "--workers", "0"]
 
 @pytest.fixture
 def two(tmp_path: Path) -> str:
-    """A file of two encoders and a projector."""
+    """A file with two encoders and a projector; each encoder is also in a file of its own."""
     state = dict(timm_vit().state_dict())
     student = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items()}
     content = prefixed("student_backbone.", student) | prefixed("teacher_backbone.", state)
@@ -79,7 +79,7 @@ def test_features_are_those_of_the_chosen_encoder(two: str, tmp_path: Path, caps
         assert run(line) == 0
         return np.load(out)["x"]
 
-    # One cache serves all: the encoders of a file have their own entries.
+    # All calls share one cache, in which each encoder of a file has its own entries.
     teacher, student = features(two), features(two, "--encoder", "student")
     told = capsys.readouterr().err
     assert "of several encoders state_dict.teacher_backbone is read" in told

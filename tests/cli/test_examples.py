@@ -1,8 +1,8 @@
-"""Every example in help texts, README.md and docs/*.md is run up to its work, which is replaced.
+"""Every example in help texts, README.md and docs/*.md is run up to the actual work, which is replaced.
 
 Covered: the parser, presets, `load_config`, the checks of output folders and files that come before the work, and the
 work itself where it is quick (`presets`, `cache`, `inspect quickstart`, `--help`). Not covered: what the work does with
-weights, images and files of the user's; stand-ins exist for presets (*.toml) alone.
+the user's weights, images and files; only presets (*.toml) have stand-ins.
 """
 
 import pkgutil
@@ -52,7 +52,7 @@ WORK = (
 
 
 def lines_of(text: str) -> Iterator[str]:
-    """Lines of code blocks that run mimref, by itself or under torchrun; continued lines are joined."""
+    """Yield the lines of code blocks that run mimref, directly or under torchrun; continued lines are joined."""
     fenced = False
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         if line.lstrip().startswith("```"):
@@ -79,12 +79,12 @@ EXAMPLES = [pytest.param(line, id=f"help: {line}") for line in HELP] + [
 
 
 class Reached(Exception):
-    """The line came as far as its work."""
+    """Raised when a line reaches its work."""
 
 
 @pytest.fixture(scope="module")
 def all_imported() -> None:
-    """A module imported while a name is replaced would keep the replacement."""
+    """Import every module first: one imported while a name is replaced would keep the replacement."""
     for module in pkgutil.walk_packages(mimref.__path__, "mimref."):
         if not module.name.endswith("__main__"):
             import_module(module.name)
@@ -108,7 +108,7 @@ def no_work(all_imported: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def runs(line: str) -> bool:
-    """Whether a line comes as far as its work, or to its end."""
+    """Return whether a line reaches its work or finishes successfully."""
     words = shlex.split(line, comments=True)[1:]
     for word in words:
         if word.endswith(".toml") and not Path(word).exists():

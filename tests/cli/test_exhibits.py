@@ -28,7 +28,7 @@ def test_evaluations_write_them_only_into_a_folder(
     assert shown is not None and len(shown.images) == 16
     made = (tmp_path / "out" / "exhibits.json").stat().st_mtime_ns
     assert made <= (tmp_path / "out" / "results.json").stat().st_mtime_ns
-    # Results of another command do not keep the images.
+    # Results of another command remove the exhibits.
     knn = ["knn", str(folder / "base.safetensors"), "--k", "3", *CHEAP, "--out", str(tmp_path / "out"), "--force"]
     assert run(knn) == 0
     assert not (tmp_path / "out" / "exhibits.json").exists()

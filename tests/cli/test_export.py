@@ -13,7 +13,7 @@ from mimref.encoders.export import Export
 from mimref.encoders.vit import Architecture, Encoder
 from tests.tiny import write_weights
 
-# Attention heads of a file without header are told by widths that are published.
+# Width 192 is a published one, from which the number of attention heads of a file without a header is inferred.
 TINY = Architecture("custom", 16, width=192, depth=2, num_heads=3, patch_size=8)
 
 
@@ -26,7 +26,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """The one line of a mistake, which leaves no file behind."""
+    """Return the one-line error of an export that fails and leaves no file behind."""
     before = {path: path.read_bytes() for path in Path().iterdir()}
     assert run(["export", *args]) == 2
     captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""`mimref finetune` and `mimref predict` from the command line to the files, and who else reads these."""
+"""`mimref finetune` and `mimref predict` from the command line to their files, and the commands that read these."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ from mimref.reports import terminal
 from tests.tiny import ARCHITECTURE, FINETUNE, arguments, assert_same_run, results, write_images, write_labelled
 
 PNG = b"\x89PNG\r\n"
-# What csv files must quote, and what terminals must not see.
+# Class names that CSV files must quote, or that terminals must not receive as they are.
 ODD = ["a,b", 'say "x"', " c", "d\ne", "ü", "=1+1", "-"]
 
 
@@ -63,7 +63,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *line: object) -> list[str]:
-    """The lines of a mistake."""
+    """Return the error lines of a failing command."""
     assert run([str(each) for each in line]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -206,7 +206,7 @@ def test_odd_names_survive_the_table(folder: Path, tmp_path: Path) -> None:
 
 
 def test_class_names_of_folders_reach_the_table(folder: Path, tmp_path: Path) -> None:
-    """From odd folders through a fine-tuning to a table."""
+    """Odd folder names survive a fine-tuning and reach the table."""
     for split in ("train", "val"):
         write_images(tmp_path / "data", per_class=6, classes=("a,b", 'c "d"', " e"), split=split)
     settings = FINETUNE | {"data.spec": tmp_path / "data", "finetune.epochs": 1}
@@ -257,7 +257,7 @@ def test_public_classifiers_predict(folder: Path, tmp_path: Path, capsys: pytest
     assert {row["label"] for row in table(tmp_path / "l.csv")} <= set("0123456") and capsys.readouterr().err
 
 
-# --- who else reads the result
+# --- commands that read the result
 
 
 def test_inspect_names_the_classifier(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,7 +277,7 @@ def test_evaluations_read_the_encoder(
     ):
         assert run(line) == 0, capsys.readouterr().err
     assert results(tmp_path / "knn")["metrics"][0]["metric"] == "knn_top1"
-    # The classifier's logits are its head on the extracted features.
+    # The classifier's logits are its head applied to the extracted features.
     classifier, classes = read_classifier(read_checkpoint(tuned))
     logits = np.load(tmp_path / "x.npz")["x"] @ classifier.head.weight.detach().numpy().T
     logits += classifier.head.bias.detach().numpy()
@@ -286,7 +286,7 @@ def test_evaluations_read_the_encoder(
 
 
 def test_averages_have_no_classifier(folder: Path, tuned: Path, tmp_path: Path) -> None:
-    """The base has none; so the average is exported as the encoder that it is."""
+    """The base has no classifier, so the average is exported as an encoder alone."""
     assert run(["interpolate", str(folder / "base.safetensors"), str(tuned), "--out", str(tmp_path), "--quiet"]) == 0
     average = tmp_path / "alpha-0.5.safetensors"
     assert "classifier" not in read_checkpoint(average).header
@@ -307,7 +307,7 @@ def test_export_keeps_the_classifier(tmp_path: Path, capsys: pytest.CaptureFixtu
     with safe_open(out, framework="pt") as opened:
         stored = json.loads(opened.metadata()["mimref"])
     assert stored["classes"] == ["a", "b,c", "d"] and stored["transform"]["crop_fraction"] == 1.0
-    # Other formats have no place for it, and say so.
+    # Other formats cannot store the classifier, and the command says so.
     assert run(["export", str(tmp_path / "c.safetensors"), "--to", "release", "--out", str(tmp_path / "r.th")]) == 0
     assert "leaves the classifier out" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Mistakes on the command line: all that can be found early, in one list, in the user's words."""
+"""Mistakes on the command line: all that can be found early are listed together, in the user's words."""
 
 import ast
 import re
@@ -47,9 +47,9 @@ MODELS: dict[str, type[CommandConfig]] = {
         *(FinetuneConfig, PredictConfig, SuiteConfig, RobustnessConfig, SegmentConfig),
     )
 } | {"ablations": AblationsConfig}
-"""By the name of their command, and that of a group by the command's own."""
+"""Config by command name; a command in a group has its own name only."""
 
-# A line, and what the lines of its error say, in order. `{base}`, `{data}`: files that exist.
+# Command line -> a part of every line of its error, in order. `{base}` and `{data}` are files that exist.
 LISTS = {
     "refine --weights gone.pth": ("gone.pth: no such file",),
     "refine --weights gone.pth --data nowhere --batch-size x --set foo=1 --out done": (
@@ -70,7 +70,7 @@ LISTS = {
         "views.local_size 12",
         "heads.queue_size 1024",
     ),
-    # What a recipe would derive is nobody's mistake.
+    # Settings that a recipe would derive are not reported as mistakes.
     "refine --weights {base} --data nowhere --source d2v2": ("--data nowhere",),
     "refine --source mae": ("--source",),
     "refine --preset mae_l61 --weights gone.pth --data unreadable": (
@@ -230,13 +230,13 @@ def every_option() -> Iterator[tuple[str, type[Configured], str, str]]:
 def test_an_option_is_called_as_the_user_typed_it() -> None:
     refused = 0
     for name, group, field, flag in every_option():
-        model = MODELS.get(name.replace("_", "-"), RefineConfig)  # of benchmarks
+        model = MODELS.get(name.replace("_", "-"), RefineConfig)  # benchmarks have the settings of refine
         options = group(**dict.fromkeys(group.declared()))
         required = {"base": "x", "refined": "y" if model is InterpolateConfig else ["y"]}
         options.__dict__.update({key: value for key, value in required.items() if key in model.model_fields})
         options.__dict__[field] = "?!"
         options.load(model)
-        if not options.checks.passed and field != "heads_from":  # refine sets the stage that goes with it
+        if not options.checks.passed and field != "heads_from":  # refine sets the matching stage
             refused += 1
             with pytest.raises(ConfigError) as caught:
                 options.checks.finish()
@@ -254,7 +254,7 @@ def test_checks() -> None:
     assert checks.run("z", lambda: fail("of --set")) is None
     assert checks.run("b", lambda: fail("b 3 is more than b = 3, not b 30 or a.b 3")) is None
     assert checks.run("a", lambda: fail("c 'x' is no axis")) is None
-    assert checks.run("b", lambda: fail("of --set")) is None  # known
+    assert checks.run("b", lambda: fail("of --set")) is None  # already listed
     checks.unusable.add("d")
     assert checks.run("d", lambda: fail("never run")) is None
     with pytest.raises(UserErrors) as caught:
@@ -268,7 +268,7 @@ def test_checks() -> None:
 
 
 def names_in_messages() -> Iterator[tuple[str, str]]:
-    """Options and dotted settings in the package's text, with where they are; not those in docstrings."""
+    """Yield the options and dotted settings in the package's strings, with their places; docstrings are skipped."""
     for path in sorted(Path(mimref.__path__[0]).rglob("*.py")):
         tree = ast.parse(path.read_text())
         prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -287,7 +287,7 @@ def test_messages_name_options_and_settings_that_exist() -> None:
         for below in getattr(command, "commands", {}).values():
             yield from parameters(below)
 
-    # Of torchrun, of containers, of pip and of pytest.
+    # Options of torchrun, containers, pip and pytest.
     others = {"--max-restarts", "--shm-size", "--no-build-isolation", "--junitxml"}
     options = {*parameters(get_command(app)), "--help", *others}
     settings = {key for model in MODELS.values() for key in setting_fields(model)}
@@ -304,7 +304,7 @@ def test_messages_name_options_and_settings_that_exist() -> None:
 
 
 TENSORS = "encoders/families/"
-"""Dotted names in this folder are those of foreign files' tensors."""
+"""Dotted names in this folder are names of tensors in foreign files."""
 FILES = (".pkl", ".png", ".csv", ".html", ".md", ".json", ".pt", ".pth", ".safetensors", ".npz")
 
 

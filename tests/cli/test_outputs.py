@@ -1,4 +1,4 @@
-"""Output folders of evaluations: what they may hold already, and what their results say."""
+"""Output folders of evaluations: what they may already contain, and what their results record."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Images of one's own: 17 colour images of mixed sizes, by the bare commands."""
+"""A user's own images: the bare commands on 17 colour images of mixed sizes."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(text: str) -> dict[str, tuple[str, str]]:
-    """Value and rule of every derived setting that a dry run prints."""
+    """Return value and rule of every derived setting that a dry run prints."""
     rows = [each.split(maxsplit=2) for each in text.splitlines() if each.startswith("  ")]
     return {setting: (value, rule) for setting, value, rule in rows}
 

@@ -1,4 +1,4 @@
-"""`mimref push` against a stand-in of the hub: what arrives, and one line for everything that can go wrong."""
+"""`mimref push` against a stand-in for the hub: what arrives, and a one-line error for everything that can go wrong."""
 
 import os
 import subprocess
@@ -141,7 +141,7 @@ def test_a_traceback_shows_no_token(folder: Path, hub: Hub, capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_a_process_of_its_own(folder: Path) -> None:
-    """With nothing replaced: address and token come from the environment."""
+    """Nothing is replaced: address and token come from the environment."""
     with serving() as hub:
         environment = os.environ | {
             "HF_ENDPOINT": hub.address,

@@ -22,7 +22,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
-    """Send the signal when the second stage has done `step` updates."""
+    """Send the signal `number` after `step` updates of stage 2."""
 
     def progress(self: terminal.Terminal, label: str, done: int, total: int) -> None:
         if (label, done) == ("stage 2: encoder and heads", step):
@@ -42,7 +42,7 @@ def test_a_run_prints_a_table_and_leaves_its_files(
     assert "stage 1: heads: 8/8" in captured.err and "epoch 3: k-NN top-1 " in captured.err
     written = f"encoder in {out / 'encoder.safetensors'}, results in {out / 'results.json'}\n"
     assert captured.err.endswith(f"{written}report in {out / 'report.html'}\n")
-    # Once more: refused; resumed: printed again; quietly: the table only.
+    # Run again: refused. Resumed: printed again. Quietly: only the table.
     assert run(arguments("refine", out, settings)) == 2
     assert "--force" in capsys.readouterr().err
     assert run(["refine", "--resume", "--out", str(out), "--quiet"]) == 0
@@ -50,7 +50,7 @@ def test_a_run_prints_a_table_and_leaves_its_files(
     assert (again.out, again.err) == (captured.out, "")
     assert run(["refine", "--resume", "--out", str(out)]) == 0
     assert f"{out} is finished" in capsys.readouterr().err
-    # The folder's own settings, quietly, into another folder: the same run.
+    # The folder's own settings, run quietly into another folder, give the same run.
     line = ["refine", "--preset", str(out / "config.toml"), "--out", str(tmp_path / "again"), "--quiet"]
     assert run(line) == 0
     quiet = capsys.readouterr()
@@ -167,7 +167,7 @@ def test_heads_where_the_base_is_best(
     short = settings | {"heads.blocks": "auto", "evaluate.enabled": False, "stage": "heads", "heads_stage.epochs": 1}
     assert run(arguments("refine", out, short)) == 0
     assert "k-NN of every block: 4/4" in capsys.readouterr().err
-    # What was chosen is written down, so that a resumed or repeated run does not measure again.
+    # The choice is recorded, so that a resumed or repeated run does not measure again.
     chosen = results(out)["config"]["heads"]["blocks"]
     weights, data = settings["encoder.weights"], settings["data.spec"]
     assert run(["analyze-blocks", str(weights), "--data", str(data), "--quiet"]) == 0

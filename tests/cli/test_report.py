@@ -23,7 +23,7 @@ def write_run(folder: Path, value: float = 81.25) -> Path:
 
 def test_a_run_gets_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run")
-    for _ in range(2):  # made again without --force
+    for _ in range(2):  # the second report replaces the first without --force
         assert run(["report", str(folder)]) == 0
     assert str(folder / "report.html") in capsys.readouterr().err
     assert "81.2" in (folder / "report.html").read_text(encoding="utf-8")
@@ -92,7 +92,7 @@ def test_an_evaluation_writes_a_report_unless_told_not_to(
     assert {path.name for path in (tmp_path / "without").iterdir()}.isdisjoint({"report.html", "exhibits.json"})
     assert (tmp_path / "without" / "results.json").is_file()
     assert run([*line, "--out", str(tmp_path / "with"), "--no-report", "--force"]) == 0
-    assert not (tmp_path / "with" / "report.html").exists()  # it was about the results replaced
+    assert not (tmp_path / "with" / "report.html").exists()  # it described the results that were replaced
 
 
 def test_a_training_writes_a_report(folder: Path, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from mimref.reproduce import jobs
 from mimref.reproduce.plan import Run
 from tests.tiny import EVALUATED, REFINE, results, tensors, write_labelled, write_weights
 
-# Stands for the process of a run: its accuracy depends on its name alone; with BAD in the environment it fails. Runs of
-# the second seed leave out an image.
+# Stands in for the process of a run. Its accuracy depends only on its name, and it fails if BAD in the environment is
+# that name. Runs of the second seed leave out an image.
 STAND_IN = """
 import json, os, pathlib, sys
 name, command, folder = sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3])
@@ -73,7 +73,7 @@ def test_a_suite(folder: Path, started: list[str], capsys: pytest.CaptureFixture
     assert run(line(folder, "--seeds", "0,1", "--tables", "a,e", "--jobs", "3")) == 0
     assert len(started) == len(set(started)) == 2 * (1 + 2 + 1) + 3
     printed, told = capsys.readouterr()
-    assert told.count("data/a|b.png (empty file)") == 2 * (1 + 2 + 1) // 2 + 1 + 1  # of every run, and at the end
+    assert told.count("data/a|b.png (empty file)") == 2 * (1 + 2 + 1) // 2 + 1 + 1  # for runs of seed 1, and at the end
     assert "warning: 1 unreadable image skipped: data/a|b.png (empty file)" in told
     assert "(a) Number of heads" in printed and "(e) Neighbours of negatives" in printed and "(b)" not in printed
     page = (out / "ablations.md").read_text()
@@ -153,7 +153,7 @@ def test_a_dry_run_lists_runs_and_their_time(
 
 @pytest.mark.slow
 def test_a_killed_suite_continues(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Killed after its first run, it ends with what `mimref refine` gives, and leaves no process behind."""
+    """Killed after its first run and repeated, it gives what `mimref refine` gives, and leaves no process behind."""
     words = line(folder, "--seeds", "0", "--tables", "d,e", "--jobs", "2")
     process = subprocess.Popen([sys.executable, "-m", "mimref", *words], stderr=subprocess.DEVNULL)
     first = folder / "out" / "runs" / "default-seed0" / "results.json"

@@ -17,7 +17,7 @@ HOSTILE = ('<script>alert("x")</script>'.replace("/", "\u2215"), "a'b\"c&d", "x\
 
 
 class Page(HTMLParser):
-    """Elements of a page with their attributes, and its text."""
+    """Elements of a page with their attributes, and the page's text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def queries(tmp_path: Path) -> list[Path]:
 
 
 def test_search(folder: Path, tmp_path: Path, queries: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """Several values after one --query, as a shell's pattern gives them, or one after each."""
+    """One --query takes several values, as a shell's pattern gives them, or several take one each."""
     out = tmp_path / "out"
     files = [str(each) for each in queries]
     assert (
@@ -112,7 +112,7 @@ def test_mistakes(folder: Path, tmp_path: Path, queries: list[Path], capsys: pyt
         ("--query", str(queries[0]), "--k", "0"): "--k 0",
         ("--query", str(queries[0]), "--split", "test"): "--split test",
         ("--query", str(queries[0]), "--blocks", "1,2"): "--blocks 1,2",
-        # CKPT comes first; after --query it is a query.
+        # CKPT has to come first: after --query it is read as a query.
         ("--query", str(queries[0]), str(tmp_path)): "a folder",
     }.items():
         assert run(line("search", folder, *words)) == 2

@@ -47,7 +47,7 @@ def test_paper(folder: Path, pairs: Path, tmp_path: Path, capsys: pytest.Capture
     with Image.open(tmp_path / "out/segments.png") as image:
         assert image.width > 500
     assert not (tmp_path / "out/state/segment.pt").exists()
-    # Again: the same numbers, which --resume prints at once.
+    # A second run gives the same numbers, which --resume prints at once.
     assert run(line(folder, pairs, "--out", str(tmp_path / "again"))) == 0
     assert rows_of(tmp_path / "again") == rows
     capsys.readouterr()
@@ -67,7 +67,7 @@ def test_every_block(
     rows = rows_of(tmp_path / "out")
     curve = {row["block"]: row["value"] for row in rows if row["metric"] == "block_segment_miou"}
     assert list(curve) == list("01234") and (tmp_path / "out/blocks.png").exists()
-    # A block alone gives the same.
+    # A single block gives the same result.
     assert run(line(folder, pairs, *more[:5], "3", "--out", str(tmp_path / "third"))) == 0
     (own,) = (row["value"] for row in rows_of(tmp_path / "third") if row["metric"] == "block_segment_miou")
     assert float(own) == pytest.approx(float(curve["3"]), abs=0.3)
@@ -140,7 +140,7 @@ def test_epochs_replace_updates(folder: Path, pairs: Path, tmp_path: Path) -> No
         out = tmp_path / protocol
         more = ["--protocol", protocol, "--resolution", "16", "--epochs", "2", "--batch-size", "5", "--out", str(out)]
         assert run([*short, *more]) == 0
-        # Two batches of 5 in an epoch of 12 images.
+        # An epoch of 12 images has two batches of 5.
         assert {row["updates"] for row in rows_of(out)} == {"4"}
 
 

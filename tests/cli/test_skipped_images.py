@@ -26,7 +26,7 @@ FEW = ["--set", "probe.epochs=1", "--set", "probe.batch_size=16"]
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Labelled images with an unreadable one in either split."""
+    """Labelled images with an unreadable one in each split."""
     data = write_labelled(tmp_path_factory.mktemp("damaged") / "data")
     for image in broken(data):
         Path(image).write_bytes(b"nothing")

@@ -50,7 +50,7 @@ def test_two_encoders(
     assert run(line(folder, file)) == 2
     assert "--resume" in capsys.readouterr().err
     before = (out / "results.csv").read_bytes()
-    # Neither encoders nor suite need to be repeated.
+    # With --resume, neither encoders nor suite have to be repeated.
     assert run(["transfer", "--resume", "--out", str(out)]) == 0
     assert capsys.readouterr().out == printed.out and (out / "results.csv").read_bytes() == before
 
