@@ -16,19 +16,15 @@ from torch import Tensor
 
 from mimref.api import load
 from mimref.data.transforms import EvalTransform
-from mimref.encoders.backbones import EncoderArchitecture
-from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
+from mimref.encoders.checkpoints import read_checkpoint, save_encoder
 from mimref.encoders.classifier import read_classifier, save_classifier
-from mimref.encoders.timm_models import features_of_blocks
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, OutputError
-from mimref.progress import Silent
 from mimref.sharing import export, layout, transformers_layout
 from mimref.sharing.export import FolderExport, export_folder, folder_layout, read_subject
 from mimref.sharing.layout import Library, Subject
 from mimref.sharing.timm_layout import crop_pct
 from tests.checkpoints import tokens
-from tests.families import BATCH_NORM, FAMILIES, backbone
 from tests.subjects import (
     CLASSES,
     DINOV2,
@@ -63,21 +59,7 @@ CLASS_OF = {
     "Dinov2WithRegisters": (REGISTERS, DINOV2, replace(TINY, registers=1)),
 }
 EXACT = [pytest.param(name, each, id=f"{name}{n}") for name, found in CLASS_OF.items() for n, each in enumerate(found)]
-OF_FIVE_CHANNELS = [
-    replace(TINY, channels=5),
-    Architecture("vit_tiny_patch16_224", 32, 192, 12, 3, 16, channels=5, fixed_positions=False),
-    replace(FAMILIES["gray"], channels=5),
-    replace(FAMILIES["convnextv2"], channels=5),
-]
 OF_TIMM = [*(TINY, GRAY, WIDE, NO_CLS, SCALED, SWIGLU, PLAIN_SWIGLU), *(REGISTERS, DINOV2, NO_NORM, NO_CLS_REGISTERS)]
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.lines.append(message)
 
 
 def write(subject: Subject, out: Path, library: Library, **options: Any) -> FolderExport:
@@ -203,59 +185,6 @@ def test_timm_loads_the_encoder(architecture: Architecture, tmp_path: Path) -> N
     close(vit.forward_features(images()), normed)
     pooled = normed[:, 0] if architecture.class_token else normed[:, architecture.registers :].mean(dim=1)
     close(vit(images()), pooled)
-
-
-@has_local_dir
-@pytest.mark.parametrize("family", [*FAMILIES, "batch norm"])
-@torch.no_grad()
-def test_timm_loads_other_families(family: str, tmp_path: Path) -> None:
-    encoder = backbone(FAMILIES.get(family, BATCH_NORM))
-    transform, every = replace(TRANSFORM, image_size=32), range(1, encoder.depth + 1)
-    done = write(Subject(encoder, transform, {"source": "mae"}), tmp_path / "m", "timm")
-    assert done.read_by == ["mimref", "timm"] and done.difference < 1e-5
-    model = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
-    found, checkpoint, pixels = load(tmp_path / "m"), read_checkpoint(tmp_path / "m"), images(size=32)
-    assert found.transform == transform and found.header["source"] == "mae"
-    by_timm = features_of_blocks(model, pixels).values()
-    by_mimref = encoder_from(checkpoint, choose_architecture(checkpoint)).eval().blocks(pixels, every)
-    for theirs, read, ours in zip(by_timm, by_mimref, encoder.blocks(pixels, every), strict=True):
-        close(theirs, ours)
-        close(read, ours)
-
-
-@has_local_dir
-@pytest.mark.parametrize("architecture", OF_FIVE_CHANNELS)
-@torch.no_grad()
-def test_timm_loads_encoders_of_other_channels(architecture: EncoderArchitecture, tmp_path: Path) -> None:
-    plain = isinstance(architecture, Architecture)
-    encoder: Any = make(architecture) if plain else backbone(architecture)
-    size = architecture.image_size
-    write(Subject(encoder, EvalTransform(size, mean=(0.5,) * 5, std=(0.2,) * 5)), tmp_path / "m", "timm")
-    model = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
-    pixels = torch.randn(2, 5, size, size, generator=torch.Generator().manual_seed(1))
-    found = list(features_of_blocks(model, pixels).values())
-    for theirs, ours in zip(found, encoder.blocks(pixels, range(1, encoder.depth + 1)), strict=True):
-        close(theirs, ours)
-
-
-def test_without_a_choice_transformers_comes_first() -> None:
-    notes = Notes()
-    assert folder_layout(subject_of(make(TINY)), None, notes).library == "transformers" and not notes.lines
-    for encoder in (make(NO_CLS_REGISTERS), backbone(FAMILIES["eva"])):
-        subject = Subject(encoder, TRANSFORM)
-        assert folder_layout(subject, None, notes).library == "timm"
-        assert "--layout transformers" in notes.lines.pop()
-        with pytest.raises(ConfigError, match="--layout timm"):
-            folder_layout(subject, "transformers")
-
-
-@pytest.mark.skipif(not has_sizes, reason="transformers reads no model_args")
-@torch.no_grad()
-def test_transformers_loads_other_families(tmp_path: Path) -> None:
-    encoder = backbone(FAMILIES["dinov3"])
-    write(Subject(encoder, replace(TRANSFORM, image_size=32)), tmp_path / "m", "timm")
-    output = transformers.AutoModel.from_pretrained(tmp_path / "m").eval()(images(size=32))
-    close(output.last_hidden_state, encoder.blocks(images(size=32), [encoder.depth], final_norm=True)[0])
 
 
 @pytest.mark.skipif(not has_sizes, reason="transformers reads no model_args")
