@@ -91,7 +91,7 @@ def test_shapes_in_the_alpha_channel(tmp_path: Path) -> None:
 def test_scans_that_use_a_small_range(tmp_path: Path, choice: str) -> None:
     data = write(tmp_path / "ct", lambda gray: Image.fromarray(gray.astype(np.uint16) + 900), "tif")
     value, told = top1(data)
-    assert value != 100 and len(told) == 2 and all("data.range" in line and "16-bit" in line for line in told)
+    assert value != 100 and len(told) == 2 and all("data.range" in line and "16" in line for line in told)
     assert top1(data, range=choice) == (100, [])
 
 

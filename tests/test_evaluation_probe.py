@@ -351,7 +351,7 @@ def lonely() -> Indices:
         (changed("train", lambda x: x[:, :4]), DataError, "train features are of last cls (4 wide)"),
         ({"train": {}}, DataError, "train features are of nothing, test features of last cls (5 wide), last4 cls+mean"),
         ({"train": {}, "test": {}}, DataError, "test: there are no features"),
-        ({"test": {LAST: blobs(40)[0][LAST]}}, DataError, "test features of last cls (5 wide); give both"),
+        ({"test": {LAST: blobs(40)[0][LAST]}}, DataError, "test features of last cls (5 wide)"),
         ({"train_y": np.zeros(90)}, DataError, "type float64"),
         ({"lrs": ()}, ConfigError, "lr = []"),
         ({"lrs": (0.1, 0.0)}, ConfigError, "lr = [0.1, 0.0]"),

@@ -84,7 +84,7 @@ NCCL_ERROR = "NCCL error in: ProcessGroupNCCL.cpp:3690, {what} (run with NCCL_DE
             "invalid usage, NCCL version 2.28.9",
             "Last error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 50000",
             ConfigError,
-            "^NCCL failed: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 50000; NCCL_DEBUG=INFO",
+            "^NCCL failed: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 50000;.*NCCL_DEBUG=INFO",
         ),
         (
             "unhandled cuda error, NCCL version 2.28.9",

@@ -134,7 +134,7 @@ def test_mistakes(folder: Path) -> None:
     settings = {"encoder": {"weights": "x"}}
     assert "encoder.weights" in refused(suite(folder, settings=settings))
     message = refused(suite(folder, protocol="knn", settings={}))
-    assert "'tuned'" in message and "fine-tunings, not of knn" in message
+    assert "'tuned'" in message and "finetune" in message and "knn" in message
     found = run_suite(suite(folder, tune_data=str(folder / "gone")), folder / "out")
     assert len(found.failed) == 1 and "gone" in str(found.failed[0]) and found.rows == []
 
