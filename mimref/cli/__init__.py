@@ -115,7 +115,7 @@ def run(args: Sequence[str]) -> int:
         return 128 + interruption.signum
     except (UserError, typer.TyperException, OSError) as error:
         if isinstance(error, typer.TyperException):
-            message = error.format_message()
+            message = error.format_message().replace(": Value error, ", ": ")  # pydantic's prefix, from Typer
         elif isinstance(error, UserError):
             message = str(error)
         elif error.errno in DISK_FULL:

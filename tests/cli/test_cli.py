@@ -391,3 +391,9 @@ def test_help_imports_nothing_heavy() -> None:
     # Not pydantic: Typer itself imports the light half of it.
     loaded = set(printed.splitlines()[-1].split())
     assert not loaded & {"torch", "timm", "numpy", "sklearn", "rich", "matplotlib", "pandas", "mimref.config.base"}
+
+
+def test_a_value_outside_the_choices_is_named_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["export", "quickstart", "--to", "foo", "--out", "x"]) == 2
+    told = capsys.readouterr().err
+    assert "--to" in told and "'foo'" in told and "'onnx'" in told and "Value error" not in told
