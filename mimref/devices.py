@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mimref.config.recipe import Recipe
 from mimref.errors import ConfigError
 
 
@@ -67,6 +68,19 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Return whether a CPU has instructions for bfloat16 products (AVX512-BF16 or AMX); False for other devices."""
     known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return device.type == "cpu" and any(supported() for supported in known if supported is not None)
+
+
+def derive_precision(recipe: Recipe[Any]) -> None:
+    """Derive bfloat16 on a CPU with instructions for it, which makes training faster."""
+    if multiplies_bf16(resolve_device(recipe.config.device)):
+        recipe.derive("precision", "bf16", "faster: this CPU has instructions for it")
+
+
+def adapt_precision(recipe: Recipe[Any]) -> None:
+    """Replace a preset's bfloat16 on a CPU without instructions for it, where it is many times slower than float32."""
+    device = resolve_device(recipe.config.device)
+    if recipe.config.precision == "bf16" and device.type == "cpu" and not multiplies_bf16(device):
+        recipe.adapt("precision", "fp32", "faster: this CPU has no instructions for bf16")
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

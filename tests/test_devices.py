@@ -4,9 +4,11 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import joblib
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,11 +17,26 @@ from torch import nn
 from torch.nn import functional as F
 
 from mimref.cli import run
-from mimref.devices import autocast, choose_attention, own_cores, resolve_device, resolve_precision
+from mimref.config.load import load_config
+from mimref.config.run import TrainingConfig
+from mimref.data.sample import Appearance
+from mimref.data.sources import ArraySource
+from mimref.devices import Machine, autocast, choose_attention, own_cores, resolve_device, resolve_precision
+from mimref.encoders.vit import Architecture
 from mimref.errors import ConfigError
+from mimref.pretraining import recipe as pretraining
+from mimref.pretraining.config import PretrainConfig
+from mimref.refinement import recipe as refinement
+from mimref.refinement.config import RefineConfig
+from mimref.transfer.finetune import recipe as finetuning
+from mimref.transfer.finetune.config import FinetuneConfig
 from tests.families import FAMILIES, backbone
 
 CPU = torch.device("cpu")
+MACHINE = Machine(cuda=False)
+SMALL = Architecture("custom", 28, width=96, depth=8, num_heads=3, patch_size=4)
+GRAY = Appearance(64, 0, 28)
+IMAGES = ArraySource("images", np.zeros((10_000, 1, 28, 28), np.uint8), None, None, "train", np.arange(10_000))
 
 
 def test_auto_is_float32_on_the_cpu() -> None:
@@ -35,6 +52,36 @@ def test_emulated_bfloat16_is_not_chosen(native: bool, chosen: torch.dtype, monk
     if not native:
         with pytest.raises(ConfigError, match="precision 'bf16' is not supported by this GPU"):
             resolve_precision("bf16", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("has_instructions", "given", "expected"),
+    [
+        (True, {}, "bf16"),
+        (False, {}, "fp32"),
+        (False, {"precision": "bf16"}, "bf16"),
+        (False, {"strict": True}, "bf16"),
+    ],
+)
+@pytest.mark.parametrize("settings", [RefineConfig, PretrainConfig, FinetuneConfig])
+def test_a_presets_bfloat16_is_replaced_where_the_cpu_would_emulate_it(
+    settings: type[TrainingConfig],
+    has_instructions: bool,
+    given: dict[str, Any],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: has_instructions)
+    preset = load_config(settings, "fashion_mnist", {"device": "cpu", **given})
+    assert preset.precision == "bf16"
+    if isinstance(preset, RefineConfig):
+        found = refinement.fit(preset, SMALL, IMAGES)[0].precision
+    elif isinstance(preset, PretrainConfig):
+        found = pretraining.fit(preset, len(IMAGES), GRAY, MACHINE)[0].precision
+    else:
+        found = finetuning.fit(preset, finetuning.Labelled(10_000, 10, 10_000), GRAY, SMALL, MACHINE)[0].precision
+    assert found == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

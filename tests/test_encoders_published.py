@@ -155,3 +155,25 @@ def test_refine_takes_published_weights_by_name(
     assert run([*line, *settings]) == 0
     captured = capsys.readouterr()
     assert "runs/refine-recipe" in captured.out and str(cache / "mae_l16.pth") in captured.out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["knn", "mae_l16"],
+        ["extract", "mae_l16", "--out", "features.npz"],
+        ["compare", "mae_l16", "mae_h14"],
+        ["segment", "mae_l16"],
+        ["finetune", "mae_l16"],
+        ["refine", "--arch", "vit_l16", "--source", "mae"],
+        ["refine", "--weights", "timm:test_vit"],
+    ],
+)
+def test_nothing_is_downloaded_before_images_are_named(
+    line: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    publish(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run([*line, "--device", "cpu"]) == 2
+    assert "pass --data" in capsys.readouterr().err
+    assert not cache.exists()

@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from mimref.benchmarks.stage import resolve_encoder
+from mimref.config.load import load_config
 from mimref.encoders.checkpoints import encoder_from, save_encoder
 from mimref.encoders.positions import sincos_positions
 from mimref.encoders.vit import Encoder
 from mimref.errors import CheckpointError, ConfigError
-from mimref.refinement.plan import make_plan
+from mimref.refinement.config import RefineConfig
+from mimref.refinement.plan import _slow_average, make_plan
 from mimref.refinement.sizes import describe, state_bytes
 from tests.tiny import refine_config, write_unlabelled, write_weights
 
@@ -104,6 +106,24 @@ def test_sin_cos_positions_of_a_timm_model_stay_fixed(paths: tuple[Path, Path], 
         encoder = encoder_from(plan.checkpoint, plan.architecture)
         assert isinstance(encoder, Encoder) and encoder.vit.pos_embed is not None
         assert plan.architecture.fixed_positions is fixed is not encoder.vit.pos_embed.requires_grad
+
+
+def test_an_average_too_slow_for_its_updates_is_reported(paths: tuple[Path, Path]) -> None:
+    """The share of the base in the result is the decay to the power of the updates."""
+    updates = make_plan(refine_config(*paths)).encoder_steps
+    kept = {ema: make_plan(refine_config(*paths, encoder_stage__ema=ema)).warnings for ema in (0.5, 0.999)}
+    assert 0.5**updates < 0.1 < 0.999**updates and kept[0.5] == []
+    (warning,) = kept[0.999]
+    assert f"ema 0.999 is slow for {updates} updates" in warning and f"{100 * 0.999**updates:.0f}% of" in warning
+    heads_only = refine_config(*paths, encoder_stage__ema=0.999, stage="heads")
+    assert make_plan(heads_only).warnings == []
+
+
+@pytest.mark.parametrize(
+    "name", ["mae_b16", "mae_l16", "mae_h14", "mae_2b14", "d2v2_l16", "d2v2_h14", "d2v2_h14_nocolor"]
+)
+def test_no_average_of_the_papers_presets_is_too_slow(name: str) -> None:
+    assert _slow_average(load_config(RefineConfig, name), 1_281_167) == []
 
 
 def test_a_dry_run_tells_the_memory_of_what_is_trained(paths: tuple[Path, Path]) -> None:

@@ -78,8 +78,15 @@ app = typer.Typer(
 for panel, functions in COMMANDS.items():
     for function in functions:
         add_command(app, function, panel=panel)
+
+
+def _help_without_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
 for name, (text, commands) in TOOLS.items():
-    group = typer.Typer(cls=Group, help=text)
+    group = typer.Typer(cls=Group, help=text, callback=_help_without_command, invoke_without_command=True)
     for command, function in commands.items():
         add_command(group, function, command)
     app.add_typer(group, name=name, rich_help_panel="Tools")
@@ -93,8 +100,7 @@ def _main(
     if version:
         typer.echo(__version__)
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+    _help_without_command(context)
 
 
 def run(args: Sequence[str]) -> int:

@@ -109,11 +109,8 @@ class Data(Configured, panel="Data"):
 WORKERS = option("Processes that read images.", "N", "workers")
 
 
-class ColourImages(Data, panel="Data"):
+class Images(Data, panel="Data"):
     workers: Text = WORKERS
-
-
-class Images(ColourImages, panel="Data"):
     channels: Text = option(
         "Number of channels per image, whose values are kept; default: colour, or the encoder's.", "N", "data.channels"
     )

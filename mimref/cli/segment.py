@@ -3,11 +3,20 @@
 from functools import partial
 
 from mimref.cli.execution import drop_state, figure, print_finished, report, run_on_ranks, write_page
-from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, ColourImages, Preset, Report, Resume, Seed, Text
+from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, WORKERS, Data, Preset, Report, Resume, Seed, Text
 from mimref.cli.parser import argument, option
 
 
-class SegmentEncoder(ColourImages, panel="Encoder"):
+class Masks(Data, panel="Data"):
+    data: Text = option(
+        "A folder of images/ and masks/, ADE20K or Pascal VOC, hf:FOLDER, hf:NAME; mosaics of digits or fashion-mnist.",
+        "SPEC",
+        "data.spec",
+    )
+    workers: Text = WORKERS
+
+
+class SegmentEncoder(Masks, panel="Encoder"):
     arch: Text = ARCH
     source: Text = SOURCE
     encoder: Text = PART

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from mimref.cli.execution import note, print_derived, print_facts, print_finished, run_on_ranks, write_page
 from mimref.cli.options import (
     Batch,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     TrainingResult = RefineResult | PretrainResult | FinetuneResult
 
 
-DRY_RUN = option("Print the settings and the reasons for them, sizes, steps and time; write nothing.")
+DRY_RUN = option("Print all settings and the reasons for them, sizes, steps and time; write nothing.")
 
 
 class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume, panel="Training"):
@@ -119,8 +121,7 @@ def _print_plan(config: "RefineConfig", options: RefineOptions) -> None:
     from mimref.refinement.sizes import describe
 
     plan = make_plan(config, checks=options.checks)
-    print_facts(describe(plan) | {"output": str(run_folder(config, options))})
-    print_derived(plan.derived)
+    print_plan(plan.config, plan.derived, describe(plan), options)
     print_facts({"time": describe_duration(measure_duration(plan))})
 
 
@@ -162,7 +163,7 @@ def pretrain(options: PretrainOptions) -> None:
         from mimref.progress import Silent
 
         plan = make_plan(config, Silent(), checks=options.checks)
-        print_plan(plan.derived, describe_pretraining(plan), config, options)
+        print_plan(plan.config, plan.derived, describe_pretraining(plan), options)
     elif not (
         options.resume
         and options.checks.passed
@@ -174,9 +175,12 @@ def pretrain(options: PretrainOptions) -> None:
 
 
 def print_plan(
-    derived: "Sequence[Derived]", facts: dict[str, str], config: "TrainingConfig", options: TrainingOptions
+    config: "TrainingConfig", derived: "Sequence[Derived]", facts: dict[str, str], options: TrainingOptions
 ) -> None:
-    """Print what a dry run shows: facts, and every derived setting with its rule."""
+    """Print what a dry run shows: the `config.toml` of the run, facts, and every derived setting with its rule."""
+    from mimref.config.base import dump_config
+
+    typer.echo(dump_config(config))
     print_facts(facts | {"output": str(run_folder(config, options))})
     print_derived(derived)
 

@@ -59,7 +59,7 @@ def finetune(options: FinetuneOptions) -> None:
         from mimref.transfer.finetune.plan import make_plan
 
         plan = make_plan(config, Silent(), checks=options.checks)
-        print_plan(plan.derived, describe_finetuning(plan), config, options)
+        print_plan(plan.config, plan.derived, describe_finetuning(plan), options)
         return
     if options.resume and options.checks.passed and print_finished(folder, config.command, options):
         return

@@ -173,7 +173,8 @@ class CommandConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: the best available."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on CUDA, fp32 elsewhere. A recipe may choose bf16 on a CPU where it is fast."""
+    """auto: bf16 autocast on CUDA, fp32 elsewhere. A recipe may choose bf16 on a CPU where it is fast;
+    where it is not, a preset's bf16 is adapted to fp32."""
     workers: int | None = Field(default=None, ge=0)
     """Loader processes. None: 0 for images in memory, else one per core that this process may use, at most 16;
     torchrun's processes on one machine share its cores."""

@@ -81,7 +81,8 @@ def open_encoder(
         open_images, progress=progress, checks=checks, need_labels=need_labels, splits=splits, existing=existing
     )
     known, remote = sources is not None, must_download(checkpoint)
-    if remote and not known and config.data.spec is not None:
+    # Weights from a server name no images, and are not downloaded before all other mistakes are corrected.
+    if remote and not known and checks.run("data.spec", partial(resolve_data, config.data, {})):
         opened, known = open_splits(config.data), True
     if remote and not checks.passed:
         return Opened(None, opened)
@@ -248,7 +249,9 @@ def open_training(
     open_splits = partial(open_images, progress=progress, checks=checks, need_labels=need_labels, splits=splits)
     weights = checks.run("encoder.weights", lambda: weights_name(config.encoder))
     remote = weights is not None and must_download(weights)
-    sources = open_splits(config.data) if remote and config.data.spec is not None else {}
+    # Weights from a server name no images, and are not downloaded before all other mistakes are corrected.
+    named = remote and checks.run("data.spec", partial(resolve_data, config.data, {}))
+    sources = open_splits(config.data) if named else {}
     checkpoint = architecture = data = None
     if weights is not None and (checks.passed or not remote):
         checkpoint = checks.run("encoder.weights", lambda: read_checkpoint(weights, config.encoder, progress=progress))

@@ -7,7 +7,7 @@ minutes, close to the presets for digits and Fashion-MNIST.
 
 from mimref.config.recipe import Derived, Recipe, is_character, power_of_two, two_digits
 from mimref.data.sample import Appearance
-from mimref.devices import ACTIVATION_BYTES, Machine
+from mimref.devices import ACTIVATION_BYTES, Machine, adapt_precision
 from mimref.encoders.vit import PAPER_SIZES
 from mimref.pretraining.config import PretrainConfig
 
@@ -47,6 +47,7 @@ def fit(
     _choose_batch(recipe, images, machine)
     _choose_rate(recipe)
     _derive_schedule(recipe, images, machine)
+    adapt_precision(recipe)
     return recipe.finish(), recipe.derived
 
 

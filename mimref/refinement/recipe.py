@@ -13,7 +13,7 @@ from mimref.data.loader import check_batch_size
 from mimref.data.sample import Appearance, look_at
 from mimref.data.sources import ImageSource
 from mimref.data.views import colors_beyond
-from mimref.devices import multiplies_bf16, resolve_device
+from mimref.devices import adapt_precision, derive_precision
 from mimref.distributed.group import world_size
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.errors import ConfigError
@@ -141,8 +141,7 @@ def _derive(
     _derive_training(recipe, architecture, images)
     _derive_views(recipe, architecture, seen)
     _derive_evaluation(recipe, images, min(architecture.image_size, seen.side or architecture.image_size), crop_known)
-    if multiplies_bf16(resolve_device(recipe.config.device)):
-        recipe.derive("precision", "bf16", "faster: this CPU has instructions for it")
+    derive_precision(recipe)
 
 
 def _share_heads(recipe: Recipe[RefineConfig], heads_from: str) -> None:
@@ -275,11 +274,12 @@ def _derive_evaluation(recipe: Recipe[RefineConfig], images: int, detail: int, c
 
 
 def adapt(recipe: Recipe[RefineConfig], architecture: EncoderArchitecture, images: int) -> None:
-    """Replace the values of a preset that do not fit the encoder or the images."""
+    """Replace the values of a preset that do not fit the encoder, the images or the device."""
     if images > 1:
         _adapt_counts(recipe, images)
     _adapt_sizes(recipe, architecture)
     _adapt_heads(recipe, architecture)
+    adapt_precision(recipe)
 
 
 def _adapt_counts(recipe: Recipe[RefineConfig], images: int) -> None:

@@ -21,16 +21,12 @@ from mimref.refinement.dense import DenseTerm
 from mimref.refinement.memory import check_exact, half, largest_micro_batch, release_memory
 from mimref.refinement.method import Method, StepValues, compile_blocks, monitored_values
 from mimref.refinement.plan import Plan, base_encoder
-from mimref.refinement.recipe import average_decay
 from mimref.refinement.schedule import StageName, head_weights
 from mimref.refinement.sizes import state_bytes
 from mimref.refinement.sweep import score_heads
 from mimref.training.ema import ShardedAverage, WeightAverage
 from mimref.training.optim import module_groups
 from mimref.training.run import Stage, TrainingRun
-
-KEPT_SHARE = 0.05
-"""Share of the base's weights in the result above which a run warns of a slow average; 2.3% in the paper."""
 
 
 class RefinementStage(Stage):
@@ -170,12 +166,6 @@ class EncoderStage(RefinementStage):
         else:
             self.average = ShardedAverage(sharded, settings.ema)
         self.collapse: CollapseWatch | None = None
-        if settings.ema**self.total > KEPT_SHARE:
-            least = average_decay(self.total)
-            run.listener.warn(
-                f"encoder_stage.ema {settings.ema} is slow for {self.total} updates: the result keeps "
-                f"{100 * settings.ema**self.total:.0f}% of the base's weights; use {least:g}" + " or less" * (least > 0)
-            )
 
     def result(self) -> TokenEncoder:
         """Return the averaged encoder, or a plain copy of it if it is sharded; call this on all ranks."""

@@ -1,5 +1,6 @@
 """`mimref refine` without a preset, and with one that does not fit, from the command line."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ def test_a_dry_run_prints_every_derived_value_with_its_rule(
     monkeypatch.chdir(tmp_path)
     assert run(line(folder, "unlabelled", "--dry-run", "--set", "heads.temperature=0.4")) == 0
     captured = capsys.readouterr()
-    rows = [each.split(maxsplit=2) for each in captured.out.splitlines() if each.startswith("  ")]
+    facts = captured.out.partition("\n\nencoder ")[2]
+    rows = [each.split(maxsplit=2) for each in facts.splitlines() if each.startswith("  ")]
     derived = {setting: (value, rule) for setting, value, rule in rows}
     assert derived["batch_size"][0] == "16" and "48 images" in derived["batch_size"][1]
     assert derived["heads.queue_size"][0] == "16" and derived["heads.blocks"][0] == '"3-4"'
@@ -30,9 +32,14 @@ def test_a_dry_run_prints_every_derived_value_with_its_rule(
     assert captured.err == "" and not list(tmp_path.iterdir())
 
 
-def test_a_run_notes_what_it_derives(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_notes_what_it_derives_and_has_the_settings_of_the_dry_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(line(folder, "unlabelled", "--out", str(tmp_path / "out"), "--dry-run")) == 0
+    printed = tomllib.loads(capsys.readouterr().out.partition("\n\nencoder ")[0])
     assert run(line(folder, "unlabelled", "--out", str(tmp_path / "out"))) == 0
     assert "batch_size 16: a power of two, at most half of 48 images" in capsys.readouterr().err
+    assert printed == tomllib.loads((tmp_path / "out" / "config.toml").read_text())
     assert run(line(folder, "unlabelled", "--out", str(tmp_path / "quiet"), "--quiet")) == 0
     assert "batch_size" not in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ def test_signals_save_and_resume_needs_no_more_options(
 def test_a_dry_run_writes_nothing(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*arguments("refine", tmp_path / "out", settings), "--dry-run"]) == 0
     captured = capsys.readouterr()
-    facts = dict(line.split(maxsplit=1) for line in captured.out.splitlines() if line[0] != " ")
+    printed, _, rest = captured.out.partition("\n\nencoder ")
+    assert tomllib.loads(printed)["heads"]["blocks"] == settings["heads.blocks"]
+    facts = dict(line.split(maxsplit=1) for line in f"encoder {rest}".splitlines() if line[0] != " ")
     assert captured.err == "" and not (tmp_path / "out").exists()
     assert facts["encoder"].startswith("custom, 4 blocks of width 32, pre-norm, ")
     assert facts["heads"].startswith("2 at blocks 3, 4, ")

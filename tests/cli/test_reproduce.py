@@ -11,7 +11,7 @@ import pytest
 
 from mimref.benchmarks import duration
 from mimref.benchmarks.duration import Duration
-from mimref.cli import run
+from mimref.cli import TOOLS, run
 from mimref.config.load import load_config
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
@@ -174,3 +174,10 @@ def test_a_killed_suite_continues(folder: Path, capsys: pytest.CaptureFixture[st
         found, expected = tensors(folder / "out" / "runs" / f"{name}-seed0"), tensors(folder / name)
         assert [key for key in expected if not (found[key] == expected[key]).all()] == []
         assert results(folder / name)["metrics"] == results(folder / "out" / "runs" / f"{name}-seed0")["metrics"]
+
+
+@pytest.mark.parametrize("group", list(TOOLS))
+def test_a_group_alone_lists_its_commands(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([group]) == 0
+    listed = capsys.readouterr().out.partition("Commands:\n")[2]
+    assert [line.split()[0] for line in listed.splitlines() if line[2:3].strip()] == list(TOOLS[group][1])

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mimref.cli import run
+from mimref.data.masks.open import ACCEPTED
 from mimref.errors import Interrupted
 from mimref.transfer.segment.linear import HeadsJob
 from tests.pairs import write_pairs
@@ -164,3 +165,11 @@ def test_mosaics(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["segment", *QUICK, *few]) == 0
     printed = capsys.readouterr().out
     assert "resolution 32" in printed and "ground" in printed
+
+
+def test_help_names_the_data_that_segment_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["segment", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "images/ and masks/" in printed and "torchvision:" not in printed
+    for kind in ("ADE20K", "Pascal VOC", "hf:FOLDER", "hf:NAME", "digits", "fashion-mnist"):
+        assert kind in printed and kind in ACCEPTED

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mimref.config.recipe import Derived, Recipe, is_character, power_of_two, two_digits
 from mimref.data.sample import Appearance
-from mimref.devices import ACTIVATION_BYTES, Machine, multiplies_bf16, resolve_device
+from mimref.devices import ACTIVATION_BYTES, Machine, adapt_precision, derive_precision
 from mimref.encoders.vit import Architecture
 from mimref.transfer.finetune.config import FinetuneConfig
 
@@ -57,8 +57,8 @@ def fit(
     _choose_rate(recipe, labelled, architecture.width)
     _derive_schedule(recipe, labelled, architecture.width, machine)
     _derive_augmentation(recipe, labelled, seen, architecture.image_size)
-    if multiplies_bf16(resolve_device(config.device)):
-        recipe.derive("precision", "bf16", "faster: this CPU has instructions for it")
+    derive_precision(recipe)
+    adapt_precision(recipe)
     side = seen.side or architecture.image_size
     if not crop_known and recipe.config.data.crop_fraction is None and 0.875 * side < architecture.image_size:
         recipe.derive("data.crop_fraction", 1.0, f"{side} pixels: nothing to cut away")

@@ -107,8 +107,10 @@ def _open(config: SegmentConfig, listener: Listener, checks: Checks) -> _Work:
     if world_size() > 1:
         checks.add("device", ConfigError("segment runs in one process; start it without torchrun"))
     check_device(config, checks)
-    checkpoint = None
-    if checks.passed or not must_download(config.checkpoint):
+    checkpoint, remote = None, must_download(config.checkpoint)
+    if remote:  # published weights name no images
+        checks.run("data.spec", lambda: _data(config.data, {}))
+    if checks.passed or not remote:
         read = partial(read_checkpoint, config.checkpoint, config.encoder, progress=listener.progress)
         checkpoint = checks.run("checkpoint", read)
     header: Mapping[str, Any] = checkpoint.header if checkpoint else {}
