@@ -20,8 +20,7 @@ from mimref.data.given import GivenSource
 from mimref.data.loader import crop_batches, view_batches
 from mimref.data.open import open_source
 from mimref.data.pixels import Decoding
-from mimref.data.readable import check_readable
-from mimref.data.sample import look_at
+from mimref.data.sample import check_readable, look_at
 from mimref.data.statistics import channel_statistics
 from mimref.data.traits import NARROW, WIDE
 from mimref.data.transforms import EvalTransform, resize

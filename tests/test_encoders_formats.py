@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from mimref.config.base import ReadingConfig
 from mimref.encoders.checkpoints import read_checkpoint
-from mimref.encoders.formats import Recognised, recognise
+from mimref.encoders.formats import recognise
 from mimref.encoders.parts import Unrecognised
+from mimref.encoders.recognised import Recognised
 from mimref.encoders.vit import Encoder
 from mimref.errors import UserError
 from tests.checkpoints import (

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mimref.config.load import load_config
 from mimref.evaluation.probe.attentive import AttentiveEnsemble, TokenShape, attend, attentive_schedule
 from mimref.evaluation.probe.config import ATTENTIVE_LEARNING_RATES, LEARNING_RATES, ProbeConfig, ProbeTrainingConfig
-from mimref.evaluation.probe.ensemble import Batch, Norm, score
-from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput
+from mimref.evaluation.probe.ensemble import Batch, Norm
+from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput, score
 
 NORMS: tuple[Norm, ...] = ("none", "batch")
 EXACT = {"rtol": 1e-9, "atol": 1e-9}

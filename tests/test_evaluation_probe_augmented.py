@@ -15,10 +15,11 @@ from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, DataError
-from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
+from mimref.evaluation.probe.augmented import probe_inputs
 from mimref.evaluation.probe.config import ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Norm, ProbeEnsemble
 from mimref.evaluation.probe.grid import ProbeInput
+from mimref.evaluation.probe.streamed import EncodedImages, probe_encoded
 from mimref.features.encode import Column, Features, PassSettings, extract
 from mimref.progress import Progress
 from mimref.results import Row
@@ -85,16 +86,16 @@ def probe(
     **settings: Any,
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """Probe with 40 training images in batches of 10, for two epochs."""
-    return probe_augmented(
-        encoder,
+    groups = probe_inputs(encoder.depth, encoder.has_cls_token, norm=settings.get("norm", "none"))
+    return probe_encoded(
+        EncodedImages(encoder, groups, replace(SETTINGS, workers=workers, max_bad=max_bad)),
         train or source("train", 40),
         test or features(encoder, source("val", 20)),
-        probe_inputs(encoder.depth, encoder.has_cls_token, norm=settings.get("norm", "none")),
         ProbeTrainingConfig(**{"lr": [0.1, 1.0], "epochs": 2, "batch_size": 10} | settings),
         seed,
-        replace(SETTINGS, workers=workers, max_bad=max_bad),
-        state,
-        progress,
+        augment=True,
+        state=state,
+        progress=progress,
     )
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from mimref.errors import DataError
 from mimref.evaluation.probe.config import LEARNING_RATES, ProbeTrainingConfig
-from mimref.evaluation.probe.ensemble import Batch, Norm, ProbeEnsemble, schedule, score
-from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput
+from mimref.evaluation.probe.ensemble import Batch, Norm, ProbeEnsemble, schedule
+from mimref.evaluation.probe.grid import ProbeGrid, ProbeInput, score
 
 NORMS: tuple[Norm, ...] = ("none", "batch")
 EXACT = {"rtol": 1e-9, "atol": 1e-9}

@@ -14,7 +14,7 @@ from mimref.benchmarks.flops import model_flops
 from mimref.benchmarks.stage import ready_stage, resolve_encoder, synthetic_batch
 from mimref.cli import run
 from mimref.data.views import CropGroup
-from mimref.encoders.shapes import patch_shapes
+from mimref.encoders.backbones import patch_shapes
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError, Interrupted
 from mimref.refinement.dense import DenseTerm, cka_distance, gram_difference

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from mimref.config.load import load_config
 from mimref.errors import ConfigError, DataError, Interrupted, OutputError
 from mimref.refinement.config import RefineConfig
-from mimref.refinement.run import RefineResult, refine
+from mimref.refinement.run import refine
+from mimref.training.run import TrainingResult
 from tests.tiny import (
     EVALUATED,
     REFINE,
@@ -63,7 +64,7 @@ def whole(config: RefineConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-def interrupted(config: RefineConfig, out: Path, watchers: Iterable[Watcher]) -> RefineResult:
+def interrupted(config: RefineConfig, out: Path, watchers: Iterable[Watcher]) -> TrainingResult:
     """Do a run that is stopped once by every watcher and resumed every time."""
     for attempt, watcher in enumerate(watchers):
         with pytest.raises((Interrupted, Killed)):

@@ -164,12 +164,7 @@ def probe(options: ProbeOptions) -> None:
     from mimref.evaluation.probe.config import ProbeConfig
 
     config = options.load(ProbeConfig, options.preset)
-    if (
-        options.resume
-        and options.out
-        and options.checks.passed
-        and print_finished(options.out, config.command, options)
-    ):
+    if print_finished(options.out, config.command, options):
         return
     options.check_out()
     state = options.checks.run("out", lambda: options.state_file("probe"))

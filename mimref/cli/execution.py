@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from mimref.cli.options import Output, Quiet, Report
+from mimref.cli.options import Output, Quiet, Report, Resume
 
 if TYPE_CHECKING:
     from mimref.config.base import CommandConfig
@@ -133,9 +133,9 @@ def write_page(folder: Path | None, options: Report) -> None:
         terminal.note(f"report in {page}")
 
 
-def print_finished(out: Path, command: str, options: Quiet) -> bool:
-    """Print the results of a finished run of this command; return False if it is not finished."""
-    if not (out / "results.json").is_file():
+def print_finished(out: Path | None, command: str, options: Resume) -> bool:
+    """With `--resume`, print the results of a finished run of this command; return False if there are none."""
+    if not (options.resume and options.checks.passed and out and (out / "results.json").is_file()):
         return False
     if os.environ.get("RANK", "0") == "0":
         from mimref.reports.terminal import print_rows

@@ -56,12 +56,7 @@ def segment(options: SegmentOptions) -> None:
         # Presets and the protocol dinov2 set a number of updates, which would take precedence.
         options.sets = ["training.updates=none", *(options.sets or ())]
     config = options.load(SegmentConfig, options.preset or (None if options.checkpoint else "quickstart"))
-    if (
-        options.resume
-        and options.out
-        and options.checks.passed
-        and print_finished(options.out, config.command, options)
-    ):
+    if print_finished(options.out, config.command, options):
         return
     options.check_out()
     state = options.checks.run("out", lambda: options.state_file("segment"))

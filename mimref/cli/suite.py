@@ -52,7 +52,7 @@ def transfer(options: SuiteOptions) -> None:
     if result.rows:
         from mimref.files import write_bytes
         from mimref.reports.figures import plot_comparison
-        from mimref.reports.suites import suite_lines
+        from mimref.reports.metrics import suite_lines
         from mimref.reports.tables import markdown_table
         from mimref.reports.terminal import print_comparison
 

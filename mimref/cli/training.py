@@ -26,13 +26,9 @@ from mimref.errors import Checks
 if TYPE_CHECKING:
     from mimref.config.recipe import Derived
     from mimref.config.run import TrainingConfig
-    from mimref.pretraining.run import PretrainResult
     from mimref.progress import Listener
     from mimref.refinement.config import RefineConfig
-    from mimref.refinement.run import RefineResult
-    from mimref.transfer.finetune.run import FinetuneResult
-
-    TrainingResult = RefineResult | PretrainResult | FinetuneResult
+    from mimref.training.run import TrainingResult
 
 
 DRY_RUN = option("Print all settings and the reasons for them, sizes, steps and time; write nothing.")
@@ -105,11 +101,7 @@ def refine(options: RefineOptions) -> None:
     config = options.load(RefineConfig, options.resumed_preset(), options.chosen_preset)
     if options.dry_run:
         _print_plan(config, options)
-    elif not (
-        options.resume
-        and options.checks.passed
-        and print_finished(run_folder(config, options), config.command, options)
-    ):
+    elif not print_finished(run_folder(config, options), config.command, options):
         from mimref.refinement.run import refine as run_refine
 
         run_training(run_refine, config, options)
@@ -164,11 +156,7 @@ def pretrain(options: PretrainOptions) -> None:
 
         plan = make_plan(config, Silent(), checks=options.checks)
         print_plan(plan.config, plan.derived, describe_pretraining(plan), options)
-    elif not (
-        options.resume
-        and options.checks.passed
-        and print_finished(run_folder(config, options), config.command, options)
-    ):
+    elif not print_finished(run_folder(config, options), config.command, options):
         from mimref.pretraining.run import pretrain as run_pretrain
 
         run_training(run_pretrain, config, options)

@@ -61,7 +61,7 @@ def finetune(options: FinetuneOptions) -> None:
         plan = make_plan(config, Silent(), checks=options.checks)
         print_plan(plan.config, plan.derived, describe_finetuning(plan), options)
         return
-    if options.resume and options.checks.passed and print_finished(folder, config.command, options):
+    if print_finished(folder, config.command, options):
         return
     from mimref.transfer.finetune.run import finetune as run_finetune
 

@@ -5,7 +5,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -81,6 +81,11 @@ class BadImages:
             f"{first_bad(list(self._reasons.items()))}; fix or remove them"
             + (", or raise data.max_bad" if self.some_readable else ": none has been readable so far")
         )
+
+    def add_all(self, images: Iterable[tuple[str, str]]) -> None:
+        """Call `add` for several images, each with path and reason."""
+        for path, reason in images:
+            self.add(path, reason)
 
     @property
     def items(self) -> list[tuple[str, str]]:

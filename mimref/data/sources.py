@@ -244,15 +244,19 @@ class FileSource(EncodedSource):
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `ImageSource`."""
-        return decode_file(os.path.join(self.folder, self.files[self.rows[index]]), reduce, self.decoding)
+        return decode_file(self.file(index), reduce, self.decoding)
 
     def encoded(self, index: int) -> tuple[bytes, str]:
         """See `ImageSource`."""
-        return read_content(os.path.join(self.folder, self.files[self.rows[index]])), self.path(index)
+        return read_content(self.file(index)), self.path(index)
+
+    def file(self, index: int) -> str:
+        """Return the path of an image's file."""
+        return os.path.join(self.folder, self.files[self.rows[index]])
 
     def path(self, index: int) -> str:
         """Return the file's path, below the folder as the user gave it, with unprintable characters escaped."""
-        return printable(os.path.join(self.folder, self.files[self.rows[index]]))
+        return printable(self.file(index))
 
     def find(self, names: Sequence[str]) -> list[int | None]:
         """See `ImageSource`. A link counts as its file if the link's or the file's name is that of an image."""

@@ -10,16 +10,14 @@ Shapes: N patches, D width, R registers.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from mimref.config.base import ReadingConfig
-from mimref.encoders.backbones import EncoderArchitecture
-from mimref.encoders.families.recognise import FamilyWeights, recognise_family
+from mimref.encoders.families.recognise import recognise_family
 from mimref.encoders.grids import Grid, prepare_positions, unsaved_positions
 from mimref.encoders.layouts import DROPPABLE, RELATIVES, RENAMES, WRAPPING, format_interpolation, format_name
 from mimref.encoders.leftovers import group_leftovers, join_problems
@@ -27,46 +25,9 @@ from mimref.encoders.num_heads import find_num_heads
 from mimref.encoders.parts import Unrecognised, below, beside, choice_notice, choose_part, find_encoders
 from mimref.encoders.positions import are_sincos
 from mimref.encoders.reading import first_line, named_tensors
+from mimref.encoders.recognised import Recognised as Recognised
 from mimref.encoders.vit import NORM_EPS, PAPER_SIZES, Architecture, build_encoder
 from mimref.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Recognised:
-    """A foreign checkpoint in the internal form."""
-
-    format: str
-    """For display, such as `data2vec 2.0`."""
-    source: str | None
-    """Pre-training method, as `--source` names it; None if several methods share the layout."""
-    architecture: EncoderArchitecture
-    tensors: dict[str, Tensor]
-    """Under timm's names; tensors that did not change share the file's memory."""
-    origins: dict[str, list[str]]
-    """From timm's name to the file's names."""
-    dropped: dict[str, list[str]]
-    """From group to the file's names."""
-    notices: list[str]
-    """What was left out, assumed or changed."""
-    selection_notices: list[str]
-    """Those `notices` that report which encoder was chosen and what was left out."""
-    prefix: str
-    """Prefix of the encoder's names in the file, which may hold other networks as well."""
-    others: list[str]
-    """Prefixes of the file's other encoders."""
-    grid: Grid
-    """Rows and columns of patches that the file has positions for."""
-    guesses_interpolation: bool
-    """Whether the rule that interpolates positions is a guess: families with different rules share the layout."""
-    normalisation: dict[str, list[float]] = field(default_factory=dict)
-    """Mean and deviation of every channel, if the family's are known and are not ImageNet's."""
-
-    def is_of(self, architecture: EncoderArchitecture) -> bool:
-        """Return whether these are weights of this timm model, for images of any size and number of channels."""
-        own = self.architecture
-        if isinstance(own, Architecture) or isinstance(architecture, Architecture):
-            return False
-        return replace(own, image_size=architecture.image_size, channels=architecture.channels) == architecture
 
 
 def recognise(
@@ -81,8 +42,8 @@ def recognise(
     reading = reading or ReadingConfig()
     part, grid = reading.part, reading.grid
     named, full_names = clean_names(content)
-    if weights := recognise_family(named, full_names, reading, config or {}):
-        return _of_family(weights)
+    if recognised := recognise_family(named, full_names, reading, config or {}):
+        return recognised
     found = _find_encoders(named)
     prefix = choose_part(named, list(found), part)
     own = set(below(named, prefix, found))
@@ -125,27 +86,6 @@ def recognise(
         others,
         file_grid,
         guessed,
-    )
-
-
-def _of_family(weights: FamilyWeights) -> Recognised:
-    family, architecture = weights.family, weights.architecture
-    side = architecture.image_size // architecture.patch_size
-    is_imagenet = (family.mean, family.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return Recognised(
-        family.format,
-        family.source,
-        architecture,
-        weights.tensors,
-        weights.origins,
-        weights.dropped,
-        weights.notices,
-        weights.selection_notices,
-        weights.prefix,
-        weights.others,
-        (side, side),
-        guesses_interpolation=False,
-        normalisation={} if is_imagenet else {"mean": list(family.mean), "std": list(family.std)},
     )
 
 

@@ -16,8 +16,7 @@ from mimref.evaluation.cluster.protocol import check_metrics, cluster_and_best
 from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.exhibits.collect import Exhibition, IllustratedResult, Voting
 from mimref.evaluation.knn.protocol import check_neighbours, knn
-from mimref.evaluation.lowshot.protocol import check_shots, default_splits, lowshot
-from mimref.evaluation.lowshot.solver import load_solver
+from mimref.evaluation.lowshot.protocol import check_shots, default_splits, load_solver, lowshot
 from mimref.evaluation.metrics import check_labels, labelled, number_labels
 from mimref.evaluation.probe.protocol import input_columns, probe_features
 from mimref.features.encode import PIXELS, Column, Features, PassSettings, columns_of, extract, raw_pixels

@@ -172,8 +172,7 @@ def _batches(
     bad.some_readable = False
     for batch in crops:
         bad.some_readable |= bool(batch.indices)
-        for path, reason in batch.bad:
-            bad.add(path, reason)
+        bad.add_all(batch.bad)
         columns = [column_BD.float().cpu().numpy() for column_BD in encode(batch)] if batch.indices else []
         yield Batch(batch.end, batch.indices, batch.bad, columns)
 

@@ -193,8 +193,7 @@ class EncoderInputs:
         self._features[split] = found
         if found.bad:
             bad = BadImages(self.config.data.max_bad)
-            for path, reason in found.bad:
-                bad.add(path, reason)
+            bad.add_all(found.bad)
         if found.bad and tell:
             what = f"{len(found.bad)} of {len(self.source(split))} {SPLIT_NAMES[split]} images"
             self.listener.warn(f"{what} cannot be read and are left out: {first_bad(found.bad)}")

@@ -10,7 +10,7 @@ from mimref.config.recipe import Derived, is_adaptable
 from mimref.config.run import TrainingConfig
 from mimref.data.device_crops import decoding_device
 from mimref.data.open import open_source
-from mimref.data.readable import check_readable
+from mimref.data.sample import check_readable
 from mimref.data.sources import ImageSource, NoSplitError, Split
 from mimref.data.statistics import SAMPLE
 from mimref.devices import resolve_device, resolve_precision
@@ -82,7 +82,7 @@ def open_encoder(
     )
     known, remote = sources is not None, must_download(checkpoint)
     # Weights from a server name no images, and are not downloaded before all other mistakes are corrected.
-    if remote and not known and checks.run("data.spec", partial(resolve_data, config.data, {})):
+    if remote and not known and checks.run("data.spec", partial(resolve_data, config.data, {})) is not None:
         opened, known = open_splits(config.data), True
     if remote and not checks.passed:
         return Opened(None, opened)
@@ -250,8 +250,9 @@ def open_training(
     weights = checks.run("encoder.weights", lambda: weights_name(config.encoder))
     remote = weights is not None and must_download(weights)
     # Weights from a server name no images, and are not downloaded before all other mistakes are corrected.
-    named = remote and checks.run("data.spec", partial(resolve_data, config.data, {}))
-    sources = open_splits(config.data) if named else {}
+    sources: dict[Split, ImageSource] = {}
+    if remote and checks.run("data.spec", partial(resolve_data, config.data, {})) is not None:
+        sources = open_splits(config.data)
     checkpoint = architecture = data = None
     if weights is not None and (checks.passed or not remote):
         checkpoint = checks.run("encoder.weights", lambda: read_checkpoint(weights, config.encoder, progress=progress))

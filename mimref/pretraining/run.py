@@ -1,6 +1,5 @@
 """Pre-train an encoder on the user's images by masked image modelling."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,9 @@ from mimref.pretraining.mae import MaskedAutoencoder
 from mimref.pretraining.plan import Plan, make_plan
 from mimref.pretraining.simmim import SimMIM
 from mimref.progress import Listener
-from mimref.results import Row, Tabular
+from mimref.results import Row
 from mimref.training.optim import module_groups
-from mimref.training.run import Stage, TrainingRun
-
-
-@dataclass(frozen=True)
-class PretrainResult(Tabular):
-    """The result of a pre-training run."""
-
-    out: Path
-    rows: list[Row]
-    """The monitor's final values."""
-    elapsed_s: float
-    bad_images: list[tuple[str, str]] = field(default_factory=list)
-    """Path and reason for each image that was skipped."""
+from mimref.training.run import Stage, TrainingResult, TrainingRun
 
 
 class Pretraining(Stage):
@@ -131,7 +118,7 @@ def pretrain(
     force: bool = False,
     listener: Listener | None = None,
     checks: Checks | None = None,
-) -> PretrainResult:
+) -> TrainingResult:
     """Train an encoder by masked image modelling; write `encoder.safetensors` with header, log and results to `out`.
 
     Needs no labels; if there are any, only the k-NN check uses them. resume: continue the unfinished run in `out`, or
@@ -143,7 +130,7 @@ def pretrain(
     run = TrainingRun(config, out, listener, resume=resume, force=force)
     checks = checks or Checks()
     if (found := run.finished(checks)) is not None:
-        return PretrainResult(out, *found)
+        return TrainingResult(out, *found)
     plan = make_plan(config, run.listener, checks)
     config = run.config = plan.config
     for derived in plan.derived:
@@ -157,7 +144,7 @@ def pretrain(
             _write_encoder(job, config, out)
             _exhibit(job, config, out)
             run.finish(job.rows)
-    return PretrainResult(out, job.rows, run.elapsed_s, run.skipped.items)
+    return TrainingResult(out, job.rows, run.elapsed_s, run.skipped.items)
 
 
 def _exhibit(job: Pretraining, config: PretrainConfig, out: Path) -> None:

@@ -12,11 +12,10 @@ from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup, check_colors, multi_crop
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder
+from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder, patch_shapes
 from mimref.encoders.checkpoints import Checkpoint, encoder_from
 from mimref.encoders.parameters import check_layers
 from mimref.encoders.settings import ignored_settings, resolved_settings
-from mimref.encoders.shapes import patch_shapes
 from mimref.errors import CheckpointError, Checks, ConfigError, DataError
 from mimref.evaluation.assess.measures import DEFAULT, goodness
 from mimref.evaluation.assess.verdicts import NAMES

@@ -1,7 +1,6 @@
 """Refine an encoder: train the heads on the frozen encoder, then encoder and heads together."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +17,7 @@ from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.assess.measures import MEASURES
 from mimref.evaluation.compare import before_after, labelled_splits, lost_accuracy
 from mimref.evaluation.exhibits.collect import Exhibition, encoder_model
-from mimref.evaluation.lowshot.solver import load_solver
+from mimref.evaluation.lowshot.protocol import load_solver
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.header import data_record
 from mimref.progress import Listener, optional
@@ -31,21 +30,8 @@ from mimref.refinement.plan import Plan, base_encoder, heads_file, make_plan
 from mimref.refinement.reuse import load_heads, save_heads
 from mimref.refinement.stages import EncoderStage, HeadsStage
 from mimref.refinement.sweep import rank_heads
-from mimref.results import Row, Tabular
-from mimref.training.run import TrainingRun
-
-
-@dataclass(frozen=True)
-class RefineResult(Tabular):
-    """The result of a refinement."""
-
-    out: Path
-    rows: list[Row]
-    """The before/after table (without labels: measures that need none), or the ranking of heads of a heads-only run."""
-    elapsed_s: float
-    """Training time."""
-    bad_images: list[tuple[str, str]] = field(default_factory=list)
-    """Path and reason for each image that was skipped."""
+from mimref.results import Row
+from mimref.training.run import TrainingResult, TrainingRun
 
 
 def refine(
@@ -56,7 +42,7 @@ def refine(
     force: bool = False,
     listener: Listener | None = None,
     checks: Checks | None = None,
-) -> RefineResult:
+) -> TrainingResult:
     """Run the stages that `config` asks for, and write the refined encoder, its log and the results into `out`.
 
     resume: continue the unfinished run in `out`, or return the results of a finished one. force: replace the files of
@@ -71,7 +57,7 @@ def refine(
     if (heads_from := config.heads_from) is not None and not resume:  # a saved state holds the heads
         checks.run("heads_from", lambda: heads_file(heads_from))
     if (found := run.finished(checks)) is not None:
-        return RefineResult(out, *found)
+        return TrainingResult(out, *found)
     if not checks.passed:
         make_plan(config, run.listener.progress, checks)  # finds what else is wrong, and raises
     with run.locked():
@@ -90,7 +76,7 @@ def refine(
             trained = _train(run, plan, method, monitor, state)
         del method  # its device must now hold whole encoders
         if not run.leave_group():
-            return RefineResult(out, [], run.elapsed_s)
+            return TrainingResult(out, [], run.elapsed_s)
         # Written before the evaluation, which may fail or be interrupted, and again with its results.
         _write_encoder(run, plan, trained.encoder, [])
         # A failed evaluation is reported and skipped: the trained encoder must not be lost.
@@ -104,7 +90,7 @@ def refine(
             rows = []
         _write_encoder(run, plan, trained.encoder, rows)
         run.finish(rows)
-    return RefineResult(out, rows, run.elapsed_s, run.skipped.items)
+    return TrainingResult(out, rows, run.elapsed_s, run.skipped.items)
 
 
 def build_method(plan: Plan, listener: Listener, *, try_memory: bool = True) -> Method:

@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from mimref.distributed.group import world_size
-from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder, new_encoder
+from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder, new_encoder, patch_shapes
 from mimref.encoders.checkpoints import encoder_from
 from mimref.encoders.parameters import freeze_untrained
-from mimref.encoders.shapes import patch_shapes
 from mimref.encoders.vit import Architecture
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import Heads

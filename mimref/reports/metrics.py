@@ -153,3 +153,15 @@ def scores_line(rows: Sequence[Row]) -> str:
     """Return `ACC 95.3   NMI 92.2`, the line under a clustering's figure, for the last blocks in the rows."""
     last = {template(row).removeprefix("k-means "): row for row in rows}
     return "   ".join(f"{name} {format_value(row, spread=False)}" for name, row in last.items())
+
+
+_SUMMARIES = ("suite_average", "suite_rank")
+
+
+def suite_lines(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of `run_suite` for comparison tables and figures: every entry becomes a metric of its name."""
+    kept = ("model", "value", "mean", "std")
+    return [
+        {key: row[key] for key in kept if key in row} | {"metric": row.get("entry", row["metric"])}
+        for row in sorted(rows, key=lambda row: row["metric"] in _SUMMARIES)
+    ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mimref.config.base import dump_config
-from mimref.config.load import load_config
+from mimref.config.load import flatten, load_config
 from mimref.config.run import TrainingConfig
 from mimref.data.open import absolute_spec
 from mimref.distributed.collectives import barrier, gather_lists, max_over_ranks
@@ -273,7 +273,7 @@ def check_same(then: C, now: C, wrong: str, *, evaluated: bool = False) -> None:
 
     wrong: what cannot be done then; the message begins with it.
     """
-    before, after = (_flat(each.model_dump()) for each in (then, now))
+    before, after = (flatten(each.model_dump()) for each in (then, now))
     may_change = [free for free in _MAY_CHANGE if not (evaluated and free == _EVALUATION)]
     for key in before:
         if before[key] != after[key] and not any(fnmatchcase(key, free) for free in may_change):
@@ -303,13 +303,6 @@ def _absolute(name: str | None) -> str | None:
         return name
     path = os.path.abspath(os.path.expanduser(name))
     return path if os.path.exists(path) else name
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _shown(value: object) -> str:

@@ -106,8 +106,7 @@ class SkippedImages:
 
     def add(self, images: Iterable[tuple[str, str]]) -> None:
         """Record images by path and reason. Raises DataError if there are more than `data.max_bad`."""
-        for path, reason in images:
-            self._bad.add(path, reason)
+        self._bad.add_all(images)
 
     def add_evaluated(self, images: Iterable[tuple[str, str]]) -> None:
         """Record images that an evaluation has skipped and already counted against `data.max_bad`."""

@@ -7,7 +7,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from mimref.distributed.group import end_group, own_rank, world_size
 from mimref.distributed.sharding import check_sharding, device_mesh, like
 from mimref.errors import Checks
 from mimref.progress import Listener, Silent
-from mimref.results import Finished, Row, read_results, write_results
+from mimref.results import Finished, Row, Tabular, read_results, write_results
 from mimref.training.checkpoint import check_images, check_ranks
 from mimref.training.folder import RunFolder, with_absolute_paths
 from mimref.training.job import GradientJob, train
@@ -38,6 +38,18 @@ from mimref.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from mimref.training.saver import StateSaver
+
+
+@dataclass(frozen=True)
+class TrainingResult(Tabular):
+    """The result of a training command."""
+
+    out: Path
+    rows: list[Row]
+    elapsed_s: float
+    """Training time."""
+    bad_images: list[tuple[str, str]] = field(default_factory=list)
+    """Path and reason for each image that was skipped."""
 
 
 class TrainingRun:

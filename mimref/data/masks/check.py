@@ -1,15 +1,11 @@
 """Check of images and masks before an encoder runs, which also finds the number of classes in the masks."""
 
-import io
-import os
-
 import numpy as np
 from PIL import Image
 
 from mimref.data.decode import BadImage
 from mimref.data.masks.sources import ArrayMasks, Pairs
-from mimref.data.readers.hf import TableSource
-from mimref.data.sources import FileSource, Split
+from mimref.data.sources import ArraySource, Split
 from mimref.errors import Checks, DataError
 from mimref.progress import LabelledProgress
 
@@ -69,14 +65,9 @@ def _image_size(pairs: Pairs, row: int) -> tuple[int, int] | None:
     """Return width and height from an image file's header; None if it cannot be read, which is reported later."""
     source = pairs.images
     try:
-        if isinstance(source, TableSource):
-            content = source.content(row)
-            file = io.BytesIO(content) if isinstance(content, bytes) else content
-        elif isinstance(source, FileSource):
-            file = os.path.join(source.folder, source.files[int(source.rows[row])])
-        else:
+        if isinstance(source, ArraySource):
             return None
-        with Image.open(file) as image:
+        with Image.open(source.file(row)) as image:
             turned = source.decoding.orientation == "exif" and image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
     except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError):

@@ -8,7 +8,7 @@ import numpy as np
 
 from mimref.config.masks import MasksConfig
 from mimref.data.decode import first_of, printable
-from mimref.data.masks.sources import Coding, FileMasks, Pairs
+from mimref.data.masks.sources import Coding, EncodedMasks, Pairs
 from mimref.data.readers.folder import list_folder
 from mimref.data.sources import FileSource, NoSplitError, Split
 from mimref.draws import permutation
@@ -51,7 +51,8 @@ def open_folder_pairs(spec: str, masks: MasksConfig, split: Split, progress: Lab
     images, files, notices = _paired(folders, progress)
     coding = Coding((1 if folders.is_ade20k else 0) if masks.first is None else masks.first, masks.ignore)
     source = FileSource(shown, folders.images, images, None, None)
-    pairs = Pairs(source, FileMasks(folders.masks, files, coding), _names(root, masks, folders), notices)
+    decoded = EncodedMasks(FileSource(shown, folders.masks, files, None, None), coding)
+    pairs = Pairs(source, decoded, _names(root, masks, folders), notices)
     if not folders.has_splits:
         hold_out(pairs, split)
     return pairs
@@ -168,4 +169,5 @@ def _open_voc(root: str, shown: str, masks: MasksConfig, split: Split) -> Pairs:
     source = FileSource(shown, os.path.join(root, "JPEGImages"), images, None, None)
     known = list(VOC_CLASSES) if masks.classes in (None, len(VOC_CLASSES)) else []
     known = known or list(map(str, range(masks.classes or 0)))
-    return Pairs(source, FileMasks(folder, files, Coding(masks.first or 0, masks.ignore)), known)
+    decoded = EncodedMasks(FileSource(shown, folder, files, None, None), Coding(masks.first or 0, masks.ignore))
+    return Pairs(source, decoded, known)

@@ -10,7 +10,7 @@ from mimref.data.decode import printable
 from mimref.data.labels import first_images
 from mimref.data.masks.layouts import hold_out, open_folder_pairs
 from mimref.data.masks.mosaics import make_mosaics
-from mimref.data.masks.sources import Coding, Pairs, TableMasks
+from mimref.data.masks.sources import Coding, EncodedMasks, Pairs
 from mimref.data.open import is_hub_name
 from mimref.data.pixels import Decoding
 from mimref.data.readers.hf import TableSource, open_hugging_face
@@ -66,7 +66,7 @@ def _open_hugging_face(data: DataConfig, masks: MasksConfig, split: Split, progr
     images = column(data.image, split)
     table = column(data.label, split) if data.label else _usual_masks(column, split)
     names = list(map(str, range(masks.classes or 0)))
-    pairs = Pairs(images, TableMasks(table, Coding(masks.first or 0, masks.ignore)), names, images.notices)
+    pairs = Pairs(images, EncodedMasks(table, Coding(masks.first or 0, masks.ignore)), names, images.notices)
     if column(data.image, "train" if split == "val" else "val").place == images.place:
         hold_out(pairs, split)
     return pairs

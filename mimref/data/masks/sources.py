@@ -5,9 +5,8 @@ Masks are images of one channel whose values are class numbers; a palette only c
 
 import hashlib
 import io
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mimref.data.decode import BadImage, printable, reason_of
+from mimref.data.decode import BadImage, reason_of
 from mimref.data.labels import Indices
 from mimref.data.readers.hf import TableSource
-from mimref.data.sources import ArraySource, FileSource, PathList, fingerprint_files
+from mimref.data.sources import ArraySource, FileSource
 from mimref.errors import DataError
 
 UNLABELLED = -1
@@ -68,59 +67,33 @@ class MaskSource(ABC):
         """SHA-256 in hex over what identifies the masks."""
 
 
-class FileMasks(MaskSource):
-    """Mask files below one folder. files: paths relative to it."""
+@dataclass(eq=False)
+class EncodedMasks(MaskSource):
+    """Masks in files below one folder, or in the cells of a table."""
 
-    def __init__(self, folder: str, files: Iterable[str], coding: Coding) -> None:
-        self.folder, self.files, self.coding = folder, PathList.pack(files), coding
-        self.rows = np.arange(len(self.files))
-
-    def read(self, index: int) -> Tensor:
-        """See `MaskSource`."""
-        file = os.path.join(self.folder, self.files[self.rows[index]])
-        return self.coding.labels(decode_mask(file, self.path(index)), self.path(index))
-
-    def path(self, index: int) -> str:
-        """Return the file's path, with unprintable characters escaped."""
-        return printable(os.path.join(self.folder, self.files[self.rows[index]]))
-
-    def select(self, rows: Indices) -> None:
-        """See `MaskSource`."""
-        self.rows = self.rows[rows]
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 in hex over relative paths, sizes and modification times."""
-        return fingerprint_files(self.folder, self.files.encoded(self.rows))
-
-
-class TableMasks(MaskSource):
-    """Masks in the cells of a table."""
-
-    def __init__(self, table: TableSource, coding: Coding) -> None:
-        self.table, self.coding = table, coding
+    source: FileSource | TableSource
+    coding: Coding
 
     def read(self, index: int) -> Tensor:
         """See `MaskSource`."""
         try:
-            content = self.table.content(index)
+            file = self.source.file(index)
         except BadImage as error:
             raise DataError(f"mask {error}") from error
-        values = decode_mask(io.BytesIO(content) if isinstance(content, bytes) else content, self.path(index))
-        return self.coding.labels(values, self.path(index))
+        return self.coding.labels(decode_mask(file, self.path(index)), self.path(index))
 
     def path(self, index: int) -> str:
-        """Return `FOLDER/SPLIT[ROW]`."""
-        return self.table.path(index)
+        """Return the source's name of the file or cell."""
+        return self.source.path(index)
 
     def select(self, rows: Indices) -> None:
         """See `MaskSource`."""
-        self.table.select(rows)
+        self.source.select(rows)
 
     @property
     def fingerprint(self) -> str:
-        """The table's fingerprint."""
-        return self.table.fingerprint
+        """The source's fingerprint."""
+        return self.source.fingerprint
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ Images stay encoded in memory-mapped arrow files, which loader processes share, 
 cannot be read row by row, so the library first writes its images and labels to arrow files in the cache folder.
 """
 
+import io
 import json
 import logging
 import os
@@ -112,6 +113,11 @@ class TableSource(EncodedSource):
             raise BadImage(self.path(index), "no image in this row")
         table = first_of(self.files, 1)
         raise BadImage(self.path(index), f"not in the table {table}, which names {printable(path)} instead")
+
+    def file(self, index: int) -> str | io.BytesIO:
+        """Return what Pillow opens: the path of an image's file, or its content. Raises BadImage as `content` does."""
+        content = self.content(index)
+        return io.BytesIO(content) if isinstance(content, bytes) else content
 
     def _file(self, path: str) -> str | None:
         """Return the file that a cell names: absolute, or in the folder and relative to it or to a table's folder."""

@@ -12,7 +12,6 @@ from mimref.encoders.families.family import (
     Tensors,
     check_activation,
     count_blocks,
-    mlp_ratio,
     named_model,
     patch_sizes,
     shape_of,
@@ -109,8 +108,6 @@ def _family(
     sizes: dict[str, Any] = {"embed_dim": width, "depth": count_blocks(tensors, names[1])}
     sizes |= {"num_heads": heads, "hidden": hidden}
     model, options = named_model(_MODELS, sizes, "aimv2_large_patch14_224")
-    if "hidden" in options:
-        options["mlp_ratio"] = mlp_ratio(options.pop("hidden"), width)
     options |= {"patch_size": patch_size} if patch_size != 14 else {}
     size = side * patch_size
     return Family(format_, "aimv2", model, options, size, layout, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, tuple(notices))

@@ -22,7 +22,6 @@ from mimref.encoders.families.family import (
     Tensors,
     check_activation,
     count_blocks,
-    mlp_ratio,
     named_model,
     patch_sizes,
     shape_of,
@@ -170,8 +169,6 @@ def _family(
     version, is_v2 = "beitv2" if source == "beitv2" else "beit", source == "beitv2"
     published = {name: own for name, own in _MODELS.items() if name.startswith(f"{version}_")}
     model, more = named_model(published, sizes, f"{version}_base_patch16_224")
-    if "hidden" in more:
-        more["mlp_ratio"] = mlp_ratio(more.pop("hidden"), sizes["embed_dim"])
     more |= {"patch_size": patch_size} if patch_size != 16 else {}
     notices = []
     if source is None:

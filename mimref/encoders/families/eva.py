@@ -24,7 +24,6 @@ from mimref.encoders.families.family import (
     Tensors,
     check_activation,
     count_blocks,
-    mlp_ratio,
     named_model,
     patch_sizes,
     shape_of,
@@ -188,9 +187,8 @@ def _dinov3(
     biased: bool,
 ) -> Family:
     model, options = named_model(_DINOV3_MODELS, sizes, "vit_small_patch16_dinov3")
-    if "hidden" in options:
-        options["mlp_ratio"] = mlp_ratio(options.pop("hidden"), sizes["embed_dim"])
-        options |= {"swiglu_align_to": 1} if sizes["swiglu_mlp"] else {}
+    if "mlp_ratio" in options and sizes["swiglu_mlp"]:
+        options["swiglu_align_to"] = 1
     if biased and model.startswith("vit_7b"):
         options["qkv_bias"] = True
     elif biased:
@@ -243,8 +241,6 @@ def describe_eva02(tensors: Tensors, hints: Hints) -> Family:
         "hidden": hidden // 2 if packed else hidden,
     }
     model, options = named_model(_EVA02_MODELS, sizes, f"eva02_{'small' if packed else 'base'}_patch14_224")
-    if "hidden" in options:
-        options["mlp_ratio"] = mlp_ratio(options.pop("hidden"), width)
     options |= {"patch_size": patch_size} if patch_size != 14 else {}
     options |= {"scale_attn_inner": True} if "blocks.0.attn.inner_attn_ln.weight" in tensors else {}
     options |= _reference(tensors, width // heads, side)

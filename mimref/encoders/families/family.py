@@ -78,10 +78,14 @@ def named_model(
 
     published: from timm's name to the sizes of its model, each of which is one of `sizes`. `other` implies none.
     """
-    for name, own in published.items():
-        if all(sizes[key] == value for key, value in own.items()):
-            return name, {key: value for key, value in sizes.items() if key not in own}
-    return other, dict(sizes)
+    model, own = next(
+        ((name, own) for name, own in published.items() if all(sizes[key] == value for key, value in own.items())),
+        (other, {}),
+    )
+    options = {key: value for key, value in sizes.items() if key not in own}
+    if "hidden" in options:
+        options["mlp_ratio"] = mlp_ratio(options.pop("hidden"), sizes["embed_dim"])
+    return model, options
 
 
 def check_activation(hints: Hints, expected: str) -> None:

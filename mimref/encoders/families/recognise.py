@@ -1,11 +1,11 @@
 """Recognising the family of a foreign file's encoder by a few tensor names, and reading it under timm's names."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from mimref.config.base import ReadingConfig
@@ -15,6 +15,7 @@ from mimref.encoders.families.family import OPTIONAL, Family, Hints, Tensors
 from mimref.encoders.families.origins import origin_names, read_tensor
 from mimref.encoders.leftovers import group_leftovers, join_problems
 from mimref.encoders.parts import Unrecognised, below, beside, choice_notice, choose_part
+from mimref.encoders.recognised import Recognised
 from mimref.errors import ConfigError
 
 # Parts of names that transformers' task-specific models put before those of the encoder.
@@ -64,30 +65,9 @@ _CANDIDATES: tuple[tuple[tuple[str, ...], Callable[[Tensors, Hints], Family]], .
 """Names that an encoder has below its prefix, and the function that describes it; the first full match applies."""
 
 
-@dataclass(frozen=True)
-class FamilyWeights:
-    """The encoder of a file under timm's names."""
-
-    family: Family
-    architecture: BackboneArchitecture
-    tensors: dict[str, Tensor]
-    """Tensors that did not change share the file's memory."""
-    origins: dict[str, list[str]]
-    """From timm's name to the file's names; empty for a norm that the file lacks."""
-    dropped: dict[str, list[str]]
-    """From group to the file's names."""
-    notices: list[str]
-    """What was left out or assumed."""
-    selection_notices: list[str]
-    """Those `notices` that report which encoder was chosen and what was left out."""
-    prefix: str
-    others: list[str]
-    """Prefixes of the file's other encoders of such families."""
-
-
 def recognise_family(
     cleaned: Mapping[str, Tensor], full_names: Mapping[str, str], reading: ReadingConfig, config: Mapping[str, Any]
-) -> FamilyWeights | None:
+) -> Recognised | None:
     """Read a file's encoder if it belongs to a family other than plain vision transformers; return None otherwise.
 
     cleaned, full_names: as returned by `clean_names`. config: content of Hugging Face's `config.json`. Raises
@@ -126,8 +106,11 @@ def recognise_family(
     if of_others:
         dropped["other encoder"] = [full[name] for name in of_others]
     names = origin_names(family.layout.naming, wanted)
-    return FamilyWeights(
-        family,
+    side = architecture.image_size // architecture.patch_size
+    is_imagenet = (family.mean, family.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return Recognised(
+        family.format,
+        family.source,
         architecture,
         tensors,
         {name: [full[prefix + origin] for origin in names[name] if origin in encoder] for name in tensors},
@@ -136,6 +119,9 @@ def recognise_family(
         notices,
         prefix,
         others,
+        (side, side),
+        guesses_interpolation=False,
+        normalisation={} if is_imagenet else {"mean": list(family.mean), "std": list(family.std)},
     )
 
 

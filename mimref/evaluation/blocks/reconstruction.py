@@ -168,8 +168,7 @@ class DecodersJob(GradientJob):
         )
 
     def skip(self, images: Sequence[tuple[str, str]]) -> None:
-        for path, reason in images:
-            self.bad.add(path, reason)
+        self.bad.add_all(images)
 
     def forward_backward(self, batch: ViewBatch, images: int) -> Tensor:
         """Return the sum of the decoders' losses on a batch; gradients are accumulated pass by pass."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mimref.evaluation.cluster.kmeans import BestRun
 from mimref.evaluation.exhibits.contents import Cluster, Thumbnail
 from mimref.evaluation.exhibits.galleries import describe_clusters
-from mimref.evaluation.thumbnails import MOST_PICTURES, most_per_group, thumbnail
+from mimref.evaluation.exhibits.thumbnails import MOST_PICTURES, most_per_group, thumbnail
 from mimref.features.collection import Part
 from mimref.features.matrix import Labels
 

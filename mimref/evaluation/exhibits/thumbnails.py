@@ -1,16 +1,19 @@
 """Small JPEGs of images as the evaluation sees them, within a given number of bytes."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mimref.data.decode import BadImage
 from mimref.data.labels import Indices
 from mimref.data.loader import crop_batches, loader_workers
 from mimref.data.sources import ImageSource, Subset
+from mimref.data.transforms import middle
+from mimref.evaluation.exhibits.contents import Thumbnail
 from mimref.features.encode import PassSettings
 
 SIDE = 48
@@ -19,6 +22,12 @@ SIDE = 48
 # the file's header; noise takes 1,800 and 385.
 GRADES = ((SIDE, 80), (SIDE, 70), (SIDE, 60), (40, 55), (32, 50), (24, 45), (16, 40))
 SAMPLE = 100
+
+GALLERY_SIDE = 112
+"""Pixels of the longer side: twice the size shown in a gallery, for high-density screens and prints."""
+MOST_PICTURES = 800
+"""Most pictures in a gallery, which then stays below 5 MB."""
+_QUALITY = 75
 
 Crop = NDArray[np.uint8]
 """Pixels (S, S, 3)."""
@@ -92,3 +101,33 @@ def _shrunk(image: Image.Image, side: int) -> Image.Image:
         return image
     width, height = (max(1, round(each * side / longest)) for each in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def thumbnail(source: ImageSource, index: int, label: str | None) -> Thumbnail:
+    """Return one image of a data set, uncropped, with a longer side of at most `GALLERY_SIDE` pixels; 2 to 5 KB.
+
+    Only the middle of very long images is shown. The picture of an image that cannot be read is empty.
+    """
+
+    def reduce(height: int, width: int) -> int:
+        return next(
+            factor for factor in (8, 4, 2, 1) if factor == 1 or max(height, width) // factor >= 2 * GALLERY_SIDE
+        )
+
+    path = source.path(index)
+    try:
+        pixels_CHW = middle(source.read_reduced(index, reduce).image)
+    except BadImage:
+        return Thumbnail(path, label, b"")
+    return Thumbnail(path, label, encode(shown(pixels_CHW), GALLERY_SIDE, _QUALITY))
+
+
+def most_per_group(counts: Iterable[int], most: int) -> int:
+    """Return how many groups, counted from the first, hold at most `most` pictures in total."""
+    total = groups = 0
+    for count in counts:
+        total += count
+        if total > most:
+            break
+        groups += 1
+    return groups

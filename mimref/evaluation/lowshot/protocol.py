@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,6 @@ from mimref.data.sources import ImageSource
 from mimref.distributed.group import end_group
 from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.lowshot.config import LowshotConfig
-from mimref.evaluation.lowshot.solver import load_solver
 from mimref.evaluation.lowshot.split_files import read_split_files
 from mimref.evaluation.metrics import (
     check_labels,
@@ -260,3 +260,19 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(sink)
+
+
+def load_solver() -> type[Any]:
+    """Return cyanure's `Classifier`, imported late because the other protocols do not need it.
+
+    Raises ConfigError if it cannot be imported: on Python 3.13, cyanure has no wheel and must be built.
+    """
+    try:
+        from cyanure.estimators import Classifier
+    except ImportError as error:
+        raise ConfigError(
+            f"low-shot classification needs cyanure ({error}): use Python 3.11 or 3.12, where pip installs it with "
+            "mimref, or build it with a C++ compiler and OpenBLAS (Debian: libopenblas-dev), by "
+            "pip install setuptools && pip install --no-build-isolation cyanure"
+        ) from error
+    return Classifier  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimref.evaluation.probe.ensemble import MOMENTUM, Norm, constants, count_hits
+from mimref.evaluation.probe.ensemble import MOMENTUM, Norm, constants
 from mimref.training.optim import learning_rate
 
 QUERY_STD = 0.02
@@ -183,10 +183,6 @@ class AttentiveEnsemble(nn.Module):
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return logits (K, C, B) for one (B, L * D) tensor per input."""
         return self._logits(inputs, training=False).mT
-
-    def hits(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """Return (K,) int64: images whose largest logit is their label's. Logits that are not finite never count."""
-        return count_hits(self.logits(inputs), labels)
 
     @torch.no_grad()
     def finite(self) -> Tensor:

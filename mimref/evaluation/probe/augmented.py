@@ -1,19 +1,11 @@
 """The linear probe as published (Appendix C.3): every batch is augmented, and encoded once for all classifiers."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
-from mimref.data.sources import ImageSource
-from mimref.encoders.backbones import TokenEncoder
 from mimref.errors import ConfigError
-from mimref.evaluation.probe.config import ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Norm
 from mimref.evaluation.probe.grid import ProbeInput
-from mimref.evaluation.probe.streamed import EncodedImages, probe_encoded
-from mimref.features.encode import Column, Features, PassSettings
-from mimref.progress import Progress
-from mimref.results import Row
+from mimref.features.encode import Column
 
 
 def probe_inputs(
@@ -49,27 +41,3 @@ def probe_inputs(
         raise ConfigError(f"probe.blocks 'last4': there are only {depth} blocks; use probe.blocks='last'")
     pools = ["cls", "cls+mean"] if has_cls_token else ["mean"]
     return {ProbeInput(name, pool): columns(numbers, pool) for name, numbers in wanted.items() for pool in pools}
-
-
-def probe_augmented(
-    encoder: TokenEncoder,
-    train: ImageSource,
-    test: Features,
-    groups: Mapping[ProbeInput, list[Column]],
-    settings: ProbeTrainingConfig,
-    seed: int,
-    reading: PassSettings,
-    state: Path | None = None,
-    progress: Progress | None = None,
-) -> tuple[list[Row], list[tuple[str, str]]]:
-    """Run `probe_cached` on freshly augmented images: bicubic random crops of 8% to 100% of the area, and flips.
-
-    The encoder (move it to the device first) is put into evaluation mode and runs without gradient; one pass per batch
-    computes all inputs. Augmentations are a function of (seed, epoch, image). test: features of centre crops, with the
-    columns of `groups` (see `probe_inputs`); centre crops of held-out training images are encoded at the end. Returns
-    the rows, and the path and reason of every training image left out. In a process group all ranks call this: they
-    encode the batches in turns, and rank 0 trains on them; the others return empty lists. Raises what `probe_cached`
-    does, and DataError for images without labels or too many unreadable ones.
-    """
-    images = EncodedImages(encoder, groups, reading)
-    return probe_encoded(images, train, test, settings, seed, augment=True, state=state, progress=progress)

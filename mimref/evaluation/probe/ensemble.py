@@ -4,14 +4,11 @@ Shapes: B images, D width of an input, C classes, R learning rates, K classifier
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mimref.errors import DataError
 from mimref.training.optim import learning_rate
 
 MOMENTUM = 0.9
@@ -105,10 +102,6 @@ class ProbeEnsemble(nn.Module):
         """Return logits (K, C, B) for one (B, D) tensor per input."""
         return self._logits(self._normalised(inputs, training=False))
 
-    def hits(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """Return (K,) int64: images whose largest logit is their label's. Logits that are not finite never count."""
-        return count_hits(self.logits(inputs), labels)
-
     def finite(self) -> Tensor:
         """Return (K,) bool: classifiers that have not diverged."""
         weights = [weight.view(len(self.rate_R), -1).isfinite().all(dim=1) for weight in self.weights]
@@ -153,35 +146,3 @@ def schedule(update: int, total: int, norm: Norm) -> tuple[float, float]:
     # The schedule is linear in its peak and its end, so all classifiers share these two numbers.
     scale = learning_rate(update, peak=1.0, warmup_updates=warmup, total_updates=total, end=0.0)
     return scale, learning_rate(update, peak=0.0, warmup_updates=warmup, total_updates=total, end=1e-6)
-
-
-class Classifiers(Protocol):
-    """Interface of an ensemble that scoring needs."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-
-    def __len__(self) -> int: ...
-
-    def hits(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """Return (K,) int64: images that are classified correctly."""
-
-    def finite(self) -> Tensor:
-        """Return (K,) bool: classifiers that have not diverged."""
-
-
-def score(ensemble: Classifiers, batches: Iterable[Batch], name: str) -> NDArray[np.float64]:
-    """Return the top-1 accuracy of every classifier in percent, (K,); that of a diverged one is 0.
-
-    name: the images' name, for the message. Raises DataError if there are no images.
-    """
-    hits = torch.zeros(len(ensemble), dtype=torch.int64, device=ensemble.device)
-    count = 0
-    for inputs, labels in batches:
-        hits += ensemble.hits(inputs, labels)
-        count += len(labels)
-    if not count:
-        raise DataError(f"{name}: no readable image")
-    accuracy: NDArray[np.float64] = np.where(ensemble.finite().cpu().numpy(), 100.0 * hits.cpu().numpy() / count, 0.0)
-    return accuracy

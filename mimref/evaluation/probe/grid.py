@@ -24,7 +24,7 @@ from mimref.errors import ConfigError, DataError, DivergenceError
 from mimref.evaluation.metrics import check_features, number_labels, show_class
 from mimref.evaluation.probe.attentive import AttentiveEnsemble, TokenShape, attentive_schedule
 from mimref.evaluation.probe.config import ATTENTIVE_ONLY, ProbeTrainingConfig
-from mimref.evaluation.probe.ensemble import Batch, ProbeEnsemble, schedule, score
+from mimref.evaluation.probe.ensemble import Batch, ProbeEnsemble, count_hits, schedule
 from mimref.features.matrix import Labels, Matrix
 from mimref.progress import Progress, ProgressOnly
 from mimref.results import Row
@@ -268,3 +268,19 @@ def check_held_out(classes: Labels, labels: Labels, names: Sequence[str] | None 
             f"select = 'val-split' would hold out {held} of {len(labels)} training images, fewer than the "
             f"{len(classes)} classes; add images, or use select = 'test'"
         )
+
+
+def score(ensemble: ProbeEnsemble | AttentiveEnsemble, batches: Iterable[Batch], name: str) -> NDArray[np.float64]:
+    """Return the top-1 accuracy of every classifier in percent, (K,); that of a diverged one is 0.
+
+    name: the images' name, for the message. Raises DataError if there are no images.
+    """
+    hits = torch.zeros(len(ensemble), dtype=torch.int64, device=ensemble.device)
+    count = 0
+    for inputs, labels in batches:
+        hits += count_hits(ensemble.logits(inputs), labels)
+        count += len(labels)
+    if not count:
+        raise DataError(f"{name}: no readable image")
+    accuracy: NDArray[np.float64] = np.where(ensemble.finite().cpu().numpy(), 100.0 * hits.cpu().numpy() / count, 0.0)
+    return accuracy

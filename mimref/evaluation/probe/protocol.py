@@ -1,16 +1,19 @@
 """`mimref probe`: from a config to rows."""
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from mimref.data.decode import skipped_line
+from mimref.devices import resolve_device
 from mimref.distributed.group import end_group, own_rank
 from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError
 from mimref.evaluation.metrics import check_labels, number_classes
-from mimref.evaluation.probe.augmented import probe_augmented, probe_inputs
-from mimref.evaluation.probe.cached import probe_cached, probe_matrices
+from mimref.evaluation.probe.attentive import TokenShape
+from mimref.evaluation.probe.augmented import probe_inputs
+from mimref.evaluation.probe.cached import probe_matrices
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
 from mimref.evaluation.probe.grid import ProbeInput, check_held_out
 from mimref.evaluation.probe.streamed import EncodedImages, Examined, probe_encoded
@@ -74,10 +77,11 @@ def _probe_linear(
         return probe_features(inputs, groups, config.probe, config, listener, state) if end_group() else [], []
     assert isinstance(inputs, EncoderInputs)
     inputs.prepare(columns, ["val"])
+    images = EncodedImages(inputs.encoder, groups, inputs.settings)
     train, test = inputs.source("train"), inputs.features("val")
     progress = partial(listener.progress, "linear probes")
-    found, bad = probe_augmented(
-        inputs.encoder, train, test, groups, config.probe, config.seed, inputs.settings, state, progress
+    found, bad = probe_encoded(
+        images, train, test, config.probe, config.seed, augment=True, state=state, progress=progress
     )
     if own_rank() == 0:
         inputs.tell("train")
@@ -97,27 +101,10 @@ def _probe_tokens(
     progress = partial(listener.progress, "attentive probes")
     splits = cached_splits(inputs, tokens.numbers, config, listener if own_rank() == 0 else Silent())
     inputs.prepare(tokens.columns, splits)
-    settings, seed, device = config.probe, config.seed, inputs.device
     if "train" in splits:
         if not end_group():
             return [], []
-        (train_x, train_y), (test_x, test_y) = (
-            ({key: each.matrix(columns) for key, columns in tokens.groups.items()}, each.y)
-            for each in (inputs.features("train"), inputs.features("val"))
-        )
-        assert train_y is not None and test_y is not None  # the inputs were opened with labels required
-        return probe_matrices(
-            train_x,
-            train_y,
-            test_x,
-            test_y,
-            settings,
-            seed,
-            device,
-            shapes=tokens.shapes,
-            state=state,
-            progress=progress,
-        ), []
+        return probe_features(inputs, tokens.groups, config.probe, config, listener, state, tokens.shapes), []
     images = EncodedImages(inputs.encoder, tokens.groups, inputs.settings)
     val = inputs.source("val")
     unread = Examined(val, inputs.spec(val) | {"columns": tokens.columns})
@@ -126,8 +113,8 @@ def _probe_tokens(
         images,
         inputs.source("train"),
         test,
-        settings,
-        seed,
+        config.probe,
+        config.seed,
         augment=not config.cached,
         shapes=tokens.shapes,
         state=state,
@@ -164,22 +151,20 @@ def probe_features(
     config: EncoderPassConfig,
     listener: Listener,
     state: Path | None = None,
+    shapes: Sequence[TokenShape] = (),
 ) -> list[Row]:
     """Return the rows of `probe_cached` on prepared columns. config: supplies seed and device."""
     train, test = inputs.features("train"), inputs.features("val")
     assert train.y is not None and test.y is not None  # the inputs were opened with labels required
-    return probe_cached(
+    return probe_matrices(
         {key: train.matrix(columns) for key, columns in groups.items()},
         train.y,
         {key: test.matrix(columns) for key, columns in groups.items()},
         test.y,
-        lrs=settings.lr,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        norm=settings.norm,
-        select=settings.select,
-        seed=config.seed,
-        device=config.device,
+        settings,
+        config.seed,
+        resolve_device(config.device),
+        shapes=shapes,
         state=state,
-        progress=partial(listener.progress, "linear probes"),
+        progress=partial(listener.progress, f"{settings.kind} probes"),
     )

@@ -59,8 +59,7 @@ class EncodedImages:
     @torch.inference_mode()
     def inputs(self, columns: list[Tensor], bad: list[tuple[str, str]]) -> list[Tensor]:
         """Record unreadable images, and return a batch's classifier inputs: none if no image could be read."""
-        for path, reason in bad:
-            self.bad.add(path, reason)
+        self.bad.add_all(bad)
         if not columns:
             return []
         of_column = {name: x.to(self.reading.device) for name, x in zip(self.columns, columns, strict=True)}
@@ -87,10 +86,16 @@ def probe_encoded(
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Row], list[tuple[str, str]]]:
-    """Run `probe_augmented` for either kind of probe, with or without augmentation.
+    """Run `probe_matrices` on images that are encoded batch by batch.
 
-    Without augmentation, the batches are those of cached features, as long as every image can be read. shapes: token
-    shapes of the inputs of attentive probes. test: features, or images that are encoded for scoring.
+    The encoder (move it to the device first) is put into evaluation mode and runs without gradient; one pass per batch
+    computes all inputs. augment: train on bicubic random crops of 8% to 100% of the area, and flips, a function of
+    (seed, epoch, image). Without, the batches are those of cached features, as long as every image can be read. shapes:
+    token shapes of the inputs of attentive probes. test: features of centre crops, or images that are encoded for
+    scoring. Centre crops of held-out training images are encoded at the end. Returns the rows, and the path and reason
+    of every training image left out. In a process group all ranks call this: they encode the batches in turns, and rank
+    0 trains on them; the others return empty lists. Raises what `probe_matrices` does, and DataError for images without
+    labels or too many unreadable ones.
     """
     test_y = test.y if isinstance(test, Features) else test.source.labels
     if train.labels is None or test_y is None:

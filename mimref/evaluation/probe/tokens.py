@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mimref.data.sources import Split
-from mimref.encoders.shapes import patch_shapes
+from mimref.encoders.backbones import patch_shapes
 from mimref.errors import ConfigError
 from mimref.evaluation.probe.attentive import TokenShape
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig

@@ -17,10 +17,10 @@ from mimref.data.sources import FileSource, ImageSource, Split
 from mimref.distributed.group import end_group
 from mimref.errors import Checks, ConfigError, DataError
 from mimref.evaluation.exhibits.contents import Thumbnail
+from mimref.evaluation.exhibits.thumbnails import MOST_PICTURES, most_per_group, thumbnail
 from mimref.evaluation.knn.protocol import find_neighbours
 from mimref.evaluation.metrics import check_features, vary
 from mimref.evaluation.search.config import SearchConfig
-from mimref.evaluation.thumbnails import MOST_PICTURES, most_per_group, thumbnail
 from mimref.features.collection import Collection, chosen_splits
 from mimref.features.encode import Column, extract
 from mimref.features.inputs import EncoderInputs, Groups, column_groups, prepare_groups

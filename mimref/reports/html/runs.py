@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass as checked
 
 from mimref.config.base import CommandConfig, Section
-from mimref.config.load import setting_fields
+from mimref.config.load import flatten, setting_fields
 from mimref.config.recipe import Derived
 from mimref.errors import OutputError
 from mimref.evaluation.assess.config import AssessConfig
@@ -215,9 +215,9 @@ def settings(run: Run) -> list[Setting]:
         if not known.is_required():
             value = known.get_default(call_default_factory=True)
             # A section's default may differ from the defaults of its own fields, which come later.
-            defaults = _flat({key: value.model_dump(mode="json") if isinstance(value, Section) else value}) | defaults
+            defaults = flatten({key: value.model_dump(mode="json") if isinstance(value, Section) else value}) | defaults
     found = []
-    for key, value in _flat(run.config).items():
+    for key, value in flatten(run.config).items():
         default = defaults.get(key)
         default = list(default) if isinstance(default, tuple) else default
         changed = key not in defaults or value != default
@@ -231,13 +231,6 @@ def _model(command: str) -> type[CommandConfig]:
     from mimref.transfer.robustness.config import RobustnessConfig  # imports torchvision
 
     return RobustnessConfig
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
 
 
 def _shown(value: object) -> str:

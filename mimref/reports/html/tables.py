@@ -9,8 +9,7 @@ from mimref.encoders.published import PACKAGED
 from mimref.errors import UserError
 from mimref.reports.html.charts import NAME_LENGTH, block_title, rows_by_block, run_names
 from mimref.reports.html.runs import SETTINGS, Run, checkpoints, setting
-from mimref.reports.metrics import LABELS, format_value, metric_label, short_name
-from mimref.reports.suites import suite_lines
+from mimref.reports.metrics import LABELS, format_value, metric_label, short_name, suite_lines
 from mimref.reports.tables import Cell, compared_cell
 from mimref.results import Row, main_rows
 

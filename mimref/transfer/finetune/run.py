@@ -1,6 +1,5 @@
 """Fine-tuning of an encoder on labels: on all training images, or once per split of a few."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mimref.distributed.collectives import barrier
@@ -10,23 +9,11 @@ from mimref.errors import Checks
 from mimref.evaluation.metrics import spread
 from mimref.features.header import data_record
 from mimref.progress import Listener
-from mimref.results import Row, Tabular
-from mimref.training.run import TrainingRun
+from mimref.results import Row
+from mimref.training.run import TrainingResult, TrainingRun
 from mimref.transfer.finetune.config import FinetuneConfig
 from mimref.transfer.finetune.plan import Plan, make_plan
 from mimref.transfer.finetune.training import Epoch, FineTuning
-
-
-@dataclass(frozen=True)
-class FinetuneResult(Tabular):
-    """Result of a fine-tuning run."""
-
-    out: Path
-    rows: list[Row]
-    """Accuracy on the validation images after the last epoch and after the best epoch."""
-    elapsed_s: float
-    bad_images: list[tuple[str, str]] = field(default_factory=list)
-    """Path and reason of every image left out."""
 
 
 def finetune(
@@ -37,7 +24,7 @@ def finetune(
     force: bool = False,
     listener: Listener | None = None,
     checks: Checks | None = None,
-) -> FinetuneResult:
+) -> TrainingResult:
     """Train an encoder and a linear classifier on labels, and write them, with log and results, to `out`.
 
     The validation images are classified every `monitor.validate_every_epochs` epochs and at the end. The last epoch's
@@ -50,7 +37,7 @@ def finetune(
     run = TrainingRun(config, out, listener, resume=resume, force=force, shard=config.shard)
     checks = checks or Checks()
     if (found := run.finished(checks)) is not None:
-        return FinetuneResult(out, *found)
+        return TrainingResult(out, *found)
     plan = make_plan(config, run.listener, checks)
     history: list[list[Epoch]] = [[] for _ in plan.splits]
     with run.locked():
@@ -66,7 +53,7 @@ def finetune(
         rows = score_rows(plan, history)
         if run.leave_group():
             run.finish(rows)
-    return FinetuneResult(out, rows, run.elapsed_s, run.skipped.items)
+    return TrainingResult(out, rows, run.elapsed_s, run.skipped.items)
 
 
 def _write(run: TrainingRun, job: FineTuning, classifier: Classifier, out: Path) -> None:

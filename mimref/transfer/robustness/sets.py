@@ -12,7 +12,7 @@ from mimref.config.base import DataConfig
 from mimref.data.decode import first_of, printable
 from mimref.data.labels import Indices, class_name, nearest_class
 from mimref.data.open import open_source
-from mimref.data.readable import check_readable
+from mimref.data.sample import check_readable
 from mimref.data.sources import FileSource, ImageSource
 from mimref.errors import Checks, DataError
 from mimref.progress import Listener

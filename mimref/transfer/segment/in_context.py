@@ -63,8 +63,7 @@ class Memory:
             batch_size=self.reading.batch_size,
             workers=loader_workers(workers, self.pairs.images),
         ):
-            for path, reason in batch.bad:
-                self.bad.add(path, reason)
+            self.bad.add_all(batch.bad)
             done += len(batch.images) + len(batch.bad)
             cut = [cut_windows(view, self.reading, self.viewing.stride) for view in batch.images]
             windows = torch.cat([of_image.images for of_image in cut]) if cut else torch.empty(0)

@@ -105,8 +105,7 @@ class HeadsJob(Job[CropBatch]):
 
     def update(self, batch: CropBatch) -> None:
         """Train on one batch, unless none of its images can be read."""
-        for path, reason in batch.bad:
-            self.bad.add(path, reason)
+        self.bad.add_all(batch.bad)
         if len(batch.sample_B):
             inputs = self.tokens(self.images(batch))
             mask = batch.masks.to(self.reading.device, non_blocking=True)
@@ -156,8 +155,7 @@ class HeadsJob(Job[CropBatch]):
             step = int(saved["step"])
             self.heads.load_state_dict(saved["heads"])
             self.trainer.optimizer.load_state_dict(saved["optimizer"])
-            for path, reason in saved["bad"]:
-                self.bad.add(path, reason)
+            self.bad.add_all(saved["bad"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise damaged_state(file, "segmentation") from error
         self.step = step

@@ -15,7 +15,7 @@ from mimref.data.masks.check import check_pairs
 from mimref.data.masks.mosaics import SIDE
 from mimref.data.masks.open import ACCEPTED, MOSAICS, open_pairs
 from mimref.data.masks.sources import Pairs
-from mimref.data.readable import check_readable
+from mimref.data.sample import check_readable
 from mimref.data.sources import Split
 from mimref.data.transforms import EvalTransform
 from mimref.devices import resolve_device, resolve_precision

@@ -71,8 +71,7 @@ def evaluate_images(
     bad, samples, done = BadImages(reading.max_bad), list[Sample](), 0
     workers = loader_workers(reading.workers, pairs.images)
     for batch in view_batches(pairs, size, viewing.mode, batch_size=reading.batch_size, workers=workers):
-        for path, reason in batch.bad:
-            bad.add(path, reason)
+        bad.add_all(batch.bad)
         for view, of_pixels in zip(batch.images, score_views(batch.images, scores, reading, viewing), strict=True):
             truth = view.mask.to(reading.device)
             predicted = [each.argmax(1).short() for each in of_pixels]

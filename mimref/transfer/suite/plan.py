@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from mimref.config.base import CommandConfig
-from mimref.config.load import load_config, setting_fields, validated
+from mimref.config.load import flatten, load_config, setting_fields, validated
 from mimref.config.presets import preset_names
 from mimref.errors import Checks, ConfigError, UserError, UserErrors
 from mimref.evaluation.cluster.config import ClusterConfig
@@ -110,11 +110,3 @@ def _check_single(config: EvaluationConfig) -> None:
     if config.features is not None:
         checks.add("features", ConfigError("features: a suite evaluates checkpoints; leave it out"))
     checks.finish()
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested table as a flat one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat

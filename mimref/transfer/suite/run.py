@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mimref.config.base import CommandConfig, dump_config
+from mimref.config.load import flatten
 from mimref.data.decode import skipped_line
 from mimref.distributed.group import world_size
 from mimref.encoders.checkpoints import choose_architecture, read_checkpoint
@@ -36,7 +37,7 @@ from mimref.progress import Listener, Silent
 from mimref.results import EvaluationResult, Row, Tabular, main_rows, named, read_results, write_results
 from mimref.transfer.finetune.config import FinetuneConfig
 from mimref.transfer.suite.config import SuiteConfig
-from mimref.transfer.suite.plan import Entry, flatten, labelled_errors, plan_entries
+from mimref.transfer.suite.plan import Entry, labelled_errors, plan_entries
 from mimref.transfer.suite.ranks import summary_rows
 from mimref.transfer.suite.tuning import METRIC as FINETUNE_METRIC
 from mimref.transfer.suite.tuning import finetune_entry

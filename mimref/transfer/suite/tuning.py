@@ -8,8 +8,9 @@ from mimref.evaluation.metrics import spread
 from mimref.progress import Listener
 from mimref.results import EvaluationResult, Row, main_rows
 from mimref.training.folder import RunFolder
+from mimref.training.run import TrainingResult
 from mimref.transfer.finetune.config import FinetuneConfig
-from mimref.transfer.finetune.run import FinetuneResult, finetune
+from mimref.transfer.finetune.run import finetune
 from mimref.transfer.suite.config import EntryConfig
 
 METRIC = "finetune_top1"
@@ -50,7 +51,7 @@ def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, lis
     return EvaluationResult([best | {"lr": lr}, *rows], elapsed_s, list(dict.fromkeys(bad)))
 
 
-def _run(config: FinetuneConfig, out: Path, listener: Listener) -> FinetuneResult:
+def _run(config: FinetuneConfig, out: Path, listener: Listener) -> TrainingResult:
     """Start or continue a run, or read a finished one; delete its weights."""
     run = RunFolder(out)
     result = finetune(config, out, resume=run.finished or run.unfinished, listener=listener)
@@ -59,7 +60,7 @@ def _run(config: FinetuneConfig, out: Path, listener: Listener) -> FinetuneResul
     return result
 
 
-def _last_score(result: FinetuneResult) -> float:
+def _last_score(result: TrainingResult) -> float:
     """Return the accuracy after the last epoch."""
     (row,) = (row for row in main_rows(result.rows) if (row["metric"], row["selected"]) == (METRIC, "last epoch"))
     return float(row["value"])
