@@ -95,7 +95,8 @@ def check_writable(folder: Path, option: str = "--out") -> None:
 
 def check_new_file(file: Path, endings: Sequence[str], force: bool, option: str = "--out") -> None:
     """Raise OutputError for a file that has another ending, exists (unless `force`) or cannot be written."""
-    if file.suffix.lower() not in endings:
+    # timm and torch tell formats by endings in lower case.
+    if file.suffix not in endings:
         raise OutputError(f"{option} {file}: the file's name must end in {' or '.join(endings)}")
     if file.is_dir():
         raise OutputError(f"{option} {file}: is a folder; choose the name of a file")

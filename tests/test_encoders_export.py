@@ -297,6 +297,8 @@ def test_every_format_is_compared_before_it_is_written(
 def test_other_endings_and_files_that_exist(tmp_path: Path, name: str, run: Callable[[Encoder, Path], Export]) -> None:
     with pytest.raises(OutputError, match=r"a\.bin: .* must end in \."):
         run(make(TINY), tmp_path / "a.bin")
+    with pytest.raises(OutputError, match="must end in "):  # timm and torch would take it for another format
+        run(make(TINY), tmp_path / Path(name).with_suffix(Path(name).suffix.upper()))
     (tmp_path / name).mkdir()
     with pytest.raises(OutputError, match="is a folder"):
         run(make(TINY), tmp_path / name)

@@ -58,6 +58,11 @@ class Report(Output, panel="Output"):
 class Resume(Output, panel="Output"):
     resume: bool = option("Continue the unfinished run in the output folder.")
 
+    def resumed(self, settings: str, given: str | None) -> str | None:
+        """Return `given`, else the settings of the run that `--resume --out DIR` continues, if its folder has any."""
+        file = self.out / settings if self.out and self.resume and given is None else None
+        return str(file) if file and file.is_file() else given
+
     def state_file(self, name: str) -> Path | None:
         """Return the state file that an interrupted evaluation continues from; None without an output folder."""
         state = self.out / "state" / f"{name}.pt" if self.out else None

@@ -24,11 +24,6 @@ class AblationsOptions(Preset, Resume, panel="Training"):
     jobs: Text = option("Concurrent runs; default: one per free core, or one on a GPU.", "N", "jobs")
     dry_run: bool = option("Print every run with its estimated time; write nothing.")
 
-    def chosen_preset(self) -> str:
-        """Return `--preset`, else the settings of the suite that `--resume --out DIR` continues, else the default."""
-        file = self.out / "ablations.toml" if self.out and self.resume and self.preset is None else None
-        return str(file) if file and file.is_file() else self.preset or PRESET
-
 
 def ablations(options: AblationsOptions) -> None:
     """Reproduce the ablations of Table 1 at a small scale.
@@ -43,7 +38,7 @@ def ablations(options: AblationsOptions) -> None:
     """
     from mimref.reproduce.config import AblationsConfig
 
-    config = options.load(AblationsConfig, options.chosen_preset())
+    config = options.load(AblationsConfig, options.resumed("ablations.toml", options.preset) or PRESET)
     out = options.out or Path("runs") / "ablations"
     if options.dry_run:
         _print_suite(config, out, options)

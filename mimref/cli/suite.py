@@ -19,11 +19,6 @@ class SuiteOptions(Seed, Report, Resume, panel="Data"):
     suite: Text = option("Suite to run; `mimref presets list` shows the built-in ones.", "NAME|FILE.toml")
     workers: Text = option("Processes that read images.", "N", "workers")
 
-    def settings_file(self) -> str | None:
-        """Return `--suite`, else the settings of the suite that `--resume --out DIR` continues."""
-        file = self.out / "suite.toml" if self.out and self.resume and self.suite is None else None
-        return str(file) if file and file.is_file() else self.suite
-
 
 def transfer(options: SuiteOptions) -> None:
     """Measure encoders on several data sets.
@@ -38,7 +33,7 @@ def transfer(options: SuiteOptions) -> None:
     from mimref.transfer.suite.config import SuiteConfig
     from mimref.transfer.suite.plan import ask_for_suite
 
-    config = options.load(SuiteConfig, options.settings_file(), ask_for_suite)
+    config = options.load(SuiteConfig, options.resumed("suite.toml", options.suite), ask_for_suite)
     name = Path(config.preset or "suite").stem
     out = options.out = options.out or Path("runs") / f"{config.command}-{name}"
 

@@ -54,8 +54,7 @@ class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume, panel="Traini
 
         None with `--preset`: the run itself then compares its settings with those it started with.
         """
-        file = self.out / "config.toml" if self.out and self.resume and self.preset is None else None
-        return str(file) if file and file.is_file() else None
+        return None if self.preset else self.resumed("config.toml", None)
 
 
 class Weights(TrainedEncoder, panel="Encoder"):

@@ -132,9 +132,26 @@ def data_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.data")
 
 
-def plain_state(encoder: Encoder) -> dict[str, Tensor]:
+def plain_state(encoder: TokenEncoder) -> dict[str, Tensor]:
     """Return copies of the weights: `torch.save` writes all of the memory that a tensor is a part of."""
-    return {name: tensor.float().clone() for name, tensor in encoder.vit.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
+
+
+def write_encoder(
+    out: Path, encoder: TokenEncoder, facts: Mapping[str, Any], listener: Listener | None, file: Path
+) -> None:
+    """Write weights under timm's names in the format of `out`, with the facts if it stores any."""
+    if out.suffix == ".safetensors":
+        save_encoder(file, encoder, facts)
+        return
+    torch.save(plain_state(encoder), file)
+    note_lost(out, facts, listener or Silent())
+
+
+def note_lost(out: Path, facts: Mapping[str, Any], listener: Listener) -> None:
+    """Report the facts that a file other than .safetensors cannot store."""
+    if facts:
+        listener.note(f"{out.suffix} cannot store {', '.join(facts)}; .safetensors can")
 
 
 def comparison_images(encoder: TokenEncoder) -> Tensor:
@@ -203,15 +220,7 @@ def export_timm(
             f"--to timm: {architecture.name} lacks the norm that timm's models have after the last block; use --to onnx"
         )
     name = timm_name(encoder)
-
-    def write(file: Path) -> None:
-        if out.suffix == ".safetensors":
-            save_encoder(file, encoder, facts)
-            return
-        torch.save(plain_state(encoder), file)
-        if facts:
-            (listener or Silent()).note(f"{out.suffix} cannot store {', '.join(facts)}; .safetensors can")
-
+    write = partial(write_encoder, out, encoder, facts, listener)
     difference = write_verified(
         out, partial(features_by_name, encoder), write, lambda file: _read_by_timm(file, encoder, name), listener
     )

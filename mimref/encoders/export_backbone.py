@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
-from mimref.encoders.checkpoints import save_encoder
-from mimref.encoders.export import ENDINGS, Export, comparison_images, write_verified
+from mimref.encoders.export import ENDINGS, Export, comparison_images, write_encoder, write_verified
 from mimref.encoders.timm_models import build_options, features_of_blocks, native_size
 from mimref.files import check_new_file
-from mimref.progress import Listener, Silent
+from mimref.progress import Listener
 
 
 def export_backbone(
@@ -30,19 +29,12 @@ def export_backbone(
     check_new_file(out, ENDINGS["timm"], force)
     name, options = timm_model(encoder.architecture)
 
-    def write(file: Path) -> None:
-        if out.suffix == ".safetensors":
-            save_encoder(file, encoder, facts)
-            return
-        torch.save({key: tensor.clone() for key, tensor in encoder.model.state_dict().items()}, file)
-        if facts:
-            (listener or Silent()).note(f"{out.suffix} cannot store {', '.join(facts)}; .safetensors can")
-
     def read(file: Path) -> dict[str, Tensor]:
         model = timm.create_model(name, checkpoint_path=str(file), num_classes=0, **options)
         with torch.inference_mode():
             return features_of_blocks(model, comparison_images(encoder))
 
+    write = partial(write_encoder, out, encoder, facts, listener)
     difference = write_verified(out, partial(own_features, encoder), write, read, listener)
     chosen = "".join(f", {key}={value!r}" for key, value in ({"num_classes": 0} | options).items())
     return Export(out, difference, f"timm.create_model({name!r}, checkpoint_path={str(out)!r}{chosen})", name)

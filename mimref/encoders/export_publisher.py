@@ -12,7 +12,7 @@ from torch import Tensor
 from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, TokenEncoder
 from mimref.encoders.checkpoints import encoder_from, read_checkpoint
-from mimref.encoders.export import ENDINGS, Export, write_verified
+from mimref.encoders.export import ENDINGS, Export, note_lost, write_verified
 from mimref.encoders.export_backbone import own_features
 from mimref.encoders.families.publishing import container_of, published_state, publisher_layout
 from mimref.encoders.writing import write_safetensors
@@ -54,8 +54,7 @@ def export_publisher(
             write_safetensors(file, state, facts)
             return
         torch.save({container: state} if container else state, file)
-        if facts:
-            listener.note(f"{out.suffix} cannot store {', '.join(facts)}; .safetensors can")
+        note_lost(out, facts, listener)
 
     read = partial(_read, encoder=encoder)
     difference = write_verified(out, partial(own_features, encoder), write, read, listener)

@@ -54,7 +54,7 @@ def extract_to_file(
     if not end_group():
         return ()
     images = Collection(inputs, list(opened.sources))
-    if out.suffix.lower() == ".npz":
+    if out.suffix == ".npz":
         return _write_arrays(out, images, [columns for _, columns in groups], every)
     single = len(groups) == 1
     vectors = {"x" if single else f"block_{where['blocks']}": columns for where, columns in groups}
@@ -64,7 +64,7 @@ def extract_to_file(
 
 
 def _check_out(out: Path, force: bool) -> None:
-    if out.suffix.lower() != ".lance":
+    if out.suffix != ".lance":
         check_new_file(out, ENDINGS, force)
         return
     import_lance()
@@ -116,7 +116,7 @@ def _write_table(out: Path, images: Collection, vectors: Vectors, listener: List
         yield first
         yield from batches
 
-    if out.suffix.lower() == ".lance":
+    if out.suffix == ".lance":
         with atomic_folder(out) as temporary:
             reader = pyarrow.RecordBatchReader.from_batches(first.schema, all_batches())
             import_lance().write_dataset(reader, temporary)

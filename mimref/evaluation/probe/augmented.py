@@ -35,9 +35,17 @@ def probe_inputs(
         cls = [Column(block, first, final_norm and (norm_any_block or block == depth)) for block in numbers]
         return cls + [Column(depth, part, final_norm) for part in more]
 
-    groups = {"last": [depth]} | ({"last4": list(range(depth - 3, depth + 1))} if depth >= 4 else {})
-    wanted = {name: numbers for name, numbers in groups.items() if blocks in ("both", name)}
-    if not wanted:
-        raise ConfigError(f"probe.blocks 'last4': there are only {depth} blocks; use probe.blocks='last'")
     pools = ["cls", "cls+mean"] if has_cls_token else ["mean"]
-    return {ProbeInput(name, pool): columns(numbers, pool) for name, numbers in wanted.items() for pool in pools}
+    return {
+        ProbeInput(name, pool): columns(numbers, pool)
+        for name, numbers in chosen_blocks(depth, blocks).items()
+        for pool in pools
+    }
+
+
+def chosen_blocks(depth: int, blocks: str) -> dict[str, list[int]]:
+    """Return the numbers of `last` and `last4`, or of the one that is named. Raises ConfigError below four blocks."""
+    if depth < 4 and blocks == "last4":
+        raise ConfigError(f"probe.blocks 'last4': there are only {depth} blocks; use probe.blocks='last'")
+    groups = {"last": [depth]} | ({"last4": list(range(depth - 3, depth + 1))} if depth >= 4 else {})
+    return {name: numbers for name, numbers in groups.items() if blocks in ("both", name)}

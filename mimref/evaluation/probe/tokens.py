@@ -7,6 +7,7 @@ from mimref.data.sources import Split
 from mimref.encoders.backbones import patch_shapes
 from mimref.errors import ConfigError
 from mimref.evaluation.probe.attentive import TokenShape
+from mimref.evaluation.probe.augmented import chosen_blocks
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
 from mimref.evaluation.probe.grid import ProbeInput
 from mimref.features.cache.partial import DTYPES
@@ -38,10 +39,7 @@ def token_inputs(inputs: EncoderInputs, settings: ProbeTrainingConfig, final_nor
     if settings.tokens == "cls+patch" and not inputs.has_cls_token:
         name = inputs.architecture.name
         raise ConfigError(f"probe.tokens 'cls+patch': {name} has no CLS token; use probe.tokens='patch'")
-    if settings.blocks == "last4" and depth < 4:
-        raise ConfigError(f"probe.blocks 'last4': there are only {depth} blocks; use probe.blocks='last'")
-    chosen = {"last": [depth]} | ({"last4": list(range(depth - 3, depth + 1))} if depth >= 4 else {})
-    blocks = {name: numbers for name, numbers in chosen.items() if settings.blocks in ("both", name)}
+    blocks = chosen_blocks(depth, settings.blocks)
     pools = ["patch", "cls+patch"] if settings.tokens == "both" else [settings.tokens]
     if not inputs.has_cls_token:
         pools = ["patch"]
