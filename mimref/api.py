@@ -1,10 +1,10 @@
 """Functions that load encoders and extract features, for scripts and notebooks."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mimref.config.base import DataConfig, Interpolation, ReadingConfig
 from mimref.config.load import validated
+from mimref.data.decode import skipped_line
 from mimref.data.given import GivenSource
 from mimref.data.open import open_source
 from mimref.data.pixels import Decoding
@@ -22,7 +23,8 @@ from mimref.encoders.backbones import TimmBackbone
 from mimref.encoders.channels import ChannelInit, for_images
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Encoder
-from mimref.errors import DataError
+from mimref.errors import ConfigError, DataError
+from mimref.features.config import EncoderPassConfig
 from mimref.features.encode import PassSettings, columns_of
 from mimref.features.encode import extract as extract_features
 from mimref.features.header import eval_transform, resolve_data, with_channels, with_statistics
@@ -79,11 +81,13 @@ def load(
     `mimref.data.statistics.channel_statistics` measures mean and std.
     Raises CheckpointError for a file that holds no encoder, ConfigError for names and sizes that do not fit.
     """
+    validated(EncoderPassConfig, {"resolution": resolution})
     hints = {"num_heads": num_heads, "part": part, "grid": grid, "interpolation": interpolation}
     hints["channel_init"] = channel_init
     checkpoint = read_checkpoint(path, validated(ReadingConfig, hints))
     architecture = choose_architecture(checkpoint, arch, source, resolution)
     header = checkpoint.header
+    mean, std = (each if each is None else [float(value) for value in each] for each in (mean, std))
     given = {"spec": "images", "channels": channels, "mean": mean, "std": std}
     data = with_channels(resolve_data(validated(DataConfig, given), header), architecture)
     architecture = for_images(architecture, data.channels)
@@ -112,8 +116,14 @@ def extract(
 
     data: a value of `--data`, or uint8 images (N, H, W) or (N, 3, H, W); for an encoder with `channels` C, images
     (N, C, H, W) as uint8, uint16, or floats from 0 to 1. blocks: 1-based; None: the last. pool: `cls`, `mean` or
-    `cls+mean`. Raises DataError for unusable images, ConfigError for a block, device or precision that does not exist.
+    `cls+mean`. A warning names images that cannot be read; they have no row. Raises DataError for unusable images,
+    ConfigError for a block, device or precision that does not exist, and for other values that are not valid.
     """
+    validated(EncoderPassConfig, {"batch_size": batch_size, "workers": workers})
+    if split not in get_args(Split):
+        raise ConfigError(f"split {split!r}: choose from {', '.join(get_args(Split))}")
+    if blocks is not None and (isinstance(blocks, str) or not isinstance(blocks, Iterable)):
+        raise ConfigError(f"blocks {blocks!r}: pass a list of numbers, such as [{encoder.model.depth}]")
     images = _open(data, split, encoder)
     target, home = resolve_device(device), next(encoder.model.parameters()).device
     max_bad = (data if isinstance(data, DataConfig) else DataConfig()).max_bad
@@ -126,7 +136,7 @@ def extract(
         found = extract_features(encoder.model.to(target), images, settings, columns, progress=progress)
     finally:
         encoder.model.to(home)
-    for notice in images.peculiarities():
+    for notice in [*images.peculiarities(), *([skipped_line(found.bad)] if found.bad else [])]:
         warnings.warn(notice, stacklevel=2)
     return ExtractedFeatures(found.stacked(groups), found.y, [images.path(int(index)) for index in found.indices])
 
@@ -144,6 +154,8 @@ def _open(
             warnings.warn(notice, stacklevel=3)
         return source
     if not isinstance(data, np.ndarray | torch.Tensor):
+        if not hasattr(data, "peculiarities"):
+            raise ConfigError(f"data of type {type(data).__name__}: pass a value of --data, an array or a DataConfig")
         return data
     images = np.asarray(data)
     if encoder.channels is not None:

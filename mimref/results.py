@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,8 +85,14 @@ def named(rows: Sequence[Row], model: str, where: Row) -> list[Row]:
     return [{"model": model, "metric": row["metric"], "value": row["value"], **where, **row} for row in rows]
 
 
+_WRITTEN = ("results.csv", "results.md", "exhibits.json", "assignments.csv", "report.html")
+
+
 def check_folder(out: Path, force: bool) -> None:
-    """Raise OutputError for a folder that holds results (unless `force`) or an unfinished run, or is not writable."""
+    """Raise OutputError for a folder that holds results or files of their names (unless `force`), or an unfinished run.
+
+    Also raised for a folder that cannot be written.
+    """
     check_writable(out)
     if (out / "results.json").exists():
         if not force:
@@ -93,6 +100,8 @@ def check_folder(out: Path, force: bool) -> None:
     elif (out / "metrics.jsonl").exists():
         # New results would look like those of that run.
         raise OutputError(f"{out}: holds an unfinished run of refine or pretrain; choose another --out")
+    elif not force and (found := next((name for name in _WRITTEN if os.path.lexists(out / name)), None)):
+        raise OutputError(f"{out}: holds {found}, but no results.json; choose another --out, or --force to replace it")
 
 
 def write_results(

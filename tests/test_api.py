@@ -92,6 +92,27 @@ def test_words_that_mean_nothing_are_refused(weights: Path, tmp_path: Path) -> N
         mimref.extract(loaded, DataConfig(spec=str(data), max_bad=0), device="cpu", workers=0)
 
 
+def test_images_left_out_are_named_and_values_are_checked(weights: Path, tmp_path: Path) -> None:
+    data, loaded = write_unlabelled(tmp_path), mimref.load(weights, mean=np.full(3, 0.5), std=np.full(3, 0.2))
+    (tmp_path / "000.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="1 unreadable image skipped: .*000.png"):
+        found = mimref.extract(loaded, data, split="train", device="cpu", workers=0)
+    assert len(found.x) == len(found.paths) == len(list(tmp_path.iterdir())) - 1
+    for wrong in (
+        {"batch_size": 0},
+        {"batch_size": 2.5},
+        {"workers": -1},
+        {"split": "foo"},
+        {"blocks": "last"},
+        {"blocks": 5},
+    ):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            mimref.extract(loaded, data, **{"split": "train", "device": "cpu", **wrong})
+    for unknown in (None, [np.zeros((8, 8, 3), np.uint8)]):
+        with pytest.raises(ConfigError, match="data of type"):
+            mimref.extract(loaded, unknown, device="cpu")
+
+
 def test_evaluations_of_arrays() -> None:
     rng = np.random.default_rng(0)
     y = np.arange(60) % 3

@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from timm.models._manipulate import adapt_input_conv
 
 from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
-from mimref.encoders.channels import ChannelRule, fit_channels, for_images
+from mimref.encoders.channels import ChannelRule, first_channels, fit_channels, for_images
 from mimref.encoders.checkpoints import encoder_from, read_checkpoint
 from mimref.errors import ConfigError
 from tests.tiny import ARCHITECTURE, write_weights
@@ -97,3 +98,16 @@ def test_gray_encoders_take_colour_as_they_are() -> None:
     gray = replace(ARCHITECTURE, channels=1)
     assert for_images(gray, 3) is gray and for_images(gray, None) is gray
     assert for_images(gray, 4).channels == 4 and for_images(ARCHITECTURE, 1) == gray
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nf_regnet_b0", "vitamin_small_224", "visformer_tiny", "vit_tiny_r_s16_p8_224", "nextvit_small", "pnasnet5large",
+     "repvgg_d2se", "convnext_atto", "swin_tiny_patch4_window7_224", "test_vit"],
+)  # fmt: skip
+def test_the_images_channels_whatever_the_order_of_the_tensors(name: str) -> None:
+    """Files ending in .safetensors list their tensors by name, others as the model does."""
+    for channels in (1, 3, 13) if name != "pnasnet5large" else (3,):
+        with torch.device("meta"):
+            tensors = timm.create_model(name, in_chans=channels).state_dict()
+        assert first_channels(tensors) == first_channels(dict(sorted(tensors.items()))) == channels

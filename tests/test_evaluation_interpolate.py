@@ -1,6 +1,7 @@
 """Weight averages between a base and a refined encoder."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from sklearn.model_selection import train_test_split
 
 import mimref
 from mimref.cli import run
+from mimref.config import load
 from mimref.config.base import DataConfig
 from mimref.data import sources
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, Split, Subset
 from mimref.encoders.checkpoints import read_checkpoint, save_encoder
 from mimref.encoders.vit import Architecture, build_encoder
+from mimref.errors import ConfigError, OutputError
 from mimref.evaluation import interpolate as module
 from mimref.evaluation.assess.config import AssessConfig
 from mimref.evaluation.assess.protocol import assess
@@ -229,3 +232,30 @@ def test_mistakes_of_choices(ends: tuple[Path, Path], tmp_path: Path, capsys: py
     assert run([*line, "best", "--data", str(few)]) == 2
     assert "--choose best: expected" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("choose", [None, "assess"])
+def test_files_in_the_folder_are_kept(choose: str | None, tmp_path: Path) -> None:
+    ends = {
+        "base": str(write_weights(tmp_path / "a.safetensors")),
+        "refined": str(tmp_path / "mine/encoder.safetensors"),
+    }
+    (tmp_path / "mine").mkdir()
+    name = "encoder.safetensors" if choose else "alpha-0.5.safetensors"
+    write_weights(tmp_path / "mine" / "encoder.safetensors", seed=1)
+    content = (tmp_path / "mine" / "encoder.safetensors").read_bytes()
+    (tmp_path / "mine" / "alpha-0.5.safetensors").write_bytes(b"precious")
+    config = load.validated(InterpolateConfig, ends | {"alpha": [0.5], "choose": choose, "data": {"spec": "digits"}})
+    with pytest.raises(OutputError, match=name):
+        module.interpolate(config, tmp_path / "mine")
+    with pytest.raises(OutputError, match="one of the encoders") if choose else nullcontext():
+        own = config.data if choose else DataConfig()
+        module.interpolate(config.model_copy(update={"data": own}), tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / "encoder.safetensors").read_bytes() == content
+    kept = (tmp_path / "mine" / "alpha-0.5.safetensors").read_bytes() == b"precious"
+    assert kept == bool(choose)  # --force replaces what it names, and never an input
+
+
+def test_alphas_with_the_same_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="name each once"):
+        load.validated(InterpolateConfig, {"base": "a", "refined": "b", "alpha": [0.1234567, 0.1234568]})

@@ -213,3 +213,11 @@ def test_public_data() -> None:
     private = ("/data/x", "images", "list:/a.csv", "hf:/a/b", "wds:/x/{0..3}.tar", "hf:a/b/c/d")
     assert [is_public(spec) for spec in (*public, *private)] == [True] * len(public) + [False] * len(private)
     assert shareable_data(None) == {} and shareable_data({"spec": 3}) == {}
+
+
+def test_measures_without_labels_are_not_shown_as_accuracies() -> None:
+    rows: list[Any] = [{"model": "refined", "metric": "rankme", "value": 7.2, "images": 60}]
+    text = card(record=replace(RECORD, rows=rows))
+    assert "model-index" not in header_of(text)
+    assert "RankMe" in text and "Measures without labels" in text and "In percent" not in text
+    assert "In percent" in card() and "Measures without labels" not in card()

@@ -6,7 +6,10 @@ HEAD = 1024
 """Number of bytes that `what_is` needs."""
 _CONVERT = "convert it to JPEG or PNG"
 _FOREIGN = f"which Pillow cannot read; {_CONVERT}"
-_TIFF = f"TIFF of a kind that Pillow cannot read (many channels, a camera's raw file) or damaged; {_CONVERT}"
+_TIFF = (
+    "TIFF of a kind that Pillow cannot read (many channels, a camera's raw file) or damaged; pass --channels N for N "
+    f"channels, or {_CONVERT}"
+)
 _BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), f"AVIF, which this version of Pillow cannot read; {_CONVERT}"),
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), f"HEIC, {_FOREIGN}"),

@@ -76,11 +76,20 @@ def for_images(architecture: A, channels: int | None) -> A:
 def first_channels(tensors: Mapping[str, Tensor]) -> int:
     """Return the number of image channels of a foreign file: that of its patch embedding or stem, 3 if it has none.
 
-    Position embeddings may have four axes too, but their first has length 1.
+    The result does not depend on the order of the tensors, which .safetensors sorts by name. Position embeddings have
+    four axes too, but their first has length 1; a gain per channel (C, 1, 1, 1) is not a convolution.
     """
-    named = (tensor for name, tensor in tensors.items() if "embed" in name or "stem" in name)
-    kernels = (each for each in named if each.ndim == 4 and len(each) > 1 and each.shape[2] == each.shape[3])
-    return next((kernel.shape[1] for kernel in kernels), 3)
+    kernels = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if ("embed" in name or "stem" in name) and not any(part in name for part in ("attn", "cell"))
+        if tensor.ndim == 4 and len(tensor) > 1 and tensor.shape[2] == tensor.shape[3] and tensor[0].numel() > 1
+    }
+
+    def depth(name: str) -> tuple[bool, bool]:
+        return any(part in name for part in ("stages", "blocks", "layers")), "stem" not in name
+
+    return kernels[min(kernels, key=depth)].shape[1] if kernels else 3
 
 
 def fit_channels(

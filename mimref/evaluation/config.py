@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mimref.config.base import CommandConfig, Numbers, ReadingConfig
 from mimref.evaluation.probe.config import ProbeTrainingConfig
@@ -59,3 +59,11 @@ class InterpolateConfig(CommandConfig):
     """Write only the best average. `knn`: by accuracy on a fifth of the training images, held out from the others.
     `assess`: without labels, by the measure that `mimref assess` ranks by, on training images. Of equal averages, the
     first is chosen. None: all averages are written."""
+
+    @field_validator("alpha")
+    @classmethod
+    def _check_alpha(cls, alpha: list[float]) -> list[float]:
+        names = [f"{each:g}" for each in alpha]  # of the files
+        if len(set(names)) < len(names):
+            raise ValueError(f"{','.join(names)}: name each once, with at most six digits")
+        return alpha

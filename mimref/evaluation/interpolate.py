@@ -15,7 +15,7 @@ from mimref.data.sources import ImageSource, Split
 from mimref.encoders.backbones import TimmBackbone, TokenEncoder
 from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.published import must_download
-from mimref.errors import CheckpointError, Checks
+from mimref.errors import CheckpointError, Checks, OutputError
 from mimref.evaluation.choice import best, by_knn, by_measure, check_held_out
 from mimref.evaluation.config import InterpolateConfig
 from mimref.evaluation.knn.config import KnnConfig
@@ -72,10 +72,13 @@ def interpolate(
     With `config.choose`, only the best average is written, as `encoder.safetensors`. The rows then hold, for every
     alpha, the score that decides, followed by the chosen average's k-NN accuracy on the validation images, if there are
     any; `images` names the images of each row. The choice does not read the validation images.
-    Raises CheckpointError for encoders of different shapes, OutputError for a folder that holds results.
+    Raises CheckpointError for encoders of different shapes, OutputError for a folder that holds results or such files
+    (unless `force`).
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
     checks.run("out", lambda: check_folder(out, force))
+    for name in _names(config) if checks.passed else ():
+        checks.run("out", partial(_check_file, out / name, config, force))
     check_device(config, checks)
     ends = _open(config, listener, checks)
     config = ends.config
@@ -86,6 +89,24 @@ def interpolate(
     elapsed_s = time.monotonic() - started
     write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows, bad_images=bad)
     return EvaluationResult(rows, elapsed_s, bad)
+
+
+def _names(config: InterpolateConfig) -> list[str]:
+    """Return the names of the files to write."""
+    return [CHOSEN] if config.choose else [_name(alpha) for alpha in config.alpha]
+
+
+def _name(alpha: float) -> str:
+    return f"alpha-{alpha:g}.safetensors"
+
+
+def _check_file(file: Path, config: InterpolateConfig, force: bool) -> None:
+    """Raise OutputError for a file that exists (unless `force`), or that is to be averaged."""
+    for path in map(Path, (config.base, config.refined)):
+        if file.exists() and any(each.exists() and each.samefile(file) for each in (path, path / CHOSEN)):
+            raise OutputError(f"{file}: is one of the encoders to average; choose another --out")
+    if file.exists() and not force:
+        raise OutputError(f"{file}: exists; choose another --out, or --force to replace it")
 
 
 def _open(config: InterpolateConfig, listener: Listener, checks: Checks) -> _Ends:
@@ -125,7 +146,7 @@ def _write_all(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row], l
     bad: list[tuple[str, str]] = []
     alphas = ends.config.alpha
     for done, alpha in enumerate(alphas, 1):
-        file = out / f"alpha-{alpha:g}.safetensors"
+        file = out / _name(alpha)
         ends.write(file, alpha)
         if ends.sources:
             found, bad = _validate(ends, file, alpha, listener)  # bad images are the same for every average
@@ -139,7 +160,7 @@ def _write_chosen(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row]
     alphas, by, rows = ends.config.alpha, ends.config.choose, list[Row]()
     with TemporaryDirectory(prefix="mimref-") as folder:
         for done, alpha in enumerate(alphas, 1):
-            file = Path(folder, f"alpha-{alpha:g}.safetensors")
+            file = Path(folder, _name(alpha))
             ends.write(file, alpha)
             if by == "knn":
                 measured = by_knn(file, ends.common, ends.sources["train"], listener)

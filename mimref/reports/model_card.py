@@ -11,6 +11,7 @@ from mimref import __version__
 from mimref.data.decode import printable
 from mimref.data.pixels import DECODING
 from mimref.encoders.vit import Architecture
+from mimref.evaluation.assess.verdicts import NAMES
 from mimref.reports.metrics import format_value, is_undefined, metric_label
 from mimref.results import Row
 from mimref.sharing.layout import Layout, Subject
@@ -78,6 +79,7 @@ def model_card(title: str, subject: Subject, layout: Layout, record: Record) -> 
         mean=Raw(subject.transform.mean),
         std=Raw(subject.transform.std),
         models=_models(record.rows),
+        labelled=any(row["metric"] not in NAMES for row in record.rows),
         table=_table(record.rows),
         rule=Raw("|---|" + "---:|" * len(_models(record.rows))),
         row_of=lambda cells: Raw("| " + " | ".join(map(escape_markdown, cells)) + " |"),
@@ -146,8 +148,9 @@ def _dataset(record: Record) -> str | None:
 
 
 def _metrics(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the metrics of the model itself that have a value."""
+    """Return the metrics of the model itself that have a value and are of a task: the hub compares models by them."""
     own = [row for row in rows if row.get("model", "refined") == "refined" and _has_value(row)]
+    own = [row for row in own if row["metric"] not in NAMES]
     return [
         {"type": str(row["metric"]), "name": metric_label(row, own), "value": round(float(row["value"]), 4)}
         for row in own

@@ -35,6 +35,9 @@ class AblationsConfig(RefineConfig):
             raise ValueError(f"stage = {self.stage!r}: the tables compare whole refinements; leave it out")
         if not self.evaluate.enabled or self.evaluate.shots != 1:
             raise ValueError("evaluate.enabled and evaluate.shots = 1 are needed: the tables show k-NN and 1-shot")
+        if self.loss.schedule != "constant" or self.loss.swap_negatives or self.encoder_stage.freeze_blocks:
+            varied = "loss.schedule, loss.swap_negatives and encoder_stage.freeze_blocks"
+            raise ValueError(f"{varied} are varied by the tables; leave them at constant, false and 0")
         if isinstance(self.heads.temperature, list):
             raise ValueError("heads.temperature is a list, but the tables change the number of heads; set one value")
         return self

@@ -9,9 +9,10 @@ from typing import Any
 from mimref.config.base import ReadingConfig, dump_config
 from mimref.config.load import load_config
 from mimref.devices import own_cores, resolve_device
-from mimref.errors import Checks
+from mimref.errors import Checks, ConfigError
 from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.evaluation.blocks.statistics import blocks_text
+from mimref.evaluation.compare import labelled_splits
 from mimref.features.config import CacheConfig
 from mimref.progress import LabelledProgress
 from mimref.refinement.config import RefineConfig
@@ -88,6 +89,10 @@ def make_suite(
     """
     checks = checks or Checks()
     plan = make_plan(config, progress, checks)
+    checks.run("data.spec", lambda: labelled_splits(plan.config.data, plan.source))
+    if (last := max(plan.blocks)) != plan.architecture.depth:
+        wrong = f"heads.blocks ends at block {last}; the tables' heads end at the last one, {plan.architecture.depth}"
+        checks.add("heads.blocks", ConfigError(wrong))
     checks.finish()
     lines = table_lines(plan.config, plan.architecture.depth, plan.blocks)
     default = _default(plan, out)

@@ -106,8 +106,18 @@ def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove an earlier suite, its results first, so that its remains cannot pass for a finished one."""
-    for name in ("results.json", "results.csv", "ablations.md", SETTINGS):
-        (out / name).unlink(missing_ok=True)
-    for name in _OUR_FOLDERS:
-        shutil.rmtree(out / name, ignore_errors=True)
+    """Remove an earlier suite and nothing else, its results first, so that its remains cannot pass for a finished one.
+
+    Raises OutputError if something cannot be removed.
+    """
+    try:
+        for name in ("results.json", "results.csv", "ablations.md"):
+            (out / name).unlink(missing_ok=True)
+        for settings in sorted((out / "settings").glob("*.toml")):
+            if (run := out / "runs" / settings.stem).exists():
+                shutil.rmtree(run)
+            (out / "logs" / f"{settings.stem}.txt").unlink(missing_ok=True)
+            settings.unlink()
+        (out / SETTINGS).unlink()
+    except OSError as error:
+        raise OutputError(f"{error.filename}: cannot be removed ({error.strerror}); choose another --out") from error

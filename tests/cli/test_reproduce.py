@@ -124,7 +124,14 @@ def test_folders_and_settings_that_do_not_fit(
     assert run([*words, "--set", "heads.temperature=0.4"]) == 2
     told = capsys.readouterr().err
     assert "default-seed0" in told and "heads.temperature: it was 0.3 and is now 0.4" in told and started == []
+    (mine := folder / "out" / "runs" / "mine").mkdir()
     assert run([*words, "--set", "heads.temperature=0.4", "--force"]) == 0 and len(started) == 4
+    assert mine.is_dir()  # --force replaces the suite's own runs
+    for varied in ("loss.schedule=one_hot", "loss.swap_negatives=true", "encoder_stage.freeze_blocks=1"):
+        assert run([*words, "--set", varied]) == 2
+        assert "varied by the tables" in capsys.readouterr().err
+    assert run([*words, "--set", "heads.blocks=2-3"]) == 2
+    assert "heads.blocks ends at block 3" in capsys.readouterr().err
     other = folder / "other"
     (other / "runs").mkdir(parents=True)
     assert run([*words[:-1], "--out", str(other)]) == 2
