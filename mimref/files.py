@@ -124,8 +124,10 @@ def check_new_folder(folder: Path, own: Sequence[str], force: bool, option: str 
 def atomic_folder(folder: Path, option: str = "--out") -> Iterator[Path]:
     """Yield a temporary folder beside `folder` that replaces it if the block ends without an error.
 
-    Whatever interrupts the write, `folder` is never half-written. Raises OutputError like `atomic_path`.
+    Whatever interrupts the write, `folder` is never half-written. If it is a link, the folder that it points to is
+    replaced. Raises OutputError like `atomic_path`.
     """
+    folder = folder.resolve() if folder.is_symlink() else folder
     ending = secrets.token_hex(4)
     temporary, old = (folder.parent / f".{folder.name}.{ending}.{kind}" for kind in ("tmp", "old"))
     try:

@@ -83,6 +83,18 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
     assert os.listdir(folder) == ["two"] and os.listdir(folder.parent) == ["folder"]
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_to_a_folder_stays_one(exists: bool, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real")
+    if exists:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "real" / "old").touch()
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "link").is_symlink() and sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["new"]
+
+
 def test_folders_for_new_files(tmp_path: Path) -> None:
     check_new_folder(tmp_path / "new", ["a"], force=False)
     check_new_folder(tmp_path, ["a"], force=False)

@@ -1,5 +1,6 @@
 """`mimref refine` and `mimref pretrain`."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 
 
 DRY_RUN = option("Print all settings and the reasons for them, sizes, steps and time; write nothing.")
+
+
+_PACKAGED = (
+    "without --weights, the packaged encoder of digits is refined, which is made for 16 pixels; for other images, pass "
+    "--weights, or pre-train an encoder with mimref pretrain"
+)
 
 
 class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume, panel="Training"):
@@ -78,6 +85,9 @@ class RefineOptions(Weights, MicroBatch, Shard, TrainingOptions, panel="Training
         preset = choose_refine_preset(self.preset, self.arch, self.source, self.weights, self.named_data)
         if preset is None and self.arch is None and self.weights is None:
             self.weights = "quickstart"
+            named = any(each.startswith("encoder.weights") for each in self.sets or ())
+            if not named and self.named_data not in (None, "digits") and os.environ.get("RANK", "0") == "0":
+                note(_PACKAGED, self)
         return preset
 
 

@@ -31,7 +31,10 @@ def check_access() -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise ConfigError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it")
-    if not get_token():
+    token = get_token()
+    if token and not (token.isascii() and token.isprintable()):  # it goes into a header
+        raise ConfigError("the token for the Hugging Face hub has characters that no token has; copy it again")
+    if not token:
         raise ConfigError(
             "no token for the Hugging Face hub: set HF_TOKEN to one with write access, or log in with `hf auth login`"
         )

@@ -105,6 +105,14 @@ def test_a_token_that_is_not_accepted(
     assert "does not accept the token" in line and "hf_wrong" not in line
 
 
+def test_a_token_that_was_copied_badly(
+    folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_ünï…")
+    line = refusal(capsys, str(folder), "me/tiny")
+    assert "characters that no token has" in line and "hf_" not in line and hub.requests == []
+
+
 def test_all_mistakes_at_once(
     hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -67,5 +67,6 @@ def test_images_of_ones_own_and_the_packaged_encoder(folder: Path, capsys: pytes
     data = str(folder / "data")
     for named in (["--data", data], ["--set", f"data.spec={data}"]):
         assert run(["refine", *named, "--dry-run", *SHORT]) == 0
-        text = capsys.readouterr().out
+        text, told = capsys.readouterr()
+        assert "the packaged encoder of digits is refined" in told
         assert "8 blocks of width 96" in text and "views.flip" not in text and "  batch_size  " in text
