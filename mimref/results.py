@@ -85,7 +85,7 @@ def named(rows: Sequence[Row], model: str, where: Row) -> list[Row]:
     return [{"model": model, "metric": row["metric"], "value": row["value"], **where, **row} for row in rows]
 
 
-_WRITTEN = ("results.csv", "results.md", "exhibits.json", "assignments.csv", "report.html")
+_WRITTEN = ("results.csv", "exhibits.json", "assignments.csv", "report.html")
 
 
 def check_folder(out: Path, force: bool) -> None:

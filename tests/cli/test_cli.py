@@ -212,7 +212,6 @@ MISTAKES = {
     "refine --epochs": ("--epochs",),
     "refine extra": ("extra",),
     "refin": ("'refin'", "'refine'"),
-    "presets": ("command",),
     "presets show": ("NAME",),
     "compare base.pth": ("REFINED",),
     "--wrong": ("--wrong",),
