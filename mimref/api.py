@@ -87,7 +87,6 @@ def load(
     checkpoint = read_checkpoint(path, validated(ReadingConfig, hints))
     architecture = choose_architecture(checkpoint, arch, source, resolution)
     header = checkpoint.header
-    mean, std = (each if each is None else [float(value) for value in each] for each in (mean, std))
     given = {"spec": "images", "channels": channels, "mean": mean, "std": std}
     data = with_channels(resolve_data(validated(DataConfig, given), header), architecture)
     architecture = for_images(architecture, data.channels)

@@ -120,14 +120,13 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return loaded[1], loaded[2]
 
     def _config(self) -> EncoderPassConfig:
-        mean, std = (each if each is None else [float(value) for value in each] for each in (self.mean, self.std))
         is_flag = self.cache is None or isinstance(self.cache, bool)
         folder = (None if self.cache else "off") if is_flag else str(self.cache)
         return validated(
             EncoderPassConfig,
             {
                 # The images in X; features must not lack any of them.
-                "data": {"spec": "X", "max_bad": 0, "channels": self.channels, "mean": mean, "std": std},
+                "data": {"spec": "X", "max_bad": 0, "channels": self.channels, "mean": self.mean, "std": self.std},
                 "cache": {"folder": folder, "keep_gb": 0.0},
                 "pool": self.pool,
                 "final_norm": self.final_norm,

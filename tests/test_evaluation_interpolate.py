@@ -257,5 +257,5 @@ def test_files_in_the_folder_are_kept(choose: str | None, tmp_path: Path) -> Non
 
 
 def test_alphas_with_the_same_name_are_refused() -> None:
-    with pytest.raises(ConfigError, match="name each once"):
+    with pytest.raises(ConfigError, match="expected each value once"):
         load.validated(InterpolateConfig, {"base": "a", "refined": "b", "alpha": [0.1234567, 0.1234568]})

@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 
 def _check_ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -36,8 +36,9 @@ PositiveRange = Annotated[tuple[Positive, Positive], Field(strict=False), AfterV
 PatchGrid = Annotated[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]], Field(strict=False)]
 Probabilities = Annotated[tuple[Fraction, Fraction, Fraction], Field(strict=False)]
 PixelRange = Annotated[str, AfterValidator(_check_range)]
-PerChannel = Annotated[tuple[float, ...], Field(strict=False, min_length=1)]
-PerChannelPositive = Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
+AsList = BeforeValidator(lambda value: value.tolist() if hasattr(value, "tolist") else value)  # arrays and tensors
+PerChannel = Annotated[tuple[float, ...], Field(strict=False, min_length=1), AsList]
+PerChannelPositive = Annotated[tuple[Positive, ...], Field(strict=False, min_length=1), AsList]
 Numbers = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
 Temperatures = Annotated[list[Positive], Field(min_length=1)]
 Interpolation = Literal["mae", "dino", "dinov2", "dinov2_reg", "timm", "torchvision", "mae_pytorch"]
@@ -58,7 +59,8 @@ class Section(BaseModel):
         if not isinstance(table, dict):
             return table
         optional = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
-        return {key: None if value == "none" and key in optional else value for key, value in table.items()}
+        absent = {key for key, value in table.items() if key in optional and isinstance(value, str) and value == "none"}
+        return {key: None if key in absent else value for key, value in table.items()}
 
 
 class ReadingConfig(Section):

@@ -65,5 +65,5 @@ class InterpolateConfig(CommandConfig):
     def _check_alpha(cls, alpha: list[float]) -> list[float]:
         names = [f"{each:g}" for each in alpha]  # of the files
         if len(set(names)) < len(names):
-            raise ValueError(f"{','.join(names)}: name each once, with at most six digits")
+            raise ValueError("each value once, with at most six digits")
         return alpha
