@@ -16,7 +16,7 @@ from mimref.data.given import GivenSource
 from mimref.data.pixels import Decoding
 from mimref.errors import CheckpointError, ConfigError
 from mimref.features.config import EncoderPassConfig
-from mimref.features.encode import Column, block_groups, columns_of, pooled_tokens
+from mimref.features.encode import Column, block_groups, pooled_tokens
 from mimref.features.inputs import EncoderInputs
 from mimref.progress import Listener
 
@@ -114,8 +114,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             if known is not None and inputs.checkpoint.fingerprint != known:
                 raise CheckpointError(f"{self.checkpoint}: these weights differ from the fitted ones; fit again")
             groups = block_groups(_blocks(self.blocks), inputs.depth)
-            of_groups = (columns_of(group, self.pool, self.final_norm, inputs.depth) for group in groups.values())
-            columns = list(dict.fromkeys(column for columns in of_groups for column in columns))
+            columns = list(dict.fromkeys(column for group in groups.values() for column in inputs.columns(group)))
             loaded = self.__dict__["_loaded"] = (settings, inputs, columns)
         return loaded[1], loaded[2]
 

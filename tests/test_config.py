@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from mimref.config.base import CommandConfig, dump_config
 from mimref.config.load import load_config
 from mimref.config.presets import choose_finetune_preset, choose_pretrain_preset, choose_refine_preset
-from mimref.errors import ConfigError
+from mimref.errors import ConfigError, UserErrors
 from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.pretraining.config import PretrainConfig
@@ -145,6 +145,15 @@ def test_dumped_config_reads_back_equal(tmp_path: Any) -> None:
     path = tmp_path / "config.toml"
     path.write_text(dump_config(config), encoding="utf-8")
     assert load_config(RefineConfig, str(path)) == config.model_copy(update={"preset": str(path)})
+
+
+def test_mistakes_in_a_file_name_it(tmp_path: Any) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("seed = true\nlr = 1\n[heads]\nqueue_size = 5\ntemperature = 0.2\n")
+    with pytest.raises(UserErrors) as raised:
+        load_config(RefineConfig, str(path), {"heads.temperature": -1.0}, ["heads.queue_size=x"])
+    found = [str(error) for error in raised.value.errors]
+    assert len(found) == 4 and all(line.startswith(f"{path}: ") == ("heads." not in line) for line in found), found
 
 
 def test_dumped_config_keeps_the_name_of_its_preset(tmp_path: Any) -> None:

@@ -1,6 +1,7 @@
 """`mimref knn` from a checkpoint to rows: mimref's own files, MAE's layout, timm's state dicts."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError, UserError
+from mimref.evaluation.assess.config import AssessConfig
+from mimref.evaluation.assess.protocol import assess
+from mimref.evaluation.blocks.config import BlocksConfig
+from mimref.evaluation.blocks.protocol import evaluate_blocks
+from mimref.evaluation.compare import compare_encoders
+from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn, knn
 from mimref.features.encode import PassSettings, block_groups, columns_of, extract
@@ -193,6 +200,19 @@ def test_other_backbones(images: Path, tmp_path: Path) -> None:
     assert len(listener.notes) == 1 and "test_convnext has no CLS token" in listener.notes[0]
     four = evaluate_knn(config(tmp_path / "convnext.safetensors", blocks="last4", k=[3], **settings))
     assert [row["blocks"] for row in four.rows] == ["last4"]
+    # Rows record what was pooled, not what was asked for.
+    common: dict[str, Any] = {"device": "cpu", "workers": 0, "pool": "cls+mean"} | settings
+    path = str(tmp_path / "convnext.safetensors")
+    other = shutil.copy(path, tmp_path / "other.safetensors")
+    compared = CompareConfig(**common, base=path, refined=[str(other)], protocols=["knn"], k=3)
+    for found in (
+        result,
+        evaluate_knn(config(path, k=[3], pool="cls+mean", **settings)),
+        evaluate_blocks(BlocksConfig(**common, checkpoints=[path], k=3)),
+        assess(AssessConfig(**common, checkpoints=[path])),
+        compare_encoders(compared),
+    ):
+        assert found.rows and all(row["pool"] == "mean" for row in found.rows)
     with pytest.raises(ConfigError, match=f"block 6 does not exist; the encoder has blocks 1 to {depth}"):
         evaluate_knn(config(tmp_path / "convnext.safetensors", blocks="6", **settings))
 

@@ -29,8 +29,8 @@ def ablations(options: AblationsOptions) -> None:
     """Reproduce the ablations of Table 1 at a small scale.
 
     Refines one encoder with every setting of Table 1 (a) to (f), several runs at a time, and shows each result beside
-    the paper's. A run that several tables share runs once. After an interruption, the same command continues; more
-    tables or seeds add their runs. Settings given with --set apply to all runs.
+    the paper's. A run that several tables share runs once. After an interruption, the same command continues; other
+    tables or seeds add their runs, and earlier ones stay in the results. Settings given with --set apply to all runs.
 
     Examples:
       mimref reproduce ablations --preset quickstart --seeds 0 --tables a,e --dry-run
@@ -54,7 +54,7 @@ def ablations(options: AblationsOptions) -> None:
             config, out, resume=options.resume, force=options.force, listener=terminal, checks=options.checks
         )
     command = f"mimref {shlex.join(sys.argv[1:])}"
-    page = ablations_page(result, config.seeds, command)
+    page = ablations_page(result, command)
     write_bytes(out / "ablations.md", page.encode())
     print_ablations(result.rows)
     with figure(out / "blocks-light.svg", options):

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -51,7 +51,7 @@ def load_config(
     if "preset" in collected.unusable:
         # The other settings would come from the unknown preset.
         collected.unusable |= setting_fields(model).keys() - given
-    config = _usable(model, table, collected)
+    config = _usable(model, table, collected, preset, given)
     config._given = frozenset(given)
     if checks is None:
         collected.finish()
@@ -63,13 +63,18 @@ def _preset_table(preset: str, command: str) -> Table:
     return {"preset": name} | read_preset(path, command)
 
 
-def _usable(model: type[C], table: Table, checks: Checks) -> C:
-    """Return the settings without the invalid ones, whose errors `checks` collects."""
+def _usable(model: type[C], table: Table, checks: Checks, preset: str | None, given: Set[str]) -> C:
+    """Return the settings without the invalid ones, whose errors `checks` collects.
+
+    given: keys of settings whose values are not the preset's.
+    """
     while True:
         try:
             return model.model_validate(table)
         except ValidationError as error:
             mistakes = _mistakes(error, model, table, checks.typed)
+        if preset is not None and preset.endswith(".toml"):
+            mistakes = [(keys, message if given & {*keys} else f"{preset}: {message}") for keys, message in mistakes]
         less = table
         for keys, message in mistakes:
             if checks.unusable.isdisjoint(keys):

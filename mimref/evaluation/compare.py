@@ -19,7 +19,7 @@ from mimref.evaluation.knn.protocol import check_neighbours, knn
 from mimref.evaluation.lowshot.protocol import check_shots, default_splits, load_solver, lowshot
 from mimref.evaluation.metrics import check_labels, labelled, number_labels
 from mimref.evaluation.probe.protocol import input_columns, probe_features
-from mimref.features.encode import PIXELS, Column, Features, PassSettings, columns_of, extract, raw_pixels
+from mimref.features.encode import PIXELS, Column, Features, PassSettings, extract, raw_pixels
 from mimref.features.inputs import EncoderInputs
 from mimref.features.opening import Opened, open_encoders
 from mimref.progress import LabelledProgress, Listener, Silent
@@ -80,7 +80,7 @@ def compare_encoders(
     _check(config, found_inputs[0], checks)
     opened = [inputs for each in found_inputs if isinstance(inputs := each.inputs, EncoderInputs)]
     config = config.model_copy(update={"data": opened[0].data})
-    last = [columns_of([inputs.depth], config.pool, config.final_norm, inputs.depth) for inputs in opened]
+    last = [inputs.columns([inputs.depth]) for inputs in opened]
     for inputs, columns in zip(opened, last, strict=True):
         of_probe = input_columns(inputs, config.probe).values() if "probe" in config.protocols else ()
         inputs.prepare([*columns, *(column for group in of_probe for column in group)])
@@ -95,7 +95,7 @@ def compare_encoders(
             else:
                 pair = inputs.features("train"), inputs.features("val")
                 found, run = measure(protocol, inputs.name, pair, columns, config, listener.progress)
-                rows += named(found, inputs.name, {"blocks": "last", "pool": config.pool})
+                rows += named(found, inputs.name, {"blocks": "last", "pool": inputs.pool})
                 best = run if protocol == "cluster" else best
         if exhibits:
             pair = inputs.features("train"), inputs.features("val")
@@ -213,7 +213,8 @@ def before_after(
 
     add("raw pixels", [raw_pixels(source, settings) for source in images], PIXELS, {})
     for name, encoder in encoders:
-        last, report = Column(encoder.depth, "cls"), partial(progress, f"features of {name}")
+        last = Column(encoder.depth, "cls" if encoder.has_cls_token else "mean")
+        report = partial(progress, f"features of {name}")
         pair = [extract(encoder, source, settings, [last], progress=report) for source in images]
-        add(name, pair, last, {"blocks": "last", "pool": "cls"})
+        add(name, pair, last, {"blocks": "last", "pool": last.pool})
     return rows, bad

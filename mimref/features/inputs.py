@@ -5,7 +5,7 @@ needed, and for which columns. The other ranks wait for its decision, and read w
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -82,7 +82,9 @@ class EncoderInputs:
             _ = self.settings  # finds a damaged record now; other channels may have to be measured first
         self.views: Features | None = None
         """Result of `prepare_views`, on rank 0."""
-        if config.pool != "mean" and not self.has_cls_token:
+        self.pool = config.pool if self.has_cls_token else "mean"
+        """Pooling of the features, as rows record it."""
+        if self.pool != config.pool:
             listener.note(f"{self.architecture.name} has no CLS token; the mean of its patch tokens replaces it")
 
     @cached_property
@@ -122,6 +124,10 @@ class EncoderInputs:
     def has_cls_token(self) -> bool:
         """Whether `cls` and `mean` differ."""
         return self.architecture.class_token
+
+    def columns(self, blocks: Iterable[int]) -> list[Column]:
+        """Return the columns of blocks, pooled and normed as the settings ask."""
+        return columns_of(list(blocks), self.pool, self.config.final_norm, self.depth)
 
     def with_images(self, source: ImageSource) -> "EncoderInputs":
         """Return a copy with the same encoder, already read, and other images as validation images."""
@@ -310,8 +316,7 @@ def column_groups(config: EvaluationConfig, inputs: Inputs | None, checks: Check
             # A file does not record the block or pooling of its single column.
             groups.append(({"blocks": name} if inputs.depth > 1 else {}, [Column(block, "cls") for block in blocks]))
         else:
-            columns = columns_of(blocks, config.pool, config.final_norm, inputs.depth)
-            groups.append(({"blocks": name, "pool": config.pool}, columns))
+            groups.append(({"blocks": name, "pool": inputs.pool}, inputs.columns(blocks)))
     return groups
 
 

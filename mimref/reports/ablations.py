@@ -35,7 +35,7 @@ def print_ablations(rows: Sequence[Row]) -> None:
         console.print()
 
 
-def ablations_page(result: AblationsResult, seeds: Sequence[int], command: str) -> str:
+def ablations_page(result: AblationsResult, command: str) -> str:
     """Return a Markdown page: command, agreement, before and after, curves, tables, and the images left out."""
     rows, config = result.rows, result.suite.plan.config
     text = [
@@ -43,8 +43,8 @@ def ablations_page(result: AblationsResult, seeds: Sequence[int], command: str) 
         "",
         f"```bash\n{command}\n```",
         "",
-        f"Seeds {', '.join(map(str, seeds))}; {readable(result.elapsed_s)} of training in all runs together. Values "
-        "are means over the seeds, with the range; differences are between runs with the same seed.",
+        f"Seeds {', '.join(map(str, result.suite.seeds))}; {readable(result.elapsed_s)} of training in all runs "
+        "together. Values are means over the seeds, with the range; differences are between runs with the same seed.",
         "The paper's results are for data2vec 2.0 ViT-L/16 on ImageNet-1K (Table 1), ours for "
         f"{config.encoder.weights or config.encoder.arch} on {config.data.spec}.",
         "",

@@ -112,6 +112,17 @@ def make_suite(
     )  # fmt: skip
 
 
+def runs_of(suite: Suite, config: AblationsConfig) -> list[Run]:
+    """Return the runs of a suite that the tables and seeds in `config` need."""
+    names = {
+        DEFAULT,
+        *(name for line, name in zip(suite.lines, suite.names, strict=True) if line.table in config.tables),
+    }
+    wanted = {run_name(name, seed) for name in names for seed in config.seeds}
+    base = suite.curves[0]
+    return [run for run in suite.runs if run is base or run.name.removeprefix("blocks-") in wanted]
+
+
 def _default(plan: Plan, out: Path) -> RefineConfig:
     """Return the settings that the process of the default refinement receives."""
     config = with_absolute_paths(refine_settings(plan.config))

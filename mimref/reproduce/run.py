@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimref.config.base import dump_config
+from mimref.config.load import load_config
 from mimref.data.decode import skipped_line
 from mimref.devices import resolve_device
 from mimref.distributed.group import world_size
@@ -19,7 +20,7 @@ from mimref.locks import folder_lock
 from mimref.progress import Listener, Silent
 from mimref.reproduce.config import AblationsConfig
 from mimref.reproduce.jobs import RunFailed, run_jobs
-from mimref.reproduce.plan import Suite, check_earlier, free_cores, make_suite
+from mimref.reproduce.plan import Suite, check_earlier, free_cores, make_suite, runs_of
 from mimref.reproduce.summary import skipped_images, summarise
 from mimref.results import Row, Tabular, write_results
 from mimref.training.signals import stop_signal
@@ -55,33 +56,35 @@ def run_ablations(
 ) -> AblationsResult:
     """Run everything that the tables need and that has no results yet, and write the results of all runs.
 
-    The same call continues an interrupted suite; with more tables or seeds, it adds their runs. A run that fails is
-    reported in `failed`, and the others still run. Raises subclasses of UserError before anything runs, with one error
-    for all mistakes: for settings that no refinement can have, or that differ from those of earlier runs in `out`.
-    resume: `out` must hold a suite. force: run everything again.
+    The same call continues an interrupted suite; with other tables or seeds, it adds their runs to the results. A run
+    that fails is reported in `failed`, and the others still run. Raises subclasses of UserError before anything runs,
+    with one error for all mistakes: for settings that no refinement can have, or that differ from those of earlier runs
+    in `out`. resume: `out` must hold a suite. force: run everything again.
     """
     listener, checks = listener or Silent(), checks or Checks()
     if world_size() > 1:
         checks.add("jobs", ConfigError("a suite starts its runs itself; start it without torchrun"))
     checks.run("out", lambda: _check_folder(out, resume=resume, force=force))
-    suite = make_suite(config, out, listener.progress, checks)
+    whole = config if force else checks.run("out", lambda: _with_earlier(config, out)) or config
+    suite = make_suite(whole, out, listener.progress, checks)
     if not force:
         checks.run("sets", lambda: check_earlier(suite))
     checks.finish()
     with stop_signal(), folder_lock(out):
         if force and (out / SETTINGS).is_file():
             _clear(out)
-        write_bytes(out / SETTINGS, dump_config(config, defaults=False).encode())
+        write_bytes(out / SETTINGS, dump_config(whole, defaults=False).encode())
         for notice in (*suite.plan.notices, *suite.plan.derived):
             listener.note(str(notice))
-        unfinished = [run for run in suite.runs if not run.finished]
-        listener.note(f"{len(suite.runs)} runs, of which {len(suite.runs) - len(unfinished)} are finished")
+        wanted = runs_of(suite, config)
+        unfinished = [run for run in wanted if not run.finished]
+        listener.note(f"{len(wanted)} runs, of which {len(wanted) - len(unfinished)} are finished")
         failed = run_jobs(unfinished, jobs_of(config), listener)
         rows, elapsed_s = summarise(suite)
         bad_images = skipped_images(suite)
         if bad_images:
             listener.warn(skipped_line(bad_images))
-        write_results(out, COMMAND, config.model_dump(mode="json"), elapsed_s, rows, bad_images=bad_images)
+        write_results(out, COMMAND, whole.model_dump(mode="json"), elapsed_s, rows, bad_images=bad_images)
     return AblationsResult(rows, elapsed_s, failed, suite, bad_images)
 
 
@@ -90,6 +93,15 @@ def jobs_of(config: AblationsConfig) -> int:
     if config.jobs is not None:
         return config.jobs
     return free_cores() if resolve_device(config.device).type == "cpu" else 1
+
+
+def _with_earlier(config: AblationsConfig, out: Path) -> AblationsConfig:
+    """Return the settings with the tables and seeds of earlier calls as well, whose results stay in the tables."""
+    if not (out / SETTINGS).is_file():
+        return config
+    earlier = load_config(AblationsConfig, str(out / SETTINGS))
+    added = {name: sorted({*getattr(earlier, name), *getattr(config, name)}) for name in ("seeds", "tables")}
+    return config.model_copy(update=added)
 
 
 def _check_folder(out: Path, *, resume: bool, force: bool) -> None:

@@ -95,6 +95,20 @@ def test_a_suite(folder: Path, started: list[str], capsys: pytest.CaptureFixture
     assert run(line(folder, "--seeds", "0,1", "--tables", "d")) == 0
     assert sorted({name.rpartition("-")[0] for name in started}) == ["d-frozen-1", "d-frozen-2"]
     assert (out / "runs" / "default-seed0" / "results.json").stat().st_mtime_ns == written
+    page = (out / "ablations.md").read_text()
+    assert "## (a)" in page and "## (d)" in page and "## (e)" in page
+    # Another seed adds its runs of the tables asked for; the other lines keep their seeds.
+    del started[:]
+    assert run(line(folder, "--seeds", "2", "--tables", "e")) == 0
+    assert sorted(started) == ["blocks-default-seed2", "default-seed2", "e-swapped-seed2"]
+    page = (out / "ablations.md").read_text()
+    assert "Seeds 0, 1, 2; " in page and "| swapped | swapped | k-NN | 75.0 (74.9 to 75.0) |" in page
+    assert "agrees: worse with all 3 seeds" in page and "## (a)" in page
+    (out / "ablations.toml").write_text("seeds = 0")
+    assert run(line(folder, "--seeds", "2", "--tables", "e")) == 2
+    assert "ablations.toml" in capsys.readouterr().err
+    assert run(line(folder, "--seeds", "0", "--tables", "e", "--force")) == 0
+    assert "Seeds 0; " in (out / "ablations.md").read_text()
     del started[:]
     assert run(["reproduce", "ablations", "--resume", "--out", str(out), "--quiet"]) == 0 and started == []
 

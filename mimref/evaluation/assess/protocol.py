@@ -14,7 +14,7 @@ from mimref.evaluation.assess.neighbours import fitting_k
 from mimref.evaluation.assess.verdicts import Assessed, Verdict, verdicts
 from mimref.evaluation.assess.views import fitting_views
 from mimref.evaluation.metrics import check_features
-from mimref.features.encode import Column, block_groups, columns_of
+from mimref.features.encode import Column, block_groups
 from mimref.features.inputs import EncoderInputs
 from mimref.features.opening import open_encoders
 from mimref.progress import Listener, Silent
@@ -53,11 +53,12 @@ def assess(config: AssessConfig, *, listener: Listener | None = None, checks: Ch
         checks.add("data.spec", DataError(wrong))
     checks.finish()
     wanted = [
-        {name: columns_of(blocks, config.pool, config.final_norm, inputs.depth) for name, blocks in group.items()}
+        {name: inputs.columns(blocks) for name, blocks in group.items()}
         for inputs, group in zip(encoders, groups, strict=True)
     ]
     for inputs, columns in zip(encoders, wanted, strict=True):
         _prepare(config, inputs, [column for group in columns.values() for column in group])
+    pools = {inputs.name: inputs.pool for inputs in encoders}
     found: list[Assessed] = []
     rows: list[Row] = []
     total = sum(map(len, wanted))
@@ -65,12 +66,12 @@ def assess(config: AssessConfig, *, listener: Listener | None = None, checks: Ch
         for name, group in columns.items():
             values, width, images = _measure(config, inputs, group, name)
             found.append(Assessed(inputs.name, name, width, values))
-            rows += _rows(config, found[-1], images)
+            rows += _rows(config, found[-1], inputs.pool, images)
             listener.progress("measures", len(found), total)
     ranked = verdicts(found, config.measure) if found else []
     rows += [
         {"model": each.model, "metric": "assessed_rank", "value": float(each.rank), "blocks": each.blocks,
-         "pool": config.pool, "by": config.measure}
+         "pool": pools[each.model], "by": config.measure}
         for each in ranked
     ]  # fmt: skip
     bad = [pair for inputs in encoders for pair in inputs.bad]
@@ -105,8 +106,8 @@ def _measure(
     return values | view_measures(first, second, k=config.k, device=config.device), x.shape[1], len(x)
 
 
-def _rows(config: AssessConfig, found: Assessed, images: int) -> list[Row]:
-    where: Row = {"blocks": found.blocks, "pool": config.pool, "dimensions": found.width, "images": images}
+def _rows(config: AssessConfig, found: Assessed, pool: str, images: int) -> list[Row]:
+    where: Row = {"blocks": found.blocks, "pool": pool, "dimensions": found.width, "images": images}
     k: Row = {"k": fitting_k(config.k, images)}
     rows: list[Row] = [
         {"metric": metric, "value": value, **(k if metric in _OF_NEIGHBOURS else {})}

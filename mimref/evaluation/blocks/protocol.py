@@ -16,7 +16,6 @@ from mimref.evaluation.blocks.statistics import analyze_blocks, recommend_heads
 from mimref.evaluation.exhibits.collect import Exhibition, IllustratedResult, Voting
 from mimref.evaluation.knn.protocol import check_neighbours
 from mimref.evaluation.metrics import check_labels, labelled
-from mimref.features.encode import columns_of
 from mimref.features.inputs import EncoderInputs
 from mimref.features.matrix import Matrix
 from mimref.features.opening import Opened, open_encoders
@@ -47,7 +46,7 @@ def evaluate_blocks(
     _check(config, opened, found_inputs[0], listener, checks)
     config = config.model_copy(update={"data": opened[0].data})
     for inputs in opened:
-        columns = columns_of(range(1, inputs.depth + 1), config.pool, config.final_norm, inputs.depth)
+        columns = inputs.columns(range(1, inputs.depth + 1))
         inputs.prepare(columns, ("train", "val") if _labelled(inputs) else ("val",))
     rows: list[Row] = []
     bad = [pair for inputs in opened for pair in inputs.bad]
@@ -79,7 +78,7 @@ def evaluate_blocks(
                 if unseen := [pair for pair in reconstruction.bad if pair not in bad]:
                     listener.warn(skipped_line(unseen))
                 bad += unseen
-        rows += named(found, inputs.name, {"pool": config.pool})
+        rows += named(found, inputs.name, {"pool": inputs.pool})
     bad = list(dict.fromkeys(bad))
     return BlocksResult(rows, time.monotonic() - started, bad, config.data, exhibition.made(), heads)
 
@@ -90,7 +89,7 @@ def _exhibit(exhibition: Exhibition, config: BlocksConfig, inputs: EncoderInputs
     if any(map(isfinite, accuracies)):
         blocks.add(1 + int(np.nanargmax(accuracies)))
     for block in sorted(blocks):
-        columns = columns_of([block], config.pool, config.final_norm, inputs.depth)
+        columns = inputs.columns([block])
         voting = None
         if _labelled(inputs):
             train = inputs.features("train")
@@ -121,7 +120,7 @@ def _check(
 def _rows(config: BlocksConfig, inputs: EncoderInputs) -> list[Row]:
     """Return the rows of `analyze_blocks` on prepared features."""
     depth, test = inputs.depth, inputs.features("val")
-    groups = [columns_of([block], config.pool, config.final_norm, depth) for block in range(1, depth + 1)]
+    groups = [inputs.columns([block]) for block in range(1, depth + 1)]
     train_x: list[Matrix] = []
     train_y = test_y = None
     if _labelled(inputs):
