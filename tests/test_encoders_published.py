@@ -122,6 +122,20 @@ def test_the_papers_eight_released_models_are_known() -> None:
     assert all(find_published(name).licence is None for name in released)  # type: ignore[union-attr]
 
 
+def test_the_documentation_lists_all_names_with_their_licence() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "refine.md").read_text(encoding="utf-8")
+    section = page.partition("### Published weights\n")[2].partition("\n### ")[0]
+    listed = {
+        name: licence
+        for line in section.splitlines()
+        if line.startswith("| ") and "`" in line
+        for _, names, licence in [line.strip("| ").split(" | ")]
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    published = map(find_published, ADDRESSES)
+    assert listed == {each.name: each.licence or "not stated" for each in published if each is not None}
+
+
 def test_misspelt_names_have_a_hint() -> None:
     with pytest.raises(CheckpointError, match=r"^mae_l61: .*'mae_l16'"):
         read_checkpoint("mae_l61")

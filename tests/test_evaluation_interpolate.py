@@ -19,7 +19,8 @@ from mimref.config.base import DataConfig
 from mimref.data import sources
 from mimref.data.open import open_source
 from mimref.data.sources import ImageSource, Split, Subset
-from mimref.encoders.checkpoints import read_checkpoint, save_encoder
+from mimref.encoders.backbones import find_architecture
+from mimref.encoders.checkpoints import encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError, OutputError
 from mimref.evaluation import interpolate as module
@@ -254,6 +255,42 @@ def test_files_in_the_folder_are_kept(choose: str | None, tmp_path: Path) -> Non
     assert (tmp_path / "mine" / "encoder.safetensors").read_bytes() == content
     kept = (tmp_path / "mine" / "alpha-0.5.safetensors").read_bytes() == b"precious"
     assert kept == bool(choose)  # --force replaces what it names, and never an input
+
+
+def test_weights_of_unknown_architecture_have_that_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    model: Any = timm.create_model("test_convnext", num_classes=10)
+    foreign = tmp_path / "foreign.pth"
+    torch.save(model.state_dict(), foreign)
+    own = tmp_path / "refined.safetensors"
+    architecture = find_architecture("test_convnext", None, None)
+    save_encoder(own, encoder_from(read_checkpoint(foreign), architecture), {"data": {"spec": "digits"}})
+    line = ["interpolate", str(foreign), str(own), "--alpha", "0.5"]
+    assert run([*line, "--out", str(tmp_path / "out")]) == 0
+    made, start = (read_checkpoint(path).tensors for path in (tmp_path / "out/alpha-0.5.safetensors", foreign))
+    assert made and all(torch.equal(tensor, start[name]) for name, tensor in made.items() if name in start)
+    line[2] = str(foreign)
+    capsys.readouterr()
+    assert run([*line, "--out", str(tmp_path / "both")]) == 2
+    assert "--arch test_convnext" in capsys.readouterr().err
+    assert run([*line, "--out", str(tmp_path / "both"), "--arch", "test_convnext"]) == 0
+
+
+@pytest.mark.parametrize("choose", [None, "assess"])
+def test_a_failure_leaves_no_averages(
+    choose: str | None, ends: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"base": str(ends[0]), "refined": str(ends[1])}
+    images = {"data": {"spec": str(write_labelled(tmp_path / "data"))}, "workers": 0}
+    config = load.validated(InterpolateConfig, files | images | {"alpha": [0.5], "choose": choose})
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "evaluate_knn", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            module.interpolate(config, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    module.interpolate(config, tmp_path / "out")
 
 
 def test_alphas_with_the_same_name_are_refused() -> None:

@@ -4,10 +4,12 @@ import io
 import math
 import re
 
+import pytest
 from rich.console import Console, RenderableType
 
 from mimref.reports.metrics import metric_label, scores_line
 from mimref.reports.tables import best_table, compare_rows, comparison_table, markdown_table, results_table
+from mimref.reports.terminal import print_rows
 from mimref.results import Row
 
 
@@ -105,6 +107,25 @@ def test_the_spread_of_a_clusterings_runs() -> None:
     best: Row = {"metric": "cluster_acc", "value": 79.0, "mean": 71.5, "std": 5.0, "runs": 100}
     assert cells(results_table([best]))[1] == ["k-means ACC", "79.0 (mean 71.5 ± 5.0)"]
     assert scores_line([best, {"metric": "silhouette", "value": 3.25}]) == "ACC 79.0   silhouette 3.2"
+
+
+def test_what_the_spread_is_of(capsys: pytest.CaptureFixture[str]) -> None:
+    best: Row = {"model": "a", "metric": "cluster_acc", "value": 79.0, "mean": 71.5, "std": 5.0, "runs": 100}
+    draws: Row = {"model": "a", "metric": "lowshot_top1", "value": 9.0, "std": 1.0, "shots": 1, "splits": 20}
+    both = "± standard deviation of 100 runs, 20 draws"
+    for given, legend in (
+        ([best, draws], both),
+        ([{**draws, "std": 2.0, "splits": 3}], "± standard deviation of 3 draws"),
+        # Side by side there is no spread over a clustering's runs.
+        ([best, {**best, "model": "b"}], None),
+        ([best, draws, {**draws, "model": "b"}], "± standard deviation of 20 draws"),
+        ([{"model": "a", "metric": "knn_top1", "value": 1.0}], None),
+        ([{"model": "a", "metric": "finetune_top1", "value": 1.0, "std": 0.5}], "± standard deviation"),
+    ):
+        print_rows(given)
+        out = capsys.readouterr().out
+        assert out.count("standard deviation") == bool(legend) and (not legend or legend in out.splitlines())
+        assert ("±" in out) == bool(legend)
 
 
 def test_markup_in_names_is_text() -> None:

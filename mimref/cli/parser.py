@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
@@ -144,7 +145,11 @@ class Command(_Panels, TyperCommand):
     """A command. An option whose metavar ends in `...` takes all values up to the next option, as `*` gives them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """See click's `Command`."""
+        """See click's `Command`. An empty value is refused: it is that of a shell variable that is not set."""
+        for before, word in pairwise(["", *args]):
+            name, equals, value = word.partition("=")
+            if not word or (name.startswith("--") and equals and not value):
+                ctx.fail(f"{name or (before if before.startswith('-') else 'an argument')}: the value is empty")
         many = {flag for each in self.params if str(each.metavar).endswith("...") for flag in each.opts}
         spread: list[str] = []
         flag = None
@@ -156,7 +161,12 @@ class Command(_Panels, TyperCommand):
             elif flag is not None and spread[-1] != flag:
                 spread.append(flag)
             spread.append(word)
-        return super().parse_args(ctx, spread)
+        try:
+            return super().parse_args(ctx, spread)
+        except typer.TyperException as error:
+            if "unexpected extra argument" in str(error) and any("--weights" in each.opts for each in self.params):
+                ctx.fail(f"{error}; name weights with --weights")
+            raise
 
     def get_help_option(self, ctx: Any) -> Any:
         """Return `--help`, in the panel Run."""

@@ -41,6 +41,8 @@ LAYOUT = "Library that loads the folder; default transformers, or timm where it 
 
 class InspectOptions(Debug, panel="Output"):
     file: str = argument("Weights file, run folder or published name.", "FILE")
+    arch: Text = ARCH
+    source: Text = SOURCE
     encoder: Text = PART
     grid: Text = GRID
     as_json: bool = option("Print everything as JSON.", flag="--json")
@@ -53,6 +55,7 @@ def inspect(options: InspectOptions) -> None:
 
     Examples:
       mimref inspect quickstart
+      mimref inspect swin.pth --arch swin_tiny_patch4_window7_224
       mimref inspect mae_pretrain_vit_large.pth --json
     """
     from mimref.config.base import ReadingConfig
@@ -60,7 +63,7 @@ def inspect(options: InspectOptions) -> None:
     from mimref.reports.terminal import print_inspection
 
     reading = ReadingConfig(part=options.encoder, grid=read_grid(options.grid))
-    inspection = inspect_file(options.file, reading)
+    inspection = inspect_file(options.file, reading, options.arch, options.source)
     if options.as_json:
         typer.echo(json.dumps(asdict(inspection), indent=2))
     else:
@@ -271,6 +274,8 @@ def show_progress(options: Quiet) -> None:
 class InterpolateOptions(Images, Output, panel="Encoder"):
     base: str = argument("Weights before refining: a file or a run's folder.", "BASE", "base")
     refined: str = argument("Weights after refining.", "REFINED", "refined")
+    arch: Text = ARCH
+    source: Text = SOURCE
     encoder: Text = PART
     alpha: Text = option("Shares of REFINED in the averages; default 0,0.25,0.5,0.75,1.", "A,B,...", "alpha")
     choose: Text = option(

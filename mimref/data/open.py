@@ -73,7 +73,8 @@ def open_source(
     try:
         source = _open(spec, data, split, progress)
         if need_labels and source.labels is None:
-            raise DataError(f"{no_labels(split)}; {how_to_label(source, spec)}")
+            advice = f"{how_to_label(source, spec)}; mimref assess compares encoders without labels"
+            raise DataError(f"{no_labels(split)}; {advice}")
     except DataError as error:
         raise type(error)(f"--data {printable(spec)}: {error}") from error
     source.decoding = Decoding.of(data)

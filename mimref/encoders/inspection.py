@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import EncoderArchitecture
-from mimref.encoders.checkpoints import read_checkpoint
+from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.grids import Grid
-from mimref.encoders.likely_models import named_models
 from mimref.encoders.parts import show_part
-from mimref.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,30 @@ class Inspection:
     """Header of mimref's own files, without the architecture."""
 
 
-def inspect_file(path: str | Path, reading: ReadingConfig | None = None) -> Inspection:
-    """Recognise a file without loading its tensors. Raises CheckpointError with the reason if it holds no encoder.
+def inspect_file(
+    path: str | Path, reading: ReadingConfig | None = None, arch: str | None = None, source: str | None = None
+) -> Inspection:
+    """Recognise a file without loading its tensors.
 
-    reading: as in `read_checkpoint`.
+    reading: as in `read_checkpoint`. arch, source: as in `choose_architecture`, for files that are not recognised;
+    their tensors are loaded, which shows whether they fit. Raises CheckpointError if the file holds no encoder, or
+    another one; ConfigError for an `arch` that contradicts the file.
     """
     checkpoint = read_checkpoint(path, reading)
-    architecture = checkpoint.architecture
-    if architecture is None:
-        what = "not recognised: " if checkpoint.advice else ""
-        models = named_models(checkpoint.named) if checkpoint.advice else ""
-        raise CheckpointError(f"{checkpoint.path}: {what}{models or checkpoint.problem}")
-    recognised = checkpoint.recognised
+    architecture = choose_architecture(checkpoint, arch, source)
+    recognised, format = checkpoint.recognised, "mimref"
     side = architecture.image_size // architecture.patch_size
     tensors = recognised.tensors if recognised else checkpoint.tensors
     origins = recognised.origins if recognised else {name: [name] for name in tensors}
+    dropped = recognised.dropped if recognised else {}
+    if recognised is not None:
+        format = recognised.format
+    if architecture != checkpoint.architecture:
+        recognised, format = None, f"read as {architecture.name}"
+        tensors, origins, dropped = _loaded_as(checkpoint, architecture)
     return Inspection(
         file=str(checkpoint.path),
-        format=recognised.format if recognised else "mimref",
+        format=format,
         source=checkpoint.source,
         licence=checkpoint.licence,
         architecture=architecture,
@@ -84,11 +90,26 @@ def inspect_file(path: str | Path, reading: ReadingConfig | None = None) -> Insp
             )
             for name in sorted(tensors, key=_model_order)
         ],
-        dropped=recognised.dropped if recognised else {},
+        dropped=dropped,
         notices=[*checkpoint.ignored, *(recognised.notices if recognised else [])],
         guesses_interpolation=checkpoint.guesses_interpolation,
         header={key: value for key, value in checkpoint.header.items() if key != "architecture"},
     )
+
+
+def _loaded_as(
+    checkpoint: Checkpoint, architecture: EncoderArchitecture
+) -> tuple[dict[str, Tensor], dict[str, list[str]], dict[str, list[str]]]:
+    """Return tensors, origins and dropped names of a file whose architecture was named. Raises CheckpointError."""
+    tensors: dict[str, Tensor] = encoder_from(checkpoint, architecture).model.state_dict()
+    found, _ = checkpoint.selection(tensors)
+    names = {id(tensor): name for name, tensor in checkpoint.named.items()}
+    # timm's filter of published files may rename, join or convert the others.
+    origins = {name: [names[id(found[name])]] if name in found else ["converted by timm"] for name in tensors}
+    used = {each for origin in origins.values() for each in origin}
+    others = [] if "converted by timm" in used else [name for name in checkpoint.named if name not in used]
+    dropped = {"not part of the model": others} if others else {}
+    return {name: found.get(name, tensor) for name, tensor in tensors.items()}, origins, dropped
 
 
 def _model_order(name: str) -> tuple[int, int, str]:

@@ -49,6 +49,10 @@ class InterpolateConfig(CommandConfig):
 
     command = "interpolate"
     encoder: ReadingConfig = ReadingConfig()
+    arch: str | None = None
+    """As `encoder.arch`; None: read from the checkpoints."""
+    source: str | None = None
+    """As `encoder.source`; None: read from the checkpoints."""
     base: str
     """Weights file, or a run's output folder."""
     refined: str

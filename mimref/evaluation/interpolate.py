@@ -13,7 +13,7 @@ import torch
 from mimref.config.base import CommandConfig
 from mimref.data.sources import ImageSource, Split
 from mimref.encoders.backbones import TimmBackbone, TokenEncoder
-from mimref.encoders.checkpoints import Checkpoint, encoder_from, read_checkpoint, save_encoder
+from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint, save_encoder
 from mimref.encoders.published import must_download
 from mimref.errors import CheckpointError, Checks, OutputError
 from mimref.evaluation.choice import best, by_knn, by_measure, check_held_out
@@ -119,14 +119,17 @@ def _open(config: InterpolateConfig, listener: Listener, checks: Checks) -> _End
     has_images, remote = config.data.spec is not None, must_download(config.base) or must_download(config.refined)
     if has_images and remote:
         sources = open_splits(config.data)
-    ends: list[tuple[Checkpoint, TokenEncoder] | None] = []
+    read: list[Checkpoint | None] = []
     for setting, path in (("base", config.base), ("refined", config.refined)):
         fetch = checks.passed or not must_download(path)
-        ends.append(checks.run(setting, partial(_read, path, config, listener)) if fetch else None)
-    left, right = ends
-    if right is not None and (has_images or config.choose):
+        reading = partial(read_checkpoint, path, config.encoder, progress=listener.progress)
+        read.append(checks.run(setting, reading) if fetch else None)
+    base, refined = read
+    left = checks.run("base", partial(_end, base, refined, config, listener)) if base else None
+    right = checks.run("refined", partial(_end, refined, base, config, listener)) if refined else None
+    if refined is not None and (has_images or config.choose):
         # The header records how images are decoded.
-        data = checks.run("refined", partial(resolve_data, config.data, right[0].header)) or config.data
+        data = checks.run("refined", partial(resolve_data, config.data, refined.header)) or config.data
         config = config.model_copy(update={"data": data})
     if config.data.spec is not None and not (has_images and remote):
         sources = open_splits(config.data)
@@ -134,31 +137,36 @@ def _open(config: InterpolateConfig, listener: Listener, checks: Checks) -> _End
     if config.choose == "knn" and "train" in sources:
         checks.run("choose", lambda: check_held_out(sources["train"]))
     if left is not None and right is not None:
-        checks.run("refined", lambda: _check_alike(config, left[1], right[1]))
+        checks.run("refined", partial(_check_alike, config, left[1], right[1]))
     (base, base_encoder), (refined, refined_encoder) = checks.finished(left), checks.finished(right)
     warn_of_notices(sources, listener)
     return _Ends(config, base, refined, base_encoder, refined_encoder, sources)
 
 
 def _write_all(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row], list[tuple[str, str]]]:
-    """Write every average and, with images, measure it."""
+    """Write every average and, with images, measure it. `out` receives the files once all are complete."""
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
     alphas = ends.config.alpha
-    for done, alpha in enumerate(alphas, 1):
-        file = out / _name(alpha)
-        ends.write(file, alpha)
-        if ends.sources:
-            found, bad = _validate(ends, file, alpha, listener)  # bad images are the same for every average
-            rows += found
-        listener.progress("averages", done, len(alphas))
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".averages-", dir=out) as folder:
+        for done, alpha in enumerate(alphas, 1):
+            file = Path(folder, _name(alpha))
+            ends.write(file, alpha)
+            if ends.sources:
+                found, bad = _validate(ends, file, alpha, listener)  # bad images are the same for every average
+                rows += found
+            listener.progress("averages", done, len(alphas))
+        for name in map(_name, alphas):
+            Path(folder, name).replace(out / name)
     return rows, bad
 
 
 def _write_chosen(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row], list[tuple[str, str]]]:
     """Measure every average, write the best, and measure it on the validation images."""
     alphas, by, rows = ends.config.alpha, ends.config.choose, list[Row]()
-    with TemporaryDirectory(prefix="mimref-") as folder:
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".averages-", dir=out) as folder:
         for done, alpha in enumerate(alphas, 1):
             file = Path(folder, _name(alpha))
             ends.write(file, alpha)
@@ -169,15 +177,19 @@ def _write_chosen(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row]
             file.unlink()  # one at a time: they may be large
             rows += [{"alpha": alpha, **row} for row in measured.rows]
             listener.progress("averages", done, len(alphas))
-    chosen = rows[best(rows)]
-    alpha, bad = float(chosen["alpha"]), measured.bad_images  # the same for every average
-    listener.note(f"alpha {alpha:g} is chosen by {chosen['metric']}, from {len(alphas)} averages")
-    ends.write(out / CHOSEN, alpha, chosen_by=by)
-    if any(source.labels is None for source in ends.sources.values()) or len(ends.sources) < 2:
-        listener.note("no validation result: there are no labelled training and validation images")
-        return rows, bad
-    found, also = _validate(ends, out / CHOSEN, alpha, listener)
-    return rows + [{**row, "images": "validation"} for row in found], list(dict.fromkeys([*bad, *also]))
+        chosen = rows[best(rows)]
+        alpha, bad = float(chosen["alpha"]), measured.bad_images  # the same for every average
+        listener.note(f"alpha {alpha:g} is chosen by {chosen['metric']}, from {len(alphas)} averages")
+        file = Path(folder, CHOSEN)
+        ends.write(file, alpha, chosen_by=by)
+        if any(source.labels is None for source in ends.sources.values()) or len(ends.sources) < 2:
+            listener.note("no validation result: there are no labelled training and validation images")
+        else:
+            found, also = _validate(ends, file, alpha, listener)
+            rows += [{**row, "images": "validation"} for row in found]
+            bad = list(dict.fromkeys([*bad, *also]))
+        file.replace(out / CHOSEN)
+    return rows, bad
 
 
 def _validate(ends: _Ends, file: Path, alpha: float, listener: Listener) -> tuple[list[Row], list[tuple[str, str]]]:
@@ -204,13 +216,18 @@ def average(base: TokenEncoder, refined: TokenEncoder, alpha: float) -> TokenEnc
     return mixed
 
 
-def _read(path: str, config: InterpolateConfig, listener: Listener) -> tuple[Checkpoint, TokenEncoder]:
-    checkpoint = read_checkpoint(path, config.encoder, progress=listener.progress)
-    if checkpoint.architecture is None:
-        raise CheckpointError(f"{checkpoint.path}: {checkpoint.problem}")
-    for notice in checkpoint.notices(checkpoint.architecture):
+def _end(
+    checkpoint: Checkpoint, other: Checkpoint | None, config: InterpolateConfig, listener: Listener
+) -> tuple[Checkpoint, TokenEncoder]:
+    """Build the checkpoint's encoder; weights that do not reveal their architecture have that of the other ones."""
+    unknown = checkpoint.architecture is None and config.arch is None
+    if unknown and other is not None and other.architecture is not None:
+        architecture = other.architecture
+    else:
+        architecture = choose_architecture(checkpoint, config.arch, config.source)
+    for notice in checkpoint.notices(architecture):
         listener.note(notice)
-    return checkpoint, encoder_from(checkpoint, checkpoint.architecture)
+    return checkpoint, encoder_from(checkpoint, architecture)
 
 
 def _check_alike(config: InterpolateConfig, base: TokenEncoder, refined: TokenEncoder) -> None:

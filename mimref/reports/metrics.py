@@ -137,6 +137,16 @@ def format_value(row: Row, *, spread: bool = True) -> str:
     return f"{text} {deviation}" if is_mean else f"{text} (mean {float(row['mean']):.{digits}f} {deviation})"
 
 
+def spread_legend(rows: Sequence[Row]) -> str:
+    """Return what `±` means in the values of rows, such as `± standard deviation of 20 draws`; empty without any."""
+    if not any("std" in row for row in rows):
+        return ""
+    counts = {
+        f"{row[key]} {word}" for row in rows for key, word in (("splits", "draws"), ("runs", "runs")) if key in row
+    }
+    return f"± standard deviation{' of ' * bool(counts)}{', '.join(sorted(counts))}"
+
+
 def format_setting(value: str | int | float) -> str:
     """Format a setting's value: floats without trailing zeros, names with escaped control characters."""
     return f"{value:g}" if isinstance(value, float) else printable(str(value))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mimref.progress import Listener
-from mimref.reports.metrics import UNDEFINED, is_undefined
+from mimref.reports.metrics import UNDEFINED, is_undefined, spread_legend
 from mimref.reports.progress import ProgressDisplay, show_progress
 from mimref.reports.tables import best_table, differences_table, plain_table
 from mimref.results import Row
@@ -103,6 +103,10 @@ def print_found(rows: Sequence[Row]) -> None:
 
 
 def _explain(rows: Sequence[Row]) -> None:
+    # Side by side, models have no spread over a clustering's runs.
+    several = len({row.get("model") for row in rows}) > 1
+    if legend := spread_legend([row for row in rows if not (several and "runs" in row)]):
+        typer.echo(legend)
     if any(is_undefined(row) for row in rows):
         typer.echo(UNDEFINED)
 

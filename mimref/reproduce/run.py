@@ -111,7 +111,7 @@ def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
     check_writable(out)
     known = (out / SETTINGS).is_file()
     if resume and not known:
-        raise OutputError(f"{out}: holds no suite to resume; omit --resume to start one")
+        raise OutputError(f"{out}: holds no suite to resume; name its folder with --out, or omit --resume to start one")
     ours = [out / name for name in ("results.json", "metrics.jsonl", *_OUR_FOLDERS)]
     if not known and (found := next(filter(os.path.lexists, ours), None)):
         raise OutputError(f"{out}: already holds {found.name}, and no suite; choose another --out")

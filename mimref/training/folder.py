@@ -119,7 +119,9 @@ class RunFolder:
             raise OutputError("--resume continues a run and --force replaces it: choose one")
         check_writable(self.path)
         if resume and not self.unfinished and not self.finished:
-            raise OutputError(f"{self.path}: holds no run to resume; omit --resume to start one")
+            raise OutputError(
+                f"{self.path}: holds no run to resume; name its folder with --out, or omit --resume to start one"
+            )
         if resume or force:
             return
         if self.finished:

@@ -102,7 +102,7 @@ def no_work(all_imported: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for name in WORK:
         monkeypatch.setattr(name, reach)
     inspect = inspection.inspect_file
-    quick = lambda file, reading: inspect(file, reading) if file == "quickstart" else reach(file)  # noqa: E731
+    quick = lambda file, *given: inspect(file, *given) if file == "quickstart" else reach(file)  # noqa: E731
     monkeypatch.setattr(inspection, "inspect_file", quick)
     monkeypatch.chdir(tmp_path)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from mimref.cli import run
@@ -51,7 +52,28 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Capt
     assert run(["inspect", str(tmp_path / "gpt.pt")]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
-    assert "gpt.pt: not recognised" in captured.err
+    assert "gpt.pt: " in captured.err and "pass --arch" in captured.err
+
+
+def test_files_whose_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = timm.create_model("test_convnext", num_classes=10).half()
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "a.pth")
+    line = ["inspect", str(tmp_path / "a.pth"), "--json"]
+    assert run(line) == 2
+    assert "--arch test_convnext" in capsys.readouterr().err
+    assert run([*line, "--arch", "test_convnext"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["architecture"]["name"] == "test_convnext" and found["format"] == "read as test_convnext"
+    own = {each["name"]: each for each in found["tensors"]}
+    stem = own["stem.0.weight"]
+    assert (stem["origin"], stem["dtype"]) == (["state_dict.module.stem.0.weight"], "float16")
+    (others,) = found["dropped"].values()
+    assert others == [f"state_dict.{name}" for name in state if name.startswith("module.head.fc")]
+    assert found["parameters"] == sum(x.numel() for name, x in model.named_parameters() if "head.fc" not in name)
+    assert run([*line, "--arch", "vit_b16"]) == 2
+    assert run(["inspect", "quickstart", "--arch", "vit_b16"]) == 2
+    assert "omit --arch" in capsys.readouterr().err
 
 
 def test_blocks_that_differ_in_number_share_a_line() -> None:

@@ -9,7 +9,7 @@ from mimref.encoders.published import PACKAGED
 from mimref.errors import UserError
 from mimref.reports.html.charts import NAME_LENGTH, block_title, rows_by_block, run_names
 from mimref.reports.html.runs import SETTINGS, Run, checkpoints, setting
-from mimref.reports.metrics import LABELS, format_value, metric_label, short_name, suite_lines
+from mimref.reports.metrics import LABELS, format_value, metric_label, short_name, spread_legend, suite_lines
 from mimref.reports.tables import Cell, compared_cell
 from mimref.results import Row, main_rows
 
@@ -60,7 +60,7 @@ def results_table(runs: Sequence[Run]) -> Table | None:
             by_model = {model: row for (run, model), row in found.items() if run == number}
             compared = [compared_cell(by_model, model, group.base) for model in group.models]
             cells += compared if len(compared) > 1 else [cell._replace(is_best=False) for cell in compared]
-        lines.append((label, _spread(list(found.values())), cells))
+        lines.append((label, spread_legend(list(found.values())), cells))
     return Table(groups, lines, len(everything) - len(main))
 
 
@@ -68,18 +68,6 @@ def _rows(run: Run, name: str) -> list[Row]:
     """Return the run's rows, except those of single blocks, each with a model."""
     rows = suite_lines(run.rows) if run.command == "transfer" else run.rows
     return [{"model": name, **row} for row in rows if not str(row["metric"]).startswith("block_")]
-
-
-def _spread(rows: Sequence[Row]) -> str:
-    counts = {
-        f"{row[key]} {word}" for row in rows for key, word in (("splits", "draws"), ("runs", "runs")) if key in row
-    }
-    deviates = any("std" in row for row in rows)
-    return (
-        f"± standard deviation of {', '.join(sorted(counts))}"
-        if counts and deviates
-        else "± standard deviation" * deviates
-    )
 
 
 @dataclass(frozen=True)

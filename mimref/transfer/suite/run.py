@@ -169,7 +169,7 @@ def _check_folder(out: Path, parts: Sequence[_Part], *, resume: bool, force: boo
     check_writable(out)
     suite = (out / "suite.toml").is_file()
     if resume and not suite:
-        raise OutputError(f"{out}: holds no suite to resume; omit --resume to start one")
+        raise OutputError(f"{out}: holds no suite to resume; name its folder with --out, or omit --resume to start one")
     if suite and not (resume or force):
         raise OutputError(f"{out}: holds a suite; --resume runs what is missing, --force starts over")
     ours = [out / "results.json", out / "metrics.jsonl", *(part.folder for part in parts)]
