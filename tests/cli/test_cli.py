@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -210,7 +211,11 @@ MISTAKES = {
     # Mistakes that the parser itself finds.
     "refine --bacth-size 3": ("--bacth-size", "--batch-size"),
     "refine --epochs": ("--epochs",),
-    "refine extra": ("extra",),
+    "refine extra": ("extra", "--weights"),
+    "refine --weights=x.pth --out=": ("--out: the value is empty",),
+    "refine --weights '' --out x": ("--weights: the value is empty",),
+    "knn x.pth ''": ("an argument: the value is empty",),
+    "knn -- ''": ("the value is empty",),
     "refin": ("'refin'", "'refine'"),
     "presets show": ("NAME",),
     "compare base.pth": ("REFINED",),
@@ -220,7 +225,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("line", MISTAKES)
 def test_mistakes_are_one_line_and_exit_2(line: str, work: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(line.split()) == 2
+    assert run(shlex.split(line)) == 2
     message = one_line(capsys)
     assert message.startswith("mimref: error: ") and all(part in message for part in MISTAKES[line]), message
     assert not list(Path().iterdir())
