@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 
 from mimref.reports.metrics import metric_label, scores_line
 from mimref.reports.tables import best_table, compare_rows, comparison_table, markdown_table, results_table
-from mimref.reports.terminal import print_rows
+from mimref.reports.terminal import print_comparison, print_rows
 from mimref.results import Row
 
 
@@ -126,6 +126,29 @@ def test_what_the_spread_is_of(capsys: pytest.CaptureFixture[str]) -> None:
         out = capsys.readouterr().out
         assert out.count("standard deviation") == bool(legend) and (not legend or legend in out.splitlines())
         assert ("±" in out) == bool(legend)
+
+
+def test_wide_comparisons_become_long_and_lose_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    models = [f"runs/refine-mae_l16-seed{number}" for number in range(6)]
+    many: list[Row] = [
+        {"model": model, "metric": metric, "value": 50.0 + number, "shots": 1}
+        for number, model in enumerate(models)
+        for metric in ("knn_top1", "lowshot_top1")
+    ]
+    for show, end in (
+        (lambda: print_rows(many), "│  53.0 │"),
+        (lambda: print_comparison(many, models[1]), "│  53.0 │       +2.0 │"),
+    ):
+        show()
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+        assert text.count("k-NN top-1") == text.count("1-shot top-1") == 1
+        assert all(text.count(model) >= 2 for model in models)
+        assert [line.endswith(end) for line in text.splitlines() if f" {models[3]} " in line] == [True, True]
+    print_comparison(many[:4], models[0])
+    assert capsys.readouterr().out.count("k-NN top-1") == 1
+    print_rows([{**row, "model": name} for row, name in zip(many, "aabb", strict=False)])
+    assert "│ a" not in capsys.readouterr().out  # there is room for a column per model
 
 
 def test_markup_in_names_is_text() -> None:

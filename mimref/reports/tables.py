@@ -1,9 +1,11 @@
 """Tables of results, for the terminal and in Markdown."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -42,7 +44,7 @@ def best_table(rows: Sequence[Row]) -> RenderableType:
     if any(metric.startswith("head_") for metric in metrics):
         return heads_table(main)
     if len({row["model"] for row in main if "model" in row}) > 1:
-        return comparison_table(main)
+        return FirstThatFits(comparison_table(main), long_table(main, "base"))
     by_class = sorted((row for row in rows if "class" in row), key=shown_value)
     table = results_table(main)
     return Group(table, results_table(by_class, title="per class")) if by_class else table
@@ -142,6 +144,33 @@ def differences_table(rows: Sequence[Row], base: str) -> Table:
         )
         table.add_row(Text(label), *shown)
     return table
+
+
+def long_table(rows: Sequence[Row], base: str) -> Table:
+    """Return a table with a line per metric and model, for many models or long names; differences are from `base`."""
+    models, lines = compare_rows(rows, base)
+    compared = base in models
+    table = Table("", "model")
+    for name in ("value", "difference")[: 1 + compared]:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for label, cells in lines.items():
+        for number, (model, cell) in enumerate(zip(models, cells, strict=True)):
+            found = (cell.value_text, cell.difference_text)[: 1 + compared]
+            table.add_row(Text("" if number else label), Text(model, overflow="fold"), *found)
+        table.add_section()
+    return table
+
+
+@dataclass(frozen=True)
+class FirstThatFits:
+    """The wide table where the console has room for it without wrapping, else the long one."""
+
+    wide: Table
+    long: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = Measurement.get(console, options.update(max_width=10_000), self.wide).maximum
+        yield self.wide if needed <= options.max_width else self.long
 
 
 def markdown_table(rows: Sequence[Row], base: str) -> str:

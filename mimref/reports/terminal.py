@@ -12,7 +12,7 @@ from rich.text import Text
 from mimref.progress import Listener
 from mimref.reports.metrics import UNDEFINED, is_undefined, spread_legend
 from mimref.reports.progress import ProgressDisplay, show_progress
-from mimref.reports.tables import best_table, differences_table, plain_table
+from mimref.reports.tables import FirstThatFits, best_table, differences_table, long_table, plain_table
 from mimref.results import Row
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 def print_comparison(rows: Sequence[Row], base: str) -> None:
     """Print several models side by side, with their differences from the model `base`."""
-    Console().print(differences_table(rows, base))
+    Console().print(FirstThatFits(differences_table(rows, base), long_table(rows, base)))
     _explain(rows)
 
 
