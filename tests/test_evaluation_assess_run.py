@@ -1,5 +1,6 @@
 """`mimref assess` from a checkpoint to rows and sentences, and the features of two views that it uses."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mimref.evaluation.assess.verdicts import Assessed, verdicts
 from mimref.evaluation.assess.views import fitting_views
 from mimref.features.config import CacheConfig
 from mimref.features.encode import Column, PassSettings, encode_views, extract, gather
+from mimref.progress import Silent
 from tests.cli.evaluations import Passes
 from tests.tiny import ARCHITECTURE, write_images, write_labelled, write_unlabelled, write_weights
 
@@ -120,6 +122,24 @@ def test_several_encoders_are_ranked_together(made: Path) -> None:
     for each in ranked:
         assert values(result, model=each.model, blocks=each.blocks, by="rankme") == {"assessed_rank": each.rank}
     assert ranked[0].text.startswith(f"{ranked[0].model}, block {ranked[0].blocks} is the best of 8: RankMe ")
+
+
+def test_encoders_of_different_sizes_are_not_compared_silently(made: Path, tmp_path: Path) -> None:
+    other = str(write_weights(tmp_path / "other.safetensors", architecture=replace(ARCHITECTURE, depth=3)))
+    first, second = (str(made / f"{name}.safetensors") for name in ("one", "two"))
+
+    class Warnings(Silent):
+        def __init__(self) -> None:
+            self.found: list[str] = []
+
+        def warn(self, message: str) -> None:
+            self.found.append(message)
+
+    for checkpoints, told in ([first, second], 0), ([first, other], 1):
+        listener = Warnings()
+        data = DataConfig(spec=str(made / "plain"))
+        assess(AssessConfig(checkpoints=checkpoints, device="cpu", workers=0, data=data), listener=listener)
+        assert len([line for line in listener.found if "differ in depth" in line]) == told
 
 
 def test_features_of_views_are_cached(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,9 @@ def assess(config: AssessConfig, *, listener: Listener | None = None, checks: Ch
         wrong = f"--data {source.name}: {len(source)} images; measures compare at least {FEWEST_IMAGES}"
         checks.add("data.spec", DataError(wrong))
     checks.finish()
+    shapes = {(*each.architecture.widths, each.architecture.patch_size, each.image_size) for each in encoders}
+    if len(shapes) > 1:
+        listener.warn("the encoders differ in depth, width, patches or image size, and measures depend on these")
     wanted = [
         {name: inputs.columns(blocks) for name, blocks in group.items()}
         for inputs, group in zip(encoders, groups, strict=True)
