@@ -1,5 +1,6 @@
 """Other timm models: tokens against their own features, and refusals."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import timm
 import torch
 
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone, find_architecture
+from mimref.encoders.checkpoints import encoder_from, read_checkpoint
 from mimref.encoders.vit import Architecture
 from mimref.errors import ConfigError
 
@@ -130,3 +132,17 @@ def test_names_become_architectures() -> None:
     assert isinstance(plain, Architecture) and plain.image_size == 518
     assert find_architecture("convnextv2_atto", None, None) == BackboneArchitecture("convnextv2_atto", 224)
     assert find_architecture("test_convnext", None, None).image_size == 160
+
+
+def test_a_file_with_two_classifiers(tmp_path: Path) -> None:
+    # A norm beside each classifier belongs to it.
+    torch.manual_seed(0)
+    model: Any = timm.create_model("levit_128s", num_classes=10).eval()
+    assert {"head_dist.bn.weight", "head_dist.linear.weight"} <= model.state_dict().keys()
+    torch.save(model.state_dict(), tmp_path / "levit.pth")
+    encoder = encoder_from(read_checkpoint(tmp_path / "levit.pth"), find_architecture("levit_128s", None, None)).eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        (tokens_BLD,) = encoder.blocks(images, [encoder.depth])
+        expected = model.forward_features(images)
+    torch.testing.assert_close(tokens_BLD, expected)

@@ -309,7 +309,9 @@ def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture, *, s
     if isinstance(architecture, BackboneArchitecture):
         backbone = TimmBackbone(architecture)
         layers = timm_record(architecture.name).classifier or ()
-        dropped = tuple(f"{layer}." for layer in ([layers] if isinstance(layers, str) else layers))
+        # A classifier such as `head.fc` may have a norm beside it.
+        names = [layers] if isinstance(layers, str) else layers
+        dropped = tuple(f"{name.rpartition('.')[0] or name}." for name in names)
         given = _timm_tensors(checkpoint, architecture, backbone.model, dropped)
         given = fit_channels(given, backbone.model.state_dict(), architecture.channels, checkpoint.channel_rule)
         _load(backbone.model, architecture.name, given, checkpoint.path, share=share, dropped=dropped)

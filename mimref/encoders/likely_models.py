@@ -14,30 +14,33 @@ from torch import Tensor
 from mimref.encoders.meta import RatesOnCpu
 from mimref.errors import CheckpointError
 
-# From names that only timm uses to the module whose models have them.
-_TELLTALES = {
-    ("layers.3.downsample.norm.weight", "layers.0.blocks.0.attn.relative_position_bias_table"): "swin_transformer",
-    ("layers.3.downsample.norm.weight", "layers.0.blocks.0.attn.logit_scale"): "swin_transformer_v2",
-    ("stem.0.weight", "stages.0.blocks.0.conv_dw.weight"): "convnext",
-    ("patch_embed.proj.weight", "pos_embed_window"): "hieradet_sam2",
-    ("patch_embed.proj.weight", "pos_embed_win"): "hiera",
-}
+# Module and pattern of names of timm's models, and names of tensors that show them.
+_TELLTALES = (
+    ("swin_transformer", "", "layers.3.downsample.norm.weight", "layers.0.blocks.0.attn.relative_position_bias_table"),
+    ("swin_transformer_v2", "", "layers.3.downsample.norm.weight", "layers.0.blocks.0.attn.logit_scale"),
+    ("convnext", "", "stem.0.weight", "stages.0.blocks.0.conv_dw.weight"),
+    ("hieradet_sam2", "", "patch_embed.proj.weight", "pos_embed_window"),
+    ("hiera", "", "patch_embed.proj.weight", "pos_embed_win"),
+    ("eva", "*dinov3*", "patch_embed.proj.weight", "reg_token", "blocks.0.gamma_1"),
+    ("eva", "eva*", "patch_embed.proj.weight", "blocks.0.attn.q_bias"),
+    ("eva", "eva*", "patch_embed.proj.weight", "blocks.0.attn.q_proj.weight"),
+    ("vision_transformer", "aimv2*", "patch_embed.proj.weight", "blocks.0.mlp.fc1_g.weight"),
+)
 # Tensors of layers after pooling, and computed ones that older versions of timm saved.
 _BESIDE = re.compile(r"(head|fc_norm)\.|.*\.(attn_mask|relative_position_index|relative_coords_table)$")
 _MOST_NAMED = 4
 
 
 def likely_models(named: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of timm's Swin, ConvNeXt and Hiera models whose tensors a file holds; takes seconds.
+    """Return the names of timm's models, of the families in `_TELLTALES`, whose tensors a file holds; takes seconds.
 
     named: the file's tensors; those outside the encoder and those of a classifier are ignored.
     """
-    for telltales, module in _TELLTALES.items():
-        first = telltales[0]
+    for module, pattern, first, *others in _TELLTALES:
         for found in (name for name in named if name == first or name.endswith(f".{first}")):
             prefix = found[: -len(first)]
-            if all(prefix + name in named for name in telltales):
-                return [model for model in timm.list_models(module=module) if _fits(model, named, prefix)]
+            if all(prefix + name in named for name in others):
+                return [model for model in timm.list_models(pattern, module=module) if _fits(model, named, prefix)]
     return []
 
 
